@@ -1,0 +1,143 @@
+"""One tree on disk: Orbax files beside a table of digests, written whole or not at all, read back only if undamaged.
+
+Orbax restores a flipped byte or another dtype without a word; the digests are what refuses them.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from ltsm_jax import trees
+
+ARRAYS, DIGESTS = "arrays", "digests.json"
+
+
+class DamagedError(ValueError):
+    """A stored tree is cut, altered or not one of ours; the message names the folder and what is wrong with it."""
+
+
+def digests(tree: trees.Tree) -> dict[str, dict[str, Any]]:
+    """`{path: {"shape", "dtype", "sha256"}}` of every leaf; the sha256 is of the C-ordered little-endian bytes."""
+
+    def entry(leaf):
+        array = np.ascontiguousarray(leaf)
+        return {
+            "shape": list(np.shape(leaf)),
+            "dtype": array.dtype.name,
+            "sha256": hashlib.sha256(array.view(np.uint8).data if array.size and array.ndim else array.tobytes()).hexdigest(),
+        }
+
+    return {path: entry(leaf) for path, leaf in trees.flatten(tree).items()}
+
+
+def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: str | Path) -> None:
+    """Compare a tree with the digests stored beside it.
+
+    Raises: DamagedError that lists every path that is missing, surplus or altered.
+    """
+    found = digests(tree)
+    problems = [f"  {path}: missing" for path in expected.keys() - found.keys()]
+    problems += [f"  {path}: not in {DIGESTS}" for path in found.keys() - expected.keys()]
+    for path in expected.keys() & found.keys():
+        want, got = expected[path], found[path]
+        for what in ("shape", "dtype", "sha256"):
+            if want[what] != got[what]:
+                reason = "the values differ from those that were saved" if what == "sha256" else f"{want[what]} was saved, {got[what]} is there"
+                problems.append(f"  {path}: {reason}")
+                break
+    if problems:
+        raise DamagedError(f"{where} is damaged; restore it from a copy:\n" + "\n".join(sorted(problems)))
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises: FileExistsError when `folder` exists and `overwrite` is False (before anything is written).
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another folder or ask to overwrite it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+            os.rename(folder, old / folder.name)
+            os.rename(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) -> None:
+    """Write a nested dict of arrays to `folder`, whole or not at all.
+
+    Raises: FileExistsError when the folder exists and `overwrite` is False; ValueError for an empty tree.
+    """
+    host = jax.tree.map(np.asarray, tree)
+    empty = [path for path, leaf in trees.flatten(host).items() if leaf.size == 0]
+    if empty or not jax.tree.leaves(host):
+        raise ValueError(f"cannot save {folder}: " + (f"arrays without values: {empty}" if empty else "no arrays"))
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        ocp.save_pytree(temporary / ARRAYS, host)
+        (temporary / DIGESTS).write_text(json.dumps(digests(host), indent=1))
+
+
+def load_tree(folder: str | Path, like: trees.Tree | None = None) -> trees.Tree:
+    """Read back what `save_tree` wrote, as jax arrays.
+
+    Args:
+      folder: the folder.
+      like: a tree of `jax.ShapeDtypeStruct` with shardings, to restore straight into shards; None: default device.
+    Raises: FileNotFoundError; DamagedError for files that are cut, altered, or of another kind; ValueError listing
+      every difference in path, shape or dtype between the folder and `like`.
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    try:
+        expected = json.loads((folder / DIGESTS).read_text())
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        stored = trees.unflatten(
+            {p: jax.ShapeDtypeStruct(tuple(e["shape"]), _dtype(e["dtype"]), sharding=here) for p, e in expected.items()}
+        )
+    except FileNotFoundError:
+        raise DamagedError(f"{folder} has no {DIGESTS}: it was not written by ltsm_jax, or is cut") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise DamagedError(f"{folder / DIGESTS} cannot be read: {err}") from None
+    if like is not None:
+        trees.require_same(like, stored, ("the model", str(folder)), dtypes=True)
+        stored = jax.tree.map(lambda want, plain: want if want.sharding is not None else plain, like, stored)
+    try:
+        tree = ocp.load_pytree(folder / ARRAYS, stored)
+    except Exception as err:  # Orbax raises a bare Exception, JSONDecodeError, OSError and others for damaged files
+        first = str(err).strip().split("\n")[0][:300]
+        raise DamagedError(f"{folder / ARRAYS} is damaged ({type(err).__name__}: {first}); restore it from a copy") from err
+    verify(tree, expected, folder)
+    return tree
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(jnp.bfloat16) if name == "bfloat16" else np.dtype(name)

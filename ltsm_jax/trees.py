@@ -1,0 +1,223 @@
+"""Parameter trees: paths, selection, comparison, and the arithmetic that fine-tuning methods are made of.
+
+A tree here is a nested dict of arrays, as `model.init` returns it and as checkpoints store it. A path names a leaf
+by its keys joined with "/", for example "layer_0/attn/q/kernel". Nothing in this file knows what a model is.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+Patterns = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """The "/"-joined name of a key path as `jax.tree_util` gives it."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves by path, in the tree's own order: `{"layer_0/attn/q/kernel": array, ...}`."""
+    return {path_of(k): leaf for k, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose leaves have the given paths; the inverse of `flatten` for nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"path {path!r} goes through a leaf: {parent!r} is already an array")
+        if name in node:
+            raise ValueError(f"path {path!r} is both a leaf and a branch")
+        node[name] = leaf
+    return tree
+
+
+def count(tree: Tree) -> int:
+    """Number of scalars in the tree. Works on arrays and on the shapes of `jax.eval_shape`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def select(tree: Tree, patterns: Patterns) -> Tree:
+    """A tree of booleans: which leaves `patterns` choose.
+
+    Args:
+      tree: any tree; only its structure is used.
+      patterns: None (every leaf), a regular expression or several (searched in the path; a leaf is chosen when any
+        matches), or a function of the path.
+    Raises: ValueError for a regular expression that matches no path, with near names.
+    """
+    names = list(flatten(tree))
+    if patterns is None:
+        chosen = [True] * len(names)
+    elif callable(patterns):
+        chosen = [bool(patterns(name)) for name in names]
+    else:
+        expressions = [patterns] if isinstance(patterns, str) else list(patterns)
+        hits = [[re.search(expression, name) is not None for name in names] for expression in expressions]
+        idle = [e for e, row in zip(expressions, hits, strict=True) if not any(row)]
+        if idle:
+            near = [f"{e!r} (near: {', '.join(difflib.get_close_matches(e, names, 3, 0.3)) or 'nothing'})" for e in idle]
+            raise ValueError(f"no path of the tree matches {'; '.join(near)}")
+        chosen = [any(column) for column in zip(*hits, strict=True)] if hits else [False] * len(names)
+    return jax.tree.unflatten(jax.tree.structure(tree), chosen)
+
+
+def partition(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
+    """Two trees of the same branches: the leaves where `mask` is True, and the others; None stands in the holes.
+
+    None is an empty node to JAX, so gradients and optimiser state of the first tree hold its leaves only.
+    """
+    require_same(tree, mask, ("tree", "mask"), shapes=False)
+    chosen = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree)
+    rest = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree)
+    return chosen, rest
+
+
+def merge(chosen: Tree, rest: Tree) -> Tree:
+    """The tree that `partition` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda x: x is None)
+
+
+def require_same(
+    a: Tree, b: Tree, names: tuple[str, str] = ("first", "second"), *, shapes: bool = True, dtypes: bool = False
+) -> None:
+    """Compare two trees both ways.
+
+    Raises: ValueError that lists every path only one of them has and every leaf whose shape (or, on request, dtype)
+      differs.
+    """
+    flat_a, flat_b = flatten(a), flatten(b)
+    problems = [f"  {path}: only in {names[0]}" for path in flat_a.keys() - flat_b.keys()]
+    problems += [f"  {path}: only in {names[1]}" for path in flat_b.keys() - flat_a.keys()]
+    for path in flat_a.keys() & flat_b.keys():
+        x, y = flat_a[path], flat_b[path]
+        if shapes and jnp.shape(x) != jnp.shape(y):
+            problems.append(f"  {path}: {names[0]} {jnp.shape(x)}, {names[1]} {jnp.shape(y)}")
+        elif dtypes and x.dtype != y.dtype:
+            problems.append(f"  {path}: {names[0]} {x.dtype}, {names[1]} {y.dtype}")
+    if problems:
+        raise ValueError(f"{names[0]} and {names[1]} are not the same kind of tree:\n" + "\n".join(sorted(problems)))
+
+
+def interpolate(
+    params_pre: Tree,
+    params_rand: Tree,
+    alpha: float | jax.Array | Tree | Callable[[str], Any],
+    *,
+    only: Patterns = None,
+    skip: Patterns = None,
+) -> Tree:
+    """The start of Smoothed Full Fine-tuning: `alpha * params_pre + (1 - alpha) * params_rand`, leaf by leaf.
+
+    Every leaf takes part, norms and biases included. The ends are exact: where alpha is 1 the pretrained leaf comes
+    back bit for bit, where it is 0 the random one, so fine-tuning and training from scratch are its two limits.
+    Leaves keep the dtype and sharding of `params_pre`; integer leaves are not mixed. Pure: works under jit, vmap and grad (also in alpha).
+
+    Args:
+      params_pre: pretrained tree.
+      params_rand: tree of the same paths and shapes, a fresh draw of `model.init`.
+      alpha: weight of the PRETRAINED side, in [0, 1]: a number, a traced scalar, a tree or a prefix of the tree
+        (`{"head": 1.0, "layer_0": 0.5, ...}`), or a function of the path.
+      only: leaves to mix (see `select`); the others stay pretrained.
+      skip: leaves to leave pretrained.
+    Returns: a tree like `params_pre`.
+    Raises: ValueError listing every path where the two trees differ in structure or shape; for an alpha outside
+      [0, 1] (when it is a concrete number); for an alpha tree that is no prefix of the params.
+    Source: Smoothed Full Fine-tuning (arXiv 2606.08578); the released script has alpha = 0.7.
+    Example: `start = interpolate(params, model.init(jax.random.key(1)), 0.7)`
+    """
+    require_same(params_pre, params_rand, ("params_pre", "params_rand"))
+    alphas = _alphas(alpha, params_pre)
+    mixed = jax.tree.map(
+        lambda keep, drop: keep and not drop,
+        select(params_pre, only),
+        select(params_pre, skip) if skip is not None else jax.tree.map(lambda _: False, params_pre),
+    )
+
+    def mix(pre, rand, a, chosen):
+        if not (chosen and jnp.issubdtype(pre.dtype, jnp.inexact)):
+            return pre
+        # float32 even for bfloat16 leaves: 1 - alpha and the sum would lose bits twice in the narrow type
+        wide = jnp.promote_types(pre.dtype, jnp.float32)
+        a = jnp.asarray(a, wide)
+        mean = a * pre.astype(wide) + (1 - a) * rand.astype(wide)
+        exact = jnp.where(a == 1, pre.astype(wide), jnp.where(a == 0, rand.astype(wide), mean))
+        out = exact.astype(pre.dtype)
+        sharding = getattr(pre, "sharding", None)
+        return jax.device_put(out, sharding) if sharding is not None and not _traced(out) else out
+
+    return jax.tree.map(mix, *map(_arrays, (params_pre, params_rand)), alphas, mixed)
+
+
+def _traced(x) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def _arrays(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
+def _alphas(alpha, like: Tree) -> Tree:
+    """Alpha as a tree with one entry for every leaf of `like`."""
+    if callable(alpha):
+        alphas = jax.tree_util.tree_map_with_path(lambda k, _: alpha(path_of(k)), like)
+    else:
+        try:
+            # a prefix: each leaf of alpha stands for the whole branch below it
+            alphas = jax.tree.map(lambda a, branch: jax.tree.map(lambda _: a, branch), alpha, like)
+        except (ValueError, TypeError) as err:
+            raise ValueError(
+                f"alpha is neither a number, a function of the path, nor a prefix of the params tree: {err}"
+            ) from None
+    for path, a in flatten(alphas).items():
+        if not _traced(a) and jnp.ndim(a) == 0 and not 0 <= float(a) <= 1:
+            raise ValueError(f"alpha is the weight of the pretrained side and lies in [0, 1]; got {a} for {path or 'params'}")
+    return alphas
+
+
+def shrink_and_perturb(params: Tree, params_rand: Tree, shrink: float = 0.4, perturb: float = 0.1) -> Tree:
+    """`shrink * params + perturb * params_rand`: the two weights need not add up to one.
+
+    Source: Ash & Adams, "On Warm-Starting Neural Network Training" (NeurIPS 2020, arXiv 1910.08475).
+    """
+    require_same(params, params_rand, ("params", "params_rand"))
+    return jax.tree.map(lambda p, r: (shrink * p + perturb * r).astype(p.dtype), params, params_rand)
+
+
+def wise_ft(params_zero_shot: Tree, params_tuned: Tree, alpha: float = 0.5) -> Tree:
+    """Average of a model before and after fine-tuning; alpha is the weight of the TUNED side.
+
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models" (CVPR 2022, arXiv 2109.01903).
+    """
+    return interpolate(params_tuned, params_zero_shot, alpha)
+
+
+def soup(trees: Sequence[Tree]) -> Tree:
+    """Mean of n trees, leaf by leaf (a uniform soup).
+
+    Source: Wortsman et al., "Model soups" (ICML 2022, arXiv 2203.05482).
+    """
+    if not trees:
+        raise ValueError("a soup needs at least one tree")
+    for i, tree in enumerate(trees[1:], 1):
+        require_same(trees[0], tree, ("tree 0", f"tree {i}"))
+    return jax.tree.map(lambda *leaves: (sum(leaves[1:], leaves[0]) / len(leaves)).astype(leaves[0].dtype), *trees)
+
+
+def ema(average: Tree, params: Tree, decay: float = 0.999) -> Tree:
+    """One step of an exponential moving average: `decay * average + (1 - decay) * params`.
+
+    Source: Polyak & Juditsky 1992; as used for weights in Tarvainen & Valpola (NeurIPS 2017, arXiv 1703.01780).
+    """
+    require_same(average, params, ("average", "params"))
+    return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), average, params)
