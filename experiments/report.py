@@ -1,0 +1,396 @@
+"""Table, pictures and report.md of a comparison folder, from its results.csv and the files of its cells.
+
+Run:    python -m experiments.report runs/sff-etth1      (`experiments.sff` calls it at its end)
+Cost:   seconds; nothing is trained or evaluated.
+Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plots`).
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+NAMES = {
+    "zero_shot": "zero-shot",
+    "ff": "full fine-tuning (FF)",
+    "tfs": "from scratch (TFS)",
+    "sff": "smoothed full fine-tuning (SFF)",
+    "lp": "linear probing (LP)",
+    "lpff": "LP, then FF",
+    "l2sp": "FF held to the start (L2-SP)",
+    "noise": "FF from checkpoint + noise",
+    "last_value": "last value",
+    "seasonal_naive": "seasonal naive",
+}
+SHORT = {"zero_shot": "zero-shot", "ff": "FF", "tfs": "TFS", "sff": "SFF", "lp": "LP", "lpff": "LPFF"}
+SHORT |= {"l2sp": "L2-SP", "noise": "noise", "last_value": "last value", "seasonal_naive": "seasonal naive"}
+# Okabe & Ito's palette, told apart by all common kinds of colour vision; line styles say the same a second time.
+COLOURS = {"zero_shot": "#555555", "ff": "#0072B2", "tfs": "#D55E00", "sff": "#009E73", "lp": "#CC79A7"}
+COLOURS |= {"lpff": "#56B4E9", "l2sp": "#E69F00", "noise": "#8A7A00", "last_value": "#BBBBBB", "seasonal_naive": "#BBBBBB"}
+STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": "-", "lp": (0, (5, 1, 1, 1)), "lpff": "--"}
+STYLES |= {"l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1))}
+
+
+def label(method: str, alpha: float | None = None) -> str:
+    """Short name of a row: "SFF 0.7", "FF"."""
+    return SHORT.get(method, method) + ("" if alpha is None or np.isnan(alpha) else f" {alpha:g}")
+
+
+def summarise(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per (method, alpha): mean and std (n - 1) over seeds, and paired differences in test MSE.
+
+    Args:
+      results: the rows of results.csv.
+    Returns: columns method, alpha, seeds, {val_mse, val_mae, test_mse, test_mae}{"", _std}, vs_zero_shot{"", _std} and
+      vs_ff{"", _std} (per cent, each seed against the same seed; NaN where there is nothing to compare with), epochs,
+      seconds. In order of first appearance.
+    """
+    by_seed = {m: g.set_index("seed")["test_mse"] for m, g in results.groupby("method") if m in ("zero_shot", "ff")}
+    rows = []
+    for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
+        row: dict[str, Any] = {"method": method, "alpha": alpha, "seeds": len(group)}
+        for column in ("val_mse", "val_mae", "test_mse", "test_mae"):
+            row[column], row[f"{column}_std"] = group[column].mean(), group[column].std()
+        for other in ("zero_shot", "ff"):
+            base = by_seed.get(other)
+            change = group.set_index("seed")["test_mse"] / base - 1 if base is not None and method != other else None
+            change = pd.Series(dtype=float) if change is None else 100 * change.dropna()
+            row[f"vs_{other}"], row[f"vs_{other}_std"] = change.mean(), change.std()
+        rows.append(row | {"epochs": group["epochs"].max(), "seconds": group["seconds"].mean()})
+    return pd.DataFrame(rows)
+
+
+def _value(mean: float, std: float, form: str = ".4f") -> str:
+    if pd.isna(mean):
+        return ""
+    return f"{mean:{form}}" + ("" if pd.isna(std) else f" ± {std:{form.lstrip('+')}}")
+
+
+def _table_rows(summary: pd.DataFrame, baselines: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    header = ["method", "alpha", "seeds", "val MSE", "test MSE", "test MAE", "vs zero-shot", "vs FF", "epochs", "seconds"]
+    body = [
+        [
+            NAMES.get(r.method, r.method),
+            "" if pd.isna(r.alpha) else f"{r.alpha:g}",
+            str(r.seeds),
+            _value(r.val_mse, r.val_mse_std),
+            _value(r.test_mse, r.test_mse_std),
+            _value(r.test_mae, r.test_mae_std),
+            _value(r.vs_zero_shot, r.vs_zero_shot_std, "+.2f"),
+            _value(r.vs_ff, r.vs_ff_std, "+.2f"),
+            str(int(r.epochs)),
+            f"{r.seconds:.0f}",
+        ]
+        for r in summary.itertuples()
+    ]
+    zero = summary.loc[summary["method"] == "zero_shot", "test_mse"]
+    for b in baselines:
+        change = f"{100 * (b['test_mse'] / zero.iloc[0] - 1):+.2f}" if len(zero) else ""
+        values = [f"{b[k]:.4f}" for k in ("val_mse", "test_mse", "test_mae")]
+        body.append([NAMES.get(b["method"], b["method"]), "", "", *values, change, "", "", ""])
+    return header, body
+
+
+def verdict(summary: pd.DataFrame) -> str:
+    """One sentence: which row validation picks, and what it is worth on the test part."""
+    best = summary.loc[summary["val_mse"].idxmin()]
+    text = f"Lowest validation MSE: {label(best.method, best.alpha)}; its test MSE is "
+    text += _value(best.test_mse, best.test_mse_std)
+    against = [
+        f"{best[f'vs_{other}']:+.2f} % against {SHORT[other]}"
+        for other in ("zero_shot", "ff")
+        if not pd.isna(best[f"vs_{other}"])
+    ]
+    text += f" ({', '.join(against)})." if against else "."
+    if best.method == "zero_shot" and len(summary) > 1:
+        text += " No tuning beat the checkpoint on validation: keep the checkpoint."
+    return text
+
+
+def terminal_table(summary: pd.DataFrame, baselines: Sequence[dict], title: str) -> Table:
+    """The comparison as a rich table; the row with the lowest validation MSE is bold."""
+    table = Table(title=title, caption="mean ± std over seeds; vs: change of test MSE in %, paired by seed", box=None)
+    header, body = _table_rows(summary, baselines)
+    for name in header:
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    best = int(np.argmin(summary["val_mse"].to_numpy()))
+    for i, cells in enumerate(body):
+        style = "bold" if i == best else "dim" if i >= len(summary) else None
+        table.add_row(*cells, style=style)
+    return table
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A GitHub table; every column but the first is right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def _read_cells(folder: Path, results: pd.DataFrame) -> list[dict]:
+    """What each finished cell left beside its row: its history, its warnings and its forecasts of the example windows."""
+    cells = []
+    for row in results.to_dict("records"):
+        cell = folder / "cells" / cell_name(row["method"], row["alpha"], row["seed"])
+        cells.append(row | json.loads((cell / "result.json").read_text()) | {"folder": cell})
+    return cells
+
+
+def cell_name(method: str, alpha: float | None, seed: int) -> str:
+    """Folder name of a cell: "sff-0.7-seed0", "ff-seed2"."""
+    mixed = "" if alpha is None or np.isnan(alpha) else f"-{alpha:g}"
+    return f"{method}{mixed}-seed{seed}"
+
+
+def _figure(width: float, height: float, **kwargs):
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    axes = figure.subplots(**kwargs)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+        ax.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[dict], path: Path) -> None:
+    """Test MSE of every row, mean bar with std and one dot per seed; beside it the change against zero-shot."""
+    rows = [(r.method, r.alpha, r.test_mse, r.test_mse_std) for r in summary.itertuples()]
+    rows += [(b["method"], np.nan, b["test_mse"], np.nan) for b in baselines]
+    zero = results[results["method"] == "zero_shot"].set_index("seed")["test_mse"]
+    y = np.arange(len(rows))
+    figure, axes = _figure(10, 0.9 + 0.42 * len(rows), ncols=2 if len(zero) else 1, sharey=True, squeeze=False)
+    left = axes[0, 0]
+    colours = [COLOURS.get(m, "#555555") for m, *_ in rows]
+    means, stds = np.array([r[2] for r in rows]), np.nan_to_num([r[3] for r in rows])
+    left.barh(y, means, color=colours, alpha=0.85, height=0.62)
+    left.errorbar(means, y, xerr=stds, fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+    for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
+        left.annotate(f"{mean:.3f}", (mean + std, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    left.set_xlim(0, (means + stds).max() * 1.14)
+    left.set_xlabel("test MSE, scaled data (mean, std over seeds)", fontsize=10)
+    left.set_yticks(y, [label(m, a) for m, a, *_ in rows], fontsize=10)
+    left.invert_yaxis()
+    left.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    left.grid(visible=False, axis="y")
+    if len(zero):
+        right = axes[0, 1]
+        right.axvline(0, color="#555555", linewidth=1, linestyle=STYLES["zero_shot"])
+        for i, (method, alpha, mean, _) in enumerate(rows):
+            mine = results[(results["method"] == method) & ((results["alpha"] == alpha) | pd.isna(alpha))]
+            change = 100 * (mine.set_index("seed")["test_mse"] / zero - 1).dropna().to_numpy()
+            if not len(change):  # a naive forecast: one number, no seeds
+                change = np.array([100 * (mean / zero.iloc[0] - 1)])
+            right.plot(change, np.full(len(change), i), "o", color=colours[i], markersize=5, alpha=0.6, mew=0)
+            right.plot(change.mean(), i, "|", color=colours[i], markersize=17, mew=2.5)
+        right.set_xlabel("change against zero-shot, % (dots: seeds, bar: mean; left is better)", fontsize=10)
+        right.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    figure.savefig(path)
+
+
+def plot_validation(cells: Sequence[dict], path: Path) -> bool:
+    """Validation MSE after every epoch: mean over seeds, and the band from the lowest to the highest seed.
+
+    Returns: False where nothing was trained, and then there is no picture.
+    """
+    groups: dict[tuple, list[list[float]]] = {}
+    for cell in cells:
+        if cell["history"]:
+            groups.setdefault((cell["method"], cell["alpha"]), []).append([h["val_mse"] for h in cell["history"]])
+    if not groups:
+        return False
+    figure, ax = _figure(8, 4.5)
+    zero = [c["val_mse"] for c in cells if c["method"] == "zero_shot"]
+    if zero:
+        ax.axhline(zero[0], color=COLOURS["zero_shot"], linestyle=STYLES["zero_shot"], linewidth=1.5, label="zero-shot")
+    alphas = sorted({a for m, a in groups if m == "sff"})
+    floor, roof = min(zero, default=np.inf), max(zero, default=0.0)
+    for (method, alpha), curves in groups.items():
+        values = np.array([c[: min(map(len, curves))] for c in curves])
+        epochs = np.arange(1, values.shape[1] + 1)
+        fade = 1.0 if method != "sff" or len(alphas) < 2 else 0.35 + 0.65 * alphas.index(alpha) / (len(alphas) - 1)
+        style = {"color": COLOURS.get(method, "#555555"), "alpha": fade}
+        ax.plot(epochs, values.mean(0), linestyle=STYLES.get(method, "-"), linewidth=2, marker="o", markersize=3.5,
+                label=label(method, alpha), **style)  # fmt: skip
+        if len(values) > 1:
+            ax.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
+        floor = min(floor, values.min())
+        roof = max(roof, values.min(1).max())
+    # a model from scratch starts far above the rest: the axis shows where the methods end, not where that one began
+    ax.set_ylim(floor - 0.08 * (roof - floor), roof + 0.6 * (roof - floor) + 1e-9)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("epoch", fontsize=10)
+    ax.set_ylabel("validation MSE, scaled data", fontsize=10)
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path)
+    return True
+
+
+def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
+    """MSE against alpha, with training from scratch at 0 and full fine-tuning at 1 as its two ends.
+
+    Returns: False without at least two alphas of one method.
+    """
+    swept = [m for m in ("sff", "noise") if (summary["method"] == m).sum() > 1]
+    if not swept:
+        return False
+    figure, axes = _figure(9, 3.8, ncols=2)
+    zero = summary[summary["method"] == "zero_shot"]
+    for ax, split in zip(axes, ("val", "test"), strict=True):
+        for method in swept:
+            points = [(r.alpha, r) for r in summary.itertuples() if r.method == method]
+            points += [({"tfs": 0.0, "ff": 1.0}[r.method], r) for r in summary.itertuples() if r.method in ("tfs", "ff")]
+            points.sort(key=lambda p: p[0])
+            ax.errorbar([a for a, _ in points], [getattr(r, f"{split}_mse") for _, r in points],
+                        yerr=np.nan_to_num([getattr(r, f"{split}_mse_std") for _, r in points]), capsize=3, marker="o",
+                        linewidth=2, color=COLOURS[method], linestyle=STYLES[method], label=SHORT[method])  # fmt: skip
+        if len(zero):
+            ax.axhline(zero[f"{split}_mse"].iloc[0], color=COLOURS["zero_shot"], linestyle=STYLES["zero_shot"], label="zero-shot")
+        ax.set_xlabel("alpha (0: from scratch, 1: full fine-tuning)", fontsize=10)
+        ax.set_ylabel(f"{'validation' if split == 'val' else 'test'} MSE, scaled data", fontsize=10)
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+    return True
+
+
+def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
+    """Four test windows, chosen by position and not by looks: the end of the context, the truth, and the forecasts."""
+    seed = min(c["seed"] for c in cells)
+    first = [c for c in cells if c["seed"] == seed]
+    shown = []
+    for method in ("zero_shot", "ff", "sff", "tfs", "lpff", "lp", "noise", "l2sp"):
+        same = [c for c in first if c["method"] == method]
+        shown += [min(same, key=lambda c: c["val_mse"])] if same and len(shown) < 4 else []
+    windows = [dict(np.load(c["folder"] / "forecasts.npz")) for c in shown]
+    n_windows, horizon = windows[0]["target"].shape
+    figure, axes = _figure(10, 2.9 * ((n_windows + 1) // 2), nrows=(n_windows + 1) // 2, ncols=min(2, n_windows), squeeze=False)
+    for i, ax in enumerate(np.ravel(axes)):
+        if i >= n_windows:
+            ax.set_visible(False)
+            continue
+        context = windows[0]["context"][i][-2 * horizon :]
+        past, future = np.arange(-len(context), 0), np.arange(horizon)
+        ax.plot(past, context, color="#999999", linewidth=1.2)
+        ax.plot(future, windows[0]["target"][i], color="black", linewidth=1.5, label="truth")
+        for cell, data in zip(shown, windows, strict=True):
+            method = cell["method"]
+            ax.plot(future, data["point"][i], color=COLOURS[method], linestyle=STYLES[method], linewidth=1.6,
+                    label=label(method, cell["alpha"]))  # fmt: skip
+        ax.axvline(0, color="#999999", linewidth=0.8)
+        ax.set_title(str(windows[0]["label"][i]), fontsize=10, loc="left")
+        ax.set_xlabel("steps from the start of the forecast", fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
+    figure.savefig(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report.md
+
+
+def read_folder(folder: Path) -> tuple[pd.DataFrame, dict, list[dict]]:
+    """results.csv, run.json and baselines.json of a comparison folder.
+
+    Raises: ValueError where `folder` is not one, naming what is missing.
+    """
+    missing = [name for name in ("results.csv", "run.json", "baselines.json") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is not the folder of a comparison: no {', '.join(missing)}")
+    results = pd.read_csv(folder / "results.csv")
+    return results, json.loads((folder / "run.json").read_text()), json.loads((folder / "baselines.json").read_text())
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.md, and its pictures where matplotlib is installed, into the folder of a comparison.
+
+    Returns: the path of report.md.
+    """
+    folder = Path(folder)
+    results, run, baselines = read_folder(folder)
+    summary = summarise(results)
+    cells = _read_cells(folder, results)
+    pictures = []
+    if importlib.util.find_spec("matplotlib"):
+        plots = folder / "plots"
+        plots.mkdir(exist_ok=True)
+        plot_bars(summary, results, baselines, plots / "bars.png")
+        pictures.append(("bars", "Test error of every method. Bars: mean over seeds, whisker: standard deviation."))
+        if plot_validation(cells, plots / "validation.png"):
+            pictures.append(("validation", "Validation error after every epoch; band: lowest to highest seed."))
+        if plot_alpha(summary, plots / "alpha.png"):
+            pictures.append(("alpha", "Error against alpha; whisker: standard deviation over seeds."))
+        plot_forecasts(cells, plots / "forecasts.png")
+        pictures.append(("forecasts", "Test windows at fixed positions of the split, in data units, first seed."))
+
+    settings = run["settings"]
+    lines = [
+        f"# {settings['data']}, {settings['model']}, {settings['context']} -> {settings['horizon']}",
+        "",
+        verdict(summary),
+        "",
+        markdown_table(*_table_rows(summary, baselines)),
+        "",
+        "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation over "
+        "seeds; `vs` is the change of test MSE in per cent, each seed against the same seed. Weights are those of the "
+        f"epoch with the lowest validation MSE. Every window is scored: {run['windows']['val']:,} for validation, "
+        f"{run['windows']['test']:,} for test.",
+    ]
+    notes = [f"{label(c['method'], c['alpha'])}, seed {c['seed']}: {text}" for c in cells for text in c["warnings"]]
+    if notes:
+        lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
+    if pictures:
+        lines += ["", "## Pictures"]
+        for name, text in pictures:
+            lines += ["", f"![{text}](plots/{name}.png)", "", text]
+    else:
+        lines += ["", "No pictures: matplotlib is not installed (`pip install 'ltsm-jax[plots]'`, then "
+                  f"`python -m experiments.report {folder}`)."]  # fmt: skip
+    lines += ["", "## How it was made", "", "```", run["command"], "```", ""]
+    lines.append(markdown_table(["setting", "value"], [[k, "" if v is None else str(v)] for k, v in settings.items()]))
+    commits = ", ".join(sorted(set(results["git_commit"].astype(str))))
+    lines += ["", f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.", ""]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def print_table(folder: str | Path, console: Console | None = None) -> None:
+    """The comparison and its verdict on the terminal."""
+    results, run, baselines = read_folder(Path(folder))
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 150)  # a log file has no width: never cut a number
+    summary, s = summarise(results), run["settings"]
+    console.print(terminal_table(summary, baselines, f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"))
+    console.print(verdict(summary), highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.report FOLDER`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    try:
+        print_table(argv[0])
+        print(write_report(argv[0]))
+    except ValueError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

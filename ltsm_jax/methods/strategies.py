@@ -1,0 +1,217 @@
+"""Fine-tuning strategies as data: where a run starts and what it trains, nothing else.
+
+All of them go through the same code with the same data order, so that a difference between two rows of a table is a
+difference between two of these small values.
+
+| name      | start                                      | trains           | source |
+|-----------|--------------------------------------------|------------------|--------|
+| zero_shot | pretrained                                 | nothing          |        |
+| ff        | pretrained                                 | all              | full fine-tuning |
+| tfs       | random                                     | all              | training from scratch |
+| sff       | alpha * pretrained + (1 - alpha) * random  | all              | arXiv 2606.08578, released code Meteor-Stars/SFF |
+| lp        | pretrained, head re-initialised            | head             | linear probing |
+| lpff      | the same                                   | head, then all   | LP-FT, Kumar et al. 2022, arXiv 2202.10054 |
+| l2sp      | pretrained                                 | all, pulled back | L2-SP, Li et al. 2018, arXiv 1802.01483 |
+| noise     | alpha * pretrained + (1 - alpha) * noise   | all              | control for sff: noise as large as the random model |
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ltsm_jax import trees
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Start from the checkpoint as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Start from the model's own random initialisation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpolated:
+    """Start from `alpha * pretrained + (1 - alpha) * random`, every tensor, norms and biases included."""
+
+    alpha: float
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseInterpolated:
+    """Start from `alpha * pretrained + (1 - alpha) * noise`; noise is Gaussian, each tensor of the random model's norm."""
+
+    alpha: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One stretch of training with a fresh optimiser and its own best-validation tracking.
+
+    Attributes:
+      trainable: "all", or "head" (what the model family declares as its head; the rest is frozen, dropout stays on).
+      epochs, lr: in place of the run's; None keeps the run's.
+      l2_sp: weight w of the penalty w/2 * |params - start|^2 added to the loss; 0 for none.
+    """
+
+    trainable: Literal["all", "head"] = "all"
+    epochs: int | None = None
+    lr: float | None = None
+    l2_sp: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """A start point and the phases of training that follow, each from the best weights of the one before."""
+
+    name: str
+    start: Pretrained | Random | Interpolated | NoiseInterpolated = Pretrained()
+    phases: tuple[Phase, ...] = (Phase(),)
+    reinit_head: bool = False
+
+    @property
+    def alpha(self) -> float | None:
+        """Weight of the pretrained side where the start is a mixture, else None."""
+        return getattr(self.start, "alpha", None)
+
+
+def zero_shot() -> Strategy:
+    """The checkpoint, evaluated only."""
+    return Strategy("zero_shot", phases=())
+
+
+def ff() -> Strategy:
+    """Full fine-tuning: every parameter, from the checkpoint."""
+    return Strategy("ff")
+
+
+def tfs() -> Strategy:
+    """Training from scratch: every parameter, from the model's own random initialisation."""
+    return Strategy("tfs", Random())
+
+
+def sff(alpha: float = 0.7) -> Strategy:
+    """Smoothed Full Fine-tuning: mix the checkpoint with a random model, once, then full fine-tuning.
+
+    Args:
+      alpha: weight of the PRETRAINED side; 1 is `ff`, 0 is `tfs`, bit for bit at the same seed. The released script
+        uses 0.7.
+    Source: arXiv 2606.08578, Meteor-Stars/SFF.
+    """
+    return Strategy("sff", Interpolated(alpha))
+
+
+def lp() -> Strategy:
+    """Linear probing: a new head on the frozen pretrained body."""
+    return Strategy("lp", phases=(Phase("head"),), reinit_head=True)
+
+
+def lpff() -> Strategy:
+    """Linear probing, then full fine-tuning from its best weights with a fresh optimiser and the same learning rate.
+
+    Source: Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022,
+    arXiv 2202.10054.
+    """
+    return Strategy("lpff", phases=(Phase("head"), Phase("all")), reinit_head=True)
+
+
+def l2sp(weight: float = 0.1) -> Strategy:
+    """Full fine-tuning with the penalty weight/2 * |params - pretrained|^2.
+
+    Every parameter here is pretrained, so the second term of the paper (plain decay of new layers) is empty.
+
+    Source: Li, Grandvalet, Davoine, "Explicit Inductive Bias for Transfer Learning", ICML 2018, arXiv 1802.01483.
+    """
+    return Strategy("l2sp", phases=(Phase(l2_sp=weight),))
+
+
+def noise(alpha: float = 0.7) -> Strategy:
+    """Control for `sff`: Gaussian noise, tensor by tensor as large as the random model, in the random model's place.
+
+    Where it does as well as `sff`, what helps is shrinking and shaking the checkpoint, not the initialisation scheme.
+    """
+    return Strategy("noise", NoiseInterpolated(alpha))
+
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    f.__name__: f for f in (zero_shot, ff, tfs, sff, lp, lpff, l2sp, noise)
+}
+MIXED = ("sff", "noise")  # those that take an alpha
+
+
+def strategy(name: str, *, alpha: float = 0.7, l2_sp: float = 0.1) -> Strategy:
+    """The strategy called `name`; `alpha` reaches only sff and noise, `l2_sp` only l2sp.
+
+    Raises: ValueError for an unknown name (with the known ones) or an alpha outside [0, 1].
+    """
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(name, STRATEGIES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"unknown method {name!r}{hint}; known: {', '.join(STRATEGIES)}")
+    if name in MIXED:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is the weight of the pretrained side, between 0 and 1; got {alpha}")
+        return STRATEGIES[name](float(alpha))
+    if name == "l2sp":
+        if not l2_sp > 0:
+            raise ValueError(f"the l2sp weight must be positive; got {l2_sp}")
+        return l2sp(float(l2_sp))
+    return STRATEGIES[name]()
+
+
+def start_params(strategy: Strategy, model: Any, params: Params, aux_key: jax.Array) -> Params:
+    """Parameters a run of `strategy` starts from.
+
+    The random model is ONE draw, `model.init(aux_key)`, shared by tfs, sff and every new head: that is why sff at
+    alpha 0 and tfs agree bit for bit.
+
+    Args:
+      params: the pretrained tree; not modified.
+      aux_key: `training.keys(seed)["aux"]`.
+    Raises: ValueError where `params` is not a tree of this model.
+    """
+    pre, start = params, strategy.start
+    if isinstance(start, Pretrained) and not strategy.reinit_head:
+        trees.require_same(pre, jax.eval_shape(model.init, aux_key), names=("params", "model"))
+        return pre
+    aux = model.init(aux_key)
+    trees.require_same(pre, aux, names=("params", "model"))
+    match start:
+        case Random():
+            mixed = aux
+        case Interpolated(alpha):
+            mixed = trees.interpolate(pre, aux, alpha)
+        case NoiseInterpolated(alpha):
+            # fold_in: the noise must not be the bits that drew `aux`.
+            mixed = trees.interpolate(pre, equal_norm_noise(jax.random.fold_in(aux_key, 1), aux), alpha)
+        case _:
+            mixed = pre
+    if not strategy.reinit_head:
+        return mixed
+    new = trees.select(pre, model.head)
+    return jax.tree.map(lambda is_new, fresh, old: fresh if is_new else old, new, aux, mixed)
+
+
+def equal_norm_noise(key: jax.Array, params: Params) -> Params:
+    """Gaussian noise shaped like `params`, each tensor rescaled to the Euclidean norm of its counterpart."""
+    leaves, treedef = jax.tree.flatten(params)
+
+    def draw(key: jax.Array, leaf: jax.Array) -> jax.Array:
+        z = jax.random.normal(key, leaf.shape, leaf.dtype)
+        return z * (jnp.linalg.norm(leaf.ravel()) / jnp.linalg.norm(z.ravel()))
+
+    return treedef.unflatten([draw(k, leaf) for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)])
+
+
+def l2_sp_penalty(reference: Params, weight: float, params: Params) -> jax.Array:
+    """weight/2 * sum of squared differences to `reference`, over every tensor."""
+    gaps = jax.tree.map(lambda p, p0: jnp.sum(jnp.square(p - p0)), params, reference)
+    return 0.5 * weight * jax.tree.reduce(jnp.add, gaps)
