@@ -1,0 +1,48 @@
+"""A time series on a regular grid."""
+
+import dataclasses
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Data that cannot be used as they are; the message lists every problem found and what to do about each."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Series:
+    """C variates on one grid of T rows.
+
+    Attributes:
+      name: what reports call it.
+      values: [C, T] float64, data units.
+      columns: name of each variate.
+      timestamps: [T] datetime64[us], or None when the source has none.
+      freq: canonical step ("15min", "h", "D", "W", "M", ...), or None where it is not known.
+      benchmark: name of the benchmark whose borders and reading rules hold for it, or None.
+      notes: what was done to the data or found about them on the way in, one line each, for reports.
+    """
+
+    name: str
+    values: np.ndarray
+    columns: tuple[str, ...]
+    timestamps: np.ndarray | None = None
+    freq: str | None = None
+    benchmark: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.values.ndim != 2 or len(self.columns) != self.values.shape[0]:
+            raise DataError(f"values of shape {self.values.shape} need [C, T] and {len(self.columns)} column names")
+        if self.timestamps is not None and self.timestamps.shape != (self.values.shape[1],):
+            raise DataError(f"{self.values.shape[1]} rows but timestamps of shape {self.timestamps.shape}")
+
+    @property
+    def n_rows(self) -> int:
+        """T."""
+        return self.values.shape[1]
+
+    @property
+    def n_variates(self) -> int:
+        """C."""
+        return self.values.shape[0]

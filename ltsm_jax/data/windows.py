@@ -1,0 +1,160 @@
+"""Windows of a series, gathered on the device, and the order in which training sees them.
+
+The series lies on the device once, `[C, T]` float32; a window is a (variate, first row) pair, and a batch is a vector
+of window numbers. Nothing but those numbers moves during training, and they are a pure function of (key, epoch,
+batch): a resumed run needs no loader state to see the same batches in the same order.
+
+Shapes: B batch, C variates, T rows of the series, L context rows, H horizon rows, N windows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+    """A table of windows over one series; a pytree, to be passed to jitted functions as an argument.
+
+    Attributes:
+      values: [C, T] float32, in the units in which the model is trained and scored (`prepare` gives scaled units).
+      starts: [N] int32, first context row of each window.
+      rows: [N] int32, the variate of each window; None when every window holds all variates (`joint`).
+      context_len, horizon: L and H; static under jit.
+      columns, timestamps: names and stamps for `describe`. They stay on the host: inside jit they are empty.
+    """
+
+    values: jax.Array
+    starts: jax.Array
+    rows: jax.Array | None
+    context_len: int
+    horizon: int
+    columns: tuple[str, ...] = ()
+    timestamps: np.ndarray | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of windows N."""
+        return self.starts.shape[0]
+
+    @property
+    def joint(self) -> bool:
+        """Whether a window holds all C variates (else one)."""
+        return self.rows is None
+
+    def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
+        """The windows numbered `indices` [B] (each in [0, N)) as a batch, inside or outside jit.
+
+        Returns: {"context": [B, 1, L], "target": [B, 1, H]}; [B, C, L] and [B, C, H] when joint.
+        """
+        starts_B = self.starts[indices]
+        if self.rows is None:
+            size = (self.values.shape[0], self.context_len + self.horizon)
+            x_BCT = jax.vmap(lambda t: jax.lax.dynamic_slice(self.values, (0, t), size))(starts_B)
+        else:
+            size = (1, self.context_len + self.horizon)
+            cut = jax.vmap(lambda c, t: jax.lax.dynamic_slice(self.values, (c, t), size))
+            x_BCT = cut(self.rows[indices], starts_B)
+        return {"context": x_BCT[..., : self.context_len], "target": x_BCT[..., self.context_len :]}
+
+    def take(self, indices: np.ndarray) -> "Windows":
+        """The same series with only the windows numbered `indices`, in that order."""
+        rows = None if self.rows is None else self.rows[indices]
+        return dataclasses.replace(self, starts=self.starts[indices], rows=rows)
+
+    def describe(self, i: int) -> dict[str, Any]:
+        """Where window `i` lies, for reports and error messages (host only).
+
+        Returns: {"window", "variate" (None when joint), "column", "start", "target_start", "stop"} with rows counted
+        in the series, `stop` exclusive; with stamps known also {"first", "target_first", "last"}.
+        """
+        if not 0 <= i < self.n:
+            raise ValueError(f"window {i} does not exist: there are {self.n}, counted from 0")
+        start = int(self.starts[i])
+        variate = None if self.rows is None else int(self.rows[i])
+        where = {
+            "window": int(i),
+            "variate": variate,
+            "column": self.columns[variate] if variate is not None and self.columns else None,
+            "start": start,
+            "target_start": start + self.context_len,
+            "stop": start + self.context_len + self.horizon,
+        }
+        if self.timestamps is not None:
+            stamps = self.timestamps
+            where |= {
+                "first": str(stamps[start]),
+                "target_first": str(stamps[where["target_start"]]),
+                "last": str(stamps[where["stop"] - 1]),
+            }
+        return where
+
+
+jax.tree_util.register_dataclass(
+    Windows,
+    data_fields=["values", "starts", "rows"],
+    meta_fields=["context_len", "horizon"],
+    drop_fields=["columns", "timestamps"],  # host-only: they are no part of a compiled function's key
+)
+
+
+def windows_between(
+    values: jax.Array | np.ndarray,
+    lo: int,
+    hi: int,
+    context_len: int,
+    horizon: int,
+    *,
+    joint: bool = False,
+    **facts: Any,
+) -> Windows:
+    """Every window (stride 1) that lies wholly in rows [lo, hi) of `values` [C, T], variate by variate.
+
+    Window i is variate i // W from row lo + i % W, with W = hi - lo - context_len - horizon + 1 (joint: N = W).
+    `facts`: `columns`, `timestamps` for `Windows.describe`.
+
+    Raises: ValueError when the range leaves the series, a length is not positive or no window fits.
+    """
+    n_variates, n_rows = values.shape
+    n_starts = hi - lo - context_len - horizon + 1
+    if context_len < 1 or horizon < 1:
+        raise ValueError(f"context_len and horizon must be at least 1, got {context_len} and {horizon}")
+    if not 0 <= lo <= hi <= n_rows:
+        raise ValueError(f"rows [{lo}, {hi}) are not inside the series of {n_rows} rows")
+    if n_starts < 1:
+        need = context_len + horizon
+        raise ValueError(f"{hi - lo} rows are too few for one window of {context_len} + {horizon} = {need} rows")
+    starts = np.arange(lo, lo + n_starts, dtype=np.int32)
+    rows = None
+    if not joint:
+        rows = jnp.asarray(np.repeat(np.arange(n_variates, dtype=np.int32), n_starts))
+        starts = np.tile(starts, n_variates)
+    return Windows(jnp.asarray(values, jnp.float32), jnp.asarray(starts), rows, context_len, horizon, **facts)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Batches in one pass over `n` windows; the last one may be partial and is kept."""
+    return -(-n // batch_size)
+
+
+def epoch_order(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Array:
+    """The order of epoch `epoch`: a permutation of 0..n-1, int32 [n], a pure function of (key, epoch, n).
+
+    `n` is static under jit, `epoch` may be traced.
+    """
+    return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(n, dtype=jnp.int32))
+
+
+def batch_at(order: jax.Array, b: int | jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Batch `b` of an epoch seen in `order` [n]: (indices [B] int32, weight [B] float32).
+
+    The last batch is filled up to `batch_size` with window 0 at weight 0, so that every batch has one shape and no
+    window is lost. `b` may be traced, `batch_size` is static.
+    """
+    n = order.shape[0]
+    place = b * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+    real = place < n
+    return jnp.where(real, order[jnp.minimum(place, n - 1)], 0), real.astype(jnp.float32)
