@@ -1,0 +1,20 @@
+"""Large time-series models in JAX: load, fine-tune, prune, measure, write back."""
+
+from ltsm_jax.models import Forecast, Model, preset
+from ltsm_jax.models.library import load, save
+from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Forecast",
+    "Model",
+    "ema",
+    "interpolate",
+    "load",
+    "preset",
+    "save",
+    "shrink_and_perturb",
+    "soup",
+    "wise_ft",
+]

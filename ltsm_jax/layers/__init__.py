@@ -1,0 +1,1 @@
+"""Layers that three families or more share."""

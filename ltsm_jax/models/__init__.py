@@ -1,0 +1,20 @@
+"""Model families. A family is one file here, one line in this table, and one converter."""
+
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.timer import Timer
+
+FAMILIES: dict[str, type[Model]] = {family.family: family for family in (Timer,)}
+
+
+def preset(name: str) -> Model:
+    """The model of a published preset, without weights.
+
+    Raises: ValueError listing the known names.
+    """
+    known = {p: family for family in FAMILIES.values() for p in family.presets()}
+    if name not in known:
+        raise ValueError(f"no preset is called {name!r}; known: {', '.join(known)}")
+    return known[name](known[name].presets()[name])
+
+
+__all__ = ["FAMILIES", "Batch", "Forecast", "Model", "Recipe", "preset"]

@@ -1,0 +1,338 @@
+"""Timer: a decoder-only Transformer over patches of one variate, trained to predict the next patch.
+
+Liu et al., "Timer: Generative Pre-trained Transformers Are Large Time Series Models" (ICML 2024, arXiv 2402.02368).
+Follows thuml/Large-Time-Series-Model (commit 1ff8d1a) and, in the same mathematics, Meteor-Stars/SFF (commit 2dfb50b):
+post-norm blocks, a sinusoid position table, an extra norm before the head, instance scaling around it all. A token's
+output is the prediction of the NEXT patch, so the forecast is the last token's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task, check_context, fill_missing, mean_over_rows
+from ltsm_jax.trees import Tree
+
+SCALE_EPS = 1e-5  # inside the root, added to the variance
+TABLE_LEN = 5000  # rows of the original's position table: the longest sequence it can take, in patches
+
+
+@dataclasses.dataclass(frozen=True)
+class TimerConfig:
+    """Widths are per layer, so that a pruned Timer is a Timer.
+
+    patch_len P, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer, context_len and horizon in
+    time steps (the published use: horizon = P).
+    """
+
+    patch_len: int
+    d_model: int
+    head_dim: int
+    n_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    context_len: int = 672
+    horizon: int = 96
+    task: Task = "forecasting"
+    activation: Literal["gelu", "relu"] = "gelu"
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        problems = []
+        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
+            problems.append(f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one")
+        if self.d_model % 2:
+            problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
+        sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.horizon)
+        if min(*sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+            problems.append(f"every size must be positive: {self}")
+        if self.context_len < self.patch_len:
+            problems.append(f"the context ({self.context_len}) must hold one patch ({self.patch_len})")
+        if self.horizon > self.patch_len:
+            problems.append(f"one step predicts one patch ({self.patch_len}), so the horizon cannot be {self.horizon}")
+        if self.activation not in ("gelu", "relu") or not 0 <= self.dropout < 1:
+            problems.append(f"activation must be gelu or relu and dropout in [0, 1): {self.activation}, {self.dropout}")
+        if problems:
+            raise ValueError("TimerConfig: " + "; ".join(problems))
+
+    @classmethod
+    def of(cls, patch_len: int, d_model: int, d_ff: int, layers: int, heads: int, **rest) -> "TimerConfig":
+        """Equal layers; heads split the model width as in the original."""
+        if heads < 1 or d_model % heads:
+            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
+        return cls(patch_len, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest)
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "TimerConfig":
+        """Reads the option names of the original's scripts (patch_len, d_model, d_ff, e_layers, n_heads, seq_len, ...).
+
+        Raises: ValueError naming the options that are missing.
+        """
+        missing = [name for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads") if name not in fields]
+        if missing:
+            raise ValueError(f"the config of a Timer checkpoint lacks {', '.join(missing)}")
+        rest = {ours: fields[theirs] for ours, theirs in (("context_len", "seq_len"), ("dropout", "dropout")) if theirs in fields}
+        task = fields.get("task_name", "forecasting")
+        return cls.of(
+            *(int(fields[name]) for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")),
+            horizon=min(int(fields.get("pred_len", fields["patch_len"])), int(fields["patch_len"])),
+            task={"forecast": "forecasting", "anomaly_detection": "anomaly"}.get(task, task),
+            activation="relu" if fields.get("activation") == "relu" else "gelu",  # the original: anything else is gelu
+            **rest,
+        )
+
+
+PRESETS = {
+    # hyper-parameters from the scripts of thuml/Large-Time-Series-Model; no config file ships with the checkpoints
+    "Timer_forecast_1.0": TimerConfig.of(96, 1024, 2048, 8, 8, context_len=672, horizon=96),
+    "Timer_imputation_1.0": TimerConfig.of(24, 256, 512, 4, 8, context_len=192, horizon=24, task="imputation"),
+    "Timer_anomaly_detection_1.0": TimerConfig.of(96, 256, 512, 4, 8, context_len=768, horizon=96, task="anomaly"),
+    # ours, small enough to ship and to train on a laptop
+    "timer-tiny": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
+}
+
+
+def sinusoids(n: int, d_model: int) -> np.ndarray:
+    """The original's position table [n, D], float32: sines in even columns, cosines in odd ones, base 10000.
+
+    Frequencies and angles are rounded to float32 as in the original; sine and cosine are then exact, which leaves the
+    published tables at most one unit in the last place away.
+    """
+    exponent = np.arange(0, d_model, 2).astype(np.float32) * np.float32(-(math.log(10000.0) / d_model))
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angle = (np.arange(n, dtype=np.float32)[:, None] * frequency).astype(np.float64)
+    return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(n, d_model).astype(np.float32)
+
+
+def uniform_fan_in(fan_in: int):
+    """Torch's default for linear layers, weights and biases alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` over the last axes of `inputs` shape, giving `outputs` shape; torch's default init."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        init = uniform_fan_in(math.prod(self.inputs))
+        kernel = self.param("kernel", init, (*self.inputs, *self.outputs))
+        # one plain matrix product, whatever the head axes: XLA's CPU code for it is the fastest
+        y = x.reshape(*x.shape[: x.ndim - len(self.inputs)], -1) @ kernel.reshape(math.prod(self.inputs), -1)
+        if self.use_bias:
+            bias = self.param("bias", init, self.outputs)
+            y = y + jnp.broadcast_to(bias.reshape(-1), y.shape)
+        return y.reshape(*y.shape[:-1], *self.outputs)
+
+
+class Attention(nn.Module):
+    d_model: int
+    n_heads: int
+    head_dim: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x_BND, train: bool):
+        heads = (self.n_heads, self.head_dim)
+        q_BNHK, k_BSHK, v_BSHK = (Linear((self.d_model,), heads, name=n)(x_BND) for n in "qkv")
+        s_BHNS = jnp.einsum("BNHK,BSHK->BHNS", q_BNHK, k_BSHK) * self.head_dim**-0.5
+        causal_NS = jnp.tril(jnp.ones(s_BHNS.shape[-2:], bool))
+        s_BHNS = jnp.where(causal_NS[None, None], s_BHNS, -jnp.inf)
+        w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32)).astype(x_BND.dtype)
+        y_BNHK = jnp.einsum("BHNS,BSHK->BNHK", nn.Dropout(self.dropout)(w_BHNS, not train), v_BSHK)
+        return Linear(heads, (self.d_model,), name="out")(y_BNHK), w_BHNS
+
+
+class Block(nn.Module):
+    cfg: TimerConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BND, train: bool):
+        cfg, taps = self.cfg, {}
+        heads, ffn_dim = cfg.n_heads[self.layer], cfg.ffn_dims[self.layer]
+        drop = lambda y: nn.Dropout(cfg.dropout)(y, not train)  # noqa: E731
+        activation = nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
+        a_BND, taps["attn_weights"] = Attention(cfg.d_model, heads, cfg.head_dim, cfg.dropout, name="attn")(x_BND, train)
+        taps["attn"] = a_BND
+        x_BND = taps["norm1"] = nn.LayerNorm(epsilon=1e-5, name="norm1")(x_BND + drop(a_BND))
+        y_BNF = drop(activation(Linear((cfg.d_model,), (ffn_dim,), name="up")(x_BND)))
+        y_BND = drop(Linear((ffn_dim,), (cfg.d_model,), name="down")(y_BNF))
+        return nn.LayerNorm(epsilon=1e-5, name="norm2")(x_BND + y_BND), taps
+
+
+class TimerNet(nn.Module):
+    """Patches [B, N, P] in instance scale -> next patches [B, N, P], and the named steps between."""
+
+    cfg: TimerConfig
+
+    @nn.compact
+    def __call__(self, p_BNP, train: bool = False):
+        cfg, taps = self.cfg, {"patches": p_BNP}
+        n = p_BNP.shape[1]
+        if n > TABLE_LEN:
+            raise ValueError(f"{n} patches; Timer's position table has {TABLE_LEN} rows")
+        x_BND = taps["value_embed"] = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")(p_BNP)
+        x_BND = taps["embed"] = x_BND + jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)[None]
+        x_BND = nn.Dropout(cfg.dropout)(x_BND, not train)
+        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, train)
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+        x_BND = taps["norm"] = nn.LayerNorm(epsilon=1e-5, name="norm")(x_BND)
+        y_BNP = taps["head"] = Linear((cfg.d_model,), (cfg.patch_len,), name="head")(x_BND)
+        return y_BNP, taps
+
+
+@dataclasses.dataclass(frozen=True)
+class Timer(Model):
+    """Timer at one size. See the module docstring; `Model` documents the methods."""
+
+    config: TimerConfig
+
+    family = "timer"
+    head = r"^head/"
+    tasks = ("forecasting", "imputation", "anomaly")
+    variates = "independent"
+    licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
+    shard_rules = (
+        (r"^embed/kernel$", (None, "fsdp")),
+        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
+        (r"/attn/[qkv]/bias$", ("tensor", None)),
+        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+        (r"/up/kernel$", ("fsdp", "tensor")),
+        (r"/up/bias$", ("tensor",)),
+        (r"/down/kernel$", ("tensor", "fsdp")),
+        (r"^head/kernel$", ("fsdp", None)),
+        (r"/(scale|bias)$", ()),
+    )
+    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/(up|down)$", "ffn units"))
+
+    @classmethod
+    def presets(cls) -> Mapping[str, TimerConfig]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerConfig:
+        return TimerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    @property
+    def context_len(self) -> int:
+        return self.config.context_len
+
+    @property
+    def horizon(self) -> int:
+        return self.config.horizon
+
+    def init(self, key: jax.Array) -> Tree:
+        return TimerNet(self.config).init(key, jnp.zeros((1, 1, self.config.patch_len)))["params"]
+
+    def recipe(self) -> Recipe:
+        source = "thuml/Large-Time-Series-Model scripts; schedule of Meteor-Stars/SFF (commit 2dfb50b)"
+        lr = 3e-5 if self.config.task == "forecasting" else 1e-4
+        batch_size = 2048 if self.config.task == "forecasting" else 128
+        if self.config == PRESETS["timer-tiny"]:
+            lr, source = 3e-4, "validation MSE of full fine-tuning on ETTh1; the rest as for the published Timer"
+        return Recipe(lr, batch_size, 10, "halving", self.context_len, self.horizon, "own", source)
+
+    # --- the network around its instance scaling
+
+    def apply(self, params: Tree, x_BCT: jax.Array, observed_BCT=None, key=None, train=False):
+        """One forward pass in the units of x: next-patch predictions [B, C, N*P], N = T // P, and the named steps.
+
+        Points after the last whole patch count in the scale but are no patch, as in the original. With `observed`
+        (1 or 0), x must hold 0 where it is 0, and the scale is of the observed points only.
+        """
+        cfg = self.config
+        b, c, t = x_BCT.shape
+        n = t // cfg.patch_len
+        if n < 1:
+            raise ValueError(f"Timer needs at least one patch of {cfg.patch_len} time steps, got {t}")
+        x_BCT = x_BCT.astype(jnp.float32)
+        if observed_BCT is None:
+            mean_BC1 = x_BCT.mean(-1, keepdims=True)
+            z_BCT = x_BCT - mean_BC1
+            std_BC1 = jnp.sqrt(jnp.square(z_BCT).mean(-1, keepdims=True) + SCALE_EPS)
+        else:
+            n_BC1 = observed_BCT.sum(-1, keepdims=True)
+            mean_BC1 = x_BCT.sum(-1, keepdims=True) / n_BC1
+            z_BCT = jnp.where(observed_BCT == 0, 0.0, x_BCT - mean_BC1)
+            std_BC1 = jnp.sqrt(jnp.square(z_BCT).sum(-1, keepdims=True) / n_BC1 + SCALE_EPS)
+        mean_BC1, std_BC1 = jax.lax.stop_gradient((mean_BC1, std_BC1))
+        p_BNP = (z_BCT / std_BC1)[..., : n * cfg.patch_len].reshape(b * c, n, cfg.patch_len)
+        rngs = {"dropout": key} if train and cfg.dropout else None
+        y_BNP, taps = TimerNet(cfg).apply({"params": params}, p_BNP, train and rngs is not None, rngs=rngs)
+        y_BCT = y_BNP.reshape(b, c, n * cfg.patch_len) * std_BC1 + mean_BC1
+        return y_BCT, taps | {"mean": mean_BC1, "std": std_BC1}
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """Next-token MSE over all tokens (the original's `use_ims`): the target is the series moved by one patch.
+
+        The context must be whole patches; of the target, the first patch is used.
+        """
+        p, (context, target) = self.config.patch_len, (batch["context"], batch["target"])
+        if context.shape[-1] % p or target.shape[-1] < p:
+            raise ValueError(
+                f"the next-token loss needs a context of whole patches ({p}) and a target of one patch, got "
+                f"{context.shape[-1]} and {target.shape[-1]} steps; use the direct loss for other lengths"
+            )
+        y_BCT, _ = self.apply(params, context, key=key, train=train)
+        shifted_BCT = jnp.concatenate([context[..., p:], target[..., :p]], axis=-1)
+        return mean_over_rows(jnp.square(y_BCT - shifted_BCT), batch)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the last token's patch alone (the original's default, direct multi-step)."""
+        p, (context, target) = self.config.patch_len, (batch["context"], batch["target"])
+        if target.shape[-1] > p:
+            raise ValueError(f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; use the next-token loss")
+        y_BCT, _ = self.apply(params, context[..., context.shape[-1] % p :], key=key, train=train)
+        return mean_over_rows(jnp.square(y_BCT[..., -p:][..., : target.shape[-1]] - target), batch)
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """Rolled out patch by patch in a window of fixed length, scaled anew at each step, as in the original.
+
+        The context is cut to the newest whole patches of at most `context_len` steps; one shorter than a patch is
+        padded on the left with its first value. Missing values take the last value before them.
+        """
+        check_context(context, horizon)
+        p = self.config.patch_len
+        x_BCT = fill_missing(jnp.asarray(context, jnp.float32))
+        keep = max(min(x_BCT.shape[-1], self.context_len) // p * p, p)
+        x_BCT = jnp.pad(x_BCT, ((0, 0), (0, 0), (max(keep - x_BCT.shape[-1], 0), 0)), mode="edge")[..., -keep:]
+        steps = math.ceil(horizon / p)
+        if steps == 1:
+            return Forecast(self.apply(params, x_BCT)[0][..., -p:][..., :horizon])
+
+        def step(window_BCT, _):
+            y_BCP = self.apply(params, window_BCT)[0][..., -p:]
+            return jnp.concatenate([window_BCT[..., p:], y_BCP], axis=-1), y_BCP
+
+        _, y_SBCP = jax.lax.scan(step, x_BCT, length=steps)
+        return Forecast(jnp.moveaxis(y_SBCP, 0, 2).reshape(*x_BCT.shape[:2], steps * p)[..., :horizon])
+
+    def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
+        """Reconstruction [B, C, T] of x where `observed` is 0, in data units. T must be whole patches.
+
+        ims: patch j is what the token before it predicts (the first patch, which nothing predicts, is x itself);
+        otherwise the token's own output, the released script's default.
+        """
+        p = self.config.patch_len
+        if x.shape[-1] % p:
+            raise ValueError(f"imputation needs a series of whole patches ({p}), got {x.shape[-1]} steps")
+        observed = observed.astype(jnp.float32)
+        y_BCT, _ = self.apply(params, jnp.where(observed == 0, 0.0, x), observed, key=key, train=train)
+        return jnp.concatenate([x[..., :p], y_BCT[..., :-p]], axis=-1) if ims else y_BCT
+
+    def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
+        """What the model expects, in data units. ims: [B, C, T - P], the predictions of x[..., P:] from the patches
+        before; otherwise [B, C, T], each token's own output (the released script's default)."""
+        p = self.config.patch_len
+        return self.apply(params, x[..., :-p] if ims else x, key=key, train=train)[0]

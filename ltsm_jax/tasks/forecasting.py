@@ -1,0 +1,151 @@
+"""Forecasting: the loss of a batch, and the score of every window of a split."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.data.windows import Windows
+from ltsm_jax.models.family import Batch, Forecast, Model
+from ltsm_jax.trees import Tree
+
+
+class Predictor(Protocol):
+    """Anything that forecasts: a `Model` or a baseline. Must be hashable; it is static under jit."""
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SeasonalNaive:
+    """Baseline: the last `season` observed steps, over and over; season 1 repeats the last value."""
+
+    season: int = 1
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
+        season = min(self.season, context.shape[-1])
+        repeats = -(-horizon // season)
+        return Forecast(jnp.tile(context[..., -season:], (1, 1, repeats))[..., :horizon])
+
+
+def loss_fn(model: Model, mode: Literal["own", "point"] = "own") -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
+    """The training loss `f(params, batch, key, train) -> scalar`, in the (squared) units of the batch.
+
+    mode: "own" is the family's own loss (Timer: next token, "IMS"); "point" is the MSE of the point forecast
+    ("direct").
+    """
+    model.check_task("forecasting")
+    if mode not in ("own", "point"):
+        raise ValueError(f"loss mode must be 'own' or 'point', got {mode!r}")
+    return model.loss if mode == "own" else model.point_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """Errors of every window, summed over the horizon: squared, absolute, absolute over |target| [N, C].
+
+    zeros [N, C]: steps whose target is exactly 0; they have no percentage error and are left out of MAPE alone.
+    variates [N, C]: which variate each entry is of. horizon: steps per entry.
+    """
+
+    squared: np.ndarray
+    absolute: np.ndarray
+    percentage: np.ndarray
+    zeros: np.ndarray
+    variates: np.ndarray
+    horizon: int
+
+
+@functools.partial(jax.jit, static_argnames=("predictor",))
+def _batch_errors(predictor: Predictor, params: Tree, windows: Windows, indices: jax.Array) -> dict[str, jax.Array]:
+    batch = windows.gather(indices)
+    target = batch["target"]
+    difference = predictor.predict(params, batch["context"], target.shape[-1]).point - target
+    zero = target == 0
+    return {
+        "squared": jnp.square(difference).sum(-1),
+        "absolute": jnp.abs(difference).sum(-1),
+        "percentage": jnp.abs(jnp.where(zero, 0.0, difference / jnp.where(zero, 1.0, target))).sum(-1),
+        "zeros": zero.sum(-1),
+    }
+
+
+def errors(predictor: Predictor, params: Tree, windows: Windows, *, batch_size: int = 2048) -> Errors:
+    """Errors of every window, none dropped, forecast on device in batches.
+
+    The last batch is filled up with repeated windows, whose errors are cut off again: one compilation serves all.
+    """
+    n = windows.n
+    if n < 1:
+        raise ValueError("no windows to evaluate")
+    batch_size = min(batch_size, n)
+    batches = []
+    for first in range(0, n, batch_size):
+        indices = np.minimum(np.arange(first, first + batch_size, dtype=np.int32), n - 1)
+        batches.append(_batch_errors(predictor, params, windows, indices))
+    sums = {name: np.concatenate([np.asarray(b[name]) for b in batches])[:n].astype(np.float64) for name in batches[0]}
+    n_variates = sums["squared"].shape[1]
+    rows = np.arange(n_variates)[None] if windows.joint else np.asarray(windows.rows)[:, None]
+    return Errors(**sums, variates=np.broadcast_to(rows, (n, n_variates)), horizon=windows.horizon)
+
+
+def summarise(found: Errors, naive_scale: np.ndarray | None = None) -> dict[str, float]:
+    """Means over all windows, steps and variates: mse, mae, rmse, mape (a fraction), and mase where a scale is given.
+
+    Summed in float64 on the host, so the value does not depend on the batch size beyond the rounding of the forward
+    pass itself.
+
+    Args:
+      found: from `errors`.
+      naive_scale: [variates], the in-sample seasonal-naive MAE of each variate in the units of the data.
+    """
+    entries, steps = found.squared.size, found.squared.size * found.horizon
+    mse = found.squared.sum() / steps
+    scored = steps - found.zeros.sum()
+    result = {
+        "mse": mse,
+        "mae": found.absolute.sum() / steps,
+        "rmse": float(np.sqrt(mse)),
+        "mape": found.percentage.sum() / scored if scored else float("nan"),
+    }
+    if naive_scale is not None:
+        scale = np.asarray(naive_scale)[found.variates]
+        usable = scale > 0  # a constant variate has no scale
+        per_entry = found.absolute[usable] / scale[usable]
+        result["mase"] = per_entry.sum() / (per_entry.size * found.horizon) if per_entry.size else float("nan")
+    return {name: float(value) for name, value in result.items()} | {"windows": entries}
+
+
+def per_variate(found: Errors) -> dict[int, dict[str, float]]:
+    """MSE and MAE of each variate."""
+    result = {}
+    for variate in np.unique(found.variates):
+        own = found.variates == variate
+        steps = own.sum() * found.horizon
+        result[int(variate)] = {"mse": float(found.squared[own].sum() / steps), "mae": float(found.absolute[own].sum() / steps)}
+    return result
+
+
+def evaluate(
+    predictor: Predictor,
+    params: Tree,
+    windows: Windows,
+    *,
+    batch_size: int = 2048,
+    naive_scale: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Score of a split: mse, mae, rmse, mape, (mase), and the number of windows scored (one per variate).
+
+    Args:
+      predictor: a model or a baseline.
+      params: its parameters; `{}` for a baseline.
+      windows: the split. Horizons past the model's own are rolled out.
+      batch_size: windows per forward pass; changes the speed, not the value.
+      naive_scale: see `summarise`.
+    Raises: ValueError when there is no window.
+    """
+    return summarise(errors(predictor, params, windows, batch_size=batch_size), naive_scale)
