@@ -1,0 +1,542 @@
+"""The training loop. There is one; strategies, pre-training and the three tasks differ in what they hand to it.
+
+Many steps run in one dispatch, inside a loop on the device that gathers its own windows. How many is chosen from the
+measured time of a step and is an argument of the compiled program, so neither compilation nor a single bit of the
+result depends on it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax import storage, trees
+from ltsm_jax.data import windows
+from ltsm_jax.training import checkpoints, optimizers, progress
+
+Tree = Any
+MOST_STEPS = 4096  # length of the loss buffer, so the largest dispatch
+DISPATCH_SECONDS = 0.5  # long enough to hide Python, short enough for a live progress bar
+KEY_NAMES = ("init", "aux", "data", "dropout")
+
+
+def keys(seed: int) -> dict[str, jax.Array]:
+    """Named keys of one seed: `init`, `aux` (the random model SFF mixes in), `data` (order), `dropout`.
+
+    A key depends on its name and the seed alone, so methods that use more keys than others still see the same data.
+    """
+    return {name: jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())) for name in KEY_NAMES}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the defaults are those of the SFF release (Meteor-Stars/SFF).
+
+    Attributes:
+      epochs: passes over the training windows.
+      batch_size: windows per step; the last, partial batch of an epoch is kept.
+      lr, schedule, warmup: see `optimizers.schedule`.
+      weight_decay, clip: see `optimizers.adam`.
+      patience: stop after this many epochs without a better validation MSE; None: never.
+      seed: of the data order and dropout.
+      checkpoint_seconds: time between checkpoints inside an epoch; one more follows each epoch.
+      steps_per_dispatch: None: from the measured time of a step. Has no influence on results.
+    Raises: ValueError listing every field out of range.
+    """
+
+    epochs: int = 10
+    batch_size: int = 2048
+    lr: float = 3e-5
+    schedule: str = "halving"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    patience: int | None = None
+    seed: int = 0
+    checkpoint_seconds: float = 60.0
+    steps_per_dispatch: int | None = None
+
+    def __post_init__(self):
+        bad = {
+            "epochs must be at least 1": self.epochs < 1,
+            "batch_size must be at least 1": self.batch_size < 1,
+            "lr must be positive and finite": not 0 < self.lr < math.inf,
+            f"schedule must be one of {', '.join(optimizers.SCHEDULES)}": self.schedule not in optimizers.SCHEDULES,
+            "warmup is a share of the run, in [0, 1)": not 0 <= self.warmup < 1,
+            "weight_decay must not be negative": not 0 <= self.weight_decay < math.inf,
+            "clip must be positive": self.clip is not None and not self.clip > 0,
+            "patience must be at least 1": self.patience is not None and self.patience < 1,
+            "seed must be in [0, 2**32)": not 0 <= self.seed < 2**32,
+            "checkpoint_seconds must not be negative": not self.checkpoint_seconds >= 0,
+            f"steps_per_dispatch must be in [1, {MOST_STEPS}]": self.steps_per_dispatch is not None
+            and not 1 <= self.steps_per_dispatch <= MOST_STEPS,
+        }
+        if problems := [text for text, is_bad in bad.items() if is_bad]:
+            raise ValueError(f"{self}: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """What training gave.
+
+    Attributes:
+      params: weights of the epoch with the lowest validation MSE (without validation: of the last epoch).
+      last_params: weights after the last step.
+      history: a dict per epoch: epoch (from 1), step, train_loss (mean over the epoch's windows), lr (of its last
+        step), and what `validate` returned under "val_<name>".
+      best_epoch: from 1; None without validation.
+      steps: optimiser steps taken.
+      seconds: of training and validation, over all launches; compilation included.
+    """
+
+    params: Tree
+    last_params: Tree
+    history: list[dict[str, Any]]
+    best_epoch: int | None
+    steps: int
+    seconds: float
+
+
+class NonFiniteError(ValueError):
+    """A loss, a gradient or a validation error is not finite. The message names the step, the tensors and the windows."""
+
+
+@dataclasses.dataclass
+class _Position:
+    """Where a run is: everything of its state that is not an array on the device."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # over the windows of this epoch so far
+    best_epoch: int | None = None
+    best_mse: float = math.inf
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    finished: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        # inf is no JSON; best_mse can be read off the history
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "best_mse"}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "_Position":
+        position = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored})
+        if position.best_epoch is not None:
+            position.best_mse = position.history[position.best_epoch - 1]["val_mse"]
+        return position
+
+
+def fit(
+    loss_fn: Callable[[Tree, dict[str, jax.Array], jax.Array, bool], jax.Array],
+    params: Tree,
+    train_source: Any,
+    *,
+    config: TrainConfig,
+    validate: Callable[[Tree], Mapping[str, float]] | None = None,
+    trainable: Tree | None = None,
+    penalty: Callable[[Tree], jax.Array] | None = None,
+    folder: str | Path | None = None,
+    label: str = "",
+    facts: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> FitResult:
+    """Train `params` and give back the weights of the best epoch.
+
+    Compiled once for a loss function and the shapes it sees: hand in the same function object (not a new lambda)
+    for every run that should share the compilation. A `jax.tree_util.Partial` may carry arrays, as arguments.
+
+    Args:
+      loss_fn: (params, batch, key, train) -> scalar; the mean over the batch's rows weighted by `batch["weight"]` [B],
+        which is 0 for the rows that fill up the last batch.
+      params: start; left as it is.
+      train_source: a pytree with `n` windows and `gather(indices [B]) -> batch` (`ltsm_jax.data.windows.Windows`).
+      config: how to train.
+      validate: params -> {"mse": ..., ...}, called after each epoch; the lowest "mse" (strictly) wins.
+      trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
+        has no optimiser state, and keeps its dropout.
+      penalty: params -> scalar, added to the loss.
+      folder: of the run; None keeps nothing on disk. A run killed at any moment goes on from its newest checkpoint
+        when called again with the same arguments, and ends with the same bits; a finished one is only read.
+      label: for the progress bar.
+      facts: JSON-able facts that decide the result and cannot be seen from here (model, loss, data set, ...). Kept in
+        the folder's config.json; a rerun with others is refused.
+      show_progress: a bar on a terminal, else a line every few seconds, on stderr.
+    Raises: ValueError for an empty source, nothing to train, a run that does not fit into memory (naming the batch
+      size that does), or a folder that holds another run; NonFiniteError; checkpoints.WriteError;
+      storage.DamagedError.
+    """
+    n = int(train_source.n)
+    if n < 1:
+        raise ValueError("there is no training window")
+    batch_size = min(config.batch_size, n)
+    steps_per_epoch = windows.steps_per_epoch(n, batch_size)
+    total = config.epochs * steps_per_epoch
+    rates = optimizers.schedule(config.schedule, config.lr, config.epochs, steps_per_epoch, config.warmup)
+    named = keys(config.seed)
+    loss_fn, penalty = _partial(loss_fn), _partial(penalty)
+    static: dict[str, Any] = dict(batch_size=batch_size, weight_decay=config.weight_decay, clip=config.clip)
+
+    params = jax.tree.map(jnp.asarray, params)
+    if trainable is None:
+        trainable = trees.select(params, None)
+    moving, frozen = trees.partition(params, trainable)
+    if not jax.tree.leaves(moving):
+        raise ValueError("nothing to train: `trainable` is False for every leaf")
+    tx = optimizers.adam(config.weight_decay, config.clip)
+
+    def state_of(moving, opt_state, best):
+        return {"params": moving, "optimizer": opt_state} | ({"best": best} if validate else {})
+
+    run, position = None, _Position()
+    shapes = jax.eval_shape(lambda m: state_of(m, tx.init(m), m), moving)
+    try:
+        restored = None
+        if folder is not None:
+            run = checkpoints.RunFolder(
+                folder, _config_record(config, facts, params, trainable, train_source, validate)
+            )
+            restored = run.restore(shapes)
+        if restored is None:
+            moving = jax.tree.map(jnp.copy, moving)  # the steps donate their input; the caller's arrays must live
+            opt_state, best = tx.init(moving), jax.tree.map(jnp.copy, moving) if validate else None
+        else:
+            state, position = restored[0], _Position.from_json(restored[1])
+            moving, opt_state, best = state["params"], state["optimizer"], state.get("best")
+
+        with progress.Bar(total, config.epochs, label, done=position.step, show=show_progress) as bar:
+            if not position.finished:
+                bar.say(_check_memory(loss_fn, moving, frozen, train_source, shapes, batch_size, folder is not None))
+                if restored:
+                    bar.say(f"going on from step {position.step} of {total} in {folder}")
+                if run:
+                    device = jax.devices()[0]
+                    run.clock(
+                        launch=position.step, jax=jax.__version__, device=device.device_kind, cores=os.cpu_count()
+                    )
+            pace = _Pace(config.steps_per_dispatch)
+            began, seconds_before, saved = time.monotonic(), position.seconds, time.monotonic()
+            while not position.finished:
+                epoch = position.step // steps_per_epoch
+                epoch_began, first_step = time.monotonic(), position.step
+                order = _epoch_order(named["data"], epoch, n)
+                lr_of_epoch = np.float32(rates(np.arange(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)))
+                while (place := position.step - epoch * steps_per_epoch) < steps_per_epoch:
+                    started = time.monotonic()
+                    moving, opt_state, losses, done = _advance(
+                        moving, opt_state, frozen, train_source, order, lr_of_epoch, named["dropout"], loss_fn, penalty,
+                        np.int32(place), np.int32(min(pace.steps, steps_per_epoch - place)), np.int32(position.step),
+                        **static,
+                    )  # fmt: skip
+                    done = int(done)
+                    asked = min(pace.steps, steps_per_epoch - place)
+                    losses = np.asarray(losses)[:asked]
+                    rows = np.minimum(batch_size, n - batch_size * (place + np.arange(done)))
+                    if run:
+                        run.record(
+                            {"step": position.step + i + 1, "epoch": epoch + 1, "loss": _short(losses[i]),
+                             "lr": _short(lr_of_epoch[place + i])}
+                            for i in range(done)
+                        )  # fmt: skip
+                    for loss, row in zip(losses[:done].tolist(), rows.tolist()):  # in order: the sum must not depend on
+                        position.loss_sum += loss * row  # how the steps fell into dispatches
+                    position.step += done
+                    if done < asked:
+                        raise NonFiniteError(
+                            _diagnose(moving, frozen, train_source, order, named["dropout"], loss_fn, penalty, position.step,
+                                      epoch, steps_per_epoch, batch_size, run)
+                        )  # fmt: skip
+                    pace.learn(asked, time.monotonic() - started)
+                    bar.update(position.step, epoch + 1, int(rows.sum()), float(losses[-1]), _note(position))
+                    position.seconds = seconds_before + time.monotonic() - began
+                    if (
+                        run
+                        and time.monotonic() - saved >= config.checkpoint_seconds
+                        and position.step
+                        < (epoch + 1) * steps_per_epoch  # the end of an epoch is saved after validation
+                    ):
+                        run.save(state_of(moving, opt_state, best), position.to_json())
+                        saved = time.monotonic()
+
+                train_seconds = time.monotonic() - epoch_began
+                row = {
+                    "epoch": epoch + 1,
+                    "step": position.step,
+                    "train_loss": position.loss_sum / n,
+                    "lr": _short(lr_of_epoch[-1]),
+                }
+                if validate:
+                    metrics = {f"val_{k}": _plain(v) for k, v in validate(trees.merge(moving, frozen)).items()}
+                    if not math.isfinite(metrics["val_mse"]):
+                        raise NonFiniteError(
+                            f"validation after epoch {epoch + 1} (step {position.step}) gives mse = {metrics['val_mse']} "
+                            f"although every training loss was finite.{_kept(run)}"
+                        )
+                    row |= metrics
+                    if metrics["val_mse"] < position.best_mse:
+                        position.best_mse, position.best_epoch = metrics["val_mse"], epoch + 1
+                        best = jax.tree.map(jnp.copy, moving)
+                position.history.append(row)
+                position.loss_sum = 0.0
+                waited = epoch + 1 - (position.best_epoch or 0)
+                out_of_patience = validate and config.patience is not None and waited >= config.patience
+                position.finished = bool(epoch + 1 == config.epochs or out_of_patience)
+                position.seconds = seconds_before + time.monotonic() - began
+                bar.update(position.step, epoch + 1, 0, row["train_loss"], _note(position))
+                if run:
+                    run.record([row])
+                    run.clock(
+                        epoch=epoch + 1,
+                        train_seconds=round(train_seconds, 3),
+                        validation_seconds=round(time.monotonic() - epoch_began - train_seconds, 3),
+                        steps_per_second=round((position.step - first_step) / train_seconds, 3),
+                    )
+                    # epochs shorter than a write would otherwise wait for the disk at each end
+                    if position.finished or not run.saving:
+                        run.save(state_of(moving, opt_state, best), position.to_json())
+                        saved = time.monotonic()
+    finally:
+        if run:
+            run.close()
+
+    last = trees.merge(moving, frozen)
+    return FitResult(
+        params=trees.merge(best, frozen) if validate else last,
+        last_params=last,
+        history=position.history,
+        best_epoch=position.best_epoch,
+        steps=position.step,
+        seconds=position.seconds,
+    )
+
+
+def _objective(moving, frozen, batch, key, loss_fn, penalty):
+    params = trees.merge(moving, frozen)
+    loss = loss_fn(params, batch, key, True)
+    return loss if penalty is None else loss + penalty(params)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("batch_size", "weight_decay", "clip"), donate_argnames=("moving", "opt_state")
+)
+def _advance(
+    moving, opt_state, frozen, source, order, rates, key, loss_fn, penalty, place, count, step, *, batch_size, weight_decay, clip
+):  # fmt: skip
+    """`count` steps from batch `place` of the epoch, step `step` of the run, stopping before one that is not finite.
+
+    Returns: parameters, optimiser state, losses [MOST_STEPS] (those past the last step are 0), steps taken.
+    """
+    tx = optimizers.adam(weight_decay, clip)
+
+    def one(carry):
+        i, _, moving, opt_state, losses = carry
+        batch = _batch(source, order, place + i, batch_size)
+        loss, grads = jax.value_and_grad(_objective)(
+            moving, frozen, batch, jax.random.fold_in(key, step + i), loss_fn, penalty
+        )
+        # the sum is finite only if every addend is
+        good = jnp.isfinite(loss) & jnp.isfinite(
+            sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
+        )
+        directions, new_opt_state = tx.update(grads, opt_state, moving)
+        new_moving = jax.tree.map(lambda p, d: (p - rates[place + i] * d).astype(p.dtype), moving, directions)
+        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+        losses = losses.at[i].set(loss.astype(jnp.float32))
+        return i + good, good, keep(new_moving, moving), keep(new_opt_state, opt_state), losses
+
+    start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, jnp.zeros(MOST_STEPS, jnp.float32))
+    done, _, moving, opt_state, losses = jax.lax.while_loop(lambda c: (c[0] < count) & c[1], one, start)
+    return moving, opt_state, losses, done
+
+
+def _batch(source, order, place, batch_size):
+    indices, weight = windows.batch_at(order, place, batch_size)
+    return source.gather(indices) | {"weight": weight}
+
+
+_epoch_order = jax.jit(windows.epoch_order, static_argnames="n")
+
+
+class _Pace:
+    """How many steps to put into the next dispatch: as many as fill DISPATCH_SECONDS."""
+
+    def __init__(self, fixed: int | None):
+        self.fixed, self.steps, self.compiled = fixed, fixed or 1, False
+
+    def learn(self, steps: int, seconds: float) -> None:
+        if self.fixed is None and self.compiled:
+            fill = DISPATCH_SECONDS / max(seconds / steps, 1e-9)
+            self.steps = int(min(max(fill, 1), 4 * self.steps, MOST_STEPS))
+        self.compiled = True  # the first dispatch waits for the compiler and says nothing about a step
+
+
+def _partial(f: Callable | None) -> Any:
+    """`f` as a pytree: arrays it carries become arguments of the compiled step, not constants in it."""
+    return f if f is None or isinstance(f, jax.tree_util.Partial) else jax.tree_util.Partial(f)
+
+
+def _short(x: np.float32) -> float:
+    return float(str(x))  # the shortest decimal that is this float32 and no other
+
+
+def _plain(x: Any) -> Any:
+    return x.item() if hasattr(x, "item") else x
+
+
+def _note(position: _Position) -> str:
+    if position.best_epoch is None:
+        return ""
+    return f"  val mse {position.history[-1]['val_mse'] if position.history else position.best_mse:.4f}"
+
+
+def _config_record(config, facts, params, trainable, source, validate) -> dict[str, Any]:
+    free = ("checkpoint_seconds", "steps_per_dispatch")  # no influence on results
+    one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
+    return {
+        "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in free},
+        "facts": dict(facts or {}),
+        "selection": "lowest validation mse" if validate else "last epoch",
+        "windows": {
+            "n": int(source.n),
+            "shapes": {k: list(v.shape[1:]) for k, v in one.items()},
+            "sha256": _sha256(source),
+        },
+        "start": {
+            "parameters": trees.count(params),
+            "trainable": sum(p.size for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(trainable)) if t),
+            "params_sha256": _sha256(params),
+            "trainable_sha256": _sha256(jax.tree.map(np.bool_, trainable)),
+        },
+    }
+
+
+def _sha256(tree: Tree) -> str:
+    def plain(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    return hashlib.sha256(json.dumps(storage.digests(jax.tree.map(plain, tree))).encode()).hexdigest()
+
+
+def _check_memory(loss_fn, moving, frozen, source, state, batch_size: int, saves: bool) -> str:
+    """One line on what training will need beyond what lies in memory already; ValueError when there is not as much.
+
+    Counted: the state, a gradient, and what the backward pass keeps of the forward pass (an upper bound: the compiler
+    fuses some of it away). On the CPU also the copy a checkpoint is written from.
+    """
+
+    def residuals(moving, frozen, source, loss_fn):
+        batch = _batch(source, jnp.arange(source.n), 0, batch_size)
+        return jax.vjp(lambda m: loss_fn(trees.merge(m, frozen), batch, jax.random.key(0), True), moving)[1]
+
+    kept = jax.eval_shape(residuals, moving, frozen, source, loss_fn)
+    activations = max(_bytes(kept) - _bytes(moving) - _bytes(frozen), 0)
+    on_cpu = jax.default_backend() == "cpu"
+    fixed = _bytes(state) * (2 if saves and on_cpu else 1) + _bytes(moving)
+    available = _available_memory()
+    line = f"memory: about {_gb(fixed)} for parameters, optimiser and gradients, {_gb(activations)} for a batch of {batch_size}"
+    if available is None:
+        return line
+    if fixed + activations > available:
+        fits = int((available - fixed) / max(activations, 1) * batch_size)
+        advice = (
+            f"batch_size={fits} fits"
+            if fits >= 1
+            else "not even batch_size=1 fits; take a smaller model or train fewer parameters"
+        )
+        raise ValueError(f"{line}, but {_gb(available)} is available: {advice}")
+    return f"{line}; {_gb(available)} is available"
+
+
+def _available_memory() -> int | None:
+    """Bytes free on the default device; on the CPU those the system, and the container, can still give."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    free = []
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            free.append(int(limit) - used + int(cache.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass
+    return min(free)
+
+
+def _bytes(tree: Tree) -> int:
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"
+
+
+_gradients = jax.jit(jax.value_and_grad(_objective))
+
+
+def _kept(run) -> str:
+    if run is None:
+        return ""
+    run.wait()
+    steps = run.steps()
+    return f"\nThe last good checkpoint is kept: {run._path(steps[-1])}" if steps else "\nThere was no checkpoint yet."
+
+
+def _diagnose(
+    moving, frozen, source, order, key, loss_fn, penalty, step, epoch, steps_per_epoch, batch_size, run
+) -> str:
+    """What went wrong at step `step` (0-based; its update was not applied), from the batch taken again outside the loop."""
+    place = step - epoch * steps_per_epoch
+    indices, weight = windows.batch_at(order, place, batch_size)
+    batch = source.gather(indices)
+    loss, grads = _gradients(
+        moving, frozen, batch | {"weight": weight}, jax.random.fold_in(key, step), loss_fn, penalty
+    )
+    lines = [f"loss {float(loss)} at step {step + 1} (epoch {epoch + 1}, batch {place + 1} of {steps_per_epoch})"]
+    for what, tree in (("parameters", trees.merge(moving, frozen)), ("gradients", grads)):
+        flat = trees.flatten(tree)
+        bad = [path for path, leaf in flat.items() if not bool(jnp.isfinite(leaf).all())]
+        lines.append(
+            f"  {what}: " + (_some(bad, 5) + f" not finite ({len(bad)} of {len(flat)})" if bad else "all finite")
+        )
+    real = np.flatnonzero(np.asarray(weight) > 0)
+    suspects, largest = [], 0.0
+    for name, values in batch.items():
+        rows = np.abs(np.asarray(values, np.float64)[real]).reshape(len(real), -1)
+        top = np.where(np.isfinite(rows).all(1), rows.max(1), np.inf)
+        largest = max(largest, float(np.max(top[np.isfinite(top)], initial=0)))
+        for row in np.flatnonzero(top > HUGE):
+            window = int(np.asarray(indices)[real[row]])
+            where = source.describe(window) if hasattr(source, "describe") else {"window": window}
+            what = f"{name} not finite" if np.isinf(top[row]) else f"{name} up to {top[row]:.3g}"
+            suspects.append(f"    {what}: " + ", ".join(f"{k} {v}" for k, v in where.items() if v is not None))
+    if suspects:
+        lines.append(f"  windows of the batch to look at ({len(suspects)}):")
+        lines += suspects[:5] + (["    ..."] if len(suspects) > 5 else [])
+    else:
+        lines.append(
+            f"  the {len(real)} windows of the batch are finite, no value beyond {largest:.3g}: a smaller lr, or clip, may help"
+        )
+    return "\n".join(lines) + _kept(run)
+
+
+HUGE = 1e6  # no scaled series has such a value; its square swamps every other in a float32 sum
+
+
+def _some(names: list[str], most: int) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,0 +1,69 @@
+"""Learning-rate schedules and the optimiser: Adam as the originals use it, decoupled weight decay and clipping."""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Schedule = Callable[[np.ndarray], np.ndarray]
+
+
+def _halving(epoch, _done):
+    return 0.5 ** np.maximum(epoch - 2, 0)
+
+
+def _timer(epoch, _done):
+    return 0.9 ** np.maximum(epoch - 5, 0)
+
+
+def _cosine(_epoch, done):
+    return 0.5 * (1 + np.cos(np.pi * done))
+
+
+def _constant(epoch, _done):
+    return np.ones(np.shape(epoch))
+
+
+# Factor of the learning rate, of the epoch (1, 2, ...) and of the share of the run that is done, in [0, 1).
+SCHEDULES = {"halving": _halving, "timer": _timer, "cosine": _cosine, "constant": _constant}
+
+
+def schedule(name: str, lr: float, epochs: int, steps_per_epoch: int, warmup: float = 0.0) -> Schedule:
+    """Learning rate as a function of the step (0, 1, ...; a number or an array of them).
+
+    Args:
+      name: "halving": lr in epochs 1 and 2, then half of the epoch before (Meteor-Stars/SFF);
+        "timer": lr in epochs 1 to 5, then 0.9 of the epoch before (thuml/Large-Time-Series-Model);
+        "cosine": half a cosine from lr to 0 over the steps that follow the warm-up;  "constant": lr.
+      lr: the rate at the top.
+      epochs, steps_per_epoch: length of the run.
+      warmup: share of all steps, in [0, 1), over which the rate climbs linearly to what the schedule says.
+    Raises: ValueError for an unknown name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
+    total = epochs * steps_per_epoch
+    climb = math.ceil(warmup * total)
+
+    def rate(step):
+        step = np.asarray(step)
+        done = np.maximum(step - climb, 0) / max(total - climb, 1)
+        return lr * SCHEDULES[name](step // steps_per_epoch + 1, done) * np.minimum(1.0, (step + 1) / (climb + 1))
+
+    return rate
+
+
+def adam(weight_decay: float = 0.0, clip: float | None = None) -> optax.GradientTransformation:
+    """Direction of an Adam step; the caller multiplies by -lr, so that the rate can be an argument of a compiled step.
+
+    Moments 0.9 and 0.999 and eps 1e-8 outside the root, the defaults of the originals. `weight_decay` is decoupled
+    (AdamW: each step also shrinks every trained parameter by lr * weight_decay). `clip` is the largest global norm a
+    gradient may have before it enters the moments.
+    """
+    parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.float32))
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay))
+    return optax.chain(*parts)

@@ -1,0 +1,66 @@
+"""What a run says while it lasts: a bar on a terminal, a plain line every few seconds elsewhere, or nothing."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 5.0
+
+
+class Bar:
+    """Progress of one fit. Everything goes to stderr, so that tables on stdout stay clean.
+
+    Args:
+      total: steps of the whole run.
+      epochs: epochs of the whole run.
+      label: what is being trained.
+      done: steps that an earlier launch has done already (they do not count for the throughput).
+      show: False is silent.
+    """
+
+    def __init__(self, total: int, epochs: int, label: str = "", *, done: int = 0, show: bool = True):
+        self.total, self.epochs, self.label, self.first = total, epochs, label or "training", done
+        self.console = Console(stderr=True)
+        self.show = show
+        self.live = None
+        self.began = self.spoke = time.monotonic()
+        self.windows = 0
+        if show and self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self.task = self.live.add_task(self.label, total=total, completed=done, facts="compiling")
+
+    def __enter__(self) -> "Bar":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        if self.live:
+            self.live.console.print(line, highlight=False)
+        elif self.show:
+            print(line, file=sys.stderr, flush=True)
+
+    def update(self, step: int, epoch: int, windows: int, loss: float, note: str = "") -> None:
+        """Tell where the run is. `windows`: training windows seen since the last call; `note`: last validation."""
+        if not self.show:
+            return
+        now = time.monotonic()
+        self.windows += windows
+        seconds = max(now - self.began, 1e-9)
+        facts = f"epoch {epoch}/{self.epochs}  loss {loss:.4f}  {self.windows / seconds:,.0f} windows/s{note}"
+        if self.live:
+            self.live.update(self.task, completed=step, facts=facts)
+        elif now - self.spoke >= PLAIN_SECONDS:
+            self.spoke = now
+            left = (self.total - step) * seconds / max(step - self.first, 1)
+            print(f"{self.label}: step {step}/{self.total}  {facts}  {left:.0f} s left", file=sys.stderr, flush=True)
