@@ -1,0 +1,319 @@
+"""Anomaly detection on the UCR Anomaly Archive: one model per file, a score per token, the rank of the anomaly.
+
+The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-tuning (Meteor-Stars/SFF): a model is
+tuned on windows of 768 rows of the anomaly-free beginning of a series; then windows of 768, 576 apart, run over the
+rest, and each token of 96 rows is scored by the error the model makes there. Token t covers rows
+[b + 96 t, b + 96 (t + 1)), b the end of the training rows. The result of a file is the place of the first token that
+overlaps the anomaly when tokens are sorted by score, and alpha = place / tokens: the smallest share of tokens that must
+be flagged to find it.
+
+Where the released code departs from that by mistake, the correct behaviour is the default and the released one a named
+quirk:
+
+| quirk | effect |
+| --- | --- |
+| `select_on_test` | the validation error, which selects the epoch, is measured on the test rows |
+| `touching_is_hit` | a token that ends exactly where the anomaly begins counts as overlapping it |
+| `uncovered_is_hit` | only whole windows are scored, and an anomaly in the 96 to 671 rows after them gets rank 1 |
+
+By default the last 10 % of the training rows are held out for validation, overlap is that of half-open ranges, and the
+rows after the last whole window are scored by one more window that ends with the series.
+"""
+
+import dataclasses
+import functools
+import gzip
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.data.series import DataError
+from ltsm_jax.data.splits import Scaler
+from ltsm_jax.data.windows import Windows, windows_between
+from ltsm_jax.models.family import Batch, Model, mean_over_rows
+from ltsm_jax.tasks.batches import in_batches
+from ltsm_jax.trees import Tree
+
+WINDOW, TOKEN = 768, 96
+STRIDE = WINDOW - 2 * TOKEN
+QUIRKS = frozenset({"select_on_test", "touching_is_hit", "uncovered_is_hit"})
+_NAME = re.compile(r"\d+_UCR_Anomaly_.+_(\d+)_(\d+)_(\d+)\.txt(\.gz)?")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labelled:
+    """A series with one labelled anomaly.
+
+    name: of the file. values [T] float64, data units. train_end b: rows [0, b) are free of anomalies.
+    anomaly: its first and last row, both inclusive.
+    """
+
+    name: str
+    values: np.ndarray
+    train_end: int
+    anomaly: tuple[int, int]
+
+    def __post_init__(self):
+        first, last = self.anomaly
+        problems = []
+        if self.values.ndim != 1 or not np.isfinite(self.values).all():
+            problems.append("it must be one column of finite numbers")
+        if not 0 < self.train_end <= first <= last < len(self.values):
+            problems.append(
+                f"training rows [0, {self.train_end}) and anomaly rows {first} to {last} must follow one another "
+                f"inside its {len(self.values)} rows"
+            )
+        if problems:
+            raise DataError(f"{self.name}: " + "; ".join(problems))
+
+
+def read_ucr(path: str | Path) -> Labelled:
+    """A file of the archive, `<id>_UCR_Anomaly_<name>_<b>_<first>_<last>.txt`, also as `.txt.gz`.
+
+    One value a line, or all on one line.
+
+    Raises: ValueError for another name, text that is no number, or rows that do not fit the labels; FileNotFoundError.
+    """
+    path = Path(path)
+    match = _NAME.fullmatch(path.name)
+    if not match:
+        raise DataError(f"{path.name} is not named <id>_UCR_Anomaly_<name>_<train end>_<first row>_<last row>.txt")
+    b, first, last = (int(g) for g in match.groups()[:3])
+    try:
+        raw = path.read_bytes()
+        text = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        values = np.array(text.decode("ascii").split(), dtype=np.float64)
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as err:
+        raise DataError(f"{path.name} cannot be read as numbers: {err}") from err
+    return Labelled(path.name.removesuffix(".gz").removesuffix(".txt"), values, b, (first, last))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A labelled series made ready: scaled with its training rows, on the device.
+
+    values: [1, T] float32, scaled units. train: windows of 768 rows (672 shown, 96 more). validate_rows: the rows
+    [lo, hi) whose error selects the epoch. series: where it comes from.
+    """
+
+    values: jax.Array
+    train: Windows
+    validate_rows: tuple[int, int]
+    series: Labelled
+    quirks: frozenset[str] = frozenset()
+
+
+def prepare(series: Labelled, *, holdout: float = 0.1, quirks: Collection[str] = frozenset()) -> Prepared:
+    """Scale a series with mean and population std of rows [0, b), and cut its training windows, stride 1.
+
+    Args:
+      holdout: share of the training rows, at their end, kept for validation; not used with quirk `select_on_test`.
+      quirks: released behaviours to follow, of `QUIRKS`; they are kept in the result.
+    Raises: ValueError for unknown quirks, a holdout outside (0, 1), or too few rows for one training window.
+    """
+    quirks = frozenset(quirks)
+    if unknown := quirks - QUIRKS:
+        raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(QUIRKS)}")
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout is a share of the training rows, between 0 and 1; got {holdout}")
+    b, n_rows = series.train_end, len(series.values)
+    on_test = "select_on_test" in quirks
+    cut = b if on_test else b - max(int(b * holdout), 1)
+    if cut < WINDOW:
+        raise DataError(
+            f"{series.name}: {cut} training rows are too few for one window of {WINDOW}"
+            + ("" if on_test else f" ({b - cut} of {b} are held out for validation; holdout= changes that)")
+        )
+    values = jnp.asarray(Scaler.fit(series.values[None, :b]).transform(series.values[None]), jnp.float32)
+    train = windows_between(values, 0, cut, WINDOW - TOKEN, TOKEN, columns=(series.name,))
+    return Prepared(values, train, (b, n_rows) if on_test else (cut, b), series, quirks)
+
+
+def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
+    """The training loss `f(params, batch, key, train) -> scalar`: mean squared error, squared units of the batch.
+
+    A window is `context` [B, C, L] and `target` [B, C, H] of the batch, one after the other; rows count by `weight`.
+
+    Args:
+      ims: True: each token predicts the next, all but the first are scored. False: the model reconstructs the
+        whole window from itself, the default of the released SFF script.
+    Raises: ValueError for a model without this task.
+    """
+    model.check_task("anomaly")
+
+    def loss(params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
+        x_BCT = jnp.concatenate([batch["context"], batch["target"]], axis=-1)
+        y_BCT = model.reconstruct(params, x_BCT, key=key, train=train, ims=ims)
+        return mean_over_rows(jnp.square(y_BCT - x_BCT[..., x_BCT.shape[-1] - y_BCT.shape[-1] :]), batch)
+
+    return loss
+
+
+@functools.partial(jax.jit, static_argnames=("model", "ims"))
+def _batch_errors(model: Model, params: Tree, values: jax.Array, starts: jax.Array, ims: bool) -> jax.Array:
+    x_BCT = jax.vmap(lambda t: jax.lax.dynamic_slice(values, (0, t), (values.shape[0], WINDOW)))(starts)
+    y_BCT = model.reconstruct(params, x_BCT, ims=ims)
+    if y_BCT.shape[-1] < WINDOW - TOKEN:
+        raise ValueError(f"{model} covers only {y_BCT.shape[-1]} points of a window, scored are {WINDOW - TOKEN}")
+    return jnp.square(y_BCT - x_BCT[..., WINDOW - y_BCT.shape[-1] :]).mean(axis=1)
+
+
+def _window_errors(model, params, values, starts: np.ndarray, ims: bool, batch_size: int) -> np.ndarray:
+    """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64 on the host."""
+    one_batch = lambda i: _batch_errors(model, params, values, jnp.asarray(starts[i], jnp.int32), ims)  # noqa: E731
+    return in_batches(one_batch, len(starts), batch_size)
+
+
+def window_starts(lo: int, hi: int) -> np.ndarray:
+    """First rows of the whole windows that score rows from `lo` on and end by `hi`: lo - 96, then 576 apart."""
+    return np.arange(lo - TOKEN, hi - WINDOW + 1, STRIDE)
+
+
+def row_errors(
+    model: Model,
+    params: Tree,
+    values: jax.Array,
+    rows: tuple[int, int],
+    *,
+    ims: bool = True,
+    tail: bool = True,
+    batch_size: int = 128,
+) -> np.ndarray:
+    """Squared error of the model at each row of [lo, hi), float64, each row once; in the squared units of `values`.
+
+    Whole windows start at lo - 96, 576 apart, and each gives its points 96 to 671. The rows after them, fewer than 672,
+    come from one more window that ends at `hi`; `tail=False` leaves them out, so the result is shorter.
+
+    Args:
+      values: [1, T]. Rows before `lo` serve as context, so lo >= 96 and hi >= 768.
+      batch_size: windows per forward pass.
+    Raises: ValueError for rows that leave too little context.
+    """
+    lo, hi = rows
+    if not TOKEN <= lo < hi <= values.shape[-1] or hi < WINDOW:
+        raise ValueError(f"rows [{lo}, {hi}) need {TOKEN} rows before them and {WINDOW} in all, of {values.shape[-1]}")
+    starts = window_starts(lo, hi)
+    left = hi - lo - STRIDE * len(starts) if tail else 0
+    if left:
+        starts = np.append(starts, hi - WINDOW)
+    if not len(starts):
+        return np.zeros(0)
+    errors = _window_errors(model, params, values, starts, ims, batch_size)[:, -(WINDOW - TOKEN) :]
+    whole = errors[: len(starts) - bool(left), :STRIDE].ravel()
+    return np.concatenate([whole, errors[-1, errors.shape[1] - left :]])
+
+
+def validation_error(model: Model, params: Tree, task: Prepared, *, ims: bool = True, batch_size: int = 128) -> float:
+    """Mean squared error on the rows that select the epoch, scaled units: held-out training rows, each row once.
+
+    With quirk `select_on_test`: the mean over all points that the whole test windows predict, as released.
+    """
+    if "select_on_test" not in task.quirks:
+        return float(row_errors(model, params, task.values, task.validate_rows, ims=ims, batch_size=batch_size).mean())
+    starts = window_starts(*task.validate_rows)
+    if not len(starts):
+        raise DataError(f"{task.series.name}: the test rows {task.validate_rows} hold no whole window of {WINDOW}")
+    return float(_window_errors(model, params, task.values, starts, ims, batch_size).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Outcome for one file: `rank` of the first overlapping token (1 = highest score; None: the anomaly was missed
+    because no scored token overlaps it), the number of tokens, and alpha = rank / n_tokens (1 for a miss)."""
+
+    name: str
+    rank: int | None
+    n_tokens: int
+
+    @property
+    def alpha(self) -> float:
+        """Share of tokens, from the top, that must be flagged to find the anomaly; 1 for a miss."""
+        return 1.0 if self.rank is None else self.rank / self.n_tokens
+
+
+def token_scores(errors: np.ndarray) -> np.ndarray:
+    """Mean of each 96 entries of `errors` [R], [ceil(R / 96)]; the last token may be short."""
+    edges = np.arange(0, len(errors), TOKEN)
+    return np.add.reduceat(errors, edges) / np.diff(np.append(edges, len(errors)))
+
+
+def rank_anomaly(
+    scores: np.ndarray,
+    anomaly: tuple[int, int],
+    first_row: int,
+    *,
+    last_row: int | None = None,
+    quirks: Collection[str] = frozenset(),
+    name: str = "",
+) -> Result:
+    """Place of the first token, by descending score, that overlaps the anomaly.
+
+    Args:
+      scores: [tokens]; token t covers rows [first_row + 96 t, first_row + 96 (t + 1)), cut at `last_row` (exclusive).
+      anomaly: first and last row, inclusive.
+      quirks: `touching_is_hit` and `uncovered_is_hit` are obeyed.
+    Raises: ValueError for no scores, or scores that are not finite (a model that diverged).
+    """
+    scores = np.asarray(scores)
+    if not scores.size or not np.isfinite(scores).all():
+        bad = np.sum(~np.isfinite(scores))
+        raise ValueError(f"{name or 'series'}: {bad} of {scores.size} scores are not finite: did the model diverge?")
+    first, last = anomaly
+    start = first_row + TOKEN * np.arange(len(scores))
+    end = start + TOKEN if last_row is None else np.minimum(start + TOKEN, last_row)
+    overlaps = (start <= last) & (end > first)
+    if "touching_is_hit" in quirks:
+        overlaps |= end == first
+    hits = np.flatnonzero(overlaps[np.argsort(-scores, kind="stable")])
+    if hits.size:
+        return Result(name, int(hits[0]) + 1, len(scores))
+    return Result(name, 1 if "uncovered_is_hit" in quirks else None, len(scores))
+
+
+def evaluate(
+    model: Model, params: Tree, task: Prepared, *, ims: bool = True, tail: bool = True, batch_size: int = 128
+) -> Result:
+    """Scores every token of the test rows and ranks the anomaly.
+
+    Args:
+      task: from `prepare`; its quirks are obeyed.
+      ims: as in `loss_fn`. In direct mode the same points of the same windows are scored (the released code scores
+        eight tokens a window there and loses track of their rows).
+      tail: score the rows after the last whole window too; False leaves them out, and an anomaly there is a miss
+        (rank None; with quirk `uncovered_is_hit`, which implies tail=False, rank 1).
+    Raises: ValueError when nothing can be scored or the model gives values that are not finite.
+    """
+    model.check_task("anomaly")
+    series = task.series
+    rows = (series.train_end, len(series.values))
+    tail = tail and "uncovered_is_hit" not in task.quirks
+    errors = row_errors(model, params, task.values, rows, ims=ims, tail=tail, batch_size=batch_size)
+    if not errors.size:
+        raise DataError(f"{series.name}: the test rows {rows} hold no whole window of {WINDOW}")
+    scores = token_scores(errors)
+    end = rows[0] + len(errors)
+    return rank_anomaly(scores, series.anomaly, rows[0], last_row=end, quirks=task.quirks, name=series.name)
+
+
+def summarise(results: Iterable[Result], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)) -> dict[str, Any]:
+    """Files in which the anomaly is found when the top q of the tokens is flagged, and the mean alpha.
+
+    Returns: {"files", "missed", "mean_alpha", "found": {q: number of files with alpha <= q}}.
+    Raises: ValueError for no results.
+    """
+    results = list(results)
+    if not results:
+        raise ValueError("no results to summarise")
+    alphas = np.array([r.alpha for r in results])
+    return {
+        "files": len(results),
+        "missed": sum(r.rank is None for r in results),
+        "mean_alpha": float(alphas.mean()),
+        "found": {q: int((alphas <= q).sum()) for q in quantiles},
+    }

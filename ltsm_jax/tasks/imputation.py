@@ -1,0 +1,148 @@
+"""Imputation: whole patches of a window are hidden, and the model is asked for them.
+
+The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-tuning (Meteor-Stars/SFF): windows of
+192 rows of all variates, patches of 24, each patch of each variate hidden with probability `rate`, never the first.
+Only hidden points are scored, all of a split pooled, so every point counts the same.
+
+Windows come from `data.prepare(series, 192, 192, joint=True)`. The horizon is not used, but it is how the originals
+count: as if a target as long as the window followed (ETTh1: 8257, 2689 and 2689 windows). Two things are better than
+released: `few_shot` keeps a fixed subset of the training windows, where the script sees another one every epoch, and a
+window's mask in validation and test is a function of (seed, split, window), where the script draws new ones each time.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ltsm_jax.data.windows import Windows
+from ltsm_jax.models.family import Batch, Model
+from ltsm_jax.tasks.batches import in_batches
+from ltsm_jax.trees import Tree
+
+
+def patch_mask(key: jax.Array, n_steps: int, n_variates: int, patch_len: int, rate: float | jax.Array) -> jax.Array:
+    """Which points of one window stay visible: bool [C, T], whole patches at a time.
+
+    A patch of a variate is hidden when u <= rate, u ~ U[0, 1); the first patch never is. The expected hidden share of
+    all points is rate * (N - 1) / N with N = T / P patches.
+
+    Raises: ValueError when the window is not made of whole patches, at least two.
+    """
+    if n_steps % patch_len or n_steps < 2 * patch_len:
+        raise ValueError(f"imputation needs windows of at least two whole patches of {patch_len}, got {n_steps} steps")
+    hidden_CN = jax.random.uniform(key, (n_variates, n_steps // patch_len)) <= rate
+    hidden_CN = hidden_CN.at[:, 0].set(False)
+    return ~jnp.repeat(hidden_CN, patch_len, axis=1)
+
+
+def hidden_error(
+    model: Model, params: Tree, x: jax.Array, visible: jax.Array, key: jax.Array | None, train: bool, ims: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(error, scored), both [B, C, T]: reconstruction minus truth where a known point was hidden, 0 elsewhere.
+
+    x: windows [B, C, T], NaN = missing: such points are neither shown to the model nor scored. Hidden values are set to
+    0 before the model sees them, so it cannot use them by mistake.
+    """
+    known = ~jnp.isnan(x)
+    scored = known & ~visible
+    observed = known & visible
+    truth = jnp.where(known, x, 0.0)
+    y = model.impute(params, jnp.where(observed, truth, 0.0), observed.astype(x.dtype), key=key, train=train, ims=ims)
+    return jnp.where(scored, y - truth, 0.0), scored
+
+
+def _check(model: Model, rate: float) -> None:
+    model.check_task("imputation")
+    if not 0 < rate < 1:
+        raise ValueError(f"rate is the share of patches to hide, between 0 and 1; got {rate}")
+
+
+def loss_fn(
+    model: Model, *, rate: float = 0.25, ims: bool = True
+) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
+    """The training loss `f(params, batch, key, train) -> scalar`: mean squared error of the hidden points of the batch.
+
+    New masks are drawn from `key` at every call, so a key is needed also with train=False. Of the batch it reads
+    `context` [B, C, T] and `weight` [B]. In the squared units of the batch; 0 when nothing was hidden.
+
+    Args:
+      rate: share of patches hidden. The originals' scripts: 0.125, 0.25, 0.375, 0.5.
+      ims: True: a patch is what the token before it predicts, as Timer's checkpoint was trained. False: the hidden
+        token's own output, the default of the released SFF script.
+    Raises: ValueError for a rate outside (0, 1) or a model without this task.
+    """
+    _check(model, rate)
+
+    def loss(params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
+        if key is None:
+            raise ValueError("the imputation loss draws its masks from a key: give one")
+        x_BCT = batch["context"]
+        mask_key, dropout_key = jax.random.split(key)
+        visible_BCT = _masks(model, jax.random.split(mask_key, x_BCT.shape[0]), x_BCT, rate)
+        error_BCT, scored_BCT = hidden_error(model, params, x_BCT, visible_BCT, dropout_key, train, ims)
+        weight_B = batch.get("weight", jnp.ones(x_BCT.shape[0]))
+        total = (jnp.square(error_BCT).sum((1, 2)) * weight_B).sum()
+        points = (scored_BCT.sum((1, 2)) * weight_B).sum()
+        return jnp.where(points > 0, total / jnp.where(points > 0, points, 1.0), 0.0)
+
+    return loss
+
+
+def _masks(model: Model, keys: jax.Array, x_BCT: jax.Array, rate: float | jax.Array) -> jax.Array:
+    _, n_variates, n_steps = x_BCT.shape
+    return jax.vmap(lambda key: patch_mask(key, n_steps, n_variates, model.config.patch_len, rate))(keys)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "ims"))
+def _batch_sums(
+    model: Model, params: Tree, windows: Windows, indices: jax.Array, key: jax.Array, rate: jax.Array, ims: bool
+) -> dict[str, jax.Array]:
+    x_BCT = windows.gather(indices)["context"]
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)  # by window: the batch size changes no mask
+    error, scored = hidden_error(model, params, x_BCT, _masks(model, keys, x_BCT, rate), None, False, ims)
+    return {
+        "squared": jnp.square(error).sum((1, 2)),
+        "absolute": jnp.abs(error).sum((1, 2)),
+        "points": scored.sum((1, 2)),
+    }
+
+
+def evaluate(
+    model: Model,
+    params: Tree,
+    windows: Windows,
+    *,
+    rate: float = 0.25,
+    ims: bool = True,
+    split: str = "test",
+    seed: int = 0,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Score of every window of a split, none dropped: mse and mae over all hidden points, in the units of the windows.
+
+    Args:
+      windows: the split; `joint` windows hide patches of each variate by itself.
+      rate, ims: as in `loss_fn`.
+      split, seed: they fix the masks: the same window of the same split and seed always has the same ones.
+      batch_size: windows per forward pass; changes the speed, not the value.
+    Returns: {"mse", "mae", "points" (hidden and scored), "windows"}.
+    Raises: ValueError when there is no window, no point was hidden, or as `loss_fn`.
+    """
+    _check(model, rate)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
+    found = in_batches(lambda i: _batch_sums(model, params, windows, i, key, rate, ims), windows.n, batch_size)
+    sums = {name: per_window.sum() for name, per_window in found.items()}
+    if sums["points"] == 0:
+        raise ValueError(
+            f"no point of the {windows.n} windows was hidden at rate {rate}: use more windows or a higher rate"
+        )
+    return {
+        "mse": float(sums["squared"] / sums["points"]),
+        "mae": float(sums["absolute"] / sums["points"]),
+        "points": int(sums["points"]),
+        "windows": windows.n,
+    }
