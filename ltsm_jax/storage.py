@@ -1,6 +1,7 @@
 """One tree on disk: Orbax files beside a table of digests, written whole or not at all, read back only if undamaged.
 
-Orbax restores a flipped byte or another dtype without a word; the digests are what refuses them.
+Orbax restores a flipped byte or another dtype without a word. Digests of the files refuse damage before Orbax sees it
+(whose own errors for cut files are long and noisy); digests of the arrays vouch for what Orbax gives back.
 """
 
 import contextlib
@@ -60,6 +61,59 @@ def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: s
         raise DamagedError(f"{where} is damaged; restore it from a copy:\n" + "\n".join(sorted(problems)))
 
 
+def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """`{relative path: {"bytes", "sha256"}}` of every file below a folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): _file_digest(p) for p in files}
+
+
+def _file_digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def verify_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises: DamagedError that lists every file that is missing, cut or altered."""
+    problems = []
+    for name, want in expected.items():
+        file = folder / name
+        got = _file_digest(file) if file.is_file() else None
+        if got is None:
+            problems.append(f"  {name}: missing")
+        elif got["bytes"] != want["bytes"]:
+            problems.append(f"  {name}: {got['bytes']} bytes, {want['bytes']} were saved")
+        elif got["sha256"] != want["sha256"]:
+            problems.append(f"  {name}: the bytes differ from those that were saved")
+    if problems:
+        raise DamagedError(f"{folder} is damaged; restore it from a copy:\n" + "\n".join(problems))
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object with a digest of itself."""
+    file.write_text(json.dumps({"digest": _text_digest(record), **record}, indent=1) + "\n")
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Read what `write_record` wrote.
+
+    Raises: DamagedError when it is missing, cut or altered.
+    """
+    try:
+        record = json.loads(file.read_text())
+        digest = record.pop("digest")
+    except FileNotFoundError:
+        raise DamagedError(f"{file.parent} has no {file.name}: it was not written by ltsm_jax, or is cut") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise DamagedError(f"{file} is cut or altered: {type(err).__name__} {err}") from None
+    if digest != _text_digest(record):
+        raise DamagedError(f"{file} is altered: its contents do not have the digest it states")
+    return record
+
+
+def _text_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
@@ -101,8 +155,8 @@ def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) 
     if empty or not jax.tree.leaves(host):
         raise ValueError(f"cannot save {folder}: " + (f"arrays without values: {empty}" if empty else "no arrays"))
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        ocp.save_pytree(temporary / ARRAYS, host)
-        (temporary / DIGESTS).write_text(json.dumps(digests(host), indent=1))
+        ocp.save(temporary / ARRAYS, host)
+        write_record(temporary / DIGESTS, {"arrays": digests(host), "files": file_digests(temporary / ARRAYS)})
 
 
 def load_tree(folder: str | Path, like: trees.Tree | None = None) -> trees.Tree:
@@ -117,21 +171,18 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None) -> trees.Tree:
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    try:
-        expected = json.loads((folder / DIGESTS).read_text())
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        stored = trees.unflatten(
-            {p: jax.ShapeDtypeStruct(tuple(e["shape"]), _dtype(e["dtype"]), sharding=here) for p, e in expected.items()}
-        )
-    except FileNotFoundError:
-        raise DamagedError(f"{folder} has no {DIGESTS}: it was not written by ltsm_jax, or is cut") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise DamagedError(f"{folder / DIGESTS} cannot be read: {err}") from None
+    record = read_record(folder / DIGESTS)
+    expected = record["arrays"]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    stored = trees.unflatten(
+        {p: jax.ShapeDtypeStruct(tuple(e["shape"]), _dtype(e["dtype"]), sharding=here) for p, e in expected.items()}
+    )
     if like is not None:
         trees.require_same(like, stored, ("the model", str(folder)), dtypes=True)
         stored = jax.tree.map(lambda want, plain: want if want.sharding is not None else plain, like, stored)
+    verify_files(folder / ARRAYS, record["files"])
     try:
-        tree = ocp.load_pytree(folder / ARRAYS, stored)
+        tree = ocp.load(folder / ARRAYS, stored)
     except Exception as err:  # Orbax raises a bare Exception, JSONDecodeError, OSError and others for damaged files
         first = str(err).strip().split("\n")[0][:300]
         raise DamagedError(f"{folder / ARRAYS} is damaged ({type(err).__name__}: {first}); restore it from a copy") from err

@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltsm_jax import storage, trees
+
+
+@pytest.fixture
+def tree():
+    return {
+        "a": {"kernel": jax.random.normal(jax.random.key(0), (64, 32)), "scalar": jnp.float32(3)},
+        "half": jnp.arange(5, dtype=jnp.bfloat16),
+        "steps": np.arange(3, dtype=np.int32),
+    }
+
+
+def same(a, b):
+    trees.require_same(a, b, dtypes=True)
+    return storage.digests(a) == storage.digests(b)
+
+
+def test_round_trip_is_bit_equal(tmp_path, tree):
+    storage.save_tree(tmp_path / "t", tree)
+    assert same(storage.load_tree(tmp_path / "t"), tree)
+    shapes = jax.eval_shape(lambda: tree)
+    assert same(storage.load_tree(tmp_path / "t", like=shapes), tree)
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_restores_into_shards(tmp_path, tree):
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
+    storage.save_tree(tmp_path / "t", tree)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    got = storage.load_tree(tmp_path / "t", like)
+    assert same(got, tree) and all(leaf.sharding == sharding for leaf in jax.tree.leaves(got))
+
+
+def test_existing_folder_is_kept_unless_asked(tmp_path, tree):
+    storage.save_tree(tmp_path / "t", tree)
+    with pytest.raises(FileExistsError, match="exists"):
+        storage.save_tree(tmp_path / "t", {"a": jnp.zeros(1)})
+    storage.save_tree(tmp_path / "t", {"a": jnp.zeros(1)}, overwrite=True)
+    assert list(trees.flatten(storage.load_tree(tmp_path / "t"))) == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_failed_save_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        storage.save_tree(tmp_path / "t", {"ok": jnp.ones(2), "empty": jnp.zeros((0, 3))})
+    with pytest.raises(RuntimeError), storage.atomic_folder(tmp_path / "t") as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged(path, how):
+    whole = path.read_bytes()
+    match how:
+        case "gone":
+            path.unlink()
+        case "empty":
+            path.write_bytes(b"")
+        case "half":
+            path.write_bytes(whole[: len(whole) // 2])
+        case _:
+            where = int(how * len(whole))
+            path.write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
+    return whole
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "half", 0.0, 0.2, 0.5, 0.8, 0.99])
+def test_damage_to_any_file_is_refused_by_name(tmp_path, tree, how):
+    folder = tmp_path / "t"
+    storage.save_tree(folder, tree)
+    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+    assert len(files) > 5
+    for file in files:
+        whole = damaged(file, how)
+        with pytest.raises(storage.DamagedError) as info:
+            storage.load_tree(folder)
+        assert str(folder) in str(info.value) and file.name in str(info.value)
+        file.write_bytes(whole)
+    assert same(storage.load_tree(folder), tree)
+
+
+def test_digest_of_other_values_names_the_array(tmp_path, tree):
+    storage.save_tree(tmp_path / "t", tree)
+    digests = tmp_path / "t" / storage.DIGESTS
+    record = storage.read_record(digests)
+    record["arrays"]["a/kernel"]["sha256"] = "0" * 64
+    storage.write_record(digests, record)
+    with pytest.raises(storage.DamagedError, match="a/kernel: the values differ"):
+        storage.load_tree(tmp_path / "t")
+
+
+def test_other_dtype_or_shape_than_the_model_is_refused_by_name(tmp_path, tree):
+    storage.save_tree(tmp_path / "t", tree)
+    like = jax.eval_shape(lambda: tree)
+    like["half"] = jax.ShapeDtypeStruct((5,), jnp.float32)
+    like["a"]["kernel"] = jax.ShapeDtypeStruct((64, 31), jnp.float32)
+    with pytest.raises(ValueError) as info:
+        storage.load_tree(tmp_path / "t", like)
+    assert "half: the model float32" in str(info.value) and "a/kernel: the model (64, 31)" in str(info.value)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        storage.load_tree(tmp_path / "nothing")

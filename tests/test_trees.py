@@ -1,0 +1,160 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ltsm_jax import ema, interpolate, preset, shrink_and_perturb, soup, trees, wise_ft
+
+
+def tree(seed, dtype=jnp.float32):
+    a, b, c = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "layer_0": {"kernel": jax.random.normal(a, (3, 4), dtype), "bias": jax.random.normal(b, (4,), dtype)},
+        "head": {"kernel": jax.random.normal(c, (4, 2), dtype)},
+    }
+
+
+def bits(params):
+    return {path: np.asarray(leaf).tobytes() for path, leaf in trees.flatten(params).items()}
+
+
+def test_worked_example_of_smoothing():
+    pre = {"weight": jnp.array([0.50]), "scale": jnp.array([1.40]), "shift": jnp.array([0.10]), "bias": jnp.array([-0.40])}
+    rand = {"weight": jnp.array([-0.20]), "scale": jnp.array([1.0]), "shift": jnp.array([0.0]), "bias": jnp.array([0.03])}
+    got = interpolate(pre, rand, 0.7)
+    want = {"weight": 0.29, "scale": 1.28, "shift": 0.07, "bias": -0.271}
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], [value], rtol=1e-6)
+
+
+def test_ends_are_exact_even_for_signed_zeros_and_infinities():
+    pre = {"a": jnp.array([-0.0, 0.0, 1e-45, jnp.inf])}
+    rand = {"a": jnp.array([-3.0, 0.3, jnp.inf, -1.0])}
+    assert bits(interpolate(pre, rand, 1.0)) == bits(pre)
+    assert bits(interpolate(pre, rand, 0.0)) == bits(rand)
+
+
+def test_touches_every_tensor_of_a_two_layer_timer():
+    from ltsm_jax.models.timer import Timer, TimerConfig
+
+    model = Timer(TimerConfig.of(8, 16, 32, 2, 4, context_len=32, horizon=8))
+    pre = jax.tree.map(lambda x: x + 0.5, model.init(jax.random.key(0)))
+    start = interpolate(pre, model.init(jax.random.key(1)), 0.7)
+    touched = [p for p, leaf in trees.flatten(start).items() if not np.array_equal(leaf, trees.flatten(pre)[p])]
+    assert len(touched) == 37
+    np.testing.assert_allclose(start["norm"]["scale"], 0.7 * 1.5 + 0.3, rtol=1e-6)
+
+
+def test_alpha_as_prefix_tree_and_as_function_of_the_path():
+    pre, rand = tree(0), tree(1)
+    by_tree = interpolate(pre, rand, {"layer_0": 0.25, "head": {"kernel": 1.0}})
+    by_path = interpolate(pre, rand, lambda path: 1.0 if path.startswith("head") else 0.25)
+    assert bits(by_tree) == bits(by_path)
+    np.testing.assert_array_equal(by_tree["head"]["kernel"], pre["head"]["kernel"])
+    want = 0.25 * pre["layer_0"]["bias"] + 0.75 * rand["layer_0"]["bias"]
+    np.testing.assert_allclose(by_tree["layer_0"]["bias"], want, rtol=1e-6)
+
+
+def test_only_and_skip_choose_leaves_by_path():
+    pre, rand = tree(0), tree(1)
+    changed = lambda t: {p for p, b in bits(t).items() if b != bits(pre)[p]}  # noqa: E731
+    assert changed(interpolate(pre, rand, 0.5, only="kernel$")) == {"layer_0/kernel", "head/kernel"}
+    assert changed(interpolate(pre, rand, 0.5, skip=["^head/", "bias"])) == {"layer_0/kernel"}
+    assert changed(interpolate(pre, rand, 0.5, only="kernel$", skip="^head/")) == {"layer_0/kernel"}
+
+
+def test_pattern_without_a_match_is_an_error_with_near_names():
+    with pytest.raises(ValueError, match=r"(?s)haed.*head/kernel"):
+        interpolate(tree(0), tree(1), 0.5, skip="haed/kernel")
+
+
+def test_differing_trees_list_every_path_and_shape():
+    pre, rand = tree(0), tree(1)
+    rand["layer_0"]["bias"] = jnp.zeros((5,))
+    rand["tail"] = jnp.zeros((1,))
+    del rand["head"]
+    with pytest.raises(ValueError) as info:
+        interpolate(pre, rand, 0.5)
+    for part in ("layer_0/bias: params_pre (4,), params_rand (5,)", "tail: only in params_rand", "head/kernel: only in params_pre"):
+        assert part in str(info.value)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_alpha_outside_the_unit_interval_is_refused(alpha):
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        interpolate(tree(0), tree(1), alpha)
+
+
+def test_alpha_tree_that_is_no_prefix_is_refused():
+    with pytest.raises(ValueError, match="prefix"):
+        interpolate(tree(0), tree(1), {"layer_0": 0.5})
+
+
+def test_keeps_dtypes_and_leaves_integers_alone():
+    pre = {"w": jnp.ones((3,), jnp.bfloat16), "steps": jnp.array([7])}
+    got = interpolate(pre, {"w": jnp.zeros((3,), jnp.bfloat16), "steps": jnp.array([1])}, 0.7)
+    assert got["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got["w"], jnp.full((3,), 0.7, jnp.bfloat16))
+    np.testing.assert_array_equal(got["steps"], [7])
+
+
+def test_keeps_shardings():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    pre = jax.device_put(tree(0), NamedSharding(mesh, PartitionSpec("data")))
+    got = interpolate(pre, tree(1), 0.7)
+    assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(pre), strict=True))
+
+
+def test_under_jit_vmap_and_grad():
+    pre, rand = tree(0), tree(1)
+    jitted = jax.jit(interpolate)(pre, rand, 0.7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jitted, interpolate(pre, rand, 0.7))
+    sweep = jax.vmap(lambda a: interpolate(pre, rand, a))(jnp.array([0.0, 0.5, 1.0]))
+    np.testing.assert_array_equal(sweep["head"]["kernel"][2], pre["head"]["kernel"])
+    np.testing.assert_array_equal(sweep["head"]["kernel"][0], rand["head"]["kernel"])
+    slope = jax.grad(lambda a: sum(leaf.sum() for leaf in jax.tree.leaves(interpolate(pre, rand, a))))(0.3)
+    want = sum((p - r).sum() for p, r in zip(jax.tree.leaves(pre), jax.tree.leaves(rand), strict=True))
+    np.testing.assert_allclose(slope, want, rtol=1e-5)
+
+
+@given(st.floats(0, 1), st.integers(0, 100))
+def test_lies_between_its_ends(alpha, seed):
+    pre, rand = tree(seed), tree(seed + 1)
+    for p, r, got in zip(*map(jax.tree.leaves, (pre, rand, interpolate(pre, rand, alpha))), strict=True):
+        slack = 1e-6 * (abs(p) + abs(r))
+        assert (got >= jnp.minimum(p, r) - slack).all() and (got <= jnp.maximum(p, r) + slack).all()
+
+
+def test_siblings():
+    a, b = tree(0), tree(1)
+    for x, y, shrunk, wise, mean, moving in zip(
+        *map(jax.tree.leaves, (a, b, shrink_and_perturb(a, b, 0.4, 0.1), wise_ft(a, b, 0.2), soup([a, b, b]), ema(a, b, 0.9))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(shrunk, 0.4 * x + 0.1 * y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(wise, 0.2 * y + 0.8 * x, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(mean, (x + 2 * y) / 3, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(moving, 0.9 * x + 0.1 * y, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="at least one"):
+        soup([])
+
+
+def test_flatten_and_partition_round_trip():
+    params = tree(0)
+    assert list(trees.flatten(params)) == ["head/kernel", "layer_0/bias", "layer_0/kernel"]
+    assert bits(trees.unflatten(trees.flatten(params))) == bits(params)
+    chosen, rest = trees.partition(params, trees.select(params, "^head/"))
+    assert list(trees.flatten(chosen)) == ["head/kernel"] and "head/kernel" not in trees.flatten(rest)
+    assert bits(trees.merge(chosen, rest)) == bits(params)
+    assert trees.count(params) == 12 + 4 + 8
+
+
+def test_published_presets_have_the_published_size():
+    sizes = {"Timer_forecast_1.0": 67_397_728, "Timer_imputation_1.0": 2_121_240, "Timer_anomaly_detection_1.0": 2_158_176}
+    for name, size in sizes.items():
+        assert trees.count(jax.eval_shape(preset(name).init, jax.random.key(0))) == size
+    with pytest.raises(ValueError, match="Timer_forecast_1.0"):
+        preset("Timer_forecast_2.0")
