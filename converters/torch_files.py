@@ -1,17 +1,13 @@
 """Reading and writing PyTorch checkpoint files without PyTorch, as data.
 
-A torch checkpoint is a pickle plus raw storages, and a pickle is a program. Here it is run by a small interpreter that
-knows containers, numbers, strings and tensors, and nothing else: it imports nothing and calls nothing that the file
-names. Objects of other classes (Lightning extras, `argparse.Namespace`, optimizer states) come back as inert
-`Placeholder`s; a pickle that names something no checkpoint needs (`os.system`, `builtins.eval`, ...) is refused.
-
-Formats: the zip container of torch >= 1.6, the plain stream before it, and safetensors. Tensors come back as read-only
-numpy arrays that view the memory-mapped file. What is wrong with a file is said by one exception, `CheckpointError`.
+A torch checkpoint is a pickle plus raw storages. The pickle is run by `converters.pickles`, which builds tensors and
+plain containers and nothing else. Formats: the zip container of torch >= 1.6, the plain stream before it, and
+safetensors. Tensors come back as read-only numpy arrays that view the memory-mapped file. What is wrong with a file is
+said by one exception, `CheckpointError`.
 """
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import io
 import itertools
@@ -29,27 +25,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-MAX_PICKLE_BYTES = 64 << 20  # the pickle of a 1000-tensor checkpoint has about 0.2 MB
-MAX_PICKLE_STEPS = 5_000_000  # the same pickle has about 40,000 opcodes
+from converters.pickles import MAX_PICKLE_BYTES, CheckpointError, Placeholder, quoted, run_pickle
+
 MAX_EXPANDED = 1 << 24  # elements of a stride-0 view that may exceed its storage
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file that can't be used. The message names the file, what is wrong and what to do."""
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Placeholder:
-    """What stands where a file names a class or function that is not a tensor or plain container. Never called.
-
-    `name` is the dotted name in the file, `args` what it would have been called with (None: the bare name),
-    `state` and `items` what it would have been filled with.
-    """
-
-    name: str
-    args: Any = dataclasses.field(default=None, repr=False)
-    state: Any = dataclasses.field(default=None, repr=False)
-    items: list = dataclasses.field(default_factory=list, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,79 +36,6 @@ class TorchFile:
 
     content: Any
     container: str
-
-
-def _short(value: object, limit: int = 120) -> str:
-    """A name from a file as it may stand in a message: quoted, escaped, bounded."""
-    if not isinstance(value, str):
-        return type(value).__name__
-    return ascii(value if len(value) <= limit else value[:limit] + "...")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Names in a pickle
-# --------------------------------------------------------------------------------------------------------------------
-
-# What checkpoints really hold from the standard library (None: any name). Any other name of it is refused: none of
-# these is ever called, so the list costs only a refusal where it is too short.
-_STDLIB_NAMES: dict[str, set[str] | None] = {
-    "builtins": {
-        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
-        "slice", "str", "tuple", "type", "Ellipsis", "NotImplemented", "unicode", "long",
-    },
-    "collections": None,
-    "_codecs": {"encode"},
-    "argparse": {"Namespace"},
-    "copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"},
-    "datetime": None,
-    "decimal": {"Decimal"},
-    "enum": None,
-    "fractions": {"Fraction"},
-    "functools": {"partial"},
-    "logging": {"Logger", "getLogger"},
-    "numbers": None,
-    "pathlib": {"Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
-    "random": {"Random"},
-    "re": {"_compile"},
-    "types": {"SimpleNamespace"},
-    "typing": None,
-    "uuid": {"UUID", "SafeUUID"},
-    "zoneinfo": {"ZoneInfo"},
-}  # fmt: skip
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # modules that have another name today
-_PYTHON_2_ONLY = {"commands", "popen2", "cPickle", "cStringIO", "urllib2", "httplib", "exceptions", "dummy_thread"}
-_DANGEROUS_PARTS = {  # refused wherever they stand in a dotted name ("torch" + "os.system")
-    "os", "posix", "nt", "posixpath", "ntpath", "sys", "subprocess", "builtins", "__builtins__", "__builtin__",
-    "importlib", "ctypes", "shutil", "socket", "runpy", "pty", "pickle", "__globals__", "__subclasses__", "__import__",
-    "__getattribute__", "__class__", "__dict__", "__code__", "__reduce__", "__reduce_ex__", "__setstate__", "__call__",
-}  # fmt: skip
-_DANGEROUS_PREFIXES = (
-    "torch.hub", "torch.load", "torch.save", "torch.jit", "torch.package", "torch.serialization", "torch.ops",
-    "torch.classes", "torch.utils.cpp_extension", "torch.utils.model_zoo", "torch.distributed.rpc",
-    "torch.multiprocessing", "torch.storage._load_from_bytes", "torch._dynamo", "torch._inductor", "torch._C",
-    "torch.fx", "torch.compile",
-    "numpy.load", "numpy.fromfile", "numpy.save", "numpy.memmap", "numpy.testing", "numpy.f2py", "numpy.distutils",
-    "numpy.ctypeslib", "numpy.lib", "pandas.eval", "pandas.read_pickle", "pandas.io",
-    "pip", "setuptools", "pkg_resources", "distutils", "IPython", "cloudpickle", "dill", "joblib", "requests",
-    "pexpect", "paramiko", "fabric", "sh", "jax", "jaxlib", "flax", "ltsm_jax", "converters", "experiments",
-)  # fmt: skip
-_STATE_TRICKS = {  # attributes that only an attack sets on an object
-    "__class__", "__setstate__", "__reduce__", "__reduce_ex__", "__code__", "__globals__", "__builtins__", "__init__",
-    "__new__", "__del__", "__call__", "__getattr__", "__getattribute__", "__bases__", "__mro__", "__subclasses__",
-}  # fmt: skip
-
-
-def _is_dangerous(module: str, name: str) -> bool:
-    dotted = f"{module}.{name}"
-    root = dotted.partition(".")[0]
-    if module in _STDLIB_NAMES:
-        allowed = _STDLIB_NAMES[module]
-        return allowed is not None and name not in allowed or not _DANGEROUS_PARTS.isdisjoint(name.split("."))
-    if root in sys.stdlib_module_names or root in _PYTHON_2_ONLY:
-        return True
-    if not _DANGEROUS_PARTS.isdisjoint(dotted.split(".")):
-        return True
-    return any(dotted == p or dotted.startswith(p + ".") for p in _DANGEROUS_PREFIXES)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -154,7 +59,7 @@ _DTYPES = {  # torch's name: (numpy dtype, name of its typed storage)
 _STORAGE_DTYPES: dict[str, np.dtype | None] = {
     f"torch.{device}{storage}": dtype for dtype, storage in _DTYPES.values() for device in ("", "cuda.")
 } | {"torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}
-_STORAGE_NAMES = {dtype: storage for dtype, storage in _DTYPES.values()}
+_STORAGE_NAMES = dict(_DTYPES.values())
 _TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()} | {
     f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")
 }
@@ -205,29 +110,10 @@ def _strided(storage: object, offset: object, size: object, stride: object, dtyp
 
 
 def _torch_dtype(value: object) -> np.dtype:
-    name = value.name if isinstance(value, Placeholder) else _short(value)
+    name = value.name if isinstance(value, Placeholder) else quoted(value)
     if name not in _TORCH_DTYPES:
         raise ValueError(f"a tensor of dtype {name}, which is not supported")
     return _TORCH_DTYPES[name]
-
-
-def _latin1(text: object = None, encoding: object = None) -> bytes:
-    """How Python 3 writes bytes in an old pickle: `_codecs.encode(str, "latin1")`."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise ValueError("_codecs.encode used for something else than bytes")
-    return text.encode("latin-1")
-
-
-def _from_type(func: object, kind: object, args: object, state: object) -> object:
-    """`torch._tensor._rebuild_from_type_v2`: a tensor with extra attributes, which are dropped."""
-    if (
-        isinstance(func, Placeholder)
-        and func.args is None
-        and isinstance(args, tuple)
-        and func.name in _TENSOR_BUILDERS
-    ):
-        return _TENSOR_BUILDERS[func.name](*args)
-    return Placeholder(getattr(kind, "name", "torch._tensor._rebuild_from_type_v2"), (func, args), state)
 
 
 def _is_array(value: object) -> np.ndarray:
@@ -236,7 +122,7 @@ def _is_array(value: object) -> np.ndarray:
     return value
 
 
-_TENSOR_BUILDERS: dict[str, Callable[..., Any]] = {
+_BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": lambda st, offset, size, stride: _strided(st, offset, size, stride, None),
     "torch._utils._rebuild_tensor_v2": lambda st, offset, size, stride, *_: _strided(st, offset, size, stride, None),
     "torch._utils._rebuild_tensor_v3": lambda st, offset, size, stride, _grad, _hooks, dtype, *_: _strided(
@@ -245,404 +131,6 @@ _TENSOR_BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": lambda data, *_: _is_array(data),
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: _is_array(data),
 }
-_CONTAINERS: dict[str, type] = {
-    "collections.OrderedDict": dict,
-    "collections.Counter": dict,
-    "builtins.dict": dict,
-    "builtins.list": list,
-    "builtins.tuple": tuple,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "torch.Size": tuple,
-}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The pickle interpreter
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _key(value: Any) -> Any:
-    """`value`, if it may be a dictionary key: hashing a hostile nest of tuples would overflow the C stack."""
-    scalar = (str, bytes, int, float, complex, type(None), Placeholder)
-    if isinstance(value, scalar) or isinstance(value, tuple) and all(isinstance(v, scalar) for v in value):
-        return value
-    raise ValueError(f"a dictionary key or set element of type {type(value).__name__}")
-
-
-class _Pickle:
-    """Runs one pickle, protocols 0 to 5. `persistent` turns a persistent id into a storage."""
-
-    def __init__(self, data: Any, start: int, persistent: Callable[[Any], Any]):
-        self.data, self.pos, self.persistent = data, start, persistent
-        self.end = min(len(data), start + MAX_PICKLE_BYTES)
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks under the open marks
-        self.memo: dict[int, Any] = {}
-        self.steps = MAX_PICKLE_STEPS
-
-    # reading ------------------------------------------------------------------------------------------------------
-    def take(self, n: int) -> bytes:
-        if n < 0 or n > self.end - self.pos:
-            whole = self.end == len(self.data)
-            limit = "the file ends inside the pickle" if whole else f"more than {MAX_PICKLE_BYTES >> 20} MB of pickle"
-            raise ValueError(f"{limit} ({n} bytes declared)")
-        self.pos += n
-        return self.data[self.pos - n : self.pos]
-
-    def number(self, n: int) -> int:
-        return int.from_bytes(self.take(n), "little")
-
-    def line(self) -> bytes:
-        stop = self.data.find(b"\n", self.pos, self.end)
-        return self.take((stop if stop >= 0 else self.end) + 1 - self.pos)[:-1]
-
-    # stack --------------------------------------------------------------------------------------------------------
-    def pop(self) -> Any:
-        if not self.stack:
-            raise ValueError("the pickle takes a value that is not there")
-        return self.stack.pop()
-
-    def top(self) -> Any:
-        if not self.stack:
-            raise ValueError("the pickle uses a value that is not there")
-        return self.stack[-1]
-
-    def pop_mark(self) -> list[Any]:
-        if not self.below:
-            raise ValueError("the pickle closes a group that was not opened")
-        items, self.stack = self.stack, self.below.pop()
-        return items
-
-    def spend(self, n: int) -> None:
-        self.steps -= n
-        if self.steps < 0:
-            raise ValueError(f"more than {MAX_PICKLE_STEPS} steps of pickle, which no checkpoint needs")
-
-    # names and calls ----------------------------------------------------------------------------------------------
-    def name(self, module: object, name: object) -> Placeholder:
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("the pickle names a class by something that is not text")
-        module = _PYTHON_2.get(module, module)
-        if _is_dangerous(module, name):
-            raise ValueError(
-                f"the pickle names {_short(f'{module}.{name}')}, which no checkpoint needs: this file may be an attack "
-                "and nothing of it was run"
-            )
-        return Placeholder(f"{module}.{name}")
-
-    def call(self, func: object, args: object) -> Any:
-        if not isinstance(args, tuple):
-            raise ValueError("the pickle calls something with arguments that are not a tuple")
-        if not isinstance(func, Placeholder):
-            raise ValueError(f"the pickle calls a {type(func).__name__}")
-        if func.args is None:
-            if func.name in _TENSOR_BUILDERS:
-                return _TENSOR_BUILDERS[func.name](*args)
-            if func.name == "torch._tensor._rebuild_from_type_v2":
-                return _from_type(*args)
-            if func.name == "_codecs.encode":
-                self.spend(len(args[0]) if args and isinstance(args[0], str) else 0)
-                return _latin1(*args)
-            if func.name == "collections.defaultdict":
-                return self.container(dict, args[1:])
-            if func.name in _CONTAINERS:
-                return self.container(_CONTAINERS[func.name], args)
-        return Placeholder(func.name, args)
-
-    def container(self, kind: type, args: tuple) -> Any:
-        if not args:
-            return kind()
-        content = args[0]
-        if len(args) > 1 or not isinstance(content, (list, tuple, dict, set, frozenset)):
-            raise ValueError(f"the pickle makes a {kind.__name__} of something that is not a container")
-        self.spend(len(content))
-        if kind is dict:
-            pairs = content.items() if isinstance(content, dict) else content
-            made: dict[Any, Any] = {}
-            for pair in pairs:
-                if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
-                    raise ValueError("the pickle makes a dict of something that is not pairs")
-                made[_key(pair[0])] = pair[1]
-            return made
-        return kind(map(_key, content)) if kind in (set, frozenset) else kind(content)
-
-    def build(self, state: object) -> None:
-        target = self.top()
-        for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
-            tricks = [k for k in part if isinstance(k, str) and k in _STATE_TRICKS] if isinstance(part, dict) else []
-            if tricks:
-                raise ValueError(f"the pickle sets {', '.join(tricks)} of an object: this file may be an attack")
-        if isinstance(target, Placeholder):
-            target.state = state
-        elif not isinstance(target, (dict, np.ndarray)):  # of those two, attributes are dropped (`_metadata`)
-            raise ValueError(f"the pickle sets attributes of a {type(target).__name__}")
-
-    def append(self, items: list[Any]) -> None:
-        target = self.top()
-        if isinstance(target, Placeholder):
-            target.items.extend(items)
-        elif isinstance(target, list):
-            target.extend(items)
-        else:
-            raise ValueError(f"the pickle appends to a {type(target).__name__}")
-
-    def add(self, items: list[Any]) -> None:
-        target = self.top()
-        if isinstance(target, Placeholder):
-            target.items.extend(items)
-        elif isinstance(target, set):
-            target.update(map(_key, items))
-        else:
-            raise ValueError(f"the pickle adds elements to a {type(target).__name__}")
-
-    def set_items(self, items: list[Any], target: object) -> object:
-        if len(items) % 2:
-            raise ValueError("the pickle has a dictionary key without a value")
-        if isinstance(target, Placeholder):
-            target.items.extend(zip(items[::2], items[1::2], strict=True))
-        elif isinstance(target, dict):
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                if _key(key) in target:
-                    raise ValueError(f"the key {_short(str(key))} stands twice in one dictionary")
-                target[key] = value
-        else:
-            raise ValueError(f"the pickle sets items of a {type(target).__name__}")
-        return target
-
-    # the loop -----------------------------------------------------------------------------------------------------
-    def run(self) -> Any:
-        while True:
-            self.spend(1)
-            code = self.take(1)
-            if code == b".":
-                result = self.pop()
-                if self.below or self.stack:
-                    raise ValueError("the pickle stops with values left over")
-                return result
-            if code == b"(":
-                if len(self.below) >= 1000:
-                    raise ValueError("the pickle is nested more than 1000 deep")
-                self.below.append(self.stack)
-                self.stack = []
-                continue
-            step = _STEPS.get(code)
-            if step is None:
-                what = "an extension code" if code in (b"\x82", b"\x83", b"\x84") else "opcode"
-                raise ValueError(f"the pickle uses {what} (0x{code.hex()}), which torch never writes")
-            step(self)
-
-
-def _push(make: Callable[[_Pickle], Any]) -> Callable[[_Pickle], None]:
-    def step(p: _Pickle) -> None:
-        value = make(p)  # first: it may replace the stack
-        p.stack.append(value)
-
-    return step
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogatepass")
-
-
-def _old_text(raw: bytes) -> str:  # a `str` of Python 2
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
-
-
-def _quoted(p: _Pickle) -> str:
-    raw = p.line()
-    if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
-        raise ValueError("a string without quotes")
-    return _old_text(codecs.escape_decode(raw[1:-1])[0])  # type: ignore[attr-defined]
-
-
-def _int_line(p: _Pickle) -> Any:
-    raw = p.line()
-    return {b"00": False, b"01": True}[raw] if raw in (b"00", b"01") else int(raw)
-
-
-def _tuple(n: int) -> Callable[[_Pickle], None]:
-    def step(p: _Pickle) -> None:
-        items = [p.pop() for _ in range(n)]
-        p.stack.append(tuple(reversed(items)))
-
-    return step
-
-
-def _put(index: Callable[[_Pickle], int]) -> Callable[[_Pickle], None]:
-    def step(p: _Pickle) -> None:
-        p.memo[index(p)] = p.top()
-
-    return step
-
-
-def _get(index: Callable[[_Pickle], int]) -> Callable[[_Pickle], None]:
-    def step(p: _Pickle) -> None:
-        i = index(p)
-        if i not in p.memo:
-            raise ValueError(f"the pickle refers to value {i}, which it never stored")
-        p.stack.append(p.memo[i])
-
-    return step
-
-
-def _pop_step(p: _Pickle) -> None:
-    if p.stack:
-        p.stack.pop()
-    else:
-        p.pop_mark()
-
-
-def _global_step(p: _Pickle) -> None:
-    module, name = _text(p.line()), _text(p.line())
-    p.stack.append(p.name(module, name))
-
-
-def _stack_global(p: _Pickle) -> None:
-    name, module = p.pop(), p.pop()
-    p.stack.append(p.name(module, name))
-
-
-def _reduce(p: _Pickle) -> None:
-    args, func = p.pop(), p.pop()
-    p.stack.append(p.call(func, args))
-
-
-def _new_ex(p: _Pickle) -> None:
-    kwargs, args, kind = p.pop(), p.pop(), p.pop()
-    if kwargs != {}:
-        args = (args, kwargs)
-    p.stack.append(p.call(kind, args))
-
-
-def _inst(p: _Pickle) -> None:
-    kind = p.name(_text(p.line()), _text(p.line()))
-    args = tuple(p.pop_mark())
-    p.stack.append(p.call(kind, args))
-
-
-def _obj(p: _Pickle) -> None:
-    items = p.pop_mark()
-    if not items:
-        raise ValueError("the pickle makes an object of no class")
-    p.stack.append(p.call(items[0], tuple(items[1:])))
-
-
-def _build(p: _Pickle) -> None:
-    p.build(p.pop())
-
-
-def _proto(p: _Pickle) -> None:
-    version = p.number(1)
-    if version > 5:
-        raise ValueError(f"pickle protocol {version} is unknown")
-
-
-def _frame(p: _Pickle) -> None:
-    n = p.number(8)
-    if n > p.end - p.pos:
-        raise ValueError(f"the file ends inside the pickle (a frame of {n} bytes declared)")
-
-
-def _append(p: _Pickle) -> None:
-    value = p.pop()
-    p.append([value])
-
-
-def _set_item(p: _Pickle) -> None:
-    value, key = p.pop(), p.pop()
-    p.set_items([key, value], p.top())
-
-
-def _set_items(p: _Pickle) -> None:
-    items = p.pop_mark()
-    p.set_items(items, p.top())
-
-
-def _discard_mark(p: _Pickle) -> None:
-    p.pop_mark()
-
-
-_STEPS: dict[bytes, Callable[[_Pickle], None]] = {
-    b"\x80": _proto,
-    b"\x95": _frame,
-    b"0": _pop_step,
-    b"1": _discard_mark,
-    b"2": _push(lambda p: p.top()),
-    b"N": _push(lambda p: None),
-    b"\x88": _push(lambda p: True),
-    b"\x89": _push(lambda p: False),
-    b"I": _push(_int_line),
-    b"J": _push(lambda p: int.from_bytes(p.take(4), "little", signed=True)),
-    b"K": _push(lambda p: p.number(1)),
-    b"M": _push(lambda p: p.number(2)),
-    b"L": _push(lambda p: int(p.line().removesuffix(b"L"))),
-    b"\x8a": _push(lambda p: int.from_bytes(p.take(p.number(1)), "little", signed=True)),
-    b"\x8b": _push(lambda p: int.from_bytes(p.take(p.number(4)), "little", signed=True)),
-    b"F": _push(lambda p: float(p.line())),
-    b"G": _push(lambda p: struct.unpack(">d", p.take(8))[0]),
-    b"S": _push(_quoted),
-    b"T": _push(lambda p: _old_text(p.take(p.number(4)))),
-    b"U": _push(lambda p: _old_text(p.take(p.number(1)))),
-    b"V": _push(lambda p: p.line().decode("raw-unicode-escape")),
-    b"X": _push(lambda p: _text(p.take(p.number(4)))),
-    b"\x8c": _push(lambda p: _text(p.take(p.number(1)))),
-    b"\x8d": _push(lambda p: _text(p.take(p.number(8)))),
-    b"B": _push(lambda p: p.take(p.number(4))),
-    b"C": _push(lambda p: p.take(p.number(1))),
-    b"\x8e": _push(lambda p: p.take(p.number(8))),
-    b"\x96": _push(lambda p: p.take(p.number(8))),
-    b")": _push(lambda p: ()),
-    b"\x85": _tuple(1),
-    b"\x86": _tuple(2),
-    b"\x87": _tuple(3),
-    b"t": _push(lambda p: tuple(p.pop_mark())),
-    b"]": _push(lambda p: []),
-    b"l": _push(lambda p: p.pop_mark()),
-    b"a": _append,
-    b"e": lambda p: p.append(p.pop_mark()),
-    b"}": _push(lambda p: {}),
-    b"d": _push(lambda p: p.set_items(p.pop_mark(), {})),
-    b"s": _set_item,
-    b"u": _set_items,
-    b"\x8f": _push(lambda p: set()),
-    b"\x90": lambda p: p.add(p.pop_mark()),
-    b"\x91": _push(lambda p: frozenset(map(_key, p.pop_mark()))),
-    b"p": _put(lambda p: int(p.line())),
-    b"q": _put(lambda p: p.number(1)),
-    b"r": _put(lambda p: p.number(4)),
-    b"\x94": _put(lambda p: len(p.memo)),
-    b"g": _get(lambda p: int(p.line())),
-    b"h": _get(lambda p: p.number(1)),
-    b"j": _get(lambda p: p.number(4)),
-    b"c": _global_step,
-    b"\x93": _stack_global,
-    b"R": _reduce,
-    b"b": _build,
-    b"i": _inst,
-    b"o": _obj,
-    b"\x81": _reduce,
-    b"\x92": _new_ex,
-    b"P": _push(lambda p: p.persistent(_text(p.line()))),
-    b"Q": _push(lambda p: p.persistent(p.pop())),
-}
-
-
-def _run_pickle(file: Path, data: Any, start: int, persistent: Callable[[Any], Any]) -> tuple[Any, int]:
-    """The object that a pickle describes, and where the pickle ends."""
-    pickle = _Pickle(data, start, persistent)
-    try:
-        return pickle.run(), pickle.pos
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, MemoryError) as e:
-        raise CheckpointError(
-            f"{file}: {e or type(e).__name__} (byte {pickle.pos} of the pickle). "
-            "Download the file again, or get it from a source you trust."
-        ) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -753,40 +241,40 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
         name = raw.decode("utf-8" if flags & 0x800 else "cp437")
         parts = name.split("/")
         if "\\" in name or "\0" in name or ":" in parts[0] or any(p in ("", ".", "..") for p in parts):
-            raise ValueError(f"an entry named {_short(name)}, which is not a plain path")
+            raise ValueError(f"an entry named {quoted(name)}, which is not a plain path")
         if name in entries:
-            raise ValueError(f"two entries named {_short(name)}")
+            raise ValueError(f"two entries named {quoted(name)}")
         if flags & ~0x0808:
-            raise ValueError(f"the entry {_short(name)} is encrypted or patched (flags 0x{flags:04x})")
+            raise ValueError(f"the entry {quoted(name)} is encrypted or patched (flags 0x{flags:04x})")
         if method != 0 or packed != plain:
             raise ValueError(
-                f"the entry {_short(name)} is compressed ({packed} bytes declared to become {plain}): torch never does "
+                f"the entry {quoted(name)} is compressed ({packed} bytes declared to become {plain}): torch never does "
                 "this, and it was not unpacked"
             )
         if plain > total:
-            raise ValueError(f"the entry {_short(name)} declares {plain} bytes in a file of {total}")
+            raise ValueError(f"the entry {quoted(name)} declares {plain} bytes in a file of {total}")
         # The local header must tell the same story as the list.
         magic, *l_told, l_crc, l_packed, l_plain, l_name, l_extra = _unpack("<4s5H3L2H", data, local)
         body = local + 30 + l_name + l_extra
         l_plain, l_packed = _zip64(data[local + 30 + l_name : body], [l_plain, l_packed])
         if magic != b"PK\x03\x04" or l_told != told or data[local + 30 : local + 30 + l_name] != raw:
-            raise ValueError(f"the header of the entry {_short(name)} does not match the list of entries")
+            raise ValueError(f"the header of the entry {quoted(name)} does not match the list of entries")
         streamed = bool(flags & 8)  # then crc and sizes stand behind the data, and may be zero here
         l_sizes, sizes = (l_crc, l_packed, l_plain), (crc, packed, plain)
         if l_sizes != sizes and not (streamed and l_sizes == (0, 0, 0)):
-            raise ValueError(f"the sizes of the entry {_short(name)} do not match the list of entries")
+            raise ValueError(f"the sizes of the entry {quoted(name)} do not match the list of entries")
         stop = body + plain
         if stop > start:
-            raise ValueError(f"the entry {_short(name)} reaches over the end of the data")
+            raise ValueError(f"the entry {quoted(name)} reaches over the end of the data")
         content = view[body:stop]
         if zlib.crc32(content) != crc:
-            raise ValueError(f"the entry {_short(name)} is damaged (its CRC-32 is wrong)")
+            raise ValueError(f"the entry {quoted(name)} is damaged (its CRC-32 is wrong)")
         if streamed and data[stop : stop + 4] == b"PK\x07\x08":
             narrow, wide = _unpack("<3L", data, stop + 4), _unpack("<L2Q", data, stop + 4)
             if sizes not in (narrow, wide):
-                raise ValueError(f"the descriptor of the entry {_short(name)} does not match the list of entries")
+                raise ValueError(f"the descriptor of the entry {quoted(name)} does not match the list of entries")
         elif streamed and _unpack("<3L", data, stop) != sizes:
-            raise ValueError(f"the descriptor of the entry {_short(name)} does not match the list of entries")
+            raise ValueError(f"the descriptor of the entry {quoted(name)} does not match the list of entries")
         entries[name] = content
         spans.append((local, stop, name))
     if at != end:
@@ -794,13 +282,13 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
     spans.sort()
     for (_, stop, one), (begin, _, two) in itertools.pairwise(spans):
         if stop > begin:
-            raise ValueError(f"the entries {_short(one)} and {_short(two)} overlap")
+            raise ValueError(f"the entries {quoted(one)} and {quoted(two)} overlap")
     return entries
 
 
 def _swapped(data: memoryview, dtype: np.dtype) -> memoryview:
     width = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
-    return memoryview(np.frombuffer(data, f"u{width}").byteswap()).cast("B") if width > 1 else data
+    return np.frombuffer(data, f"u{width}").byteswap().view(np.uint8).data if width > 1 else data
 
 
 def _storage_id(pid: object, ids: int) -> tuple[np.dtype | None, str, int]:
@@ -810,7 +298,7 @@ def _storage_id(pid: object, ids: int) -> tuple[np.dtype | None, str, int]:
     kind, key, numel = pid[1], pid[2], pid[4]
     if not isinstance(kind, Placeholder) or kind.name not in _STORAGE_DTYPES:
         name = kind.name if isinstance(kind, Placeholder) else type(kind).__name__
-        raise ValueError(f"a storage of type {_short(name)}, which is not supported")
+        raise ValueError(f"a storage of type {quoted(name)}, which is not supported")
     if not isinstance(key, str) or not _is_size(numel):
         raise ValueError("a storage whose name is not text or whose size is not a number")
     return _STORAGE_DTYPES[kind.name], key, numel
@@ -840,10 +328,10 @@ def _read_zip(file: Path, data: mmap.mmap) -> Any:
             return made[dtype, key, numel]
         name = f"{root}/data/{key}"
         if name not in entries:
-            raise ValueError(f"the storage {_short(key)} is missing in the zip file")
+            raise ValueError(f"the storage {quoted(key)} is missing in the zip file")
         held, needed = len(entries[name]), numel * (dtype.itemsize if dtype else 1)
         if held != needed:
-            raise ValueError(f"the storage {_short(key)} has {held} bytes, the pickle says {needed}")
+            raise ValueError(f"the storage {quoted(key)} has {held} bytes, the pickle says {needed}")
         raw = entries[name]
         if order == b"big":
             if dtype is None:
@@ -853,7 +341,7 @@ def _read_zip(file: Path, data: mmap.mmap) -> Any:
         return made[dtype, key, numel]
 
     pickle = bytes(entries[f"{root}/data.pkl"])
-    content, end = _run_pickle(file, pickle, 0, storage)
+    content, end = run_pickle(file, pickle, 0, storage, _BUILDERS)
     if end != len(pickle):
         raise CheckpointError(f"{file}: data.pkl goes on after the end of its pickle. {_AGAIN}")
     return content
@@ -869,13 +357,13 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
     def nothing(pid: object) -> Any:
         raise ValueError("a storage where none can be")
 
-    magic, at = _run_pickle(file, data, 0, nothing)
+    magic, at = run_pickle(file, data, 0, nothing, _BUILDERS)
     if magic != _LEGACY_MAGIC:
         raise CheckpointError(f"{file}: a pickle, but not one that torch.save wrote. {_RESAVE}")
-    version, at = _run_pickle(file, data, at, nothing)
-    machine, at = _run_pickle(file, data, at, nothing)
+    version, at = run_pickle(file, data, at, nothing, _BUILDERS)
+    machine, at = run_pickle(file, data, at, nothing, _BUILDERS)
     if version != _LEGACY_VERSION or not isinstance(machine, dict):
-        raise CheckpointError(f"{file}: version {_short(str(version))} of the old torch format is unknown. {_RESAVE}")
+        raise CheckpointError(f"{file}: version {quoted(str(version))} of the old torch format is unknown. {_RESAVE}")
     if machine.get("little_endian") is not True:
         raise CheckpointError(f"{file}: written on a big-endian machine, which is not supported here. {_RESAVE}")
 
@@ -885,31 +373,31 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
     def declare(pid: object) -> _Storage:
         dtype, key, numel = _storage_id(pid, 6)
         if declared.setdefault(key, (dtype, numel)) != (dtype, numel):
-            raise ValueError(f"the storage {_short(key)} is declared twice, differently")
+            raise ValueError(f"the storage {quoted(key)} is declared twice, differently")
         needed = numel * (dtype.itemsize if dtype else 1)
         if needed > len(data):
-            raise ValueError(f"the storage {_short(key)} declares {needed} bytes in a file of {len(data)}")
+            raise ValueError(f"the storage {quoted(key)} declares {needed} bytes in a file of {len(data)}")
         return _Storage(zeros[:needed], dtype)  # stands in for the real one
 
     start = at
-    zeros = memoryview(np.zeros(len(data), np.uint8))  # never touched, so never really allocated
-    _, at = _run_pickle(file, data, start, declare)
-    keys, at = _run_pickle(file, data, at, nothing)
+    zeros = np.zeros(len(data), np.uint8).data  # never touched, so never really allocated
+    _, at = run_pickle(file, data, start, declare, _BUILDERS)
+    keys, at = run_pickle(file, data, at, nothing, _BUILDERS)
     if not isinstance(keys, list) or any(not isinstance(k, str) for k in keys) or len(set(keys)) != len(keys):
         raise CheckpointError(f"{file}: the list of storages is damaged. {_AGAIN}")
     if set(keys) != set(declared):
         odd = sorted(set(keys) ^ set(declared))[:5]
-        odd = ", ".join(map(_short, odd))
+        odd = ", ".join(map(quoted, odd))
         raise CheckpointError(f"{file}: the list of storages and the pickle differ in {odd}. {_AGAIN}")
     storages: dict[str, _Storage] = {}
     for key in keys:
         dtype, numel = declared[key]
         needed = numel * (dtype.itemsize if dtype else 1)
         if at + 8 + needed > len(data):
-            raise CheckpointError(f"{file}: the file ends inside the storage {_short(key)}: it was cut. {_AGAIN}")
+            raise CheckpointError(f"{file}: the file ends inside the storage {quoted(key)}: it was cut. {_AGAIN}")
         held = int.from_bytes(data[at : at + 8], "little")
         if held != numel:
-            raise CheckpointError(f"{file}: the storage {_short(key)} has {held} elements, not {numel}. {_AGAIN}")
+            raise CheckpointError(f"{file}: the storage {quoted(key)} has {held} elements, not {numel}. {_AGAIN}")
         storages[key] = _Storage(memoryview(data)[at + 8 : at + 8 + needed], dtype)
         at += 8 + needed
     if at != len(data):
@@ -925,10 +413,10 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
         width = whole.dtype.itemsize if whole.dtype else 1
         low, high = view[1] * width, (view[1] + view[2]) * width
         if high > whole.data.nbytes:
-            raise ValueError(f"a view that reaches out of the storage {_short(pid[2])}")
+            raise ValueError(f"a view that reaches out of the storage {quoted(pid[2])}")
         return _Storage(whole.data[low:high], whole.dtype)
 
-    return _run_pickle(file, data, start, storage)[0]
+    return run_pickle(file, data, start, storage, _BUILDERS)[0]
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -1069,5 +557,5 @@ def write_torch(path: str | os.PathLike, content: Any, *, overwrite: bool = Fals
 
 
 def _little_endian(array: np.ndarray) -> memoryview:
-    plain = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return memoryview(plain) if sys.byteorder == "little" else _swapped(memoryview(plain), array.dtype)
+    plain = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return plain if sys.byteorder == "little" else _swapped(plain, array.dtype)

@@ -1,0 +1,71 @@
+"""Command line of the converters.
+
+python -m converters inspect SRC               what a checkpoint file is
+python -m converters import SRC DST            original file -> model folder
+python -m converters export SRC DST            model folder -> original file (.ckpt or .pth)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import converters
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; prints one message and returns 2 where the input is at fault."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "inspect":
+            _show(converters.inspect(args.src, config=args.config))
+        elif args.command == "import":
+            model, _, provenance, _ = converters.import_checkpoint(
+                args.src, args.dst, config=args.config, allow_cast=args.allow_cast, overwrite=args.overwrite
+            )
+            print(f"{args.dst}: {model.family} {model.config}")
+            print(f"from {provenance['source']} ({provenance['sha256']})")
+            for note in provenance["notes"]:
+                print(f"note: {note}")
+        else:
+            notes = converters.export_checkpoint(args.src, args.dst, overwrite=args.overwrite)
+            print(f"{args.dst}: written")
+            for note in notes:
+                print(f"note: {note}")
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m converters", description="Original checkpoints in and out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("inspect", help="say what a checkpoint file or model folder is")
+    take = commands.add_parser("import", help="original checkpoint file -> model folder")
+    give = commands.add_parser("export", help="model folder -> original checkpoint file (.ckpt or .pth)")
+    for command in (look, take, give):
+        command.add_argument("src", metavar="SRC")
+    for command in (look, take):
+        command.add_argument(
+            "--config", help="JSON file with the original's hyper-parameters (default: config.json beside SRC)"
+        )
+    for command in (take, give):
+        command.add_argument("dst", metavar="DST")
+        command.add_argument("--overwrite", action="store_true", help="replace DST")
+    take.add_argument("--allow-cast", action="store_true", help="round float64 and integer tensors to float32")
+    return parser
+
+
+def _show(facts: dict) -> None:
+    for name, value in facts.items():
+        if isinstance(value, dict) and value:
+            print(f"{name}:")
+            for key, entry in value.items():
+                print(f"  {key}: {entry}")
+        elif value not in ({}, [], ""):
+            print(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""How a state dict lies in its file: key prefix, and modules that are registered twice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from converters.torch_files import quoted
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """`prefix`: what stands before every key of the table. `aliases`: prefixes under which the same tensors stand
+    again, seen from where the prefix's last part stands: {"decoder.": "decoder."} with the prefix "backbone." says that
+    `decoder.X` is `backbone.decoder.X`."""
+
+    prefix: str = ""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def outer(self) -> str:
+        parts = self.prefix.split(".")
+        return "".join(part + "." for part in parts[:-2])
+
+    def strip(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+        """The state dict under the table's keys, the keys dropped as equal copies (with the reason), and problems."""
+        stripped: dict[str, Any] = {}
+        copies: dict[str, str] = {}
+        problems: list[str] = []
+        for key, value in state.items():
+            if key.startswith(self.prefix):
+                stripped[key[len(self.prefix) :]] = value
+                continue
+            original = self._original(key)
+            if original is None:
+                problems.append(f"{quoted(key)}: no rule matches (every other key starts with {quoted(self.prefix)})")
+            elif not _same(value, state.get(original)):
+                problems.append(f"{quoted(key)}: differs from {quoted(original)}, of which it should be a copy")
+            else:
+                copies[key] = f"the same tensor as {original}, byte for byte"
+        return stripped, copies, problems
+
+    def _original(self, key: str) -> str | None:
+        for alias, target in self.aliases.items():
+            if key.startswith(self.outer + alias):
+                return self.prefix + target + key[len(self.outer + alias) :]
+        return None
+
+    def dress(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `strip`."""
+        out = {self.prefix + key: value for key, value in state.items()}
+        for alias, target in self.aliases.items():
+            out |= {self.outer + alias + k[len(target) :]: v for k, v in state.items() if k.startswith(target)}
+        return out
+
+
+def _same(a: object, b: object) -> bool:
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return False
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+    )

@@ -1,0 +1,527 @@
+"""A pickle as data: an interpreter that knows containers, numbers, strings and what its caller lends it.
+
+A pickle is a program. Python's own machine imports and calls whatever the program names; this one imports nothing and
+calls nothing but the `builders` it is given. Objects of other classes become inert `Placeholder`s, and a pickle that
+names something that no checkpoint needs (`os.system`, `builtins.eval`, ...) is refused. Memory and time are bounded by
+the number of opcodes; nothing that a file declares is allocated before the bytes are seen to be there.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_PICKLE_BYTES = 64 << 20  # the pickle of a 1000-tensor checkpoint has about 0.2 MB
+MAX_PICKLE_STEPS = 5_000_000  # the same pickle has about 40,000 opcodes
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file that can't be used. The message names the file, what is wrong and what to do."""
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Placeholder:
+    """What stands where a file names a class or function that is not a tensor or plain container. Never called.
+
+    `name` is the dotted name in the file, `args` what it would have been called with (None: the bare name),
+    `state` and `items` what it would have been filled with.
+    """
+
+    name: str
+    args: Any = dataclasses.field(default=None, repr=False)
+    state: Any = dataclasses.field(default=None, repr=False)
+    items: list = dataclasses.field(default_factory=list, repr=False)
+
+
+def quoted(value: object, limit: int = 120) -> str:
+    """A name from a file as it may stand in a message: quoted, escaped, bounded."""
+    if not isinstance(value, str):
+        return type(value).__name__
+    return ascii(value if len(value) <= limit else value[:limit] + "...")
+
+
+# What checkpoints really hold from the standard library (None: any name). Any other name of it is refused: none of
+# these is ever called, so the list costs only a refusal where it is too short.
+_STDLIB_NAMES: dict[str, set[str] | None] = {
+    "builtins": {
+        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
+        "slice", "str", "tuple", "type", "Ellipsis", "NotImplemented", "unicode", "long",
+    },
+    "collections": None,
+    "_codecs": {"encode"},
+    "argparse": {"Namespace"},
+    "copyreg": {"_reconstructor", "__newobj__", "__newobj_ex__"},
+    "datetime": None,
+    "decimal": {"Decimal"},
+    "enum": None,
+    "fractions": {"Fraction"},
+    "functools": {"partial"},
+    "logging": {"Logger", "getLogger"},
+    "numbers": None,
+    "pathlib": {"Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+    "random": {"Random"},
+    "re": {"_compile"},
+    "types": {"SimpleNamespace"},
+    "typing": None,
+    "uuid": {"UUID", "SafeUUID"},
+    "zoneinfo": {"ZoneInfo"},
+}  # fmt: skip
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # modules that have another name today
+_PYTHON_2_ONLY = {"commands", "popen2", "cPickle", "cStringIO", "urllib2", "httplib", "exceptions", "dummy_thread"}
+_DANGEROUS_PARTS = {  # refused wherever they stand in a dotted name ("torch" + "os.system")
+    "os", "posix", "nt", "posixpath", "ntpath", "sys", "subprocess", "builtins", "__builtins__", "__builtin__",
+    "importlib", "ctypes", "shutil", "socket", "runpy", "pty", "pickle", "__globals__", "__subclasses__", "__import__",
+    "__getattribute__", "__class__", "__dict__", "__code__", "__reduce__", "__reduce_ex__", "__setstate__", "__call__",
+}  # fmt: skip
+_DANGEROUS_PREFIXES = (
+    "torch.hub", "torch.load", "torch.save", "torch.jit", "torch.package", "torch.serialization", "torch.ops",
+    "torch.classes", "torch.utils.cpp_extension", "torch.utils.model_zoo", "torch.distributed.rpc",
+    "torch.multiprocessing", "torch.storage._load_from_bytes", "torch._dynamo", "torch._inductor", "torch._C",
+    "torch.fx", "torch.compile",
+    "numpy.load", "numpy.fromfile", "numpy.save", "numpy.memmap", "numpy.testing", "numpy.f2py", "numpy.distutils",
+    "numpy.ctypeslib", "numpy.lib", "pandas.eval", "pandas.read_pickle", "pandas.io",
+    "pip", "setuptools", "pkg_resources", "distutils", "IPython", "cloudpickle", "dill", "joblib", "requests",
+    "pexpect", "paramiko", "fabric", "sh", "jax", "jaxlib", "flax", "ltsm_jax", "converters", "experiments",
+)  # fmt: skip
+_STATE_TRICKS = {  # attributes that only an attack sets on an object
+    "__class__", "__setstate__", "__reduce__", "__reduce_ex__", "__code__", "__globals__", "__builtins__", "__init__",
+    "__new__", "__del__", "__call__", "__getattr__", "__getattribute__", "__bases__", "__mro__", "__subclasses__",
+}  # fmt: skip
+
+
+def _is_dangerous(module: str, name: str) -> bool:
+    dotted = f"{module}.{name}"
+    root = dotted.partition(".")[0]
+    if module in _STDLIB_NAMES:
+        allowed = _STDLIB_NAMES[module]
+        return (allowed is not None and name not in allowed) or not _DANGEROUS_PARTS.isdisjoint(name.split("."))
+    if root in sys.stdlib_module_names or root in _PYTHON_2_ONLY:
+        return True
+    if not _DANGEROUS_PARTS.isdisjoint(dotted.split(".")):
+        return True
+    return any(dotted == p or dotted.startswith(p + ".") for p in _DANGEROUS_PREFIXES)
+
+
+_CONTAINERS: dict[str, type] = {
+    "collections.OrderedDict": dict,
+    "collections.Counter": dict,
+    "builtins.dict": dict,
+    "builtins.list": list,
+    "builtins.tuple": tuple,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "torch.Size": tuple,
+}
+
+
+def _latin1(text: object = None, encoding: object = None) -> bytes:
+    """How Python 3 writes bytes in an old pickle: `_codecs.encode(str, "latin1")`."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise ValueError("_codecs.encode used for something else than bytes")
+    return text.encode("latin-1")
+
+
+def _key(value: Any) -> Any:
+    """`value`, if it may be a dictionary key: hashing a hostile nest of tuples would overflow the C stack."""
+    scalar = (str, bytes, int, float, complex, type(None), Placeholder)
+    if isinstance(value, scalar) or (isinstance(value, tuple) and all(isinstance(v, scalar) for v in value)):
+        return value
+    raise ValueError(f"a dictionary key or set element of type {type(value).__name__}")
+
+
+class _Pickle:
+    """Runs one pickle, protocols 0 to 5."""
+
+    def __init__(self, data: Any, start: int, persistent: Callable[[Any], Any], builders: Mapping[str, Callable]):
+        self.data, self.pos, self.persistent, self.builders = data, start, persistent, builders
+        self.end = min(len(data), start + MAX_PICKLE_BYTES)
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []  # the stacks under the open marks
+        self.memo: dict[int, Any] = {}
+        self.steps = MAX_PICKLE_STEPS
+
+    # reading ------------------------------------------------------------------------------------------------------
+    def take(self, n: int) -> bytes:
+        if n < 0 or n > self.end - self.pos:
+            whole = self.end == len(self.data)
+            limit = "the file ends inside the pickle" if whole else f"more than {MAX_PICKLE_BYTES >> 20} MB of pickle"
+            raise ValueError(f"{limit} ({n} bytes declared)")
+        self.pos += n
+        return self.data[self.pos - n : self.pos]
+
+    def number(self, n: int) -> int:
+        return int.from_bytes(self.take(n), "little")
+
+    def line(self) -> bytes:
+        stop = self.data.find(b"\n", self.pos, self.end)
+        return self.take((stop if stop >= 0 else self.end) + 1 - self.pos)[:-1]
+
+    # stack --------------------------------------------------------------------------------------------------------
+    def pop(self) -> Any:
+        if not self.stack:
+            raise ValueError("the pickle takes a value that is not there")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        if not self.stack:
+            raise ValueError("the pickle uses a value that is not there")
+        return self.stack[-1]
+
+    def pop_mark(self) -> list[Any]:
+        if not self.below:
+            raise ValueError("the pickle closes a group that was not opened")
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def spend(self, n: int) -> None:
+        self.steps -= n
+        if self.steps < 0:
+            raise ValueError(f"more than {MAX_PICKLE_STEPS} steps of pickle, which no checkpoint needs")
+
+    # names and calls ----------------------------------------------------------------------------------------------
+    def name(self, module: object, name: object) -> Placeholder:
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise ValueError("the pickle names a class by something that is not text")
+        module = _PYTHON_2.get(module, module)
+        if _is_dangerous(module, name):
+            raise ValueError(
+                f"the pickle names {quoted(f'{module}.{name}')}, which no checkpoint needs: this file may be an attack "
+                "and nothing of it was run"
+            )
+        return Placeholder(f"{module}.{name}")
+
+    def call(self, func: object, args: object) -> Any:
+        if not isinstance(args, tuple):
+            raise ValueError("the pickle calls something with arguments that are not a tuple")
+        if not isinstance(func, Placeholder):
+            raise ValueError(f"the pickle calls a {type(func).__name__}")
+        if func.args is None:
+            if func.name in self.builders:
+                return self.builders[func.name](*args)
+            if func.name == "torch._tensor._rebuild_from_type_v2" and len(args) == 4:
+                inner, kind, inner_args, state = args  # a tensor with attributes, which are dropped
+                if isinstance(inner, Placeholder) and inner.args is None and inner.name in self.builders:
+                    return self.call(inner, inner_args)
+                return Placeholder(
+                    kind.name if isinstance(kind, Placeholder) else func.name, (inner, inner_args), state
+                )
+            if func.name == "_codecs.encode":
+                self.spend(len(args[0]) if args and isinstance(args[0], str) else 0)
+                return _latin1(*args)
+            if func.name == "collections.defaultdict":
+                return self.container(dict, args[1:])
+            if func.name in _CONTAINERS:
+                return self.container(_CONTAINERS[func.name], args)
+        return Placeholder(func.name, args)
+
+    def container(self, kind: type, args: tuple) -> Any:
+        if not args:
+            return kind()
+        content = args[0]
+        if len(args) > 1 or not isinstance(content, (list, tuple, dict, set, frozenset)):
+            raise ValueError(f"the pickle makes a {kind.__name__} of something that is not a container")
+        self.spend(len(content))
+        if kind is dict:
+            pairs = content.items() if isinstance(content, dict) else content
+            made: dict[Any, Any] = {}
+            for pair in pairs:
+                if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
+                    raise ValueError("the pickle makes a dict of something that is not pairs")
+                made[_key(pair[0])] = pair[1]
+            return made
+        return kind(map(_key, content)) if kind in (set, frozenset) else kind(content)
+
+    def build(self, state: object) -> None:
+        target = self.top()
+        for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
+            tricks = [k for k in part if isinstance(k, str) and k in _STATE_TRICKS] if isinstance(part, dict) else []
+            if tricks:
+                raise ValueError(f"the pickle sets {', '.join(tricks)} of an object: this file may be an attack")
+        if isinstance(target, Placeholder):
+            target.state = state
+        elif not isinstance(target, (dict, np.ndarray)):  # of those two, attributes are dropped (`_metadata`)
+            raise ValueError(f"the pickle sets attributes of a {type(target).__name__}")
+
+    def append(self, items: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, Placeholder):
+            target.items.extend(items)
+        elif isinstance(target, list):
+            target.extend(items)
+        else:
+            raise ValueError(f"the pickle appends to a {type(target).__name__}")
+
+    def add(self, items: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, Placeholder):
+            target.items.extend(items)
+        elif isinstance(target, set):
+            target.update(map(_key, items))
+        else:
+            raise ValueError(f"the pickle adds elements to a {type(target).__name__}")
+
+    def set_items(self, items: list[Any], target: object) -> object:
+        if len(items) % 2:
+            raise ValueError("the pickle has a dictionary key without a value")
+        if isinstance(target, Placeholder):
+            target.items.extend(zip(items[::2], items[1::2], strict=True))
+        elif isinstance(target, dict):
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                if _key(key) in target:
+                    raise ValueError(f"the key {quoted(str(key))} stands twice in one dictionary")
+                target[key] = value
+        else:
+            raise ValueError(f"the pickle sets items of a {type(target).__name__}")
+        return target
+
+    # the loop -----------------------------------------------------------------------------------------------------
+    def run(self) -> Any:
+        while True:
+            self.spend(1)
+            code = self.take(1)
+            if code == b".":
+                result = self.pop()
+                if self.below or self.stack:
+                    raise ValueError("the pickle stops with values left over")
+                return result
+            if code == b"(":
+                if len(self.below) >= 1000:
+                    raise ValueError("the pickle is nested more than 1000 deep")
+                self.below.append(self.stack)
+                self.stack = []
+                continue
+            step = _STEPS.get(code)
+            if step is None:
+                what = "an extension code" if code in (b"\x82", b"\x83", b"\x84") else "opcode"
+                raise ValueError(f"the pickle uses {what} (0x{code.hex()}), which torch never writes")
+            step(self)
+
+
+def _push(make: Callable[[_Pickle], Any]) -> Callable[[_Pickle], None]:
+    def step(p: _Pickle) -> None:
+        value = make(p)  # first: it may replace the stack
+        p.stack.append(value)
+
+    return step
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
+
+
+def _old_text(raw: bytes) -> str:  # a `str` of Python 2
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def _quoted(p: _Pickle) -> str:
+    raw = p.line()
+    if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
+        raise ValueError("a string without quotes")
+    return _old_text(codecs.escape_decode(raw[1:-1])[0])  # type: ignore[attr-defined]
+
+
+def _int_line(p: _Pickle) -> Any:
+    raw = p.line()
+    return {b"00": False, b"01": True}[raw] if raw in (b"00", b"01") else int(raw)
+
+
+def _tuple(n: int) -> Callable[[_Pickle], None]:
+    def step(p: _Pickle) -> None:
+        items = [p.pop() for _ in range(n)]
+        p.stack.append(tuple(reversed(items)))
+
+    return step
+
+
+def _put(index: Callable[[_Pickle], int]) -> Callable[[_Pickle], None]:
+    def step(p: _Pickle) -> None:
+        p.memo[index(p)] = p.top()
+
+    return step
+
+
+def _get(index: Callable[[_Pickle], int]) -> Callable[[_Pickle], None]:
+    def step(p: _Pickle) -> None:
+        i = index(p)
+        if i not in p.memo:
+            raise ValueError(f"the pickle refers to value {i}, which it never stored")
+        p.stack.append(p.memo[i])
+
+    return step
+
+
+def _pop_step(p: _Pickle) -> None:
+    if p.stack:
+        p.stack.pop()
+    else:
+        p.pop_mark()
+
+
+def _global_step(p: _Pickle) -> None:
+    module, name = _text(p.line()), _text(p.line())
+    p.stack.append(p.name(module, name))
+
+
+def _stack_global(p: _Pickle) -> None:
+    name, module = p.pop(), p.pop()
+    p.stack.append(p.name(module, name))
+
+
+def _reduce(p: _Pickle) -> None:
+    args, func = p.pop(), p.pop()
+    p.stack.append(p.call(func, args))
+
+
+def _new_ex(p: _Pickle) -> None:
+    kwargs, args, kind = p.pop(), p.pop(), p.pop()
+    if kwargs != {}:
+        args = (args, kwargs)
+    p.stack.append(p.call(kind, args))
+
+
+def _inst(p: _Pickle) -> None:
+    kind = p.name(_text(p.line()), _text(p.line()))
+    args = tuple(p.pop_mark())
+    p.stack.append(p.call(kind, args))
+
+
+def _obj(p: _Pickle) -> None:
+    items = p.pop_mark()
+    if not items:
+        raise ValueError("the pickle makes an object of no class")
+    p.stack.append(p.call(items[0], tuple(items[1:])))
+
+
+def _build(p: _Pickle) -> None:
+    p.build(p.pop())
+
+
+def _proto(p: _Pickle) -> None:
+    version = p.number(1)
+    if version > 5:
+        raise ValueError(f"pickle protocol {version} is unknown")
+
+
+def _frame(p: _Pickle) -> None:
+    n = p.number(8)
+    if n > p.end - p.pos:
+        raise ValueError(f"the file ends inside the pickle (a frame of {n} bytes declared)")
+
+
+def _append(p: _Pickle) -> None:
+    value = p.pop()
+    p.append([value])
+
+
+def _set_item(p: _Pickle) -> None:
+    value, key = p.pop(), p.pop()
+    p.set_items([key, value], p.top())
+
+
+def _set_items(p: _Pickle) -> None:
+    items = p.pop_mark()
+    p.set_items(items, p.top())
+
+
+def _discard_mark(p: _Pickle) -> None:
+    p.pop_mark()
+
+
+_STEPS: dict[bytes, Callable[[_Pickle], None]] = {
+    b"\x80": _proto,
+    b"\x95": _frame,
+    b"0": _pop_step,
+    b"1": _discard_mark,
+    b"2": _push(lambda p: p.top()),
+    b"N": _push(lambda p: None),
+    b"\x88": _push(lambda p: True),
+    b"\x89": _push(lambda p: False),
+    b"I": _push(_int_line),
+    b"J": _push(lambda p: int.from_bytes(p.take(4), "little", signed=True)),
+    b"K": _push(lambda p: p.number(1)),
+    b"M": _push(lambda p: p.number(2)),
+    b"L": _push(lambda p: int(p.line().removesuffix(b"L"))),
+    b"\x8a": _push(lambda p: int.from_bytes(p.take(p.number(1)), "little", signed=True)),
+    b"\x8b": _push(lambda p: int.from_bytes(p.take(p.number(4)), "little", signed=True)),
+    b"F": _push(lambda p: float(p.line())),
+    b"G": _push(lambda p: struct.unpack(">d", p.take(8))[0]),
+    b"S": _push(_quoted),
+    b"T": _push(lambda p: _old_text(p.take(p.number(4)))),
+    b"U": _push(lambda p: _old_text(p.take(p.number(1)))),
+    b"V": _push(lambda p: p.line().decode("raw-unicode-escape")),
+    b"X": _push(lambda p: _text(p.take(p.number(4)))),
+    b"\x8c": _push(lambda p: _text(p.take(p.number(1)))),
+    b"\x8d": _push(lambda p: _text(p.take(p.number(8)))),
+    b"B": _push(lambda p: p.take(p.number(4))),
+    b"C": _push(lambda p: p.take(p.number(1))),
+    b"\x8e": _push(lambda p: p.take(p.number(8))),
+    b"\x96": _push(lambda p: p.take(p.number(8))),
+    b")": _push(lambda p: ()),
+    b"\x85": _tuple(1),
+    b"\x86": _tuple(2),
+    b"\x87": _tuple(3),
+    b"t": _push(lambda p: tuple(p.pop_mark())),
+    b"]": _push(lambda p: []),
+    b"l": _push(lambda p: p.pop_mark()),
+    b"a": _append,
+    b"e": lambda p: p.append(p.pop_mark()),
+    b"}": _push(lambda p: {}),
+    b"d": _push(lambda p: p.set_items(p.pop_mark(), {})),
+    b"s": _set_item,
+    b"u": _set_items,
+    b"\x8f": _push(lambda p: set()),
+    b"\x90": lambda p: p.add(p.pop_mark()),
+    b"\x91": _push(lambda p: frozenset(map(_key, p.pop_mark()))),
+    b"p": _put(lambda p: int(p.line())),
+    b"q": _put(lambda p: p.number(1)),
+    b"r": _put(lambda p: p.number(4)),
+    b"\x94": _put(lambda p: len(p.memo)),
+    b"g": _get(lambda p: int(p.line())),
+    b"h": _get(lambda p: p.number(1)),
+    b"j": _get(lambda p: p.number(4)),
+    b"c": _global_step,
+    b"\x93": _stack_global,
+    b"R": _reduce,
+    b"b": _build,
+    b"i": _inst,
+    b"o": _obj,
+    b"\x81": _reduce,
+    b"\x92": _new_ex,
+    b"P": _push(lambda p: p.persistent(_text(p.line()))),
+    b"Q": _push(lambda p: p.persistent(p.pop())),
+}
+
+
+def run_pickle(
+    file: Path,
+    data: Any,
+    start: int,
+    persistent: Callable[[Any], Any],
+    builders: Mapping[str, Callable[..., Any]],
+) -> tuple[Any, int]:
+    """The object that a pickle describes, and where the pickle ends.
+
+    Args:
+      file: for the message of an error.
+      data: bytes or mmap.
+      start: where in `data` the pickle begins.
+      persistent: what stands for a persistent id; raises ValueError for one that it does not know.
+      builders: dotted name in the file -> function of ours to call instead.
+    Raises: CheckpointError, whatever is wrong.
+    """
+    pickle = _Pickle(data, start, persistent, builders)
+    try:
+        return pickle.run(), pickle.pos
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, MemoryError) as e:
+        raise CheckpointError(
+            f"{file}: {e or type(e).__name__} (byte {pickle.pos - start} of the pickle). "
+            "Download the file again, or get it from a source you trust."
+        ) from None
