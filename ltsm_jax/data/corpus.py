@@ -195,7 +195,8 @@ def _before(flags):
 
 
 def _read_npz(file):
-    with np.load(file) as z:  # allow_pickle stays off: the file is data
+    # opened here, as numpy leaves a file open that is no zip; allow_pickle stays off: the file is data
+    with open(file, "rb") as opened, np.load(opened) as z:
         if absent := {"values", "offsets"} - set(z.files):
             raise ValueError(f"lacks {', '.join(sorted(absent))}; it has {', '.join(z.files) or 'nothing'}")
         values, offsets = np.asarray(z["values"], np.float32), z["offsets"]

@@ -1,0 +1,95 @@
+"""Six steps of pre-training: a model folder, scores beside the baselines, a rerun that trains nothing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+import ltsm_jax
+import ltsm_jax.training
+from experiments import pretrain
+from experiments.pretrain import Pretrain
+from ltsm_jax.data import synthetic
+
+LENGTH = 800
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Six steps on generated and real series, scored on a table of two series."""
+    root = tmp_path_factory.mktemp("pretrain")
+    (root / "corpus").mkdir()
+    real = synthetic.generate(5, 6, 1500)
+    np.savez(root / "corpus" / "real.npz", values=real.ravel(), offsets=np.arange(7) * 1500)
+    table = pd.DataFrame(synthetic.generate(6, 2, 2600).T, columns=["a", "b"])
+    table.insert(0, "date", pd.date_range("2020", periods=2600, freq="h"))
+    table.to_csv(root / "own.csv", index=False)
+    args = Pretrain(
+        out=root / "run",
+        generated=24,
+        length=LENGTH,
+        corpus=root / "corpus",
+        steps=6,
+        batch_size=8,
+        evaluate=str(root / "own.csv"),
+        parts="val",
+    )
+    return args, pretrain.main(args)
+
+
+def test_the_model_folder_says_where_it_comes_from(finished):
+    args, _ = finished
+    model, params = ltsm_jax.load(args.out / "model")
+    assert model == ltsm_jax.preset("timer-tiny")
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
+    made = json.loads((args.out / "model" / "config.json").read_text())["provenance"]
+    assert made["steps"] == 6 and made["seed"] == 0 and made["licence"] == "Apache-2.0"
+    assert made["source"].endswith("generated series and real series")
+    assert made["cost"]["wall_minutes"] >= 0 and made["versions"]["jax"] == jax.__version__
+
+
+def test_scores_stand_beside_the_baselines(finished):
+    args, results = finished
+    assert list(results["method"]) == ["zero-shot", "last value", "seasonal naive (24)"]
+    assert (results["windows"] == 2 * (260 - 96 + 1)).all()  # every window of both variates
+    assert np.isfinite(results["mse"]).all()
+    pd.testing.assert_frame_equal(pd.read_csv(args.out / "results.csv"), results)
+
+
+def test_training_moved_every_parameter(finished):
+    args, _ = finished
+    model, params = ltsm_jax.load(args.out / "model")
+    start = model.init(ltsm_jax.training.keys(0)["init"])
+    assert all((a != b).any() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start)))
+
+
+def test_again_trains_nothing_and_scores_the_same(finished):
+    args, results = finished
+    before = (args.out / "train" / "metrics.jsonl").read_bytes()
+    pd.testing.assert_frame_equal(pretrain.main(args), results)
+    assert (args.out / "train" / "metrics.jsonl").read_bytes() == before
+
+
+def test_pools_are_joined_without_windows_across_them(finished):
+    args, _ = finished
+    model = ltsm_jax.preset("timer-tiny")
+    parts = pretrain.windows(args, model)
+    n_generated = 24 * ((LENGTH - 768) // 16 + 1)
+    assert parts.train.n > n_generated and parts.val is not None
+    own = synthetic.generate(0, 24, LENGTH)
+    first, last = parts.train.gather(jnp.array([0, n_generated - 1]))["context"][:, 0]
+    np.testing.assert_array_equal(first, own[0, :672])
+    np.testing.assert_array_equal(last, own[-1, LENGTH - 768 : LENGTH - 96])
+    real = synthetic.generate(5, 6, 1500)
+    after = parts.train.gather(jnp.array([n_generated]))
+    joined = np.concatenate([after["context"][0, 0], after["target"][0, 0]])
+    start = int(parts.train.starts[n_generated]) - own.size
+    np.testing.assert_array_equal(joined, real[0, start : start + 768])
+
+
+def test_nothing_to_train_on_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--generated N, --corpus FOLDER"):
+        pretrain.windows(Pretrain(out=tmp_path, generated=0), ltsm_jax.preset("timer-tiny"))
