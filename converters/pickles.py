@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 MAX_PICKLE_BYTES = 64 << 20  # the pickle of a 1000-tensor checkpoint has about 0.2 MB
 MAX_PICKLE_STEPS = 5_000_000  # the same pickle has about 40,000 opcodes
 
@@ -244,7 +246,7 @@ class _Pickle:
                 raise ValueError(f"the pickle sets {', '.join(tricks)} of an object: this file may be an attack")
         if isinstance(target, Placeholder):
             target.state = state
-        elif not isinstance(target, (dict, np.ndarray)):  # of those two, attributes are dropped (`_metadata`)
+        elif not isinstance(target, (dict, np.ndarray)):  # of these, attributes are dropped: `_metadata`
             raise ValueError(f"the pickle sets attributes of a {type(target).__name__}")
 
     def append(self, items: list[Any]) -> None:

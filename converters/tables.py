@@ -137,7 +137,7 @@ def to_params(
       problems: what was found before, to stand in the same error.
     Returns: `Converted`, whose arrays own their memory. float16 and bfloat16 are widened to float32, exactly.
     Raises: CheckpointError that lists every key without a rule (or with two), every parameter that is missing or
-      written twice, every shape that differs, every tensor of another type, and every tensor with NaN or infinite values.
+      written twice, every shape that differs, every tensor of another type, and every one with NaN or infinite values.
     """
     wanted = {path: tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
     expected = {path: found[0] for path in wanted if (found := key_of(rules, path))}
@@ -228,8 +228,8 @@ def to_state(
 
     Args:
       params: the parameters.
-      dtypes: dtype of the original file, of all tensors or by key. A tensor goes back to a narrower type if that keeps every value;
-        otherwise it stays float32.
+      dtypes: dtype of the original file, of all tensors or by key. A tensor goes back to a narrower type
+        if that keeps every value; otherwise it stays float32.
     Returns: key -> array, and the keys whose narrower type could not be kept.
     Raises: ValueError for parameters that the table has no line for.
     """
