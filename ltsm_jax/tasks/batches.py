@@ -11,8 +11,8 @@ from ltsm_jax.trees import Tree
 def in_batches(f: Callable[[np.ndarray], Tree], n: int, batch_size: int) -> Tree:
     """`f(indices)` for the windows 0..n-1, `batch_size` at a time, joined again: arrays [n, ...] on the host, float64.
 
-    f: from window numbers int32 [B] to a tree of arrays [B, ...]. Every call gets the same B: the last batch is filled up
-    with the last window, whose surplus rows are cut off again, so one compilation serves all and no window is lost.
+    f: from window numbers int32 [B] to a tree of arrays [B, ...]. Every call gets the same B: the last batch is filled
+    up with the last window, whose surplus rows are cut off again, so one compilation serves all and no window is lost.
 
     Raises: ValueError when n or batch_size is below 1.
     """

@@ -1,0 +1,205 @@
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltsm_jax.data import Series, Windows, prepare
+from ltsm_jax.models.family import Model
+from ltsm_jax.models.timer import Timer, TimerConfig
+from ltsm_jax.tasks import imputation
+
+P, T = 24, 192
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    patch_len: int = P
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(Model):
+    """Answers `params["level"]` everywhere, and whatever it may see of the window when `params["peek"]` is 1."""
+
+    config: Sizes = Sizes()
+    family: ClassVar[str] = "constant"
+    tasks: ClassVar[tuple] = ("imputation",)
+    presets = config_from_dict = init = loss = predict = recipe = context_len = horizon = None  # no part in the task
+
+    def impute(self, params, x, observed, key=None, train=False, ims=True):
+        assert x.shape == observed.shape
+        return params["level"] + params["peek"] * x
+
+
+def windows_of(values, starts=None):
+    """Joint windows of length T from values [C, rows]."""
+    starts = np.arange(values.shape[1] - T + 1) if starts is None else starts
+    return Windows(jnp.asarray(values, jnp.float32), jnp.asarray(starts, jnp.int32), None, T, 0)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return np.random.default_rng(0).normal(size=(3, 400))
+
+
+@pytest.mark.parametrize("rate", [0.125, 0.25, 0.375, 0.5])
+def test_whole_patches_are_hidden_at_the_rate_and_never_the_first(rate):
+    keys = jax.random.split(jax.random.key(1), 4000)
+    visible = np.asarray(jax.vmap(lambda k: imputation.patch_mask(k, T, 3, P, rate))(keys))
+    patches = visible.reshape(4000, 3, T // P, P)
+    assert (patches == patches[..., :1]).all(), "a patch is hidden in part"
+    assert patches[:, :, 0].all()
+    assert 1 - visible.mean() == pytest.approx(rate * 7 / 8, rel=0.01)
+    hidden = ~patches[..., 0]
+    np.testing.assert_allclose(hidden[:, :, 1:].mean(0), rate, atol=0.03)  # every later patch of every variate alike
+    assert (hidden[:, 0] != hidden[:, 1]).any(), "the variates share one mask"
+
+
+def test_a_window_must_be_whole_patches():
+    for steps in (P, T + 1):
+        with pytest.raises(ValueError, match="whole patches"):
+            imputation.patch_mask(jax.random.key(0), steps, 1, P, 0.5)
+
+
+def test_loss_is_the_mean_over_hidden_points_only():
+    """Truth 3 in the hidden patches (answer 1: error 4 each); anything at all in the visible ones changes nothing."""
+    model, loss = Constant(), imputation.loss_fn(Constant(), rate=0.5)
+    params = {"level": jnp.float32(1), "peek": jnp.float32(0)}
+    key = jax.random.key(3)
+    visible = masks_of(model, key, 4, 2, 0.5)
+    for other in (0.0, 3.0, 1e3):
+        x = jnp.where(visible, other, 3.0)
+        assert float(loss(params, {"context": x}, key, True)) == pytest.approx(4.0)
+
+
+def masks_of(model, key, batch, variates, rate):
+    """The masks that the loss draws from this key, seen from outside: where the error of a constant is scored."""
+    probe = imputation.loss_fn(model, rate=rate)
+    params = {"level": jnp.float32(0), "peek": jnp.float32(0)}
+    gradient = jax.grad(lambda x: probe(params, {"context": x}, key, True))(jnp.ones((batch, variates, T)))
+    return np.asarray(gradient) == 0
+
+
+def test_the_model_never_sees_a_hidden_value():
+    """A model that repeats its input answers 0 at every hidden point, so its error is the truth itself."""
+    loss = imputation.loss_fn(Constant(), rate=0.5)
+    params = {"level": jnp.float32(0), "peek": jnp.float32(1)}
+    x = jnp.full((8, 2, T), 5.0)
+    assert float(loss(params, {"context": x}, jax.random.key(0), True)) == pytest.approx(25.0)
+
+
+def test_masks_are_drawn_anew_from_every_key():
+    a, b = (masks_of(Constant(), jax.random.key(i), 4, 2, 0.5) for i in (0, 1))
+    again = masks_of(Constant(), jax.random.key(0), 4, 2, 0.5)
+    assert (a == again).all() and (a != b).any()
+    assert (a[0] != a[1]).any(), "the windows of a batch share one mask"
+
+
+def test_padding_rows_do_not_count(noise):
+    loss = imputation.loss_fn(Constant(), rate=0.5)
+    params = {"level": jnp.float32(0.3), "peek": jnp.float32(0)}
+    x = jnp.asarray(noise[:, :T], jnp.float32)[None].repeat(4, 0)
+    key, weight = jax.random.key(0), jnp.array([1.0, 1.0, 0.0, 0.0])
+    value = loss(params, {"context": x, "weight": weight}, key, True)
+    garbage = loss(params, {"context": x.at[2:].set(1e6), "weight": weight}, key, True)
+    assert float(value) == float(garbage)
+    assert float(value) != pytest.approx(float(loss(params, {"context": x}, key, True)))
+
+
+def test_missing_points_are_neither_shown_nor_scored():
+    loss = imputation.loss_fn(Constant(), rate=0.5)
+    params = {"level": jnp.float32(1), "peek": jnp.float32(1)}
+    x = jnp.full((6, 2, T), 3.0).at[:, 0, 60:130].set(jnp.nan)
+    gradient = jax.grad(lambda p: loss(p, {"context": x}, jax.random.key(0), True))(params)
+    assert float(loss(params, {"context": x}, jax.random.key(0), True)) == pytest.approx(4.0)
+    assert all(np.isfinite(g) for g in gradient.values())
+
+
+def test_nothing_hidden_is_no_loss_and_a_clear_error_in_evaluation(noise):
+    params = {"level": jnp.float32(1), "peek": jnp.float32(0)}
+    x = jnp.zeros((2, 1, T))
+    loss = imputation.loss_fn(Constant(), rate=1e-9)
+    value, gradient = jax.value_and_grad(lambda p: loss(p, {"context": x}, jax.random.key(0), True))(params)
+    assert float(value) == 0 and float(gradient["level"]) == 0
+    with pytest.raises(ValueError, match="higher rate"):
+        imputation.evaluate(Constant(), params, windows_of(noise), rate=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 2048])
+def test_the_score_does_not_depend_on_the_batch_size(noise, batch_size):
+    windows, params = windows_of(noise), {"level": jnp.float32(0.1), "peek": jnp.float32(0)}
+    expected = imputation.evaluate(Constant(), params, windows, batch_size=100)
+    found = imputation.evaluate(Constant(), params, windows, batch_size=batch_size)
+    assert found["points"] == expected["points"] and found["windows"] == windows.n == 209
+    assert found["mse"] == pytest.approx(expected["mse"], rel=1e-6)
+    assert found["mae"] == pytest.approx(expected["mae"], rel=1e-6)
+
+
+def test_the_score_pools_points_and_repeats(noise):
+    """By hand, from the masks that a window of a split always has."""
+    windows, params = windows_of(noise, [0, 50, 208]), {"level": jnp.float32(0.1), "peek": jnp.float32(0)}
+    value = {
+        split: imputation.evaluate(Constant(), params, windows, rate=0.4, split=split) for split in ("val", "test")
+    }
+    assert value["val"] == imputation.evaluate(Constant(), params, windows, rate=0.4, split="val")
+    assert value["val"]["mse"] != value["test"]["mse"]
+    alone = [imputation.evaluate(Constant(), params, windows_of(noise, [0, 50, 208][:n]), rate=0.4) for n in (1, 2, 3)]
+    squares = [a["mse"] * a["points"] for a in alone]
+    assert alone[0]["points"] < alone[1]["points"] < alone[2]["points"] == value["test"]["points"]
+    assert squares == sorted(squares)  # the masks of the first windows stay what they were
+    assert value["test"]["mse"] == pytest.approx(squares[-1] / alone[-1]["points"])
+
+
+def test_windows_are_counted_as_in_the_original():
+    series = Series("ETTh1", np.random.default_rng(0).normal(size=(7, 17420)), tuple("abcdefg"), benchmark="ETTh1")
+    splits = prepare(series, T, T, joint=True)
+    assert (splits.train.n, splits.val.n, splits.test.n) == (8257, 2689, 2689)
+    few = prepare(series, T, T, joint=True, few_shot=0.05).train
+    assert few.n == 412 and (np.asarray(few.starts) == np.arange(412) * 8257 // 412).all()
+
+
+def test_refusals():
+    for rate in (0, 1, -0.5):
+        with pytest.raises(ValueError, match="rate"):
+            imputation.loss_fn(Constant(), rate=rate)
+    with pytest.raises(ValueError, match="key"):
+        imputation.loss_fn(Constant())({}, {"context": jnp.zeros((1, 1, T))}, None, False)
+
+
+class TestTimer:
+    model = Timer(TimerConfig.of(P, 16, 32, 1, 2, context_len=T, horizon=P, task="imputation", dropout=0.1))
+
+    @pytest.mark.parametrize("ims", [True, False])
+    def test_it_follows_the_original_formula(self, ims, noise):
+        """The mean over hidden points of patches 2 to 8: token j - 1 predicts patch j, or token j itself."""
+        params = jax.jit(self.model.init)(jax.random.key(0))
+        x = jnp.asarray(noise[:, :T], jnp.float32)[None]
+        visible = np.asarray(imputation.patch_mask(jax.random.key(5), T, 3, P, 0.5))[None]
+        score = jax.jit(lambda params: imputation.hidden_error(self.model, params, x, visible, None, False, ims))
+        error, scored = score(params)
+        tokens, _ = jax.jit(self.model.apply)(params, jnp.where(visible, x, 0), jnp.asarray(visible, jnp.float32))
+        prediction = tokens[..., :-P] if ims else tokens[..., P:]
+        by_hand = np.asarray(prediction - x[..., P:])[~visible[..., P:]]
+        assert scored.sum() == by_hand.size > 0
+        np.testing.assert_allclose(np.asarray(error)[np.asarray(scored)], by_hand, rtol=1e-5, atol=1e-5)
+
+    def test_it_learns(self, noise):
+        """A few gradient steps on sines lower the score on windows that were not seen."""
+        t = np.arange(1000)
+        values = np.stack([np.sin(t / 7), np.cos(t / 11)])
+        train, test = windows_of(values[:, :800]), windows_of(values, np.arange(800, 809))
+        loss = imputation.loss_fn(self.model, rate=0.25)
+        params = jax.jit(self.model.init)(jax.random.key(0))
+        before = imputation.evaluate(self.model, params, test)["mse"]
+
+        @jax.jit
+        def step(params, key):
+            batch = train.gather(jax.random.randint(key, (16,), 0, train.n))
+            gradient = jax.grad(loss)(params, batch, key, True)
+            return jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
+
+        for i in range(60):
+            params = step(params, jax.random.key(i))
+        assert imputation.evaluate(self.model, params, test)["mse"] < 0.8 * before
