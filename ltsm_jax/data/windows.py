@@ -86,9 +86,9 @@ class Windows:
         if self.timestamps is not None:
             stamps = self.timestamps
             where |= {
-                "first": str(stamps[start]),
-                "target_first": str(stamps[where["target_start"]]),
-                "last": str(stamps[where["stop"] - 1]),
+                "first": str(stamps[start].item()),
+                "target_first": str(stamps[where["target_start"]].item()),
+                "last": str(stamps[where["stop"] - 1].item()),
             }
         return where
 
@@ -145,7 +145,11 @@ def epoch_order(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Array:
 
     `n` is static under jit, `epoch` may be traced.
     """
-    return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(n, dtype=jnp.int32))
+    # One sort by 64 random bits each: a third of the time of jax.random.permutation at ten million windows. The number
+    # itself is the last key, so that the order never depends on how a device breaks ties.
+    bits_2N = jax.random.bits(jax.random.fold_in(key, epoch), (2, n), jnp.uint32)
+    number_N = jnp.arange(n, dtype=jnp.int32)
+    return jax.lax.sort((bits_2N[0], bits_2N[1], number_N), num_keys=3, is_stable=False)[2]
 
 
 def batch_at(order: jax.Array, b: int | jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
