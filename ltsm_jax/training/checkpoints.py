@@ -55,11 +55,11 @@ class RunFolder:
             self._settle_config(json.loads(json.dumps(config)))
             for scrap in self.steps_folder.glob(".*"):  # what a killed process was writing or deleting
                 shutil.rmtree(scrap, ignore_errors=True)
-            self.metrics = open(self.folder / METRICS, "ab")
-            self.timing = open(self.folder / TIMING, "a")
+            self.metrics = open(self.folder / METRICS, "ab")  # noqa: SIM115  (open as long as the run)
+            self.timing = open(self.folder / TIMING, "a")  # noqa: SIM115
 
     def _lock(self) -> None:
-        self.lock = open(self.folder / ".lock", "w")
+        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115
         try:
             import fcntl  # POSIX only; elsewhere nothing guards against two runs in one folder
         except ImportError:
@@ -108,7 +108,7 @@ class RunFolder:
         if not steps:
             self._cut_metrics(0)
             return None
-        path = self._path(steps[-1])
+        path = self.path(steps[-1])
         flat_like = trees.flatten(like)
         shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in flat_like.items()}
         try:
@@ -117,7 +117,7 @@ class RunFolder:
                 raise storage.DamagedError(f"it is of step {position['step']}: the folder was renamed")
             tree = storage.load_tree(path / STATE, trees.unflatten(shapes))
         except (ValueError, FileNotFoundError) as err:
-            back = f"to go on from {self._path(steps[-2]).name}" if len(steps) > 1 else "to start the run again"
+            back = f"to go on from {self.path(steps[-2]).name}" if len(steps) > 1 else "to start the run again"
             raise storage.DamagedError(f"checkpoint {path} is damaged; delete that folder {back}: {err}") from err
         flat = trees.flatten(tree)
         self._cut_metrics(position["metrics_bytes"], position["metrics_sha256"])
@@ -150,7 +150,7 @@ class RunFolder:
             pending.result()
 
     def _write(self, host: trees.Tree, position: dict[str, Any]) -> None:
-        path = self._path(position["step"])
+        path = self.path(position["step"])
         try:
             with storage.atomic_folder(path, overwrite=True) as temporary:
                 storage.save_tree(temporary / STATE, host)
@@ -158,11 +158,11 @@ class RunFolder:
         except Exception as err:  # tensorstore reports a full disk as a ValueError
             raise WriteError(
                 f"could not write checkpoint {path}: {str(err).strip()[:500]}\n"
-                f"Earlier checkpoints are whole ({[f'step_{s:08d}' for s in self.steps()] or 'none yet'}); make room or "
-                "allow writing there, then give the same command again to go on."
+                f"Whole before it: {', '.join(self.path(s).name for s in self.steps()) or 'none'}. Make room or allow "
+                "writing there, then give the same command again to go on."
             ) from err
         for step in self.steps()[: -1 if position["finished"] else -KEEP]:
-            old = self._path(step)
+            old = self.path(step)
             doomed = old.with_name(f".{old.name}.old")
             os.rename(old, doomed)  # a half-deleted checkpoint must not look like a damaged one
             shutil.rmtree(doomed, ignore_errors=True)
@@ -191,7 +191,8 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # a full disk has been reported by the write itself
                     file.close()
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
         return self.steps_folder / f"step_{step:08d}"
 
     def _cut_metrics(self, size: int, sha256: str | None = None) -> None:
@@ -211,7 +212,8 @@ class RunFolder:
             yield
         except OSError as err:
             raise WriteError(
-                f"cannot write to {self.folder}: {err}. Make room or allow writing there, then give the same command again."
+                f"cannot write to {self.folder}: {err}. Make room or allow writing there, then give the same command "
+                "again to go on."
             ) from err
 
 

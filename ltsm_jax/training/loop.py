@@ -5,6 +5,7 @@ measured time of a step and is an argument of the compiled program, so neither c
 result depends on it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +28,7 @@ from ltsm_jax.training import checkpoints, optimizers, progress
 
 Tree = Any
 MOST_STEPS = 4096  # length of the loss buffer, so the largest dispatch
+HUGE = 1e6  # beyond any scaled series; one such value swamps all others in a float32 sum of squares
 DISPATCH_SECONDS = 0.5  # long enough to hide Python, short enough for a live progress bar
 KEY_NAMES = ("init", "aux", "data", "dropout")
 
@@ -109,7 +111,7 @@ class FitResult:
 
 
 class NonFiniteError(ValueError):
-    """A loss, a gradient or a validation error is not finite. The message names the step, the tensors and the windows."""
+    """A loss, a gradient or a validation error is not finite; the message names the step, tensors and windows."""
 
 
 @dataclasses.dataclass
@@ -175,148 +177,245 @@ def fit(
       size that does), or a folder that holds another run; NonFiniteError; checkpoints.WriteError;
       storage.DamagedError.
     """
-    n = int(train_source.n)
-    if n < 1:
+    if int(train_source.n) < 1:
         raise ValueError("there is no training window")
-    batch_size = min(config.batch_size, n)
-    steps_per_epoch = windows.steps_per_epoch(n, batch_size)
-    total = config.epochs * steps_per_epoch
-    rates = optimizers.schedule(config.schedule, config.lr, config.epochs, steps_per_epoch, config.warmup)
-    named = keys(config.seed)
-    loss_fn, penalty = _partial(loss_fn), _partial(penalty)
-    static: dict[str, Any] = dict(batch_size=batch_size, weight_decay=config.weight_decay, clip=config.clip)
-
+    if config.patience is not None and validate is None:
+        raise ValueError("patience counts epochs without a better validation MSE, so it needs `validate`")
     params = jax.tree.map(jnp.asarray, params)
-    if trainable is None:
-        trainable = trees.select(params, None)
+    trainable = trees.select(params, None) if trainable is None else trainable
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
         raise ValueError("nothing to train: `trainable` is False for every leaf")
-    tx = optimizers.adam(config.weight_decay, config.clip)
+    fitting = _Fitting(config, _partial(loss_fn), _partial(penalty), train_source, frozen, validate)
 
-    def state_of(moving, opt_state, best):
-        return {"params": moving, "optimizer": opt_state} | ({"best": best} if validate else {})
+    run = None
+    if folder is not None:
+        run = checkpoints.RunFolder(folder, _config_record(config, facts, params, trainable, train_source, validate))
+    with contextlib.closing(run) if run else contextlib.nullcontext():
+        memory = fitting.start(moving, run)
+        if not fitting.position.finished:
+            done = fitting.position.step
+            with progress.Bar(fitting.total, config.epochs, label, done=done, show=show_progress) as bar:
+                bar.say(f"{bar.label}: {memory}")
+                if done:
+                    bar.say(f"{bar.label}: going on from step {done} of {fitting.total}")
+                fitting.train(run, bar)
 
-    run, position = None, _Position()
-    shapes = jax.eval_shape(lambda m: state_of(m, tx.init(m), m), moving)
-    try:
-        restored = None
-        if folder is not None:
-            run = checkpoints.RunFolder(
-                folder, _config_record(config, facts, params, trainable, train_source, validate)
-            )
-            restored = run.restore(shapes)
-        if restored is None:
-            moving = jax.tree.map(jnp.copy, moving)  # the steps donate their input; the caller's arrays must live
-            opt_state, best = tx.init(moving), jax.tree.map(jnp.copy, moving) if validate else None
-        else:
-            state, position = restored[0], _Position.from_json(restored[1])
-            moving, opt_state, best = state["params"], state["optimizer"], state.get("best")
-
-        with progress.Bar(total, config.epochs, label, done=position.step, show=show_progress) as bar:
-            if not position.finished:
-                bar.say(_check_memory(loss_fn, moving, frozen, train_source, shapes, batch_size, folder is not None))
-                if restored:
-                    bar.say(f"going on from step {position.step} of {total} in {folder}")
-                if run:
-                    device = jax.devices()[0]
-                    run.clock(
-                        launch=position.step, jax=jax.__version__, device=device.device_kind, cores=os.cpu_count()
-                    )
-            pace = _Pace(config.steps_per_dispatch)
-            began, seconds_before, saved = time.monotonic(), position.seconds, time.monotonic()
-            while not position.finished:
-                epoch = position.step // steps_per_epoch
-                epoch_began, first_step = time.monotonic(), position.step
-                order = _epoch_order(named["data"], epoch, n)
-                lr_of_epoch = np.float32(rates(np.arange(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)))
-                while (place := position.step - epoch * steps_per_epoch) < steps_per_epoch:
-                    started = time.monotonic()
-                    moving, opt_state, losses, done = _advance(
-                        moving, opt_state, frozen, train_source, order, lr_of_epoch, named["dropout"], loss_fn, penalty,
-                        np.int32(place), np.int32(min(pace.steps, steps_per_epoch - place)), np.int32(position.step),
-                        **static,
-                    )  # fmt: skip
-                    done = int(done)
-                    asked = min(pace.steps, steps_per_epoch - place)
-                    losses = np.asarray(losses)[:asked]
-                    rows = np.minimum(batch_size, n - batch_size * (place + np.arange(done)))
-                    if run:
-                        run.record(
-                            {"step": position.step + i + 1, "epoch": epoch + 1, "loss": _short(losses[i]),
-                             "lr": _short(lr_of_epoch[place + i])}
-                            for i in range(done)
-                        )  # fmt: skip
-                    for loss, row in zip(losses[:done].tolist(), rows.tolist()):  # in order: the sum must not depend on
-                        position.loss_sum += loss * row  # how the steps fell into dispatches
-                    position.step += done
-                    if done < asked:
-                        raise NonFiniteError(
-                            _diagnose(moving, frozen, train_source, order, named["dropout"], loss_fn, penalty, position.step,
-                                      epoch, steps_per_epoch, batch_size, run)
-                        )  # fmt: skip
-                    pace.learn(asked, time.monotonic() - started)
-                    bar.update(position.step, epoch + 1, int(rows.sum()), float(losses[-1]), _note(position))
-                    position.seconds = seconds_before + time.monotonic() - began
-                    if (
-                        run
-                        and time.monotonic() - saved >= config.checkpoint_seconds
-                        and position.step
-                        < (epoch + 1) * steps_per_epoch  # the end of an epoch is saved after validation
-                    ):
-                        run.save(state_of(moving, opt_state, best), position.to_json())
-                        saved = time.monotonic()
-
-                train_seconds = time.monotonic() - epoch_began
-                row = {
-                    "epoch": epoch + 1,
-                    "step": position.step,
-                    "train_loss": position.loss_sum / n,
-                    "lr": _short(lr_of_epoch[-1]),
-                }
-                if validate:
-                    metrics = {f"val_{k}": _plain(v) for k, v in validate(trees.merge(moving, frozen)).items()}
-                    if not math.isfinite(metrics["val_mse"]):
-                        raise NonFiniteError(
-                            f"validation after epoch {epoch + 1} (step {position.step}) gives mse = {metrics['val_mse']} "
-                            f"although every training loss was finite.{_kept(run)}"
-                        )
-                    row |= metrics
-                    if metrics["val_mse"] < position.best_mse:
-                        position.best_mse, position.best_epoch = metrics["val_mse"], epoch + 1
-                        best = jax.tree.map(jnp.copy, moving)
-                position.history.append(row)
-                position.loss_sum = 0.0
-                waited = epoch + 1 - (position.best_epoch or 0)
-                out_of_patience = validate and config.patience is not None and waited >= config.patience
-                position.finished = bool(epoch + 1 == config.epochs or out_of_patience)
-                position.seconds = seconds_before + time.monotonic() - began
-                bar.update(position.step, epoch + 1, 0, row["train_loss"], _note(position))
-                if run:
-                    run.record([row])
-                    run.clock(
-                        epoch=epoch + 1,
-                        train_seconds=round(train_seconds, 3),
-                        validation_seconds=round(time.monotonic() - epoch_began - train_seconds, 3),
-                        steps_per_second=round((position.step - first_step) / train_seconds, 3),
-                    )
-                    # epochs shorter than a write would otherwise wait for the disk at each end
-                    if position.finished or not run.saving:
-                        run.save(state_of(moving, opt_state, best), position.to_json())
-                        saved = time.monotonic()
-    finally:
-        if run:
-            run.close()
-
-    last = trees.merge(moving, frozen)
+    state, position = fitting.state, fitting.position
+    last = trees.merge(state["params"], frozen)
     return FitResult(
-        params=trees.merge(best, frozen) if validate else last,
+        params=trees.merge(state["best"], frozen) if validate else last,
         last_params=last,
         history=position.history,
         best_epoch=position.best_epoch,
         steps=position.step,
         seconds=position.seconds,
     )
+
+
+class _Fitting:
+    """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
+
+    def __init__(self, config: TrainConfig, loss_fn, penalty, source, frozen: Tree, validate):
+        self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
+        self.source, self.frozen, self.validate = source, frozen, validate
+        self.n = int(source.n)
+        self.batch_size = min(config.batch_size, self.n)
+        self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
+        self.total = config.epochs * self.steps_per_epoch
+        self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
+        self.keys = keys(config.seed)
+        self.pace = _Pace(config.steps_per_dispatch)
+
+    def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> str:
+        """State and position at the start of the run, or where an earlier launch came to; a line on memory."""
+
+        def state_of(moving):
+            # copies: the steps donate their input, and the caller's arrays must live
+            state = {
+                "params": jax.tree.map(jnp.copy, moving),
+                "optimizer": optimizers.adam(self.config.weight_decay, self.config.clip).init(moving),
+            }
+            return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
+
+        self.run, shapes = run, jax.eval_shape(state_of, moving)
+        restored = run.restore(shapes) if run else None
+        if restored is None:
+            self.position = _Position()
+            memory = self.check_memory(shapes, allocated=0)
+            self.state = state_of(moving)
+            return memory
+        self.state, self.position = restored[0], _Position.from_json(restored[1])
+        return "" if self.position.finished else self.check_memory(shapes, allocated=_bytes(shapes))
+
+    def train(self, run: checkpoints.RunFolder | None, bar: progress.Bar) -> None:
+        self.bar = bar
+        self.began = time.monotonic() - self.position.seconds
+        self.saved = time.monotonic()
+        if run:
+            device = jax.devices()[0].device_kind
+            run.clock(launch_at_step=self.position.step, jax=jax.__version__, device=device, cores=os.cpu_count())
+        while not self.position.finished:
+            began, first = time.monotonic(), self.position.step
+            epoch = first // self.steps_per_epoch
+            self.order = _epoch_order(self.keys["data"], epoch, self.n)
+            steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
+            self.lr = np.asarray(self.rates(steps), np.float32)
+            while self.position.step <= steps[-1]:
+                if run and time.monotonic() - self.saved >= self.config.checkpoint_seconds:
+                    self.save(run)  # here and not after the dispatch: an epoch's last step is saved with its validation
+                self.dispatch(epoch, self.position.step - int(steps[0]))
+            trained = time.monotonic()
+            self.end_epoch(epoch)
+            if run:
+                run.clock(
+                    epoch=epoch + 1,
+                    train_seconds=round(trained - began, 3),
+                    validation_seconds=round(time.monotonic() - trained, 3),
+                    steps_per_second=round((self.position.step - first) / (trained - began), 3),
+                )
+                # an epoch shorter than a write need not wait for the disk
+                if self.position.finished or not run.saving:
+                    self.save(run)
+
+    def dispatch(self, epoch: int, place: int) -> None:
+        """As many steps as the pace says, from batch `place` of the epoch, and their records."""
+        position, began = self.position, time.monotonic()
+        count = min(self.pace.steps, self.steps_per_epoch - place)
+        self.state["params"], self.state["optimizer"], losses, done = _advance(
+            self.state["params"], self.state["optimizer"], self.frozen, self.source, self.order, self.lr,
+            self.keys["dropout"], self.loss_fn, self.penalty,
+            np.int32(place), np.int32(count), np.int32(position.step),
+            batch_size=self.batch_size, weight_decay=self.config.weight_decay, clip=self.config.clip,
+        )  # fmt: skip
+        losses, done = np.asarray(losses), int(done)
+        rows = np.minimum(self.batch_size, self.n - self.batch_size * (place + np.arange(done)))
+        for loss, row in zip(losses.tolist(), rows.tolist()):  # one by one: however the steps fell into dispatches,
+            position.loss_sum += loss * row  # the sum has the same bits
+        if self.run:
+            facts = zip(range(position.step + 1, self.total + 1), losses[:done], self.lr[place:])
+            self.run.record(
+                {"step": step, "epoch": epoch + 1, "loss": _short(loss), "lr": _short(lr)} for step, loss, lr in facts
+            )
+        position.step += done
+        position.seconds = time.monotonic() - self.began
+        if done < count:
+            raise NonFiniteError(self.diagnose(epoch, place + done) + self.kept())
+        self.pace.learn(count, time.monotonic() - began)
+        self.bar.update(position.step, epoch + 1, int(rows.sum()), float(losses[count - 1]), self.best_so_far())
+
+    def end_epoch(self, epoch: int) -> None:
+        """Validation, selection, and whether this was the last epoch."""
+        position = self.position
+        row = {
+            "epoch": epoch + 1,
+            "step": position.step,
+            "train_loss": position.loss_sum / self.n,
+            "lr": _short(self.lr[-1]),
+        }
+        if self.validate:
+            found = self.validate(trees.merge(self.state["params"], self.frozen))
+            row |= {f"val_{name}": value.item() if hasattr(value, "item") else value for name, value in found.items()}
+            if not math.isfinite(row["val_mse"]):
+                raise NonFiniteError(
+                    f"validation after epoch {epoch + 1} (step {position.step}) gives mse {row['val_mse']}, although "
+                    f"every training loss was finite{self.kept()}"
+                )
+            if row["val_mse"] < position.best_mse:
+                position.best_mse, position.best_epoch = row["val_mse"], epoch + 1
+                self.state["best"] = jax.tree.map(jnp.copy, self.state["params"])
+        position.history.append(row)
+        position.loss_sum = 0.0
+        waited = epoch + 1 - (position.best_epoch or epoch + 1)
+        position.finished = epoch + 1 == self.config.epochs or waited >= (self.config.patience or math.inf)
+        position.seconds = time.monotonic() - self.began
+        if self.run:
+            self.run.record([row])
+        self.bar.update(position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
+
+    def save(self, run: checkpoints.RunFolder) -> None:
+        run.save(self.state, self.position.to_json())
+        self.saved = time.monotonic()
+
+    def best_so_far(self) -> str:
+        return "" if self.position.best_epoch is None else f"  best val mse {self.position.best_mse:.4f}"
+
+    def kept(self) -> str:
+        """For an error: which checkpoint is left."""
+        if not self.run:
+            return ""
+        self.run.wait()
+        steps = self.run.steps()
+        return (
+            f"\n  last good checkpoint, kept: {self.run.path(steps[-1])}" if steps else "\n  no checkpoint was made yet"
+        )
+
+    def diagnose(self, epoch: int, place: int) -> str:
+        """What is wrong with batch `place` of the epoch, whose update was not applied; the batch is taken once more."""
+        indices, weight = windows.batch_at(self.order, place, self.batch_size)
+        batch, key = self.source.gather(indices), jax.random.fold_in(self.keys["dropout"], self.position.step)
+        loss, grads = _gradients(
+            self.state["params"], self.frozen, batch | {"weight": weight}, key, self.loss_fn, self.penalty
+        )
+        lines = [
+            f"loss {float(loss)} at step {self.position.step + 1} "
+            f"(epoch {epoch + 1}, batch {place + 1} of {self.steps_per_epoch})"
+        ]
+        for what, tree in (("parameters", trees.merge(self.state["params"], self.frozen)), ("gradients", grads)):
+            flat = trees.flatten(tree)
+            bad = [path for path, leaf in flat.items() if not bool(jnp.isfinite(leaf).all())]
+            names = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+            lines.append(f"  {what}: " + (f"not finite in {len(bad)} of {len(flat)}: {names}" if bad else "all finite"))
+        real = np.flatnonzero(np.asarray(weight) > 0)
+        suspects, largest = [], 0.0
+        for name, values in batch.items():
+            size = np.abs(np.asarray(values, np.float64)[real]).reshape(len(real), -1)
+            top = np.where(np.isfinite(size).all(1), size.max(1), np.inf)
+            largest = max(largest, float(np.max(top[np.isfinite(top)], initial=0)))
+            for i in np.flatnonzero(top > HUGE):
+                window = int(indices[real[i]])
+                where = self.source.describe(window) if hasattr(self.source, "describe") else {"window": window}
+                what = f"{name} is not finite" if np.isinf(top[i]) else f"{name} reaches {top[i]:.3g}"
+                suspects.append(f"    {what}: " + ", ".join(f"{k} {v}" for k, v in where.items() if v is not None))
+        if suspects:
+            lines.append(f"  suspect windows of this batch ({len(suspects)} of {len(real)}):")
+            lines += suspects[:5] + (["    ..."] if len(suspects) > 5 else [])
+        else:
+            lines.append(
+                f"  the {len(real)} windows of this batch are finite, no value is beyond {largest:.3g}: "
+                "a smaller lr, or clip, may help"
+            )
+        return "\n".join(lines)
+
+    def check_memory(self, state: Tree, allocated: int) -> str:
+        """One line on the memory training takes, of which `allocated` bytes are taken already.
+
+        Counted: the state, a gradient, and what the backward pass keeps of the forward pass (an upper bound: the
+        compiler fuses some of it away). On the CPU also the copy that a checkpoint is written from.
+
+        Raises: ValueError naming the batch size that fits, when this one does not.
+        """
+
+        def kept_by_backward(moving, frozen, source, loss_fn):
+            batch = _batch(source, jnp.arange(source.n), 0, self.batch_size)
+            return jax.vjp(lambda m: loss_fn(trees.merge(m, frozen), batch, self.keys["dropout"], True), moving)[1]
+
+        moving = state["params"]
+        kept = jax.eval_shape(kept_by_backward, moving, self.frozen, self.source, self.loss_fn)
+        activations = max(_bytes(kept) - _bytes(moving) - _bytes(self.frozen), 0)
+        fixed = _bytes(state) * (2 if self.run and jax.default_backend() == "cpu" else 1) + _bytes(moving)
+        line = (
+            f"{_gb(fixed)} of memory for parameters and optimiser, {_gb(activations)} for a batch of {self.batch_size}"
+        )
+        available = _available_memory()
+        if available is None:
+            return f"about {line}"
+        left = available + allocated - fixed
+        if activations > left:
+            fits = int(left / max(activations, 1) * self.batch_size)
+            advice = f"batch_size={fits} fits" if fits >= 1 else "take a smaller model or train fewer parameters"
+            raise ValueError(f"training takes about {line}, but only {_gb(available)} is available: {advice}")
+        return f"about {line}; {_gb(available)} is available"
 
 
 def _objective(moving, frozen, batch, key, loss_fn, penalty):
@@ -329,7 +428,8 @@ def _objective(moving, frozen, batch, key, loss_fn, penalty):
     jax.jit, static_argnames=("batch_size", "weight_decay", "clip"), donate_argnames=("moving", "opt_state")
 )
 def _advance(
-    moving, opt_state, frozen, source, order, rates, key, loss_fn, penalty, place, count, step, *, batch_size, weight_decay, clip
+    moving, opt_state, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
+    *, batch_size, weight_decay, clip,
 ):  # fmt: skip
     """`count` steps from batch `place` of the epoch, step `step` of the run, stopping before one that is not finite.
 
@@ -356,6 +456,9 @@ def _advance(
     start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, jnp.zeros(MOST_STEPS, jnp.float32))
     done, _, moving, opt_state, losses = jax.lax.while_loop(lambda c: (c[0] < count) & c[1], one, start)
     return moving, opt_state, losses, done
+
+
+_gradients = jax.jit(jax.value_and_grad(_objective))
 
 
 def _batch(source, order, place, batch_size):
@@ -388,16 +491,6 @@ def _short(x: np.float32) -> float:
     return float(str(x))  # the shortest decimal that is this float32 and no other
 
 
-def _plain(x: Any) -> Any:
-    return x.item() if hasattr(x, "item") else x
-
-
-def _note(position: _Position) -> str:
-    if position.best_epoch is None:
-        return ""
-    return f"  val mse {position.history[-1]['val_mse'] if position.history else position.best_mse:.4f}"
-
-
 def _config_record(config, facts, params, trainable, source, validate) -> dict[str, Any]:
     free = ("checkpoint_seconds", "steps_per_dispatch")  # no influence on results
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
@@ -424,36 +517,6 @@ def _sha256(tree: Tree) -> str:
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
     return hashlib.sha256(json.dumps(storage.digests(jax.tree.map(plain, tree))).encode()).hexdigest()
-
-
-def _check_memory(loss_fn, moving, frozen, source, state, batch_size: int, saves: bool) -> str:
-    """One line on what training will need beyond what lies in memory already; ValueError when there is not as much.
-
-    Counted: the state, a gradient, and what the backward pass keeps of the forward pass (an upper bound: the compiler
-    fuses some of it away). On the CPU also the copy a checkpoint is written from.
-    """
-
-    def residuals(moving, frozen, source, loss_fn):
-        batch = _batch(source, jnp.arange(source.n), 0, batch_size)
-        return jax.vjp(lambda m: loss_fn(trees.merge(m, frozen), batch, jax.random.key(0), True), moving)[1]
-
-    kept = jax.eval_shape(residuals, moving, frozen, source, loss_fn)
-    activations = max(_bytes(kept) - _bytes(moving) - _bytes(frozen), 0)
-    on_cpu = jax.default_backend() == "cpu"
-    fixed = _bytes(state) * (2 if saves and on_cpu else 1) + _bytes(moving)
-    available = _available_memory()
-    line = f"memory: about {_gb(fixed)} for parameters, optimiser and gradients, {_gb(activations)} for a batch of {batch_size}"
-    if available is None:
-        return line
-    if fixed + activations > available:
-        fits = int((available - fixed) / max(activations, 1) * batch_size)
-        advice = (
-            f"batch_size={fits} fits"
-            if fits >= 1
-            else "not even batch_size=1 fits; take a smaller model or train fewer parameters"
-        )
-        raise ValueError(f"{line}, but {_gb(available)} is available: {advice}")
-    return f"{line}; {_gb(available)} is available"
 
 
 def _available_memory() -> int | None:
@@ -484,59 +547,3 @@ def _bytes(tree: Tree) -> int:
 
 def _gb(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"
-
-
-_gradients = jax.jit(jax.value_and_grad(_objective))
-
-
-def _kept(run) -> str:
-    if run is None:
-        return ""
-    run.wait()
-    steps = run.steps()
-    return f"\nThe last good checkpoint is kept: {run._path(steps[-1])}" if steps else "\nThere was no checkpoint yet."
-
-
-def _diagnose(
-    moving, frozen, source, order, key, loss_fn, penalty, step, epoch, steps_per_epoch, batch_size, run
-) -> str:
-    """What went wrong at step `step` (0-based; its update was not applied), from the batch taken again outside the loop."""
-    place = step - epoch * steps_per_epoch
-    indices, weight = windows.batch_at(order, place, batch_size)
-    batch = source.gather(indices)
-    loss, grads = _gradients(
-        moving, frozen, batch | {"weight": weight}, jax.random.fold_in(key, step), loss_fn, penalty
-    )
-    lines = [f"loss {float(loss)} at step {step + 1} (epoch {epoch + 1}, batch {place + 1} of {steps_per_epoch})"]
-    for what, tree in (("parameters", trees.merge(moving, frozen)), ("gradients", grads)):
-        flat = trees.flatten(tree)
-        bad = [path for path, leaf in flat.items() if not bool(jnp.isfinite(leaf).all())]
-        lines.append(
-            f"  {what}: " + (_some(bad, 5) + f" not finite ({len(bad)} of {len(flat)})" if bad else "all finite")
-        )
-    real = np.flatnonzero(np.asarray(weight) > 0)
-    suspects, largest = [], 0.0
-    for name, values in batch.items():
-        rows = np.abs(np.asarray(values, np.float64)[real]).reshape(len(real), -1)
-        top = np.where(np.isfinite(rows).all(1), rows.max(1), np.inf)
-        largest = max(largest, float(np.max(top[np.isfinite(top)], initial=0)))
-        for row in np.flatnonzero(top > HUGE):
-            window = int(np.asarray(indices)[real[row]])
-            where = source.describe(window) if hasattr(source, "describe") else {"window": window}
-            what = f"{name} not finite" if np.isinf(top[row]) else f"{name} up to {top[row]:.3g}"
-            suspects.append(f"    {what}: " + ", ".join(f"{k} {v}" for k, v in where.items() if v is not None))
-    if suspects:
-        lines.append(f"  windows of the batch to look at ({len(suspects)}):")
-        lines += suspects[:5] + (["    ..."] if len(suspects) > 5 else [])
-    else:
-        lines.append(
-            f"  the {len(real)} windows of the batch are finite, no value beyond {largest:.3g}: a smaller lr, or clip, may help"
-        )
-    return "\n".join(lines) + _kept(run)
-
-
-HUGE = 1e6  # no scaled series has such a value; its square swamps every other in a float32 sum
-
-
-def _some(names: list[str], most: int) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

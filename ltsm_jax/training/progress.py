@@ -25,7 +25,7 @@ class Bar:
         self.console = Console(stderr=True)
         self.show = show
         self.live = None
-        self.began = self.spoke = time.monotonic()
+        self.began, self.spoke = None, time.monotonic()
         self.windows = 0
         if show and self.console.is_terminal:
             self.live = Progress(
@@ -55,12 +55,15 @@ class Bar:
         if not self.show:
             return
         now = time.monotonic()
+        if self.began is None:  # the first call has waited for the compiler: throughput counts from here
+            self.began, self.first, windows = now, step, 0
         self.windows += windows
         seconds = max(now - self.began, 1e-9)
-        facts = f"epoch {epoch}/{self.epochs}  loss {loss:.4f}  {self.windows / seconds:,.0f} windows/s{note}"
+        speed = f"  {self.windows / seconds:,.0f} windows/s" if self.windows else ""
+        facts = f"epoch {epoch}/{self.epochs}  loss {loss:.4f}{speed}{note}"
         if self.live:
             self.live.update(self.task, completed=step, facts=facts)
         elif now - self.spoke >= PLAIN_SECONDS:
             self.spoke = now
-            left = (self.total - step) * seconds / max(step - self.first, 1)
-            print(f"{self.label}: step {step}/{self.total}  {facts}  {left:.0f} s left", file=sys.stderr, flush=True)
+            left = f"  {(self.total - step) * seconds / (step - self.first):.0f} s left" if step > self.first else ""
+            self.say(f"{self.label}: step {step}/{self.total}  {facts}{left}")
