@@ -22,6 +22,7 @@ class Layout:
 
     @property
     def outer(self) -> str:
+        """The prefix without its last part: where the aliases stand."""
         parts = self.prefix.split(".")
         return "".join(part + "." for part in parts[:-2])
 

@@ -135,6 +135,8 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention [B, N, D] -> [B, N, D], and its weights [B, H, N, S]."""
+
     d_model: int
     n_heads: int
     head_dim: int
@@ -153,6 +155,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Post-norm block [B, N, D] -> [B, N, D]: attention, then feed-forward; and the named steps between."""
+
     cfg: TimerConfig
     layer: int
 
@@ -284,9 +288,13 @@ class Timer(Model):
                 f"the next-token loss needs a context of whole patches ({p}) and a target of one patch, got "
                 f"{context.shape[-1]} and {target.shape[-1]} steps; use the direct loss for other lengths"
             )
-        y_BCT, _ = self.apply(params, context, key=key, train=train)
         shifted_BCT = jnp.concatenate([context[..., p:], target[..., :p]], axis=-1)
-        return mean_over_rows(jnp.square(y_BCT - shifted_BCT), batch)
+        return self.token_loss(params, dict(batch) | {"target": shifted_BCT}, key, train)
+
+    def token_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE over all tokens against a `target` as long as the context: what each time step's token is to predict."""
+        y_BCT, _ = self.apply(params, batch["context"], key=key, train=train)
+        return mean_over_rows(jnp.square(y_BCT - batch["target"]), batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the last token's patch alone (the original's default, direct multi-step)."""
