@@ -33,7 +33,13 @@ SHORT = {"zero_shot": "zero-shot", "ff": "FF", "tfs": "TFS", "sff": "SFF", "lp":
 SHORT |= {"l2sp": "L2-SP", "noise": "noise", "last_value": "last value", "seasonal_naive": "seasonal naive"}
 # Okabe & Ito's palette, told apart by all common kinds of colour vision; line styles say the same a second time.
 COLOURS = {"zero_shot": "#555555", "ff": "#0072B2", "tfs": "#D55E00", "sff": "#009E73", "lp": "#CC79A7"}
-COLOURS |= {"lpff": "#56B4E9", "l2sp": "#E69F00", "noise": "#8A7A00", "last_value": "#BBBBBB", "seasonal_naive": "#BBBBBB"}
+COLOURS |= {
+    "lpff": "#56B4E9",
+    "l2sp": "#E69F00",
+    "noise": "#8A7A00",
+    "last_value": "#BBBBBB",
+    "seasonal_naive": "#BBBBBB",
+}
 STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": "-", "lp": (0, (5, 1, 1, 1)), "lpff": "--"}
 STYLES |= {"l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1))}
 
@@ -74,7 +80,18 @@ def _value(mean: float, std: float, form: str = ".4f") -> str:
 
 
 def _table_rows(summary: pd.DataFrame, baselines: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    header = ["method", "alpha", "seeds", "val MSE", "test MSE", "test MAE", "vs zero-shot", "vs FF", "epochs", "seconds"]
+    header = [
+        "method",
+        "alpha",
+        "seeds",
+        "val MSE",
+        "test MSE",
+        "test MAE",
+        "vs zero-shot",
+        "vs FF",
+        "epochs",
+        "seconds",
+    ]
     body = [
         [
             NAMES.get(r.method, r.method),
@@ -178,7 +195,9 @@ def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[
     left.barh(y, means, color=colours, alpha=0.85, height=0.62)
     left.errorbar(means, y, xerr=stds, fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
     for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
-        left.annotate(f"{mean:.3f}", (mean + std, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        left.annotate(
+            f"{mean:.3f}", (mean + std, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
+        )
     left.set_xlim(0, (means + stds).max() * 1.14)
     left.set_xlabel("test MSE, scaled data (mean, std over seeds)", fontsize=10)
     left.set_yticks(y, [label(m, a) for m, a, *_ in rows], fontsize=10)
@@ -251,13 +270,20 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
     for ax, split in zip(axes, ("val", "test"), strict=True):
         for method in swept:
             points = [(r.alpha, r) for r in summary.itertuples() if r.method == method]
-            points += [({"tfs": 0.0, "ff": 1.0}[r.method], r) for r in summary.itertuples() if r.method in ("tfs", "ff")]
+            points += [
+                ({"tfs": 0.0, "ff": 1.0}[r.method], r) for r in summary.itertuples() if r.method in ("tfs", "ff")
+            ]
             points.sort(key=lambda p: p[0])
             ax.errorbar([a for a, _ in points], [getattr(r, f"{split}_mse") for _, r in points],
                         yerr=np.nan_to_num([getattr(r, f"{split}_mse_std") for _, r in points]), capsize=3, marker="o",
                         linewidth=2, color=COLOURS[method], linestyle=STYLES[method], label=SHORT[method])  # fmt: skip
         if len(zero):
-            ax.axhline(zero[f"{split}_mse"].iloc[0], color=COLOURS["zero_shot"], linestyle=STYLES["zero_shot"], label="zero-shot")
+            ax.axhline(
+                zero[f"{split}_mse"].iloc[0],
+                color=COLOURS["zero_shot"],
+                linestyle=STYLES["zero_shot"],
+                label="zero-shot",
+            )
         ax.set_xlabel("alpha (0: from scratch, 1: full fine-tuning)", fontsize=10)
         ax.set_ylabel(f"{'validation' if split == 'val' else 'test'} MSE, scaled data", fontsize=10)
     axes[0].legend(frameon=False, fontsize=9)
@@ -275,7 +301,9 @@ def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
         shown += [min(same, key=lambda c: c["val_mse"])] if same and len(shown) < 4 else []
     windows = [dict(np.load(c["folder"] / "forecasts.npz")) for c in shown]
     n_windows, horizon = windows[0]["target"].shape
-    figure, axes = _figure(10, 2.9 * ((n_windows + 1) // 2), nrows=(n_windows + 1) // 2, ncols=min(2, n_windows), squeeze=False)
+    figure, axes = _figure(
+        10, 2.9 * ((n_windows + 1) // 2), nrows=(n_windows + 1) // 2, ncols=min(2, n_windows), squeeze=False
+    )
     for i, ax in enumerate(np.ravel(axes)):
         if i >= n_windows:
             ax.set_visible(False)
@@ -373,7 +401,9 @@ def print_table(folder: str | Path, console: Console | None = None) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 150)  # a log file has no width: never cut a number
     summary, s = summarise(results), run["settings"]
-    console.print(terminal_table(summary, baselines, f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"))
+    console.print(
+        terminal_table(summary, baselines, f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}")
+    )
     console.print(verdict(summary), highlight=False)
 
 

@@ -267,7 +267,9 @@ def resolve(options: Options) -> Comparison:
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
     mode = options.mode or finetune.default_mode(model)
-    changes = {k: getattr(options, k) for k in ("epochs", "batch_size", "lr", "schedule") if getattr(options, k) is not None}
+    changes = {
+        k: getattr(options, k) for k in ("epochs", "batch_size", "lr", "schedule") if getattr(options, k) is not None
+    }
     config = finetune.train_config(model, **changes)
     splits = attempt(prepare, series, context, horizon, few_shot=options.few_shot, quirks=options.quirks,
                      joint=model.variates == "joint")  # fmt: skip
@@ -294,7 +296,8 @@ def resolve(options: Options) -> Comparison:
         "schedule": config.schedule,
         "quirks": ",".join(sorted(options.quirks)) or None,
         "l2sp_weight": options.l2sp_weight if "l2sp" in options.methods else None,
-        "columns": ", ".join(series.columns[:8]) + (f" and {series.n_variates - 8} more" if series.n_variates > 8 else ""),
+        "columns": ", ".join(series.columns[:8])
+        + (f" and {series.n_variates - 8} more" if series.n_variates > 8 else ""),
         "rows": series.n_rows,
         "data_sha256": hashlib.sha256(np.ascontiguousarray(series.values).tobytes()).hexdigest()[:16],
         "model_sha256": hashlib.sha256(json.dumps(storage.digests(params)).encode()).hexdigest()[:16],
@@ -318,7 +321,10 @@ def plan(c: Comparison) -> str:
     done = sum((c.folder / "cells" / cell.name / "result.json").is_file() for cell in c.cells)
     stamps = series.timestamps
     span = "" if stamps is None else f", {str(stamps[0])[:16]} to {str(stamps[-1])[:16]}"
-    borders = "; ".join(f"{p} rows {getattr(c.splits.borders, p)[0]}-{getattr(c.splits.borders, p)[1]}" for p in ("train", "val", "test"))
+    borders = "; ".join(
+        f"{p} rows {getattr(c.splits.borders, p)[0]}-{getattr(c.splits.borders, p)[1]}"
+        for p in ("train", "val", "test")
+    )
     lines = [
         f"data     {series.name}: {series.n_rows:,} rows x {series.n_variates} columns ({c.settings['columns']}), "
         f"step {series.freq or 'unknown'}{span}",
@@ -432,7 +438,12 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     }
     _write_examples(c, result.params, folder / "forecasts.npz")
     if chosen.phases:
-        made = {"source": c.settings["model"], "method": cell.name, "command": _command(c.options), "git_commit": row["git_commit"]}
+        made = {
+            "source": c.settings["model"],
+            "method": cell.name,
+            "command": _command(c.options),
+            "git_commit": row["git_commit"],
+        }
         ltsm_jax.save(folder / "model", c.model, result.params, provenance=made, overwrite=True)
     _write_json(folder / "result.json", {"row": row, "history": result.history, "warnings": list(result.warnings)})
     for checkpoints in folder.glob("training/phase-*/checkpoints"):  # model/ has the weights; metrics.jsonl stays
@@ -470,7 +481,9 @@ def _write_examples(c: Comparison, params: Any, path: Path) -> None:
         for name, values in found.items():
             mean, std = c.splits.scaler.mean[variate], c.splits.scaler.std[variate]
             shown[name].append(values[k, 0] * std + mean)
-        labels.append(f"{c.splits.columns[variate]}, {str(where.get('target_first', 'row %d' % where['target_start']))[:16]}")
+        labels.append(
+            f"{c.splits.columns[variate]}, {str(where.get('target_first', 'row %d' % where['target_start']))[:16]}"
+        )
     np.savez(path, label=np.array(labels), **{name: np.stack(values) for name, values in shown.items()})
 
 
@@ -493,7 +506,9 @@ def _settle(c: Comparison) -> None:
             old["l2sp_weight"] = record["settings"]["l2sp_weight"] = weight
         if other := [k for k in c.settings if old.get(k) != c.settings[k]]:
             lines = [f"  {k}: {old.get(k)} there, {c.settings[k]} now" for k in other]
-            raise UsageError(f"{c.folder} holds a comparison with other settings; take another --out:\n" + "\n".join(lines))
+            raise UsageError(
+                f"{c.folder} holds a comparison with other settings; take another --out:\n" + "\n".join(lines)
+            )
     _write_json(file, record)
 
 
@@ -520,7 +535,11 @@ def _command(options: Options) -> str:
         value = getattr(options, field.name)
         if field.name in ("data", "model", "out") or value != field.default:
             value = str(options.folder) if field.name == "out" else value
-            text = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) if isinstance(value, tuple) else str(value)
+            text = (
+                ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+                if isinstance(value, tuple)
+                else str(value)
+            )
             parts += [f"--{field.name.replace('_', '-')}", *([] if value is True else [text])]
     return shlex.join(parts)
 

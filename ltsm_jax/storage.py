@@ -36,7 +36,9 @@ def digests(tree: trees.Tree) -> dict[str, dict[str, Any]]:
         return {
             "shape": list(np.shape(leaf)),
             "dtype": array.dtype.name,
-            "sha256": hashlib.sha256(array.view(np.uint8).data if array.size and array.ndim else array.tobytes()).hexdigest(),
+            "sha256": hashlib.sha256(
+                array.view(np.uint8).data if array.size and array.ndim else array.tobytes()
+            ).hexdigest(),
         }
 
     return {path: entry(leaf) for path, leaf in trees.flatten(tree).items()}
@@ -54,7 +56,11 @@ def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: s
         want, got = expected[path], found[path]
         for what in ("shape", "dtype", "sha256"):
             if want[what] != got[what]:
-                reason = "the values differ from those that were saved" if what == "sha256" else f"{want[what]} was saved, {got[what]} is there"
+                reason = (
+                    "the values differ from those that were saved"
+                    if what == "sha256"
+                    else f"{want[what]} was saved, {got[what]} is there"
+                )
                 problems.append(f"  {path}: {reason}")
                 break
     if problems:
@@ -185,7 +191,9 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None) -> trees.Tree:
         tree = ocp.load(folder / ARRAYS, stored)
     except Exception as err:  # Orbax raises a bare Exception, JSONDecodeError, OSError and others for damaged files
         first = str(err).strip().split("\n")[0][:300]
-        raise DamagedError(f"{folder / ARRAYS} is damaged ({type(err).__name__}: {first}); restore it from a copy") from err
+        raise DamagedError(
+            f"{folder / ARRAYS} is damaged ({type(err).__name__}: {first}); restore it from a copy"
+        ) from err
     verify(tree, expected, folder)
     return tree
 

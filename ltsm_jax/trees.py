@@ -66,7 +66,9 @@ def select(tree: Tree, patterns: Patterns) -> Tree:
         hits = [[re.search(expression, name) is not None for name in names] for expression in expressions]
         idle = [e for e, row in zip(expressions, hits, strict=True) if not any(row)]
         if idle:
-            near = [f"{e!r} (near: {', '.join(difflib.get_close_matches(e, names, 3, 0.3)) or 'nothing'})" for e in idle]
+            near = [
+                f"{e!r} (near: {', '.join(difflib.get_close_matches(e, names, 3, 0.3)) or 'nothing'})" for e in idle
+            ]
             raise ValueError(f"no path of the tree matches {'; '.join(near)}")
         chosen = [any(column) for column in zip(*hits, strict=True)] if hits else [False] * len(names)
     return jax.tree.unflatten(jax.tree.structure(tree), chosen)
@@ -181,7 +183,9 @@ def _alphas(alpha, like: Tree) -> Tree:
             ) from None
     for path, a in flatten(alphas).items():
         if not _traced(a) and jnp.ndim(a) == 0 and not 0 <= float(a) <= 1:
-            raise ValueError(f"alpha is the weight of the pretrained side and lies in [0, 1]; got {a} for {path or 'params'}")
+            raise ValueError(
+                f"alpha is the weight of the pretrained side and lies in [0, 1]; got {a} for {path or 'params'}"
+            )
     return alphas
 
 

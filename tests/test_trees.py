@@ -22,8 +22,18 @@ def bits(params):
 
 
 def test_worked_example_of_smoothing():
-    pre = {"weight": jnp.array([0.50]), "scale": jnp.array([1.40]), "shift": jnp.array([0.10]), "bias": jnp.array([-0.40])}
-    rand = {"weight": jnp.array([-0.20]), "scale": jnp.array([1.0]), "shift": jnp.array([0.0]), "bias": jnp.array([0.03])}
+    pre = {
+        "weight": jnp.array([0.50]),
+        "scale": jnp.array([1.40]),
+        "shift": jnp.array([0.10]),
+        "bias": jnp.array([-0.40]),
+    }
+    rand = {
+        "weight": jnp.array([-0.20]),
+        "scale": jnp.array([1.0]),
+        "shift": jnp.array([0.0]),
+        "bias": jnp.array([0.03]),
+    }
     got = interpolate(pre, rand, 0.7)
     want = {"weight": 0.29, "scale": 1.28, "shift": 0.07, "bias": -0.271}
     for name, value in want.items():
@@ -78,7 +88,11 @@ def test_differing_trees_list_every_path_and_shape():
     del rand["head"]
     with pytest.raises(ValueError) as info:
         interpolate(pre, rand, 0.5)
-    for part in ("layer_0/bias: params_pre (4,), params_rand (5,)", "tail: only in params_rand", "head/kernel: only in params_pre"):
+    for part in (
+        "layer_0/bias: params_pre (4,), params_rand (5,)",
+        "tail: only in params_rand",
+        "head/kernel: only in params_pre",
+    ):
         assert part in str(info.value)
 
 
@@ -131,7 +145,10 @@ def test_lies_between_its_ends(alpha, seed):
 def test_siblings():
     a, b = tree(0), tree(1)
     for x, y, shrunk, wise, mean, moving in zip(
-        *map(jax.tree.leaves, (a, b, shrink_and_perturb(a, b, 0.4, 0.1), wise_ft(a, b, 0.2), soup([a, b, b]), ema(a, b, 0.9))),
+        *map(
+            jax.tree.leaves,
+            (a, b, shrink_and_perturb(a, b, 0.4, 0.1), wise_ft(a, b, 0.2), soup([a, b, b]), ema(a, b, 0.9)),
+        ),
         strict=True,
     ):
         np.testing.assert_allclose(shrunk, 0.4 * x + 0.1 * y, rtol=1e-5, atol=1e-6)
@@ -153,7 +170,11 @@ def test_flatten_and_partition_round_trip():
 
 
 def test_published_presets_have_the_published_size():
-    sizes = {"Timer_forecast_1.0": 67_397_728, "Timer_imputation_1.0": 2_121_240, "Timer_anomaly_detection_1.0": 2_158_176}
+    sizes = {
+        "Timer_forecast_1.0": 67_397_728,
+        "Timer_imputation_1.0": 2_121_240,
+        "Timer_anomaly_detection_1.0": 2_158_176,
+    }
     for name, size in sizes.items():
         assert trees.count(jax.eval_shape(preset(name).init, jax.random.key(0))) == size
     with pytest.raises(ValueError, match="Timer_forecast_1.0"):

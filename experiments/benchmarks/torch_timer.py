@@ -26,7 +26,9 @@ class Attention(nn.Module):
         )
         scores = torch.einsum("blhe,bshe->bhls", q, k)
         future = torch.triu(torch.ones(n, n, dtype=torch.bool, device=x.device), diagonal=1)
-        weights = self.dropout(torch.softmax(scores.masked_fill(future, -math.inf) / math.sqrt(d // self.heads), dim=-1))
+        weights = self.dropout(
+            torch.softmax(scores.masked_fill(future, -math.inf) / math.sqrt(d // self.heads), dim=-1)
+        )
         return self.out_projection(torch.einsum("bhls,bshd->blhd", weights, v).reshape(b, n, d))
 
 

@@ -91,7 +91,10 @@ def main() -> None:
                 sys.exit(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
             seconds = json.loads(done.stdout.strip().splitlines()[-1])
             best[side].append(min(seconds))
-            print(f"launch {launch} {side:5}: best {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s", flush=True)
+            print(
+                f"launch {launch} {side:5}: best {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s",
+                flush=True,
+            )
     jax_s, torch_s = statistics.median(best["jax"]), statistics.median(best["torch"])
     print(f"batch {args.batch}: jax {jax_s:.3f} s, torch {torch_s:.3f} s per step, jax/torch {jax_s / torch_s:.2f}")
 

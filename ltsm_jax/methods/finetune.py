@@ -153,12 +153,16 @@ def training_windows(model: Model, splits: Splits, mode: Mode) -> Windows:
     if mode == "direct" or have.horizon == model.horizon:
         return have
     facts = {"columns": have.columns, "timestamps": have.timestamps}
-    full = windows_between(have.values, *splits.borders.train, have.context_len, model.horizon, joint=have.joint, **facts)
+    full = windows_between(
+        have.values, *splits.borders.train, have.context_len, model.horizon, joint=have.joint, **facts
+    )
     return full if splits.few_shot == 1 else full.take(few_shot_indices(full.n, splits.few_shot, splits.quirks))
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _forecast(model: Model, params: Params, windows: Windows, indices: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _forecast(
+    model: Model, params: Params, windows: Windows, indices: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch = windows.gather(indices)
     point = model.predict(params, batch["context"], windows.horizon).point
     return batch["context"], batch["target"], point
@@ -270,7 +274,9 @@ def fit(
         if isinstance(data, Series):
             series = data
         else:
-            series = read_series(data, target=target) if isinstance(data, pd.DataFrame) else load_series(data, target=target)
+            series = (
+                read_series(data, target=target) if isinstance(data, pd.DataFrame) else load_series(data, target=target)
+            )
         joint = model.variates == "joint"
         lengths = context_len or model.recipe().context_len, horizon or model.recipe().horizon
         splits = prepare(series, *lengths, few_shot=few_shot, joint=joint)

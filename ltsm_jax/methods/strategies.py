@@ -208,7 +208,9 @@ def equal_norm_noise(key: jax.Array, params: Params) -> Params:
         z = jax.random.normal(key, leaf.shape, leaf.dtype)
         return z * (jnp.linalg.norm(leaf.ravel()) / jnp.linalg.norm(z.ravel()))
 
-    return treedef.unflatten([draw(k, leaf) for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)])
+    return treedef.unflatten(
+        [draw(k, leaf) for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)]
+    )
 
 
 def l2_sp_penalty(reference: Params, weight: float, params: Params) -> jax.Array:

@@ -67,7 +67,9 @@ class Model(abc.ABC):
     tasks: ClassVar[tuple[Task, ...]]
     variates: ClassVar[Literal["independent", "joint"]]
     licence: ClassVar[str]  # of the published weights
-    shard_rules: ClassVar[tuple[tuple[str, tuple[str | None, ...]], ...]]  # regex of the path -> mesh axis per dimension
+    shard_rules: ClassVar[
+        tuple[tuple[str, tuple[str | None, ...]], ...]
+    ]  # regex of the path -> mesh axis per dimension
     prunable: ClassVar[tuple[tuple[str, str], ...]]  # regex of a linear layer -> what its structured groups are
 
     @classmethod
@@ -153,7 +155,9 @@ def check_context(context: Any, horizon: int) -> None:
     observed value (seen only outside jit), or a horizon below 1."""
     problems = []
     if jnp.ndim(context) != 3 or jnp.shape(context)[-1] < 1:
-        problems.append(f"context must be [batch, variates, time] with at least one time step, got {jnp.shape(context)}")
+        problems.append(
+            f"context must be [batch, variates, time] with at least one time step, got {jnp.shape(context)}"
+        )
     elif not isinstance(context, jax.core.Tracer):
         rows = jnp.argwhere(jnp.isnan(context).all(-1))
         if rows.size:

@@ -125,7 +125,9 @@ def shipped() -> list[str]:
 def _not_found(source: str | Path) -> str:
     published = [name for family in FAMILIES.values() for name in family.presets() if name not in shipped()]
     near = difflib.get_close_matches(str(source), shipped() + published, 1)
-    lines = [f"no model {str(source)!r}: neither a file, nor a folder, nor a shipped model ({', '.join(shipped()) or 'none'})"]
+    lines = [
+        f"no model {str(source)!r}: neither a file, nor a folder, nor a shipped model ({', '.join(shipped()) or 'none'})"
+    ]
     if str(source) in published:
         lines.append(
             "It is a published preset whose weights do not come with the package: give the path of the downloaded "

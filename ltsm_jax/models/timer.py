@@ -45,7 +45,9 @@ class TimerConfig:
     def __post_init__(self):
         problems = []
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one")
+            problems.append(
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+            )
         if self.d_model % 2:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
         sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.horizon)
@@ -76,7 +78,11 @@ class TimerConfig:
         missing = [name for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads") if name not in fields]
         if missing:
             raise ValueError(f"the config of a Timer checkpoint lacks {', '.join(missing)}")
-        rest = {ours: fields[theirs] for ours, theirs in (("context_len", "seq_len"), ("dropout", "dropout")) if theirs in fields}
+        rest = {
+            ours: fields[theirs]
+            for ours, theirs in (("context_len", "seq_len"), ("dropout", "dropout"))
+            if theirs in fields
+        }
         task = fields.get("task_name", "forecasting")
         return cls.of(
             *(int(fields[name]) for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")),
@@ -166,7 +172,9 @@ class Block(nn.Module):
         heads, ffn_dim = cfg.n_heads[self.layer], cfg.ffn_dims[self.layer]
         drop = lambda y: nn.Dropout(cfg.dropout)(y, not train)  # noqa: E731
         activation = nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
-        a_BND, taps["attn_weights"] = Attention(cfg.d_model, heads, cfg.head_dim, cfg.dropout, name="attn")(x_BND, train)
+        a_BND, taps["attn_weights"] = Attention(cfg.d_model, heads, cfg.head_dim, cfg.dropout, name="attn")(
+            x_BND, train
+        )
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(epsilon=1e-5, name="norm1")(x_BND + drop(a_BND))
         y_BNF = drop(activation(Linear((cfg.d_model,), (ffn_dim,), name="up")(x_BND)))
@@ -300,7 +308,9 @@ class Timer(Model):
         """MSE of the last token's patch alone (the original's default, direct multi-step)."""
         p, (context, target) = self.config.patch_len, (batch["context"], batch["target"])
         if target.shape[-1] > p:
-            raise ValueError(f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; use the next-token loss")
+            raise ValueError(
+                f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; use the next-token loss"
+            )
         y_BCT, _ = self.apply(params, context[..., context.shape[-1] % p :], key=key, train=train)
         return mean_over_rows(jnp.square(y_BCT[..., -p:][..., : target.shape[-1]] - target), batch)
 

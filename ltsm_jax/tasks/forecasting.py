@@ -32,7 +32,9 @@ class SeasonalNaive:
         return Forecast(jnp.tile(context[..., -season:], (1, 1, repeats))[..., :horizon])
 
 
-def loss_fn(model: Model, mode: Literal["own", "point"] = "own") -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
+def loss_fn(
+    model: Model, mode: Literal["own", "point"] = "own"
+) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
     """The training loss `f(params, batch, key, train) -> scalar`, in the (squared) units of the batch.
 
     mode: "own" is the family's own loss (Timer: next token, "IMS"); "point" is the MSE of the point forecast
@@ -126,7 +128,10 @@ def per_variate(found: Errors) -> dict[int, dict[str, float]]:
     for variate in np.unique(found.variates):
         own = found.variates == variate
         steps = own.sum() * found.horizon
-        result[int(variate)] = {"mse": float(found.squared[own].sum() / steps), "mae": float(found.absolute[own].sum() / steps)}
+        result[int(variate)] = {
+            "mse": float(found.squared[own].sum() / steps),
+            "mae": float(found.absolute[own].sum() / steps),
+        }
     return result
 
 

@@ -61,7 +61,11 @@ def test_runs_depend_on_the_seed_and_on_nothing_else(run, model, pre, splits):
 
 def test_linear_probing_trains_exactly_the_head(run, pre):
     result = run("lp")
-    changed = {p for (p, x), y in zip(trees.flatten(result.params).items(), trees.flatten(pre).values(), strict=True) if (x != y).any()}
+    changed = {
+        p
+        for (p, x), y in zip(trees.flatten(result.params).items(), trees.flatten(pre).values(), strict=True)
+        if (x != y).any()
+    }
     assert changed == {"head/kernel", "head/bias"}
     assert result.trained == 16 * 8 + 8
 
@@ -81,9 +85,15 @@ def test_first_phase_of_lpff_is_lp_and_the_second_starts_from_its_best(run, mode
 
 def test_pull_to_the_start_grows_with_its_weight(run, pre):
     def distance(params):
-        return sum(float(np.sum((np.asarray(a) - np.asarray(b)) ** 2)) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(pre)))
+        return sum(
+            float(np.sum((np.asarray(a) - np.asarray(b)) ** 2))
+            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(pre))
+        )
 
-    free, weak, strong = (distance(run(*a, **k).params) for a, k in ((("ff",), {}), (("l2sp",), {"l2_sp": 1.0}), (("l2sp",), {"l2_sp": 100.0})))
+    free, weak, strong = (
+        distance(run(*a, **k).params)
+        for a, k in ((("ff",), {}), (("l2sp",), {"l2_sp": 1.0}), (("l2sp",), {"l2_sp": 100.0}))
+    )
     assert strong < weak < free
 
 
@@ -130,13 +140,17 @@ def test_next_token_training_has_targets_of_a_patch_at_any_horizon(model, pre, s
     assert windows.horizon == 8
     assert windows.n == 3 * (210 - 32 - 8 + 1) // 2
     assert int(windows.starts.max()) + 32 + 8 <= 210  # inside the training rows
-    result = finetune.run(model, pre, strategy("ff"), splits, config=training.TrainConfig(epochs=1), show_progress=False)
+    result = finetune.run(
+        model, pre, strategy("ff"), splits, config=training.TrainConfig(epochs=1), show_progress=False
+    )
     assert result.test["windows"] == splits.test.n
 
 
 def test_direct_training_refuses_a_horizon_it_cannot_reach(model, pre, series):
     with pytest.raises(ValueError, match="one patch"):
-        finetune.run(model, pre, strategy("ff"), prepare(series, 32, 20), config=CONFIG, mode="direct", show_progress=False)
+        finetune.run(
+            model, pre, strategy("ff"), prepare(series, 32, 20), config=CONFIG, mode="direct", show_progress=False
+        )
 
 
 def test_flat_forecasts_are_named(model, pre, splits):
@@ -160,10 +174,19 @@ def test_fit_keeps_what_validation_prefers(model, pre, series, splits):
     assert "kept the tuned weights" in str(fitted)
 
     better = fitted.params
-    worse = finetune.fit(model, better, splits, method="tfs", **(quiet | {"config": training.TrainConfig(epochs=1, lr=1e-6)}))
+    worse = finetune.fit(
+        model, better, splits, method="tfs", **(quiet | {"config": training.TrainConfig(epochs=1, lr=1e-6)})
+    )
     assert worse.kept == "zero_shot" and worse.params is better
     assert worse.difference > 0 and "tuning lost" in str(worse)
-    anyway = finetune.fit(model, better, splits, method="tfs", keep="tuned", **(quiet | {"config": training.TrainConfig(epochs=1, lr=1e-6)}))
+    anyway = finetune.fit(
+        model,
+        better,
+        splits,
+        method="tfs",
+        keep="tuned",
+        **(quiet | {"config": training.TrainConfig(epochs=1, lr=1e-6)}),
+    )
     assert anyway.params is anyway.result.params and anyway.kept == "tuned"
 
 
@@ -172,7 +195,9 @@ def test_fit_reads_tables_and_files(model, pre, series, tmp_path):
 
     table = pd.DataFrame(series.values.T, columns=list(series.columns)).assign(date=series.timestamps)
     table.to_csv(tmp_path / "waves.csv", index=False)
-    quiet = dict(method="sff", alpha=0.9, target="b", config=training.TrainConfig(epochs=1, batch_size=64), show_progress=False)
+    quiet = dict(
+        method="sff", alpha=0.9, target="b", config=training.TrainConfig(epochs=1, batch_size=64), show_progress=False
+    )
     from_table = finetune.fit(model, pre, table, **quiet)
     from_file = finetune.fit(model, pre, tmp_path / "waves.csv", **quiet)
     assert from_table.splits.columns == from_file.splits.columns == ("b",)
@@ -186,7 +211,11 @@ def test_fit_is_public():
 
 @pytest.mark.parametrize(
     "kwargs, message",
-    [({"method": "ssf"}, "unknown method"), ({"keep": "both"}, "keep must be"), ({"mode": "own"}, "mode must be one of ims, direct")],
+    [
+        ({"method": "ssf"}, "unknown method"),
+        ({"keep": "both"}, "keep must be"),
+        ({"mode": "own"}, "mode must be one of ims, direct"),
+    ],
 )
 def test_fit_refuses_what_it_does_not_know(model, pre, splits, kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -195,12 +224,21 @@ def test_fit_refuses_what_it_does_not_know(model, pre, splits, kwargs, message):
 
 def test_paired_interval_is_of_blocks_not_of_windows(splits, model, pre):
     before = forecasting.errors(model, pre, splits.val)
-    shifted = forecasting.Errors(before.squared + 8.0, before.absolute, before.percentage, before.zeros, before.variates, 8)
+    shifted = forecasting.Errors(
+        before.squared + 8.0, before.absolute, before.percentage, before.zeros, before.variates, 8
+    )
     mean, (low, high) = finetune.paired_difference(before, shifted, splits.val)
     assert mean == pytest.approx(1.0) and high - low == pytest.approx(0.0, abs=1e-9)
     # the same gap over all windows of a block, of alternating sign: as many draws as blocks
     block = (np.asarray(splits.val.starts) - int(splits.val.starts.min())) // 8
-    swing = forecasting.Errors(before.squared + 8.0 * (-1.0) ** block[:, None], before.absolute, before.percentage, before.zeros, before.variates, 8)
+    swing = forecasting.Errors(
+        before.squared + 8.0 * (-1.0) ** block[:, None],
+        before.absolute,
+        before.percentage,
+        before.zeros,
+        before.variates,
+        8,
+    )
     _, (low, high) = finetune.paired_difference(before, swing, splits.val)
     n = block.max() + 1
     assert (high - low) / 2 == pytest.approx(1.96 * np.std([(-1.0) ** i for i in range(n)], ddof=1) / n**0.5, rel=1e-6)

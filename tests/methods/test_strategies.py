@@ -30,7 +30,9 @@ def assert_same(a, b):
 
 
 def differing(a, b):
-    return {path for (path, x), y in zip(trees.flatten(a).items(), trees.flatten(b).values(), strict=True) if (x != y).any()}
+    return {
+        path for (path, x), y in zip(trees.flatten(a).items(), trees.flatten(b).values(), strict=True) if (x != y).any()
+    }
 
 
 def test_names_agree_with_the_registry():
@@ -84,7 +86,10 @@ def test_noise_is_as_large_as_the_random_model_and_is_not_it(model, pre):
         size = np.linalg.norm(np.ravel(trees.flatten(aux)[path]))
         np.testing.assert_allclose(np.linalg.norm(np.ravel(leaf)), size, rtol=1e-5, err_msg=path)
     start = start_params(strategy("noise", alpha=0.7), model, pre, AUX)
-    assert differing(start, start_params(strategy("sff", alpha=0.7), model, pre, AUX)) >= {"embed/kernel", "head/kernel"}
+    assert differing(start, start_params(strategy("sff", alpha=0.7), model, pre, AUX)) >= {
+        "embed/kernel",
+        "head/kernel",
+    }
     assert_same(start_params(strategy("noise", alpha=1), model, pre, AUX), pre)
 
 
