@@ -212,6 +212,12 @@ class _Pickle:
                 return Placeholder(
                     kind.name if isinstance(kind, Placeholder) else func.name, (inner, inner_args), state
                 )
+            if (
+                func.name in ("copyreg._reconstructor", "copyreg.__newobj__")
+                and args
+                and isinstance(args[0], Placeholder)
+            ):
+                return Placeholder(args[0].name, args[1:])
             if func.name == "_codecs.encode":
                 self.spend(len(args[0]) if args and isinstance(args[0], str) else 0)
                 return _latin1(*args)

@@ -242,7 +242,7 @@ def to_state(
             unknown.append(path)
             continue
         key, transform = found
-        array = np.ascontiguousarray(transform.inverse(np.asarray(leaf)))
+        array = np.array(transform.inverse(np.asarray(leaf)), order="C")
         dtype = np.dtype(dtypes if isinstance(dtypes, str) else dtypes.get(key, "float32"))
         if dtype != array.dtype:
             with np.errstate(all="ignore"):

@@ -97,7 +97,10 @@ def configure(
             problems.append(f"{name}: the config says {told}, the weights {sizes[name]}")
     if not problems:
         try:
-            return TimerConfig.from_published(dict(published)), []
+            config = TimerConfig.from_published(dict(published))
+            if config.task in Timer.tasks:
+                return config, []
+            problems.append(f"task_name: {config.task!r:.50} is not one of {', '.join(Timer.tasks)}")
         except (ValueError, TypeError) as e:
             problems.append(str(e))
     raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))

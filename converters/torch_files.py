@@ -96,7 +96,9 @@ def _strided(storage: object, offset: object, size: object, stride: object, dtyp
     if n == 0:
         if max(size) > MAX_EXPANDED:
             raise ValueError(f"an empty tensor of size {max(size)}")
-        return np.empty(size, dtype)
+        nothing = np.empty(size, dtype)
+        nothing.flags.writeable = False
+        return nothing
     held = storage.data.nbytes // dtype.itemsize
     reach = offset + sum((s - 1) * t for s, t in zip(size, stride, strict=True))  # type: ignore[operator]
     if reach >= held:
@@ -510,10 +512,10 @@ class _PickleWriter:
                 self.write(item, f"{where}.{key}" if where else str(key))
             out.write(b"u")
         elif isinstance(value, (list, tuple)):
-            out.write(b"(")
+            out.write(b"](" if isinstance(value, list) else b"(")
             for i, item in enumerate(value):
                 self.write(item, f"{where}[{i}]")
-            out.write(b"l" if isinstance(value, list) else b"t")
+            out.write(b"e" if isinstance(value, list) else b"t")
         else:
             kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise ValueError(f"{where or 'content'}: {kind} does not go into a checkpoint")

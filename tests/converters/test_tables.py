@@ -1,0 +1,167 @@
+"""The key-table engine: strict in both directions, every problem in one error."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converters import tables
+from converters.tables import BUFFER, CONV1, DROP, SAME, TRANSPOSE, split_bias, split_in, split_out, to_params, to_state
+from converters.torch_files import CheckpointError
+from ltsm_jax import trees
+
+HEAD = 3
+RULES = [
+    (r"blocks\.(\d+)\.(a|b)\.weight", r"layer_\1/\2/kernel", TRANSPOSE),
+    (r"blocks\.(\d+)\.q\.weight", r"layer_\1/q/kernel", split_out(HEAD)),
+    (r"blocks\.(\d+)\.q\.bias", r"layer_\1/q/bias", split_bias(HEAD)),
+    (r"blocks\.(\d+)\.o\.weight", r"layer_\1/o/kernel", split_in(HEAD)),
+    (r"blocks\.(\d+)\.conv\.weight", r"layer_\1/conv/kernel", CONV1),
+    (r"scale", "scale", SAME),
+    (r"table", BUFFER, "fixed"),
+    (r".*\.inv_freq", DROP, "recomputed"),
+]
+
+
+def a_state(layers=1, d=4, heads=2, f=5, seed=0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"scale": ()}
+    for i in range(layers):
+        shapes |= {f"blocks.{i}.{n}.weight": (f, d) for n in "ab"} | {f"blocks.{i}.conv.weight": (f, d, 1)}
+        shapes |= {f"blocks.{i}.q.weight": (heads * HEAD, d), f"blocks.{i}.q.bias": (heads * HEAD,)}
+        shapes |= {f"blocks.{i}.o.weight": (d, heads * HEAD)}
+    return {key: np.asarray(rng.normal(size=shape), np.float32) for key, shape in shapes.items()}
+
+
+def the_shapes(layers=1, d=4, heads=2, f=5):
+    flat = {"scale": ()}
+    for i in range(layers):
+        flat |= {f"layer_{i}/{n}/kernel": (d, f) for n in ("a", "b", "conv")}
+        flat |= {f"layer_{i}/q/kernel": (d, heads, HEAD), f"layer_{i}/q/bias": (heads, HEAD)}
+        flat |= {f"layer_{i}/o/kernel": (heads, HEAD, d)}
+    return trees.unflatten({k: jax.ShapeDtypeStruct(v, np.float32) for k, v in flat.items()})
+
+
+sizes = st.fixed_dictionaries({k: st.integers(1, 4) for k in ("layers", "d", "heads", "f")})
+
+
+@given(sizes=sizes, seed=st.integers(0, 99))
+def test_a_table_read_forwards_and_backwards_is_the_identity(sizes, seed):
+    state = a_state(**sizes, seed=seed)
+    extra = {"table": np.arange(3), "x.inv_freq": np.zeros(2, np.float64)}
+    found = to_params(RULES, state | extra, the_shapes(**sizes), what="m", allow_cast=True)
+    assert found.dropped == {"x.inv_freq": "recomputed", "table": "not a parameter: fixed"}
+    assert list(found.buffers) == ["table"]
+    back, wider = to_state(RULES, found.params)
+    assert not wider and set(back) == set(state)
+    for key, value in state.items():
+        assert back[key].shape == value.shape and back[key].tobytes() == value.tobytes(), key
+
+
+def test_heads_are_split_as_the_original_views_them():
+    x = np.arange(24, dtype=np.float32).reshape(6, 4)  # [H*K, D]
+    y = split_out(3).forward(x)
+    assert y.shape == (4, 2, 3) and y[1, 1, 2] == x[1 * 3 + 2, 1]
+    z = split_in(3).forward(x.T)
+    assert z.shape == (2, 3, 4) and z[1, 2, 1] == x.T[1, 1 * 3 + 2]
+
+
+def test_arrays_own_their_memory():
+    state = a_state()
+    found = to_params(RULES, state, the_shapes(), what="m")
+    for leaf in jax.tree.leaves(found.params):
+        assert leaf.flags.owndata and not any(np.shares_memory(leaf, x) for x in state.values())
+
+
+def test_every_problem_stands_in_one_error():
+    state = a_state(layers=2)
+    del state["scale"]
+    state["scales"] = np.ones((), np.float32)
+    state["blocks.0.a.weight"] = np.zeros((5, 7), np.float32)
+    state["blocks.0.q.weight"] = np.zeros((7, 4), np.float32)
+    state["blocks.0.conv.weight"] = np.zeros((5, 4, 2), np.float32)
+    state["blocks.1.q.bias"] = np.ones(6)
+    state["blocks.1.b.weight"] = np.full((5, 4), np.nan, np.float32)
+    state["blocks.1.a.weight"] = "text"
+    state["blocks.2.a.weight"] = np.zeros((5, 4), np.float32)
+    with pytest.raises(CheckpointError) as error:
+        to_params(RULES, state, the_shapes(layers=2), what="file.pth: model", hints={"/q/": "check n_heads"})
+    lines = str(error.value).split("\n  ")
+    assert lines[0] == "file.pth: model: the checkpoint does not fit:"
+    for expected in (
+        "'scales': no rule matches (did it mean 'scale'?)",
+        "layer_0/a/kernel: checkpoint (7, 5), model (4, 5), from 'blocks.0.a.weight'",
+        "layer_0/q/kernel: checkpoint (7, 4) (does not split outputs into heads of 3), model (4, 2, 3), from "
+        "'blocks.0.q.weight' (check n_heads)",
+        "layer_0/conv/kernel: checkpoint (5, 4, 2) (three axes expected, the last of length 1), model (4, 5), from "
+        "'blocks.0.conv.weight'",
+        "'blocks.1.q.bias': float64 would be rounded to float32, and is not unless a cast is allowed (--allow-cast)",
+        "'blocks.1.b.weight': 20 of 20 values are NaN, infinite or too large for float32",
+        "'blocks.1.a.weight': not a tensor but 'str'",
+        "'blocks.2.a.weight': the model has no layer_2/a/kernel",
+        "scale: missing in the checkpoint (its key would be 'scale')",
+        "layer_1/a/kernel: missing in the checkpoint (its key would be 'blocks.1.a.weight')",
+    ):
+        assert expected in lines
+    assert len(lines) == 11
+
+
+def test_two_rules_for_a_key_and_two_keys_for_a_parameter():
+    rules = [*RULES, (r"sc.*", "other", SAME), (r"copy", "layer_0/a/kernel", TRANSPOSE)]
+    state = a_state() | {"copy": np.zeros((5, 4), np.float32)}
+    with pytest.raises(CheckpointError, match="'scale': several rules match") as error:
+        to_params(rules, state, the_shapes(), what="m")
+    assert "'copy': writes layer_0/a/kernel, which 'blocks.0.a.weight' has written already" in str(error.value)
+
+
+def test_a_hostile_number_of_problems_gives_a_bounded_message():
+    state = a_state() | {f"{i}" * 5000: np.zeros(1, np.float32) for i in range(1000)}
+    with pytest.raises(CheckpointError, match="and 800 more") as error:
+        to_params(RULES, state, the_shapes(), what="m")
+    assert len(str(error.value)) < 60_000
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_widened_exactly_and_goes_back(dtype):
+    state = {k: v.astype(dtype) for k, v in a_state().items()}
+    found = to_params(RULES, state, the_shapes(), what="m")
+    assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {np.dtype(np.float32)}
+    back, wider = to_state(RULES, found.params, found.dtypes)
+    assert not wider and all(back[k].dtype == dtype and back[k].tobytes() == state[k].tobytes() for k in state)
+    found.params["scale"] = np.float32(1 / 3)
+    back, wider = to_state(RULES, found.params, np.dtype(dtype).name)
+    assert wider == ["scale"] and back["scale"].dtype == np.float32 and back["scale"] == np.float32(1 / 3)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.int8, np.bool_])
+def test_other_types_are_refused_unless_a_cast_is_allowed(dtype):
+    state = {k: np.asarray(np.round(v), dtype) for k, v in a_state().items()}
+    with pytest.raises(CheckpointError, match="rounded to float32") as error:
+        to_params(RULES, state, the_shapes(), what="m")
+    assert all(key in str(error.value) for key in state)
+    found = to_params(RULES, state, the_shapes(), what="m", allow_cast=True)
+    expected = state["blocks.0.a.weight"].T.astype(np.float32)
+    np.testing.assert_array_equal(found.params["layer_0"]["a"]["kernel"], expected)
+    assert set(found.dtypes.values()) == {np.dtype(dtype).name}
+
+
+def test_values_that_float32_can_not_hold_are_refused_even_with_a_cast():
+    state = {k: v.astype(np.float64) for k, v in a_state().items()} | {"scale": np.float64(1e300).reshape(())}
+    state["scale"] = np.array(1e300)
+    with pytest.raises(CheckpointError, match="'scale': 1 of 1 values are NaN, infinite or too large"):
+        to_params(RULES, state, the_shapes(), what="m", allow_cast=True)
+    complex_state = a_state() | {"scale": np.array(1j)}
+    with pytest.raises(CheckpointError, match="'scale': complex numbers"):
+        to_params(RULES, complex_state, the_shapes(), what="m", allow_cast=True)
+
+
+def test_parameters_that_the_original_does_not_have_are_not_exported():
+    with pytest.raises(ValueError, match=r"no place for these parameters:\n  adapter/kernel"):
+        to_state(RULES, {"adapter": {"kernel": np.zeros(2, np.float32)}, "scale": np.ones((), np.float32)})
+
+
+def test_key_of_reads_a_table_backwards():
+    assert tables.key_of(RULES, "layer_12/b/kernel") == ("blocks.12.b.weight", TRANSPOSE)
+    assert tables.key_of(RULES, "layer_x/b/kernel") is None
