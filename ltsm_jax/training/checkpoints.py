@@ -49,23 +49,24 @@ class RunFolder:
         self.steps_folder = self.folder / CHECKPOINTS
         self.writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: concurrent.futures.Future | None = None
-        with self._writing():
+        self.metrics_hash = hashlib.sha256()
+        with contextlib.ExitStack() as files, self._writing():
             self.steps_folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock(files.enter_context(open(self.folder / ".lock", "w")))
             self._settle_config(json.loads(json.dumps(config)))
             for scrap in self.steps_folder.glob(".*"):  # what a killed process was writing or deleting
                 shutil.rmtree(scrap, ignore_errors=True)
-            self.metrics = open(self.folder / METRICS, "ab")  # noqa: SIM115  (open as long as the run)
-            self.timing = open(self.folder / TIMING, "a")  # noqa: SIM115
+            self.metrics = files.enter_context(open(self.folder / METRICS, "ab"))
+            self.timing = files.enter_context(open(self.folder / TIMING, "a"))
+            self.files = files.pop_all()  # open as long as the run, unless something above failed
 
-    def _lock(self) -> None:
-        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115
+    def _lock(self, file) -> None:
         try:
             import fcntl  # POSIX only; elsewhere nothing guards against two runs in one folder
         except ImportError:
             return
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
         except BlockingIOError:
             raise ValueError(
                 f"another process is running in {self.folder}; wait for it or choose another folder"
@@ -112,7 +113,7 @@ class RunFolder:
         flat_like = trees.flatten(like)
         shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in flat_like.items()}
         try:
-            position = _read_sealed(path / POSITION)
+            position = storage.read_record(path / POSITION)
             if position["step"] != steps[-1]:
                 raise storage.DamagedError(f"it is of step {position['step']}: the folder was renamed")
             tree = storage.load_tree(path / STATE, trees.unflatten(shapes))
@@ -154,7 +155,7 @@ class RunFolder:
         try:
             with storage.atomic_folder(path, overwrite=True) as temporary:
                 storage.save_tree(temporary / STATE, host)
-                _write_sealed(temporary / POSITION, position)
+                storage.write_record(temporary / POSITION, position)
         except Exception as err:  # tensorstore reports a full disk as a ValueError
             raise WriteError(
                 f"could not write checkpoint {path}: {str(err).strip()[:500]}\n"
@@ -187,9 +188,8 @@ class RunFolder:
             self.wait()
         finally:
             self.writer.shutdown()
-            for file in (self.metrics, self.timing, self.lock):
-                with contextlib.suppress(OSError):  # a full disk has been reported by the write itself
-                    file.close()
+            with contextlib.suppress(OSError):  # a full disk has been reported by the write itself
+                self.files.close()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -222,22 +222,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for k, v in config.items():
         flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": v}
     return flat
-
-
-def _write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content)
-    sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": content}
-    path.write_text(json.dumps(sealed, indent=1))
-
-
-def _read_sealed(path: Path) -> dict[str, Any]:
-    try:
-        sealed = json.loads(path.read_text())
-        content, expected = sealed["content"], sealed["sha256"]
-    except FileNotFoundError:
-        raise storage.DamagedError(f"{path.name} is missing") from None
-    except (ValueError, KeyError, TypeError) as err:
-        raise storage.DamagedError(f"{path.name} cannot be read: {err}") from None
-    if hashlib.sha256(json.dumps(content).encode()).hexdigest() != expected:
-        raise storage.DamagedError(f"{path.name} was altered")
-    return content
