@@ -1,0 +1,202 @@
+"""Timer beyond its original: contexts of any length, missing values, scales, invariances, configs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ltsm_jax
+from ltsm_jax import trees
+from ltsm_jax.models import library
+from ltsm_jax.models.family import fill_missing
+from ltsm_jax.models.timer import Timer, TimerConfig
+
+MODEL = Timer(TimerConfig.of(8, 16, 32, 2, 4, context_len=56, horizon=8))
+predict = jax.jit(MODEL.predict, static_argnums=2)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(0))
+
+
+def series(b=2, c=3, t=56, seed=1):
+    return np.asarray(jax.random.normal(jax.random.key(seed), (b, c, t))).cumsum(-1)
+
+
+@pytest.mark.parametrize("horizon", [1, 7, 8, 9, 96])
+@pytest.mark.parametrize("length", [1, 3, 8, 50, 56, 500])
+def test_any_context_and_horizon(params, length, horizon):
+    forecast = predict(params, series(t=length), horizon)
+    assert forecast.point.shape == (2, 3, horizon) and np.isfinite(forecast.point).all()
+
+
+def test_longer_horizons_begin_with_the_shorter_ones(params):
+    x = series()
+    np.testing.assert_allclose(predict(params, x, 30).point[..., :5], predict(params, x, 5).point, rtol=1e-5, atol=1e-5)
+
+
+def test_a_context_past_the_trained_length_is_cut_to_its_newest_part(params):
+    x = series(t=200)
+    np.testing.assert_array_equal(predict(params, x, 8).point, predict(params, x[..., -56:], 8).point)
+    np.testing.assert_array_equal(predict(params, x[..., -50:], 8).point, predict(params, x[..., -48:], 8).point)
+
+
+@pytest.mark.parametrize("holes", [slice(20, 23), slice(0, 9), slice(40, 56), slice(0, 55)])
+def test_missing_values_take_the_last_value_before_them(params, holes):
+    x = series()
+    x[..., holes] = np.nan
+    got = predict(params, x, 8).point
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(got, predict(params, np.asarray(fill_missing(x)), 8).point)
+
+
+def test_filling():
+    x = jnp.array([[jnp.nan, 1.0, jnp.nan, jnp.nan, 2.0, jnp.nan], [jnp.nan] * 6])
+    np.testing.assert_array_equal(fill_missing(x), [[1, 1, 1, 1, 2, 2], [0] * 6])
+
+
+def test_what_cannot_be_forecast_is_a_clear_error(params):
+    x = series()
+    x[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"no observed value.*\[\[1, 2\]\]"):
+        MODEL.predict(params, x, 8)
+    x = series()
+    x[0, 1, 3] = np.inf
+    with pytest.raises(ValueError, match=r"infinite.*\[\[0, 1\]\]"):
+        MODEL.predict(params, x, 8)
+    with pytest.raises(ValueError, match=r"\[batch, variates, time\].*horizon must be at least 1"):
+        MODEL.predict(params, series()[0], 0)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e4, 1e8])
+def test_scales(params, scale):
+    assert np.isfinite(predict(params, series() * scale, 20).point).all()
+    # what lies well above the eps of the instance scale is equivariant
+    if scale >= 1e4:
+        want = np.asarray(predict(params, series() * 1e3, 8).point)
+        np.testing.assert_allclose(predict(params, series() * scale, 8).point, want * (scale / 1e3), rtol=2e-3)
+
+
+def test_constant_series(params):
+    x = np.full((1, 1, 56), 3.5, np.float32)
+    got = predict(params, x, 8).point
+    assert np.isfinite(got).all() and np.abs(got - 3.5).max() < 0.1  # std is sqrt(eps) = 0.003
+
+
+@given(st.integers(1, 4), st.integers(1, 3))
+def test_series_do_not_see_one_another(b, c):
+    params = MODEL.init(jax.random.key(0))
+    x = series(b, c)
+    together = MODEL.predict(params, x, 8).point
+    alone = MODEL.predict(params, x[-1:, -1:], 8).point
+    np.testing.assert_allclose(together[-1:, -1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_see_only_what_lies_before_them(params):
+    x = series()
+    # the instance scale sees everything, so change the future in a way that keeps mean and variance
+    y = x.copy()
+    y[..., 40:48], y[..., 48:56] = x[..., 48:56], x[..., 40:48]
+    a, b = MODEL.apply(params, x)[0], MODEL.apply(params, y)[0]
+    np.testing.assert_allclose(a[..., :40], b[..., :40], rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(a - b)[..., 40:]).max() > 1e-3
+
+
+def test_direct_loss_is_the_error_of_predict_and_rows_count_by_weight(params):
+    batch = {"context": jnp.asarray(series(b=4)), "target": jnp.asarray(series(b=4, t=5, seed=2))}
+    point = predict(params, batch["context"], 5).point
+    np.testing.assert_allclose(MODEL.point_loss(params, batch), np.square(point - batch["target"]).mean(), rtol=1e-5)
+    whole = dict(batch, target=jnp.asarray(series(b=4, t=8, seed=2)))
+    for loss in (MODEL.loss, MODEL.point_loss):
+        half = {name: value[:2] for name, value in whole.items()}
+        weighted = dict(whole, weight=jnp.array([1.0, 1.0, 0.0, 0.0]))
+        np.testing.assert_allclose(loss(params, weighted), loss(params, half), rtol=1e-6)
+
+
+def test_losses_refuse_lengths_they_cannot_serve(params):
+    with pytest.raises(ValueError, match="whole patches"):
+        MODEL.loss(params, {"context": jnp.zeros((1, 1, 50)), "target": jnp.zeros((1, 1, 8))})
+    with pytest.raises(ValueError, match="next-token loss"):
+        MODEL.point_loss(params, {"context": jnp.zeros((1, 1, 56)), "target": jnp.zeros((1, 1, 9))})
+
+
+def test_dropout_acts_in_training_only(params):
+    batch = {"context": jnp.asarray(series()), "target": jnp.asarray(series(t=8, seed=2))}
+    still = MODEL.loss(params, batch)
+    assert MODEL.loss(params, batch, jax.random.key(0), False) == still
+    one, two = (MODEL.loss(params, batch, jax.random.key(i), True) for i in (0, 1))
+    assert one != two and one != still
+    assert MODEL.loss(params, batch, jax.random.key(0), True) == one
+
+
+def test_a_pruned_timer_is_a_timer():
+    cfg = dataclasses.replace(MODEL.config, n_heads=(4, 1), ffn_dims=(32, 5))
+    params = Timer(cfg).init(jax.random.key(0))
+    assert params["layer_1"]["attn"]["q"]["kernel"].shape == (16, 1, 4) and params["layer_1"]["up"]["kernel"].shape == (16, 5)
+    assert Timer(cfg).predict(params, series(), 8).point.shape == (2, 3, 8)
+
+
+def test_config_lists_all_its_problems():
+    with pytest.raises(ValueError) as info:
+        TimerConfig(8, 15, 4, (2, 2), (32,), context_len=4, horizon=9, activation="swish")
+    for word in ("n_heads", "even", "one patch (8)", "horizon cannot be 9", "swish"):
+        assert word in str(info.value)
+    with pytest.raises(ValueError, match="e_layers, n_heads"):
+        TimerConfig.from_published({"patch_len": 8, "d_model": 16, "d_ff": 32})
+
+
+def test_folder_round_trip(tmp_path, params):
+    library.save(tmp_path / "m", MODEL, params, provenance={"source": "here"}, buffers={"t": np.ones(3, np.float32)})
+    model, again = ltsm_jax.load(tmp_path / "m")
+    assert model == MODEL
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert library.read_config(tmp_path / "m")[1]["provenance"] == {"source": "here"}
+    np.testing.assert_array_equal(library.read_buffers(tmp_path / "m")["t"], np.ones(3))
+    with pytest.raises(FileExistsError):
+        ltsm_jax.save(tmp_path / "m", MODEL, params)
+
+
+def test_saving_params_of_another_model_is_refused(tmp_path, params):
+    wider = Timer(TimerConfig.of(8, 16, 64, 2, 4, context_len=56, horizon=8))
+    with pytest.raises(ValueError, match="layer_1/up/kernel"):
+        ltsm_jax.save(tmp_path / "m", wider, params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_what_is_not_there_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"timer-tiny"):
+        ltsm_jax.load("timer-tinny")
+    with pytest.raises(FileNotFoundError, match=r"published preset.*ltsm_jax.preset"):
+        ltsm_jax.load("Timer_forecast_1.0")
+    with pytest.raises(FileNotFoundError, match="not a model folder"):
+        ltsm_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"family": "timer"}', '{"family": "nobody", "config": {}}', "[1]"])
+def test_damaged_config_is_one_clear_error(tmp_path, params, text):
+    library.save(tmp_path / "m", MODEL, params)
+    (tmp_path / "m" / library.CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=r"config.json"):
+        ltsm_jax.load(tmp_path / "m")
+
+
+def test_config_of_another_size_is_refused_by_path(tmp_path, params):
+    library.save(tmp_path / "m", MODEL, params)
+    file = tmp_path / "m" / library.CONFIG
+    file.write_text(file.read_text().replace('"patch_len": 8', '"patch_len": 7').replace('"horizon": 8', '"horizon": 7'))
+    with pytest.raises(ValueError, match="embed/kernel"):
+        ltsm_jax.load(tmp_path / "m")
+
+
+def test_shard_rules_cover_every_parameter(params):
+    import re
+
+    for path, leaf in trees.flatten(params).items():
+        rules = [spec for pattern, spec in MODEL.shard_rules if re.search(pattern, path)]
+        assert rules, path
+        assert len(rules[0]) in (0, leaf.ndim), path
