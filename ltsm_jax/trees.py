@@ -123,7 +123,8 @@ def interpolate(
 
     Every leaf takes part, norms and biases included. The ends are exact: where alpha is 1 the pretrained leaf comes
     back bit for bit, where it is 0 the random one, so fine-tuning and training from scratch are its two limits.
-    Leaves keep the dtype and sharding of `params_pre`; integer leaves are not mixed. Pure: works under jit, vmap and grad (also in alpha).
+    Leaves keep the dtype and sharding of `params_pre`; integer leaves are not mixed. Pure: works under jit, vmap and
+    grad (also in alpha).
 
     Args:
       params_pre: pretrained tree.

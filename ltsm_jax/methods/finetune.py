@@ -169,7 +169,7 @@ def _forecast(
 
 
 def forecast_windows(model: Model, params: Params, windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(context [B, C, L], target [B, C, H], point forecast [B, C, H]) of the windows numbered `indices` [B], float64."""
+    """(context [B, C, L], target [B, C, H], point forecast [B, C, H]) of windows number `indices` [B], float64."""
     found = _forecast(model, params, windows, np.asarray(indices, np.int32))
     return tuple(np.asarray(x, np.float64) for x in found)
 
@@ -304,7 +304,7 @@ def paired_difference(
     """Mean difference in MSE (after - before) over the same windows, and about 95 % around it.
 
     Neighbouring windows share most of their targets and all variates share their time, so single windows are no
-    independent draws: the interval comes from the means of blocks of `horizon` consecutive starts, all variates together.
+    independent draws: the interval comes from means of blocks of `horizon` consecutive starts, all variates together.
 
     Returns: (difference, (low, high)); the interval is NaN where there are fewer than two blocks.
     """

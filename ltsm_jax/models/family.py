@@ -110,7 +110,7 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
-        """Forecast `horizon` steps after `context` [B, C, T]; any T >= 1, NaN = missing. In the units of the context."""
+        """Forecast `horizon` steps after `context` [B, C, T]; any T >= 1, NaN = missing. In units of the context."""
 
     def impute(self, params: Tree, x: jax.Array, observed: jax.Array, key=None, train=False, ims=True) -> jax.Array:
         """Reconstruction [B, C, T] of a series of which only `observed` [B, C, T] points are known."""

@@ -126,12 +126,14 @@ def _not_found(source: str | Path) -> str:
     published = [name for family in FAMILIES.values() for name in family.presets() if name not in shipped()]
     near = difflib.get_close_matches(str(source), shipped() + published, 1)
     lines = [
-        f"no model {str(source)!r}: neither a file, nor a folder, nor a shipped model ({', '.join(shipped()) or 'none'})"
+        f"no model {str(source)!r}: neither a file, nor a folder, "
+        f"nor a shipped model ({', '.join(shipped()) or 'none'})"
     ]
     if str(source) in published:
         lines.append(
             "It is a published preset whose weights do not come with the package: give the path of the downloaded "
-            f"checkpoint file, or take fresh weights with `model = ltsm_jax.preset({str(source)!r}); params = model.init(key)`"
+            f"checkpoint file, or take fresh weights with `model = ltsm_jax.preset({str(source)!r}); "
+            "params = model.init(key)`"
         )
     elif near:
         lines.append(f"Did you mean {near[0]!r}?")
