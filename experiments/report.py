@@ -63,7 +63,9 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
         row: dict[str, Any] = {"method": method, "alpha": alpha, "seeds": len(group)}
         for column in ("val_mse", "val_mae", "test_mse", "test_mae"):
-            row[column], row[f"{column}_std"] = group[column].mean(), group[column].std()
+            # a checkpoint has no seed: its rows are one number, and a spread of 0 would say something else
+            std = float("nan") if method == "zero_shot" else group[column].std()
+            row[column], row[f"{column}_std"] = group[column].mean(), std
         for other in ("zero_shot", "ff"):
             base = by_seed.get(other)
             change = group.set_index("seed")["test_mse"] / base - 1 if base is not None and method != other else None
@@ -79,23 +81,11 @@ def _value(mean: float, std: float, form: str = ".4f") -> str:
     return f"{mean:{form}}" + ("" if pd.isna(std) else f" ± {std:{form.lstrip('+')}}")
 
 
-def _table_rows(summary: pd.DataFrame, baselines: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "method",
-        "alpha",
-        "seeds",
-        "val MSE",
-        "test MSE",
-        "test MAE",
-        "vs zero-shot",
-        "vs FF",
-        "epochs",
-        "seconds",
-    ]
+def _table_rows(summary: pd.DataFrame, baselines: Sequence[dict], names: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    header = ["method", "seeds", "val MSE", "test MSE", "test MAE", "vs zero-shot, %", "vs FF, %", "epochs", "seconds"]
     body = [
         [
-            NAMES.get(r.method, r.method),
-            "" if pd.isna(r.alpha) else f"{r.alpha:g}",
+            names.get(r.method, r.method) + ("" if pd.isna(r.alpha) else f" {r.alpha:g}"),
             str(r.seeds),
             _value(r.val_mse, r.val_mse_std),
             _value(r.test_mse, r.test_mse_std),
@@ -111,7 +101,7 @@ def _table_rows(summary: pd.DataFrame, baselines: Sequence[dict]) -> tuple[list[
     for b in baselines:
         change = f"{100 * (b['test_mse'] / zero.iloc[0] - 1):+.2f}" if len(zero) else ""
         values = [f"{b[k]:.4f}" for k in ("val_mse", "test_mse", "test_mae")]
-        body.append([NAMES.get(b["method"], b["method"]), "", "", *values, change, "", "", ""])
+        body.append([names.get(b["method"], b["method"]), "", *values, change, "", "", ""])
     return header, body
 
 
@@ -133,10 +123,10 @@ def verdict(summary: pd.DataFrame) -> str:
 
 def terminal_table(summary: pd.DataFrame, baselines: Sequence[dict], title: str) -> Table:
     """The comparison as a rich table; the row with the lowest validation MSE is bold."""
-    table = Table(title=title, caption="mean ± std over seeds; vs: change of test MSE in %, paired by seed", box=None)
-    header, body = _table_rows(summary, baselines)
+    table = Table(title=title, caption="mean ± std over seeds; vs: change of test MSE, paired by seed", box=None)
+    header, body = _table_rows(summary, baselines, SHORT)
     for name in header:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "method" else "right")
     best = int(np.argmin(summary["val_mse"].to_numpy()))
     for i, cells in enumerate(body):
         style = "bold" if i == best else "dim" if i >= len(summary) else None
@@ -158,6 +148,7 @@ def _read_cells(folder: Path, results: pd.DataFrame) -> list[dict]:
     """What each finished cell left beside its row: its history, its warnings and its forecasts of the example windows."""
     cells = []
     for row in results.to_dict("records"):
+        row["alpha"] = None if np.isnan(row["alpha"]) else row["alpha"]
         cell = folder / "cells" / cell_name(row["method"], row["alpha"], row["seed"])
         cells.append(row | json.loads((cell / "result.json").read_text()) | {"folder": cell})
     return cells
@@ -199,7 +190,7 @@ def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[
             f"{mean:.3f}", (mean + std, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
         )
     left.set_xlim(0, (means + stds).max() * 1.14)
-    left.set_xlabel("test MSE, scaled data (mean, std over seeds)", fontsize=10)
+    left.set_xlabel("test MSE, scaled data (mean and std of seeds)", fontsize=10)
     left.set_yticks(y, [label(m, a) for m, a, *_ in rows], fontsize=10)
     left.invert_yaxis()
     left.grid(axis="x", color="#E6E6E6", linewidth=0.8)
@@ -214,7 +205,7 @@ def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[
                 change = np.array([100 * (mean / zero.iloc[0] - 1)])
             right.plot(change, np.full(len(change), i), "o", color=colours[i], markersize=5, alpha=0.6, mew=0)
             right.plot(change.mean(), i, "|", color=colours[i], markersize=17, mew=2.5)
-        right.set_xlabel("change against zero-shot, % (dots: seeds, bar: mean; left is better)", fontsize=10)
+        right.set_xlabel("change against zero-shot, % (dots: seeds)", fontsize=10)
         right.grid(axis="x", color="#E6E6E6", linewidth=0.8)
     figure.savefig(path)
 
@@ -224,7 +215,7 @@ def plot_validation(cells: Sequence[dict], path: Path) -> bool:
 
     Returns: False where nothing was trained, and then there is no picture.
     """
-    groups: dict[tuple, list[list[float]]] = {}
+    groups: dict[tuple[str, float | None], list[list[float]]] = {}
     for cell in cells:
         if cell["history"]:
             groups.setdefault((cell["method"], cell["alpha"]), []).append([h["val_mse"] for h in cell["history"]])
@@ -234,8 +225,8 @@ def plot_validation(cells: Sequence[dict], path: Path) -> bool:
     zero = [c["val_mse"] for c in cells if c["method"] == "zero_shot"]
     if zero:
         ax.axhline(zero[0], color=COLOURS["zero_shot"], linestyle=STYLES["zero_shot"], linewidth=1.5, label="zero-shot")
-    alphas = sorted({a for m, a in groups if m == "sff"})
-    floor, roof = min(zero, default=np.inf), max(zero, default=0.0)
+    alphas, highest = sorted({a for m, a in groups if m == "sff"}), max(zero, default=-np.inf)
+    floor, roof = min(zero, default=np.inf), max(zero, default=-np.inf)
     for (method, alpha), curves in groups.items():
         values = np.array([c[: min(map(len, curves))] for c in curves])
         epochs = np.arange(1, values.shape[1] + 1)
@@ -246,9 +237,11 @@ def plot_validation(cells: Sequence[dict], path: Path) -> bool:
         if len(values) > 1:
             ax.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
         floor = min(floor, values.min())
-        roof = max(roof, values.min(1).max())
+        roof = max(roof, values[:, -1].max())
+        highest = max(highest, values.max())
     # a model from scratch starts far above the rest: the axis shows where the methods end, not where that one began
-    ax.set_ylim(floor - 0.08 * (roof - floor), roof + 0.6 * (roof - floor) + 1e-9)
+    span = max(roof - floor, 1e-9)
+    ax.set_ylim(floor - 0.08 * span, min(highest + 0.08 * span, roof + 0.7 * span))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("epoch", fontsize=10)
     ax.set_ylabel("validation MSE, scaled data", fontsize=10)
@@ -286,7 +279,8 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
             )
         ax.set_xlabel("alpha (0: from scratch, 1: full fine-tuning)", fontsize=10)
         ax.set_ylabel(f"{'validation' if split == 'val' else 'test'} MSE, scaled data", fontsize=10)
-    axes[0].legend(frameon=False, fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
     figure.savefig(path)
     return True
 
@@ -310,7 +304,8 @@ def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
             continue
         context = windows[0]["context"][i][-2 * horizon :]
         past, future = np.arange(-len(context), 0), np.arange(horizon)
-        ax.plot(past, context, color="#999999", linewidth=1.2)
+        joined = [*context, windows[0]["target"][i][0]]  # no gap between the past and the truth
+        ax.plot([*past, 0], joined, color="#999999", linewidth=1.2)
         ax.plot(future, windows[0]["target"][i], color="black", linewidth=1.5, label="truth")
         for cell, data in zip(shown, windows, strict=True):
             method = cell["method"]
@@ -368,7 +363,7 @@ def write_report(folder: str | Path) -> Path:
         "",
         verdict(summary),
         "",
-        markdown_table(*_table_rows(summary, baselines)),
+        markdown_table(*_table_rows(summary, baselines, NAMES)),
         "",
         "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation over "
         "seeds; `vs` is the change of test MSE in per cent, each seed against the same seed. Weights are those of the "
@@ -399,7 +394,7 @@ def print_table(folder: str | Path, console: Console | None = None) -> None:
     results, run, baselines = read_folder(Path(folder))
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 150)  # a log file has no width: never cut a number
+        console.width = max(console.width, 140)  # a log file has no width: never cut a number
     summary, s = summarise(results), run["settings"]
     console.print(
         terminal_table(summary, baselines, f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}")

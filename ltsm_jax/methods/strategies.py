@@ -178,26 +178,30 @@ def start_params(strategy: Strategy, model: Any, params: Params, aux_key: jax.Ar
       aux_key: `training.keys(seed)["aux"]`.
     Raises: ValueError where `params` is not a tree of this model.
     """
-    pre, start = params, strategy.start
+    start = strategy.start
+    trees.require_same(params, jax.eval_shape(model.init, aux_key), names=("params", "model"))
     if isinstance(start, Pretrained) and not strategy.reinit_head:
-        trees.require_same(pre, jax.eval_shape(model.init, aux_key), names=("params", "model"))
-        return pre
-    aux = model.init(aux_key)
-    trees.require_same(pre, aux, names=("params", "model"))
+        return params
+    aux = jax.tree.map(_placed_like, model.init(aux_key), params)
     match start:
         case Random():
             mixed = aux
         case Interpolated(alpha):
-            mixed = trees.interpolate(pre, aux, alpha)
+            mixed = trees.interpolate(params, aux, alpha)
         case NoiseInterpolated(alpha):
             # fold_in: the noise must not be the bits that drew `aux`.
-            mixed = trees.interpolate(pre, equal_norm_noise(jax.random.fold_in(aux_key, 1), aux), alpha)
+            mixed = trees.interpolate(params, equal_norm_noise(jax.random.fold_in(aux_key, 1), aux), alpha)
         case _:
-            mixed = pre
+            mixed = params
     if not strategy.reinit_head:
         return mixed
-    new = trees.select(pre, model.head)
+    new = trees.select(params, model.head)
     return jax.tree.map(lambda is_new, fresh, old: fresh if is_new else old, new, aux, mixed)
+
+
+def _placed_like(fresh: jax.Array, old: Any) -> jax.Array:
+    """`fresh` where `old` lies: shards stay shards, and a run from scratch shares the compiled step of the others."""
+    return jax.device_put(fresh, old.sharding) if isinstance(old, jax.Array) and old.committed else fresh
 
 
 def equal_norm_noise(key: jax.Array, params: Params) -> Params:
