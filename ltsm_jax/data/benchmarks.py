@@ -12,6 +12,7 @@ import difflib
 import gzip
 import hashlib
 import http.client
+import io
 import logging
 import os
 import time
@@ -263,8 +264,7 @@ def load_series(
     if isinstance(source, pd.DataFrame):
         return read_series(source, **options)
     path, cached = Path(source), False
-    by_name = isinstance(source, str) and path.name == source and stem(path) == source
-    if by_name and (benchmark := find(source)):
+    if isinstance(source, str) and stem(path) == source and (benchmark := find(source)):
         path, cached = locate(benchmark, download=download)
     else:
         benchmark = find(stem(path)) if as_benchmark else None
@@ -298,7 +298,7 @@ def _read_benchmark(benchmark: Benchmark, path: Path, cached: bool, options: dic
 def _read_npz(path: Path) -> pd.DataFrame:
     """Feature 0 of array `data` [T, C, features] of a PEMS file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             data = file["data"]
     except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise DataError(f"{path}: not an .npz file with an array `data` ({e})") from e

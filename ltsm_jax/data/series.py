@@ -237,7 +237,9 @@ def read_series(
         stamps = _parse_stamps(table[time_column], problems, notes)
     if id is not None and id in table.columns:
         table, stamps, targets = _spread(table, stamps, id, targets, irregular == "regularise", problems)
-    values = np.array([_numbers(table[column], column, problems) for column in targets]).reshape(len(targets), -1)
+    values = np.array([_numbers(table[column], column, problems) for column in targets]).reshape(
+        len(targets), len(table)
+    )
     if stamps is not None:
         freq = freq or infer_freq(stamps)
         if irregular == "error":
@@ -293,12 +295,12 @@ def read_table(path: Path, header: bool = True) -> pd.DataFrame:
                 low_memory=False,
                 **_EXACT,
             )
-    except pd.errors.EmptyDataError:
-        raise DataError(f"{path}: only a header line, no rows") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as e:
         raise DataError(
             f"{path}: rows of different lengths ({str(e).strip()}); the header has {len(names)} names"
         ) from e
+    if not len(table):
+        raise DataError(f"{path}: only a header line, no rows")
     table.columns = names if header else [str(i) for i in range(len(names))]
     return table
 
@@ -502,11 +504,12 @@ def _spread(
 
 def _numbers(column: Any, name: Any, problems: list[str]) -> np.ndarray:
     """[T] float64, NaN where a cell is empty; text goes to `problems`."""
-    if _is_numeric(column) and not pd.api.types.is_complex_dtype(column):
+    types = pd.api.types
+    if _is_numeric(column) and not types.is_complex_dtype(column):
         return column.to_numpy(np.float64, na_value=np.nan)
-    if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_timedelta64_dtype(column):
+    if types.is_datetime64_any_dtype(column) or types.is_timedelta64_dtype(column) or types.is_complex_dtype(column):
         problems.append(
-            f"column {name!r} holds dates or durations, not numbers; name it with time=, or choose with target="
+            f"column {name!r} holds {column.dtype}, not real numbers; convert it, or choose columns with target="
         )
         return np.full(len(column), np.nan)
     number = _to_number(column)

@@ -67,9 +67,10 @@ def borders_of(name: str | None, n_rows: int, quirks: Collection[str] = frozense
     else:  # int() of the float product, as in the released code: it decides the last row of each part
         a, b, c = int(n_rows * rule[0]), n_rows - int(n_rows * rule[1]), n_rows
     if c > n_rows or not 0 < a < b < c:
+        why = "is the file cut short?" if len(rule) == 3 else "it is too short to be split."
         raise DataError(
             f"{name or 'series'}: {n_rows} rows do not hold the parts train [0, {a}), val [{a}, {b}), test [{b}, {c}): "
-            "is the file cut short? Other borders can be given as borders=Borders(train=..., val=..., test=...)"
+            f"{why} Other borders can be given as borders=Borders(train=..., val=..., test=...)"
         )
     return Borders((0, a), (a, b), (b, c))
 
