@@ -5,6 +5,8 @@ by its keys joined with "/", for example "layer_0/attn/q/kernel". Nothing in thi
 """
 
 import difflib
+import functools
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -156,14 +158,16 @@ def interpolate(
         mean = a * pre.astype(wide) + (1 - a) * rand.astype(wide)
         exact = jnp.where(a == 1, pre.astype(wide), jnp.where(a == 0, rand.astype(wide), mean))
         out = exact.astype(pre.dtype)
-        sharding = getattr(pre, "sharding", None)
-        return jax.device_put(out, sharding) if sharding is not None and not _traced(out) else out
+        # a leaf that lies nowhere in particular stays so: committing it would compile every later step once more
+        placed = not traced(out) and getattr(pre, "committed", False)
+        return jax.device_put(out, pre.sharding) if placed else out
 
     return jax.tree.map(mix, *map(_arrays, (params_pre, params_rand)), alphas, mixed)
 
 
-def _traced(x) -> bool:
-    return isinstance(x, jax.core.Tracer)
+def traced(x: Any) -> bool:
+    """Whether `x` is a value inside jit, vmap or grad, of which only shape and dtype are known."""
+    return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _arrays(tree: Tree) -> Tree:
@@ -183,7 +187,7 @@ def _alphas(alpha, like: Tree) -> Tree:
                 f"alpha is neither a number, a function of the path, nor a prefix of the params tree: {err}"
             ) from None
     for path, a in flatten(alphas).items():
-        if not _traced(a) and jnp.ndim(a) == 0 and not 0 <= float(a) <= 1:
+        if not traced(a) and jnp.ndim(a) == 0 and not 0 <= float(a) <= 1:
             raise ValueError(
                 f"alpha is the weight of the pretrained side and lies in [0, 1]; got {a} for {path or 'params'}"
             )
@@ -216,7 +220,8 @@ def soup(trees: Sequence[Tree]) -> Tree:
         raise ValueError("a soup needs at least one tree")
     for i, tree in enumerate(trees[1:], 1):
         require_same(trees[0], tree, ("tree 0", f"tree {i}"))
-    return jax.tree.map(lambda *leaves: (sum(leaves[1:], leaves[0]) / len(leaves)).astype(leaves[0].dtype), *trees)
+    total = jax.tree.map(lambda *leaves: functools.reduce(operator.add, leaves), *trees)
+    return jax.tree.map(lambda summed, first: (summed / len(trees)).astype(first.dtype), total, trees[0])
 
 
 def ema(average: Tree, params: Tree, decay: float = 0.999) -> Tree:
