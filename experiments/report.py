@@ -5,6 +5,9 @@ Cost:   seconds; nothing is trained or evaluated.
 Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plots`).
 """
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOptionalOperand=false  (pandas types rows and groups by what they might hold)
+
 import importlib.util
 import json
 import sys
@@ -42,6 +45,7 @@ COLOURS |= {
 }
 STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": "-", "lp": (0, (5, 1, 1, 1)), "lpff": "--"}
 STYLES |= {"l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1))}
+NO_PICTURES = "matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)"
 
 
 def label(method: str, alpha: float | None = None) -> str:
@@ -378,8 +382,7 @@ def write_report(folder: str | Path) -> Path:
         for name, text in pictures:
             lines += ["", f"![{text}](plots/{name}.png)", "", text]
     else:
-        lines += ["", "No pictures: matplotlib is not installed (`pip install 'ltsm-jax[plots]'`, then "
-                  f"`python -m experiments.report {folder}`)."]  # fmt: skip
+        lines += ["", f"No pictures: {NO_PICTURES}, then `python -m experiments.report {folder}`."]
     lines += ["", "## How it was made", "", "```", run["command"], "```", ""]
     lines.append(markdown_table(["setting", "value"], [[k, "" if v is None else str(v)] for k, v in settings.items()]))
     commits = ", ".join(sorted(set(results["git_commit"].astype(str))))
