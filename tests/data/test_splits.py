@@ -82,7 +82,7 @@ def test_a_file_cut_short_does_not_get_the_borders():
     context_len=st.integers(1, 12),
     horizon=st.integers(1, 8),
 )
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_every_target_row_lies_in_its_part_and_none_is_missed(n_variates, edges, context_len, horizon):
     start, *parts = edges
     sizes = parts[0] + context_len + horizon, parts[1] + horizon, parts[2] + horizon
