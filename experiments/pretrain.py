@@ -123,7 +123,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
             clip=1.0,
             seed=args.seed,
         ),
-        validate=val and (lambda params: forecasting.evaluate(model, params, val)),
+        validate=val and (lambda params: forecasting.evaluate(model, params, val)),  # pyright: ignore[reportArgumentType]
         folder=args.out / "train",
         label=args.preset,
         facts={"preset": args.preset, "config": model.config_to_dict(), "loss": "own, without dropout"},

@@ -5,8 +5,9 @@ Cost:   seconds; nothing is trained or evaluated.
 Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plots`).
 """
 
+# pandas types rows and groups by all they might hold:
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportOptionalOperand=false  (pandas types rows and groups by what they might hold)
+# pyright: reportOptionalOperand=false
 
 import importlib.util
 import json

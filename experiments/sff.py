@@ -484,7 +484,8 @@ def _write_examples(c: Comparison, params: Any, path: Path) -> None:
         labels.append(
             f"{c.splits.columns[variate]}, {str(where.get('target_first', 'row %d' % where['target_start']))[:16]}"
         )
-    np.savez(path, label=np.array(labels), **{name: np.stack(values) for name, values in shown.items()})
+    arrays: dict[str, Any] = {name: np.stack(values) for name, values in shown.items()}
+    np.savez(path, label=np.array(labels), **arrays)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) 
     if empty or not jax.tree.leaves(host):
         raise ValueError(f"cannot save {folder}: " + (f"arrays without values: {empty}" if empty else "no arrays"))
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        ocp.save(temporary / ARRAYS, host)
+        ocp.save(str(temporary / ARRAYS), host)
         write_record(temporary / DIGESTS, {"arrays": digests(host), "files": file_digests(temporary / ARRAYS)})
 
 
@@ -188,7 +188,7 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None) -> trees.Tree:
         stored = jax.tree.map(lambda want, plain: want if want.sharding is not None else plain, like, stored)
     verify_files(folder / ARRAYS, record["files"])
     try:
-        tree = ocp.load(folder / ARRAYS, stored)
+        tree = ocp.load(str(folder / ARRAYS), stored)
     except Exception as err:  # Orbax raises a bare Exception, JSONDecodeError, OSError and others for damaged files
         first = str(err).strip().split("\n")[0][:300]
         raise DamagedError(

@@ -25,7 +25,10 @@ from ltsm_jax.tasks import forecasting
 Params = Any
 Mode = Literal["ims", "direct"]
 MODES = ("ims", "direct")
-LOSS = {"ims": "own", "direct": "point"}  # the words of the task for the two training losses
+LOSS: dict[Mode, Literal["own", "point"]] = {
+    "ims": "own",
+    "direct": "point",
+}  # the words of the task for the two training losses
 COLLAPSED = 0.01  # a forecast that varies less than this share of what it should follow is a flat line
 
 

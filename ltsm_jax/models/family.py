@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax.trees import Tree
+from ltsm_jax.trees import Tree, traced
 
 Batch = Mapping[str, jax.Array]
 """One batch: `context` [B, C, L], `target` [B, C, H] and, in a partial batch, `weight` [B] (0 for padding rows)."""
@@ -158,7 +158,7 @@ def check_context(context: Any, horizon: int) -> None:
         problems.append(
             f"context must be [batch, variates, time] with at least one time step, got {jnp.shape(context)}"
         )
-    elif not isinstance(context, jax.core.Tracer):
+    elif not traced(context):
         rows = jnp.argwhere(jnp.isnan(context).all(-1))
         if rows.size:
             problems.append(f"no observed value at all in (batch, variate) {rows[:5].tolist()}; drop these series")

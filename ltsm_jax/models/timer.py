@@ -234,7 +234,8 @@ class Timer(Model):
 
     @classmethod
     def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerConfig:
-        return TimerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return TimerConfig(**values)
 
     @property
     def context_len(self) -> int:
@@ -281,7 +282,8 @@ class Timer(Model):
         mean_BC1, std_BC1 = jax.lax.stop_gradient((mean_BC1, std_BC1))
         p_BNP = (z_BCT / std_BC1)[..., : n * cfg.patch_len].reshape(b * c, n, cfg.patch_len)
         rngs = {"dropout": key} if train and cfg.dropout else None
-        y_BNP, taps = TimerNet(cfg).apply({"params": params}, p_BNP, train and rngs is not None, rngs=rngs)
+        net: Any = TimerNet(cfg)  # Flax types what apply returns too widely
+        y_BNP, taps = net.apply({"params": params}, p_BNP, train and rngs is not None, rngs=rngs)
         y_BCT = y_BNP.reshape(b, c, n * cfg.patch_len) * std_BC1 + mean_BC1
         return y_BCT, taps | {"mean": mean_BC1, "std": std_BC1}
 
