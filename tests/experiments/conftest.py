@@ -18,7 +18,9 @@ def micro(tmp_path_factory):
 def waves(tmp_path_factory):
     """A CSV of 300 hours of three noisy waves."""
     t, rng = np.arange(300), np.random.default_rng(0)
-    values = {c: np.sin(2 * np.pi * (t + 3 * i) / 12) * (i + 1) + 0.3 * rng.normal(size=300) for i, c in enumerate("abc")}
+    values = {
+        c: np.sin(2 * np.pi * (t + 3 * i) / 12) * (i + 1) + 0.3 * rng.normal(size=300) for i, c in enumerate("abc")
+    }
     file = tmp_path_factory.mktemp("data") / "waves.csv"
     pd.DataFrame({"date": pd.date_range("2024-01-01", periods=300, freq="h"), **values}).to_csv(file, index=False)
     return file

@@ -20,11 +20,15 @@ def make(folder, frame, history=3):
                      "git_commit": "abc", "versions": "v", "device": "cpu"})  # fmt: skip
         cell = folder / "cells" / report.cell_name(method, np.nan if alpha is None else alpha, seed)
         cell.mkdir(parents=True)
-        trained = [] if method == "zero_shot" else [{"epoch": i + 1, "val_mse": val + 1 / (i + 1)} for i in range(history)]
+        trained = (
+            [] if method == "zero_shot" else [{"epoch": i + 1, "val_mse": val + 1 / (i + 1)} for i in range(history)]
+        )
         warnings = ["collapsed: flat"] if method == "tfs" else []
         (cell / "result.json").write_text(json.dumps({"row": rows[-1], "history": trained, "warnings": warnings}))
         shape = {"context": 12, "target": 4, "point": 4}
-        np.savez(cell / "forecasts.npz", label=np.array(["a", "b"]), **{k: np.ones((2, n)) * test for k, n in shape.items()})
+        np.savez(
+            cell / "forecasts.npz", label=np.array(["a", "b"]), **{k: np.ones((2, n)) * test for k, n in shape.items()}
+        )
     pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
     (folder / "baselines.json").write_text(json.dumps(BASELINES))
     settings = {"data": "d", "model": "m", "context": 12, "horizon": 4, "mode": "ims"}
@@ -60,7 +64,9 @@ def test_summary_is_mean_std_and_paired_change(tmp_path):
 
 def test_verdict_follows_validation_not_test(tmp_path):
     summary = report.summarise(pd.read_csv(make(tmp_path, FRAME) / "results.csv"))
-    assert report.verdict(summary).startswith("Lowest validation MSE: SFF 0.5; its test MSE is 0.6600 ± 0.0849 (-34.00 % against")
+    assert report.verdict(summary).startswith(
+        "Lowest validation MSE: SFF 0.5; its test MSE is 0.6600 ± 0.0849 (-34.00 % against"
+    )
     lost = summary[summary.method.isin(["zero_shot", "tfs"])]
     assert "keep the checkpoint" in report.verdict(lost)
 
@@ -84,7 +90,9 @@ def test_report_without_matplotlib_has_tables_and_says_so(tmp_path, monkeypatch)
     assert not (tmp_path / "plots").exists()
 
 
-@pytest.mark.parametrize("frame", [FRAME[:1], FRAME[2:3], FRAME[4:6]], ids=["zero-shot alone", "one run", "no zero-shot"])
+@pytest.mark.parametrize(
+    "frame", [FRAME[:1], FRAME[2:3], FRAME[4:6]], ids=["zero-shot alone", "one run", "no zero-shot"]
+)
 def test_small_comparisons_have_a_report_too(tmp_path, frame, capsys):
     assert report.main([str(make(tmp_path, frame))]) == 0
     assert "Lowest validation MSE" in capsys.readouterr().out

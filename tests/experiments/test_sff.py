@@ -55,7 +55,11 @@ def test_results_have_a_row_per_method_and_seed(folder):
     assert set(frame.windows) == {3 * (60 - 8 + 1)}  # every test window of every column
     assert set(frame["mode"]) == {"ims"}
     assert frame.epochs.tolist() == [0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 4, 4]
-    assert frame[["val_mse", "val_mae", "test_mse", "test_mae", "test_rmse", "test_mape", "test_mase"]].notna().all(axis=None)
+    assert (
+        frame[["val_mse", "val_mae", "test_mse", "test_mae", "test_rmse", "test_mape", "test_mase"]]
+        .notna()
+        .all(axis=None)
+    )
     np.testing.assert_allclose(frame.test_rmse**2, frame.test_mse)
     assert one(frame, "lp").trained_parameters == 8 * 8 + 8
     assert (frame.git_commit.str.len() > 0).all()
@@ -115,7 +119,11 @@ def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_pa
         elif where == "in training":  # validation after the second epoch of the first trained cell
             target, name, fatal = finetune.forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
         else:
-            target, name, fatal = training, "fit", lambda args, kwargs: "lpff-seed0/training/phase-1" in str(kwargs["folder"])
+            target, name, fatal = (
+                training,
+                "fit",
+                lambda args, kwargs: "lpff-seed0/training/phase-1" in str(kwargs["folder"]),
+            )
         real = getattr(target, name)
 
         def dying(*args, **kwargs):
@@ -168,10 +176,24 @@ def test_a_run_that_diverges_does_not_stop_the_others(command, tmp_path, capsys)
 
 def test_alphas_are_for_mixtures_only_and_own_columns_work(command, tmp_path, capsys):
     out = tmp_path / "target"
-    flags = {"alpha": "0.5,1", "target": "b", "seeds": "0", "epochs": "1", "few-shot": "0.5", "mode": "direct", "horizon": "6"}
+    flags = {
+        "alpha": "0.5,1",
+        "target": "b",
+        "seeds": "0",
+        "epochs": "1",
+        "few-shot": "0.5",
+        "mode": "direct",
+        "horizon": "6",
+    }
     assert sff.main(command(out, "ff,sff,noise", **flags)) == 0
     frame = rows(out)
-    assert list(zip(frame.method, frame.alpha.fillna(-1))) == [("ff", -1), ("sff", 0.5), ("sff", 1.0), ("noise", 0.5), ("noise", 1.0)]
+    assert list(zip(frame.method, frame.alpha.fillna(-1))) == [
+        ("ff", -1),
+        ("sff", 0.5),
+        ("sff", 1.0),
+        ("noise", 0.5),
+        ("noise", 1.0),
+    ]
     assert set(frame.windows) == {60 - 6 + 1}
     assert set(frame.train_windows) == {(210 - 32 - 6 + 1) // 2}
     assert set(frame["mode"]) == {"direct"} and set(frame.horizon) == {6}
@@ -198,7 +220,12 @@ def test_the_command_in_the_report_asks_for_the_same(folder, command):
 def test_defaults_are_the_models_recipe(micro, waves):
     c = sff.resolve(sff.parse(["--data", str(waves), "--model", str(micro)]))
     recipe = c.model.recipe()
-    assert (c.config.lr, c.config.batch_size, c.config.epochs, c.config.schedule) == (recipe.lr, recipe.batch_size, recipe.epochs, recipe.schedule)
+    assert (c.config.lr, c.config.batch_size, c.config.epochs, c.config.schedule) == (
+        recipe.lr,
+        recipe.batch_size,
+        recipe.epochs,
+        recipe.schedule,
+    )
     assert (c.settings["context"], c.settings["horizon"], c.mode) == (32, 8, "ims")
     assert len(c.cells) == 18 and c.folder.name == "sff-waves-micro"
 
@@ -251,7 +278,11 @@ def test_what_does_not_fit_is_said_before_anything_runs(command, tmp_path, flags
 def test_saved_models_differ_from_the_checkpoint_by_what_was_trained(folder, micro):
     _, before = ltsm_jax.load(micro)
     _, after = ltsm_jax.load(folder / "cells" / "lp-seed0" / "model")
-    changed = {p for (p, x), y in zip(trees.flatten(before).items(), trees.flatten(after).values(), strict=True) if (x != y).any()}
+    changed = {
+        p
+        for (p, x), y in zip(trees.flatten(before).items(), trees.flatten(after).values(), strict=True)
+        if (x != y).any()
+    }
     assert changed == {"head/kernel", "head/bias"}
 
 

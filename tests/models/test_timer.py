@@ -137,7 +137,10 @@ def test_dropout_acts_in_training_only(params):
 def test_a_pruned_timer_is_a_timer():
     cfg = dataclasses.replace(MODEL.config, n_heads=(4, 1), ffn_dims=(32, 5))
     params = Timer(cfg).init(jax.random.key(0))
-    assert params["layer_1"]["attn"]["q"]["kernel"].shape == (16, 1, 4) and params["layer_1"]["up"]["kernel"].shape == (16, 5)
+    assert params["layer_1"]["attn"]["q"]["kernel"].shape == (16, 1, 4) and params["layer_1"]["up"]["kernel"].shape == (
+        16,
+        5,
+    )
     assert Timer(cfg).predict(params, series(), 8).point.shape == (2, 3, 8)
 
 
@@ -188,7 +191,9 @@ def test_damaged_config_is_one_clear_error(tmp_path, params, text):
 def test_config_of_another_size_is_refused_by_path(tmp_path, params):
     library.save(tmp_path / "m", MODEL, params)
     file = tmp_path / "m" / library.CONFIG
-    file.write_text(file.read_text().replace('"patch_len": 8', '"patch_len": 7').replace('"horizon": 8', '"horizon": 7'))
+    file.write_text(
+        file.read_text().replace('"patch_len": 8', '"patch_len": 7').replace('"horizon": 8', '"horizon": 7')
+    )
     with pytest.raises(ValueError, match="embed/kernel"):
         ltsm_jax.load(tmp_path / "m")
 

@@ -45,11 +45,15 @@ def close(got, want):
 
 # compiled: one program is faster than some hundred operations one by one
 predict = jax.jit(lambda model, *args: model.predict(*args), static_argnums=(0, 3))
-reconstruct = jax.jit(lambda model, *args, ims: model.reconstruct(*args, ims=ims), static_argnums=0, static_argnames="ims")
+reconstruct = jax.jit(
+    lambda model, *args, ims: model.reconstruct(*args, ims=ims), static_argnums=0, static_argnames="ims"
+)
 impute = jax.jit(lambda model, *args, ims: model.impute(*args, ims=ims), static_argnums=0, static_argnames="ims")
 
 
-@pytest.mark.parametrize("case", ["normal", "output_attention", "scales", "constant", "one_patch", "not_multiple", "longer"])
+@pytest.mark.parametrize(
+    "case", ["normal", "output_attention", "scales", "constant", "one_patch", "not_multiple", "longer"]
+)
 def test_golden_output(recorded, case):
     _, model, params, io = recorded
     x = io["normal/x"] if case == "output_attention" else io[f"{case}/x"]
@@ -154,7 +158,12 @@ def test_golden_next_token_loss_moves_the_series_by_one_patch(recorded):
     np.testing.assert_allclose(model.loss(params, {"context": x, "target": new}), want, rtol=1e-6)
 
 
-GRADIENTS = {"grad": "dms", "grad_ims": "ims", "grad_imputation": "imputation_dms", "grad_imputation_ims": "imputation_ims"}
+GRADIENTS = {
+    "grad": "dms",
+    "grad_ims": "ims",
+    "grad_imputation": "imputation_dms",
+    "grad_imputation_ims": "imputation_ims",
+}
 
 
 @pytest.mark.parametrize("kind", list(GRADIENTS))

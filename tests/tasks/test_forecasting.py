@@ -25,7 +25,9 @@ def params():
 def test_scores_equal_those_of_all_windows_at_once(split, params):
     values, windows = split
     context = np.stack([values[c, s : s + 32] for c in range(3) for s in range(20, 341)])[:, None]
-    target = np.stack([values[c, s + 32 : s + 40] for c in range(3) for s in range(20, 341)])[:, None].astype(np.float64)
+    target = np.stack([values[c, s + 32 : s + 40] for c in range(3) for s in range(20, 341)])[:, None].astype(
+        np.float64
+    )
     error = np.asarray(MODEL.predict(params, context, 8).point, np.float64) - target
     found = forecasting.evaluate(MODEL, params, windows, batch_size=100, naive_scale=np.array([0.5, 1.0, 2.0]))
     assert found["windows"] == 3 * 321 == windows.n
@@ -73,8 +75,12 @@ def test_naive_baselines():
     windows = windows_between(values, 0, 240, 36, 18)
     assert forecasting.evaluate(SeasonalNaive(12), {}, windows)["mse"] == 0
     assert forecasting.evaluate(SeasonalNaive(), {}, windows)["mse"] > 1
-    np.testing.assert_array_equal(SeasonalNaive(3).predict({}, jnp.arange(5.0)[None, None], 4).point[0, 0], [2, 3, 4, 2])
-    np.testing.assert_array_equal(SeasonalNaive(9).predict({}, jnp.arange(3.0)[None, None], 4).point[0, 0], [0, 1, 2, 0])
+    np.testing.assert_array_equal(
+        SeasonalNaive(3).predict({}, jnp.arange(5.0)[None, None], 4).point[0, 0], [2, 3, 4, 2]
+    )
+    np.testing.assert_array_equal(
+        SeasonalNaive(9).predict({}, jnp.arange(3.0)[None, None], 4).point[0, 0], [0, 1, 2, 0]
+    )
 
 
 def test_zero_targets_are_left_out_of_mape_alone():
