@@ -224,8 +224,12 @@ def read_series(
     table = source if isinstance(source, pd.DataFrame) else read_table(Path(source))
     if isinstance(table.index, pd.PeriodIndex):
         table = table.set_index(table.index.to_timestamp())
-    table = table.rename_axis(table.index.name or "timestamp") if isinstance(table.index, pd.DatetimeIndex) else table
-    table = table.reset_index(drop=not isinstance(table.index, pd.DatetimeIndex))
+    dated = isinstance(table.index, pd.DatetimeIndex)
+    if dated:
+        table = table.rename_axis(table.index.name or "timestamp")
+        if table.index.name in table.columns:
+            raise DataError(f"{name}: {table.index.name!r} names both the index and a column; drop one of them")
+    table = table.reset_index(drop=not dated)
 
     problems: list[str] = []
     notes: list[str] = []

@@ -211,6 +211,10 @@ def test_options_are_checked():
             read_series(table(), **options)
 
 
+def test_an_index_of_dates_beside_a_column_of_the_same_name():
+    assert "'date' names both the index and a column" in refused(table().set_index("date", drop=False))
+
+
 def test_a_table_without_rows():
     assert "no rows" in refused(table().iloc[:0])
 
