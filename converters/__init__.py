@@ -91,8 +91,8 @@ def import_checkpoint(
         "aliases": sorted({a for a in layout.aliases if any(k.startswith(layout.outer + a) for k in copies)}),
         "dtype": dtypes.pop() if len(dtypes) == 1 else converted.dtypes,
         "dropped": copies | converted.dropped,
-        "extras": {k: v for k, v in original.extras.items() if isinstance(v, (bool, int, float, str))},
-        "ignored": sorted(k for k, v in original.extras.items() if not isinstance(v, (bool, int, float, str))),
+        "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
+        "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
         "notes": notes,
     }
     params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
@@ -203,8 +203,16 @@ def _read(src: str | Path) -> _Original:
     if odd or not state:
         what = f"has keys that are not text ({type(odd[0]).__name__})" if odd else "is empty"
         raise CheckpointError(f"{path}: the state dict {what}. Save the model's state_dict() with torch.save.")
-    extras = {str(k): v for k, v in content.items() if k != "state_dict"} if isinstance(nested, dict) else {}
+    named = {k: v for k, v in content.items() if isinstance(k, str) and len(k) <= 100 and k.isprintable()}
+    extras = {k: named[k] for k in list(named)[:100] if k != "state_dict"} if isinstance(nested, dict) else {}
     return _Original(path, file.container, "lightning" if isinstance(nested, dict) else "state_dict", state, extras)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an extra of a Lightning file is worth keeping: a short text or a number."""
+    if isinstance(value, str):
+        return len(value) <= 200 and value.isprintable()
+    return isinstance(value, bool) or (isinstance(value, (int, float)) and abs(value) < 2**63)
 
 
 def _family(original: _Original) -> tuple[Any, Layout]:

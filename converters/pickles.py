@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 MAX_PICKLE_BYTES = 64 << 20  # the pickle of a 1000-tensor checkpoint has about 0.2 MB
-MAX_PICKLE_STEPS = 5_000_000  # the same pickle has about 40,000 opcodes
+MAX_PICKLE_STEPS = 2_000_000  # the same pickle has about 40,000 opcodes
 
 
 class CheckpointError(ValueError):

@@ -16,7 +16,7 @@ import numpy as np
 
 from converters.layout import Layout
 from converters.tables import BUFFER, CONV1, SAME, TRANSPOSE, Rule, listed, split_bias, split_in, split_out
-from converters.torch_files import CheckpointError
+from converters.pickles import CheckpointError, quoted
 from ltsm_jax.models.timer import PRESETS, TABLE_LEN, Timer, TimerConfig, sinusoids
 
 MODEL = Timer
@@ -26,6 +26,8 @@ ALIASES = {"decoder.": "decoder.", "proj.": "proj.", "enc_embedding.": "patch_em
 DEFAULT_HEADS = 8  # of every published checkpoint; the number is not in the file
 HINTS = {r"/attn/": "check n_heads", r"/(up|down)/": "check d_ff", r"^(embed|head)/": "check patch_len and d_model"}
 _SIZES = ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
+_LIMITS = {"e_layers": 512}  # far above any Timer: a hostile file must not make us build a million layers
+_LIMIT = 1 << 24
 
 
 def keys(config: TimerConfig) -> list[Rule]:
@@ -87,11 +89,13 @@ def configure(
             raise CheckpointError(listed(f"{where}: the sizes of the model can't be read:", problems))
         return _assumed(sizes, where)
     problems = []  # the table will say what is wrong with the keys
-    for name in _SIZES:
-        told = published.get(name)
-        if not isinstance(told, int) or isinstance(told, bool) or told < 1:
+    for name in (*_SIZES, "seq_len", "pred_len"):
+        told, limit = published.get(name), _LIMITS.get(name, _LIMIT)
+        if name not in published:
+            problems += [f"{name}: missing"] if name in _SIZES else []
+        elif not isinstance(told, int) or isinstance(told, bool) or not 0 < told <= limit:
             problems.append(
-                f"{name}: {'missing' if name not in published else f'not a positive integer: {told!r:.50}'}"
+                f"{name}: not an integer from 1 to {limit}{'' if isinstance(told, int) else ': ' + quoted(told)}"
             )
         elif name in sizes and sizes[name] != told:
             problems.append(f"{name}: the config says {told}, the weights {sizes[name]}")
@@ -100,9 +104,9 @@ def configure(
             config = TimerConfig.from_published(dict(published))
             if config.task in Timer.tasks:
                 return config, []
-            problems.append(f"task_name: {config.task!r:.50} is not one of {', '.join(Timer.tasks)}")
-        except (ValueError, TypeError) as e:
-            problems.append(str(e))
+            problems.append(f"task_name: {quoted(config.task)} is not one of {', '.join(Timer.tasks)}")
+        except (ValueError, TypeError, OverflowError, RecursionError) as e:
+            problems.append(str(e)[:500])
     raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
 
 
@@ -115,10 +119,10 @@ def _sizes(state: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
     else:
         problems.append(f"{EMBED}: missing, or not a matrix")
     layers = {int(m[1]) for key in state if (m := re.match(LAYER, key)) and len(m[1]) < 7}
-    if layers and layers == set(range(len(layers))):
+    if layers and layers == set(range(len(layers))) and len(layers) <= _LIMITS["e_layers"]:
         sizes["e_layers"] = len(layers)
     else:
-        problems.append(f"the layers {sorted(layers)[:20]} do not count from 0 without a gap")
+        problems.append(f"the layers {sorted(layers)[:20]} do not count from 0 to {_LIMITS['e_layers']} without a gap")
     convs = [value for key, value in state.items() if re.fullmatch(LAYER + r"conv1\.weight", key)]
     widths = {value.shape[0] for value in convs if isinstance(value, np.ndarray) and value.ndim == 3}
     if len(widths) == 1:

@@ -165,11 +165,14 @@ def test_published_sizes_are_recognised_without_a_config():
 
 CONTRADICTIONS = {
     "sizes": ({"patch_len": 8, "d_model": 16, "d_ff": 7, "e_layers": 2}, "patch_len: the config says 8, the weights 4"),
-    "missing": ({"n_heads": None}, "n_heads: not a positive integer"),
-    "text": ({"d_model": "8"}, "d_model: not a positive integer: '8'"),
-    "bool": ({"e_layers": True}, "e_layers: not a positive integer"),
+    "missing": ({"n_heads": None}, "n_heads: not an integer from 1 to 16777216: NoneType"),
+    "text": ({"d_model": "8"}, "d_model: not an integer from 1 to 16777216: '8'"),
+    "bool": ({"e_layers": True}, "e_layers: not an integer from 1 to 512"),
     "heads": ({"n_heads": 3}, "must be a multiple of the number of heads"),
-    "negative": ({"d_ff": -6}, "d_ff: not a positive integer"),
+    "negative": ({"d_ff": -6}, "d_ff: not an integer from 1"),
+    "million layers": ({"e_layers": 10**6}, "e_layers: not an integer from 1 to 512"),
+    "huge": ({"seq_len": -(10**5000)}, "seq_len: not an integer"),
+    "half": ({"pred_len": 1.5}, "pred_len: not an integer"),
     "context": ({"seq_len": 2}, "context"),
     "dropout": ({"dropout": "much"}, "does not go with the weights"),
     "task": ({"task_name": "juggling"}, "juggling"),
@@ -250,7 +253,7 @@ def test_float64_needs_leave_and_goes_back(tmp_path):
 
 def test_models_of_this_library_go_out(tmp_path):
     model = Timer(CONFIG)
-    params = model.init(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     library.save(tmp_path / "model", model, params)
     export_checkpoint(tmp_path / "model", tmp_path / "a.ckpt")
     found, same, provenance, _ = import_checkpoint(tmp_path / "a.ckpt")
@@ -261,7 +264,7 @@ def test_models_of_this_library_go_out(tmp_path):
     with pytest.raises(FileExistsError):
         export_checkpoint(tmp_path / "model", tmp_path / "a.ckpt")
     pruned = Timer(dataclasses.replace(CONFIG, n_heads=(1,)))
-    library.save(tmp_path / "pruned", pruned, pruned.init(jax.random.key(1)))
+    library.save(tmp_path / "pruned", pruned, jax.jit(pruned.init)(jax.random.key(1)))
     with pytest.raises(ValueError, match="pruned model can't be exported"):
         export_checkpoint(tmp_path / "pruned", tmp_path / "b.ckpt")
     assert not (tmp_path / "b.ckpt").exists()
