@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from converters.layout import Layout
-from converters.tables import BUFFER, CONV1, SAME, TRANSPOSE, Rule, listed, split_bias, split_in, split_out
 from converters.pickles import CheckpointError, quoted
+from converters.tables import BUFFER, CONV1, SAME, TRANSPOSE, Rule, listed, split_bias, split_in, split_out
 from ltsm_jax.models.timer import PRESETS, TABLE_LEN, Timer, TimerConfig, sinusoids
 
 MODEL = Timer
