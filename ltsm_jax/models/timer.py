@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task, check_context, fill_missing, mean_over_rows
 from ltsm_jax.trees import Tree
 
@@ -156,7 +157,7 @@ class Attention(nn.Module):
         causal_NS = jnp.tril(jnp.ones(s_BHNS.shape[-2:], bool))
         s_BHNS = jnp.where(causal_NS[None, None], s_BHNS, -jnp.inf)
         w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32)).astype(x_BND.dtype)
-        y_BNHK = jnp.einsum("BHNS,BSHK->BNHK", nn.Dropout(self.dropout)(w_BHNS, not train), v_BSHK)
+        y_BNHK = jnp.einsum("BHNS,BSHK->BNHK", Dropout(self.dropout)(w_BHNS, train), v_BSHK)
         return Linear(heads, (self.d_model,), name="out")(y_BNHK), w_BHNS
 
 
@@ -170,7 +171,7 @@ class Block(nn.Module):
     def __call__(self, x_BND, train: bool):
         cfg, taps = self.cfg, {}
         heads, ffn_dim = cfg.n_heads[self.layer], cfg.ffn_dims[self.layer]
-        drop = lambda y: nn.Dropout(cfg.dropout)(y, not train)  # noqa: E731
+        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
         activation = nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
         a_BND, taps["attn_weights"] = Attention(cfg.d_model, heads, cfg.head_dim, cfg.dropout, name="attn")(
             x_BND, train
@@ -195,7 +196,7 @@ class TimerNet(nn.Module):
             raise ValueError(f"{n} patches; Timer's position table has {TABLE_LEN} rows")
         x_BND = taps["value_embed"] = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")(p_BNP)
         x_BND = taps["embed"] = x_BND + jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)[None]
-        x_BND = nn.Dropout(cfg.dropout)(x_BND, not train)
+        x_BND = Dropout(cfg.dropout)(x_BND, train)
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, train)
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
