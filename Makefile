@@ -33,7 +33,7 @@ $(VENV)/.test: extras := test,plots
 $(VENV)/.dev: extras := dev,test,plots
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev: pyproject.toml $(VENV)/.made
 	@echo "installing ltsm-jax[$(extras)] into $(VENV) (the first time takes a few minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(extras)]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$(extras)]"
 	@touch $@
 
 # Where Python comes without ensurepip (Debian without python3-venv), the outer pip fills the environment.
@@ -41,5 +41,5 @@ $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found: install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && \
-		$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check pip; }
+		$(PYTHON) -m pip --python $(BIN)/python install -qq --disable-pip-version-check pip; }
 	@touch $@
