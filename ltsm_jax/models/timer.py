@@ -18,7 +18,7 @@ import numpy as np
 
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task, check_context, fill_missing, mean_over_rows
-from ltsm_jax.trees import Tree
+from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
 TABLE_LEN = 5000  # rows of the original's position table: the longest sequence it can take, in patches
@@ -116,14 +116,8 @@ def sinusoids(n: int, d_model: int) -> np.ndarray:
     return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(n, d_model).astype(np.float32)
 
 
-def uniform_fan_in(fan_in: int):
-    """Torch's default for linear layers, weights and biases alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 class Linear(nn.Module):
-    """`x @ kernel + bias` over the last axes of `inputs` shape, giving `outputs` shape; torch's default init."""
+    """`x @ kernel + bias` over the last axes of `inputs` shape, giving `outputs` shape. Drawn by `Timer.init`."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -131,12 +125,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        init = uniform_fan_in(math.prod(self.inputs))
-        kernel = self.param("kernel", init, (*self.inputs, *self.outputs))
+        kernel = self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs))
         # one plain matrix product, whatever the head axes: XLA's CPU code for it is the fastest
         y = x.reshape(*x.shape[: x.ndim - len(self.inputs)], -1) @ kernel.reshape(math.prod(self.inputs), -1)
         if self.use_bias:
-            bias = self.param("bias", init, self.outputs)
+            bias = self.param("bias", nn.initializers.zeros, self.outputs)
             y = y + jnp.broadcast_to(bias.reshape(-1), y.shape)
         return y.reshape(*y.shape[:-1], *self.outputs)
 
@@ -247,7 +240,26 @@ class Timer(Model):
         return self.config.horizon
 
     def init(self, key: jax.Array) -> Tree:
-        return TimerNet(self.config).init(key, jnp.zeros((1, 1, self.config.patch_len)))["params"]
+        """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear layers, norms 1 and 0."""
+        patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
+        shapes = flatten(jax.eval_shape(TimerNet(self.config).init, key, patch_11P)["params"])
+        bounds = {}
+        for path in shapes:
+            layer = path.rsplit("/", 1)[0]
+            kernel = shapes.get(f"{layer}/kernel")
+            if kernel is not None:
+                inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
+                bounds[path] = math.prod(inputs) ** -0.5
+        # one draw for all: a generator compiled once and not once per parameter, which takes half a minute
+        draw = jax.random.uniform(key, (sum(shapes[path].size for path in bounds),), minval=-1.0)
+        params, used = {}, 0
+        for path, leaf in shapes.items():
+            if path in bounds:
+                params[path] = bounds[path] * draw[used : used + leaf.size].reshape(leaf.shape)
+                used += leaf.size
+            else:
+                params[path] = jnp.full(leaf.shape, float(path.endswith("/scale")))
+        return unflatten(params)
 
     def recipe(self) -> Recipe:
         source = "thuml/Large-Time-Series-Model scripts; schedule of Meteor-Stars/SFF (commit 2dfb50b)"
