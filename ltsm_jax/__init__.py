@@ -1,6 +1,6 @@
-"""Large time-series models in JAX: load, fine-tune, prune, measure, write back."""
+"""Large time-series models in JAX: load, fine-tune, forecast, measure, write back."""
 
-from ltsm_jax.methods.finetune import fit
+from ltsm_jax.methods.finetune import fit, forecast
 from ltsm_jax.models import Forecast, Model, preset
 from ltsm_jax.models.library import load, save
 from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
@@ -12,6 +12,7 @@ __all__ = [
     "Model",
     "ema",
     "fit",
+    "forecast",
     "interpolate",
     "load",
     "preset",

@@ -79,6 +79,12 @@ class Series:
         """Rows in the main season (`season_of`); 1 where the step is not known."""
         return season_of(self.freq) if self.freq else 1
 
+    def stamps_after(self, n: int) -> np.ndarray | None:
+        """The `n` stamps [n] that follow the last one; None where stamps or step are not known."""
+        if self.timestamps is None or self.freq is None:
+            return None
+        return _grid(self.timestamps[-1], n + 1, self.freq)[1:]
+
 
 # ---- steps in time ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from ltsm_jax import training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.series import read_series
-from ltsm_jax.data.splits import few_shot_indices
+from ltsm_jax.data.splits import Scaler, few_shot_indices
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, strategy
 from ltsm_jax.models import Model
@@ -92,7 +92,7 @@ def run(
     config = dataclasses.replace(config or train_config(model), seed=seed)
     keys = training.keys(seed)
     windows = training_windows(model, splits, mode)
-    loss = forecasting.loss_fn(model, LOSS[mode])
+    loss = _loss(model, mode)
     current = start_params(strategy, model, params, keys["aux"])
 
     def validate(candidate: Params) -> dict[str, Any]:
@@ -135,6 +135,12 @@ def run(
         seconds = time.monotonic() - began
     found = collapse(model, current, splits.val)
     return Result(strategy, current, val, scores, history, epochs, best_epoch, seconds, trained, found)
+
+
+@functools.cache
+def _loss(model: Model, mode: Mode):
+    # methods of two equal models are not equal: without this each load of a checkpoint compiles the step again
+    return forecasting.loss_fn(model, LOSS[mode])
 
 
 def train_config(model: Model, **changes: Any) -> training.TrainConfig:
@@ -274,12 +280,7 @@ def fit(
     if isinstance(data, Splits):
         splits = data
     else:
-        if isinstance(data, Series):
-            series = data
-        else:
-            series = (
-                read_series(data, target=target) if isinstance(data, pd.DataFrame) else load_series(data, target=target)
-            )
+        series = as_series(data, target=target)
         joint = model.variates == "joint"
         lengths = context_len or model.recipe().context_len, horizon or model.recipe().horizon
         splits = prepare(series, *lengths, few_shot=few_shot, joint=joint)
@@ -294,6 +295,45 @@ def fit(
         python_warnings.warn("; ".join(result.warnings), stacklevel=2)
     kept, best = ("tuned", result.params) if won else ("zero_shot", params)
     return Fitted(best, kept, zero_shot, tuned, difference, interval, result, splits)
+
+
+def forecast(
+    model: Model, params: Params, data: str | Path | pd.DataFrame | Series, horizon: int, **read: Any
+) -> pd.DataFrame:
+    """What comes after the end of a table, in its own units.
+
+    Each column is standardised over its whole length before the model sees it, so that its unit does not matter, and
+    scaled back after.
+
+    Args:
+      model, params: from `ltsm_jax.load` or `fit`.
+      data: a benchmark name, a CSV or parquet file, a DataFrame or a `Series`.
+      horizon: rows to forecast.
+      read: options of `data.read_series` (`target`, `time`, `freq`, `missing`, ...).
+    Returns: one row per step: the column "timestamp" where the stamps of the table are regular, then a column per
+      variate under its own name, and, where the model has quantiles, "<name> <level>".
+    Raises: ValueError (DataError) for data that cannot be used.
+    Example: `ltsm_jax.forecast(model, params, "sales.csv", 48)`
+    """
+    series = as_series(data, **read)
+    scaler = Scaler.fit(series.values)
+    context_1CL = scaler.transform(series.values)[None, :, -model.context_len :].astype(np.float32)
+    found = jax.jit(model.predict, static_argnames="horizon")(params, context_1CL, horizon=horizon)
+    stamps = series.stamps_after(horizon)
+    table = {} if stamps is None else {"timestamp": stamps}
+    point_CH = scaler.inverse(np.asarray(found.point[0], np.float64))
+    table |= dict(zip(series.columns, point_CH, strict=True))
+    for q, level in enumerate(found.levels):
+        quantile_CH = scaler.inverse(np.asarray(found.quantiles[0, ..., q], np.float64))
+        table |= {f"{name} {level:g}": row for name, row in zip(series.columns, quantile_CH, strict=True)}
+    return pd.DataFrame(table)
+
+
+def as_series(data: str | Path | pd.DataFrame | Series, **read: Any) -> Series:
+    """A `Series` from whatever names one; `read` goes to `data.read_series`."""
+    if isinstance(data, Series):
+        return data
+    return read_series(data, **read) if isinstance(data, pd.DataFrame) else load_series(data, **read)
 
 
 def default_mode(model: Model) -> Mode:
