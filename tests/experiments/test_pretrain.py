@@ -24,8 +24,8 @@ def finished(tmp_path_factory):
     (root / "corpus").mkdir()
     real = synthetic.generate(5, 6, 1500)
     np.savez(root / "corpus" / "real.npz", values=real.ravel(), offsets=np.arange(7) * 1500)
-    table = pd.DataFrame(synthetic.generate(6, 2, 2600).T, columns=["a", "b"])
-    table.insert(0, "date", pd.date_range("2020", periods=2600, freq="h"))
+    table = pd.DataFrame(synthetic.generate(6, 2, 2000).T, columns=["a", "b"])
+    table.insert(0, "date", pd.date_range("2020", periods=2000, freq="h"))
     table.to_csv(root / "own.csv", index=False)
     args = Pretrain(
         out=root / "run",
@@ -54,7 +54,7 @@ def test_the_model_folder_says_where_it_comes_from(finished):
 def test_scores_stand_beside_the_baselines(finished):
     args, results = finished
     assert list(results["method"]) == ["zero-shot", "last value", "seasonal naive (24)"]
-    assert (results["windows"] == 2 * (260 - 96 + 1)).all()  # every window of both variates
+    assert (results["windows"] == 2 * (200 - 96 + 1)).all()  # every window of both variates
     assert np.isfinite(results["mse"]).all()
     pd.testing.assert_frame_equal(pd.read_csv(args.out / "results.csv"), results)
 
