@@ -86,7 +86,9 @@ def _value(mean: float, std: float, form: str = ".4f") -> str:
     return f"{mean:{form}}" + ("" if pd.isna(std) else f" ± {std:{form.lstrip('+')}}")
 
 
-def _table_rows(summary: pd.DataFrame, baselines: Sequence[dict], names: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+def _table_rows(
+    summary: pd.DataFrame, baselines: Sequence[dict], names: dict[str, str]
+) -> tuple[list[str], list[list[str]]]:
     header = ["method", "seeds", "val MSE", "test MSE", "test MAE", "vs zero-shot, %", "vs FF, %", "epochs", "seconds"]
     body = [
         [
@@ -150,7 +152,7 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def _read_cells(folder: Path, results: pd.DataFrame) -> list[dict]:
-    """What each finished cell left beside its row: its history, its warnings and its forecasts of the example windows."""
+    """What each finished cell left beside its row: history, warnings, and the folder with its example forecasts."""
     cells = []
     for row in results.to_dict("records"):
         row["alpha"] = None if np.isnan(row["alpha"]) else row["alpha"]
@@ -187,14 +189,14 @@ def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[
     figure, axes = _figure(10, 0.9 + 0.42 * len(rows), ncols=2 if len(zero) else 1, sharey=True, squeeze=False)
     left = axes[0, 0]
     colours = [COLOURS.get(m, "#555555") for m, *_ in rows]
-    means, stds = np.array([r[2] for r in rows]), np.nan_to_num([r[3] for r in rows])
+    means, stds = np.array([r[2] for r in rows]), np.array([r[3] for r in rows], float)
     left.barh(y, means, color=colours, alpha=0.85, height=0.62)
-    left.errorbar(means, y, xerr=stds, fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
-    for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
-        left.annotate(
-            f"{mean:.3f}", (mean + std, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
-        )
-    left.set_xlim(0, (means + stds).max() * 1.14)
+    has = np.isfinite(stds)
+    left.errorbar(means[has], y[has], xerr=stds[has], fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+    ends = means + np.nan_to_num(stds)
+    for i, (mean, end) in enumerate(zip(means, ends, strict=True)):
+        left.annotate(f"{mean:.3f}", (end, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    left.set_xlim(0, ends.max() * 1.14)
     left.set_xlabel("test MSE, scaled data (mean and std of seeds)", fontsize=10)
     left.set_yticks(y, [label(m, a) for m, a, *_ in rows], fontsize=10)
     left.invert_yaxis()
@@ -206,8 +208,10 @@ def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[
         for i, (method, alpha, mean, _) in enumerate(rows):
             mine = results[(results["method"] == method) & ((results["alpha"] == alpha) | pd.isna(alpha))]
             change = 100 * (mine.set_index("seed")["test_mse"] / zero - 1).dropna().to_numpy()
-            if not len(change):  # a naive forecast: one number, no seeds
-                change = np.array([100 * (mean / zero.iloc[0] - 1)])
+            if not len(change):  # a naive forecast is far off: its dot would squeeze all others together
+                text = f"{100 * (mean / zero.iloc[0] - 1):+.0f} %"
+                right.text(0.5, i, text, transform=right.get_yaxis_transform(), ha="center", va="center", fontsize=9)
+                continue
             right.plot(change, np.full(len(change), i), "o", color=colours[i], markersize=5, alpha=0.6, mew=0)
             right.plot(change.mean(), i, "|", color=colours[i], markersize=17, mew=2.5)
         right.set_xlabel("change against zero-shot, % (dots: seeds)", fontsize=10)
@@ -370,10 +374,10 @@ def write_report(folder: str | Path) -> Path:
         "",
         markdown_table(*_table_rows(summary, baselines, NAMES)),
         "",
-        "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation over "
-        "seeds; `vs` is the change of test MSE in per cent, each seed against the same seed. Weights are those of the "
-        f"epoch with the lowest validation MSE. Every window is scored: {run['windows']['val']:,} for validation, "
-        f"{run['windows']['test']:,} for test.",
+        "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
+        "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed. Weights are those of "
+        "the epoch with the lowest validation MSE; seconds include compilation. Every window is scored: "
+        f"{run['windows']['val']:,} for validation, {run['windows']['test']:,} for test.",
     ]
     notes = [f"{label(c['method'], c['alpha'])}, seed {c['seed']}: {text}" for c in cells for text in c["warnings"]]
     if notes:

@@ -4,8 +4,8 @@ Run:    python -m experiments.sff --data ETTh1 --model timer-tiny --methods zero
             --seeds 0,1,2 --horizon 96 --out runs/sff-etth1
         python -m experiments.sff --data ETTh1 --model timer-tiny --alpha 0.3,0.5,0.7,0.9 --out runs/sff-alpha
         python -m experiments.sff --data my.csv --target sales --horizon 48 --out runs/mine
-Gives:  a table on the terminal and, in the folder of --out: results.csv (a row per method, alpha and seed), report.md with
-        pictures, and cells/<method>-seed<n>/ with the tuned model, its training history and example forecasts.
+Gives:  a table on the terminal and, in the folder of --out: results.csv (a row per method, alpha and seed), report.md
+        with pictures, and cells/<method>-seed<n>/ with the tuned model, its training history and example forecasts.
         The same command again continues where the last one stopped; finished cells are not run again.
 Differs from the released script (Meteor-Stars/SFF): the next-token loss is the default (--mode direct is theirs), the
         best-validation weights are restored, tfs and sff share one random model, borders of ETTm1 and PEMS and the
@@ -317,7 +317,8 @@ def _try_batch(model: Model, params: Any, splits: Splits, mode: finetune.Mode) -
 def plan(c: Comparison) -> str:
     """What will run, in words."""
     series, windows = c.splits.series, finetune.training_windows(c.model, c.splits, c.mode)
-    steps = steps_per_epoch(windows.n, min(c.config.batch_size, windows.n))
+    batch = min(c.config.batch_size, windows.n)
+    steps = steps_per_epoch(windows.n, batch)
     done = sum((c.folder / "cells" / cell.name / "result.json").is_file() for cell in c.cells)
     stamps = series.timestamps
     span = "" if stamps is None else f", {str(stamps[0])[:16]} to {str(stamps[-1])[:16]}"
@@ -329,10 +330,11 @@ def plan(c: Comparison) -> str:
         f"data     {series.name}: {series.n_rows:,} rows x {series.n_variates} columns ({c.settings['columns']}), "
         f"step {series.freq or 'unknown'}{span}",
         f"split    {borders}" + (f"; quirks {c.settings['quirks']}" if c.settings["quirks"] else ""),
-        f"windows  {c.settings['context']} -> {c.settings['horizon']}: {windows.n:,} to train, {c.splits.val.n:,} to validate, "
-        f"{c.splits.test.n:,} to test" + (f" (few-shot {c.options.few_shot:g})" if c.options.few_shot != 1 else ""),
+        f"windows  {c.settings['context']} -> {c.settings['horizon']}: {windows.n:,} to train, "
+        f"{c.splits.val.n:,} to validate, {c.splits.test.n:,} to test"
+        + (f" (few-shot {c.options.few_shot:g})" if c.options.few_shot != 1 else ""),
         f"model    {c.settings['model']}: {c.model.family}, {trees.count(c.params):,} parameters",
-        f"training {c.mode}, {c.config.epochs} epochs of {steps} steps of {min(c.config.batch_size, windows.n)} windows, "
+        f"training {c.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
         f"lr {c.config.lr:g}, schedule {c.config.schedule}",
         f"memory   about {_gigabytes(c):.1f} GB of weights, optimiser state and data; activations come on top",
         f"runs     {len(c.cells)}: {', '.join(c.options.methods)} x seeds {', '.join(map(str, c.options.seeds))}"
@@ -395,8 +397,9 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
         _write_json(folder / "result.json", stored)
         return stored["row"]
     chosen = strategy(cell.method, alpha=cell.alpha or 0.0, l2_sp=c.options.l2sp_weight)
+    label = f"{report.label(cell.method, cell.alpha)}, seed {cell.seed}"
     result = finetune.run(c.model, c.params, chosen, c.splits, seed=cell.seed, config=c.config, mode=c.mode, test=False,
-                          folder=folder / "training", label=f"{report.label(cell.method, cell.alpha)}, seed {cell.seed}")  # fmt: skip
+                          folder=folder / "training", label=label)  # fmt: skip
     season = c.splits.series.season
     scale = c.splits.naive_scale(season) if season > 1 else None
     test = forecasting.evaluate(c.model, result.params, c.splits.test, naive_scale=scale)
@@ -463,8 +466,8 @@ def baselines(splits: Splits) -> list[dict[str, Any]]:
     found = []
     for name, predictor in naive.items():
         val, test = (forecasting.evaluate(predictor, {}, part) for part in (splits.val, splits.test))
-        found.append({"method": name, "season": predictor.season}
-                     | {f"val_{k}": val[k] for k in ("mse", "mae")} | {f"test_{k}": test[k] for k in ("mse", "mae")})  # fmt: skip
+        scores = {f"{part}_{k}": score[k] for part, score in (("val", val), ("test", test)) for k in ("mse", "mae")}
+        found.append({"method": name, "season": predictor.season} | scores)
     return found
 
 
@@ -481,9 +484,8 @@ def _write_examples(c: Comparison, params: Any, path: Path) -> None:
         for name, values in found.items():
             mean, std = c.splits.scaler.mean[variate], c.splits.scaler.std[variate]
             shown[name].append(values[k, 0] * std + mean)
-        labels.append(
-            f"{c.splits.columns[variate]}, {str(where.get('target_first', 'row %d' % where['target_start']))[:16]}"
-        )
+        when = where.get("target_first", f"row {where['target_start']}")
+        labels.append(f"{c.splits.columns[variate]}, {when[:16]}")
     arrays: dict[str, Any] = {name: np.stack(values) for name, values in shown.items()}
     np.savez(path, label=np.array(labels), **arrays)
 

@@ -8,11 +8,11 @@ difference between two of these small values.
 | zero_shot | pretrained                                 | nothing          |        |
 | ff        | pretrained                                 | all              | full fine-tuning |
 | tfs       | random                                     | all              | training from scratch |
-| sff       | alpha * pretrained + (1 - alpha) * random  | all              | arXiv 2606.08578, released code Meteor-Stars/SFF |
+| sff       | alpha * pretrained + (1 - alpha) * random  | all              | arXiv 2606.08578, Meteor-Stars/SFF |
 | lp        | pretrained, head re-initialised            | head             | linear probing |
-| lpff      | the same                                   | head, then all   | LP-FT, Kumar et al. 2022, arXiv 2202.10054 |
-| l2sp      | pretrained                                 | all, pulled back | L2-SP, Li et al. 2018, arXiv 1802.01483 |
-| noise     | alpha * pretrained + (1 - alpha) * noise   | all              | control for sff: noise as large as the random model |
+| lpff      | the same                                   | head, then all   | LP-FT, arXiv 2202.10054 |
+| l2sp      | pretrained                                 | all, pulled back | L2-SP, arXiv 1802.01483 |
+| noise     | alpha * pretrained + (1 - alpha) * noise   | all              | control for sff |
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Interpolated:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseInterpolated:
-    """Start from `alpha * pretrained + (1 - alpha) * noise`; noise is Gaussian, each tensor of the random model's norm."""
+    """Start from `alpha * pretrained + (1 - alpha) * noise`, Gaussian, each tensor of the random model's norm."""
 
     alpha: float
 

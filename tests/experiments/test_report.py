@@ -15,9 +15,9 @@ def make(folder, frame, history=3):
     rows = []
     for r in frame:
         method, alpha, seed, val, test = r
-        rows.append({"data": "d", "model": "m", "method": method, "alpha": alpha, "seed": seed, "horizon": 4, "val_mse": val,
-                     "val_mae": val / 2, "test_mse": test, "test_mae": test / 2, "epochs": 3, "seconds": 1.5, "windows": 10,
-                     "git_commit": "abc", "versions": "v", "device": "cpu"})  # fmt: skip
+        row = {"data": "d", "model": "m", "method": method, "alpha": alpha, "seed": seed, "horizon": 4, "val_mse": val}
+        row |= {"val_mae": val / 2, "test_mse": test, "test_mae": test / 2, "epochs": 3, "seconds": 1.5, "windows": 10}
+        rows.append(row | {"git_commit": "abc", "versions": "v", "device": "cpu"})
         cell = folder / "cells" / report.cell_name(method, np.nan if alpha is None else alpha, seed)
         cell.mkdir(parents=True)
         trained = (
