@@ -13,8 +13,20 @@ import ltsm_jax.training
 from experiments import pretrain
 from experiments.pretrain import Pretrain
 from ltsm_jax.data import synthetic
+from ltsm_jax.data.corpus import Scaled, pool
+from ltsm_jax.models import library, timer
+from ltsm_jax.tasks import forecasting
 
 LENGTH = 800
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_preset():
+    """A preset of one narrow layer: what is tested here does not depend on the size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(timer.PRESETS, "small", timer.TimerConfig.of(96, 16, 32, 1, 2))
+        patch.setattr(pretrain, "HELD_OUT", 32)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +41,7 @@ def finished(tmp_path_factory):
     table.to_csv(root / "own.csv", index=False)
     args = Pretrain(
         out=root / "run",
+        preset="small",
         generated=24,
         length=LENGTH,
         corpus=root / "corpus",
@@ -43,7 +56,7 @@ def finished(tmp_path_factory):
 def test_the_model_folder_says_where_it_comes_from(finished):
     args, _ = finished
     model, params = ltsm_jax.load(args.out / "model")
-    assert model == ltsm_jax.preset("timer-tiny")
+    assert model == ltsm_jax.preset("small")
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(params))
     made = json.loads((args.out / "model" / "config.json").read_text())["provenance"]
     assert made["steps"] == 6 and made["seed"] == 0 and made["licence"] == "Apache-2.0"
@@ -75,7 +88,7 @@ def test_again_trains_nothing_and_scores_the_same(finished):
 
 def test_pools_are_joined_without_windows_across_them(finished):
     args, _ = finished
-    model = ltsm_jax.preset("timer-tiny")
+    model = ltsm_jax.preset("small")
     parts = pretrain.windows(args, model)
     n_generated = 24 * ((LENGTH - 768) // 16 + 1)
     assert parts.train.n > n_generated and parts.val is not None
@@ -92,4 +105,22 @@ def test_pools_are_joined_without_windows_across_them(finished):
 
 def test_nothing_to_train_on_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--generated N, --corpus FOLDER"):
-        pretrain.windows(Pretrain(out=tmp_path, generated=0), ltsm_jax.preset("timer-tiny"))
+        pretrain.windows(Pretrain(out=tmp_path, generated=0), ltsm_jax.preset("small"))
+
+
+def test_the_shipped_model_is_small_and_says_where_it_comes_from():
+    folder = library.SHIPPED / "timer-tiny"
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 6e6
+    made = json.loads((folder / "config.json").read_text())["provenance"]
+    assert made["source"].endswith("generated series only") and made["licence"] == "Apache-2.0"
+    assert made["command"].startswith("python -m experiments.pretrain") and made["cost"]["cpu_minutes"] > 0
+
+
+def test_the_shipped_model_forecasts_series_it_has_not_seen():
+    model, params = ltsm_jax.load("timer-tiny")
+    series = synthetic.generate(1, 256, 768)  # of the seed that chose its epoch, not of the one that trained it
+    windows = Scaled(pool(series, 672, 96).train)
+    score = lambda predictor, weights: forecasting.evaluate(predictor, weights, windows)["mse"]  # noqa: E731
+    best_naive = min(score(forecasting.SeasonalNaive(season), {}) for season in (1, 24, 96))
+    assert score(model, params) < 0.6 * best_naive
