@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,25 +130,18 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another folder or ask to overwrite it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    temporary, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{end}") for end in ("tmp", "old"))
+    temporary.mkdir()
     try:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-            os.rename(folder, old / folder.name)
+            os.rename(folder, old)
             os.rename(temporary, folder)
             shutil.rmtree(old)
         else:
             os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) -> None:
@@ -162,6 +155,8 @@ def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) 
         raise ValueError(f"cannot save {folder}: " + (f"arrays without values: {empty}" if empty else "no arrays"))
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         ocp.save(str(temporary / ARRAYS), host)
+        # names the absolute path it was written to, and nothing reads it: the rename is what commits
+        (temporary / ARRAYS / "commit_success.txt").unlink(missing_ok=True)
         write_record(temporary / DIGESTS, {"arrays": digests(host), "files": file_digests(temporary / ARRAYS)})
 
 
