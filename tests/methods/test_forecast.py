@@ -18,10 +18,14 @@ def params():
 def table(rows=100, freq="h"):
     t = np.arange(rows)
     stamps = pd.date_range("2024-01-01", periods=rows, freq=freq)
-    return pd.DataFrame({"when": stamps, "a": np.sin(t / 4), "b": 1e6 + 50 * np.cos(t / 3)}).rename(columns={"when": "ds"})
+    return pd.DataFrame({"when": stamps, "a": np.sin(t / 4), "b": 1e6 + 50 * np.cos(t / 3)}).rename(
+        columns={"when": "ds"}
+    )
 
 
-@pytest.mark.parametrize("freq, first", [("h", "2024-01-05 04:00"), ("15min", "2024-01-02 01:00"), ("MS", "2032-05-01")])
+@pytest.mark.parametrize(
+    "freq, first", [("h", "2024-01-05 04:00"), ("15min", "2024-01-02 01:00"), ("MS", "2032-05-01")]
+)
 def test_continues_a_table_under_its_own_names_and_stamps(params, freq, first):
     df = table(freq=freq)
     got = ltsm_jax.forecast(MODEL, params, df, 11)
