@@ -3,11 +3,12 @@
 Run:    LTSM_DATA=FOLDER python -m experiments.benchmarks.loop
 Shows:  overhead: share of an epoch's wall time at batch 256 that is not spent inside the compiled training steps, with
         checkpoints and metrics on (Python, records, dispatch); aim: under 2 %.
-        evaluation: seconds for all test windows of ETTh1 (19,495 windows of 672 -> 96), compilation left out; aim: under
-        15 s on 2 cores.
+        evaluation: seconds for all test windows of ETTh1 (19,495 windows of 672 -> 96), compilation left out; aim:
+        under 15 s on 2 cores.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 
@@ -43,7 +44,7 @@ def overhead(model, params, windows, epochs: int) -> list[float]:
             training.fit(model.loss, params, windows, config=config, folder=f"{folder}/run", show_progress=False)
     finally:
         loop._advance, loop._Fitting.end_epoch = advance, end_epoch
-    return [(b[0] - a[0]) / (b[1] - a[1]) - 1 for a, b in zip(marks, marks[1:])]
+    return [(b[0] - a[0]) / (b[1] - a[1]) - 1 for a, b in itertools.pairwise(marks)]
 
 
 def main() -> None:
