@@ -126,12 +126,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs))
-        # one plain matrix product, whatever the head axes: XLA's CPU code for it is the fastest
-        y = x.reshape(*x.shape[: x.ndim - len(self.inputs)], -1) @ kernel.reshape(math.prod(self.inputs), -1)
+        # one product of two matrices, whatever the batch and head axes: XLA's CPU code takes less than half the time of
+        # the backward pass of a product with two batch axes
+        n = math.prod(self.inputs)
+        y = x.reshape(-1, n) @ kernel.reshape(n, -1)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.outputs)
-            y = y + jnp.broadcast_to(bias.reshape(-1), y.shape)
-        return y.reshape(*y.shape[:-1], *self.outputs)
+            y = y + self.param("bias", nn.initializers.zeros, self.outputs).reshape(1, -1)
+        return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
 
 
 class Attention(nn.Module):
