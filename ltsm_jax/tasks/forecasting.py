@@ -11,6 +11,7 @@ import numpy as np
 
 from ltsm_jax.data.windows import Windows
 from ltsm_jax.models.family import Batch, Forecast, Model
+from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
 
@@ -81,18 +82,10 @@ def errors(predictor: Predictor, params: Tree, windows: Windows, *, batch_size: 
 
     The last batch is filled up with repeated windows, whose errors are cut off again: one compilation serves all.
     """
-    n = windows.n
-    if n < 1:
-        raise ValueError("no windows to evaluate")
-    batch_size = min(batch_size, n)
-    batches = []
-    for first in range(0, n, batch_size):
-        indices = np.minimum(np.arange(first, first + batch_size, dtype=np.int32), n - 1)
-        batches.append(_batch_errors(predictor, params, windows, indices))
-    sums = {name: np.concatenate([np.asarray(b[name]) for b in batches])[:n].astype(np.float64) for name in batches[0]}
-    n_variates = sums["squared"].shape[1]
-    rows = np.arange(n_variates)[None] if windows.joint else np.asarray(windows.rows)[:, None]
-    return Errors(**sums, variates=np.broadcast_to(rows, (n, n_variates)), horizon=windows.horizon)
+    sums = in_batches(lambda indices: _batch_errors(predictor, params, windows, indices), windows.n, batch_size)
+    shape = sums["squared"].shape
+    rows = np.arange(shape[1])[None] if windows.joint else np.asarray(windows.rows)[:, None]
+    return Errors(**sums, variates=np.broadcast_to(rows, shape), horizon=windows.horizon)
 
 
 def summarise(found: Errors, naive_scale: np.ndarray | None = None) -> dict[str, float]:
