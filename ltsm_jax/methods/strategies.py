@@ -201,6 +201,7 @@ def start_params(strategy: Strategy, model: Any, params: Params, aux_key: jax.Ar
 
 def _placed_like(fresh: jax.Array, old: Any) -> jax.Array:
     """`fresh` where `old` lies: shards stay shards, and a run from scratch shares the compiled step of the others."""
+    fresh = fresh.astype(old.dtype)
     return jax.device_put(fresh, old.sharding) if isinstance(old, jax.Array) and old.committed else fresh
 
 

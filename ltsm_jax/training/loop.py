@@ -181,7 +181,7 @@ def fit(
         raise ValueError("there is no training window")
     if config.patience is not None and validate is None:
         raise ValueError("patience counts epochs without a better validation MSE, so it needs `validate`")
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.tree.map(_strong, params)
     trainable = trees.select(params, None) if trainable is None else trainable
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
@@ -244,6 +244,7 @@ class _Fitting:
             self.position = _Position()
             memory = self.check_memory(shapes, allocated=0)
             self.state = state_of(moving)
+            self.state["optimizer"] = _beside(moving, self.state["optimizer"])
             return memory
         self.state, self.position = restored[0], _Position.from_json(restored[1])
         return "" if self.position.finished else self.check_memory(shapes, allocated=_bytes(shapes))
@@ -466,6 +467,23 @@ _gradients = jax.jit(jax.value_and_grad(_objective))
 def _batch(source, order, place, batch_size):
     indices, weight = windows.batch_at(order, place, batch_size)
     return source.gather(indices) | {"weight": weight}
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """`leaf` without the weak type of flax's ones: no step returns one, so it would be compiled twice."""
+    leaf = jnp.asarray(leaf)
+    return jax.lax.convert_element_type(leaf, leaf.dtype)
+
+
+def _beside(moving: Tree, opt_state: Tree) -> Tree:
+    """Adam's step count where the parameters are: a state half committed would compile the step twice, too."""
+    first = jax.tree.leaves(moving)[0]
+    if not first.committed:
+        return opt_state
+    sharding = first.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, sharding), opt_state)
 
 
 _epoch_order = jax.jit(windows.epoch_order, static_argnames="n")
