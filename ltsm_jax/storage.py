@@ -24,6 +24,11 @@ from ltsm_jax import trees
 ARRAYS, DIGESTS = "arrays", "digests.json"
 
 
+def cache_folder(kind: str) -> Path:
+    """Where files of a kind ("data", "models") are kept: `$LTSM_CACHE`/kind, else ~/.cache/ltsm_jax/kind."""
+    return Path(os.environ.get("LTSM_CACHE") or Path.home() / ".cache" / "ltsm_jax") / kind
+
+
 class DamagedError(ValueError):
     """A stored tree is cut, altered or not one of ours; the message names the folder and what is wrong with it."""
 

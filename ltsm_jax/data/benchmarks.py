@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from ltsm_jax.data.series import DataError, Series, read_series, read_table, stem
+from ltsm_jax.storage import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -311,11 +312,6 @@ def _read_npz(path: Path) -> pd.DataFrame:
 # ---- finding and fetching --------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: `$LTSM_CACHE`/data, else ~/.cache/ltsm_jax/data."""
-    return Path(os.environ.get("LTSM_CACHE") or Path.home() / ".cache" / "ltsm_jax") / "data"
-
-
 def locate(benchmark: Benchmark, *, download: bool = True) -> tuple[Path, bool]:
     """(file, whether it lies in the cache), downloading it if need be.
 
@@ -330,7 +326,7 @@ def locate(benchmark: Benchmark, *, download: bool = True) -> tuple[Path, bool]:
         return found, False
     else:
         tried.append(f"$LTSM_DATA: not in {own} nor one folder below" + ("" if Path(own).is_dir() else " (no folder)"))
-    cache = cache_folder()
+    cache = cache_folder("data")
     if found := _in_folder(cache, benchmark):
         return found, True
     tried.append(f"cache: not in {cache}")

@@ -65,12 +65,14 @@ def load(source: str | Path) -> tuple[Model, trees.Tree]:
     """A model and its parameters: `model, params = ltsm_jax.load("timer-tiny")`.
 
     Args:
-      source: the name of a shipped model, a model folder, or an original PyTorch checkpoint file (read without torch).
+      source: the name of a shipped model, a model folder, an original PyTorch checkpoint file or a folder with one in
+        it (read without torch), or the name of a published preset whose checkpoint file lies in the cache
+        (`$LTSM_CACHE/models`, else ~/.cache/ltsm_jax/models).
     Raises: FileNotFoundError that lists what was tried; ValueError (or `storage.DamagedError`, or the converters'
       CheckpointError) for files that are damaged or do not fit the model.
     """
-    path = Path(source)
-    if path.is_file():
+    path = _cached(str(source)) or Path(source)
+    if path.is_file() or (path.is_dir() and not (path / PARAMS).exists() and _originals(path)):
         from converters import import_checkpoint  # the one call upwards: an original file, converted in memory
 
         model, params, *_ = import_checkpoint(path)
@@ -80,6 +82,20 @@ def load(source: str | Path) -> tuple[Model, trees.Tree]:
         raise FileNotFoundError(_not_found(source))
     model = read_config(folder)[0]
     return model, storage.load_tree(folder / PARAMS, like=shapes(model))
+
+
+def _originals(folder: Path) -> list[Path]:
+    """Checkpoint files of an original program in a folder."""
+    return sorted(p for p in folder.iterdir() if p.suffix in ORIGINALS and p.name != BUFFERS)
+
+
+def _cached(name: str) -> Path | None:
+    """The checkpoint file of a published preset, where it was put into the cache."""
+    if not any(name in family.presets() for family in FAMILIES.values()):
+        return None
+    return next(
+        (p for p in (storage.cache_folder("models") / f"{name}{end}" for end in ORIGINALS) if p.is_file()), None
+    )
 
 
 def read_config(folder: str | Path) -> tuple[Model, dict[str, Any]]:
@@ -131,8 +147,9 @@ def _not_found(source: str | Path) -> str:
     ]
     if str(source) in published:
         lines.append(
-            "It is a published preset whose weights do not come with the package: give the path of the downloaded "
-            f"checkpoint file, or take fresh weights with `model = ltsm_jax.preset({str(source)!r}); "
+            "It is a published preset whose weights do not come with the package: put the downloaded checkpoint file "
+            f"at {storage.cache_folder('models') / str(source)}.ckpt (or .pth), or give its path; for fresh weights: "
+            f"`model = ltsm_jax.preset({str(source)!r}); "
             "params = model.init(key)`"
         )
     elif near:

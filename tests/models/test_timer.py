@@ -180,6 +180,22 @@ def test_loading_what_is_not_there_says_what_to_do(tmp_path):
         ltsm_jax.load(tmp_path)
 
 
+def test_a_published_preset_is_read_from_the_cache(tmp_path, monkeypatch, params):
+    from converters import export_checkpoint
+    from ltsm_jax.models import timer
+
+    monkeypatch.setenv("LTSM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(timer.PRESETS, "Timer_test_1.0", MODEL.config)
+    with pytest.raises(FileNotFoundError, match=r"cache/models/Timer_test_1.0.ckpt"):
+        ltsm_jax.load("Timer_test_1.0")
+    ltsm_jax.save(tmp_path / "m", MODEL, params)
+    export_checkpoint(tmp_path / "m", tmp_path / "cache" / "models" / "Timer_test_1.0.ckpt")
+    for source in ("Timer_test_1.0", tmp_path / "cache" / "models"):
+        model, again = ltsm_jax.load(source)
+        assert model == MODEL
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"family": "timer"}', '{"family": "nobody", "config": {}}', "[1]"])
 def test_damaged_config_is_one_clear_error(tmp_path, params, text):
     library.save(tmp_path / "m", MODEL, params)
