@@ -336,7 +336,7 @@ def plan(c: Comparison) -> str:
         f"model    {c.settings['model']}: {c.model.family}, {trees.count(c.params):,} parameters",
         f"training {c.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
         f"lr {c.config.lr:g}, schedule {c.config.schedule}",
-        f"memory   about {_gigabytes(c):.1f} GB of weights, optimiser state and data; activations come on top",
+        f"memory   about {_megabytes(c):,.0f} MB of weights, optimiser state and data; activations come on top",
         f"runs     {len(c.cells)}: {', '.join(c.options.methods)} x seeds {', '.join(map(str, c.options.seeds))}"
         + (f"; {done} finished already" if done else ""),
         f"results  {c.folder}",
@@ -344,9 +344,9 @@ def plan(c: Comparison) -> str:
     return "\n".join(lines + [f"note     {note}" for note in c.splits.notes])
 
 
-def _gigabytes(c: Comparison) -> float:
+def _megabytes(c: Comparison) -> float:
     # pretrained, trained, best, gradient, two moments
-    return (6 * sum(p.nbytes for p in jax.tree.leaves(c.params)) + c.splits.val.values.nbytes) / 1e9
+    return (6 * sum(p.nbytes for p in jax.tree.leaves(c.params)) + c.splits.val.values.nbytes) / 1e6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
