@@ -311,14 +311,14 @@ def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
         if i >= n_windows:
             ax.set_visible(False)
             continue
-        context = windows[0]["context"][i][-2 * horizon :]
+        context = windows[0]["context"][i][-horizon:]
         past, future = np.arange(-len(context), 0), np.arange(horizon)
         joined = [*context, windows[0]["target"][i][0]]  # no gap between the past and the truth
         ax.plot([*past, 0], joined, color="#999999", linewidth=1.2)
-        ax.plot(future, windows[0]["target"][i], color="black", linewidth=1.5, label="truth")
+        ax.plot(future, windows[0]["target"][i], color="black", linewidth=2.2, label="truth")
         for cell, data in zip(shown, windows, strict=True):
             method = cell["method"]
-            ax.plot(future, data["point"][i], color=COLOURS[method], linestyle=STYLES[method], linewidth=1.6,
+            ax.plot(future, data["point"][i], color=COLOURS[method], linestyle=STYLES[method], linewidth=1.4,
                     label=label(method, cell["alpha"]))  # fmt: skip
         ax.axvline(0, color="#999999", linewidth=0.8)
         ax.set_title(str(windows[0]["label"][i]), fontsize=10, loc="left")
