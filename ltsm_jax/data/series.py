@@ -176,9 +176,9 @@ def _grid(first: np.datetime64, n: int, freq: str) -> np.ndarray:
     k = np.arange(n) * count
     if unit in _MONTHS:
         start = first.astype("datetime64[M]")
-        month = start + k * _MONTHS[unit]
+        month = start + (k * _MONTHS[unit]).astype("timedelta64[M]")
         into = first - start.astype("datetime64[us]")
-        last = (month + 1).astype("datetime64[D]") - 1
+        last = (month + np.timedelta64(1, "M")).astype("datetime64[D]") - np.timedelta64(1, "D")
         day = np.minimum(month.astype("datetime64[D]") + into.astype("timedelta64[D]"), last)
         return day.astype("datetime64[us]") + into % np.timedelta64(1, "D")
     if unit == "B":
