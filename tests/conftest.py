@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +69,3 @@ def golden(golden_dir):
         return Golden(folder)
 
     return read
-
-
-@pytest.fixture(autouse=True)
-def _no_noise():
-    """Warnings are errors (pyproject.toml); this keeps a test's own `warnings` calls from leaking to the next."""
-    with warnings.catch_warnings():
-        yield

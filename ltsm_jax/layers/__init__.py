@@ -1,1 +1,1 @@
-"""Layers that three families or more share."""
+"""Layers that families share."""

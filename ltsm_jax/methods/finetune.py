@@ -19,7 +19,7 @@ from ltsm_jax.data.series import read_series
 from ltsm_jax.data.splits import Scaler, few_shot_indices
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, strategy
-from ltsm_jax.models import Model
+from ltsm_jax.models import Forecast, Model
 from ltsm_jax.tasks import forecasting
 
 Params = Any
@@ -318,7 +318,7 @@ def forecast(
     series = as_series(data, **read)
     scaler = Scaler.fit(series.values)
     context_1CL = scaler.transform(series.values)[None, :, -model.context_len :].astype(np.float32)
-    found = jax.jit(model.predict, static_argnames="horizon")(params, context_1CL, horizon=horizon)
+    found = _predict(model, params, context_1CL, horizon)
     stamps = series.stamps_after(horizon)
     table = {} if stamps is None else {"timestamp": stamps}
     point_CH = scaler.inverse(np.asarray(found.point[0], np.float64))
@@ -327,6 +327,11 @@ def forecast(
         quantile_CH = scaler.inverse(np.asarray(found.quantiles[0, ..., q], np.float64))
         table |= {f"{name} {level:g}": row for name, row in zip(series.columns, quantile_CH, strict=True)}
     return pd.DataFrame(table)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "horizon"))
+def _predict(model: Model, params: Params, context: jax.Array, horizon: int) -> Forecast:
+    return model.predict(params, context, horizon)
 
 
 def as_series(data: str | Path | pd.DataFrame | Series, **read: Any) -> Series:

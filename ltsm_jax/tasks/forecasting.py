@@ -115,19 +115,6 @@ def summarise(found: Errors, naive_scale: np.ndarray | None = None) -> dict[str,
     return {name: float(value) for name, value in result.items()} | {"windows": entries}
 
 
-def per_variate(found: Errors) -> dict[int, dict[str, float]]:
-    """MSE and MAE of each variate."""
-    result = {}
-    for variate in np.unique(found.variates):
-        own = found.variates == variate
-        steps = own.sum() * found.horizon
-        result[int(variate)] = {
-            "mse": float(found.squared[own].sum() / steps),
-            "mae": float(found.absolute[own].sum() / steps),
-        }
-    return result
-
-
 def evaluate(
     predictor: Predictor,
     params: Tree,
