@@ -1,13 +1,29 @@
 """Published checkpoints in and out: files of PyTorch models <-> model folders of this library, without PyTorch.
 
-A family's converter is one file with a key table (see `timer`) and one line in FAMILIES. The file readers know no
-model, the key-table engine (`tables`) knows no file.
+A family's converter is the module `converters.<family>`. The file readers know no model, the key-table engine
+(`tables`) knows no file. What a converter module holds:
+
+    MODEL                              the family's class
+    keys(config)                       the key table
+    recognise(state) -> Layout | None  whether a state dict is this family's, and how it lies in its file
+    configure(state, published, where) -> (config, notes)
+                                       published: config.json's fields, or None; those of other JSON files beside it
+                                       stand under the file's stem ("generation_config")
+    published(config)                  the fields of config.json, and likewise of other files under their stem
+and, where there is something to say:
+    buffers(config)                    tensors of the original that are not learned, where no file brought them
+    check_buffers(config, state)       problems with those that a file brought
+    HINTS                              regular expression of a path -> what to check when its shape differs
+    ALIASES                            see `Layout`
+    SUFFIXES                           file suffix -> container of an export (state_dict, safetensors, lightning)
+    BESIDE                             other JSON files of the original ("generation_config.json")
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,24 +32,41 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from converters import tables, timer
+from converters import tables
 from converters.layout import Layout
-from converters.torch_files import CheckpointError, Placeholder, quoted, read_safetensors, read_torch, write_torch
+from converters.torch_files import (
+    CheckpointError,
+    Placeholder,
+    quoted,
+    read_safetensors,
+    read_torch,
+    write_safetensors,
+    write_torch,
+)
 from ltsm_jax import trees
-from ltsm_jax.models import Model, library
+from ltsm_jax.models import FAMILIES, Model, library
 
-FAMILIES = {"timer": timer}
+__all__ = ["CheckpointError", "converter", "export_checkpoint", "import_checkpoint", "inspect"]
 
-__all__ = ["FAMILIES", "CheckpointError", "export_checkpoint", "import_checkpoint", "inspect"]
+NESTED = ("state_dict", "student")  # keys under which programs put the state dict beside other things
+SUFFIXES = {".safetensors": "safetensors", ".bin": "state_dict", ".pth": "state_dict", ".ckpt": "state_dict"}
+# what a folder of the hub holds, in the order in which it is looked for
+HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def converter(family: str) -> Any:
+    """The converter module of a family."""
+    return importlib.import_module(f"converters.{family}")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Original:
-    """An original file: its state dict, and what else was in it."""
+    """An original checkpoint: its state dict, and what else was in it."""
 
-    path: Path
+    path: Path  # the file, or the index of several
+    files: tuple[Path, ...]
     format: str  # zip, legacy, safetensors
-    container: str  # "lightning": the state dict stands under "state_dict"; "state_dict": it is all there is
+    container: str  # "lightning", "student": the state dict is nested; "state_dict", "safetensors": it is all there is
     state: dict[str, Any]
     extras: dict[str, Any]
 
@@ -49,7 +82,7 @@ def import_checkpoint(
     """An original checkpoint file as a model of this library.
 
     Args:
-      src: the file, or a folder with one such file in it.
+      src: the file, the index file (`*.index.json`) of several, or a folder with one such file in it.
       dst: model folder to write, whole or not at all; None writes nothing.
       config: the original's hyper-parameters under their published names, or the path of such a JSON file. By default
         config.json beside the file, then `hyper_parameters` in the file, then what the shapes say.
@@ -64,26 +97,25 @@ def import_checkpoint(
     original = _read(src)
     family, layout = _family(original)
     stripped, copies, problems = layout.strip(original.state)
-    published = _published(original, config)
+    published = _published(original, config, getattr(family, "BESIDE", ()))
     model_config, notes = family.configure(stripped, published, str(original.path))
     model = family.MODEL(model_config)
     what = f"{original.path}: {model.family} {model_config}"
-    problems += family.check_buffers(model_config, stripped)
+    if hasattr(family, "check_buffers"):
+        problems += family.check_buffers(model_config, stripped)
     converted = tables.to_params(
         family.keys(model_config),
         stripped,
         library.shapes(model),
         what=what,
         allow_cast=allow_cast,
-        hints=family.HINTS,
+        hints=getattr(family, "HINTS", None),
         problems=problems,
     )
     dtypes = set(converted.dtypes.values())
-    with open(original.path, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     provenance = {
         "source": original.path.name,
-        "sha256": sha256,
+        "sha256": _sha256(original.files),
         "licence": model.licence,
         "format": original.format,
         "container": original.container,
@@ -91,6 +123,7 @@ def import_checkpoint(
         "aliases": sorted({a for a in layout.aliases if any(k.startswith(layout.outer + a) for k in copies)}),
         "dtype": dtypes.pop() if len(dtypes) == 1 else converted.dtypes,
         "dropped": copies | converted.dropped,
+        "copies": converted.copies,
         "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
         "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
         "notes": notes,
@@ -101,54 +134,81 @@ def import_checkpoint(
     return model, params, provenance, converted.buffers
 
 
+def _sha256(files: tuple[Path, ...]) -> str | dict[str, str]:
+    """Digest of the one file, or of each by name."""
+    found = {}
+    for file in files:
+        with open(file, "rb") as f:
+            found[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
 def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = False) -> list[str]:
-    """A model folder as a file that the original's code loads.
+    """A model folder as what the original's code loads.
 
     Args:
       src: model folder, or the name of a shipped model.
-      dst: file to write: `.ckpt` nests the state dict under "state_dict" with the key prefix, as Lightning does;
-        `.pth` is the bare state dict. Where the folder was imported from such a file, its own prefix is used, and its
-        tensors come back byte for byte unless they were trained since.
-      overwrite: replace a file that is there.
+      dst: file to write, or, without a suffix, a folder in the form of the hub (model.safetensors, config.json, and
+        what else the original has beside them). The suffix says the container: `.safetensors`, `.bin` or `.pth` (bare
+        state dict), `.ckpt` (what the family's published .ckpt files are: a state dict, or nested under "state_dict"
+        with a key prefix as Lightning does). Where the folder was imported from such a file, its own prefix is used,
+        and its tensors come back byte for byte unless they were trained since.
+      overwrite: replace files that are there.
     Returns: notes on what could not be kept.
     Raises: ValueError for a model that the original can't hold, or another suffix; FileExistsError.
     """
     dst = Path(dst)
-    if dst.suffix not in (".ckpt", ".pth"):
-        raise ValueError(f"{dst}: the suffix says the container: .ckpt (Lightning) or .pth (bare state dict)")
     folder = Path(src) if Path(src).is_dir() else library.SHIPPED / str(src)
     model, params = library.load(src)
     record = library.read_config(folder)[1].get("provenance", {})
     kept = library.read_buffers(folder)
-    family = FAMILIES[model.family]
-    published = family.published(model.config)
+    family = converter(model.family)
+    suffixes = getattr(family, "SUFFIXES", SUFFIXES)
+    file = dst if dst.suffix else dst / "model.safetensors"
+    if file.suffix not in suffixes:
+        raise ValueError(
+            f"{dst}: the suffix says the container, one of {', '.join(suffixes)}; a folder for the form of the hub"
+        )
+    container = suffixes[file.suffix]
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
+    published = dict(family.published(model.config))
     told = record.get("dtype", "float32")
     rules = family.keys(model.config)
     state, wider = tables.to_state(rules, params, told)
     notes = [f"{key}: its values do not fit the original's {told}, so it stays float32" for key in wider]
-    state |= kept or family.buffers(model.config)
+    state |= kept or (family.buffers(model.config) if hasattr(family, "buffers") else {})
+    state |= {key: state[source] for key, source in record.get("copies", {}).items()}
 
-    container = "lightning" if dst.suffix == ".ckpt" else "state_dict"
-    if record.get("container") == container:
+    imported_from = record.get("container")
+    if imported_from == container or (imported_from in NESTED and container == "state_dict"):
         aliases = {a: t for a, t in getattr(family, "ALIASES", {}).items() if a in record.get("aliases", ())}
         layout = Layout(record.get("prefix", ""), aliases)
     else:
         layout = Layout("model." if container == "lightning" else "")
     content: dict[str, Any] = layout.dress(state)
-    if container == "lightning":
-        content = {**record.get("extras", {}), "state_dict": content, "hyper_parameters": published}
-    beside = dst.with_name("config.json")
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    write_torch(dst, content, overwrite=overwrite)
-    if container == "state_dict":  # has no room for what the shapes do not say
-        if not beside.exists():
-            beside.write_text(json.dumps(published, indent=1) + "\n")
-            notes.append(f"{beside}: written too, since the file can't hold the number of heads")
-        elif _json(beside) != published:
-            notes.append(
-                f"{beside} is another model's; this one needs n_heads={published.get('n_heads')} beside its file"
-            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if container == "safetensors":
+        write_safetensors(file, content, overwrite=overwrite)
+    else:
+        if container == "lightning":
+            content = {**record.get("extras", {}), "state_dict": content, "hyper_parameters": published}
+        write_torch(file, content, overwrite=overwrite)
+    if container != "lightning":  # no room for what the shapes do not say
+        others = {Path(name).stem for name in getattr(family, "BESIDE", ())}
+        parts = {name: published.pop(name) for name in others if name in published}
+        for name, fields in {"config": published, **parts}.items():
+            notes += _write_beside(file.with_name(f"{name}.json"), fields, file, overwrite or file is not dst)
     return notes
+
+
+def _write_beside(path: Path, fields: Mapping[str, Any], file: Path, overwrite: bool) -> list[str]:
+    if path.exists() and not overwrite:
+        if _json(path) == fields:
+            return []
+        return [f"{path} is another model's; this one needs beside {file.name}: {json.dumps(fields)}"]
+    path.write_text(json.dumps(fields, indent=1) + "\n")
+    return [f"{path}: written too, since the file can't hold all hyper-parameters"]
 
 
 def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -175,15 +235,11 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
 def _read(src: str | Path) -> _Original:
     path = Path(src)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in library.ORIGINALS)
-        if len(files) != 1:
-            names = ", ".join(p.name for p in files) or "none"
-            raise CheckpointError(
-                f"{path}: one checkpoint file was expected in this folder, found: {names}. Name the file."
-            )
-        path = files[0]
+        path = _only_file(path)
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
     if path.suffix == ".safetensors":
-        return _Original(path, "safetensors", "state_dict", read_safetensors(path), {})
+        return _Original(path, (path,), "safetensors", "safetensors", read_safetensors(path), {})
     file = read_torch(path)
     content = file.content
     if isinstance(content, Placeholder):
@@ -195,17 +251,59 @@ def _read(src: str | Path) -> _Original:
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}, not a state dict. Save the model's state_dict()."
         )
-    nested = content.get("state_dict")
-    if "state_dict" in content and not isinstance(nested, dict):
-        raise CheckpointError(f"{path}: its 'state_dict' is a {type(nested).__name__}, not a dict of tensors.")
+    nest = next((key for key in NESTED if key in content), None)
+    nested = content.get(nest)
+    if nest and not isinstance(nested, dict):
+        raise CheckpointError(f"{path}: its {nest!r} is a {type(nested).__name__}, not a dict of tensors.")
     state = nested if isinstance(nested, dict) else content
     odd = [key for key in state if not isinstance(key, str)]
     if odd or not state:
         what = f"has keys that are not text ({type(odd[0]).__name__})" if odd else "is empty"
         raise CheckpointError(f"{path}: the state dict {what}. Save the model's state_dict() with torch.save.")
     named = {k: v for k, v in content.items() if isinstance(k, str) and len(k) <= 100 and k.isprintable()}
-    extras = {k: named[k] for k in list(named)[:100] if k != "state_dict"} if isinstance(nested, dict) else {}
-    return _Original(path, file.container, "lightning" if isinstance(nested, dict) else "state_dict", state, extras)
+    extras = {k: named[k] for k in list(named)[:100] if k != nest} if nest else {}
+    container = {"state_dict": "lightning", "student": "student", None: "state_dict"}[nest]
+    return _Original(path, (path,), file.container, container, state, extras)
+
+
+def _only_file(folder: Path) -> Path:
+    """The checkpoint of a folder: what the hub calls it, else the one file there is."""
+    for name in HUB_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    files = library.originals(folder)
+    if len(files) != 1:
+        names = ", ".join(p.name for p in files) or "none"
+        raise CheckpointError(
+            f"{folder}: one checkpoint file was expected in this folder, found: {names}. Name the file."
+        )
+    return files[0]
+
+
+def _read_shards(index: Path) -> _Original:
+    """A checkpoint in several files: what `weight_map` of the index says, no more and no less."""
+    listed = _json(index)
+    table = listed.get("weight_map") if isinstance(listed, dict) else None
+    fits = isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
+    odd = [name for name in table.values() if Path(name).name != name or not name] if fits and table else []
+    if not fits or odd:
+        what = f"names files outside its folder: {', '.join(map(quoted, odd[:5]))}" if odd else "has no weight_map"
+        raise CheckpointError(f"{index}: not the index of a checkpoint in several files: it {what}.")
+    assert table
+    names = sorted(set(table.values()))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index}: {', '.join(map(quoted, missing))} not there. Fetch all {len(names)} files.")
+    state, problems = {}, []
+    parts = [_read(index.parent / name) for name in names]
+    for name, part in zip(names, parts, strict=True):
+        for key, value in part.state.items():
+            if table.get(key) != name:
+                problems.append(f"{quoted(key)}: in {name}, but the index says {quoted(str(table.get(key)))}")
+            state[key] = value
+    problems += [f"{quoted(key)}: not in {quoted(name)}" for key, name in table.items() if key not in state]
+    if problems:
+        raise CheckpointError(tables.listed(f"{index}: the files do not go with the index:", problems))
+    return _Original(index, tuple(index.parent / n for n in names), parts[0].format, parts[0].container, state, {})
 
 
 def _is_plain(value: object) -> bool:
@@ -216,7 +314,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _family(original: _Original) -> tuple[Any, Layout]:
-    for family in FAMILIES.values():
+    for family in map(converter, FAMILIES):
         layout = family.recognise(original.state)
         if layout is not None:
             return family, layout
@@ -233,19 +331,25 @@ def _json(path: Path) -> Any:
         raise CheckpointError(f"{path}: not readable JSON ({e}). Mend it or move it away.") from None
 
 
-def _published(original: _Original, config: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _published(
+    original: _Original, config: str | Path | Mapping[str, Any] | None, others: tuple[str, ...]
+) -> Mapping[str, Any] | None:
     if isinstance(config, Mapping):
         return config
     beside = original.path.with_name("config.json")
     if config is not None or beside.exists():
-        found = _json(Path(config) if config is not None else beside)
-        if not isinstance(found, dict):
-            raise CheckpointError(
-                f"{config or beside}: a JSON object of hyper-parameters was expected. Mend or move it."
-            )
-        return found
+        main = Path(config) if config is not None else beside
+        found = _object(main)
+        return found | {Path(n).stem: _object(main.with_name(n)) for n in others if main.with_name(n).exists()}
     told = original.extras.get("hyper_parameters")
     told = told.state if isinstance(told, Placeholder) and told.name == "argparse.Namespace" else told
     if isinstance(told, dict) and all(isinstance(told.get(name), int) for name in ("d_model", "n_heads", "patch_len")):
         return {k: v for k, v in told.items() if isinstance(k, str)}
     return None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = _json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: a JSON object of hyper-parameters was expected. Mend or move it.")
+    return found

@@ -2,7 +2,7 @@
 
 python -m converters inspect SRC               what a checkpoint file is
 python -m converters import SRC DST            original file -> model folder
-python -m converters export SRC DST            model folder -> original file (.ckpt or .pth)
+python -m converters export SRC DST            model folder -> original file, or folder in the form of the hub
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("inspect", help="say what a checkpoint file or model folder is")
     take = commands.add_parser("import", help="original checkpoint file -> model folder")
-    give = commands.add_parser("export", help="model folder -> original checkpoint file (.ckpt or .pth)")
+    give = commands.add_parser(
+        "export", help="model folder -> original checkpoint file, or (DST without suffix) hub folder"
+    )
     for command in (look, take, give):
         command.add_argument("src", metavar="SRC")
     for command in (look, take):

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from converters.tables import same_bytes
 from converters.torch_files import quoted
 
 
@@ -38,7 +37,7 @@ class Layout:
             original = self._original(key)
             if original is None:
                 problems.append(f"{quoted(key)}: no rule matches (every other key starts with {quoted(self.prefix)})")
-            elif not _same(value, state.get(original)):
+            elif not same_bytes(value, state.get(original)):
                 problems.append(f"{quoted(key)}: differs from {quoted(original)}, of which it should be a copy")
             else:
                 copies[key] = f"the same tensor as {original}, byte for byte"
@@ -56,13 +55,3 @@ class Layout:
         for alias, target in self.aliases.items():
             out |= {self.outer + alias + k[len(target) :]: v for k, v in state.items() if k.startswith(target)}
         return out
-
-
-def _same(a: object, b: object) -> bool:
-    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
-        return False
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
-    )

@@ -6,6 +6,10 @@ A table is a sequence of rules, one line per kind of tensor:
     (r"decoder\\.attn_layers\\.(\\d+)\\.conv1\\.weight",  r"layer_\\1/up/kernel", conv1_kernel)
     (r".*\\.rotary_emb\\.inv_freq",                    DROP,                 "recomputed from rope_theta")
     (r"position_embedding\\.pe",                      BUFFER,               "fixed sinusoid table")
+    (r"(encoder|decoder)\\.embed_tokens\\.weight",     COPY,                 "shared.weight")
+    (r"layers\\.(\\d+)\\.experts\\.(\\d+)\\.up\\.weight", r"layer_\\1/experts/up/kernel[\\2]", TRANSPOSE)
+
+A target that ends with `[\\2]` is a slot: the tensors of many keys are one parameter, stacked along its first axis.
 
 Every key matches exactly one rule, every parameter is written exactly once, every shape agrees; whatever does not is
 listed in one error. Rules are literal text and groups, so the same table is read backwards to export.
@@ -27,6 +31,7 @@ from ltsm_jax import trees
 
 DROP = "(dropped)"  # a rule's target: the key is not used, for the reason that stands in the transform's place
 BUFFER = "(buffer)"  # a rule's target: not learned, kept as it is for the export
+COPY = "(copy)"  # the same tensor as the key in the place of the transform; stands in for it where that is missing
 
 _WIDENED = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))  # float32 holds every value of these
 _MAX_LINES = 200
@@ -34,11 +39,16 @@ _MAX_LINES = 200
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A named bijection between the original's layout and ours: `inverse(forward(x))` is `x`. Values never change."""
+    """A named bijection between the original's layout and ours: `inverse(forward(x))` is `x`. Values never change.
+
+    keep: the original tensor is kept for the export too, and may be float64: for tensors that are data and that we need
+    in float32.
+    """
 
     name: str
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
+    keep: bool = False
 
 
 SAME = Transform("same", lambda x: x, lambda x: x)
@@ -93,11 +103,16 @@ class Converted:
     params: dict[str, Any]
     buffers: dict[str, np.ndarray]
     dropped: dict[str, str]  # key -> reason, buffers included
+    copies: dict[str, str]  # key -> the key of which it is a copy
     dtypes: dict[str, str]  # key -> dtype in the file
 
 
+_SLOT = re.compile(r"^(?P<base>.*)\[(?P<slot>[^\]]*)\]$")
+
+
 def key_of(rules: Sequence[Rule], path: str) -> tuple[str, Transform] | None:
-    """The original's key of a parameter path, and the rule's transform: the table read backwards."""
+    """The original's key of a parameter path (a stacked one with its slot: "layer_0/up/kernel[3]"), and the rule's
+    transform: the table read backwards."""
     for pattern, target, transform in rules:
         if not isinstance(transform, Transform):
             continue
@@ -113,6 +128,23 @@ def key_of(rules: Sequence[Rule], path: str) -> tuple[str, Transform] | None:
             key = re.sub(r"\([^()]*\)", lambda _: match[f"g{next(numbered)}"], pattern)  # noqa: B023
             return key.replace(r"\.", "."), transform
     return None
+
+
+def _stacked(rules: Sequence[Rule]) -> list[re.Pattern]:
+    """Expressions of the parameter paths that are stacked from many keys."""
+    found = (_SLOT.match(target) for _, target, transform in rules if isinstance(transform, Transform))
+    return [re.compile(re.sub(r"\\\\\d", r"[^/]+", re.escape(m["base"]))) for m in found if m]
+
+
+def _slots(rules: Sequence[Rule], flat: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """What the table writes: path, or path with slot -> (path of the parameter, slot)."""
+    stacked, slots = _stacked(rules), {}
+    for path, leaf in flat.items():
+        if any(pattern.fullmatch(path) for pattern in stacked):
+            slots |= {f"{path}[{i}]": (path, i) for i in range(leaf.shape[0])}
+        else:
+            slots[path] = (path, None)
+    return slots
 
 
 def to_params(
@@ -139,7 +171,9 @@ def to_params(
     Raises: CheckpointError that lists every key without a rule (or with two), every parameter that is missing or
       written twice, every shape that differs, every tensor of another type, and every one with NaN or infinite values.
     """
-    wanted = {path: tuple(leaf.shape) for path, leaf in trees.flatten(shapes).items()}
+    leaves = trees.flatten(shapes)
+    slots = _slots(rules, leaves)
+    wanted = {name: tuple(leaves[path].shape[0 if slot is None else 1 :]) for name, (path, slot) in slots.items()}
     expected = {path: found[0] for path in wanted if (found := key_of(rules, path))}
     problems = list(problems)
     written: dict[str, str] = {}
@@ -147,9 +181,11 @@ def to_params(
     buffers: dict[str, np.ndarray] = {}
     dropped: dict[str, str] = {}
     dtypes: dict[str, str] = {}
+    copies: dict[str, str] = {}
     compiled = [(re.compile(pattern), target, transform) for pattern, target, transform in rules]
     free = sorted(set(expected.values()) - set(state))  # the likely meaning of a misspelt key
 
+    state = _without_copies(compiled, state, copies, problems)
     for key, value in state.items():
         hits = [(m, target, how) for pattern, target, how in compiled if (m := pattern.fullmatch(key))]
         if len(hits) != 1:
@@ -165,7 +201,8 @@ def to_params(
             kind = getattr(value, "name", type(value).__name__)
             problems.append(f"{quoted(key)}: not a tensor but {quoted(str(kind))}")
             continue
-        trouble = _unusable(value, allow_cast)
+        keep = isinstance(transform, Transform) and transform.keep
+        trouble = _unusable(value, allow_cast or keep)
         if trouble:
             problems.append(f"{quoted(key)}: {trouble}")
         dtypes[key] = value.dtype.name
@@ -173,6 +210,8 @@ def to_params(
             buffers[key] = np.array(value)
             dropped[key] = f"not a parameter: {transform}"
             continue
+        if keep:
+            buffers[key] = np.array(value)
         path = match.expand(target)
         if path in written:
             problems.append(f"{quoted(key)}: writes {path}, which {quoted(written[path])} has written already")
@@ -200,7 +239,45 @@ def to_params(
     ]
     if problems:
         raise CheckpointError(listed(f"{what}: the checkpoint does not fit:", problems))
-    return Converted(trees.unflatten({path: flat[path] for path in wanted}), buffers, dropped, dtypes)
+    params = {
+        path: flat[path] if path in wanted else np.stack([flat[f"{path}[{i}]"] for i in range(leaf.shape[0])])
+        for path, leaf in leaves.items()
+    }
+    dropped |= {key: f"the same tensor as {source}" for key, source in copies.items()}
+    return Converted(trees.unflatten(params), buffers, dropped, copies, dtypes)
+
+
+def _without_copies(
+    compiled: Sequence[tuple[re.Pattern, str, Transform | str]],
+    state: Mapping[str, Any],
+    copies: dict[str, str],
+    problems: list[str],
+) -> dict[str, Any]:
+    """The state dict without the keys that COPY rules name, which go to `copies`; one stands in for a missing source."""
+    rest = dict(state)
+    for pattern, target, source in compiled:
+        if target != COPY:
+            continue
+        for key in [k for k in state if pattern.fullmatch(k)]:
+            value = rest.pop(key)
+            source = pattern.fullmatch(key).expand(str(source))  # pyright: ignore[reportOptionalMemberAccess]
+            if source not in rest:
+                rest[source] = value
+            elif not same_bytes(value, rest[source]):
+                problems.append(f"{quoted(key)}: differs from {quoted(source)}, of which it should be a copy")
+            copies[key] = source
+    return rest
+
+
+def same_bytes(a: object, b: object) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bytes."""
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return False
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+    )
 
 
 def _unusable(value: np.ndarray, allow_cast: bool) -> str | None:
@@ -236,13 +313,14 @@ def to_state(
     state: dict[str, np.ndarray] = {}
     wider: list[str] = []
     unknown: list[str] = []
-    for path, leaf in trees.flatten(params).items():
-        found = key_of(rules, path)
+    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    for name, (path, slot) in _slots(rules, flat).items():
+        found = key_of(rules, name)
         if found is None:
-            unknown.append(path)
+            unknown.append(name)
             continue
         key, transform = found
-        array = np.array(transform.inverse(np.asarray(leaf)), order="C")
+        array = np.array(transform.inverse(flat[path] if slot is None else flat[path][slot]), order="C")
         dtype = np.dtype(dtypes if isinstance(dtypes, str) else dtypes.get(key, "float32"))
         if dtype != array.dtype:
             with np.errstate(all="ignore"):

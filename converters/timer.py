@@ -23,6 +23,7 @@ MODEL = Timer
 EMBED, TABLE = "patch_embedding.value_embedding.weight", "patch_embedding.position_embedding.pe"
 LAYER = r"decoder\.attn_layers\.(\d+)\."
 ALIASES = {"decoder.": "decoder.", "proj.": "proj.", "enc_embedding.": "patch_embedding."}  # outside `backbone.`
+SUFFIXES = {".ckpt": "lightning", ".pth": "state_dict"}
 DEFAULT_HEADS = 8  # of every published checkpoint; the number is not in the file
 HINTS = {r"/attn/": "check n_heads", r"/(up|down)/": "check d_ff", r"^(embed|head)/": "check patch_len and d_model"}
 _SIZES = ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")

@@ -558,6 +558,26 @@ def write_torch(path: str | os.PathLike, content: Any, *, overwrite: bool = Fals
         part.unlink(missing_ok=True)
 
 
+def write_safetensors(path: str | os.PathLike, state: Mapping[str, np.ndarray], *, overwrite: bool = False) -> None:
+    """Writes a safetensors file as the hub has it (metadata {"format": "pt"}), whole or not at all.
+
+    Raises: FileExistsError.
+    """
+    from safetensors.numpy import save_file
+
+    file = Path(path)
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
+    part = file.with_name(f".{file.name}.part{os.getpid()}")
+    try:
+        save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, part, metadata={"format": "pt"})
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _little_endian(array: np.ndarray) -> memoryview:
     plain = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return plain if sys.byteorder == "little" else _swapped(plain, array.dtype)

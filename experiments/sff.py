@@ -38,7 +38,7 @@ from rich.console import Console
 import ltsm_jax
 from experiments import report
 from experiments.report import cell_name
-from ltsm_jax import storage, trees
+from ltsm_jax import storage, training, trees
 from ltsm_jax.data import Splits, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
@@ -131,6 +131,7 @@ class Options:
 
     data: str = "ETTh1"
     model: str = "timer-tiny"
+    head: str | None = None
     methods: tuple[str, ...] = tuple(METHODS.split(","))
     alpha: tuple[float, ...] = (0.7,)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -163,7 +164,11 @@ def parse(argv: Sequence[str]) -> Options:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     flag = functools.partial(parser.add_argument, metavar="")
     flag("--data", help="benchmark name ($LTSM_DATA, cache or download) or a .csv, .csv.gz or .parquet file [ETTh1]")
-    flag("--model", help="shipped name, model folder, or original checkpoint file [timer-tiny]")
+    flag(
+        "--model",
+        help="shipped name, model folder, original checkpoint, or hub name owner/name[@revision] [timer-tiny]",
+    )
+    flag("--head", help="put a fresh, untrained head of this name on the model (Model.heads) [the checkpoint's own]")
     flag("--methods", help=f"of {','.join(STRATEGIES)} [{METHODS}]")
     flag("--alpha", help="weight(s) of the pretrained side, for sff and noise [0.7]")
     flag("--seeds", help="[0,1,2]")
@@ -264,6 +269,14 @@ def resolve(options: Options) -> Comparison:
     if loaded is None or series is None:
         raise UsageError("\n".join(problems))
     model, params = loaded
+    if options.head:
+        sizes = {} if options.horizon is None else {"horizon": options.horizon}
+        key = training.keys(min(options.seeds))["init"]
+        loaded = attempt(lambda: model.with_head(params, options.head or "", key, **sizes))
+    loaded = loaded and attempt(finetune.ready_for, *loaded, series)
+    if loaded is None:
+        raise UsageError("\n".join(problems))
+    model, params = loaded
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
     mode = options.mode or finetune.default_mode(model)
@@ -286,6 +299,7 @@ def resolve(options: Options) -> Comparison:
     settings = {
         "data": series.name,
         "model": Path(options.model).name if os.sep in options.model else options.model,
+        "head": options.head,
         "context": context,
         "horizon": horizon,
         "mode": mode,

@@ -18,7 +18,7 @@ from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.series import read_series
 from ltsm_jax.data.splits import Scaler, few_shot_indices
 from ltsm_jax.data.windows import windows_between
-from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, strategy
+from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, strategy, trainable_mask
 from ltsm_jax.models import Forecast, Model
 from ltsm_jax.tasks import forecasting
 
@@ -105,7 +105,7 @@ def run(
     seconds = 0.0
     for i, phase in enumerate(strategy.phases):
         changes = {name: getattr(phase, name) for name in ("epochs", "lr") if getattr(phase, name) is not None}
-        mask = trees.select(current, model.head) if phase.trainable == "head" else None
+        mask = trainable_mask(phase, model, current)
         # Partial: the reference weights reach the compiled step as arguments instead of as constants
         penalty = jax.tree_util.Partial(l2_sp_penalty, current, phase.l2_sp) if phase.l2_sp else None
         fitted = training.fit(
@@ -146,7 +146,8 @@ def _loss(model: Model, mode: Mode):
 def train_config(model: Model, **changes: Any) -> training.TrainConfig:
     """The model's own fine-tuning recipe as a `TrainConfig`, with `changes`."""
     recipe = model.recipe()
-    defaults = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "lr": recipe.lr, "schedule": recipe.schedule}
+    fields = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "clip")
+    defaults = {name: getattr(recipe, name) for name in fields}
     return training.TrainConfig(**(defaults | changes))
 
 
@@ -212,6 +213,7 @@ class Fitted:
       difference: mean of (tuned - zero-shot) MSE over the same validation windows; below zero is a gain.
       interval: about 95 % around it, from means over blocks of windows that share no target; NaN under two blocks.
       result: the whole run (`result.params` are the tuned weights in any case). splits: what it ran on.
+      model: what `params` belong to: the model given to `fit`, made ready for the data where it needed that.
     """
 
     params: Params
@@ -222,6 +224,7 @@ class Fitted:
     interval: tuple[float, float]
     result: Result
     splits: Splits
+    model: Model
 
     def __str__(self) -> str:
         before, after = self.zero_shot["mse"], self.tuned["mse"]
@@ -281,6 +284,7 @@ def fit(
         splits = data
     else:
         series = as_series(data, target=target)
+        model, params = ready_for(model, params, series, seed)
         joint = model.variates == "joint"
         lengths = context_len or model.recipe().context_len, horizon or model.recipe().horizon
         splits = prepare(series, *lengths, few_shot=few_shot, joint=joint)
@@ -294,7 +298,7 @@ def fit(
     if result.warnings:
         python_warnings.warn("; ".join(result.warnings), stacklevel=2)
     kept, best = ("tuned", result.params) if won else ("zero_shot", params)
-    return Fitted(best, kept, zero_shot, tuned, difference, interval, result, splits)
+    return Fitted(best, kept, zero_shot, tuned, difference, interval, result, splits, model)
 
 
 def forecast(
@@ -316,6 +320,7 @@ def forecast(
     Example: `ltsm_jax.forecast(model, params, "sales.csv", 48)`
     """
     series = as_series(data, **read)
+    model, params = ready_for(model, params, series)
     scaler = Scaler.fit(series.values)
     context_1CL = scaler.transform(series.values)[None, :, -model.context_len :].astype(np.float32)
     found = _predict(model, params, context_1CL, horizon)
@@ -332,6 +337,13 @@ def forecast(
 @functools.partial(jax.jit, static_argnames=("model", "horizon"))
 def _predict(model: Model, params: Params, context: jax.Array, horizon: int) -> Forecast:
     return model.predict(params, context, horizon)
+
+
+def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tuple[Model, Params]:
+    """`Model.for_series` with the facts of `series`; what a checkpoint lacks is drawn from the seed's `init` key."""
+    return model.for_series(
+        params, n_variates=series.n_variates, freq=series.freq, name=series.name, key=training.keys(seed)["init"]
+    )
 
 
 def as_series(data: str | Path | pd.DataFrame | Series, **read: Any) -> Series:

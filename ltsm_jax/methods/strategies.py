@@ -13,6 +13,7 @@ difference between two of these small values.
 | lpff      | the same                                   | head, then all   | LP-FT, arXiv 2202.10054 |
 | l2sp      | pretrained                                 | all, pulled back | L2-SP, arXiv 1802.01483 |
 | noise     | alpha * pretrained + (1 - alpha) * noise   | all              | control for sff |
+| recipe    | pretrained                                 | as the recipe of the model says | `Model.recipe` |
 """
 
 import dataclasses
@@ -57,12 +58,13 @@ class Phase:
     """One stretch of training with a fresh optimiser and its own best-validation tracking.
 
     Attributes:
-      trainable: "all", or "head" (what the model family declares as its head; the rest is frozen, dropout stays on).
+      trainable: "all", "head" (what the model family declares as its head; the rest is frozen, dropout stays on) or
+        "recipe" (what the family's fine-tuning recipe trains).
       epochs, lr: in place of the run's; None keeps the run's.
       l2_sp: weight w of the penalty w/2 * |params - start|^2 added to the loss; 0 for none.
     """
 
-    trainable: Literal["all", "head"] = "all"
+    trainable: Literal["all", "head", "recipe"] = "all"
     epochs: int | None = None
     lr: float | None = None
     l2_sp: float = 0.0
@@ -141,8 +143,13 @@ def noise(alpha: float = 0.7) -> Strategy:
     return Strategy("noise", NoiseInterpolated(alpha))
 
 
+def recipe() -> Strategy:
+    """The family's own recipe: from the checkpoint, only the leaves that `Model.recipe().trainable` names."""
+    return Strategy("recipe", phases=(Phase("recipe"),))
+
+
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    f.__name__: f for f in (zero_shot, ff, tfs, sff, lp, lpff, l2sp, noise)
+    f.__name__: f for f in (zero_shot, ff, tfs, sff, lp, lpff, l2sp, noise, recipe)
 }
 MIXED = ("sff", "noise")  # those that take an alpha
 
@@ -183,6 +190,8 @@ def start_params(strategy: Strategy, model: Any, params: Params, aux_key: jax.Ar
     if isinstance(start, Pretrained) and not strategy.reinit_head:
         return params
     aux = jax.tree.map(_placed_like, model.init(aux_key), params)
+    if model.fixed:
+        aux = jax.tree.map(lambda keep, old, new: old if keep else new, trees.select(params, model.fixed), params, aux)
     match start:
         case Random():
             mixed = aux
@@ -190,7 +199,8 @@ def start_params(strategy: Strategy, model: Any, params: Params, aux_key: jax.Ar
             mixed = trees.interpolate(params, aux, alpha)
         case NoiseInterpolated(alpha):
             # fold_in: the noise must not be the bits that drew `aux`.
-            mixed = trees.interpolate(params, equal_norm_noise(jax.random.fold_in(aux_key, 1), aux), alpha)
+            noisy = equal_norm_noise(jax.random.fold_in(aux_key, 1), aux)
+            mixed = trees.interpolate(params, noisy, alpha, skip=model.fixed)
         case _:
             mixed = params
     if not strategy.reinit_head:
@@ -216,6 +226,17 @@ def equal_norm_noise(key: jax.Array, params: Params) -> Params:
     return treedef.unflatten(
         [draw(k, leaf) for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)]
     )
+
+
+def trainable_mask(phase: Phase, model: Any, params: Params) -> Params | None:
+    """Tree of booleans: what `phase` trains; None where that is everything. Leaves the family fixes never train."""
+    pattern = {"all": None, "head": model.head, "recipe": model.recipe().trainable}[phase.trainable]
+    if pattern is None and not model.fixed:
+        return None
+    chosen = trees.select(params, pattern)
+    if not model.fixed:
+        return chosen
+    return jax.tree.map(lambda train, keep: train and not keep, chosen, trees.select(params, model.fixed))
 
 
 def l2_sp_penalty(reference: Params, weight: float, params: Params) -> jax.Array:

@@ -7,6 +7,7 @@ P patch length, D model width, H heads, K head width, F feed-forward width, S ke
 
 import abc
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 from ltsm_jax.trees import Tree, traced
 
 Batch = Mapping[str, jax.Array]
-"""One batch: `context` [B, C, L], `target` [B, C, H] and, in a partial batch, `weight` [B] (0 for padding rows)."""
+"""One batch: `context` [B, C, L], `target` [B, C, H] (NaN = missing) and, in a partial batch, `weight` [B] (0 for
+padding rows)."""
 
-Task = Literal["forecasting", "imputation", "anomaly"]
+Task = Literal["forecasting", "imputation", "anomaly", "classification", "embedding"]
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +41,10 @@ class Forecast:
 class Recipe:
     """Fine-tuning defaults of one preset. Good learning rates differ by orders of magnitude between models.
 
-    lr, batch_size (windows), epochs, schedule: as in `training.TrainConfig`. context_len, horizon: time steps.
-    loss: "own" (the family's training loss) or "point" (MSE of the point forecast). source: where the numbers are from.
+    lr, batch_size (windows), epochs, schedule, weight_decay, clip: as in `training.TrainConfig`. context_len, horizon:
+    time steps. loss: "own" (the family's training loss) or "point" (MSE of the point forecast). source: where the
+    numbers are from. trainable: regular expression of the leaves that the source trains; None: all. It is what the
+    strategy "recipe" trains; the other strategies say themselves what they train.
     """
 
     lr: float
@@ -51,6 +55,9 @@ class Recipe:
     horizon: int
     loss: Literal["own", "point"]
     source: str
+    weight_decay: float = 0.0
+    clip: float | None = None
+    trainable: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +72,9 @@ class Model(abc.ABC):
     family: ClassVar[str]
     head: ClassVar[str]  # regular expression: the leaves that linear probing trains
     tasks: ClassVar[tuple[Task, ...]]
-    variates: ClassVar[Literal["independent", "joint"]]
     licence: ClassVar[str]  # of the published weights
+    heads: ClassVar[tuple[str, ...]] = ()  # heads that `with_head` can put on
+    fixed: ClassVar[str | None] = None  # regular expression: leaves that are data, never trained and never mixed
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]
     ]  # regex of the path -> mesh axis per dimension
@@ -75,7 +83,12 @@ class Model(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def presets(cls) -> Mapping[str, Any]:
-        """Config by published name (checkpoint file stem or hub name)."""
+        """Config by published name: checkpoint file stem, or hub name "owner/name" or "owner/name@revision"."""
+
+    @classmethod
+    @abc.abstractmethod
+    def small(cls) -> Any:
+        """A config of a few thousand parameters with every part of the architecture, for tests and smoke runs."""
 
     @classmethod
     @abc.abstractmethod
@@ -87,6 +100,11 @@ class Model(abc.ABC):
         return dataclasses.asdict(self.config)
 
     @property
+    def variates(self) -> Literal["independent", "joint"]:
+        """Whether one window holds one variate, or all of them because the model lets them see each other."""
+        return "independent"
+
+    @property
     @abc.abstractmethod
     def context_len(self) -> int:
         """L, the context length the model was trained with, in time steps."""
@@ -95,6 +113,11 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def horizon(self) -> int:
         """Time steps of one forecast step; longer horizons are rolled out."""
+
+    @property
+    def eval_batch(self) -> int:
+        """Windows of one forward pass in evaluation: what fits into a few GB. Changes the speed, not the value."""
+        return 2048
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> Tree:
@@ -110,7 +133,47 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
-        """Forecast `horizon` steps after `context` [B, C, T]; any T >= 1, NaN = missing. In units of the context."""
+        """Forecast `horizon` steps after `context` [B, C, T]; any T >= 1, NaN = missing. In units of the context.
+
+        A row's forecast does not depend on the other rows of the batch. Models that sample draw from `row_keys(key,
+        context)`; without a key the draws are the same each time.
+        """
+
+    def for_series(
+        self,
+        params: Tree,
+        *,
+        n_variates: int,
+        freq: str | None = None,
+        name: str | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple["Model", Tree]:
+        """The model made ready for one data set: (model, params), the same two for most families.
+
+        Families with frequency classes, tokens per data set or layers per variate put them in here; a model that is
+        ready for the data set already comes back as it is.
+
+        Args:
+          n_variates: C. freq: step of the series as pandas writes it ("h", "15min"), None where unknown.
+          name: of the data set. key: draws what the checkpoint has not got.
+        Raises: ValueError for a frequency that the family needs and does not know.
+        """
+        return self, params
+
+    def with_head(self, params: Tree, head: str, key: jax.Array, **sizes: Any) -> tuple["Model", Tree]:
+        """The same body under a fresh, untrained head: (model, params). sizes: horizon=..., or n_classes=....
+
+        Raises: ValueError for a head that is not in `heads`.
+        """
+        raise ValueError(f"{self.family} has no exchangeable heads")
+
+    def embed(self, params: Tree, context: jax.Array) -> jax.Array:
+        """Embedding [B, D] (or what the family documents) of `context` [B, C, T]."""
+        raise ValueError(f"{self.family} does not do embedding")
+
+    def classify(self, params: Tree, x: jax.Array, key=None, train=False) -> jax.Array:
+        """Logits [B, classes] of `x` [B, C, T]."""
+        raise ValueError(f"{self.family} does not do classification")
 
     def impute(self, params: Tree, x: jax.Array, observed: jax.Array, key=None, train=False, ims=True) -> jax.Array:
         """Reconstruction [B, C, T] of a series of which only `observed` [B, C, T] points are known."""
@@ -128,6 +191,39 @@ class Model(abc.ABC):
         """Raises: ValueError when the family has no such task."""
         if task not in self.tasks:
             raise ValueError(f"{self.family} does {', '.join(self.tasks)}, not {task}")
+
+
+def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
+    """A config dataclass from what `dataclasses.asdict` and JSON made of it: lists are tuples again, at any depth, and
+    fields that are dataclasses are built. The inverse of `Model.config_to_dict`.
+
+    Raises: TypeError for a field that the class does not have; ValueError from the class.
+    """
+    types = typing.get_type_hints(cls)
+
+    def value(name: str, x: Any) -> Any:
+        kind = types.get(name)
+        if dataclasses.is_dataclass(kind) and isinstance(x, Mapping):
+            return config_from_json(typing.cast(type, kind), x)
+        return _tuples(x)
+
+    return cls(**{name: value(name, x) for name, x in fields.items()})
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else x
+
+
+def row_keys(key: jax.Array | None, context: jax.Array) -> jax.Array:
+    """A key for each row of `context` [B, ...], a function of `key` and the row's own bits: keys [B].
+
+    Draws made with it do not depend on where in which batch a row stands. key None: a fixed key.
+    """
+    key = jax.random.key(0) if key is None else key
+    bits_BT = jax.lax.bitcast_convert_type(context.astype(jnp.float32), jnp.uint32).reshape(context.shape[0], -1)
+    odd_T = 2 * jnp.arange(bits_BT.shape[1], dtype=jnp.uint32) + 1
+    hash_B = (bits_BT * odd_T[None] * jnp.uint32(2654435761)).sum(1, dtype=jnp.uint32)
+    return jax.vmap(lambda h: jax.random.fold_in(key, h))(hash_B)
 
 
 def mean_over_rows(error: jax.Array, batch: Batch) -> jax.Array:

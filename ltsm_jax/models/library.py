@@ -72,7 +72,7 @@ def load(source: str | Path) -> tuple[Model, trees.Tree]:
       CheckpointError) for files that are damaged or do not fit the model.
     """
     path = _cached(str(source)) or Path(source)
-    if path.is_file() or (path.is_dir() and not (path / PARAMS).exists() and _originals(path)):
+    if path.is_file() or (path.is_dir() and not (path / PARAMS).exists() and originals(path)):
         from converters import import_checkpoint  # the one call upwards: an original file, converted in memory
 
         model, params, *_ = import_checkpoint(path)
@@ -84,7 +84,7 @@ def load(source: str | Path) -> tuple[Model, trees.Tree]:
     return model, storage.load_tree(folder / PARAMS, like=shapes(model))
 
 
-def _originals(folder: Path) -> list[Path]:
+def originals(folder: Path) -> list[Path]:
     """Checkpoint files of an original program in a folder."""
     return sorted(p for p in folder.iterdir() if p.suffix in ORIGINALS and p.name != BUFFERS)
 

@@ -17,8 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task, check_context, fill_missing, mean_over_rows
-from ltsm_jax.trees import Tree, flatten, unflatten
+from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Model,
+    Recipe,
+    Task,
+    check_context,
+    config_from_json,
+    fill_missing,
+    mean_over_rows,
+)
+from ltsm_jax.trees import Tree, flatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
 TABLE_LEN = 5000  # rows of the original's position table: the longest sequence it can take, in patches
@@ -116,25 +128,6 @@ def sinusoids(n: int, d_model: int) -> np.ndarray:
     return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(n, d_model).astype(np.float32)
 
 
-class Linear(nn.Module):
-    """`x @ kernel + bias` over the last axes of `inputs` shape, giving `outputs` shape. Drawn by `Timer.init`."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs))
-        # one product of two matrices, whatever the batch and head axes: XLA's CPU code takes less than half the time of
-        # the backward pass of a product with two batch axes
-        n = math.prod(self.inputs)
-        y = x.reshape(-1, n) @ kernel.reshape(n, -1)
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, self.outputs).reshape(1, -1)
-        return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
-
-
 class Attention(nn.Module):
     """Causal self-attention [B, N, D] -> [B, N, D], and its weights [B, H, N, S]."""
 
@@ -210,7 +203,6 @@ class Timer(Model):
     family = "timer"
     head = r"^head/"
     tasks = ("forecasting", "imputation", "anomaly")
-    variates = "independent"
     licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
@@ -231,8 +223,11 @@ class Timer(Model):
 
     @classmethod
     def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerConfig:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return TimerConfig(**values)
+        return config_from_json(TimerConfig, fields)
+
+    @classmethod
+    def small(cls) -> TimerConfig:
+        return TimerConfig.of(8, 16, 24, 2, 2, context_len=32, horizon=8)
 
     @property
     def context_len(self) -> int:
@@ -245,24 +240,18 @@ class Timer(Model):
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear layers; norms 1, 0."""
         patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
-        shapes = flatten(jax.eval_shape(TimerNet(self.config).init, key, patch_11P)["params"])
-        bounds = {}
-        for path in shapes:
+        shapes = jax.eval_shape(TimerNet(self.config).init, key, patch_11P)["params"]
+        flat = flatten(shapes)
+
+        def rule(path, shape):
             layer = path.rsplit("/", 1)[0]
-            kernel = shapes.get(f"{layer}/kernel")
-            if kernel is not None:
-                inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-                bounds[path] = math.prod(inputs) ** -0.5
-        # one draw for all: a generator compiled once and not once per parameter, which takes half a minute
-        draw = jax.random.uniform(key, (sum(shapes[path].size for path in bounds),), minval=-1.0)
-        params, used = {}, 0
-        for path, leaf in shapes.items():
-            if path in bounds:
-                params[path] = bounds[path] * draw[used : used + leaf.size].reshape(leaf.shape)
-                used += leaf.size
-            else:
-                params[path] = jnp.full(leaf.shape, float(path.endswith("/scale")))
-        return unflatten(params)
+            kernel = flat.get(f"{layer}/kernel")
+            if kernel is None:
+                return Constant(float(path.endswith("/scale")))
+            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
+            return Uniform(math.prod(inputs) ** -0.5)
+
+        return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
         if self.config == PRESETS["timer-tiny"]:

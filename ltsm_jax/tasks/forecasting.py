@@ -18,6 +18,9 @@ from ltsm_jax.trees import Tree
 class Predictor(Protocol):
     """Anything that forecasts: a `Model` or a baseline. Must be hashable; it is static under jit."""
 
+    @property
+    def eval_batch(self) -> int: ...
+
     def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast: ...
 
 
@@ -26,6 +29,7 @@ class SeasonalNaive:
     """Baseline: the last `season` observed steps, over and over; season 1 repeats the last value."""
 
     season: int = 1
+    eval_batch: int = 2048
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
         season = min(self.season, context.shape[-1])
@@ -77,11 +81,13 @@ def _batch_errors(predictor: Predictor, params: Tree, windows: Windows, indices:
     }
 
 
-def errors(predictor: Predictor, params: Tree, windows: Windows, *, batch_size: int = 2048) -> Errors:
+def errors(predictor: Predictor, params: Tree, windows: Windows, *, batch_size: int | None = None) -> Errors:
     """Errors of every window, none dropped, forecast on device in batches.
 
     The last batch is filled up with repeated windows, whose errors are cut off again: one compilation serves all.
+    batch_size: windows per forward pass; None: the predictor's `eval_batch`.
     """
+    batch_size = batch_size or predictor.eval_batch
     sums = in_batches(lambda indices: _batch_errors(predictor, params, windows, indices), windows.n, batch_size)
     shape = sums["squared"].shape
     rows = np.arange(shape[1])[None] if windows.joint else np.asarray(windows.rows)[:, None]
@@ -120,7 +126,7 @@ def evaluate(
     params: Tree,
     windows: Windows,
     *,
-    batch_size: int = 2048,
+    batch_size: int | None = None,
     naive_scale: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Score of a split: mse, mae, rmse, mape, (mase), and the number of windows scored (one per variate).
@@ -129,7 +135,7 @@ def evaluate(
       predictor: a model or a baseline.
       params: its parameters; `{}` for a baseline.
       windows: the split. Horizons past the model's own are rolled out.
-      batch_size: windows per forward pass; changes the speed, not the value.
+      batch_size: windows per forward pass; changes the speed, not the value. None: the predictor's `eval_batch`.
       naive_scale: see `summarise`.
     Raises: ValueError when there is no window.
     """

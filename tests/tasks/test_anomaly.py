@@ -22,7 +22,9 @@ class Zero(Model):
     config: int = 0
     family: ClassVar[str] = "zero"
     tasks: ClassVar[tuple] = ("anomaly",)
-    presets = config_from_dict = init = loss = predict = recipe = context_len = horizon = None  # no part in the task
+    presets = small = config_from_dict = init = loss = predict = recipe = context_len = horizon = (
+        None  # no part in the task
+    )
 
     def reconstruct(self, params, x, key=None, train=False, ims=True):
         return params["peek"] * (x[..., P:] if ims else x)

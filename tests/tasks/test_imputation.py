@@ -26,7 +26,9 @@ class Constant(Model):
     config: Sizes = Sizes()
     family: ClassVar[str] = "constant"
     tasks: ClassVar[tuple] = ("imputation",)
-    presets = config_from_dict = init = loss = predict = recipe = context_len = horizon = None  # no part in the task
+    presets = small = config_from_dict = init = loss = predict = recipe = context_len = horizon = (
+        None  # no part in the task
+    )
 
     def impute(self, params, x, observed, key=None, train=False, ims=True):
         assert x.shape == observed.shape

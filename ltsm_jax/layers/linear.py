@@ -1,0 +1,28 @@
+"""Linear layers as products of two plain matrices."""
+
+import math
+
+import flax.linen as nn
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` over the last axes of `inputs` shape, giving `outputs` shape.
+
+    kernel [*inputs, *outputs], bias [*outputs]: with heads as axes of their own, a pruned head is a shorter axis. The
+    values come from the family's `init`; here they are zeros of the right shape.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs)).astype(x.dtype)
+        # one product of two matrices, whatever the batch and head axes: XLA's CPU code takes less than half the time of
+        # the backward pass of a product with two batch axes
+        n = math.prod(self.inputs)
+        y = x.reshape(-1, n) @ kernel.reshape(n, -1)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype).reshape(1, -1)
+        return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
