@@ -1,0 +1,119 @@
+"""How long until the first forecast, and how many windows a second after?  Every family at a published size.
+
+Run:    python -m experiments.benchmarks.first_forecast [--families timer,ttm] [--batch 8]
+Shows:  first: seconds from the start of a fresh process to the first forecast of one window (imports, compilation,
+        forward pass; not the drawing of the random weights, on which the time does not depend); then windows a second
+        at the batch size, best of 5 after compilation. Context and horizon are those of the family's recipe; the preset
+        is the family's smallest published one, or what --presets names. Each family runs in a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+STARTED = time.perf_counter()
+
+
+def one(name: str, batch: int) -> dict:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import ltsm_jax
+    from ltsm_jax import trees
+
+    model = ltsm_jax.preset(name)
+    before = time.perf_counter()
+    params = jax.block_until_ready(jax.jit(model.init)(jax.random.key(0)))
+    drawing = time.perf_counter() - before
+    model, params = model.for_series(params, n_variates=1, freq="h", name="made up", key=jax.random.key(1))
+    recipe = model.recipe()
+    t = np.arange(recipe.context_len)
+    x = jnp.asarray(
+        np.sin(2 * np.pi * t / 24)[None, None] + 0.1 * np.random.default_rng(0).normal(size=(batch, 1, t.size))
+    )
+
+    def predict(p, x):
+        return model.predict(p, x, recipe.horizon).point
+
+    predict = jax.jit(predict)
+    jax.block_until_ready(predict(params, x[:1]))
+    first = time.perf_counter() - STARTED - drawing
+    jax.block_until_ready(predict(params, x))
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        jax.block_until_ready(predict(params, x))
+        seconds.append(time.perf_counter() - began)
+    return {
+        "family": model.family,
+        "preset": name,
+        "parameters": trees.count(params),
+        "context": recipe.context_len,
+        "horizon": recipe.horizon,
+        "first": round(first, 1),
+        "windows_per_second": float(f"{batch / min(seconds):.3g}"),
+    }
+
+
+def smallest(family: str) -> str:
+    """The family's published preset with the fewest parameters."""
+    from ltsm_jax import trees
+    from ltsm_jax.models import FAMILIES, library
+
+    cls = FAMILIES[family]
+    counts = {
+        name: trees.count(library.shapes(cls(config)))
+        for name, config in cls.presets().items()
+        if name not in library.shipped()
+    }
+    forecasting = {n: c for n, c in counts.items() if "imputation" not in n and "anomaly" not in n} or counts
+    return min(forecasting, key=forecasting.__getitem__)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=None, help="[all]")
+    parser.add_argument("--presets", default=None, help="instead of the smallest of each family")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(args.one, args.batch)))
+        return
+    if args.presets:
+        names = args.presets.split(",")
+    else:
+        from ltsm_jax.models import FAMILIES
+
+        names = [smallest(family) for family in (args.families.split(",") if args.families else FAMILIES)]
+    print(
+        f"| family | preset | parameters | context -> horizon | first forecast, s | windows/s at batch {args.batch} |"
+    )
+    print("| --- | --- | ---: | --- | ---: | ---: |")
+    for name in names:
+        call = [
+            sys.executable,
+            "-m",
+            "experiments.benchmarks.first_forecast",
+            "--one",
+            name,
+            "--batch",
+            str(args.batch),
+        ]
+        done = subprocess.run(call, capture_output=True, text=True)
+        if done.returncode:
+            print(f"| | `{name}` | failed: {done.stderr.strip().splitlines()[-1]} | | | |")
+            continue
+        r = json.loads(done.stdout.strip().splitlines()[-1])
+        print(
+            f"| `{r['family']}` | `{r['preset']}` | {r['parameters'] / 1e6:.1f}M | {r['context']} -> {r['horizon']} "
+            f"| {r['first']:.1f} | {r['windows_per_second']:g} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Every family through the comparison of methods, at its small random size."""
+
+import pandas as pd
+import pytest
+
+from experiments import all_families, demo
+from ltsm_jax.methods.strategies import STRATEGIES
+from ltsm_jax.models import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return str(demo.generated(tmp_path_factory.mktemp("data")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_family_goes_through_every_method(family, table, tmp_path, capfd):
+    assert all_families.main(["--data", table, "--families", family, "--out", str(tmp_path / "out")]) == 0
+    rows = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert set(rows["method"]) == set(STRATEGIES)
+    assert rows[["val_mse", "test_mse"]].notna().all(axis=None)
+    assert f"1 of 1 families went through {len(STRATEGIES)} methods" in capfd.readouterr().out
+
+
+def test_unknown_families_are_refused_with_a_hint(capfd):
+    assert all_families.main(["--families", "timr"]) == 2
+    assert "did you mean timer?" in capfd.readouterr().err
+
+
+def test_a_failing_family_is_named_and_gives_exit_code_1(table, tmp_path, capfd):
+    out = ["--out", str(tmp_path / "out")]
+    assert all_families.main(["--data", table, "--families", "timer", "--methods", "no_such", *out]) == 1
+    assert "FAILED timer" in capfd.readouterr().err
