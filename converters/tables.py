@@ -253,7 +253,7 @@ def _without_copies(
     copies: dict[str, str],
     problems: list[str],
 ) -> dict[str, Any]:
-    """The state dict without the keys that COPY rules name, which go to `copies`; one stands in for a missing source."""
+    """The state dict without the keys of COPY rules, which go to `copies`; one stands in for a missing source."""
     rest = dict(state)
     for pattern, target, source in compiled:
         if target != COPY:
