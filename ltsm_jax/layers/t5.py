@@ -1,0 +1,304 @@
+"""The encoder and decoder stacks of T5, of which three families are made.
+
+Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (arXiv 1910.10683);
+T5 1.1 for the gated feed-forward. Against other Transformers: RMSNorm before each sub-layer, no biases in the linears,
+attention scores not divided by sqrt(K), a learned bias on the distance between query and key, head widths that need
+not multiply to the model width.
+
+Parameters of a stack called `encoder` or `decoder`, i = 0, 1, ...:
+
+    encoder/relative_bias                  [buckets, heads]: one table a stack (the original keeps it in block 0)
+    encoder/layer_{i}/norm1/scale          [D]
+    encoder/layer_{i}/attn/{q,k,v}/kernel  [D, H, K]
+    encoder/layer_{i}/attn/out/kernel      [H, K, D]
+    encoder/layer_{i}/norm2/scale          [D]
+    encoder/layer_{i}/up/kernel            [D, F]     `wi`, or `wi_1` where there is a gate
+    encoder/layer_{i}/gate/kernel          [D, F]     `wi_0`, the one that goes through the activation
+    encoder/layer_{i}/down/kernel          [F, D]     `wo`
+    encoder/norm/scale                     [D]
+    decoder/...                            the same with layer_{i}/cross/{q,k,v,out}/kernel after norm2, and norm3
+                                           before the feed-forward
+
+`SHARD_RULES`, `PRUNABLE` and `initial` go with these names; `converters.t5_stack` has the key table.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.initial import Constant, Distribution, Normal
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.norm import RMSNorm
+
+Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
+
+SHARD_RULES = (
+    (r"/(attn|cross)/[qkv]/kernel$", ("fsdp", "tensor", None)),
+    (r"/(attn|cross)/out/kernel$", ("tensor", None, "fsdp")),
+    (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
+    (r"/down/kernel$", ("tensor", "fsdp")),
+    (r"/relative_bias$", ()),
+    (r"/norm\d?/scale$", ()),
+)
+PRUNABLE = (
+    (r"^(encoder|decoder)/layer_\d+/(attn|cross)$", "heads"),
+    (r"^(encoder|decoder)/layer_\d+/(up|gate|down)$", "ffn units"),
+)
+
+Cache = Mapping[str, Any]
+"""Keys and values of a decoder's layers: {"layer_0": {"k", "v", "cross_k", "cross_v"}}, each [B, H, S, K]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """Sizes of one stack.
+
+    d_model D, head_dim K, n_heads H and ffn_dims F of each layer. cross_heads: heads of each layer's attention to the
+    encoder; () makes the stack an encoder. bias_columns: for each layer, which columns of the relative-bias table its
+    heads use, for layers that lost heads; () where all layers use all columns. n_buckets, max_distance (in tokens): of
+    the relative bias.
+    """
+
+    d_model: int
+    head_dim: int
+    n_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    cross_heads: tuple[int, ...] = ()
+    bias_columns: tuple[tuple[int, ...], ...] = ()
+    n_buckets: int = 32
+    max_distance: int = 128
+    activation: Activation = "relu"
+    gated: bool = False
+    eps: float = 1e-6
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        problems = []
+        layers = len(self.ffn_dims)
+        if not layers or len(self.n_heads) != layers or len(self.cross_heads) not in (0, layers):
+            problems.append(
+                f"n_heads {self.n_heads}, ffn_dims {self.ffn_dims} and cross_heads {self.cross_heads} (or none) must "
+                "name the same layers, at least one"
+            )
+        if min(self.d_model, self.head_dim) < 1 or min(0, *self.n_heads, *self.ffn_dims, *self.cross_heads) < 0:
+            problems.append("every size must be positive")
+        if not self.bias_columns:
+            if len(set(self.n_heads)) > 1:
+                problems.append(f"layers with {self.n_heads} heads share one bias table: bias_columns must say how")
+        elif tuple(map(len, self.bias_columns)) != self.n_heads or min(0, *sum(self.bias_columns, ())) < 0:
+            problems.append(f"bias_columns {self.bias_columns} must name one column a head, {self.n_heads}")
+        exact = self.n_buckets // (2 if self.is_decoder else 4)
+        if exact < 1 or self.max_distance <= exact:
+            problems.append(
+                f"{self.n_buckets} buckets have {exact} exact distances a side; there must be one, and max_distance "
+                f"({self.max_distance}) must lie beyond"
+            )
+        if self.activation not in ("relu", "gelu", "gelu_new") or not 0 <= self.dropout < 1 or not self.eps >= 0:
+            problems.append(
+                f"activation must be relu, gelu or gelu_new, dropout in [0, 1), eps not negative: {self.activation}, "
+                f"{self.dropout}, {self.eps}"
+            )
+        if problems:
+            raise ValueError("T5 stack: " + "; ".join(problems))
+
+    @property
+    def is_decoder(self) -> bool:
+        return bool(self.cross_heads)
+
+    @property
+    def bias_heads(self) -> int:
+        """Columns of the relative-bias table."""
+        return max(sum(self.bias_columns, ()), default=-1) + 1 if self.bias_columns else self.n_heads[0]
+
+
+def relative_buckets(relative: np.ndarray, *, bidirectional: bool, n_buckets: int, max_distance: int) -> np.ndarray:
+    """Bucket of each distance `key position - query position`: int32, of the shape of `relative`.
+
+    Near distances have buckets of their own, farther ones share them on a logarithmic scale up to `max_distance`.
+    bidirectional: half of the buckets for keys after the query; otherwise these fall into the bucket of distance 0.
+    The scale is computed in float32 in the original's order of operations: its rounding decides some distances.
+    """
+    relative = np.asarray(relative)
+    if bidirectional:
+        n_buckets //= 2
+        base, distance = np.where(relative > 0, n_buckets, 0), np.abs(relative)
+    else:
+        base, distance = 0, np.maximum(-relative, 0)
+    exact = n_buckets // 2
+    ratio = np.maximum(distance, exact).astype(np.float32) / np.float32(exact)
+    # the logarithm rounded once: NumPy's own in float32 may be off by one place where the bucket changes
+    log = np.log(ratio.astype(np.float64)).astype(np.float32)
+    far = exact + (log / np.float32(math.log(max_distance / exact)) * np.float32(n_buckets - exact)).astype(np.int64)
+    return (base + np.where(distance < exact, distance, np.minimum(far, n_buckets - 1))).astype(np.int32)
+
+
+def position_bias(
+    table: jax.Array, n: int, s: int, *, bidirectional: bool, max_distance: int, start: jax.Array | None = None
+) -> jax.Array:
+    """The bias [H, N, S] that the scores of N queries and S keys get, keys at positions 0, 1, ....
+
+    table: [buckets, H]. start: position of the first query, below s; None is 0.
+    """
+    earliest = 0 if start is None else s - 1
+    buckets = relative_buckets(
+        np.arange(1 - n - earliest, s),
+        bidirectional=bidirectional,
+        n_buckets=table.shape[0],
+        max_distance=max_distance,
+    )
+    b_HR = table[buckets].T  # of each distance
+    if start is not None:
+        b_HR = jax.lax.dynamic_slice_in_dim(b_HR, s - 1 - start, n + s - 1, axis=1)
+    # [i, j] = b[j - i] by laying rows of n + s distances one place short beside each other. A gather of [N, S, H] would
+    # do, but its gradient is a scatter, which takes longer than the rest of the attention.
+    b_HR = jnp.concatenate([b_HR[:, n - 1 :], b_HR[:, :1], b_HR[:, : n - 1]], axis=1)
+    h = b_HR.shape[0]
+    rows = jnp.broadcast_to(b_HR[:, None], (h, n, n + s)).reshape(h, n * (n + s))
+    return rows[:, : n * (n + s - 1)].reshape(h, n, n + s - 1)[..., :s]
+
+
+def hidden(mask: jax.Array) -> jax.Array:
+    """What is added to scores: 0 where the mask is not 0, float32's lowest number where it is. Where every key is
+    hidden the attention is uniform, as in the original, and not NaN."""
+    return jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min)
+
+
+class Attention(nn.Module):
+    """Attention of x [B, N, D] to a source [B, S, D]: [B, N, D], and the keys and values [B, H, S, K].
+
+    bias: added to the scores, broadcasts to [B, H, N, S]. source None: keys and values are `kv` alone; with both, the
+    new ones are written into `kv` at `start`. Rows of x may be a multiple of the source's: row r looks at the source's
+    row r // multiple.
+    """
+
+    cfg: StackConfig
+    n_heads: int
+
+    @nn.compact
+    def __call__(self, x_BND, source_BSD, bias, train: bool, kv=None, start=None):
+        cfg, heads = self.cfg, (self.n_heads, self.cfg.head_dim)
+        split = lambda y, name: jnp.swapaxes(  # noqa: E731
+            Linear((cfg.d_model,), heads, use_bias=False, name=name)(y), 1, 2
+        )
+        shape = x_BND.shape
+        if source_BSD is None:
+            k_BHSK, v_BHSK = kv
+        else:
+            k_BHSK, v_BHSK = split(source_BSD, "k"), split(source_BSD, "v")
+            if kv is not None:
+                at = (0, 0, start, 0)
+                k_BHSK = jax.lax.dynamic_update_slice(kv[0], k_BHSK.astype(kv[0].dtype), at)
+                v_BHSK = jax.lax.dynamic_update_slice(kv[1], v_BHSK.astype(kv[1].dtype), at)
+        x_BND = x_BND.reshape(k_BHSK.shape[0], -1, cfg.d_model)
+        q_BHNK = split(x_BND, "q")
+        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK).astype(jnp.float32) + bias
+        w_BHNS = Dropout(cfg.dropout)(jax.nn.softmax(s_BHNS).astype(x_BND.dtype), train)
+        y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
+        y_BND = Linear(heads, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
+        return y_BND.reshape(shape), (k_BHSK, v_BHSK)
+
+
+class Block(nn.Module):
+    """One layer [B, N, D] -> [B, N, D]; the named steps between; its part of the cache."""
+
+    cfg: StackConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BND, bias, memory_BMD, memory_bias, train: bool, cache, start):
+        cfg, taps, new = self.cfg, {}, {}
+        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
+        kv = None if cache is None else (cache["k"], cache["v"])
+        h_BND = taps["norm1"] = RMSNorm(cfg.eps, name="norm1")(x_BND)
+        attn = Attention(cfg, cfg.n_heads[self.layer], name="attn")
+        taps["attn"], (new["k"], new["v"]) = attn(h_BND, h_BND, bias, train, kv, start)
+        x_BND = taps["after_attn"] = x_BND + drop(taps["attn"])
+        if cfg.is_decoder:
+            kv = None if memory_BMD is not None else (cache["cross_k"], cache["cross_v"])
+            h_BND = taps["norm2"] = RMSNorm(cfg.eps, name="norm2")(x_BND)
+            cross = Attention(cfg, cfg.cross_heads[self.layer], name="cross")
+            taps["cross"], (new["cross_k"], new["cross_v"]) = cross(h_BND, memory_BMD, memory_bias, train, kv)
+            x_BND = taps["after_cross"] = x_BND + drop(taps["cross"])
+        name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", cfg.ffn_dims[self.layer]
+        h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
+        activation = {"relu": nn.relu, "gelu": lambda y: nn.gelu(y, approximate=False), "gelu_new": nn.gelu}
+        act, wide = activation[cfg.activation], dict(inputs=(cfg.d_model,), outputs=(ffn_dim,), use_bias=False)
+        h_BNF = Linear(**wide, name="up")(h_BND)
+        h_BNF = act(Linear(**wide, name="gate")(h_BND)) * h_BNF if cfg.gated else act(h_BNF)
+        taps["ffn"] = Linear((ffn_dim,), (cfg.d_model,), use_bias=False, name="down")(drop(h_BNF))
+        return x_BND + drop(taps["ffn"]), taps, new
+
+
+class Stack(nn.Module):
+    """A T5 encoder, or decoder where the config has `cross_heads`: [B, N, D] -> [B, N, D].
+
+    Args:
+      x: [B, N, D], the embedded tokens.
+      mask: [B, N], 0 where a token is hidden from all others (padding). Not with a cache.
+      memory: [B', M, D], the encoder's output, for a decoder; B a multiple of B' (several rows may share a memory).
+      memory_mask: [B', M].
+      train: with dropout.
+      cache, start: for a decoder that goes token by token: x are the N tokens from position `start` on, whose keys and
+        values are written there. The first call has a cache of `empty_cache` and the memory; the later ones find the
+        memory's keys and values in the cache and need no memory, but its mask.
+    Returns: (y, taps, cache). taps: "norm", and for each layer "layer_0" (its output) and "layer_0/" + norm1, attn (the
+      sub-layer's output), after_attn (added to the stream), norm2, ffn; a decoder has cross and after_cross too, and
+      norm3 before ffn. cache: the new one, for a decoder.
+    """
+
+    cfg: StackConfig
+
+    @nn.compact
+    def __call__(self, x, mask=None, *, memory=None, memory_mask=None, train=False, cache=None, start=None):
+        cfg, taps, new = self.cfg, {}, {}
+        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
+        if cfg.is_decoder and memory is None and (cache is None or "cross_k" not in cache["layer_0"]):
+            raise ValueError("a decoder needs the encoder's output: as `memory`, or from earlier in the cache")
+        table = self.param("relative_bias", nn.initializers.zeros, (cfg.n_buckets, cfg.bias_heads)).astype(jnp.float32)
+        n = x.shape[1]
+        s = n if cache is None else cache["layer_0"]["k"].shape[2]
+        start = start if cache is None or start is not None else 0
+        bias_HNS = position_bias(
+            table, n, s, bidirectional=not cfg.is_decoder, max_distance=cfg.max_distance, start=start
+        )
+        if cfg.is_decoder:
+            before_NS = jnp.arange(s)[None] <= jnp.arange(n)[:, None] + (0 if start is None else start)
+            bias_HNS = bias_HNS + hidden(before_NS)[None]
+        mask_bias = 0.0 if mask is None else hidden(mask)[:, None, None]
+        memory_bias = 0.0 if memory_mask is None else hidden(memory_mask)[:, None, None]
+        x = drop(x)
+        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+            own_HNS = bias_HNS[np.array(cfg.bias_columns[i], int)] if cfg.bias_columns else bias_HNS
+            x, inner, new[f"layer_{i}"] = Block(cfg, i, name=f"layer_{i}")(
+                x, own_HNS[None] + mask_bias, memory, memory_bias, train, cache and cache[f"layer_{i}"], start
+            )
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x}
+        taps["norm"] = RMSNorm(cfg.eps, name="norm")(x)
+        return drop(taps["norm"]), taps, new if cfg.is_decoder else None
+
+
+def empty_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> Cache:
+    """The cache with which a decoder starts: room for `length` tokens in each of `rows` rows."""
+    return {
+        f"layer_{i}": {name: jnp.zeros((rows, heads, length, cfg.head_dim), dtype) for name in "kv"}
+        for i, heads in enumerate(cfg.n_heads)
+    }
+
+
+def initial(path: str, shape: tuple[int, ...], d_model: int, factor: float = 1.0) -> Distribution:
+    """The original's distribution of a parameter of a stack; `factor` is its `initializer_factor`.
+
+    A normal with standard deviation `factor` over the root of the inputs, of D * K for queries; norms are `factor`.
+    """
+    name = path.removesuffix("/kernel").rsplit("/", 1)[-1]
+    if path.endswith("/scale"):
+        return Constant(factor)
+    inputs = {"q": (d_model, shape[-1]), "out": shape[:-1], "down": shape[:1]}.get(name, (d_model,))
+    return Normal(factor * max(math.prod(inputs), 1) ** -0.5)
