@@ -17,6 +17,9 @@ and, where there is something to say:
     ALIASES                            see `Layout`
     SUFFIXES                           file suffix -> container of an export (state_dict, safetensors, lightning)
     BESIDE                             other JSON files of the original ("generation_config.json")
+A family whose checkpoints come under two sets of keys (its own, and those of the transformers library) says in
+`Layout.table` which one it found; `keys`, `published` and `buffers` then take that name as a second argument:
+    TABLES                             file suffix -> table of an export that did not come from such a file
 """
 
 from __future__ import annotations
@@ -104,7 +107,7 @@ def import_checkpoint(
     if hasattr(family, "check_buffers"):
         problems += family.check_buffers(model_config, stripped)
     converted = tables.to_params(
-        family.keys(model_config),
+        _in_table(family.keys, model_config, layout.table),
         stripped,
         library.shapes(model),
         what=what,
@@ -120,6 +123,7 @@ def import_checkpoint(
         "format": original.format,
         "container": original.container,
         "prefix": layout.prefix,
+        **({"table": layout.table} if layout.table else {}),
         "aliases": sorted({a for a in layout.aliases if any(k.startswith(layout.outer + a) for k in copies)}),
         "dtype": dtypes.pop() if len(dtypes) == 1 else converted.dtypes,
         "dropped": copies | converted.dropped,
@@ -132,6 +136,11 @@ def import_checkpoint(
     if dst is not None:
         library.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
     return model, params, provenance, converted.buffers
+
+
+def _in_table(function: Any, config: Any, table: str) -> Any:
+    """`keys`, `published` or `buffers` of a family, in the table that a checkpoint is in."""
+    return function(config, table) if table else function(config)
 
 
 def _sha256(files: tuple[Path, ...]) -> str | dict[str, str]:
@@ -172,16 +181,19 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     container = suffixes[file.suffix]
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
-    published = dict(family.published(model.config))
-    told = record.get("dtype", "float32")
-    rules = family.keys(model.config)
-    state, wider = tables.to_state(rules, params, told)
-    notes = [f"{key}: its values do not fit the original's {told}, so it stays float32" for key in wider]
-    state |= kept or (family.buffers(model.config) if hasattr(family, "buffers") else {})
-    state |= {key: state[source] for key, source in record.get("copies", {}).items()}
-
     imported_from = record.get("container")
-    if imported_from == container or (imported_from in NESTED and container == "state_dict"):
+    alike = imported_from == container or (imported_from in NESTED and container == "state_dict")
+    table = record.get("table", "") if alike else getattr(family, "TABLES", {}).get(file.suffix, "")
+    published = dict(_in_table(family.published, model.config, table))
+    told = record.get("dtype", "float32")
+    state, wider = tables.to_state(_in_table(family.keys, model.config, table), params, told)
+    notes = [f"{key}: its values do not fit the original's {told}, so it stays float32" for key in wider]
+    if table != record.get("table", ""):  # under other keys
+        kept = {}
+    state |= kept or (_in_table(family.buffers, model.config, table) if hasattr(family, "buffers") else {})
+    state |= {key: state[source] for key, source in record.get("copies", {}).items() if source in state}
+
+    if alike:
         aliases = {a: t for a, t in getattr(family, "ALIASES", {}).items() if a in record.get("aliases", ())}
         layout = Layout(record.get("prefix", ""), aliases)
     else:

@@ -14,10 +14,11 @@ from converters.torch_files import quoted
 class Layout:
     """`prefix`: what stands before every key of the table. `aliases`: prefixes under which the same tensors stand
     again, seen from where the prefix's last part stands: {"decoder.": "decoder."} with the prefix "backbone." says that
-    `decoder.X` is `backbone.decoder.X`."""
+    `decoder.X` is `backbone.decoder.X`. `table`: which of a family's key tables, where it has more than one."""
 
     prefix: str = ""
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    table: str = ""
 
     @property
     def outer(self) -> str:

@@ -8,8 +8,10 @@ A table is a sequence of rules, one line per kind of tensor:
     (r"position_embedding\\.pe",                      BUFFER,               "fixed sinusoid table")
     (r"(encoder|decoder)\\.embed_tokens\\.weight",     COPY,                 "shared.weight")
     (r"layers\\.(\\d+)\\.experts\\.(\\d+)\\.up\\.weight", r"layer_\\1/experts/up/kernel[\\2]", TRANSPOSE)
+    (r"layers\\.(\\d+)\\.qkv\\.weight",                r"layer_\\1/attn/{q,k,v}/kernel", split_out(64))
 
-A target that ends with `[\\2]` is a slot: the tensors of many keys are one parameter, stacked along its first axis.
+A target that ends with `[\\2]` is a slot: the tensors of many keys are one parameter, stacked along its first axis. A
+target with `{q,k,v}` is several: one tensor is cut along its first axis into equal parts, each a parameter.
 
 Every key matches exactly one rule, every parameter is written exactly once, every shape agrees; whatever does not is
 listed in one error. Rules are literal text and groups, so the same table is read backwards to export.
@@ -113,21 +115,45 @@ _SLOT = re.compile(r"^(?P<base>.*)\[(?P<slot>[^\]]*)\]$")
 def key_of(rules: Sequence[Rule], path: str) -> tuple[str, Transform] | None:
     """The original's key of a parameter path (a stacked one with its slot: "layer_0/up/kernel[3]"), and the rule's
     transform: the table read backwards."""
-    for pattern, target, transform in rules:
+    found = _place_of(rules, path)
+    return found[:2] if found else None
+
+
+_PARTS = re.compile(r"\{([^{}]*)\}")
+
+
+def _parts(target: str) -> list[str]:
+    """The paths of a target: "attn/{q,k}/bias" -> "attn/q/bias", "attn/k/bias"; most targets are one path."""
+    found = _PARTS.search(target)
+    return [_PARTS.sub(name, target) for name in found[1].split(",")] if found else [target]
+
+
+def _place_of(rules: Sequence[Rule], path: str) -> tuple[str, Transform, int] | None:
+    """`key_of`, and which part of the key's tensor the parameter is."""
+    for pattern, whole, transform in rules:
         if not isinstance(transform, Transform):
             continue
-        groups = re.findall(r"\([^()]*\)", pattern)
-        # r"layer_\1/up/kernel" -> r"layer_(?P<g1>\d+)/up/kernel"
-        parts = re.split(r"\\(\d)", target)
-        backward = "".join(
-            f"(?P<g{part}>{groups[int(part) - 1][1:-1]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)
-        )
-        match = re.fullmatch(backward, path)
-        if match:
-            numbered = iter(range(1, len(groups) + 1))
-            key = re.sub(r"\([^()]*\)", lambda _: match[f"g{next(numbered)}"], pattern)  # noqa: B023
-            return key.replace(r"\.", "."), transform
+        for part, target in enumerate(_parts(whole)):
+            key = _backward(pattern, target, path)
+            if key is not None:
+                return key, transform, part
     return None
+
+
+def _backward(pattern: str, target: str, path: str) -> str | None:
+    """The key of which `target` makes `path`."""
+    groups = re.findall(r"\([^()]*\)", pattern)
+    # r"layer_\1/up/kernel" -> r"layer_(?P<g1>\d+)/up/kernel"
+    parts = re.split(r"\\(\d)", target)
+    backward = "".join(
+        f"(?P<g{part}>{groups[int(part) - 1][1:-1]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)
+    )
+    match = re.fullmatch(backward, path)
+    if not match:
+        return None
+    numbered = iter(range(1, len(groups) + 1))
+    key = re.sub(r"\([^()]*\)", lambda _: match[f"g{next(numbered)}"], pattern)
+    return key.replace(r"\.", ".")
 
 
 def _stacked(rules: Sequence[Rule]) -> list[re.Pattern]:
@@ -212,26 +238,31 @@ def to_params(
             continue
         if keep:
             buffers[key] = np.array(value)
-        path = match.expand(target)
-        if path in written:
-            problems.append(f"{quoted(key)}: writes {path}, which {quoted(written[path])} has written already")
+        paths = _parts(match.expand(target))
+        if len(paths) > 1 and (not value.ndim or value.shape[0] % len(paths)):
+            problems.append(f"{quoted(key)}: {value.shape} is not {len(paths)} equal parts")
+            written |= dict.fromkeys(paths, key)
             continue
-        written[path] = key
-        if path not in wanted:
-            problems.append(f"{quoted(key)}: the model has no {path}")
-            continue
-        try:
-            array = transform.forward(value)
-            shape = array.shape
-        except ValueError as e:
-            array, shape = None, f"{value.shape} ({e if 'axes' in str(e) else 'does not ' + transform.name})"
-        if array is None or shape != wanted[path]:
-            check = [hint for pattern, hint in (hints or {}).items() if re.search(pattern, path)]
-            hint = f" ({check[0]})" if check else ""
-            problems.append(f"{path}: checkpoint {shape}, model {wanted[path]}, from {quoted(key)}{hint}")
-            continue
-        if not trouble:
-            flat[path] = np.array(array, np.float32, order="C")
+        for path, part in zip(paths, np.split(value, len(paths)) if len(paths) > 1 else [value], strict=True):
+            if path in written:
+                problems.append(f"{quoted(key)}: writes {path}, which {quoted(written[path])} has written already")
+                continue
+            written[path] = key
+            if path not in wanted:
+                problems.append(f"{quoted(key)}: the model has no {path}")
+                continue
+            try:
+                array = transform.forward(part)
+                shape = array.shape
+            except ValueError as e:
+                array, shape = None, f"{part.shape} ({e if 'axes' in str(e) else 'does not ' + transform.name})"
+            if array is None or shape != wanted[path]:
+                check = [hint for pattern, hint in (hints or {}).items() if re.search(pattern, path)]
+                hint = f" ({check[0]})" if check else ""
+                problems.append(f"{path}: checkpoint {shape}, model {wanted[path]}, from {quoted(key)}{hint}")
+                continue
+            if not trouble:
+                flat[path] = np.array(array, np.float32, order="C")
     problems += [
         f"{path}: missing in the checkpoint" + (f" (its key would be {expected[path]!r})" if path in expected else "")
         for path in wanted
@@ -314,13 +345,17 @@ def to_state(
     wider: list[str] = []
     unknown: list[str] = []
     flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    pieces: dict[str, dict[int, np.ndarray]] = {}
     for name, (path, slot) in _slots(rules, flat).items():
-        found = key_of(rules, name)
+        found = _place_of(rules, name)
         if found is None:
             unknown.append(name)
             continue
-        key, transform = found
-        array = np.array(transform.inverse(flat[path] if slot is None else flat[path][slot]), order="C")
+        key, transform, part = found
+        pieces.setdefault(key, {})[part] = transform.inverse(flat[path] if slot is None else flat[path][slot])
+    for key, found in pieces.items():
+        parts = [found[i] for i in sorted(found)]
+        array = np.array(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
         dtype = np.dtype(dtypes if isinstance(dtypes, str) else dtypes.get(key, "float32"))
         if dtype != array.dtype:
             with np.errstate(all="ignore"):

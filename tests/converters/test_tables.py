@@ -165,3 +165,19 @@ def test_parameters_that_the_original_does_not_have_are_not_exported():
 def test_key_of_reads_a_table_backwards():
     assert tables.key_of(RULES, "layer_12/b/kernel") == ("blocks.12.b.weight", TRANSPOSE)
     assert tables.key_of(RULES, "layer_x/b/kernel") is None
+
+
+def test_a_fused_tensor_is_several_parameters():
+    rules = [(r"blocks\.(\d+)\.qkv\.weight", r"layer_\1/{q,k,v}/kernel", split_out(2))]
+    fused = np.arange(3 * 4 * 5, dtype=np.float32).reshape(12, 5)  # q | k | v, two heads of width 2 each
+    paths = [f"layer_0/{name}/kernel" for name in "qkv"]
+    shapes = trees.unflatten({path: jax.ShapeDtypeStruct((5, 2, 2), np.float32) for path in paths})
+    found = to_params(rules, {"blocks.0.qkv.weight": fused}, shapes, what="m")
+    np.testing.assert_array_equal(found.params["layer_0"]["k"]["kernel"], fused[4:8].T.reshape(5, 2, 2))
+    (back,) = to_state(rules, found.params)[0].items()
+    assert back[0] == "blocks.0.qkv.weight" and tables.same_bytes(back[1], fused)
+    assert tables.key_of(rules, "layer_3/v/kernel") == ("blocks.3.qkv.weight", rules[0][2])
+    with pytest.raises(CheckpointError, match=r"\(11, 5\) is not 3 equal parts"):
+        to_params(rules, {"blocks.0.qkv.weight": fused[:11]}, shapes, what="m")
+    with pytest.raises(CheckpointError, match="layer_0/v/kernel: missing in the checkpoint"):
+        to_params(rules, {}, shapes, what="m")
