@@ -140,7 +140,7 @@ def relative_buckets(relative: np.ndarray, *, bidirectional: bool, n_buckets: in
 
 
 def position_bias(
-    table: jax.Array, n: int, s: int, *, bidirectional: bool, max_distance: int, start: jax.Array | None = None
+    table: jax.Array, n: int, s: int, *, bidirectional: bool, max_distance: int, start: jax.Array | int | None = None
 ) -> jax.Array:
     """The bias [H, N, S] that the scores of N queries and S keys get, keys at positions 0, 1, ....
 
@@ -182,7 +182,7 @@ class Attention(nn.Module):
     n_heads: int
 
     @nn.compact
-    def __call__(self, x_BND, source_BSD, bias, train: bool, kv=None, start=None):
+    def __call__(self, x_BND, source_BSD, bias, train: bool, kv: Any = None, start: Any = 0):
         cfg, heads = self.cfg, (self.n_heads, self.cfg.head_dim)
         split = lambda y, name: jnp.swapaxes(  # noqa: E731
             Linear((cfg.d_model,), heads, use_bias=False, name=name)(y), 1, 2
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         x_BND = x_BND.reshape(k_BHSK.shape[0], -1, cfg.d_model)
         q_BHNK = split(x_BND, "q")
         s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK).astype(jnp.float32) + bias
-        w_BHNS = Dropout(cfg.dropout)(jax.nn.softmax(s_BHNS).astype(x_BND.dtype), train)
+        w_BHNS = Dropout(cfg.dropout)(jax.nn.softmax(s_BHNS).astype(v_BHSK.dtype), train)
         y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
         y_BND = Linear(heads, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
         return y_BND.reshape(shape), (k_BHSK, v_BHSK)
@@ -212,16 +212,17 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BND, bias, memory_BMD, memory_bias, train: bool, cache, start):
+    def __call__(self, x_BND, bias, memory_BMD, memory_bias, train: bool, cache: Any, start: Any):
         cfg, taps, new = self.cfg, {}, {}
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
-        kv = None if cache is None else (cache["k"], cache["v"])
+        kept: Any = cache or {}
+        kv = (kept["k"], kept["v"]) if kept else None
         h_BND = taps["norm1"] = RMSNorm(cfg.eps, name="norm1")(x_BND)
         attn = Attention(cfg, cfg.n_heads[self.layer], name="attn")
         taps["attn"], (new["k"], new["v"]) = attn(h_BND, h_BND, bias, train, kv, start)
         x_BND = taps["after_attn"] = x_BND + drop(taps["attn"])
         if cfg.is_decoder:
-            kv = None if memory_BMD is not None else (cache["cross_k"], cache["cross_v"])
+            kv = None if memory_BMD is not None else (kept["cross_k"], kept["cross_v"])
             h_BND = taps["norm2"] = RMSNorm(cfg.eps, name="norm2")(x_BND)
             cross = Attention(cfg, cfg.cross_heads[self.layer], name="cross")
             taps["cross"], (new["cross_k"], new["cross_v"]) = cross(h_BND, memory_BMD, memory_bias, train, kv)
@@ -229,9 +230,9 @@ class Block(nn.Module):
         name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", cfg.ffn_dims[self.layer]
         h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
         activation = {"relu": nn.relu, "gelu": lambda y: nn.gelu(y, approximate=False), "gelu_new": nn.gelu}
-        act, wide = activation[cfg.activation], dict(inputs=(cfg.d_model,), outputs=(ffn_dim,), use_bias=False)
-        h_BNF = Linear(**wide, name="up")(h_BND)
-        h_BNF = act(Linear(**wide, name="gate")(h_BND)) * h_BNF if cfg.gated else act(h_BNF)
+        act = activation[cfg.activation]
+        wide = lambda name: Linear((cfg.d_model,), (ffn_dim,), use_bias=False, name=name)(h_BND)  # noqa: E731
+        h_BNF = act(wide("gate")) * wide("up") if cfg.gated else act(wide("up"))
         taps["ffn"] = Linear((ffn_dim,), (cfg.d_model,), use_bias=False, name="down")(drop(h_BNF))
         return x_BND + drop(taps["ffn"]), taps, new
 
@@ -256,7 +257,9 @@ class Stack(nn.Module):
     cfg: StackConfig
 
     @nn.compact
-    def __call__(self, x, mask=None, *, memory=None, memory_mask=None, train=False, cache=None, start=None):
+    def __call__(
+        self, x, mask=None, *, memory=None, memory_mask=None, train=False, cache: Any = None, start: Any = None
+    ):
         cfg, taps, new = self.cfg, {}, {}
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
         if cfg.is_decoder and memory is None and (cache is None or "cross_k" not in cache["layer_0"]):
