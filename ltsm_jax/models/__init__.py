@@ -2,8 +2,15 @@
 
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.timer import Timer
+from ltsm_jax.models.timer_hf import TimerHf
 
-FAMILIES: dict[str, type[Model]] = {family.family: family for family in (Timer,)}
+FAMILIES: dict[str, type[Model]] = {
+    family.family: family
+    for family in (
+        Timer,
+        TimerHf,
+    )
+}
 
 
 def preset(name: str) -> Model:

@@ -1,0 +1,122 @@
+"""Reading the fields of a published config.json, and the sizes that the tensors tell: all problems in one error.
+
+    told = Fields(published, "file.safetensors")
+    told.integer("num_hidden_layers", high=MAX_LAYERS, weights=layer_count(state, r"model\\.layers\\.(\\d+)\\."))
+    config = told.build(lambda: TheConfig.from_published(published))  # raises CheckpointError with all that is wrong
+
+A field that is wrong gives its default (or the lowest value allowed), so that reading can go on to the next one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from converters.tables import listed
+from converters.torch_files import CheckpointError, quoted
+
+MAX_LAYERS = 512  # far above any published model: a hostile file must not make us build a million layers
+MAX_SIZE = 1 << 20
+
+_NOTHING = object()
+T = TypeVar("T")
+
+
+class Fields:
+    """The fields of one config, read with checks. `problems` collects what is wrong with them."""
+
+    def __init__(self, published: Mapping[str, Any], where: str):
+        self.published, self.where = published, where
+        self.problems: list[str] = []
+
+    def integer(
+        self, name: str, default: Any = _NOTHING, *, low: int = 1, high: int = MAX_SIZE, weights: int | None = None
+    ) -> Any:
+        """A whole number from low to high. weights: what the tensors say, where they do; it must agree."""
+        value = self._told(name, default)
+        if value is _NOTHING or (value is default and name not in self.published):
+            return low if value is _NOTHING else value
+        if not _whole(value) or not low <= value <= high:
+            return self._wrong(name, default, low, f"not an integer from {low} to {high}", value)
+        if weights is not None and value != weights:
+            self.problems.append(f"{name}: the config says {value}, the weights {weights}")
+        return value
+
+    def integers(
+        self, name: str, default: Any = _NOTHING, *, low: int = 1, high: int = MAX_SIZE, most: int = 64
+    ) -> tuple[int, ...]:
+        """A list of 1 to `most` whole numbers from low to high."""
+        value = self._told(name, default)
+        if value is _NOTHING or (value is default and name not in self.published):
+            return (low,) if value is _NOTHING else value
+        fits = isinstance(value, list | tuple) and 0 < len(value) <= most
+        if not fits or not all(_whole(v) and low <= v <= high for v in value):
+            return self._wrong(name, default, (low,), f"not a list of 1 to {most} integers from {low} to {high}", value)
+        return tuple(value)
+
+    def number(self, name: str, default: Any = _NOTHING, *, low: float = 0.0, high: float = 1e9) -> Any:
+        """A number from low to high."""
+        value = self._told(name, default)
+        if value is _NOTHING or (value is default and name not in self.published):
+            return low if value is _NOTHING else value
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not real or not low <= value <= high:
+            return self._wrong(name, default, low, f"not a number from {low:g} to {high:g}", value)
+        return value
+
+    def boolean(self, name: str, default: Any = _NOTHING) -> Any:
+        """true or false."""
+        value = self._told(name, default)
+        if value is _NOTHING or isinstance(value, bool):
+            return False if value is _NOTHING else value
+        return self._wrong(name, default, False, "not true or false", value)
+
+    def choice(self, name: str, options: Sequence[str], default: Any = _NOTHING) -> Any:
+        """One of some names."""
+        value = self._told(name, default)
+        if value is _NOTHING or (isinstance(value, str) and value in options):
+            return options[0] if value is _NOTHING else value
+        return self._wrong(name, default, options[0], f"not one of {', '.join(options)}", value)
+
+    def build(self, make: Callable[[], T]) -> T:
+        """What `make` gives, once nothing is wrong.
+
+        Raises: CheckpointError that lists every problem, those of `make` included.
+        """
+        if not self.problems:
+            try:
+                return make()
+            except (ValueError, TypeError, OverflowError, RecursionError) as e:
+                self.problems.append(str(e)[:500])
+        raise CheckpointError(listed(f"{self.where}: the config does not go with the weights:", self.problems))
+
+    def _told(self, name: str, default: Any) -> Any:
+        if name in self.published:
+            return self.published[name]
+        if default is _NOTHING:
+            self.problems.append(f"{name}: missing")
+        return default
+
+    def _wrong(self, name: str, default: Any, low: Any, what: str, value: Any) -> Any:
+        told = f": {value}" if _whole(value) and abs(value) < 1 << 64 else f": {quoted(value)}"
+        self.problems.append(f"{name}: {what}{told}")
+        return low if default is _NOTHING else default
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def dims(state: Mapping[str, Any], key: str, rank: int = 2) -> tuple[int, ...] | tuple[None, ...]:
+    """The shape of a tensor; Nones where there is no such tensor or it has another number of axes."""
+    value = state.get(key)
+    return value.shape if isinstance(value, np.ndarray) and value.ndim == rank else (None,) * rank
+
+
+def layer_count(state: Mapping[str, Any], pattern: str) -> int | None:
+    """How many layers the keys count, from 0 without a gap; None where they don't. pattern: up to the number."""
+    found = {int(m[1]) for key in state if (m := re.match(pattern, key)) and len(m[1]) < 7}
+    return len(found) if found and found == set(range(len(found))) else None

@@ -1,0 +1,143 @@
+"""What decoder-only families share: causal attention with a cache, gated feed-forward layers, the roll-out loop.
+
+A cache is an argument and a result, never a hidden state: per layer the rotated keys and the values [B, G, S, K] of a
+sequence that has room for S tokens, of which the first `start` are written.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.rope import rotary
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # under the names that published configs use
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+}
+
+
+def causal_mask(n: int, s: int, start: jax.Array | int = 0, observed_BS: jax.Array | None = None) -> jax.Array:
+    """Which keys a query sees [B or 1, 1, n, s]: those up to its own place, n queries standing from `start` on.
+
+    observed_BS: where given, keys at which it is 0 are seen by nobody.
+    """
+    seen_NS = jnp.arange(s)[None, :] <= start + jnp.arange(n)[:, None]
+    if observed_BS is None:
+        return seen_NS[None, None]
+    return seen_NS[None, None] & (observed_BS != 0)[:, None, None, :]
+
+
+def _written(old_BGSK: jax.Array, new_BGNK: jax.Array, start) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(old_BGSK, new_BGNK.astype(old_BGSK.dtype), start, axis=2)
+
+
+class CausalAttention(nn.Module):
+    """Self-attention with rotary positions on whole heads, [B, N, D] -> [B, N, D]; q, k, v with bias, out without.
+
+    n_kv_heads G: groups of query heads that share a key and value head; head h uses group h // (H // G).
+    Returns: output, weights [B, H, N, S], and the cache with the N new tokens in it (None without one).
+    """
+
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    base: float = 10000.0
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x_BND, positions_BN, mask_BHNS, cache: Cache | None = None, start=0, train: bool = False):
+        heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
+        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
+        q_BHNK, k_BGSK, v_BGSK = (
+            jnp.swapaxes(Linear((self.d_model,), (h, self.head_dim), name=name)(x_BND), 1, 2)
+            for name, h in heads.items()
+        )
+        place = positions_BN[:, None]
+        q_BHNK, k_BGSK = (rotary(y, place, base=self.base) for y in (q_BHNK, k_BGSK))
+        if cache is not None:
+            k_BGSK, v_BGSK = cache = (_written(cache[0], k_BGSK, start), _written(cache[1], v_BGSK, start))
+        if self.n_kv_heads != self.n_heads:
+            k_BGSK, v_BGSK = (jnp.repeat(y, self.n_heads // self.n_kv_heads, axis=1) for y in (k_BGSK, v_BGSK))
+        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BGSK).astype(jnp.float32) * self.head_dim**-0.5
+        # the lowest number and not -inf: a query that sees nothing (padding) spreads evenly, as in the originals
+        s_BHNS = jnp.where(mask_BHNS, s_BHNS, jnp.finfo(jnp.float32).min)
+        w_BHNS = jax.nn.softmax(s_BHNS).astype(x_BND.dtype)
+        y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BGSK)
+        y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
+        out = Linear((self.n_heads, self.head_dim), (self.d_model,), use_bias=False, name="out")
+        return out(y_BNHK), w_BHNS, cache
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202), no biases: [..., D] -> [..., D], width F inside."""
+
+    d_model: int
+    ffn_dim: int
+    activation: str = "silu"
+
+    @nn.compact
+    def __call__(self, x):
+        into = {"inputs": (self.d_model,), "outputs": (self.ffn_dim,), "use_bias": False}
+        y = ACTIVATIONS[self.activation](Linear(**into, name="gate")(x)) * Linear(**into, name="up")(x)
+        return Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y)
+
+
+def empty_cache(b: int, s: int, n_kv_heads: Sequence[int], head_dim: int, dtype: Any = jnp.float32) -> list[Cache]:
+    """Caches of all layers with room for s tokens."""
+    return [(jnp.zeros((b, g, s, head_dim), dtype), jnp.zeros((b, g, s, head_dim), dtype)) for g in n_kv_heads]
+
+
+def greedy_sizes(horizon: int, sizes: Sequence[int]) -> list[int]:
+    """Which output sizes a roll-out of `horizon` points uses, step by step: at each the largest that is not above what
+    remains, looking through `sizes` in order up to the first larger one; the first where even that is larger."""
+    steps = []
+    while horizon > 0:
+        chosen = sizes[0]
+        for size in itertools.takewhile(lambda size: size <= horizon, sizes[1:]):  # noqa: B023
+            chosen = size
+        steps.append(chosen)
+        horizon -= chosen
+    return steps
+
+
+def roll_out(
+    first: tuple[Any, jax.Array, jax.Array],
+    extend: Callable[[Any, jax.Array, int], tuple[Any, jax.Array, jax.Array]],
+    sizes: Sequence[int],
+) -> jax.Array:
+    """The outputs of all steps along the last axis, [..., sum(sizes)]; equal steps in a row are one `lax.scan`.
+
+    Args:
+      first: what the first step gave: (state, points to feed [B, sizes[0]], output [..., sizes[0]]).
+      extend: (state, points [B, before], now) -> (state, points [B, now], output [..., now]), one step further.
+      sizes: output size of each step.
+    """
+    state, points, output = first
+    outputs = [output]
+    for (before, now), run in itertools.groupby(itertools.pairwise(sizes)):
+        n = len(list(run))
+        if n == 1 or before != now:  # n > 1 takes equal sizes: (a, b), (a, b) would be no chain
+            state, points, output = extend(state, points, now)
+            outputs.append(output)
+            continue
+
+        def again(carry, _, now=now):
+            state, points, output = extend(carry[0], carry[1], now)
+            return (state, points), output
+
+        (state, points), found = jax.lax.scan(again, (state, points), length=n)
+        outputs.append(jnp.moveaxis(found, 0, -2).reshape(*found.shape[1:-1], n * now))
+    return jnp.concatenate(outputs, axis=-1)

@@ -1,0 +1,382 @@
+"""Timer as published on the Hugging Face hub (thuml/timer-base-84m): a decoder-only Transformer over patches.
+
+Liu et al., "Timer: Generative Pre-trained Transformers Are Large Time Series Models" (ICML 2024, arXiv 2402.02368).
+Follows the hub's remote code (version 70077a7, as vendored in sktime commit 0eb40b6). Another network than `timer` (the
+checkpoints of Large-Time-Series-Model) and `timer_xl` (OpenLTM): rotary positions on whole heads, gated feed-forward
+layers, no bias at the embedding and at the heads. Prune-then-Finetune calls this checkpoint TimerXL.
+
+The original's `generate` scales what it is fed at each step: with its cache that is, from the second step on, the last
+few predicted points alone, while the cached tokens stand in the scale of the context. Here every step has the scale of
+the context, as in Prune-then-Finetune's wrapper and in the example of the checkpoint's own page; the original's numbers
+are behind `scaling`. The same wrapper trains on scaled inputs and unscaled labels; here both have one scale.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ltsm_jax.layers.causal import (
+    ACTIVATIONS,
+    CausalAttention,
+    GatedMLP,
+    causal_mask,
+    empty_cache,
+    greedy_sizes,
+    roll_out,
+)
+from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    fill_missing,
+    mean_observed,
+    mean_over_rows,
+)
+from ltsm_jax.trees import Tree
+
+EPS = 1e-6  # added to the standard deviation of the context (Prune-then-Finetune's wrapper)
+BASE = 10000.0  # of the rotary positions, whatever rope_theta the published config names: the original never reads it
+PATCHES = 30  # of the longest context that the checkpoint was trained with: 2880 points
+
+Scaling = Literal["context", "fed", "sequence", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TimerHfConfig:
+    """Widths are per layer, so that a pruned model is of the same class.
+
+    patch_len P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, horizons: points that each head
+    predicts, context_len in time steps. dropout: of the attention weights, in training only (the original drops in
+    evaluation too; published: 0). scaling: "context" (see the module docstring), or the original's: "fed" (its default,
+    with the cache) and "sequence" (without cache: the whole sequence anew at each step), both without eps, or "none".
+    """
+
+    patch_len: int
+    d_model: int
+    head_dim: int
+    n_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    horizons: tuple[int, ...]
+    context_len: int
+    activation: str = "silu"
+    dropout: float = 0.0
+    init_std: float = 0.02
+    max_positions: int = 10000  # of the original's rotary table, which grows on demand
+    scaling: Scaling = "context"
+
+    def __post_init__(self):
+        problems = []
+        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
+            problems.append(f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers")
+        sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.max_positions)
+        if (
+            min(*sizes, *self.horizons, *([] if self.horizons else [0])) < 1
+            or min(*self.n_heads, *self.ffn_dims, 1) < 0
+        ):
+            problems.append(f"every size must be positive: {self}")
+        if self.head_dim % 2:
+            problems.append(f"heads must have an even width for the rotary positions, got {self.head_dim}")
+        if self.context_len < self.patch_len:
+            problems.append(f"the context ({self.context_len}) must hold one patch ({self.patch_len})")
+        if len(set(self.horizons)) != len(self.horizons):
+            problems.append(f"horizons must differ, got {self.horizons}")
+        if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.init_std >= 0:
+            problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std >= 0")
+        if self.scaling not in ("context", "fed", "sequence", "none"):
+            problems.append(f"scaling must be context, fed, sequence or none, not {self.scaling}")
+        if problems:
+            raise ValueError("TimerHfConfig: " + "; ".join(problems))
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "TimerHfConfig":
+        """From the fields of the hub's config.json. The context is not among them: 30 patches are taken."""
+        d, heads, layers = (fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+        if heads < 1 or d % heads:
+            raise ValueError(f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})")
+        return cls(
+            patch_len=fields["input_token_len"],
+            d_model=d,
+            head_dim=d // heads,
+            n_heads=(heads,) * layers,
+            ffn_dims=(fields["intermediate_size"],) * layers,
+            horizons=tuple(fields["output_token_lens"]),
+            context_len=PATCHES * fields["input_token_len"],
+            activation=fields.get("hidden_act", "silu"),
+            dropout=fields.get("attention_dropout", 0.0),
+            init_std=fields.get("initializer_range", 0.02),
+            max_positions=fields.get("max_position_embeddings", 10000),
+        )
+
+
+PRESETS = {
+    "thuml/timer-base-84m": TimerHfConfig(
+        patch_len=96,
+        d_model=1024,
+        head_dim=128,
+        n_heads=(8,) * 8,
+        ffn_dims=(2048,) * 8,
+        horizons=(96,),
+        context_len=2880,
+    )
+}
+
+
+class Block(nn.Module):
+    """Post-norm block [B, N, D] -> [B, N, D], the named steps in it, and its cache."""
+
+    cfg: TimerHfConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, train: bool):
+        cfg, taps = self.cfg, {}
+        heads = cfg.n_heads[self.layer]
+        attention = CausalAttention(cfg.d_model, heads, heads, cfg.head_dim, BASE, cfg.dropout, name="attn")
+        a_BND, taps["attn_weights"], cache = attention(x_BND, positions_BN, mask_BHNS, cache, start, train)
+        taps["attn"] = a_BND
+        x_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND + a_BND)
+        y_BND = taps["mlp"] = GatedMLP(cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp")(x_BND)
+        return nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND + y_BND), taps, cache
+
+
+class TimerHfNet(nn.Module):
+    """Patches [B, N, P] -> what each head predicts after each of them, a list of [B, N, q]; named steps; caches.
+
+    observed_BN: 0 for patches of padding on the left, which nobody sees. caches, start: of the tokens before these.
+    last: heads at the last position only, [B, 1, q].
+    """
+
+    cfg: TimerHfConfig
+
+    @nn.compact
+    def __call__(self, p_BNP, observed_BN=None, caches=None, start=0, last: bool = False, train: bool = False):
+        cfg, taps, kept = self.cfg, {"patches": p_BNP}, []
+        n = p_BNP.shape[1]
+        x_BND = taps["embed"] = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")(p_BNP)
+        positions_BN = (start + jnp.arange(n))[None]
+        if observed_BN is not None:
+            positions_BN = jnp.where(observed_BN != 0, jnp.cumsum(observed_BN, axis=1) - 1, 1)
+        mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start, observed_BN)
+        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+            cache = None if caches is None else caches[i]
+            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(x_BND, positions_BN, mask_BHNS, cache, start, train)
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            kept.append(cache)
+        x_BND = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm")(x_BND)
+        x_BND = x_BND[:, -1:] if last else x_BND
+        heads = [
+            Linear((cfg.d_model,), (q,), use_bias=False, name=f"head_{j}")(x_BND) for j, q in enumerate(cfg.horizons)
+        ]
+        return heads, taps, kept
+
+
+def moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Mean, and unbiased standard deviation plus eps, over the last axis, which stays with length 1."""
+    mean = x.mean(-1, keepdims=True)
+    return mean, jnp.sqrt(jnp.square(x - mean).sum(-1, keepdims=True) / max(x.shape[-1] - 1, 1)) + eps
+
+
+@dataclasses.dataclass(frozen=True)
+class TimerHf(Model):
+    """Timer of the hub at one size. See the module docstring; `Model` documents the methods."""
+
+    config: TimerHfConfig
+
+    family = "timer_hf"
+    head = r"^head_\d+/"
+    tasks = ("forecasting",)
+    licence = "Apache-2.0 (thuml/timer-base-84m)"
+    shard_rules = (
+        (r"^embed/kernel$", (None, "fsdp")),
+        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
+        (r"/attn/[qkv]/bias$", ("tensor", None)),
+        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+        (r"/mlp/(gate|up)/kernel$", ("fsdp", "tensor")),
+        (r"/mlp/down/kernel$", ("tensor", "fsdp")),
+        (r"^head_\d+/kernel$", ("fsdp", None)),
+        (r"norm[12]?/(scale|bias)$", ()),
+    )
+    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/mlp/(gate|up|down)$", "ffn units"))
+
+    @classmethod
+    def presets(cls) -> Mapping[str, TimerHfConfig]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerHfConfig:
+        return config_from_json(TimerHfConfig, fields)
+
+    @classmethod
+    def small(cls) -> TimerHfConfig:
+        return TimerHfConfig(8, 16, 8, (2, 2), (24, 24), (8, 16), context_len=48)
+
+    @property
+    def context_len(self) -> int:
+        return self.config.context_len
+
+    @property
+    def horizon(self) -> int:
+        return max(self.config.horizons)
+
+    @property
+    def eval_batch(self) -> int:
+        return 512  # the caches of a long roll-out take a MB per token and 100 windows
+
+    def init(self, key: jax.Array) -> Tree:
+        """N(0, init_std^2) for every matrix, biases 0, norms 1 and 0."""
+        patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
+        shapes = jax.eval_shape(TimerHfNet(self.config).init, key, patch_11P)["params"]
+
+        def rule(path, _):
+            return Normal(self.config.init_std) if path.endswith("/kernel") else Constant(float(path.endswith("scale")))
+
+        return draw(key, shapes, rule)
+
+    def recipe(self) -> Recipe:
+        p = self.config.patch_len
+        source = "thuml/OpenLTM adaptation script of the same checkpoint's network; inside Prune-then-Finetune's grid"
+        return Recipe(5e-6, 2048, 10, "cosine", self.context_len // p * p, self.horizon, "own", source)
+
+    # --- the network
+
+    def _net(self, params: Tree, p_BNP, key=None, train=False, **rest) -> Any:
+        train = train and key is not None and self.config.dropout > 0
+        net: Any = TimerHfNet(self.config)  # Flax types what apply returns too widely
+        return net.apply({"params": params}, p_BNP, train=train, rngs={"dropout": key} if train else None, **rest)
+
+    def apply(self, params: Tree, x_BCT: jax.Array, observed_BCN=None, key=None, train=False):
+        """One forward pass, without any scaling: a list of what each head predicts, [B, C, N, q], and named steps.
+
+        N = T // P; points after the last whole patch are left out, as in the original. observed: 0 for patches of
+        padding on the left.
+        """
+        b, c, t = x_BCT.shape
+        p_BNP = self._patches(x_BCT.reshape(b * c, t).astype(jnp.float32))
+        observed_BN = None if observed_BCN is None else observed_BCN.reshape(b * c, -1)
+        heads, taps, _ = self._net(params, p_BNP, key, train, observed_BN=observed_BN)
+        return [y.reshape(b, c, *y.shape[1:]) for y in heads], taps
+
+    def _patches(self, x_BL: jax.Array) -> jax.Array:
+        p, (b, t) = self.config.patch_len, x_BL.shape
+        if t < p:
+            raise ValueError(f"Timer needs at least one patch of {p} time steps, got {t}")
+        return x_BL[:, : t // p * p].reshape(b, t // p, p)
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """Next-patch MSE over all tokens, mean over heads, in the scale of the context. NaN in the target, and what
+        lies beyond the target's end, does not count. The context is cut to its newest whole patches."""
+        p, context = self.config.patch_len, batch["context"].astype(jnp.float32)
+        if context.shape[-1] < p:
+            raise ValueError(f"the next-patch loss needs a context of one patch ({p}), got {context.shape[-1]} steps")
+        context = context[..., context.shape[-1] % p :]
+        mean_BC1, std_BC1 = jax.lax.stop_gradient(moments(fill_missing(context), EPS))
+        series_BCT = (jnp.concatenate([context, batch["target"]], axis=-1) - mean_BC1) / std_BC1
+        x_BCT = fill_missing(series_BCT[..., : context.shape[-1]])
+        return self.token_loss(params, x_BCT, series_BCT[..., p:], batch, key=key, train=train)
+
+    def token_loss(
+        self, params: Tree, x_BCT, labels_BCT, batch: Batch | None = None, weight_BCN=None, key=None, train=False
+    ) -> jax.Array:
+        """The original's loss: per head the MSE of every token's q points against `labels`, the series one patch on;
+        mean over the heads. NaN labels, and those past the end, do not count. weight_BCN: of each token."""
+        heads, _ = self.apply(params, x_BCT, key=key, train=train)
+        losses = []
+        for y_BCNQ in heads:
+            n, q = y_BCNQ.shape[2:]
+            need = (n - 1) * self.config.patch_len + q
+            missing = max(need - labels_BCT.shape[-1], 0)
+            long_BCT = jnp.pad(labels_BCT, ((0, 0), (0, 0), (0, missing)), constant_values=jnp.nan)
+            places_NQ = self.config.patch_len * jnp.arange(n)[:, None] + jnp.arange(q)[None]
+            want_BCNQ = long_BCT[..., places_NQ]
+            count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
+            if weight_BCN is not None:
+                count_BCNQ = count_BCNQ * weight_BCN[..., None]
+            error_BCNQ = jnp.square(y_BCNQ - jnp.nan_to_num(want_BCNQ))
+            losses.append(mean_observed(error_BCNQ, count_BCNQ, batch or {}))
+        return sum(losses[1:], losses[0]) / len(losses)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the forecast, rolled out where the target is longer than a head reaches."""
+        point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
+        return mean_over_rows(jnp.square(point_BCH - batch["target"]), batch)
+
+    # --- forecasting
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """Rolled out with a cache; at each step the largest head that is not above what remains.
+
+        The context is cut to its newest whole patches of at most `context_len` steps; one shorter than a patch is
+        padded on the left with its first value. Missing values take the last value before them.
+        """
+        check_context(context, horizon)
+        return Forecast(self._forecast(params, context, horizon))
+
+    def _forecast(self, params: Tree, context_BCT, horizon: int, key=None, train=False) -> jax.Array:
+        b, c, _ = context_BCT.shape
+        x_BCT = fill_missing(jnp.asarray(context_BCT, jnp.float32))[..., -self.context_len :]
+        y_BH = self.generate(params, x_BCT.reshape(b * c, -1), horizon, key=key, train=train)
+        return y_BH.reshape(b, c, horizon)
+
+    def generate(
+        self, params: Tree, x_BL: jax.Array, horizon: int, scaling: Scaling | None = None, key=None, train=False
+    ) -> jax.Array:
+        """`horizon` points [B, horizon] after x [B, L], in its units. scaling: of the config by default.
+
+        Raises: ValueError for "fed" where a head in the middle of the roll-out predicts no whole number of patches.
+        """
+        p, scaling = self.config.patch_len, scaling or self.config.scaling
+        mean_B1, std_B1 = moments(x_BL, EPS)
+        if x_BL.shape[-1] < p:
+            x_BL = jnp.pad(x_BL, ((0, 0), (p - x_BL.shape[-1], 0)), mode="edge")
+        x_BL = x_BL[:, x_BL.shape[-1] % p :]
+        sizes = greedy_sizes(horizon, self.config.horizons)
+        whole = not any(q % p for q in sizes[:-1])
+        if scaling == "context":
+            x_BL = (x_BL - mean_B1) / std_B1
+        if scaling == "sequence" or (scaling != "fed" and not whole):
+            y_BH = self._generate_anew(params, x_BL, sizes, scaling == "sequence", key, train)
+        elif whole:
+            y_BH = self._generate_cached(params, x_BL, sizes, scaling == "fed", key, train)
+        else:
+            raise ValueError(f"heads of {sizes[:-1]} points predict no whole patches ({p}), which a cache needs")
+        y_BH = y_BH[:, :horizon]
+        return y_BH * std_B1 + mean_B1 if scaling == "context" else y_BH
+
+    def _generate_cached(self, params, x_BL, sizes, rescale: bool, key, train) -> jax.Array:
+        cfg = self.config
+        tokens = x_BL.shape[-1] // cfg.patch_len
+        room = tokens + sum(q // cfg.patch_len for q in sizes[:-1])
+
+        def step(state, points_BT, q):
+            caches, start = state
+            mean_B1, std_B1 = moments(points_BT, 0.0) if rescale else (0.0, 1.0)
+            p_BNP = self._patches((points_BT - mean_B1) / std_B1)
+            heads, _, caches = self._net(params, p_BNP, key, train, caches=caches, start=start, last=True)
+            y_BQ = heads[cfg.horizons.index(q)][:, 0] * std_B1 + mean_B1
+            return (caches, start + p_BNP.shape[1]), y_BQ, y_BQ
+
+        if len(sizes) == 1:  # nothing to keep
+            return step((None, 0), x_BL, sizes[0])[2]
+        caches = empty_cache(x_BL.shape[0], room, cfg.n_heads, cfg.head_dim)
+        return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)
+
+    def _generate_anew(self, params, x_BL, sizes, rescale: bool, key, train) -> jax.Array:
+        """Without cache, each step on the whole sequence: the original drops the points after the last whole patch
+        (rescale), otherwise the oldest ones make way."""
+        length = x_BL.shape[-1]
+        for q in sizes:
+            mean_B1, std_B1 = moments(x_BL, 0.0) if rescale else (0.0, 1.0)
+            newest_BL = x_BL if rescale else x_BL[:, x_BL.shape[-1] % self.config.patch_len :]
+            heads, *_ = self._net(params, self._patches((newest_BL - mean_B1) / std_B1), key, train, last=True)
+            y_BQ = heads[self.config.horizons.index(q)][:, 0] * std_B1 + mean_B1
+            x_BL = jnp.concatenate([x_BL, y_BQ], axis=-1)
+        return x_BL[:, length:]
