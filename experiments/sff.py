@@ -38,7 +38,7 @@ from rich.console import Console
 import ltsm_jax
 from experiments import report
 from experiments.report import cell_name
-from ltsm_jax import storage, training, trees
+from ltsm_jax import sharding, storage, training, trees
 from ltsm_jax.data import Splits, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
@@ -47,6 +47,7 @@ from ltsm_jax.methods.strategies import MIXED, STRATEGIES, strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig
+from ltsm_jax.training.loop import COMPUTE
 from ltsm_jax.training.optimizers import SCHEDULES
 
 EXAMPLES = 4  # test windows shown in the report
@@ -116,6 +117,8 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "lr": functools.partial(_number, float, TINY, sys.float_info.max, "positive"),
     "few-shot": functools.partial(_number, float, TINY, 1, "a share above 0 and at most 1"),
     "l2sp-weight": functools.partial(_number, float, TINY, sys.float_info.max, "positive"),
+    "accumulate": functools.partial(_number, int, 1, math.inf, "at least 1"),
+    "compute": functools.partial(_one_of, COMPUTE),
     "mode": functools.partial(_one_of, finetune.MODES),
     "schedule": functools.partial(_one_of, tuple(SCHEDULES)),
     "quirks": functools.partial(_names, tuple(sorted(QUIRKS))),
@@ -150,6 +153,9 @@ class Options:
     time: str | None = None
     missing: str = "error"
     irregular: str = "error"
+    mesh: str | None = None
+    compute: str | None = None
+    accumulate: int | None = None
     plan: bool = False
 
     @property
@@ -187,6 +193,9 @@ def parse(argv: Sequence[str]) -> Options:
     flag("--time", help="time column of a table [found by name]")
     flag("--missing", help="error or interpolate [error]")
     flag("--irregular", help="error, regularise or ignore [error]")
+    flag("--mesh", help="devices by axis, as data=4,fsdp=2,tensor=1 [all on data]")
+    flag("--compute", help="dtype of the matrix products in training: float32 or bfloat16 [float32]")
+    flag("--accumulate", help="parts a batch is taken in, for less memory [1]")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     given, unknown = parser.parse_known_args(argv)
     known_flags = [option for action in parser._actions for option in action.option_strings]
@@ -277,12 +286,16 @@ def resolve(options: Options) -> Comparison:
     if loaded is None:
         raise UsageError("\n".join(problems))
     model, params = loaded
+    mesh = attempt(sharding.make_mesh, options.mesh)
+    if mesh is not None:
+        params, notes = sharding.shard(params, model.shard_rules, mesh)
+        for note in notes:
+            print(note, file=sys.stderr)
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
     mode = options.mode or finetune.default_mode(model)
-    changes = {
-        k: getattr(options, k) for k in ("epochs", "batch_size", "lr", "schedule") if getattr(options, k) is not None
-    }
+    names = ("epochs", "batch_size", "lr", "schedule", "compute", "accumulate")
+    changes = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
     config = finetune.train_config(model, **changes)
     splits = attempt(prepare, series, context, horizon, few_shot=options.few_shot, quirks=options.quirks,
                      joint=model.variates == "joint")  # fmt: skip
@@ -308,6 +321,8 @@ def resolve(options: Options) -> Comparison:
         "batch_size": config.batch_size,
         "lr": config.lr,
         "schedule": config.schedule,
+        "compute": None if config.compute == "float32" else config.compute,
+        "accumulate": None if config.accumulate == 1 else config.accumulate,
         "quirks": ",".join(sorted(options.quirks)) or None,
         "l2sp_weight": options.l2sp_weight if "l2sp" in options.methods else None,
         "columns": ", ".join(series.columns[:8])

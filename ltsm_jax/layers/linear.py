@@ -1,8 +1,25 @@
 """Linear layers as products of two plain matrices."""
 
+import contextlib
+import contextvars
 import math
 
 import flax.linen as nn
+import jax.numpy as jnp
+
+_COMPUTE: contextvars.ContextVar = contextvars.ContextVar("compute dtype", default=None)
+
+
+@contextlib.contextmanager
+def compute_in(dtype):
+    """While this is open, every `Linear` that is traced multiplies in `dtype`, whatever its input and its parameters
+    are in. Norms, softmax, residual sums with float32 and losses stay in float32; so do the parameters, and with them
+    gradients and optimiser. None: the dtype of the input. Open it inside the function that is compiled."""
+    token = _COMPUTE.set(None if dtype is None else jnp.dtype(dtype))
+    try:
+        yield
+    finally:
+        _COMPUTE.reset(token)
 
 
 class Linear(nn.Module):
@@ -18,11 +35,13 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs)).astype(x.dtype)
+        dtype = _COMPUTE.get() or x.dtype
+        x = x.astype(dtype)
+        kernel = self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs)).astype(dtype)
         # one product of two matrices, whatever the batch and head axes: XLA's CPU code takes less than half the time of
         # the backward pass of a product with two batch axes
         n = math.prod(self.inputs)
         y = x.reshape(-1, n) @ kernel.reshape(n, -1)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(x.dtype).reshape(1, -1)
+            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype).reshape(1, -1)
         return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)

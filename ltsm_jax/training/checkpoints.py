@@ -102,7 +102,8 @@ class RunFolder:
     def restore(self, like: trees.Tree) -> tuple[trees.Tree, dict[str, Any]] | None:
         """State and position of the newest checkpoint, or None when there is none; metrics.jsonl is cut back to it.
 
-        Args: like: a tree of the same structure, shapes and dtypes as the saved state.
+        Args: like: a tree of the same structure, shapes and dtypes as the saved state; its shardings, where it has any,
+          are those of the result, whatever they were when it was saved.
         Raises: storage.DamagedError naming the checkpoint, what is wrong with it and what to do.
         """
         steps = self.steps()
@@ -111,7 +112,10 @@ class RunFolder:
             return None
         path = self.path(steps[-1])
         flat_like = trees.flatten(like)
-        shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in flat_like.items()}
+        shapes = {
+            p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+            for p, x in flat_like.items()
+        }
         try:
             position = storage.read_record(path / POSITION)
             if position["step"] != steps[-1]:

@@ -22,14 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import storage, trees
+from ltsm_jax import sharding, storage, trees
 from ltsm_jax.data import windows
+from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.training import checkpoints, optimizers, progress
 
 Tree = Any
 MOST_STEPS = 4096  # length of the loss buffer, so the largest dispatch
 HUGE = 1e6  # beyond any scaled series; one such value swamps all others in a float32 sum of squares
 DISPATCH_SECONDS = 0.5  # long enough to hide Python, short enough for a live progress bar
+COMPUTE = ("float32", "bfloat16")
+REMAT = {"none": None, "all but products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 KEY_NAMES = ("init", "aux", "data", "dropout")
 
 
@@ -54,6 +57,10 @@ class TrainConfig:
       seed: of the data order and dropout.
       checkpoint_seconds: time between checkpoints inside an epoch; one more follows each epoch.
       steps_per_dispatch: None: from the measured time of a step. Has no influence on results.
+      compute: dtype of the matrix products, "float32" or "bfloat16"; parameters, norms and losses stay in float32.
+      accumulate: parts a batch is taken in, one after the other, for the memory of one part at a time.
+      remat: what the backward pass computes again instead of keeping it: "none", or "all but products" (everything but
+        the results of matrix products without batch axes), for less memory and more time.
     Raises: ValueError listing every field out of range.
     """
 
@@ -68,6 +75,9 @@ class TrainConfig:
     seed: int = 0
     checkpoint_seconds: float = 60.0
     steps_per_dispatch: int | None = None
+    compute: str = "float32"
+    accumulate: int = 1
+    remat: str = "none"
 
     def __post_init__(self):
         bad = {
@@ -83,6 +93,9 @@ class TrainConfig:
             "checkpoint_seconds must not be negative": not self.checkpoint_seconds >= 0,
             f"steps_per_dispatch must be in [1, {MOST_STEPS}]": self.steps_per_dispatch is not None
             and not 1 <= self.steps_per_dispatch <= MOST_STEPS,
+            f"compute must be one of {', '.join(COMPUTE)}": self.compute not in COMPUTE,
+            "accumulate must be at least 1": self.accumulate < 1,
+            f"remat must be one of {', '.join(REMAT)}": self.remat not in REMAT,
         }
         if problems := [text for text, is_bad in bad.items() if is_bad]:
             raise ValueError(f"{self}: " + "; ".join(problems))
@@ -154,6 +167,9 @@ def fit(
 ) -> FitResult:
     """Train `params` and give back the weights of the best epoch.
 
+    Training happens where the parameters lie: on one device, or, where `sharding.shard` laid them over a mesh, on all
+    of its devices, each with its part of every batch. The batches are the same ones for any mesh.
+
     Compiled once for a loss function and the shapes it sees: hand in the same function object (not a new lambda)
     for every run that should share the compilation. A `jax.tree_util.Partial` may carry arrays, as arguments.
 
@@ -186,7 +202,7 @@ def fit(
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
         raise ValueError("nothing to train: `trainable` is False for every leaf")
-    fitting = _Fitting(config, _partial(loss_fn), _partial(penalty), train_source, frozen, validate)
+    fitting = _Fitting(config, _partial(loss_fn), _partial(penalty), train_source, moving, frozen, validate)
 
     run = None
     if folder is not None:
@@ -216,16 +232,21 @@ def fit(
 class _Fitting:
     """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
 
-    def __init__(self, config: TrainConfig, loss_fn, penalty, source, frozen: Tree, validate):
+    def __init__(self, config: TrainConfig, loss_fn, penalty, source, moving: Tree, frozen: Tree, validate):
         self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
         self.source, self.frozen, self.validate = source, frozen, validate
         self.n = int(source.n)
+        self.mesh = sharding.mesh_of(frozen) or sharding.mesh_of(moving)
         self.batch_size = min(config.batch_size, self.n)
+        sharding.check_batch(self.batch_size, self.mesh, config.accumulate)
+        self.placed = sharding.replicate(source, self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
-        self.keys = keys(config.seed)
+        self.keys = sharding.replicate(keys(config.seed), self.mesh)
         self.pace = _Pace(config.steps_per_dispatch)
+        self.layout: _Layout | None = None
+        self.how = _How(config.compute, config.accumulate, config.remat)
 
     def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> str:
         """State and position at the start of the run, or where an earlier launch came to; a line on memory."""
@@ -239,10 +260,18 @@ class _Fitting:
             return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
 
         self.run, shapes = run, jax.eval_shape(state_of, moving)
+        layout = None if self.mesh is None else sharding.like(shapes, moving, self.mesh)
+        if layout is not None:
+            shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+            outputs = (layout["params"], layout["optimizer"])
+            self.layout = _Layout(self.mesh, jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
         restored = run.restore(shapes) if run else None
         if restored is None:
             self.position = _Position()
             memory = self.check_memory(shapes, allocated=0)
+            if layout is not None:
+                self.state = jax.jit(state_of, out_shardings=layout)(moving)
+                return memory
             self.state = state_of(moving)
             self.state["optimizer"] = _beside(moving, self.state["optimizer"])
             return memory
@@ -259,7 +288,7 @@ class _Fitting:
         while not self.position.finished:
             began, first = time.monotonic(), self.position.step
             epoch = first // self.steps_per_epoch
-            self.order = _epoch_order(self.keys["data"], epoch, self.n)
+            self.order = sharding.replicate(_epoch_order(self.keys["data"], epoch, self.n), self.mesh)
             steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
             self.lr = np.asarray(self.rates(steps), np.float32)
             while self.position.step <= steps[-1]:
@@ -285,10 +314,11 @@ class _Fitting:
         position, began = self.position, time.monotonic()
         count = min(self.pace.steps, self.steps_per_epoch - place)
         self.state["params"], self.state["optimizer"], losses, done = _advance(
-            self.state["params"], self.state["optimizer"], self.frozen, self.source, self.order, self.lr,
+            self.state["params"], self.state["optimizer"], self.frozen, self.placed, self.order, self.lr,
             self.keys["dropout"], self.loss_fn, self.penalty,
             np.int32(place), np.int32(count), np.int32(position.step),
             batch_size=self.batch_size, weight_decay=self.config.weight_decay, clip=self.config.clip,
+            how=self.how, layout=self.layout,
         )  # fmt: skip
         losses, done = np.asarray(losses), int(done)
         rows = np.minimum(self.batch_size, self.n - self.batch_size * (place + np.arange(done)))
@@ -357,7 +387,7 @@ class _Fitting:
         indices, weight = windows.batch_at(self.order, place, self.batch_size)
         batch, key = self.source.gather(indices), jax.random.fold_in(self.keys["dropout"], self.position.step)
         loss, grads = _gradients(
-            self.state["params"], self.frozen, batch | {"weight": weight}, key, self.loss_fn, self.penalty
+            self.state["params"], self.frozen, batch | {"weight": weight}, key, self.loss_fn, self.penalty, self.how
         )
         lines = [
             f"loss {float(loss)} at step {self.position.step + 1} "
@@ -399,7 +429,8 @@ class _Fitting:
         """
 
         def kept_by_backward(moving, frozen, source, loss_fn):
-            batch = _batch(source, jnp.arange(source.n), 0, self.batch_size)
+            rows = windows.batch_at(jnp.arange(source.n), 0, self.batch_size)
+            batch = _gather(source, *rows, None)
             return jax.vjp(lambda m: loss_fn(trees.merge(m, frozen), batch, self.keys["dropout"], True), moving)[1]
 
         moving = state["params"]
@@ -421,30 +452,82 @@ class _Fitting:
         return f"about {line}; {_gb(available)} is available"
 
 
-def _objective(moving, frozen, batch, key, loss_fn, penalty):
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How a gradient is computed: dtype of the products, parts a batch is taken in, what is computed again."""
+
+    compute: str
+    accumulate: int
+    remat: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where parameters and optimiser state lie on a mesh; hashable, so that it may be static under jit."""
+
+    mesh: jax.sharding.Mesh
+    structure: Any
+    shardings: tuple[jax.sharding.NamedSharding, ...]
+
+    def pin(self, moving: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
+        """Without it the compiler may choose another layout for what comes out, and compile the next step again."""
+        return jax.lax.with_sharding_constraint((moving, opt_state), jax.tree.unflatten(self.structure, self.shardings))
+
+
+def _objective(moving, frozen, batch, key, loss_fn, penalty, how: _How):
     params = trees.merge(moving, frozen)
-    loss = loss_fn(params, batch, key, True)
+    with compute_in(None if how.compute == "float32" else how.compute):
+        loss = loss_fn(params, batch, key, True)
     return loss if penalty is None else loss + penalty(params)
 
 
+def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how: _How, mesh):
+    """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in `how.accumulate` parts."""
+
+    def objective(moving, batch, key):
+        return _objective(moving, frozen, batch, key, loss_fn, penalty, how)
+
+    if how.remat != "none":
+        objective = jax.checkpoint(objective, policy=REMAT[how.remat])
+    gradients = jax.value_and_grad(objective)
+    if how.accumulate == 1:
+        return gradients(moving, _gather(source, *rows, mesh), key)
+
+    def part(total, inputs):
+        (indices, weight), number = inputs
+        share = weight.sum()
+        weight = jnp.where(share > 0, weight, 1.0)  # a part of padding alone has no mean; it counts 0 below
+        found = gradients(moving, _gather(source, indices, weight, mesh), jax.random.fold_in(key, number))
+        return jax.tree.map(lambda sum_, new: sum_ + share * new, total, found), None
+
+    parts = jax.tree.map(lambda x: x.reshape(how.accumulate, -1), rows)
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, moving))
+    total, _ = jax.lax.scan(part, zero, (parts, jnp.arange(how.accumulate)))
+    return jax.tree.map(lambda x: x / rows[1].sum(), total)
+
+
 @functools.partial(
-    jax.jit, static_argnames=("batch_size", "weight_decay", "clip"), donate_argnames=("moving", "opt_state")
+    jax.jit,
+    static_argnames=("batch_size", "weight_decay", "clip", "how", "layout"),
+    donate_argnames=("moving", "opt_state"),
 )
 def _advance(
     moving, opt_state, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
-    *, batch_size, weight_decay, clip,
+    *, batch_size, weight_decay, clip, how, layout,
 ):  # fmt: skip
     """`count` steps from batch `place` of the epoch, step `step` of the run, stopping before one that is not finite.
 
     Returns: parameters, optimiser state, losses [MOST_STEPS] (those past the last step are 0), steps taken.
     """
     tx = optimizers.adam(weight_decay, clip)
+    mesh = None if layout is None else layout.mesh
+    pin = (lambda *state: state) if layout is None else layout.pin
 
     def one(carry):
         i, _, moving, opt_state, losses = carry
-        batch = _batch(source, order, place + i, batch_size)
-        loss, grads = jax.value_and_grad(_objective)(
-            moving, frozen, batch, jax.random.fold_in(key, step + i), loss_fn, penalty
+        rows = windows.batch_at(order, place + i, batch_size)
+        loss, grads = _loss_and_gradients(
+            moving, frozen, source, rows, jax.random.fold_in(key, step + i), loss_fn, penalty, how, mesh
         )
         # the sum is finite only if every addend is
         good = jnp.isfinite(loss) & jnp.isfinite(
@@ -454,19 +537,23 @@ def _advance(
         new_moving = jax.tree.map(lambda p, d: (p - rates[place + i] * d).astype(p.dtype), moving, directions)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         losses = losses.at[i].set(loss.astype(jnp.float32))
-        return i + good, good, keep(new_moving, moving), keep(new_opt_state, opt_state), losses
+        return i + good, good, *pin(keep(new_moving, moving), keep(new_opt_state, opt_state)), losses
 
     start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, jnp.zeros(MOST_STEPS, jnp.float32))
     done, _, moving, opt_state, losses = jax.lax.while_loop(lambda c: (c[0] < count) & c[1], one, start)
-    return moving, opt_state, losses, done
+    return *pin(moving, opt_state), losses, done
 
 
-_gradients = jax.jit(jax.value_and_grad(_objective))
+_gradients = jax.jit(jax.value_and_grad(_objective), static_argnames="how")
 
 
-def _batch(source, order, place, batch_size):
-    indices, weight = windows.batch_at(order, place, batch_size)
-    return source.gather(indices) | {"weight": weight}
+def _gather(source, indices, weight, mesh):
+    """The windows of a batch; on a mesh each device gathers its own rows."""
+    if mesh is None:
+        return source.gather(indices) | {"weight": weight}
+    by_rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    indices, weight = jax.lax.with_sharding_constraint((indices, weight), by_rows)
+    return jax.lax.with_sharding_constraint(source.gather(indices), by_rows) | {"weight": weight}
 
 
 def _strong(leaf: Any) -> jax.Array:

@@ -1,0 +1,159 @@
+"""Parameters over the devices of a mesh: a table from path to axes, and everything else follows the parameters.
+
+A mesh has three axes. `data`: every device has all parameters and a part of the batch. `fsdp`: a part of the batch too,
+and a part of every large parameter, gathered when it is used. `tensor`: heads and feed-forward units are split, so each
+device computes a part of every layer. A family says in `Model.shard_rules` which axes of its parameters may be split;
+nothing in the models knows of it. Training needs no flag: it follows the placement of the parameters it is given.
+
+    mesh = make_mesh("data=2,fsdp=4")
+    params, notes = shard(params, model.shard_rules, mesh)
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ltsm_jax import trees
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))  # how the rows of a batch are split
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The mesh that `spec` asks for.
+
+    Args:
+      spec: "data=2,fsdp=4" (axes left out are 1; one of them may be -1: what the others leave); None: all devices on
+        `data`.
+      devices: by default all that JAX has, those of other hosts included.
+    Returns: the mesh, its axes always `data`, `fsdp`, `tensor`; None for one device and no spec: nothing to share.
+    Raises: ValueError for unknown axes, sizes that are no numbers, or sizes that do not multiply to the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    n = len(devices)
+    if spec is None:
+        if n == 1:
+            return None
+        spec = f"data={n}"
+    sizes = dict.fromkeys(AXES, 1)
+    problems, seen = [], set()
+    for item in spec.split(","):
+        name, _, size = (part.strip() for part in item.partition("="))
+        if name not in AXES or name in seen:
+            problems.append(f"{name!r} is {'given twice' if name in seen else 'no axis'}")
+        elif not re.fullmatch(r"-1|[1-9]\d*", size):
+            problems.append(f"{name}={size}: a size is a positive number, or -1 for the rest")
+        else:
+            sizes[name] = int(size)
+        seen.add(name)
+    free = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size > 0)
+    if len(free) > 1:
+        problems.append(f"only one of {', '.join(free)} can be -1")
+    elif free and not problems and n % known == 0:
+        sizes[free[0]] = n // known
+    elif not problems and known != n:
+        problems.append(f"{' x '.join(map(str, sizes.values()))} devices are asked for, {n} are there")
+    if problems:
+        raise ValueError(f"mesh {spec!r}: {'; '.join(problems)}. Write it as data=2,fsdp=2,tensor=2")
+    # Mesh and not jax.make_mesh: the latter's axes are Explicit by default, which Flax's layers cannot take
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+
+
+def specs(shapes: trees.Tree, rules: Rules, mesh: Mesh) -> tuple[trees.Tree, tuple[str, ...]]:
+    """A PartitionSpec for every leaf, by the first rule whose expression is found in its path.
+
+    Args:
+      shapes: tree of arrays or of `jax.ShapeDtypeStruct`.
+      rules: a family's `shard_rules`: (regular expression, axis name or None for each dimension).
+    Returns: the tree of specs, and a line for every axis that stays whole because the mesh does not divide it.
+    Raises: ValueError listing the leaves that no rule matches.
+    """
+    found, notes, unmatched = {}, [], []
+    for path, leaf in trees.flatten(shapes).items():
+        axes = next((axes for pattern, axes in rules if re.search(pattern, path)), None)
+        if axes is None:
+            unmatched.append(path)
+            continue
+        kept = []
+        for i, axis in enumerate(axes):
+            size = 1 if axis is None else mesh.shape[axis]
+            if leaf.shape[i] % size:
+                notes.append(f"{path} {leaf.shape}: {size} {axis} devices do not divide axis {i}, which stays whole")
+                axis = None
+            kept.append(axis if size > 1 else None)
+        while kept and kept[-1] is None:  # as the compiler writes it: another spelling would compile the next step anew
+            kept.pop()
+        found[path] = PartitionSpec(*kept)
+    if unmatched:
+        raise ValueError(
+            f"no shard rule for {', '.join(unmatched)}; the family's shard_rules must name every parameter"
+        )
+    return trees.unflatten(found), tuple(notes)
+
+
+def shard(params: trees.Tree, rules: Rules, mesh: Mesh) -> tuple[trees.Tree, tuple[str, ...]]:
+    """`params` laid out over the mesh, and what could not be split (see `specs`). Each device gets its part only."""
+    table, notes = specs(params, rules, mesh)
+    return jax.tree.map(lambda leaf, spec: put(leaf, NamedSharding(mesh, spec)), params, table), notes
+
+
+def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """One array laid out as `sharding` says; on several hosts each one brings the parts of its own devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def mesh_of(tree: trees.Tree) -> Mesh | None:
+    """The mesh a tree lies on; None where it lies on one device."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None
+
+
+def replicate(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
+    """`tree` whole on every device of the mesh; as it is where there is none."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def like(tree: trees.Tree, params: trees.Tree, mesh: Mesh) -> trees.Tree:
+    """Shardings for a tree that is made of copies of the parameters, such as optimiser state, masks or stacked lanes.
+
+    A leaf whose path ends with that of a parameter and that has its shape lies as the parameter does; one with further
+    leading axes has these whole and the rest as the parameter; everything else (counters) is whole everywhere.
+    """
+    known = trees.flatten(params)
+
+    def sharding(path, leaf):
+        parts = trees.path_of(path).split("/")
+        for start in range(len(parts)):
+            twin = known.get("/".join(parts[start:]))
+            if twin is not None and leaf.shape[leaf.ndim - twin.ndim :] == twin.shape:
+                spec = twin.sharding.spec
+                return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - twin.ndim), *spec))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def check_batch(batch_size: int, mesh: Mesh | None, accumulate: int = 1) -> None:
+    """Raises: ValueError where the rows of a (micro-)batch do not divide evenly among the devices."""
+    parts = accumulate * (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
+    if batch_size % parts:
+        near = max(batch_size // parts, 1) * parts
+        what = f"{parts // accumulate} devices (data x fsdp)" + (f" x {accumulate} parts" if accumulate > 1 else "")
+        raise ValueError(f"batch_size {batch_size} does not divide among {what}; {near} does")

@@ -1,0 +1,120 @@
+"""Training over a mesh of devices against training on one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltsm_jax import sharding, trees
+from ltsm_jax.models import FAMILIES
+
+MESHES = ("data=8", "fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
+
+
+def runs(family, *texts):
+    script = Path(__file__).with_name("sharded_runs.py")
+    done = subprocess.run([sys.executable, str(script), family, *texts], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_same(found, want):
+    np.testing.assert_allclose(found["losses"], want["losses"], rtol=2e-5)
+    for path, grad in want["grads"].items():
+        worst = np.abs(np.subtract(found["grads"][path], grad)).max()
+        assert worst <= 2e-5 * max(np.abs(grad).max(), 1e-3), f"{path}: {worst}"
+
+
+@pytest.fixture(scope="module")
+def timer():
+    return runs("timer", "one", *MESHES, "one:accumulate=2", "data=4,fsdp=2:accumulate=2", "one:compute=bfloat16",
+                "data=8:compute=bfloat16", "one:remat=all but products", "data=1,fsdp=1,tensor=8")  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_any_mesh_trains_as_one_device_does(timer, mesh):
+    check_same(timer[mesh], timer["one"])
+    assert timer[mesh]["compiled"] == 1, "the second step must not be compiled again"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_stay_where_they_were_put(timer, mesh):
+    assert timer[mesh]["start"] == timer[mesh]["end"]
+    split = timer[mesh]["split"]
+    parts = {"data=8": 1, "fsdp=8": 8, "data=4,tensor=2": 2, "data=2,fsdp=2,tensor=2": 4}[mesh]
+    assert split["layer_0/up/kernel"] == split["layer_1/down/kernel"] == parts
+    assert split["layer_0/norm1/scale"] == 1
+
+
+def test_what_the_mesh_does_not_divide_stays_whole_and_is_said(timer):
+    found = timer["data=1,fsdp=1,tensor=8"]
+    check_same(found, timer["one"])
+    assert any("layer_0/attn/q/kernel" in note and "stays whole" in note for note in found["notes"])  # 2 heads
+    assert found["split"]["layer_0/attn/q/kernel"] == 1
+    assert found["split"]["layer_0/up/kernel"] == 8  # 24 units
+
+
+@pytest.mark.parametrize("text", ["one:accumulate=2", "data=4,fsdp=2:accumulate=2", "one:remat=all but products"])
+def test_parts_and_recomputation_change_nothing_but_memory(timer, text):
+    # dropout draws other numbers for parts; the small Timer has the published dropout, so compare with care
+    check = timer[text]
+    np.testing.assert_allclose(check["losses"], timer["one"]["losses"], rtol=2e-5 if "remat" in text else 0.05)
+
+
+def test_bfloat16_products_keep_float32_parameters(timer):
+    one, many = timer["one:compute=bfloat16"], timer["data=8:compute=bfloat16"]
+    assert one["dtypes"] == many["dtypes"] == ["float32"]
+    assert one["losses"] != timer["one"]["losses"]
+    np.testing.assert_allclose(one["losses"], timer["one"]["losses"], rtol=0.02)
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "timer"])
+def test_every_family_trains_on_a_mixed_mesh(family):
+    found = runs(family, "one", "data=2,fsdp=2,tensor=2")
+    check_same(found["data=2,fsdp=2,tensor=2"], found["one"])
+    assert found["data=2,fsdp=2,tensor=2"]["start"] == found["data=2,fsdp=2,tensor=2"]["end"]
+
+
+# --- without several devices
+
+
+def test_mesh_texts():
+    one = jax.devices()[:1]
+    assert sharding.make_mesh(None, one) is None
+    assert dict(sharding.make_mesh("data=-1", one).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    for text, says in (("data=2", "are asked for, 1 are there"), ("dta=1", "no axis"), ("data=x", "positive number"),
+                       ("data=1,data=1", "given twice"), ("data=-1,fsdp=-1", "only one")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            sharding.make_mesh(text, one)
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    mesh = sharding.make_mesh("data=1", jax.devices()[:1])
+    with pytest.raises(ValueError, match="no shard rule for b/kernel"):
+        sharding.specs({"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones(2)}}, ((r"^a/", ("fsdp",)),), mesh)
+
+
+def test_batches_must_divide():
+    mesh = sharding.make_mesh("data=1", jax.devices()[:1])
+    sharding.check_batch(6, mesh, 3)
+    with pytest.raises(ValueError, match="9 does"):
+        sharding.check_batch(10, None, 3)
+
+
+def test_optimiser_state_and_stacked_lanes_lie_as_their_parameters():
+    mesh = sharding.make_mesh("data=1", jax.devices()[:1])
+    spec = jax.sharding.PartitionSpec("fsdp", "tensor")
+    leaf = jax.device_put(jnp.ones((4, 6)), jax.sharding.NamedSharding(mesh, spec))
+    tree = {"mu": {"up": {"kernel": jnp.ones((4, 6))}}, "lanes": {"up": {"kernel": jnp.ones((3, 4, 6))}},
+            "count": jnp.int32(0), "other": {"up": {"kernel": jnp.ones((4, 5))}}}  # fmt: skip
+    found = {path: s.spec for path, s in trees.flatten(sharding.like(tree, {"up": {"kernel": leaf}}, mesh)).items()}
+    assert found["mu/up/kernel"] == spec
+    assert found["lanes/up/kernel"] == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    assert found["count"] == found["other/up/kernel"] == jax.sharding.PartitionSpec()
