@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.tables import SAME, TRANSPOSE, Rule, split_in, split_out
+
+ACTIVATIONS = ("relu", "gelu", "gelu_new")
 
 
 def stack_rules(name: str, head_dim: int, *, decoder: bool = False, gated: bool = False) -> list[Rule]:
@@ -31,3 +37,29 @@ def stack_rules(name: str, head_dim: int, *, decoder: bool = False, gated: bool 
         (rf"{name}\.final_layer_norm\.weight", f"{name}/norm/scale", SAME),
     ]
     return rules
+
+
+def stack_fields(told: Fields, state: Mapping[str, Any], *, decoder: bool, gated: bool) -> None:
+    """Checks T5's sizes in a published config (d_model, d_kv, num_heads, d_ff, num_layers, ...) against each other and
+    against a state dict; what is wrong goes to `told.problems`."""
+    first = "encoder.block.0.layer."
+    heads = dims(state, f"{first}0.SelfAttention.relative_attention_bias.weight")
+    inner, d_model = dims(state, f"{first}0.SelfAttention.q.weight")
+    d_ff, _ = dims(state, f"{first}1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight")
+    told.integer("d_model", weights=d_model)
+    n, k = told.integer("num_heads", high=4096, weights=heads[1]), told.integer("d_kv")
+    if inner is not None and n * k != inner:
+        told.problems.append(f"num_heads * d_kv: {n} * {k} in the config, {inner} in the weights")
+    told.integer("d_ff", weights=d_ff)
+    layers = told.integer("num_layers", high=MAX_LAYERS, weights=layer_count(state, r"encoder\.block\.(\d+)\."))
+    if decoder and (told.published.get("num_decoder_layers") is not None or "num_decoder_layers" not in told.published):
+        deep = layer_count(state, r"decoder\.block\.(\d+)\.")
+        told.integer("num_decoder_layers", layers, high=MAX_LAYERS, weights=deep)
+    told.integer("relative_attention_num_buckets", 32, high=1 << 16, weights=heads[0])
+    told.integer("relative_attention_max_distance", 128)
+    told.number("layer_norm_epsilon", 1e-6, high=1.0)
+    told.number("dropout_rate", 0.1, high=1.0)
+    told.number("initializer_factor", 1.0, high=1e3)
+    told.choice("feed_forward_proj", ("relu", "gelu", "gated-relu", "gated-gelu"), "relu")
+    told.choice("dense_act_fn", tuple(ACTIVATIONS), "relu")
+    told.boolean("is_gated_act", False)

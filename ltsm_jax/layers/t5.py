@@ -23,6 +23,7 @@ Parameters of a stack called `encoder` or `decoder`, i = 0, 1, ...:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 
 Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
+ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False), "gelu_new": nn.gelu}
 
 SHARD_RULES = (
     (r"/(attn|cross)/[qkv]/kernel$", ("fsdp", "tensor", None)),
@@ -100,10 +102,10 @@ class StackConfig:
                 f"{self.n_buckets} buckets have {exact} exact distances a side; there must be one, and max_distance "
                 f"({self.max_distance}) must lie beyond"
             )
-        if self.activation not in ("relu", "gelu", "gelu_new") or not 0 <= self.dropout < 1 or not self.eps >= 0:
+        if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.eps >= 0:
             problems.append(
-                f"activation must be relu, gelu or gelu_new, dropout in [0, 1), eps not negative: {self.activation}, "
-                f"{self.dropout}, {self.eps}"
+                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), eps not negative: "
+                f"{self.activation}, {self.dropout}, {self.eps}"
             )
         if problems:
             raise ValueError("T5 stack: " + "; ".join(problems))
@@ -229,8 +231,7 @@ class Block(nn.Module):
             x_BND = taps["after_cross"] = x_BND + drop(taps["cross"])
         name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", cfg.ffn_dims[self.layer]
         h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
-        activation = {"relu": nn.relu, "gelu": lambda y: nn.gelu(y, approximate=False), "gelu_new": nn.gelu}
-        act = activation[cfg.activation]
+        act = ACTIVATIONS[cfg.activation]
         wide = lambda name: Linear((cfg.d_model,), (ffn_dim,), use_bias=False, name=name)(h_BND)  # noqa: E731
         h_BNF = act(wide("gate")) * wide("up") if cfg.gated else act(wide("up"))
         taps["ffn"] = Linear((ffn_dim,), (cfg.d_model,), use_bias=False, name="down")(drop(h_BNF))

@@ -1,5 +1,6 @@
 """Model families. A family is one file here, one line in this table, and one converter."""
 
+from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
@@ -9,6 +10,7 @@ FAMILIES: dict[str, type[Model]] = {
     for family in (
         Timer,
         TimerHf,
+        ChronosBolt,
     )
 }
 

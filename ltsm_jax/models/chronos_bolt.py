@@ -1,0 +1,449 @@
+"""Chronos-Bolt: a T5 encoder over patches, a T5 decoder of one step, and nine quantiles of the next 64 values from it.
+
+Ansari et al., "Chronos: Learning the Language of Time Series" (arXiv 2403.07815) is the paper of its predecessor;
+Bolt itself is described where it is published. Follows amazon-science/chronos-forecasting (commit 95185d1),
+src/chronos/chronos_bolt.py, on Hugging Face's T5 (4.57.3).
+
+A context of T points, NaN where nothing was observed, is scaled by its own mean and standard deviation and cut into
+patches; a token is made of a patch's values and its mask of observed points. Patches without any observed point stay in
+the sequence, hidden from all others. The decoder's only token asks the encoded patches, and its output becomes all
+quantiles at once; they are not sorted. Beyond 64 steps the forecast is rolled out: each quantile's path is put behind a
+context of its own, and of the 9 x 9 quantiles that follow the 9 quantiles are taken.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers import t5
+from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    mean_observed,
+    mean_over_rows,
+)
+from ltsm_jax.trees import Tree
+
+FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MEMORY = 2 << 30  # bytes that the widest activations of one evaluation batch may take
+
+
+@dataclasses.dataclass(frozen=True)
+class ChronosBoltConfig:
+    """The two stacks hold the widths of each layer, so that a pruned Chronos-Bolt is a Chronos-Bolt.
+
+    encoder, decoder: sizes of the stacks, of one d_model D. block_dim: hidden width F of the two residual blocks.
+    patch_len P and stride in time steps, context_len and horizon too. levels: quantile levels, Q. reg_token: whether a
+    learned token stands behind the patches. start_token: row of the token table that the decoder starts with.
+    init_factor: of the original's initialisation.
+    """
+
+    encoder: t5.StackConfig
+    decoder: t5.StackConfig
+    block_dim: int
+    patch_len: int = 16
+    stride: int = 16
+    context_len: int = 2048
+    horizon: int = 64
+    levels: tuple[float, ...] = LEVELS
+    reg_token: bool = True
+    start_token: int = 0
+    init_factor: float = 0.05
+
+    def __post_init__(self):
+        problems = []
+        if self.encoder.is_decoder or not self.decoder.is_decoder:
+            problems.append("the encoder must have no cross_heads and the decoder must have them")
+        if self.encoder.d_model != self.decoder.d_model:
+            problems.append(f"encoder and decoder differ in width: {self.encoder.d_model}, {self.decoder.d_model}")
+        if min(self.block_dim, self.patch_len, self.stride, self.context_len, self.horizon) < 1:
+            problems.append("every size must be positive")
+        if self.stride > self.patch_len:
+            problems.append(f"patches of {self.patch_len} every {self.stride} steps would leave points out")
+        if not self.levels or list(self.levels) != sorted(set(self.levels)) or not 0 < self.levels[0] < 1:
+            problems.append(f"levels must rise within (0, 1): {self.levels}")
+        elif self.levels[-1] >= 1:
+            problems.append(f"levels must lie within (0, 1): {self.levels}")
+        if not 0 <= self.start_token < self.vocabulary:
+            problems.append(f"start_token must be below {self.vocabulary}, got {self.start_token}")
+        if problems:
+            raise ValueError("ChronosBoltConfig: " + "; ".join(problems))
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token table: the decoder's start, and [REG]."""
+        return 2 if self.reg_token else 1
+
+    @classmethod
+    def of(
+        cls, d_model: int, heads: int, d_ff: int, layers: int, *, head_dim: int = 64, decoder_layers=None, **rest
+    ) -> "ChronosBoltConfig":
+        """Equal layers. rest: fields of this class or of `t5.StackConfig`, which both stacks then get."""
+        own = {f.name for f in dataclasses.fields(cls)}
+        both = {name: rest.pop(name) for name in list(rest) if name not in own}
+        deep = layers if decoder_layers is None else decoder_layers
+        encoder = t5.StackConfig(d_model, head_dim, (heads,) * layers, (d_ff,) * layers, **both)
+        decoder = t5.StackConfig(d_model, head_dim, (heads,) * deep, (d_ff,) * deep, (heads,) * deep, **both)
+        return cls(encoder, decoder, d_ff, **rest)
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "ChronosBoltConfig":
+        """Reads a published config.json: T5's fields, and `chronos_config` within.
+
+        Raises: ValueError naming the fields that are missing.
+        """
+        chronos = fields.get("chronos_config", {})
+        names = ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
+        missing = [name for name in names if name not in fields]
+        names = ("context_length", "prediction_length", "input_patch_size", "input_patch_stride", "quantiles")
+        missing += [f"chronos_config.{name}" for name in names if name not in chronos]
+        if missing:
+            raise ValueError(f"the config of a Chronos-Bolt checkpoint lacks {', '.join(missing)}")
+        activation, gated = activation_of(fields)
+        return cls.of(
+            fields["d_model"],
+            fields["num_heads"],
+            fields["d_ff"],
+            fields["num_layers"],
+            head_dim=fields["d_kv"],
+            decoder_layers=fields.get("num_decoder_layers"),
+            n_buckets=fields.get("relative_attention_num_buckets", 32),
+            max_distance=fields.get("relative_attention_max_distance", 128),
+            activation=activation,
+            gated=gated,
+            eps=fields.get("layer_norm_epsilon", 1e-6),
+            dropout=fields.get("dropout_rate", 0.1),
+            patch_len=chronos["input_patch_size"],
+            stride=chronos["input_patch_stride"],
+            context_len=chronos["context_length"],
+            horizon=chronos["prediction_length"],
+            levels=tuple(chronos["quantiles"]),
+            reg_token=chronos.get("use_reg_token", False),
+            start_token=fields.get("decoder_start_token_id", 0),
+            init_factor=fields.get("initializer_factor", 1.0),
+        )
+
+
+def activation_of(fields: Mapping[str, Any]) -> tuple[Any, bool]:
+    """Activation and gate of T5's config.json: `feed_forward_proj`, and the two fields that override it."""
+    *gate, name = str(fields.get("feed_forward_proj", "relu")).split("-", 1)
+    name = "gelu_new" if (gate, name) == (["gated"], "gelu") else name
+    return fields.get("dense_act_fn", name), bool(fields.get("is_gated_act", gate == ["gated"]))
+
+
+# widths and depths: their parameter counts are those of the published models, 9M, 21M, 48M and 205M
+PRESETS = {
+    "amazon/chronos-bolt-tiny": ChronosBoltConfig.of(256, 4, 1024, 4),
+    "amazon/chronos-bolt-mini": ChronosBoltConfig.of(384, 8, 1536, 4),
+    "amazon/chronos-bolt-small": ChronosBoltConfig.of(512, 8, 2048, 6),
+    "amazon/chronos-bolt-base": ChronosBoltConfig.of(768, 12, 3072, 12),
+}
+
+
+class ResidualBlock(nn.Module):
+    """Two layers beside a linear one, [..., inputs] -> [..., outputs]."""
+
+    inputs: int
+    hidden: int
+    outputs: int
+    activation: t5.Activation
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        h = t5.ACTIVATIONS[self.activation](Linear((self.inputs,), (self.hidden,), name="hidden")(x))
+        y = Linear((self.hidden,), (self.outputs,), name="out")(h)
+        return Dropout(self.dropout)(y, train) + Linear((self.inputs,), (self.outputs,), name="residual")(x)
+
+
+class ChronosBoltNet(nn.Module):
+    """Scaled patches [B, N, P], 0 where not observed, and their mask -> quantiles [B, Q, H] in the same scale, and the
+    named steps between. `encode_only` stops behind the encoder: [B, N + 1, D]."""
+
+    cfg: ChronosBoltConfig
+
+    @nn.compact
+    def __call__(self, p_BNP, mask_BNP, train: bool = False, encode_only: bool = False):
+        cfg, taps = self.cfg, {"patches": p_BNP, "patch_mask": mask_BNP}
+        d_model, q, h = cfg.encoder.d_model, len(cfg.levels), cfg.horizon
+        block = lambda inputs, outputs, name: ResidualBlock(  # noqa: E731
+            inputs, cfg.block_dim, outputs, cfg.encoder.activation, cfg.encoder.dropout, name=name
+        )
+        both_BN2P = jnp.concatenate([p_BNP, mask_BNP.astype(p_BNP.dtype)], axis=-1)
+        x_BND = taps["embed"] = block(2 * cfg.patch_len, d_model, "embed")(both_BN2P, train)
+        seen_BN = mask_BNP.sum(-1) > 0
+        tokens_VD = self.param("tokens", nn.initializers.zeros, (cfg.vocabulary, d_model)).astype(x_BND.dtype)
+        row = lambda i: jnp.broadcast_to(tokens_VD[i].reshape(1, 1, -1), (x_BND.shape[0], 1, d_model))  # noqa: E731
+        start_B1D = row(cfg.start_token)
+        if cfg.reg_token:
+            x_BND = jnp.concatenate([x_BND, row(1)], axis=1)
+            seen_BN = jnp.pad(seen_BN, ((0, 0), (0, 1)), constant_values=True)
+        taps |= {"encoder_input": x_BND, "seen": seen_BN}
+        m_BND, inner, _ = t5.Stack(cfg.encoder, name="encoder")(x_BND, seen_BN, train=train)
+        taps |= {f"encoder/{name}": value for name, value in inner.items()}
+        if encode_only and not self.is_initializing():
+            return m_BND, taps
+        y_B1D, inner, _ = t5.Stack(cfg.decoder, name="decoder")(
+            start_B1D, memory=m_BND, memory_mask=seen_BN, train=train
+        )
+        taps |= {f"decoder/{name}": value for name, value in inner.items()}
+        y_B1O = taps["head"] = block(d_model, q * h, "head")(y_B1D, train)
+        return y_B1O.reshape(-1, q, h).astype(jnp.float32), taps
+
+
+@dataclasses.dataclass(frozen=True)
+class ChronosBolt(Model):
+    """Chronos-Bolt at one size. See the module docstring; `Model` documents the methods."""
+
+    config: ChronosBoltConfig
+
+    family = "chronos_bolt"
+    head = r"^head/"
+    tasks = ("forecasting", "embedding")
+    licence = "Apache-2.0 (amazon/chronos-bolt)"
+    shard_rules = (
+        (r"^embed/hidden/kernel$", (None, "tensor")),
+        (r"^embed/out/kernel$", ("tensor", "fsdp")),
+        (r"^embed/residual/kernel$", (None, "fsdp")),
+        (r"^head/hidden/kernel$", ("fsdp", "tensor")),
+        (r"^head/out/kernel$", ("tensor", "fsdp")),
+        (r"^head/residual/kernel$", ("fsdp", None)),
+        *t5.SHARD_RULES,
+        (r"(^tokens|/bias)$", ()),
+    )
+    prunable = t5.PRUNABLE
+
+    @classmethod
+    def presets(cls) -> Mapping[str, ChronosBoltConfig]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> ChronosBoltConfig:
+        return config_from_json(ChronosBoltConfig, fields)
+
+    @classmethod
+    def small(cls) -> ChronosBoltConfig:
+        return ChronosBoltConfig.of(
+            16, 2, 24, 2, head_dim=5, decoder_layers=1, patch_len=8, stride=8, context_len=64, horizon=16, levels=(0.1, 0.5, 0.9)
+        )
+
+    @property
+    def context_len(self) -> int:
+        return self.config.context_len
+
+    @property
+    def horizon(self) -> int:
+        return self.config.horizon
+
+    @property
+    def eval_batch(self) -> int:
+        """As many windows as fit when each is rolled out once for every quantile."""
+        cfg = self.config
+        tokens = cfg.context_len // cfg.stride + 1
+        row = 4 * tokens * max(2 * cfg.block_dim, *(h * tokens for h in cfg.encoder.n_heads))
+        return 1 << max(int(math.log2(MEMORY / (len(cfg.levels) * row))), 0)
+
+    def init(self, key: jax.Array) -> Tree:
+        """Everything is multiplied by the factor, the scales of the norms too. The head's first layers take the width
+        of the input patches for their own inputs, as in the original."""
+        cfg = self.config
+        patch = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
+        shapes = jax.eval_shape(ChronosBoltNet(cfg).init, key, patch, patch)["params"]
+
+        def rule(path, shape):
+            if path == "tokens":
+                return Normal(cfg.init_factor)
+            if path.startswith(("embed/", "head/")):
+                if path.endswith("/bias"):
+                    return Constant(0.0)
+                return Normal(cfg.init_factor * (cfg.block_dim if "/out/" in path else 2 * cfg.patch_len) ** -0.5)
+            return t5.initial(path, shape, cfg.encoder.d_model, cfg.init_factor)
+
+        return draw(key, shapes, rule)
+
+    def recipe(self) -> Recipe:
+        source = "AutoGluon's defaults, from memory: AdamW, 1000 steps of 32 windows"
+        return Recipe(1e-5, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
+
+    # --- the network between its scalings
+
+    def patches(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """Patches [B, N, P] of x [B, T] in the scale of its last context_len points, their mask, and the scale.
+
+        mask: 1 where a point is to be seen, all observed ones by default; it has no part in the scale, as in the
+        original. Points that are NaN are never seen.
+        """
+        cfg = self.config
+        x = x.astype(jnp.float32)[..., -cfg.context_len :]
+        observed = ~jnp.isnan(x)
+        mask = jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
+        mask = jnp.where(observed, mask, 0.0)
+        n = observed.sum(-1, keepdims=True)
+        mean = lambda y: jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)  # noqa: E731
+        loc = mean(x)
+        scale = jnp.sqrt(mean(jnp.square(x - loc)))
+        scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
+        scaled = jnp.where(observed, (x - loc) / scale, 0.0)
+        left = -x.shape[-1] % cfg.patch_len
+        values, mask = (jnp.pad(y, ((0, 0), (left, 0))) for y in (jnp.where(mask > 0, scaled, 0.0), mask))
+        length = values.shape[-1]
+        if cfg.stride == cfg.patch_len:
+            cut = lambda y: y.reshape(-1, length // cfg.patch_len, cfg.patch_len)  # noqa: E731
+        else:
+            starts = np.arange(0, length - cfg.patch_len + 1, cfg.stride)
+            cut = lambda y: y[:, starts[:, None] + np.arange(cfg.patch_len)[None]]  # noqa: E731
+        return cut(values), cut(mask), {"scaled": scaled, "loc": loc, "scale": scale}
+
+    def apply(
+        self, params: Tree, x: jax.Array, mask: jax.Array | None = None, key=None, train=False, encode_only=False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """One forward pass: quantiles [B, C, H, Q] of the next `horizon` steps in the units of x, and the named steps.
+
+        x: [B, C, T], any T >= 1, NaN = missing, of which the last context_len points are used. mask: see `patches`.
+        The steps have one row a series, B * C; "quantiles" among them is [B * C, Q, H] in the scale of the series.
+        encode_only: the encoder's output [B, C, N + 1, D] instead, the last token being [REG] where there is one.
+        """
+        b, c, t = x.shape
+        mask = None if mask is None else mask.reshape(b * c, t)
+        p_BNP, mask_BNP, scaling = self.patches(x.reshape(b * c, t), mask)
+        cfg = self.config
+        dropout = max(cfg.encoder.dropout, cfg.decoder.dropout)
+        rngs = {"dropout": key} if train and dropout and key is not None else None
+        net: Any = ChronosBoltNet(cfg)  # Flax types what apply returns too widely
+        y, taps = net.apply({"params": params}, p_BNP, mask_BNP, rngs is not None, encode_only, rngs=rngs)
+        taps |= scaling
+        if encode_only:
+            return y.reshape(b, c, *y.shape[1:]), taps
+        taps["quantiles"] = y
+        y_BHQ = jnp.swapaxes(y * scaling["scale"][..., None] + scaling["loc"][..., None], 1, 2)
+        return y_BHQ.reshape(b, c, cfg.horizon, len(cfg.levels)), taps
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """Twice the pinball loss in the scale of the context: mean over the levels, SUM over the steps, mean over rows.
+
+        Targets of at most `horizon` steps; missing ones (NaN) add nothing and are not counted in any mean.
+        """
+        cfg, target = self.config, batch["target"]
+        b, c, h = target.shape
+        self._check_target(h)
+        _, taps = self.apply(params, batch["context"], key=key, train=train)
+        y = (target.reshape(b * c, h).astype(jnp.float32) - taps["loc"]) / taps["scale"]
+        observed = ~jnp.isnan(y)[:, None]
+        y, q = jnp.where(observed, y[:, None], 0.0), taps["quantiles"][..., :h]
+        level = jnp.asarray(cfg.levels, jnp.float32).reshape(1, -1, 1)
+        error = 2 * jnp.abs((y - q) * ((y <= q).astype(jnp.float32) - level)) * observed
+        return mean_over_rows(error.mean(1).sum(-1).reshape(b, c), batch)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the median in the units of the batch, over the observed steps; targets of at most `horizon` steps."""
+        target = batch["target"]
+        self._check_target(target.shape[-1])
+        y = self._point(self.apply(params, batch["context"], key=key, train=train)[0])[..., : target.shape[-1]]
+        observed = ~jnp.isnan(target)
+        return mean_observed(jnp.square(y - jnp.where(observed, target, 0.0)), observed, batch)
+
+    def _check_target(self, steps: int) -> None:
+        if steps > self.horizon:
+            raise ValueError(f"the model predicts {self.horizon} steps at once; the target has {steps}")
+
+    def _point(self, y_BCHQ: jax.Array) -> jax.Array:
+        """The median [B, C, H]: that of the levels, or between the two beside it."""
+        levels = self.config.levels
+        if 0.5 in levels:
+            return y_BCHQ[..., levels.index(0.5)]
+        weights = [np.interp(0.5, levels, row) for row in np.eye(len(levels))]
+        return y_BCHQ @ jnp.asarray(weights, y_BCHQ.dtype)
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """Quantiles as they come from the model, not sorted; the point is the median. See the module docstring for
+        what happens beyond the model's own horizon."""
+        check_context(context, horizon)
+        cfg = self.config
+        x_BCT = jnp.asarray(context, jnp.float32)[..., -cfg.context_len :]
+        y_BCHQ, _ = self.apply(params, x_BCT)
+        blocks = math.ceil(horizon / cfg.horizon)
+        if blocks > 1:
+            y_BCHQ = jnp.concatenate([y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks - 1)], axis=2)
+        y_BCHQ = y_BCHQ[..., :horizon, :]
+        return Forecast(self._point(y_BCHQ), y_BCHQ, levels=cfg.levels)
+
+    def _rolled_out(self, params: Tree, x_BCT: jax.Array, y_BCHQ: jax.Array, blocks: int) -> jax.Array:
+        """The `blocks` blocks [B, C, blocks * H, Q] that follow the first one."""
+        cfg = self.config
+        (b, c, t), h, q = x_BCT.shape, cfg.horizon, len(cfg.levels)
+        length = min(cfg.context_len, t + blocks * h)
+
+        def step(paths, _):
+            x_RQT, y_RQH = paths
+            x_RQT = jnp.concatenate([x_RQT, y_RQH], axis=-1)[..., -length:]
+            y_RQHQ, _ = self.apply(params, x_RQT)
+            y_RZH = jnp.swapaxes(y_RQHQ, 2, 3).reshape(b * c, q * q, h)
+            y_QRH = jnp.quantile(y_RZH, jnp.asarray(cfg.levels, jnp.float32), axis=1)
+            y_RQH = jnp.swapaxes(y_QRH, 0, 1)
+            return (x_RQT, y_RQH), y_RQH
+
+        x_RQT = jnp.repeat(x_BCT.reshape(b * c, 1, t), q, axis=1)
+        paths = x_RQT, jnp.swapaxes(y_BCHQ.reshape(b * c, h, q), 1, 2)
+        if cfg.stride == cfg.patch_len:
+            # of one length throughout: patches of nothing but missing points, on the left, change nothing
+            paths = jnp.pad(x_RQT, ((0, 0), (0, 0), (length - t, 0)), constant_values=jnp.nan), paths[1]
+            _, y_SRQH = jax.lax.scan(step, paths, length=blocks)
+        else:  # patches that overlap begin elsewhere in a longer window
+            found = []
+            for _ in range(blocks):
+                paths, y_RQH = step(paths, None)
+                found.append(y_RQH)
+            y_SRQH = jnp.stack(found)
+        return jnp.transpose(y_SRQH, (1, 0, 3, 2)).reshape(b, c, blocks * h, q)
+
+    def predict_quantiles(
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        levels: Sequence[float] = LEVELS,
+        original: bool = False,
+    ) -> jax.Array:
+        """Quantiles [B, C, H, len(levels)] of a forecast at any levels.
+
+        Levels that are all among the model's own are taken as they are. Otherwise all are interpolated between the
+        sorted values of the model's levels, and are the lowest or highest value outside of them.
+
+        original: as the original does it, which repeats the first and the last value and then takes the sorted Q + 2
+          values for evenly spaced levels from 0 to 1. The same for (0.1, ..., 0.9) and quantiles that do not cross.
+        Raises: ValueError for levels outside [0, 1].
+        """
+        y_BCHQ = self.predict(params, context, horizon).quantiles
+        return self.quantiles_at(y_BCHQ, levels, original)
+
+    def quantiles_at(self, y_BCHQ, levels: Sequence[float], original: bool = False) -> jax.Array:
+        """What `predict_quantiles` makes of the quantiles [..., Q] of a forecast: [..., len(levels)]."""
+        if not all(0 <= level <= 1 for level in levels):
+            raise ValueError(f"quantile levels lie in [0, 1], got {tuple(levels)}")
+        own = self.config.levels
+        if set(levels) <= set(own):
+            return y_BCHQ[..., np.array([own.index(level) for level in levels])]
+        if original:
+            y_BCHQ = jnp.concatenate([y_BCHQ[..., :1], y_BCHQ, y_BCHQ[..., -1:]], axis=-1)
+            return jnp.moveaxis(jnp.quantile(y_BCHQ, jnp.asarray(levels, jnp.float32), axis=-1), 0, -1)
+        weights = np.stack([np.interp(levels, own, row) for row in np.eye(len(own))])
+        return jnp.sort(y_BCHQ, axis=-1) @ jnp.asarray(weights, y_BCHQ.dtype)
+
+    def embed(self, params: Tree, context: jax.Array) -> jax.Array:
+        """Encoder output [B, C, N + 1, D] of each patch and, at the end, of [REG] where the model has it."""
+        check_context(context, 1)
+        return self.apply(params, jnp.asarray(context), encode_only=True)[0]
