@@ -227,7 +227,7 @@ def to_params(
             kind = getattr(value, "name", type(value).__name__)
             problems.append(f"{quoted(key)}: not a tensor but {quoted(str(kind))}")
             continue
-        keep = isinstance(transform, Transform) and transform.keep
+        keep = not isinstance(transform, Transform) or transform.keep  # as it is, in its own type
         trouble = _unusable(value, allow_cast or keep)
         if trouble:
             problems.append(f"{quoted(key)}: {trouble}")

@@ -4,11 +4,13 @@ from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
+from ltsm_jax.models.ttm import TTM
 
 FAMILIES: dict[str, type[Model]] = {
     family.family: family
     for family in (
         Timer,
+        TTM,
         TimerHf,
         ChronosBolt,
     )

@@ -1,0 +1,302 @@
+"""Key table of TTM: state dicts of ibm-granite/granite-tsfm (TinyTimeMixerForPrediction) <-> `ltsm_jax.models.ttm`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from converters.layout import Layout
+from converters.pickles import CheckpointError, quoted
+from converters.tables import BUFFER, SAME, TRANSPOSE, Rule, listed, split_bias, split_in, split_out
+from ltsm_jax.models.ttm import TTM, TTMConfig, factors
+
+MODEL = TTM
+ANCHOR = "backbone.encoder.patcher.weight"
+HINTS = {
+    r"/channel_mixer/|^fcm/": "check num_input_channels, prediction_channel_indices and exogenous_channel_indices",
+    r"/patch_mixer/": "check context_length, patch_length and patch_stride",
+    r"^embed/": "check patch_length and d_model",
+    r"^head/": "check prediction_length",
+}
+_MIXERS = r"(channel_feature|patch|feature)_mixer"
+
+
+def keys(config: TTMConfig) -> list[Rule]:
+    """The table, readable beside the original's state dict."""
+    rules: list[Rule] = [
+        (r"backbone\.encoder\.patcher\.weight", "embed/kernel", TRANSPOSE),
+        (r"backbone\.encoder\.patcher\.bias", "embed/bias", SAME),
+        (r"backbone\.encoder\.freq_mod\.0\.weight", "freq_table", SAME),
+        (r"backbone\.encoder\.freq_mod\.1\.weight", "freq_up/kernel", TRANSPOSE),
+        (r"backbone\.encoder\.freq_mod\.1\.bias", "freq_up/bias", SAME),
+        (r"backbone\.encoder\.freq_mod\.3\.weight", "freq_down/kernel", TRANSPOSE),
+        (r"backbone\.encoder\.freq_mod\.3\.bias", "freq_down/bias", SAME),
+        (r"backbone\.encoder\.positional_encoder\.position_enc", "position", SAME),
+        (r"decoder\.adapter\.weight", "decoder/adapter/kernel", TRANSPOSE),
+        (r"decoder\.adapter\.bias", "decoder/adapter/bias", SAME),
+        (r"decoder\.decoder_raw_embedding\.weight", "decoder/raw_embed/kernel", TRANSPOSE),
+        (r"decoder\.decoder_raw_embedding\.bias", "decoder/raw_embed/bias", SAME),
+        (r"decoder\.decoder_cat_embedding_layer\.embedding_layers\.(\d+)\.weight", r"decoder/category_\1", SAME),
+        (r"head\.base_forecast_block\.weight", "head/kernel", TRANSPOSE),
+        (r"head\.base_forecast_block\.bias", "head/bias", SAME),
+        (r"head\.fcm_block\.fcm_embedding\.weight", "fcm/embed/kernel", TRANSPOSE),
+        (r"head\.fcm_block\.fcm_embedding\.bias", "fcm/embed/bias", SAME),
+        (r"head\.fcm_block\.fcm_gating_block\.attn_layer\.weight", "fcm/gate/linear/kernel", TRANSPOSE),
+        (r"head\.fcm_block\.fcm_gating_block\.attn_layer\.bias", "fcm/gate/linear/bias", SAME),
+        (r"head\.fcm_block\.mlp\.weight", "fcm/out/kernel", TRANSPOSE),
+        (r"head\.fcm_block\.mlp\.bias", "fcm/out/bias", SAME),
+    ]
+    parts = (
+        (r"backbone\.encoder\.mlp_mixer_encoder\.", "encoder", config.d_model, config.levels),
+        (r"decoder\.decoder_block\.", "decoder/mixers", config.decoder_d_model, config.decoder_levels),
+        (r"head\.fcm_block\.exog_mixer\.", "fcm/mixers", 2 * (2 * config.fcm_context + 1), 0),
+    )
+    for theirs, ours, width, levels in parts:
+        if levels:
+            for j, f in enumerate(factors(levels, width)):
+                layer = (rf"{theirs}mixers\.{j}\.mixer_layers\.(\d+)\.", rf"{ours}/block_{j}_layer_\1")
+                rules += _layer(*layer, width // f, config)
+        else:
+            rules += _layer(rf"{theirs}mixers\.(\d+)\.", rf"{ours}/layer_\1", width, config)
+    return rules
+
+
+def _layer(theirs: str, ours: str, width: int, config: TTMConfig) -> list[Rule]:
+    """The mixers of one layer."""
+    rules: list[Rule] = []
+    for kind, name in (("channel_feature", "channel"), ("patch", "patch"), ("feature", "feature")):
+        old, new = rf"{theirs}{kind}_mixer\.", f"{ours}/{name}_mixer"
+        norms = [("norm", "norm")] + ([("norm_attn", "norm_attn")] if name == "patch" and config.attn_heads else [])
+        for norm, path in norms:
+            if config.norm == "BatchNorm":
+                batch = rf"{old}{norm}\.norm\.batchnorm\."
+                rules += [
+                    (rf"{batch}weight", f"{new}/{path}/scale", SAME),
+                    (rf"{batch}bias", f"{new}/{path}/bias", SAME),
+                    (rf"{batch}running_mean", f"{new}/{path}/mean", SAME),
+                    (rf"{batch}running_var", f"{new}/{path}/var", SAME),
+                    (rf"{batch}num_batches_tracked", BUFFER, "of training with BatchNorm"),
+                ]
+            else:
+                rules += [
+                    (rf"{old}{norm}\.norm\.weight", f"{new}/{path}/layer/scale", SAME),
+                    (rf"{old}{norm}\.norm\.bias", f"{new}/{path}/layer/bias", SAME),
+                ]
+        for linear, path in (("mlp.fc1", "up"), ("mlp.fc2", "down"), ("gating_block.attn_layer", "gate/linear")):
+            key = old + re.escape(linear)
+            rules += [
+                (rf"{key}\.weight", f"{new}/{path}/kernel", TRANSPOSE),
+                (rf"{key}\.bias", f"{new}/{path}/bias", SAME),
+            ]
+        if name == "patch" and config.attn_heads:
+            k, attn = width // config.attn_heads, rf"{old}self_attn_layer\."
+            for q in "qkv":
+                rules += [
+                    (rf"{attn}{q}_proj\.weight", f"{new}/attn/{q}/kernel", split_out(k)),
+                    (rf"{attn}{q}_proj\.bias", f"{new}/attn/{q}/bias", split_bias(k)),
+                ]
+            rules += [
+                (rf"{attn}out_proj\.weight", f"{new}/attn/out/kernel", split_in(k)),
+                (rf"{attn}out_proj\.bias", f"{new}/attn/out/bias", SAME),
+            ]
+    return rules
+
+
+def recognise(state: Mapping[str, Any]) -> Layout | None:
+    """TTM as `save_pretrained` writes it. None for other models."""
+    if ANCHOR in state and any(key.startswith("backbone.encoder.mlp_mixer_encoder.mixers.") for key in state):
+        return Layout("")
+    return None
+
+
+# published field -> (type, default of the original's class)
+_FIELDS: dict[str, tuple[type | tuple[type, ...], Any]] = {
+    "context_length": (int, None),
+    "prediction_length": (int, None),
+    "patch_length": (int, None),
+    "patch_stride": (int, None),
+    "d_model": (int, None),
+    "num_layers": (int, None),
+    "num_input_channels": (int, 1),
+    "expansion_factor": (int, 2),
+    "adaptive_patching_levels": (int, 0),
+    "use_decoder": (bool, True),
+    "decoder_num_layers": (int, 8),
+    "decoder_d_model": (int, 8),
+    "decoder_adaptive_patching_levels": (int, 0),
+    "decoder_raw_residual": (bool, False),
+    "frequency_token_vocab_size": (int, 5),
+    "resolution_prefix_tuning": (bool, False),
+    "gated_attn": (bool, True),
+    "norm_eps": ((int, float), 1e-5),
+    "self_attn": (bool, False),
+    "self_attn_heads": (int, 1),
+    "use_positional_encoding": (bool, False),
+    "enable_forecast_channel_mixing": (bool, False),
+    "fcm_context_length": (int, 1),
+    "fcm_mix_layers": (int, 2),
+    "fcm_use_mixer": (bool, False),
+    "fcm_gated_attn": (bool, True),
+    "fcm_prepend_past": (bool, True),
+    "dropout": ((int, float), 0.2),
+    "head_dropout": ((int, float), 0.2),
+    "quantile": ((int, float), 0.5),
+    "huber_delta": ((int, float), 1),
+    "post_init": (bool, False),
+}
+_LISTS = ("prediction_channel_indices", "exogenous_channel_indices", "categorical_vocab_size_list")
+_OPTIONAL = ("prediction_filter_length", "fcm_prepend_past_offset")
+_CHOICES = {
+    "mode": ("common_channel", ("common_channel", "mix_channel")),
+    "decoder_mode": ("common_channel", ("common_channel", "mix_channel")),
+    "scaling": ("std", ("std", "mean", True, False, None)),
+    "positional_encoding_type": ("sincos", ("sincos", "random")),
+    "loss": ("mse", ("mse", "mae", "pinball", "huber")),
+    "init_linear": ("pytorch", ("pytorch", "normal", "uniform", "xavier_uniform")),
+}
+_MOST = {"num_layers": 256, "decoder_num_layers": 256, "fcm_mix_layers": 256, "adaptive_patching_levels": 16,
+         "decoder_adaptive_patching_levels": 16, "expansion_factor": 64}  # fmt: skip
+_LIMIT = 1 << 16  # far above any TTM: a hostile file must not make us build a giant
+_ZERO = ("adaptive_patching_levels", "decoder_adaptive_patching_levels", "fcm_context_length")
+
+
+def configure(state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str) -> tuple[TTMConfig, list[str]]:
+    """The config from config.json, whose fields the shapes must agree with.
+
+    Raises: CheckpointError that lists every contradiction, or says that there is no config.json: shapes do not tell
+      the stride of the patches, the levels or the scaling.
+    """
+    if published is None:
+        raise CheckpointError(
+            f"{where}: TTM's options are not in its weights (scaling, levels, modes, stride, ...). Put the original "
+            "config.json beside the file."
+        )
+    told, problems = _told(published)
+    if not problems:
+        problems = _against(state, told)
+    if not problems:
+        try:
+            return _config(told), []
+        except (ValueError, TypeError, OverflowError, RecursionError) as e:
+            problems.append(str(e)[:500])
+    raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _told(published: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The published fields with their defaults, and what is wrong with them."""
+    told: dict[str, Any] = {}
+    problems = []
+    for name, (kind, default) in _FIELDS.items():
+        value = told[name] = published.get(name, default)
+        most, least = _MOST.get(name, _LIMIT), 0 if name in _ZERO else 1
+        if name not in published and default is None:
+            problems.append(f"{name}: missing")
+        elif not _is(value, kind):
+            problems.append(
+                f"{name}: {quoted(value)} is not {'a number' if isinstance(kind, tuple) else kind.__name__}"
+            )
+        elif kind is int and not least <= value <= most:
+            problems.append(f"{name}: not an integer from {least} to {most}")
+        elif isinstance(kind, tuple) and not 0 <= value < 1e6:
+            problems.append(f"{name}: {quoted(value)} is out of range")
+    for name in _LISTS:
+        value = published.get(name)
+        fits = value is None or (isinstance(value, list) and len(value) <= 4096 and all(_is(x, int) for x in value))
+        told[name] = tuple(value) if fits and value is not None else None
+        if not fits or any(not 0 <= x <= 1 << 24 for x in told[name] or ()):
+            problems.append(f"{name}: not a list of integers from 0 to {1 << 24}")
+    for name in _OPTIONAL:
+        told[name] = published.get(name)
+        if told[name] is not None and not (_is(told[name], int) and 0 <= told[name] <= _LIMIT):
+            problems.append(f"{name}: not an integer from 0 to {_LIMIT}")
+    for name, (default, allowed) in _CHOICES.items():
+        value = told[name] = published.get(name, default)
+        if not (value is None or isinstance(value, str | bool)) or value not in allowed:
+            problems.append(f"{name}: {quoted(value)} is not one of {', '.join(map(str, allowed))}")
+    norm = published.get("norm_mlp", "LayerNorm")
+    told["norm_mlp"] = "BatchNorm" if isinstance(norm, str) and "batch" in norm.lower() else "LayerNorm"
+    if norm not in ("LayerNorm", "BatchNorm"):
+        problems.append(f"norm_mlp: {quoted(norm)} is neither LayerNorm nor BatchNorm")
+    for name in ("multi_quantile_heads", "masked_context_length"):
+        if published.get(name) is not None:
+            problems.append(f"{name}: {quoted(published[name])} is not supported here")
+    if told["post_init"] and told["init_linear"] != "pytorch":
+        problems.append(f"post_init with init_linear {quoted(told['init_linear'])} is not supported here")
+    return told, problems
+
+
+def _against(state: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    """Contradictions between the fields and the shapes that say the same."""
+    problems = []
+    head = told["decoder_d_model"] if told["use_decoder"] else told["d_model"]
+    patches = (told["context_length"] - told["patch_length"]) // told["patch_stride"] + 1
+    patches += bool(told["resolution_prefix_tuning"])
+    for key, want, fields in (
+        (ANCHOR, (told["d_model"], told["patch_length"]), "d_model, patch_length"),
+        (
+            "head.base_forecast_block.weight",
+            (told["prediction_length"], patches * head),
+            "prediction_length, patches (context_length, patch_length, patch_stride) * decoder_d_model",
+        ),
+        (
+            "backbone.encoder.freq_mod.0.weight",
+            (told["frequency_token_vocab_size"], told["patch_length"]),
+            "frequency_token_vocab_size, patch_length",
+        ),
+    ):
+        value = state.get(key)
+        if isinstance(value, np.ndarray) and value.shape != want:
+            problems.append(f"{fields}: the config says {want}, the weights {value.shape} ({key})")
+    return problems
+
+
+def _config(told: Mapping[str, Any]) -> TTMConfig:
+    scaling = told["scaling"]
+    return TTMConfig.of(
+        context_len=told["context_length"],
+        horizon=told["prediction_length"],
+        patch_len=told["patch_length"],
+        patch_stride=told["patch_stride"],
+        d_model=told["d_model"],
+        decoder_d_model=told["decoder_d_model"],
+        layers=told["num_layers"],
+        decoder_layers=told["decoder_num_layers"],
+        levels=told["adaptive_patching_levels"],
+        decoder_levels=told["decoder_adaptive_patching_levels"],
+        expansion=told["expansion_factor"],
+        use_decoder=told["use_decoder"],
+        n_channels=told["num_input_channels"],
+        mix_channels=told["mode"] == "mix_channel",
+        decoder_mix_channels=told["decoder_mode"] == "mix_channel",
+        raw_residual=told["decoder_raw_residual"],
+        gated=told["gated_attn"],
+        norm=told["norm_mlp"],
+        norm_eps=float(told["norm_eps"]),
+        attn_heads=told["self_attn_heads"] if told["self_attn"] else 0,
+        position=told["positional_encoding_type"] if told["use_positional_encoding"] else None,
+        freq_vocab=told["frequency_token_vocab_size"] if told["resolution_prefix_tuning"] else 0,
+        vocab=told["categorical_vocab_size_list"] or (),
+        scaling="std" if scaling is True else (scaling or None),
+        targets=told["prediction_channel_indices"],
+        exogenous=told["exogenous_channel_indices"] or (),
+        filter_len=told["prediction_filter_length"],
+        fcm=told["enable_forecast_channel_mixing"],
+        fcm_context=told["fcm_context_length"],
+        fcm_layers=told["fcm_mix_layers"] if told["enable_forecast_channel_mixing"] and told["fcm_use_mixer"] else 0,
+        fcm_gated=told["fcm_gated_attn"],
+        fcm_past=told["fcm_prepend_past"],
+        fcm_offset=told["fcm_prepend_past_offset"],
+        dropout=float(told["dropout"]),
+        head_dropout=float(told["head_dropout"]),
+        loss=told["loss"],
+        quantile=float(told["quantile"]),
+        huber_delta=float(told["huber_delta"]),
+        post_init=told["post_init"],
+    )

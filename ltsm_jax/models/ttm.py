@@ -1,0 +1,895 @@
+"""TTM (TinyTimeMixer, "Granite TimeSeries"): MLP-Mixers over the patches of a window, from fine to coarse.
+
+Ekambaram et al., "Tiny Time Mixers (TTMs): Fast Pre-trained Models for Enhanced Zero/Few-Shot Forecasting of
+Multivariate Time Series" (NeurIPS 2024, arXiv 2401.03955). Follows ibm-granite/granite-tsfm (commit 412573a),
+TinyTimeMixerForPrediction: r1, r2 and r2.1 with all of their options.
+
+A window is scaled, cut into patches, embedded and mixed over patches and over features (on request over channels too);
+each mixing ends with a softmax gate over the axis it mixed. With adaptive patching the first block sees patches split
+into 2**(levels - 1) pieces, the last one whole patches.
+
+Inside the network the patch axis comes first, [P, B, C, D]: mixing over patches and mixing over features are then both
+products of two plain matrices, without a transpose.
+
+Departures from the original, each because its behaviour is a mistake or needs what a pure function has not got:
+- A channel without any observation is scaled, under `scaling="mean"`, by 1; the original takes the mean of the whole
+  batch, so that rows see each other (`batch_default_scale` for its way).
+- Missing values (NaN) are unobserved for the scale and stand as 0 in the patches, as its data pipeline fills them;
+  it expects series that are standardised. `fill="mean"` puts the mean of the window there. A context that is too
+  short, an error in the original's model, is padded on the left with missing values, as its data pipeline does.
+- BatchNorm (no published model has it) uses its running statistics in training too, and does not move them.
+- A roll-out is cut to the horizon asked for; the original gives whole forecasts.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json
+from ltsm_jax.trees import Tree, flatten, unflatten
+
+SCALE_EPS = 1e-5  # inside the root, added to the variance
+LEAST_SCALE = 1e-10  # of the mean scaler
+LEAST_WIDTH = 4  # a level that would leave features this narrow keeps whole patches
+FREQUENCIES = {"oov": 0, "min": 1, "2min": 2, "5min": 3, "10min": 4, "15min": 5, "30min": 6, "h": 7, "d": 8, "W": 9}
+_MINUTES = {1: 1, 2: 2, 5: 3, 10: 4, 15: 5, 30: 6, 60: 7, 24 * 60: 8, 7 * 24 * 60: 9}  # length of a step -> token
+_UNITS = {"s": 1 / 60, "S": 1 / 60, "min": 1, "T": 1, "h": 60, "H": 60, "d": 1440, "D": 1440, "W": 10080, "w": 10080}
+
+Widths = tuple[int, int, int]
+Loss = Literal["mse", "mae", "pinball", "huber"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TTMConfig:
+    """Hidden widths are per layer, so that a pruned TTM is a TTM.
+
+    context_len L, horizon H, patch_len, patch_stride in time steps; d_model D and decoder_d_model.
+    encoder, decoder: hidden widths (channels, patches, features) of the three mixers of each layer, block by block in
+      the order of computation; 0 where a layer has no such mixer. No decoder: ().
+    levels, decoder_levels: blocks of adaptive patching, each with an equal share of the layers; 0: plain layers.
+    n_channels, mix_channels, decoder_mix_channels: C of the mixers over channels, and which parts have them.
+    freq_vocab: rows of the table of frequency tokens, a prefix patch; 0: no prefix. freq_token: the one of the data
+      set at hand (`for_series`).
+    vocab: sizes of the static categorical variables (with decoder_mix_channels); categories: their values.
+    targets: channels to forecast, None: all that are not exogenous. exogenous: channels whose future is known, by the
+      forecast channel mixer (fcm). filter_len: forecast only so many of the first `horizon` steps.
+    fcm_context, fcm_layers, fcm_offset: steps around each forecast step that the mixer sees, its hidden widths, how
+      many of the newest steps of the past it leaves out.
+    loss, quantile, huber_delta: the training loss.
+    fill, batch_default_scale: see the module's docstring.
+    """
+
+    context_len: int
+    horizon: int
+    patch_len: int
+    patch_stride: int
+    d_model: int
+    encoder: tuple[Widths, ...]
+    decoder_d_model: int
+    decoder: tuple[Widths, ...]
+    levels: int = 0
+    decoder_levels: int = 0
+    n_channels: int = 1
+    mix_channels: bool = False
+    decoder_mix_channels: bool = False
+    raw_residual: bool = False
+    gated: bool = True
+    norm: Literal["LayerNorm", "BatchNorm"] = "LayerNorm"
+    norm_eps: float = 1e-5
+    attn_heads: int = 0
+    position: Literal["sincos", "random"] | None = None
+    freq_vocab: int = 0
+    freq_token: int | None = None
+    vocab: tuple[int, ...] = ()
+    categories: tuple[int, ...] | None = None
+    scaling: Literal["std", "mean"] | None = "std"
+    targets: tuple[int, ...] | None = None
+    exogenous: tuple[int, ...] = ()
+    filter_len: int | None = None
+    fcm: bool = False
+    fcm_context: int = 1
+    fcm_layers: tuple[Widths, ...] = ()
+    fcm_gated: bool = True
+    fcm_past: bool = True
+    fcm_offset: int | None = None
+    dropout: float = 0.2
+    head_dropout: float = 0.2
+    loss: Loss = "mse"
+    quantile: float = 0.5
+    huber_delta: float = 1.0
+    post_init: bool = False
+    fill: Literal["zero", "mean"] = "zero"
+    batch_default_scale: bool = False
+
+    def __post_init__(self):
+        problems = []
+        sizes = (self.context_len, self.horizon, self.patch_len, self.patch_stride, self.d_model, self.n_channels)
+        if min(*sizes, self.decoder_d_model) < 1:
+            problems.append(f"every size must be positive: {self}")
+        elif self.context_len <= self.patch_len:
+            problems.append(f"the context ({self.context_len}) must be longer than a patch ({self.patch_len})")
+        for name, widths, levels, width in (
+            ("encoder", self.encoder, self.levels, self.d_model),
+            ("decoder", self.decoder, self.decoder_levels, self.decoder_d_model),
+        ):
+            if any(len(row) != 3 or min(row) < 0 for row in widths) or (name == "encoder" and not widths):
+                problems.append(f"{name} must be hidden widths (channels, patches, features) of each layer: {widths}")
+            if levels < 0 or (levels and len(widths) % levels):
+                problems.append(f"{len(widths)} layers of the {name} are no equal share for {levels} levels")
+            elif odd := [f for f in factors(levels, width) if width % f]:
+                problems.append(f"{name}: patches of width {width} can't be split by {odd}")
+        heads, attended = self.attn_heads, (self.d_model, *([self.decoder_d_model] if self.decoder else []))
+        if heads < 0 or (heads and any(w % heads for w in attended)):
+            problems.append(f"{heads} attention heads do not divide the widths {attended}")
+        if self.vocab and not (self.decoder and self.decoder_mix_channels):
+            problems.append("categorical variables need a decoder that mixes channels")
+        if self.categories is not None and (
+            len(self.categories) != len(self.vocab)
+            or any(not 0 <= v < n for v, n in zip(self.categories, self.vocab, strict=True))
+        ):
+            problems.append(f"categories {self.categories} are not values of variables with {self.vocab} values each")
+        if self.freq_token is not None and not 0 <= self.freq_token < self.freq_vocab:
+            problems.append(f"frequency token {self.freq_token} is not one of {self.freq_vocab}")
+        for name, channels in (("targets", self.targets or ()), ("exogenous", self.exogenous)):
+            if len(set(channels)) < len(channels) or any(not 0 <= c < self.n_channels for c in channels):
+                problems.append(f"{name} {channels} must be different channels of {self.n_channels}")
+        if self.filter_len is not None and not 0 < self.filter_len <= self.horizon:
+            problems.append(f"filter_len must lie in [1, {self.horizon}], got {self.filter_len}")
+        if self.exogenous and not self.fcm:
+            problems.append("exogenous channels are used by the forecast channel mixer alone (fcm)")
+        if self.fcm and (self.fcm_context < 0 or (not self.fcm_context and (self.fcm_layers or not self.fcm_gated))):
+            problems.append(f"the forecast channel mixer can't work with a context of {self.fcm_context}")
+        if self.fcm_offset is not None and self.fcm_offset < 1:
+            problems.append(f"fcm_offset must be at least 1, or None, got {self.fcm_offset}")
+        for name, told, allowed in (
+            ("norm", self.norm, ("LayerNorm", "BatchNorm")),
+            ("position", self.position, (None, "sincos", "random")),
+            ("scaling", self.scaling, (None, "std", "mean")),
+            ("loss", self.loss, ("mse", "mae", "pinball", "huber")),
+            ("fill", self.fill, ("zero", "mean")),
+        ):
+            if told not in allowed:
+                problems.append(f"{name} must be one of {', '.join(map(str, allowed))}, got {told!r}")
+        if not (0 <= self.dropout < 1 and 0 <= self.head_dropout < 1):
+            problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.head_dropout}")
+        if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
+            problems.append(f"norm_eps, huber_delta > 0 and quantile in (0, 1): {self}")
+        if problems:
+            raise ValueError("TTMConfig: " + "; ".join(problems))
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        context_len: int,
+        horizon: int,
+        patch_len: int,
+        d_model: int,
+        decoder_d_model: int,
+        layers: int = 2,
+        decoder_layers: int = 2,
+        levels: int = 3,
+        decoder_levels: int = 0,
+        patch_stride: int | None = None,
+        expansion: int = 2,
+        fcm_layers: int = 0,
+        use_decoder: bool = True,
+        **rest,
+    ) -> "TTMConfig":
+        """Layers as the original builds them: every hidden width is `expansion` times what is mixed."""
+        stride = patch_len if patch_stride is None else patch_stride
+        channels, vocab, exogenous = rest.get("n_channels", 1), rest.get("vocab", ()), rest.get("exogenous", ())
+        if min(context_len - patch_len, patch_len, stride, expansion, layers) < 1 or max(levels, decoder_levels) > 16:
+            raise ValueError(
+                f"context_len {context_len} must be longer than patch_len {patch_len}, and stride {stride}, layers "
+                f"{layers} and expansion {expansion} at least 1, levels at most 16"
+            )
+        n = (context_len - patch_len) // stride + 1 + bool(rest.get("freq_vocab"))
+
+        def widths(mixed, n_channels, n_patches, width, count, n_levels):
+            hidden = expansion * n_channels if mixed else 0
+            return tuple(
+                (hidden, expansion * f * n_patches if f * n_patches > 1 else 0, expansion * (width // f))
+                for f in factors(n_levels, width)
+                for _ in range(count)
+            )
+
+        encoder = widths(rest.get("mix_channels"), channels, n, d_model, layers, levels)
+        both = channels + len(vocab)
+        decoder = widths(rest.get("decoder_mix_channels"), both, n, decoder_d_model, decoder_layers, decoder_levels)
+        step = 2 * (2 * rest.get("fcm_context", 1) + 1)
+        targets = rest.get("targets")
+        seen = (channels - len(exogenous) if targets is None else len(targets)) + len(exogenous)
+        return cls(
+            context_len=context_len,
+            horizon=horizon,
+            patch_len=patch_len,
+            patch_stride=stride,
+            d_model=d_model,
+            encoder=encoder,
+            decoder_d_model=decoder_d_model,
+            decoder=decoder if use_decoder else (),
+            levels=levels,
+            decoder_levels=decoder_levels,
+            fcm_layers=widths(False, 0, seen, step, fcm_layers, 0),
+            **rest,
+        )
+
+    @property
+    def n_patches(self) -> int:
+        """N, the prefix of the frequency included."""
+        return (self.context_len - self.patch_len) // self.patch_stride + 1 + bool(self.freq_vocab)
+
+    @property
+    def forecast_channels(self) -> tuple[int, ...] | None:
+        """Channels that are forecast; None: all, however many there are."""
+        if self.targets is not None:
+            return tuple(sorted(self.targets))  # the original sorts them too
+        return tuple(c for c in range(self.n_channels) if c not in self.exogenous) if self.exogenous else None
+
+
+def factors(levels: int, width: int) -> tuple[int, ...]:
+    """Into how many pieces each block of adaptive patching splits a patch: finest first, (1,) without levels."""
+    split = [2**level for level in reversed(range(levels))] or [1]
+    return tuple(1 if width // f <= LEAST_WIDTH else f for f in split)
+
+
+def _granite(horizon: int, context: int, **rest) -> TTMConfig:
+    patch, d, decoder = (64, 192, 128) if context == 512 else (128, 384, 256)
+    sizes = {"patch_len": patch, "d_model": d, "decoder_d_model": decoder} | rest
+    return TTMConfig.of(context_len=context, horizon=horizon, **sizes)
+
+
+# Dropout as in the two config.json at hand (r1 and r2, 512 -> 96); the other revisions bring their own files.
+_R2 = {"dropout": 0.4, "head_dropout": 0.4}
+PRESETS = {
+    "ibm-granite/granite-timeseries-ttm-r1": _granite(96, 512),
+    "ibm-granite/granite-timeseries-ttm-r1@1024_96_v1": _granite(
+        96, 1024, patch_len=64, d_model=192, decoder_d_model=128
+    ),
+    "ibm-granite/granite-timeseries-ttm-r2": _granite(96, 512, **_R2),
+    **{
+        f"ibm-granite/granite-timeseries-ttm-r2@{context}-{horizon}-r2": _granite(horizon, context, **_R2)
+        for context in (512, 1024, 1536)
+        for horizon in (96, 192, 336, 720)
+    },
+}
+
+
+def frequency_token(freq: str | None, vocab: int) -> int:
+    """The token of a time step as pandas writes it: "h", "1h", "H", "60min", "W-SUN", ...
+
+    Raises: ValueError listing the known ones, also for a frequency that is not known (None); "oov" says that on
+      purpose.
+    """
+    match = re.fullmatch(r"(\d{0,6})\s*([A-Za-z]+)(-[A-Za-z]{3})?", freq or "")
+    minutes = int(match[1] or 1) * _UNITS.get(match[2], 0) if match else 0
+    token = FREQUENCIES["oov"] if freq == "oov" else _MINUTES.get(round(minutes, 6))  # pyright: ignore
+    if token is None or token >= vocab:
+        known = ", ".join(name for name, number in FREQUENCIES.items() if number < vocab)
+        raise ValueError(
+            f"the model has a token for each of the frequencies {known}; none for {freq!r}. With freq='oov' it takes "
+            "the token of unknown frequencies"
+        )
+    return token
+
+
+def sincos(n: int, d_model: int) -> np.ndarray:
+    """The original's position table [n, D], float32: sines in even columns, cosines in odd ones, its mean taken off and
+    divided by ten of its standard deviations."""
+    angle = np.arange(n)[:, None] * np.exp(np.arange(0, d_model, 2) * -(math.log(10000.0) / d_model))[None]
+    table = np.zeros((n, d_model))
+    table[:, 0::2], table[:, 1::2] = np.sin(angle), np.cos(angle)[:, : d_model // 2]
+    table -= table.mean()
+    return (table / (table.std(ddof=1) * 10)).astype(np.float32)
+
+
+class Norm(nn.Module):
+    """LayerNorm over features, or BatchNorm with its running statistics (leaves `mean` and `var`)."""
+
+    kind: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        if self.kind == "LayerNorm":
+            return nn.LayerNorm(epsilon=self.eps, use_fast_variance=False, name="layer")(x)
+        shape, wide = x.shape[-1:], x.astype(jnp.float32)
+        mean, var, scale, bias = (
+            self.param(name, start, shape).reshape((1,) * (x.ndim - 1) + shape)
+            for name, start in (
+                ("mean", nn.initializers.zeros),
+                ("var", nn.initializers.ones),
+                ("scale", nn.initializers.ones),
+                ("bias", nn.initializers.zeros),
+            )
+        )
+        return ((wide - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(x.dtype)
+
+
+PATCH, CHANNEL, FEATURE = 0, 2, 3  # axes of x_PBCD
+
+
+def along(linear: Linear, x_PBCD: jax.Array, axis: int) -> jax.Array:
+    """A linear layer over one axis of x."""
+    if axis == FEATURE:
+        return linear(x_PBCD)
+    if axis == PATCH:  # the two transposes are part of the product of matrices
+        rest = x_PBCD.shape[1:]
+        return linear(x_PBCD.reshape(x_PBCD.shape[0], -1).T).T.reshape(-1, *rest)
+    return jnp.swapaxes(linear(jnp.swapaxes(x_PBCD, axis, -1)), axis, -1)
+
+
+class Gate(nn.Module):
+    """x times the softmax of a linear layer of x, over one axis; and the steps between."""
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        n = x.shape[self.axis]
+        logits = along(Linear((n,), (n,), name="linear"), x, self.axis)
+        weights = jax.nn.softmax(logits.astype(jnp.float32), axis=self.axis).astype(x.dtype)
+        return x * weights, {"logits": logits, "weights": weights}
+
+
+class Attention(nn.Module):
+    """Self-attention over the patches of x_PBCD."""
+
+    n_heads: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x_PBCD, train: bool):
+        d = x_PBCD.shape[-1]
+        heads = (self.n_heads, d // self.n_heads)
+        q, k, v = (jnp.moveaxis(Linear((d,), heads, name=n)(x_PBCD), 0, 3) for n in "qkv")  # [B, C, H, P, K]
+        s = jnp.einsum("...PK,...SK->...PS", q * heads[1] ** -0.5, k)
+        w = Dropout(self.dropout)(jax.nn.softmax(s.astype(jnp.float32)).astype(s.dtype), train)
+        y = jnp.moveaxis(jnp.einsum("...PS,...SK->...PK", w, v), 3, 0)
+        return Linear(heads, (d,), name="out")(y)
+
+
+class Mixer(nn.Module):
+    """Residual MLP over one axis of x_PBCD, with its gate; and the named steps between."""
+
+    cfg: TTMConfig
+    axis: int
+    hidden: int
+    gated: bool
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x_PBCD, train: bool):
+        cfg, axis, taps = self.cfg, self.axis, {}
+        n = x_PBCD.shape[axis]
+
+        def gate(y):
+            y, inner = Gate(axis, name="gate")(y)
+            taps.update({f"gate/{name}": value for name, value in inner.items()} | {"gate": y})
+            return y
+
+        h = taps["norm"] = Norm(cfg.norm, cfg.norm_eps, name="norm")(x_PBCD)
+        attended = axis == PATCH and cfg.attn_heads > 0
+        if attended:
+            taps["attn"] = Attention(cfg.attn_heads, self.dropout, name="attn")(h, train)
+        if self.gated and axis == CHANNEL:
+            h = gate(h)
+        u = taps["up"] = along(Linear((n,), (self.hidden,), name="up"), h, axis)
+        u = taps["hidden"] = Dropout(self.dropout)(nn.gelu(u, approximate=False), train)
+        h = along(Linear((self.hidden,), (n,), name="down"), u, axis)
+        h = taps["mlp"] = Dropout(self.dropout)(h, train)
+        if self.gated and axis != CHANNEL:
+            h = gate(h)
+        if attended:
+            h = Norm(cfg.norm, cfg.norm_eps, name="norm_attn")(h + taps["attn"])
+        return x_PBCD + h, taps
+
+
+class Layer(nn.Module):
+    """The mixers of one layer over channels, patches and features, as far as it has them; and the steps between."""
+
+    cfg: TTMConfig
+    widths: Widths
+    gated: bool
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x_PBCD, train: bool):
+        taps = {}
+        for kind, axis, hidden in zip(
+            ("channel", "patch", "feature"), (CHANNEL, PATCH, FEATURE), self.widths, strict=True
+        ):
+            if hidden:
+                name = f"{kind}_mixer"
+                x_PBCD, inner = Mixer(self.cfg, axis, hidden, self.gated, self.dropout, name=name)(x_PBCD, train)
+                taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: x_PBCD}
+        return x_PBCD, taps
+
+
+class Mixers(nn.Module):
+    """Layers block by block, x_PBCD -> x_PBCD; and the named steps between."""
+
+    cfg: TTMConfig
+    widths: tuple[Widths, ...]
+    levels: int
+    gated: bool
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x_PBCD, train: bool):
+        taps = {}
+        blocks = factors(self.levels, x_PBCD.shape[-1])
+        share = len(self.widths) // len(blocks)
+        p, b, c, d = x_PBCD.shape
+        for j, f in enumerate(blocks):
+            x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, b, c, f, d // f), 3, 1).reshape(p * f, b, c, d // f)
+            for i, widths in enumerate(self.widths[j * share : (j + 1) * share]):
+                name = f"block_{j}_layer_{i}" if self.levels else f"layer_{i}"
+                x_PBCD, inner = Layer(self.cfg, widths, self.gated, self.dropout, name=name)(x_PBCD, train)
+                taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: x_PBCD}
+            x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, f, b, c, d // f), 1, 3).reshape(p, b, c, d)
+            if self.levels:
+                taps[f"block_{j}"] = x_PBCD
+        return x_PBCD, taps
+
+
+class Decoder(nn.Module):
+    """Narrower mixers over x_PBCD, with the patches and the static categories where the config asks for them."""
+
+    cfg: TTMConfig
+
+    @nn.compact
+    def __call__(self, x_PBCD, p_PBCK, categories_BV, train: bool):
+        cfg, taps = self.cfg, {}
+        d, n_channels = cfg.decoder_d_model, x_PBCD.shape[2]
+        if cfg.d_model != d:
+            x_PBCD = taps["adapter"] = Linear((cfg.d_model,), (d,), name="adapter")(x_PBCD)
+        if cfg.raw_residual:
+            prefix = ((x_PBCD.shape[0] - p_PBCK.shape[0], 0), (0, 0), (0, 0), (0, 0))
+            raw_PBCD = Linear((cfg.patch_len,), (d,), name="raw_embed")(jnp.pad(p_PBCK, prefix))
+            x_PBCD = taps["raw"] = x_PBCD + raw_PBCD
+        if cfg.vocab:
+            tables = [self.param(f"category_{k}", nn.initializers.zeros, (n, d)) for k, n in enumerate(cfg.vocab)]
+            one_BVD = jnp.stack([table[categories_BV[:, k]] for k, table in enumerate(tables)], axis=1)
+            e_PBVD = taps["categories"] = jnp.broadcast_to(one_BVD[None], (x_PBCD.shape[0], *one_BVD.shape))
+            x_PBCD = jnp.concatenate([x_PBCD, e_PBVD.astype(x_PBCD.dtype)], axis=2)
+        mixers = Mixers(cfg, cfg.decoder, cfg.decoder_levels, cfg.gated, cfg.head_dropout, name="mixers")
+        x_PBCD, inner = mixers(x_PBCD, train)
+        return x_PBCD[:, :, :n_channels], taps | inner
+
+
+class ForecastMixer(nn.Module):
+    """Corrects the forecasts of all targets from each other and from the known future of the exogenous channels.
+
+    base_BCH, past_BCS (the `fcm_context` steps before), future_BXH, past_BXS -> [B, C, H]; all in what the original
+    mixes here: scaled forecasts with raw values, which are expected to be standardised.
+    """
+
+    cfg: TTMConfig
+
+    @nn.compact
+    def __call__(self, base_BCH, past_BCS, future_BXH, past_BXS, train: bool):
+        cfg, taps, s = self.cfg, {}, self.cfg.fcm_context
+        b, c, h = base_BCH.shape
+        e_BET = jnp.concatenate([base_BCH, future_BXH], axis=1)
+        e = e_BET.shape[1]
+        before = jnp.concatenate([past_BCS, past_BXS], axis=1) if cfg.fcm_past else jnp.zeros((b, e, s), e_BET.dtype)
+        e_BET = jnp.concatenate([before, e_BET, jnp.zeros((b, e, s), e_BET.dtype)], axis=-1)
+        steps = np.arange(h)[:, None] + np.arange(2 * s + 1)[None]
+        w_EBHS = jnp.moveaxis(e_BET[..., steps], 1, 0)
+        taps["windows"] = w_EBHS
+        if cfg.fcm_layers:
+            step = 2 * (2 * s + 1)
+            w_EBHS = taps["embed"] = Linear((2 * s + 1,), (step,), name="embed")(w_EBHS)
+            mixers = Mixers(cfg, cfg.fcm_layers, 0, cfg.fcm_gated, cfg.head_dropout, name="mixers")
+            w_EBHS, inner = mixers(w_EBHS, train)
+            taps |= {f"mixers/{name}": value for name, value in inner.items()} | {"mixers": w_EBHS}
+        f_1BHF = jnp.moveaxis(w_EBHS, 0, 2).reshape(1, b, h, -1)
+        if cfg.fcm_gated:
+            f_1BHF, inner = Gate(FEATURE, name="gate")(f_1BHF)
+            taps |= {f"gate/{name}": value for name, value in inner.items()} | {"gate": f_1BHF}
+        y_BHC = taps["out"] = Linear((f_1BHF.shape[-1],), (c,), name="out")(f_1BHF)[0]
+        return base_BCH + jnp.swapaxes(y_BHC, 1, 2), taps
+
+
+class TTMNet(nn.Module):
+    """Scaled patches of a window -> scaled forecasts of all channels [B, C, H] and of the targets, and the named steps.
+
+    p_PBCK: patches. past_BCL: the raw window. future_BCH: raw future, read for exogenous channels. freq_B and
+    categories_BV: integers. The last four may be None where the config has no use for them.
+    """
+
+    cfg: TTMConfig
+
+    @nn.compact
+    def __call__(self, p_PBCK, past_BCL, future_BCH, freq_B, categories_BV, train: bool = False):
+        cfg, taps = self.cfg, {"patches": p_PBCK}
+        x_PBCD = taps["embed"] = Linear((cfg.patch_len,), (cfg.d_model,), name="embed")(p_PBCK)
+        _, b, c, d = x_PBCD.shape
+        if cfg.freq_vocab:
+            middle = (cfg.patch_len + d) // 2
+            table = self.param("freq_table", nn.initializers.zeros, (cfg.freq_vocab, cfg.patch_len))
+            f_BK = nn.gelu(Linear((cfg.patch_len,), (middle,), name="freq_up")(table[freq_B]), approximate=False)
+            f_BD = taps["freq"] = Linear((middle,), (d,), name="freq_down")(f_BK).astype(x_PBCD.dtype)
+            prefix = jnp.broadcast_to(f_BD[None, :, None], (1, b, c, d))
+            x_PBCD = jnp.concatenate([prefix, x_PBCD])
+        if cfg.position:
+            table_ND = self.param("position", nn.initializers.zeros, (cfg.n_patches, d))
+            x_PBCD = taps["position"] = x_PBCD + table_ND[:, None, None].astype(x_PBCD.dtype)
+        mixers = Mixers(cfg, cfg.encoder, cfg.levels, cfg.gated, cfg.dropout, name="encoder")
+        x_PBCD, inner = mixers(x_PBCD, train)
+        taps |= {f"encoder/{name}": value for name, value in inner.items()} | {"encoder": x_PBCD}
+        if cfg.decoder:
+            x_PBCD, inner = Decoder(cfg, name="decoder")(x_PBCD, p_PBCK, categories_BV, train)
+            taps |= {f"decoder/{name}": value for name, value in inner.items()}
+        taps["decoder"] = x_PBCD
+        x_BCF = Dropout(cfg.head_dropout)(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1), train)
+        all_BCH = y_BCH = taps["head"] = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")(x_BCF)
+        all_BCH = y_BCH = all_BCH[..., : cfg.filter_len]
+        targets = cfg.forecast_channels
+        pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
+        y_BCH = pick(y_BCH)
+        if cfg.fcm:
+            known = np.array(cfg.exogenous, int)
+            last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
+            near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
+            future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
+            mixer = ForecastMixer(cfg, name="fcm")
+            y_BCH, inner = mixer(y_BCH, pick(near_BCS), future_BXH, near_BCS[:, known], train)
+            taps |= {f"fcm/{name}": value for name, value in inner.items()}
+        taps["forecast"] = y_BCH
+        return all_BCH, y_BCH, taps
+
+
+@dataclasses.dataclass(frozen=True)
+class TTM(Model):
+    """TTM at one size. See the module docstring; `Model` documents the methods."""
+
+    config: TTMConfig
+
+    family = "ttm"
+    head = r"^head/"
+    tasks = ("forecasting",)
+    licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2)"
+    shard_rules = (
+        (r"_mixer/up/kernel$", ("fsdp", "tensor")),
+        (r"_mixer/up/bias$", ("tensor",)),
+        (r"_mixer/down/kernel$", ("tensor", "fsdp")),
+        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
+        (r"/attn/[qkv]/bias$", ("tensor", None)),
+        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+        (r"(^|/)(embed|raw_embed|adapter|freq_up|freq_down|linear|head|out)/kernel$", ("fsdp", None)),
+        (r"/(scale|bias|mean|var)$", ()),
+        (r"(^freq_table|/category_\d+|^position)$", ()),
+    )
+    prunable = ((r"_mixer/(up|down)$", "ffn units"),)
+
+    @classmethod
+    def presets(cls) -> Mapping[str, TTMConfig]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> TTMConfig:
+        return config_from_json(TTMConfig, fields)
+
+    @classmethod
+    def small(cls) -> TTMConfig:
+        return TTMConfig.of(
+            context_len=32,
+            horizon=8,
+            patch_len=8,
+            d_model=16,
+            decoder_d_model=12,
+            layers=1,
+            decoder_layers=1,
+            levels=2,
+            n_channels=2,
+            decoder_mix_channels=True,
+            freq_vocab=10,
+        )
+
+    @property
+    def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Running statistics of BatchNorm and the computed position table, where the config has them."""
+        found = [r"/norm(_attn)?/(mean|var)$"] if self.config.norm == "BatchNorm" else []
+        return "|".join(found + ([r"^position$"] if self.config.position == "sincos" else [])) or None
+
+    @property
+    def variates(self) -> Literal["independent", "joint"]:
+        """Joint as soon as channels are mixed, or told apart by number."""
+        cfg = self.config
+        joint = cfg.mix_channels or (cfg.decoder_mix_channels and cfg.decoder) or cfg.fcm or cfg.targets is not None
+        return "joint" if joint else "independent"
+
+    @property
+    def context_len(self) -> int:
+        return self.config.context_len
+
+    @property
+    def horizon(self) -> int:
+        return self.config.filter_len or self.config.horizon
+
+    @property
+    def eval_batch(self) -> int:
+        # some 3 MB of activations a series of the small published models, at a few hundred thousand values each
+        return max(1024 // (self.config.n_channels if self.variates == "joint" else 1), 1)
+
+    def init(self, key: jax.Array) -> Tree:
+        """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear layers, N(0, 1) for
+        embeddings; norms 1, 0. The random position table is N(0, 1), with `post_init` N(0, 0.1^2)."""
+        cfg = self.config
+        c = cfg.n_channels
+        patches = jax.ShapeDtypeStruct(
+            ((cfg.context_len - cfg.patch_len) // cfg.patch_stride + 1, 1, c, cfg.patch_len), jnp.float32
+        )
+        past, future = (jax.ShapeDtypeStruct((1, c, t), jnp.float32) for t in (cfg.context_len, self.horizon))
+        freq, categories = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, len(cfg.vocab))))
+        shapes = jax.eval_shape(TTMNet(cfg).init, key, patches, past, future, freq, categories)["params"]
+        flat = flatten(shapes)
+
+        def rule(path, shape):
+            layer, name = path.rsplit("/", 1) if "/" in path else ("", path)
+            if path == "position":
+                table = jnp.asarray(sincos(*shape))
+                return Normal(0.1 if cfg.post_init else 1.0) if cfg.position == "random" else lambda *_: table
+            if name == "freq_table" or name.startswith("category_"):
+                return Normal(1.0)
+            kernel = flat.get(f"{layer}/kernel")
+            if kernel is None:
+                return Constant(float(name in ("scale", "var")))
+            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
+            return Uniform(math.prod(inputs) ** -0.5)
+
+        return draw(key, shapes, rule)
+
+    def recipe(self) -> Recipe:
+        source = "granite-tsfm fine-tuning: backbone frozen, AdamW, one-cycle learning rate"
+        trainable = r"^(decoder|head|fcm)/"
+        return Recipe(
+            1e-3,
+            64,
+            10,
+            "cosine",
+            self.context_len,
+            self.horizon,
+            "own",
+            source,
+            weight_decay=0.01,
+            trainable=trainable,
+        )
+
+    def for_series(self, params: Tree, *, n_variates: int, freq=None, name=None, key=None) -> tuple["TTM", Tree]:
+        """Sets the frequency token; mixers over channels for another number of channels are drawn anew."""
+        cfg = self.config
+        if cfg.freq_vocab and (freq is not None or cfg.freq_token is None):
+            cfg = dataclasses.replace(cfg, freq_token=frequency_token(freq, cfg.freq_vocab))
+        if self.variates == "joint" and n_variates != cfg.n_channels:
+            numbered = max((*(cfg.targets or ()), *cfg.exogenous, -1))
+            if numbered >= n_variates:
+                raise ValueError(f"the model tells channels apart by number, up to {numbered}; there are {n_variates}")
+            widths = {
+                part: tuple(
+                    (self._hidden(old, n_variates, part == "decoder"), *rest) for old, *rest in getattr(cfg, part)
+                )
+                for part in ("encoder", "decoder")
+            }
+            cfg = dataclasses.replace(cfg, n_channels=n_variates, **widths)
+            if cfg.fcm_layers:
+                seen = len(cfg.forecast_channels or range(n_variates)) + len(cfg.exogenous)
+                fcm_layers = tuple((a, 2 * seen if seen > 1 else 0, b) for a, _, b in cfg.fcm_layers)
+                cfg = dataclasses.replace(cfg, fcm_layers=fcm_layers)
+            fresh = flatten(TTM(cfg).init(jax.random.key(0) if key is None else key))
+            old = flatten(params)
+            kept = {path: old[path] if path in old and old[path].shape == leaf.shape else leaf
+                    for path, leaf in fresh.items()}  # fmt: skip
+            params = unflatten(kept)
+        return (self if cfg == self.config else TTM(cfg)), params
+
+    def _hidden(self, old: int, n_variates: int, decoder: bool) -> int:
+        """Hidden width of a mixer over channels for another number of channels, in the same proportion."""
+        extra = len(self.config.vocab) if decoder else 0
+        return max(old * (n_variates + extra) // (self.config.n_channels + extra), 1) if old else 0
+
+    # --- the network around its scaling
+
+    def apply(
+        self,
+        params: Tree,
+        x_BCT: jax.Array,
+        observed_BCT=None,
+        *,
+        future_BCH=None,
+        freq_token=None,
+        categories=None,
+        key=None,
+        train=False,
+    ):
+        """One forward pass in the units of x: forecasts [B, C', H] of the target channels, and the named steps.
+
+        Of more than `context_len` steps the newest are taken.
+
+        Args:
+          observed_BCT: 1 or 0; what is 0 does not count in the scale, but x is still what the patches show there.
+          future_BCH: known future, of which the exogenous channels are read.
+          freq_token: integers [B] or one, by default the config's. categories: [B, V], likewise.
+        Returns: the forecasts, and taps; among them `all`, the forecasts of all channels [B, C, H] before they are
+          mixed, in the units of x.
+        """
+        cfg = self.config
+        b, c, t = x_BCT.shape
+        if t < cfg.context_len:
+            raise ValueError(f"TTM needs {cfg.context_len} time steps, got {t}; predict pads")
+        if self.variates == "joint" and c != cfg.n_channels:
+            raise ValueError(
+                f"the model mixes {cfg.n_channels} channels, got {c}; for_series makes it ready for another number"
+            )
+        if cfg.exogenous and future_BCH is None:
+            raise ValueError(f"channels {cfg.exogenous} are exogenous: their future must be given (future=...)")
+        freq_token = cfg.freq_token if freq_token is None else freq_token
+        if cfg.freq_vocab and freq_token is None:
+            raise ValueError("the model asks for the frequency of the series: for_series(params, freq=...) sets it")
+        categories = cfg.categories if categories is None else categories
+        if cfg.vocab and categories is None:
+            raise ValueError(f"the model asks for {len(cfg.vocab)} static categories: categories=..., or of the config")
+        freq_B = jnp.broadcast_to(jnp.asarray(0 if freq_token is None else freq_token, jnp.int32), (b,))
+        v = len(cfg.vocab)
+        categories_BV = jnp.broadcast_to(
+            jnp.asarray(categories if v else (), jnp.int32).reshape(-1, v) if v else jnp.zeros((1, 0), jnp.int32),
+            (b, v),
+        )
+
+        x_BCL = x_BCT[..., t - cfg.context_len :].astype(jnp.float32)
+        observed = jnp.ones_like(x_BCL) if observed_BCT is None else observed_BCT[..., t - cfg.context_len :]
+        loc_BC1, scale_BC1 = self._scale(x_BCL, observed.astype(jnp.float32))
+        z_BCL = (x_BCL - loc_BC1) / scale_BC1
+        n = (cfg.context_len - cfg.patch_len) // cfg.patch_stride + 1
+        start = cfg.context_len - cfg.patch_len - cfg.patch_stride * (n - 1)
+        if cfg.patch_stride == cfg.patch_len:
+            p_BCPK = z_BCL[..., start:].reshape(b, c, n, cfg.patch_len)
+        else:
+            steps = start + np.arange(n)[:, None] * cfg.patch_stride + np.arange(cfg.patch_len)[None]
+            p_BCPK = z_BCL[..., steps]
+        if future_BCH is not None:
+            future_BCH = future_BCH[..., : self.horizon].astype(jnp.float32)
+        rngs = {"dropout": key} if train and key is not None and max(cfg.dropout, cfg.head_dropout) else None
+        net: Any = TTMNet(cfg)  # Flax types what apply returns too widely
+        all_BCH, y_BCH, taps = net.apply(
+            {"params": params},
+            jnp.moveaxis(p_BCPK, 2, 0),
+            x_BCL,
+            future_BCH,
+            freq_B,
+            categories_BV,
+            train and rngs is not None,
+            rngs=rngs,
+        )
+        targets = cfg.forecast_channels
+        pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
+        taps |= {"scaled": z_BCL, "loc": loc_BC1, "scale": scale_BC1, "all": all_BCH * scale_BC1 + loc_BC1}
+        return y_BCH * pick(scale_BC1) + pick(loc_BC1), taps
+
+    def _scale(self, x, observed):
+        """Location and scale [B, C, 1] of the observed values."""
+        n = observed.sum(-1, keepdims=True)
+        if self.config.scaling == "std":
+            loc = (x * observed).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+            variance = jnp.square((x - loc) * observed).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+            return loc, jnp.sqrt(variance + SCALE_EPS)
+        loc = jnp.zeros_like(n)
+        if self.config.scaling is None:
+            return loc, jnp.ones_like(n)
+        total = jnp.abs(x * observed).sum(-1, keepdims=True)
+        default = jnp.ones_like(n[:1])
+        if self.config.batch_default_scale:
+            default = total.sum(0, keepdims=True) / jnp.maximum(n.sum(0, keepdims=True), 1)
+        return loc, jnp.maximum(jnp.where(n > 0, total / jnp.maximum(n, 1), default), LEAST_SCALE)
+
+    def _error(self, params: Tree, batch: Batch, key, train: bool, loss: Loss) -> jax.Array:
+        """The loss over all observed values of the target channels, rows counted by their weight."""
+        cfg, target = self.config, batch["target"]
+        steps, most = target.shape[-1], self.horizon
+        if steps > most and cfg.filter_len is None:
+            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
+        future = None
+        if cfg.exogenous:
+            future = jnp.pad(target, ((0, 0), (0, 0), (0, max(most - steps, 0))))
+        x, observed = self._filled(batch["context"])
+        more = {name: batch[name] for name in ("freq_token", "categories") if name in batch}
+        y, _ = self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
+        targets = cfg.forecast_channels
+        target = target[..., :most] if targets is None else target[:, np.array(targets), :most]
+        y = y[..., : target.shape[-1]]
+        seen = ~jnp.isnan(target)
+        gap = jnp.where(seen, y - jnp.where(seen, target, 0.0), 0.0)
+        if loss == "mse":
+            error = jnp.square(gap)
+        elif loss == "mae":
+            error = jnp.abs(gap)
+        elif loss == "pinball":
+            error = jnp.maximum(-cfg.quantile * gap, (1 - cfg.quantile) * gap)
+        else:
+            near, d = jnp.abs(gap), cfg.huber_delta
+            error = jnp.where(near <= d, 0.5 * jnp.square(gap), d * (near - 0.5 * d))
+        weight = batch["weight"][:, None, None] if "weight" in batch else jnp.ones_like(error[:, :1, :1])
+        counts = seen * weight
+        return (error * weight).sum() / jnp.maximum(counts.sum(), 1e-9)
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """The config's loss (MSE, MAE, pinball or Huber) of the forecast, in the units of the batch, over all observed
+        values of the target. The target holds all channels; a batch may also bring `freq_token` and `categories`."""
+        return self._error(params, batch, key, train, self.config.loss)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the forecast at the first steps of the target, of one forecast at most."""
+        return self._error(params, batch, key, train, "mse")
+
+    def _filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The newest `context_len` steps without gaps, and which of them were observed (1 or 0)."""
+        x = context.astype(jnp.float32)
+        keep = self.context_len
+        short = max(keep - x.shape[-1], 0)
+        x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)[..., x.shape[-1] + short - keep :]
+        seen = ~jnp.isnan(x)
+        fill = jnp.zeros_like(x[..., :1])
+        if self.config.fill == "mean":
+            fill = jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+        return jnp.where(seen, x, fill), seen.astype(jnp.float32)
+
+    def predict(
+        self, params: Tree, context: jax.Array, horizon: int, key=None, *, future=None, categories=None
+    ) -> Forecast:
+        """Rolled out forecast by forecast in a window of fixed length, scaled anew at each step, as in the original.
+
+        The forecast has the target channels alone, [B, C', H], where the config names some. Missing values and short
+        contexts: see the module's docstring.
+
+        Args:
+          future: [B, C, horizon], of which the exogenous channels are read. categories: [B, V], else the config's.
+        """
+        check_context(context, horizon)
+        x_BCL, observed_BCL = self._filled(jnp.asarray(context, jnp.float32))
+        return Forecast(self.roll_out(params, x_BCL, observed_BCL, horizon, future_BCH=future, categories=categories))
+
+    def roll_out(
+        self, params: Tree, x_BCL, observed_BCL, horizon: int, *, future_BCH=None, freq_token=None, categories=None
+    ) -> jax.Array:
+        """`predict` of a window without gaps, [B, C', horizon]. Forecasts become the newest values of the window; those
+        of channels that are neither target nor exogenous are the ones before the forecast channel mixer."""
+        cfg, one = self.config, self.horizon
+        steps = math.ceil(horizon / one)
+        known = np.array(cfg.exogenous, int)
+        if cfg.exogenous:
+            if future_BCH is None or future_BCH.shape[-1] < horizon:
+                raise ValueError(f"the future of the exogenous channels {cfg.exogenous} must reach {horizon} steps")
+            rest = steps * one - future_BCH.shape[-1]
+            future_BCH = jnp.pad(future_BCH, ((0, 0), (0, 0), (0, max(rest, 0))), mode="edge")[..., : steps * one]
+            future_SBCH = jnp.moveaxis(future_BCH.reshape(*future_BCH.shape[:2], steps, one), 2, 0)
+        else:
+            future_SBCH = None
+        more = {"freq_token": freq_token, "categories": categories}
+        targets = cfg.forecast_channels
+
+        def step(state, future):
+            x, observed = state
+            y, taps = self.apply(params, x, observed, future_BCH=future, **more)
+            new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
+            if cfg.exogenous:
+                new = new.at[:, known].set(future[:, known])
+            x = jnp.concatenate([x, new], axis=-1)[..., one:]
+            return (x, jnp.concatenate([observed, jnp.ones_like(new)], axis=-1)[..., one:]), y
+
+        if steps == 1:
+            return step((x_BCL, observed_BCL), None if future_SBCH is None else future_SBCH[0])[1][..., :horizon]
+        _, y_SBCH = jax.lax.scan(step, (x_BCL, observed_BCL), future_SBCH, length=steps)
+        return jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)[..., :horizon]
