@@ -1,0 +1,304 @@
+"""Packed tokens of the Moirai families: samples and variates in one row, told apart by ids, and what works on them.
+
+A row is a sequence of tokens. A token is a patch of one variate of one sample: its first `patch` values are used, the
+rest of its width is zero. Letters: B rows, N tokens (S on the key side of attention), P token width, C variates of a
+row, T time steps, D model width, H heads, K head width, F feed-forward width; Z is the number of patch sizes.
+
+Source: Woo et al., "Unified Training of Universal Time Series Forecasting Transformers" (ICML 2024, arXiv 2402.02592),
+as SalesforceAIResearch/uni2ts (commit 8d2a08d) runs it.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.rope import rotary
+
+NORM_EPS = 1e-5
+SCALE_EPS = 1e-5  # inside the root, added to the variance
+Series = tuple[jax.Array, jax.Array]  # values [B, C, T] (0 where unknown) and which of them are observed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Packed tokens.
+
+    target: [B, N, P] values, never NaN. observed: [B, N, P] bool. sample_id: [B, N], 0 = padding, 1.. = which sample.
+    time_id: [B, N], the patch's place in its sample. variate_id: [B, N]. predicted: [B, N] bool, what is to be
+    forecast: kept out of the scaler.
+    """
+
+    target: jax.Array
+    observed: jax.Array
+    sample_id: jax.Array
+    time_id: jax.Array
+    variate_id: jax.Array
+    predicted: jax.Array
+
+    @property
+    def same_sample(self) -> jax.Array:
+        """[B, N, S]"""
+        return self.sample_id[:, :, None] == self.sample_id[:, None, :]
+
+    @property
+    def same_variate(self) -> jax.Array:
+        """[B, N, S], whatever the sample."""
+        return self.variate_id[:, :, None] == self.variate_id[:, None, :]
+
+    @property
+    def causal(self) -> jax.Array:
+        """[B, N, S]: of the same sample, and the key's time is not after the query's."""
+        return self.same_sample & (self.time_id[:, :, None] >= self.time_id[:, None, :])
+
+
+def group_sum(together_BNS: jax.Array, x_BS: jax.Array) -> jax.Array:
+    """[B, N]: the sum of x over the tokens that go together with each, exact on every device."""
+    return jnp.einsum("BNS,BS->BN", together_BNS.astype(x_BS.dtype), x_BS, precision=jax.lax.Precision.HIGHEST)
+
+
+def token_scale(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation [B, N, 1] of each token's variate in its sample; padding gets 0 and 1.
+
+    Over the observed values of tokens that are not predicted; n - 1 in the variance, `SCALE_EPS` inside the root. The
+    original counts in float64. Here the mean is taken twice, the second time of what the first left over, and squares
+    are of values brought below 1: as exact in float32, at any offset and size.
+    """
+    used_BNP = tokens.observed & ~tokens.predicted[..., None]
+    together_BNS = tokens.same_sample & tokens.same_variate
+    total = lambda x_BNP: group_sum(together_BNS, jnp.where(used_BNP, x_BNP, 0.0).sum(-1))  # noqa: E731
+    x_BNP = tokens.target.astype(jnp.float32)
+    n_BN = total(jnp.ones_like(x_BNP))
+    count_BN = jnp.maximum(n_BN, 1.0)
+    rough_BN = total(x_BNP) / count_BN
+    rest_BNP = x_BNP - rough_BN[..., None]
+    shift_BN = total(rest_BNP) / count_BN
+    loc_BN = rough_BN + shift_BN
+    rest_BNP = jnp.where(used_BNP, rest_BNP - shift_BN[..., None], 0.0)
+    size_BN = jnp.where(together_BNS, jnp.abs(rest_BNP).max(-1)[:, None, :], 0.0).max(-1)
+    size_BN = jnp.maximum(size_BN, 1.0)
+    squares_BN = total(jnp.square(rest_BNP / size_BN[..., None])) / jnp.maximum(n_BN - 1, 1.0)
+    scale_BN = size_BN * jnp.sqrt(squares_BN + SCALE_EPS / size_BN / size_BN)
+    padding_BN = tokens.sample_id == 0
+    loc_BN, scale_BN = jnp.where(padding_BN, 0.0, loc_BN), jnp.where(padding_BN, 1.0, scale_BN)
+    return jax.lax.stop_gradient((loc_BN[..., None], scale_BN[..., None]))
+
+
+def _patches(x_BCT: jax.Array, patch: int, left: bool, fill=0) -> jax.Array:
+    """[B, C, N, patch], padded on one side."""
+    missing = -x_BCT.shape[-1] % patch
+    widths = [(0, 0)] * (x_BCT.ndim - 1) + [(missing, 0) if left else (0, missing)]
+    x_BCT = jnp.pad(x_BCT, widths, constant_values=fill)
+    return x_BCT.reshape(*x_BCT.shape[:-1], -1, patch)
+
+
+def pack(
+    past: Series,
+    horizon: int,
+    patch: int,
+    width: int,
+    *,
+    future: Series | None = None,
+    is_pad: jax.Array | None = None,
+    known: Series | None = None,
+    past_known: Series | None = None,
+) -> Tokens:
+    """Tokens of a forecast: the past of every variate, then the future of every variate, then covariates.
+
+    The past is filled up on the left and the future on the right to whole patches, with zeros that are not observed.
+    Times count the patches that hold any observed value of any variate of `past`; empty ones in front share time 0.
+
+    Args:
+      past: values and observed [B, C, T]. horizon: H. patch: steps per token. width: P of the tokens.
+      future: the true [B, C, H] where it is known; zeros, counted as observed, where not.
+      is_pad: [B, T], steps before the series began; a token of nothing else is padding.
+      known: covariates [B, F, T + H]. past_known: covariates [B, G, T].
+    """
+    x_BCT, observed_BCT = past
+    b, c, t = x_BCT.shape
+    if future is None:
+        future = jnp.zeros((b, c, horizon), x_BCT.dtype), jnp.ones((b, c, horizon), bool)
+    is_pad = jnp.zeros((b, t), bool) if is_pad is None else is_pad
+    seen_BN = _patches(observed_BCT.any(1), patch, True).any(-1)
+    past_BN = jnp.maximum(jnp.cumsum(seen_BN, axis=1) - 1, 0)
+    steps = -(-horizon // patch)
+    future_BN = past_BN[:, -1:] + 1 + jnp.arange(steps)[None]
+    real_BN = (~_patches(is_pad, patch, True, fill=True)).any(-1)
+    real_covariate_BN = (~_patches(is_pad, patch, True, fill=False)).any(-1)
+    after_BN = jnp.ones((b, steps), bool)
+    before = lambda series: (series[0][..., :t], series[1][..., :t])  # noqa: E731
+    after = lambda series: (series[0][..., t:], series[1][..., t:])  # noqa: E731
+    parts = [(past, True, real_BN, past_BN, 0, False), (future, False, after_BN, future_BN, 0, True)]
+    if known is not None:
+        parts += [
+            (before(known), True, real_covariate_BN, past_BN, c, False),
+            (after(known), False, after_BN, future_BN, c, False),
+        ]
+        c += known[0].shape[1]
+    if past_known is not None:
+        parts.append((past_known, True, real_covariate_BN, past_BN, c, False))
+    tokens = []
+    for (x, observed), left, sample_BN, time_BN, first, predicted in parts:
+        n_variates, n = x.shape[1], time_BN.shape[1]
+        flat = lambda a: jnp.pad(a.reshape(b, -1, patch), ((0, 0), (0, 0), (0, width - patch)))  # noqa: E731
+        many = lambda a_BN: jnp.tile(a_BN, (1, n_variates))  # noqa: B023, E731
+        variate_N = jnp.repeat(first + jnp.arange(n_variates), n)
+        tokens.append(
+            Tokens(
+                target=flat(_patches(x.astype(jnp.float32), patch, left)),
+                observed=flat(_patches(observed, patch, left)),
+                sample_id=many(sample_BN.astype(jnp.int32)),
+                time_id=many(time_BN),
+                variate_id=jnp.broadcast_to(variate_N[None], (b, variate_N.shape[0])),
+                predicted=jnp.full((b, variate_N.shape[0]), predicted),
+            )
+        )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *tokens)
+
+
+def future_tokens(n_variates: int, time_steps: int, horizon: int, patch: int) -> tuple[int, int]:
+    """First and last-but-one place of the future tokens of `pack`."""
+    first = n_variates * -(-time_steps // patch)
+    return first, first + n_variates * -(-horizon // patch)
+
+
+def unpack(y_BNP: jax.Array, n_variates: int, horizon: int, patch: int) -> jax.Array:
+    """[B, C, H, ...] of the future tokens [B, C * steps, P, ...] of `pack`."""
+    b, _, _, *rest = y_BNP.shape
+    return y_BNP[:, :, :patch].reshape(b, n_variates, -1, *rest)[:, :, :horizon]
+
+
+class SizedIn(nn.Module):
+    """Patches into the model, with weights of their own for each patch size: [B, N, P] -> [B, N, D].
+
+    kernel [Z, P, D], bias [Z, D]. Of the kernel of a size p only the first p rows are used: what stands behind a patch
+    in its token is not zero after scaling. `patch`: one size for all tokens, or [B, N]; a size of 0 (padding) gives 0.
+    """
+
+    sizes: tuple[int, ...]
+    features: int
+
+    @nn.compact
+    def __call__(self, x_BNP, patch):
+        shape = (len(self.sizes), max(self.sizes), self.features)
+        kernel_ZPD = self.param("kernel", nn.initializers.zeros, shape).astype(x_BNP.dtype)
+        bias_ZD = self.param("bias", nn.initializers.zeros, (shape[0], shape[2])).astype(x_BNP.dtype)
+
+        def one(z, p):
+            y = x_BNP[..., :p].reshape(-1, p) @ kernel_ZPD[z, :p] + bias_ZD[z][None]
+            return y.reshape(*x_BNP.shape[:2], self.features)
+
+        return by_size(one, self.sizes, patch)
+
+
+class SizedOut(nn.Module):
+    """Out of the model to `dim` numbers per time step, by patch size: [B, N, D] -> [B, N, dim * P].
+
+    kernel [Z, D, dim * P], bias [Z, dim * P]. Of the kernel of a size p the first dim * p columns are used, of the
+    bias all. Read as [dim, P] (the caller does), so at dim > 1 those columns are not the first p steps of each of the
+    dim numbers: the original's layout, which its published weights were trained with.
+    """
+
+    sizes: tuple[int, ...]
+    dim: int
+
+    @nn.compact
+    def __call__(self, x_BND, patch):
+        d, out = x_BND.shape[-1], self.dim * max(self.sizes)
+        kernel_ZDO = self.param("kernel", nn.initializers.zeros, (len(self.sizes), d, out)).astype(x_BND.dtype)
+        bias_ZO = self.param("bias", nn.initializers.zeros, (len(self.sizes), out)).astype(x_BND.dtype)
+
+        def one(z, p):
+            y = x_BND.reshape(-1, d) @ kernel_ZDO[z, :, : self.dim * p]
+            y = jnp.pad(y, ((0, 0), (0, out - self.dim * p))) + bias_ZO[z][None]
+            return y.reshape(*x_BND.shape[:2], out)
+
+        return by_size(one, self.sizes, patch)
+
+
+def by_size(one, sizes: tuple[int, ...], patch) -> jax.Array:
+    """`one(z, sizes[z])` [B, N, ...] of the tokens' own size; 0 where that is none of `sizes`.
+
+    patch: an int is one size for all, which costs one call; an array [B, N] costs one for each size.
+    """
+    if isinstance(patch, int):
+        return one(sizes.index(patch), patch)
+    outs = [jnp.where((patch == p)[..., None], one(z, p), 0) for z, p in enumerate(sizes)]
+    return sum(outs[1:], outs[0])
+
+
+class AnyVariateAttention(nn.Module):
+    """Self-attention over packed tokens [B, N, D] -> [B, N, D], and the named steps between.
+
+    q and k are normalised per head, then the first half of each head turns by the token's time; a learned number per
+    head is added to the score of tokens of the same variate, another to that of different ones.
+    seen, same_variate: [B, N, S] bool. time_id: [B, N].
+    """
+
+    d_model: int
+    n_heads: int
+    head_dim: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool):
+        heads, half, taps = (self.n_heads, self.head_dim), self.head_dim // 2, {}
+
+        def project(name):
+            taps[name] = Linear((self.d_model,), heads, use_bias=False, name=name)(x_BND)
+            return jnp.swapaxes(taps[name], 1, 2)  # heads beside the batch: plain batched products
+
+        def turned(name):
+            y = taps[f"{name}_norm"] = RMSNorm(NORM_EPS, name=f"{name}_norm")(project(name))
+            first = rotary(y[..., :half], time_id_BN[:, None], pairs="adjacent")
+            return jnp.concatenate([first, y[..., half:]], axis=-1)
+
+        bias_2H = self.param("variate_bias", nn.initializers.zeros, (2, self.n_heads)).astype(jnp.float32)
+        q_BHNK, k_BHSK, v_BHSK = turned("q"), turned("k"), project("v")
+        s_BHNS = (jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5).astype(jnp.float32)
+        bias = bias_2H[:, None, :, None, None]
+        s_BHNS = s_BHNS + jnp.where(same_variate_BNS[:, None], bias[1], bias[0])
+        s_BHNS = jnp.where(seen_BNS[:, None], s_BHNS, -jnp.inf)
+        w_BHNS = jax.nn.softmax(s_BHNS).astype(x_BND.dtype)
+        y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
+        y_BND = Linear(heads, (self.d_model,), use_bias=False, name="out")(jnp.swapaxes(y_BHNK, 1, 2))
+        return y_BND, taps
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate x) * up x)`, no biases: [..., D] -> [..., D]."""
+
+    d_model: int
+    ffn_dim: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        up, gate = (Linear((self.d_model,), (self.ffn_dim,), use_bias=False, name=n)(x) for n in ("up", "gate"))
+        y = Dropout(self.dropout)(nn.silu(gate) * up, train)
+        return Dropout(self.dropout)(Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y), train)
+
+
+def default_ffn_dim(d_model: int) -> int:
+    """F where the published config names none: two thirds of four times D, up to a multiple of 8."""
+    return math.ceil(int(4 * d_model * 2 / 3) / 8) * 8
+
+
+def group_mean(error_BNP: jax.Array, tokens: Tokens, weight_B: jax.Array | None = None) -> jax.Array:
+    """Mean over the predicted, observed entries in which every variate of every sample counts alike: a scalar.
+
+    weight: of each row; rows of weight 0 count as absent.
+    """
+    scored_BNP = tokens.observed & tokens.predicted[..., None]
+    weight_B1 = jnp.ones((error_BNP.shape[0], 1)) if weight_B is None else weight_B[:, None]
+    entries_BN = scored_BNP.sum(-1).astype(jnp.float32)
+    group_BN = jnp.maximum(group_sum(tokens.same_sample & tokens.same_variate, entries_BN), 1.0)
+    groups = (weight_B1 * entries_BN / group_BN).sum()
+    error_BN = jnp.where(scored_BNP, error_BNP, 0.0).sum(-1)
+    return (weight_B1 * error_BN / group_BN).sum() / jnp.maximum(groups, jnp.finfo(jnp.float32).tiny)

@@ -1,0 +1,435 @@
+"""Moirai 1.0-R and 1.1-R: a masked encoder over patches of all variates, with a mixture distribution as output.
+
+Woo et al., "Unified Training of Universal Time Series Forecasting Transformers" (ICML 2024, arXiv 2402.02592). Follows
+SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai: tokens of any number of variates and samples in one row,
+each of one of several patch sizes; future tokens are replaced by one learned vector, and one forward pass gives the
+distribution of the whole horizon. The forecast is the median of samples.
+
+As in the original, missing values inside a patch enter the model as zeros before scaling, and the weights of a patch
+size smaller than the largest mix the logits of the mixture's components (see `SizedOut`): the published weights were
+trained so. Unlike in the original, dropout of attention weights (0 in every published model) acts in training only.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers import mixture, packed
+from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.mixture import Mixture, MixtureHead
+from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json, row_keys
+from ltsm_jax.trees import Tree, flatten, unflatten
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_SIZED = re.compile(r"^(embed|residual)$|^head/")  # layers with weights for each patch size
+HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
+
+
+@dataclasses.dataclass(frozen=True)
+class MoiraiConfig:
+    """Widths are per layer, so that a pruned Moirai is a Moirai.
+
+    d_model D, head_dim K, n_heads H and ffn_dims F of each layer, patch_sizes the model has weights for; components of
+    the mixture and the scale of the one whose scale is fixed. How it is used: context_len and horizon in time steps;
+    patch_size, or "auto" for the one with the best likelihood on the end of each context; n_samples of a forecast;
+    variates: whether those of one window see each other.
+    """
+
+    d_model: int
+    head_dim: int
+    n_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    patch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128)
+    components: tuple[str, ...] = mixture.PUBLISHED
+    fixed_scale: float = 1e-3
+    max_seq_len: int = 512
+    scaling: bool = True
+    dropout: float = 0.0
+    attn_dropout: float = 0.0
+    context_len: int = 2048
+    horizon: int = 96
+    patch_size: int | Literal["auto"] = "auto"
+    n_samples: int = 100
+    variates: Literal["joint", "independent"] = "joint"
+
+    def __post_init__(self):
+        problems = []
+        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
+            problems.append(
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+            )
+        sizes = (self.d_model, self.head_dim, self.max_seq_len, self.context_len, self.horizon, self.n_samples)
+        if min(*sizes, *self.patch_sizes, 1) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+            problems.append(f"every size must be positive: {self}")
+        if self.head_dim % 4:
+            problems.append(f"half a head turns in pairs, so head_dim must be a multiple of 4, got {self.head_dim}")
+        if not self.patch_sizes or len(set(self.patch_sizes)) < len(self.patch_sizes):
+            problems.append(f"patch_sizes must be different numbers: {self.patch_sizes}")
+        if self.patch_size not in ("auto", *self.patch_sizes):
+            problems.append(f"patch_size must be auto or one of {self.patch_sizes}, got {self.patch_size!r}")
+        if unknown := set(self.components) - set(mixture.PARAMETERS):
+            problems.append(f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}")
+        if self.variates not in ("joint", "independent"):
+            problems.append(f"variates must be joint or independent, got {self.variates!r}")
+        if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1 and self.fixed_scale > 0):
+            problems.append(f"dropout must be in [0, 1) and the fixed scale positive: {self}")
+        if problems:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    @classmethod
+    def of(cls, d_model: int, layers: int, heads: int | None = None, d_ff: int | None = None, **rest) -> "MoiraiConfig":
+        """Equal layers; heads split the model width, by default as in the original."""
+        heads = d_model // HEAD_DIM if heads is None else heads
+        if heads < 1 or d_model % heads:
+            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
+        d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
+        return cls(d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest)
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiConfig":
+        """Reads config.json of the hub.
+
+        Raises: ValueError naming the fields that are missing, or a distribution other than the mixture.
+        """
+        required = ("d_model", "num_layers", "patch_sizes", "distr_output")
+        if missing := [name for name in required if name not in fields]:
+            raise ValueError(f"the config of a Moirai checkpoint lacks {', '.join(missing)}")
+        kinds, fixed_scale = mixture.read_published(fields["distr_output"])
+        return cls.of(
+            int(fields["d_model"]),
+            int(fields["num_layers"]),
+            patch_sizes=tuple(int(p) for p in fields["patch_sizes"]),
+            components=kinds,
+            fixed_scale=fixed_scale,
+            max_seq_len=int(fields.get("max_seq_len", 512)),
+            scaling=bool(fields.get("scaling", True)),
+            dropout=float(fields.get("dropout_p", 0.0)),
+            attn_dropout=float(fields.get("attn_dropout_p", 0.0)),
+        )
+
+    @property
+    def component_parameters(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the parameters of each component of the mixture."""
+        return tuple(mixture.PARAMETERS[kind] for kind in self.components)
+
+    def distr_output(self) -> dict[str, Any]:
+        """The published form of the mixture."""
+        return mixture.write_published(self.components, self.fixed_scale)
+
+
+PRESETS = {
+    f"Salesforce/moirai-{version}-R-{size}": config
+    for version in ("1.0", "1.1")
+    for size, config in {
+        "small": MoiraiConfig.of(384, 6),
+        "base": MoiraiConfig.of(768, 12),
+        "large": MoiraiConfig.of(1024, 24),
+    }.items()
+}
+
+
+class Block(nn.Module):
+    """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between."""
+
+    cfg: MoiraiConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BND, tokens: Tokens, train: bool):
+        cfg, taps = self.cfg, {}
+        seen_BNS, same_BNS = tokens.same_sample, tokens.same_variate
+        y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
+        attention = AnyVariateAttention(
+            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, cfg.attn_dropout, name="attn"
+        )
+        y_BND, inner = attention(y_BND, seen_BNS, same_BNS, tokens.time_id, train)
+        taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
+        y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
+        y_BND = taps["ffn"] = SwiGLU(cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn")(y_BND, train)
+        return x_BND + y_BND, taps
+
+
+class MoiraiNet(nn.Module):
+    """Packed tokens -> mixtures [B, N, P] in the units of the tokens, and the named steps between.
+
+    patch: the patch size of all tokens, or of each [B, N]. only: the tokens (first, last but one) whose distribution is
+    asked for; None: all.
+    """
+
+    cfg: MoiraiConfig
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, patch, train: bool = False, only: tuple[int, int] | None = None):
+        cfg = self.cfg
+        loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else neutral(tokens)
+        taps = {"loc": loc_BN1, "scale": scale_BN1}
+        scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
+        x_BND = taps["embed"] = SizedIn(cfg.patch_sizes, cfg.d_model, name="embed")(scaled_BNP, patch)
+        mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
+        x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
+        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train)
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+        x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
+        cut = slice(None) if only is None else slice(*only)
+        patch = patch if isinstance(patch, int) else patch[:, cut]
+        head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
+        y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
+        return y, taps | {f"head/{name}": value for name, value in raw.items()}
+
+
+def neutral(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """Mean 0 and scale 1 of every token: a model without scaling."""
+    shape = (*tokens.sample_id.shape, 1)
+    return jnp.zeros(shape), jnp.ones(shape)
+
+
+def observed_series(x_BCT: jax.Array) -> Series:
+    """Values with 0 for NaN, float32, and what is observed."""
+    x_BCT = jnp.asarray(x_BCT, jnp.float32)
+    observed = ~jnp.isnan(x_BCT)
+    return jnp.where(observed, x_BCT, 0.0), observed
+
+
+def masked_mse(y_BCH: jax.Array, target: jax.Array, batch: Batch) -> jax.Array:
+    """MSE where the target is not NaN, rows weighted by `batch["weight"]`."""
+    truth, observed = observed_series(target)
+    weight = batch.get("weight", jnp.ones(y_BCH.shape[0]))[:, None, None]
+    squares = jnp.where(observed, jnp.square(y_BCH - truth), 0.0)
+    return (weight * squares).sum() / jnp.maximum((weight * observed).sum(), jnp.finfo(jnp.float32).tiny)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moirai(Model):
+    """Moirai at one size. See the module docstring; `Model` documents the methods."""
+
+    config: MoiraiConfig
+
+    family = "moirai"
+    head = r"^head/"
+    tasks = ("forecasting",)
+    licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-1.x-R)"
+    shard_rules = (
+        (r"^embed/kernel$", (None, None, "fsdp")),
+        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
+        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+        (r"/attn/variate_bias$", (None, "tensor")),
+        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
+        (r"/down/kernel$", ("tensor", "fsdp")),
+        (r"^head/.*/kernel$", (None, "fsdp", None)),
+        (r"(^mask|/(scale|bias))$", ()),
+    )
+    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/ffn/(up|gate|down)$", "ffn units"))
+
+    @classmethod
+    def presets(cls) -> Mapping[str, MoiraiConfig]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> MoiraiConfig:
+        return config_from_json(MoiraiConfig, fields)
+
+    @classmethod
+    def small(cls) -> MoiraiConfig:
+        return MoiraiConfig.of(16, 2, 2, 24, patch_sizes=(4, 8), context_len=32, horizon=8, patch_size=8, n_samples=20)
+
+    @property
+    def variates(self) -> Literal["independent", "joint"]:
+        return self.config.variates
+
+    @property
+    def context_len(self) -> int:
+        return self.config.context_len
+
+    @property
+    def horizon(self) -> int:
+        return self.config.horizon
+
+    @property
+    def eval_batch(self) -> int:
+        return 32
+
+    def init(self, key: jax.Array) -> Tree:
+        """Torch's defaults: N(0, 1) for the mask vector and the variate biases; U(+-1/sqrt(inputs)) for all else, with
+        zeros where a smaller patch size has no weights; norms 1."""
+        cfg = self.config
+        patch = max(cfg.patch_sizes)
+        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
+        shapes = jax.eval_shape(lambda k, x: MoiraiNet(cfg).init(k, x, patch), key, tokens)["params"]
+        return fresh(key, shapes, cfg.patch_sizes, cfg.d_model)
+
+    def recipe(self) -> Recipe:
+        source = "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and context ours"
+        context = self.context_len
+        return Recipe(5e-7, 64, 10, "constant", context, self.horizon, "own", source, weight_decay=0.1, clip=1.0)
+
+    # --- the network, and distributions of the future
+
+    def apply(self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None) -> tuple[Mixture, dict]:
+        """One forward pass: the distribution of every entry of the tokens [B, N, P] in their units, and named steps.
+
+        patch, only: see `MoiraiNet`.
+        """
+        cfg = self.config
+        train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
+        net: Any = MoiraiNet(cfg)  # Flax types what apply returns too widely
+        return net.apply({"params": params}, tokens, patch, train, only, rngs={"dropout": key} if train else None)
+
+    def packed_loss(self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None) -> jax.Array:
+        """The original's training loss: negative log-likelihood of the predicted, observed entries in the units of the
+        tokens, every variate of every sample counting alike. weight: of each row."""
+        y, _ = self.apply(params, tokens, patch, key, train)
+        return packed.group_mean(-y.log_prob(tokens.target), tokens, weight)
+
+    def future(
+        self, params: Tree, past: Series, horizon: int, patch: int, key=None, train=False, future=None, **covariates
+    ) -> Mixture:
+        """Distribution [B, C, H] of the steps after `past`, in its units.
+
+        patch: one of `patch_sizes`. future, covariates: `is_pad`, `known`, `past_known`, see `layers.packed.pack`.
+        """
+        _, c, t = past[0].shape
+        width = max(self.config.patch_sizes)
+        tokens = packed.pack(past, horizon, patch, width, future=future, **covariates)
+        only = packed.future_tokens(c, t, horizon, patch)
+        y, _ = self.apply(params, tokens, patch, key, train, only)
+        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch), y)
+
+    def validation_loss(self, params: Tree, past: Series, future: Series, patch: int, **covariates) -> jax.Array:
+        """[B]: negative log-likelihood of `future` given `past` at one patch size, summed over variates of the mean
+        over their observed steps."""
+        y = self.future(params, past, future[0].shape[-1], patch, **covariates)
+        nll_BCH = jnp.where(future[1], -y.log_prob(future[0]), 0.0)
+        return (nll_BCH.sum(-1) / jnp.maximum(future[1].sum(-1), 1)).sum(-1)
+
+    def best_future(self, params: Tree, past: Series, horizon: int, context_len: int, is_pad=None):
+        """`future` after the last `context_len` steps of `past`, at the patch size that would have forecast the last
+        `horizon` steps best, each row its own: (mixture, validation losses [Z, B]).
+
+        A past shorter than two horizons is split in the middle.
+        """
+        (x, observed), sizes = past, self.config.patch_sizes
+        b, _, t = x.shape
+        pad = jnp.zeros((b, t), bool) if is_pad is None else is_pad
+        held = min(horizon, t // 2)
+        if held:
+            seen, rest = (x[..., :-held], observed[..., :-held]), (x[..., -held:], observed[..., -held:])
+            losses = [self.validation_loss(params, seen, rest, p, is_pad=pad[:, :-held]) for p in sizes]
+            loss_ZB = jnp.stack(losses)
+        else:
+            loss_ZB = jnp.zeros((len(sizes), b))
+        cut = (x[..., -context_len:], observed[..., -context_len:])
+        found = [self.future(params, cut, horizon, p, is_pad=pad[:, -context_len:]) for p in sizes]
+        best_B = jnp.argmin(loss_ZB, axis=0)
+
+        def pick(*leaves):
+            return jnp.stack(leaves, 1)[jnp.arange(b), best_B]
+
+        return jax.tree.map(pick, *found), loss_ZB
+
+    # --- the contract
+
+    @property
+    def training_patch(self) -> int:
+        """The patch size of the losses: the configured one, or the middle of `patch_sizes` (the original draws one for
+        each sample, of those that suit its frequency)."""
+        cfg = self.config
+        return cfg.patch_sizes[len(cfg.patch_sizes) // 2] if cfg.patch_size == "auto" else cfg.patch_size
+
+    def _rows(self, x_BCT: jax.Array) -> jax.Array:
+        """Each variate a row of its own where the model is used so."""
+        return x_BCT.reshape(-1, 1, x_BCT.shape[-1]) if self.config.variates == "independent" else x_BCT
+
+    def _distribution(self, params: Tree, batch: Batch, key, train: bool) -> tuple[Mixture, Batch]:
+        """Distribution of a batch's targets, and the batch in rows of the model."""
+        rows = {name: self._rows(batch[name]) for name in ("context", "target")}
+        past = observed_series(rows["context"])
+        many = rows["context"].shape[0] // batch["context"].shape[0]
+        if "weight" in batch:
+            rows["weight"] = jnp.repeat(batch["weight"], many)
+        return self.future(params, past, rows["target"].shape[-1], self.training_patch, key, train), rows
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """Negative log-likelihood of the target in its units, as in the original: the mean over observed steps, each
+        variate of each row counting alike."""
+        y, rows = self._distribution(params, batch, key, train)
+        truth, observed = observed_series(rows["target"])
+        nll_BC = jnp.where(observed, -y.log_prob(truth), 0.0).sum(-1) / jnp.maximum(observed.sum(-1), 1)
+        counts_BC = observed.any(-1) * rows.get("weight", jnp.ones(nll_BC.shape[0]))[:, None]
+        return (nll_BC * counts_BC).sum() / jnp.maximum(counts_BC.sum(), jnp.finfo(jnp.float32).tiny)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the distribution's mean, over the observed targets."""
+        y, rows = self._distribution(params, batch, key, train)
+        return masked_mse(y.mean(), rows["target"], rows)
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """Samples of the distribution of one forward pass; the point is their median.
+
+        The context is cut to `context_len`, with patch_size "auto" to one horizon more: the last horizon steps choose
+        the patch size. Missing values are not observed, as in the original's pipeline.
+        """
+        check_context(context, horizon)
+        cfg = self.config
+        x = self._rows(jnp.asarray(context, jnp.float32))
+        if cfg.patch_size == "auto":
+            x = x[..., -cfg.context_len - horizon :]
+            y, _ = self.best_future(params, observed_series(x), horizon, cfg.context_len)
+        else:
+            x = x[..., -cfg.context_len :]
+            y = self.future(params, observed_series(x), horizon, cfg.patch_size)
+        return sampled(y.sample(row_keys(key, x), cfg.n_samples), (*context.shape[:2], horizon))
+
+
+def sampled(samples: jax.Array, shape: tuple[int, ...]) -> Forecast:
+    """The forecast [B, C, H] of samples [..., n]: their median, and quantiles at `LEVELS`."""
+    samples = samples.reshape(*shape, samples.shape[-1])
+    # between the two sorted neighbours, so that no infinite sample makes a NaN of the others
+    quantiles = jnp.moveaxis(jnp.quantile(samples, jnp.asarray(LEVELS), axis=-1), 0, -1)
+    return Forecast(quantiles[..., LEVELS.index(0.5)], quantiles, samples, LEVELS)
+
+
+def fresh(key: jax.Array, shapes: Tree, patch_sizes: tuple[int, ...], d_model: int, **others) -> Tree:
+    """Fresh parameters of any of the Moirai families. others: leaf name -> distribution, of what one has alone."""
+
+    def rule(path, shape):
+        layer, _, leaf = path.rpartition("/")
+        if leaf in others:
+            return others[leaf]
+        if leaf == "scale":
+            return Constant(1.0)
+        if leaf in ("mask", "variate_bias"):
+            return Normal(1.0)
+        if _SIZED.search(layer):
+            return Uniform(1.0)
+        inputs = shape[:-1] if layer.endswith("/out") else shape[:1]
+        return Uniform(math.prod(inputs) ** -0.5)
+
+    def narrowed(path, leaf):
+        layer, _, name = path.rpartition("/")
+        if not _SIZED.search(layer):
+            return leaf
+        into = not layer.startswith("head/")
+        bound_Z = np.asarray([p**-0.5 if into else d_model**-0.5 for p in patch_sizes], np.float32)
+        bound = bound_Z.reshape(-1, *(1,) * (leaf.ndim - 1))
+        axis = 1 if into and name == "kernel" else leaf.ndim - 1
+        if into and name == "bias":
+            return leaf * bound
+        used_Z = np.asarray(patch_sizes) * (leaf.shape[axis] // max(patch_sizes))
+        inside = np.arange(leaf.shape[axis])[None] < used_Z[:, None]  # the rest of the axis is of larger sizes
+        inside = inside.reshape(-1, *(leaf.shape[i] if i == axis else 1 for i in range(1, leaf.ndim)))
+        return leaf * (bound * inside)
+
+    drawn = flatten(draw(key, shapes, rule))
+    return unflatten({path: narrowed(path, leaf) for path, leaf in drawn.items()})
