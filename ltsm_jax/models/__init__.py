@@ -1,6 +1,7 @@
 """Model families. A family is one file here, one line in this table, and one converter."""
 
 from ltsm_jax.models.chronos_bolt import ChronosBolt
+from ltsm_jax.models.chronos_t5 import ChronosT5
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
@@ -13,6 +14,7 @@ FAMILIES: dict[str, type[Model]] = {
         TTM,
         TimerHf,
         ChronosBolt,
+        ChronosT5,
     )
 }
 

@@ -280,12 +280,12 @@ def check_context(context: Any, horizon: int) -> None:
             f"context must be [batch, variates, time] with at least one time step, got {jnp.shape(context)}"
         )
     elif not traced(context):
-        rows = jnp.argwhere(jnp.isnan(context).all(-1))
-        if rows.size:
-            problems.append(f"no observed value at all in (batch, variate) {rows[:5].tolist()}; drop these series")
-        rows = jnp.argwhere(jnp.isinf(context).any(-1))
-        if rows.size:
-            problems.append(f"infinite values in (batch, variate) {rows[:5].tolist()}; set them to NaN (missing)")
+        with jax.ensure_compile_time_eval():  # a caller's jit may be around an array that is known
+            empty, infinite = jnp.argwhere(jnp.isnan(context).all(-1)), jnp.argwhere(jnp.isinf(context).any(-1))
+        if empty.size:
+            problems.append(f"no observed value at all in (batch, variate) {empty[:5].tolist()}; drop these series")
+        if infinite.size:
+            problems.append(f"infinite values in (batch, variate) {infinite[:5].tolist()}; set them to NaN (missing)")
     if horizon < 1:
         problems.append(f"horizon must be at least 1, got {horizon}")
     if problems:
