@@ -9,8 +9,7 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
-from ltsm_jax.layers.causal import ACTIVATIONS
-from ltsm_jax.models.timer_hf import PRESETS, TimerHf, TimerHfConfig
+from ltsm_jax.models.timer_hf import ACTIVATIONS, PRESETS, TimerHf, TimerHfConfig
 
 MODEL = TimerHf
 EMBED, HEAD = "model.embed_layer.emb.weight", r"lm_heads\.(\d+)\.weight"

@@ -69,12 +69,13 @@ class CausalAttention(nn.Module):
         q_BHNK, k_BGSK = (rotary(y, place, base=self.base) for y in (q_BHNK, k_BGSK))
         if cache is not None:
             k_BGSK, v_BGSK = cache = (_written(cache[0], k_BGSK, start), _written(cache[1], v_BGSK, start))
+            k_BGSK, v_BGSK = k_BGSK.astype(q_BHNK.dtype), v_BGSK.astype(q_BHNK.dtype)
         if self.n_kv_heads != self.n_heads:
             k_BGSK, v_BGSK = (jnp.repeat(y, self.n_heads // self.n_kv_heads, axis=1) for y in (k_BGSK, v_BGSK))
         s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BGSK).astype(jnp.float32) * self.head_dim**-0.5
         # the lowest number and not -inf: a query that sees nothing (padding) spreads evenly, as in the originals
         s_BHNS = jnp.where(mask_BHNS, s_BHNS, jnp.finfo(jnp.float32).min)
-        w_BHNS = jax.nn.softmax(s_BHNS).astype(x_BND.dtype)
+        w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BGSK.dtype)
         y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BGSK)
         y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
         out = Linear((self.n_heads, self.head_dim), (self.d_model,), use_bias=False, name="out")

@@ -22,6 +22,11 @@ def compute_in(dtype):
         _COMPUTE.reset(token)
 
 
+def compute_dtype(x):
+    """The dtype in which a product with x is to be computed: what `compute_in` says, else x's own."""
+    return _COMPUTE.get() or x.dtype
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias` over the last axes of `inputs` shape, giving `outputs` shape.
 
@@ -35,7 +40,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        dtype = _COMPUTE.get() or x.dtype
+        dtype = compute_dtype(x)
         x = x.astype(dtype)
         kernel = self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs)).astype(dtype)
         # one product of two matrices, whatever the batch and head axes: XLA's CPU code takes less than half the time of

@@ -3,19 +3,14 @@
 from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.chronos_t5 import ChronosT5
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
 from ltsm_jax.models.ttm import TTM
 
 FAMILIES: dict[str, type[Model]] = {
     family.family: family
-    for family in (
-        Timer,
-        TTM,
-        TimerHf,
-        ChronosBolt,
-        ChronosT5,
-    )
+    for family in (Timer, TTM, TimerHf, ChronosBolt, ChronosT5, )
 }
 
 
@@ -24,7 +19,7 @@ def preset(name: str) -> Model:
 
     Raises: ValueError listing the known names.
     """
-    known = {p: family for family in FAMILIES.values() for p in family.presets()}
+    known = {p: family for family in FAMILIES.values() for p in family.presets(, TimeMoe)}
     if name not in known:
         raise ValueError(f"no preset is called {name!r}; known: {', '.join(known)}")
     return known[name](known[name].presets()[name])

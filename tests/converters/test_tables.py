@@ -181,3 +181,55 @@ def test_a_fused_tensor_is_several_parameters():
         to_params(rules, {"blocks.0.qkv.weight": fused[:11]}, shapes, what="m")
     with pytest.raises(CheckpointError, match="layer_0/v/kernel: missing in the checkpoint"):
         to_params(rules, {}, shapes, what="m")
+
+
+STACKED = [
+    (r"layers\.(\d+)\.experts\.(\d+)\.(up|down)\.weight", r"layer_\1/experts/\3[\2]", TRANSPOSE),
+    (r"layers\.(\d+)\.gate\.weight", r"layer_\1/gate/kernel", TRANSPOSE),
+]
+
+
+def stacked_state(experts=3, d=4, f=5):
+    rng = np.random.default_rng(1)
+    shapes = {f"layers.{i}.experts.{e}.up.weight": (f, d) for i in range(2) for e in range(experts)}
+    shapes |= {f"layers.{i}.experts.{e}.down.weight": (d, f) for i in range(2) for e in range(experts)}
+    shapes |= {f"layers.{i}.gate.weight": (experts, d) for i in range(2)}
+    return {key: np.asarray(rng.normal(size=shape), np.float32) for key, shape in shapes.items()}
+
+
+def stacked_shapes(experts=3, d=4, f=5):
+    sizes = {"experts/up": (experts, d, f), "experts/down": (experts, f, d), "gate/kernel": (d, experts)}
+    flat = {f"layer_{i}/{name}": shape for i in range(2) for name, shape in sizes.items()}
+    return trees.unflatten({k: jax.ShapeDtypeStruct(v, np.float32) for k, v in flat.items()})
+
+
+def test_tensors_of_many_keys_are_stacked_and_taken_apart():
+    state = stacked_state(experts=12)  # "10" comes after "9", not after "1"
+    found = to_params(STACKED, state, stacked_shapes(experts=12), what="m")
+    for i in range(2):
+        for e in (0, 9, 10, 11):
+            stacked = found.params[f"layer_{i}"]["experts"]["up"]
+            np.testing.assert_array_equal(stacked[e], state[f"layers.{i}.experts.{e}.up.weight"].T)
+    back, wider = to_state(STACKED, found.params)
+    assert not wider and back.keys() == state.keys()
+    assert all(tables.same_bytes(back[key], value) for key, value in state.items())
+    assert tables.key_of(STACKED, "layer_1/experts/down[2]") == ("layers.1.experts.2.down.weight", TRANSPOSE)
+
+
+def test_a_missing_surplus_or_misshapen_part_of_a_stack_is_named():
+    state = stacked_state()
+    del state["layers.0.experts.1.up.weight"]
+    state["layers.0.experts.3.up.weight"] = np.zeros((5, 4), np.float32)
+    state["layers.1.experts.2.down.weight"] = np.zeros((4, 6), np.float32)
+    state["layers.1.experts.02.up.weight"] = np.zeros((5, 4), np.float32)
+    with pytest.raises(CheckpointError) as error:
+        to_params(STACKED, state, stacked_shapes(), what="m")
+    lines = str(error.value).split("\n  ")
+    for expected in (
+        "layer_0/experts/up[1]: missing in the checkpoint (its key would be 'layers.0.experts.1.up.weight')",
+        "'layers.0.experts.3.up.weight': the model has no layer_0/experts/up[3]",
+        "layer_1/experts/down[2]: checkpoint (6, 4), model (5, 4), from 'layers.1.experts.2.down.weight'",
+        "'layers.1.experts.02.up.weight': the model has no layer_1/experts/up[02]",
+    ):
+        assert expected in lines, str(error.value)
+    assert len(lines) == 5

@@ -1,0 +1,58 @@
+"""Which form of a mixture of experts is the fastest here: every expert on every token, or each on its own?
+
+Run:    python -m experiments.benchmarks.experts --tokens 64 512 4096
+Cost:   2 minutes on two cores.
+Gives:  ms of the forward pass and of value and gradient for the forms of `ltsm_jax.layers.experts.mixture` at the width
+        of TimeMoE-50M, best and median of interleaved repetitions; results in that module's docstring. Routing is of
+        random tokens by a random router, so the load of the experts is uneven.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers.experts import mixture, route
+
+D, F, E, K = 384, 768, 8, 2
+FORMS = ("dense", "blocks", "ragged")
+
+
+def compiled(form):
+    def forward(x_TD, kernels, weight_TK, chosen_TK):
+        return mixture(x_TD, kernels, weight_TK, chosen_TK, jax.nn.silu, form)
+
+    def loss(x_TD, kernels, weight_TK, chosen_TK):
+        return jnp.square(forward(x_TD, kernels, weight_TK, chosen_TK)).mean()
+
+    return {"forward": jax.jit(forward), "gradient": jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 4096])
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, D {D}, F {F}, {E} experts, {K} per token; ms, best (median)")
+    for t in args.tokens:
+        keys = jax.random.split(jax.random.key(0), 5)
+        x_TD = jax.random.normal(keys[0], (t, D))
+        shapes = ((E, D, F), (E, D, F), (E, F, D))
+        kernels = tuple(0.05 * jax.random.normal(k, s) for k, s in zip(keys[1:4], shapes, strict=True))
+        weight_TK, chosen_TK, _ = route(x_TD @ (0.1 * jax.random.normal(keys[4], (D, E))), K)
+        functions = {(form, kind): f for form in FORMS for kind, f in compiled(form).items()}
+        times = {name: [] for name in functions}
+        for repeat in range(args.repeat + 1):  # the first compiles
+            for name, f in functions.items():
+                before = time.perf_counter()
+                jax.block_until_ready(f(x_TD, kernels, weight_TK, chosen_TK))
+                if repeat:
+                    times[name].append(1e3 * (time.perf_counter() - before))
+        for (form, kind), found in times.items():
+            print(f"{t:6} tokens  {form:7} {kind:9} {min(found):8.1f} ({np.median(found):.1f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

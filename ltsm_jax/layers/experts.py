@@ -1,0 +1,110 @@
+"""Mixtures of experts: routing, and gated experts as stacked arrays in three forms that give the same numbers.
+
+None of the forms has a capacity: every token reaches all experts it is routed to. Milliseconds on two cores of a CPU at
+the width of TimeMoE-50M (D 384, F 768, 8 experts, 2 per token), best of 3, measured interleaved on a machine that other
+work shared, by `experiments/benchmarks/experts.py` (grad: value and gradient of input and kernels):
+
+    tokens            64             512             4096
+              forward   grad  forward   grad  forward    grad
+    dense        19.6   59.1     56.1  224.7    249.1   941.3
+    blocks       16.9  116.5     38.0  174.4    121.9   448.6
+    ragged       33.6  125.9    131.2  429.1    567.8  1684.8   (XLA runs all experts here on a CPU, masked)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
+Activation = Callable[[jax.Array], jax.Array]
+Form = Literal["auto", "dense", "blocks", "ragged"]
+
+BLOCK = 128  # rows of one product in "blocks"
+
+
+def route(logits_TE: jax.Array, k: int, mask_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The k experts of each token: weights [T, k], experts [T, k], and the probabilities [T, E] they come from.
+
+    Probabilities are of all experts, in float32; the weights are not normalised again. mask_E: factor of each expert's
+    probability before the choice, 0 for pruned ones: the others' weights stay what they were, and where fewer than k
+    are left, the rest of the k have weight 0. mask_E may be differentiated.
+    """
+    p_TE = jax.nn.softmax(logits_TE.astype(jnp.float32))
+    if mask_E is not None:
+        p_TE = p_TE * mask_E.astype(jnp.float32).reshape(1, -1)
+    return *jax.lax.top_k(p_TE, k), p_TE
+
+
+def mixture(
+    x_TD: jax.Array, kernels: Kernels, weight_TK: jax.Array, chosen_TK: jax.Array, act: Activation, form: Form = "auto"
+) -> jax.Array:
+    """Sum over each token's experts of weight * down(act(gate(x)) * up(x)), [T, D].
+
+    form: "auto" takes what was fastest where it was measured: on a CPU "blocks", or "dense" where an expert has less
+    than half a block of tokens on average; on accelerators, where it was not measured, the operation that XLA has for
+    it, "ragged".
+    """
+    if form == "auto":
+        few = 2 * chosen_TK.size < BLOCK * kernels[0].shape[0]
+        form = "ragged" if jax.default_backend() != "cpu" else "dense" if few else "blocks"
+    return {"dense": _dense, "blocks": _blocks, "ragged": _ragged}[form](x_TD, kernels, weight_TK, chosen_TK, act)
+
+
+def _dense(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> jax.Array:
+    """Every expert on every token, one after another."""
+    one_hot_TKE = jax.nn.one_hot(chosen_TK, kernels[0].shape[0])
+    weight_ET = (one_hot_TKE * weight_TK[..., None]).sum(1).T.astype(x_TD.dtype)
+
+    def add(y_TD, expert):
+        gate_DF, up_DF, down_FD, weight_T = expert
+        return y_TD + weight_T[:, None] * ((act(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD), None
+
+    return jax.lax.scan(add, jnp.zeros_like(x_TD), (*kernels, weight_ET))[0]
+
+
+def _ragged(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> jax.Array:
+    """Each expert on its own tokens: tokens sorted by expert, `jax.lax.ragged_dot`, and back."""
+    gate_EDF, up_EDF, down_EFD = kernels
+    order_R, sizes_E = _sorted(chosen_TK, gate_EDF.shape[0])
+    x_RD = x_TD[order_R // chosen_TK.shape[1]]
+    h_RF = act(jax.lax.ragged_dot(x_RD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_RD, up_EDF, sizes_E)
+    return _back(jax.lax.ragged_dot(h_RF, down_EFD, sizes_E), order_R, weight_TK)
+
+
+def _blocks(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> jax.Array:
+    """Each expert on its own tokens: tokens sorted by expert, each expert's in blocks of its own, one after another."""
+    (t, d), (e, r) = x_TD.shape, (kernels[0].shape[0], chosen_TK.size)
+    block = min(max(1 << math.ceil(math.log2(max(r / e, 1))), 8), BLOCK)  # no longer than a fair share of the rows
+    n = -(-r // block) + e  # blocks: each expert leaves at most one unfilled
+    order_R, sizes_E = _sorted(chosen_TK, e)
+    blocks_E = -(-sizes_E // block)
+    moved_E = (jnp.cumsum(blocks_E) - blocks_E) * block - (jnp.cumsum(sizes_E) - sizes_E)  # by the gaps before it
+    slot_R = jnp.arange(r) + moved_E[chosen_TK.reshape(-1)[order_R]]
+    # each slot's token; slots without one read a row of zeros past the last
+    token_S = jnp.full(n * block, t, jnp.int32).at[slot_R].set((order_R // chosen_TK.shape[1]).astype(jnp.int32))
+    x_NSD = jnp.concatenate([x_TD, jnp.zeros((1, d), x_TD.dtype)])[token_S].reshape(n, block, d)
+    expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(n), side="right").clip(0, e - 1)
+
+    def one(args):
+        x_SD, expert = args
+        gate_DF, up_DF, down_FD = (kernel[expert] for kernel in kernels)
+        return (act(x_SD @ gate_DF) * (x_SD @ up_DF)) @ down_FD
+
+    y_NSD = jax.lax.map(one, (x_NSD, expert_N))
+    return _back(y_NSD.reshape(n * block, d)[slot_R], order_R, weight_TK)
+
+
+def _sorted(chosen_TK, e: int) -> tuple[jax.Array, jax.Array]:
+    """Rows (token, choice) sorted by expert, and how many each expert has."""
+    chosen_R = chosen_TK.reshape(-1)
+    return jnp.argsort(chosen_R, stable=True), jnp.bincount(chosen_R, length=e)
+
+
+def _back(y_RD, order_R, weight_TK) -> jax.Array:
+    """Sorted rows back to their tokens, weighed and summed."""
+    t, k = weight_TK.shape
+    y_TKD = jnp.zeros_like(y_RD).at[order_R].set(y_RD).reshape(t, k, -1)
+    return (y_TKD * weight_TK[..., None].astype(y_RD.dtype)).sum(1)

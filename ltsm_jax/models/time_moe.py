@@ -1,0 +1,555 @@
+"""Time-MoE: a decoder-only Transformer over single points, with a mixture of experts in every layer.
+
+Shi et al., "Time-MoE: Billion-Scale Time Series Foundation Models with Mixture of Experts" (ICLR 2025, arXiv
+2409.16040). Follows Time-MoE/Time-MoE (commit d3524fd). One point is one token; the model scales nothing itself, its
+callers do. Here `predict` and `loss` scale each window by the mean and the unbiased standard deviation (+ 1e-6) of its
+context, as Prune-then-Finetune's wrapper does in forecasting, so that losses of all data have one scale.
+
+Routing: softmax over all experts, then the top k, whose weights are not normalised again. `kept` names the experts that
+a layer has; the router goes on choosing among all of them, and what is gone weighs 0, so that taking an expert out
+equals masking it.
+
+The original's loss pads the series with zeros past its end; without a mask they count as targets, and its balance term
+hard-codes two experts per token where a mask is given. Here what lies past the end of the target never counts, as in
+the original's own training data, and the balance term has the k of the config and leaves pruned experts out.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers import experts
+from ltsm_jax.layers.causal import (
+    ACTIVATIONS,
+    CausalAttention,
+    GatedMLP,
+    causal_mask,
+    empty_cache,
+    greedy_sizes,
+    roll_out,
+)
+from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.linear import Linear, compute_dtype
+from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    fill_missing,
+    mean_observed,
+    mean_over_rows,
+)
+from ltsm_jax.trees import Tree
+
+EPS = 1e-6  # added to the standard deviation of the context (Prune-then-Finetune's wrapper)
+DELTA = 2.0  # of the Huber loss
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeMoeConfig:
+    """Widths are per layer, so that a pruned model is of the same class.
+
+    d_model D, head_dim K, n_heads H and n_kv_heads G of each layer, horizons: points that each head predicts,
+    n_experts E that the router chooses from, top_k of them per token, kept: the ids of the experts that each layer has
+    (all of them unless pruned), expert_dims: width F of the experts of each layer, shared_dims: of the expert that
+    every token visits. dense: the original's `use_dense`, one feed-forward layer of width shared_dims and no experts.
+    max_positions: context and horizon together should not pass it. aux_factor: of the balance term, added to the loss
+    where apply_aux. context_len: in time steps.
+    """
+
+    d_model: int
+    head_dim: int
+    n_heads: tuple[int, ...]
+    n_kv_heads: tuple[int, ...]
+    horizons: tuple[int, ...]
+    n_experts: int
+    top_k: int
+    kept: tuple[tuple[int, ...], ...]
+    expert_dims: tuple[int, ...]
+    shared_dims: tuple[int, ...]
+    context_len: int
+    max_positions: int = 4096
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    dense: bool = False
+    apply_aux: bool = True
+    aux_factor: float = 0.02
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        problems, layers = [], (self.n_heads, self.n_kv_heads, self.kept, self.expert_dims, self.shared_dims)
+        if len(set(map(len, layers))) != 1 or not self.n_heads:
+            problems.append(
+                f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, kept {self.kept}, expert_dims "
+                f"{self.expert_dims} and shared_dims {self.shared_dims} must name the same layers, at least one"
+            )
+        sizes = (self.d_model, self.head_dim, self.context_len, self.max_positions, self.n_experts, self.top_k)
+        if min(*sizes, *(self.horizons or (0,))) < 1 or min(*self.n_heads, *self.expert_dims, *self.shared_dims, 1) < 0:
+            problems.append(f"every size must be positive: {self}")
+        if any(g < 1 or h % g for h, g in zip(self.n_heads, self.n_kv_heads, strict=False) if h):
+            problems.append(f"n_heads {self.n_heads} must be multiples of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            problems.append(f"heads must have an even width for the rotary positions, got {self.head_dim}")
+        if self.top_k > self.n_experts:
+            problems.append(f"a token can't visit {self.top_k} of {self.n_experts} experts")
+        if any(
+            sorted(set(ids)) != list(ids) or (ids and not 0 <= ids[0] <= ids[-1] < self.n_experts) for ids in self.kept
+        ):
+            problems.append(f"kept must name experts from 0 to {self.n_experts - 1} in order, got {self.kept}")
+        if len(set(self.horizons)) != len(self.horizons):
+            problems.append(f"horizons must differ, got {self.horizons}")
+        if self.dense and self.apply_aux:
+            problems.append("a dense model has no router, so apply_aux must be off")
+        if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.init_std >= 0:
+            problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std >= 0")
+        if problems:
+            raise ValueError("TimeMoeConfig: " + "; ".join(problems))
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "TimeMoeConfig":
+        """From the fields of the hub's config.json. The context is not among them: three quarters of
+        max_position_embeddings are taken, 3072 of 4096 as in the original's evaluation."""
+        names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+        d, heads, layers, inner = (fields[n] for n in names)
+        n_experts, top_k = fields.get("num_experts", 8), fields.get("num_experts_per_tok", 2)
+        if heads < 1 or d % heads:
+            raise ValueError(f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})")
+        if top_k < 1 or inner < top_k:
+            raise ValueError(f"intermediate_size ({inner}) is shared out among num_experts_per_tok ({top_k})")
+        return cls(
+            d_model=d,
+            head_dim=d // heads,
+            n_heads=(heads,) * layers,
+            n_kv_heads=(fields.get("num_key_value_heads") or heads,) * layers,
+            horizons=tuple(fields["horizon_lengths"]),
+            n_experts=n_experts,
+            top_k=top_k,
+            kept=(tuple(range(n_experts)),) * layers,
+            expert_dims=(inner // top_k,) * layers,
+            shared_dims=(inner,) * layers,
+            context_len=max(fields.get("max_position_embeddings", 4096) * 3 // 4, 1),
+            max_positions=fields.get("max_position_embeddings", 4096),
+            rope_theta=float(fields.get("rope_theta", 10000)),
+            norm_eps=fields.get("rms_norm_eps", 1e-6),
+            activation=fields.get("hidden_act", "silu"),
+            dense=fields.get("use_dense", False),
+            apply_aux=fields.get("apply_aux_loss", True),
+            aux_factor=fields.get("router_aux_loss_factor", 0.02),
+            dropout=fields.get("attention_dropout", 0.0),
+            init_std=fields.get("initializer_range", 0.02),
+        )
+
+
+def _published(d_model: int, intermediate: int) -> TimeMoeConfig:
+    sizes = {"hidden_size": d_model, "intermediate_size": intermediate, "num_attention_heads": 12}
+    return TimeMoeConfig.from_published(sizes | {"num_hidden_layers": 12, "horizon_lengths": (1, 8, 32, 64)})
+
+
+PRESETS = {"Maple728/TimeMoE-50M": _published(384, 1536), "Maple728/TimeMoE-200M": _published(768, 3072)}
+
+
+class Experts(nn.Module):
+    """The experts of one layer that are there, as stacked arrays gate, up [E, D, F] and down [E, F, D]."""
+
+    d_model: int
+    n_experts: int
+    ffn_dim: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, x_TD, weight_TK, chosen_TK, form: experts.Form):
+        dtype = compute_dtype(x_TD)
+        into, out = (self.n_experts, self.d_model, self.ffn_dim), (self.n_experts, self.ffn_dim, self.d_model)
+        gate, up, down = (
+            self.param(name, nn.initializers.zeros, shape).astype(dtype)
+            for name, shape in (("gate", into), ("up", into), ("down", out))
+        )
+        act = ACTIVATIONS[self.activation]
+        return experts.mixture(x_TD.astype(dtype), (gate, up, down), weight_TK, chosen_TK, act, form)
+
+
+class MixtureLayer(nn.Module):
+    """Routed experts plus the shared one behind its gate, [T, D] -> [T, D], and the named steps.
+
+    expert_mask: [E] or None, a factor of each expert's router probability; see `experts.route`.
+    """
+
+    cfg: TimeMoeConfig
+    layer: int
+    form: experts.Form = "auto"
+
+    @nn.compact
+    def __call__(self, x_TD, expert_mask=None):
+        cfg, taps, kept = self.cfg, {}, self.cfg.kept[self.layer]
+        d, n = cfg.d_model, cfg.n_experts
+        taps["router"] = Linear((d,), (n,), use_bias=False, name="router")(x_TD)
+        if len(kept) < n:
+            here = np.isin(np.arange(n), kept).astype(np.float32)
+            expert_mask = jnp.asarray(here) if expert_mask is None else expert_mask * here
+        weight_TK, chosen_TK, taps["router_probs"] = experts.route(taps["router"], cfg.top_k, expert_mask)
+        taps["router_weights"], taps["router_experts"] = weight_TK, chosen_TK
+        shared_TD = GatedMLP(d, cfg.shared_dims[self.layer], cfg.activation, name="shared")(x_TD)
+        taps["shared"] = shared_TD
+        gate_T1 = Linear((d,), (1,), use_bias=False, name="shared_gate")(x_TD)
+        y_TD = jax.nn.sigmoid(gate_T1) * shared_TD
+        if not kept:
+            return y_TD, taps
+        if len(kept) < n:  # place of each expert among those that are there; of the others, whose weight is 0, any
+            place_E = np.minimum(np.searchsorted(kept, np.arange(n)), len(kept) - 1)
+            chosen_TK = jnp.asarray(place_E)[chosen_TK]
+        stacked = Experts(d, len(kept), cfg.expert_dims[self.layer], cfg.activation, name="experts")
+        return y_TD + stacked(x_TD, weight_TK, chosen_TK, self.form), taps
+
+
+class Block(nn.Module):
+    """Pre-norm block [B, N, D] -> [B, N, D], the named steps in it, and its cache."""
+
+    cfg: TimeMoeConfig
+    layer: int
+    form: experts.Form
+
+    @nn.compact
+    def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, expert_mask, train: bool):
+        cfg, i, taps = self.cfg, self.layer, {}
+        y_BND = taps["norm1"] = RMSNorm(cfg.norm_eps, name="norm1")(x_BND)
+        attention = CausalAttention(
+            cfg.d_model, cfg.n_heads[i], cfg.n_kv_heads[i], cfg.head_dim, cfg.rope_theta, cfg.dropout, name="attn"
+        )
+        y_BND, taps["attn_weights"], cache = attention(y_BND, positions_BN, mask_BHNS, cache, start, train)
+        taps["attn"] = y_BND
+        x_BND = x_BND + y_BND
+        y_BND = taps["norm2"] = RMSNorm(cfg.norm_eps, name="norm2")(x_BND)
+        if cfg.dense:
+            y_BND = GatedMLP(cfg.d_model, cfg.shared_dims[i], cfg.activation, name="mlp")(y_BND)
+        else:
+            y_TD, inner = MixtureLayer(cfg, i, self.form, name="mixture")(y_BND.reshape(-1, cfg.d_model), expert_mask)
+            y_BND, taps = y_TD.reshape(x_BND.shape), taps | inner
+        taps["ffn"] = y_BND
+        return x_BND + y_BND, taps, cache
+
+
+class TimeMoeNet(nn.Module):
+    """Points [B, N] -> what each head predicts after each of them, a list of [B, N, h]; named steps; caches.
+
+    observed_BS: 0 for points of padding on the left, which nobody sees. positions_BN: by default counted from `start`.
+    caches, start: of the points before these. last: heads at the last position only. expert_masks: per layer [E] or
+    None. form: how the experts are computed, see `experts.mixture`.
+    """
+
+    cfg: TimeMoeConfig
+    form: experts.Form = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BN,
+        observed_BS=None,
+        positions_BN=None,
+        caches=None,
+        start=0,
+        last: bool = False,
+        expert_masks: Sequence[Any] | None = None,
+        train: bool = False,
+    ):
+        cfg, taps, kept = self.cfg, {}, []
+        n = x_BN.shape[1]
+        gate_BND, value_BND = (
+            Linear((1,), (cfg.d_model,), use_bias=False, name=f"embed_{name}")(x_BN[..., None])
+            for name in ("gate", "value")
+        )
+        x_BND = taps["embed"] = ACTIVATIONS[cfg.activation](gate_BND) * value_BND
+        if positions_BN is None:
+            positions_BN = (start + jnp.arange(n))[None]
+        mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start, observed_BS)
+        for i in range(len(cfg.n_heads)):  # a loop, not a scan: pruned layers differ in width
+            cache = None if caches is None else caches[i]
+            mask = None if expert_masks is None else expert_masks[i]
+            block = Block(cfg, i, self.form, name=f"layer_{i}")
+            x_BND, inner, cache = block(x_BND, positions_BN, mask_BHNS, cache, start, mask, train)
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            kept.append(cache)
+        x_BND = taps["norm"] = RMSNorm(cfg.norm_eps, name="norm")(x_BND)
+        x_BND = x_BND[:, -1:] if last else x_BND
+        heads = [
+            Linear((cfg.d_model,), (h,), use_bias=False, name=f"head_{j}")(x_BND) for j, h in enumerate(cfg.horizons)
+        ]
+        return heads, taps, kept
+
+
+def huber(error: jax.Array) -> jax.Array:
+    """0.5 e^2 up to |e| = 2, then linear: 2 (|e| - 1)."""
+    size = jnp.abs(error)
+    return jnp.where(size <= DELTA, 0.5 * jnp.square(error), DELTA * (size - 0.5 * DELTA))
+
+
+def balance(p_LTE: Sequence[jax.Array], chosen_LTK: Sequence[jax.Array], weight_T: jax.Array | None = None):
+    """The router's load-balancing term over the tokens of all layers: E * sum over the k slots and the experts of
+    (share of tokens that choose it there) * (its mean probability). About k when balanced: every slot is summed.
+
+    p: per layer probabilities [T, E], 0 for pruned experts. chosen: [T, k]. weight_T: of each token.
+    """
+    n_experts = p_LTE[0].shape[-1]
+    slots_TKE = jnp.concatenate([jax.nn.one_hot(c, n_experts) for c in chosen_LTK])
+    p_TE = jnp.concatenate(p_LTE)
+    # an expert that is masked is chosen only to fill up the k, with probability 0
+    slots_TKE = slots_TKE * (jnp.take_along_axis(p_TE, jnp.concatenate(chosen_LTK), axis=1) > 0)[..., None]
+    weight = jnp.ones(p_TE.shape[0]) if weight_T is None else jnp.tile(weight_T, len(p_LTE))
+    weight = weight / weight.sum()
+    share_KE = jnp.einsum("T,TKE->KE", weight, slots_TKE)
+    return n_experts * (share_KE * (weight @ p_TE)[None]).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeMoe(Model):
+    """Time-MoE at one size. See the module docstring; `Model` documents the methods."""
+
+    config: TimeMoeConfig
+
+    family = "time_moe"
+    head = r"^head_\d+/"
+    tasks = ("forecasting",)
+    licence = "Apache-2.0 (Time-MoE/Time-MoE)"
+    shard_rules = (
+        (r"^embed_(gate|value)/kernel$", (None, "fsdp")),
+        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
+        (r"/attn/[qkv]/bias$", ("tensor", None)),
+        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+        (r"/experts/(gate|up)$", (None, "fsdp", "tensor")),
+        (r"/experts/down$", (None, "tensor", "fsdp")),
+        (r"/(router|shared_gate)/kernel$", ("fsdp", None)),
+        (r"/(shared|mlp)/(gate|up)/kernel$", ("fsdp", "tensor")),
+        (r"/(shared|mlp)/down/kernel$", ("tensor", "fsdp")),
+        (r"^head_\d+/kernel$", ("fsdp", None)),
+        (r"norm[12]?/scale$", ()),
+    )
+    prunable = (
+        (r"^layer_\d+/attn$", "heads"),
+        (r"^layer_\d+/(mixture/shared|mlp)/(gate|up|down)$", "ffn units"),
+        (r"^layer_\d+/mixture/experts$", "experts"),
+    )
+
+    @classmethod
+    def presets(cls) -> Mapping[str, TimeMoeConfig]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimeMoeConfig:
+        return config_from_json(TimeMoeConfig, fields)
+
+    @classmethod
+    def small(cls) -> TimeMoeConfig:
+        return TimeMoeConfig(
+            16, 8, (2, 2), (2, 1), (1, 4, 8), 4, 2, ((0, 1, 2, 3), (0, 1, 2, 3)), (12, 12), (24, 24), context_len=48
+        )
+
+    @property
+    def context_len(self) -> int:
+        return self.config.context_len
+
+    @property
+    def horizon(self) -> int:
+        return max(self.config.horizons)
+
+    @property
+    def eval_batch(self) -> int:
+        # attention weights of one layer take 4 H L^2 bytes a window: 450 MB at the published sizes
+        return max(1, min(2048, (1 << 29) // (max(self.config.n_heads) * self.context_len**2)))
+
+    def init(self, key: jax.Array) -> Tree:
+        """N(0, init_std^2) for every matrix, biases 0, norms 1."""
+        point_11 = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+        shapes = jax.eval_shape(TimeMoeNet(self.config).init, key, point_11)["params"]
+
+        def rule(path, _):
+            if path.endswith(("/bias", "/scale")):
+                return Constant(float(path.endswith("/scale")))
+            return Normal(self.config.init_std)
+
+        return draw(key, shapes, rule)
+
+    def recipe(self) -> Recipe:
+        source = "Time-MoE main.py (commit d3524fd); the lower rate of Prune-then-Finetune's grid is 1e-5"
+        return Recipe(1e-4, 64, 1, "cosine", self.context_len, self.horizon, "own", source, weight_decay=0.1, clip=1.0)
+
+    # --- the network
+
+    def _net(self, params: Tree, x_BN, key=None, train=False, **rest) -> Any:
+        train = train and key is not None and self.config.dropout > 0
+        net: Any = TimeMoeNet(self.config)  # Flax types what apply returns too widely
+        return net.apply({"params": params}, x_BN, train=train, rngs={"dropout": key} if train else None, **rest)
+
+    def apply(self, params: Tree, x_BCT: jax.Array, observed_BCT=None, key=None, train=False, expert_masks=None):
+        """One forward pass, without any scaling: a list of what each head predicts, [B, C, T, h], and named steps.
+
+        observed: 0 for points of padding on the left: nobody sees them, and positions count from the first that is
+        not padding. expert_masks: per layer [E], factors of the router's probabilities (0: pruned).
+        """
+        b, c, t = x_BCT.shape
+        observed_BT = None if observed_BCT is None else observed_BCT.reshape(b * c, t)
+        heads, taps, _ = self._net(
+            params,
+            x_BCT.reshape(b * c, t).astype(jnp.float32),
+            key,
+            train,
+            observed_BS=observed_BT,
+            positions_BN=None if observed_BT is None else _positions(observed_BT),
+            expert_masks=expert_masks,
+        )
+        return [y.reshape(b, c, *y.shape[1:]) for y in heads], taps
+
+    def aux_loss(self, taps: Mapping[str, jax.Array], weight_T: jax.Array | None = None) -> jax.Array:
+        """The balance term of a forward pass, before its factor. weight_T: of each token (B * N of them)."""
+        layers = range(len(self.config.n_heads))
+        p, chosen = ([taps[f"layer_{i}/router_{name}"] for i in layers] for name in ("probs", "experts"))
+        return balance(p, chosen, weight_T)
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """Huber loss of every head at every point of the context, mean over heads, in the scale of the context, plus
+        the balance term in training. NaN in context and target, and what lies past the target, is no target."""
+        context = batch["context"].astype(jnp.float32)
+        z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context)
+        labels_BCT = (jnp.concatenate([context[..., 1:], batch["target"]], axis=-1) - mean_BC1) / std_BC1
+        return self.token_loss(
+            params,
+            z_BCT,
+            labels_BCT,
+            observed_BCT=seen_BCT,
+            batch=batch,
+            key=key,
+            train=train,
+            aux=train,
+            skip_padding=True,
+        )
+
+    def token_loss(
+        self,
+        params: Tree,
+        x_BCT,
+        labels_BCT,
+        weight_BCT=None,
+        observed_BCT=None,
+        batch: Batch | None = None,
+        key=None,
+        train=False,
+        aux=True,
+        skip_padding=False,
+        expert_masks=None,
+    ) -> jax.Array:
+        """The original's loss of a series x against `labels`, the series one point on, as long as x or longer.
+
+        Args:
+          labels_BCT: NaN ones, and those past the end, do not count.
+          weight_BCT: of each label. observed_BCT: 0 for padding on the left, which the balance term skips.
+          aux: whether the balance term is added, where the config has it.
+          skip_padding: leave out what is predicted at padding; the original leaves it in.
+        """
+        cfg, batch = self.config, batch or {}
+        b, c, t = x_BCT.shape
+        positions = None if observed_BCT is None else _positions(observed_BCT.reshape(b * c, t))
+        heads, taps, _ = self._net(
+            params,
+            x_BCT.reshape(b * c, t),
+            key,
+            train,
+            observed_BS=None if observed_BCT is None else observed_BCT.reshape(b * c, t),
+            positions_BN=positions,
+            expert_masks=expert_masks,
+        )
+        longest = t - 1 + max(cfg.horizons)
+        pad = ((0, 0), (0, 0), (0, max(longest - labels_BCT.shape[-1], 0)))
+        weight_BCT = jnp.ones(labels_BCT.shape) if weight_BCT is None else weight_BCT
+        weight_BCT = jnp.pad(jnp.where(jnp.isnan(labels_BCT), 0.0, weight_BCT), pad)
+        labels_BCT = jnp.pad(jnp.nan_to_num(labels_BCT), pad)
+        losses = []
+        for h, y_BTH in zip(cfg.horizons, heads, strict=True):
+            places_TH = jnp.arange(t)[:, None] + jnp.arange(h)[None]
+            error_BCTH = huber(y_BTH.reshape(b, c, t, h) - labels_BCT[..., places_TH])
+            count_BCTH = weight_BCT[..., places_TH]
+            if skip_padding and observed_BCT is not None:
+                count_BCTH = count_BCTH * observed_BCT[..., None]
+            losses.append(mean_observed(error_BCTH, count_BCTH, batch))
+        loss = sum(losses[1:], losses[0]) / len(losses)
+        if not (aux and cfg.apply_aux):
+            return loss
+        seen_BCT = jnp.ones((b, c, t)) if observed_BCT is None else observed_BCT.astype(jnp.float32)
+        if "weight" in batch:
+            seen_BCT = seen_BCT * batch["weight"].reshape(-1, 1, 1)
+        return loss + cfg.aux_factor * self.aux_loss(taps, seen_BCT.reshape(-1))
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the forecast, rolled out where the target is longer than a head reaches."""
+        point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
+        return mean_over_rows(jnp.square(point_BCH - batch["target"]), batch)
+
+    # --- forecasting
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """Rolled out with a cache; at each step the largest head that is not above what remains.
+
+        The context is cut to its newest `context_len` steps. Missing values at its start are padding, as the original
+        pads series of different lengths; others take the last value before them.
+        """
+        check_context(context, horizon)
+        return Forecast(self._forecast(params, context, horizon))
+
+    def _forecast(self, params: Tree, context_BCT, horizon: int, key=None, train=False) -> jax.Array:
+        b, c, _ = context_BCT.shape
+        context_BCT = jnp.asarray(context_BCT, jnp.float32)[..., -self.context_len :]
+        z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context_BCT)
+        t = z_BCT.shape[-1]
+        z_BH = self.generate(params, z_BCT.reshape(b * c, t), horizon, seen_BCT.reshape(b * c, t), key=key, train=train)
+        return z_BH.reshape(b, c, horizon) * std_BC1 + mean_BC1
+
+    def generate(
+        self, params: Tree, x_BL, horizon: int, observed_BL=None, key=None, train=False, expert_masks=None
+    ) -> jax.Array:
+        """`horizon` points [B, horizon] after x [B, L], without any scaling. observed: 0 for padding on the left."""
+        cfg, (b, t) = self.config, x_BL.shape
+        sizes = greedy_sizes(horizon, cfg.horizons)
+        room = t + sum(sizes[:-1])
+        if observed_BL is None:
+            observed_BS, first_B1 = None, jnp.zeros((1, 1), jnp.int32)
+        else:
+            observed_BS = jnp.pad(observed_BL, ((0, 0), (0, room - t)), constant_values=1)
+            first_B1 = t - observed_BL.astype(jnp.int32).sum(1, keepdims=True)
+        net = lambda points, **rest: self._net(  # noqa: E731
+            params, points, key, train, observed_BS=observed_BS, expert_masks=expert_masks, last=True, **rest
+        )
+
+        def step(state, points_BT, h):
+            caches, start = state
+            n = points_BT.shape[1]
+            # positions count from the first observed point; those of padding are seen by nobody
+            positions_BN = jnp.maximum(start + jnp.arange(n)[None] - first_B1, 0)
+            heads, _, caches = net(points_BT, positions_BN=positions_BN, caches=caches, start=start)
+            y_BH = heads[cfg.horizons.index(h)][:, 0]
+            return (caches, start + n), y_BH, y_BH
+
+        # without a further step there is nothing to keep
+        caches = None if len(sizes) == 1 else empty_cache(b, room, cfg.n_kv_heads, cfg.head_dim)
+        return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)[:, :horizon]
+
+
+def _positions(observed_BT: jax.Array) -> jax.Array:
+    """Places counted from the first observed point; padding has 1, as in the original."""
+    return jnp.where(observed_BT != 0, jnp.cumsum(observed_BT.astype(jnp.int32), axis=1) - 1, 1)
+
+
+def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A series with NaN as (scaled and filled, 1 from its first value on, mean, unbiased standard deviation + eps)."""
+    seen = (jnp.cumsum(~jnp.isnan(x), axis=-1) > 0).astype(jnp.float32)
+    filled, n = fill_missing(x), seen.sum(-1, keepdims=True)
+    mean = (filled * seen).sum(-1, keepdims=True) / jnp.maximum(n, 1.0)
+    centred = (filled - mean) * seen
+    std = jnp.sqrt(jnp.square(centred).sum(-1, keepdims=True) / jnp.maximum(n - 1.0, 1.0)) + EPS
+    return centred / std, seen, *jax.lax.stop_gradient((mean, std))

@@ -1,0 +1,72 @@
+"""Mixtures of experts: routing, and forms that agree in value and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltsm_jax.layers.experts import Form, mixture, route
+
+D, F = 6, 10
+FORMS: tuple[Form, ...] = ("dense", "blocks", "ragged")
+
+
+def kernels(e, seed=0):
+    one, two, three = jax.random.split(jax.random.key(seed), 3)
+    shape = (e, D, F)
+    return jax.random.normal(one, shape), jax.random.normal(two, shape), jax.random.normal(three, (e, F, D))
+
+
+def by_hand(x_TD, kernels, weight_TK, chosen_TK):
+    gate, up, down = (np.asarray(kernel, np.float64) for kernel in kernels)
+    y_TD = np.zeros(x_TD.shape)
+    for t, x in enumerate(np.asarray(x_TD, np.float64)):
+        for w, i in zip(np.asarray(weight_TK[t], np.float64), np.asarray(chosen_TK[t]), strict=True):
+            g = x @ gate[i]
+            y_TD[t] += w * ((g / (1 + np.exp(-g))) * (x @ up[i])) @ down[i]
+    return y_TD
+
+
+@pytest.mark.parametrize("form", ["auto", *FORMS])
+@pytest.mark.parametrize("t, e, k", [(1, 1, 1), (37, 5, 2), (300, 3, 2), (64, 8, 8)])
+def test_every_form_is_the_sum_over_a_tokens_experts(form, t, e, k):
+    x_TD, logits_TE = jax.random.normal(jax.random.key(1), (t, D)), 3 * jax.random.normal(jax.random.key(2), (t, e))
+    weight_TK, chosen_TK, _ = route(logits_TE, k)
+    got = jax.jit(mixture, static_argnums=(4, 5))(x_TD, kernels(e), weight_TK, chosen_TK, jax.nn.silu, form)
+    np.testing.assert_allclose(got, by_hand(x_TD, kernels(e), weight_TK, chosen_TK), rtol=1e-4, atol=1e-4)
+
+
+def test_all_tokens_with_one_expert():
+    """The worst load: nothing is dropped."""
+    x_TD = jax.random.normal(jax.random.key(1), (200, D))
+    weight_TK, chosen_TK = jnp.ones((200, 1)), jnp.full((200, 1), 3)
+    want = by_hand(x_TD, kernels(6), weight_TK, chosen_TK)
+    for form in FORMS:
+        got = mixture(x_TD, kernels(6), weight_TK, chosen_TK, jax.nn.silu, form)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=form)
+
+
+def test_gradients_of_all_forms_agree():
+    x_TD, logits_TE = jax.random.normal(jax.random.key(1), (50, D)), jax.random.normal(jax.random.key(2), (50, 4))
+
+    def loss(x_TD, logits_TE, kernels, form):
+        weight_TK, chosen_TK, _ = route(logits_TE, 2)
+        return jnp.square(mixture(x_TD, kernels, weight_TK, chosen_TK, jax.nn.silu, form)).mean()
+
+    grads = [
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(x_TD, logits_TE, kernels(4), form)
+        for form in FORMS
+    ]
+    for other in grads[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads[0], other)
+
+
+def test_pruned_experts_leave_the_others_their_weights():
+    """The worked example of Prune-then-Finetune's router: weights are not normalised after a mask."""
+    logits = jnp.log(jnp.asarray([[0.610, 0.224, 0.136, 0.030]]))
+    weight, chosen, p = route(logits, 2, jnp.asarray([0.0, 1, 1, 1]))
+    np.testing.assert_array_equal(chosen, [[1, 2]])
+    np.testing.assert_allclose(weight, [[0.224, 0.136]], rtol=1e-5)
+    np.testing.assert_allclose(p, [[0, 0.224, 0.136, 0.030]], rtol=1e-5)
+    weight, chosen, _ = route(logits, 2, jnp.asarray([0.0, 1, 0, 0]))
+    assert chosen[0, 0] == 1 and weight[0, 1] == 0, "the second slot weighs nothing"
