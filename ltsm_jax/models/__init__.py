@@ -9,8 +9,7 @@ from ltsm_jax.models.timer_hf import TimerHf
 from ltsm_jax.models.ttm import TTM
 
 FAMILIES: dict[str, type[Model]] = {
-    family.family: family
-    for family in (Timer, TTM, TimerHf, ChronosBolt, ChronosT5, )
+    family.family: family for family in (Timer, TTM, TimerHf, ChronosBolt, ChronosT5, TimeMoe)
 }
 
 
@@ -19,7 +18,7 @@ def preset(name: str) -> Model:
 
     Raises: ValueError listing the known names.
     """
-    known = {p: family for family in FAMILIES.values() for p in family.presets(, TimeMoe)}
+    known = {p: family for family in FAMILIES.values() for p in family.presets()}
     if name not in known:
         raise ValueError(f"no preset is called {name!r}; known: {', '.join(known)}")
     return known[name](known[name].presets()[name])
