@@ -21,6 +21,7 @@ PARAMETERS = {
     "log_normal": ("loc", "scale"),
 }
 PUBLISHED = ("student_t", "normal_fixed", "negative_binomial", "log_normal")  # of every published checkpoint
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FLOOR = float(jnp.finfo(jnp.float32).eps)
 _LARGE = 1e4  # Poisson rate above which float32 leaves nothing of the exact method
 _TARGETS = {
@@ -94,6 +95,23 @@ def write_published(kinds: Sequence[str], fixed_scale: float) -> dict[str, Any]:
     fixed = {"scale": fixed_scale}
     parts = [{"_target_": name + _TARGETS[kind]} | (fixed if kind == "normal_fixed" else {}) for kind in kinds]
     return {"_target_": name + "mixture.MixtureOutput", "components": parts}
+
+
+def series_nll(y: Mixture, truth_BCH: jax.Array, observed_BCH: jax.Array, weight_B=None) -> jax.Array:
+    """Negative log-likelihood, a scalar: the mean over observed steps, every variate of every row counting alike.
+
+    y: mixtures at [B, C, H]. weight: of each row; rows of weight 0 count as absent.
+    """
+    nll_BC = jnp.where(observed_BCH, -y.log_prob(truth_BCH), 0.0).sum(-1) / jnp.maximum(observed_BCH.sum(-1), 1)
+    weight = jnp.ones(nll_BC.shape[0]) if weight_B is None else weight_B
+    counts_BC = observed_BCH.any(-1) * weight[:, None]
+    return (nll_BC * counts_BC).sum() / jnp.maximum(counts_BC.sum(), jnp.finfo(jnp.float32).tiny)
+
+
+def summary(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Median [...] and quantiles [..., Q] at `LEVELS` of samples [..., n]."""
+    quantiles = jnp.moveaxis(jnp.quantile(samples, jnp.asarray(LEVELS), axis=-1), 0, -1)
+    return quantiles[..., LEVELS.index(0.5)], quantiles
 
 
 class MixtureHead(nn.Module):

@@ -10,18 +10,24 @@ as SalesforceAIResearch/uni2ts (commit 8d2a08d) runs it.
 
 import dataclasses
 import math
+import re
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.initial import Constant, Distribution, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
+from ltsm_jax.trees import Tree, flatten, unflatten
 
 NORM_EPS = 1e-5
 SCALE_EPS = 1e-5  # inside the root, added to the variance
+_SIZED = re.compile(r"^(embed|residual)$|^head/")  # layers with weights for each patch size
 Series = tuple[jax.Array, jax.Array]  # values [B, C, T] (0 where unknown) and which of them are observed
 
 
@@ -302,3 +308,74 @@ def group_mean(error_BNP: jax.Array, tokens: Tokens, weight_B: jax.Array | None 
     groups = (weight_B1 * entries_BN / group_BN).sum()
     error_BN = jnp.where(scored_BNP, error_BNP, 0.0).sum(-1)
     return (weight_B1 * error_BN / group_BN).sum() / jnp.maximum(groups, jnp.finfo(jnp.float32).tiny)
+
+
+def neutral_scale(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """Mean 0 and scale 1 of every token: a model without scaling."""
+    shape = (*tokens.sample_id.shape, 1)
+    return jnp.zeros(shape), jnp.ones(shape)
+
+
+def observed_series(x_BCT: jax.Array) -> Series:
+    """Values with 0 for NaN, float32, and what is observed."""
+    x_BCT = jnp.asarray(x_BCT, jnp.float32)
+    observed = ~jnp.isnan(x_BCT)
+    return jnp.where(observed, x_BCT, 0.0), observed
+
+
+def rows_of(batch: Mapping[str, jax.Array], variates: str) -> dict[str, jax.Array]:
+    """A batch (`context`, `target` [B, C, .], `weight` [B], what there is of them) in rows of the model: as it is where
+    variates are "joint", each variate a row of its own where they are "independent"."""
+    if variates == "joint":
+        return dict(batch)
+    c = batch["context"].shape[1]
+    return {k: jnp.repeat(x, c) if k == "weight" else x.reshape(-1, 1, x.shape[-1]) for k, x in batch.items()}
+
+
+def masked_mse(y_BCH: jax.Array, truth_BCH: jax.Array, observed_BCH: jax.Array, weight_B=None) -> jax.Array:
+    """MSE where observed; weight: of each row."""
+    weight = jnp.ones(y_BCH.shape[0]) if weight_B is None else weight_B
+    counts_BCH = observed_BCH * weight[:, None, None]
+    squares = jnp.where(observed_BCH, jnp.square(y_BCH - truth_BCH), 0.0)
+    return (counts_BCH * squares).sum() / jnp.maximum(counts_BCH.sum(), jnp.finfo(jnp.float32).tiny)
+
+
+def fresh(
+    key: jax.Array,
+    shapes: Tree,
+    patch_sizes: tuple[int, ...],
+    d_model: int,
+    own: Callable[[str, tuple[int, ...]], Distribution | None] = lambda path, shape: None,
+) -> Tree:
+    """Fresh parameters of a family with patch sizes. own: (path, shape) -> distribution, of what it has alone."""
+
+    def rule(path, shape):
+        layer, _, leaf = path.rpartition("/")
+        if (special := own(path, shape)) is not None:
+            return special
+        if leaf == "scale":
+            return Constant(1.0)
+        if leaf in ("mask", "variate_bias"):
+            return Normal(1.0)
+        if _SIZED.search(layer):
+            return Uniform(1.0)
+        inputs = shape[:-1] if layer.endswith("/out") else shape[:1]
+        return Uniform(math.prod(inputs) ** -0.5)
+
+    def narrowed(path, leaf):
+        layer, _, name = path.rpartition("/")
+        if not _SIZED.search(layer):
+            return leaf
+        into = not layer.startswith("head/")
+        bound_Z = np.asarray([p**-0.5 if into else d_model**-0.5 for p in patch_sizes], np.float32)
+        bound = bound_Z.reshape(-1, *(1,) * (leaf.ndim - 1))
+        axis = 1 if into and name == "kernel" else leaf.ndim - 1
+        if into and name == "bias":
+            return leaf * bound
+        used_Z = np.asarray(patch_sizes) * (leaf.shape[axis] // max(patch_sizes))
+        inside = np.arange(leaf.shape[axis])[None] < used_Z[:, None]  # the rest of the axis is of larger sizes
+        inside = inside.reshape(-1, *(leaf.shape[i] if i == axis else 1 for i in range(1, leaf.ndim)))
+        return leaf * (bound * inside)
+
+    drawn = flatten(draw(key, shapes, rule))
+    return unflatten({path: narrowed(path, leaf) for path, leaf in drawn.items()})

@@ -11,27 +11,21 @@ trained so. Unlike in the original, dropout of attention weights (0 in every pub
 """
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ltsm_jax.layers import mixture, packed
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens
+from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens, observed_series
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json, row_keys
-from ltsm_jax.trees import Tree, flatten, unflatten
+from ltsm_jax.trees import Tree
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_SIZED = re.compile(r"^(embed|residual)$|^head/")  # layers with weights for each patch size
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
 
 
@@ -172,7 +166,7 @@ class MoiraiNet(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens, patch, train: bool = False, only: tuple[int, int] | None = None):
         cfg = self.cfg
-        loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else neutral(tokens)
+        loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
         taps = {"loc": loc_BN1, "scale": scale_BN1}
         scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
         x_BND = taps["embed"] = SizedIn(cfg.patch_sizes, cfg.d_model, name="embed")(scaled_BNP, patch)
@@ -187,27 +181,6 @@ class MoiraiNet(nn.Module):
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
         y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
         return y, taps | {f"head/{name}": value for name, value in raw.items()}
-
-
-def neutral(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-    """Mean 0 and scale 1 of every token: a model without scaling."""
-    shape = (*tokens.sample_id.shape, 1)
-    return jnp.zeros(shape), jnp.ones(shape)
-
-
-def observed_series(x_BCT: jax.Array) -> Series:
-    """Values with 0 for NaN, float32, and what is observed."""
-    x_BCT = jnp.asarray(x_BCT, jnp.float32)
-    observed = ~jnp.isnan(x_BCT)
-    return jnp.where(observed, x_BCT, 0.0), observed
-
-
-def masked_mse(y_BCH: jax.Array, target: jax.Array, batch: Batch) -> jax.Array:
-    """MSE where the target is not NaN, rows weighted by `batch["weight"]`."""
-    truth, observed = observed_series(target)
-    weight = batch.get("weight", jnp.ones(y_BCH.shape[0]))[:, None, None]
-    squares = jnp.where(observed, jnp.square(y_BCH - truth), 0.0)
-    return (weight * squares).sum() / jnp.maximum((weight * observed).sum(), jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +240,7 @@ class Moirai(Model):
         patch = max(cfg.patch_sizes)
         tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
         shapes = jax.eval_shape(lambda k, x: MoiraiNet(cfg).init(k, x, patch), key, tokens)["params"]
-        return fresh(key, shapes, cfg.patch_sizes, cfg.d_model)
+        return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model)
 
     def recipe(self) -> Recipe:
         source = "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and context ours"
@@ -347,32 +320,22 @@ class Moirai(Model):
         cfg = self.config
         return cfg.patch_sizes[len(cfg.patch_sizes) // 2] if cfg.patch_size == "auto" else cfg.patch_size
 
-    def _rows(self, x_BCT: jax.Array) -> jax.Array:
-        """Each variate a row of its own where the model is used so."""
-        return x_BCT.reshape(-1, 1, x_BCT.shape[-1]) if self.config.variates == "independent" else x_BCT
-
     def _distribution(self, params: Tree, batch: Batch, key, train: bool) -> tuple[Mixture, Batch]:
         """Distribution of a batch's targets, and the batch in rows of the model."""
-        rows = {name: self._rows(batch[name]) for name in ("context", "target")}
+        rows = packed.rows_of(batch, self.config.variates)
         past = observed_series(rows["context"])
-        many = rows["context"].shape[0] // batch["context"].shape[0]
-        if "weight" in batch:
-            rows["weight"] = jnp.repeat(batch["weight"], many)
         return self.future(params, past, rows["target"].shape[-1], self.training_patch, key, train), rows
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Negative log-likelihood of the target in its units, as in the original: the mean over observed steps, each
         variate of each row counting alike."""
         y, rows = self._distribution(params, batch, key, train)
-        truth, observed = observed_series(rows["target"])
-        nll_BC = jnp.where(observed, -y.log_prob(truth), 0.0).sum(-1) / jnp.maximum(observed.sum(-1), 1)
-        counts_BC = observed.any(-1) * rows.get("weight", jnp.ones(nll_BC.shape[0]))[:, None]
-        return (nll_BC * counts_BC).sum() / jnp.maximum(counts_BC.sum(), jnp.finfo(jnp.float32).tiny)
+        return mixture.series_nll(y, *observed_series(rows["target"]), rows.get("weight"))
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets."""
         y, rows = self._distribution(params, batch, key, train)
-        return masked_mse(y.mean(), rows["target"], rows)
+        return packed.masked_mse(y.mean(), *observed_series(rows["target"]), rows.get("weight"))
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Samples of the distribution of one forward pass; the point is their median.
@@ -382,54 +345,12 @@ class Moirai(Model):
         """
         check_context(context, horizon)
         cfg = self.config
-        x = self._rows(jnp.asarray(context, jnp.float32))
+        x = packed.rows_of({"context": jnp.asarray(context, jnp.float32)}, cfg.variates)["context"]
         if cfg.patch_size == "auto":
             x = x[..., -cfg.context_len - horizon :]
             y, _ = self.best_future(params, observed_series(x), horizon, cfg.context_len)
         else:
             x = x[..., -cfg.context_len :]
             y = self.future(params, observed_series(x), horizon, cfg.patch_size)
-        return sampled(y.sample(row_keys(key, x), cfg.n_samples), (*context.shape[:2], horizon))
-
-
-def sampled(samples: jax.Array, shape: tuple[int, ...]) -> Forecast:
-    """The forecast [B, C, H] of samples [..., n]: their median, and quantiles at `LEVELS`."""
-    samples = samples.reshape(*shape, samples.shape[-1])
-    # between the two sorted neighbours, so that no infinite sample makes a NaN of the others
-    quantiles = jnp.moveaxis(jnp.quantile(samples, jnp.asarray(LEVELS), axis=-1), 0, -1)
-    return Forecast(quantiles[..., LEVELS.index(0.5)], quantiles, samples, LEVELS)
-
-
-def fresh(key: jax.Array, shapes: Tree, patch_sizes: tuple[int, ...], d_model: int, **others) -> Tree:
-    """Fresh parameters of any of the Moirai families. others: leaf name -> distribution, of what one has alone."""
-
-    def rule(path, shape):
-        layer, _, leaf = path.rpartition("/")
-        if leaf in others:
-            return others[leaf]
-        if leaf == "scale":
-            return Constant(1.0)
-        if leaf in ("mask", "variate_bias"):
-            return Normal(1.0)
-        if _SIZED.search(layer):
-            return Uniform(1.0)
-        inputs = shape[:-1] if layer.endswith("/out") else shape[:1]
-        return Uniform(math.prod(inputs) ** -0.5)
-
-    def narrowed(path, leaf):
-        layer, _, name = path.rpartition("/")
-        if not _SIZED.search(layer):
-            return leaf
-        into = not layer.startswith("head/")
-        bound_Z = np.asarray([p**-0.5 if into else d_model**-0.5 for p in patch_sizes], np.float32)
-        bound = bound_Z.reshape(-1, *(1,) * (leaf.ndim - 1))
-        axis = 1 if into and name == "kernel" else leaf.ndim - 1
-        if into and name == "bias":
-            return leaf * bound
-        used_Z = np.asarray(patch_sizes) * (leaf.shape[axis] // max(patch_sizes))
-        inside = np.arange(leaf.shape[axis])[None] < used_Z[:, None]  # the rest of the axis is of larger sizes
-        inside = inside.reshape(-1, *(leaf.shape[i] if i == axis else 1 for i in range(1, leaf.ndim)))
-        return leaf * (bound * inside)
-
-    drawn = flatten(draw(key, shapes, rule))
-    return unflatten({path: narrowed(path, leaf) for path, leaf in drawn.items()})
+        samples = y.sample(row_keys(key, x), cfg.n_samples).reshape(*context.shape[:2], horizon, -1)
+        return Forecast(*mixture.summary(samples), samples, mixture.LEVELS)

@@ -1,6 +1,8 @@
 """Recorded cases of the Moirai families: packed tokens, forecast inputs, mixtures under the original's names."""
 
 import dataclasses
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +126,103 @@ def check_gradients(model, grads, stored, prefix, rel, floor=1e-6):
         worst = np.abs(drawn[key] - leaf).max()
         assert worst <= rel * np.abs(leaf).max() + floor, f"{key}: {worst} of {np.abs(leaf).max()}"
     return drawn.keys() - want.keys()
+
+
+RTOL, ATOL, NLL_RTOL, GRAD_REL, STEEP_REL = 2e-4, 1e-5, 1e-3, 2e-3, 2e-2  # of meta.json of the mixture families
+
+
+def close(got, want, what, rtol=RTOL, atol=ATOL):
+    """Equal within the recorded tolerance wherever the original is finite."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape, f"{what}: {got.shape} is not {want.shape}"
+    finite = np.isfinite(want)
+    np.testing.assert_allclose(got[finite], want[finite], rtol=rtol, atol=atol, err_msg=what)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What a model made of one recorded case, as numpy: mixture and named steps at all of its tokens."""
+
+    tokens: Tokens
+    mixture: Any
+    taps: dict
+    log_prob: np.ndarray
+    mean: np.ndarray
+
+
+def forward(model, params, io):
+    """{case: Ran} of all packed and forecast cases, in one program."""
+    width = max(model.config.patch_sizes)
+    names = [case for case in cases(io, "") if f"{case}/in/sample_id" in io]
+    found = [(case, tokens_of(io, case), io[f"{case}/in/patch_size"]) for case in names]
+    for case in cases(io, "forecast__"):
+        patch = int(io[f"{case}/in/patch_size"])
+        tokens = packed_forecast(io, case, patch, width)
+        found.append((case, tokens, np.full(tokens.sample_id.shape, patch)))
+    names, sets, patches = zip(*found, strict=True)
+    return dict(zip(names, run(model, params, sets, patches), strict=True))
+
+
+def run(model, params, sets, patches):
+    """[Ran] of several sets of tokens, in one program."""
+    tokens, sizes, places = stacked(sets, patches)
+
+    def all_of_it(params, tokens, sizes):
+        y, taps = model.apply(params, tokens, sizes)
+        return y, taps, y.log_prob(tokens.target), y.mean()
+
+    out = jax.tree.map(np.asarray, jax.jit(all_of_it)(params, tokens, sizes))
+    cut = lambda place: jax.tree.map(lambda a: a[place] if a.ndim > 2 else a, out)  # noqa: E731
+    return [Ran(own, *cut(place)) for own, place in zip(sets, places, strict=True)]
+
+
+def check_distributions(io, ran):
+    """Scaler, parameters, mean and log density of every case."""
+    compared = 0
+    for case, one in ran.items():
+        named = recorded_names(one.mixture) | {"loc": one.taps["loc"], "scale": one.taps["scale"], "mean": one.mean}
+        for name, got in named.items():
+            if f"{case}/out/{name}" in io:
+                close(got, io[f"{case}/out/{name}"], f"{case} {name}")
+                compared += 1
+        if f"{case}/out/nll" in io:
+            close(-one.log_prob, io[f"{case}/out/nll"], f"{case} nll", NLL_RTOL)
+        missed = {k for k in io if k.startswith(f"{case}/out/param/")} - {f"{case}/out/{name}" for name in named}
+        assert not missed
+    assert compared
+
+
+def check_steps(io, ran, renamed, rtol=RTOL, atol=ATOL):
+    """Every recorded step under its name; renamed: (regular expression of the original's, ours)."""
+    compared = 0
+    for case, one in ran.items():
+        b, n = one.tokens.sample_id.shape
+        for key in (k for k in io if k.startswith(f"{case}/out/act/")):
+            name = key.removeprefix(f"{case}/out/act/")
+            for pattern, ours in (*renamed, *RENAMED):
+                name = re.sub(pattern, ours, name)
+            got, want = one.taps[name], io[key]
+            if want.ndim == 5:  # q and k after their norms: the original has heads in groups
+                want = want.reshape(b, -1, *want.shape[3:])
+                got = got[:, :, :n]
+            close(got.reshape(want.shape), want, key, rtol, atol)
+            compared += 1
+    assert compared
+
+
+RENAMED = (
+    (r"^encoder\.layers\.(\d+)\.self_attn\.([qkv]_norm)", r"layer_\1/attn/\2"),
+    (r"^encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj", r"layer_\1/attn/\2"),
+    (r"^encoder\.layers\.(\d+)\.self_attn$", r"layer_\1/attn"),
+    (r"^encoder\.layers\.(\d+)\.", r"layer_\1/"),
+    (r"^encoder\.layers\.(\d+)$", r"layer_\1"),
+    (r"^encoder\.norm$", "norm"),
+    (r"^param_proj\.proj\.weights_logits", "head/weights"),
+    (r"^param_proj\.proj\.components\.(\d+)\.", r"head/component_\1_"),
+)
+
+
+def check_samples(got_nBCH, want_BnHC, what):
+    """Samples against the official output, which has no axis of variates where there is one."""
+    want = want_BnHC[..., None] if want_BnHC.ndim == 3 else want_BnHC
+    close(np.transpose(got_nBCH, (1, 0, 3, 2)), want, what)

@@ -1,0 +1,409 @@
+"""Moirai 2.0-R: a causal decoder over patches of all variates that gives quantiles of the next few patches.
+
+Liu et al., "Moirai 2.0: When Less Is More for Time Series Forecasting" (arXiv 2511.11698). Follows
+SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai2. One patch size, what is observed is an input of its own,
+and the output of a token are the quantiles of the K patches after it. Farther horizons are rolled out: one copy of the
+series per quantile, each continued with its own quantile; the quantiles of the copies' quantiles are the next ones.
+The scale of a copy counts what was generated. The quantiles of the first K patches may cross, as in the original.
+
+The original's roll-out stops with an error at several variates; here all of them go on together. Its `predict` sets
+missing values to 0, because its imputation takes the axis of time for that of variates; here they get what it means to
+give them, the mean so far (`missing="zero"` is the original). Dropout of attention weights (0 in the published model)
+acts in training only, in the original always.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers import packed
+from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.packed import AnyVariateAttention, Series, SwiGLU, Tokens, observed_series
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json
+from ltsm_jax.trees import Tree, flatten
+
+HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
+
+
+@dataclasses.dataclass(frozen=True)
+class Moirai2Config:
+    """Widths are per layer, so that a pruned Moirai 2 is a Moirai 2.
+
+    patch_size P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, n_patches: how many patches a token
+    predicts, levels of the quantiles. How it is used: context_len in time steps; missing: what stands for missing
+    values, the mean so far or 0; variates: whether those of one window see each other.
+    """
+
+    patch_size: int
+    d_model: int
+    head_dim: int
+    n_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    n_patches: int = 4
+    levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    max_seq_len: int = 512
+    scaling: bool = True
+    dropout: float = 0.0
+    attn_dropout: float = 0.0
+    context_len: int = 1680
+    missing: Literal["mean", "zero"] = "mean"
+    variates: Literal["joint", "independent"] = "joint"
+
+    def __post_init__(self):
+        problems = []
+        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
+            problems.append(
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+            )
+        sizes = (self.patch_size, self.d_model, self.head_dim, self.n_patches, self.max_seq_len, self.context_len)
+        if min(*sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+            problems.append(f"every size must be positive: {self}")
+        if self.head_dim % 4:
+            problems.append(f"half a head turns in pairs, so head_dim must be a multiple of 4, got {self.head_dim}")
+        if not self.levels or sorted(set(self.levels)) != list(self.levels) or not 0 < min(self.levels) <= max(
+            self.levels
+        ) < 1:  # fmt: skip
+            problems.append(f"levels must be numbers between 0 and 1, in order: {self.levels}")
+        if self.variates not in ("joint", "independent") or self.missing not in ("mean", "zero"):
+            problems.append(
+                f"variates must be joint or independent and missing mean or zero: {self.variates!r}, {self.missing!r}"
+            )
+        if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1):
+            problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.attn_dropout}")
+        if problems:
+            raise ValueError("Moirai2Config: " + "; ".join(problems))
+
+    @classmethod
+    def of(
+        cls, patch_size: int, d_model: int, d_ff: int, layers: int, heads: int | None = None, **rest
+    ) -> "Moirai2Config":
+        """Equal layers; heads split the model width, by default as in the original."""
+        heads = d_model // HEAD_DIM if heads is None else heads
+        if heads < 1 or d_model % heads:
+            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
+        return cls(patch_size, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest)
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "Moirai2Config":
+        """Reads config.json of the hub.
+
+        Raises: ValueError naming the fields that are missing.
+        """
+        required = ("patch_size", "d_model", "d_ff", "num_layers", "num_predict_token", "quantile_levels")
+        if missing := [name for name in required if name not in fields]:
+            raise ValueError(f"the config of a Moirai 2 checkpoint lacks {', '.join(missing)}")
+        return cls.of(
+            *(int(fields[name]) for name in required[:4]),
+            n_patches=int(fields["num_predict_token"]),
+            levels=tuple(float(q) for q in fields["quantile_levels"]),
+            max_seq_len=int(fields.get("max_seq_len", 512)),
+            scaling=bool(fields.get("scaling", True)),
+            dropout=float(fields.get("dropout_p", 0.0)),
+            attn_dropout=float(fields.get("attn_dropout_p", 0.0)),
+        )
+
+
+PRESETS = {"Salesforce/moirai-2.0-R-small": Moirai2Config.of(16, 384, 1024, 6)}
+
+
+class Residual(nn.Module):
+    """`output(silu(hidden x)) + residual x`: [..., in] -> [..., out]; and the named steps between."""
+
+    width: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        into, taps = (x.shape[-1],), {}
+        taps["hidden"] = Linear(into, (self.width,), name="hidden")(x)
+        taps["silu"] = nn.silu(taps["hidden"])
+        taps["output"] = Linear((self.width,), (self.features,), name="output")(taps["silu"])
+        taps["residual"] = Linear(into, (self.features,), name="residual")(x)
+        return taps["output"] + taps["residual"], taps
+
+
+class Block(nn.Module):
+    """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between."""
+
+    cfg: Moirai2Config
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BND, tokens: Tokens, train: bool):
+        cfg, taps = self.cfg, {}
+        y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
+        attention = AnyVariateAttention(
+            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, cfg.attn_dropout, name="attn"
+        )
+        y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
+        taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
+        y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
+        y_BND = taps["ffn"] = SwiGLU(cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn")(y_BND, train)
+        return x_BND + y_BND, taps
+
+
+class Moirai2Net(nn.Module):
+    """Packed tokens -> quantiles [B, N, patches, Q, P] of the patches after each, in the scale of its series; and the
+    named steps between. only: places [n] of the tokens whose quantiles are asked for; None: all."""
+
+    cfg: Moirai2Config
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, train: bool = False, only=None):
+        cfg = self.cfg
+        loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
+        scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
+        taps = {"loc": loc_BN1, "scale": scale_BN1, "scaled": scaled_BNP}
+        x_BNI = jnp.concatenate([scaled_BNP, tokens.observed.astype(scaled_BNP.dtype)], axis=-1)
+        x_BND, inner = Residual(cfg.d_model, cfg.d_model, name="embed")(x_BNI)
+        taps |= {f"embed/{name}": value for name, value in inner.items()} | {"embed": x_BND}
+        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train)
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+        x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
+        x_BND = x_BND if only is None else x_BND[:, only]
+        shape = (cfg.n_patches, len(cfg.levels), cfg.patch_size)
+        y_BNO, inner = Residual(cfg.d_model, int(np.prod(shape)), name="head")(x_BND)
+        taps |= {f"head/{name}": value for name, value in inner.items()} | {"head": y_BNO}
+        return y_BNO.astype(jnp.float32).reshape(*x_BND.shape[:2], *shape), taps
+
+
+def causal_mean(x_BCT: jax.Array) -> jax.Array:
+    """NaN replaced by the mean of the points before it, a missing one among these standing for the last observed one;
+    0 where nothing was observed yet."""
+    observed = ~jnp.isnan(x_BCT)
+    steps = jnp.arange(x_BCT.shape[-1]).reshape((1,) * (x_BCT.ndim - 1) + (-1,))
+    last = jax.lax.cummax(jnp.where(observed, steps, 0), axis=x_BCT.ndim - 1)
+    held = jnp.nan_to_num(jnp.take_along_axis(x_BCT, last, axis=-1))
+    first = held[..., :1]
+    before = jnp.pad(jnp.cumsum(held - first, axis=-1), ((0, 0),) * (x_BCT.ndim - 1) + ((1, 0),))[..., :-1]
+    return jnp.where(observed, x_BCT, jnp.where(steps == 0, 0.0, first + before / jnp.maximum(steps, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Moirai2(Model):
+    """Moirai 2 at one size. See the module docstring; `Model` documents the methods."""
+
+    config: Moirai2Config
+
+    family = "moirai_2"
+    head = r"^head/"
+    tasks = ("forecasting",)
+    licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-2.0-R)"
+    shard_rules = (
+        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
+        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+        (r"/attn/variate_bias$", (None, "tensor")),
+        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
+        (r"/down/kernel$", ("tensor", "fsdp")),
+        (r"^embed/(hidden|residual)/kernel$", (None, "fsdp")),
+        (r"^embed/output/kernel$", (None, "fsdp")),
+        (r"^head/.*/kernel$", ("fsdp", None)),
+        (r"/(scale|bias)$", ()),
+    )
+    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/ffn/(up|gate|down)$", "ffn units"))
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Moirai2Config]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> Moirai2Config:
+        return config_from_json(Moirai2Config, fields)
+
+    @classmethod
+    def small(cls) -> Moirai2Config:
+        return Moirai2Config.of(4, 16, 24, 2, 2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32)
+
+    @property
+    def variates(self) -> Literal["independent", "joint"]:
+        return self.config.variates
+
+    @property
+    def context_len(self) -> int:
+        return self.config.context_len
+
+    @property
+    def horizon(self) -> int:
+        return self.config.n_patches * self.config.patch_size
+
+    @property
+    def eval_batch(self) -> int:
+        return 32  # times the number of quantiles, once the roll-out has begun
+
+    def init(self, key: jax.Array) -> Tree:
+        """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights and biases; norms 1."""
+        cfg = self.config
+        tokens = packed.pack(observed_series(jnp.zeros((1, 1, cfg.patch_size))), 1, cfg.patch_size, cfg.patch_size)
+        shapes = jax.eval_shape(Moirai2Net(cfg).init, key, tokens)["params"]
+        flat = flatten(shapes)
+
+        def rule(path, shape):
+            layer, _, leaf = path.rpartition("/")
+            if leaf == "scale":
+                return Constant(1.0)
+            if leaf == "variate_bias":
+                return Normal(1.0)
+            kernel = flat[f"{layer}/kernel"].shape
+            return Uniform(float(np.prod(kernel[:-1] if layer.endswith("/out") else kernel[:1])) ** -0.5)
+
+        return draw(key, shapes, rule)
+
+    def recipe(self) -> Recipe:
+        source = "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip 1.0)"
+        context, horizon = self.context_len, self.horizon
+        return Recipe(5e-7, 64, 10, "constant", context, horizon, "own", source, weight_decay=0.1, clip=1.0)
+
+    # --- the network, and what is made of its quantiles
+
+    def apply(self, params: Tree, tokens: Tokens, key=None, train=False, only=None) -> tuple[jax.Array, dict]:
+        """One forward pass: at every token quantiles [B, N, patches, Q, P] of the patches after it, in the scale of its
+        series (`loc` and `scale` of the named steps), and the named steps."""
+        cfg = self.config
+        train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
+        net: Any = Moirai2Net(cfg)  # Flax types what apply returns too widely
+        return net.apply({"params": params}, tokens, train, only, rngs={"dropout": key} if train else None)
+
+    def shifted_losses(self, params: Tree, tokens: Tokens, key=None, train=False, weight=None) -> jax.Array:
+        """Quantile losses [n_patches] in the scale of the series: of the predicted tokens under the token 1, 2, ...
+        before each, every variate of every sample counting alike.
+
+        The tokens of a variate must follow each other. weight: of each row.
+        """
+        cfg = self.config
+        y, taps = self.apply(params, tokens, key, train)
+        level = jnp.asarray(cfg.levels)[None, None, :, None]
+        losses = []
+        for k in range(1, cfg.n_patches + 1):
+            before, after = (
+                jax.tree.map(lambda leaf, cut=cut: leaf[:, cut], tokens) for cut in (slice(None, -k), slice(k, None))
+            )
+            same = (before.sample_id == after.sample_id) & (before.variate_id == after.variate_id)
+            after = dataclasses.replace(after, predicted=after.predicted & same)
+            error = taps["scaled"][:, k:, None] - y[:, :-k, k - 1]
+            pinball = jnp.where(error > 0, level * error, (level - 1) * error).mean(2)
+            losses.append(packed.group_mean(pinball, after, weight))
+        return jnp.stack(losses)
+
+    def packed_loss(self, params: Tree, tokens: Tokens, key=None, train=False, weight=None) -> jax.Array:
+        """Mean of `shifted_losses`. The repository has the loss of one shift but no trainer; the mean is ours."""
+        return self.shifted_losses(params, tokens, key, train, weight).mean()
+
+    def first(self, params: Tree, tokens: Tokens, last: np.ndarray, key=None, train=False) -> jax.Array:
+        """Quantiles [B, C, steps, Q] of the `n_patches` patches after the tokens at the places `last` [C], in the units
+        of the tokens."""
+        y, taps = self.apply(params, tokens, key, train, last)
+        y = y * taps["scale"][:, last, :, None, None] + taps["loc"][:, last, :, None, None]
+        return jnp.swapaxes(y, -1, -2).reshape(*y.shape[:2], -1, y.shape[3])
+
+    def quantiles(self, params: Tree, past: Series, horizon: int, **covariates) -> jax.Array:
+        """Quantiles [B, C, H, Q] after `past`, in its units; rolled out where they are far.
+
+        covariates: `is_pad`, `known`, `past_known`, see `layers.packed.pack`.
+        """
+        cfg, (b, c, t) = self.config, past[0].shape
+        p, k, q = cfg.patch_size, cfg.n_patches, len(cfg.levels)
+        rounds = -(-horizon // (k * p))
+        far = horizon if rounds == 1 else rounds * k * p  # tokens past the horizon are seen by none before them
+        if "known" in covariates:
+            more = ((0, 0), (0, 0), (0, far - horizon))
+            covariates["known"] = tuple(jnp.pad(a, more) for a in covariates["known"])
+        tokens = packed.pack(past, far, p, p, **covariates)
+        before, steps = -(-t // p), -(-far // p)
+        last, after = np.arange(c) * before + before - 1, c * before + np.arange(c) * steps
+        y_BCTQ = self.first(params, tokens, last)
+        if rounds == 1:
+            return y_BCTQ[:, :, :horizon]
+        # one copy per quantile, beside each other in a row's place: [B * Q, N]
+        copies = jax.tree.map(lambda leaf: jnp.repeat(leaf, q, axis=0), tokens)
+        level = jnp.asarray(cfg.levels)
+
+        def go_on(state, start):
+            copies, y_BCTQ = state
+            places = (jnp.asarray(after)[:, None] + start + jnp.arange(k)[None]).reshape(-1)
+            values = jnp.moveaxis(y_BCTQ, -1, 1).reshape(b * q, c * k, p)
+            copies = dataclasses.replace(
+                copies,
+                target=copies.target.at[:, places].set(values),
+                predicted=copies.predicted.at[:, places].set(False),
+            )
+            y_RCTQ = self.first(params, copies, jnp.asarray(after) + start + k - 1)
+            all_BCTS = jnp.moveaxis(y_RCTQ.reshape(b, q, c, k * p, q), 1, 3).reshape(b, c, k * p, q * q)
+            new_BCTQ = jnp.moveaxis(jnp.quantile(all_BCTS, level, axis=-1), 0, -1)
+            return (copies, new_BCTQ), new_BCTQ
+
+        _, later = jax.lax.scan(go_on, (copies, y_BCTQ), jnp.arange(rounds - 1) * k)
+        later = jnp.moveaxis(later, 0, 2).reshape(b, c, -1, q)
+        return jnp.concatenate([y_BCTQ, later], axis=2)[:, :, :horizon]
+
+    def _filled(self, x_BCT: jax.Array) -> jax.Array:
+        return causal_mean(x_BCT) if self.config.missing == "mean" else jnp.nan_to_num(x_BCT)
+
+    def prepare(self, x_BCT: jax.Array, length: int | None = None) -> Series:
+        """The context as the original's pipeline makes it: missing values filled, the newest `context_len`
+        steps, and one shorter than that filled up on the left with its first value, that counts as observed if that is.
+
+        length: fill up to this many steps; by default to whole patches, which gives the same forecast.
+        """
+        cfg = self.config
+        x_BCT = jnp.asarray(x_BCT, jnp.float32)
+        observed = ~jnp.isnan(x_BCT)
+        t = min(x_BCT.shape[-1], cfg.context_len)
+        x, observed = self._filled(x_BCT)[..., -t:], observed[..., -t:]
+        length = min(-(-t // cfg.patch_size) * cfg.patch_size, cfg.context_len) if length is None else length
+        width = ((0, 0), (0, 0), (length - t, 0))
+        return jnp.pad(x, width, mode="edge"), jnp.pad(observed, width, mode="edge")
+
+    # --- the contract
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """`packed_loss` of the target's patches, each given the true ones before it."""
+        cfg, rows = self.config, packed.rows_of(batch, self.config.variates)
+        (_, c, t), h = rows["context"].shape, rows["target"].shape[-1]
+        past, p = self.prepare(rows["context"]), cfg.patch_size
+        joined = self._filled(jnp.concatenate([rows["context"], rows["target"]], axis=-1))
+        future = joined[..., t:], ~jnp.isnan(rows["target"])
+        tokens = packed.pack(past, h, p, p, future=future)
+        n_past, n_future = -(-past[0].shape[-1] // p), -(-h // p)
+        spans = [(i * n_past, c * n_past + i * n_future) for i in range(c)]
+        order = np.concatenate([np.r_[x : x + n_past, y : y + n_future] for x, y in spans])
+        tokens = jax.tree.map(lambda leaf: leaf[:, order], tokens)  # the future of a variate behind its past
+        return self.packed_loss(params, tokens, key, train, rows.get("weight"))
+
+    def _point(self, y_BCHQ: jax.Array) -> jax.Array:
+        """The median; between the levels beside it where it is none of them."""
+        levels = np.asarray(self.config.levels)
+        right = int(np.searchsorted(levels, 0.5 - 1e-9).clip(0, len(levels) - 1))
+        left = right if levels[right] <= 0.5 + 1e-9 else max(right - 1, 0)
+        share = 0.0 if left == right else (0.5 - levels[left]) / (levels[right] - levels[left])
+        return y_BCHQ[..., left] * (1 - share) + y_BCHQ[..., right] * share
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the median, over the observed targets. It reaches as far as one forward pass: `horizon`."""
+        rows = packed.rows_of(batch, self.config.variates)
+        h = rows["target"].shape[-1]
+        if h > self.horizon:
+            raise ValueError(f"the point loss reaches {self.horizon} steps, not {h}; use the quantile loss")
+        past = self.prepare(rows["context"])
+        (_, c, t), p = past[0].shape, self.config.patch_size
+        before = -(-t // p)
+        tokens = packed.pack(past, h, p, p)
+        y = self.first(params, tokens, np.arange(c) * before + before - 1, key, train)[:, :, :h]
+        return packed.masked_mse(self._point(y), *observed_series(rows["target"]), rows.get("weight"))
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """Quantiles; the point is the median. The context is made as `prepare` says."""
+        check_context(context, horizon)
+        x = packed.rows_of({"context": jnp.asarray(context, jnp.float32)}, self.config.variates)["context"]
+        y = self.quantiles(params, self.prepare(x), horizon)
+        y = y.reshape(*context.shape[:2], horizon, -1)
+        return Forecast(self._point(y), y, None, self.config.levels)
