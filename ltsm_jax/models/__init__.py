@@ -3,13 +3,17 @@
 from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.chronos_t5 import ChronosT5
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.moirai import Moirai
+from ltsm_jax.models.moirai_2 import Moirai2
+from ltsm_jax.models.moirai_moe import MoiraiMoe
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
 from ltsm_jax.models.ttm import TTM
 
 FAMILIES: dict[str, type[Model]] = {
-    family.family: family for family in (Timer, TTM, TimerHf, ChronosBolt, ChronosT5, TimeMoe)
+    family.family: family
+    for family in (Timer, TTM, TimerHf, ChronosBolt, ChronosT5, Moirai, Moirai2, MoiraiMoe, TimeMoe)
 }
 
 
