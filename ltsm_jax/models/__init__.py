@@ -9,11 +9,12 @@ from ltsm_jax.models.moirai_moe import MoiraiMoe
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
+from ltsm_jax.models.timer_xl import TimerXL
 from ltsm_jax.models.ttm import TTM
 
 FAMILIES: dict[str, type[Model]] = {
     family.family: family
-    for family in (Timer, TTM, TimerHf, ChronosBolt, ChronosT5, Moirai, Moirai2, MoiraiMoe, TimeMoe)
+    for family in (Timer, TTM, TimerHf, ChronosBolt, ChronosT5, Moirai, Moirai2, MoiraiMoe, TimeMoe, TimerXL)
 }
 
 
