@@ -10,11 +10,26 @@ from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
 from ltsm_jax.models.timer_xl import TimerXL
+from ltsm_jax.models.timesfm_1 import TimesFM1
+from ltsm_jax.models.timesfm_2p5 import TimesFM2p5
 from ltsm_jax.models.ttm import TTM
 
 FAMILIES: dict[str, type[Model]] = {
     family.family: family
-    for family in (Timer, TTM, TimerHf, ChronosBolt, ChronosT5, Moirai, Moirai2, MoiraiMoe, TimeMoe, TimerXL)
+    for family in (
+        Timer,
+        TTM,
+        TimerHf,
+        TimesFM1,
+        TimesFM2p5,
+        ChronosBolt,
+        ChronosT5,
+        Moirai,
+        Moirai2,
+        MoiraiMoe,
+        TimeMoe,
+        TimerXL,
+    )
 }
 
 

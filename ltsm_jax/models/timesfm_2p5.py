@@ -1,0 +1,559 @@
+"""TimesFM 2.5: a decoder-only Transformer over patches of one variate, with a longer patch and quantiles coming out.
+
+Das et al., "A decoder-only foundation model for time-series forecasting" (ICML 2024, arXiv 2310.10688), in the version
+of September 2025. Follows google-research/timesfm (commit 3dae50b), src/timesfm. Unlike 1.0 and 2.0 it has rotary
+positions, four norms a block, and a scale that runs along: each patch is scaled by the mean and the deviation of
+everything up to its own end, and so is what comes out of it. Columns of an output are the mean and the quantiles; a
+second head says at once how far the quantiles lie from the median over the next `spread_len` steps.
+
+Two things of the original's programs are done otherwise. The fine-tuning loss of its port in the transformers library
+pairs the quantile columns with the wrong levels; here they are aligned (`aligned=False` is the port's). It clips
+forecasts at zero where the context has no negative value, which is wrong for a series that was standardised before it
+came here; so this is off (`infer_is_positive`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.rope import rotary
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    interpolate_missing,
+    mean_observed,
+)
+from ltsm_jax.trees import Tree, flatten
+
+DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
+LOG2_E = 1.442695041  # as the original rounds it
+MIN_SCALE = 1e-6  # a smaller deviation does not divide
+UNSEEN = -1e30  # finite: a padded patch, which sees nothing, attends evenly to all
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values [B, H, S, K] of one layer
+Stats = tuple[jax.Array, jax.Array, jax.Array]  # how many values, their mean, sum of squares around it
+
+
+@dataclasses.dataclass(frozen=True)
+class TimesFM2p5Config:
+    """Widths are per layer, so that a pruned TimesFM is a TimesFM.
+
+    patch_len P of the input, output_len O of the output (whole patches), spread_len: steps of the quantile head,
+    d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer; embed_dim, point_dim, spread_dim: hidden
+    widths of the blocks before and after the layers. quantiles: levels of the columns 1, 2, ...; point_column: the
+    column that is the point forecast, and goes back in when a forecast is rolled out.
+    context_len: time steps of a window by default; max_context: where a longer context is cut.
+
+    The options are those of the original's ForecastConfig, set as its README has them (two of them apart: see the
+    module docstring, and normalize_inputs, which cancels). force_flip_invariance: average with the forecast of -x,
+    turned back. use_continuous_quantile_head: quantiles from the second head. fix_quantile_crossing: sort them.
+    """
+
+    patch_len: int
+    output_len: int
+    spread_len: int
+    d_model: int
+    head_dim: int
+    n_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    embed_dim: int
+    point_dim: int
+    spread_dim: int
+    quantiles: tuple[float, ...] = DECILES
+    point_column: int = 5
+    context_len: int = 1024
+    max_context: int = 16384
+    norm_eps: float = 1e-6
+    normalize_inputs: bool = False
+    use_continuous_quantile_head: bool = True
+    force_flip_invariance: bool = True
+    infer_is_positive: bool = False
+    fix_quantile_crossing: bool = True
+
+    def __post_init__(self):
+        problems = []
+        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
+            problems.append(
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+            )
+        sizes = (self.patch_len, self.output_len, self.spread_len, self.d_model, self.head_dim, self.embed_dim)
+        sizes += (self.point_dim, self.spread_dim, self.context_len, self.max_context)
+        if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+            problems.append(f"every size must be positive: {self}")
+        elif self.output_len % self.patch_len:
+            problems.append(f"an output ({self.output_len}) must be whole patches ({self.patch_len})")
+        if self.head_dim % 2:
+            problems.append(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if any(not 0 < q < 1 for q in self.quantiles):
+            problems.append(f"quantiles must lie between 0 and 1: {self.quantiles}")
+        if not 0 <= self.point_column <= len(self.quantiles):
+            problems.append(f"point_column must be one of {1 + len(self.quantiles)} columns, got {self.point_column}")
+        if problems:
+            raise ValueError("TimesFM2p5Config: " + "; ".join(problems))
+
+    @classmethod
+    def of(cls, patch_len, output_len, spread_len, d_model, d_ff, layers, heads, head_dim, **rest):
+        """Equal layers; blocks around them as wide as the model, unless `rest` says otherwise."""
+        rest = {"embed_dim": d_model, "point_dim": d_model, "spread_dim": d_model} | rest
+        each = {"n_heads": (heads,) * layers, "ffn_dims": (d_ff,) * layers}
+        return cls(patch_len, output_len, spread_len, d_model, head_dim, **each, **rest)
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
+        """Reads the fields of the original's Definition, or the config.json of the transformers library.
+
+        Raises: ValueError naming the fields that are missing.
+        """
+        if "stacked_transformers" not in fields:
+            return cls._from_transformers(fields)
+        _need(fields, "input_patch_len output_patch_len output_quantile_len tokenizer output_projection_point")
+        _need(fields, "output_projection_quantiles")
+        stack = fields["stacked_transformers"]
+        layer = _need(stack, "num_layers transformer")["transformer"]
+        _need(layer, "model_dims hidden_dims num_heads")
+        if layer["model_dims"] % layer["num_heads"]:
+            raise ValueError(f"model_dims ({layer['model_dims']}) must be a multiple of num_heads")
+        rest = {ours: fields[theirs] for theirs, ours in _RENAMED.items() if theirs in fields}
+        return cls.of(
+            fields["input_patch_len"],
+            fields["output_patch_len"],
+            fields["output_quantile_len"],
+            layer["model_dims"],
+            layer["hidden_dims"],
+            stack["num_layers"],
+            layer["num_heads"],
+            layer["model_dims"] // layer["num_heads"],
+            embed_dim=fields["tokenizer"]["hidden_dims"],
+            point_dim=fields["output_projection_point"]["hidden_dims"],
+            spread_dim=fields["output_projection_quantiles"]["hidden_dims"],
+            **cls._options(rest),
+        )
+
+    @classmethod
+    def _from_transformers(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
+        names = "patch_length horizon_length output_quantile_len hidden_size intermediate_size num_hidden_layers"
+        names += " num_attention_heads head_dim"
+        _need(fields, names)
+        renamed = _RENAMED | {"context_length": "max_context", "rms_norm_eps": "norm_eps"}
+        renamed |= {name: name for name in ("use_continuous_quantile_head", "force_flip_invariance")}
+        rest = {ours: fields[theirs] for theirs, ours in renamed.items() if theirs in fields}
+        sizes: Any = [fields[name] for name in names.split()]
+        return cls.of(*sizes, **cls._options(rest))
+
+    @classmethod
+    def _options(cls, told: dict[str, Any]) -> dict[str, Any]:
+        told["quantiles"] = tuple(told.get("quantiles", DECILES))
+        return told | {"context_len": min(1024, told.get("max_context", 1024))}
+
+
+_RENAMED = {"context_limit": "max_context", "quantiles": "quantiles", "decode_index": "point_column"}
+
+
+def _need(fields: Mapping[str, Any], names: str) -> Mapping[str, Any]:
+    missing = [name for name in names.split() if name not in fields]
+    if missing:
+        raise ValueError(f"the config of a TimesFM 2.5 checkpoint lacks {', '.join(missing)}")
+    return fields
+
+
+# from TimesFM_2p5_200M_Definition in the original; the config.json of its checkpoint names no sizes
+_LARGE = TimesFM2p5Config.of(32, 128, 1024, 1280, 1280, 20, 16, 80)
+PRESETS = {"google/timesfm-2.5-200m-pytorch": _LARGE, "google/timesfm-2.5-200m-transformers": _LARGE}
+
+
+class ResidualBlock(nn.Module):
+    """`out(silu(hidden(x))) + residual(x)` over the last axis."""
+
+    inputs: int
+    hidden: int
+    outputs: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.silu(Linear((self.inputs,), (self.hidden,), self.use_bias, name="hidden")(x))
+        y = Linear((self.hidden,), (self.outputs,), self.use_bias, name="out")(y)
+        return y + Linear((self.inputs,), (self.outputs,), self.use_bias, name="residual")(x)
+
+
+class Attention(nn.Module):
+    """Self-attention [B, N, D] -> [B, N, D]: rotary positions, then norms of queries and keys, then a scale of the
+    queries per dimension. Returns the output, the cache with the new keys and values, and the steps between."""
+
+    cfg: TimesFM2p5Config
+    n_heads: int
+
+    @nn.compact
+    def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
+        cfg, heads = self.cfg, (self.n_heads, self.cfg.head_dim)
+        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
+        q_BHNK, k_BHSK, v_BHSK = (
+            jnp.swapaxes(Linear((cfg.d_model,), heads, use_bias=False, name=n)(x_BND), 1, 2) for n in "qkv"
+        )
+        q_BHNK = RMSNorm(cfg.norm_eps, name="q_norm")(rotary(q_BHNK, positions_BN[:, None]))
+        k_BHSK = RMSNorm(cfg.norm_eps, name="k_norm")(rotary(k_BHSK, positions_BN[:, None]))
+        taps = {"q_norm": jnp.swapaxes(q_BHNK, 1, 2), "k_norm": jnp.swapaxes(k_BHSK, 1, 2)}
+        scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (cfg.head_dim,)))
+        scaling_K = (scaling_K * (LOG2_E * cfg.head_dim**-0.5)).astype(q_BHNK.dtype)
+        q_BHNK = q_BHNK * scaling_K[None, None, None]
+        taps["q_scaled"] = jnp.swapaxes(q_BHNK, 1, 2)
+        if cache is not None:
+            k_BHSK, v_BHSK = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
+                for old, new in zip(cache, (k_BHSK, v_BHSK), strict=True)
+            )
+        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK).astype(jnp.float32)
+        w_BHNS = jax.nn.softmax(jnp.where(seen_BHNS, s_BHNS, UNSEEN)).astype(v_BHSK.dtype)
+        y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
+        out = Linear(heads, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
+        return out, (k_BHSK, v_BHSK), taps | {"weights": w_BHNS}
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two norms of its own and added to its input."""
+
+    cfg: TimesFM2p5Config
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
+        cfg, taps = self.cfg, {}
+        norm = lambda name, y_BND: taps.setdefault(name, RMSNorm(cfg.norm_eps, name=name)(y_BND))  # noqa: E731
+        attention = Attention(cfg, cfg.n_heads[self.layer], name="attn")
+        y_BND, cache, inner = attention(norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start)
+        taps |= {"attn": y_BND} | {f"attn/{name}": value for name, value in inner.items()}
+        x_BND = x_BND + norm("post_attn_norm", y_BND)
+        ffn_dim = cfg.ffn_dims[self.layer]
+        y_BNF = nn.silu(Linear((cfg.d_model,), (ffn_dim,), False, name="up")(norm("pre_ffn_norm", x_BND)))
+        y_BND = Linear((ffn_dim,), (cfg.d_model,), False, name="down")(y_BNF)
+        return x_BND + norm("post_ffn_norm", y_BND), cache, taps
+
+
+class TimesFM2p5Net(nn.Module):
+    """Scaled patches [B, N, P] and which points are padding [B, N, P] -> scaled outputs [B, N, O, 1 + Q] and spreads
+    [B, N, spread_len, 1 + Q] (of the last patch alone: N is 1), the caches of all layers, the named steps between.
+
+    padded_B: how many patches in front are padding. caches: of the `start` patches that came before.
+    """
+
+    cfg: TimesFM2p5Config
+
+    @nn.compact
+    def __call__(self, z_BNP, padding_BNP, padded_B, caches: list[Cache] | None = None, start=0, last: bool = False):
+        cfg, taps, kept = self.cfg, {}, []
+        n = z_BNP.shape[1]
+        s = caches[0][0].shape[2] if caches else n
+        embed = ResidualBlock(2 * cfg.patch_len, cfg.embed_dim, cfg.d_model, True, name="embed")
+        x_BND = taps["embed"] = embed(jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1))
+        place_N = start + jnp.arange(n)
+        seen_BHNS = (jnp.arange(s)[None] <= place_N[:, None])[None, None]
+        seen_BHNS = seen_BHNS & (jnp.arange(s)[None] >= padded_B[:, None])[:, None, None]
+        positions_BN = place_N[None] - padded_B[:, None]
+        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+            block = Block(cfg, i, name=f"layer_{i}")
+            x_BND, cache, inner = block(x_BND, positions_BN, seen_BHNS, caches[i] if caches else None, start)
+            kept.append(cache)
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+        x_BND = x_BND[:, -1:] if last else x_BND
+        columns = 1 + len(cfg.quantiles)
+        head = ResidualBlock(cfg.d_model, cfg.point_dim, cfg.output_len * columns, False, name="head")
+        spread = ResidualBlock(cfg.d_model, cfg.spread_dim, cfg.spread_len * columns, False, name="spread_head")
+        y_BN_, w_BN_ = taps["head"], taps["spread_head"] = head(x_BND), spread(x_BND)
+        y_BNOQ = y_BN_.reshape(*y_BN_.shape[:2], cfg.output_len, columns)
+        return y_BNOQ, w_BN_.reshape(*w_BN_.shape[:2], cfg.spread_len, columns), kept, taps
+
+
+def running_stats(x_BNP: jax.Array, padding_BNP: jax.Array, before: Stats | None = None) -> Stats:
+    """Statistics [B, N] of all values up to the end of each patch, padding left out, on top of those `before` [B]."""
+    observed_BNP = 1.0 - padding_BNP
+    n_BN = observed_BNP.sum(-1)
+    mean_BN = (x_BNP * observed_BNP).sum(-1) / jnp.maximum(n_BN, 1.0)
+    squares_BN = (jnp.square(x_BNP - mean_BN[..., None]) * observed_BNP).sum(-1)
+    found = jax.lax.associative_scan(_merged, (n_BN, mean_BN, squares_BN), axis=1)
+    if before is None:
+        return found
+    n_B, mean_B, squares_B = before
+    return _merged((n_B[:, None], mean_B[:, None], squares_B[:, None]), found)
+
+
+def _merged(a: Stats, b: Stats) -> Stats:
+    """Statistics of two sets of values together (Chan et al.)."""
+    n = a[0] + b[0]
+    share = b[0] / jnp.maximum(n, 1.0)
+    apart = b[1] - a[1]
+    return n, a[1] + apart * share, a[2] + b[2] + jnp.square(apart) * a[0] * share
+
+
+def mean_and_deviation(stats: Stats) -> tuple[jax.Array, jax.Array]:
+    """As they scale a patch; never differentiated."""
+    n, mean, squares = stats
+    return jax.lax.stop_gradient((mean, jnp.sqrt(squares / jnp.maximum(n, 1.0))))
+
+
+def series_scale(x_BT: jax.Array, begun_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation [B, 1] of each series, of n values with n - 1 in the place of n; 1 where it is tiny."""
+    n_B1 = jnp.maximum(begun_BT.sum(1, keepdims=True), 1)
+    mean_B1 = x_BT.sum(1, keepdims=True) / n_B1
+    squares_B1 = jnp.where(begun_BT, jnp.square(x_BT - mean_B1), 0.0).sum(1, keepdims=True)
+    std_B1 = jnp.sqrt(squares_B1 / jnp.maximum(n_B1 - 1, 1))
+    return mean_B1, jnp.where(std_B1 < MIN_SCALE, 1.0, std_B1)
+
+
+def flipped(y: jax.Array) -> jax.Array:
+    """What a forecast of -x says of x, but for its sign: the mean in its place, the quantiles in reverse."""
+    return jnp.concatenate([y[..., :1], y[..., :0:-1]], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimesFM2p5(Model):
+    """TimesFM 2.5 at one size. See the module docstring; `Model` documents the methods."""
+
+    config: TimesFM2p5Config
+
+    family = "timesfm_2p5"
+    head = r"^(head|spread_head)/"
+    tasks = ("forecasting",)
+    licence = "Apache-2.0 (google/timesfm-2.5-200m-pytorch)"
+    shard_rules = (
+        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
+        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
+        (r"/up/kernel$", ("fsdp", "tensor")),
+        (r"/down/kernel$", ("tensor", "fsdp")),
+        (r"^(embed|head|spread_head)/hidden/kernel$", ("fsdp", "tensor")),
+        (r"^embed/hidden/bias$", ("tensor",)),
+        (r"^(embed|head|spread_head)/out/kernel$", ("tensor", "fsdp")),
+        (r"^(embed|head|spread_head)/residual/kernel$", (None, "fsdp")),
+        (r"/(scaling|scale|bias)$", ()),
+    )
+    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/(up|down)$", "ffn units"))
+
+    @classmethod
+    def presets(cls) -> Mapping[str, TimesFM2p5Config]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimesFM2p5Config:
+        return config_from_json(TimesFM2p5Config, fields)
+
+    @classmethod
+    def small(cls) -> TimesFM2p5Config:
+        return TimesFM2p5Config.of(8, 16, 32, 16, 24, 2, 2, 8, context_len=32)
+
+    @property
+    def context_len(self) -> int:
+        return self.config.context_len
+
+    @property
+    def horizon(self) -> int:
+        return self.config.output_len
+
+    @property
+    def eval_batch(self) -> int:
+        return max(1, 8192 * self.config.patch_len // self.config.context_len)
+
+    def init(self, key: jax.Array) -> Tree:
+        """Torch's defaults for linear layers; the norms' scales 0, so that every block is the identity at first."""
+        cfg = self.config
+        patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
+        none = jax.ShapeDtypeStruct((1,), jnp.int32)
+        shapes = jax.eval_shape(TimesFM2p5Net(cfg).init, key, patches, patches, none)["params"]
+        flat = flatten(shapes)
+
+        def rule(path, shape):
+            layer = path.rsplit("/", 1)[0]
+            kernel = flat.get(f"{layer}/kernel")
+            if kernel is None:
+                return Constant(0.0)
+            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
+            return Uniform(math.prod(inputs) ** -0.5)
+
+        return draw(key, shapes, rule)
+
+    def recipe(self) -> Recipe:
+        source = "google-research/timesfm timesfm-forecasting/examples/finetuning/finetune_lora.py (there with LoRA)"
+        return Recipe(1e-4, 32, 10, "cosine", self.context_len, self.horizon, "own", source, 0.01, 1.0)
+
+    # --- the network, and around its running scale, in rows [B, T]
+
+    def network(self, params: Tree, z_BNP, padding_BNP, caches=None, start=0, padded_B=None, last=False):
+        """`TimesFM2p5Net` with these parameters. A patch counts as padding where its last point is."""
+        padding_BNP = padding_BNP.astype(jnp.float32)
+        padded_B = (padding_BNP[..., -1] > 0).sum(1) if padded_B is None else padded_B
+        net: Any = TimesFM2p5Net(self.config)  # Flax types what apply returns too widely
+        return net.apply({"params": params}, z_BNP, padding_BNP, padded_B, caches, start, last)
+
+    def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, last: bool = False):
+        """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N, spread_len, 1 + Q] after
+        each of the N = T / P patches, and the named steps. padding: 1 where x is no value, in front only.
+
+        Raises: ValueError for T that is not whole patches.
+        """
+        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, padding_BT, last)
+        return y_BNOQ, w_BNSQ, taps
+
+    def _prefill(self, params: Tree, x_BT, padding_BT, last: bool):
+        p, (b, t) = self.config.patch_len, x_BT.shape
+        if t % p or not t:
+            raise ValueError(f"TimesFM takes whole patches of {p} time steps, got {t} steps")
+        padding_BT = jnp.zeros((b, t)) if padding_BT is None else padding_BT
+        padding_BNP = padding_BT.astype(jnp.float32).reshape(b, -1, p)
+        x_BNP = jnp.where(padding_BNP == 1, 0.0, x_BT.astype(jnp.float32).reshape(b, -1, p))
+        stats = running_stats(x_BNP, padding_BNP)
+        mean_BN, std_BN = mean_and_deviation(stats)
+        z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN)
+        y_BNOQ, w_BNSQ, caches, taps = self.network(params, z_BNP, padding_BNP, last=last)
+        taps |= {"mean": mean_BN, "std": std_BN}
+        keep = slice(-1, None) if last else slice(None)
+        scale, shift = std_BN[:, keep, None, None], mean_BN[:, keep, None, None]
+        padded_B = (padding_BNP[..., -1] > 0).sum(1)
+        return y_BNOQ * scale + shift, w_BNSQ * scale + shift, caches, stats, padded_B, taps
+
+    def _scaled(self, x_BNP, padding_BNP, mean_BN, std_BN):
+        std_BN = jnp.where(std_BN < MIN_SCALE, 1.0, std_BN)
+        return jnp.where(padding_BNP == 1, 0.0, (x_BNP - mean_BN[..., None]) / std_BN[..., None])
+
+    def decode(self, params: Tree, x_BT: jax.Array, padding_BT: jax.Array, horizon: int, last: bool = False):
+        """The original's roll-out: the point column goes back in as O / P patches, and the last of them speaks.
+
+        Keys and values are kept, and so is the scale, which runs on. last: of the context, say only what follows.
+        Returns: outputs of the context [B, N, O, 1 + Q], spread after it [B, spread_len, 1 + Q], the further outputs
+        [B, steps, O, 1 + Q] (steps may be 0), and the named steps of the pass over the context.
+        """
+        cfg = self.config
+        y_BNOQ, w_BNSQ, caches, stats, padded_B, taps = self._prefill(params, x_BT, padding_BT, last)
+        b, n, m, steps = x_BT.shape[0], x_BT.shape[1] // cfg.patch_len, cfg.output_len // cfg.patch_len, 0
+        steps = (horizon - 1) // cfg.output_len
+        if not steps:
+            return y_BNOQ, w_BNSQ[:, -1], jnp.zeros((b, 0, *y_BNOQ.shape[2:])), taps
+        room = ((0, 0), (0, 0), (0, steps * m), (0, 0))
+        caches = [tuple(jnp.pad(y_BHSK, room) for y_BHSK in cache) for cache in caches]
+
+        def again(carry, _):
+            caches, before, points_BO, start = carry
+            x_BNP = points_BO.reshape(b, m, cfg.patch_len)
+            padding_BNP = jnp.zeros_like(x_BNP)
+            stats = running_stats(x_BNP, padding_BNP, before)
+            mean_BN, std_BN = mean_and_deviation(stats)
+            z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN)
+            y_BNOQ, _, caches, _ = self.network(params, z_BNP, padding_BNP, caches, start, padded_B, last=True)
+            y_BOQ = y_BNOQ[:, 0] * std_BN[:, -1, None, None] + mean_BN[:, -1, None, None]
+            return (caches, tuple(y[:, -1] for y in stats), y_BOQ[..., cfg.point_column], start + m), y_BOQ
+
+        first = (caches, tuple(y[:, -1] for y in stats), y_BNOQ[:, -1, :, cfg.point_column], jnp.asarray(n))
+        _, y_SBOQ = jax.lax.scan(again, first, length=steps)
+        return y_BNOQ, w_BNSQ[:, -1], jnp.moveaxis(y_SBOQ, 0, 1), taps
+
+    # --- series [B, C, T]
+
+    def forecast(self, params: Tree, context: jax.Array, horizon: int, backcast: bool = False) -> jax.Array:
+        """Mean and quantiles [B, C, horizon, 1 + Q] after `context` [B, C, T], by the options of the config.
+
+        backcast: put before it what the patches but the last say of the patch after them: [B, C, T' - P + horizon,
+        1 + Q], where T' is the context cut or padded in front to whole patches; 0 for padding.
+        """
+        cfg, (b, c, _) = self.config, jnp.shape(context)
+        x_BT, begun_BT = self._newest(context)
+        front = ((0, 0), (-x_BT.shape[1] % cfg.patch_len, 0))
+        x_BT, begun_BT = jnp.pad(x_BT, front), jnp.pad(begun_BT, front)
+        positive_B = (x_BT >= 0).all(1)
+        mean_B1, std_B1 = jnp.zeros((b * c, 1)), jnp.ones((b * c, 1))
+        if cfg.normalize_inputs:
+            mean_B1, std_B1 = series_scale(x_BT, begun_BT)
+            x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
+        padding_BT = 1.0 - begun_BT
+        if cfg.force_flip_invariance:
+            x_BT, padding_BT = jnp.concatenate([x_BT, -x_BT]), jnp.concatenate([padding_BT, padding_BT])
+        y_BNOQ, w_BSQ, more_BNOQ, _ = self.decode(params, x_BT, padding_BT, horizon, last=not backcast)
+        y_BHQ = jnp.concatenate([y_BNOQ[:, -1], more_BNOQ.reshape(len(x_BT), -1, y_BNOQ.shape[-1])], axis=1)
+        back_BTQ = y_BNOQ[:, :-1, : cfg.patch_len].reshape(len(x_BT), -1, y_BHQ.shape[-1])
+        if cfg.force_flip_invariance:
+            y_BHQ, back_BTQ, w_BSQ = ((y[: b * c] - flipped(y[b * c :])) / 2 for y in (y_BHQ, back_BTQ, w_BSQ))
+        y_BHQ = y_BHQ[:, :horizon]
+        if cfg.use_continuous_quantile_head:
+            y_BHQ = self._spread(y_BHQ, w_BSQ)
+        y_BHQ = jnp.concatenate([back_BTQ, y_BHQ], axis=1) if backcast else y_BHQ
+        if cfg.fix_quantile_crossing:
+            y_BHQ = self._uncrossed(y_BHQ)
+        y_BHQ = y_BHQ * std_B1[..., None] + mean_B1[..., None]
+        if cfg.infer_is_positive:
+            y_BHQ = jnp.where(positive_B[:, None, None], jnp.maximum(y_BHQ, 0.0), y_BHQ)
+        return y_BHQ.reshape(b, c, *y_BHQ.shape[1:])
+
+    def _newest(self, context):
+        """The rows [B * C, T] that the network reads, gaps filled, and where each has begun."""
+        x_BT, begun_BT = interpolate_missing(jnp.asarray(context, jnp.float32).reshape(-1, context.shape[-1]))
+        limit = math.ceil(self.config.max_context / self.config.patch_len) * self.config.patch_len
+        return x_BT[:, -limit:], begun_BT[:, -limit:]
+
+    def _spread(self, y_BHQ, w_BSQ):
+        """Quantiles as far from the point column as the quantile head says, for as many steps as it knows."""
+        s, k = min(y_BHQ.shape[1], self.config.spread_len), self.config.point_column
+        near_BSQ = w_BSQ[:, :s] - w_BSQ[:, :s, k : k + 1] + y_BHQ[:, :s, k : k + 1]
+        column_Q = jnp.arange(y_BHQ.shape[-1])
+        near_BSQ = jnp.where(((column_Q == 0) | (column_Q == k))[None, None], y_BHQ[:, :s], near_BSQ)
+        return jnp.concatenate([near_BSQ, y_BHQ[:, s:]], axis=1)
+
+    def _uncrossed(self, y_BHQ):
+        """Quantiles in order, from the point column outwards: none below it is above its neighbour, and so on."""
+        k, axis = self.config.point_column, y_BHQ.ndim - 1
+        below = jax.lax.cummin(y_BHQ[..., 1 : k + 1], axis=axis, reverse=True)
+        above = jax.lax.cummax(y_BHQ[..., max(k, 1) :], axis=axis)[..., bool(k) :]
+        return jnp.concatenate([y_BHQ[..., :1], below, above], axis=-1)
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """Rolled out O steps at a time, with keys and values kept. The newest `max_context` steps are read.
+
+        Missing values lie on the line between their neighbours, before the first value they are padding, after the
+        last they repeat it. Beyond `spread_len` steps the quantiles are those of the first head.
+        """
+        check_context(context, horizon)
+        full_BCHQ = self.forecast(params, context, horizon)
+        return Forecast(full_BCHQ[..., self.config.point_column], full_BCHQ[..., 1:], levels=self.config.quantiles)
+
+    def _for_training(self, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Forecast of the target [B, C, H, 1 + Q], the target with 0 for NaN, and what of it is observed."""
+        target = batch["target"]
+        if target.shape[-1] > self.config.output_len:
+            raise ValueError(
+                f"the loss reaches one output ({self.config.output_len} steps), not {target.shape[-1]} steps"
+            )
+        raw = TimesFM2p5(dataclasses.replace(self.config, fix_quantile_crossing=False, infer_is_positive=False))
+        observed = ~jnp.isnan(target)
+        full_BCHQ = raw.forecast(params, batch["context"], target.shape[-1])
+        return full_BCHQ, jnp.where(observed, target, 0.0), observed
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False, *, aligned: bool = True) -> jax.Array:
+        """The fine-tuning loss of the port in the transformers library: MSE of the point column plus the mean over the
+        quantiles of the pinball loss, target and forecast scaled by mean and deviation of the whole context. At most O
+        steps of target.
+
+        aligned=False: as the port has it, which leaves the point column out and takes the mean and the quantiles that
+        are left, in order, for the quantiles.
+        """
+        y_BCHQ, target_BCH, observed_BCH = self._for_training(params, batch)
+        k, q_Q = self.config.point_column, jnp.asarray(self.config.quantiles)[None, None, None]
+        mean_B1, std_B1 = (y.reshape(*target_BCH.shape[:2], 1) for y in series_scale(*self._newest(batch["context"])))
+        target_BCH = (target_BCH - mean_B1) / std_B1
+        y_BCHQ = (y_BCHQ - mean_B1[..., None]) / std_B1[..., None]
+        columns = y_BCHQ[..., 1:] if aligned else jnp.concatenate([y_BCHQ[..., :k], y_BCHQ[..., k + 1 :]], axis=-1)
+        off_BCHQ = target_BCH[..., None] - columns
+        error_BCH = jnp.square(y_BCHQ[..., k] - target_BCH)
+        error_BCH = error_BCH + jnp.maximum(q_Q * off_BCHQ, (q_Q - 1) * off_BCHQ).mean(-1)
+        return mean_observed(error_BCH, observed_BCH, batch)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the point column. At most O steps of target."""
+        y_BCHQ, target_BCH, observed_BCH = self._for_training(params, batch)
+        return mean_observed(jnp.square(y_BCHQ[..., self.config.point_column] - target_BCH), observed_BCH, batch)
