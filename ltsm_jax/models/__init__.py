@@ -1,5 +1,9 @@
 """Model families. A family is one file here, one line in this table, and one converter."""
 
+import difflib
+from collections.abc import Iterable
+
+from ltsm_jax.models.chronos_2 import Chronos2
 from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.chronos_t5 import ChronosT5
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -24,6 +28,7 @@ FAMILIES: dict[str, type[Model]] = {
         TimesFM2p5,
         ChronosBolt,
         ChronosT5,
+        Chronos2,
         Moirai,
         Moirai2,
         MoiraiMoe,
@@ -40,8 +45,25 @@ def preset(name: str) -> Model:
     """
     known = {p: family for family in FAMILIES.values() for p in family.presets()}
     if name not in known:
-        raise ValueError(f"no preset is called {name!r}; known: {', '.join(known)}")
+        near = near_presets(name)
+        guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"no preset is called {name!r}; {guess}known: {', '.join(known)}")
     return known[name](known[name].presets()[name])
 
 
-__all__ = ["FAMILIES", "Batch", "Forecast", "Model", "Recipe", "preset"]
+def near_presets(name: str, more: Iterable[str] = ()) -> list[str]:
+    """Names of presets, and of `more`, that may have been meant by `name`: at most three, best first, case aside; the
+    owner may be missing or another."""
+    whole: dict[str, str] = {}
+    for known in (*more, *(p for family in FAMILIES.values() for p in family.presets())):
+        whole |= {known.lower(): known}
+        whole.setdefault(known.rpartition("/")[2].lower(), known)
+    wanted = name.lower()
+    close = [
+        *difflib.get_close_matches(wanted, whole, 3, 0.75),
+        *difflib.get_close_matches(wanted.rpartition("/")[2], whole, 3, 0.75),
+    ]
+    return list(dict.fromkeys(whole[key] for key in close))[:3]
+
+
+__all__ = ["FAMILIES", "Batch", "Forecast", "Model", "Recipe", "near_presets", "preset"]
