@@ -189,6 +189,8 @@ class Attention(nn.Module):
         split = lambda y, name: jnp.swapaxes(  # noqa: E731
             Linear((cfg.d_model,), heads, use_bias=False, name=name)(y), 1, 2
         )
+        if x_BND is None:  # nobody asks yet
+            return None, (split(source_BSD, "k"), split(source_BSD, "v"))
         shape = x_BND.shape
         if source_BSD is None:
             k_BHSK, v_BHSK = kv
@@ -217,6 +219,10 @@ class Block(nn.Module):
     def __call__(self, x_BND, bias, memory_BMD, memory_bias, train: bool, cache: Any, start: Any):
         cfg, taps, new = self.cfg, {}, {}
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
+        if x_BND is None:
+            cross = Attention(cfg, cfg.cross_heads[self.layer], name="cross")
+            _, (new["cross_k"], new["cross_v"]) = cross(None, memory_BMD, None, train)
+            return None, taps, new
         kept: Any = cache or {}
         kv = (kept["k"], kept["v"]) if kept else None
         h_BND = taps["norm1"] = RMSNorm(cfg.eps, name="norm1")(x_BND)
@@ -242,7 +248,8 @@ class Stack(nn.Module):
     """A T5 encoder, or decoder where the config has `cross_heads`: [B, N, D] -> [B, N, D].
 
     Args:
-      x: [B, N, D], the embedded tokens.
+      x: [B, N, D], the embedded tokens; None, for a decoder: only the memory's keys and values are made, to be put
+        into the cache of another call.
       mask: [B, N], 0 where a token is hidden from all others (padding). Not with a cache.
       memory: [B', M, D], the encoder's output, for a decoder; B a multiple of B' (several rows may share a memory).
       memory_mask: [B', M].
@@ -265,6 +272,11 @@ class Stack(nn.Module):
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
         if cfg.is_decoder and memory is None and (cache is None or "cross_k" not in cache["layer_0"]):
             raise ValueError("a decoder needs the encoder's output: as `memory`, or from earlier in the cache")
+        if x is None:
+            for i in range(len(cfg.ffn_dims)):
+                block = Block(cfg, i, name=f"layer_{i}")
+                *_, new[f"layer_{i}"] = block(None, None, memory, None, train, None, None)
+            return None, taps, new
         table = self.param("relative_bias", nn.initializers.zeros, (cfg.n_buckets, cfg.bias_heads)).astype(jnp.float32)
         n = x.shape[1]
         s = n if cache is None else cache["layer_0"]["k"].shape[2]

@@ -267,10 +267,22 @@ def pick(y: jax.Array, u: jax.Array) -> jax.Array:
     """Token ids [...] drawn from scores [..., V] with uniform numbers u [...] in [0, 1): where the cumulative sum of
     the probabilities passes u. One random number a token; a Gumbel draw would take V of them."""
     p = jnp.exp(y - y.max(-1, keepdims=True))
-    total = jnp.cumsum(p, axis=-1)
-    # a sum made in parallel need not grow monotonically to the last bit: only what has a probability can be drawn
+    total = cumulative(p)
+    # a sum made in parts need not grow monotonically to the last bit: only what has a probability can be drawn
     at = u[..., None] * jnp.where(p > 0, total, 0.0).max(-1, keepdims=True)
     return jnp.argmax((p > 0) & (total > at), axis=-1)
+
+
+def cumulative(p: jax.Array) -> jax.Array:
+    """Cumulative sum along the last axis of p [..., V], as products with two small triangular matrices: inside blocks
+    of about the root of V, and of the blocks before. `jnp.cumsum` takes longer, to compile too."""
+    v = p.shape[-1]
+    size = math.isqrt(v - 1) + 1
+    blocks = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -v % size)]).reshape(*p.shape[:-1], -1, size)
+    add = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    inside = add(blocks, jnp.tri(size, dtype=p.dtype).T)
+    before = add(inside[..., -1], jnp.tri(blocks.shape[-2], k=-1, dtype=p.dtype).T)
+    return (inside + before[..., None]).reshape(*p.shape[:-1], -1)[..., :v]
 
 
 def pick_gumbel(y: jax.Array, noise: jax.Array) -> jax.Array:
@@ -288,30 +300,33 @@ class ChronosT5Net(nn.Module):
     """Context tokens and the tokens so far -> logits of the next ones.
 
     Args:
-      ids, observed: [R, S], the context's tokens and where they are no padding. ids None: `memory` or `cache` has it.
+      ids, observed: [R, S], the context's tokens and where they are no padding. ids None: the cache has it.
       so_far: [R', N], the tokens before those to be predicted, first the start token; R' = R, or a multiple of R in
-        which several paths of one series follow each other. None: only the encoder runs.
-      memory, cache, start: see `t5.Stack`.
+        which several paths of one series follow each other. None: only the context is read, into a cache.
+      cache, start: see `t5.Stack`.
     Returns: (logits [R', N, V] or None, the named steps, the decoder's cache). "memory" is the encoder's output.
     """
 
     cfg: ChronosT5Config
 
     @nn.compact
-    def __call__(
-        self, ids, observed, so_far, train: bool = False, *, memory=None, cache: Any = None, start: Any = None
-    ):
-        cfg, taps = self.cfg, {}
+    def __call__(self, ids, observed, so_far, train: bool = False, *, cache: Any = None, start: Any = None):
+        cfg, taps, memory = self.cfg, {}, None
         shared_VD = self.param("shared", nn.initializers.zeros, (cfg.vocab_size, cfg.d_model))
         if ids is not None:
             memory, inner, _ = t5.Stack(cfg.encoder, name="encoder")(shared_VD[ids], observed, train=train)
             taps = {"memory": memory} | {f"encoder/{name}": tap for name, tap in inner.items()}
-        if so_far is None:
-            return None, taps, None
         y_RND, inner, cache = t5.Stack(cfg.decoder, name="decoder")(
-            shared_VD[so_far], memory=memory, memory_mask=observed, train=train, cache=cache, start=start
+            None if so_far is None else shared_VD[so_far],
+            memory=memory,
+            memory_mask=observed,
+            train=train,
+            cache=cache,
+            start=start,
         )
-        logits_RNV = y_RND * cfg.d_model**-0.5 @ shared_VD.T.astype(y_RND.dtype)
+        if y_RND is None:
+            return None, taps, cache
+        logits_RNV = (y_RND * cfg.d_model**-0.5) @ shared_VD.T.astype(y_RND.dtype)
         return logits_RNV, taps | {f"decoder/{name}": tap for name, tap in inner.items()}, cache
 
 
@@ -478,7 +493,8 @@ class ChronosT5(Model):
         width = min(cfg.context_len, x_RT.shape[1] + (blocks - 1) * cfg.horizon)
         x_RW = jnp.pad(x_RT, ((0, 0), (max(width - x_RT.shape[1], 0), 0)), constant_values=jnp.nan)[:, -width:]
         if gumbel is None:
-            draws = jax.vmap(lambda k: jax.random.uniform(k, (blocks * length, paths)), out_axes=1)(keys)
+            draws = jax.vmap(lambda k: jax.random.uniform(k, (blocks * length * paths,)))(keys)
+            draws = jnp.swapaxes(draws.reshape(r, -1, paths), 0, 1)
         else:
             missing = max(blocks * length - gumbel.shape[0], 0)
             draws = jnp.pad(jnp.asarray(gumbel), ((0, missing), (0, 0), (0, 0)))[: blocks * length]
@@ -503,27 +519,21 @@ class ChronosT5(Model):
         cfg, (length, r, paths) = self.config, draws.shape[:3]
         scale_R = scale_of(x_RW)
         ids_RS, observed_RS = tokenize(cfg, x_RW, scale_R)
-        _, taps, _ = self._net(params, ids_RS, observed_RS, None)
-        # all paths begin alike: the first step is taken once for each series, and the context's keys and values with it
-        start_R1 = jnp.full((r, 1), cfg.start, ids_RS.dtype)
-        empty = t5.empty_cache(cfg.decoder, r, length)
-        logits, _, cache = self._net(params, None, observed_RS, start_R1, memory=taps["memory"], cache=empty, start=0)
-        first_RN = choose(jnp.broadcast_to(scores(cfg, logits), (r, paths, cfg.vocab_size)), draws[0])
-        ids_RNH = jnp.zeros((r, paths, length), ids_RS.dtype).at[..., 0].set(first_RN.astype(ids_RS.dtype))
-        own = {layer: {x: jnp.repeat(kv[x], paths, axis=0) for x in "kv"} for layer, kv in cache.items()}
+        _, _, context = self._net(params, ids_RS, observed_RS, None)  # once for all paths of a series
+        ids_RNS = jnp.full((r, paths, length + 1), cfg.start, ids_RS.dtype)
 
         def step(i, carry):
-            ids_RNH, own = carry
-            last = jax.lax.dynamic_slice_in_dim(ids_RNH, i - 1, 1, axis=2).reshape(r * paths, 1)
-            both = {layer: dict(cache[layer]) | own[layer] for layer in own}
-            logits, _, new = self._net(params, None, observed_RS, last, cache=both, start=i)
-            new = {layer: {x: kv[x] for x in "kv"} for layer, kv in new.items()}
-            noise = jax.lax.dynamic_index_in_dim(draws, i, keepdims=False)
-            next_RN = choose(scores(cfg, logits.reshape(r, paths, -1)), noise).astype(ids_RNH.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(ids_RNH, next_RN[..., None], i, axis=2), new
+            ids_RNS, own = carry
+            last = jax.lax.dynamic_slice_in_dim(ids_RNS, i, 1, axis=2).reshape(r * paths, 1)
+            cache = {layer: context[layer] | own[layer] for layer in own}
+            logits, _, cache = self._net(params, None, observed_RS, last, cache=cache, start=i)
+            y_RNV = scores(cfg, logits.reshape(r, paths, -1))
+            next_RN1 = choose(y_RNV, jax.lax.dynamic_index_in_dim(draws, i, keepdims=False))[..., None]
+            ids_RNS = jax.lax.dynamic_update_slice_in_dim(ids_RNS, next_RN1.astype(ids_RNS.dtype), i + 1, axis=2)
+            return ids_RNS, {layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()}
 
-        ids_RNH, _ = jax.lax.fori_loop(1, steps, step, (ids_RNH, own))
-        return jnp.asarray(token_values(cfg))[ids_RNH] * scale_R[:, None, None]
+        ids_RNS, _ = jax.lax.fori_loop(0, steps, step, (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length)))
+        return jnp.asarray(token_values(cfg))[ids_RNS[..., 1:]] * scale_R[:, None, None]
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
         """The encoder's output [B, C, S, D] for `context` [B, C, T]: a vector for each of the newest `context_len`

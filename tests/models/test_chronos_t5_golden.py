@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,24 +185,22 @@ def test_golden_logits_token_by_token(recorded):
     x = jnp.asarray(io["generate/in/context"])
     tokens = chronos_t5.tokenize(cfg, x, chronos_t5.scale_of(x))
     rows, n = so_far.shape
-    net = ChronosT5Net(cfg)
+    net: Any = ChronosT5Net(cfg)
     assert (np.asarray(so_far[:, 0]) == cfg.start).all()
 
     @jax.jit
     def both(params):
-        at_once, taps, _ = net.apply({"params": params}, *tokens, so_far)
-        memory = jnp.repeat(taps["memory"], rows // len(x), axis=0)
-        mask = jnp.repeat(tokens[1], rows // len(x), axis=0)
-        cache = t5.empty_cache(cfg.decoder, rows, n)
-        first, _, cache = net.apply({"params": params}, None, mask, so_far[:, :1], memory=memory, cache=cache, start=0)
+        at_once, *_ = net.apply({"params": params}, *tokens, so_far)
+        *_, context = net.apply({"params": params}, *tokens, None)
 
-        def step(cache, i):
+        def step(own, i):
             token = jax.lax.dynamic_slice_in_dim(so_far, i, 1, axis=1)
-            logits, _, cache = net.apply({"params": params}, None, mask, token, cache=cache, start=i)
-            return cache, logits[:, 0]
+            cache = {layer: context[layer] | own[layer] for layer in own}
+            logits, _, cache = net.apply({"params": params}, None, tokens[1], token, cache=cache, start=i)
+            return {layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()}, logits[:, 0]
 
-        _, rest = jax.lax.scan(step, cache, jnp.arange(1, n))
-        return at_once, jnp.concatenate([first, jnp.swapaxes(rest, 0, 1)], axis=1)
+        _, one_by_one = jax.lax.scan(step, t5.empty_cache(cfg.decoder, rows, n), jnp.arange(n))
+        return at_once, jnp.swapaxes(one_by_one, 0, 1)
 
     for logits in both(params):
         close(logits, want, **LOGITS)
