@@ -196,7 +196,7 @@ def start_params(strategy: Strategy, model: Any, params: Params, aux_key: jax.Ar
         case Random():
             mixed = aux
         case Interpolated(alpha):
-            mixed = trees.interpolate(params, aux, alpha)
+            mixed = trees.interpolate(params, aux, alpha, skip=model.fixed)
         case NoiseInterpolated(alpha):
             # fold_in: the noise must not be the bits that drew `aux`.
             noisy = equal_norm_noise(jax.random.fold_in(aux_key, 1), aux)

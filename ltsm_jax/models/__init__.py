@@ -10,6 +10,7 @@ from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.moirai import Moirai
 from ltsm_jax.models.moirai_2 import Moirai2
 from ltsm_jax.models.moirai_moe import MoiraiMoe
+from ltsm_jax.models.moment import Moment
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
@@ -33,6 +34,7 @@ FAMILIES: dict[str, type[Model]] = {
         Moirai2,
         MoiraiMoe,
         TimeMoe,
+        Moment,
         TimerXL,
     )
 }
