@@ -172,41 +172,71 @@ def hidden(mask: jax.Array) -> jax.Array:
     return jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min)
 
 
+class Kernel(nn.Module):
+    """The kernel of a `Linear` of this name, for a product that the layer itself can't do."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, dtype):
+        return self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs)).astype(dtype)
+
+
+def watched() -> bool:
+    """Whether somebody intercepts the calls of layers (masks, statistics), so that every linear must be called."""
+    return bool(getattr(nn.module, "_global_interceptor_stack", True))  # True: a Flax that doesn't tell
+
+
 class Attention(nn.Module):
     """Attention of x [B, N, D] to a source [B, S, D]: [B, N, D], and the keys and values [B, H, S, K].
 
     bias: added to the scores, broadcasts to [B, H, N, S]. source None: keys and values are `kv` alone; with both, the
     new ones are written into `kv` at `start`. Rows of x may be a multiple of the source's: row r looks at the source's
-    row r // multiple.
+    row r // multiple. keep: keys and values are wanted; they need not come back otherwise.
     """
 
     cfg: StackConfig
     n_heads: int
 
     @nn.compact
-    def __call__(self, x_BND, source_BSD, bias, train: bool, kv: Any = None, start: Any = 0):
+    def __call__(
+        self, x_BND, source_BSD: Any, bias, train: bool, kv: Any = None, start: Any = 0, keep: bool = False
+    ) -> tuple[Any, Any]:
         cfg, heads = self.cfg, (self.n_heads, self.cfg.head_dim)
         split = lambda y, name: jnp.swapaxes(  # noqa: E731
             Linear((cfg.d_model,), heads, use_bias=False, name=name)(y), 1, 2
         )
+
+        def weights(s_BHNS):
+            w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32) + bias)
+            return Dropout(cfg.dropout)(w_BHNS.astype(s_BHNS.dtype), train)
+
         if x_BND is None:  # nobody asks yet
             return None, (split(source_BSD, "k"), split(source_BSD, "v"))
         shape = x_BND.shape
-        if source_BSD is None:
-            k_BHSK, v_BHSK = kv
+        rows = kv[0].shape[0] if source_BSD is None else source_BSD.shape[0]
+        q_BHNK = split(x_BND.reshape(rows, -1, cfg.d_model), "q")
+        n, k, s = *q_BHNK.shape[2:], 0 if source_BSD is None else source_BSD.shape[1]
+        few = n * (k + s) < s * k and not watched()
+        if few and source_BSD is not None and not (keep or kv):
+            # Few queries: (q W') m' for q (m W)' and (w m) W for w (m W), without the keys and values of all of m. That
+            # takes a tenth off a forecast of one decoder step.
+            m_BSD = source_BSD.astype(q_BHNK.dtype)
+            k_DHK, v_DHK = (Kernel((cfg.d_model,), heads, name=name)(m_BSD.dtype) for name in "kv")
+            p_BHND = jnp.einsum("BHNK,DHK->BHND", q_BHNK, k_DHK)
+            w_BHNS = weights(jnp.einsum("BHND,BSD->BHNS", p_BHND, m_BSD))
+            y_BNHK = jnp.einsum("BHND,DHK->BNHK", jnp.einsum("BHNS,BSD->BHND", w_BHNS, m_BSD), v_DHK)
         else:
-            k_BHSK, v_BHSK = split(source_BSD, "k"), split(source_BSD, "v")
-            if kv is not None:
-                at = (0, 0, start, 0)
-                k_BHSK = jax.lax.dynamic_update_slice(kv[0], k_BHSK.astype(kv[0].dtype), at)
-                v_BHSK = jax.lax.dynamic_update_slice(kv[1], v_BHSK.astype(kv[1].dtype), at)
-        x_BND = x_BND.reshape(k_BHSK.shape[0], -1, cfg.d_model)
-        q_BHNK = split(x_BND, "q")
-        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK).astype(jnp.float32) + bias
-        w_BHNS = Dropout(cfg.dropout)(jax.nn.softmax(s_BHNS).astype(v_BHSK.dtype), train)
-        y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
+            if source_BSD is not None:
+                new = split(source_BSD, "k"), split(source_BSD, "v")
+                write = lambda old, y: jax.lax.dynamic_update_slice(old, y.astype(old.dtype), (0, 0, start, 0))  # noqa: E731
+                kv = tuple(map(write, kv, new)) if kv else new
+            k_BHSK, v_BHSK = kv
+            w_BHNS = weights(jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK))
+            y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
         y_BND = Linear(heads, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
-        return y_BND.reshape(shape), (k_BHSK, v_BHSK)
+        return y_BND.reshape(shape), kv
 
 
 class Block(nn.Module):
@@ -227,13 +257,17 @@ class Block(nn.Module):
         kv = (kept["k"], kept["v"]) if kept else None
         h_BND = taps["norm1"] = RMSNorm(cfg.eps, name="norm1")(x_BND)
         attn = Attention(cfg, cfg.n_heads[self.layer], name="attn")
-        taps["attn"], (new["k"], new["v"]) = attn(h_BND, h_BND, bias, train, kv, start)
+        taps["attn"], kv = attn(h_BND, h_BND, bias, train, kv, start, keep=bool(kept))
+        if kept:
+            new["k"], new["v"] = kv
         x_BND = taps["after_attn"] = x_BND + drop(taps["attn"])
         if cfg.is_decoder:
             kv = None if memory_BMD is not None else (kept["cross_k"], kept["cross_v"])
             h_BND = taps["norm2"] = RMSNorm(cfg.eps, name="norm2")(x_BND)
             cross = Attention(cfg, cfg.cross_heads[self.layer], name="cross")
-            taps["cross"], (new["cross_k"], new["cross_v"]) = cross(h_BND, memory_BMD, memory_bias, train, kv)
+            taps["cross"], kv = cross(h_BND, memory_BMD, memory_bias, train, kv, keep=bool(kept))
+            if kept:
+                new["cross_k"], new["cross_v"] = kv
             x_BND = taps["after_cross"] = x_BND + drop(taps["cross"])
         name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", cfg.ffn_dims[self.layer]
         h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
@@ -259,7 +293,7 @@ class Stack(nn.Module):
         memory's keys and values in the cache and need no memory, but its mask.
     Returns: (y, taps, cache). taps: "norm", and for each layer "layer_0" (its output) and "layer_0/" + norm1, attn (the
       sub-layer's output), after_attn (added to the stream), norm2, ffn; a decoder has cross and after_cross too, and
-      norm3 before ffn. cache: the new one, for a decoder.
+      norm3 before ffn. cache: the new one, None where none was given.
     """
 
     cfg: StackConfig
@@ -297,7 +331,7 @@ class Stack(nn.Module):
             )
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x}
         taps["norm"] = RMSNorm(cfg.eps, name="norm")(x)
-        return drop(taps["norm"]), taps, new if cfg.is_decoder else None
+        return drop(taps["norm"]), taps, new if cache else None
 
 
 def empty_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> Cache:

@@ -238,7 +238,17 @@ class ChronosBolt(Model):
     @classmethod
     def small(cls) -> ChronosBoltConfig:
         return ChronosBoltConfig.of(
-            16, 2, 24, 2, head_dim=5, decoder_layers=1, patch_len=8, stride=8, context_len=64, horizon=16, levels=(0.1, 0.5, 0.9)
+            16,
+            2,
+            24,
+            2,
+            head_dim=5,
+            decoder_layers=1,
+            patch_len=8,
+            stride=8,
+            context_len=64,
+            horizon=16,
+            levels=(0.1, 0.5, 0.9),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +88,26 @@ def test_decoder_step_by_step_is_the_decoder_at_once():
         own = slice(row // 2, row // 2 + 1)
         alone = stack.apply({"params": params}, x[row : row + 1], memory=memory[own], memory_mask=memory_mask[own])[0]
         np.testing.assert_allclose(alone[0], want[row], atol=2e-5)
+
+
+def test_few_queries_need_no_keys_unless_somebody_watches_the_layers():
+    """One query of many keys goes another way; whoever intercepts linears sees all of them."""
+    memory, x = normal(2, 2, 9, 8), normal(3, 2, 1, 8)
+    params, seen = drawn(DECODER, memory=memory[:1, :2]), set()
+    run = lambda y: t5.Stack(DECODER).apply({"params": params}, y, memory=memory)[0]  # noqa: E731
+
+    def note(call, args, kwargs, context):
+        seen.add("/".join(context.module.path))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        want = jax.jit(run)(x)
+    np.testing.assert_allclose(jax.jit(lambda y: run(y))(x), want, atol=1e-5)
+    assert {f"layer_{i}/cross/{name}" for i in (0, 1) for name in ("q", "k", "v", "out")} <= seen
+    program = lambda: str(jax.make_jaxpr(lambda y: run(y))(x))  # noqa: E731
+    with nn.intercept_methods(note):
+        watched = program()
+    assert program() != watched, "the short way was not taken"
 
 
 def test_a_pruned_stack_equals_one_with_dead_heads():
