@@ -11,6 +11,7 @@ from ltsm_jax.models.moirai import Moirai
 from ltsm_jax.models.moirai_2 import Moirai2
 from ltsm_jax.models.moirai_moe import MoiraiMoe
 from ltsm_jax.models.moment import Moment
+from ltsm_jax.models.sundial import Sundial
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.timer_hf import TimerHf
@@ -36,6 +37,7 @@ FAMILIES: dict[str, type[Model]] = {
         TimeMoe,
         Moment,
         TimerXL,
+        Sundial,
     )
 }
 
