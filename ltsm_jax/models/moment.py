@@ -249,7 +249,7 @@ class MomentNet(nn.Module):
         positions_ND = jax.lax.stop_gradient(table_SD[:n]).astype(x_BCND.dtype)
         x_BCND = jnp.where(visible_BCN[..., None] != 0, x_BCND, mask_D[None, None, None]) + positions_ND[None, None]
         x_BCND = taps["embed"] = Dropout(cfg.patch_dropout)(x_BCND, train)
-        encoder = t5.Stack(cfg.stack, name="encoder")
+        encoder: Any = t5.Stack(cfg.stack, name="encoder")  # which gives None only where it gets None
         x_BND, inner, _ = encoder(x_BCND.reshape(b * c, n, -1), data_BCN.reshape(b * c, n), train=train)
         taps |= {f"encoder/{name}": value.reshape(x_BCND.shape) for name, value in inner.items()}
         x_BCND = taps["encoder"] = x_BND.reshape(b, c, n, -1)

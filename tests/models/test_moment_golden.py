@@ -288,8 +288,7 @@ def test_golden_round_trip(recorded, tmp_path):
 def test_golden_initialisation(recorded, head):
     vectors, _ = recorded
     stats = vectors.init_stats
-    config = Moment.config_from_dict(stats["config"]) if "d_ff" in stats["config"] else None
-    config = config or converter("moment").configure({}, stats["config"], "init_stats.json")[0]
+    config = converter("moment").configure({}, stats["config"], "init_stats.json")[0]
     model, entries = Moment(config), dict(stats["parameters"])
     if head is None:
         entries = {k: v for k, v in entries.items() if not k.startswith("head_")}
