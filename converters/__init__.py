@@ -47,14 +47,12 @@ from converters.torch_files import (
     write_torch,
 )
 from ltsm_jax import trees
-from ltsm_jax.models import FAMILIES, Model, library
+from ltsm_jax.models import FAMILIES, Model, hub, library
 
 __all__ = ["CheckpointError", "converter", "export_checkpoint", "import_checkpoint", "inspect"]
 
 NESTED = ("state_dict", "student")  # keys under which programs put the state dict beside other things
 SUFFIXES = {".safetensors": "safetensors", ".bin": "state_dict", ".pth": "state_dict", ".ckpt": "state_dict"}
-# what a folder of the hub holds, in the order in which it is looked for
-HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def converter(family: str) -> Any:
@@ -85,7 +83,8 @@ def import_checkpoint(
     """An original checkpoint file as a model of this library.
 
     Args:
-      src: the file, the index file (`*.index.json`) of several, or a folder with one such file in it.
+      src: the file, the index file (`*.index.json`) of several, a folder with one such file in it, or, where no file
+        is called so, a hub name ("owner/name" or "owner/name@revision"), whose files are fetched.
       dst: model folder to write, whole or not at all; None writes nothing.
       config: the original's hyper-parameters under their published names, or the path of such a JSON file. By default
         config.json beside the file, then `hyper_parameters` in the file, then what the shapes say.
@@ -93,11 +92,13 @@ def import_checkpoint(
       overwrite: replace a folder at `dst`.
     Returns: (model, params, provenance, buffers): params as jax arrays in float32, provenance as JSON types, buffers
       (tensors that are not learned) as numpy arrays under the original's key.
-    Raises: CheckpointError for a file that is damaged, hostile or does not fit; FileExistsError.
+    Raises: CheckpointError for a file that is damaged, hostile or does not fit; FileExistsError; for a hub name also
+      what `ltsm_jax.load` raises.
     """
     if dst is not None and Path(dst).exists() and not overwrite:
         raise FileExistsError(f"{dst} exists; choose another folder or ask to overwrite it (--overwrite)")
-    original = _read(src)
+    path, fetched = _on_disk(src)
+    original = _read(path)
     family, layout = _family(original)
     stripped, copies, problems = layout.strip(original.state)
     published = _published(original, config, getattr(family, "BESIDE", ()))
@@ -131,6 +132,7 @@ def import_checkpoint(
         "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
         "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
         "notes": notes,
+        **fetched,
     }
     params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
     if dst is not None:
@@ -224,15 +226,13 @@ def _write_beside(path: Path, fields: Mapping[str, Any], file: Path, overwrite: 
 
 
 def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a checkpoint file or model folder is: family, config, parameter count, dropped keys, dtype, sha256, ...
+    """What a checkpoint, model folder or hub name is: family, config, parameter count, dropped keys, dtype, sha256, ...
 
     Raises: as `import_checkpoint`; a file that can't be imported can't be described either.
     """
-    path = Path(src)
-    shipped = not path.exists() and str(src) in library.shipped()
-    if shipped or (path / library.PARAMS).is_dir():
-        folder = path if path.is_dir() else library.SHIPPED / str(src)
-        model, params = library.load(src)
+    folder = library.local(src)
+    if folder and (folder / library.PARAMS).is_dir():
+        model, params = library.load(folder)
         provenance = library.read_config(folder)[1].get("provenance", {})
     else:
         model, params, provenance, _ = import_checkpoint(src, config=config, allow_cast=True)
@@ -242,6 +242,19 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
         "parameters": trees.count(params),
         **provenance,
     }
+
+
+def _on_disk(src: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Path of an original, fetched from the hub where nothing here is called so, and what to say of its origin."""
+    path = library.local(src)
+    name = hub.parse(str(src)) if path is None else None
+    if name is None:
+        return path or Path(src), {}
+    found = hub.find(name, converted=False)
+    file, facts = hub.download(found)
+    if found.why:
+        hub.say(f"{found.why}; these are the files of commit {found.commit[:7]}, from the cache")
+    return file, facts
 
 
 def _read(src: str | Path) -> _Original:
@@ -280,7 +293,7 @@ def _read(src: str | Path) -> _Original:
 
 def _only_file(folder: Path) -> Path:
     """The checkpoint of a folder: what the hub calls it, else the one file there is."""
-    for name in HUB_FILES:
+    for name in hub.WEIGHTS:
         if (folder / name).is_file():
             return folder / name
     files = library.originals(folder)

@@ -1,8 +1,11 @@
 """Command line of the converters.
 
-python -m converters inspect SRC               what a checkpoint file is
-python -m converters import SRC DST            original file -> model folder
+python -m converters inspect SRC               what a checkpoint is
+python -m converters import SRC DST            original -> model folder
 python -m converters export SRC DST            model folder -> original file, or folder in the form of the hub
+
+SRC of inspect and import: a file, the index (*.index.json) of several, a folder in the form of the hub, or a hub name
+(owner/name or owner/name@revision; HF_TOKEN for private ones).
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
                 args.src, args.dst, config=args.config, allow_cast=args.allow_cast, overwrite=args.overwrite
             )
             print(f"{args.dst}: {model.family} {model.config}")
-            print(f"from {provenance['source']} ({provenance['sha256']})")
+            if "hub" in provenance:
+                print(f"from {provenance['hub']['repo']}, commit {provenance['hub']['commit']}")
+            print(f"from {provenance['source']} ({provenance['sha256']}), licence {provenance['licence']}")
             for note in provenance["notes"]:
                 print(f"note: {note}")
         else:
@@ -41,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m converters", description="Original checkpoints in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="say what a checkpoint file or model folder is")
-    take = commands.add_parser("import", help="original checkpoint file -> model folder")
+    look = commands.add_parser("inspect", help="say what a checkpoint, model folder or hub name is")
+    take = commands.add_parser("import", help="original checkpoint or hub name -> model folder")
     give = commands.add_parser(
         "export", help="model folder -> original checkpoint file, or (DST without suffix) hub folder"
     )

@@ -129,7 +129,8 @@ def _text_digest(record: Mapping[str, Any]) -> str:
 def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
-    Raises: FileExistsError when `folder` exists and `overwrite` is False (before anything is written).
+    Raises: FileExistsError when `folder` exists and `overwrite` is False: before anything is written, or at the end if
+      another process has made it meanwhile.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not overwrite:
@@ -139,12 +140,17 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     temporary.mkdir()
     try:
         yield temporary
-        if folder.exists():
+        if overwrite and folder.exists():
             os.rename(folder, old)
             os.rename(temporary, folder)
             shutil.rmtree(old)
         else:
-            os.rename(temporary, folder)
+            try:
+                os.rename(temporary, folder)
+            except OSError as err:
+                if not folder.exists():
+                    raise
+                raise FileExistsError(f"{folder} was made by another process meanwhile") from err
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
