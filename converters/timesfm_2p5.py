@@ -145,11 +145,11 @@ def configure(
 def _check_definition(told: Fields, sizes: Mapping[str, int | None]) -> None:
     """The fields of the original's Definition, which are nested."""
 
-    def inner(fields: Fields, name: str) -> Fields:
+    def inner(fields: Fields, name: str) -> Fields | None:
         found = fields.published.get(name)
         if not isinstance(found, Mapping):
             told.problems.append(f"{name}: {'missing' if name not in fields.published else 'not an object'}")
-            return Fields({}, told.where)
+            return None
         return Fields(found, told.where)
 
     told.integer("input_patch_len", weights=sizes["patch_len"])
@@ -158,20 +158,21 @@ def _check_definition(told: Fields, sizes: Mapping[str, int | None]) -> None:
     told.integer("context_limit", 16384, high=1 << 30)
     for name, size in _BLOCKS.items():
         block = inner(told, name)
-        if block.published:
+        if block:
             block.integer("hidden_dims", weights=sizes[size])
             block.choice("activation", ("swish",), "swish")
             told.problems += [f"{name}.{problem}" for problem in block.problems]
     stack = inner(told, "stacked_transformers")
-    if stack.published:
+    if stack:
         stack.integer("num_layers", high=MAX_LAYERS, weights=sizes["layers"])
         layer = inner(stack, "transformer")
-        if layer.published:
+        if layer:
             layer.integer("model_dims", weights=sizes["d_model"])
             layer.integer("hidden_dims", weights=sizes["d_ff"])
             layer.integer("num_heads", weights=sizes["heads"])
             _check_fixed(layer, _FIXED)
-        told.problems += stack.problems + layer.problems
+            told.problems += layer.problems
+        told.problems += stack.problems
 
 
 _BLOCKS = {

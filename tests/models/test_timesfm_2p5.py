@@ -131,6 +131,15 @@ def test_a_config_says_what_is_wrong(change, said):
         dataclasses.replace(CONFIG, **change)
 
 
+def test_a_pruned_model_is_of_the_same_class():
+    model = TimesFM2p5(dataclasses.replace(CONFIG, n_heads=(1, 2), ffn_dims=(5, 24)))
+    shapes = library.shapes(model)
+    assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
+    context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
+    found = jax.eval_shape(lambda params, x: model.predict(params, x, 40), shapes, context)
+    assert found.point.shape == (2, 3, 40) and found.quantiles.shape == (2, 3, 40, 9)
+
+
 # --- checkpoints
 
 
