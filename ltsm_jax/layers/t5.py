@@ -112,6 +112,7 @@ class StackConfig:
 
     @property
     def is_decoder(self) -> bool:
+        """Whether the stack also looks at an encoder's output."""
         return bool(self.cross_heads)
 
     @property
