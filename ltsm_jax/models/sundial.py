@@ -179,7 +179,7 @@ class SundialNet(nn.Module):
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
             kept.append(cache)
         z_BND = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm")(x_BND)
-        return z_BND, taps, kept
+        return z_BND, taps, None if caches is None else kept
 
 
 def time_features(t: jax.Array) -> jax.Array:

@@ -283,7 +283,7 @@ class TimeMoeNet(nn.Module):
         heads = [
             Linear((cfg.d_model,), (h,), use_bias=False, name=f"head_{j}")(x_BND) for j, h in enumerate(cfg.horizons)
         ]
-        return heads, taps, kept
+        return heads, taps, None if caches is None else kept
 
 
 def huber(error: jax.Array) -> jax.Array:

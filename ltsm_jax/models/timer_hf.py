@@ -47,7 +47,7 @@ EPS = 1e-6  # added to the standard deviation of the context (Prune-then-Finetun
 BASE = 10000.0  # of the rotary positions, whatever rope_theta the published config names: the original never reads it
 PATCHES = 30  # of the longest context that the checkpoint was trained with: 2880 points
 
-Scaling = Literal["context", "fed", "sequence", "none"]
+Scaling = Literal["context", "fed", "sequence"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TimerHfConfig:
     patch_len P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, horizons: points that each head
     predicts, context_len in time steps. dropout: of the attention weights, in training only (the original drops in
     evaluation too; published: 0). scaling: "context" (see the module docstring), or the original's: "fed" (its default,
-    with the cache) and "sequence" (without cache: the whole sequence anew at each step), both without eps, or "none".
+    with the cache) and "sequence" (without cache: the whole sequence anew at each step), both without any eps.
     """
 
     patch_len: int
@@ -91,8 +91,8 @@ class TimerHfConfig:
             problems.append(f"horizons must differ, got {self.horizons}")
         if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.init_std >= 0:
             problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std >= 0")
-        if self.scaling not in ("context", "fed", "sequence", "none"):
-            problems.append(f"scaling must be context, fed, sequence or none, not {self.scaling}")
+        if self.scaling not in ("context", "fed", "sequence"):
+            problems.append(f"scaling must be context, fed or sequence, not {self.scaling}")
         if problems:
             raise ValueError("TimerHfConfig: " + "; ".join(problems))
 
@@ -176,7 +176,7 @@ class TimerHfNet(nn.Module):
         heads = [
             Linear((cfg.d_model,), (q,), use_bias=False, name=f"head_{j}")(x_BND) for j, q in enumerate(cfg.horizons)
         ]
-        return heads, taps, kept
+        return heads, taps, None if caches is None else kept
 
 
 def moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
@@ -323,60 +323,64 @@ class TimerHf(Model):
     def _forecast(self, params: Tree, context_BCT, horizon: int, key=None, train=False) -> jax.Array:
         b, c, _ = context_BCT.shape
         x_BCT = fill_missing(jnp.asarray(context_BCT, jnp.float32))[..., -self.context_len :]
-        y_BH = self.generate(params, x_BCT.reshape(b * c, -1), horizon, key=key, train=train)
+        x_BL = x_BCT.reshape(b * c, -1)
+        mean_B1, std_B1 = moments(x_BL, EPS)
+        if x_BL.shape[-1] < self.config.patch_len:
+            x_BL = jnp.pad(x_BL, ((0, 0), (self.config.patch_len - x_BL.shape[-1], 0)), mode="edge")
+        if self.config.scaling == "context":
+            y_BH = self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key, train) * std_B1 + mean_B1
+        else:
+            y_BH = self.generate_as_original(params, x_BL, horizon, use_cache=self.config.scaling == "fed")
         return y_BH.reshape(b, c, horizon)
 
-    def generate(
-        self, params: Tree, x_BL: jax.Array, horizon: int, scaling: Scaling | None = None, key=None, train=False
-    ) -> jax.Array:
-        """`horizon` points [B, horizon] after x [B, L], in its units. scaling: of the config by default.
-
-        Raises: ValueError for "fed" where a head in the middle of the roll-out predicts no whole number of patches.
-        """
-        p, scaling = self.config.patch_len, scaling or self.config.scaling
-        mean_B1, std_B1 = moments(x_BL, EPS)
-        if x_BL.shape[-1] < p:
-            x_BL = jnp.pad(x_BL, ((0, 0), (p - x_BL.shape[-1], 0)), mode="edge")
-        x_BL = x_BL[:, x_BL.shape[-1] % p :]
-        sizes = greedy_sizes(horizon, self.config.horizons)
-        whole = not any(q % p for q in sizes[:-1])
-        if scaling == "context":
-            x_BL = (x_BL - mean_B1) / std_B1
-        if scaling == "sequence" or (scaling != "fed" and not whole):
-            y_BH = self._generate_anew(params, x_BL, sizes, scaling == "sequence", key, train)
-        elif whole:
-            y_BH = self._generate_cached(params, x_BL, sizes, scaling == "fed", key, train)
-        else:
-            raise ValueError(f"heads of {sizes[:-1]} points predict no whole patches ({p}), which a cache needs")
-        y_BH = y_BH[:, :horizon]
-        return y_BH * std_B1 + mean_B1 if scaling == "context" else y_BH
-
-    def _generate_cached(self, params, x_BL, sizes, rescale: bool, key, train) -> jax.Array:
-        cfg = self.config
-        tokens = x_BL.shape[-1] // cfg.patch_len
-        room = tokens + sum(q // cfg.patch_len for q in sizes[:-1])
+    def generate(self, params: Tree, x_BL: jax.Array, horizon: int, key=None, train=False) -> jax.Array:
+        """`horizon` points [B, horizon] after x [B, L], without any scaling. L >= P; the oldest points that fill no
+        patch are left out."""
+        p, cfg = self.config.patch_len, self.config
+        sizes, x_BL = greedy_sizes(horizon, cfg.horizons), x_BL[:, x_BL.shape[-1] % p :]
+        if len(sizes) == 1:  # nothing to keep
+            return self._next(params, x_BL, sizes[0], key, train)[0][:, :horizon]
+        if any(q % p for q in sizes[:-1]):  # the borders of the patches move: anew at each step
+            length = x_BL.shape[-1]
+            for q in sizes:
+                y_BQ, *_ = self._next(params, x_BL[:, x_BL.shape[-1] % p :], q, key, train)
+                x_BL = jnp.concatenate([x_BL, y_BQ], axis=-1)
+            return x_BL[:, length : length + horizon]
 
         def step(state, points_BT, q):
             caches, start = state
-            mean_B1, std_B1 = moments(points_BT, 0.0) if rescale else (0.0, 1.0)
-            p_BNP = self._patches((points_BT - mean_B1) / std_B1)
-            heads, _, caches = self._net(params, p_BNP, key, train, caches=caches, start=start, last=True)
-            y_BQ = heads[cfg.horizons.index(q)][:, 0] * std_B1 + mean_B1
-            return (caches, start + p_BNP.shape[1]), y_BQ, y_BQ
+            y_BQ, caches, n = self._next(params, points_BT, q, key, train, caches=caches, start=start)
+            return (caches, start + n), y_BQ, y_BQ
 
-        if len(sizes) == 1:  # nothing to keep
-            return step((None, 0), x_BL, sizes[0])[2]
-        caches = empty_cache(x_BL.shape[0], room, cfg.n_heads, cfg.head_dim)
-        return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)
+        caches = empty_cache(x_BL.shape[0], (x_BL.shape[-1] + sum(sizes[:-1])) // p, cfg.n_heads, cfg.head_dim)
+        return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)[:, :horizon]
 
-    def _generate_anew(self, params, x_BL, sizes, rescale: bool, key, train) -> jax.Array:
-        """Without cache, each step on the whole sequence: the original drops the points after the last whole patch
-        (rescale), otherwise the oldest ones make way."""
-        length = x_BL.shape[-1]
+    def generate_as_original(
+        self, params: Tree, x_BL: jax.Array, horizon: int, revin: bool = True, use_cache: bool = True
+    ) -> jax.Array:
+        """The original's `generate` with all its scaling, see the module docstring, in the units of x.
+
+        Raises: ValueError where the original fails: heads that predict no whole patches lose count of its tokens.
+        """
+        p, cfg = self.config.patch_len, self.config
+        x_BL = x_BL[:, x_BL.shape[-1] % p :]
+        length, sizes = x_BL.shape[-1], greedy_sizes(horizon, self.config.horizons)
+        room = (length + sum(sizes)) // p
+        caches = empty_cache(x_BL.shape[0], room, cfg.n_heads, cfg.head_dim) if use_cache else None
+        kept, counted = 0, length // p  # tokens in the cache; tokens by the original's attention mask
         for q in sizes:
-            mean_B1, std_B1 = moments(x_BL, 0.0) if rescale else (0.0, 1.0)
-            newest_BL = x_BL if rescale else x_BL[:, x_BL.shape[-1] % self.config.patch_len :]
-            heads, *_ = self._net(params, self._patches((newest_BL - mean_B1) / std_B1), key, train, last=True)
-            y_BQ = heads[self.config.horizons.index(q)][:, 0] * std_B1 + mean_B1
-            x_BL = jnp.concatenate([x_BL, y_BQ], axis=-1)
-        return x_BL[:, length:]
+            fed_BT = x_BL[:, kept * p :]
+            if kept + fed_BT.shape[-1] // p != counted or fed_BT.shape[-1] < p:
+                raise ValueError(f"the original can't go on with heads of {sizes} points and patches of {p}")
+            mean_B1, std_B1 = moments(fed_BT, 0.0) if revin else (0.0, 1.0)
+            scaled_BT = (fed_BT - mean_B1) / std_B1
+            y_BQ, caches, n = self._next(params, scaled_BT, q, caches=caches, start=kept)
+            x_BL = jnp.concatenate([x_BL, y_BQ * std_B1 + mean_B1], axis=-1)
+            kept, counted = (kept + n if use_cache else 0), counted + q // p
+        return x_BL[:, length : length + horizon]
+
+    def _next(self, params, points_BT, q: int, key=None, train=False, caches=None, start=0) -> tuple[Any, Any, int]:
+        """What the head of q points predicts after points [B, T], the caches, and how many tokens the points were."""
+        p_BNP = self._patches(points_BT)
+        heads, _, caches = self._net(params, p_BNP, key, train, caches=caches, start=start, last=True)
+        return heads[self.config.horizons.index(q)][:, 0], caches, p_BNP.shape[1]

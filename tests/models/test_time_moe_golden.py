@@ -99,7 +99,7 @@ def test_golden_generate(recorded):
     assert found
     for key in found:
         check(generate(model, params, jnp.asarray(io["normal/x"]), io[key].shape[1]), io[key], key)
-    for case in ("one_point", "constant"):
+    for case in [case for case in ("one_point", "constant") if f"{case}/x" in io]:
         check(generate(model, params, jnp.asarray(io[f"{case}/x"]), io[f"{case}/y"].shape[1]), io[f"{case}/y"], case)
 
 
@@ -113,6 +113,8 @@ def test_golden_scaled_forecast_is_predict(recorded):
 
 def test_golden_left_padding(recorded):
     _, model, params, io = recorded
+    if "left_pad/x" not in io:
+        pytest.skip("no left padding in this set")
     x, mask = io["left_pad/x"], io["left_pad/attention_mask"]
     heads, _ = apply(model, params, rows(x), rows(mask))
     want = io["left_pad/logits"]
@@ -124,6 +126,8 @@ def test_golden_left_padding(recorded):
 
 def test_golden_bfloat16_file(recorded, tmp_path):
     vectors, model, _, io = recorded
+    if not (vectors.folder / "bf16").is_dir():
+        pytest.skip("no bfloat16 file in this set")
     half, params, provenance, _ = import_checkpoint(vectors.folder / "bf16")
     assert half == model and provenance["dtype"] == "bfloat16"
     heads, _ = apply(half, params, rows(io["normal/x"]))
@@ -146,8 +150,9 @@ def losses(vectors, model, io):
         "loss": lambda q: model.token_loss(q, x, zeros),
         "loss_masked": lambda q: model.token_loss(q, x, zeros, mask),
         "loss_no_aux": lambda q: model.token_loss(q, x, zeros, aux=False),
-        "aux_loss": lambda q: model.aux_loss(model.apply(q, x)[1]),
     }
+    if not cfg.dense:
+        found["aux_loss"] = lambda q: model.aux_loss(model.apply(q, x)[1])
     for j, h in enumerate(cfg.horizons):
         # one head alone: the mean over heads of a model that has no other
         alone = TimeMoe(dataclasses.replace(cfg, horizons=(h,)))
@@ -177,6 +182,8 @@ def test_golden_losses(recorded):
 @pytest.mark.parametrize("kind", ["grad", "grad_masked", "grad_no_aux"])
 def test_golden_gradients(recorded, kind):
     vectors, model, params, io = recorded
+    if kind != "grad" and not any(key.startswith(f"{kind}/") for key in vectors.arrays("grads.npz")):
+        pytest.skip(f"no {kind} in this set")
     want = parity.recorded_gradients(vectors, model, f"{kind}/")
     parity.check_gradients(losses(vectors, model, io)[kind.replace("grad", "loss")], params, want)
 

@@ -14,7 +14,7 @@ from ltsm_jax.models import library
 from ltsm_jax.models.timer_hf import PRESETS, TimerHf, TimerHfConfig
 
 MODEL = TimerHf(TimerHfConfig(4, 16, 4, (2, 3), (24, 8), (4, 8), context_len=24))
-generate = jax.jit(lambda model, *args: model.generate(*args), static_argnums=(0, 3, 4))
+predict = jax.jit(lambda model, *args: model.predict(*args).point[:, 0], static_argnums=(0, 3))
 loss = jax.jit(lambda model, *args: model.loss(*args), static_argnums=0)
 
 
@@ -35,7 +35,7 @@ def test_the_cache_changes_nothing_and_heads_follow_the_remaining_length(params)
     """20 points: heads of 8, 8 and 4; anew on the whole sequence with one scale gives the same."""
     x = series(2, 24)
     mean, std = x.mean(-1, keepdims=True), x.std(-1, ddof=1, keepdims=True) + 1e-6
-    got, grown = generate(MODEL, params, x, 20, "context"), (x - mean) / std
+    got, grown = predict(MODEL, params, x[:, None], 20), (x - mean) / std
     for q in (8, 8, 4):
         heads, _ = jax.jit(MODEL.apply)(params, grown[:, None])
         grown = jnp.concatenate([grown, heads[MODEL.config.horizons.index(q)][:, 0, -1]], -1)
@@ -45,9 +45,21 @@ def test_the_cache_changes_nothing_and_heads_follow_the_remaining_length(params)
 def test_heads_that_predict_no_whole_patches(params):
     odd = TimerHf(dataclasses.replace(MODEL.config, horizons=(4, 6)))
     params = jax.jit(odd.init)(jax.random.key(0))
-    assert np.isfinite(generate(odd, params, series(2, 24), 16, "context")).all()
-    with pytest.raises(ValueError, match=r"\[6, 6\] points predict no whole patches \(4\)"):
-        odd.generate(params, series(2, 24), 16, "fed")
+    assert np.isfinite(predict(odd, params, series(2, 1, 24), 16)).all()
+    with pytest.raises(ValueError, match=r"can't go on with heads of \[6, 6, 4\] points and patches of 4"):
+        odd.generate_as_original(params, series(2, 24), 16)
+
+
+def test_the_originals_scaling_is_a_switch(params):
+    """It differs from the second step on, unless the series is so long that it makes no difference."""
+    x = series(2, 1, 24)
+    found = {}
+    for scaling in ("context", "fed", "sequence"):
+        model = TimerHf(dataclasses.replace(MODEL.config, scaling=scaling))
+        found[scaling] = np.asarray(predict(model, params, x, 16))
+    for other in ("fed", "sequence"):
+        np.testing.assert_allclose(found["context"][:, :8], found[other][:, :8], rtol=1e-4, atol=1e-5)
+        assert np.abs(found["context"] - found[other])[:, 8:].max() > 1e-4
 
 
 def test_missing_targets_do_not_count(params):
