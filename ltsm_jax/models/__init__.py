@@ -19,6 +19,7 @@ from ltsm_jax.models.timer_xl import TimerXL
 from ltsm_jax.models.timesfm_1 import TimesFM1
 from ltsm_jax.models.timesfm_2p5 import TimesFM2p5
 from ltsm_jax.models.ttm import TTM
+from ltsm_jax.models.units import Units
 
 FAMILIES: dict[str, type[Model]] = {
     family.family: family
@@ -37,6 +38,7 @@ FAMILIES: dict[str, type[Model]] = {
         TimeMoe,
         Moment,
         TimerXL,
+        Units,
         Sundial,
     )
 }

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -114,18 +114,6 @@ PRESETS = {
     # ours, small enough to ship and to train on a laptop
     "timer-tiny": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
 }
-
-
-def sinusoids(n: int, d_model: int) -> np.ndarray:
-    """The original's position table [n, D], float32: sines in even columns, cosines in odd ones, base 10000.
-
-    Frequencies and angles are rounded to float32 as in the original; sine and cosine are then exact, which leaves the
-    published tables at most one unit in the last place away.
-    """
-    exponent = np.arange(0, d_model, 2).astype(np.float32) * np.float32(-(math.log(10000.0) / d_model))
-    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
-    angle = (np.arange(n, dtype=np.float32)[:, None] * frequency).astype(np.float64)
-    return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(n, d_model).astype(np.float32)
 
 
 class Attention(nn.Module):

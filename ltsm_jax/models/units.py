@@ -1,0 +1,654 @@
+"""UniTS: one network for forecasting, imputation, anomaly detection and classification, told apart by learned tokens.
+
+Gao et al., "UniTS: A Unified Multi-Task Time Series Model" (NeurIPS 2024, arXiv 2403.00131). Follows
+mims-harvard/UniTS (commit 0e02814), models/UniTS.py.
+
+A window of V variates, scaled by its own mean and deviation, is cut into patches. Before the patch tokens of each
+variate stand the prompt tokens of its data set; behind them, for a forecast, as many generated tokens as the future has
+patches (GEN tower), for classification one token of the task. Blocks attend over tokens, then over variates, then mix
+channels and tokens; the layers that mix tokens are stored for a fixed number of them and interpolated to what is there.
+A data set that the checkpoint does not know gets tokens of its own, freshly drawn (`for_series`).
+
+The original leaves the last steps of a horizon at the mean where it is no whole number of patches; `predict` generates
+one token more instead. `apply` does as the original.
+
+Letters beyond those of the library: V variates of a data set, T tokens with the prompts, M classes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers.dropout import Dropout
+from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.positions import sinusoids
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    fill_missing,
+    mean_over_rows,
+)
+from ltsm_jax.trees import Tree, flatten, unflatten
+
+SCALE_EPS = 1e-5  # inside the root, added to the variance
+TABLE_LEN = 5000  # rows of the learned position table
+TOKENS = 128  # tokens that prompt2forecast and the forecast head are stored for
+CLASS_HEADS = 8  # heads of the classification head, whatever those of the blocks
+KINDS = ("long_term_forecast", "classification", "imputation", "anomaly_detection")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitsTask:
+    """A task of the checkpoint: its name, kind (one of KINDS, "pretrain_" before it in self-supervised training), data
+    set, window and horizon in time steps, variates V and classes M."""
+
+    name: str
+    kind: str
+    dataset: str
+    context_len: int
+    horizon: int
+    n_variates: int
+    n_classes: int = 0
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether it has a classification token."""
+        return self.kind == "classification" or self.kind.startswith("pretrain_")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitsConfig:
+    """Widths are per layer, so that a pruned UniTS is a UniTS.
+
+    d_model D, head_dim K; seq_heads and var_heads H of the attention over tokens and over variates; ffn_dims F of each
+    layer, of which the first half mixes tokens. patch_len P, prompt_len: prompt tokens. tasks: what the checkpoint has
+    tokens for; dataset: the data set it speaks for, by default that of the first task. context_len and horizon in time
+    steps, by default those of the data set's first forecasting task.
+    """
+
+    d_model: int
+    head_dim: int
+    seq_heads: tuple[int, ...]
+    var_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    tasks: tuple[UnitsTask, ...]
+    patch_len: int = 16
+    prompt_len: int = 10
+    dropout: float = 0.1
+    dataset: str = ""
+    classifies: str = ""
+
+    def __post_init__(self):
+        problems, tasks = [], self.tasks
+        if not self.seq_heads or not len(self.seq_heads) == len(self.var_heads) == len(self.ffn_dims):
+            problems.append("seq_heads, var_heads and ffn_dims must name the same layers, at least one")
+        if min(self.d_model, self.head_dim, self.patch_len, self.prompt_len) < 1:
+            problems.append("every size must be positive")
+        if self.d_model % CLASS_HEADS or self.d_model % 2:
+            problems.append(f"d_model must be a multiple of {CLASS_HEADS}, got {self.d_model}")
+        if any(f % 2 for f in self.ffn_dims):
+            problems.append(f"ffn_dims must be even, half of each mixes tokens: {self.ffn_dims}")
+        if not tasks or len({t.name for t in tasks}) < len(tasks):
+            problems.append("there must be tasks, each with a name of its own")
+        sizes: dict[str, set[int]] = {}
+        for t in tasks:
+            sizes.setdefault(t.dataset, set()).add(t.n_variates)
+            if t.kind.removeprefix("pretrain_") not in KINDS:
+                problems.append(f"{t.name}: {t.kind!r} is not one of {', '.join(KINDS)}")
+            if min(t.context_len, t.n_variates) < 1 or min(t.horizon, t.n_classes) < 0:
+                problems.append(f"{t.name}: every size must be positive")
+            if t.kind == "classification" and t.n_classes < 1:
+                problems.append(f"{t.name}: a classification task needs its number of classes")
+            if "/" in t.name + t.dataset:
+                problems.append(f"{t.name}: names may have no slash")
+        problems += [f"{name}: tasks with {sorted(v)} variates" for name, v in sizes.items() if len(v) > 1]
+        if self.dataset and self.dataset not in sizes:
+            problems.append(f"no task has the data set {self.dataset!r}; known: {', '.join(sizes)}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must lie in [0, 1): {self.dropout}")
+        if problems:
+            raise ValueError("UnitsConfig: " + "; ".join(problems))
+
+    @classmethod
+    def of(cls, d_model: int, heads: int, layers: int, tasks: tuple[UnitsTask, ...], **rest) -> "UnitsConfig":
+        """Equal layers; heads split the model width and the feed-forward width is 8 D, as in the original."""
+        if heads < 1 or d_model % heads:
+            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
+        equal = (heads,) * layers
+        return cls(d_model, d_model // heads, equal, equal, (8 * d_model,) * layers, tasks, **rest)
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "UnitsConfig":
+        """Reads {"args": options of the original's scripts, "task_dataset": the yaml of the tasks}.
+
+        Raises: ValueError naming what is missing.
+        """
+        args, tasks = fields.get("args", {}), fields.get("task_dataset", {})
+        missing = [f"args.{n}" for n in ("d_model", "n_heads", "e_layers", "patch_len", "prompt_num") if n not in args]
+        for name, task in tasks.items():
+            missing += [f"task_dataset.{name}.{n}" for n in ("task_name", "dataset", "enc_in") if n not in task]
+        if missing or not tasks:
+            raise ValueError(f"the config of a UniTS checkpoint lacks {', '.join(missing) or 'task_dataset'}")
+        if args.get("stride", args["patch_len"]) != args["patch_len"]:
+            raise ValueError("UniTS has patches without overlap: stride must be patch_len")
+        return cls.of(
+            args["d_model"],
+            args["n_heads"],
+            args["e_layers"],
+            tuple(
+                UnitsTask(
+                    name,
+                    t["task_name"],
+                    t["dataset"],
+                    t.get("seq_len", 96),
+                    t.get("pred_len", 0),
+                    t["enc_in"],
+                    t.get("num_class", 0),
+                )
+                for name, t in tasks.items()
+            ),
+            patch_len=args["patch_len"],
+            prompt_len=args["prompt_num"],
+            dropout=args.get("dropout", 0.1),
+        )
+
+    @property
+    def datasets(self) -> dict[str, int]:
+        """Variates by data set, in the order of the tasks."""
+        return {t.dataset: t.n_variates for t in self.tasks}
+
+    @property
+    def current(self) -> str:
+        """The data set the model speaks for."""
+        return self.dataset or self.tasks[0].dataset
+
+    @property
+    def pretrained_head(self) -> bool:
+        """Whether the head of self-supervised training is part of the checkpoint."""
+        return any(t.kind.startswith("pretrain_") for t in self.tasks)
+
+
+# tasks of data_provider/multi_task.yaml that forecast the common benchmarks; a checkpoint's own come with its config
+_TASKS = tuple(
+    UnitsTask(f"LTF_{name}_p{h}", "long_term_forecast", name, 96, h, v)
+    for name, v in (("ECL", 321), ("ETTh1", 7), ("Exchange", 8), ("ILI", 7), ("Traffic", 862), ("Weather", 21))
+    for h in ((60,) if name == "ILI" else (192, 336) if name == "Exchange" else (96, 192, 336, 720))
+)
+PRESETS = {
+    "units_x128": UnitsConfig.of(128, 8, 3, _TASKS, dataset="ETTh1"),
+    "units_x64": UnitsConfig.of(64, 8, 3, _TASKS, dataset="ETTh1"),
+    "units_x32": UnitsConfig.of(32, 8, 3, _TASKS, dataset="ETTh1"),
+}
+
+
+@functools.cache
+def _stretch(n: int, m: int) -> np.ndarray:
+    """[n, m]: linear interpolation of m values to n, half-pixel centres, without smoothing when it shrinks."""
+    at = np.maximum((np.arange(n) + 0.5) * m / n - 0.5, 0)
+    low = np.minimum(np.floor(at).astype(int), m - 1)
+    share = at - low
+    matrix = np.zeros((n, m))
+    matrix[np.arange(n), low] += 1 - share
+    matrix[np.arange(n), np.minimum(low + 1, m - 1)] += share
+    return matrix.astype(np.float32)
+
+
+class DynamicLinear(nn.Module):
+    """A linear layer over the last axis, of any length: its kernel is interpolated from the stored [inputs, outputs].
+
+    The first `fixed` inputs are prompts, whose part of the kernel is stretched along its outputs only.
+    """
+
+    inputs: int
+    outputs: int
+    fixed: int
+
+    @nn.compact
+    def __call__(self, x, outputs: int):
+        kernel = self.param("kernel", nn.initializers.zeros, (self.inputs, self.outputs)).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.outputs,)).astype(x.dtype)
+        n = x.shape[-1]
+        if (n, outputs) != (self.inputs, self.outputs):
+            out = jnp.asarray(_stretch(outputs, self.outputs), x.dtype)
+            along = jnp.asarray(_stretch(n - self.fixed, self.inputs - self.fixed), x.dtype)
+            kernel = jnp.concatenate([kernel[: self.fixed], along @ kernel[self.fixed :]]) @ out.T
+            bias = bias if outputs == self.outputs else out @ bias
+        return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def over_tokens(layer: DynamicLinear, x_BVTD: jax.Array, outputs: int) -> jax.Array:
+    """The layer over the token axis: [B, V, outputs, D]."""
+    return jnp.swapaxes(layer(jnp.swapaxes(x_BVTD, 2, 3), outputs), 2, 3)
+
+
+class Gate(nn.Module):
+    """y times the sigmoid of one number made of it."""
+
+    @nn.compact
+    def __call__(self, y):
+        return nn.sigmoid(Linear((y.shape[-1],), (1,), name="linear")(y)) * y
+
+
+class Attention(nn.Module):
+    """Attention of x [B, V, T, D] over tokens, or over variates: then queries and keys are means over the tokens."""
+
+    d_model: int
+    n_heads: int
+    head_dim: int
+    dropout: float
+    over_variates: bool
+
+    @nn.compact
+    def __call__(self, x_BVTD, train: bool):
+        heads = (self.n_heads, self.head_dim)
+        x3 = Linear((self.d_model,), (3, *heads), False, name="qkv")(x_BVTD)
+        q, k, v = (x3[..., i, :, :] for i in range(3))  # [B, V, T, H, K]
+        if self.over_variates:
+            q, k = q.mean(2), k.mean(2)
+            scores = jnp.einsum("BVHK,BWHK->BHVW", q, k) * self.head_dim**-0.5
+            weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x_BVTD.dtype)
+            y = jnp.einsum("BHVW,BWTHK->BVTHK", weights, v)
+        else:
+            scores = jnp.einsum("BVTHK,BVSHK->BVHTS", q, k) * self.head_dim**-0.5
+            weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x_BVTD.dtype)
+            y = jnp.einsum("BVHTS,BVSHK->BVTHK", weights, v)
+        return Dropout(self.dropout)(Linear(heads, (self.d_model,), name="out")(y), train)
+
+
+class Mix(nn.Module):
+    """Feed-forward [B, V, T, D] whose first half also mixes the first `n_tokens` tokens, prompts among them."""
+
+    cfg: UnitsConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BVTD, n_tokens: int, train: bool):
+        cfg, d = self.cfg, self.cfg.d_model
+        padded = jnp.pad(x_BVTD, ((0, 0), (0, 0), (1, 1), (0, 0)))
+        t = x_BVTD.shape[2]
+        near_BVT3D = jnp.stack([padded[:, :, i : i + t] for i in range(3)], axis=3)  # a convolution of three tokens
+        y = Linear((3, d), (self.width,), name="up")(near_BVT3D)
+        mixed, plain = y[..., : self.width // 2], y[..., self.width // 2 :]
+        first, rest = mixed[:, :, :n_tokens], mixed[:, :, n_tokens:]
+        seq = over_tokens(DynamicLinear(2 * d, 2 * d, cfg.prompt_len, name="seq"), first, n_tokens - cfg.prompt_len)
+        prompt = over_tokens(DynamicLinear(2 * d, cfg.prompt_len, cfg.prompt_len, name="prompt"), first, cfg.prompt_len)
+        y = jnp.concatenate([jnp.concatenate([prompt, seq, rest], axis=2), plain], axis=-1)
+        y = Dropout(cfg.dropout)(nn.gelu(y, approximate=False), train)
+        return Dropout(cfg.dropout)(Linear((self.width,), (d,), name="down")(y), train)
+
+
+class Block(nn.Module):
+    """x [B, V, T, D] through both attentions and the mixing layer, each gated; and the named steps between."""
+
+    cfg: UnitsConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, x, n_tokens: int, train: bool):
+        cfg, i, taps = self.cfg, self.layer, {}
+        norm = lambda x, name: nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)  # noqa: E731
+        for name, heads in (("seq", cfg.seq_heads[i]), ("var", cfg.var_heads[i])):
+            attend = Attention(cfg.d_model, heads, cfg.head_dim, cfg.dropout, name == "var", name=name)
+            y = taps[f"attn_{name}"] = attend(norm(x, f"norm_{name}"), train)
+            x = taps[f"after_{name}_att"] = x + Gate(name=f"gate_{name}")(y)
+        y = Mix(cfg, cfg.ffn_dims[i], name="mix")(norm(x, "norm_mix"), n_tokens, train)
+        taps["dyn_mlp"] = y
+        return x + Gate(name="gate_mix")(y), taps
+
+
+class ForecastHead(nn.Module):
+    """Tokens [B, V, T, D] -> patches [B, V, n, P] of the last n; and the named steps between."""
+
+    cfg: UnitsConfig
+    fixed: int
+
+    @nn.compact
+    def __call__(self, x, n: int, train: bool):
+        cfg, d, taps = self.cfg, self.cfg.d_model, {}
+        x = taps["proj_in"] = Linear((d,), (d,), name="proj_in")(x)
+        y = taps["pos_proj"] = over_tokens(DynamicLinear(TOKENS, TOKENS, self.fixed, name="pos_proj"), x, n)
+        y = Linear((d,), (4 * d,), name="up")(x[:, :, -n:] + y)
+        y = Dropout(cfg.dropout)(nn.gelu(y, approximate=False), train)
+        y = taps["mlp"] = Dropout(cfg.dropout)(Linear((4 * d,), (d,), name="down")(y), train)
+        y = taps["proj_out"] = Linear((d,), (cfg.patch_len,), name="proj_out")(y)
+        return y, taps
+
+
+class ClassHead(nn.Module):
+    """Tokens [B, V, T, D], the last one of the task -> its feature [B, V, D]; and the named steps between."""
+
+    cfg: UnitsConfig
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        cfg, d, taps = self.cfg, self.cfg.d_model, {}
+        heads = (CLASS_HEADS, d // CLASS_HEADS)
+        x = taps["proj_in"] = Linear((d,), (d,), name="proj_in")(x)
+        q = Linear((d,), heads, False, name="q")(x[:, :, -1])
+        kv = Linear((d,), (2, *heads), False, name="kv")(x)
+        scores = jnp.einsum("BVHK,BVTHK->BVHT", q, kv[..., 0, :, :]) * heads[1] ** -0.5
+        weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x.dtype)
+        y = jnp.einsum("BVHT,BVTHK->BVHK", weights, kv[..., 1, :, :])
+        y = taps["cross_att"] = Linear(heads, (d,), name="out")(y)
+        z = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(y)
+        z = Dropout(cfg.dropout)(nn.gelu(Linear((d,), (8 * d,), name="up")(z), approximate=False), train)
+        z = Dropout(cfg.dropout)(Linear((8 * d,), (d,), name="down")(z), train)
+        y = taps["mlp"] = y + Gate(name="gate")(z)
+        return y, taps
+
+
+class UnitsNet(nn.Module):
+    """Patches [B, V, N, P] in instance scale through the network. n_new: patches to generate behind them; hidden:
+    [B, V, N] patches to fill in; task: name of a classification task. Gives patches [B, V, N + n_new, P], or logits
+    [B, M], and the named steps between."""
+
+    cfg: UnitsConfig
+    dataset: str
+
+    @nn.compact
+    def __call__(self, p_BVNP, n_new: int = 0, hidden_BVN=None, task: str = "", train: bool = False):
+        cfg, taps = self.cfg, {}
+        b, v, n, _ = p_BVNP.shape
+        d, every = cfg.d_model, self.is_initializing()
+        tokens = {}
+        for name, size in cfg.datasets.items():
+            for kind, count in (("prompt_tokens", cfg.prompt_len), ("mask_tokens", 1)):
+                tokens[f"{kind}/{name}"] = self.param(f"{kind}/{name}", nn.initializers.zeros, (size, count, d))
+        for t in cfg.tasks:
+            if t.has_cls:
+                tokens[f"cls/{t.name}"] = self.param(
+                    f"cls_tokens/{t.name}", nn.initializers.zeros, (t.n_variates, 1, d)
+                )
+            if t.kind == "classification":
+                shape = (t.n_variates, t.n_classes, d)
+                tokens[f"category/{t.name}"] = self.param(f"category_tokens/{t.name}", nn.initializers.zeros, shape)
+        table = self.param("positions", nn.initializers.zeros, (TABLE_LEN, d))
+        rows = lambda name: jnp.broadcast_to(tokens[name][None], (b, *tokens[name].shape)).astype(p_BVNP.dtype)  # noqa: E731
+        x = taps["patch_tokens"] = Dropout(cfg.dropout)(
+            Linear((cfg.patch_len,), (d,), False, name="embed")(p_BVNP), train
+        )
+        prompts, masked = rows(f"prompt_tokens/{self.dataset}"), rows(f"mask_tokens/{self.dataset}")
+        generate = DynamicLinear(TOKENS, TOKENS, cfg.prompt_len, name="generate")
+        if n + n_new > TABLE_LEN:
+            raise ValueError(f"{n + n_new} patches; the position table of UniTS has {TABLE_LEN} rows")
+        place = table[: n + n_new].astype(x.dtype)[None, None]
+        if hidden_BVN is not None or every:
+            hide = jnp.zeros((b, v, n), bool) if hidden_BVN is None else hidden_BVN
+            filled = jnp.where(hide[..., None], masked, x)
+            made = taps["generated"] = over_tokens(generate, jnp.concatenate([prompts, filled], 2), n)
+            x = jnp.where(hide[..., None], made, filled)
+        if n_new:
+            full = jnp.concatenate([prompts, x, jnp.repeat(masked, n_new, 2)], 2)
+            made = taps["generated"] = over_tokens(generate, full, n + n_new)
+            x = jnp.concatenate([x, made[:, :, -n_new:]], 2)
+        x = jnp.concatenate([prompts, x + place], 2)
+        n_tokens = x.shape[2]
+        if task:
+            x = jnp.concatenate([x, rows(f"cls/{task}")], 2)
+        taps["input"] = x
+        for i in range(len(cfg.ffn_dims)):
+            x, inner = Block(cfg, i, name=f"block_{i}")(x, n_tokens, train)
+            taps |= {f"block_{i}/{name}": value for name, value in inner.items()} | {f"block_{i}": x}
+        logits = patches = None
+        if task or every:
+            feature, inner = ClassHead(cfg, name="class_head")(x, train)
+            taps |= {f"class_head/{name}": value for name, value in inner.items()}
+            if task and f"category/{task}" in tokens:
+                category = tokens[f"category/{task}"]
+                # the original's einsum sums over an axis of length M once more, so its logits are M times as large
+                logits = category.shape[1] * jnp.einsum("BVD,VMD->BVM", feature, category.astype(x.dtype)).mean(1)
+                logits = logits.astype(jnp.float32)
+        if not task or every:
+            patches, inner = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")(x, n + n_new, train)
+            taps |= {f"forecast_head/{name}": value for name, value in inner.items()}
+        if cfg.pretrained_head and every:
+            ForecastHead(cfg, 1, name="pretrain_head")(x, n + n_new, train)
+        return (logits if task else patches), taps
+
+
+@dataclasses.dataclass(frozen=True)
+class Units(Model):
+    """UniTS at one size. See the module docstring; `Model` documents the methods."""
+
+    config: UnitsConfig
+
+    family = "units"
+    head = r"^forecast_head/"
+    tasks = ("forecasting", "imputation", "anomaly", "classification")
+    heads = ("classification",)
+    licence = "MIT (mims-harvard/UniTS)"
+    shard_rules = (
+        (r"^embed/kernel$", (None, "fsdp")),
+        (r"/(seq|var)/qkv/kernel$", ("fsdp", None, "tensor", None)),
+        (r"/(seq|var)/out/kernel$", ("tensor", None, "fsdp")),
+        (r"/mix/up/kernel$", (None, "fsdp", "tensor")),
+        (r"/mix/down/kernel$", ("tensor", "fsdp")),
+        (r"head/(proj_in|up)/kernel$", ("fsdp", "tensor")),
+        (r"head/down/kernel$", ("tensor", "fsdp")),
+        (r"head/proj_out/kernel$", ("fsdp", None)),
+        (r"^class_head/(q|kv|out)/kernel$", ()),
+        (r"(tokens/|^positions$|/gate\w*/|/(pos_proj|seq|prompt)/|^generate/|/(scale|bias)$)", ()),
+    )
+    prunable = ((r"^block_\d+/(seq|var)$", "heads"),)
+
+    @classmethod
+    def presets(cls) -> Mapping[str, UnitsConfig]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> UnitsConfig:
+        tasks = tuple(UnitsTask(**task) for task in fields["tasks"])
+        return config_from_json(
+            UnitsConfig, {name: x for name, x in fields.items() if name != "tasks"} | {"tasks": tasks}
+        )
+
+    @classmethod
+    def small(cls) -> UnitsConfig:
+        tasks = (
+            UnitsTask("LTF_a", "long_term_forecast", "a", 40, 16, 2),
+            UnitsTask("CLS_b", "classification", "b", 32, 0, 3, 2),
+        )
+        return UnitsConfig.of(16, 2, 2, tasks, patch_len=8, prompt_len=3)
+
+    @property
+    def variates(self) -> Literal["independent", "joint"]:
+        return "joint"
+
+    @property
+    def task(self) -> UnitsTask:
+        """The task that gives window and horizon: the data set's first one that forecasts, else its first."""
+        mine = [t for t in self.config.tasks if t.dataset == self.config.current]
+        return next((t for t in mine if t.horizon), mine[0])
+
+    @property
+    def context_len(self) -> int:
+        return self.task.context_len
+
+    @property
+    def horizon(self) -> int:
+        return self.task.horizon or self.config.patch_len
+
+    @property
+    def eval_batch(self) -> int:
+        return max(2048 // self.task.n_variates, 1)
+
+    def init(self, key: jax.Array) -> Tree:
+        """Torch's defaults for linear layers and convolutions, U(-1/sqrt(inputs), 1/sqrt(inputs)), those over tokens
+        included; tokens N(0, 0.02^2), mask tokens 0; positions: the sinusoid table."""
+        cfg = self.config
+        name, size = next(iter(cfg.datasets.items()))
+        patch = jax.ShapeDtypeStruct((1, size, 2, cfg.patch_len), jnp.float32)
+        shapes = jax.eval_shape(UnitsNet(cfg, name).init, key, patch)["params"]
+        flat = flatten(shapes)  # the names of tokens, which hold a slash for Flax, become branches of the tree
+        shapes = unflatten(flat)
+
+        def rule(path, shape):
+            if path == "positions":
+                return lambda key, shape: jnp.asarray(sinusoids(*shape))
+            if path.startswith("mask_tokens/"):
+                return Constant(0.0)
+            if "_tokens/" in path:
+                return Normal(0.02)
+            kernel = flat.get(path.rsplit("/", 1)[0] + "/kernel")
+            if kernel is None:
+                return Constant(float(path.endswith("/scale")))
+            inputs = math.prod(kernel.shape[:-1])
+            if path.endswith(("/qkv/kernel", "/kv/kernel", "class_head/q/kernel")):
+                inputs = kernel.shape[0]
+            return Uniform(inputs**-0.5)
+
+        return draw(key, shapes, rule)
+
+    def recipe(self) -> Recipe:
+        source = "mims-harvard/UniTS scripts, prompt tuning: lr 1e-3 at an effective batch of 32, tokens alone"
+        return Recipe(1e-3, 32, 5, "cosine", self.context_len, self.horizon, "own", source, trainable=r"_tokens/")
+
+    def for_series(self, params: Tree, *, n_variates: int, freq=None, name=None, key=None) -> tuple["Units", Tree]:
+        """Speaks for the data set `name`: with the checkpoint's tokens where it has some for as many variates, else
+        with fresh ones, drawn from `key`, under that name."""
+        cfg, known = self.config, self.config.datasets
+        name = (name or "data").replace("/", "_")
+        if name == cfg.current and known[name] == n_variates:
+            return self, params
+        if known.get(name) != n_variates:
+            if name in known:
+                name = f"{name} ({n_variates})"
+            if name not in known:
+                same = self.task
+                task = UnitsTask(f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates)
+                cfg = dataclasses.replace(cfg, tasks=(*cfg.tasks, task))
+                params = self._with_tokens(cfg, params, key)
+        return Units(dataclasses.replace(cfg, dataset=name)), params
+
+    def with_head(self, params: Tree, head: str, key: jax.Array, **sizes: Any) -> tuple["Units", Tree]:
+        """Fresh tokens for a classification task of the current data set. sizes: n_classes, and optionally name."""
+        if head not in self.heads:
+            raise ValueError(f"{self.family} has no head {head!r}, only {', '.join(self.heads)}")
+        if "n_classes" not in sizes:
+            raise ValueError("a classification head needs n_classes=...")
+        old = self.task
+        name = sizes.get("name", f"CLS_{old.dataset}")
+        task = UnitsTask(name, "classification", old.dataset, old.context_len, 0, old.n_variates, sizes["n_classes"])
+        cfg = dataclasses.replace(self.config, tasks=(*self.config.tasks, task), classifies=name)
+        return Units(cfg), self._with_tokens(cfg, params, key)
+
+    def _with_tokens(self, cfg: UnitsConfig, params: Tree, key: jax.Array | None) -> Tree:
+        fresh = flatten(Units(cfg).init(jax.random.key(0) if key is None else key))
+        return unflatten(fresh | flatten(params))
+
+    # --- the network around its instance scaling
+
+    def apply(
+        self, params: Tree, x_BVL: jax.Array, n_new: int = 0, observed_BVL=None, task: str = "", key=None, train=False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """One pass in the units of x: [B, V, (N + n_new) P] for the padded window and `n_new` patches behind it, or
+        logits [B, M] of `task`; and the named steps. With `observed` (1 or 0; x must hold 0 where it is 0 and be whole
+        patches), patches with any hidden point are filled in."""
+        cfg, p = self.config, self.config.patch_len
+        dataset = next(t.dataset for t in cfg.tasks if t.name == task) if task else cfg.current
+        b, v, length = x_BVL.shape
+        if v != cfg.datasets[dataset]:
+            raise ValueError(
+                f"the tokens of {dataset!r} are for {cfg.datasets[dataset]} variates, the window has {v}; make the "
+                "model ready for the data with `for_series` first"
+            )
+        x = x_BVL.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)  # with `observed` too, as in the original: hidden points count as 0
+        z = x - mean
+        hidden = None
+        if observed_BVL is None:
+            std = jnp.sqrt(jnp.square(z).mean(-1, keepdims=True) + SCALE_EPS)
+        else:
+            if length % p:
+                raise ValueError(f"imputation needs a window of whole patches ({p}), got {length} steps")
+            z = jnp.where(observed_BVL == 0, 0.0, z)
+            n = jnp.maximum((observed_BVL == 1).sum(-1, keepdims=True), 1)
+            std = jnp.sqrt(jnp.square(z).sum(-1, keepdims=True) / n + SCALE_EPS)
+            hidden = (observed_BVL == 0).reshape(b, v, -1, p).any(-1)
+        mean, std = jax.lax.stop_gradient((mean, std))
+        z = jnp.pad(z / std, ((0, 0), (0, 0), (0, -length % p)))
+        rngs = {"dropout": key} if train and cfg.dropout else None
+        net: Any = UnitsNet(cfg, dataset)  # Flax types what apply returns too widely
+        y, taps = net.apply(
+            {"params": _joined(params)},
+            z.reshape(b, v, -1, p),
+            n_new,
+            hidden,
+            task,
+            train and rngs is not None,
+            rngs=rngs,
+        )
+        taps |= {"scaled": z, "mean": mean, "std": std}
+        if task:
+            return y, taps
+        y = taps["folded"] = y.reshape(b, v, -1).astype(jnp.float32)
+        return y * std + mean, taps
+
+    def forecast(self, params: Tree, x_BVL: jax.Array, horizon: int, key=None, train=False) -> jax.Array:
+        """The `horizon` steps after x, [B, V, H]: what the padding of the window holds, and as many generated patches
+        as the rest needs, at least one."""
+        p, length = self.config.patch_len, x_BVL.shape[-1]
+        pad = -length % p
+        y, _ = self.apply(params, x_BVL, max(-(-(horizon - pad) // p), 1), key=key, train=train)
+        return y[..., length : length + horizon]
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the forecast, as in supervised training."""
+        y = self.forecast(params, batch["context"], batch["target"].shape[-1], key, train)
+        return mean_over_rows(jnp.square(y - batch["target"]), batch)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        return self.loss(params, batch, key, train)
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """The whole horizon at once, with as many generated tokens as it takes, as in the original. The context is cut
+        to the newest `context_len` steps; missing values take the last value before them."""
+        check_context(context, horizon)
+        x = fill_missing(jnp.asarray(context, jnp.float32))[..., -self.context_len :]
+        return Forecast(self.forecast(params, x, horizon))
+
+    def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
+        """Reconstruction [B, V, T] of x where `observed` is 0. T must be whole patches. ims has no meaning here."""
+        observed = observed.astype(jnp.float32)
+        return self.apply(params, jnp.where(observed == 0, 0.0, x), observed_BVL=observed, key=key, train=train)[0]
+
+    def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
+        """What the model expects, [B, V, T], of all points. ims has no meaning here."""
+        return self.apply(params, x, key=key, train=train)[0][..., : x.shape[-1]]
+
+    def classify(self, params: Tree, x: jax.Array, key=None, train=False, task: str = "") -> jax.Array:
+        """Logits [B, M] of x [B, V, T]. task: by default the one `with_head` made, else the data set's own.
+
+        Raises: ValueError where there is no classification task.
+        """
+        own = [t.name for t in self.config.tasks if t.kind == "classification" and t.dataset == self.config.current]
+        task = task or self.config.classifies or next(iter(own), "")
+        if not task:
+            raise ValueError(
+                f"no classification task for {self.config.current!r}: name one, or make one with "
+                "`model.with_head(params, 'classification', key, n_classes=...)`"
+            )
+        return self.apply(params, x, task=task, key=key, train=train)[0]
+
+
+def _joined(params: Tree) -> Tree:
+    """The tree as Flax knows it: "prompt_tokens/ETTh1" is one name there."""
+    flat = {}
+    for name, branch in params.items():
+        if name.endswith("_tokens"):
+            flat |= {f"{name}/{data}": leaf for data, leaf in branch.items()}
+        else:
+            flat[name] = branch
+    return flat
