@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def rotary(
@@ -18,7 +19,8 @@ def rotary(
     Returns: [..., K] in the dtype of x; angles are computed in float32.
     """
     k = x.shape[-1]
-    frequency = base ** (-jnp.arange(0, k, 2, dtype=jnp.float32) / k)
+    # on the host: an accelerator's power is off by so much that far positions turn by another angle
+    frequency = (base ** (-np.arange(0, k, 2) / k)).astype(np.float32)
     angle = positions[..., None].astype(jnp.float32) * frequency.reshape((1,) * positions.ndim + (-1,))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     wide = x.astype(jnp.float32)

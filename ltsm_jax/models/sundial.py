@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ltsm_jax.layers.causal import ACTIVATIONS, CausalAttention, GatedMLP, causal_mask, empty_cache, roll_out
 from ltsm_jax.layers.dropout import Dropout
@@ -185,7 +186,9 @@ class SundialNet(nn.Module):
 def time_features(t: jax.Array) -> jax.Array:
     """256 features of a time in [0, 1], [...] -> [..., 256]: cosines, then sines, of 1000 t at 128 frequencies."""
     half = TIME_FEATURES // 2
-    frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    # on the host, rounded as in the original: angles reach 1000, where the last place of a frequency is seen
+    exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angle = 1000.0 * t[..., None] * frequency.reshape((1,) * t.ndim + (-1,))
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
