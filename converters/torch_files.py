@@ -570,7 +570,7 @@ def write_safetensors(path: str | os.PathLike, state: Mapping[str, np.ndarray], 
         raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
     part = file.with_name(f".{file.name}.part{os.getpid()}")
     try:
-        save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, part, metadata={"format": "pt"})
+        save_file({key: np.asarray(value, order="C") for key, value in state.items()}, part, metadata={"format": "pt"})
         with open(part, "rb") as f:
             os.fsync(f.fileno())
         os.replace(part, file)

@@ -300,3 +300,77 @@ def _config(told: Mapping[str, Any]) -> TTMConfig:
         huber_delta=float(told["huber_delta"]),
         post_init=told["post_init"],
     )
+
+
+def published(config: TTMConfig) -> dict[str, Any]:
+    """The fields of config.json, the derived ones that the original reads from it included.
+
+    Raises: ValueError for a pruned model, which the original's classes can't hold.
+    """
+    blocks, decoder_blocks = max(config.levels, 1), max(config.decoder_levels, 1)
+    fields = {
+        "architectures": ["TinyTimeMixerForPrediction"],
+        "model_type": "tinytimemixer",
+        "context_length": config.context_len,
+        "prediction_length": config.horizon,
+        "patch_length": config.patch_len,
+        "patch_stride": config.patch_stride,
+        "num_patches": config.n_patches,
+        "d_model": config.d_model,
+        "num_layers": len(config.encoder) // blocks,
+        "num_input_channels": config.n_channels,
+        "expansion_factor": _expansion(config),
+        "adaptive_patching_levels": config.levels,
+        "mode": "mix_channel" if config.mix_channels else "common_channel",
+        "use_decoder": bool(config.decoder),
+        "decoder_num_layers": len(config.decoder) // decoder_blocks or 1,
+        "decoder_d_model": config.decoder_d_model,
+        "decoder_adaptive_patching_levels": config.decoder_levels,
+        "decoder_mode": "mix_channel" if config.decoder_mix_channels else "common_channel",
+        "decoder_raw_residual": config.raw_residual,
+        "frequency_token_vocab_size": config.freq_vocab or 5,
+        "resolution_prefix_tuning": bool(config.freq_vocab),
+        "gated_attn": config.gated,
+        "norm_mlp": config.norm,
+        "norm_eps": config.norm_eps,
+        "self_attn": bool(config.attn_heads),
+        "self_attn_heads": config.attn_heads or 1,
+        "use_positional_encoding": config.position is not None,
+        "positional_encoding_type": config.position or "sincos",
+        "scaling": config.scaling,
+        "prediction_channel_indices": None if config.targets is None else list(config.targets),
+        "exogenous_channel_indices": list(config.exogenous) or None,
+        "prediction_filter_length": config.filter_len,
+        "categorical_vocab_size_list": list(config.vocab) or None,
+        "enable_forecast_channel_mixing": config.fcm,
+        "fcm_context_length": config.fcm_context,
+        "fcm_use_mixer": bool(config.fcm_layers),
+        "fcm_mix_layers": len(config.fcm_layers) or 2,
+        "fcm_gated_attn": config.fcm_gated,
+        "fcm_prepend_past": config.fcm_past,
+        "fcm_prepend_past_offset": config.fcm_offset,
+        "dropout": config.dropout,
+        "head_dropout": config.head_dropout,
+        "loss": config.loss,
+        "quantile": config.quantile,
+        "huber_delta": config.huber_delta,
+        "post_init": config.post_init,
+        "init_processing": True,
+        "patch_last": True,
+        "torch_dtype": "float32",
+    }
+    again = _config(_told(fields)[0])
+    differ = [
+        field for field in ("encoder", "decoder", "fcm_layers") if getattr(again, field) != getattr(config, field)
+    ]
+    if differ:
+        raise ValueError(
+            f"the original TTM has the same share of hidden units in every mixer; here {', '.join(differ)} has other "
+            "widths. A pruned model can't be exported."
+        )
+    return fields
+
+
+def _expansion(config: TTMConfig) -> int:
+    width = config.d_model // factors(config.levels, config.d_model)[0]
+    return max(config.encoder[0][2] // width, 1)

@@ -55,7 +55,7 @@ def save(
         if buffers:
             from safetensors.numpy import save_file
 
-            save_file({key: np.ascontiguousarray(value) for key, value in buffers.items()}, temporary / BUFFERS)
+            save_file({key: np.asarray(value, order="C") for key, value in buffers.items()}, temporary / BUFFERS)
         storage.save_tree(temporary / PARAMS, params)
     return folder
 

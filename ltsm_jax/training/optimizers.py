@@ -26,8 +26,14 @@ def _constant(epoch, _done):
     return np.ones(np.shape(epoch))
 
 
+def _one_cycle(_epoch, done):
+    up, down = np.minimum(done / 0.3, 1), np.maximum((done - 0.3) / 0.7, 0)
+    rise = 1 / 25 + (1 - 1 / 25) * 0.5 * (1 - np.cos(np.pi * up))
+    return np.where(done < 0.3, rise, 4e-6 + (1 - 4e-6) * 0.5 * (1 + np.cos(np.pi * down)))
+
+
 # Factor of the learning rate, of the epoch (1, 2, ...) and of the share of the run that is done, in [0, 1).
-SCHEDULES = {"halving": _halving, "timer": _timer, "cosine": _cosine, "constant": _constant}
+SCHEDULES = {"halving": _halving, "timer": _timer, "cosine": _cosine, "constant": _constant, "one-cycle": _one_cycle}
 
 
 def schedule(name: str, lr: float, epochs: int, steps_per_epoch: int, warmup: float = 0.0) -> Schedule:
@@ -36,7 +42,9 @@ def schedule(name: str, lr: float, epochs: int, steps_per_epoch: int, warmup: fl
     Args:
       name: "halving": lr in epochs 1 and 2, then half of the epoch before (Meteor-Stars/SFF);
         "timer": lr in epochs 1 to 5, then 0.9 of the epoch before (thuml/Large-Time-Series-Model);
-        "cosine": half a cosine from lr to 0 over the steps that follow the warm-up;  "constant": lr.
+        "cosine": half a cosine from lr to 0 over the steps that follow the warm-up;  "constant": lr;
+        "one-cycle": from lr / 25 to lr over the first 30 % of the steps, then to lr / 250,000, both along half a cosine
+        (Smith & Topin, arXiv 1708.07120, with the numbers of torch's OneCycleLR).
       lr: the rate at the top.
       epochs, steps_per_epoch: length of the run.
       warmup: share of all steps, in [0, 1), over which the rate climbs linearly to what the schedule says.

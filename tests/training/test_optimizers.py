@@ -34,6 +34,14 @@ def test_cosine_falls_from_the_rate_to_nearly_nothing():
     assert 0 < rates[-1] < 1e-3
 
 
+def test_one_cycle_rises_and_falls_along_cosines():
+    rates = schedule("one-cycle", 2.0, 10, 10)(np.arange(100))
+    np.testing.assert_allclose(rates[[0, 15, 30, 65]], [0.08, 1.04, 2.0, 1.000004], rtol=1e-6)
+    assert rates.argmax() == 30
+    assert (np.diff(rates[:31]) > 0).all() and (np.diff(rates[30:]) < 0).all()
+    assert 0 < rates[-1] < 2e-3
+
+
 def test_warmup_climbs_linearly_to_the_schedule():
     rates = schedule("constant", 1.0, 1, 40, warmup=0.1)(np.arange(40))
     np.testing.assert_allclose(rates[:6], [0.2, 0.4, 0.6, 0.8, 1, 1])
