@@ -310,12 +310,14 @@ def _read_shards(index: Path) -> _Original:
     listed = _json(index)
     table = listed.get("weight_map") if isinstance(listed, dict) else None
     fits = isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
-    odd = [name for name in table.values() if Path(name).name != name or not name] if fits and table else []
+    names = sorted(set(table.values())) if fits and table else []
+    outside = [name for name in names if Path(name).name != name or not name or len(name) > 255]
+    odd = outside or [name for name in names if Path(name).suffix not in library.ORIGINALS]
     if not fits or odd:
-        what = f"names files outside its folder: {', '.join(map(quoted, odd[:5]))}" if odd else "has no weight_map"
+        where = "files outside its folder" if outside else "another index, or other files that hold no tensors"
+        what = f"names {where}: {', '.join(map(quoted, odd[:5]))}" if odd else "has no weight_map"
         raise CheckpointError(f"{index}: not the index of a checkpoint in several files: it {what}.")
     assert table
-    names = sorted(set(table.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise CheckpointError(f"{index}: {', '.join(map(quoted, missing))} not there. Fetch all {len(names)} files.")
     state, problems = {}, []

@@ -291,12 +291,12 @@ def _without_copies(
             continue
         for key in [k for k in state if pattern.fullmatch(k)]:
             value = rest.pop(key)
-            source = pattern.fullmatch(key).expand(str(source))  # pyright: ignore[reportOptionalMemberAccess]
-            if source not in rest:
-                rest[source] = value
-            elif not same_bytes(value, rest[source]):
-                problems.append(f"{quoted(key)}: differs from {quoted(source)}, of which it should be a copy")
-            copies[key] = source
+            of = pattern.fullmatch(key).expand(str(source))  # pyright: ignore[reportOptionalMemberAccess]
+            if of not in rest:
+                rest[of] = value
+            elif not same_bytes(value, rest[of]):
+                problems.append(f"{quoted(key)}: differs from {quoted(of)}, of which it should be a copy")
+            copies[key] = of
     return rest
 
 

@@ -1,5 +1,7 @@
 """The key-table engine: strict in both directions, every problem in one error."""
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -8,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters import tables
-from converters.tables import BUFFER, CONV1, DROP, SAME, TRANSPOSE, split_bias, split_in, split_out, to_params, to_state
+from converters.tables import (
+    BUFFER,
+    CONV1,
+    COPY,
+    DROP,
+    SAME,
+    TRANSPOSE,
+    split_bias,
+    split_in,
+    split_out,
+    to_params,
+    to_state,
+)
 from converters.torch_files import CheckpointError
 from ltsm_jax import trees
 
@@ -233,3 +247,70 @@ def test_a_missing_surplus_or_misshapen_part_of_a_stack_is_named():
     ):
         assert expected in lines, str(error.value)
     assert len(lines) == 5
+
+
+COPIES = [
+    (r"shared\.(\d+)", r"layer_\1/kernel", TRANSPOSE),
+    (r"(encoder|decoder)\.(\d+)", COPY, r"shared.\2"),
+]
+TWO_LAYERS = trees.unflatten({f"layer_{i}/kernel": jax.ShapeDtypeStruct((3, 2), np.float32) for i in range(2)})
+
+
+def shared(layer):
+    return np.arange(6, dtype=np.float32).reshape(2, 3) + 10 * layer
+
+
+def test_copies_go_to_their_own_source_and_stand_in_for_a_missing_one():
+    state = {f"{name}.{i}": shared(i) for name in ("encoder", "shared", "decoder") for i in range(2)}
+    del state["shared.1"]
+    found = to_params(COPIES, state, TWO_LAYERS, what="m")
+    assert found.copies == {f"{name}.{i}": f"shared.{i}" for name in ("encoder", "decoder") for i in range(2)}
+    assert found.dropped["encoder.1"] == "the same tensor as shared.1"
+    for i in range(2):
+        np.testing.assert_array_equal(found.params[f"layer_{i}"]["kernel"], shared(i).T)
+    assert set(to_state(COPIES, found.params)[0]) == {"shared.0", "shared.1"}
+
+
+@pytest.mark.parametrize("other", ["values", "dtype", "shape", "object"])
+def test_a_copy_that_differs_is_refused(other):
+    state = {"shared.0": shared(0), "shared.1": shared(1), "encoder.1": shared(1)}
+    wrong = {"values": shared(2), "dtype": shared(1).astype(np.float64), "shape": shared(1)[:1], "object": "text"}
+    with pytest.raises(CheckpointError, match=r"'encoder\.1': differs from 'shared\.1', of which it should be a copy"):
+        to_params(COPIES, state | {"encoder.1": wrong[other]}, TWO_LAYERS, what="m")
+
+
+def test_two_copies_of_a_missing_source_that_differ_are_refused():
+    state = {"shared.0": shared(0), "encoder.1": shared(1), "decoder.1": shared(0)}
+    with pytest.raises(CheckpointError, match=r"'decoder\.1': differs from 'shared\.1'"):
+        to_params(COPIES, state, TWO_LAYERS, what="m")
+
+
+def test_a_tensor_that_is_kept_may_be_wider_and_keeps_its_bytes():
+    rules = [(r"centroid", "centroid", dataclasses.replace(SAME, keep=True)), (r"scale", "scale", SAME)]
+    shapes = {name: jax.ShapeDtypeStruct((3,), np.float32) for name in ("centroid", "scale")}
+    exact = np.array([1 / 3, 2 / 3, 1e-20])
+    state = {"centroid": exact, "scale": np.ones(3, np.float32)}
+    found = to_params(rules, state, shapes, what="m")
+    assert found.params["centroid"].dtype == np.float32 and found.buffers["centroid"].tobytes() == exact.tobytes()
+    np.testing.assert_array_equal(found.params["centroid"], exact.astype(np.float32))
+    with pytest.raises(CheckpointError, match="'scale': float64 would be rounded"):
+        to_params(rules, state | {"scale": exact}, shapes, what="m")
+    with pytest.raises(CheckpointError, match=r"'centroid': 1 of 3 values are NaN"):
+        to_params(rules, state | {"centroid": np.array([1.0, np.nan, 0.0])}, shapes, what="m")
+
+
+@given(seed=st.integers(0, 99), layers=st.integers(1, 3), experts=st.integers(1, 12))
+def test_slots_of_any_number_go_in_and_out(seed, layers, experts):
+    rules = [(r"l\.(\d+)\.experts\.(\d+)\.up\.weight", r"layer_\1/experts/up/kernel[\2]", TRANSPOSE)]
+    rng = np.random.default_rng(seed)
+    keys = [f"l.{i}.experts.{j}.up.weight" for i in range(layers) for j in range(experts)]
+    rng.shuffle(keys)
+    state = {key: rng.normal(size=(2, 3)).astype(np.float32) for key in keys}
+    shape = jax.ShapeDtypeStruct((experts, 3, 2), np.float32)
+    shapes = trees.unflatten({f"layer_{i}/experts/up/kernel": shape for i in range(layers)})
+    found = to_params(rules, state, shapes, what="m")
+    back, _ = to_state(rules, found.params)
+    assert set(back) == set(state) and all(back[key].tobytes() == state[key].tobytes() for key in state)
+    surplus = {f"l.0.experts.{experts}.up.weight": state[keys[0]]}
+    with pytest.raises(CheckpointError, match=rf"the model has no layer_0/experts/up/kernel\[{experts}\]"):
+        to_params(rules, state | surplus, shapes, what="m")
