@@ -12,7 +12,8 @@ import pytest
 from ltsm_jax import trees
 from ltsm_jax.models import FAMILIES, family, library
 
-HORIZONS, LENGTHS = (1, 7, 96, 200), (3, 50, 512)
+slow = lambda x: pytest.param(x, marks=pytest.mark.slow)  # noqa: E731
+HORIZONS, LENGTHS = (1, slow(7), slow(96), 200), (3, slow(50), slow(512))
 
 
 @dataclasses.dataclass(frozen=True)
