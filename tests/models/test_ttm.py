@@ -20,8 +20,16 @@ from ltsm_jax.models import library
 from ltsm_jax.models.ttm import PRESETS, TTM, TTMConfig, frequency_token, sincos
 from ltsm_jax.tasks import forecasting
 
-TINY: dict[str, Any] = {"context_len": 16, "horizon": 4, "patch_len": 4, "d_model": 8, "decoder_d_model": 8, "layers": 1,
-        "decoder_layers": 1, "levels": 0}  # fmt: skip
+TINY: dict[str, Any] = {
+    "context_len": 16,
+    "horizon": 4,
+    "patch_len": 4,
+    "d_model": 8,
+    "decoder_d_model": 8,
+    "layers": 1,
+    "decoder_layers": 1,
+    "levels": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +92,13 @@ def test_another_number_of_channels_draws_their_mixers_anew_and_nothing_else():
 
 def test_variates_are_joint_where_channels_are_mixed_or_numbered():
     assert TTM(TTMConfig.of(**TINY)).variates == "independent"
-    for change in ({"mix_channels": True}, {"decoder_mix_channels": True}, {"fcm": True}, {"targets": (0,)}):
+    changes: tuple[dict[str, Any], ...] = (
+        {"mix_channels": True},
+        {"decoder_mix_channels": True},
+        {"fcm": True},
+        {"targets": (0,)},
+    )
+    for change in changes:
         assert TTM(TTMConfig.of(**TINY, **change)).variates == "joint", change
     assert TTM(TTMConfig.of(**TINY)).fixed is None
     assert TTM(TTMConfig.of(**TINY, norm="BatchNorm", position="sincos")).fixed
@@ -141,7 +155,7 @@ def test_sincos_has_mean_zero_and_a_tenth_of_unit_spread():
         ({"loss": "nll"}, "loss must be one of"),
     ],
 )
-def test_a_config_that_can_not_be_is_refused(change, message):
+def test_a_config_that_can_not_be_is_refused(change: dict[str, Any], message):
     with pytest.raises(ValueError, match=message):
         TTMConfig.of(**TINY | change)
 
