@@ -51,6 +51,9 @@ def pytest_addoption(parser):
         default=Path(__file__).parent / "golden",
         help="folder with one folder of reference vectors per model family",
     )
+    parser.addoption(
+        "--parity", action="store_true", help="print how much of the recorded tolerances is used; one process"
+    )
 
 
 def pytest_collection_modifyitems(items):

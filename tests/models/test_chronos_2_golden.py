@@ -58,6 +58,7 @@ def check(got_MRQ, want_MQR, x_MT, what, relative=False):
     scale = np.array([np.std(s[~np.isnan(s)]) if np.isfinite(s).any() else 1.0 for s in np.asarray(x_MT)])
     scale = np.maximum(scale, 1e-5).reshape(-1, 1, 1)
     excess = np.abs(got - want) - 1e-4 * scale - (1e-3 if relative else RTOL) * np.abs(want)
+    parity.note(np.abs(got - want), np.abs(got - want) - excess)
     assert (excess <= 0).all(), f"{what}: off by {np.abs(got - want).max()} at most"
 
 

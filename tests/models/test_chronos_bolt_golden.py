@@ -32,6 +32,7 @@ def check(got, want, x, what=""):
     assert got.shape == want.shape, what
     scale = [np.std(series[~np.isnan(series)]) if np.isfinite(series).any() else 1.0 for series in x]
     excess = np.abs(got - want) - RTOL * np.abs(want) - ATOL * np.maximum(scale, 1e-5).reshape(-1, 1, 1)
+    parity.note(np.abs(got - want), np.abs(got - want) - excess)
     assert (excess <= 0).all(), f"{what}: off by {np.abs(got - want).max()} at most"
 
 

@@ -98,6 +98,7 @@ def check(got_BCHQ, want, past, what, horizon_of_one):
     scale = np.maximum(scale, 1e-3)[..., None, None]
     rtol = np.where(np.arange(got.shape[2]) < horizon_of_one, RTOL, ROLLOUT_RTOL)[None, None, :, None]
     excess = np.abs(got - want) - rtol * np.abs(want) - (rtol / RTOL) * ATOL * scale
+    parity.note(np.abs(got - want), np.abs(got - want) - excess)
     assert (excess <= 0).all(), f"{what}: off by {np.abs(got - want).max()} at a scale of {scale.ravel()}"
 
 

@@ -38,6 +38,7 @@ def check_sampled(got_BSH, want_BSH, x_BL, what=""):
     got, scale = np.asarray(got_BSH), np.asarray(x_BL).std(-1)[:, None, None] + 1e-5
     assert got.shape == want_BSH.shape, what
     excess = np.abs(got - want_BSH) - RTOL * np.abs(want_BSH) - SAMPLED * scale
+    parity.note(np.abs(got - want_BSH), np.abs(got - want_BSH) - excess)
     assert (excess <= 0).all(), f"{what}: off by {np.abs(got - want_BSH).max()}"
 
 

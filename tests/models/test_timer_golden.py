@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 
 import ltsm_jax
@@ -34,6 +35,7 @@ def check(got_BCT, want_BTC, x_BTC, atol=None):
     got, want, scale = np.asarray(got_BCT), np.asarray(bct(want_BTC)), np.asarray(bct(x_BTC)).std(-1, keepdims=True)
     assert got.shape == want.shape
     excess = np.abs(got - want) - RTOL * np.abs(want) - (ATOL * scale if atol is None else atol)
+    parity.note(np.abs(got - want), np.abs(got - want) - excess)
     assert (excess <= 0).all(), f"off by {np.abs(got - want).max()} at most, {excess.max()} more than allowed"
 
 

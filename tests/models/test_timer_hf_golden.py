@@ -34,6 +34,7 @@ def check(got, want, x_BL=None, atol=ATOL, what=""):
     scale = 1.0 if x_BL is None else np.asarray(x_BL).std(-1).reshape(-1, *(1,) * (want.ndim - 1))
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want), err_msg=what)
     excess = np.nan_to_num(np.abs(got - want) - RTOL * np.abs(want) - atol * scale)
+    parity.note(np.abs(got - want), np.abs(got - want) - excess)
     assert (excess <= 0).all(), f"{what}: off by {np.nanmax(np.abs(got - want))}, {excess.max()} more than allowed"
 
 

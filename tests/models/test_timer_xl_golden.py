@@ -33,6 +33,7 @@ def check(got_BCT, want_BTC, x_BTC, what="", atol=None):
     got, want, scale = np.asarray(got_BCT), np.asarray(bct(want_BTC)), np.asarray(bct(x_BTC)).std(-1, keepdims=True)
     assert got.shape == want.shape, what
     excess = np.abs(got - want) - RTOL * np.abs(want) - (ATOL * scale if atol is None else atol)
+    parity.note(np.abs(got - want), np.abs(got - want) - excess)
     assert (excess <= 0).all(), f"{what}: off by {np.abs(got - want).max()}, {excess.max()} more than allowed"
 
 

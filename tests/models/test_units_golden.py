@@ -38,6 +38,7 @@ def check(got_BVT, want_BTV, x_BTV, what, atol=None):
     x = np.asarray(bvt(x_BTV))
     scale = np.maximum(x.std(-1, keepdims=True), np.abs(x).max(-1, keepdims=True))
     allowed = RTOL * np.abs(want) + (ATOL * scale if atol is None else atol)
+    parity.note(np.abs(got - want), allowed)
     assert (np.abs(got - want) <= allowed).all(), f"{what}: off by {np.abs(got - want).max()}"
 
 

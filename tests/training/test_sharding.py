@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from ltsm_jax import sharding, trees
-from ltsm_jax.models import FAMILIES
 
 MESHES = ("data=8", "fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
 
@@ -75,8 +74,8 @@ def test_bfloat16_products_keep_float32_parameters(timer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "timer"])
-def test_every_family_trains_on_a_mixed_mesh(family):
+@pytest.mark.parametrize("family", ["chronos_bolt", "time_moe", "moirai"])
+def test_other_families_train_on_a_mixed_mesh(family):
     found = runs(family, "one", "data=2,fsdp=2,tensor=2")
     check_same(found["data=2,fsdp=2,tensor=2"], found["one"])
     assert found["data=2,fsdp=2,tensor=2"]["start"] == found["data=2,fsdp=2,tensor=2"]["end"]
