@@ -130,6 +130,8 @@ def read_config(
       build: the config's `from_published`.
     Raises: CheckpointError that lists every contradiction.
     """
+    if "num_layers" not in sizes:
+        problems.append("encoder.layers: their numbers do not count from 0 without a gap")
     for name in dict.fromkeys((*required, *COMMON)):
         told, limit = published.get(name), _MAX_LAYERS if name == "num_layers" else _LIMIT
         if name not in published:

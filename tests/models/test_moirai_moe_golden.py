@@ -106,6 +106,11 @@ def sizes_of(io, case):
     return x.shape[1], x.shape[2], horizon, -(-horizon // int(io[f"{case}/in/patch_size"]))
 
 
+def at_patch(model, io, case):
+    """The model at the patch size of a case."""
+    return MoiraiMoe(dataclasses.replace(model.config, patch_size=int(io[f"{case}/in/patch_size"])))
+
+
 def draws(io, case, call):
     """Recorded draws of a call at all tokens: values [R, N, P, M] and components [R, N, P] of the copies, and of the
     first call [n, B, N, P, M], [n, B, N, P]."""
@@ -127,7 +132,7 @@ def test_golden_rollout(recorded, ran):
             now = {case: one.mixture for case, one in zip(left, found, strict=True)}
         for case, y in now.items():
             c, t, horizon, steps = sizes_of(io, case)
-            last, first, _ = model._places(c, t, horizon)
+            last, first, _ = at_patch(model, io, case)._places(c, t, horizon)
             check_parameters(io, case, step, y)
             z, index = draws(io, case, step)
             at = last if step == 0 else first + step - 1
@@ -143,7 +148,9 @@ def test_golden_rollout(recorded, ran):
                 paths[case].append(values.reshape(paths[case][0].shape))
             if steps > step + 1:
                 rows = values.reshape(-1, *values.shape[-2:])
-                tokens[case] = model.fill(jax.tree.map(jnp.asarray, tokens[case]), jnp.asarray(first + step), rows)
+                tokens[case] = at_patch(model, io, case).fill(
+                    jax.tree.map(jnp.asarray, tokens[case]), jnp.asarray(first + step), rows
+                )
     for case in names:
         c, _, horizon, _ = sizes_of(io, case)
         patch = int(io[f"{case}/in/patch_size"])
@@ -169,6 +176,7 @@ def test_golden_rollout_in_one_program(recorded, ran):
     _, model, params, io = recorded
     case = max(packed.cases(io, "forecast__"), key=lambda name: (sizes_of(io, name)[3] > 1, sizes_of(io, name)[0]))
     c, t, horizon, steps = sizes_of(io, case)
+    model = at_patch(model, io, case)
     last, first, _ = model._places(c, t, horizon)
     start, *later = [draws(io, case, step) for step in range(steps)]
     later = [(z[:, first + i], index[:, first + i]) for i, (z, index) in enumerate(later)]
