@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 
 import ltsm_jax
@@ -196,7 +197,7 @@ REAL = {"ttm_r1_512_96": (0.3632, 0.3965), "ttm_r2_512_96": (0.3628, 0.3890)}
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_published_checkpoints_give_the_originals_scores(name):
+def test_published_checkpoints_give_the_originals_scores(name, tmp_path):
     """With $LTSM_CHECKPOINTS a folder that holds the published checkpoints, and $LTSM_DATA the benchmark files."""
     folder = Path(os.environ.get("LTSM_CHECKPOINTS", "")) / name
     if "LTSM_CHECKPOINTS" not in os.environ or not folder.is_dir() or "LTSM_DATA" not in os.environ:
@@ -208,3 +209,4 @@ def test_published_checkpoints_give_the_originals_scores(name):
     found = forecasting.evaluate(model, params, splits.test)
     assert found["windows"] == 7 * 2785
     np.testing.assert_allclose([found["mse"], found["mae"]], REAL[name], atol=0.5e-4)
+    parity.check_round_trip(folder / "model.safetensors", tmp_path)
