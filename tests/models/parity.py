@@ -11,7 +11,6 @@ from converters.torch_files import read_safetensors, read_torch
 from ltsm_jax import trees
 from ltsm_jax.models import library
 
-
 SHARES: dict[str, float] = {}  # family -> largest error found so far, as a share of what the recorded tolerance allows
 
 
