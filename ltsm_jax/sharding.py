@@ -25,7 +25,7 @@ BATCH = PartitionSpec(("data", "fsdp"))  # how the rows of a batch are split
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
-def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+def make_mesh(spec: str | None = None, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh that `spec` asks for.
 
     Args:
@@ -41,7 +41,7 @@ def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = No
         if n == 1:
             return None
         spec = f"data={n}"
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     problems, seen = [], set()
     for item in spec.split(","):
         name, _, size = (part.strip() for part in item.partition("="))

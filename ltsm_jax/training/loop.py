@@ -261,7 +261,7 @@ class _Fitting:
 
         self.run, shapes = run, jax.eval_shape(state_of, moving)
         layout = None if self.mesh is None else sharding.like(shapes, moving, self.mesh)
-        if layout is not None:
+        if layout is not None and self.mesh is not None:
             shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
             outputs = (layout["params"], layout["optimizer"])
             self.layout = _Layout(self.mesh, jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
@@ -491,7 +491,7 @@ def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how
         objective = jax.checkpoint(objective, policy=REMAT[how.remat])
     gradients = jax.value_and_grad(objective)
     if how.accumulate == 1:
-        return gradients(moving, _gather(source, *rows, mesh), key)
+        return gradients(moving, _gather(source, rows[0], rows[1], mesh), key)
 
     def part(total, inputs):
         (indices, weight), number = inputs
