@@ -12,6 +12,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # nothing of it is called again, and it adds up to gigabytes
 
 
 @pytest.fixture(autouse=True)

@@ -135,6 +135,7 @@ def test_equal_shapes_are_traced_once(case):
     assert len(TRACES) == before
 
 
+@pytest.mark.slow
 def test_losses_and_their_gradients(case):
     model = case.model
     recipe = model.recipe()

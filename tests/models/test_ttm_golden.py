@@ -29,7 +29,8 @@ def pytest_generate_tests(metafunc):
             for pattern in ("ttm*/meta.json", "ttm*/variants/*/meta.json")
             for file in root.glob(pattern)
         )
-        metafunc.parametrize("recorded", found or list(MAIN), indirect=True, scope="module")
+        sets = [pytest.param(name, marks=pytest.mark.slow if "variants" in name else ()) for name in found or MAIN]
+        metafunc.parametrize("recorded", sets, indirect=True, scope="module")
 
 
 @dataclasses.dataclass(frozen=True)
