@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
 
-# Processes of the suite; what shares compiled functions stays in one (tests/conftest.py).
+# Processes of the suite; a file stays in one, so that its compiled functions and fixtures are shared.
 WORKERS ?= 2
 
 .PHONY: help demo test slow check clean
@@ -17,10 +17,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not torch"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not torch"
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not torch"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not torch"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

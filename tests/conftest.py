@@ -56,14 +56,6 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(items):
-    """What the workers of pytest-xdist must not take apart: a file's tests share fixtures and compiled functions; those
-    of the contract do so family by family."""
-    for item in items:
-        family = item.callspec.params.get("case") if item.path.stem == "test_contract" else None
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {family or ''}"))
-
-
 @pytest.fixture(scope="session")
 def golden_dir(request) -> Path:
     return request.config.getoption("--golden")
