@@ -74,7 +74,7 @@ def test_bfloat16_products_keep_float32_parameters(timer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["chronos_bolt", "time_moe", "moirai"])
+@pytest.mark.parametrize("family", ["chronos_bolt", "time_moe"])
 def test_other_families_train_on_a_mixed_mesh(family):
     found = runs(family, "one", "data=2,fsdp=2,tensor=2")
     check_same(found["data=2,fsdp=2,tensor=2"], found["one"])
