@@ -229,6 +229,49 @@ def fit(
     )
 
 
+def trace_step(
+    loss_fn: Callable[[Tree, dict[str, jax.Array], jax.Array, bool], jax.Array],
+    params: Tree,
+    train_source: Any,
+    *,
+    config: TrainConfig,
+    trainable: Tree | None = None,
+    penalty: Callable[[Tree], jax.Array] | None = None,
+) -> jax.stages.Traced:
+    """The compiled step of `fit`, traced from shapes alone: `.lower().compile()` of it is what `fit` runs.
+
+    Nothing is computed and no device has to be there, so a step can be compiled for a machine that is not at hand.
+
+    Args:
+      params: tree of `jax.ShapeDtypeStruct` with shardings, over a mesh or all on one device.
+      train_source: as for `fit`; of its arrays, only the shapes are looked at.
+      loss_fn, config, trainable, penalty: as for `fit`.
+    Raises: ValueError, as `fit`, for a batch that does not divide among the devices.
+    """
+    mesh, first = sharding.mesh_of(params), jax.tree.leaves(params)[0]
+    whole = first.sharding if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shapes(tree, shardings=None):
+        shardings = jax.tree.map(lambda _: whole, tree) if shardings is None else shardings
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    n = int(train_source.n)
+    batch_size = min(config.batch_size, n)
+    sharding.check_batch(batch_size, mesh, config.accumulate)
+    moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
+    opt_state = jax.eval_shape(optimizers.adam(config.weight_decay, config.clip).init, moving)
+    placed = mesh and sharding.like({"params": moving, "optimizer": opt_state}, moving, mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    rates = jax.ShapeDtypeStruct((windows.steps_per_epoch(n, batch_size),), jnp.float32)
+    order, key = jax.ShapeDtypeStruct((n,), jnp.int32), jax.eval_shape(keys, config.seed)["dropout"]
+    return _advance.trace(
+        moving, shapes(opt_state, placed and placed["optimizer"]), frozen, shapes(train_source), shapes(order), rates,
+        shapes(key), _partial(loss_fn), _partial(penalty), number, number, number,
+        batch_size=batch_size, weight_decay=config.weight_decay, clip=config.clip,
+        how=_How(config.compute, config.accumulate, config.remat), layout=mesh and _Layout.of(mesh, placed),
+    )  # fmt: skip
+
+
 class _Fitting:
     """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
 
@@ -263,8 +306,7 @@ class _Fitting:
         layout = None if self.mesh is None else sharding.like(shapes, moving, self.mesh)
         if layout is not None and self.mesh is not None:
             shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
-            outputs = (layout["params"], layout["optimizer"])
-            self.layout = _Layout(self.mesh, jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
+            self.layout = _Layout.of(self.mesh, layout)
         restored = run.restore(shapes) if run else None
         if restored is None:
             self.position = _Position()
@@ -468,6 +510,12 @@ class _Layout:
     mesh: jax.sharding.Mesh
     structure: Any
     shardings: tuple[jax.sharding.NamedSharding, ...]
+
+    @classmethod
+    def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "_Layout":
+        """The layout of what the step gives back, from a tree of shardings for the whole state."""
+        outputs = (state["params"], state["optimizer"])
+        return cls(mesh, jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
 
     def pin(self, moving: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
         """Without it the compiler may choose another layout for what comes out, and compile the next step again."""
