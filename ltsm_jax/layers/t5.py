@@ -19,7 +19,7 @@ Parameters of a stack called `encoder` or `decoder`, i = 0, 1, ...:
     decoder/...                            the same with layer_{i}/cross/{q,k,v,out}/kernel after norm2, and norm3
                                            before the feed-forward
 
-`SHARD_RULES`, `PRUNABLE` and `initial` go with these names; `converters.t5_stack` has the key table.
+`SHARD_RULES` and `initial` go with these names; `converters.t5_stack` has the key table.
 """
 
 import dataclasses
@@ -48,10 +48,6 @@ SHARD_RULES = (
     (r"/down/kernel$", ("tensor", "fsdp")),
     (r"/relative_bias$", ()),
     (r"/norm\d?/scale$", ()),
-)
-PRUNABLE = (
-    (r"^(encoder|decoder)/layer_\d+/(attn|cross)$", "heads"),
-    (r"^(encoder|decoder)/layer_\d+/(up|gate|down)$", "ffn units"),
 )
 
 Cache = Mapping[str, Any]

@@ -29,7 +29,16 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json, mean_over_rows
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Group,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    mean_over_rows,
+)
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
@@ -248,7 +257,11 @@ class Chronos2(Model):
         (r"/down/kernel$", ("tensor", "fsdp")),
         (r"(^tokens|/scale|/bias)$", ()),
     )
-    prunable = ((r"^layer_\d+/(time|group)$", "heads"), (r"^layer_\d+/(up|down)$", "ffn units"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/time"),
+        Group.heads(r"layer_(\d+)/group", r"group_heads.\1"),
+        Group.units(r"layer_(\d+)"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, Chronos2Config]:

@@ -26,6 +26,7 @@ from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -341,7 +342,13 @@ class ChronosT5(Model):
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
-    prunable = t5.PRUNABLE
+    prunable = (
+        Group.heads(r"encoder/layer_(\d+)/attn", r"encoder.n_heads.\1", ids=r"encoder.bias_columns.\1"),
+        Group.heads(r"decoder/layer_(\d+)/attn", r"decoder.n_heads.\1", ids=r"decoder.bias_columns.\1"),
+        Group.heads(r"decoder/layer_(\d+)/cross", r"decoder.cross_heads.\1"),
+        Group.units(r"encoder/layer_(\d+)", r"encoder.ffn_dims.\1"),
+        Group.units(r"decoder/layer_(\d+)", r"decoder.ffn_dims.\1"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, ChronosT5Config]:

@@ -7,8 +7,9 @@ P patch length, D model width, H heads, K head width, F feed-forward width, S ke
 
 import abc
 import dataclasses
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -61,6 +62,50 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Parts of a layer that a model can lose as a whole: attention heads, feed-forward units, experts.
+
+    kind: what they are. pattern: regular expression that the path of the module around them matches in full. size: the
+    config's entry that says how many there are, a field and an index such as "n_heads.\\1" ("encoder.ffn_dims.\\1" of a
+    nested config), \\1 being the pattern's first group; or a function of (config, match) that gives it.
+    makes, takes: linears in the module whose outputs, or inputs, are the parts: of heads [H, K], of units [F]; names
+      that a layer has not got are passed over. For experts the stacked kernels [E, ...].
+    axis: where in the outputs of `makes` (and of the stacked kernels) the parts are counted.
+    ids: the entry that lists the original numbers of those that are left, for layers in which a part has a place of
+      its own (a column of a bias table, an output of a router). With ids, `size` may be None: their number says it.
+    others: further leaves in the module with an entry per part: (name, axis).
+    shared: entry that counts the key and value heads, where query heads share them.
+    inner: entry that holds the width F of each expert, for experts.
+    """
+
+    kind: Literal["heads", "ffn units", "experts"]
+    pattern: str
+    size: "str | Callable[[Any, re.Match], str] | None"
+    makes: tuple[str, ...]
+    takes: tuple[str, ...]
+    axis: int = 0
+    ids: str | None = None
+    others: tuple[tuple[str, int], ...] = ()
+    shared: str | None = None
+    inner: str | None = None
+
+    @classmethod
+    def heads(cls, pattern: str, size: str | None = r"n_heads.\1", **rest: Any) -> "Group":
+        """Attention heads in a module with linears q, k, v and out."""
+        return cls("heads", pattern, size, **({"makes": ("q", "k", "v"), "takes": ("out",)} | rest))
+
+    @classmethod
+    def units(cls, pattern: str, size: "str | Callable[[Any, re.Match], str]" = r"ffn_dims.\1") -> "Group":
+        """Feed-forward units in a module with linears up, down and, where there is one, gate."""
+        return cls("ffn units", pattern, size, ("gate", "up"), ("down",))
+
+    @classmethod
+    def experts(cls, pattern: str, ids: str = r"kept.\1", inner: str = r"expert_dims.\1") -> "Group":
+        """Experts as the stacked kernels gate, up [E, D, F] and down [E, F, D] of a module."""
+        return cls("experts", pattern, None, ("gate", "up"), ("down",), ids=ids, inner=inner)
+
+
+@dataclasses.dataclass(frozen=True)
 class Model(abc.ABC):
     """A model family at one size: pure functions of (params, inputs), hashable, so it may be static under jit.
 
@@ -78,7 +123,9 @@ class Model(abc.ABC):
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]
     ]  # regex of the path -> mesh axis per dimension
-    prunable: ClassVar[tuple[tuple[str, str], ...]]  # regex of a linear layer -> what its structured groups are
+    prunable: ClassVar[tuple[Group, ...]]
+    # regular expression: the linears of Transformer and mixer blocks, which are what is pruned; not their routers
+    blocks: ClassVar[str] = r"(^|/)((block_\d+_)?layer|block)_\d+/(?!(.*/)?(router|shared_gate)$)"
 
     @classmethod
     @abc.abstractmethod

@@ -23,7 +23,16 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens, observed_series
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json, row_keys
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Group,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    row_keys,
+)
 from ltsm_jax.trees import Tree
 
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
@@ -203,7 +212,10 @@ class Moirai(Model):
         (r"^head/.*/kernel$", (None, "fsdp", None)),
         (r"(^mask|/(scale|bias))$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/ffn/(up|gate|down)$", "ffn units"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),)),
+        Group.units(r"layer_(\d+)/ffn"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, MoiraiConfig]:

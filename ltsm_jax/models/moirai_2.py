@@ -27,7 +27,15 @@ from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SwiGLU, Tokens, observed_series
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Group,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+)
 from ltsm_jax.trees import Tree, flatten
 
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
@@ -210,7 +218,10 @@ class Moirai2(Model):
         (r"^head/.*/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/ffn/(up|gate|down)$", "ffn units"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),)),
+        Group.units(r"layer_(\d+)/ffn"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, Moirai2Config]:

@@ -29,7 +29,16 @@ from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json, row_keys
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Group,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    row_keys,
+)
 from ltsm_jax.trees import Tree
 
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
@@ -279,7 +288,10 @@ class MoiraiMoe(Model):
         (r"^head/.*/kernel$", (None, "fsdp", None)),
         (r"(^centroid|/(scale|bias))$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/ffn/experts$", "experts"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),)),
+        Group.experts(r"layer_(\d+)/ffn/experts"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, MoiraiMoeConfig]:

@@ -37,6 +37,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -295,7 +296,10 @@ class Moment(Model):
         (r"^head/kernel$", ("fsdp", None)),
         (r"^head/bias$", ()),
     )
-    prunable = t5.PRUNABLE
+    prunable = (
+        Group.heads(r"encoder/layer_(\d+)/attn", ids=r"bias_columns.\1"),
+        Group.units(r"encoder/layer_(\d+)"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, MomentConfig]:

@@ -29,6 +29,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -244,7 +245,7 @@ class Sundial(Model):
         (r"^flow/.*/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/mlp/(gate|up|down)$", "ffn units"))
+    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)/mlp"))
 
     @classmethod
     def presets(cls) -> Mapping[str, SundialConfig]:

@@ -39,6 +39,7 @@ from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -333,9 +334,9 @@ class TimeMoe(Model):
         (r"norm[12]?/scale$", ()),
     )
     prunable = (
-        (r"^layer_\d+/attn$", "heads"),
-        (r"^layer_\d+/(mixture/shared|mlp)/(gate|up|down)$", "ffn units"),
-        (r"^layer_\d+/mixture/experts$", "experts"),
+        Group.heads(r"layer_(\d+)/attn", shared=r"n_kv_heads.\1"),
+        Group.units(r"layer_(\d+)/(?:mixture/shared|mlp)", r"shared_dims.\1"),
+        Group.experts(r"layer_(\d+)/mixture/experts"),
     )
 
     @classmethod

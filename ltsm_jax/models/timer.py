@@ -22,6 +22,7 @@ from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     Task,
@@ -203,7 +204,7 @@ class Timer(Model):
         (r"^head/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/(up|down)$", "ffn units"))
+    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)"))
 
     @classmethod
     def presets(cls) -> Mapping[str, TimerConfig]:

@@ -33,6 +33,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -205,7 +206,7 @@ class TimerHf(Model):
         (r"^head_\d+/kernel$", ("fsdp", None)),
         (r"norm[12]?/(scale|bias)$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/mlp/(gate|up|down)$", "ffn units"))
+    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)/mlp"))
 
     @classmethod
     def presets(cls) -> Mapping[str, TimerHfConfig]:

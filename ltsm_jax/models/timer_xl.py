@@ -28,6 +28,7 @@ from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -222,7 +223,7 @@ class TimerXL(Model):
         (r"^head/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/(up|down)$", "ffn units"))
+    prunable = (Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),)), Group.units(r"layer_(\d+)"))
 
     @classmethod
     def presets(cls) -> Mapping[str, TimerXLConfig]:

@@ -29,6 +29,7 @@ from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -294,7 +295,7 @@ class TimesFM1(Model):
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
         (r"(^freq_embed|/(scaling|scale|bias))$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/(up|down)$", "ffn units"))
+    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)"))
 
     @classmethod
     def presets(cls) -> Mapping[str, TimesFM1Config]:

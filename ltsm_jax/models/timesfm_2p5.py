@@ -28,6 +28,7 @@ from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -337,7 +338,7 @@ class TimesFM2p5(Model):
         (r"^(embed|head|spread_head)/residual/kernel$", (None, "fsdp")),
         (r"/(scaling|scale|bias)$", ()),
     )
-    prunable = ((r"^layer_\d+/attn$", "heads"), (r"^layer_\d+/(up|down)$", "ffn units"))
+    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)"))
 
     @classmethod
     def presets(cls) -> Mapping[str, TimesFM2p5Config]:

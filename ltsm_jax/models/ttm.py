@@ -35,7 +35,16 @@ import numpy as np
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, check_context, config_from_json, mean_observed
+from ltsm_jax.models.family import (
+    Batch,
+    Forecast,
+    Group,
+    Model,
+    Recipe,
+    check_context,
+    config_from_json,
+    mean_observed,
+)
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
@@ -552,6 +561,18 @@ class TTMNet(nn.Module):
         return all_BCH, y_BCH, taps
 
 
+def _hidden_width(cfg: TTMConfig, mixer: re.Match) -> str:
+    """Where the config holds the hidden width of a mixer: part, layer, axis."""
+    part, block, layer, axis = mixer.groups()
+    field, levels = {
+        "encoder": ("encoder", cfg.levels),
+        "decoder/mixers": ("decoder", cfg.decoder_levels),
+        "fcm/mixers": ("fcm_layers", 0),
+    }[part]
+    before = int(block or 0) * (len(getattr(cfg, field)) // max(levels, 1))
+    return f"{field}.{before + int(layer)}.{('channel', 'patch', 'feature').index(axis)}"
+
+
 @dataclasses.dataclass(frozen=True)
 class TTM(Model):
     """TTM at one size. See the module docstring; `Model` documents the methods."""
@@ -573,7 +594,9 @@ class TTM(Model):
         (r"/(scale|bias|mean|var)$", ()),
         (r"(^freq_table|/category_\d+|^position)$", ()),
     )
-    prunable = ((r"_mixer/(up|down)$", "ffn units"),)
+    prunable = (
+        Group.units(r"(encoder|decoder/mixers|fcm/mixers)/(?:block_(\d+)_)?layer_(\d+)/(\w+)_mixer", _hidden_width),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, TTMConfig]:

@@ -33,6 +33,7 @@ from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
+    Group,
     Model,
     Recipe,
     check_context,
@@ -441,7 +442,9 @@ class Units(Model):
         (r"^class_head/(q|kv|out)/kernel$", ()),
         (r"(tokens/|^positions$|/gate\w*/|/(pos_proj|seq|prompt)/|^generate/|/(scale|bias)$)", ()),
     )
-    prunable = ((r"^block_\d+/(seq|var)$", "heads"),)
+    prunable = tuple(
+        Group.heads(rf"block_(\d+)/{name}", rf"{name}_heads.\1", makes=("qkv",), axis=1) for name in ("seq", "var")
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, UnitsConfig]:
