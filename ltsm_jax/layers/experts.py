@@ -11,6 +11,8 @@ work shared, by `experiments/benchmarks/experts.py` (grad: value and gradient of
     ragged       33.6  125.9    131.2  429.1    567.8  1684.8   (XLA runs all experts here on a CPU, masked)
 """
 
+import contextlib
+import contextvars
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -23,6 +25,18 @@ Activation = Callable[[jax.Array], jax.Array]
 Form = Literal["auto", "dense", "blocks", "ragged"]
 
 BLOCK = 128  # rows of one product in "blocks"
+_PLATFORM: contextvars.ContextVar = contextvars.ContextVar("platform of the program", default=None)
+
+
+@contextlib.contextmanager
+def traced_for(platform: str):
+    """While this is open, "auto" takes what is right for `platform` ("cpu", "cuda", "tpu") instead of for the machine
+    that traces: for programs that are compiled on one machine for another."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
 
 
 def route(logits_TE: jax.Array, k: int, mask_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -49,7 +63,8 @@ def mixture(
     """
     if form == "auto":
         few = 2 * chosen_TK.size < BLOCK * kernels[0].shape[0]
-        form = "ragged" if jax.default_backend() != "cpu" else "dense" if few else "blocks"
+        accelerator = (_PLATFORM.get() or jax.default_backend()) != "cpu"
+        form = "ragged" if accelerator else "dense" if few else "blocks"
     return {"dense": _dense, "blocks": _blocks, "ragged": _ragged}[form](x_TD, kernels, weight_TK, chosen_TK, act)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltsm_jax.layers.experts import Form, mixture, route
+from ltsm_jax.layers.experts import Form, mixture, route, traced_for
 
 D, F = 6, 10
 FORMS: tuple[Form, ...] = ("dense", "blocks", "ragged")
@@ -70,3 +70,15 @@ def test_pruned_experts_leave_the_others_their_weights():
     np.testing.assert_allclose(p, [[0, 0.224, 0.136, 0.030]], rtol=1e-5)
     weight, chosen, _ = route(logits, 2, jnp.asarray([0.0, 1, 0, 0]))
     assert chosen[0, 0] == 1 and weight[0, 1] == 0, "the second slot weighs nothing"
+
+
+def test_a_program_for_another_machine_takes_that_machines_form():
+    def form(platform):
+        def f(x_TD, weight_TK, chosen_TK):
+            with traced_for(platform):
+                return mixture(x_TD, kernels(4), weight_TK, chosen_TK, jax.nn.silu)
+
+        text = str(jax.make_jaxpr(f)(jnp.ones((8, D)), jnp.ones((8, 2)), jnp.ones((8, 2), jnp.int32)))
+        return "ragged" if "ragged_dot" in text else "another"
+
+    assert (form("tpu"), form("cuda"), form("cpu")) == ("ragged", "ragged", "another")

@@ -1,0 +1,419 @@
+"""Does it fit, and what does it cost? Compiles the training step for machines that are not at hand.
+
+Run:    python -m experiments.aot --family timer --topology v5e:4x4 --mesh data=4,fsdp=4
+        python -m experiments.aot --preset amazon/chronos-bolt-base --topology h200:8 --batch 1024 --compute bfloat16
+        python -m experiments.aot --family time_moe --preset small --topology cpu:8 --mesh data=2,fsdp=2,tensor=2
+Needs:  for TPUs  pip install "ltsm-jax[tpu-aot]" (libtpu), for GPUs  pip install "ltsm-jax[cuda-aot]" (the CUDA
+        compiler); neither a TPU nor a GPU nor a driver. The weights are not needed either.
+Cost:   a quarter of a minute to some minutes on 2 CPU cores, by the number of layers.
+Gives:  bytes on each device, floating-point operations, collectives, and the verdict. Exit code 0: it fits, 1: it does
+        not, 2: the flags do not go together. What is compiled is the program that `ltsm_jax.training.fit` runs
+        (`training.loop.trace_step`), on windows of a series of --variates and --rows. Not counted: the forward passes
+        of the validation between epochs, and what the runtime itself takes.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from experiments import counting, targets
+from experiments.counting import Traffic
+from experiments.targets import Target
+from ltsm_jax import sharding, training, trees
+from ltsm_jax.data.windows import windows_between
+from ltsm_jax.layers import experts
+from ltsm_jax.methods import finetune
+from ltsm_jax.methods.strategies import Phase, trainable_mask
+from ltsm_jax.models import FAMILIES, Model, near_presets, preset
+from ltsm_jax.tasks import forecasting
+from ltsm_jax.training.loop import COMPUTE, REMAT, trace_step
+
+FREQ = "h"  # of the series, for families that want to know
+SMALL = "small"  # the preset of every family that tests use
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one compilation found; all sizes are bytes on one device.
+
+    Attributes:
+      model, parameters, topology, devices, mesh, batch, context, horizon: what was compiled.
+      settings: flags that are not at their defaults.
+      state: parameters, gradients' moments and the other arguments of the step. best: the best weights so far, which
+        training keeps beside them. temporary: what the step itself needs beyond its arguments; None where the compiler
+        gave up. capacity: what programs can take; None where it is not known.
+      needed: state, best and temporary together.
+      flops: of the matrix products, all devices together, one step; compiler_flops: of one device, as the compiler
+        counts, loops' bodies once; None where it says nothing.
+      collectives: by kind, of one step. seconds: of the compilation.
+    """
+
+    model: str
+    parameters: int
+    topology: str
+    devices: int
+    mesh: str
+    batch: int
+    context: int
+    horizon: int
+    settings: dict[str, Any]
+    state: int
+    best: int
+    temporary: int | None
+    needed: int
+    capacity: int | None
+    flops: int
+    compiler_flops: float | None
+    collectives: dict[str, Traffic]
+    seconds: float
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits; None where the capacity is not known."""
+        return None if self.capacity is None else self.needed <= self.capacity
+
+    @property
+    def per_device(self) -> int:
+        """Windows that one device has in memory at a time."""
+        sizes = dict(item.split("=") for item in self.mesh.split(","))
+        return self.batch // (int(sizes["data"]) * int(sizes["fsdp"]) * self.settings.get("accumulate", 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what to compile
+
+
+def find_model(family: str | None, name: str | None) -> tuple[str, Model]:
+    """(name, model) that --family and --preset mean: a published size, or "small" of a family.
+
+    Raises: ValueError for names that are unknown or do not belong together.
+    """
+    if family is not None and family not in FAMILIES:
+        near = difflib.get_close_matches(family, FAMILIES, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"--family: unknown {family!r}{hint}; known: {', '.join(FAMILIES)}")
+    if family is None and (name is None or name == SMALL):
+        raise ValueError(f"--family names the model, or --preset one published size; families: {', '.join(FAMILIES)}")
+    if family is None:
+        return str(name), preset(str(name))
+    cls = FAMILIES[family]
+    if name == SMALL:
+        return f"{family} ({SMALL})", cls(cls.small())
+    name = next(iter(cls.presets())) if name is None else name
+    if name not in cls.presets():
+        near = near_presets(name)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise ValueError(f"--preset: {family} has no {name!r}{hint}; it has: {', '.join(cls.presets())}, {SMALL}")
+    return name, cls(cls.presets()[name])
+
+
+def ready(model: Model, n_variates: int) -> tuple[Model, trees.Tree]:
+    """The model made ready for a series, and the shapes of its parameters."""
+    made = []
+
+    def build():
+        key = training.keys(0)["init"]
+        made[:] = model.for_series(model.init(key), n_variates=n_variates, freq=FREQ, name="series", key=key)
+        return made[1]
+
+    shapes = jax.eval_shape(build)
+    return made[0], shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One step to be compiled: everything `trace_step` wants, and what to call it."""
+
+    name: str
+    model: Model
+    params: trees.Tree  # shapes with shardings
+    source: Any  # windows
+    loss: Any
+    config: training.TrainConfig
+    trainable: trees.Tree | None
+    target: Target
+    mesh: jax.sharding.Mesh | None
+    notes: tuple[str, ...]
+
+
+def resolve(args: argparse.Namespace, target: Target) -> Job:
+    """Flags to a job, with the model's recipe for what they leave out.
+
+    Raises: ValueError for flags that do not go together.
+    """
+    name, model = find_model(args.family, args.preset)
+    model, shapes = ready(model, args.variates)
+    mesh = sharding.make_mesh(args.mesh, target.devices)
+    notes: tuple[str, ...] = ()
+    if mesh is None:
+        places = jax.tree.map(lambda _: SingleDeviceSharding(target.devices[0]), shapes)
+    else:
+        table, notes = sharding.specs(shapes, model.shard_rules, mesh)
+        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), table)
+    # a new struct: the weak type of flax's ones must not come along
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    mode = args.mode or finetune.default_mode(model)
+    recipe = model.recipe()
+    horizon = model.horizon if mode == "ims" else args.horizon or recipe.horizon
+    if args.horizon not in (None, horizon):
+        raise ValueError(f"--horizon {args.horizon}: the family's own loss takes {horizon} steps; see --mode direct")
+    changes = {"compute": args.compute, "accumulate": args.accumulate, "remat": args.remat}
+    config = finetune.train_config(model, **changes | ({} if args.batch is None else {"batch_size": args.batch}))
+    values, joint = np.zeros((args.variates, args.rows), np.float32), model.variates == "joint"
+    source = windows_between(values, 0, args.rows, args.context or recipe.context_len, horizon, joint=joint)
+    if source.n < config.batch_size:
+        raise ValueError(f"--batch {config.batch_size}: the series has only {source.n} windows; see --rows, --variates")
+    trainable = trainable_mask(Phase(args.trainable), model, params)
+    loss = forecasting.loss_fn(model, finetune.LOSS[mode])
+    return Job(name, model, params, source, loss, config, trainable, target, mesh, notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compiling
+
+
+def bytes_on_one(tree: trees.Tree) -> int:
+    """Bytes of a tree of shapes on one device; a leaf without sharding is whole there."""
+
+    def size(x):
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * jnp.dtype(x.dtype).itemsize
+
+    return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def compile_step(job: Job) -> Report:
+    """Compiles the step and reads off what it takes.
+
+    Raises: ValueError where loss, context, horizon and batch do not go together.
+    """
+    with experts.traced_for(job.target.platform):
+        traced = trace_step(job.loss, job.params, job.source, config=job.config, trainable=job.trainable)
+    began = time.monotonic()
+    moving = job.params if job.trainable is None else trees.partition(job.params, job.trainable)[0]
+    best, capacity = bytes_on_one(moving), job.target.capacity
+    state = bytes_on_one(job.params) + 2 * best  # with Adam's two moments; the compiler's figure also has its padding
+    temporary, compiler_flops, found = None, None, {}
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as err:
+        used, there = targets.shortage(str(err))
+        if used is None:
+            raise
+        needed, capacity = used + best, there
+    else:
+        memory: Any = compiled.memory_analysis()
+        state = memory.argument_size_in_bytes
+        temporary = (
+            memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.generated_code_size_in_bytes
+        )
+        needed = state + best + temporary
+        compiler_flops = _compiler_flops(compiled)
+        found = counting.collectives(compiled.as_text() or "")
+    defaults = {"compute": "float32", "accumulate": 1, "remat": "none"}
+    settings = {k: v for k, v in dataclasses.asdict(job.config).items() if k in defaults and v != defaults[k]}
+    if job.trainable is not None:
+        settings["trainable"] = trees.count(moving)
+    return Report(
+        model=job.name,
+        parameters=trees.count(job.params),
+        topology=job.target.name,
+        devices=1 if job.mesh is None else job.mesh.size,
+        mesh=mesh_text(job.mesh),
+        batch=job.config.batch_size,
+        context=job.source.context_len,
+        horizon=job.source.horizon,
+        settings=settings,
+        state=state,
+        best=best,
+        temporary=temporary,
+        needed=needed,
+        capacity=capacity,
+        flops=counting.product_flops(traced.jaxpr),
+        compiler_flops=compiler_flops,
+        collectives=found,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _compiler_flops(compiled: Any) -> float | None:
+    found: Any = compiled.cost_analysis()  # a list in some versions of JAX, None on some platforms
+    found = found[0] if isinstance(found, list) and found else found
+    return found.get("flops") if found else None
+
+
+def mesh_text(mesh: jax.sharding.Mesh | None) -> str:
+    """A mesh as --mesh takes it."""
+    sizes = dict.fromkeys(sharding.AXES, 1) if mesh is None else mesh.shape
+    return ",".join(f"{axis}={sizes[axis]}" for axis in sharding.AXES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# saying it
+
+
+def advice(report: Report) -> list[str]:
+    """What to try where the step does not fit, as flags; estimates, since memory is not quite linear in the batch."""
+    if report.fits is not False or report.capacity is None:
+        return []
+    fixed = report.state + report.best
+    sizes = {axis: int(n) for axis, n in (item.split("=") for item in report.mesh.split(","))}
+    found = []
+    spread = report.devices // sizes["tensor"]
+    if sizes["fsdp"] < spread and fixed > report.capacity / 8:
+        tensor = f",tensor={sizes['tensor']}" if sizes["tensor"] > 1 else ""
+        found.append(f"--mesh data=1,fsdp={spread}{tensor}  splits parameters and optimiser further")
+    room, rows = report.capacity - fixed, report.per_device
+    if room <= 0:
+        return [*found, "more devices, or train fewer parameters: weights and optimiser alone are too much"]
+    if report.settings.get("compute", "float32") == "float32":
+        found.append("--compute bfloat16  halves most of what the backward pass keeps")
+    if report.settings.get("remat", "none") == "none":
+        found.append('--remat "all but products"  computes again what is between the matrix products')
+    parts = math.ceil((report.needed - fixed) / room)
+    if divisor := next((d for d in range(parts, rows + 1) if rows % d == 0), None):
+        found.append(f"--accumulate {report.settings.get('accumulate', 1) * divisor}  takes the batch in parts")
+        found.append(f"--batch {report.batch // divisor}")
+    else:
+        found.append(f"more devices: one window ({report.context} steps) a device and part is too much")
+    if report.topology.split(":")[0] in targets.GPUS and report.needed <= report.capacity / targets.GPU_SHARE * 0.95:
+        found.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment lets JAX take 95 % of the GPU's memory")
+    return found
+
+
+def gib(n: float) -> str:
+    """Bytes in GiB, the unit in which compilers and clouds count memory."""
+    return f"{n / targets.GIB:.2f}"
+
+
+def flops(n: float) -> str:
+    """Operations with a prefix."""
+    power, prefix = next((p for p in ((15, "P"), (12, "T"), (9, "G")) if n >= 10 ** p[0]), (6, "M"))
+    return f"{n / 10**power:.3g} {prefix}FLOP"
+
+
+def text(report: Report) -> str:
+    """The report for people."""
+    mib = 2**20
+    settings = "".join(f", {name} {value}" for name, value in report.settings.items())
+    traffic = ", ".join(f"{t.count} {kind} ({t.bytes / mib:.0f} MiB)" for kind, t in report.collectives.items())
+    compiler = "says nothing" if report.compiler_flops is None else f"counts {flops(report.compiler_flops)}"
+    temporary = "too much" if report.temporary is None else gib(report.temporary)
+    of = "" if report.capacity is None else f" of {gib(report.capacity)}"
+    lines = [
+        f"{report.model}: {report.parameters / 1e6:.1f} M parameters on {report.topology}, {report.mesh}",
+        f"  batch {report.batch} of {report.context} + {report.horizon} steps, {report.per_device} on a device at a "
+        f"time{settings}",
+        "  GiB on a device",
+        f"    {gib(report.state):>8}  arguments of the step: parameters, optimiser, series",
+        f"    {gib(report.best):>8}  best weights, kept beside",
+        f"    {temporary:>8}  of the step itself",
+        f"    {gib(report.needed):>8}  together{of}",
+        f"  matrix products of a step: {flops(report.flops)}, {flops(report.flops / report.devices)} a device; the "
+        f"compiler {compiler} a device",
+        f"  collectives of a step: {traffic or ('unknown' if report.temporary is None else 'none')}",
+        f"  compiled in {report.seconds:.0f} s",
+    ]
+    if report.fits is None:
+        return "\n".join([*lines, "No verdict: the memory of this target is not known."])
+    gap = report.needed - (report.capacity or 0)
+    if report.fits:
+        return "\n".join([*lines, f"FITS, {gib(-gap)} GiB are left on each device."])
+    return "\n".join([*lines, f"DOES NOT FIT: {gib(gap)} GiB are lacking on each device. Try:",
+                      *(f"  {line}" for line in advice(report))])  # fmt: skip
+
+
+def row(report: Report) -> str:
+    """The report as a row of the table in TPU.md."""
+    settings = ", ".join(f"{name} {value}" for name, value in report.settings.items()) or "defaults"
+    mesh = ", ".join(item for item in report.mesh.split(",") if not item.endswith("=1")) or "one device"
+    traffic = sum(t.bytes for t in report.collectives.values()) / targets.GIB
+    step = "-" if report.temporary is None else gib(report.temporary)
+    verdict = {True: "yes", False: "**no**", None: "?"}[report.fits]
+    cells = (
+        f"{report.model} ({report.parameters / 1e6:.1f} M)", report.topology, mesh,
+        f"{report.batch} x ({report.context} + {report.horizon})", settings, gib(report.state + report.best), step,
+        gib(report.needed) + (f" / {gib(report.capacity)}" if report.capacity else ""), verdict,
+        flops(report.flops), f"{traffic:.2f}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags."""
+
+    def number(low: int):
+        def check(text: str) -> int:
+            if not text.isdigit() or int(text) < low:
+                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+            return int(text)
+
+        return check
+
+    parser = argparse.ArgumentParser("python -m experiments.aot", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    flag = parser.add_argument
+    flag("--family", help="of the model; alone it means the first of its published sizes")
+    flag("--preset", help='published size: checkpoint or hub name, or "small" for the size of tests')
+    flag("--topology", required=True, help="v5e:4x4, v4:2x2x2, h200:8, h100:2x8 (hosts x GPUs), cpu:8, ...")
+    flag("--mesh", help="devices by axis, as data=4,fsdp=4 [all on data]")
+    flag("--batch", type=number(1), help="windows per step, all devices together [the recipe's]")
+    flag("--context", type=number(1), help="steps the model sees [the recipe's]")
+    flag("--horizon", type=number(1), help="steps of the forecast, for --mode direct [the recipe's]")
+    flag("--mode", choices=finetune.MODES, help="training loss: the family's own (ims) or direct [the recipe's]")
+    flag("--compute", choices=COMPUTE, default="float32", help="dtype of the matrix products [float32]")
+    flag("--accumulate", type=number(1), default=1, help="parts a batch is taken in [1]")
+    flag("--remat", choices=tuple(REMAT), default="none", help="what the backward pass computes again [none]")
+    flag("--trainable", choices=("all", "head", "recipe"), default="all", help="what is trained [all]")
+    flag("--variates", type=number(1), default=7, help="of the series [7, as ETTh1]")
+    flag("--rows", type=number(2), default=17420, help="of the series [17420, as ETTh1]")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print the report as a line of JSON")
+    output.add_argument("--row", action="store_true", help="print a row of the table in TPU.md")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.aot`; returns the exit code: 0 fits (or not known), 1 does not, 2 can't be asked."""
+    args, problems = parse(argv), []
+    for check in (lambda: find_model(args.family, args.preset), lambda: targets.parse(args.topology)):
+        try:
+            check()
+        except ValueError as err:
+            problems.append(str(err))
+    try:
+        if problems:
+            raise ValueError("\n".join(problems))
+        job = resolve(args, targets.find(args.topology))
+        for note in job.notes:
+            print(note, file=sys.stderr)
+        report = compile_step(job)
+    except (ValueError, ModuleNotFoundError) as err:
+        print(f"{err}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report) | {"fits": report.fits}))
+    else:
+        print(row(report) if args.row else text(report))
+    return 1 if report.fits is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
