@@ -352,8 +352,9 @@ class ClassHead(nn.Module):
 
 class UnitsNet(nn.Module):
     """Patches [B, V, N, P] in instance scale through the network. n_new: patches to generate behind them; hidden:
-    [B, V, N] patches to fill in; task: name of a classification task. Gives patches [B, V, N + n_new, P], or logits
-    [B, M], and the named steps between."""
+    [B, V, N] patches to fill in; task: name of a task with a classification token. Gives patches [B, V, N + n_new, P],
+    or logits [B, M] of a task, and the named steps between. With both hidden and task, the pass of self-supervised
+    training: patches from the tokens and patches from the classification token, each [B, V, N, P]."""
 
     cfg: UnitsConfig
     dataset: str
@@ -402,7 +403,8 @@ class UnitsNet(nn.Module):
         for i in range(len(cfg.ffn_dims)):
             x, inner = Block(cfg, i, name=f"block_{i}")(x, n_tokens, train)
             taps |= {f"block_{i}/{name}": value for name, value in inner.items()} | {f"block_{i}": x}
-        logits = patches = None
+        logits = patches = feature = None
+        both = bool(task) and hidden_BVN is not None
         if task or every:
             feature, inner = ClassHead(cfg, name="class_head")(x, train)
             taps |= {f"class_head/{name}": value for name, value in inner.items()}
@@ -411,11 +413,19 @@ class UnitsNet(nn.Module):
                 # the original's einsum sums over an axis of length M once more, so its logits are M times as large
                 logits = category.shape[1] * jnp.einsum("BVD,VMD->BVM", feature, category.astype(x.dtype)).mean(1)
                 logits = logits.astype(jnp.float32)
-        if not task or every:
-            patches, inner = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")(x, n + n_new, train)
+        if not task or both or every:
+            rest = x[:, :, :n_tokens]  # all but the classification token
+            patches, inner = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")(rest, n + n_new, train)
             taps |= {f"forecast_head/{name}": value for name, value in inner.items()}
-        if cfg.pretrained_head and every:
-            ForecastHead(cfg, 1, name="pretrain_head")(x, n + n_new, train)
+        if cfg.pretrained_head and (both or every):
+            # the tokens behind the classification token give no gradient, so that all of the loss goes through it
+            tokens_BVND = jax.lax.stop_gradient(x[:, :, cfg.prompt_len : n_tokens])
+            feature = x[:, :, -1] if feature is None else feature
+            fused = jnp.concatenate([feature[:, :, None], tokens_BVND], axis=2)
+            again, inner = ForecastHead(cfg, 1, name="pretrain_head")(fused, n + n_new, train)
+            taps |= {f"pretrain_head/{name}": value for name, value in inner.items()}
+            if both:
+                return (patches, again), taps
         return (logits if task else patches), taps
 
 
@@ -598,6 +608,31 @@ class Units(Model):
             return y, taps
         y = taps["folded"] = y.reshape(b, v, -1).astype(jnp.float32)
         return y * std + mean, taps
+
+    def self_supervised(
+        self, params: Tree, x_BVL: jax.Array, hidden_BN: jax.Array, task: str, key=None, train=False
+    ) -> tuple[jax.Array, jax.Array]:
+        """What self-supervised training compares with x [B, V, L], in the units of x: the reconstruction [B, V, L] from
+        the tokens of the patches that are not hidden, and that from the classification token of `task`. Its loss is
+        the sum of the two MSEs over all points. hidden: [B, N], 1 for a hidden patch, for all variates alike.
+
+        Raises: ValueError for a checkpoint without the head of self-supervised training.
+        """
+        cfg, p = self.config, self.config.patch_len
+        if not cfg.pretrained_head:
+            raise ValueError("the checkpoint has no head of self-supervised training (pretrain_head)")
+        dataset = next(t.dataset for t in cfg.tasks if t.name == task)
+        b, v, length = x_BVL.shape
+        x = x_BVL.astype(jnp.float32)
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        mean, std = jax.lax.stop_gradient((mean, jnp.sqrt(var + SCALE_EPS)))
+        z = jnp.pad((x - mean) / std, ((0, 0), (0, 0), (0, -length % p))).reshape(b, v, -1, p)
+        hidden = jnp.broadcast_to((hidden_BN != 0)[:, None], (b, v, z.shape[2]))
+        rngs = {"dropout": key} if train and cfg.dropout else None
+        net: Any = UnitsNet(cfg, dataset)
+        both, _ = net.apply({"params": _joined(params)}, z, 0, hidden, task, train and rngs is not None, rngs=rngs)
+        one, two = (y.reshape(b, v, -1)[..., :length].astype(jnp.float32) * std + mean for y in both)
+        return one, two
 
     def forecast(self, params: Tree, x_BVL: jax.Array, horizon: int, key=None, train=False) -> jax.Array:
         """The `horizon` steps after x, [B, V, H]: what the padding of the window holds, and as many generated patches

@@ -275,6 +275,17 @@ def test_golden_self_supervised_checkpoint(recorded, tmp_path, golden_dir):
             x, want = io["finetune_forecast/x"], io["finetune_forecast/y"]
             y, _ = as_the_original(speaking_for(model, model.config.tasks[0].dataset), params, bvt(x), want.shape[1])
             check(y, want, x, "finetune_forecast")
+        compared = 0
+        for task in (t.name for t in model.config.tasks if f"{t.name}/cls_out" in io):
+            x, hidden = io[f"{task}/x"], io[f"{task}/token_mask"]
+            mask_out, cls_out = model.self_supervised(params, bvt(x), jnp.asarray(hidden), task)
+            check(mask_out, io[f"{task}/mask_out"], x, f"{task}, tokens")
+            check(cls_out, io[f"{task}/cls_out"], x, f"{task}, classification token")
+            for name, y in (("loss_mask", mask_out), ("loss_cls", cls_out)):
+                loss = np.square(np.asarray(y) - np.asarray(bvt(x))).mean()
+                np.testing.assert_allclose(loss, io[f"{task}/{name}"], rtol=1e-4, err_msg=f"{task}/{name}")
+            compared += 1
+        assert compared or not any(key.endswith("/cls_out") for key in io)
 
 
 def test_golden_initialisation(recorded):
