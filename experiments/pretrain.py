@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ltsm_jax
-from experiments.sff import git_commit
+from experiments.comparison import git_commit
 from ltsm_jax.data import load_series, prepare, season_of, synthetic
 from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder
 from ltsm_jax.models import Model

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import ltsm_jax
-from experiments import report, sff
+from experiments import comparison, report, sff
 from ltsm_jax import training, trees
 from ltsm_jax.methods import finetune
 
@@ -70,9 +70,9 @@ def test_numbers_are_those_of_the_saved_models(folder, micro, waves):
     c = sff.resolve(sff.parse(["--data", str(waves), "--model", str(micro), "--out", str(folder)]))
     for method in ("ff", "sff-0.7", "lpff"):
         model, params = ltsm_jax.load(folder / "cells" / f"{method}-seed1" / "model")
-        score = sff.forecasting.evaluate(model, params, c.splits.test)
+        score = comparison.forecasting.evaluate(model, params, c.splits.test)
         assert score["mse"] == one(rows(folder), method.split("-")[0], 1).test_mse
-    zero = sff.forecasting.evaluate(c.model, c.params, c.splits.test)
+    zero = comparison.forecasting.evaluate(c.model, c.params, c.splits.test)
     assert one(rows(folder), "zero_shot").test_mse == one(rows(folder), "zero_shot", 1).test_mse == zero["mse"]
 
 
@@ -116,7 +116,7 @@ def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_pa
     out, calls = tmp_path / "killed", []
     with monkeypatch.context() as patch:
         if where == "between training and result":
-            target, name, fatal = sff, "_write_examples", lambda args, kwargs: "ff-seed1" in str(args[2])
+            target, name, fatal = comparison, "write_examples", lambda args, kwargs: "ff-seed1" in str(args[3])
         elif where == "in training":  # validation after the second epoch of the first trained cell
             target, name, fatal = finetune.forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
         else:
@@ -228,7 +228,7 @@ def test_defaults_are_the_models_recipe(micro, waves):
         recipe.schedule,
     )
     assert (c.settings["context"], c.settings["horizon"], c.mode) == (32, 8, "ims")
-    assert len(c.cells) == 18 and c.folder.name == "sff-waves-micro"
+    assert len(sff.cells(c.options)) == 18 and c.folder.name == "sff-waves-micro"
 
 
 @pytest.mark.parametrize(
