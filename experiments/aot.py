@@ -208,10 +208,10 @@ def compile_step(job: Job) -> Report:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as err:
-        used, there = targets.shortage(str(err))
-        if used is None:
+        short = targets.shortage(str(err))
+        if short is None:
             raise
-        needed, capacity = used + best, there
+        needed, capacity = short.needed + best + (0 if short.whole else state), short.capacity
     else:
         memory: Any = compiled.memory_analysis()
         state = memory.argument_size_in_bytes

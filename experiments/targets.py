@@ -98,14 +98,13 @@ def find(text: str) -> Target:
       compiler is not installed.
     """
     platform, kind, sizes = parse(text)
-    jax.config.update("jax_platforms", "cpu")
-    make = {"tpu": _tpu, "cuda": _cuda, "cpu": _cpu}[platform]
-    return make(text, kind, sizes)
+    return {"tpu": _tpu, "cuda": _cuda, "cpu": _cpu}[platform](text, kind, sizes)
 
 
 def _tpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError('libtpu is not installed: pip install "ltsm-jax[tpu-aot]"')
+    jax.config.update("jax_platforms", "cpu")
     # without them libtpu asks for the metadata of a cloud machine, and refuses a second process
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
              "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}  # fmt: skip
@@ -123,22 +122,33 @@ def _tpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
 def _hbm(device: Any) -> int | None:
     """Bytes of HBM for programs, which the compiler says when it is asked for more than any chip has."""
     place = jax.sharding.SingleDeviceSharding(device)
-    huge = jax.ShapeDtypeStruct((2**40,), jnp.float32, sharding=place)
+    column = jax.ShapeDtypeStruct((2**20,), jnp.float32, sharding=place)
     try:
-        jax.jit(jnp.negative).lower(huge).compile()
+        jax.jit(lambda x: ((square := x[:, None] * x[None]) @ square)[0]).lower(column).compile()
     except jax.errors.JaxRuntimeError as err:
-        return shortage(str(err))[1]
+        found = shortage(str(err))
+        return found and found.capacity
     return None
 
 
-def shortage(message: str) -> tuple[int | None, int | None]:
-    """(bytes needed, bytes there) in a compiler's message that memory does not suffice; (None, None) in any other."""
-    number = r"([\d.]+)([KMGT])i?B?"
-    for pattern in (rf"Used {number} of {number} hbm", rf"{number} exceeds available \w+ \({number}\)"):
-        if match := re.search(pattern, message, re.IGNORECASE):
-            used, unit, there, unit_there = match.groups()
-            return _bytes(used, unit), _bytes(there, unit_there)
-    return None, None
+@dataclasses.dataclass(frozen=True)
+class Shortage:
+    """What a compiler says when memory does not suffice, in bytes. whole: `needed` has the arguments in it."""
+
+    needed: int
+    capacity: int
+    whole: bool
+
+
+def shortage(message: str) -> Shortage | None:
+    """What a compiler's message says about too little memory; None where it is about something else."""
+    number = r"([\d.]+)([KMGT])"
+    temporaries = rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)"
+    for whole, pattern in ((False, temporaries), (True, rf"Used {number} of {number} hbm")):
+        if match := re.search(pattern, message):
+            needed, unit, capacity, unit_there = match.groups()
+            return Shortage(_bytes(needed, unit), _bytes(capacity, unit_there), whole)
+    return None
 
 
 def _bytes(number: str, unit: str) -> int:
@@ -146,9 +156,10 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def _cuda(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
-    found = {name: _folder(name) for name in ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")}
+    found = {name: module_folder(name) for name in ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")}
     if missing := [name for name, folder in found.items() if folder is None]:
         raise ModuleNotFoundError(f'{" and ".join(missing)} not installed: pip install "ltsm-jax[cuda-aot]"')
+    jax.config.update("jax_platforms", "cpu")
     # choosing among kernels by measuring needs the GPU, and Triton's products can't be compiled without that choice
     flags = (f"--xla_gpu_cuda_data_dir={found['nvidia.cuda_nvcc']}", "--xla_gpu_autotune_level=0",
              "--xla_gpu_enable_triton_gemm=false")  # fmt: skip
@@ -161,7 +172,7 @@ def _cuda(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
     return Target(text, "cuda", tuple(topology.devices), int(gpu.memory * GPU_SHARE))
 
 
-def _folder(module: str) -> Path | None:
+def module_folder(module: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
@@ -190,6 +201,7 @@ def target_config(gpu: Gpu) -> str:
 
 
 def _cpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", sizes[0])
     devices = jax.devices("cpu")
     if len(devices) != sizes[0]:
