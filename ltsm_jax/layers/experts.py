@@ -15,10 +15,13 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from ltsm_jax.layers.linear import compute_dtype
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
 Activation = Callable[[jax.Array], jax.Array]
@@ -52,15 +55,46 @@ def route(logits_TE: jax.Array, k: int, mask_E: jax.Array | None = None) -> tupl
     return *jax.lax.top_k(p_TE, k), p_TE
 
 
+class Experts(nn.Module):
+    """The experts of one layer that are there, as stacked arrays gate, up [E, D, F] and down [E, F, D]."""
+
+    d_model: int
+    n_experts: int
+    ffn_dim: int
+    act: Activation
+    form: Form = "auto"
+
+    @nn.compact
+    def __call__(self, x_TD, weight_TK, chosen_TK, masks: Any = None):
+        dtype = compute_dtype(x_TD)
+        into, out = (self.n_experts, self.d_model, self.ffn_dim), (self.n_experts, self.ffn_dim, self.d_model)
+        gate, up, down = (
+            self.param(name, nn.initializers.zeros, shape).astype(dtype)
+            for name, shape in (("gate", into), ("up", into), ("down", out))
+        )
+        return mixture(x_TD.astype(dtype), (gate, up, down), weight_TK, chosen_TK, self.act, self.form, masks)
+
+
 def mixture(
-    x_TD: jax.Array, kernels: Kernels, weight_TK: jax.Array, chosen_TK: jax.Array, act: Activation, form: Form = "auto"
+    x_TD: jax.Array,
+    kernels: Kernels,
+    weight_TK: jax.Array,
+    chosen_TK: jax.Array,
+    act: Activation,
+    form: Form = "auto",
+    masks: Any = None,
 ) -> jax.Array:
     """Sum over each token's experts of weight * down(act(gate(x)) * up(x)), [T, D].
+
+    masks: of the inputs and outputs of the three products of each expert, {"gate": {"in": [E, D], "out": [E, F]}, "up":
+    ..., "down": {"in": [E, F], "out": [E, D]}}; with them the form is "dense".
 
     form: "auto" takes what was fastest where it was measured: on a CPU "blocks", or "dense" where an expert has less
     than half a block of tokens on average; on accelerators, where it was not measured, the operation that XLA has for
     it, "ragged".
     """
+    if masks is not None:
+        return _dense(x_TD, kernels, weight_TK, chosen_TK, act, masks)
     if form == "auto":
         few = 2 * chosen_TK.size < BLOCK * kernels[0].shape[0]
         accelerator = (_PLATFORM.get() or jax.default_backend()) != "cpu"
@@ -68,16 +102,24 @@ def mixture(
     return {"dense": _dense, "blocks": _blocks, "ragged": _ragged}[form](x_TD, kernels, weight_TK, chosen_TK, act)
 
 
-def _dense(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> jax.Array:
+def _dense(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation, masks: Any = None) -> jax.Array:
     """Every expert on every token, one after another."""
     one_hot_TKE = jax.nn.one_hot(chosen_TK, kernels[0].shape[0])
     weight_ET = (one_hot_TKE * weight_TK[..., None]).sum(1).T.astype(x_TD.dtype)
 
     def add(y_TD, expert):
-        gate_DF, up_DF, down_FD, weight_T = expert
-        return y_TD + weight_T[:, None] * ((act(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD), None
+        gate_DF, up_DF, down_FD, weight_T, own = expert
+        h_TF = act(_product(x_TD, gate_DF, own, "gate")) * _product(x_TD, up_DF, own, "up")
+        return y_TD + weight_T[:, None] * _product(h_TF, down_FD, own, "down"), None
 
-    return jax.lax.scan(add, jnp.zeros_like(x_TD), (*kernels, weight_ET))[0]
+    return jax.lax.scan(add, jnp.zeros_like(x_TD), (*kernels, weight_ET, masks))[0]
+
+
+def _product(x, kernel, masks, name: str) -> jax.Array:
+    if masks is None:
+        return x @ kernel
+    y = (x * masks[name]["in"][None]).astype(x.dtype) @ kernel
+    return (y * masks[name]["out"][None]).astype(x.dtype)
 
 
 def _ragged(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> jax.Array:

@@ -222,6 +222,15 @@ class Model(abc.ABC):
         """Logits [B, classes] of `x` [B, C, T]."""
         raise ValueError(f"{self.family} does not do classification")
 
+    def routed(self, params: Tree, context: jax.Array, horizon: int) -> tuple[dict[str, jax.Array], int]:
+        """Where tokens go in a forecast of `horizon` steps: by the path of each layer's experts the ids [B, N, K] of
+        those that every token of `context` [B, C, T], and of what is forecast and fed back, chooses, -1 for padding;
+        and how many experts the router chooses from.
+
+        Raises: ValueError for a family whose experts cannot be taken out one by one.
+        """
+        raise ValueError(f"{self.family} has no experts that could be pruned by how often they are chosen")
+
     def impute(self, params: Tree, x: jax.Array, observed: jax.Array, key=None, train=False, ims=True) -> jax.Array:
         """Reconstruction [B, C, T] of a series of which only `observed` [B, C, T] points are known."""
         raise ValueError(f"{self.family} does not do imputation")
@@ -259,6 +268,27 @@ def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
 
 def _tuples(x: Any) -> Any:
     return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else x
+
+
+def with_entry(config: Any, entry: str, value: Any) -> Any:
+    """The config with another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and indices.
+
+    Raises: AttributeError, IndexError for an entry that is not there; ValueError from the config's class.
+    """
+    if not entry:
+        return value
+    name, _, rest = entry.partition(".")
+    if isinstance(config, tuple):
+        i = int(name)
+        return (*config[:i], with_entry(config[i], rest, value), *config[i + 1 :])
+    return dataclasses.replace(config, **{name: with_entry(getattr(config, name), rest, value)})
+
+
+def entry_of(config: Any, entry: str) -> Any:
+    """What stands at an entry of a config, see `with_entry`."""
+    for name in entry.split("."):
+        config = config[int(name)] if isinstance(config, tuple) else getattr(config, name)
+    return config
 
 
 def row_keys(key: jax.Array | None, context: jax.Array) -> jax.Array:

@@ -175,23 +175,6 @@ class SizedSquare(nn.Module):
         return packed.by_size(one, self.sizes, patch)
 
 
-class Experts(nn.Module):
-    """The experts of one layer that are there, as stacked arrays gate, up [E, D, F] and down [E, F, D]."""
-
-    d_model: int
-    n_experts: int
-    ffn_dim: int
-
-    @nn.compact
-    def __call__(self, x_TD, weight_TK, chosen_TK):
-        into, out = (self.n_experts, self.d_model, self.ffn_dim), (self.n_experts, self.ffn_dim, self.d_model)
-        shapes = {"gate": into, "up": into, "down": out}
-        gate, up, down = (
-            self.param(name, nn.initializers.zeros, shape).astype(x_TD.dtype) for name, shape in shapes.items()
-        )
-        return experts.mixture(x_TD, (gate, up, down), weight_TK, chosen_TK, nn.silu)
-
-
 class Routed(nn.Module):
     """Tokens through the experts of the two farthest centroids [E, D]: [B, N, D] -> [B, N, D], and the named steps."""
 
@@ -208,7 +191,7 @@ class Routed(nn.Module):
         distance_TE = taps["distance"] = jnp.sqrt(jnp.maximum(square_TE, 1e-12))
         far_TK, chosen_TK = jax.lax.top_k(distance_TE, TOP_K)
         taps["weights"], taps["experts"] = jax.nn.softmax(far_TK), jnp.asarray(kept)[chosen_TK]
-        stacked = Experts(cfg.d_model, len(kept), cfg.expert_dims[self.layer], name="experts")
+        stacked = experts.Experts(cfg.d_model, len(kept), cfg.expert_dims[self.layer], nn.silu, name="experts")
         y_BND = stacked(x_TD, taps["weights"], chosen_TK).reshape(x_BND.shape)
         return y_BND, {name: value.reshape(*x_BND.shape[:2], -1) for name, value in taps.items()}
 

@@ -26,6 +26,7 @@ from ltsm_jax.layers.causal import ACTIVATIONS, CausalAttention, GatedMLP, causa
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.masks import branch
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -278,7 +279,8 @@ class Sundial(Model):
         cfg = self.config
         of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
         shapes = dict(jax.eval_shape(SundialNet(cfg).init, key, of(1, cfg.patch_len))["params"])
-        flow = jax.eval_shape(FlowNet(cfg).init, key, of(1, 1, cfg.horizon), of(1, 1), of(1, 1, cfg.d_model))
+        with branch("flow"):
+            flow = jax.eval_shape(FlowNet(cfg).init, key, of(1, 1, cfg.horizon), of(1, 1), of(1, 1, cfg.d_model))
         shapes["flow"] = flow["params"]
 
         def rule(path, _):
@@ -307,7 +309,8 @@ class Sundial(Model):
     def flow(self, params: Tree, x_RSQ: jax.Array, t_RS: jax.Array, z_R1D: jax.Array):
         """The clean points [R, S, Q] that the flow network sees in x, and the named steps; see `FlowNet`."""
         net: Any = FlowNet(self.config)
-        return net.apply({"params": params["flow"]}, x_RSQ, t_RS, z_R1D)
+        with branch("flow"):
+            return net.apply({"params": params["flow"]}, x_RSQ, t_RS, z_R1D)
 
     def sample(self, params: Tree, z_BD: jax.Array, noise_BSQ: jax.Array) -> jax.Array:
         """Draws of the next Q points [B, S, Q] under conditions z, from standard normal `noise`, in scaled units."""

@@ -34,7 +34,7 @@ from ltsm_jax.layers.causal import (
     roll_out,
 )
 from ltsm_jax.layers.initial import Constant, Normal, draw
-from ltsm_jax.layers.linear import Linear, compute_dtype
+from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.models.family import (
     Batch,
@@ -159,26 +159,6 @@ def _published(d_model: int, intermediate: int) -> TimeMoeConfig:
 PRESETS = {"Maple728/TimeMoE-50M": _published(384, 1536), "Maple728/TimeMoE-200M": _published(768, 3072)}
 
 
-class Experts(nn.Module):
-    """The experts of one layer that are there, as stacked arrays gate, up [E, D, F] and down [E, F, D]."""
-
-    d_model: int
-    n_experts: int
-    ffn_dim: int
-    activation: str
-
-    @nn.compact
-    def __call__(self, x_TD, weight_TK, chosen_TK, form: experts.Form):
-        dtype = compute_dtype(x_TD)
-        into, out = (self.n_experts, self.d_model, self.ffn_dim), (self.n_experts, self.ffn_dim, self.d_model)
-        gate, up, down = (
-            self.param(name, nn.initializers.zeros, shape).astype(dtype)
-            for name, shape in (("gate", into), ("up", into), ("down", out))
-        )
-        act = ACTIVATIONS[self.activation]
-        return experts.mixture(x_TD.astype(dtype), (gate, up, down), weight_TK, chosen_TK, act, form)
-
-
 class MixtureLayer(nn.Module):
     """Routed experts plus the shared one behind its gate, [T, D] -> [T, D], and the named steps.
 
@@ -208,8 +188,9 @@ class MixtureLayer(nn.Module):
         if len(kept) < n:  # place of each expert among those that are there; of the others, whose weight is 0, any
             place_E = np.minimum(np.searchsorted(kept, np.arange(n)), len(kept) - 1)
             chosen_TK = jnp.asarray(place_E)[chosen_TK]
-        stacked = Experts(d, len(kept), cfg.expert_dims[self.layer], cfg.activation, name="experts")
-        return y_TD + stacked(x_TD, weight_TK, chosen_TK, self.form), taps
+        act = ACTIVATIONS[cfg.activation]
+        stacked = experts.Experts(d, len(kept), cfg.expert_dims[self.layer], act, self.form, name="experts")
+        return y_TD + stacked(x_TD, weight_TK, chosen_TK), taps
 
 
 class Block(nn.Module):
@@ -539,6 +520,20 @@ class TimeMoe(Model):
         # without a further step there is nothing to keep
         caches = None if len(sizes) == 1 else empty_cache(b, room, cfg.n_kv_heads, cfg.head_dim)
         return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)[:, :horizon]
+
+    def routed(self, params: Tree, context: jax.Array, horizon: int) -> tuple[dict[str, jax.Array], int]:
+        cfg, (b, c, _) = self.config, context.shape
+        z_BCT, seen_BCT, _, _ = _scaled(jnp.asarray(context, jnp.float32)[..., -self.context_len :])
+        z_RT, seen_RT = (x.reshape(b * c, -1) for x in (z_BCT, seen_BCT))
+        fed = sum(greedy_sizes(horizon, cfg.horizons)[:-1])  # what the last step predicts goes nowhere
+        if fed:
+            z_RT = jnp.concatenate([z_RT, self.generate(params, z_RT, horizon, seen_RT)[:, :fed]], axis=1)
+            seen_RT = jnp.pad(seen_RT, ((0, 0), (0, fed)), constant_values=1)
+        # the attention is causal, so one pass over all points sends them where the steps have sent them
+        _, taps, _ = self._net(params, z_RT, observed_BS=seen_RT, positions_BN=_positions(seen_RT))
+        chosen = {f"layer_{i}/mixture/experts": taps[f"layer_{i}/router_experts"] for i in range(len(cfg.n_heads))}
+        ids = {path: jnp.where(seen_RT.reshape(-1, 1) != 0, x, -1) for path, x in chosen.items()}
+        return {path: x.reshape(b, -1, cfg.top_k) for path, x in ids.items()}, cfg.n_experts
 
 
 def _positions(observed_BT: jax.Array) -> jax.Array:

@@ -1,0 +1,157 @@
+"""Masks on the channels of linear layers, from outside: y = m_out * (W (m_in * x) + b), without a model knowing of it.
+
+A tree of masks has, at the path of a linear, its two masks {"in": [*inputs], "out": [*outputs]}, and at the path of
+stacked experts one such pair for each of their three products, with the experts as first axis:
+{"gate": {"in": [E, D], "out": [E, F]}, "up": ..., "down": {"in": [E, F], "out": [E, D]}}. The values are 0 or 1, or
+whatever one wants the gradient at.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ltsm_jax.layers.experts import Experts
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.trees import Tree, flatten, unflatten
+
+_BRANCH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("branch of the parameters", default=())
+
+
+@contextlib.contextmanager
+def branch(name: str):
+    """While this is open, a network is applied to this branch of the parameters alone: paths of linears begin there."""
+    token = _BRANCH.set((*_BRANCH.get(), name))
+    try:
+        yield
+    finally:
+        _BRANCH.reset(token)
+
+
+def path_of(module: nn.Module) -> str:
+    """The path of a module's parameters in the whole tree, "layer_0/attn/out"."""
+    return "/".join((*_BRANCH.get(), *module.path))
+
+
+@contextlib.contextmanager
+def masked(masks: Tree):
+    """While this is open, every `Linear` and `Experts` that is traced and has masks in the tree is multiplied by them.
+
+    masks: nested dict, see the module's docstring; a layer without an entry stays as it is. Masks stay float32 where
+    the layer computes in another dtype, so that their gradient is summed in float32. Open it inside the function that
+    is compiled or differentiated. Experts take the form "dense" in it, which under `vmap` keeps one copy of the
+    kernels.
+    """
+
+    def call(function, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, Linear | Experts):
+            return function(*args, **kwargs)
+        own = _at(masks, (*_BRANCH.get(), *module.path))
+        if own is None:
+            return function(*args, **kwargs)
+        if isinstance(module, Experts):
+            return function(*args, **kwargs, masks=own)
+        (x,) = args
+        return _times(function(_times(x, own["in"])), own["out"])
+
+    with nn.intercept_methods(call):
+        yield
+
+
+def shapes(function: Callable[..., Any], *args: Any) -> Tree:
+    """The tree of masks that fits the linears and experts that function(*args) calls, as `jax.ShapeDtypeStruct`.
+
+    Nothing is computed. Layers without any weight left have no masks.
+    """
+    found: dict[str, Tree] = {}
+
+    def pair(inputs, outputs):
+        return {"in": jax.ShapeDtypeStruct(inputs, jnp.float32), "out": jax.ShapeDtypeStruct(outputs, jnp.float32)}
+
+    def call(inner, args, kwargs, context):
+        module = context.module
+        path = path_of(module)
+        if context.method_name == "__call__" and isinstance(module, Linear):
+            if math.prod((*module.inputs, *module.outputs)):
+                found[path] = pair(module.inputs, module.outputs)
+        elif context.method_name == "__call__" and isinstance(module, Experts):
+            e, d, f = module.n_experts, module.d_model, module.ffn_dim
+            if e * d * f:
+                found[path] = {"gate": pair((e, d), (e, f)), "up": pair((e, d), (e, f)), "down": pair((e, f), (e, d))}
+        return inner(*args, **kwargs)
+
+    with nn.intercept_methods(call):
+        jax.eval_shape(function, *args)
+    return unflatten(found)
+
+
+def weights(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:
+    """(m_in, m_out) by the path of the weights that they mask: "layer_0/up/kernel", and of stacked experts
+    "layer_0/mixture/experts/gate".
+
+    Raises: ValueError listing masks whose weights are not in `params` or have another shape.
+    """
+    flat, own, found, problems = flatten(params), flatten(masks), {}, []
+    for path in own:
+        layer, _, side = path.rpartition("/")
+        if side == "out" and f"{layer}/in" in own:
+            continue
+        if side != "in" or f"{layer}/out" not in own:
+            problems.append(f"  {path}: masks come in pairs named in and out")
+            continue
+        leaf = layer if layer in flat else f"{layer}/kernel"
+        into, out = own[path], own[f"{layer}/out"]
+        fits = (*jnp.shape(into), *jnp.shape(out)) if leaf != layer else (*jnp.shape(into), *jnp.shape(out)[1:])
+        if leaf not in flat:
+            problems.append(f"  {layer}: the model has no such linear")
+        elif jnp.shape(flat[leaf]) != fits:
+            problems.append(f"  {layer}: masks for weights {fits}, the model's are {jnp.shape(flat[leaf])}")
+        else:
+            found[leaf] = into, out
+    if problems:
+        raise ValueError("masks do not fit the model (they belong to another one?):\n" + "\n".join(problems))
+    return found
+
+
+def merge(params: Tree, masks: Tree) -> Tree:
+    """The masked model's weights: kernel * m_in * m_out, bias * m_out; everything else as it is.
+
+    With masks of 0 and 1 it is the masked model, exactly, and weights that a mask makes 0 have gradient 0: training the
+    merged weights of `merge(params, masks)` leaves what is pruned at 0. Works under jit and grad.
+
+    Args:
+      params: nested dict of the model. masks: a tree of masks, of some or all of its linears and experts.
+    Returns: a tree like `params`.
+    Raises: ValueError listing masks that do not fit the parameters.
+    """
+    flat = dict(flatten(params))
+    for path, (m_in, m_out) in weights(params, masks).items():
+        kernel = flat[path]
+        stacked = not path.endswith("/kernel")  # experts: the first axis of both masks
+        rows = m_in.reshape(*m_in.shape, *(1,) * (m_out.ndim - stacked))
+        columns = m_out.reshape(*m_out.shape[:1], 1, *m_out.shape[1:]) if stacked else m_out
+        columns = columns.reshape(*(1,) * (kernel.ndim - columns.ndim), *columns.shape)
+        flat[path] = kernel * (rows * columns).astype(kernel.dtype)
+        bias = path[: -len("kernel")] + "bias"
+        if not stacked and bias in flat:
+            flat[bias] = flat[bias] * m_out.astype(flat[bias].dtype)
+    return unflatten(flat)
+
+
+def _at(tree: Tree, path: tuple[str, ...]) -> Tree | None:
+    for name in path:
+        if not isinstance(tree, dict) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree
+
+
+def _times(x: jax.Array, mask: jax.Array) -> jax.Array:
+    mask = mask.reshape(*(1,) * (x.ndim - mask.ndim), *mask.shape)
+    return (x * mask).astype(x.dtype)

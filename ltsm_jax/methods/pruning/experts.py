@@ -1,0 +1,95 @@
+"""Experts: which a data set uses, and the model without the others."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax import trees
+from ltsm_jax.data import Windows
+from ltsm_jax.models import Model
+from ltsm_jax.models.family import entry_of, with_entry
+from ltsm_jax.tasks.batches import in_batches
+
+Params = Any
+
+
+def expert_usage(
+    model: Model, params: Params, parts: Sequence[Windows], *, horizon: int = 96, batch_size: int | None = None
+) -> dict[str, np.ndarray]:
+    """How often the router chooses each expert, over all windows of all `parts` together, in forecasting.
+
+    Args:
+      parts: windows; their targets are not looked at.
+      horizon: steps forecast after each context; what is forecast and fed back counts as well.
+      batch_size: windows of one forward pass; None: the model's `eval_batch`.
+    Returns: by the path of a layer's experts, tokens that chose an expert / tokens [E]; the sum is a token's k.
+    Raises: ValueError for a model without experts that can be pruned so.
+    """
+    totals: dict[str, np.ndarray] = {}
+    for windows in parts:
+        counts = in_batches(
+            lambda indices, windows=windows: _routed(model, params, windows, indices, horizon),
+            windows.n,
+            batch_size or model.eval_batch,
+        )
+        for path, count_NE in counts.items():
+            totals[path] = totals.get(path, 0) + count_NE.sum(0)
+    return {path: total[:-1] / total[-1] for path, total in totals.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "horizon"))
+def _routed(model: Model, params: Params, windows: Windows, indices: jax.Array, horizon: int) -> dict[str, jax.Array]:
+    """By path, [B, E + 1]: how many tokens chose each expert, and how many there are."""
+    chosen, n_experts = model.routed(params, windows.gather(indices)["context"], horizon)
+    found = {}
+    for path, chosen_BNK in chosen.items():
+        count_BE = jax.nn.one_hot(chosen_BNK, n_experts).sum((1, 2))
+        tokens_B1 = (chosen_BNK[..., 0] >= 0).sum(1, keepdims=True)
+        found[path] = jnp.concatenate([count_BE, tokens_B1.astype(count_BE.dtype)], axis=1)
+    return found
+
+
+def kept_experts(usage: Mapping[str, np.ndarray], threshold: float, top_k: int) -> dict[str, tuple[int, ...]]:
+    """The experts of each layer that are used by more than `threshold` of its tokens; below 0: the top_k most used."""
+    if threshold < 0:
+        return {path: tuple(sorted(map(int, np.argsort(-f_E, kind="stable")[:top_k]))) for path, f_E in usage.items()}
+    return {path: tuple(map(int, np.flatnonzero(f_E > threshold))) for path, f_E in usage.items()}
+
+
+def keep_experts(model: Model, params: Params, kept: Mapping[str, Sequence[int]]) -> tuple[Model, Params]:
+    """The model with fewer experts: (model, params).
+
+    The router still chooses among all experts, and gives those that are gone weight 0; the others' weights stay what
+    they were, so a token that chose one that is gone has less in all.
+
+    Args:
+      kept: by the path of a layer's experts ("layer_0/mixture/experts"), the ids of those that stay, in order.
+    Raises: ValueError for paths that are no experts and ids that are not there.
+    """
+    flat, config, problems = dict(trees.flatten(params)), model.config, []
+    for path, ids in kept.items():
+        found = [(g, m) for g in model.prunable if g.kind == "experts" and (m := re.fullmatch(g.pattern, path))]
+        if not found or found[0][0].ids is None:
+            problems.append(f"  {path}: no experts of {model.family}")
+            continue
+        group, match = found[0]
+        entry = match.expand(group.ids or "")
+        there = entry_of(config, entry)
+        if not set(ids) <= set(there):
+            problems.append(f"  {path}: has experts {there}, not {sorted(set(ids) - set(there))}")
+            continue
+        places = np.asarray([there.index(i) for i in ids], np.int32)
+        for name in (*group.makes, *group.takes):
+            leaf = flat.pop(f"{path}/{name}")
+            if len(places):
+                flat[f"{path}/{name}"] = leaf[places]
+        config = with_entry(config, entry, tuple(ids))
+    if problems:
+        raise ValueError("experts cannot be pruned:\n" + "\n".join(problems))
+    return dataclasses.replace(model, config=config), trees.unflatten(flat)

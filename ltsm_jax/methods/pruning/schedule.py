@@ -1,0 +1,432 @@
+"""A pruning run: epochs over the training windows, a selection after every group of batches, validation, early stop."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax import storage, training, trees
+from ltsm_jax.data import Splits, Windows
+from ltsm_jax.data import windows as orders
+from ltsm_jax.layers.masks import merge, weights
+from ltsm_jax.methods import finetune
+from ltsm_jax.methods.pruning.channels import (
+    Masks,
+    Params,
+    Score,
+    cut,
+    full_masks,
+    gradient_sums,
+    importance_of,
+    known_quirks,
+    select,
+    share_left,
+)
+from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
+from ltsm_jax.models import Model
+from ltsm_jax.tasks import forecasting
+from ltsm_jax.training import progress
+
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneResult:
+    """What pruning gave.
+
+    Attributes:
+      model, params: what the masks are for: those handed in, or with experts taken out. The weights are not masked;
+        fine-tuning starts from them (`finetune.run(model, params, ..., masks=masks)`), `pruned` is without it.
+      masks: of the epoch with the lowest validation MSE; ones where no channel was pruned.
+      scores: importance of every channel then, 0 for pruned ones, NaN where none is known (without any pruning step, or
+        of an expert that no token has reached).
+      order: int32 rank of every channel, those pruned first, then the others by importance: see `cut`.
+      history: one dict per epoch from 0, the model before pruning: epoch, steps (pruning steps so far), left (share of
+        the channels), val_mse and the other validation metrics of the merged model; later ones also train_loss.
+      best_epoch: the one the masks are from; 0 without any pruning epoch.
+      cuts: validation metrics of `cut(order, share)`, by share, where asked for.
+      usage: of experts, see `expert_usage`; None where no threshold was given.
+      stopped: why no further epoch followed: "epochs", "patience", or "max_prune_ratio".
+    """
+
+    model: Model
+    params: Params
+    masks: Masks
+    scores: Masks
+    order: Masks
+    history: list[dict[str, Any]]
+    best_epoch: int
+    cuts: dict[float, dict[str, Any]]
+    usage: dict[str, np.ndarray] | None
+    stopped: str
+
+    @property
+    def pruned(self) -> Params:
+        """`params` with the masks multiplied in."""
+        return merge(self.params, self.masks)
+
+
+def prune(
+    model: Model,
+    params: Params,
+    splits: Splits,
+    *,
+    ratio: float,
+    ema: float,
+    score: Score = "taylor2",
+    epochs: int = 10,
+    batch_size: int | None = None,
+    macro_batch: int = 0,
+    patience: int = 1,
+    max_prune_ratio: float = 1.0,
+    ema_abs: bool = False,
+    expert_threshold: float | None = None,
+    include_embed: bool = False,
+    include_head: bool = False,
+    quirks: Collection[str] = (),
+    stride: int = 1,
+    mode: finetune.Mode | None = None,
+    ratios: Sequence[float] = (),
+    seed: int = 0,
+    chunk: int | None = None,
+    folder: str | Path | None = None,
+    label: str = "pruning",
+    show_progress: bool = True,
+) -> PruneResult:
+    """Find what of a pretrained model a data set does not need. No weight is trained.
+
+    The training windows run through the frozen model in the order in which fine-tuning with this seed sees them. After
+    every group of batches the scores of its windows enter each channel's average importance, I = s at first and then
+    ema * s + (1 - ema) * I, and `select` takes the share r_step = ratio * (batches of a group) / (batches of an epoch).
+    So about exp(-ratio) of the channels are left after an epoch. Each epoch ends with a validation of the masked model.
+
+    Args:
+      params: pretrained weights; not modified.
+      splits: from `data.prepare`; its training windows, and its validation windows at their horizon.
+      ratio: pruned per epoch, in (0, 1). ema: weight of the NEW score, in (0, 1].
+      score: see `importance_of`.
+      epochs: at most; 0 prunes no channel (experts alone, or ones).
+      batch_size: windows of one batch; None: the recipe's.
+      macro_batch: windows of one group, rounded down to whole batches; up to batch_size: a group is one batch. With one
+        epoch the last, smaller group counts too; with more its gradients go on into the next epoch.
+      patience: epochs without a validation MSE as low as the lowest before the run stops.
+      max_prune_ratio: below 1: pruning stops before zeros / parameters + r_step exceeds it.
+      ema_abs: average |s| instead of s, so that scores of opposite sign do not cancel out.
+      expert_threshold: first take out the experts that at most this share of the tokens of training and validation
+        windows choose (0.1, 0.01, ...); below 0: all but each layer's top_k; None: none. `keep_experts`.
+      include_embed, include_head, quirks: see `full_masks`.
+      stride: rows from one training window to the next.
+      mode: "ims" or "direct", the loss that is scored, see `finetune.run`; None: that of the model's recipe.
+      ratios: shares of the channels whose masks, `cut` from this one run, are validated too.
+      seed: of the order of windows and of losses that draw.
+      chunk: rows whose gradients are computed side by side, see `gradient_sums`.
+      folder: of the run. A killed run goes on from there, and ends with the same bits.
+      show_progress: a bar on a terminal, else a line every few seconds.
+    Raises: ValueError listing arguments out of range, for quirks that are unknown or refused, or for a folder that has
+      another run; training.NonFiniteError.
+    Source: see the module's docstring; published grids: ratio 0.01 to 0.9, ema 0.1, 0.2, 0.4, 0.5, 0.8.
+    Example: `found = ltsm_jax.prune(model, params, splits, ratio=0.2, ema=0.5, macro_batch=8192)`
+    """
+    _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, stride, ratios, chunk)
+    mode = mode or finetune.default_mode(model)
+    windows = _strided(finetune.training_windows(model, splits, mode), stride)
+    full_masks(model, include_embed=include_embed, include_head=include_head, quirks=quirks)  # says what is wrong early
+    settings = {
+        "ratio": ratio,
+        "ema": ema,
+        "score": score,
+        "epochs": epochs,
+        "batch_size": min(batch_size or model.recipe().batch_size, windows.n),
+        "macro_batch": macro_batch,
+        "patience": patience,
+        "max_prune_ratio": max_prune_ratio,
+        "ema_abs": ema_abs,
+        "expert_threshold": expert_threshold,
+        "include_embed": include_embed,
+        "include_head": include_head,
+        "quirks": sorted(known_quirks(quirks)),
+        "stride": stride,
+        "mode": mode,
+        "seed": seed,
+    }
+    facts = settings | {
+        "method": "prune",
+        "model": {"family": model.family, "config": model.config_to_dict()},
+        "horizon": splits.val.horizon,
+        "sha256": {"params": _sha256(params), "windows": _sha256(windows), "validation": _sha256(splits.val)},
+    }
+    with contextlib.ExitStack() as open_until_the_end:
+        run = None if folder is None else training.RunFolder(folder, facts)
+        if run is not None:
+            open_until_the_end.enter_context(contextlib.closing(run))
+        first = forecasting.evaluate(model, params, splits.val) if run is None or not run.steps() else {}
+        usage, top = None, getattr(model.config, "top_k", 0)
+        if expert_threshold is not None:
+            usage = _usage(model, params, [windows, splits.val], None if folder is None else Path(folder))
+            model, params = keep_experts(model, params, kept_experts(usage, expert_threshold, top))
+        masks = full_masks(model, include_embed=include_embed, include_head=include_head, quirks=quirks)
+        pruning = _Pruning(model, params, masks, windows, splits.val, settings, chunk, run)
+        pruning.start({"epoch": 0, "steps": 0, "left": 1.0} | {f"val_{k}": v for k, v in first.items()})
+        with progress.Bar(pruning.total, max(epochs, 1), label, done=pruning.done, show=show_progress) as bar:
+            pruning.go_on(bar)
+        order = pruning.order()
+        cuts = {share: forecasting.evaluate(model, merge(params, cut(order, share)), splits.val) for share in ratios}
+    best = pruning.best
+    return PruneResult(
+        model=model,
+        params=params,
+        masks=jax.tree.map(lambda step: jnp.asarray(np.asarray(step) == 0, jnp.float32), best["step"]),
+        scores=jax.tree.map(jnp.asarray, best["importance"]),
+        order=order,
+        history=pruning.history,
+        best_epoch=pruning.best_epoch,
+        cuts=cuts,
+        usage=usage,
+        stopped=pruning.stopped,
+    )
+
+
+def _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, stride, ratios, chunk) -> None:
+    bad = {
+        "ratio is a share per epoch, in (0, 1)": not 0 < ratio < 1,
+        "ema is the weight of the new score, in (0, 1]": not 0 < ema <= 1,
+        f"score must be one of {', '.join(get_args(Score))}": score not in get_args(Score),
+        "epochs must not be negative": epochs < 0,
+        "batch_size, patience, stride and chunk must be at least 1": min(batch_size or 1, patience, stride, chunk or 1)
+        < 1,
+        "max_prune_ratio must be in (0, 1]": not 0 < max_prune_ratio <= 1,
+        "ratios are shares of all channels, in [0, 1)": any(not 0 <= share < 1 for share in ratios),
+    }
+    if problems := [text for text, is_bad in bad.items() if is_bad]:
+        raise ValueError("prune: " + "; ".join(problems))
+
+
+def _strided(windows: Windows, stride: int) -> Windows:
+    starts = np.asarray(windows.starts)
+    return windows if stride == 1 else windows.take(np.flatnonzero((starts - starts.min()) % stride == 0))
+
+
+def _sha256(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(storage.digests(tree)).encode()).hexdigest()
+
+
+def _usage(model: Model, params: Params, parts: Sequence[Windows], folder: Path | None) -> dict[str, np.ndarray]:
+    """`expert_usage`, counted once per run folder, whose config says of which weights and windows it is."""
+    file = None if folder is None else folder / "experts.json"
+    if file is not None and file.exists():
+        return {path: np.asarray(f_E) for path, f_E in storage.read_record(file)["usage"].items()}
+    usage = expert_usage(model, params, parts)
+    if file is not None:
+        temporary = file.with_suffix(".tmp")
+        storage.write_record(temporary, {"usage": {path: f_E.tolist() for path, f_E in usage.items()}})
+        os.replace(temporary, file)
+    return usage
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mode", "batch_size", "squares", "chunk"))
+def _batch_sums(model, params, masks, windows, order, b, key, mode, batch_size: int, squares: bool, chunk: int | None):
+    indices, weight = orders.batch_at(order, b, batch_size)
+    loss = forecasting.loss_fn(model, finetune.LOSS[mode])
+    batch = windows.gather(indices) | {"weight": weight}
+    return gradient_sums(loss, params, masks, batch, jax.random.fold_in(key, b), squares=squares, chunk=chunk)
+
+
+_order = jax.jit(orders.epoch_order, static_argnames="n")
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+
+@jax.jit
+def _zeros(params: Params, masks: Masks) -> jax.Array:
+    merged = jax.tree.leaves(merge(params, masks))
+    return sum((jnp.sum(x == 0, dtype=jnp.float32) for x in merged), jnp.zeros(())) / trees.count(merged)
+
+
+class _Pruning:
+    """One call of `prune` at work. `state`: trees like the masks, flat arrays on the host; the rest is the position.
+
+    state: importance, NaN where there is none yet; step at which each channel was pruned, counted from 1, 0 for the
+    others; last, its importance before that. best: the same after the best epoch. sums: of the group that is not full.
+    """
+
+    def __init__(self, model, params, masks: Masks, windows: Windows, val: Windows, settings, chunk, run):
+        self.model, self.params, self.windows, self.val, self.run, self.chunk = model, params, windows, val, run, chunk
+        self.settings, self.like = settings, masks
+        self.squares = settings["score"] != "taylor1"
+        self.n = orders.steps_per_epoch(windows.n, settings["batch_size"])
+        macro, batch = settings["macro_batch"], settings["batch_size"]
+        self.group = min(macro // batch, self.n) if macro > batch else 1
+        self.r_step = settings["ratio"] / self.n * self.group
+        self.total = settings["epochs"] * self.n
+        self.keys = training.keys(settings["seed"])
+        self.stacks = _stacks(params, masks)
+
+    # --- where the run is
+
+    def start(self, first: dict[str, Any]) -> None:
+        """From the beginning, or from what the folder has."""
+        unknown = jax.tree.map(lambda m: np.full(m.shape, np.nan, np.float32), self.like)
+        steps = jax.tree.map(lambda m: np.zeros(m.shape, np.int32), self.like)
+        begin = {"importance": unknown, "step": steps, "last": unknown}
+        self.state, self.best, self.sums = dict(begin), dict(begin), self._no_sums()
+        self.done = self.steps = self.waiting = self.best_epoch = 0
+        self.loss, self.finished, self.stopped, self.history = 0.0, self.settings["epochs"] == 0, "epochs", [first]
+        self.saved = time.monotonic()
+        if self.run is None:
+            return
+        if (found := self.run.restore(self._tree())) is None:
+            self.run.record([first])
+            return
+        tree, position = found
+        host = lambda branch: jax.tree.map(np.asarray, branch)  # noqa: E731
+        self.state, self.best, self.sums = host(tree["state"]), host(tree["best"]), tree["sums"]
+        if not self.squares:
+            self.sums["squares"] = {}
+        self.done, self.steps, self.waiting = (position[k] for k in ("step", "steps", "waiting"))
+        self.loss, self.finished, self.stopped = (position[k] for k in ("loss", "finished", "stopped"))
+        self.history, self.best_epoch = position["history"], position["best_epoch"]
+
+    def _tree(self) -> Any:
+        sums = dict(self.sums)
+        if not self.squares:
+            sums.pop("squares")  # a folder keeps no empty branches
+        return {"state": self.state, "best": self.best, "sums": sums}
+
+    def save(self) -> None:
+        """Tell the folder where the run is."""
+        if self.run is None:
+            return
+        names = ("steps", "waiting", "loss", "finished", "stopped", "history", "best_epoch")
+        self.run.save(self._tree(), {"step": self.done} | {name: getattr(self, name) for name in names})
+        self.saved = time.monotonic()
+
+    def _no_sums(self) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, self.like)
+        return {"rows": jnp.zeros(()), "loss": jnp.zeros(()), "h": zeros, "squares": zeros if self.squares else {}}
+
+    @property
+    def masks(self) -> Masks:
+        """Masks of the channels that are there now."""
+        return jax.tree.map(lambda step: np.asarray(step == 0, np.float32), self.state["step"])
+
+    # --- the schedule
+
+    def go_on(self, bar: progress.Bar) -> None:
+        """Batches, pruning steps and validations until the run is over."""
+        masks, one = self.masks, self.settings["epochs"] == 1
+        while not self.finished:
+            epoch, b = divmod(self.done, self.n)
+            if b == 0 or bar.began is None:
+                order = _order(self.keys["data"], epoch, self.windows.n)
+            key = jax.random.fold_in(self.keys["aux"], epoch)
+            config = (self.settings["mode"], self.settings["batch_size"], self.squares, self.chunk)
+            found = _batch_sums(self.model, self.params, masks, self.windows, order, b, key, *config)
+            loss, rows = float(found["loss"]), int(found["rows"])
+            if not math.isfinite(loss):
+                raise training.NonFiniteError(
+                    f"batch {b + 1} of epoch {epoch + 1}: the loss is {loss}; look at the data and the weights"
+                )
+            self.sums, self.loss = _add(self.sums, found), self.loss + loss
+            self.done, self.waiting = self.done + 1, self.waiting + 1
+            last = self.done % self.n == 0
+            full = False
+            if self.waiting == self.group or (last and one):
+                full = self._full(masks)
+                if not full:
+                    masks = self._step(masks)
+            bar.update(self.done, epoch + 1, rows, loss / rows, f"  {100 * share_left(masks):.1f} % left")
+            if last or full:
+                self._validate(masks, epoch + 1, full)
+                self.save()
+            elif self.waiting == 0 and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+                self.save()
+        if self.run is not None:
+            self.run.wait()
+
+    def _full(self, masks: Masks) -> bool:
+        limit = self.settings["max_prune_ratio"]
+        return limit < 1 and float(_zeros(self.params, masks)) + self.r_step > limit
+
+    def _step(self, masks: Masks) -> Masks:
+        """Scores of the group into the importance, and one selection."""
+        skipped, a = self._unseen(), np.float32(self.settings["ema"])
+        old, new = trees.flatten(self.state["importance"]), {}
+        for path, s in trees.flatten(importance_of(self.sums, masks, self.settings["score"])).items():
+            s = np.abs(s) if self.settings["ema_abs"] else np.asarray(s)
+            average = np.where(np.isnan(old[path]), s, a * s + (1 - a) * old[path])
+            new[path] = np.where(skipped.get(path, False), old[path], average)
+        before = trees.unflatten(new)
+        after, importance = select(before, masks, self.r_step, skipped)
+        self.steps += 1
+        gone = jax.tree.map(lambda was, now: (was != 0) & (now == 0), masks, after)
+        self.state = {
+            "importance": importance,
+            "step": jax.tree.map(lambda g, old: np.where(g, np.int32(self.steps), old), gone, self.state["step"]),
+            "last": jax.tree.map(lambda g, x, old: np.where(g, x, old), gone, before, self.state["last"]),
+        }
+        self.sums, self.waiting = self._no_sums(), 0
+        return after
+
+    def _unseen(self) -> dict[str, np.ndarray]:
+        """Of stacked experts, by flat path of a mask, booleans [E, 1]: no token of the group has reached the expert.
+
+        Then none of its masks has a gradient in any row."""
+        sums = trees.flatten(self.sums["squares"] if self.squares else self.sums["h"])
+        found = {}
+        for stack in self.stacks:
+            paths = [path for path in sums if path.startswith(f"{stack}/")]
+            unseen_E = np.all([(np.asarray(sums[path]) == 0).all(axis=1) for path in paths], axis=0)
+            found |= dict.fromkeys(paths, unseen_E[:, None])
+        return found
+
+    def _validate(self, masks: Masks, epoch: int, full: bool) -> None:
+        scores = forecasting.evaluate(self.model, merge(self.params, masks), self.val)
+        if not math.isfinite(scores["mse"]):
+            raise training.NonFiniteError(f"epoch {epoch}: the validation MSE of the pruned model is {scores['mse']}")
+        seen = (self.done - 1) % self.n + 1
+        rows = min(seen * self.settings["batch_size"], self.windows.n)
+        entry = {"epoch": epoch, "steps": self.steps, "left": share_left(masks), "train_loss": self.loss / rows}
+        entry |= {f"val_{name}": value for name, value in scores.items()}
+        lowest = min((h["val_mse"] for h in self.history[1:]), default=math.inf)
+        self.history, self.loss = [*self.history, entry], 0.0
+        if scores["mse"] <= lowest:  # as low is as good, and smaller
+            self.best, self.best_epoch = dict(self.state), epoch
+        if self.run is not None:
+            self.run.record([entry])
+        if full:
+            self.finished, self.stopped = True, "max_prune_ratio"
+        elif self.done == self.total:
+            self.finished, self.stopped = True, "epochs"
+        elif epoch - self.best_epoch >= self.settings["patience"]:
+            self.finished, self.stopped = True, "patience"
+
+    def order(self) -> Masks:
+        """Rank of every channel at the best epoch: by the step that pruned it, then by its importance; channels of
+        experts that were never seen come last."""
+        flat = {name: trees.flatten(tree) for name, tree in self.best.items()}
+        step, last, now = (
+            np.concatenate([np.ravel(flat[name][path]) for path in flat["step"]])
+            for name in ("step", "last", "importance")
+        )
+        alive = step == 0
+        size = np.abs(np.where(alive, now, last))
+        ranks = np.empty(len(step), np.int32)
+        ranks[np.lexsort((np.where(np.isnan(size), np.inf, size), step, alive))] = np.arange(len(step), dtype=np.int32)
+        ends = np.cumsum([x.size for x in flat["step"].values()])[:-1]
+        parts = np.split(ranks, ends)
+        return trees.unflatten({p: r.reshape(x.shape) for (p, x), r in zip(flat["step"].items(), parts, strict=True)})
+
+
+def _stacks(params: Params, masks: Masks) -> list[str]:
+    """Paths of the stacked experts that have masks."""
+    return sorted({path.rpartition("/")[0] for path in weights(params, masks) if not path.endswith("/kernel")})
