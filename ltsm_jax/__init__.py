@@ -1,6 +1,7 @@
 """Large time-series models in JAX: load, fine-tune, forecast, measure, write back."""
 
 from ltsm_jax.methods.finetune import fit, forecast
+from ltsm_jax.methods.pruning import prune
 from ltsm_jax.models import Forecast, Model, preset
 from ltsm_jax.models.library import load, save
 from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
@@ -16,6 +17,7 @@ __all__ = [
     "interpolate",
     "load",
     "preset",
+    "prune",
     "save",
     "shrink_and_perturb",
     "soup",

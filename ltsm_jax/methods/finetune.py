@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import time
 import warnings as python_warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +14,13 @@ import jax
 import numpy as np
 import pandas as pd
 
-from ltsm_jax import training, trees
+from ltsm_jax import sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.series import read_series
 from ltsm_jax.data.splits import Scaler, few_shot_indices
 from ltsm_jax.data.windows import windows_between
+from ltsm_jax.layers.masks import merge
 from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, strategy, trainable_mask
 from ltsm_jax.models import Forecast, Model
 from ltsm_jax.tasks import forecasting
@@ -72,6 +75,8 @@ def run(
     test: bool = True,
     label: str | None = None,
     show_progress: bool = True,
+    masks: Params | None = None,
+    quirks: Collection[str] = (),
 ) -> Result:
     """Fine-tune `model` from `params` by `strategy`, validate after every epoch, score the best weights.
 
@@ -86,20 +91,32 @@ def run(
       folder: where checkpoints go; a run that was killed continues from there.
       test: score the test part as well.
       label, show_progress: of the progress bar; the label is part of what a run folder must agree with.
-    Raises: ValueError where model, windows and mode do not go together; training.NonFiniteError from training.
+      masks: of a pruned model, see `methods.pruning`: training starts from the masked weights (masked after a strategy
+        has mixed in random ones), and what is masked stays 0.
+      quirks: "no-dropout": all dropout rates are 0, as the release of Prune-then-Finetune has it for pruned models, and
+        for them alone.
+    Raises: ValueError where model, windows, masks and mode do not go together, and for an unknown quirk;
+      training.NonFiniteError from training.
     """
+    if unknown := set(quirks) - {"no-dropout"}:
+        raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
     label = strategy.name if label is None else label
     config = dataclasses.replace(config or train_config(model), seed=seed)
     keys = training.keys(seed)
     windows = training_windows(model, splits, mode)
-    loss = _loss(model, mode)
+    loss = _loss(without_dropout(model) if "no-dropout" in quirks else model, mode)
     current = start_params(strategy, model, params, keys["aux"])
+    if masks is not None:
+        current, placed = merge(current, masks), sharding.replicate(masks, sharding.mesh_of(current))
+        loss = jax.tree_util.Partial(_masked_loss(loss), placed)
 
     def validate(candidate: Params) -> dict[str, Any]:
         return forecasting.evaluate(model, candidate, splits.val)
 
     # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that ff sees.
     facts = {"strategy": dataclasses.asdict(strategy), "mode": mode, "horizon": splits.val.horizon}
+    facts |= {"quirks": sorted(quirks)} if quirks else {}
+    facts |= {} if masks is None else {"masks": sha256_of(masks)}
     history: list[dict[str, Any]] = []
     epochs = best_epoch = trained = 0
     seconds = 0.0
@@ -125,7 +142,7 @@ def run(
         best_epoch = epochs + (fitted.best_epoch or 0)
         epochs += len(fitted.history)
         seconds += fitted.seconds
-        current = fitted.params
+        current = fitted.params if masks is None else merge(fitted.params, masks)
         trained = trees.count(current if mask is None else trees.partition(current, mask)[0])
 
     began = time.monotonic()
@@ -141,6 +158,27 @@ def run(
 def _loss(model: Model, mode: Mode):
     # methods of two equal models are not equal: without this each load of a checkpoint compiles the step again
     return forecasting.loss_fn(model, LOSS[mode])
+
+
+@functools.cache
+def _masked_loss(loss):
+    return lambda masks, params, batch, key, train: loss(merge(params, masks), batch, key, train)
+
+
+def sha256_of(tree: Any) -> str:
+    """One digest of paths, shapes, dtypes and values of a tree."""
+    return hashlib.sha256(json.dumps(storage.digests(tree)).encode()).hexdigest()
+
+
+def without_dropout(model: Model) -> Model:
+    """The model with every dropout rate of its config at 0."""
+
+    def still(config):
+        rates = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        inner = {name: still(value) for name, value in rates.items() if dataclasses.is_dataclass(value)}
+        return dataclasses.replace(config, **inner, **{name: 0.0 for name in rates if "dropout" in name})
+
+    return dataclasses.replace(model, config=still(model.config))
 
 
 def train_config(model: Model, **changes: Any) -> training.TrainConfig:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 import time
@@ -164,7 +162,11 @@ def prune(
         "method": "prune",
         "model": {"family": model.family, "config": model.config_to_dict()},
         "horizon": splits.val.horizon,
-        "sha256": {"params": _sha256(params), "windows": _sha256(windows), "validation": _sha256(splits.val)},
+        "sha256": {
+            "params": finetune.sha256_of(params),
+            "windows": finetune.sha256_of(windows),
+            "validation": finetune.sha256_of(splits.val),
+        },
     }
     with contextlib.ExitStack() as open_until_the_end:
         run = None if folder is None else training.RunFolder(folder, facts)
@@ -215,10 +217,6 @@ def _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, str
 def _strided(windows: Windows, stride: int) -> Windows:
     starts = np.asarray(windows.starts)
     return windows if stride == 1 else windows.take(np.flatnonzero((starts - starts.min()) % stride == 0))
-
-
-def _sha256(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(storage.digests(tree)).encode()).hexdigest()
 
 
 def _usage(model: Model, params: Params, parts: Sequence[Windows], folder: Path | None) -> dict[str, np.ndarray]:
