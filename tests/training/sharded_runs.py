@@ -1,6 +1,6 @@
 """Trains every family of the command line on several meshes of 8 forced CPU devices; prints JSON. Run by test_sharding.
 
-python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh)
+python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "noise": see `noise`)
 """
 
 import json
@@ -33,6 +33,29 @@ def problem(family):
     return model, params, windows_between(values, 0, length, model.context_len, model.horizon, joint=joint)
 
 
+def gradients(model):
+    return jax.jit(jax.grad(lambda p, b: model.loss(p, b)))
+
+
+def noise(family, draws=8):
+    """How far each gradient [parameters] moves, at most, on one device when every parameter moves to one of the two
+    float32 beside it: what the rounding of other sums, as of other devices, can do to it as well."""
+    model, params, windows = problem(family)
+    of, batch = gradients(model), windows.gather(jnp.arange(16))
+
+    def beside(leaf, rng):
+        leaf = np.asarray(leaf)
+        return np.where(rng.random(leaf.shape) < 0.5, np.nextafter(leaf, -np.inf), np.nextafter(leaf, np.inf))
+
+    here, furthest = trees.flatten(of(params, batch)), {}
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        there = trees.flatten(of(jax.tree.map(lambda leaf, rng=rng: beside(leaf, rng), params), batch))
+        for path, leaf in there.items():
+            furthest[path] = max(furthest.get(path, 0.0), float(np.abs(leaf - here[path]).max()))
+    return furthest
+
+
 def run(family, mesh_text, folder=None, **options):
     model, params, windows = problem(family)
     windows = windows.take(np.arange(min(windows.n, 40)))  # the last batch of 16 is partial
@@ -45,7 +68,7 @@ def run(family, mesh_text, folder=None, **options):
     config = TrainConfig(epochs=2, batch_size=16, lr=1e-3, schedule="constant", **options)
     result = fit(model.loss, params, windows, config=config, folder=folder, show_progress=False)
     flat = trees.flatten(result.last_params)
-    grads = jax.jit(jax.grad(lambda p, b: model.loss(p, b)))(params, windows.gather(jnp.arange(16)))
+    grads = gradients(model)(params, windows.gather(jnp.arange(16)))
     return {
         "losses": [row["train_loss"] for row in result.history],
         "params": {path: np.asarray(leaf, np.float64).ravel().tolist() for path, leaf in flat.items()},
@@ -62,6 +85,9 @@ def run(family, mesh_text, folder=None, **options):
 if __name__ == "__main__":
     found = {}
     for text in sys.argv[2:]:
+        if text == "noise":
+            found[text] = noise(sys.argv[1])
+            continue
         mesh_text, *rest = text.split(":")
         options = dict(item.split("=", 1) for item in rest)
         found[text] = run(sys.argv[1], mesh_text, **{k: int(v) if v.isdigit() else v for k, v in options.items()})

@@ -22,11 +22,13 @@ def runs(family, *texts):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check_same(found, want):
+def check_same(found, want, noise=None):
+    """noise: by parameter, what rounding alone does to its gradient, where that is more than the common bound."""
     np.testing.assert_allclose(found["losses"], want["losses"], rtol=2e-5)
     for path, grad in want["grads"].items():
         worst = np.abs(np.subtract(found["grads"][path], grad)).max()
-        assert worst <= 2e-5 * max(np.abs(grad).max(), 1e-3), f"{path}: {worst}"
+        bound = max(2e-5 * max(np.abs(grad).max(), 1e-3), noise[path] if noise else 0)
+        assert worst <= bound, f"{path}: {worst}, {bound} is allowed"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,18 @@ def test_bfloat16_products_keep_float32_parameters(timer):
 def test_other_families_train_on_a_mixed_mesh(family):
     found = runs(family, "one", "data=2,fsdp=2,tensor=2")
     check_same(found["data=2,fsdp=2,tensor=2"], found["one"])
+    assert found["data=2,fsdp=2,tensor=2"]["start"] == found["data=2,fsdp=2,tensor=2"]["end"]
+
+
+@pytest.mark.slow
+def test_moirai_trains_on_a_mixed_mesh_but_for_rounding():
+    """One part of its mixture is a normal distribution of width 1e-3: where a forecast meets its target, the last bit
+    of the forecast moves every gradient before it by 2e-5. Measured against float64, one device is off by 6e-6 of the
+    largest gradient and this mesh by 3.3e-5; parameters moved by half a bit move the float64 gradient by 2.5e-5."""
+    found = runs("moirai", "one", "data=2,fsdp=2,tensor=2", "noise")
+    for path, moved in found["noise"].items():
+        assert moved <= 3e-4 * np.abs(found["one"]["grads"][path]).max(), f"{path}: {moved} would hide a wrong gradient"
+    check_same(found["data=2,fsdp=2,tensor=2"], found["one"], found["noise"])
     assert found["data=2,fsdp=2,tensor=2"]["start"] == found["data=2,fsdp=2,tensor=2"]["end"]
 
 
