@@ -11,10 +11,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.rope import rotary
+from ltsm_jax.layers.rope import rotary, rotary_frequencies
+from ltsm_jax.layers.widths import width
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 
@@ -43,10 +45,20 @@ def _written(old_BGSK: jax.Array, new_BGNK: jax.Array, start) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(old_BGSK, new_BGNK.astype(old_BGSK.dtype), start, axis=2)
 
 
+def _kept(pairs, head_dim: int, base: float, heads: int) -> np.ndarray | None:
+    """Frequencies [1, heads, 1, K/2] of the pairs that the heads of each group still have; None: of all."""
+    if not pairs:
+        return None
+    kept_GK = rotary_frequencies(head_dim, base)[np.asarray(pairs, int)]
+    return np.repeat(kept_GK, heads // len(pairs), axis=0)[None, :, None]
+
+
 class CausalAttention(nn.Module):
     """Self-attention with rotary positions on whole heads, [B, N, D] -> [B, N, D]; q, k, v with bias, out without.
 
     n_kv_heads G: groups of query heads that share a key and value head; head h uses group h // (H // G).
+    value_dim: width of the values, None is head_dim. pairs: the rotary pairs (j, j + K/2) that the keys of each group,
+    and its queries, still have, as many for each; () is all. The scale is that of head_dim whatever is left.
     Returns: output, weights [B, H, N, S], and the cache with the N new tokens in it (None without one).
     """
 
@@ -56,17 +68,23 @@ class CausalAttention(nn.Module):
     head_dim: int
     base: float = 10000.0
     dropout: float = 0.0
+    value_dim: int | None = None
+    pairs: tuple[tuple[int, ...], ...] = ()
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache: Cache | None = None, start=0, train: bool = False):
-        heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
+        qk_dim = 2 * len(self.pairs[0]) if self.pairs else self.head_dim
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        heads = {"q": (self.n_heads, qk_dim), "k": (self.n_kv_heads, qk_dim), "v": (self.n_kv_heads, value_dim)}
         # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
         q_BHNK, k_BGSK, v_BGSK = (
-            jnp.swapaxes(Linear((self.d_model,), (h, self.head_dim), name=name)(x_BND), 1, 2)
-            for name, h in heads.items()
+            jnp.swapaxes(Linear((self.d_model,), shape, name=name)(x_BND), 1, 2) for name, shape in heads.items()
         )
         place = positions_BN[:, None]
-        q_BHNK, k_BGSK = (rotary(y, place, base=self.base) for y in (q_BHNK, k_BGSK))
+        q_BHNK, k_BGSK = (
+            rotary(y, place, base=self.base, frequencies=_kept(self.pairs, self.head_dim, self.base, y.shape[1]))
+            for y in (q_BHNK, k_BGSK)
+        )
         if cache is not None:
             k_BGSK, v_BGSK = cache = (_written(cache[0], k_BGSK, start), _written(cache[1], v_BGSK, start))
             k_BGSK, v_BGSK = k_BGSK.astype(q_BHNK.dtype), v_BGSK.astype(q_BHNK.dtype)
@@ -78,7 +96,7 @@ class CausalAttention(nn.Module):
         w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BGSK.dtype)
         y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BGSK)
         y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
-        out = Linear((self.n_heads, self.head_dim), (self.d_model,), use_bias=False, name="out")
+        out = Linear((self.n_heads, value_dim), (self.d_model,), use_bias=False, name="out")
         return out(y_BNHK), w_BHNS, cache
 
 
@@ -96,9 +114,21 @@ class GatedMLP(nn.Module):
         return Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y)
 
 
-def empty_cache(b: int, s: int, n_kv_heads: Sequence[int], head_dim: int, dtype: Any = jnp.float32) -> list[Cache]:
-    """Caches of all layers with room for s tokens."""
-    return [(jnp.zeros((b, g, s, head_dim), dtype), jnp.zeros((b, g, s, head_dim), dtype)) for g in n_kv_heads]
+def empty_cache(
+    b: int,
+    s: int,
+    n_kv_heads: Sequence[int],
+    head_dim: int,
+    value_dims: Sequence[int] = (),
+    rotary_pairs: Sequence[Sequence[Sequence[int]]] = (),
+) -> list[Cache]:
+    """Caches of all layers with room for s tokens. value_dims, rotary_pairs: by layer, see `CausalAttention`."""
+    caches = []
+    for i, g in enumerate(n_kv_heads):
+        pairs = rotary_pairs[i] if rotary_pairs else ()
+        widths = (2 * len(pairs[0]) if pairs else head_dim), width(value_dims, i, head_dim)
+        caches.append(tuple(jnp.zeros((b, g, s, k), jnp.float32) for k in widths))
+    return caches
 
 
 def greedy_sizes(horizon: int, sizes: Sequence[int]) -> list[int]:

@@ -250,14 +250,17 @@ class AnyVariateAttention(nn.Module):
     d_model: int
     n_heads: int
     head_dim: int
+    value_dim: int
     dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool):
         heads, half, taps = (self.n_heads, self.head_dim), self.head_dim // 2, {}
+        values = (self.n_heads, self.value_dim)
 
         def project(name):
-            taps[name] = Linear((self.d_model,), heads, use_bias=False, name=name)(x_BND)
+            shape = values if name == "v" else heads
+            taps[name] = Linear((self.d_model,), shape, use_bias=False, name=name)(x_BND)
             return jnp.swapaxes(taps[name], 1, 2)  # heads beside the batch: plain batched products
 
         def turned(name):
@@ -265,7 +268,9 @@ class AnyVariateAttention(nn.Module):
             first = rotary(y[..., :half], time_id_BN[:, None], pairs="adjacent")
             return jnp.concatenate([first, y[..., half:]], axis=-1)
 
-        bias_2H = self.param("variate_bias", nn.initializers.zeros, (2, self.n_heads)).astype(jnp.float32)
+        shape = (2, self.n_heads)
+        bias_2H = self.param("variate_bias", nn.initializers.zeros, shape) if self.n_heads else jnp.zeros(shape)
+        bias_2H = bias_2H.astype(jnp.float32)
         q_BHNK, k_BHSK, v_BHSK = turned("q"), turned("k"), project("v")
         s_BHNS = (jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5).astype(jnp.float32)
         bias = bias_2H[:, None, :, None, None]
@@ -273,7 +278,7 @@ class AnyVariateAttention(nn.Module):
         s_BHNS = jnp.where(seen_BNS[:, None], s_BHNS, -jnp.inf)
         w_BHNS = jax.nn.softmax(s_BHNS).astype(x_BND.dtype)
         y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
-        y_BND = Linear(heads, (self.d_model,), use_bias=False, name="out")(jnp.swapaxes(y_BHNK, 1, 2))
+        y_BND = Linear(values, (self.d_model,), use_bias=False, name="out")(jnp.swapaxes(y_BHNK, 1, 2))
         return y_BND, taps
 
 

@@ -37,6 +37,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Distribution, Normal
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.widths import width, width_problems
 
 Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
 ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False), "gelu_new": nn.gelu}
@@ -61,7 +62,8 @@ class StackConfig:
     d_model D, head_dim K, n_heads H and ffn_dims F of each layer. cross_heads: heads of each layer's attention to the
     encoder; () makes the stack an encoder. bias_columns: for each layer, which columns of the relative-bias table its
     heads use, for layers that lost heads; () where all layers use all columns. n_buckets, max_distance (in tokens): of
-    the relative bias.
+    the relative bias. value_dims, qk_dims: K of the values, and of queries and keys, of each layer; cross_value_dims,
+    cross_qk_dims: those of its attention to the encoder; () is head_dim.
     """
 
     d_model: int
@@ -76,10 +78,15 @@ class StackConfig:
     gated: bool = False
     eps: float = 1e-6
     dropout: float = 0.1
+    value_dims: tuple[int, ...] = ()
+    qk_dims: tuple[int, ...] = ()
+    cross_value_dims: tuple[int, ...] = ()
+    cross_qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
         layers = len(self.ffn_dims)
+        names = ("value_dims", "qk_dims", "cross_value_dims", "cross_qk_dims")
+        problems = width_problems(layers, self.head_dim, **{name: getattr(self, name) for name in names})
         if not layers or len(self.n_heads) != layers or len(self.cross_heads) not in (0, layers):
             problems.append(
                 f"n_heads {self.n_heads}, ffn_dims {self.ffn_dims} and cross_heads {self.cross_heads} (or none) must "
@@ -115,6 +122,15 @@ class StackConfig:
     def bias_heads(self) -> int:
         """Columns of the relative-bias table."""
         return max(sum(self.bias_columns, ()), default=-1) + 1 if self.bias_columns else self.n_heads[0]
+
+    def attention(self, layer: int, cross: bool = False) -> tuple[int, int, int]:
+        """Heads of a layer's attention, the width of its queries and keys, and that of its values."""
+        heads, qk_dims, value_dims = (
+            (self.cross_heads, self.cross_qk_dims, self.cross_value_dims)
+            if cross
+            else (self.n_heads, self.qk_dims, self.value_dims)
+        )
+        return heads[layer], width(qk_dims, layer, self.head_dim), width(value_dims, layer, self.head_dim)
 
 
 def relative_buckets(relative: np.ndarray, *, bidirectional: bool, n_buckets: int, max_distance: int) -> np.ndarray:
@@ -177,7 +193,10 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, dtype):
-        return self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs)).astype(dtype)
+        shape = (*self.inputs, *self.outputs)
+        return (
+            self.param("kernel", nn.initializers.zeros, shape).astype(dtype) if all(shape) else jnp.zeros(shape, dtype)
+        )
 
 
 def watched() -> bool:
@@ -195,14 +214,17 @@ class Attention(nn.Module):
 
     cfg: StackConfig
     n_heads: int
+    qk_dim: int
+    value_dim: int
 
     @nn.compact
     def __call__(
         self, x_BND, source_BSD: Any, bias, train: bool, kv: Any = None, start: Any = 0, keep: bool = False
     ) -> tuple[Any, Any]:
-        cfg, heads = self.cfg, (self.n_heads, self.cfg.head_dim)
+        cfg = self.cfg
+        heads = {n: (self.n_heads, k) for n, k in (("q", self.qk_dim), ("k", self.qk_dim), ("v", self.value_dim))}
         split = lambda y, name: jnp.swapaxes(  # noqa: E731
-            Linear((cfg.d_model,), heads, use_bias=False, name=name)(y), 1, 2
+            Linear((cfg.d_model,), heads[name], use_bias=False, name=name)(y), 1, 2
         )
 
         def weights(s_BHNS):
@@ -220,7 +242,7 @@ class Attention(nn.Module):
             # Few queries: (q W') m' for q (m W)' and (w m) W for w (m W), without the keys and values of all of m. That
             # takes a tenth off a forecast of one decoder step.
             m_BSD = source_BSD.astype(q_BHNK.dtype)
-            k_DHK, v_DHK = (Kernel((cfg.d_model,), heads, name=name)(m_BSD.dtype) for name in "kv")
+            k_DHK, v_DHK = (Kernel((cfg.d_model,), heads[name], name=name)(m_BSD.dtype) for name in "kv")
             p_BHND = jnp.einsum("BHNK,DHK->BHND", q_BHNK, k_DHK)
             w_BHNS = weights(jnp.einsum("BHND,BSD->BHNS", p_BHND, m_BSD))
             y_BNHK = jnp.einsum("BHND,DHK->BNHK", jnp.einsum("BHNS,BSD->BHND", w_BHNS, m_BSD), v_DHK)
@@ -232,7 +254,7 @@ class Attention(nn.Module):
             k_BHSK, v_BHSK = kv
             w_BHNS = weights(jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK))
             y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        y_BND = Linear(heads, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
+        y_BND = Linear(heads["v"], (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
         return y_BND.reshape(shape), kv
 
 
@@ -247,13 +269,13 @@ class Block(nn.Module):
         cfg, taps, new = self.cfg, {}, {}
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
         if x_BND is None:
-            cross = Attention(cfg, cfg.cross_heads[self.layer], name="cross")
+            cross = Attention(cfg, *cfg.attention(self.layer, cross=True), name="cross")
             _, (new["cross_k"], new["cross_v"]) = cross(None, memory_BMD, None, train)
             return None, taps, new
         kept: Any = cache or {}
         kv = (kept["k"], kept["v"]) if kept else None
         h_BND = taps["norm1"] = RMSNorm(cfg.eps, name="norm1")(x_BND)
-        attn = Attention(cfg, cfg.n_heads[self.layer], name="attn")
+        attn = Attention(cfg, *cfg.attention(self.layer), name="attn")
         taps["attn"], kv = attn(h_BND, h_BND, bias, train, kv, start, keep=bool(kept))
         if kept:
             new["k"], new["v"] = kv
@@ -261,7 +283,7 @@ class Block(nn.Module):
         if cfg.is_decoder:
             kv = None if memory_BMD is not None else (kept["cross_k"], kept["cross_v"])
             h_BND = taps["norm2"] = RMSNorm(cfg.eps, name="norm2")(x_BND)
-            cross = Attention(cfg, cfg.cross_heads[self.layer], name="cross")
+            cross = Attention(cfg, *cfg.attention(self.layer, cross=True), name="cross")
             taps["cross"], kv = cross(h_BND, memory_BMD, memory_bias, train, kv, keep=bool(kept))
             if kept:
                 new["cross_k"], new["cross_v"] = kv
@@ -308,7 +330,9 @@ class Stack(nn.Module):
                 block = Block(cfg, i, name=f"layer_{i}")
                 *_, new[f"layer_{i}"] = block(None, None, memory, None, train, None, None)
             return None, taps, new
-        table = self.param("relative_bias", nn.initializers.zeros, (cfg.n_buckets, cfg.bias_heads)).astype(jnp.float32)
+        shape = (cfg.n_buckets, cfg.bias_heads)
+        table = self.param("relative_bias", nn.initializers.zeros, shape) if cfg.bias_heads else jnp.zeros(shape)
+        table = table.astype(jnp.float32)
         n = x.shape[1]
         s = n if cache is None else cache["layer_0"]["k"].shape[2]
         start = start if cache is None or start is not None else 0
@@ -333,10 +357,13 @@ class Stack(nn.Module):
 
 def empty_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> Cache:
     """The cache with which a decoder starts: room for `length` tokens in each of `rows` rows."""
-    return {
-        f"layer_{i}": {name: jnp.zeros((rows, heads, length, cfg.head_dim), dtype) for name in "kv"}
-        for i, heads in enumerate(cfg.n_heads)
-    }
+    cache = {}
+    for i in range(len(cfg.n_heads)):
+        heads, *widths = cfg.attention(i)
+        cache[f"layer_{i}"] = {
+            name: jnp.zeros((rows, heads, length, k), dtype) for name, k in zip("kv", widths, strict=True)
+        }
+    return cache
 
 
 def initial(path: str, shape: tuple[int, ...], d_model: int, factor: float = 1.0) -> Distribution:

@@ -29,6 +29,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
+from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -54,6 +55,8 @@ class Chronos2Config:
     d_model D, head_dim K, n_heads H of the attention over time and group_heads of that over a group, ffn_dims F;
     block_dim: hidden width of the two residual blocks. patch_len P and context_len in time steps; max_patches: future
     patches of one forward pass. levels: quantile levels Q. time_scale: steps by which the time in a token is divided.
+    value_dims: K of the values of each layer in the attention over time, group_value_dims and group_qk_dims that of the
+    values, and of queries and keys, in the attention over a group; () is head_dim.
     """
 
     d_model: int
@@ -73,9 +76,13 @@ class Chronos2Config:
     eps: float = 1e-6
     dropout: float = 0.1
     init_factor: float = 0.05
+    value_dims: tuple[int, ...] = ()
+    group_value_dims: tuple[int, ...] = ()
+    group_qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
+        dims = {name: getattr(self, name) for name in ("value_dims", "group_value_dims", "group_qk_dims")}
+        problems = width_problems(len(self.n_heads), self.head_dim, **dims)
         if not self.n_heads or not len(self.n_heads) == len(self.group_heads) == len(self.ffn_dims):
             problems.append("n_heads, group_heads and ffn_dims must name the same layers, at least one")
         sizes = (self.d_model, self.head_dim, self.block_dim, self.patch_len, self.context_len, self.max_patches)
@@ -167,13 +174,18 @@ class Attention(nn.Module):
 
     cfg: Chronos2Config
     n_heads: int
+    qk_dim: int
+    value_dim: int
     rotate: bool
 
     @nn.compact
     def __call__(self, x_ABSD, seen, train: bool):
         cfg = self.cfg
-        heads = (self.n_heads, cfg.head_dim)
-        q, k, v = (jnp.moveaxis(Linear((cfg.d_model,), heads, False, name=n)(x_ABSD), 3, 2) for n in "qkv")
+        heads, values = (self.n_heads, self.qk_dim), (self.n_heads, self.value_dim)
+        q, k, v = (
+            jnp.moveaxis(Linear((cfg.d_model,), shape, False, name=n)(x_ABSD), 3, 2)
+            for n, shape in (("q", heads), ("k", heads), ("v", values))
+        )
         if self.rotate:
             positions = jnp.arange(x_ABSD.shape[2]).reshape(1, 1, 1, -1)
             q, k = (rotary(y, positions, base=cfg.rope_base) for y in (q, k))
@@ -183,7 +195,7 @@ class Attention(nn.Module):
         s_ABHSS = s_ABHSS + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
         w_ABHSS = Dropout(cfg.dropout)(jax.nn.softmax(s_ABHSS).astype(x_ABSD.dtype), train)
         y_ABSHK = jnp.moveaxis(jnp.einsum("ABHNS,ABHSK->ABHNK", w_ABHSS, v), 2, 3)
-        return Linear(heads, (cfg.d_model,), False, name="out")(y_ABSHK)
+        return Linear(values, (cfg.d_model,), False, name="out")(y_ABSHK)
 
 
 class Layer(nn.Module):
@@ -198,10 +210,14 @@ class Layer(nn.Module):
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
         norm = lambda i: RMSNorm(cfg.eps, name=f"norm{i}")(x_GMSD)  # noqa: E731
         hide = seen_GMS[:, :, None, None, :]
-        y = Attention(cfg, cfg.n_heads[self.layer], True, name="time")(norm(1), hide, train)
+        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
+        attend = Attention(cfg, cfg.n_heads[self.layer], cfg.head_dim, value_dim, True, name="time")
+        y = attend(norm(1), hide, train)
         x_GMSD = taps["time"] = x_GMSD + drop(y)
         hide = same_GMM[:, None, None] & jnp.swapaxes(seen_GMS, 1, 2)[:, :, None, None, :]
-        y = Attention(cfg, cfg.group_heads[self.layer], False, name="group")(jnp.swapaxes(norm(2), 1, 2), hide, train)
+        qk_dim, value_dim = (width(w, self.layer, cfg.head_dim) for w in (cfg.group_qk_dims, cfg.group_value_dims))
+        attend = Attention(cfg, cfg.group_heads[self.layer], qk_dim, value_dim, False, name="group")
+        y = attend(jnp.swapaxes(norm(2), 1, 2), hide, train)
         x_GMSD = taps["group"] = x_GMSD + drop(jnp.swapaxes(y, 1, 2))
         f = cfg.ffn_dims[self.layer]
         y = drop(ACTIVATIONS[cfg.activation](Linear((cfg.d_model,), (f,), False, name="up")(norm(3))))
@@ -258,8 +274,14 @@ class Chronos2(Model):
         (r"(^tokens|/scale|/bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/time"),
-        Group.heads(r"layer_(\d+)/group", r"group_heads.\1"),
+        Group.heads(r"layer_(\d+)/time", values=r"value_dims.\1"),
+        Group.heads(
+            r"layer_(\d+)/group",
+            r"group_heads.\1",
+            values=r"group_value_dims.\1",
+            scores=r"group_qk_dims.\1",
+            swapped=True,
+        ),
         Group.units(r"layer_(\d+)"),
     )
 

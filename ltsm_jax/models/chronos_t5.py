@@ -33,6 +33,7 @@ from ltsm_jax.models.family import (
     config_from_json,
     mean_observed,
     row_keys,
+    t5_groups,
 )
 from ltsm_jax.trees import Tree
 
@@ -343,11 +344,14 @@ class ChronosT5(Model):
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
     prunable = (
-        Group.heads(r"encoder/layer_(\d+)/attn", r"encoder.n_heads.\1", ids=r"encoder.bias_columns.\1"),
-        Group.heads(r"decoder/layer_(\d+)/attn", r"decoder.n_heads.\1", ids=r"decoder.bias_columns.\1"),
-        Group.heads(r"decoder/layer_(\d+)/cross", r"decoder.cross_heads.\1"),
-        Group.units(r"encoder/layer_(\d+)", r"encoder.ffn_dims.\1"),
-        Group.units(r"decoder/layer_(\d+)", r"decoder.ffn_dims.\1"),
+        *t5_groups("encoder"),
+        *t5_groups("decoder"),
+        Group.heads(
+            r"decoder/layer_(\d+)/cross",
+            r"decoder.cross_heads.\1",
+            values=r"decoder.cross_value_dims.\1",
+            scores=r"decoder.cross_qk_dims.\1",
+        ),
     )
 
     @classmethod

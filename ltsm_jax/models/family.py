@@ -76,6 +76,13 @@ class Group:
     others: further leaves in the module with an entry per part: (name, axis).
     shared: entry that counts the key and value heads, where query heads share them.
     inner: entry that holds the width F of each expert, for experts.
+    values: entry that holds the width of the values, where it may differ from that of queries and keys. The values come
+      out of the last of `makes`; of a fused linear, out of the last along its first axis.
+    scores: entry that holds the width of queries and keys, where it may shrink: nothing happens to them before their
+      product, and its scale stays that of the whole width.
+    pairs: entry that lists, for each key head, the rotary pairs (j, j + K/2) left in queries and keys.
+    table: leaf with a column per id on its last axis, as far as the largest id that any layer has left.
+    swapped: the module gets the tokens [..., M, S, D] of the layer around it with M and S exchanged.
     """
 
     kind: Literal["heads", "ffn units", "experts"]
@@ -88,6 +95,11 @@ class Group:
     others: tuple[tuple[str, int], ...] = ()
     shared: str | None = None
     inner: str | None = None
+    values: str | None = None
+    scores: str | None = None
+    pairs: str | None = None
+    table: str | None = None
+    swapped: bool = False
 
     @classmethod
     def heads(cls, pattern: str, size: str | None = r"n_heads.\1", **rest: Any) -> "Group":
@@ -103,6 +115,21 @@ class Group:
     def experts(cls, pattern: str, ids: str = r"kept.\1", inner: str = r"expert_dims.\1") -> "Group":
         """Experts as the stacked kernels gate, up [E, D, F] and down [E, F, D] of a module."""
         return cls("experts", pattern, None, ("gate", "up"), ("down",), ids=ids, inner=inner)
+
+
+def t5_groups(stack: str) -> tuple[Group, ...]:
+    """What layers of a T5 stack can lose, but for cross attention; stack: its path and its entry in the config."""
+    return (
+        Group.heads(
+            rf"{stack}/layer_(\d+)/attn",
+            rf"{stack}.n_heads.\1",
+            ids=rf"{stack}.bias_columns.\1",
+            table=f"{stack}/relative_bias",
+            values=rf"{stack}.value_dims.\1",
+            scores=rf"{stack}.qk_dims.\1",
+        ),
+        Group.units(rf"{stack}/layer_(\d+)", rf"{stack}.ffn_dims.\1"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens, observed_series
+from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -45,7 +46,7 @@ class MoiraiConfig:
     d_model D, head_dim K, n_heads H and ffn_dims F of each layer, patch_sizes the model has weights for; components of
     the mixture and the scale of the one whose scale is fixed. How it is used: context_len and horizon in time steps;
     patch_size, or "auto" for the one with the best likelihood on the end of each context; n_samples of a forecast;
-    variates: whether those of one window see each other.
+    variates: whether those of one window see each other. value_dims: K of the values of each layer, () is head_dim.
     """
 
     d_model: int
@@ -64,9 +65,10 @@ class MoiraiConfig:
     patch_size: int | Literal["auto"] = "auto"
     n_samples: int = 100
     variates: Literal["joint", "independent"] = "joint"
+    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
                 f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
@@ -152,8 +154,9 @@ class Block(nn.Module):
         cfg, taps = self.cfg, {}
         seen_BNS, same_BNS = tokens.same_sample, tokens.same_variate
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
+        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = AnyVariateAttention(
-            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, cfg.attn_dropout, name="attn"
+            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
         )
         y_BND, inner = attention(y_BND, seen_BNS, same_BNS, tokens.time_id, train)
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
@@ -213,7 +216,7 @@ class Moirai(Model):
         (r"(^mask|/(scale|bias))$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),)),
+        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
         Group.units(r"layer_(\d+)/ffn"),
     )
 

@@ -27,6 +27,7 @@ from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SwiGLU, Tokens, observed_series
+from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -47,7 +48,8 @@ class Moirai2Config:
 
     patch_size P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, n_patches: how many patches a token
     predicts, levels of the quantiles. How it is used: context_len in time steps; missing: what stands for missing
-    values, the mean so far or 0; variates: whether those of one window see each other.
+    values, the mean so far or 0; variates: whether those of one window see each other. value_dims: K of the values of
+    each layer, () is head_dim.
     """
 
     patch_size: int
@@ -64,9 +66,10 @@ class Moirai2Config:
     context_len: int = 1680
     missing: Literal["mean", "zero"] = "mean"
     variates: Literal["joint", "independent"] = "joint"
+    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
                 f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
@@ -148,8 +151,9 @@ class Block(nn.Module):
     def __call__(self, x_BND, tokens: Tokens, train: bool):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
+        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = AnyVariateAttention(
-            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, cfg.attn_dropout, name="attn"
+            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
         )
         y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
@@ -219,7 +223,7 @@ class Moirai2(Model):
         (r"/(scale|bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),)),
+        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
         Group.units(r"layer_(\d+)/ffn"),
     )
 

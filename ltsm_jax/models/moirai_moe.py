@@ -29,6 +29,7 @@ from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
+from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -52,7 +53,8 @@ class MoiraiMoeConfig:
     d_model D, head_dim K, n_heads H and expert_dims F of each layer, kept: ids of the experts that each layer has, of
     the n_experts E that have centroids; patch_sizes the model has weights for; components of the mixture and the scale
     of the one whose scale is fixed. How it is used: context_len and horizon in time steps; patch_size; n_samples of a
-    forecast; variates: whether those of one window see each other.
+    forecast; variates: whether those of one window see each other. value_dims: K of the values of each layer, () is
+    head_dim.
     """
 
     d_model: int
@@ -73,9 +75,10 @@ class MoiraiMoeConfig:
     patch_size: int = 16
     n_samples: int = 100
     variates: Literal["joint", "independent"] = "joint"
+    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len({len(self.n_heads), len(self.expert_dims), len(self.kept)}) > 1 or not self.n_heads:
             problems.append("n_heads, expert_dims and kept must name the same layers, at least one")
         sizes = (self.d_model, self.head_dim, self.max_seq_len, self.context_len, self.horizon, self.n_samples)
@@ -206,8 +209,9 @@ class Block(nn.Module):
     def __call__(self, x_BND, centroid_ED, tokens: Tokens, train: bool):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
+        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = AnyVariateAttention(
-            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, cfg.attn_dropout, name="attn"
+            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
         )
         y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
@@ -272,7 +276,7 @@ class MoiraiMoe(Model):
         (r"(^centroid|/(scale|bias))$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),)),
+        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
         Group.experts(r"layer_(\d+)/ffn/experts"),
     )
 

@@ -66,7 +66,7 @@ class MomentConfig:
     context_len in time steps. head: what is on top, with horizon (steps of the forecasting head), n_classes, n_variates
     and reduction (of the classification head: "concat" reads all variates, "mean" their mean). dropout is T5's,
     patch_dropout after the embedding, head_dropout in the head. table_len: rows of the position table. vocab_size: of
-    T5's token embedding, which the checkpoint holds and nothing uses.
+    T5's token embedding, which the checkpoint holds and nothing uses. value_dims, qk_dims: as in `t5.StackConfig`.
     """
 
     d_model: int
@@ -89,6 +89,8 @@ class MomentConfig:
     head_dropout: float = 0.1
     table_len: int = TABLE_LEN
     vocab_size: int = 32128
+    value_dims: tuple[int, ...] = ()
+    qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
         problems = []
@@ -128,6 +130,8 @@ class MomentConfig:
             self.n_heads,
             self.ffn_dims,
             bias_columns=self.bias_columns,
+            value_dims=self.value_dims,
+            qk_dims=self.qk_dims,
             n_buckets=self.n_buckets,
             max_distance=self.max_distance,
             activation="gelu_new",
@@ -297,7 +301,13 @@ class Moment(Model):
         (r"^head/bias$", ()),
     )
     prunable = (
-        Group.heads(r"encoder/layer_(\d+)/attn", ids=r"bias_columns.\1"),
+        Group.heads(
+            r"encoder/layer_(\d+)/attn",
+            ids=r"bias_columns.\1",
+            table="encoder/relative_bias",
+            values=r"value_dims.\1",
+            scores=r"qk_dims.\1",
+        ),
         Group.units(r"encoder/layer_(\d+)"),
     )
 

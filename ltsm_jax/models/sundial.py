@@ -27,6 +27,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
+from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -56,7 +57,8 @@ class SundialConfig:
     patch_len P, horizon Q (points of one draw), d_model D, head_dim K, n_heads H and ffn_dims F of each layer,
     embed_dim: width inside the patch embedding, flow_depth: residual blocks of the flow network, sampling_steps of
     Euler's method, train_draws: noised targets per token in training, n_samples of `predict` (their mean is the point
-    forecast), context_len in time steps.
+    forecast), context_len in time steps. value_dims: K of the values of each layer, () is head_dim.
+    rotary_pairs: for each layer and each of its key heads the pairs that queries and keys still have, () is all.
     """
 
     patch_len: int
@@ -75,9 +77,12 @@ class SundialConfig:
     dropout: float = 0.1
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
+    value_dims: tuple[int, ...] = ()
+    rotary_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
+        problems += pair_problems(self.n_heads, self.head_dim, self.rotary_pairs)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers")
         sizes = (self.patch_len, self.horizon, self.d_model, self.head_dim, self.embed_dim, self.context_len)
@@ -140,9 +145,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, train: bool):
         cfg, taps = self.cfg, {}
-        heads = cfg.n_heads[self.layer]
+        heads, value_dim = cfg.n_heads[self.layer], width(cfg.value_dims, self.layer, cfg.head_dim)
+        pairs = cfg.rotary_pairs[self.layer] if cfg.rotary_pairs else ()
         y_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND)
-        attention = CausalAttention(cfg.d_model, heads, heads, cfg.head_dim, BASE, cfg.dropout, name="attn")
+        sizes = (cfg.d_model, heads, heads, cfg.head_dim)
+        attention = CausalAttention(*sizes, BASE, cfg.dropout, value_dim, pairs, name="attn")
         y_BND, taps["attn_weights"], cache = attention(y_BND, positions_BN, mask_BHNS, cache, start, train)
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
@@ -246,7 +253,10 @@ class Sundial(Model):
         (r"^flow/.*/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)/mlp"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", pairs=r"rotary_pairs.\1"),
+        Group.units(r"layer_(\d+)/mlp"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, SundialConfig]:
@@ -442,7 +452,8 @@ class Sundial(Model):
             return (caches, start + z_BND.shape[1], i + 1), median(y_BSQ), y_BSQ
 
         # without a further step there is nothing to keep
-        caches = None if len(sizes) == 1 else empty_cache(z_BL.shape[0], room, cfg.n_heads, cfg.head_dim)
+        widths = (cfg.n_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
+        caches = None if len(sizes) == 1 else empty_cache(z_BL.shape[0], room, *widths)
         return roll_out(step((caches, 0, 0), z_BL, sizes[0]), step, sizes)
 
     def _generate_anew(self, params, z_BL, noise_TBSQ, key, train) -> jax.Array:

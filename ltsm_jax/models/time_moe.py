@@ -36,6 +36,7 @@ from ltsm_jax.layers.causal import (
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -63,7 +64,8 @@ class TimeMoeConfig:
     (all of them unless pruned), expert_dims: width F of the experts of each layer, shared_dims: of the expert that
     every token visits. dense: the original's `use_dense`, one feed-forward layer of width shared_dims and no experts.
     max_positions: context and horizon together should not pass it. aux_factor: of the balance term, added to the loss
-    where apply_aux. context_len: in time steps.
+    where apply_aux. context_len: in time steps. value_dims: K of the values of each layer, () is head_dim.
+    rotary_pairs: for each layer and each of its key heads the pairs that queries and keys still have, () is all.
     """
 
     d_model: int
@@ -86,9 +88,13 @@ class TimeMoeConfig:
     aux_factor: float = 0.02
     dropout: float = 0.0
     init_std: float = 0.02
+    value_dims: tuple[int, ...] = ()
+    rotary_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self):
-        problems, layers = [], (self.n_heads, self.n_kv_heads, self.kept, self.expert_dims, self.shared_dims)
+        layers = (self.n_heads, self.n_kv_heads, self.kept, self.expert_dims, self.shared_dims)
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
+        problems += pair_problems(self.n_kv_heads, self.head_dim, self.rotary_pairs)
         if len(set(map(len, layers))) != 1 or not self.n_heads:
             problems.append(
                 f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, kept {self.kept}, expert_dims "
@@ -204,9 +210,9 @@ class Block(nn.Module):
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, expert_mask, train: bool):
         cfg, i, taps = self.cfg, self.layer, {}
         y_BND = taps["norm1"] = RMSNorm(cfg.norm_eps, name="norm1")(x_BND)
-        attention = CausalAttention(
-            cfg.d_model, cfg.n_heads[i], cfg.n_kv_heads[i], cfg.head_dim, cfg.rope_theta, cfg.dropout, name="attn"
-        )
+        sizes = (cfg.d_model, cfg.n_heads[i], cfg.n_kv_heads[i], cfg.head_dim)
+        widths = (width(cfg.value_dims, i, cfg.head_dim), cfg.rotary_pairs[i] if cfg.rotary_pairs else ())
+        attention = CausalAttention(*sizes, cfg.rope_theta, cfg.dropout, *widths, name="attn")
         y_BND, taps["attn_weights"], cache = attention(y_BND, positions_BN, mask_BHNS, cache, start, train)
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
@@ -315,7 +321,7 @@ class TimeMoe(Model):
         (r"norm[12]?/scale$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", shared=r"n_kv_heads.\1"),
+        Group.heads(r"layer_(\d+)/attn", shared=r"n_kv_heads.\1", values=r"value_dims.\1", pairs=r"rotary_pairs.\1"),
         Group.units(r"layer_(\d+)/(?:mixture/shared|mlp)", r"shared_dims.\1"),
         Group.experts(r"layer_(\d+)/mixture/experts"),
     )
@@ -518,7 +524,8 @@ class TimeMoe(Model):
             return (caches, start + n), y_BH, y_BH
 
         # without a further step there is nothing to keep
-        caches = None if len(sizes) == 1 else empty_cache(b, room, cfg.n_kv_heads, cfg.head_dim)
+        widths = (cfg.n_kv_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
+        caches = None if len(sizes) == 1 else empty_cache(b, room, *widths)
         return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)[:, :horizon]
 
     def routed(self, params: Tree, context: jax.Array, horizon: int) -> tuple[dict[str, jax.Array], int]:

@@ -19,6 +19,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.positions import sinusoids
+from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -42,7 +43,8 @@ class TimerConfig:
     """Widths are per layer, so that a pruned Timer is a Timer.
 
     patch_len P, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer, context_len and horizon in
-    time steps (the published use: horizon = P).
+    time steps (the published use: horizon = P). value_dims, qk_dims: K of the values, and of queries and keys, of each
+    layer; () is head_dim. The scale of the scores is that of head_dim.
     """
 
     patch_len: int
@@ -55,9 +57,11 @@ class TimerConfig:
     task: Task = "forecasting"
     activation: Literal["gelu", "relu"] = "gelu"
     dropout: float = 0.1
+    value_dims: tuple[int, ...] = ()
+    qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims, qk_dims=self.qk_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
                 f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
@@ -123,20 +127,24 @@ class Attention(nn.Module):
     d_model: int
     n_heads: int
     head_dim: int
+    qk_dim: int
+    value_dim: int
     dropout: float
 
     @nn.compact
     def __call__(self, x_BND, train: bool):
-        heads = (self.n_heads, self.head_dim)
+        widths = {"q": self.qk_dim, "k": self.qk_dim, "v": self.value_dim}
         # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
-        q_BHNK, k_BHSK, v_BHSK = (jnp.swapaxes(Linear((self.d_model,), heads, name=n)(x_BND), 1, 2) for n in "qkv")
+        q_BHNK, k_BHSK, v_BHSK = (
+            jnp.swapaxes(Linear((self.d_model,), (self.n_heads, k), name=n)(x_BND), 1, 2) for n, k in widths.items()
+        )
         s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5
         causal_NS = jnp.tril(jnp.ones(s_BHNS.shape[-2:], bool))
         s_BHNS = jnp.where(causal_NS[None, None], s_BHNS, -jnp.inf)
         w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32)).astype(x_BND.dtype)
         y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
         y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
-        return Linear(heads, (self.d_model,), name="out")(y_BNHK), w_BHNS
+        return Linear((self.n_heads, self.value_dim), (self.d_model,), name="out")(y_BNHK), w_BHNS
 
 
 class Block(nn.Module):
@@ -149,11 +157,11 @@ class Block(nn.Module):
     def __call__(self, x_BND, train: bool):
         cfg, taps = self.cfg, {}
         heads, ffn_dim = cfg.n_heads[self.layer], cfg.ffn_dims[self.layer]
+        qk_dim, value_dim = (width(dims, self.layer, cfg.head_dim) for dims in (cfg.qk_dims, cfg.value_dims))
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
         activation = nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
-        a_BND, taps["attn_weights"] = Attention(cfg.d_model, heads, cfg.head_dim, cfg.dropout, name="attn")(
-            x_BND, train
-        )
+        attention = Attention(cfg.d_model, heads, cfg.head_dim, qk_dim, value_dim, cfg.dropout, name="attn")
+        a_BND, taps["attn_weights"] = attention(x_BND, train)
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(epsilon=1e-5, name="norm1")(x_BND + drop(a_BND))
         y_BNF = drop(activation(Linear((cfg.d_model,), (ffn_dim,), name="up")(x_BND)))
@@ -204,7 +212,10 @@ class Timer(Model):
         (r"^head/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", scores=r"qk_dims.\1"),
+        Group.units(r"layer_(\d+)"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, TimerConfig]:

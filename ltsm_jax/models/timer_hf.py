@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from ltsm_jax.layers.causal import (
     ACTIVATIONS,
+    Cache,
     CausalAttention,
     GatedMLP,
     causal_mask,
@@ -30,6 +31,7 @@ from ltsm_jax.layers.causal import (
 )
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -59,6 +61,8 @@ class TimerHfConfig:
     predicts, context_len in time steps. dropout: of the attention weights, in training only (the original drops in
     evaluation too; published: 0). scaling: "context" (see the module docstring), or the original's: "fed" (its default,
     with the cache) and "sequence" (without cache: the whole sequence anew at each step), both without any eps.
+    value_dims: K of the values of each layer, () is head_dim. rotary_pairs: for each layer and each of its heads the
+    pairs that queries and keys still have, () is all.
     """
 
     patch_len: int
@@ -73,9 +77,12 @@ class TimerHfConfig:
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
     scaling: Scaling = "context"
+    value_dims: tuple[int, ...] = ()
+    rotary_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
+        problems += pair_problems(self.n_heads, self.head_dim, self.rotary_pairs)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers")
         sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.max_positions)
@@ -140,8 +147,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, train: bool):
         cfg, taps = self.cfg, {}
-        heads = cfg.n_heads[self.layer]
-        attention = CausalAttention(cfg.d_model, heads, heads, cfg.head_dim, BASE, cfg.dropout, name="attn")
+        heads, value_dim = cfg.n_heads[self.layer], width(cfg.value_dims, self.layer, cfg.head_dim)
+        pairs = cfg.rotary_pairs[self.layer] if cfg.rotary_pairs else ()
+        sizes = (cfg.d_model, heads, heads, cfg.head_dim)
+        attention = CausalAttention(*sizes, BASE, cfg.dropout, value_dim, pairs, name="attn")
         a_BND, taps["attn_weights"], cache = attention(x_BND, positions_BN, mask_BHNS, cache, start, train)
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND + a_BND)
@@ -206,7 +215,10 @@ class TimerHf(Model):
         (r"^head_\d+/kernel$", ("fsdp", None)),
         (r"norm[12]?/(scale|bias)$", ()),
     )
-    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)/mlp"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", pairs=r"rotary_pairs.\1"),
+        Group.units(r"layer_(\d+)/mlp"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, TimerHfConfig]:
@@ -353,7 +365,7 @@ class TimerHf(Model):
             y_BQ, caches, n = self._next(params, points_BT, q, key, train, caches=caches, start=start)
             return (caches, start + n), y_BQ, y_BQ
 
-        caches = empty_cache(x_BL.shape[0], (x_BL.shape[-1] + sum(sizes[:-1])) // p, cfg.n_heads, cfg.head_dim)
+        caches = self._cache(x_BL.shape[0], (x_BL.shape[-1] + sum(sizes[:-1])) // p)
         return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)[:, :horizon]
 
     def generate_as_original(
@@ -363,11 +375,11 @@ class TimerHf(Model):
 
         Raises: ValueError where the original fails: heads that predict no whole patches lose count of its tokens.
         """
-        p, cfg = self.config.patch_len, self.config
+        p = self.config.patch_len
         x_BL = x_BL[:, x_BL.shape[-1] % p :]
         length, sizes = x_BL.shape[-1], greedy_sizes(horizon, self.config.horizons)
         room = (length + sum(sizes)) // p
-        caches = empty_cache(x_BL.shape[0], room, cfg.n_heads, cfg.head_dim) if use_cache else None
+        caches = self._cache(x_BL.shape[0], room) if use_cache else None
         kept, counted = 0, length // p  # tokens in the cache; tokens by the original's attention mask
         for q in sizes:
             fed_BT = x_BL[:, kept * p :]
@@ -379,6 +391,10 @@ class TimerHf(Model):
             x_BL = jnp.concatenate([x_BL, y_BQ * std_B1 + mean_B1], axis=-1)
             kept, counted = (kept + n if use_cache else 0), counted + q // p
         return x_BL[:, length : length + horizon]
+
+    def _cache(self, b: int, room: int) -> list[Cache]:
+        cfg = self.config
+        return empty_cache(b, room, cfg.n_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
 
     def _next(self, params, points_BT, q: int, key=None, train=False, caches=None, start=0) -> tuple[Any, Any, int]:
         """What the head of q points predicts after points [B, T], the caches, and how many tokens the points were."""

@@ -25,6 +25,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.rope import rotary
+from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -50,7 +51,8 @@ class TimerXLConfig:
     patch_len P, horizon Q (points that a token predicts), d_model D, head_dim K, n_heads H and ffn_dims F of each
     layer, context_len in time steps. joint: the variates of a window see one another. covariate: all but the last
     variate are known ahead, the last is forecast: it sees all of the others, each of which sees only itself. use_norm:
-    whether each variate is scaled by its own mean and standard deviation.
+    whether each variate is scaled by its own mean and standard deviation. value_dims: K of the values of each layer,
+    () is head_dim.
     """
 
     patch_len: int
@@ -65,9 +67,10 @@ class TimerXLConfig:
     use_norm: bool = True
     activation: Literal["relu", "gelu"] = "relu"
     dropout: float = 0.1
+    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers")
         sizes = (self.patch_len, self.horizon, self.d_model, self.head_dim, self.context_len)
@@ -133,15 +136,20 @@ class TimeAttention(nn.Module):
     d_model: int
     n_heads: int
     head_dim: int
+    value_dim: int
     dropout: float
 
     @nn.compact
     def __call__(self, x_BSD, seen_SS, same_SS, train: bool):
-        heads, taps = (self.n_heads, self.head_dim), {}
+        heads, values, taps = (self.n_heads, self.head_dim), (self.n_heads, self.value_dim), {}
         # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
-        q_BHSK, k_BHSK, v_BHSK = (jnp.swapaxes(Linear((self.d_model,), heads, name=n)(x_BSD), 1, 2) for n in "qkv")
+        q_BHSK, k_BHSK, v_BHSK = (
+            jnp.swapaxes(Linear((self.d_model,), shape, name=n)(x_BSD), 1, 2)
+            for n, shape in (("q", heads), ("k", heads), ("v", values))
+        )
         q_BHSK, k_BHSK = taps["q"], taps["k"] = _half_turned(q_BHSK), _half_turned(k_BHSK)
-        bias_2H = self.param("variate_bias", nn.initializers.zeros, (2, self.n_heads))
+        shape = (2, self.n_heads)
+        bias_2H = self.param("variate_bias", nn.initializers.zeros, shape) if self.n_heads else jnp.zeros(shape)
         bias_HSS = jnp.where(same_SS[None], bias_2H[1][:, None, None], bias_2H[0][:, None, None])
         taps["bias"] = jnp.broadcast_to(bias_HSS[None], (len(x_BSD), *bias_HSS.shape))
         # as in the original, the bias is scaled with the product
@@ -151,7 +159,7 @@ class TimeAttention(nn.Module):
         w_BHSS = jax.nn.softmax(jnp.where(seen_SS[None, None], s_BHSS, -jnp.inf)).astype(v_BHSK.dtype)
         y_BHSK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHSS, train), v_BHSK)
         y_BSHK = taps["heads"] = jnp.swapaxes(y_BHSK, 1, 2)
-        return Linear(heads, (self.d_model,), name="out")(y_BSHK), taps
+        return Linear(values, (self.d_model,), name="out")(y_BSHK), taps
 
 
 def _half_turned(x_BHSK: jax.Array) -> jax.Array:
@@ -173,7 +181,8 @@ class Block(nn.Module):
         cfg, d, ffn_dim = self.cfg, self.cfg.d_model, self.cfg.ffn_dims[self.layer]
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
         norm = lambda name: nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name=name)  # noqa: E731
-        attention = TimeAttention(d, cfg.n_heads[self.layer], cfg.head_dim, cfg.dropout, name="attn")
+        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
+        attention = TimeAttention(d, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.dropout, name="attn")
         a_BSD, taps = attention(x_BSD, seen_SS, same_SS, train)
         taps["attn"] = a_BSD
         x_BSD = taps["norm1"] = norm("norm1")(x_BSD + drop(a_BSD))
@@ -223,7 +232,10 @@ class TimerXL(Model):
         (r"^head/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = (Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),)), Group.units(r"layer_(\d+)"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
+        Group.units(r"layer_(\d+)"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, TimerXLConfig]:

@@ -26,6 +26,7 @@ import numpy as np
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -53,7 +54,8 @@ class TimesFM1Config:
     each layer, block_dim: hidden width of the blocks before and after the layers; context_len in time steps.
     quantiles: levels of the output's columns 1, 2, ...; point: the column that is the point forecast.
     freq: class of frequency of the series. pad_val: value that means "missing" in the original's raw input.
-    norm_eps: of the RMS norms. min_scale: lower bound of a series' scale.
+    norm_eps: of the RMS norms. min_scale: lower bound of a series' scale. value_dims: K of the values of each layer, ()
+    is head_dim.
     """
 
     patch_len: int
@@ -72,9 +74,10 @@ class TimesFM1Config:
     norm_eps: float = 1e-6
     min_scale: float = 1e-6
     pad_val: float = 1123581321.0
+    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
                 f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
@@ -203,19 +206,23 @@ class Attention(nn.Module):
     d_model: int
     n_heads: int
     head_dim: int
+    value_dim: int
 
     @nn.compact
     def __call__(self, x_BND, seen_BHNS):
-        heads = (self.n_heads, self.head_dim)
+        heads, values = (self.n_heads, self.head_dim), (self.n_heads, self.value_dim)
         # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
-        q_BHNK, k_BHSK, v_BHSK = (jnp.swapaxes(Linear((self.d_model,), heads, name=n)(x_BND), 1, 2) for n in "qkv")
+        q_BHNK, k_BHSK, v_BHSK = (
+            jnp.swapaxes(Linear((self.d_model,), shape, name=n)(x_BND), 1, 2)
+            for n, shape in (("q", heads), ("k", heads), ("v", values))
+        )
         scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (self.head_dim,)))
         scaling_K = (scaling_K * (LOG2_E * self.head_dim**-0.5)).astype(q_BHNK.dtype)
         s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK * scaling_K[None, None, None], k_BHSK)
         s_BHNS = jnp.where(seen_BHNS, s_BHNS.astype(jnp.float32), UNSEEN)
         w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BHSK.dtype)
         y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        return Linear(heads, (self.d_model,), name="out")(y_BNHK), w_BHNS
+        return Linear(values, (self.d_model,), name="out")(y_BNHK), w_BHNS
 
 
 class Block(nn.Module):
@@ -228,7 +235,8 @@ class Block(nn.Module):
     def __call__(self, x_BND, padded_BN, seen_BHNS):
         cfg, taps = self.cfg, {}
         y_BND = taps["attn_norm"] = RMSNorm(cfg.norm_eps, name="attn_norm")(x_BND)
-        attention = Attention(cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, name="attn")
+        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
+        attention = Attention(cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, name="attn")
         y_BND, taps["attn_weights"] = attention(y_BND, seen_BHNS)
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
@@ -295,7 +303,7 @@ class TimesFM1(Model):
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
         (r"(^freq_embed|/(scaling|scale|bias))$", ()),
     )
-    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)"))
+    prunable = (Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"), Group.units(r"layer_(\d+)"))
 
     @classmethod
     def presets(cls) -> Mapping[str, TimesFM1Config]:

@@ -25,6 +25,7 @@ from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
+from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -60,6 +61,7 @@ class TimesFM2p5Config:
     The options are those of the original's ForecastConfig, set as its README has them (two of them apart: see the
     module docstring, and normalize_inputs, which cancels). force_flip_invariance: average with the forecast of -x,
     turned back. use_continuous_quantile_head: quantiles from the second head. fix_quantile_crossing: sort them.
+    value_dims: K of the values of each layer, () is head_dim.
     """
 
     patch_len: int
@@ -82,9 +84,10 @@ class TimesFM2p5Config:
     force_flip_invariance: bool = True
     infer_is_positive: bool = False
     fix_quantile_crossing: bool = True
+    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = []
+        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
                 f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
@@ -195,13 +198,15 @@ class Attention(nn.Module):
 
     cfg: TimesFM2p5Config
     n_heads: int
+    value_dim: int
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
-        cfg, heads = self.cfg, (self.n_heads, self.cfg.head_dim)
+        cfg, heads, values = self.cfg, (self.n_heads, self.cfg.head_dim), (self.n_heads, self.value_dim)
         # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
         q_BHNK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((cfg.d_model,), heads, use_bias=False, name=n)(x_BND), 1, 2) for n in "qkv"
+            jnp.swapaxes(Linear((cfg.d_model,), shape, use_bias=False, name=n)(x_BND), 1, 2)
+            for n, shape in (("q", heads), ("k", heads), ("v", values))
         )
         q_BHNK = RMSNorm(cfg.norm_eps, name="q_norm")(rotary(q_BHNK, positions_BN[:, None]))
         k_BHSK = RMSNorm(cfg.norm_eps, name="k_norm")(rotary(k_BHSK, positions_BN[:, None]))
@@ -218,7 +223,7 @@ class Attention(nn.Module):
         s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK).astype(jnp.float32)
         w_BHNS = jax.nn.softmax(jnp.where(seen_BHNS, s_BHNS, UNSEEN)).astype(v_BHSK.dtype)
         y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        out = Linear(heads, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
+        out = Linear(values, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
         return out, (k_BHSK, v_BHSK), taps | {"weights": w_BHNS}
 
 
@@ -232,7 +237,8 @@ class Block(nn.Module):
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
         cfg, taps = self.cfg, {}
         norm = lambda name, y_BND: taps.setdefault(name, RMSNorm(cfg.norm_eps, name=name)(y_BND))  # noqa: E731
-        attention = Attention(cfg, cfg.n_heads[self.layer], name="attn")
+        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
+        attention = Attention(cfg, cfg.n_heads[self.layer], value_dim, name="attn")
         y_BND, cache, inner = attention(norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start)
         taps |= {"attn": y_BND} | {f"attn/{name}": value for name, value in inner.items()}
         x_BND = x_BND + norm("post_attn_norm", y_BND)
@@ -338,7 +344,7 @@ class TimesFM2p5(Model):
         (r"^(embed|head|spread_head)/residual/kernel$", (None, "fsdp")),
         (r"/(scaling|scale|bias)$", ()),
     )
-    prunable = (Group.heads(r"layer_(\d+)/attn"), Group.units(r"layer_(\d+)"))
+    prunable = (Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"), Group.units(r"layer_(\d+)"))
 
     @classmethod
     def presets(cls) -> Mapping[str, TimesFM2p5Config]:
