@@ -117,7 +117,7 @@ def _result_bytes(type_: str, kind: str, start: bool) -> int:
         for dtype, dims in _ARRAY.findall(type_)
         if dims
     ]
-    if start and kind in ("all-gather", "collective-permute"):  # the operands stand before the results
+    if start and kind != "all-reduce":  # the operands stand before the results
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)
 

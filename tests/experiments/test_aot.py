@@ -145,6 +145,7 @@ HLO = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8
 %body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
   %ag = (f32[8]{0}, f32[16]{0}) all-gather-start(%x), channel_id=2, dimensions={0}
   %agd = f32[16]{0} all-gather-done(%ag)
+  %rss = ((f32[8]{0}, bf16[4]{0}), (f32[4]{0}, bf16[2]{0})) reduce-scatter-start(%x, %y), channel_id=7, to_apply=%add
   %both = (f32[4]{0}, bf16[2,2]{1,0}) all-reduce(%x, %y), channel_id=3, to_apply=%add
   %scattered = bf16[2,8]{1,0} fusion(%x), kind=kCustom, calls=%fused
   ROOT %w = (s32[], f32[8]{0}) while(%t), condition=%inner_condition, body=%inner_body, backend_config={"known_trip_count":{"n":"5"}}
@@ -167,7 +168,7 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert collectives(HLO) == {
         "all-reduce": Traffic(1 + 5, 4 * 4 + 2 * 4 + 5 * 32),
         "all-gather": Traffic(1, 64),
-        "reduce-scatter": Traffic(1, 32),
+        "reduce-scatter": Traffic(2, 32 + 16 + 4),
         "collective-permute": Traffic(1, 32),
     }
 
