@@ -50,7 +50,7 @@ class Bar:
         elif self.show:
             print(line, file=sys.stderr, flush=True)
 
-    def update(self, step: int, epoch: int, windows: int, loss: float, note: str = "") -> None:
+    def update(self, step: int, epoch: int, windows: int, loss: float | None = None, note: str = "") -> None:
         """Tell where the run is. `windows`: training windows seen since the last call; `note`: last validation."""
         if not self.show:
             return
@@ -60,7 +60,7 @@ class Bar:
         self.windows += windows
         seconds = max(now - self.began, 1e-9)
         speed = f"  {self.windows / seconds:,.0f} windows/s" if self.windows else ""
-        facts = f"epoch {epoch}/{self.epochs}  loss {loss:.4f}{speed}{note}"
+        facts = f"epoch {epoch}/{self.epochs}{'' if loss is None else f'  loss {loss:.4f}'}{speed}{note}"
         if self.live:
             self.live.update(self.task, completed=step, facts=facts)
         elif now - self.spoke >= PLAIN_SECONDS:

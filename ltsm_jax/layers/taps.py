@@ -1,0 +1,28 @@
+"""What modules are called with, seen from outside: for statistics of a model that nobody had to edit for them."""
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import flax.linen as nn
+
+from ltsm_jax.layers.masks import path_of
+
+
+@contextlib.contextmanager
+def arguments_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[Any, ...]]]]:
+    """While this is open, the positional arguments of every call of the modules at `paths` ("layer_0/attn/out").
+
+    Open it inside the function that is compiled, around a forward pass without loops over the modules in question: the
+    arrays belong to the trace they were made in. Gives {path: [arguments of the first call, ...]}; paths that nobody
+    calls have an empty list.
+    """
+    seen: dict[str, list[tuple[Any, ...]]] = {path: [] for path in paths}
+
+    def note(call, args, kwargs, context):
+        if context.method_name == "__call__" and (path := path_of(context.module)) in seen:
+            seen[path].append(args)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        yield seen
