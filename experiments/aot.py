@@ -9,7 +9,7 @@ Cost:   a quarter of a minute to some minutes on 2 CPU cores, by the number of l
 Gives:  bytes on each device, floating-point operations, collectives, and the verdict. Exit code 0: it fits, 1: it does
         not, 2: the flags do not go together. What is compiled is the program that `ltsm_jax.training.fit` runs
         (`training.loop.trace_step`), on windows of a series of --variates and --rows. Not counted: the forward passes
-        of the validation between epochs, and what the runtime itself takes.
+        of the validation between epochs, what the runtime takes, and the checkpoint beside the mixture that SFF starts from.
 """
 
 import argparse
@@ -50,10 +50,10 @@ class Report:
     Attributes:
       model, parameters, topology, devices, mesh, batch, context, horizon: what was compiled.
       settings: flags that are not at their defaults.
-      state: parameters, gradients' moments and the other arguments of the step. best: the best weights so far, which
-        training keeps beside them. temporary: what the step itself needs beyond its arguments; None where the compiler
-        gave up. capacity: what programs can take; None where it is not known.
-      needed: state, best and temporary together.
+      state: parameters, gradients' moments and the other arguments of the step. kept: what `fit` keeps beside them, the
+        weights it started from and the best ones so far. temporary: what the step itself needs beyond its arguments;
+        None where the compiler gave up. capacity: what programs can take; None where it is not known.
+      needed: state, kept and temporary together.
       flops: of the matrix products, all devices together, one step; compiler_flops: of one device, as the compiler
         counts, loops' bodies once; None where it says nothing.
       collectives: by kind, of one step. seconds: of the compilation.
@@ -69,7 +69,7 @@ class Report:
     horizon: int
     settings: dict[str, Any]
     state: int
-    best: int
+    kept: int
     temporary: int | None
     needed: int
     capacity: int | None
@@ -202,8 +202,9 @@ def compile_step(job: Job) -> Report:
         traced = trace_step(job.loss, job.params, job.source, config=job.config, trainable=job.trainable)
     began = time.monotonic()
     moving = job.params if job.trainable is None else trees.partition(job.params, job.trainable)[0]
-    best, capacity = bytes_on_one(moving), job.target.capacity
-    state = bytes_on_one(job.params) + 2 * best  # with Adam's two moments; the compiler's figure also has its padding
+    trained, capacity = bytes_on_one(moving), job.target.capacity
+    kept = 2 * trained
+    state = bytes_on_one(job.params) + 2 * trained  # Adam's two moments; the compiler's figure also has its padding
     temporary, compiler_flops, found = None, None, {}
     try:
         compiled = traced.lower().compile()
@@ -211,7 +212,7 @@ def compile_step(job: Job) -> Report:
         short = targets.shortage(str(err))
         if short is None:
             raise
-        needed, capacity = short.needed + best + (0 if short.whole else state), short.capacity
+        needed, capacity = short.needed + kept + (0 if short.whole else state), short.capacity
     else:
         memory: Any = compiled.memory_analysis()
         state = memory.argument_size_in_bytes
@@ -221,7 +222,7 @@ def compile_step(job: Job) -> Report:
             + memory.temp_size_in_bytes
             + memory.generated_code_size_in_bytes
         )
-        needed = state + best + temporary
+        needed = state + kept + temporary
         compiler_flops = _compiler_flops(compiled)
         found = counting.collectives(compiled.as_text() or "")
     defaults = {"compute": "float32", "accumulate": 1, "remat": "none"}
@@ -239,7 +240,7 @@ def compile_step(job: Job) -> Report:
         horizon=job.source.horizon,
         settings=settings,
         state=state,
-        best=best,
+        kept=kept,
         temporary=temporary,
         needed=needed,
         capacity=capacity,
@@ -270,7 +271,7 @@ def advice(report: Report) -> list[str]:
     """What to try where the step does not fit, as flags; estimates, since memory is not quite linear in the batch."""
     if report.fits is not False or report.capacity is None:
         return []
-    fixed = report.state + report.best
+    fixed = report.state + report.kept
     sizes = {axis: int(n) for axis, n in (item.split("=") for item in report.mesh.split(","))}
     found = []
     spread = report.devices // sizes["tensor"]
@@ -320,7 +321,7 @@ def text(report: Report) -> str:
         f"time{settings}",
         "  GiB on a device",
         f"    {gib(report.state):>8}  arguments of the step: parameters, optimiser, series",
-        f"    {gib(report.best):>8}  best weights, kept beside",
+        f"    {gib(report.kept):>8}  kept beside: the weights it began with, and the best ones",
         f"    {temporary:>8}  of the step itself",
         f"    {gib(report.needed):>8}  together{of}",
         f"  matrix products of a step: {flops(report.flops)}, {flops(report.flops / report.devices)} a device; the "
@@ -346,7 +347,7 @@ def row(report: Report) -> str:
     verdict = {True: "yes", False: "**no**", None: "?"}[report.fits]
     cells = (
         f"{report.model} ({report.parameters / 1e6:.1f} M)", report.topology, mesh,
-        f"{report.batch} x ({report.context} + {report.horizon})", settings, gib(report.state + report.best), step,
+        f"{report.batch} x ({report.context} + {report.horizon})", settings, gib(report.state + report.kept), step,
         gib(report.needed) + (f" / {gib(report.capacity)}" if report.capacity else ""), verdict,
         flops(report.flops), f"{traffic:.2f}",
     )  # fmt: skip

@@ -189,9 +189,9 @@ def test_the_small_timer_on_eight_cpu_devices():
     # every gradient and the loss are added up over the devices, and parameters split over fsdp are gathered
     assert one["collectives"]["all-reduce"]["bytes"] >= 4 * one["parameters"] and "all-gather" not in one["collectives"]
     assert "all-gather" in split["collectives"]
-    assert one["best"] == 4 * one["parameters"] > 3 * split["best"]
-    assert one["state"] > 3 * one["best"] and one["needed"] == one["state"] + one["best"] + one["temporary"]
-    assert half["best"] == 4 * half["settings"]["trainable"] == 4 * (16 * 8 + 8)
+    assert one["kept"] == 8 * one["parameters"] > 3 * split["kept"]
+    assert one["state"] > 12 * one["parameters"] and one["needed"] == one["state"] + one["kept"] + one["temporary"]
+    assert half["kept"] == 8 * half["settings"]["trainable"] == 8 * (16 * 8 + 8)
     assert half["flops"] < one["flops"]
 
 
@@ -199,7 +199,7 @@ def test_the_small_timer_on_eight_cpu_devices():
 
 REPORT = aot.Report(
     model="m", parameters=10**8, topology="v5e:4x4", devices=16, mesh="data=16,fsdp=1,tensor=1", batch=512,
-    context=64, horizon=8, settings={}, state=3 * 2**30, best=2**30, temporary=20 * 2**30, needed=24 * 2**30,
+    context=64, horizon=8, settings={}, state=3 * 2**30, kept=2**30, temporary=20 * 2**30, needed=24 * 2**30,
     capacity=16 * 2**30, flops=32 * 10**12, compiler_flops=1e12,
     collectives={"all-reduce": Traffic(3, 2**20)}, seconds=12.0,
 )  # fmt: skip
