@@ -9,7 +9,7 @@ Cost:   a quarter of a minute to some minutes on 2 CPU cores, by the number of l
 Gives:  bytes on each device, floating-point operations, collectives, and the verdict. Exit code 0: it fits, 1: it does
         not, 2: the flags do not go together. What is compiled is the program that `ltsm_jax.training.fit` runs
         (`training.loop.trace_step`), on windows of a series of --variates and --rows. Not counted: the forward passes
-        of the validation between epochs, what the runtime takes, and the checkpoint beside the mixture that SFF starts from.
+        of the validation between epochs, what the runtime takes, and the checkpoint that SFF keeps beside its mixture.
 """
 
 import argparse
