@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ltsm_jax import trees
@@ -108,10 +109,36 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """One array laid out as `sharding` says; on several hosts each one brings the parts of its own devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
+    if getattr(leaf, "sharding", None) == sharding:
+        return leaf
     if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
         return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding))
-    host = np.asarray(leaf)
+    host = on_host(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """The whole array in the memory of this host; where its parts lie on several hosts, all of them must call."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def by_rows(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
+    """Inside jit: the rows of a batch split among the devices, so that each computes its own."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, BATCH))
+
+
+def everywhere(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
+    """Inside jit: `tree` whole on every device, where every host can read it."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def row_parts(mesh: Mesh | None) -> int:
+    """Among how many devices the rows of a batch are split."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def mesh_of(tree: trees.Tree) -> Mesh | None:
@@ -152,7 +179,7 @@ def like(tree: trees.Tree, params: trees.Tree, mesh: Mesh) -> trees.Tree:
 
 def check_batch(batch_size: int, mesh: Mesh | None, accumulate: int = 1) -> None:
     """Raises: ValueError where the rows of a (micro-)batch do not divide evenly among the devices."""
-    parts = accumulate * (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
+    parts = accumulate * row_parts(mesh)
     if batch_size % parts:
         near = max(batch_size // parts, 1) * parts
         what = f"{parts // accumulate} devices (data x fsdp)" + (f" x {accumulate} parts" if accumulate > 1 else "")

@@ -2,6 +2,10 @@
 
 Orbax restores a flipped byte or another dtype without a word. Digests of the files refuse damage before Orbax sees it
 (whose own errors for cut files are long and noisy); digests of the arrays vouch for what Orbax gives back.
+
+On several hosts a tree may hold arrays that no host has whole. Each host then writes the parts on its own devices and
+their digests, one a part, and so the table stays true for any other mesh: a host checks the parts that it has, or,
+where the parts are cut otherwise than they were, the whole array.
 """
 
 import contextlib
@@ -10,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from ltsm_jax import trees
+from ltsm_jax import hosts, sharding, trees
 
 ARRAYS, DIGESTS = "arrays", "digests.json"
+SHARE = "share.{}.json"  # digests by one host, until they are in the table
+COMMIT = "commit_success.txt"  # of Orbax: names the absolute path it was written to, and nothing reads it
+Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 
 
 def cache_folder(kind: str) -> Path:
@@ -34,19 +41,29 @@ class DamagedError(ValueError):
 
 
 def digests(tree: trees.Tree) -> dict[str, dict[str, Any]]:
-    """`{path: {"shape", "dtype", "sha256"}}` of every leaf; the sha256 is of the C-ordered little-endian bytes."""
+    """`{path: {"shape", "dtype", "sha256"}}` of every leaf; the sha256 is of the C-ordered little-endian bytes.
+
+    Where parts of an array lie on other hosts, all hosts must call.
+    """
 
     def entry(leaf):
-        array = np.ascontiguousarray(leaf)
-        return {
-            "shape": list(np.shape(leaf)),
-            "dtype": array.dtype.name,
-            "sha256": hashlib.sha256(
-                array.view(np.uint8).data if array.size and array.ndim else array.tobytes()
-            ).hexdigest(),
-        }
+        array = sharding.on_host(leaf)
+        return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": _sha256(array)}
 
     return {path: entry(leaf) for path, leaf in trees.flatten(tree).items()}
+
+
+def _sha256(array: np.ndarray) -> str:
+    array = np.ascontiguousarray(array)
+    return hashlib.sha256(array.view(np.uint8).data if array.size and array.ndim else array.tobytes()).hexdigest()
+
+
+def _part(index: tuple[slice, ...], shape: tuple[int, ...]) -> Part:
+    return tuple(cut.indices(n)[:2] for cut, n in zip(index, shape))
+
+
+def _global(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
 def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: str | Path) -> None:
@@ -54,28 +71,38 @@ def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: s
 
     Raises: DamagedError that lists every path that is missing, surplus or altered.
     """
-    found = digests(tree)
+    found = trees.flatten(tree)
     problems = [f"  {path}: missing" for path in expected.keys() - found.keys()]
     problems += [f"  {path}: not in {DIGESTS}" for path in found.keys() - expected.keys()]
-    for path in expected.keys() & found.keys():
-        want, got = expected[path], found[path]
-        for what in ("shape", "dtype", "sha256"):
-            if want[what] != got[what]:
-                reason = (
-                    "the values differ from those that were saved"
-                    if what == "sha256"
-                    else f"{want[what]} was saved, {got[what]} is there"
-                )
-                problems.append(f"  {path}: {reason}")
-                break
+    for path in sorted(expected.keys() & found.keys()):  # in the same order on every host: a leaf may be gathered
+        want, leaf = expected[path], found[path]
+        if list(np.shape(leaf)) != want["shape"]:
+            problems.append(f"  {path}: {want['shape']} was saved, {list(np.shape(leaf))} is there")
+        elif leaf.dtype.name != want["dtype"]:
+            problems.append(f"  {path}: {want['dtype']} was saved, {leaf.dtype.name} is there")
+        elif not _same_values(leaf, want):
+            problems.append(f"  {path}: the values differ from those that were saved")
     if problems:
         raise DamagedError(f"{where} is damaged; restore it from a copy:\n" + "\n".join(sorted(problems)))
 
 
-def file_digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """`{relative path: {"bytes", "sha256"}}` of every file below a folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): _file_digest(p) for p in files}
+def _same_values(leaf: Any, entry: Mapping[str, Any]) -> bool:
+    """Whether every part that this host can look at has the digest it was saved with."""
+    whole = {"at": [[0, n] for n in entry["shape"]], "sha256": entry.get("sha256")}
+    saved = {tuple(map(tuple, part["at"])): part["sha256"] for part in entry.get("parts", [whole])}
+    if _global(leaf):
+        cuts = {_part(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()}
+        if saved.keys() <= cuts:  # cut as it was: each host has some of the parts whole
+            here = {_part(shard.index, leaf.shape): shard.data for shard in leaf.addressable_shards}
+            return all(_sha256(np.asarray(data)) == saved[part] for part, data in here.items() if part in saved)
+    host = sharding.on_host(leaf)
+    return all(_sha256(host[tuple(slice(*cut) for cut in part)]) == sha256 for part, sha256 in saved.items())
+
+
+def file_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
+    """`{relative path: {"bytes", "sha256"}}` of every file below a folder; share (i, n): of every nth, from the ith."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != COMMIT)
+    return {p.relative_to(folder).as_posix(): _file_digest(p) for p in files[share[0] :: share[1]]}
 
 
 def _file_digest(file: Path) -> dict[str, Any]:
@@ -129,70 +156,159 @@ def _text_digest(record: Mapping[str, Any]) -> str:
 def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
+    Several hosts enter and leave together; the first makes and moves the folder, which all of them must see.
+
     Raises: FileExistsError when `folder` exists and `overwrite` is False: before anything is written, or at the end if
       another process has made it meanwhile.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists; choose another folder or ask to overwrite it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
+
+    def prepare() -> list[str]:
+        if folder.exists() and not overwrite:
+            raise FileExistsError(f"{folder} exists; choose another folder or ask to overwrite it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        names = [str(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{end}")) for end in ("tmp", "old")]
+        os.mkdir(names[0])
+        return names
+
+    def commit() -> None:
         if overwrite and folder.exists():
             os.rename(folder, old)
             os.rename(temporary, folder)
             shutil.rmtree(old)
-        else:
-            try:
-                os.rename(temporary, folder)
-            except OSError as err:
-                if not folder.exists():
-                    raise
-                raise FileExistsError(f"{folder} was made by another process meanwhile") from err
+            return
+        try:
+            os.rename(temporary, folder)
+        except OSError as err:
+            if not folder.exists():
+                raise
+            raise FileExistsError(f"{folder} was made by another process meanwhile") from err
+
+    temporary, old = map(Path, hosts.on_first(prepare))
+    try:
+        yield temporary
+        hosts.on_first(commit)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if hosts.first():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) -> None:
-    """Write a nested dict of arrays to `folder`, whole or not at all.
+    """Write a nested dict of arrays to `folder`, whole or not at all. On several hosts, all call.
 
     Raises: FileExistsError when the folder exists and `overwrite` is False; ValueError for an empty tree.
     """
-    host = jax.tree.map(np.asarray, tree)
-    empty = [path for path, leaf in trees.flatten(host).items() if leaf.size == 0]
-    if empty or not jax.tree.leaves(host):
-        raise ValueError(f"cannot save {folder}: " + (f"arrays without values: {empty}" if empty else "no arrays"))
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        ocp.save(str(temporary / ARRAYS), host)
-        # names the absolute path it was written to, and nothing reads it: the rename is what commits
-        (temporary / ARRAYS / "commit_success.txt").unlink(missing_ok=True)
-        write_record(temporary / DIGESTS, {"arrays": digests(host), "files": file_digests(temporary / ARRAYS)})
+        hosts.together(begin_save(temporary, tree))
+        hosts.on_first(seal, temporary)
 
 
-def load_tree(folder: str | Path, like: trees.Tree | None = None) -> trees.Tree:
+def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
+    """Take out of `tree` what this host writes to `folder`; the function returned writes it.
+
+    That function may run in a thread of its own, and the arrays may be donated to the next step meanwhile: it has
+    copies. On several hosts all call in the same order, from the thread that uses the devices: Orbax's first half meets
+    the other hosts there, its second half only through files and the coordination service. Where all have written, the
+    first host calls `seal`.
+
+    Raises: ValueError for an empty tree.
+    """
+    flat = trees.flatten(tree)
+    empty = [path for path, leaf in flat.items() if leaf.size == 0]
+    if empty or not flat:
+        raise ValueError(f"cannot save {folder}: " + (f"arrays without values: {empty}" if empty else "no arrays"))
+    # Not ocp.save_async alone: digests come from the same copy as the bytes, and are written, with those of the files,
+    # after Orbax has finished; a thread must do all of that anyway. (On the CPU backend Orbax reads the arrays where
+    # they lie, so that a donating step would change them under its hands.)
+    if jax.default_backend() == "cpu" and any(map(_global, flat.values())):
+        flat = {path: jnp.copy(leaf) if _global(leaf) else leaf for path, leaf in flat.items()}
+    kept = {path: leaf if _global(leaf) else np.array(leaf) for path, leaf in flat.items()}
+    parts: dict[str, list[tuple[Part, np.ndarray]]] = {}
+    for path, leaf in kept.items():
+        if isinstance(leaf, np.ndarray):  # the same on every host, written by the first
+            parts[path] = [(_part((slice(None),) * leaf.ndim, leaf.shape), leaf)] if hosts.first() else []
+        else:
+            own = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+            parts[path] = [(_part(shard.index, leaf.shape), np.asarray(shard.data)) for shard in own]
+    share = hosts.index(), hosts.count()
+    nested = trees.unflatten(kept)
+    response = ocp.save_async(str(folder / ARRAYS), nested) if share[1] > 1 else None
+
+    def write() -> None:
+        if response is None:
+            ocp.save(str(folder / ARRAYS), nested)
+        else:
+            response.result()
+        table = {
+            path: {
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype.name,
+                "parts": [{"at": part, "sha256": _sha256(data)} for part, data in parts[path]],
+            }
+            for path, leaf in kept.items()
+        }
+        record = {"hosts": share[1], "arrays": table, "files": file_digests(folder / ARRAYS, share)}
+        write_record(folder / SHARE.format(share[0]), record)
+
+    return write
+
+
+def seal(folder: Path) -> None:
+    """Make one table of the digests of all hosts; from then on `load_tree` reads the folder."""
+    first = read_record(folder / SHARE.format(0))
+    shares = [first] + [read_record(folder / SHARE.format(i)) for i in range(1, first["hosts"])]
+    arrays, files = {}, {}
+    for path, entry in first["arrays"].items():
+        parts = [part for share in shares for part in share["arrays"][path]["parts"]]
+        same = {"sha256": parts[0]["sha256"]} if len(parts) == 1 else {"parts": parts}
+        arrays[path] = {"shape": entry["shape"], "dtype": entry["dtype"]} | same
+    for share in shares:
+        files |= share["files"]
+    (folder / ARRAYS / COMMIT).unlink(missing_ok=True)
+    write_record(folder / DIGESTS, {"arrays": arrays, "files": files})
+    for i in range(first["hosts"]):
+        (folder / SHARE.format(i)).unlink()
+
+
+def load_tree(folder: str | Path, like: trees.Tree | None = None, *, only: trees.Patterns = None) -> trees.Tree:
     """Read back what `save_tree` wrote, as jax arrays.
 
     Args:
       folder: the folder.
       like: a tree of `jax.ShapeDtypeStruct` with shardings, to restore straight into shards; None: default device.
+        On several hosts all call, and each reads the parts of its devices.
+      only: the leaves to read (see `trees.select`), such as "^params/"; `like` has only these. The bytes of the others
+        are looked at, for damage, and not restored.
     Raises: FileNotFoundError; DamagedError for files that are cut, altered, or of another kind; ValueError listing
-      every difference in path, shape or dtype between the folder and `like`.
+      every difference in path, shape or dtype between the folder and `like`, or for `only` that chooses nothing.
     """
     folder = Path(folder).absolute()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
-    record = read_record(folder / DIGESTS)
-    expected = record["arrays"]
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    stored = trees.unflatten(
-        {p: jax.ShapeDtypeStruct(tuple(e["shape"]), _dtype(e["dtype"]), sharding=here) for p, e in expected.items()}
-    )
-    if like is not None:
-        trees.require_same(like, stored, ("the model", str(folder)), dtypes=True)
-        stored = jax.tree.map(lambda want, plain: want if want.sharding is not None else plain, like, stored)
-    verify_files(folder / ARRAYS, record["files"])
+    wide = [x for x in jax.tree.leaves(like) if x.sharding is not None and not x.sharding.is_fully_addressable]
+    together = hosts.together if wide else lambda f: f()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def check() -> tuple[dict[str, Any], trees.Tree]:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder")
+        record = read_record(folder / DIGESTS)
+        chosen = trees.flatten(trees.select(trees.unflatten(dict.fromkeys(record["arrays"], 0)), only))
+        expected = {path: entry for path, entry in record["arrays"].items() if chosen[path]}
+        if not expected:
+            raise ValueError(f"nothing of {folder} is chosen")
+        shapes = {p: (tuple(e["shape"]), _dtype(e["dtype"])) for p, e in expected.items()}
+        stored = trees.unflatten({p: jax.ShapeDtypeStruct(*facts, sharding=here) for p, facts in shapes.items()})
+        if like is not None:
+            trees.require_same(like, stored, ("the model", str(folder)), dtypes=True)
+            stored = jax.tree.map(lambda want, plain: want if want.sharding is not None else plain, like, stored)
+        if only is not None:
+            rest = dict.fromkeys(record["arrays"].keys() - expected.keys(), ocp.PLACEHOLDER)
+            stored = trees.unflatten(trees.flatten(stored) | rest)
+        names = sorted(record["files"])  # of many hosts each looks at its share
+        names = names[hosts.index() :: hosts.count()] if wide else names
+        verify_files(folder / ARRAYS, {name: record["files"][name] for name in names})
+        return expected, stored
+
+    expected, stored = together(check)
     try:
         tree = ocp.load(str(folder / ARRAYS), stored)
     except Exception as err:  # Orbax raises a bare Exception, JSONDecodeError, OSError and others for damaged files
@@ -200,7 +316,8 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None) -> trees.Tree:
         raise DamagedError(
             f"{folder / ARRAYS} is damaged ({type(err).__name__}: {first}); restore it from a copy"
         ) from err
-    verify(tree, expected, folder)
+    tree = trees.unflatten({path: leaf for path, leaf in trees.flatten(tree).items() if path in expected})
+    together(lambda: verify(tree, expected, folder))
     return tree
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import pandas as pd
+from jax.sharding import Mesh
 
 from ltsm_jax import sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare
@@ -207,19 +208,20 @@ def training_windows(model: Model, splits: Splits, mode: Mode) -> Windows:
     return full if splits.few_shot == 1 else full.take(few_shot_indices(full.n, splits.few_shot, splits.quirks))
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
 def _forecast(
-    model: Model, params: Params, windows: Windows, indices: jax.Array
+    model: Model, params: Params, windows: Windows, indices: jax.Array, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch = windows.gather(indices)
     point = model.predict(params, batch["context"], windows.horizon).point
-    return batch["context"], batch["target"], point
+    return sharding.everywhere((batch["context"], batch["target"], point), mesh)
 
 
 def forecast_windows(model: Model, params: Params, windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, ...]:
     """(context [B, C, L], target [B, C, H], point forecast [B, C, H]) of windows number `indices` [B], float64."""
-    found = _forecast(model, params, windows, np.asarray(indices, np.int32))
-    return tuple(np.asarray(x, np.float64) for x in found)
+    mesh = sharding.mesh_of(params)
+    found = _forecast(model, params, sharding.replicate(windows, mesh), np.asarray(indices, np.int32), mesh)
+    return tuple(sharding.on_host(x).astype(np.float64) for x in found)
 
 
 def collapse(model: Model, params: Params, windows: Windows, sample: int = 256) -> tuple[str, ...]:

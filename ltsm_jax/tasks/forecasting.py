@@ -8,7 +8,9 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from ltsm_jax import sharding
 from ltsm_jax.data.windows import Windows
 from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.tasks.batches import in_batches
@@ -67,28 +69,34 @@ class Errors:
     horizon: int
 
 
-@functools.partial(jax.jit, static_argnames=("predictor",))
-def _batch_errors(predictor: Predictor, params: Tree, windows: Windows, indices: jax.Array) -> dict[str, jax.Array]:
-    batch = windows.gather(indices)
+@functools.partial(jax.jit, static_argnames=("predictor", "mesh"))
+def _batch_errors(
+    predictor: Predictor, params: Tree, windows: Windows, indices: jax.Array, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    batch = sharding.by_rows(windows.gather(indices), mesh)
     target = batch["target"]
     difference = predictor.predict(params, batch["context"], target.shape[-1]).point - target
     zero = target == 0
-    return {
+    found = {
         "squared": jnp.square(difference).sum(-1),
         "absolute": jnp.abs(difference).sum(-1),
         "percentage": jnp.abs(jnp.where(zero, 0.0, difference / jnp.where(zero, 1.0, target))).sum(-1),
         "zeros": zero.sum(-1),
     }
+    return sharding.everywhere(found, mesh)
 
 
 def errors(predictor: Predictor, params: Tree, windows: Windows, *, batch_size: int | None = None) -> Errors:
     """Errors of every window, none dropped, forecast on device in batches.
 
     The last batch is filled up with repeated windows, whose errors are cut off again: one compilation serves all.
-    batch_size: windows per forward pass; None: the predictor's `eval_batch`.
+    Where the parameters lie over a mesh, each device forecasts its part of a batch; every host gets all errors.
+    batch_size: windows per forward pass; None: the predictor's `eval_batch` (for each device that has rows).
     """
-    batch_size = batch_size or predictor.eval_batch
-    sums = in_batches(lambda indices: _batch_errors(predictor, params, windows, indices), windows.n, batch_size)
+    mesh = sharding.mesh_of(params)
+    placed = sharding.replicate(windows, mesh)
+    size = batch_size or predictor.eval_batch * sharding.row_parts(mesh)
+    sums = in_batches(lambda indices: _batch_errors(predictor, params, placed, indices, mesh), windows.n, size, mesh)
     shape = sums["squared"].shape
     rows = np.arange(shape[1])[None] if windows.joint else np.asarray(windows.rows)[:, None]
     return Errors(**sums, variates=np.broadcast_to(rows, shape), horizon=windows.horizon)

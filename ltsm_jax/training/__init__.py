@@ -1,7 +1,10 @@
 """Training: one loop, its optimisers, and runs on disk that survive being killed."""
 
-from ltsm_jax.training.checkpoints import RunFolder, WriteError
+from ltsm_jax.training.checkpoints import RunFolder, WriteError, read_checkpoint
 from ltsm_jax.training.loop import FitResult, NonFiniteError, TrainConfig, fit, keys
 from ltsm_jax.training.optimizers import adam, schedule
 
-__all__ = ["FitResult", "NonFiniteError", "RunFolder", "TrainConfig", "WriteError", "adam", "fit", "keys", "schedule"]
+__all__ = [
+    "FitResult", "NonFiniteError", "RunFolder", "TrainConfig", "WriteError", "adam", "fit", "keys", "read_checkpoint",
+    "schedule",
+]  # fmt: skip

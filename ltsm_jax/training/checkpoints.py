@@ -5,8 +5,11 @@
     timing.jsonl               launches, seconds, throughput
     checkpoints/step_00000054/ state/ (arrays and their digests, see `ltsm_jax.storage`) and position.json
 
-A checkpoint appears under its name whole or not at all. It is written by a thread of its own from a copy in host
-memory: on the CPU backend an array handed to a donating step would change under the writer's hands.
+A checkpoint appears under its name whole or not at all. It is written by a thread of its own from a copy, while
+training goes on. It holds the weights of the best epoch, too, so that keeping the newest few keeps the best.
+
+On several hosts, which must see the same folder, each writes the parts of the arrays that lie on its devices; the first
+writes everything else, and moves the checkpoint to its name when all have told that theirs is written (`poll`, `wait`).
 """
 
 import concurrent.futures
@@ -16,18 +19,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from ltsm_jax import storage, trees
+from ltsm_jax import hosts, storage, trees
 
 CONFIG, METRICS, TIMING, CHECKPOINTS = "config.json", "metrics.jsonl", "timing.jsonl", "checkpoints"
 STATE, POSITION = "state", "position.json"
+LOCK = ".lock"
 KEEP = 2
+SEE_SECONDS = 30.0
 
 
 class WriteError(OSError):
@@ -35,30 +40,54 @@ class WriteError(OSError):
 
 
 class RunFolder:
-    """One run's folder, open for one process.
+    """One run's folder, open for one process, or for all hosts of one job. On several hosts, all call every method.
 
     Args:
       folder: made when missing.
       config: JSON-able facts that decide the result.
+      keep: how many checkpoints stay, the newest ones; a finished run keeps its last.
     Raises: ValueError listing every field in which `config` differs from that of the run already in the folder, or
-      when another process has the folder open; WriteError.
+      when another process has the folder open, or a host does not see it; WriteError.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any]):
-        self.folder = Path(folder).absolute()
+    def __init__(self, folder: str | Path, config: Mapping[str, Any], keep: int = KEEP):
+        self.folder, self.keep = Path(folder).absolute(), keep
         self.steps_folder = self.folder / CHECKPOINTS
         self.writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: concurrent.futures.Future | None = None
+        self.unsealed: tuple[Path, dict[str, Any]] | None = None  # being written by all hosts, not yet moved
         self.metrics_hash = hashlib.sha256()
+        self.metrics = self.timing = self.files = None  # open on the first host
+        self.broken: WriteError | None = None
+        token = hosts.on_first(self._open, config)
+        hosts.together(self._see, token)
+
+    def _open(self, config: Mapping[str, Any]) -> str:
+        token = uuid.uuid4().hex if hosts.count() > 1 else ""  # by which the others see that it is the same folder
         with contextlib.ExitStack() as files, self._writing():
             self.steps_folder.mkdir(parents=True, exist_ok=True)
-            self._lock(files.enter_context(open(self.folder / ".lock", "w")))
+            lock = files.enter_context(open(self.folder / LOCK, "a+"))
+            self._lock(lock)
+            lock.truncate(0)
+            lock.write(token)
+            lock.flush()
             self._settle_config(json.loads(json.dumps(config)))
             for scrap in self.steps_folder.glob(".*"):  # what a killed process was writing or deleting
                 shutil.rmtree(scrap, ignore_errors=True)
             self.metrics = files.enter_context(open(self.folder / METRICS, "ab"))
             self.timing = files.enter_context(open(self.folder / TIMING, "a"))
             self.files = files.pop_all()  # open as long as the run, unless something above failed
+        return token
+
+    def _see(self, token: str) -> None:
+        deadline = time.monotonic() + SEE_SECONDS  # a network file system may be behind
+        while not hosts.first():
+            with contextlib.suppress(OSError):
+                if (self.folder / LOCK).read_text() == token:
+                    return
+            if time.monotonic() > deadline:
+                raise ValueError(f"{self.folder} is not the folder that the first host has: several need a shared one")
+            time.sleep(0.1)
 
     def _lock(self, file) -> None:
         try:
@@ -97,7 +126,7 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
-        return sorted(int(p.name.removeprefix("step_")) for p in self.steps_folder.glob("step_*"))
+        return hosts.on_first(steps, self.folder)
 
     def restore(self, like: trees.Tree) -> tuple[trees.Tree, dict[str, Any]] | None:
         """State and position of the newest checkpoint, or None when there is none; metrics.jsonl is cut back to it.
@@ -108,96 +137,135 @@ class RunFolder:
         """
         steps = self.steps()
         if not steps:
-            self._cut_metrics(0)
+            hosts.on_first(self._cut_metrics, 0)
             return None
-        path = self.path(steps[-1])
         flat_like = trees.flatten(like)
         shapes = {
             p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
             for p, x in flat_like.items()
         }
-        try:
-            position = storage.read_record(path / POSITION)
-            if position["step"] != steps[-1]:
-                raise storage.DamagedError(f"it is of step {position['step']}: the folder was renamed")
-            tree = storage.load_tree(path / STATE, trees.unflatten(shapes))
-        except (ValueError, FileNotFoundError) as err:
-            back = f"to go on from {self.path(steps[-2]).name}" if len(steps) > 1 else "to start the run again"
-            raise storage.DamagedError(f"checkpoint {path} is damaged; delete that folder {back}: {err}") from err
+        with _damage(self.folder, steps):
+            position = hosts.together(_position, self.folder, steps[-1])
+            tree = storage.load_tree(path_of(self.folder, steps[-1]) / STATE, trees.unflatten(shapes))
         flat = trees.flatten(tree)
-        self._cut_metrics(position["metrics_bytes"], position["metrics_sha256"])
+        hosts.on_first(self._cut_metrics, position["metrics_bytes"], position["metrics_sha256"])
         return jax.tree.unflatten(jax.tree.structure(like), [flat[p] for p in flat_like]), position
 
     def save(self, tree: trees.Tree, position: Mapping[str, Any]) -> None:
-        """Start writing a checkpoint of `tree` at `position["step"]`; returns when the copy to host memory is made.
+        """Start writing a checkpoint of `tree` at `position["step"]`; returns when it is copied.
 
         Waits for the checkpoint before, if that is still being written.
         Raises: WriteError of the checkpoint before.
         """
         self.wait()
-        with self._writing():
-            self.metrics.flush()
-            os.fsync(self.metrics.fileno())
-        size = self.metrics.tell()
-        position = dict(position) | {"metrics_bytes": size, "metrics_sha256": self.metrics_hash.hexdigest()}
-        host = trees.unflatten({p: np.array(x) for p, x in trees.flatten(tree).items()})
-        self.pending = self.writer.submit(self._write, host, position)
+        path = self.path(position["step"])
+        temporary = path.with_name(f".{path.name}.tmp")
+
+        def begin() -> dict[str, Any]:
+            assert self.metrics is not None
+            with self._writing():
+                self.metrics.flush()
+                os.fsync(self.metrics.fileno())
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / STATE).mkdir(parents=True)
+            return {"metrics_bytes": self.metrics.tell(), "metrics_sha256": self.metrics_hash.hexdigest()}
+
+        facts: dict[str, Any] = dict(position) | hosts.on_first(begin)
+        write = storage.begin_save(temporary / STATE, trees.unflatten(trees.flatten(tree)))
+        if hosts.count() > 1:
+            self.pending, self.unsealed = self.writer.submit(self._reported, path, write), (temporary, facts)
+        else:
+            self.pending = self.writer.submit(self._reported, path, lambda: (write(), self._seal(temporary, facts)))
 
     @property
     def saving(self) -> bool:
-        """Whether a checkpoint is being written now."""
+        """Whether a checkpoint is being written now, as far as this host knows."""
         return self.pending is not None and not self.pending.done()
 
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be written on this host; `wait` raises it, on all."""
+        done = self.pending is not None and self.pending.done()
+        return self.broken is not None or (done and self.pending is not None and self.pending.exception() is not None)
+
+    def poll(self) -> None:
+        """When no host is `saving`: the first may move what all have written to its name, in its thread."""
+        if self.unsealed is not None:
+            (temporary, position), self.unsealed = self.unsealed, None
+            hosts.together(self._join)
+            if hosts.first():
+                self.pending = self.writer.submit(
+                    self._reported, self.path(position["step"]), lambda: self._seal(temporary, position)
+                )
+
     def wait(self) -> None:
-        """Return when nothing is being written. Raises: WriteError when that failed."""
+        """Return when nothing is being written. Raises: WriteError when that failed, on whichever host."""
+        if self.unsealed is not None:
+            self.poll()
+        hosts.together(self._join)
+
+    def _join(self) -> None:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+        if self.broken is not None:
+            raise self.broken
 
-    def _write(self, host: trees.Tree, position: dict[str, Any]) -> None:
-        path = self.path(position["step"])
+    def _reported(self, path: Path, work: Callable[[], Any]) -> None:
         try:
-            with storage.atomic_folder(path, overwrite=True) as temporary:
-                storage.save_tree(temporary / STATE, host)
-                storage.write_record(temporary / POSITION, position)
+            work()
         except Exception as err:  # tensorstore reports a full disk as a ValueError
+            shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
             raise WriteError(
                 f"could not write checkpoint {path}: {str(err).strip()[:500]}\n"
-                f"Whole before it: {', '.join(self.path(s).name for s in self.steps()) or 'none'}. Make room or allow "
-                "writing there, then give the same command again to go on."
+                f"Whole before it: {', '.join(path_of(self.folder, s).name for s in steps(self.folder)) or 'none'}. "
+                "Make room or allow writing there, then give the same command again to go on."
             ) from err
-        for step in self.steps()[: -1 if position["finished"] else -KEEP]:
-            old = self.path(step)
-            doomed = old.with_name(f".{old.name}.old")
-            os.rename(old, doomed)  # a half-deleted checkpoint must not look like a damaged one
-            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _seal(self, temporary: Path, position: dict[str, Any]) -> None:
+        path = self.path(position["step"])
+        storage.seal(temporary / STATE)
+        storage.write_record(temporary / POSITION, position)
+        if path.exists():  # of a launch before this one, from the same bits
+            _remove(path)
+        os.rename(temporary, path)
+        for step in steps(self.folder)[: -1 if position["finished"] else -self.keep]:
+            _remove(self.path(step))
 
     def record(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to metrics.jsonl: values that another run of the same configuration would write as well."""
+        if self.metrics is None:
+            return
         text = "".join(json.dumps(line) + "\n" for line in lines).encode()
         self.metrics_hash.update(text)
-        with self._writing():
+        with self._recording():
             self.metrics.write(text)
             self.metrics.flush()
 
     def clock(self, **facts: Any) -> None:
         """Add a line to timing.jsonl."""
-        with self._writing():
+        if self.timing is None:
+            return
+        with self._recording():
             self.timing.write(json.dumps({"time": round(time.time(), 3), **facts}) + "\n")
             self.timing.flush()
 
     def close(self) -> None:
-        """Wait for the last checkpoint and let go of the folder. Raises: WriteError when that checkpoint failed."""
+        """Let go of the folder. Raises: WriteError when the last checkpoint failed.
+
+        Waits for what this host is writing, and for no other: after an error the hosts may not be at the same place.
+        """
         try:
-            self.wait()
+            self._join()
         finally:
             self.writer.shutdown()
             with contextlib.suppress(OSError):  # a full disk has been reported by the write itself
-                self.files.close()
+                if self.files is not None:
+                    self.files.close()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
-        return self.steps_folder / f"step_{step:08d}"
+        return path_of(self.folder, step)
 
     def _cut_metrics(self, size: int, sha256: str | None = None) -> None:
         path = self.folder / METRICS
@@ -219,6 +287,78 @@ class RunFolder:
                 f"cannot write to {self.folder}: {err}. Make room or allow writing there, then give the same command "
                 "again to go on."
             ) from err
+
+    @contextlib.contextmanager
+    def _recording(self):
+        """As `_writing`; of several hosts only the first writes, and the others learn of an error from `failed`."""
+        try:
+            with self._writing():
+                yield
+        except WriteError as err:
+            if hosts.count() == 1:
+                raise
+            self.broken = err
+
+
+def read_checkpoint(
+    folder: str | Path, only: trees.Patterns = None, *, step: int | None = None, like: trees.Tree | None = None
+) -> tuple[trees.Tree, dict[str, Any]]:
+    """Arrays and position of a run's checkpoint, without the run: all of them, or a part.
+
+    Args:
+      folder: of the run.
+      only: expressions, see `trees.select`: "^params/" (the weights there), "^best/" (those of the best epoch),
+        "^optimizer/", or deeper, as "^params/layer_0/". Frozen weights are in no checkpoint.
+      step: of the checkpoint; None: the newest.
+      like: a tree of `jax.ShapeDtypeStruct` with shardings, of the leaves chosen, to restore into; None: the default
+        device.
+    Raises: FileNotFoundError naming the steps there are; storage.DamagedError; ValueError for `only` or `like` that do
+      not fit.
+    """
+    folder = Path(folder).absolute()
+    there = steps(folder)
+    if not there or (step is not None and step not in there):
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise FileNotFoundError(f"{folder} has {wanted}; steps there: {', '.join(map(str, there)) or 'none'}")
+    there = there[: there.index(there[-1] if step is None else step) + 1]
+    with _damage(folder, there):
+        position = _position(folder, there[-1])
+    tree = storage.load_tree(path_of(folder, there[-1]) / STATE, like, only=only)
+    return tree, position
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of a run's folder that have a checkpoint, oldest first."""
+    return sorted(int(p.name.removeprefix("step_")) for p in (folder / CHECKPOINTS).glob("step_*"))
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / CHECKPOINTS / f"step_{step:08d}"
+
+
+def _position(folder: Path, step: int) -> dict[str, Any]:
+    position = storage.read_record(path_of(folder, step) / POSITION)
+    if position["step"] != step:
+        raise storage.DamagedError(f"it is of step {position['step']}: the folder was renamed")
+    return position
+
+
+@contextlib.contextmanager
+def _damage(folder: Path, there: list[int]):
+    """Says of an error which checkpoint of `there`, the last, it is about, and what to do."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as err:
+        path = path_of(folder, there[-1])
+        back = f"to go on from {path_of(folder, there[-2]).name}" if len(there) > 1 else "to start the run again"
+        raise storage.DamagedError(f"checkpoint {path} is damaged; delete that folder {back}: {err}") from err
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f".{path.name}.old")
+    os.rename(path, doomed)  # a half-deleted checkpoint must not look like a damaged one
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

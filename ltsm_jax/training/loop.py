@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import sharding, storage, trees
+from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.training import checkpoints, optimizers, progress
@@ -56,6 +56,7 @@ class TrainConfig:
       patience: stop after this many epochs without a better validation MSE; None: never.
       seed: of the data order and dropout.
       checkpoint_seconds: time between checkpoints inside an epoch; one more follows each epoch.
+      keep_checkpoints: how many stay; each has the best weights, too. A finished run keeps its last.
       steps_per_dispatch: None: from the measured time of a step. Has no influence on results.
       compute: dtype of the matrix products, "float32" or "bfloat16"; parameters, norms and losses stay in float32.
       accumulate: parts a batch is taken in, one after the other, for the memory of one part at a time.
@@ -74,6 +75,7 @@ class TrainConfig:
     patience: int | None = None
     seed: int = 0
     checkpoint_seconds: float = 60.0
+    keep_checkpoints: int = checkpoints.KEEP
     steps_per_dispatch: int | None = None
     compute: str = "float32"
     accumulate: int = 1
@@ -91,6 +93,7 @@ class TrainConfig:
             "patience must be at least 1": self.patience is not None and self.patience < 1,
             "seed must be in [0, 2**32)": not 0 <= self.seed < 2**32,
             "checkpoint_seconds must not be negative": not self.checkpoint_seconds >= 0,
+            "keep_checkpoints must be at least 1": self.keep_checkpoints < 1,
             f"steps_per_dispatch must be in [1, {MOST_STEPS}]": self.steps_per_dispatch is not None
             and not 1 <= self.steps_per_dispatch <= MOST_STEPS,
             f"compute must be one of {', '.join(COMPUTE)}": self.compute not in COMPUTE,
@@ -168,7 +171,9 @@ def fit(
     """Train `params` and give back the weights of the best epoch.
 
     Training happens where the parameters lie: on one device, or, where `sharding.shard` laid them over a mesh, on all
-    of its devices, each with its part of every batch. The batches are the same ones for any mesh.
+    of its devices, each with its part of every batch. The batches are the same ones for any mesh, so that a run may go
+    on with another number of devices or hosts. On several hosts all call with the same arguments, and the folder is one
+    that all see. When SIGTERM comes to one of them (inside `hosts.session`), all save and stop at the same step.
 
     Compiled once for a loss function and the shapes it sees: hand in the same function object (not a new lambda)
     for every run that should share the compilation. A `jax.tree_util.Partial` may carry arrays, as arguments.
@@ -191,7 +196,7 @@ def fit(
       show_progress: a bar on a terminal, else a line every few seconds, on stderr.
     Raises: ValueError for an empty source, nothing to train, a run that does not fit into memory (naming the batch
       size that does), or a folder that holds another run; NonFiniteError; checkpoints.WriteError;
-      storage.DamagedError.
+      storage.DamagedError; hosts.Stopped after SIGTERM.
     """
     if int(train_source.n) < 1:
         raise ValueError("there is no training window")
@@ -206,12 +211,14 @@ def fit(
 
     run = None
     if folder is not None:
-        run = checkpoints.RunFolder(folder, _config_record(config, facts, params, trainable, train_source, validate))
+        record = _config_record(config, facts, params, trainable, train_source, validate)
+        run = checkpoints.RunFolder(folder, record, config.keep_checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext():
         memory = fitting.start(moving, run)
         if not fitting.position.finished:
             done = fitting.position.step
-            with progress.Bar(fitting.total, config.epochs, label, done=done, show=show_progress) as bar:
+            show = show_progress and hosts.first()
+            with progress.Bar(fitting.total, config.epochs, label, done=done, show=show) as bar:
                 bar.say(f"{bar.label}: {memory}")
                 if done:
                     bar.say(f"{bar.label}: going on from step {done} of {fitting.total}")
@@ -280,6 +287,8 @@ class _Fitting:
         self.source, self.frozen, self.validate = source, frozen, validate
         self.n = int(source.n)
         self.mesh = sharding.mesh_of(frozen) or sharding.mesh_of(moving)
+        if hosts.count() > 1 and (self.mesh is None or self.mesh.size < jax.device_count()):
+            raise ValueError("several hosts train together: lay the parameters over all devices with sharding.shard")
         self.batch_size = min(config.batch_size, self.n)
         sharding.check_batch(self.batch_size, self.mesh, config.accumulate)
         self.placed = sharding.replicate(source, self.mesh)  # without the host-only facts that `source` has
@@ -289,6 +298,7 @@ class _Fitting:
         self.keys = sharding.replicate(keys(config.seed), self.mesh)
         self.pace = _Pace(config.steps_per_dispatch)
         self.layout: _Layout | None = None
+        self.saved_step = 0
         self.how = _How(config.compute, config.accumulate, config.remat)
 
     def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> str:
@@ -318,6 +328,7 @@ class _Fitting:
             self.state["optimizer"] = _beside(moving, self.state["optimizer"])
             return memory
         self.state, self.position = restored[0], _Position.from_json(restored[1])
+        self.saved_step = self.position.step
         return "" if self.position.finished else self.check_memory(shapes, allocated=_bytes(shapes))
 
     def train(self, run: checkpoints.RunFolder | None, bar: progress.Bar) -> None:
@@ -335,9 +346,8 @@ class _Fitting:
             self.lr = np.asarray(self.rates(steps), np.float32)
             while self.position.step <= steps[-1]:
                 # an epoch's last step is saved with its validation, below, and so not once more here
-                if run and self.position.step > steps[0] and time.monotonic() - self.saved >= config.checkpoint_seconds:
-                    self.save(run)
-                self.dispatch(epoch, self.position.step - int(steps[0]))
+                due = self.position.step > steps[0] and time.monotonic() - self.saved >= config.checkpoint_seconds
+                self.dispatch(epoch, self.position.step - int(steps[0]), self.settle(run, due))
             trained = time.monotonic()
             self.end_epoch(epoch)
             if run:
@@ -348,13 +358,39 @@ class _Fitting:
                     steps_per_second=round((self.position.step - first) / (trained - began), 3),
                 )
                 # an epoch shorter than a write need not wait for the disk
-                if self.position.finished or not run.saving:
+                if self.position.finished or not hosts.agree(run.saving).any():
                     self.save(run)
+        if run:
+            run.wait()
 
-    def dispatch(self, epoch: int, place: int) -> None:
-        """As many steps as the pace says, from batch `place` of the epoch, and their records."""
+    def settle(self, run: checkpoints.RunFolder | None, due: bool) -> int:
+        """Between two dispatches the hosts agree: how many steps come next, whether to save or to stop.
+
+        Raises: hosts.Stopped when SIGTERM has come to one of them, after a checkpoint.
+        """
+        saving, failed = (run.saving, run.failed) if run else (False, False)
+        told = hosts.agree(self.pace.steps, due, hosts.stopping(), saving, failed)
+        steps, due_now = told[0, :2]  # clocks differ: those of the first count
+        stop, busy, broken = np.any(told[:, 2:], axis=0)
+        if run and broken:
+            run.wait()
+        elif run and not busy:
+            run.poll()
+        if stop and run:
+            if self.position.step > self.saved_step:
+                self.save(run)
+            run.wait()
+        elif run and due_now:
+            self.save(run)
+        if stop:
+            kept = f"checkpoint: {run.path(self.position.step)}" if run and self.position.step else "nothing to keep"
+            raise hosts.Stopped(f"stopped by SIGTERM after step {self.position.step} of {self.total}; {kept}")
+        return int(steps)
+
+    def dispatch(self, epoch: int, place: int, steps: int) -> None:
+        """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""
         position, began = self.position, time.monotonic()
-        count = min(self.pace.steps, self.steps_per_epoch - place)
+        count = min(steps, self.steps_per_epoch - place)
         self.state["params"], self.state["optimizer"], losses, done = _advance(
             self.state["params"], self.state["optimizer"], self.frozen, self.placed, self.order, self.lr,
             self.keys["dropout"], self.loss_fn, self.penalty,
@@ -409,7 +445,7 @@ class _Fitting:
 
     def save(self, run: checkpoints.RunFolder) -> None:
         run.save(self.state, self.position.to_json())
-        self.saved = time.monotonic()
+        self.saved, self.saved_step = time.monotonic(), self.position.step
 
     def best_so_far(self) -> str:
         return "" if self.position.best_epoch is None else f"  best val mse {self.position.best_mse:.4f}"
@@ -484,6 +520,9 @@ class _Fitting:
             f"{_gb(fixed)} of memory for parameters and optimiser, {_gb(activations)} for a batch of {self.batch_size}"
         )
         available = _available_memory()
+        if hosts.count() > 1:  # the host with the least decides for all; in MB, for they agree in 32 bits
+            least = int(hosts.agree(-1 if available is None else available // 2**20).min())
+            available = None if least < 0 else least * 2**20
         if available is None:
             return f"about {line}"
         left = available + allocated - fixed
@@ -589,7 +628,7 @@ def _advance(
 
     start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, jnp.zeros(MOST_STEPS, jnp.float32))
     done, _, moving, opt_state, losses = jax.lax.while_loop(lambda c: (c[0] < count) & c[1], one, start)
-    return *pin(moving, opt_state), losses, done
+    return *pin(moving, opt_state), *sharding.everywhere((losses, done), mesh)
 
 
 _gradients = jax.jit(jax.value_and_grad(_objective), static_argnames="how")
@@ -597,11 +636,8 @@ _gradients = jax.jit(jax.value_and_grad(_objective), static_argnames="how")
 
 def _gather(source, indices, weight, mesh):
     """The windows of a batch; on a mesh each device gathers its own rows."""
-    if mesh is None:
-        return source.gather(indices) | {"weight": weight}
-    by_rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
-    indices, weight = jax.lax.with_sharding_constraint((indices, weight), by_rows)
-    return jax.lax.with_sharding_constraint(source.gather(indices), by_rows) | {"weight": weight}
+    indices, weight = sharding.by_rows((indices, weight), mesh)
+    return sharding.by_rows(source.gather(indices), mesh) | {"weight": weight}
 
 
 def _strong(leaf: Any) -> jax.Array:
@@ -647,7 +683,7 @@ def _short(x: np.float32) -> float:
 
 
 def _config_record(config, facts, params, trainable, source, validate) -> dict[str, Any]:
-    free = ("checkpoint_seconds", "steps_per_dispatch")  # no influence on results
+    free = ("checkpoint_seconds", "keep_checkpoints", "steps_per_dispatch")  # no influence on results
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
         "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in free},
@@ -676,7 +712,7 @@ def _sha256(tree: Tree) -> str:
 
 def _available_memory() -> int | None:
     """Bytes free on the default device; on the CPU those the system, and the container, can still give."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     free = []

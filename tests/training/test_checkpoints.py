@@ -220,17 +220,17 @@ def test_edited_metrics_and_config_are_refused(stopped):
 
 
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(undisturbed, tmp_path, monkeypatch):
-    save, calls = storage.save_tree, []
+    seal, calls = storage.seal, []
 
-    def full(folder, tree, **kwargs):
+    def full(folder):
         calls.append(folder)
         if len(calls) > 3:
-            (folder / "half").mkdir(parents=True)
+            (folder / "half").mkdir()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        save(folder, tree, **kwargs)
+        seal(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "save_tree", full)
+        patch.setattr(storage, "seal", full)
         with pytest.raises(training.WriteError, match="No space left on device") as caught:
             problem.fit(folder=tmp_path, config=EACH_STEP)
     assert "give the same command again to go on" in str(caught.value)
