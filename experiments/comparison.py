@@ -200,17 +200,23 @@ class Options:
 
 
 def read_flags(
-    program: str, doc: str | None, argv: Sequence[str], flags: Mapping[str, str], parsers: Mapping[str, Parser]
+    program: str,
+    doc: str | None,
+    argv: Sequence[str],
+    flags: Mapping[str, str],
+    parsers: Mapping[str, Parser],
+    switches: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The flags that were given, as fields of `Options`, and everything that is wrong with them.
 
-    flags: what --help says of each. parsers: for those that are more than text.
+    flags: what --help says of each. parsers: for those that are more than text. switches: flags without a value.
     """
     parser = argparse.ArgumentParser(f"python -m {program}", description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for name, text in flags.items():
         parser.add_argument(f"--{name}", metavar="", help=text)
-    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    for name, text in {**(switches or {}), "plan": "print what would run, and stop"}.items():
+        parser.add_argument(f"--{name}", action="store_true", default=None, help=text)
     given, unknown = parser.parse_known_args(argv)
     known_flags = [option for action in parser._actions for option in action.option_strings]
     problems, values = [], {}
@@ -483,19 +489,26 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: finetun
 
 
 def keep(
-    c: Comparison, cell: Cell, model: Model, params: Any, row: dict[str, Any], result: finetune.Result, **more: Any
+    c: Comparison,
+    cell: Cell,
+    final: tuple[Model, Any],
+    row: dict[str, Any],
+    result: finetune.Result,
+    shown: tuple[Model, Any] | None = None,
+    **more: Any,
 ) -> None:
     """Put a finished cell into its folder: example forecasts, the model where it is a new one, and last result.json.
 
-    more: further entries of result.json.
+    final: model and params to keep. shown: those that forecast the examples, where they are others. more: further
+    entries of result.json.
     """
     folder = c.folder / "cells" / cell.name
     folder.mkdir(exist_ok=True)
-    write_examples(c, model, params, folder / "forecasts.npz")
-    if params is not c.params:
+    write_examples(c, *(shown or final), folder / "forecasts.npz")
+    if final[1] is not c.params:
         made = {"source": c.settings["model"], "method": cell.name, "command": c.options.command()}
         made["git_commit"] = row["git_commit"]
-        ltsm_jax.save(folder / "model", model, params, provenance=made, overwrite=True)
+        ltsm_jax.save(folder / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
     write_json(folder / "result.json", record | more)
     for checkpoints in folder.glob("training/phase-*/checkpoints"):  # model/ has the weights; metrics.jsonl stays

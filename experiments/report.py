@@ -80,7 +80,8 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _value(mean: float, std: float, form: str = ".4f") -> str:
+def spread(mean: float, std: float, form: str = ".4f") -> str:
+    """ "0.3712 ± 0.0031", without what is NaN."""
     if pd.isna(mean):
         return ""
     return f"{mean:{form}}" + ("" if pd.isna(std) else f" ± {std:{form.lstrip('+')}}")
@@ -94,11 +95,11 @@ def _table_rows(
         [
             names.get(r.method, r.method) + ("" if pd.isna(r.alpha) else f" {r.alpha:g}"),
             str(r.seeds),
-            _value(r.val_mse, r.val_mse_std),
-            _value(r.test_mse, r.test_mse_std),
-            _value(r.test_mae, r.test_mae_std),
-            _value(r.vs_zero_shot, r.vs_zero_shot_std, "+.2f"),
-            _value(r.vs_ff, r.vs_ff_std, "+.2f"),
+            spread(r.val_mse, r.val_mse_std),
+            spread(r.test_mse, r.test_mse_std),
+            spread(r.test_mae, r.test_mae_std),
+            spread(r.vs_zero_shot, r.vs_zero_shot_std, "+.2f"),
+            spread(r.vs_ff, r.vs_ff_std, "+.2f"),
             str(int(r.epochs)),
             f"{r.seconds:.0f}",
         ]
@@ -116,7 +117,7 @@ def verdict(summary: pd.DataFrame) -> str:
     """One sentence: which row validation picks, and what it is worth on the test part."""
     best = summary.loc[summary["val_mse"].idxmin()]
     text = f"Lowest validation MSE: {label(best.method, best.alpha)}; its test MSE is "
-    text += _value(best.test_mse, best.test_mse_std)
+    text += spread(best.test_mse, best.test_mse_std)
     against = [
         f"{best[f'vs_{other}']:+.2f} % against {SHORT[other]}"
         for other in ("zero_shot", "ff")
@@ -167,7 +168,8 @@ def cell_name(method: str, alpha: float | None, seed: int) -> str:
     return f"{method}{mixed}-seed{seed}"
 
 
-def _figure(width: float, height: float, **kwargs):
+def new_figure(width: float, height: float, **kwargs) -> tuple[Any, Any]:
+    """A figure and its axes in the style of all pictures here; `kwargs` go to `subplots`."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
@@ -186,7 +188,7 @@ def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[
     rows += [(b["method"], np.nan, b["test_mse"], np.nan) for b in baselines]
     zero = results[results["method"] == "zero_shot"].set_index("seed")["test_mse"]
     y = np.arange(len(rows))
-    figure, axes = _figure(10, 0.9 + 0.42 * len(rows), ncols=2 if len(zero) else 1, sharey=True, squeeze=False)
+    figure, axes = new_figure(10, 0.9 + 0.42 * len(rows), ncols=2 if len(zero) else 1, sharey=True, squeeze=False)
     left = axes[0, 0]
     colours = [COLOURS.get(m, "#555555") for m, *_ in rows]
     means, stds = np.array([r[2] for r in rows]), np.array([r[3] for r in rows], float)
@@ -230,7 +232,7 @@ def plot_validation(cells: Sequence[dict], path: Path) -> bool:
             groups.setdefault((cell["method"], cell["alpha"]), []).append([h["val_mse"] for h in cell["history"]])
     if not groups:
         return False
-    figure, ax = _figure(8, 4.5)
+    figure, ax = new_figure(8, 4.5)
     zero = [c["val_mse"] for c in cells if c["method"] == "zero_shot"]
     if zero:
         ax.axhline(zero[0], color=COLOURS["zero_shot"], linestyle=STYLES["zero_shot"], linewidth=1.5, label="zero-shot")
@@ -267,7 +269,7 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
     swept = [m for m in ("sff", "noise") if (summary["method"] == m).sum() > 1]
     if not swept:
         return False
-    figure, axes = _figure(9, 3.8, ncols=2)
+    figure, axes = new_figure(9, 3.8, ncols=2)
     zero = summary[summary["method"] == "zero_shot"]
     for ax, split in zip(axes, ("val", "test"), strict=True):
         for method in swept:
@@ -304,7 +306,7 @@ def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
         shown += [min(same, key=lambda c: c["val_mse"])] if same and len(shown) < 4 else []
     windows = [dict(np.load(c["folder"] / "forecasts.npz")) for c in shown]
     n_windows, horizon = windows[0]["target"].shape
-    figure, axes = _figure(
+    figure, axes = new_figure(
         10, 2.9 * ((n_windows + 1) // 2), nrows=(n_windows + 1) // 2, ncols=min(2, n_windows), squeeze=False
     )
     for i, ax in enumerate(np.ravel(axes)):

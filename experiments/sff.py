@@ -122,7 +122,7 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
     row = comparison.row_of(c, columns, c.model, result)
     row["l2sp_weight"] = c.options.l2sp_weight if cell.method == "l2sp" else None
-    comparison.keep(c, cell, c.model, result.params, row, result)
+    comparison.keep(c, cell, (c.model, result.params), row, result)
     return row
 
 

@@ -21,7 +21,7 @@ from ltsm_jax import trees
 from ltsm_jax.data import Windows
 from ltsm_jax.layers import taps
 from ltsm_jax.methods import finetune
-from ltsm_jax.models import Model
+from ltsm_jax.models import Batch, Model
 from ltsm_jax.models.family import Group
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import progress
@@ -99,7 +99,7 @@ def measure(
     with progress.Bar(len(batches), 1, "redundancy", show=show_progress) as bar:
         for i, (part, start) in enumerate(batches):
             indices = np.arange(start, min(start + batch_size, part.n), dtype=np.int32)
-            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), _sums(model, mode, params, part, indices))
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), _sums(model, mode, params, _gather(part, indices)))
             total = jax.tree.map(np.add, total, sums) if i else sums
             bar.update(i + 1, 1, len(indices))
     heads, units, tokens = {}, {}, {}
@@ -128,14 +128,17 @@ def _natural(path: str) -> list[Any]:
     return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", path)]
 
 
+_gather = jax.jit(Windows.gather)  # apart from the rest: parts of other sizes need not compile that again
+
+
 @functools.partial(jax.jit, static_argnames=("model", "mode"))
-def _sums(model: Model, mode: finetune.Mode, params: Params, windows: Windows, indices: jax.Array) -> dict[str, Any]:
+def _sums(model: Model, mode: finetune.Mode, params: Params, batch: Batch) -> dict[str, Any]:
     """Sums over the tokens of a batch, by module."""
     groups = list(_groups(model, params))
     inside = {path: f"{path}/{group.takes[0]}" for path, group in groups}
     layers = {path: path.rpartition("/")[0] for path, group in groups if group.kind == "heads"}
     with taps.arguments_of({*inside.values(), *layers.values()}) as seen:
-        forecasting.loss_fn(model, finetune.LOSS[mode])(params, windows.gather(indices), None, False)
+        forecasting.loss_fn(model, finetune.LOSS[mode])(params, batch, None, False)
     flat, found = trees.flatten(params), {}
     for path, group in groups:
         calls = [args[0] for args in seen[inside[path]]]
