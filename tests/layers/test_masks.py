@@ -15,6 +15,14 @@ KINDS = ("timer", "chronos_bolt", "timer_hf", "time_moe", "ttm")
 FAMILY = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Compiling is what these tests wait for."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def ready(name):
     model = FAMILIES[name](FAMILIES[name].small())
     params = jax.jit(model.init)(jax.random.key(1))
