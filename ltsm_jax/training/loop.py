@@ -329,7 +329,7 @@ class _Fitting:
             return memory
         self.state, self.position = restored[0], _Position.from_json(restored[1])
         self.saved_step = self.position.step
-        return "" if self.position.finished else self.check_memory(shapes, allocated=_bytes(shapes))
+        return "" if self.position.finished else self.check_memory(shapes, allocated=_bytes_on_one(shapes))
 
     def train(self, run: checkpoints.RunFolder | None, bar: progress.Bar) -> None:
         self.bar, config = bar, self.config
@@ -498,24 +498,30 @@ class _Fitting:
         return "\n".join(lines)
 
     def check_memory(self, state: Tree, allocated: int) -> str:
-        """One line on the memory training takes, of which `allocated` bytes are taken already.
+        """One line on the memory training takes on a device, of which `allocated` bytes are taken already.
 
         Counted: the state, a gradient, what the backward pass keeps of the forward pass, and its own scratch. On the
-        CPU also the copy that a checkpoint is written from. Rough: the compiler fuses some of it away.
+        CPU also the copy that a checkpoint is written from, and all devices of this host, which share its memory.
+        Rough: the compiler fuses some of it away. `experiments.aot` asks the compiler.
 
         Raises: ValueError naming the batch size that fits, when this one does not.
         """
 
         def kept_by_backward(moving, frozen, source, loss_fn):
-            rows = windows.batch_at(jnp.arange(source.n), 0, self.batch_size)
-            batch = _gather(source, *rows, None)
-            return jax.vjp(lambda m: loss_fn(trees.merge(m, frozen), batch, self.keys["dropout"], True), moving)[1]
+            rows = windows.batch_at(jnp.arange(source.n), 0, self.batch_size // self.how.accumulate)
+            batch, key = _gather(source, *rows, None), self.keys["dropout"]
+            objective = _recomputing(lambda m: _objective(m, frozen, batch, key, loss_fn, None, self.how), self.how)
+            return jax.vjp(objective, moving)[1]
 
         moving = state["params"]
         kept = jax.eval_shape(kept_by_backward, moving, self.frozen, self.source, self.loss_fn)
         # XLA's own figures for Timer, known only after compiling, are 1.2 (timer-tiny) and 1.4 (67M) of what is kept
-        activations = int(1.4 * max(_bytes(kept) - _bytes(moving) - _bytes(self.frozen), 0))
-        fixed = _bytes(state) * (2 if self.run and jax.default_backend() == "cpu" else 1) + _bytes(moving)
+        weights = _bytes(moving) + _bytes(self.frozen) if self.how.compute == "float32" else 0  # else it keeps copies
+        on_cpu = jax.default_backend() == "cpu"
+        sharing = len(self.mesh.local_devices) if self.mesh and on_cpu else 1
+        rows = sharding.row_parts(self.mesh)
+        activations = int(1.4 * max(_bytes(kept) - weights, 0) * sharing / rows)
+        fixed = sharing * (_bytes_on_one(state) * (2 if self.run and on_cpu else 1) + _bytes_on_one(moving))
         line = (
             f"{_gb(fixed)} of memory for parameters and optimiser, {_gb(activations)} for a batch of {self.batch_size}"
         )
@@ -525,10 +531,13 @@ class _Fitting:
             available = None if least < 0 else least * 2**20
         if available is None:
             return f"about {line}"
-        left = available + allocated - fixed
+        left = available + sharing * allocated - fixed
         if activations > left:
             fits = int(left / max(activations, 1) * self.batch_size)
+            fits -= fits % (rows * self.how.accumulate)
             advice = f"batch_size={fits} fits" if fits >= 1 else "take a smaller model or train fewer parameters"
+            if self.batch_size > rows * self.how.accumulate:
+                advice += f"; or take the batch in more parts (accumulate, now {self.how.accumulate})"
             raise ValueError(f"training takes about {line}, but only {_gb(available)} is available: {advice}")
         return f"about {line}; {_gb(available)} is available"
 
@@ -568,15 +577,17 @@ def _objective(moving, frozen, batch, key, loss_fn, penalty, how: _How):
     return loss if penalty is None else loss + penalty(params)
 
 
+def _recomputing(objective, how: _How):
+    return objective if how.remat == "none" else jax.checkpoint(objective, policy=REMAT[how.remat])
+
+
 def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how: _How, mesh):
     """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in `how.accumulate` parts."""
 
     def objective(moving, batch, key):
         return _objective(moving, frozen, batch, key, loss_fn, penalty, how)
 
-    if how.remat != "none":
-        objective = jax.checkpoint(objective, policy=REMAT[how.remat])
-    gradients = jax.value_and_grad(objective)
+    gradients = jax.value_and_grad(_recomputing(objective, how))
     if how.accumulate == 1:
         return gradients(moving, _gather(source, rows[0], rows[1], mesh), key)
 
@@ -730,6 +741,16 @@ def _available_memory() -> int | None:
     except (OSError, ValueError):
         pass
     return min(free)
+
+
+def _bytes_on_one(tree: Tree) -> int:
+    """Of `_bytes`, those that lie on one device."""
+
+    def part(x):
+        whole = getattr(x, "sharding", None) is None
+        return jax.ShapeDtypeStruct(x.shape if whole else x.sharding.shard_shape(x.shape), x.dtype)
+
+    return _bytes(jax.tree.map(part, tree))
 
 
 def _bytes(tree: Tree) -> int:

@@ -250,6 +250,8 @@ def test_a_run_that_does_not_fit_names_the_batch_that_does(monkeypatch):
     problem.fit(config=dataclasses.replace(big, batch_size=fits, epochs=1))
     with pytest.raises(ValueError, match="is available"):
         problem.fit(config=dataclasses.replace(big, batch_size=fits + max(2, fits // 10)))
+    parts = next(n for n in range(2, 301) if 300 % n == 0 and 300 // n <= fits)
+    problem.fit(config=dataclasses.replace(big, accumulate=parts, epochs=1))
 
 
 def test_progress_speaks_on_stderr_and_only_when_asked(capsys, monkeypatch):
