@@ -28,7 +28,8 @@ import pandas as pd
 from rich.console import Console
 
 import ltsm_jax
-from ltsm_jax import sharding, storage, training, trees
+from experiments import launch
+from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
@@ -112,6 +113,8 @@ PARSERS: dict[str, Parser] = {
     "lr": functools.partial(number, float, TINY, sys.float_info.max, "positive"),
     "few-shot": functools.partial(number, float, TINY, 1, "a share above 0 and at most 1"),
     "accumulate": functools.partial(number, int, 1, math.inf, "at least 1"),
+    "num-processes": functools.partial(number, int, 1, math.inf, "at least 1"),
+    "process-id": functools.partial(number, int, 0, math.inf, "at least 0"),
     "compute": functools.partial(one_of, COMPUTE),
     "mode": functools.partial(one_of, finetune.MODES),
     "schedule": functools.partial(one_of, tuple(SCHEDULES)),
@@ -141,9 +144,7 @@ FLAGS = {  # what --help says; an experiment puts its own beside them
     "time": "time column of a table [found by name]",
     "missing": "error or interpolate [error]",
     "irregular": "error, regularise or ignore [error]",
-    "mesh": "devices by axis, as data=4,fsdp=2,tensor=1 [all on data]",
-    "compute": "dtype of the matrix products in training: float32 or bfloat16 [float32]",
-    "accumulate": "parts a batch is taken in, for less memory [1]",
+    **launch.FLAGS,
 }
 
 
@@ -175,6 +176,9 @@ class Options:
     mesh: str | None = None
     compute: str | None = None
     accumulate: int | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
     plan: bool = False
 
     @property
@@ -188,6 +192,8 @@ class Options:
         parts = ["python", "-m", self.program]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in launch.PLACE:
+                continue
             if field.name in ("data", "model", "out") or value != field.default:
                 value = str(self.folder) if field.name == "out" else value
                 text = (
@@ -278,7 +284,7 @@ class Comparison:
 
 
 def resolve(options: Options) -> Comparison:
-    """Load model and data, fill in the model's recipe, and try one batch without computing it.
+    """Load model and data, fill in the model's recipe, and try one batch without computing it. Every host for itself.
 
     Raises: UsageError listing everything that does not work.
     """
@@ -306,10 +312,11 @@ def resolve(options: Options) -> Comparison:
     if loaded is None:
         raise UsageError("\n".join(problems))
     model, params = loaded
+    sha256 = hashlib.sha256(json.dumps(storage.digests(params)).encode()).hexdigest()[:16]  # before they are split
     mesh = attempt(sharding.make_mesh, options.mesh)
     if mesh is not None:
         params, notes = sharding.shard(params, model.shard_rules, mesh)
-        for note in notes:
+        for note in notes if hosts.first() else ():
             print(note, file=sys.stderr)
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
@@ -340,7 +347,7 @@ def resolve(options: Options) -> Comparison:
         "accumulate": None if config.accumulate == 1 else config.accumulate,
         "quirks": ",".join(sorted(options.quirks)) or None,
         **_facts(series),
-        "model_sha256": hashlib.sha256(json.dumps(storage.digests(params)).encode()).hexdigest()[:16],
+        "model_sha256": sha256,
     }
     return Comparison(options, model, params, splits, config, mode, settings)
 
@@ -421,9 +428,11 @@ def run_cells(
     """
     first, total = place or (1, len(cells))
     failures = []
+    console = console if hosts.first() else Console(quiet=True)
     for i, cell in enumerate(cells, first):
         text = f"[{i}/{total}] {cell.label}"
-        if result_file(c, cell).is_file():
+        hosts.stop_if_asked(f"stopped by SIGTERM before {text}")
+        if hosts.on_first(result_file(c, cell).is_file):
             console.print(f"{text}: finished before", highlight=False, markup=False)
         else:
             try:
@@ -499,31 +508,47 @@ def keep(
 ) -> None:
     """Put a finished cell into its folder: example forecasts, the model where it is a new one, and last result.json.
 
+    On several hosts all call; the first writes.
+
     final: model and params to keep. shown: those that forecast the examples, where they are others. more: further
     entries of result.json.
     """
     folder = c.folder / "cells" / cell.name
-    folder.mkdir(exist_ok=True)
+    hosts.on_first(folder.mkdir, exist_ok=True)
     write_examples(c, *(shown or final), folder / "forecasts.npz")
     if final[1] is not c.params:
         made = {"source": c.settings["model"], "method": cell.name, "command": c.options.command()}
         made["git_commit"] = row["git_commit"]
         ltsm_jax.save(folder / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
-    write_json(folder / "result.json", record | more)
-    for checkpoints in folder.glob("training/phase-*/checkpoints"):  # model/ has the weights; metrics.jsonl stays
-        shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def finish() -> None:
+        write_json(folder / "result.json", record | more)
+        for checkpoints in folder.glob("training/phase-*/checkpoints"):  # model/ has the weights; metrics.jsonl stays
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+    hosts.on_first(finish)
 
 
 def take_over(c: Comparison, cell: Cell, twin: Path) -> dict[str, Any]:
     """Give a cell the result of another one that differs in its seed alone, where that has no say. Returns: its row."""
     folder = c.folder / "cells" / cell.name
-    folder.mkdir(exist_ok=True)
-    shutil.copyfile(twin / "forecasts.npz", folder / "forecasts.npz")
-    stored = json.loads((twin / "result.json").read_text())
-    stored["row"]["seed"] = cell.seed
-    write_json(folder / "result.json", stored)
-    return stored["row"]
+
+    def copy() -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(twin / "forecasts.npz", folder / "forecasts.npz")
+        stored = json.loads((twin / "result.json").read_text())
+        stored["row"]["seed"] = cell.seed
+        write_json(folder / "result.json", stored)
+        return stored["row"]
+
+    return hosts.on_first(copy)
+
+
+def twin_of(c: Comparison, pattern: str) -> Path | None:
+    """The folder of the first finished cell whose name fits the pattern."""
+    found = hosts.on_first(lambda: [str(file) for file in sorted((c.folder / "cells").glob(f"{pattern}/result.json"))])
+    return Path(found[0]).parent if found else None
 
 
 def baselines(splits: Splits) -> list[dict[str, Any]]:
@@ -555,7 +580,7 @@ def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None
         when = where.get("target_first", f"row {where['target_start']}")
         labels.append(f"{c.splits.columns[variate]}, {when[:16]}")
     arrays: dict[str, Any] = {name: np.stack(values) for name, values in shown.items()}
-    np.savez(path, label=np.array(labels), **arrays)
+    hosts.on_first(np.savez, path, label=np.array(labels), **arrays)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,6 +598,10 @@ def settle(c: Comparison, optional: Sequence[str] = ()) -> None:
     optional: settings that may be None on one of the two sides, where no cell needs them.
     Raises: UsageError when the folder holds a comparison with other settings.
     """
+    hosts.on_first(_settle, c, optional)
+
+
+def _settle(c: Comparison, optional: Sequence[str]) -> None:
     (c.folder / "cells").mkdir(parents=True, exist_ok=True)
     file = c.folder / "run.json"
     record = {"settings": dict(c.settings), "command": c.options.command(), "notes": list(c.splits.notes)}
@@ -598,14 +627,18 @@ def settle(c: Comparison, optional: Sequence[str] = ()) -> None:
 
 def write_csv(c: Comparison, rank: Callable[[dict[str, Any]], Any]) -> None:
     """results.csv from every finished cell in the folder, those of earlier commands included."""
-    rows = [json.loads(file.read_text())["row"] for file in (c.folder / "cells").glob("*/result.json")]
-    temporary = c.folder / ".results.csv"
-    pd.DataFrame(sorted(rows, key=rank)).to_csv(temporary, index=False)
-    os.replace(temporary, c.folder / "results.csv")
+
+    def write() -> None:
+        rows = [json.loads(file.read_text())["row"] for file in (c.folder / "cells").glob("*/result.json")]
+        temporary = c.folder / ".results.csv"
+        pd.DataFrame(sorted(rows, key=rank)).to_csv(temporary, index=False)
+        os.replace(temporary, c.folder / "results.csv")
+
+    hosts.on_first(write)
 
 
 def write_json(file: Path, content: Any) -> None:
-    """A JSON file, whole or not at all."""
+    """A JSON file, whole or not at all; for the first host (`hosts.on_first`)."""
     temporary = file.with_name(f".{file.name}")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, file)
@@ -644,13 +677,34 @@ def device() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
-    """The exit code of an experiment's `run`, its errors in a line each: 2 for what does not work, 130 when stopped."""
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+def run(
+    argv: Sequence[str] | None,
+    parse: Callable[[Sequence[str]], Any],
+    resolve: Callable[[Any], Comparison],
+    plan: Callable[[Comparison], str],
+    compare: Callable[[Comparison], list[str]],
+    finish: Callable[[Path], None],
+) -> int:
+    """An experiment from its flags to its report, on one host or several; returns its exit code (`launch.guarded`).
+
+    parse, resolve, plan: flags to options, to a `Comparison`, to words. compare: runs the cells and says what failed.
+    finish: prints the table and writes the report of a folder that has results.
+    """
+
+    def work() -> int:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        with launch.started(options):
+            c = hosts.together(resolve, options)
+            launch.say(plan(c))
+            if options.plan:
+                return 0
+            failures = compare(c)
+            if not hosts.on_first((c.folder / "results.csv").is_file):
+                return 1
+            if hosts.first():
+                finish(c.folder)
+                for failure in failures:
+                    print(f"failed: {failure}", file=sys.stderr)
+            return 1 if failures else 0
+
+    return launch.guarded(work)

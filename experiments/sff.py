@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
@@ -114,9 +115,8 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
 
 def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     """Run one cell, or go on with it. Returns: its row of results.csv."""
-    if cell.method == "zero_shot":  # a checkpoint has no seed: score it once
-        for file in sorted((c.folder / "cells").glob("zero_shot-seed*/result.json")):
-            return comparison.take_over(c, cell, file.parent)
+    if cell.method == "zero_shot" and (twin := comparison.twin_of(c, "zero_shot-seed*")):
+        return comparison.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
     chosen = strategy(cell.method, alpha=cell.alpha or 0.0, l2_sp=c.options.l2sp_weight)
     result = comparison.tune(c, cell, chosen)
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
@@ -128,23 +128,12 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.sff`; returns the exit code."""
-    return comparison.guarded(_main, argv)
+    return comparison.run(argv, parse, resolve, plan, compare, _finish)
 
 
-def _main(argv: Sequence[str]) -> int:
-    options = parse(argv)
-    c = resolve(options)
-    print(plan(c))
-    if options.plan:
-        return 0
-    failures = compare(c)
-    if not (c.folder / "results.csv").is_file():
-        return 1
-    report.print_table(c.folder)
-    print(f"report: {report.write_report(c.folder)}")
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+def _finish(folder: Path) -> None:
+    report.print_table(folder)
+    print(f"report: {report.write_report(folder)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs would differ for no fault of ours
+jax.config.update("jax_enable_compilation_cache", False)  # no test may rest on what another run compiled
 settings.register_profile("suite", deadline=None)  # the first example compiles
 settings.load_profile("suite")
 
