@@ -12,6 +12,7 @@ import pytest
 import ltsm_jax
 from ltsm_jax import training, trees
 from ltsm_jax.data import Series, prepare
+from ltsm_jax.layers.linear import Linear
 from ltsm_jax.methods import finetune, pruning
 from ltsm_jax.methods.pruning import schedule
 from ltsm_jax.methods.strategies import strategy
@@ -64,9 +65,8 @@ def test_worked_scores():
 
 def line_loss(params, batch, key, train):
     """Of the mean over rows of (y - sum over the channels of m_in * w * x)^2 / 2, as a model with one linear."""
-    from ltsm_jax.layers.linear import Linear
-
-    y = Linear((4,), (1,), name=None).apply({"params": params}, batch["context"])[..., 0]
+    linear: Any = Linear((4,), (1,))
+    y = linear.apply({"params": params}, batch["context"])[..., 0]
     row = 0.5 * jnp.square(y - batch["target"])
     weight = batch.get("weight", jnp.ones(len(row)))
     return (row * weight).sum() / weight.sum()
@@ -171,14 +171,14 @@ def test_gradients_of_a_small_model_equal_finite_differences(model, pre, scored)
 
 def test_worked_step():
     importance = {
-        "a": {"in": np.float32([0.5, -0.02, 0.0, 0.3]), "out": np.float32([-0.02, 0.1, 0.9])},
-        "b": {"in": np.float32([0.001, 0.7])},
+        "a": {"in": np.asarray([0.5, -0.02, 0.0, 0.3], np.float32), "out": np.asarray([-0.02, 0.1, 0.9], np.float32)},
+        "b": {"in": np.asarray([0.001, 0.7], np.float32)},
     }
     masks, after = pruning.select(importance, jax.tree.map(np.ones_like, importance), 0.2)
     np.testing.assert_array_equal(masks["a"]["in"], [1, 0, 0, 1])
     np.testing.assert_array_equal(masks["a"]["out"], [0, 1, 1])
     np.testing.assert_array_equal(masks["b"]["in"], [0, 1])
-    np.testing.assert_array_equal(after["a"]["out"], np.float32([0, 0.1, 0.9]))
+    np.testing.assert_array_equal(after["a"]["out"], np.asarray([0, 0.1, 0.9], np.float32))
     # what is skipped neither goes nor sets the threshold: 6 of 7 count then, and K = 2 takes 0.1 instead of 0.001
     masks, _ = pruning.select(importance, jax.tree.map(np.ones_like, importance), 0.2, {"b/in": np.asarray(True)})
     np.testing.assert_array_equal(masks["b"]["in"], [1, 1])
@@ -186,7 +186,7 @@ def test_worked_step():
 
 
 def test_what_is_pruned_never_returns_and_a_large_negative_score_stays():
-    masks, importance = {"x": np.float32([0, 1, 1])}, {"x": np.float32([0, -5, 0.1])}
+    masks, importance = {"x": np.asarray([0, 1, 1], np.float32)}, {"x": np.asarray([0, -5, 0.1], np.float32)}
     for _ in range(2):
         masks, importance = pruning.select(importance, masks, 0.4)
     np.testing.assert_array_equal(masks["x"], [0, 1, 0])
@@ -272,7 +272,7 @@ def test_importance_is_the_average_of_scores(prune, model, pre, few):
     n = math.ceil(few.train.n / 16)
     macro = 16 * (n // 2)
     found = prune(epochs=1, macro_batch=macro, batch_size=16, stride=1)
-    order = pruning.schedule._order(training.keys(0)["data"], 0, few.train.n)
+    order = schedule._order(training.keys(0)["data"], 0, few.train.n)
     masks, importance, steps = pruning.full_masks(model), None, 0
     r_step = 0.3 / n * (n // 2)
     for first in range(0, few.train.n, macro):
@@ -394,8 +394,9 @@ def test_weights_of_experts_that_stay_are_what_they_were(moe):
     """p = (.610, .224, .136, .030): without expert 0 the token goes to 1 and 2 with .224 and .136."""
     model, params, _ = moe
     flat = trees.flatten(params)
+    keep: Any = pruning.keep_experts
     flat["layer_0/mixture/router/kernel"] = jnp.zeros((16, 4))
-    fewer, cut = pruning.keep_experts(model, trees.unflatten(flat), {"layer_0/mixture/experts": (1, 2, 3)})
+    fewer, cut = keep(model, trees.unflatten(flat), {"layer_0/mixture/experts": (1, 2, 3)})
     assert fewer.config.kept == ((1, 2, 3),)
     assert cut["layer_0"]["mixture"]["experts"]["up"].shape == (3, 16, 6)
     # the residual stream after the norm is divided by a feature, so that the logits are what we want them to be
@@ -405,7 +406,7 @@ def test_weights_of_experts_that_stay_are_what_they_were(moe):
     kernel = np.zeros((16, 4), np.float32)
     kernel[0] = np.log([0.610, 0.224, 0.136, 0.030]) / norm[0, 0]
     flat["layer_0/mixture/router/kernel"] = jnp.asarray(kernel)
-    fewer, cut = pruning.keep_experts(model, trees.unflatten(flat), {"layer_0/mixture/experts": (1, 2, 3)})
+    fewer, cut = keep(model, trees.unflatten(flat), {"layer_0/mixture/experts": (1, 2, 3)})
     _, taps = fewer.apply(cut, x)
     np.testing.assert_array_equal(taps["layer_0/router_experts"][0], [1, 2])
     np.testing.assert_allclose(taps["layer_0/router_weights"][0], [0.224, 0.136], rtol=1e-4)
@@ -438,20 +439,26 @@ def test_usage_counts_what_generation_routes(moe):
     assert f_E.sum() == pytest.approx(2)
 
 
-OPTIONS: dict[str, Any] = {"ratio": 0.2, "ema": 0.5, "batch_size": 16, "epochs": 1, "macro_batch": 10**6, "mode": "ims"}
+def one_step(model, params, splits, **changes: Any):
+    """A quiet run of a single pruning step."""
+    options: dict[str, Any] = {"ratio": 0.2, "ema": 0.5, "batch_size": 16, "epochs": 1, "macro_batch": 10**6}
+    options.update(changes)
+    return ltsm_jax.prune(model, params, splits, mode="ims", show_progress=False, **options)
 
 
+@pytest.mark.slow
 def test_experts_go_first(moe):
     model, params, splits = moe
     path = "layer_0/mixture/experts"
-    found = ltsm_jax.prune(model, params, splits, expert_threshold=0.1, show_progress=False, **OPTIONS)
+    found = one_step(model, params, splits, expert_threshold=0.1)
     usage = pruning.expert_usage(model, params, [splits.train, splits.val])[path]
+    assert found.usage is not None
     np.testing.assert_array_equal(found.usage[path], usage)
     kept = found.model.config.kept[0]
     assert kept == tuple(np.flatnonzero(usage > 0.1)) and 0 < len(kept) < 4
     assert found.masks["layer_0"]["mixture"]["experts"]["up"]["in"].shape == (len(kept), 16)
     assert forecasting.evaluate(found.model, found.pruned, splits.val)["mse"] == found.history[1]["val_mse"]
-    alone = ltsm_jax.prune(model, params, splits, expert_threshold=-1.0, show_progress=False, **OPTIONS | {"epochs": 0})
+    alone = one_step(model, params, splits, expert_threshold=-1.0, epochs=0)
     assert len(alone.model.config.kept[0]) == 2 and pruning.share_left(alone.masks) == 1
 
 
@@ -462,7 +469,7 @@ def test_an_expert_without_tokens_keeps_its_channels(moe):
     unseen = [i for i in range(4) if i not in chosen]
     assert unseen
     assert len(chosen)
-    found = ltsm_jax.prune(model, params, splits, show_progress=False, **OPTIONS | {"ratio": 0.9})
+    found = one_step(model, params, splits, ratio=0.9)
     pairs = found.masks["layer_0"]["mixture"]["experts"]
     for place, mask in trees.flatten(pairs).items():
         assert (np.asarray(mask)[unseen] == 1).all(), place
@@ -498,6 +505,7 @@ def test_what_is_pruned_stays_0_through_fine_tuning(model, pre, few, prune, name
     assert moved > 0.9 * sum(int((np.asarray(x) != 0).sum()) for x in merged.values())
 
 
+@pytest.mark.slow
 def test_masks_of_ones_are_fine_tuning_and_dropout_can_be_off(model, pre, few):
     config = training.TrainConfig(epochs=1, batch_size=32, lr=1e-3)
     run = lambda **rest: finetune.run(  # noqa: E731
