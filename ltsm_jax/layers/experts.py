@@ -20,7 +20,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from ltsm_jax import sharding
 from ltsm_jax.layers.linear import compute_dtype
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
@@ -29,6 +31,19 @@ Form = Literal["auto", "dense", "blocks", "ragged"]
 
 BLOCK = 128  # rows of one product in "blocks"
 _PLATFORM: contextvars.ContextVar = contextvars.ContextVar("platform of the program", default=None)
+_MESH: contextvars.ContextVar = contextvars.ContextVar("mesh of the rows", default=None)
+
+
+@contextlib.contextmanager
+def rows_over(mesh: Mesh | None):
+    """While this is open, each device of the mesh computes the experts of the tokens of its own rows of the batch. Left
+    to itself, XLA sorts the tokens of all devices by expert, and computes all of them on every device. None: no mesh.
+    Open it inside the function that is compiled, over a batch split by `sharding.BATCH`."""
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
 
 
 @contextlib.contextmanager
@@ -95,11 +110,25 @@ def mixture(
     """
     if masks is not None:
         return _dense(x_TD, kernels, weight_TK, chosen_TK, act, masks)
+    mesh: Mesh | None = _MESH.get()
+    parts = sharding.row_parts(mesh)
     if form == "auto":
-        few = 2 * chosen_TK.size < BLOCK * kernels[0].shape[0]
+        few = 2 * chosen_TK.size // parts < BLOCK * kernels[0].shape[0]
         accelerator = (_PLATFORM.get() or jax.default_backend()) != "cpu"
         form = "ragged" if accelerator else "dense" if few else "blocks"
-    return {"dense": _dense, "blocks": _blocks, "ragged": _ragged}[form](x_TD, kernels, weight_TK, chosen_TK, act)
+    compute = {"dense": _dense, "blocks": _blocks, "ragged": _ragged}[form]
+    if mesh is None or form == "dense" or x_TD.shape[0] % parts:  # nothing is sorted in "dense"
+        return compute(x_TD, kernels, weight_TK, chosen_TK, act)
+    units = "tensor" if kernels[0].shape[2] % mesh.shape["tensor"] == 0 else None
+
+    def own(x_TD, kernels, weight_TK, chosen_TK):
+        y_TD = compute(x_TD, kernels, weight_TK, chosen_TK, act)
+        return y_TD if units is None else jax.lax.psum(y_TD, units)  # each device has a part of the units F
+
+    into, out, rows = PartitionSpec(None, None, units), PartitionSpec(None, units, None), sharding.BATCH
+    specs = (rows, (into, into, out), rows, rows)
+    spread = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return spread(x_TD, kernels, weight_TK, chosen_TK)
 
 
 def _dense(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation, masks: Any = None) -> jax.Array:

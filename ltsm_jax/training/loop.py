@@ -24,6 +24,7 @@ import numpy as np
 
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
+from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.training import checkpoints, optimizers, progress
 
@@ -585,7 +586,8 @@ def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how
     """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in `how.accumulate` parts."""
 
     def objective(moving, batch, key):
-        return _objective(moving, frozen, batch, key, loss_fn, penalty, how)
+        with rows_over(mesh):
+            return _objective(moving, frozen, batch, key, loss_fn, penalty, how)
 
     gradients = jax.value_and_grad(_recomputing(objective, how))
     if how.accumulate == 1:

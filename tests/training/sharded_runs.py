@@ -1,6 +1,7 @@
 """Trains every family of the command line on several meshes of 8 forced CPU devices; prints JSON. Run by test_sharding.
 
-python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "noise": see `noise`)
+python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "noise" and
+"experts": see the functions of these names)
 """
 
 import json
@@ -15,6 +16,7 @@ import numpy as np
 
 from ltsm_jax import sharding, trees
 from ltsm_jax.data.windows import windows_between
+from ltsm_jax.layers import experts
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.training import TrainConfig, fit, loop
 
@@ -56,6 +58,45 @@ def noise(family, draws=8):
     return furthest
 
 
+def expert_layers(family):
+    """A mixture of experts with gradients on meshes and on one device: by form and mesh, the largest difference, and
+    whether a device holds an array as long as the rows (token, choice) of all devices together."""
+    del family
+    t, d, f, e, k = 512, 8, 12, 4, 2
+    keys = jax.random.split(jax.random.key(0), 6)
+    into, out = (e, d, f), (e, f, d)
+    kernels = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, (into, into, out)))
+    x, logits, wanted = (jax.random.normal(key, (t, n)) for key, n in zip(keys[3:], (d, e, d)))
+
+    def loss(x, kernels, mesh, form):
+        weight, chosen, _ = experts.route(logits, k)
+        with experts.rows_over(mesh):
+            return jnp.square(experts.mixture(x, kernels, weight, chosen, jax.nn.silu, form) - wanted).sum()
+
+    def compiled(mesh, form):
+        rows, split = None, (None, None, None)
+        if mesh is not None:
+            rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+            axes = ((None, "fsdp", "tensor"), (None, "fsdp", "tensor"), (None, "tensor", "fsdp"))
+            split = tuple(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*a)) for a in axes)
+        f = jax.jit(
+            lambda x, kernels: jax.value_and_grad(loss, (0, 1))(x, kernels, mesh, form), in_shardings=(rows, split)
+        )
+        made = f.lower(x, kernels).compile()
+        return jax.tree.leaves(
+            made(*jax.device_put((x, kernels), (rows, split)) if mesh else (x, kernels))
+        ), made.as_text()
+
+    found = {}
+    for form in ("blocks", "ragged"):
+        want, _ = compiled(None, form)
+        for text in ("data=8", "data=2,fsdp=2,tensor=2"):
+            got, program = compiled(sharding.make_mesh(text), form)
+            gaps = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want)]
+            found[f"{form} {text}"] = {"gap": max(gaps), "all_rows": f"[{t * k}" in program or f",{t * k}" in program}
+    return found
+
+
 def run(family, mesh_text, folder=None, **options):
     model, params, windows = problem(family)
     windows = windows.take(np.arange(min(windows.n, 40)))  # the last batch of 16 is partial
@@ -85,8 +126,8 @@ def run(family, mesh_text, folder=None, **options):
 if __name__ == "__main__":
     found = {}
     for text in sys.argv[2:]:
-        if text == "noise":
-            found[text] = noise(sys.argv[1])
+        if text in ("noise", "experts"):
+            found[text] = {"noise": noise, "experts": expert_layers}[text](sys.argv[1])
             continue
         mesh_text, *rest = text.split(":")
         options = dict(item.split("=", 1) for item in rest)

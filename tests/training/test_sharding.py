@@ -84,6 +84,13 @@ def test_other_families_train_on_a_mixed_mesh(family):
 
 
 @pytest.mark.slow
+def test_devices_compute_the_experts_of_their_own_tokens():
+    for case, found in runs("time_moe", "experts")["experts"].items():
+        assert found["gap"] < 2e-5, f"{case}: {found['gap']}"
+        assert not found["all_rows"], f"{case}: a device works on the tokens of all"
+
+
+@pytest.mark.slow
 def test_moirai_trains_on_a_mixed_mesh_but_for_rounding():
     """One part of its mixture is a normal distribution of width 1e-3: where a forecast meets its target, the last bit
     of the forecast moves every gradient before it by 2e-5. Measured against float64, one device is off by 6e-6 of the
