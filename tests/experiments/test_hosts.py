@@ -1,0 +1,171 @@
+"""`experiments.sff` on two real processes: the numbers of one, SIGTERM, kills, and another mesh after each."""
+
+import functools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import sff
+from ltsm_jax import hosts, storage
+
+ROOT = Path(__file__).parents[2]
+LABELS = ["data", "model", "method", "alpha", "seed", "horizon", "epochs", "windows", "best_epoch"]
+SCORES = ["val_mse", "val_mae", "test_mse", "test_mae", "test_mape", "test_mase", "last_val_mse"]
+
+
+def flags(waves, micro, out, epochs):
+    return ["--data", str(waves), "--model", str(micro), "--methods", "sff", "--seeds", "0", "--epochs", str(epochs),
+            "--batch-size", "64", "--lr", "1e-3", "--out", str(out)]  # fmt: skip
+
+
+class Launch:
+    """The same command as two processes of so many devices each."""
+
+    def __init__(self, words, cache, devices=1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "LTSM_CACHE": str(cache),  # what the first launch compiles, the others need not
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        joined = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+        self.processes = [
+            subprocess.Popen([sys.executable, "-m", "experiments.sff", *words, *joined, str(i)], cwd=ROOT, text=True,
+                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for i in (0, 1)
+        ]  # fmt: skip
+
+    def results(self):
+        """(exit code, stdout, stderr) of both."""
+        said = [process.communicate(timeout=400) for process in self.processes]
+        return [(process.returncode, *text) for process, text in zip(self.processes, said)]
+
+    def running(self):
+        return all(process.poll() is None for process in self.processes)
+
+    def kill(self, i):
+        """One is killed; the other would wait for it until its heartbeat is missed, and is killed as well."""
+        for process in (self.processes[i], self.processes[1 - i]):
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+
+
+def checkpoints(out):
+    return sorted(out.glob("cells/*/training/phase-0/checkpoints/step_*"))
+
+
+def launches(out):
+    files = list(out.glob("cells/*/training/phase-0/timing.jsonl"))
+    return files[0].read_text().count("launch_at_step") if files else 0
+
+
+def more_launches(out, before):
+    return launches(out) > before
+
+
+def wait_for(happened, launch):
+    deadline = time.monotonic() + 300
+    while not happened() and launch.running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def check_same(out, want):
+    got, expected = (pd.read_csv(folder / "results.csv") for folder in (out, want))
+    assert got[LABELS].equals(expected[LABELS])
+    np.testing.assert_allclose(got[SCORES], expected[SCORES], rtol=1e-5)
+    settings = [json.loads((folder / "run.json").read_text())["settings"] for folder in (out, want)]
+    assert settings[0] == settings[1]
+
+
+def test_two_processes_stop_on_sigterm_go_on_with_eight_devices_and_give_the_numbers_of_one(
+    waves, micro, tmp_path, capsys
+):
+    alone, out = tmp_path / "alone", tmp_path / "two"
+    assert sff.main(flags(waves, micro, alone, 5)) == 0
+    capsys.readouterr()
+
+    launch = Launch([*flags(waves, micro, out, 5), "--mesh", "fsdp=2"], tmp_path / "cache")
+    wait_for(lambda: checkpoints(out), launch)
+    launch.processes[1].send_signal(signal.SIGTERM)
+    for code, _, errors in launch.results():
+        assert code == hosts.EXIT_STOPPED, errors
+        assert "stopped by SIGTERM after step" in errors and "the same command goes on" in errors
+    newest = checkpoints(out)[-1]
+    stored = storage.read_record(newest / "state" / "digests.json")["arrays"]
+    assert [part["at"] for part in stored["params/embed/kernel"]["parts"]] == [[[0, 8], [0, 4]], [[0, 8], [4, 8]]]
+    assert "sha256" in stored["optimizer/0/count"]
+
+    launch = Launch([*flags(waves, micro, out, 5), "--mesh", "data=4,fsdp=2"], tmp_path / "cache", devices=4)
+    (code, said, errors), (other_code, other_said, other_errors) = launch.results()
+    assert (code, other_code) == (0, 0), errors + other_errors
+    assert f"going on from step {int(newest.name.removeprefix('step_'))} of" in errors
+    assert "test MSE" in said and "test MSE" not in other_said
+    check_same(out, alone)
+
+
+@pytest.mark.slow
+def test_either_of_two_processes_killed_ten_times_at_random(waves, micro, tmp_path):
+    alone, chance, landed, runs = tmp_path / "alone", random.Random(0), 0, 0
+    assert sff.main(flags(waves, micro, alone, 12)) == 0
+    while landed < 10:
+        out = tmp_path / str(runs)
+        runs += 1
+        while landed < 10:
+            launched = launches(out)
+            launch = Launch([*flags(waves, micro, out, 12), "--mesh", "fsdp=2"], tmp_path / "cache")
+            if chance.random() < 0.7:  # the others fall anywhere, into start and compilation, too
+                wait_for(functools.partial(more_launches, out, launched), launch)
+            moment = time.monotonic() + chance.uniform(0, 3)
+            while launch.running() and time.monotonic() < moment:
+                time.sleep(0.01)
+            if not launch.running():
+                break
+            launch.kill(chance.randrange(2))
+            landed += 1
+        for code, _, errors in Launch(
+            [*flags(waves, micro, out, 12), "--mesh", "fsdp=2"], tmp_path / "cache"
+        ).results():
+            assert code == 0, errors
+        check_same(out, alone)
+
+
+@pytest.mark.slow
+def test_what_one_host_cannot_do_all_give_up(waves, micro, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text("{")  # only the first host reads it
+    for i, (code, _, errors) in enumerate(Launch(flags(waves, micro, out, 1), tmp_path / "cache").results()):
+        assert code == 2 and "run.json is damaged" in errors
+        assert ("host 0: UsageError" in errors) == (i == 1)
+
+
+@pytest.mark.parametrize(
+    "words, messages",
+    [
+        (["--coordinator", "10.0.0.1:12"], ["--num-processes, --process-id missing"]),
+        (["--process-id", "0", "--num-processes", "2"], ["--coordinator missing"]),
+        (["--coordinator", "auto", "--process-id", "0"], ["--process-id comes from the cluster"]),
+        (["--coordinator", "host", "--num-processes", "2", "--process-id", "2"], ["address:port", "counts from 0 to"]),
+        (["--coordinator", "auto"], ["no cluster that JAX knows was found"]),
+        (["--num-processes", "0", "--process-id", "x"], ["--num-processes must be at least 1", "not a whole number"]),
+    ],
+)  # fmt: skip
+def test_flags_of_hosts_that_do_not_go_together_are_refused(words, messages, capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TPU_"))]:
+        monkeypatch.delenv(name)
+    assert sff.main(words) == 2
+    said = capsys.readouterr().err
+    assert [m for m in messages if m not in said] == []
