@@ -81,6 +81,8 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x_TD, weight_TK, chosen_TK, masks: Any = None):
+        if not self.n_experts * self.ffn_dim:  # no arrays without values
+            return jnp.zeros_like(x_TD)
         dtype = compute_dtype(x_TD)
         into, out = (self.n_experts, self.d_model, self.ffn_dim), (self.n_experts, self.ffn_dim, self.d_model)
         gate, up, down = (

@@ -108,7 +108,9 @@ def weights(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:
         leaf = layer if layer in flat else f"{layer}/kernel"
         into, out = own[path], own[f"{layer}/out"]
         fits = (*jnp.shape(into), *jnp.shape(out)) if leaf != layer else (*jnp.shape(into), *jnp.shape(out)[1:])
-        if leaf not in flat:
+        if leaf not in flat and f"{layer}/bias" in flat and not all(fits):  # has lost all its inputs, is its bias
+            found[leaf] = into, out
+        elif leaf not in flat:
             problems.append(f"  {layer}: the model has no such linear")
         elif jnp.shape(flat[leaf]) != fits:
             problems.append(f"  {layer}: masks for weights {fits}, the model's are {jnp.shape(flat[leaf])}")
@@ -132,15 +134,16 @@ def merge(params: Tree, masks: Tree) -> Tree:
     """
     flat = dict(flatten(params))
     for path, (m_in, m_out) in weights(params, masks).items():
-        kernel = flat[path]
-        stacked = not path.endswith("/kernel")  # experts: the first axis of both masks
+        stacked, bias = not path.endswith("/kernel"), path[: -len("kernel")] + "bias"
+        if not stacked and bias in flat:
+            flat[bias] = flat[bias] * m_out.astype(flat[bias].dtype)
+        if path not in flat:
+            continue
+        kernel = flat[path]  # of experts: the first axis of both masks
         rows = m_in.reshape(*m_in.shape, *(1,) * (m_out.ndim - stacked))
         columns = m_out.reshape(*m_out.shape[:1], 1, *m_out.shape[1:]) if stacked else m_out
         columns = columns.reshape(*(1,) * (kernel.ndim - columns.ndim), *columns.shape)
         flat[path] = kernel * (rows * columns).astype(kernel.dtype)
-        bias = path[: -len("kernel")] + "bias"
-        if not stacked and bias in flat:
-            flat[bias] = flat[bias] * m_out.astype(flat[bias].dtype)
     return unflatten(flat)
 
 

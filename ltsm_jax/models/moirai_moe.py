@@ -82,7 +82,7 @@ class MoiraiMoeConfig:
         if len({len(self.n_heads), len(self.expert_dims), len(self.kept)}) > 1 or not self.n_heads:
             problems.append("n_heads, expert_dims and kept must name the same layers, at least one")
         sizes = (self.d_model, self.head_dim, self.max_seq_len, self.context_len, self.horizon, self.n_samples)
-        if min(*sizes, *self.patch_sizes, *self.expert_dims, 1) < 1 or min(*self.n_heads, 1) < 0:
+        if min(*sizes, *self.patch_sizes, 1) < 1 or min(*self.n_heads, *self.expert_dims, 1) < 0:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(f"half a head turns in pairs, so head_dim must be a multiple of 4, got {self.head_dim}")
