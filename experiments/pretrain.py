@@ -38,7 +38,9 @@ from rich.console import Console
 from rich.table import Table
 
 import ltsm_jax
+from experiments import launch
 from experiments.comparison import git_commit
+from ltsm_jax import hosts, sharding
 from ltsm_jax.data import load_series, prepare, season_of, synthetic
 from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder
 from ltsm_jax.models import Model
@@ -71,6 +73,8 @@ class Pretrain:
     """data sets to score, with commas: benchmark names or paths"""
     parts: str = "val,test"
     """parts of them to score"""
+    scale: tyro.conf.OmitArgPrefixes[launch.Scale] = dataclasses.field(default_factory=launch.Scale)
+    """devices and hosts"""
 
 
 def windows(args: Pretrain, model: Model) -> Pool:
@@ -109,16 +113,20 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     """
     began = time.process_time()
     model = ltsm_jax.preset(args.preset)
-    parts = windows(args, model)
-    print("\n".join(parts.notes), flush=True)
+    parts = hosts.together(windows, args, model)
+    launch.say("\n".join(parts.notes))
     n = parts.train.n
     epochs = max(1, math.ceil(args.steps * args.batch_size / n))
     per_epoch = max(1, args.steps // epochs) * args.batch_size
     chosen = np.random.default_rng(args.seed).permutation(n)[: min(per_epoch, n)]  # as many as fill `steps` exactly
     val = None if parts.val is None else Scaled(parts.val)
+    start, mesh = model.init(keys(args.seed)["init"]), sharding.make_mesh(args.scale.mesh)
+    if mesh is not None:
+        start, notes = sharding.shard(start, model.shard_rules, mesh)
+        launch.say("\n".join(notes))
     result = fit(
         functools.partial(own_loss, model),
-        model.init(keys(args.seed)["init"]),
+        start,
         Scaled(parts.train.take(np.sort(chosen))),
         config=TrainConfig(
             epochs=epochs,
@@ -129,13 +137,15 @@ def train(args: Pretrain) -> tuple[Model, dict]:
             weight_decay=args.weight_decay,
             clip=1.0,
             seed=args.seed,
+            compute=args.scale.compute,
+            accumulate=args.scale.accumulate,
         ),
         validate=val and (lambda params: forecasting.evaluate(model, params, val)),  # pyright: ignore[reportArgumentType]
         folder=args.out / "train",
         label=args.preset,
         facts={"preset": args.preset, "config": model.config_to_dict(), "loss": "own, without dropout"},
     )
-    if not (args.out / "model").exists():
+    if not hosts.on_first((args.out / "model").exists):
         provenance = {
             "source": "trained from scratch by experiments/pretrain.py on "
             + " and ".join(["generated series"] * bool(args.generated) + ["real series"] * bool(args.corpus))
@@ -179,7 +189,12 @@ def scores(model: Model, params, data: str, parts: list[str]) -> list[dict]:
 
 
 def main(args: Pretrain) -> pd.DataFrame | None:
-    """Trains, scores, prints the table."""
+    """Trains, scores, prints the table. Stops cleanly on SIGTERM."""
+    with launch.started(args.scale):
+        return _train_and_score(args)
+
+
+def _train_and_score(args: Pretrain) -> pd.DataFrame | None:
     model, params = train(args)
     names = [name.strip() for name in args.evaluate.split(",") if name.strip()]
     if not names:
@@ -187,15 +202,20 @@ def main(args: Pretrain) -> pd.DataFrame | None:
     parts = [part.strip() for part in args.parts.split(",")]
     results = pd.DataFrame([row for name in names for row in scores(model, params, name, parts)])
     results.insert(0, "model", args.preset)
-    results.to_csv(args.out / "results.csv", index=False)
+    hosts.on_first(results.to_csv, args.out / "results.csv", index=False)
     table = Table(title=f"{args.preset}, {model.context_len} -> {model.horizon}, zero-shot")
     for column in results.columns[1:]:
         table.add_column(column)
     for row in results.itertuples(index=False):
         table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row[1:]))
-    Console().print(table)
+    Console(quiet=not hosts.first()).print(table)
     return results
 
 
-if __name__ == "__main__":
+def _program() -> int:
     main(tyro.cli(Pretrain, description=__doc__))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch.guarded(_program))

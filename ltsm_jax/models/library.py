@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltsm_jax import storage, trees
+from ltsm_jax import hosts, storage, trees
 from ltsm_jax.models import FAMILIES, Model, hub, near_presets
 
 SHIPPED = Path(__file__).parent.parent / "presets"
@@ -30,7 +30,7 @@ def save(
     buffers: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model folder, whole or not at all.
+    """Write a model folder, whole or not at all. On several hosts all call, and see the same folder.
 
     Args:
       folder: where; made with its parents.
@@ -50,12 +50,16 @@ def save(
         "parameters": trees.count(params),
         "provenance": dict(provenance or {}),
     }
-    with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
+
+    def write_rest(temporary: Path) -> None:
         (temporary / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
         if buffers:
             from safetensors.numpy import save_file
 
             save_file({key: np.asarray(value, order="C") for key, value in buffers.items()}, temporary / BUFFERS)
+
+    with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
+        hosts.on_first(write_rest, temporary)
         storage.save_tree(temporary / PARAMS, params)
     return folder
 
@@ -132,6 +136,11 @@ def _from_hub(name: hub.Name, token: str | None) -> tuple[Model, trees.Tree]:
             damaged = True
             hub.say(f"the converted copy can't be used, converting {name} again ({error})")
             found = found if found.files else hub.find(name, token, converted=False)
+    if hosts.count() > 1:  # each would convert it for itself, and saving is what all do together
+        raise ValueError(
+            f"{name} is not converted yet: load it once with one process, on every host that has a cache of its own "
+            f"(python -c \"import ltsm_jax; ltsm_jax.load('{name}')\"), and start again"
+        )
     file, facts = hub.download(found, token)
     model, params, provenance, buffers = _converted(file, f"the files of {name} on the hub, commit {found.commit}")
     provenance = provenance | facts
