@@ -24,6 +24,8 @@ Where the released code departs from its paper or from itself, what is right is 
 | Q20 thresholds are the lowest of several devices' | one threshold; as released: refused |
 | Q22 dropout is on again after a validation inside an epoch | always off; as released: refused |
 
+Parameters may lie over the devices of one process; several processes are not supported.
+
 Q4, dropout that is off when a pruned model is fine-tuned and on otherwise, is the quirk "no-dropout" of `finetune.run`.
 Q3, training labels of Timer in another scale than its output, and Q7, pruned experts in the balance loss, are of the
 models' own losses, where the right form is the only one.
