@@ -87,7 +87,7 @@ def test_a_part_is_needed(relu):
         redundancy.measure(*relu)
 
 
-QUICK = ("chronos_2", "chronos_bolt", "moment", "sundial", "time_moe", "timer_hf")
+QUICK = ("chronos_2", "chronos_bolt", "time_moe")
 
 
 @pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])

@@ -1,0 +1,506 @@
+"""Is a model that is pruned for a data set and then fine-tuned as good as the whole one? How much smaller and faster?
+
+Run:    python -m experiments.prune_then_finetune --data ETTh1 --model timer-tiny --ratios 0.1,0.3,0.5,0.7 \\
+            --ema 0.2,0.5 --methods ff,sff --seeds 0,1,2 --out runs/prune-etth1
+        python -m experiments.prune_then_finetune --data ETTh1 --model timer-tiny --ratio 0.05,0.1,0.2 --prune-epochs 10
+Arms:   zero_shot, the checkpoint; ff, sff, ...: fine-tuned whole; pruned: masks, no training; pruned+ff, pruned+sff,
+        ...: the same fine-tuning, budget, data order and dropout from the same weights, with the masks.
+        --ratios: shares of all channels, cut from one pruning run per seed and EMA, so that masks are nested.
+        --ratio: shares pruned per epoch, a pruning run for each, as the paper has it; with --ratios that of its run.
+        Ratio and EMA are chosen by the validation MSE of the pruned model that is not yet fine-tuned, mean over seeds.
+Gives:  a table on the terminal and, in the folder of --out: results.csv (a row per arm, ratio, EMA and seed),
+        choice.json, redundancy.json, report.md with pictures; masks/<run>/ of every pruning run; cells/<name>/ with the
+        model, of pruned arms without all that can be taken out.
+        The same command again continues where the last one stopped; finished cells and pruning runs are not run again.
+Timing: `predict` of one window per variate, compiled, of the model with parts taken out and of the whole one in turns;
+        latencies are means without the first fifth of the runs, the fastest and the slowest one, the speedup is the
+        median ratio of neighbours.
+Differs from the released code (SJTU-DMTai/Prune-then-Finetune): see `ltsm_jax.methods.pruning`; pruned and whole arms
+        have the same dropout (--quirks no-dropout for theirs: none in the pruned ones) and the same learning rate.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments import comparison, pruning_report
+from experiments.comparison import FLAGS, PARSERS, TINY, Comparison, UsageError, number, numbers
+from ltsm_jax import hosts, trees
+from ltsm_jax.data.splits import QUIRKS
+from ltsm_jax.methods import finetune, pruning, redundancy, removal
+from ltsm_jax.methods.strategies import MIXED, STRATEGIES, strategy
+from ltsm_jax.models import Model
+
+PASS_RATIO = 0.5  # per epoch, of a run that is cut at --ratios
+GROUP = 16  # batches of a pruning step, as the release has it for all its models
+SAMPLE, BATCH = 4096, 64  # windows of each part that the original model's statistics are measured on, and of a batch
+BELOW_1 = math.nextafter(1.0, 0.0)
+NO_DROPOUT = "no-dropout"
+TUNED = tuple(m for m in STRATEGIES if m != "zero_shot")
+TUNE = ("chosen", "each", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(comparison.Options):
+    """The flags, checked one by one; None is "as the model's recipe has it"."""
+
+    program: ClassVar[str] = "experiments.prune_then_finetune"
+    methods: tuple[str, ...] = ("ff", "sff")
+    ratios: tuple[float, ...] | None = None
+    ratio: tuple[float, ...] | None = None
+    ema: tuple[float, ...] = (0.5,)
+    tune: str = "chosen"
+    score: pruning.Score = "taylor2"
+    prune_epochs: int = 1
+    prune_batch_size: int | None = None
+    macro_batch: int | None = None
+    stride: int = 1
+    max_prune_ratio: float = 1.0
+    expert_threshold: float | None = None
+    ema_abs: bool = False
+    include_embed: bool = False
+    include_head: bool = False
+    timed_runs: int = 30
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What tells the pruned cells of an EMA and seed apart: shares of all channels, or shares per epoch."""
+        return self.ratios or self.ratio or ()
+
+    @property
+    def own_quirks(self) -> tuple[str, ...]:
+        """Quirks of the pruning itself."""
+        return tuple(q for q in self.quirks if q in pruning.QUIRKS)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Flags to options. Raises: UsageError listing every bad flag."""
+    quirks = sorted({*QUIRKS, *pruning.QUIRKS, NO_DROPOUT})
+    flags = FLAGS | {
+        "methods": f"fine-tuning of the whole and of the pruned model, of {','.join(TUNED)} [ff,sff]",
+        "ratios": "shares of all channels, cut from one pruning run per EMA and seed",
+        "ratio": f"shares pruned per epoch, a pruning run for each; with --ratios one, of its run [{PASS_RATIO:g}]",
+        "ema": "weight(s) of the new score in the average importance [0.5]",
+        "tune": "which pruned models are fine-tuned: chosen (the one of lowest validation MSE), each (the best EMA of "
+        "each ratio) or all [chosen]",
+        "score": f"of {', '.join(get_args(pruning.Score))} [taylor2]",
+        "prune-epochs": "at most; a run stops at the first epoch without a better validation MSE [1]",
+        "prune-batch-size": "windows per batch of a pruning run [the recipe's batch size]",
+        "macro-batch": f"windows of a pruning step [{GROUP} batches]",
+        "stride": "rows from one window of a pruning run to the next [1]",
+        "max-prune-ratio": "stop pruning at this share of zeros [1: never]",
+        "expert-threshold": "take out experts that at most this share of tokens choose; below 0: all but the top_k "
+        "[none]",
+        "timed-runs": "forecasts timed of each pruned model; 0: none [30]",
+        "quirks": f"released behaviours to follow, of {','.join(quirks)}",
+    }
+    share = "above 0 and below 1"
+    whole = functools.partial(number, int, 1, math.inf, "at least 1")
+    parsers = PARSERS | {
+        "methods": functools.partial(comparison.names, TUNED),
+        "ratios": functools.partial(numbers, float, TINY, BELOW_1, share),
+        "ratio": functools.partial(numbers, float, TINY, BELOW_1, share),
+        "ema": functools.partial(numbers, float, TINY, 1, "above 0 and at most 1"),
+        "tune": functools.partial(comparison.one_of, TUNE),
+        "score": functools.partial(comparison.one_of, get_args(pruning.Score)),
+        "prune-epochs": whole,
+        "prune-batch-size": whole,
+        "macro-batch": whole,
+        "stride": whole,
+        "max-prune-ratio": functools.partial(number, float, TINY, 1, "above 0 and at most 1"),
+        "expert-threshold": functools.partial(number, float, -math.inf, BELOW_1, "below 1"),
+        "timed-runs": functools.partial(number, int, 0, math.inf, "at least 0"),
+        "quirks": functools.partial(comparison.names, quirks),
+    }
+    switches = {
+        "ema-abs": "average the scores' absolute values",
+        "include-embed": "prune the linears before the blocks too",
+        "include-head": "prune the head too",
+    }
+    values, problems = comparison.read_flags(Options.program, __doc__, argv, flags, parsers, switches)
+    if not {"ratio", "ratios"} & values.keys() and not problems:
+        problems.append("give --ratios (shares of all channels, from one pruning run) or --ratio (shares per epoch)")
+    if "ratios" in values and len(values.get("ratio", ())) > 1:
+        problems.append("--ratios are cut from one pruning run, so that --ratio takes one value beside it")
+    if "alpha" in values and not set(values.get("methods", Options.methods)) & set(MIXED):
+        problems.append(f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Options(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what will run
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: an arm, its alpha where it has one, its ratio and EMA where it is pruned, and a seed."""
+
+    method: str
+    alpha: float | None
+    ratio: float | None
+    ema: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        numbers = [(letter, x) for letter, x in (("a", self.alpha), ("r", self.ratio), ("e", self.ema))]
+        return "-".join(
+            [self.method, *(f"{letter}{x:g}" for letter, x in numbers if x is not None), f"seed{self.seed}"]
+        )
+
+    @property
+    def label(self) -> str:
+        """It in words."""
+        return f"{pruning_report.label(self.method, self.alpha, self.ratio, self.ema)}, seed {self.seed}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Its columns in results.csv."""
+        return dataclasses.asdict(self)
+
+
+def resolve(options: Options) -> Comparison:
+    """`comparison.resolve`, with the settings of pruning.
+
+    Raises: UsageError and ValueError for what does not work.
+    """
+    if hosts.count() > 1:
+        raise UsageError("pruning runs on one host, with all of its devices; leave --coordinator away")
+    c = comparison.resolve(options)
+    if jax.process_count() > 1:
+        raise UsageError("pruning runs on one host; leave out --coordinator, --num-processes and --process-id")
+    full = pruning.full_masks(c.model, **_candidates(options))
+    batch = options.prune_batch_size or c.config.batch_size
+    settings = {
+        "cuts": "of all channels, from one run" if options.ratios else "per epoch, a run each",
+        "pass_ratio": (options.ratio or (PASS_RATIO,))[0] if options.ratios else None,
+        "score": options.score,
+        "prune_epochs": options.prune_epochs,
+        "prune_batch_size": batch,
+        "macro_batch": options.macro_batch or GROUP * batch,
+        "stride": options.stride,
+        "max_prune_ratio": options.max_prune_ratio,
+        "expert_threshold": options.expert_threshold,
+        "ema_abs": options.ema_abs or None,
+        "channels": trees.count(full),
+        "include_embed": options.include_embed or None,
+        "include_head": options.include_head or None,
+    }
+    return dataclasses.replace(c, settings=c.settings | settings)
+
+
+def _candidates(options: Options) -> dict[str, Any]:
+    return {
+        "include_embed": options.include_embed,
+        "include_head": options.include_head,
+        "quirks": options.own_quirks,
+    }
+
+
+def tunings(options: Options) -> list[tuple[str, float | None]]:
+    """(method, alpha) of every kind of fine-tuning."""
+    return [(m, alpha) for m in options.methods for alpha in (options.alpha if m in MIXED else (None,))]
+
+
+def whole_cells(options: Options) -> list[Cell]:
+    """The arms of the model that is not pruned."""
+    arms = [("zero_shot", None), *tunings(options)]
+    return [Cell(method, alpha, None, None, seed) for method, alpha in arms for seed in options.seeds]
+
+
+def pruned_cells(options: Options) -> list[Cell]:
+    """The pruned models that are not fine-tuned, pruning run by pruning run."""
+    return [
+        Cell("pruned", None, ratio, ema, seed)
+        for seed in options.seeds
+        for ema in options.ema
+        for ratio in options.shares
+    ]
+
+
+def tuned_cells(options: Options, pairs: Sequence[tuple[float, float]]) -> list[Cell]:
+    """The pruned models of each (ratio, EMA), fine-tuned; seed by seed, as they share pruning runs."""
+    return [
+        Cell(f"pruned+{method}", alpha, ratio, ema, seed)
+        for seed in options.seeds
+        for ratio, ema in pairs
+        for method, alpha in tunings(options)
+    ]
+
+
+def plan(c: Comparison) -> str:
+    """What will run, in words."""
+    o, s = c.options, c.settings
+    first = [*whole_cells(o), *pruned_cells(o)]
+    done, then = comparison.finished(c, first), _n_tuned(o)
+    runs = len(o.seeds) * len(o.ema) * (1 if o.ratios else len(o.shares))
+    lines = [
+        f"pruning  {s['channels']:,} channels, {runs} runs of {s['prune_epochs']} epochs, {s['score']}, a step every "
+        f"{s['macro_batch']} windows; ratios {', '.join(f'{r:g}' for r in o.shares)} ({s['cuts']}), EMA "
+        f"{', '.join(f'{e:g}' for e in o.ema)}",
+        f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} pruned, {then} pruned and "
+        f"tuned, seeds {', '.join(map(str, o.seeds))}" + (f"; {done} finished already" if done else ""),
+    ]
+    windows = len(finetune.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
+    if windows <= s["macro_batch"] and len(o.ema) > 1 and o.prune_epochs == 1:
+        lines.append("note     a pruning run is one step: the EMA has no say in it; take a smaller --macro-batch")
+    return comparison.plan(c, lines)
+
+
+def _n_tuned(o: Options) -> int:
+    pairs = {"chosen": 1, "each": len(o.shares), "all": len(o.shares) * len(o.ema)}[o.tune]
+    return pairs * len(tunings(o)) * len(o.seeds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# running it
+
+
+def rank(row: dict[str, Any]) -> Any:
+    """The order of results.csv."""
+    place = lambda x: -1.0 if x is None else x  # noqa: E731
+    kind, _, tuning = row["method"].partition("+")
+    first = {"zero_shot": 0, "pruned": 2}.get(kind, 1)
+    order = ("", *STRATEGIES)
+    return (first, place(row["ratio"]), place(row["ema"]), order.index(tuning if first == 2 else kind),
+            place(row["alpha"]), row["seed"])  # fmt: skip
+
+
+def compare(c: Comparison, console: Console | None = None) -> list[str]:
+    """Run every cell that has no result yet; after each, results.csv is whole.
+
+    Returns: what failed (a run that diverged does not stop the others), one line each.
+    Raises: UsageError when the folder holds a comparison with other settings.
+    """
+    console, o, work = console or Console(), c.options, Work(c)
+    comparison.settle(c)
+    if not (c.folder / "redundancy.json").is_file():
+        comparison.write_json(c.folder / "redundancy.json", redundancy_of(c))
+    first = [*whole_cells(o), *pruned_cells(o)]
+    total = len(first) + _n_tuned(o)
+    failures = comparison.run_cells(c, first, work.run_cell, rank, console, (1, total))
+    rows = [json.loads(f.read_text())["row"] for cell in first if (f := comparison.result_file(c, cell)).is_file()]
+    choice = choose(rows, o)
+    if choice is None:
+        return failures
+    comparison.write_json(c.folder / "choice.json", choice)
+    console.print(choice["text"], highlight=False, markup=False)
+    if choice["warning"]:
+        console.print(choice["warning"], highlight=False, markup=False, style="yellow")
+    pairs = {
+        "chosen": [(choice["ratio"], choice["ema"])],
+        "each": [(float(ratio), ema) for ratio, ema in choice["ema_of_ratio"].items()],
+        "all": [(ratio, ema) for ratio in o.shares for ema in o.ema],
+    }[o.tune]
+    cells = tuned_cells(o, pairs)
+    return failures + comparison.run_cells(c, cells, work.run_cell, rank, console, (len(first) + 1, total))
+
+
+def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] | None:
+    """Ratio and EMA by the mean validation MSE over seeds of the pruned models that are not tuned; first of the grid
+    where equal. None where no pruned model has been scored.
+
+    Returns: ratio, ema, val_mse, seeds, zero_shot_val_mse, ema_of_ratio (the best EMA of each ratio), text, and warning
+      where validation prefers the model as it was, else "".
+    """
+    means, counts = {}, {}
+    for ratio in options.shares:
+        for ema in options.ema:
+            found = [r["val_mse"] for r in rows if (r["method"], r["ratio"], r["ema"]) == ("pruned", ratio, ema)]
+            if found:
+                means[ratio, ema], counts[ratio, ema] = float(np.mean(found)), len(found)
+    if not means:
+        return None
+    ratio, ema = min(means, key=lambda pair: means[pair])
+    best = {r: min((e for e in options.ema if (r, e) in means), key=lambda e, r=r: means[r, e])
+            for r in options.shares if any(r == pair[0] for pair in means)}  # fmt: skip
+    whole = [r["val_mse"] for r in rows if r["method"] == "zero_shot"]
+    before = float(np.mean(whole)) if whole else math.nan
+    text = f"chosen by validation: ratio {ratio:g}, EMA {ema:g} (MSE {means[ratio, ema]:.4f}; not pruned {before:.4f})"
+    warning = ""
+    if before <= means[ratio, ema]:
+        warning = (
+            f"Validation prefers the model as it was: MSE {before:.4f} whole, {means[ratio, ema]:.4f} with the best "
+            "pruning. Prune for size and speed, or not at all."
+        )
+    return {
+        "ratio": ratio,
+        "ema": ema,
+        "val_mse": means[ratio, ema],
+        "seeds": counts[ratio, ema],
+        "zero_shot_val_mse": before,
+        "ema_of_ratio": {f"{r!r}": e for r, e in best.items()},
+        "text": text,
+        "warning": warning,
+    }
+
+
+class Work:
+    """A comparison at work: pruning runs, and the timing of the whole model, are kept for the cells that share them."""
+
+    def __init__(self, c: Comparison):
+        self.c = c
+        self.found: tuple[str, pruning.PruneResult] | None = None  # the last one: its cells come together
+        self.forecasts: dict[Model, Any] = {}  # compiled
+
+    def run_cell(self, cell: Cell) -> dict[str, Any]:
+        """Run one cell, or go on with it. Returns: its row of results.csv."""
+        return self._whole(cell) if cell.ratio is None else self._pruned(cell)
+
+    def _whole(self, cell: Cell) -> dict[str, Any]:
+        c = self.c
+        if cell.method == "zero_shot" and (twin := comparison.twin_of(c, "zero_shot-seed*")):
+            return comparison.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
+        result = comparison.tune(c, cell, strategy(cell.method, alpha=cell.alpha or 0.0))
+        row = comparison.row_of(c, cell.columns, c.model, result) | _sizes(c, c.params, c.params)
+        comparison.keep(c, cell, (c.model, result.params), row, result)
+        return row
+
+    def _pruned(self, cell: Cell) -> dict[str, Any]:
+        c, o = self.c, self.c.options
+        found = self.pruning_run(cell.ratio if not o.ratios else None, cell.ema or 0.0, cell.seed)
+        masks = pruning.cut(found.order, cell.ratio or 0.0) if o.ratios else found.masks
+        _, _, method = cell.method.partition("+")
+        quirks = (NO_DROPOUT,) if method and NO_DROPOUT in o.quirks else ()
+        result = comparison.tune(c, cell, strategy(method or "zero_shot", alpha=cell.alpha or 0.0), model=found.model,
+                                 params=found.params, masks=masks, quirks=quirks)  # fmt: skip
+        small, small_params, _ = removal.remove(found.model, result.params, masks)
+        row = comparison.row_of(c, cell.columns, found.model, result)
+        row |= _sizes(c, small_params, result.params) | {"channels_left": pruning.share_left(masks)}
+        more: dict[str, Any] = {}
+        if not method:
+            row |= self.timing(small, small_params, (found.model, result.params))
+            more = {"sparsity": redundancy.sparsity(masks), "pruning": found.history, "stopped": found.stopped}
+            if found.usage is not None:
+                more["usage"] = {path: np.asarray(f_E).tolist() for path, f_E in found.usage.items()}
+        comparison.keep(c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more)
+        return row
+
+    def pruning_run(self, ratio: float | None, ema: float, seed: int) -> pruning.PruneResult:
+        """The pruning run of a cell, started, continued or read. ratio None: the run that is cut at every ratio."""
+        c, o, s = self.c, self.c.options, self.c.settings
+        name = "-".join((*([] if ratio is None else [f"r{ratio:g}"]), f"e{ema:g}", f"seed{seed}"))
+        if self.found is None or self.found[0] != name:
+            found = pruning.prune(
+                c.model,
+                c.params,
+                c.splits,
+                ratio=s["pass_ratio"] if ratio is None else ratio,
+                ema=ema,
+                score=o.score,
+                epochs=o.prune_epochs,
+                batch_size=s["prune_batch_size"],
+                macro_batch=s["macro_batch"],
+                max_prune_ratio=o.max_prune_ratio,
+                ema_abs=o.ema_abs,
+                expert_threshold=o.expert_threshold,
+                stride=o.stride,
+                mode=c.mode,
+                seed=seed,
+                folder=c.folder / "masks" / name,
+                label=f"pruning {name}",
+                **_candidates(o),
+            )
+            self.found = name, found
+        return self.found[1]
+
+    def timing(self, model: Model, params: Any, masked: tuple[Model, Any]) -> dict[str, Any]:
+        """Time and memory of one forecast of a window per variate, with parts taken out and whole, and how far the
+        forecast is from that of the masked model."""
+        c, runs, context = self.c, self.c.options.timed_runs, _one_window_each(self.c)
+
+        def forecast(model: Model, params: Any) -> Any:
+            if model not in self.forecasts:
+                function = jax.jit(lambda p, x: model.predict(p, x, c.splits.test.horizon).point)
+                self.forecasts[model] = function.lower(params, context).compile()
+            return self.forecasts[model]
+
+        self.forecasts = {m: f for m, f in self.forecasts.items() if m in (c.model, masked[0])}  # others never return
+        whole, small = forecast(c.model, c.params), forecast(model, params)
+        gap = np.asarray(small(params, context)) - np.asarray(forecast(*masked)(masked[1], context))
+        found = {"removal_gap": float(np.abs(gap).max()), "peak_mb": _peak(small), "whole_peak_mb": _peak(whole)}
+        if not runs:
+            return found
+        times = np.empty((runs, 2))
+        for i in range(runs):
+            for j, (compiled, weights) in enumerate(((small, params), (whole, c.params))):
+                began = time.perf_counter()
+                compiled(weights, context).block_until_ready()
+                times[i, j] = time.perf_counter() - began
+        kept = np.sort(times[runs // 5 :], axis=0)
+        kept = kept[1:-1] if len(kept) > 2 else kept
+        mine, other = (1e3 * kept.mean(axis=0)).tolist()
+        pairs = np.median(times[runs // 5 :, 1] / times[runs // 5 :, 0])  # neighbours in time: other work slows both
+        return found | {"latency_ms": mine, "whole_latency_ms": other, "speedup": float(pairs)}
+
+
+def _one_window_each(c: Comparison) -> jax.Array:
+    windows = c.splits.test
+    first = [0] if windows.rows is None else np.unique(np.asarray(windows.rows), return_index=True)[1]
+    return windows.gather(jnp.asarray(first, jnp.int32))["context"]
+
+
+def _peak(compiled: Any) -> float | None:
+    """Peak memory of a compiled function in MB, weights and context included; None where the backend does not say."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return None
+    parts = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+    return max(getattr(m, "peak_memory_in_bytes", 0), parts) / 1e6
+
+
+def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
+    """parameters: with parts taken out; nonzero_parameters: of the masked model; whole_parameters: of the original."""
+    nonzero = sum(int(np.count_nonzero(np.asarray(leaf))) for leaf in jax.tree.leaves(merged))
+    return {
+        "parameters": trees.count(params),
+        "nonzero_parameters": nonzero,
+        "whole_parameters": trees.count(c.params),
+    }
+
+
+def redundancy_of(c: Comparison) -> dict[str, Any]:
+    """Statistics of the original model as JSON, on windows spread evenly over the training and validation parts."""
+    train, val = finetune.training_windows(c.model, c.splits, c.mode), c.splits.val
+    val = dataclasses.replace(val, horizon=train.horizon)  # as the loss wants it
+    val = val.take(np.flatnonzero(np.asarray(val.starts) + val.context_len + val.horizon <= c.splits.borders.val[1]))
+    parts = [part for part in (train, val) if part.n]
+    counts = [min(SAMPLE, part.n - part.n % BATCH if part.n > BATCH else part.n) for part in parts]  # whole batches
+    some = [part.take(np.linspace(0, part.n - 1, n).astype(np.int32)) for part, n in zip(parts, counts, strict=True)]
+    found = redundancy.measure(c.model, c.params, *some, mode=c.mode, batch_size=BATCH)
+    lists = lambda entry: {  # noqa: E731
+        k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in dataclasses.asdict(entry).items()
+    }
+    return {
+        "windows": [part.n for part in some],
+        "heads": {path: lists(h) for path, h in found.heads.items()},
+        "units": {path: lists(u) for path, u in found.units.items()},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.prune_then_finetune`; returns the exit code."""
+    return comparison.run(argv, parse, resolve, plan, compare, _finish)
+
+
+def _finish(folder: Path) -> None:
+    pruning_report.print_table(folder)
+    print(f"report: {pruning_report.write_report(folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

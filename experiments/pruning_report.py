@@ -1,0 +1,386 @@
+"""Tables, pictures and report.md of a folder that `experiments.prune_then_finetune` wrote.
+
+Run:    python -m experiments.pruning_report runs/prune-etth1      (the experiment calls it at its end)
+Cost:   seconds; nothing is pruned, trained or evaluated.
+Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plots`).
+"""
+
+# pandas types rows and groups by all they might hold:
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOptionalOperand=false, reportCallIssue=false, reportReturnType=false, reportAssignmentType=false
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from experiments import report
+from experiments.report import COLOURS, NO_PICTURES, markdown_table, new_figure, spread
+from ltsm_jax.methods.redundancy import heat_map
+
+GROUP = ["method", "alpha", "ratio", "ema"]
+MEANS = ("val_mse", "val_mae", "test_mse", "test_mae", "parameters", "nonzero_parameters", "whole_parameters")
+MEANS += ("latency_ms", "speedup", "channels_left", "seconds")
+PRUNED = "#882255"
+GAP = 1e-5  # most that a forecast may differ between the masked model and the one with parts taken out, in scaled units
+HEADER = ["arm", "seeds", "parameters", "latency, ms", "speedup", "val MSE", "test MSE", "test MAE", "vs zero-shot, %"]
+HEADER += ["vs the whole, %", "epochs", "seconds"]
+
+
+def label(method: str, alpha: float | None = None, ratio: float | None = None, ema: float | None = None) -> str:
+    """Short name of a row: "SFF 0.7", "pruned 0.3 (EMA 0.5) + FF"."""
+    kind, _, tuning = method.partition("+")
+    if kind != "pruned":
+        return report.label(method, alpha)
+    text = "pruned" if ratio is None or pd.isna(ratio) else f"pruned {ratio:g} (EMA {ema:g})"
+    return text + (f" + {report.label(tuning, alpha)}" if tuning else "")
+
+
+def summarise(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per arm (method, alpha, ratio, EMA): mean and std (n - 1) over seeds, and paired differences in test MSE.
+
+    Args:
+      results: the rows of results.csv.
+    Returns: the columns of an arm, seeds, the mean of every number and the `_std` of the errors and times, vs_zero_shot
+      and vs_whole{"", _std}: per cent, each seed against the same seed of zero-shot, and of the same fine-tuning of the
+      whole model (of a pruned model that is not tuned: zero-shot); NaN where there is nothing to compare with.
+    """
+    results = results.reindex(columns=[*dict.fromkeys([*results.columns, "latency_ms", "speedup", "channels_left"])])
+    by_seed = {arm: g.set_index("seed")["test_mse"] for arm, g in results.groupby(["method", "alpha"], dropna=False)}
+    by_seed = {(m, None if pd.isna(a) else a): values for (m, a), values in by_seed.items()}
+    zero, rows = by_seed.get(("zero_shot", None)), []
+    for arm, group in results.groupby(GROUP, sort=False, dropna=False):
+        row: dict[str, Any] = {**dict(zip(GROUP, arm, strict=True)), "seeds": len(group)}
+        for column in MEANS:
+            row[column] = group[column].mean()
+            # a checkpoint has no seed: its rows are one number, and a spread of 0 would say something else
+            row[f"{column}_std"] = float("nan") if row["method"] == "zero_shot" else group[column].std()
+        kind, _, tuning = row["method"].partition("+")
+        alpha = None if pd.isna(row["alpha"]) else row["alpha"]
+        whole = None if kind != "pruned" else by_seed.get((tuning or "zero_shot", alpha))
+        for name, base in (("zero_shot", None if row["method"] == "zero_shot" else zero), ("whole", whole)):
+            change = pd.Series(dtype=float) if base is None else group.set_index("seed")["test_mse"] / base - 1
+            change = 100 * change.dropna()
+            row[f"vs_{name}"], row[f"vs_{name}_std"] = change.mean(), change.std()
+        rows.append(row | {"epochs": group["epochs"].max()})
+    return pd.DataFrame(rows)
+
+
+def sized(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary with latency and speedup of tuned arms: those of the pruned model with the same masks."""
+    found = summary.copy()
+    same = {(r.ratio, r.ema): (r.latency_ms, r.speedup) for r in summary.itertuples() if r.method == "pruned"}
+    for i, r in enumerate(found.itertuples()):
+        if r.method.startswith("pruned+") and (r.ratio, r.ema) in same:
+            latency, speedup = same[r.ratio, r.ema]
+            found.loc[found.index[i], ["latency_ms", "speedup"]] = latency, speedup
+    return found
+
+
+def _body(summary: pd.DataFrame, whole_ms: float) -> list[list[str]]:
+    body = []
+    for r in sized(summary).itertuples():
+        whole = not r.method.startswith("pruned")
+        latency = whole_ms if whole else r.latency_ms
+        body.append(
+            [
+                label(r.method, r.alpha, r.ratio, r.ema),
+                str(r.seeds),
+                f"{r.parameters:,.0f} ({100 * r.parameters / r.whole_parameters:.0f} %)",
+                "" if pd.isna(latency) else f"{latency:.2f}",
+                "" if whole or pd.isna(r.speedup) else f"{r.speedup:.2f}x",
+                spread(r.val_mse, r.val_mse_std),
+                spread(r.test_mse, r.test_mse_std),
+                spread(r.test_mae, r.test_mae_std),
+                spread(r.vs_zero_shot, r.vs_zero_shot_std, "+.2f"),
+                spread(r.vs_whole, r.vs_whole_std, "+.2f"),
+                str(int(r.epochs)),
+                f"{r.seconds:.0f}",
+            ]
+        )
+    return body
+
+
+def arms(summary: pd.DataFrame, ratio: float, ema: float) -> pd.DataFrame:
+    """The arms of the model that is not pruned, and those of one (ratio, EMA)."""
+    return summary[summary["ratio"].isna() | ((summary["ratio"] == ratio) & (summary["ema"] == ema))]
+
+
+def _ratio_table(summary: pd.DataFrame) -> str:
+    """A row per (ratio, EMA): what is left, and the errors before and after every kind of tuning."""
+    tunings = [(m, a) for m, a in summary[["method", "alpha"]].drop_duplicates().itertuples(index=False)
+               if m.startswith("pruned+")]  # fmt: skip
+    header = ["ratio", "EMA", "channels left, %", "parameters, %", "not 0, %", "speedup", "val MSE, pruned"]
+    header += ["test MSE, pruned", *(f"test MSE, + {label(m, a).removeprefix('pruned + ')}" for m, a in tunings)]
+    body = []
+    for r in summary[summary["method"] == "pruned"].itertuples():
+        here = summary[(summary["ratio"] == r.ratio) & (summary["ema"] == r.ema)]
+        cells = [f"{r.ratio:g}", f"{r.ema:g}", f"{100 * r.channels_left:.1f}"]
+        cells += [f"{100 * n / r.whole_parameters:.1f}" for n in (r.parameters, r.nonzero_parameters)]
+        cells += ["" if pd.isna(r.speedup) else f"{r.speedup:.2f}x"]
+        cells += [spread(r.val_mse, r.val_mse_std), spread(r.test_mse, r.test_mse_std)]
+        for method, alpha in tunings:
+            mine = here[(here["method"] == method) & ((here["alpha"] == alpha) | pd.isna(alpha))]
+            cells.append("" if mine.empty else spread(mine["test_mse"].iloc[0], mine["test_mse_std"].iloc[0]))
+        body.append(cells)
+    return markdown_table(header, body)
+
+
+def _redundancy_table(found: dict[str, Any]) -> str:
+    header = ["module", "part of", "mean", "lowest", "highest", "sparse heads or idle units, %"]
+    body = []
+    for path, h in found["heads"].items():
+        c = np.asarray(h["contribution"])
+        if c.size:
+            cells = [f"{c.mean():.3f}", f"{c.min():.3f}", f"{c.max():.3f}", f"{100 * np.mean(h['sparse']):.1f}"]
+            body.append([path, "heads: share of the stream", *cells])
+    for path, u in found["units"].items():
+        a = np.asarray(u["active"])
+        if a.size:
+            cells = [f"{a.mean():.3f}", f"{a.min():.3f}", f"{a.max():.3f}", f"{100 * np.mean(a == 0):.1f}"]
+            body.append([path, "units: tokens that activate them", *cells])
+    return markdown_table(header, body)
+
+
+def _changes(settings: dict[str, Any], choice: dict[str, Any], dropout_off: bool) -> str:
+    budget = f"{settings['epochs']} epochs, batch {settings['batch_size']}, lr {settings['lr']:g}"
+    chosen = f"ratio {choice['ratio']:g}, EMA {choice['ema']:g}"
+    off = "off" if dropout_off else "as in the model's config"
+    body = [
+        ["zero-shot", "checkpoint", "none", "nothing", "", ""],
+        ["FF, SFF, ...", "checkpoint, or its mixture with a random model", "none", "all", "as in the model's config",
+         budget],
+        ["pruned", "checkpoint", chosen, "nothing", "", ""],
+        ["pruned + FF, SFF, ...", "the same, then masked", chosen, "what is not masked", off, budget],
+    ]  # fmt: skip
+    return markdown_table(["arm", "starts from", "masks", "trains", "dropout", "budget"], body)
+
+
+def verdict(summary: pd.DataFrame) -> str:
+    """One sentence: which arm validation picks, and what it is worth on the test part."""
+    best = summary.loc[summary["val_mse"].idxmin()]
+    text = f"Lowest validation MSE: {label(best.method, best.alpha, best.ratio, best.ema)}; its test MSE is "
+    text += spread(best.test_mse, best.test_mse_std)
+    if not pd.isna(best.vs_zero_shot):
+        text += f" ({best.vs_zero_shot:+.2f} % against zero-shot"
+        text += f", {best.vs_whole:+.2f} % against the same without pruning)" if not pd.isna(best.vs_whole) else ")"
+    if best.method == "zero_shot":
+        text += ". Neither pruning nor tuning beat the checkpoint on validation: keep the checkpoint"
+    return text + "."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def plot_heat_map(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Share of each weight matrix that the masks take away: a row per layer, a column per matrix."""
+    layers, matrices, values = heat_map(rows)
+    figure, ax = new_figure(1.8 + 0.75 * len(matrices), 1.6 + 0.42 * len(layers))
+    ax.grid(visible=False, axis="y")
+    image = ax.imshow(100 * values, vmin=0, vmax=100, cmap="cividis_r", aspect="auto")
+    ax.set_xticks(range(len(matrices)), matrices, rotation=35, ha="right", fontsize=9)
+    ax.set_yticks(range(len(layers)), [layer or "outside" for layer in layers], fontsize=9)
+    for i, j in np.argwhere(np.isfinite(values)):
+        colour = "white" if values[i, j] > 0.5 else "black"
+        ax.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    ax.set_title(title, fontsize=10, loc="left")
+    figure.colorbar(image, ax=ax, label="weights pruned, %")
+    figure.savefig(path)
+
+
+def plot_pareto(summary: pd.DataFrame, whole_ms: float, path: Path) -> bool:
+    """Test MSE against latency: every pruned arm, and the whole ones; a line joins those that no other beats in both.
+
+    Returns: False where nothing was timed.
+    """
+    timed = sized(summary)
+    timed["latency_ms"] = timed["latency_ms"].where(timed["method"].str.startswith("pruned"), whole_ms)
+    timed = timed[timed["latency_ms"].notna()]
+    if timed.empty:
+        return False
+    figure, ax = new_figure(8, 4.8)
+    markers = dict(zip([None, *sorted(timed["ema"].dropna().unique())], "sovD^P*X<>", strict=False))
+    named = set()
+    for r in timed.itertuples():
+        kind, _, tuning = r.method.partition("+")
+        pruned = kind == "pruned"
+        colour = PRUNED if pruned and not tuning else COLOURS.get(tuning or r.method, "#555555")
+        text = label(r.method, r.alpha).replace("pruned", "pruned" if pruned else "")
+        ax.errorbar(
+            r.latency_ms,
+            r.test_mse,
+            yerr=np.nan_to_num(r.test_mse_std),
+            fmt=markers.get(None if pd.isna(r.ema) else r.ema, "o"),
+            color=colour,
+            mfc=colour if pruned else "white",
+            capsize=2,
+            label=None if text in named else text,
+        )
+        named.add(text)
+        if pruned:
+            ax.annotate(
+                f"{r.ratio:g}", (r.latency_ms, r.test_mse), xytext=(4, 4), textcoords="offset points", fontsize=8
+            )
+    front, lowest = [], np.inf
+    for r in timed.sort_values(["latency_ms", "test_mse"]).itertuples():
+        if r.test_mse < lowest:
+            front.append((r.latency_ms, r.test_mse))
+            lowest = r.test_mse
+    ax.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
+    ax.set_xlabel("latency of one forecast, ms", fontsize=10)
+    ax.set_ylabel("test MSE, scaled data", fontsize=10)
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report.md
+
+
+def read_folder(folder: Path) -> tuple[pd.DataFrame, dict, dict]:
+    """results.csv, run.json and choice.json of a comparison folder.
+
+    Raises: ValueError where `folder` is not one, or has no pruned model yet, naming what is missing.
+    """
+    if missing := [name for name in ("results.csv", "run.json", "choice.json") if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} is not the folder of a finished comparison: no {', '.join(missing)}")
+    found = (json.loads((folder / name).read_text()) for name in ("run.json", "choice.json"))
+    return pd.read_csv(folder / "results.csv"), *found
+
+
+def whole_latency(results: pd.DataFrame) -> float:
+    """Milliseconds of the whole model, mean over all the times it was measured; NaN where it was not."""
+    return float(results["whole_latency_ms"].mean()) if "whole_latency_ms" in results else float("nan")
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.md, and its pictures where matplotlib is installed, into the folder of a comparison.
+
+    Returns: the path of report.md.
+    """
+    folder = Path(folder)
+    results, run, choice = read_folder(folder)
+    settings, summary, whole_ms = run["settings"], summarise(results), whole_latency(results)
+    records = {f.parent.name: json.loads(f.read_text()) for f in sorted((folder / "cells").glob("*/result.json"))}
+    masks = next(r["sparsity"] for r in records.values() if r["row"]["method"] == "pruned"
+                 and (r["row"]["ratio"], r["row"]["ema"]) == (choice["ratio"], choice["ema"]))  # fmt: skip
+    title = f"Weights pruned at ratio {choice['ratio']:g}, EMA {choice['ema']:g}, first seed"
+    pictures = []
+    if importlib.util.find_spec("matplotlib"):
+        plots = folder / "plots"
+        plots.mkdir(exist_ok=True)
+        plot_heat_map(masks, plots / "sparsity.png", title)
+        pictures.append(("sparsity", f"{title}: 1 - kept inputs x kept outputs, per cent."))
+        if plot_pareto(summary, whole_ms, plots / "pareto.png"):
+            text = "Error against latency; numbers beside the points: ratio. Marker: EMA. Squares: the whole model."
+            pictures.append(("pareto", text))
+    dropout_off = "no-dropout" in (settings["quirks"] or "").split(",")
+    lines = [
+        f"# Pruning, then fine-tuning: {settings['data']}, {settings['model']}, {settings['context']} -> "
+        f"{settings['horizon']}",
+        "",
+        verdict(summary),
+        "",
+        markdown_table(HEADER, _body(arms(summary, choice["ratio"], choice["ema"]), whole_ms)),
+        "",
+        "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
+        "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed; the whole is the "
+        "same fine-tuning without masks. Parameters are counted with parts taken out. Weights are those of the epoch "
+        f"with the lowest validation MSE. Every window is scored: {run['windows']['val']:,} for validation, "
+        f"{run['windows']['test']:,} for test.",
+        "",
+        "## Choice",
+        "",
+        f"{choice['text'][0].upper()}{choice['text'][1:]}, mean over {choice['seeds']} seeds: the lowest of the pruned "
+        "models that are not fine-tuned.",
+    ]
+    notes = [choice["warning"]] if choice["warning"] else []
+    if dropout_off:
+        notes.append("Pruned arms were fine-tuned without dropout, whole ones with it (quirk no-dropout): part of a "
+                     "difference between them may come from this.")  # fmt: skip
+    gaps = {name: r["row"].get("removal_gap") or 0.0 for name, r in records.items()}
+    notes += [f"{name}: the forecast with parts taken out differs by {gap:.1e} from that of the masked model"
+              for name, gap in gaps.items() if gap > GAP]  # fmt: skip
+    notes += [f"{name}: {text}" for name, r in records.items() for text in r["warnings"]]
+    if notes:
+        lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
+    lines += ["", "## What differs between the arms", "", _changes(settings, choice, dropout_off)]
+    lines += ["", "## Ratios", "", _ratio_table(summary)]
+    lines += ["", f"Ratios are {settings['cuts']}."]
+    lines += ["", f"## {title}", "", _sparsity_table(masks)]
+    if (folder / "redundancy.json").is_file():
+        found = json.loads((folder / "redundancy.json").read_text())
+        lines += ["", "## The checkpoint before pruning", "", _redundancy_table(found)]
+        lines += [
+            "",
+            f"Means over the tokens of {' and '.join(f'{n:,}' for n in found['windows'])} windows of training and "
+            "validation. Sparse: share of (token, head) pairs in which a head adds at most 5 % of the stream's norm; "
+            "idle: units that no token activates.",
+        ]
+    if pictures:
+        lines += ["", "## Pictures"]
+        for name, text in pictures:
+            lines += ["", f"![{text}](plots/{name}.png)", "", text]
+    else:
+        lines += ["", f"No pictures: {NO_PICTURES}, then `python -m experiments.pruning_report {folder}`."]
+    lines += ["", "## How it was made", "", "```", run["command"], "```", ""]
+    lines.append(markdown_table(["setting", "value"], [[k, "" if v is None else str(v)] for k, v in settings.items()]))
+    commits = ", ".join(sorted(set(results["git_commit"].astype(str))))
+    lines += ["", f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.", ""]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
+    layers, matrices, values = heat_map(rows)
+    text = [["" if np.isnan(x) else f"{100 * x:.0f}" for x in row] for row in values]
+    body = [[layer or "outside", *row] for layer, row in zip(layers, text, strict=True)]
+    return markdown_table(["layer, %", *matrices], body)
+
+
+def print_table(folder: str | Path, console: Console | None = None) -> None:
+    """The arms of the chosen pruning, and the verdict, on the terminal."""
+    results, run, choice = read_folder(Path(folder))
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 180)  # a log file has no width: never cut a number
+    s, summary = run["settings"], summarise(results)
+    shown = arms(summary, choice["ratio"], choice["ema"])
+    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"
+    table = Table(title=title, caption="mean ± std over seeds; vs: change of test MSE, paired by seed", box=None)
+    for name in HEADER:
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    best = int(np.argmin(shown["val_mse"].to_numpy()))
+    for i, cells in enumerate(_body(shown, whole_latency(results))):
+        table.add_row(*cells, style="bold" if i == best else None)
+    console.print(table)
+    console.print(verdict(summary), highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.pruning_report FOLDER`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    try:
+        print_table(argv[0])
+        print(write_report(argv[0]))
+    except ValueError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
