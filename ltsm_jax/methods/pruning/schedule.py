@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import storage, training, trees
+from ltsm_jax import hosts, storage, training, trees
 from ltsm_jax.data import Splits, Windows
 from ltsm_jax.data import windows as orders
 from ltsm_jax.layers.masks import merge, weights
@@ -131,11 +131,13 @@ def prune(
       chunk: rows whose gradients are computed side by side, see `gradient_sums`.
       folder: of the run. A killed run goes on from there, and ends with the same bits.
       show_progress: a bar on a terminal, else a line every few seconds.
-    Raises: ValueError listing arguments out of range, for quirks that are unknown or refused, or for a folder that has
-      another run; training.NonFiniteError.
+    Raises: ValueError listing arguments out of range, for quirks that are unknown or refused, for a folder that has
+      another run, or on several hosts; training.NonFiniteError.
     Source: see the module's docstring; published grids: ratio 0.01 to 0.9, ema 0.1, 0.2, 0.4, 0.5, 0.8.
     Example: `found = ltsm_jax.prune(model, params, splits, ratio=0.2, ema=0.5, macro_batch=8192)`
     """
+    if hosts.count() > 1:
+        raise ValueError("prune runs in one process; prune there, and fine-tune with its masks on all hosts")
     _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, stride, ratios, chunk)
     mode = mode or finetune.default_mode(model)
     windows = _strided(finetune.training_windows(model, splits, mode), stride)
