@@ -47,7 +47,7 @@ from converters.torch_files import (
     write_torch,
 )
 from ltsm_jax import trees
-from ltsm_jax.models import FAMILIES, Model, hub, library
+from ltsm_jax.models import FAMILIES, Model, hub, library, parts
 
 __all__ = ["CheckpointError", "converter", "export_checkpoint", "import_checkpoint", "inspect"]
 
@@ -167,6 +167,11 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
       overwrite: replace files that are there.
     Returns: notes on what could not be kept.
     Raises: ValueError for a model that the original can't hold, or another suffix; FileExistsError.
+
+    A pruned model that the original's classes can't hold as it is (they have one width for all layers) is written at
+    its full size, with zeros where parts are missing: the same function, as slow as before. The folder must say what it
+    was pruned from (`pruned_from` in its provenance, the full model's `config_to_dict()`). A model without some of its
+    experts can't be written at all: the original's router would choose the zeros.
     """
     dst = Path(dst)
     folder = Path(src) if Path(src).is_dir() else library.SHIPPED / str(src)
@@ -186,10 +191,10 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     imported_from = record.get("container")
     alike = imported_from == container or (imported_from in NESTED and container == "state_dict")
     table = record.get("table", "") if alike else getattr(family, "TABLES", {}).get(file.suffix, "")
-    published = dict(_in_table(family.published, model.config, table))
+    model, params, published, whole = _in_one_width(model, params, record, family, table)
     told = record.get("dtype", "float32")
     state, wider = tables.to_state(_in_table(family.keys, model.config, table), params, told)
-    notes = [f"{key}: its values do not fit the original's {told}, so it stays float32" for key in wider]
+    notes = whole + [f"{key}: its values do not fit the original's {told}, so it stays float32" for key in wider]
     if table != record.get("table", ""):  # under other keys
         kept = {}
     state |= kept or (_in_table(family.buffers, model.config, table) if hasattr(family, "buffers") else {})
@@ -214,6 +219,35 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
         for name, fields in {"config": published, **parts}.items():
             notes += _write_beside(file.with_name(f"{name}.json"), fields, file, overwrite or file is not dst)
     return notes
+
+
+def _in_one_width(
+    model: Model, params: trees.Tree, record: Mapping[str, Any], family: Any, table: str
+) -> tuple[Model, trees.Tree, dict[str, Any], list[str]]:
+    """A model as the original can hold it: (model, params, its published fields, notes)."""
+    try:
+        if narrow := parts.narrow_heads(model):
+            raise ValueError(
+                f"the original's heads are equally wide in all layers; this model has {', '.join(narrow)}. A pruned "
+                "model can't be exported."
+            )
+        return model, params, dict(_in_table(family.published, model.config, table)), []
+    except ValueError as err:
+        if "pruned_from" not in record:
+            raise ValueError(
+                f"{err} If it was pruned by removal, put the full model's config into the provenance of its folder, "
+                "`ltsm_jax.save(..., provenance={'pruned_from': full.config_to_dict()})`: then it is written at its "
+                "full size, with zeros."
+            ) from None
+    full = type(model)(type(model).config_from_dict(record["pruned_from"]))
+    published = dict(_in_table(family.published, full.config, table))
+    padded = parts.pad(model, params, full)
+    zeros = trees.count(padded) - trees.count(params)
+    note = (
+        f"the original can't hold layers of different widths: written at full size, {zeros:,} of "
+        f"{trees.count(padded):,} parameters are zeros in the place of what was removed"
+    )
+    return full, padded, published, [note]
 
 
 def _write_beside(path: Path, fields: Mapping[str, Any], file: Path, overwrite: bool) -> list[str]:

@@ -215,6 +215,13 @@ def _tables(model: Model, found: Iterable[Place]) -> dict[str, int]:
     return columns
 
 
+def narrow_heads(model: Model) -> list[str]:
+    """Fields of the config that say that heads are narrower than those of the model it was: "value_dims (7, 8)"."""
+    entries = {entry for g in model.prunable for entry in (g.values, g.scores, g.pairs) if entry}
+    told = {_field(entry): entry_of(model.config, _field(entry)) for entry in sorted(entries)}
+    return [f"{name} {value}" for name, value in told.items() if value]
+
+
 def pad(model: Model, params: Params, full: Model) -> Params:
     """The parameters that make `full` compute what a model with fewer parts computes: zeros where parts are missing.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import converters
 from ltsm_jax import trees
 from ltsm_jax.methods import finetune, removal, strategies
 from ltsm_jax.methods.pruning import full_masks, keep_experts, merge
@@ -55,7 +56,7 @@ def settings(name):
     """The small model; Time-MoE with key heads that heads share."""
     config = FAMILIES[name].small()
     if name == "time_moe":
-        config = dataclasses.replace(config, n_heads=(4, 4), n_kv_heads=(2, 2))
+        config = dataclasses.replace(config, d_model=32, n_heads=(4, 4), n_kv_heads=(2, 2))
     return FAMILIES[name](config)
 
 
@@ -288,3 +289,26 @@ def test_gradients_are_those_of_the_masked_model(name):
             np.testing.assert_allclose(trees.flatten(small)[path], flat[path], rtol=1e-4, atol=1e-6)
     for norm in (small, whole):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(norm))
+
+
+# the originals of the others hold no model as small as theirs here, pruned or not
+HELD = [name for name in FAMILIES if not name.startswith("moirai")]
+
+
+@pytest.mark.parametrize("name", [n if n == "timer" else pytest.param(n, marks=pytest.mark.slow) for n in HELD])
+def test_the_original_gets_zeros_where_parts_are_missing(name, tmp_path):
+    case = case_of(name)
+    model, params, _ = removal.remove(case.model, case.params, case.masks)
+    suffix = next(iter(getattr(converters.converter(name), "SUFFIXES", converters.SUFFIXES)))
+    library.save(tmp_path / "small", model, params)
+    with pytest.raises(ValueError, match="pruned_from"):
+        converters.export_checkpoint(tmp_path / "small", tmp_path / f"original{suffix}")
+    library.save(
+        tmp_path / "small", model, params, provenance={"pruned_from": case.model.config_to_dict()}, overwrite=True
+    )
+    notes = converters.export_checkpoint(tmp_path / "small", tmp_path / f"original{suffix}")
+    assert "written at full size" in notes[0]
+    _, read, *_ = converters.import_checkpoint(tmp_path / f"original{suffix}")
+    padded = removal.pad(model, params, case.model)
+    jax.tree.map(np.testing.assert_array_equal, read, padded)
+    assert trees.count(read) == trees.count(case.params)
