@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax import sharding
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.splits import Scaler
 from ltsm_jax.data.windows import Windows, windows_between
@@ -156,8 +157,10 @@ def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Arr
 
 
 @functools.partial(jax.jit, static_argnames=("model", "ims"))
-def _batch_errors(model: Model, params: Tree, values: jax.Array, starts: jax.Array, ims: bool) -> jax.Array:
-    x_BCT = jax.vmap(lambda t: jax.lax.dynamic_slice(values, (0, t), (values.shape[0], WINDOW)))(starts)
+def _batch_errors(
+    model: Model, params: Tree, values: jax.Array, starts: jax.Array, indices: jax.Array, ims: bool
+) -> jax.Array:
+    x_BCT = jax.vmap(lambda t: jax.lax.dynamic_slice(values, (0, t), (values.shape[0], WINDOW)))(starts[indices])
     y_BCT = model.reconstruct(params, x_BCT, ims=ims)
     if y_BCT.shape[-1] < WINDOW - TOKEN:
         raise ValueError(f"{model} covers only {y_BCT.shape[-1]} points of a window, scored are {WINDOW - TOKEN}")
@@ -166,8 +169,10 @@ def _batch_errors(model: Model, params: Tree, values: jax.Array, starts: jax.Arr
 
 def _window_errors(model, params, values, starts: np.ndarray, ims: bool, batch_size: int) -> np.ndarray:
     """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64 on the host."""
-    one_batch = lambda i: _batch_errors(model, params, values, jnp.asarray(starts[i], jnp.int32), ims)  # noqa: E731
-    return in_batches(one_batch, len(starts), batch_size)
+    mesh = sharding.mesh_of(params)
+    values, all_starts = sharding.replicate((values, jnp.asarray(starts, jnp.int32)), mesh)
+    one_batch = lambda i: _batch_errors(model, params, values, all_starts, i, ims)  # noqa: E731
+    return in_batches(one_batch, len(starts), batch_size, mesh)
 
 
 def window_starts(lo: int, hi: int) -> np.ndarray:

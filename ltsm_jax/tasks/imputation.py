@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax import sharding
 from ltsm_jax.data.windows import Windows
 from ltsm_jax.models.family import Batch, Model
 from ltsm_jax.tasks.batches import in_batches
@@ -134,7 +135,10 @@ def evaluate(
     """
     _check(model, rate)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
-    found = in_batches(lambda i: _batch_sums(model, params, windows, i, key, rate, ims), windows.n, batch_size)
+    mesh = sharding.mesh_of(params)
+    placed, placed_key = sharding.replicate((windows, key), mesh)
+    one_batch = lambda i: _batch_sums(model, params, placed, i, placed_key, rate, ims)  # noqa: E731
+    found = in_batches(one_batch, windows.n, batch_size, mesh)
     sums = {name: per_window.sum() for name, per_window in found.items()}
     if sums["points"] == 0:
         raise ValueError(

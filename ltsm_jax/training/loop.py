@@ -463,11 +463,11 @@ class _Fitting:
 
     def diagnose(self, epoch: int, place: int) -> str:
         """What is wrong with batch `place` of the epoch, whose update was not applied; the batch is taken once more."""
-        indices, weight = windows.batch_at(self.order, place, self.batch_size)
+        rows = windows.batch_at(jnp.asarray(sharding.on_host(self.order)), place, self.batch_size)
+        indices, weight = map(np.asarray, rows)
         batch, key = self.source.gather(indices), jax.random.fold_in(self.keys["dropout"], self.position.step)
-        loss, grads = _gradients(
-            self.state["params"], self.frozen, batch | {"weight": weight}, key, self.loss_fn, self.penalty, self.how
-        )
+        placed = sharding.replicate(batch | {"weight": weight}, self.mesh)
+        loss, grads = _gradients(self.state["params"], self.frozen, placed, key, self.loss_fn, self.penalty, self.how)
         lines = [
             f"loss {float(loss)} at step {self.position.step + 1} "
             f"(epoch {epoch + 1}, batch {place + 1} of {self.steps_per_epoch})"

@@ -13,7 +13,7 @@ import sharded_runs  # forces the devices
 import jax  # isort: skip
 from ltsm_jax import hosts, sharding
 from ltsm_jax.data.windows import batch_at
-from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks import forecasting, imputation
 from ltsm_jax.training import TrainConfig, fit, loop
 
 RUNS = {  # (mesh or None for one device, devices, step after which SIGTERM stops it, or None)
@@ -57,5 +57,13 @@ def run(folder, legs):
     return found | {name: [line[name] for line in lines if name in line] for name in ("loss", "val_mse")}
 
 
+def hidden_error(mesh):
+    model, params, windows = sharded_runs.problem("timer")
+    params = sharding.shard(params, model.shard_rules, mesh)[0] if mesh else params
+    return imputation.evaluate(model, params, windows, batch_size=10)["mse"]
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: run(Path(sys.argv[1]) / name, legs) for name, legs in RUNS.items()}))
+    done = {name: run(Path(sys.argv[1]) / name, legs) for name, legs in RUNS.items()}
+    done["imputation"] = [hidden_error(mesh) for mesh in (None, sharding.make_mesh("data=2,fsdp=4"))]
+    print(json.dumps(done))

@@ -117,3 +117,4 @@ def test_a_run_on_eight_devices_goes_on_with_two_and_with_one_and_back(tmp_path)
         assert found[name]["batches"] == found["8"]["batches"]
         for what in ("loss", "val_mse"):
             np.testing.assert_allclose(found[name][what], found["8"][what], rtol=2e-5)
+    np.testing.assert_allclose(*found["imputation"], rtol=2e-5)
