@@ -6,7 +6,8 @@ Run:    python -m experiments.sff --data ETTh1 --model timer-tiny --methods zero
         python -m experiments.sff --data my.csv --target sales --horizon 48 --out runs/mine
 Gives:  a table on the terminal and, in the folder of --out: results.csv (a row per method, alpha and seed), report.md
         with pictures, and cells/<method>-seed<n>/ with the tuned model, its training history and example forecasts.
-        The same command again continues where the last one stopped; finished cells are not run again.
+        The same command again continues where the last one stopped; finished cells are not run again. SIGTERM stops
+        it after a checkpoint, exit code 75. On several hosts: the same command on each, see `experiments/launch.py`.
 Differs from the released script (Meteor-Stars/SFF): the next-token loss is the default (--mode direct is theirs), the
         best-validation weights are restored, tfs and sff share one random model, borders of ETTm1 and PEMS and the
         few-shot subset are correct (--quirks etm1_typo,pems_ratio,few_shot_stride for theirs).
