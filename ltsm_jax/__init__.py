@@ -2,6 +2,7 @@
 
 from ltsm_jax.methods.finetune import fit, forecast
 from ltsm_jax.methods.pruning import prune
+from ltsm_jax.methods.removal import remove
 from ltsm_jax.models import Forecast, Model, preset
 from ltsm_jax.models.library import load, save
 from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
@@ -18,6 +19,7 @@ __all__ = [
     "load",
     "preset",
     "prune",
+    "remove",
     "save",
     "shrink_and_perturb",
     "soup",

@@ -320,14 +320,8 @@ def fit(
         raise ValueError(f"keep must be 'best' or 'tuned'; got {keep!r}")
     chosen = strategy(method, alpha=alpha)
     mode = mode or default_mode(model)
-    if isinstance(data, Splits):
-        splits = data
-    else:
-        series = as_series(data, target=target)
-        model, params = ready_for(model, params, series, seed)
-        joint = model.variates == "joint"
-        lengths = context_len or model.recipe().context_len, horizon or model.recipe().horizon
-        splits = prepare(series, *lengths, few_shot=few_shot, joint=joint)
+    model, params, splits = as_splits(model, params, data, horizon=horizon, context_len=context_len, target=target,
+                                      few_shot=few_shot, seed=seed)  # fmt: skip
     before = forecasting.errors(model, params, splits.val)
     result = run(model, params, chosen, splits, seed=seed, config=config, mode=mode, folder=folder, test=False,
                  show_progress=show_progress)  # fmt: skip
@@ -391,6 +385,27 @@ def as_series(data: str | Path | pd.DataFrame | Series, **read: Any) -> Series:
     if isinstance(data, Series):
         return data
     return read_series(data, **read) if isinstance(data, pd.DataFrame) else load_series(data, **read)
+
+
+def as_splits(
+    model: Model,
+    params: Params,
+    data: str | Path | pd.DataFrame | Series | Splits,
+    *,
+    horizon: int | None = None,
+    context_len: int | None = None,
+    target: str | Sequence[str] | None = None,
+    few_shot: float = 1.0,
+    seed: int = 0,
+) -> tuple[Model, Params, Splits]:
+    """(model, params, splits): the windows of `data`, and the model made ready for them; arguments as in `fit`. Splits
+    come back as they are, and the model with them."""
+    if isinstance(data, Splits):
+        return model, params, data
+    series = as_series(data, target=target)
+    model, params = ready_for(model, params, series, seed)
+    lengths = context_len or model.recipe().context_len, horizon or model.recipe().horizon
+    return model, params, prepare(series, *lengths, few_shot=few_shot, joint=model.variates == "joint")
 
 
 def default_mode(model: Model) -> Mode:

@@ -250,6 +250,14 @@ def prune(model, pre, few):
     return prune
 
 
+def test_data_of_a_name_or_a_series_is_split_as_fit_does(prune, model, pre, series):
+    found = ltsm_jax.prune(
+        model, pre, series, few_shot=0.2, epochs=1, ratio=0.3, ema=0.5, batch_size=16, mode="ims", show_progress=False
+    )
+    assert found.splits.few_shot == 0.2 and found.splits.test.horizon == model.horizon
+    assert found.pruned.keys() == pre.keys() and 0 < pruning.share_left(found.masks) < 1
+
+
 def test_a_run_follows_its_schedule(prune, model, pre, few):
     n = math.ceil(few.train.n / 16)
     found = prune(epochs=2, patience=5)

@@ -13,9 +13,10 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
 from ltsm_jax import hosts, storage, training, trees
-from ltsm_jax.data import Splits, Windows
+from ltsm_jax.data import Series, Splits, Windows
 from ltsm_jax.data import windows as orders
 from ltsm_jax.layers.masks import merge, weights
 from ltsm_jax.methods import finetune
@@ -44,8 +45,9 @@ class PruneResult:
     """What pruning gave.
 
     Attributes:
-      model, params: what the masks are for: those handed in, or with experts taken out. The weights are not masked;
-        fine-tuning starts from them (`finetune.run(model, params, ..., masks=masks)`), `pruned` is without it.
+      model, params: what the masks are for: those handed in, made ready for the data, or with experts taken out. The
+        weights are not masked: fine-tuning starts from them (`finetune.run(model, params, ..., splits, masks=masks)`).
+        `pruned` has the masks in it, `ltsm_jax.remove` makes the model smaller.
       masks: of the epoch with the lowest validation MSE; ones where no channel was pruned.
       scores: importance of every channel then, 0 for pruned ones, NaN where none is known (without any pruning step, or
         of an expert that no token has reached).
@@ -56,6 +58,7 @@ class PruneResult:
       cuts: validation metrics of `cut(order, share)`, by share, where asked for.
       usage: of experts, see `expert_usage`; None where no threshold was given.
       stopped: why no further epoch followed: "epochs", "patience", or "max_prune_ratio".
+      splits: of the data.
     """
 
     model: Model
@@ -68,6 +71,7 @@ class PruneResult:
     cuts: dict[float, dict[str, Any]]
     usage: dict[str, np.ndarray] | None
     stopped: str
+    splits: Splits
 
     @property
     def pruned(self) -> Params:
@@ -78,10 +82,14 @@ class PruneResult:
 def prune(
     model: Model,
     params: Params,
-    splits: Splits,
+    data: str | Path | pd.DataFrame | Series | Splits,
     *,
     ratio: float,
     ema: float,
+    horizon: int | None = None,
+    context_len: int | None = None,
+    target: str | Sequence[str] | None = None,
+    few_shot: float = 1.0,
     score: Score = "taylor2",
     epochs: int = 10,
     batch_size: int | None = None,
@@ -111,8 +119,10 @@ def prune(
 
     Args:
       params: pretrained weights; not modified.
-      splits: from `data.prepare`; its training windows, and its validation windows at their horizon.
+      data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series`, or ready `Splits`; its training windows,
+        and its validation windows at their horizon, are looked at.
       ratio: pruned per epoch, in (0, 1). ema: weight of the NEW score, in (0, 1].
+      horizon, context_len, target, few_shot: of data that is not `Splits`, see `fit`.
       score: see `importance_of`.
       epochs: at most; 0 prunes no channel (experts alone, or ones).
       batch_size: windows of one batch; None: the recipe's.
@@ -134,11 +144,13 @@ def prune(
     Raises: ValueError listing arguments out of range, for quirks that are unknown or refused, for a folder that has
       another run, or on several hosts; training.NonFiniteError.
     Source: see the module's docstring; published grids: ratio 0.01 to 0.9, ema 0.1, 0.2, 0.4, 0.5, 0.8.
-    Example: `found = ltsm_jax.prune(model, params, splits, ratio=0.2, ema=0.5, macro_batch=8192)`
+    Example: `found = ltsm_jax.prune(model, params, "ETTh1", ratio=0.2, ema=0.5, macro_batch=8192)`
     """
     if hosts.count() > 1:
         raise ValueError("prune runs in one process; prune there, and fine-tune with its masks on all hosts")
     _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, stride, ratios, chunk)
+    model, params, splits = finetune.as_splits(model, params, data, horizon=horizon, context_len=context_len,
+                                               target=target, few_shot=few_shot, seed=seed)  # fmt: skip
     mode = mode or finetune.default_mode(model)
     windows = _strided(finetune.training_windows(model, splits, mode), stride)
     full_masks(model, include_embed=include_embed, include_head=include_head, quirks=quirks)  # says what is wrong early
@@ -198,6 +210,7 @@ def prune(
         cuts=cuts,
         usage=usage,
         stopped=pruning.stopped,
+        splits=splits,
     )
 
 
