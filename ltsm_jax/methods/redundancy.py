@@ -10,7 +10,7 @@ Source: the statistics of SJTU-DMTai/Prune-then-Finetune (commit e5b924c), "Less
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from ltsm_jax.layers import taps
 from ltsm_jax.methods import finetune
 from ltsm_jax.models import Batch, Model
 from ltsm_jax.models.family import Group
+from ltsm_jax.models.parts import places
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import progress
 
@@ -113,15 +114,15 @@ def measure(
     return Redundancy(heads, units, tokens)
 
 
-def _groups(model: Model, params: Params) -> Iterator[tuple[str, Group]]:
-    """The modules of `params` that the model's groups of heads and units name, by path."""
+def _groups(model: Model, params: Params) -> list[tuple[str, Group]]:
+    """The modules of `params` that the model's groups of heads and units name, by path, layer by layer."""
     flat = trees.flatten(params)
-    modules = sorted({path[: i.start()] for path in flat for i in re.finditer("/", path)}, key=_natural)
-    for group in model.prunable:
-        for path in modules:
-            there = f"{path}/{group.takes[0]}/kernel" in flat
-            if group.kind != "experts" and there and re.fullmatch(group.pattern, path):
-                yield path, group
+    found = [
+        (place.path, place.group)
+        for place in places(model, flat)
+        if place.group.kind != "experts" and f"{place.path}/{place.group.takes[0]}/kernel" in flat
+    ]
+    return sorted(found, key=lambda pair: _natural(pair[0]))
 
 
 def _natural(path: str) -> list[Any]:
@@ -134,7 +135,7 @@ _gather = jax.jit(Windows.gather)  # apart from the rest: parts of other sizes n
 @functools.partial(jax.jit, static_argnames=("model", "mode"))
 def _sums(model: Model, mode: finetune.Mode, params: Params, batch: Batch) -> dict[str, Any]:
     """Sums over the tokens of a batch, by module."""
-    groups = list(_groups(model, params))
+    groups = _groups(model, params)
     inside = {path: f"{path}/{group.takes[0]}" for path, group in groups}
     layers = {path: path.rpartition("/")[0] for path, group in groups if group.kind == "heads"}
     with taps.arguments_of({*inside.values(), *layers.values()}) as seen:
