@@ -43,9 +43,10 @@ def part_of(series: Series, context: int, horizon: int, file: Path) -> Path:
     return file
 
 
-def run(family: str, series: Series, out: Path, methods: str) -> pd.DataFrame:
+def run(family: str, series: Series, out: Path, methods: str, more: Sequence[str] = ()) -> pd.DataFrame:
     """One family through every method: the rows of its results.csv, and the seconds it took.
 
+    more: further flags of `experiments.sff`, such as --mesh.
     Raises: RuntimeError when `experiments.sff` gives up.
     """
     began = time.monotonic()
@@ -56,7 +57,7 @@ def run(family: str, series: Series, out: Path, methods: str) -> pd.DataFrame:
     data = part_of(series, context, horizon, out / "data.csv")
     flags = {"data": data, "model": out / "model", "methods": methods, "seeds": 0, "epochs": 1, "batch-size": 16,
              "context": context, "horizon": horizon, "out": out / "sff"}  # fmt: skip
-    if sff.main([text for name, value in flags.items() for text in (f"--{name}", str(value))]):
+    if sff.main([*(text for name, value in flags.items() for text in (f"--{name}", str(value))), *more]):
         raise RuntimeError(f"{family}: experiments.sff failed (above)")
     found = pd.read_csv(out / "sff" / "results.csv")
     found.insert(0, "family", family)
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", default=",".join(FAMILIES), help="[all]")
     parser.add_argument("--methods", default=",".join(STRATEGIES), help="[all]")
     parser.add_argument("--out", type=Path, default=Path("runs/all-families"), help="made anew [runs/all-families]")
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)  # the rest, such as --mesh, is for experiments.sff
     names = args.families.split(",")
     if unknown := [n for n in names if n not in FAMILIES]:
         near = [m for n in unknown for m in difflib.get_close_matches(n, FAMILIES, 1)]
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         (args.out / name).mkdir()
         try:
-            found.append(run(name, series, args.out / name, args.methods))
+            found.append(run(name, series, args.out / name, args.methods, more))
         except (ValueError, RuntimeError) as err:
             failed[name] = str(err)
     table = Table(title=f"{series.name}, small random models, one epoch", title_justify="left")

@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m experiments.demo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results [runs/demo]")
-    parser.add_argument("--model", default="timer-tiny", help="as for experiments.sff [timer-tiny]")
-    args = parser.parse_args(argv)
+    parser.add_argument("--model", default="timer-tiny", help="as for experiments.sff [timer-tiny], as further flags")
+    args, more = parser.parse_known_args(argv)
     data = "ETTh1"
     try:
         load_series(data)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{bar}\nNO REAL DATA: ETTh1 could not be had.\n{err}\nGoing on with a GENERATED series, {data}: "
               f"its numbers say nothing about real data.\n{bar}")  # fmt: skip
     out = args.out / Path(data).stem
-    code = sff.main(["--data", data, "--model", args.model, "--methods", METHODS, *BUDGET, "--out", str(out)])
+    code = sff.main(["--data", data, "--model", args.model, "--methods", METHODS, *BUDGET, "--out", str(out), *more])
     if code == 0:
         picture = out / "plots" / "forecasts.png"
         print(f"picture: {picture}" if picture.is_file() else "no picture: " + report.NO_PICTURES)
