@@ -42,7 +42,9 @@ def _flops(equation: Any) -> int:
     inner = [product_flops(j) for value in parameters.values() for j in _jaxprs(value)]
     if name == "cond":
         return max(inner)
-    return sum(inner) * (parameters["length"] if name == "scan" else 1)
+    # inside shard_map the shapes are those of one device
+    times = {"scan": lambda: parameters["length"], "shard_map": lambda: parameters["mesh"].size}
+    return sum(inner) * times.get(name, lambda: 1)()
 
 
 def _jaxprs(value: Any) -> list[Any]:

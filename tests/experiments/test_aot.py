@@ -105,6 +105,12 @@ def test_other_products():
     assert product_flops(branches) == 2 * 2 * 4**3
 
 
+def test_what_each_device_computes_counts_for_all():
+    mesh, spec = jax.sharding.AbstractMesh((4,), ("data",)), jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert product_flops(jax.make_jaxpr(split)(jnp.ones((8, 3)))) == 4 * (2 * 2 * 2 * 3)
+
+
 def test_rows_of_experts_count_once_forward_and_backward():
     rows, kernels, sizes = jnp.ones((6, 4)), jnp.ones((3, 4, 5)), jnp.asarray([1, 2, 3])
 
