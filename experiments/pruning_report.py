@@ -27,10 +27,20 @@ from ltsm_jax.methods.redundancy import heat_map
 
 GROUP = ["method", "alpha", "ratio", "ema"]
 MEANS = ("val_mse", "val_mae", "test_mse", "test_mae", "parameters", "nonzero_parameters", "whole_parameters")
-MEANS += ("latency_ms", "speedup", "channels_left", "seconds")
+MEANS += ("latency_ms", "whole_latency_ms", "speedup", "channels_left", "seconds")
 PRUNED = "#882255"
 GAP = 1e-5  # most that a forecast may differ between the masked model and the one with parts taken out, in scaled units
-HEADER = ["arm", "seeds", "parameters", "latency, ms", "speedup", "val MSE", "test MSE", "test MAE", "vs zero-shot, %"]
+HEADER = [
+    "arm",
+    "seeds",
+    "parameters",
+    "ms (whole)",
+    "speedup",
+    "val MSE",
+    "test MSE",
+    "test MAE",
+    "vs zero-shot, %",
+]
 HEADER += ["vs the whole, %", "epochs", "seconds"]
 
 
@@ -52,7 +62,7 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
       and vs_whole{"", _std}: per cent, each seed against the same seed of zero-shot, and of the same fine-tuning of the
       whole model (of a pruned model that is not tuned: zero-shot); NaN where there is nothing to compare with.
     """
-    results = results.reindex(columns=[*dict.fromkeys([*results.columns, "latency_ms", "speedup", "channels_left"])])
+    results = results.reindex(columns=[*dict.fromkeys([*results.columns, *MEANS])])
     by_seed = {arm: g.set_index("seed")["test_mse"] for arm, g in results.groupby(["method", "alpha"], dropna=False)}
     by_seed = {(m, None if pd.isna(a) else a): values for (m, a), values in by_seed.items()}
     zero, rows = by_seed.get(("zero_shot", None)), []
@@ -74,28 +84,25 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def sized(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary with latency and speedup of tuned arms: those of the pruned model with the same masks."""
-    found = summary.copy()
-    same = {(r.ratio, r.ema): (r.latency_ms, r.speedup) for r in summary.itertuples() if r.method == "pruned"}
-    for i, r in enumerate(found.itertuples()):
-        if r.method.startswith("pruned+") and (r.ratio, r.ema) in same:
-            latency, speedup = same[r.ratio, r.ema]
-            found.loc[found.index[i], ["latency_ms", "speedup"]] = latency, speedup
+    """The summary with times and speedup of tuned arms: those of the pruned model with the same masks."""
+    found, times = summary.copy(), ["latency_ms", "whole_latency_ms", "speedup"]
+    same = {(r["ratio"], r["ema"]): r[times] for _, r in summary.iterrows() if r["method"] == "pruned"}
+    for i, r in summary.iterrows():
+        if r["method"].startswith("pruned+") and (r["ratio"], r["ema"]) in same:
+            found.loc[i, times] = same[r["ratio"], r["ema"]]
     return found
 
 
-def _body(summary: pd.DataFrame, whole_ms: float) -> list[list[str]]:
+def _body(summary: pd.DataFrame) -> list[list[str]]:
     body = []
     for r in sized(summary).itertuples():
-        whole = not r.method.startswith("pruned")
-        latency = whole_ms if whole else r.latency_ms
         body.append(
             [
                 label(r.method, r.alpha, r.ratio, r.ema),
                 str(r.seeds),
                 f"{r.parameters:,.0f} ({100 * r.parameters / r.whole_parameters:.0f} %)",
-                "" if pd.isna(latency) else f"{latency:.2f}",
-                "" if whole or pd.isna(r.speedup) else f"{r.speedup:.2f}x",
+                "" if pd.isna(r.latency_ms) else f"{r.latency_ms:.2f} ({r.whole_latency_ms:.2f})",
+                "" if pd.isna(r.speedup) else f"{r.speedup:.2f}x",
                 spread(r.val_mse, r.val_mse_std),
                 spread(r.test_mse, r.test_mse_std),
                 spread(r.test_mae, r.test_mae_std),
@@ -196,16 +203,17 @@ def plot_heat_map(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     figure.savefig(path)
 
 
-def plot_pareto(summary: pd.DataFrame, whole_ms: float, path: Path) -> bool:
-    """Test MSE against latency: every pruned arm, and the whole ones; a line joins those that no other beats in both.
+def plot_pareto(summary: pd.DataFrame, path: Path) -> bool:
+    """Test MSE against the time of a forecast as a share of the whole model's: every arm; a line joins those that no
+    other beats in both.
 
     Returns: False where nothing was timed.
     """
     timed = sized(summary)
-    timed["latency_ms"] = timed["latency_ms"].where(timed["method"].str.startswith("pruned"), whole_ms)
-    timed = timed[timed["latency_ms"].notna()]
-    if timed.empty:
+    if timed["speedup"].isna().all():
         return False
+    timed["time"] = (1 / timed["speedup"]).where(timed["method"].str.startswith("pruned"), 1.0)
+    timed = timed[timed["time"].notna()]
     figure, ax = new_figure(8, 4.8)
     markers = dict(zip([None, *sorted(timed["ema"].dropna().unique())], "sovD^P*X<>", strict=False))
     named = set()
@@ -215,7 +223,7 @@ def plot_pareto(summary: pd.DataFrame, whole_ms: float, path: Path) -> bool:
         colour = PRUNED if pruned and not tuning else COLOURS.get(tuning or r.method, "#555555")
         text = label(r.method, r.alpha).replace("pruned", "pruned" if pruned else "")
         ax.errorbar(
-            r.latency_ms,
+            r.time,
             r.test_mse,
             yerr=np.nan_to_num(r.test_mse_std),
             fmt=markers.get(None if pd.isna(r.ema) else r.ema, "o"),
@@ -226,16 +234,14 @@ def plot_pareto(summary: pd.DataFrame, whole_ms: float, path: Path) -> bool:
         )
         named.add(text)
         if pruned:
-            ax.annotate(
-                f"{r.ratio:g}", (r.latency_ms, r.test_mse), xytext=(4, 4), textcoords="offset points", fontsize=8
-            )
+            ax.annotate(f"{r.ratio:g}", (r.time, r.test_mse), xytext=(4, 4), textcoords="offset points", fontsize=8)
     front, lowest = [], np.inf
-    for r in timed.sort_values(["latency_ms", "test_mse"]).itertuples():
+    for r in timed.sort_values(["time", "test_mse"]).itertuples():
         if r.test_mse < lowest:
-            front.append((r.latency_ms, r.test_mse))
+            front.append((r.time, r.test_mse))
             lowest = r.test_mse
     ax.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
-    ax.set_xlabel("latency of one forecast, ms", fontsize=10)
+    ax.set_xlabel("time of a forecast, as a share of the whole model's", fontsize=10)
     ax.set_ylabel("test MSE, scaled data", fontsize=10)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
@@ -257,11 +263,6 @@ def read_folder(folder: Path) -> tuple[pd.DataFrame, dict, dict]:
     return pd.read_csv(folder / "results.csv"), *found
 
 
-def whole_latency(results: pd.DataFrame) -> float:
-    """Milliseconds of the whole model, mean over all the times it was measured; NaN where it was not."""
-    return float(results["whole_latency_ms"].mean()) if "whole_latency_ms" in results else float("nan")
-
-
 def write_report(folder: str | Path) -> Path:
     """Write report.md, and its pictures where matplotlib is installed, into the folder of a comparison.
 
@@ -269,7 +270,7 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     results, run, choice = read_folder(folder)
-    settings, summary, whole_ms = run["settings"], summarise(results), whole_latency(results)
+    settings, summary = run["settings"], summarise(results)
     records = {f.parent.name: json.loads(f.read_text()) for f in sorted((folder / "cells").glob("*/result.json"))}
     masks = next(r["sparsity"] for r in records.values() if r["row"]["method"] == "pruned"
                  and (r["row"]["ratio"], r["row"]["ema"]) == (choice["ratio"], choice["ema"]))  # fmt: skip
@@ -280,8 +281,8 @@ def write_report(folder: str | Path) -> Path:
         plots.mkdir(exist_ok=True)
         plot_heat_map(masks, plots / "sparsity.png", title)
         pictures.append(("sparsity", f"{title}: 1 - kept inputs x kept outputs, per cent."))
-        if plot_pareto(summary, whole_ms, plots / "pareto.png"):
-            text = "Error against latency; numbers beside the points: ratio. Marker: EMA. Squares: the whole model."
+        if plot_pareto(summary, plots / "pareto.png"):
+            text = "Error against time; numbers beside the points: ratio. Marker: EMA. Squares: the whole model."
             pictures.append(("pareto", text))
     dropout_off = "no-dropout" in (settings["quirks"] or "").split(",")
     lines = [
@@ -290,12 +291,14 @@ def write_report(folder: str | Path) -> Path:
         "",
         verdict(summary),
         "",
-        markdown_table(HEADER, _body(arms(summary, choice["ratio"], choice["ema"]), whole_ms)),
+        markdown_table(HEADER, _body(arms(summary, choice["ratio"], choice["ema"]))),
         "",
         "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
         "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed; the whole is the "
-        "same fine-tuning without masks. Parameters are counted with parts taken out. Weights are those of the epoch "
-        f"with the lowest validation MSE. Every window is scored: {run['windows']['val']:,} for validation, "
+        "same fine-tuning without masks. Parameters are counted with parts taken out; times are means of runs in turn "
+        "with the whole model; the speedup is the median ratio of neighbours, which other work disturbs least. Weights "
+        "are those of the epoch with the lowest validation MSE. Every window is scored: "
+        f"{run['windows']['val']:,} for validation, "
         f"{run['windows']['test']:,} for test.",
         "",
         "## Choice",
@@ -353,7 +356,7 @@ def print_table(folder: str | Path, console: Console | None = None) -> None:
     results, run, choice = read_folder(Path(folder))
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 180)  # a log file has no width: never cut a number
+        console.width = max(console.width, 200)  # a log file has no width: never cut a number
     s, summary = run["settings"], summarise(results)
     shown = arms(summary, choice["ratio"], choice["ema"])
     title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"
@@ -361,7 +364,7 @@ def print_table(folder: str | Path, console: Console | None = None) -> None:
     for name in HEADER:
         table.add_column(name, justify="left" if name == "arm" else "right")
     best = int(np.argmin(shown["val_mse"].to_numpy()))
-    for i, cells in enumerate(_body(shown, whole_latency(results))):
+    for i, cells in enumerate(_body(shown)):
         table.add_row(*cells, style="bold" if i == best else None)
     console.print(table)
     console.print(verdict(summary), highlight=False)
