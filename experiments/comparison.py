@@ -519,6 +519,8 @@ def keep(
     if final[1] is not c.params:
         made = {"source": c.settings["model"], "method": cell.name, "command": c.options.command()}
         made["git_commit"] = row["git_commit"]
+        if final[0] != c.model:  # parts were removed: an export needs to know from what
+            made["pruned_from"] = c.model.config_to_dict()
         ltsm_jax.save(folder / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import converters
-from ltsm_jax import trees
+from ltsm_jax import sharding, trees
 from ltsm_jax.methods import finetune, removal, strategies
 from ltsm_jax.methods.pruning import full_masks, keep_experts, merge
 from ltsm_jax.models import FAMILIES, library, parts
@@ -136,6 +136,8 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
     merged = merge(case.params, case.masks)
     model, params, masks = removal.remove(case.model, case.params, case.masks)
     trees.require_same(library.shapes(model), params)
+    mesh: Any = sharding.make_mesh("data=1", jax.devices()[:1])
+    sharding.specs(params, model.shard_rules, mesh)  # has a rule for each
     wanted = case.numbers(case.model, merged)
     same(case.numbers(model, params), wanted)
     assert np.abs(case.numbers(case.model, case.params)[0] - wanted[0]).max() > 1e-2, "the masks must matter"
