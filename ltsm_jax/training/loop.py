@@ -756,7 +756,7 @@ def _bytes_on_one(tree: Tree) -> int:
 
 
 def _bytes(tree: Tree) -> int:
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
 
 
 def _gb(n: int) -> str:
