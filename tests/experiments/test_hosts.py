@@ -91,6 +91,7 @@ def check_same(out, want):
     assert settings[0] == settings[1]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_on_sigterm_go_on_with_eight_devices_and_give_the_numbers_of_one(
     waves, micro, tmp_path, capsys
 ):

@@ -1,5 +1,6 @@
 """Training over a mesh of devices against training on one."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 from ltsm_jax import sharding, trees
 
-MESHES = ("data=8", "fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
+MIXED = "data=2,fsdp=2,tensor=2"
+MESHES = ("data=8", "fsdp=8", "data=4,tensor=2", MIXED)
 
 
 def runs(family, *texts):
@@ -31,19 +33,36 @@ def check_same(found, want, noise=None):
         assert worst <= bound, f"{path}: {worst}, {bound} is allowed"
 
 
+@functools.cache
+def some(*texts):
+    return runs("timer", "one", *texts)
+
+
 @pytest.fixture(scope="module")
 def timer():
-    return runs("timer", "one", *MESHES, "one:accumulate=2", "data=4,fsdp=2:accumulate=2", "one:compute=bfloat16",
-                "data=8:compute=bfloat16", "one:remat=all but products", "data=1,fsdp=1,tensor=8")  # fmt: skip
+    """Results by text, of the group that the text is in: the first is for every day, the second for the slow part."""
+    groups = (
+        (MIXED, "data=4,fsdp=2:accumulate=2", "one:remat=all but products"),
+        (*MESHES[:-1], "one:accumulate=2", "one:compute=bfloat16", "data=8:compute=bfloat16", "data=1,fsdp=1,tensor=8"),
+    )
+
+    class Found:
+        def __getitem__(self, text):
+            return some(*next(group for group in groups if text in ("one", *group)))[text]
+
+    return Found()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+EVERY = [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:-1]), MIXED]
+
+
+@pytest.mark.parametrize("mesh", EVERY)
 def test_any_mesh_trains_as_one_device_does(timer, mesh):
     check_same(timer[mesh], timer["one"])
     assert timer[mesh]["compiled"] == 1, "the second step must not be compiled again"
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", EVERY)
 def test_parameters_stay_where_they_were_put(timer, mesh):
     assert timer[mesh]["start"] == timer[mesh]["end"]
     split = timer[mesh]["split"]
@@ -52,6 +71,7 @@ def test_parameters_stay_where_they_were_put(timer, mesh):
     assert split["layer_0/norm1/scale"] == 1
 
 
+@pytest.mark.slow
 def test_what_the_mesh_does_not_divide_stays_whole_and_is_said(timer):
     found = timer["data=1,fsdp=1,tensor=8"]
     check_same(found, timer["one"])
@@ -60,13 +80,21 @@ def test_what_the_mesh_does_not_divide_stays_whole_and_is_said(timer):
     assert found["split"]["layer_0/up/kernel"] == 8  # 24 units
 
 
-@pytest.mark.parametrize("text", ["one:accumulate=2", "data=4,fsdp=2:accumulate=2", "one:remat=all but products"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("one:accumulate=2", marks=pytest.mark.slow),
+        "data=4,fsdp=2:accumulate=2",
+        "one:remat=all but products",
+    ],
+)
 def test_parts_and_recomputation_change_nothing_but_memory(timer, text):
     # dropout draws other numbers for parts; the small Timer has the published dropout, so compare with care
     check = timer[text]
     np.testing.assert_allclose(check["losses"], timer["one"]["losses"], rtol=2e-5 if "remat" in text else 0.05)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_keep_float32_parameters(timer):
     one, many = timer["one:compute=bfloat16"], timer["data=8:compute=bfloat16"]
     assert one["dtypes"] == many["dtypes"] == ["float32"]
