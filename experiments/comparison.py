@@ -34,7 +34,7 @@ from ltsm_jax.data import Series, Splits, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import finetune
-from ltsm_jax.methods.strategies import Strategy
+from ltsm_jax.methods.strategies import MIXED, Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig
@@ -187,6 +187,11 @@ class Options:
         names = (Path(name).name.split(".")[0] for name in (self.data, self.model))
         return Path(self.out or f"runs/{'-'.join((self.program.split('.')[-1], *names))}")
 
+    @property
+    def tunings(self) -> tuple[tuple[str, float | None], ...]:
+        """(method, alpha) of every kind of run; alpha None where a method has none."""
+        return tuple((m, alpha) for m in self.methods for alpha in (self.alpha if m in MIXED else (None,)))
+
     def command(self) -> str:
         """The command line that asks for these options; defaults are left out, but for the names of data and model."""
         parts = ["python", "-m", self.program]
@@ -240,6 +245,13 @@ def read_flags(
             continue
         values[field] = tuple(value) if isinstance(value, list) else value
     return values, problems
+
+
+def alpha_problems(values: Mapping[str, Any], methods: Sequence[str]) -> list[str]:
+    """What is wrong with an alpha that was given, if any; methods: the default ones."""
+    if "alpha" not in values or set(values.get("methods", methods)) & set(MIXED):
+        return []
+    return [f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +324,7 @@ def resolve(options: Options) -> Comparison:
     if loaded is None:
         raise UsageError("\n".join(problems))
     model, params = loaded
-    sha256 = hashlib.sha256(json.dumps(storage.digests(params)).encode()).hexdigest()[:16]  # before they are split
+    sha256 = storage.sha256_of(params)[:16]  # before they are split
     mesh = attempt(sharding.make_mesh, options.mesh)
     if mesh is not None:
         params, notes = sharding.shard(params, model.shard_rules, mesh)

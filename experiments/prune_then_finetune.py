@@ -39,7 +39,7 @@ from experiments.comparison import FLAGS, PARSERS, TINY, Comparison, UsageError,
 from ltsm_jax import hosts, trees
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import finetune, pruning, redundancy, removal
-from ltsm_jax.methods.strategies import MIXED, STRATEGIES, strategy
+from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
 
 PASS_RATIO = 0.5  # per epoch, of a run that is cut at --ratios
@@ -133,9 +133,7 @@ def parse(argv: Sequence[str]) -> Options:
         problems.append("give --ratios (shares of all channels, from one pruning run) or --ratio (shares per epoch)")
     if "ratios" in values and len(values.get("ratio", ())) > 1:
         problems.append("--ratios are cut from one pruning run, so that --ratio takes one value beside it")
-    if "alpha" in values and not set(values.get("methods", Options.methods)) & set(MIXED):
-        problems.append(f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods")
-    if problems:
+    if problems := problems + comparison.alpha_problems(values, Options.methods):
         raise UsageError("\n".join(problems))
     return Options(**values)
 
@@ -211,14 +209,9 @@ def _candidates(options: Options) -> dict[str, Any]:
     }
 
 
-def tunings(options: Options) -> list[tuple[str, float | None]]:
-    """(method, alpha) of every kind of fine-tuning."""
-    return [(m, alpha) for m in options.methods for alpha in (options.alpha if m in MIXED else (None,))]
-
-
 def whole_cells(options: Options) -> list[Cell]:
     """The arms of the model that is not pruned."""
-    arms = [("zero_shot", None), *tunings(options)]
+    arms = [("zero_shot", None), *options.tunings]
     return [Cell(method, alpha, None, None, seed) for method, alpha in arms for seed in options.seeds]
 
 
@@ -238,7 +231,7 @@ def tuned_cells(options: Options, pairs: Sequence[tuple[float, float]]) -> list[
         Cell(f"pruned+{method}", alpha, ratio, ema, seed)
         for seed in options.seeds
         for ratio, ema in pairs
-        for method, alpha in tunings(options)
+        for method, alpha in options.tunings
     ]
 
 
@@ -263,7 +256,7 @@ def plan(c: Comparison) -> str:
 
 def _n_tuned(o: Options) -> int:
     pairs = {"chosen": 1, "each": len(o.shares), "all": len(o.shares) * len(o.ema)}[o.tune]
-    return pairs * len(tunings(o)) * len(o.seeds)
+    return pairs * len(o.tunings) * len(o.seeds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -372,17 +372,7 @@ def print_table(folder: str | Path, console: Console | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.pruning_report FOLDER`."""
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    try:
-        print_table(argv[0])
-        print(write_report(argv[0]))
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+    return report.command(argv, __doc__, print_table, write_report)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plo
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -412,19 +412,26 @@ def print_table(folder: str | Path, console: Console | None = None) -> None:
     console.print(verdict(summary), highlight=False)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m experiments.report FOLDER`."""
+def command(
+    argv: Sequence[str] | None, doc: str | None, show: Callable[[str], None], write: Callable[[str], Path]
+) -> int:
+    """A command with one argument, the folder of a comparison: its table, then its report. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print(doc)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     try:
-        print_table(argv[0])
-        print(write_report(argv[0]))
+        show(argv[0])
+        print(write(argv[0]))
     except ValueError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.report FOLDER`."""
+    return command(argv, __doc__, print_table, write_report)
 
 
 if __name__ == "__main__":

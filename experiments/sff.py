@@ -25,7 +25,7 @@ from rich.console import Console
 from experiments import comparison, report
 from experiments.comparison import FLAGS, PARSERS, TINY, Comparison, UsageError
 from experiments.report import cell_name
-from ltsm_jax.methods.strategies import MIXED, STRATEGIES, strategy
+from ltsm_jax.methods.strategies import STRATEGIES, strategy
 
 METHODS = "zero_shot,ff,tfs,sff,lp,lpff"
 
@@ -51,9 +51,7 @@ def parse(argv: Sequence[str]) -> Options:
         "l2sp-weight": functools.partial(comparison.number, float, TINY, sys.float_info.max, "positive"),
     }
     values, problems = comparison.read_flags(Options.program, __doc__, argv, flags, parsers)
-    if "alpha" in values and not set(values.get("methods", METHODS.split(","))) & set(MIXED):
-        problems.append(f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods")
-    if problems:
+    if problems := problems + comparison.alpha_problems(values, Options.methods):
         raise UsageError("\n".join(problems))
     return Options(**values)
 
@@ -86,12 +84,7 @@ def resolve(options: Options) -> Comparison:
 
 def cells(options: Options) -> tuple[Cell, ...]:
     """Every run that the options ask for."""
-    return tuple(
-        Cell(method, alpha, seed)
-        for method in options.methods
-        for alpha in (options.alpha if method in MIXED else (None,))
-        for seed in options.seeds
-    )
+    return tuple(Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds)
 
 
 def plan(c: Comparison) -> str:

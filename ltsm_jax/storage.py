@@ -53,6 +53,15 @@ def digests(tree: trees.Tree) -> dict[str, dict[str, Any]]:
     return {path: entry(leaf) for path, leaf in trees.flatten(tree).items()}
 
 
+def sha256_of(tree: Any) -> str:
+    """One digest of the paths, shapes, dtypes and values of a tree, of random keys too. Hosts call as for `digests`."""
+
+    def plain(leaf):
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return hashlib.sha256(json.dumps(digests(jax.tree.map(plain, tree))).encode()).hexdigest()
+
+
 def _sha256(array: np.ndarray) -> str:
     array = np.ascontiguousarray(array)
     return hashlib.sha256(array.view(np.uint8).data if array.size and array.ndim else array.tobytes()).hexdigest()

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import time
 import warnings as python_warnings
 from collections.abc import Collection, Sequence
@@ -117,7 +115,7 @@ def run(
     # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that ff sees.
     facts = {"strategy": dataclasses.asdict(strategy), "mode": mode, "horizon": splits.val.horizon}
     facts |= {"quirks": sorted(quirks)} if quirks else {}
-    facts |= {} if masks is None else {"masks": sha256_of(masks)}
+    facts |= {} if masks is None else {"masks": storage.sha256_of(masks)}
     history: list[dict[str, Any]] = []
     epochs = best_epoch = trained = 0
     seconds = 0.0
@@ -164,11 +162,6 @@ def _loss(model: Model, mode: Mode):
 @functools.cache
 def _masked_loss(loss):
     return lambda masks, params, batch, key, train: loss(merge(params, masks), batch, key, train)
-
-
-def sha256_of(tree: Any) -> str:
-    """One digest of paths, shapes, dtypes and values of a tree."""
-    return hashlib.sha256(json.dumps(storage.digests(tree)).encode()).hexdigest()
 
 
 def without_dropout(model: Model) -> Model:

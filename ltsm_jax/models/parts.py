@@ -108,7 +108,8 @@ def without(
             for tree in (flat, own):
                 if path in tree:
                     front = tuple(range(len(axes)))
-                    tree[path] = jnp.moveaxis(jnp.moveaxis(tree[path], axes, front)[indices], front, axes)
+                    x = np.moveaxis(np.asarray(tree[path]), axes, front)  # on the host: jnp compiles each shape anew
+                    tree[path] = jnp.asarray(np.moveaxis(x[indices], front, axes))
         fields = _narrowed(fields, model.config, place, stays)
     small = dataclasses.replace(model, config=model.config_from_dict(fields))
     for table, n in _tables(small, (place for place, _ in kept)).items():

@@ -8,8 +8,6 @@ result depends on it.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 import time
@@ -705,22 +703,15 @@ def _config_record(config, facts, params, trainable, source, validate) -> dict[s
         "windows": {
             "n": int(source.n),
             "shapes": {k: list(v.shape[1:]) for k, v in one.items()},
-            "sha256": _sha256(source),
+            "sha256": storage.sha256_of(source),
         },
         "start": {
             "parameters": trees.count(params),
             "trainable": sum(p.size for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(trainable)) if t),
-            "params_sha256": _sha256(params),
-            "trainable_sha256": _sha256(jax.tree.map(np.bool_, trainable)),
+            "params_sha256": storage.sha256_of(params),
+            "trainable_sha256": storage.sha256_of(jax.tree.map(np.bool_, trainable)),
         },
     }
-
-
-def _sha256(tree: Tree) -> str:
-    def plain(x):
-        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-    return hashlib.sha256(json.dumps(storage.digests(jax.tree.map(plain, tree))).encode()).hexdigest()
 
 
 def _available_memory() -> int | None:

@@ -177,9 +177,9 @@ def prune(
         "model": {"family": model.family, "config": model.config_to_dict()},
         "horizon": splits.val.horizon,
         "sha256": {
-            "params": finetune.sha256_of(params),
-            "windows": finetune.sha256_of(windows),
-            "validation": finetune.sha256_of(splits.val),
+            "params": storage.sha256_of(params),
+            "windows": storage.sha256_of(windows),
+            "validation": storage.sha256_of(splits.val),
         },
     }
     with contextlib.ExitStack() as open_until_the_end:
