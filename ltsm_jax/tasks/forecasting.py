@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from ltsm_jax import sharding
 from ltsm_jax.data.windows import Windows
+from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
@@ -75,7 +76,8 @@ def _batch_errors(
 ) -> dict[str, jax.Array]:
     batch = sharding.by_rows(windows.gather(indices), mesh)
     target = batch["target"]
-    difference = predictor.predict(params, batch["context"], target.shape[-1]).point - target
+    with rows_over(mesh):
+        difference = predictor.predict(params, batch["context"], target.shape[-1]).point - target
     zero = target == 0
     found = {
         "squared": jnp.square(difference).sum(-1),

@@ -1,7 +1,7 @@
 """Trains every family of the command line on several meshes of 8 forced CPU devices; prints JSON. Run by test_sharding.
 
-python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "noise" and
-"experts": see the functions of these names)
+python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "noise",
+"experts", "evaluated": see the functions of these names)
 """
 
 import json
@@ -18,6 +18,7 @@ from ltsm_jax import sharding, trees
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
 from ltsm_jax.models import FAMILIES
+from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import TrainConfig, fit, loop
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -97,6 +98,16 @@ def expert_layers(family):
     return found
 
 
+def evaluated(family):
+    """MSE of the forecasts of a family by mesh, "one" without."""
+    model, params, windows = problem(family)
+    found = {"one": forecasting.evaluate(model, params, windows, batch_size=16)["mse"]}
+    for text in ("data=8", "data=2,fsdp=2,tensor=2"):
+        placed, _ = sharding.shard(params, model.shard_rules, sharding.make_mesh(text))
+        found[text] = forecasting.evaluate(model, placed, windows, batch_size=16)["mse"]
+    return found
+
+
 def run(family, mesh_text, folder=None, **options):
     model, params, windows = problem(family)
     windows = windows.take(np.arange(min(windows.n, 40)))  # the last batch of 16 is partial
@@ -126,8 +137,8 @@ def run(family, mesh_text, folder=None, **options):
 if __name__ == "__main__":
     found = {}
     for text in sys.argv[2:]:
-        if text in ("noise", "experts"):
-            found[text] = {"noise": noise, "experts": expert_layers}[text](sys.argv[1])
+        if text in (others := {"noise": noise, "experts": expert_layers, "evaluated": evaluated}):
+            found[text] = others[text](sys.argv[1])
             continue
         mesh_text, *rest = text.split(":")
         options = dict(item.split("=", 1) for item in rest)

@@ -112,6 +112,14 @@ def test_other_families_train_on_a_mixed_mesh(family):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["time_moe", "moirai_moe"])
+def test_experts_forecast_over_a_mesh_as_on_one_device(family):
+    found = runs(family, "evaluated")["evaluated"]
+    assert len(found) == 3
+    np.testing.assert_allclose(list(found.values()), found["one"], rtol=1e-6)
+
+
+@pytest.mark.slow
 def test_devices_compute_the_experts_of_their_own_tokens():
     for case, found in runs("time_moe", "experts")["experts"].items():
         assert found["gap"] < 2e-5, f"{case}: {found['gap']}"
