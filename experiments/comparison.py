@@ -38,7 +38,7 @@ from ltsm_jax.methods.strategies import MIXED, Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig
-from ltsm_jax.training.loop import COMPUTE
+from ltsm_jax.training.loop import COMPUTE, REMAT
 from ltsm_jax.training.optimizers import SCHEDULES
 
 C = TypeVar("C", bound="Cell")
@@ -116,6 +116,7 @@ PARSERS: dict[str, Parser] = {
     "num-processes": functools.partial(number, int, 1, math.inf, "at least 1"),
     "process-id": functools.partial(number, int, 0, math.inf, "at least 0"),
     "compute": functools.partial(one_of, COMPUTE),
+    "remat": functools.partial(one_of, tuple(REMAT)),
     "mode": functools.partial(one_of, finetune.MODES),
     "schedule": functools.partial(one_of, tuple(SCHEDULES)),
     "quirks": functools.partial(names, tuple(sorted(QUIRKS))),
@@ -176,6 +177,7 @@ class Options:
     mesh: str | None = None
     compute: str | None = None
     accumulate: int | None = None
+    remat: str | None = None
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
@@ -333,7 +335,7 @@ def resolve(options: Options) -> Comparison:
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
     mode = options.mode or finetune.default_mode(model)
-    names = ("epochs", "batch_size", "lr", "schedule", "compute", "accumulate")
+    names = ("epochs", "batch_size", "lr", "schedule", "compute", "accumulate", "remat")
     changes = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
     config = finetune.train_config(model, **changes)
     quirks = tuple(q for q in options.quirks if q in QUIRKS)
@@ -357,6 +359,7 @@ def resolve(options: Options) -> Comparison:
         "schedule": config.schedule,
         "compute": None if config.compute == "float32" else config.compute,
         "accumulate": None if config.accumulate == 1 else config.accumulate,
+        "remat": None if config.remat == "none" else config.remat,
         "quirks": ",".join(sorted(options.quirks)) or None,
         **_facts(series),
         "model_sha256": sha256,

@@ -29,6 +29,7 @@ FLAGS = {
     "mesh": "devices by axis, as data=4,fsdp=2,tensor=1 [all on data]",
     "compute": "dtype of the matrix products in training: float32 or bfloat16 [float32]",
     "accumulate": "parts a batch is taken in, for less memory [1]",
+    "remat": "what the backward pass computes again, for less memory: none or 'all but products' [none]",
     "coordinator": "several hosts: address:port of process 0, or auto (SLURM, TPU pod, Open MPI, ...) [one host]",
     "num-processes": "how many processes there are, with an address",
     "process-id": "which of them this one is, from 0, with an address",
@@ -65,6 +66,8 @@ class Scale:
     """dtype of the matrix products in training: float32 or bfloat16"""
     accumulate: int = 1
     """parts a batch is taken in, for less memory"""
+    remat: str = "none"
+    """what the backward pass computes again, for less memory: none or 'all but products'"""
     coordinator: str | None = None
     """several hosts: address:port of process 0, or auto (SLURM, TPU pod, Open MPI, Kubernetes)"""
     num_processes: int | None = None

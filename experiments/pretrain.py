@@ -139,6 +139,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
             seed=args.seed,
             compute=args.scale.compute,
             accumulate=args.scale.accumulate,
+            remat=args.scale.remat,
         ),
         validate=val and (lambda params: forecasting.evaluate(model, params, val)),  # pyright: ignore[reportArgumentType]
         folder=args.out / "train",

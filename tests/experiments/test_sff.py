@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -231,6 +232,13 @@ def test_defaults_are_the_models_recipe(micro, waves):
     assert len(sff.cells(c.options)) == 18 and c.folder.name == "sff-waves-micro"
 
 
+def test_flags_for_memory_reach_training_and_the_folder(micro, waves):
+    flags = ["--compute", "bfloat16", "--accumulate", "2", "--remat", "all but products"]
+    c = sff.resolve(sff.parse(["--data", str(waves), "--model", str(micro), *flags]))
+    for found in (dataclasses.asdict(c.config), c.settings):
+        assert [found[k] for k in ("compute", "accumulate", "remat")] == ["bfloat16", 2, "all but products"]
+
+
 @pytest.mark.parametrize(
     "flags, messages",
     [
@@ -248,6 +256,7 @@ def test_defaults_are_the_models_recipe(micro, waves):
         (["--lr", "inf"], ["--lr must be positive"]),
         (["--mode", "imss"], ["did you mean ims", "known: ims, direct"]),
         (["--schedule", "linear"], ["known: halving"]),
+        (["--remat", "all"], ["unknown 'all'", "known: none, all but products"]),
         (["--quirks", "etm1"], ["did you mean etm1_typo"]),
         (["--sed", "1"], ["unknown argument '--sed' (did you mean --seed"]),
         (["--method", "ff", "--lr", "x", "--epochs", "1.5"], ["--methods", "'x' is not a number", "'1.5' is not a"]),
