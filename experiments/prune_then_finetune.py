@@ -69,6 +69,7 @@ class Options(comparison.Options):
     max_prune_ratio: float = 1.0
     expert_threshold: float | None = None
     ema_abs: bool = False
+    average_expert_score: bool = False
     include_embed: bool = False
     include_head: bool = False
     timed_runs: int = 30
@@ -125,6 +126,7 @@ def parse(argv: Sequence[str]) -> Options:
     }
     switches = {
         "ema-abs": "average the scores' absolute values",
+        "average-expert-score": "judge an expert by the windows that reach it",
         "include-embed": "prune the linears before the blocks too",
         "include-head": "prune the head too",
     }
@@ -194,6 +196,7 @@ def resolve(options: Options) -> Comparison:
         "max_prune_ratio": options.max_prune_ratio,
         "expert_threshold": options.expert_threshold,
         "ema_abs": options.ema_abs or None,
+        "average_expert_score": options.average_expert_score or None,
         "channels": trees.count(full),
         "include_embed": options.include_embed or None,
         "include_head": options.include_head or None,
@@ -400,6 +403,7 @@ class Work:
                 macro_batch=s["macro_batch"],
                 max_prune_ratio=o.max_prune_ratio,
                 ema_abs=o.ema_abs,
+                average_expert_score=o.average_expert_score,
                 expert_threshold=o.expert_threshold,
                 stride=o.stride,
                 mode=c.mode,

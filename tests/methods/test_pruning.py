@@ -1,6 +1,7 @@
 """Scores, selection, schedule, experts, and fine-tuning of what is left."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -486,6 +487,32 @@ def test_an_expert_without_tokens_keeps_its_channels(moe):
     assert np.isnan(scores[unseen]).all() and np.isfinite(scores[chosen]).all()
     order = np.asarray(found.order["layer_0"]["mixture"]["experts"]["up"]["in"])
     assert order[unseen].min() > order[chosen].max(), "the last to go"
+
+
+def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path):
+    """Beside the routing of every window, and with what a window alone gives."""
+    model, params, splits = moe
+    rows = splits.train.gather(jnp.arange(5, dtype=jnp.int32))
+    stack, masks = "layer_0/mixture/experts", pruning.full_masks(model)
+    loss = forecasting.loss_fn(model, finetune.LOSS["ims"])
+    sums = jax.jit(functools.partial(pruning.gradient_sums, loss, stacks=[stack]))(params, masks, rows)
+    alone = jax.jit(functools.partial(pruning.gradient_sums, loss))
+    each = [alone(params, masks, {name: x[i : i + 1] for name, x in rows.items()}) for i in range(5)]
+    pick = lambda s: s["h"]["layer_0"]["mixture"]["experts"]["down"]["out"]  # noqa: E731
+    reached_RE = np.stack([np.asarray(pick(s) != 0).any(axis=1) for s in each])
+    seen_E = trees.flatten(sums["seen"])[stack]
+    np.testing.assert_array_equal(seen_E, reached_RE.sum(0))
+    assert 0 < reached_RE.sum() < reached_RE.size, "some windows reach an expert, others do not"
+    plain, own = (trees.flatten(pruning.importance_of(s, masks)) for s in (sums | {"seen": {}}, sums))
+    for path, s in plain.items():
+        factor = (5 / np.maximum(seen_E, 1))[:, None] if path.startswith(stack) else 1.0
+        np.testing.assert_allclose(own[path], s * factor, rtol=1e-6)
+    with pytest.raises(ValueError, match="squares=False"):
+        pruning.gradient_sums(loss, params, masks, rows, stacks=[stack], squares=False)
+
+    found = one_step(model, params, splits, average_expert_score=True, folder=tmp_path / "run")
+    again = one_step(model, params, splits, average_expert_score=True, folder=tmp_path / "run")
+    assert_equal_trees(found.order, again.order)
 
 
 def test_families_whose_experts_cannot_go_say_so(model, pre, few):

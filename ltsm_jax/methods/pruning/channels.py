@@ -93,7 +93,15 @@ def known_quirks(quirks: Collection[str]) -> frozenset[str]:
 
 
 def gradient_sums(
-    loss: Any, params: Params, masks: Masks, batch: Any, key=None, *, squares: bool = True, chunk: int | None = None
+    loss: Any,
+    params: Params,
+    masks: Masks,
+    batch: Any,
+    key=None,
+    *,
+    squares: bool = True,
+    chunk: int | None = None,
+    stacks: Collection[str] = (),
 ) -> dict[str, Any]:
     """Sums over the rows of a batch of h and h^2, h being the gradient of a row's own loss with respect to the masks.
 
@@ -107,8 +115,13 @@ def gradient_sums(
       key: for losses that draw; each row draws its own.
       squares: False: sums of h alone, from one gradient of the batch's mean loss, which needs less memory.
       chunk: rows of one backward pass; None: 32. Bounds the memory and does not change the sums.
-    Returns: {"rows": how many count, "loss": their sum, "h": tree like masks, "squares": alike, or {}}.
+      stacks: paths of stacked experts whose rows are counted; needs `squares`.
+    Returns: {"rows": how many count, "loss": their sum, "h": tree like masks, "squares": alike, or {}, "seen": with
+      stacks, {..path of the stack..: rows [E] of which a token reached the expert, so that one of its masks has a
+      gradient}, else {}}.
     """
+    if stacks and not squares:
+        raise ValueError("stacks: rows are counted by their own gradients, which squares=False does without")
     rows = {name: value for name, value in batch.items() if name != "weight"}
     b = len(rows["context"])
     chunk = min(chunk or CHUNK, b)
@@ -134,16 +147,35 @@ def gradient_sums(
                 "loss": weight @ value,
                 "h": jax.tree.map(lambda x: jnp.tensordot(weight, x, 1), h),
                 "squares": jax.tree.map(lambda x: jnp.tensordot(weight, jnp.square(x), 1), h),
+                "seen": trees.unflatten({path: weight @ _reached(trees.flatten(h), path) for path in stacks}),
             }
         else:
             value, g = jax.value_and_grad(of_rows)(masks, rows, weight, None if keys is None else keys[0])
             counted = lambda x: jnp.where(count > 0, x * count, 0.0)  # noqa: E731
-            new = {"loss": counted(value), "h": jax.tree.map(counted, g), "squares": {}}
+            new = {"loss": counted(value), "h": jax.tree.map(counted, g), "squares": {}, "seen": {}}
         return jax.tree.map(jnp.add, sums, new | {"rows": count}), None
 
-    zeros = jax.tree.map(jnp.zeros_like, masks)
-    start = {"rows": jnp.zeros(()), "loss": jnp.zeros(()), "h": zeros, "squares": zeros if squares else {}}
+    start = no_sums(masks, squares=squares, stacks=stacks)
     return jax.lax.scan(add, start, (parts, weight.reshape(-1, chunk), keys))[0]
+
+
+def no_sums(masks: Masks, *, squares: bool = True, stacks: Collection[str] = ()) -> dict[str, Any]:
+    """What `gradient_sums` gives for no rows at all."""
+    zeros, flat = jax.tree.map(jnp.zeros_like, masks), trees.flatten(masks)
+    experts = {path: next(m for p, m in flat.items() if p.startswith(f"{path}/")).shape[0] for path in stacks}
+    return {
+        "rows": jnp.zeros(()),
+        "loss": jnp.zeros(()),
+        "h": zeros,
+        "squares": zeros if squares else {},
+        "seen": trees.unflatten({path: jnp.zeros(e) for path, e in experts.items()}),
+    }
+
+
+def _reached(h: Mapping[str, jax.Array], stack: str) -> jax.Array:
+    """Which experts a token of each row reached: 0 or 1 [rows, E]."""
+    parts = [(x != 0).any(axis=2) for path, x in h.items() if path.startswith(f"{stack}/")]
+    return functools.reduce(jnp.logical_or, parts).astype(jnp.float32)
 
 
 def importance_of(sums: Mapping[str, Any], masks: Masks, score: Score = "taylor2") -> Masks:
@@ -151,7 +183,7 @@ def importance_of(sums: Mapping[str, Any], masks: Masks, score: Score = "taylor2
 
     "taylor2": m * mean(-h + h^2 / 2), the Hessian being replaced by the mean of squared gradients. "taylor1":
     -m * mean(h). "taylor2-mean-loss": m * (-sum(g) + sum(g^2) / 2) with g = h / n, gradients of the mean loss: its
-    square is too small by n.
+    square is too small by n. Where sums has "seen", an expert's means are over the rows that reached it.
 
     Returns: tree like masks, in units of the loss.
     Raises: ValueError for a score that is not one of these, or that needs squares where there are none.
@@ -161,11 +193,19 @@ def importance_of(sums: Mapping[str, Any], masks: Masks, score: Score = "taylor2
         raise ValueError(f"score must be one of {', '.join(get_args(Score))}; got {score!r}")
     n = sums["rows"]
     if score == "taylor1":
-        return jax.tree.map(lambda m, h: -m * h / n, masks, sums["h"])
-    if not sums["squares"]:
+        found = jax.tree.map(lambda m, h: -m * h / n, masks, sums["h"])
+    elif not sums["squares"]:
         raise ValueError(f"{score} needs the sums of squares")
-    scale = 2 * n if score == "taylor2" else 2 * n * n
-    return jax.tree.map(lambda m, h, h2: m * (h2 / scale - h / n), masks, sums["h"], sums["squares"])
+    else:
+        scale = 2 * n if score == "taylor2" else 2 * n * n
+        found = jax.tree.map(lambda m, h, h2: m * (h2 / scale - h / n), masks, sums["h"], sums["squares"])
+    if not (seen := trees.flatten(sums.get("seen", {}))):
+        return found
+    flat = trees.flatten(found)
+    for stack, rows_E in seen.items():
+        for path in [path for path in flat if path.startswith(f"{stack}/")]:
+            flat[path] = flat[path] * (n / jnp.maximum(rows_E, 1))[:, None]
+    return trees.unflatten(flat)
 
 
 def select(

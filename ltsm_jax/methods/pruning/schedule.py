@@ -29,6 +29,7 @@ from ltsm_jax.methods.pruning.channels import (
     gradient_sums,
     importance_of,
     known_quirks,
+    no_sums,
     select,
     share_left,
 )
@@ -97,6 +98,7 @@ def prune(
     patience: int = 1,
     max_prune_ratio: float = 1.0,
     ema_abs: bool = False,
+    average_expert_score: bool = False,
     expert_threshold: float | None = None,
     include_embed: bool = False,
     include_head: bool = False,
@@ -131,6 +133,8 @@ def prune(
       patience: epochs without a validation MSE as low as the lowest before the run stops.
       max_prune_ratio: below 1: pruning stops before zeros / parameters + r_step exceeds it.
       ema_abs: average |s| instead of s, so that scores of opposite sign do not cancel out.
+      average_expert_score: scores of stacked experts are means over the windows that reached the expert, instead of all
+        of the group: an expert for few windows is judged by those.
       expert_threshold: first take out the experts that at most this share of the tokens of training and validation
         windows choose (0.1, 0.01, ...); below 0: all but each layer's top_k; None: none. `keep_experts`.
       include_embed, include_head, quirks: see `full_masks`.
@@ -164,6 +168,7 @@ def prune(
         "patience": patience,
         "max_prune_ratio": max_prune_ratio,
         "ema_abs": ema_abs,
+        "average_expert_score": average_expert_score,
         "expert_threshold": expert_threshold,
         "include_embed": include_embed,
         "include_head": include_head,
@@ -247,12 +252,16 @@ def _usage(model: Model, params: Params, parts: Sequence[Windows], folder: Path 
     return usage
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mode", "batch_size", "squares", "chunk"))
-def _batch_sums(model, params, masks, windows, order, b, key, mode, batch_size: int, squares: bool, chunk: int | None):
+@functools.partial(jax.jit, static_argnames=("model", "mode", "batch_size", "squares", "chunk", "stacks"))
+def _batch_sums(
+    model, params, masks, windows, order, b, key, mode, batch_size: int, squares: bool, chunk: int | None,
+    stacks: tuple[str, ...],
+):  # fmt: skip
     indices, weight = orders.batch_at(order, b, batch_size)
     loss = forecasting.loss_fn(model, finetune.LOSS[mode])
     batch = windows.gather(indices) | {"weight": weight}
-    return gradient_sums(loss, params, masks, batch, jax.random.fold_in(key, b), squares=squares, chunk=chunk)
+    key = jax.random.fold_in(key, b)
+    return gradient_sums(loss, params, masks, batch, key, squares=squares, chunk=chunk, stacks=stacks)
 
 
 _order = jax.jit(orders.epoch_order, static_argnames="n")
@@ -275,7 +284,7 @@ class _Pruning:
     def __init__(self, model, params, masks: Masks, windows: Windows, val: Windows, settings, chunk, run):
         self.model, self.params, self.windows, self.val, self.run, self.chunk = model, params, windows, val, run, chunk
         self.settings, self.like = settings, masks
-        self.squares = settings["score"] != "taylor1"
+        self.squares = settings["score"] != "taylor1" or settings["average_expert_score"]
         self.n = orders.steps_per_epoch(windows.n, settings["batch_size"])
         macro, batch = settings["macro_batch"], settings["batch_size"]
         self.group = min(macro // batch, self.n) if macro > batch else 1
@@ -283,6 +292,7 @@ class _Pruning:
         self.total = settings["epochs"] * self.n
         self.keys = training.keys(settings["seed"])
         self.stacks = _stacks(params, masks)
+        self.counted = tuple(self.stacks) if settings["average_expert_score"] else ()
 
     # --- where the run is
 
@@ -303,17 +313,14 @@ class _Pruning:
         tree, position = found
         host = lambda branch: jax.tree.map(np.asarray, branch)  # noqa: E731
         self.state, self.best, self.sums = host(tree["state"]), host(tree["best"]), tree["sums"]
-        if not self.squares:
-            self.sums["squares"] = {}
+        self.sums = {"squares": {}, "seen": {}} | self.sums
         self.done, self.steps, self.waiting = (position[k] for k in ("step", "steps", "waiting"))
         self.loss, self.finished, self.stopped = (position[k] for k in ("loss", "finished", "stopped"))
         self.history, self.best_epoch = position["history"], position["best_epoch"]
 
     def _tree(self) -> Any:
-        sums = dict(self.sums)
-        if not self.squares:
-            sums.pop("squares")  # a folder keeps no empty branches
-        return {"state": self.state, "best": self.best, "sums": sums}
+        sums = {name: value for name, value in self.sums.items() if not isinstance(value, dict) or value}
+        return {"state": self.state, "best": self.best, "sums": sums}  # a folder keeps no empty branches
 
     def save(self) -> None:
         """Tell the folder where the run is."""
@@ -324,8 +331,7 @@ class _Pruning:
         self.saved = time.monotonic()
 
     def _no_sums(self) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, self.like)
-        return {"rows": jnp.zeros(()), "loss": jnp.zeros(()), "h": zeros, "squares": zeros if self.squares else {}}
+        return no_sums(self.like, squares=self.squares, stacks=self.counted)
 
     @property
     def masks(self) -> Masks:
@@ -342,7 +348,7 @@ class _Pruning:
             if b == 0 or bar.began is None:
                 order = _order(self.keys["data"], epoch, self.windows.n)
             key = jax.random.fold_in(self.keys["aux"], epoch)
-            config = (self.settings["mode"], self.settings["batch_size"], self.squares, self.chunk)
+            config = (self.settings["mode"], self.settings["batch_size"], self.squares, self.chunk, self.counted)
             found = _batch_sums(self.model, self.params, masks, self.windows, order, b, key, *config)
             loss, rows = float(found["loss"]), int(found["rows"])
             if not math.isfinite(loss):
