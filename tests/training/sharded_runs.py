@@ -1,7 +1,7 @@
 """Trains every family of the command line on several meshes of 8 forced CPU devices; prints JSON. Run by test_sharding.
 
 python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "noise",
-"experts", "evaluated": see the functions of these names)
+"experts", "evaluated", "pruned": see the functions of these names)
 """
 
 import json
@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax import sharding, trees
+from ltsm_jax.data import Series, prepare
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
+from ltsm_jax.methods import finetune, pruning, removal
+from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import TrainConfig, fit, loop
@@ -108,6 +111,38 @@ def evaluated(family):
     return found
 
 
+def pruned(family):
+    """By mesh, "one" without: test MSE and final weights of a pruned model, fine-tuned with its masks and with the dead
+    parts taken out, and how the latter's parameters are split."""
+    model, params, _ = problem(family)
+    length = 4 * (model.context_len + model.horizon)
+    t = np.arange(length)
+    values = np.sin(2 * np.pi * t / 12 + np.arange(2)[:, None]) + 0.1 * np.random.default_rng(0).normal(
+        size=(2, length)
+    )
+    splits = prepare(Series("waves", values, ("a", "b"), None, "h"), model.context_len, model.horizon)
+    config = finetune.train_config(model, epochs=1, batch_size=16, lr=1e-3, schedule="constant")
+    masks = trees.flatten(pruning.full_masks(model))
+    dead = lambda m, e: np.asarray(m) * (np.arange(m.shape[-1]) % e > 0)  # noqa: E731
+    masks |= {p: dead(m, 3) for p, m in masks.items() if p.endswith(("/up/out", "/gate/out", "/hidden/out", "/wi/out"))}
+    masks |= {p: dead(m, 2) for p, m in masks.items() if p.endswith("/q/in")}
+    masks = trees.unflatten(masks)
+    small, small_params, rest = removal.remove(model, params, masks)
+    found = {}
+    for text in ("one", "data=2,fsdp=2,tensor=2"):
+        mesh = None if text == "one" else sharding.make_mesh(text)
+        for kind, m, p, k in (("masked", model, params, masks), ("removed", small, small_params, rest)):
+            p = p if mesh is None else sharding.shard(p, m.shard_rules, mesh)[0]
+            result = finetune.run(m, p, strategy("ff"), splits, config=config, masks=k, show_progress=False)
+            flat = trees.flatten(result.params)
+            found[f"{kind} {text}"] = {
+                "mse": result.test["mse"],
+                "params": {path: np.asarray(leaf, np.float64).ravel().tolist() for path, leaf in flat.items()},
+                "split": max(leaf.size // leaf.addressable_shards[0].data.size for leaf in flat.values()),
+            }
+    return found | {"sizes": [trees.count(params), trees.count(small_params)]}
+
+
 def run(family, mesh_text, folder=None, **options):
     model, params, windows = problem(family)
     windows = windows.take(np.arange(min(windows.n, 40)))  # the last batch of 16 is partial
@@ -137,7 +172,7 @@ def run(family, mesh_text, folder=None, **options):
 if __name__ == "__main__":
     found = {}
     for text in sys.argv[2:]:
-        if text in (others := {"noise": noise, "experts": expert_layers, "evaluated": evaluated}):
+        if text in (others := {"noise": noise, "experts": expert_layers, "evaluated": evaluated, "pruned": pruned}):
             found[text] = others[text](sys.argv[1])
             continue
         mesh_text, *rest = text.split(":")

@@ -120,6 +120,21 @@ def test_experts_forecast_over_a_mesh_as_on_one_device(family):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["timer", "time_moe"])
+def test_a_pruned_model_trains_over_a_mesh_as_on_one_device(family):
+    """With masks, and with what they have made dead taken out, so that widths are odd."""
+    found = runs(family, "pruned")["pruned"]
+    whole, small = found.pop("sizes")
+    assert small < whole and found["masked data=2,fsdp=2,tensor=2"]["split"] > 1
+    for name, case in found.items():
+        one = found[f"{name.split()[0]} one"]
+        np.testing.assert_allclose(case["mse"], one["mse"], rtol=1e-5)
+        for path, values in one["params"].items():
+            np.testing.assert_allclose(case["params"][path], values, atol=2e-4, err_msg=f"{name}: {path}")
+            assert [v == 0 for v in case["params"][path]] == [v == 0 for v in values], f"{name}: {path}: other zeros"
+
+
+@pytest.mark.slow
 def test_devices_compute_the_experts_of_their_own_tokens():
     for case, found in runs("time_moe", "experts")["experts"].items():
         assert found["gap"] < 2e-5, f"{case}: {found['gap']}"
