@@ -144,7 +144,7 @@ FLAGS = {  # what --help says; an experiment puts its own beside them
     "target": "column(s) of a table to use [all]",
     "time": "time column of a table [found by name]",
     "missing": "error or interpolate [error]",
-    "irregular": "error, regularise or ignore [error]",
+    "irregular": "error, regularise or ignore [a benchmark: its rows as they are; else error]",
     **launch.FLAGS,
 }
 
@@ -173,7 +173,7 @@ class Options:
     target: tuple[str, ...] | None = None
     time: str | None = None
     missing: str = "error"
-    irregular: str = "error"
+    irregular: str | None = None
     mesh: str | None = None
     compute: str | None = None
     accumulate: int | None = None
@@ -312,7 +312,8 @@ def resolve(options: Options) -> Comparison:
             return None
 
     read = {"target": list(options.target) if options.target else None, "time": options.time}
-    read |= {"missing": options.missing, "irregular": options.irregular}
+    read |= {"missing": options.missing}
+    read |= {"irregular": options.irregular} if options.irregular else {}  # benchmarks have a default of their own
     series = attempt(load_series, options.data, **read)
     loaded = attempt(ltsm_jax.load, options.model)
     if loaded is None or series is None:

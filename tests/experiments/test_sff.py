@@ -232,6 +232,22 @@ def test_defaults_are_the_models_recipe(micro, waves):
     assert len(sff.cells(c.options)) == 18 and c.folder.name == "sff-waves-micro"
 
 
+def test_a_benchmark_with_a_repeated_stamp_is_used_as_published(micro, tmp_path, monkeypatch):
+    """As weather has one; a table of one's own is refused for it, and so is a benchmark when asked."""
+    stamps = pd.date_range("2020-01-01", periods=600, freq="10min").to_numpy().copy()
+    stamps[50] = stamps[49]
+    values = np.sin(np.arange(600) / 9)[:, None] + np.random.default_rng(0).normal(size=(600, 2))
+    table = pd.DataFrame({"date": stamps, "p": values[:, 0], "OT": values[:, 1]})
+    for name in ("weather.csv", "mine.csv"):
+        table.to_csv(tmp_path / name, index=False)
+    monkeypatch.setenv("LTSM_DATA", str(tmp_path))
+    c = sff.resolve(sff.parse(["--data", "weather", "--model", str(micro)]))
+    assert c.settings["rows"] == 600 and c.splits.series.name == "weather"
+    for data in (["weather", "--irregular", "error"], [str(tmp_path / "mine.csv")]):
+        with pytest.raises(comparison.UsageError, match="1 stamps repeated"):
+            sff.resolve(sff.parse(["--data", *data, "--model", str(micro)]))
+
+
 def test_flags_for_memory_reach_training_and_the_folder(micro, waves):
     flags = ["--compute", "bfloat16", "--accumulate", "2", "--remat", "all but products"]
     c = sff.resolve(sff.parse(["--data", str(waves), "--model", str(micro), *flags]))
