@@ -55,13 +55,19 @@ def recorded_gradients(vectors, model, prefix="grad/", name="grads.npz"):
 
 
 def check_gradients(loss, params, want, *, rel=1e-3, floor=1e-6, only=None):
-    """d loss / d params against recorded gradients: |difference| <= rel * max|gradient of that tensor| + floor."""
+    """d loss / d params against recorded gradients, see `check_gradient`."""
     got = trees.flatten(jax.jit(jax.grad(loss))(params))
     assert got.keys() == want.keys(), "of every parameter"
     for path, leaf in want.items():
         if only is None or re.search(only, path):
-            worst = np.abs(np.asarray(got[path]) - leaf).max()
-            assert worst <= rel * np.abs(leaf).max() + floor, f"{path}: {worst} of {np.abs(leaf).max()}"
+            check_gradient(got[path], leaf, path, rel=rel, floor=floor)
+
+
+def check_gradient(got, want, path, *, rel=1e-3, floor=1e-6):
+    """|difference| <= rel * max|gradient of that tensor| + floor."""
+    worst, largest = np.abs(np.asarray(got) - want).max(), np.abs(want).max()
+    note(worst, rel * largest + floor)
+    assert worst <= rel * largest + floor, f"{path}: {worst} of {largest}"
 
 
 def tensors(path):

@@ -121,8 +121,10 @@ def check(vectors, io, key, got, *, fold=None):
     tolerance = vectors.meta["tolerance"]
     size = np.abs(np.where(blind, 0, want)).max(-1, keepdims=True) if want.ndim else np.abs(want)
     error = np.abs(np.where(blind, 0, got - want))
-    assert (error <= tolerance["abs"] + tolerance["rel"] * size).all(), f"{key}: {error.max()} of {size.max()}"
-    return float((error / (tolerance["abs"] + tolerance["rel"] * size)).max(initial=0))
+    allowed = tolerance["abs"] + tolerance["rel"] * size
+    parity.note(error, allowed)
+    assert (error <= allowed).all(), f"{key}: {error.max()} of {size.max()}"
+    return float((error / allowed).max(initial=0))
 
 
 def check_acts(vectors, io, case, taps, output):
