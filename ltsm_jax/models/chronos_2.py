@@ -28,6 +28,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
@@ -153,21 +154,6 @@ PRESETS = {
 ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 
 
-class ResidualBlock(nn.Module):
-    """Two layers beside a linear one, [..., inputs] -> [..., outputs]."""
-
-    inputs: int
-    outputs: int
-    cfg: Chronos2Config
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        cfg = self.cfg
-        h = ACTIVATIONS[cfg.activation](Linear((self.inputs,), (cfg.block_dim,), name="hidden")(x))
-        y = Linear((cfg.block_dim,), (self.outputs,), name="out")(h)
-        return Dropout(cfg.dropout)(y, train) + Linear((self.inputs,), (self.outputs,), name="residual")(x)
-
-
 class Attention(nn.Module):
     """Attention over the last axis but one of x [A, B, S, D], without bias and without a scale; keys hidden by `seen`
     (broadcast to [A, B, 1, S, S]). rotate: positions are told by rotation."""
@@ -234,7 +220,10 @@ class Chronos2Net(nn.Module):
     @nn.compact
     def __call__(self, p_GMNP, future_GMNP, seen_GMN, same_GMM, train: bool = False):
         cfg, taps = self.cfg, {"patches": p_GMNP, "future_patches": future_GMNP}
-        embed = ResidualBlock(3 * cfg.patch_len, cfg.d_model, cfg, name="embed")
+        block = lambda inputs, outputs, name: ResidualBlock(  # noqa: E731
+            inputs, cfg.block_dim, outputs, ACTIVATIONS[cfg.activation], dropout=cfg.dropout, name=name
+        )
+        embed = block(3 * cfg.patch_len, cfg.d_model, "embed")
         x = taps["embed"] = embed(p_GMNP, train)
         ahead = taps["embed_future"] = embed(future_GMNP, train)
         tokens_VD = self.param("tokens", nn.initializers.zeros, (2, cfg.d_model))  # row 0 is never used
@@ -248,7 +237,7 @@ class Chronos2Net(nn.Module):
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_GMSD}
         x_GMSD = taps["norm"] = Dropout(cfg.dropout)(RMSNorm(cfg.eps, name="norm")(x_GMSD), train)
         out = len(cfg.levels) * cfg.patch_len
-        y = taps["head"] = ResidualBlock(cfg.d_model, out, cfg, name="head")(x_GMSD[:, :, -n:], train)
+        y = taps["head"] = block(cfg.d_model, out, "head")(x_GMSD[:, :, -n:], train)
         return y.reshape(*y.shape[:3], len(cfg.levels), cfg.patch_len).astype(jnp.float32), taps
 
 

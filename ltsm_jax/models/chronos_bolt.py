@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import t5
-from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
-from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.family import (
     Batch,
     Forecast,
@@ -156,22 +155,6 @@ PRESETS = {
 }
 
 
-class ResidualBlock(nn.Module):
-    """Two layers beside a linear one, [..., inputs] -> [..., outputs]."""
-
-    inputs: int
-    hidden: int
-    outputs: int
-    activation: t5.Activation
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        h = t5.ACTIVATIONS[self.activation](Linear((self.inputs,), (self.hidden,), name="hidden")(x))
-        y = Linear((self.hidden,), (self.outputs,), name="out")(h)
-        return Dropout(self.dropout)(y, train) + Linear((self.inputs,), (self.outputs,), name="residual")(x)
-
-
 class ChronosBoltNet(nn.Module):
     """Scaled patches [B, N, P], 0 where not observed, and their mask -> quantiles [B, Q, H] in the same scale, and the
     named steps between. `encode_only` stops behind the encoder: [B, N + 1, D]."""
@@ -182,8 +165,9 @@ class ChronosBoltNet(nn.Module):
     def __call__(self, p_BNP, mask_BNP, train: bool = False, encode_only: bool = False):
         cfg, taps = self.cfg, {"patches": p_BNP, "patch_mask": mask_BNP}
         d_model, q, h = cfg.encoder.d_model, len(cfg.levels), cfg.horizon
+        activation, dropout = t5.ACTIVATIONS[cfg.encoder.activation], cfg.encoder.dropout
         block = lambda inputs, outputs, name: ResidualBlock(  # noqa: E731
-            inputs, cfg.block_dim, outputs, cfg.encoder.activation, cfg.encoder.dropout, name=name
+            inputs, cfg.block_dim, outputs, activation, dropout=dropout, name=name
         )
         both_BN2P = jnp.concatenate([p_BNP, mask_BNP.astype(p_BNP.dtype)], axis=-1)
         x_BND = taps["embed"] = block(2 * cfg.patch_len, d_model, "embed")(both_BN2P, train)

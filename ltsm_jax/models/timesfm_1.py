@@ -26,6 +26,7 @@ import numpy as np
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
     Batch,
@@ -184,20 +185,6 @@ def sinusoids(n: int, d_model: int) -> np.ndarray:
     """The original's position table [n, D], float32: all sines, then all cosines."""
     angle = (np.arange(n, dtype=np.float32)[:, None] * timescales(d_model)).astype(np.float64)
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
-
-
-class ResidualBlock(nn.Module):
-    """`out(silu(hidden(x))) + residual(x)` over the last axis, with biases."""
-
-    inputs: int
-    hidden: int
-    outputs: int
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.silu(Linear((self.inputs,), (self.hidden,), name="hidden")(x))
-        y = Linear((self.hidden,), (self.outputs,), name="out")(y)
-        return y + Linear((self.inputs,), (self.outputs,), name="residual")(x)
 
 
 class Attention(nn.Module):

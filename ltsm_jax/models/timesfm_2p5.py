@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import (
@@ -177,21 +178,6 @@ _LARGE = TimesFM2p5Config.of(32, 128, 1024, 1280, 1280, 20, 16, 80)
 PRESETS = {"google/timesfm-2.5-200m-pytorch": _LARGE, "google/timesfm-2.5-200m-transformers": _LARGE}
 
 
-class ResidualBlock(nn.Module):
-    """`out(silu(hidden(x))) + residual(x)` over the last axis."""
-
-    inputs: int
-    hidden: int
-    outputs: int
-    use_bias: bool
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.silu(Linear((self.inputs,), (self.hidden,), self.use_bias, name="hidden")(x))
-        y = Linear((self.hidden,), (self.outputs,), self.use_bias, name="out")(y)
-        return y + Linear((self.inputs,), (self.outputs,), self.use_bias, name="residual")(x)
-
-
 class Attention(nn.Module):
     """Self-attention [B, N, D] -> [B, N, D]: rotary positions, then norms of queries and keys, then a scale of the
     queries per dimension. Returns the output, the cache with the new keys and values, and the steps between."""
@@ -262,7 +248,7 @@ class TimesFM2p5Net(nn.Module):
         cfg, taps, kept = self.cfg, {}, []
         n = z_BNP.shape[1]
         s = caches[0][0].shape[2] if caches else n
-        embed = ResidualBlock(2 * cfg.patch_len, cfg.embed_dim, cfg.d_model, True, name="embed")
+        embed = ResidualBlock(2 * cfg.patch_len, cfg.embed_dim, cfg.d_model, name="embed")
         x_BND = taps["embed"] = embed(jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1))
         place_N = start + jnp.arange(n)
         seen_BHNS = (jnp.arange(s)[None] <= place_N[:, None])[None, None]
@@ -275,8 +261,10 @@ class TimesFM2p5Net(nn.Module):
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
         x_BND = x_BND[:, -1:] if last else x_BND
         columns = 1 + len(cfg.quantiles)
-        head = ResidualBlock(cfg.d_model, cfg.point_dim, cfg.output_len * columns, False, name="head")
-        spread = ResidualBlock(cfg.d_model, cfg.spread_dim, cfg.spread_len * columns, False, name="spread_head")
+        head = ResidualBlock(cfg.d_model, cfg.point_dim, cfg.output_len * columns, use_bias=False, name="head")
+        spread = ResidualBlock(
+            cfg.d_model, cfg.spread_dim, cfg.spread_len * columns, use_bias=False, name="spread_head"
+        )
         y_BN_, w_BN_ = taps["head"], taps["spread_head"] = head(x_BND), spread(x_BND)
         y_BNOQ = y_BN_.reshape(*y_BN_.shape[:2], cfg.output_len, columns)
         return y_BNOQ, w_BN_.reshape(*w_BN_.shape[:2], cfg.spread_len, columns), kept, taps
