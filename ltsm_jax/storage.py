@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ ARRAYS, DIGESTS = "arrays", "digests.json"
 SHARE = "share.{}.json"  # digests by one host, until they are in the table
 COMMIT = "commit_success.txt"  # of Orbax: names the absolute path it was written to, and nothing reads it
 Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
+# Orbax tells the steps of a save apart by a counter of the process: a second save that begins meanwhile waits for signals
+# of the first until they time out, and the first writes where nobody has made a folder.
+_ONE_SAVE = threading.Lock()
 
 
 def cache_folder(kind: str) -> Path:
@@ -245,7 +249,8 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
 
     def write() -> None:
         if response is None:
-            ocp.save(str(folder / ARRAYS), nested)
+            with _ONE_SAVE:
+                ocp.save(str(folder / ARRAYS), nested)
         else:
             response.result()
         table = {

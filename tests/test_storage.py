@@ -1,3 +1,5 @@
+import concurrent.futures
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,14 @@ def test_round_trip_is_bit_equal(tmp_path, tree):
     shapes = jax.eval_shape(lambda: tree)
     assert same(storage.load_tree(tmp_path / "t", like=shapes), tree)
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_threads_save_at_once(tmp_path, tree):
+    """As the checkpoints of a run and a model that is saved beside it."""
+    many = {f"layer_{i}": tree["a"] for i in range(20)}
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda i: storage.save_tree(tmp_path / str(i), many), range(6)))
+    assert all(same(storage.load_tree(tmp_path / str(i)), many) for i in range(6))
 
 
 def test_restores_into_shards(tmp_path, tree):
