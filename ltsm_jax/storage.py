@@ -30,7 +30,7 @@ ARRAYS, DIGESTS = "arrays", "digests.json"
 SHARE = "share.{}.json"  # digests by one host, until they are in the table
 COMMIT = "commit_success.txt"  # of Orbax: names the absolute path it was written to, and nothing reads it
 Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
-# Orbax tells the steps of a save apart by a counter of the process: a second save that begins meanwhile waits for signals
+# Orbax tells the steps of a save apart by a counter of the process: a second save beginning meanwhile waits for signals
 # of the first until they time out, and the first writes where nobody has made a folder.
 _ONE_SAVE = threading.Lock()
 

@@ -123,6 +123,7 @@ def test_a_pruned_stack_equals_one_with_dead_heads():
     np.testing.assert_allclose(t5.Stack(cut).apply({"params": trees.unflatten(small)}, x)[0], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_dropout():
     memory = normal(2, 1, 6, 8)
     params, x, stack = drawn(DECODER, memory=memory[:, :2]), normal(5, 1, 4, 8), t5.Stack(DECODER)

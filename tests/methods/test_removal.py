@@ -18,7 +18,7 @@ from ltsm_jax.models.family import entry_of
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
 
-QUICK = ("timer", "time_moe", "chronos_bolt")  # biases; shared key heads and rotary pairs; columns of a bias table
+QUICK = ("timer", "chronos_bolt")  # biases; columns of a bias table. All of them are in the slow part
 families = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )

@@ -113,6 +113,7 @@ def path_levels(io, case):
     return tuple(round(float(q), 6) for q in io.get(f"{case}/in/unrolled_quantiles", np.arange(1, 10) / 10))
 
 
+@pytest.mark.slow
 def test_golden_forecasts_of_the_pipeline(recorded):
     """From the padded batch that the original's pipeline makes of its inputs, covariates and long horizons included."""
     _, model, params, io = recorded
@@ -171,6 +172,7 @@ def test_golden_levels_of_ones_own(recorded):
         )
 
 
+@pytest.mark.slow
 def test_golden_embeddings(recorded):
     _, model, params, io = recorded
     names = sorted(key for key in io if re.fullmatch(r"embed/out/embedding_\d+", key))

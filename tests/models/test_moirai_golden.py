@@ -79,6 +79,7 @@ def test_golden_samples(recorded, ran):
         packed.check_samples(samples, io[f"{case}/out/forecast_samples"], case)
 
 
+@pytest.mark.slow
 def test_golden_choice_of_the_patch_size(recorded):
     _, model, params, io = recorded
     names = packed.cases(io, "auto__")

@@ -136,7 +136,9 @@ def test_golden_losses(recorded):
         np.testing.assert_allclose(jax.jit(loss)(params), io[f"train/{name}"], rtol=RTOL, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["grad", "grad_revin", "grad_masked"])
+@pytest.mark.parametrize(
+    "kind", ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_revin", "grad_masked"))]
+)
 def test_golden_gradients(recorded, kind):
     vectors, model, params, io = recorded
     want = parity.recorded_gradients(vectors, model, f"{kind}/")

@@ -93,6 +93,7 @@ def test_golden_heads(recorded, forward):
         check(heads[want][..., : io[key].shape[-1]], io[key], key)
 
 
+@pytest.mark.slow
 def test_golden_generate(recorded):
     _, model, params, io = recorded
     found = [key for key in io if key.startswith("generate/")]
@@ -181,7 +182,9 @@ def test_golden_losses(recorded):
         np.testing.assert_allclose(found[name], io[f"train/{name}"], rtol=RTOL, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["grad", "grad_masked", "grad_no_aux"])
+@pytest.mark.parametrize(
+    "kind", ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_masked", "grad_no_aux"))]
+)
 def test_golden_gradients(recorded, kind):
     vectors, model, params, io = recorded
     if kind != "grad" and not any(key.startswith(f"{kind}/") for key in vectors.arrays("grads.npz")):
@@ -190,6 +193,7 @@ def test_golden_gradients(recorded, kind):
     parity.check_gradients(losses(vectors, model, io)[kind.replace("grad", "loss")], params, want)
 
 
+@pytest.mark.slow
 def test_golden_forms_agree(recorded, forward):
     """Every way to compute the experts gives the recorded numbers."""
     _, model, params, io = recorded

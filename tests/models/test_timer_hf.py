@@ -42,6 +42,7 @@ def test_the_cache_changes_nothing_and_heads_follow_the_remaining_length(params)
     np.testing.assert_allclose(got, grown[:, 24:] * std + mean, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_heads_that_predict_no_whole_patches(params):
     odd = TimerHf(dataclasses.replace(MODEL.config, horizons=(4, 6)))
     params = jax.jit(odd.init)(jax.random.key(0))

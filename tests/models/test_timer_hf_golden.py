@@ -91,6 +91,7 @@ def cases(io, group):
     return sorted({key.split("/")[0] for key in io if key.split("/")[0].startswith(group)})
 
 
+@pytest.mark.slow
 def test_golden_generate(recorded):
     """`generate` in all its ways, with the scaling that the original has in each; constant series give its NaN."""
     _, model, params, io = recorded
@@ -145,7 +146,9 @@ def test_golden_losses(recorded):
     check(heads[0][:, 0], io["train/logits"])
 
 
-@pytest.mark.parametrize("kind", ["grad", "grad_ptf", "grad_masked"])
+@pytest.mark.parametrize(
+    "kind", ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_ptf", "grad_masked"))]
+)
 def test_golden_gradients(recorded, kind):
     vectors, model, params, io = recorded
     want = parity.recorded_gradients(vectors, model, f"{kind}/")

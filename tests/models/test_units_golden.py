@@ -68,6 +68,7 @@ def as_the_original(model, params, x_BVL, horizon):
     return y[..., -horizon:], taps
 
 
+@pytest.mark.slow
 def test_golden_forecasts(recorded):
     _, model, params, io = recorded
     todo = [(t.name, t, t.horizon) for t in tasks(model, "long_term_forecast")]
@@ -204,6 +205,7 @@ def losses(model, params, io):
     return found
 
 
+@pytest.mark.slow
 def test_golden_losses_and_gradients(recorded):
     vectors, model, params, io = recorded
     stored = vectors.arrays("grads.npz")
