@@ -117,6 +117,7 @@ def run(
     facts |= {"quirks": sorted(quirks)} if quirks else {}
     facts |= {} if masks is None else {"masks": storage.sha256_of(masks)}
     history: list[dict[str, Any]] = []
+    val: dict[str, Any] | None = None
     epochs = best_epoch = trained = 0
     seconds = 0.0
     for i, phase in enumerate(strategy.phases):
@@ -139,13 +140,15 @@ def run(
         )
         history += [h | {"phase": i, "epoch": epochs + h["epoch"]} for h in fitted.history]
         best_epoch = epochs + (fitted.best_epoch or 0)
+        best = fitted.history[(fitted.best_epoch or 0) - 1]  # the weights that are kept were scored there
+        val = {name.removeprefix("val_"): x for name, x in best.items() if name.startswith("val_")}
         epochs += len(fitted.history)
         seconds += fitted.seconds
         current = fitted.params if masks is None else merge(fitted.params, masks)
         trained = trees.count(current if mask is None else trees.partition(current, mask)[0])
 
     began = time.monotonic()
-    val = validate(current)
+    val = validate(current) if val is None else val
     scores = forecasting.evaluate(model, current, splits.test) if test else None
     if not strategy.phases:
         seconds = time.monotonic() - began
