@@ -139,8 +139,9 @@ def run(
             show_progress=show_progress,
         )
         history += [h | {"phase": i, "epoch": epochs + h["epoch"]} for h in fitted.history]
-        best_epoch = epochs + (fitted.best_epoch or 0)
-        best = fitted.history[(fitted.best_epoch or 0) - 1]  # the weights that are kept were scored there
+        assert fitted.best_epoch is not None, "there is a validation after every epoch"
+        best_epoch = epochs + fitted.best_epoch
+        best = fitted.history[fitted.best_epoch - 1]  # the weights that are kept were scored there
         val = {name.removeprefix("val_"): x for name, x in best.items() if name.startswith("val_")}
         epochs += len(fitted.history)
         seconds += fitted.seconds

@@ -71,8 +71,10 @@ def test_numbers_are_those_of_the_saved_models(folder, micro, waves):
     c = sff.resolve(sff.parse(["--data", str(waves), "--model", str(micro), "--out", str(folder)]))
     for method in ("ff", "sff-0.7", "lpff"):
         model, params = ltsm_jax.load(folder / "cells" / f"{method}-seed1" / "model")
-        score = comparison.forecasting.evaluate(model, params, c.splits.test)
-        assert score["mse"] == one(rows(folder), method.split("-")[0], 1).test_mse
+        row = one(rows(folder), method.split("-")[0], 1)
+        for part in ("val", "test"):
+            score = comparison.forecasting.evaluate(model, params, getattr(c.splits, part))
+            assert [score[k] for k in ("mse", "mae")] == [row[f"{part}_mse"], row[f"{part}_mae"]]
     zero = comparison.forecasting.evaluate(c.model, c.params, c.splits.test)
     assert one(rows(folder), "zero_shot").test_mse == one(rows(folder), "zero_shot", 1).test_mse == zero["mse"]
 

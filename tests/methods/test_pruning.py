@@ -489,7 +489,7 @@ def test_an_expert_without_tokens_keeps_its_channels(moe):
     assert order[unseen].min() > order[chosen].max(), "the last to go"
 
 
-def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path):
+def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, monkeypatch):
     """Beside the routing of every window, and with what a window alone gives."""
     model, params, splits = moe
     rows = splits.train.gather(jnp.arange(5, dtype=jnp.int32))
@@ -510,9 +510,12 @@ def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path):
     with pytest.raises(ValueError, match="squares=False"):
         pruning.gradient_sums(loss, params, masks, rows, stacks=[stack], squares=False)
 
+    used, real = [], schedule.importance_of
+    monkeypatch.setattr(schedule, "importance_of", lambda sums, *rest: (used.append(sums), real(sums, *rest))[1])
     found = one_step(model, params, splits, average_expert_score=True, folder=tmp_path / "run")
     again = one_step(model, params, splits, average_expert_score=True, folder=tmp_path / "run")
     assert_equal_trees(found.order, again.order)
+    assert len(used) == 1 and trees.flatten(used[0]["seen"])[stack].max() > 0
 
 
 def test_families_whose_experts_cannot_go_say_so(model, pre, few):

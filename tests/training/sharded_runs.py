@@ -113,7 +113,7 @@ def evaluated(family):
 
 def pruned(family):
     """By mesh, "one" without: test MSE and final weights of a pruned model, fine-tuned with its masks and with the dead
-    parts taken out, and how the latter's parameters are split."""
+    parts taken out, and into how many parts its most divided parameter is split."""
     model, params, _ = problem(family)
     length = 4 * (model.context_len + model.horizon)
     t = np.arange(length)
@@ -124,7 +124,7 @@ def pruned(family):
     config = finetune.train_config(model, epochs=1, batch_size=16, lr=1e-3, schedule="constant")
     masks = trees.flatten(pruning.full_masks(model))
     dead = lambda m, e: np.asarray(m) * (np.arange(m.shape[-1]) % e > 0)  # noqa: E731
-    masks |= {p: dead(m, 3) for p, m in masks.items() if p.endswith(("/up/out", "/gate/out", "/hidden/out", "/wi/out"))}
+    masks |= {p: dead(m, 3) for p, m in masks.items() if p.endswith(("/up/out", "/gate/out"))}
     masks |= {p: dead(m, 2) for p, m in masks.items() if p.endswith("/q/in")}
     masks = trees.unflatten(masks)
     small, small_params, rest = removal.remove(model, params, masks)
