@@ -25,6 +25,7 @@ import importlib.metadata
 import math
 import platform
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ from experiments import launch
 from experiments.comparison import git_commit
 from ltsm_jax import hosts, sharding
 from ltsm_jax.data import load_series, prepare, season_of, synthetic
-from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder
+from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder, shared
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import TrainConfig, fit, keys
@@ -113,7 +114,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     """
     began = time.process_time()
     model = ltsm_jax.preset(args.preset)
-    parts = hosts.together(windows, args, model)
+    parts = shared(functools.partial(windows, args, model), args.out / "windows")
     launch.say("\n".join(parts.notes))
     n = parts.train.n
     epochs = max(1, math.ceil(args.steps * args.batch_size / n))
@@ -146,6 +147,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
         label=args.preset,
         facts={"preset": args.preset, "config": model.config_to_dict(), "loss": "own, without dropout"},
     )
+    hosts.on_first(shutil.rmtree, args.out / "windows", ignore_errors=True)  # of several hosts
     if not hosts.on_first((args.out / "model").exists):
         provenance = {
             "source": "trained from scratch by experiments/pretrain.py on "

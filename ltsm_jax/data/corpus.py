@@ -10,14 +10,17 @@ after another, NaN = missing) and `offsets` (int [n + 1], series i is values[off
 """
 
 import dataclasses
+import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from ltsm_jax import hosts, storage
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.windows import Windows
 
@@ -115,6 +118,44 @@ def pool(
     return Pool(parts["train"], parts.get("val"), tuple(notes))
 
 
+def shared(make: Callable[[], Pool], folder: str | Path) -> Pool:
+    """`make()`, which on several hosts the first alone calls: the others need not read what it reads.
+
+    The first writes what it made to `folder`, which all see, and all map it: each host reads of the series what its
+    devices hold (`Windows.over`). All call; `folder` may be removed when the windows are no longer needed.
+    """
+    if hosts.count() == 1:
+        return make()
+    hosts.on_first(_write, make, Path(folder))
+    return hosts.together(_map, Path(folder))
+
+
+def _write(make: Callable[[], Pool], folder: Path) -> None:
+    found = make()
+    shutil.rmtree(folder, ignore_errors=True)  # of a launch before this one
+    folder.mkdir(parents=True)
+    parts = {name: part for name, part in (("train", found.train), ("val", found.val)) if part is not None}
+    facts = {"notes": found.notes, "lengths": [found.train.context_len, found.train.horizon], "parts": {}}
+    for name, part in parts.items():
+        of = "train" if part.values is found.train.values else name
+        facts["parts"][name] = of
+        np.save(folder / f"{name}.starts.npy", part.starts)
+        if of == name:
+            np.save(folder / f"{name}.values.npy", part.values)
+    storage.write_record(folder / "windows.json", facts)
+
+
+def _map(folder: Path) -> Pool:
+    facts = storage.read_record(folder / "windows.json")
+
+    def part(name: str) -> Windows:
+        values = np.load(folder / f"{facts['parts'][name]}.values.npy", mmap_mode="r")
+        starts = np.load(folder / f"{name}.starts.npy")
+        return Windows(values, starts, np.zeros_like(starts), *facts["lengths"])  # pyright: ignore[reportArgumentType]
+
+    return Pool(part("train"), part("val") if "val" in facts["parts"] else None, tuple(facts["notes"]))
+
+
 def read_folder(folder: str | Path) -> dict[str, np.ndarray]:
     """Every series of a folder by "file/name": float32 [T], NaN = missing. Formats: module docstring.
 
@@ -168,6 +209,10 @@ class Scaled:
     def rows(self) -> jax.Array | None:
         """The variate of each window."""
         return self.windows.rows
+
+    def over(self, mesh: Mesh | None) -> "Scaled":
+        """As `Windows.over`."""
+        return dataclasses.replace(self, windows=self.windows.over(mesh))
 
     def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
         """As `Windows.gather`, scaled per window and variate."""

@@ -4,7 +4,9 @@ The series lies on the device once, `[C, T]` float32; a window is a (variate, fi
 of window numbers. Nothing but those numbers moves during training, and they are a pure function of (key, epoch,
 batch): a resumed run needs no loader state to see the same batches in the same order.
 
-Shapes: B batch, C variates, T rows of the series, L context rows, H horizon rows, N windows.
+A series too large for every device to hold is spread over the devices of a mesh (`Windows.over`).
+
+Shapes: B batch, C variates, T rows of the series, L context rows, H horizon rows, N windows, P parts of a series.
 """
 
 import dataclasses
@@ -13,6 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ltsm_jax import sharding
+
+WHOLE_BYTES = 2**28  # a smaller series lies whole on every device: each then cuts its windows alone
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,7 +27,8 @@ class Windows:
     """A table of windows over one series; a pytree, to be passed to jitted functions as an argument.
 
     Attributes:
-      values: [C, T] float32, in the units in which the model is trained and scored (`prepare` gives scaled units).
+      values: [C, T] float32, in the units in which the model is trained and scored (`prepare` gives scaled units); an
+        array of the device or, mapped from a file, of the host, until `over` places it.
       starts: [N] int32, first context row of each window.
       rows: [N] int32, the variate of each window; None when every window holds all variates (`joint`).
       context_len, horizon: L and H; static under jit.
@@ -65,6 +73,18 @@ class Windows:
         rows = None if self.rows is None else self.rows[indices]
         return dataclasses.replace(self, starts=self.starts[indices], rows=rows)
 
+    def over(self, mesh: Mesh | None) -> "Windows":
+        """The same windows where the devices can cut them: to be called once, before the steps that do.
+
+        On a mesh the series lies whole on every device, or, from `WHOLE_BYTES` on, in parts (`Spread`), and of a series
+        mapped from a file each host reads only what its devices hold. All hosts call.
+        """
+        if mesh is None:
+            return dataclasses.replace(self, values=jnp.asarray(self.values))
+        if self.values.nbytes < WHOLE_BYTES:
+            return sharding.replicate(self, mesh)
+        return _spread(self, mesh)
+
     def describe(self, i: int) -> dict[str, Any]:
         """Where window `i` lies, for reports and error messages (host only).
 
@@ -99,6 +119,73 @@ jax.tree_util.register_dataclass(
     meta_fields=["context_len", "horizon"],
     drop_fields=["columns", "timestamps"],  # host-only: they are no part of a compiled function's key
 )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spread(Windows):
+    """`Windows` over a series of which each of the P devices of a mesh holds one part.
+
+    Attributes:
+      values: [P, C, S + L + H - 1]: part p has rows p * S and following, and so all windows that begin in its S rows.
+      mesh: over whose devices axis 0 is split; static under jit.
+    """
+
+    mesh: Mesh | None = None
+
+    def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
+        """As `Windows.gather`, bit for bit: each device cuts what begins in its part, and the rows of the batch that
+        are each device's come together there."""
+        assert self.mesh is not None
+        mesh, width, b = self.mesh, self.context_len + self.horizon, len(indices)
+        part_len = self.values.shape[2] - width + 1
+
+        def own(values, starts, rows, indices):
+            first = part_len * jax.lax.axis_index(mesh.axis_names)
+            starts_B = starts[indices] - first
+            mine_B = (starts_B >= 0) & (starts_B < part_len)
+            rows_B = None if rows is None else rows[indices]
+            here = Windows(values[0], starts_B, rows_B, self.context_len, self.horizon)
+            batch = here.gather(jnp.arange(len(indices)))  # of starts elsewhere some rows or other, which go to 0
+            x_BCT = jnp.concatenate([batch["context"], batch["target"]], axis=-1)
+            x_BCT = jnp.where(mine_B[:, None, None], x_BCT, 0.0)
+            x_BCT = jax.lax.psum(x_BCT, "tensor")
+            return jax.lax.psum_scatter(x_BCT, ("data", "fsdp"), scatter_dimension=0, tiled=True)
+
+        whole = PartitionSpec()
+        cut = jax.shard_map(
+            own,
+            mesh=mesh,
+            in_specs=(PartitionSpec(mesh.axis_names), whole, whole, whole),
+            out_specs=sharding.BATCH,
+        )
+        surplus = -b % sharding.row_parts(mesh)
+        x_BCT = cut(self.values, self.starts, self.rows, jnp.pad(indices, (0, surplus)))[:b]
+        return {"context": x_BCT[..., : self.context_len], "target": x_BCT[..., self.context_len :]}
+
+
+jax.tree_util.register_dataclass(
+    Spread,
+    data_fields=["values", "starts", "rows"],
+    meta_fields=["context_len", "horizon", "mesh"],
+    drop_fields=["columns", "timestamps"],
+)
+
+
+def _spread(windows: Windows, mesh: Mesh) -> Spread:
+    c, t = windows.values.shape
+    parts, more = mesh.size, windows.context_len + windows.horizon - 1
+    part_len = -(-t // parts)
+    values = np.asarray(windows.values)  # of a mapped file: no row is read yet
+
+    def part(index: Any) -> np.ndarray:
+        first = index[0].indices(parts)[0] * part_len
+        rows = values[:, first : first + part_len + more]
+        return np.pad(rows, ((0, 0), (0, part_len + more - rows.shape[1])))[None]
+
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    spread = jax.make_array_from_callback((parts, c, part_len + more), split, part)
+    table = sharding.replicate({"starts": windows.starts, "rows": windows.rows}, mesh)
+    return Spread(spread, table["starts"], table["rows"], windows.context_len, windows.horizon, mesh=mesh)
 
 
 def windows_between(

@@ -217,7 +217,7 @@ def _forecast(
 def forecast_windows(model: Model, params: Params, windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, ...]:
     """(context [B, C, L], target [B, C, H], point forecast [B, C, H]) of windows number `indices` [B], float64."""
     mesh = sharding.mesh_of(params)
-    found = _forecast(model, params, sharding.replicate(windows, mesh), np.asarray(indices, np.int32), mesh)
+    found = _forecast(model, params, windows.over(mesh), np.asarray(indices, np.int32), mesh)
     return tuple(sharding.on_host(x).astype(np.float64) for x in found)
 
 

@@ -96,7 +96,7 @@ def errors(predictor: Predictor, params: Tree, windows: Windows, *, batch_size: 
     batch_size: windows per forward pass; None: the predictor's `eval_batch` (for each device that has rows).
     """
     mesh = sharding.mesh_of(params)
-    placed = sharding.replicate(windows, mesh)
+    placed = windows.over(mesh)
     size = batch_size or predictor.eval_batch * sharding.row_parts(mesh)
     sums = in_batches(lambda indices: _batch_errors(predictor, params, placed, indices, mesh), windows.n, size, mesh)
     shape = sums["squared"].shape

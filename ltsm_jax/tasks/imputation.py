@@ -136,7 +136,7 @@ def evaluate(
     _check(model, rate)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
     mesh = sharding.mesh_of(params)
-    placed, placed_key = sharding.replicate((windows, key), mesh)
+    placed, placed_key = windows.over(mesh), sharding.replicate(key, mesh)
     one_batch = lambda i: _batch_sums(model, params, placed, i, placed_key, rate, ims)  # noqa: E731
     found = in_batches(one_batch, windows.n, batch_size, mesh)
     sums = {name: per_window.sum() for name, per_window in found.items()}

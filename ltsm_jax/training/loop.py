@@ -181,7 +181,8 @@ def fit(
       loss_fn: (params, batch, key, train) -> scalar; the mean over the batch's rows weighted by `batch["weight"]` [B],
         which is 0 for the rows that fill up the last batch.
       params: start; left as it is.
-      train_source: a pytree with `n` windows and `gather(indices [B]) -> batch` (`ltsm_jax.data.windows.Windows`).
+      train_source: a pytree with `n` windows, `gather(indices [B]) -> batch`, and `over(mesh)`, itself where the steps
+        can use it (`ltsm_jax.data.windows.Windows`).
       config: how to train.
       validate: params -> {"mse": ..., ...}, called after each epoch; the lowest "mse" (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
@@ -290,7 +291,7 @@ class _Fitting:
             raise ValueError("several hosts train together: lay the parameters over all devices with sharding.shard")
         self.batch_size = min(config.batch_size, self.n)
         sharding.check_batch(self.batch_size, self.mesh, config.accumulate)
-        self.placed = sharding.replicate(source, self.mesh)  # without the host-only facts that `source` has
+        self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
@@ -463,7 +464,10 @@ class _Fitting:
         """What is wrong with batch `place` of the epoch, whose update was not applied; the batch is taken once more."""
         rows = windows.batch_at(jnp.asarray(sharding.on_host(self.order)), place, self.batch_size)
         indices, weight = map(np.asarray, rows)
-        batch, key = self.source.gather(indices), jax.random.fold_in(self.keys["dropout"], self.position.step)
+        batch, key = (
+            _taken(self.placed, indices, self.mesh),
+            jax.random.fold_in(self.keys["dropout"], self.position.step),
+        )
         placed = sharding.replicate(batch | {"weight": weight}, self.mesh)
         loss, grads = _gradients(self.state["params"], self.frozen, placed, key, self.loss_fn, self.penalty, self.how)
         lines = [
@@ -645,6 +649,12 @@ def _advance(
 _gradients = jax.jit(jax.value_and_grad(_objective), static_argnames="how")
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def _taken(source, indices, mesh):
+    """The windows numbered `indices`, where every host can read them."""
+    return sharding.everywhere(source.gather(indices), mesh)
+
+
 def _gather(source, indices, weight, mesh):
     """The windows of a batch; on a mesh each device gathers its own rows."""
     indices, weight = sharding.by_rows((indices, weight), mesh)
@@ -703,7 +713,7 @@ def _config_record(config, facts, params, trainable, source, validate) -> dict[s
         "windows": {
             "n": int(source.n),
             "shapes": {k: list(v.shape[1:]) for k, v in one.items()},
-            "sha256": storage.sha256_of(source),
+            "sha256": hosts.on_first(storage.sha256_of, source),  # the others need not read it for that
         },
         "start": {
             "parameters": trees.count(params),

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ltsm_jax.data import DataError
-from ltsm_jax.data.corpus import Scaled, pool, read_folder
+from ltsm_jax.data.corpus import Pool, Scaled, _map, _write, pool, read_folder, shared
 
 L, H = 8, 4
 
@@ -171,3 +171,28 @@ def test_no_folder_or_nothing_in_it(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(FileNotFoundError, match="folder with"):
             read_folder(folder)
+
+
+def test_a_pool_written_for_other_hosts_is_the_same_pool(tmp_path):
+    real = pool([ramp(90, 0), ramp(60, 1000), ramp(3)], L, H, stride=3, val_share=0.3)
+    other = pool([ramp(40, 5000)], L, H, stride=5).train
+    for i, made in enumerate((real, Pool(real.train, other, ("a", "b")), Pool(real.train, None, ()))):
+        (tmp_path / "windows").mkdir(exist_ok=True)
+        (tmp_path / "windows" / "older").touch()
+        _write(lambda made=made: made, tmp_path / "windows")
+        n_files = (4, 5, 3)[i]  # a series of both parts is kept once; nothing older is left
+        assert len(list((tmp_path / "windows").iterdir())) == n_files
+        found = _map(tmp_path / "windows")
+        assert found.notes == made.notes
+        for got, want in ((found.train, made.train), (found.val, made.val)):
+            assert (got is None) == (want is None)
+            if want is not None:
+                assert isinstance(got.values, np.memmap) and not got.values.flags.writeable
+                n = jnp.arange(want.n)
+                np.testing.assert_array_equal(whole(got.over(None).gather(n)), whole(want.gather(n)))
+
+
+def test_one_host_shares_its_pool_with_nobody(tmp_path):
+    made = pool([ramp(90)], L, H)
+    assert shared(lambda: made, tmp_path / "windows") is made
+    assert not (tmp_path / "windows").exists()

@@ -1,5 +1,10 @@
 """Windows on the device against numpy slices, and the order in which training sees them."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,3 +174,16 @@ def test_a_partial_batch_is_filled_up_with_weight_0():
     indices, weight = batch_at(order, 1, 3)
     assert indices.tolist() == [0, 2, 0]
     assert weight.tolist() == [1, 1, 0]
+
+
+def test_a_series_in_parts_over_the_devices_gives_the_same_windows(tmp_path):
+    script = Path(__file__).with_name("spread_gathers.py")
+    words = [sys.executable, str(script), str(tmp_path / "series.npy")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 6
+    for what, one in found.items():
+        assert all(one["same"]) and one["scaled"], what
+        assert one["held"] == [[1, 3, 13 + 11]] * 8, what  # an eighth of 101 rows, and the rest of the last window
+        assert ("data" in one["lies"]) == ("data" in what) and "fsdp" in one["lies"], what

@@ -1,4 +1,4 @@
-"""`experiments.sff` on two real processes: the numbers of one, SIGTERM, kills, and another mesh after each."""
+"""Experiments on two real processes: the numbers of one, SIGTERM, kills, and another mesh after each."""
 
 import functools
 import json
@@ -30,13 +30,14 @@ def flags(waves, micro, out, epochs):
 
 
 class Launch:
-    """The same command as two processes of so many devices each."""
+    """The same command as two processes of so many devices each; `program`: what Python runs."""
 
-    def __init__(self, words, cache, devices=1):
+    def __init__(self, words, cache, devices=1, program=("-m", "experiments.sff")):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "LTSM_CACHE": str(cache),  # what the first launch compiles, the others need not
@@ -44,7 +45,7 @@ class Launch:
         }
         joined = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
         self.processes = [
-            subprocess.Popen([sys.executable, "-m", "experiments.sff", *words, *joined, str(i)], cwd=ROOT, text=True,
+            subprocess.Popen([sys.executable, *program, *words, *joined, str(i)], cwd=ROOT, text=True,
                              env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             for i in (0, 1)
         ]  # fmt: skip
@@ -152,6 +153,29 @@ def test_what_one_host_cannot_do_all_give_up(waves, micro, tmp_path):
     for i, (code, _, errors) in enumerate(Launch(flags(waves, micro, out, 1), tmp_path / "cache").results()):
         assert code == 2 and "run.json is damaged" in errors
         assert ("host 0: UsageError" in errors) == (i == 1)
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_its_share_of_what_it_is_pretrained_on(tmp_path):
+    script = str(Path(__file__).with_name("spread_pretraining.py"))
+    words = ["--preset", "small", "--generated", "24", "--length", "800", "--steps", "6", "--batch-size", "8"]
+    alone, out = tmp_path / "alone", tmp_path / "two"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, script, *words, "--out", str(alone)], check=True, timeout=300, env=environment)
+    launch = Launch([*words, "--mesh", "data=2,fsdp=2", "--out", str(out)], tmp_path / "cache", 2, (script,))
+    for i, (code, said, errors) in enumerate(launch.results()):
+        assert code == 0, errors
+        assert f"parts {[2 * i, 2 * i + 1]} of 4: memmap Spread" in said
+    one, two = (
+        [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+        for folder in (alone, out)
+    )
+    assert len(one) == 7 and "val_mse" in one[-1]
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    configs = [json.loads((folder / "train" / "config.json").read_text()) for folder in (alone, out)]
+    assert configs[0] == configs[1]
+    assert sorted(file.name for file in out.iterdir()) == ["model", "train"]  # the shared windows are gone
 
 
 @pytest.mark.parametrize(
