@@ -12,9 +12,11 @@ Gives:  a table on the terminal and, in the folder of --out: results.csv (a row 
         choice.json, redundancy.json, report.md with pictures; masks/<run>/ of every pruning run; cells/<name>/ with the
         model, of pruned arms without all that can be taken out.
         The same command again continues where the last one stopped; finished cells and pruning runs are not run again.
-Timing: `predict` of one window per variate, compiled, of the model with parts taken out and of the whole one in turns;
-        latencies are means without the first fifth of the runs, the fastest and the slowest one, the speedup is the
-        median ratio of neighbours.
+        SIGTERM stops it after a checkpoint, exit code 75. On several hosts: the same command on each, see
+        `experiments/launch.py`.
+Timing: `predict` of one window per variate, compiled, of the model with parts taken out and of the whole one in turns,
+        whole on one device of the first host, whatever --mesh is; latencies are means without the first fifth of the
+        runs, the fastest and the slowest one, the speedup is the median ratio of neighbours.
 Differs from the released code (SJTU-DMTai/Prune-then-Finetune): see `ltsm_jax.methods.pruning`; pruned and whole arms
         have the same dropout (--quirks no-dropout for theirs: none in the pruned ones) and the same learning rate.
 """
@@ -36,7 +38,7 @@ from rich.console import Console
 
 from experiments import comparison, pruning_report
 from experiments.comparison import FLAGS, PARSERS, TINY, Comparison, UsageError, number, numbers
-from ltsm_jax import hosts, trees
+from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import finetune, pruning, redundancy, removal
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
@@ -178,11 +180,7 @@ def resolve(options: Options) -> Comparison:
 
     Raises: UsageError and ValueError for what does not work.
     """
-    if hosts.count() > 1:
-        raise UsageError("pruning runs on one host, with all of its devices; leave --coordinator away")
     c = comparison.resolve(options)
-    if jax.process_count() > 1:
-        raise UsageError("pruning runs on one host; leave out --coordinator, --num-processes and --process-id")
     full = pruning.full_masks(c.model, **_candidates(options))
     batch = options.prune_batch_size or c.config.batch_size
     settings = {
@@ -282,18 +280,20 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     Returns: what failed (a run that diverged does not stop the others), one line each.
     Raises: UsageError when the folder holds a comparison with other settings.
     """
-    console, o, work = console or Console(), c.options, Work(c)
+    console = (console or Console()) if hosts.first() else Console(quiet=True)
+    o, work, statistics = c.options, Work(c), c.folder / "redundancy.json"
     comparison.settle(c)
-    if not (c.folder / "redundancy.json").is_file():
-        comparison.write_json(c.folder / "redundancy.json", redundancy_of(c))
+    if not hosts.on_first(statistics.is_file):
+        hosts.on_first(comparison.write_json, statistics, redundancy_of(c))
     first = [*whole_cells(o), *pruned_cells(o)]
     total = len(first) + _n_tuned(o)
     failures = comparison.run_cells(c, first, work.run_cell, rank, console, (1, total))
-    rows = [json.loads(f.read_text())["row"] for cell in first if (f := comparison.result_file(c, cell)).is_file()]
+    files = [comparison.result_file(c, cell) for cell in first]
+    rows = hosts.on_first(lambda: [json.loads(file.read_text())["row"] for file in files if file.is_file()])
     choice = choose(rows, o)
     if choice is None:
         return failures
-    comparison.write_json(c.folder / "choice.json", choice)
+    hosts.on_first(comparison.write_json, c.folder / "choice.json", choice)
     console.print(choice["text"], highlight=False, markup=False)
     if choice["warning"]:
         console.print(choice["warning"], highlight=False, markup=False, style="yellow")
@@ -346,10 +346,12 @@ def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] |
 
 
 class Work:
-    """A comparison at work: pruning runs, and the timing of the whole model, are kept for the cells that share them."""
+    """A comparison at work: pruning runs, and the timing of the whole model, are kept for the cells that share them.
+    On several hosts all call."""
 
     def __init__(self, c: Comparison):
         self.c = c
+        self.whole: Any = None  # the comparison's params on one device
         self.found: tuple[str, pruning.PruneResult] | None = None  # the last one: its cells come together
         self.forecasts: dict[Model, Any] = {}  # compiled
 
@@ -418,6 +420,11 @@ class Work:
     def timing(self, model: Model, params: Any, masked: tuple[Model, Any]) -> dict[str, Any]:
         """Time and memory of one forecast of a window per variate, with parts taken out and whole, and how far the
         forecast is from that of the masked model."""
+        self.whole = _on_one_device(self.c.params) if self.whole is None else self.whole
+        params, masked = _on_one_device(params), (masked[0], _on_one_device(masked[1]))
+        return hosts.on_first(self._timing, model, params, masked)
+
+    def _timing(self, model: Model, params: Any, masked: tuple[Model, Any]) -> dict[str, Any]:
         c, runs, context = self.c, self.c.options.timed_runs, _one_window_each(self.c)
 
         def forecast(model: Model, params: Any) -> Any:
@@ -427,14 +434,14 @@ class Work:
             return self.forecasts[model]
 
         self.forecasts = {m: f for m, f in self.forecasts.items() if m in (c.model, masked[0])}  # others never return
-        whole, small = forecast(c.model, c.params), forecast(model, params)
+        whole, small = forecast(c.model, self.whole), forecast(model, params)
         gap = np.asarray(small(params, context)) - np.asarray(forecast(*masked)(masked[1], context))
         found = {"removal_gap": float(np.abs(gap).max()), "peak_mb": _peak(small), "whole_peak_mb": _peak(whole)}
         if not runs:
             return found
         times = np.empty((runs, 2))
         for i in range(runs):
-            for j, (compiled, weights) in enumerate(((small, params), (whole, c.params))):
+            for j, (compiled, weights) in enumerate(((small, params), (whole, self.whole))):
                 began = time.perf_counter()
                 compiled(weights, context).block_until_ready()
                 times[i, j] = time.perf_counter() - began
@@ -443,6 +450,10 @@ class Work:
         mine, other = (1e3 * kept.mean(axis=0)).tolist()
         pairs = np.median(times[runs // 5 :, 1] / times[runs // 5 :, 0])  # neighbours in time: other work slows both
         return found | {"latency_ms": mine, "whole_latency_ms": other, "speedup": float(pairs)}
+
+
+def _on_one_device(params: Any) -> Any:
+    return jax.device_put(jax.tree.map(sharding.on_host, params), jax.local_devices()[0])
 
 
 def _one_window_each(c: Comparison) -> jax.Array:
@@ -462,7 +473,7 @@ def _peak(compiled: Any) -> float | None:
 
 def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
     """parameters: with parts taken out; nonzero_parameters: of the masked model; whole_parameters: of the original."""
-    nonzero = sum(int(np.count_nonzero(np.asarray(leaf))) for leaf in jax.tree.leaves(merged))
+    nonzero = sum(int(np.count_nonzero(sharding.on_host(leaf))) for leaf in jax.tree.leaves(merged))
     return {
         "parameters": trees.count(params),
         "nonzero_parameters": nonzero,

@@ -89,9 +89,7 @@ def specs(shapes: trees.Tree, rules: Rules, mesh: Mesh) -> tuple[trees.Tree, tup
                 notes.append(f"{path} {leaf.shape}: {size} {axis} devices do not divide axis {i}, which stays whole")
                 axis = None
             kept.append(axis if size > 1 else None)
-        while kept and kept[-1] is None:  # as the compiler writes it: another spelling would compile the next step anew
-            kept.pop()
-        found[path] = PartitionSpec(*kept)
+        found[path] = spec_of(kept)
     if unmatched:
         raise ValueError(
             f"no shard rule for {', '.join(unmatched)}; the family's shard_rules must name every parameter"
@@ -99,8 +97,21 @@ def specs(shapes: trees.Tree, rules: Rules, mesh: Mesh) -> tuple[trees.Tree, tup
     return trees.unflatten(found), tuple(notes)
 
 
-def shard(params: trees.Tree, rules: Rules, mesh: Mesh) -> tuple[trees.Tree, tuple[str, ...]]:
-    """`params` laid out over the mesh, and what could not be split (see `specs`). Each device gets its part only."""
+def spec_of(axes: Sequence[Any]) -> PartitionSpec:
+    """The spec of these mesh axes, as the compiler writes it: another spelling would compile the next step anew."""
+    kept = list(axes)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)
+
+
+def shard(params: trees.Tree, rules: Rules, mesh: Mesh | None) -> tuple[trees.Tree, tuple[str, ...]]:
+    """`params` laid out over the mesh, and what could not be split (see `specs`). Each device gets its part only.
+
+    mesh: None leaves `params` where they are.
+    """
+    if mesh is None:
+        return params, ()
     table, notes = specs(params, rules, mesh)
     return jax.tree.map(lambda leaf, spec: put(leaf, NamedSharding(mesh, spec)), params, table), notes
 
@@ -175,6 +186,12 @@ def like(tree: trees.Tree, params: trees.Tree, mesh: Mesh) -> trees.Tree:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def check_hosts(mesh: Mesh | None) -> None:
+    """Raises: ValueError where there are several hosts and parameters that do not lie over the devices of all."""
+    if jax.process_count() > 1 and (mesh is None or mesh.size < jax.device_count()):
+        raise ValueError("several hosts work together: lay the parameters over all devices with sharding.shard")
 
 
 def check_batch(batch_size: int, mesh: Mesh | None, accumulate: int = 1) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
+from ltsm_jax import sharding
 from ltsm_jax.layers.experts import Experts
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -121,6 +123,31 @@ def weights(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+def place(masks: Tree, params: Tree) -> Tree:
+    """`masks` laid over the mesh of `params`, each as the weights it belongs to; as they are where there is no mesh.
+
+    Of a kernel [*inputs, *outputs], `in` is split as the axes of the inputs are and `out` as those of the outputs; of
+    stacked experts [E, *inputs, *outputs] both begin with E. Without a kernel `out` lies as the bias.
+
+    Args:
+      masks: the same on every host, or on the mesh already. params: nested dict of the model.
+    Raises: ValueError listing masks that do not fit the parameters.
+    """
+    mesh = sharding.mesh_of(params)
+    if mesh is None:
+        return masks
+    flat, found = flatten(params), {}
+    for path, (m_in, m_out) in weights(params, masks).items():
+        layer, n = path.removesuffix("/kernel"), m_in.ndim
+        leaf = flat.get(path, flat.get(f"{layer}/bias"))
+        axes = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
+        axes = axes if path in flat else (*[None] * n, *axes)
+        stack = axes[:1] if path == layer else ()
+        for side, mask, own in (("in", m_in, axes[:n]), ("out", m_out, (*stack, *axes[n:]))):
+            found[f"{layer}/{side}"] = sharding.put(mask, NamedSharding(mesh, sharding.spec_of(own)))
+    return unflatten({path: found[path] for path in flatten(masks)})
+
+
 def merge(params: Tree, masks: Tree) -> Tree:
     """The masked model's weights: kernel * m_in * m_out, bias * m_out; everything else as it is.
 
@@ -128,8 +155,9 @@ def merge(params: Tree, masks: Tree) -> Tree:
     merged weights of `merge(params, masks)` leaves what is pruned at 0. Works under jit and grad.
 
     Args:
-      params: nested dict of the model. masks: a tree of masks, of some or all of its linears and experts.
-    Returns: a tree like `params`.
+      params: nested dict of the model. masks: a tree of masks, of some or all of its linears and experts; where the
+        parameters lie over several hosts, see `place`.
+    Returns: a tree like `params`, which lies as they do.
     Raises: ValueError listing masks that do not fit the parameters.
     """
     flat = dict(flatten(params))

@@ -19,7 +19,7 @@ from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.series import read_series
 from ltsm_jax.data.splits import Scaler, few_shot_indices
 from ltsm_jax.data.windows import windows_between
-from ltsm_jax.layers.masks import merge
+from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, strategy, trainable_mask
 from ltsm_jax.models import Forecast, Model
 from ltsm_jax.tasks import forecasting
@@ -106,8 +106,9 @@ def run(
     loss = _loss(without_dropout(model) if "no-dropout" in quirks else model, mode)
     current = start_params(strategy, model, params, keys["aux"])
     if masks is not None:
-        current, placed = merge(current, masks), sharding.replicate(masks, sharding.mesh_of(current))
-        loss = jax.tree_util.Partial(_masked_loss(loss), placed)
+        masks = place(masks, current)
+        current = merge(current, masks)
+        loss = jax.tree_util.Partial(_masked_loss(loss), masks)
 
     def validate(candidate: Params) -> dict[str, Any]:
         return forecasting.evaluate(model, candidate, splits.val)

@@ -16,10 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ltsm_jax import trees
+from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data import Windows
 from ltsm_jax.layers import taps
+from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.methods import finetune
 from ltsm_jax.models import Batch, Model
 from ltsm_jax.models.family import Group
@@ -84,7 +86,8 @@ def measure(
     """Statistics of all heads and feed-forward units that `Model.prunable` names, over every token of every window.
 
     The tokens are those of the training loss, without dropout; padding that a family adds counts like the rest. Units
-    inside experts are not measured.
+    inside experts are not measured. Where the parameters lie over a mesh, its devices share the windows of every batch
+    that they divide; of several hosts all call.
 
     Args:
       parts: windows, such as `finetune.training_windows(...)` and `splits.val`.
@@ -95,12 +98,15 @@ def measure(
     if not parts:
         raise ValueError("measure needs at least one part of the data")
     # the last batch of a part is a shorter one, and not filled up: padding must not count
-    batches = [(part, start) for part in parts for start in range(0, part.n, batch_size)]
+    mesh = sharding.mesh_of(params)
+    placed = [sharding.replicate(part, mesh) for part in parts]
+    batches = [(part, start) for part in placed for start in range(0, part.n, batch_size)]
     total: dict[str, Any] = {}
-    with progress.Bar(len(batches), 1, "redundancy", show=show_progress) as bar:
+    with progress.Bar(len(batches), 1, "redundancy", show=show_progress and hosts.first()) as bar:
         for i, (part, start) in enumerate(batches):
             indices = np.arange(start, min(start + batch_size, part.n), dtype=np.int32)
-            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), _sums(model, mode, params, _gather(part, indices)))
+            found = _sums(model, mode, params, _gather(part, indices), mesh)
+            sums = jax.tree.map(lambda x: sharding.on_host(x).astype(np.float64), found)
             total = jax.tree.map(np.add, total, sums) if i else sums
             bar.update(i + 1, 1, len(indices))
     heads, units, tokens = {}, {}, {}
@@ -132,13 +138,15 @@ def _natural(path: str) -> list[Any]:
 _gather = jax.jit(Windows.gather)  # apart from the rest: parts of other sizes need not compile that again
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mode"))
-def _sums(model: Model, mode: finetune.Mode, params: Params, batch: Batch) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnames=("model", "mode", "mesh"))
+def _sums(model: Model, mode: finetune.Mode, params: Params, batch: Batch, mesh: Mesh | None) -> dict[str, Any]:
     """Sums over the tokens of a batch, by module."""
+    split = mesh if len(batch["context"]) % sharding.row_parts(mesh) == 0 else None
+    batch = sharding.by_rows(batch, split)
     groups = _groups(model, params)
     inside = {path: f"{path}/{group.takes[0]}" for path, group in groups}
     layers = {path: path.rpartition("/")[0] for path, group in groups if group.kind == "heads"}
-    with taps.arguments_of({*inside.values(), *layers.values()}) as seen:
+    with rows_over(split), taps.arguments_of({*inside.values(), *layers.values()}) as seen:
         forecasting.loss_fn(model, finetune.LOSS[mode])(params, batch, None, False)
     flat, found = trees.flatten(params), {}
     for path, group in groups:
@@ -150,7 +158,7 @@ def _sums(model: Model, mode: finetune.Mode, params: Params, batch: Batch) -> di
         else:
             sums = [_of_units(a) for a in calls]
         found[path] = jax.tree.map(lambda *values: sum(values), *sums)
-    return found
+    return sharding.everywhere(found, mesh)
 
 
 def _stream(x: jax.Array, swapped: bool) -> jax.Array:

@@ -26,11 +26,12 @@ the router would choose others in their place.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import trees
-from ltsm_jax.layers.masks import merge
+from ltsm_jax import sharding, trees
+from ltsm_jax.layers.masks import merge, weights
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import Kept, Place, pad, places, without
 
@@ -49,17 +50,22 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
     Returns: (model, params, masks): a model of the same class with a smaller config, its merged parameters, which
       compute what `merge(params, masks)` computes in `model`, and the masks of what is left, with which
       `finetune.run(..., masks=masks)` keeps the remaining zeros at zero. Nothing dead: the model itself, merged.
+      The parameters lie where they lay, over a mesh by the family's rules.
     Raises: ValueError for masks that do not fit the parameters, or hold anything but 0 and 1.
     """
     own = {path: np.array(mask, np.float32) for path, mask in trees.flatten(masks).items()}
     odd = [path for path, mask in own.items() if not np.isin(mask, (0.0, 1.0)).all()]
     if odd:
         raise ValueError(f"masks to remove by hold 0 and 1; these hold other values: {', '.join(odd)}")
-    merge(params, masks)  # refuses masks of another model, before they are looked into
-    flat = trees.flatten(params)
+    weights(params, masks)  # refuses masks of another model, before they are looked into
+    flat, mesh = trees.flatten(params), sharding.mesh_of(params)
     kept = [(place, _kept(place, flat, own)) for place in places(model, flat)]
     settled = trees.unflatten({path: jnp.asarray(mask) for path, mask in own.items()})
-    return without(model, merge(params, settled), [(place, stays) for place, stays in kept if stays], settled)
+    # of a mesh on the host, where axes of any length can be cut
+    whole = params if mesh is None else jax.tree.map(sharding.on_host, params)
+    merged = merge(whole, settled)
+    small, fewer, rest = without(model, merged, [(place, stays) for place, stays in kept if stays], settled)
+    return small, sharding.shard(fewer, small.shard_rules, mesh)[0], rest
 
 
 def _kept(place: Place, flat: Mapping[str, Any], own: dict[str, np.ndarray]) -> Kept | None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ltsm_jax import hosts, storage, trees
 
@@ -298,6 +299,23 @@ class RunFolder:
             if hosts.count() == 1:
                 raise
             self.broken = err
+
+
+def settle(run: RunFolder | None, *told: int) -> tuple[np.ndarray, bool]:
+    """Between two pieces of work the hosts agree, and what they are writing moves on.
+
+    Args: told: what rests on a clock of this host.
+    Returns: what the first host has told, as clocks differ, and whether SIGTERM has come to one of them.
+    Raises: WriteError, on all hosts, where one could not write.
+    """
+    saving, failed = (run.saving, run.failed) if run else (False, False)
+    said = hosts.agree(hosts.stopping(), saving, failed, *told)
+    stop, busy, broken = np.any(said[:, :3], axis=0)
+    if run and broken:
+        run.wait()
+    elif run and not busy:
+        run.poll()
+    return said[0, 3:], bool(stop)
 
 
 def read_checkpoint(

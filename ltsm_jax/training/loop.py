@@ -287,8 +287,7 @@ class _Fitting:
         self.source, self.frozen, self.validate = source, frozen, validate
         self.n = int(source.n)
         self.mesh = sharding.mesh_of(frozen) or sharding.mesh_of(moving)
-        if hosts.count() > 1 and (self.mesh is None or self.mesh.size < jax.device_count()):
-            raise ValueError("several hosts train together: lay the parameters over all devices with sharding.shard")
+        sharding.check_hosts(self.mesh)
         self.batch_size = min(config.batch_size, self.n)
         sharding.check_batch(self.batch_size, self.mesh, config.accumulate)
         self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
@@ -368,14 +367,7 @@ class _Fitting:
 
         Raises: hosts.Stopped when SIGTERM has come to one of them, after a checkpoint.
         """
-        saving, failed = (run.saving, run.failed) if run else (False, False)
-        told = hosts.agree(self.pace.steps, due, hosts.stopping(), saving, failed)
-        steps, due_now = told[0, :2]  # clocks differ: those of the first count
-        stop, busy, broken = np.any(told[:, 2:], axis=0)
-        if run and broken:
-            run.wait()
-        elif run and not busy:
-            run.poll()
+        (steps, due_now), stop = checkpoints.settle(run, self.pace.steps, due)
         if stop and run:
             if self.position.step > self.saved_step:
                 self.save(run)

@@ -24,7 +24,9 @@ Where the released code departs from its paper or from itself, what is right is 
 | Q20 thresholds are the lowest of several devices' | one threshold; as released: refused |
 | Q22 dropout is on again after a validation inside an epoch | always off; as released: refused |
 
-Parameters may lie over the devices of one process; several processes are not supported.
+Parameters may lie over a mesh of devices, of one host or of several: scoring and validation follow them, and the masks
+are those of one device but for rounding. The masks of a result are whole on every host; fine-tuning lays each as its
+weights lie.
 
 Q4, dropout that is off when a pruned model is fine-tuned and on otherwise, is the quirk "no-dropout" of `finetune.run`.
 Q3, training labels of Timer in another scale than its output, and Q7, pruned experts in the balance loss, are of the

@@ -12,9 +12,11 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ltsm_jax import trees
+from ltsm_jax import sharding, trees
 from ltsm_jax.layers import masks as layer_masks
+from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.masks import masked
 from ltsm_jax.models import Model
 
@@ -102,6 +104,7 @@ def gradient_sums(
     squares: bool = True,
     chunk: int | None = None,
     stacks: Collection[str] = (),
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Sums over the rows of a batch of h and h^2, h being the gradient of a row's own loss with respect to the masks.
 
@@ -114,8 +117,11 @@ def gradient_sums(
       batch: as for `Model.loss`. Rows are windows: of one variate, or of all where the model joins them.
       key: for losses that draw; each row draws its own.
       squares: False: sums of h alone, from one gradient of the batch's mean loss, which needs less memory.
-      chunk: rows of one backward pass; None: 32. Bounds the memory and does not change the sums.
+      chunk: rows of one backward pass, rounded up to what the devices of the mesh divide; None: 32, for each device
+        that has rows. Bounds the memory and does not change the sums.
       stacks: paths of stacked experts whose rows are counted; needs `squares`.
+      mesh: of the parameters, under jit: each device has its own rows of a chunk and their gradients, and the sums of
+        all meet.
     Returns: {"rows": how many count, "loss": their sum, "h": tree like masks, "squares": alike, or {}, "seen": with
       stacks, {..path of the stack..: rows [E] of which a token reached the expert, so that one of its masks has a
       gradient}, else {}}.
@@ -123,8 +129,8 @@ def gradient_sums(
     if stacks and not squares:
         raise ValueError("stacks: rows are counted by their own gradients, which squares=False does without")
     rows = {name: value for name, value in batch.items() if name != "weight"}
-    b = len(rows["context"])
-    chunk = min(chunk or CHUNK, b)
+    b, devices = len(rows["context"]), sharding.row_parts(mesh)
+    chunk = -(-min(chunk or CHUNK * devices, b) // devices) * devices
     place = jnp.arange(-(-b // chunk) * chunk)
     weight = jnp.where(place < b, batch.get("weight", jnp.ones(b))[jnp.minimum(place, b - 1)], 0.0)
     place = jnp.minimum(place, b - 1)
@@ -139,7 +145,7 @@ def gradient_sums(
         return of_rows(masks, {name: value[None] for name, value in row.items()}, None, key)
 
     def add(sums, part):
-        rows, weight, keys = part
+        rows, weight, keys = sharding.by_rows(part, mesh)
         count = weight.sum()
         if squares:
             value, h = jax.vmap(jax.value_and_grad(of_row), (None, 0, 0))(masks, rows, keys)
@@ -150,7 +156,8 @@ def gradient_sums(
                 "seen": trees.unflatten({path: weight @ _reached(trees.flatten(h), path) for path in stacks}),
             }
         else:
-            value, g = jax.value_and_grad(of_rows)(masks, rows, weight, None if keys is None else keys[0])
+            with rows_over(mesh):
+                value, g = jax.value_and_grad(of_rows)(masks, rows, weight, None if keys is None else keys[0])
             counted = lambda x: jnp.where(count > 0, x * count, 0.0)  # noqa: E731
             new = {"loss": counted(value), "h": jax.tree.map(counted, g), "squares": {}, "seen": {}}
         return jax.tree.map(jnp.add, sums, new | {"rows": count}), None

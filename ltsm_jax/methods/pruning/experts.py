@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ltsm_jax import trees
+from ltsm_jax import sharding, trees
 from ltsm_jax.data import Windows
+from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.models import Model
 from ltsm_jax.models.family import entry_of, with_entry
 from ltsm_jax.tasks.batches import in_batches
@@ -27,32 +29,39 @@ def expert_usage(
     Args:
       parts: windows; their targets are not looked at.
       horizon: steps forecast after each context; what is forecast and fed back counts as well.
-      batch_size: windows of one forward pass; None: the model's `eval_batch`.
+      batch_size: windows of one forward pass; None: the model's `eval_batch` (for each device that has rows).
     Returns: by the path of a layer's experts, tokens that chose an expert / tokens [E]; the sum is a token's k.
     Raises: ValueError for a model without experts that can be pruned so.
     """
     totals: dict[str, np.ndarray] = {}
+    mesh = sharding.mesh_of(params)
     for windows in parts:
+        placed = sharding.replicate(windows, mesh)
         counts = in_batches(
-            lambda indices, windows=windows: _routed(model, params, windows, indices, horizon),
+            lambda indices, placed=placed: _routed(model, params, placed, indices, horizon, mesh),
             windows.n,
-            batch_size or model.eval_batch,
+            batch_size or model.eval_batch * sharding.row_parts(mesh),
+            mesh,
         )
         for path, count_NE in counts.items():
             totals[path] = totals.get(path, 0) + count_NE.sum(0)
     return {path: total[:-1] / total[-1] for path, total in totals.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "horizon"))
-def _routed(model: Model, params: Params, windows: Windows, indices: jax.Array, horizon: int) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("model", "horizon", "mesh"))
+def _routed(
+    model: Model, params: Params, windows: Windows, indices: jax.Array, horizon: int, mesh: Mesh | None
+) -> dict[str, jax.Array]:
     """By path, [B, E + 1]: how many tokens chose each expert, and how many there are."""
-    chosen, n_experts = model.routed(params, windows.gather(indices)["context"], horizon)
+    with rows_over(mesh):
+        context = sharding.by_rows(windows.gather(indices)["context"], mesh)
+        chosen, n_experts = model.routed(params, context, horizon)
     found = {}
     for path, chosen_BNK in chosen.items():
         count_BE = jax.nn.one_hot(chosen_BNK, n_experts).sum((1, 2))
         tokens_B1 = (chosen_BNK[..., 0] >= 0).sum(1, keepdims=True)
         found[path] = jnp.concatenate([count_BE, tokens_B1.astype(count_BE.dtype)], axis=1)
-    return found
+    return sharding.everywhere(found, mesh)
 
 
 def kept_experts(usage: Mapping[str, np.ndarray], threshold: float, top_k: int) -> dict[str, tuple[int, ...]]:
@@ -70,6 +79,7 @@ def keep_experts(model: Model, params: Params, kept: Mapping[str, Sequence[int]]
 
     Args:
       kept: by the path of a layer's experts ("layer_0/mixture/experts"), the ids of those that stay, in order.
+    Returns: the parameters lie where they lay, over a mesh by the family's rules.
     Raises: ValueError for paths that are no experts and ids that are not there.
     """
     flat, config, problems = dict(trees.flatten(params)), model.config, []
@@ -92,4 +102,5 @@ def keep_experts(model: Model, params: Params, kept: Mapping[str, Sequence[int]]
         config = with_entry(config, entry, tuple(ids))
     if problems:
         raise ValueError("experts cannot be pruned:\n" + "\n".join(problems))
-    return dataclasses.replace(model, config=config), trees.unflatten(flat)
+    fewer = dataclasses.replace(model, config=config)
+    return fewer, sharding.shard(trees.unflatten(flat), fewer.shard_rules, sharding.mesh_of(params))[0]

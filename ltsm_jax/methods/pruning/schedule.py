@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jax.sharding import Mesh
 
-from ltsm_jax import hosts, storage, training, trees
+from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows
 from ltsm_jax.data import windows as orders
-from ltsm_jax.layers.masks import merge, weights
+from ltsm_jax.layers.masks import merge, place, weights
 from ltsm_jax.methods import finetune
 from ltsm_jax.methods.pruning.channels import (
     Masks,
@@ -36,7 +37,7 @@ from ltsm_jax.methods.pruning.channels import (
 from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.training import progress
+from ltsm_jax.training import checkpoints, progress
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -49,7 +50,8 @@ class PruneResult:
       model, params: what the masks are for: those handed in, made ready for the data, or with experts taken out. The
         weights are not masked: fine-tuning starts from them (`finetune.run(model, params, ..., splits, masks=masks)`).
         `pruned` has the masks in it, `ltsm_jax.remove` makes the model smaller.
-      masks: of the epoch with the lowest validation MSE; ones where no channel was pruned.
+      masks: of the epoch with the lowest validation MSE; ones where no channel was pruned. Whole on every host,
+        wherever the parameters lie.
       scores: importance of every channel then, 0 for pruned ones, NaN where none is known (without any pruning step, or
         of an expert that no token has reached).
       order: int32 rank of every channel, those pruned first, then the others by importance: see `cut`.
@@ -77,7 +79,7 @@ class PruneResult:
     @property
     def pruned(self) -> Params:
         """`params` with the masks multiplied in."""
-        return merge(self.params, self.masks)
+        return merge(self.params, place(self.masks, self.params))
 
 
 def prune(
@@ -119,6 +121,10 @@ def prune(
     ema * s + (1 - ema) * I, and `select` takes the share r_step = ratio * (batches of a group) / (batches of an epoch).
     So about exp(-ratio) of the channels are left after an epoch. Each epoch ends with a validation of the masked model.
 
+    It happens where the parameters lie, as in `training.fit`: over a mesh each device has its own rows of every batch.
+    Several hosts all call with the same arguments and see one folder; SIGTERM to one of them (inside `hosts.session`)
+    makes all save and stop at the same batch. A run may go on with another number of devices or hosts.
+
     Args:
       params: pretrained weights; not modified.
       data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series`, or ready `Splits`; its training windows,
@@ -143,15 +149,15 @@ def prune(
       ratios: shares of the channels whose masks, `cut` from this one run, are validated too.
       seed: of the order of windows and of losses that draw.
       chunk: rows whose gradients are computed side by side, see `gradient_sums`.
-      folder: of the run. A killed run goes on from there, and ends with the same bits.
+      folder: of the run. A killed run goes on from there, and ends with the same bits (on as many devices).
       show_progress: a bar on a terminal, else a line every few seconds.
     Raises: ValueError listing arguments out of range, for quirks that are unknown or refused, for a folder that has
-      another run, or on several hosts; training.NonFiniteError.
+      another run, or on several hosts for parameters that do not lie over all of their devices;
+      training.NonFiniteError; hosts.Stopped after SIGTERM.
     Source: see the module's docstring; published grids: ratio 0.01 to 0.9, ema 0.1, 0.2, 0.4, 0.5, 0.8.
     Example: `found = ltsm_jax.prune(model, params, "ETTh1", ratio=0.2, ema=0.5, macro_batch=8192)`
     """
-    if hosts.count() > 1:
-        raise ValueError("prune runs in one process; prune there, and fine-tune with its masks on all hosts")
+    sharding.check_hosts(sharding.mesh_of(params))
     _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, stride, ratios, chunk)
     model, params, splits = finetune.as_splits(model, params, data, horizon=horizon, context_len=context_len,
                                                target=target, few_shot=few_shot, seed=seed)  # fmt: skip
@@ -199,10 +205,13 @@ def prune(
         masks = full_masks(model, include_embed=include_embed, include_head=include_head, quirks=quirks)
         pruning = _Pruning(model, params, masks, windows, splits.val, settings, chunk, run)
         pruning.start({"epoch": 0, "steps": 0, "left": 1.0} | {f"val_{k}": v for k, v in first.items()})
-        with progress.Bar(pruning.total, max(epochs, 1), label, done=pruning.done, show=show_progress) as bar:
+        show = show_progress and hosts.first()
+        with progress.Bar(pruning.total, max(epochs, 1), label, done=pruning.done, show=show) as bar:
             pruning.go_on(bar)
-        order = pruning.order()
-        cuts = {share: forecasting.evaluate(model, merge(params, cut(order, share)), splits.val) for share in ratios}
+        order, cuts = pruning.order(), {}
+        for share in ratios:
+            merged = merge(params, place(cut(order, share), params))
+            cuts[share] = forecasting.evaluate(model, merged, splits.val)
     best = pruning.best
     return PruneResult(
         model=model,
@@ -241,48 +250,60 @@ def _strided(windows: Windows, stride: int) -> Windows:
 
 def _usage(model: Model, params: Params, parts: Sequence[Windows], folder: Path | None) -> dict[str, np.ndarray]:
     """`expert_usage`, counted once per run folder, whose config says of which weights and windows it is."""
-    file = None if folder is None else folder / "experts.json"
-    if file is not None and file.exists():
-        return {path: np.asarray(f_E) for path, f_E in storage.read_record(file)["usage"].items()}
+    if folder is None:
+        return expert_usage(model, params, parts)
+    file = folder / "experts.json"
+    record = hosts.on_first(lambda: storage.read_record(file) if file.exists() else None)
+    if record is not None:
+        return {path: np.asarray(f_E) for path, f_E in record["usage"].items()}
     usage = expert_usage(model, params, parts)
-    if file is not None:
+
+    def write() -> None:
         temporary = file.with_suffix(".tmp")
         storage.write_record(temporary, {"usage": {path: f_E.tolist() for path, f_E in usage.items()}})
         os.replace(temporary, file)
+
+    hosts.on_first(write)
     return usage
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mode", "batch_size", "squares", "chunk", "stacks"))
+@functools.partial(jax.jit, static_argnames=("model", "mode", "batch_size", "squares", "chunk", "stacks", "mesh"))
 def _batch_sums(
     model, params, masks, windows, order, b, key, mode, batch_size: int, squares: bool, chunk: int | None,
-    stacks: tuple[str, ...],
+    stacks: tuple[str, ...], mesh: Mesh | None,
 ):  # fmt: skip
     indices, weight = orders.batch_at(order, b, batch_size)
     loss = forecasting.loss_fn(model, finetune.LOSS[mode])
     batch = windows.gather(indices) | {"weight": weight}
     key = jax.random.fold_in(key, b)
-    return gradient_sums(loss, params, masks, batch, key, squares=squares, chunk=chunk, stacks=stacks)
+    sums = gradient_sums(loss, params, masks, batch, key, squares=squares, chunk=chunk, stacks=stacks, mesh=mesh)
+    return sharding.everywhere(sums, mesh)
 
 
 _order = jax.jit(orders.epoch_order, static_argnames="n")
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
-@jax.jit
-def _zeros(params: Params, masks: Masks) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="mesh")
+def _zeros(params: Params, masks: Masks, mesh: Mesh | None) -> jax.Array:
     merged = jax.tree.leaves(merge(params, masks))
-    return sum((jnp.sum(x == 0, dtype=jnp.float32) for x in merged), jnp.zeros(())) / trees.count(merged)
+    n = sum((jnp.sum(x == 0, dtype=jnp.float32) for x in merged), jnp.zeros(()))
+    return sharding.everywhere(n / trees.count(merged), mesh)
 
 
 class _Pruning:
     """One call of `prune` at work. `state`: trees like the masks, flat arrays on the host; the rest is the position.
+    Every host has the same of all of it.
 
     state: importance, NaN where there is none yet; step at which each channel was pruned, counted from 1, 0 for the
-    others; last, its importance before that. best: the same after the best epoch. sums: of the group that is not full.
+    others; last, its importance before that. best: the same after the best epoch. sums: of the group that is not full,
+    whole on every device.
     """
 
     def __init__(self, model, params, masks: Masks, windows: Windows, val: Windows, settings, chunk, run):
-        self.model, self.params, self.windows, self.val, self.run, self.chunk = model, params, windows, val, run, chunk
+        self.model, self.params, self.val, self.run, self.chunk = model, params, val, run, chunk
+        self.mesh = sharding.mesh_of(params)
+        self.windows = sharding.replicate(windows, self.mesh)
         self.settings, self.like = settings, masks
         self.squares = settings["score"] != "taylor1" or settings["average_expert_score"]
         self.n = orders.steps_per_epoch(windows.n, settings["batch_size"])
@@ -304,16 +325,17 @@ class _Pruning:
         self.state, self.best, self.sums = dict(begin), dict(begin), self._no_sums()
         self.done = self.steps = self.waiting = self.best_epoch = 0
         self.loss, self.finished, self.stopped, self.history = 0.0, self.settings["epochs"] == 0, "epochs", [first]
-        self.saved = time.monotonic()
+        self.saved, self.saved_at = time.monotonic(), 0
         if self.run is None:
             return
-        if (found := self.run.restore(self._tree())) is None:
+        if (found := self.run.restore(sharding.replicate(self._tree(), self.mesh))) is None:
             self.run.record([first])
             return
         tree, position = found
-        host = lambda branch: jax.tree.map(np.asarray, branch)  # noqa: E731
+        host = lambda branch: jax.tree.map(sharding.on_host, branch)  # noqa: E731
         self.state, self.best, self.sums = host(tree["state"]), host(tree["best"]), tree["sums"]
         self.sums = {"squares": {}, "seen": {}} | self.sums
+        self.saved_at = position["step"]
         self.done, self.steps, self.waiting = (position[k] for k in ("step", "steps", "waiting"))
         self.loss, self.finished, self.stopped = (position[k] for k in ("loss", "finished", "stopped"))
         self.history, self.best_epoch = position["history"], position["best_epoch"]
@@ -328,27 +350,46 @@ class _Pruning:
             return
         names = ("steps", "waiting", "loss", "finished", "stopped", "history", "best_epoch")
         self.run.save(self._tree(), {"step": self.done} | {name: getattr(self, name) for name in names})
-        self.saved = time.monotonic()
+        self.saved, self.saved_at = time.monotonic(), self.done
+
+    def _settle(self) -> None:
+        """Between two batches the hosts agree whether to save or to stop.
+
+        Raises: hosts.Stopped when SIGTERM has come to one of them, after a checkpoint.
+        """
+        new = self.done > self.saved_at
+        due = new and self.waiting == 0 and time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        (due_now,), stop = checkpoints.settle(self.run, due)
+        if new and (due_now or stop):
+            self.save()
+        if stop:
+            kept = "nothing to keep"
+            if self.run is not None:
+                self.run.wait()
+                kept = f"checkpoint: {self.run.path(self.done)}" if self.done else kept
+            raise hosts.Stopped(f"stopped by SIGTERM after batch {self.done} of {self.total}; {kept}")
 
     def _no_sums(self) -> Any:
-        return no_sums(self.like, squares=self.squares, stacks=self.counted)
+        return sharding.replicate(no_sums(self.like, squares=self.squares, stacks=self.counted), self.mesh)
 
     @property
     def masks(self) -> Masks:
-        """Masks of the channels that are there now."""
+        """Masks of the channels that are there now, on the host."""
         return jax.tree.map(lambda step: np.asarray(step == 0, np.float32), self.state["step"])
 
     # --- the schedule
 
     def go_on(self, bar: progress.Bar) -> None:
         """Batches, pruning steps and validations until the run is over."""
-        masks, one = self.masks, self.settings["epochs"] == 1
+        masks, one = place(self.masks, self.params), self.settings["epochs"] == 1
+        config = (self.settings["mode"], self.settings["batch_size"], self.squares, self.chunk, self.counted, self.mesh)
+        order = key = None
         while not self.finished:
+            self._settle()
             epoch, b = divmod(self.done, self.n)
-            if b == 0 or bar.began is None:
-                order = _order(self.keys["data"], epoch, self.windows.n)
-            key = jax.random.fold_in(self.keys["aux"], epoch)
-            config = (self.settings["mode"], self.settings["batch_size"], self.squares, self.chunk, self.counted)
+            if b == 0 or order is None:
+                drawn = _order(self.keys["data"], epoch, self.windows.n), jax.random.fold_in(self.keys["aux"], epoch)
+                order, key = sharding.replicate(drawn, self.mesh)
             found = _batch_sums(self.model, self.params, masks, self.windows, order, b, key, *config)
             loss, rows = float(found["loss"]), int(found["rows"])
             if not math.isfinite(loss):
@@ -362,25 +403,24 @@ class _Pruning:
             if self.waiting == self.group or (last and one):
                 full = self._full(masks)
                 if not full:
-                    masks = self._step(masks)
-            bar.update(self.done, epoch + 1, rows, loss / rows, f"  {100 * share_left(masks):.1f} % left")
+                    masks = place(self._step(), self.params)
+            bar.update(self.done, epoch + 1, rows, loss / rows, f"  {100 * share_left(self.masks):.1f} % left")
             if last or full:
                 self._validate(masks, epoch + 1, full)
-                self.save()
-            elif self.waiting == 0 and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
                 self.save()
         if self.run is not None:
             self.run.wait()
 
     def _full(self, masks: Masks) -> bool:
         limit = self.settings["max_prune_ratio"]
-        return limit < 1 and float(_zeros(self.params, masks)) + self.r_step > limit
+        return limit < 1 and float(_zeros(self.params, masks, self.mesh)) + self.r_step > limit
 
-    def _step(self, masks: Masks) -> Masks:
-        """Scores of the group into the importance, and one selection."""
+    def _step(self) -> Masks:
+        """Scores of the group into the importance, and one selection: the masks after it."""
+        masks, sums = self.masks, jax.tree.map(lambda x: jnp.asarray(sharding.on_host(x)), self.sums)
         skipped, a = self._unseen(), np.float32(self.settings["ema"])
         old, new = trees.flatten(self.state["importance"]), {}
-        for path, s in trees.flatten(importance_of(self.sums, masks, self.settings["score"])).items():
+        for path, s in trees.flatten(importance_of(sums, masks, self.settings["score"])).items():
             s = np.abs(s) if self.settings["ema_abs"] else np.asarray(s)
             average = np.where(np.isnan(old[path]), s, a * s + (1 - a) * old[path])
             new[path] = np.where(skipped.get(path, False), old[path], average)
@@ -404,7 +444,7 @@ class _Pruning:
         found = {}
         for stack in self.stacks:
             paths = [path for path in sums if path.startswith(f"{stack}/")]
-            unseen_E = np.all([(np.asarray(sums[path]) == 0).all(axis=1) for path in paths], axis=0)
+            unseen_E = np.all([(sharding.on_host(sums[path]) == 0).all(axis=1) for path in paths], axis=0)
             found |= dict.fromkeys(paths, unseen_E[:, None])
         return found
 
@@ -414,7 +454,7 @@ class _Pruning:
             raise training.NonFiniteError(f"epoch {epoch}: the validation MSE of the pruned model is {scores['mse']}")
         seen = (self.done - 1) % self.n + 1
         rows = min(seen * self.settings["batch_size"], self.windows.n)
-        entry = {"epoch": epoch, "steps": self.steps, "left": share_left(masks), "train_loss": self.loss / rows}
+        entry = {"epoch": epoch, "steps": self.steps, "left": share_left(self.masks), "train_loss": self.loss / rows}
         entry |= {f"val_{name}": value for name, value in scores.items()}
         lowest = min((h["val_mse"] for h in self.history[1:]), default=math.inf)
         self.history, self.loss = [*self.history, entry], 0.0
