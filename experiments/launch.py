@@ -17,13 +17,16 @@ that rests on a file is the first's: `hosts.on_first(file.is_file)`. After SIGTE
 
 import contextlib
 import dataclasses
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
 
 from ltsm_jax import hosts, storage
+from ltsm_jax.training import checkpoints
 
 FLAGS = {
     "mesh": "devices by axis, as data=4,fsdp=2,tensor=1 [all on data]",
@@ -34,6 +37,7 @@ FLAGS = {
     "num-processes": "how many processes there are, with an address",
     "process-id": "which of them this one is, from 0, with an address",
 }
+FIRST_LEAVES_LAST = 2.0  # seconds; with it goes the service whose end the others would take for a crash
 PLACE = ("coordinator", "num_processes", "process_id")  # where it runs: no part of what it computes
 
 
@@ -97,7 +101,21 @@ def say(text: Any) -> None:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`, its errors in a line each: 2 for what does not work, 130 and 75 for what was stopped."""
+    """The exit code of `run`, its errors in a line each: 2 for what does not work, 130 and 75 for what was stopped.
+
+    Where one of several hosts could not write, the process ends here.
+    """
+    code = _guarded(run)
+    if checkpoints.gave_up():
+        if hosts.first():
+            time.sleep(FIRST_LEAVES_LAST)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except (ValueError, OSError) as err:

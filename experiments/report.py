@@ -30,22 +30,31 @@ NAMES = {
     "lpff": "LP, then FF",
     "l2sp": "FF held to the start (L2-SP)",
     "noise": "FF from checkpoint + noise",
+    "lora": "adapters of low rank (LoRA)",
+    "recipe": "the family's own recipe",
     "last_value": "last value",
     "seasonal_naive": "seasonal naive",
 }
 SHORT = {"zero_shot": "zero-shot", "ff": "FF", "tfs": "TFS", "sff": "SFF", "lp": "LP", "lpff": "LPFF"}
-SHORT |= {"l2sp": "L2-SP", "noise": "noise", "last_value": "last value", "seasonal_naive": "seasonal naive"}
+SHORT |= {
+    "l2sp": "L2-SP",
+    "noise": "noise",
+    "lora": "LoRA",
+    "last_value": "last value",
+    "seasonal_naive": "seasonal naive",
+}
 # Okabe & Ito's palette, told apart by all common kinds of colour vision; line styles say the same a second time.
 COLOURS = {"zero_shot": "#555555", "ff": "#0072B2", "tfs": "#D55E00", "sff": "#009E73", "lp": "#CC79A7"}
 COLOURS |= {
     "lpff": "#56B4E9",
     "l2sp": "#E69F00",
     "noise": "#8A7A00",
+    "lora": "#5D3A9B",
     "last_value": "#BBBBBB",
     "seasonal_naive": "#BBBBBB",
 }
 STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": "-", "lp": (0, (5, 1, 1, 1)), "lpff": "--"}
-STYLES |= {"l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1))}
+STYLES |= {"l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1)), "lora": (0, (6, 2))}
 NO_PICTURES = "matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)"
 
 
@@ -301,7 +310,7 @@ def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
     seed = min(c["seed"] for c in cells)
     first = [c for c in cells if c["seed"] == seed]
     shown = []
-    for method in ("zero_shot", "ff", "sff", "tfs", "lpff", "lp", "noise", "l2sp"):
+    for method in ("zero_shot", "ff", "sff", "tfs", "lpff", "lp", "lora", "noise", "l2sp"):
         same = [c for c in first if c["method"] == method]
         shown += [min(same, key=lambda c: c["val_mse"])] if same and len(shown) < 4 else []
     windows = [dict(np.load(c["folder"] / "forecasts.npz")) for c in shown]

@@ -28,6 +28,7 @@ from experiments.report import cell_name
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 
 METHODS = "zero_shot,ff,tfs,sff,lp,lpff"
+OWN = {"l2sp_weight": "l2sp", "lora_rank": "lora"}  # settings of one method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Options(comparison.Options):
     program: ClassVar[str] = "experiments.sff"
     methods: tuple[str, ...] = tuple(METHODS.split(","))
     l2sp_weight: float = 0.1
+    lora_rank: int = 4
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -45,10 +47,12 @@ def parse(argv: Sequence[str]) -> Options:
         "methods": f"of {','.join(STRATEGIES)} [{METHODS}]",
         "alpha": "weight(s) of the pretrained side, for sff and noise [0.7]",
         "l2sp-weight": "of the l2sp penalty [0.1]",
+        "lora-rank": "of the adapters of lora [4]",
     }
     parsers = PARSERS | {
         "methods": functools.partial(comparison.names, tuple(STRATEGIES)),
         "l2sp-weight": functools.partial(comparison.number, float, TINY, sys.float_info.max, "positive"),
+        "lora-rank": functools.partial(comparison.number, int, 1, sys.maxsize, "at least 1"),
     }
     values, problems = comparison.read_flags(Options.program, __doc__, argv, flags, parsers)
     if problems := problems + comparison.alpha_problems(values, Options.methods):
@@ -76,10 +80,10 @@ class Cell:
 
 
 def resolve(options: Options) -> Comparison:
-    """`comparison.resolve`, with the setting that only this experiment has."""
+    """`comparison.resolve`, with the settings that only this experiment has."""
     c = comparison.resolve(options)
-    weight = options.l2sp_weight if "l2sp" in options.methods else None
-    return dataclasses.replace(c, settings=c.settings | {"l2sp_weight": weight})
+    own = {name: getattr(options, name) if method in options.methods else None for name, method in OWN.items()}
+    return dataclasses.replace(c, settings=c.settings | own)
 
 
 def cells(options: Options) -> tuple[Cell, ...]:
@@ -101,7 +105,7 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     Returns: what failed (a run that diverged does not stop the others), one line each.
     Raises: UsageError when the folder holds a comparison with other settings.
     """
-    comparison.settle(c, optional=("l2sp_weight",))
+    comparison.settle(c, optional=tuple(OWN))
     order = {method: i for i, method in enumerate(STRATEGIES)}
     rank = lambda row: (order[row["method"]], row["alpha"] or 0.0, row["seed"])  # noqa: E731
     return comparison.run_cells(c, cells(c.options), functools.partial(run_cell, c), rank, console or Console())
@@ -111,11 +115,12 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     """Run one cell, or go on with it. Returns: its row of results.csv."""
     if cell.method == "zero_shot" and (twin := comparison.twin_of(c, "zero_shot-seed*")):
         return comparison.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
-    chosen = strategy(cell.method, alpha=cell.alpha or 0.0, l2_sp=c.options.l2sp_weight)
+    o = c.options
+    chosen = strategy(cell.method, alpha=cell.alpha or 0.0, l2_sp=o.l2sp_weight, lora_rank=o.lora_rank)
     result = comparison.tune(c, cell, chosen)
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
     row = comparison.row_of(c, columns, c.model, result)
-    row["l2sp_weight"] = c.options.l2sp_weight if cell.method == "l2sp" else None
+    row |= {name: getattr(o, name) if cell.method == method else None for name, method in OWN.items()}
     comparison.keep(c, cell, (c.model, result.params), row, result)
     return row
 

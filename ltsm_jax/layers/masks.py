@@ -22,6 +22,8 @@ from ltsm_jax.layers.experts import Experts
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.trees import Tree, flatten, unflatten
 
+ROUTING = ("router", "shared_gate")  # names of linears that weigh others up and are no part of the function itself
+
 _BRANCH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("branch of the parameters", default=())
 
 

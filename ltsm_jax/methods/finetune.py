@@ -20,6 +20,7 @@ from ltsm_jax.data.series import read_series
 from ltsm_jax.data.splits import Scaler, few_shot_indices
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers.masks import merge, place
+from ltsm_jax.methods import lora
 from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, strategy, trainable_mask
 from ltsm_jax.models import Forecast, Model
 from ltsm_jax.tasks import forecasting
@@ -108,7 +109,7 @@ def run(
     if masks is not None:
         masks = place(masks, current)
         current = merge(current, masks)
-        loss = jax.tree_util.Partial(_masked_loss(loss), masks)
+        loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(loss), masks)
 
     def validate(candidate: Params) -> dict[str, Any]:
         return forecasting.evaluate(model, candidate, splits.val)
@@ -123,20 +124,23 @@ def run(
     seconds = 0.0
     for i, phase in enumerate(strategy.phases):
         changes = {name: getattr(phase, name) for name in ("epochs", "lr") if getattr(phase, name) is not None}
-        mask = trainable_mask(phase, model, current)
+        begin, mask, phase_loss, whole = current, trainable_mask(phase, model, current), loss, _itself
+        if (adapters := phase.adapters(model)) is not None:
+            key = jax.random.fold_in(keys["aux"], 2 + i)
+            begin, mask, phase_loss, whole = lora.beside(model, current, loss, adapters, key)
         # Partial: the reference weights reach the compiled step as arguments instead of as constants
         penalty = jax.tree_util.Partial(l2_sp_penalty, current, phase.l2_sp) if phase.l2_sp else None
         fitted = training.fit(
-            loss,
-            current,
+            phase_loss,
+            begin,
             windows,
             config=dataclasses.replace(config, **changes),
-            validate=validate,
+            validate=lambda candidate, whole=whole: validate(whole(candidate)),
             trainable=mask,
             penalty=penalty,
             folder=None if folder is None else Path(folder) / f"phase-{i}",
             label=label if len(strategy.phases) == 1 else f"{label}, phase {i + 1} of {len(strategy.phases)}",
-            facts=facts | {"phase": i},
+            facts=facts | {"phase": i} | ({} if adapters is None else {"adapters": dataclasses.asdict(adapters)}),
             show_progress=show_progress,
         )
         history += [h | {"phase": i, "epoch": epochs + h["epoch"]} for h in fitted.history]
@@ -146,8 +150,8 @@ def run(
         val = {name.removeprefix("val_"): x for name, x in best.items() if name.startswith("val_")}
         epochs += len(fitted.history)
         seconds += fitted.seconds
-        current = fitted.params if masks is None else merge(fitted.params, masks)
-        trained = trees.count(current if mask is None else trees.partition(current, mask)[0])
+        current = whole(fitted.params) if masks is None else merge(whole(fitted.params), masks)
+        trained = trees.count(begin if mask is None else trees.partition(begin, mask)[0])
 
     began = time.monotonic()
     val = validate(current) if val is None else val
@@ -164,9 +168,12 @@ def _loss(model: Model, mode: Mode):
     return forecasting.loss_fn(model, LOSS[mode])
 
 
-@functools.cache
-def _masked_loss(loss):
-    return lambda masks, params, batch, key, train: loss(merge(params, masks), batch, key, train)
+def _masked_loss(loss, masks, params, batch, key, train):
+    return loss(merge(params, masks), batch, key, train)
+
+
+def _itself(params: Params) -> Params:
+    return params
 
 
 def without_dropout(model: Model) -> Model:

@@ -13,6 +13,7 @@ difference between two of these small values.
 | lpff      | the same                                   | head, then all   | LP-FT, arXiv 2202.10054 |
 | l2sp      | pretrained                                 | all, pulled back | L2-SP, arXiv 1802.01483 |
 | noise     | alpha * pretrained + (1 - alpha) * noise   | all              | control for sff |
+| lora      | pretrained                                 | adapters of low rank | LoRA, arXiv 2106.09685 |
 | recipe    | pretrained                                 | as the recipe of the model says | `Model.recipe` |
 """
 
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from ltsm_jax import trees
+from ltsm_jax.models.family import Lora
 
 Params = Any
 
@@ -60,6 +62,8 @@ class Phase:
     Attributes:
       trainable: "all", "head" (what the model family declares as its head; the rest is frozen, dropout stays on) or
         "recipe" (what the family's fine-tuning recipe trains).
+      lora: train these adapters instead of weights, and add them in at the end of the phase.
+    Raises: ValueError for adapters together with what is about weights.
       epochs, lr: in place of the run's; None keeps the run's.
       l2_sp: weight w of the penalty w/2 * |params - start|^2 added to the loss; 0 for none.
     """
@@ -68,6 +72,15 @@ class Phase:
     epochs: int | None = None
     lr: float | None = None
     l2_sp: float = 0.0
+    lora: Lora | None = None
+
+    def __post_init__(self):
+        if self.lora is not None and (self.l2_sp or self.trainable != "all"):
+            raise ValueError("a phase that trains adapters trains no weights: leave trainable and l2_sp away")
+
+    def adapters(self, model: Any) -> Lora | None:
+        """The adapters to train on this model; those of its recipe where that is what the phase trains."""
+        return model.recipe().lora if self.trainable == "recipe" else self.lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,21 +156,32 @@ def noise(alpha: float = 0.7) -> Strategy:
     return Strategy("noise", NoiseInterpolated(alpha))
 
 
+def lora(rank: int = 4) -> Strategy:
+    """LoRA: adapters of this rank beside every linear layer are trained, times 2; the weights stay.
+
+    It wants a larger learning rate than full fine-tuning: that of Chronos-2 is advised to be ten times as large.
+
+    Source: see `methods.lora`.
+    """
+    return Strategy("lora", phases=(Phase(lora=Lora(rank, 2.0 * rank)),))
+
+
 def recipe() -> Strategy:
-    """The family's own recipe: from the checkpoint, only the leaves that `Model.recipe().trainable` names."""
+    """The family's own recipe: from the checkpoint, only the leaves that `Model.recipe().trainable` names, or adapters
+    where `Model.recipe().lora` says so."""
     return Strategy("recipe", phases=(Phase("recipe"),))
 
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    f.__name__: f for f in (zero_shot, ff, tfs, sff, lp, lpff, l2sp, noise, recipe)
+    f.__name__: f for f in (zero_shot, ff, tfs, sff, lp, lpff, l2sp, noise, lora, recipe)
 }
 MIXED = ("sff", "noise")  # those that take an alpha
 
 
-def strategy(name: str, *, alpha: float = 0.7, l2_sp: float = 0.1) -> Strategy:
-    """The strategy called `name`; `alpha` reaches only sff and noise, `l2_sp` only l2sp.
+def strategy(name: str, *, alpha: float = 0.7, l2_sp: float = 0.1, lora_rank: int = 4) -> Strategy:
+    """The strategy called `name`; `alpha` reaches only sff and noise, `l2_sp` only l2sp, `lora_rank` only lora.
 
-    Raises: ValueError for an unknown name (with the known ones) or an alpha outside [0, 1].
+    Raises: ValueError for an unknown name (with the known ones), an alpha outside [0, 1] or a rank below 1.
     """
     if name not in STRATEGIES:
         near = difflib.get_close_matches(name, STRATEGIES, n=1)
@@ -171,6 +195,10 @@ def strategy(name: str, *, alpha: float = 0.7, l2_sp: float = 0.1) -> Strategy:
         if not l2_sp > 0:
             raise ValueError(f"the l2sp weight must be positive; got {l2_sp}")
         return l2sp(float(l2_sp))
+    if name == "lora":
+        if lora_rank < 1:
+            raise ValueError(f"the rank of LoRA must be at least 1; got {lora_rank}")
+        return lora(lora_rank)
     return STRATEGIES[name]()
 
 

@@ -39,13 +39,26 @@ class Forecast:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters of a rank beside every linear layer, times alpha / rank. See `methods.lora`."""
+
+    rank: int = 4
+    alpha: float = 8.0
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Fine-tuning defaults of one preset. Good learning rates differ by orders of magnitude between models.
 
     lr, batch_size (windows), epochs, schedule, weight_decay, clip: as in `training.TrainConfig`. context_len, horizon:
     time steps. loss: "own" (the family's training loss) or "point" (MSE of the point forecast). source: where the
-    numbers are from. trainable: regular expression of the leaves that the source trains; None: all. It is what the
-    strategy "recipe" trains; the other strategies say themselves what they train.
+    numbers are from. trainable: regular expression of the leaves that the source trains; None: all. lora: the adapters
+    that it trains instead. These two are what the strategy "recipe" trains; the others say themselves what they train.
     """
 
     lr: float
@@ -59,6 +72,7 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float | None = None
     trainable: str | None = None
+    lora: Lora | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ from ltsm_jax.models.family import (
     Batch,
     Forecast,
     Group,
+    Lora,
     Model,
     Recipe,
     check_context,
@@ -377,8 +378,9 @@ class TimesFM2p5(Model):
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
-        source = "google-research/timesfm timesfm-forecasting/examples/finetuning/finetune_lora.py (there with LoRA)"
-        return Recipe(1e-4, 32, 10, "cosine", self.context_len, self.horizon, "own", source, 0.01, 1.0)
+        source = "google-research/timesfm timesfm-forecasting/examples/finetuning/finetune_lora.py"
+        lora = Lora(4, 8.0)
+        return Recipe(1e-4, 32, 10, "cosine", self.context_len, self.horizon, "own", source, 0.01, 1.0, lora=lora)
 
     # --- the network, and around its running scale, in rows [B, T]
 

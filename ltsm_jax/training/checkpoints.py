@@ -34,6 +34,9 @@ STATE, POSITION = "state", "position.json"
 LOCK = ".lock"
 KEEP = 2
 SEE_SECONDS = 30.0
+WAIT_SECONDS = 0.05
+
+_gave_up = False
 
 
 class WriteError(OSError):
@@ -201,9 +204,26 @@ class RunFolder:
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises: WriteError when that failed, on whichever host."""
-        if self.unsealed is not None:
-            self.poll()
+        while hosts.count() > 1:
+            busy, failed = hosts.agree(self.saving, self.failed).any(axis=0).tolist()
+            if failed:
+                self._give_up()
+            elif busy:
+                time.sleep(WAIT_SECONDS)
+                continue
+            elif self.unsealed is not None:
+                self.poll()
+                continue
+            break
         hosts.together(self._join)
+
+    def _give_up(self) -> None:
+        """A host could not write its part. What the others write waits for it inside Orbax, for many minutes."""
+        global _gave_up
+        self.unsealed, _gave_up = None, True
+        if self.saving:
+            self.pending = None
+            self.writer.shutdown(wait=False)
 
     def _join(self) -> None:
         pending, self.pending = self.pending, None
@@ -216,7 +236,8 @@ class RunFolder:
         try:
             work()
         except Exception as err:  # tensorstore reports a full disk as a ValueError
-            shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
+            if hosts.count() == 1:  # others may be writing there; the next launch takes it away
+                shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
             raise WriteError(
                 f"could not write checkpoint {path}: {str(err).strip()[:500]}\n"
                 f"Whole before it: {', '.join(path_of(self.folder, s).name for s in steps(self.folder)) or 'none'}. "
@@ -259,7 +280,7 @@ class RunFolder:
         try:
             self._join()
         finally:
-            self.writer.shutdown()
+            self.writer.shutdown(wait=not _gave_up)
             with contextlib.suppress(OSError):  # a full disk has been reported by the write itself
                 if self.files is not None:
                     self.files.close()
@@ -299,6 +320,12 @@ class RunFolder:
             if hosts.count() == 1:
                 raise
             self.broken = err
+
+
+def gave_up() -> bool:
+    """Whether a write was given up because another host failed: a thread still waits for that host, and the end of this
+    process would wait for the thread."""
+    return _gave_up
 
 
 def settle(run: RunFolder | None, *told: int) -> tuple[np.ndarray, bool]:

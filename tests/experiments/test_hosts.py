@@ -30,9 +30,10 @@ def flags(waves, micro, out, epochs):
 
 
 class Launch:
-    """The same command as two processes of so many devices each; `program`: what Python runs."""
+    """The same command as two processes of so many devices each; `program`: what Python runs; `limit`: bytes of the
+    largest file that the second may write."""
 
-    def __init__(self, words, cache, devices=1, program=("-m", "experiments.sff")):
+    def __init__(self, words, cache, devices=1, program=("-m", "experiments.sff"), limit=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -43,11 +44,15 @@ class Launch:
             "LTSM_CACHE": str(cache),  # what the first launch compiles, the others need not
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        code = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, [int(sys.argv[1])] * 2); "
+        limited = (
+            [] if limit is None else [sys.executable, "-c", f"{code}os.execv(sys.argv[2], sys.argv[2:])", str(limit)]
+        )
         joined = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
         self.processes = [
-            subprocess.Popen([sys.executable, *program, *words, *joined, str(i)], cwd=ROOT, text=True,
+            subprocess.Popen([*before, sys.executable, *program, *words, *joined, str(i)], cwd=ROOT, text=True,
                              env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for i in (0, 1)
+            for i, before in enumerate(([], limited))
         ]  # fmt: skip
 
     def results(self):
@@ -143,6 +148,28 @@ def test_either_of_two_processes_killed_at_random(waves, micro, tmp_path):
         ).results():
             assert code == 0, errors
         check_same(out, alone)
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_write_its_part_stops_all_and_nothing_is_lost(waves, micro, tmp_path):
+    alone, out, cache = tmp_path / "alone", tmp_path / "two", tmp_path / "cache"
+    assert sff.main(flags(waves, micro, alone, 5)) == 0
+    words = [*flags(waves, micro, out, 5), "--mesh", "fsdp=2"]
+    launch = Launch(words, cache)
+    wait_for(lambda: checkpoints(out), launch)
+    launch.processes[0].send_signal(signal.SIGTERM)
+    assert [code for code, *_ in launch.results()] == [hosts.EXIT_STOPPED] * 2
+    before = checkpoints(out)[-1]
+
+    began = time.monotonic()
+    for code, _, errors in Launch(words, cache, limit=1000).results():
+        assert code == 2 and "could not write checkpoint" in errors and "File too large" in errors
+        assert before.name in errors.rpartition("Whole before it: ")[2]
+    assert time.monotonic() - began < 200  # inside Orbax the other would wait for 20 minutes
+    assert checkpoints(out)[-1] == before
+
+    assert [code for code, *_ in Launch(words, cache).results()] == [0, 0]
+    check_same(out, alone)
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def full_masks(
     linears = {path.rsplit("/", 1)[0] for path in flat}
     heads = {path for path in linears if re.search(model.head, f"{path}/kernel")}
     blocks = {path for path in linears if re.search(model.blocks, path)} - heads
-    never = {path for path in linears if path.rsplit("/", 1)[-1] in ("router", "shared_gate")}
+    never = {path for path in linears if path.rsplit("/", 1)[-1] in layer_masks.ROUTING}
     if "every-linear" in quirks:
         chosen = linears
     elif "head-only" in quirks:

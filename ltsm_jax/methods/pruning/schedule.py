@@ -303,7 +303,7 @@ class _Pruning:
     def __init__(self, model, params, masks: Masks, windows: Windows, val: Windows, settings, chunk, run):
         self.model, self.params, self.val, self.run, self.chunk = model, params, val, run, chunk
         self.mesh = sharding.mesh_of(params)
-        self.windows = sharding.replicate(windows, self.mesh)
+        self.windows = windows.over(self.mesh)
         self.settings, self.like = settings, masks
         self.squares = settings["score"] != "taylor1" or settings["average_expert_score"]
         self.n = orders.steps_per_epoch(windows.n, settings["batch_size"])
