@@ -139,7 +139,7 @@ def place(masks: Tree, params: Tree) -> Tree:
     flat, found = flatten(params), {}
     for path, (m_in, m_out) in weights(params, masks).items():
         layer, n = path.removesuffix("/kernel"), m_in.ndim
-        leaf = flat.get(path, flat.get(f"{layer}/bias"))
+        leaf = flat[path] if path in flat else flat[f"{layer}/bias"]
         axes = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
         axes = axes if path in flat else (*[None] * n, *axes)
         stack = axes[:1] if path == layer else ()

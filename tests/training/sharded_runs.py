@@ -5,6 +5,7 @@ prunes over these meshes; "noise", "experts", "evaluated", "measured", "pruned":
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import hosts, sharding, trees
+from ltsm_jax import hosts, sharding, training, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
@@ -181,6 +182,9 @@ def scored(family, *meshes):
             found[text] |= {"as ruled": layouts(left) == layouts(by_rules)}
             found[text] |= {"as before": layouts(result.pruned) == layouts(placed)}
             found[text] |= {"masks lie": layouts(place(result.masks, placed))}
+            bias, _ = sharding.shard({"up": {"bias": jnp.ones(8)}}, ((".", ("tensor",)),), sharding.mesh_of(placed))
+            alone = place({"up": {"in": np.ones(0), "out": np.ones(8)}}, bias | {"whole": placed})
+            found[text] |= {"without a kernel": layouts(alone)}
     mesh = sharding.make_mesh(meshes[0])
     placed, first[:], stop = sharding.shard(params, model.shard_rules, mesh)[0], [], 3
     with tempfile.TemporaryDirectory() as folder:
@@ -238,11 +242,19 @@ def pruned(family):
     masks = trees.unflatten(masks)
     small, small_params, rest = removal.remove(model, params, masks)
     found = {}
+
+    def watched(lie, loss, *args, **kwargs):
+        assert lie == (layouts(loss.args[0]) if lie else []), "masks lie elsewhere than their weights"
+        return fit(loss, *args, **kwargs)
+
     for text in ("one", "data=2,fsdp=2,tensor=2"):
         mesh = None if text == "one" else sharding.make_mesh(text)
         for kind, m, p, k in (("masked", model, params, masks), ("removed", small, small_params, rest)):
             p = p if mesh is None else sharding.shard(p, m.shard_rules, mesh)[0]
+            lie = [] if mesh is None else layouts(place(k, p))
+            training.fit = functools.partial(watched, lie)
             result = finetune.run(m, p, strategy("ff"), splits, config=config, masks=k, show_progress=False)
+            training.fit = fit
             flat = trees.flatten(result.params)
             found[f"{kind} {text}"] = {
                 "mse": result.test["mse"],

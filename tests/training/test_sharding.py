@@ -168,6 +168,7 @@ def test_pruning_over_a_mesh_takes_the_channels_of_one_device(family, meshes):
             want |= {"mixture/experts/up/in": [None, "fsdp"], "mixture/experts/up/out": [None, "tensor"],
                      "mixture/experts/down/in": [None, "tensor"], "mixture/shared/gate/in": ["fsdp"]}  # fmt: skip
         assert {path: lie[f"layer_0/{path}"] for path in want} == want
+        assert found[MIXED]["without a kernel"] == {"up/in": [None], "up/out": ["tensor"]}
     if "data=8" in meshes:
         assert found["share"] < 0.13, "each device computes the rows of its own, an eighth"
     if family == "timer":
