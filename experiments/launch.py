@@ -9,7 +9,7 @@ fields (with tyro), and runs inside
         hosts.on_first(write, ...)              # one host writes, the others wait; where it fails, all fail
         hosts.stop_if_asked("...")              # between two pieces of work: all stop when SIGTERM has come to one
 
-All hosts run the same lines in the same order. What trains, evaluates or saves arrays (`training.fit`,
+All hosts run the same lines in the same order. What trains, prunes, evaluates or saves arrays (`training.fit`, `prune`,
 `forecasting.evaluate`, `ltsm_jax.save`) is called by all; what touches files and prints, by the first alone. A decision
 that rests on a file is the first's: `hosts.on_first(file.is_file)`. After SIGTERM the exit code is 75
 (`hosts.EXIT_STOPPED`), and the same command goes on: on the same hosts, on others, or on one.

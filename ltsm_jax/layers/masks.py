@@ -141,7 +141,7 @@ def place(masks: Tree, params: Tree) -> Tree:
     flat, found = flatten(params), {}
     for path, (m_in, m_out) in weights(params, masks).items():
         layer, n = path.removesuffix("/kernel"), m_in.ndim
-        leaf = flat.get(path, flat.get(f"{layer}/bias"))
+        leaf = flat[path] if path in flat else flat[f"{layer}/bias"]
         axes = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
         axes = axes if path in flat else (*[None] * n, *axes)
         stack = axes[:1] if path == layer else ()
@@ -157,11 +157,19 @@ def merge(params: Tree, masks: Tree) -> Tree:
     merged weights of `merge(params, masks)` leaves what is pruned at 0. Works under jit and grad.
 
     Args:
-      params: nested dict of the model. masks: a tree of masks, of some or all of its linears and experts; where the
-        parameters lie over several hosts, see `place`.
-    Returns: a tree like `params`, which lies as they do.
+      params: nested dict of the model. masks: a tree of masks, of some or all of its linears and experts; outside jit
+        they may lie anywhere, on several hosts each has the same.
+    Returns: a tree like `params`, which outside jit lies as they do.
     Raises: ValueError listing masks that do not fit the parameters.
     """
+    if sharding.mesh_of(params) is None:  # or inside jit
+        return _merge(params, masks)
+    # a bias is whole where its outputs are split: the compiler would split the product
+    as_before = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.jit(_merge, out_shardings=as_before)(params, place(masks, params))
+
+
+def _merge(params: Tree, masks: Tree) -> Tree:
     flat = dict(flatten(params))
     for path, (m_in, m_out) in weights(params, masks).items():
         stacked, bias = not path.endswith("/kernel"), path[: -len("kernel")] + "bias"

@@ -11,16 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import sff
+from experiments import prune_then_finetune, sff
 from ltsm_jax import hosts, storage
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("LTSM_KILLS", "3"))  # ten take minutes
 LABELS = ["data", "model", "method", "alpha", "seed", "horizon", "epochs", "windows", "best_epoch"]
+SIZES = ["ratio", "ema", "channels_left", "parameters", "nonzero_parameters", "whole_parameters"]
 SCORES = ["val_mse", "val_mae", "test_mse", "test_mae", "test_mape", "test_mase", "last_val_mse"]
 
 
@@ -122,6 +124,45 @@ def test_two_processes_stop_on_sigterm_go_on_with_eight_devices_and_give_the_num
     assert f"going on from step {int(newest.name.removeprefix('step_'))} of" in errors
     assert "test MSE" in said and "test MSE" not in other_said
     check_same(out, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numbers_of_one(
+    waves, micro, tmp_path, capsys
+):
+    def words(out):
+        return ["--data", str(waves), "--model", str(micro), "--methods", "ff", "--seeds", "0", "--epochs", "2",
+                "--batch-size", "64", "--lr", "1e-3", "--ratios", "0.3,0.6", "--prune-batch-size", "4", "--macro-batch",
+                "64", "--timed-runs", "3", "--out", str(out)]  # fmt: skip
+
+    alone, out, name = tmp_path / "alone", tmp_path / "two", "experiments.prune_then_finetune"
+    assert prune_then_finetune.main(words(alone)) == 0
+    capsys.readouterr()
+
+    launch = Launch([*words(out), "--mesh", "fsdp=2"], tmp_path / "cache", program=name)
+    wait_for(lambda: list(out.glob("masks/*/metrics.jsonl")), launch)
+    time.sleep(2)  # into the batches, or what is compiled for them
+    launch.processes[1].send_signal(signal.SIGTERM)
+    for code, _, errors in launch.results():
+        assert code == hosts.EXIT_STOPPED, errors
+        assert "stopped by SIGTERM after batch" in errors and "the same command goes on" in errors
+    assert len(list(out.glob("masks/*/checkpoints/step_*"))) == 1
+    assert len(list(out.glob("cells/*/result.json"))) == 2, "the whole arms"
+
+    launch = Launch([*words(out), "--mesh", "data=4,fsdp=2"], tmp_path / "cache", devices=4, program=name)
+    (code, said, errors), (other_code, other_said, other_errors) = launch.results()
+    assert (code, other_code) == (0, 0), errors + other_errors
+    assert "test MSE" in said and "report:" in said and not {"MSE", "report"} & set(other_said.split())
+    check_same(out, alone)
+    got, expected = (pd.read_csv(folder / "results.csv") for folder in (out, alone))
+    assert got[SIZES].equals(expected[SIZES]) and (got.removal_gap.dropna() < 1e-5).all()
+    assert (got.latency_ms.dropna() > 0).sum() == 2
+    found, want = (json.loads((folder / "redundancy.json").read_text()) for folder in (out, alone))
+    for kind in ("heads", "units"):
+        for path, entry in want[kind].items():
+            here = found[kind][path]
+            assert here.pop("linear") == entry.pop("linear")
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), here, entry)
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_every_family_is_measured_where_it_can_be_pruned(family):
     windows = windows_between(
         np.zeros((3, length)), 0, length, model.context_len, model.horizon, joint=model.variates == "joint"
     )
-    sums = jax.eval_shape(lambda p, w: redundancy._sums(model, mode, p, w.gather(jnp.arange(2))), params, windows)
+    sums = jax.eval_shape(lambda p, w: redundancy._sums(model, mode, p, w.gather(jnp.arange(2)), None), params, windows)
     assert {g.kind for g in model.prunable} - {"experts"} <= {
         "heads" if "sparse" in s else "ffn units" for s in sums.values()
     }

@@ -1,12 +1,15 @@
 """Trains every family of the command line on several meshes of 8 forced CPU devices; prints JSON. Run by test_sharding.
 
-python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "noise",
-"experts", "evaluated", "pruned": see the functions of these names)
+python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "scored:mesh:mesh"
+prunes over these meshes; "noise", "experts", "evaluated", "measured", "pruned": see the functions of these names)
 """
 
+import dataclasses
+import functools
 import json
 import os
 import sys
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -14,13 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import sharding, trees
+from ltsm_jax import hosts, sharding, training, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
-from ltsm_jax.methods import finetune, pruning, removal
+from ltsm_jax.layers.masks import place
+from ltsm_jax.methods import finetune, pruning, redundancy, removal
+from ltsm_jax.methods.pruning import schedule
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES
+from ltsm_jax.models.time_moe import TimeMoe
+from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import TrainConfig, fit, loop
 
@@ -111,6 +118,112 @@ def evaluated(family):
     return found
 
 
+def numbers(tree):
+    return {path: np.asarray(leaf, np.float64).tolist() for path, leaf in trees.flatten(tree).items()}
+
+
+def layouts(tree):
+    """Of every leaf, the mesh axes that its axes are split by."""
+    return {
+        path: [*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec))]
+        for path, leaf in trees.flatten(tree).items()
+    }
+
+
+def one_layer(family):
+    """A model of one layer, its parameters, and splits of 60 windows or so; the compiler is told to be quick."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    if family == "timer":
+        model = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8))
+    else:
+        config = dataclasses.replace(
+            TimeMoe.small(), n_heads=(2,), n_kv_heads=(2,), kept=((0, 1, 2, 3),), expert_dims=(6,), shared_dims=(8,),
+            horizons=(1, 4), context_len=16,
+        )  # fmt: skip
+        model = TimeMoe(config)
+    t = np.arange(160)
+    values = np.sin(t / 3) + 0.3 * np.random.default_rng(0).normal(size=(1, 160))
+    splits = prepare(Series("waves", values, ("a",), None, "h"), model.context_len, model.horizon)
+    return model, jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0))), splits
+
+
+def scored(family, *meshes):
+    """Pruning by mesh, "one" without: sums over the rows of its first batch and how these lie, compilations, the end of
+    the run; what of the model is left, and how that and masks and masked weights lie; and of "stopped" the end of a run
+    that began on the first mesh and, after SIGTERM in the middle of a group, went on with one device."""
+    model, params, splits = one_layer(family)
+    options = {"ratio": 0.3, "ema": 0.5, "mode": "ims", "epochs": 1, "batch_size": 10, "macro_batch": 20, "chunk": 5,
+               "average_expert_score": family == "time_moe", "ratios": (0.5,), "show_progress": False}  # fmt: skip
+    real, first = schedule._batch_sums, []
+
+    def watched(*args):
+        first.append(real(*args))
+        if len(first) == stop:
+            hosts._stop.set()  # as the handler does
+        return first[-1]
+
+    def end(result):
+        return {"masks": numbers(result.masks), "scores": numbers(result.scores), "history": result.history,
+                "cut": result.cuts[0.5]["mse"]}  # fmt: skip
+
+    schedule._batch_sums, stop, found = watched, None, {}
+    for text in ("one", *meshes):
+        placed = params if text == "one" else sharding.shard(params, model.shard_rules, sharding.make_mesh(text))[0]
+        compiled = real._cache_size()
+        first.clear()
+        result = pruning.prune(model, placed, splits, **options)
+        found[text] = end(result) | {"sums": numbers(first[0]), "compiled": real._cache_size() - compiled}
+        found[text] |= {"batches": len(first)}
+        found[text] |= {"whole": all(leaf.is_fully_replicated for leaf in jax.tree.leaves(first[0]))}
+        small, left, _ = removal.remove(model, placed, result.masks)
+        found[text] |= {"left": numbers(left)}
+        if text != "one":
+            by_rules, _ = sharding.shard(left, small.shard_rules, sharding.mesh_of(placed))
+            found[text] |= {"as ruled": layouts(left) == layouts(by_rules)}
+            found[text] |= {"as before": layouts(result.pruned) == layouts(placed)}
+            found[text] |= {"masks lie": layouts(place(result.masks, placed))}
+            bias, _ = sharding.shard({"up": {"bias": jnp.ones(8)}}, ((".", ("tensor",)),), sharding.mesh_of(placed))
+            alone = place({"up": {"in": np.ones(0), "out": np.ones(8)}}, bias | {"whole": placed})
+            found[text] |= {"without a kernel": layouts(alone)}
+    mesh = sharding.make_mesh(meshes[0])
+    placed, first[:], stop = sharding.shard(params, model.shard_rules, mesh)[0], [], 3
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with hosts.session():
+                pruning.prune(model, placed, splits, folder=folder, **options)
+        except hosts.Stopped as err:
+            found["said"] = str(err)
+        found["stopped"] = end(pruning.prune(model, params, splits, folder=folder, **options))
+        found["batches"] = len(first)
+    if meshes[0] == "data=8":
+        masks, batch = place(pruning.full_masks(model), placed), splits.train.gather(jnp.arange(16))
+        sums = jax.jit(lambda p, m, b, mesh: pruning.gradient_sums(model.loss, p, m, b, mesh=mesh), static_argnums=3)
+        many, one = (sums.lower(*x).compile() for x in ((placed, masks, batch, mesh), (params, masks, batch, None)))
+        found["share"] = many.cost_analysis()["flops"] / one.cost_analysis()["flops"]
+        found["gathers"] = "all-gather" in many.as_text()
+    return found
+
+
+def measured(family):
+    """What is measured of a model and taken out of it, by mesh: statistics, use of experts, a model with fewer."""
+    model, params, splits = one_layer(family)
+    found = {}
+    for text in ("one", "data=8", "data=2,fsdp=2,tensor=2"):
+        placed = params if text == "one" else sharding.shard(params, model.shard_rules, sharding.make_mesh(text))[0]
+        parts = splits.train.take(np.arange(20)), splits.val
+        statistics = redundancy.measure(model, placed, *parts, batch_size=16, show_progress=False)
+        found[text] = {"statistics": numbers(vars(statistics.heads["layer_0/attn"]) | {"linear": 0})}
+        if family == "time_moe":
+            usage = pruning.expert_usage(model, placed, parts, horizon=6, batch_size=9)
+            fewer, cut = pruning.keep_experts(model, placed, dict.fromkeys(usage, (0, 2)))
+            found[text] |= {"usage": numbers(usage), "cut": numbers(cut)}
+            if text != "one":
+                by_rules, _ = sharding.shard(cut, fewer.shard_rules, sharding.mesh_of(placed))
+                found[text] |= {"lie": layouts(cut), "ruled": layouts(by_rules)}
+            found[text]["mse"] = forecasting.evaluate(fewer, cut, splits.val)["mse"]
+    return found
+
+
 def pruned(family):
     """By mesh, "one" without: test MSE and final weights of a pruned model, fine-tuned with its masks and with the dead
     parts taken out, and into how many parts its most divided parameter is split."""
@@ -129,11 +242,19 @@ def pruned(family):
     masks = trees.unflatten(masks)
     small, small_params, rest = removal.remove(model, params, masks)
     found = {}
+
+    def watched(lie, loss, *args, **kwargs):
+        assert lie == (layouts(loss.args[0]) if lie else []), "masks lie elsewhere than their weights"
+        return fit(loss, *args, **kwargs)
+
     for text in ("one", "data=2,fsdp=2,tensor=2"):
         mesh = None if text == "one" else sharding.make_mesh(text)
         for kind, m, p, k in (("masked", model, params, masks), ("removed", small, small_params, rest)):
             p = p if mesh is None else sharding.shard(p, m.shard_rules, mesh)[0]
+            lie = [] if mesh is None else layouts(place(k, p))
+            training.fit = functools.partial(watched, lie)
             result = finetune.run(m, p, strategy("ff"), splits, config=config, masks=k, show_progress=False)
+            training.fit = fit
             flat = trees.flatten(result.params)
             found[f"{kind} {text}"] = {
                 "mse": result.test["mse"],
@@ -172,10 +293,12 @@ def run(family, mesh_text, folder=None, **options):
 if __name__ == "__main__":
     found = {}
     for text in sys.argv[2:]:
-        if text in (others := {"noise": noise, "experts": expert_layers, "evaluated": evaluated, "pruned": pruned}):
-            found[text] = others[text](sys.argv[1])
-            continue
         mesh_text, *rest = text.split(":")
+        others = {"noise": noise, "experts": expert_layers, "evaluated": evaluated, "scored": scored,
+                  "measured": measured, "pruned": pruned}  # fmt: skip
+        if mesh_text in others:
+            found[text] = others[mesh_text](sys.argv[1], *rest)
+            continue
         options = dict(item.split("=", 1) for item in rest)
         found[text] = run(sys.argv[1], mesh_text, **{k: int(v) if v.isdigit() else v for k, v in options.items()})
     print(json.dumps(found))

@@ -119,6 +119,74 @@ def test_experts_forecast_over_a_mesh_as_on_one_device(family):
     np.testing.assert_allclose(list(found.values()), found["one"], rtol=1e-6)
 
 
+def check_close(found, want):
+    """Numbers by path, each but for rounding of the largest of its array."""
+    assert found.keys() == want.keys()
+    for path, values in want.items():
+        largest = np.max(np.abs(values), initial=1e-3, where=np.isfinite(values))
+        np.testing.assert_allclose(found[path], values, rtol=0, atol=2e-5 * largest, err_msg=path)
+
+
+def check_same_pruning(found, want):
+    assert found["masks"] == want["masks"]
+    check_close(found["scores"], want["scores"])
+    for here, there in zip(found["history"], want["history"], strict=True):
+        assert here.keys() == there.keys() and here["steps"] == there["steps"] and here["left"] == there["left"]
+        np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=1e-5)
+    np.testing.assert_allclose(found["cut"], want["cut"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, meshes",
+    [
+        ("timer", ("data=8", MIXED)),
+        ("time_moe", (MIXED,)),
+        pytest.param("time_moe", ("data=8",), marks=pytest.mark.slow),
+    ],
+)
+def test_pruning_over_a_mesh_takes_the_channels_of_one_device(family, meshes):
+    found = runs(family, scored := ":".join(("scored", *meshes)))[scored]
+    one, masks = found["one"], [np.asarray(mask) for mask in found["one"]["masks"].values()]
+    assert 0 < sum(mask.sum() for mask in masks) < sum(mask.size for mask in masks)
+    for mesh in meshes:
+        check_close(found[mesh]["sums"], one["sums"])
+        check_same_pruning(found[mesh], one)
+        check_close(found[mesh]["left"], one["left"])
+        assert found[mesh]["whole"], "every host reads the sums"
+        assert found[mesh]["compiled"] == one["compiled"] == 1
+        assert found[mesh]["as before"] and found[mesh]["as ruled"]
+    assert found["said"].startswith("stopped by SIGTERM after batch 3 of") and "step_00000003" in found["said"]
+    check_same_pruning(found["stopped"], one)
+    assert found["batches"] == found["one"]["batches"], "no batch is done twice"
+    if MIXED in meshes:
+        lie = found[MIXED]["masks lie"]
+        want = {"attn/q/in": ["fsdp"], "attn/q/out": ["tensor", None], "attn/out/in": ["tensor", None],
+                "attn/out/out": ["fsdp"]}  # fmt: skip
+        if family == "timer":
+            want |= {"up/in": ["fsdp"], "up/out": ["tensor"], "down/in": ["tensor"], "down/out": ["fsdp"]}
+        else:
+            want |= {"mixture/experts/up/in": [None, "fsdp"], "mixture/experts/up/out": [None, "tensor"],
+                     "mixture/experts/down/in": [None, "tensor"], "mixture/shared/gate/in": ["fsdp"]}  # fmt: skip
+        assert {path: lie[f"layer_0/{path}"] for path in want} == want
+        assert found[MIXED]["without a kernel"] == {"up/in": [None], "up/out": ["tensor"]}
+    if "data=8" in meshes:
+        assert found["share"] < 0.13, "each device computes the rows of its own, an eighth"
+    if family == "timer":
+        assert not found["gathers"], "gradients of rows leave their device in sums alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["timer", "time_moe"])
+def test_what_is_measured_over_a_mesh_is_that_of_one_device(family):
+    found = runs(family, "measured")["measured"]
+    one = found.pop("one")
+    for case in found.values():
+        for name in ("statistics", "usage", "cut"):
+            check_close(case.get(name, {}), one.get(name, {}))
+        np.testing.assert_allclose(case.get("mse", 0), one.get("mse", 0), rtol=1e-5)
+        assert case.get("lie") == case.get("ruled")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["timer", "time_moe"])
 def test_a_pruned_model_trains_over_a_mesh_as_on_one_device(family):

@@ -79,7 +79,7 @@ class PruneResult:
     @property
     def pruned(self) -> Params:
         """`params` with the masks multiplied in."""
-        return merge(self.params, place(self.masks, self.params))
+        return merge(self.params, self.masks)
 
 
 def prune(
@@ -208,10 +208,8 @@ def prune(
         show = show_progress and hosts.first()
         with progress.Bar(pruning.total, max(epochs, 1), label, done=pruning.done, show=show) as bar:
             pruning.go_on(bar)
-        order, cuts = pruning.order(), {}
-        for share in ratios:
-            merged = merge(params, place(cut(order, share), params))
-            cuts[share] = forecasting.evaluate(model, merged, splits.val)
+        order = pruning.order()
+        cuts = {share: forecasting.evaluate(model, merge(params, cut(order, share)), splits.val) for share in ratios}
     best = pruning.best
     return PruneResult(
         model=model,
