@@ -205,7 +205,7 @@ class RunFolder:
     def wait(self) -> None:
         """Return when nothing is being written. Raises: WriteError when that failed, on whichever host."""
         while hosts.count() > 1:
-            busy, failed = hosts.agree(self.saving, self.failed).any(axis=0).tolist()
+            busy, failed = np.any(hosts.agree(self.saving, self.failed), axis=0)
             if failed:
                 self._give_up()
             elif busy:

@@ -135,7 +135,7 @@ def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numb
                 "--batch-size", "64", "--lr", "1e-3", "--ratios", "0.3,0.6", "--prune-batch-size", "4", "--macro-batch",
                 "64", "--timed-runs", "3", "--out", str(out)]  # fmt: skip
 
-    alone, out, name = tmp_path / "alone", tmp_path / "two", "experiments.prune_then_finetune"
+    alone, out, name = tmp_path / "alone", tmp_path / "two", ("-m", "experiments.prune_then_finetune")
     assert prune_then_finetune.main(words(alone)) == 0
     capsys.readouterr()
 

@@ -1,7 +1,8 @@
 """Trains every family of the command line on several meshes of 8 forced CPU devices; prints JSON. Run by test_sharding.
 
 python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "scored:mesh:mesh"
-prunes over these meshes; "noise", "experts", "evaluated", "measured", "pruned": see the functions of these names)
+prunes over these meshes; "noise", "experts", "evaluated", "measured", "adapted", "pruned": see the functions
+of these names)
 """
 
 import dataclasses
@@ -224,6 +225,29 @@ def measured(family):
     return found
 
 
+def adapted(family):
+    """By mesh, "one" without: final weights of a model fine-tuned by adapters, how these and their moments lie, and how
+    the weights do before and after."""
+    model, params, splits = one_layer(family)
+    moves = lambda state: hasattr(state, "mu")  # noqa: E731
+    config, found = finetune.train_config(model, epochs=2, batch_size=16, lr=1e-2, schedule="constant"), {}
+    for text in ("one", "data=2,fsdp=2,tensor=2"):
+        placed = params if text == "one" else sharding.shard(params, model.shard_rules, sharding.make_mesh(text))[0]
+        states = []
+        begin = loop._Fitting.start
+        loop._Fitting.start = lambda self, *args: (begin(self, *args), states.append(self.state))[0]  # noqa: B023
+        result = finetune.run(model, placed, strategy("lora"), splits, config=config, show_progress=False)
+        loop._Fitting.start = begin
+        found[text] = {"params": numbers(result.params), "history": result.history, "trained": result.trained}
+        if text != "one":
+            adapters = states[0]["params"]["adapters"]
+            adam = next(s for s in jax.tree.leaves(states[0]["optimizer"], is_leaf=moves) if moves(s))
+            moments = adam.mu["adapters"]
+            found[text] |= {"lie": layouts(adapters), "moments": layouts(moments)}
+            found[text] |= {"before": layouts(placed), "after": layouts(result.params)}
+    return found
+
+
 def pruned(family):
     """By mesh, "one" without: test MSE and final weights of a pruned model, fine-tuned with its masks and with the dead
     parts taken out, and into how many parts its most divided parameter is split."""
@@ -244,7 +268,7 @@ def pruned(family):
     found = {}
 
     def watched(lie, loss, *args, **kwargs):
-        assert lie == (layouts(loss.args[0]) if lie else []), "masks lie elsewhere than their weights"
+        assert lie == (layouts(loss.args[1]) if lie else []), "masks lie elsewhere than their weights"
         return fit(loss, *args, **kwargs)
 
     for text in ("one", "data=2,fsdp=2,tensor=2"):
@@ -295,7 +319,7 @@ if __name__ == "__main__":
     for text in sys.argv[2:]:
         mesh_text, *rest = text.split(":")
         others = {"noise": noise, "experts": expert_layers, "evaluated": evaluated, "scored": scored,
-                  "measured": measured, "pruned": pruned}  # fmt: skip
+                  "measured": measured, "adapted": adapted, "pruned": pruned}  # fmt: skip
         if mesh_text in others:
             found[text] = others[mesh_text](sys.argv[1], *rest)
             continue

@@ -140,8 +140,7 @@ def check_same_pruning(found, want):
     "family, meshes",
     [
         ("timer", ("data=8", MIXED)),
-        ("time_moe", (MIXED,)),
-        pytest.param("time_moe", ("data=8",), marks=pytest.mark.slow),
+        pytest.param("time_moe", ("data=8", MIXED), marks=pytest.mark.slow),
     ],
 )
 def test_pruning_over_a_mesh_takes_the_channels_of_one_device(family, meshes):
@@ -185,6 +184,24 @@ def test_what_is_measured_over_a_mesh_is_that_of_one_device(family):
             check_close(case.get(name, {}), one.get(name, {}))
         np.testing.assert_allclose(case.get("mse", 0), one.get("mse", 0), rtol=1e-5)
         assert case.get("lie") == case.get("ruled")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["timer", "time_moe"])
+def test_adapters_train_over_a_mesh_as_on_one_device_and_lie_as_their_weights(family):
+    found = runs(family, "adapted")["adapted"]
+    one, many = found["one"], found[MIXED]
+    check_close(many["params"], one["params"])
+    for here, there in zip(many["history"], one["history"], strict=True):
+        np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=1e-4)
+    assert many["trained"] == one["trained"]
+    assert many["lie"] == many["moments"] and many["before"] == many["after"]
+    lie = many["lie"]
+    assert lie["layer_0/attn/q/a"] == ["fsdp", None] and lie["layer_0/attn/q/b"] == [None, "tensor", None]
+    assert lie["layer_0/attn/out/a"] == ["tensor", None, None] and lie["layer_0/attn/out/b"] == [None, "fsdp"]
+    if family == "time_moe":
+        up = "layer_0/mixture/experts/up"
+        assert lie[f"{up}/a"] == [None, "fsdp", None] and lie[f"{up}/b"] == [None, None, "tensor"]
 
 
 @pytest.mark.slow
