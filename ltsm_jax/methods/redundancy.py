@@ -99,7 +99,7 @@ def measure(
         raise ValueError("measure needs at least one part of the data")
     # the last batch of a part is a shorter one, and not filled up: padding must not count
     mesh = sharding.mesh_of(params)
-    placed = [sharding.replicate(part, mesh) for part in parts]
+    placed = [part.over(mesh) for part in parts]
     batches = [(part, start) for part in placed for start in range(0, part.n, batch_size)]
     total: dict[str, Any] = {}
     with progress.Bar(len(batches), 1, "redundancy", show=show_progress and hosts.first()) as bar:

@@ -36,7 +36,7 @@ def expert_usage(
     totals: dict[str, np.ndarray] = {}
     mesh = sharding.mesh_of(params)
     for windows in parts:
-        placed = sharding.replicate(windows, mesh)
+        placed = windows.over(mesh)
         counts = in_batches(
             lambda indices, placed=placed: _routed(model, params, placed, indices, horizon, mesh),
             windows.n,
