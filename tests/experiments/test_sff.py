@@ -178,6 +178,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(command, tmp_path, capsys)
     assert "failed: [2/3] FF, seed 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_alphas_are_for_mixtures_only_and_own_columns_work(command, tmp_path, capsys):
     out = tmp_path / "target"
     flags = {

@@ -75,6 +75,7 @@ def test_negative_binomials_of_every_size(count, logit):
     assert (drawn == np.round(drawn)).all()
 
 
+@pytest.mark.slow
 def test_a_rows_samples_do_not_depend_on_the_others():
     y = made(["student_t", "negative_binomial"], [0.5, 0.5], shape=(3, 2))
     keys = jax.random.split(jax.random.key(1), 3)

@@ -117,6 +117,7 @@ def test_phases_can_have_their_own_length_and_rate(model, pre, splits):
     assert [(h["phase"], h["lr"]) for h in result.history] == [(0, 1e-2), (1, 1e-3), (1, 1e-3)]
 
 
+@pytest.mark.slow
 def test_killed_between_phases_it_goes_on_to_the_same_end(run, model, pre, splits, tmp_path, monkeypatch):
     undisturbed, real = run("lpff"), training.fit
 

@@ -64,6 +64,7 @@ def test_linears_change_by_the_rank_and_nothing_else_changes(model, pre, tuned):
     assert tuned.trained == trees.count(new) < trees.count(pre) / 2
 
 
+@pytest.mark.slow
 def test_what_is_pruned_stays_pruned(model, pre, splits):
     masks = jax.tree.map(lambda m: (jnp.arange(m.size).reshape(m.shape) % 3 > 0) * 1.0, pruning.full_masks(model))
     result = finetune.run(model, pre, strategy("lora"), splits, config=CONFIG, masks=masks, show_progress=False)
@@ -95,22 +96,6 @@ def test_the_recipe_of_a_family_may_be_adapters(model):
     assert strategy("recipe").phases[0].adapters(published) == published.recipe().lora == Lora(4, 8.0)
     assert strategy("recipe").phases[0].adapters(model) is None
     assert strategy("lora", lora_rank=16).phases[0].adapters(model) == Lora(16, 32.0)
-
-
-def test_a_killed_run_goes_on_with_the_same_bits(model, pre, splits, tmp_path, tuned, monkeypatch):
-    real = training.loop._Fitting.end_epoch
-
-    def dies(self, epoch):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training.loop._Fitting, "end_epoch", dies)
-    arguments = dict(config=CONFIG, show_progress=False, folder=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        finetune.run(model, pre, strategy("lora", lora_rank=2), splits, **arguments)
-    monkeypatch.setattr(training.loop._Fitting, "end_epoch", real)
-    again = finetune.run(model, pre, strategy("lora", lora_rank=2), splits, **arguments)
-    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(tuned.params), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(

@@ -489,6 +489,7 @@ def test_an_expert_without_tokens_keeps_its_channels(moe):
     assert order[unseen].min() > order[chosen].max(), "the last to go"
 
 
+@pytest.mark.slow
 def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, monkeypatch):
     """Beside the routing of every window, and with what a window alone gives."""
     model, params, splits = moe

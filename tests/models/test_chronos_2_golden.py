@@ -132,6 +132,7 @@ def tensor(io, case):
     return jnp.asarray(io[f"{case}/in/inputs"])
 
 
+@pytest.mark.slow
 def test_golden_forecasts_of_plain_arrays(recorded):
     """`predict` groups the variates of a row, as the original's pipeline does with one array."""
     _, model, params, io = recorded
@@ -155,6 +156,7 @@ def test_golden_forecasts_of_plain_arrays(recorded):
     assert compared
 
 
+@pytest.mark.slow
 def test_golden_levels_of_ones_own(recorded):
     _, model, params, io = recorded
     x = tensor(io, "predict_3d")

@@ -95,6 +95,7 @@ def test_token_ids_of_a_worked_example():
     )
 
 
+@pytest.mark.slow
 def test_samples_follow_the_key_and_not_the_horizon(small):
     model, params = small
     x = wave(2, 20)[:, None]
@@ -134,6 +135,7 @@ def test_missing_at_the_start_is_as_good_as_shorter(small):
     assert short.shape == (2, 1, 12, model.config.d_model)
 
 
+@pytest.mark.slow
 def test_a_short_target_is_missing_at_its_end(small):
     model, params = small
     x = wave(3, 28)[:, None]

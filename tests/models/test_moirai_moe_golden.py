@@ -118,6 +118,7 @@ def draws(io, case, call):
     return (z, index) if call == 0 else (z[0].reshape(-1, *z.shape[3:]), index[0].reshape(-1, *index.shape[3:]))
 
 
+@pytest.mark.slow
 def test_golden_rollout(recorded, ran):
     """Step by step with the recorded draws: the parameters at every step, and the samples."""
     _, model, params, io = recorded
