@@ -456,10 +456,8 @@ class _Fitting:
         """What is wrong with batch `place` of the epoch, whose update was not applied; the batch is taken once more."""
         rows = windows.batch_at(jnp.asarray(sharding.on_host(self.order)), place, self.batch_size)
         indices, weight = map(np.asarray, rows)
-        batch, key = (
-            _taken(self.placed, indices, self.mesh),
-            jax.random.fold_in(self.keys["dropout"], self.position.step),
-        )
+        batch = jax.tree.map(sharding.on_host, _taken(self.placed, indices, self.mesh))
+        key = jax.random.fold_in(self.keys["dropout"], self.position.step)
         placed = sharding.replicate(batch | {"weight": weight}, self.mesh)
         loss, grads = _gradients(self.state["params"], self.frozen, placed, key, self.loss_fn, self.penalty, self.how)
         lines = [
