@@ -13,7 +13,7 @@ from ltsm_jax import trees
 from ltsm_jax.models import FAMILIES, family, library
 
 slow = lambda x: pytest.param(x, marks=pytest.mark.slow)  # noqa: E731
-HORIZONS, LENGTHS = (1, slow(96), slow(200)), (3, slow(50))
+HORIZONS, LENGTHS = (1, slow(200)), (3, slow(50))
 
 
 @dataclasses.dataclass(frozen=True)

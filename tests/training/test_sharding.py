@@ -140,7 +140,7 @@ def check_same_pruning(found, want):
     "family, meshes",
     [
         ("timer", ("data=8", MIXED)),
-        pytest.param("time_moe", ("data=8", MIXED), marks=pytest.mark.slow),
+        pytest.param("time_moe", (MIXED,), marks=pytest.mark.slow),
     ],
 )
 def test_pruning_over_a_mesh_takes_the_channels_of_one_device(family, meshes):
@@ -175,7 +175,7 @@ def test_pruning_over_a_mesh_takes_the_channels_of_one_device(family, meshes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["timer", "time_moe"])
+@pytest.mark.parametrize("family", ["time_moe"])
 def test_what_is_measured_over_a_mesh_is_that_of_one_device(family):
     found = runs(family, "measured")["measured"]
     one = found.pop("one")
@@ -187,7 +187,7 @@ def test_what_is_measured_over_a_mesh_is_that_of_one_device(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["timer", "time_moe"])
+@pytest.mark.parametrize("family", ["time_moe"])
 def test_adapters_train_over_a_mesh_as_on_one_device_and_lie_as_their_weights(family):
     found = runs(family, "adapted")["adapted"]
     one, many = found["one"], found[MIXED]
