@@ -183,6 +183,7 @@ def test_a_program_without_collectives():
     assert collectives(jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile().as_text() or "") == {}
 
 
+@pytest.mark.slow
 def test_the_small_timer_on_eight_cpu_devices():
     flags = ("--family", "timer", "--preset", "small", "--topology", "cpu:8", "--batch", "16", "--rows", "200")
     one, split, half = in_processes(

@@ -46,6 +46,7 @@ def test_all_tokens_with_one_expert():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=form)
 
 
+@pytest.mark.slow
 def test_gradients_of_all_forms_agree():
     x_TD, logits_TE = jax.random.normal(jax.random.key(1), (50, D)), jax.random.normal(jax.random.key(2), (50, 4))
 

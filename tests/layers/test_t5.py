@@ -60,6 +60,7 @@ def test_encoder_does_not_see_hidden_tokens():
     assert np.isfinite(np.asarray(y)).all(), "all keys of the second row are hidden"
 
 
+@pytest.mark.slow
 def test_decoder_step_by_step_is_the_decoder_at_once():
     """Two samples of each series share one memory."""
     memory, memory_mask = normal(2, 2, 6, 8), jnp.asarray([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1]])

@@ -471,6 +471,7 @@ def test_experts_go_first(moe):
     assert len(alone.model.config.kept[0]) == 2 and pruning.share_left(alone.masks) == 1
 
 
+@pytest.mark.slow
 def test_an_expert_without_tokens_keeps_its_channels(moe):
     model, params, splits = moe
     context = splits.train.gather(jnp.arange(splits.train.n))["context"]

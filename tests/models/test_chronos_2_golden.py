@@ -196,6 +196,7 @@ def batch_of(io, case):
     return x, target, more | ({} if mask is None else {"target_mask": jnp.asarray(mask)[None]})
 
 
+@pytest.mark.slow
 def test_golden_losses(recorded):
     _, model, params, io = recorded
     for case in cases(io, "/out/loss"):

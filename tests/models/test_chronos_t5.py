@@ -149,6 +149,7 @@ def test_a_short_target_is_missing_at_its_end(small):
         model.loss(params, {"context": context, "target": jnp.zeros((3, 1, 9))})
 
 
+@pytest.mark.slow
 def test_training_leaves_values_out(small):
     """Without dropout the noise of training is the values that each series loses."""
     model, params = small

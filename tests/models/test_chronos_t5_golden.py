@@ -228,6 +228,7 @@ def sampled(recorded):
     return found
 
 
+@pytest.mark.slow
 def test_golden_samples(recorded, sampled):
     *_, io = recorded
     for case, got in sampled.items():

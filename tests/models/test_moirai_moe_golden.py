@@ -30,6 +30,7 @@ def ran(recorded):
     return packed.forward(model, params, io)
 
 
+@pytest.mark.slow
 def test_golden_distributions(recorded, ran):
     packed.check_distributions(recorded[-1], ran)
 

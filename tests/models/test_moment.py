@@ -186,6 +186,7 @@ def test_the_position_table_is_used_and_stays(moment):
     assert mask and not mask["position_table"] and mask["mask_embed"]
 
 
+@pytest.mark.slow
 def test_imputation_of_variates_lengths_and_gaps(moment):
     model, params = moment
     impute = jax.jit(model.impute)

@@ -34,6 +34,7 @@ def test_published_parameter_counts(name, count):
     assert trees.count(library.shapes(TimeMoe(PRESETS[name]))) == count
 
 
+@pytest.mark.slow
 def test_an_expert_taken_out_is_an_expert_masked(params):
     x, gone = series(2, 1, 24), (0, 3)
     kept = tuple(i for i in range(4) if i not in gone)

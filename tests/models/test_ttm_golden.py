@@ -260,6 +260,7 @@ def test_golden_losses(recorded):
         )
 
 
+@pytest.mark.slow
 def test_golden_gradients(recorded):
     """Of every parameter; and the value of the loss, through `loss` itself."""
     model, io = recorded.model, recorded.io

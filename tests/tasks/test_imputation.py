@@ -187,6 +187,7 @@ class TestTimer:
         assert scored.sum() == by_hand.size > 0
         np.testing.assert_allclose(np.asarray(error)[np.asarray(scored)], by_hand, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     def test_it_learns(self, noise):
         """A few gradient steps on sines lower the score on windows that were not seen."""
         t = np.arange(1000)

@@ -287,6 +287,7 @@ def kill_and_resume(name, folder, kills, seed):
         assert_same_run(folder / "undisturbed", run)
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_with_the_same_bits(tmp_path):
     kill_and_resume("mlp", tmp_path, kills=3, seed=0)
 
