@@ -8,10 +8,10 @@ Gives:  ms of a training step (loss, gradient of all weights, Adam; dropout on) 
         ("taylor2"), by rows in one backward pass, and with one gradient of the mean ("taylor1"); best and median of
         interleaved repetitions, and the ratio of scoring to the training step measured just before it.
 
-Random weights and random series. On two cores of a CPU that other work shared, medians of the ratio: Timer (67 M, batch
-16) taylor2 0.63 (16 rows) and 0.75 (8 rows), taylor1 0.40; TTM r2 (3 M, 7 variates, batch 64) taylor2 0.77 (32 rows)
-and 0.61 (8 rows), taylor1 1.04. Both scores go through the network forwards and backwards without gradients of
-weights, so they can cost less than a training step.
+Random weights and random series. On two cores to themselves, medians of the ratio: Timer (67 M, batch 16) taylor2 0.93
+(16 rows) and 1.16 (8 rows), taylor1 0.53; TTM r2 (3 M, 7 variates, batch 64) taylor2 0.98 (32 rows) and 1.07 (8 rows),
+taylor1 0.94. Both scores go through the network forwards and backwards without gradients of weights, so they can cost
+less than a training step.
 """
 
 import argparse
