@@ -12,8 +12,8 @@ that Timer (D 1024, F 2048) of which a tenth, a quarter or half of the input and
 `x.at[:, out].add(f(x[:, in]))`; "bound" is the time of a layer that is as narrow without any indices.
 
 Cost: two minutes. Gives, on two cores to themselves (4 rounds): the forecast 2.05 times faster (best), 2.00 (median),
-2.06 (cpu: 0.435 s against 0.212 s). Milliseconds of all cores for the layer, zeros / gather / bound, with other work on the
-machine: a tenth dead 27.0 / 27.1 / 24.3, a quarter 25.9 / 23.8 / 20.1, half 26.6 / 16.9 / 13.4.
+2.06 (cpu: 0.435 s against 0.212 s). Milliseconds of all cores for the layer, zeros / gather / bound, with other work on
+the machine: a tenth dead 27.0 / 27.1 / 24.3, a quarter 25.9 / 23.8 / 20.1, half 26.6 / 16.9 / 13.4.
 """
 
 import argparse
