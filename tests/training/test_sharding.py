@@ -205,7 +205,7 @@ def test_adapters_train_over_a_mesh_as_on_one_device_and_lie_as_their_weights(fa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["timer", "time_moe"])
+@pytest.mark.parametrize("family", ["time_moe"])
 def test_a_pruned_model_trains_over_a_mesh_as_on_one_device(family):
     """With masks, and with what they have made dead taken out, so that widths are odd."""
     found = runs(family, "pruned")["pruned"]
