@@ -97,6 +97,11 @@ def specs(shapes: trees.Tree, rules: Rules, mesh: Mesh) -> tuple[trees.Tree, tup
     return trees.unflatten(found), tuple(notes)
 
 
+def axes_of(leaf: Any) -> tuple[Any, ...]:
+    """For every axis of an array on a mesh, the mesh axes it is split by; None where it is whole."""
+    return (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
+
+
 def spec_of(axes: Sequence[Any]) -> PartitionSpec:
     """The spec of these mesh axes, as the compiler writes it: another spelling would compile the next step anew."""
     kept = list(axes)

@@ -132,6 +132,12 @@ class Spread(Windows):
 
     mesh: Mesh | None = None
 
+    def over(self, mesh: Mesh | None) -> "Spread":
+        """Itself: it lies on its mesh. Raises: ValueError for another one."""
+        if mesh != self.mesh:
+            raise ValueError("these windows lie on another mesh: place those they were made of")
+        return self
+
     def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
         """As `Windows.gather`, bit for bit: each device cuts what begins in its part, and the rows of the batch that
         are each device's come together there."""

@@ -142,8 +142,7 @@ def place(masks: Tree, params: Tree) -> Tree:
     for path, (m_in, m_out) in weights(params, masks).items():
         layer, n = path.removesuffix("/kernel"), m_in.ndim
         leaf = flat[path] if path in flat else flat[f"{layer}/bias"]
-        axes = (*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
-        axes = axes if path in flat else (*[None] * n, *axes)
+        axes = sharding.axes_of(leaf) if path in flat else (*[None] * n, *sharding.axes_of(leaf))
         stack = axes[:1] if path == layer else ()
         for side, mask, own in (("in", m_in, axes[:n]), ("out", m_out, (*stack, *axes[n:]))):
             found[f"{layer}/{side}"] = sharding.put(mask, NamedSharding(mesh, sharding.spec_of(own)))

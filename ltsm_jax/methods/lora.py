@@ -67,8 +67,8 @@ def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
         a = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
         b = jnp.zeros((*m_out.shape[:stack], rank, *m_out.shape[stack:]))
         if mesh is not None:
-            into, out = ((*m.sharding.spec, *[None] * (m.ndim - len(m.sharding.spec))) for m in (m_in, m_out))
-            a = sharding.put(a, NamedSharding(mesh, sharding.spec_of(into)))
+            out = sharding.axes_of(m_out)
+            a = sharding.put(a, NamedSharding(mesh, m_in.sharding.spec))
             b = sharding.put(b, NamedSharding(mesh, sharding.spec_of((*out[:stack], None, *out[stack:]))))
         found |= {f"{path}/a": a, f"{path}/b": b}
     return trees.unflatten(found)

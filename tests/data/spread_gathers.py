@@ -44,6 +44,7 @@ def main(file):
         for text in ("data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"):
             mesh = sharding.make_mesh(text)
             spread = windows.Windows(mapped, whole.starts, whole.rows, CONTEXT, HORIZON).over(mesh)
+            assert spread.over(mesh) is spread
             batch = take(spread, np.arange(16))
             found[f"{text} {joint}"] = {
                 "same": [

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +10,12 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 def model():
     """One layer over 4 patches of 8, with dropout: what takes time here is the compiler."""
     return Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8, dropout=0.1))
+
+
+@pytest.fixture(scope="session")
+def pre(model):
+    """Weights to start from."""
+    return model.init(jax.random.key(7))
 
 
 @pytest.fixture(scope="session")

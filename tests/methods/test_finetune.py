@@ -15,11 +15,6 @@ CONFIG = training.TrainConfig(epochs=2, batch_size=64, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
-def pre(model):
-    return model.init(jax.random.key(7))
-
-
-@pytest.fixture(scope="module")
 def run(model, pre, splits):
     """A quiet run of a strategy by name; the results are kept, since tests compare them with each other."""
     kept = {}

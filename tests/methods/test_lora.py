@@ -18,11 +18,6 @@ CONFIG = training.TrainConfig(epochs=1, batch_size=64, lr=1e-2)
 
 
 @pytest.fixture(scope="module")
-def pre(model):
-    return model.init(jax.random.key(7))
-
-
-@pytest.fixture(scope="module")
 def tuned(model, pre, splits):
     return finetune.run(model, pre, strategy("lora", lora_rank=2), splits, config=CONFIG, show_progress=False)
 

@@ -125,10 +125,7 @@ def numbers(tree):
 
 def layouts(tree):
     """Of every leaf, the mesh axes that its axes are split by."""
-    return {
-        path: [*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec))]
-        for path, leaf in trees.flatten(tree).items()
-    }
+    return {path: list(sharding.axes_of(leaf)) for path, leaf in trees.flatten(tree).items()}
 
 
 def one_layer(family):
