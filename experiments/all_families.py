@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.append(run(name, series, args.out / name, args.methods, more))
         except (ValueError, RuntimeError) as err:
             failed[name] = str(err)
+        # nothing that was compiled serves the next family, and it adds up to the memory maps a process may have
+        jax.clear_caches()
     table = Table(title=f"{series.name}, small random models, one epoch", title_justify="left")
     for column in ("family", "method", "val MSE", "test MSE", "seconds of the family"):
         table.add_column(column)
