@@ -173,6 +173,20 @@ def replicate(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
     return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
 
+def together(tree: trees.Tree) -> trees.Tree:
+    """`tree` with the leaves that nobody has put anywhere (`jax.Array.committed`) laid beside the first one that
+    somebody has; on a mesh, whole on every device.
+
+    What is computed from a mixed tree lies there altogether, so that a training step of one would be compiled twice.
+    """
+    leaves = jax.tree.leaves(tree)
+    placed = next((leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)), None)
+    if placed is None:
+        return tree
+    where = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else placed
+    return jax.tree.map(lambda leaf: leaf if getattr(leaf, "committed", False) else put(leaf, where), tree)
+
+
 def like(tree: trees.Tree, params: trees.Tree, mesh: Mesh) -> trees.Tree:
     """Shardings for a tree that is made of copies of the parameters, such as optimiser state, masks or stacked lanes.
 

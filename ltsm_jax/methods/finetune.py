@@ -380,9 +380,10 @@ def _predict(model: Model, params: Params, context: jax.Array, horizon: int) -> 
 
 def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tuple[Model, Params]:
     """`Model.for_series` with the facts of `series`; what a checkpoint lacks is drawn from the seed's `init` key."""
-    return model.for_series(
+    model, params = model.for_series(
         params, n_variates=series.n_variates, freq=series.freq, name=series.name, key=training.keys(seed)["init"]
     )
+    return model, sharding.together(params)
 
 
 def as_series(data: str | Path | pd.DataFrame | Series, **read: Any) -> Series:

@@ -202,7 +202,7 @@ def fit(
         raise ValueError("there is no training window")
     if config.patience is not None and validate is None:
         raise ValueError("patience counts epochs without a better validation MSE, so it needs `validate`")
-    params = jax.tree.map(_strong, params)
+    params = sharding.together(jax.tree.map(_strong, params))
     trainable = trees.select(params, None) if trainable is None else trainable
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
@@ -323,8 +323,7 @@ class _Fitting:
             if layout is not None:
                 self.state = jax.jit(state_of, out_shardings=layout)(moving)
                 return memory
-            self.state = state_of(moving)
-            self.state["optimizer"] = _beside(moving, self.state["optimizer"])
+            self.state = sharding.together(state_of(moving))
             return memory
         self.state, self.position = restored[0], _Position.from_json(restored[1])
         self.saved_step = self.position.step
@@ -655,17 +654,6 @@ def _strong(leaf: Any) -> jax.Array:
     """`leaf` without the weak type of flax's ones: no step returns one, so it would be compiled twice."""
     leaf = jnp.asarray(leaf)
     return jax.lax.convert_element_type(leaf, leaf.dtype)
-
-
-def _beside(moving: Tree, opt_state: Tree) -> Tree:
-    """Adam's step count where the parameters are: a state half committed would compile the step twice, too."""
-    first = jax.tree.leaves(moving)[0]
-    if not first.committed:
-        return opt_state
-    sharding = first.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, sharding), opt_state)
 
 
 _epoch_order = jax.jit(windows.epoch_order, static_argnames="n")

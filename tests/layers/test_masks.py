@@ -1,5 +1,6 @@
 """Masks from outside: a masked model is the model with masked weights, in every family."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,8 +56,14 @@ def test_a_masked_model_is_the_model_with_masked_weights(name):
         return model.loss(merge(params, masks), batch), under
 
     jax.tree.map(np.testing.assert_array_equal, merge(params, ones), params)
+    # operation by operation, as what a compiler fuses is up to it; and watched, as T5's attention goes a shorter way
+    # for few queries, which rounds differently, where nobody needs every linear to be called
+    with jax.disable_jit(), masked(ones):
+        under = model.loss(params, batch)
+    with jax.disable_jit(), nn.intercept_methods(lambda function, args, kwargs, _: function(*args, **kwargs)):
+        np.testing.assert_array_equal(under, model.loss(params, batch))
     whole, under = losses(params, ones)
-    np.testing.assert_array_equal(under, whole)
+    np.testing.assert_allclose(under, whole, rtol=2e-6)
     merged, under = losses(params, at_random(ones))
     np.testing.assert_allclose(under, merged, rtol=2e-6)
     assert abs(merged - whole) > 1e-3 * abs(whole), "these masks must matter"

@@ -170,6 +170,18 @@ def test_one_compilation_serves_every_epoch_count_rate_and_dispatch():
     assert len(traces) - first == 2  # each looks at the shapes once, for the memory estimate
 
 
+def test_weights_that_are_put_somewhere_only_in_part_are_no_second_compilation():
+    params = problem.init()
+    params["head"] = jax.device_put(params["head"], jax.devices()[0])  # as what is loaded; the rest as what is drawn
+    assert {leaf.committed for leaf in jax.tree.leaves(params)} == {True, False}
+    for trainable in (None, trees.select(params, "^body")):
+        before = loop._advance._cache_size()
+        result = problem.fit(
+            params=params, trainable=trainable, config=dataclasses.replace(problem.CONFIG, steps_per_dispatch=1)
+        )
+        assert result.steps > 2 and loop._advance._cache_size() - before == 1
+
+
 def test_a_batch_larger_than_the_data_is_the_data():
     small = problem.train_windows().take(np.arange(10))
     result = problem.fit(source=small)
