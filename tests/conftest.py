@@ -57,6 +57,16 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For tests of many small programs, each run a few times: they wait for compiling, and a third of that is
+    optimisation that a tiny model does not need."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # nothing of it is called again, and it adds up to gigabytes
+
+
 @pytest.fixture(scope="session")
 def golden_dir(request) -> Path:
     return request.config.getoption("--golden")

@@ -1,6 +1,5 @@
 """Every family through the comparison of methods, at its small random size."""
 
-import jax
 import pandas as pd
 import pytest
 
@@ -8,13 +7,7 @@ from experiments import all_families, demo
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.models import FAMILIES
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is what these tests wait for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from ltsm_jax import training, trees
 from ltsm_jax.data import prepare
 from ltsm_jax.methods import finetune
 from ltsm_jax.methods.strategies import Phase, Strategy, strategy
+from ltsm_jax.models.units import Units
 from ltsm_jax.tasks import forecasting
 
 CONFIG = training.TrainConfig(epochs=2, batch_size=64, lr=1e-3)
@@ -147,6 +148,14 @@ def test_direct_training_refuses_a_horizon_it_cannot_reach(model, pre, series):
         finetune.run(
             model, pre, strategy("ff"), prepare(series, 32, 20), config=CONFIG, mode="direct", show_progress=False
         )
+
+
+def test_what_a_checkpoint_lacks_lies_beside_what_it_has(series):
+    model = Units(Units.small())
+    loaded = jax.device_put(jax.jit(model.init)(jax.random.key(0)), jax.devices()[0])
+    ready, params = finetune.ready_for(model, loaded, series)
+    assert ready != model and len(jax.tree.leaves(params)) > len(jax.tree.leaves(loaded)), "there are new tokens"
+    assert all(leaf.committed for leaf in jax.tree.leaves(params))
 
 
 def test_flat_forecasts_are_named(model, pre, splits):

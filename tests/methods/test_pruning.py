@@ -21,13 +21,7 @@ from ltsm_jax.models import FAMILIES, time_moe
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.tasks import forecasting
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is what these tests wait for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

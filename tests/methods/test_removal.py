@@ -18,19 +18,12 @@ from ltsm_jax.models.family import entry_of
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 QUICK = ("timer", "chronos_bolt")  # biases; columns of a bias table. All of them are in the slow part
 families = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling is what these tests wait for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
 
 
 @dataclasses.dataclass(frozen=True)

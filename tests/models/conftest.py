@@ -1,18 +1,13 @@
 """Tests of the families: hundreds of small programs, each run a few times."""
 
-import jax
 import numpy as np
 import parity
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling is what these tests wait for: a third of it is optimisation that a tiny model does not need."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # nothing of it is called again, and it adds up to gigabytes
+def quickly(compile_quickly):
+    """All of them."""
 
 
 @pytest.fixture(autouse=True)
