@@ -1,7 +1,7 @@
 """Does every family go the whole way?  Each one at its small random size: saved, loaded, tuned by every method, scored.
 
 Run:    python -m experiments.all_families [--data ETTh1] [--families timer,ttm] [--out runs/all-families]
-Cost:   under a CPU-minute a family; the first rows of the data, one epoch, one seed.
+Cost:   about a CPU-minute a family, most of it compiling; the first rows of the data, one epoch, one seed.
 Gives:  a table on the terminal and in OUT/results.csv: a row per family and method. The weights are random, so the
         errors say nothing about the models: the run shows that no family needs a special case. A folder per family
         holds the model (OUT/<family>/model) and the comparison as `experiments.sff` writes it.
