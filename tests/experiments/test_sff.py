@@ -9,7 +9,7 @@ import pytest
 import ltsm_jax
 from experiments import comparison, report, sff
 from ltsm_jax import training, trees
-from ltsm_jax.methods import finetune
+from ltsm_jax.methods import run
 
 FIRST = ["data", "model", "method", "alpha", "seed", "horizon", "val_mse", "val_mae", "test_mse", "test_mae"]
 FIRST += ["epochs", "seconds", "windows"]
@@ -91,7 +91,7 @@ def test_finished_cells_are_not_run_again(folder, command, monkeypatch, capsys):
     def never(*args, **kwargs):
         raise AssertionError("a finished cell ran")
 
-    monkeypatch.setattr(finetune, "run", never)
+    monkeypatch.setattr(run, "run", never)
     assert sff.main(command(folder)) == 0
     assert (folder / "results.csv").read_bytes() == before
     assert capsys.readouterr().out.count("finished before") == 12
@@ -121,7 +121,7 @@ def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_pa
         if where == "between training and result":
             target, name, fatal = comparison, "write_examples", lambda args, kwargs: "ff-seed1" in str(args[3])
         elif where == "in training":  # validation after the second epoch of the first trained cell
-            target, name, fatal = finetune.forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
+            target, name, fatal = run.forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
         else:
             target, name, fatal = (
                 training,
