@@ -24,6 +24,7 @@ from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.linear import compute_in
+from ltsm_jax.sharding import Placement
 from ltsm_jax.training import checkpoints, optimizers, progress
 
 Tree = Any
@@ -207,7 +208,8 @@ def fit(
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
         raise ValueError("nothing to train: `trainable` is False for every leaf")
-    fitting = _Fitting(config, _partial(loss_fn), _partial(penalty), train_source, moving, frozen, validate)
+    fitting = _Fitting(config, _partial(loss_fn), _partial(penalty), train_source, moving, frozen, validate,
+                       Placement.of(params))  # fmt: skip
 
     run = None
     if folder is not None:
@@ -255,7 +257,8 @@ def trace_step(
       loss_fn, config, trainable, penalty: as for `fit`.
     Raises: ValueError, as `fit`, for a batch that does not divide among the devices.
     """
-    mesh, first = sharding.mesh_of(params), jax.tree.leaves(params)[0]
+    placement, first = Placement.of(params), jax.tree.leaves(params)[0]
+    mesh = placement.mesh
     whole = first.sharding if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def shapes(tree, shardings=None):
@@ -264,7 +267,7 @@ def trace_step(
 
     n = int(train_source.n)
     batch_size = min(config.batch_size, n)
-    sharding.check_batch(batch_size, mesh, config.accumulate)
+    placement.check_batch(batch_size, config.accumulate)
     moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
     opt_state = jax.eval_shape(optimizers.adam(config.weight_decay, config.clip).init, moving)
     placed = mesh and sharding.like({"params": moving, "optimizer": opt_state}, moving, mesh)
@@ -282,19 +285,22 @@ def trace_step(
 class _Fitting:
     """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
 
-    def __init__(self, config: TrainConfig, loss_fn, penalty, source, moving: Tree, frozen: Tree, validate):
+    def __init__(
+        self, config: TrainConfig, loss_fn, penalty, source, moving: Tree, frozen: Tree, validate, placement: Placement
+    ):
         self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
         self.source, self.frozen, self.validate = source, frozen, validate
         self.n = int(source.n)
-        self.mesh = sharding.mesh_of(frozen) or sharding.mesh_of(moving)
-        sharding.check_hosts(self.mesh)
+        self.placement = placement
+        self.mesh = placement.mesh
+        placement.check_hosts()
         self.batch_size = min(config.batch_size, self.n)
-        sharding.check_batch(self.batch_size, self.mesh, config.accumulate)
+        placement.check_batch(self.batch_size, config.accumulate)
         self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
-        self.keys = sharding.replicate(keys(config.seed), self.mesh)
+        self.keys = placement.replicate(keys(config.seed))
         self.pace = _Pace(config.steps_per_dispatch)
         self.layout: _Layout | None = None
         self.saved_step = 0
@@ -339,7 +345,7 @@ class _Fitting:
         while not self.position.finished:
             began, first = time.monotonic(), self.position.step
             epoch = first // self.steps_per_epoch
-            self.order = sharding.replicate(_epoch_order(self.keys["data"], epoch, self.n), self.mesh)
+            self.order = self.placement.replicate(_epoch_order(self.keys["data"], epoch, self.n))
             steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
             self.lr = np.asarray(self.rates(steps), np.float32)
             while self.position.step <= steps[-1]:
@@ -455,9 +461,9 @@ class _Fitting:
         """What is wrong with batch `place` of the epoch, whose update was not applied; the batch is taken once more."""
         rows = windows.batch_at(jnp.asarray(sharding.on_host(self.order)), place, self.batch_size)
         indices, weight = map(np.asarray, rows)
-        batch = jax.tree.map(sharding.on_host, _taken(self.placed, indices, self.mesh))
+        batch = jax.tree.map(sharding.on_host, _taken(self.placed, indices, self.placement))
         key = jax.random.fold_in(self.keys["dropout"], self.position.step)
-        placed = sharding.replicate(batch | {"weight": weight}, self.mesh)
+        placed = self.placement.replicate(batch | {"weight": weight})
         loss, grads = _gradients(self.state["params"], self.frozen, placed, key, self.loss_fn, self.penalty, self.how)
         lines = [
             f"loss {float(loss)} at step {self.position.step + 1} "
@@ -501,7 +507,7 @@ class _Fitting:
 
         def kept_by_backward(moving, frozen, source, loss_fn):
             rows = windows.batch_at(jnp.arange(source.n), 0, self.batch_size // self.how.accumulate)
-            batch, key = _gather(source, *rows, None), self.keys["dropout"]
+            batch, key = _gather(source, *rows, Placement()), self.keys["dropout"]
             objective = _recomputing(lambda m: _objective(m, frozen, batch, key, loss_fn, None, self.how), self.how)
             return jax.vjp(objective, moving)[1]
 
@@ -511,7 +517,7 @@ class _Fitting:
         weights = _bytes(moving) + _bytes(self.frozen) if self.how.compute == "float32" else 0  # else it keeps copies
         on_cpu = jax.default_backend() == "cpu"
         sharing = len(self.mesh.local_devices) if self.mesh and on_cpu else 1
-        rows = sharding.row_parts(self.mesh)
+        rows = self.placement.row_parts
         activations = int(1.4 * max(_bytes(kept) - weights, 0) * sharing / rows)
         fixed = sharing * (_bytes_on_one(state) * (2 if self.run and on_cpu else 1) + _bytes_on_one(moving))
         line = (
@@ -573,22 +579,22 @@ def _recomputing(objective, how: _How):
     return objective if how.remat == "none" else jax.checkpoint(objective, policy=REMAT[how.remat])
 
 
-def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how: _How, mesh):
+def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how: _How, placement: Placement):
     """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in `how.accumulate` parts."""
 
     def objective(moving, batch, key):
-        with rows_over(mesh):
+        with rows_over(placement.mesh):
             return _objective(moving, frozen, batch, key, loss_fn, penalty, how)
 
     gradients = jax.value_and_grad(_recomputing(objective, how))
     if how.accumulate == 1:
-        return gradients(moving, _gather(source, rows[0], rows[1], mesh), key)
+        return gradients(moving, _gather(source, rows[0], rows[1], placement), key)
 
     def part(total, inputs):
         (indices, weight), number = inputs
         share = weight.sum()
         weight = jnp.where(share > 0, weight, 1.0)  # a part of padding alone has no mean; it counts 0 below
-        found = gradients(moving, _gather(source, indices, weight, mesh), jax.random.fold_in(key, number))
+        found = gradients(moving, _gather(source, indices, weight, placement), jax.random.fold_in(key, number))
         return jax.tree.map(lambda sum_, new: sum_ + share * new, total, found), None
 
     parts = jax.tree.map(lambda x: x.reshape(how.accumulate, -1), rows)
@@ -611,14 +617,14 @@ def _advance(
     Returns: parameters, optimiser state, losses [MOST_STEPS] (those past the last step are 0), steps taken.
     """
     tx = optimizers.adam(weight_decay, clip)
-    mesh = None if layout is None else layout.mesh
+    placement = Placement(None if layout is None else layout.mesh)
     pin = (lambda *state: state) if layout is None else layout.pin
 
     def one(carry):
         i, _, moving, opt_state, losses = carry
         rows = windows.batch_at(order, place + i, batch_size)
         loss, grads = _loss_and_gradients(
-            moving, frozen, source, rows, jax.random.fold_in(key, step + i), loss_fn, penalty, how, mesh
+            moving, frozen, source, rows, jax.random.fold_in(key, step + i), loss_fn, penalty, how, placement
         )
         # the sum is finite only if every addend is
         good = jnp.isfinite(loss) & jnp.isfinite(
@@ -632,22 +638,22 @@ def _advance(
 
     start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, jnp.zeros(MOST_STEPS, jnp.float32))
     done, _, moving, opt_state, losses = jax.lax.while_loop(lambda c: (c[0] < count) & c[1], one, start)
-    return *pin(moving, opt_state), *sharding.everywhere((losses, done), mesh)
+    return *pin(moving, opt_state), *placement.everywhere((losses, done))
 
 
 _gradients = jax.jit(jax.value_and_grad(_objective), static_argnames="how")
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _taken(source, indices, mesh):
+@functools.partial(jax.jit, static_argnames="placement")
+def _taken(source, indices, placement: Placement):
     """The windows numbered `indices`, where every host can read them."""
-    return sharding.everywhere(source.gather(indices), mesh)
+    return placement.everywhere(source.gather(indices))
 
 
-def _gather(source, indices, weight, mesh):
+def _gather(source, indices, weight, placement: Placement):
     """The windows of a batch; on a mesh each device gathers its own rows."""
-    indices, weight = sharding.by_rows((indices, weight), mesh)
-    return sharding.by_rows(source.gather(indices), mesh) | {"weight": weight}
+    indices, weight = placement.rows((indices, weight))
+    return placement.rows(source.gather(indices)) | {"weight": weight}
 
 
 def _strong(leaf: Any) -> jax.Array:
