@@ -38,7 +38,7 @@ from ltsm_jax.methods.strategies import MIXED, Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig
-from ltsm_jax.training.loop import COMPUTE, REMAT
+from ltsm_jax.training.config import COMPUTE, REMAT
 from ltsm_jax.training.optimizers import SCHEDULES
 
 C = TypeVar("C", bound="Cell")

@@ -13,9 +13,7 @@ from ltsm_jax.trees import Tree
 HERE = Placement()  # where the arrays lie; nothing is split
 
 
-def in_batches(
-    f: Callable[[Any], Tree], n: int, batch_size: int, placement: Placement = HERE
-) -> Tree:
+def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Placement = HERE) -> Tree:
     """Compute `f(indices)` for the windows 0..n-1, `batch_size` at a time, and join the results.
 
     Args:
