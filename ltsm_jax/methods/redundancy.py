@@ -24,7 +24,7 @@ from ltsm_jax.layers import taps
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.methods import finetune
 from ltsm_jax.models import Batch, Model
-from ltsm_jax.models.family import Group
+from ltsm_jax.models.groups import Group
 from ltsm_jax.models.parts import places
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import progress

@@ -37,7 +37,8 @@ from ltsm_jax import sharding
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.splits import Scaler
 from ltsm_jax.data.windows import Windows, windows_between
-from ltsm_jax.models.family import Batch, Model, mean_over_rows
+from ltsm_jax.layers.missing import mean_over_rows
+from ltsm_jax.models.family import Batch, Model
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 import ltsm_jax
-from experiments import comparison, pruning_report
+from experiments import cells, pruning_report
 from experiments import prune_then_finetune as experiment
 from ltsm_jax import trees
 from ltsm_jax.methods import finetune, pruning, removal
 from ltsm_jax.models.timer import Timer, TimerConfig
+from ltsm_jax.tasks import forecasting
 
 FIRST = ["data", "model", "method", "alpha", "ratio", "ema", "seed", "horizon", "val_mse", "val_mae", "test_mse"]
 CLOCKS = ["seconds", "latency_ms", "whole_latency_ms", "speedup"]
@@ -104,7 +105,7 @@ def test_models_with_parts_taken_out_forecast_as_the_rows_say(folder):
         cell = cell or f"pruned+sff-a0.7-r{row.ratio:g}-e0.5-seed0"
         model, params = ltsm_jax.load(folder / "cells" / cell / "model")
         assert trees.count(params) == row.parameters
-        score = comparison.forecasting.evaluate(model, params, c.splits.test)
+        score = forecasting.evaluate(model, params, c.splits.test)
         assert score["mse"] == pytest.approx(row.test_mse, rel=1e-5)
 
 
@@ -148,7 +149,7 @@ class Killed(BaseException):
 def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_path, monkeypatch, no_pictures, where):
     out = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        target, name = (removal, "remove") if where == "after a pruning run" else (comparison, "write_examples")
+        target, name = (removal, "remove") if where == "after a pruning run" else (cells, "write_examples")
         real = getattr(target, name)
 
         def dying(*args, **kwargs):

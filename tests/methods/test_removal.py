@@ -14,7 +14,7 @@ from ltsm_jax import sharding, trees
 from ltsm_jax.methods import finetune, removal, strategies
 from ltsm_jax.methods.pruning import full_masks, keep_experts, merge
 from ltsm_jax.models import FAMILIES, library, parts
-from ltsm_jax.models.family import entry_of
+from ltsm_jax.models.configs import entry_of
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
 

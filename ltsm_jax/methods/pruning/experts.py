@@ -15,7 +15,7 @@ from ltsm_jax import sharding, trees
 from ltsm_jax.data import Windows
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.models import Model
-from ltsm_jax.models.family import entry_of, with_entry
+from ltsm_jax.models.configs import entry_of, with_entry
 from ltsm_jax.tasks.batches import in_batches
 
 Params = Any
