@@ -34,6 +34,10 @@ class Original:
 
 
 def read(src: str | Path) -> Original:
+    """Read the checkpoint of a file, of the index of several, or of a folder with one in it.
+
+    Raises: CheckpointError for anything that holds no state dict.
+    """
     path = Path(src)
     if path.is_dir():
         path = _only_file(path)
@@ -110,6 +114,10 @@ def _read_shards(index: Path) -> Original:
 
 
 def family_of(original: Original) -> tuple[Any, Layout]:
+    """Return the converter module of the family that a state dict is of, and how it lies in its file.
+
+    Raises: CheckpointError for a state dict of no known family.
+    """
     for family in map(converter, FAMILIES):
         layout = family.recognise(original.state)
         if layout is not None:
@@ -121,6 +129,7 @@ def family_of(original: Original) -> tuple[Any, Layout]:
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file; CheckpointError where it is none."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as e:
