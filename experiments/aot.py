@@ -8,7 +8,7 @@ Needs:  for TPUs  pip install "ltsm-jax[tpu-aot]" (libtpu), for GPUs  pip instal
 Cost:   a quarter of a minute to some minutes on 2 CPU cores, by the number of layers.
 Gives:  bytes on each device, floating-point operations, collectives, and the verdict. Exit code 0: it fits, 1: it does
         not, 2: the flags do not go together. What is compiled is the program that `ltsm_jax.training.fit` runs
-        (`training.loop.trace_step`), on windows of a series of --variates and --rows. Not counted: the forward passes
+        (`training.step.trace_step`), on windows of a series of --variates and --rows. Not counted: the forward passes
         of the validation between epochs, what the runtime takes, and the checkpoint that SFF keeps beside its mixture.
 """
 
@@ -37,7 +37,8 @@ from ltsm_jax.methods import binding
 from ltsm_jax.methods.strategies import Phase, trainable_mask
 from ltsm_jax.models import FAMILIES, Model, near_presets, preset
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.training.loop import COMPUTE, REMAT, trace_step
+from ltsm_jax.training.config import COMPUTE, REMAT
+from ltsm_jax.training.step import trace_step
 
 FREQ = "h"  # of the series, for families that want to know
 SMALL = "small"  # the preset of every family that tests use

@@ -15,7 +15,7 @@ from experiments import launch
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import binding
 from ltsm_jax.methods.strategies import MIXED
-from ltsm_jax.training.loop import COMPUTE, REMAT
+from ltsm_jax.training.config import COMPUTE, REMAT
 from ltsm_jax.training.optimizers import SCHEDULES
 
 

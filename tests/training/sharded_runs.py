@@ -31,7 +31,7 @@ from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.training import TrainConfig, fit, loop
+from ltsm_jax.training import TrainConfig, fit, loop, step
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -294,7 +294,7 @@ def run(family, mesh_text, folder=None, **options):
     if mesh is not None:
         params, notes = sharding.shard(params, model.shard_rules, mesh)
     start = {path: str(leaf.sharding.spec) for path, leaf in trees.flatten(params).items()} if mesh else {}
-    compiled = loop._advance._cache_size()
+    compiled = step.advance._cache_size()
     config = TrainConfig(epochs=2, batch_size=16, lr=1e-3, schedule="constant", **options)
     result = fit(model.loss, params, windows, config=config, folder=folder, show_progress=False)
     flat = trees.flatten(result.last_params)
@@ -306,7 +306,7 @@ def run(family, mesh_text, folder=None, **options):
         "start": start,
         "end": {path: str(leaf.sharding.spec) for path, leaf in flat.items()} if mesh else {},
         "split": {path: leaf.size // leaf.addressable_shards[0].data.size for path, leaf in flat.items()},
-        "compiled": loop._advance._cache_size() - compiled,
+        "compiled": step.advance._cache_size() - compiled,
         "notes": list(notes),
         "dtypes": sorted({str(leaf.dtype) for leaf in flat.values()}),
     }
