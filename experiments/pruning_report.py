@@ -53,6 +53,18 @@ def label(method: str, alpha: float | None = None, ratio: float | None = None, e
     return text + (f" + {report.label(tuning, alpha)}" if tuning else "")
 
 
+def rank(row: dict[str, Any]) -> Any:
+    """The order of results.csv."""
+
+    def place(x: float | None) -> float:
+        return -1.0 if x is None else x
+
+    kind, _, tuning = row["method"].partition("+")
+    first = {"zero_shot": 0, "pruned": 2}.get(kind, 1)
+    order = ("", *STRATEGIES).index(tuning if first == 2 else kind)
+    return first, place(row["ratio"]), place(row["ema"]), order, place(row["alpha"]), row["seed"]
+
+
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
     """One row per arm (method, alpha, ratio, EMA): mean and std (n - 1) over seeds, and paired differences in test MSE.
 

@@ -9,17 +9,24 @@ Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plo
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportOptionalOperand=false
 
+import dataclasses
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import tyro
 from rich.console import Console
 from rich.table import Table
+
+from experiments import flags, launch
+from experiments import folder as folders
+from experiments.flags import exact
+from ltsm_jax import storage
+from ltsm_jax.methods.strategies import STRATEGIES
 
 NAMES = {
     "zero_shot": "zero-shot",
@@ -60,7 +67,12 @@ NO_PICTURES = "matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)"
 
 def label(method: str, alpha: float | None = None) -> str:
     """Short name of a row: "SFF 0.7", "FF"."""
-    return SHORT.get(method, method) + ("" if alpha is None or np.isnan(alpha) else f" {alpha:g}")
+    return SHORT.get(method, method) + ("" if alpha is None or np.isnan(alpha) else f" {exact(alpha)}")
+
+
+def rank(row: dict[str, Any]) -> Any:
+    """The order of results.csv."""
+    return list(STRATEGIES).index(row["method"]), row["alpha"] or 0.0, row["seed"]
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +185,7 @@ def _read_cells(folder: Path, results: pd.DataFrame) -> list[dict]:
 
 def cell_name(method: str, alpha: float | None, seed: int) -> str:
     """Folder name of a cell: "sff-0.7-seed0", "ff-seed2"."""
-    mixed = "" if alpha is None or np.isnan(alpha) else f"-{alpha:g}"
+    mixed = "" if alpha is None or np.isnan(alpha) else f"-{exact(alpha)}"
     return f"{method}{mixed}-seed{seed}"
 
 
