@@ -85,7 +85,7 @@ def run(
       splits: from `data.prepare`; validation and test are scored at its horizon, by roll-out where it is longer than
         the model's own.
       seed: gives the random model, the data order and the dropout, each under its own key.
-      config: by default `train_config(model)`.
+      config: what it leaves out is the model's recipe; its seed, where it says one, must be the same.
       mode: "ims": the model's own loss (Timer: every next token), on windows of the model's own horizon.
         "direct": MSE of the forecast at the horizon of `splits`.
       folder: where checkpoints go; a run that was killed continues from there.
@@ -101,7 +101,7 @@ def run(
     if unknown := set(quirks) - {"no-dropout"}:
         raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
     label = strategy.name if label is None else label
-    config = dataclasses.replace(config or train_config(model), seed=seed)
+    config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
     keys = training.keys(seed)
     windows = training_windows(model, splits, mode)
     loss = _loss(without_dropout(model) if "no-dropout" in quirks else model, mode)
@@ -189,10 +189,7 @@ def without_dropout(model: Model) -> Model:
 
 def train_config(model: Model, **changes: Any) -> training.TrainConfig:
     """The model's own fine-tuning recipe as a `TrainConfig`, with `changes`."""
-    recipe = model.recipe()
-    fields = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "clip")
-    defaults = {name: getattr(recipe, name) for name in fields}
-    return training.TrainConfig(**(defaults | changes))
+    return training.TrainConfig(**changes).filled(model.recipe())
 
 
 def training_windows(model: Model, splits: Splits, mode: Mode) -> Windows:
