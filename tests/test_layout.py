@@ -13,7 +13,7 @@ PACKAGES = ("ltsm_jax", "converters", "experiments")
 
 # From the bottom up; a module imports its own level and those below. `ltsm_jax` itself is the list of public names.
 LEVELS = (
-    ("ltsm_jax.trees", "ltsm_jax.storage", "ltsm_jax.sharding", "ltsm_jax.hosts"),
+    ("ltsm_jax.trees", "ltsm_jax.storage", "ltsm_jax.sharding", "ltsm_jax.hosts", "ltsm_jax.frequency"),
     ("ltsm_jax.layers",),
     ("ltsm_jax.models",),
     ("ltsm_jax.data",),

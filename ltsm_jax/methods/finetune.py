@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from ltsm_jax import sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.data.series import read_series
 from ltsm_jax.data.splits import Scaler, few_shot_indices
+from ltsm_jax.data.tables import read_series
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import lora
