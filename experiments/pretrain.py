@@ -40,7 +40,7 @@ from rich.table import Table
 
 import ltsm_jax
 from experiments import launch
-from experiments.comparison import git_commit
+from experiments.folder import git_commit
 from ltsm_jax import hosts, sharding
 from ltsm_jax.data import load_series, prepare, synthetic
 from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder, shared

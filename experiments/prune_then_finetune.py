@@ -36,11 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import comparison, pruning_report
-from experiments.comparison import FLAGS, PARSERS, TINY, Comparison, UsageError, number, numbers
+from experiments import cells, flags, pruning_report
+from experiments.cells import Comparison
+from experiments.flags import FLAGS, PARSERS, TINY, UsageError, number, numbers
+from experiments.folder import result_file, write_json
 from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import finetune, pruning, redundancy, removal
+from ltsm_jax.methods import binding, pruning, redundancy, removal
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
 
@@ -54,7 +56,7 @@ TUNE = ("chosen", "each", "all")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(comparison.Options):
+class Options(flags.Options):
     """The flags, checked one by one; None is "as the model's recipe has it"."""
 
     program: ClassVar[str] = "experiments.prune_then_finetune"
@@ -90,7 +92,7 @@ class Options(comparison.Options):
 def parse(argv: Sequence[str]) -> Options:
     """Flags to options. Raises: UsageError listing every bad flag."""
     quirks = sorted({*QUIRKS, *pruning.QUIRKS, NO_DROPOUT})
-    flags = FLAGS | {
+    texts = FLAGS | {
         "methods": f"fine-tuning of the whole and of the pruned model, of {','.join(TUNED)} [ff,sff]",
         "ratios": "shares of all channels, cut from one pruning run per EMA and seed",
         "ratio": f"shares pruned per epoch, a pruning run for each; with --ratios one, of its run [{PASS_RATIO:g}]",
@@ -111,12 +113,12 @@ def parse(argv: Sequence[str]) -> Options:
     share = "above 0 and below 1"
     whole = functools.partial(number, int, 1, math.inf, "at least 1")
     parsers = PARSERS | {
-        "methods": functools.partial(comparison.names, TUNED),
+        "methods": functools.partial(flags.names, TUNED),
         "ratios": functools.partial(numbers, float, TINY, BELOW_1, share),
         "ratio": functools.partial(numbers, float, TINY, BELOW_1, share),
         "ema": functools.partial(numbers, float, TINY, 1, "above 0 and at most 1"),
-        "tune": functools.partial(comparison.one_of, TUNE),
-        "score": functools.partial(comparison.one_of, get_args(pruning.Score)),
+        "tune": functools.partial(flags.one_of, TUNE),
+        "score": functools.partial(flags.one_of, get_args(pruning.Score)),
         "prune-epochs": whole,
         "prune-batch-size": whole,
         "macro-batch": whole,
@@ -124,7 +126,7 @@ def parse(argv: Sequence[str]) -> Options:
         "max-prune-ratio": functools.partial(number, float, TINY, 1, "above 0 and at most 1"),
         "expert-threshold": functools.partial(number, float, -math.inf, BELOW_1, "below 1"),
         "timed-runs": functools.partial(number, int, 0, math.inf, "at least 0"),
-        "quirks": functools.partial(comparison.names, quirks),
+        "quirks": functools.partial(flags.names, quirks),
     }
     switches = {
         "ema-abs": "average the scores' absolute values",
@@ -132,12 +134,12 @@ def parse(argv: Sequence[str]) -> Options:
         "include-embed": "prune the linears before the blocks too",
         "include-head": "prune the head too",
     }
-    values, problems = comparison.read_flags(Options.program, __doc__, argv, flags, parsers, switches)
+    values, problems = flags.read_flags(Options.program, __doc__, argv, texts, parsers, switches)
     if not {"ratio", "ratios"} & values.keys() and not problems:
         problems.append("give --ratios (shares of all channels, from one pruning run) or --ratio (shares per epoch)")
     if "ratios" in values and len(values.get("ratio", ())) > 1:
         problems.append("--ratios are cut from one pruning run, so that --ratio takes one value beside it")
-    if problems := problems + comparison.alpha_problems(values, Options.methods):
+    if problems := problems + flags.alpha_problems(values, Options.methods):
         raise UsageError("\n".join(problems))
     return Options(**values)
 
@@ -176,11 +178,11 @@ class Cell:
 
 
 def resolve(options: Options) -> Comparison:
-    """`comparison.resolve`, with the settings of pruning.
+    """`cells.resolve`, with the settings of pruning.
 
     Raises: UsageError and ValueError for what does not work.
     """
-    c = comparison.resolve(options)
+    c = cells.resolve(options)
     full = pruning.full_masks(c.model, **_candidates(options))
     batch = options.prune_batch_size or c.config.batch_size
     settings = {
@@ -240,7 +242,7 @@ def plan(c: Comparison) -> str:
     """What will run, in words."""
     o, s = c.options, c.settings
     first = [*whole_cells(o), *pruned_cells(o)]
-    done, then = comparison.finished(c, first), _n_tuned(o)
+    done, then = cells.finished(c, first), _n_tuned(o)
     runs = len(o.seeds) * len(o.ema) * (1 if o.ratios else len(o.shares))
     lines = [
         f"pruning  {s['channels']:,} channels, {runs} runs of {s['prune_epochs']} epochs, {s['score']}, a step every "
@@ -249,10 +251,10 @@ def plan(c: Comparison) -> str:
         f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} pruned, {then} pruned and "
         f"tuned, seeds {', '.join(map(str, o.seeds))}" + (f"; {done} finished already" if done else ""),
     ]
-    windows = len(finetune.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
+    windows = len(binding.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
     if windows <= s["macro_batch"] and len(o.ema) > 1 and o.prune_epochs == 1:
         lines.append("note     a pruning run is one step: the EMA has no say in it; take a smaller --macro-batch")
-    return comparison.plan(c, lines)
+    return cells.plan(c, lines)
 
 
 def _n_tuned(o: Options) -> int:
@@ -282,18 +284,18 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     """
     console = (console or Console()) if hosts.first() else Console(quiet=True)
     o, work, statistics = c.options, Work(c), c.folder / "redundancy.json"
-    comparison.settle(c)
+    cells.claim(c)
     if not hosts.on_first(statistics.is_file):
-        hosts.on_first(comparison.write_json, statistics, redundancy_of(c))
+        hosts.on_first(write_json, statistics, redundancy_of(c))
     first = [*whole_cells(o), *pruned_cells(o)]
     total = len(first) + _n_tuned(o)
-    failures = comparison.run_cells(c, first, work.run_cell, rank, console, (1, total))
-    files = [comparison.result_file(c, cell) for cell in first]
+    failures = cells.run_cells(c, first, work.run_cell, rank, console, (1, total))
+    files = [result_file(c.folder, cell.name) for cell in first]
     rows = hosts.on_first(lambda: [json.loads(file.read_text())["row"] for file in files if file.is_file()])
     choice = choose(rows, o)
     if choice is None:
         return failures
-    hosts.on_first(comparison.write_json, c.folder / "choice.json", choice)
+    hosts.on_first(write_json, c.folder / "choice.json", choice)
     console.print(choice["text"], highlight=False, markup=False)
     if choice["warning"]:
         console.print(choice["warning"], highlight=False, markup=False, style="yellow")
@@ -302,8 +304,8 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
         "each": [(float(ratio), ema) for ratio, ema in choice["ema_of_ratio"].items()],
         "all": [(ratio, ema) for ratio in o.shares for ema in o.ema],
     }[o.tune]
-    cells = tuned_cells(o, pairs)
-    return failures + comparison.run_cells(c, cells, work.run_cell, rank, console, (len(first) + 1, total))
+    tuned = tuned_cells(o, pairs)
+    return failures + cells.run_cells(c, tuned, work.run_cell, rank, console, (len(first) + 1, total))
 
 
 def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] | None:
@@ -361,11 +363,11 @@ class Work:
 
     def _whole(self, cell: Cell) -> dict[str, Any]:
         c = self.c
-        if cell.method == "zero_shot" and (twin := comparison.twin_of(c, "zero_shot-seed*")):
-            return comparison.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
-        result = comparison.tune(c, cell, strategy(cell.method, alpha=cell.alpha or 0.0))
-        row = comparison.row_of(c, cell.columns, c.model, result) | _sizes(c, c.params, c.params)
-        comparison.keep(c, cell, (c.model, result.params), row, result)
+        if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot-seed*")):
+            return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
+        result = cells.tune(c, cell, strategy(cell.method, alpha=cell.alpha or 0.0))
+        row = cells.row_of(c, cell.columns, c.model, result) | _sizes(c, c.params, c.params)
+        cells.keep(c, cell, (c.model, result.params), row, result)
         return row
 
     def _pruned(self, cell: Cell) -> dict[str, Any]:
@@ -374,10 +376,10 @@ class Work:
         masks = pruning.cut(found.order, cell.ratio or 0.0) if o.ratios else found.masks
         _, _, method = cell.method.partition("+")
         quirks = (NO_DROPOUT,) if method and NO_DROPOUT in o.quirks else ()
-        result = comparison.tune(c, cell, strategy(method or "zero_shot", alpha=cell.alpha or 0.0), model=found.model,
+        result = cells.tune(c, cell, strategy(method or "zero_shot", alpha=cell.alpha or 0.0), model=found.model,
                                  params=found.params, masks=masks, quirks=quirks)  # fmt: skip
         small, small_params, _ = removal.remove(found.model, result.params, masks)
-        row = comparison.row_of(c, cell.columns, found.model, result)
+        row = cells.row_of(c, cell.columns, found.model, result)
         row |= _sizes(c, small_params, result.params) | {"channels_left": pruning.share_left(masks)}
         more: dict[str, Any] = {}
         if not method:
@@ -385,7 +387,7 @@ class Work:
             more = {"sparsity": redundancy.sparsity(masks), "pruning": found.history, "stopped": found.stopped}
             if found.usage is not None:
                 more["usage"] = {path: np.asarray(f_E).tolist() for path, f_E in found.usage.items()}
-        comparison.keep(c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more)
+        cells.keep(c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more)
         return row
 
     def pruning_run(self, ratio: float | None, ema: float, seed: int) -> pruning.PruneResult:
@@ -483,7 +485,7 @@ def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
 
 def redundancy_of(c: Comparison) -> dict[str, Any]:
     """Statistics of the original model as JSON, on windows spread evenly over the training and validation parts."""
-    train, val = finetune.training_windows(c.model, c.splits, c.mode), c.splits.val
+    train, val = binding.training_windows(c.model, c.splits, c.mode), c.splits.val
     val = dataclasses.replace(val, horizon=train.horizon)  # as the loss wants it
     val = val.take(np.flatnonzero(np.asarray(val.starts) + val.context_len + val.horizon <= c.splits.borders.val[1]))
     parts = [part for part in (train, val) if part.n]
@@ -502,7 +504,7 @@ def redundancy_of(c: Comparison) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.prune_then_finetune`; returns the exit code."""
-    return comparison.run(argv, parse, resolve, plan, compare, _finish)
+    return cells.run(argv, parse, resolve, plan, compare, _finish)
 
 
 def _finish(folder: Path) -> None:

@@ -22,8 +22,9 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from experiments import comparison, report
-from experiments.comparison import FLAGS, PARSERS, TINY, Comparison, UsageError
+from experiments import cells, flags, report
+from experiments.cells import Comparison
+from experiments.flags import FLAGS, PARSERS, TINY, UsageError
 from experiments.report import cell_name
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 
@@ -32,7 +33,7 @@ OWN = {"l2sp_weight": "l2sp", "lora_rank": "lora"}  # settings of one method
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(comparison.Options):
+class Options(flags.Options):
     """The flags, checked one by one; None is "as the model's recipe has it"."""
 
     program: ClassVar[str] = "experiments.sff"
@@ -43,19 +44,19 @@ class Options(comparison.Options):
 
 def parse(argv: Sequence[str]) -> Options:
     """Flags to options. Raises: UsageError listing every bad flag."""
-    flags = FLAGS | {
+    texts = FLAGS | {
         "methods": f"of {','.join(STRATEGIES)} [{METHODS}]",
         "alpha": "weight(s) of the pretrained side, for sff and noise [0.7]",
         "l2sp-weight": "of the l2sp penalty [0.1]",
         "lora-rank": "of the adapters of lora [4]",
     }
     parsers = PARSERS | {
-        "methods": functools.partial(comparison.names, tuple(STRATEGIES)),
-        "l2sp-weight": functools.partial(comparison.number, float, TINY, sys.float_info.max, "positive"),
-        "lora-rank": functools.partial(comparison.number, int, 1, sys.maxsize, "at least 1"),
+        "methods": functools.partial(flags.names, tuple(STRATEGIES)),
+        "l2sp-weight": functools.partial(flags.number, float, TINY, sys.float_info.max, "positive"),
+        "lora-rank": functools.partial(flags.number, int, 1, sys.maxsize, "at least 1"),
     }
-    values, problems = comparison.read_flags(Options.program, __doc__, argv, flags, parsers)
-    if problems := problems + comparison.alpha_problems(values, Options.methods):
+    values, problems = flags.read_flags(Options.program, __doc__, argv, texts, parsers)
+    if problems := problems + flags.alpha_problems(values, Options.methods):
         raise UsageError("\n".join(problems))
     return Options(**values)
 
@@ -80,23 +81,23 @@ class Cell:
 
 
 def resolve(options: Options) -> Comparison:
-    """`comparison.resolve`, with the settings that only this experiment has."""
-    c = comparison.resolve(options)
+    """`cells.resolve`, with the settings that only this experiment has."""
+    c = cells.resolve(options)
     own = {name: getattr(options, name) if method in options.methods else None for name, method in OWN.items()}
     return dataclasses.replace(c, settings=c.settings | own)
 
 
-def cells(options: Options) -> tuple[Cell, ...]:
+def cells_of(options: Options) -> tuple[Cell, ...]:
     """Every run that the options ask for."""
     return tuple(Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds)
 
 
 def plan(c: Comparison) -> str:
     """What will run, in words."""
-    runs, o = cells(c.options), c.options
-    done = comparison.finished(c, runs)
+    runs, o = cells_of(c.options), c.options
+    done = cells.finished(c, runs)
     text = f"runs     {len(runs)}: {', '.join(o.methods)} x seeds {', '.join(map(str, o.seeds))}"
-    return comparison.plan(c, [text + (f"; {done} finished already" if done else "")])
+    return cells.plan(c, [text + (f"; {done} finished already" if done else "")])
 
 
 def compare(c: Comparison, console: Console | None = None) -> list[str]:
@@ -105,29 +106,29 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     Returns: what failed (a run that diverged does not stop the others), one line each.
     Raises: UsageError when the folder holds a comparison with other settings.
     """
-    comparison.settle(c, optional=tuple(OWN))
+    cells.claim(c, optional=tuple(OWN))
     order = {method: i for i, method in enumerate(STRATEGIES)}
     rank = lambda row: (order[row["method"]], row["alpha"] or 0.0, row["seed"])  # noqa: E731
-    return comparison.run_cells(c, cells(c.options), functools.partial(run_cell, c), rank, console or Console())
+    return cells.run_cells(c, cells_of(c.options), functools.partial(run_cell, c), rank, console or Console())
 
 
 def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     """Run one cell, or go on with it. Returns: its row of results.csv."""
-    if cell.method == "zero_shot" and (twin := comparison.twin_of(c, "zero_shot-seed*")):
-        return comparison.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
+    if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot-seed*")):
+        return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
     o = c.options
     chosen = strategy(cell.method, alpha=cell.alpha or 0.0, l2_sp=o.l2sp_weight, lora_rank=o.lora_rank)
-    result = comparison.tune(c, cell, chosen)
+    result = cells.tune(c, cell, chosen)
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
-    row = comparison.row_of(c, columns, c.model, result)
+    row = cells.row_of(c, columns, c.model, result)
     row |= {name: getattr(o, name) if cell.method == method else None for name, method in OWN.items()}
-    comparison.keep(c, cell, (c.model, result.params), row, result)
+    cells.keep(c, cell, (c.model, result.params), row, result)
     return row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.sff`; returns the exit code."""
-    return comparison.run(argv, parse, resolve, plan, compare, _finish)
+    return cells.run(argv, parse, resolve, plan, compare, _finish)
 
 
 def _finish(folder: Path) -> None:

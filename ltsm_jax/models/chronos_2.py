@@ -24,23 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.missing import mean_over_rows
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    mean_over_rows,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0

@@ -22,20 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import t5
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.missing import mean_observed, mean_over_rows
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    mean_observed,
-    mean_over_rows,
-    t5_groups,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group, t5_groups
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0

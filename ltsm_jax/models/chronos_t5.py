@@ -22,19 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import t5
+from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.initial import Normal, draw
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    mean_observed,
-    row_keys,
-    t5_groups,
-)
+from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group, t5_groups
 from ltsm_jax.trees import Tree
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -19,21 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from ltsm_jax.layers import mixture, packed
+from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens, observed_series
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    row_keys,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this

@@ -22,21 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import packed
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SwiGLU, Tokens, observed_series
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this

@@ -31,19 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import t5
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    mean_over_rows,
-)
+from ltsm_jax.layers.missing import mean_over_rows
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 SCALE_EPS = 1e-5  # added to the deviation, after the root

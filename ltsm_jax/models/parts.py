@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax import trees
-from ltsm_jax.models.family import Group, Model, entry_of
+from ltsm_jax.models.configs import entry_of
+from ltsm_jax.models.family import Model
+from ltsm_jax.models.groups import Group
 
 Params = Any
 

@@ -23,24 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.causal import ACTIVATIONS, CausalAttention, GatedMLP, causal_mask, empty_cache, roll_out
+from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
+from ltsm_jax.layers.missing import fill_missing, mean_observed, mean_over_rows
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    fill_missing,
-    mean_observed,
-    mean_over_rows,
-    row_keys,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 EPS = 1e-5  # added to the standard deviation of the context

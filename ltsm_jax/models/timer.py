@@ -15,23 +15,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.missing import fill_missing, mean_over_rows
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    Task,
-    check_context,
-    config_from_json,
-    fill_missing,
-    mean_over_rows,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance

@@ -29,21 +29,14 @@ from ltsm_jax.layers.causal import (
     greedy_sizes,
     roll_out,
 )
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.missing import fill_missing, mean_observed, mean_over_rows
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    fill_missing,
-    mean_observed,
-    mean_over_rows,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 EPS = 1e-6  # added to the standard deviation of the context (Prune-then-Finetune's wrapper)

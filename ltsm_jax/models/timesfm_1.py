@@ -23,22 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    interpolate_missing,
-    mean_observed,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 FREQS = 3  # rows of the frequency table

@@ -21,24 +21,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Lora,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    interpolate_missing,
-    mean_observed,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))

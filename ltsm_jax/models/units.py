@@ -26,21 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.missing import fill_missing, mean_over_rows
 from ltsm_jax.layers.positions import sinusoids
-from ltsm_jax.models.family import (
-    Batch,
-    Forecast,
-    Group,
-    Model,
-    Recipe,
-    check_context,
-    config_from_json,
-    fill_missing,
-    mean_over_rows,
-)
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance

@@ -37,7 +37,8 @@ from ltsm_jax import sharding
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.splits import Scaler
 from ltsm_jax.data.windows import Windows, windows_between
-from ltsm_jax.models.family import Batch, Model, mean_over_rows
+from ltsm_jax.layers.missing import mean_over_rows
+from ltsm_jax.models.family import Batch, Model
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
@@ -172,7 +173,7 @@ def _window_errors(model, params, values, starts: np.ndarray, ims: bool, batch_s
     mesh = sharding.mesh_of(params)
     values, all_starts = sharding.replicate((values, jnp.asarray(starts, jnp.int32)), mesh)
     one_batch = lambda i: _batch_errors(model, params, values, all_starts, i, ims)  # noqa: E731
-    return in_batches(one_batch, len(starts), batch_size, mesh)
+    return in_batches(one_batch, len(starts), batch_size, sharding.Placement(mesh))
 
 
 def window_starts(lo: int, hi: int) -> np.ndarray:

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 
 import ltsm_jax
-from experiments import comparison, report, sff
+from experiments import cells, report, sff
+from experiments.flags import UsageError
 from ltsm_jax import training, trees
-from ltsm_jax.methods import finetune
+from ltsm_jax.methods import run
+from ltsm_jax.tasks import forecasting
 
 FIRST = ["data", "model", "method", "alpha", "seed", "horizon", "val_mse", "val_mae", "test_mse", "test_mae"]
 FIRST += ["epochs", "seconds", "windows"]
@@ -73,9 +75,9 @@ def test_numbers_are_those_of_the_saved_models(folder, micro, waves):
         model, params = ltsm_jax.load(folder / "cells" / f"{method}-seed1" / "model")
         row = one(rows(folder), method.split("-")[0], 1)
         for part in ("val", "test"):
-            score = comparison.forecasting.evaluate(model, params, getattr(c.splits, part))
+            score = forecasting.evaluate(model, params, getattr(c.splits, part))
             assert [score[k] for k in ("mse", "mae")] == [row[f"{part}_mse"], row[f"{part}_mae"]]
-    zero = comparison.forecasting.evaluate(c.model, c.params, c.splits.test)
+    zero = forecasting.evaluate(c.model, c.params, c.splits.test)
     assert one(rows(folder), "zero_shot").test_mse == one(rows(folder), "zero_shot", 1).test_mse == zero["mse"]
 
 
@@ -91,7 +93,7 @@ def test_finished_cells_are_not_run_again(folder, command, monkeypatch, capsys):
     def never(*args, **kwargs):
         raise AssertionError("a finished cell ran")
 
-    monkeypatch.setattr(finetune, "run", never)
+    monkeypatch.setattr(run, "run", never)
     assert sff.main(command(folder)) == 0
     assert (folder / "results.csv").read_bytes() == before
     assert capsys.readouterr().out.count("finished before") == 12
@@ -119,9 +121,9 @@ def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_pa
     out, calls = tmp_path / "killed", []
     with monkeypatch.context() as patch:
         if where == "between training and result":
-            target, name, fatal = comparison, "write_examples", lambda args, kwargs: "ff-seed1" in str(args[3])
+            target, name, fatal = cells, "write_examples", lambda args, kwargs: "ff-seed1" in str(args[3])
         elif where == "in training":  # validation after the second epoch of the first trained cell
-            target, name, fatal = finetune.forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
+            target, name, fatal = run.forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
         else:
             target, name, fatal = (
                 training,
@@ -232,7 +234,7 @@ def test_defaults_are_the_models_recipe(micro, waves):
         recipe.schedule,
     )
     assert (c.settings["context"], c.settings["horizon"], c.mode) == (32, 8, "ims")
-    assert len(sff.cells(c.options)) == 18 and c.folder.name == "sff-waves-micro"
+    assert len(sff.cells_of(c.options)) == 18 and c.folder.name == "sff-waves-micro"
 
 
 def test_a_benchmark_with_a_repeated_stamp_is_used_as_published(micro, tmp_path, monkeypatch):
@@ -247,7 +249,7 @@ def test_a_benchmark_with_a_repeated_stamp_is_used_as_published(micro, tmp_path,
     c = sff.resolve(sff.parse(["--data", "weather", "--model", str(micro)]))
     assert c.settings["rows"] == 600 and c.splits.series.name == "weather"
     for data in (["weather", "--irregular", "error"], [str(tmp_path / "mine.csv")]):
-        with pytest.raises(comparison.UsageError, match="1 stamps repeated"):
+        with pytest.raises(UsageError, match="1 stamps repeated"):
             sff.resolve(sff.parse(["--data", *data, "--model", str(micro)]))
 
 

@@ -9,8 +9,8 @@ import pytest
 
 import ltsm_jax
 from ltsm_jax import trees
+from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models import library
-from ltsm_jax.models.family import fill_missing
 from ltsm_jax.models.timer import Timer, TimerConfig
 
 MODEL = Timer(TimerConfig.of(8, 16, 32, 2, 4, context_len=56, horizon=8))

@@ -15,7 +15,7 @@ from ltsm_jax import sharding, trees
 from ltsm_jax.data import Windows
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.models import Model
-from ltsm_jax.models.family import entry_of, with_entry
+from ltsm_jax.models.configs import entry_of, with_entry
 from ltsm_jax.tasks.batches import in_batches
 
 Params = Any
@@ -41,7 +41,7 @@ def expert_usage(
             lambda indices, placed=placed: _routed(model, params, placed, indices, horizon, mesh),
             windows.n,
             batch_size or model.eval_batch * sharding.row_parts(mesh),
-            mesh,
+            sharding.Placement(mesh),
         )
         for path, count_NE in counts.items():
             totals[path] = totals.get(path, 0) + count_NE.sum(0)
