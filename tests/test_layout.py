@@ -13,13 +13,14 @@ PACKAGES = ("ltsm_jax", "converters", "experiments")
 
 # From the bottom up; a module imports its own level and those below. `ltsm_jax` itself is the list of public names.
 LEVELS = (
-    ("ltsm_jax.trees", "ltsm_jax.storage", "ltsm_jax.sharding", "ltsm_jax.hosts"),
+    ("ltsm_jax.trees", "ltsm_jax.storage", "ltsm_jax.sharding", "ltsm_jax.hosts", "ltsm_jax.frequency"),
     ("ltsm_jax.layers",),
     ("ltsm_jax.models",),
     ("ltsm_jax.data",),
     ("ltsm_jax.tasks",),
     ("ltsm_jax.training",),
     ("ltsm_jax.methods", "ltsm_jax.landscape"),
+    ("ltsm_jax.api",),
     ("ltsm_jax", "ltsm_jax.cli", "experiments"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -23,8 +23,9 @@ from ltsm_jax.data import Series, prepare
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
 from ltsm_jax.layers.masks import place
-from ltsm_jax.methods import finetune, pruning, redundancy, removal
+from ltsm_jax.methods import binding, pruning, redundancy, removal
 from ltsm_jax.methods.pruning import schedule
+from ltsm_jax.methods.run import run as run_strategy
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.time_moe import TimeMoe
@@ -227,13 +228,13 @@ def adapted(family):
     the weights do before and after."""
     model, params, splits = one_layer(family)
     moves = lambda state: hasattr(state, "mu")  # noqa: E731
-    config, found = finetune.train_config(model, epochs=2, batch_size=16, lr=1e-2, schedule="constant"), {}
+    config, found = binding.train_config(model, epochs=2, batch_size=16, lr=1e-2, schedule="constant"), {}
     for text in ("one", "data=2,fsdp=2,tensor=2"):
         placed = params if text == "one" else sharding.shard(params, model.shard_rules, sharding.make_mesh(text))[0]
         states = []
         begin = loop._Fitting.start
         loop._Fitting.start = lambda self, *args: (begin(self, *args), states.append(self.state))[0]  # noqa: B023
-        result = finetune.run(model, placed, strategy("lora"), splits, config=config, show_progress=False)
+        result = run_strategy(model, placed, strategy("lora"), splits, config=config, show_progress=False)
         loop._Fitting.start = begin
         found[text] = {"params": numbers(result.params), "history": result.history, "trained": result.trained}
         if text != "one":
@@ -255,7 +256,7 @@ def pruned(family):
         size=(2, length)
     )
     splits = prepare(Series("waves", values, ("a", "b"), None, "h"), model.context_len, model.horizon)
-    config = finetune.train_config(model, epochs=1, batch_size=16, lr=1e-3, schedule="constant")
+    config = binding.train_config(model, epochs=1, batch_size=16, lr=1e-3, schedule="constant")
     masks = trees.flatten(pruning.full_masks(model))
     dead = lambda m, e: np.asarray(m) * (np.arange(m.shape[-1]) % e > 0)  # noqa: E731
     masks |= {p: dead(m, 3) for p, m in masks.items() if p.endswith(("/up/out", "/gate/out"))}
@@ -274,7 +275,7 @@ def pruned(family):
             p = p if mesh is None else sharding.shard(p, m.shard_rules, mesh)[0]
             lie = [] if mesh is None else layouts(place(k, p))
             training.fit = functools.partial(watched, lie)
-            result = finetune.run(m, p, strategy("ff"), splits, config=config, masks=k, show_progress=False)
+            result = run_strategy(m, p, strategy("ff"), splits, config=config, masks=k, show_progress=False)
             training.fit = fit
             flat = trees.flatten(result.params)
             found[f"{kind} {text}"] = {
