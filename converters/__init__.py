@@ -46,8 +46,8 @@ from converters.torch_files import (
     write_safetensors,
     write_torch,
 )
-from ltsm_jax import trees
-from ltsm_jax.models import FAMILIES, Model, hub, library, parts
+from ltsm_jax import hub, trees
+from ltsm_jax.models import FAMILIES, Model, folders, parts
 
 __all__ = ["CheckpointError", "converter", "export_checkpoint", "import_checkpoint", "inspect"]
 
@@ -55,9 +55,13 @@ NESTED = ("state_dict", "student")  # keys under which programs put the state di
 SUFFIXES = {".safetensors": "safetensors", ".bin": "state_dict", ".pth": "state_dict", ".ckpt": "state_dict"}
 
 
+# A family's module is found by the family's name, so that a new one is written down in one place only.
+_MODULES = {family: importlib.import_module(f"converters.{family}") for family in FAMILIES}
+
+
 def converter(family: str) -> Any:
-    """The converter module of a family."""
-    return importlib.import_module(f"converters.{family}")
+    """Give the converter module of a family."""
+    return _MODULES[family]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,7 @@ def import_checkpoint(
     allow_cast: bool = False,
     overwrite: bool = False,
 ) -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
-    """An original checkpoint file as a model of this library.
+    """An original checkpoint file as a model of this folders.
 
     Args:
       src: the file, the index file (`*.index.json`) of several, a folder with one such file in it, or, where no file
@@ -110,7 +114,7 @@ def import_checkpoint(
     converted = tables.to_params(
         _in_table(family.keys, model_config, layout.table),
         stripped,
-        library.shapes(model),
+        folders.shapes(model),
         what=what,
         allow_cast=allow_cast,
         hints=getattr(family, "HINTS", None),
@@ -136,7 +140,7 @@ def import_checkpoint(
     }
     params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
     if dst is not None:
-        library.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
+        folders.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
     return model, params, provenance, converted.buffers
 
 
@@ -174,10 +178,10 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     experts can't be written at all: the original's router would choose the zeros.
     """
     dst = Path(dst)
-    folder = Path(src) if Path(src).is_dir() else library.SHIPPED / str(src)
-    model, params = library.load(src)
-    record = library.read_config(folder)[1].get("provenance", {})
-    kept = library.read_buffers(folder)
+    folder = Path(src) if Path(src).is_dir() else folders.SHIPPED / str(src)
+    model, params = folders.load_folder(folder)
+    record = folders.read_config(folder)[1].get("provenance", {})
+    kept = folders.read_buffers(folder)
     family = converter(model.family)
     suffixes = getattr(family, "SUFFIXES", SUFFIXES)
     file = dst if dst.suffix else dst / "model.safetensors"
@@ -264,10 +268,10 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
 
     Raises: as `import_checkpoint`; a file that can't be imported can't be described either.
     """
-    folder = library.local(src)
-    if folder and (folder / library.PARAMS).is_dir():
-        model, params = library.load(folder)
-        provenance = library.read_config(folder)[1].get("provenance", {})
+    folder = folders.local(src)
+    if folder and (folder / folders.PARAMS).is_dir():
+        model, params = folders.load_folder(folder)
+        provenance = folders.read_config(folder)[1].get("provenance", {})
     else:
         model, params, provenance, _ = import_checkpoint(src, config=config, allow_cast=True)
     return {
@@ -280,7 +284,7 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
 
 def _on_disk(src: str | Path) -> tuple[Path, dict[str, Any]]:
     """Path of an original, fetched from the hub where nothing here is called so, and what to say of its origin."""
-    path = library.local(src)
+    path = folders.local(src)
     name = hub.parse(str(src)) if path is None else None
     if name is None:
         return path or Path(src), {}
@@ -330,7 +334,7 @@ def _only_file(folder: Path) -> Path:
     for name in hub.WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    files = library.originals(folder)
+    files = folders.originals(folder)
     if len(files) != 1:
         names = ", ".join(p.name for p in files) or "none"
         raise CheckpointError(
@@ -346,7 +350,7 @@ def _read_shards(index: Path) -> _Original:
     fits = isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
     names = sorted(set(table.values())) if fits and table else []
     outside = [name for name in names if Path(name).name != name or not name or len(name) > 255]
-    odd = outside or [name for name in names if Path(name).suffix not in library.ORIGINALS]
+    odd = outside or [name for name in names if Path(name).suffix not in folders.ORIGINALS]
     if not fits or odd:
         where = "files outside its folder" if outside else "another index, or other files that hold no tensors"
         what = f"names {where}: {', '.join(map(quoted, odd[:5]))}" if odd else "has no weight_map"
