@@ -16,7 +16,7 @@ from experiments import aot, targets
 from experiments.counting import Traffic, collectives, product_flops
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.models import FAMILIES, folders
-from ltsm_jax.training import TrainConfig, loop
+from ltsm_jax.training import TrainConfig, loop, step
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs pip install -e ".[tpu-aot]"'
@@ -54,7 +54,7 @@ def trace(**options):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = folders.shapes(model)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    return loop.trace_step(model.loss, params, source, config=TrainConfig(batch_size=16, **options))
+    return step.trace_step(model.loss, params, source, config=TrainConfig(batch_size=16, **options))
 
 
 # --- the step
@@ -63,14 +63,14 @@ def trace(**options):
 def test_what_is_traced_from_shapes_is_what_fit_runs(monkeypatch):
     model, source = small_timer()
     config = TrainConfig(epochs=1, batch_size=16, weight_decay=0.1, clip=1.0)
-    real, seen = loop._advance, []
+    real, seen = step.advance, []
 
     def spy(*args, **kwargs):
         seen.append(str(real.trace(*args, **kwargs).jaxpr))
         raise StopIteration
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_advance", spy)
+        patch.setattr(step, "advance", spy)
         with pytest.raises(StopIteration):
             loop.fit(model.loss, jax.jit(model.init)(jax.random.key(0)), source, config=config, show_progress=False)
     assert seen == [str(trace(epochs=1, weight_decay=0.1, clip=1.0).jaxpr)]

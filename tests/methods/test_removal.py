@@ -11,7 +11,7 @@ import pytest
 
 import converters
 from ltsm_jax import sharding, trees
-from ltsm_jax.methods import finetune, removal, strategies
+from ltsm_jax.methods import binding, removal, run, strategies
 from ltsm_jax.methods.pruning import full_masks, keep_experts, merge
 from ltsm_jax.models import FAMILIES, folders, parts
 from ltsm_jax.models.configs import entry_of
@@ -257,9 +257,9 @@ def test_a_pruned_model_is_fine_tuned_by_every_strategy(strategy, splits, tmp_pa
         masks = narrow(masks, path, index)
     model, params, masks = removal.remove(base, params, masks)
     assert (model.config.n_heads, model.config.ffn_dims) == ((0, 2), (24, 0))
-    config = finetune.train_config(model, epochs=1, batch_size=64)
+    config = binding.train_config(model, epochs=1, batch_size=64)
     chosen = getattr(strategies, strategy)()
-    result = finetune.run(model, params, chosen, splits, config=config, masks=masks, show_progress=False)
+    result = run.run(model, params, chosen, splits, config=config, masks=masks, show_progress=False)
     tuned = result.params
     jax.tree.map(np.testing.assert_array_equal, merge(tuned, masks), tuned)
     assert not np.array_equal(tuned["head"]["kernel"], params["head"]["kernel"])
