@@ -15,7 +15,7 @@ import pytest
 from experiments import aot, targets
 from experiments.counting import Traffic, collectives, product_flops
 from ltsm_jax.data.windows import windows_between
-from ltsm_jax.models import FAMILIES, library
+from ltsm_jax.models import FAMILIES, folders
 from ltsm_jax.training import TrainConfig, loop, step
 
 needs_libtpu = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def small_timer():
 def trace(**options):
     model, source = small_timer()
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = library.shapes(model)
+    shapes = folders.shapes(model)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     return step.trace_step(model.loss, params, source, config=TrainConfig(batch_size=16, **options).filled(PLAIN))
 
