@@ -9,8 +9,8 @@ import pandas as pd
 from ltsm_jax import sharding, training
 from ltsm_jax.data import Series, Splits, Windows, prepare
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.data.series import read_series
 from ltsm_jax.data.splits import few_shot_indices
+from ltsm_jax.data.tables import read_series
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.models import Model
 
@@ -66,10 +66,7 @@ def default_mode(model: Model) -> Mode:
 
 def train_config(model: Model, **changes: Any) -> training.TrainConfig:
     """The model's own fine-tuning recipe as a `TrainConfig`, with `changes`."""
-    recipe = model.recipe()
-    fields = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "clip")
-    defaults = {name: getattr(recipe, name) for name in fields}
-    return training.TrainConfig(**(defaults | changes))
+    return training.TrainConfig(**changes).filled(model.recipe())
 
 
 def training_windows(model: Model, splits: Splits, mode: Mode) -> Windows:
