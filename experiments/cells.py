@@ -22,11 +22,11 @@ import ltsm_jax
 from experiments import folder, launch
 from experiments.flags import Options, Reading, UsageError
 from ltsm_jax import hosts, sharding, storage, training, trees
-from ltsm_jax.data import Series, Splits, prepare, steps_per_epoch
+from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import binding, checks, run
-from ltsm_jax.methods.strategies import Strategy
+from ltsm_jax.methods.strategies import Strategy, start_params
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig
@@ -236,7 +236,7 @@ def _megabytes(c: Comparison) -> float:
 
 @contextlib.contextmanager
 def claimed(c: Comparison) -> Iterator[None]:
-    """Work in the folder of a comparison, alone: make it, or check that what it holds was asked for by the same settings.
+    """Work in the folder of a comparison, alone: make it, or check that the same settings asked for what it holds.
 
     Raises: UsageError when it holds a comparison with other settings, or another process works in it; nothing has been
       written then.
@@ -377,12 +377,35 @@ def keep(
             made["pruned_from"] = c.model.config_to_dict()
         ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
+    record["val_blocks"] = val_blocks(shown or final, c.splits.val)
 
     def finish() -> None:
         finish_cell(c, cell, record | more)
         folder.drop_checkpoints(place)
 
     hosts.on_first(finish)
+
+
+def val_blocks(shown: tuple[Model, Any], windows: Windows) -> list[float]:
+    """Validation MSE in blocks of `horizon` consecutive starts, all variates together: what two arms are compared by.
+
+    Neighbouring windows share most of their targets and are no independent draws; see `checks.paired_difference`.
+    """
+    errors = forecasting.errors(*shown, windows)
+    mse_N = (errors.squared / windows.horizon).mean(axis=1)
+    starts_N = np.asarray(windows.starts)
+    block_N = (starts_N - starts_N.min()) // windows.horizon
+    count = np.bincount(block_N)
+    sums = np.bincount(block_N, mse_N)
+    return (sums[count > 0] / count[count > 0]).tolist()
+
+
+def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
+    """Validation MSE of what a strategy starts from, before its first step; None where nothing is trained."""
+    if not chosen.phases:
+        return None
+    params = start_params(chosen, c.model, c.params, training.keys(seed)["aux"])
+    return forecasting.evaluate(c.model, params, c.splits.val)["mse"]
 
 
 def finish_cell(c: Comparison, cell: Cell, record: dict[str, Any]) -> None:

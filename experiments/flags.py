@@ -8,8 +8,8 @@
 
     options = flags.parse(Options, sys.argv[1:], __doc__)
 
-`parse` names everything that is wrong in one UsageError; `--help` is the module's docstring and a line per field. A field
-that is itself a dataclass is a group of options: its name is a title in --help, and no part of the options' names.
+`parse` names everything that is wrong in one UsageError; `--help` is the module's docstring and a line per field. A
+field that is itself a dataclass is a group of options: its name is a title in --help, no part of the options' names.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import math
 import re
 import shlex
 import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ltsm_jax.data.splits import QUIRKS
+from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.methods import binding
 from ltsm_jax.methods.strategies import MIXED
 from ltsm_jax.training.config import COMPUTE, REMAT
@@ -68,7 +70,7 @@ def written(value: Any) -> str:
 
 
 def check(read: Callable[[str], Any], metavar: str, unset: str = "none") -> Check:
-    """Make a check from a function that reads a value or raises ValueError; `unset` is what None is called in --help."""
+    """Make a check from a function that reads a value or raises ValueError; `unset`: what --help calls None."""
 
     def construct(words: list[str]) -> Any:
         try:
@@ -186,24 +188,6 @@ def path(*, unset: str = "none") -> Check:
     return check(lambda text: Path(text).expanduser(), "PATH", unset)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
-    """How a table is read.
-
-    Attributes:
-      target: the column(s) to read; by default all.
-      time: the column of stamps; by default found by its name.
-      missing: "error" or "interpolate".
-      irregular: "error", "regularise" or "ignore"; a benchmark is read as it is, else "error".
-    """
-
-    target: str | Sequence[str] | None = None
-    time: str | None = None
-    missing: Literal["error", "interpolate"] = "error"
-    irregular: Literal["error", "regularise", "ignore"] | None = None
-    name: str | None = None
-
-
 REGISTRY = ConstructorRegistry()
 
 
@@ -269,7 +253,7 @@ def parse_some(cls: type[T], argv: Sequence[str], doc: str | None) -> tuple[T, l
     options, rest = tyro.cli(
         cls,
         prog=f"python -m {cls.program}",  # pyright: ignore[reportAttributeAccessIssue]
-        description=doc,
+        description=textwrap.indent(doc or "", " ", lambda line: True),  # tyro joins lines that begin with a letter
         args=list(argv),
         return_unknown_args=True,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
@@ -435,9 +419,9 @@ class Options:
     """put a fresh, untrained head of this name on the model (Model.heads); by default the checkpoint's own stays"""
     methods: Annotated[tuple[str, ...], words()] = ()
     """what to compare"""
-    alpha: Annotated[
-        tuple[float, ...], numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")
-    ] = (0.7,)
+    alpha: Annotated[tuple[float, ...], numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")] = (
+        0.7,
+    )
     """weights of the pretrained side, for sff and noise"""
     seeds: Annotated[tuple[int, ...], wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2)
     """a run for each"""

@@ -5,8 +5,8 @@
     results.csv               a row per finished cell, made from their result.json
     cells/<name>/result.json  what a cell left; written last, so that a cell that has one is finished
 
-Every JSON file carries a digest of itself. A result that was cut or edited is not believed: it is named, and its cell is
-run again. One process at a time works in a folder.
+Every JSON file carries a digest of itself. A result that was cut or edited is not believed: it is named, and its cell
+is run again. One process at a time works in a folder.
 """
 
 import contextlib
@@ -145,9 +145,7 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             who = file.read().strip() or "another process"
-            raise UsageError(
-                f"{folder} is in use by {who}; wait for it to end, or take another --out"
-            ) from None
+            raise UsageError(f"{folder} is in use by {who}; wait for it to end, or take another --out") from None
         except OSError:
             pass
         file.truncate(0)
@@ -188,9 +186,7 @@ def identity(record: Mapping[str, Any], optional: Sequence[str] = ()) -> str:
 
 def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any], optional: Sequence[str]) -> None:
     if "experiment" not in old or "model" not in old:
-        raise UsageError(
-            f"{folder} was made by an earlier version, which did not record the model; take another --out"
-        )
+        raise UsageError(f"{folder} was made by an earlier version, which did not record the model; take another --out")
     if old["experiment"] != new["experiment"]:
         raise UsageError(f"{folder} holds a comparison of {old['experiment']}; take another --out")
     before, now = ({**r["settings"], **_flat(r["model"], "model ")} for r in (old, new))
@@ -202,9 +198,7 @@ def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any], optional: S
         if there != here:
             lines.append(f"  {WHAT.get(name, name)}: {there} there, {here} now")
     if lines:
-        raise UsageError(
-            f"{folder} holds a comparison with other settings; take another --out:\n" + "\n".join(lines)
-        )
+        raise UsageError(f"{folder} holds a comparison with other settings; take another --out:\n" + "\n".join(lines))
 
 
 def _flat(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -74,12 +74,15 @@ def guarded(run: Callable[[], int]) -> int:
 def _guarded(run: Callable[[], int]) -> int:
     try:
         return run()
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as err:
         full = err.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; make room, and the same command goes on from here" if full else ""
         print(f"error: {in_flags(str(err))}{hint}", file=sys.stderr)
         return 2
-    except ValueError as err:
+    except (ValueError, ModuleNotFoundError) as err:
         print(f"error: {in_flags(str(err))}", file=sys.stderr)
         return 2
     except hosts.Stopped as err:

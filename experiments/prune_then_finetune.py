@@ -37,9 +37,7 @@ rate.
 """
 
 import dataclasses
-import functools
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +80,9 @@ class Pruning:
     """at most; a run stops at the first epoch without a better validation MSE"""
     prune_batch_size: Annotated[int | None, whole(1, unset="recipe")] = None
     """windows per batch"""
-    macro_batch: Annotated[int | None, whole(1), flags.described(f"windows of a step; by default {GROUP} batches")] = None
+    macro_batch: Annotated[int | None, whole(1), flags.described(f"windows of a step; by default {GROUP} batches")] = (
+        None
+    )
     stride: Annotated[int, whole(1)] = 1
     """rows from one window to the next"""
     max_prune_ratio: Annotated[float, number(TINY, 1, says="above 0 and at most 1")] = 1.0
@@ -120,8 +120,7 @@ class Options(flags.Options):
         tuple[float, ...] | None,
         numbers(TINY, BELOW_1, says=SHARE),
         flags.described(
-            "shares pruned per epoch, a pruning run for each; with --ratios one, of its run, "
-            f"by default {PASS_RATIO:g}"
+            f"shares pruned per epoch, a pruning run for each; with --ratios one, of its run, by default {PASS_RATIO:g}"
         ),
     ] = None
     ema: Annotated[tuple[float, ...], numbers(TINY, 1, says="above 0 and at most 1")] = (0.5,)
@@ -262,8 +261,8 @@ def plan(c: Comparison) -> str:
     runs = len(o.seeds) * len(o.ema) * (1 if o.ratios else len(o.shares))
     lines = [
         f"pruning  {s['channels']:,} channels, {runs} runs of {s['prune_epochs']} epochs, {s['score']}, a step every "
-        f"{s['macro_batch']} windows; ratios {', '.join(f'{r:g}' for r in o.shares)} ({s['cuts']}), EMA "
-        f"{', '.join(f'{e:g}' for e in o.ema)}",
+        f"{s['macro_batch']} windows; ratios {', '.join(map(exact, o.shares))} ({s['cuts']}), EMA "
+        f"{', '.join(map(exact, o.ema))}",
         f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} pruned, {then} pruned and "
         f"tuned, seeds {', '.join(map(str, o.seeds))}" + (f"; {done} finished already" if done else ""),
     ]
@@ -343,7 +342,8 @@ def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] |
             for r in options.shares if any(r == pair[0] for pair in means)}  # fmt: skip
     whole = [r["val_mse"] for r in rows if r["method"] == "zero_shot"]
     before = float(np.mean(whole)) if whole else math.nan
-    text = f"chosen by validation: ratio {ratio:g}, EMA {ema:g} (MSE {means[ratio, ema]:.4f}; not pruned {before:.4f})"
+    text = f"chosen by validation: ratio {exact(ratio)}, EMA {exact(ema)} "
+    text += f"(MSE {means[ratio, ema]:.4f}; not pruned {before:.4f})"
     warning = ""
     if before <= means[ratio, ema]:
         warning = (

@@ -15,15 +15,15 @@ Gives: a table on the terminal and, in the folder of --out: results.csv (a row
        finished cells are not run again. SIGTERM stops it after a checkpoint,
        exit code 75. On several hosts: the same command on each.
 
-Differs from the released script (Meteor-Stars/SFF): the next-token loss is the
-default (--mode direct is theirs), the best-validation weights are restored, tfs
-and sff share one random model, borders of ETTm1 and PEMS and the few-shot
-subset are correct (--quirks etm1_typo,pems_ratio,few_shot_stride for theirs).
+Differs from the released script (Meteor-Stars/SFF): the next-token loss is
+the default (--mode direct is theirs), the best-validation weights are
+restored, tfs and sff share one random model, borders of ETTm1 and PEMS and
+the few-shot subset are correct (--quirks etm1_typo,pems_ratio,few_shot_stride
+for theirs).
 """
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -118,7 +118,8 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
     row = cells.row_of(c, columns, c.model, result)
     row |= {name: getattr(o, name) if cell.method == method else None for name, method in OWN.items()}
-    cells.keep(c, cell, (c.model, result.params), row, result)
+    start = cells.start_mse(c, chosen, cell.seed)
+    cells.keep(c, cell, (c.model, result.params), row, result, start_mse=start)
     return row
 
 
