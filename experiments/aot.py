@@ -404,13 +404,18 @@ def row(report: Report) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def parse(argv: Sequence[str]) -> Options:
+    """Read the command line. Raises: UsageError listing every bad flag."""
+    return flags.parse(Options, argv, __doc__)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.aot`; returns the exit code: 0 fits (or not known), 1 does not, 2 can't be asked."""
     return launch.guarded(lambda: _aot(sys.argv[1:] if argv is None else argv))
 
 
 def _aot(argv: Sequence[str]) -> int:
-    options, problems = flags.parse(Options, argv, __doc__), []
+    options, problems = parse(argv), []
     for check in (lambda: find_model(options.family, options.preset), lambda: targets.parse(options.topology)):
         try:
             check()

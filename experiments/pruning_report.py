@@ -74,8 +74,8 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
       results: the rows of results.csv.
     Returns: the columns of an arm, seeds, fixed (the same at every seed), the mean of every number and the `_std` of
       the errors and times, vs_zero_shot and vs_whole{"", _std}: per cent, each seed against the same seed of zero-shot,
-      and of the same fine-tuning of the whole model (of a pruned model that is not tuned: zero-shot); NaN where there is
-      nothing to compare with.
+      and of the same fine-tuning of the whole model (of a pruned model that is not tuned: zero-shot); NaN where there
+      is nothing to compare with.
     """
     results = results.reindex(columns=[*dict.fromkeys([*results.columns, *MEANS])])
     by_seed = {arm: g.set_index("seed")["test_mse"] for arm, g in results.groupby(["method", "alpha"], dropna=False)}
