@@ -11,8 +11,9 @@ fields (with tyro), and runs inside
 
 All hosts run the same lines in the same order. What trains, prunes, evaluates or saves arrays (`training.fit`, `prune`,
 `forecasting.evaluate`, `ltsm_jax.save`) is called by all; what touches files and prints, by the first alone. A decision
-that rests on a file is the first's: `hosts.on_first(file.is_file)`. After SIGTERM the exit code is 75
-(`hosts.EXIT_STOPPED`), and the same command goes on: on the same hosts, on others, or on one.
+that rests on a file is the first's: `hosts.on_first(file.is_file)`. After SIGTERM and Ctrl-C the run is saved, and the
+same command goes on: on the same hosts, on others, or on one. The exit code is 75 after SIGTERM
+(`hosts.EXIT_STOPPED`) and 130 after Ctrl-C (`hosts.EXIT_INTERRUPTED`).
 """
 
 import contextlib
@@ -123,7 +124,7 @@ def _guarded(run: Callable[[], int]) -> int:
         return 2
     except hosts.Stopped as err:
         print(f"{err}\nthe same command goes on from here", file=sys.stderr)
-        return hosts.EXIT_STOPPED
+        return err.exit_code
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return hosts.EXIT_INTERRUPTED
