@@ -14,6 +14,7 @@ import pandas as pd
 from ltsm_jax import training
 from ltsm_jax.data import Series, Splits
 from ltsm_jax.data.splits import Scaler
+from ltsm_jax.loading import load
 from ltsm_jax.methods.binding import Mode, as_series, as_splits, default_mode, ready_for
 from ltsm_jax.methods.checks import paired_difference
 from ltsm_jax.methods.pruning import prune
@@ -21,7 +22,7 @@ from ltsm_jax.methods.removal import remove
 from ltsm_jax.methods.run import Result, run
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import Forecast, Model
-from ltsm_jax.models.library import load, save
+from ltsm_jax.models.folders import save
 from ltsm_jax.tasks import forecasting
 
 __all__ = ["Fitted", "fit", "forecast", "load", "prune", "remove", "save"]
@@ -96,7 +97,7 @@ def fit(
       target: columns to use of a table; by default all.
       few_shot: share of the training windows.
       mode: "ims" or "direct", see `run`; by default the model's recipe.
-      config: a `training.TrainConfig`; by default the model's recipe.
+      config: a `training.TrainConfig`; what it leaves out is the model's recipe.
       keep: "tuned" returns the tuned weights even where they lost.
       folder: checkpoints, so that a killed run continues.
       show_progress: a bar on a terminal, else a line every few seconds.
