@@ -24,9 +24,7 @@ A family whose checkpoints come under two sets of keys (its own, and those of th
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,41 +33,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from converters import tables
+from converters import originals, tables
 from converters.layout import Layout
-from converters.torch_files import (
-    CheckpointError,
-    Placeholder,
-    quoted,
-    read_safetensors,
-    read_torch,
-    write_safetensors,
-    write_torch,
-)
-from ltsm_jax import trees
-from ltsm_jax.models import FAMILIES, Model, hub, library, parts
+from converters.originals import Original, converter, read_json
+from converters.torch_files import CheckpointError, Placeholder, write_safetensors, write_torch
+from ltsm_jax import hub, trees
+from ltsm_jax.models import Model, folders, parts
 
 __all__ = ["CheckpointError", "converter", "export_checkpoint", "import_checkpoint", "inspect"]
 
-NESTED = ("state_dict", "student")  # keys under which programs put the state dict beside other things
 SUFFIXES = {".safetensors": "safetensors", ".bin": "state_dict", ".pth": "state_dict", ".ckpt": "state_dict"}
-
-
-def converter(family: str) -> Any:
-    """The converter module of a family."""
-    return importlib.import_module(f"converters.{family}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Original:
-    """An original checkpoint: its state dict, and what else was in it."""
-
-    path: Path  # the file, or the index of several
-    files: tuple[Path, ...]
-    format: str  # zip, legacy, safetensors
-    container: str  # "lightning", "student": the state dict is nested; "state_dict", "safetensors": it is all there is
-    state: dict[str, Any]
-    extras: dict[str, Any]
 
 
 def import_checkpoint(
@@ -80,7 +53,7 @@ def import_checkpoint(
     allow_cast: bool = False,
     overwrite: bool = False,
 ) -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
-    """An original checkpoint file as a model of this library.
+    """An original checkpoint file as a model of this folders.
 
     Args:
       src: the file, the index file (`*.index.json`) of several, a folder with one such file in it, or, where no file
@@ -98,8 +71,8 @@ def import_checkpoint(
     if dst is not None and Path(dst).exists() and not overwrite:
         raise FileExistsError(f"{dst} exists; choose another folder or ask to overwrite it (--overwrite)")
     path, fetched = _on_disk(src)
-    original = _read(path)
-    family, layout = _family(original)
+    original = originals.read(path)
+    family, layout = originals.family_of(original)
     stripped, copies, problems = layout.strip(original.state)
     published = _published(original, config, getattr(family, "BESIDE", ()))
     model_config, notes = family.configure(stripped, published, str(original.path))
@@ -110,7 +83,7 @@ def import_checkpoint(
     converted = tables.to_params(
         _in_table(family.keys, model_config, layout.table),
         stripped,
-        library.shapes(model),
+        folders.shapes(model),
         what=what,
         allow_cast=allow_cast,
         hints=getattr(family, "HINTS", None),
@@ -136,7 +109,7 @@ def import_checkpoint(
     }
     params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
     if dst is not None:
-        library.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
+        folders.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
     return model, params, provenance, converted.buffers
 
 
@@ -174,10 +147,10 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     experts can't be written at all: the original's router would choose the zeros.
     """
     dst = Path(dst)
-    folder = Path(src) if Path(src).is_dir() else library.SHIPPED / str(src)
-    model, params = library.load(src)
-    record = library.read_config(folder)[1].get("provenance", {})
-    kept = library.read_buffers(folder)
+    folder = Path(src) if Path(src).is_dir() else folders.SHIPPED / str(src)
+    model, params = folders.load_folder(folder)
+    record = folders.read_config(folder)[1].get("provenance", {})
+    kept = folders.read_buffers(folder)
     family = converter(model.family)
     suffixes = getattr(family, "SUFFIXES", SUFFIXES)
     file = dst if dst.suffix else dst / "model.safetensors"
@@ -189,7 +162,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
     imported_from = record.get("container")
-    alike = imported_from == container or (imported_from in NESTED and container == "state_dict")
+    alike = imported_from == container or (imported_from in originals.NESTED and container == "state_dict")
     table = record.get("table", "") if alike else getattr(family, "TABLES", {}).get(file.suffix, "")
     model, params, published, whole = _in_one_width(model, params, record, family, table)
     told = record.get("dtype", "float32")
@@ -252,7 +225,7 @@ def _in_one_width(
 
 def _write_beside(path: Path, fields: Mapping[str, Any], file: Path, overwrite: bool) -> list[str]:
     if path.exists() and not overwrite:
-        if _json(path) == fields:
+        if read_json(path) == fields:
             return []
         return [f"{path} is another model's; this one needs beside {file.name}: {json.dumps(fields)}"]
     path.write_text(json.dumps(fields, indent=1) + "\n")
@@ -264,10 +237,10 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
 
     Raises: as `import_checkpoint`; a file that can't be imported can't be described either.
     """
-    folder = library.local(src)
-    if folder and (folder / library.PARAMS).is_dir():
-        model, params = library.load(folder)
-        provenance = library.read_config(folder)[1].get("provenance", {})
+    folder = folders.local(src)
+    if folder and (folder / folders.PARAMS).is_dir():
+        model, params = folders.load_folder(folder)
+        provenance = folders.read_config(folder)[1].get("provenance", {})
     else:
         model, params, provenance, _ = import_checkpoint(src, config=config, allow_cast=True)
     return {
@@ -280,7 +253,7 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
 
 def _on_disk(src: str | Path) -> tuple[Path, dict[str, Any]]:
     """Path of an original, fetched from the hub where nothing here is called so, and what to say of its origin."""
-    path = library.local(src)
+    path = folders.local(src)
     name = hub.parse(str(src)) if path is None else None
     if name is None:
         return path or Path(src), {}
@@ -291,82 +264,6 @@ def _on_disk(src: str | Path) -> tuple[Path, dict[str, Any]]:
     return file, facts
 
 
-def _read(src: str | Path) -> _Original:
-    path = Path(src)
-    if path.is_dir():
-        path = _only_file(path)
-    if path.name.endswith(".index.json"):
-        return _read_shards(path)
-    if path.suffix == ".safetensors":
-        return _Original(path, (path,), "safetensors", "safetensors", read_safetensors(path), {})
-    file = read_torch(path)
-    content = file.content
-    if isinstance(content, Placeholder):
-        raise CheckpointError(
-            f"{path}: a pickled object of class {quoted(content.name)}, not a state dict. Load it with the program "
-            "that wrote it and save its state_dict() with torch.save."
-        )
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path}: holds a {type(content).__name__}, not a state dict. Save the model's state_dict()."
-        )
-    nest = next((key for key in NESTED if key in content), None)
-    nested = content.get(nest)
-    if nest and not isinstance(nested, dict):
-        raise CheckpointError(f"{path}: its {nest!r} is a {type(nested).__name__}, not a dict of tensors.")
-    state = nested if isinstance(nested, dict) else content
-    odd = [key for key in state if not isinstance(key, str)]
-    if odd or not state:
-        what = f"has keys that are not text ({type(odd[0]).__name__})" if odd else "is empty"
-        raise CheckpointError(f"{path}: the state dict {what}. Save the model's state_dict() with torch.save.")
-    named = {k: v for k, v in content.items() if isinstance(k, str) and len(k) <= 100 and k.isprintable()}
-    extras = {k: named[k] for k in list(named)[:100] if k != nest} if nest else {}
-    container = {"state_dict": "lightning", "student": "student", None: "state_dict"}[nest]
-    return _Original(path, (path,), file.container, container, state, extras)
-
-
-def _only_file(folder: Path) -> Path:
-    """The checkpoint of a folder: what the hub calls it, else the one file there is."""
-    for name in hub.WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    files = library.originals(folder)
-    if len(files) != 1:
-        names = ", ".join(p.name for p in files) or "none"
-        raise CheckpointError(
-            f"{folder}: one checkpoint file was expected in this folder, found: {names}. Name the file."
-        )
-    return files[0]
-
-
-def _read_shards(index: Path) -> _Original:
-    """A checkpoint in several files: what `weight_map` of the index says, no more and no less."""
-    listed = _json(index)
-    table = listed.get("weight_map") if isinstance(listed, dict) else None
-    fits = isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
-    names = sorted(set(table.values())) if fits and table else []
-    outside = [name for name in names if Path(name).name != name or not name or len(name) > 255]
-    odd = outside or [name for name in names if Path(name).suffix not in library.ORIGINALS]
-    if not fits or odd:
-        where = "files outside its folder" if outside else "another index, or other files that hold no tensors"
-        what = f"names {where}: {', '.join(map(quoted, odd[:5]))}" if odd else "has no weight_map"
-        raise CheckpointError(f"{index}: not the index of a checkpoint in several files: it {what}.")
-    assert table
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise CheckpointError(f"{index}: {', '.join(map(quoted, missing))} not there. Fetch all {len(names)} files.")
-    state, problems = {}, []
-    parts = [_read(index.parent / name) for name in names]
-    for name, part in zip(names, parts, strict=True):
-        for key, value in part.state.items():
-            if table.get(key) != name:
-                problems.append(f"{quoted(key)}: in {name}, but the index says {quoted(str(table.get(key)))}")
-            state[key] = value
-    problems += [f"{quoted(key)}: not in {quoted(name)}" for key, name in table.items() if key not in state]
-    if problems:
-        raise CheckpointError(tables.listed(f"{index}: the files do not go with the index:", problems))
-    return _Original(index, tuple(index.parent / n for n in names), parts[0].format, parts[0].container, state, {})
-
-
 def _is_plain(value: object) -> bool:
     """Whether an extra of a Lightning file is worth keeping: a short text or a number."""
     if isinstance(value, str):
@@ -374,26 +271,8 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, bool) or (isinstance(value, (int, float)) and abs(value) < 2**63)
 
 
-def _family(original: _Original) -> tuple[Any, Layout]:
-    for family in map(converter, FAMILIES):
-        layout = family.recognise(original.state)
-        if layout is not None:
-            return family, layout
-    keys = ", ".join(quoted(key) for key in list(original.state)[:5])
-    raise CheckpointError(
-        f"{original.path}: no known model has such keys ({keys}, ...). Known families: {', '.join(FAMILIES)}."
-    )
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not readable JSON ({e}). Mend it or move it away.") from None
-
-
 def _published(
-    original: _Original, config: str | Path | Mapping[str, Any] | None, others: tuple[str, ...]
+    original: Original, config: str | Path | Mapping[str, Any] | None, others: tuple[str, ...]
 ) -> Mapping[str, Any] | None:
     if isinstance(config, Mapping):
         return config
@@ -410,7 +289,7 @@ def _published(
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = _json(path)
+    found = read_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: a JSON object of hyper-parameters was expected. Mend or move it.")
     return found

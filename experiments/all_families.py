@@ -24,7 +24,7 @@ from experiments import demo, sff
 from ltsm_jax.data import Series
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.methods.strategies import STRATEGIES
-from ltsm_jax.models import FAMILIES, library
+from ltsm_jax.models import FAMILIES, folders
 
 WINDOWS = 40  # of training, for each variate
 VARIATES = 2
@@ -52,7 +52,7 @@ def run(family: str, series: Series, out: Path, methods: str, more: Sequence[str
     began = time.monotonic()
     cls = FAMILIES[family]
     model = cls(cls.small())
-    library.save(out / "model", model, jax.jit(model.init)(jax.random.key(0)), provenance={"source": "random"})
+    folders.save(out / "model", model, jax.jit(model.init)(jax.random.key(0)), provenance={"source": "random"})
     context, horizon = model.context_len, model.horizon
     data = part_of(series, context, horizon, out / "data.csv")
     flags = {"data": data, "model": out / "model", "methods": methods, "seeds": 0, "epochs": 1, "batch-size": 16,

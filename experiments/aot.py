@@ -8,7 +8,7 @@ Needs:  for TPUs  pip install "ltsm-jax[tpu-aot]" (libtpu), for GPUs  pip instal
 Cost:   a quarter of a minute to some minutes on 2 CPU cores, by the number of layers.
 Gives:  bytes on each device, floating-point operations, collectives, and the verdict. Exit code 0: it fits, 1: it does
         not, 2: the flags do not go together. What is compiled is the program that `ltsm_jax.training.fit` runs
-        (`training.loop.trace_step`), on windows of a series of --variates and --rows. Not counted: the forward passes
+        (`training.step.trace_step`), on windows of a series of --variates and --rows. Not counted: the forward passes
         of the validation between epochs, what the runtime takes, and the checkpoint that SFF keeps beside its mixture.
 """
 
@@ -33,11 +33,12 @@ from experiments.targets import Target
 from ltsm_jax import sharding, training, trees
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
-from ltsm_jax.methods import finetune
+from ltsm_jax.methods import binding
 from ltsm_jax.methods.strategies import Phase, trainable_mask
 from ltsm_jax.models import FAMILIES, Model, near_presets, preset
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.training.loop import COMPUTE, REMAT, trace_step
+from ltsm_jax.training.config import COMPUTE, REMAT
+from ltsm_jax.training.step import trace_step
 
 FREQ = "h"  # of the series, for families that want to know
 SMALL = "small"  # the preset of every family that tests use
@@ -163,19 +164,19 @@ def resolve(args: argparse.Namespace, target: Target) -> Job:
         places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), table)
     # a new struct: the weak type of flax's ones must not come along
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-    mode = args.mode or finetune.default_mode(model)
+    mode = args.mode or binding.default_mode(model)
     recipe = model.recipe()
     horizon = model.horizon if mode == "ims" else args.horizon or recipe.horizon
     if args.horizon not in (None, horizon):
         raise ValueError(f"--horizon {args.horizon}: the family's own loss takes {horizon} steps; see --mode direct")
     changes = {"compute": args.compute, "accumulate": args.accumulate, "remat": args.remat}
-    config = finetune.train_config(model, **changes | ({} if args.batch is None else {"batch_size": args.batch}))
+    config = binding.train_config(model, **changes | ({} if args.batch is None else {"batch_size": args.batch}))
     values, joint = np.zeros((args.variates, args.rows), np.float32), model.variates == "joint"
     source = windows_between(values, 0, args.rows, args.context or recipe.context_len, horizon, joint=joint)
     if source.n < config.batch_size:
         raise ValueError(f"--batch {config.batch_size}: the series has only {source.n} windows; see --rows, --variates")
     trainable = trainable_mask(Phase(args.trainable), model, params)
-    loss = forecasting.loss_fn(model, finetune.LOSS[mode])
+    loss = forecasting.loss_fn(model, binding.LOSS[mode])
     return Job(name, model, params, source, loss, config, trainable, target, mesh, notes)
 
 
@@ -378,7 +379,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--batch", type=number(1), help="windows per step, all devices together [the recipe's]")
     flag("--context", type=number(1), help="steps the model sees [the recipe's]")
     flag("--horizon", type=number(1), help="steps of the forecast, for --mode direct [the recipe's]")
-    flag("--mode", choices=finetune.MODES, help="training loss: the family's own (ims) or direct [the recipe's]")
+    flag("--mode", choices=binding.MODES, help="training loss: the family's own (ims) or direct [the recipe's]")
     flag("--compute", choices=COMPUTE, default="float32", help="dtype of the matrix products [float32]")
     flag("--accumulate", type=number(1), default=1, help="parts a batch is taken in [1]")
     flag("--remat", choices=tuple(REMAT), default="none", help="what the backward pass computes again [none]")

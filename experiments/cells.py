@@ -26,7 +26,7 @@ from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import finetune
+from ltsm_jax.methods import binding, checks, run
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
@@ -64,7 +64,7 @@ class Comparison:
     params: Any
     splits: Splits
     config: TrainConfig
-    mode: finetune.Mode
+    mode: binding.Mode
     settings: dict[str, Any]  # what decides every number; a folder holds one set of settings
 
     @property
@@ -99,7 +99,7 @@ def resolve(options: Options) -> Comparison:
         sizes = {} if options.horizon is None else {"horizon": options.horizon}
         key = training.keys(min(options.seeds))["init"]
         loaded = attempt(lambda: model.with_head(params, options.head or "", key, **sizes))
-    loaded = loaded and attempt(finetune.ready_for, *loaded, series)
+    loaded = loaded and attempt(binding.ready_for, *loaded, series)
     if loaded is None:
         raise UsageError("\n".join(problems))
     model, params = loaded
@@ -111,10 +111,10 @@ def resolve(options: Options) -> Comparison:
             print(note, file=sys.stderr)
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
-    mode = options.mode or finetune.default_mode(model)
+    mode = options.mode or binding.default_mode(model)
     names = ("epochs", "batch_size", "lr", "schedule", "compute", "accumulate", "remat")
     changes = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
-    config = finetune.train_config(model, **changes)
+    config = binding.train_config(model, **changes)
     quirks = tuple(q for q in options.quirks if q in QUIRKS)
     splits = attempt(prepare, series, context, horizon, few_shot=options.few_shot, quirks=quirks,
                      joint=model.variates == "joint")  # fmt: skip
@@ -153,10 +153,10 @@ def _facts(series: Series) -> dict[str, Any]:
     }
 
 
-def _try_batch(model: Model, params: Any, splits: Splits, mode: finetune.Mode) -> None:
+def _try_batch(model: Model, params: Any, splits: Splits, mode: binding.Mode) -> None:
     """Shapes only: what model, context, horizon and mode have to say about each other, before anything is compiled."""
-    loss = forecasting.loss_fn(model, finetune.LOSS[mode])
-    windows = finetune.training_windows(model, splits, mode)
+    loss = forecasting.loss_fn(model, binding.LOSS[mode])
+    windows = binding.training_windows(model, splits, mode)
     indices, key = np.zeros(1, np.int32), jax.random.key(0)
     jax.eval_shape(lambda p, w: loss(p, w.gather(indices), key, True), params, windows)
     jax.eval_shape(lambda p, w: model.predict(p, w.gather(indices)["context"], w.horizon), params, splits.val)
@@ -169,7 +169,7 @@ def finished(c: Comparison, cells: Iterable[Cell]) -> int:
 
 def plan(c: Comparison, runs: Sequence[str]) -> str:
     """What will run, in words; `runs` are the lines that the experiment has to say on it."""
-    series, windows = c.splits.series, finetune.training_windows(c.model, c.splits, c.mode)
+    series, windows = c.splits.series, binding.training_windows(c.model, c.splits, c.mode)
     batch = min(c.config.batch_size, windows.n)
     steps = steps_per_epoch(windows.n, batch)
     stamps = series.timestamps
@@ -256,17 +256,17 @@ def run_cells(
     return failures
 
 
-def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> finetune.Result:
+def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result:
     """Run the strategy of a cell, or go on with it.
 
-    rest: `model` and `params` in place of the comparison's, and what else `finetune.run` takes.
+    rest: `model` and `params` in place of the comparison's, and what else `methods.run.run` takes.
     """
     model, params = rest.pop("model", c.model), rest.pop("params", c.params)
-    return finetune.run(model, params, chosen, c.splits, seed=cell.seed, config=c.config, mode=c.mode, test=False,
+    return run.run(model, params, chosen, c.splits, seed=cell.seed, config=c.config, mode=c.mode, test=False,
                         folder=c.folder / "cells" / cell.name / "training", label=cell.label, **rest)  # fmt: skip
 
 
-def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: finetune.Result) -> dict[str, Any]:
+def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Result) -> dict[str, Any]:
     """The row of a run in results.csv. columns: what tells its cell from the others."""
     season = c.splits.series.season
     scale = c.splits.naive_scale(season) if season > 1 else None
@@ -297,7 +297,7 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: finetun
         "batch_size": c.config.batch_size,
         "schedule": c.config.schedule,
         "few_shot": c.options.few_shot,
-        "train_windows": finetune.training_windows(c.model, c.splits, c.mode).n,
+        "train_windows": binding.training_windows(c.model, c.splits, c.mode).n,
         "val_windows": result.val["windows"],
         "trained_parameters": result.trained,
         "git_commit": git_commit(),
@@ -311,7 +311,7 @@ def keep(
     cell: Cell,
     final: tuple[Model, Any],
     row: dict[str, Any],
-    result: finetune.Result,
+    result: run.Result,
     shown: tuple[Model, Any] | None = None,
     **more: Any,
 ) -> None:
@@ -381,7 +381,7 @@ def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None
     n = min(EXAMPLES, windows.n)
     indices = ((np.arange(n) + 0.5) * windows.n / n).astype(np.int32)
     labels, shown = [], {"context": [], "target": [], "point": []}
-    found = dict(zip(shown, finetune.forecast_windows(model, params, windows, indices), strict=True))
+    found = dict(zip(shown, checks.forecast_windows(model, params, windows, indices), strict=True))
     for k, i in enumerate(indices):
         where = windows.describe(int(i))
         variate = where["variate"] or 0  # the first one where a window holds all

@@ -42,7 +42,7 @@ import ltsm_jax
 from experiments import launch
 from experiments.folder import git_commit
 from ltsm_jax import hosts, sharding
-from ltsm_jax.data import load_series, prepare, season_of, synthetic
+from ltsm_jax.data import load_series, prepare, synthetic
 from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder, shared
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
@@ -176,7 +176,7 @@ def scores(model: Model, params, data: str, parts: list[str]) -> list[dict]:
     """Rows of results.csv: model, last value and seasonal naive on the given parts of one data set, standardised."""
     series = load_series(data)
     splits = prepare(series, model.context_len, model.horizon)
-    season = season_of(series.freq) if series.freq else 1
+    season = series.season
     methods = {
         "zero-shot": (model, params),
         "last value": (forecasting.SeasonalNaive(1), {}),

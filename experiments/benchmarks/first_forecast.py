@@ -63,13 +63,13 @@ def one(name: str, batch: int) -> dict:
 def smallest(family: str) -> str:
     """The family's published preset with the fewest parameters."""
     from ltsm_jax import trees
-    from ltsm_jax.models import FAMILIES, library
+    from ltsm_jax.models import FAMILIES, folders
 
     cls = FAMILIES[family]
     counts = {
-        name: trees.count(library.shapes(cls(config)))
+        name: trees.count(folders.shapes(cls(config)))
         for name, config in cls.presets().items()
-        if name not in library.shipped()
+        if name not in folders.shipped()
     }
     forecasting = {n: c for n, c in counts.items() if "imputation" not in n and "anomaly" not in n} or counts
     return min(forecasting, key=forecasting.__getitem__)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import optax
 
-from ltsm_jax.methods import finetune
+from ltsm_jax.methods import binding
 from ltsm_jax.methods.pruning import full_masks, gradient_sums
 from ltsm_jax.models import preset
 from ltsm_jax.tasks import forecasting
@@ -39,7 +39,7 @@ def main():
 
     model = preset(args.model)
     params, masks = jax.jit(model.init)(jax.random.key(0)), full_masks(model)
-    loss = forecasting.loss_fn(model, finetune.LOSS[finetune.default_mode(model)])
+    loss = forecasting.loss_fn(model, binding.LOSS[binding.default_mode(model)])
     shape = (args.batch, args.variates if model.variates == "joint" else 1, model.context_len + model.horizon)
     x = np.random.default_rng(0).normal(size=shape).cumsum(-1).astype(np.float32)
     batch = {"context": x[..., : model.context_len], "target": x[..., model.context_len :]}

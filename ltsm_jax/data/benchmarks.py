@@ -28,7 +28,8 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from ltsm_jax.data.series import DataError, Series, read_series, read_table, stem
+from ltsm_jax.data.series import DataError, Series
+from ltsm_jax.data.tables import read_series, read_table, stem
 from ltsm_jax.storage import cache_folder
 
 log = logging.getLogger(__name__)
@@ -283,7 +284,8 @@ def _read_benchmark(benchmark: Benchmark, path: Path, cached: bool, options: dic
     if wrong and cached:
         raise DataError(f"{path} is damaged ({wrong}); delete it, and it will be downloaded again")
     table = _read_npz(path) if path.suffix == ".npz" else read_table(path, header=path.suffixes[:1] != [".txt"])
-    options = {"irregular": "ignore", "freq": benchmark.freq, "name": benchmark.name} | options
+    defaults = {"irregular": "ignore", "freq": benchmark.freq, "name": benchmark.name}
+    options = defaults | {option: value for option, value in options.items() if value is not None}
     series = read_series(table, **options)
     if not wrong and not benchmark.digest and options.get("target") is None:
         shape = (series.n_rows, series.n_variates)

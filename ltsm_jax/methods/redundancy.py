@@ -22,7 +22,7 @@ from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data import Windows
 from ltsm_jax.layers import taps
 from ltsm_jax.layers.experts import rows_over
-from ltsm_jax.methods import finetune
+from ltsm_jax.methods import binding
 from ltsm_jax.models import Batch, Model
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.parts import places
@@ -79,7 +79,7 @@ def measure(
     model: Model,
     params: Params,
     *parts: Windows,
-    mode: finetune.Mode = "ims",
+    mode: binding.Mode = "ims",
     batch_size: int = 64,
     show_progress: bool = True,
 ) -> Redundancy:
@@ -90,8 +90,8 @@ def measure(
     that they divide; of several hosts all call.
 
     Args:
-      parts: windows, such as `finetune.training_windows(...)` and `splits.val`.
-      mode: the loss whose forward pass is looked at, as in `finetune.run`.
+      parts: windows, such as `binding.training_windows(...)` and `splits.val`.
+      mode: the loss whose forward pass is looked at, as in `methods.run.run`.
       batch_size: windows per forward pass.
     Raises: ValueError without windows, and for windows that the loss cannot take.
     """
@@ -139,7 +139,7 @@ _gather = jax.jit(Windows.gather)  # apart from the rest: parts of other sizes n
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mode", "mesh"))
-def _sums(model: Model, mode: finetune.Mode, params: Params, batch: Batch, mesh: Mesh | None) -> dict[str, Any]:
+def _sums(model: Model, mode: binding.Mode, params: Params, batch: Batch, mesh: Mesh | None) -> dict[str, Any]:
     """Sums over the tokens of a batch, by module."""
     split = mesh if len(batch["context"]) % sharding.row_parts(mesh) == 0 else None
     batch = sharding.by_rows(batch, split)
@@ -147,7 +147,7 @@ def _sums(model: Model, mode: finetune.Mode, params: Params, batch: Batch, mesh:
     inside = {path: f"{path}/{group.takes[0]}" for path, group in groups}
     layers = {path: path.rpartition("/")[0] for path, group in groups if group.kind == "heads"}
     with rows_over(split), taps.arguments_of({*inside.values(), *layers.values()}) as seen:
-        forecasting.loss_fn(model, finetune.LOSS[mode])(params, batch, None, False)
+        forecasting.loss_fn(model, binding.LOSS[mode])(params, batch, None, False)
     flat, found = trees.flatten(params), {}
     for path, group in groups:
         calls = [args[0] for args in seen[inside[path]]]

@@ -49,7 +49,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
       masks: of 0 and 1, see `pruning.full_masks`; linears that are not in it count as whole.
     Returns: (model, params, masks): a model of the same class with a smaller config, its merged parameters, which
       compute what `merge(params, masks)` computes in `model`, and the masks of what is left, with which
-      `finetune.run(..., masks=masks)` keeps the remaining zeros at zero. Nothing dead: the model itself, merged.
+      `methods.run.run(..., masks=masks)` keeps the remaining zeros at zero. Nothing dead: the model itself, merged.
       The parameters lie where they lay, over a mesh by the family's rules.
     Raises: ValueError for masks that do not fit the parameters, or hold anything but 0 and 1.
     """

@@ -98,7 +98,12 @@ def errors(predictor: Predictor, params: Tree, windows: Windows, *, batch_size: 
     mesh = sharding.mesh_of(params)
     placed = windows.over(mesh)
     size = batch_size or predictor.eval_batch * sharding.row_parts(mesh)
-    sums = in_batches(lambda indices: _batch_errors(predictor, params, placed, indices, mesh), windows.n, size, mesh)
+    sums = in_batches(
+        lambda indices: _batch_errors(predictor, params, placed, indices, mesh),
+        windows.n,
+        size,
+        sharding.Placement(mesh),
+    )
     shape = sums["squared"].shape
     rows = np.arange(shape[1])[None] if windows.joint else np.asarray(windows.rows)[:, None]
     return Errors(**sums, variates=np.broadcast_to(rows, shape), horizon=windows.horizon)

@@ -14,8 +14,10 @@ import ltsm_jax
 from ltsm_jax import training, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.methods import finetune, pruning
+from ltsm_jax.methods import binding, pruning
 from ltsm_jax.methods.pruning import schedule
+from ltsm_jax.methods.run import run as run_strategy
+from ltsm_jax.methods.run import without_dropout
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES, time_moe
 from ltsm_jax.models.time_moe import TimeMoe
@@ -490,7 +492,7 @@ def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, mon
     model, params, splits = moe
     rows = splits.train.gather(jnp.arange(5, dtype=jnp.int32))
     stack, masks = "layer_0/mixture/experts", pruning.full_masks(model)
-    loss = forecasting.loss_fn(model, finetune.LOSS["ims"])
+    loss = forecasting.loss_fn(model, binding.LOSS["ims"])
     sums = jax.jit(functools.partial(pruning.gradient_sums, loss, stacks=[stack]))(params, masks, rows)
     alone = jax.jit(functools.partial(pruning.gradient_sums, loss))
     each = [alone(params, masks, {name: x[i : i + 1] for name, x in rows.items()}) for i in range(5)]
@@ -526,7 +528,7 @@ def test_families_whose_experts_cannot_go_say_so(model, pre, few):
 def test_what_is_pruned_stays_0_through_fine_tuning(model, pre, few, prune, name):
     masks = prune(epochs=2, patience=5).masks
     config = training.TrainConfig(epochs=1, batch_size=32, lr=1e-2, weight_decay=0.1)
-    run = lambda **rest: finetune.run(  # noqa: E731
+    run = lambda **rest: run_strategy(  # noqa: E731
         model, pre, strategy(name), few, config=config, show_progress=False, test=False, **rest
     )
     tuned = run(masks=masks).params
@@ -542,14 +544,14 @@ def test_what_is_pruned_stays_0_through_fine_tuning(model, pre, few, prune, name
 @pytest.mark.slow
 def test_masks_of_ones_are_fine_tuning_and_dropout_can_be_off(model, pre, few):
     config = training.TrainConfig(epochs=1, batch_size=32, lr=1e-3)
-    run = lambda **rest: finetune.run(  # noqa: E731
+    run = lambda **rest: run_strategy(  # noqa: E731
         model, pre, strategy("ff"), few, config=config, show_progress=False, test=False, **rest
     )
     plain, ones = run(), run(masks=pruning.full_masks(model))
     assert plain.history == ones.history
     still = run(quirks=["no-dropout"])
     assert still.history != plain.history
-    assert model.config.dropout and not finetune.without_dropout(model).config.dropout
+    assert model.config.dropout and not without_dropout(model).config.dropout
     with pytest.raises(ValueError, match="no-dropout"):
         run(quirks=["dropout"])
     with pytest.raises(ValueError, match="do not fit"):

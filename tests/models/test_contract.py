@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax import trees
-from ltsm_jax.models import FAMILIES, family, library
+from ltsm_jax.models import FAMILIES, family, folders
 
 slow = lambda x: pytest.param(x, marks=pytest.mark.slow)  # noqa: E731
 HORIZONS, LENGTHS = (1, slow(200)), (3, slow(50))
@@ -263,8 +263,8 @@ def test_config_survives_json(case):
 
 
 def test_a_folder_gives_the_model_back(case, tmp_path):
-    library.save(tmp_path / "model", case.model, case.params)
-    model, params = library.load(tmp_path / "model")
+    folders.save(tmp_path / "model", case.model, case.params)
+    model, params = folders.load_folder(tmp_path / "model")
     assert model == case.model
     jax.tree.map(np.testing.assert_array_equal, params, case.params)
 
@@ -294,6 +294,6 @@ def _matches(pattern, path):
 def test_published_presets_have_their_shapes(case):
     for name, config in type(case.model).presets().items():
         model = type(case.model)(config)
-        shapes = library.shapes(model)
+        shapes = folders.shapes(model)
         assert trees.count(shapes) > 0, name
         assert type(model).config_from_dict(json.loads(json.dumps(model.config_to_dict()))) == config, name

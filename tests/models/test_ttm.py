@@ -17,7 +17,7 @@ from converters import ttm as converter
 from ltsm_jax import trees
 from ltsm_jax.data import prepare
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.ttm import PRESETS, TTM, TTMConfig, frequency_token, sincos
 from ltsm_jax.tasks import forecasting
 
@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
      ("r2@1024-96-r2", 2_964_960), ("r2@1536-96-r2", 3_081_120)],
 )  # fmt: skip
 def test_published_parameter_counts(name, parameters):
-    shapes = library.shapes(TTM(PRESETS[f"ibm-granite/granite-timeseries-ttm-{name}"]))
+    shapes = folders.shapes(TTM(PRESETS[f"ibm-granite/granite-timeseries-ttm-{name}"]))
     assert trees.count(shapes) == parameters
 
 

@@ -41,7 +41,7 @@ def expert_usage(
             lambda indices, placed=placed: _routed(model, params, placed, indices, horizon, mesh),
             windows.n,
             batch_size or model.eval_batch * sharding.row_parts(mesh),
-            mesh,
+            sharding.Placement(mesh),
         )
         for path, count_NE in counts.items():
             totals[path] = totals.get(path, 0) + count_NE.sum(0)

@@ -20,7 +20,7 @@ from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows
 from ltsm_jax.data import windows as orders
 from ltsm_jax.layers.masks import merge, place, weights
-from ltsm_jax.methods import finetune
+from ltsm_jax.methods import binding
 from ltsm_jax.methods.pruning.channels import (
     Masks,
     Params,
@@ -48,8 +48,8 @@ class PruneResult:
 
     Attributes:
       model, params: what the masks are for: those handed in, made ready for the data, or with experts taken out. The
-        weights are not masked: fine-tuning starts from them (`finetune.run(model, params, ..., splits, masks=masks)`).
-        `pruned` has the masks in it, `ltsm_jax.remove` makes the model smaller.
+        weights are not masked: fine-tuning starts from them (`methods.run.run(..., masks=masks)`). `pruned`
+        has the masks in it, `ltsm_jax.remove` makes the model smaller.
       masks: of the epoch with the lowest validation MSE; ones where no channel was pruned. Whole on every host,
         wherever the parameters lie.
       scores: importance of every channel then, 0 for pruned ones, NaN where none is known (without any pruning step, or
@@ -106,7 +106,7 @@ def prune(
     include_head: bool = False,
     quirks: Collection[str] = (),
     stride: int = 1,
-    mode: finetune.Mode | None = None,
+    mode: binding.Mode | None = None,
     ratios: Sequence[float] = (),
     seed: int = 0,
     chunk: int | None = None,
@@ -145,7 +145,7 @@ def prune(
         windows choose (0.1, 0.01, ...); below 0: all but each layer's top_k; None: none. `keep_experts`.
       include_embed, include_head, quirks: see `full_masks`.
       stride: rows from one training window to the next.
-      mode: "ims" or "direct", the loss that is scored, see `finetune.run`; None: that of the model's recipe.
+      mode: "ims" or "direct", the loss that is scored, see `methods.run.run`; None: that of the model's recipe.
       ratios: shares of the channels whose masks, `cut` from this one run, are validated too.
       seed: of the order of windows and of losses that draw.
       chunk: rows whose gradients are computed side by side, see `gradient_sums`.
@@ -159,10 +159,10 @@ def prune(
     """
     sharding.check_hosts(sharding.mesh_of(params))
     _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, stride, ratios, chunk)
-    model, params, splits = finetune.as_splits(model, params, data, horizon=horizon, context_len=context_len,
+    model, params, splits = binding.as_splits(model, params, data, horizon=horizon, context_len=context_len,
                                                target=target, few_shot=few_shot, seed=seed)  # fmt: skip
-    mode = mode or finetune.default_mode(model)
-    windows = _strided(finetune.training_windows(model, splits, mode), stride)
+    mode = mode or binding.default_mode(model)
+    windows = _strided(binding.training_windows(model, splits, mode), stride)
     full_masks(model, include_embed=include_embed, include_head=include_head, quirks=quirks)  # says what is wrong early
     settings = {
         "ratio": ratio,
@@ -271,7 +271,7 @@ def _batch_sums(
     stacks: tuple[str, ...], mesh: Mesh | None,
 ):  # fmt: skip
     indices, weight = orders.batch_at(order, b, batch_size)
-    loss = forecasting.loss_fn(model, finetune.LOSS[mode])
+    loss = forecasting.loss_fn(model, binding.LOSS[mode])
     batch = windows.gather(indices) | {"weight": weight}
     key = jax.random.fold_in(key, b)
     sums = gradient_sums(loss, params, masks, batch, key, squares=squares, chunk=chunk, stacks=stacks, mesh=mesh)

@@ -1,0 +1,87 @@
+"""Bind data to a model: series, splits and training windows that fit it, and its own training recipe."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from ltsm_jax import sharding, training
+from ltsm_jax.data import Series, Splits, Windows, prepare
+from ltsm_jax.data.benchmarks import load_series
+from ltsm_jax.data.splits import few_shot_indices
+from ltsm_jax.data.tables import read_series
+from ltsm_jax.data.windows import windows_between
+from ltsm_jax.models import Model
+
+Params = Any
+Mode = Literal["ims", "direct"]
+MODES = ("ims", "direct")
+LOSS: dict[Mode, Literal["own", "point"]] = {
+    "ims": "own",
+    "direct": "point",
+}  # the words of the task for the two training losses
+
+
+def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tuple[Model, Params]:
+    """`Model.for_series` with the facts of `series`; what a checkpoint lacks is drawn from the seed's `init` key."""
+    model, params = model.for_series(
+        params, n_variates=series.n_variates, freq=series.freq, name=series.name, key=training.keys(seed)["init"]
+    )
+    return model, sharding.together(params)
+
+
+def as_series(data: str | Path | pd.DataFrame | Series, **read: Any) -> Series:
+    """A `Series` from whatever names one; `read` goes to `data.read_series`."""
+    if isinstance(data, Series):
+        return data
+    return read_series(data, **read) if isinstance(data, pd.DataFrame) else load_series(data, **read)
+
+
+def as_splits(
+    model: Model,
+    params: Params,
+    data: str | Path | pd.DataFrame | Series | Splits,
+    *,
+    horizon: int | None = None,
+    context_len: int | None = None,
+    target: str | Sequence[str] | None = None,
+    few_shot: float = 1.0,
+    seed: int = 0,
+) -> tuple[Model, Params, Splits]:
+    """(model, params, splits): the windows of `data`, and the model made ready for them; arguments as in `fit`. Splits
+    come back as they are, and the model with them."""
+    if isinstance(data, Splits):
+        return model, params, data
+    series = as_series(data, target=target)
+    model, params = ready_for(model, params, series, seed)
+    lengths = context_len or model.recipe().context_len, horizon or model.recipe().horizon
+    return model, params, prepare(series, *lengths, few_shot=few_shot, joint=model.variates == "joint")
+
+
+def default_mode(model: Model) -> Mode:
+    """The mode of the model's recipe."""
+    return "ims" if model.recipe().loss == "own" else "direct"
+
+
+def train_config(model: Model, **changes: Any) -> training.TrainConfig:
+    """The model's own fine-tuning recipe as a `TrainConfig`, with `changes`."""
+    return training.TrainConfig(**changes).filled(model.recipe())
+
+
+def training_windows(model: Model, splits: Splits, mode: Mode) -> Windows:
+    """The training windows of `splits`, with the target length that the loss of `mode` wants.
+
+    The next-token loss needs targets of the model's own horizon whatever horizon is scored; longer ones would only cost
+    windows, shorter ones do not fit.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    have = splits.train
+    if mode == "direct" or have.horizon == model.horizon:
+        return have
+    facts = {"columns": have.columns, "timestamps": have.timestamps}
+    full = windows_between(
+        have.values, *splits.borders.train, have.context_len, model.horizon, joint=have.joint, **facts
+    )
+    return full if splits.few_shot == 1 else full.take(few_shot_indices(full.n, splits.few_shot, splits.quirks))
