@@ -342,7 +342,8 @@ class Timer(Model):
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
         """Reconstruction [B, C, T] of x where `observed` is 0, in data units. T must be whole patches.
 
-        NaN in x is not observed either. ims: patch j is what the token before it predicts (the first patch, which nothing predicts, is x itself);
+        NaN in x is not observed either. ims: patch j is what the token before it predicts (the first patch, which
+        nothing predicts, is x itself, missing values filled);
         otherwise the token's own output, the released script's default.
         """
         p = self.config.patch_len

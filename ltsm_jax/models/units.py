@@ -664,7 +664,9 @@ class Units(Model):
         return self.apply(params, fill_missing(x), key=key, train=train)[0][..., : x.shape[-1]]
 
     def classify(self, params: Tree, x: jax.Array, key=None, train=False, task: str = "") -> jax.Array:
-        """Logits [B, M] of x [B, V, T]; missing values take the last value before them. task: by default the one `with_head` made, else the data set's own.
+        """Logits [B, M] of x [B, V, T]; missing values take the last value before them.
+
+        task: by default the one `with_head` made, else the data set's own.
 
         Raises: ValueError where there is no classification task.
         """
