@@ -10,7 +10,6 @@ from ltsm_jax import sharding, training
 from ltsm_jax.data import Series, Splits, Windows, prepare
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import few_shot_indices
-from ltsm_jax.data.tables import read_series
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.models import Model
 
@@ -26,7 +25,11 @@ LOSS: dict[Mode, Literal["own", "point"]] = {
 def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tuple[Model, Params]:
     """`Model.for_series` with the facts of `series`; what a checkpoint lacks is drawn from the seed's `init` key."""
     model, params = model.for_series(
-        params, n_variates=series.n_variates, freq=series.freq, name=series.name, key=training.keys(seed)["init"]
+        params,
+        n_variates=series.n_variates,
+        freq=series.model_freq or series.freq,
+        name=series.name,
+        key=training.keys(seed)["init"],
     )
     return model, sharding.together(params)
 
@@ -35,7 +38,7 @@ def as_series(data: str | Path | pd.DataFrame | Series, **read: Any) -> Series:
     """A `Series` from whatever names one; `read` goes to `data.read_series`."""
     if isinstance(data, Series):
         return data
-    return read_series(data, **read) if isinstance(data, pd.DataFrame) else load_series(data, **read)
+    return load_series(data, **read)
 
 
 def as_splits(
