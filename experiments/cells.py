@@ -285,7 +285,7 @@ def run_cells(
     console = console if hosts.first() else Console(quiet=True)
     for i, cell in enumerate(cells, first):
         text = f"[{i}/{total}] {cell.label}"
-        hosts.stop_if_asked(f"stopped by SIGTERM before {text}")
+        hosts.stop_if_asked(f"before {text}")
         if hosts.on_first(folder.finished, c.folder, cell.name):
             console.print(f"{text}: finished before", highlight=False, markup=False)
         else:

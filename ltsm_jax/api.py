@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pandas as pd
 
-from ltsm_jax import training
+from ltsm_jax import hosts, training
 from ltsm_jax.data import Series, Splits
 from ltsm_jax.data.splits import Scaler
 from ltsm_jax.loading import load
@@ -66,6 +66,7 @@ class Fitted:
         return "\n".join(lines)
 
 
+@hosts.interruptible()
 def fit(
     model: Model,
     params: Params,
@@ -123,6 +124,7 @@ def fit(
     return Fitted(best, kept, zero_shot, tuned, difference, interval, result, splits, model)
 
 
+@hosts.interruptible()
 def forecast(
     model: Model, params: Params, data: str | Path | pd.DataFrame | Series, horizon: int, **read: Any
 ) -> pd.DataFrame:
