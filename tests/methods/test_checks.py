@@ -2,8 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from ltsm_jax.methods.checks import collapse, paired_difference
+from ltsm_jax.methods.checks import paired_difference
 from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks.forecasting import collapse
 
 
 def test_flat_forecasts_are_named(model, pre, splits):
