@@ -97,7 +97,7 @@ def fit(
       target: columns to use of a table; by default all.
       few_shot: share of the training windows.
       mode: "ims" or "direct", see `run`; by default the model's recipe.
-      config: a `training.TrainConfig`; by default the model's recipe.
+      config: a `training.TrainConfig`; what it leaves out is the model's recipe.
       keep: "tuned" returns the tuned weights even where they lost.
       folder: checkpoints, so that a killed run continues.
       show_progress: a bar on a terminal, else a line every few seconds.

@@ -39,7 +39,7 @@ def overhead(model, params, windows, epochs: int) -> list[float]:
 
     step.advance, loop._Fitting.end_epoch = timed, marked
     try:
-        config = training.TrainConfig(epochs=epochs, batch_size=256, lr=3e-4)
+        config = training.TrainConfig(epochs=epochs, batch_size=256, lr=3e-4).filled(model.recipe(), seed=0)
         with tempfile.TemporaryDirectory() as folder:
             training.fit(model.loss, params, windows, config=config, folder=f"{folder}/run", show_progress=False)
     finally:

@@ -13,7 +13,7 @@ from ltsm_jax import storage, training, trees
 from ltsm_jax.data import Splits
 from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import lora
-from ltsm_jax.methods.binding import LOSS, Mode, train_config, training_windows
+from ltsm_jax.methods.binding import LOSS, Mode, training_windows
 from ltsm_jax.methods.checks import collapse
 from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, trainable_mask
 from ltsm_jax.models import Model
@@ -72,7 +72,7 @@ def run(
       splits: from `data.prepare`; validation and test are scored at its horizon, by roll-out where it is longer than
         the model's own.
       seed: gives the random model, the data order and the dropout, each under its own key.
-      config: by default `train_config(model)`.
+      config: what it leaves out is the model's recipe; its seed, where it says one, must be the same.
       mode: "ims": the model's own loss (Timer: every next token), on windows of the model's own horizon.
         "direct": MSE of the forecast at the horizon of `splits`.
       folder: where checkpoints go; a run that was killed continues from there.
@@ -88,7 +88,7 @@ def run(
     if unknown := set(quirks) - {"no-dropout"}:
         raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
     label = strategy.name if label is None else label
-    config = dataclasses.replace(config or train_config(model), seed=seed)
+    config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
     keys = training.keys(seed)
     windows = training_windows(model, splits, mode)
     loss = _loss(without_dropout(model) if "no-dropout" in quirks else model, mode)

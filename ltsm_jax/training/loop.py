@@ -108,7 +108,7 @@ def fit(
       params: start; left as it is.
       train_source: a pytree with `n` windows, `gather(indices [B]) -> batch`, and `over(mesh)`, itself where the steps
         can use it (`ltsm_jax.data.windows.Windows`).
-      config: how to train.
+      config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
       validate: params -> {"mse": ..., ...}, called after each epoch; the lowest "mse" (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
         has no optimiser state, and keeps its dropout.
@@ -123,6 +123,7 @@ def fit(
       size that does), or a folder that holds another run; NonFiniteError; checkpoints.WriteError;
       storage.DamagedError; hosts.Stopped after SIGTERM.
     """
+    config.require_filled()
     if int(train_source.n) < 1:
         raise ValueError("there is no training window")
     if config.patience is not None and validate is None:
@@ -178,6 +179,7 @@ class _Fitting:
     ):
         self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
         self.source, self.frozen, self.validate = source, frozen, validate
+        assert config.epochs and config.batch_size and config.lr and config.schedule, "filled"
         self.n = int(source.n)
         self.placement = placement
         self.mesh = placement.mesh
@@ -188,7 +190,7 @@ class _Fitting:
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
-        self.keys = placement.replicate(keys(config.seed))
+        self.keys = placement.replicate(keys(config.seed or 0))
         self.pace = _Pace(config.steps_per_dispatch)
         self.layout: step.Layout | None = None
         self.saved_step = 0
@@ -425,10 +427,9 @@ def _short(x: np.float32) -> float:
 
 
 def _config_record(config, facts, params, trainable, source, validate) -> dict[str, Any]:
-    free = ("checkpoint_seconds", "keep_checkpoints", "steps_per_dispatch")  # no influence on results
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
-        "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in free},
+        "train": config.record(),
         "facts": dict(facts or {}),
         "selection": "lowest validation mse" if validate else "last epoch",
         "windows": {

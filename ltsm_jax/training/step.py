@@ -190,8 +190,12 @@ def trace_step(
       params: tree of `jax.ShapeDtypeStruct` with shardings, over a mesh or all on one device.
       train_source: as for `fit`; of its arrays, only the shapes are looked at.
       loss_fn, config, trainable, penalty: as for `fit`.
-    Raises: ValueError, as `fit`, for a batch that does not divide among the devices.
+    Raises: ValueError, as `fit`, for a batch that does not divide among the devices, and for a config that does not say
+      batch_size, weight_decay and clip, which are in the program.
     """
+    if missing := [name for name in ("batch_size", "weight_decay", "clip") if name in config.unfilled]:
+        raise ValueError(f"to trace a step the TrainConfig must say {', '.join(missing)}")
+    assert config.batch_size and config.weight_decay is not None
     placement = Placement.of(params)
     mesh = placement.mesh
     if mesh is None:

@@ -296,6 +296,7 @@ def run(family, mesh_text, folder=None, **options):
     start = {path: str(leaf.sharding.spec) for path, leaf in trees.flatten(params).items()} if mesh else {}
     compiled = step.advance._cache_size()
     config = TrainConfig(epochs=2, batch_size=16, lr=1e-3, schedule="constant", **options)
+    config = config.filled({"weight_decay": 0.0, "clip": None}, seed=0)
     result = fit(model.loss, params, windows, config=config, folder=folder, show_progress=False)
     flat = trees.flatten(result.last_params)
     grads = gradients(model)(params, windows.gather(jnp.arange(16)))
