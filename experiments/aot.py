@@ -176,7 +176,7 @@ def resolve(args: argparse.Namespace, target: Target) -> Job:
     if source.n < config.batch_size:
         raise ValueError(f"--batch {config.batch_size}: the series has only {source.n} windows; see --rows, --variates")
     trainable = trainable_mask(Phase(args.trainable), model, params)
-    loss = forecasting.loss_fn(model, binding.LOSS[mode])
+    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
     return Job(name, model, params, source, loss, config, trainable, target, mesh, notes)
 
 
@@ -379,7 +379,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--batch", type=number(1), help="windows per step, all devices together [the recipe's]")
     flag("--context", type=number(1), help="steps the model sees [the recipe's]")
     flag("--horizon", type=number(1), help="steps of the forecast, for --mode direct [the recipe's]")
-    flag("--mode", choices=binding.MODES, help="training loss: the family's own (ims) or direct [the recipe's]")
+    flag("--mode", choices=forecasting.MODES, help="training loss: the family's own (ims) or direct [the recipe's]")
     flag("--compute", choices=COMPUTE, default="float32", help="dtype of the matrix products [float32]")
     flag("--accumulate", type=number(1), default=1, help="parts a batch is taken in [1]")
     flag("--remat", choices=tuple(REMAT), default="none", help="what the backward pass computes again [none]")

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 from experiments import launch
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding
 from ltsm_jax.methods.strategies import MIXED
 from ltsm_jax.training.config import COMPUTE, REMAT
 from ltsm_jax.training.optimizers import SCHEDULES
@@ -87,7 +86,7 @@ PARSERS: dict[str, Parser] = {
     "process-id": functools.partial(number, int, 0, math.inf, "at least 0"),
     "compute": functools.partial(one_of, COMPUTE),
     "remat": functools.partial(one_of, tuple(REMAT)),
-    "mode": functools.partial(one_of, binding.MODES),
+    "mode": functools.partial(one_of, forecasting.MODES),
     "schedule": functools.partial(one_of, tuple(SCHEDULES)),
     "quirks": functools.partial(names, tuple(sorted(QUIRKS))),
     "missing": functools.partial(one_of, ("error", "interpolate")),
@@ -133,7 +132,7 @@ class Options:
     horizon: int | None = None
     out: str | None = None
     context: int | None = None
-    mode: binding.Mode | None = None
+    mode: forecasting.Mode | None = None
     epochs: int | None = None
     batch_size: int | None = None
     lr: float | None = None

@@ -42,7 +42,7 @@ from experiments.flags import FLAGS, PARSERS, TINY, UsageError, number, numbers
 from experiments.folder import result_file, write_json
 from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding, pruning, redundancy, removal
+from ltsm_jax.methods import pruning, redundancy, removal
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
 
@@ -251,7 +251,7 @@ def plan(c: Comparison) -> str:
         f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} pruned, {then} pruned and "
         f"tuned, seeds {', '.join(map(str, o.seeds))}" + (f"; {done} finished already" if done else ""),
     ]
-    windows = len(binding.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
+    windows = len(forecasting.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
     if windows <= s["macro_batch"] and len(o.ema) > 1 and o.prune_epochs == 1:
         lines.append("note     a pruning run is one step: the EMA has no say in it; take a smaller --macro-batch")
     return cells.plan(c, lines)
@@ -485,7 +485,7 @@ def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
 
 def redundancy_of(c: Comparison) -> dict[str, Any]:
     """Statistics of the original model as JSON, on windows spread evenly over the training and validation parts."""
-    train, val = binding.training_windows(c.model, c.splits, c.mode), c.splits.val
+    train, val = forecasting.training_windows(c.model, c.splits, c.mode), c.splits.val
     val = dataclasses.replace(val, horizon=train.horizon)  # as the loss wants it
     val = val.take(np.flatnonzero(np.asarray(val.starts) + val.context_len + val.horizon <= c.splits.borders.val[1]))
     parts = [part for part in (train, val) if part.n]

@@ -2,25 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
-from ltsm_jax import sharding, training
-from ltsm_jax.data import Series, Splits, Windows, prepare
+from ltsm_jax import sharding, storage, training
+from ltsm_jax.data import Series, Splits, prepare
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.data.splits import few_shot_indices
 from ltsm_jax.data.tables import read_series
-from ltsm_jax.data.windows import windows_between
 from ltsm_jax.models import Model
+from ltsm_jax.tasks.forecasting import Mode
 
 Params = Any
-Mode = Literal["ims", "direct"]
-MODES = ("ims", "direct")
-LOSS: dict[Mode, Literal["own", "point"]] = {
-    "ims": "own",
-    "direct": "point",
-}  # the words of the task for the two training losses
 
 
 def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tuple[Model, Params]:
@@ -69,19 +62,12 @@ def train_config(model: Model, **changes: Any) -> training.TrainConfig:
     return training.TrainConfig(**changes).filled(model.recipe())
 
 
-def training_windows(model: Model, splits: Splits, mode: Mode) -> Windows:
-    """The training windows of `splits`, with the target length that the loss of `mode` wants.
+def model_facts(model: Model, params: Params) -> dict[str, Any]:
+    """What a run folder records of a model, so that another one is refused: family, config, digest of the weights.
 
-    The next-token loss needs targets of the model's own horizon whatever horizon is scored; longer ones would only cost
-    windows, shorter ones do not fit.
+    On several hosts all call.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    have = splits.train
-    if mode == "direct" or have.horizon == model.horizon:
-        return have
-    facts = {"columns": have.columns, "timestamps": have.timestamps}
-    full = windows_between(
-        have.values, *splits.borders.train, have.context_len, model.horizon, joint=have.joint, **facts
-    )
-    return full if splits.few_shot == 1 else full.take(few_shot_indices(full.n, splits.few_shot, splits.quirks))
+    return {
+        "model": {"family": model.family, "config": model.config_to_dict()},
+        "params_sha256": storage.sha256_of(params),
+    }

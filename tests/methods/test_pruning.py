@@ -14,7 +14,7 @@ import ltsm_jax
 from ltsm_jax import training, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.methods import binding, pruning
+from ltsm_jax.methods import pruning
 from ltsm_jax.methods.pruning import schedule
 from ltsm_jax.methods.run import run as run_strategy
 from ltsm_jax.methods.run import without_dropout
@@ -492,7 +492,7 @@ def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, mon
     model, params, splits = moe
     rows = splits.train.gather(jnp.arange(5, dtype=jnp.int32))
     stack, masks = "layer_0/mixture/experts", pruning.full_masks(model)
-    loss = forecasting.loss_fn(model, binding.LOSS["ims"])
+    loss = forecasting.loss_fn(model, forecasting.LOSS["ims"])
     sums = jax.jit(functools.partial(pruning.gradient_sums, loss, stacks=[stack]))(params, masks, rows)
     alone = jax.jit(functools.partial(pruning.gradient_sums, loss))
     each = [alone(params, masks, {name: x[i : i + 1] for name, x in rows.items()}) for i in range(5)]

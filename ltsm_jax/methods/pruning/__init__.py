@@ -48,12 +48,14 @@ from ltsm_jax.methods.pruning.channels import (
     select,
     share_left,
 )
+from ltsm_jax.methods.pruning.config import PruneConfig
 from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
 from ltsm_jax.methods.pruning.schedule import PruneResult, prune
 
 __all__ = [
     "QUIRKS",
     "REFUSED",
+    "PruneConfig",
     "PruneResult",
     "Score",
     "cut",
