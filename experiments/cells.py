@@ -261,9 +261,19 @@ def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result
 
     rest: `model` and `params` in place of the comparison's, and what else `methods.run.run` takes.
     """
-    model, params = rest.pop("model", c.model), rest.pop("params", c.params)
-    return run.run(model, params, chosen, c.splits, seed=cell.seed, config=c.config, mode=c.mode, test=False,
-                        folder=c.folder / "cells" / cell.name / "training", label=cell.label, **rest)  # fmt: skip
+    return run.run(
+        rest.pop("model", c.model),
+        rest.pop("params", c.params),
+        chosen,
+        c.splits,
+        task=forecasting.Forecasting(c.mode),
+        seed=cell.seed,
+        config=c.config,
+        test=False,
+        folder=c.folder / "cells" / cell.name / "training",
+        label=cell.label,
+        **rest,
+    )
 
 
 def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Result) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from experiments import launch
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods.strategies import MIXED
+from ltsm_jax.tasks import forecasting
 from ltsm_jax.training.config import COMPUTE, REMAT
 from ltsm_jax.training.optimizers import SCHEDULES
 

@@ -45,6 +45,7 @@ from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import pruning, redundancy, removal
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
+from ltsm_jax.tasks import forecasting
 
 PASS_RATIO = 0.5  # per epoch, of a run that is cut at --ratios
 GROUP = 16  # batches of a pruning step, as the release has it for all its models
@@ -395,10 +396,7 @@ class Work:
         c, o, s = self.c, self.c.options, self.c.settings
         name = "-".join((*([] if ratio is None else [f"r{ratio:g}"]), f"e{ema:g}", f"seed{seed}"))
         if self.found is None or self.found[0] != name:
-            found = pruning.prune(
-                c.model,
-                c.params,
-                c.splits,
+            config = pruning.PruneConfig(
                 ratio=s["pass_ratio"] if ratio is None else ratio,
                 ema=ema,
                 score=o.score,
@@ -410,11 +408,17 @@ class Work:
                 average_expert_score=o.average_expert_score,
                 expert_threshold=o.expert_threshold,
                 stride=o.stride,
-                mode=c.mode,
+                **_candidates(o),
+            )
+            found = pruning.prune(
+                c.model,
+                c.params,
+                c.splits,
+                config,
+                task=forecasting.Forecasting(c.mode),
                 seed=seed,
                 folder=c.folder / "masks" / name,
                 label=f"pruning {name}",
-                **_candidates(o),
             )
             self.found = name, found
         return self.found[1]

@@ -138,9 +138,7 @@ _gather = jax.jit(Windows.gather)  # apart from the rest: parts of other sizes n
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mode", "placement"))
-def _sums(
-    model: Model, mode: forecasting.Mode, params: Params, batch: Batch, placement: Placement
-) -> dict[str, Any]:
+def _sums(model: Model, mode: forecasting.Mode, params: Params, batch: Batch, placement: Placement) -> dict[str, Any]:
     """Sums over the tokens of a batch, by module."""
     split = placement if len(batch["context"]) % placement.row_parts == 0 else Placement()
     batch = split.rows(batch)

@@ -179,9 +179,7 @@ class Forecasting:
         windows = getattr(data, part)
         return {name: evaluate(SeasonalNaive(season), {}, windows) for name, season in seasons.items()}
 
-    def warnings(
-        self, model: Model, params: Tree, data: Splits, placement: Placement | None = None
-    ) -> tuple[str, ...]:
+    def warnings(self, model: Model, params: Tree, data: Splits, placement: Placement | None = None) -> tuple[str, ...]:
         """See `collapse`."""
         return collapse(self.predictor(model), params, data.val, placement=placement)
 

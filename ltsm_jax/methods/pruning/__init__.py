@@ -37,6 +37,7 @@ Letters as in `models.family`.
 """
 
 from ltsm_jax.layers.masks import masked, merge
+from ltsm_jax.layers.masks import weights as weights_of
 from ltsm_jax.methods.pruning.channels import (
     QUIRKS,
     REFUSED,
@@ -70,4 +71,5 @@ __all__ = [
     "prune",
     "select",
     "share_left",
+    "weights_of",
 ]

@@ -121,8 +121,8 @@ def gradient_sums(
       chunk: rows of one backward pass, rounded up to what the devices of the mesh divide; None: 32, for each device
         that has rows. Bounds the memory and does not change the sums.
       stacks: paths of stacked experts whose rows are counted; needs `squares`.
-      placement: of the parameters, under jit: over a mesh each device has its own rows of a chunk and their gradients, and the sums of
-        all meet.
+      placement: of the parameters, under jit: over a mesh each device has its own rows of a chunk and their
+        gradients, and the sums of all meet.
     Returns: {"rows": how many count, "loss": their sum, "h": tree like masks, "squares": alike, or {}, "seen": with
       stacks, {..path of the stack..: rows [E] of which a token reached the expert, so that one of its masks has a
       gradient}, else {}}.
