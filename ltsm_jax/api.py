@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from ltsm_jax import sharding, trees
+from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data import DataError, Splits
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.data.windows import context_scale
@@ -131,6 +131,7 @@ class Fitted:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
+@hosts.interruptible()
 def fit(
     model: Model | PruneResult,
     params: Params = None,
@@ -365,6 +366,7 @@ def prune(
     )
 
 
+@hosts.interruptible()
 def forecast(
     model: Model,
     params: Params,
@@ -437,7 +439,7 @@ def forecast(
         return np.asarray(values_CH, np.float64) * std_C1 + mean_C1
 
     stamps = series.stamps_after(horizon)
-    columns: list[tuple[str, Any]] = [] if stamps is None else [("timestamp", stamps)]
+    columns: list[tuple[str, Any]] = [] if stamps is None else [("timestamp", series.in_zone(stamps))]
     columns += zip(series.columns, column_of(found.point[0]), strict=True)
     for q, level in enumerate(found.levels):
         names = (f"{column} {level:g}" for column in series.columns)

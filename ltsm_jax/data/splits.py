@@ -102,7 +102,8 @@ class Scaler:
             if not known.size:
                 continue
             # Squares of 1e200 are infinite: values count relative to the largest.
-            size = np.abs(known).max() or 1.0
+            largest = np.abs(known).max()
+            size = largest if largest > 1e100 else 1.0
             mean[i] = (known / size).mean() * size
             if known.max() != known.min():
                 std[i] = (known / size).std() * size

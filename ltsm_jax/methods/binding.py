@@ -18,7 +18,7 @@ import pandas as pd
 from ltsm_jax import sharding, storage, training, trees
 from ltsm_jax.data import Borders, DataError, Series, Splits, borders_of, prepare
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.data.tables import ReadingOptions, read_series
+from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.models import Model
 from ltsm_jax.tasks.forecasting import LOSS, MODES, Forecasting, Mode, loss_fn
 
@@ -50,8 +50,7 @@ def as_series(data: Data, options: ReadingOptions) -> Series:
         if given:
             raise ValueError(f"{', '.join(given)}: a Series is read already; these options are for tables and files")
         return data
-    read = vars(options)
-    return read_series(data, **read) if isinstance(data, pd.DataFrame) else load_series(data, **read)
+    return load_series(data, **vars(options))
 
 
 def given_options(options: ReadingOptions) -> tuple[str, ...]:
@@ -63,7 +62,11 @@ def given_options(options: ReadingOptions) -> tuple[str, ...]:
 def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tuple[Model, Params]:
     """`Model.for_series` with the facts of `series`; what a checkpoint lacks is drawn from the seed's `init` key."""
     model, params = model.for_series(
-        params, n_variates=series.n_variates, freq=series.freq, name=series.name, key=training.keys(seed)["init"]
+        params,
+        n_variates=series.n_variates,
+        freq=series.model_freq or series.freq,
+        name=series.name,
+        key=training.keys(seed)["init"],
     )
     return model, sharding.together(params)
 

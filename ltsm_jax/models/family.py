@@ -140,10 +140,15 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """The original's own fine-tuning loss: a scalar, the mean over rows weighted by `batch["weight"]`."""
+        """The original's own fine-tuning loss: a scalar, the mean over rows weighted by `batch["weight"]`.
+
+        A missing target (NaN) does not count, and a missing value of the context is read as `predict` reads it: the
+        loss and its gradients are finite, and 0 where no target is observed.
+        """
 
     def point_loss(self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for it."""
+        """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for it. NaN as in
+        `loss`."""
         raise ValueError(f"{self.family} has no point loss")
 
     @abc.abstractmethod

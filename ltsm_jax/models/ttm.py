@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.frequency import microseconds
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
@@ -47,7 +48,6 @@ LEAST_SCALE = 1e-10  # of the mean scaler
 LEAST_WIDTH = 4  # a level that would leave features this narrow keeps whole patches
 FREQUENCIES = {"oov": 0, "min": 1, "2min": 2, "5min": 3, "10min": 4, "15min": 5, "30min": 6, "h": 7, "d": 8, "W": 9}
 _MINUTES = {1: 1, 2: 2, 5: 3, 10: 4, 15: 5, 30: 6, 60: 7, 24 * 60: 8, 7 * 24 * 60: 9}  # length of a step -> token
-_UNITS = {"s": 1 / 60, "S": 1 / 60, "min": 1, "T": 1, "h": 60, "H": 60, "d": 1440, "D": 1440, "W": 10080, "w": 10080}
 
 Widths = tuple[int, int, int]
 Loss = Literal["mse", "mae", "pinball", "huber"]
@@ -276,9 +276,8 @@ def frequency_token(freq: str | None, vocab: int) -> int:
     Raises: ValueError listing the known ones, also for a frequency that is not known (None); "oov" says that on
       purpose.
     """
-    match = re.fullmatch(r"(\d{0,6})\s*([A-Za-z]+)(-[A-Za-z]{3})?", freq or "")
-    minutes = int(match[1] or 1) * _UNITS.get(match[2], 0) if match else 0
-    token = FREQUENCIES["oov"] if freq == "oov" else _MINUTES.get(round(minutes, 6))  # pyright: ignore
+    minutes = (microseconds(freq) or 0) / 60e6
+    token = FREQUENCIES["oov"] if freq == "oov" else _MINUTES.get(minutes)  # pyright: ignore
     if token is None or token >= vocab:
         known = ", ".join(name for name, number in FREQUENCIES.items() if number < vocab)
         raise ValueError(

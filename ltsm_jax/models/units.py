@@ -30,7 +30,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_over_rows
+from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -637,9 +637,10 @@ class Units(Model):
         return y[..., length : length + horizon]
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast, as in supervised training."""
-        y = self.forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mean_over_rows(jnp.square(y - batch["target"]), batch)
+        """MSE of the forecast over the observed targets, as in supervised training."""
+        x = fill_missing(batch["context"])
+        y = self.forecast(params, x, batch["target"].shape[-1], key, train)
+        return mse_observed(y, batch["target"], batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         return self.loss(params, batch, key, train)
@@ -652,16 +653,20 @@ class Units(Model):
         return Forecast(self.forecast(params, x, horizon))
 
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
-        """Reconstruction [B, V, T] of x where `observed` is 0. T must be whole patches. ims has no meaning here."""
-        observed = observed.astype(jnp.float32)
+        """Reconstruction [B, V, T] of x where `observed` is 0 or x is NaN. T must be whole patches. ims has no meaning
+        here."""
+        observed = jnp.where(jnp.isnan(x), 0.0, observed.astype(jnp.float32))
         return self.apply(params, jnp.where(observed == 0, 0.0, x), observed_BVL=observed, key=key, train=train)[0]
 
     def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects, [B, V, T], of all points. ims has no meaning here."""
-        return self.apply(params, x, key=key, train=train)[0][..., : x.shape[-1]]
+        """What the model expects, [B, V, T], of all points; missing ones take the last value before them. ims has no
+        meaning here."""
+        return self.apply(params, fill_missing(x), key=key, train=train)[0][..., : x.shape[-1]]
 
     def classify(self, params: Tree, x: jax.Array, key=None, train=False, task: str = "") -> jax.Array:
-        """Logits [B, M] of x [B, V, T]. task: by default the one `with_head` made, else the data set's own.
+        """Logits [B, M] of x [B, V, T]; missing values take the last value before them.
+
+        task: by default the one `with_head` made, else the data set's own.
 
         Raises: ValueError where there is no classification task.
         """
@@ -672,7 +677,7 @@ class Units(Model):
                 f"no classification task for {self.config.current!r}: name one, or make one with "
                 "`model.with_head(params, 'classification', key, n_classes=...)`"
             )
-        return self.apply(params, x, task=task, key=key, train=train)[0]
+        return self.apply(params, fill_missing(x), task=task, key=key, train=train)[0]
 
 
 def _joined(params: Tree) -> Tree:

@@ -78,6 +78,7 @@ class _Position:
         return position
 
 
+@hosts.interruptible()
 def fit(
     loss_fn: Callable[[Tree, dict[str, jax.Array], jax.Array, bool], jax.Array],
     params: Tree,
@@ -98,7 +99,8 @@ def fit(
     Training happens where the parameters lie: on one device, or, where `sharding.shard` laid them over a mesh, on all
     of its devices, each with its part of every batch. The batches are the same ones for any mesh, so that a run may go
     on with another number of devices or hosts. On several hosts all call with the same arguments, and the folder is one
-    that all see. When SIGTERM comes to one of them (inside `hosts.session`), all save and stop at the same step.
+    that all see. When SIGTERM or Ctrl-C comes to one of them (inside `hosts.session`), all save and stop at the same
+    step. Outside of a session Ctrl-C does the same to this process.
 
     Compiled once for a loss function and the shapes it sees: hand in the same function object (not a new lambda)
     for every run that should share the compilation. A `jax.tree_util.Partial` may carry arrays, as arguments.
@@ -123,7 +125,8 @@ def fit(
       show_progress: a bar on a terminal, else a line every few seconds, on stderr.
     Raises: ValueError for an empty source, nothing to train, a run that does not fit into memory (naming the batch
       size that does), or a folder that holds another run; NonFiniteError; checkpoints.WriteError;
-      storage.DamagedError; hosts.Stopped after SIGTERM.
+      storage.DamagedError; after SIGTERM hosts.Stopped; after Ctrl-C that or, outside `hosts.session`,
+      KeyboardInterrupt.
     """
     config.require_filled()
     if int(train_source.n) < 1:
@@ -268,7 +271,7 @@ class _Fitting:
             run.clock(launch_at_step=self.position.step, jax=jax.__version__, device=device, cores=os.cpu_count())
         while not self.position.finished:
             began, first = time.monotonic(), self.position.step
-            epoch = first // self.steps_per_epoch
+            epoch = len(self.position.history)  # a run may have been stopped between its last step and its validation
             self.order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
             steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
             self.lr = np.asarray(self.rates(steps), np.float32)
@@ -277,7 +280,13 @@ class _Fitting:
                 due = self.position.step > steps[0] and time.monotonic() - self.saved >= config.checkpoint_seconds
                 self.dispatch(epoch, self.position.step - int(steps[0]), self.settle(run, due))
             trained = time.monotonic()
-            self.end_epoch(epoch)
+            try:
+                self.end_epoch(epoch)
+            except (hosts.Stopped, KeyboardInterrupt) as err:
+                # out of the middle of a validation: it comes again, from a checkpoint of the last step
+                if not hosts.asked_for(err):
+                    raise
+                raise self.stopped(run) from None
             if run:
                 run.clock(
                     epoch=epoch + 1,
@@ -294,19 +303,25 @@ class _Fitting:
     def settle(self, run: checkpoints.RunFolder | None, due: bool) -> int:
         """Between two dispatches the hosts agree: how many steps come next, whether to save or to stop.
 
-        Raises: hosts.Stopped when SIGTERM has come to one of them, after a checkpoint.
+        Raises: what `hosts.stopped` makes, when a signal has come to one of them, after a checkpoint.
         """
         (steps, due_now), stop = checkpoints.settle(run, self.pace.steps, due)
-        if stop and run:
+        if stop:
+            raise self.stopped(run)
+        if run and due_now:
+            self.save(run)
+        return int(steps)
+
+    def stopped(self, run: checkpoints.RunFolder | None) -> BaseException:
+        """Save, where there is something to save, and make the exception that says so."""
+        kept = "nothing to keep"
+        if run:
             if self.position.step > self.saved_step:
                 self.save(run)
             run.wait()
-        elif run and due_now:
-            self.save(run)
-        if stop:
-            kept = f"checkpoint: {run.path(self.position.step)}" if run and self.position.step else "nothing to keep"
-            raise hosts.Stopped(f"stopped by SIGTERM after step {self.position.step} of {self.total}; {kept}")
-        return int(steps)
+            if self.position.step:
+                kept = f"checkpoint: {run.path(self.position.step)}"
+        return hosts.stopped(f"after step {self.position.step} of {self.total}; {kept}")
 
     def dispatch(self, epoch: int, place: int, steps: int) -> None:
         """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""

@@ -81,6 +81,7 @@ class PruneResult:
         return merge(self.params, self.masks)
 
 
+@hosts.interruptible()
 def prune(
     model: Model,
     params: Params,
@@ -286,7 +287,7 @@ class _Pruning:
     def _settle(self) -> None:
         """Between two batches the hosts agree whether to save or to stop.
 
-        Raises: hosts.Stopped when SIGTERM has come to one of them, after a checkpoint.
+        Raises: what `hosts.stopped` makes, when a signal has come to one of them, after a checkpoint.
         """
         new = self.done > self.saved_at
         due = new and self.waiting == 0 and time.monotonic() - self.saved > CHECKPOINT_SECONDS
@@ -298,7 +299,7 @@ class _Pruning:
             if self.run is not None:
                 self.run.wait()
                 kept = f"checkpoint: {self.run.path(self.done)}" if self.done else kept
-            raise hosts.Stopped(f"stopped by SIGTERM after batch {self.done} of {self.total}; {kept}")
+            raise hosts.stopped(f"after batch {self.done} of {self.total}; {kept}")
 
     def _no_sums(self) -> Any:
         return self.placement.replicate(no_sums(self.like, squares=self.squares, stacks=self.counted))
