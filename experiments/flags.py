@@ -261,8 +261,9 @@ def parse_some(cls: type[T], argv: Sequence[str], doc: str | None) -> tuple[T, l
     )
     problems = []
     for field, value in leaves(options):
-        if isinstance(value, Problem):
-            problems.append(value.replace(FLAG, flag_of(field.name)))
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Problem):
+                problems.append(item.replace(FLAG, flag_of(field.name)))
     if problems:
         raise UsageError("\n".join([*problems, *(_unknown_options(cls, rest) if rest else [])]))
     return options, rest
