@@ -22,11 +22,17 @@ class Source(Protocol):
     """Windows that training can gather on the device: a pytree, such as `data.Windows`."""
 
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """Number of windows."""
+        ...
 
-    def gather(self, indices: jax.Array) -> dict[str, jax.Array]: ...
+    def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
+        """The windows numbered `indices` [B] as a batch."""
+        ...
 
-    def over(self, mesh: Mesh | None) -> Any: ...
+    def over(self, mesh: Mesh | None) -> Any:
+        """The same windows where the devices of a mesh can cut them."""
+        ...
 
 
 class Task(Protocol):
