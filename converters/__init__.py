@@ -38,8 +38,8 @@ from converters.layout import Layout
 from converters.originals import Original, converter, read_json
 from converters.pickles import CheckpointError, Placeholder, shortened
 from converters.torch_files import write_safetensors, write_torch
-from ltsm_jax import trees
-from ltsm_jax.models import Model, hub, library, parts
+from ltsm_jax import hub, trees
+from ltsm_jax.models import Model, folders, parts
 
 __all__ = ["CheckpointError", "converter", "export_checkpoint", "import_checkpoint", "inspect"]
 
@@ -54,7 +54,7 @@ def import_checkpoint(
     allow_cast: bool = False,
     overwrite: bool = False,
 ) -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
-    """An original checkpoint file as a model of this library.
+    """An original checkpoint file as a model of this folders.
 
     Args:
       src: the file, the index file (`*.index.json`) of several, a folder with one such file in it, or, where no file
@@ -84,7 +84,7 @@ def import_checkpoint(
     converted = tables.to_params(
         _in_table(family.keys, model_config, layout.table),
         stripped,
-        library.shapes(model),
+        folders.shapes(model),
         what=what,
         allow_cast=allow_cast,
         hints=getattr(family, "HINTS", None),
@@ -110,7 +110,7 @@ def import_checkpoint(
     }
     params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
     if dst is not None:
-        library.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
+        folders.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
     return model, params, provenance, converted.buffers
 
 
@@ -148,10 +148,10 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     experts can't be written at all: the original's router would choose the zeros.
     """
     dst = Path(dst)
-    folder = Path(src) if Path(src).is_dir() else library.SHIPPED / str(src)
-    model, params = library.load(src)
-    record = library.read_config(folder)[1].get("provenance", {})
-    kept = library.read_buffers(folder)
+    folder = Path(src) if Path(src).is_dir() else folders.SHIPPED / str(src)
+    model, params = folders.load_folder(folder)
+    record = folders.read_config(folder)[1].get("provenance", {})
+    kept = folders.read_buffers(folder)
     family = converter(model.family)
     suffixes = getattr(family, "SUFFIXES", SUFFIXES)
     file = dst if dst.suffix else dst / "model.safetensors"
@@ -238,10 +238,10 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
 
     Raises: as `import_checkpoint`; a file that can't be imported can't be described either.
     """
-    folder = library.local(src)
-    if folder and (folder / library.PARAMS).is_dir():
-        model, params = library.load(folder)
-        provenance = library.read_config(folder)[1].get("provenance", {})
+    folder = folders.local(src)
+    if folder and (folder / folders.PARAMS).is_dir():
+        model, params = folders.load_folder(folder)
+        provenance = folders.read_config(folder)[1].get("provenance", {})
     else:
         model, params, provenance, _ = import_checkpoint(src, config=config, allow_cast=True)
     return {
@@ -254,7 +254,7 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
 
 def _on_disk(src: str | Path) -> tuple[Path, dict[str, Any]]:
     """Path of an original, fetched from the hub where nothing here is called so, and what to say of its origin."""
-    path = library.local(src)
+    path = folders.local(src)
     name = hub.parse(str(src)) if path is None else None
     if name is None:
         return path or Path(src), {}

@@ -12,15 +12,20 @@ from converters import tables
 from converters.layout import Layout
 from converters.pickles import CheckpointError, Placeholder, quoted, shortened
 from converters.torch_files import read_safetensors, read_torch
-from ltsm_jax.models import FAMILIES, hub, library
+from ltsm_jax import hub
+from ltsm_jax.models import FAMILIES, folders
 
 MAX_JSON = 4 << 20  # bytes; the index of 2,600 tensors has 0.3 MB
 NESTED = ("state_dict", "student")  # keys under which programs put the state dict beside other things
 
 
+# A family's module is found by the family's name, so that a new one is written down in one place only.
+_MODULES = {family: importlib.import_module(f"converters.{family}") for family in FAMILIES}
+
+
 def converter(family: str) -> Any:
-    """The converter module of a family."""
-    return importlib.import_module(f"converters.{family}")
+    """Give the converter module of a family."""
+    return _MODULES[family]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ def _only_file(folder: Path) -> Path:
     for name in hub.WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    files = library.originals(folder)
+    files = folders.originals(folder)
     if len(files) != 1:
         names = ", ".join(p.name for p in files) or "none"
         raise CheckpointError(
@@ -94,7 +99,7 @@ def _read_shards(index: Path) -> Original:
     fits = isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
     names = sorted(set(table.values())) if fits and table else []
     outside = [name for name in names if Path(name).name != name or not name or len(name) > 255]
-    odd = outside or [name for name in names if Path(name).suffix not in library.ORIGINALS]
+    odd = outside or [name for name in names if Path(name).suffix not in folders.ORIGINALS]
     if not fits or odd:
         where = "files outside its folder" if outside else "another index, or other files that hold no tensors"
         what = f"names {where}: {', '.join(map(quoted, odd[:5]))}" if odd else "has no weight_map"

@@ -1,25 +1,33 @@
-"""Table, pictures and report.md of a comparison folder, from its results.csv and the files of its cells.
+"""Table, pictures and report.md of a folder that `experiments.sff` wrote.
 
-Run:    python -m experiments.report runs/sff-etth1      (`experiments.sff` calls it at its end)
-Cost:   seconds; nothing is trained or evaluated.
-Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plots`).
+Run:   python -m experiments.report runs/sff-etth1
+Cost:  seconds; nothing is trained or evaluated.
+Gives: a table on the terminal, report.md, and plots/*.png where matplotlib is
+       installed (the extra `plots`). `experiments.sff` does it at its end.
 """
 
 # pandas types rows and groups by all they might hold:
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportOptionalOperand=false
 
+import dataclasses
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import tyro
 from rich.console import Console
 from rich.table import Table
+
+from experiments import flags, launch
+from experiments import folder as folders
+from experiments.flags import exact
+from ltsm_jax import storage
+from ltsm_jax.methods.strategies import STRATEGIES
 
 NAMES = {
     "zero_shot": "zero-shot",
@@ -55,12 +63,24 @@ COLOURS |= {
 }
 STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": "-", "lp": (0, (5, 1, 1, 1)), "lpff": "--"}
 STYLES |= {"l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1)), "lora": (0, (6, 2))}
+ERRORS = ("val_mse", "val_mae", "test_mse", "test_mae")
 NO_PICTURES = "matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)"
 
 
 def label(method: str, alpha: float | None = None) -> str:
     """Short name of a row: "SFF 0.7", "FF"."""
-    return SHORT.get(method, method) + ("" if alpha is None or np.isnan(alpha) else f" {alpha:g}")
+    return SHORT.get(method, method) + ("" if alpha is None or np.isnan(alpha) else f" {exact(alpha)}")
+
+
+def rank(row: dict[str, Any]) -> Any:
+    """The order of results.csv."""
+    return list(STRATEGIES).index(row["method"]), row["alpha"] or 0.0, row["seed"]
+
+
+def is_fixed(group: pd.DataFrame) -> bool:
+    """Say whether a seed has no say in the rows of an arm: a spread of 0 over seeds would say something else."""
+    same = len(group) > 1 and all(group[column].nunique() == 1 for column in ERRORS)
+    return same or set(group["method"]) == {"zero_shot"}
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -68,18 +88,18 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
     Args:
       results: the rows of results.csv.
-    Returns: columns method, alpha, seeds, {val_mse, val_mae, test_mse, test_mae}{"", _std}, vs_zero_shot{"", _std} and
-      vs_ff{"", _std} (per cent, each seed against the same seed; NaN where there is nothing to compare with), epochs,
-      seconds. In order of first appearance.
+    Returns: columns method, alpha, seeds, fixed (the same at every seed: its rows are no replicates, without a spread),
+      {val_mse, val_mae, test_mse, test_mae}{"", _std}, vs_zero_shot{"", _std} and vs_ff{"", _std} (per cent, each seed
+      against the same seed; NaN where there is nothing to compare with), epochs, seconds. In order of first appearance.
     """
     by_seed = {m: g.set_index("seed")["test_mse"] for m, g in results.groupby("method") if m in ("zero_shot", "ff")}
     rows = []
     for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
-        row: dict[str, Any] = {"method": method, "alpha": alpha, "seeds": len(group)}
-        for column in ("val_mse", "val_mae", "test_mse", "test_mae"):
-            # a checkpoint has no seed: its rows are one number, and a spread of 0 would say something else
-            std = float("nan") if method == "zero_shot" else group[column].std()
-            row[column], row[f"{column}_std"] = group[column].mean(), std
+        fixed = is_fixed(group)
+        row: dict[str, Any] = {"method": method, "alpha": alpha, "seeds": len(group), "fixed": fixed}
+        for column in ERRORS:
+            row[column] = group[column].mean()
+            row[f"{column}_std"] = float("nan") if fixed else group[column].std()
         for other in ("zero_shot", "ff"):
             base = by_seed.get(other)
             change = group.set_index("seed")["test_mse"] / base - 1 if base is not None and method != other else None
@@ -103,7 +123,7 @@ def _table_rows(
     body = [
         [
             names.get(r.method, r.method) + ("" if pd.isna(r.alpha) else f" {r.alpha:g}"),
-            str(r.seeds),
+            "" if r.fixed else str(r.seeds),
             spread(r.val_mse, r.val_mse_std),
             spread(r.test_mse, r.test_mse_std),
             spread(r.test_mae, r.test_mae_std),
@@ -122,33 +142,130 @@ def _table_rows(
     return header, body
 
 
-def verdict(summary: pd.DataFrame) -> str:
-    """One sentence: which row validation picks, and what it is worth on the test part."""
+def verdict(
+    summary: pd.DataFrame,
+    baselines: Sequence[dict] = (),
+    blocks: Mapping[tuple[str, float | None], np.ndarray] | None = None,
+) -> str:
+    """Say which row validation picks, and what it is worth on the test part.
+
+    baselines: the naive forecasts of the same table, which can be that row. blocks: of (method, alpha), validation MSE
+    in blocks of windows, see `cells.val_blocks`; with them, whether the best tuned row differs from the checkpoint by
+    more than chance.
+    """
     best = summary.loc[summary["val_mse"].idxmin()]
     text = f"Lowest validation MSE: {label(best.method, best.alpha)}; its test MSE is "
     text += spread(best.test_mse, best.test_mse_std)
-    against = [
-        f"{best[f'vs_{other}']:+.2f} % against {SHORT[other]}"
-        for other in ("zero_shot", "ff")
-        if not pd.isna(best[f"vs_{other}"])
-    ]
+    against = []
+    for other in ("zero_shot", "ff"):
+        if not pd.isna(best[f"vs_{other}"]):
+            against.append(f"{best[f'vs_{other}']:+.2f} % against {SHORT[other]}")
     text += f" ({', '.join(against)})." if against else "."
-    if best.method == "zero_shot" and len(summary) > 1:
+    text = naive_first(text, best, baselines)
+    tuned = summary[summary["method"] != "zero_shot"]
+    if best.method == "zero_shot" and len(tuned):
         text += " No tuning beat the checkpoint on validation: keep the checkpoint."
+    if blocks and len(tuned):
+        rival = tuned.loc[tuned["val_mse"].idxmin()]
+        name = label(rival.method, rival.alpha)
+        text += chance(name, blocks.get(_arm(rival)), blocks.get(("zero_shot", None)))
     return text
 
 
-def terminal_table(summary: pd.DataFrame, baselines: Sequence[dict], title: str) -> Table:
-    """The comparison as a rich table; the row with the lowest validation MSE is bold."""
-    table = Table(title=title, caption="mean ± std over seeds; vs: change of test MSE, paired by seed", box=None)
+def naive_first(text: str, best: Any, baselines: Sequence[dict]) -> str:
+    """Put a naive forecast before the verdict on the models where validation prefers it to all of them."""
+    lowest = min(baselines, key=lambda b: b["val_mse"], default=None)
+    if lowest is None or lowest["val_mse"] > best["val_mse"]:
+        return text
+    name = SHORT[lowest["method"]]
+    found = f"Lowest validation MSE: {name} ({lowest['val_mse']:.4f}), which needs no model; "
+    found += f"its test MSE is {lowest['test_mse']:.4f}. No model here beats it on validation. "
+    return found + text.replace("Lowest validation MSE:", "Lowest of the models:", 1)
+
+
+def chance(name: str, rival: np.ndarray | None, zero: np.ndarray | None) -> str:
+    """Say whether an arm and the checkpoint are equal on validation as far as its windows can tell; else nothing."""
+    if rival is None or zero is None or len(rival) != len(zero) or len(zero) < 2:
+        return ""
+    gap = rival - zero
+    width = 1.96 * gap.std(ddof=1) / len(gap) ** 0.5
+    if abs(gap.mean()) > width:
+        return ""
+    low, high = gap.mean() - width, gap.mean() + width
+    return (
+        f" {name} and the checkpoint are equal there within the paired interval (difference in MSE, 95 %: "
+        f"{low:+.4f} to {high:+.4f})."
+    )
+
+
+def _arm(row: Any) -> tuple[str, float | None]:
+    return row["method"], None if pd.isna(row["alpha"]) else float(row["alpha"])
+
+
+def blocks_of(records: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], np.ndarray]:
+    """Validation MSE in blocks of windows of every (method, alpha), mean over its seeds."""
+    found: dict[tuple[str, float | None], list[np.ndarray]] = {}
+    for record in records:
+        if record.get("val_blocks"):
+            found.setdefault(_arm(record["row"]), []).append(np.asarray(record["val_blocks"]))
+    return {arm: np.mean(blocks, axis=0) for arm, blocks in found.items()}
+
+
+def terminal_tables(summary: pd.DataFrame, baselines: Sequence[dict], title: str, console: Console) -> list[Table]:
+    """The comparison as rich tables; the row with the lowest validation MSE is bold."""
     header, body = _table_rows(summary, baselines, SHORT)
-    for name in header:
-        table.add_column(name, justify="left" if name == "method" else "right")
-    best = int(np.argmin(summary["val_mse"].to_numpy()))
-    for i, cells in enumerate(body):
-        style = "bold" if i == best else "dim" if i >= len(summary) else None
-        table.add_row(*cells, style=style)
-    return table
+    values = [*summary["val_mse"], *(b["val_mse"] for b in baselines)]
+    styles = ["dim" if i >= len(summary) else None for i in range(len(body))]
+    styles[int(np.argmin(values))] = "bold"
+    caption = "mean ± std over seeds; vs: change of test MSE, paired by seed"
+    return fitted(header, body, styles, title, caption, console)
+
+
+def fitted(
+    header: Sequence[str],
+    body: Sequence[Sequence[str]],
+    styles: Sequence[str | None],
+    title: str,
+    caption: str,
+    console: Console,
+) -> list[Table]:
+    """Lay out one table, or several below each other where it is wider than the console: no number is cut.
+
+    Every part has the first column, which names the rows.
+    """
+    sign = "±" if encodable("±", console.encoding) else "+-"
+    body = [[cell.replace("±", sign) for cell in cells] for cells in body]
+    widths = [max(map(len, column)) + 2 for column in zip(header, *body, strict=True)]
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(header)):
+        used = widths[0] + sum(widths[j] for j in parts[-1])
+        if parts[-1] and used + widths[i] > console.width:
+            parts.append([])
+        parts[-1].append(i)
+    tables = []
+    for part in parts:
+        first, last = part is parts[0], part is parts[-1]
+        table = Table(
+            title=title if first else None,
+            caption=caption.replace("±", sign) if last else None,
+            box=None,
+        )
+        table.add_column(header[0])
+        for i in part:
+            table.add_column(header[i], justify="right")
+        for cells, style in zip(body, styles, strict=True):
+            table.add_row(cells[0], *(cells[i] for i in part), style=style)
+        tables.append(table)
+    return tables
+
+
+def encodable(text: str, encoding: str) -> bool:
+    """Say whether a terminal of this encoding can show the text."""
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -161,19 +278,9 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 # pictures
 
 
-def _read_cells(folder: Path, results: pd.DataFrame) -> list[dict]:
-    """What each finished cell left beside its row: history, warnings, and the folder with its example forecasts."""
-    cells = []
-    for row in results.to_dict("records"):
-        row["alpha"] = None if np.isnan(row["alpha"]) else row["alpha"]
-        cell = folder / "cells" / cell_name(row["method"], row["alpha"], row["seed"])
-        cells.append(row | json.loads((cell / "result.json").read_text()) | {"folder": cell})
-    return cells
-
-
 def cell_name(method: str, alpha: float | None, seed: int) -> str:
     """Folder name of a cell: "sff-0.7-seed0", "ff-seed2"."""
-    mixed = "" if alpha is None or np.isnan(alpha) else f"-{alpha:g}"
+    mixed = "" if alpha is None or np.isnan(alpha) else f"-{exact(alpha)}"
     return f"{method}{mixed}-seed{seed}"
 
 
@@ -343,16 +450,42 @@ def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
 # report.md
 
 
-def read_folder(folder: Path) -> tuple[pd.DataFrame, dict, list[dict]]:
-    """results.csv, run.json and baselines.json of a comparison folder.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a comparison folder holds.
 
-    Raises: ValueError where `folder` is not one, naming what is missing.
+    Attributes:
+      table: the rows of the finished cells, as results.csv has them. cells: the same rows, each with what its cell left
+        beside it: history, warnings, and the folder with its example forecasts.
+      run: run.json. baselines: scores of the naive forecasts. damaged: results that are not believed, in words.
     """
-    missing = [name for name in ("results.csv", "run.json", "baselines.json") if not (folder / name).is_file()]
+
+    table: pd.DataFrame
+    cells: list[dict[str, Any]]
+    run: dict[str, Any]
+    baselines: list[dict[str, Any]]
+    damaged: list[str]
+
+
+def read_folder(folder: Path, rank: Callable[[dict[str, Any]], Any], *more: str) -> Found:
+    """Read a comparison folder: what its cells left, not results.csv, which anybody can edit.
+
+    more: files that it must have beside those of every comparison.
+    Raises: ValueError where `folder` is not one, naming what is missing or damaged.
+    """
+    needed = (folders.CSV, folders.RUN, "baselines.json", *more)
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is not the folder of a comparison: no {', '.join(missing)}")
-    results = pd.read_csv(folder / "results.csv")
-    return results, json.loads((folder / "run.json").read_text()), json.loads((folder / "baselines.json").read_text())
+        raise ValueError(f"{folder} is not the folder of a finished comparison: no {', '.join(missing)}")
+    run = storage.read_record(folder / folders.RUN)
+    baselines = storage.read_record(folder / "baselines.json")["baselines"]
+    records, damaged = folders.results(folder)
+    if not records:
+        raise ValueError(f"{folder} has no result that can be believed: {'; '.join(damaged)}")
+    cells = []
+    for name, record in sorted(records.items(), key=lambda item: rank(item[1]["row"])):
+        cells.append({**record["row"], **record, "folder": folder / "cells" / name})
+    return Found(folders.table_of(list(records.values()), rank), cells, run, baselines, damaged)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -361,9 +494,9 @@ def write_report(folder: str | Path) -> Path:
     Returns: the path of report.md.
     """
     folder = Path(folder)
-    results, run, baselines = read_folder(folder)
+    found = read_folder(folder, rank)
+    results, run, baselines, cells = found.table, found.run, found.baselines, found.cells
     summary = summarise(results)
-    cells = _read_cells(folder, results)
     pictures = []
     if importlib.util.find_spec("matplotlib"):
         plots = folder / "plots"
@@ -381,67 +514,90 @@ def write_report(folder: str | Path) -> Path:
     lines = [
         f"# {settings['data']}, {settings['model']}, {settings['context']} -> {settings['horizon']}",
         "",
-        verdict(summary),
+        verdict(summary, baselines, blocks_of(cells)),
         "",
         markdown_table(*_table_rows(summary, baselines, NAMES)),
         "",
         "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
-        "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed. Weights are those of "
-        "the epoch with the lowest validation MSE; seconds include compilation. Every window is scored: "
+        "over seeds; rows without a number of seeds are the same at every seed; `vs` is the change of test MSE in per "
+        "cent, each seed against the same seed. Weights are those of the epoch with the lowest validation MSE; seconds "
+        "are those of training and validation, without compilation. Every window is scored: "
         f"{run['windows']['val']:,} for validation, {run['windows']['test']:,} for test.",
     ]
-    notes = [f"{label(c['method'], c['alpha'])}, seed {c['seed']}: {text}" for c in cells for text in c["warnings"]]
+    notes = [f"not believed, and left out: {text}" for text in found.damaged]
+    for cell in cells:
+        name = f"{label(cell['method'], cell['alpha'])}, seed {cell['seed']}"
+        notes += [f"{name}: {text}" for text in cell["warnings"]]
     if notes:
         lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
-    if pictures:
-        lines += ["", "## Pictures"]
-        for name, text in pictures:
-            lines += ["", f"![{text}](plots/{name}.png)", "", text]
-    else:
-        lines += ["", f"No pictures: {NO_PICTURES}, then `python -m experiments.report {folder}`."]
-    lines += ["", "## How it was made", "", "```", run["command"], "```", ""]
-    lines.append(markdown_table(["setting", "value"], [[k, "" if v is None else str(v)] for k, v in settings.items()]))
+    lines += picture_lines(pictures, f"python -m experiments.report {folder}")
+    lines += made_lines(run, results)
+    return write_text(folder / "report.md", lines)
+
+
+def picture_lines(pictures: Sequence[tuple[str, str]], again: str) -> list[str]:
+    """The part of a report that shows its pictures, or says how to get them."""
+    if not pictures:
+        return ["", f"No pictures: {NO_PICTURES}, then `{again}`."]
+    lines = ["", "## Pictures"]
+    for name, text in pictures:
+        lines += ["", f"![{text}](plots/{name}.png)", "", text]
+    return lines
+
+
+def made_lines(run: dict[str, Any], results: pd.DataFrame) -> list[str]:
+    """The part of a report that says how it was made."""
+    lines = ["", "## How it was made", "", "```", run["command"], "```", ""]
+    settings = [[name, "" if value is None else str(value)] for name, value in run["settings"].items()]
+    lines.append(markdown_table(["setting", "value"], [*settings, ["family", run["model"]["family"]]]))
     commits = ", ".join(sorted(set(results["git_commit"].astype(str))))
-    lines += ["", f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.", ""]
-    path = folder / "report.md"
-    path.write_text("\n".join(lines))
+    return [*lines, "", f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.", ""]
+
+
+def write_text(path: Path, lines: Sequence[str]) -> Path:
+    """Write a report, whole or not at all, in UTF-8 whatever the terminal speaks."""
+    with folders.replacing(path) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
 def print_table(folder: str | Path, console: Console | None = None) -> None:
     """The comparison and its verdict on the terminal."""
-    results, run, baselines = read_folder(Path(folder))
+    found = read_folder(Path(folder), rank)
     console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 140)  # a log file has no width: never cut a number
-    summary, s = summarise(results), run["settings"]
-    console.print(
-        terminal_table(summary, baselines, f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}")
-    )
-    console.print(verdict(summary), highlight=False)
+    summary, s = summarise(found.table), found.run["settings"]
+    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"
+    for table in terminal_tables(summary, found.baselines, title, console):
+        console.print(table)
+    console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
 
 
-def command(
-    argv: Sequence[str] | None, doc: str | None, show: Callable[[str], None], write: Callable[[str], Path]
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command asks for."""
+
+    folder: tyro.conf.Positional[Path]
+    """folder of a comparison"""
+    program: ClassVar[str] = "experiments.report"
+
+
+def command(options: Callable[[], Any], show: Callable[[Path], None], write: Callable[[Path], Path]) -> int:
     """A command with one argument, the folder of a comparison: its table, then its report. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print(doc)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    try:
-        show(argv[0])
-        print(write(argv[0]))
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work() -> int:
+        folder = options().folder
+        show(folder)
+        print(write(folder))
+        return 0
+
+    return launch.guarded(work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.report FOLDER`."""
-    return command(argv, __doc__, print_table, write_report)
+    argv = sys.argv[1:] if argv is None else argv
+    return command(lambda: flags.parse(Options, argv, __doc__), print_table, write_report)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

@@ -1,10 +1,7 @@
 """Large time-series models in JAX: load, fine-tune, forecast, measure, write back."""
 
-from ltsm_jax.methods.finetune import fit, forecast
-from ltsm_jax.methods.pruning import prune
-from ltsm_jax.methods.removal import remove
+from ltsm_jax.api import PruneConfig, Strategy, TrainConfig, fit, forecast, load, prune, remove, save
 from ltsm_jax.models import Forecast, Model, preset
-from ltsm_jax.models.library import load, save
 from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
 
 __version__ = "0.1.0"
@@ -12,6 +9,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Forecast",
     "Model",
+    "PruneConfig",
+    "Strategy",
+    "TrainConfig",
     "ema",
     "fit",
     "forecast",

@@ -9,6 +9,7 @@ nothing in the models knows of it. Training needs no flag: it follows the placem
     params, notes = shard(params, model.shard_rules, mesh)
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -142,35 +143,106 @@ def on_host(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a model computes: on all devices of a mesh, or, without one, where its arrays lie.
+
+    An entry point asks for it once, `Placement.of(params)`, and hands it down. It is hashable, so that it may be static
+    under jit.
+
+    Attributes:
+      mesh: the mesh; None: nothing is shared among devices, and every method leaves what it is given as it is.
+    """
+
+    mesh: Mesh | None = None
+
+    @classmethod
+    def of(cls, *trees: trees.Tree) -> "Placement":
+        """Read the placement off the leaves of `trees`: the first mesh of several devices that one of them lies on.
+
+        Inside jit no leaf tells where it lies.
+        """
+        for leaf in jax.tree.leaves(trees):
+            sharding = getattr(leaf, "sharding", None)
+            if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and isinstance(sharding.mesh, Mesh):
+                return cls(sharding.mesh)
+        return cls()
+
+    @property
+    def row_parts(self) -> int:
+        """Number of devices among which the rows of a batch are split."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def rows(self, batch: trees.Tree) -> trees.Tree:
+        """Inside jit: split the rows of a batch among the devices, so that each computes its own."""
+        return self._constrain(batch, BATCH)
+
+    def everywhere(self, tree: trees.Tree) -> trees.Tree:
+        """Inside jit: make `tree` whole on every device, where every host can read it."""
+        return self._constrain(tree, PartitionSpec())
+
+    def put_rows(self, batch: trees.Tree) -> trees.Tree:
+        """Outside jit: lay the rows of a batch among the devices; they must divide it."""
+        return self._put(batch, BATCH)
+
+    def replicate(self, tree: trees.Tree) -> trees.Tree:
+        """Outside jit: lay `tree` whole on every device."""
+        return self._put(tree, PartitionSpec())
+
+    def check_hosts(self) -> None:
+        """Raises: ValueError where there are several hosts and the mesh does not have the devices of all."""
+        if jax.process_count() > 1 and (self.mesh is None or self.mesh.size < jax.device_count()):
+            raise ValueError("several hosts work together: lay the parameters over all devices with sharding.shard")
+
+    def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
+        """Raises: ValueError where the rows of a (micro-)batch do not divide evenly among the devices."""
+        parts = accumulate * self.row_parts
+        if batch_size % parts == 0:
+            return
+        near = max(batch_size // parts, 1) * parts
+        among = f"{self.row_parts} devices (data x fsdp)"
+        if accumulate > 1:
+            among += f" x {accumulate} parts"
+        raise ValueError(f"batch_size {batch_size} does not divide among {among}; {near} does")
+
+    def _constrain(self, tree: trees.Tree, spec: PartitionSpec) -> trees.Tree:
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, spec))
+
+    def _put(self, tree: trees.Tree, spec: PartitionSpec) -> trees.Tree:
+        if self.mesh is None:
+            return tree
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
+
+
+# The same by mesh, for callees that ask for it themselves; they are converted one by one.
+
+
 def by_rows(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
-    """Inside jit: the rows of a batch split among the devices, so that each computes its own."""
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, BATCH))
+    """See `Placement.rows`."""
+    return Placement(mesh).rows(tree)
 
 
 def everywhere(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
-    """Inside jit: `tree` whole on every device, where every host can read it."""
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+    """See `Placement.everywhere`."""
+    return Placement(mesh).everywhere(tree)
 
 
 def row_parts(mesh: Mesh | None) -> int:
-    """Among how many devices the rows of a batch are split."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    """See `Placement.row_parts`."""
+    return Placement(mesh).row_parts
 
 
 def mesh_of(tree: trees.Tree) -> Mesh | None:
-    """The mesh a tree lies on; None where it lies on one device."""
-    for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and isinstance(sharding.mesh, Mesh):
-            return sharding.mesh
-    return None
+    """See `Placement.of`."""
+    return Placement.of(tree).mesh
 
 
 def replicate(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
-    """`tree` whole on every device of the mesh; as it is where there is none."""
-    if mesh is None:
-        return tree
-    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+    """See `Placement.replicate`."""
+    return Placement(mesh).replicate(tree)
 
 
 def together(tree: trees.Tree) -> trees.Tree:
@@ -208,15 +280,5 @@ def like(tree: trees.Tree, params: trees.Tree, mesh: Mesh) -> trees.Tree:
 
 
 def check_hosts(mesh: Mesh | None) -> None:
-    """Raises: ValueError where there are several hosts and parameters that do not lie over the devices of all."""
-    if jax.process_count() > 1 and (mesh is None or mesh.size < jax.device_count()):
-        raise ValueError("several hosts work together: lay the parameters over all devices with sharding.shard")
-
-
-def check_batch(batch_size: int, mesh: Mesh | None, accumulate: int = 1) -> None:
-    """Raises: ValueError where the rows of a (micro-)batch do not divide evenly among the devices."""
-    parts = accumulate * row_parts(mesh)
-    if batch_size % parts:
-        near = max(batch_size // parts, 1) * parts
-        what = f"{parts // accumulate} devices (data x fsdp)" + (f" x {accumulate} parts" if accumulate > 1 else "")
-        raise ValueError(f"batch_size {batch_size} does not divide among {what}; {near} does")
+    """See `Placement.check_hosts`."""
+    Placement(mesh).check_hosts()

@@ -4,6 +4,7 @@ import ast
 import functools
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,33 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("ltsm_jax", "converters", "experiments")
 
 # From the bottom up; a module imports its own level and those below. `ltsm_jax` itself is the list of public names.
+GROUND = (
+    "ltsm_jax.frequency",
+    "ltsm_jax.hosts",
+    "ltsm_jax.hub",
+    "ltsm_jax.sharding",
+    "ltsm_jax.storage",
+    "ltsm_jax.trees",
+)
 LEVELS = (
-    ("ltsm_jax.trees", "ltsm_jax.storage", "ltsm_jax.sharding", "ltsm_jax.hosts"),
+    GROUND,
     ("ltsm_jax.layers",),
     ("ltsm_jax.models",),
     ("ltsm_jax.data",),
     ("ltsm_jax.tasks",),
     ("ltsm_jax.training",),
     ("ltsm_jax.methods", "ltsm_jax.landscape"),
+    ("ltsm_jax.loading",),
+    ("ltsm_jax.api",),
     ("ltsm_jax", "ltsm_jax.cli", "experiments"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-CONVERTERS_MAY_USE = ("ltsm_jax.trees", "ltsm_jax.storage", "ltsm_jax.models")
-LAZY_CALL = ("ltsm_jax.models.library", "converters")  # load("<original checkpoint>")
+# Beside that ladder: the files of the originals, and the models by name, which may come from such files.
+MAY_USE = {
+    "converters": (*GROUND, "ltsm_jax.models", "converters"),
+    "ltsm_jax.loading": (*GROUND, "ltsm_jax.models", "converters"),
+}
+USERS_OF_CONVERTERS = ("converters", "ltsm_jax.loading", "ltsm_jax.cli", "experiments")
 
 
 def sources():
@@ -66,7 +81,7 @@ def offences(check) -> list[str]:
 
 
 def test_every_part_has_its_level():
-    unplaced = {part_of(name_of(path)) for path in sources()} - LEVEL_OF.keys() - {"converters"}
+    unplaced = {part_of(name_of(path)) for path in sources()} - LEVEL_OF.keys() - MAY_USE.keys()
     assert not unplaced, f"say in LEVELS where {unplaced} belong"
 
 
@@ -80,24 +95,83 @@ def test_imports_point_downwards():
     assert not offences(upwards)
 
 
-def test_converters_know_models_and_trees_only():
+def test_converters_and_loading_know_models_and_the_ground_only():
     def elsewhere(importer, imported):
-        other = part_of(imported)
-        return importer.startswith("converters") and other in LEVEL_OF and other not in CONVERTERS_MAY_USE
+        ours = imported.split(".")[0] in PACKAGES
+        return ours and part_of(importer) in MAY_USE and part_of(imported) not in MAY_USE[part_of(importer)]
 
     assert not offences(elsewhere)
 
 
-def test_the_library_reaches_converters_and_experiments_in_one_place():
-    def outwards(importer, imported):
-        return importer.startswith("ltsm_jax") and part_of(imported) in ("converters", "experiments")
+def test_only_those_who_load_by_name_know_the_converters():
+    def inwards(importer, imported):
+        return part_of(imported) == "converters" and part_of(importer) not in USERS_OF_CONVERTERS
 
-    lazy = f"{LAZY_CALL[0]} imports {LAZY_CALL[1]}"
-    assert [o for o in offences(outwards) if not o.startswith(lazy)] == []
-    top = {id(node) for node in parse(ROOT / "ltsm_jax/models/library.py").body}
-    for node in ast.walk(parse(ROOT / "ltsm_jax/models/library.py")):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("converters"):
-            assert id(node) not in top, "the call to the converters must stay inside the function that needs it"
+    assert not offences(inwards)
+
+
+def test_the_library_knows_no_experiment():
+    def outwards(importer, imported):
+        return part_of(imported) == "experiments" and part_of(importer) != "experiments"
+
+    assert not offences(outwards)
+
+
+def test_imports_make_no_circle():
+    modules = {name_of(path) for path in sources()}
+    below = {name_of(path): sorted(imports_of(path) & modules - {name_of(path)}) for path in sources()}
+    finished: set[str] = set()
+
+    def circle(module: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
+        """The first circle met on going down from a module, from its beginning to its beginning."""
+        if module in way:
+            return (*way[way.index(module) :], module)
+        if module in finished:
+            return None
+        for other in below[module]:
+            if found := circle(other, (*way, module)):
+                return found
+        finished.add(module)
+        return None
+
+    for module in sorted(modules):
+        found = circle(module, ())
+        assert not found, " imports ".join(found)
+
+
+def imports_inside_functions(path: Path) -> list[tuple[int, str]]:
+    """Line and module of what a file imports when a function of it runs: statements, and calls by name."""
+    found = set()
+    for function in ast.walk(parse(path)):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Import):
+                found |= {(node.lineno, alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.lineno, node.module or ""))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+                found.add((node.lineno, "/".join(PACKAGES)))  # may be anything
+    return sorted(found)
+
+
+def test_no_function_imports_our_own_packages():
+    """An import that waits for its function hides an arrow up. Packages of others may wait where they take long."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in sources()
+        # The two sides of a benchmark run in two Pythons, and each has packages that the other lacks.
+        if path.parent != ROOT / "experiments/benchmarks"
+        for line, module in imports_inside_functions(path)
+        if re.split(r"[./]", module)[0] in PACKAGES
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_converters_may_be_imported_first():
+    """They import `ltsm_jax`, whose list of names leads back to them."""
+    done = subprocess.run([sys.executable, "-c", "import converters"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_only_models_and_layers_know_flax():

@@ -1,8 +1,9 @@
 """Series in, windows out: reading and checking data, benchmark files, splits, windows gathered on the device."""
 
 from ltsm_jax.data.benchmarks import BENCHMARKS, MissingDataError, load_series
-from ltsm_jax.data.series import DataError, Series, canonical_freq, read_series, season_of
+from ltsm_jax.data.series import DataError, Series
 from ltsm_jax.data.splits import Borders, Scaler, Splits, borders_of, prepare
+from ltsm_jax.data.tables import ReadingOptions, read_series
 from ltsm_jax.data.windows import Windows, batch_at, epoch_order, steps_per_epoch
 
 __all__ = [
@@ -10,17 +11,16 @@ __all__ = [
     "Borders",
     "DataError",
     "MissingDataError",
+    "ReadingOptions",
     "Scaler",
     "Series",
     "Splits",
     "Windows",
     "batch_at",
     "borders_of",
-    "canonical_freq",
     "epoch_order",
     "load_series",
     "prepare",
     "read_series",
-    "season_of",
     "steps_per_epoch",
 ]

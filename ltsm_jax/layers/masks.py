@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from ltsm_jax import sharding
 from ltsm_jax.layers.experts import Experts
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 ROUTING = ("router", "shared_gate")  # names of linears that weigh others up and are no part of the function itself
@@ -125,7 +126,7 @@ def weights(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def place(masks: Tree, params: Tree) -> Tree:
+def place(masks: Tree, params: Tree, placement: Placement | None = None) -> Tree:
     """`masks` laid over the mesh of `params`, each as the weights it belongs to; as they are where there is no mesh.
 
     Of a kernel [*inputs, *outputs], `in` is split as the axes of the inputs are and `out` as those of the outputs; of
@@ -133,9 +134,10 @@ def place(masks: Tree, params: Tree) -> Tree:
 
     Args:
       masks: the same on every host, or on the mesh already. params: nested dict of the model.
+      placement: of the parameters; None: ask them.
     Raises: ValueError listing masks that do not fit the parameters.
     """
-    mesh = sharding.mesh_of(params)
+    mesh = (placement or Placement.of(params)).mesh
     if mesh is None:
         return masks
     flat, found = flatten(params), {}
@@ -149,7 +151,7 @@ def place(masks: Tree, params: Tree) -> Tree:
     return unflatten({path: found[path] for path in flatten(masks)})
 
 
-def merge(params: Tree, masks: Tree) -> Tree:
+def merge(params: Tree, masks: Tree, placement: Placement | None = None) -> Tree:
     """The masked model's weights: kernel * m_in * m_out, bias * m_out; everything else as it is.
 
     With masks of 0 and 1 it is the masked model, exactly, and weights that a mask makes 0 have gradient 0: training the
@@ -157,15 +159,17 @@ def merge(params: Tree, masks: Tree) -> Tree:
 
     Args:
       params: nested dict of the model. masks: a tree of masks, of some or all of its linears and experts; outside jit
-        they may lie anywhere, on several hosts each has the same.
+        they may lie anywhere, on several hosts each has the same. placement: of the parameters; None: ask them, which
+        inside jit do not say.
     Returns: a tree like `params`, which outside jit lies as they do.
     Raises: ValueError listing masks that do not fit the parameters.
     """
-    if sharding.mesh_of(params) is None:  # or inside jit
+    placement = placement or Placement.of(params)
+    if placement.mesh is None:  # or inside jit
         return _merge(params, masks)
     # a bias is whole where its outputs are split: the compiler would split the product
     as_before = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return jax.jit(_merge, out_shardings=as_before)(params, place(masks, params))
+    return jax.jit(_merge, out_shardings=as_before)(params, place(masks, params, placement))
 
 
 def _merge(params: Tree, masks: Tree) -> Tree:

@@ -34,6 +34,7 @@ from ltsm_jax import sharding, trees
 from ltsm_jax.layers.masks import merge, weights
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import Kept, Place, pad, places, without
+from ltsm_jax.sharding import Placement
 
 __all__ = ["pad", "remove"]
 
@@ -49,7 +50,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
       masks: of 0 and 1, see `pruning.full_masks`; linears that are not in it count as whole.
     Returns: (model, params, masks): a model of the same class with a smaller config, its merged parameters, which
       compute what `merge(params, masks)` computes in `model`, and the masks of what is left, with which
-      `finetune.run(..., masks=masks)` keeps the remaining zeros at zero. Nothing dead: the model itself, merged.
+      `methods.run.run(..., masks=masks)` keeps the remaining zeros at zero. Nothing dead: the model itself, merged.
       The parameters lie where they lay, over a mesh by the family's rules.
     Raises: ValueError for masks that do not fit the parameters, or hold anything but 0 and 1.
     """
@@ -58,7 +59,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
     if odd:
         raise ValueError(f"masks to remove by hold 0 and 1; these hold other values: {', '.join(odd)}")
     weights(params, masks)  # refuses masks of another model, before they are looked into
-    flat, mesh = trees.flatten(params), sharding.mesh_of(params)
+    flat, mesh = trees.flatten(params), Placement.of(params).mesh
     kept = [(place, _kept(place, flat, own)) for place in places(model, flat)]
     settled = trees.unflatten({path: jnp.asarray(mask) for path, mask in own.items()})
     # of a mesh on the host, where axes of any length can be cut

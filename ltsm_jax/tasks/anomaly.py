@@ -173,7 +173,7 @@ def _window_errors(model, params, values, starts: np.ndarray, ims: bool, batch_s
     mesh = sharding.mesh_of(params)
     values, all_starts = sharding.replicate((values, jnp.asarray(starts, jnp.int32)), mesh)
     one_batch = lambda i: _batch_errors(model, params, values, all_starts, i, ims)  # noqa: E731
-    return in_batches(one_batch, len(starts), batch_size, mesh)
+    return in_batches(one_batch, len(starts), batch_size, sharding.Placement(mesh))
 
 
 def window_starts(lo: int, hi: int) -> np.ndarray:

@@ -5,34 +5,41 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from ltsm_jax import sharding
+from ltsm_jax import hosts, sharding
+from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree
 
+HERE = Placement()  # where the arrays lie; nothing is split
 
-def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, mesh: Mesh | None = None) -> Tree:
-    """`f(indices)` for the windows 0..n-1, `batch_size` at a time, joined again: arrays [n, ...] on the host, float64.
+
+@hosts.interruptible()
+def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Placement = HERE) -> Tree:
+    """Compute `f(indices)` for the windows 0..n-1, `batch_size` at a time, and join the results.
 
     Args:
       f: from window numbers int32 [B] to a tree of arrays [B, ...]. Every call gets the same B: the last batch is
         filled up with the last window, whose surplus rows are cut off again: one compilation serves all, and no window
         is lost.
-      mesh: the devices among which the rows of a batch are split, and B rounded up to what they divide. On several
+      placement: the devices among which the rows of a batch are split, and B rounded up to what they divide. On several
         hosts all call, and all get everything.
-    Raises: ValueError when n or batch_size is below 1.
+    Returns: arrays [n, ...] on the host, float64.
+    Raises: ValueError when n or batch_size is below 1; on one host, after a signal, what `hosts.stopped` makes.
     """
     if n < 1:
         raise ValueError("no windows to evaluate")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    parts = sharding.row_parts(mesh)
+    parts = placement.row_parts
     size = -(-min(batch_size, n) // parts) * parts
-
-    def placed(start: int) -> Any:
+    batches = []
+    for start in range(0, n, size):
         indices = np.minimum(np.arange(start, start + size, dtype=np.int32), n - 1)
-        return indices if mesh is None else sharding.put(indices, NamedSharding(mesh, sharding.BATCH))
+        batches.append(f(placement.put_rows(indices)))
+        hosts.pause()
 
-    batches = [f(placed(i)) for i in range(0, n, size)]
-    join = lambda *parts: np.concatenate([sharding.on_host(part) for part in parts])[:n].astype(np.float64)  # noqa: E731
+    def join(*parts: Any) -> np.ndarray:
+        on_host = [sharding.on_host(part) for part in parts]
+        return np.concatenate(on_host)[:n].astype(np.float64)
+
     return jax.tree.map(join, *batches)

@@ -138,7 +138,7 @@ def evaluate(
     mesh = sharding.mesh_of(params)
     placed, placed_key = windows.over(mesh), sharding.replicate(key, mesh)
     one_batch = lambda i: _batch_sums(model, params, placed, i, placed_key, rate, ims)  # noqa: E731
-    found = in_batches(one_batch, windows.n, batch_size, mesh)
+    found = in_batches(one_batch, windows.n, batch_size, sharding.Placement(mesh))
     sums = {name: per_window.sum() for name, per_window in found.items()}
     if sums["points"] == 0:
         raise ValueError(

@@ -68,9 +68,10 @@ def adam(weight_decay: float = 0.0, clip: float | None = None) -> optax.Gradient
 
     Moments 0.9 and 0.999 and eps 1e-8 outside the root, the defaults of the originals. `weight_decay` is decoupled
     (AdamW: each step also shrinks every trained parameter by lr * weight_decay). `clip` is the largest global norm a
-    gradient may have before it enters the moments.
+    gradient may have before it enters the moments; None or math.inf: no limit.
     """
-    parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
+    limited = clip is not None and clip < math.inf
+    parts = [optax.clip_by_global_norm(clip)] if limited else []
     parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.float32))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))

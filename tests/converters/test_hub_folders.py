@@ -12,7 +12,7 @@ from converters import CheckpointError, export_checkpoint, import_checkpoint, in
 from converters.__main__ import main
 from converters.torch_files import read_safetensors, read_torch, write_safetensors, write_torch
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 
 PUBLISHED = timer.published(CONFIG)
 INDEX = "model.safetensors.index.json"
@@ -211,4 +211,4 @@ def test_command_line_takes_folders_and_indexes(tmp_path, state, capsys):
     index.write_text("{}")
     assert main(["inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-    assert library.read_config(tmp_path / "m1")[0].config == CONFIG
+    assert folders.read_config(tmp_path / "m1")[0].config == CONFIG

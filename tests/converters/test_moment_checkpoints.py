@@ -9,7 +9,7 @@ import pytest
 from converters import CheckpointError, export_checkpoint, import_checkpoint, moment, tables
 from converters.torch_files import read_safetensors, write_safetensors
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.moment import PRESETS, Moment
 
 TOKENS = moment.TOKENS
@@ -50,7 +50,7 @@ def folder(path, state, fields):
 )
 def test_every_head_goes_out_and_comes_back(checkpoint, tmp_path, head, sizes):
     _, _, model, params = checkpoint(head, **sizes)
-    library.save(tmp_path / "model", model, params)
+    folders.save(tmp_path / "model", model, params)
     export_checkpoint(tmp_path / "model", tmp_path / "hub")
     assert TOKENS in read_safetensors(tmp_path / "hub" / "model.safetensors"), "the original's class has it"
     again, tree, *_ = import_checkpoint(tmp_path / "hub")
@@ -166,5 +166,5 @@ def test_published_configs_are_read_back(name):
     fields = moment.published(PRESETS[name])
     state = {}
     assert moment.configure(state, fields, name)[0] == PRESETS[name]
-    shapes = library.shapes(Moment(PRESETS[name]))
+    shapes = folders.shapes(Moment(PRESETS[name]))
     assert all(tables.key_of(moment.keys(PRESETS[name]), path) for path in trees.flatten(shapes))

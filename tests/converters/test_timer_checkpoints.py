@@ -12,11 +12,12 @@ import pytest
 from handmade_files import CONFIG, timer_state
 
 import converters
+import ltsm_jax
 from converters import CheckpointError, export_checkpoint, import_checkpoint, inspect, timer
 from converters.__main__ import main
 from converters.torch_files import read_torch, write_torch
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timer import PRESETS, Timer, TimerConfig
 
 PUBLISHED = timer.published(CONFIG)
@@ -49,7 +50,7 @@ def test_golden_timer_round_trip_is_byte_equal(golden, tmp_path):
     original = read_torch(g.checkpoint).content["state_dict"]
     assert trees.count(params) + sum(b.size for b in buffers.values()) == sum(v.size for v in original.values())
     assert provenance["container"] == "lightning" and len(provenance["prefix"]) == 6
-    loaded_model, loaded = library.load(tmp_path / "model")
+    loaded_model, loaded = ltsm_jax.load(tmp_path / "model")
     assert loaded_model == model
     require_same_params(params, loaded)
 
@@ -66,8 +67,8 @@ def test_golden_timer_round_trip_is_byte_equal(golden, tmp_path):
 
 def test_golden_timer_is_loaded_straight_from_the_file(golden):
     g = golden("timer")
-    model, params = library.load(g.checkpoint)
-    trees.require_same(library.shapes(model), params)
+    model, params = ltsm_jax.load(g.checkpoint)
+    trees.require_same(folders.shapes(model), params)
     rules = timer.keys(model.config)
     state = read_torch(g.checkpoint).content["state_dict"]
     prefix = timer.recognise(state).prefix
@@ -234,7 +235,7 @@ def test_half_precision_round_trip(tmp_path, dtype):
     assert not [n for n in export_checkpoint(tmp_path / "model", tmp_path / "b.pth") if "float32" in n]
     require_same_bytes(tensors(tmp_path / "b.pth"), state)
     trained = trees.unflatten({k: v + 1e-6 for k, v in trees.flatten(params).items()})
-    library.save(tmp_path / "tuned", Timer(CONFIG), trained, provenance=provenance)
+    folders.save(tmp_path / "tuned", Timer(CONFIG), trained, provenance=provenance)
     assert any("stays float32" in note for note in export_checkpoint(tmp_path / "tuned", tmp_path / "c.pth"))
     assert tensors(tmp_path / "c.pth")["proj.bias"].dtype == np.float32
 
@@ -253,8 +254,8 @@ def test_float64_needs_leave_and_goes_back(tmp_path):
 
 def test_models_of_this_library_go_out(tmp_path):
     model = Timer(CONFIG)
-    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), library.shapes(model))
-    library.save(tmp_path / "model", model, params)
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), folders.shapes(model))
+    folders.save(tmp_path / "model", model, params)
     export_checkpoint(tmp_path / "model", tmp_path / "a.ckpt")
     found, same, provenance, _ = import_checkpoint(tmp_path / "a.ckpt")
     assert found == model and provenance["prefix"] == "model."
@@ -264,8 +265,8 @@ def test_models_of_this_library_go_out(tmp_path):
     with pytest.raises(FileExistsError):
         export_checkpoint(tmp_path / "model", tmp_path / "a.ckpt")
     pruned = Timer(dataclasses.replace(CONFIG, n_heads=(1,)))
-    halves = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), library.shapes(pruned))
-    library.save(tmp_path / "pruned", pruned, halves)
+    halves = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), folders.shapes(pruned))
+    folders.save(tmp_path / "pruned", pruned, halves)
     with pytest.raises(ValueError, match="pruned model can't be exported"):
         export_checkpoint(tmp_path / "pruned", tmp_path / "b.ckpt")
     assert not (tmp_path / "b.ckpt").exists()

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import demo, sff
-from ltsm_jax.data.series import read_series
+from ltsm_jax.data.tables import read_series
 
 
 def test_generated_series_is_regular_and_long_enough(tmp_path):

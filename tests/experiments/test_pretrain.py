@@ -14,7 +14,7 @@ from experiments import pretrain
 from experiments.pretrain import Pretrain
 from ltsm_jax.data import synthetic
 from ltsm_jax.data.corpus import Scaled, pool
-from ltsm_jax.models import library, timer
+from ltsm_jax.models import folders, timer
 from ltsm_jax.tasks import forecasting
 
 LENGTH = 800
@@ -47,8 +47,8 @@ def finished(tmp_path_factory):
         corpus=root / "corpus",
         steps=6,
         batch_size=8,
-        evaluate=str(root / "own.csv"),
-        parts="val",
+        evaluate=(str(root / "own.csv"),),
+        parts=("val",),
     )
     return args, pretrain.main(args)
 
@@ -109,7 +109,7 @@ def test_nothing_to_train_on_is_refused(tmp_path):
 
 
 def test_the_shipped_model_is_small_and_says_where_it_comes_from():
-    folder = library.SHIPPED / "timer-tiny"
+    folder = folders.SHIPPED / "timer-tiny"
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 6e6
     made = json.loads((folder / "config.json").read_text())["provenance"]

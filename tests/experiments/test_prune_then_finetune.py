@@ -10,7 +10,7 @@ import ltsm_jax
 from experiments import cells, pruning_report
 from experiments import prune_then_finetune as experiment
 from ltsm_jax import trees
-from ltsm_jax.methods import finetune, pruning, removal
+from ltsm_jax.methods import pruning, removal, run
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import forecasting
 
@@ -132,7 +132,7 @@ def test_finished_cells_and_pruning_runs_are_not_run_again(folder, command, monk
     def never(*args, **kwargs):
         raise AssertionError("a finished cell ran")
 
-    for module, name in ((finetune, "run"), (pruning, "prune"), (removal, "remove")):
+    for module, name in ((run, "run"), (pruning, "prune"), (removal, "remove")):
         monkeypatch.setattr(module, name, never)
     assert experiment.main(command(folder)) == 0
     assert (folder / "results.csv").read_bytes() == before
@@ -184,13 +184,13 @@ def test_more_ratios_join_the_same_folder(folder, command, tmp_path, no_pictures
 
 
 def test_a_run_per_ratio_and_dropout_off_in_pruned_arms_alone(command, tmp_path, monkeypatch, no_pictures):
-    asked, real = [], finetune.run
+    asked, real = [], run.run
 
     def spy(model, params, strategy, *args, **kwargs):
         asked.append((strategy.name, kwargs.get("masks") is not None, tuple(kwargs.get("quirks", ()))))
         return real(model, params, strategy, *args, **kwargs)
 
-    monkeypatch.setattr(finetune, "run", spy)
+    monkeypatch.setattr(run, "run", spy)
     out = tmp_path / "each"
     flags = {"ratios": None, "ratio": "0.2,0.5", "seeds": "0", "methods": "ff", "alpha": None, "timed-runs": "0"}
     assert experiment.main(command(out, quirks="no-dropout", **flags)) == 0
@@ -294,4 +294,4 @@ def test_labels(arm, text):
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert pruning_report.main([str(tmp_path)]) == 2
-    assert "no results.csv, run.json, choice.json" in capsys.readouterr().err
+    assert "no results.csv, run.json, baselines.json, choice.json" in capsys.readouterr().err

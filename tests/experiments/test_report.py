@@ -1,16 +1,17 @@
 import importlib.util
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import folder as folders
 from experiments import report
 
+BLOCKS = [[-0.05, 0.01, 0.04], [0.03, -0.01, -0.02]]  # of each seed: what blocks of windows add to the mean
 BASELINES = [{"method": "last_value", "val_mse": 2.0, "val_mae": 1.0, "test_mse": 1.5, "test_mae": 0.9}]
 
 
-def make(folder, frame, history=3):
+def make(folder, frame, history=3, baselines=BASELINES):
     """A comparison folder as the experiment leaves it, from a table of method, alpha, seed, val_mse, test_mse."""
     rows = []
     for r in frame:
@@ -24,16 +25,18 @@ def make(folder, frame, history=3):
             [] if method == "zero_shot" else [{"epoch": i + 1, "val_mse": val + 1 / (i + 1)} for i in range(history)]
         )
         warnings = ["collapsed: flat"] if method == "tfs" else []
-        (cell / "result.json").write_text(json.dumps({"row": rows[-1], "history": trained, "warnings": warnings}))
+        record = {"row": rows[-1], "history": trained, "warnings": warnings}
+        record["val_blocks"] = [val + gap for gap in BLOCKS[seed]]
+        folders.write_json(cell / "result.json", record)
         shape = {"context": 12, "target": 4, "point": 4}
         np.savez(
             cell / "forecasts.npz", label=np.array(["a", "b"]), **{k: np.ones((2, n)) * test for k, n in shape.items()}
         )
     pd.DataFrame(rows).to_csv(folder / "results.csv", index=False)
-    (folder / "baselines.json").write_text(json.dumps(BASELINES))
+    folders.write_json(folder / "baselines.json", {"baselines": baselines})
     settings = {"data": "d", "model": "m", "context": 12, "horizon": 4, "mode": "ims"}
     run = {"settings": settings, "command": "python -m experiments.sff --data d", "windows": {"val": 7, "test": 10}}
-    (folder / "run.json").write_text(json.dumps(run))
+    folders.write_json(folder / "run.json", run | {"model": {"family": "timer"}})
     return folder
 
 

@@ -10,7 +10,7 @@ import ltsm_jax
 from experiments import cells, report, sff
 from experiments.flags import UsageError
 from ltsm_jax import training, trees
-from ltsm_jax.methods import finetune
+from ltsm_jax.methods import run
 from ltsm_jax.tasks import forecasting
 
 FIRST = ["data", "model", "method", "alpha", "seed", "horizon", "val_mse", "val_mae", "test_mse", "test_mae"]
@@ -93,7 +93,7 @@ def test_finished_cells_are_not_run_again(folder, command, monkeypatch, capsys):
     def never(*args, **kwargs):
         raise AssertionError("a finished cell ran")
 
-    monkeypatch.setattr(finetune, "run", never)
+    monkeypatch.setattr(run, "run", never)
     assert sff.main(command(folder)) == 0
     assert (folder / "results.csv").read_bytes() == before
     assert capsys.readouterr().out.count("finished before") == 12
@@ -123,7 +123,7 @@ def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_pa
         if where == "between training and result":
             target, name, fatal = cells, "write_examples", lambda args, kwargs: "ff-seed1" in str(args[3])
         elif where == "in training":  # validation after the second epoch of the first trained cell
-            target, name, fatal = finetune.forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
+            target, name, fatal = forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
         else:
             target, name, fatal = (
                 training,

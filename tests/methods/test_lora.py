@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax import training, trees
-from ltsm_jax.methods import finetune, lora, pruning
+from ltsm_jax.methods import lora, pruning, run
 from ltsm_jax.methods.strategies import Phase, Strategy, strategy
 from ltsm_jax.models.family import Lora
 from ltsm_jax.models.time_moe import TimeMoe
@@ -19,7 +19,7 @@ CONFIG = training.TrainConfig(epochs=1, batch_size=64, lr=1e-2)
 
 @pytest.fixture(scope="module")
 def tuned(model, pre, splits):
-    return finetune.run(model, pre, strategy("lora", lora_rank=2), splits, config=CONFIG, show_progress=False)
+    return run.run(model, pre, strategy("lora", lora_rank=2), splits, config=CONFIG, show_progress=False)
 
 
 def test_they_begin_at_the_checkpoint(model, pre):
@@ -62,7 +62,7 @@ def test_linears_change_by_the_rank_and_nothing_else_changes(model, pre, tuned):
 @pytest.mark.slow
 def test_what_is_pruned_stays_pruned(model, pre, splits):
     masks = jax.tree.map(lambda m: (jnp.arange(m.size).reshape(m.shape) % 3 > 0) * 1.0, pruning.full_masks(model))
-    result = finetune.run(model, pre, strategy("lora"), splits, config=CONFIG, masks=masks, show_progress=False)
+    result = run.run(model, pre, strategy("lora"), splits, config=CONFIG, masks=masks, show_progress=False)
     again = pruning.merge(result.params, masks)
     for (path, got), want in zip(trees.flatten(result.params).items(), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(got, want, err_msg=path)

@@ -11,9 +11,9 @@ import pytest
 
 import converters
 from ltsm_jax import sharding, trees
-from ltsm_jax.methods import finetune, removal, strategies
+from ltsm_jax.methods import binding, removal, run, strategies
 from ltsm_jax.methods.pruning import full_masks, keep_experts, merge
-from ltsm_jax.models import FAMILIES, library, parts
+from ltsm_jax.models import FAMILIES, folders, parts
 from ltsm_jax.models.configs import entry_of
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
@@ -56,7 +56,7 @@ def settings(name):
 def case_of(name, seed=0):
     model = settings(name)
     params = jax.jit(model.init)(jax.random.key(1))
-    model, params = model.for_series(params, n_variates=2, freq="h", name="made up", key=jax.random.key(2))
+    model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
     rng = np.random.default_rng(seed)
     # fresh biases are 0 in some families, fresh kernels tiny in others: both would hide what a mask forgets
     flat = {
@@ -128,7 +128,7 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
     case = case_of(name)
     merged = merge(case.params, case.masks)
     model, params, masks = removal.remove(case.model, case.params, case.masks)
-    trees.require_same(library.shapes(model), params)
+    trees.require_same(folders.shapes(model), params)
     mesh: Any = sharding.make_mesh("data=1", jax.devices()[:1])
     sharding.specs(params, model.shard_rules, mesh)  # has a rule for each
     wanted = case.numbers(case.model, merged)
@@ -142,8 +142,8 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
         assert after == expected(place, own) < before, place.path
 
     assert type(model).config_from_dict(json.loads(json.dumps(model.config_to_dict()))) == model.config
-    library.save(tmp_path / "model", model, params)
-    again, read = library.load(tmp_path / "model")
+    folders.save(tmp_path / "model", model, params)
+    again, read = folders.load_folder(tmp_path / "model")
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
@@ -257,14 +257,14 @@ def test_a_pruned_model_is_fine_tuned_by_every_strategy(strategy, splits, tmp_pa
         masks = narrow(masks, path, index)
     model, params, masks = removal.remove(base, params, masks)
     assert (model.config.n_heads, model.config.ffn_dims) == ((0, 2), (24, 0))
-    config = finetune.train_config(model, epochs=1, batch_size=64)
+    config = binding.train_config(model, epochs=1, batch_size=64)
     chosen = getattr(strategies, strategy)()
-    result = finetune.run(model, params, chosen, splits, config=config, masks=masks, show_progress=False)
+    result = run.run(model, params, chosen, splits, config=config, masks=masks, show_progress=False)
     tuned = result.params
     jax.tree.map(np.testing.assert_array_equal, merge(tuned, masks), tuned)
     assert not np.array_equal(tuned["head"]["kernel"], params["head"]["kernel"])
-    library.save(tmp_path / "model", model, tuned)
-    assert library.load(tmp_path / "model")[0] == model
+    folders.save(tmp_path / "model", model, tuned)
+    assert folders.load_folder(tmp_path / "model")[0] == model
 
 
 @pytest.mark.parametrize("name", ["timer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("time_moe", "moirai"))])
@@ -295,10 +295,10 @@ def test_the_original_gets_zeros_where_parts_are_missing(name, tmp_path):
     case = case_of(name)
     model, params, _ = removal.remove(case.model, case.params, case.masks)
     suffix = next(iter(getattr(converters.converter(name), "SUFFIXES", converters.SUFFIXES)))
-    library.save(tmp_path / "small", model, params)
+    folders.save(tmp_path / "small", model, params)
     with pytest.raises(ValueError, match="pruned_from"):
         converters.export_checkpoint(tmp_path / "small", tmp_path / f"original{suffix}")
-    library.save(
+    folders.save(
         tmp_path / "small", model, params, provenance={"pruned_from": case.model.config_to_dict()}, overwrite=True
     )
     notes = converters.export_checkpoint(tmp_path / "small", tmp_path / f"original{suffix}")

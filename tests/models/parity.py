@@ -9,7 +9,7 @@ import numpy as np
 from converters import converter, export_checkpoint, import_checkpoint, tables
 from converters.torch_files import read_safetensors, read_torch
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 
 SHARES: dict[str, float] = {}  # family -> largest error found so far, as a share of what the recorded tolerance allows
 
@@ -51,7 +51,7 @@ def recorded_gradients(vectors, model, prefix="grad/", name="grads.npz"):
         (pattern, tables.DROP, "no parameter") if target in (tables.BUFFER, tables.COPY) else (pattern, target, how)
         for pattern, target, how in family.keys(model.config)
     ]
-    return trees.flatten(tables.to_params(rules, stripped, library.shapes(model), what=prefix).params)
+    return trees.flatten(tables.to_params(rules, stripped, folders.shapes(model), what=prefix).params)
 
 
 def check_gradients(loss, params, want, *, rel=1e-3, floor=1e-6, only=None):

@@ -10,7 +10,7 @@ import pytest
 
 from converters import chronos_2 as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.chronos_2 import PRESETS, Chronos2, interpolate_quantiles, masses, weighted_quantile
 
 RTOL = 1e-4  # of meta.json, for quantiles relative to the scale of the series; 1e-3 where sinh has amplified them
@@ -254,4 +254,4 @@ def test_golden_round_trip(recorded, tmp_path):
 
 @pytest.mark.parametrize("name, millions", [("amazon/chronos-2", 119.478), ("autogluon/chronos-2-small", 28.263)])
 def test_published_parameter_counts(name, millions):
-    assert round(trees.count(library.shapes(Chronos2(PRESETS[name]))) / 1e6, 3) == millions
+    assert round(trees.count(folders.shapes(Chronos2(PRESETS[name]))) / 1e6, 3) == millions

@@ -13,7 +13,7 @@ import pytest
 from converters import CheckpointError, tables
 from converters import chronos_bolt as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.chronos_bolt import PRESETS, ChronosBolt, ChronosBoltConfig
 
 SMALL = ChronosBolt.small()
@@ -39,7 +39,7 @@ apply = jax.jit(lambda model, *args: model.apply(*args), static_argnums=0)
 
 @pytest.mark.parametrize("size", list(COUNTS))
 def test_published_parameter_counts(size):
-    assert trees.count(library.shapes(ChronosBolt(PRESETS[f"amazon/chronos-bolt-{size}"]))) == COUNTS[size]
+    assert trees.count(folders.shapes(ChronosBolt(PRESETS[f"amazon/chronos-bolt-{size}"]))) == COUNTS[size]
 
 
 def test_rolled_out_as_one_would_by_hand(small):
@@ -172,7 +172,7 @@ def test_copies_and_stray_tensors_of_the_original_are_known():
         "lm_head.weight": np.zeros((3, 16), np.float32),
         "quantiles": np.asarray(SMALL.levels, np.float32),
     }
-    read = tables.to_params(converter.keys(SMALL), STATE | extra, library.shapes(ChronosBolt(SMALL)), what="x")
+    read = tables.to_params(converter.keys(SMALL), STATE | extra, folders.shapes(ChronosBolt(SMALL)), what="x")
     assert set(read.dropped) == set(extra)
 
 
@@ -214,7 +214,7 @@ def test_without_a_config_the_sizes_must_be_published_ones():
     with pytest.raises(CheckpointError, match=r"Put the original's config\.json beside the file"):
         converter.configure(STATE, None, "x")
     tiny = PRESETS["amazon/chronos-bolt-tiny"]
-    shapes = trees.flatten(library.shapes(ChronosBolt(tiny)))
+    shapes = trees.flatten(folders.shapes(ChronosBolt(tiny)))
     empty = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes.items()}
     state, _ = tables.to_state(converter.keys(tiny), trees.unflatten(empty))
     config, notes = converter.configure(state, None, "x")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax import trees
-from ltsm_jax.models import chronos_t5, library
+from ltsm_jax.models import chronos_t5, folders
 from ltsm_jax.models.chronos_t5 import PRESETS, ChronosT5, ChronosT5Config
 
 SIZES = {"tiny": 8.394, "mini": 20.456, "small": 46.154, "base": 201.375, "large": 708.963}  # millions
@@ -29,7 +29,7 @@ def test_published_parameter_counts():
     assert {f"amazon/chronos-t5-{name}" for name in SIZES} == PRESETS.keys()
     for name, millions in SIZES.items():
         model = ChronosT5(PRESETS[f"amazon/chronos-t5-{name}"])
-        assert round(trees.count(library.shapes(model)) / 1e6, 3) == millions, name
+        assert round(trees.count(folders.shapes(model)) / 1e6, 3) == millions, name
 
 
 def test_evaluation_batches_shrink_with_the_model():

@@ -17,8 +17,8 @@ import converters
 import ltsm_jax
 from converters.__main__ import main
 from converters.torch_files import read_safetensors, write_safetensors, write_torch
-from ltsm_jax import storage
-from ltsm_jax.models import FAMILIES, hub, library
+from ltsm_jax import hub, loading, storage
+from ltsm_jax.models import FAMILIES, folders
 
 NAME = "someone/a-model"
 
@@ -92,14 +92,14 @@ def test_a_name_is_fetched_and_converted_once(site, expected, tmp_path, monkeypa
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "licence apache-2.0" in said and commit[:7] in said
 
-    record = library.read_config(tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / commit)[1]["provenance"]
+    record = folders.read_config(tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / commit)[1]["provenance"]
     assert record["licence"] == "apache-2.0"
     facts = record["hub"]
     assert (facts["repo"], facts["revision"], facts["commit"]) == (NAME, "main", commit)
     assert facts["files"]["model.safetensors"] == record["sha256"] and "config.json" in facts["files"]
 
     site.requests.clear()
-    monkeypatch.setattr(library, "_converted", None)  # not converted again
+    monkeypatch.setattr(loading, "_converted", None)  # not converted again
     require_same(ltsm_jax.load(NAME), expected)
     assert not site.fetched() and len(site.requests) == 1
     require_same(ltsm_jax.load(f"{NAME}@{commit}"), expected)
@@ -319,17 +319,17 @@ def test_several_at_once(site, expected, tmp_path):
 
 
 def test_another_process_was_quicker(site, expected, tmp_path, monkeypatch):
-    convert = library._converted
+    convert = loading._converted
 
     def slow(path, of):
         result = convert(path, of)
-        library.save(tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / path.parent.name, *result[:2])
+        folders.save(tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / path.parent.name, *result[:2])
         return result
 
-    monkeypatch.setattr(library, "_converted", slow)
+    monkeypatch.setattr(loading, "_converted", slow)
     require_same(ltsm_jax.load(NAME), expected)
     assert len(copies(tmp_path)) == 1
-    monkeypatch.setattr(library, "_converted", None)
+    monkeypatch.setattr(loading, "_converted", None)
     require_same(ltsm_jax.load(NAME), expected)
 
 

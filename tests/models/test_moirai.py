@@ -10,7 +10,7 @@ import pytest
 from ltsm_jax import trees
 from ltsm_jax.layers import packed
 from ltsm_jax.layers.packed import observed_series
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.moirai import PRESETS, Moirai, MoiraiConfig
 
 MODEL = Moirai(Moirai.small())
@@ -33,7 +33,7 @@ def using(**changes):
 
 def test_published_parameter_counts():
     for name, config in PRESETS.items():
-        assert trees.count(library.shapes(Moirai(config))) == COUNTS[name.rsplit("-", 1)[1]], name
+        assert trees.count(folders.shapes(Moirai(config))) == COUNTS[name.rsplit("-", 1)[1]], name
 
 
 def test_variates_see_each_other_only_where_they_are_joint(params):

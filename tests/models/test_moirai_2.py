@@ -9,7 +9,7 @@ import pytest
 
 from ltsm_jax import trees
 from ltsm_jax.layers import packed
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.moirai_2 import PRESETS, Moirai2, causal_mean
 
 MODEL = Moirai2(Moirai2.small())
@@ -30,7 +30,7 @@ def using(**changes):
 
 
 def test_published_parameter_count():
-    assert trees.count(library.shapes(Moirai2(PRESETS["Salesforce/moirai-2.0-R-small"]))) == 11_387_208
+    assert trees.count(folders.shapes(Moirai2(PRESETS["Salesforce/moirai-2.0-R-small"]))) == 11_387_208
 
 
 def test_missing_values_take_the_mean_so_far():

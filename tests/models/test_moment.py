@@ -10,7 +10,7 @@ import pytest
 from ltsm_jax import trees
 from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.methods import strategies
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.moment import PRESETS, Moment, random_mask, scaled
 from ltsm_jax.tasks import anomaly, imputation
 
@@ -43,7 +43,7 @@ def predict(model, params, x, horizon):
 def test_published_sizes(name, n):
     """The hub's counts (37.9, 113 and 346 M) hold the position table, and the token embedding that nothing uses."""
     model = Moment(PRESETS[f"AutonLab/MOMENT-1-{name}"])
-    assert trees.count(library.shapes(model)) + model.config.vocab_size * model.config.d_model == n
+    assert trees.count(folders.shapes(model)) + model.config.vocab_size * model.config.d_model == n
 
 
 def test_scale_by_hand():
@@ -134,7 +134,7 @@ def test_a_new_head_leaves_the_body_alone(moment, forecaster):
     model, params = moment
     classifier, tuned = model.with_head(params, "classification", KEY, n_classes=4, n_variates=3)
     for new_model, new in ((classifier, tuned), forecaster):
-        trees.require_same(library.shapes(new_model), new)
+        trees.require_same(folders.shapes(new_model), new)
         assert new["encoder"] is params["encoder"] and new["position_table"] is params["position_table"]
         assert new_model.recipe().trainable == "^head/"
     x = series(2, 3, model.context_len)

@@ -13,7 +13,7 @@ import pytest
 from converters import converter, import_checkpoint, tables
 from converters.torch_files import read_safetensors, write_safetensors
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.moment import Moment, random_mask
 
 TAPS = {
@@ -271,7 +271,7 @@ def test_golden_loss_and_gradients(recorded, loaded, task):
     stored["patch_embedding.position_embedding.pe"] = np.zeros((1, *params["position_table"].shape), np.float32)
     rules = [(key, tables.DROP, "") if to == tables.BUFFER else (key, to, how)
              for key, to, how in converter("moment").keys(model.config)]  # fmt: skip
-    want = tables.to_params(rules, stored, library.shapes(model), what=task).params
+    want = tables.to_params(rules, stored, folders.shapes(model), what=task).params
     parity.check_gradients(loss, params, trees.flatten(want))
 
 

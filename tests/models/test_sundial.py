@@ -10,7 +10,7 @@ import pytest
 from converters import CheckpointError, tables
 from converters import sundial as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.sundial import PRESETS, Sundial, SundialConfig, median
 
 MODEL = Sundial(
@@ -31,7 +31,7 @@ def series(*shape, seed=1):
 
 
 def test_published_parameter_count():
-    assert trees.count(library.shapes(Sundial(PRESETS["thuml/sundial-base-128m"]))) == 128_329_680
+    assert trees.count(folders.shapes(Sundial(PRESETS["thuml/sundial-base-128m"]))) == 128_329_680
 
 
 def test_draws_follow_key_and_series(params):
@@ -90,7 +90,7 @@ def test_config_lists_all_its_problems():
 
 
 def test_contradictions_are_listed():
-    shapes = library.shapes(MODEL)
+    shapes = folders.shapes(MODEL)
     state, _ = tables.to_state(converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes))
     fields = converter.published(MODEL.config)
     want = dataclasses.replace(MODEL.config, context_len=720, n_samples=20)

@@ -10,7 +10,7 @@ import pytest
 from converters import CheckpointError, tables
 from converters import time_moe as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.time_moe import PRESETS, TimeMoe, TimeMoeConfig, balance, huber
 
 MODEL = TimeMoe(
@@ -31,7 +31,7 @@ def series(*shape, seed=1):
 
 @pytest.mark.parametrize("name, count", [("Maple728/TimeMoE-50M", 113_352_192), ("Maple728/TimeMoE-200M", 453_196_800)])
 def test_published_parameter_counts(name, count):
-    assert trees.count(library.shapes(TimeMoe(PRESETS[name]))) == count
+    assert trees.count(folders.shapes(TimeMoe(PRESETS[name]))) == count
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_config_lists_all_its_problems():
 
 
 def test_contradictions_are_listed():
-    shapes = library.shapes(MODEL)
+    shapes = folders.shapes(MODEL)
     state, _ = tables.to_state(converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes))
     fields = converter.published(MODEL.config) | {"max_position_embeddings": 32}
     assert converter.configure(state, fields, "file")[0] == dataclasses.replace(MODEL.config, max_positions=32)

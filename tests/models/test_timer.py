@@ -10,7 +10,7 @@ import pytest
 import ltsm_jax
 from ltsm_jax import trees
 from ltsm_jax.layers.missing import fill_missing
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timer import Timer, TimerConfig
 
 MODEL = Timer(TimerConfig.of(8, 16, 32, 2, 4, context_len=56, horizon=8))
@@ -151,12 +151,12 @@ def test_config_lists_all_its_problems():
 
 
 def test_folder_round_trip(tmp_path, params):
-    library.save(tmp_path / "m", MODEL, params, provenance={"source": "here"}, buffers={"t": np.ones(3, np.float32)})
+    folders.save(tmp_path / "m", MODEL, params, provenance={"source": "here"}, buffers={"t": np.ones(3, np.float32)})
     model, again = ltsm_jax.load(tmp_path / "m")
     assert model == MODEL
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    assert library.read_config(tmp_path / "m")[1]["provenance"] == {"source": "here"}
-    np.testing.assert_array_equal(library.read_buffers(tmp_path / "m")["t"], np.ones(3))
+    assert folders.read_config(tmp_path / "m")[1]["provenance"] == {"source": "here"}
+    np.testing.assert_array_equal(folders.read_buffers(tmp_path / "m")["t"], np.ones(3))
     with pytest.raises(FileExistsError):
         ltsm_jax.save(tmp_path / "m", MODEL, params)
 
@@ -195,15 +195,15 @@ def test_a_published_preset_is_read_from_the_cache(tmp_path, monkeypatch, params
 
 @pytest.mark.parametrize("text", ["", "{}", '{"family": "timer"}', '{"family": "nobody", "config": {}}', "[1]"])
 def test_damaged_config_is_one_clear_error(tmp_path, params, text):
-    library.save(tmp_path / "m", MODEL, params)
-    (tmp_path / "m" / library.CONFIG).write_text(text)
+    folders.save(tmp_path / "m", MODEL, params)
+    (tmp_path / "m" / folders.CONFIG).write_text(text)
     with pytest.raises(ValueError, match=r"config.json"):
         ltsm_jax.load(tmp_path / "m")
 
 
 def test_config_of_another_size_is_refused_by_path(tmp_path, params):
-    library.save(tmp_path / "m", MODEL, params)
-    file = tmp_path / "m" / library.CONFIG
+    folders.save(tmp_path / "m", MODEL, params)
+    file = tmp_path / "m" / folders.CONFIG
     file.write_text(
         file.read_text().replace('"patch_len": 8', '"patch_len": 7').replace('"horizon": 8', '"horizon": 7')
     )

@@ -10,7 +10,7 @@ import ltsm_jax
 from converters import import_checkpoint, tables
 from converters import timer as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timer import sinusoids
 from ltsm_jax.tasks import anomaly, imputation
 
@@ -176,7 +176,7 @@ def test_golden_gradients(recorded, kind):
     layout = converter.recognise(stored)
     stripped, _, problems = layout.strip(stored)
     rules = [rule for rule in converter.keys(model.config) if rule[1] != tables.BUFFER]
-    want = tables.to_params(rules, stripped, library.shapes(model), what=kind, problems=problems).params
+    want = tables.to_params(rules, stripped, folders.shapes(model), what=kind, problems=problems).params
     got = trees.flatten(jax.jit(jax.grad(losses(model, io)[f"loss_{GRADIENTS[kind]}"]))(params))
     for path, leaf in trees.flatten(want).items():
         allowed = 1e-3 * np.abs(leaf).max() + 1e-6

@@ -10,7 +10,7 @@ import pytest
 from converters import CheckpointError
 from converters import timer_hf as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timer_hf import PRESETS, TimerHf, TimerHfConfig
 
 MODEL = TimerHf(TimerHfConfig(4, 16, 4, (2, 3), (24, 8), (4, 8), context_len=24))
@@ -28,7 +28,7 @@ def series(*shape, seed=1):
 
 
 def test_published_parameter_count():
-    assert trees.count(library.shapes(TimerHf(PRESETS["thuml/timer-base-84m"]))) == 84_142_080
+    assert trees.count(folders.shapes(TimerHf(PRESETS["thuml/timer-base-84m"]))) == 84_142_080
 
 
 def test_the_cache_changes_nothing_and_heads_follow_the_remaining_length(params):
@@ -87,7 +87,7 @@ def test_config_lists_all_its_problems():
 
 def state_of(config):
     flat = {}
-    shapes = library.shapes(TimerHf(config))
+    shapes = folders.shapes(TimerHf(config))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     from converters import tables
 

@@ -10,7 +10,7 @@ import pytest
 from converters import CheckpointError, tables
 from converters import timer_xl as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timer_xl import PRESETS, TimerXL, TimerXLConfig, variate_mask
 
 MODEL = TimerXL(TimerXLConfig(4, 4, 16, 8, (2,), (24,), context_len=16, dropout=0.1))
@@ -30,7 +30,7 @@ def series(*shape, seed=1):
 
 def test_published_parameter_count():
     model = TimerXL(PRESETS["timer_xl"])
-    assert trees.count(library.shapes(model)) == 67_398_880
+    assert trees.count(folders.shapes(model)) == 67_398_880
     assert model.variates == "independent", "its bias between variates was never trained"
 
 
@@ -90,7 +90,7 @@ def test_config_lists_all_its_problems():
 
 
 def test_sizes_are_read_from_the_tensors_and_contradictions_listed():
-    shapes = library.shapes(MODEL)
+    shapes = folders.shapes(MODEL)
     state, _ = tables.to_state(converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes))
     config, notes = converter.configure(state, None, "file")
     assert config == dataclasses.replace(MODEL.config, context_len=120) and "assumed" in notes[0]

@@ -12,7 +12,7 @@ from converters import CheckpointError, import_checkpoint, tables
 from converters import timesfm_1 as converter
 from converters.torch_files import write_torch
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timesfm_1 import PRESETS, TimesFM1, TimesFM1Config, freq_class, sinusoids
 
 COUNTS = {"google/timesfm-1.0-200m-pytorch": 203_568_960, "google/timesfm-2.0-500m-pytorch": 498_828_960}
@@ -26,7 +26,7 @@ def params():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_parameter_counts(name):
-    assert trees.count(library.shapes(TimesFM1(PRESETS[name]))) == COUNTS[name]
+    assert trees.count(folders.shapes(TimesFM1(PRESETS[name]))) == COUNTS[name]
 
 
 def test_frequencies_have_the_classes_of_the_original():
@@ -42,6 +42,7 @@ def test_a_data_set_chooses_the_class_of_frequency(params):
     monthly, same = model.for_series(params, n_variates=3, freq="MS")
     assert monthly.config == dataclasses.replace(CONFIG, freq=1) and same is params
     assert monthly.for_series(params, n_variates=3)[0] == monthly
+    assert monthly.for_series(params, n_variates=3, freq="oov")[0] == monthly
     x = jnp.sin(jnp.arange(32.0))[None, None]
     hourly, later = (jax.jit(m.loss)(params, {"context": x, "target": x[..., :4]}) for m in (model, monthly))
     assert not np.allclose(hourly, later)
@@ -111,7 +112,7 @@ def test_a_config_says_what_is_wrong(change, said):
 
 def test_a_pruned_model_is_of_the_same_class():
     model = TimesFM1(dataclasses.replace(CONFIG, n_heads=(1, 2), ffn_dims=(5, 24)))
-    shapes = library.shapes(model)
+    shapes = folders.shapes(model)
     assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
     found = jax.eval_shape(lambda params, x: model.predict(params, x, 40), shapes, context)

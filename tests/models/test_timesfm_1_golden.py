@@ -13,7 +13,7 @@ import pytest
 from converters import export_checkpoint, import_checkpoint, tables
 from converters import timesfm_1 as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timesfm_1 import TimesFM1, sinusoids
 
 REL = 1e-4  # of meta.json, times the largest value of the series
@@ -298,6 +298,6 @@ def test_golden_init_statistics(recorded):
 
 
 def test_golden_parameters_are_counted(recorded):
-    shapes = library.shapes(recorded.model)
+    shapes = folders.shapes(recorded.model)
     state = parity.tensors(recorded.vectors.checkpoint)
     assert trees.count(shapes) == sum(value.size for value in state.values())

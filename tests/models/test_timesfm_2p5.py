@@ -12,7 +12,7 @@ from converters import CheckpointError, import_checkpoint, tables
 from converters import timesfm_2p5 as converter
 from converters.torch_files import write_safetensors
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timesfm_2p5 import (
     PRESETS,
     TimesFM2p5,
@@ -35,7 +35,7 @@ def params():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_parameter_counts(name):
-    assert trees.count(library.shapes(TimesFM2p5(PRESETS[name]))) == 231_289_280
+    assert trees.count(folders.shapes(TimesFM2p5(PRESETS[name]))) == 231_289_280
 
 
 def test_the_scale_runs_along():
@@ -133,7 +133,7 @@ def test_a_config_says_what_is_wrong(change, said):
 
 def test_a_pruned_model_is_of_the_same_class():
     model = TimesFM2p5(dataclasses.replace(CONFIG, n_heads=(1, 2), ffn_dims=(5, 24)))
-    shapes = library.shapes(model)
+    shapes = folders.shapes(model)
     assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
     found = jax.eval_shape(lambda params, x: model.predict(params, x, 40), shapes, context)

@@ -11,7 +11,7 @@ import pytest
 from converters import import_checkpoint, tables
 from converters import timesfm_2p5 as converter
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.timesfm_2p5 import TimesFM2p5
 
 REL = 1e-4  # of meta.json: times the largest value of the series; of activations, which are in its scale: absolute
@@ -269,4 +269,4 @@ def test_golden_init_statistics(recorded):
 
 def test_golden_parameters_are_counted(recorded):
     state = parity.tensors(recorded.vectors.checkpoint)
-    assert trees.count(library.shapes(recorded.model)) == sum(value.size for value in state.values())
+    assert trees.count(folders.shapes(recorded.model)) == sum(value.size for value in state.values())

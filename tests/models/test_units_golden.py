@@ -13,7 +13,7 @@ from converters import export_checkpoint, import_checkpoint, tables
 from converters import units as table
 from converters.torch_files import read_torch
 from ltsm_jax import trees
-from ltsm_jax.models import library
+from ltsm_jax.models import folders
 from ltsm_jax.models.units import PRESETS, DynamicLinear, Units, UnitsConfig
 
 RTOL, ATOL = 2e-5, 2e-5  # of meta.json: relative to the scale of the series; constant series and logits 1e-4
@@ -209,7 +209,7 @@ def losses(model, params, io):
 def test_golden_losses_and_gradients(recorded):
     vectors, model, params, io = recorded
     stored = vectors.arrays("grads.npz")
-    shapes = trees.flatten(library.shapes(model))
+    shapes = trees.flatten(folders.shapes(model))
     for kind, loss in losses(model, params, io).items():
         value, grads = jax.jit(jax.value_and_grad(loss))(params)
         np.testing.assert_allclose(value, io[f"train/{kind}/loss"], rtol=1e-4, err_msg=kind)
@@ -299,6 +299,6 @@ def test_golden_initialisation(recorded):
 
 
 def test_published_parameter_count():
-    shapes = trees.flatten(library.shapes(Units(PRESETS["units_x128"])))
+    shapes = trees.flatten(folders.shapes(Units(PRESETS["units_x128"])))
     unused = 3 * 2 * (128 * 128 + 128)  # projections that the file holds and nothing uses
     assert sum(leaf.size for path, leaf in shapes.items() if "_tokens/" not in path) + unused == 3_449_144

@@ -23,14 +23,16 @@ from ltsm_jax.data import Series, prepare
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
 from ltsm_jax.layers.masks import place
-from ltsm_jax.methods import finetune, pruning, redundancy, removal
+from ltsm_jax.methods import binding, pruning, redundancy, removal
 from ltsm_jax.methods.pruning import schedule
+from ltsm_jax.methods.run import run as run_strategy
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
+from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.training import TrainConfig, fit, loop
+from ltsm_jax.training import TrainConfig, fit, loop, step
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -150,8 +152,9 @@ def scored(family, *meshes):
     the run; what of the model is left, and how that and masks and masked weights lie; and of "stopped" the end of a run
     that began on the first mesh and, after SIGTERM in the middle of a group, went on with one device."""
     model, params, splits = one_layer(family)
-    options = {"ratio": 0.3, "ema": 0.5, "mode": "ims", "epochs": 1, "batch_size": 10, "macro_batch": 20, "chunk": 5,
-               "average_expert_score": family == "time_moe", "ratios": (0.5,), "show_progress": False}  # fmt: skip
+    config = pruning.PruneConfig(ratio=0.3, ema=0.5, epochs=1, batch_size=10, macro_batch=20, chunk=5,
+                                 average_expert_score=family == "time_moe", ratios=(0.5,))  # fmt: skip
+    options = {"config": config, "show_progress": False}
     real, first = schedule._batch_sums, []
 
     def watched(*args):
@@ -195,8 +198,15 @@ def scored(family, *meshes):
         found["batches"] = len(first)
     if meshes[0] == "data=8":
         masks, batch = place(pruning.full_masks(model), placed), splits.train.gather(jnp.arange(16))
-        sums = jax.jit(lambda p, m, b, mesh: pruning.gradient_sums(model.loss, p, m, b, mesh=mesh), static_argnums=3)
-        many, one = (sums.lower(*x).compile() for x in ((placed, masks, batch, mesh), (params, masks, batch, None)))
+
+        def sums_of(p, m, b, where):
+            return pruning.gradient_sums(model.loss, p, m, b, placement=where)
+
+        sums = jax.jit(sums_of, static_argnums=3)
+        many, one = (
+            sums.lower(*x).compile()
+            for x in ((placed, masks, batch, Placement(mesh)), (params, masks, batch, Placement()))
+        )
         found["share"] = many.cost_analysis()["flops"] / one.cost_analysis()["flops"]
         found["gathers"] = "all-gather" in many.as_text()
     return found
@@ -227,13 +237,13 @@ def adapted(family):
     the weights do before and after."""
     model, params, splits = one_layer(family)
     moves = lambda state: hasattr(state, "mu")  # noqa: E731
-    config, found = finetune.train_config(model, epochs=2, batch_size=16, lr=1e-2, schedule="constant"), {}
+    config, found = binding.train_config(model, epochs=2, batch_size=16, lr=1e-2, schedule="constant"), {}
     for text in ("one", "data=2,fsdp=2,tensor=2"):
         placed = params if text == "one" else sharding.shard(params, model.shard_rules, sharding.make_mesh(text))[0]
         states = []
         begin = loop._Fitting.start
         loop._Fitting.start = lambda self, *args: (begin(self, *args), states.append(self.state))[0]  # noqa: B023
-        result = finetune.run(model, placed, strategy("lora"), splits, config=config, show_progress=False)
+        result = run_strategy(model, placed, strategy("lora"), splits, config=config, show_progress=False)
         loop._Fitting.start = begin
         found[text] = {"params": numbers(result.params), "history": result.history, "trained": result.trained}
         if text != "one":
@@ -255,7 +265,7 @@ def pruned(family):
         size=(2, length)
     )
     splits = prepare(Series("waves", values, ("a", "b"), None, "h"), model.context_len, model.horizon)
-    config = finetune.train_config(model, epochs=1, batch_size=16, lr=1e-3, schedule="constant")
+    config = binding.train_config(model, epochs=1, batch_size=16, lr=1e-3, schedule="constant")
     masks = trees.flatten(pruning.full_masks(model))
     dead = lambda m, e: np.asarray(m) * (np.arange(m.shape[-1]) % e > 0)  # noqa: E731
     masks |= {p: dead(m, 3) for p, m in masks.items() if p.endswith(("/up/out", "/gate/out"))}
@@ -274,7 +284,7 @@ def pruned(family):
             p = p if mesh is None else sharding.shard(p, m.shard_rules, mesh)[0]
             lie = [] if mesh is None else layouts(place(k, p))
             training.fit = functools.partial(watched, lie)
-            result = finetune.run(m, p, strategy("ff"), splits, config=config, masks=k, show_progress=False)
+            result = run_strategy(m, p, strategy("ff"), splits, config=config, masks=k, show_progress=False)
             training.fit = fit
             flat = trees.flatten(result.params)
             found[f"{kind} {text}"] = {
@@ -293,8 +303,9 @@ def run(family, mesh_text, folder=None, **options):
     if mesh is not None:
         params, notes = sharding.shard(params, model.shard_rules, mesh)
     start = {path: str(leaf.sharding.spec) for path, leaf in trees.flatten(params).items()} if mesh else {}
-    compiled = loop._advance._cache_size()
+    compiled = step.advance._cache_size()
     config = TrainConfig(epochs=2, batch_size=16, lr=1e-3, schedule="constant", **options)
+    config = config.filled({"weight_decay": 0.0, "clip": None}, seed=0)
     result = fit(model.loss, params, windows, config=config, folder=folder, show_progress=False)
     flat = trees.flatten(result.last_params)
     grads = gradients(model)(params, windows.gather(jnp.arange(16)))
@@ -305,7 +316,7 @@ def run(family, mesh_text, folder=None, **options):
         "start": start,
         "end": {path: str(leaf.sharding.spec) for path, leaf in flat.items()} if mesh else {},
         "split": {path: leaf.size // leaf.addressable_shards[0].data.size for path, leaf in flat.items()},
-        "compiled": loop._advance._cache_size() - compiled,
+        "compiled": step.advance._cache_size() - compiled,
         "notes": list(notes),
         "dtypes": sorted({str(leaf.dtype) for leaf in flat.values()}),
     }

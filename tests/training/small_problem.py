@@ -1,5 +1,6 @@
 """A problem that trains in a second; also a program, for a test to kill: `small_problem.py NAME FOLDER`."""
 
+import dataclasses
 import sys
 
 import jax
@@ -61,7 +62,10 @@ def validate(params):
     return {"mse": float(_mse(params, windows.gather(jnp.arange(windows.n))))}
 
 
-CONFIG = training.TrainConfig(epochs=4, batch_size=48, lr=3e-3)  # 322 windows: 7 steps an epoch, the last one of 34
+PLAIN = {"schedule": "halving", "weight_decay": 0.0, "clip": None}
+CONFIG = training.TrainConfig(  # 322 windows: 7 steps an epoch, the last one of 34
+    epochs=4, batch_size=48, lr=3e-3
+).filled(PLAIN, seed=0)
 
 
 def fit(params=None, source=None, *, loss_fn=loss, config=CONFIG, **kwargs):
@@ -72,7 +76,7 @@ def fit(params=None, source=None, *, loss_fn=loss, config=CONFIG, **kwargs):
 
 def main(name, folder):
     # a checkpoint after every step: kills fall into writing as often as into training
-    config = training.TrainConfig(epochs=4, batch_size=48, lr=3e-3, checkpoint_seconds=0, steps_per_dispatch=1)
+    config = dataclasses.replace(CONFIG, checkpoint_seconds=0, steps_per_dispatch=1)
     if name == "mlp":
         fit(config=config, folder=folder)
     else:

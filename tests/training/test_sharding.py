@@ -259,9 +259,9 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 def test_batches_must_divide():
     mesh = sharding.make_mesh("data=1", jax.devices()[:1])
-    sharding.check_batch(6, mesh, 3)
+    sharding.Placement(mesh).check_batch(6, 3)
     with pytest.raises(ValueError, match="9 does"):
-        sharding.check_batch(10, None, 3)
+        sharding.Placement().check_batch(10, 3)
 
 
 def test_optimiser_state_and_stacked_lanes_lie_as_their_parameters():

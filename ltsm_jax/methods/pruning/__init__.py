@@ -4,7 +4,7 @@
 the blocks has a mask of 0 and 1 on its inputs and one on its outputs; an entry of one is a channel. While the frozen
 model sees the training windows, each channel's importance, the estimated change of the loss without it, is averaged,
 and after every group of batches the least important ones are set to 0, for good. The epoch with the best validation
-gives the masks. Fine-tuning (`finetune.run(..., masks=...)`) starts from the pretrained weights times the masks.
+gives the masks. Fine-tuning (`methods.run.run(..., masks=...)`) starts from the pretrained weights times the masks.
 
 A masked model is the model with masked weights, exactly: see `merge`. Dropout is off while scoring.
 
@@ -28,7 +28,8 @@ Parameters may lie over a mesh of devices, of one host or of several: scoring an
 are those of one device but for rounding. The masks of a result are whole on every host; fine-tuning lays each as its
 weights lie.
 
-Q4, dropout that is off when a pruned model is fine-tuned and on otherwise, is the quirk "no-dropout" of `finetune.run`.
+Q4, dropout that is off when a pruned model is fine-tuned and on otherwise, is the quirk "no-dropout" of
+`methods.run.run`.
 Q3, training labels of Timer in another scale than its output, and Q7, pruned experts in the balance loss, are of the
 models' own losses, where the right form is the only one.
 
@@ -36,6 +37,7 @@ Letters as in `models.family`.
 """
 
 from ltsm_jax.layers.masks import masked, merge
+from ltsm_jax.layers.masks import weights as weights_of
 from ltsm_jax.methods.pruning.channels import (
     QUIRKS,
     REFUSED,
@@ -47,12 +49,14 @@ from ltsm_jax.methods.pruning.channels import (
     select,
     share_left,
 )
+from ltsm_jax.methods.pruning.config import PruneConfig
 from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
 from ltsm_jax.methods.pruning.schedule import PruneResult, prune
 
 __all__ = [
     "QUIRKS",
     "REFUSED",
+    "PruneConfig",
     "PruneResult",
     "Score",
     "cut",
@@ -67,4 +71,5 @@ __all__ = [
     "prune",
     "select",
     "share_left",
+    "weights_of",
 ]

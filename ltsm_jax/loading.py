@@ -1,0 +1,108 @@
+"""Models by name: shipped models, model folders, published presets, original checkpoint files and the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# The package, and not names from it: whoever imports `converters` first reaches this line through `ltsm_jax/__init__`
+# before the package has any names.
+import converters
+from ltsm_jax import hosts, hub, storage, trees
+from ltsm_jax.models import Model, folders, near_presets
+
+
+def load(source: str | Path, *, revision: str | None = None, token: str | None = None) -> tuple[Model, trees.Tree]:
+    """Load a model and its parameters: `model, params = ltsm_jax.load("timer-tiny")`.
+
+    A hub name is fetched and converted once: the copy is kept by repository and commit in `$LTSM_CACHE/models` (else
+    ~/.cache/ltsm_jax/models), and loads again without network. The licence of the weights is said on stderr, once.
+
+    Args:
+      source: the name of a shipped model; a model folder; an original PyTorch checkpoint file, the index of several, or
+        a folder with one in it (read without torch); the name of a published preset whose files were put into
+        `$LTSM_CACHE/models`; or "owner/name" or "owner/name@revision" on the hub.
+      revision: branch, tag or commit, for a hub name; default "main".
+      token: for private and gated repositories; default: the one of huggingface_hub (HF_TOKEN, or its login).
+    Raises: FileNotFoundError that lists what was tried; PermissionError where the hub wants a token; ValueError (or
+      `storage.DamagedError`, or the converters' CheckpointError) for files that are damaged or do not fit the model.
+    """
+    path = folders.local(source) if revision is None else None
+    if path is None:
+        name = hub.parse(str(source), revision)
+        if name is None:
+            told = f"; a revision is for names of the hub, and {str(source)!r} is none" if revision else ""
+            raise FileNotFoundError(_not_found(source) + told)
+        return _from_hub(name, token)
+    if path.is_file() or (not (path / folders.PARAMS).exists() and folders.originals(path)):
+        return _converted(path)[:2]
+    return folders.load_folder(path)
+
+
+def _converted(path: Path, of: str = "") -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
+    """Convert an original file in memory; `of` says where it came from, for an error."""
+    try:
+        return converters.import_checkpoint(path)
+    except converters.CheckpointError as error:
+        if not of:
+            raise
+        raise converters.CheckpointError(f"{error}\n  ({of})") from None
+
+
+def _from_hub(name: hub.Name, token: str | None) -> tuple[Model, trees.Tree]:
+    try:
+        found = hub.find(name, token)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error) + _advice(str(name))) from error
+    if found.why:
+        hub.say(f"{found.why}; {name} is what was kept of commit {found.commit[:7]}")
+    damaged = False
+    if found.folder.is_dir():
+        try:
+            model, record = folders.read_config(found.folder)
+            params = storage.load_tree(found.folder / folders.PARAMS, like=folders.shapes(model))
+            hub.remember(found)
+            hub.say_licence(found, record.get("provenance", {}))
+            return model, params
+        except (ValueError, OSError) as error:  # damaged, or of a version of the library with other configs
+            damaged = True
+            hub.say(f"the converted copy can't be used, converting {name} again ({error})")
+            found = found if found.files else hub.find(name, token, converted=False)
+    if hosts.count() > 1:  # each would convert it for itself, and saving is what all do together
+        raise ValueError(
+            f"{name} is not converted yet: load it once with one process, on every host that has a cache of its own "
+            f"(python -c \"import ltsm_jax; ltsm_jax.load('{name}')\"), and start again"
+        )
+    file, facts = hub.download(found, token)
+    model, params, provenance, buffers = _converted(file, f"the files of {name} on the hub, commit {found.commit}")
+    provenance = provenance | facts
+    try:
+        folders.save(found.folder, model, params, provenance=provenance, buffers=buffers, overwrite=damaged)
+        hub.remember(found)
+    except FileExistsError:
+        hub.remember(found)  # another process was quicker, and its copy has the same bytes
+    except OSError as error:
+        hub.say(f"the converted copy can't be kept, and will be made again next time: {error}")
+    hub.say_licence(found, provenance)
+    return model, params
+
+
+def _not_found(source: str | Path) -> str:
+    return (
+        f"no model {str(source)!r}: neither a file, nor a folder, nor a shipped model "
+        f"({', '.join(folders.shipped()) or 'none'}), nor a name of the hub (owner/name)" + _advice(str(source))
+    )
+
+
+def _advice(name: str) -> str:
+    """What may have been meant by a name that leads to nothing."""
+    if folders.is_preset(name):
+        files = "its files" if "/" in name else "the downloaded checkpoint file"
+        end = "" if "/" in name else ".ckpt (or .pth)"
+        return (
+            f"\nIt is a published preset whose weights do not come with the package: put {files} "
+            f"at {storage.cache_folder('models') / name}{end}, or give their path; for fresh weights: "
+            f"`model = ltsm_jax.preset({name!r}); params = model.init(key)`"
+        )
+    near = near_presets(name, folders.shipped())
+    return f"\nDid you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -1,0 +1,225 @@
+"""The compiled step: gradients of a batch that the device gathers itself, and the update, many times over.
+
+How many steps run in one dispatch is an argument of the compiled program, so neither compilation
+nor a single bit of the result depends on it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ltsm_jax import sharding, trees
+from ltsm_jax.data import windows
+from ltsm_jax.layers.experts import rows_over
+from ltsm_jax.layers.linear import compute_in
+from ltsm_jax.sharding import Placement
+from ltsm_jax.training import optimizers
+from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
+from ltsm_jax.trees import Tree
+
+POLICIES = {"all but products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How a gradient is computed; static under jit.
+
+    Attributes: `compute`, `accumulate` and `remat` of a `TrainConfig`.
+    """
+
+    compute: str
+    accumulate: int
+    remat: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "How":
+        """Read it off a config."""
+        return cls(config.compute, config.accumulate, config.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where parameters and optimiser state lie on a mesh; hashable, so that it may be static under jit."""
+
+    mesh: jax.sharding.Mesh
+    structure: Any
+    shardings: tuple[jax.sharding.NamedSharding, ...]
+
+    @classmethod
+    def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "Layout":
+        """Take the layout of what the step gives back out of a tree of shardings for the whole state."""
+        outputs = (state["params"], state["optimizer"])
+        return cls(mesh, jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
+
+    def pin(self, moving: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
+        """Hold what comes out of a step to this layout.
+
+        Without it the compiler may choose another one, and compile the next step again.
+        """
+        shardings = jax.tree.unflatten(self.structure, self.shardings)
+        return jax.lax.with_sharding_constraint((moving, opt_state), shardings)
+
+
+def objective(moving, frozen, batch, key, loss_fn, penalty, how: How) -> jax.Array:
+    """Compute what is minimised: the loss of a batch, and the penalty."""
+    params = trees.merge(moving, frozen)
+    with compute_in(None if how.compute == "float32" else how.compute):
+        loss = loss_fn(params, batch, key, True)
+    return loss if penalty is None else loss + penalty(params)
+
+
+def recomputing(function: Callable, how: How) -> Callable:
+    """Wrap `function` so that its backward pass computes again what `how.remat` does not keep."""
+    return function if how.remat == "none" else jax.checkpoint(function, policy=POLICIES[how.remat])
+
+
+def gather(source, indices, weight, placement: Placement) -> dict[str, jax.Array]:
+    """Gather the windows of a batch; on a mesh each device gathers its own rows."""
+    indices, weight = placement.rows((indices, weight))
+    return placement.rows(source.gather(indices)) | {"weight": weight}
+
+
+def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how: How, placement: Placement):
+    """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in `how.accumulate` parts."""
+
+    def of_batch(moving, batch, key):
+        with rows_over(placement.mesh):
+            return objective(moving, frozen, batch, key, loss_fn, penalty, how)
+
+    gradients = jax.value_and_grad(recomputing(of_batch, how))
+    if how.accumulate == 1:
+        return gradients(moving, gather(source, *rows, placement), key)
+
+    def part(total, inputs):
+        (indices, weight), number = inputs
+        share = weight.sum()
+        weight = jnp.where(share > 0, weight, 1.0)  # a part of padding alone has no mean; it counts 0 below
+        batch = gather(source, indices, weight, placement)
+        found = gradients(moving, batch, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda sum_, new: sum_ + share * new, total, found), None
+
+    parts = jax.tree.map(lambda x: x.reshape(how.accumulate, -1), rows)
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, moving))
+    total, _ = jax.lax.scan(part, zero, (parts, jnp.arange(how.accumulate)))
+    return jax.tree.map(lambda x: x / rows[1].sum(), total)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("batch_size", "weight_decay", "clip", "how", "layout"),
+    donate_argnames=("moving", "opt_state"),
+)
+def advance(
+    moving, opt_state, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
+    *, batch_size, weight_decay, clip, how, layout,
+):  # fmt: skip
+    """Take `count` steps from batch `place` of the epoch, step `step` of the run.
+
+    Stops before a step that is not finite.
+
+    Returns: parameters, optimiser state, losses [MOST_STEPS] (those past the last step are 0), steps taken.
+    """
+    tx = optimizers.adam(weight_decay, clip)
+    placement = Placement(None if layout is None else layout.mesh)
+    pin = (lambda *state: state) if layout is None else layout.pin
+
+    def one(carry):
+        i, _, moving, opt_state, losses = carry
+        rows = windows.batch_at(order, place + i, batch_size)
+        dropout = jax.random.fold_in(key, step + i)
+        loss, grads = _loss_and_gradients(
+            moving, frozen, source, rows, dropout, loss_fn, penalty, how, placement
+        )  # fmt: skip
+        # the sum is finite only if every addend is
+        sizes = sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
+        good = jnp.isfinite(loss) & jnp.isfinite(sizes)
+        directions, new_opt_state = tx.update(grads, opt_state, moving)
+        rate = rates[place + i]
+        new_moving = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), moving, directions)
+        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+        losses = losses.at[i].set(loss.astype(jnp.float32))
+        return i + good, good, *pin(keep(new_moving, moving), keep(new_opt_state, opt_state)), losses
+
+    def more(carry):
+        return (carry[0] < count) & carry[1]
+
+    start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, jnp.zeros(MOST_STEPS, jnp.float32))
+    done, _, moving, opt_state, losses = jax.lax.while_loop(more, one, start)
+    return *pin(moving, opt_state), *placement.everywhere((losses, done))
+
+
+gradients_of = jax.jit(jax.value_and_grad(objective), static_argnames="how")
+epoch_order = jax.jit(windows.epoch_order, static_argnames="n")
+
+
+@functools.partial(jax.jit, static_argnames="placement")
+def taken(source, indices, placement: Placement) -> dict[str, jax.Array]:
+    """Gather the windows numbered `indices` where every host can read them."""
+    return placement.everywhere(source.gather(indices))
+
+
+def as_pytree(f: Callable | None) -> Any:
+    """Make a pytree of `f`: arrays it carries become arguments of the compiled step, not constants in it."""
+    return f if f is None or isinstance(f, jax.tree_util.Partial) else jax.tree_util.Partial(f)
+
+
+def strong(leaf: Any) -> jax.Array:
+    """Take the weak type of flax's ones from `leaf`: no step returns one, so it would be compiled twice."""
+    leaf = jnp.asarray(leaf)
+    return jax.lax.convert_element_type(leaf, leaf.dtype)
+
+
+def trace_step(
+    loss_fn: Callable[[Tree, dict[str, jax.Array], jax.Array, bool], jax.Array],
+    params: Tree,
+    train_source: Any,
+    *,
+    config: TrainConfig,
+    trainable: Tree | None = None,
+    penalty: Callable[[Tree], jax.Array] | None = None,
+) -> jax.stages.Traced:
+    """Trace the compiled step of `fit` from shapes alone: `.lower().compile()` of it is what `fit` runs.
+
+    Nothing is computed and no device has to be there, so a step can be compiled for a machine that is not at hand.
+
+    Args:
+      params: tree of `jax.ShapeDtypeStruct` with shardings, over a mesh or all on one device.
+      train_source: as for `fit`; of its arrays, only the shapes are looked at.
+      loss_fn, config, trainable, penalty: as for `fit`.
+    Raises: ValueError, as `fit`, for a batch that does not divide among the devices, and for a config that does not say
+      batch_size, weight_decay and clip, which are in the program.
+    """
+    if missing := [name for name in ("batch_size", "weight_decay", "clip") if name in config.unfilled]:
+        raise ValueError(f"to trace a step the TrainConfig must say {', '.join(missing)}")
+    assert config.batch_size and config.weight_decay is not None
+    placement = Placement.of(params)
+    mesh = placement.mesh
+    if mesh is None:
+        whole = jax.tree.leaves(params)[0].sharding
+    else:
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shapes(tree, shardings=None):
+        shardings = jax.tree.map(lambda _: whole, tree) if shardings is None else shardings
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    n = int(train_source.n)
+    batch_size = min(config.batch_size, n)
+    placement.check_batch(batch_size, config.accumulate)
+    moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
+    opt_state = jax.eval_shape(optimizers.adam(config.weight_decay, config.clip).init, moving)
+    placed = mesh and sharding.like({"params": moving, "optimizer": opt_state}, moving, mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    rates = jax.ShapeDtypeStruct((windows.steps_per_epoch(n, batch_size),), jnp.float32)
+    order = jax.ShapeDtypeStruct((n,), jnp.int32)
+    key = jax.eval_shape(keys, 0)["dropout"]
+    return advance.trace(
+        moving, shapes(opt_state, placed and placed["optimizer"]), frozen, shapes(train_source), shapes(order), rates,
+        shapes(key), as_pytree(loss_fn), as_pytree(penalty), number, number, number,
+        batch_size=batch_size, weight_decay=config.weight_decay, clip=config.clip,
+        how=How.of(config), layout=mesh and Layout.of(mesh, placed),
+    )  # fmt: skip
