@@ -65,21 +65,21 @@ class _Position:
     step: int = 0
     loss_sum: float = 0.0  # over the windows of this epoch so far
     best_epoch: int | None = None
-    best_mse: float = math.inf
+    best: float = math.inf  # the lowest value of the metric that selects
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     compile_seconds: float = 0.0
     finished: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        # inf is no JSON; best_mse can be read off the history
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "best_mse"}
+        # inf is no JSON; it can be read off the history
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "best"}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "_Position":
+    def from_json(cls, stored: Mapping[str, Any], select: str) -> "_Position":
         position = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored})
         if position.best_epoch is not None:
-            position.best_mse = position.history[position.best_epoch - 1]["val_mse"]
+            position.best = position.history[position.best_epoch - 1][f"val_{select}"]
         return position
 
 
@@ -91,6 +91,7 @@ def fit(
     *,
     config: TrainConfig,
     validate: Callable[[Tree], Mapping[str, float]] | None = None,
+    select: str = "mse",
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
     folder: str | Path | None = None,
@@ -116,7 +117,8 @@ def fit(
       train_source: a pytree with `n` windows, `gather(indices [B]) -> batch`, and `over(mesh)`, itself where the steps
         can use it (`ltsm_jax.data.windows.Windows`).
       config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
-      validate: params -> {"mse": ..., ...}, called after each epoch; the lowest "mse" (strictly) wins.
+      validate: params -> {"mse": ..., ...}, called after each epoch.
+      select: which of these metrics selects the epoch: its lowest value (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
         has no optimiser state, and keeps its dropout.
       penalty: params -> scalar, added to the loss.
@@ -150,6 +152,7 @@ def fit(
         frozen,
         validate,
         Placement.of(params),
+        select,
     )
 
     run, takes = None, ""
@@ -157,7 +160,7 @@ def fit(
         # it traces the loss: what is refused here has made no folder
         takes = fitting.check_memory(allocated=0, writes=folder is not None)
     if folder is not None:
-        record = _config_record(config, facts, params, trainable, train_source, validate)
+        record = _config_record(config, facts, params, trainable, train_source, validate and select)
         run = checkpoints.RunFolder(folder, record, config.keep_checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext():
         fitting.start(moving, run)
@@ -188,9 +191,19 @@ class _Fitting:
     """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
 
     def __init__(
-        self, config: TrainConfig, loss_fn, penalty, source, moving: Tree, frozen: Tree, validate, placement: Placement
+        self,
+        config: TrainConfig,
+        loss_fn,
+        penalty,
+        source,
+        moving: Tree,
+        frozen: Tree,
+        validate,
+        placement: Placement,
+        select: str,
     ):
         self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
+        self.select = select
         self.source, self.frozen, self.validate = source, frozen, validate
         assert config.epochs and config.batch_size and config.lr and config.schedule, "filled"
         self.n = int(source.n)
@@ -236,7 +249,7 @@ class _Fitting:
         self.run = run
         restored = run.restore(self.shapes) if run else None
         if restored is not None:
-            self.state, self.position = restored[0], _Position.from_json(restored[1])
+            self.state, self.position = restored[0], _Position.from_json(restored[1], self.select)
             self.saved_step = self.position.step
             return
         self.position = _Position()
@@ -376,13 +389,14 @@ class _Fitting:
         if self.validate:
             found = self.validate(trees.merge(self.state["params"], self.frozen))
             row |= {f"val_{name}": value.item() if hasattr(value, "item") else value for name, value in found.items()}
-            if not math.isfinite(row["val_mse"]):
+            value = row[f"val_{self.select}"]
+            if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"validation after epoch {epoch + 1} (step {position.step}) gives mse {row['val_mse']}, although "
+                    f"validation after epoch {epoch + 1} (step {position.step}) gives {self.select} {value}, although "
                     f"every training loss was finite{self.kept()}"
                 )
-            if row["val_mse"] < position.best_mse:
-                position.best_mse, position.best_epoch = row["val_mse"], epoch + 1
+            if value < position.best:
+                position.best, position.best_epoch = value, epoch + 1
                 self.state["best"] = jax.tree.map(jnp.copy, self.state["params"])
         position.history.append(row)
         position.loss_sum = 0.0
@@ -398,7 +412,7 @@ class _Fitting:
         self.saved, self.saved_step = time.monotonic(), self.position.step
 
     def best_so_far(self) -> str:
-        return "" if self.position.best_epoch is None else f"  best val mse {self.position.best_mse:.4f}"
+        return "" if self.position.best_epoch is None else f"  best val {self.select} {self.position.best:.4f}"
 
     def kept(self) -> str:
         """For an error: which checkpoint is left."""
@@ -481,12 +495,12 @@ def _stamps(source: Any) -> dict[str, str]:
     return {"stamps_sha256": hosts.on_first(storage.sha256_of, {"stamps": stamps})}
 
 
-def _config_record(config, facts, params, trainable, source, validate) -> dict[str, Any]:
+def _config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
         "train": config.record(),
         "facts": dict(facts or {}),
-        "selection": "lowest validation mse" if validate else "last epoch",
+        "selection": f"lowest validation {select}" if select else "last epoch",
         "windows": {
             "n": int(source.n),
             "shapes": {k: list(v.shape[1:]) for k, v in one.items()},

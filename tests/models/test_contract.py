@@ -51,7 +51,7 @@ def case(request):
     cls = FAMILIES[request.param]
     model = cls(cls.small())
     params = jax.jit(model.init)(jax.random.key(1))
-    model, params = model.for_series(params, n_variates=2, freq="h", name="made up", key=jax.random.key(2))
+    model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
     return Case(model, params, 2 if model.variates == "joint" else 1)
 
 
