@@ -70,7 +70,7 @@ class Options:
     """steps the model sees"""
     horizon: Annotated[int | None, flags.whole(1, unset="recipe")] = None
     """steps of the forecast, for --mode direct"""
-    mode: Annotated[binding.Mode | None, flags.one_of(binding.MODES, unset="recipe")] = None
+    mode: Annotated[forecasting.Mode | None, flags.one_of(forecasting.MODES, unset="recipe")] = None
     """training loss: the family's own (ims) or direct"""
     trainable: Annotated[str, flags.one_of(TRAINABLE)] = "all"
     """what is trained: all, head or recipe"""
@@ -170,7 +170,7 @@ def ready(model: Model, n_variates: int) -> tuple[Model, trees.Tree]:
 
     def build():
         key = training.keys(0)["init"]
-        made[:] = model.for_series(model.init(key), n_variates=n_variates, freq=FREQ, name="series", key=key)
+        made[:] = model.for_series(model.init(key), n_variates=n_variates, freq=FREQ, key=key)
         return made[1]
 
     shapes = jax.eval_shape(build)
@@ -222,7 +222,7 @@ def resolve(args: Options, target: Target) -> Job:
     if source.n < config.batch_size:
         raise ValueError(f"--batch {config.batch_size}: the series has only {source.n} windows; see --rows, --variates")
     trainable = trainable_mask(Phase(args.trainable), model, params)
-    loss = forecasting.loss_fn(model, binding.LOSS[mode])
+    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
     return Job(name, model, params, source, loss, config, trainable, target, mesh, notes)
 
 

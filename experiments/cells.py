@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
+import pandas as pd
 from rich.console import Console
 
 import ltsm_jax
@@ -25,7 +26,7 @@ from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding, checks, run
+from ltsm_jax.methods import binding, run
 from ltsm_jax.methods.strategies import Strategy, start_params
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
@@ -64,7 +65,7 @@ class Comparison:
     params: Any
     splits: Splits
     config: TrainConfig
-    mode: binding.Mode
+    mode: forecasting.Mode
     settings: dict[str, Any]  # what decides every number; a folder holds one set of settings
     optional: tuple[str, ...] = ()  # settings that may be None on one side, where no cell needs them
 
@@ -171,7 +172,7 @@ def _facts(series: Series) -> dict[str, Any]:
     more = f" and {series.n_variates - 8} more" if series.n_variates > 8 else ""
     stamps = series.timestamps
     digest = hashlib.sha256(np.ascontiguousarray(series.values).tobytes())
-    digest.update(repr((series.columns, series.freq)).encode())
+    digest.update(repr((series.columns, series.freq, series.tz)).encode())
     if stamps is not None:
         digest.update(repr([str(stamp) for stamp in stamps]).encode())
     return {
@@ -183,10 +184,10 @@ def _facts(series: Series) -> dict[str, Any]:
     }
 
 
-def _try_batch(model: Model, params: Any, splits: Splits, mode: binding.Mode) -> None:
+def _try_batch(model: Model, params: Any, splits: Splits, mode: forecasting.Mode) -> None:
     """Shapes only: what model, context, horizon and mode have to say about each other, before anything is compiled."""
-    loss = forecasting.loss_fn(model, binding.LOSS[mode])
-    windows = binding.training_windows(model, splits, mode)
+    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
+    windows = forecasting.training_windows(model, splits, mode)
     indices, key = np.zeros(1, np.int32), jax.random.key(0)
     jax.eval_shape(lambda p, w: loss(p, w.gather(indices), key, True), params, windows)
     jax.eval_shape(lambda p, w: model.predict(p, w.gather(indices)["context"], w.horizon), params, splits.val)
@@ -199,7 +200,7 @@ def finished(c: Comparison, cells: Iterable[Cell]) -> int:
 
 def plan(c: Comparison, runs: Sequence[str]) -> str:
     """What will run, in words; `runs` are the lines that the experiment has to say on it."""
-    series, windows = c.splits.series, binding.training_windows(c.model, c.splits, c.mode)
+    series, windows = c.splits.series, forecasting.training_windows(c.model, c.splits, c.mode)
     batch = min(c.config.batch_size, windows.n)
     steps = steps_per_epoch(windows.n, batch)
     stamps = series.timestamps
@@ -285,7 +286,7 @@ def run_cells(
     console = console if hosts.first() else Console(quiet=True)
     for i, cell in enumerate(cells, first):
         text = f"[{i}/{total}] {cell.label}"
-        hosts.stop_if_asked(f"stopped by SIGTERM before {text}")
+        hosts.stop_if_asked(f"before {text}")
         if hosts.on_first(folder.finished, c.folder, cell.name):
             console.print(f"{text}: finished before", highlight=False, markup=False)
         else:
@@ -306,9 +307,19 @@ def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result
 
     rest: `model` and `params` in place of the comparison's, and what else `methods.run.run` takes.
     """
-    model, params = rest.pop("model", c.model), rest.pop("params", c.params)
-    return run.run(model, params, chosen, c.splits, seed=cell.seed, config=c.config, mode=c.mode, test=False,
-                        folder=c.folder / "cells" / cell.name / "training", label=cell.label, **rest)  # fmt: skip
+    return run.run(
+        rest.pop("model", c.model),
+        rest.pop("params", c.params),
+        chosen,
+        c.splits,
+        task=forecasting.Forecasting(c.mode),
+        seed=cell.seed,
+        config=c.config,
+        test=False,
+        folder=c.folder / "cells" / cell.name / "training",
+        label=cell.label,
+        **rest,
+    )
 
 
 def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Result) -> dict[str, Any]:
@@ -342,7 +353,7 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Res
         "batch_size": c.config.batch_size,
         "schedule": c.config.schedule,
         "few_shot": c.options.training.few_shot,
-        "train_windows": binding.training_windows(c.model, c.splits, c.mode).n,
+        "train_windows": forecasting.training_windows(c.model, c.splits, c.mode).n,
         "val_windows": result.val["windows"],
         "trained_parameters": result.trained,
         "git_commit": folder.git_commit(),
@@ -455,22 +466,37 @@ def baselines(splits: Splits) -> list[dict[str, Any]]:
     return found
 
 
+def local(series: Series) -> np.ndarray:
+    """The stamps of a series as its own clock shows them, [T] datetime64."""
+    assert series.timestamps is not None
+    if series.tz is None:
+        return series.timestamps
+    index = pd.DatetimeIndex(series.timestamps).tz_localize("UTC").tz_convert(series.tz)
+    return index.tz_localize(None).to_numpy()
+
+
 def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None:
     """Forecasts of a few test windows at fixed places of the split, in data units."""
     windows = c.splits.test
     n = min(EXAMPLES, windows.n)
     indices = ((np.arange(n) + 0.5) * windows.n / n).astype(np.int32)
-    labels, shown = [], {"context": [], "target": [], "point": []}
-    found = dict(zip(shown, checks.forecast_windows(model, params, windows, indices), strict=True))
+    labels, stamps, shown = [], [], {"context": [], "target": [], "point": []}
+    found = dict(zip(shown, forecasting.forecast_windows(model, params, windows, indices), strict=True))
     for k, i in enumerate(indices):
         where = windows.describe(int(i))
         variate = where["variate"] or 0  # the first one where a window holds all
         for name, values in found.items():
             mean, std = c.splits.scaler.mean[variate], c.splits.scaler.std[variate]
             shown[name].append(values[k, 0] * std + mean)
-        when = where.get("target_first", f"row {where['target_start']}")
-        labels.append(f"{c.splits.columns[variate]}, {when[:16]}")
+        when = f"row {where['target_start']}"
+        if c.splits.series.timestamps is not None:
+            when = str(local(c.splits.series)[where["target_start"]])[:16].replace("T", " ")
+        labels.append(f"{c.splits.columns[variate]}, {when}")
+        if c.splits.series.timestamps is not None:
+            stamps.append(local(c.splits.series)[where["start"] : where["stop"]])
     arrays: dict[str, Any] = {name: np.stack(values) for name, values in shown.items()}
+    if stamps:
+        arrays["stamps"] = np.stack(stamps).astype("datetime64[s]")
 
     def write() -> None:
         with folder.replacing(path) as temporary:

@@ -29,8 +29,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.data.tables import ReadingOptions
-from ltsm_jax.methods import binding
 from ltsm_jax.methods.strategies import MIXED
+from ltsm_jax.tasks import forecasting
 from ltsm_jax.training.config import COMPUTE, REMAT
 from ltsm_jax.training.optimizers import SCHEDULES
 
@@ -261,8 +261,9 @@ def parse_some(cls: type[T], argv: Sequence[str], doc: str | None) -> tuple[T, l
     )
     problems = []
     for field, value in leaves(options):
-        if isinstance(value, Problem):
-            problems.append(value.replace(FLAG, flag_of(field.name)))
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Problem):
+                problems.append(item.replace(FLAG, flag_of(field.name)))
     if problems:
         raise UsageError("\n".join([*problems, *(_unknown_options(cls, rest) if rest else [])]))
     return options, rest
@@ -363,7 +364,7 @@ class Reading(ReadingOptions):
 class Training:
     """Of every run; what is not given is as the model's recipe has it."""
 
-    mode: Annotated[binding.Mode | None, one_of(binding.MODES, unset="recipe")] = None
+    mode: Annotated[forecasting.Mode | None, one_of(forecasting.MODES, unset="recipe")] = None
     """loss: ims (the family's own, next token) or direct (the forecast only)"""
     epochs: Annotated[int | None, whole(1, unset="recipe")] = None
     """passes over the training windows"""

@@ -10,8 +10,9 @@ An experiment has `flags.Hosts` among its options, and runs inside
 
 All hosts run the same lines in the same order. What trains, prunes, evaluates or saves arrays (`training.fit`, `prune`,
 `forecasting.evaluate`, `ltsm_jax.save`) is called by all; what touches files and prints, by the first alone. A decision
-that rests on a file is the first's: `hosts.on_first(file.is_file)`. After SIGTERM the exit code is 75
-(`hosts.EXIT_STOPPED`), and the same command goes on: on the same hosts, on others, or on one.
+that rests on a file is the first's: `hosts.on_first(file.is_file)`. After SIGTERM and Ctrl-C the run is saved, and the
+same command goes on: on the same hosts, on others, or on one. The exit code is 75 after SIGTERM
+(`hosts.EXIT_STOPPED`) and 130 after Ctrl-C (`hosts.EXIT_INTERRUPTED`).
 """
 
 import codecs
@@ -30,7 +31,6 @@ from ltsm_jax import hosts, storage
 from ltsm_jax.training import checkpoints
 
 FIRST_LEAVES_LAST = 2.0  # seconds; with it goes the service whose end the others would take for a crash
-INTERRUPTED = 130  # exit code after Ctrl-C
 # What a terminal without UTF-8 gets for the signs of tables and messages.
 PLAIN = {"±": "+/-", "…": "...", "→": "->", "×": "x", "“": '"', "”": '"', "’": "'"}
 PLAIN |= dict.fromkeys("╭╮╰╯┏┓┗┛┡┩└┘┌┐┬┴┼", "+") | dict.fromkeys("│┃", "|") | dict.fromkeys("─━–—", "-")
@@ -87,10 +87,10 @@ def _guarded(run: Callable[[], int]) -> int:
         return 2
     except hosts.Stopped as err:
         print(f"{err}\nthe same command goes on from here", file=sys.stderr)
-        return hosts.EXIT_STOPPED
+        return err.exit_code
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+        return hosts.EXIT_INTERRUPTED
 
 
 def leave(code: int) -> None:
@@ -99,7 +99,7 @@ def leave(code: int) -> None:
     After Ctrl-C without the interpreter's own end: a compiler or a writer of checkpoints may still be at work in
     another thread, and would be torn down under it.
     """
-    if code == INTERRUPTED:
+    if code == hosts.EXIT_INTERRUPTED:
         _end(code)
     sys.exit(code)
 

@@ -53,9 +53,10 @@ from experiments.cells import Comparison
 from experiments.flags import BELOW_1, TINY, exact, names, number, numbers, one_of, whole
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding, pruning, redundancy, removal
+from ltsm_jax.methods import pruning, redundancy, removal
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
+from ltsm_jax.tasks import forecasting
 
 PASS_RATIO = 0.5  # per epoch, of a run that is cut at --ratios
 GROUP = 16  # batches of a pruning step, as the release has it for all its models
@@ -266,7 +267,7 @@ def plan(c: Comparison) -> str:
         f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} pruned, {then} pruned and "
         f"tuned, seeds {', '.join(map(str, o.seeds))}" + (f"; {done} finished already" if done else ""),
     ]
-    windows = len(binding.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
+    windows = len(forecasting.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
     if windows <= s["macro_batch"] and len(o.ema) > 1 and o.pruning.prune_epochs == 1:
         lines.append("note     a pruning run is one step: the EMA has no say in it; take a smaller --macro-batch")
     return cells.plan(c, lines)
@@ -410,10 +411,7 @@ class Work:
         c, o, s = self.c, self.c.options, self.c.settings
         name = "-".join((*([] if ratio is None else [f"r{exact(ratio)}"]), f"e{exact(ema)}", f"seed{seed}"))
         if self.found is None or self.found[0] != name:
-            found = pruning.prune(
-                c.model,
-                c.params,
-                c.splits,
+            config = pruning.PruneConfig(
                 ratio=s["pass_ratio"] if ratio is None else ratio,
                 ema=ema,
                 score=o.pruning.score,
@@ -425,11 +423,17 @@ class Work:
                 average_expert_score=o.pruning.average_expert_score,
                 expert_threshold=o.pruning.expert_threshold,
                 stride=o.pruning.stride,
-                mode=c.mode,
+                **_candidates(o),
+            )
+            found = pruning.prune(
+                c.model,
+                c.params,
+                c.splits,
+                config,
+                task=forecasting.Forecasting(c.mode),
                 seed=seed,
                 folder=c.folder / "masks" / name,
                 label=f"pruning {name}",
-                **_candidates(o),
             )
             self.found = name, found
         return self.found[1]
@@ -500,7 +504,7 @@ def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
 
 def redundancy_of(c: Comparison) -> dict[str, Any]:
     """Statistics of the original model as JSON, on windows spread evenly over the training and validation parts."""
-    train, val = binding.training_windows(c.model, c.splits, c.mode), c.splits.val
+    train, val = forecasting.training_windows(c.model, c.splits, c.mode), c.splits.val
     val = dataclasses.replace(val, horizon=train.horizon)  # as the loss wants it
     val = val.take(np.flatnonzero(np.asarray(val.starts) + val.context_len + val.horizon <= c.splits.borders.val[1]))
     parts = [part for part in (train, val) if part.n]
