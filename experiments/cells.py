@@ -207,6 +207,7 @@ def finished(c: Comparison, cells: Iterable[Cell]) -> int:
 def plan(c: Comparison, runs: Sequence[str]) -> str:
     """What will run, in words; `runs` are the lines that the experiment has to say on it."""
     series, windows = c.splits.series, c.windows
+    assert c.config.batch_size is not None, "filled"
     batch = min(c.config.batch_size, windows.n)
     steps = steps_per_epoch(windows.n, batch)
     stamps = series.timestamps
@@ -394,6 +395,7 @@ def keep(
             made["pruned_from"] = c.model.config_to_dict()
         ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
+    record["compile_seconds"] = result.compile_seconds
     record["val_blocks"] = val_blocks(shown or final, c.splits.val)
 
     def finish() -> None:

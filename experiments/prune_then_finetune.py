@@ -200,6 +200,7 @@ def resolve(options: Options) -> Comparison:
     full = pruning.full_masks(c.model, **_candidates(options))
     how = options.pruning
     batch = how.prune_batch_size or c.config.batch_size
+    assert batch is not None, "filled"
     settings = {
         "cuts": "of all channels, from one run" if options.ratios else "per epoch, a run each",
         "pass_ratio": (options.ratio or (PASS_RATIO,))[0] if options.ratios else None,
