@@ -170,7 +170,7 @@ def ready(model: Model, n_variates: int) -> tuple[Model, trees.Tree]:
 
     def build():
         key = training.keys(0)["init"]
-        made[:] = model.for_series(model.init(key), n_variates=n_variates, freq=FREQ, name="series", key=key)
+        made[:] = model.for_series(model.init(key), n_variates=n_variates, freq=FREQ, key=key)
         return made[1]
 
     shapes = jax.eval_shape(build)

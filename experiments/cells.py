@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
+import pandas as pd
 from rich.console import Console
 
 import ltsm_jax
@@ -171,7 +172,7 @@ def _facts(series: Series) -> dict[str, Any]:
     more = f" and {series.n_variates - 8} more" if series.n_variates > 8 else ""
     stamps = series.timestamps
     digest = hashlib.sha256(np.ascontiguousarray(series.values).tobytes())
-    digest.update(repr((series.columns, series.freq)).encode())
+    digest.update(repr((series.columns, series.freq, series.tz)).encode())
     if stamps is not None:
         digest.update(repr([str(stamp) for stamp in stamps]).encode())
     return {
@@ -465,12 +466,21 @@ def baselines(splits: Splits) -> list[dict[str, Any]]:
     return found
 
 
+def local(series: Series) -> np.ndarray:
+    """The stamps of a series as its own clock shows them, [T] datetime64."""
+    assert series.timestamps is not None
+    if series.tz is None:
+        return series.timestamps
+    index = pd.DatetimeIndex(series.timestamps).tz_localize("UTC").tz_convert(series.tz)
+    return index.tz_localize(None).to_numpy()
+
+
 def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None:
     """Forecasts of a few test windows at fixed places of the split, in data units."""
     windows = c.splits.test
     n = min(EXAMPLES, windows.n)
     indices = ((np.arange(n) + 0.5) * windows.n / n).astype(np.int32)
-    labels, shown = [], {"context": [], "target": [], "point": []}
+    labels, stamps, shown = [], [], {"context": [], "target": [], "point": []}
     found = dict(zip(shown, forecasting.forecast_windows(model, params, windows, indices), strict=True))
     for k, i in enumerate(indices):
         where = windows.describe(int(i))
@@ -478,9 +488,15 @@ def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None
         for name, values in found.items():
             mean, std = c.splits.scaler.mean[variate], c.splits.scaler.std[variate]
             shown[name].append(values[k, 0] * std + mean)
-        when = where.get("target_first", f"row {where['target_start']}")
-        labels.append(f"{c.splits.columns[variate]}, {when[:16]}")
+        when = f"row {where['target_start']}"
+        if c.splits.series.timestamps is not None:
+            when = str(local(c.splits.series)[where["target_start"]])[:16].replace("T", " ")
+        labels.append(f"{c.splits.columns[variate]}, {when}")
+        if c.splits.series.timestamps is not None:
+            stamps.append(local(c.splits.series)[where["start"] : where["stop"]])
     arrays: dict[str, Any] = {name: np.stack(values) for name, values in shown.items()}
+    if stamps:
+        arrays["stamps"] = np.stack(stamps).astype("datetime64[s]")
 
     def write() -> None:
         with folder.replacing(path) as temporary:

@@ -38,7 +38,7 @@ def one(name: str, batch: int) -> dict:
     before = time.perf_counter()
     params = jax.block_until_ready(jax.jit(model.init)(jax.random.key(0)))
     drawing = time.perf_counter() - before
-    model, params = model.for_series(params, n_variates=1, freq="h", name="made up", key=jax.random.key(1))
+    model, params = model.for_series(params, n_variates=1, freq="h", key=jax.random.key(1))
     recipe = model.recipe()
     t = np.arange(recipe.context_len)
     x = jnp.asarray(

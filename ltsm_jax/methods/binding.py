@@ -65,7 +65,6 @@ def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tu
         params,
         n_variates=series.n_variates,
         freq=series.model_freq or series.freq,
-        name=series.name,
         key=training.keys(seed)["init"],
     )
     return model, sharding.together(params)

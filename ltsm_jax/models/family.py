@@ -165,18 +165,20 @@ class Model(abc.ABC):
         *,
         n_variates: int,
         freq: str | None = None,
-        name: str | None = None,
         key: jax.Array | None = None,
     ) -> tuple["Model", Tree]:
         """The model made ready for one data set: (model, params), the same two for most families.
 
         Families with frequency classes, tokens per data set or layers per variate put them in here; a model that is
-        ready for the data set already comes back as it is.
+        ready for the data set already comes back as it is. What a data set is called plays no part.
 
         Args:
-          n_variates: C. freq: step of the series as pandas writes it ("h", "15min"), None where unknown.
-          name: of the data set. key: draws what the checkpoint has not got.
-        Raises: ValueError for a frequency that the family needs and does not know.
+          n_variates: C.
+          freq: step of the series as pandas writes it ("h", "15min"), None where unknown; "oov" (out of vocabulary) has
+            a family with tokens of frequencies take the one for unknown steps.
+          key: PRNG key for parameters absent from the checkpoint; None: nothing is drawn.
+        Raises: ValueError for a frequency that the family needs and does not know, and, without a key, for data that
+          need parameters absent from the checkpoint.
         """
         return self, params
 

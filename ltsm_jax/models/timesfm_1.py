@@ -333,9 +333,9 @@ class TimesFM1(Model):
         source = "google-research/timesfm v1/src/finetuning/finetuning_torch.py: FinetuningConfig"
         return Recipe(1e-4, 32, 20, "constant", self.context_len, self.horizon, "own", source, weight_decay=0.01)
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, name=None, key=None) -> tuple[Model, Tree]:
-        """The class of frequency is taken from `freq`; where that is unknown, the config's stands."""
-        if freq is None:
+    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple[Model, Tree]:
+        """The class of frequency is taken from `freq`; where that is unknown (None, "oov"), the config's stands."""
+        if freq in (None, "oov"):
             return self, params
         return TimesFM1(dataclasses.replace(self.config, freq=freq_class(freq))), params
 

@@ -7,7 +7,8 @@ A window of V variates, scaled by its own mean and deviation, is cut into patche
 variate stand the prompt tokens of its data set; behind them, for a forecast, as many generated tokens as the future has
 patches (GEN tower), for classification one token of the task. Blocks attend over tokens, then over variates, then mix
 channels and tokens; the layers that mix tokens are stored for a fixed number of them and interpolated to what is there.
-A data set that the checkpoint does not know gets tokens of its own, freshly drawn (`for_series`).
+A model speaks for one data set of its checkpoint (`UnitsConfig.dataset`); for data with another number of variates
+`for_series` takes the tokens of one that has as many, or draws new ones.
 
 The original leaves the last steps of a horizon at the mean where it is no whole number of patches; `predict` generates
 one token more instead. `apply` does as the original.
@@ -522,22 +523,30 @@ class Units(Model):
         source = "mims-harvard/UniTS scripts, prompt tuning: lr 1e-3 at an effective batch of 32, tokens alone"
         return Recipe(1e-3, 32, 5, "cosine", self.context_len, self.horizon, "own", source, trainable=r"_tokens/")
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, name=None, key=None) -> tuple["Units", Tree]:
-        """Speaks for the data set `name`: with the checkpoint's tokens where it has some for as many variates, else
-        with fresh ones, drawn from `key`, under that name."""
-        cfg, known = self.config, self.config.datasets
-        name = (name or "data").replace("/", "_")
-        if name == cfg.current and known[name] == n_variates:
+    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple["Units", Tree]:
+        """Speak for data with so many variates: with the tokens of the current data set where it has as many, else of
+        the first forecasting task that has, else with tokens drawn from `key`."""
+        cfg = self.config
+        if cfg.datasets[cfg.current] == n_variates:
             return self, params
-        if known.get(name) != n_variates:
-            if name in known:
-                name = f"{name} ({n_variates})"
-            if name not in known:
-                same = self.task
-                task = UnitsTask(f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates)
-                cfg = dataclasses.replace(cfg, tasks=(*cfg.tasks, task))
-                params = self._with_tokens(cfg, params, key)
-        return Units(dataclasses.replace(cfg, dataset=name)), params
+        for task in cfg.tasks:
+            if task.horizon and task.n_variates == n_variates:
+                return Units(dataclasses.replace(cfg, dataset=task.dataset)), params
+
+        if key is None:
+            told = ", ".join(f"{name} ({size})" for name, size in list(cfg.datasets.items())[:20])
+            raise ValueError(
+                f"this UniTS has no tokens for {n_variates} variates; its data sets are {told}. New tokens must be "
+                "drawn and trained; give a key to draw them with: "
+                f"for_series(params, n_variates={n_variates}, key=jax.random.key(0))"
+            )
+        name = f"data_{n_variates}"
+        while name in cfg.datasets:  # of a checkpoint that calls another data set so
+            name += "_"
+        same = self.task
+        task = UnitsTask(f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates)
+        cfg = dataclasses.replace(cfg, tasks=(*cfg.tasks, task), dataset=name)
+        return Units(cfg), self._with_tokens(cfg, params, key)
 
     def with_head(self, params: Tree, head: str, key: jax.Array, **sizes: Any) -> tuple["Units", Tree]:
         """Fresh tokens for a classification task of the current data set. sizes: n_classes, and optionally name."""
@@ -551,8 +560,8 @@ class Units(Model):
         cfg = dataclasses.replace(self.config, tasks=(*self.config.tasks, task), classifies=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
 
-    def _with_tokens(self, cfg: UnitsConfig, params: Tree, key: jax.Array | None) -> Tree:
-        fresh = flatten(Units(cfg).init(jax.random.key(0) if key is None else key))
+    def _with_tokens(self, cfg: UnitsConfig, params: Tree, key: jax.Array) -> Tree:
+        fresh = flatten(Units(cfg).init(key))
         return unflatten(fresh | flatten(params))
 
     # --- the network around its instance scaling

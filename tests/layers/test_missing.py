@@ -62,7 +62,7 @@ def test_timer_learns_from_what_is_observed_alone():
 def test_reconstruction_and_imputation_take_missing_values(family):
     model = family(family.small())
     params = jax.jit(model.init)(jax.random.key(0))
-    impute = jax.jit(lambda x, seen: impute(x, seen))
+    impute = jax.jit(lambda x, seen: model.impute(params, x, seen))
     x = jnp.sin(jnp.arange(80.0).reshape(1, 2, 40) / 3).at[..., 10:13].set(jnp.nan)
     seen = jnp.ones_like(x).at[..., 24:32].set(0.0)
     assert jnp.isfinite(jax.jit(model.reconstruct)(params, x)).all()

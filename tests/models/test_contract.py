@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax import trees
+from ltsm_jax.layers.context import LARGEST
 from ltsm_jax.models import FAMILIES, family, folders
 
 slow = lambda x: pytest.param(x, marks=pytest.mark.slow)  # noqa: E731
@@ -51,7 +52,7 @@ def case(request):
     cls = FAMILIES[request.param]
     model = cls(cls.small())
     params = jax.jit(model.init)(jax.random.key(1))
-    model, params = model.for_series(params, n_variates=2, freq="h", name="made up", key=jax.random.key(2))
+    model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
     return Case(model, params, 2 if model.variates == "joint" else 1)
 
 
@@ -91,14 +92,18 @@ def hostile(x_BCT):
     rows["1e-8"] = x_BCT[0] * 1e-8
     rows["1e8"] = x_BCT[0] * 1e8
     rows["offset 1e6"] = x_BCT[0] + 1e6
+    rows["1e-30"] = x_BCT[0] * 1e-30
+    rows["as large as allowed"] = x_BCT[0] / jnp.abs(x_BCT[0]).max() * LARGEST
+    rows["constant 1e-30"] = jnp.full_like(x_BCT[0], 1e-30)
+    rows["constant, as large as allowed"] = jnp.full_like(x_BCT[0], LARGEST)
     return rows
 
 
 def test_troubled_series_give_finite_forecasts(case):
     rows = hostile(case.series(1, case.model.context_len))
     found = case.predict(jnp.stack(list(rows.values())), case.model.horizon)
-    for i, name in enumerate(rows):
-        assert np.isfinite(np.asarray(found.point[i])).all(), name
+    bad = [name for i, name in enumerate(rows) if not np.isfinite(np.asarray(found.point[i])).all()]
+    assert not bad
     check_finite(found, len(rows), case.c, case.model.horizon)
 
 
@@ -108,6 +113,8 @@ def test_a_series_without_any_value_is_refused_where_values_can_be_seen(case):
         case.model.predict(case.params, x, 4)
     with pytest.raises(ValueError, match="infinite"):
         case.model.predict(case.params, x.at[1].set(jnp.inf), 4)
+    with pytest.raises(ValueError, match=r"values beyond 1e\+16 in \(batch, variate\) \[\[1, 0\]"):
+        case.model.predict(case.params, x.at[1].set(1e17), 4)
 
 
 def test_missing_values_are_not_seen(case):
