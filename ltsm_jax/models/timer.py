@@ -297,8 +297,9 @@ class Timer(Model):
         if steps % p:
             problems.append(f"a context of whole patches ({p}), got {steps} steps: take {max(steps // p, 1) * p}")
         if target.shape[-1] < p:
+            got = target.shape[-1]
             problems.append(
-                f"a target of one patch ({p}), got {target.shape[-1]} steps: take {p}, or the direct loss (mode='direct')"
+                f"a target of one patch ({p}), got {got} steps: take {p}, or the direct loss (mode='direct')"
             )
         if problems:
             raise ValueError(f"the next-token loss needs {'; and '.join(problems)}")
