@@ -33,8 +33,8 @@ class Result:
       history: one dict per epoch: phase, epoch (counted through all phases), lr, train_loss, val_mse, ...
       epochs: epochs trained, all phases.
       best_epoch: the one `params` are from, counted like `epochs`; 0 without training.
-      seconds: training and validation, all launches together, without compilation; without training, scoring.
-      compile_seconds: those that it waited for the compiler.
+      seconds: training and validation, all launches together, without compilation.
+      compile_seconds: those that they waited for the compiler: nearly none for whoever comes second.
       trained: parameters that were trainable in the last phase.
       warnings: what a user should look at, in words.
     """
@@ -160,7 +160,19 @@ def run(
         compile_seconds = waited.seconds
         seconds = time.monotonic() - began - compile_seconds
     found = task.warnings(model, current, data, placement)
-    return Result(strategy, current, val, scores, history, epochs, best_epoch, seconds, trained, found, compile_seconds)
+    return Result(
+        strategy,
+        current,
+        val,
+        scores,
+        history,
+        epochs,
+        best_epoch,
+        seconds,
+        trained,
+        found,
+        compile_seconds,
+    )
 
 
 def _masked_loss(loss, masks, params, batch, key, train):
