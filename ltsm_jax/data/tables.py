@@ -83,6 +83,10 @@ class ReadingOptions:
     name: str | None = None
 
     def __post_init__(self):
+        for option in ("target", "time", "id"):
+            value = getattr(self, option)
+            if isinstance(value, pd.Index | np.ndarray):  # `df.columns[1:]`
+                object.__setattr__(self, option, list(value))
         for option, allowed in (("missing", MISSING), ("irregular", IRREGULAR)):
             value = getattr(self, option)
             if value not in allowed and not (option == "irregular" and value is None):
@@ -152,7 +156,7 @@ class _Reader:
         values = self.numbers(table, targets)
         if id_column is not None:
             stamps, values, targets = self.spread(stamps, values, targets, id_column, tz)
-        elif stamps is not None:
+        elif stamps is not None and len(values):
             stamps, values = self.on_grid(stamps, values, tz)
         if self.how.missing != "error":
             stamps, values = self.without_future(stamps, values)
@@ -546,7 +550,7 @@ class _Reader:
         self, stamps: Stamps, values: np.ndarray, targets: list, ids: Any, tz: str | None
     ) -> tuple[Stamps, np.ndarray, list]:
         """A long table with one variate per id (and target) beside one another, on the stamps all ids share."""
-        if self.problems:
+        if self.problems or not targets:
             return stamps, values, targets  # the cells can still be checked
         groups = {key: np.asarray(at) for key, at in ids.groupby(ids, sort=False, observed=True).indices.items()}
         names = [f"{key}" if len(targets) == 1 else f"{key}/{target}" for key in groups for target in targets]

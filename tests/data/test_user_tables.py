@@ -242,6 +242,12 @@ def test_a_time_in_several_columns():
     np.testing.assert_array_equal(read_series(clock, time=["date", "time"]).timestamps, hours.to_numpy())
 
 
+def test_a_table_without_a_target_says_all_that_is_wrong():
+    table = frame(date=DAYS[::-1], y=np.arange(12.0))
+    for options in ({}, {"irregular": "regularise"}, {"irregular": "regularise", "id": "y"}):
+        assert "target column 'z' is not there" in refused(table, target="z", **options)
+
+
 def test_numbers_that_count_the_rows(tmp_path):
     path = csv(tmp_path / "a.csv", numbered(range(30)), header="ds,y")
     text = refused(path)
@@ -284,6 +290,30 @@ def test_columns_that_are_numbered_are_names(tmp_path):
 def test_line_ends(tmp_path, end):
     series = load_series(csv(tmp_path / "a.csv", numbered(DAYS.date), end=end))
     assert (series.n_rows, series.freq) == (12, "D")
+
+
+def test_advice_about_files(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("date;y\n2024-01-01;1\n2024-01-02;2\n")
+    assert "save the file with commas" in refused(path)
+    pd.read_csv(path, sep=";").to_csv(path, index=False)
+    assert load_series(path).n_rows == 2
+
+    path.write_bytes("date,Größe\n2024-01-01,1\n2024-01-02,2\n".encode("latin-1"))
+    assert "pass the DataFrame of pandas.read_csv(path, encoding=...)" in refused(path)
+    assert read_series(pd.read_csv(path, encoding="latin-1")).columns == ("Größe",)
+
+    frame(date=DAYS, y=np.arange(12.0)).to_csv(path)  # with the index
+    assert "column 0 (counting from 0) has no name" in refused(path)
+    assert load_series(path, target="y").freq == "D"
+
+    as_text = frame(date=DAYS, y=[str(i) for i in range(12)])
+    assert "convert it with pandas.to_numeric" in refused(as_text)
+    assert read_series(as_text.assign(y=pd.to_numeric(as_text["y"]))).n_rows == 12
+
+    far = frame(date=pd.to_datetime(["2020-01-01", "2020-01-02", "2024-01-01"]), y=np.ones(3))
+    assert "give a longer freq=" in refused(far, irregular="regularise")
+    assert read_series(far, irregular="regularise", freq="Y", missing="keep").n_rows == 5
 
 
 def test_a_file_at_home(tmp_path, monkeypatch):
