@@ -533,7 +533,8 @@ def main(
                 if not hosts.on_first((c.folder / folder.CSV).is_file):
                     return 1
                 if hosts.first():
-                    finish(c.folder)
+                    with folder.naming(c.folder):
+                        finish(c.folder)
                     for failure in failures:
                         print(f"failed: {failure}", file=sys.stderr)
             return 1 if failures else 0
