@@ -83,6 +83,8 @@ def _only_file(folder: Path) -> Path:
     for name in hub.WEIGHTS:
         if (folder / name).is_file():
             return folder / name
+    if (folder / folders.ADAPTER).exists():
+        raise CheckpointError(folders.adapter_advice(folder))
     files = folders.originals(folder)
     if len(files) != 1:
         names = ", ".join(p.name for p in files) or "none"
@@ -130,6 +132,8 @@ def family_of(original: Original) -> tuple[Any, Layout]:
         layout = family.recognise(original.state)
         if layout is not None:
             return family, layout
+    if any(".lora_" in key for key in original.state):
+        raise CheckpointError(folders.adapter_advice(original.path))
     keys = ", ".join(quoted(key) for key in list(original.state)[:5])
     raise CheckpointError(
         f"{original.path}: no known model has such keys ({keys}, ...). Known families: {', '.join(FAMILIES)}."
