@@ -17,6 +17,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Task
 from ltsm_jax.tasks.forecasting import Forecasting
+from ltsm_jax.training import compiling
 
 Params = Any
 FORECASTING = Forecasting()
@@ -27,12 +28,12 @@ class Result:
     """What a run of a strategy gave.
 
     Attributes:
-      params: the weights with the lowest validation MSE of the last phase (the start where there is no phase).
-      val, test: metrics of these weights in scaled units, see `tasks.forecasting.evaluate`; test is None on request.
+      params: the weights that validated best in the last phase (the start where there is no phase).
+      val, test: metrics of these weights, see `evaluate` of the task; test is None on request.
       history: one dict per epoch: phase, epoch (counted through all phases), lr, train_loss, val_mse, ...
       epochs: epochs trained, all phases.
       best_epoch: the one `params` are from, counted like `epochs`; 0 without training.
-      seconds: training and validation, all launches together.
+      seconds: training and validation, all launches together, without what was waited for the compiler.
       trained: parameters that were trainable in the last phase.
       warnings: what a user should look at, in words.
     """
@@ -149,10 +150,11 @@ def run(
         trained = trees.count(begin if mask is None else trees.partition(begin, mask)[0])
 
     began = time.monotonic()
-    val = validate(current) if val is None else val
-    scores = task.evaluate(model, current, data, "test", placement) if test else None
+    with compiling.measured() as waited:
+        val = validate(current) if val is None else val
+        scores = task.evaluate(model, current, data, "test", placement) if test else None
     if not strategy.phases:
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began - waited.seconds
     found = task.warnings(model, current, data, placement)
     return Result(strategy, current, val, scores, history, epochs, best_epoch, seconds, trained, found)
 
