@@ -177,7 +177,10 @@ def _window_errors(
     """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64 on the host."""
     placement = placement or Placement.of(params)
     values, all_starts = placement.replicate((values, jnp.asarray(starts, jnp.int32)))
-    one_batch = lambda i: _batch_errors(model, params, values, all_starts, i, ims)  # noqa: E731
+
+    def one_batch(indices: jax.Array) -> jax.Array:
+        return _batch_errors(model, params, values, all_starts, indices, ims)
+
     return in_batches(one_batch, len(starts), batch_size, placement)
 
 

@@ -144,7 +144,10 @@ def evaluate(
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
     placement = placement or Placement.of(params)
     placed, placed_key = windows.over(placement.mesh), placement.replicate(key)
-    one_batch = lambda i: _batch_sums(model, params, placed, i, placed_key, rate, ims)  # noqa: E731
+
+    def one_batch(indices: jax.Array) -> dict[str, jax.Array]:
+        return _batch_sums(model, params, placed, indices, placed_key, rate, ims)
+
     found = in_batches(one_batch, windows.n, batch_size, placement)
     sums = {name: per_window.sum() for name, per_window in found.items()}
     if sums["points"] == 0:
