@@ -73,7 +73,7 @@ def import_checkpoint(
         raise FileExistsError(f"{dst} exists; choose another folder or ask to overwrite it (--overwrite)")
     path, fetched = _on_disk(src)
     original = originals.read(path)
-    family, layout = originals.family_of(original)
+    family, layout, original = originals.family_of(original)
     stripped, copies, problems = layout.strip(original.state)
     published = _published(original, config, getattr(family, "BESIDE", ()))
     model_config, notes = family.configure(stripped, published, str(original.path))
@@ -105,7 +105,7 @@ def import_checkpoint(
         "copies": converted.copies,
         "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
         "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
-        "notes": notes,
+        "notes": [*notes, *original.notes],
         **fetched,
     }
     params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
@@ -163,7 +163,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
     imported_from = record.get("container")
-    alike = imported_from == container or (imported_from in originals.NESTED and container == "state_dict")
+    alike = imported_from == container or (imported_from in ("student", "nested") and container == "state_dict")
     table = record.get("table", "") if alike else getattr(family, "TABLES", {}).get(file.suffix, "")
     model, params, published, whole = _in_one_width(model, params, record, family, table)
     told = record.get("dtype", "float32")
