@@ -79,6 +79,8 @@ def import_checkpoint(
     model_config, notes = family.configure(stripped, published, str(original.path))
     model = family.MODEL(model_config)
     what = f"{original.path}: {model.family} {shortened(str(model_config), 250)}"
+    if published is None:
+        what += " (no config.json beside it; what the tensors do not say is assumed)"
     if hasattr(family, "check_buffers"):
         problems += family.check_buffers(model_config, stripped)
     converted = tables.to_params(

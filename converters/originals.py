@@ -57,7 +57,10 @@ def read(src: str | Path) -> Original:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        return Original(path, (path,), "safetensors", "safetensors", read_safetensors(path), {})
+        tensors = read_safetensors(path)
+        if not tensors:
+            raise CheckpointError(f"{path}: the file is empty: it holds no tensor. Save the model's state_dict().")
+        return Original(path, (path,), "safetensors", "safetensors", tensors, {})
     file = read_torch(path)
     content = file.content
     if isinstance(content, Placeholder):

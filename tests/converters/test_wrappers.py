@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from converters import CheckpointError, import_checkpoint, originals, wrappers
 from converters.tables import same_bytes
 from converters.torch_files import read_safetensors, read_torch, write_safetensors, write_torch
 from ltsm_jax.models import FAMILIES
+from ltsm_jax.models.units import UnitsConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SOURCES = {
@@ -65,9 +67,9 @@ def written(tmp_path: Path, name: str, prefix: str, nest: tuple[str, ...], **bes
         content = {"epoch": 3, key: content}
     file = tmp_path / "wrapped.pth"
     write_torch(file, content | beside, overwrite=True)
-    for json in ("config.json", "generation_config.json"):
-        if (folder / json).exists():
-            shutil.copy(folder / json, tmp_path / json)
+    for beside_it in ("config.json", "generation_config.json"):
+        if (folder / beside_it).exists():
+            shutil.copy(folder / beside_it, tmp_path / beside_it)
     return file
 
 
@@ -176,6 +178,25 @@ def test_adapters_are_called_so(tmp_path, whole):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapters as PEFT writes them.*merge_and_unload\(\)"):
         import_checkpoint(tmp_path)
+
+
+def test_units_without_a_config_says_what_to_write(tmp_path):
+    """The message's own example is taken as a config of the sizes that it shows."""
+    _, state, *_ = golden("units")
+    file = tmp_path / "units.pth"
+    write_torch(file, {key: value for key, value in state.items() if not key.startswith("prompt_tokens.")})
+    with pytest.raises(
+        CheckpointError, match=r"units\.pth: the sizes .* write a config\.json beside the file"
+    ) as error:
+        import_checkpoint(file)
+    example = json.loads(str(error.value).partition("as JSON: ")[2])
+    found = UnitsConfig.from_published(example)
+    assert found == UnitsConfig.of(64, 8, 3, found.tasks) and found.tasks[0].dataset == "ETTh1"
+    write_torch(file, state, overwrite=True)
+    assert "If the file was trained otherwise: UniTS' own files" in import_checkpoint(file)[2]["notes"][0]
+    write_torch(file, {key: value for key, value in state.items() if "forecast_head" not in key}, overwrite=True)
+    with pytest.raises(CheckpointError, match=r"no config\.json beside it; what the tensors do not say is assumed"):
+        import_checkpoint(file)
 
 
 def test_common_prefix_is_of_whole_parts():
