@@ -18,10 +18,6 @@ from ltsm_jax.models import FAMILIES, folders
 MAX_JSON = 4 << 20  # bytes; the index of 2,600 tensors has 0.3 MB
 # What a file is called whose state dict stands under these keys; elsewhere: "nested".
 _CONTAINERS = {(): "state_dict", ("state_dict",): "lightning", ("student",): "student"}
-_ADAPTERS = (
-    "{where}: low-rank adapters as PEFT writes them ({what} adapters), not a whole model. In the program that made "
-    "them, load them onto their model, call merge_and_unload() and save that model's state_dict()."
-)
 
 
 # A family's module is found by the family's name, so that a new one is written down in one place only.
@@ -100,9 +96,9 @@ def _only_file(folder: Path) -> Path:
     for name in hub.WEIGHTS:
         if (folder / name).is_file():
             return folder / name
+    if (folder / folders.ADAPTER).exists():
+        raise CheckpointError(folders.adapter_advice(folder))
     files = folders.originals(folder)
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(_ADAPTERS.format(where=folder, what="its adapter_config.json says that it holds"))
     if len(files) != 1:
         names = ", ".join(p.name for p in files) or "none"
         raise CheckpointError(
@@ -152,9 +148,8 @@ def family_of(original: Original) -> tuple[Any, Layout, Original]:
         state, notes = wrappers.without_wrappers(original.state)
     except ValueError as e:
         raise CheckpointError(f"{original.path}: {e}. Save the bare model's state_dict().") from None
-    if count := wrappers.adapters(state):
-        what = f"{count} of its {len(state)} tensors are"
-        raise CheckpointError(_ADAPTERS.format(where=original.path, what=what))
+    if wrappers.has_adapters(state):
+        raise CheckpointError(folders.adapter_advice(original.path))
     found = _recognised(state)
     parts = _by_first_part(state)
     if found is None or not all(map(found[1].covers, state)):

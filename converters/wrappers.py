@@ -136,6 +136,6 @@ def without_wrappers(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return clean, [f"taken out of the keys, as no part of the model: {', '.join(sorted(taken))}"]
 
 
-def adapters(state: Mapping[str, Any]) -> int:
-    """Count the tensors that are low-rank adapters and no weights of a model."""
-    return sum(".lora_A." in key or ".lora_B." in key or ".lora_embedding_" in key for key in state)
+def has_adapters(state: Mapping[str, Any]) -> bool:
+    """Tell whether some tensors are low-rank adapters, as the PEFT library writes them, and no weights of a model."""
+    return any(".lora_A." in key or ".lora_B." in key or ".lora_embedding_" in key for key in state)

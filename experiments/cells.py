@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
+import pandas as pd
 from rich.console import Console
 
 import ltsm_jax
@@ -29,6 +30,8 @@ from ltsm_jax.methods import binding, run
 from ltsm_jax.methods.strategies import Strategy, start_params
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks.base import Task
+from ltsm_jax.tasks.forecasting import Forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig
 
 C = TypeVar("C", bound="Cell")
@@ -64,7 +67,7 @@ class Comparison:
     params: Any
     splits: Splits
     config: TrainConfig
-    mode: forecasting.Mode
+    task: Forecasting
     settings: dict[str, Any]  # what decides every number; a folder holds one set of settings
     optional: tuple[str, ...] = ()  # settings that may be None on one side, where no cell needs them
 
@@ -72,6 +75,11 @@ class Comparison:
     def folder(self) -> Path:
         """Where it all goes."""
         return self.options.folder
+
+    @property
+    def windows(self) -> Windows:
+        """What is trained on."""
+        return self.task.windows(self.model, self.splits)  # pyright: ignore[reportReturnType]
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
@@ -123,13 +131,13 @@ def resolve(options: Options) -> Comparison:
             print(note, file=sys.stderr)
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
-    mode = options.training.mode or binding.default_mode(model)
+    task = Forecasting(options.training.mode or binding.default_mode(model))
     config = training_config(model, options)
     quirks = tuple(q for q in options.quirks if q in QUIRKS)
     splits = attempt(prepare, series, context, horizon, few_shot=options.training.few_shot, quirks=quirks,
                      joint=model.variates == "joint")  # fmt: skip
     if splits is not None:
-        attempt(_try_batch, model, params, splits, mode)
+        attempt(_try_batch, model, params, splits, task)
     if splits is None or problems:
         raise UsageError("\n".join(problems))
     settings = {
@@ -138,7 +146,7 @@ def resolve(options: Options) -> Comparison:
         "head": options.head,
         "context": context,
         "horizon": horizon,
-        "mode": mode,
+        "mode": task.mode,
         "few_shot": options.training.few_shot,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
@@ -151,7 +159,7 @@ def resolve(options: Options) -> Comparison:
         **_facts(series),
         "model_sha256": sha256,
     }
-    return Comparison(options, model, params, splits, config, mode, settings)
+    return Comparison(options, model, params, splits, config, task, settings)
 
 
 def read_series(data: str, reading: Reading) -> Series:
@@ -171,7 +179,7 @@ def _facts(series: Series) -> dict[str, Any]:
     more = f" and {series.n_variates - 8} more" if series.n_variates > 8 else ""
     stamps = series.timestamps
     digest = hashlib.sha256(np.ascontiguousarray(series.values).tobytes())
-    digest.update(repr((series.columns, series.freq)).encode())
+    digest.update(repr((series.columns, series.freq, series.tz)).encode())
     if stamps is not None:
         digest.update(repr([str(stamp) for stamp in stamps]).encode())
     return {
@@ -183,10 +191,9 @@ def _facts(series: Series) -> dict[str, Any]:
     }
 
 
-def _try_batch(model: Model, params: Any, splits: Splits, mode: forecasting.Mode) -> None:
-    """Shapes only: what model, context, horizon and mode have to say about each other, before anything is compiled."""
-    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
-    windows = forecasting.training_windows(model, splits, mode)
+def _try_batch(model: Model, params: Any, splits: Splits, task: Task) -> None:
+    """Shapes only: what model, context, horizon and task have to say about each other, before anything is compiled."""
+    loss, windows = task.loss(model), task.windows(model, splits)
     indices, key = np.zeros(1, np.int32), jax.random.key(0)
     jax.eval_shape(lambda p, w: loss(p, w.gather(indices), key, True), params, windows)
     jax.eval_shape(lambda p, w: model.predict(p, w.gather(indices)["context"], w.horizon), params, splits.val)
@@ -199,7 +206,8 @@ def finished(c: Comparison, cells: Iterable[Cell]) -> int:
 
 def plan(c: Comparison, runs: Sequence[str]) -> str:
     """What will run, in words; `runs` are the lines that the experiment has to say on it."""
-    series, windows = c.splits.series, forecasting.training_windows(c.model, c.splits, c.mode)
+    series, windows = c.splits.series, c.windows
+    assert c.config.batch_size is not None, "filled"
     batch = min(c.config.batch_size, windows.n)
     steps = steps_per_epoch(windows.n, batch)
     stamps = series.timestamps
@@ -216,7 +224,7 @@ def plan(c: Comparison, runs: Sequence[str]) -> str:
         f"{c.splits.val.n:,} to validate, {c.splits.test.n:,} to test"
         + (f" (few-shot {c.options.training.few_shot:g})" if c.options.training.few_shot != 1 else ""),
         f"model    {c.settings['model']}: {c.model.family}, {trees.count(c.params):,} parameters",
-        f"training {c.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
+        f"training {c.task.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
         f"lr {c.config.lr:g}, schedule {c.config.schedule}",
         f"memory   about {_megabytes(c):,.0f} MB of weights, optimiser state and data; activations come on top",
         *runs,
@@ -262,7 +270,7 @@ def _begin(c: Comparison) -> list[str]:
     try:
         storage.read_record(file)
     except storage.DamagedError:
-        folder.write_json(file, {"baselines": baselines(c.splits)})
+        folder.write_json(file, {"baselines": baselines(c)})
     return damaged
 
 
@@ -311,7 +319,7 @@ def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result
         rest.pop("params", c.params),
         chosen,
         c.splits,
-        task=forecasting.Forecasting(c.mode),
+        task=c.task,
         seed=cell.seed,
         config=c.config,
         test=False,
@@ -345,14 +353,14 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Res
         "test_mase": test.get("mase"),
         "best_epoch": result.best_epoch,
         "last_val_mse": result.history[-1]["val_mse"] if result.history else result.val["mse"],
-        "mode": c.mode,
+        "mode": c.task.mode,
         "quirks": c.settings["quirks"],
         "context": c.settings["context"],
         "lr": c.config.lr,
         "batch_size": c.config.batch_size,
         "schedule": c.config.schedule,
         "few_shot": c.options.training.few_shot,
-        "train_windows": forecasting.training_windows(c.model, c.splits, c.mode).n,
+        "train_windows": c.windows.n,
         "val_windows": result.val["windows"],
         "trained_parameters": result.trained,
         "git_commit": folder.git_commit(),
@@ -387,6 +395,7 @@ def keep(
             made["pruned_from"] = c.model.config_to_dict()
         ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
+    record["compile_seconds"] = result.compile_seconds
     record["val_blocks"] = val_blocks(shown or final, c.splits.val)
 
     def finish() -> None:
@@ -402,12 +411,11 @@ def val_blocks(shown: tuple[Model, Any], windows: Windows) -> list[float]:
     Neighbouring windows share most of their targets and are no independent draws; see `checks.paired_difference`.
     """
     errors = forecasting.errors(*shown, windows)
-    mse_N = (errors.squared / windows.horizon).mean(axis=1)
     starts_N = np.asarray(windows.starts)
     block_N = (starts_N - starts_N.min()) // windows.horizon
-    count = np.bincount(block_N)
-    sums = np.bincount(block_N, mse_N)
-    return (sums[count > 0] / count[count > 0]).tolist()
+    steps = np.bincount(block_N, errors.steps.sum(axis=1))
+    sums = np.bincount(block_N, errors.squared.sum(axis=1))
+    return (sums[steps > 0] / steps[steps > 0]).tolist()
 
 
 def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
@@ -415,7 +423,7 @@ def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
     if not chosen.phases:
         return None
     params = start_params(chosen, c.model, c.params, training.keys(seed)["aux"])
-    return forecasting.evaluate(c.model, params, c.splits.val)["mse"]
+    return c.task.evaluate(c.model, params, c.splits)[c.task.selects]
 
 
 def finish_cell(c: Comparison, cell: Cell, record: dict[str, Any]) -> None:
@@ -452,17 +460,25 @@ def twin_of(c: Comparison, method: str) -> str | None:
     return found[0] if found else None
 
 
-def baselines(splits: Splits) -> list[dict[str, Any]]:
-    """Scores of last value and, where the step has a season, seasonal naive, on the same windows."""
-    naive = {"last_value": forecasting.SeasonalNaive(1)}
-    if splits.series.season > 1:
-        naive["seasonal_naive"] = forecasting.SeasonalNaive(splits.series.season)
+def baselines(c: Comparison) -> list[dict[str, Any]]:
+    """Scores of what needs no model (last value, seasonal naive), on the same windows."""
+    val, test = (c.task.baselines(c.splits, part) for part in ("val", "test"))
     found = []
-    for name, predictor in naive.items():
-        val, test = (forecasting.evaluate(predictor, {}, part) for part in (splits.val, splits.test))
-        scores = {f"{part}_{k}": score[k] for part, score in (("val", val), ("test", test)) for k in ("mse", "mae")}
-        found.append({"method": name, "season": predictor.season} | scores)
+    for name in val:
+        row: dict[str, Any] = {"method": name.replace(" ", "_")}
+        for part, scores in (("val", val[name]), ("test", test[name])):
+            row |= {f"{part}_{metric}": value for metric, value in c.task.row(scores).items()}
+        found.append(row)
     return found
+
+
+def local(series: Series) -> np.ndarray:
+    """The stamps of a series as its own clock shows them, [T] datetime64."""
+    assert series.timestamps is not None
+    if series.tz is None:
+        return series.timestamps
+    index = pd.DatetimeIndex(series.timestamps).tz_localize("UTC").tz_convert(series.tz)
+    return index.tz_localize(None).to_numpy()
 
 
 def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None:
@@ -470,7 +486,7 @@ def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None
     windows = c.splits.test
     n = min(EXAMPLES, windows.n)
     indices = ((np.arange(n) + 0.5) * windows.n / n).astype(np.int32)
-    labels, shown = [], {"context": [], "target": [], "point": []}
+    labels, stamps, shown = [], [], {"context": [], "target": [], "point": []}
     found = dict(zip(shown, forecasting.forecast_windows(model, params, windows, indices), strict=True))
     for k, i in enumerate(indices):
         where = windows.describe(int(i))
@@ -478,9 +494,15 @@ def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None
         for name, values in found.items():
             mean, std = c.splits.scaler.mean[variate], c.splits.scaler.std[variate]
             shown[name].append(values[k, 0] * std + mean)
-        when = where.get("target_first", f"row {where['target_start']}")
-        labels.append(f"{c.splits.columns[variate]}, {when[:16]}")
+        when = f"row {where['target_start']}"
+        if c.splits.series.timestamps is not None:
+            when = str(local(c.splits.series)[where["target_start"]])[:16].replace("T", " ")
+        labels.append(f"{c.splits.columns[variate]}, {when}")
+        if c.splits.series.timestamps is not None:
+            stamps.append(local(c.splits.series)[where["start"] : where["stop"]])
     arrays: dict[str, Any] = {name: np.stack(values) for name, values in shown.items()}
+    if stamps:
+        arrays["stamps"] = np.stack(stamps).astype("datetime64[s]")
 
     def write() -> None:
         with folder.replacing(path) as temporary:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from experiments import flags, launch, report
 from experiments.flags import exact
-from experiments.report import COLOURS, Found, is_fixed, markdown_table, new_figure, spread
+from experiments.report import COLOURS, SCALED_Y, Found, is_fixed, markdown_table, new_figure, spread
 from ltsm_jax import storage
 from ltsm_jax.methods.redundancy import heat_map
 from ltsm_jax.methods.strategies import STRATEGIES
@@ -280,7 +280,7 @@ def plot_pareto(summary: pd.DataFrame, path: Path) -> bool:
             lowest = r.test_mse
     ax.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
     ax.set_xlabel("time of a forecast, as a share of the whole model's", fontsize=10)
-    ax.set_ylabel("test MSE, scaled data", fontsize=10)
+    ax.set_ylabel(f"test {SCALED_Y}", fontsize=9)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
     return True

@@ -61,8 +61,13 @@ COLOURS |= {
     "last_value": "#BBBBBB",
     "seasonal_naive": "#BBBBBB",
 }
-STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": "-", "lp": (0, (5, 1, 1, 1)), "lpff": "--"}
-STYLES |= {"l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1)), "lora": (0, (6, 2))}
+STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": (0, (7, 1.5)), "lp": (0, (5, 1, 1, 1))}
+STYLES |= {"lpff": "--", "l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1)), "lora": (0, (6, 2)), "recipe": (0, (2, 2))}
+MARKERS = {"zero_shot": "", "ff": "o", "tfs": "v", "sff": "s", "lp": "D", "lpff": "^", "l2sp": "P", "noise": "X"}
+MARKERS |= {"lora": "*", "recipe": "h"}
+SCALED = "of standardised data (1: variance of the training part)"
+SCALED_Y = "MSE of standardised data\n(1: variance of the training part)"
+FAR = 3.0  # times the lowest error: what is beyond it is cut at the edge, or it would squeeze all others together
 ERRORS = ("val_mse", "val_mae", "test_mse", "test_mae")
 NO_PICTURES = "matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)"
 
@@ -299,82 +304,123 @@ def new_figure(width: float, height: float, **kwargs) -> tuple[Any, Any]:
 
 
 def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[dict], path: Path) -> None:
-    """Test MSE of every row, mean bar with std and one dot per seed; beside it the change against zero-shot."""
+    """Test MSE of every row, mean bar with std; beside it the change against zero-shot, a dot per seed.
+
+    What is far off, as naive forecasts often are, is cut at the edge, with its number.
+    """
     rows = [(r.method, r.alpha, r.test_mse, r.test_mse_std) for r in summary.itertuples()]
     rows += [(b["method"], np.nan, b["test_mse"], np.nan) for b in baselines]
     zero = results[results["method"] == "zero_shot"].set_index("seed")["test_mse"]
-    y = np.arange(len(rows))
     figure, axes = new_figure(10, 0.9 + 0.42 * len(rows), ncols=2 if len(zero) else 1, sharey=True, squeeze=False)
-    left = axes[0, 0]
-    colours = [COLOURS.get(m, "#555555") for m, *_ in rows]
-    means, stds = np.array([r[2] for r in rows]), np.array([r[3] for r in rows], float)
-    left.barh(y, means, color=colours, alpha=0.85, height=0.62)
-    has = np.isfinite(stds)
-    left.errorbar(means[has], y[has], xerr=stds[has], fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
-    ends = means + np.nan_to_num(stds)
-    for i, (mean, end) in enumerate(zip(means, ends, strict=True)):
-        left.annotate(f"{mean:.3f}", (end, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    left.set_xlim(0, ends.max() * 1.14)
-    left.set_xlabel("test MSE, scaled data (mean and std of seeds)", fontsize=10)
-    left.set_yticks(y, [label(m, a) for m, a, *_ in rows], fontsize=10)
-    left.invert_yaxis()
-    left.grid(axis="x", color="#E6E6E6", linewidth=0.8)
-    left.grid(visible=False, axis="y")
+    _draw_errors(axes[0, 0], rows)
     if len(zero):
-        right = axes[0, 1]
-        right.axvline(0, color="#555555", linewidth=1, linestyle=STYLES["zero_shot"])
-        for i, (method, alpha, mean, _) in enumerate(rows):
-            mine = results[(results["method"] == method) & ((results["alpha"] == alpha) | pd.isna(alpha))]
-            change = 100 * (mine.set_index("seed")["test_mse"] / zero - 1).dropna().to_numpy()
-            if not len(change):  # a naive forecast is far off: its dot would squeeze all others together
-                text = f"{100 * (mean / zero.iloc[0] - 1):+.0f} %"
-                right.text(0.5, i, text, transform=right.get_yaxis_transform(), ha="center", va="center", fontsize=9)
-                continue
-            right.plot(change, np.full(len(change), i), "o", color=colours[i], markersize=5, alpha=0.6, mew=0)
-            right.plot(change.mean(), i, "|", color=colours[i], markersize=17, mew=2.5)
-        right.set_xlabel("change against zero-shot, % (dots: seeds)", fontsize=10)
-        right.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+        _draw_changes(axes[0, 1], rows, results, zero)
     figure.savefig(path)
 
 
+def _draw_errors(ax: Any, rows: Sequence[tuple]) -> None:
+    means, stds = np.array([r[2] for r in rows]), np.array([r[3] for r in rows], float)
+    ends = means + np.nan_to_num(stds)
+    limit = 1.16 * ends[means <= FAR * means.min()].max()
+    for i, (method, *_) in enumerate(rows):
+        cut = ends[i] > limit
+        length = limit if cut else means[i]
+        colour = COLOURS.get(method, "#555555")
+        ax.barh(i, length, color=colour, alpha=0.85, height=0.62, hatch="//" if cut else None, edgecolor="white")
+        if cut:
+            text, place, side = f"{means[i]:.3f} \u25b8", (limit, i), "right"
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        else:
+            text, place, side, box = f"{means[i]:.3f}", (ends[i], i), "left", None
+        shift = (-5 if cut else 5, 0)
+        ax.annotate(text, place, xytext=shift, textcoords="offset points", va="center", ha=side, fontsize=9, bbox=box)
+        if np.isfinite(stds[i]) and not cut:
+            ax.errorbar(means[i], i, xerr=stds[i], fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+    ax.set_xlim(0, limit)
+    ax.set_xlabel(f"test MSE {SCALED}", fontsize=9)
+    ax.set_yticks(np.arange(len(rows)), [label(m, a) for m, a, *_ in rows], fontsize=10)
+    ax.invert_yaxis()
+    ax.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    ax.grid(visible=False, axis="y")
+
+
+def _draw_changes(ax: Any, rows: Sequence[tuple], results: pd.DataFrame, zero: pd.Series) -> None:
+    changes = []
+    for method, alpha, mean, _ in rows:
+        mine = results[(results["method"] == method) & ((results["alpha"] == alpha) | pd.isna(alpha))]
+        change = 100 * (mine.set_index("seed")["test_mse"] / zero - 1).dropna().to_numpy()
+        # A naive forecast has no seed; neither have rows that are the same at every seed.
+        changes.append(np.unique(change) if len(change) else np.array([100 * (mean / zero.iloc[0] - 1)]))
+    # The axis shows the models and what is near them; what is far off is written at the edge it lies behind.
+    near = [0.0]
+    for (method, *_), change in zip(rows, changes, strict=True):
+        if method in STYLES:
+            near += [x for x in change if x <= 100 * (FAR - 1)]
+    furthest = 2 * max(np.abs(near).max(), 1.0)
+    near += [change[0] for change in changes if len(change) == 1 and abs(change[0]) <= furthest]
+    room = 0.25 * max(np.ptp(near), 1.0)
+    low, high = min(near) - room, max(near) + room
+    ax.axvline(0, color="#555555", linewidth=1, linestyle=STYLES["zero_shot"])
+    for i, ((method, *_), change) in enumerate(zip(rows, changes, strict=True)):
+        colour = COLOURS.get(method, "#555555")
+        mean = change.mean()
+        if not low <= mean <= high:
+            right = mean > high
+            text = f"{mean:+.0f} % \u25b8" if right else f"\u25c2 {mean:+.0f} %"
+            ax.text(high if right else low, i, text, ha="right" if right else "left", va="center", fontsize=9)
+            continue
+        ax.plot(change, np.full(len(change), i), "o", color=colour, markersize=5, alpha=0.6, mew=0)
+        ax.plot(mean, i, "|", color=colour, markersize=17, mew=2.5)
+    ax.set_xlim(low, high)
+    ax.set_xlabel("change of test MSE against zero-shot, % (dots: seeds)", fontsize=9)
+    ax.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+
+
 def plot_validation(cells: Sequence[dict], path: Path) -> bool:
-    """Validation MSE after every epoch: mean over seeds, and the band from the lowest to the highest seed.
+    """Validation MSE before training (epoch 0) and after every epoch: mean over seeds, and the band from the lowest to
+    the highest seed.
 
     Returns: False where nothing was trained, and then there is no picture.
     """
     groups: dict[tuple[str, float | None], list[list[float]]] = {}
     for cell in cells:
         if cell["history"]:
-            groups.setdefault((cell["method"], cell["alpha"]), []).append([h["val_mse"] for h in cell["history"]])
+            start = [np.nan if cell.get("start_mse") is None else cell["start_mse"]]
+            curve = start + [h["val_mse"] for h in cell["history"]]
+            groups.setdefault((cell["method"], cell["alpha"]), []).append(curve)
     if not groups:
         return False
     figure, ax = new_figure(8, 4.5)
     zero = [c["val_mse"] for c in cells if c["method"] == "zero_shot"]
     if zero:
         ax.axhline(zero[0], color=COLOURS["zero_shot"], linestyle=STYLES["zero_shot"], linewidth=1.5, label="zero-shot")
-    alphas, highest = sorted({a for m, a in groups if m == "sff"}), max(zero, default=-np.inf)
-    floor, roof = min(zero, default=np.inf), max(zero, default=-np.inf)
+    floor, roof, highest = min(zero, default=np.inf), max(zero, default=-np.inf), max(zero, default=-np.inf)
     for (method, alpha), curves in groups.items():
         values = np.array([c[: min(map(len, curves))] for c in curves])
-        epochs = np.arange(1, values.shape[1] + 1)
-        fade = 1.0 if method != "sff" or len(alphas) < 2 else 0.35 + 0.65 * alphas.index(alpha) / (len(alphas) - 1)
-        style = {"color": COLOURS.get(method, "#555555"), "alpha": fade}
-        ax.plot(epochs, values.mean(0), linestyle=STYLES.get(method, "-"), linewidth=2, marker="o", markersize=3.5,
-                label=label(method, alpha), **style)  # fmt: skip
+        epochs = np.arange(values.shape[1])
+        style = {"color": COLOURS.get(method, "#555555"), "alpha": _fade(method, alpha, groups)}
+        ax.plot(epochs, values.mean(0), linestyle=STYLES.get(method, "-"), linewidth=2, markersize=5, mew=0,
+                marker=MARKERS.get(method, "o"), label=label(method, alpha), **style)  # fmt: skip
         if len(values) > 1:
             ax.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
-        floor = min(floor, values.min())
+        floor = min(floor, np.nanmin(values))
         roof = max(roof, values[:, -1].max())
-        highest = max(highest, values.max())
+        highest = max(highest, np.nanmax(values))
     # a model from scratch starts far above the rest: the axis shows where the methods end, not where that one began
     span = max(roof - floor, 1e-9)
     ax.set_ylim(floor - 0.08 * span, min(highest + 0.08 * span, roof + 0.7 * span))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("epoch", fontsize=10)
-    ax.set_ylabel("validation MSE, scaled data", fontsize=10)
+    ax.set_xlabel("epoch (0: before training)", fontsize=10)
+    ax.set_ylabel(f"validation {SCALED_Y}", fontsize=9)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
     return True
+
+
+def _fade(method: str, alpha: float | None, groups: Any) -> float:
+    """How strong a curve is drawn: the alphas of one method differ in it."""
+    alphas = sorted(a for m, a in groups if m == method and a is not None)
+    return 1.0 if alpha is None or len(alphas) < 2 else 0.35 + 0.65 * alphas.index(alpha) / (len(alphas) - 1)
 
 
 def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
@@ -405,7 +451,7 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
                 label="zero-shot",
             )
         ax.set_xlabel("alpha (0: from scratch, 1: full fine-tuning)", fontsize=10)
-        ax.set_ylabel(f"{'validation' if split == 'val' else 'test'} MSE, scaled data", fontsize=10)
+        ax.set_ylabel(f"{'validation' if split == 'val' else 'test'} {SCALED_Y}", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
     figure.savefig(path)
@@ -414,36 +460,68 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
 
 def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
     """Four test windows, chosen by position and not by looks: the end of the context, the truth, and the forecasts."""
-    seed = min(c["seed"] for c in cells)
-    first = [c for c in cells if c["seed"] == seed]
-    shown = []
-    for method in ("zero_shot", "ff", "sff", "tfs", "lpff", "lp", "lora", "noise", "l2sp"):
-        same = [c for c in first if c["method"] == method]
-        shown += [min(same, key=lambda c: c["val_mse"])] if same and len(shown) < 4 else []
-    windows = [dict(np.load(c["folder"] / "forecasts.npz")) for c in shown]
+    shown = _shown(cells)
+    windows = [dict(np.load(cell["folder"] / "forecasts.npz")) for cell in shown]
     n_windows, horizon = windows[0]["target"].shape
-    figure, axes = new_figure(
-        10, 2.9 * ((n_windows + 1) // 2), nrows=(n_windows + 1) // 2, ncols=min(2, n_windows), squeeze=False
-    )
+    rows, columns = (n_windows + 1) // 2, min(2, n_windows)
+    figure, axes = new_figure(10, 2.9 * rows, nrows=rows, ncols=columns, squeeze=False)
     for i, ax in enumerate(np.ravel(axes)):
         if i >= n_windows:
             ax.set_visible(False)
             continue
         context = windows[0]["context"][i][-horizon:]
-        past, future = np.arange(-len(context), 0), np.arange(horizon)
-        joined = [*context, windows[0]["target"][i][0]]  # no gap between the past and the truth
-        ax.plot([*past, 0], joined, color="#999999", linewidth=1.2)
-        ax.plot(future, windows[0]["target"][i], color="black", linewidth=2.2, label="truth")
-        for cell, data in zip(shown, windows, strict=True):
+        target = windows[0]["target"][i]
+        past, future, dated = _times(windows[0], i, len(context))
+        joined = [*context, target[0]]  # no gap between the past and the truth
+        ax.plot([*past, future[0]], joined, color="#999999", linewidth=1.2)
+        ax.plot(future, target, color="black", linewidth=2.4, label="truth")
+        step = max(horizon // 8, 1)
+        for k, (cell, data) in enumerate(zip(shown, windows, strict=True)):
             method = cell["method"]
-            ax.plot(future, data["point"][i], color=COLOURS[method], linestyle=STYLES[method], linewidth=1.4,
+            # Forecasts often lie on each other: their signs stand at places of their own.
+            first = k * step // len(shown)
+            ax.plot(future, data["point"][i], color=COLOURS.get(method, "#555555"), linestyle=STYLES.get(method, "-"),
+                    linewidth=1.4, marker=MARKERS.get(method, "o"), markersize=4, mew=0, markevery=(first, step),
                     label=label(method, cell["alpha"]))  # fmt: skip
-        ax.axvline(0, color="#999999", linewidth=0.8)
+        ax.axvline(future[0], color="#999999", linewidth=0.8)
         ax.set_title(str(windows[0]["label"][i]), fontsize=10, loc="left")
-        ax.set_xlabel("steps from the start of the forecast", fontsize=9)
+        if dated:
+            _write_dates(ax)
+        else:
+            ax.set_xlabel("steps from the start of the forecast", fontsize=9)
+        if i % columns == 0:
+            ax.set_ylabel("data units", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
     figure.savefig(path)
+
+
+def _shown(cells: Sequence[dict]) -> list[dict]:
+    """The cells whose forecasts are drawn: four methods at most, of the first seed, each with its best alpha."""
+    seed = min(cell["seed"] for cell in cells)
+    found = []
+    for method in dict.fromkeys(["zero_shot", "ff", "sff", "tfs", "lpff", "lp", "lora", "noise", "l2sp", *STRATEGIES]):
+        same = [cell for cell in cells if cell["method"] == method and cell["seed"] == seed]
+        if same and len(found) < 4:
+            found.append(min(same, key=lambda cell: cell["val_mse"]))
+    return found
+
+
+def _times(window: dict[str, Any], i: int, past: int) -> tuple[Any, Any, bool]:
+    """Places of past and future on the time axis: stamps where the series has them, else steps."""
+    horizon = window["target"].shape[1]
+    if "stamps" not in window:
+        return np.arange(-past, 0), np.arange(horizon), False
+    stamps = window["stamps"][i]
+    return stamps[-horizon - past : -horizon], stamps[-horizon:], True
+
+
+def _write_dates(ax: Any) -> None:
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator(maxticks=7)
+    ax.xaxis.set_major_locator(locator)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,7 +582,8 @@ def write_report(folder: str | Path) -> Path:
         plot_bars(summary, results, baselines, plots / "bars.png")
         pictures.append(("bars", "Test error of every method. Bars: mean over seeds, whisker: standard deviation."))
         if plot_validation(cells, plots / "validation.png"):
-            pictures.append(("validation", "Validation error after every epoch; band: lowest to highest seed."))
+            text = "Validation error before training and after every epoch; band: lowest to highest seed."
+            pictures.append(("validation", text))
         if plot_alpha(summary, plots / "alpha.png"):
             pictures.append(("alpha", "Error against alpha; whisker: standard deviation over seeds."))
         plot_forecasts(cells, plots / "forecasts.png")

@@ -30,6 +30,7 @@ LONGEST = 1000 * 366 * LENGTHS["D"]  # a thousand years are no step
 MONTHS = {"M": 1, "Q": 3, "Y": 12}
 WALL = ("D", "B", "W", "M", "Q", "Y")  # units counted on the clock on the wall
 DAY = np.timedelta64(1, "D")
+LEAST_SHARE = 0.25  # of the steps that a step must have; below it is jitter
 
 _ALIASES = {  # of pandas 1, 2 and 3 and of common speech; where case tells M from min it is kept
     "us": "us U microsecond microseconds",
@@ -295,8 +296,8 @@ def following(stamps: np.ndarray, n: int, freq: str, tz: str | None = None) -> n
 def infer_freq(stamps: np.ndarray) -> str | None:
     """Canonical step of stamps [T] datetime64, in any order; None when none stands out.
 
-    In this order: months where every stamp falls on one day of the month; a constant step, exactly; months by
-    weekdays; business days; the most frequent step.
+    In this order: months where every stamp falls on one day of the month; a constant step, exactly (from four weeks
+    up also with holes); months by weekdays; business days; the most frequent step.
     """
     stamps = np.unique(stamps.astype("datetime64[us]"))
     steps = np.diff(stamps).astype(np.int64)
@@ -311,7 +312,7 @@ def infer_freq(stamps: np.ndarray) -> str | None:
         months = _most_frequent(np.diff(_months(stamps)))
         if months > 0 and all_on_it and rule.kind == "day":
             return canonical_freq(f"{months}M")
-    if share == 1:
+    if share == 1 or (days >= 28 and share >= LEAST_SHARE and not (steps % common).any()):
         return canonical_freq(f"{common}us")
     if days >= 28:
         if months > 0 and all_on_it:
@@ -322,7 +323,7 @@ def infer_freq(stamps: np.ndarray) -> str | None:
                 return unit
     if (rounded := rounded_step(stamps)) is not None:
         return canonical_freq(f"{rounded}us")
-    if share < 0.25:  # jitter
+    if share < LEAST_SHARE:
         return None
     if days == 1 and _skips_weekends(stamps):
         return "B"

@@ -10,6 +10,7 @@ Shapes: C variates, T rows of the table or of the grid.
 import collections
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ import pandas as pd
 
 from ltsm_jax.data.series import DataError, Series, clip
 from ltsm_jax.data.sources import as_table, is_path, stem
-from ltsm_jax.data.stamps import counts_rows, holds_dates, is_numeric, is_time, parse_stamps, rows, show
+from ltsm_jax.data.stamps import YEARS, counts_rows, holds_dates, is_numeric, is_time, parse_stamps, rows, show
 from ltsm_jax.frequency import (
     Grid,
     canonical_freq,
@@ -136,6 +137,7 @@ class _Reader:
         self.source = source
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.undecided: list = []  # columns of which one or another is the time
 
     def read(self) -> Series:
         table = as_table(self.source)
@@ -144,7 +146,7 @@ class _Reader:
         self.stop()
         time, targets = self.choose_columns(table, labels)
         stamps, tz = self.stamps_of(table, time)
-        if self.how.id is None:
+        if not self.problems:
             self.look_for_ids(table, time, targets, stamps)
         id_column = self.joined(table, "id", self.how.id)
         values = self.numbers(table, targets)
@@ -190,7 +192,7 @@ class _Reader:
         if isinstance(table.columns, pd.MultiIndex):
             table = table.set_axis(["/".join(map(str, names)) for names in table.columns], axis=1)
         index = table.index
-        if isinstance(index, pd.RangeIndex) and index.step > 0:
+        if isinstance(index, pd.RangeIndex) and index.step > 0 and index.name is None:
             return table.reset_index(drop=True), []
         levels = [index.get_level_values(i) for i in range(index.nlevels)]
         names = []
@@ -251,7 +253,7 @@ class _Reader:
             time = self.find_time(table, labels, [*wanted, *ids])
         self.check_labels(table, labels, time, [*wanted, *ids])
         if not asked:
-            apart = {*time, *ids, *(label for label in labels if not self.is_id_like(table, label))}
+            apart = {*time, *ids, *self.undecided, *(label for label in labels if not self.is_id_like(table, label))}
             wanted = [column for column in columns if column not in apart]
             self.check_default(table, wanted, time, ids)
             if not any(is_numeric(table[c]) or _to_number(table[c]).notna().any() for c in wanted):
@@ -272,6 +274,7 @@ class _Reader:
                 f"several columns may hold the time: {', '.join(names)}; say which with time= "
                 f"(time={names!r} joins them)"
             )
+            self.undecided = named
             return []
         if named:
             return named
@@ -282,6 +285,8 @@ class _Reader:
             return calendar
         period = [c for c in columns[:1] if str(c).casefold() in PERIOD_NAMES]
         period += [folded["year"]] if "year" in folded else []
+        # An index of numbers like 20240101 is no numbering of rows.
+        period += [c for c in labels if c in columns and _least(table[c]) > 180_000]
         for column in period:
             if is_numeric(table[column]) and self.numbers_are_dates(table[column]):
                 self.notes.append(f"{column!r} is taken as the time; time= and target= say otherwise")
@@ -300,16 +305,19 @@ class _Reader:
 
     def is_id_like(self, table: pd.DataFrame, label: Any) -> bool:
         """Whether labels of rows repeat, as the names of several series do."""
-        return not is_numeric(table[label]) and bool(table[label].duplicated().any())
+        cells: Any = table[label]
+        return not is_numeric(cells) and 1 < cells.nunique() < len(cells)
 
     def check_labels(self, table: pd.DataFrame, labels: list, time: list, taken: list) -> None:
         """An index that is neither time nor id nor a plain numbering is not dropped in silence."""
         if time or self.irregular == "ignore":
             return
         for label in labels:
-            column = table[label]
-            if label in taken or self.is_id_like(table, label):
+            column: Any = table[label]
+            if label in taken or self.is_id_like(table, label) or (len(column) > 1 and column.nunique() == 1):
                 continue
+            if counts_rows(column) and YEARS[0] < column.min() and column.max() < YEARS[1]:
+                self.notes.append(f"the index {label!r} only numbers the rows; called 'year' it would be the time")
             if pd.api.types.is_timedelta64_dtype(column):
                 self.problems.append(
                     f"the index {label!r} holds lengths of time, no dates; add the date of its start to it, or "
@@ -337,6 +345,9 @@ class _Reader:
             self.problems.append(
                 f"column {unnamed[0]} (counting from 0) has no name: a saved index? Name it, drop it, or give target="
             )
+        years = [c for c in wanted if str(c).casefold() == "year"]
+        if years:
+            self.notes.append(f"{years[0]!r} is read as a variate; target= leaves it out")
         numeric = [is_numeric(table[c]) or bool(_to_number(table[c]).notna().any()) for c in wanted]
         if wanted and not any(numeric):
             self.problems.append(f"no column of numbers; columns: {_quote(columns)}")
@@ -393,30 +404,38 @@ class _Reader:
         return wall if freq is not None and on_wall(freq) else stamps
 
     def look_for_ids(self, table: pd.DataFrame, time: list, targets: list, stamps: Stamps) -> None:
-        """Several series below one another are refused by the name of the column that tells them apart."""
-        columns = [c for c in table.columns if c not in time]
-        named = [c for c in columns if str(c).casefold() in ID_NAMES and c not in (self.how.target or ())]
-        explicit = self.how.target is not None
-        for column in named:
-            cells: Any = table[column]
-            kinds = cells.nunique()
-            if 1 < kinds < len(cells) and not (explicit and column in targets) and _comes_in_kinds(cells):
-                self.refuse_ids(table, [column])
-        if stamps is None or len(np.unique(stamps)) == len(stamps):
+        """Refuse several series below one another by the name of the column(s) that tell them apart."""
+        given = self.found(table, "id", self.how.id)
+        asked = set(targets) if self.how.target is not None else set()
+        apart = {*time, *given, *asked}
+        columns = [c for c in table.columns if c not in apart]
+        named = [c for c in columns if str(c).casefold() in ID_NAMES and _comes_in_kinds(table[c])]
+        if stamps is not None:
+            frame = pd.DataFrame({"stamp": stamps})
+            for column in given:
+                frame[f"given {column}"] = table[column].astype(str)
+            repeats = float(frame.duplicated().mean())
+            if repeats:
+                able = [c for c in columns[:200] if c in named or _comes_in_kinds(table[c])]
+                able = sorted(able, key=lambda c: (c not in named, is_numeric(table[c])))[:50]
+                self.check_clock(table, able, time)
+                several = [c for c in able if c in named or _tells_apart(table[c], repeats)]
+                choices = [[c] for c in several] + [list(pair) for pair in itertools.combinations(several[:8], 2)]
+                for columns in choices:
+                    cells = {f"id {c}": table[c].astype(str) for c in columns}
+                    if not frame.assign(**cells).duplicated().any():
+                        self.refuse_ids(table, [*given, *columns])
+        if named and not given:
+            self.refuse_ids(table, named[:1])
+
+    def check_clock(self, table: pd.DataFrame, able: list, time: list) -> None:
+        """Refuse dates that repeat because the time of day is in a column of its own."""
+        clock = [c for c in able if str(c).casefold() in ("hour", "hr")]
+        if not clock or len(time) != 1:
             return
-        able = [c for c in columns if not (explicit and c in targets) and _comes_in_kinds(table[c])]
-        able = sorted(able, key=lambda c: (c not in named, is_numeric(table[c])))[:50]
-        frame = pd.DataFrame({"stamp": stamps}) if able else None
-        for column in able:
-            assert frame is not None
-            if not frame.assign(id=table[column].astype(str)).duplicated().any():
-                self.refuse_ids(table, [column])
-        for i, column in enumerate(able[:8]):
-            for other in able[i + 1 : 8]:
-                assert frame is not None
-                both = frame.assign(id=table[column].astype(str), other=table[other].astype(str))
-                if not both.duplicated().any():
-                    self.refuse_ids(table, [column, other])
+        both = [str(time[0]), str(clock[0])]
+        self.problems = [f"stamps of {both[0]!r} repeat, and {both[1]!r} tells them apart: time={both!r} joins them"]
+        self.stop()
 
     def refuse_ids(self, table: pd.DataFrame, columns: list) -> None:
         """Say which option reads the table, and nothing else: the rest comes from reading it as one series."""
@@ -425,12 +444,10 @@ class _Reader:
         more = ", ..." if len(kinds) > 3 else ""
         names = [str(column) for column in columns]
         option = repr(names[0]) if len(names) == 1 else repr(names)
-        hour = [name for name in names if name.casefold() == "hour"]
-        join = f" (or, if it is part of the time, time=[..., {hour[0]!r}])" if hour else ""
         column = "columns" if len(names) > 1 else "column"
         self.problems = [
             f"several series follow one another: {column} {' and '.join(map(repr, names))} of {len(kinds)} kinds "
-            f"({first}{more}); id={option} reads each as a variate{join}"
+            f"({first}{more}); id={option} reads each as a variate"
         ]
         self.stop()
 
@@ -714,14 +731,28 @@ def _comes_in_kinds(cells: Any) -> bool:
     """Whether cells are names of kinds, each of several rows: text, categories or whole numbers."""
     if is_time(cells) or pd.api.types.is_float_dtype(cells):
         return False
+    if pd.api.types.is_bool_dtype(cells):
+        return False
     kinds = cells.nunique()
     return 2 <= kinds <= len(cells) / 2 and not cells.isna().any()
+
+
+def _tells_apart(cells: Any, repeats: float) -> bool:
+    """Whether kinds look like series: they stand in blocks, or many of the stamps repeat."""
+    changes = int((cells.to_numpy()[1:] != cells.to_numpy()[:-1]).sum())
+    blocks = changes + 1 == cells.nunique() and not is_numeric(cells)
+    return blocks or repeats >= 0.25
 
 
 def _same_stamps(stamps: Stamps, at: np.ndarray, first: np.ndarray) -> bool:
     if len(at) != len(first):
         return False
     return stamps is None or np.array_equal(stamps[at], stamps[first])
+
+
+def _least(cells: Any) -> float:
+    """The least of numbers; minus infinity for other cells."""
+    return float(cells.min()) if is_numeric(cells) and len(cells) else -np.inf
 
 
 def _hashable(name: Any) -> bool:

@@ -136,11 +136,21 @@ def target_len(model: Model, mode: Mode, horizon: int) -> int:
     return model.horizon if mode == "ims" else horizon
 
 
-def contexts_up_to(longest: int, usual: int) -> Iterator[int]:
-    """Context lengths to try, from `longest` down: itself, and multiples of what a family may count in."""
+def shorter_contexts(longest: int, usual: int, room: int, horizon: int) -> list[int]:
+    """Context lengths up to `longest` to try, the best first: multiples of what a family may count in.
+
+    A long context is good, and so is more than one window; as many as a forecast has steps are enough. room: rows of
+    training beside one target.
+    """
     units = {d for d in range(1, usual + 1) if usual % d == 0} | {2**i for i in range(11)}
-    found = {longest // unit * unit for unit in units if unit <= longest} | {unit for unit in units if unit <= longest}
-    yield from sorted(found, reverse=True)
+    found = set()
+    for end in (longest, room - horizon + 1):
+        found |= {end // unit * unit for unit in units if unit <= end} | {unit for unit in units if unit <= end}
+
+    def worth(length: int) -> int:
+        return length * min(room - length + 1, horizon)
+
+    return sorted((length for length in found if 1 <= length <= longest), key=worth, reverse=True)
 
 
 def short_borders(n_rows: int, horizon: int) -> Borders | None:
@@ -183,10 +193,8 @@ def _ways(
             if context_len is not None:
                 lengths = [context_len] if context_len <= room else []
             else:
-                # Beside the window that just fits there is room for as many more as a forecast has steps, if possible.
                 lengths = [usual] if usual <= room else []
-                for longest in (room - horizon + 1, room):
-                    lengths += contexts_up_to(min(longest, usual), usual) if longest >= 1 else []
+                lengths += shorter_contexts(min(room, usual), usual, room, horizon)
             for length in lengths:
                 if takes(model, params, which, length, horizon, series.n_variates):
                     if length != usual and context_len is None:

@@ -28,6 +28,7 @@ from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.positions import require_table
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.configs import config_from_json
@@ -166,7 +167,10 @@ def freq_class(freq: str) -> int:
     _, written = split_freq(freq) or (0, "")
     unit = written if written in _CLASS_OF else unit_of(freq)
     if unit not in _CLASS_OF:
-        raise ValueError(f"TimesFM knows no frequency {freq!r}; give a pandas offset such as '15min', 'h', 'D', 'MS'")
+        raise ValueError(
+            f"TimesFM knows no frequency {freq!r}; give a pandas offset such as '15min', 'h', 'D', 'MS', or "
+            "'oov' for the class of the config"
+        )
     return _CLASS_OF[unit]
 
 
@@ -178,6 +182,7 @@ def timescales(d_model: int) -> np.ndarray:
 
 def sinusoids(n: int, d_model: int) -> np.ndarray:
     """The original's position table [n, D], float32: all sines, then all cosines."""
+    require_table(n, d_model)
     angle = (np.arange(n, dtype=np.float32)[:, None] * timescales(d_model)).astype(np.float64)
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 

@@ -33,12 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import sharding
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.splits import Scaler
 from ltsm_jax.data.windows import Windows, windows_between
-from ltsm_jax.layers.missing import mean_over_rows
+from ltsm_jax.layers.missing import mse_observed
 from ltsm_jax.models.family import Batch, Model
+from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
@@ -140,7 +140,8 @@ def prepare(series: Labelled, *, holdout: float = 0.1, quirks: Collection[str] =
 def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
     """The training loss `f(params, batch, key, train) -> scalar`: mean squared error, squared units of the batch.
 
-    A window is `context` [B, C, L] and `target` [B, C, H] of the batch, one after the other; rows count by `weight`.
+    A window is `context` [B, C, L] and `target` [B, C, H] of the batch, one after the other; rows count by `weight`,
+    missing values (NaN) do not.
 
     Args:
       ims: True: each token predicts the next, all but the first are scored. False: the model reconstructs the
@@ -152,7 +153,7 @@ def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Arr
     def loss(params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
         x_BCT = jnp.concatenate([batch["context"], batch["target"]], axis=-1)
         y_BCT = model.reconstruct(params, x_BCT, key=key, train=train, ims=ims)
-        return mean_over_rows(jnp.square(y_BCT - x_BCT[..., x_BCT.shape[-1] - y_BCT.shape[-1] :]), batch)
+        return mse_observed(y_BCT, x_BCT[..., x_BCT.shape[-1] - y_BCT.shape[-1] :], batch)
 
     return loss
 
@@ -170,10 +171,13 @@ def _batch_errors(
 
 def _window_errors(model, params, values, starts: np.ndarray, ims: bool, batch_size: int) -> np.ndarray:
     """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64 on the host."""
-    mesh = sharding.mesh_of(params)
-    values, all_starts = sharding.replicate((values, jnp.asarray(starts, jnp.int32)), mesh)
-    one_batch = lambda i: _batch_errors(model, params, values, all_starts, i, ims)  # noqa: E731
-    return in_batches(one_batch, len(starts), batch_size, sharding.Placement(mesh))
+    placement = Placement.of(params)
+    values, all_starts = placement.replicate((values, jnp.asarray(starts, jnp.int32)))
+
+    def one_batch(indices: jax.Array) -> jax.Array:
+        return _batch_errors(model, params, values, all_starts, indices, ims)
+
+    return in_batches(one_batch, len(starts), batch_size, placement)
 
 
 def window_starts(lo: int, hi: int) -> np.ndarray:

@@ -20,11 +20,12 @@ import numpy as np
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import checkpoints, memory, optimizers, progress, step
+from ltsm_jax.training import checkpoints, compiling, memory, optimizers, progress, step
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
 HUGE = 1e6  # beyond any scaled series; one such value swamps all others in a float32 sum of squares
+MOST_OF_ALL = 2**31 - 1  # steps of a run: they are counted in 32 bits
 DISPATCH_SECONDS = 0.5  # long enough to hide Python, short enough for a live progress bar
 
 
@@ -39,7 +40,9 @@ class FitResult:
         step), and what `validate` returned under "val_<name>".
       best_epoch: from 1; None without validation.
       steps: optimiser steps taken.
-      seconds: of training and validation, over all launches; compilation included.
+      seconds: of training and validation, over all launches, without compilation.
+      compile_seconds: those that training and validation waited for the compiler, over all launches: nearly none for
+        whoever comes second with the same shapes.
     """
 
     params: Tree
@@ -48,6 +51,7 @@ class FitResult:
     best_epoch: int | None
     steps: int
     seconds: float
+    compile_seconds: float = 0.0
 
 
 class NonFiniteError(ValueError):
@@ -64,6 +68,7 @@ class _Position:
     best: float = math.inf  # the lowest value of the metric that selects
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    compile_seconds: float = 0.0
     finished: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -150,16 +155,20 @@ def fit(
         select,
     )
 
-    run = None
+    run, takes = None, ""
+    if folder is None or not hosts.on_first(checkpoints.begun, folder):
+        # it traces the loss: what is refused here has made no folder
+        takes = fitting.check_memory(allocated=0, writes=folder is not None)
     if folder is not None:
         record = _config_record(config, facts, params, trainable, train_source, validate and select)
         run = checkpoints.RunFolder(folder, record, config.keep_checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext():
-        takes = fitting.start(moving, run)
+        fitting.start(moving, run)
         if not fitting.position.finished:
+            takes = takes or fitting.check_memory(allocated=memory.bytes_on_one(fitting.shapes), writes=True)
             done = fitting.position.step
             show = show_progress and hosts.first()
-            with progress.Bar(fitting.total, config.epochs, label, done=done, show=show) as bar:
+            with progress.Bar(fitting.total, config.epochs or 0, label, done=done, show=show) as bar:
                 bar.say(f"{bar.label}: {takes}")
                 if done:
                     bar.say(f"{bar.label}: going on from step {done} of {fitting.total}")
@@ -174,6 +183,7 @@ def fit(
         best_epoch=position.best_epoch,
         steps=position.step,
         seconds=position.seconds,
+        compile_seconds=position.compile_seconds,
     )
 
 
@@ -205,51 +215,56 @@ class _Fitting:
         self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
+        if self.total > MOST_OF_ALL:
+            raise ValueError(
+                f"{config.epochs} epochs of {self.steps_per_epoch} steps are more than {MOST_OF_ALL} steps"
+            )
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
         self.keys = placement.replicate(keys(config.seed or 0))
         self.pace = _Pace(config.steps_per_dispatch)
-        self.layout: step.Layout | None = None
         self.saved_step = 0
         self.how = step.How.of(config)
+        self.run: checkpoints.RunFolder | None = None
+        self.shapes = jax.eval_shape(self.state_of, moving)
+        self.shardings: Tree | None = None
+        self.layout: step.Layout | None = None
+        if self.mesh is not None:
+            self.shardings = sharding.like(self.shapes, moving, self.mesh)
+            self.layout = step.Layout.of(self.mesh, self.shardings)
+            self.shapes = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.shapes, self.shardings
+            )
 
-    def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> str:
-        """State and position at the start of the run, or where an earlier launch came to; a line on memory."""
+    def state_of(self, moving: Tree) -> Tree:
+        """Make the state at the start of a run."""
+        # copies: the steps donate their input, and the caller's arrays must live
+        state = {
+            "params": jax.tree.map(jnp.copy, moving),
+            "optimizer": optimizers.adam(self.config.weight_decay or 0.0, self.config.clip).init(moving),
+        }
+        return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
 
-        def state_of(moving):
-            # copies: the steps donate their input, and the caller's arrays must live
-            state = {
-                "params": jax.tree.map(jnp.copy, moving),
-                "optimizer": optimizers.adam(self.config.weight_decay, self.config.clip).init(moving),
-            }
-            return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
+    def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> None:
+        """Take state and position from the start of the run, or from where an earlier launch came to."""
+        self.run = run
+        restored = run.restore(self.shapes) if run else None
+        if restored is not None:
+            self.state, self.position = restored[0], _Position.from_json(restored[1], self.select)
+            self.saved_step = self.position.step
+            return
+        self.position = _Position()
+        if self.shardings is not None:
+            self.state = jax.jit(self.state_of, out_shardings=self.shardings)(moving)
+        else:
+            self.state = sharding.together(self.state_of(moving))
 
-        self.run, shapes = run, jax.eval_shape(state_of, moving)
-        layout = None if self.mesh is None else sharding.like(shapes, moving, self.mesh)
-        if layout is not None and self.mesh is not None:
-            shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
-            self.layout = step.Layout.of(self.mesh, layout)
-        restored = run.restore(shapes) if run else None
-        if restored is None:
-            self.position = _Position()
-            takes = self.check_memory(shapes, allocated=0)
-            if layout is not None:
-                self.state = jax.jit(state_of, out_shardings=layout)(moving)
-            else:
-                self.state = sharding.together(state_of(moving))
-            return takes
-        self.state, self.position = restored[0], _Position.from_json(restored[1], self.select)
-        self.saved_step = self.position.step
-        if self.position.finished:
-            return ""
-        return self.check_memory(shapes, allocated=memory.bytes_on_one(shapes))
-
-    def check_memory(self, shapes: Tree, allocated: int) -> str:
+    def check_memory(self, *, allocated: int, writes: bool) -> str:
         """Say what training takes, of which `allocated` bytes a device are taken already.
 
         Raises: ValueError naming what fits, where it does not.
         """
         found = memory.estimate(
-            shapes,
+            self.shapes,
             self.frozen,
             self.source,
             self.loss_fn,
@@ -257,14 +272,25 @@ class _Fitting:
             batch_size=self.batch_size,
             how=self.how,
             placement=self.placement,
-            writes_checkpoints=self.run is not None,
+            writes_checkpoints=writes,
         )
         free = memory.available()
         return found.check(None if free is None else free + found.sharing * allocated)
 
     def train(self, run: checkpoints.RunFolder | None, bar: progress.Bar) -> None:
+        """Take the rest of the run's steps, with their validations and checkpoints."""
+        with compiling.measured() as self.waited:
+            self._train(run, bar)
+
+    def count_time(self) -> None:
+        """Bring the seconds of all launches up to date."""
+        self.position.compile_seconds = self.compiled_before + self.waited.seconds
+        self.position.seconds = time.monotonic() - self.began - self.position.compile_seconds
+
+    def _train(self, run: checkpoints.RunFolder | None, bar: progress.Bar) -> None:
         self.bar, config = bar, self.config
-        self.began = time.monotonic() - self.position.seconds
+        self.compiled_before = self.position.compile_seconds
+        self.began = time.monotonic() - self.position.seconds - self.position.compile_seconds
         self.saved = time.monotonic()
         if run:
             device = jax.devices()[0].device_kind
@@ -293,6 +319,7 @@ class _Fitting:
                     train_seconds=round(trained - began, 3),
                     validation_seconds=round(time.monotonic() - trained, 3),
                     steps_per_second=round((self.position.step - first) / (trained - began), 3),
+                    compile_seconds_so_far=round(self.position.compile_seconds, 3),
                 )
                 # an epoch shorter than a write need not wait for the disk
                 if self.position.finished or not hosts.agree(run.saving).any():
@@ -344,7 +371,7 @@ class _Fitting:
                 {"step": at, "epoch": epoch + 1, "loss": _short(loss), "lr": _short(lr)} for at, loss, lr in facts
             )
         position.step += done
-        position.seconds = time.monotonic() - self.began
+        self.count_time()
         if done < count:
             raise NonFiniteError(self.diagnose(epoch, place + done) + self.kept())
         self.pace.learn(count, time.monotonic() - began)
@@ -375,7 +402,7 @@ class _Fitting:
         position.loss_sum = 0.0
         waited = epoch + 1 - (position.best_epoch or epoch + 1)
         position.finished = epoch + 1 == self.config.epochs or waited >= (self.config.patience or math.inf)
-        position.seconds = time.monotonic() - self.began
+        self.count_time()
         if self.run:
             self.run.record([row])
         self.bar.update(position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
@@ -455,6 +482,19 @@ def _short(x: np.float32) -> float:
     return float(str(x))  # the shortest decimal that is this float32 and no other
 
 
+def _stamps(source: Any) -> dict[str, str]:
+    """The digest of a source's time stamps, where it has any; no array of the device holds them."""
+    stamps = getattr(source, "timestamps", None)
+    if stamps is None:
+        return {}
+    stamps = np.asarray(stamps)
+    if stamps.dtype.kind == "M":
+        stamps = stamps.astype("datetime64[us]").astype(np.int64)  # the same in whatever unit they came
+    else:
+        stamps = np.frombuffer("\n".join(map(str, stamps)).encode(), np.uint8)
+    return {"stamps_sha256": hosts.on_first(storage.sha256_of, {"stamps": stamps})}
+
+
 def _config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
@@ -465,6 +505,7 @@ def _config_record(config, facts, params, trainable, source, select) -> dict[str
             "n": int(source.n),
             "shapes": {k: list(v.shape[1:]) for k, v in one.items()},
             "sha256": hosts.on_first(storage.sha256_of, source),  # the others need not read it for that
+            **_stamps(source),
         },
         "start": {
             "parameters": trees.count(params),

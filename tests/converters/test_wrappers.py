@@ -173,10 +173,10 @@ def test_adapters_are_called_so(tmp_path, whole):
     if whole:
         adapted |= {f"base_model.model.{key.replace(target, target + '.base_layer')}": v for key, v in state.items()}
     write_safetensors(tmp_path / "adapter_model.safetensors", adapted)
-    with pytest.raises(CheckpointError, match=r"adapters as PEFT writes them.*merge_and_unload\(\)"):
+    with pytest.raises(CheckpointError, match=r"an adapter of the PEFT library.*merge_and_unload\(\)"):
         import_checkpoint(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"adapters as PEFT writes them.*merge_and_unload\(\)"):
+    with pytest.raises(CheckpointError, match=r"an adapter of the PEFT library.*merge_and_unload\(\)"):
         import_checkpoint(tmp_path)
 
 

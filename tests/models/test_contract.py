@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax import trees
+from ltsm_jax.layers.context import LARGEST
 from ltsm_jax.models import FAMILIES, family, folders
 
 slow = lambda x: pytest.param(x, marks=pytest.mark.slow)  # noqa: E731
@@ -91,14 +92,18 @@ def hostile(x_BCT):
     rows["1e-8"] = x_BCT[0] * 1e-8
     rows["1e8"] = x_BCT[0] * 1e8
     rows["offset 1e6"] = x_BCT[0] + 1e6
+    rows["1e-30"] = x_BCT[0] * 1e-30
+    rows["as large as allowed"] = x_BCT[0] / jnp.abs(x_BCT[0]).max() * LARGEST
+    rows["constant 1e-30"] = jnp.full_like(x_BCT[0], 1e-30)
+    rows["constant, as large as allowed"] = jnp.full_like(x_BCT[0], LARGEST)
     return rows
 
 
 def test_troubled_series_give_finite_forecasts(case):
     rows = hostile(case.series(1, case.model.context_len))
     found = case.predict(jnp.stack(list(rows.values())), case.model.horizon)
-    for i, name in enumerate(rows):
-        assert np.isfinite(np.asarray(found.point[i])).all(), name
+    bad = [name for i, name in enumerate(rows) if not np.isfinite(np.asarray(found.point[i])).all()]
+    assert not bad
     check_finite(found, len(rows), case.c, case.model.horizon)
 
 
@@ -108,6 +113,8 @@ def test_a_series_without_any_value_is_refused_where_values_can_be_seen(case):
         case.model.predict(case.params, x, 4)
     with pytest.raises(ValueError, match="infinite"):
         case.model.predict(case.params, x.at[1].set(jnp.inf), 4)
+    with pytest.raises(ValueError, match=r"values beyond 1e\+16 in \(batch, variate\) \[\[1, 0\]"):
+        case.model.predict(case.params, x.at[1].set(1e17), 4)
 
 
 def test_missing_values_are_not_seen(case):
@@ -182,12 +189,19 @@ def with_holes(case, batch):
     return batch | {"context": context, "target": target}
 
 
+def standing_still(batch):
+    """The batch with contexts that do not move: a constant, zeros, a constant whose target moves, and a step."""
+    context = batch["context"].at[0].set(3.7).at[1].set(0.0).at[2].set(-1e4).at[3].set(0.0).at[3, ..., -1].set(1.0)
+    return batch | {"context": context, "target": batch["target"].at[0].set(3.7).at[1].set(0.0)}
+
+
 @pytest.mark.slow
 def test_gradients_of_the_losses_are_finite(case):
     batch = batch_of(case)
     broken = with_holes(case, batch)
     nothing = broken | {"target": jnp.full_like(batch["target"], jnp.nan)}
-    for name, each in (("whole", batch), ("with holes", broken), ("without a target", nothing)):
+    cases = {"whole": batch, "with holes": broken, "without a target": nothing, "still": standing_still(batch)}
+    for name, each in cases.items():
         gradients, _ = GRADIENTS(case.params, case.model, each, KEY)
         for path, leaf in trees.flatten(gradients).items():
             assert np.isfinite(np.asarray(leaf)).all(), f"{name}: {path}"
@@ -215,6 +229,10 @@ def test_training_takes_missing_values(case):
     # No target at all: nothing to learn from, and no NaN.
     _, nothing = finite_losses(case, batch | {"target": jnp.full_like(batch["target"], jnp.nan)})
     assert nothing == 0
+
+
+def test_series_that_stand_still_give_finite_losses(case):
+    finite_losses(case, standing_still(batch_of(case)))
 
 
 def test_a_missing_target_does_not_count(case):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ltsm_jax
-from ltsm_jax import trees
+from ltsm_jax import storage, trees
 from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models import folders
 from ltsm_jax.models.timer import Timer, TimerConfig
@@ -204,9 +204,9 @@ def test_damaged_config_is_one_clear_error(tmp_path, params, text):
 def test_config_of_another_size_is_refused_by_path(tmp_path, params):
     folders.save(tmp_path / "m", MODEL, params)
     file = tmp_path / "m" / folders.CONFIG
-    file.write_text(
-        file.read_text().replace('"patch_len": 8', '"patch_len": 7').replace('"horizon": 8', '"horizon": 7')
-    )
+    record = storage.read_record(file)
+    record["config"] |= {"patch_len": 7, "horizon": 7}
+    storage.write_record(file, record)
     with pytest.raises(ValueError, match="embed/kernel"):
         ltsm_jax.load(tmp_path / "m")
 
@@ -218,3 +218,16 @@ def test_shard_rules_cover_every_parameter(params):
         rules = [spec for pattern, spec in MODEL.shard_rules if re.search(pattern, path)]
         assert rules, path
         assert len(rules[0]) in (0, leaf.ndim), path
+
+
+def test_the_advice_of_the_losses_can_be_followed():
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    steps = lambda t, h: {"context": jnp.ones((1, 1, t)), "target": jnp.ones((1, 1, h))}  # noqa: E731
+    with pytest.raises(ValueError, match="got 60 steps: take 56$"):
+        MODEL.loss(params, steps(60, 8))
+    with pytest.raises(ValueError, match=r"got 7 steps: take 8, or the direct loss \(mode='direct'\)"):
+        MODEL.loss(params, steps(56, 7))
+    with pytest.raises(ValueError, match=r"take a shorter target, or the next-token loss \(mode='ims'\)"):
+        MODEL.point_loss(params, steps(60, 9))
+    for loss, sizes in ((MODEL.loss, (56, 8)), (MODEL.point_loss, (56, 7)), (MODEL.point_loss, (60, 8))):
+        assert jax.eval_shape(loss, params, steps(*sizes)).shape == ()
