@@ -250,15 +250,10 @@ def claimed(c: Comparison) -> Iterator[None]:
       written then.
     """
     hosts.on_first(folder.check, c.folder, c.record, c.optional)
-    with contextlib.ExitStack() as stack:
-        hosts.on_first(_enter, stack, c.folder)
+    with folder.held(c.folder):
         for problem in hosts.on_first(_begin, c):
             launch.say(f"not believed, and run again where it is asked for: {problem}")
         yield
-
-
-def _enter(stack: contextlib.ExitStack, path: Path) -> None:
-    stack.enter_context(folder.held(path))
 
 
 def _begin(c: Comparison) -> list[str]:
@@ -393,7 +388,8 @@ def keep(
         made["git_commit"] = row["git_commit"]
         if final[0] != c.model:  # parts were removed: an export needs to know from what
             made["pruned_from"] = c.model.config_to_dict()
-        ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
+        with folder.naming(place / "model"):
+            ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
     record["compile_seconds"] = result.compile_seconds
     record["val_blocks"] = val_blocks(shown or final, c.splits.val)
@@ -537,7 +533,8 @@ def main(
                 if not hosts.on_first((c.folder / folder.CSV).is_file):
                     return 1
                 if hosts.first():
-                    finish(c.folder)
+                    with folder.naming(c.folder):
+                        finish(c.folder)
                     for failure in failures:
                         print(f"failed: {failure}", file=sys.stderr)
             return 1 if failures else 0
