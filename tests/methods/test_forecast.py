@@ -32,8 +32,8 @@ def table(rows=100, freq="h"):
 def test_continues_a_table_under_its_own_names_and_stamps(params, freq, first):
     df = table(freq=freq)
     got = ltsm_jax.forecast(MODEL, params, df, 11)
-    assert list(got.columns) == ["timestamp", "a", "b"] and len(got) == 11
-    assert got["timestamp"][0] == pd.Timestamp(first) and np.isfinite(got[["a", "b"]]).all(axis=None)
+    assert list(got.columns) == ["ds", "a", "b"] and len(got) == 11
+    assert got["ds"][0] == pd.Timestamp(first) and np.isfinite(got[["a", "b"]]).all(axis=None)
     assert got["b"].between(1e6 - 1000, 1e6 + 1000).all()
 
 
@@ -144,10 +144,18 @@ def test_columns_that_would_meet_are_refused(params):
     assert "a 0.5" in ltsm_jax.forecast(bolt, weights, quantiles, 3, target="a").columns
 
 
+def test_stamps_come_back_under_their_name(params):
+    dated = table()
+    assert ltsm_jax.forecast(MODEL, params, dated.rename(columns={"ds": "Tag"}), 2, time="Tag").columns[0] == "Tag"
+    index = dated.set_index("ds")
+    assert ltsm_jax.forecast(MODEL, params, index, 2).columns[0] == "ds"
+    assert ltsm_jax.forecast(MODEL, params, index.rename_axis(None), 2).columns[0] == "timestamp"
+
+
 def test_stamps_come_back_in_their_zone(params):
     df = table()
     df["ds"] = df["ds"].dt.tz_localize("Europe/Berlin")
-    got = ltsm_jax.forecast(MODEL, params, df, 2)["timestamp"]
+    got = ltsm_jax.forecast(MODEL, params, df, 2)["ds"]
     assert got[0] == pd.Timestamp("2024-01-05 04:00", tz="Europe/Berlin") and str(got.dt.tz) == "Europe/Berlin"
 
 
