@@ -36,7 +36,8 @@ import numpy as np
 from converters import originals, tables
 from converters.layout import Layout
 from converters.originals import Original, converter, read_json
-from converters.torch_files import CheckpointError, Placeholder, write_safetensors, write_torch
+from converters.pickles import CheckpointError, Placeholder, shortened
+from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import hub, trees
 from ltsm_jax.models import Model, folders, parts
 
@@ -77,7 +78,7 @@ def import_checkpoint(
     published = _published(original, config, getattr(family, "BESIDE", ()))
     model_config, notes = family.configure(stripped, published, str(original.path))
     model = family.MODEL(model_config)
-    what = f"{original.path}: {model.family} {model_config}"
+    what = f"{original.path}: {model.family} {shortened(str(model_config), 250)}"
     if hasattr(family, "check_buffers"):
         problems += family.check_buffers(model_config, stripped)
     converted = tables.to_params(

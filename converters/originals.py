@@ -10,10 +10,12 @@ from typing import Any
 
 from converters import tables
 from converters.layout import Layout
-from converters.torch_files import CheckpointError, Placeholder, quoted, read_safetensors, read_torch
+from converters.pickles import CheckpointError, Placeholder, quoted, shortened
+from converters.torch_files import read_safetensors, read_torch
 from ltsm_jax import hub
 from ltsm_jax.models import FAMILIES, folders
 
+MAX_JSON = 4 << 20  # bytes; the index of 2,600 tensors has 0.3 MB
 NESTED = ("state_dict", "student")  # keys under which programs put the state dict beside other things
 
 
@@ -104,7 +106,8 @@ def _read_shards(index: Path) -> Original:
         raise CheckpointError(f"{index}: not the index of a checkpoint in several files: it {what}.")
     assert table
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise CheckpointError(f"{index}: {', '.join(map(quoted, missing))} not there. Fetch all {len(names)} files.")
+        shown = ", ".join(map(quoted, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckpointError(f"{index}: {shown} not there. Fetch all {len(names)} files.")
     state, problems = {}, []
     parts = [read(index.parent / name) for name in names]
     for name, part in zip(names, parts, strict=True):
@@ -134,8 +137,14 @@ def family_of(original: Original) -> tuple[Any, Layout]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; CheckpointError where it is none."""
+    """Read a JSON file; CheckpointError where it is none, or has more bytes than one of a checkpoint."""
     try:
-        return json.loads(path.read_text())
+        with open(path, "rb") as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON >> 20} MB, which no checkpoint needs")
+        return json.loads(text.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not readable JSON ({e}). Mend it or move it away.") from None
+        raise CheckpointError(
+            f"{path}: not readable JSON ({shortened(str(e), 300)}). Mend it or move it away."
+        ) from None

@@ -2,14 +2,17 @@
 
 A pickle is a program. Python's own machine imports and calls whatever the program names; this one imports nothing and
 calls nothing but the `builders` it is given. Objects of other classes become inert `Placeholder`s, and a pickle that
-names something that no checkpoint needs (`os.system`, `builtins.eval`, ...) is refused. Memory and time are bounded by
-the number of opcodes; nothing that a file declares is allocated before the bytes are seen to be there.
+names something that no checkpoint needs (`os.system`, `builtins.eval`, ...) is refused.
+
+One opcode of one byte can name, copy or hash a text of a megabyte again, so opcodes are not what is counted. All
+pickles of a file spend from one `Budget`, of steps (time) and of bytes (memory), and what costs more than a plain step
+pays for it by its length. Nothing that a file declares is allocated before the bytes are seen to be there.
 """
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
+import re
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -19,11 +22,52 @@ from typing import Any
 import numpy as np
 
 MAX_PICKLE_BYTES = 64 << 20  # the pickle of a 1000-tensor checkpoint has about 0.2 MB
-MAX_PICKLE_STEPS = 2_000_000  # the same pickle has about 40,000 opcodes
+MAX_PICKLE_STEPS = 1_000_000  # the same pickle has about 40,000 opcodes
+MAX_PICKLE_MEMORY = 64 << 20  # beyond twice the pickle's own size; that pickle becomes about 3 MB
+MAX_MESSAGE = 1900  # characters; with what a command line puts before it, below 2,000
+
+_MAX_NAME = 300  # characters of a dotted name
+_MAX_LINE = 700  # characters of a number that is written as text
+_MAX_INTEGER = 255  # bytes of an integer
+_MAX_ODD_KEYS = 1000  # dictionary keys whose hashes a file can choose
+_MAX_KEY_PARTS = 8  # elements of a tuple as a key
+_KEY_RANGE = 1 << 64
+
+
+def shortened(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Return `text`, cut to `limit` characters where it is longer."""
+    end = " ... (cut)"
+    return text if len(text) <= limit else text[: limit - len(end)] + end
 
 
 class CheckpointError(ValueError):
     """A checkpoint file that can't be used. The message names the file, what is wrong and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(message))
+
+
+@dataclasses.dataclass
+class Budget:
+    """What the pickles of one file may still cost, all together: steps (time) and bytes (memory)."""
+
+    steps: int
+    memory: int
+
+    @classmethod
+    def of(cls, pickle_bytes: int) -> Budget:
+        """The budget of pickles that have so many bytes in their file."""
+        size = min(pickle_bytes, MAX_PICKLE_BYTES)
+        return cls(MAX_PICKLE_STEPS, MAX_PICKLE_MEMORY + 2 * size)
+
+    def spend(self, steps: int, memory: int) -> None:
+        """Take from the budget; ValueError where too little is left."""
+        self.steps -= steps
+        self.memory -= memory
+        if self.steps < 0:
+            raise ValueError(f"more than {MAX_PICKLE_STEPS} steps of pickle, which no checkpoint needs")
+        if self.memory < 0:
+            raise ValueError("the pickle grows to much more memory than its size, which no checkpoint needs")
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -44,7 +88,9 @@ def quoted(value: object, limit: int = 120) -> str:
     """A name from a file as it may stand in a message: quoted, escaped, bounded."""
     if not isinstance(value, str):
         return type(value).__name__
-    return ascii(value if len(value) <= limit else value[:limit] + "...")
+    shown = ascii(value if len(value) <= limit else value[:limit] + "...")
+    # An escape has up to ten characters for one.
+    return shown if len(shown) <= 2 * limit else shown[: 2 * limit] + "...'"
 
 
 # What checkpoints really hold from the standard library (None: any name). Any other name of it is refused: none of
@@ -123,35 +169,51 @@ _CONTAINERS: dict[str, type] = {
 
 def _latin1(text: object = None, encoding: object = None) -> bytes:
     """How Python 3 writes bytes in an old pickle: `_codecs.encode(str, "latin1")`."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+    if not (isinstance(text, str) and isinstance(encoding, str) and encoding in ("latin1", "latin-1")):
         raise ValueError("_codecs.encode used for something else than bytes")
     return text.encode("latin-1")
 
 
-def _key(value: Any) -> Any:
-    """`value`, if it may be a dictionary key: hashing a hostile nest of tuples would overflow the C stack."""
-    scalar = (str, bytes, int, float, complex, type(None), Placeholder)
-    if isinstance(value, scalar) or (isinstance(value, tuple) and all(isinstance(v, scalar) for v in value)):
-        return value
-    raise ValueError(f"a dictionary key or set element of type {type(value).__name__}")
+_PLAIN_KEYS = (str, bytes, bool, type(None), Placeholder)  # their hashes are random, or there are two of them
+_ODD_KEYS = (float, complex)
+
+
+def _is_plain_key(value: Any) -> bool:
+    """Whether no file can make many of such keys collide."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        # Python's hash of an integer is its remainder: of wider ones, any number collide.
+        return -_KEY_RANGE < value < _KEY_RANGE
+    return isinstance(value, _PLAIN_KEYS)
 
 
 class _Pickle:
     """Runs one pickle, protocols 0 to 5."""
 
-    def __init__(self, data: Any, start: int, persistent: Callable[[Any], Any], builders: Mapping[str, Callable]):
+    def __init__(
+        self,
+        data: Any,
+        start: int,
+        end: int,
+        persistent: Callable[[Any], Any],
+        builders: Mapping[str, Callable],
+        budget: Budget,
+    ):
         self.data, self.pos, self.persistent, self.builders = data, start, persistent, builders
-        self.end = min(len(data), start + MAX_PICKLE_BYTES)
+        self.whole = end  # where the file ends, or the entry of a zip file
+        self.end = min(end, start + MAX_PICKLE_BYTES)
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under the open marks
         self.memo: dict[int, Any] = {}
-        self.steps = MAX_PICKLE_STEPS
+        self.names: dict[tuple[str, str], str] = {}  # those found harmless
+        self.odd_keys = _MAX_ODD_KEYS
+        self.budget = budget
 
     # reading ------------------------------------------------------------------------------------------------------
     def take(self, n: int) -> bytes:
         if n < 0 or n > self.end - self.pos:
-            whole = self.end == len(self.data)
-            limit = "the file ends inside the pickle" if whole else f"more than {MAX_PICKLE_BYTES >> 20} MB of pickle"
+            limit = "the file ends inside the pickle"
+            if self.end < self.whole:
+                limit = f"more than {MAX_PICKLE_BYTES >> 20} MB of pickle"
             raise ValueError(f"{limit} ({n} bytes declared)")
         self.pos += n
         return self.data[self.pos - n : self.pos]
@@ -159,9 +221,51 @@ class _Pickle:
     def number(self, n: int) -> int:
         return int.from_bytes(self.take(n), "little")
 
+    def payload(self, width: int) -> bytes:
+        """Bytes after their length, which has `width` bytes itself."""
+        raw = self.take(self.number(width))
+        # Text that is not ASCII has up to four bytes a character in memory.
+        self.budget.spend(0, len(raw) if len(raw) < 1000 or raw.isascii() else 4 * len(raw))
+        return raw
+
     def line(self) -> bytes:
         stop = self.data.find(b"\n", self.pos, self.end)
-        return self.take((stop if stop >= 0 else self.end) + 1 - self.pos)[:-1]
+        raw = self.take((stop if stop >= 0 else self.end) + 1 - self.pos)[:-1]
+        self.budget.spend(0, 4 * len(raw))
+        return raw
+
+    def short_line(self) -> bytes:
+        """A line that holds a number: turning digits into one is not linear in their count."""
+        raw = self.line()
+        if len(raw) > _MAX_LINE:
+            raise ValueError(f"Exceeds the limit ({_MAX_LINE} digits) of a number: {len(raw)}")
+        return raw
+
+    def integer(self, n: int) -> int:
+        if n > self.end - self.pos:
+            self.take(n)  # says that the file ends here
+        if n > _MAX_INTEGER:
+            raise ValueError(f"an integer of {n} bytes declared, which no checkpoint needs")
+        return int.from_bytes(self.take(n), "little", signed=True)
+
+    def key(self, value: Any) -> Any:
+        """`value`, if it may be a dictionary key, at a cost that does not depend on it.
+
+        Hashing a hostile nest of tuples would overflow the C stack, hashing one long tuple again and again takes time
+        that its bytes do not tell, and a file can hold thousands of tuples, fractions and complex numbers of one hash.
+        """
+        if _is_plain_key(value):
+            return value
+        short = isinstance(value, tuple) and len(value) <= _MAX_KEY_PARTS
+        fits = isinstance(value, _ODD_KEYS) or (short and all(map(_is_plain_key, value)))
+        if not fits:
+            kind = "wide integer" if isinstance(value, int) else type(value).__name__
+            kind = "long tuple" if isinstance(value, tuple) and not short else kind
+            raise ValueError(f"a dictionary key or set element of type {kind}")
+        self.odd_keys -= 1
+        if self.odd_keys < 0:
+            raise ValueError(f"more than {_MAX_ODD_KEYS} dictionary keys that are neither text nor integers")
+        return value
 
     # stack --------------------------------------------------------------------------------------------------------
     def pop(self) -> Any:
@@ -180,22 +284,29 @@ class _Pickle:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def spend(self, n: int) -> None:
-        self.steps -= n
-        if self.steps < 0:
-            raise ValueError(f"more than {MAX_PICKLE_STEPS} steps of pickle, which no checkpoint needs")
+    def spend(self, steps: int, memory: int) -> None:
+        self.budget.spend(steps, memory)
 
     # names and calls ----------------------------------------------------------------------------------------------
     def name(self, module: object, name: object) -> Placeholder:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise ValueError("the pickle names a class by something that is not text")
-        module = _PYTHON_2.get(module, module)
-        if _is_dangerous(module, name):
+        if len(module) + len(name) > _MAX_NAME:
+            raise ValueError(f"the pickle names {quoted(module)}: a name of {len(module) + len(name)} characters")
+        self.spend(0, 200)
+        known = self.names.get((module, name))
+        if known is not None:
+            return Placeholder(known)
+
+        self.spend(15, 500)  # looking through the lists takes about as long as so many plain steps
+        dotted = f"{_PYTHON_2.get(module, module)}.{name}"
+        if _is_dangerous(_PYTHON_2.get(module, module), name):
             raise ValueError(
-                f"the pickle names {quoted(f'{module}.{name}')}, which no checkpoint needs: this file may be an attack "
+                f"the pickle names {quoted(dotted)}, which no checkpoint needs: this file may be an attack "
                 "and nothing of it was run"
             )
-        return Placeholder(f"{module}.{name}")
+        self.names[module, name] = dotted
+        return Placeholder(dotted)
 
     def call(self, func: object, args: object) -> Any:
         if not isinstance(args, tuple):
@@ -204,6 +315,7 @@ class _Pickle:
             raise ValueError(f"the pickle calls a {type(func).__name__}")
         if func.args is None:
             if func.name in self.builders:
+                self.spend(25, 300)  # a tensor: checks, and a view into the file
                 return self.builders[func.name](*args)
             if func.name == "torch._tensor._rebuild_from_type_v2" and len(args) == 4:
                 inner, kind, inner_args, state = args  # a tensor with attributes, which are dropped
@@ -219,12 +331,13 @@ class _Pickle:
             ):
                 return Placeholder(args[0].name, args[1:])
             if func.name == "_codecs.encode":
-                self.spend(len(args[0]) if args and isinstance(args[0], str) else 0)
+                self.spend(0, len(args[0]) if args and isinstance(args[0], str) else 0)
                 return _latin1(*args)
             if func.name == "collections.defaultdict":
                 return self.container(dict, args[1:])
             if func.name in _CONTAINERS:
                 return self.container(_CONTAINERS[func.name], args)
+        self.spend(0, 200)
         return Placeholder(func.name, args)
 
     def container(self, kind: type, args: tuple) -> Any:
@@ -233,21 +346,25 @@ class _Pickle:
         content = args[0]
         if len(args) > 1 or not isinstance(content, (list, tuple, dict, set, frozenset)):
             raise ValueError(f"the pickle makes a {kind.__name__} of something that is not a container")
-        self.spend(len(content))
+        # The copy costs as much as its content, which may stand in the file once and be copied often.
+        self.spend(len(content), (8 if kind in (list, tuple) else 100) * len(content))
         if kind is dict:
             pairs = content.items() if isinstance(content, dict) else content
             made: dict[Any, Any] = {}
             for pair in pairs:
                 if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
                     raise ValueError("the pickle makes a dict of something that is not pairs")
-                made[_key(pair[0])] = pair[1]
+                made[self.key(pair[0])] = pair[1]
             return made
-        return kind(map(_key, content)) if kind in (set, frozenset) else kind(content)
+        return kind(map(self.key, content)) if kind in (set, frozenset) else kind(content)
 
     def build(self, state: object) -> None:
         target = self.top()
         for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
-            tricks = [k for k in part if isinstance(k, str) and k in _STATE_TRICKS] if isinstance(part, dict) else []
+            if not isinstance(part, dict):
+                continue
+            # Not a walk through the state, which one opcode may set again and again.
+            tricks = sorted(trick for trick in _STATE_TRICKS if trick in part)
             if tricks:
                 raise ValueError(f"the pickle sets {', '.join(tricks)} of an object: this file may be an attack")
         if isinstance(target, Placeholder):
@@ -269,19 +386,25 @@ class _Pickle:
         if isinstance(target, Placeholder):
             target.items.extend(items)
         elif isinstance(target, set):
-            target.update(map(_key, items))
+            self.spend(0, 100 * len(items))
+            target.update(map(self.key, items))
         else:
             raise ValueError(f"the pickle adds elements to a {type(target).__name__}")
+
+    def frozen(self, items: list[Any]) -> frozenset:
+        self.spend(0, 100 * len(items))
+        return frozenset(map(self.key, items))
 
     def set_items(self, items: list[Any], target: object) -> object:
         if len(items) % 2:
             raise ValueError("the pickle has a dictionary key without a value")
+        self.spend(0, 100 + 50 * len(items))
         if isinstance(target, Placeholder):
             target.items.extend(zip(items[::2], items[1::2], strict=True))
         elif isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                if _key(key) in target:
-                    raise ValueError(f"the key {quoted(str(key))} stands twice in one dictionary")
+                if self.key(key) in target:
+                    raise ValueError(f"the key {quoted(key)} stands twice in one dictionary")
                 target[key] = value
         else:
             raise ValueError(f"the pickle sets items of a {type(target).__name__}")
@@ -289,25 +412,24 @@ class _Pickle:
 
     # the loop -----------------------------------------------------------------------------------------------------
     def run(self) -> Any:
+        data, end, budget = self.data, self.end, self.budget
         while True:
-            self.spend(1)
-            code = self.take(1)
-            if code == b".":
+            if self.pos >= end:
+                self.take(1)  # says what is wrong
+            code = data[self.pos]
+            self.pos += 1
+            step, memory = _TABLE[code]
+            budget.spend(1, memory)
+            if step is not None:
+                step(self)
+            elif code == _STOP:
                 result = self.pop()
                 if self.below or self.stack:
                     raise ValueError("the pickle stops with values left over")
                 return result
-            if code == b"(":
-                if len(self.below) >= 1000:
-                    raise ValueError("the pickle is nested more than 1000 deep")
-                self.below.append(self.stack)
-                self.stack = []
-                continue
-            step = _STEPS.get(code)
-            if step is None:
-                what = "an extension code" if code in (b"\x82", b"\x83", b"\x84") else "opcode"
-                raise ValueError(f"the pickle uses {what} (0x{code.hex()}), which torch never writes")
-            step(self)
+            else:
+                what = "an extension code" if code in (0x82, 0x83, 0x84) else "opcode"
+                raise ValueError(f"the pickle uses {what} (0x{code:02x}), which torch never writes")
 
 
 def _push(make: Callable[[_Pickle], Any]) -> Callable[[_Pickle], None]:
@@ -329,15 +451,35 @@ def _old_text(raw: bytes) -> str:  # a `str` of Python 2
         return raw.decode("latin-1")
 
 
+_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)  # of Python 2's repr, which writes no others
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"\\": b"\\", b"'": b"'", b'"': b'"'}
+
+
+def _unescaped(match: re.Match[bytes]) -> bytes:
+    told = match[1]
+    if len(told) == 3:
+        return bytes((int(told[1:], 16),))
+    if told not in _ESCAPES:
+        raise ValueError("a string with an escape that Python 2 never wrote")
+    return _ESCAPES[told]
+
+
 def _quoted(p: _Pickle) -> str:
     raw = p.line()
     if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
         raise ValueError("a string without quotes")
-    return _old_text(codecs.escape_decode(raw[1:-1])[0])  # type: ignore[attr-defined]
+    return _old_text(_ESCAPE.sub(_unescaped, raw[1:-1]))
+
+
+def _mark(p: _Pickle) -> None:
+    if len(p.below) >= 1000:
+        raise ValueError("the pickle is nested more than 1000 deep")
+    p.below.append(p.stack)
+    p.stack = []
 
 
 def _int_line(p: _Pickle) -> Any:
-    raw = p.line()
+    raw = p.short_line()
     return {b"00": False, b"01": True}[raw] if raw in (b"00", b"01") else int(raw)
 
 
@@ -390,7 +532,7 @@ def _reduce(p: _Pickle) -> None:
 
 def _new_ex(p: _Pickle) -> None:
     kwargs, args, kind = p.pop(), p.pop(), p.pop()
-    if kwargs != {}:
+    if not isinstance(kwargs, dict) or kwargs:
         args = (args, kwargs)
     p.stack.append(p.call(kind, args))
 
@@ -446,6 +588,7 @@ def _discard_mark(p: _Pickle) -> None:
 _STEPS: dict[bytes, Callable[[_Pickle], None]] = {
     b"\x80": _proto,
     b"\x95": _frame,
+    b"(": _mark,
     b"0": _pop_step,
     b"1": _discard_mark,
     b"2": _push(lambda p: p.top()),
@@ -456,22 +599,22 @@ _STEPS: dict[bytes, Callable[[_Pickle], None]] = {
     b"J": _push(lambda p: int.from_bytes(p.take(4), "little", signed=True)),
     b"K": _push(lambda p: p.number(1)),
     b"M": _push(lambda p: p.number(2)),
-    b"L": _push(lambda p: int(p.line().removesuffix(b"L"))),
-    b"\x8a": _push(lambda p: int.from_bytes(p.take(p.number(1)), "little", signed=True)),
-    b"\x8b": _push(lambda p: int.from_bytes(p.take(p.number(4)), "little", signed=True)),
-    b"F": _push(lambda p: float(p.line())),
+    b"L": _push(lambda p: int(p.short_line().removesuffix(b"L"))),
+    b"\x8a": _push(lambda p: p.integer(p.number(1))),
+    b"\x8b": _push(lambda p: p.integer(p.number(4))),
+    b"F": _push(lambda p: float(p.short_line())),
     b"G": _push(lambda p: struct.unpack(">d", p.take(8))[0]),
     b"S": _push(_quoted),
-    b"T": _push(lambda p: _old_text(p.take(p.number(4)))),
-    b"U": _push(lambda p: _old_text(p.take(p.number(1)))),
+    b"T": _push(lambda p: _old_text(p.payload(4))),
+    b"U": _push(lambda p: _old_text(p.payload(1))),
     b"V": _push(lambda p: p.line().decode("raw-unicode-escape")),
-    b"X": _push(lambda p: _text(p.take(p.number(4)))),
-    b"\x8c": _push(lambda p: _text(p.take(p.number(1)))),
-    b"\x8d": _push(lambda p: _text(p.take(p.number(8)))),
-    b"B": _push(lambda p: p.take(p.number(4))),
-    b"C": _push(lambda p: p.take(p.number(1))),
-    b"\x8e": _push(lambda p: p.take(p.number(8))),
-    b"\x96": _push(lambda p: p.take(p.number(8))),
+    b"X": _push(lambda p: _text(p.payload(4))),
+    b"\x8c": _push(lambda p: _text(p.payload(1))),
+    b"\x8d": _push(lambda p: _text(p.payload(8))),
+    b"B": _push(lambda p: p.payload(4)),
+    b"C": _push(lambda p: p.payload(1)),
+    b"\x8e": _push(lambda p: p.payload(8)),
+    b"\x96": _push(lambda p: p.payload(8)),
     b")": _push(lambda p: ()),
     b"\x85": _tuple(1),
     b"\x86": _tuple(2),
@@ -487,12 +630,12 @@ _STEPS: dict[bytes, Callable[[_Pickle], None]] = {
     b"u": _set_items,
     b"\x8f": _push(lambda p: set()),
     b"\x90": lambda p: p.add(p.pop_mark()),
-    b"\x91": _push(lambda p: frozenset(map(_key, p.pop_mark()))),
-    b"p": _put(lambda p: int(p.line())),
+    b"\x91": _push(lambda p: p.frozen(p.pop_mark())),
+    b"p": _put(lambda p: int(p.short_line())),
     b"q": _put(lambda p: p.number(1)),
     b"r": _put(lambda p: p.number(4)),
     b"\x94": _put(lambda p: len(p.memo)),
-    b"g": _get(lambda p: int(p.line())),
+    b"g": _get(lambda p: int(p.short_line())),
     b"h": _get(lambda p: p.number(1)),
     b"j": _get(lambda p: p.number(4)),
     b"c": _global_step,
@@ -508,12 +651,48 @@ _STEPS: dict[bytes, Callable[[_Pickle], None]] = {
 }
 
 
+_STOP = ord(".")
+_PLAIN_MEMORY = 40  # bytes that a step takes: a number, and its place on the stack
+_MEMORY = {  # steps that take less (what is there already, or goes), and those that take more
+    b"0": 0,
+    b"1": 0,
+    b"2": 16,
+    b"N": 16,
+    b"\x88": 16,
+    b"\x89": 16,
+    b"K": 16,
+    b"g": 16,
+    b"h": 16,
+    b"j": 16,
+    b"(": 80,
+    b"t": 64,
+    b"\x85": 64,
+    b"\x86": 64,
+    b"\x87": 80,
+    b"]": 72,
+    b"}": 240,  # with room for its first items
+    b"d": 240,
+    b"\x8f": 240,
+    b"\x91": 240,
+    b"p": 120,  # the memo is a dictionary
+    b"q": 120,
+    b"r": 120,
+    b"\x94": 120,
+}
+_TABLE: list[tuple[Callable[[_Pickle], None] | None, int]] = [
+    (_STEPS.get(bytes((code,))), _MEMORY.get(bytes((code,)), _PLAIN_MEMORY)) for code in range(256)
+]
+
+
 def run_pickle(
     file: Path,
     data: Any,
     start: int,
     persistent: Callable[[Any], Any],
     builders: Mapping[str, Callable[..., Any]],
+    *,
+    end: int | None = None,
+    budget: Budget | None = None,
 ) -> tuple[Any, int]:
     """The object that a pickle describes, and where the pickle ends.
 
@@ -523,13 +702,17 @@ def run_pickle(
       start: where in `data` the pickle begins.
       persistent: what stands for a persistent id; raises ValueError for one that it does not know.
       builders: dotted name in the file -> function of ours to call instead.
+      end: where in `data` the pickle must have ended; by default the end of `data`.
+      budget: what it may cost, and less of it after; by default one for this pickle alone.
     Raises: CheckpointError, whatever is wrong.
     """
-    pickle = _Pickle(data, start, persistent, builders)
+    end = len(data) if end is None else end
+    pickle = _Pickle(data, start, end, persistent, builders, budget or Budget.of(end - start))
     try:
         return pickle.run(), pickle.pos
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, MemoryError) as e:
+        what = shortened(str(e), 1000) or type(e).__name__
         raise CheckpointError(
-            f"{file}: {e or type(e).__name__} (byte {pickle.pos - start} of the pickle). "
+            f"{file}: {what} (byte {pickle.pos - start} of the pickle). "
             "Download the file again, or get it from a source you trust."
         ) from None

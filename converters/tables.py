@@ -28,7 +28,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.torch_files import CheckpointError, quoted
+from converters.pickles import CheckpointError, quoted, shortened
 from ltsm_jax import trees
 
 DROP = "(dropped)"  # a rule's target: the key is not used, for the reason that stands in the transform's place
@@ -36,7 +36,9 @@ BUFFER = "(buffer)"  # a rule's target: not learned, kept as it is for the expor
 COPY = "(copy)"  # the same tensor as the key in the place of the transform; stands in for it where that is missing
 
 _WIDENED = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))  # float32 holds every value of these
-_MAX_LINES = 200
+_MAX_LISTED = 1800  # characters of a list of problems
+_MAX_PROBLEM = 300  # characters of one of them
+_MAX_HEAD = 500  # characters of what stands over them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,9 +326,17 @@ def _unusable(value: np.ndarray, allow_cast: bool) -> str | None:
 
 
 def listed(head: str, problems: Sequence[str]) -> str:
-    """One message of many lines; a hostile file can't make it endless."""
-    rest = len(problems) - _MAX_LINES
-    return "\n  ".join([head, *problems[:_MAX_LINES], *([f"... and {rest} more"] if rest > 0 else [])])
+    """One message of many lines, as many as go into a screen; a hostile file can't make it endless."""
+    lines = [shortened(head, _MAX_HEAD)]
+    room = _MAX_LISTED - len(lines[0]) - len("\n  ... and 1000000 more")
+    for done, problem in enumerate(problems):
+        line = shortened(problem, _MAX_PROBLEM)
+        room -= len(line) + 3
+        if room < 0:
+            lines.append(f"... and {len(problems) - done} more")
+            break
+        lines.append(line)
+    return "\n  ".join(lines)
 
 
 def to_state(

@@ -9,11 +9,14 @@ said by one exception, `CheckpointError`.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import itertools
+import json
 import math
 import mmap
 import os
+import stat
 import struct
 import sys
 import zipfile
@@ -25,9 +28,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.pickles import MAX_PICKLE_BYTES, CheckpointError, Placeholder, quoted, run_pickle
+from converters.pickles import MAX_PICKLE_BYTES, Budget, CheckpointError, Placeholder, quoted, run_pickle
 
-MAX_EXPANDED = 1 << 24  # elements of a stride-0 view that may exceed its storage
+# All tensors of a file together may have four times its bytes, for tensors that stand under several names, and this
+# much more, for small ones that are expanded.
+MAX_EXPANDED = 16 << 20
+MAX_ENTRIES = 1 << 16  # of a zip file; a checkpoint of 2,600 tensors with their optimiser's has 8,000
+MAX_HEADER = 4 << 20  # bytes of a safetensors header; 2,600 tensors have 0.3 MB
+
+_MAX_STORAGE_NAME = 100
+_MAX_AXIS = 1 << 24  # of an empty tensor, which no storage bounds
+_MAX_EXTRA_FIELDS = 64  # of a zip header
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +76,44 @@ _TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()}
 }
 
 
+@dataclasses.dataclass
+class _Views:
+    """How many bytes the tensors of a file may still have, were each of them copied out of it."""
+
+    file_bytes: int
+    left: int
+
+    @classmethod
+    def of(cls, file_bytes: int) -> _Views:
+        return cls(file_bytes, 4 * file_bytes + MAX_EXPANDED)
+
+    def spend(self, n: int) -> None:
+        self.left -= n
+        if self.left < 0:
+            raise ValueError(
+                f"the tensors are views that would expand {self.file_bytes} bytes of file to more than "
+                f"{4 * self.file_bytes + MAX_EXPANDED}, which no checkpoint needs"
+            )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Storage:
-    """Raw little-endian bytes and the type they were saved as (None: untyped)."""
+    """Raw little-endian bytes, the type they were saved as (None: untyped), and what its file's tensors may take."""
 
     data: memoryview
     dtype: np.dtype | None
+    views: _Views
 
-    def __post_init__(self) -> None:
-        if self.dtype == np.bool_ and self.data.nbytes and np.frombuffer(self.data, np.uint8).max() > 1:
-            raise ValueError("a bool storage with bytes other than 0 and 1")
+
+def _whole_storage(data: memoryview, dtype: np.dtype | None, views: _Views) -> _Storage:
+    """A storage as it lies in the file, looked through once: what is made of it after needs no second look."""
+    if dtype == np.bool_ and data.nbytes and np.frombuffer(data, np.uint8).max() > 1:
+        raise ValueError("a bool storage with bytes other than 0 and 1")
+    return _Storage(data, dtype, views)
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _strided(storage: object, offset: object, size: object, stride: object, dtype: np.dtype | None) -> np.ndarray:
@@ -94,7 +129,7 @@ def _strided(storage: object, offset: object, size: object, stride: object, dtyp
         raise ValueError("a tensor whose offset, size or stride is not a non-negative integer")
     n = math.prod(size)
     if n == 0:
-        if max(size) > MAX_EXPANDED:
+        if max(size) > _MAX_AXIS:
             raise ValueError(f"an empty tensor of size {max(size)}")
         nothing = np.empty(size, dtype)
         nothing.flags.writeable = False
@@ -103,8 +138,9 @@ def _strided(storage: object, offset: object, size: object, stride: object, dtyp
     reach = offset + sum((s - 1) * t for s, t in zip(size, stride, strict=True))  # type: ignore[operator]
     if reach >= held:
         raise ValueError(f"a tensor that reaches element {reach} of a storage of {held} elements")
-    if n > max(held, MAX_EXPANDED):
+    if n > held + MAX_EXPANDED:
         raise ValueError(f"a tensor of {n} elements on a storage of {held}")
+    storage.views.spend(n * dtype.itemsize)
     strides = tuple(t * dtype.itemsize for t in stride)
     array = np.ndarray(size, dtype, storage.data, offset * dtype.itemsize, strides)  # type: ignore[operator]
     array.flags.writeable = False
@@ -155,13 +191,11 @@ def read_torch(path: str | os.PathLike) -> TorchFile:
     """
     file = Path(path)
     try:
-        with open(file, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            if size == 0:
-                raise CheckpointError(f"{file}: the file is empty. {_AGAIN}")
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = _mapped(file)
     except OSError as e:
         raise CheckpointError(f"{file}: can't be read ({e.strerror or e}). Check the path.") from None
+    except ValueError as e:
+        raise CheckpointError(f"{file}: {e}. {_AGAIN}") from None
     if mapped[:4] == b"PK\x03\x04":
         return TorchFile(_read_zip(file, mapped), "zip")
     if mapped[257:262] == b"ustar" or mapped[:9] == b"sys_info\0":
@@ -176,6 +210,17 @@ def read_torch(path: str | os.PathLike) -> TorchFile:
     )
 
 
+def _mapped(file: Path) -> mmap.mmap:
+    """The bytes of a file; OSError where it can't be read, ValueError where there are none."""
+    told = os.stat(file)
+    if not stat.S_ISREG(told.st_mode):  # opening a pipe would wait for its other end
+        raise OSError(errno.EINVAL, "not a plain file")
+    if told.st_size == 0:
+        raise ValueError("the file is empty")
+    with open(file, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def _unpack(layout: str, data: Any, at: int) -> tuple:
     if at < 0 or at + struct.calcsize(layout) > len(data):
         raise ValueError("a header reaches over the end of the file")
@@ -184,9 +229,13 @@ def _unpack(layout: str, data: Any, at: int) -> tuple:
 
 def _zip64(extra: bytes, sizes: list[int]) -> list[int]:
     """Replaces the sizes that stand as 0xFFFFFFFF by those of the zip64 field of `extra`."""
+    if 0xFFFFFFFF not in sizes:
+        return sizes
     at = 0
     wide: bytes = b""
-    while at + 4 <= len(extra):
+    for _ in range(_MAX_EXTRA_FIELDS):
+        if at + 4 > len(extra):
+            break
         tag, n = struct.unpack_from("<HH", extra, at)
         if tag == 1:
             wide = extra[at + 4 : at + 4 + n]
@@ -201,8 +250,20 @@ def _zip64(extra: bytes, sizes: list[int]) -> list[int]:
     return out
 
 
-def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
-    """Name -> bytes of every entry of an uncompressed zip file, after checking all that it says about itself."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Listed:
+    """What the list of entries of a zip file says about one of them."""
+
+    name: str
+    raw: bytes  # the name as it stands
+    told: list[int]  # version, flags, method, time, date
+    crc: int
+    plain: int  # bytes
+    local: int  # where its own header is
+
+
+def _zip_end(data: mmap.mmap) -> tuple[int, int, int]:
+    """Count, start and end of the list of entries of a zip file."""
     total = len(data)
     end = data.rfind(b"PK\x05\x06", max(0, total - 65557))
     if end < 0 or end + 22 > total:
@@ -224,10 +285,15 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
         raise ValueError("the list of entries is not where the zip file says (cut or changed)")
     if count > size // 46:
         raise ValueError(f"the zip file declares {count} entries in a list of {size} bytes")
+    if count > MAX_ENTRIES:
+        raise ValueError(f"the zip file has {count} entries, which no checkpoint needs")
+    return count, start, end
 
-    entries: dict[str, memoryview] = {}
-    spans: list[tuple[int, int, str]] = []
-    view = memoryview(data)
+
+def _zip_list(data: mmap.mmap, count: int, start: int, end: int) -> list[_Listed]:
+    """The list of entries, read without a look at the entries."""
+    found: list[_Listed] = []
+    names: set[str] = set()
     at = start
     for _ in range(count):
         head = _unpack("<4s6H3L5H2L", data, at)
@@ -244,8 +310,9 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
         parts = name.split("/")
         if "\\" in name or "\0" in name or ":" in parts[0] or any(p in ("", ".", "..") for p in parts):
             raise ValueError(f"an entry named {quoted(name)}, which is not a plain path")
-        if name in entries:
+        if name in names:
             raise ValueError(f"two entries named {quoted(name)}")
+        names.add(name)
         if flags & ~0x0808:
             raise ValueError(f"the entry {quoted(name)} is encrypted or patched (flags 0x{flags:04x})")
         if method != 0 or packed != plain:
@@ -253,39 +320,73 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
                 f"the entry {quoted(name)} is compressed ({packed} bytes declared to become {plain}): torch never does "
                 "this, and it was not unpacked"
             )
-        if plain > total:
-            raise ValueError(f"the entry {quoted(name)} declares {plain} bytes in a file of {total}")
-        # The local header must tell the same story as the list.
-        magic, *l_told, l_crc, l_packed, l_plain, l_name, l_extra = _unpack("<4s5H3L2H", data, local)
-        body = local + 30 + l_name + l_extra
-        l_plain, l_packed = _zip64(data[local + 30 + l_name : body], [l_plain, l_packed])
-        if magic != b"PK\x03\x04" or l_told != told or data[local + 30 : local + 30 + l_name] != raw:
-            raise ValueError(f"the header of the entry {quoted(name)} does not match the list of entries")
-        streamed = bool(flags & 8)  # then crc and sizes stand behind the data, and may be zero here
-        l_sizes, sizes = (l_crc, l_packed, l_plain), (crc, packed, plain)
-        if l_sizes != sizes and not (streamed and l_sizes == (0, 0, 0)):
-            raise ValueError(f"the sizes of the entry {quoted(name)} do not match the list of entries")
-        stop = body + plain
-        if stop > start:
-            raise ValueError(f"the entry {quoted(name)} reaches over the end of the data")
-        content = view[body:stop]
-        if zlib.crc32(content) != crc:
-            raise ValueError(f"the entry {quoted(name)} is damaged (its CRC-32 is wrong)")
-        if streamed and data[stop : stop + 4] == b"PK\x07\x08":
-            narrow, wide = _unpack("<3L", data, stop + 4), _unpack("<L2Q", data, stop + 4)
-            if sizes not in (narrow, wide):
-                raise ValueError(f"the descriptor of the entry {quoted(name)} does not match the list of entries")
-        elif streamed and _unpack("<3L", data, stop) != sizes:
-            raise ValueError(f"the descriptor of the entry {quoted(name)} does not match the list of entries")
-        entries[name] = content
-        spans.append((local, stop, name))
+        if plain > len(data):
+            raise ValueError(f"the entry {quoted(name)} declares {plain} bytes in a file of {len(data)}")
+        found.append(_Listed(name, raw, told, crc, plain, local))
     if at != end:
         raise ValueError("the list of entries of the zip file is longer than it says")
+    return found
+
+
+def _zip_bodies(data: mmap.mmap, listed: list[_Listed], start: int) -> list[int]:
+    """Where the bytes of each entry begin, all of them before `start` and no two of them in one place.
+
+    Nothing that is as long as an entry is done before: of overlapping entries, a small file has any number.
+    """
+    bodies: list[int] = []
+    spans: list[tuple[int, int, str]] = []
+    for entry in listed:
+        magic, n_name, n_extra = _unpack("<4s22x2H", data, entry.local)
+        if magic != b"PK\x03\x04":
+            raise ValueError(f"the header of the entry {quoted(entry.name)} does not match the list of entries")
+        body = entry.local + 30 + n_name + n_extra
+        if body + entry.plain > start:
+            raise ValueError(f"the entry {quoted(entry.name)} reaches over the end of the data")
+        bodies.append(body)
+        spans.append((entry.local, body + entry.plain, entry.name))
     spans.sort()
     for (_, stop, one), (begin, _, two) in itertools.pairwise(spans):
         if stop > begin:
             raise ValueError(f"the entries {quoted(one)} and {quoted(two)} overlap")
+    return bodies
+
+
+def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
+    """Name -> bytes of every entry of an uncompressed zip file, after checking all that it says about itself."""
+    count, start, end = _zip_end(data)
+    listed = _zip_list(data, count, start, end)
+    bodies = _zip_bodies(data, listed, start)
+    view = memoryview(data)
+    entries: dict[str, memoryview] = {}
+    for entry, body in zip(listed, bodies, strict=True):
+        name, local, sizes = entry.name, entry.local, (entry.crc, entry.plain, entry.plain)
+        # The local header must tell the same story as the list.
+        _, *told, crc, packed, plain, n_name, _ = _unpack("<4s5H3L2H", data, local)
+        plain, packed = _zip64(data[local + 30 + n_name : body], [plain, packed])
+        if told != entry.told or data[local + 30 : local + 30 + n_name] != entry.raw:
+            raise ValueError(f"the header of the entry {quoted(name)} does not match the list of entries")
+        streamed = bool(entry.told[1] & 8)  # then crc and sizes stand behind the data, and may be zero here
+        if (crc, packed, plain) != sizes and not (streamed and (crc, packed, plain) == (0, 0, 0)):
+            raise ValueError(f"the sizes of the entry {quoted(name)} do not match the list of entries")
+        stop = body + entry.plain
+        content = view[body:stop]
+        if zlib.crc32(content) != entry.crc:
+            raise ValueError(f"the entry {quoted(name)} is damaged (its CRC-32 is wrong)")
+        if streamed:
+            _check_descriptor(data, stop, entry, sizes)
+        entries[name] = content
     return entries
+
+
+def _check_descriptor(data: mmap.mmap, at: int, entry: _Listed, sizes: tuple[int, int, int]) -> None:
+    """Raise ValueError unless the descriptor behind an entry says what the list says."""
+    signed = data[at : at + 4] == b"PK\x07\x08"
+    if signed:
+        told = (_unpack("<3L", data, at + 4), _unpack("<L2Q", data, at + 4))
+    else:
+        told = (_unpack("<3L", data, at),)
+    if sizes not in told:
+        raise ValueError(f"the descriptor of the entry {quoted(entry.name)} does not match the list of entries")
 
 
 def _swapped(data: memoryview, dtype: np.dtype) -> memoryview:
@@ -295,15 +396,25 @@ def _swapped(data: memoryview, dtype: np.dtype) -> memoryview:
 
 def _storage_id(pid: object, ids: int) -> tuple[np.dtype | None, str, int]:
     """The parts of torch's persistent id ("storage", type, key, location, numel[, view])."""
-    if not (isinstance(pid, tuple) and len(pid) in (5, ids) and pid[0] == "storage"):
+    fits = isinstance(pid, tuple) and len(pid) in (5, ids) and isinstance(pid[0], str) and pid[0] == "storage"
+    if not fits:
         raise ValueError("the pickle refers to something outside it that is not a torch storage")
+    assert isinstance(pid, tuple)
     kind, key, numel = pid[1], pid[2], pid[4]
     if not isinstance(kind, Placeholder) or kind.name not in _STORAGE_DTYPES:
         name = kind.name if isinstance(kind, Placeholder) else type(kind).__name__
         raise ValueError(f"a storage of type {quoted(name)}, which is not supported")
-    if not isinstance(key, str) or not _is_size(numel):
+    if not isinstance(key, str) or not isinstance(numel, int) or isinstance(numel, bool) or numel < 0:
         raise ValueError("a storage whose name is not text or whose size is not a number")
+    if len(key) > _MAX_STORAGE_NAME:
+        raise ValueError(f"a storage with a name of {len(key)} characters")
     return _STORAGE_DTYPES[kind.name], key, numel
+
+
+def _same_twice(declared: dict[str, tuple[np.dtype | None, int]], key: str, told: tuple[np.dtype | None, int]) -> None:
+    """Raise ValueError where a storage is declared again as something else, which torch.save refuses to write."""
+    if declared.setdefault(key, told) != told:
+        raise ValueError(f"the storage {quoted(key)} is declared twice, differently")
 
 
 def _read_zip(file: Path, data: mmap.mmap) -> Any:
@@ -315,19 +426,22 @@ def _read_zip(file: Path, data: mmap.mmap) -> Any:
             raise ValueError("a zip file, but not a torch checkpoint (no folder with data.pkl)")
         if any(name.startswith(f"{root}/code/") or name == f"{root}/constants.pkl" for name in entries):
             raise ValueError("a TorchScript archive, which is a program and not a checkpoint")
-        order = bytes(entries.get(f"{root}/byteorder", b"little"))
+        order = bytes(entries.get(f"{root}/byteorder", b"little")[:16])
         if order not in (b"little", b"big"):
-            raise ValueError(f"an unknown byte order {order[:16]!r}")
+            raise ValueError(f"an unknown byte order {order!r}")
         if len(entries[f"{root}/data.pkl"]) > MAX_PICKLE_BYTES:
             raise ValueError(f"data.pkl has {len(entries[f'{root}/data.pkl'])} bytes, which no checkpoint needs")
     except (ValueError, struct.error) as e:
         raise CheckpointError(f"{file}: {e}. {_AGAIN} If it is whole: {_RESAVE[0].lower()}{_RESAVE[1:]}") from None
-    made: dict[tuple, _Storage] = {}
+    views = _Views.of(len(data))
+    declared: dict[str, tuple[np.dtype | None, int]] = {}
+    made: dict[str, _Storage] = {}
 
     def storage(pid: object) -> _Storage:
         dtype, key, numel = _storage_id(pid, 5)
-        if (dtype, key, numel) in made:
-            return made[dtype, key, numel]
+        _same_twice(declared, key, (dtype, numel))
+        if key in made:
+            return made[key]
         name = f"{root}/data/{key}"
         if name not in entries:
             raise ValueError(f"the storage {quoted(key)} is missing in the zip file")
@@ -339,8 +453,8 @@ def _read_zip(file: Path, data: mmap.mmap) -> Any:
             if dtype is None:
                 raise ValueError("an untyped storage in big-endian byte order, which is not supported")
             raw = _swapped(raw, dtype)
-        made[dtype, key, numel] = _Storage(raw, dtype)
-        return made[dtype, key, numel]
+        made[key] = _whole_storage(raw, dtype, views)
+        return made[key]
 
     pickle = bytes(entries[f"{root}/data.pkl"])
     content, end = run_pickle(file, pickle, 0, storage, _BUILDERS)
@@ -353,45 +467,56 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 
 
+def _no_storage(pid: object) -> Any:
+    raise ValueError("a storage where none can be")
+
+
 def _read_legacy(file: Path, data: mmap.mmap) -> Any:
     """Five pickles (magic, version, machine, object, names of storages), then each storage: its length, its data."""
+    budget = Budget.of(len(data))
 
-    def nothing(pid: object) -> Any:
-        raise ValueError("a storage where none can be")
+    def plain(at: int) -> tuple[Any, int]:
+        return run_pickle(file, data, at, _no_storage, {}, budget=budget)
 
-    magic, at = run_pickle(file, data, 0, nothing, _BUILDERS)
-    if magic != _LEGACY_MAGIC:
+    magic, at = plain(0)
+    if not isinstance(magic, int) or magic != _LEGACY_MAGIC:
         raise CheckpointError(f"{file}: a pickle, but not one that torch.save wrote. {_RESAVE}")
-    version, at = run_pickle(file, data, at, nothing, _BUILDERS)
-    machine, at = run_pickle(file, data, at, nothing, _BUILDERS)
-    if version != _LEGACY_VERSION or not isinstance(machine, dict):
-        raise CheckpointError(f"{file}: version {quoted(str(version))} of the old torch format is unknown. {_RESAVE}")
+    version, at = plain(at)
+    machine, at = plain(at)
+    if not isinstance(version, int) or version != _LEGACY_VERSION or not isinstance(machine, dict):
+        # Not `str(version)`: a nest of lists, or a number of megabytes, has no text.
+        told = f"version {version}" if _is_size(version) else f"a version that is a {type(version).__name__}"
+        raise CheckpointError(f"{file}: {told} of the old torch format is unknown. {_RESAVE}")
     if machine.get("little_endian") is not True:
         raise CheckpointError(f"{file}: written on a big-endian machine, which is not supported here. {_RESAVE}")
 
-    # The storages stand behind the pickle that uses them: a first pass over it finds where they are.
+    # The storages stand behind the pickle that uses them: a first pass over it finds where they are, and makes nothing.
     declared: dict[str, tuple[np.dtype | None, int]] = {}
+    nothing = np.empty(0, np.float32)
 
-    def declare(pid: object) -> _Storage:
+    def declare(pid: object) -> None:
         dtype, key, numel = _storage_id(pid, 6)
-        if declared.setdefault(key, (dtype, numel)) != (dtype, numel):
-            raise ValueError(f"the storage {quoted(key)} is declared twice, differently")
+        _same_twice(declared, key, (dtype, numel))
         needed = numel * (dtype.itemsize if dtype else 1)
         if needed > len(data):
             raise ValueError(f"the storage {quoted(key)} declares {needed} bytes in a file of {len(data)}")
-        return _Storage(zeros[:needed], dtype)  # stands in for the real one
+
+    def no_tensor(*_: Any) -> np.ndarray:
+        return nothing
 
     start = at
-    zeros = np.zeros(len(data), np.uint8).data  # never touched, so never really allocated
-    _, at = run_pickle(file, data, start, declare, _BUILDERS)
-    keys, at = run_pickle(file, data, at, nothing, _BUILDERS)
+    memory = budget.memory
+    at = run_pickle(file, data, start, declare, dict.fromkeys(_BUILDERS, no_tensor), budget=budget)[1]
+    budget.memory = memory  # what the first pass took is free again
+    keys, at = plain(at)
     if not isinstance(keys, list) or any(not isinstance(k, str) for k in keys) or len(set(keys)) != len(keys):
         raise CheckpointError(f"{file}: the list of storages is damaged. {_AGAIN}")
     if set(keys) != set(declared):
         odd = sorted(set(keys) ^ set(declared))[:5]
         odd = ", ".join(map(quoted, odd))
         raise CheckpointError(f"{file}: the list of storages and the pickle differ in {odd}. {_AGAIN}")
-    storages: dict[str, _Storage] = {}
+    views = _Views.of(len(data))
+    places: dict[str, tuple[int, int]] = {}
     for key in keys:
         dtype, numel = declared[key]
         needed = numel * (dtype.itemsize if dtype else 1)
@@ -400,13 +525,18 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
         held = int.from_bytes(data[at : at + 8], "little")
         if held != numel:
             raise CheckpointError(f"{file}: the storage {quoted(key)} has {held} elements, not {numel}. {_AGAIN}")
-        storages[key] = _Storage(memoryview(data)[at + 8 : at + 8 + needed], dtype)
+        places[key] = (at + 8, at + 8 + needed)
         at += 8 + needed
     if at != len(data):
         raise CheckpointError(f"{file}: {len(data) - at} bytes follow the last storage. {_AGAIN}")
+    storages: dict[str, _Storage] = {}
 
     def storage(pid: Any) -> _Storage:
-        whole = storages[pid[2]]
+        key = pid[2]
+        if key not in storages:
+            low, high = places[key]
+            storages[key] = _whole_storage(memoryview(data)[low:high], declared[key][0], views)
+        whole = storages[key]
         view = pid[5] if len(pid) == 6 else None
         if view is None:
             return whole
@@ -415,21 +545,104 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
         width = whole.dtype.itemsize if whole.dtype else 1
         low, high = view[1] * width, (view[1] + view[2]) * width
         if high > whole.data.nbytes:
-            raise ValueError(f"a view that reaches out of the storage {quoted(pid[2])}")
-        return _Storage(whole.data[low:high], whole.dtype)
+            raise ValueError(f"a view that reaches out of the storage {quoted(key)}")
+        return _Storage(whole.data[low:high], whole.dtype, views)
 
-    return run_pickle(file, data, start, storage, _BUILDERS)[0]
+    return run_pickle(file, data, start, storage, _BUILDERS, budget=budget)[0]
+
+
+_SAFE_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+}
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads a safetensors file: key -> array. Raises CheckpointError for a file that can't be read or is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    """Read a safetensors file: key -> read-only array on the memory-mapped file.
 
+    The header is looked through before anything is made of it: its length, every type, shape and place, and that the
+    tensors fill the file without a gap or an overlap.
+
+    Raises: CheckpointError for a file that can't be read or is damaged.
+    """
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({e}). {_AGAIN}") from None
+        return _safe_arrays(_mapped(Path(path)))
+    except (ValueError, OSError, RecursionError) as e:
+        what = getattr(e, "strerror", None) or str(e)[:500] or type(e).__name__
+        raise CheckpointError(f"{path}: not a readable safetensors file ({what}). {_AGAIN}") from None
+
+
+def _safe_arrays(data: mmap.mmap) -> dict[str, np.ndarray]:
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise ValueError(f"its header of {size} bytes reaches over the end of the file")
+    if size > MAX_HEADER:
+        raise ValueError(f"its header has {size} bytes, which no checkpoint needs")
+    if data[8:9] != b"{":
+        raise ValueError("its header is not a JSON object")
+    entries = json.loads(data[8 : 8 + size].decode("utf-8"), object_pairs_hook=_without_repeats)
+    entries.pop("__metadata__", None)
+    spans = []
+    for key, entry in entries.items():
+        dtype, shape, low, high = _safe_entry(key, entry)
+        spans.append((low, high, key, dtype, shape))
+    # Of empty tensors, any number stand at one place; the order of two of them does not matter.
+    spans.sort(key=lambda span: span[:2])
+
+    arrays: dict[str, np.ndarray] = {}
+    at = 0
+    for low, high, key, dtype, shape in spans:
+        if low != at:
+            raise ValueError(f"the tensor {quoted(key)} begins at byte {low}, where the one before ends at {at}")
+        if high > len(data) - 8 - size:
+            raise ValueError(f"the tensor {quoted(key)} reaches over the end of the file")
+        raw = memoryview(data)[8 + size + low : 8 + size + high]
+        if dtype == np.bool_ and high > low and np.frombuffer(raw, np.uint8).max() > 1:
+            raise ValueError(f"the bool tensor {quoted(key)} has bytes other than 0 and 1")
+        array = np.ndarray(shape, dtype, raw if high > low else None)
+        array.flags.writeable = False
+        arrays[key] = array
+        at = high
+    if at != len(data) - 8 - size:
+        raise ValueError(f"its tensors have {at} bytes, the file {len(data) - 8 - size} after the header")
+    return {key: arrays[key] for key in entries}
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its header has a key twice")
+    return found
+
+
+def _safe_entry(key: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Type, shape, and where the bytes of one tensor begin and end; ValueError where they contradict each other."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the tensor {quoted(key)} has no dtype, shape and data_offsets")
+    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _SAFE_DTYPES:
+        raise ValueError(f"the tensor {quoted(key)} has the type {quoted(dtype)}, which is not supported")
+    lists = isinstance(shape, list) and len(shape) <= 32 and isinstance(place, list) and len(place) == 2
+    if not lists or not all(map(_is_size, [*shape, *place])):
+        raise ValueError(f"shape and data_offsets of the tensor {quoted(key)} are not sizes")
+    n = math.prod(shape)
+    if place[1] - place[0] != n * _SAFE_DTYPES[dtype].itemsize:
+        raise ValueError(f"the tensor {quoted(key)} of shape {shape} has {place[1] - place[0]} bytes")
+    if n == 0 and max(shape) > _MAX_AXIS:
+        raise ValueError(f"the tensor {quoted(key)} is empty, of size {max(shape)}")
+    return _SAFE_DTYPES[dtype], tuple(shape), place[0], place[1]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,31 +1,40 @@
-"""Does every family go the whole way?  Each one at its small random size: saved, loaded, tuned by every method, scored.
+"""Does every family go the whole way?
 
-Run:    python -m experiments.all_families [--data ETTh1] [--families timer,ttm] [--out runs/all-families]
-Cost:   about a CPU-minute a family, most of it compiling; the first rows of the data, one epoch, one seed.
-Gives:  a table on the terminal and in OUT/results.csv: a row per family and method. The weights are random, so the
-        errors say nothing about the models: the run shows that no family needs a special case. A folder per family
-        holds the model (OUT/<family>/model) and the comparison as `experiments.sff` writes it.
+Each one at its small random size: saved, loaded, tuned by every method,
+scored.
+
+Run:   python -m experiments.all_families
+       python -m experiments.all_families --data ETTh1 --families timer,ttm
+Cost:  about a CPU-minute a family, most of it compiling; the first rows of the
+       data, one epoch, one seed.
+Gives: a table on the terminal and in OUT/results.csv: a row per family and
+       method. The weights are random, so the errors say nothing about the
+       models: the run shows that no family needs a special case. A folder per
+       family holds the model (OUT/<family>/model) and the comparison as
+       `experiments.sff` writes it; its other options, such as --mesh, work
+       here too.
 """
 
-import argparse
-import difflib
+import dataclasses
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import jax
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from experiments import demo, sff
+from experiments import demo, flags, folder, launch, sff
 from ltsm_jax.data import Series
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.models import FAMILIES, folders
 
+MARK = "all-families.json"  # what tells the folder of a run from any other
 WINDOWS = 40  # of training, for each variate
 VARIATES = 2
 
@@ -65,33 +74,52 @@ def run(family: str, series: Series, out: Path, methods: str, more: Sequence[str
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the run asks for itself."""
+
+    program: ClassVar[str] = "experiments.all_families"
+    data: Annotated[str, flags.text("DATA")] = "ETTh1"
+    """benchmark name or file"""
+    families: Annotated[tuple[str, ...], flags.names(tuple(FAMILIES), unset="all")] = ()
+    """which families"""
+    methods: Annotated[tuple[str, ...], flags.names(tuple(STRATEGIES), unset="all")] = ()
+    """which methods"""
+    out: Annotated[Path, flags.path()] = Path("runs/all-families")
+    """folder of the results, made anew"""
+
+
+def make_anew(out: Path) -> None:
+    """Make an empty folder; one that an earlier run made is replaced.
+
+    Raises: UsageError where it is the folder of something else.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise flags.UsageError(f"{out} holds something else; it would be replaced. Take another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    folder.write_json(out / MARK, {"program": Options.program})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.all_families`; returns the exit code: 0 where every family came through."""
-    parser = argparse.ArgumentParser("python -m experiments.all_families", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", default="ETTh1", help="as for experiments.sff [ETTh1]")
-    parser.add_argument("--families", default=",".join(FAMILIES), help="[all]")
-    parser.add_argument("--methods", default=",".join(STRATEGIES), help="[all]")
-    parser.add_argument("--out", type=Path, default=Path("runs/all-families"), help="made anew [runs/all-families]")
-    args, more = parser.parse_known_args(argv)  # the rest, such as --mesh, is for experiments.sff
-    names = args.families.split(",")
-    if unknown := [n for n in names if n not in FAMILIES]:
-        near = [m for n in unknown for m in difflib.get_close_matches(n, FAMILIES, 1)]
-        hint = f" (did you mean {', '.join(near)}?)" if near else ""
-        print(f"unknown families {', '.join(unknown)}{hint}; known: {', '.join(FAMILIES)}", file=sys.stderr)
-        return 2
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    return launch.guarded(lambda: _all(sys.argv[1:] if argv is None else argv))
+
+
+def _all(argv: Sequence[str]) -> int:
+    options, more = flags.parse_some(Options, argv, __doc__)
+    families, methods = options.families or tuple(FAMILIES), options.methods or tuple(STRATEGIES)
+    make_anew(options.out)
     try:
-        series = load_series(args.data)
+        series = load_series(options.data)
     except (OSError, ValueError) as err:
         print(f"{err}\nGoing on with a GENERATED series.", file=sys.stderr)
-        series = load_series(str(demo.generated(args.out)))
+        series = load_series(str(demo.generated(options.out)))
     found, failed = [], {}
-    for name in names:
-        (args.out / name).mkdir()
+    for name in families:
+        (options.out / name).mkdir()
         try:
-            found.append(run(name, series, args.out / name, args.methods, more))
+            found.append(run(name, series, options.out / name, ",".join(methods), more))
         except (ValueError, RuntimeError) as err:
             failed[name] = str(err)
         # nothing that was compiled serves the next family, and it adds up to the memory maps a process may have
@@ -101,16 +129,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_column(column)
     if found:
         rows = pd.concat(found)
-        rows.to_csv(args.out / "results.csv", index=False)
+        rows.to_csv(options.out / "results.csv", index=False)
         for row in rows.to_dict("records"):
             table.add_row(row["family"], row["method"], f"{row['val_mse']:.4f}", f"{row['test_mse']:.4f}",
                           f"{row['family_seconds']:.0f}")  # fmt: skip
-    Console(width=100).print(table)
+    Console().print(table)
     for name, problem in failed.items():
         print(f"FAILED {name}: {problem}", file=sys.stderr)
-    print(f"{len(names) - len(failed)} of {len(names)} families went through {args.methods.count(',') + 1} methods")
+    print(f"{len(families) - len(failed)} of {len(families)} families went through {len(methods)} methods")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

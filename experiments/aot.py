@@ -1,18 +1,27 @@
-"""Does it fit, and what does it cost? Compiles the training step for machines that are not at hand.
+"""Does it fit, and what does it cost?
 
-Run:    python -m experiments.aot --family timer --topology v5e:4x4 --mesh data=4,fsdp=4
-        python -m experiments.aot --preset amazon/chronos-bolt-base --topology h200:8 --batch 1024 --compute bfloat16
-        python -m experiments.aot --family time_moe --preset small --topology cpu:8 --mesh data=2,fsdp=2,tensor=2
-Needs:  for TPUs  pip install "ltsm-jax[tpu-aot]" (libtpu), for GPUs  pip install "ltsm-jax[cuda-aot]" (the CUDA
-        compiler); neither a TPU nor a GPU nor a driver. The weights are not needed either.
-Cost:   a quarter of a minute to some minutes on 2 CPU cores, by the number of layers.
-Gives:  bytes on each device, floating-point operations, collectives, and the verdict. Exit code 0: it fits, 1: it does
-        not, 2: the flags do not go together. What is compiled is the program that `ltsm_jax.training.fit` runs
-        (`training.step.trace_step`), on windows of a series of --variates and --rows. Not counted: the forward passes
-        of the validation between epochs, what the runtime takes, and the checkpoint that SFF keeps beside its mixture.
+Compiles the training step for machines that are not at hand.
+
+Run:   python -m experiments.aot --family timer --topology v5e:4x4 \\
+           --mesh data=4,fsdp=4
+       python -m experiments.aot --preset amazon/chronos-bolt-base \\
+           --topology h200:8 --batch 1024 --compute bfloat16
+       python -m experiments.aot --family time_moe --preset small \\
+           --topology cpu:8 --mesh data=2,fsdp=2,tensor=2
+Needs: for TPUs  pip install "ltsm-jax[tpu-aot]" (libtpu), for GPUs
+       pip install "ltsm-jax[cuda-aot]" (the CUDA compiler); neither a TPU nor
+       a GPU nor a driver. The weights are not needed either.
+Cost:  a quarter of a minute to some minutes on 2 CPU cores, by the number of
+       layers.
+Gives: bytes on each device, floating-point operations, collectives, and the
+       verdict. Exit code 0: it fits, 1: it does not, 2: the options do not go
+       together. What is compiled is the program that `ltsm_jax.training.fit`
+       runs (`training.step.trace_step`), on windows of a series of --variates
+       and --rows. Not counted: the forward passes of the validation between
+       epochs, what the runtime takes, and the checkpoint that SFF keeps beside
+       its mixture.
 """
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -20,14 +29,14 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from experiments import counting, targets
+from experiments import counting, flags, launch, targets
 from experiments.counting import Traffic
 from experiments.targets import Target
 from ltsm_jax import sharding, training, trees
@@ -37,11 +46,47 @@ from ltsm_jax.methods import binding
 from ltsm_jax.methods.strategies import Phase, trainable_mask
 from ltsm_jax.models import FAMILIES, Model, near_presets, preset
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.training.config import COMPUTE, REMAT
 from ltsm_jax.training.step import trace_step
 
 FREQ = "h"  # of the series, for families that want to know
+TRAINABLE = ("all", "head", "recipe")
 SMALL = "small"  # the preset of every family that tests use
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compiled."""
+
+    program: ClassVar[str] = "experiments.aot"
+    topology: Annotated[str, flags.text("TARGET")]
+    """v5e:4x4, v4:2x2x2, h200:8, h100:2x8 (hosts x GPUs), cpu:8, ..."""
+    family: Annotated[str | None, flags.text("NAME")] = None
+    """of the model; alone it means the first of its published sizes"""
+    preset: Annotated[str | None, flags.text("NAME")] = None
+    """published size: checkpoint or hub name, or "small" for the size of tests"""
+    batch: Annotated[int | None, flags.whole(1, unset="recipe")] = None
+    """windows per step, all devices together"""
+    context: Annotated[int | None, flags.whole(1, unset="recipe")] = None
+    """steps the model sees"""
+    horizon: Annotated[int | None, flags.whole(1, unset="recipe")] = None
+    """steps of the forecast, for --mode direct"""
+    mode: Annotated[forecasting.Mode | None, flags.one_of(forecasting.MODES, unset="recipe")] = None
+    """training loss: the family's own (ims) or direct"""
+    trainable: Annotated[str, flags.one_of(TRAINABLE)] = "all"
+    """what is trained: all, head or recipe"""
+    variates: Annotated[int, flags.whole(1)] = 7
+    """of the series; 7, as ETTh1"""
+    rows: Annotated[int, flags.whole(2)] = 17420
+    """of the series; 17420, as ETTh1"""
+    json: bool = False
+    """print the report as a line of JSON"""
+    row: bool = False
+    """print a row of the table in TPU.md"""
+    devices: flags.Devices = dataclasses.field(default_factory=flags.Devices)
+
+    def problems(self, given: set[str]) -> list[str]:
+        """Say what does not go together."""
+        return ["--json and --row: give one of the two"] if self.json and self.row else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +170,7 @@ def ready(model: Model, n_variates: int) -> tuple[Model, trees.Tree]:
 
     def build():
         key = training.keys(0)["init"]
-        made[:] = model.for_series(model.init(key), n_variates=n_variates, freq=FREQ, name="series", key=key)
+        made[:] = model.for_series(model.init(key), n_variates=n_variates, freq=FREQ, key=key)
         return made[1]
 
     shapes = jax.eval_shape(build)
@@ -148,14 +193,14 @@ class Job:
     notes: tuple[str, ...]
 
 
-def resolve(args: argparse.Namespace, target: Target) -> Job:
+def resolve(args: Options, target: Target) -> Job:
     """Flags to a job, with the model's recipe for what they leave out.
 
     Raises: ValueError for flags that do not go together.
     """
     name, model = find_model(args.family, args.preset)
     model, shapes = ready(model, args.variates)
-    mesh = sharding.make_mesh(args.mesh, target.devices)
+    mesh = sharding.make_mesh(args.devices.mesh, target.devices)
     notes: tuple[str, ...] = ()
     if mesh is None:
         places = jax.tree.map(lambda _: SingleDeviceSharding(target.devices[0]), shapes)
@@ -169,14 +214,15 @@ def resolve(args: argparse.Namespace, target: Target) -> Job:
     horizon = model.horizon if mode == "ims" else args.horizon or recipe.horizon
     if args.horizon not in (None, horizon):
         raise ValueError(f"--horizon {args.horizon}: the family's own loss takes {horizon} steps; see --mode direct")
-    changes = {"compute": args.compute, "accumulate": args.accumulate, "remat": args.remat}
+    how = args.devices
+    changes = {"compute": how.compute, "accumulate": how.accumulate, "remat": how.remat}
     config = binding.train_config(model, **changes | ({} if args.batch is None else {"batch_size": args.batch}))
     values, joint = np.zeros((args.variates, args.rows), np.float32), model.variates == "joint"
     source = windows_between(values, 0, args.rows, args.context or recipe.context_len, horizon, joint=joint)
     if source.n < config.batch_size:
         raise ValueError(f"--batch {config.batch_size}: the series has only {source.n} windows; see --rows, --variates")
     trainable = trainable_mask(Phase(args.trainable), model, params)
-    loss = forecasting.loss_fn(model, binding.LOSS[mode])
+    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
     return Job(name, model, params, source, loss, config, trainable, target, mesh, notes)
 
 
@@ -358,64 +404,35 @@ def row(report: Report) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags."""
-
-    def number(low: int):
-        def check(text: str) -> int:
-            if not text.isdigit() or int(text) < low:
-                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-            return int(text)
-
-        return check
-
-    parser = argparse.ArgumentParser("python -m experiments.aot", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    flag = parser.add_argument
-    flag("--family", help="of the model; alone it means the first of its published sizes")
-    flag("--preset", help='published size: checkpoint or hub name, or "small" for the size of tests')
-    flag("--topology", required=True, help="v5e:4x4, v4:2x2x2, h200:8, h100:2x8 (hosts x GPUs), cpu:8, ...")
-    flag("--mesh", help="devices by axis, as data=4,fsdp=4 [all on data]")
-    flag("--batch", type=number(1), help="windows per step, all devices together [the recipe's]")
-    flag("--context", type=number(1), help="steps the model sees [the recipe's]")
-    flag("--horizon", type=number(1), help="steps of the forecast, for --mode direct [the recipe's]")
-    flag("--mode", choices=binding.MODES, help="training loss: the family's own (ims) or direct [the recipe's]")
-    flag("--compute", choices=COMPUTE, default="float32", help="dtype of the matrix products [float32]")
-    flag("--accumulate", type=number(1), default=1, help="parts a batch is taken in [1]")
-    flag("--remat", choices=tuple(REMAT), default="none", help="what the backward pass computes again [none]")
-    flag("--trainable", choices=("all", "head", "recipe"), default="all", help="what is trained [all]")
-    flag("--variates", type=number(1), default=7, help="of the series [7, as ETTh1]")
-    flag("--rows", type=number(2), default=17420, help="of the series [17420, as ETTh1]")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print the report as a line of JSON")
-    output.add_argument("--row", action="store_true", help="print a row of the table in TPU.md")
-    return parser.parse_args(argv)
+def parse(argv: Sequence[str]) -> Options:
+    """Read the command line. Raises: UsageError listing every bad flag."""
+    return flags.parse(Options, argv, __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.aot`; returns the exit code: 0 fits (or not known), 1 does not, 2 can't be asked."""
-    args, problems = parse(argv), []
-    for check in (lambda: find_model(args.family, args.preset), lambda: targets.parse(args.topology)):
+    return launch.guarded(lambda: _aot(sys.argv[1:] if argv is None else argv))
+
+
+def _aot(argv: Sequence[str]) -> int:
+    options, problems = parse(argv), []
+    for check in (lambda: find_model(options.family, options.preset), lambda: targets.parse(options.topology)):
         try:
             check()
         except ValueError as err:
             problems.append(str(err))
-    try:
-        if problems:
-            raise ValueError("\n".join(problems))
-        job = resolve(args, targets.find(args.topology))
-        for note in job.notes:
-            print(note, file=sys.stderr)
-        report = compile_step(job)
-    except (ValueError, ModuleNotFoundError) as err:
-        print(f"{err}", file=sys.stderr)
-        return 2
-    if args.json:
+    if problems:
+        raise flags.UsageError("\n".join(problems))
+    job = resolve(options, targets.find(options.topology))
+    for note in job.notes:
+        print(note, file=sys.stderr)
+    report = compile_step(job)
+    if options.json:
         print(json.dumps(dataclasses.asdict(report) | {"fits": report.fits}))
     else:
-        print(row(report) if args.row else text(report))
+        print(row(report) if options.row else text(report))
     return 1 if report.fits is False else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

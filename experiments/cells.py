@@ -1,39 +1,40 @@
 """What experiments that compare methods share: the recipe of a run, and cells that never run twice.
 
-A comparison is a folder: run.json (the settings; others are refused), baselines.json, results.csv (a row per finished
-cell), cells/<name>/ with result.json, which is written last, and what the experiment adds.
+A comparison is a folder, see `experiments.folder`; a cell is one run of it, with a folder of its own in cells/.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
+import pandas as pd
 from rich.console import Console
 
 import ltsm_jax
-from experiments import launch
-from experiments.flags import Options, UsageError
-from experiments.folder import device, git_commit, result_file, settle, versions, write_csv, write_json
+from experiments import folder, launch
+from experiments.flags import Options, Reading, UsageError
 from ltsm_jax import hosts, sharding, storage, training, trees
-from ltsm_jax.data import Series, Splits, prepare, steps_per_epoch
+from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding, checks, run
-from ltsm_jax.methods.strategies import Strategy
+from ltsm_jax.methods import binding, run
+from ltsm_jax.methods.strategies import Strategy, start_params
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig
 
 C = TypeVar("C", bound="Cell")
 EXAMPLES = 4  # test windows whose forecasts are kept
+EXAMPLES_FILE = "forecasts.npz"
 
 
 class Cell(Protocol):
@@ -64,13 +65,28 @@ class Comparison:
     params: Any
     splits: Splits
     config: TrainConfig
-    mode: binding.Mode
+    mode: forecasting.Mode
     settings: dict[str, Any]  # what decides every number; a folder holds one set of settings
+    optional: tuple[str, ...] = ()  # settings that may be None on one side, where no cell needs them
 
     @property
     def folder(self) -> Path:
         """Where it all goes."""
         return self.options.folder
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """What run.json holds."""
+        model = {"family": self.model.family, "config": self.model.config_to_dict()}
+        windows = {"val": self.splits.val.n, "test": self.splits.test.n}
+        return {
+            "experiment": self.options.program,
+            "settings": dict(self.settings),
+            "model": model,
+            "command": self.options.command(),
+            "notes": list(self.splits.notes),
+            "windows": windows,
+        }
 
 
 def resolve(options: Options) -> Comparison:
@@ -87,10 +103,7 @@ def resolve(options: Options) -> Comparison:
             problems.append(str(err))
             return None
 
-    read = {"target": list(options.target) if options.target else None, "time": options.time}
-    read |= {"missing": options.missing}
-    read |= {"irregular": options.irregular} if options.irregular else {}  # benchmarks have a default of their own
-    series = attempt(load_series, options.data, **read)
+    series = attempt(read_series, options.data, options.reading)
     loaded = attempt(ltsm_jax.load, options.model)
     if loaded is None or series is None:
         raise UsageError("\n".join(problems))
@@ -104,19 +117,17 @@ def resolve(options: Options) -> Comparison:
         raise UsageError("\n".join(problems))
     model, params = loaded
     sha256 = storage.sha256_of(params)[:16]  # before they are split
-    mesh = attempt(sharding.make_mesh, options.mesh)
+    mesh = attempt(sharding.make_mesh, options.devices.mesh)
     if mesh is not None:
         params, notes = sharding.shard(params, model.shard_rules, mesh)
         for note in notes if hosts.first() else ():
             print(note, file=sys.stderr)
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
-    mode = options.mode or binding.default_mode(model)
-    names = ("epochs", "batch_size", "lr", "schedule", "compute", "accumulate", "remat")
-    changes = {k: getattr(options, k) for k in names if getattr(options, k) is not None}
-    config = binding.train_config(model, **changes)
+    mode = options.training.mode or binding.default_mode(model)
+    config = training_config(model, options)
     quirks = tuple(q for q in options.quirks if q in QUIRKS)
-    splits = attempt(prepare, series, context, horizon, few_shot=options.few_shot, quirks=quirks,
+    splits = attempt(prepare, series, context, horizon, few_shot=options.training.few_shot, quirks=quirks,
                      joint=model.variates == "joint")  # fmt: skip
     if splits is not None:
         attempt(_try_batch, model, params, splits, mode)
@@ -129,7 +140,7 @@ def resolve(options: Options) -> Comparison:
         "context": context,
         "horizon": horizon,
         "mode": mode,
-        "few_shot": options.few_shot,
+        "few_shot": options.training.few_shot,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "lr": config.lr,
@@ -144,19 +155,39 @@ def resolve(options: Options) -> Comparison:
     return Comparison(options, model, params, splits, config, mode, settings)
 
 
+def read_series(data: str, reading: Reading) -> Series:
+    """Read a benchmark or a table as the options of a command line ask."""
+    asked = {name: value for name, value in vars(reading).items() if value is not None}
+    return load_series(data, **asked)
+
+
+def training_config(model: Model, options: Options) -> TrainConfig:
+    """Give the model's recipe with what the options change."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    asked = vars(options.training) | vars(options.devices)
+    return binding.train_config(model, **{k: v for k, v in asked.items() if k in names and v is not None})
+
+
 def _facts(series: Series) -> dict[str, Any]:
     more = f" and {series.n_variates - 8} more" if series.n_variates > 8 else ""
+    stamps = series.timestamps
+    digest = hashlib.sha256(np.ascontiguousarray(series.values).tobytes())
+    digest.update(repr((series.columns, series.freq, series.tz)).encode())
+    if stamps is not None:
+        digest.update(repr([str(stamp) for stamp in stamps]).encode())
     return {
         "columns": ", ".join(series.columns[:8]) + more,
         "rows": series.n_rows,
-        "data_sha256": hashlib.sha256(np.ascontiguousarray(series.values).tobytes()).hexdigest()[:16],
+        "step": series.freq,
+        "stamps": None if stamps is None else f"{stamps[0]} to {stamps[-1]}",
+        "data_sha256": digest.hexdigest()[:16],
     }
 
 
-def _try_batch(model: Model, params: Any, splits: Splits, mode: binding.Mode) -> None:
+def _try_batch(model: Model, params: Any, splits: Splits, mode: forecasting.Mode) -> None:
     """Shapes only: what model, context, horizon and mode have to say about each other, before anything is compiled."""
-    loss = forecasting.loss_fn(model, binding.LOSS[mode])
-    windows = binding.training_windows(model, splits, mode)
+    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
+    windows = forecasting.training_windows(model, splits, mode)
     indices, key = np.zeros(1, np.int32), jax.random.key(0)
     jax.eval_shape(lambda p, w: loss(p, w.gather(indices), key, True), params, windows)
     jax.eval_shape(lambda p, w: model.predict(p, w.gather(indices)["context"], w.horizon), params, splits.val)
@@ -164,12 +195,12 @@ def _try_batch(model: Model, params: Any, splits: Splits, mode: binding.Mode) ->
 
 def finished(c: Comparison, cells: Iterable[Cell]) -> int:
     """How many of the cells have a result."""
-    return sum(result_file(c.folder, cell.name).is_file() for cell in cells)
+    return sum(folder.finished(c.folder, cell.name) for cell in cells)
 
 
 def plan(c: Comparison, runs: Sequence[str]) -> str:
     """What will run, in words; `runs` are the lines that the experiment has to say on it."""
-    series, windows = c.splits.series, binding.training_windows(c.model, c.splits, c.mode)
+    series, windows = c.splits.series, forecasting.training_windows(c.model, c.splits, c.mode)
     batch = min(c.config.batch_size, windows.n)
     steps = steps_per_epoch(windows.n, batch)
     stamps = series.timestamps
@@ -184,7 +215,7 @@ def plan(c: Comparison, runs: Sequence[str]) -> str:
         f"split    {borders}" + (f"; quirks {c.settings['quirks']}" if c.settings["quirks"] else ""),
         f"windows  {c.settings['context']} -> {c.settings['horizon']}: {windows.n:,} to train, "
         f"{c.splits.val.n:,} to validate, {c.splits.test.n:,} to test"
-        + (f" (few-shot {c.options.few_shot:g})" if c.options.few_shot != 1 else ""),
+        + (f" (few-shot {c.options.training.few_shot:g})" if c.options.training.few_shot != 1 else ""),
         f"model    {c.settings['model']}: {c.model.family}, {trees.count(c.params):,} parameters",
         f"training {c.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
         f"lr {c.config.lr:g}, schedule {c.config.schedule}",
@@ -204,21 +235,36 @@ def _megabytes(c: Comparison) -> float:
 # running it
 
 
-def claim(c: Comparison, optional: Sequence[str] = ()) -> None:
-    """Make the folder, write run.json and baselines.json, or check that the run.json there asks for the same.
+@contextlib.contextmanager
+def claimed(c: Comparison) -> Iterator[None]:
+    """Work in the folder of a comparison, alone: make it, or check that the same settings asked for what it holds.
 
-    optional: settings that may be None on one of the two sides, where no cell needs them.
-    Raises: UsageError when the folder holds a comparison with other settings.
+    Raises: UsageError when it holds a comparison with other settings, or another process works in it; nothing has been
+      written then.
     """
-    hosts.on_first(_claim, c, optional)
+    hosts.on_first(folder.check, c.folder, c.record, c.optional)
+    with contextlib.ExitStack() as stack:
+        hosts.on_first(_enter, stack, c.folder)
+        for problem in hosts.on_first(_begin, c):
+            launch.say(f"not believed, and run again where it is asked for: {problem}")
+        yield
 
 
-def _claim(c: Comparison, optional: Sequence[str]) -> None:
-    record = {"settings": dict(c.settings), "command": c.options.command(), "notes": list(c.splits.notes)}
-    record["windows"] = {"val": c.splits.val.n, "test": c.splits.test.n}
-    settle(c.folder, record, optional)
-    if not (c.folder / "baselines.json").is_file():
-        write_json(c.folder / "baselines.json", baselines(c.splits))
+def _enter(stack: contextlib.ExitStack, path: Path) -> None:
+    stack.enter_context(folder.held(path))
+
+
+def _begin(c: Comparison) -> list[str]:
+    folder.check(c.folder, c.record, c.optional)  # once more: another process may have been first
+    damaged = folder.tidy(c.folder)
+    (c.folder / "cells").mkdir(exist_ok=True)
+    folder.write_json(c.folder / folder.RUN, c.record)
+    file = c.folder / "baselines.json"
+    try:
+        storage.read_record(file)
+    except storage.DamagedError:
+        folder.write_json(file, {"baselines": baselines(c.splits)})
+    return damaged
 
 
 def run_cells(
@@ -240,8 +286,8 @@ def run_cells(
     console = console if hosts.first() else Console(quiet=True)
     for i, cell in enumerate(cells, first):
         text = f"[{i}/{total}] {cell.label}"
-        hosts.stop_if_asked(f"stopped by SIGTERM before {text}")
-        if hosts.on_first(result_file(c.folder, cell.name).is_file):
+        hosts.stop_if_asked(f"before {text}")
+        if hosts.on_first(folder.finished, c.folder, cell.name):
             console.print(f"{text}: finished before", highlight=False, markup=False)
         else:
             try:
@@ -252,7 +298,7 @@ def run_cells(
                 continue
             text += f": val MSE {row['val_mse']:.4f}, test MSE {row['test_mse']:.4f}, {row['seconds']:.1f} s"
             console.print(text, highlight=False, markup=False)
-        hosts.on_first(write_csv, c.folder, rank)
+        hosts.on_first(folder.write_csv, c.folder, rank)
     return failures
 
 
@@ -261,9 +307,19 @@ def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result
 
     rest: `model` and `params` in place of the comparison's, and what else `methods.run.run` takes.
     """
-    model, params = rest.pop("model", c.model), rest.pop("params", c.params)
-    return run.run(model, params, chosen, c.splits, seed=cell.seed, config=c.config, mode=c.mode, test=False,
-                        folder=c.folder / "cells" / cell.name / "training", label=cell.label, **rest)  # fmt: skip
+    return run.run(
+        rest.pop("model", c.model),
+        rest.pop("params", c.params),
+        chosen,
+        c.splits,
+        task=forecasting.Forecasting(c.mode),
+        seed=cell.seed,
+        config=c.config,
+        test=False,
+        folder=c.folder / "cells" / cell.name / "training",
+        label=cell.label,
+        **rest,
+    )
 
 
 def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Result) -> dict[str, Any]:
@@ -296,13 +352,13 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Res
         "lr": c.config.lr,
         "batch_size": c.config.batch_size,
         "schedule": c.config.schedule,
-        "few_shot": c.options.few_shot,
-        "train_windows": binding.training_windows(c.model, c.splits, c.mode).n,
+        "few_shot": c.options.training.few_shot,
+        "train_windows": forecasting.training_windows(c.model, c.splits, c.mode).n,
         "val_windows": result.val["windows"],
         "trained_parameters": result.trained,
-        "git_commit": git_commit(),
-        "versions": versions(),
-        "device": device(),
+        "git_commit": folder.git_commit(),
+        "versions": folder.versions(),
+        "device": folder.device(),
     }
 
 
@@ -322,44 +378,79 @@ def keep(
     final: model and params to keep. shown: those that forecast the examples, where they are others. more: further
     entries of result.json.
     """
-    folder = c.folder / "cells" / cell.name
-    hosts.on_first(folder.mkdir, exist_ok=True)
-    write_examples(c, *(shown or final), folder / "forecasts.npz")
+    place = c.folder / "cells" / cell.name
+    hosts.on_first(place.mkdir, exist_ok=True)
+    write_examples(c, *(shown or final), place / EXAMPLES_FILE)
     if final[1] is not c.params:
         made = {"source": c.settings["model"], "method": cell.name, "command": c.options.command()}
         made["git_commit"] = row["git_commit"]
         if final[0] != c.model:  # parts were removed: an export needs to know from what
             made["pruned_from"] = c.model.config_to_dict()
-        ltsm_jax.save(folder / "model", *final, provenance=made, overwrite=True)
+        ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
+    record["val_blocks"] = val_blocks(shown or final, c.splits.val)
 
     def finish() -> None:
-        write_json(folder / "result.json", record | more)
-        for checkpoints in folder.glob("training/phase-*/checkpoints"):  # model/ has the weights; metrics.jsonl stays
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        finish_cell(c, cell, record | more)
+        folder.drop_checkpoints(place)
 
     hosts.on_first(finish)
 
 
-def take_over(c: Comparison, cell: Cell, twin: Path) -> dict[str, Any]:
-    """Give a cell the result of another one that differs in its seed alone, where that has no say. Returns: its row."""
-    folder = c.folder / "cells" / cell.name
+def val_blocks(shown: tuple[Model, Any], windows: Windows) -> list[float]:
+    """Validation MSE in blocks of `horizon` consecutive starts, all variates together: what two arms are compared by.
+
+    Neighbouring windows share most of their targets and are no independent draws; see `checks.paired_difference`.
+    """
+    errors = forecasting.errors(*shown, windows)
+    mse_N = (errors.squared / windows.horizon).mean(axis=1)
+    starts_N = np.asarray(windows.starts)
+    block_N = (starts_N - starts_N.min()) // windows.horizon
+    count = np.bincount(block_N)
+    sums = np.bincount(block_N, mse_N)
+    return (sums[count > 0] / count[count > 0]).tolist()
+
+
+def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
+    """Validation MSE of what a strategy starts from, before its first step; None where nothing is trained."""
+    if not chosen.phases:
+        return None
+    params = start_params(chosen, c.model, c.params, training.keys(seed)["aux"])
+    return forecasting.evaluate(c.model, params, c.splits.val)["mse"]
+
+
+def finish_cell(c: Comparison, cell: Cell, record: dict[str, Any]) -> None:
+    """Write the result.json of a cell, the last of its files."""
+    place = c.folder / "cells" / cell.name
+    of = folder.identity(c.record, c.optional)
+    files = {EXAMPLES_FILE: folder.file_digest(place / EXAMPLES_FILE)}
+    folder.write_json(place / folder.RESULT, record | {"of": of, "files": files})
+
+
+def take_over(c: Comparison, cell: Cell, twin: str) -> dict[str, Any]:
+    """Give a cell the result of another one, called `twin`, that differs in its seed alone, where that has no say.
+
+    Returns: its row.
+    """
 
     def copy() -> dict[str, Any]:
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(twin / "forecasts.npz", folder / "forecasts.npz")
-        stored = json.loads((twin / "result.json").read_text())
+        place = c.folder / "cells" / cell.name
+        place.mkdir(exist_ok=True)
+        stored = folder.read_result(c.folder, twin)
+        assert stored is not None, "a twin is finished"
+        with folder.replacing(place / EXAMPLES_FILE) as temporary:
+            shutil.copyfile(place.with_name(twin) / EXAMPLES_FILE, temporary)
         stored["row"]["seed"] = cell.seed
-        write_json(folder / "result.json", stored)
+        finish_cell(c, cell, stored)
         return stored["row"]
 
     return hosts.on_first(copy)
 
 
-def twin_of(c: Comparison, pattern: str) -> Path | None:
-    """The folder of the first finished cell whose name fits the pattern."""
-    found = hosts.on_first(lambda: [str(file) for file in sorted((c.folder / "cells").glob(f"{pattern}/result.json"))])
-    return Path(found[0]).parent if found else None
+def twin_of(c: Comparison, method: str) -> str | None:
+    """Name of the first finished cell of a method that has neither alpha nor mask."""
+    found = hosts.on_first(lambda: [n for n in folder.results(c.folder)[0] if n.startswith(f"{method}-seed")])
+    return found[0] if found else None
 
 
 def baselines(splits: Splits) -> list[dict[str, Any]]:
@@ -375,26 +466,46 @@ def baselines(splits: Splits) -> list[dict[str, Any]]:
     return found
 
 
+def local(series: Series) -> np.ndarray:
+    """The stamps of a series as its own clock shows them, [T] datetime64."""
+    assert series.timestamps is not None
+    if series.tz is None:
+        return series.timestamps
+    index = pd.DatetimeIndex(series.timestamps).tz_localize("UTC").tz_convert(series.tz)
+    return index.tz_localize(None).to_numpy()
+
+
 def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None:
     """Forecasts of a few test windows at fixed places of the split, in data units."""
     windows = c.splits.test
     n = min(EXAMPLES, windows.n)
     indices = ((np.arange(n) + 0.5) * windows.n / n).astype(np.int32)
-    labels, shown = [], {"context": [], "target": [], "point": []}
-    found = dict(zip(shown, checks.forecast_windows(model, params, windows, indices), strict=True))
+    labels, stamps, shown = [], [], {"context": [], "target": [], "point": []}
+    found = dict(zip(shown, forecasting.forecast_windows(model, params, windows, indices), strict=True))
     for k, i in enumerate(indices):
         where = windows.describe(int(i))
         variate = where["variate"] or 0  # the first one where a window holds all
         for name, values in found.items():
             mean, std = c.splits.scaler.mean[variate], c.splits.scaler.std[variate]
             shown[name].append(values[k, 0] * std + mean)
-        when = where.get("target_first", f"row {where['target_start']}")
-        labels.append(f"{c.splits.columns[variate]}, {when[:16]}")
+        when = f"row {where['target_start']}"
+        if c.splits.series.timestamps is not None:
+            when = str(local(c.splits.series)[where["target_start"]])[:16].replace("T", " ")
+        labels.append(f"{c.splits.columns[variate]}, {when}")
+        if c.splits.series.timestamps is not None:
+            stamps.append(local(c.splits.series)[where["start"] : where["stop"]])
     arrays: dict[str, Any] = {name: np.stack(values) for name, values in shown.items()}
-    hosts.on_first(np.savez, path, label=np.array(labels), **arrays)
+    if stamps:
+        arrays["stamps"] = np.stack(stamps).astype("datetime64[s]")
+
+    def write() -> None:
+        with folder.replacing(path) as temporary:
+            np.savez(temporary, label=np.array(labels), **arrays)
+
+    hosts.on_first(write)
 
 
-def run(
+def main(
     argv: Sequence[str] | None,
     parse: Callable[[Sequence[str]], Any],
     resolve: Callable[[Any], Comparison],
@@ -410,18 +521,19 @@ def run(
 
     def work() -> int:
         options = parse(sys.argv[1:] if argv is None else argv)
-        with launch.started(options):
+        with launch.started(options.hosts):
             c = hosts.together(resolve, options)
             launch.say(plan(c))
             if options.plan:
                 return 0
-            failures = compare(c)
-            if not hosts.on_first((c.folder / "results.csv").is_file):
-                return 1
-            if hosts.first():
-                finish(c.folder)
-                for failure in failures:
-                    print(f"failed: {failure}", file=sys.stderr)
+            with claimed(c):
+                failures = compare(c)
+                if not hosts.on_first((c.folder / folder.CSV).is_file):
+                    return 1
+                if hosts.first():
+                    finish(c.folder)
+                    for failure in failures:
+                        print(f"failed: {failure}", file=sys.stderr)
             return 1 if failures else 0
 
     return launch.guarded(work)

@@ -1,20 +1,28 @@
-"""The method in one command: zero-shot, from scratch, full fine-tuning and smoothed full fine-tuning on ETTh1.
+"""The method in one command, on ETTh1.
 
-Run:    make demo        (python -m experiments.demo [--out runs/demo])
-Cost:   about two minutes on 2 CPU cores: the shipped timer-tiny, a tenth of the training windows, 4 epochs, one seed.
-Gives:  a table, and the path of a picture. `experiments.sff` is the same comparison at full length, with seeds.
-Data:   ETTh1 from $LTSM_DATA, the cache or its public address; without any of them a generated series, and it says so.
+Zero-shot, from scratch, full fine-tuning and smoothed full fine-tuning.
+
+Run:   make demo
+       python -m experiments.demo --out runs/demo
+Cost:  about two minutes on 2 CPU cores: the shipped timer-tiny, a tenth of
+       the training windows, 4 epochs, one seed.
+Gives: a table, and the path of a picture. `experiments.sff` is the same
+       comparison at full length, with seeds; its other options work here too.
+Data:  ETTh1 from $LTSM_DATA, the cache or its public address; without any of
+       them a generated series, and it says so.
 """
 
-import argparse
+import dataclasses
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from experiments import report, sff
+from experiments import flags, launch, report, sff
 from ltsm_jax.data.benchmarks import load_series
 
 METHODS = "zero_shot,tfs,ff,sff"
@@ -36,28 +44,43 @@ def generated(folder: Path) -> Path:
     return file
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the demo asks for itself."""
+
+    program: ClassVar[str] = "experiments.demo"
+    out: Annotated[Path, flags.path()] = Path("runs/demo")
+    """folder of the results"""
+    model: Annotated[str, flags.text("MODEL")] = "timer-tiny"
+    """shipped name, model folder, original checkpoint or hub name"""
+    plan: bool = False
+    """print what would run, and stop"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.demo`; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m experiments.demo", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results [runs/demo]")
-    parser.add_argument("--model", default="timer-tiny", help="as for experiments.sff [timer-tiny], as further flags")
-    args, more = parser.parse_known_args(argv)
+    return launch.guarded(lambda: _demo(sys.argv[1:] if argv is None else argv))
+
+
+def _demo(argv: Sequence[str]) -> int:
+    options, more = flags.parse_some(Options, argv, __doc__)
     data = "ETTh1"
     try:
         load_series(data)
     except (OSError, ValueError) as err:
-        data = str(generated(args.out))
-        bar = "!" * 100
-        print(f"{bar}\nNO REAL DATA: ETTh1 could not be had.\n{err}\nGoing on with a GENERATED series, {data}: "
+        data = str(generated(options.out))
+        bar = "!" * 79
+        print(f"{bar}\nNO REAL DATA: ETTh1 is not available.\n{err}\nGoing on with a GENERATED series, {data}: "
               f"its numbers say nothing about real data.\n{bar}")  # fmt: skip
-    out = args.out / Path(data).stem
-    code = sff.main(["--data", data, "--model", args.model, "--methods", METHODS, *BUDGET, "--out", str(out), *more])
-    if code == 0:
-        picture = out / "plots" / "forecasts.png"
-        print(f"picture: {picture}" if picture.is_file() else "no picture: " + report.NO_PICTURES)
+    out = options.out / Path(data).stem
+    words = ["--data", data, "--model", options.model, "--methods", METHODS, *BUDGET, "--out", str(out)]
+    code = sff.main([*words, *more, *(["--plan"] if options.plan else [])])
+    picture = out / "plots" / "forecasts.png"
+    if code == 0 and not options.plan:
+        found = importlib.util.find_spec("matplotlib")
+        print("no picture: " + report.NO_PICTURES if found is None else f"picture: {picture}")
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

@@ -1,226 +1,476 @@
-"""Flags of experiments that compare methods: what each is called, what it takes, and what is wrong with it."""
+"""Command-line options of every program here: each is one field of a dataclass, with type, default, text and check.
 
-import argparse
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        program: ClassVar[str] = "experiments.mine"
+        seeds: Annotated[tuple[int, ...], wholes(0, says="at least 0")] = (0, 1, 2)
+        "seeds of the runs"
+
+    options = flags.parse(Options, sys.argv[1:], __doc__)
+
+`parse` names everything that is wrong in one UsageError; `--help` is the module's docstring and a line per field. A
+field that is itself a dataclass is a group of options: its name is a title in --help, no part of the options' names.
+"""
+
 import dataclasses
 import difflib
-import functools
 import math
+import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from experiments import launch
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding
+from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.methods.strategies import MIXED
+from ltsm_jax.tasks import forecasting
 from ltsm_jax.training.config import COMPUTE, REMAT
 from ltsm_jax.training.optimizers import SCHEDULES
+
+T = TypeVar("T")
+Check = PrimitiveConstructorSpec
+TINY = sys.float_info.min
+HUGE = sys.float_info.max
+BELOW_1 = math.nextafter(1.0, 0.0)
+FLAG = "{flag}"  # in the text of a check: the name of the option that it is asked about
 
 
 class UsageError(ValueError):
     """Flags, files and lengths that do not work; the message lists all of them."""
 
 
-def list_of(kind: Callable[[str], Any], text: str, name: str) -> list:
-    """The items of "a,b,c", each made by `kind`; no empty ones, none twice."""
+class Problem(str):
+    """Stands in a field for a value that failed its check, until all problems are known; says what is wrong."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checks: what an option takes
+
+
+def exact(value: Any) -> str:
+    """Write a value so that reading gives it back: 0.7, 1, 1e-05, 0.30000001."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def written(value: Any) -> str:
+    """Write the value of an option as the command line takes it."""
+    if isinstance(value, tuple | list):
+        return ",".join(exact(item) for item in value)
+    return exact(value)
+
+
+def check(read: Callable[[str], Any], metavar: str, unset: str = "none") -> Check:
+    """Make a check from a function that reads a value or raises ValueError; `unset`: what --help calls None."""
+
+    def construct(words: list[str]) -> Any:
+        try:
+            return read(words[0])
+        except ValueError as err:
+            return Problem(err)
+
+    def show(value: Any) -> list[str]:
+        return [unset if value is None or value == () else written(value)]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=construct,
+        is_instance=lambda value: True,
+        str_from_instance=show,
+    )
+
+
+def _items(kind: Callable[[str], Any], text: str) -> tuple[Any, ...]:
+    """Read "a,b,c": no empty item, none twice."""
     items = [item.strip() for item in text.split(",")]
     if not all(items):
-        raise ValueError(f"--{name} {text!r}: an empty item; write them as a,b,c")
+        raise ValueError(f"{FLAG} {text!r}: an empty item; write them as a,b,c")
     values = []
     for item in items:
         try:
             values.append(kind(item))
         except ValueError:
-            what = {int: "a whole number", float: "a number"}[kind]
-            raise ValueError(f"--{name}: {item!r} is not {what}") from None
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{FLAG}: {item!r} is not {what}") from None
     if len(set(values)) < len(values):
-        raise ValueError(f"--{name} {text!r}: an item stands there twice")
+        raise ValueError(f"{FLAG} {text!r}: an item stands there twice")
+    return tuple(values)
+
+
+def _numbers(kind: Callable[[str], Any], low: float, high: float, says: str, text: str) -> tuple[Any, ...]:
+    values = _items(kind, text)
+    bad = [value for value in values if not low <= value <= high]
+    if bad:
+        raise ValueError(f"{FLAG} must be {says}; got {', '.join(map(str, bad))}")
     return values
 
 
-def numbers(kind: Callable[[str], Any], low: float, high: float, says: str, text: str, name: str) -> list:
-    """Numbers in [low, high], which `says` puts in words."""
-    values = list_of(kind, text, name)
-    if bad := [v for v in values if not low <= v <= high]:
-        raise ValueError(f"--{name} must be {says}; got {', '.join(map(str, bad))}")
-    return values
-
-
-def number(kind: Callable[[str], Any], low: float, high: float, says: str, text: str, name: str) -> Any:
-    """One number in [low, high]."""
-    values = numbers(kind, low, high, says, text, name)
+def _one(values: tuple[Any, ...], text: str) -> Any:
     if len(values) > 1:
-        raise ValueError(f"--{name} takes one value; got {text!r}")
+        raise ValueError(f"{FLAG} takes one value; got {text!r}")
     return values[0]
 
 
-def names(known: Sequence[str], text: str, name: str) -> list[str]:
-    """Names among the `known` ones."""
-    items = list_of(str, text, name)
-    if unknown := [item for item in items if item not in known]:
-        near = [m for item in unknown for m in difflib.get_close_matches(item, known, 1)]
-        hint = f" (did you mean {', '.join(near)}?)" if near else ""
-        raise ValueError(f"--{name}: unknown {', '.join(map(repr, unknown))}{hint}; known: {', '.join(known)}")
+def wholes(low: float, high: float = math.inf, *, says: str, unset: str = "none") -> Check:
+    """Take whole numbers in [low, high], separated by commas; `says` puts the range in words."""
+    return check(lambda text: _numbers(int, low, high, says, text), "N,N,...", unset)
+
+
+def whole(low: float, high: float = math.inf, *, says: str = "", unset: str = "none") -> Check:
+    """Take one whole number in [low, high]."""
+    words = says or f"at least {low}"
+    return check(lambda text: _one(_numbers(int, low, high, words, text), text), "N", unset)
+
+
+def numbers(low: float, high: float, *, says: str, unset: str = "none") -> Check:
+    """Take numbers in [low, high], separated by commas."""
+    return check(lambda text: _numbers(float, low, high, says, text), "X,X,...", unset)
+
+
+def number(low: float, high: float, *, says: str, unset: str = "none") -> Check:
+    """Take one number in [low, high]."""
+    return check(lambda text: _one(_numbers(float, low, high, says, text), text), "X", unset)
+
+
+def unknown(what: str, items: Sequence[str], known: Sequence[str]) -> str:
+    """Say that names are not among the known ones, with the nearest of those."""
+    near = [match for item in items for match in difflib.get_close_matches(item, known, 1)]
+    hint = f" (did you mean {', '.join(near)}?)" if near else ""
+    return f"{what}: unknown {', '.join(map(repr, items))}{hint}; known: {', '.join(known)}"
+
+
+def _names(known: Sequence[str], text: str) -> tuple[str, ...]:
+    items = _items(str, text)
+    strange = [item for item in items if item not in known]
+    if strange:
+        raise ValueError(unknown(FLAG, strange, known))
     return items
 
 
-def one_of(known: Sequence[str], text: str, name: str) -> str:
-    """One name among the `known` ones."""
-    return names(known, text, name)[0] if "," not in text else names(known, repr(text), name)[0]
+def names(known: Sequence[str], *, unset: str = "none") -> Check:
+    """Take some of the known names, separated by commas."""
+    return check(lambda text: _names(known, text), "NAME,...", unset)
 
 
-TINY = sys.float_info.min
-Parser = Callable[[str, str], Any]
-PARSERS: dict[str, Parser] = {
-    "alpha": functools.partial(numbers, float, 0, 1, "between 0 and 1, the weight of the pretrained side"),
-    "seeds": functools.partial(numbers, int, 0, 2**32 - 1, "between 0 and 2**32 - 1"),
-    "horizon": functools.partial(number, int, 1, math.inf, "at least 1"),
-    "context": functools.partial(number, int, 1, math.inf, "at least 1"),
-    "epochs": functools.partial(number, int, 1, math.inf, "at least 1"),
-    "batch-size": functools.partial(number, int, 1, math.inf, "at least 1"),
-    "lr": functools.partial(number, float, TINY, sys.float_info.max, "positive"),
-    "few-shot": functools.partial(number, float, TINY, 1, "a share above 0 and at most 1"),
-    "accumulate": functools.partial(number, int, 1, math.inf, "at least 1"),
-    "num-processes": functools.partial(number, int, 1, math.inf, "at least 1"),
-    "process-id": functools.partial(number, int, 0, math.inf, "at least 0"),
-    "compute": functools.partial(one_of, COMPUTE),
-    "remat": functools.partial(one_of, tuple(REMAT)),
-    "mode": functools.partial(one_of, binding.MODES),
-    "schedule": functools.partial(one_of, tuple(SCHEDULES)),
-    "quirks": functools.partial(names, tuple(sorted(QUIRKS))),
-    "missing": functools.partial(one_of, ("error", "interpolate")),
-    "irregular": functools.partial(one_of, ("error", "regularise", "ignore")),
-    "target": functools.partial(list_of, str),
+def one_of(known: Sequence[str], *, unset: str = "none") -> Check:
+    """Take one of the known names."""
+
+    def read(text: str) -> str:
+        if text not in known:
+            raise ValueError(unknown(FLAG, [text], known))
+        return text
+
+    return check(read, "NAME", unset)
+
+
+def words(*, unset: str = "none") -> Check:
+    """Take any words, separated by commas."""
+    return check(lambda text: _items(str, text), "NAME,...", unset)
+
+
+def text(metavar: str = "TEXT", *, unset: str = "none") -> Check:
+    """Take any text."""
+    return check(str, metavar, unset)
+
+
+def path(*, unset: str = "none") -> Check:
+    """Take a file or folder; ~ is the home folder."""
+    return check(lambda text: Path(text).expanduser(), "PATH", unset)
+
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _plain(info: PrimitiveTypeInfo) -> Check | None:
+    """Give fields that say nothing but their type the same kind of check, so that their problems are collected too."""
+    kind = info.type
+    union = get_origin(kind) in (Union, types.UnionType)
+    parts = [part for part in get_args(kind) if part is not type(None)] if union else [kind]
+    if len(parts) == 1 and get_origin(parts[0]) is Literal:
+        return one_of(get_args(parts[0]))
+    if union and set(parts) == {str, Sequence[str]}:
+        return words(unset="all")
+    if parts == [str]:
+        return text()
+    if parts == [Path]:
+        return path()
+    if parts == [int]:
+        return whole(-math.inf)
+    if parts == [float]:
+        return number(-HUGE, HUGE, says="finite")
+    return None
+
+
+def described(help_text: str) -> Any:
+    """The text of an option where a docstring cannot hold it, as it lists names that the code knows."""
+    return tyro.conf.arg(help=help_text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading a command line
+
+
+def leaves(options: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Every option with its value, those of groups included, in the order of --help."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value)
+        else:
+            yield field, value
+
+
+def flag_of(field: str) -> str:
+    """Name of the option of a field: "few_shot" is --few-shot."""
+    return f"--{field.replace('_', '-')}"
+
+
+def known_flags(cls: type) -> list[str]:
+    """Every option of a program, as it is written."""
+    found = []
+    for field in dataclasses.fields(cls):
+        group = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
+        found += known_flags(group) if isinstance(group, type) else [flag_of(field.name)]
+    return found
+
+
+def parse_some(cls: type[T], argv: Sequence[str], doc: str | None) -> tuple[T, list[str]]:
+    """Read the options of `cls` (its `program` is what `python -m` runs), and leave alone what it does not know.
+
+    Raises: UsageError listing every value that fails its check, and what `cls.problems(given)` finds where all pass.
+    """
+    options, rest = tyro.cli(
+        cls,
+        prog=f"python -m {cls.program}",  # pyright: ignore[reportAttributeAccessIssue]
+        description=textwrap.indent(doc or "", " ", lambda line: True),  # tyro joins lines that begin with a letter
+        args=list(argv),
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        registry=REGISTRY,
+    )
+    problems = []
+    for field, value in leaves(options):
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Problem):
+                problems.append(item.replace(FLAG, flag_of(field.name)))
+    if problems:
+        raise UsageError("\n".join([*problems, *(_unknown_options(cls, rest) if rest else [])]))
+    return options, rest
+
+
+def parse(cls: type[T], argv: Sequence[str], doc: str | None) -> T:
+    """Read a command line that has no other options than those of `cls`.
+
+    A method `problems(given)` of `cls`, where there is one, says what is wrong with options that do not go together;
+    `given` are the names of the fields that the command line sets.
+    Raises: UsageError listing everything that is wrong.
+    """
+    options, rest = parse_some(cls, argv, doc)
+    problems = _unknown_options(cls, rest)
+    judge = getattr(options, "problems", None)
+    if judge is not None:
+        problems += judge(given(argv))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return options
+
+
+def given(argv: Sequence[str]) -> set[str]:
+    """Names of the fields that a command line sets."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+
+
+def _unknown_options(cls: type, rest: Sequence[str]) -> list[str]:
+    known, problems, after = known_flags(cls), [], False
+    for word in rest:
+        if word.startswith("-") or not after:  # a word behind an unknown option is its value
+            near = difflib.get_close_matches(word.split("=")[0], known, 1)
+            problems.append(f"unknown argument {word!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+        after = word.startswith("-")
+    return problems
+
+
+def command(options: Any, always: Sequence[str] = (), without: Sequence[str] = ()) -> str:
+    """Write the command line that asks for these options; defaults are left out, but for fields that `always` names.
+
+    without: fields that are no part of what is asked for.
+    """
+    parts = ["python", "-m", options.program]
+    for field, value in leaves(options):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if field.name in without or (value == default and field.name not in always):
+            continue
+        parts += [flag_of(field.name), *([] if value is True else [written(value)])]
+    return shlex.join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# messages of the library in the words of a command line
+
+# Options of the library's functions that are options here, under their own name where nothing else is said.
+PYTHON_NAMES = {
+    **{field.name: field.name for field in dataclasses.fields(ReadingOptions) if field.name != "name"},
+    **{name: name for name in ("horizon", "alpha", "mode", "epochs", "batch_size", "lr", "schedule", "few_shot")},
+    "context_len": "context",
+    "mesh": "mesh",
+    "accumulate": "accumulate",
+    "compute": "compute",
+    "remat": "remat",
 }
-FLAGS = {  # what --help says; an experiment puts its own beside them
-    "data": "benchmark name ($LTSM_DATA, cache or download) or a .csv, .csv.gz or .parquet file [ETTh1]",
-    "model": "shipped name, model folder, original checkpoint, or hub name owner/name[@revision] [timer-tiny]",
-    "head": "put a fresh, untrained head of this name on the model (Model.heads) [the checkpoint's own]",
-    "methods": "what to compare",
-    "alpha": "weight(s) of the pretrained side, for the methods that mix [0.7]",
-    "seeds": "[0,1,2]",
-    "horizon": "steps to forecast [the model's recipe, as for all that follow without a default]",
-    "out": "folder of the results [runs/<experiment>-<data>-<model>]",
-    "context": "steps the model sees",
-    "mode": "training loss: ims (next token) or direct (the forecast only)",
-    "epochs": "",
-    "batch-size": "windows per step",
-    "lr": "",
-    "schedule": f"of {', '.join(SCHEDULES)}",
-    "few-shot": "share of the training windows [1]",
-    "quirks": f"released behaviours to follow, of {','.join(sorted(QUIRKS))}",
-    "target": "column(s) of a table to use [all]",
-    "time": "time column of a table [found by name]",
-    "missing": "error or interpolate [error]",
-    "irregular": "error, regularise or ignore [a benchmark: its rows as they are; else error]",
-    **launch.FLAGS,
-}
+_VALUE = r"""(?P<list>\[[^\]\n]*\])|(?P<quote>['"])(?P<quoted>[^'"\n]*)(?P=quote)|(?P<bare>[\w.+-]*\w|\.\.\.)"""
+_KEYWORD = re.compile(rf"(?<![\w.\-]){'(?P<name>' + '|'.join(PYTHON_NAMES) + ')'}=(?:{_VALUE})?(?![\w(])")
+
+
+def in_flags(message: str) -> str:
+    """Write Python keywords in a message as options: missing='interpolate' becomes --missing interpolate."""
+
+    def rewrite(match: re.Match) -> str:
+        flag = flag_of(PYTHON_NAMES[match["name"]])
+        if match["list"] is not None:
+            items = re.findall(r"""['"]([^'"]*)['"]|([\w.+-]+)""", match["list"])
+            return f"{flag} {','.join(a or b for a, b in items)}".rstrip()
+        value = match["quoted"] if match["quote"] else match["bare"]
+        return f"{flag} {shlex.quote(value)}" if value else flag
+
+    return _KEYWORD.sub(rewrite, message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# options that programs share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading(ReadingOptions):
+    """How a table is read."""
+
+    name: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+
+    def __post_init__(self):
+        pass  # each option has been checked; `problems` asks for the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Of every run; what is not given is as the model's recipe has it."""
+
+    mode: Annotated[forecasting.Mode | None, one_of(forecasting.MODES, unset="recipe")] = None
+    """loss: ims (the family's own, next token) or direct (the forecast only)"""
+    epochs: Annotated[int | None, whole(1, unset="recipe")] = None
+    """passes over the training windows"""
+    batch_size: Annotated[int | None, whole(1, unset="recipe")] = None
+    """windows per step"""
+    lr: Annotated[float | None, number(TINY, HUGE, says="positive", unset="recipe")] = None
+    """learning rate"""
+    schedule: Annotated[
+        str | None,
+        one_of(tuple(SCHEDULES), unset="recipe"),
+        described(f"of the learning rate: {', '.join(SCHEDULES)}"),
+    ] = None
+    few_shot: Annotated[float, number(TINY, 1, says="a share above 0 and at most 1")] = 1.0
+    """share of the training windows"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Where arrays lie, and what memory a step takes."""
+
+    mesh: Annotated[str | None, text("AXES")] = None
+    """devices by axis, as data=4,fsdp=2,tensor=1; by default all on data"""
+    compute: Annotated[str, one_of(COMPUTE)] = "float32"
+    """dtype of the matrix products in training: float32 or bfloat16"""
+    accumulate: Annotated[int, whole(1)] = 1
+    """parts a batch is taken in, for less memory"""
+    remat: Annotated[str, one_of(tuple(REMAT))] = "none"
+    """what the backward pass computes again, for less memory: none or "all but products" """
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Several processes at one job."""
+
+    coordinator: Annotated[str | None, text("ADDRESS")] = None
+    """address:port of process 0, or auto (SLURM, TPU pod, Open MPI, Kubernetes)"""
+    num_processes: Annotated[int | None, whole(1)] = None
+    """how many processes there are, with an address"""
+    process_id: Annotated[int | None, whole(0)] = None
+    """which of them this one is, from 0, with an address"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags, checked one by one; None is "as the model's recipe has it"."""
+    """What every comparison of methods asks for."""
 
     program: ClassVar[str]  # what `python -m` runs
-    data: str = "ETTh1"
-    model: str = "timer-tiny"
-    head: str | None = None
-    methods: tuple[str, ...] = ()
-    alpha: tuple[float, ...] = (0.7,)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    horizon: int | None = None
-    out: str | None = None
-    context: int | None = None
-    mode: binding.Mode | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    schedule: str | None = None
-    few_shot: float = 1.0
-    quirks: tuple[str, ...] = ()
-    target: tuple[str, ...] | None = None
-    time: str | None = None
-    missing: str = "error"
-    irregular: str | None = None
-    mesh: str | None = None
-    compute: str | None = None
-    accumulate: int | None = None
-    remat: str | None = None
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    data: Annotated[str, text("DATA")] = "ETTh1"
+    """benchmark name ($LTSM_DATA, cache or download) or a .csv, .csv.gz or .parquet file"""
+    model: Annotated[str, text("MODEL")] = "timer-tiny"
+    """shipped name, model folder, original checkpoint, or hub name owner/name[@revision]"""
+    head: Annotated[str | None, text("NAME")] = None
+    """put a fresh, untrained head of this name on the model (Model.heads); by default the checkpoint's own stays"""
+    methods: Annotated[tuple[str, ...], words()] = ()
+    """what to compare"""
+    alpha: Annotated[tuple[float, ...], numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")] = (
+        0.7,
+    )
+    """weights of the pretrained side, for sff and noise"""
+    seeds: Annotated[tuple[int, ...], wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2)
+    """a run for each"""
+    horizon: Annotated[int | None, whole(1, unset="recipe")] = None
+    """steps to forecast"""
+    context: Annotated[int | None, whole(1, unset="recipe")] = None
+    """steps the model sees"""
+    quirks: Annotated[
+        tuple[str, ...],
+        names(tuple(sorted(QUIRKS))),
+        described(f"released behaviours to follow, of {', '.join(sorted(QUIRKS))}"),
+    ] = ()
+    out: Annotated[str | None, text("FOLDER")] = None
+    """folder of the results; by default runs/EXPERIMENT-DATA-MODEL"""
     plan: bool = False
+    """print what would run, and stop"""
+    reading: Reading = dataclasses.field(default_factory=Reading)
+    training: Training = dataclasses.field(default_factory=Training)
+    devices: Devices = dataclasses.field(default_factory=Devices)
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
     @property
     def folder(self) -> Path:
         """Where the comparison goes."""
-        names = (Path(name).name.split(".")[0] for name in (self.data, self.model))
-        return Path(self.out or f"runs/{'-'.join((self.program.split('.')[-1], *names))}")
+        parts = (Path(name).name.split(".")[0] for name in (self.data, self.model))
+        return Path(self.out or f"runs/{'-'.join((self.program.split('.')[-1], *parts))}").expanduser()
 
     @property
     def tunings(self) -> tuple[tuple[str, float | None], ...]:
         """(method, alpha) of every kind of run; alpha None where a method has none."""
-        return tuple((m, alpha) for m in self.methods for alpha in (self.alpha if m in MIXED else (None,)))
+        found = []
+        for method in self.methods:
+            found += [(method, alpha) for alpha in (self.alpha if method in MIXED else (None,))]
+        return tuple(found)
+
+    def problems(self, given: set[str]) -> list[str]:
+        """Say what does not go together; `given`: the fields that were set."""
+        found = []
+        if "alpha" in given and not set(self.methods) & set(MIXED):
+            found.append(f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods")
+        try:
+            ReadingOptions(**vars(self.reading))
+        except ValueError as err:
+            found.append(in_flags(str(err)))
+        return found
 
     def command(self) -> str:
-        """The command line that asks for these options; defaults are left out, but for the names of data and model."""
-        parts = ["python", "-m", self.program]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in launch.PLACE:
-                continue
-            if field.name in ("data", "model", "out") or value != field.default:
-                value = str(self.folder) if field.name == "out" else value
-                text = (
-                    ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
-                    if isinstance(value, tuple)
-                    else str(value)
-                )
-                parts += [f"--{field.name.replace('_', '-')}", *([] if value is True else [text])]
-        return shlex.join(parts)
-
-
-def read_flags(
-    program: str,
-    doc: str | None,
-    argv: Sequence[str],
-    flags: Mapping[str, str],
-    parsers: Mapping[str, Parser],
-    switches: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Any], list[str]]:
-    """The flags that were given, as fields of `Options`, and everything that is wrong with them.
-
-    flags: what --help says of each. parsers: for those that are more than text. switches: flags without a value.
-    """
-    parser = argparse.ArgumentParser(f"python -m {program}", description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", metavar="", help=text)
-    for name, text in {**(switches or {}), "plan": "print what would run, and stop"}.items():
-        parser.add_argument(f"--{name}", action="store_true", default=None, help=text)
-    given, unknown = parser.parse_known_args(argv)
-    known_flags = [option for action in parser._actions for option in action.option_strings]
-    problems, values = [], {}
-    for item in unknown:
-        near = difflib.get_close_matches(item.split("=")[0], known_flags, 1)
-        problems.append(f"unknown argument {item!r}" + (f" (did you mean {near[0]}?)" if near else ""))
-    for field, value in vars(given).items():
-        if value is None:
-            continue
-        name = field.replace("_", "-")
-        try:
-            value = parsers[name](value, name) if name in parsers else value
-        except ValueError as err:
-            problems.append(str(err))
-            continue
-        values[field] = tuple(value) if isinstance(value, list) else value
-    return values, problems
-
-
-def alpha_problems(values: Mapping[str, Any], methods: Sequence[str]) -> list[str]:
-    """What is wrong with an alpha that was given, if any; methods: the default ones."""
-    if "alpha" not in values or set(values.get("methods", methods)) & set(MIXED):
-        return []
-    return [f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods"]
+        """Write the command line that asks for the same, on one host or several."""
+        place = dataclasses.replace(self, out=str(self.folder))
+        hosts = [field.name for field in dataclasses.fields(Hosts)]
+        return command(place, always=("data", "model", "out"), without=hosts)

@@ -1,82 +1,137 @@
-"""Is a model that is pruned for a data set and then fine-tuned as good as the whole one? How much smaller and faster?
+"""Is a pruned and then fine-tuned model as good as the whole one?
 
-Run:    python -m experiments.prune_then_finetune --data ETTh1 --model timer-tiny --ratios 0.1,0.3,0.5,0.7 \\
-            --ema 0.2,0.5 --methods ff,sff --seeds 0,1,2 --out runs/prune-etth1
-        python -m experiments.prune_then_finetune --data ETTh1 --model timer-tiny --ratio 0.05,0.1,0.2 --prune-epochs 10
-Arms:   zero_shot, the checkpoint; ff, sff, ...: fine-tuned whole; pruned: masks, no training; pruned+ff, pruned+sff,
-        ...: the same fine-tuning, budget, data order and dropout from the same weights, with the masks.
-        --ratios: shares of all channels, cut from one pruning run per seed and EMA, so that masks are nested.
-        --ratio: shares pruned per epoch, a pruning run for each, as the paper has it; with --ratios that of its run.
-        Ratio and EMA are chosen by the validation MSE of the pruned model that is not yet fine-tuned, mean over seeds.
-Gives:  a table on the terminal and, in the folder of --out: results.csv (a row per arm, ratio, EMA and seed),
-        choice.json, redundancy.json, report.md with pictures; masks/<run>/ of every pruning run; cells/<name>/ with the
-        model, of pruned arms without all that can be taken out.
-        The same command again continues where the last one stopped; finished cells and pruning runs are not run again.
-        SIGTERM stops it after a checkpoint, exit code 75. On several hosts: the same command on each, see
-        `experiments/launch.py`.
-Timing: `predict` of one window per variate, compiled, of the model with parts taken out and of the whole one in turns,
-        whole on one device of the first host, whatever --mesh is; latencies are means without the first fifth of the
-        runs, the fastest and the slowest one, the speedup is the median ratio of neighbours.
-Differs from the released code (SJTU-DMTai/Prune-then-Finetune): see `ltsm_jax.methods.pruning`; pruned and whole arms
-        have the same dropout (--quirks no-dropout for theirs: none in the pruned ones) and the same learning rate.
+And how much smaller and faster is it? Pruning is for the data set at hand.
+
+Run:   python -m experiments.prune_then_finetune --data ETTh1 \\
+           --model timer-tiny --ratios 0.1,0.3,0.5,0.7 --ema 0.2,0.5 \\
+           --methods ff,sff --seeds 0,1,2
+       python -m experiments.prune_then_finetune --data ETTh1 \\
+           --model timer-tiny --ratio 0.05,0.1,0.2 --prune-epochs 10
+Cost:  about an hour on 2 CPU cores, by its parts: two thirds of it is
+       fine-tuning. --few-shot 0.1 --epochs 3 take a tenth of that.
+Arms:  zero_shot, the checkpoint; ff, sff, ...: fine-tuned whole; pruned:
+       masks, no training; pruned+ff, pruned+sff, ...: the same fine-tuning,
+       budget, data order and dropout from the same weights, with the masks.
+       --ratios: shares of all channels, cut from one pruning run per seed and
+       EMA, so that masks are nested. --ratio: shares pruned per epoch, a
+       pruning run for each, as the paper has it; with --ratios that of its
+       run. Ratio and EMA are chosen by the validation MSE of the pruned model
+       that is not yet fine-tuned, mean over seeds.
+Gives: a table on the terminal and, in the folder of --out: results.csv (a row
+       per arm, ratio, EMA and seed), choice.json, redundancy.json, report.md
+       with pictures; masks/<run>/ of every pruning run; cells/<name>/ with the
+       model, of pruned arms without all that can be taken out. The same
+       command again goes on where the last one stopped; finished cells and
+       pruning runs are not run again. SIGTERM stops it after a checkpoint,
+       exit code 75. On several hosts: the same command on each.
+Times: `predict` of one window per variate, compiled, of the model with parts
+       taken out and of the whole one in turns, whole on one device of the
+       first host, whatever --mesh is; latencies are means without the first
+       fifth of the runs, the fastest and the slowest one, the speedup is the
+       median ratio of neighbours.
+
+Differs from the released code (SJTU-DMTai/Prune-then-Finetune): see
+`ltsm_jax.methods.pruning`; pruned and whole arms have the same dropout
+(--quirks no-dropout for theirs: none in the pruned ones) and the same learning
+rate.
 """
 
 import dataclasses
-import functools
-import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import cells, flags, pruning_report
+from experiments import cells, flags, folder, launch, pruning_report
 from experiments.cells import Comparison
-from experiments.flags import FLAGS, PARSERS, TINY, UsageError, number, numbers
-from experiments.folder import result_file, write_json
-from ltsm_jax import hosts, sharding, trees
+from experiments.flags import BELOW_1, TINY, exact, names, number, numbers, one_of, whole
+from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding, pruning, redundancy, removal
+from ltsm_jax.methods import pruning, redundancy, removal
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
+from ltsm_jax.tasks import forecasting
 
 PASS_RATIO = 0.5  # per epoch, of a run that is cut at --ratios
 GROUP = 16  # batches of a pruning step, as the release has it for all its models
 SAMPLE, BATCH = 4096, 64  # windows of each part that the original model's statistics are measured on, and of a batch
-BELOW_1 = math.nextafter(1.0, 0.0)
 NO_DROPOUT = "no-dropout"
 TUNED = tuple(m for m in STRATEGIES if m != "zero_shot")
 TUNE = ("chosen", "each", "all")
+ALL_QUIRKS = tuple(sorted({*QUIRKS, *pruning.QUIRKS, NO_DROPOUT}))
+SHARE = "above 0 and below 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """Of every pruning run."""
+
+    score: Annotated[
+        pruning.Score,
+        one_of(get_args(pruning.Score)),
+        flags.described(f"importance of a channel, of {', '.join(get_args(pruning.Score))}"),
+    ] = "taylor2"
+    prune_epochs: Annotated[int, whole(1)] = 1
+    """at most; a run stops at the first epoch without a better validation MSE"""
+    prune_batch_size: Annotated[int | None, whole(1, unset="recipe")] = None
+    """windows per batch"""
+    macro_batch: Annotated[int | None, whole(1), flags.described(f"windows of a step; by default {GROUP} batches")] = (
+        None
+    )
+    stride: Annotated[int, whole(1)] = 1
+    """rows from one window to the next"""
+    max_prune_ratio: Annotated[float, number(TINY, 1, says="above 0 and at most 1")] = 1.0
+    """stop at this share of zeros; 1: never"""
+    expert_threshold: Annotated[float | None, number(-math.inf, BELOW_1, says="below 1")] = None
+    """take out experts that at most this share of tokens choose; below 0: all but the top_k"""
+    ema_abs: bool = False
+    """average the scores' absolute values"""
+    average_expert_score: bool = False
+    """judge an expert by the windows that reach it"""
+    include_embed: bool = False
+    """prune the linears before the blocks too"""
+    include_head: bool = False
+    """prune the head too"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.Options):
-    """The flags, checked one by one; None is "as the model's recipe has it"."""
+    """What this comparison asks for."""
 
     program: ClassVar[str] = "experiments.prune_then_finetune"
-    methods: tuple[str, ...] = ("ff", "sff")
-    ratios: tuple[float, ...] | None = None
-    ratio: tuple[float, ...] | None = None
-    ema: tuple[float, ...] = (0.5,)
-    tune: str = "chosen"
-    score: pruning.Score = "taylor2"
-    prune_epochs: int = 1
-    prune_batch_size: int | None = None
-    macro_batch: int | None = None
-    stride: int = 1
-    max_prune_ratio: float = 1.0
-    expert_threshold: float | None = None
-    ema_abs: bool = False
-    average_expert_score: bool = False
-    include_embed: bool = False
-    include_head: bool = False
-    timed_runs: int = 30
+    methods: Annotated[
+        tuple[str, ...],
+        names(TUNED),
+        flags.described(f"fine-tuning of the whole and of the pruned model, of {', '.join(TUNED)}"),
+    ] = ("ff", "sff")
+    quirks: Annotated[
+        tuple[str, ...],
+        names(ALL_QUIRKS),
+        flags.described(f"released behaviours to follow, of {', '.join(ALL_QUIRKS)}"),
+    ] = ()
+    ratios: Annotated[tuple[float, ...] | None, numbers(TINY, BELOW_1, says=SHARE)] = None
+    """shares of all channels, cut from one pruning run per EMA and seed"""
+    ratio: Annotated[
+        tuple[float, ...] | None,
+        numbers(TINY, BELOW_1, says=SHARE),
+        flags.described(
+            f"shares pruned per epoch, a pruning run for each; with --ratios one, of its run, by default {PASS_RATIO:g}"
+        ),
+    ] = None
+    ema: Annotated[tuple[float, ...], numbers(TINY, 1, says="above 0 and at most 1")] = (0.5,)
+    """weights of the new score in the average importance"""
+    tune: Annotated[str, one_of(TUNE)] = "chosen"
+    """which pruned models are fine-tuned: chosen (the one of lowest validation MSE), each (the best EMA of each ratio)
+    or all"""
+    timed_runs: Annotated[int, whole(0)] = 30
+    """forecasts timed of each pruned model; 0: none"""
+    pruning: Pruning = dataclasses.field(default_factory=Pruning)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -88,60 +143,19 @@ class Options(flags.Options):
         """Quirks of the pruning itself."""
         return tuple(q for q in self.quirks if q in pruning.QUIRKS)
 
+    def problems(self, given: set[str]) -> list[str]:
+        """Say what does not go together; `given`: the fields that were set."""
+        found = []
+        if self.ratio is None and self.ratios is None:
+            found.append("give --ratios (shares of all channels, from one pruning run) or --ratio (shares per epoch)")
+        if self.ratios is not None and len(self.ratio or ()) > 1:
+            found.append("--ratios are cut from one pruning run, so that --ratio takes one value beside it")
+        return found + super().problems(given)
+
 
 def parse(argv: Sequence[str]) -> Options:
-    """Flags to options. Raises: UsageError listing every bad flag."""
-    quirks = sorted({*QUIRKS, *pruning.QUIRKS, NO_DROPOUT})
-    texts = FLAGS | {
-        "methods": f"fine-tuning of the whole and of the pruned model, of {','.join(TUNED)} [ff,sff]",
-        "ratios": "shares of all channels, cut from one pruning run per EMA and seed",
-        "ratio": f"shares pruned per epoch, a pruning run for each; with --ratios one, of its run [{PASS_RATIO:g}]",
-        "ema": "weight(s) of the new score in the average importance [0.5]",
-        "tune": "which pruned models are fine-tuned: chosen (the one of lowest validation MSE), each (the best EMA of "
-        "each ratio) or all [chosen]",
-        "score": f"of {', '.join(get_args(pruning.Score))} [taylor2]",
-        "prune-epochs": "at most; a run stops at the first epoch without a better validation MSE [1]",
-        "prune-batch-size": "windows per batch of a pruning run [the recipe's batch size]",
-        "macro-batch": f"windows of a pruning step [{GROUP} batches]",
-        "stride": "rows from one window of a pruning run to the next [1]",
-        "max-prune-ratio": "stop pruning at this share of zeros [1: never]",
-        "expert-threshold": "take out experts that at most this share of tokens choose; below 0: all but the top_k "
-        "[none]",
-        "timed-runs": "forecasts timed of each pruned model; 0: none [30]",
-        "quirks": f"released behaviours to follow, of {','.join(quirks)}",
-    }
-    share = "above 0 and below 1"
-    whole = functools.partial(number, int, 1, math.inf, "at least 1")
-    parsers = PARSERS | {
-        "methods": functools.partial(flags.names, TUNED),
-        "ratios": functools.partial(numbers, float, TINY, BELOW_1, share),
-        "ratio": functools.partial(numbers, float, TINY, BELOW_1, share),
-        "ema": functools.partial(numbers, float, TINY, 1, "above 0 and at most 1"),
-        "tune": functools.partial(flags.one_of, TUNE),
-        "score": functools.partial(flags.one_of, get_args(pruning.Score)),
-        "prune-epochs": whole,
-        "prune-batch-size": whole,
-        "macro-batch": whole,
-        "stride": whole,
-        "max-prune-ratio": functools.partial(number, float, TINY, 1, "above 0 and at most 1"),
-        "expert-threshold": functools.partial(number, float, -math.inf, BELOW_1, "below 1"),
-        "timed-runs": functools.partial(number, int, 0, math.inf, "at least 0"),
-        "quirks": functools.partial(flags.names, quirks),
-    }
-    switches = {
-        "ema-abs": "average the scores' absolute values",
-        "average-expert-score": "judge an expert by the windows that reach it",
-        "include-embed": "prune the linears before the blocks too",
-        "include-head": "prune the head too",
-    }
-    values, problems = flags.read_flags(Options.program, __doc__, argv, texts, parsers, switches)
-    if not {"ratio", "ratios"} & values.keys() and not problems:
-        problems.append("give --ratios (shares of all channels, from one pruning run) or --ratio (shares per epoch)")
-    if "ratios" in values and len(values.get("ratio", ())) > 1:
-        problems.append("--ratios are cut from one pruning run, so that --ratio takes one value beside it")
-    if problems := problems + flags.alpha_problems(values, Options.methods):
-        raise UsageError("\n".join(problems))
-    return Options(**values)
+    """Read the command line. Raises: UsageError listing every bad flag."""
+    return flags.parse(Options, argv, __doc__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,10 +175,11 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder."""
-        numbers = [(letter, x) for letter, x in (("a", self.alpha), ("r", self.ratio), ("e", self.ema))]
-        return "-".join(
-            [self.method, *(f"{letter}{x:g}" for letter, x in numbers if x is not None), f"seed{self.seed}"]
-        )
+        parts = [self.method]
+        for letter, x in (("a", self.alpha), ("r", self.ratio), ("e", self.ema)):
+            if x is not None:
+                parts.append(f"{letter}{exact(x)}")
+        return "-".join([*parts, f"seed{self.seed}"])
 
     @property
     def label(self) -> str:
@@ -184,30 +199,31 @@ def resolve(options: Options) -> Comparison:
     """
     c = cells.resolve(options)
     full = pruning.full_masks(c.model, **_candidates(options))
-    batch = options.prune_batch_size or c.config.batch_size
+    how = options.pruning
+    batch = how.prune_batch_size or c.config.batch_size
     settings = {
         "cuts": "of all channels, from one run" if options.ratios else "per epoch, a run each",
         "pass_ratio": (options.ratio or (PASS_RATIO,))[0] if options.ratios else None,
-        "score": options.score,
-        "prune_epochs": options.prune_epochs,
+        "score": how.score,
+        "prune_epochs": how.prune_epochs,
         "prune_batch_size": batch,
-        "macro_batch": options.macro_batch or GROUP * batch,
-        "stride": options.stride,
-        "max_prune_ratio": options.max_prune_ratio,
-        "expert_threshold": options.expert_threshold,
-        "ema_abs": options.ema_abs or None,
-        "average_expert_score": options.average_expert_score or None,
+        "macro_batch": how.macro_batch or GROUP * batch,
+        "stride": how.stride,
+        "max_prune_ratio": how.max_prune_ratio,
+        "expert_threshold": how.expert_threshold,
+        "ema_abs": how.ema_abs or None,
+        "average_expert_score": how.average_expert_score or None,
         "channels": trees.count(full),
-        "include_embed": options.include_embed or None,
-        "include_head": options.include_head or None,
+        "include_embed": how.include_embed or None,
+        "include_head": how.include_head or None,
     }
     return dataclasses.replace(c, settings=c.settings | settings)
 
 
 def _candidates(options: Options) -> dict[str, Any]:
     return {
-        "include_embed": options.include_embed,
-        "include_head": options.include_head,
+        "include_embed": options.pruning.include_embed,
+        "include_head": options.pruning.include_head,
         "quirks": options.own_quirks,
     }
 
@@ -246,13 +262,13 @@ def plan(c: Comparison) -> str:
     runs = len(o.seeds) * len(o.ema) * (1 if o.ratios else len(o.shares))
     lines = [
         f"pruning  {s['channels']:,} channels, {runs} runs of {s['prune_epochs']} epochs, {s['score']}, a step every "
-        f"{s['macro_batch']} windows; ratios {', '.join(f'{r:g}' for r in o.shares)} ({s['cuts']}), EMA "
-        f"{', '.join(f'{e:g}' for e in o.ema)}",
+        f"{s['macro_batch']} windows; ratios {', '.join(map(exact, o.shares))} ({s['cuts']}), EMA "
+        f"{', '.join(map(exact, o.ema))}",
         f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} pruned, {then} pruned and "
         f"tuned, seeds {', '.join(map(str, o.seeds))}" + (f"; {done} finished already" if done else ""),
     ]
-    windows = len(binding.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
-    if windows <= s["macro_batch"] and len(o.ema) > 1 and o.prune_epochs == 1:
+    windows = len(forecasting.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
+    if windows <= s["macro_batch"] and len(o.ema) > 1 and o.pruning.prune_epochs == 1:
         lines.append("note     a pruning run is one step: the EMA has no say in it; take a smaller --macro-batch")
     return cells.plan(c, lines)
 
@@ -266,36 +282,23 @@ def _n_tuned(o: Options) -> int:
 # running it
 
 
-def rank(row: dict[str, Any]) -> Any:
-    """The order of results.csv."""
-    place = lambda x: -1.0 if x is None else x  # noqa: E731
-    kind, _, tuning = row["method"].partition("+")
-    first = {"zero_shot": 0, "pruned": 2}.get(kind, 1)
-    order = ("", *STRATEGIES)
-    return (first, place(row["ratio"]), place(row["ema"]), order.index(tuning if first == 2 else kind),
-            place(row["alpha"]), row["seed"])  # fmt: skip
-
-
 def compare(c: Comparison, console: Console | None = None) -> list[str]:
     """Run every cell that has no result yet; after each, results.csv is whole.
 
     Returns: what failed (a run that diverged does not stop the others), one line each.
-    Raises: UsageError when the folder holds a comparison with other settings.
     """
     console = (console or Console()) if hosts.first() else Console(quiet=True)
     o, work, statistics = c.options, Work(c), c.folder / "redundancy.json"
-    cells.claim(c)
-    if not hosts.on_first(statistics.is_file):
-        hosts.on_first(write_json, statistics, redundancy_of(c))
+    if not hosts.on_first(_whole, statistics):
+        hosts.on_first(folder.write_json, statistics, redundancy_of(c))
     first = [*whole_cells(o), *pruned_cells(o)]
     total = len(first) + _n_tuned(o)
-    failures = cells.run_cells(c, first, work.run_cell, rank, console, (1, total))
-    files = [result_file(c.folder, cell.name) for cell in first]
-    rows = hosts.on_first(lambda: [json.loads(file.read_text())["row"] for file in files if file.is_file()])
+    failures = cells.run_cells(c, first, work.run_cell, pruning_report.rank, console, (1, total))
+    rows = hosts.on_first(_rows, c.folder, {cell.name for cell in first})
     choice = choose(rows, o)
     if choice is None:
         return failures
-    hosts.on_first(write_json, c.folder / "choice.json", choice)
+    hosts.on_first(folder.write_json, c.folder / "choice.json", choice)
     console.print(choice["text"], highlight=False, markup=False)
     if choice["warning"]:
         console.print(choice["warning"], highlight=False, markup=False, style="yellow")
@@ -305,7 +308,19 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
         "all": [(ratio, ema) for ratio in o.shares for ema in o.ema],
     }[o.tune]
     tuned = tuned_cells(o, pairs)
-    return failures + cells.run_cells(c, tuned, work.run_cell, rank, console, (len(first) + 1, total))
+    return failures + cells.run_cells(c, tuned, work.run_cell, pruning_report.rank, console, (len(first) + 1, total))
+
+
+def _whole(file: Path) -> bool:
+    try:
+        storage.read_record(file)
+    except storage.DamagedError:
+        return False
+    return True
+
+
+def _rows(path: Path, cells: set[str]) -> list[dict[str, Any]]:
+    return [record["row"] for name, record in folder.results(path)[0].items() if name in cells]
 
 
 def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] | None:
@@ -328,7 +343,8 @@ def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] |
             for r in options.shares if any(r == pair[0] for pair in means)}  # fmt: skip
     whole = [r["val_mse"] for r in rows if r["method"] == "zero_shot"]
     before = float(np.mean(whole)) if whole else math.nan
-    text = f"chosen by validation: ratio {ratio:g}, EMA {ema:g} (MSE {means[ratio, ema]:.4f}; not pruned {before:.4f})"
+    text = f"chosen by validation: ratio {exact(ratio)}, EMA {exact(ema)} "
+    text += f"(MSE {means[ratio, ema]:.4f}; not pruned {before:.4f})"
     warning = ""
     if before <= means[ratio, ema]:
         warning = (
@@ -363,7 +379,7 @@ class Work:
 
     def _whole(self, cell: Cell) -> dict[str, Any]:
         c = self.c
-        if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot-seed*")):
+        if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
             return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
         result = cells.tune(c, cell, strategy(cell.method, alpha=cell.alpha or 0.0))
         row = cells.row_of(c, cell.columns, c.model, result) | _sizes(c, c.params, c.params)
@@ -393,28 +409,31 @@ class Work:
     def pruning_run(self, ratio: float | None, ema: float, seed: int) -> pruning.PruneResult:
         """The pruning run of a cell, started, continued or read. ratio None: the run that is cut at every ratio."""
         c, o, s = self.c, self.c.options, self.c.settings
-        name = "-".join((*([] if ratio is None else [f"r{ratio:g}"]), f"e{ema:g}", f"seed{seed}"))
+        name = "-".join((*([] if ratio is None else [f"r{exact(ratio)}"]), f"e{exact(ema)}", f"seed{seed}"))
         if self.found is None or self.found[0] != name:
+            config = pruning.PruneConfig(
+                ratio=s["pass_ratio"] if ratio is None else ratio,
+                ema=ema,
+                score=o.pruning.score,
+                epochs=o.pruning.prune_epochs,
+                batch_size=s["prune_batch_size"],
+                macro_batch=s["macro_batch"],
+                max_prune_ratio=o.pruning.max_prune_ratio,
+                ema_abs=o.pruning.ema_abs,
+                average_expert_score=o.pruning.average_expert_score,
+                expert_threshold=o.pruning.expert_threshold,
+                stride=o.pruning.stride,
+                **_candidates(o),
+            )
             found = pruning.prune(
                 c.model,
                 c.params,
                 c.splits,
-                ratio=s["pass_ratio"] if ratio is None else ratio,
-                ema=ema,
-                score=o.score,
-                epochs=o.prune_epochs,
-                batch_size=s["prune_batch_size"],
-                macro_batch=s["macro_batch"],
-                max_prune_ratio=o.max_prune_ratio,
-                ema_abs=o.ema_abs,
-                average_expert_score=o.average_expert_score,
-                expert_threshold=o.expert_threshold,
-                stride=o.stride,
-                mode=c.mode,
+                config,
+                task=forecasting.Forecasting(c.mode),
                 seed=seed,
                 folder=c.folder / "masks" / name,
                 label=f"pruning {name}",
-                **_candidates(o),
             )
             self.found = name, found
         return self.found[1]
@@ -485,7 +504,7 @@ def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
 
 def redundancy_of(c: Comparison) -> dict[str, Any]:
     """Statistics of the original model as JSON, on windows spread evenly over the training and validation parts."""
-    train, val = binding.training_windows(c.model, c.splits, c.mode), c.splits.val
+    train, val = forecasting.training_windows(c.model, c.splits, c.mode), c.splits.val
     val = dataclasses.replace(val, horizon=train.horizon)  # as the loss wants it
     val = val.take(np.flatnonzero(np.asarray(val.starts) + val.context_len + val.horizon <= c.splits.borders.val[1]))
     parts = [part for part in (train, val) if part.n]
@@ -504,13 +523,13 @@ def redundancy_of(c: Comparison) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.prune_then_finetune`; returns the exit code."""
-    return cells.run(argv, parse, resolve, plan, compare, _finish)
+    return cells.main(argv, parse, resolve, plan, compare, _finish)
 
 
-def _finish(folder: Path) -> None:
-    pruning_report.print_table(folder)
-    print(f"report: {pruning_report.write_report(folder)}")
+def _finish(path: Path) -> None:
+    pruning_report.print_table(path)
+    print(f"report: {pruning_report.write_report(path)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

@@ -1,8 +1,9 @@
-"""Tables, pictures and report.md of a folder that `experiments.prune_then_finetune` wrote.
+"""Tables, pictures and report.md of a folder of prune_then_finetune.
 
-Run:    python -m experiments.pruning_report runs/prune-etth1      (the experiment calls it at its end)
-Cost:   seconds; nothing is pruned, trained or evaluated.
-Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plots`).
+Run:   python -m experiments.pruning_report runs/prune-etth1
+Cost:  seconds; nothing is pruned, trained or evaluated.
+Gives: tables on the terminal, report.md, and plots/*.png where matplotlib is
+       installed (the extra `plots`). The experiment does it at its end.
 """
 
 # pandas types rows and groups by all they might hold:
@@ -10,20 +11,21 @@ Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plo
 # pyright: reportOptionalOperand=false, reportCallIssue=false, reportReturnType=false, reportAssignmentType=false
 
 import importlib.util
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from experiments import report
-from experiments.report import COLOURS, NO_PICTURES, markdown_table, new_figure, spread
+from experiments import flags, launch, report
+from experiments.flags import exact
+from experiments.report import COLOURS, SCALED_Y, Found, is_fixed, markdown_table, new_figure, spread
+from ltsm_jax import storage
 from ltsm_jax.methods.redundancy import heat_map
+from ltsm_jax.methods.strategies import STRATEGIES
 
 GROUP = ["method", "alpha", "ratio", "ema"]
 MEANS = ("val_mse", "val_mae", "test_mse", "test_mae", "parameters", "nonzero_parameters", "whole_parameters")
@@ -49,8 +51,20 @@ def label(method: str, alpha: float | None = None, ratio: float | None = None, e
     kind, _, tuning = method.partition("+")
     if kind != "pruned":
         return report.label(method, alpha)
-    text = "pruned" if ratio is None or pd.isna(ratio) else f"pruned {ratio:g} (EMA {ema:g})"
+    text = "pruned" if ratio is None or pd.isna(ratio) else f"pruned {exact(ratio)} (EMA {exact(ema)})"
     return text + (f" + {report.label(tuning, alpha)}" if tuning else "")
+
+
+def rank(row: dict[str, Any]) -> Any:
+    """The order of results.csv."""
+
+    def place(x: float | None) -> float:
+        return -1.0 if x is None else x
+
+    kind, _, tuning = row["method"].partition("+")
+    first = {"zero_shot": 0, "pruned": 2}.get(kind, 1)
+    order = ("", *STRATEGIES).index(tuning if first == 2 else kind)
+    return first, place(row["ratio"]), place(row["ema"]), order, place(row["alpha"]), row["seed"]
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -58,20 +72,21 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
     Args:
       results: the rows of results.csv.
-    Returns: the columns of an arm, seeds, the mean of every number and the `_std` of the errors and times, vs_zero_shot
-      and vs_whole{"", _std}: per cent, each seed against the same seed of zero-shot, and of the same fine-tuning of the
-      whole model (of a pruned model that is not tuned: zero-shot); NaN where there is nothing to compare with.
+    Returns: the columns of an arm, seeds, fixed (the same at every seed), the mean of every number and the `_std` of
+      the errors and times, vs_zero_shot and vs_whole{"", _std}: per cent, each seed against the same seed of zero-shot,
+      and of the same fine-tuning of the whole model (of a pruned model that is not tuned: zero-shot); NaN where there
+      is nothing to compare with.
     """
     results = results.reindex(columns=[*dict.fromkeys([*results.columns, *MEANS])])
     by_seed = {arm: g.set_index("seed")["test_mse"] for arm, g in results.groupby(["method", "alpha"], dropna=False)}
     by_seed = {(m, None if pd.isna(a) else a): values for (m, a), values in by_seed.items()}
     zero, rows = by_seed.get(("zero_shot", None)), []
     for arm, group in results.groupby(GROUP, sort=False, dropna=False):
-        row: dict[str, Any] = {**dict(zip(GROUP, arm, strict=True)), "seeds": len(group)}
+        fixed = is_fixed(group)
+        row: dict[str, Any] = {**dict(zip(GROUP, arm, strict=True)), "seeds": len(group), "fixed": fixed}
         for column in MEANS:
             row[column] = group[column].mean()
-            # a checkpoint has no seed: its rows are one number, and a spread of 0 would say something else
-            row[f"{column}_std"] = float("nan") if row["method"] == "zero_shot" else group[column].std()
+            row[f"{column}_std"] = float("nan") if fixed else group[column].std()
         kind, _, tuning = row["method"].partition("+")
         alpha = None if pd.isna(row["alpha"]) else row["alpha"]
         whole = None if kind != "pruned" else by_seed.get((tuning or "zero_shot", alpha))
@@ -99,7 +114,7 @@ def _body(summary: pd.DataFrame) -> list[list[str]]:
         body.append(
             [
                 label(r.method, r.alpha, r.ratio, r.ema),
-                str(r.seeds),
+                "" if r.fixed else str(r.seeds),
                 f"{r.parameters:,.0f} ({100 * r.parameters / r.whole_parameters:.0f} %)",
                 "" if pd.isna(r.latency_ms) else f"{r.latency_ms:.2f} ({r.whole_latency_ms:.2f})",
                 "" if pd.isna(r.speedup) else f"{r.speedup:.2f}x",
@@ -129,7 +144,7 @@ def _ratio_table(summary: pd.DataFrame) -> str:
     body = []
     for r in summary[summary["method"] == "pruned"].itertuples():
         here = summary[(summary["ratio"] == r.ratio) & (summary["ema"] == r.ema)]
-        cells = [f"{r.ratio:g}", f"{r.ema:g}", f"{100 * r.channels_left:.1f}"]
+        cells = [exact(r.ratio), exact(r.ema), f"{100 * r.channels_left:.1f}"]
         cells += [f"{100 * n / r.whole_parameters:.1f}" for n in (r.parameters, r.nonzero_parameters)]
         cells += ["" if pd.isna(r.speedup) else f"{r.speedup:.2f}x"]
         cells += [spread(r.val_mse, r.val_mse_std), spread(r.test_mse, r.test_mse_std)]
@@ -158,7 +173,7 @@ def _redundancy_table(found: dict[str, Any]) -> str:
 
 def _changes(settings: dict[str, Any], choice: dict[str, Any], dropout_off: bool) -> str:
     budget = f"{settings['epochs']} epochs, batch {settings['batch_size']}, lr {settings['lr']:g}"
-    chosen = f"ratio {choice['ratio']:g}, EMA {choice['ema']:g}"
+    chosen = f"ratio {exact(choice['ratio'])}, EMA {exact(choice['ema'])}"
     off = "off" if dropout_off else "as in the model's config"
     body = [
         ["zero-shot", "checkpoint", "none", "nothing", "", ""],
@@ -170,8 +185,12 @@ def _changes(settings: dict[str, Any], choice: dict[str, Any], dropout_off: bool
     return markdown_table(["arm", "starts from", "masks", "trains", "dropout", "budget"], body)
 
 
-def verdict(summary: pd.DataFrame) -> str:
-    """One sentence: which arm validation picks, and what it is worth on the test part."""
+def verdict(
+    summary: pd.DataFrame,
+    baselines: Sequence[dict] = (),
+    blocks: Mapping[tuple, np.ndarray] | None = None,
+) -> str:
+    """Say which arm validation picks, and what it is worth on the test part; see `report.verdict`."""
     best = summary.loc[summary["val_mse"].idxmin()]
     text = f"Lowest validation MSE: {label(best.method, best.alpha, best.ratio, best.ema)}; its test MSE is "
     text += spread(best.test_mse, best.test_mse_std)
@@ -180,7 +199,26 @@ def verdict(summary: pd.DataFrame) -> str:
         text += f", {best.vs_whole:+.2f} % against the same without pruning)" if not pd.isna(best.vs_whole) else ")"
     if best.method == "zero_shot":
         text += ". Neither pruning nor tuning beat the checkpoint on validation: keep the checkpoint"
-    return text + "."
+    text = report.naive_first(f"{text}.", best, baselines)
+    rivals = summary[summary["method"] != "zero_shot"]
+    if blocks and len(rivals):
+        rival = rivals.loc[rivals["val_mse"].idxmin()]
+        name = label(rival.method, rival.alpha, rival.ratio, rival.ema)
+        text += report.chance(name, blocks.get(_arm(rival)), blocks.get(("zero_shot", None, None, None)))
+    return text
+
+
+def _arm(row: Any) -> tuple:
+    return (row["method"], *(None if pd.isna(row[name]) else float(row[name]) for name in GROUP[1:]))
+
+
+def blocks_of(records: Sequence[dict[str, Any]]) -> dict[tuple, np.ndarray]:
+    """Validation MSE in blocks of windows of every arm, mean over its seeds."""
+    found: dict[tuple, list[np.ndarray]] = {}
+    for record in records:
+        if record.get("val_blocks"):
+            found.setdefault(_arm(record["row"]), []).append(np.asarray(record["val_blocks"]))
+    return {arm: np.mean(blocks, axis=0) for arm, blocks in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +280,7 @@ def plot_pareto(summary: pd.DataFrame, path: Path) -> bool:
             lowest = r.test_mse
     ax.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
     ax.set_xlabel("time of a forecast, as a share of the whole model's", fontsize=10)
-    ax.set_ylabel("test MSE, scaled data", fontsize=10)
+    ax.set_ylabel(f"test {SCALED_Y}", fontsize=9)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
     return True
@@ -252,15 +290,13 @@ def plot_pareto(summary: pd.DataFrame, path: Path) -> bool:
 # report.md
 
 
-def read_folder(folder: Path) -> tuple[pd.DataFrame, dict, dict]:
-    """results.csv, run.json and choice.json of a comparison folder.
+def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
+    """Read the folder of a comparison, and choice.json.
 
     Raises: ValueError where `folder` is not one, or has no pruned model yet, naming what is missing.
     """
-    if missing := [name for name in ("results.csv", "run.json", "choice.json") if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} is not the folder of a finished comparison: no {', '.join(missing)}")
-    found = (json.loads((folder / name).read_text()) for name in ("run.json", "choice.json"))
-    return pd.read_csv(folder / "results.csv"), *found
+    found = report.read_folder(folder, rank, "choice.json")
+    return found, storage.read_record(folder / "choice.json")
 
 
 def write_report(folder: str | Path) -> Path:
@@ -269,12 +305,12 @@ def write_report(folder: str | Path) -> Path:
     Returns: the path of report.md.
     """
     folder = Path(folder)
-    results, run, choice = read_folder(folder)
+    found, choice = read_folder(folder)
+    results, run = found.table, found.run
     settings, summary = run["settings"], summarise(results)
-    records = {f.parent.name: json.loads(f.read_text()) for f in sorted((folder / "cells").glob("*/result.json"))}
-    masks = next(r["sparsity"] for r in records.values() if r["row"]["method"] == "pruned"
-                 and (r["row"]["ratio"], r["row"]["ema"]) == (choice["ratio"], choice["ema"]))  # fmt: skip
-    title = f"Weights pruned at ratio {choice['ratio']:g}, EMA {choice['ema']:g}, first seed"
+    masks = next(cell["sparsity"] for cell in found.cells if cell["method"] == "pruned"
+                 and (cell["ratio"], cell["ema"]) == (choice["ratio"], choice["ema"]))  # fmt: skip
+    title = f"Weights pruned at ratio {exact(choice['ratio'])}, EMA {exact(choice['ema'])}, first seed"
     pictures = []
     if importlib.util.find_spec("matplotlib"):
         plots = folder / "plots"
@@ -289,7 +325,7 @@ def write_report(folder: str | Path) -> Path:
         f"# Pruning, then fine-tuning: {settings['data']}, {settings['model']}, {settings['context']} -> "
         f"{settings['horizon']}",
         "",
-        verdict(summary),
+        verdict(summary, found.baselines, blocks_of(found.cells)),
         "",
         markdown_table(HEADER, _body(arms(summary, choice["ratio"], choice["ema"]))),
         "",
@@ -310,38 +346,35 @@ def write_report(folder: str | Path) -> Path:
     if dropout_off:
         notes.append("Pruned arms were fine-tuned without dropout, whole ones with it (quirk no-dropout): part of a "
                      "difference between them may come from this.")  # fmt: skip
-    gaps = {name: r["row"].get("removal_gap") or 0.0 for name, r in records.items()}
-    notes += [f"{name}: the forecast with parts taken out differs by {gap:.1e} from that of the masked model"
-              for name, gap in gaps.items() if gap > GAP]  # fmt: skip
-    notes += [f"{name}: {text}" for name, r in records.items() for text in r["warnings"]]
+    notes += [f"not believed, and left out: {text}" for text in found.damaged]
+    for cell in found.cells:
+        name, gap = cell["folder"].name, cell.get("removal_gap") or 0.0
+        if gap > GAP:
+            notes.append(
+                f"{name}: the forecast with parts taken out differs by {gap:.1e} from that of the masked model"
+            )
+        notes += [f"{name}: {text}" for text in cell["warnings"]]
     if notes:
         lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
     lines += ["", "## What differs between the arms", "", _changes(settings, choice, dropout_off)]
     lines += ["", "## Ratios", "", _ratio_table(summary)]
     lines += ["", f"Ratios are {settings['cuts']}."]
     lines += ["", f"## {title}", "", _sparsity_table(masks)]
-    if (folder / "redundancy.json").is_file():
-        found = json.loads((folder / "redundancy.json").read_text())
-        lines += ["", "## The checkpoint before pruning", "", _redundancy_table(found)]
+    try:
+        statistics = storage.read_record(folder / "redundancy.json")
+    except storage.DamagedError:
+        statistics = None  # the experiment measures them again
+    if statistics:
+        lines += ["", "## The checkpoint before pruning", "", _redundancy_table(statistics)]
         lines += [
             "",
-            f"Means over the tokens of {' and '.join(f'{n:,}' for n in found['windows'])} windows of training and "
+            f"Means over the tokens of {' and '.join(f'{n:,}' for n in statistics['windows'])} windows of training and "
             "validation. Sparse: share of (token, head) pairs in which a head adds at most 5 % of the stream's norm; "
             "idle: units that no token activates.",
         ]
-    if pictures:
-        lines += ["", "## Pictures"]
-        for name, text in pictures:
-            lines += ["", f"![{text}](plots/{name}.png)", "", text]
-    else:
-        lines += ["", f"No pictures: {NO_PICTURES}, then `python -m experiments.pruning_report {folder}`."]
-    lines += ["", "## How it was made", "", "```", run["command"], "```", ""]
-    lines.append(markdown_table(["setting", "value"], [[k, "" if v is None else str(v)] for k, v in settings.items()]))
-    commits = ", ".join(sorted(set(results["git_commit"].astype(str))))
-    lines += ["", f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.", ""]
-    path = folder / "report.md"
-    path.write_text("\n".join(lines))
-    return path
+    lines += report.picture_lines(pictures, f"python -m experiments.pruning_report {folder}")
+    lines += report.made_lines(run, results)
+    return report.write_text(folder / "report.md", lines)
 
 
 def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -353,27 +386,30 @@ def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def print_table(folder: str | Path, console: Console | None = None) -> None:
     """The arms of the chosen pruning, and the verdict, on the terminal."""
-    results, run, choice = read_folder(Path(folder))
+    found, choice = read_folder(Path(folder))
     console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 200)  # a log file has no width: never cut a number
-    s, summary = run["settings"], summarise(results)
+    s, summary = found.run["settings"], summarise(found.table)
     shown = arms(summary, choice["ratio"], choice["ema"])
     title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"
-    table = Table(title=title, caption="mean ± std over seeds; vs: change of test MSE, paired by seed", box=None)
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    best = int(np.argmin(shown["val_mse"].to_numpy()))
-    for i, cells in enumerate(_body(shown)):
-        table.add_row(*cells, style="bold" if i == best else None)
-    console.print(table)
-    console.print(verdict(summary), highlight=False)
+    caption = "mean ± std over seeds; vs: change of test MSE, paired by seed"
+    styles: list[str | None] = [None] * len(shown)
+    styles[int(np.argmin(shown["val_mse"].to_numpy()))] = "bold"
+    for table in report.fitted(HEADER, _body(shown), styles, title, caption, console):
+        console.print(table)
+    console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
+
+
+class Options(report.Options):
+    """What the command asks for."""
+
+    program: ClassVar[str] = "experiments.pruning_report"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.pruning_report FOLDER`."""
-    return report.command(argv, __doc__, print_table, write_report)
+    argv = sys.argv[1:] if argv is None else argv
+    return report.command(lambda: flags.parse(Options, argv, __doc__), print_table, write_report)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

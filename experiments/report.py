@@ -1,25 +1,33 @@
-"""Table, pictures and report.md of a comparison folder, from its results.csv and the files of its cells.
+"""Table, pictures and report.md of a folder that `experiments.sff` wrote.
 
-Run:    python -m experiments.report runs/sff-etth1      (`experiments.sff` calls it at its end)
-Cost:   seconds; nothing is trained or evaluated.
-Gives:  report.md, and plots/*.png where matplotlib is installed (the extra `plots`).
+Run:   python -m experiments.report runs/sff-etth1
+Cost:  seconds; nothing is trained or evaluated.
+Gives: a table on the terminal, report.md, and plots/*.png where matplotlib is
+       installed (the extra `plots`). `experiments.sff` does it at its end.
 """
 
 # pandas types rows and groups by all they might hold:
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportOptionalOperand=false
 
+import dataclasses
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import tyro
 from rich.console import Console
 from rich.table import Table
+
+from experiments import flags, launch
+from experiments import folder as folders
+from experiments.flags import exact
+from ltsm_jax import storage
+from ltsm_jax.methods.strategies import STRATEGIES
 
 NAMES = {
     "zero_shot": "zero-shot",
@@ -53,14 +61,31 @@ COLOURS |= {
     "last_value": "#BBBBBB",
     "seasonal_naive": "#BBBBBB",
 }
-STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": "-", "lp": (0, (5, 1, 1, 1)), "lpff": "--"}
-STYLES |= {"l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1)), "lora": (0, (6, 2))}
+STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": (0, (7, 1.5)), "lp": (0, (5, 1, 1, 1))}
+STYLES |= {"lpff": "--", "l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1)), "lora": (0, (6, 2)), "recipe": (0, (2, 2))}
+MARKERS = {"zero_shot": "", "ff": "o", "tfs": "v", "sff": "s", "lp": "D", "lpff": "^", "l2sp": "P", "noise": "X"}
+MARKERS |= {"lora": "*", "recipe": "h"}
+SCALED = "of standardised data (1: variance of the training part)"
+SCALED_Y = "MSE of standardised data\n(1: variance of the training part)"
+FAR = 3.0  # times the lowest error: what is beyond it is cut at the edge, or it would squeeze all others together
+ERRORS = ("val_mse", "val_mae", "test_mse", "test_mae")
 NO_PICTURES = "matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)"
 
 
 def label(method: str, alpha: float | None = None) -> str:
     """Short name of a row: "SFF 0.7", "FF"."""
-    return SHORT.get(method, method) + ("" if alpha is None or np.isnan(alpha) else f" {alpha:g}")
+    return SHORT.get(method, method) + ("" if alpha is None or np.isnan(alpha) else f" {exact(alpha)}")
+
+
+def rank(row: dict[str, Any]) -> Any:
+    """The order of results.csv."""
+    return list(STRATEGIES).index(row["method"]), row["alpha"] or 0.0, row["seed"]
+
+
+def is_fixed(group: pd.DataFrame) -> bool:
+    """Say whether a seed has no say in the rows of an arm: a spread of 0 over seeds would say something else."""
+    same = len(group) > 1 and all(group[column].nunique() == 1 for column in ERRORS)
+    return same or set(group["method"]) == {"zero_shot"}
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -68,18 +93,18 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
     Args:
       results: the rows of results.csv.
-    Returns: columns method, alpha, seeds, {val_mse, val_mae, test_mse, test_mae}{"", _std}, vs_zero_shot{"", _std} and
-      vs_ff{"", _std} (per cent, each seed against the same seed; NaN where there is nothing to compare with), epochs,
-      seconds. In order of first appearance.
+    Returns: columns method, alpha, seeds, fixed (the same at every seed: its rows are no replicates, without a spread),
+      {val_mse, val_mae, test_mse, test_mae}{"", _std}, vs_zero_shot{"", _std} and vs_ff{"", _std} (per cent, each seed
+      against the same seed; NaN where there is nothing to compare with), epochs, seconds. In order of first appearance.
     """
     by_seed = {m: g.set_index("seed")["test_mse"] for m, g in results.groupby("method") if m in ("zero_shot", "ff")}
     rows = []
     for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
-        row: dict[str, Any] = {"method": method, "alpha": alpha, "seeds": len(group)}
-        for column in ("val_mse", "val_mae", "test_mse", "test_mae"):
-            # a checkpoint has no seed: its rows are one number, and a spread of 0 would say something else
-            std = float("nan") if method == "zero_shot" else group[column].std()
-            row[column], row[f"{column}_std"] = group[column].mean(), std
+        fixed = is_fixed(group)
+        row: dict[str, Any] = {"method": method, "alpha": alpha, "seeds": len(group), "fixed": fixed}
+        for column in ERRORS:
+            row[column] = group[column].mean()
+            row[f"{column}_std"] = float("nan") if fixed else group[column].std()
         for other in ("zero_shot", "ff"):
             base = by_seed.get(other)
             change = group.set_index("seed")["test_mse"] / base - 1 if base is not None and method != other else None
@@ -103,7 +128,7 @@ def _table_rows(
     body = [
         [
             names.get(r.method, r.method) + ("" if pd.isna(r.alpha) else f" {r.alpha:g}"),
-            str(r.seeds),
+            "" if r.fixed else str(r.seeds),
             spread(r.val_mse, r.val_mse_std),
             spread(r.test_mse, r.test_mse_std),
             spread(r.test_mae, r.test_mae_std),
@@ -122,33 +147,130 @@ def _table_rows(
     return header, body
 
 
-def verdict(summary: pd.DataFrame) -> str:
-    """One sentence: which row validation picks, and what it is worth on the test part."""
+def verdict(
+    summary: pd.DataFrame,
+    baselines: Sequence[dict] = (),
+    blocks: Mapping[tuple[str, float | None], np.ndarray] | None = None,
+) -> str:
+    """Say which row validation picks, and what it is worth on the test part.
+
+    baselines: the naive forecasts of the same table, which can be that row. blocks: of (method, alpha), validation MSE
+    in blocks of windows, see `cells.val_blocks`; with them, whether the best tuned row differs from the checkpoint by
+    more than chance.
+    """
     best = summary.loc[summary["val_mse"].idxmin()]
     text = f"Lowest validation MSE: {label(best.method, best.alpha)}; its test MSE is "
     text += spread(best.test_mse, best.test_mse_std)
-    against = [
-        f"{best[f'vs_{other}']:+.2f} % against {SHORT[other]}"
-        for other in ("zero_shot", "ff")
-        if not pd.isna(best[f"vs_{other}"])
-    ]
+    against = []
+    for other in ("zero_shot", "ff"):
+        if not pd.isna(best[f"vs_{other}"]):
+            against.append(f"{best[f'vs_{other}']:+.2f} % against {SHORT[other]}")
     text += f" ({', '.join(against)})." if against else "."
-    if best.method == "zero_shot" and len(summary) > 1:
+    text = naive_first(text, best, baselines)
+    tuned = summary[summary["method"] != "zero_shot"]
+    if best.method == "zero_shot" and len(tuned):
         text += " No tuning beat the checkpoint on validation: keep the checkpoint."
+    if blocks and len(tuned):
+        rival = tuned.loc[tuned["val_mse"].idxmin()]
+        name = label(rival.method, rival.alpha)
+        text += chance(name, blocks.get(_arm(rival)), blocks.get(("zero_shot", None)))
     return text
 
 
-def terminal_table(summary: pd.DataFrame, baselines: Sequence[dict], title: str) -> Table:
-    """The comparison as a rich table; the row with the lowest validation MSE is bold."""
-    table = Table(title=title, caption="mean ± std over seeds; vs: change of test MSE, paired by seed", box=None)
+def naive_first(text: str, best: Any, baselines: Sequence[dict]) -> str:
+    """Put a naive forecast before the verdict on the models where validation prefers it to all of them."""
+    lowest = min(baselines, key=lambda b: b["val_mse"], default=None)
+    if lowest is None or lowest["val_mse"] > best["val_mse"]:
+        return text
+    name = SHORT[lowest["method"]]
+    found = f"Lowest validation MSE: {name} ({lowest['val_mse']:.4f}), which needs no model; "
+    found += f"its test MSE is {lowest['test_mse']:.4f}. No model here beats it on validation. "
+    return found + text.replace("Lowest validation MSE:", "Lowest of the models:", 1)
+
+
+def chance(name: str, rival: np.ndarray | None, zero: np.ndarray | None) -> str:
+    """Say whether an arm and the checkpoint are equal on validation as far as its windows can tell; else nothing."""
+    if rival is None or zero is None or len(rival) != len(zero) or len(zero) < 2:
+        return ""
+    gap = rival - zero
+    width = 1.96 * gap.std(ddof=1) / len(gap) ** 0.5
+    if abs(gap.mean()) > width:
+        return ""
+    low, high = gap.mean() - width, gap.mean() + width
+    return (
+        f" {name} and the checkpoint are equal there within the paired interval (difference in MSE, 95 %: "
+        f"{low:+.4f} to {high:+.4f})."
+    )
+
+
+def _arm(row: Any) -> tuple[str, float | None]:
+    return row["method"], None if pd.isna(row["alpha"]) else float(row["alpha"])
+
+
+def blocks_of(records: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], np.ndarray]:
+    """Validation MSE in blocks of windows of every (method, alpha), mean over its seeds."""
+    found: dict[tuple[str, float | None], list[np.ndarray]] = {}
+    for record in records:
+        if record.get("val_blocks"):
+            found.setdefault(_arm(record["row"]), []).append(np.asarray(record["val_blocks"]))
+    return {arm: np.mean(blocks, axis=0) for arm, blocks in found.items()}
+
+
+def terminal_tables(summary: pd.DataFrame, baselines: Sequence[dict], title: str, console: Console) -> list[Table]:
+    """The comparison as rich tables; the row with the lowest validation MSE is bold."""
     header, body = _table_rows(summary, baselines, SHORT)
-    for name in header:
-        table.add_column(name, justify="left" if name == "method" else "right")
-    best = int(np.argmin(summary["val_mse"].to_numpy()))
-    for i, cells in enumerate(body):
-        style = "bold" if i == best else "dim" if i >= len(summary) else None
-        table.add_row(*cells, style=style)
-    return table
+    values = [*summary["val_mse"], *(b["val_mse"] for b in baselines)]
+    styles = ["dim" if i >= len(summary) else None for i in range(len(body))]
+    styles[int(np.argmin(values))] = "bold"
+    caption = "mean ± std over seeds; vs: change of test MSE, paired by seed"
+    return fitted(header, body, styles, title, caption, console)
+
+
+def fitted(
+    header: Sequence[str],
+    body: Sequence[Sequence[str]],
+    styles: Sequence[str | None],
+    title: str,
+    caption: str,
+    console: Console,
+) -> list[Table]:
+    """Lay out one table, or several below each other where it is wider than the console: no number is cut.
+
+    Every part has the first column, which names the rows.
+    """
+    sign = "±" if encodable("±", console.encoding) else "+-"
+    body = [[cell.replace("±", sign) for cell in cells] for cells in body]
+    widths = [max(map(len, column)) + 2 for column in zip(header, *body, strict=True)]
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(header)):
+        used = widths[0] + sum(widths[j] for j in parts[-1])
+        if parts[-1] and used + widths[i] > console.width:
+            parts.append([])
+        parts[-1].append(i)
+    tables = []
+    for part in parts:
+        first, last = part is parts[0], part is parts[-1]
+        table = Table(
+            title=title if first else None,
+            caption=caption.replace("±", sign) if last else None,
+            box=None,
+        )
+        table.add_column(header[0])
+        for i in part:
+            table.add_column(header[i], justify="right")
+        for cells, style in zip(body, styles, strict=True):
+            table.add_row(cells[0], *(cells[i] for i in part), style=style)
+        tables.append(table)
+    return tables
+
+
+def encodable(text: str, encoding: str) -> bool:
+    """Say whether a terminal of this encoding can show the text."""
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -161,19 +283,9 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 # pictures
 
 
-def _read_cells(folder: Path, results: pd.DataFrame) -> list[dict]:
-    """What each finished cell left beside its row: history, warnings, and the folder with its example forecasts."""
-    cells = []
-    for row in results.to_dict("records"):
-        row["alpha"] = None if np.isnan(row["alpha"]) else row["alpha"]
-        cell = folder / "cells" / cell_name(row["method"], row["alpha"], row["seed"])
-        cells.append(row | json.loads((cell / "result.json").read_text()) | {"folder": cell})
-    return cells
-
-
 def cell_name(method: str, alpha: float | None, seed: int) -> str:
     """Folder name of a cell: "sff-0.7-seed0", "ff-seed2"."""
-    mixed = "" if alpha is None or np.isnan(alpha) else f"-{alpha:g}"
+    mixed = "" if alpha is None or np.isnan(alpha) else f"-{exact(alpha)}"
     return f"{method}{mixed}-seed{seed}"
 
 
@@ -192,82 +304,123 @@ def new_figure(width: float, height: float, **kwargs) -> tuple[Any, Any]:
 
 
 def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[dict], path: Path) -> None:
-    """Test MSE of every row, mean bar with std and one dot per seed; beside it the change against zero-shot."""
+    """Test MSE of every row, mean bar with std; beside it the change against zero-shot, a dot per seed.
+
+    What is far off, as naive forecasts often are, is cut at the edge, with its number.
+    """
     rows = [(r.method, r.alpha, r.test_mse, r.test_mse_std) for r in summary.itertuples()]
     rows += [(b["method"], np.nan, b["test_mse"], np.nan) for b in baselines]
     zero = results[results["method"] == "zero_shot"].set_index("seed")["test_mse"]
-    y = np.arange(len(rows))
     figure, axes = new_figure(10, 0.9 + 0.42 * len(rows), ncols=2 if len(zero) else 1, sharey=True, squeeze=False)
-    left = axes[0, 0]
-    colours = [COLOURS.get(m, "#555555") for m, *_ in rows]
-    means, stds = np.array([r[2] for r in rows]), np.array([r[3] for r in rows], float)
-    left.barh(y, means, color=colours, alpha=0.85, height=0.62)
-    has = np.isfinite(stds)
-    left.errorbar(means[has], y[has], xerr=stds[has], fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
-    ends = means + np.nan_to_num(stds)
-    for i, (mean, end) in enumerate(zip(means, ends, strict=True)):
-        left.annotate(f"{mean:.3f}", (end, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    left.set_xlim(0, ends.max() * 1.14)
-    left.set_xlabel("test MSE, scaled data (mean and std of seeds)", fontsize=10)
-    left.set_yticks(y, [label(m, a) for m, a, *_ in rows], fontsize=10)
-    left.invert_yaxis()
-    left.grid(axis="x", color="#E6E6E6", linewidth=0.8)
-    left.grid(visible=False, axis="y")
+    _draw_errors(axes[0, 0], rows)
     if len(zero):
-        right = axes[0, 1]
-        right.axvline(0, color="#555555", linewidth=1, linestyle=STYLES["zero_shot"])
-        for i, (method, alpha, mean, _) in enumerate(rows):
-            mine = results[(results["method"] == method) & ((results["alpha"] == alpha) | pd.isna(alpha))]
-            change = 100 * (mine.set_index("seed")["test_mse"] / zero - 1).dropna().to_numpy()
-            if not len(change):  # a naive forecast is far off: its dot would squeeze all others together
-                text = f"{100 * (mean / zero.iloc[0] - 1):+.0f} %"
-                right.text(0.5, i, text, transform=right.get_yaxis_transform(), ha="center", va="center", fontsize=9)
-                continue
-            right.plot(change, np.full(len(change), i), "o", color=colours[i], markersize=5, alpha=0.6, mew=0)
-            right.plot(change.mean(), i, "|", color=colours[i], markersize=17, mew=2.5)
-        right.set_xlabel("change against zero-shot, % (dots: seeds)", fontsize=10)
-        right.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+        _draw_changes(axes[0, 1], rows, results, zero)
     figure.savefig(path)
 
 
+def _draw_errors(ax: Any, rows: Sequence[tuple]) -> None:
+    means, stds = np.array([r[2] for r in rows]), np.array([r[3] for r in rows], float)
+    ends = means + np.nan_to_num(stds)
+    limit = 1.16 * ends[means <= FAR * means.min()].max()
+    for i, (method, *_) in enumerate(rows):
+        cut = ends[i] > limit
+        length = limit if cut else means[i]
+        colour = COLOURS.get(method, "#555555")
+        ax.barh(i, length, color=colour, alpha=0.85, height=0.62, hatch="//" if cut else None, edgecolor="white")
+        if cut:
+            text, place, side = f"{means[i]:.3f} \u25b8", (limit, i), "right"
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        else:
+            text, place, side, box = f"{means[i]:.3f}", (ends[i], i), "left", None
+        shift = (-5 if cut else 5, 0)
+        ax.annotate(text, place, xytext=shift, textcoords="offset points", va="center", ha=side, fontsize=9, bbox=box)
+        if np.isfinite(stds[i]) and not cut:
+            ax.errorbar(means[i], i, xerr=stds[i], fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+    ax.set_xlim(0, limit)
+    ax.set_xlabel(f"test MSE {SCALED}", fontsize=9)
+    ax.set_yticks(np.arange(len(rows)), [label(m, a) for m, a, *_ in rows], fontsize=10)
+    ax.invert_yaxis()
+    ax.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    ax.grid(visible=False, axis="y")
+
+
+def _draw_changes(ax: Any, rows: Sequence[tuple], results: pd.DataFrame, zero: pd.Series) -> None:
+    changes = []
+    for method, alpha, mean, _ in rows:
+        mine = results[(results["method"] == method) & ((results["alpha"] == alpha) | pd.isna(alpha))]
+        change = 100 * (mine.set_index("seed")["test_mse"] / zero - 1).dropna().to_numpy()
+        # A naive forecast has no seed; neither have rows that are the same at every seed.
+        changes.append(np.unique(change) if len(change) else np.array([100 * (mean / zero.iloc[0] - 1)]))
+    # The axis shows the models and what is near them; what is far off is written at the edge it lies behind.
+    near = [0.0]
+    for (method, *_), change in zip(rows, changes, strict=True):
+        if method in STYLES:
+            near += [x for x in change if x <= 100 * (FAR - 1)]
+    furthest = 2 * max(np.abs(near).max(), 1.0)
+    near += [change[0] for change in changes if len(change) == 1 and abs(change[0]) <= furthest]
+    room = 0.25 * max(np.ptp(near), 1.0)
+    low, high = min(near) - room, max(near) + room
+    ax.axvline(0, color="#555555", linewidth=1, linestyle=STYLES["zero_shot"])
+    for i, ((method, *_), change) in enumerate(zip(rows, changes, strict=True)):
+        colour = COLOURS.get(method, "#555555")
+        mean = change.mean()
+        if not low <= mean <= high:
+            right = mean > high
+            text = f"{mean:+.0f} % \u25b8" if right else f"\u25c2 {mean:+.0f} %"
+            ax.text(high if right else low, i, text, ha="right" if right else "left", va="center", fontsize=9)
+            continue
+        ax.plot(change, np.full(len(change), i), "o", color=colour, markersize=5, alpha=0.6, mew=0)
+        ax.plot(mean, i, "|", color=colour, markersize=17, mew=2.5)
+    ax.set_xlim(low, high)
+    ax.set_xlabel("change of test MSE against zero-shot, % (dots: seeds)", fontsize=9)
+    ax.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+
+
 def plot_validation(cells: Sequence[dict], path: Path) -> bool:
-    """Validation MSE after every epoch: mean over seeds, and the band from the lowest to the highest seed.
+    """Validation MSE before training (epoch 0) and after every epoch: mean over seeds, and the band from the lowest to
+    the highest seed.
 
     Returns: False where nothing was trained, and then there is no picture.
     """
     groups: dict[tuple[str, float | None], list[list[float]]] = {}
     for cell in cells:
         if cell["history"]:
-            groups.setdefault((cell["method"], cell["alpha"]), []).append([h["val_mse"] for h in cell["history"]])
+            start = [np.nan if cell.get("start_mse") is None else cell["start_mse"]]
+            curve = start + [h["val_mse"] for h in cell["history"]]
+            groups.setdefault((cell["method"], cell["alpha"]), []).append(curve)
     if not groups:
         return False
     figure, ax = new_figure(8, 4.5)
     zero = [c["val_mse"] for c in cells if c["method"] == "zero_shot"]
     if zero:
         ax.axhline(zero[0], color=COLOURS["zero_shot"], linestyle=STYLES["zero_shot"], linewidth=1.5, label="zero-shot")
-    alphas, highest = sorted({a for m, a in groups if m == "sff"}), max(zero, default=-np.inf)
-    floor, roof = min(zero, default=np.inf), max(zero, default=-np.inf)
+    floor, roof, highest = min(zero, default=np.inf), max(zero, default=-np.inf), max(zero, default=-np.inf)
     for (method, alpha), curves in groups.items():
         values = np.array([c[: min(map(len, curves))] for c in curves])
-        epochs = np.arange(1, values.shape[1] + 1)
-        fade = 1.0 if method != "sff" or len(alphas) < 2 else 0.35 + 0.65 * alphas.index(alpha) / (len(alphas) - 1)
-        style = {"color": COLOURS.get(method, "#555555"), "alpha": fade}
-        ax.plot(epochs, values.mean(0), linestyle=STYLES.get(method, "-"), linewidth=2, marker="o", markersize=3.5,
-                label=label(method, alpha), **style)  # fmt: skip
+        epochs = np.arange(values.shape[1])
+        style = {"color": COLOURS.get(method, "#555555"), "alpha": _fade(method, alpha, groups)}
+        ax.plot(epochs, values.mean(0), linestyle=STYLES.get(method, "-"), linewidth=2, markersize=5, mew=0,
+                marker=MARKERS.get(method, "o"), label=label(method, alpha), **style)  # fmt: skip
         if len(values) > 1:
             ax.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
-        floor = min(floor, values.min())
+        floor = min(floor, np.nanmin(values))
         roof = max(roof, values[:, -1].max())
-        highest = max(highest, values.max())
+        highest = max(highest, np.nanmax(values))
     # a model from scratch starts far above the rest: the axis shows where the methods end, not where that one began
     span = max(roof - floor, 1e-9)
     ax.set_ylim(floor - 0.08 * span, min(highest + 0.08 * span, roof + 0.7 * span))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("epoch", fontsize=10)
-    ax.set_ylabel("validation MSE, scaled data", fontsize=10)
+    ax.set_xlabel("epoch (0: before training)", fontsize=10)
+    ax.set_ylabel(f"validation {SCALED_Y}", fontsize=9)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
     return True
+
+
+def _fade(method: str, alpha: float | None, groups: Any) -> float:
+    """How strong a curve is drawn: the alphas of one method differ in it."""
+    alphas = sorted(a for m, a in groups if m == method and a is not None)
+    return 1.0 if alpha is None or len(alphas) < 2 else 0.35 + 0.65 * alphas.index(alpha) / (len(alphas) - 1)
 
 
 def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
@@ -298,7 +451,7 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
                 label="zero-shot",
             )
         ax.set_xlabel("alpha (0: from scratch, 1: full fine-tuning)", fontsize=10)
-        ax.set_ylabel(f"{'validation' if split == 'val' else 'test'} MSE, scaled data", fontsize=10)
+        ax.set_ylabel(f"{'validation' if split == 'val' else 'test'} {SCALED_Y}", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
     figure.savefig(path)
@@ -307,52 +460,110 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
 
 def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
     """Four test windows, chosen by position and not by looks: the end of the context, the truth, and the forecasts."""
-    seed = min(c["seed"] for c in cells)
-    first = [c for c in cells if c["seed"] == seed]
-    shown = []
-    for method in ("zero_shot", "ff", "sff", "tfs", "lpff", "lp", "lora", "noise", "l2sp"):
-        same = [c for c in first if c["method"] == method]
-        shown += [min(same, key=lambda c: c["val_mse"])] if same and len(shown) < 4 else []
-    windows = [dict(np.load(c["folder"] / "forecasts.npz")) for c in shown]
+    shown = _shown(cells)
+    windows = [dict(np.load(cell["folder"] / "forecasts.npz")) for cell in shown]
     n_windows, horizon = windows[0]["target"].shape
-    figure, axes = new_figure(
-        10, 2.9 * ((n_windows + 1) // 2), nrows=(n_windows + 1) // 2, ncols=min(2, n_windows), squeeze=False
-    )
+    rows, columns = (n_windows + 1) // 2, min(2, n_windows)
+    figure, axes = new_figure(10, 2.9 * rows, nrows=rows, ncols=columns, squeeze=False)
     for i, ax in enumerate(np.ravel(axes)):
         if i >= n_windows:
             ax.set_visible(False)
             continue
         context = windows[0]["context"][i][-horizon:]
-        past, future = np.arange(-len(context), 0), np.arange(horizon)
-        joined = [*context, windows[0]["target"][i][0]]  # no gap between the past and the truth
-        ax.plot([*past, 0], joined, color="#999999", linewidth=1.2)
-        ax.plot(future, windows[0]["target"][i], color="black", linewidth=2.2, label="truth")
-        for cell, data in zip(shown, windows, strict=True):
+        target = windows[0]["target"][i]
+        past, future, dated = _times(windows[0], i, len(context))
+        joined = [*context, target[0]]  # no gap between the past and the truth
+        ax.plot([*past, future[0]], joined, color="#999999", linewidth=1.2)
+        ax.plot(future, target, color="black", linewidth=2.4, label="truth")
+        step = max(horizon // 8, 1)
+        for k, (cell, data) in enumerate(zip(shown, windows, strict=True)):
             method = cell["method"]
-            ax.plot(future, data["point"][i], color=COLOURS[method], linestyle=STYLES[method], linewidth=1.4,
+            # Forecasts often lie on each other: their signs stand at places of their own.
+            first = k * step // len(shown)
+            ax.plot(future, data["point"][i], color=COLOURS.get(method, "#555555"), linestyle=STYLES.get(method, "-"),
+                    linewidth=1.4, marker=MARKERS.get(method, "o"), markersize=4, mew=0, markevery=(first, step),
                     label=label(method, cell["alpha"]))  # fmt: skip
-        ax.axvline(0, color="#999999", linewidth=0.8)
+        ax.axvline(future[0], color="#999999", linewidth=0.8)
         ax.set_title(str(windows[0]["label"][i]), fontsize=10, loc="left")
-        ax.set_xlabel("steps from the start of the forecast", fontsize=9)
+        if dated:
+            _write_dates(ax)
+        else:
+            ax.set_xlabel("steps from the start of the forecast", fontsize=9)
+        if i % columns == 0:
+            ax.set_ylabel("data units", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
     figure.savefig(path)
+
+
+def _shown(cells: Sequence[dict]) -> list[dict]:
+    """The cells whose forecasts are drawn: four methods at most, of the first seed, each with its best alpha."""
+    seed = min(cell["seed"] for cell in cells)
+    found = []
+    for method in dict.fromkeys(["zero_shot", "ff", "sff", "tfs", "lpff", "lp", "lora", "noise", "l2sp", *STRATEGIES]):
+        same = [cell for cell in cells if cell["method"] == method and cell["seed"] == seed]
+        if same and len(found) < 4:
+            found.append(min(same, key=lambda cell: cell["val_mse"]))
+    return found
+
+
+def _times(window: dict[str, Any], i: int, past: int) -> tuple[Any, Any, bool]:
+    """Places of past and future on the time axis: stamps where the series has them, else steps."""
+    horizon = window["target"].shape[1]
+    if "stamps" not in window:
+        return np.arange(-past, 0), np.arange(horizon), False
+    stamps = window["stamps"][i]
+    return stamps[-horizon - past : -horizon], stamps[-horizon:], True
+
+
+def _write_dates(ax: Any) -> None:
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator(maxticks=7)
+    ax.xaxis.set_major_locator(locator)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # report.md
 
 
-def read_folder(folder: Path) -> tuple[pd.DataFrame, dict, list[dict]]:
-    """results.csv, run.json and baselines.json of a comparison folder.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a comparison folder holds.
 
-    Raises: ValueError where `folder` is not one, naming what is missing.
+    Attributes:
+      table: the rows of the finished cells, as results.csv has them. cells: the same rows, each with what its cell left
+        beside it: history, warnings, and the folder with its example forecasts.
+      run: run.json. baselines: scores of the naive forecasts. damaged: results that are not believed, in words.
     """
-    missing = [name for name in ("results.csv", "run.json", "baselines.json") if not (folder / name).is_file()]
+
+    table: pd.DataFrame
+    cells: list[dict[str, Any]]
+    run: dict[str, Any]
+    baselines: list[dict[str, Any]]
+    damaged: list[str]
+
+
+def read_folder(folder: Path, rank: Callable[[dict[str, Any]], Any], *more: str) -> Found:
+    """Read a comparison folder: what its cells left, not results.csv, which anybody can edit.
+
+    more: files that it must have beside those of every comparison.
+    Raises: ValueError where `folder` is not one, naming what is missing or damaged.
+    """
+    needed = (folders.CSV, folders.RUN, "baselines.json", *more)
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is not the folder of a comparison: no {', '.join(missing)}")
-    results = pd.read_csv(folder / "results.csv")
-    return results, json.loads((folder / "run.json").read_text()), json.loads((folder / "baselines.json").read_text())
+        raise ValueError(f"{folder} is not the folder of a finished comparison: no {', '.join(missing)}")
+    run = storage.read_record(folder / folders.RUN)
+    baselines = storage.read_record(folder / "baselines.json")["baselines"]
+    records, damaged = folders.results(folder)
+    if not records:
+        raise ValueError(f"{folder} has no result that can be believed: {'; '.join(damaged)}")
+    cells = []
+    for name, record in sorted(records.items(), key=lambda item: rank(item[1]["row"])):
+        cells.append({**record["row"], **record, "folder": folder / "cells" / name})
+    return Found(folders.table_of(list(records.values()), rank), cells, run, baselines, damaged)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -361,9 +572,9 @@ def write_report(folder: str | Path) -> Path:
     Returns: the path of report.md.
     """
     folder = Path(folder)
-    results, run, baselines = read_folder(folder)
+    found = read_folder(folder, rank)
+    results, run, baselines, cells = found.table, found.run, found.baselines, found.cells
     summary = summarise(results)
-    cells = _read_cells(folder, results)
     pictures = []
     if importlib.util.find_spec("matplotlib"):
         plots = folder / "plots"
@@ -371,7 +582,8 @@ def write_report(folder: str | Path) -> Path:
         plot_bars(summary, results, baselines, plots / "bars.png")
         pictures.append(("bars", "Test error of every method. Bars: mean over seeds, whisker: standard deviation."))
         if plot_validation(cells, plots / "validation.png"):
-            pictures.append(("validation", "Validation error after every epoch; band: lowest to highest seed."))
+            text = "Validation error before training and after every epoch; band: lowest to highest seed."
+            pictures.append(("validation", text))
         if plot_alpha(summary, plots / "alpha.png"):
             pictures.append(("alpha", "Error against alpha; whisker: standard deviation over seeds."))
         plot_forecasts(cells, plots / "forecasts.png")
@@ -381,67 +593,90 @@ def write_report(folder: str | Path) -> Path:
     lines = [
         f"# {settings['data']}, {settings['model']}, {settings['context']} -> {settings['horizon']}",
         "",
-        verdict(summary),
+        verdict(summary, baselines, blocks_of(cells)),
         "",
         markdown_table(*_table_rows(summary, baselines, NAMES)),
         "",
         "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
-        "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed. Weights are those of "
-        "the epoch with the lowest validation MSE; seconds include compilation. Every window is scored: "
+        "over seeds; rows without a number of seeds are the same at every seed; `vs` is the change of test MSE in per "
+        "cent, each seed against the same seed. Weights are those of the epoch with the lowest validation MSE; seconds "
+        "are those of training and validation, without compilation. Every window is scored: "
         f"{run['windows']['val']:,} for validation, {run['windows']['test']:,} for test.",
     ]
-    notes = [f"{label(c['method'], c['alpha'])}, seed {c['seed']}: {text}" for c in cells for text in c["warnings"]]
+    notes = [f"not believed, and left out: {text}" for text in found.damaged]
+    for cell in cells:
+        name = f"{label(cell['method'], cell['alpha'])}, seed {cell['seed']}"
+        notes += [f"{name}: {text}" for text in cell["warnings"]]
     if notes:
         lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
-    if pictures:
-        lines += ["", "## Pictures"]
-        for name, text in pictures:
-            lines += ["", f"![{text}](plots/{name}.png)", "", text]
-    else:
-        lines += ["", f"No pictures: {NO_PICTURES}, then `python -m experiments.report {folder}`."]
-    lines += ["", "## How it was made", "", "```", run["command"], "```", ""]
-    lines.append(markdown_table(["setting", "value"], [[k, "" if v is None else str(v)] for k, v in settings.items()]))
+    lines += picture_lines(pictures, f"python -m experiments.report {folder}")
+    lines += made_lines(run, results)
+    return write_text(folder / "report.md", lines)
+
+
+def picture_lines(pictures: Sequence[tuple[str, str]], again: str) -> list[str]:
+    """The part of a report that shows its pictures, or says how to get them."""
+    if not pictures:
+        return ["", f"No pictures: {NO_PICTURES}, then `{again}`."]
+    lines = ["", "## Pictures"]
+    for name, text in pictures:
+        lines += ["", f"![{text}](plots/{name}.png)", "", text]
+    return lines
+
+
+def made_lines(run: dict[str, Any], results: pd.DataFrame) -> list[str]:
+    """The part of a report that says how it was made."""
+    lines = ["", "## How it was made", "", "```", run["command"], "```", ""]
+    settings = [[name, "" if value is None else str(value)] for name, value in run["settings"].items()]
+    lines.append(markdown_table(["setting", "value"], [*settings, ["family", run["model"]["family"]]]))
     commits = ", ".join(sorted(set(results["git_commit"].astype(str))))
-    lines += ["", f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.", ""]
-    path = folder / "report.md"
-    path.write_text("\n".join(lines))
+    return [*lines, "", f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.", ""]
+
+
+def write_text(path: Path, lines: Sequence[str]) -> Path:
+    """Write a report, whole or not at all, in UTF-8 whatever the terminal speaks."""
+    with folders.replacing(path) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
 def print_table(folder: str | Path, console: Console | None = None) -> None:
     """The comparison and its verdict on the terminal."""
-    results, run, baselines = read_folder(Path(folder))
+    found = read_folder(Path(folder), rank)
     console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 140)  # a log file has no width: never cut a number
-    summary, s = summarise(results), run["settings"]
-    console.print(
-        terminal_table(summary, baselines, f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}")
-    )
-    console.print(verdict(summary), highlight=False)
+    summary, s = summarise(found.table), found.run["settings"]
+    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"
+    for table in terminal_tables(summary, found.baselines, title, console):
+        console.print(table)
+    console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
 
 
-def command(
-    argv: Sequence[str] | None, doc: str | None, show: Callable[[str], None], write: Callable[[str], Path]
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command asks for."""
+
+    folder: tyro.conf.Positional[Path]
+    """folder of a comparison"""
+    program: ClassVar[str] = "experiments.report"
+
+
+def command(options: Callable[[], Any], show: Callable[[Path], None], write: Callable[[Path], Path]) -> int:
     """A command with one argument, the folder of a comparison: its table, then its report. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print(doc)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    try:
-        show(argv[0])
-        print(write(argv[0]))
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work() -> int:
+        folder = options().folder
+        show(folder)
+        print(write(folder))
+        return 0
+
+    return launch.guarded(work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.report FOLDER`."""
-    return command(argv, __doc__, print_table, write_report)
+    argv = sys.argv[1:] if argv is None else argv
+    return command(lambda: flags.parse(Options, argv, __doc__), print_table, write_report)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

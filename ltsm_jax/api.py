@@ -1,51 +1,77 @@
-"""What users call: fine-tune, prune and forecast, with data as they have it."""
+"""What users call: fine-tune, prune and forecast, with data as they have them.
+
+`fit`, `prune` and `forecast` read data in one way and scale them by one rule: a model sees every window standardised by
+its own context. No row that the model does not see has a say in what it sees.
+"""
 
 import dataclasses
 import functools
+import html
 import warnings as python_warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from ltsm_jax import training
-from ltsm_jax.data import Series, Splits
-from ltsm_jax.data.splits import Scaler
+from ltsm_jax import hosts, sharding, trees
+from ltsm_jax.data import DataError, Splits
+from ltsm_jax.data.tables import ReadingOptions
+from ltsm_jax.data.windows import context_scale
 from ltsm_jax.loading import load
-from ltsm_jax.methods.binding import Mode, as_series, as_splits, default_mode, ready_for
+from ltsm_jax.methods import pruning
+from ltsm_jax.methods.binding import Data, as_series, bind, check_params, drawn, ready_for, whole
 from ltsm_jax.methods.checks import paired_difference
-from ltsm_jax.methods.pruning import prune
+from ltsm_jax.methods.pruning import PruneConfig, PruneResult
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.methods.run import Result, run
-from ltsm_jax.methods.strategies import strategy
+from ltsm_jax.methods.strategies import Strategy, strategy
 from ltsm_jax.models import Forecast, Model
 from ltsm_jax.models.folders import save
+from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks.forecasting import Mode
+from ltsm_jax.training import TrainConfig
 
-__all__ = ["Fitted", "fit", "forecast", "load", "prune", "remove", "save"]
+__all__ = [
+    "Fitted",
+    "PruneConfig",
+    "PruneResult",
+    "Strategy",
+    "TrainConfig",
+    "fit",
+    "forecast",
+    "load",
+    "prune",
+    "remove",
+    "save",
+]
 
 Params = Any
+Kept = Literal["tuned", "zero_shot"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Fitted:
     """What `fit` returns; print it.
 
     Attributes:
-      params: the weights to use: the tuned ones, or the pretrained ones where tuning lost (`kept` says which).
+      params: the weights to use: the tuned ones, or the ones before where tuning lost (`kept` says which).
       kept: "tuned" or "zero_shot".
-      zero_shot, tuned: validation metrics before and after, scaled units.
+      zero_shot, tuned: validation metrics before and after, in units standardised by the training part.
+      naive: validation metrics of the naive forecasts by name: "last value" and, with a season, "seasonal naive".
       difference: mean of (tuned - zero-shot) MSE over the same validation windows; below zero is a gain.
       interval: about 95 % around it, from means over blocks of windows that share no target; NaN under two blocks.
       result: the whole run (`result.params` are the tuned weights in any case). splits: what it ran on.
-      model: what `params` belong to: the model given to `fit`, made ready for the data where it needed that.
+      model: what `params` belong to: the model given to `fit`, made ready for the data where it needed that. Forecast
+        with both: `forecast(fitted.model, fitted.params, ...)`.
     """
 
     params: Params
-    kept: Literal["tuned", "zero_shot"]
+    kept: Kept
     zero_shot: dict[str, Any]
     tuned: dict[str, Any]
     difference: float
@@ -53,51 +79,107 @@ class Fitted:
     result: Result
     splits: Splits
     model: Model
+    naive: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval around the difference leaves zero out."""
+        low, high = self.interval
+        return low > 0 or high < 0
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words: tuned against untuned, and both against the naive forecasts."""
+        said = "kept the tuned weights" if self.kept == "tuned" else "kept the weights from before"
+        if np.isnan(self.interval[0]):
+            said += ": validation is too short to say how sure that is"
+        elif not self.clear:
+            said += ": no difference that the data can show"
+        elif self.kept == "zero_shot":
+            said = "tuning lost: " + said
+        elif self.difference > 0:
+            said += ", although tuning lost"
+        best = min((self.tuned if self.kept == "tuned" else self.zero_shot)["mse"], np.inf)
+        better = {name: scores["mse"] for name, scores in self.naive.items() if scores["mse"] < best}
+        if better:
+            name = min(better, key=lambda n: better[n])
+            said += f"\nthe {name} is better than either: validation MSE {better[name]:.4f}"
+        return said
 
     def __str__(self) -> str:
         before, after = self.zero_shot["mse"], self.tuned["mse"]
+        change = f"{100 * (after / before - 1):+.2f} %; " if before > 0 else ""
+        low, high = self.interval
+        sure = "" if np.isnan(low) else f", 95 % in {low:+.4f} .. {high:+.4f}"
+        naive = [f"{name} {scores['mse']:.4f}" for name, scores in self.naive.items()]
         lines = [
-            f"{self.result.strategy.name}: validation MSE {before:.4f} zero-shot, {after:.4f} tuned "
-            f"({100 * (after / before - 1):+.2f} %; difference {self.difference:+.4f}, "
-            f"95 % in {self.interval[0]:+.4f} .. {self.interval[1]:+.4f})",
-            "kept the tuned weights" if self.kept == "tuned" else "tuning lost: kept the zero-shot weights",
+            f"{self.result.strategy.name}: validation MSE {before:.4f} before, {after:.4f} tuned "
+            f"({change}difference {self.difference:+.4f}{sure})",
+            *(["beside it: " + ", ".join(naive)] if naive else []),
+            self.verdict,
+            *self.splits.notes,
             *self.result.warnings,
         ]
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        mse = {"before": self.zero_shot["mse"], "tuned": self.tuned["mse"]}
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in mse.items())
+        return f"<Fitted {self.model.family} by {self.result.strategy.name}: validation MSE {scores}; kept {self.kept}>"
 
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+@hosts.interruptible()
 def fit(
-    model: Model,
-    params: Params,
-    data: str | Path | pd.DataFrame | Series | Splits,
+    model: Model | PruneResult,
+    params: Params = None,
+    data: Data | Splits | None = None,
     *,
-    method: str = "sff",
+    method: str | Strategy = "sff",
+    masks: Params | None = None,
     horizon: int | None = None,
-    alpha: float = 0.7,
     context_len: int | None = None,
     target: str | Sequence[str] | None = None,
+    time: str | None = None,
+    id: str | None = None,
+    freq: str | None = None,
+    date_format: str | None = None,
+    missing: Literal["error", "interpolate", "keep"] = "error",
+    irregular: Literal["error", "regularise", "ignore"] | None = None,
+    name: str | None = None,
+    alpha: float | None = None,
     few_shot: float = 1.0,
     mode: Mode | None = None,
     seed: int = 0,
-    config: training.TrainConfig | None = None,
+    config: TrainConfig | None = None,
     keep: Literal["best", "tuned"] = "best",
     folder: str | Path | None = None,
     show_progress: bool = True,
 ) -> Fitted:
-    """Fine-tune on your own data, and get the zero-shot model back where tuning does not pay.
+    """Fine-tune on your own data, and get the model back as it was where tuning does not pay.
 
-    The checkpoint is scored first; validation decides. The test part of the data is never looked at.
+    The checkpoint is scored first, beside naive forecasts; validation decides. The test part of the data is never
+    looked at. A table is split 70/10/20 percent; one too short for that is cut as training can take it, and
+    `fitted.splits.notes` say how.
 
     Args:
-      model, params: from `ltsm_jax.load`; neither is modified.
+      model, params: from `ltsm_jax.load`; neither is modified. Or a result of `prune` in place of both,
+        `fit(found, data)`: the masks are taken from it, and, where they are not given, horizon, context and data.
       data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series`, or ready `Splits`.
-      method: a name of `methods.strategies.STRATEGIES`.
+      method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`.
+      masks: of a pruned model; what they prune stays 0. After `remove`, hand in the masks it returned. A model with
+        channels of zeros, as `remove` leaves them, is refused without: training would bring them back. `masks={}`
+        trains them all the same.
       horizon, context_len: time steps; by default the model's own.
-      alpha: for sff and noise, the weight of the pretrained side.
-      target: columns to use of a table; by default all.
+      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
+        ReadingOptions`.
+      alpha: for sff and noise, the weight of the pretrained side; by default 0.7.
       few_shot: share of the training windows.
-      mode: "ims" or "direct", see `run`; by default the model's recipe.
-      config: a `training.TrainConfig`; what it leaves out is the model's recipe.
+      mode: the training loss, "ims" or "direct", see `tasks.forecasting.Forecasting`; by default the model's recipe.
+      seed: of the random model, the data order and the dropout.
+      config: a `TrainConfig`; what it leaves out is the model's recipe.
       keep: "tuned" returns the tuned weights even where they lost.
       folder: checkpoints, so that a killed run continues.
       show_progress: a bar on a terminal, else a line every few seconds.
@@ -106,56 +188,280 @@ def fit(
     """
     if keep not in ("best", "tuned"):
         raise ValueError(f"keep must be 'best' or 'tuned'; got {keep!r}")
-    chosen = strategy(method, alpha=alpha)
-    mode = mode or default_mode(model)
-    model, params, splits = as_splits(model, params, data, horizon=horizon, context_len=context_len, target=target,
-                                      few_shot=few_shot, seed=seed)  # fmt: skip
-    before = forecasting.errors(model, params, splits.val)
-    result = run(model, params, chosen, splits, seed=seed, config=config, mode=mode, folder=folder, test=False,
-                 show_progress=show_progress)  # fmt: skip
-    after = forecasting.errors(model, result.params, splits.val)
+    if isinstance(method, Strategy):
+        if alpha is not None:
+            raise ValueError("alpha is for a method by name; a Strategy has its own")
+        chosen = method
+    else:
+        chosen = strategy(method, alpha=0.7 if alpha is None else alpha)
+    options = ReadingOptions(
+        target=target,
+        time=time,
+        id=id,
+        freq=freq,
+        date_format=date_format,
+        missing=missing,
+        irregular=irregular,
+        name=name,
+    )
+    if isinstance(model, PruneResult):
+        found = model
+        if params is not None and data is not None:
+            raise ValueError("fit(found, data) takes model and parameters from the pruning result: leave params away")
+        data = params if data is None else data
+        masks = found.masks if masks is None else masks
+        model, params = found.model, found.params
+        if data is None:
+            data = found.splits
+        elif not isinstance(data, Splits):
+            # What was pruned for one horizon is tuned for it, unless another is asked for.
+            horizon = found.splits.val.horizon if horizon is None else horizon
+            context_len = found.splits.val.context_len if context_len is None else context_len
+    elif masks is None:
+        _refuse_pruned(model, params)
+    if data is None:
+        raise ValueError("fit(model, params, data): there are no data; or fit(found, data) for a result of prune")
+
+    bound = bind(
+        model,
+        params,
+        data,
+        options,
+        horizon=horizon,
+        context_len=context_len,
+        mode=mode,
+        few_shot=few_shot,
+        seed=seed,
+    )
+    model, params, splits, task = bound.model, bound.params, bound.splits, bound.task
+    placement = Placement.of(params)
+    predictor = task.predictor(model)
+    start = params if masks is None else pruning.merge(params, masks, placement)
+    before = forecasting.errors(predictor, start, splits.val, placement=placement)
+    result = run(
+        model,
+        params,
+        chosen,
+        splits,
+        task=task,
+        seed=seed,
+        config=config,
+        masks=masks,
+        folder=folder,
+        test=False,
+        show_progress=show_progress,
+    )
+    after = forecasting.errors(predictor, result.params, splits.val, placement=placement)
     difference, interval = paired_difference(before, after, splits.val)
     zero_shot, tuned = forecasting.summarise(before), forecasting.summarise(after)
     won = keep == "tuned" or tuned["mse"] < zero_shot["mse"]
     if result.warnings:
         python_warnings.warn("; ".join(result.warnings), stacklevel=2)
-    kept, best = ("tuned", result.params) if won else ("zero_shot", params)
-    return Fitted(best, kept, zero_shot, tuned, difference, interval, result, splits, model)
+    return Fitted(
+        params=result.params if won else start,
+        kept="tuned" if won else "zero_shot",
+        zero_shot=zero_shot,
+        tuned=tuned,
+        difference=difference,
+        interval=interval,
+        result=result,
+        splits=splits,
+        model=model,
+        naive=task.baselines(splits),
+    )
 
 
-def forecast(
-    model: Model, params: Params, data: str | Path | pd.DataFrame | Series, horizon: int, **read: Any
-) -> pd.DataFrame:
-    """What comes after the end of a table, in its own units.
+def _refuse_pruned(model: Model, params: Params) -> None:
+    """Raises: ValueError where some channels of a linear are zeros and others are not, as pruning leaves them."""
+    check_params(model, params)
+    flat, zeros = trees.flatten(params), 0
+    for path, (m_in, _) in pruning.weights_of(params, pruning.full_masks(model)).items():
+        kernel = np.asarray(sharding.on_host(flat[path])) if path in flat else None
+        if kernel is None or not path.endswith("/kernel"):
+            continue
+        bias = flat.get(path.removesuffix("kernel") + "bias")
+        inputs, outputs = tuple(range(m_in.ndim)), tuple(range(m_in.ndim, kernel.ndim))
+        dead_in = ~kernel.any(axis=outputs)
+        dead_out = ~kernel.any(axis=inputs)
+        if bias is not None:
+            dead_out &= np.asarray(sharding.on_host(bias)) == 0
+        zeros += sum(int(dead.sum()) for dead in (dead_in, dead_out) if not dead.all())
+    if zeros:
+        raise ValueError(
+            f"{zeros} channels of this model are zeros, as pruning leaves them, and training would bring them back: "
+            "hand in the masks that prune or remove gave (masks=masks), or masks={} to train them all the same"
+        )
 
-    Each column is standardised over its whole length before the model sees it, so that its unit does not matter, and
-    scaled back after.
+
+def prune(
+    model: Model,
+    params: Params,
+    data: Data | Splits,
+    config: PruneConfig,
+    *,
+    horizon: int | None = None,
+    context_len: int | None = None,
+    target: str | Sequence[str] | None = None,
+    time: str | None = None,
+    id: str | None = None,
+    freq: str | None = None,
+    date_format: str | None = None,
+    missing: Literal["error", "interpolate", "keep"] = "error",
+    irregular: Literal["error", "regularise", "ignore"] | None = None,
+    name: str | None = None,
+    few_shot: float = 1.0,
+    mode: Mode | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    show_progress: bool = True,
+) -> PruneResult:
+    """Find what of a pretrained model a data set does not need. No weight is trained.
+
+    Fine-tune what is left with `fit(found, data)`; take the rest out with `remove(found.model, found.params,
+    found.masks)`.
 
     Args:
-      model, params: from `ltsm_jax.load` or `fit`.
+      model, params: from `ltsm_jax.load`; neither is modified.
+      data: as for `fit`; the training and the validation part are looked at.
+      config: how to prune, a `PruneConfig`.
+      horizon, context_len, few_shot, mode, seed, folder, show_progress: as for `fit`. A killed run goes on from the
+        folder and ends with the same bits.
+      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
+        ReadingOptions`.
+    Raises: ValueError for data, names and lengths that do not work.
+    Example: `found = ltsm_jax.prune(model, params, "sales.csv", ltsm_jax.PruneConfig(ratio=0.3, ema=0.5, epochs=1))`
+    """
+    if not isinstance(config, PruneConfig):
+        raise ValueError(f"prune takes a PruneConfig, such as PruneConfig(ratio=0.3, ema=0.5); got {config!r}")
+    options = ReadingOptions(
+        target=target,
+        time=time,
+        id=id,
+        freq=freq,
+        date_format=date_format,
+        missing=missing,
+        irregular=irregular,
+        name=name,
+    )
+    bound = bind(
+        model,
+        params,
+        data,
+        options,
+        horizon=horizon,
+        context_len=context_len,
+        mode=mode,
+        few_shot=few_shot,
+        seed=seed,
+    )
+    return pruning.prune(
+        bound.model,
+        bound.params,
+        bound.splits,
+        config,
+        task=bound.task,
+        seed=seed,
+        folder=folder,
+        show_progress=show_progress,
+    )
+
+
+@hosts.interruptible()
+def forecast(
+    model: Model,
+    params: Params,
+    data: Data,
+    horizon: int,
+    *,
+    target: str | Sequence[str] | None = None,
+    time: str | None = None,
+    id: str | None = None,
+    freq: str | None = None,
+    date_format: str | None = None,
+    missing: Literal["error", "interpolate", "keep"] = "error",
+    irregular: Literal["error", "regularise", "ignore"] | None = None,
+    name: str | None = None,
+    untrained: bool = False,
+) -> pd.DataFrame:
+    """Forecast what comes after the end of a table, in its own units.
+
+    The model sees the last `model.context_len` rows, each column standardised by what it has there, so that neither its
+    unit nor older rows matter; its forecast is scaled back.
+
+    Args:
+      model, params: from `ltsm_jax.load`, or `fitted.model` and `fitted.params`.
       data: a benchmark name, a CSV or parquet file, a DataFrame or a `Series`.
       horizon: rows to forecast.
-      read: options of `data.read_series` (`target`, `time`, `freq`, `missing`, ...).
-    Returns: one row per step: the column "timestamp" where the stamps of the table are regular, then a column per
-      variate under its own name, and, where the model has quantiles, "<name> <level>".
-    Raises: ValueError (DataError) for data that cannot be used.
+      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
+        ReadingOptions`.
+      untrained: forecast even where the model lacks parameters for such data, which are then drawn at random.
+    Returns: one row per step: the stamps, where those of the table are regular, then a column per variate under its own
+      name, and, where the model has quantiles, "<name> <level>".
+    Raises: ValueError (DataError) for data that cannot be used, parameters of another model or that are not finite, and
+      for a model that has to be tuned on such data first.
     Example: `ltsm_jax.forecast(model, params, "sales.csv", 48)`
     """
-    series = as_series(data, **read)
-    model, params = ready_for(model, params, series)
-    scaler = Scaler.fit(series.values)
-    context_1CL = scaler.transform(series.values)[None, :, -model.context_len :].astype(np.float32)
-    found = _predict(model, params, context_1CL, horizon)
+    horizon = whole(horizon, "horizon")
+    check_params(model, params)
+    options = ReadingOptions(
+        target=target,
+        time=time,
+        id=id,
+        freq=freq,
+        date_format=date_format,
+        missing=missing,
+        irregular=irregular,
+        name=name,
+    )
+    series = as_series(data, options)
+    ready, ready_params = ready_for(model, params, series)
+    if (fresh := drawn(params, ready_params)) and not untrained:
+        raise ValueError(
+            f"this {model.family} model has no parameters for {series.n_variates} variates such as these: {len(fresh)} "
+            f"arrays ({fresh[0]}, ...) would be drawn at random. Tune it with fit(...) and forecast with fitted.model "
+            "and fitted.params, or ask for what random ones give with untrained=True"
+        )
+    model, params = ready, ready_params
+
+    context_CL = series.values[:, -model.context_len :]
+    empty = [column for column, row in zip(series.columns, context_CL, strict=True) if np.isnan(row).all()]
+    if empty:
+        shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        raise DataError(f"{series.name}: no value in the last {context_CL.shape[1]} rows of {shown}")
+    mean_C1, std_C1 = context_scale(context_CL)
+    scaled_1CL = ((context_CL - mean_C1) / std_C1)[None].astype(np.float32)
+    found = _predict(model, params, scaled_1CL, horizon)
+    if not bool(np.isfinite(np.asarray(found.point)).all()):
+        _refuse_bad_weights(params)
+        raise ValueError(f"{series.name}: the forecast is not finite although data and weights are")
+
+    def column_of(values_CH: Any) -> np.ndarray:
+        return np.asarray(values_CH, np.float64) * std_C1 + mean_C1
+
     stamps = series.stamps_after(horizon)
-    table = {} if stamps is None else {"timestamp": stamps}
-    point_CH = scaler.inverse(np.asarray(found.point[0], np.float64))
-    table |= dict(zip(series.columns, point_CH, strict=True))
+    columns: list[tuple[str, Any]] = [] if stamps is None else [("timestamp", series.in_zone(stamps))]
+    columns += zip(series.columns, column_of(found.point[0]), strict=True)
     for q, level in enumerate(found.levels):
-        quantile_CH = scaler.inverse(np.asarray(found.quantiles[0, ..., q], np.float64))
-        table |= {f"{name} {level:g}": row for name, row in zip(series.columns, quantile_CH, strict=True)}
-    return pd.DataFrame(table)
+        names = (f"{column} {level:g}" for column in series.columns)
+        columns += zip(names, column_of(found.quantiles[0, ..., q]), strict=True)
+    names = [column for column, _ in columns]
+    if twice := sorted({column for column in names if names.count(column) > 1}):
+        raise DataError(
+            f"{series.name}: the forecast would have two columns called {', '.join(map(repr, twice))}; rename those of "
+            "the table"
+        )
+    return pd.DataFrame(dict(columns))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "horizon"))
 def _predict(model: Model, params: Params, context: jax.Array, horizon: int) -> Forecast:
     return model.predict(params, context, horizon)
+
+
+def _refuse_bad_weights(params: Params) -> None:
+    """Raises: ValueError naming the parameters that are not finite."""
+    flat = trees.flatten(params)
+    bad = [path for path, leaf in flat.items() if not bool(jnp.isfinite(leaf).all())]
+    if bad:
+        shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+        raise ValueError(f"{len(bad)} of {len(flat)} parameters are not finite ({shown}): the weights are damaged")

@@ -25,12 +25,23 @@ from jax.experimental import multihost_utils
 
 AUTO = "auto"  # --coordinator auto: the cluster says who takes part
 EXIT_STOPPED = 75  # exit code after SIGTERM: all is saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
+EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, which is saved as well; nobody wants it started again by itself
 
 _stop = threading.Event()
+_asked_by = [signal.SIGTERM]  # the signal that has set it
+_handling: list[str] = []  # blocks that have put handlers in place, "session" or "block"
 
 
 class Stopped(Exception):
-    """SIGTERM came to one of the hosts, and all have stopped at the same step; the message says what was kept."""
+    """A signal came to one of the hosts, and all have stopped at the same step; the message says what was kept.
+
+    Attributes:
+      exit_code: for the process, EXIT_STOPPED or, where Ctrl-C came to this host, EXIT_INTERRUPTED.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.exit_code = EXIT_INTERRUPTED if _asked_by[0] == signal.SIGINT else EXIT_STOPPED
 
 
 class OtherHostError(ValueError):
@@ -41,28 +52,77 @@ class OtherHostError(ValueError):
 def session(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Join the other hosts (see `initialize`); SIGTERM inside the block asks `stopping` code to save and stop.
+    """Join the other hosts (see `initialize`); SIGTERM or Ctrl-C inside the block asks to save and stop.
 
-    A second SIGTERM ends the process at once. The former handler is put back at the end of the block.
+    What runs for long asks `stopping`, or calls `pause`, between two pieces of work. A second signal of the kind ends
+    the process at once. The former handlers are put back at the end of the block.
     """
     initialize(coordinator, num_processes, process_id)
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
+    if not _may_handle():
         yield
         return
-    _stop.clear()
-
-    def ask(signum, _frame):
-        _stop.set()
-        signal.signal(signum, before)
-        os.write(2, b"SIGTERM: saving and stopping (once more: stop at once)\n")
-
+    _forget()
     # after joining: JAX's own handler, for a service that is not used here, would take its place
-    before = signal.signal(signal.SIGTERM, ask) or signal.SIG_DFL
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _ask) or signal.SIG_DFL}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a program's own handler, or none, stays
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _ask)
+    _former.update(before)
+    _handling.append("session")
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        _stop.clear()
+        _handling.pop()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        _forget()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a Ctrl-C inside the block wait for what is being computed, where nobody else handles it.
+
+    KeyboardInterrupt is raised by `pause`, by what is `stopping`, or at the end of the block; a second Ctrl-C raises it
+    at once. It must not come out of JAX's compiler: the process then ends with a segmentation fault. May be nested, and
+    may decorate a function.
+    """
+    own = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # of the program, or none
+    if not _may_handle() or own or _handling:
+        yield
+        return
+    _forget()
+    _handling.append("block")
+    _former[signal.SIGINT] = signal.signal(signal.SIGINT, _ask)
+    try:
+        yield
+        pause()
+    finally:
+        _handling.pop()
+        signal.signal(signal.SIGINT, _former[signal.SIGINT])
+        _forget()
+
+
+_former: dict[int, Any] = {}  # handlers to which a second signal goes
+
+
+def _forget() -> None:
+    _stop.clear()
+    _asked_by[0] = signal.SIGTERM
+
+
+def _may_handle() -> bool:
+    return threading.current_thread() is threading.main_thread()  # Python allows handlers in no other thread
+
+
+def _ask(signum: int, _frame: Any) -> None:
+    _asked_by[0] = signal.Signals(signum)
+    _stop.set()
+    signal.signal(signum, _former[signum])
+    what = "saving and stopping" if signum == signal.SIGTERM else "stopping after what is being computed"
+    os.write(2, f"{_name()}: {what} (once more: stop at once)\n".encode())
+
+
+def _name() -> str:
+    return "Ctrl-C" if _asked_by[0] == signal.SIGINT else "SIGTERM"
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -167,11 +227,34 @@ def _texts(mine: str) -> list[str]:
 
 
 def stopping() -> bool:
-    """Whether SIGTERM has come to this host. Hosts learn of each other's by `agree`."""
+    """Tell whether a signal to stop has come to this host. Hosts learn of each other's by `agree`."""
     return _stop.is_set()
 
 
-def stop_if_asked(kept: str) -> None:
-    """Between two pieces of work. Raises: Stopped on every host when SIGTERM has come to one of them."""
+def stopped(where: str) -> BaseException:
+    """Make the exception for a stop: "stopped by SIGTERM {where}".
+
+    It is `Stopped` in a session, KeyboardInterrupt outside, where only Ctrl-C is handled.
+    """
+    text = f"stopped by {_name()} {where}"
+    return KeyboardInterrupt(text) if _handling == ["block"] else Stopped(text)
+
+
+def asked_for(err: BaseException) -> bool:
+    """Tell whether `stopped` has made this exception: state is as it was between two pieces of work.
+
+    A second Ctrl-C comes in the middle of one, and has no words.
+    """
+    return isinstance(err, Stopped) or (isinstance(err, KeyboardInterrupt) and bool(err.args))
+
+
+def stop_if_asked(where: str) -> None:
+    """Between two pieces of work. Raises: `stopped(where)` on every host when a signal has come to one of them."""
     if agree(stopping()).any():
-        raise Stopped(kept)
+        raise stopped(where)
+
+
+def pause() -> None:
+    """Between two batches, where there is one host, which need not agree. Raises: `stopped` when it was asked to."""
+    if stopping() and count() == 1:
+        raise stopped("between two batches")

@@ -9,10 +9,13 @@ where the parts are cut otherwise than they were, the whole array.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +32,7 @@ from ltsm_jax import hosts, sharding, trees
 ARRAYS, DIGESTS = "arrays", "digests.json"
 SHARE = "share.{}.json"  # digests by one host, until they are in the table
 COMMIT = "commit_success.txt"  # of Orbax: names the absolute path it was written to, and nothing reads it
+COMPRESSED = 0.9  # of its bytes an array of floats takes about that on disk
 Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 # Orbax tells the steps of a save apart by a counter of the process: a second save beginning meanwhile waits for signals
 # of the first until they time out, and the first writes where nobody has made a folder.
@@ -249,7 +253,8 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
 
     def write() -> None:
         if response is None:
-            with _ONE_SAVE:
+            _check_room(folder, nested)
+            with _ONE_SAVE, _quiet():
                 ocp.save(str(folder / ARRAYS), nested)
         else:
             response.result()
@@ -265,6 +270,40 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
         write_record(folder / SHARE.format(share[0]), record)
 
     return write
+
+
+def _check_room(folder: Path, tree: trees.Tree) -> None:
+    """Raises: OSError where the disk has no room for the arrays: Orbax would say it in some hundred lines."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    free = shutil.disk_usage(folder).free
+    if free < needed * COMPRESSED:
+        size = f"{needed / 1e6:.1f} MB are to be written and {free / 1e6:.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the threads of a failed save print from stderr; the cause is raised all the same.
+
+    Orbax logs it with its traceback, and each piece that tensorstore was still writing finds its event loop closed and
+    prints another, also after the save has failed: only a save that ends well takes the filters away.
+    """
+    former, log = sys.unraisablehook, logging.getLogger("absl")
+
+    def told(unraisable) -> None:
+        closed = unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"
+        if not closed:
+            former(unraisable)
+
+    def heard(record: logging.LogRecord) -> bool:
+        return "raised an exception" not in str(record.msg)
+
+    sys.unraisablehook = told
+    log.addFilter(heard)
+    yield
+    log.removeFilter(heard)
+    if sys.unraisablehook is told:
+        sys.unraisablehook = former
 
 
 def seal(folder: Path) -> None:

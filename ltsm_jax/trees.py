@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any
 Patterns = str | Sequence[str] | Callable[[str], bool] | None
@@ -137,7 +138,8 @@ def interpolate(
       skip: leaves to leave pretrained.
     Returns: a tree like `params_pre`.
     Raises: ValueError listing every path where the two trees differ in structure or shape; for an alpha outside
-      [0, 1] (when it is a concrete number); for an alpha tree that is no prefix of the params.
+      [0, 1] (an array anywhere in it, too; inside jit its value is not known); for an alpha tree that is no prefix of
+      the params, or an array that does not fit its leaf.
     Source: Smoothed Full Fine-tuning (arXiv 2606.08578); the released script has alpha = 0.7.
     Example: `start = interpolate(params, model.init(jax.random.key(1)), 0.7)`
     """
@@ -186,11 +188,22 @@ def _alphas(alpha, like: Tree) -> Tree:
             raise ValueError(
                 f"alpha is neither a number, a function of the path, nor a prefix of the params tree: {err}"
             ) from None
+    leaves = flatten(like)
     for path, a in flatten(alphas).items():
-        if not traced(a) and jnp.ndim(a) == 0 and not 0 <= float(a) <= 1:
-            raise ValueError(
-                f"alpha is the weight of the pretrained side and lies in [0, 1]; got {a} for {path or 'params'}"
-            )
+        leaf, where = leaves[path], path or "params"
+        # An alpha with an axis that the leaf lacks, such as [[0.5]] for a bias, would make another leaf of it.
+        try:
+            wider = jnp.broadcast_shapes(jnp.shape(a), jnp.shape(leaf)) != jnp.shape(leaf)
+        except ValueError:
+            wider = True
+        if wider:
+            raise ValueError(f"alpha of shape {jnp.shape(a)} does not fit {where} of shape {jnp.shape(leaf)}")
+        if traced(a):
+            continue
+        low, high = np.min(a), np.max(a)
+        if not (low >= 0 and high <= 1):
+            got = low if not low >= 0 else high
+            raise ValueError(f"alpha is the weight of the pretrained side and lies in [0, 1]; got {got} for {where}")
     return alphas
 
 

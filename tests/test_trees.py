@@ -102,6 +102,23 @@ def test_alpha_outside_the_unit_interval_is_refused(alpha):
         interpolate(tree(0), tree(1), alpha)
 
 
+@pytest.mark.parametrize("bad", [np.array([0.5, 1.5]), jnp.array([-0.1, 0.5]), np.array([0.2, np.nan])])
+def test_an_array_of_alphas_outside_the_unit_interval_is_refused(bad):
+    pre, rand = {"bias": jnp.ones(2)}, {"bias": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"lies in \[0, 1\]; got .* for bias"):
+        interpolate(pre, rand, {"bias": bad})
+    with pytest.raises(ValueError, match="for bias"):
+        interpolate(pre, rand, lambda path: bad)
+
+
+def test_an_array_of_alphas_mixes_entry_by_entry_and_makes_no_leaf_wider():
+    pre, rand = {"bias": jnp.ones(2)}, {"bias": jnp.zeros(2)}
+    np.testing.assert_allclose(interpolate(pre, rand, {"bias": np.array([0.25, 1.0])})["bias"], [0.25, 1.0])
+    for wider in ([[0.5]], np.full((3, 2), 0.5), np.full(3, 0.5)):
+        with pytest.raises(ValueError, match=r"does not fit bias of shape \(2,\)"):
+            interpolate(pre, rand, np.asarray(wider))
+
+
 def test_alpha_tree_that_is_no_prefix_is_refused():
     with pytest.raises(ValueError, match="prefix"):
         interpolate(tree(0), tree(1), {"layer_0": 0.5})

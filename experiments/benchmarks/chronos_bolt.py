@@ -1,21 +1,35 @@
-"""How fast is Chronos-Bolt beside the original in PyTorch?  chronos-bolt-small (47.7M parameters), float32, CPU.
+"""How fast is Chronos-Bolt beside the original in PyTorch?
 
-Run:    python -m experiments.benchmarks.chronos_bolt --torch-python PATH --launches 3
-Needs:  `--torch-python`, a Python with PyTorch and chronos-forecasting:
-        python3.11 -m venv DIR && DIR/bin/pip install torch==2.13.0 chronos-forecasting   (a CPU build of torch will do)
-Shows:  windows per second of forecasting 64 steps from 512, and seconds of a training step (pinball loss on 512 -> 64,
-        Adam, dropout 0.1; the original with PyTorch's fused Adam), on random walks, the same sizes on both sides. The
-        launches of the two sides alternate (launches of one program differ, so one launch proves nothing); a ratio is
-        of the medians over launches of each launch's best call. Beside the wall clock stand the processor's seconds,
-        which other programs on the machine disturb less.
+chronos-bolt-small (47.7M parameters), float32, CPU.
+
+Run:   python -m experiments.benchmarks.chronos_bolt --torch-python PATH \\
+           --launches 3
+Needs: --torch-python, a Python with PyTorch and chronos-forecasting:
+       python3.11 -m venv DIR
+       DIR/bin/pip install torch==2.13.0 chronos-forecasting
+       (a CPU build of torch will do)
+Cost:  about two minutes on 2 CPU cores.
+Gives: windows per second of forecasting 64 steps from 512, and seconds of a
+       training step (pinball loss on 512 -> 64, Adam, dropout 0.1; the
+       original with PyTorch's fused Adam), on random walks, the same sizes on
+       both sides. The launches of the two sides alternate (launches of one
+       program differ, so one launch proves nothing); a ratio is of the medians
+       over launches of each launch's best call. Beside the wall clock stand
+       the processor's seconds, which other programs on the machine disturb
+       less.
 """
 
-import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import time
+from typing import Annotated, ClassVar
+
+import tyro
+
+from experiments import flags, launch
 
 PRESET = "amazon/chronos-bolt-small"
 CONTEXT, HORIZON = 512, 64
@@ -107,21 +121,32 @@ def torch_side(windows: int, rows: int, repeats: int) -> dict[str, dict[str, lis
     return found | {"train": timed(train, repeats)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=64, help="windows of one forecasting call")
-    parser.add_argument("--batch", type=int, default=32, help="windows of one training step")
-    parser.add_argument("--repeats", type=int, default=6, help="timed calls of each kind per launch")
-    parser.add_argument("--launches", type=int, default=3, help="launches per side, alternating")
-    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has the original")
-    parser.add_argument("--side", choices=["jax", "torch"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    program: ClassVar[str] = "experiments.benchmarks.chronos_bolt"
+    windows: Annotated[int, flags.whole(1)] = 64
+    """windows of one forecasting call"""
+    batch: Annotated[int, flags.whole(1)] = 32
+    """windows of one training step"""
+    repeats: Annotated[int, flags.whole(1)] = 6
+    """timed calls of each kind per launch"""
+    launches: Annotated[int, flags.whole(1)] = 3
+    """launches per side, alternating"""
+    torch_python: Annotated[str, flags.text("PATH")] = sys.executable
+    """a Python that has the original; by default this one"""
+    side: Annotated[str | None, flags.one_of(("jax", "torch")), tyro.conf.Suppress] = None
+
+
+def main() -> int:
+    args = flags.parse(Options, sys.argv[1:], __doc__)
     if args.side:
         side = jax_side if args.side == "jax" else torch_side
         print(json.dumps(side(args.windows, args.batch, args.repeats)))
-        return
+        return 0
     best: dict[tuple[str, str, str], list[float]] = {}
-    for launch in range(args.launches):
+    for number in range(args.launches):
         for side in ("jax", "torch"):
             python = args.torch_python if side == "torch" else sys.executable
             command = [python, "-m", "experiments.benchmarks.chronos_bolt", "--side", side]
@@ -138,7 +163,7 @@ def main() -> None:
                 f"{min(c['cpu']):.3f} s)"
                 for kind, c in found.items()
             )
-            print(f"launch {launch} {side:5}: {'; '.join(told)}", flush=True)
+            print(f"launch {number} {side:5}: {'; '.join(told)}", flush=True)
     middle = {key: statistics.median(seconds) for key, seconds in best.items()}
     for kind, size, what in (("infer", args.windows, "forecast"), ("train", args.batch, "training step")):
         ours, theirs = (middle[kind, "wall", side] for side in ("jax", "torch"))
@@ -147,7 +172,8 @@ def main() -> None:
             f"{what} of {size} windows: jax {ours:.3f} s ({size / ours:.0f} windows/s), torch {theirs:.3f} s "
             f"({size / theirs:.0f} windows/s), jax/torch {ours / theirs:.2f} (processor {cpu:.2f})"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    launch.leave(launch.guarded(main))

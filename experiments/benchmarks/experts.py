@@ -1,19 +1,26 @@
-"""Which form of a mixture of experts is the fastest here: every expert on every token, or each on its own?
+"""Which form of a mixture of experts is the fastest here?
 
-Run:    python -m experiments.benchmarks.experts --tokens 64 512 4096
-Cost:   2 minutes on two cores.
-Gives:  ms of the forward pass and of value and gradient for the forms of `ltsm_jax.layers.experts.mixture` at the width
-        of TimeMoE-50M, best and median of interleaved repetitions; results in that module's docstring. Routing is of
-        random tokens by a random router, so the load of the experts is uneven.
+Every expert on every token, or each on its own?
+
+Run:   python -m experiments.benchmarks.experts --tokens 64 512 4096
+Cost:  2 minutes on two cores.
+Gives: ms of the forward pass and of value and gradient for the forms of
+       `ltsm_jax.layers.experts.mixture` at the width of TimeMoE-50M, best and
+       median of interleaved repetitions; results in that module's docstring.
+       Routing is of random tokens by a random router, so the load of the
+       experts is uneven.
 """
 
-import argparse
+import dataclasses
+import sys
 import time
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import flags, launch
 from ltsm_jax.layers.experts import mixture, route
 
 D, F, E, K = 384, 768, 8, 2
@@ -30,11 +37,19 @@ def compiled(form):
     return {"forward": jax.jit(forward), "gradient": jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))}
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 4096])
-    parser.add_argument("--repeat", type=int, default=5)
-    args = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    program: ClassVar[str] = "experiments.benchmarks.experts"
+    tokens: tuple[int, ...] = (64, 512, 4096)
+    """tokens of a call"""
+    repeat: Annotated[int, flags.whole(1)] = 5
+    """timed calls of each kind"""
+
+
+def main() -> int:
+    args = flags.parse(Options, sys.argv[1:], __doc__)
     print(f"{jax.devices()[0].device_kind}, D {D}, F {F}, {E} experts, {K} per token; ms, best (median)")
     for t in args.tokens:
         keys = jax.random.split(jax.random.key(0), 5)
@@ -52,7 +67,8 @@ def main():
                     times[name].append(1e3 * (time.perf_counter() - before))
         for (form, kind), found in times.items():
             print(f"{t:6} tokens  {form:7} {kind:9} {min(found):8.1f} ({np.median(found):.1f})", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    launch.leave(launch.guarded(main))

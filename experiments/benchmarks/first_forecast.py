@@ -1,20 +1,28 @@
-"""How long until the first forecast, and how many windows a second after?  Every family at a published size.
+"""How long until the first forecast, and how many windows a second after?
 
-Run:    python -m experiments.benchmarks.first_forecast [--families timer,ttm] [--batch 8]
-Shows:  first: seconds from the start of a fresh process to the first forecast of one window (imports, compilation,
-        forward pass; not the drawing of the random weights, on which the time does not depend); then windows a second
-        at the batch size, best of 5 after compilation (of fewer where they take more than 20 s together). Context and
-        horizon are those of the family's recipe; the preset is the family's smallest published one, or what --presets
-        names. Each family runs in a process of its own.
+Every family at a published size.
+
+Run:   python -m experiments.benchmarks.first_forecast
+       python -m experiments.benchmarks.first_forecast --families timer,ttm
+Cost:  about ten minutes on 2 CPU cores for all families.
+Gives: first: seconds from the start of a fresh process to the first forecast
+       of one window (imports, compilation, forward pass; not the drawing of
+       the random weights, on which the time does not depend); then windows a
+       second at the batch size, best of 5 after compilation (of fewer where
+       they take more than 20 s together). Context and horizon are those of
+       the family's recipe; the preset is the family's smallest published one,
+       or what --presets names. Each family runs in a process of its own.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import time
 
 STARTED = time.perf_counter()
+# What a process that is timed runs: nothing that reads options, which would be timed too.
+CHILD = "import json, sys; from experiments.benchmarks import first_forecast as f; "
+CHILD += "print(json.dumps(f.one(sys.argv[1], int(sys.argv[2]))))"
 ENOUGH = 20.0  # seconds of timed calls, after which no further one is made
 
 
@@ -30,7 +38,7 @@ def one(name: str, batch: int) -> dict:
     before = time.perf_counter()
     params = jax.block_until_ready(jax.jit(model.init)(jax.random.key(0)))
     drawing = time.perf_counter() - before
-    model, params = model.for_series(params, n_variates=1, freq="h", name="made up", key=jax.random.key(1))
+    model, params = model.for_series(params, n_variates=1, freq="h", key=jax.random.key(1))
     recipe = model.recipe()
     t = np.arange(recipe.context_len)
     x = jnp.asarray(
@@ -75,36 +83,33 @@ def smallest(family: str) -> str:
     return min(forecasting, key=forecasting.__getitem__)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=None, help="[all]")
-    parser.add_argument("--presets", default=None, help="instead of the smallest of each family")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(one(args.one, args.batch)))
-        return
-    if args.presets:
-        names = args.presets.split(",")
-    else:
-        from ltsm_jax.models import FAMILIES
+def main() -> int:
+    import dataclasses
+    from typing import Annotated, ClassVar
 
-        names = [smallest(family) for family in (args.families.split(",") if args.families else FAMILIES)]
+    from experiments import flags
+    from ltsm_jax.models import FAMILIES
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What is measured."""
+
+        program: ClassVar[str] = "experiments.benchmarks.first_forecast"
+        families: Annotated[tuple[str, ...], flags.names(tuple(FAMILIES), unset="all")] = ()
+        """which families"""
+        presets: Annotated[tuple[str, ...], flags.words()] = ()
+        """published sizes, instead of the smallest of each family"""
+        batch: Annotated[int, flags.whole(1)] = 8
+        """windows of a call"""
+
+    args = flags.parse(Options, sys.argv[1:], __doc__)
+    names = args.presets or [smallest(family) for family in args.families or FAMILIES]
     print(
         f"| family | preset | parameters | context -> horizon | first forecast, s | windows/s at batch {args.batch} |"
     )
     print("| --- | --- | ---: | --- | ---: | ---: |")
     for name in names:
-        call = [
-            sys.executable,
-            "-m",
-            "experiments.benchmarks.first_forecast",
-            "--one",
-            name,
-            "--batch",
-            str(args.batch),
-        ]
+        call = [sys.executable, "-c", CHILD, name, str(args.batch)]
         done = subprocess.run(call, capture_output=True, text=True)
         if done.returncode:
             print(f"| | `{name}` | failed: {done.stderr.strip().splitlines()[-1]} | | | |")
@@ -115,7 +120,10 @@ def main() -> None:
             f"| {r['first']:.1f} | {r['windows_per_second']:g} |",
             flush=True,
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    from experiments import launch
+
+    launch.leave(launch.guarded(main))

@@ -1,21 +1,28 @@
-"""What do the training loop and the evaluation cost beyond the model itself?  timer-tiny, one process.
+"""What do the training loop and the evaluation cost beyond the model itself?
 
-Run:    LTSM_DATA=FOLDER python -m experiments.benchmarks.loop
-Shows:  overhead: share of an epoch's wall time at batch 256 that is not spent inside the compiled training steps, with
-        checkpoints and metrics on (Python, records, dispatch); aim: under 2 %.
-        evaluation: seconds for all test windows of ETTh1 (19,495 windows of 672 -> 96), compilation left out; aim:
-        under 15 s on 2 cores.
+timer-tiny, one process.
+
+Run:   LTSM_DATA=FOLDER python -m experiments.benchmarks.loop
+Cost:  about two minutes on 2 CPU cores.
+Gives: overhead: share of an epoch's wall time at batch 256 that is not spent
+       inside the compiled training steps, with checkpoints and metrics on
+       (Python, records, dispatch); aim: under 2 %.
+       evaluation: seconds for all test windows of ETTh1 (19,495 windows of
+       672 -> 96), compilation left out; aim: under 15 s on 2 cores.
 """
 
-import argparse
+import dataclasses
 import itertools
+import sys
 import tempfile
 import time
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
 
 import ltsm_jax
+from experiments import flags, launch
 from ltsm_jax import training
 from ltsm_jax.data import load_series, prepare
 from ltsm_jax.tasks import forecasting
@@ -47,12 +54,21 @@ def overhead(model, params, windows, epochs: int) -> list[float]:
     return [(b[0] - a[0]) / (b[1] - a[1]) - 1 for a, b in itertools.pairwise(marks)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="ETTh1")
-    parser.add_argument("--steps", type=int, default=40, help="training steps of an epoch")
-    parser.add_argument("--epochs", type=int, default=5)
-    args = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    program: ClassVar[str] = "experiments.benchmarks.loop"
+    data: Annotated[str, flags.text("DATA")] = "ETTh1"
+    """benchmark name or file"""
+    steps: Annotated[int, flags.whole(1)] = 40
+    """training steps of an epoch"""
+    epochs: Annotated[int, flags.whole(2)] = 5
+    """epochs, of which the first is left out"""
+
+
+def main() -> int:
+    args = flags.parse(Options, sys.argv[1:], __doc__)
     model, params = ltsm_jax.load("timer-tiny")
     splits = prepare(load_series(args.data), model.context_len, model.horizon)
     shares = overhead(model, params, splits.train.take(np.arange(256 * args.steps)), args.epochs)
@@ -63,7 +79,8 @@ def main() -> None:
         found = forecasting.evaluate(model, params, splits.test)
         seconds.append(time.perf_counter() - started)
     print(f"evaluation of {found['windows']} windows: {min(seconds[1:]):.2f} s (with compilation {seconds[0]:.2f} s)")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    launch.leave(launch.guarded(main))

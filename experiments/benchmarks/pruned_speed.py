@@ -1,30 +1,40 @@
-"""How much faster is a model from which half the heads and half the feed-forward units are removed?
+"""How much faster is a model without half its heads and feed-forward units?
 
-    python -m experiments.benchmarks.pruned_speed [--rounds 9]
+Run:   python -m experiments.benchmarks.pruned_speed --rounds 9
+Cost:  two minutes on two cores.
+Gives: times of Timer_forecast_1.0 (67M parameters, random weights: speed does
+       not depend on them), 64 windows of 672 -> 96, forecast by one compiled
+       program, CPU. Whole and pruned take turns within one run, so that other
+       work on the machine meets both; "best" and "median" are over the
+       rounds, "cpu" is the least time of all cores together, "ratio" is of
+       the two sizes.
 
-Timer_forecast_1.0 (67M parameters, random weights: speed does not depend on them), 64 windows of 672 -> 96, forecast by
-one compiled program, CPU. Whole and pruned take turns within one run, so that other work on the machine meets both;
-"best" and "median" are over the rounds, "cpu" is the least time of all cores together, "ratio" is of the two sizes.
+       The second part decides whether the residual stream should be narrowed
+       too (`methods.removal`): a feed-forward layer of that Timer (D 1024, F
+       2048) of which a tenth, a quarter or half of the input and of the output
+       channels are dead, on its 448 tokens. "zeros" is what removal leaves;
+       "gather" reads the live channels only and adds to the live ones only,
+       `x.at[:, out].add(f(x[:, in]))`; "bound" is the time of a layer that is
+       as narrow without any indices.
 
-The second part decides whether the residual stream should be narrowed too (`methods.removal`): a feed-forward layer of
-that Timer (D 1024, F 2048) of which a tenth, a quarter or half of the input and of the output channels are dead, on its
-448 tokens. "zeros" is what removal leaves; "gather" reads the live channels only and adds to the live ones only,
-`x.at[:, out].add(f(x[:, in]))`; "bound" is the time of a layer that is as narrow without any indices.
-
-Cost: two minutes. Gives, on two cores to themselves (4 rounds): the forecast 2.05 times faster (best), 2.00 (median),
-2.06 (cpu: 0.435 s against 0.212 s). Milliseconds of all cores for the layer, zeros / gather / bound, with other work on
-the machine: a tenth dead 27.0 / 27.1 / 24.3, a quarter 25.9 / 23.8 / 20.1, half 26.6 / 16.9 / 13.4.
+On two cores to themselves (4 rounds): the forecast 2.05 times faster (best),
+2.00 (median), 2.06 (cpu: 0.435 s against 0.212 s). Milliseconds of all cores
+for the layer, zeros / gather / bound, with other work on the machine: a tenth
+dead 27.0 / 27.1 / 24.3, a quarter 25.9 / 23.8 / 20.1, half 26.6 / 16.9 / 13.4.
 """
 
-import argparse
+import dataclasses
 import json
 import statistics
+import sys
 import time
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import flags, launch
 from ltsm_jax import trees
 from ltsm_jax.methods.pruning import full_masks
 from ltsm_jax.methods.removal import remove
@@ -90,10 +100,22 @@ def outer(rounds: int, dead: float) -> dict:
     )
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    program: ClassVar[str] = "experiments.benchmarks.pruned_speed"
+    rounds: Annotated[int, flags.whole(1)] = 9
+    """turns of the programs"""
+
+
+def main() -> int:
+    rounds = flags.parse(Options, sys.argv[1:], __doc__).rounds
     print("forecast", json.dumps(forecasts(rounds)), flush=True)
     for dead in (0.1, 0.25, 0.5):
         print("outer", dead, json.dumps(outer(rounds, dead)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    launch.leave(launch.guarded(main))

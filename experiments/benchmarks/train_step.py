@@ -1,18 +1,29 @@
-"""How fast is a training step of the published Timer beside eager PyTorch?  67.4M parameters, 672 -> 96, float32.
+"""How fast is a training step of the published Timer beside eager PyTorch?
 
-Run:    python -m experiments.benchmarks.train_step --batch 64 --launches 3 --steps 8
-Needs:  PyTorch in the same environment, or `--torch-python PATH` to a Python that has it.
-Shows:  seconds per step of both sides, each with Adam and dropout 0.1, next-token loss. The launches of the two sides
-        alternate (launches of one program differ, so one launch proves nothing); the ratio is of the medians over
-        launches of each launch's best step.
+67.4M parameters, 672 -> 96, float32.
+
+Run:   python -m experiments.benchmarks.train_step --batch 64 --launches 3 \\
+           --steps 8
+Needs: PyTorch in the same environment, or --torch-python PATH to a Python
+       that has it.
+Cost:  about three minutes on 2 CPU cores.
+Gives: seconds per step of both sides, each with Adam and dropout 0.1,
+       next-token loss. The launches of the two sides alternate (launches of
+       one program differ, so one launch proves nothing); the ratio is of the
+       medians over launches of each launch's best step.
 """
 
-import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import time
+from typing import Annotated, ClassVar
+
+import tyro
+
+from experiments import flags, launch
 
 PRESET = "Timer_forecast_1.0"
 
@@ -69,19 +80,29 @@ def torch_steps(batch: int, steps: int) -> list[float]:
     return seconds[1:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=64, help="windows per step")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps per launch")
-    parser.add_argument("--launches", type=int, default=3, help="launches per side, alternating")
-    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has PyTorch")
-    parser.add_argument("--side", choices=["jax", "torch"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    program: ClassVar[str] = "experiments.benchmarks.train_step"
+    batch: Annotated[int, flags.whole(1)] = 64
+    """windows per step"""
+    steps: Annotated[int, flags.whole(1)] = 8
+    """timed steps per launch"""
+    launches: Annotated[int, flags.whole(1)] = 3
+    """launches per side, alternating"""
+    torch_python: Annotated[str, flags.text("PATH")] = sys.executable
+    """a Python that has PyTorch; by default this one"""
+    side: Annotated[str | None, flags.one_of(("jax", "torch")), tyro.conf.Suppress] = None
+
+
+def main() -> int:
+    args = flags.parse(Options, sys.argv[1:], __doc__)
     if args.side:
         print(json.dumps((jax_steps if args.side == "jax" else torch_steps)(args.batch, args.steps)))
-        return
+        return 0
     best: dict[str, list[float]] = {"jax": [], "torch": []}
-    for launch in range(args.launches):
+    for number in range(args.launches):
         for side in best:
             python = args.torch_python if side == "torch" else sys.executable
             command = [python, "-m", "experiments.benchmarks.train_step", "--side", side]
@@ -92,12 +113,13 @@ def main() -> None:
             seconds = json.loads(done.stdout.strip().splitlines()[-1])
             best[side].append(min(seconds))
             print(
-                f"launch {launch} {side:5}: best {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s",
+                f"launch {number} {side:5}: best {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s",
                 flush=True,
             )
     jax_s, torch_s = statistics.median(best["jax"]), statistics.median(best["torch"])
     print(f"batch {args.batch}: jax {jax_s:.3f} s, torch {torch_s:.3f} s per step, jax/torch {jax_s / torch_s:.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    launch.leave(launch.guarded(main))

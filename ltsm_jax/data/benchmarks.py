@@ -9,7 +9,6 @@ missing values, and published scores include all of them.
 
 import dataclasses
 import difflib
-import gzip
 import hashlib
 import http.client
 import io
@@ -29,7 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from ltsm_jax.data.series import DataError, Series
-from ltsm_jax.data.tables import read_series, read_table, stem
+from ltsm_jax.data.sources import is_path, read_bytes, read_table, stem
+from ltsm_jax.data.tables import read_series
 from ltsm_jax.storage import cache_folder
 
 log = logging.getLogger(__name__)
@@ -247,46 +247,52 @@ def find(name: str) -> Benchmark | None:
     return _BY_ALIAS.get(name.casefold())
 
 
-def load_series(
-    source: str | os.PathLike | pd.DataFrame, *, as_benchmark: bool = True, download: bool = True, **options: Any
-) -> Series:
-    """A series by benchmark name, or from a file or DataFrame (`read_series`).
+def load_series(source: Any, *, as_benchmark: bool = True, download: bool = True, **options: Any) -> Series:
+    """A series by benchmark name, or from a file, DataFrame or array (`read_series`).
 
-    A file whose name is a benchmark's ("ETTh1.csv", "weather.csv.gz") is taken for that benchmark: its rows are read as
-    they are and `prepare` gives it the benchmark's borders. When it is not the published file, a warning and
-    `Series.notes` say so; with `as_benchmark=False` it is read like any other file.
+    A benchmark is asked for by its name ("ETTh1"): its rows are read as they are, and `prepare` gives it the
+    benchmark's borders. When what lies in `$LTSM_DATA` is not the published file, a warning and `Series.notes` say so.
+    A path is a benchmark only where its bytes are the published ones; any other file of that name is a table like
+    every other, and `Series.notes` says so.
 
     Args:
+      as_benchmark: False reads the published file at a path like any other table, too.
       download: whether a benchmark found nowhere may be fetched.
       options: those of `read_series`; a benchmark needs none, `target` picks some of its columns.
 
     Raises: MissingDataError listing every place looked at; DataError for what is wrong with the data, or when a
       download or a file of the cache is not the published one.
     """
-    if isinstance(source, pd.DataFrame):
+    if not is_path(source):
         return read_series(source, **options)
-    path, cached = Path(source), False
-    if isinstance(source, str) and stem(path) == source and (benchmark := find(source)):
+    if isinstance(source, str) and stem(Path(source)) == source and (benchmark := find(source)):
         path, cached = locate(benchmark, download=download)
-    else:
-        benchmark = find(stem(path)) if as_benchmark else None
-        if not path.is_file():
-            near = difflib.get_close_matches(stem(path).casefold(), _BY_ALIAS, n=2, cutoff=0.6)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise MissingDataError(f"no data file at {path}; {hint}benchmarks by name: {', '.join(BENCHMARKS)}")
+        wrong = _difference(benchmark, path)
+        if wrong and cached:
+            raise DataError(f"{path} is damaged ({wrong}); delete it, and it will be downloaded again")
+        return _read_benchmark(benchmark, path, wrong, options)
+
+    path = Path(source).expanduser()
+    if not path.is_file():
+        near = difflib.get_close_matches(stem(path).casefold(), _BY_ALIAS, n=2, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise MissingDataError(f"no data file at {path}; {hint}benchmarks by name: {', '.join(BENCHMARKS)}")
+    benchmark = find(stem(path)) if as_benchmark else None
     if benchmark is None:
         return read_series(path, **options)
-    return _read_benchmark(benchmark, path, cached, options)
+    if _is_published(benchmark, path):
+        return _read_benchmark(benchmark, path, None, options)
+    series = read_series(path, **options)
+    note = f"called like the benchmark {benchmark.name}, but not its published file: read as any other table"
+    return dataclasses.replace(series, notes=(*series.notes, note))
 
 
-def _read_benchmark(benchmark: Benchmark, path: Path, cached: bool, options: dict[str, Any]) -> Series:
-    wrong = _difference(benchmark, path)
-    if wrong and cached:
-        raise DataError(f"{path} is damaged ({wrong}); delete it, and it will be downloaded again")
+def _read_benchmark(benchmark: Benchmark, path: Path, wrong: str | None, options: dict[str, Any]) -> Series:
+    """The rows as they come; `wrong`: what tells the file from the published one."""
     table = _read_npz(path) if path.suffix == ".npz" else read_table(path, header=path.suffixes[:1] != [".txt"])
-    defaults = {"irregular": "ignore", "freq": benchmark.freq, "name": benchmark.name}
-    options = defaults | {option: value for option, value in options.items() if value is not None}
-    series = read_series(table, **options)
+    how: dict[str, Any] = {"irregular": "ignore", "freq": benchmark.freq, "name": benchmark.name}
+    how |= {option: value for option, value in options.items() if value is not None}
+    series = read_series(table, **how)
     if not wrong and not benchmark.digest and options.get("target") is None:
         shape = (series.n_rows, series.n_variates)
         if shape != (benchmark.rows, benchmark.variates):
@@ -365,12 +371,10 @@ def _difference(benchmark: Benchmark, path: Path) -> str | None:
     """What tells the file from the published one, or None; CRLF and LF line ends count as the same."""
     if benchmark.digest is None or path.suffix == ".parquet":
         return None
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as e:
-            return f"cut or damaged gzip file: {e}"
+    try:
+        data = read_bytes(path)
+    except DataError as e:
+        return f"cut or damaged gzip file: {e}"
     algorithm, published = benchmark.digest.split(":")
     forms = [data]
     if not benchmark.file.endswith(".npz"):
@@ -379,6 +383,12 @@ def _difference(benchmark: Benchmark, path: Path) -> str | None:
     if any(hashlib.new(algorithm, form).hexdigest() == published for form in forms):
         return None
     return f"{algorithm} {hashlib.new(algorithm, data).hexdigest()}, published {published}"
+
+
+def _is_published(benchmark: Benchmark, path: Path) -> bool:
+    """Whether the file's bytes are known to be the published ones."""
+    known = benchmark.digest is not None and path.suffix != ".parquet"
+    return known and _difference(benchmark, path) is None
 
 
 def _download(benchmark: Benchmark, folder: Path) -> Path:

@@ -3,12 +3,26 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 
-from ltsm_jax.frequency import grid, season_of
+from ltsm_jax.frequency import following, season_of
+
+LONGEST_MESSAGE = 2000
+
+
+def clip(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """Shorten a text that quotes data to `longest` characters, the end cut off."""
+    return text if len(text) <= longest else text[: longest - 4] + " ..."
 
 
 class DataError(ValueError):
-    """Data that cannot be used as they are; the message lists every problem found and what to do about each."""
+    """Data that cannot be used as they are; the message lists every problem found and what to do about each.
+
+    However wide the data, it has at most `LONGEST_MESSAGE` characters.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(clip(message))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,6 +36,7 @@ class Series:
       timestamps: [T] datetime64[us], or None when the source has none.
       freq: canonical step ("15min", "h", "D", "W", "M", ...), or None where it is not known.
       tz: name of the zone that the stamps came in (`timestamps` are UTC then), or None.
+      model_freq: frequency that a model is told where it is another than `freq`: "oov", out of its vocabulary.
       benchmark: name of the benchmark whose borders and reading rules hold for it, or None.
       notes: what was done to the data or found about them on the way in, one line each, for reports.
     """
@@ -34,6 +49,7 @@ class Series:
     benchmark: str | None = None
     notes: tuple[str, ...] = ()
     tz: str | None = None
+    model_freq: str | None = None
 
     def __post_init__(self):
         if self.values.ndim != 2 or len(self.columns) != self.values.shape[0]:
@@ -57,7 +73,12 @@ class Series:
         return season_of(self.freq) if self.freq else 1
 
     def stamps_after(self, n: int) -> np.ndarray | None:
-        """The `n` stamps [n] that follow the last one; None where stamps or step are not known."""
+        """The `n` stamps [n] that follow the last one, like `timestamps`; None where stamps or step are not known."""
         if self.timestamps is None or self.freq is None:
             return None
-        return grid(self.timestamps[-1], n + 1, self.freq)[1:]
+        return following(self.timestamps, n, self.freq, self.tz)
+
+    def in_zone(self, stamps: np.ndarray) -> pd.DatetimeIndex:
+        """Stamps [T] of this series, or after it, as they came in: with the zone where they had one."""
+        index = pd.DatetimeIndex(stamps)
+        return index if self.tz is None else index.tz_localize("UTC").tz_convert(self.tz)

@@ -91,9 +91,23 @@ class Scaler:
 
     @classmethod
     def fit(cls, values: np.ndarray) -> "Scaler":
-        """From values [C, T] in data units. A variate that is constant there gets std 1: it becomes zeros."""
-        constant = values.max(axis=1) == values.min(axis=1)  # exact, where a computed std may be 1e-17
-        return cls(values.mean(axis=1), np.where(constant, 1.0, values.std(axis=1)))
+        """From the observed values of [C, T] in data units; one that is constant there gets std 1: it becomes zeros."""
+        if not np.isnan(values).any() and np.abs(values).max() <= 1e100:
+            constant = values.max(axis=1) == values.min(axis=1)  # exact, where a computed std may be 1e-17
+            return cls(values.mean(axis=1), np.where(constant, 1.0, values.std(axis=1)))
+
+        mean, std = np.zeros(len(values)), np.ones(len(values))
+        for i, row in enumerate(values):
+            known = row[~np.isnan(row)]
+            if not known.size:
+                continue
+            # Squares of 1e200 are infinite: values count relative to the largest.
+            largest = np.abs(known).max()
+            size = largest if largest > 1e100 else 1.0
+            mean[i] = (known / size).mean() * size
+            if known.max() != known.min():
+                std[i] = (known / size).std() * size
+        return cls(mean, std)
 
     def transform(self, values: np.ndarray) -> np.ndarray:
         """[..., C, T] in data units to scaled units."""
@@ -127,7 +141,11 @@ def naive_scale(scaled: np.ndarray, season: int) -> np.ndarray:
     """
     if not 1 <= season < scaled.shape[1]:
         raise ValueError(f"a season of {season} rows needs more than {season} rows, there are {scaled.shape[1]}")
-    return np.abs(scaled[:, season:] - scaled[:, :-season]).mean(axis=1)
+    steps_CT = np.abs(scaled[:, season:] - scaled[:, :-season])
+    if not np.isnan(steps_CT).any():
+        return steps_CT.mean(axis=1)
+    known_CT = ~np.isnan(steps_CT)
+    return np.where(known_CT, steps_CT, 0.0).sum(axis=1) / np.maximum(known_CT.sum(axis=1), 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,6 +185,9 @@ def prepare(
 ) -> Splits:
     """Splits, standardises and windows a series: stride 1, no window left out, the series on the device once.
 
+    Missing values (NaN) stay missing. Windows without any observed value in their context or their target cannot be
+    used; `notes` counts them.
+
     Args:
       context_len, horizon: rows a window shows and rows it asks for.
       borders: by default those of `series.benchmark`, else 70/10/20 percent.
@@ -175,20 +196,24 @@ def prepare(
       joint: windows of all variates instead of one variate each.
 
     Raises: ValueError when a part is too short for one window, naming each such part and what would fit; when the
-      series holds NaN or infinity; for unknown quirks or a bad `few_shot`.
+      series holds infinity, or no window of a part has observed values; for unknown quirks or a bad `few_shot`.
     """
     quirks = _known(quirks)
     borders = borders or borders_of(series.benchmark, series.n_rows, quirks)
     _check_room(series, borders, context_len, horizon)
-    bad = [name for name, row in zip(series.columns, series.values, strict=True) if not np.isfinite(row).all()]
+    bad = [name for name, row in zip(series.columns, series.values, strict=True) if np.isinf(row).any()]
     if bad:
-        what = f"{series.name}: NaN or infinite values in {', '.join(bad)}"
-        raise DataError(f"{what}; read it with missing='interpolate'")
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise DataError(f"{series.name}: infinite values in {shown}; replace them, or leave them empty")
 
     train_rows = series.values[:, slice(*borders.train)]
     scaler = Scaler.fit(train_rows)
     notes = list(series.notes)
-    still = [name for name, row in zip(series.columns, train_rows, strict=True) if row.max() == row.min()]
+    still = [
+        name
+        for name, row in zip(series.columns, train_rows, strict=True)
+        if not np.isnan(row).all() and np.nanmax(row) == np.nanmin(row)
+    ]
     if still:
         notes.append(f"constant in the training rows, so only shifted, not scaled: {', '.join(still)}")
         log.warning("%s: %s", series.name, notes[-1])
@@ -199,7 +224,13 @@ def prepare(
     for part in PARTS:
         lo, hi = getattr(borders, part)
         lo = lo if part == "train" else lo - context_len
-        parts[part] = windows_between(values, lo, hi, context_len, horizon, joint=joint, **facts)
+        try:
+            parts[part] = windows_between(values, lo, hi, context_len, horizon, joint=joint, **facts)
+        except ValueError as err:
+            raise DataError(f"{series.name}, {part}: {err}; read it with missing='interpolate'") from None
+        whole = (hi - lo - context_len - horizon + 1) * (1 if joint else series.n_variates)
+        if left_out := whole - parts[part].n:
+            notes.append(f"{part}: {left_out} of {whole} windows left out, without an observed context or target")
     if few_shot != 1:
         parts["train"] = parts["train"].take(few_shot_indices(parts["train"].n, few_shot, quirks))
     return Splits(

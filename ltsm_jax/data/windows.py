@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ltsm_jax import sharding
 
 WHOLE_BYTES = 2**28  # a smaller series lies whole on every device: each then cuts its windows alone
+LIMIT = 10.0  # targets that many deviations of their context away count no more than such
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,6 +195,97 @@ def _spread(windows: Windows, mesh: Mesh) -> Spread:
     return Spread(spread, table["starts"], table["rows"], windows.context_len, windows.horizon, mesh=mesh)
 
 
+def context_scale(x: Any) -> tuple[Any, Any]:
+    """(mean, std) [..., 1] of the observed values of `x` [..., T], which a model sees as (x - mean) / std.
+
+    A context that does not move, but for rounding, has its own size as std, or 1 where it is zero, so that a forecast
+    does not depend on the unit. One without any observed value has mean 0 and std 1. Works on NumPy and JAX arrays of
+    any float dtype and size: squares are taken of values of at most 1.
+    """
+    xp = np if isinstance(x, np.ndarray) else jnp
+    observed = ~xp.isnan(x)
+    known = xp.where(observed, x, 0.0)
+    count = xp.maximum(observed.sum(axis=-1, keepdims=True), 1)
+
+    # Of the values relative to the largest: squares of 1e200 are infinite, those of 1e-200 zero.
+    size = xp.abs(known).max(axis=-1, keepdims=True)
+    size = xp.where(size > 0, size, 1.0)
+    small = known / size
+    mean = small.sum(axis=-1, keepdims=True) / count
+    centred = xp.where(observed, small - mean, 0.0)
+    std = xp.sqrt(xp.square(centred).sum(axis=-1, keepdims=True) / count)
+
+    rounding = 16 * float(jnp.finfo(x.dtype).eps)
+    return mean * size, xp.where(std > rounding, std, 1.0) * size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnScale:
+    """Windows of which each is standardised by its own context, see `context_scale`; targets are cut at `LIMIT`.
+
+    What training on a table sees, as what a forecast of it sees: no row outside a window has a say in it. A pytree like
+    `Windows`; stands in for it wherever `n`, `gather`, `over` and the tables are all that is asked for.
+    """
+
+    windows: Windows
+
+    @property
+    def n(self) -> int:
+        """Number of windows."""
+        return self.windows.n
+
+    @property
+    def horizon(self) -> int:
+        """Rows of a target."""
+        return self.windows.horizon
+
+    @property
+    def starts(self) -> jax.Array:
+        """First context row of each window."""
+        return self.windows.starts
+
+    def take(self, indices: np.ndarray) -> "OwnScale":
+        """As `Windows.take`."""
+        return OwnScale(self.windows.take(indices))
+
+    def over(self, mesh: Mesh | None) -> "OwnScale":
+        """As `Windows.over`."""
+        return OwnScale(self.windows.over(mesh))
+
+    def describe(self, i: int) -> dict[str, Any]:
+        """As `Windows.describe`."""
+        return self.windows.describe(i)
+
+    def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
+        """As `Windows.gather`, standardised per window and variate."""
+        batch = self.windows.gather(indices)
+        mean, std = context_scale(batch["context"])
+        context = (batch["context"] - mean) / std
+        target = (batch["target"] - mean) / std
+        return batch | {"context": context, "target": jnp.clip(target, -LIMIT, LIMIT)}
+
+
+jax.tree_util.register_dataclass(OwnScale, data_fields=["windows"], meta_fields=[])
+
+
+def observed_in(values: np.ndarray, windows: Windows) -> np.ndarray:
+    """Whether window i has an observed value in its context and one in its target: bool [N].
+
+    values: [C, T], those of the windows, on the host. Windows of all variates need one of any variate.
+    """
+    seen_CT = ~np.isnan(values)
+    if windows.rows is None:
+        seen_CT = seen_CT.any(axis=0, keepdims=True)
+    before = np.concatenate([np.zeros((len(seen_CT), 1), np.int64), np.cumsum(seen_CT, axis=1)], axis=1)
+    row = 0 if windows.rows is None else np.asarray(windows.rows)
+    first = np.asarray(windows.starts)
+    middle = first + windows.context_len
+    last = middle + windows.horizon
+    in_context = before[row, middle] - before[row, first]
+    in_target = before[row, last] - before[row, middle]
+    return (in_context > 0) & (in_target > 0)
+
+
 def windows_between(
     values: jax.Array | np.ndarray,
     lo: int,
@@ -206,10 +298,12 @@ def windows_between(
 ) -> Windows:
     """Every window (stride 1) that lies wholly in rows [lo, hi) of `values` [C, T], variate by variate.
 
-    Window i is variate i // W from row lo + i % W, with W = hi - lo - context_len - horizon + 1 (joint: N = W).
+    Window i is variate i // W from row lo + i % W, with W = hi - lo - context_len - horizon + 1 (joint: N = W). Where
+    values are missing (NaN), windows without any in their context or their target are left out.
     `facts`: `columns`, `timestamps` for `Windows.describe`.
 
-    Raises: ValueError when the range leaves the series, a length is not positive or no window fits.
+    Raises: ValueError when the range leaves the series, a length is not positive, no window fits, or none of those
+      that fit has an observed value in its context and in its target.
     """
     n_variates, n_rows = values.shape
     n_starts = hi - lo - context_len - horizon + 1
@@ -225,7 +319,14 @@ def windows_between(
     if not joint:
         rows = jnp.asarray(np.repeat(np.arange(n_variates, dtype=np.int32), n_starts))
         starts = np.tile(starts, n_variates)
-    return Windows(jnp.asarray(values, jnp.float32), jnp.asarray(starts), rows, context_len, horizon, **facts)
+    found = Windows(jnp.asarray(values, jnp.float32), jnp.asarray(starts), rows, context_len, horizon, **facts)
+    on_host = np.asarray(found.values)
+    if not np.isnan(on_host).any():
+        return found
+    kept = np.flatnonzero(observed_in(on_host, found))
+    if not len(kept):
+        raise ValueError(f"no window of rows [{lo}, {hi}) has an observed value in its context and in its target")
+    return found.take(kept)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:

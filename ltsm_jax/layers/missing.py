@@ -18,6 +18,25 @@ def mean_over_rows(error: jax.Array, batch: Batch) -> jax.Array:
     return row.mean() if weight is None else (row * weight).sum() / weight.sum()
 
 
+def mse_observed(y: jax.Array, target: jax.Array, batch: Batch) -> jax.Array:
+    """Mean squared error over the targets [B, ...] that are not NaN, each row counting by its weight.
+
+    Every observed target counts alike; the result is 0 where none is. Without NaN it is, bit for bit,
+    `mean_over_rows` of the squared errors.
+    """
+    observed = ~jnp.isnan(target)
+
+    # The inner `where` keeps NaN out of the gradient, the outer one keeps what was filled in out of
+    # the sum.
+    gap = y - jnp.where(observed, target, 0.0)
+    error = jnp.where(observed, jnp.square(gap), 0.0)
+
+    # Exactly 1 without NaN: the mean of ones need not be, since XLA multiplies by a rounded 1 / n.
+    share = mean_over_rows(observed.astype(error.dtype), batch)
+    share = jnp.where(observed.all(), 1.0, jnp.maximum(share, jnp.finfo(error.dtype).tiny))
+    return mean_over_rows(error, batch) / share
+
+
 def mean_observed(error: jax.Array, observed: jax.Array, batch: Batch) -> jax.Array:
     """Mean of `error` [B, ...] over what is `observed` (weights of the same shape, 0 for missing), each row counting by
     `batch["weight"]`; 0 where nothing is observed. `error` must be finite everywhere: fill what is missing first."""

@@ -16,16 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data import Windows
 from ltsm_jax.layers import taps
 from ltsm_jax.layers.experts import rows_over
-from ltsm_jax.methods import binding
 from ltsm_jax.models import Batch, Model
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.parts import places
+from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import progress
 
@@ -79,7 +78,7 @@ def measure(
     model: Model,
     params: Params,
     *parts: Windows,
-    mode: binding.Mode = "ims",
+    mode: forecasting.Mode = "ims",
     batch_size: int = 64,
     show_progress: bool = True,
 ) -> Redundancy:
@@ -90,7 +89,7 @@ def measure(
     that they divide; of several hosts all call.
 
     Args:
-      parts: windows, such as `binding.training_windows(...)` and `splits.val`.
+      parts: windows, such as `tasks.forecasting.training_windows(...)` and `splits.val`.
       mode: the loss whose forward pass is looked at, as in `methods.run.run`.
       batch_size: windows per forward pass.
     Raises: ValueError without windows, and for windows that the loss cannot take.
@@ -98,14 +97,14 @@ def measure(
     if not parts:
         raise ValueError("measure needs at least one part of the data")
     # the last batch of a part is a shorter one, and not filled up: padding must not count
-    mesh = sharding.mesh_of(params)
-    placed = [part.over(mesh) for part in parts]
+    placement = Placement.of(params)
+    placed = [part.over(placement.mesh) for part in parts]
     batches = [(part, start) for part in placed for start in range(0, part.n, batch_size)]
     total: dict[str, Any] = {}
     with progress.Bar(len(batches), 1, "redundancy", show=show_progress and hosts.first()) as bar:
         for i, (part, start) in enumerate(batches):
             indices = np.arange(start, min(start + batch_size, part.n), dtype=np.int32)
-            found = _sums(model, mode, params, _gather(part, indices), mesh)
+            found = _sums(model, mode, params, _gather(part, indices), placement)
             sums = jax.tree.map(lambda x: sharding.on_host(x).astype(np.float64), found)
             total = jax.tree.map(np.add, total, sums) if i else sums
             bar.update(i + 1, 1, len(indices))
@@ -138,16 +137,16 @@ def _natural(path: str) -> list[Any]:
 _gather = jax.jit(Windows.gather)  # apart from the rest: parts of other sizes need not compile that again
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mode", "mesh"))
-def _sums(model: Model, mode: binding.Mode, params: Params, batch: Batch, mesh: Mesh | None) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnames=("model", "mode", "placement"))
+def _sums(model: Model, mode: forecasting.Mode, params: Params, batch: Batch, placement: Placement) -> dict[str, Any]:
     """Sums over the tokens of a batch, by module."""
-    split = mesh if len(batch["context"]) % sharding.row_parts(mesh) == 0 else None
-    batch = sharding.by_rows(batch, split)
+    split = placement if len(batch["context"]) % placement.row_parts == 0 else Placement()
+    batch = split.rows(batch)
     groups = _groups(model, params)
     inside = {path: f"{path}/{group.takes[0]}" for path, group in groups}
     layers = {path: path.rpartition("/")[0] for path, group in groups if group.kind == "heads"}
-    with rows_over(split), taps.arguments_of({*inside.values(), *layers.values()}) as seen:
-        forecasting.loss_fn(model, binding.LOSS[mode])(params, batch, None, False)
+    with rows_over(split.mesh), taps.arguments_of({*inside.values(), *layers.values()}) as seen:
+        forecasting.loss_fn(model, forecasting.LOSS[mode])(params, batch, None, False)
     flat, found = trees.flatten(params), {}
     for path, group in groups:
         calls = [args[0] for args in seen[inside[path]]]
@@ -158,7 +157,7 @@ def _sums(model: Model, mode: binding.Mode, params: Params, batch: Batch, mesh: 
         else:
             sums = [_of_units(a) for a in calls]
         found[path] = jax.tree.map(lambda *values: sum(values), *sums)
-    return sharding.everywhere(found, mesh)
+    return placement.everywhere(found)
 
 
 def _stream(x: jax.Array, swapped: bool) -> jax.Array:

@@ -34,6 +34,7 @@ from ltsm_jax import sharding, trees
 from ltsm_jax.layers.masks import merge, weights
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import Kept, Place, pad, places, without
+from ltsm_jax.sharding import Placement
 
 __all__ = ["pad", "remove"]
 
@@ -58,7 +59,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
     if odd:
         raise ValueError(f"masks to remove by hold 0 and 1; these hold other values: {', '.join(odd)}")
     weights(params, masks)  # refuses masks of another model, before they are looked into
-    flat, mesh = trees.flatten(params), sharding.mesh_of(params)
+    flat, mesh = trees.flatten(params), Placement.of(params).mesh
     kept = [(place, _kept(place, flat, own)) for place in places(model, flat)]
     settled = trees.unflatten({path: jnp.asarray(mask) for path, mask in own.items()})
     # of a mesh on the host, where axes of any length can be cut

@@ -1,7 +1,6 @@
-"""Run a strategy on the splits of a series."""
+"""Run a strategy on the data of a task."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -10,16 +9,17 @@ from typing import Any
 import jax
 
 from ltsm_jax import storage, training, trees
-from ltsm_jax.data import Splits
 from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import lora
-from ltsm_jax.methods.binding import LOSS, Mode, training_windows
-from ltsm_jax.methods.checks import collapse
+from ltsm_jax.methods.binding import model_facts
 from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, trainable_mask
 from ltsm_jax.models import Model
-from ltsm_jax.tasks import forecasting
+from ltsm_jax.sharding import Placement
+from ltsm_jax.tasks.base import Task
+from ltsm_jax.tasks.forecasting import Forecasting
 
 Params = Any
+FORECASTING = Forecasting()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,11 @@ def run(
     model: Model,
     params: Params,
     strategy: Strategy,
-    splits: Splits,
+    data: Any,
     *,
+    task: Task = FORECASTING,
     seed: int = 0,
     config: training.TrainConfig | None = None,
-    mode: Mode = "ims",
     folder: str | Path | None = None,
     test: bool = True,
     label: str | None = None,
@@ -69,20 +69,20 @@ def run(
 
     Args:
       params: pretrained weights; not modified.
-      splits: from `data.prepare`; validation and test are scored at its horizon, by roll-out where it is longer than
-        the model's own.
+      data: what the task works on: for forecasting `Splits` from `data.prepare`, of which validation and test are
+        scored at their horizon, by roll-out where it is longer than the model's own.
+      task: says what the windows, the loss and the scores are; with its options, see `tasks.forecasting.Forecasting`.
       seed: gives the random model, the data order and the dropout, each under its own key.
       config: what it leaves out is the model's recipe; its seed, where it says one, must be the same.
-      mode: "ims": the model's own loss (Timer: every next token), on windows of the model's own horizon.
-        "direct": MSE of the forecast at the horizon of `splits`.
-      folder: where checkpoints go; a run that was killed continues from there.
+      folder: where checkpoints go; a run that was killed continues from there. One of another model, of other weights
+        or of other data is refused.
       test: score the test part as well.
       label, show_progress: of the progress bar; the label is part of what a run folder must agree with.
       masks: of a pruned model, see `methods.pruning`: training starts from the masked weights (masked after a strategy
         has mixed in random ones), and what is masked stays 0.
       quirks: "no-dropout": all dropout rates are 0, as the release of Prune-then-Finetune has it for pruned models, and
         for them alone.
-    Raises: ValueError where model, windows, masks and mode do not go together, and for an unknown quirk;
+    Raises: ValueError where model, data, masks and task do not go together, and for an unknown quirk;
       training.NonFiniteError from training.
     """
     if unknown := set(quirks) - {"no-dropout"}:
@@ -90,21 +90,26 @@ def run(
     label = strategy.name if label is None else label
     config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
     keys = training.keys(seed)
-    windows = training_windows(model, splits, mode)
-    loss = _loss(without_dropout(model) if "no-dropout" in quirks else model, mode)
+    placement = Placement.of(params)
+    windows = task.windows(model, data)
+    loss = task.loss(without_dropout(model) if "no-dropout" in quirks else model)
     current = start_params(strategy, model, params, keys["aux"])
     if masks is not None:
-        masks = place(masks, current)
-        current = merge(current, masks)
+        masks = place(masks, current, placement)
+        current = merge(current, masks, placement)
         loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(loss), masks)
 
     def validate(candidate: Params) -> dict[str, Any]:
-        return forecasting.evaluate(model, candidate, splits.val)
+        return task.evaluate(model, candidate, data, "val", placement)
 
     # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that ff sees.
-    facts = {"strategy": dataclasses.asdict(strategy), "mode": mode, "horizon": splits.val.horizon}
-    facts |= {"quirks": sorted(quirks)} if quirks else {}
-    facts |= {} if masks is None else {"masks": storage.sha256_of(masks)}
+    facts: dict[str, Any] = {"strategy": dataclasses.asdict(strategy)}
+    if folder is not None:  # digests take a moment, and only a folder needs them
+        facts |= model_facts(model, params) | task.facts(data)
+    if quirks:
+        facts["quirks"] = sorted(quirks)
+    if masks is not None:
+        facts["masks"] = storage.sha256_of(masks)
     history: list[dict[str, Any]] = []
     val: dict[str, Any] | None = None
     epochs = best_epoch = trained = 0
@@ -123,6 +128,7 @@ def run(
             windows,
             config=dataclasses.replace(config, **changes),
             validate=lambda candidate, whole=whole: validate(whole(candidate)),
+            select=task.selects,
             trainable=mask,
             penalty=penalty,
             folder=None if folder is None else Path(folder) / f"phase-{i}",
@@ -137,22 +143,18 @@ def run(
         val = {name.removeprefix("val_"): x for name, x in best.items() if name.startswith("val_")}
         epochs += len(fitted.history)
         seconds += fitted.seconds
-        current = whole(fitted.params) if masks is None else merge(whole(fitted.params), masks)
+        current = whole(fitted.params)
+        if masks is not None:
+            current = merge(current, masks, placement)
         trained = trees.count(begin if mask is None else trees.partition(begin, mask)[0])
 
     began = time.monotonic()
     val = validate(current) if val is None else val
-    scores = forecasting.evaluate(model, current, splits.test) if test else None
+    scores = task.evaluate(model, current, data, "test", placement) if test else None
     if not strategy.phases:
         seconds = time.monotonic() - began
-    found = collapse(model, current, splits.val)
+    found = task.warnings(model, current, data, placement)
     return Result(strategy, current, val, scores, history, epochs, best_epoch, seconds, trained, found)
-
-
-@functools.cache
-def _loss(model: Model, mode: Mode):
-    # methods of two equal models are not equal: without this each load of a checkpoint compiles the step again
-    return forecasting.loss_fn(model, LOSS[mode])
 
 
 def _masked_loss(loss, masks, params, batch, key, train):

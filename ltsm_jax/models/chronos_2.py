@@ -28,7 +28,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import mean_over_rows
+from ltsm_jax.layers.missing import mean_over_rows, mse_observed
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
@@ -430,13 +430,14 @@ class Chronos2(Model):
         return mean_over_rows(error, batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the median over the observed targets; as far as one forward pass reaches."""
         steps = batch["target"].shape[-1]
         n_patches = -(-steps // self.config.patch_len)
         if n_patches > self.config.max_patches:
             raise ValueError(f"one forward pass reaches {self.horizon} steps, the target has {steps}")
         y_GMRQ, _ = self.apply(params, batch["context"], n_patches, key=key, train=train)
         point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., :steps, 0]
-        return mean_over_rows(jnp.square(point - batch["target"]), batch)
+        return mse_observed(point, batch["target"], batch)
 
     # --- forecasts
 

@@ -140,10 +140,15 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """The original's own fine-tuning loss: a scalar, the mean over rows weighted by `batch["weight"]`."""
+        """The original's own fine-tuning loss: a scalar, the mean over rows weighted by `batch["weight"]`.
+
+        A missing target (NaN) does not count, and a missing value of the context is read as `predict` reads it: the
+        loss and its gradients are finite, and 0 where no target is observed.
+        """
 
     def point_loss(self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for it."""
+        """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for it. NaN as in
+        `loss`."""
         raise ValueError(f"{self.family} has no point loss")
 
     @abc.abstractmethod
@@ -160,18 +165,20 @@ class Model(abc.ABC):
         *,
         n_variates: int,
         freq: str | None = None,
-        name: str | None = None,
         key: jax.Array | None = None,
     ) -> tuple["Model", Tree]:
         """The model made ready for one data set: (model, params), the same two for most families.
 
         Families with frequency classes, tokens per data set or layers per variate put them in here; a model that is
-        ready for the data set already comes back as it is.
+        ready for the data set already comes back as it is. What a data set is called plays no part.
 
         Args:
-          n_variates: C. freq: step of the series as pandas writes it ("h", "15min"), None where unknown.
-          name: of the data set. key: draws what the checkpoint has not got.
-        Raises: ValueError for a frequency that the family needs and does not know.
+          n_variates: C.
+          freq: step of the series as pandas writes it ("h", "15min"), None where unknown; "oov" (out of vocabulary) has
+            a family with tokens of frequencies take the one for unknown steps.
+          key: PRNG key for parameters absent from the checkpoint; None: nothing is drawn.
+        Raises: ValueError for a frequency that the family needs and does not know, and, without a key, for data that
+          need parameters absent from the checkpoint.
         """
         return self, params
 

@@ -35,7 +35,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import mean_over_rows
+from ltsm_jax.layers.missing import mean_over_rows, mse_observed
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -553,7 +553,7 @@ class Moment(Model):
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast that `predict` makes."""
         y_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mean_over_rows(jnp.square(y_BCH - batch["target"]), batch)
+        return mse_observed(y_BCH, batch["target"], batch)
 
     # --- the other tasks
 

@@ -28,7 +28,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mean_over_rows
+from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -390,7 +390,7 @@ class Sundial(Model):
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the mean of `n_samples` forecasts, through the sampling."""
         point_BCH = self._samples(params, batch["context"], batch["target"].shape[-1], key, train).mean(-1)
-        return mean_over_rows(jnp.square(point_BCH - batch["target"]), batch)
+        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 

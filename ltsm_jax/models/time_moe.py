@@ -36,7 +36,7 @@ from ltsm_jax.layers.causal import (
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mean_over_rows
+from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.configs import config_from_json
@@ -470,7 +470,7 @@ class TimeMoe(Model):
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast, rolled out where the target is longer than a head reaches."""
         point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mean_over_rows(jnp.square(point_BCH - batch["target"]), batch)
+        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 

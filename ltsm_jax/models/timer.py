@@ -19,7 +19,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_over_rows
+from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.configs import config_from_json
@@ -274,7 +274,7 @@ class Timer(Model):
             z_BCT = x_BCT - mean_BC1
             std_BC1 = jnp.sqrt(jnp.square(z_BCT).mean(-1, keepdims=True) + SCALE_EPS)
         else:
-            n_BC1 = observed_BCT.sum(-1, keepdims=True)
+            n_BC1 = jnp.maximum(observed_BCT.sum(-1, keepdims=True), 1.0)
             mean_BC1 = x_BCT.sum(-1, keepdims=True) / n_BC1
             z_BCT = jnp.where(observed_BCT == 0, 0.0, x_BCT - mean_BC1)
             std_BC1 = jnp.sqrt(jnp.square(z_BCT).sum(-1, keepdims=True) / n_BC1 + SCALE_EPS)
@@ -289,7 +289,8 @@ class Timer(Model):
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Next-token MSE over all tokens (the original's `use_ims`): the target is the series moved by one patch.
 
-        The context must be whole patches; of the target, the first patch is used.
+        The context must be whole patches; of the target, the first patch is used. Missing values are
+        no targets; the model reads the last value before them there, as in `predict`.
         """
         p, (context, target) = self.config.patch_len, (batch["context"], batch["target"])
         if context.shape[-1] % p or target.shape[-1] < p:
@@ -302,8 +303,8 @@ class Timer(Model):
 
     def token_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE over all tokens against a `target` as long as the context: what each time step's token is to predict."""
-        y_BCT, _ = self.apply(params, batch["context"], key=key, train=train)
-        return mean_over_rows(jnp.square(y_BCT - batch["target"]), batch)
+        y_BCT, _ = self.apply(params, fill_missing(batch["context"]), key=key, train=train)
+        return mse_observed(y_BCT, batch["target"], batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the last token's patch alone (the original's default, direct multi-step)."""
@@ -312,8 +313,9 @@ class Timer(Model):
             raise ValueError(
                 f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; use the next-token loss"
             )
-        y_BCT, _ = self.apply(params, context[..., context.shape[-1] % p :], key=key, train=train)
-        return mean_over_rows(jnp.square(y_BCT[..., -p:][..., : target.shape[-1]] - target), batch)
+        x_BCT = fill_missing(context)[..., context.shape[-1] % p :]
+        y_BCT, _ = self.apply(params, x_BCT, key=key, train=train)
+        return mse_observed(y_BCT[..., -p:][..., : target.shape[-1]], target, batch)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Rolled out patch by patch in a window of fixed length, scaled anew at each step, as in the original.
@@ -340,18 +342,22 @@ class Timer(Model):
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
         """Reconstruction [B, C, T] of x where `observed` is 0, in data units. T must be whole patches.
 
-        ims: patch j is what the token before it predicts (the first patch, which nothing predicts, is x itself);
+        NaN in x is not observed either. ims: patch j is what the token before it predicts (the first patch, which
+        nothing predicts, is x itself, missing values filled);
         otherwise the token's own output, the released script's default.
         """
         p = self.config.patch_len
         if x.shape[-1] % p:
             raise ValueError(f"imputation needs a series of whole patches ({p}), got {x.shape[-1]} steps")
-        observed = observed.astype(jnp.float32)
+        observed = jnp.where(jnp.isnan(x), 0.0, observed.astype(jnp.float32))
         y_BCT, _ = self.apply(params, jnp.where(observed == 0, 0.0, x), observed, key=key, train=train)
-        return jnp.concatenate([x[..., :p], y_BCT[..., :-p]], axis=-1) if ims else y_BCT
+        if not ims:
+            return y_BCT
+        return jnp.concatenate([fill_missing(x)[..., :p], y_BCT[..., :-p]], axis=-1)
 
     def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
         """What the model expects, in data units. ims: [B, C, T - P], the predictions of x[..., P:] from the patches
-        before; otherwise [B, C, T], each token's own output (the released script's default)."""
-        p = self.config.patch_len
-        return self.apply(params, x[..., :-p] if ims else x, key=key, train=train)[0]
+        before; otherwise [B, C, T], each token's own output (the released script's default). Missing values take the
+        last value before them."""
+        x = fill_missing(x)
+        return self.apply(params, x[..., : -self.config.patch_len] if ims else x, key=key, train=train)[0]

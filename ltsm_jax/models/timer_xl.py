@@ -25,7 +25,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mean_over_rows
+from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.configs import config_from_json
@@ -337,7 +337,7 @@ class TimerXL(Model):
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast, rolled out where the target is longer than one step."""
         point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mean_over_rows(jnp.square(point_BCH - batch["target"]), batch)
+        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 

@@ -14,7 +14,6 @@ the quantiles, while its forecast is the median column: here the quantiles are t
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.frequency import split_freq, unit_of
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
@@ -163,10 +163,11 @@ def freq_class(freq: str) -> int:
     As in the original, the unit decides, not the number before it: "15min" is 0, "3MS" is 1.
     Raises: ValueError for a unit that is none of pandas'.
     """
-    unit = re.match(r"\d*([A-Za-z]+)(-|$)", freq)
-    if unit is None or unit[1] not in _CLASS_OF:
+    _, written = split_freq(freq) or (0, "")
+    unit = written if written in _CLASS_OF else unit_of(freq)
+    if unit not in _CLASS_OF:
         raise ValueError(f"TimesFM knows no frequency {freq!r}; give a pandas offset such as '15min', 'h', 'D', 'MS'")
-    return _CLASS_OF[unit[1]]
+    return _CLASS_OF[unit]
 
 
 def timescales(d_model: int) -> np.ndarray:
@@ -332,9 +333,9 @@ class TimesFM1(Model):
         source = "google-research/timesfm v1/src/finetuning/finetuning_torch.py: FinetuningConfig"
         return Recipe(1e-4, 32, 20, "constant", self.context_len, self.horizon, "own", source, weight_decay=0.01)
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, name=None, key=None) -> tuple[Model, Tree]:
-        """The class of frequency is taken from `freq`; where that is unknown, the config's stands."""
-        if freq is None:
+    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple[Model, Tree]:
+        """The class of frequency is taken from `freq`; where that is unknown (None, "oov"), the config's stands."""
+        if freq in (None, "oov"):
             return self, params
         return TimesFM1(dataclasses.replace(self.config, freq=freq_class(freq))), params
 

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.frequency import microseconds
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
@@ -47,7 +48,6 @@ LEAST_SCALE = 1e-10  # of the mean scaler
 LEAST_WIDTH = 4  # a level that would leave features this narrow keeps whole patches
 FREQUENCIES = {"oov": 0, "min": 1, "2min": 2, "5min": 3, "10min": 4, "15min": 5, "30min": 6, "h": 7, "d": 8, "W": 9}
 _MINUTES = {1: 1, 2: 2, 5: 3, 10: 4, 15: 5, 30: 6, 60: 7, 24 * 60: 8, 7 * 24 * 60: 9}  # length of a step -> token
-_UNITS = {"s": 1 / 60, "S": 1 / 60, "min": 1, "T": 1, "h": 60, "H": 60, "d": 1440, "D": 1440, "W": 10080, "w": 10080}
 
 Widths = tuple[int, int, int]
 Loss = Literal["mse", "mae", "pinball", "huber"]
@@ -276,9 +276,8 @@ def frequency_token(freq: str | None, vocab: int) -> int:
     Raises: ValueError listing the known ones, also for a frequency that is not known (None); "oov" says that on
       purpose.
     """
-    match = re.fullmatch(r"(\d{0,6})\s*([A-Za-z]+)(-[A-Za-z]{3})?", freq or "")
-    minutes = int(match[1] or 1) * _UNITS.get(match[2], 0) if match else 0
-    token = FREQUENCIES["oov"] if freq == "oov" else _MINUTES.get(round(minutes, 6))  # pyright: ignore
+    minutes = (microseconds(freq) or 0) / 60e6
+    token = FREQUENCIES["oov"] if freq == "oov" else _MINUTES.get(minutes)  # pyright: ignore
     if token is None or token >= vocab:
         known = ", ".join(name for name, number in FREQUENCIES.items() if number < vocab)
         raise ValueError(
@@ -679,8 +678,8 @@ class TTM(Model):
         sizes = (self.context_len, self.horizon)
         return Recipe(1e-4, 64, 10, "one-cycle", *sizes, "own", source, weight_decay=0.01, trainable=trainable)
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, name=None, key=None) -> tuple["TTM", Tree]:
-        """Sets the frequency token; mixers over channels for another number of channels are drawn anew."""
+    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple["TTM", Tree]:
+        """Set the frequency token; draw mixers over channels anew for another number of channels."""
         cfg = self.config
         if cfg.freq_vocab and (freq is not None or cfg.freq_token is None):
             cfg = dataclasses.replace(cfg, freq_token=frequency_token(freq, cfg.freq_vocab))
@@ -699,7 +698,13 @@ class TTM(Model):
                 seen = len(cfg.forecast_channels or range(n_variates)) + len(cfg.exogenous)
                 fcm_layers = tuple((a, 2 * seen if seen > 1 else 0, b) for a, _, b in cfg.fcm_layers)
                 cfg = dataclasses.replace(cfg, fcm_layers=fcm_layers)
-            fresh = flatten(TTM(cfg).init(jax.random.key(0) if key is None else key))
+            if key is None:
+                raise ValueError(
+                    f"this TTM mixes {self.config.n_channels} channels, not {n_variates}: new mixers must be drawn and "
+                    f"trained; give {self.config.n_channels} variates, or a key to draw them with: "
+                    f"for_series(params, n_variates={n_variates}, key=jax.random.key(0))"
+                )
+            fresh = flatten(TTM(cfg).init(key))
             old = flatten(params)
             kept = {path: old[path] if path in old and old[path].shape == leaf.shape else leaf
                     for path, leaf in fresh.items()}  # fmt: skip
@@ -731,7 +736,7 @@ class TTM(Model):
 
         Args:
           observed_BCT: 1 or 0; what is 0 does not count in the scale, but x is still what the patches show there.
-          future_BCH: known future, of which the exogenous channels are read.
+          future_BCH: known future, of which the exogenous channels are read; missing values are filled as in the past.
           freq_token: integers [B] or one, by default the config's. categories: [B, V], likewise.
         Returns: the forecasts, and taps; among them `all`, the forecasts of all channels [B, C, H] before they are
           mixed, in the units of x.
@@ -772,6 +777,7 @@ class TTM(Model):
             p_BCPK = z_BCL[..., steps]
         if future_BCH is not None:
             future_BCH = future_BCH[..., : self.horizon].astype(jnp.float32)
+            future_BCH = jnp.where(jnp.isnan(future_BCH), self._filling(x_BCL, observed > 0), future_BCH)
         rngs = {"dropout": key} if train and key is not None and max(cfg.dropout, cfg.head_dropout) else None
         net: Any = TTMNet(cfg)  # Flax types what apply returns too widely
         all_BCH, y_BCH, taps = net.apply(
@@ -851,10 +857,13 @@ class TTM(Model):
         short = max(keep - x.shape[-1], 0)
         x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)[..., x.shape[-1] + short - keep :]
         seen = ~jnp.isnan(x)
-        fill = jnp.zeros_like(x[..., :1])
-        if self.config.fill == "mean":
-            fill = jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
-        return jnp.where(seen, x, fill), seen.astype(jnp.float32)
+        return jnp.where(seen, x, self._filling(x, seen)), seen.astype(jnp.float32)
+
+    def _filling(self, x: jax.Array, seen: jax.Array) -> jax.Array:
+        """What stands for missing values [B, C, 1]: 0, or the mean of what is seen."""
+        if self.config.fill == "zero":
+            return jnp.zeros_like(x[..., :1])
+        return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
 
     def predict(
         self, params: Tree, context: jax.Array, horizon: int, key=None, *, future=None, categories=None

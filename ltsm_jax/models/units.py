@@ -7,7 +7,8 @@ A window of V variates, scaled by its own mean and deviation, is cut into patche
 variate stand the prompt tokens of its data set; behind them, for a forecast, as many generated tokens as the future has
 patches (GEN tower), for classification one token of the task. Blocks attend over tokens, then over variates, then mix
 channels and tokens; the layers that mix tokens are stored for a fixed number of them and interpolated to what is there.
-A data set that the checkpoint does not know gets tokens of its own, freshly drawn (`for_series`).
+A model speaks for one data set of its checkpoint (`UnitsConfig.dataset`); for data with another number of variates
+`for_series` takes the tokens of one that has as many, or draws new ones.
 
 The original leaves the last steps of a horizon at the mean where it is no whole number of patches; `predict` generates
 one token more instead. `apply` does as the original.
@@ -30,7 +31,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_over_rows
+from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -522,22 +523,30 @@ class Units(Model):
         source = "mims-harvard/UniTS scripts, prompt tuning: lr 1e-3 at an effective batch of 32, tokens alone"
         return Recipe(1e-3, 32, 5, "cosine", self.context_len, self.horizon, "own", source, trainable=r"_tokens/")
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, name=None, key=None) -> tuple["Units", Tree]:
-        """Speaks for the data set `name`: with the checkpoint's tokens where it has some for as many variates, else
-        with fresh ones, drawn from `key`, under that name."""
-        cfg, known = self.config, self.config.datasets
-        name = (name or "data").replace("/", "_")
-        if name == cfg.current and known[name] == n_variates:
+    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple["Units", Tree]:
+        """Speak for data with so many variates: with the tokens of the current data set where it has as many, else of
+        the first forecasting task that has, else with tokens drawn from `key`."""
+        cfg = self.config
+        if cfg.datasets[cfg.current] == n_variates:
             return self, params
-        if known.get(name) != n_variates:
-            if name in known:
-                name = f"{name} ({n_variates})"
-            if name not in known:
-                same = self.task
-                task = UnitsTask(f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates)
-                cfg = dataclasses.replace(cfg, tasks=(*cfg.tasks, task))
-                params = self._with_tokens(cfg, params, key)
-        return Units(dataclasses.replace(cfg, dataset=name)), params
+        for task in cfg.tasks:
+            if task.horizon and task.n_variates == n_variates:
+                return Units(dataclasses.replace(cfg, dataset=task.dataset)), params
+
+        if key is None:
+            told = ", ".join(f"{name} ({size})" for name, size in list(cfg.datasets.items())[:20])
+            raise ValueError(
+                f"this UniTS has no tokens for {n_variates} variates; its data sets are {told}. New tokens must be "
+                "drawn and trained; give a key to draw them with: "
+                f"for_series(params, n_variates={n_variates}, key=jax.random.key(0))"
+            )
+        name = f"data_{n_variates}"
+        while name in cfg.datasets:  # of a checkpoint that calls another data set so
+            name += "_"
+        same = self.task
+        task = UnitsTask(f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates)
+        cfg = dataclasses.replace(cfg, tasks=(*cfg.tasks, task), dataset=name)
+        return Units(cfg), self._with_tokens(cfg, params, key)
 
     def with_head(self, params: Tree, head: str, key: jax.Array, **sizes: Any) -> tuple["Units", Tree]:
         """Fresh tokens for a classification task of the current data set. sizes: n_classes, and optionally name."""
@@ -551,8 +560,8 @@ class Units(Model):
         cfg = dataclasses.replace(self.config, tasks=(*self.config.tasks, task), classifies=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
 
-    def _with_tokens(self, cfg: UnitsConfig, params: Tree, key: jax.Array | None) -> Tree:
-        fresh = flatten(Units(cfg).init(jax.random.key(0) if key is None else key))
+    def _with_tokens(self, cfg: UnitsConfig, params: Tree, key: jax.Array) -> Tree:
+        fresh = flatten(Units(cfg).init(key))
         return unflatten(fresh | flatten(params))
 
     # --- the network around its instance scaling
@@ -637,9 +646,10 @@ class Units(Model):
         return y[..., length : length + horizon]
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast, as in supervised training."""
-        y = self.forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mean_over_rows(jnp.square(y - batch["target"]), batch)
+        """MSE of the forecast over the observed targets, as in supervised training."""
+        x = fill_missing(batch["context"])
+        y = self.forecast(params, x, batch["target"].shape[-1], key, train)
+        return mse_observed(y, batch["target"], batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         return self.loss(params, batch, key, train)
@@ -652,16 +662,20 @@ class Units(Model):
         return Forecast(self.forecast(params, x, horizon))
 
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
-        """Reconstruction [B, V, T] of x where `observed` is 0. T must be whole patches. ims has no meaning here."""
-        observed = observed.astype(jnp.float32)
+        """Reconstruction [B, V, T] of x where `observed` is 0 or x is NaN. T must be whole patches. ims has no meaning
+        here."""
+        observed = jnp.where(jnp.isnan(x), 0.0, observed.astype(jnp.float32))
         return self.apply(params, jnp.where(observed == 0, 0.0, x), observed_BVL=observed, key=key, train=train)[0]
 
     def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects, [B, V, T], of all points. ims has no meaning here."""
-        return self.apply(params, x, key=key, train=train)[0][..., : x.shape[-1]]
+        """What the model expects, [B, V, T], of all points; missing ones take the last value before them. ims has no
+        meaning here."""
+        return self.apply(params, fill_missing(x), key=key, train=train)[0][..., : x.shape[-1]]
 
     def classify(self, params: Tree, x: jax.Array, key=None, train=False, task: str = "") -> jax.Array:
-        """Logits [B, M] of x [B, V, T]. task: by default the one `with_head` made, else the data set's own.
+        """Logits [B, M] of x [B, V, T]; missing values take the last value before them.
+
+        task: by default the one `with_head` made, else the data set's own.
 
         Raises: ValueError where there is no classification task.
         """
@@ -672,7 +686,7 @@ class Units(Model):
                 f"no classification task for {self.config.current!r}: name one, or make one with "
                 "`model.with_head(params, 'classification', key, n_classes=...)`"
             )
-        return self.apply(params, x, task=task, key=key, train=train)[0]
+        return self.apply(params, fill_missing(x), task=task, key=key, train=train)[0]
 
 
 def _joined(params: Tree) -> Tree:

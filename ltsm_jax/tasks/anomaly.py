@@ -37,7 +37,7 @@ from ltsm_jax import sharding
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.splits import Scaler
 from ltsm_jax.data.windows import Windows, windows_between
-from ltsm_jax.layers.missing import mean_over_rows
+from ltsm_jax.layers.missing import mse_observed
 from ltsm_jax.models.family import Batch, Model
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
@@ -140,7 +140,8 @@ def prepare(series: Labelled, *, holdout: float = 0.1, quirks: Collection[str] =
 def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
     """The training loss `f(params, batch, key, train) -> scalar`: mean squared error, squared units of the batch.
 
-    A window is `context` [B, C, L] and `target` [B, C, H] of the batch, one after the other; rows count by `weight`.
+    A window is `context` [B, C, L] and `target` [B, C, H] of the batch, one after the other; rows count by `weight`,
+    missing values (NaN) do not.
 
     Args:
       ims: True: each token predicts the next, all but the first are scored. False: the model reconstructs the
@@ -152,7 +153,7 @@ def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Arr
     def loss(params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
         x_BCT = jnp.concatenate([batch["context"], batch["target"]], axis=-1)
         y_BCT = model.reconstruct(params, x_BCT, key=key, train=train, ims=ims)
-        return mean_over_rows(jnp.square(y_BCT - x_BCT[..., x_BCT.shape[-1] - y_BCT.shape[-1] :]), batch)
+        return mse_observed(y_BCT, x_BCT[..., x_BCT.shape[-1] - y_BCT.shape[-1] :], batch)
 
     return loss
 

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltsm_jax import sharding
+from ltsm_jax import hosts, sharding
 from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree
 
 HERE = Placement()  # where the arrays lie; nothing is split
 
 
+@hosts.interruptible()
 def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Placement = HERE) -> Tree:
     """Compute `f(indices)` for the windows 0..n-1, `batch_size` at a time, and join the results.
 
@@ -23,7 +24,7 @@ def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Pla
       placement: the devices among which the rows of a batch are split, and B rounded up to what they divide. On several
         hosts all call, and all get everything.
     Returns: arrays [n, ...] on the host, float64.
-    Raises: ValueError when n or batch_size is below 1.
+    Raises: ValueError when n or batch_size is below 1; on one host, after a signal, what `hosts.stopped` makes.
     """
     if n < 1:
         raise ValueError("no windows to evaluate")
@@ -35,6 +36,7 @@ def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Pla
     for start in range(0, n, size):
         indices = np.minimum(np.arange(start, start + size, dtype=np.int32), n - 1)
         batches.append(f(placement.put_rows(indices)))
+        hosts.pause()
 
     def join(*parts: Any) -> np.ndarray:
         on_host = [sharding.on_host(part) for part in parts]

@@ -14,6 +14,7 @@ writes everything else, and moves the checkpoint to its name when all have told 
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ LOCK = ".lock"
 KEEP = 2
 SEE_SECONDS = 30.0
 WAIT_SECONDS = 0.05
+MOST_NAMED, LONGEST = 10, 70  # differences that a message names, and characters of a value
 
 _gave_up = False
 
@@ -55,7 +57,8 @@ class RunFolder:
     """
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], keep: int = KEEP):
-        self.folder, self.keep = Path(folder).absolute(), keep
+        self.folder, self.keep = Path(folder).expanduser().absolute(), keep
+        self.config_sha256 = _sha256_of(config)
         self.steps_folder = self.folder / CHECKPOINTS
         self.writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: concurrent.futures.Future | None = None
@@ -69,15 +72,24 @@ class RunFolder:
     def _open(self, config: Mapping[str, Any]) -> str:
         token = uuid.uuid4().hex if hosts.count() > 1 else ""  # by which the others see that it is the same folder
         with contextlib.ExitStack() as files, self._writing():
-            self.steps_folder.mkdir(parents=True, exist_ok=True)
+            asked = json.loads(json.dumps(config))
+            self._compare(asked)  # a folder that is refused is left as it is
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock = files.enter_context(open(self.folder / LOCK, "a+"))
             self._lock(lock)
             lock.truncate(0)
             lock.write(token)
             lock.flush()
-            self._settle_config(json.loads(json.dumps(config)))
-            for scrap in self.steps_folder.glob(".*"):  # what a killed process was writing or deleting
+            if not self._compare(asked):  # again: another process may have been faster
+                temporary = (self.folder / CONFIG).with_suffix(".tmp")
+                temporary.write_text(json.dumps(asked, indent=2) + "\n")
+                os.replace(temporary, self.folder / CONFIG)
+            self.steps_folder.mkdir(exist_ok=True)
+            # what a killed process was writing or deleting
+            for scrap in self.steps_folder.glob(".*"):
                 shutil.rmtree(scrap, ignore_errors=True)
+            for scrap in self.folder.glob("*.tmp"):
+                scrap.unlink(missing_ok=True)
             self.metrics = files.enter_context(open(self.folder / METRICS, "ab"))
             self.timing = files.enter_context(open(self.folder / TIMING, "a"))
             self.files = files.pop_all()  # open as long as the run, unless something above failed
@@ -105,28 +117,34 @@ class RunFolder:
                 f"another process is running in {self.folder}; wait for it or choose another folder"
             ) from None
 
-    def _settle_config(self, config: dict) -> None:
+    def _compare(self, config: dict) -> bool:
+        """Tell whether the folder holds a run, which must then be one of this configuration."""
         path = self.folder / CONFIG
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
-            os.replace(temporary, path)
-            return
+            if steps(self.folder):
+                raise storage.DamagedError(
+                    f"{path} is missing, although {self.folder} has checkpoints of a run; restore it, or choose "
+                    "another folder"
+                )
+            return False
         try:
             old = _flat(json.loads(path.read_text()))
         except (ValueError, AttributeError) as err:
             raise storage.DamagedError(f"{path} cannot be read ({err}); restore it or choose another folder") from None
         new = _flat(config)
-        differing = [
-            f"  {k}: {old.get(k, 'absent')} in the folder, {new.get(k, 'absent')} asked for"
-            for k in sorted(old.keys() | new.keys())
-            if old.get(k, "absent") != new.get(k, "absent")
-        ]
+        differing = []
+        for name in sorted(old.keys() | new.keys()):
+            there, wanted = old.get(name, "absent"), new.get(name, "absent")
+            if there != wanted:
+                differing.append(f"  {name}: {_short(there)} in the folder, {_short(wanted)} asked for")
+        if len(differing) > MOST_NAMED:
+            differing[MOST_NAMED:] = [f"  and {len(differing) - MOST_NAMED} more"]
         if differing:
             raise ValueError(
                 f"{self.folder} holds a run with another configuration; choose another folder or delete this one:\n"
                 + "\n".join(differing)
             )
+        return True
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
@@ -150,6 +168,12 @@ class RunFolder:
         }
         with _damage(self.folder, steps):
             position = hosts.together(_position, self.folder, steps[-1])
+        if position.get("config_sha256", self.config_sha256) != self.config_sha256:
+            raise storage.DamagedError(
+                f"{self.folder / CONFIG} was edited: checkpoint {self.path(steps[-1]).name} is of a run with another "
+                "configuration; restore it, or choose another folder"
+            )
+        with _damage(self.folder, steps):
             tree = storage.load_tree(path_of(self.folder, steps[-1]) / STATE, trees.unflatten(shapes))
         flat = trees.flatten(tree)
         hosts.on_first(self._cut_metrics, position["metrics_bytes"], position["metrics_sha256"])
@@ -172,7 +196,11 @@ class RunFolder:
                 os.fsync(self.metrics.fileno())
                 shutil.rmtree(temporary, ignore_errors=True)
                 (temporary / STATE).mkdir(parents=True)
-            return {"metrics_bytes": self.metrics.tell(), "metrics_sha256": self.metrics_hash.hexdigest()}
+            return {
+                "metrics_bytes": self.metrics.tell(),
+                "metrics_sha256": self.metrics_hash.hexdigest(),
+                "config_sha256": self.config_sha256,
+            }
 
         facts: dict[str, Any] = dict(position) | hosts.on_first(begin)
         write = storage.begin_save(temporary / STATE, trees.unflatten(trees.flatten(tree)))
@@ -239,7 +267,7 @@ class RunFolder:
             if hosts.count() == 1:  # others may be writing there; the next launch takes it away
                 shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
             raise WriteError(
-                f"could not write checkpoint {path}: {str(err).strip()[:500]}\n"
+                f"could not write checkpoint {path}: {_reason(err)}\n"
                 f"Whole before it: {', '.join(path_of(self.folder, s).name for s in steps(self.folder)) or 'none'}. "
                 "Make room or allow writing there, then give the same command again to go on."
             ) from err
@@ -360,7 +388,7 @@ def read_checkpoint(
     Raises: FileNotFoundError naming the steps there are; storage.DamagedError; ValueError for `only` or `like` that do
       not fit.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).expanduser().absolute()
     there = steps(folder)
     if not there or (step is not None and step not in there):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -370,6 +398,37 @@ def read_checkpoint(
         position = _position(folder, there[-1])
     tree = storage.load_tree(path_of(folder, there[-1]) / STATE, like, only=only)
     return tree, position
+
+
+def begun(folder: str | Path) -> bool:
+    """Tell whether a run is in the folder already, and make nothing.
+
+    Raises: WriteError where the folder cannot be made or written.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if (folder / CONFIG).exists():
+        return True
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise WriteError(f"cannot write to {folder}: {there} is a file. Choose another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise WriteError(f"cannot write to {folder}: {there} allows no writing. Allow it, or choose another folder.")
+    return False
+
+
+def _reason(err: Exception) -> str:
+    """What has gone wrong, without tensorstore's long paths where the disk is full."""
+    text, full = str(err).strip(), os.strerror(errno.ENOSPC)
+    return full if full in text and not isinstance(err, OSError) else text[:500]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _sha256_of(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def steps(folder: Path) -> list[int]:

@@ -20,11 +20,12 @@ import numpy as np
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import checkpoints, memory, optimizers, progress, step
+from ltsm_jax.training import checkpoints, compiling, memory, optimizers, progress, step
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
 HUGE = 1e6  # beyond any scaled series; one such value swamps all others in a float32 sum of squares
+MOST_OF_ALL = 2**31 - 1  # steps of a run: they are counted in 32 bits
 DISPATCH_SECONDS = 0.5  # long enough to hide Python, short enough for a live progress bar
 
 
@@ -39,7 +40,9 @@ class FitResult:
         step), and what `validate` returned under "val_<name>".
       best_epoch: from 1; None without validation.
       steps: optimiser steps taken.
-      seconds: of training and validation, over all launches; compilation included.
+      seconds: of training and validation, over all launches, without compilation.
+      compile_seconds: those that training and validation waited for the compiler, over all launches: nearly none for
+        whoever comes second with the same shapes.
     """
 
     params: Tree
@@ -48,6 +51,7 @@ class FitResult:
     best_epoch: int | None
     steps: int
     seconds: float
+    compile_seconds: float = 0.0
 
 
 class NonFiniteError(ValueError):
@@ -61,23 +65,25 @@ class _Position:
     step: int = 0
     loss_sum: float = 0.0  # over the windows of this epoch so far
     best_epoch: int | None = None
-    best_mse: float = math.inf
+    best: float = math.inf  # the lowest value of the metric that selects
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    compile_seconds: float = 0.0
     finished: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        # inf is no JSON; best_mse can be read off the history
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "best_mse"}
+        # inf is no JSON; it can be read off the history
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "best"}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "_Position":
+    def from_json(cls, stored: Mapping[str, Any], select: str) -> "_Position":
         position = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored})
         if position.best_epoch is not None:
-            position.best_mse = position.history[position.best_epoch - 1]["val_mse"]
+            position.best = position.history[position.best_epoch - 1][f"val_{select}"]
         return position
 
 
+@hosts.interruptible()
 def fit(
     loss_fn: Callable[[Tree, dict[str, jax.Array], jax.Array, bool], jax.Array],
     params: Tree,
@@ -85,6 +91,7 @@ def fit(
     *,
     config: TrainConfig,
     validate: Callable[[Tree], Mapping[str, float]] | None = None,
+    select: str = "mse",
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
     folder: str | Path | None = None,
@@ -97,7 +104,8 @@ def fit(
     Training happens where the parameters lie: on one device, or, where `sharding.shard` laid them over a mesh, on all
     of its devices, each with its part of every batch. The batches are the same ones for any mesh, so that a run may go
     on with another number of devices or hosts. On several hosts all call with the same arguments, and the folder is one
-    that all see. When SIGTERM comes to one of them (inside `hosts.session`), all save and stop at the same step.
+    that all see. When SIGTERM or Ctrl-C comes to one of them (inside `hosts.session`), all save and stop at the same
+    step. Outside of a session Ctrl-C does the same to this process.
 
     Compiled once for a loss function and the shapes it sees: hand in the same function object (not a new lambda)
     for every run that should share the compilation. A `jax.tree_util.Partial` may carry arrays, as arguments.
@@ -109,7 +117,8 @@ def fit(
       train_source: a pytree with `n` windows, `gather(indices [B]) -> batch`, and `over(mesh)`, itself where the steps
         can use it (`ltsm_jax.data.windows.Windows`).
       config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
-      validate: params -> {"mse": ..., ...}, called after each epoch; the lowest "mse" (strictly) wins.
+      validate: params -> {"mse": ..., ...}, called after each epoch.
+      select: which of these metrics selects the epoch: its lowest value (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
         has no optimiser state, and keeps its dropout.
       penalty: params -> scalar, added to the loss.
@@ -121,7 +130,8 @@ def fit(
       show_progress: a bar on a terminal, else a line every few seconds, on stderr.
     Raises: ValueError for an empty source, nothing to train, a run that does not fit into memory (naming the batch
       size that does), or a folder that holds another run; NonFiniteError; checkpoints.WriteError;
-      storage.DamagedError; hosts.Stopped after SIGTERM.
+      storage.DamagedError; after SIGTERM hosts.Stopped; after Ctrl-C that or, outside `hosts.session`,
+      KeyboardInterrupt.
     """
     config.require_filled()
     if int(train_source.n) < 1:
@@ -142,15 +152,20 @@ def fit(
         frozen,
         validate,
         Placement.of(params),
+        select,
     )
 
-    run = None
+    run, takes = None, ""
+    if folder is None or not hosts.on_first(checkpoints.begun, folder):
+        # it traces the loss: what is refused here has made no folder
+        takes = fitting.check_memory(allocated=0, writes=folder is not None)
     if folder is not None:
-        record = _config_record(config, facts, params, trainable, train_source, validate)
+        record = _config_record(config, facts, params, trainable, train_source, validate and select)
         run = checkpoints.RunFolder(folder, record, config.keep_checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext():
-        takes = fitting.start(moving, run)
+        fitting.start(moving, run)
         if not fitting.position.finished:
+            takes = takes or fitting.check_memory(allocated=memory.bytes_on_one(fitting.shapes), writes=True)
             done = fitting.position.step
             show = show_progress and hosts.first()
             with progress.Bar(fitting.total, config.epochs, label, done=done, show=show) as bar:
@@ -168,6 +183,7 @@ def fit(
         best_epoch=position.best_epoch,
         steps=position.step,
         seconds=position.seconds,
+        compile_seconds=position.compile_seconds,
     )
 
 
@@ -175,9 +191,19 @@ class _Fitting:
     """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
 
     def __init__(
-        self, config: TrainConfig, loss_fn, penalty, source, moving: Tree, frozen: Tree, validate, placement: Placement
+        self,
+        config: TrainConfig,
+        loss_fn,
+        penalty,
+        source,
+        moving: Tree,
+        frozen: Tree,
+        validate,
+        placement: Placement,
+        select: str,
     ):
         self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
+        self.select = select
         self.source, self.frozen, self.validate = source, frozen, validate
         assert config.epochs and config.batch_size and config.lr and config.schedule, "filled"
         self.n = int(source.n)
@@ -189,51 +215,56 @@ class _Fitting:
         self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
+        if self.total > MOST_OF_ALL:
+            raise ValueError(
+                f"{config.epochs} epochs of {self.steps_per_epoch} steps are more than {MOST_OF_ALL} steps"
+            )
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
         self.keys = placement.replicate(keys(config.seed or 0))
         self.pace = _Pace(config.steps_per_dispatch)
-        self.layout: step.Layout | None = None
         self.saved_step = 0
         self.how = step.How.of(config)
+        self.run: checkpoints.RunFolder | None = None
+        self.shapes = jax.eval_shape(self.state_of, moving)
+        self.shardings: Tree | None = None
+        self.layout: step.Layout | None = None
+        if self.mesh is not None:
+            self.shardings = sharding.like(self.shapes, moving, self.mesh)
+            self.layout = step.Layout.of(self.mesh, self.shardings)
+            self.shapes = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.shapes, self.shardings
+            )
 
-    def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> str:
-        """State and position at the start of the run, or where an earlier launch came to; a line on memory."""
+    def state_of(self, moving: Tree) -> Tree:
+        """Make the state at the start of a run."""
+        # copies: the steps donate their input, and the caller's arrays must live
+        state = {
+            "params": jax.tree.map(jnp.copy, moving),
+            "optimizer": optimizers.adam(self.config.weight_decay or 0.0, self.config.clip).init(moving),
+        }
+        return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
 
-        def state_of(moving):
-            # copies: the steps donate their input, and the caller's arrays must live
-            state = {
-                "params": jax.tree.map(jnp.copy, moving),
-                "optimizer": optimizers.adam(self.config.weight_decay, self.config.clip).init(moving),
-            }
-            return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
+    def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> None:
+        """Take state and position from the start of the run, or from where an earlier launch came to."""
+        self.run = run
+        restored = run.restore(self.shapes) if run else None
+        if restored is not None:
+            self.state, self.position = restored[0], _Position.from_json(restored[1], self.select)
+            self.saved_step = self.position.step
+            return
+        self.position = _Position()
+        if self.shardings is not None:
+            self.state = jax.jit(self.state_of, out_shardings=self.shardings)(moving)
+        else:
+            self.state = sharding.together(self.state_of(moving))
 
-        self.run, shapes = run, jax.eval_shape(state_of, moving)
-        layout = None if self.mesh is None else sharding.like(shapes, moving, self.mesh)
-        if layout is not None and self.mesh is not None:
-            shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
-            self.layout = step.Layout.of(self.mesh, layout)
-        restored = run.restore(shapes) if run else None
-        if restored is None:
-            self.position = _Position()
-            takes = self.check_memory(shapes, allocated=0)
-            if layout is not None:
-                self.state = jax.jit(state_of, out_shardings=layout)(moving)
-            else:
-                self.state = sharding.together(state_of(moving))
-            return takes
-        self.state, self.position = restored[0], _Position.from_json(restored[1])
-        self.saved_step = self.position.step
-        if self.position.finished:
-            return ""
-        return self.check_memory(shapes, allocated=memory.bytes_on_one(shapes))
-
-    def check_memory(self, shapes: Tree, allocated: int) -> str:
+    def check_memory(self, *, allocated: int, writes: bool) -> str:
         """Say what training takes, of which `allocated` bytes a device are taken already.
 
         Raises: ValueError naming what fits, where it does not.
         """
         found = memory.estimate(
-            shapes,
+            self.shapes,
             self.frozen,
             self.source,
             self.loss_fn,
@@ -241,21 +272,32 @@ class _Fitting:
             batch_size=self.batch_size,
             how=self.how,
             placement=self.placement,
-            writes_checkpoints=self.run is not None,
+            writes_checkpoints=writes,
         )
         free = memory.available()
         return found.check(None if free is None else free + found.sharing * allocated)
 
     def train(self, run: checkpoints.RunFolder | None, bar: progress.Bar) -> None:
+        """Take the rest of the run's steps, with their validations and checkpoints."""
+        with compiling.measured() as self.waited:
+            self._train(run, bar)
+
+    def count_time(self) -> None:
+        """Bring the seconds of all launches up to date."""
+        self.position.compile_seconds = self.compiled_before + self.waited.seconds
+        self.position.seconds = time.monotonic() - self.began - self.position.compile_seconds
+
+    def _train(self, run: checkpoints.RunFolder | None, bar: progress.Bar) -> None:
         self.bar, config = bar, self.config
-        self.began = time.monotonic() - self.position.seconds
+        self.compiled_before = self.position.compile_seconds
+        self.began = time.monotonic() - self.position.seconds - self.position.compile_seconds
         self.saved = time.monotonic()
         if run:
             device = jax.devices()[0].device_kind
             run.clock(launch_at_step=self.position.step, jax=jax.__version__, device=device, cores=os.cpu_count())
         while not self.position.finished:
             began, first = time.monotonic(), self.position.step
-            epoch = first // self.steps_per_epoch
+            epoch = len(self.position.history)  # a run may have been stopped between its last step and its validation
             self.order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
             steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
             self.lr = np.asarray(self.rates(steps), np.float32)
@@ -264,13 +306,20 @@ class _Fitting:
                 due = self.position.step > steps[0] and time.monotonic() - self.saved >= config.checkpoint_seconds
                 self.dispatch(epoch, self.position.step - int(steps[0]), self.settle(run, due))
             trained = time.monotonic()
-            self.end_epoch(epoch)
+            try:
+                self.end_epoch(epoch)
+            except (hosts.Stopped, KeyboardInterrupt) as err:
+                # out of the middle of a validation: it comes again, from a checkpoint of the last step
+                if not hosts.asked_for(err):
+                    raise
+                raise self.stopped(run) from None
             if run:
                 run.clock(
                     epoch=epoch + 1,
                     train_seconds=round(trained - began, 3),
                     validation_seconds=round(time.monotonic() - trained, 3),
                     steps_per_second=round((self.position.step - first) / (trained - began), 3),
+                    compile_seconds_so_far=round(self.position.compile_seconds, 3),
                 )
                 # an epoch shorter than a write need not wait for the disk
                 if self.position.finished or not hosts.agree(run.saving).any():
@@ -281,19 +330,25 @@ class _Fitting:
     def settle(self, run: checkpoints.RunFolder | None, due: bool) -> int:
         """Between two dispatches the hosts agree: how many steps come next, whether to save or to stop.
 
-        Raises: hosts.Stopped when SIGTERM has come to one of them, after a checkpoint.
+        Raises: what `hosts.stopped` makes, when a signal has come to one of them, after a checkpoint.
         """
         (steps, due_now), stop = checkpoints.settle(run, self.pace.steps, due)
-        if stop and run:
+        if stop:
+            raise self.stopped(run)
+        if run and due_now:
+            self.save(run)
+        return int(steps)
+
+    def stopped(self, run: checkpoints.RunFolder | None) -> BaseException:
+        """Save, where there is something to save, and make the exception that says so."""
+        kept = "nothing to keep"
+        if run:
             if self.position.step > self.saved_step:
                 self.save(run)
             run.wait()
-        elif run and due_now:
-            self.save(run)
-        if stop:
-            kept = f"checkpoint: {run.path(self.position.step)}" if run and self.position.step else "nothing to keep"
-            raise hosts.Stopped(f"stopped by SIGTERM after step {self.position.step} of {self.total}; {kept}")
-        return int(steps)
+            if self.position.step:
+                kept = f"checkpoint: {run.path(self.position.step)}"
+        return hosts.stopped(f"after step {self.position.step} of {self.total}; {kept}")
 
     def dispatch(self, epoch: int, place: int, steps: int) -> None:
         """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""
@@ -316,7 +371,7 @@ class _Fitting:
                 {"step": at, "epoch": epoch + 1, "loss": _short(loss), "lr": _short(lr)} for at, loss, lr in facts
             )
         position.step += done
-        position.seconds = time.monotonic() - self.began
+        self.count_time()
         if done < count:
             raise NonFiniteError(self.diagnose(epoch, place + done) + self.kept())
         self.pace.learn(count, time.monotonic() - began)
@@ -334,19 +389,20 @@ class _Fitting:
         if self.validate:
             found = self.validate(trees.merge(self.state["params"], self.frozen))
             row |= {f"val_{name}": value.item() if hasattr(value, "item") else value for name, value in found.items()}
-            if not math.isfinite(row["val_mse"]):
+            value = row[f"val_{self.select}"]
+            if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"validation after epoch {epoch + 1} (step {position.step}) gives mse {row['val_mse']}, although "
+                    f"validation after epoch {epoch + 1} (step {position.step}) gives {self.select} {value}, although "
                     f"every training loss was finite{self.kept()}"
                 )
-            if row["val_mse"] < position.best_mse:
-                position.best_mse, position.best_epoch = row["val_mse"], epoch + 1
+            if value < position.best:
+                position.best, position.best_epoch = value, epoch + 1
                 self.state["best"] = jax.tree.map(jnp.copy, self.state["params"])
         position.history.append(row)
         position.loss_sum = 0.0
         waited = epoch + 1 - (position.best_epoch or epoch + 1)
         position.finished = epoch + 1 == self.config.epochs or waited >= (self.config.patience or math.inf)
-        position.seconds = time.monotonic() - self.began
+        self.count_time()
         if self.run:
             self.run.record([row])
         self.bar.update(position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
@@ -356,7 +412,7 @@ class _Fitting:
         self.saved, self.saved_step = time.monotonic(), self.position.step
 
     def best_so_far(self) -> str:
-        return "" if self.position.best_epoch is None else f"  best val mse {self.position.best_mse:.4f}"
+        return "" if self.position.best_epoch is None else f"  best val {self.select} {self.position.best:.4f}"
 
     def kept(self) -> str:
         """For an error: which checkpoint is left."""
@@ -426,16 +482,30 @@ def _short(x: np.float32) -> float:
     return float(str(x))  # the shortest decimal that is this float32 and no other
 
 
-def _config_record(config, facts, params, trainable, source, validate) -> dict[str, Any]:
+def _stamps(source: Any) -> dict[str, str]:
+    """The digest of a source's time stamps, where it has any; no array of the device holds them."""
+    stamps = getattr(source, "timestamps", None)
+    if stamps is None:
+        return {}
+    stamps = np.asarray(stamps)
+    if stamps.dtype.kind == "M":
+        stamps = stamps.astype("datetime64[us]").astype(np.int64)  # the same in whatever unit they came
+    else:
+        stamps = np.frombuffer("\n".join(map(str, stamps)).encode(), np.uint8)
+    return {"stamps_sha256": hosts.on_first(storage.sha256_of, {"stamps": stamps})}
+
+
+def _config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
         "train": config.record(),
         "facts": dict(facts or {}),
-        "selection": "lowest validation mse" if validate else "last epoch",
+        "selection": f"lowest validation {select}" if select else "last epoch",
         "windows": {
             "n": int(source.n),
             "shapes": {k: list(v.shape[1:]) for k, v in one.items()},
             "sha256": hosts.on_first(storage.sha256_of, source),  # the others need not read it for that
+            **_stamps(source),
         },
         "start": {
             "parameters": trees.count(params),

@@ -66,7 +66,7 @@ def refused(file: Path, match: str, **options) -> str:
     with pytest.raises(CheckpointError, match=match) as error:
         import_checkpoint(file, folder / "model", **{"config": PUBLISHED, **options})
     message = str(error.value)
-    assert file.name in message.split("\n")[0] and len(message) < 20_000 and message.replace("\n", "").isprintable()
+    assert file.name in message.split("\n")[0] and len(message) < 2000 and message.replace("\n", "").isprintable()
     assert error.value.__cause__ is None
     assert sorted(folder.rglob("*")) == before  # no canary, no model, no part of one
     return message
@@ -471,7 +471,7 @@ BOMBS = {
     ),
     "bytes again and again": (
         text("x" * 1_000_000) + b"q\0" + (name("_codecs.encode") + b"(h\0" + text("latin1") + b"tR") * 2000,
-        "steps of pickle",
+        "much more memory",
     ),
     "empty steps": (b"N0" * 1_100_000, "steps of pickle"),
 }
@@ -498,7 +498,7 @@ def test_expanded_tensors_cost_no_memory(tmp_path):
     file = torch_zip(tmp_path / "bad.ckpt", pickled(dict_of(("state_dict", dict_of(*huge)))), {"0": b"\0\0\0\0"})
     tracemalloc.start()
     try:
-        refused(file, "no known model")
+        refused(file, "views that would expand")
         assert tracemalloc.get_traced_memory()[1] < MEMORY
     finally:
         tracemalloc.stop()

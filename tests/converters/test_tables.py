@@ -132,9 +132,9 @@ def test_two_rules_for_a_key_and_two_keys_for_a_parameter():
 
 def test_a_hostile_number_of_problems_gives_a_bounded_message():
     state = a_state() | {f"{i}" * 5000: np.zeros(1, np.float32) for i in range(1000)}
-    with pytest.raises(CheckpointError, match="and 800 more") as error:
+    with pytest.raises(CheckpointError, match=r"\.\.\. and 98\d more") as error:
         to_params(RULES, state, the_shapes(), what="m")
-    assert len(str(error.value)) < 60_000
+    assert len(str(error.value)) < 2000
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

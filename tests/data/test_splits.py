@@ -1,5 +1,6 @@
 """Borders, scaling and few-shot subsets against the numbers of the published protocol."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -196,11 +197,32 @@ def test_parts_too_short_are_named_with_what_would_fit():
         prepare(series_of(3), 672, 96)
 
 
-def test_series_with_holes_are_refused():
+def test_infinite_values_are_refused():
     series = series_of(300, 2)
-    series.values[1, 7] = np.nan
-    with pytest.raises(ValueError, match=r"NaN or infinite values in v1; .*missing='interpolate'"):
+    series.values[1, 7] = np.inf
+    with pytest.raises(ValueError, match=r"infinite values in v1"):
         prepare(series, 10, 5)
+
+
+def test_missing_values_stay_and_windows_without_any_are_left_out_and_counted():
+    whole = series_of(300, 2)
+    holes = dataclasses.replace(whole, values=whole.values.copy())
+    holes.values[0, 20:60] = np.nan
+    splits, before = prepare(holes, 10, 5), prepare(whole, 10, 5)
+    known = whole.values[0, np.r_[0:20, 60:210]]
+    assert splits.scaler.mean[0] == pytest.approx(known.mean()) and splits.scaler.std[0] == pytest.approx(known.std())
+    assert (splits.scaler.mean[1], splits.scaler.std[1]) == (before.scaler.mean[1], before.scaler.std[1])
+    # of variate 0 all contexts in rows 20 to 59 go (31 of them), and all targets in them: 36, of which 26 lie in both
+    first = np.arange(210 - 15 + 1)
+    gone = [s for s in first if (s >= 20 and s + 10 <= 60) or (s + 10 >= 20 and s + 15 <= 60)]
+    kept = np.asarray(splits.train.starts)[np.asarray(splits.train.rows) == 0]
+    np.testing.assert_array_equal(kept, np.setdiff1d(first, gone))
+    assert splits.train.n == before.train.n - len(gone)
+    assert f"train: {len(gone)} of {before.train.n} windows left out" in " ".join(splits.notes)
+    assert (splits.val.n, splits.test.n) == (before.val.n, before.test.n)
+    assert np.isnan(splits.train.values).sum() == 40
+    joint = prepare(holes, 10, 5, joint=True)
+    assert joint.train.n == len(first), "the other variate is observed"
 
 
 @pytest.mark.parametrize(

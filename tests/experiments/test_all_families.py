@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments import all_families, demo
+from experiments import all_families, demo, sff
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.models import FAMILIES
 
@@ -30,7 +30,23 @@ def test_unknown_families_are_refused_with_a_hint(capfd):
     assert "did you mean timer?" in capfd.readouterr().err
 
 
-def test_a_failing_family_is_named_and_gives_exit_code_1(table, tmp_path, capfd):
+def test_a_failing_family_is_named_and_gives_exit_code_1(table, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sff, "main", lambda argv: 1)
     out = ["--out", str(tmp_path / "out")]
-    assert all_families.main(["--data", table, "--families", "timer", "--methods", "no_such", *out]) == 1
-    assert "FAILED timer" in capfd.readouterr().err
+    assert all_families.main(["--data", table, "--families", "timer", *out]) == 1
+    said = capfd.readouterr()
+    assert "FAILED timer" in said.err and "0 of 1 families" in said.out
+
+
+def test_unknown_methods_are_refused_before_anything_runs(table, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert all_families.main(["--data", table, "--methods", "ff,sfff", "--out", str(out)]) == 2
+    assert "did you mean sff?" in capfd.readouterr().err and not out.exists()
+
+
+def test_a_folder_of_something_else_is_never_replaced(table, tmp_path, capfd):
+    """`--out .` in a folder with one's own files must not empty it."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert all_families.main(["--data", table, "--families", "timer", "--out", str(tmp_path)]) == 2
+    assert "holds something else" in capfd.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -34,3 +34,14 @@ def test_with_data_it_takes_them(tmp_path, monkeypatch, capsys):
     assert demo.main(["--out", str(tmp_path)]) == 1
     assert asked[0][asked[0].index("--data") + 1] == "ETTh1"
     assert "NO REAL DATA" not in capsys.readouterr().out
+
+
+def test_a_plan_says_nothing_of_pictures_that_nobody_drew(tmp_path, monkeypatch, capsys):
+    """matplotlib is there: a plan must not say that it is missing."""
+    asked = []
+    monkeypatch.setattr(demo, "load_series", lambda name, **kwargs: None)
+    monkeypatch.setattr(sff, "main", lambda argv: asked.append(argv) or 0)
+    assert demo.main(["--out", str(tmp_path), "--plan"]) == 0
+    assert "--plan" in asked[0] and "picture" not in capsys.readouterr().out
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    assert f"picture: {tmp_path / 'ETTh1' / 'plots' / 'forecasts.png'}" in capsys.readouterr().out

@@ -47,8 +47,8 @@ def finished(tmp_path_factory):
         corpus=root / "corpus",
         steps=6,
         batch_size=8,
-        evaluate=str(root / "own.csv"),
-        parts="val",
+        evaluate=(str(root / "own.csv"),),
+        parts=("val",),
     )
     return args, pretrain.main(args)
 

@@ -294,4 +294,4 @@ def test_labels(arm, text):
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert pruning_report.main([str(tmp_path)]) == 2
-    assert "no results.csv, run.json, choice.json" in capsys.readouterr().err
+    assert "no results.csv, run.json, baselines.json, choice.json" in capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_pa
         if where == "between training and result":
             target, name, fatal = cells, "write_examples", lambda args, kwargs: "ff-seed1" in str(args[3])
         elif where == "in training":  # validation after the second epoch of the first trained cell
-            target, name, fatal = run.forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
+            target, name, fatal = forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
         else:
             target, name, fatal = (
                 training,

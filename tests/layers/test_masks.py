@@ -21,7 +21,7 @@ FAMILY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) 
 def ready(name):
     model = FAMILIES[name](FAMILIES[name].small())
     params = jax.jit(model.init)(jax.random.key(1))
-    return model.for_series(params, n_variates=2, freq="h", name="made up", key=jax.random.key(2))
+    return model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
 
 
 def a_batch(model, b=2, seed=0):

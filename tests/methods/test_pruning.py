@@ -14,8 +14,8 @@ import ltsm_jax
 from ltsm_jax import training, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.methods import binding, pruning
-from ltsm_jax.methods.pruning import schedule
+from ltsm_jax.methods import pruning
+from ltsm_jax.methods.pruning import PruneConfig, schedule
 from ltsm_jax.methods.run import run as run_strategy
 from ltsm_jax.methods.run import without_dropout
 from ltsm_jax.methods.strategies import strategy
@@ -35,6 +35,13 @@ def pre(model):
 def few(series):
     """130 training windows."""
     return prepare(dataclasses.replace(series, values=series.values[:, :200], timestamps=None), 32, 8, few_shot=0.43)
+
+
+def quietly(model, params, splits, **options):
+    """A quiet run; fields of the config and arguments of `prune` side by side."""
+    fields = {f.name for f in dataclasses.fields(PruneConfig)}
+    rest = {name: options.pop(name) for name in [*options] if name not in fields}
+    return pruning.prune(model, params, splits, PruneConfig(**options), show_progress=False, **rest)
 
 
 def assert_equal_trees(a, b):
@@ -234,23 +241,15 @@ def prune(model, pre, few):
     def prune(**options):
         key = repr(sorted(options.items()))
         if key not in kept:
-            rest: dict[str, Any] = {
-                "ratio": 0.3,
-                "ema": 0.5,
-                "batch_size": 16,
-                "mode": "ims",
-                "show_progress": False,
-            } | options
-            kept[key] = ltsm_jax.prune(model, pre, few, **rest)
+            kept[key] = quietly(model, pre, few, **{"ratio": 0.3, "ema": 0.5, "batch_size": 16} | options)
         return kept[key]
 
     return prune
 
 
 def test_data_of_a_name_or_a_series_is_split_as_fit_does(prune, model, pre, series):
-    found = ltsm_jax.prune(
-        model, pre, series, few_shot=0.2, epochs=1, ratio=0.3, ema=0.5, batch_size=16, mode="ims", show_progress=False
-    )
+    config = PruneConfig(epochs=1, ratio=0.3, ema=0.5, batch_size=16)
+    found = ltsm_jax.prune(model, pre, series, config, few_shot=0.2, mode="ims", show_progress=False)
     assert found.splits.few_shot == 0.2 and found.splits.test.horizon == model.horizon
     assert found.pruned.keys() == pre.keys() and 0 < pruning.share_left(found.masks) < 1
 
@@ -302,7 +301,7 @@ def test_the_tail_of_several_epochs_goes_on_into_the_next(prune, few):
 
 def test_runs_stop(prune, monkeypatch):
     mse = iter([5.0, 3.0, 3.0, 4.0, 1.0])
-    monkeypatch.setattr(forecasting, "evaluate", lambda *_: {"mse": next(mse)})
+    monkeypatch.setattr(forecasting, "evaluate", lambda *_, **__: {"mse": next(mse)})
     found = prune(epochs=10, seed=11, batch_size=64)
     assert (found.best_epoch, len(found.history), found.stopped) == (2, 4, "patience")  # as low is as good
 
@@ -448,7 +447,7 @@ def one_step(model, params, splits, **changes: Any):
     """A quiet run of a single pruning step."""
     options: dict[str, Any] = {"ratio": 0.2, "ema": 0.5, "batch_size": 16, "epochs": 1, "macro_batch": 10**6}
     options.update(changes)
-    return ltsm_jax.prune(model, params, splits, mode="ims", show_progress=False, **options)
+    return quietly(model, params, splits, **options)
 
 
 @pytest.mark.slow
@@ -492,7 +491,7 @@ def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, mon
     model, params, splits = moe
     rows = splits.train.gather(jnp.arange(5, dtype=jnp.int32))
     stack, masks = "layer_0/mixture/experts", pruning.full_masks(model)
-    loss = forecasting.loss_fn(model, binding.LOSS["ims"])
+    loss = forecasting.loss_fn(model, forecasting.LOSS["ims"])
     sums = jax.jit(functools.partial(pruning.gradient_sums, loss, stacks=[stack]))(params, masks, rows)
     alone = jax.jit(functools.partial(pruning.gradient_sums, loss))
     each = [alone(params, masks, {name: x[i : i + 1] for name, x in rows.items()}) for i in range(5)]
@@ -518,7 +517,7 @@ def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, mon
 
 def test_families_whose_experts_cannot_go_say_so(model, pre, few):
     with pytest.raises(ValueError, match="no experts"):
-        ltsm_jax.prune(model, pre, few, ratio=0.1, ema=0.5, expert_threshold=0.1, show_progress=False)
+        quietly(model, pre, few, ratio=0.1, ema=0.5, expert_threshold=0.1)
 
 
 # --- fine-tuning of what is left

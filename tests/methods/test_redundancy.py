@@ -95,7 +95,7 @@ def test_every_family_is_measured_where_it_can_be_pruned(family):
     """Shapes only: each group's modules are found, and called once with the tokens of the layer around them."""
     model = FAMILIES[family](FAMILIES[family].small())
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(model.init, jax.random.key(0)))
-    model, params = model.for_series(params, n_variates=3, freq="h", name="waves", key=jax.random.key(0))
+    model, params = model.for_series(params, n_variates=3, freq="h", key=jax.random.key(0))
     mode = "ims" if model.recipe().loss == "own" else "direct"
     length = model.context_len + model.horizon + 1
     windows = windows_between(

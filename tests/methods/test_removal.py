@@ -56,7 +56,7 @@ def settings(name):
 def case_of(name, seed=0):
     model = settings(name)
     params = jax.jit(model.init)(jax.random.key(1))
-    model, params = model.for_series(params, n_variates=2, freq="h", name="made up", key=jax.random.key(2))
+    model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
     rng = np.random.default_rng(seed)
     # fresh biases are 0 in some families, fresh kernels tiny in others: both would hide what a mask forgets
     flat = {

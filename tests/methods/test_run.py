@@ -6,10 +6,10 @@ import pytest
 
 from ltsm_jax import training, trees
 from ltsm_jax.data import prepare
-from ltsm_jax.methods.binding import MODES, training_windows
 from ltsm_jax.methods.run import run as run_strategy
 from ltsm_jax.methods.strategies import Phase, Strategy, strategy
 from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks.forecasting import MODES, Forecasting, training_windows
 
 CONFIG = training.TrainConfig(epochs=2, batch_size=64, lr=1e-3)
 
@@ -23,8 +23,9 @@ def run(model, pre, splits):
         key = (name, *sorted(kwargs.items()))
         if key not in kept:
             chosen = strategy(name, **{k: v for k, v in kwargs.items() if k in ("alpha", "l2_sp")})
-            rest = {k: v for k, v in kwargs.items() if k not in ("alpha", "l2_sp")}
-            kept[key] = run_strategy(model, pre, chosen, splits, config=CONFIG, show_progress=False, **rest)
+            rest = {k: v for k, v in kwargs.items() if k not in ("alpha", "l2_sp", "mode")}
+            task = Forecasting(kwargs.get("mode", "ims"))
+            kept[key] = run_strategy(model, pre, chosen, splits, task=task, config=CONFIG, show_progress=False, **rest)
         return kept[key]
 
     return run
@@ -145,7 +146,13 @@ def test_next_token_training_has_targets_of_a_patch_at_any_horizon(model, pre, s
 def test_direct_training_refuses_a_horizon_it_cannot_reach(model, pre, series):
     with pytest.raises(ValueError, match="one patch"):
         run_strategy(
-            model, pre, strategy("ff"), prepare(series, 32, 20), config=CONFIG, mode="direct", show_progress=False
+            model,
+            pre,
+            strategy("ff"),
+            prepare(series, 32, 20),
+            config=CONFIG,
+            task=Forecasting("direct"),
+            show_progress=False,
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax import trees
+from ltsm_jax.layers.context import LARGEST
 from ltsm_jax.models import FAMILIES, family, folders
 
 slow = lambda x: pytest.param(x, marks=pytest.mark.slow)  # noqa: E731
@@ -51,7 +52,7 @@ def case(request):
     cls = FAMILIES[request.param]
     model = cls(cls.small())
     params = jax.jit(model.init)(jax.random.key(1))
-    model, params = model.for_series(params, n_variates=2, freq="h", name="made up", key=jax.random.key(2))
+    model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
     return Case(model, params, 2 if model.variates == "joint" else 1)
 
 
@@ -91,14 +92,18 @@ def hostile(x_BCT):
     rows["1e-8"] = x_BCT[0] * 1e-8
     rows["1e8"] = x_BCT[0] * 1e8
     rows["offset 1e6"] = x_BCT[0] + 1e6
+    rows["1e-30"] = x_BCT[0] * 1e-30
+    rows["as large as allowed"] = x_BCT[0] / jnp.abs(x_BCT[0]).max() * LARGEST
+    rows["constant 1e-30"] = jnp.full_like(x_BCT[0], 1e-30)
+    rows["constant, as large as allowed"] = jnp.full_like(x_BCT[0], LARGEST)
     return rows
 
 
 def test_troubled_series_give_finite_forecasts(case):
     rows = hostile(case.series(1, case.model.context_len))
     found = case.predict(jnp.stack(list(rows.values())), case.model.horizon)
-    for i, name in enumerate(rows):
-        assert np.isfinite(np.asarray(found.point[i])).all(), name
+    bad = [name for i, name in enumerate(rows) if not np.isfinite(np.asarray(found.point[i])).all()]
+    assert not bad
     check_finite(found, len(rows), case.c, case.model.horizon)
 
 
@@ -108,6 +113,8 @@ def test_a_series_without_any_value_is_refused_where_values_can_be_seen(case):
         case.model.predict(case.params, x, 4)
     with pytest.raises(ValueError, match="infinite"):
         case.model.predict(case.params, x.at[1].set(jnp.inf), 4)
+    with pytest.raises(ValueError, match=r"values beyond 1e\+16 in \(batch, variate\) \[\[1, 0\]"):
+        case.model.predict(case.params, x.at[1].set(1e17), 4)
 
 
 def test_missing_values_are_not_seen(case):
@@ -135,28 +142,109 @@ def test_equal_shapes_are_traced_once(case):
     assert len(TRACES) == before
 
 
-@pytest.mark.slow
-def test_losses_and_their_gradients(case):
-    model = case.model
-    recipe = model.recipe()
-    key = jax.random.key(3)
-    horizon = min(model.horizon, recipe.horizon)
-    x = case.series(4, model.context_len + model.horizon)
-    batch = {"context": x[..., : model.context_len], "target": x[..., model.context_len :]}
+# Families whose point loss is that of a taught path: each step is given the true values before it.
+TAUGHT = ("chronos_t5", "moirai_moe")
+# Families whose own loss is not defined by the target alone, with the reason.
+OTHER_TARGETS = {
+    "timer": "the target must be a whole patch",
+    "moment": "patches of the whole window are hidden at random",
+}
 
-    for loss, target in ((model.loss, model.horizon), (model.point_loss, horizon)):
-        cut = batch | {"target": batch["target"][..., :target]}
-        weighed = jax.jit(jax.value_and_grad(lambda p, w, loss=loss, cut=cut: loss(p, cut | {"weight": w}, key, False)))
-        value, grads = weighed(case.params, jnp.ones(4))
-        assert value.shape == () and np.isfinite(value)
-        bad = [p for p, leaf in trees.flatten(grads).items() if not np.isfinite(np.asarray(leaf)).all()]
-        assert not bad, bad
-        # a row of weight 0 is as good as absent, whatever stands in it
-        other = {name: leaf.at[3].mul(-2.0).at[3].add(5.0) for name, leaf in cut.items()}
-        mask = jnp.asarray([1.0, 1, 1, 0])
-        one, two = (jax.jit(lambda p, b, loss=loss: loss(p, b, key, False))(case.params, b | {"weight": mask})
-                    for b in (cut, other))  # fmt: skip
-        np.testing.assert_allclose(one, two, rtol=1e-5)
+
+def _losses(params, model, batch, key):
+    own = model.loss(params, batch, key, False)
+    steps = min(model.horizon, model.recipe().horizon)
+    point = model.point_loss(params, dict(batch) | {"target": batch["target"][..., :steps]}, key)
+    return own + point, (own, point)
+
+
+LOSSES = jax.jit(_losses, static_argnums=1)
+GRADIENTS = jax.jit(jax.grad(_losses, has_aux=True), static_argnums=1)
+KEY = jax.random.key(3)
+
+
+def batch_of(case):
+    """Four rows, context and target of the model's own lengths, each of weight 1."""
+    t = case.model.context_len
+    x = case.series(4, t + case.model.horizon)
+    return {"context": x[..., :t], "target": x[..., t:], "weight": jnp.ones(4)}
+
+
+def finite_losses(case, batch):
+    """(own loss, point loss) of a batch, both finite."""
+    _, found = LOSSES(case.params, case.model, batch, KEY)
+    for name, value in zip(("own", "point"), found, strict=True):
+        assert value.shape == (), name
+        assert np.isfinite(value), name
+    return found
+
+
+def with_holes(case, batch):
+    """The batch with missing values: here and there, whole stretches, and one variate that is nowhere observed."""
+    t = batch["context"].shape[-1]
+    holes = np.random.default_rng(5).random((4, case.c, t + batch["target"].shape[-1])) < 0.3
+    context = batch["context"].at[holes[..., :t]].set(jnp.nan)
+    target = batch["target"].at[holes[..., t:]].set(jnp.nan)
+    context = context.at[0, :, : t // 2].set(jnp.nan).at[1, :, -3:].set(jnp.nan).at[2, 0].set(jnp.nan)
+    return batch | {"context": context, "target": target}
+
+
+@pytest.mark.slow
+def test_gradients_of_the_losses_are_finite(case):
+    batch = batch_of(case)
+    broken = with_holes(case, batch)
+    nothing = broken | {"target": jnp.full_like(batch["target"], jnp.nan)}
+    for name, each in (("whole", batch), ("with holes", broken), ("without a target", nothing)):
+        gradients, _ = GRADIENTS(case.params, case.model, each, KEY)
+        for path, leaf in trees.flatten(gradients).items():
+            assert np.isfinite(np.asarray(leaf)).all(), f"{name}: {path}"
+
+
+def test_rows_of_weight_0_are_as_good_as_absent(case):
+    batch = batch_of(case)
+
+    # Whatever stands in them.
+    batch["weight"] = batch["weight"].at[3].set(0.0)
+    other = {name: x if name == "weight" else x.at[3].mul(-2.0).at[3].add(5.0) for name, x in batch.items()}
+    np.testing.assert_allclose(finite_losses(case, batch), finite_losses(case, other), rtol=1e-5)
+
+
+def test_training_takes_missing_values(case):
+    batch = with_holes(case, batch_of(case))
+    finite_losses(case, batch)
+
+    # A row without any target counts as absent in the mean over what is observed.
+    batch["target"] = batch["target"].at[1].set(jnp.nan)
+    _, with_it = finite_losses(case, batch)
+    _, without_it = finite_losses(case, batch | {"weight": batch["weight"].at[1].set(0.0)})
+    np.testing.assert_allclose(with_it, without_it, rtol=1e-5)
+
+    # No target at all: nothing to learn from, and no NaN.
+    _, nothing = finite_losses(case, batch | {"target": jnp.full_like(batch["target"], jnp.nan)})
+    assert nothing == 0
+
+
+def test_a_missing_target_does_not_count(case):
+    batch = batch_of(case)
+    odd = jnp.arange(batch["target"].shape[-1]) % 2 == 1
+    halves = [
+        finite_losses(case, batch | {"target": jnp.where(gone, jnp.nan, batch["target"])})[1]
+        for gone in (odd[None, None], ~odd[None, None])
+    ]
+    if case.model.family not in TAUGHT:
+        # Each half is a mean over as many steps as the other, so the mean of both is that of the whole.
+        np.testing.assert_allclose(sum(halves) / 2, finite_losses(case, batch)[1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_target_missing_at_its_end_is_a_shorter_one(case):
+    if case.model.family in OTHER_TARGETS:
+        pytest.skip(OTHER_TARGETS[case.model.family])
+    batch = batch_of(case)
+    own = jax.jit(lambda batch: case.model.loss(case.params, batch, KEY))
+    shorter = own(batch | {"target": batch["target"][..., :-2]})
+    missing = own(batch | {"target": batch["target"].at[..., -2:].set(jnp.nan)})
+    np.testing.assert_allclose(shorter, missing, rtol=1e-4)
 
 
 def test_training_noise_follows_the_key(case):

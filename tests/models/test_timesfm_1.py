@@ -42,6 +42,7 @@ def test_a_data_set_chooses_the_class_of_frequency(params):
     monthly, same = model.for_series(params, n_variates=3, freq="MS")
     assert monthly.config == dataclasses.replace(CONFIG, freq=1) and same is params
     assert monthly.for_series(params, n_variates=3)[0] == monthly
+    assert monthly.for_series(params, n_variates=3, freq="oov")[0] == monthly
     x = jnp.sin(jnp.arange(32.0))[None, None]
     hourly, later = (jax.jit(m.loss)(params, {"context": x, "target": x[..., :4]}) for m in (model, monthly))
     assert not np.allclose(hourly, later)

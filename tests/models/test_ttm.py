@@ -89,6 +89,19 @@ def test_another_number_of_channels_draws_their_mixers_anew_and_nothing_else():
         np.testing.assert_array_equal(old[path], new[path])
     with pytest.raises(ValueError, match="mixes 5 channels, got 2"):
         wide.apply(grown, jnp.ones((1, 2, 32)))
+    assert wide.for_series(grown, n_variates=5, freq="h")[1] is grown, "nothing is left to draw"
+
+
+def test_without_a_key_nothing_is_drawn():
+    model = TTM(TTM.small())
+    params = jax.jit(model.init)(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"mixes 2 channels, not 5.*for_series\(params, n_variates=5, key=") as told:
+        model.for_series(params, n_variates=5, freq="h")
+
+    # The advice works as it stands.
+    advice = str(told.value).partition(" with: ")[2]
+    wide, _ = eval(f"model.{advice[:-1]}, freq='h')", {"model": model, "params": params, "jax": jax})
+    assert wide.config.n_channels == 5
 
 
 def test_variates_are_joint_where_channels_are_mixed_or_numbered():
@@ -119,6 +132,10 @@ def test_exogenous_channels_need_their_future_and_are_not_forecast():
     late = predict(future.at[:, 1, 6].set(9.0))
     np.testing.assert_array_equal(late[..., :4], one[..., :4])  # nor what lies beyond a forecast
     assert not np.array_equal(late[..., 4:], one[..., 4:])
+
+    # Missing in the known future: filled as in the past, with 0.
+    gap, filled = (predict(future.at[:, 1, 2].set(value)) for value in (jnp.nan, 0.0))
+    np.testing.assert_array_equal(gap, filled)
 
 
 def test_a_short_context_is_one_with_missing_values_in_front():

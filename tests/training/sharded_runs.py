@@ -30,6 +30,7 @@ from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
+from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import TrainConfig, fit, loop, step
 
@@ -151,8 +152,9 @@ def scored(family, *meshes):
     the run; what of the model is left, and how that and masks and masked weights lie; and of "stopped" the end of a run
     that began on the first mesh and, after SIGTERM in the middle of a group, went on with one device."""
     model, params, splits = one_layer(family)
-    options = {"ratio": 0.3, "ema": 0.5, "mode": "ims", "epochs": 1, "batch_size": 10, "macro_batch": 20, "chunk": 5,
-               "average_expert_score": family == "time_moe", "ratios": (0.5,), "show_progress": False}  # fmt: skip
+    config = pruning.PruneConfig(ratio=0.3, ema=0.5, epochs=1, batch_size=10, macro_batch=20, chunk=5,
+                                 average_expert_score=family == "time_moe", ratios=(0.5,))  # fmt: skip
+    options = {"config": config, "show_progress": False}
     real, first = schedule._batch_sums, []
 
     def watched(*args):
@@ -196,8 +198,15 @@ def scored(family, *meshes):
         found["batches"] = len(first)
     if meshes[0] == "data=8":
         masks, batch = place(pruning.full_masks(model), placed), splits.train.gather(jnp.arange(16))
-        sums = jax.jit(lambda p, m, b, mesh: pruning.gradient_sums(model.loss, p, m, b, mesh=mesh), static_argnums=3)
-        many, one = (sums.lower(*x).compile() for x in ((placed, masks, batch, mesh), (params, masks, batch, None)))
+
+        def sums_of(p, m, b, where):
+            return pruning.gradient_sums(model.loss, p, m, b, placement=where)
+
+        sums = jax.jit(sums_of, static_argnums=3)
+        many, one = (
+            sums.lower(*x).compile()
+            for x in ((placed, masks, batch, Placement(mesh)), (params, masks, batch, Placement()))
+        )
         found["share"] = many.cost_analysis()["flops"] / one.cost_analysis()["flops"]
         found["gathers"] = "all-gather" in many.as_text()
     return found

@@ -19,6 +19,7 @@ import pytest
 import small_problem as problem
 
 from ltsm_jax import storage, training, trees
+from ltsm_jax.training import memory
 
 EACH_STEP = dataclasses.replace(problem.CONFIG, checkpoint_seconds=0, steps_per_dispatch=1)
 
@@ -142,6 +143,92 @@ def test_another_configuration_is_refused_field_by_field(undisturbed):
         problem.fit(source=problem.train_windows(problem.series() + 1), folder=folder)
     with pytest.raises(ValueError, match=r"start\.trainable"):
         problem.fit(trainable=trees.select(problem.init(), "head"), folder=folder)
+
+
+def test_a_refused_run_makes_no_folder(tmp_path, monkeypatch):
+    def wrong(*_):
+        raise ValueError("these windows do not fit")
+
+    folder, config = tmp_path / "outer" / "run", problem.CONFIG
+    patient = dataclasses.replace(config, patience=1)
+    for says, arguments in {
+        "does not say lr": {"config": dataclasses.replace(config, lr=None)},
+        "patience counts": {"config": patient, "validate": None},
+        "does not divide": {"config": dataclasses.replace(config, accumulate=5)},
+        "no training window": {"source": problem.train_windows().take(np.arange(0))},
+        "nothing to train": {"trainable": jax.tree.map(lambda _: False, problem.init())},
+        "these windows do not fit": {"loss_fn": wrong},
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            problem.fit(folder=folder, **arguments)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    with pytest.raises(ValueError, match="is available"):
+        problem.fit(folder=folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_refused_stays_as_it_is(undisturbed, tmp_path):
+    (tmp_path / "config.json").write_text('{"made": "by another program"}')
+    with pytest.raises(ValueError, match="another configuration"):
+        problem.fit(folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    before = {path: path.stat().st_mtime_ns for path in undisturbed[0].rglob("*")}
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        problem.fit(folder=undisturbed[0], facts={f"fact {i}": "long" * 1000 for i in range(100)})
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed[0].rglob("*")}
+    assert len(str(caught.value)) < 2000 and "and 91 more" in str(caught.value)
+
+
+def test_a_config_that_is_gone_or_edited_is_named(stopped):
+    file = stopped / "config.json"
+    whole = file.read_text()
+    file.unlink()
+    with pytest.raises(storage.DamagedError, match=r"config\.json is missing, although .* has checkpoints"):
+        problem.fit(folder=stopped)
+    # edited, and the same asked for: the checkpoints are of the run before it
+    assert '"lr": 0.003' in whole
+    file.write_text(whole.replace('"lr": 0.003', '"lr": 0.002'))
+    with pytest.raises(storage.DamagedError, match=r"config\.json was edited: checkpoint step_00000017 is of a run"):
+        problem.fit(folder=stopped, config=dataclasses.replace(problem.CONFIG, lr=2e-3))
+    file.write_text(whole)
+    assert problem.fit(folder=stopped).steps == 28
+
+
+def test_stamps_are_part_of_the_data(tmp_path):
+    def stamped(first):
+        stamps = np.datetime64(first, "h") + np.arange(300) * np.timedelta64(1, "h")
+        return dataclasses.replace(problem.train_windows(), timestamps=stamps.astype("datetime64[ns]"))
+
+    short = dataclasses.replace(problem.CONFIG, epochs=1)
+    problem.fit(source=stamped("2024-01-01"), folder=tmp_path, config=short)
+    problem.fit(source=stamped("2024-01-01"), folder=tmp_path, config=short)
+    with pytest.raises(ValueError, match=r"windows\.stamps_sha256: \w+ in the folder, \w+ asked for"):
+        problem.fit(source=stamped("2024-01-02"), folder=tmp_path, config=short)
+    with pytest.raises(ValueError, match=r"windows\.stamps_sha256: \w+ in the folder, absent asked for"):
+        problem.fit(folder=tmp_path, config=short)
+
+
+def test_a_write_that_fails_is_said_in_one_message(tmp_path):
+    """A limit on the size of files stands for a full disk: tensorstore fails in its threads, as it does there."""
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        "import small_problem; small_problem.main('mlp', sys.argv[1])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=environment, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 1
+    assert "Event loop is closed" not in done.stderr and "_SignalingThread" not in done.stderr
+    said = done.stderr.rstrip().splitlines()[-2:]
+    assert "WriteError: could not write checkpoint" in said[0]
+    assert said[1].endswith("then give the same command again to go on.")
+
+
+def test_a_disk_without_room_is_seen_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 0))
+    with pytest.raises(training.WriteError, match=r"No space left on device: 0\.\d MB are to be written and 0\.0 MB"):
+        problem.fit(folder=tmp_path)
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):

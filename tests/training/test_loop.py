@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -174,11 +175,14 @@ def test_weights_that_are_put_somewhere_only_in_part_are_no_second_compilation()
     params = problem.init()
     params["head"] = jax.device_put(params["head"], jax.devices()[0])  # as what is loaded; the rest as what is drawn
     assert {leaf.committed for leaf in jax.tree.leaves(params)} == {True, False}
+
+    def fresh(params, batch, key, train):  # nobody has compiled for it yet
+        return problem.loss(params, batch, key, train)
+
+    each = dataclasses.replace(problem.CONFIG, steps_per_dispatch=1)
     for trainable in (None, trees.select(params, "^body")):
         before = step.advance._cache_size()
-        result = problem.fit(
-            params=params, trainable=trainable, config=dataclasses.replace(problem.CONFIG, steps_per_dispatch=1)
-        )
+        result = problem.fit(params=params, loss_fn=fresh, trainable=trainable, config=each)
         assert result.steps > 2 and step.advance._cache_size() - before == 1
 
 
@@ -260,8 +264,37 @@ def test_a_run_that_does_not_fit_names_the_batch_that_does(monkeypatch):
     problem.fit(config=dataclasses.replace(big, batch_size=fits, epochs=1))
     with pytest.raises(ValueError, match="is available"):
         problem.fit(config=dataclasses.replace(big, batch_size=fits + max(2, fits // 10)))
-    parts = next(n for n in range(2, 301) if 300 % n == 0 and 300 // n <= fits)
+    parts = int(str(caught.value).rsplit("accumulate=")[1].split()[0])
+    assert parts == next(n for n in range(2, 301) if 300 % n == 0 and 300 // n <= fits)
     problem.fit(config=dataclasses.replace(big, accumulate=parts, epochs=1))
+    with pytest.raises(ValueError, match="is available"):
+        problem.fit(config=dataclasses.replace(big, accumulate=max(n for n in range(1, parts) if 300 % n == 0)))
+
+
+def test_where_no_batch_fits_the_advice_names_none(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    with pytest.raises(
+        ValueError, match=r"is available: train fewer parameters \(trainable\), or take a smaller model"
+    ):
+        problem.fit()
+
+
+def test_compilation_is_counted_apart_and_once():
+    def fresh(params, batch, key, train):
+        return problem.loss(params, batch, key, train)
+
+    began = time.monotonic()
+    first = problem.fit(loss_fn=fresh)
+    wall = time.monotonic() - began
+    second = problem.fit(loss_fn=fresh)
+    assert first.compile_seconds > 0 and first.seconds + first.compile_seconds <= wall
+    assert second.compile_seconds < first.compile_seconds / 4
+    assert_same_bits(first.params, second.params)
+
+
+def test_a_run_of_more_steps_than_can_be_counted_is_refused():
+    with pytest.raises(ValueError, match="2147483648 epochs of 7 steps are more than 2147483647 steps"):
+        problem.fit(config=dataclasses.replace(problem.CONFIG, epochs=2**31))
 
 
 def test_progress_speaks_on_stderr_and_only_when_asked(capsys, monkeypatch):

@@ -1,12 +1,15 @@
-"""SIGTERM in one process, what stays on disk, and reading parts of it back."""
+"""SIGTERM and Ctrl-C in one process, what stays on disk, and reading parts of it back."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +18,7 @@ import pytest
 import small_problem as problem
 
 from ltsm_jax import hosts, storage, training
+from ltsm_jax.tasks.batches import in_batches
 
 EACH_STEP = dataclasses.replace(problem.CONFIG, checkpoint_seconds=0, steps_per_dispatch=1, keep_checkpoints=3)
 
@@ -63,6 +67,127 @@ def test_without_a_folder_or_a_step_there_is_nothing_to_keep(tmp_path):
             with pytest.raises(hosts.Stopped, match="between"):
                 hosts.stop_if_asked("between")
     hosts.stop_if_asked("never asked")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ctrl-C
+
+
+def interrupting(calls, at):
+    """A validation in whose call number `at` Ctrl-C is pressed; the windows are scored in batches after that."""
+
+    def validate(params):
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        batches = in_batches(lambda i: params["head"]["bias"][i], 8, 4)
+        assert batches.shape[0] == 8
+        return problem.validate(params)
+
+    return validate
+
+
+def test_ctrl_c_saves_and_stops_without_a_session_and_the_run_goes_on_with_the_same_bits(tmp_path, capfd):
+    undisturbed = problem.fit(validate=interrupting([], at=0))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        problem.fit(folder=tmp_path, validate=interrupting([], at=2))
+    assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler and not hosts.stopping()
+    assert (
+        str(caught.value) == f"stopped by Ctrl-C after step 14 of 28; checkpoint: {tmp_path}/checkpoints/step_00000014"
+    )
+    assert capfd.readouterr().err == "Ctrl-C: stopping after what is being computed (once more: stop at once)\n"
+    # it was stopped between its last step and its validation, which comes now
+    assert len(training.read_checkpoint(tmp_path)[1]["history"]) == 1
+    calls = []
+    resumed = problem.fit(folder=tmp_path, validate=interrupting(calls, at=0))
+    assert len(calls) == 3 and resumed.history == undisturbed.history
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, undisturbed.params)
+    jax.tree.map(np.testing.assert_array_equal, resumed.last_params, undisturbed.last_params)
+
+
+def test_ctrl_c_in_a_session_is_a_stop_with_an_exit_code_of_its_own(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with hosts.session():
+        with pytest.raises(hosts.Stopped, match="stopped by Ctrl-C after step 7 of 28; checkpoint: ") as caught:
+            problem.fit(folder=tmp_path, validate=interrupting([], at=1))
+        assert caught.value.exit_code == hosts.EXIT_INTERRUPTED == 130
+    with hosts.session():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(hosts.Stopped, match="stopped by SIGTERM between two batches") as caught:
+            in_batches(lambda i: i, 8, 4)
+        assert caught.value.exit_code == hosts.EXIT_STOPPED == 75
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_ctrl_c_stops_at_once_and_what_it_breaks_off_is_not_saved(tmp_path):
+    def validate(params):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        problem.fit(folder=tmp_path, validate=validate)
+    assert not caught.value.args and not list((tmp_path / "checkpoints").iterdir())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_the_program_itself_is_left_alone():
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    try:
+        with hosts.session(), hosts.interruptible():
+            signal.raise_signal(signal.SIGINT)
+            assert seen == [1] and not hosts.stopping()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_the_end_of_the_block():
+    done = []
+    with pytest.raises(KeyboardInterrupt, match="stopped by Ctrl-C"), hosts.interruptible():
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+    assert done == [1]
+
+
+@pytest.mark.slow
+def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_same_end(tmp_path):
+    """Into compiling, steps, validation and writing: JAX's compiler, broken off, ends the process with signal 11."""
+
+    def start(folder):
+        script = Path(__file__).with_name("small_problem.py")
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+        return subprocess.Popen([sys.executable, str(script), "timer", str(folder)], env=environment,
+                                stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    def finish(process):
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+        return errors
+
+    finish(start(tmp_path / "undisturbed"))
+    expected = (tmp_path / "undisturbed" / "metrics.jsonl").read_bytes()
+    chance, landed = random.Random(0), 0
+    for i in range(12):
+        folder = tmp_path / str(i)
+        process = start(folder)
+        timing = folder / "timing.jsonl"
+        while process.poll() is None and not timing.exists():
+            time.sleep(0.01)
+        # the first second or so is the compiler's
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2 if i % 2 else chance.uniform(0, 6))
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=300)[1]
+        if process.returncode:
+            landed += 1
+            assert process.returncode == -signal.SIGINT, errors  # as Python ends for an uncaught KeyboardInterrupt
+            assert "KeyboardInterrupt: stopped by Ctrl-C after step" in errors
+        finish(start(folder))
+        assert (folder / "metrics.jsonl").read_bytes() == expected
+    assert landed > 5
 
 
 def test_parts_of_a_checkpoint_are_read_without_the_rest(stopped):

@@ -37,6 +37,7 @@ Letters as in `models.family`.
 """
 
 from ltsm_jax.layers.masks import masked, merge
+from ltsm_jax.layers.masks import weights as weights_of
 from ltsm_jax.methods.pruning.channels import (
     QUIRKS,
     REFUSED,
@@ -48,12 +49,14 @@ from ltsm_jax.methods.pruning.channels import (
     select,
     share_left,
 )
+from ltsm_jax.methods.pruning.config import PruneConfig
 from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
 from ltsm_jax.methods.pruning.schedule import PruneResult, prune
 
 __all__ = [
     "QUIRKS",
     "REFUSED",
+    "PruneConfig",
     "PruneResult",
     "Score",
     "cut",
@@ -68,4 +71,5 @@ __all__ = [
     "prune",
     "select",
     "share_left",
+    "weights_of",
 ]

@@ -12,17 +12,18 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from ltsm_jax import sharding, trees
+from ltsm_jax import trees
 from ltsm_jax.layers import masks as layer_masks
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.masks import masked
 from ltsm_jax.models import Model
+from ltsm_jax.sharding import Placement
 
 Params = Any
 Masks = Any  # nested dict, see `full_masks`; importance and order are trees of the same structure
 Score = Literal["taylor2", "taylor1", "taylor2-mean-loss"]
+HERE = Placement()  # where the arrays lie
 CHUNK = 32  # rows whose gradients are computed side by side
 
 QUIRKS = frozenset({"head-only", "every-linear"})
@@ -104,7 +105,7 @@ def gradient_sums(
     squares: bool = True,
     chunk: int | None = None,
     stacks: Collection[str] = (),
-    mesh: Mesh | None = None,
+    placement: Placement = HERE,
 ) -> dict[str, Any]:
     """Sums over the rows of a batch of h and h^2, h being the gradient of a row's own loss with respect to the masks.
 
@@ -120,8 +121,8 @@ def gradient_sums(
       chunk: rows of one backward pass, rounded up to what the devices of the mesh divide; None: 32, for each device
         that has rows. Bounds the memory and does not change the sums.
       stacks: paths of stacked experts whose rows are counted; needs `squares`.
-      mesh: of the parameters, under jit: each device has its own rows of a chunk and their gradients, and the sums of
-        all meet.
+      placement: of the parameters, under jit: over a mesh each device has its own rows of a chunk and their
+        gradients, and the sums of all meet.
     Returns: {"rows": how many count, "loss": their sum, "h": tree like masks, "squares": alike, or {}, "seen": with
       stacks, {..path of the stack..: rows [E] of which a token reached the expert, so that one of its masks has a
       gradient}, else {}}.
@@ -129,7 +130,7 @@ def gradient_sums(
     if stacks and not squares:
         raise ValueError("stacks: rows are counted by their own gradients, which squares=False does without")
     rows = {name: value for name, value in batch.items() if name != "weight"}
-    b, devices = len(rows["context"]), sharding.row_parts(mesh)
+    b, devices = len(rows["context"]), placement.row_parts
     chunk = -(-min(chunk or CHUNK * devices, b) // devices) * devices
     place = jnp.arange(-(-b // chunk) * chunk)
     weight = jnp.where(place < b, batch.get("weight", jnp.ones(b))[jnp.minimum(place, b - 1)], 0.0)
@@ -145,7 +146,7 @@ def gradient_sums(
         return of_rows(masks, {name: value[None] for name, value in row.items()}, None, key)
 
     def add(sums, part):
-        rows, weight, keys = sharding.by_rows(part, mesh)
+        rows, weight, keys = placement.rows(part)
         count = weight.sum()
         if squares:
             value, h = jax.vmap(jax.value_and_grad(of_row), (None, 0, 0))(masks, rows, keys)
@@ -156,7 +157,7 @@ def gradient_sums(
                 "seen": trees.unflatten({path: weight @ _reached(trees.flatten(h), path) for path in stacks}),
             }
         else:
-            with rows_over(mesh):
+            with rows_over(placement.mesh):
                 value, g = jax.value_and_grad(of_rows)(masks, rows, weight, None if keys is None else keys[0])
             counted = lambda x: jnp.where(count > 0, x * count, 0.0)  # noqa: E731
             new = {"loss": counted(value), "h": jax.tree.map(counted, g), "squares": {}, "seen": {}}

@@ -9,20 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ltsm_jax import sharding, trees
-from ltsm_jax.data import Windows
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.models import Model
 from ltsm_jax.models.configs import entry_of, with_entry
+from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.batches import in_batches
 
 Params = Any
 
 
 def expert_usage(
-    model: Model, params: Params, parts: Sequence[Windows], *, horizon: int = 96, batch_size: int | None = None
+    model: Model,
+    params: Params,
+    parts: Sequence[Any],
+    *,
+    horizon: int = 96,
+    batch_size: int | None = None,
+    placement: Placement | None = None,
 ) -> dict[str, np.ndarray]:
     """How often the router chooses each expert, over all windows of all `parts` together, in forecasting.
 
@@ -30,38 +35,39 @@ def expert_usage(
       parts: windows; their targets are not looked at.
       horizon: steps forecast after each context; what is forecast and fed back counts as well.
       batch_size: windows of one forward pass; None: the model's `eval_batch` (for each device that has rows).
+      placement: of the parameters; None: ask them.
     Returns: by the path of a layer's experts, tokens that chose an expert / tokens [E]; the sum is a token's k.
     Raises: ValueError for a model without experts that can be pruned so.
     """
     totals: dict[str, np.ndarray] = {}
-    mesh = sharding.mesh_of(params)
+    placement = placement or Placement.of(params)
     for windows in parts:
-        placed = windows.over(mesh)
+        placed = windows.over(placement.mesh)
         counts = in_batches(
-            lambda indices, placed=placed: _routed(model, params, placed, indices, horizon, mesh),
+            lambda indices, placed=placed: _routed(model, params, placed, indices, horizon, placement),
             windows.n,
-            batch_size or model.eval_batch * sharding.row_parts(mesh),
-            sharding.Placement(mesh),
+            batch_size or model.eval_batch * placement.row_parts,
+            placement,
         )
         for path, count_NE in counts.items():
             totals[path] = totals.get(path, 0) + count_NE.sum(0)
     return {path: total[:-1] / total[-1] for path, total in totals.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "horizon", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model", "horizon", "placement"))
 def _routed(
-    model: Model, params: Params, windows: Windows, indices: jax.Array, horizon: int, mesh: Mesh | None
+    model: Model, params: Params, windows: Any, indices: jax.Array, horizon: int, placement: Placement
 ) -> dict[str, jax.Array]:
     """By path, [B, E + 1]: how many tokens chose each expert, and how many there are."""
-    with rows_over(mesh):
-        context = sharding.by_rows(windows.gather(indices)["context"], mesh)
+    with rows_over(placement.mesh):
+        context = placement.rows(windows.gather(indices)["context"])
         chosen, n_experts = model.routed(params, context, horizon)
     found = {}
     for path, chosen_BNK in chosen.items():
         count_BE = jax.nn.one_hot(chosen_BNK, n_experts).sum((1, 2))
         tokens_B1 = (chosen_BNK[..., 0] >= 0).sum(1, keepdims=True)
         found[path] = jnp.concatenate([count_BE, tokens_B1.astype(count_BE.dtype)], axis=1)
-    return sharding.everywhere(found, mesh)
+    return placement.everywhere(found)
 
 
 def kept_experts(usage: Mapping[str, np.ndarray], threshold: float, top_k: int) -> dict[str, tuple[int, ...]]:
@@ -103,4 +109,4 @@ def keep_experts(model: Model, params: Params, kept: Mapping[str, Sequence[int]]
     if problems:
         raise ValueError("experts cannot be pruned:\n" + "\n".join(problems))
     fewer = dataclasses.replace(model, config=config)
-    return fewer, sharding.shard(trees.unflatten(flat), fewer.shard_rules, sharding.mesh_of(params))[0]
+    return fewer, sharding.shard(trees.unflatten(flat), fewer.shard_rules, Placement.of(params).mesh)[0]

@@ -6,40 +6,39 @@ import functools
 import math
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
-from jax.sharding import Mesh
 
 from ltsm_jax import hosts, sharding, storage, training, trees
-from ltsm_jax.data import Series, Splits, Windows
 from ltsm_jax.data import windows as orders
 from ltsm_jax.layers.masks import merge, place, weights
-from ltsm_jax.methods import binding
+from ltsm_jax.methods.binding import model_facts
 from ltsm_jax.methods.pruning.channels import (
     Masks,
     Params,
-    Score,
     cut,
     full_masks,
     gradient_sums,
     importance_of,
-    known_quirks,
     no_sums,
     select,
     share_left,
 )
+from ltsm_jax.methods.pruning.config import PruneConfig
 from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
 from ltsm_jax.models import Model
-from ltsm_jax.tasks import forecasting
+from ltsm_jax.sharding import Placement
+from ltsm_jax.tasks.base import Task
+from ltsm_jax.tasks.forecasting import Forecasting
 from ltsm_jax.training import checkpoints, progress
 
 CHECKPOINT_SECONDS = 60.0
+FORECASTING = Forecasting()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ class PruneResult:
       cuts: validation metrics of `cut(order, share)`, by share, where asked for.
       usage: of experts, see `expert_usage`; None where no threshold was given.
       stopped: why no further epoch followed: "epochs", "patience", or "max_prune_ratio".
-      splits: of the data.
+      splits: the data that was looked at.
     """
 
     model: Model
@@ -74,7 +73,7 @@ class PruneResult:
     cuts: dict[float, dict[str, Any]]
     usage: dict[str, np.ndarray] | None
     stopped: str
-    splits: Splits
+    splits: Any
 
     @property
     def pruned(self) -> Params:
@@ -82,34 +81,15 @@ class PruneResult:
         return merge(self.params, self.masks)
 
 
+@hosts.interruptible()
 def prune(
     model: Model,
     params: Params,
-    data: str | Path | pd.DataFrame | Series | Splits,
+    data: Any,
+    config: PruneConfig,
     *,
-    ratio: float,
-    ema: float,
-    horizon: int | None = None,
-    context_len: int | None = None,
-    target: str | Sequence[str] | None = None,
-    few_shot: float = 1.0,
-    score: Score = "taylor2",
-    epochs: int = 10,
-    batch_size: int | None = None,
-    macro_batch: int = 0,
-    patience: int = 1,
-    max_prune_ratio: float = 1.0,
-    ema_abs: bool = False,
-    average_expert_score: bool = False,
-    expert_threshold: float | None = None,
-    include_embed: bool = False,
-    include_head: bool = False,
-    quirks: Collection[str] = (),
-    stride: int = 1,
-    mode: binding.Mode | None = None,
-    ratios: Sequence[float] = (),
+    task: Task = FORECASTING,
     seed: int = 0,
-    chunk: int | None = None,
     folder: str | Path | None = None,
     label: str = "pruning",
     show_progress: bool = True,
@@ -127,89 +107,50 @@ def prune(
 
     Args:
       params: pretrained weights; not modified.
-      data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series`, or ready `Splits`; its training windows,
-        and its validation windows at their horizon, are looked at.
-      ratio: pruned per epoch, in (0, 1). ema: weight of the NEW score, in (0, 1].
-      horizon, context_len, target, few_shot: of data that is not `Splits`, see `fit`.
-      score: see `importance_of`.
-      epochs: at most; 0 prunes no channel (experts alone, or ones).
-      batch_size: windows of one batch; None: the recipe's.
-      macro_batch: windows of one group, rounded down to whole batches; up to batch_size: a group is one batch. With one
-        epoch the last, smaller group counts too; with more its gradients go on into the next epoch.
-      patience: epochs without a validation MSE as low as the lowest before the run stops.
-      max_prune_ratio: below 1: pruning stops before zeros / parameters + r_step exceeds it.
-      ema_abs: average |s| instead of s, so that scores of opposite sign do not cancel out.
-      average_expert_score: scores of stacked experts are means over the windows that reached the expert, instead of all
-        of the group: an expert for few windows is judged by those.
-      expert_threshold: first take out the experts that at most this share of the tokens of training and validation
-        windows choose (0.1, 0.01, ...); below 0: all but each layer's top_k; None: none. `keep_experts`.
-      include_embed, include_head, quirks: see `full_masks`.
-      stride: rows from one training window to the next.
-      mode: "ims" or "direct", the loss that is scored, see `methods.run.run`; None: that of the model's recipe.
-      ratios: shares of the channels whose masks, `cut` from this one run, are validated too.
+      data: what the task works on, for forecasting `Splits`; its training and its validation windows are looked at.
+      config: how to prune.
+      task: whose loss is scored and whose validation selects the epoch.
       seed: of the order of windows and of losses that draw.
-      chunk: rows whose gradients are computed side by side, see `gradient_sums`.
       folder: of the run. A killed run goes on from there, and ends with the same bits (on as many devices).
-      show_progress: a bar on a terminal, else a line every few seconds.
-    Raises: ValueError listing arguments out of range, for quirks that are unknown or refused, for a folder that has
-      another run, or on several hosts for parameters that do not lie over all of their devices;
-      training.NonFiniteError; hosts.Stopped after SIGTERM.
-    Source: see the module's docstring; published grids: ratio 0.01 to 0.9, ema 0.1, 0.2, 0.4, 0.5, 0.8.
-    Example: `found = ltsm_jax.prune(model, params, "ETTh1", ratio=0.2, ema=0.5, macro_batch=8192)`
+      label, show_progress: of the bar on a terminal, else a line every few seconds.
+    Raises: ValueError for a folder that has another run, or on several hosts for parameters that do not lie over all of
+      their devices; training.NonFiniteError; hosts.Stopped after SIGTERM.
+    Source: see the module's docstring.
     """
-    sharding.check_hosts(sharding.mesh_of(params))
-    _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, stride, ratios, chunk)
-    model, params, splits = binding.as_splits(model, params, data, horizon=horizon, context_len=context_len,
-                                               target=target, few_shot=few_shot, seed=seed)  # fmt: skip
-    mode = mode or binding.default_mode(model)
-    windows = _strided(binding.training_windows(model, splits, mode), stride)
-    full_masks(model, include_embed=include_embed, include_head=include_head, quirks=quirks)  # says what is wrong early
-    settings = {
-        "ratio": ratio,
-        "ema": ema,
-        "score": score,
-        "epochs": epochs,
-        "batch_size": min(batch_size or model.recipe().batch_size, windows.n),
-        "macro_batch": macro_batch,
-        "patience": patience,
-        "max_prune_ratio": max_prune_ratio,
-        "ema_abs": ema_abs,
-        "average_expert_score": average_expert_score,
-        "expert_threshold": expert_threshold,
-        "include_embed": include_embed,
-        "include_head": include_head,
-        "quirks": sorted(known_quirks(quirks)),
-        "stride": stride,
-        "mode": mode,
-        "seed": seed,
+    placement = Placement.of(params)
+    placement.check_hosts()
+    windows = _strided(task.windows(model, data), config.stride)
+    candidates = {
+        "include_embed": config.include_embed,
+        "include_head": config.include_head,
+        "quirks": config.quirks,
     }
-    facts = settings | {
-        "method": "prune",
-        "model": {"family": model.family, "config": model.config_to_dict()},
-        "horizon": splits.val.horizon,
-        "sha256": {
-            "params": storage.sha256_of(params),
-            "windows": storage.sha256_of(windows),
-            "validation": storage.sha256_of(splits.val),
-        },
-    }
+    full_masks(model, **candidates)  # says what is wrong early
+    batch_size = min(config.batch_size or model.recipe().batch_size, windows.n)
+    settings = config.record() | {"batch_size": batch_size, "seed": seed}
     with contextlib.ExitStack() as open_until_the_end:
-        run = None if folder is None else training.RunFolder(folder, facts)
-        if run is not None:
+        run = None
+        if folder is not None:
+            facts = settings | {"method": "prune"} | model_facts(model, params) | task.facts(data)
+            facts["windows_sha256"] = storage.sha256_of(windows)
+            run = training.RunFolder(folder, facts)
             open_until_the_end.enter_context(contextlib.closing(run))
-        first = forecasting.evaluate(model, params, splits.val) if run is None or not run.steps() else {}
+        first = task.evaluate(model, params, data, "val", placement) if run is None or not run.steps() else {}
         usage, top = None, getattr(model.config, "top_k", 0)
-        if expert_threshold is not None:
-            usage = _usage(model, params, [windows, splits.val], None if folder is None else Path(folder))
-            model, params = keep_experts(model, params, kept_experts(usage, expert_threshold, top))
-        masks = full_masks(model, include_embed=include_embed, include_head=include_head, quirks=quirks)
-        pruning = _Pruning(model, params, masks, windows, splits.val, settings, chunk, run)
+        if config.expert_threshold is not None:
+            parts = [windows, task.windows(model, data, "val")]
+            usage = _usage(model, params, parts, None if folder is None else Path(folder), placement)
+            model, params = keep_experts(model, params, kept_experts(usage, config.expert_threshold, top))
+        masks = full_masks(model, **candidates)
+        pruning = _Pruning(model, params, masks, windows, data, task, settings, config.chunk, run, placement)
         pruning.start({"epoch": 0, "steps": 0, "left": 1.0} | {f"val_{k}": v for k, v in first.items()})
         show = show_progress and hosts.first()
-        with progress.Bar(pruning.total, max(epochs, 1), label, done=pruning.done, show=show) as bar:
+        with progress.Bar(pruning.total, max(config.epochs, 1), label, done=pruning.done, show=show) as bar:
             pruning.go_on(bar)
         order = pruning.order()
-        cuts = {share: forecasting.evaluate(model, merge(params, cut(order, share)), splits.val) for share in ratios}
+        cuts = {}
+        for share in config.ratios:
+            cuts[share] = task.evaluate(model, merge(params, cut(order, share), placement), data, "val", placement)
     best = pruning.best
     return PruneResult(
         model=model,
@@ -222,39 +163,30 @@ def prune(
         cuts=cuts,
         usage=usage,
         stopped=pruning.stopped,
-        splits=splits,
+        splits=data,
     )
 
 
-def _check(ratio, ema, score, epochs, batch_size, patience, max_prune_ratio, stride, ratios, chunk) -> None:
-    bad = {
-        "ratio is a share per epoch, in (0, 1)": not 0 < ratio < 1,
-        "ema is the weight of the new score, in (0, 1]": not 0 < ema <= 1,
-        f"score must be one of {', '.join(get_args(Score))}": score not in get_args(Score),
-        "epochs must not be negative": epochs < 0,
-        "batch_size, patience, stride and chunk must be at least 1": min(batch_size or 1, patience, stride, chunk or 1)
-        < 1,
-        "max_prune_ratio must be in (0, 1]": not 0 < max_prune_ratio <= 1,
-        "ratios are shares of all channels, in [0, 1)": any(not 0 <= share < 1 for share in ratios),
-    }
-    if problems := [text for text, is_bad in bad.items() if is_bad]:
-        raise ValueError("prune: " + "; ".join(problems))
-
-
-def _strided(windows: Windows, stride: int) -> Windows:
+def _strided(windows: Any, stride: int) -> Any:
+    if stride == 1:
+        return windows
+    if not hasattr(windows, "starts"):
+        raise ValueError(f"stride={stride} is for windows of a series, and these examples are none: leave it at 1")
     starts = np.asarray(windows.starts)
-    return windows if stride == 1 else windows.take(np.flatnonzero((starts - starts.min()) % stride == 0))
+    return windows.take(np.flatnonzero((starts - starts.min()) % stride == 0))
 
 
-def _usage(model: Model, params: Params, parts: Sequence[Windows], folder: Path | None) -> dict[str, np.ndarray]:
+def _usage(
+    model: Model, params: Params, parts: Sequence[Any], folder: Path | None, placement: Placement
+) -> dict[str, np.ndarray]:
     """`expert_usage`, counted once per run folder, whose config says of which weights and windows it is."""
     if folder is None:
-        return expert_usage(model, params, parts)
+        return expert_usage(model, params, parts, placement=placement)
     file = folder / "experts.json"
     record = hosts.on_first(lambda: storage.read_record(file) if file.exists() else None)
     if record is not None:
         return {path: np.asarray(f_E) for path, f_E in record["usage"].items()}
-    usage = expert_usage(model, params, parts)
+    usage = expert_usage(model, params, parts, placement=placement)
 
     def write() -> None:
         temporary = file.with_suffix(".tmp")
@@ -265,28 +197,30 @@ def _usage(model: Model, params: Params, parts: Sequence[Windows], folder: Path 
     return usage
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mode", "batch_size", "squares", "chunk", "stacks", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model", "task", "batch_size", "squares", "chunk", "stacks", "placement"))
 def _batch_sums(
-    model, params, masks, windows, order, b, key, mode, batch_size: int, squares: bool, chunk: int | None,
-    stacks: tuple[str, ...], mesh: Mesh | None,
+    model, params, masks, windows, order, b, key, task: Task, batch_size: int, squares: bool, chunk: int | None,
+    stacks: tuple[str, ...], placement: Placement,
 ):  # fmt: skip
     indices, weight = orders.batch_at(order, b, batch_size)
-    loss = forecasting.loss_fn(model, binding.LOSS[mode])
+    loss = task.loss(model)
     batch = windows.gather(indices) | {"weight": weight}
     key = jax.random.fold_in(key, b)
-    sums = gradient_sums(loss, params, masks, batch, key, squares=squares, chunk=chunk, stacks=stacks, mesh=mesh)
-    return sharding.everywhere(sums, mesh)
+    sums = gradient_sums(
+        loss, params, masks, batch, key, squares=squares, chunk=chunk, stacks=stacks, placement=placement
+    )
+    return placement.everywhere(sums)
 
 
 _order = jax.jit(orders.epoch_order, static_argnames="n")
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _zeros(params: Params, masks: Masks, mesh: Mesh | None) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="placement")
+def _zeros(params: Params, masks: Masks, placement: Placement) -> jax.Array:
     merged = jax.tree.leaves(merge(params, masks))
     n = sum((jnp.sum(x == 0, dtype=jnp.float32) for x in merged), jnp.zeros(()))
-    return sharding.everywhere(n / trees.count(merged), mesh)
+    return placement.everywhere(n / trees.count(merged))
 
 
 class _Pruning:
@@ -298,10 +232,10 @@ class _Pruning:
     whole on every device.
     """
 
-    def __init__(self, model, params, masks: Masks, windows: Windows, val: Windows, settings, chunk, run):
-        self.model, self.params, self.val, self.run, self.chunk = model, params, val, run, chunk
-        self.mesh = sharding.mesh_of(params)
-        self.windows = windows.over(self.mesh)
+    def __init__(self, model, params, masks: Masks, windows, data, task: Task, settings, chunk, run, placement):
+        self.model, self.params, self.data, self.run, self.chunk = model, params, data, run, chunk
+        self.task, self.placement = task, placement
+        self.windows = windows.over(placement.mesh)
         self.settings, self.like = settings, masks
         self.squares = settings["score"] != "taylor1" or settings["average_expert_score"]
         self.n = orders.steps_per_epoch(windows.n, settings["batch_size"])
@@ -326,7 +260,7 @@ class _Pruning:
         self.saved, self.saved_at = time.monotonic(), 0
         if self.run is None:
             return
-        if (found := self.run.restore(sharding.replicate(self._tree(), self.mesh))) is None:
+        if (found := self.run.restore(self.placement.replicate(self._tree()))) is None:
             self.run.record([first])
             return
         tree, position = found
@@ -353,7 +287,7 @@ class _Pruning:
     def _settle(self) -> None:
         """Between two batches the hosts agree whether to save or to stop.
 
-        Raises: hosts.Stopped when SIGTERM has come to one of them, after a checkpoint.
+        Raises: what `hosts.stopped` makes, when a signal has come to one of them, after a checkpoint.
         """
         new = self.done > self.saved_at
         due = new and self.waiting == 0 and time.monotonic() - self.saved > CHECKPOINT_SECONDS
@@ -365,10 +299,10 @@ class _Pruning:
             if self.run is not None:
                 self.run.wait()
                 kept = f"checkpoint: {self.run.path(self.done)}" if self.done else kept
-            raise hosts.Stopped(f"stopped by SIGTERM after batch {self.done} of {self.total}; {kept}")
+            raise hosts.stopped(f"after batch {self.done} of {self.total}; {kept}")
 
     def _no_sums(self) -> Any:
-        return sharding.replicate(no_sums(self.like, squares=self.squares, stacks=self.counted), self.mesh)
+        return self.placement.replicate(no_sums(self.like, squares=self.squares, stacks=self.counted))
 
     @property
     def masks(self) -> Masks:
@@ -379,16 +313,17 @@ class _Pruning:
 
     def go_on(self, bar: progress.Bar) -> None:
         """Batches, pruning steps and validations until the run is over."""
-        masks, one = place(self.masks, self.params), self.settings["epochs"] == 1
-        config = (self.settings["mode"], self.settings["batch_size"], self.squares, self.chunk, self.counted, self.mesh)
+        masks, one = place(self.masks, self.params, self.placement), self.settings["epochs"] == 1
+        batch_size = self.settings["batch_size"]
+        how = (self.task, batch_size, self.squares, self.chunk, self.counted, self.placement)
         order = key = None
         while not self.finished:
             self._settle()
             epoch, b = divmod(self.done, self.n)
             if b == 0 or order is None:
                 drawn = _order(self.keys["data"], epoch, self.windows.n), jax.random.fold_in(self.keys["aux"], epoch)
-                order, key = sharding.replicate(drawn, self.mesh)
-            found = _batch_sums(self.model, self.params, masks, self.windows, order, b, key, *config)
+                order, key = self.placement.replicate(drawn)
+            found = _batch_sums(self.model, self.params, masks, self.windows, order, b, key, *how)
             loss, rows = float(found["loss"]), int(found["rows"])
             if not math.isfinite(loss):
                 raise training.NonFiniteError(
@@ -401,7 +336,7 @@ class _Pruning:
             if self.waiting == self.group or (last and one):
                 full = self._full(masks)
                 if not full:
-                    masks = place(self._step(), self.params)
+                    masks = place(self._step(), self.params, self.placement)
             bar.update(self.done, epoch + 1, rows, loss / rows, f"  {100 * share_left(self.masks):.1f} % left")
             if last or full:
                 self._validate(masks, epoch + 1, full)
@@ -411,7 +346,7 @@ class _Pruning:
 
     def _full(self, masks: Masks) -> bool:
         limit = self.settings["max_prune_ratio"]
-        return limit < 1 and float(_zeros(self.params, masks, self.mesh)) + self.r_step > limit
+        return limit < 1 and float(_zeros(self.params, masks, self.placement)) + self.r_step > limit
 
     def _step(self) -> Masks:
         """Scores of the group into the importance, and one selection: the masks after it."""
@@ -447,16 +382,19 @@ class _Pruning:
         return found
 
     def _validate(self, masks: Masks, epoch: int, full: bool) -> None:
-        scores = forecasting.evaluate(self.model, merge(self.params, masks), self.val)
-        if not math.isfinite(scores["mse"]):
-            raise training.NonFiniteError(f"epoch {epoch}: the validation MSE of the pruned model is {scores['mse']}")
+        selects, merged = self.task.selects, merge(self.params, masks, self.placement)
+        scores = self.task.evaluate(self.model, merged, self.data, "val", self.placement)
+        if not math.isfinite(scores[selects]):
+            raise training.NonFiniteError(
+                f"epoch {epoch}: the validation {selects} of the pruned model is {scores[selects]}"
+            )
         seen = (self.done - 1) % self.n + 1
         rows = min(seen * self.settings["batch_size"], self.windows.n)
         entry = {"epoch": epoch, "steps": self.steps, "left": share_left(self.masks), "train_loss": self.loss / rows}
         entry |= {f"val_{name}": value for name, value in scores.items()}
-        lowest = min((h["val_mse"] for h in self.history[1:]), default=math.inf)
+        lowest = min((h[f"val_{selects}"] for h in self.history[1:]), default=math.inf)
         self.history, self.loss = [*self.history, entry], 0.0
-        if scores["mse"] <= lowest:  # as low is as good, and smaller
+        if scores[selects] <= lowest:  # as low is as good, and smaller
             self.best, self.best_epoch = dict(self.state), epoch
         if self.run is not None:
             self.run.record([entry])
