@@ -63,7 +63,7 @@ def session(
         return
     _forget()
     # after joining: JAX's own handler, for a service that is not used here, would take its place
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _ask) or signal.SIG_DFL}
+    before: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, _ask) or signal.SIG_DFL}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a program's own handler, or none, stays
         before[signal.SIGINT] = signal.signal(signal.SIGINT, _ask)
     _former.update(before)

@@ -217,34 +217,6 @@ class Placement:
         return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
 
 
-# The same by mesh, for callees that ask for it themselves; they are converted one by one.
-
-
-def by_rows(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
-    """See `Placement.rows`."""
-    return Placement(mesh).rows(tree)
-
-
-def everywhere(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
-    """See `Placement.everywhere`."""
-    return Placement(mesh).everywhere(tree)
-
-
-def row_parts(mesh: Mesh | None) -> int:
-    """See `Placement.row_parts`."""
-    return Placement(mesh).row_parts
-
-
-def mesh_of(tree: trees.Tree) -> Mesh | None:
-    """See `Placement.of`."""
-    return Placement.of(tree).mesh
-
-
-def replicate(tree: trees.Tree, mesh: Mesh | None) -> trees.Tree:
-    """See `Placement.replicate`."""
-    return Placement(mesh).replicate(tree)
-
-
 def together(tree: trees.Tree) -> trees.Tree:
     """`tree` with the leaves that nobody has put anywhere (`jax.Array.committed`) laid beside the first one that
     somebody has; on a mesh, whole on every device.
@@ -277,8 +249,3 @@ def like(tree: trees.Tree, params: trees.Tree, mesh: Mesh) -> trees.Tree:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
-
-
-def check_hosts(mesh: Mesh | None) -> None:
-    """See `Placement.check_hosts`."""
-    Placement(mesh).check_hosts()

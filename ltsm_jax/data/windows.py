@@ -83,7 +83,7 @@ class Windows:
         if mesh is None:
             return dataclasses.replace(self, values=jnp.asarray(self.values))
         if self.values.nbytes < WHOLE_BYTES:
-            return sharding.replicate(self, mesh)
+            return sharding.Placement(mesh).replicate(self)
         return _spread(self, mesh)
 
     def describe(self, i: int) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Spread(Windows):
             in_specs=(PartitionSpec(mesh.axis_names), whole, whole, whole),
             out_specs=sharding.BATCH,
         )
-        surplus = -b % sharding.row_parts(mesh)
+        surplus = -b % sharding.Placement(mesh).row_parts
         x_BCT = cut(self.values, self.starts, self.rows, jnp.pad(indices, (0, surplus)))[:b]
         return {"context": x_BCT[..., : self.context_len], "target": x_BCT[..., self.context_len :]}
 
@@ -191,7 +191,7 @@ def _spread(windows: Windows, mesh: Mesh) -> Spread:
 
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     spread = jax.make_array_from_callback((parts, c, part_len + more), split, part)
-    table = sharding.replicate({"starts": windows.starts, "rows": windows.rows}, mesh)
+    table = sharding.Placement(mesh).replicate({"starts": windows.starts, "rows": windows.rows})
     return Spread(spread, table["starts"], table["rows"], windows.context_len, windows.horizon, mesh=mesh)
 
 

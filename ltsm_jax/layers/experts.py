@@ -113,7 +113,7 @@ def mixture(
     if masks is not None:
         return _dense(x_TD, kernels, weight_TK, chosen_TK, act, masks)
     mesh: Mesh | None = _MESH.get()
-    parts = sharding.row_parts(mesh)
+    parts = sharding.Placement(mesh).row_parts
     if form == "auto":
         few = 2 * chosen_TK.size // parts < BLOCK * kernels[0].shape[0]
         accelerator = (_PLATFORM.get() or jax.default_backend()) != "cpu"

@@ -23,6 +23,7 @@ from ltsm_jax import sharding, trees
 from ltsm_jax.layers import masks as channels
 from ltsm_jax.models import Model
 from ltsm_jax.models.family import Lora
+from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree
 
 
@@ -57,7 +58,8 @@ def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
         raise ValueError(f"the rank of LoRA must be at least 1; got {rank}")
     fixed = trees.flatten(trees.select(params, model.fixed)) if model.fixed else {}
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), channels.shapes(model.init, jax.random.key(0)))
-    placed, mesh, found = channels.place(ones, params), sharding.mesh_of(params), {}
+    placement = Placement.of(params)
+    placed, mesh, found = channels.place(ones, params, placement), placement.mesh, {}
     for i, (leaf, (m_in, m_out)) in enumerate(channels.weights(params, placed).items()):
         path, stack = leaf.removesuffix("/kernel"), int(not leaf.endswith("/kernel"))  # experts: their number leads
         if path.rsplit("/", 1)[-1] in channels.ROUTING or fixed.get(leaf):

@@ -402,7 +402,9 @@ class Moirai2(Model):
         rows = packed.rows_of(batch, self.config.variates)
         h = rows["target"].shape[-1]
         if h > self.horizon:
-            raise ValueError(f"the point loss reaches {self.horizon} steps, not {h}; use the quantile loss")
+            raise ValueError(
+                f"the point loss reaches {self.horizon} steps, not {h}; use the quantile loss (mode='ims')"
+            )
         past = self.prepare(rows["context"])
         (_, c, t), p = past[0].shape, self.config.patch_size
         before = -(-t // p)

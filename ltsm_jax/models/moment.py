@@ -385,8 +385,8 @@ class Moment(Model):
             sizes = {"forecasting": ", horizon=...", "classification": ", n_classes=..., n_variates=..."}.get(head, "")
             raise ValueError(
                 f"{what} needs the {head} head; this MOMENT has the {self.config.head} head. "
-                + ("Load the published checkpoint again" if head == "reconstruction" else "Put an untrained one on")
-                + f' (or: model, params = model.with_head(params, "{head}", key{sizes})), and train it'
+                + ("Load the published checkpoint again, or put" if head == "reconstruction" else "Put")
+                + f' an untrained one on and train it: model, params = model.with_head(params, "{head}", key{sizes})'
             )
 
     def recipe(self) -> Recipe:

@@ -293,11 +293,16 @@ class Timer(Model):
         no targets; the model reads the last value before them there, as in `predict`.
         """
         p, (context, target) = self.config.patch_len, (batch["context"], batch["target"])
-        if context.shape[-1] % p or target.shape[-1] < p:
-            raise ValueError(
-                f"the next-token loss needs a context of whole patches ({p}) and a target of one patch, got "
-                f"{context.shape[-1]} and {target.shape[-1]} steps; use the direct loss for other lengths"
+        problems, steps = [], context.shape[-1]
+        if steps % p:
+            problems.append(f"a context of whole patches ({p}), got {steps} steps: take {max(steps // p, 1) * p}")
+        if target.shape[-1] < p:
+            got = target.shape[-1]
+            problems.append(
+                f"a target of one patch ({p}), got {got} steps: take {p}, or the direct loss (mode='direct')"
             )
+        if problems:
+            raise ValueError(f"the next-token loss needs {'; and '.join(problems)}")
         shifted_BCT = jnp.concatenate([context[..., p:], target[..., :p]], axis=-1)
         return self.token_loss(params, dict(batch) | {"target": shifted_BCT}, key, train)
 
@@ -311,7 +316,8 @@ class Timer(Model):
         p, (context, target) = self.config.patch_len, (batch["context"], batch["target"])
         if target.shape[-1] > p:
             raise ValueError(
-                f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; use the next-token loss"
+                f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; take a shorter target, or the "
+                "next-token loss (mode='ims')"
             )
         x_BCT = fill_missing(context)[..., context.shape[-1] % p :]
         y_BCT, _ = self.apply(params, x_BCT, key=key, train=train)

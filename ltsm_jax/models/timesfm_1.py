@@ -166,7 +166,10 @@ def freq_class(freq: str) -> int:
     _, written = split_freq(freq) or (0, "")
     unit = written if written in _CLASS_OF else unit_of(freq)
     if unit not in _CLASS_OF:
-        raise ValueError(f"TimesFM knows no frequency {freq!r}; give a pandas offset such as '15min', 'h', 'D', 'MS'")
+        raise ValueError(
+            f"TimesFM knows no frequency {freq!r}; give a pandas offset such as '15min', 'h', 'D', 'MS', or "
+            "'oov' for the class of the config"
+        )
     return _CLASS_OF[unit]
 
 

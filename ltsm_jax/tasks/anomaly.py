@@ -33,12 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import sharding
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.splits import Scaler
 from ltsm_jax.data.windows import Windows, windows_between
 from ltsm_jax.layers.missing import mse_observed
 from ltsm_jax.models.family import Batch, Model
+from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
@@ -171,10 +171,13 @@ def _batch_errors(
 
 def _window_errors(model, params, values, starts: np.ndarray, ims: bool, batch_size: int) -> np.ndarray:
     """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64 on the host."""
-    mesh = sharding.mesh_of(params)
-    values, all_starts = sharding.replicate((values, jnp.asarray(starts, jnp.int32)), mesh)
-    one_batch = lambda i: _batch_errors(model, params, values, all_starts, i, ims)  # noqa: E731
-    return in_batches(one_batch, len(starts), batch_size, sharding.Placement(mesh))
+    placement = Placement.of(params)
+    values, all_starts = placement.replicate((values, jnp.asarray(starts, jnp.int32)))
+
+    def one_batch(indices: jax.Array) -> jax.Array:
+        return _batch_errors(model, params, values, all_starts, indices, ims)
+
+    return in_batches(one_batch, len(starts), batch_size, placement)
 
 
 def window_starts(lo: int, hi: int) -> np.ndarray:

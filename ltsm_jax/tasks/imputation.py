@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax import sharding
 from ltsm_jax.data.windows import Windows
 from ltsm_jax.models.family import Batch, Model
+from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
@@ -135,10 +135,13 @@ def evaluate(
     """
     _check(model, rate)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
-    mesh = sharding.mesh_of(params)
-    placed, placed_key = windows.over(mesh), sharding.replicate(key, mesh)
-    one_batch = lambda i: _batch_sums(model, params, placed, i, placed_key, rate, ims)  # noqa: E731
-    found = in_batches(one_batch, windows.n, batch_size, sharding.Placement(mesh))
+    placement = Placement.of(params)
+    placed, placed_key = windows.over(placement.mesh), placement.replicate(key)
+
+    def one_batch(indices: jax.Array) -> dict[str, jax.Array]:
+        return _batch_sums(model, params, placed, indices, placed_key, rate, ims)
+
+    found = in_batches(one_batch, windows.n, batch_size, placement)
     sums = {name: per_window.sum() for name, per_window in found.items()}
     if sums["points"] == 0:
         raise ValueError(

@@ -3,7 +3,6 @@
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -31,12 +30,12 @@ class Waited:
 _open: list[Waited] = []
 
 
-def _listen(event: str, begin: float, end: float, **_: Any) -> None:
+def _listen(event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
     if not event.startswith("/jax/core/compile/"):
         return
     for waited in _open:
         if waited.thread == threading.get_ident():
-            waited.stretches.append((begin, end))
+            waited.stretches.append((start_time, end_time))
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def fit(
             takes = takes or fitting.check_memory(allocated=memory.bytes_on_one(fitting.shapes), writes=True)
             done = fitting.position.step
             show = show_progress and hosts.first()
-            with progress.Bar(fitting.total, config.epochs, label, done=done, show=show) as bar:
+            with progress.Bar(fitting.total, config.epochs or 0, label, done=done, show=show) as bar:
                 bar.say(f"{bar.label}: {takes}")
                 if done:
                     bar.say(f"{bar.label}: going on from step {done} of {fitting.total}")

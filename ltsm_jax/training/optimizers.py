@@ -70,8 +70,9 @@ def adam(weight_decay: float = 0.0, clip: float | None = None) -> optax.Gradient
     (AdamW: each step also shrinks every trained parameter by lr * weight_decay). `clip` is the largest global norm a
     gradient may have before it enters the moments; None or math.inf: no limit.
     """
-    limited = clip is not None and clip < math.inf
-    parts = [optax.clip_by_global_norm(clip)] if limited else []
+    parts = []
+    if clip is not None and clip < math.inf:
+        parts.append(optax.clip_by_global_norm(clip))
     parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.float32))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))

@@ -92,7 +92,7 @@ def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how
 
     gradients = jax.value_and_grad(recomputing(of_batch, how))
     if how.accumulate == 1:
-        return gradients(moving, gather(source, *rows, placement), key)
+        return gradients(moving, gather(source, rows[0], rows[1], placement), key)
 
     def part(total, inputs):
         (indices, weight), number = inputs

@@ -218,3 +218,16 @@ def test_shard_rules_cover_every_parameter(params):
         rules = [spec for pattern, spec in MODEL.shard_rules if re.search(pattern, path)]
         assert rules, path
         assert len(rules[0]) in (0, leaf.ndim), path
+
+
+def test_the_advice_of_the_losses_can_be_followed():
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    steps = lambda t, h: {"context": jnp.ones((1, 1, t)), "target": jnp.ones((1, 1, h))}  # noqa: E731
+    with pytest.raises(ValueError, match="got 60 steps: take 56$"):
+        MODEL.loss(params, steps(60, 8))
+    with pytest.raises(ValueError, match=r"got 7 steps: take 8, or the direct loss \(mode='direct'\)"):
+        MODEL.loss(params, steps(56, 7))
+    with pytest.raises(ValueError, match=r"take a shorter target, or the next-token loss \(mode='ims'\)"):
+        MODEL.point_loss(params, steps(60, 9))
+    for loss, sizes in ((MODEL.loss, (56, 8)), (MODEL.point_loss, (56, 7)), (MODEL.point_loss, (60, 8))):
+        assert jax.eval_shape(loss, params, steps(*sizes)).shape == ()

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import parity
 import pytest
 
 import ltsm_jax
 from converters import CheckpointError
 from converters import ttm as converter
-from ltsm_jax import trees
+from ltsm_jax import data, trees
 from ltsm_jax.data import prepare
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.models import folders
@@ -50,6 +51,28 @@ def test_published_parameter_counts(name, parameters):
 )  # fmt: skip
 def test_every_spelling_of_a_frequency_has_the_token_of_its_step(freq, token):
     assert frequency_token(freq, 10) == token
+
+
+@pytest.mark.parametrize("freq", [None, "MS"])
+def test_the_advice_for_an_unknown_frequency_works_through_the_public_calls(freq):
+    """Three columns by the month, or by nothing but their order."""
+    model = TTM(TTMConfig.of(**TINY, freq_vocab=10))
+    params = jax.jit(model.init)(jax.random.key(0))
+    table = pd.DataFrame({name: np.sin(np.arange(60) + i) for i, name in enumerate("abc")})
+    if freq:
+        table.insert(0, "date", pd.date_range("2019-01-01", periods=60, freq=freq))
+    with pytest.raises(ValueError, match="With freq='oov' it takes the token of unknown frequencies"):
+        ltsm_jax.forecast(model, params, table, 4)
+
+    found = ltsm_jax.forecast(model, params, table, 4, freq="oov")
+    assert np.isfinite(found[["a", "b", "c"]].to_numpy()).all()
+    if freq:
+        assert list(found["timestamp"]) == list(pd.date_range("2024-01-01", periods=4, freq=freq))
+
+    # `fit` reads in the same way.
+    series = data.read_series(table, freq="oov")
+    ready, _ = model.for_series(params, n_variates=3, freq=series.model_freq)
+    assert ready.config.freq_token == 0
 
 
 @pytest.mark.parametrize("freq", [None, "", "3h", "M", "MS", "fortnight"])

@@ -179,11 +179,13 @@ def scored(family, *meshes):
         small, left, _ = removal.remove(model, placed, result.masks)
         found[text] |= {"left": numbers(left)}
         if text != "one":
-            by_rules, _ = sharding.shard(left, small.shard_rules, sharding.mesh_of(placed))
+            by_rules, _ = sharding.shard(left, small.shard_rules, sharding.Placement.of(placed).mesh)
             found[text] |= {"as ruled": layouts(left) == layouts(by_rules)}
             found[text] |= {"as before": layouts(result.pruned) == layouts(placed)}
             found[text] |= {"masks lie": layouts(place(result.masks, placed))}
-            bias, _ = sharding.shard({"up": {"bias": jnp.ones(8)}}, ((".", ("tensor",)),), sharding.mesh_of(placed))
+            bias, _ = sharding.shard(
+                {"up": {"bias": jnp.ones(8)}}, ((".", ("tensor",)),), sharding.Placement.of(placed).mesh
+            )
             alone = place({"up": {"in": np.ones(0), "out": np.ones(8)}}, bias | {"whole": placed})
             found[text] |= {"without a kernel": layouts(alone)}
     mesh = sharding.make_mesh(meshes[0])
@@ -226,7 +228,7 @@ def measured(family):
             fewer, cut = pruning.keep_experts(model, placed, dict.fromkeys(usage, (0, 2)))
             found[text] |= {"usage": numbers(usage), "cut": numbers(cut)}
             if text != "one":
-                by_rules, _ = sharding.shard(cut, fewer.shard_rules, sharding.mesh_of(placed))
+                by_rules, _ = sharding.shard(cut, fewer.shard_rules, sharding.Placement.of(placed).mesh)
                 found[text] |= {"lie": layouts(cut), "ruled": layouts(by_rules)}
             found[text]["mse"] = forecasting.evaluate(fewer, cut, splits.val)["mse"]
     return found

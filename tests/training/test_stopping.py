@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -71,6 +72,14 @@ def test_without_a_folder_or_a_step_there_is_nothing_to_keep(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ctrl-C
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell has background jobs ignore it, and they pass that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupting(calls, at):
@@ -158,8 +167,13 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
     def start(folder):
         script = Path(__file__).with_name("small_problem.py")
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
-        return subprocess.Popen([sys.executable, str(script), "timer", str(folder)], env=environment,
-                                stderr=subprocess.PIPE, text=True)  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, str(script), "timer", str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
 
     def finish(process):
         errors = process.communicate(timeout=300)[1]
@@ -169,7 +183,7 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
     finish(start(tmp_path / "undisturbed"))
     expected = (tmp_path / "undisturbed" / "metrics.jsonl").read_bytes()
     chance, landed = random.Random(0), 0
-    for i in range(12):
+    for i in range(8):
         folder = tmp_path / str(i)
         process = start(folder)
         timing = folder / "timing.jsonl"
@@ -187,7 +201,7 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
             assert "KeyboardInterrupt: stopped by Ctrl-C after step" in errors
         finish(start(folder))
         assert (folder / "metrics.jsonl").read_bytes() == expected
-    assert landed > 5
+    assert landed > 3
 
 
 def test_parts_of_a_checkpoint_are_read_without_the_rest(stopped):
