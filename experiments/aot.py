@@ -29,7 +29,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,6 @@ from ltsm_jax.tasks import forecasting
 from ltsm_jax.training.step import trace_step
 
 FREQ = "h"  # of the series, for families that want to know
-TRAINABLE = ("all", "head", "recipe")
 SMALL = "small"  # the preset of every family that tests use
 
 
@@ -72,7 +71,7 @@ class Options:
     """steps of the forecast, for --mode direct"""
     mode: Annotated[forecasting.Mode | None, flags.one_of(forecasting.MODES, unset="recipe")] = None
     """training loss: the family's own (ims) or direct"""
-    trainable: Annotated[str, flags.one_of(TRAINABLE)] = "all"
+    trainable: Annotated[Literal["all", "head", "recipe"], flags.one_of(("all", "head", "recipe"))] = "all"
     """what is trained: all, head or recipe"""
     variates: Annotated[int, flags.whole(1)] = 7
     """of the series; 7, as ETTh1"""
@@ -187,6 +186,7 @@ class Job:
     source: Any  # windows
     loss: Any
     config: training.TrainConfig
+    batch: int
     trainable: trees.Tree | None
     target: Target
     mesh: jax.sharding.Mesh | None
@@ -217,13 +217,14 @@ def resolve(args: Options, target: Target) -> Job:
     how = args.devices
     changes = {"compute": how.compute, "accumulate": how.accumulate, "remat": how.remat}
     config = binding.train_config(model, **changes | ({} if args.batch is None else {"batch_size": args.batch}))
+    assert config.batch_size is not None, "filled"
     values, joint = np.zeros((args.variates, args.rows), np.float32), model.variates == "joint"
     source = windows_between(values, 0, args.rows, args.context or recipe.context_len, horizon, joint=joint)
     if source.n < config.batch_size:
         raise ValueError(f"--batch {config.batch_size}: the series has only {source.n} windows; see --rows, --variates")
     trainable = trainable_mask(Phase(args.trainable), model, params)
     loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
-    return Job(name, model, params, source, loss, config, trainable, target, mesh, notes)
+    return Job(name, model, params, source, loss, config, config.batch_size, trainable, target, mesh, notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def compile_step(job: Job) -> Report:
         topology=job.target.name,
         devices=1 if job.mesh is None else job.mesh.size,
         mesh=mesh_text(job.mesh),
-        batch=job.config.batch_size,
+        batch=job.batch,
         context=job.source.context_len,
         horizon=job.source.horizon,
         settings=settings,

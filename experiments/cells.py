@@ -30,6 +30,8 @@ from ltsm_jax.methods import binding, run
 from ltsm_jax.methods.strategies import Strategy, start_params
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks.base import Task
+from ltsm_jax.tasks.forecasting import Forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig
 
 C = TypeVar("C", bound="Cell")
@@ -65,7 +67,7 @@ class Comparison:
     params: Any
     splits: Splits
     config: TrainConfig
-    mode: forecasting.Mode
+    task: Forecasting
     settings: dict[str, Any]  # what decides every number; a folder holds one set of settings
     optional: tuple[str, ...] = ()  # settings that may be None on one side, where no cell needs them
 
@@ -73,6 +75,11 @@ class Comparison:
     def folder(self) -> Path:
         """Where it all goes."""
         return self.options.folder
+
+    @property
+    def windows(self) -> Windows:
+        """What is trained on."""
+        return self.task.windows(self.model, self.splits)  # pyright: ignore[reportReturnType]
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
@@ -124,13 +131,13 @@ def resolve(options: Options) -> Comparison:
             print(note, file=sys.stderr)
     recipe = model.recipe()
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
-    mode = options.training.mode or binding.default_mode(model)
+    task = Forecasting(options.training.mode or binding.default_mode(model))
     config = training_config(model, options)
     quirks = tuple(q for q in options.quirks if q in QUIRKS)
     splits = attempt(prepare, series, context, horizon, few_shot=options.training.few_shot, quirks=quirks,
                      joint=model.variates == "joint")  # fmt: skip
     if splits is not None:
-        attempt(_try_batch, model, params, splits, mode)
+        attempt(_try_batch, model, params, splits, task)
     if splits is None or problems:
         raise UsageError("\n".join(problems))
     settings = {
@@ -139,7 +146,7 @@ def resolve(options: Options) -> Comparison:
         "head": options.head,
         "context": context,
         "horizon": horizon,
-        "mode": mode,
+        "mode": task.mode,
         "few_shot": options.training.few_shot,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
@@ -152,7 +159,7 @@ def resolve(options: Options) -> Comparison:
         **_facts(series),
         "model_sha256": sha256,
     }
-    return Comparison(options, model, params, splits, config, mode, settings)
+    return Comparison(options, model, params, splits, config, task, settings)
 
 
 def read_series(data: str, reading: Reading) -> Series:
@@ -184,10 +191,9 @@ def _facts(series: Series) -> dict[str, Any]:
     }
 
 
-def _try_batch(model: Model, params: Any, splits: Splits, mode: forecasting.Mode) -> None:
-    """Shapes only: what model, context, horizon and mode have to say about each other, before anything is compiled."""
-    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
-    windows = forecasting.training_windows(model, splits, mode)
+def _try_batch(model: Model, params: Any, splits: Splits, task: Task) -> None:
+    """Shapes only: what model, context, horizon and task have to say about each other, before anything is compiled."""
+    loss, windows = task.loss(model), task.windows(model, splits)
     indices, key = np.zeros(1, np.int32), jax.random.key(0)
     jax.eval_shape(lambda p, w: loss(p, w.gather(indices), key, True), params, windows)
     jax.eval_shape(lambda p, w: model.predict(p, w.gather(indices)["context"], w.horizon), params, splits.val)
@@ -200,7 +206,8 @@ def finished(c: Comparison, cells: Iterable[Cell]) -> int:
 
 def plan(c: Comparison, runs: Sequence[str]) -> str:
     """What will run, in words; `runs` are the lines that the experiment has to say on it."""
-    series, windows = c.splits.series, forecasting.training_windows(c.model, c.splits, c.mode)
+    series, windows = c.splits.series, c.windows
+    assert c.config.batch_size is not None, "filled"
     batch = min(c.config.batch_size, windows.n)
     steps = steps_per_epoch(windows.n, batch)
     stamps = series.timestamps
@@ -217,7 +224,7 @@ def plan(c: Comparison, runs: Sequence[str]) -> str:
         f"{c.splits.val.n:,} to validate, {c.splits.test.n:,} to test"
         + (f" (few-shot {c.options.training.few_shot:g})" if c.options.training.few_shot != 1 else ""),
         f"model    {c.settings['model']}: {c.model.family}, {trees.count(c.params):,} parameters",
-        f"training {c.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
+        f"training {c.task.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
         f"lr {c.config.lr:g}, schedule {c.config.schedule}",
         f"memory   about {_megabytes(c):,.0f} MB of weights, optimiser state and data; activations come on top",
         *runs,
@@ -243,15 +250,10 @@ def claimed(c: Comparison) -> Iterator[None]:
       written then.
     """
     hosts.on_first(folder.check, c.folder, c.record, c.optional)
-    with contextlib.ExitStack() as stack:
-        hosts.on_first(_enter, stack, c.folder)
+    with folder.held(c.folder):
         for problem in hosts.on_first(_begin, c):
             launch.say(f"not believed, and run again where it is asked for: {problem}")
         yield
-
-
-def _enter(stack: contextlib.ExitStack, path: Path) -> None:
-    stack.enter_context(folder.held(path))
 
 
 def _begin(c: Comparison) -> list[str]:
@@ -263,7 +265,7 @@ def _begin(c: Comparison) -> list[str]:
     try:
         storage.read_record(file)
     except storage.DamagedError:
-        folder.write_json(file, {"baselines": baselines(c.splits)})
+        folder.write_json(file, {"baselines": baselines(c)})
     return damaged
 
 
@@ -312,7 +314,7 @@ def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result
         rest.pop("params", c.params),
         chosen,
         c.splits,
-        task=forecasting.Forecasting(c.mode),
+        task=c.task,
         seed=cell.seed,
         config=c.config,
         test=False,
@@ -346,14 +348,14 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Res
         "test_mase": test.get("mase"),
         "best_epoch": result.best_epoch,
         "last_val_mse": result.history[-1]["val_mse"] if result.history else result.val["mse"],
-        "mode": c.mode,
+        "mode": c.task.mode,
         "quirks": c.settings["quirks"],
         "context": c.settings["context"],
         "lr": c.config.lr,
         "batch_size": c.config.batch_size,
         "schedule": c.config.schedule,
         "few_shot": c.options.training.few_shot,
-        "train_windows": forecasting.training_windows(c.model, c.splits, c.mode).n,
+        "train_windows": c.windows.n,
         "val_windows": result.val["windows"],
         "trained_parameters": result.trained,
         "git_commit": folder.git_commit(),
@@ -386,8 +388,10 @@ def keep(
         made["git_commit"] = row["git_commit"]
         if final[0] != c.model:  # parts were removed: an export needs to know from what
             made["pruned_from"] = c.model.config_to_dict()
-        ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
+        with folder.naming(place / "model"):
+            ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
+    record["compile_seconds"] = result.compile_seconds
     record["val_blocks"] = val_blocks(shown or final, c.splits.val)
 
     def finish() -> None:
@@ -403,12 +407,11 @@ def val_blocks(shown: tuple[Model, Any], windows: Windows) -> list[float]:
     Neighbouring windows share most of their targets and are no independent draws; see `checks.paired_difference`.
     """
     errors = forecasting.errors(*shown, windows)
-    mse_N = (errors.squared / windows.horizon).mean(axis=1)
     starts_N = np.asarray(windows.starts)
     block_N = (starts_N - starts_N.min()) // windows.horizon
-    count = np.bincount(block_N)
-    sums = np.bincount(block_N, mse_N)
-    return (sums[count > 0] / count[count > 0]).tolist()
+    steps = np.bincount(block_N, errors.steps.sum(axis=1))
+    sums = np.bincount(block_N, errors.squared.sum(axis=1))
+    return (sums[steps > 0] / steps[steps > 0]).tolist()
 
 
 def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
@@ -416,7 +419,7 @@ def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
     if not chosen.phases:
         return None
     params = start_params(chosen, c.model, c.params, training.keys(seed)["aux"])
-    return forecasting.evaluate(c.model, params, c.splits.val)["mse"]
+    return c.task.evaluate(c.model, params, c.splits)[c.task.selects]
 
 
 def finish_cell(c: Comparison, cell: Cell, record: dict[str, Any]) -> None:
@@ -453,16 +456,15 @@ def twin_of(c: Comparison, method: str) -> str | None:
     return found[0] if found else None
 
 
-def baselines(splits: Splits) -> list[dict[str, Any]]:
-    """Scores of last value and, where the step has a season, seasonal naive, on the same windows."""
-    naive = {"last_value": forecasting.SeasonalNaive(1)}
-    if splits.series.season > 1:
-        naive["seasonal_naive"] = forecasting.SeasonalNaive(splits.series.season)
+def baselines(c: Comparison) -> list[dict[str, Any]]:
+    """Scores of what needs no model (last value, seasonal naive), on the same windows."""
+    val, test = (c.task.baselines(c.splits, part) for part in ("val", "test"))
     found = []
-    for name, predictor in naive.items():
-        val, test = (forecasting.evaluate(predictor, {}, part) for part in (splits.val, splits.test))
-        scores = {f"{part}_{k}": score[k] for part, score in (("val", val), ("test", test)) for k in ("mse", "mae")}
-        found.append({"method": name, "season": predictor.season} | scores)
+    for name in val:
+        row: dict[str, Any] = {"method": name.replace(" ", "_")}
+        for part, scores in (("val", val[name]), ("test", test[name])):
+            row |= {f"{part}_{metric}": value for metric, value in c.task.row(scores).items()}
+        found.append(row)
     return found
 
 
@@ -531,7 +533,8 @@ def main(
                 if not hosts.on_first((c.folder / folder.CSV).is_file):
                     return 1
                 if hosts.first():
-                    finish(c.folder)
+                    with folder.naming(c.folder):
+                        finish(c.folder)
                     for failure in failures:
                         print(f"failed: {failure}", file=sys.stderr)
             return 1 if failures else 0

@@ -115,7 +115,7 @@ def _numbers(kind: Callable[[str], Any], low: float, high: float, says: str, tex
     return values
 
 
-def _one(values: tuple[Any, ...], text: str) -> Any:
+def _one(values: Sequence[Any], text: str) -> Any:
     if len(values) > 1:
         raise ValueError(f"{FLAG} takes one value; got {text!r}")
     return values[0]

@@ -56,7 +56,6 @@ from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import pruning, redundancy, removal
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
-from ltsm_jax.tasks import forecasting
 
 PASS_RATIO = 0.5  # per epoch, of a run that is cut at --ratios
 GROUP = 16  # batches of a pruning step, as the release has it for all its models
@@ -201,6 +200,7 @@ def resolve(options: Options) -> Comparison:
     full = pruning.full_masks(c.model, **_candidates(options))
     how = options.pruning
     batch = how.prune_batch_size or c.config.batch_size
+    assert batch is not None, "filled"
     settings = {
         "cuts": "of all channels, from one run" if options.ratios else "per epoch, a run each",
         "pass_ratio": (options.ratio or (PASS_RATIO,))[0] if options.ratios else None,
@@ -267,7 +267,7 @@ def plan(c: Comparison) -> str:
         f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} pruned, {then} pruned and "
         f"tuned, seeds {', '.join(map(str, o.seeds))}" + (f"; {done} finished already" if done else ""),
     ]
-    windows = len(forecasting.training_windows(c.model, c.splits, c.mode).starts) // s["stride"]
+    windows = len(c.windows.starts) // s["stride"]
     if windows <= s["macro_batch"] and len(o.ema) > 1 and o.pruning.prune_epochs == 1:
         lines.append("note     a pruning run is one step: the EMA has no say in it; take a smaller --macro-batch")
     return cells.plan(c, lines)
@@ -430,7 +430,7 @@ class Work:
                 c.params,
                 c.splits,
                 config,
-                task=forecasting.Forecasting(c.mode),
+                task=c.task,
                 seed=seed,
                 folder=c.folder / "masks" / name,
                 label=f"pruning {name}",
@@ -504,16 +504,17 @@ def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
 
 def redundancy_of(c: Comparison) -> dict[str, Any]:
     """Statistics of the original model as JSON, on windows spread evenly over the training and validation parts."""
-    train, val = forecasting.training_windows(c.model, c.splits, c.mode), c.splits.val
+    train, val = c.windows, c.splits.val
     val = dataclasses.replace(val, horizon=train.horizon)  # as the loss wants it
     val = val.take(np.flatnonzero(np.asarray(val.starts) + val.context_len + val.horizon <= c.splits.borders.val[1]))
     parts = [part for part in (train, val) if part.n]
     counts = [min(SAMPLE, part.n - part.n % BATCH if part.n > BATCH else part.n) for part in parts]  # whole batches
     some = [part.take(np.linspace(0, part.n - 1, n).astype(np.int32)) for part, n in zip(parts, counts, strict=True)]
-    found = redundancy.measure(c.model, c.params, *some, mode=c.mode, batch_size=BATCH)
-    lists = lambda entry: {  # noqa: E731
-        k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in dataclasses.asdict(entry).items()
-    }
+    found = redundancy.measure(c.model, c.params, *some, mode=c.task.mode, batch_size=BATCH)
+
+    def lists(entry: Any) -> dict[str, Any]:
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(entry).items()}
+
     return {
         "windows": [part.n for part in some],
         "heads": {path: lists(h) for path, h in found.heads.items()},

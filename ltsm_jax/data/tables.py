@@ -25,6 +25,7 @@ from ltsm_jax.frequency import (
     Grid,
     canonical_freq,
     from_wall,
+    grid_share,
     infer_freq,
     on_wall,
     rounded_step,
@@ -83,6 +84,13 @@ class ReadingOptions:
     name: str | None = None
 
     def __post_init__(self):
+        for option in ("target", "time", "id"):
+            value = getattr(self, option)
+            # `df.columns[1:]`, a set, a generator; a tuple may be one name of a column with levels
+            if isinstance(value, Iterable) and not isinstance(value, str | list | tuple):
+                object.__setattr__(self, option, list(value))
+        if self.date_format is not None and not isinstance(self.date_format, str):
+            raise ValueError(f"date_format must be text such as '%d/%m/%Y', not {self.date_format!r}")
         for option, allowed in (("missing", MISSING), ("irregular", IRREGULAR)):
             value = getattr(self, option)
             if value not in allowed and not (option == "irregular" and value is None):
@@ -146,13 +154,15 @@ class _Reader:
         self.stop()
         time, targets = self.choose_columns(table, labels)
         stamps, tz = self.stamps_of(table, time)
+        if stamps is not None and tz is not None:
+            tz = self.zone_of_steps(stamps, tz)
         if not self.problems:
             self.look_for_ids(table, time, targets, stamps)
         id_column = self.joined(table, "id", self.how.id)
         values = self.numbers(table, targets)
         if id_column is not None:
             stamps, values, targets = self.spread(stamps, values, targets, id_column, tz)
-        elif stamps is not None:
+        elif stamps is not None and len(values):
             stamps, values = self.on_grid(stamps, values, tz)
         if self.how.missing != "error":
             stamps, values = self.without_future(stamps, values)
@@ -352,7 +362,8 @@ class _Reader:
         if wanted and not any(numeric):
             self.problems.append(f"no column of numbers; columns: {_quote(columns)}")
         elif not wanted:
-            self.problems.append(f"no column besides {' and '.join(map(str, [*time, *ids]))}")
+            besides = " and ".join(map(str, [*time, *ids]))
+            self.problems.append(f"no column besides {besides}" if besides else "no columns")
 
     def joined(self, table: pd.DataFrame, role: str, given: Any) -> Any:
         """The id column: one, or several joined by "/"; None where there is none or where it is damaged."""
@@ -378,7 +389,9 @@ class _Reader:
         if not time:
             return None, None
         column = table[time[0]] if len(time) == 1 else _joined_time(table, time)
-        if counts_rows(column) and not self.numbers_are_dates(column):
+        if self.how.date_format is not None:
+            pass  # numbers in that layout are dates
+        elif counts_rows(column) and not self.numbers_are_dates(column):
             # Following the message or naming the targets: the numbers are no stamps, the rows stay in their order.
             if self.irregular == "ignore" or (self.how.target is not None and self.how.time is None):
                 self.notes.append(f"{column.name!r} only numbers the rows: there are no stamps")
@@ -402,6 +415,15 @@ class _Reader:
         wall = to_wall(stamps, tz)
         freq = self.freq or infer_freq(wall)
         return wall if freq is not None and on_wall(freq) else stamps
+
+    def zone_of_steps(self, stamps: np.ndarray, tz: str) -> str:
+        """The zone itself, or UTC where days at one time in UTC were only shown in it."""
+        wall = to_wall(stamps, tz)
+        freq = self.freq or infer_freq(wall)
+        if freq is None or not on_wall(freq) or grid_share(wall, freq) >= grid_share(stamps, freq):
+            return tz
+        self.notes.append(f"the steps are regular in UTC, not on the clock in {tz}: the stamps are given in UTC")
+        return "UTC"
 
     def look_for_ids(self, table: pd.DataFrame, time: list, targets: list, stamps: Stamps) -> None:
         """Refuse several series below one another by the name of the column(s) that tell them apart."""
@@ -546,7 +568,7 @@ class _Reader:
         self, stamps: Stamps, values: np.ndarray, targets: list, ids: Any, tz: str | None
     ) -> tuple[Stamps, np.ndarray, list]:
         """A long table with one variate per id (and target) beside one another, on the stamps all ids share."""
-        if self.problems:
+        if self.problems or not targets:
             return stamps, values, targets  # the cells can still be checked
         groups = {key: np.asarray(at) for key, at in ids.groupby(ids, sort=False, observed=True).indices.items()}
         names = [f"{key}" if len(targets) == 1 else f"{key}/{target}" for key in groups for target in targets]
@@ -781,4 +803,8 @@ def _quote(items: Sequence[Any]) -> str:
 
 
 def _to_number(column: Any) -> Any:
-    return pd.to_numeric(column, errors="coerce")
+    try:
+        return pd.to_numeric(column, errors="coerce")
+    except OverflowError:  # whole numbers beyond float64 are beyond every limit
+        huge = column.map(lambda cell: isinstance(cell, int) and abs(cell) > LARGEST)
+        return pd.to_numeric(column.mask(huge, 10 * LARGEST), errors="coerce")
