@@ -267,7 +267,7 @@ def fit(
         result=result,
         splits=splits,
         model=model,
-        naive=task.baselines(splits),
+        naive=task.baselines(model, splits),
     )
 
 
