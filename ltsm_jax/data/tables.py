@@ -214,6 +214,7 @@ class _Reader:
             notes=tuple(clip(note, 500) for note in self.notes),
             tz=tz,
             model_freq="oov" if self.how.freq == "oov" else None,
+            time_name=str(time[0]) if stamps is not None and len(time) == 1 else None,
         )
 
     def stop(self) -> None:
