@@ -136,9 +136,12 @@ def resolve(options: Options) -> Comparison:
     quirks = tuple(q for q in options.quirks if q in QUIRKS)
     splits = attempt(prepare, series, context, horizon, few_shot=options.training.few_shot, quirks=quirks,
                      joint=model.variates == "joint")  # fmt: skip
+    found = len(problems)
     if splits is not None:
         attempt(_try_batch, model, params, splits, task)
-    if splits is None or problems:
+    if splits is None or len(problems) > found:
+        problems.append(binding.what_fits(model, params, series, horizon, usual_borders=True))
+    if problems:
         raise UsageError("\n".join(problems))
     settings = {
         "data": series.name,
@@ -164,8 +167,7 @@ def resolve(options: Options) -> Comparison:
 
 def read_series(data: str, reading: Reading) -> Series:
     """Read a benchmark or a table as the options of a command line ask."""
-    asked = {name: value for name, value in vars(reading).items() if value is not None}
-    return load_series(data, **asked)
+    return load_series(data, **reading.asked())
 
 
 def training_config(model: Model, options: Options) -> TrainConfig:
@@ -458,7 +460,7 @@ def twin_of(c: Comparison, method: str) -> str | None:
 
 def baselines(c: Comparison) -> list[dict[str, Any]]:
     """Scores of what needs no model (last value, seasonal naive), on the same windows."""
-    val, test = (c.task.baselines(c.splits, part) for part in ("val", "test"))
+    val, test = (c.task.baselines(c.model, c.splits, part) for part in ("val", "test"))
     found = []
     for name in val:
         row: dict[str, Any] = {"method": name.replace(" ", "_")}
