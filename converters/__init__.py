@@ -77,12 +77,14 @@ def import_checkpoint(
     if dst is not None and _is_in(path, storage.user_path(dst)):
         raise FileExistsError(f"{path} lies in {dst}, which would be replaced; choose another folder")
     original = originals.read(path)
-    family, layout = originals.family_of(original)
+    family, layout, original = originals.family_of(original)
     stripped, copies, problems = layout.strip(original.state)
     published = _published(original, config, getattr(family, "BESIDE", ()))
     model, notes = _model(family, stripped, published, original.path)
     model_config = model.config
     what = f"{original.path}: {model.family} {shortened(str(model_config), 250)}"
+    if published is None:
+        what += " (no config.json beside it; what the tensors do not say is assumed)"
     if hasattr(family, "check_buffers"):
         problems += family.check_buffers(model_config, stripped)
     converted = tables.to_params(
@@ -109,7 +111,7 @@ def import_checkpoint(
         "copies": converted.copies,
         "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
         "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
-        "notes": notes,
+        "notes": [*notes, *original.notes],
         **_published_facts(published, _in_table(family.published, model_config, layout.table)),
         **fetched,
     }
@@ -209,7 +211,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
     imported_from = record.get("container")
-    alike = imported_from == container or (imported_from in originals.NESTED and container == "state_dict")
+    alike = imported_from == container or (imported_from in ("student", "nested") and container == "state_dict")
     table = record.get("table", "") if alike else getattr(family, "TABLES", {}).get(file.suffix, "")
     model, params, published, whole = _in_one_width(model, params, record, family, table)
     told = record.get("dtype", "float32")

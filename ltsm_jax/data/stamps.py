@@ -24,7 +24,12 @@ MONTH_NAMES = ["january", "february", "march", "april", "may", "june"]
 MONTH_NAMES += ["july", "august", "september", "october", "november", "december"]
 WEEKDAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 YEARS = (1500, 2200)  # a bare number outside is no year
-EPOCHS = {10: 10**6, 13: 1000, 16: 1, 19: 1}  # digits of seconds, ms, us, ns since 1970 -> microseconds
+EPOCHS = {
+    10: 10**6,
+    13: 1000,
+    16: 1,
+    19: 1,
+}  # digits of seconds, ms, us, ns since 1970 -> microseconds
 NAT = np.datetime64("NaT", "D")
 HOUR = 3600 * 10**6
 NO_DATES = (

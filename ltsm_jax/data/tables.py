@@ -20,7 +20,16 @@ import pandas as pd
 
 from ltsm_jax.data.series import DataError, Series, clip
 from ltsm_jax.data.sources import as_table, is_path, stem
-from ltsm_jax.data.stamps import YEARS, counts_rows, holds_dates, is_numeric, is_time, parse_stamps, rows, show
+from ltsm_jax.data.stamps import (
+    YEARS,
+    counts_rows,
+    holds_dates,
+    is_numeric,
+    is_time,
+    parse_stamps,
+    rows,
+    show,
+)
 from ltsm_jax.frequency import (
     Grid,
     canonical_freq,
@@ -33,9 +42,30 @@ from ltsm_jax.frequency import (
 )
 
 TIME_NAMES = ("date", "time", "timestamp", "ds", "datetime")
-PERIOD_NAMES = ("year", "yearmonth", "yyyymm", "month", "period", "quarter", "week", "day")  # if numbers are dates
+PERIOD_NAMES = (
+    "year",
+    "yearmonth",
+    "yyyymm",
+    "month",
+    "period",
+    "quarter",
+    "week",
+    "day",
+)  # if numbers are dates
 CALENDAR = ("year", "month", "day", "hour")  # columns that hold one time between them
-ID_NAMES = ("id", "item_id", "unique_id", "series_id", "ts_id", "item", "series", "symbol", "ticker", "sku", "store")
+ID_NAMES = (
+    "id",
+    "item_id",
+    "unique_id",
+    "series_id",
+    "ts_id",
+    "item",
+    "series",
+    "symbol",
+    "ticker",
+    "sku",
+    "store",
+)
 LARGEST = 1e100  # of a value: its square is a float64 still
 MISSING = ("error", "interpolate", "keep")
 IRREGULAR = ("error", "regularise", "ignore")
@@ -184,6 +214,7 @@ class _Reader:
             notes=tuple(clip(note, 500) for note in self.notes),
             tz=tz,
             model_freq="oov" if self.how.freq == "oov" else None,
+            time_name=str(time[0]) if stamps is not None and len(time) == 1 else None,
         )
 
     def stop(self) -> None:
@@ -263,10 +294,15 @@ class _Reader:
             time = self.find_time(table, labels, [*wanted, *ids])
         self.check_labels(table, labels, time, [*wanted, *ids])
         if not asked:
-            apart = {*time, *ids, *self.undecided, *(label for label in labels if not self.is_id_like(table, label))}
+            apart = {
+                *time,
+                *ids,
+                *self.undecided,
+                *(label for label in labels if not self.is_id_like(table, label)),
+            }
             wanted = [column for column in columns if column not in apart]
             self.check_default(table, wanted, time, ids)
-            if not any(is_numeric(table[c]) or _to_number(table[c]).notna().any() for c in wanted):
+            if not self.any_numbers(table, wanted):
                 wanted = []  # every cell of them would be listed
         return time, wanted
 
@@ -347,6 +383,10 @@ class _Reader:
                     "irregular='ignore' takes them as they come"
                 )
 
+    def any_numbers(self, table: pd.DataFrame, columns: list) -> bool:
+        """Whether a column holds numbers, as such or as text."""
+        return any(is_numeric(table[c]) or _to_number(table[c]).notna().any() for c in columns)
+
     def check_default(self, table: pd.DataFrame, wanted: list, time: list, ids: list) -> None:
         """Columns without a name and tables without numbers."""
         columns = list(table.columns)
@@ -358,8 +398,7 @@ class _Reader:
         years = [c for c in wanted if str(c).casefold() == "year"]
         if years:
             self.notes.append(f"{years[0]!r} is read as a variate; target= leaves it out")
-        numeric = [is_numeric(table[c]) or bool(_to_number(table[c]).notna().any()) for c in wanted]
-        if wanted and not any(numeric):
+        if wanted and not self.any_numbers(table, wanted):
             self.problems.append(f"no column of numbers; columns: {_quote(columns)}")
         elif not wanted:
             besides = " and ".join(map(str, [*time, *ids]))
