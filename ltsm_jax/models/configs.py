@@ -7,8 +7,9 @@ from typing import Any
 
 
 def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
-    """A config dataclass from what `dataclasses.asdict` and JSON made of it: lists are tuples again, at any depth, and
-    fields that are dataclasses are built. The inverse of `Model.config_to_dict`.
+    """Build a config from what `dataclasses.asdict` and JSON made of it; the inverse of `Model.config_to_dict`.
+
+    Lists are tuples again, at any depth, and fields that are dataclasses are built.
 
     Raises: TypeError for a field that the class does not have; ValueError from the class.
     """
@@ -28,7 +29,7 @@ def _tuples(x: Any) -> Any:
 
 
 def with_entry(config: Any, entry: str, value: Any) -> Any:
-    """The config with another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and indices.
+    """Put another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and indices.
 
     Raises: AttributeError, IndexError for an entry that is not there; ValueError from the config's class.
     """
@@ -42,7 +43,7 @@ def with_entry(config: Any, entry: str, value: Any) -> Any:
 
 
 def entry_of(config: Any, entry: str) -> Any:
-    """What stands at an entry of a config, see `with_entry`."""
+    """Read an entry of a config, see `with_entry`."""
     for name in entry.split("."):
         config = config[int(name)] if isinstance(config, tuple) else getattr(config, name)
     return config
