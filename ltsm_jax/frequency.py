@@ -11,6 +11,7 @@ Shapes: T stamps.
 """
 
 import dataclasses
+import datetime
 import re
 from typing import Any
 
@@ -54,8 +55,10 @@ _UNITS = {alias: unit for unit, aliases in _ALIASES.items() for alias in aliases
 def split_freq(freq: Any) -> tuple[int, str] | None:
     """Split a step into its count and its unit as written: "15min" -> (15, "min"), "W-SUN" -> (1, "W").
 
-    Offsets of pandas are taken by their name. None for what is not written like a step.
+    Offsets of pandas are taken by their name, lengths of time as microseconds. None for what is not written so.
     """
+    if isinstance(freq, datetime.timedelta):
+        return freq // datetime.timedelta(microseconds=1), "us"
     text = str(getattr(freq, "freqstr", freq))
     match = re.fullmatch(r"\s*(\d{0,18})\s*([A-Za-z]+)(-[A-Za-z0-9]{3,4})?\s*", text)
     if match is None:
@@ -271,6 +274,17 @@ def _most_frequent(numbers: np.ndarray) -> int:
     """The most frequent of whole numbers, the smallest of those that tie."""
     kinds, counts = np.unique(numbers, return_counts=True)
     return int(kinds[counts.argmax()])
+
+
+def grid_share(stamps: np.ndarray, freq: str) -> float:
+    """Share of a regular grid of step `freq` that stamps [T], in any order, fill: 1 is regular."""
+    stamps = np.unique(stamps)
+    if len(stamps) < 2:
+        return 0.0
+    places = Grid.through(stamps, freq).places(stamps)
+    whole = np.unique(np.rint(places))
+    on_grid = float((np.abs(places - np.rint(places)) < 1e-9).mean())
+    return on_grid * len(whole) / max(float(whole[-1] - whole[0] + 1), len(stamps))
 
 
 def following(stamps: np.ndarray, n: int, freq: str, tz: str | None = None) -> np.ndarray:

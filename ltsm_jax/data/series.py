@@ -37,6 +37,7 @@ class Series:
       freq: canonical step ("15min", "h", "D", "W", "M", ...), or None where it is not known.
       tz: name of the zone that the stamps came in (`timestamps` are UTC then), or None.
       model_freq: frequency that a model is told where it is another than `freq`: "oov", out of its vocabulary.
+      time_name: name of the column that the stamps came in, or None.
       benchmark: name of the benchmark whose borders and reading rules hold for it, or None.
       notes: what was done to the data or found about them on the way in, one line each, for reports.
     """
@@ -50,6 +51,7 @@ class Series:
     notes: tuple[str, ...] = ()
     tz: str | None = None
     model_freq: str | None = None
+    time_name: str | None = None
 
     def __post_init__(self):
         if self.values.ndim != 2 or len(self.columns) != self.values.shape[0]:

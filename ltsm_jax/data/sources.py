@@ -31,6 +31,7 @@ _PANDAS = tuple(int(part) for part in pd.__version__.split(".")[:2])
 _EXACT: dict[str, Any] = {} if _PANDAS >= (3, 1) else {"float_precision": "round_trip"}
 EXPANSION = 50  # a table of text compresses to a third or a twentieth; zeros alone to a thousandth
 ALWAYS_READ = 100 * 10**6  # expanded bytes, whatever the file's size
+MOST_COLUMNS = 250_000
 SOURCES = "give a path, a pandas DataFrame or Series, an array [T] or [T, C], or a polars or Arrow table"
 
 
@@ -58,7 +59,7 @@ def as_table(source: Any) -> pd.DataFrame:
     if isinstance(source, pd.Series):
         return source.to_frame("value" if source.name is None else source.name)
     if isinstance(source, np.ndarray | jax.Array):
-        return _from_array(np.asarray(source))
+        return _from_array(np.asanyarray(source))
     if hasattr(source, "__arrow_c_stream__") or hasattr(source, "__dataframe__"):
         return _from_arrow(source)
     if hasattr(source, "__arrow_c_array__"):
@@ -68,10 +69,13 @@ def as_table(source: Any) -> pd.DataFrame:
 
 
 def _from_array(array: np.ndarray) -> pd.DataFrame:
+    if isinstance(array, np.ma.MaskedArray):  # what is masked is missing
+        array = np.ma.filled(array.astype(np.float64), np.nan)
     if array.dtype.names:
         return pd.DataFrame(array)
     if array.ndim not in (1, 2):
         raise DataError(f"an array of shape {array.shape} cannot be read; {SOURCES}")
+    array = np.asarray(array)
     array = array[:, None] if array.ndim == 1 else array
     return pd.DataFrame(array, columns=[str(c) for c in range(array.shape[1])])
 
@@ -120,6 +124,8 @@ def read_table(path: Path, header: bool = True) -> pd.DataFrame:
     names: list[str] = []
     try:
         names = [cell.strip() for cell in next(csv.reader(lines))]
+        if len(names) > MOST_COLUMNS:
+            raise DataError(f"{path}: {len(names)} columns; at most {MOST_COLUMNS} are read")
         if len(names) == 1 and (other := next((c for c in ";\t|" if c in names[0]), None)):
             raise DataError(f"{path}: cells are separated by {other!r}; save the file with commas")
         if header and _looks_like_values(names):

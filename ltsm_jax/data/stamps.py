@@ -17,14 +17,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ltsm_jax.frequency import Grid, infer_freq, to_wall
+from ltsm_jax.frequency import grid_share, infer_freq, to_wall
 
 SHOWN = 5  # offending rows or names quoted in a message
 MONTH_NAMES = ["january", "february", "march", "april", "may", "june"]
 MONTH_NAMES += ["july", "august", "september", "october", "november", "december"]
 WEEKDAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 YEARS = (1500, 2200)  # a bare number outside is no year
-EPOCHS = {10: 10**6, 13: 1000, 16: 1, 19: 1}  # digits of seconds, ms, us, ns since 1970 -> microseconds
+EPOCHS = {
+    10: 10**6,
+    13: 1000,
+    16: 1,
+    19: 1,
+}  # digits of seconds, ms, us, ns since 1970 -> microseconds
 NAT = np.datetime64("NaT", "D")
 HOUR = 3600 * 10**6
 NO_DATES = (
@@ -154,12 +159,17 @@ def parse_stamps(
         return None
 
     if not is_numeric(column):
+        before = len(problems)
         cells, offsets = _without_zone(cells, name, problems)
-        if problems:
+        if len(problems) > before:
             return None
     else:
         offsets = None
-    readings = _formatted(cells, date_format) if date_format else _readings(cells)
+    try:
+        readings = _formatted(cells, date_format) if date_format else _readings(cells)
+    except (ValueError, re.error) as e:
+        problems.append(f"date_format={date_format!r} is no layout of dates: {e}")
+        return None
     chosen = _choose(readings, cells, column, freq, problems)
     if chosen is None:
         return None
@@ -352,14 +362,8 @@ def _choose(readings: list[Reading], cells: Any, column: Any, freq: str | None, 
 
 def _fill(stamps: np.ndarray, freq: str | None) -> float:
     """Share of the regular grid that stamps [T] fill: 1 is regular, 0 has no step."""
-    stamps = np.unique(stamps)
     freq = freq or infer_freq(stamps)
-    if freq is None or len(stamps) < 2:
-        return 0.0
-    places = Grid.through(stamps, freq).places(stamps)
-    whole = np.unique(np.rint(places))
-    on_grid = float((np.abs(places - np.rint(places)) < 1e-9).mean())
-    return on_grid * len(whole) / max(float(whole[-1] - whole[0] + 1), len(stamps))
+    return 0.0 if freq is None else grid_share(stamps, freq)
 
 
 def _both(readings: list[Reading], cells: Any, name: Any) -> str:
@@ -385,6 +389,7 @@ def _both(readings: list[Reading], cells: Any, name: Any) -> str:
 
 def _formatted(cells: Any, date_format: str) -> list[Reading]:
     """The cells in the layout that was asked for; a time of day is read by itself where the layout has none."""
+    date_format = re.sub(r"\s*%[zZ]$", "", date_format)  # zones have been read and taken off
     parts = _parts(cells)
     if parts is None or re.search(r"%[HIMSfpTcX]", date_format) or date_format == "ISO8601":
         return [Reading(_strptime(cells, date_format), date_format)]

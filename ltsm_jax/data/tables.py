@@ -20,11 +20,21 @@ import pandas as pd
 
 from ltsm_jax.data.series import DataError, Series, clip
 from ltsm_jax.data.sources import as_table, is_path, stem
-from ltsm_jax.data.stamps import YEARS, counts_rows, holds_dates, is_numeric, is_time, parse_stamps, rows, show
+from ltsm_jax.data.stamps import (
+    YEARS,
+    counts_rows,
+    holds_dates,
+    is_numeric,
+    is_time,
+    parse_stamps,
+    rows,
+    show,
+)
 from ltsm_jax.frequency import (
     Grid,
     canonical_freq,
     from_wall,
+    grid_share,
     infer_freq,
     on_wall,
     rounded_step,
@@ -32,9 +42,30 @@ from ltsm_jax.frequency import (
 )
 
 TIME_NAMES = ("date", "time", "timestamp", "ds", "datetime")
-PERIOD_NAMES = ("year", "yearmonth", "yyyymm", "month", "period", "quarter", "week", "day")  # if numbers are dates
+PERIOD_NAMES = (
+    "year",
+    "yearmonth",
+    "yyyymm",
+    "month",
+    "period",
+    "quarter",
+    "week",
+    "day",
+)  # if numbers are dates
 CALENDAR = ("year", "month", "day", "hour")  # columns that hold one time between them
-ID_NAMES = ("id", "item_id", "unique_id", "series_id", "ts_id", "item", "series", "symbol", "ticker", "sku", "store")
+ID_NAMES = (
+    "id",
+    "item_id",
+    "unique_id",
+    "series_id",
+    "ts_id",
+    "item",
+    "series",
+    "symbol",
+    "ticker",
+    "sku",
+    "store",
+)
 LARGEST = 1e100  # of a value: its square is a float64 still
 MISSING = ("error", "interpolate", "keep")
 IRREGULAR = ("error", "regularise", "ignore")
@@ -83,6 +114,13 @@ class ReadingOptions:
     name: str | None = None
 
     def __post_init__(self):
+        for option in ("target", "time", "id"):
+            value = getattr(self, option)
+            # `df.columns[1:]`, a set, a generator; a tuple may be one name of a column with levels
+            if isinstance(value, Iterable) and not isinstance(value, str | list | tuple):
+                object.__setattr__(self, option, list(value))
+        if self.date_format is not None and not isinstance(self.date_format, str):
+            raise ValueError(f"date_format must be text such as '%d/%m/%Y', not {self.date_format!r}")
         for option, allowed in (("missing", MISSING), ("irregular", IRREGULAR)):
             value = getattr(self, option)
             if value not in allowed and not (option == "irregular" and value is None):
@@ -146,13 +184,15 @@ class _Reader:
         self.stop()
         time, targets = self.choose_columns(table, labels)
         stamps, tz = self.stamps_of(table, time)
+        if stamps is not None and tz is not None:
+            tz = self.zone_of_steps(stamps, tz)
         if not self.problems:
             self.look_for_ids(table, time, targets, stamps)
         id_column = self.joined(table, "id", self.how.id)
         values = self.numbers(table, targets)
         if id_column is not None:
             stamps, values, targets = self.spread(stamps, values, targets, id_column, tz)
-        elif stamps is not None:
+        elif stamps is not None and len(values):
             stamps, values = self.on_grid(stamps, values, tz)
         if self.how.missing != "error":
             stamps, values = self.without_future(stamps, values)
@@ -174,6 +214,7 @@ class _Reader:
             notes=tuple(clip(note, 500) for note in self.notes),
             tz=tz,
             model_freq="oov" if self.how.freq == "oov" else None,
+            time_name=str(time[0]) if stamps is not None and len(time) == 1 else None,
         )
 
     def stop(self) -> None:
@@ -253,10 +294,15 @@ class _Reader:
             time = self.find_time(table, labels, [*wanted, *ids])
         self.check_labels(table, labels, time, [*wanted, *ids])
         if not asked:
-            apart = {*time, *ids, *self.undecided, *(label for label in labels if not self.is_id_like(table, label))}
+            apart = {
+                *time,
+                *ids,
+                *self.undecided,
+                *(label for label in labels if not self.is_id_like(table, label)),
+            }
             wanted = [column for column in columns if column not in apart]
             self.check_default(table, wanted, time, ids)
-            if not any(is_numeric(table[c]) or _to_number(table[c]).notna().any() for c in wanted):
+            if not self.any_numbers(table, wanted):
                 wanted = []  # every cell of them would be listed
         return time, wanted
 
@@ -337,6 +383,10 @@ class _Reader:
                     "irregular='ignore' takes them as they come"
                 )
 
+    def any_numbers(self, table: pd.DataFrame, columns: list) -> bool:
+        """Whether a column holds numbers, as such or as text."""
+        return any(is_numeric(table[c]) or _to_number(table[c]).notna().any() for c in columns)
+
     def check_default(self, table: pd.DataFrame, wanted: list, time: list, ids: list) -> None:
         """Columns without a name and tables without numbers."""
         columns = list(table.columns)
@@ -348,11 +398,11 @@ class _Reader:
         years = [c for c in wanted if str(c).casefold() == "year"]
         if years:
             self.notes.append(f"{years[0]!r} is read as a variate; target= leaves it out")
-        numeric = [is_numeric(table[c]) or bool(_to_number(table[c]).notna().any()) for c in wanted]
-        if wanted and not any(numeric):
+        if wanted and not self.any_numbers(table, wanted):
             self.problems.append(f"no column of numbers; columns: {_quote(columns)}")
         elif not wanted:
-            self.problems.append(f"no column besides {' and '.join(map(str, [*time, *ids]))}")
+            besides = " and ".join(map(str, [*time, *ids]))
+            self.problems.append(f"no column besides {besides}" if besides else "no columns")
 
     def joined(self, table: pd.DataFrame, role: str, given: Any) -> Any:
         """The id column: one, or several joined by "/"; None where there is none or where it is damaged."""
@@ -378,7 +428,9 @@ class _Reader:
         if not time:
             return None, None
         column = table[time[0]] if len(time) == 1 else _joined_time(table, time)
-        if counts_rows(column) and not self.numbers_are_dates(column):
+        if self.how.date_format is not None:
+            pass  # numbers in that layout are dates
+        elif counts_rows(column) and not self.numbers_are_dates(column):
             # Following the message or naming the targets: the numbers are no stamps, the rows stay in their order.
             if self.irregular == "ignore" or (self.how.target is not None and self.how.time is None):
                 self.notes.append(f"{column.name!r} only numbers the rows: there are no stamps")
@@ -402,6 +454,15 @@ class _Reader:
         wall = to_wall(stamps, tz)
         freq = self.freq or infer_freq(wall)
         return wall if freq is not None and on_wall(freq) else stamps
+
+    def zone_of_steps(self, stamps: np.ndarray, tz: str) -> str:
+        """The zone itself, or UTC where days at one time in UTC were only shown in it."""
+        wall = to_wall(stamps, tz)
+        freq = self.freq or infer_freq(wall)
+        if freq is None or not on_wall(freq) or grid_share(wall, freq) >= grid_share(stamps, freq):
+            return tz
+        self.notes.append(f"the steps are regular in UTC, not on the clock in {tz}: the stamps are given in UTC")
+        return "UTC"
 
     def look_for_ids(self, table: pd.DataFrame, time: list, targets: list, stamps: Stamps) -> None:
         """Refuse several series below one another by the name of the column(s) that tell them apart."""
@@ -546,7 +607,7 @@ class _Reader:
         self, stamps: Stamps, values: np.ndarray, targets: list, ids: Any, tz: str | None
     ) -> tuple[Stamps, np.ndarray, list]:
         """A long table with one variate per id (and target) beside one another, on the stamps all ids share."""
-        if self.problems:
+        if self.problems or not targets:
             return stamps, values, targets  # the cells can still be checked
         groups = {key: np.asarray(at) for key, at in ids.groupby(ids, sort=False, observed=True).indices.items()}
         names = [f"{key}" if len(targets) == 1 else f"{key}/{target}" for key in groups for target in targets]
@@ -781,4 +842,8 @@ def _quote(items: Sequence[Any]) -> str:
 
 
 def _to_number(column: Any) -> Any:
-    return pd.to_numeric(column, errors="coerce")
+    try:
+        return pd.to_numeric(column, errors="coerce")
+    except OverflowError:  # whole numbers beyond float64 are beyond every limit
+        huge = column.map(lambda cell: isinstance(cell, int) and abs(cell) > LARGEST)
+        return pd.to_numeric(column.mask(huge, 10 * LARGEST), errors="coerce")
