@@ -1,4 +1,4 @@
-# make demo | test | slow | check | clean.  Needs only Python 3.11 or newer with pip; everything else goes into .venv.
+# make demo | test | slow | check | torch | oldest | newest | wheel | lock | clean.  Needs only Python 3.11 or newer with pip; everything else goes into .venv.
 .DEFAULT_GOAL := help
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
 
-# Processes of the suite; a file stays in one, so that its compiled functions and fixtures are shared.
+# Processes of the suite; a file stays in one, so that its compiled functions and fixtures are shared. The files that take
+# longest go first (tests/conftest.py), where pytest-xdist would take those with the most tests.
 WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
 
-.PHONY: help demo test slow check clean
+.PHONY: help demo test slow check torch oldest newest wheel lock clean
 help:
 	@head -n 1 Makefile
 
@@ -17,26 +19,38 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not torch"
+	$(PYTEST) -m "not slow and not torch"
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not torch"
+	$(PYTEST) -m "slow and not torch"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Stages of .ci/run, each in an environment of its own: comparisons with PyTorch, the floors of pyproject.toml, the newest
+# JAX, and the wheel far from the checkout.
+torch oldest newest wheel:
+	.ci/run $@
+
+# The versions that `make` installs, for every Python and platform. Keeps what is pinned and still fits; all anew:
+# make lock UPGRADE=--upgrade
+lock: $(VENV)/.made
+	$(BIN)/python -m pip install -qq --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra test --extra plots --extra dev \
+		--no-header --no-annotate --no-emit-index-url --no-emit-find-links $(UPGRADE) pyproject.toml -o requirements-dev.lock
+
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 
-# One environment; each goal adds its extras and is done again when pyproject.toml changes.
+# One environment; each goal adds its extras and is done again when pyproject.toml or the lock changes.
 $(VENV)/.demo: extras := plots
 $(VENV)/.test: extras := test,plots
 $(VENV)/.dev: extras := dev,test,plots
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: pyproject.toml $(VENV)/.made
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: pyproject.toml requirements-dev.lock $(VENV)/.made
 	@echo "installing ltsm-jax[$(extras)] into $(VENV) (the first time takes a few minutes)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$(extras)]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements-dev.lock -e ".[$(extras)]"
 	@touch $@
 
 # Where Python comes without ensurepip (Debian without python3-venv), the outer pip fills the environment.

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,12 @@ from converters.layout import Layout
 from converters.originals import Original, converter, read_json
 from converters.pickles import CheckpointError, Placeholder, shortened
 from converters.torch_files import write_safetensors, write_torch
-from ltsm_jax import hub, trees
+from ltsm_jax import hub, storage, trees
 from ltsm_jax.models import Model, folders, parts
 
 __all__ = ["CheckpointError", "converter", "export_checkpoint", "import_checkpoint", "inspect"]
 
+_MOST_PUBLISHED = 1 << 17  # characters of an original's fields; the largest published have a few thousand
 SUFFIXES = {".safetensors": "safetensors", ".bin": "state_dict", ".pth": "state_dict", ".ckpt": "state_dict"}
 
 
@@ -54,7 +56,7 @@ def import_checkpoint(
     allow_cast: bool = False,
     overwrite: bool = False,
 ) -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
-    """An original checkpoint file as a model of this folders.
+    """An original checkpoint file as a model of this library.
 
     Args:
       src: the file, the index file (`*.index.json`) of several, a folder with one such file in it, or, where no file
@@ -69,22 +71,26 @@ def import_checkpoint(
     Raises: CheckpointError for a file that is damaged, hostile or does not fit; FileExistsError; for a hub name also
       what `ltsm_jax.load` raises.
     """
-    if dst is not None and Path(dst).exists() and not overwrite:
-        raise FileExistsError(f"{dst} exists; choose another folder or ask to overwrite it (--overwrite)")
+    if dst is not None:
+        folders.require_free(dst, overwrite)
     path, fetched = _on_disk(src)
+    if dst is not None and _is_in(path, storage.user_path(dst)):
+        raise FileExistsError(f"{path} lies in {dst}, which would be replaced; choose another folder")
     original = originals.read(path)
-    family, layout = originals.family_of(original)
+    family, layout, original = originals.family_of(original)
     stripped, copies, problems = layout.strip(original.state)
     published = _published(original, config, getattr(family, "BESIDE", ()))
-    model_config, notes = family.configure(stripped, published, str(original.path))
-    model = family.MODEL(model_config)
+    model, notes = _model(family, stripped, published, original.path)
+    model_config = model.config
     what = f"{original.path}: {model.family} {shortened(str(model_config), 250)}"
+    if published is None:
+        what += " (no config.json beside it; what the tensors do not say is assumed)"
     if hasattr(family, "check_buffers"):
         problems += family.check_buffers(model_config, stripped)
     converted = tables.to_params(
         _in_table(family.keys, model_config, layout.table),
         stripped,
-        folders.shapes(model),
+        _shapes(model, original.path),
         what=what,
         allow_cast=allow_cast,
         hints=getattr(family, "HINTS", None),
@@ -105,13 +111,46 @@ def import_checkpoint(
         "copies": converted.copies,
         "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
         "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
-        "notes": notes,
+        "notes": [*notes, *original.notes],
+        **_published_facts(published, _in_table(family.published, model_config, layout.table)),
         **fetched,
     }
     params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
     if dst is not None:
         folders.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
     return model, params, provenance, converted.buffers
+
+
+def _model(family: Any, state: Mapping[str, Any], published: Any, path: Path) -> tuple[Model, list[str]]:
+    """Build the model that a state dict and its published fields tell, and notes on what had to be assumed.
+
+    Raises: CheckpointError.
+    """
+    try:
+        config, notes = family.configure(state, published, str(path))
+        # A config that came with the weights is checked as that of a model folder.
+        return family.MODEL(family.MODEL.config_from_dict(family.MODEL(config).config_to_dict())), notes
+    except CheckpointError:
+        raise
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as err:
+        raise CheckpointError(f"{path}: its hyper-parameters make no {family.MODEL.family}: {_said(err)}") from err
+
+
+def _shapes(model: Model, path: Path) -> trees.Tree:
+    """Give the shapes of a model's parameters.
+
+    Raises: CheckpointError for sizes that do not go together, which fail anywhere in a model and with any error.
+    """
+    try:
+        return folders.shapes(model)
+    except Exception as err:
+        raise CheckpointError(f"{path}: no {model.family} has these sizes: {_said(err)}") from err
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in a line; its class where that is not ours."""
+    text = " ".join(str(error).split())[:500]
+    return text if type(error) is ValueError else f"{type(error).__name__} {text}"
 
 
 def _in_table(function: Any, config: Any, table: str) -> Any:
@@ -138,19 +177,28 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
         state dict), `.ckpt` (what the family's published .ckpt files are: a state dict, or nested under "state_dict"
         with a key prefix as Lightning does). Where the folder was imported from such a file, its own prefix is used,
         and its tensors come back byte for byte unless they were trained since.
-      overwrite: replace files that are there.
+      overwrite: replace an earlier export. Nothing else is ever replaced, and nothing of a model folder.
     Returns: notes on what could not be kept.
-    Raises: ValueError for a model that the original can't hold, or another suffix; FileExistsError.
+    Raises: ValueError for a model that the original can't hold, or another suffix; FileExistsError, before anything is
+      written.
+
+    A folder that was imported remembers the fields of the original's config.json: those that mean what they did then
+    are written as they were, also those that this library does not read.
 
     A pruned model that the original's classes can't hold as it is (they have one width for all layers) is written at
     its full size, with zeros where parts are missing: the same function, as slow as before. The folder must say what it
     was pruned from (`pruned_from` in its provenance, the full model's `config_to_dict()`). A model without some of its
     experts can't be written at all: the original's router would choose the zeros.
     """
-    dst = Path(dst)
-    folder = Path(src) if Path(src).is_dir() else folders.SHIPPED / str(src)
+    dst = storage.user_path(dst)
+    folder = folders.local(src)
+    if folder is None or not (folder / folders.CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{src} is no model folder and no shipped model. An original or a hub name is imported first: "
+            f"python -m converters import {src} FOLDER"
+        )
     model, params = folders.load_folder(folder)
-    record = folders.read_config(folder)[1].get("provenance", {})
+    record = folders.read_config(folder)[1]["provenance"]
     kept = folders.read_buffers(folder)
     family = converter(model.family)
     suffixes = getattr(family, "SUFFIXES", SUFFIXES)
@@ -163,7 +211,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
     imported_from = record.get("container")
-    alike = imported_from == container or (imported_from in originals.NESTED and container == "state_dict")
+    alike = imported_from == container or (imported_from in ("student", "nested") and container == "state_dict")
     table = record.get("table", "") if alike else getattr(family, "TABLES", {}).get(file.suffix, "")
     model, params, published, whole = _in_one_width(model, params, record, family, table)
     told = record.get("dtype", "float32")
@@ -180,6 +228,14 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     else:
         layout = Layout("model." if container == "lightning" else "")
     content: dict[str, Any] = layout.dress(state)
+    if table == record.get("table", ""):
+        published = _as_published(published, record.get("published", {}), family, state)
+    beside: dict[Path, Any] = {}
+    if container != "lightning":  # no room for what the shapes do not say
+        others = {Path(name).stem for name in getattr(family, "BESIDE", ())}
+        parts = {name: published.pop(name) for name in others if name in published}
+        beside = {file.with_name(f"{name}.json"): fields for name, fields in {"config": published, **parts}.items()}
+    _require_free(file, beside, folder, overwrite, alone=file is dst)
     file.parent.mkdir(parents=True, exist_ok=True)
     if container == "safetensors":
         write_safetensors(file, content, overwrite=overwrite)
@@ -187,11 +243,8 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
         if container == "lightning":
             content = {**record.get("extras", {}), "state_dict": content, "hyper_parameters": published}
         write_torch(file, content, overwrite=overwrite)
-    if container != "lightning":  # no room for what the shapes do not say
-        others = {Path(name).stem for name in getattr(family, "BESIDE", ())}
-        parts = {name: published.pop(name) for name in others if name in published}
-        for name, fields in {"config": published, **parts}.items():
-            notes += _write_beside(file.with_name(f"{name}.json"), fields, file, overwrite or file is not dst)
+    for path, fields in beside.items():
+        notes += _write_beside(path, fields, file, overwrite)
     return notes
 
 
@@ -224,13 +277,113 @@ def _in_one_width(
     return full, padded, published, [note]
 
 
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _require_free(
+    file: Path, beside: Mapping[Path, Mapping[str, Any]], source: Path, overwrite: bool, alone: bool
+) -> None:
+    """Look at all that an export writes before it writes any of it.
+
+    Args:
+      file: the weights. beside: fields of the JSON files that go with them.
+      source: the model folder.
+      overwrite: whether an earlier export may be replaced.
+      alone: only the weights were asked for; JSON files of another model are then left, and a note says so.
+    Raises: FileExistsError.
+    """
+    for path in (file, *beside):
+        if _is_in(path, source):
+            raise FileExistsError(f"{path} lies in the model folder {source}; choose another place")
+        if path.is_dir() or (path.exists() and not path.is_file()):
+            raise FileExistsError(f"{path} is there, and no file; choose another place")
+        if path in beside and folders.is_model_config(path):
+            raise FileExistsError(f"{path} is the config of a model folder; choose another place")
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
+    if file.exists() and not _is_checkpoint(file):
+        raise FileExistsError(f"{file} is no checkpoint, and is not replaced; choose another name")
+    for path, fields in beside.items():
+        if not path.exists() or (alone and not overwrite) or read_json(path) == fields:
+            continue
+        if not overwrite:
+            raise FileExistsError(f"{path} is there already; choose another folder or overwrite it")
+        if not _is_like(read_json(path), fields):
+            raise FileExistsError(f"{path} is of something else, and is not replaced; choose another place")
+
+
+def _is_checkpoint(file: Path) -> bool:
+    """Whether a file begins as one that an export writes."""
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    if file.suffix == ".safetensors":
+        return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size
+    return start.startswith((b"PK\x03\x04", b"\x80"))
+
+
+def _is_like(found: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether JSON holds what an earlier export wrote: most of the fields, with these or other values."""
+    return isinstance(found, dict) and 2 * len(fields.keys() & found.keys()) >= len(fields)
+
+
 def _write_beside(path: Path, fields: Mapping[str, Any], file: Path, overwrite: bool) -> list[str]:
-    if path.exists() and not overwrite:
+    if path.exists():
         if read_json(path) == fields:
             return []
-        return [f"{path} is another model's; this one needs beside {file.name}: {json.dumps(fields)}"]
-    path.write_text(json.dumps(fields, indent=1) + "\n")
+        if not overwrite:
+            return [f"{path} is another model's; this one needs beside {file.name}: {json.dumps(fields)}"]
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    try:
+        part.write_text(json.dumps(fields, indent=1) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return [f"{path}: written too, since the file can't hold all hyper-parameters"]
+
+
+def _published_facts(told: Mapping[str, Any] | None, meant: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the original's fields for an export, and what they meant; nothing where JSON can't hold them."""
+    try:
+        if not told or len(json.dumps(told)) > _MOST_PUBLISHED:
+            return {}
+        return {"published": {"told": json.loads(json.dumps(told)), "meant": json.loads(json.dumps(meant))}}
+    except (TypeError, ValueError, RecursionError):
+        return {}
+
+
+def _as_published(
+    now: Mapping[str, Any], kept: Mapping[str, Any], family: Any, state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write fields as the original had them, where they still mean the same.
+
+    An original may say one thing under two names, of which we write one. So what comes out is read again, and where it
+    is not the same model, our own fields are written.
+    """
+    told, meant = kept.get("told"), kept.get("meant")
+    now = json.loads(json.dumps(now))
+    if not isinstance(told, dict) or not isinstance(meant, dict):
+        return now
+    merged = _merged(told, meant, now)
+    try:
+        same = family.configure(dict(state), merged, "")[0] == family.configure(dict(state), now, "")[0]
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
+        return now
+    return merged if same else now
+
+
+def _merged(told: Mapping[str, Any], meant: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that were told, those changed since that mean something else now than they did then."""
+    out = {}
+    for name in [*told, *(name for name in now if name not in told)]:
+        if all(isinstance(fields.get(name), dict) for fields in (told, meant, now)):
+            out[name] = _merged(told[name], meant[name], now[name])
+        elif name in now and (name not in meant or now[name] != meant[name]):
+            out[name] = now[name]
+        elif name in told and (name in now or name not in meant):
+            out[name] = told[name]
+    return out
 
 
 def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -241,14 +394,14 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
     folder = folders.local(src)
     if folder and (folder / folders.PARAMS).is_dir():
         model, params = folders.load_folder(folder)
-        provenance = folders.read_config(folder)[1].get("provenance", {})
+        provenance = folders.read_config(folder)[1]["provenance"]
     else:
         model, params, provenance, _ = import_checkpoint(src, config=config, allow_cast=True)
     return {
         "family": model.family,
         "config": model.config_to_dict(),
         "parameters": trees.count(params),
-        **provenance,
+        **{name: fact for name, fact in provenance.items() if name != "published"},  # the config says it
     }
 
 
@@ -257,7 +410,7 @@ def _on_disk(src: str | Path) -> tuple[Path, dict[str, Any]]:
     path = folders.local(src)
     name = hub.parse(str(src)) if path is None else None
     if name is None:
-        return path or Path(src), {}
+        return path or storage.user_path(src), {}
     found = hub.find(name, converted=False)
     file, facts = hub.download(found)
     if found.why:
@@ -279,7 +432,7 @@ def _published(
         return config
     beside = original.path.with_name("config.json")
     if config is not None or beside.exists():
-        main = Path(config) if config is not None else beside
+        main = storage.user_path(config) if config is not None else beside
         found = _object(main)
         return found | {Path(n).stem: _object(main.with_name(n)) for n in others if main.with_name(n).exists()}
     told = original.extras.get("hyper_parameters")

@@ -44,6 +44,10 @@ class Layout:
                 copies[key] = f"the same tensor as {original}, byte for byte"
         return stripped, copies, problems
 
+    def covers(self, key: str) -> bool:
+        """Tell whether a key is of the table or a copy of one, by its beginning."""
+        return key.startswith(self.prefix) or self._original(key) is not None
+
     def _original(self, key: str) -> str | None:
         for alias, target in self.aliases.items():
             if key.startswith(self.outer + alias):

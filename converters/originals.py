@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converters import tables
+from converters import tables, wrappers
 from converters.layout import Layout
 from converters.pickles import CheckpointError, Placeholder, quoted, shortened
 from converters.torch_files import read_safetensors, read_torch
@@ -16,7 +16,8 @@ from ltsm_jax import hub
 from ltsm_jax.models import FAMILIES, folders
 
 MAX_JSON = 4 << 20  # bytes; the index of 2,600 tensors has 0.3 MB
-NESTED = ("state_dict", "student")  # keys under which programs put the state dict beside other things
+# What a file is called whose state dict stands under these keys; elsewhere: "nested".
+_CONTAINERS = {(): "state_dict", ("state_dict",): "lightning", ("student",): "student"}
 
 
 # A family's module is found by the family's name, so that a new one is written down in one place only.
@@ -35,9 +36,10 @@ class Original:
     path: Path  # the file, or the index of several
     files: tuple[Path, ...]
     format: str  # zip, legacy, safetensors
-    container: str  # "lightning", "student": the state dict is nested; "state_dict", "safetensors": it is all there is
+    container: str  # "lightning", "student", "nested": in a dictionary; "state_dict", "safetensors": all there is
     state: dict[str, Any]
     extras: dict[str, Any]
+    notes: tuple[str, ...] = ()  # what was done to find the state dict
 
 
 def read(src: str | Path) -> Original:
@@ -51,7 +53,10 @@ def read(src: str | Path) -> Original:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        return Original(path, (path,), "safetensors", "safetensors", read_safetensors(path), {})
+        tensors = read_safetensors(path)
+        if not tensors:
+            raise CheckpointError(f"{path}: the file is empty: it holds no tensor. Save the model's state_dict().")
+        return Original(path, (path,), "safetensors", "safetensors", tensors, {})
     file = read_torch(path)
     content = file.content
     if isinstance(content, Placeholder):
@@ -63,19 +68,27 @@ def read(src: str | Path) -> Original:
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}, not a state dict. Save the model's state_dict()."
         )
-    nest = next((key for key in NESTED if key in content), None)
-    nested = content.get(nest)
-    if nest and not isinstance(nested, dict):
-        raise CheckpointError(f"{path}: its {nest!r} is a {type(nested).__name__}, not a dict of tensors.")
-    state = nested if isinstance(nested, dict) else content
+    try:
+        nest, state, aside = wrappers.find_state(content, lambda found: _recognised(found) is not None)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}. Save the one you mean with torch.save, alone.") from None
+    if state is None:
+        what = "has no tensors under names" if content else "is empty"
+        raise CheckpointError(
+            f"{path}: the dictionary in it {what}, so it is no state dict. Save the model's state_dict() with "
+            "torch.save."
+        )
     odd = [key for key in state if not isinstance(key, str)]
-    if odd or not state:
-        what = f"has keys that are not text ({type(odd[0]).__name__})" if odd else "is empty"
-        raise CheckpointError(f"{path}: the state dict {what}. Save the model's state_dict() with torch.save.")
+    if odd:
+        raise CheckpointError(
+            f"{path}: the state dict has keys that are not text ({type(odd[0]).__name__}). Save the model's "
+            "state_dict() with torch.save."
+        )
     named = {k: v for k, v in content.items() if isinstance(k, str) and len(k) <= 100 and k.isprintable()}
-    extras = {k: named[k] for k in list(named)[:100] if k != nest} if nest else {}
-    container = {"state_dict": "lightning", "student": "student", None: "state_dict"}[nest]
-    return Original(path, (path,), file.container, container, state, extras)
+    extras = {k: named[k] for k in list(named)[:100] if k != nest[0]} if nest else {}
+    container = _CONTAINERS.get(nest, "nested")
+    notes = wrappers.nest_notes(nest, aside)
+    return Original(path, (path,), file.container, container, state, extras, tuple(notes))
 
 
 def _only_file(folder: Path) -> Path:
@@ -83,6 +96,8 @@ def _only_file(folder: Path) -> Path:
     for name in hub.WEIGHTS:
         if (folder / name).is_file():
             return folder / name
+    if (folder / folders.ADAPTER).exists():
+        raise CheckpointError(folders.adapter_advice(folder))
     files = folders.originals(folder)
     if len(files) != 1:
         names = ", ".join(p.name for p in files) or "none"
@@ -118,22 +133,69 @@ def _read_shards(index: Path) -> Original:
     problems += [f"{quoted(key)}: not in {quoted(name)}" for key, name in table.items() if key not in state]
     if problems:
         raise CheckpointError(tables.listed(f"{index}: the files do not go with the index:", problems))
-    return Original(index, tuple(index.parent / n for n in names), parts[0].format, parts[0].container, state, {})
+    files = tuple(index.parent / name for name in names)
+    return Original(index, files, parts[0].format, parts[0].container, state, {}, parts[0].notes)
 
 
-def family_of(original: Original) -> tuple[Any, Layout]:
-    """Return the converter module of the family that a state dict is of, and how it lies in its file.
+def family_of(original: Original) -> tuple[Any, Layout, Original]:
+    """Find the family that a state dict is of.
 
-    Raises: CheckpointError for a state dict of no known family.
+    Returns: the family's converter module, how the state dict lies in its file, and the original without what PyTorch's
+      wrappers leave in its keys.
+    Raises: CheckpointError for a state dict of no known family, of several models, or of adapters.
     """
-    for family in map(converter, FAMILIES):
-        layout = family.recognise(original.state)
-        if layout is not None:
-            return family, layout
-    keys = ", ".join(quoted(key) for key in list(original.state)[:5])
-    raise CheckpointError(
-        f"{original.path}: no known model has such keys ({keys}, ...). Known families: {', '.join(FAMILIES)}."
-    )
+    try:
+        state, notes = wrappers.without_wrappers(original.state)
+    except ValueError as e:
+        raise CheckpointError(f"{original.path}: {e}. Save the bare model's state_dict().") from None
+    if wrappers.has_adapters(state):
+        raise CheckpointError(folders.adapter_advice(original.path))
+    found = _recognised(state)
+    parts = _by_first_part(state)
+    if found is None or not all(map(found[1].covers, state)):
+        models = [part for part, inside in parts.items() if _recognised(inside) is not None]
+        if len(models) > 1:
+            raise CheckpointError(
+                f"{original.path}: holds {len(models)} models, whose keys begin with "
+                f"{', '.join(quoted(part + '.') for part in models[:5])}. Save the state_dict() of the one you mean."
+            )
+        if found is None and models:  # strange keys beside it, which will be listed
+            family, inner = _recognised(parts[models[0]]) or (None, Layout())
+            found = family, dataclasses.replace(inner, prefix=f"{models[0]}.{inner.prefix}")
+    if found is None:
+        keys = ", ".join(quoted(key) for key in list(state)[:5])
+        raise CheckpointError(
+            f"{original.path}: no known model has such keys ({keys}, ...). Known families: {', '.join(FAMILIES)}."
+        )
+    family, layout = found
+    if layout.prefix:
+        notes = [f"taken off before every key: {quoted(layout.prefix)}", *notes]
+    return family, layout, dataclasses.replace(original, state=state, notes=(*original.notes, *notes))
+
+
+def _recognised(state: dict[str, Any]) -> tuple[Any, Layout] | None:
+    """The converter module and the layout of the family that knows a state dict, whatever all its keys begin with."""
+    if not all(isinstance(key, str) for key in state):
+        return None
+    outer = wrappers.common_prefix(state)
+    for n in range(len(outer) + 1):
+        prefix = "".join(part + "." for part in outer[:n])
+        bare = {key[len(prefix) :]: value for key, value in state.items()}
+        for family in _MODULES.values():
+            layout = family.recognise(bare)
+            if layout is not None:
+                return family, dataclasses.replace(layout, prefix=prefix + layout.prefix)
+    return None
+
+
+def _by_first_part(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The state dict in pieces, by the first part of the keys."""
+    pieces: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        first, dot, rest = key.partition(".")
+        if dot:
+            pieces.setdefault(first, {})[rest] = value
+    return pieces
 
 
 def read_json(path: Path) -> Any:

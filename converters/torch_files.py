@@ -29,6 +29,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.pickles import MAX_PICKLE_BYTES, Budget, CheckpointError, Placeholder, quoted, run_pickle
+from ltsm_jax import storage
 
 # All tensors of a file together may have four times its bytes, for tensors that stand under several names, and this
 # much more, for small ones that are expanded.
@@ -776,14 +777,12 @@ def write_safetensors(path: str | os.PathLike, state: Mapping[str, np.ndarray], 
 
     Raises: FileExistsError.
     """
-    from safetensors.numpy import save_file
-
     file = Path(path)
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} is there already; choose another name or overwrite it")
     part = file.with_name(f".{file.name}.part{os.getpid()}")
     try:
-        save_file({key: np.asarray(value, order="C") for key, value in state.items()}, part, metadata={"format": "pt"})
+        storage.save_tensors(part, state, {"format": "pt"})
         with open(part, "rb") as f:
             os.fsync(f.fileno())
         os.replace(part, file)

@@ -23,6 +23,12 @@ MODEL = Units
 SUFFIXES = {".pth": "state_dict"}
 EMBED = "patch_embeddings.value_embedding.weight"
 BLOCK = r"blocks\.(\d+)\."
+_OPTIONS = (
+    "UniTS' own files come without a config: write a config.json beside the file, with the options of the script that "
+    'trained it and its task yaml as JSON: {"args": {"d_model": 64, "n_heads": 8, "e_layers": 3, "patch_len": 16, '
+    '"prompt_num": 10}, "task_dataset": {"LTF_ETTh1": {"task_name": "long_term_forecast", "dataset": "ETTh1", '
+    '"seq_len": 96, "pred_len": 96, "enc_in": 7}}}'
+)
 HEADS = 8  # of the original's scripts; the number is not in the file
 HINTS = {r"/(seq|var)/": "check n_heads", r"tokens/": "check enc_in, num_class and prompt_num", r".": "check args"}
 FIRST = Transform("without the first axis", lambda x: x[0], lambda x: x[None])
@@ -167,17 +173,19 @@ def _assumed(
 ) -> tuple[UnitsConfig, list[str]]:
     d_model, layers, patch_len, prompt_len = sizes
     if d_model is None or not layers or patch_len is None or not prompts or prompt_len is None or layers > MAX_LAYERS:
-        raise CheckpointError(f"{where}: the sizes of the model can't be read from the weights")
+        raise CheckpointError(f"{where}: the sizes of the model can't be read from the weights. {_OPTIONS}")
     if d_model % HEADS or d_model > 1 << 16 or len(prompts) > 4096:
         raise CheckpointError(
             f"{where}: the number of heads is not in the file, and the scripts' {HEADS} does not fit a width of "
-            f"{d_model}. "
-            'Put the original\'s options beside the file as config.json: {"args": {...}, "task_dataset": {...}}'
+            f"{d_model}. {_OPTIONS}"
         )
     ssl = any(key.startswith("pretrain_head.") for key in state)
     tasks, notes = (
         [],
-        [f"no config beside the file: n_heads={HEADS}, windows of 96 steps and horizons of 96 are assumed"],
+        [
+            f"no config beside the file: n_heads={HEADS}, windows of 96 steps and horizons of 96 are assumed. "
+            f"If the file was trained otherwise: {_OPTIONS}"
+        ],
     )
     shapes = {k: v.shape for k, v in state.items() if k.startswith(("cls_tokens.", "category_tokens.")) and _four(v)}
     for key, shape in shapes.items():
@@ -187,9 +195,7 @@ def _assumed(
         category = shapes.get(f"category_tokens.{name}")
         near = [data for data in prompts if data in name and prompts[data][1] == shape[1]]
         if not near:
-            raise CheckpointError(
-                f"{where}: nothing says which data set the task {quoted(name)} is of; add a config.json"
-            )
+            raise CheckpointError(f"{where}: nothing says which data set the task {quoted(name)} is of. {_OPTIONS}")
         ours = "pretrain_long_term_forecast" if category is None else "classification"
         tasks.append(UnitsTask(name, ours, max(near, key=len), 96, 96 if category is None else 0, shape[1],
                                0 if category is None else category[2]))  # fmt: skip

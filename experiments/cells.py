@@ -136,9 +136,12 @@ def resolve(options: Options) -> Comparison:
     quirks = tuple(q for q in options.quirks if q in QUIRKS)
     splits = attempt(prepare, series, context, horizon, few_shot=options.training.few_shot, quirks=quirks,
                      joint=model.variates == "joint")  # fmt: skip
+    found = len(problems)
     if splits is not None:
         attempt(_try_batch, model, params, splits, task)
-    if splits is None or problems:
+    if splits is None or len(problems) > found:
+        problems.append(binding.what_fits(model, params, series, horizon, usual_borders=True))
+    if problems:
         raise UsageError("\n".join(problems))
     settings = {
         "data": series.name,
@@ -164,8 +167,7 @@ def resolve(options: Options) -> Comparison:
 
 def read_series(data: str, reading: Reading) -> Series:
     """Read a benchmark or a table as the options of a command line ask."""
-    asked = {name: value for name, value in vars(reading).items() if value is not None}
-    return load_series(data, **asked)
+    return load_series(data, **reading.asked())
 
 
 def training_config(model: Model, options: Options) -> TrainConfig:
@@ -250,15 +252,10 @@ def claimed(c: Comparison) -> Iterator[None]:
       written then.
     """
     hosts.on_first(folder.check, c.folder, c.record, c.optional)
-    with contextlib.ExitStack() as stack:
-        hosts.on_first(_enter, stack, c.folder)
+    with folder.held(c.folder):
         for problem in hosts.on_first(_begin, c):
             launch.say(f"not believed, and run again where it is asked for: {problem}")
         yield
-
-
-def _enter(stack: contextlib.ExitStack, path: Path) -> None:
-    stack.enter_context(folder.held(path))
 
 
 def _begin(c: Comparison) -> list[str]:
@@ -393,7 +390,8 @@ def keep(
         made["git_commit"] = row["git_commit"]
         if final[0] != c.model:  # parts were removed: an export needs to know from what
             made["pruned_from"] = c.model.config_to_dict()
-        ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
+        with folder.naming(place / "model"):
+            ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
     record["compile_seconds"] = result.compile_seconds
     record["val_blocks"] = val_blocks(shown or final, c.splits.val)
@@ -462,7 +460,7 @@ def twin_of(c: Comparison, method: str) -> str | None:
 
 def baselines(c: Comparison) -> list[dict[str, Any]]:
     """Scores of what needs no model (last value, seasonal naive), on the same windows."""
-    val, test = (c.task.baselines(c.splits, part) for part in ("val", "test"))
+    val, test = (c.task.baselines(c.model, c.splits, part) for part in ("val", "test"))
     found = []
     for name in val:
         row: dict[str, Any] = {"method": name.replace(" ", "_")}
@@ -537,7 +535,8 @@ def main(
                 if not hosts.on_first((c.folder / folder.CSV).is_file):
                     return 1
                 if hosts.first():
-                    finish(c.folder)
+                    with folder.naming(c.folder):
+                        finish(c.folder)
                     for failure in failures:
                         print(f"failed: {failure}", file=sys.stderr)
             return 1 if failures else 0

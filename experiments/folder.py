@@ -28,7 +28,7 @@ import jax
 import pandas as pd
 
 from experiments.flags import UsageError
-from ltsm_jax import storage
+from ltsm_jax import hosts, storage
 from ltsm_jax.storage import DamagedError
 
 try:
@@ -60,12 +60,24 @@ def replacing(file: Path) -> Iterator[Path]:
     """Give a file to write that takes the place of `file` when the block ends well, and vanishes when it does not."""
     temporary = file.with_name(f".{file.name}")
     try:
-        yield temporary
-        os.replace(temporary, file)
+        with naming(file):
+            yield temporary
+            os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say in an error of the file system where it was, as a write that fails does not."""
+    try:
+        yield
+    except OSError as err:
+        if err.filename is not None:
+            raise
+        raise OSError(err.errno, err.strerror, str(path)) from err
 
 
 def read_result(folder: Path, cell: str) -> dict[str, Any] | None:
@@ -132,26 +144,31 @@ def table_of(records: Sequence[dict[str, Any]], rank: Callable[[dict[str, Any]],
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes out of it while the block runs.
+    """Make the folder, and keep other processes out of it while the block runs; of several hosts all call.
 
     The end of the process, however it comes, lets go of it. On a file system without locks nobody is kept out.
     Raises: UsageError where another process works in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-            raise UsageError(f"{folder} is in use by {who}; wait for it to end, or take another --out") from None
-        except OSError:
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    with contextlib.ExitStack() as stack:
+        hosts.on_first(_hold, folder, stack)
         yield
+
+
+def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context((folder / LOCK).open("a+", encoding="utf-8"))
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read().strip() or "another process"
+        raise UsageError(f"{folder} is in use by {who}; wait for it to end, or take another --out") from None
+    except OSError:
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 def check(folder: Path, record: Mapping[str, Any], optional: Sequence[str] = ()) -> None:

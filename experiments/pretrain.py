@@ -53,7 +53,7 @@ from rich.table import Table
 import ltsm_jax
 from experiments import flags, launch
 from experiments.cells import read_series
-from experiments.folder import git_commit
+from experiments.folder import git_commit, held
 from ltsm_jax import hosts, sharding
 from ltsm_jax.data import prepare, synthetic
 from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder, shared
@@ -214,7 +214,7 @@ def scores(model: Model, params, data: str, parts: Sequence[str], reading: flags
 
 def main(args: Pretrain) -> pd.DataFrame | None:
     """Trains, scores, prints the table. Stops cleanly on SIGTERM."""
-    with launch.started(args.hosts):
+    with launch.started(args.hosts), held(args.out):
         return _train_and_score(args)
 
 

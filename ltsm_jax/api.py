@@ -267,7 +267,7 @@ def fit(
         result=result,
         splits=splits,
         model=model,
-        naive=task.baselines(splits),
+        naive=task.baselines(model, splits),
     )
 
 
@@ -395,8 +395,9 @@ def forecast(
       target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
         ReadingOptions`.
       untrained: forecast even where the model lacks parameters for such data, which are then drawn at random.
-    Returns: one row per step: the stamps, where those of the table are regular, then a column per variate under its own
-      name, and, where the model has quantiles, "<name> <level>".
+    Returns: one row per step: the stamps, where those of the table are regular, under the name that they have there
+      ("timestamp" where they have none) and in their zone, then a column per variate under its own name, and, where the
+      model has quantiles, "<name> <level>".
     Raises: ValueError (DataError) for data that cannot be used, parameters of another model or that are not finite, and
       for a model that has to be tuned on such data first.
     Example: `ltsm_jax.forecast(model, params, "sales.csv", 48)`
@@ -439,7 +440,9 @@ def forecast(
         return np.asarray(values_CH, np.float64) * std_C1 + mean_C1
 
     stamps = series.stamps_after(horizon)
-    columns: list[tuple[str, Any]] = [] if stamps is None else [("timestamp", series.in_zone(stamps))]
+    columns: list[tuple[str, Any]] = (
+        [] if stamps is None else [(series.time_name or "timestamp", series.in_zone(stamps))]
+    )
     columns += zip(series.columns, column_of(found.point[0]), strict=True)
     for q, level in enumerate(found.levels):
         names = (f"{column} {level:g}" for column in series.columns)

@@ -5,6 +5,9 @@ means such a process, one per machine as a rule. What a host sees for itself (a 
 must be exchanged before anything is decided by it: a collective that only some hosts enter waits for ever. With one
 process, which is the default, every function here is free and returns what that process says.
 
+SIGTERM and Ctrl-C do not break off what is being computed: in a `session`, and for Ctrl-C in an `interruptible` block,
+they are noted, and what runs for long saves and stops between two pieces of work.
+
     with hosts.session(coordinator="10.0.0.1:1234", num_processes=2, process_id=0):
         ...                                                 # the same program on every host
         hosts.on_first(table.to_csv, out / "results.csv")   # one writes; if that fails, all fail

@@ -9,14 +9,20 @@ where the parts are cut otherwise than they were, the whole array.
 """
 
 import contextlib
+import ctypes
 import errno
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import shutil
+import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -38,10 +45,34 @@ Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 # of the first until they time out, and the first writes where nobody has made a folder.
 _ONE_SAVE = threading.Lock()
 
+MAX_JSON = 1 << 26  # bytes of a table of digests; that of a model of a thousand arrays has 300,000
+MAX_DEPTH = 64  # levels of a tree: what walks it calls itself
+# An array may take more bytes in memory than on the disk, where it is compressed. Weights gain next to nothing, what
+# holds mostly zeros gains much. Beyond this a few bytes of a made-up file would fill the memory.
+MAX_GAIN, FREE_BYTES = 32, 1 << 27
+
+_DTYPES = {"bool", "float16", "float32", "float64", "complex64", "complex128"}
+_DTYPES |= {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+_DTYPES |= {"bfloat16", "int4", "uint4"} | {name for name in dir(ml_dtypes) if name.startswith("float8_")}
+_DAY = 86400
+_SCRAP = re.compile(r"(?P<where>[0-9a-f]{8})-(?P<pid>\d+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
 
 def cache_folder(kind: str) -> Path:
     """Where files of a kind ("data", "models") are kept: `$LTSM_CACHE`/kind, else ~/.cache/ltsm_jax/kind."""
     return Path(os.environ.get("LTSM_CACHE") or Path.home() / ".cache" / "ltsm_jax") / kind
+
+
+def user_path(path: str | os.PathLike) -> Path:
+    """Read a path as a shell does: `~` is the home folder, `~name` that of another user.
+
+    Raises: ValueError for a user who is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as err:
+        raise ValueError(f"{str(path)!r}: {err}") from None
 
 
 class DamagedError(ValueError):
@@ -100,7 +131,7 @@ def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: s
         elif not _same_values(leaf, want):
             problems.append(f"  {path}: the values differ from those that were saved")
     if problems:
-        raise DamagedError(f"{where} is damaged; restore it from a copy:\n" + "\n".join(sorted(problems)))
+        raise DamagedError(f"{where} is damaged; restore it from a copy:\n{trees.listed(problems)}")
 
 
 def _same_values(leaf: Any, entry: Mapping[str, Any]) -> bool:
@@ -119,10 +150,11 @@ def _same_values(leaf: Any, entry: Mapping[str, Any]) -> bool:
 def file_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
     """`{relative path: {"bytes", "sha256"}}` of every file below a folder; share (i, n): of every nth, from the ith."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != COMMIT)
-    return {p.relative_to(folder).as_posix(): _file_digest(p) for p in files[share[0] :: share[1]]}
+    return {p.relative_to(folder).as_posix(): file_digest(p) for p in files[share[0] :: share[1]]}
 
 
-def _file_digest(file: Path) -> dict[str, Any]:
+def file_digest(file: Path) -> dict[str, Any]:
+    """Give length and sha256 of a file."""
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
@@ -131,8 +163,11 @@ def verify_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> Non
     """Raises: DamagedError that lists every file that is missing, cut or altered."""
     problems = []
     for name, want in expected.items():
+        if not _is_file(name, want):
+            problems.append(f"  {name[:100]}: it has no digest")
+            continue
         file = folder / name
-        got = _file_digest(file) if file.is_file() else None
+        got = file_digest(file) if file.is_file() else None
         if got is None:
             problems.append(f"  {name}: missing")
         elif got["bytes"] != want["bytes"]:
@@ -140,12 +175,13 @@ def verify_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> Non
         elif got["sha256"] != want["sha256"]:
             problems.append(f"  {name}: the bytes differ from those that were saved")
     if problems:
-        raise DamagedError(f"{folder} is damaged; restore it from a copy:\n" + "\n".join(problems))
+        raise DamagedError(f"{folder} is damaged; restore it from a copy:\n{trees.listed(problems)}")
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON object with a digest of itself."""
-    file.write_text(json.dumps({"digest": _text_digest(record), **record}, indent=1) + "\n")
+    plain = json.loads(json.dumps(record))  # as it will be read: the digest goes by the order of the names
+    file.write_text(json.dumps({"digest": _text_digest(plain), **plain}, indent=1) + "\n")
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -153,46 +189,86 @@ def read_record(file: Path) -> dict[str, Any]:
 
     Raises: DamagedError when it is missing, cut or altered.
     """
+    if not file.exists():
+        raise DamagedError(f"{file.parent} has no {file.name}: it was not written by ltsm_jax, or is cut")
+    record = read_json(file)
+    if "digest" not in record:
+        raise DamagedError(f"{file} is cut or altered: it has no digest of itself")
+    check_digest(record, file)
+    return {name: value for name, value in record.items() if name != "digest"}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object that somebody else may have written.
+
+    Raises: FileNotFoundError; DamagedError for what is no such object, too large, or nested too deeply.
+    """
+    size = file.stat().st_size
+    if size > MAX_JSON:
+        raise DamagedError(f"{file} has {size:,} bytes; no such file of ltsm_jax has more than {MAX_JSON:,}")
     try:
-        record = json.loads(file.read_text())
-        digest = record.pop("digest")
-    except FileNotFoundError:
-        raise DamagedError(f"{file.parent} has no {file.name}: it was not written by ltsm_jax, or is cut") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise DamagedError(f"{file} is cut or altered: {type(err).__name__} {err}") from None
-    if digest != _text_digest(record):
+        found = json.loads(file.read_bytes())
+    except RecursionError:
+        raise DamagedError(f"{file} is cut or altered: nested too deeply") from None
+    except ValueError as err:
+        raise DamagedError(f"{file} is cut or altered: {err}") from None
+    if not isinstance(found, dict):
+        raise DamagedError(f"{file} is cut or altered: it holds a {type(found).__name__}, no object")
+    level = [found]
+    for _ in range(MAX_DEPTH):  # what walks it later calls itself
+        inner = [value for x in level for value in (x.values() if isinstance(x, dict) else x)]
+        level = [x for x in inner if isinstance(x, dict | list)]
+    if level:
+        raise DamagedError(f"{file} is cut or altered: nested too deeply")
+    return found
+
+
+def check_digest(record: Mapping[str, Any], file: Path) -> None:
+    """Compare a record with the digest that stands in it.
+
+    Raises: DamagedError where they differ.
+    """
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    if record["digest"] != _text_digest(rest):
         raise DamagedError(f"{file} is altered: its contents do not have the digest it states")
-    return record
 
 
 def _text_digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+Replaces = Callable[[Path], str]  # why a folder that is there may not be replaced; "": it may
+
+
 @contextlib.contextmanager
-def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, *, replaces: Replaces | None = None) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
-    Several hosts enter and leave together; the first makes and moves the folder, which all of them must see.
+    Several hosts enter and leave together; the first makes and moves the folder, which all of them must see. A process
+    that is killed leaves the old folder in its place or the new one, and scrap beside it, which the next one removes.
 
-    Raises: FileExistsError when `folder` exists and `overwrite` is False: before anything is written, or at the end if
-      another process has made it meanwhile.
+    Args:
+      folder: where; made with its parents. Where it is a link, what it leads to is replaced.
+      replaces: asked about the folder that is there, and once more before it is replaced; None: nothing is replaced.
+    Raises: FileExistsError when `folder` is there and may not be replaced: before anything is written, or at the end
+      if another process has made it meanwhile.
     """
-    folder = Path(folder).absolute()
+    folder = Path(os.path.realpath(user_path(folder)))
 
     def prepare() -> list[str]:
-        if folder.exists() and not overwrite:
-            raise FileExistsError(f"{folder} exists; choose another folder or ask to overwrite it")
+        put_back(folder)
+        require_free(folder, replaces)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        names = [str(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{end}")) for end in ("tmp", "old")]
+        _remove_scrap(folder)
+        stem = f".{folder.name}.{_this_machine()}-{os.getpid()}.{uuid.uuid4().hex}"
+        names = [str(folder.with_name(f"{stem}.{end}")) for end in ("tmp", "old")]
         os.mkdir(names[0])
         return names
 
     def commit() -> None:
-        if overwrite and folder.exists():
-            os.rename(folder, old)
-            os.rename(temporary, folder)
-            shutil.rmtree(old)
+        if replaces is not None and folder.exists():
+            require_free(folder, replaces)
+            _replace(temporary, folder, old)
             return
         try:
             os.rename(temporary, folder)
@@ -210,14 +286,159 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_free(folder: Path, replaces: Replaces | None) -> None:
+    """Refuse a folder that is there and may not be replaced, see `atomic_folder`.
+
+    Raises: FileExistsError.
+    """
+    folder = Path(os.path.realpath(folder))
+    if not os.path.lexists(folder):
+        return
+    if replaces is None:
+        raise FileExistsError(f"{folder} exists; choose another folder or ask to overwrite it")
+    here = Path(os.path.realpath("."))
+    why = ""
+    if not folder.is_dir():
+        why = "it is a file"
+    elif folder == here or folder in here.parents:
+        why = "the working directory is in it"
+    elif any(folder.iterdir()):
+        why = replaces(folder)
+    if why:
+        raise FileExistsError(f"{folder} is not replaced: {why}. Choose another folder, or remove it yourself")
+
+
+def _replace(new: Path, folder: Path, old: Path) -> None:
+    """Put a folder in the place of another, which is `old` afterwards, or `new`."""
+    if _exchange(new, folder):
+        return
+    # A process that is killed between the two leaves no folder; `put_back` knows what was there.
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders at once, where the system and its file system can."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = -100  # AT_FDCWD: the paths are not relative to an open folder
+    try:
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(os.fsencode(a), os.fsencode(b), 2)
+        else:
+            failed = libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), 2)
+    except AttributeError:  # a C library without the call
+        return False
+    return not failed
+
+
+def put_back(folder: Path) -> None:
+    """Put a folder back in its place that a process has moved away to replace it, and was killed."""
+    if os.path.lexists(folder):
+        return
+    left = [path for path, kind in _scrap(folder) if kind == "old"]
+    if left:
+        # Another process may be doing the same.
+        with contextlib.suppress(OSError):
+            os.rename(max(left, key=lambda path: path.stat().st_mtime), folder)
+
+
+def _remove_scrap(folder: Path) -> None:
+    for path, _ in _scrap(folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _scrap(folder: Path) -> list[tuple[Path, str]]:
+    """Temporary folders of a folder whose processes are no more, and their kinds."""
+    found = []
+    if not folder.parent.is_dir():
+        return found
+    for path in folder.parent.glob(f".{_literally(folder.name)}.*"):
+        match = _SCRAP.fullmatch(path.name[len(folder.name) + 2 :])
+        if match is None:
+            continue
+        if match["where"] == _this_machine():
+            gone = not _runs(int(match["pid"]))
+        else:  # a process of another machine, which can't be asked
+            gone = time.time() - path.stat().st_mtime > _DAY
+        if gone:
+            found.append((path, match["kind"]))
+    return found
+
+
+def _literally(name: str) -> str:
+    """A name as a pattern of `glob` that nothing else matches."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+@functools.cache
+def _this_machine() -> str:
+    """Eight letters for those processes that can see each other's numbers."""
+    where = socket.gethostname()
+    with contextlib.suppress(OSError):
+        where += os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(where.encode()).hexdigest()[:8]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) -> None:
     """Write a nested dict of arrays to `folder`, whole or not at all. On several hosts, all call.
 
-    Raises: FileExistsError when the folder exists and `overwrite` is False; ValueError for an empty tree.
+    Args:
+      folder: where; made with its parents.
+      tree: the arrays.
+      overwrite: replace a tree that is stored there.
+    Raises: FileExistsError when the folder exists and `overwrite` is False, or it is no stored tree; ValueError for an
+      empty tree; OSError, such as for a full disk.
     """
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    with atomic_folder(folder, replaces=_no_tree if overwrite else None) as temporary:
         hosts.together(begin_save(temporary, tree))
         hosts.on_first(seal, temporary)
+
+
+def _no_tree(folder: Path) -> str:
+    """Why a folder is no stored tree."""
+    surplus = sorted({path.name for path in folder.iterdir()} - {ARRAYS, DIGESTS})
+    return f"it is no stored tree, but holds {', '.join(surplus[:5])}" if surplus else ""
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an error comes from a disk that is full, or from a limit of what may be written."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    text = str(error)
+    return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(code) in text for code in full)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that has the mode of any new file; the library of that name lets its owner alone read.
+
+    Raises: FileExistsError; OSError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    with file.open("xb"):
+        mode = file.stat().st_mode
+    try:
+        save_file({key: np.asarray(value, order="C") for key, value in tensors.items()}, file, metadata)
+    except SafetensorError as err:
+        if no_space(err):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from err
+        raise
+    file.chmod(mode)
 
 
 def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
@@ -252,12 +473,17 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
     response = ocp.save_async(str(folder / ARRAYS), nested) if share[1] > 1 else None
 
     def write() -> None:
-        if response is None:
-            _check_room(folder, nested)
-            with _ONE_SAVE, _quiet():
-                ocp.save(str(folder / ARRAYS), nested)
-        else:
-            response.result()
+        try:
+            if response is None:
+                _check_room(folder, nested)
+                with _ONE_SAVE, _quiet():
+                    ocp.save(str(folder / ARRAYS), nested)
+            else:
+                response.result()
+        except Exception as err:  # of a full disk: many lines, of one of several classes
+            if no_space(err) and not isinstance(err, OSError):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
+            raise
         table = {
             path: {
                 "shape": list(leaf.shape),
@@ -343,7 +569,7 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None, *, only: trees
     def check() -> tuple[dict[str, Any], trees.Tree]:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder")
-        record = read_record(folder / DIGESTS)
+        record = _table(folder)
         chosen = trees.flatten(trees.select(trees.unflatten(dict.fromkeys(record["arrays"], 0)), only))
         expected = {path: entry for path, entry in record["arrays"].items() if chosen[path]}
         if not expected:
@@ -359,6 +585,11 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None, *, only: trees
         names = sorted(record["files"])  # of many hosts each looks at its share
         names = names[hosts.index() :: hosts.count()] if wide else names
         verify_files(folder / ARRAYS, {name: record["files"][name] for name in names})
+        # Now that the files are as long as the table says, and before anything has its size in memory.
+        held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+        on_disk = sum(entry["bytes"] for entry in record["files"].values())
+        if held > FREE_BYTES + MAX_GAIN * on_disk:
+            raise DamagedError(f"{folder}: {held:,} bytes of arrays can't come from files of {on_disk:,} bytes")
         return expected, stored
 
     expected, stored = together(check)
@@ -374,5 +605,73 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None, *, only: trees
     return tree
 
 
+def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Give the shape of each array of a stored tree by its path, without reading any.
+
+    Raises: FileNotFoundError; DamagedError.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    return {path: tuple(entry["shape"]) for path, entry in _table(folder)["arrays"].items()}
+
+
+def _table(folder: Path) -> dict[str, Any]:
+    """Read the table of digests of a stored tree, and check that it is one.
+
+    Raises: DamagedError.
+    """
+    file = folder / DIGESTS
+    record = read_record(file)
+    fits = set(record) == {"arrays", "files"} and all(isinstance(part, dict) for part in record.values())
+    odd = [name for name, entry in record["arrays"].items() if not _is_array(name, entry)] if fits else []
+    odd += [name for name, entry in record["files"].items() if not _is_file(name, entry)] if fits else []
+    if not fits or odd:
+        which = f": see {odd[0][:100]!r}" if odd else ""
+        raise DamagedError(f"{file} is no table of digests{which}; restore it from a copy")
+    return record
+
+
+def _is_array(path: str, entry: Any) -> bool:
+    """Whether an entry of the table describes an array."""
+    names = path.split("/")
+    if not isinstance(entry, dict) or not all(names) or len(names) > MAX_DEPTH:
+        return False
+    shape, parts = entry.get("shape"), entry.get("parts", [{"at": [], "sha256": entry.get("sha256")}])
+    return (
+        _is_counts(shape)
+        and isinstance(entry.get("dtype"), str)
+        and _dtype_or_none(entry["dtype"]) is not None
+        and isinstance(parts, list)
+        and all(isinstance(part, dict) and _is_digest(part.get("sha256")) for part in parts)
+        and all(isinstance(part.get("at"), list) and all(map(_is_counts, part["at"])) for part in parts)
+    )
+
+
+def _is_file(name: str, entry: Any) -> bool:
+    """Whether an entry of the table describes a file below its folder."""
+    inside = not os.path.isabs(name) and ".." not in Path(name).parts
+    fits = isinstance(entry, dict) and _is_counts([entry.get("bytes")]) and _is_digest(entry.get("sha256"))
+    return inside and fits
+
+
+def _is_counts(value: Any) -> bool:
+    fits = isinstance(value, list) and len(value) <= MAX_DEPTH
+    return fits and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(jnp.bfloat16) if name == "bfloat16" else np.dtype(name)
+    found = _dtype_or_none(name)
+    assert found is not None, "the table was checked"
+    return found
+
+
+def _dtype_or_none(name: str) -> np.dtype | None:
+    """The dtype of arrays by its name; None for text, objects and what JAX does not have."""
+    if name not in _DTYPES:
+        return None
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -5,9 +5,13 @@ import functools
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+
+import ltsm_jax
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ltsm_jax", "converters", "experiments")
@@ -42,7 +46,8 @@ MAY_USE = {
 USERS_OF_CONVERTERS = ("converters", "ltsm_jax.loading", "ltsm_jax.cli", "experiments")
 
 
-def sources():
+@functools.cache
+def sources() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -52,13 +57,20 @@ def name_of(path: Path) -> str:
 
 
 @functools.cache
+def module_names() -> frozenset[str]:
+    packages = {name_of(path.parent / "__init__.py") for path in sources()}
+    return frozenset(packages | {name_of(path) for path in sources()})
+
+
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Every module that the file imports anywhere in it, in full: `from ltsm_jax import trees` is ltsm_jax.trees."""
-    modules = {name_of(p) for p in sources()} | {name_of(p.parent / "__init__.py") for p in sources()}
+    modules = module_names()
     found = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
@@ -258,25 +270,75 @@ def test_committed_files_are_small():
     assert not large
 
 
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def test_versions_agree():
-    import tomllib
+    version = project()["version"]
+    assert version == ltsm_jax.__version__
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
 
-    import ltsm_jax
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## \[(.*?)\] - (.*)$", changelog, re.MULTILINE)
+    assert released[0][0] == version, "the newest heading is the version"
+    assert len(released) == len(re.findall(r"^## ", changelog, re.MULTILINE)), "## [1.2.3] - 2030-01-31 | unreleased"
+    order = [tuple(int(part) for part in name.split(".")) for name, _ in released]
+    assert order == sorted(order, reverse=True)
+    assert all(len(numbers) == 3 for numbers in order), "semantic versions"
+    for _, date in released[1:]:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", date), date
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == ltsm_jax.__version__
-    assert f"## [{ltsm_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+def pinned(path: str) -> dict[str, list[str]]:
+    """Versions by package name of a file of `name==version ; marker` lines; a package may have one for every Python."""
+    found = {}
+    for line in (ROOT / path).read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split(";")[0].strip().split("==")
+            found.setdefault(name.replace("_", "-").lower(), []).append(version)
+    return found
+
+
+def test_the_lock_fits_the_project():
+    """Somebody who edits pyproject.toml calls `make lock` too."""
+    locked = pinned("requirements-dev.lock")
+    extras = project()["optional-dependencies"]
+    for wanted in (*project()["dependencies"], *extras["test"], *extras["plots"], *extras["dev"]):
+        name, bounds = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(.*)", wanted).groups()
+        versions = locked.get(name.replace("_", "-").lower(), [])
+        assert versions, f"{name} is not in requirements-dev.lock: make lock"
+        for version in versions:
+            assert version in SpecifierSet(bounds), f"{name}=={version} is locked, pyproject says {bounds}: make lock"
+
+
+def test_pre_commit_checks_with_the_locked_ruff():
+    hooks = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks
+    assert set(hooks) == set(pinned("requirements-dev.lock")["ruff"])
+
+
+def test_the_workflow_and_the_makefile_agree():
+    """Every `make` target that the workflow calls exists, and every stage of .ci/run that it stands for."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    called = set(re.findall(r"run: make (\w+)", workflow)) | set(re.findall(r"target: (\w+)", workflow))
+    assert called == {"check", "test", "slow", "oldest", "newest", "wheel", "torch"}
+    assert called <= set(phony.split())
+    stages = set(re.findall(r"^#   (\w+)  ", (ROOT / ".ci/run").read_text(), re.MULTILINE))
+    assert stages == called | {"aot"}
 
 
 def test_floors_are_what_ci_installs():
-    import tomllib
+    floors = {}
+    for wanted in project()["dependencies"]:
+        name, floor = re.match(r"([\w-]+)>=([\d.]+)", wanted).groups()
+        floors[name.replace("_", "-")] = floor
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    floors = dict(re.match(r"([\w-]+)>=([\d.]+)", d).groups() for d in project["dependencies"])
-    pinned = dict(
-        line.split("==") for line in (ROOT / ".ci/oldest.txt").read_text().splitlines() if not line.startswith("#")
-    )
-    pinned.pop("jaxlib")
-    assert floors.keys() == pinned.keys()
+    oldest = pinned(".ci/oldest.txt")
+    oldest.pop("jaxlib")
+    assert floors.keys() == oldest.keys()
     for name, floor in floors.items():
-        assert (pinned[name] + ".").startswith(floor + "."), f"{name}: pyproject says {floor}, CI has {pinned[name]}"
+        (version,) = oldest[name]
+        assert (version + ".").startswith(floor + "."), f"{name}: pyproject says {floor}, CI has {version}"

@@ -1,7 +1,7 @@
 """Whatever holds a table -> a pandas DataFrame: files, frames, arrays, Arrow and polars tables.
 
-Nothing is guessed beyond numbers and text. What a file expands to is bounded while it is read: a compressed file by
-`EXPANSION` times its size.
+Nothing is guessed beyond numbers and text. What a file expands to is bounded while it is read: a
+compressed file by `EXPANSION` times its size.
 
 Shapes: C variates, T rows.
 """
@@ -31,6 +31,7 @@ _PANDAS = tuple(int(part) for part in pd.__version__.split(".")[:2])
 _EXACT: dict[str, Any] = {} if _PANDAS >= (3, 1) else {"float_precision": "round_trip"}
 EXPANSION = 50  # a table of text compresses to a third or a twentieth; zeros alone to a thousandth
 ALWAYS_READ = 100 * 10**6  # expanded bytes, whatever the file's size
+MOST_COLUMNS = 250_000
 SOURCES = "give a path, a pandas DataFrame or Series, an array [T] or [T, C], or a polars or Arrow table"
 
 
@@ -45,7 +46,7 @@ def is_path(source: Any) -> bool:
 
 
 def as_table(source: Any) -> pd.DataFrame:
-    """The table that a path, frame, series, array [T] or [T, C], polars or Arrow table holds.
+    """Take the table out of a path, frame, series, array [T] or [T, C], polars or Arrow table.
 
     Columns of an array are called "0", "1", ...; a series without a name is "value".
 
@@ -58,7 +59,7 @@ def as_table(source: Any) -> pd.DataFrame:
     if isinstance(source, pd.Series):
         return source.to_frame("value" if source.name is None else source.name)
     if isinstance(source, np.ndarray | jax.Array):
-        return _from_array(np.asarray(source))
+        return _from_array(np.asanyarray(source))
     if hasattr(source, "__arrow_c_stream__") or hasattr(source, "__dataframe__"):
         return _from_arrow(source)
     if hasattr(source, "__arrow_c_array__"):
@@ -68,10 +69,13 @@ def as_table(source: Any) -> pd.DataFrame:
 
 
 def _from_array(array: np.ndarray) -> pd.DataFrame:
+    if isinstance(array, np.ma.MaskedArray):  # what is masked is missing
+        array = np.ma.filled(array.astype(np.float64), np.nan)
     if array.dtype.names:
         return pd.DataFrame(array)
     if array.ndim not in (1, 2):
         raise DataError(f"an array of shape {array.shape} cannot be read; {SOURCES}")
+    array = np.asarray(array)
     array = array[:, None] if array.ndim == 1 else array
     return pd.DataFrame(array, columns=[str(c) for c in range(array.shape[1])])
 
@@ -103,9 +107,10 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
 
 
 def read_table(path: Path, header: bool = True) -> pd.DataFrame:
-    """The file as a table, nothing guessed beyond numbers and text. Without `header` columns are called 0, 1, ...
+    """Read a file as a table. Without `header` its columns are called "0", "1", ...
 
-    Raises: FileNotFoundError; DataError for what is wrong with the file, and for one that expands beyond all measure.
+    Raises: FileNotFoundError; DataError for what is wrong with the file, and for one that expands
+      beyond all measure.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}" + (" (it is a folder)" if path.is_dir() else ""))
@@ -120,6 +125,8 @@ def read_table(path: Path, header: bool = True) -> pd.DataFrame:
     names: list[str] = []
     try:
         names = [cell.strip() for cell in next(csv.reader(lines))]
+        if len(names) > MOST_COLUMNS:
+            raise DataError(f"{path}: {len(names)} columns; at most {MOST_COLUMNS} are read")
         if len(names) == 1 and (other := next((c for c in ";\t|" if c in names[0]), None)):
             raise DataError(f"{path}: cells are separated by {other!r}; save the file with commas")
         if header and _looks_like_values(names):
@@ -175,9 +182,10 @@ def _check_expansion(path: Path, expanded: int) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, expanded if it is gzip.
+    """Read the bytes of a file, expanded if it is gzip.
 
-    Raises: DataError for a damaged gzip file and for one that expands beyond `EXPANSION` times its size.
+    Raises: DataError for a damaged gzip file and for one that expands beyond `EXPANSION` times its
+      size.
     """
     if path.suffix.lower() != ".gz":
         return path.read_bytes()
@@ -208,7 +216,8 @@ def _read_text(path: Path) -> str:
 
 
 def _looks_like_values(names: list[str]) -> bool:
-    """Whether a first line is data: all numbers but perhaps the first cell, and not the numbering 0, 1, 2, ..."""
+    """Whether a first line is data: all numbers but perhaps the first cell, and not the numbering
+    0, 1, 2, ..."""
     first, tail = names[0], names[1:] or names
     try:
         numbers = [float(cell) for cell in tail]

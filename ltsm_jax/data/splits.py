@@ -270,5 +270,5 @@ def _check_room(series: Series, borders: Borders, context_len: int, horizon: int
     raise DataError(
         f"{series.name} ({series.n_rows} rows) is too short for windows of {context_len} + {horizon}:\n  "
         + "\n  ".join(problems)
-        + f"\nWhat fits: {'; '.join(fits)}. Or give other borders."
+        + f"\nThe rows hold: {'; '.join(fits)}; a model may take less. Or give other borders."
     )

@@ -273,7 +273,7 @@ def observed_in(values: np.ndarray, windows: Windows) -> np.ndarray:
 
     values: [C, T], those of the windows, on the host. Windows of all variates need one of any variate.
     """
-    seen_CT = ~np.isnan(values)
+    seen_CT: Any = ~np.isnan(values)
     if windows.rows is None:
         seen_CT = seen_CT.any(axis=0, keepdims=True)
     before = np.concatenate([np.zeros((len(seen_CT), 1), np.int64), np.cumsum(seen_CT, axis=1)], axis=1)

@@ -203,28 +203,21 @@ def _ways(
                     break
 
 
-def what_fits(
-    model: Model, params: Params, series: Series, horizon: int, *, flags: bool = False, whole_test: bool = False
-) -> str:
+def what_fits(model: Model, params: Params, series: Series, horizon: int, *, usual_borders: bool = False) -> str:
     """Say what training of this model takes of this series, as advice that works.
 
-    Args:
-      flags: in the spelling of the command line instead of Python's.
-      whole_test: only what fits with the usual borders, as an experiment has them.
+    usual_borders: only with those of `borders_of`, as an experiment has them.
     """
-    asked, way = horizon, None
-    while way is None and horizon >= 1:
-        ways = _ways(model, params, series, horizon, None, None)
-        way = next((w for w in ways if not (whole_test and w.borders.test[1] - w.borders.test[0] == horizon)), None)
-        if way is None:
-            horizon //= 2
-    if way is None:
-        return f"{series.n_rows} rows are too few to tune this model on, whatever the lengths; forecast without tuning"
-    if flags:
-        shorter = f"--horizon {horizon} " if horizon != asked else ""
-        return f"What fits: {shorter}--context {way.context_len} --mode {way.mode}"
-    shorter = f"horizon={horizon}, " if horizon != asked else ""
-    return f"What fits: {shorter}context_len={way.context_len}, mode={way.mode!r}"
+    usual = borders_of(series.benchmark, series.n_rows)
+    asked = horizon
+    while horizon >= 1:
+        for way in _ways(model, params, series, horizon, None, None):
+            if usual_borders and way.borders != usual:
+                continue
+            shorter = f"horizon={horizon}, " if horizon != asked else ""
+            return f"What fits: {shorter}context_len={way.context_len}, mode={way.mode!r}"
+        horizon //= 2
+    return f"{series.n_rows} rows are too few to tune this model on, whatever the lengths; forecast without tuning"
 
 
 def cut_windows(

@@ -74,6 +74,7 @@ class Redundancy:
     tokens: dict[str, int]
 
 
+@hosts.interruptible()
 def measure(
     model: Model,
     params: Params,
@@ -108,6 +109,7 @@ def measure(
             sums = jax.tree.map(lambda x: sharding.on_host(x).astype(np.float64), found)
             total = jax.tree.map(np.add, total, sums) if i else sums
             bar.update(i + 1, 1, len(indices))
+            hosts.pause()
     heads, units, tokens = {}, {}, {}
     for path, group in _groups(model, params):
         mean = {name: value / total[path]["tokens"] for name, value in total[path].items()}

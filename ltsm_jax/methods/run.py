@@ -28,8 +28,8 @@ class Result:
     """What a run of a strategy gave.
 
     Attributes:
-      params: the weights with the lowest validation MSE of the last phase (the start where there is no phase).
-      val, test: metrics of these weights in scaled units, see `tasks.forecasting.evaluate`; test is None on request.
+      params: the weights that validated best in the last phase (the start where there is no phase).
+      val, test: metrics of these weights, see `evaluate` of the task; test is None on request.
       history: one dict per epoch: phase, epoch (counted through all phases), lr, train_loss, val_mse, ...
       epochs: epochs trained, all phases.
       best_epoch: the one `params` are from, counted like `epochs`; 0 without training.

@@ -1,34 +1,146 @@
 """Config dataclasses: built from JSON, and read and replaced at one entry such as "encoder.ffn_dims.0"."""
 
 import dataclasses
+import difflib
+import math
+import re
+import reprlib
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+MAX_INTEGER = 1 << 20  # no published size has more than 100,000, and what is larger is damage
+MAX_NUMBER = 1e30  # in float32 with room for its square root, its inverse and some products
+MAX_ENTRIES = 1 << 16  # of one list
+_SHARES = re.compile(r"(^|_)(dropout|prob|eps)$")  # numbers from 0 to 1
+_POSITIVE = re.compile(r"(^|_)(std|scale|temperature|theta|base|factor|delta)$")
+_MOST_PROBLEMS = 10
+
 
 def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
-    """A config dataclass from what `dataclasses.asdict` and JSON made of it: lists are tuples again, at any depth, and
-    fields that are dataclasses are built. The inverse of `Model.config_to_dict`.
+    """Build a config dataclass from what `dataclasses.asdict` and JSON made of it, checked against its annotations.
 
-    Raises: TypeError for a field that the class does not have; ValueError from the class.
+    Lists are tuples again, at any depth, and fields that are dataclasses are built. The inverse of
+    `Model.config_to_dict`.
+
+    Raises: ValueError that lists every field that is unknown, missing, of another type or out of range; else what the
+      class itself refuses.
     """
-    types = typing.get_type_hints(cls)
-
-    def value(name: str, x: Any) -> Any:
-        kind = types.get(name)
-        if dataclasses.is_dataclass(kind) and isinstance(x, Mapping):
-            return config_from_json(typing.cast(type, kind), x)
-        return _tuples(x)
-
-    return cls(**{name: value(name, x) for name, x in fields.items()})
+    problems: list[str] = []
+    built = _dataclass(cls, fields, "", problems)
+    if problems:
+        more = [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+        raise ValueError("; ".join(problems[:_MOST_PROBLEMS] + more))
+    return built
 
 
-def _tuples(x: Any) -> Any:
-    return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else x
+def _dataclass(cls: type, fields: Any, where: str, problems: list[str]) -> Any:
+    """Build a dataclass, or note why not. where: the name of the field it is, with a dot."""
+    if not isinstance(fields, Mapping):
+        problems.append(f"{where.rstrip('.') or 'the config'}: fields were expected, got {_short(fields)}")
+        return None
+    before = len(problems)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name in fields.keys() - known.keys():
+        near = difflib.get_close_matches(str(name)[:100], known, 1)
+        guess = f" (did you mean {near[0]}?)" if near else ""
+        problems.append(f"{where}{str(name)[:100]}: no such field{guess}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, field in known.items():
+        if name in fields:
+            values[name] = _value(hints[name], fields[name], where + name, problems)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"{where}{name}: missing")
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except (ArithmeticError, LookupError, TypeError, AttributeError) as err:  # of values that do not go together
+        raise ValueError(f"no {cls.__name__} has such fields ({type(err).__name__}: {str(err)[:200]})") from err
+
+
+def _value(hint: Any, x: Any, where: str, problems: list[str]) -> Any:
+    """Read one value as an annotation says, or note what is wrong with it."""
+    kind = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(typing.cast(type, hint), x, where + ".", problems)
+    if kind is tuple:
+        return _tuple(typing.get_args(hint), x, where, problems)
+    if kind in (typing.Union, types.UnionType):
+        return _one_of(typing.get_args(hint), x, where, problems)
+    if kind is typing.Literal:
+        told = typing.get_args(hint)
+        if not any(x == value and type(x) is type(value) for value in told):
+            problems.append(f"{where}: one of {', '.join(map(repr, told))} was expected, got {_short(x)}")
+        return x
+    name = where.rpartition(".")[2].partition("[")[0]
+    if hint is int:
+        fits, expected = _is_integer(x), f"an integer of at most {MAX_INTEGER:,}"
+    elif hint is float:
+        fits, expected = _is_number(x, name)
+        x = float(x) if fits else x
+    elif hint is bool:
+        fits, expected = isinstance(x, bool), "true or false"
+    elif hint is str:
+        fits, expected = isinstance(x, str) and len(x) <= 1000, "a text"
+    elif hint is type(None):
+        fits, expected = x is None, "null"
+    else:
+        raise TypeError(f"{where}: a config can't have a field of type {hint}")
+    if not fits:
+        problems.append(f"{where}: {expected} was expected, got {_short(x)}")
+    return x
+
+
+def _tuple(parts: tuple[Any, ...], x: Any, where: str, problems: list[str]) -> Any:
+    """Read a list. parts: one annotation and an ellipsis, or the annotation of each entry."""
+    if not isinstance(x, list | tuple) or len(x) > MAX_ENTRIES:
+        problems.append(f"{where}: a list was expected, got {_short(x)}")
+        return ()
+    if len(parts) == 2 and parts[1] is Ellipsis:
+        parts = parts[:1] * len(x)
+    if len(parts) != len(x):
+        problems.append(f"{where}: {len(parts)} entries were expected, got {_short(x)}")
+        return ()
+    return tuple(_value(part, entry, f"{where}[{i}]", problems) for i, (part, entry) in enumerate(zip(parts, x)))
+
+
+def _one_of(choices: tuple[Any, ...], x: Any, where: str, problems: list[str]) -> Any:
+    """Read a value of one of several types; of none, say what is wrong with it as the first of them."""
+    told: list[str] = []
+    for choice in choices:
+        found: list[str] = []
+        value = _value(choice, x, where, found)
+        if not found:
+            return value
+        told = told or found
+    problems += told
+    return None
+
+
+def _is_integer(x: Any) -> bool:
+    return type(x) is int and abs(x) <= MAX_INTEGER
+
+
+def _is_number(x: Any, name: str) -> tuple[bool, str]:
+    """Whether a value is a number that a field of this name can have, and what it can have."""
+    low, high = -MAX_NUMBER, MAX_NUMBER
+    if _SHARES.search(name):
+        low, high = 0.0, 1.0
+    elif _POSITIVE.search(name):
+        low = 0.0
+    fits = type(x) in (int, float) and low <= x <= high and math.isfinite(x)
+    return fits, f"a number from {low:g} to {high:g}"
+
+
+def _short(x: Any) -> str:
+    return reprlib.repr(x)[:100]
 
 
 def with_entry(config: Any, entry: str, value: Any) -> Any:
-    """The config with another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and indices.
+    """Put another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and indices.
 
     Raises: AttributeError, IndexError for an entry that is not there; ValueError from the config's class.
     """
@@ -42,7 +154,7 @@ def with_entry(config: Any, entry: str, value: Any) -> Any:
 
 
 def entry_of(config: Any, entry: str) -> Any:
-    """What stands at an entry of a config, see `with_entry`."""
+    """Read an entry of a config, see `with_entry`."""
     for name in entry.split("."):
         config = config[int(name)] if isinstance(config, tuple) else getattr(config, name)
     return config

@@ -36,6 +36,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows, mse_observed
+from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -201,6 +202,7 @@ PRESETS = {
 
 def sinusoids(n: int, d_model: int) -> np.ndarray:
     """The position table of a fresh model [n, D], float32: sines in even columns, cosines in odd ones, base 10000."""
+    require_table(n, d_model)
     frequency = np.exp(np.arange(0, d_model, 2, dtype=np.float32) * np.float32(-math.log(10000.0) / d_model))
     angle = (np.arange(n, dtype=np.float32)[:, None] * frequency).astype(np.float64)
     return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(n, d_model).astype(np.float32)

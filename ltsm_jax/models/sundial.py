@@ -41,6 +41,8 @@ PATCHES = 180  # of the longest context that the checkpoint was trained with: 28
 TIME_FEATURES = 256
 LEVELS = tuple(q / 10 for q in range(1, 10))
 
+MAX_FLOW_DEPTH = 64  # the published has 3
+
 
 @dataclasses.dataclass(frozen=True)
 class SundialConfig:
@@ -81,6 +83,8 @@ class SundialConfig:
         counts = (self.sampling_steps, self.train_draws, self.n_samples, self.max_positions)
         if min(*sizes, *counts) < 1 or min(self.flow_depth, *self.n_heads, *self.ffn_dims) < 0:
             problems.append(f"every size must be positive: {self}")
+        if self.flow_depth > MAX_FLOW_DEPTH:
+            problems.append(f"flow_depth may be at most {MAX_FLOW_DEPTH}, got {self.flow_depth}")
         if self.head_dim % 2:
             problems.append(f"heads must have an even width for the rotary positions, got {self.head_dim}")
         if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.init_std >= 0:

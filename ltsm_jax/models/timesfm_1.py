@@ -28,6 +28,7 @@ from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.positions import require_table
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.configs import config_from_json
@@ -181,6 +182,7 @@ def timescales(d_model: int) -> np.ndarray:
 
 def sinusoids(n: int, d_model: int) -> np.ndarray:
     """The original's position table [n, D], float32: all sines, then all cosines."""
+    require_table(n, d_model)
     angle = (np.arange(n, dtype=np.float32)[:, None] * timescales(d_model)).astype(np.float64)
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 

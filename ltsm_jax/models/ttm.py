@@ -38,6 +38,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -290,6 +291,7 @@ def frequency_token(freq: str | None, vocab: int) -> int:
 def sincos(n: int, d_model: int) -> np.ndarray:
     """The original's position table [n, D], float32: sines in even columns, cosines in odd ones, its mean taken off and
     divided by ten of its standard deviations."""
+    require_table(n, d_model)
     angle = np.arange(n)[:, None] * np.exp(np.arange(0, d_model, 2) * -(math.log(10000.0) / d_model))[None]
     table = np.zeros((n, d_model))
     table[:, 0::2], table[:, 1::2] = np.sin(angle), np.cos(angle)[:, : d_model // 2]

@@ -457,10 +457,7 @@ class Units(Model):
 
     @classmethod
     def config_from_dict(cls, fields: Mapping[str, Any]) -> UnitsConfig:
-        tasks = tuple(UnitsTask(**task) for task in fields["tasks"])
-        return config_from_json(
-            UnitsConfig, {name: x for name, x in fields.items() if name != "tasks"} | {"tasks": tasks}
-        )
+        return config_from_json(UnitsConfig, fields)
 
     @classmethod
     def small(cls) -> UnitsConfig:

@@ -25,7 +25,7 @@ import functools
 import gzip
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax import storage
 from ltsm_jax.data.series import DataError
 from ltsm_jax.data.splits import Scaler
 from ltsm_jax.data.windows import Windows, windows_between
 from ltsm_jax.layers.missing import mse_observed
 from ltsm_jax.models.family import Batch, Model
 from ltsm_jax.sharding import Placement
+from ltsm_jax.tasks.base import Loss, Part, Source
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
@@ -169,9 +171,11 @@ def _batch_errors(
     return jnp.square(y_BCT - x_BCT[..., WINDOW - y_BCT.shape[-1] :]).mean(axis=1)
 
 
-def _window_errors(model, params, values, starts: np.ndarray, ims: bool, batch_size: int) -> np.ndarray:
+def _window_errors(
+    model, params, values, starts: np.ndarray, ims: bool, batch_size: int, placement: Placement | None = None
+) -> np.ndarray:
     """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64 on the host."""
-    placement = Placement.of(params)
+    placement = placement or Placement.of(params)
     values, all_starts = placement.replicate((values, jnp.asarray(starts, jnp.int32)))
 
     def one_batch(indices: jax.Array) -> jax.Array:
@@ -194,6 +198,7 @@ def row_errors(
     ims: bool = True,
     tail: bool = True,
     batch_size: int = 128,
+    placement: Placement | None = None,
 ) -> np.ndarray:
     """Squared error of the model at each row of [lo, hi), float64, each row once; in the squared units of `values`.
 
@@ -202,7 +207,7 @@ def row_errors(
 
     Args:
       values: [1, T]. Rows before `lo` serve as context, so lo >= 96 and hi >= 768.
-      batch_size: windows per forward pass.
+      batch_size: windows per forward pass. placement: of the parameters; None: ask them.
     Raises: ValueError for rows that leave too little context.
     """
     lo, hi = rows
@@ -214,22 +219,31 @@ def row_errors(
         starts = np.append(starts, hi - WINDOW)
     if not len(starts):
         return np.zeros(0)
-    errors = _window_errors(model, params, values, starts, ims, batch_size)[:, -(WINDOW - TOKEN) :]
+    errors = _window_errors(model, params, values, starts, ims, batch_size, placement)[:, -(WINDOW - TOKEN) :]
     whole = errors[: len(starts) - bool(left), :STRIDE].ravel()
     return np.concatenate([whole, errors[-1, errors.shape[1] - left :]])
 
 
-def validation_error(model: Model, params: Tree, task: Prepared, *, ims: bool = True, batch_size: int = 128) -> float:
+def validation_error(
+    model: Model,
+    params: Tree,
+    task: Prepared,
+    *,
+    ims: bool = True,
+    batch_size: int = 128,
+    placement: Placement | None = None,
+) -> float:
     """Mean squared error on the rows that select the epoch, scaled units: held-out training rows, each row once.
 
     With quirk `select_on_test`: the mean over all points that the whole test windows predict, as released.
     """
     if "select_on_test" not in task.quirks:
-        return float(row_errors(model, params, task.values, task.validate_rows, ims=ims, batch_size=batch_size).mean())
+        how: dict[str, Any] = {"ims": ims, "batch_size": batch_size, "placement": placement}
+        return float(row_errors(model, params, task.values, task.validate_rows, **how).mean())
     starts = window_starts(*task.validate_rows)
     if not len(starts):
         raise DataError(f"{task.series.name}: the test rows {task.validate_rows} hold no whole window of {WINDOW}")
-    return float(_window_errors(model, params, task.values, starts, ims, batch_size).mean())
+    return float(_window_errors(model, params, task.values, starts, ims, batch_size, placement).mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +301,14 @@ def rank_anomaly(
 
 
 def evaluate(
-    model: Model, params: Tree, task: Prepared, *, ims: bool = True, tail: bool = True, batch_size: int = 128
+    model: Model,
+    params: Tree,
+    task: Prepared,
+    *,
+    ims: bool = True,
+    tail: bool = True,
+    batch_size: int = 128,
+    placement: Placement | None = None,
 ) -> Result:
     """Scores every token of the test rows and ranks the anomaly.
 
@@ -303,7 +324,9 @@ def evaluate(
     series = task.series
     rows = (series.train_end, len(series.values))
     tail = tail and "uncovered_is_hit" not in task.quirks
-    errors = row_errors(model, params, task.values, rows, ims=ims, tail=tail, batch_size=batch_size)
+    errors = row_errors(
+        model, params, task.values, rows, ims=ims, tail=tail, batch_size=batch_size, placement=placement
+    )
     if not errors.size:
         raise DataError(f"{series.name}: the test rows {rows} hold no whole window of {WINDOW}")
     scores = token_scores(errors)
@@ -327,3 +350,68 @@ def summarise(results: Iterable[Result], quantiles: Collection[float] = (0.01, 0
         "mean_alpha": float(alphas.mean()),
         "found": {q: int((alphas <= q).sum()) for q in quantiles},
     }
+
+
+@functools.cache
+def _loss(model: Model, ims: bool) -> Loss:
+    return loss_fn(model, ims=ims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anomaly:
+    """The task of finding the labelled anomaly of a series, `Prepared` by `prepare`.
+
+    ims: see `loss_fn`.
+    """
+
+    ims: bool = True
+
+    @property
+    def selects(self) -> str:
+        """The mean squared error on the rows held out, see `validation_error`."""
+        return "mse"
+
+    def windows(self, model: Model, data: Prepared, part: Part = "train") -> Source:
+        """The training windows. Raises: ValueError for another part, which is scored row by row."""
+        if part != "train":
+            raise ValueError(f"anomaly detection has no windows of the part {part!r}: its rows are scored one by one")
+        return data.train
+
+    def loss(self, model: Model) -> Loss:
+        """Mean squared error of the reconstruction, see `loss_fn`."""
+        return _loss(model, self.ims)
+
+    def evaluate(
+        self, model: Model, params: Tree, data: Prepared, part: Part = "val", placement: Placement | None = None
+    ) -> dict[str, Any]:
+        """Of "val" the mean squared error; of "test" the rank of the anomaly among the tokens, see `evaluate`."""
+        if part == "val":
+            return {"mse": validation_error(model, params, data, ims=self.ims, placement=placement)}
+        found = evaluate(model, params, data, ims=self.ims, placement=placement)
+        return {"rank": found.rank, "alpha": found.alpha, "tokens": found.n_tokens}
+
+    def baselines(self, model: Model, data: Prepared, part: Part = "val") -> dict[str, dict[str, Any]]:
+        """None is known."""
+        return {}
+
+    def warnings(
+        self, model: Model, params: Tree, data: Prepared, placement: Placement | None = None
+    ) -> tuple[str, ...]:
+        """Nothing: no kind of collapse is known."""
+        return ()
+
+    def facts(self, data: Prepared) -> dict[str, Any]:
+        """The options, the series and what selects, and a digest of its values."""
+        return {
+            "task": "anomaly",
+            "ims": self.ims,
+            "series": data.series.name,
+            "anomaly": list(data.series.anomaly),
+            "validate_rows": list(data.validate_rows),
+            "task_quirks": sorted(data.quirks),
+            "data_sha256": storage.sha256_of({"values": data.values, "train": data.train}),
+        }
+
+    def row(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """Rank and alpha."""
+        return {name: scores[name] for name in ("rank", "alpha")}

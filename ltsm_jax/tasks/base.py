@@ -61,8 +61,9 @@ class Task(Protocol):
         """Score every window of a part. placement: of the parameters; None: ask them."""
         ...
 
-    def baselines(self, data: Any, part: Part = "val") -> dict[str, dict[str, Any]]:
-        """Score what needs no model, by its name; empty where the task knows nothing of the kind."""
+    def baselines(self, model: Model, data: Any, part: Part = "val") -> dict[str, dict[str, Any]]:
+        """Score what has learned nothing, by its name; of the model only sizes are looked at. Empty where the task
+        knows nothing of the kind."""
         ...
 
     def warnings(self, model: Model, params: Tree, data: Any, placement: Placement | None = None) -> tuple[str, ...]:

@@ -171,7 +171,7 @@ class Forecasting:
         """See `evaluate`, of every window of a part."""
         return evaluate(self.predictor(model), params, getattr(data, part), placement=placement)
 
-    def baselines(self, data: Splits, part: Part = "val") -> dict[str, dict[str, Any]]:
+    def baselines(self, model: Model, data: Splits, part: Part = "val") -> dict[str, dict[str, Any]]:
         """The last value and, where the step of the series has a season, the seasonal naive forecast."""
         seasons = {"last value": 1}
         if data.series.season > 1:

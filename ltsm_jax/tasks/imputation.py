@@ -10,17 +10,22 @@ released: `few_shot` keeps a fixed subset of the training windows, where the scr
 window's mask in validation and test is a function of (seed, split, window), where the script draws new ones each time.
 """
 
+import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax import storage
+from ltsm_jax.data.splits import Splits
 from ltsm_jax.data.windows import Windows
+from ltsm_jax.layers.missing import interpolate_missing
 from ltsm_jax.models.family import Batch, Model
 from ltsm_jax.sharding import Placement
+from ltsm_jax.tasks.base import Loss, Part, Source
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
@@ -122,6 +127,7 @@ def evaluate(
     split: str = "test",
     seed: int = 0,
     batch_size: int = 128,
+    placement: Placement | None = None,
 ) -> dict[str, Any]:
     """Score of every window of a split, none dropped: mse and mae over all hidden points, in the units of the windows.
 
@@ -130,12 +136,13 @@ def evaluate(
       rate, ims: as in `loss_fn`.
       split, seed: they fix the masks: the same window of the same split and seed always has the same ones.
       batch_size: windows per forward pass; changes the speed, not the value.
+      placement: of the parameters; None: ask them.
     Returns: {"mse", "mae", "points" (hidden and scored), "windows"}.
     Raises: ValueError when there is no window, no point was hidden, or as `loss_fn`.
     """
     _check(model, rate)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
-    placement = Placement.of(params)
+    placement = placement or Placement.of(params)
     placed, placed_key = windows.over(placement.mesh), placement.replicate(key)
 
     def one_batch(indices: jax.Array) -> dict[str, jax.Array]:
@@ -153,3 +160,78 @@ def evaluate(
         "points": int(sums["points"]),
         "windows": windows.n,
     }
+
+
+@functools.cache
+def _loss(model: Model, rate: float, ims: bool) -> Loss:
+    return loss_fn(model, rate=rate, ims=ims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imputation:
+    """The task of imputation on `data.Splits` of joint windows, of which the contexts are used.
+
+    Attributes:
+      rate, ims: see `loss_fn`.
+      seed: of the masks in validation and test.
+    """
+
+    rate: float = 0.25
+    ims: bool = True
+    seed: int = 0
+
+    @property
+    def selects(self) -> str:
+        """The mean squared error of the hidden points."""
+        return "mse"
+
+    def windows(self, model: Model, data: Splits, part: Part = "train") -> Source:
+        """The windows of a part as they are."""
+        return getattr(data, part)
+
+    def loss(self, model: Model) -> Loss:
+        """Mean squared error of points hidden anew at every call, see `loss_fn`."""
+        return _loss(model, self.rate, self.ims)
+
+    def evaluate(
+        self, model: Model, params: Tree, data: Splits, part: Part = "val", placement: Placement | None = None
+    ) -> dict[str, Any]:
+        """See `evaluate`, of every window of a part."""
+        how = {"rate": self.rate, "ims": self.ims, "split": part, "seed": self.seed, "placement": placement}
+        return evaluate(model, params, getattr(data, part), **how)
+
+    def baselines(self, model: Model, data: Splits, part: Part = "val") -> dict[str, dict[str, Any]]:
+        """The straight line between the visible points, with the masks that the model is scored with."""
+        line: Any = _Line(_Patches(model.config.patch_len))
+        return {"straight line": self.evaluate(line, {}, data, part)}
+
+    def warnings(self, model: Model, params: Tree, data: Splits, placement: Placement | None = None) -> tuple[str, ...]:
+        """Nothing: no kind of collapse is known."""
+        return ()
+
+    def facts(self, data: Splits) -> dict[str, Any]:
+        """The options, and digests of the windows."""
+        digests = {part: storage.sha256_of(getattr(data, part)) for part in ("train", "val")}
+        return {"task": "imputation"} | dataclasses.asdict(self) | {"data_sha256": digests}
+
+    def row(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """MSE and MAE of the hidden points, and how many there are."""
+        return {name: scores[name] for name in ("mse", "mae", "points")}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Patches:
+    patch_len: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """Stands in for a model in `evaluate`."""
+
+    config: _Patches
+
+    def check_task(self, task: str) -> None:
+        pass
+
+    def impute(self, params: Tree, x: jax.Array, observed: jax.Array, **how: Any) -> jax.Array:
+        return interpolate_missing(jnp.where(observed > 0, x, jnp.nan))[0]

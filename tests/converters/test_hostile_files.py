@@ -230,7 +230,7 @@ NOT_WEIGHTS = {
     "list for a tensor": {"state_dict": STATE | {KEYS[1]: [1.0]}},
     "another model": {"state_dict": {"encoder.weight": np.ones(3, np.float32)}},
     "two models": {"state_dict": STATE | {f"other.{k}": v for k, v in STATE.items()}},
-    "deeper": {"state_dict": {"state_dict": STATE}},
+    "too deep": {"a": {"b": {"c": {"d": STATE}}}},
     "many layers": {"state_dict": STATE | {f"model.decoder.attn_layers.{i}.norm1.bias": np.ones(8, np.float32)
                                            for i in range(3000)}},
 }  # fmt: skip

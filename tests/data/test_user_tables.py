@@ -2,7 +2,6 @@
 
 import datetime
 import gzip
-import io
 import re
 import time
 
@@ -129,7 +128,11 @@ def test_day_and_month_in_either_order(tmp_path):
 
 
 def test_digits_are_a_calendar_before_they_are_seconds(tmp_path):
-    path = csv(tmp_path / "a.csv", numbered(2024010100 + 100 * day for day in range(31)), header="timestamp,views")
+    path = csv(
+        tmp_path / "a.csv",
+        numbered(2024010100 + 100 * day for day in range(31)),
+        header="timestamp,views",
+    )
     series = load_series(path)
     assert (series.freq, after(series)[0]) == ("D", "2024-02-01 00:00:00")
 
@@ -153,6 +156,19 @@ def test_zoned_steps_in_a_frame_with_holes(freq):
     series = read_series(table, irregular="regularise", missing="keep")
     assert list(series.in_zone(series.timestamps)) == list(stamps[:12])
     assert list(series.in_zone(series.stamps_after(2))) == list(stamps[12:])
+
+
+def test_days_at_one_time_in_utc_that_were_shown_in_a_zone():
+    days = pd.date_range("2024-03-25", periods=14, freq="D", tz="UTC").tz_convert("Europe/Berlin")
+    for rows in (slice(None), [0, 1, *range(3, 14)]):
+        table = pd.DataFrame({"date": days, "y": np.arange(14.0)}).iloc[rows]
+        series = read_series(table, irregular="regularise", missing="keep")
+        assert (series.freq, series.tz, after(series)[0]) == (
+            "D",
+            "UTC",
+            "2024-04-08 00:00:00+00:00",
+        )
+        assert "regular in UTC, not on the clock in Europe/Berlin" in series.notes[0]
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -201,7 +217,10 @@ def test_an_index_of_names_is_refused_by_name():
 
 
 def test_rows_out_of_order_or_left_out_are_refused_where_there_is_no_time():
-    for rows, where in ((frame()[::-1], "row 1: 10 follows 11"), (frame().drop([3, 4]), "row 3: 5 follows 2")):
+    for rows, where in (
+        (frame()[::-1], "row 1: 10 follows 11"),
+        (frame().drop([3, 4]), "row 3: 5 follows 2"),
+    ):
         text = refused(rows)
         assert where in text
         assert "irregular='ignore'" in text
@@ -230,6 +249,11 @@ def test_a_time_in_several_columns():
     assert (series.columns, series.freq) == (("y",), "M")
     assert series.notes == ("the time is taken from year, month",)
 
+    quarters = frame(year=np.repeat([2021, 2022, 2023], 4), quarter=[1, 2, 3, 4] * 3, y=np.arange(12.0))
+    assert (read_series(quarters).freq, after(read_series(quarters))[0]) == ("Q", "2024-01-01 00:00:00")
+    weeks = frame(week=range(202340, 202352), y=np.arange(12.0))
+    assert read_series(weeks).notes == ("'week' is read as a variate; target= leaves it out",)
+
     hours = pd.date_range("2024-01-13", periods=72, freq="h")
     split = pd.DataFrame({"date": hours.strftime("%d/%m/%Y"), "hour": hours.hour, "y": np.arange(72.0)})
     for options in ({}, {"irregular": "regularise"}):
@@ -240,6 +264,12 @@ def test_a_time_in_several_columns():
     assert "several columns may hold the time: date, time" in refused(clock)
     assert "time=['date', 'time'] joins them" in refused(clock)
     np.testing.assert_array_equal(read_series(clock, time=["date", "time"]).timestamps, hours.to_numpy())
+
+
+def test_a_table_without_a_target_says_all_that_is_wrong():
+    table = frame(date=DAYS[::-1], y=np.arange(12.0))
+    for options in ({}, {"irregular": "regularise"}, {"irregular": "regularise", "id": "y"}):
+        assert "target column 'z' is not there" in refused(table, target="z", **options)
 
 
 def test_numbers_that_count_the_rows(tmp_path):
@@ -284,6 +314,30 @@ def test_columns_that_are_numbered_are_names(tmp_path):
 def test_line_ends(tmp_path, end):
     series = load_series(csv(tmp_path / "a.csv", numbered(DAYS.date), end=end))
     assert (series.n_rows, series.freq) == (12, "D")
+
+
+def test_advice_about_files(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("date;y\n2024-01-01;1\n2024-01-02;2\n")
+    assert "save the file with commas" in refused(path)
+    pd.read_csv(path, sep=";").to_csv(path, index=False)
+    assert load_series(path).n_rows == 2
+
+    path.write_bytes("date,Größe\n2024-01-01,1\n2024-01-02,2\n".encode("latin-1"))
+    assert "pass the DataFrame of pandas.read_csv(path, encoding=...)" in refused(path)
+    assert read_series(pd.read_csv(path, encoding="latin-1")).columns == ("Größe",)
+
+    frame(date=DAYS, y=np.arange(12.0)).to_csv(path)  # with the index
+    assert "column 0 (counting from 0) has no name" in refused(path)
+    assert load_series(path, target="y").freq == "D"
+
+    as_text = frame(date=DAYS, y=[str(i) for i in range(12)])
+    assert "convert it with pandas.to_numeric" in refused(as_text)
+    assert read_series(as_text.assign(y=pd.to_numeric(as_text["y"]))).n_rows == 12
+
+    far = frame(date=pd.to_datetime(["2020-01-01", "2020-01-02", "2024-01-01"]), y=np.ones(3))
+    assert "give a longer freq=" in refused(far, irregular="regularise")
+    assert read_series(far, irregular="regularise", freq="Y", missing="keep").n_rows == 5
 
 
 def test_a_file_at_home(tmp_path, monkeypatch):
@@ -456,7 +510,35 @@ def test_columns_by_index_number_and_levels():
 
 def test_an_offset_of_pandas_is_a_step():
     hours = frame(date=pd.date_range("2024", periods=12, freq="h"), y=np.arange(12.0))
-    assert read_series(hours, freq=pd.offsets.Hour()).freq == "h"
+    for freq in (pd.offsets.Hour(), pd.Timedelta("1h"), datetime.timedelta(hours=1)):
+        assert read_series(hours, freq=freq).freq == "h"
+
+
+def test_options_of_a_wrong_kind():
+    dated = frame(date=DAYS.strftime("%Y-%m-%d"), y=np.arange(12.0))
+    assert "date_format='%Q%' is no layout of dates" in refused(dated, date_format="%Q%")
+    for options in ({"date_format": 5}, {"freq": 5}, {"missing": True}, {"irregular": 0}):
+        with pytest.raises(ValueError, match=next(iter(options)) if "freq" not in options else "unknown frequency"):
+            read_series(dated, **options)
+    for target in (iter(["y"]), {"y"}, np.array(["y"]), pd.Index(["y"]), ("y",), np.str_("y")):
+        assert read_series(dated, target=target).columns == ("y",)
+
+
+def test_what_is_masked_is_missing():
+    masked = np.ma.masked_array([1, 2, 3, 4], [0, 1, 0, 0])
+    assert "column '0': 1 missing, row 1" in refused(masked)
+    np.testing.assert_array_equal(read_series(masked, missing="keep").values, [[1, np.nan, 3, 4]])
+
+
+def test_whole_numbers_beyond_every_limit():
+    table = frame(date=DAYS, y=pd.Series([10**400, *range(11)], dtype=object))
+    assert "column 'y': 1 numbers beyond 1e+100" in refused(table)
+
+
+def test_a_file_of_too_many_columns(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a," * 300_000 + "b\n" + "1," * 300_000 + "1\n")
+    assert "300001 columns; at most 250000 are read" in refused(path)
 
 
 def test_names_that_clash():
@@ -476,21 +558,25 @@ def test_a_date_object_beside_text():
 
 
 def test_forty_thousand_columns_are_read_in_seconds():
-    table = pd.DataFrame(np.ones((30, 40_000)), columns=[f"c{i}" for i in range(40_000)])
-    table.insert(0, "date", pd.date_range("2024", periods=30, freq="h"))
-    start = time.monotonic()
-    assert read_series(table).n_variates == 40_000
-    table.iloc[3, 1:] = np.nan
+    values = np.ones((20, 40_000))
+    values[3] = np.nan
+    table = pd.DataFrame(values, columns=[f"c{i}" for i in range(40_000)])
+    table.insert(0, "date", pd.date_range("2024", periods=20, freq="h"))
+    start = time.process_time()
     assert read_series(table, missing="keep").n_variates == 40_000
     assert "... and 39988 more problems" in refused(table)
-    assert time.monotonic() - start < 40
-    text = io.StringIO()
-    table.iloc[:3].to_csv(text, index=False)
     assert "did you mean" in refused(table, target="c1x")
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(
-    "options", [{"target": "q" * 9999}, {"time": "q" * 9999}, {"id": "q" * 9999}, {"target": ["a", "b"] * 500}]
+    "options",
+    [
+        {"target": "q" * 9999},
+        {"time": "q" * 9999},
+        {"id": "q" * 9999},
+        {"target": ["a", "b"] * 500},
+    ],
 )
 def test_messages_stay_short_whatever_they_quote(options):
     wide = pd.DataFrame(np.full((5, 50), np.nan), columns=["n" * 3000 + str(i) for i in range(50)])

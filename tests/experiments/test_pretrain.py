@@ -10,7 +10,7 @@ import pytest
 
 import ltsm_jax
 import ltsm_jax.training
-from experiments import pretrain
+from experiments import folder, pretrain
 from experiments.pretrain import Pretrain
 from ltsm_jax.data import synthetic
 from ltsm_jax.data.corpus import Scaled, pool
@@ -84,6 +84,12 @@ def test_again_trains_nothing_and_scores_the_same(finished):
     before = (args.out / "train" / "metrics.jsonl").read_bytes()
     pd.testing.assert_frame_equal(pretrain.main(args), results)
     assert (args.out / "train" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_second_process_with_the_same_folder_is_refused(finished):
+    args, _ = finished
+    with folder.held(args.out), pytest.raises(ValueError, match="is in use by process"):
+        pretrain.main(args)
 
 
 def test_pools_are_joined_without_windows_across_them(finished):

@@ -8,6 +8,7 @@ from ltsm_jax.data import DataError, Series
 from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.models.ttm import TTM, TTMConfig
+from ltsm_jax.models.units import Units
 
 MODEL = Timer(TimerConfig.of(8, 16, 32, 1, 2, context_len=32, horizon=8))
 
@@ -31,8 +32,8 @@ def table(rows=100, freq="h"):
 def test_continues_a_table_under_its_own_names_and_stamps(params, freq, first):
     df = table(freq=freq)
     got = ltsm_jax.forecast(MODEL, params, df, 11)
-    assert list(got.columns) == ["timestamp", "a", "b"] and len(got) == 11
-    assert got["timestamp"][0] == pd.Timestamp(first) and np.isfinite(got[["a", "b"]]).all(axis=None)
+    assert list(got.columns) == ["ds", "a", "b"] and len(got) == 11
+    assert got["ds"][0] == pd.Timestamp(first) and np.isfinite(got[["a", "b"]]).all(axis=None)
     assert got["b"].between(1e6 - 1000, 1e6 + 1000).all()
 
 
@@ -143,10 +144,18 @@ def test_columns_that_would_meet_are_refused(params):
     assert "a 0.5" in ltsm_jax.forecast(bolt, weights, quantiles, 3, target="a").columns
 
 
+def test_stamps_come_back_under_their_name(params):
+    dated = table()
+    assert ltsm_jax.forecast(MODEL, params, dated.rename(columns={"ds": "Tag"}), 2, time="Tag").columns[0] == "Tag"
+    index = dated.set_index("ds")
+    assert ltsm_jax.forecast(MODEL, params, index, 2).columns[0] == "ds"
+    assert ltsm_jax.forecast(MODEL, params, index.rename_axis(None), 2).columns[0] == "timestamp"
+
+
 def test_stamps_come_back_in_their_zone(params):
     df = table()
     df["ds"] = df["ds"].dt.tz_localize("Europe/Berlin")
-    got = ltsm_jax.forecast(MODEL, params, df, 2)["timestamp"]
+    got = ltsm_jax.forecast(MODEL, params, df, 2)["ds"]
     assert got[0] == pd.Timestamp("2024-01-05 04:00", tz="Europe/Berlin") and str(got.dt.tz) == "Europe/Berlin"
 
 
@@ -159,3 +168,37 @@ def test_tables_without_stamps_and_bad_tables(params):
     with pytest.raises(DataError, match="a"):
         ltsm_jax.forecast(MODEL, params, broken, 3)
     assert len(ltsm_jax.forecast(MODEL, params, broken, 3, missing="interpolate")) == 3
+
+
+def shop(rows=150):
+    t = np.arange(rows)
+    stamps = pd.date_range("2024-01-01", periods=rows, freq="D")
+    columns = {name: 10 + np.sin(t / 3 + i) for i, name in enumerate("abc")}
+    return pd.DataFrame({"ds": stamps} | columns)
+
+
+def test_a_models_weights_do_not_depend_on_the_name_of_a_file(tmp_path):
+    """Tokens that a UniTS lacks are drawn for tuning, are those of the tuned model under any name, and nowhere else."""
+    model = Units(Units.small())
+    weights = jax.jit(model.init)(jax.random.key(0))
+    for name in ("shop_a", "shop_b", "weather"):
+        shop().to_csv(tmp_path / f"{name}.csv", index=False)
+    with pytest.raises(ValueError, match=r"no parameters for 3 variates.*fit\(\.\.\.\).*untrained=True") as caught:
+        ltsm_jax.forecast(model, weights, tmp_path / "shop_a.csv", 4)
+    assert len(str(caught.value)) < 500
+
+    tuning = {"method": "recipe", "config": ltsm_jax.TrainConfig(epochs=1), "keep": "tuned", "show_progress": False}
+    fitted = ltsm_jax.fit(model, weights, tmp_path / "shop_a.csv", **tuning)
+    got = [ltsm_jax.forecast(fitted.model, fitted.params, tmp_path / f"{name}.csv", 4) for name in ("shop_a", "shop_b")]
+    pd.testing.assert_frame_equal(*got)
+    asked = ltsm_jax.forecast(model, weights, tmp_path / "shop_a.csv", 4, untrained=True)
+    assert not np.allclose(asked[["a", "b", "c"]], got[0][["a", "b", "c"]], rtol=1e-4)
+
+
+def test_mixers_over_channels_are_not_drawn_anew_for_a_forecast():
+    model = TTM(TTM.small())
+    weights = jax.jit(model.init)(jax.random.key(0))
+    with pytest.raises(ValueError, match="no parameters for 3 variates"):
+        ltsm_jax.forecast(model, weights, shop(), 4)
+    assert len(ltsm_jax.forecast(model, weights, shop(), 4, target=["a", "b"])) == 4
+    assert len(ltsm_jax.forecast(model, weights, shop(), 4, untrained=True)) == 4

@@ -189,12 +189,19 @@ def with_holes(case, batch):
     return batch | {"context": context, "target": target}
 
 
+def standing_still(batch):
+    """The batch with contexts that do not move: a constant, zeros, a constant whose target moves, and a step."""
+    context = batch["context"].at[0].set(3.7).at[1].set(0.0).at[2].set(-1e4).at[3].set(0.0).at[3, ..., -1].set(1.0)
+    return batch | {"context": context, "target": batch["target"].at[0].set(3.7).at[1].set(0.0)}
+
+
 @pytest.mark.slow
 def test_gradients_of_the_losses_are_finite(case):
     batch = batch_of(case)
     broken = with_holes(case, batch)
     nothing = broken | {"target": jnp.full_like(batch["target"], jnp.nan)}
-    for name, each in (("whole", batch), ("with holes", broken), ("without a target", nothing)):
+    cases = {"whole": batch, "with holes": broken, "without a target": nothing, "still": standing_still(batch)}
+    for name, each in cases.items():
         gradients, _ = GRADIENTS(case.params, case.model, each, KEY)
         for path, leaf in trees.flatten(gradients).items():
             assert np.isfinite(np.asarray(leaf)).all(), f"{name}: {path}"
@@ -222,6 +229,10 @@ def test_training_takes_missing_values(case):
     # No target at all: nothing to learn from, and no NaN.
     _, nothing = finite_losses(case, batch | {"target": jnp.full_like(batch["target"], jnp.nan)})
     assert nothing == 0
+
+
+def test_series_that_stand_still_give_finite_losses(case):
+    finite_losses(case, standing_still(batch_of(case)))
 
 
 def test_a_missing_target_does_not_count(case):

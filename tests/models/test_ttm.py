@@ -99,6 +99,17 @@ def test_the_model_asks_for_a_frequency_and_keeps_the_one_it_has():
         model.for_series(params, n_variates=2)
 
 
+def test_the_advice_for_a_frequency_without_a_token_can_be_followed():
+    model = TTM(TTM.small())
+    params = jax.jit(model.init)(jax.random.key(0))
+    months = pd.date_range("2020-01-31", periods=40, freq="ME")
+    table = pd.DataFrame({"date": months, "a": np.sin(np.arange(40.0)), "b": np.cos(np.arange(40.0))})
+    with pytest.raises(ValueError, match="none for 'M'. With freq='oov'"):
+        ltsm_jax.forecast(model, params, table, 2)
+    got = ltsm_jax.forecast(model, params, table, 2, freq="oov")
+    assert [str(stamp)[:10] for stamp in got["timestamp"]] == ["2023-05-31", "2023-06-30"]
+
+
 def test_another_number_of_channels_draws_their_mixers_anew_and_nothing_else():
     model = TTM(TTM.small())
     params = jax.jit(model.init)(jax.random.key(0))

@@ -6,7 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ltsm_jax import training
 from ltsm_jax.data import Series, Windows, prepare
+from ltsm_jax.methods import pruning
+from ltsm_jax.methods.run import run
+from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models.family import Model
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import imputation
@@ -206,3 +210,29 @@ class TestTimer:
         for i in range(60):
             params = step(params, jax.random.key(i))
         assert imputation.evaluate(self.model, params, test)["mse"] < 0.8 * before
+
+
+def test_the_runner_tunes_an_imputer():
+    """Fine-tuning by a strategy, and pruning, know no task by name."""
+    t, rng = np.arange(400), np.random.default_rng(0)
+    values = np.sin(2 * np.pi * t / 16 + np.arange(2)[:, None]) + 0.1 * rng.normal(size=(2, 400))
+    model = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8, task="imputation"))
+    params = jax.jit(model.init)(jax.random.key(0))
+    splits = prepare(Series("waves", values, ("a", "b")), 32, 32, joint=True)
+    task = imputation.Imputation(rate=0.5)
+    config = training.TrainConfig(epochs=3, batch_size=32, lr=3e-3, schedule="constant")
+    result = run(model, params, strategy("ff"), splits, task=task, config=config, show_progress=False)
+    before = imputation.evaluate(model, params, splits.test, rate=0.5, split="test")
+    assert result.test["mse"] < 0.8 * before["mse"]
+    assert result.val["mse"] == min(h["val_mse"] for h in result.history)
+    assert set(task.row(result.test)) == {"mse", "mae", "points"}
+    line = task.baselines(model, splits, "test")["straight line"]
+    assert line["points"] == before["points"], "scored on the same hidden points"
+    assert task.loss(model) is task.loss(Timer(model.config)), "equal models share a compilation"
+
+    found = pruning.prune(
+        model, params, splits, pruning.PruneConfig(ratio=0.3, ema=0.5, epochs=1, batch_size=32), task=task,
+        show_progress=False,
+    )  # fmt: skip
+    assert 0 < pruning.share_left(found.masks) < 1
+    assert found.history[1]["val_mse"] == task.evaluate(model, found.pruned, splits)["mse"]

@@ -240,6 +240,22 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
     training.RunFolder(tmp_path, {}).close()
 
 
+@pytest.mark.slow
+def test_of_two_processes_with_one_folder_the_second_is_refused_and_loses_nothing_of_the_first(tmp_path):
+    first, again = launch("mlp", tmp_path / "run"), []
+    while first.poll() is None and not (tmp_path / "run" / "timing.jsonl").exists():
+        time.sleep(0.01)
+    while first.poll() is None and len(again) < 3:
+        second = launch("mlp", tmp_path / "run")
+        errors = second.communicate()[1].decode()
+        if first.poll() is None:
+            assert second.returncode == 1 and "another process is running in" in errors
+            again.append(errors)
+    finish(first)
+    finish(launch("mlp", tmp_path / "undisturbed"))
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "run")
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x10
