@@ -167,8 +167,7 @@ def resolve(options: Options) -> Comparison:
 
 def read_series(data: str, reading: Reading) -> Series:
     """Read a benchmark or a table as the options of a command line ask."""
-    asked = {name: value for name, value in vars(reading).items() if value is not None}
-    return load_series(data, **asked)
+    return load_series(data, **reading.asked())
 
 
 def training_config(model: Model, options: Options) -> TrainConfig:

@@ -28,7 +28,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.data.tables import ReadingOptions
+from ltsm_jax.data.tables import IRREGULAR, MISSING, ReadingOptions
 from ltsm_jax.methods.strategies import MIXED
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training.config import COMPUTE, REMAT
@@ -199,8 +199,6 @@ def _plain(info: PrimitiveTypeInfo) -> Check | None:
     parts = [part for part in get_args(kind) if part is not type(None)] if union else [kind]
     if len(parts) == 1 and get_origin(parts[0]) is Literal:
         return one_of(get_args(parts[0]))
-    if union and set(parts) == {str, Sequence[str]}:
-        return words(unset="all")
     if parts == [str]:
         return text()
     if parts == [Path]:
@@ -250,15 +248,15 @@ def parse_some(cls: type[T], argv: Sequence[str], doc: str | None) -> tuple[T, l
 
     Raises: UsageError listing every value that fails its check, and what `cls.problems(given)` finds where all pass.
     """
-    options, rest = tyro.cli(
-        cls,
-        prog=f"python -m {cls.program}",  # pyright: ignore[reportAttributeAccessIssue]
-        description=textwrap.indent(doc or "", " ", lambda line: True),  # tyro joins lines that begin with a letter
-        args=list(argv),
-        return_unknown_args=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        registry=REGISTRY,
-    )
+    with REGISTRY:  # as an argument the oldest supported tyro does not take it
+        options, rest = tyro.cli(
+            cls,
+            prog=f"python -m {cls.program}",  # pyright: ignore[reportAttributeAccessIssue]
+            description=textwrap.indent(doc or "", " ", lambda line: True),  # tyro joins lines that begin with a letter
+            args=list(argv),
+            return_unknown_args=True,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
     problems = []
     for field, value in leaves(options):
         for item in value if isinstance(value, tuple) else (value,):
@@ -352,12 +350,36 @@ def in_flags(message: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading(ReadingOptions):
-    """How a table is read."""
+    """How a table is read; the options of `ltsm_jax.data.read_series`."""
 
+    target: Annotated[Any, words(unset="all")] = None
+    """column(s) to read; by default all but those of time and id"""
+    time: Annotated[Any, words()] = None
+    """column(s) of the stamps (date,hour); by default found by their names"""
+    id: Annotated[Any, words()] = None
+    """column(s) that tell the series of a long table apart; each becomes a variate"""
+    freq: Annotated[Any, text("STEP")] = None
+    """step of the stamps: 15min, h, M, ...; by default found from them"""
+    date_format: Annotated[str | None, text("LAYOUT")] = None
+    """layout of the dates, as %d/%m/%Y; by default the one that fits"""
+    missing: Annotated[Any, one_of(MISSING)] = "error"
+    """empty cells: error refuses them, interpolate fills them in time, keep leaves them out of training and scores"""
+    irregular: Annotated[Any, one_of(IRREGULAR)] = None
+    """stamps off the grid: error refuses them, regularise puts rows on it, ignore takes the rows as they are; by
+    default error, and for a benchmark asked for by name ignore"""
     name: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
 
     def __post_init__(self):
-        pass  # each option has been checked; `problems` asks for the rest
+        pass  # each option has been checked by itself; `Options.problems` asks for the rest
+
+    def asked(self) -> dict[str, Any]:
+        """Give what was asked for as keywords of `read_series`."""
+        found = {}
+        for name, value in vars(self).items():
+            if value is not None:
+                several = list(value) if isinstance(value, tuple) else value
+                found[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else several
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -464,7 +486,7 @@ class Options:
         if "alpha" in given and not set(self.methods) & set(MIXED):
             found.append(f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods")
         try:
-            ReadingOptions(**vars(self.reading))
+            ReadingOptions(**self.reading.asked())
         except ValueError as err:
             found.append(in_flags(str(err)))
         return found

@@ -13,6 +13,8 @@ import pytest
 
 from experiments import aot, flags, launch, pretrain, prune_then_finetune, sff
 from experiments.flags import UsageError
+from ltsm_jax import hosts
+from ltsm_jax.data.tables import ReadingOptions
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
@@ -107,10 +109,14 @@ def test_a_command_asks_for_the_same_again(words):
 
 def test_reading_options_are_those_of_the_library():
     o = sff.parse(["--time", "when", "--target", "a", "--missing", "interpolate"])
-    assert (o.reading.time, o.reading.target, o.reading.missing) == ("when", ("a",), "interpolate")
+    assert (o.reading.time, o.reading.target, o.reading.missing) == (("when",), ("a",), "interpolate")
+    assert o.reading.asked() == {"time": "when", "target": "a", "missing": "interpolate"}
+    assert sff.parse(["--time", "date,hour"]).reading.asked()["time"] == ["date", "hour"]
+    theirs, ours = dataclasses.fields(ReadingOptions), dataclasses.fields(flags.Reading)
+    assert [(f.name, f.default) for f in ours] == [(f.name, f.default) for f in theirs]
     for program in (sff.Options, prune_then_finetune.Options, pretrain.Pretrain):
         known = set(flags.known_flags(program))
-        assert known >= {"--target", "--time", "--id", "--freq", "--missing", "--irregular"}
+        assert known >= {flags.flag_of(field.name) for field in theirs} - {"--name"}
     with pytest.raises(UsageError, match="'interpolat' .did you mean interpolate..; known: error, interpolate, keep"):
         sff.parse(["--missing", "interpolat"])
     with pytest.raises(UsageError, match="unknown frequency 'fortnight'"):
@@ -216,7 +222,7 @@ def test_ctrl_c_ends_without_tearing_down_what_is_at_work():
         "launch.leave(launch.guarded(work))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == launch.INTERRUPTED
+    assert done.returncode == hosts.EXIT_INTERRUPTED
     assert "the same command goes on" in done.stderr and "torn down" not in done.stdout
 
 
