@@ -1,11 +1,13 @@
 """Steps in time: the one parser of their names, the step of given stamps, the stamps of a step.
 
-A step is a count and a unit, "15min", "h", "3D", "M"; its canonical name has the largest unit that divides it. A
-fixed step (microseconds to weeks) is a length. A step of months ("M", "Q", "Y" and their multiples) has a day in the
-month, which `Grid` finds from all stamps: the 15th, the last day, the last business day, the third Friday.
+A step is a count and a unit, "15min", "h", "3D", "M"; its canonical name has the largest unit that
+divides it. A fixed step (microseconds to weeks) is a length. A step of months ("M", "Q", "Y" and
+their multiples) has a day in the month, which `Grid` finds from all stamps: the 15th, the last day,
+the last business day, the third Friday.
 
-Stamps are datetime64[us]. Those of a series with a zone are UTC; steps of a day and more are counted on the clock on
-the wall (`to_wall`), so that a day at local midnight stays a day where the clocks change.
+Stamps are datetime64[us]. Those of a series with a zone are UTC; steps of a day and more are
+counted on the clock on the wall (`to_wall`), so that a day at local midnight stays a day where the
+clocks change.
 
 Shapes: T stamps.
 """
@@ -53,9 +55,10 @@ _UNITS = {alias: unit for unit, aliases in _ALIASES.items() for alias in aliases
 
 
 def split_freq(freq: Any) -> tuple[int, str] | None:
-    """Split a step into its count and its unit as written: "15min" -> (15, "min"), "W-SUN" -> (1, "W").
+    """Split a step into count and unit as written: "15min" -> (15, "min"), "W-SUN" -> (1, "W").
 
-    Offsets of pandas are taken by their name, lengths of time as microseconds. None for what is not written so.
+    Offsets of pandas are taken by their name, lengths of time as microseconds. None for what is not
+    written so.
     """
     if isinstance(freq, datetime.timedelta):
         return freq // datetime.timedelta(microseconds=1), "us"
@@ -67,7 +70,7 @@ def split_freq(freq: Any) -> tuple[int, str] | None:
 
 
 def canonical_freq(freq: Any) -> str:
-    """Name a step in the one way: "H", "60min" and pd.offsets.Hour() -> "h", "MS" -> "M", "W-SUN" -> "W".
+    """Name a step in the one way: "H", "60min", pd.offsets.Hour() -> "h", "MS" -> "M".
 
     Raises: ValueError for a step that is none of them.
     """
@@ -92,13 +95,13 @@ def count_unit(freq: str) -> tuple[int, str]:
 
 
 def unit_of(freq: Any) -> str | None:
-    """Canonical unit of a step, whatever its count: "3MS" -> "M", "weekly" -> "W"; None where it is not known."""
+    """Find the canonical unit of a step, whatever its count: "3MS" -> "M", "?" -> None."""
     _, written = split_freq(freq) or (0, "")
     return _UNITS.get(written)
 
 
 def microseconds(freq: Any) -> int | None:
-    """Length of a fixed step: "1h", "60min" -> 3.6e9; None for months, business days and unknown names."""
+    """Measure a fixed step: "1h" -> 3.6e9; None for months, business days and unknown names."""
     count, written = split_freq(freq) or (0, "")
     unit = _UNITS.get(written)
     return count * LENGTHS[unit] if count and unit in LENGTHS else None
@@ -107,8 +110,9 @@ def microseconds(freq: Any) -> int | None:
 def season_of(freq: Any) -> int:
     """Rows in the main season of a step, for MASE and the seasonal naive forecast.
 
-    A day of minutes or hours (15min -> 96, h -> 24), an hour of seconds, a week of days (D -> 7, B -> 5), a year of
-    weeks, months or quarters (W -> 52, M -> 12, Q -> 4); 1 where the step does not divide it or is under a second.
+    A day of minutes or hours (15min -> 96, h -> 24), an hour of seconds, a week of days (D -> 7,
+    B -> 5), a year of weeks, months or quarters (W -> 52, M -> 12, Q -> 4); 1 where the step does
+    not divide it or is under a second.
     """
     whole = {"s": 3600, "min": 1440, "h": 24, "D": 7, "B": 5, "W": 52, "M": 12, "Q": 4, "Y": 1}
     count, unit = count_unit(canonical_freq(freq))
@@ -125,7 +129,7 @@ def on_wall(freq: str) -> bool:
 
 
 def to_wall(stamps: np.ndarray, tz: str | None) -> np.ndarray:
-    """Stamps [T] in UTC -> what the clock in zone `tz` shows then; as they are without a zone."""
+    """Convert stamps [T] in UTC to what the clock in zone `tz` shows; as they are without one."""
     if tz is None:
         return stamps
     local = pd.DatetimeIndex(stamps).tz_localize("UTC").tz_convert(tz)
@@ -133,7 +137,10 @@ def to_wall(stamps: np.ndarray, tz: str | None) -> np.ndarray:
 
 
 def from_wall(stamps: np.ndarray, tz: str | None) -> np.ndarray:
-    """The inverse of `to_wall`; a time that the clock skips is moved on, of one it shows twice the second is taken."""
+    """Invert `to_wall`.
+
+    A time that the clock skips is moved on; of one that it shows twice the second is taken.
+    """
     if tz is None:
         return stamps
     second = np.zeros(len(stamps), bool)  # not in summer time
@@ -150,7 +157,8 @@ class DayRule:
 
     Attributes:
       kind: "day": the `number`-th, or the last day of a shorter month (31: the last of each).
-        "weekday": the `number`-th (from 0; -1: the last) of the days in `weekmask`: business days or one weekday.
+        "weekday": the `number`-th (from 0; -1: the last) of the days in `weekmask`: business days
+        or one weekday.
     """
 
     kind: str
@@ -171,10 +179,10 @@ class DayRule:
 
 
 def day_rule(stamps: np.ndarray) -> tuple[DayRule, bool]:
-    """The day in the month on which the stamps [T] fall, and whether all of them do.
+    """Find the day in the month on which the stamps [T] fall, and whether all of them do.
 
-    A number of the day first, the largest that holds for most (02-28, 04-30: the last day); rules of weekdays only
-    where they hold for all.
+    A number of the day first, the largest that holds for most (02-28, 04-30: the last day); rules
+    of weekdays only where they hold for all.
     """
     numbered = [DayRule("day", number) for number in range(31, 0, -1)]
     counts = [int(rule.holds(stamps).sum()) for rule in numbered]
@@ -203,7 +211,8 @@ def day_rule(stamps: np.ndarray) -> tuple[DayRule, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The regular stamps of a step, placed by some stamps of a series. Stamp 0 is the one nearest to the first.
+    """The regular stamps of a step, placed by some stamps of a series. Stamp 0 is the one nearest
+    to the first.
 
     Attributes:
       freq: canonical step.
@@ -288,7 +297,7 @@ def grid_share(stamps: np.ndarray, freq: str) -> float:
 
 
 def following(stamps: np.ndarray, n: int, freq: str, tz: str | None = None) -> np.ndarray:
-    """The `n` stamps [n] after the last of `stamps` [T > 0], in UTC where there is a zone.
+    """Continue the grid: the `n` stamps [n] after the last of `stamps` [T > 0], in UTC where there is a zone.
 
     Example: 2019-01-31, 2019-02-28 by "M" -> 2019-03-31, 2019-04-30, ...
     """
@@ -308,10 +317,10 @@ def following(stamps: np.ndarray, n: int, freq: str, tz: str | None = None) -> n
 
 
 def infer_freq(stamps: np.ndarray) -> str | None:
-    """Canonical step of stamps [T] datetime64, in any order; None when none stands out.
+    """Infer the canonical step of stamps [T], in any order; None when none stands out.
 
-    In this order: months where every stamp falls on one day of the month; a constant step, exactly (from four weeks
-    up also with holes); months by weekdays; business days; the most frequent step.
+    In this order: months where every stamp falls on one day of the month; a constant step, exactly
+    (from four weeks up also with holes); months by weekdays; business days; the most frequent step.
     """
     stamps = np.unique(stamps.astype("datetime64[us]"))
     steps = np.diff(stamps).astype(np.int64)
@@ -353,9 +362,11 @@ def _skips_weekends(stamps: np.ndarray) -> bool:
 
 
 def rounded_step(stamps: np.ndarray) -> int | None:
-    """Step in microseconds of sorted stamps [T] that are a constant rate, rounded: 60 Hz in milliseconds.
+    """Step in microseconds of sorted stamps [T] that are a constant rate, rounded: 60 Hz in
+    milliseconds.
 
-    None where a stamp is off by more than the last place written, and for steps of a second and more.
+    None where a stamp is off by more than the last place written, and for steps of a second and
+    more.
     """
     since = (stamps - stamps[0]).astype(np.int64)
     if len(since) < 4:

@@ -42,11 +42,14 @@ def load(source: str | Path, *, revision: str | None = None, token: str | None =
 def _converted(path: Path, of: str = "") -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
     """Convert an original file in memory; `of` says where it came from, for an error."""
     try:
-        return converters.import_checkpoint(path)
+        found = converters.import_checkpoint(path)
     except converters.CheckpointError as error:
         if not of:
             raise
         raise converters.CheckpointError(f"{error}\n  ({of})") from None
+    for note in found[2]["notes"]:  # what had to be assumed; a forecast may be wrong by it
+        hub.say(f"{path.name}: {note}")
+    return found
 
 
 def _from_hub(name: hub.Name, token: str | None) -> tuple[Model, trees.Tree]:

@@ -131,7 +131,7 @@ def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: s
         elif not _same_values(leaf, want):
             problems.append(f"  {path}: the values differ from those that were saved")
     if problems:
-        raise DamagedError(f"{where} is damaged; restore it from a copy:\n" + "\n".join(sorted(problems)))
+        raise DamagedError(f"{where} is damaged; restore it from a copy:\n{trees.listed(problems)}")
 
 
 def _same_values(leaf: Any, entry: Mapping[str, Any]) -> bool:
@@ -175,7 +175,7 @@ def verify_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> Non
         elif got["sha256"] != want["sha256"]:
             problems.append(f"  {name}: the bytes differ from those that were saved")
     if problems:
-        raise DamagedError(f"{folder} is damaged; restore it from a copy:\n" + "\n".join(problems))
+        raise DamagedError(f"{folder} is damaged; restore it from a copy:\n{trees.listed(problems)}")
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

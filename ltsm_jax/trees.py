@@ -93,6 +93,13 @@ def merge(chosen: Tree, rest: Tree) -> Tree:
     return jax.tree.map(lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda x: x is None)
 
 
+def listed(problems: list[str], most: int = 10) -> str:
+    """Write problems one a line, in order, the first of them where there are many: a message must be readable."""
+    lines = [line if len(line) <= 160 else f"{line[:80]}...{line[-75:]}" for line in sorted(problems)]
+    more = [f"  ... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(lines[:most] + more)
+
+
 def require_same(
     a: Tree, b: Tree, names: tuple[str, str] = ("first", "second"), *, shapes: bool = True, dtypes: bool = False
 ) -> None:
@@ -111,7 +118,7 @@ def require_same(
         elif dtypes and x.dtype != y.dtype:
             problems.append(f"  {path}: {names[0]} {x.dtype}, {names[1]} {y.dtype}")
     if problems:
-        raise ValueError(f"{names[0]} and {names[1]} are not the same kind of tree:\n" + "\n".join(sorted(problems)))
+        raise ValueError(f"{names[0]} and {names[1]} are not the same kind of tree:\n{listed(problems)}")
 
 
 def interpolate(

@@ -83,9 +83,17 @@ def test_the_season_of_an_old_name():
 
 
 def test_a_step_is_taken_apart():
-    assert (split_freq("15min"), split_freq("W-SUN"), split_freq("?")) == ((15, "min"), (1, "W"), None)
+    assert (split_freq("15min"), split_freq("W-SUN"), split_freq("?")) == (
+        (15, "min"),
+        (1, "W"),
+        None,
+    )
     assert (unit_of("3MS"), unit_of("fortnight")) == ("M", None)
-    assert (microseconds("60min"), microseconds("M"), microseconds(None)) == (3600 * 10**6, None, None)
+    assert (microseconds("60min"), microseconds("M"), microseconds(None)) == (
+        3600 * 10**6,
+        None,
+        None,
+    )
 
 
 # ---- the step of given stamps ----
@@ -145,7 +153,15 @@ def test_an_exact_step_goes_before_months():
 
 
 def test_business_days_in_a_week():
-    week = stamps("2024-01-02", "2024-01-03", "2024-01-04", "2024-01-05", "2024-01-08", "2024-01-09", "2024-01-10")
+    week = stamps(
+        "2024-01-02",
+        "2024-01-03",
+        "2024-01-04",
+        "2024-01-05",
+        "2024-01-08",
+        "2024-01-09",
+        "2024-01-10",
+    )
     assert infer_freq(week) == "B"
     assert infer_freq(week[:4]) == "D"
     assert [str(s)[:10] for s in following(week[:4], 2, "B")] == ["2024-01-08", "2024-01-09"]

@@ -16,7 +16,8 @@ def clip(text: str, longest: int = LONGEST_MESSAGE) -> str:
 
 
 class DataError(ValueError):
-    """Data that cannot be used as they are; the message lists every problem found and what to do about each.
+    """Data that cannot be used as they are; the message lists every problem found and what to do
+    about each.
 
     However wide the data, it has at most `LONGEST_MESSAGE` characters.
     """
@@ -36,10 +37,12 @@ class Series:
       timestamps: [T] datetime64[us], or None when the source has none.
       freq: canonical step ("15min", "h", "D", "W", "M", ...), or None where it is not known.
       tz: name of the zone that the stamps came in (`timestamps` are UTC then), or None.
-      model_freq: frequency that a model is told where it is another than `freq`: "oov", out of its vocabulary.
+      model_freq: frequency that a model is told where it is another than `freq`: "oov", out of its
+        vocabulary.
       time_name: name of the column that the stamps came in, or None.
       benchmark: name of the benchmark whose borders and reading rules hold for it, or None.
-      notes: what was done to the data or found about them on the way in, one line each, for reports.
+      notes: what was done to the data or found about them on the way in, one line each, for
+        reports.
     """
 
     name: str
@@ -75,12 +78,14 @@ class Series:
         return season_of(self.freq) if self.freq else 1
 
     def stamps_after(self, n: int) -> np.ndarray | None:
-        """The `n` stamps [n] that follow the last one, like `timestamps`; None where stamps or step are not known."""
+        """The `n` stamps [n] that follow the last one, like `timestamps`; None where stamps or step
+        are not known."""
         if self.timestamps is None or self.freq is None:
             return None
         return following(self.timestamps, n, self.freq, self.tz)
 
     def in_zone(self, stamps: np.ndarray) -> pd.DatetimeIndex:
-        """Stamps [T] of this series, or after it, as they came in: with the zone where they had one."""
+        """Stamps [T] of this series, or after it, as they came in: with the zone where they had
+        one."""
         index = pd.DatetimeIndex(stamps)
         return index if self.tz is None else index.tz_localize("UTC").tz_convert(self.tz)

@@ -1,7 +1,7 @@
 """Whatever holds a table -> a pandas DataFrame: files, frames, arrays, Arrow and polars tables.
 
-Nothing is guessed beyond numbers and text. What a file expands to is bounded while it is read: a compressed file by
-`EXPANSION` times its size.
+Nothing is guessed beyond numbers and text. What a file expands to is bounded while it is read: a
+compressed file by `EXPANSION` times its size.
 
 Shapes: C variates, T rows.
 """
@@ -46,7 +46,7 @@ def is_path(source: Any) -> bool:
 
 
 def as_table(source: Any) -> pd.DataFrame:
-    """The table that a path, frame, series, array [T] or [T, C], polars or Arrow table holds.
+    """Take the table out of a path, frame, series, array [T] or [T, C], polars or Arrow table.
 
     Columns of an array are called "0", "1", ...; a series without a name is "value".
 
@@ -107,9 +107,10 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
 
 
 def read_table(path: Path, header: bool = True) -> pd.DataFrame:
-    """The file as a table, nothing guessed beyond numbers and text. Without `header` columns are called 0, 1, ...
+    """Read a file as a table. Without `header` its columns are called "0", "1", ...
 
-    Raises: FileNotFoundError; DataError for what is wrong with the file, and for one that expands beyond all measure.
+    Raises: FileNotFoundError; DataError for what is wrong with the file, and for one that expands
+      beyond all measure.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}" + (" (it is a folder)" if path.is_dir() else ""))
@@ -181,9 +182,10 @@ def _check_expansion(path: Path, expanded: int) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, expanded if it is gzip.
+    """Read the bytes of a file, expanded if it is gzip.
 
-    Raises: DataError for a damaged gzip file and for one that expands beyond `EXPANSION` times its size.
+    Raises: DataError for a damaged gzip file and for one that expands beyond `EXPANSION` times its
+      size.
     """
     if path.suffix.lower() != ".gz":
         return path.read_bytes()
@@ -214,7 +216,8 @@ def _read_text(path: Path) -> str:
 
 
 def _looks_like_values(names: list[str]) -> bool:
-    """Whether a first line is data: all numbers but perhaps the first cell, and not the numbering 0, 1, 2, ..."""
+    """Whether a first line is data: all numbers but perhaps the first cell, and not the numbering
+    0, 1, 2, ..."""
     first, tail = names[0], names[1:] or names
     try:
         numbers = [float(cell) for cell in tail]

@@ -1,7 +1,8 @@
 """A column of time -> stamps: the layout of written dates, compact numbers, epochs, zones.
 
-A column has ONE layout, the one in which every cell is a date. Where several are, the one decides whose stamps are
-regular; where that leaves more than one, nothing is guessed: the problem quotes both readings and `date_format`.
+A column has ONE layout, the one in which every cell is a date. Where several are, the one decides
+whose stamps are regular; where that leaves more than one, nothing is guessed: the problem quotes
+both readings and `date_format`.
 
 Shapes: T rows, U different cells.
 """
@@ -24,7 +25,12 @@ MONTH_NAMES = ["january", "february", "march", "april", "may", "june"]
 MONTH_NAMES += ["july", "august", "september", "october", "november", "december"]
 WEEKDAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 YEARS = (1500, 2200)  # a bare number outside is no year
-EPOCHS = {10: 10**6, 13: 1000, 16: 1, 19: 1}  # digits of seconds, ms, us, ns since 1970 -> microseconds
+EPOCHS = {
+    10: 10**6,
+    13: 1000,
+    16: 1,
+    19: 1,
+}  # digits of seconds, ms, us, ns since 1970 -> microseconds
 NAT = np.datetime64("NaT", "D")
 HOUR = 3600 * 10**6
 NO_DATES = (
@@ -125,7 +131,8 @@ def parse_stamps(
 
     Args:
       column: of one dtype or of text; `column.name` is quoted.
-      date_format: the layout of the dates; a time of day after it is read by itself where it holds none.
+      date_format: the layout of the dates; a time of day after it is read by itself where it holds
+        none.
       freq: the step that decides between layouts, where it is known.
 
     Returns: None where something is wrong; the reasons go to `problems`.
@@ -220,7 +227,8 @@ def _offset_name(offset: int) -> str:
 
 
 def _zone_of_offsets(utc: np.ndarray, offsets: np.ndarray, name: Any, notes: list[str]) -> str:
-    """The zone of written offsets [T] microseconds: one offset, or the zone whose clocks change like that."""
+    """The zone of written offsets [T] microseconds: one offset, or the zone whose clocks change
+    like that."""
     if (offsets == offsets[0]).all():
         zone = _offset_name(int(offsets[0]))
         notes.append(f"stamps of {name!r} have the offset {zone}")
@@ -246,7 +254,8 @@ def _zone_of_offsets(utc: np.ndarray, offsets: np.ndarray, name: Any, notes: lis
 
 
 def _fast_iso(column: Any) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """(stamps [T], UTC where there are offsets, offsets [T] or None) of plain ISO dates, nearly all there are.
+    """(stamps [T], UTC where there are offsets, offsets [T] or None) of plain ISO dates, nearly all
+    there are.
 
     None for a column of anything else.
     """
@@ -276,7 +285,8 @@ def _fast_iso(column: Any) -> tuple[np.ndarray, np.ndarray | None] | None:
 
 
 def _as_text(column: Any) -> Any:
-    """Cells as text [T]; whole numbers without a fraction, None for numbers that no date is written as."""
+    """Cells as text [T]; whole numbers without a fraction, None for numbers that no date is written
+    as."""
     if not is_numeric(column):
         return column.astype(str).str.strip()
     number = column.to_numpy(np.float64, na_value=np.nan)
@@ -383,7 +393,8 @@ def _both(readings: list[Reading], cells: Any, name: Any) -> str:
 
 
 def _formatted(cells: Any, date_format: str) -> list[Reading]:
-    """The cells in the layout that was asked for; a time of day is read by itself where the layout has none."""
+    """The cells in the layout that was asked for; a time of day is read by itself where the layout
+    has none."""
     date_format = re.sub(r"\s*%[zZ]$", "", date_format)  # zones have been read and taken off
     parts = _parts(cells)
     if parts is None or re.search(r"%[HIMSfpTcX]", date_format) or date_format == "ISO8601":
@@ -418,7 +429,8 @@ def _month(word: str) -> int:
 
 
 def _parts(cells: Any) -> tuple[Any, np.ndarray] | None:
-    """(dates as text [T], time of day [T] timedelta64[us]); None where no cell has a time of day."""
+    """(dates as text [T], time of day [T] timedelta64[us]); None where no cell has a time of
+    day."""
     if not cells.str.contains(":", regex=False).any():
         return None
     found = cells.str.extract(_CELL)
@@ -478,7 +490,8 @@ def _without_weekday(words: list[str]) -> list[str]:
 
 
 def _shape(words: list[str]) -> tuple[str, ...]:
-    """What the tokens of a date are: numbers "0", months "Jan", other words and what lies between as they are."""
+    """What the tokens of a date are: numbers "0", months "Jan", other words and what lies between
+    as they are."""
     return tuple("0" if w.isdigit() else "Jan" if _month(w) else w for w in words)
 
 
@@ -486,7 +499,8 @@ def _shape(words: list[str]) -> tuple[str, ...]:
 
 
 def _layouts(words: list[list[str]], bare: bool) -> Iterator[Reading]:
-    """Every layout of dates [U], given as tokens of one shape. `bare`: there is no time of day beside them."""
+    """Every layout of dates [U], given as tokens of one shape. `bare`: there is no time of day
+    beside them."""
     shape = _shape(words[0])
     fields = [i for i, kind in enumerate(shape) if kind in ("0", "Jan")]
     texts = [[cell[i] for cell in words] for i in fields]
@@ -512,7 +526,8 @@ def _layouts(words: list[list[str]], bare: bool) -> Iterator[Reading]:
 def _roles(kinds: str, lengths: list[set[int]]) -> list[tuple[str, int]]:
     """(what each field may be, rank) by the kinds of the fields and their numbers of digits.
 
-    Y and y: a year of four digits or two; m, b: a month as number or name; d: day; j: day of the year.
+    Y and y are a year of four digits or two, m and b a month as number or name, d a day, j a day of
+    the year.
     """
     four = [size == {4} for size in lengths]
     two = [size == {2} for size in lengths]
@@ -564,7 +579,8 @@ def _reading(words: list[list[str]], fields: list[int], roles: str, rank: int) -
 
 
 def _dates(parts: dict[str, np.ndarray], years: tuple[int, int] = (1000, 2999)) -> tuple[np.ndarray, str]:
-    """(dates [U] datetime64[us] of years, months and days; NaT where there is no such date, what to say of them)."""
+    """(dates [U] datetime64[us] of years, months and days; NaT where there is no such date, what to
+    say of them)."""
     count = len(next(iter(parts.values())))
     note = ""
     if "y" in parts:
@@ -629,7 +645,8 @@ def _compact(words: list[list[str]], bare: bool) -> Iterator[Reading]:
 
 
 def _lettered(words: list[list[str]], shape: tuple[str, ...], letters: list[int]) -> Iterator[Reading]:
-    """Quarters, months and weeks by letter, dates [U]: 2024Q1, 2024-Q1, Q1 2024, 1Q2024, 2024M01, 2024-W05-1."""
+    """Quarters, months and weeks by letter, dates [U]: 2024Q1, 2024-Q1, Q1 2024, 1Q2024, 2024M01,
+    2024-W05-1."""
     letter = shape[letters[0]].upper()
     numbers = [i for i, kind in enumerate(shape) if kind == "0"]
     if len(letters) > 1 or letter not in ("Q", "M", "W") or not 2 <= len(numbers) <= 2 + (letter == "W"):

@@ -1,8 +1,8 @@
 """Tables in: files, frames, arrays -> `Series`, checked at the border.
 
-Whatever is wrong with a source is collected and raised as one `DataError` that says what, where and what to do;
-nothing is dropped, filled, sorted or cast without being asked for, and what was asked for and done stands in
-`Series.notes`.
+Whatever is wrong with a source is collected and raised as one `DataError` that says what, where and
+what to do; nothing is dropped, filled, sorted or cast without being asked for, and what was asked
+for and done stands in `Series.notes`.
 
 Shapes: C variates, T rows of the table or of the grid.
 """
@@ -20,7 +20,16 @@ import pandas as pd
 
 from ltsm_jax.data.series import DataError, Series, clip
 from ltsm_jax.data.sources import as_table, is_path, stem
-from ltsm_jax.data.stamps import YEARS, counts_rows, holds_dates, is_numeric, is_time, parse_stamps, rows, show
+from ltsm_jax.data.stamps import (
+    YEARS,
+    counts_rows,
+    holds_dates,
+    is_numeric,
+    is_time,
+    parse_stamps,
+    rows,
+    show,
+)
 from ltsm_jax.frequency import (
     Grid,
     canonical_freq,
@@ -33,9 +42,30 @@ from ltsm_jax.frequency import (
 )
 
 TIME_NAMES = ("date", "time", "timestamp", "ds", "datetime")
-PERIOD_NAMES = ("year", "yearmonth", "yyyymm", "month", "period", "quarter", "week", "day")  # if numbers are dates
+PERIOD_NAMES = (
+    "year",
+    "yearmonth",
+    "yyyymm",
+    "month",
+    "period",
+    "quarter",
+    "week",
+    "day",
+)  # if numbers are dates
 CALENDAR = ("year", "month", "day", "hour")  # columns that hold one time between them
-ID_NAMES = ("id", "item_id", "unique_id", "series_id", "ts_id", "item", "series", "symbol", "ticker", "sku", "store")
+ID_NAMES = (
+    "id",
+    "item_id",
+    "unique_id",
+    "series_id",
+    "ts_id",
+    "item",
+    "series",
+    "symbol",
+    "ticker",
+    "sku",
+    "store",
+)
 LARGEST = 1e100  # of a value: its square is a float64 still
 MISSING = ("error", "interpolate", "keep")
 IRREGULAR = ("error", "regularise", "ignore")
@@ -52,22 +82,28 @@ class ReadingOptions:
 
     Attributes:
       target: the column(s) to read, by name; by default every column but those of time and id.
-      time: the column of stamps; by default the one called date, time, timestamp, ds or datetime (case aside), a year
-        (with month, day, hour beside it), else the first column when it holds dates. The index of a DataFrame counts as
-        columns in front. Several columns are joined: `time=["date", "hour"]`. Without one the rows are taken as the
-        grid. Stamps keep their zone (`Series.tz`).
-      id: for a long table, the column(s) that tell the series apart: each id becomes a variate (with several targets
-        "id/target"). All ids must share one grid, or be put on one by `irregular="regularise"`.
-      freq: step of the grid ("15min", "h", "M", an offset of pandas); by default that of the stamps. "oov" (out of
-        vocabulary) also takes that of the stamps, and has a model with frequency tokens take the one for unknown steps.
-      date_format: layout of the dates as `strptime` writes it ("%d/%m/%Y"); a time of day after the date is read by
-        itself where the layout has none. By default the layout that reads every cell and gives a regular grid.
-      missing: "error" refuses empty, NaN and infinite cells; "interpolate" fills them linearly in time, and at
-        the ends with the nearest value; "keep" leaves empty cells NaN (infinite ones are refused). The last two cut off
-        the last rows where every target is empty: they are the future.
-      irregular: "error" refuses stamps that are unsorted, repeated or off the grid; "regularise" sorts, moves each row
-        to the nearest grid stamp, averages rows that meet there and leaves holes to `missing`; "ignore" takes the rows
-        as they are. None is "error", but for a benchmark asked for by name, whose rows are read as they come.
+      time: the column of stamps; by default the one called date, time, timestamp, ds or datetime
+        (case aside), a year (with month, day, hour beside it), else the first column when it holds
+        dates. The index of a DataFrame counts as columns in front. Several columns are joined:
+        `time=["date", "hour"]`. Without one the rows are taken as the grid. Stamps keep their zone
+        (`Series.tz`).
+      id: for a long table, the column(s) that tell the series apart: each id becomes a variate
+        (with several targets "id/target"). All ids must share one grid, or be put on one by
+        `irregular="regularise"`.
+      freq: step of the grid ("15min", "h", "M", an offset of pandas); by default that of the
+        stamps. "oov" (out of vocabulary) also takes that of the stamps, and has a model with
+        frequency tokens take the one for unknown steps.
+      date_format: layout of the dates as `strptime` writes it ("%d/%m/%Y"); a time of day after the
+        date is read by itself where the layout has none. By default the layout that reads every
+        cell and gives a regular grid.
+      missing: "error" refuses empty, NaN and infinite cells; "interpolate" fills them linearly in
+        time, and at the ends with the nearest value; "keep" leaves empty cells NaN (infinite ones
+        are refused). The last two cut off the last rows where every target is empty: they are the
+        future.
+      irregular: "error" refuses stamps that are unsorted, repeated or off the grid; "regularise"
+        sorts, moves each row to the nearest grid stamp, averages rows that meet there and leaves
+        holes to `missing`; "ignore" takes the rows as they are. None is "error", but for a
+        benchmark asked for by name, whose rows are read as they come.
       name: what reports call the series; by default the file's name.
 
     Example: `read_series("sales.csv", **vars(ReadingOptions(target="sold")))`
@@ -116,10 +152,11 @@ def read_series(
     The options are described in `ReadingOptions`, field by field.
 
     Args:
-      source: a .csv, .csv.gz or .parquet file, a pandas DataFrame or Series, an array [T] or [T, C] (rows first), a
-        polars or Arrow table.
+      source: a .csv, .csv.gz or .parquet file, a pandas DataFrame or Series, an array [T] or [T, C]
+        (rows first), a polars or Arrow table.
 
-    Raises: DataError (a ValueError) with every problem found; FileNotFoundError when there is no such file.
+    Raises: DataError (a ValueError) with every problem found; FileNotFoundError when there is no
+      such file.
     """
     how = ReadingOptions(
         target=target,
@@ -199,7 +236,8 @@ class _Reader:
     # ---- columns ----
 
     def index_as_columns(self, table: pd.DataFrame) -> tuple[pd.DataFrame, list]:
-        """(table with its index as columns in front, their names); an index that only numbers the rows is dropped."""
+        """(table with its index as columns in front, their names); an index that only numbers the
+        rows is dropped."""
         if isinstance(table.columns, pd.MultiIndex):
             table = table.set_axis(["/".join(map(str, names)) for names in table.columns], axis=1)
         index = table.index
@@ -249,7 +287,8 @@ class _Reader:
         return columns
 
     def choose_columns(self, table: pd.DataFrame, labels: list) -> tuple[list, list]:
-        """(columns of time, target columns); what cannot be found or decided goes to the problems."""
+        """(columns of time, target columns); what cannot be found or decided goes to the
+        problems."""
         how, columns = self.how, list(table.columns)
         wanted = self.found(table, "target", how.target)
         time = self.found(table, "time", how.time)
@@ -264,10 +303,15 @@ class _Reader:
             time = self.find_time(table, labels, [*wanted, *ids])
         self.check_labels(table, labels, time, [*wanted, *ids])
         if not asked:
-            apart = {*time, *ids, *self.undecided, *(label for label in labels if not self.is_id_like(table, label))}
+            apart = {
+                *time,
+                *ids,
+                *self.undecided,
+                *(label for label in labels if not self.is_id_like(table, label)),
+            }
             wanted = [column for column in columns if column not in apart]
             self.check_default(table, wanted, time, ids)
-            if not any(is_numeric(table[c]) or _to_number(table[c]).notna().any() for c in wanted):
+            if not self.any_numbers(table, wanted):
                 wanted = []  # every cell of them would be listed
         return time, wanted
 
@@ -294,6 +338,10 @@ class _Reader:
         if len(calendar) > 1 and [str(c).casefold() for c in calendar] == list(CALENDAR[: len(calendar)]):
             self.notes.append(f"the time is taken from {', '.join(map(str, calendar))}")
             return calendar
+        quarters = [folded[name] for name in ("year", "quarter") if name in folded]
+        if len(quarters) == 2 and all(is_numeric(table[c]) for c in quarters):
+            self.notes.append(f"the time is taken from {quarters[0]}, {quarters[1]}")
+            return quarters
         period = [c for c in columns[:1] if str(c).casefold() in PERIOD_NAMES]
         period += [folded["year"]] if "year" in folded else []
         # An index of numbers like 20240101 is no numbering of rows.
@@ -348,6 +396,10 @@ class _Reader:
                     "irregular='ignore' takes them as they come"
                 )
 
+    def any_numbers(self, table: pd.DataFrame, columns: list) -> bool:
+        """Whether a column holds numbers, as such or as text."""
+        return any(is_numeric(table[c]) or _to_number(table[c]).notna().any() for c in columns)
+
     def check_default(self, table: pd.DataFrame, wanted: list, time: list, ids: list) -> None:
         """Columns without a name and tables without numbers."""
         columns = list(table.columns)
@@ -356,18 +408,17 @@ class _Reader:
             self.problems.append(
                 f"column {unnamed[0]} (counting from 0) has no name: a saved index? Name it, drop it, or give target="
             )
-        years = [c for c in wanted if str(c).casefold() == "year"]
-        if years:
-            self.notes.append(f"{years[0]!r} is read as a variate; target= leaves it out")
-        numeric = [is_numeric(table[c]) or bool(_to_number(table[c]).notna().any()) for c in wanted]
-        if wanted and not any(numeric):
+        for column in [c for c in wanted if str(c).casefold() in PERIOD_NAMES][:3]:
+            self.notes.append(f"{column!r} is read as a variate; target= leaves it out")
+        if wanted and not self.any_numbers(table, wanted):
             self.problems.append(f"no column of numbers; columns: {_quote(columns)}")
         elif not wanted:
             besides = " and ".join(map(str, [*time, *ids]))
             self.problems.append(f"no column besides {besides}" if besides else "no columns")
 
     def joined(self, table: pd.DataFrame, role: str, given: Any) -> Any:
-        """The id column: one, or several joined by "/"; None where there is none or where it is damaged."""
+        """The id column: one, or several joined by "/"; None where there is none or where it is
+        damaged."""
         known = len(self.problems)
         columns = self.found(table, role, given)
         del self.problems[known:]  # said before
@@ -427,7 +478,8 @@ class _Reader:
         return "UTC"
 
     def look_for_ids(self, table: pd.DataFrame, time: list, targets: list, stamps: Stamps) -> None:
-        """Refuse several series below one another by the name of the column(s) that tell them apart."""
+        """Refuse several series below one another by the name of the column(s) that tell them
+        apart."""
         given = self.found(table, "id", self.how.id)
         asked = set(targets) if self.how.target is not None else set()
         apart = {*time, *given, *asked}
@@ -461,7 +513,8 @@ class _Reader:
         self.stop()
 
     def refuse_ids(self, table: pd.DataFrame, columns: list) -> None:
-        """Say which option reads the table, and nothing else: the rest comes from reading it as one series."""
+        """Say which option reads the table, and nothing else: the rest comes from reading it as one
+        series."""
         kinds = table[columns].drop_duplicates()
         first = ", ".join("/".join(map(str, row))[:QUOTED] for row in kinds.head(3).to_numpy())
         more = ", ..." if len(kinds) > 3 else ""
@@ -489,7 +542,8 @@ class _Reader:
         return stamps, values
 
     def check_grid(self, clock: np.ndarray) -> None:
-        """Unsorted, repeated and off-grid stamps go to the problems, the first of each kind by name."""
+        """Unsorted, repeated and off-grid stamps go to the problems, the first of each kind by
+        name."""
         if len(clock) < 2:
             return
         found = []
@@ -526,8 +580,8 @@ class _Reader:
 
         Args:
           clock: stamps of all rows of the table.
-          tracks: for each variate its rows in the table and its values there: moved to the nearest stamp of the grid,
-            averaged where several rows meet.
+          tracks: for each variate its rows in the table and its values there: moved to the nearest
+            stamp of the grid, averaged where several rows meet.
         """
         if self.freq is None:
             self.problems.append("time: no step to be found in the stamps; give freq=")
@@ -568,7 +622,8 @@ class _Reader:
     def spread(
         self, stamps: Stamps, values: np.ndarray, targets: list, ids: Any, tz: str | None
     ) -> tuple[Stamps, np.ndarray, list]:
-        """A long table with one variate per id (and target) beside one another, on the stamps all ids share."""
+        """A long table with one variate per id (and target) beside one another, on the stamps all
+        ids share."""
         if self.problems or not targets:
             return stamps, values, targets  # the cells can still be checked
         groups = {key: np.asarray(at) for key, at in ids.groupby(ids, sort=False, observed=True).indices.items()}
@@ -615,7 +670,8 @@ class _Reader:
     # ---- values ----
 
     def numbers(self, table: pd.DataFrame, targets: list) -> np.ndarray:
-        """[C, T] float64, NaN where a cell is empty; text and numbers beyond `LARGEST` go to the problems."""
+        """[C, T] float64, NaN where a cell is empty; text and numbers beyond `LARGEST` go to the
+        problems."""
         if not targets:
             return np.zeros((0, len(table)))
         part: Any = table[targets]
@@ -662,7 +718,8 @@ class _Reader:
         return number.to_numpy(np.float64, na_value=np.nan)
 
     def without_future(self, stamps: Stamps, values: np.ndarray) -> tuple[Stamps, np.ndarray]:
-        """(stamps, values) without the last rows in which every variate is empty: nobody has observed them yet."""
+        """(stamps, values) without the last rows in which every variate is empty: nobody has
+        observed them yet."""
         seen: Any = ~np.isnan(values).all(axis=0)
         if self.problems or not seen.any() or seen[-1]:
             return stamps, values
@@ -741,6 +798,8 @@ def _joined_time(table: pd.DataFrame, time: list) -> Any:
             text = pd.Series(pd.DatetimeIndex(pd.to_datetime(cells)).strftime("%Y-%m-%d"), index=cells.index)
         if whole and str(column).casefold() in ("hour", "hr"):
             text = text + ":00"
+        if whole and str(column).casefold() == "quarter":
+            text = "Q" + text
         parts.append(text.str.strip().where(cells.notna()))
     joined = parts[0]
     for part in parts[1:]:

@@ -185,6 +185,21 @@ def test_an_export_of_what_is_no_model_folder_says_what_to_do(original, tmp_path
         export_checkpoint(original, tmp_path / "x")
 
 
+def test_loading_an_original_says_what_was_assumed(golden, tmp_path, capsys):
+    vectors = golden("units")
+    shutil.copy(vectors.checkpoint, tmp_path)
+    try:
+        ltsm_jax.load(tmp_path / vectors.checkpoint.name)
+    except ValueError as error:  # a set whose number of heads is not the one that is assumed
+        said = str(error)
+    else:
+        said = capsys.readouterr().err
+    assert "config.json" in said and vectors.checkpoint.name in said
+    shutil.copy(vectors.folder / "config.json", tmp_path)
+    ltsm_jax.load(tmp_path / vectors.checkpoint.name)
+    assert not capsys.readouterr().err
+
+
 # --- the command line
 
 

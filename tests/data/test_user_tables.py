@@ -2,7 +2,6 @@
 
 import datetime
 import gzip
-import io
 import re
 import time
 
@@ -129,7 +128,11 @@ def test_day_and_month_in_either_order(tmp_path):
 
 
 def test_digits_are_a_calendar_before_they_are_seconds(tmp_path):
-    path = csv(tmp_path / "a.csv", numbered(2024010100 + 100 * day for day in range(31)), header="timestamp,views")
+    path = csv(
+        tmp_path / "a.csv",
+        numbered(2024010100 + 100 * day for day in range(31)),
+        header="timestamp,views",
+    )
     series = load_series(path)
     assert (series.freq, after(series)[0]) == ("D", "2024-02-01 00:00:00")
 
@@ -160,7 +163,11 @@ def test_days_at_one_time_in_utc_that_were_shown_in_a_zone():
     for rows in (slice(None), [0, 1, *range(3, 14)]):
         table = pd.DataFrame({"date": days, "y": np.arange(14.0)}).iloc[rows]
         series = read_series(table, irregular="regularise", missing="keep")
-        assert (series.freq, series.tz, after(series)[0]) == ("D", "UTC", "2024-04-08 00:00:00+00:00")
+        assert (series.freq, series.tz, after(series)[0]) == (
+            "D",
+            "UTC",
+            "2024-04-08 00:00:00+00:00",
+        )
         assert "regular in UTC, not on the clock in Europe/Berlin" in series.notes[0]
 
 
@@ -210,7 +217,10 @@ def test_an_index_of_names_is_refused_by_name():
 
 
 def test_rows_out_of_order_or_left_out_are_refused_where_there_is_no_time():
-    for rows, where in ((frame()[::-1], "row 1: 10 follows 11"), (frame().drop([3, 4]), "row 3: 5 follows 2")):
+    for rows, where in (
+        (frame()[::-1], "row 1: 10 follows 11"),
+        (frame().drop([3, 4]), "row 3: 5 follows 2"),
+    ):
         text = refused(rows)
         assert where in text
         assert "irregular='ignore'" in text
@@ -238,6 +248,11 @@ def test_a_time_in_several_columns():
     series = read_series(calendar)
     assert (series.columns, series.freq) == (("y",), "M")
     assert series.notes == ("the time is taken from year, month",)
+
+    quarters = frame(year=np.repeat([2021, 2022, 2023], 4), quarter=[1, 2, 3, 4] * 3, y=np.arange(12.0))
+    assert (read_series(quarters).freq, after(read_series(quarters))[0]) == ("Q", "2024-01-01 00:00:00")
+    weeks = frame(week=range(202340, 202352), y=np.arange(12.0))
+    assert read_series(weeks).notes == ("'week' is read as a variate; target= leaves it out",)
 
     hours = pd.date_range("2024-01-13", periods=72, freq="h")
     split = pd.DataFrame({"date": hours.strftime("%d/%m/%Y"), "hour": hours.hour, "y": np.arange(72.0)})
@@ -543,21 +558,25 @@ def test_a_date_object_beside_text():
 
 
 def test_forty_thousand_columns_are_read_in_seconds():
-    table = pd.DataFrame(np.ones((30, 40_000)), columns=[f"c{i}" for i in range(40_000)])
-    table.insert(0, "date", pd.date_range("2024", periods=30, freq="h"))
-    start = time.monotonic()
-    assert read_series(table).n_variates == 40_000
-    table.iloc[3, 1:] = np.nan
+    values = np.ones((20, 40_000))
+    values[3] = np.nan
+    table = pd.DataFrame(values, columns=[f"c{i}" for i in range(40_000)])
+    table.insert(0, "date", pd.date_range("2024", periods=20, freq="h"))
+    start = time.process_time()
     assert read_series(table, missing="keep").n_variates == 40_000
     assert "... and 39988 more problems" in refused(table)
-    assert time.monotonic() - start < 40
-    text = io.StringIO()
-    table.iloc[:3].to_csv(text, index=False)
     assert "did you mean" in refused(table, target="c1x")
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(
-    "options", [{"target": "q" * 9999}, {"time": "q" * 9999}, {"id": "q" * 9999}, {"target": ["a", "b"] * 500}]
+    "options",
+    [
+        {"target": "q" * 9999},
+        {"time": "q" * 9999},
+        {"id": "q" * 9999},
+        {"target": ["a", "b"] * 500},
+    ],
 )
 def test_messages_stay_short_whatever_they_quote(options):
     wide = pd.DataFrame(np.full((5, 50), np.nan), columns=["n" * 3000 + str(i) for i in range(50)])
