@@ -338,6 +338,10 @@ class _Reader:
         if len(calendar) > 1 and [str(c).casefold() for c in calendar] == list(CALENDAR[: len(calendar)]):
             self.notes.append(f"the time is taken from {', '.join(map(str, calendar))}")
             return calendar
+        quarters = [folded[name] for name in ("year", "quarter") if name in folded]
+        if len(quarters) == 2 and all(is_numeric(table[c]) for c in quarters):
+            self.notes.append(f"the time is taken from {quarters[0]}, {quarters[1]}")
+            return quarters
         period = [c for c in columns[:1] if str(c).casefold() in PERIOD_NAMES]
         period += [folded["year"]] if "year" in folded else []
         # An index of numbers like 20240101 is no numbering of rows.
@@ -404,9 +408,8 @@ class _Reader:
             self.problems.append(
                 f"column {unnamed[0]} (counting from 0) has no name: a saved index? Name it, drop it, or give target="
             )
-        years = [c for c in wanted if str(c).casefold() == "year"]
-        if years:
-            self.notes.append(f"{years[0]!r} is read as a variate; target= leaves it out")
+        for column in [c for c in wanted if str(c).casefold() in PERIOD_NAMES][:3]:
+            self.notes.append(f"{column!r} is read as a variate; target= leaves it out")
         if wanted and not self.any_numbers(table, wanted):
             self.problems.append(f"no column of numbers; columns: {_quote(columns)}")
         elif not wanted:
@@ -795,6 +798,8 @@ def _joined_time(table: pd.DataFrame, time: list) -> Any:
             text = pd.Series(pd.DatetimeIndex(pd.to_datetime(cells)).strftime("%Y-%m-%d"), index=cells.index)
         if whole and str(column).casefold() in ("hour", "hr"):
             text = text + ":00"
+        if whole and str(column).casefold() == "quarter":
+            text = "Q" + text
         parts.append(text.str.strip().where(cells.notna()))
     joined = parts[0]
     for part in parts[1:]:

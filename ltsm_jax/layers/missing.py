@@ -11,8 +11,11 @@ import jax.numpy as jnp
 Batch = Mapping[str, jax.Array]
 
 
+# --- means
+
+
 def mean_over_rows(error: jax.Array, batch: Batch) -> jax.Array:
-    """Mean of `error` [B, ...] in which each row counts by `batch["weight"]` (all alike where there is none)."""
+    """Average `error` [B, ...], each row counting by `batch["weight"]` (all alike where there is none)."""
     row = error.reshape(error.shape[0], -1).mean(axis=1)
     weight = batch.get("weight")
     return row.mean() if weight is None else (row * weight).sum() / weight.sum()
@@ -38,37 +41,49 @@ def mse_observed(y: jax.Array, target: jax.Array, batch: Batch) -> jax.Array:
 
 
 def mean_observed(error: jax.Array, observed: jax.Array, batch: Batch) -> jax.Array:
-    """Mean of `error` [B, ...] over what is `observed` (weights of the same shape, 0 for missing), each row counting by
-    `batch["weight"]`; 0 where nothing is observed. `error` must be finite everywhere: fill what is missing first."""
+    """Average what is observed of `error` [B, ...], each row counting by `batch["weight"]`; 0 where nothing is.
+
+    error: finite everywhere: fill what is missing first. observed: of the same shape, a weight of each entry, 0 for
+    missing.
+    """
     weight = observed.astype(error.dtype)
     if "weight" in batch:
         weight = weight * batch["weight"].reshape(-1, *(1,) * (error.ndim - 1))
     return (error * weight).sum() / jnp.maximum(weight.sum(), jnp.finfo(error.dtype).tiny)
 
 
-def fill_missing(x: jax.Array) -> jax.Array:
-    """NaN along the last axis replaced by the last value before it, or the first after it, or 0 where there is none.
+# --- filling
 
-    x: [..., T]. For families whose originals know no missing values.
+
+def fill_missing(x: jax.Array) -> jax.Array:
+    """Fill NaN of x [..., T] with the last value before it, or the first after it, or 0 where there is none.
+
+    For families whose originals know no missing values.
     """
     observed = ~jnp.isnan(x)
     steps = jnp.arange(x.shape[-1])
     last = jax.lax.cummax(jnp.where(observed, steps, -1), axis=x.ndim - 1)
     first = jnp.argmax(observed, axis=-1, keepdims=True)
+
     filled = jnp.take_along_axis(x, jnp.where(last < 0, first, last), axis=-1)
     return jnp.where(observed.any(-1, keepdims=True), filled, jnp.zeros_like(x))
 
 
 def interpolate_missing(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """NaN along the last axis on the straight line between the observed values around it; the last one repeated.
+    """Fill NaN of x [..., T] on the straight line between the observed values around it; the last one is repeated.
 
-    x: [..., T]. Returns: the series, with 0 before its first value, and where it has begun [..., T].
+    Returns: the series, with 0 before its first value, and where it has begun [..., T].
     """
-    observed, steps = ~jnp.isnan(x), jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape)
-    last = jax.lax.cummax(jnp.where(observed, steps, -1), axis=x.ndim - 1)
-    following = jax.lax.cummin(jnp.where(observed, steps, x.shape[-1]), axis=x.ndim - 1, reverse=True)
+    observed = ~jnp.isnan(x)
+    steps = jnp.broadcast_to(jnp.arange(x.shape[-1]), x.shape)
+    axis = x.ndim - 1
+
+    # Places of the observed values around each step; the nearer end where there is one side alone.
+    last = jax.lax.cummax(jnp.where(observed, steps, -1), axis=axis)
+    following = jax.lax.cummin(jnp.where(observed, steps, x.shape[-1]), axis=axis, reverse=True)
     left = jnp.maximum(last, 0)
     right = jnp.where(following < x.shape[-1], following, left)
+
     known = jnp.where(observed, x, 0.0)
     before, after = (jnp.take_along_axis(known, i, axis=-1) for i in (left, right))
     share = (steps - left) / jnp.maximum(right - left, 1)

@@ -140,7 +140,7 @@ def _short(x: Any) -> str:
 
 
 def with_entry(config: Any, entry: str, value: Any) -> Any:
-    """The config with another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and indices.
+    """Put another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and indices.
 
     Raises: AttributeError, IndexError for an entry that is not there; ValueError from the config's class.
     """
@@ -154,7 +154,7 @@ def with_entry(config: Any, entry: str, value: Any) -> Any:
 
 
 def entry_of(config: Any, entry: str) -> Any:
-    """What stands at an entry of a config, see `with_entry`."""
+    """Read an entry of a config, see `with_entry`."""
     for name in entry.split("."):
         config = config[int(name)] if isinstance(config, tuple) else getattr(config, name)
     return config

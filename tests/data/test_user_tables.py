@@ -249,6 +249,11 @@ def test_a_time_in_several_columns():
     assert (series.columns, series.freq) == (("y",), "M")
     assert series.notes == ("the time is taken from year, month",)
 
+    quarters = frame(year=np.repeat([2021, 2022, 2023], 4), quarter=[1, 2, 3, 4] * 3, y=np.arange(12.0))
+    assert (read_series(quarters).freq, after(read_series(quarters))[0]) == ("Q", "2024-01-01 00:00:00")
+    weeks = frame(week=range(202340, 202352), y=np.arange(12.0))
+    assert read_series(weeks).notes == ("'week' is read as a variate; target= leaves it out",)
+
     hours = pd.date_range("2024-01-13", periods=72, freq="h")
     split = pd.DataFrame({"date": hours.strftime("%d/%m/%Y"), "hour": hours.hour, "y": np.arange(72.0)})
     for options in ({}, {"irregular": "regularise"}):

@@ -228,6 +228,15 @@ class TestTimer:
         by_hand = np.square(outputs[..., :-P] - windows[..., P:-P]).reshape(2, 6, P).mean(-1).ravel()
         np.testing.assert_allclose(found, by_hand, rtol=1e-5)
 
+    def test_missing_points_do_not_count(self):
+        params = jax.jit(self.model.init)(jax.random.key(0))
+        x = np.random.default_rng(0).normal(size=(2, 1, 768)).astype(np.float32)
+        x[0, :, 90:130], x[1, :, 700:] = np.nan, np.nan
+        expected = np.asarray(jax.jit(self.model.reconstruct)(params, jnp.asarray(x)))
+        batch = {"context": jnp.asarray(x[..., :672]), "target": jnp.asarray(x[..., 672:])}
+        found = jax.jit(anomaly.loss_fn(self.model), static_argnums=3)(params, batch, None, False)
+        np.testing.assert_allclose(found, np.nanmean(np.square(expected - x[..., P:])), rtol=1e-5)
+
     def test_it_finds_a_break_after_a_little_training(self):
         """A sine whose period changes for 100 rows: after training on clean rows the break scores highest."""
         t = np.arange(3300)
