@@ -114,6 +114,7 @@ def import_checkpoint(
         "copies": converted.copies,
         "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
         "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
+        "assumed": notes,
         "notes": [*notes, *original.notes],
         **_published_facts(published, _in_table(family.published, model_config, layout.table)),
         **fetched,
@@ -404,7 +405,8 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
         "family": model.family,
         "config": model.config_to_dict(),
         "parameters": trees.count(params),
-        **{name: fact for name, fact in provenance.items() if name != "published"},  # the config says it
+        # The config says what was published, the notes what was assumed.
+        **{name: fact for name, fact in provenance.items() if name not in ("published", "assumed")},
     }
 
 
