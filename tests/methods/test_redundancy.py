@@ -10,6 +10,8 @@ from ltsm_jax.methods import redundancy
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.timer import Timer, TimerConfig
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(scope="module")
 def relu():
