@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters import originals, tables
+from converters.fields import uneven_layers
 from converters.layout import Layout
 from converters.originals import Original, converter, read_json
 from converters.pickles import CheckpointError, Placeholder, shortened
@@ -79,6 +80,8 @@ def import_checkpoint(
     original = originals.read(path)
     family, layout, original = originals.family_of(original)
     stripped, copies, problems = layout.strip(original.state)
+    if missing := uneven_layers(stripped):
+        raise CheckpointError(f"{original.path}: {missing}. Save the model's state_dict() again.")
     published = _published(original, config, getattr(family, "BESIDE", ()))
     model, notes = _model(family, stripped, published, original.path)
     model_config = model.config
