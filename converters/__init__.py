@@ -366,15 +366,15 @@ def _as_published(
     is not the same model, our own fields are written.
     """
     told, meant = kept.get("told"), kept.get("meant")
-    now = json.loads(json.dumps(now))
+    ours: dict[str, Any] = json.loads(json.dumps(now))
     if not isinstance(told, dict) or not isinstance(meant, dict):
-        return now
-    merged = _merged(told, meant, now)
+        return ours
+    merged = _merged(told, meant, ours)
     try:
-        same = family.configure(dict(state), merged, "")[0] == family.configure(dict(state), now, "")[0]
+        same = family.configure(dict(state), merged, "")[0] == family.configure(dict(state), ours, "")[0]
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
-        return now
-    return merged if same else now
+        return ours
+    return merged if same else ours
 
 
 def _merged(told: Mapping[str, Any], meant: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
