@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters import originals, tables
+from converters.fields import uneven_layers
 from converters.layout import Layout
 from converters.originals import Original, converter, read_json
 from converters.pickles import CheckpointError, Placeholder, shortened
@@ -79,6 +80,8 @@ def import_checkpoint(
     original = originals.read(path)
     family, layout, original = originals.family_of(original)
     stripped, copies, problems = layout.strip(original.state)
+    if missing := uneven_layers(stripped):
+        raise CheckpointError(f"{original.path}: {missing}. Save the model's state_dict() again.")
     published = _published(original, config, getattr(family, "BESIDE", ()))
     model, notes = _model(family, stripped, published, original.path)
     model_config = model.config
@@ -111,6 +114,7 @@ def import_checkpoint(
         "copies": converted.copies,
         "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
         "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
+        "assumed": notes,
         "notes": [*notes, *original.notes],
         **_published_facts(published, _in_table(family.published, model_config, layout.table)),
         **fetched,
@@ -362,15 +366,15 @@ def _as_published(
     is not the same model, our own fields are written.
     """
     told, meant = kept.get("told"), kept.get("meant")
-    now = json.loads(json.dumps(now))
+    ours: dict[str, Any] = json.loads(json.dumps(now))
     if not isinstance(told, dict) or not isinstance(meant, dict):
-        return now
-    merged = _merged(told, meant, now)
+        return ours
+    merged = _merged(told, meant, ours)
     try:
-        same = family.configure(dict(state), merged, "")[0] == family.configure(dict(state), now, "")[0]
+        same = family.configure(dict(state), merged, "")[0] == family.configure(dict(state), ours, "")[0]
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError):
-        return now
-    return merged if same else now
+        return ours
+    return merged if same else ours
 
 
 def _merged(told: Mapping[str, Any], meant: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,7 +405,8 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
         "family": model.family,
         "config": model.config_to_dict(),
         "parameters": trees.count(params),
-        **{name: fact for name, fact in provenance.items() if name != "published"},  # the config says it
+        # The config says what was published, the notes what was assumed.
+        **{name: fact for name, fact in provenance.items() if name not in ("published", "assumed")},
     }
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from converters.tables import listed
 from converters.torch_files import CheckpointError, quoted
 
-MAX_LAYERS = 512  # far above any published model: a hostile file must not make us build a million layers
+MAX_LAYERS = 128  # the deepest published model has 50: a small file must not make us build thousands of layers
 MAX_SIZE = 1 << 20
+_DEEP = 64  # layers that take a second to build
 
 _NOTHING = object()
 T = TypeVar("T")
@@ -114,6 +115,28 @@ def dims(state: Mapping[str, Any], key: str, rank: int = 2) -> tuple[int, ...] |
     """The shape of a tensor; Nones where there is no such tensor or it has another number of axes."""
     value = state.get(key)
     return value.shape if isinstance(value, np.ndarray) and value.ndim == rank else (None,) * rank
+
+
+def uneven_layers(state: Mapping[str, Any]) -> str | None:
+    """Say which layers of a deep model have far fewer tensors than others; None where none has.
+
+    A model of a hundred layers takes seconds to build, and a name for each of them a kilobyte of file.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for key in state:
+        match = re.match(r"(.*?)\.(\d{1,6})\.", key)
+        if match:
+            layers = found.setdefault(match[1], {})
+            layers[match[2]] = layers.get(match[2], 0) + 1
+    for name, layers in found.items():
+        fewest, most = min(layers, key=lambda i: layers[i]), max(layers, key=lambda i: layers[i])
+        uneven = layers[most] > 2 * layers[fewest] or layers[most] < 4
+        if len(layers) > _DEEP and uneven:
+            return (
+                f"{quoted(name)} has {len(layers)} layers, of which {fewest} has {layers[fewest]} tensors and {most} "
+                f"{layers[most]}: most of the model is missing"
+            )
+    return None
 
 
 def layer_count(state: Mapping[str, Any], pattern: str) -> int | None:

@@ -144,6 +144,8 @@ def family_of(original: Original) -> tuple[Any, Layout, Original]:
       wrappers leave in its keys.
     Raises: CheckpointError for a state dict of no known family, of several models, or of adapters.
     """
+    if len(original.state) > wrappers.MAX_KEYS:
+        raise CheckpointError(f"{original.path}: {len(original.state)} keys, more than any known model has")
     try:
         state, notes = wrappers.without_wrappers(original.state)
     except ValueError as e:
@@ -153,7 +155,8 @@ def family_of(original: Original) -> tuple[Any, Layout, Original]:
     found = _recognised(state)
     parts = _by_first_part(state)
     if found is None or not all(map(found[1].covers, state)):
-        models = [part for part, inside in parts.items() if _recognised(inside) is not None]
+        largest = sorted(parts, key=lambda part: -len(parts[part]))[:20]
+        models = [part for part in parts if part in largest and _recognised(parts[part]) is not None]
         if len(models) > 1:
             raise CheckpointError(
                 f"{original.path}: holds {len(models)} models, whose keys begin with "
@@ -175,7 +178,7 @@ def family_of(original: Original) -> tuple[Any, Layout, Original]:
 
 def _recognised(state: dict[str, Any]) -> tuple[Any, Layout] | None:
     """The converter module and the layout of the family that knows a state dict, whatever all its keys begin with."""
-    if not all(isinstance(key, str) for key in state):
+    if len(state) > wrappers.MAX_KEYS or not all(isinstance(key, str) for key in state):
         return None
     outer = wrappers.common_prefix(state)
     for n in range(len(outer) + 1):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.fields import MAX_LAYERS
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, Transform, listed, split_in, split_out
 from converters.torch_files import CheckpointError, quoted
@@ -20,7 +21,7 @@ HINTS = {
     r"^(embed|residual|feature|head)": "check patch_sizes and d_model",
 }
 COMMON = ("d_model", "num_layers", "max_seq_len")
-_LIMIT, _MAX_LAYERS = 1 << 20, 512  # far above any Moirai: a hostile file must not make us build a huge model
+_LIMIT = 1 << 20  # far above any Moirai: a hostile file must not make us build a huge model
 
 
 def _swapped(x: np.ndarray) -> np.ndarray:
@@ -133,7 +134,7 @@ def read_config(
     if "num_layers" not in sizes:
         problems.append("encoder.layers: their numbers do not count from 0 without a gap")
     for name in dict.fromkeys((*required, *COMMON)):
-        told, limit = published.get(name), _MAX_LAYERS if name == "num_layers" else _LIMIT
+        told, limit = published.get(name), MAX_LAYERS if name == "num_layers" else _LIMIT
         if name not in published:
             problems += [f"{name}: missing"] if name in required else []
         elif not isinstance(told, int) or not _is_size(told) or told > limit:

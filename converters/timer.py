@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from converters.fields import MAX_LAYERS
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
 from converters.tables import BUFFER, CONV1, SAME, TRANSPOSE, Rule, listed, split_bias, split_in, split_out
@@ -27,7 +28,7 @@ SUFFIXES = {".ckpt": "lightning", ".pth": "state_dict"}
 DEFAULT_HEADS = 8  # of every published checkpoint; the number is not in the file
 HINTS = {r"/attn/": "check n_heads", r"/(up|down)/": "check d_ff", r"^(embed|head)/": "check patch_len and d_model"}
 _SIZES = ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
-_LIMITS = {"e_layers": 512}  # far above any Timer: a hostile file must not make us build a million layers
+_LIMITS = {"e_layers": MAX_LAYERS}
 _LIMIT = 1 << 24
 
 

@@ -28,7 +28,10 @@ NESTS = (
     "params",
 )
 MAX_DEPTH = 3
+MAX_KEYS = 50_000  # of a state dict; the largest published one has 2,600
 _MAX_LOOKED_AT = 1000  # dictionaries; an optimiser's state has one for each parameter
+_MAX_TRIED = 10  # of them, that are shown to all families
+_MAX_PREFIX = 8  # parts before every key
 
 # Parts of a key that belong to no model: DistributedDataParallel, torch.compile, FSDP, activation checkpoints.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -60,8 +63,9 @@ def find_state(
     if len(chosen) > 1:
         # A program may put a few tensors (means, scales) beside a state dict.
         largest = max(found, key=lambda path: len(found[path]))
-        chosen = [path for path in found if known(found[path])] or [largest]
-    usual = [path for path in chosen if all(part in NESTS for part in path)]
+        likely = sorted(found, key=lambda path: (not _is_usual(path), -len(found[path])))[:_MAX_TRIED]
+        chosen = [path for path in found if path in likely and known(found[path])] or [largest]
+    usual = [path for path in chosen if _is_usual(path)]
     chosen = usual or chosen
     if len(chosen) > 1:
         names = ", ".join(map(_dotted, chosen[:5])) + (", ..." if len(chosen) > 5 else "")
@@ -69,18 +73,24 @@ def find_state(
     return chosen[0], found[chosen[0]], [path for path in found if path != chosen[0]]
 
 
+def _is_usual(path: tuple[str, ...]) -> bool:
+    return all(part in NESTS for part in path)
+
+
 def _candidates(content: dict[Any, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
     """Every dictionary with tensors, by the keys that lead there."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     level: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), content)]
-    looked_at = 0
+    seen: set[int] = set()  # one dictionary may stand in a file under any number of names
     for _ in range(MAX_DEPTH + 1):
         deeper = []
         for path, value in level:
-            looked_at += 1
+            if id(value) in seen or len(seen) >= _MAX_LOOKED_AT:
+                continue
+            seen.add(id(value))
             if is_state(value):
                 found[path] = value
-            if looked_at < _MAX_LOOKED_AT:
+            if len(value) <= MAX_KEYS:
                 inner = [(key, v) for key, v in value.items() if isinstance(key, str) and isinstance(v, dict)]
                 deeper += [((*path, key), v) for key, v in inner]
         level = deeper[:_MAX_LOOKED_AT]
@@ -105,7 +115,7 @@ def nest_notes(path: tuple[str, ...], aside: list[tuple[str, ...]]) -> list[str]
 def common_prefix(keys: Mapping[str, Any]) -> list[str]:
     """Give the parts with which every key begins, of which none is a whole key."""
     first, *rest = keys
-    shared = first.split(".")[:-1]
+    shared = first.split(".", _MAX_PREFIX)[:-1]
     for key in rest:
         while shared and not key.startswith(".".join(shared) + "."):
             shared.pop()

@@ -47,7 +47,7 @@ def _converted(path: Path, of: str = "") -> tuple[Model, trees.Tree, dict[str, A
         if not of:
             raise
         raise converters.CheckpointError(f"{error}\n  ({of})") from None
-    for note in found[2]["notes"]:  # what had to be assumed; a forecast may be wrong by it
+    for note in found[2]["assumed"]:  # a forecast may be wrong by it
         hub.say(f"{path.name}: {note}")
     return found
 

@@ -16,7 +16,7 @@ from jax._src import compiler
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs would differ for no fault of ours
-settings.register_profile("suite", deadline=None)  # the first example compiles
+settings.register_profile("suite", deadline=None, derandomize=True)  # the first example compiles; CI is no lottery
 settings.load_profile("suite")
 
 
@@ -87,6 +87,35 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", settings_of_run["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# Files that take longest, the longest first: the workers begin with them, so that none is left with a long one when
+# the others have nothing to do. `make test` prints the slowest tests.
+LONGEST = (
+    "models/test_contract.py",
+    "experiments/test_hosts.py",
+    "training/test_sharding.py",
+    "methods/test_pruning.py",
+    "methods/test_fit.py",
+    "training/test_loop.py",
+    "experiments/test_prune_then_finetune.py",
+    "experiments/test_sff.py",
+    "training/test_checkpoints.py",
+    "experiments/test_all_families.py",
+    "methods/test_run.py",
+    "layers/test_masks.py",
+    "models/test_moment_golden.py",
+    "models/test_timesfm_1_golden.py",
+    "models/test_chronos_2_golden.py",
+    "models/test_ttm_golden.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first; the order within a file, and that of the others, stays."""
+    here = Path(__file__).parent
+    rank = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 # With `jax_disable_most_optimizations` these make compiling for CPU five times as fast as the default; alone, that

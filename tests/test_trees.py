@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,9 +36,8 @@ def test_worked_example_of_smoothing():
         "bias": jnp.array([0.03]),
     }
     got = interpolate(pre, rand, 0.7)
-    want = {"weight": 0.29, "scale": 1.28, "shift": 0.07, "bias": -0.271}
-    for name, value in want.items():
-        np.testing.assert_allclose(got[name], [value], rtol=1e-6)
+    want = {"weight": [0.29], "scale": [1.28], "shift": [0.07], "bias": [-0.271]}
+    chex.assert_trees_all_close(got, jax.tree.map(np.float32, want, is_leaf=lambda x: isinstance(x, list)), rtol=1e-6)
 
 
 def test_ends_are_exact_even_for_signed_zeros_and_infinities():
@@ -127,9 +127,8 @@ def test_alpha_tree_that_is_no_prefix_is_refused():
 def test_keeps_dtypes_and_leaves_integers_alone():
     pre = {"w": jnp.ones((3,), jnp.bfloat16), "steps": jnp.array([7])}
     got = interpolate(pre, {"w": jnp.zeros((3,), jnp.bfloat16), "steps": jnp.array([1])}, 0.7)
-    assert got["w"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(got["w"], jnp.full((3,), 0.7, jnp.bfloat16))
-    np.testing.assert_array_equal(got["steps"], [7])
+    want = {"w": jnp.full((3,), 0.7, jnp.bfloat16), "steps": jnp.array([7])}
+    chex.assert_trees_all_equal(got, want, strict=True)
 
 
 def test_keeps_shardings():
@@ -142,10 +141,11 @@ def test_keeps_shardings():
 def test_under_jit_vmap_and_grad():
     pre, rand = tree(0), tree(1)
     jitted = jax.jit(interpolate)(pre, rand, 0.7)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jitted, interpolate(pre, rand, 0.7))
+    chex.assert_trees_all_close(jitted, interpolate(pre, rand, 0.7), rtol=1e-6)
     sweep = jax.vmap(lambda a: interpolate(pre, rand, a))(jnp.array([0.0, 0.5, 1.0]))
-    np.testing.assert_array_equal(sweep["head"]["kernel"][2], pre["head"]["kernel"])
-    np.testing.assert_array_equal(sweep["head"]["kernel"][0], rand["head"]["kernel"])
+    first, _, last = (jax.tree.map(lambda leaf, i=i: leaf[i], sweep) for i in range(3))
+    chex.assert_trees_all_equal(first, rand)
+    chex.assert_trees_all_equal(last, pre)
     slope = jax.grad(lambda a: sum(leaf.sum() for leaf in jax.tree.leaves(interpolate(pre, rand, a))))(0.3)
     want = sum((p - r).sum() for p, r in zip(jax.tree.leaves(pre), jax.tree.leaves(rand), strict=True))
     np.testing.assert_allclose(slope, want, rtol=1e-5)
@@ -161,17 +161,15 @@ def test_lies_between_its_ends(alpha, seed):
 
 def test_siblings():
     a, b = tree(0), tree(1)
-    for x, y, shrunk, wise, mean, moving in zip(
-        *map(
-            jax.tree.leaves,
-            (a, b, shrink_and_perturb(a, b, 0.4, 0.1), wise_ft(a, b, 0.2), soup([a, b, b]), ema(a, b, 0.9)),
-        ),
-        strict=True,
-    ):
-        np.testing.assert_allclose(shrunk, 0.4 * x + 0.1 * y, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(wise, 0.2 * y + 0.8 * x, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(mean, (x + 2 * y) / 3, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(moving, 0.9 * x + 0.1 * y, rtol=1e-5, atol=1e-6)
+
+    def check(got, of_a, of_b):
+        want = jax.tree.map(lambda x, y: of_a * x + of_b * y, a, b)
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+    check(shrink_and_perturb(a, b, 0.4, 0.1), 0.4, 0.1)
+    check(wise_ft(a, b, 0.2), 0.8, 0.2)
+    check(soup([a, b, b]), 1 / 3, 2 / 3)
+    check(ema(a, b, 0.9), 0.9, 0.1)
     with pytest.raises(ValueError, match="at least one"):
         soup([])
 

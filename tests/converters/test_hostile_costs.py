@@ -11,10 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from handmade_files import dict_of, integer, name, pickled, storage, text, torch_legacy, torch_zip, tuple_of
+from handmade_files import (
+    dict_of,
+    integer,
+    name,
+    pickled,
+    storage,
+    text,
+    timer_state,
+    torch_legacy,
+    torch_zip,
+    tuple_of,
+)
 
 from converters import CheckpointError, import_checkpoint, pickles, torch_files
-from converters.torch_files import read_safetensors, read_torch
+from converters.torch_files import read_safetensors, read_torch, write_torch
 
 
 def refused(file: Path, match: str) -> None:
@@ -174,6 +185,41 @@ VERSIONS = {
 def test_versions_that_are_none(tmp_path, case):
     parts = [MAGIC, VERSIONS[case], b"}"]
     refused(put(tmp_path, b"".join(map(pickled, parts))), "of the old torch format is unknown")
+
+
+@pytest.mark.parametrize("per_layer", [1, 3], ids=["one of each layer", "three of each layer"])
+@pytest.mark.parametrize("first", ["whole", "alike"])
+def test_a_name_for_each_of_many_layers_builds_none(tmp_path, per_layer, first):
+    """400 kB that would have a model of 500 layers built, half a minute."""
+    state = timer_state()
+    layer = {key: value for key, value in state.items() if ".attn_layers.0." in key}
+    few = list(layer)[:per_layer]
+    rest = {key: value for key, value in state.items() if key not in layer}
+    deep = {key.replace(".0.", f".{i}."): layer[key] for i in range(100) for key in few}
+    write_torch(tmp_path / "bad.pth", rest | deep | (layer if first == "whole" else {}))
+    refused(tmp_path / "bad.pth", "'decoder.attn_layers' has 100 layers, of which .* most of the model is missing")
+
+
+LONG_KEY = "a." * 100_000 + "x"
+KEYS = {
+    "a key of many parts": dict_of((LONG_KEY, REBUILD + SCALAR + b"R")),
+    "and a short one": dict_of((LONG_KEY, REBUILD + SCALAR + b"R"), ("b", b"N")),
+    "many beginnings": dict_of(("a", REBUILD + SCALAR + b"Rq\0"), *[(f"{i}.b", b"h\0") for i in range(49_000)]),
+    "one dictionary under many names": b"}("
+    + text("first")
+    + dict_of(("a", REBUILD + SCALAR + b"Rq\0"), *[(f"{i}.b", b"h\0") for i in range(5000)])
+    + b"q\1"
+    + b"".join(text(f"n{i}") + b"h\1" for i in range(5000))
+    + b"u",
+    "too many": dict_of(("a", REBUILD + SCALAR + b"Rq\0"), *[(f"{i}.b", b"h\0") for i in range(60_000)]),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_keys_that_are_long_or_many(tmp_path, case):
+    refused(
+        torch_zip(tmp_path / "bad.ckpt", pickled(KEYS[case]), {"0": bytes(4)}), "no known model|more than any known"
+    )
 
 
 # --- storages

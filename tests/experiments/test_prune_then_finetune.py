@@ -279,6 +279,25 @@ def test_summary_pairs_each_arm_with_the_same_seed_of_the_whole_model():
     assert np.isnan(found.loc["zero_shot", "test_mse_std"])
 
 
+def test_the_verdict_counts_naive_forecasts_and_says_what_is_equal():
+    row = {"alpha": None, "val_mse": 1.0, "test_mse": 1.1, "test_mse_std": np.nan, "vs_zero_shot": np.nan}
+    row |= {"vs_whole": np.nan, "ratio": np.nan, "ema": np.nan}
+    cut = row | {"method": "pruned", "ratio": 0.2, "ema": 0.5, "val_mse": 1.05, "vs_zero_shot": 2.0, "vs_whole": 2.0}
+    summary = pd.DataFrame([row | {"method": "zero_shot"}, cut])
+    plain = pruning_report.verdict(summary)
+    assert plain.startswith("Lowest validation MSE: zero-shot; its test MSE is 1.1000. Neither pruning nor tuning beat")
+    naive = [{"method": "seasonal_naive", "val_mse": 0.9, "test_mse": 0.8}]
+    said = pruning_report.verdict(summary, naive)
+    assert said.startswith(
+        "Lowest validation MSE: seasonal naive (0.9000), which needs no model; its test MSE is 0.8000"
+    )
+    blocks = {("zero_shot", None, None, None): np.array([1.0, 2.0, 3.0])}
+    equal = blocks | {("pruned", None, 0.2, 0.5): np.array([1.4, 1.9, 2.9])}
+    assert "pruned 0.2 (EMA 0.5) and the checkpoint are equal there" in pruning_report.verdict(summary, (), equal)
+    worse = blocks | {("pruned", None, 0.2, 0.5): np.array([1.4, 2.41, 3.4])}
+    assert "equal" not in pruning_report.verdict(summary, (), worse)
+
+
 @pytest.mark.parametrize(
     "arm, text",
     [

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import ltsm_jax
-from experiments import cells, report, sff
+from experiments import cells, flags, report, sff
 from experiments.flags import UsageError
 from ltsm_jax import training, trees
 from ltsm_jax.methods import run
@@ -233,8 +233,21 @@ def test_defaults_are_the_models_recipe(micro, waves):
         recipe.epochs,
         recipe.schedule,
     )
-    assert (c.settings["context"], c.settings["horizon"], c.mode) == (32, 8, "ims")
+    assert (c.settings["context"], c.settings["horizon"], c.task.mode) == (32, 8, "ims")
     assert len(sff.cells_of(c.options)) == 18 and c.folder.name == "sff-waves-micro"
+
+
+@pytest.mark.parametrize(
+    "asked", [("--horizon", "40"), ("--context", "300"), ("--context", "30"), ("--horizon", "9", "--mode", "direct")]
+)
+def test_the_advice_of_a_refusal_works(micro, waves, asked):
+    words = ["--data", str(waves), "--model", str(micro)]
+    with pytest.raises(flags.UsageError) as caught:
+        sff.resolve(sff.parse([*words, *asked]))
+    advice = flags.in_flags(str(caught.value)).split("What fits: ")[1].replace(",", "").split()
+    rest = [word for pair in zip(asked[::2], asked[1::2]) if pair[0] not in advice for word in pair]
+    c = sff.resolve(sff.parse([*words, *rest, *advice]))
+    assert c.splits.train.n and c.splits.val.n and c.splits.test.n
 
 
 def test_a_benchmark_with_a_repeated_stamp_is_used_as_published(micro, tmp_path, monkeypatch):

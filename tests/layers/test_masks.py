@@ -1,5 +1,6 @@
 """Masks from outside: a masked model is the model with masked weights, in every family."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def test_a_masked_model_is_the_model_with_masked_weights(name):
         with nn.intercept_methods(lambda function, args, kwargs, _: function(*args, **kwargs)):
             return model.loss(merge(params, masks), batch), under
 
-    jax.tree.map(np.testing.assert_array_equal, merge(params, ones), params)
+    chex.assert_trees_all_equal(merge(params, ones), params)
     whole, under = losses(params, ones)
     np.testing.assert_array_equal(under, whole)
     merged, under = losses(params, at_random(ones))

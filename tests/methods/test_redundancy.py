@@ -9,6 +9,9 @@ from ltsm_jax.data.windows import windows_between
 from ltsm_jax.methods import redundancy
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.timer import Timer, TimerConfig
+from ltsm_jax.sharding import Placement
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,11 @@ def test_every_family_is_measured_where_it_can_be_pruned(family):
     windows = windows_between(
         np.zeros((3, length)), 0, length, model.context_len, model.horizon, joint=model.variates == "joint"
     )
-    sums = jax.eval_shape(lambda p, w: redundancy._sums(model, mode, p, w.gather(jnp.arange(2)), None), params, windows)
+
+    def sums_of(p, w):
+        return redundancy._sums(model, mode, p, w.gather(jnp.arange(2)), Placement())
+
+    sums = jax.eval_shape(sums_of, params, windows)
     assert {g.kind for g in model.prunable} - {"experts"} <= {
         "heads" if "sparse" in s else "ffn units" for s in sums.values()
     }

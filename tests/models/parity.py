@@ -55,12 +55,14 @@ def recorded_gradients(vectors, model, prefix="grad/", name="grads.npz"):
 
 
 def check_gradients(loss, params, want, *, rel=1e-3, floor=1e-6, only=None):
-    """d loss / d params against recorded gradients, see `check_gradient`."""
-    got = trees.flatten(jax.jit(jax.grad(loss))(params))
+    """Compare d loss / d params with recorded gradients, see `check_gradient`, and return the loss."""
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    got = trees.flatten(gradients)
     assert got.keys() == want.keys(), "of every parameter"
     for path, leaf in want.items():
         if only is None or re.search(only, path):
             check_gradient(got[path], leaf, path, rel=rel, floor=floor)
+    return value
 
 
 def check_gradient(got, want, path, *, rel=1e-3, floor=1e-6):

@@ -146,7 +146,7 @@ def test_without_a_config_the_sizes_must_be_published_ones(params, tmp_path):
 
 
 @pytest.mark.parametrize("name, value, said", [
-    ("num_layers", 10**9, "num_layers: not an integer from 1 to 512"),
+    ("num_layers", 10**9, "num_layers: not an integer from 1 to 128"),
     ("num_heads", 4, "num_heads: the config says 4, the weights 2"),
     ("model_dims", "16", "model_dims: not an integer"),
     ("quantiles", [0.1, 0.5], "outputs: the config says 48, the weights 160"),

@@ -183,7 +183,7 @@ def nested(fields, path, value):
 
 
 @pytest.mark.parametrize("path, value, said", [
-    ("stacked_transformers num_layers", 10**9, "num_layers: not an integer from 1 to 512"),
+    ("stacked_transformers num_layers", 10**9, "num_layers: not an integer from 1 to 128"),
     ("stacked_transformers transformer num_heads", 4, "num_heads: the config says 4, the weights 2"),
     ("stacked_transformers transformer use_bias", True, "use_bias: TimesFM 2.5 has False here"),
     ("stacked_transformers transformer", 3, "transformer: not an object"),
