@@ -20,11 +20,10 @@ import numpy as np
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import checkpoints, compiling, memory, optimizers, progress, step
+from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, progress, step
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
-HUGE = 1e6  # beyond any scaled series; one such value swamps all others in a float32 sum of squares
 MOST_OF_ALL = 2**31 - 1  # steps of a run: they are counted in 32 bits
 DISPATCH_SECONDS = 0.5  # long enough to hide Python, short enough for a live progress bar
 
@@ -434,34 +433,15 @@ class _Fitting:
         loss, grads = step.gradients_of(
             self.state["params"], self.frozen, placed, key, self.loss_fn, self.penalty, self.how
         )
+        params = trees.merge(self.state["params"], self.frozen)
+        describe = getattr(self.source, "describe", lambda window: {"window": window})
         lines = [
             f"loss {float(loss)} at step {self.position.step + 1} "
-            f"(epoch {epoch + 1}, batch {place + 1} of {self.steps_per_epoch})"
+            f"(epoch {epoch + 1}, batch {place + 1} of {self.steps_per_epoch})",
+            diagnosis.of_tree("parameters", params),
+            diagnosis.of_tree("gradients", grads),
+            *diagnosis.of_batch(batch, indices, weight, describe),
         ]
-        for what, tree in (("parameters", trees.merge(self.state["params"], self.frozen)), ("gradients", grads)):
-            flat = trees.flatten(tree)
-            bad = [path for path, leaf in flat.items() if not bool(jnp.isfinite(leaf).all())]
-            names = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-            lines.append(f"  {what}: " + (f"not finite in {len(bad)} of {len(flat)}: {names}" if bad else "all finite"))
-        real = np.flatnonzero(np.asarray(weight) > 0)
-        suspects, largest = [], 0.0
-        for name, values in batch.items():
-            size = np.abs(np.asarray(values, np.float64)[real]).reshape(len(real), -1)
-            top = np.where(np.isfinite(size).all(1), size.max(1), np.inf)
-            largest = max(largest, float(np.max(top[np.isfinite(top)], initial=0)))
-            for i in np.flatnonzero(top > HUGE):
-                window = int(indices[real[i]])
-                where = self.source.describe(window) if hasattr(self.source, "describe") else {"window": window}
-                what = f"{name} is not finite" if np.isinf(top[i]) else f"{name} reaches {top[i]:.3g}"
-                suspects.append(f"    {what}: " + ", ".join(f"{k} {v}" for k, v in where.items() if v is not None))
-        if suspects:
-            lines.append(f"  suspect windows of this batch ({len(suspects)} of {len(real)}):")
-            lines += suspects[:5] + (["    ..."] if len(suspects) > 5 else [])
-        else:
-            lines.append(
-                f"  the {len(real)} windows of this batch are finite, no value is beyond {largest:.3g}: "
-                "a smaller lr, or clip, may help"
-            )
         return "\n".join(lines)
 
 
