@@ -141,7 +141,7 @@ def resolve(options: Options) -> Comparison:
         attempt(_try_batch, model, params, splits, task)
     if splits is None or len(problems) > found:
         problems.append(binding.what_fits(model, params, series, horizon, usual_borders=True))
-    if problems:
+    if splits is None or problems:
         raise UsageError("\n".join(problems))
     settings = {
         "data": series.name,
