@@ -230,7 +230,9 @@ def test_params_of_another_model_are_told(folder, tmp_path, params):
     other = ltsm_jax.save(tmp_path / "other", MODEL, jax.tree.map(lambda x: x + 1, params))
     shutil.rmtree(folder / folders.PARAMS)
     shutil.copytree(other / folders.PARAMS, folder / folders.PARAMS)
-    with pytest.raises(storage.DamagedError, match=r"params/digests.json: the bytes differ"):
+    with pytest.raises(
+        storage.DamagedError, match=r"params/digests.json: (the bytes differ|\d+ bytes, \d+ were saved)"
+    ):
         ltsm_jax.load(folder)
 
 

@@ -67,7 +67,7 @@ def test_the_advice_for_an_unknown_frequency_works_through_the_public_calls(freq
     found = ltsm_jax.forecast(model, params, table, 4, freq="oov")
     assert np.isfinite(found[["a", "b", "c"]].to_numpy()).all()
     if freq:
-        assert list(found["timestamp"]) == list(pd.date_range("2024-01-01", periods=4, freq=freq))
+        assert list(found["date"]) == list(pd.date_range("2024-01-01", periods=4, freq=freq))
 
     # `fit` reads in the same way.
     series = data.read_series(table, freq="oov")
@@ -107,7 +107,7 @@ def test_the_advice_for_a_frequency_without_a_token_can_be_followed():
     with pytest.raises(ValueError, match="none for 'M'. With freq='oov'"):
         ltsm_jax.forecast(model, params, table, 2)
     got = ltsm_jax.forecast(model, params, table, 2, freq="oov")
-    assert [str(stamp)[:10] for stamp in got["timestamp"]] == ["2023-05-31", "2023-06-30"]
+    assert [str(stamp)[:10] for stamp in got["date"]] == ["2023-05-31", "2023-06-30"]
 
 
 def test_another_number_of_channels_draws_their_mixers_anew_and_nothing_else():
