@@ -108,7 +108,8 @@ class Fitted:
 
     def __str__(self) -> str:
         before, after = self.zero_shot["mse"], self.tuned["mse"]
-        change = f"{100 * (after / before - 1):+.2f} %; " if before > 0 else ""
+        # A share of an error that is printed as 0.0000 says nothing.
+        change = f"{100 * (after / before - 1):+.2f} %; " if before >= 5e-5 else ""
         low, high = self.interval
         sure = "" if np.isnan(low) else f", 95 % in {low:+.4f} .. {high:+.4f}"
         naive = [f"{name} {scores['mse']:.4f}" for name, scores in self.naive.items()]

@@ -748,8 +748,11 @@ class _Reader:
             if bad[c].all():
                 self.problems.append(f"column {name}: not one finite value")
             elif self.how.missing == "error" or (infinite.any() and not interpolate):
+                # Infinite cells are no holes: "keep" refuses them too.
+                kept = "" if infinite.any() else "missing='keep' leaves them empty, "
                 self.problems.append(
-                    f"column {name}: {'; '.join(what)}; missing='interpolate' fills them, or clean the column{ends}"
+                    f"column {name}: {'; '.join(what)}; missing='interpolate' fills them, {kept}or clean the "
+                    f"column{ends}"
                 )
             elif interpolate and tail > max(_longest_gap(bad[c]), 1) and tail > _tail(bad.all(axis=0)):
                 self.problems.append(
