@@ -1,6 +1,7 @@
 """A problem that trains in a second; also a program, for a test to kill: `small_problem.py NAME FOLDER`."""
 
 import dataclasses
+import signal
 import sys
 
 import jax
@@ -93,4 +94,6 @@ def main(name, folder):
 
 
 if __name__ == "__main__":
+    # A process started in the background of a shell is born deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(*sys.argv[1:])

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import random
@@ -172,7 +171,6 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(process):
@@ -196,9 +194,12 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
             process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=300)[1]
         if process.returncode:
-            landed += 1
             assert process.returncode == -signal.SIGINT, errors  # as Python ends for an uncaught KeyboardInterrupt
-            assert "KeyboardInterrupt: stopped by Ctrl-C after step" in errors
+            over = (folder / "metrics.jsonl").read_bytes() == expected
+            if errors or not over:  # else it came while the interpreter was leaving
+                landed += 1
+                # After a step, or between two batches of a validation, which is made up for when the run goes on.
+                assert "KeyboardInterrupt: stopped by Ctrl-C" in errors
         finish(start(folder))
         assert (folder / "metrics.jsonl").read_bytes() == expected
     assert landed > 3
