@@ -152,7 +152,7 @@ def _shapes(model: Model, path: Path) -> trees.Tree:
 
 
 def _said(error: Exception) -> str:
-    """What an error says, in a line; its class where that is not ours."""
+    """Put an error into one line, with its class where that is not ours."""
     text = " ".join(str(error).split())[:500]
     return text if type(error) is ValueError else f"{type(error).__name__} {text}"
 

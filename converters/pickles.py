@@ -49,7 +49,7 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass
 class Budget:
-    """What the pickles of one file may still cost, all together: steps (time) and bytes (memory)."""
+    """Budget that all pickles of one file share: steps (time) and bytes (memory)."""
 
     steps: int
     memory: int

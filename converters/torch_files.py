@@ -253,7 +253,7 @@ def _zip64(extra: bytes, sizes: list[int]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Listed:
-    """What the list of entries of a zip file says about one of them."""
+    """Entry of a zip file, as its directory lists it."""
 
     name: str
     raw: bytes  # the name as it stands

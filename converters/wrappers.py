@@ -1,4 +1,4 @@
-"""What programs put around a state dict: dictionaries in dictionaries, and names before each key.
+"""Unwrap a state dict: programs put dictionaries around it, and names before each key.
 
 One rule for all families. The state dict is the dictionary, at most `MAX_DEPTH` deep, that holds tensors under text.
 Where several do, those under the usual names (`NESTS`) go before others, and those that some family knows before those
@@ -139,7 +139,7 @@ def without_wrappers(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             parts = [*parts[:start], *(part for part in parts[start:-1] if part not in WRAPPERS), parts[-1]]
         bare = ".".join(parts)
         if bare in clean:
-            raise ValueError(f"the key {quoted(bare)} stands there twice, with and without {', '.join(sorted(taken))}")
+            raise ValueError(f"duplicate key {quoted(bare)}, with and without {', '.join(sorted(taken))}")
         clean[bare] = value
     if not taken:
         return state, []

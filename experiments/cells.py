@@ -26,7 +26,7 @@ from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding, run
+from ltsm_jax.methods import binding, checks, run
 from ltsm_jax.methods.strategies import Strategy, start_params
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
@@ -404,16 +404,9 @@ def keep(
 
 
 def val_blocks(shown: tuple[Model, Any], windows: Windows) -> list[float]:
-    """Validation MSE in blocks of `horizon` consecutive starts, all variates together: what two arms are compared by.
-
-    Neighbouring windows share most of their targets and are no independent draws; see `checks.paired_difference`.
-    """
+    """Validation MSE by blocks, which two arms are compared by; see `checks.block_means`."""
     errors = forecasting.errors(*shown, windows)
-    starts_N = np.asarray(windows.starts)
-    block_N = (starts_N - starts_N.min()) // windows.horizon
-    steps = np.bincount(block_N, errors.steps.sum(axis=1))
-    sums = np.bincount(block_N, errors.squared.sum(axis=1))
-    return (sums[steps > 0] / steps[steps > 0]).tolist()
+    return checks.block_means(errors.squared.sum(axis=1), errors.steps.sum(axis=1), windows).tolist()
 
 
 def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:

@@ -103,7 +103,7 @@ def _items(kind: Callable[[str], Any], text: str) -> tuple[Any, ...]:
             what = "a whole number" if kind is int else "a number"
             raise ValueError(f"{FLAG}: {item!r} is not {what}") from None
     if len(set(values)) < len(values):
-        raise ValueError(f"{FLAG} {text!r}: an item stands there twice")
+        raise ValueError(f"{FLAG} {text!r}: duplicate item")
     return tuple(values)
 
 

@@ -56,7 +56,7 @@ Kept = Literal["tuned", "zero_shot"]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Fitted:
-    """What `fit` returns; print it.
+    """Result of `fit`; print it.
 
     Attributes:
       params: the weights to use: the tuned ones, or the ones before where tuning lost (`kept` says which).

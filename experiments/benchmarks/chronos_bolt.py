@@ -123,7 +123,7 @@ def torch_side(windows: int, rows: int, repeats: int) -> dict[str, dict[str, lis
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     program: ClassVar[str] = "experiments.benchmarks.chronos_bolt"
     windows: Annotated[int, flags.whole(1)] = 64

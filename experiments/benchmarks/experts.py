@@ -39,7 +39,7 @@ def compiled(form):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     program: ClassVar[str] = "experiments.benchmarks.experts"
     tokens: tuple[int, ...] = (64, 512, 4096)

@@ -92,7 +92,7 @@ def main() -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        """What is measured."""
+        """Options of the measurement."""
 
         program: ClassVar[str] = "experiments.benchmarks.first_forecast"
         families: Annotated[tuple[str, ...], flags.names(tuple(FAMILIES), unset="all")] = ()

@@ -56,7 +56,7 @@ def overhead(model, params, windows, epochs: int) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     program: ClassVar[str] = "experiments.benchmarks.loop"
     data: Annotated[str, flags.text("DATA")] = "ETTh1"

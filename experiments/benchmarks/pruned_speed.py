@@ -102,7 +102,7 @@ def outer(rounds: int, dead: float) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     program: ClassVar[str] = "experiments.benchmarks.pruned_speed"
     rounds: Annotated[int, flags.whole(1)] = 9

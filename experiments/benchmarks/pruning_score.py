@@ -38,7 +38,7 @@ from ltsm_jax.training import adam
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     program: ClassVar[str] = "experiments.benchmarks.pruning_score"
     model: Annotated[str, flags.text("NAME")] = "Timer_forecast_1.0"

@@ -82,7 +82,7 @@ def torch_steps(batch: int, steps: int) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     program: ClassVar[str] = "experiments.benchmarks.train_step"
     batch: Annotated[int, flags.whole(1)] = 64

@@ -25,7 +25,7 @@ FORECASTING = Forecasting()
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run of a strategy gave.
+    """Result of a run of a strategy.
 
     Attributes:
       params: the weights that validated best in the last phase (the start where there is no phase).

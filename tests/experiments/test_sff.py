@@ -278,7 +278,7 @@ def test_flags_for_memory_reach_training_and_the_folder(micro, waves):
     [
         (["--methods", "ff,sfff"], ["unknown 'sfff' (did you mean sff?)", "known: zero_shot, ff, tfs, sff"]),
         (["--methods", "ff,,lp"], ["an empty item"]),
-        (["--methods", "ff,ff"], ["stands there twice"]),
+        (["--methods", "ff,ff"], ["duplicate item"]),
         (["--alpha", "0.5,1.5"], ["--alpha must be between 0 and 1", "1.5"]),
         (["--alpha", "nan"], ["--alpha must be between 0 and 1"]),
         (["--alpha", "0.5", "--methods", "ff,lp"], ["neither is among --methods"]),
