@@ -445,7 +445,7 @@ def _parts(cells: Any) -> tuple[Any, np.ndarray] | None:
     hour = np.where(twelve, hour % 12 + 12 * (half == "P").to_numpy(), hour)
     into = np.nan_to_num(hour) * HOUR + minute * 60e6 + second * 1e6 + part
     into = into.astype(np.int64).astype("timedelta64[us]")
-    into[wrong] = np.timedelta64("NaT")
+    into[wrong] = np.timedelta64("NaT", "us")
     return found["date"].str.strip().str.rstrip(","), into
 
 
@@ -473,7 +473,7 @@ def _readings(cells: Any) -> list[Reading]:
 
     found = []
     for reading in _layouts([tokens[i] for i in like], bare=parts is None):
-        stamps = np.full(len(kinds), np.datetime64("NaT"), "datetime64[us]")
+        stamps = np.full(len(kinds), NAT, "datetime64[us]")
         stamps[like] = reading.stamps
         reading.stamps = stamps[codes] + into
         reading.layout = reading.layout and weekday + reading.layout
@@ -634,7 +634,7 @@ def _compact(words: list[list[str]], bare: bool) -> Iterator[Reading]:
         for role, most, length in (("H", 24, HOUR), ("M", 59, HOUR // 60), ("S", 59, 10**6)):
             if role in parts:
                 stamps = stamps + (parts[role] * length).astype("timedelta64[us]")
-                stamps[parts[role] > most] = np.datetime64("NaT")
+                stamps[parts[role] > most] = NAT
         yield Reading(stamps, "".join(f"%{role}" for role in roles), rank, note)
     size = len(texts[0])
     if bare and size in EPOCHS:
@@ -672,5 +672,5 @@ def _lettered(words: list[list[str]], shape: tuple[str, ...], letters: list[int]
     good = (count >= 1) & (count <= 4) if letter == "Q" else np.ones(len(words), bool)
     month = (count - 1) * 3 + 1 if letter == "Q" else count
     stamps, _ = _dates({"Y": year, "m": month})
-    stamps[~good] = np.datetime64("NaT")
+    stamps[~good] = NAT
     yield Reading(stamps)

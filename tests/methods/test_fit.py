@@ -228,7 +228,7 @@ def test_a_folder_belongs_to_one_model_and_one_table(model, pre, splits, series,
 
 def months(rows=144):
     t = np.arange(rows)
-    stamps = np.arange(np.datetime64("2010-01", "M"), np.datetime64("2010-01", "M") + rows).astype("datetime64[us]")
+    stamps = (np.datetime64("2010-01") + t.astype("timedelta64[M]")).astype("datetime64[us]")
     values = 100 + t / 10 + 10 * np.sin(2 * np.pi * t / 12) + np.random.default_rng(0).normal(size=rows)
     return Series("monthly", values[None], ("y",), stamps, "MS")
 
