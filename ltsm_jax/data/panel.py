@@ -1,0 +1,173 @@
+"""`Panel`: N items with C targets each, on grids of their own, with covariates.
+
+Items lie one after the other in one ragged array, so that a hundred thousand of them are a few
+arrays and no window has to be copied: item i holds the rows `bounds[i]:bounds[i + 1]`.
+
+Shapes: N items, C targets, R rows of all items together, K covariates, F rows of the known future.
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+
+from ltsm_jax.data.series import DataError, Series
+from ltsm_jax.frequency import following, microseconds, on_wall, season_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Panel:
+    """N items, each on a regular grid of one step; see the module docstring.
+
+    The last row of an item holds an observed target: what comes after it is the future.
+
+    Attributes:
+      name: what reports call the table.
+      ids: [N] the items' names, as they came in. A table without ids is one item.
+      columns: name of each target.
+      values: [C, R] float64, data units, NaN = missing.
+      bounds: [N + 1] int64, first row of each item, and R.
+      first: [N] datetime64[us], the stamp of each item's first row (UTC where there is a zone), or
+        None when the source has none.
+      freq: canonical step of all items, or None where it is not known.
+      tz: zone that the stamps came in, or None.
+      id_name, time_name: names of these columns; None where the table has none.
+      past: names of the covariates that are known up to the last target. past_values: [K, R].
+      known: names of those that are known ahead. known_values: [K, R]. future_values: [K, N, F],
+        the F rows after each item's last, NaN where nothing is known.
+      static: one row per item, in the order of `ids`: numbers and categories; None: there are none.
+      notes: what was done to the data or found about them, one line each, for reports.
+    """
+
+    name: str
+    ids: np.ndarray
+    columns: tuple[str, ...]
+    values: np.ndarray
+    bounds: np.ndarray
+    first: np.ndarray | None = None
+    freq: str | None = None
+    tz: str | None = None
+    id_name: str | None = None
+    time_name: str | None = None
+    past: tuple[str, ...] = ()
+    past_values: np.ndarray | None = None
+    known: tuple[str, ...] = ()
+    known_values: np.ndarray | None = None
+    future_values: np.ndarray | None = None
+    static: pd.DataFrame | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        n, rows = len(self.ids), self.values.shape[-1]
+        if self.values.ndim != 2 or len(self.columns) != len(self.values):
+            raise DataError(f"values of shape {self.values.shape} need [C, R] and {len(self.columns)} names of targets")
+        if self.bounds.shape != (n + 1,) or self.bounds[0] != 0 or self.bounds[-1] != rows:
+            raise DataError(f"{n} items of {rows} rows need {n + 1} bounds from 0 to {rows}")
+        if n < 1 or (np.diff(self.bounds) < 1).any():
+            raise DataError("a panel has at least one item, and every item at least one row")
+        for names, values in ((self.past, self.past_values), (self.known, self.known_values)):
+            if names and (values is None or values.shape != (len(names), rows)):
+                raise DataError(f"{len(names)} covariates ({', '.join(names)}) need values of [{len(names)}, {rows}]")
+
+    @property
+    def n_items(self) -> int:
+        """N."""
+        return len(self.ids)
+
+    @property
+    def n_variates(self) -> int:
+        """C."""
+        return len(self.values)
+
+    @property
+    def n_rows(self) -> int:
+        """R, of all items together."""
+        return self.values.shape[1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Rows of each item [N]."""
+        return np.diff(self.bounds)
+
+    @property
+    def season(self) -> int:
+        """Rows in the main season (`season_of`); 1 where the step is not known."""
+        return season_of(self.freq) if self.freq else 1
+
+    @classmethod
+    def of(cls, series: Series) -> "Panel":
+        """A series as a panel of one item without id."""
+        return cls(
+            name=series.name,
+            ids=np.array([series.name], object),
+            columns=series.columns,
+            values=series.values,
+            bounds=np.array([0, series.n_rows]),
+            first=None if series.timestamps is None else series.timestamps[:1],
+            freq=series.freq,
+            tz=series.tz,
+            time_name=series.time_name,
+            notes=series.notes,
+        )
+
+    def item(self, i: int) -> Series:
+        """Item number i as a `Series` of its targets."""
+        lo, hi = self.bounds[i : i + 2]
+        stamps = None
+        if self.first is not None and self.freq is not None:
+            later = following(self.first[i : i + 1], int(hi - lo) - 1, self.freq, self.tz)
+            stamps = np.concatenate([self.first[i : i + 1], later])
+        return Series(
+            str(self.ids[i]),
+            self.values[:, lo:hi],
+            self.columns,
+            stamps,
+            self.freq,
+            tz=self.tz,
+            time_name=self.time_name,
+        )
+
+    def take(self, items: np.ndarray) -> "Panel":
+        """The items numbered `items`, in that order, as a panel of their own."""
+        every = np.arange(self.n_rows)
+        rows = np.concatenate([every[self.bounds[i] : self.bounds[i + 1]] for i in items])
+
+        def cut(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[:, rows]
+
+        return dataclasses.replace(
+            self,
+            ids=self.ids[items],
+            values=self.values[:, rows],
+            bounds=np.concatenate([[0], np.cumsum(self.lengths[items])]),
+            first=None if self.first is None else self.first[items],
+            past_values=cut(self.past_values),
+            known_values=cut(self.known_values),
+            future_values=None if self.future_values is None else self.future_values[:, items],
+            static=None if self.static is None else self.static.iloc[items].reset_index(drop=True),
+        )
+
+    def contexts(self, items: np.ndarray, length: int, values: np.ndarray | None = None) -> np.ndarray:
+        """The last `length` rows of `items` [M] as [M, C, length]; NaN in front of shorter ones.
+
+        values: [K, R] to cut instead of the targets, such as `past_values`.
+        """
+        source = self.values if values is None else values
+        at = self.bounds[np.asarray(items) + 1][:, None] - length + np.arange(length)
+        inside = at >= self.bounds[items][:, None]
+        found = source[:, np.where(inside, at, 0)]
+        return np.where(inside, found, np.nan).swapaxes(0, 1)
+
+    def stamps_after(self, n: int) -> np.ndarray | None:
+        """The `n` stamps [N, n] that follow each item's last; None where stamps or step are not known."""
+        if self.first is None or self.freq is None:
+            return None
+        length = microseconds(self.freq)
+        if length is not None and not (self.tz and on_wall(self.freq)):
+            steps = (self.lengths - 1)[:, None] + np.arange(1, n + 1)
+            return self.first[:, None] + (steps * length).astype("timedelta64[us]")
+        found = [
+            following(self.first[i : i + 1], int(rows) - 1 + n, self.freq, self.tz)[-n:]
+            for i, rows in enumerate(self.lengths)
+        ]
+        return np.array(found)
