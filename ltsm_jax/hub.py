@@ -347,9 +347,9 @@ def require_licence(repo: str, licence: str | None, accept: bool = False) -> Non
         return
     if not accept:
         raise LicenceError(
-            f"the weights of {repo} are under {licence}: NON-COMMERCIAL USE ONLY. Read it at {endpoint()}/{repo}; to "
-            f"accept it, once: ltsm_jax.load({repo!r}, accept_license=True), or --accept-license with the ltsm command, or "
-            f"{ACCEPT}={short} in the environment"
+            f"the weights of {repo} are under {licence}: NON-COMMERCIAL USE ONLY. Read it at "
+            f"{endpoint()}/{repo}; to accept it, once: ltsm_jax.load({repo!r}, accept_license=True), "
+            f"or --accept-license with the ltsm command, or {ACCEPT}={short} in the environment"
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
