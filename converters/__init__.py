@@ -56,6 +56,7 @@ def import_checkpoint(
     config: str | Path | Mapping[str, Any] | None = None,
     allow_cast: bool = False,
     overwrite: bool = False,
+    accept_license: bool = False,
 ) -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
     """An original checkpoint file as a model of this library.
 
@@ -67,6 +68,7 @@ def import_checkpoint(
         config.json beside the file, then `hyper_parameters` in the file, then what the shapes say.
       allow_cast: round float64 and integer tensors to float32 instead of refusing them.
       overwrite: replace a folder at `dst`.
+      accept_license: accept the licence of weights from the hub that forbids commercial use, see `ltsm_jax.load`.
     Returns: (model, params, provenance, buffers): params as jax arrays in float32, provenance as JSON types, buffers
       (tensors that are not learned) as numpy arrays under the original's key.
     Raises: CheckpointError for a file that is damaged, hostile or does not fit; FileExistsError; for a hub name also
@@ -74,7 +76,7 @@ def import_checkpoint(
     """
     if dst is not None:
         folders.require_free(dst, overwrite)
-    path, fetched = _on_disk(src)
+    path, fetched = _on_disk(src, accept_license)
     if dst is not None and _is_in(path, storage.user_path(dst)):
         raise FileExistsError(f"{path} lies in {dst}, which would be replaced; choose another folder")
     original = originals.read(path)
@@ -390,7 +392,12 @@ def _merged(told: Mapping[str, Any], meant: Mapping[str, Any], now: Mapping[str,
     return out
 
 
-def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = None) -> dict[str, Any]:
+def inspect(
+    src: str | Path,
+    *,
+    config: str | Path | Mapping[str, Any] | None = None,
+    accept_license: bool = False,
+) -> dict[str, Any]:
     """What a checkpoint, model folder or hub name is: family, config, parameter count, dropped keys, dtype, sha256, ...
 
     Raises: as `import_checkpoint`; a file that can't be imported can't be described either.
@@ -400,7 +407,9 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
         model, params = folders.load_folder(folder)
         provenance = folders.read_config(folder)[1]["provenance"]
     else:
-        model, params, provenance, _ = import_checkpoint(src, config=config, allow_cast=True)
+        model, params, provenance, _ = import_checkpoint(
+            src, config=config, allow_cast=True, accept_license=accept_license
+        )
     return {
         "family": model.family,
         "config": model.config_to_dict(),
@@ -410,14 +419,14 @@ def inspect(src: str | Path, *, config: str | Path | Mapping[str, Any] | None = 
     }
 
 
-def _on_disk(src: str | Path) -> tuple[Path, dict[str, Any]]:
+def _on_disk(src: str | Path, accept_license: bool) -> tuple[Path, dict[str, Any]]:
     """Path of an original, fetched from the hub where nothing here is called so, and what to say of its origin."""
     path = folders.local(src)
     name = hub.parse(str(src)) if path is None else None
     if name is None:
         return path or storage.user_path(src), {}
     found = hub.find(name, converted=False)
-    file, facts = hub.download(found)
+    file, facts = hub.download(found, accept_license=accept_license, known=folders.published_licence(name))
     if found.why:
         hub.say(f"{found.why}; these are the files of commit {found.commit[:7]}, from the cache")
     return file, facts

@@ -1,7 +1,8 @@
 """Files of models on the hub: names, what is there, what has been fetched, and where the converted copy is kept.
 
 A hub name is "owner/name" or "owner/name@revision". Its files go through huggingface_hub, whose cache, token and
-switches (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are used as they are. What they become is kept as a model
+switches (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are used as they are. Nothing is fetched of weights whose
+licence forbids commercial use before somebody has accepted it (`require_licence`). What they become is kept as a model
 folder of this library, `<cache>/models/hub-1/<owner>--<name>/<commit>`, beside which `refs/<revision>` says the commit
 of a revision, for times without network.
 """
@@ -34,7 +35,13 @@ _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|
 _MAX_JSON = 1 << 20  # bytes of a config; the largest published one has a few thousand
 _MAX_INDEX = 1 << 26
 _DAY = 86400
+_FORBIDS = re.compile(r"(?i)\bnc\b|non-?commercial")
+ACCEPT = "LTSM_ACCEPT_LICENSE"  # licences or repositories, separated by commas, for machines where nobody is asked
 _said: set[tuple[str, str]] = set()
+
+
+class LicenceError(PermissionError):
+    """Weights whose licence forbids commercial use, and nobody on this machine has accepted it yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +190,23 @@ def weights(files: Iterable[str]) -> str:
     raise ValueError(f"no checkpoint of PyTorch ({', '.join(ENDINGS)}) among its files: {listed}")
 
 
-def download(found: Found, token: str | None = None) -> tuple[Path, dict[str, Any]]:
+def download(
+    found: Found,
+    token: str | None = None,
+    *,
+    accept_license: bool = False,
+    known: str | None = None,
+) -> tuple[Path, dict[str, Any]]:
     """The files of a model, fetched where they are not in huggingface_hub's cache: weights and every small JSON file.
+
+    accept_license: see `require_licence`. known: the licence, where the repository does not state it.
 
     Returns: path of the weights (or of their index), the rest beside it; and what goes into the provenance: hub (repo,
       revision, commit, licence, files with their sha256), and licence where the repository states one.
-    Raises: FileNotFoundError, PermissionError; ValueError for a repository without a checkpoint; storage.DamagedError
-      for a file that is not what the hub says.
+    Raises: LicenceError, before anything is fetched; FileNotFoundError, PermissionError; ValueError for a repository
+      without a checkpoint; storage.DamagedError for a file that is not what the hub says.
     """
+    require_licence(found.name.repo, found.licence or known, accept_license)
     try:
         main = weights(found.files)
     except ValueError as error:
@@ -308,20 +324,70 @@ def remember(found: Found) -> None:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
+def is_non_commercial(licence: str) -> bool:
+    """Whether a licence, by its name or in words, forbids commercial use."""
+    return _FORBIDS.search(licence) is not None
+
+
+def require_licence(repo: str, licence: str | None, accept: bool = False) -> None:
+    """Let nobody use non-commercial weights unasked: `accept`, once, is kept by repository and licence.
+
+    It is kept in `$LTSM_CACHE/licences` (else ~/.cache/ltsm_jax/licences); `$LTSM_ACCEPT_LICENSE` may name licences or
+    repositories instead, separated by commas. Licences that allow commercial use, and those that are not known, pass.
+
+    Raises: LicenceError naming the licence, the repository and how to accept.
+    """
+    if licence is None or not is_non_commercial(licence):
+        return
+    # The licence of a family has a remark behind its name: "CC-BY-NC-4.0, non-commercial (...)".
+    short = re.split(r"[,(]", licence)[0].strip().lower() or licence.lower()
+    file = storage.cache_folder("licences") / repo.replace("/", "--") / urllib.parse.quote(short, safe="")
+    named = {part.strip().lower() for part in os.environ.get(ACCEPT, "").split(",")}
+    if file.is_file() or named & {repo.lower(), short}:
+        return
+    if not accept:
+        raise LicenceError(
+            f"the weights of {repo} are under {licence}: NON-COMMERCIAL USE ONLY. Read it at "
+            f"{endpoint()}/{repo}; to accept it, once: ltsm_jax.load({repo!r}, accept_license=True), "
+            f"or --accept-license with the ltsm command, or {ACCEPT}={short} in the environment"
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(time.strftime("accepted %Y-%m-%d\n"))
+    except OSError as error:
+        say(f"that the licence of {repo} is accepted can't be kept, and will be asked again: {error}")
+
+
 def say_licence(found: Found, record: Mapping[str, Any]) -> None:
     """One line to stderr with the licence of the weights, once a process and model.
 
     record: `provenance` of the model folder.
     """
-    if (found.name.repo, found.commit) in _said:
-        return
-    _said.add((found.name.repo, found.commit))
     stated = record.get("hub", {}).get("licence")
     licence = str(record.get("licence", "unknown"))
     if not stated:
         licence = f"not stated by the repository ({licence} for the published weights of the family)"
-    only = " -- NON-COMMERCIAL USE ONLY" if re.search(r"(?i)\bnc\b|non-?commercial", licence) else ""
-    say(f"weights of {found.name}, commit {found.commit[:7]}: licence {licence}{only}")
+    only = " -- NON-COMMERCIAL USE ONLY" if is_non_commercial(licence) else ""
+    _say_once(
+        found.name.repo, found.commit, f"weights of {found.name}, commit {found.commit[:7]}: licence {licence}{only}"
+    )
+
+
+def say_local_licence(path: Path, record: Mapping[str, Any]) -> None:
+    """One line to stderr, once a process, where weights that lie on this machine forbid commercial use.
+
+    Nobody is asked to accept it: whoever has the files has got them somewhere, or made them.
+    record: their provenance.
+    """
+    licence = str(record.get("licence", ""))
+    if is_non_commercial(licence):
+        _say_once(str(path), "", f"weights of {path}: licence {licence} -- NON-COMMERCIAL USE ONLY")
+
+
+def _say_once(what: str, commit: str, line: str) -> None:
+    if (what, commit) not in _said:
+        _said.add((what, commit))
+        say(line)
 
 
 def say(line: str) -> None:

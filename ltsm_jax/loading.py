@@ -12,7 +12,13 @@ from ltsm_jax import hosts, hub, storage, trees
 from ltsm_jax.models import Model, folders, near_presets
 
 
-def load(source: str | Path, *, revision: str | None = None, token: str | None = None) -> tuple[Model, trees.Tree]:
+def load(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    accept_license: bool = False,
+) -> tuple[Model, trees.Tree]:
     """Load a model and its parameters: `model, params = ltsm_jax.load("timer-tiny")`.
 
     A hub name is fetched and converted once: the copy is kept by repository and commit in `$LTSM_CACHE/models` (else
@@ -24,7 +30,12 @@ def load(source: str | Path, *, revision: str | None = None, token: str | None =
         `$LTSM_CACHE/models`; or "owner/name" or "owner/name@revision" on the hub.
       revision: branch, tag or commit, for a hub name; default "main".
       token: for private and gated repositories; default: the one of huggingface_hub (HF_TOKEN, or its login).
-    Raises: FileNotFoundError that lists what was tried; PermissionError where the hub wants a token; ValueError (or
+      accept_license: accept the licence of weights from the hub that forbids commercial use. It is asked for once: the
+        answer is kept in `$LTSM_CACHE/licences` by repository and licence. `$LTSM_ACCEPT_LICENSE` may name licences
+        ("cc-by-nc-4.0") or repositories instead, separated by commas. Files and folders of your own are not asked
+        about; that their weights are non-commercial is said on stderr.
+    Raises: FileNotFoundError that lists what was tried; PermissionError where the hub wants a token; `hub.LicenceError`
+      (a PermissionError) for a licence that nobody has accepted, before anything is fetched; ValueError (or
       `storage.DamagedError`, or the converters' CheckpointError) for files that are damaged or do not fit the model.
     """
     path = folders.local(source) if revision is None else None
@@ -33,10 +44,14 @@ def load(source: str | Path, *, revision: str | None = None, token: str | None =
         if name is None:
             told = f"; a revision is for names of the hub, and {str(source)!r} is none" if revision else ""
             raise FileNotFoundError(_not_found(source) + told)
-        return _from_hub(name, token)
+        return _from_hub(name, token, accept_license)
     if path.is_file() or (not (path / folders.PARAMS).exists() and folders.originals(path)):
-        return _converted(path)[:2]
-    return folders.load_folder(path)
+        model, params, provenance, _ = _converted(path)
+    else:
+        model, params = folders.load_folder(path)
+        provenance = folders.read_config(path)[1]["provenance"]
+    hub.say_local_licence(path, provenance)
+    return model, params
 
 
 def _converted(path: Path, of: str = "") -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
@@ -52,7 +67,7 @@ def _converted(path: Path, of: str = "") -> tuple[Model, trees.Tree, dict[str, A
     return found
 
 
-def _from_hub(name: hub.Name, token: str | None) -> tuple[Model, trees.Tree]:
+def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> tuple[Model, trees.Tree]:
     try:
         found = hub.find(name, token)
     except FileNotFoundError as error:
@@ -63,10 +78,14 @@ def _from_hub(name: hub.Name, token: str | None) -> tuple[Model, trees.Tree]:
     if found.folder.is_dir():
         try:
             model, record = folders.read_config(found.folder)
+            provenance = record["provenance"]
+            hub.require_licence(name.repo, provenance.get("licence"), accept_license)
             params = storage.load_tree(found.folder / folders.PARAMS, like=folders.shapes(model))
             hub.remember(found)
-            hub.say_licence(found, record.get("provenance", {}))
+            hub.say_licence(found, provenance)
             return model, params
+        except hub.LicenceError:
+            raise
         except (ValueError, OSError) as error:  # damaged, or of a version of the library with other configs
             damaged = True
             hub.say(f"the converted copy can't be used, converting {name} again ({error})")
@@ -76,9 +95,16 @@ def _from_hub(name: hub.Name, token: str | None) -> tuple[Model, trees.Tree]:
             f"{name} is not converted yet: load it once with one process, on every host that has a cache of its own "
             f"(python -c \"import ltsm_jax; ltsm_jax.load('{name}')\"), and start again"
         )
-    file, facts = hub.download(found, token)
+    file, facts = hub.download(
+        found,
+        token,
+        accept_license=accept_license,
+        known=folders.published_licence(name),
+    )
     model, params, provenance, buffers = _converted(file, f"the files of {name} on the hub, commit {found.commit}")
     provenance = provenance | facts
+    # Only now is it known of which family weights are that come without a word on their licence.
+    hub.require_licence(name.repo, provenance["licence"], accept_license)
     try:
         folders.save(found.folder, model, params, provenance=provenance, buffers=buffers, overwrite=damaged)
         hub.remember(found)

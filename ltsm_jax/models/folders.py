@@ -314,3 +314,11 @@ def shipped() -> list[str]:
 def is_preset(name: str) -> bool:
     """Whether a name is that of a published preset."""
     return any(name in family.presets() for family in FAMILIES.values())
+
+
+def published_licence(name: hub.Name) -> str | None:
+    """Give the licence of the published weights that a name of the hub stands for; None where it is no preset."""
+    for family in FAMILIES.values():
+        if str(name) in family.presets() or name.repo in family.presets():
+            return family.licence
+    return None

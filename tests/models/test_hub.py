@@ -50,7 +50,7 @@ def expected(vectors):
 @pytest.fixture
 def site(monkeypatch, tmp_path, files):
     """A hub with one repository, and empty caches."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", hub.ACCEPT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LTSM_CACHE", str(tmp_path / "ltsm"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
@@ -368,7 +368,7 @@ def test_a_cache_that_cannot_be_written(site, expected, tmp_path, capsys):
 def test_licences_are_said_once_and_forbidding_ones_stand_out(site, files, tmp_path, capsys):
     repository = site.repositories[NAME]
     repository.card = {"license": "cc-by-nc-4.0"}
-    ltsm_jax.load(NAME)
+    ltsm_jax.load(NAME, accept_license=True)
     assert "licence cc-by-nc-4.0 -- NON-COMMERCIAL USE ONLY" in capsys.readouterr().err
     ltsm_jax.load(NAME)
     assert not capsys.readouterr().err
@@ -381,9 +381,101 @@ def test_licences_are_said_once_and_forbidding_ones_stand_out(site, files, tmp_p
     ):
         site.repositories["a/b"] = Repository(card=card)
         site.repositories["a/b"].put(files | {f"{number}.txt": b""})
-        ltsm_jax.load("a/b")
+        ltsm_jax.load("a/b", accept_license=True)
         said = capsys.readouterr().err
         assert told in said and said.count("\n") == 1
+
+
+def test_non_commercial_weights_ask_once_before_anything_is_fetched(site, expected, tmp_path, capsys, monkeypatch):
+    repository = site.repositories[NAME]
+    repository.card = {"license": "cc-by-nc-4.0"}
+    for _ in range(2):
+        with pytest.raises(PermissionError) as error:
+            ltsm_jax.load(NAME)
+        told = str(error.value)
+        for part in ("cc-by-nc-4.0", NAME, "accept_license=True", "--accept-license", hub.ACCEPT):
+            assert part in told
+    assert not site.asked() and copies(tmp_path) == [] and not capsys.readouterr().err
+
+    require_same(ltsm_jax.load(NAME, accept_license=True), expected)
+    require_same(ltsm_jax.load(NAME), expected)
+    offline(monkeypatch)
+    require_same(ltsm_jax.load(NAME), expected)
+
+    # A converted copy alone is no answer: it may come from another user of a shared folder.
+    shutil.rmtree(tmp_path / "ltsm" / "licences")
+    with pytest.raises(hub.LicenceError, match=r"cc-by-nc-4\.0"):
+        ltsm_jax.load(NAME)
+    require_same(ltsm_jax.load(NAME, accept_license=True), expected)
+
+
+def test_another_licence_or_repository_asks_again(site, files, expected, tmp_path):
+    repository = site.repositories[NAME]
+    repository.card = {"license": "cc-by-nc-4.0"}
+    ltsm_jax.load(NAME, accept_license=True)
+    repository.card = {"license": "cc-by-nc-sa-4.0"}
+    repository.put(files | {"new.txt": b""})
+    with pytest.raises(hub.LicenceError, match="cc-by-nc-sa-4.0"):
+        ltsm_jax.load(NAME)
+
+    site.repositories["a/b"] = Repository(card={"license": "cc-by-nc-4.0"})
+    site.repositories["a/b"].put(files)
+    with pytest.raises(hub.LicenceError, match="weights of a/b"):
+        ltsm_jax.load("a/b")
+
+
+@pytest.mark.parametrize("named", ["cc-by-nc-4.0", f"mit, {NAME}", "CC-BY-NC-4.0"])
+def test_an_environment_may_accept(site, expected, monkeypatch, tmp_path, named):
+    site.repositories[NAME].card = {"license": "cc-by-nc-4.0"}
+    monkeypatch.setenv(hub.ACCEPT, "mit")
+    with pytest.raises(hub.LicenceError):
+        ltsm_jax.load(NAME)
+    monkeypatch.setenv(hub.ACCEPT, named)
+    require_same(ltsm_jax.load(NAME), expected)
+    assert not (tmp_path / "ltsm" / "licences").exists()  # what the environment says holds as long as it says so
+
+
+def test_a_licence_is_known_where_the_repository_is_silent(site, files, tmp_path, monkeypatch):
+    """By the preset of the name before the files come, else by the family of the weights after."""
+    (name,) = [n for n in FAMILIES["moirai_2"].presets() if "small" in n][:1]
+    site.repositories[name] = Repository(card={})
+    site.repositories[name].put(files)
+    with pytest.raises(hub.LicenceError, match="CC-BY-NC"):
+        ltsm_jax.load(name)
+    assert not site.asked()
+
+    original = loading._converted
+
+    def of_another_family(path, of=""):
+        model, params, provenance, buffers = original(path, of)
+        return model, params, provenance | {"licence": FAMILIES["moirai"].licence}, buffers
+
+    monkeypatch.setattr(loading, "_converted", of_another_family)
+    site.repositories[NAME].card = {}
+    with pytest.raises(hub.LicenceError, match="CC-BY-NC-4.0"):
+        ltsm_jax.load(NAME)
+    assert copies(tmp_path) == []
+
+
+def test_conversion_by_hand_asks_as_well(site, tmp_path):
+    site.repositories[NAME].card = {"license": "cc-by-nc-4.0"}
+    with pytest.raises(hub.LicenceError):
+        converters.import_checkpoint(NAME, tmp_path / "model")
+    with pytest.raises(hub.LicenceError):
+        converters.inspect(NAME)
+    converters.import_checkpoint(NAME, tmp_path / "model", accept_license=True)
+    assert converters.inspect(NAME)["licence"] == "cc-by-nc-4.0"
+
+
+def test_files_of_ones_own_are_not_asked_about(site, tmp_path, capsys):
+    """It is said, once, and that is all."""
+    site.repositories[NAME].card = {"license": "cc-by-nc-4.0"}
+    converters.import_checkpoint(NAME, tmp_path / "model", accept_license=True)
+    shutil.rmtree(tmp_path / "ltsm" / "licences")
+    for _ in range(2):
+        ltsm_jax.load(tmp_path / "model")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "NON-COMMERCIAL USE ONLY" in said and str(tmp_path / "model") in said
 
 
 def test_command_line(site, expected, tmp_path, capsys):
