@@ -6,7 +6,6 @@ the licence, the calibration and the verdict with the weights.
 """
 
 import dataclasses
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ltsm_jax.data.panel import Panel
 from ltsm_jax.loading import load
 from ltsm_jax.methods.binding import check_params, drawn, whole
 from ltsm_jax.methods.conformal import Calibration, rolling_origins, targets_after
-from ltsm_jax.models import Model, folders
+from ltsm_jax.models import Model
 from ltsm_jax.tasks import panels
 from ltsm_jax.tasks.panels import Found, Origins
 
@@ -78,15 +77,16 @@ class Forecaster:
         *,
         revision: str | None = None,
         token: str | None = None,
+        accept_license: bool = False,
     ) -> "Forecaster":
         """Load whatever `ltsm_jax.load` takes, and folders that `save` wrote.
 
         Args:
-          source, revision, token: as for `ltsm_jax.load`.
+          source, revision, token, accept_license: as for `ltsm_jax.load`.
         Raises: as `ltsm_jax.load`.
         Example: `Forecaster.load("timer-tiny").predict("sales.csv", 48)`
         """
-        model, params = load(source, revision=revision, token=token)
+        model, params = load(source, revision=revision, token=token, accept_license=accept_license)
         return cls(model, params)
 
     # --- forecasts
@@ -231,9 +231,7 @@ class Forecaster:
             )
         return model, sharding.together(params)
 
-    def _calibrated(
-        self, panel: Panel, origins: Origins, past: Found, levels: tuple[float, ...]
-    ) -> Calibration:
+    def _calibrated(self, panel: Panel, origins: Origins, past: Found, levels: tuple[float, ...]) -> Calibration:
         """Measure the errors of forecasts of the panel's own past.
 
         Raises: DataError where there is too little of it.

@@ -21,7 +21,7 @@ import numpy as np
 from ltsm_jax.data import DataError
 from ltsm_jax.data.panel import Panel
 from ltsm_jax.data.windows import context_scale
-from ltsm_jax.models.family import Forecast, Model
+from ltsm_jax.models.family import Forecast
 from ltsm_jax.tasks.forecasting import Predictor
 from ltsm_jax.trees import Tree
 
@@ -74,9 +74,7 @@ class Found:
 
     def take(self, rows: Any) -> "Found":
         """The forecasts of some origins, by number."""
-        return dataclasses.replace(
-            self, point=self.point[rows], quantiles=self.quantiles[rows], std=self.std[rows]
-        )
+        return dataclasses.replace(self, point=self.point[rows], quantiles=self.quantiles[rows], std=self.std[rows])
 
 
 # --- quantiles
@@ -299,16 +297,19 @@ class _Cut:
         """Past covariates [size, K, L] and known ones [size, K', L + H], standardised likewise."""
         panel, past, known = self.panel, None, None
         if panel.past:
+            assert panel.past_values is not None
             x = self.contexts(panel.past_values)
             past = _filled_up(_standardised(x, self.length), size)
         if panel.known:
+            assert panel.known_values is not None
             x = np.concatenate([self.contexts(panel.known_values), self._ahead()], axis=-1)
             known = _filled_up(_standardised(x, self.length), size)
         return past, known
 
     def _ahead(self) -> np.ndarray:
         """The known covariates after each origin [B, K, H]: rows of the item, then its future."""
-        panel, (ends, items) = self.panel, (self.origins.ends, self.origins.items)
+        panel, ends, items = self.panel, self.origins.ends, self.origins.items
+        assert panel.known_values is not None
         at = ends[:, None] + np.arange(self.horizon)
         stop = panel.bounds[items + 1][:, None]
         rows = panel.known_values[:, np.minimum(at, panel.n_rows - 1)]
@@ -338,9 +339,7 @@ _ENDS = (
 )
 
 
-def _refuse_empty(
-    context: np.ndarray, cut: _Cut, panel: Panel, variates: np.ndarray | None
-) -> None:
+def _refuse_empty(context: np.ndarray, cut: _Cut, panel: Panel, variates: np.ndarray | None) -> None:
     """Raises: DataError naming items (and targets) whose context holds no value."""
     empty = np.argwhere(np.isnan(context).all(axis=-1))
     if not len(empty):
