@@ -198,7 +198,8 @@ def forecast(
       covariates: hand in past and known covariates, too (`Model.predict_with`).
       key: of the draws of models that sample.
       batch_size: windows of one forward pass; by default what `eval_batch` and the memory allow.
-    Raises: DataError where a context has no observed value, naming items and targets.
+    Returns: forecasts; NaN where a context in the past holds no value.
+    Raises: DataError where one at the end of its item holds none, naming items and targets.
     """
     origins = Origins.after(panel) if origins is None else origins
     key = jax.random.key(0) if key is None else key
@@ -230,8 +231,9 @@ def forecast(
         for rows in _batches(of_length, size):
             cut = _Cut(panel, origins.take(rows if joint else rows // c), int(length), horizon)
             context = cut.contexts(panel.values, None if joint else rows % c)
-            _refuse_empty(context, cut, panel, None if joint else rows % c)
+            empty = _empty(context, cut, None if joint else rows % c)
             mean, scale = context_scale(context)
+            scale[empty] = np.nan
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
             past, known = cut.covariates(size) if covariates else (None, None)
             answer = _forecast(model, params, scaled, past, known, key, horizon, said)
@@ -339,21 +341,25 @@ _ENDS = (
 )
 
 
-def _refuse_empty(context: np.ndarray, cut: _Cut, panel: Panel, variates: np.ndarray | None) -> None:
-    """Raises: DataError naming items (and targets) whose context holds no value."""
-    empty = np.argwhere(np.isnan(context).all(axis=-1))
-    if not len(empty):
-        return
+def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.ndarray:
+    """Which contexts [B, C] hold no value.
+
+    Raises: DataError naming items (and targets) where that is the end of the item.
+    """
+    panel, origins = cut.panel, cut.origins
+    empty = np.isnan(context).all(axis=-1)
+    last = origins.ends == panel.bounds[origins.items + 1]
     names = []
-    for row, member in empty:
+    for row, member in np.argwhere(empty & last[:, None]):
         column = panel.columns[member if variates is None else variates[row]]
-        item = panel.ids[cut.origins.items[row]]
-        names.append(column if panel.id_name is None else f"{column} of {item}")
-    shown = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
-    raise DataError(
-        f"{panel.name}: no value in the last {cut.length} rows of {shown}; leave these out, or end "
-        "the table where they have values"
-    )
+        names.append(column if panel.id_name is None else f"{column} of {panel.ids[origins.items[row]]}")
+    if names:
+        shown = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+        raise DataError(
+            f"{panel.name}: no value in the last {cut.length} rows of {shown}; leave these out, or end the table where "
+            "they have values"
+        )
+    return empty
 
 
 def notes_on_lengths(model: Any, panel: Panel, context_len: int) -> tuple[str, ...]:
