@@ -445,15 +445,18 @@ def near_names(name: Any, columns: list) -> str:
 
 
 def short(name: Any) -> str:
+    """A name of a column as a message quotes it."""
     return repr(str(name)[:QUOTED] if isinstance(name, str) else name)[: QUOTED + 20]
 
 
 def quote(items: Sequence[Any]) -> str:
+    """List names or cells in a message, the first twelve of them."""
     shown = ", ".join(str(item)[:QUOTED] for item in items[:12])
     return shown + (f", ... ({len(items)} in all)" if len(items) > 12 else "")
 
 
 def to_number(column: Any) -> Any:
+    """Cells as numbers [T], NaN where they are none."""
     try:
         return pd.to_numeric(column, errors="coerce")
     except OverflowError:  # whole numbers beyond float64 are beyond every limit

@@ -204,7 +204,7 @@ def _long_freq(items: Items, steps: Steps) -> str | None:
     # Days of the month differ from item to item: each is looked at by itself.
     found: dict[str, int] = {}
     for i in np.flatnonzero(long):
-        freq = infer_freq(items.clock[items.rows(i)].astype("datetime64[us]"))
+        freq = infer_freq(items.clock[items.rows(int(i))].astype("datetime64[us]"))
         if freq is not None:
             found[freq] = found.get(freq, 0) + 1
     return max(sorted(found), key=lambda freq: found[freq]) if found else None

@@ -336,7 +336,7 @@ class _PanelReader(TableReader):
         taken = {*roles.time, *roles.target, *roles.known, *roles.past, *roles.static}
         named = self.named_ids(table, taken)
         sure = [c for c in table.columns if c not in taken and str(c).casefold() in SURE_ID_NAMES]
-        one_kind = [c for c in sure if c not in named and not table[c].isna().any() and table[c].nunique() == 1]
+        one_kind = [c for c in sure if c not in named and _one_kind(table[c])]
         stamps = None if times.clock is None else times.clock
         choices = self.ids_that_tell_apart(table, roles.time, taken, stamps)
         if choices and all(str(c).casefold() in ID_NAMES for c in choices[0]):
@@ -1069,6 +1069,11 @@ class _Layout:
 def _wall(clock: np.ndarray, tz: str | None) -> np.ndarray:
     """Microseconds in UTC -> microseconds on the clock on the wall, both int64 [T]."""
     return to_wall(clock.view("datetime64[us]"), tz).view(np.int64)
+
+
+def _one_kind(cells: Any) -> bool:
+    """Whether all cells are the same, and none is empty."""
+    return cells.nunique() == 1 and not cells.isna().any()
 
 
 def _own_type(ids: Any) -> np.ndarray:
