@@ -6,6 +6,7 @@ the licence, the calibration and the verdict with the weights.
 """
 
 import dataclasses
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import pandas as pd
 from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data import DataError, Series, load_series
 from ltsm_jax.data.panel import Panel
-from ltsm_jax.loading import load
+from ltsm_jax.loading import Loaded, export, load_whole
 from ltsm_jax.methods.binding import check_params, drawn, whole
 from ltsm_jax.methods.conformal import Calibration, rolling_origins, targets_after
-from ltsm_jax.models import Model
+from ltsm_jax.models import Model, folders
+from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.tasks import panels
 from ltsm_jax.tasks.panels import Found, Origins
 
@@ -44,6 +46,7 @@ class Forecaster:
       calibration: errors of past forecasts, for quantiles that the model does not say.
       baseline: the naive forecast that a verdict found best, which then is what forecasts; or None.
       verdict: what `fit` found, as JSON types, or None.
+      buffers: tensors of the original that are not learned, for `export`.
     """
 
     model: Model
@@ -61,6 +64,7 @@ class Forecaster:
     calibration: Calibration | None = None
     baseline: str | None = None
     verdict: Mapping[str, Any] | None = None
+    buffers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_params(self.model, self.params)
@@ -86,8 +90,81 @@ class Forecaster:
         Raises: as `ltsm_jax.load`.
         Example: `Forecaster.load("timer-tiny").predict("sales.csv", 48)`
         """
-        model, params = load(source, revision=revision, token=token, accept_license=accept_license)
-        return cls(model, params)
+        found = load_whole(source, revision=revision, token=token, accept_license=accept_license)
+        provenance = dict(found.provenance)
+        facts = _read_facts(provenance.pop(FACTS, {}), source)
+        return cls(found.model, found.params, provenance=provenance, buffers=found.buffers, **facts)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a model folder that `load` reads, and `ltsm_jax.load` as well.
+
+        overwrite: replace a model folder; no other folder is ever replaced.
+        Returns: the folder.
+        Raises: FileExistsError.
+        """
+        return folders.save(
+            folder,
+            self.model,
+            self.params,
+            provenance={**self.provenance, FACTS: self._facts()},
+            buffers=self.buffers,
+            overwrite=overwrite,
+        )
+
+    def export(self, path: str | Path, *, overwrite: bool = False) -> list[str]:
+        """Write the model as what the original's code in PyTorch loads.
+
+        The weights alone: calibration, verdict and a naive forecast have no place there.
+
+        Args:
+          path: file (.safetensors, .bin, .pth, .ckpt), or, without a suffix, a folder in the form of
+            the hub.
+          overwrite: replace an earlier export; nothing else is ever replaced.
+        Returns: notes on what could not be kept.
+        Raises: ValueError for a model that the original can't hold; FileExistsError.
+        """
+        notes = []
+        if self.baseline is not None:
+            notes.append(f"the verdict was to forecast with {self.baseline}; what is exported is the model")
+        found = Loaded(self.model, self.params, self.provenance, self.buffers)
+        return notes + export(found, path, overwrite=overwrite)
+
+    def _facts(self) -> dict[str, Any]:
+        """What is beside the weights, as JSON types."""
+        facts: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        for name in _NAMES:
+            facts[name] = list(getattr(self, name))
+        facts["calibration"] = None if self.calibration is None else self.calibration.to_json()
+        facts["verdict"] = None if self.verdict is None else dict(self.verdict)
+        return facts
+
+    def __str__(self) -> str:
+        model, count = self.model, trees.count(self.params)
+        source = self.provenance.get("source", "")
+        lines = [
+            f"Forecaster: {model.family}, {count:,} parameters, context of {model.context_len} rows",
+            f"weights: {source + ', ' if source else ''}licence {self.licence}",
+        ]
+        if self.targets:
+            fitted = f"fitted on: {', '.join(self.targets)}"
+            lines.append(fitted + (f", step {self.freq}" if self.freq else ""))
+        for name in ("past", "known", "static"):
+            if columns := getattr(self, name):
+                lines.append(f"{name} covariates: {', '.join(columns)}")
+        if self.baseline:
+            lines.append(f"forecasts with: {self.baseline}, as the verdict says")
+        if self.calibration:
+            lines.append(f"calibrated: errors of {self.calibration.windows} windows {self.calibration.source}")
+        if self.verdict and "reason" in self.verdict:
+            lines.append(f"verdict: {self.verdict['reason']}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        fitted = f" fitted on {', '.join(self.targets)}" if self.targets else ""
+        return f"<Forecaster {self.model.family}, {trees.count(self.params):,} parameters{fitted}>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     # --- forecasts
 
@@ -153,6 +230,36 @@ class Forecaster:
         panel = self._panel(df, {key: x for key, x in options.items() if x is not None})
         found, notes = self._forecast(panel, horizon, levels, seed)
         return _table(panel, found, levels, (*panel.notes, *notes))
+
+    def plot(
+        self,
+        df: Any,
+        forecast: pd.DataFrame,
+        path: str | Path | None = None,
+        *,
+        items: Sequence[Any] | None = None,
+        history: int | None = None,
+        **reading: Any,
+    ) -> Any:
+        """Draw a forecast behind the end of the table that it was made from.
+
+        Args:
+          df: the table that was forecast. forecast: what `predict` returned for it.
+          path: file to write (.png, .svg, .pdf), or None.
+          items: ids to draw; by default the first few.
+          history: rows of history; by default a few horizons.
+          reading: the options that `predict` read the table with (id, time, target, ...).
+        Returns: the matplotlib Figure.
+        Raises: ImportError with what to install; ValueError for a forecast of another table.
+        """
+        panel = self._panel(df, reading)
+        rows = panel.n_items * panel.n_variates
+        same = "predictions" in forecast and len(forecast) % rows == 0
+        if panel.id_name is not None:
+            same &= panel.id_name in forecast and set(panel.ids) == set(forecast[panel.id_name])
+        if not same:
+            raise ValueError(f"this forecast is not one of the {panel.n_items} items of {panel.name}")
+        return plot_forecast(panel, forecast, path, items=items, history=history)
 
     def _panel(self, df: Any, given: dict[str, Any]) -> Panel:
         if isinstance(df, Panel | Series):
@@ -260,8 +367,57 @@ class Forecaster:
     def _covariate_notes(self, panel: Panel, horizon: int) -> tuple[str, ...]:
         used = self._used_covariates(panel)
         static = () if panel.static is None else tuple(map(str, panel.static.columns))
+        notes = []
         unused = [name for name in (*panel.past, *panel.known, *static) if name not in used]
-        return (f"{self.model.family} does not use covariates: {', '.join(unused)}",) if unused else ()
+        if unused:
+            notes.append(f"{self.model.family} does not use covariates: {', '.join(unused)}")
+        for name in panel.known:
+            if name not in used:
+                continue
+            # Of the item for which it is known furthest.
+            future = panel.future_values
+            ahead = 0
+            if future is not None and future.size:
+                known = ~np.isnan(future[panel.known.index(name)])
+                ahead = int((known * (1 + np.arange(known.shape[1]))).max())
+            if ahead < horizon:
+                notes.append(
+                    f"{name} is known {ahead} rows ahead, and the forecast has {horizon}: it is unknown after that"
+                )
+        return tuple(notes)
+
+
+_PLAIN = ("freq", "id", "time", "licence", "baseline")  # texts or None
+_NAMES = ("targets", "past", "known", "static")
+
+
+def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
+    """What `_facts` wrote, as arguments of `Forecaster`; facts of a later version are left out.
+
+    Raises: ValueError for anything else.
+    """
+    try:
+        found: dict[str, Any] = {}
+        for name in _PLAIN:
+            value = facts.get(name)
+            if not isinstance(value, str | None):
+                raise ValueError(f"{name} is a {type(value).__name__}")
+            found[name] = value
+        for name in _NAMES:
+            values = facts.get(name, [])
+            if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
+                raise ValueError(f"{name} is no list of names")
+            found[name] = tuple(values)
+        told = facts.get("calibration")
+        found["calibration"] = None if told is None else Calibration.from_json(told)
+        verdict = facts.get("verdict")
+        if not isinstance(verdict, dict | None):
+            raise ValueError("the verdict is no object")
+        found["verdict"] = verdict
+    except (AttributeError, ValueError) as err:
+        raise ValueError(f"{source}: what it holds of a Forecaster can't be read ({err})") from None
+    found["licence"] = found["licence"] or ""
+    return found
 
 
 def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:

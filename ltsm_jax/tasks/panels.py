@@ -347,7 +347,7 @@ def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.nd
     Raises: DataError naming items (and targets) where that is the end of the item.
     """
     panel, origins = cut.panel, cut.origins
-    empty = np.isnan(context).all(axis=-1)
+    empty: Any = np.isnan(context).all(axis=-1)
     last = origins.ends == panel.bounds[origins.items + 1]
     names = []
     for row, member in np.argwhere(empty & last[:, None]):
