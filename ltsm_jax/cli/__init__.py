@@ -1,10 +1,6 @@
 """Forecast tables with large time-series models, tune them on your own data, and see whether that pays.
 
-    ltsm forecast sales.csv --model amazon/chronos-bolt-tiny --horizon 24 \\
-        --id store --target sold --future prices.csv --out forecast.csv --plot forecast.png
-    ltsm fit sales.csv --model amazon/chronos-bolt-tiny --horizon 24 \\
-        --id store --target sold --methods zero_shot,ff,sff --out runs/sales
-    ltsm forecast new.csv --model runs/sales/model --horizon 24 --out forecast.csv
+    ltsm models
 
 DATA is a .csv, .parquet or .xlsx file, wide or long, or the name of a
 benchmark (ETTh1). MODEL is a name of `ltsm models`, a model folder, what
@@ -21,6 +17,7 @@ Completion of options in a shell:
 """
 
 import functools
+import importlib.metadata
 import inspect
 import operator
 import os
@@ -87,11 +84,17 @@ def _run(words: list[str]) -> int:
 
 
 def _general(words: list[str]) -> int:
-    """--help, --version and completion, which are about all commands."""
-    if words and not words[0].startswith("-"):
-        raise flags.UsageError(flags.unknown("ltsm", [words[0]], list(COMMANDS)))
-    _parse_all(words or ["--help"])
-    raise flags.UsageError(f"{words[0]}: say a command first; known: {', '.join(COMMANDS)}")
+    """--help, --version and completion, which are about all commands.
+
+    Raises: UsageError for anything else.
+    """
+    first = words[0] if words else "--help"
+    if first == "--version":
+        printing.show(f"ltsm {importlib.metadata.version('ltsm-jax')}")
+        return 0
+    if first in ("-h", "--help") or first.startswith("--tyro-"):
+        _parse_all(words or [first])
+    raise flags.UsageError(flags.unknown("ltsm", [first], list(COMMANDS)))
 
 
 def _parse_all(words: list[str]) -> Any:

@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 import converters
-from ltsm_jax import doctor, flags, hosts, trees
+from ltsm_jax import doctor, flags, hosts, hub, trees
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.options import Command, Licence
-from ltsm_jax.models import FAMILIES, Model, folders
+from ltsm_jax.forecaster import Forecaster
+from ltsm_jax.models import FAMILIES, Model, folders, near_presets
 from ltsm_jax.training.memory import in_words
 
 PARAMETERS = Path(__file__).with_name("parameters.json")  # counts by preset, which take 15 s to find out
@@ -104,6 +105,10 @@ def described(source: str, accept_license: bool) -> dict[str, Any]:
     if folders.local(source) is None and folders.is_preset(source):
         (entry,) = [entry for entry in listed() if entry["name"] == source]
         return entry | {"weights": "not on this machine; fetched from the hub when they are used"}
+    if folders.local(source) is None and hub.parse(source) is None:
+        near = near_presets(source, folders.shipped())
+        guess = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise flags.UsageError(f"no model {source!r} on this machine, and no name of the hub (owner/name){guess}")
     found = converters.inspect(source, accept_license=accept_license)
     model = FAMILIES[found["family"]](FAMILIES[found["family"]].config_from_dict(found["config"]))
     return _facts(model) | found
@@ -134,9 +139,9 @@ class Convert(Command):
 
     source: Annotated[tyro.conf.Positional[str], flags.text("SOURCE")]
     """the original"""
-    folder: Annotated[tyro.conf.Positional[Path], flags.path()]
+    folder: Annotated[tyro.conf.Positional[Path], flags.path("FOLDER")]
     """model folder to write, whole or not at all"""
-    config: Annotated[Path | None, flags.path()] = None
+    config: Annotated[Path | None, flags.path("FILE")] = None
     """JSON file of the original's hyper-parameters; by default config.json beside it, else what the tensors say"""
     allow_cast: bool = False
     """round float64 and integer tensors to float32 instead of refusing them"""
@@ -183,15 +188,17 @@ class Export(Command):
     program: ClassVar[str] = "ltsm export"
 
     folder: Annotated[tyro.conf.Positional[str], flags.text("FOLDER")]
-    """model folder, or name of a shipped model"""
-    file: Annotated[tyro.conf.Positional[Path], flags.path()]
+    """model folder, or whatever else --model takes"""
+    file: Annotated[tyro.conf.Positional[Path], flags.path("FILE")]
     """file or folder to write"""
     overwrite: bool = False
     """replace an earlier export"""
+    licence: Licence = dataclasses.field(default_factory=Licence)
 
     def run(self) -> int:
         """Export, and say what could not be kept."""
-        notes = converters.export_checkpoint(self.folder, self.file, overwrite=self.overwrite)
+        forecaster = Forecaster.load(self.folder, accept_license=self.licence.accept_license)
+        notes = forecaster.export(self.file, overwrite=self.overwrite)
         _show_written(self, {"file": str(self.file), "notes": notes})
         return 0
 
@@ -208,7 +215,7 @@ def _show_written(command: Command, found: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor(Command):
-    """Examine this installation: versions, devices, caches, a forecast of every family.
+    """Examine this installation: versions, devices, a forecast of every family.
 
     Each family forecasts a fixed series at a small size with fixed weights,
     and the answer is compared with the stored one. Nothing is downloaded.
@@ -226,7 +233,7 @@ class Doctor(Command):
         flags.names(tuple(FAMILIES)),
         flags.described(f"which to examine, of {', '.join(FAMILIES)}; by default all"),
     ] = tuple(FAMILIES)
-    record: Annotated[Path | None, flags.path()] = None
+    record: Annotated[Path | None, flags.path("FILE")] = None
     """write the answers of this device to a file instead, after a family has changed on purpose"""
 
     def run(self) -> int:
