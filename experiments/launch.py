@@ -15,25 +15,19 @@ same command goes on: on the same hosts, on others, or on one. The exit code is 
 (`hosts.EXIT_STOPPED`) and 130 after Ctrl-C (`hosts.EXIT_INTERRUPTED`).
 """
 
-import codecs
 import contextlib
-import errno
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
-from experiments.flags import Hosts, in_flags
-from ltsm_jax import hosts, storage
+from experiments.flags import Hosts
+from ltsm_jax import hosts, terminal
+from ltsm_jax.terminal import keep_compiled, leave, speak_plainly
 from ltsm_jax.training import checkpoints
 
+__all__ = ["guarded", "leave", "say", "speak_plainly", "started"]
+
 FIRST_LEAVES_LAST = 2.0  # seconds; with it goes the service whose end the others would take for a crash
-# What a terminal without UTF-8 gets for the signs of tables and messages.
-PLAIN = {"±": "+/-", "…": "...", "→": "->", "×": "x", "“": '"', "”": '"', "’": "'"}
-PLAIN |= dict.fromkeys("╭╮╰╯┏┓┗┛┡┩└┘┌┐┬┴┼", "+") | dict.fromkeys("│┃", "|") | dict.fromkeys("─━–—", "-")
 
 
 @contextlib.contextmanager
@@ -44,9 +38,7 @@ def started(options: Hosts) -> Iterator[None]:
     Raises: ValueError for flags that do not go together.
     """
     with hosts.session(options.coordinator, options.num_processes, options.process_id):
-        now = jax.config.values
-        if now["jax_enable_compilation_cache"] and now["jax_compilation_cache_dir"] is None:
-            jax.config.update("jax_compilation_cache_dir", str(storage.cache_folder("compiled")))
+        keep_compiled()
         yield
 
 
@@ -63,64 +55,9 @@ def guarded(run: Callable[[], int]) -> int:
     Where one of several hosts could not write, the process ends here.
     """
     speak_plainly()
-    code = _guarded(run)
+    code = terminal.guarded(run)
     if checkpoints.gave_up():
         if hosts.first():
             time.sleep(FIRST_LEAVES_LAST)
-        _end(code)
+        terminal.end(code)
     return code
-
-
-def _guarded(run: Callable[[], int]) -> int:
-    try:
-        return run()
-    except BrokenPipeError:  # of `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as err:
-        full = err.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "; make room, and the same command goes on from here" if full else ""
-        print(f"error: {in_flags(str(err))}{hint}", file=sys.stderr)
-        return 2
-    except (ValueError, ModuleNotFoundError) as err:
-        print(f"error: {in_flags(str(err))}", file=sys.stderr)
-        return 2
-    except hosts.Stopped as err:
-        print(f"{err}\nthe same command goes on from here", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return hosts.EXIT_INTERRUPTED
-
-
-def leave(code: int) -> None:
-    """End the program with an exit code.
-
-    After Ctrl-C without the interpreter's own end: a compiler or a writer of checkpoints may still be at work in
-    another thread, and would be torn down under it.
-    """
-    if code == hosts.EXIT_INTERRUPTED:
-        _end(code)
-    sys.exit(code)
-
-
-def _end(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def speak_plainly() -> None:
-    """Let no sign that the terminal does not know end the program: it is written in signs that every one knows."""
-    codecs.register_error("plain", _plain)
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)  # what stands in for a terminal in tests has none
-        if reconfigure is not None and stream.errors != "plain":
-            reconfigure(errors="plain")
-
-
-def _plain(err: UnicodeError) -> tuple[str, int]:
-    if not isinstance(err, UnicodeEncodeError):
-        raise err
-    signs = err.object[err.start : err.end]
-    return "".join(PLAIN.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in signs), err.end

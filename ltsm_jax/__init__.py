@@ -1,6 +1,7 @@
 """Large time-series models in JAX: load, fine-tune, forecast, measure, write back."""
 
 from ltsm_jax.api import PruneConfig, Strategy, TrainConfig, fit, forecast, load, prune, remove, save
+from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.models import Forecast, Model, preset
 from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
 
@@ -8,6 +9,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Forecast",
+    "Forecaster",
     "Model",
     "PruneConfig",
     "Strategy",

@@ -167,6 +167,27 @@ class Splits:
         """Names of the variates."""
         return self.series.columns
 
+    @property
+    def season(self) -> int:
+        """Rows in the main season of the series; 1 where there is none."""
+        return self.series.season
+
+    @property
+    def timestamps(self) -> np.ndarray | None:
+        """Stamps of the series, or None."""
+        return self.series.timestamps
+
+    def training(self, horizon: int) -> Windows:
+        """Training windows whose targets have `horizon` rows, the same share of them as of `train`."""
+        have = self.train
+        if horizon == have.horizon:
+            return have
+        facts = {"columns": have.columns, "timestamps": have.timestamps}
+        full = windows_between(have.values, *self.borders.train, have.context_len, horizon, joint=have.joint, **facts)
+        if self.few_shot == 1:
+            return full
+        return full.take(few_shot_indices(full.n, self.few_shot, self.quirks))
+
     def naive_scale(self, season: int) -> np.ndarray:
         """`naive_scale` [C] of all training rows, scaled units."""
         lo, hi = self.borders.train

@@ -243,6 +243,8 @@ class Chronos2(Model):
     config: Chronos2Config
 
     family = "chronos_2"
+    covariates = frozenset({"past", "known"})
+    missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-2)"
@@ -445,6 +447,32 @@ class Chronos2(Model):
         """All variates of a row see each other. Point: the median. See `rows` for covariates."""
         check_context(context, horizon)
         y_GMRQ = self.rows(params, jnp.asarray(context, jnp.float32), horizon)
+        point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., 0]
+        return Forecast(point, y_GMRQ, levels=self.config.levels)
+
+    def predict_with(
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        *,
+        past: jax.Array | None = None,
+        known: jax.Array | None = None,
+        key=None,
+    ) -> Forecast:
+        """The covariates are further members of each row's group, behind the targets, as in the original."""
+        check_context(context, horizon)
+        context = jnp.asarray(context, jnp.float32)
+        (b, c, t), members, future = context.shape, [context], None
+        if past is not None:
+            members.append(jnp.asarray(past, jnp.float32))
+        if known is not None:
+            ahead = jnp.asarray(known[..., t:], jnp.float32)
+            members.append(jnp.asarray(known[..., :t], jnp.float32))
+            # Nothing is known ahead of the members in front.
+            width = sum(x.shape[1] for x in members[:-1])
+            future = jnp.concatenate([jnp.full((b, width, horizon), jnp.nan), ahead], axis=1)
+        y_GMRQ = self.rows(params, jnp.concatenate(members, axis=1), horizon, future=future)[:, :c]
         point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., 0]
         return Forecast(point, y_GMRQ, levels=self.config.levels)
 

@@ -191,6 +191,7 @@ class ChronosBolt(Model):
     config: ChronosBoltConfig
 
     family = "chronos_bolt"
+    missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-bolt)"

@@ -332,6 +332,7 @@ class ChronosT5(Model):
     config: ChronosT5Config
 
     family = "chronos_t5"
+    missing_in_front = True
     head = r"^shared$"  # the output layer, which is the embedding of the input too
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"

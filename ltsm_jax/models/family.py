@@ -87,6 +87,10 @@ class Model(abc.ABC):
     tasks: ClassVar[tuple[Task, ...]]
     licence: ClassVar[str]  # of the published weights
     heads: ClassVar[tuple[str, ...]] = ()  # heads that `with_head` can put on
+    # kinds of covariates that `predict_with` takes: "past" and "known"
+    covariates: ClassVar[frozenset[str]] = frozenset()
+    # NaN in front of a context give the forecast (of a sampling family, its distribution) of the context without them
+    missing_in_front: ClassVar[bool] = False
     fixed: ClassVar[str | None] = None  # regular expression: leaves that are data, never trained and never mixed
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]
@@ -158,6 +162,25 @@ class Model(abc.ABC):
         A row's forecast does not depend on the other rows of the batch. Models that sample draw from `row_keys(key,
         context)`; without a key the draws are the same each time.
         """
+
+    def predict_with(
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        *,
+        past: jax.Array | None = None,
+        known: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Forecast:
+        """As `predict`, with covariates.
+
+        Args:
+          past: [B, K, T], known up to the end of the context alone; NaN = missing.
+          known: [B, K', T + H], known ahead: of the context and of the `horizon` steps after it; NaN = not known.
+        Raises: ValueError for a family that does not take them (`covariates`).
+        """
+        raise ValueError(f"{self.family} does not take covariates")
 
     def for_series(
         self,

@@ -297,6 +297,7 @@ class TimeMoe(Model):
     config: TimeMoeConfig
 
     family = "time_moe"
+    missing_in_front = True
     head = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"

@@ -274,6 +274,7 @@ class TimesFM1(Model):
     config: TimesFM1Config
 
     family = "timesfm_1"
+    missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-1.0-200m-pytorch, google/timesfm-2.0-500m-pytorch)"

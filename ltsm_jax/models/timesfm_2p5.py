@@ -312,6 +312,7 @@ class TimesFM2p5(Model):
     config: TimesFM2p5Config
 
     family = "timesfm_2p5"
+    missing_in_front = True
     head = r"^(head|spread_head)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-2.5-200m-pytorch)"

@@ -576,6 +576,7 @@ class TTM(Model):
     config: TTMConfig
 
     family = "ttm"
+    missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2)"

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax import sharding, storage
-from ltsm_jax.data.splits import Splits, few_shot_indices
-from ltsm_jax.data.windows import OwnScale, Windows, context_scale, windows_between
+from ltsm_jax.data.panel_windows import PanelSplits
+from ltsm_jax.data.splits import Splits
+from ltsm_jax.data.windows import OwnScale, Windows, context_scale
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models.family import Batch, Forecast, Model
@@ -62,6 +63,25 @@ class SeasonalNaive:
 
 
 @dataclasses.dataclass(frozen=True)
+class ContextMean:
+    """Baseline: the mean of what is observed in the context, at every step."""
+
+    eval_batch: int = 2048
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
+        mean, _ = context_scale(context)
+        return Forecast(jnp.broadcast_to(mean, (*context.shape[:-1], horizon)))
+
+
+def naive_forecasts(season: int = 1) -> dict[str, Predictor]:
+    """The baselines by name: the last value, the mean of the context and, with a season, the seasonal naive."""
+    found: dict[str, Predictor] = {"last_value": SeasonalNaive()}
+    if season > 1:
+        found["seasonal_naive"] = SeasonalNaive(season)
+    return found | {"mean": ContextMean()}
+
+
+@dataclasses.dataclass(frozen=True)
 class ScaledByContext:
     """A model that sees each window standardised by its own context, and answers in the units of the window.
 
@@ -108,7 +128,7 @@ def _loss(model: Model, mode: Mode) -> Loss:
     return loss_fn(model, LOSS[mode])
 
 
-def training_windows(model: Model, splits: Splits, mode: Mode) -> Windows:
+def training_windows(model: Model, splits: Splits | PanelSplits, mode: Mode) -> Windows:
     """The training windows of `splits`, with the target length that the loss of `mode` wants.
 
     The next-token loss needs targets of the model's own horizon whatever horizon is scored; longer ones would only cost
@@ -116,14 +136,7 @@ def training_windows(model: Model, splits: Splits, mode: Mode) -> Windows:
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    have = splits.train
-    if mode == "direct" or have.horizon == model.horizon:
-        return have
-    facts = {"columns": have.columns, "timestamps": have.timestamps}
-    full = windows_between(
-        have.values, *splits.borders.train, have.context_len, model.horizon, joint=have.joint, **facts
-    )
-    return full if splits.few_shot == 1 else full.take(few_shot_indices(full.n, splits.few_shot, splits.quirks))
+    return splits.training(splits.train.horizon if mode == "direct" else model.horizon)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +165,7 @@ class Forecasting:
         """The mean squared error."""
         return "mse"
 
-    def windows(self, model: Model, data: Splits, part: Part = "train") -> Source:
+    def windows(self, model: Model, data: Splits | PanelSplits, part: Part = "train") -> Source:
         """Windows of a part as the model sees them; of the training part as the loss wants them."""
         found = training_windows(model, data, self.mode) if part == "train" else getattr(data, part)
         return OwnScale(found) if self.scaling == "context" else found
@@ -166,26 +179,33 @@ class Forecasting:
         return ScaledByContext(model) if self.scaling == "context" else model
 
     def evaluate(
-        self, model: Model, params: Tree, data: Splits, part: Part = "val", placement: Placement | None = None
+        self,
+        model: Model,
+        params: Tree,
+        data: Splits | PanelSplits,
+        part: Part = "val",
+        placement: Placement | None = None,
     ) -> dict[str, Any]:
         """See `evaluate`, of every window of a part."""
         return evaluate(self.predictor(model), params, getattr(data, part), placement=placement)
 
-    def baselines(self, model: Model, data: Splits, part: Part = "val") -> dict[str, dict[str, Any]]:
+    def baselines(self, model: Model, data: Splits | PanelSplits, part: Part = "val") -> dict[str, dict[str, Any]]:
         """The last value and, where the step of the series has a season, the seasonal naive forecast."""
         seasons = {"last value": 1}
-        if data.series.season > 1:
-            seasons["seasonal naive"] = data.series.season
+        if data.season > 1:
+            seasons["seasonal naive"] = data.season
         windows = getattr(data, part)
         return {name: evaluate(SeasonalNaive(season), {}, windows) for name, season in seasons.items()}
 
-    def warnings(self, model: Model, params: Tree, data: Splits, placement: Placement | None = None) -> tuple[str, ...]:
+    def warnings(
+        self, model: Model, params: Tree, data: Splits | PanelSplits, placement: Placement | None = None
+    ) -> tuple[str, ...]:
         """See `collapse`."""
         return collapse(self.predictor(model), params, data.val, placement=placement)
 
-    def facts(self, data: Splits) -> dict[str, Any]:
+    def facts(self, data: Splits | PanelSplits) -> dict[str, Any]:
         """Mode, horizon, scaling where it is not that of the benchmarks, and digests of windows and stamps."""
-        stamps = data.series.timestamps
+        stamps = data.timestamps
         found = {"mode": self.mode, "horizon": data.val.horizon}
         if self.scaling != "train":
             found["scaling"] = self.scaling

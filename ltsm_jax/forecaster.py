@@ -1,0 +1,477 @@
+"""`Forecaster`: one object that forecasts tables, with intervals, covariates and what is known of it.
+
+Where `ltsm_jax.load` gives a model and its parameters to work with, this is what forecasts with
+them: it reads tables of many items, scales every context by itself, says what it did, and keeps
+the licence, the calibration and the verdict with the weights.
+"""
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from ltsm_jax import hosts, sharding, trees
+from ltsm_jax.data import DataError, Series, load_series
+from ltsm_jax.data.panel import Panel
+from ltsm_jax.loading import Loaded, export, load_whole
+from ltsm_jax.methods.binding import check_params, drawn, whole
+from ltsm_jax.methods.conformal import Calibration, rolling_origins, targets_after
+from ltsm_jax.models import Model, folders
+from ltsm_jax.plotting import plot_forecast
+from ltsm_jax.tasks import panels
+from ltsm_jax.tasks.panels import Found, Origins
+
+Params = Any
+FACTS = "forecaster"  # entry of a model folder's provenance
+LEVELS = (0.1, 0.5, 0.9)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Forecaster:
+    """A model that forecasts tables; print it.
+
+    Attributes:
+      model, params: as from `ltsm_jax.load`.
+      freq: step of the table that it was fitted on, or None.
+      targets, past, known, static: names of the columns that it was fitted on; () before a fit.
+      id, time: names of these columns, or None. They are what `predict` reads unless told otherwise.
+      licence: of the weights.
+      provenance: where the weights are from.
+      calibration: errors of past forecasts, for quantiles that the model does not say.
+      baseline: the naive forecast that a verdict found best, which then is what forecasts; or None.
+      verdict: what `fit` found, as JSON types, or None.
+      buffers: tensors of the original that are not learned, for `export`.
+    """
+
+    model: Model
+    params: Params
+    _: dataclasses.KW_ONLY
+    freq: str | None = None
+    targets: tuple[str, ...] = ()
+    past: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+    static: tuple[str, ...] = ()
+    id: str | None = None
+    time: str | None = None
+    licence: str = ""
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: Calibration | None = None
+    baseline: str | None = None
+    verdict: Mapping[str, Any] | None = None
+    buffers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check_params(self.model, self.params)
+        if not self.licence:
+            told = self.provenance.get("licence")
+            object.__setattr__(self, "licence", told if isinstance(told, str) else self.model.licence)
+
+    # --- in and out
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        accept_license: bool = False,
+    ) -> "Forecaster":
+        """Load whatever `ltsm_jax.load` takes, and folders that `save` wrote.
+
+        Args:
+          source, revision, token, accept_license: as for `ltsm_jax.load`.
+        Raises: as `ltsm_jax.load`.
+        Example: `Forecaster.load("timer-tiny").predict("sales.csv", 48)`
+        """
+        found = load_whole(source, revision=revision, token=token, accept_license=accept_license)
+        provenance = dict(found.provenance)
+        facts = _read_facts(provenance.pop(FACTS, {}), source)
+        return cls(found.model, found.params, provenance=provenance, buffers=found.buffers, **facts)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a model folder that `load` reads, and `ltsm_jax.load` as well.
+
+        overwrite: replace a model folder; no other folder is ever replaced.
+        Returns: the folder.
+        Raises: FileExistsError.
+        """
+        return folders.save(
+            folder,
+            self.model,
+            self.params,
+            provenance={**self.provenance, FACTS: self._facts()},
+            buffers=self.buffers,
+            overwrite=overwrite,
+        )
+
+    def export(self, path: str | Path, *, overwrite: bool = False) -> list[str]:
+        """Write the model as what the original's code in PyTorch loads.
+
+        The weights alone: calibration, verdict and a naive forecast have no place there.
+
+        Args:
+          path: file (.safetensors, .bin, .pth, .ckpt), or, without a suffix, a folder in the form of
+            the hub.
+          overwrite: replace an earlier export; nothing else is ever replaced.
+        Returns: notes on what could not be kept.
+        Raises: ValueError for a model that the original can't hold; FileExistsError.
+        """
+        notes = []
+        if self.baseline is not None:
+            notes.append(f"the verdict was to forecast with {self.baseline}; what is exported is the model")
+        found = Loaded(self.model, self.params, self.provenance, self.buffers)
+        return notes + export(found, path, overwrite=overwrite)
+
+    def _facts(self) -> dict[str, Any]:
+        """What is beside the weights, as JSON types."""
+        facts: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        for name in _NAMES:
+            facts[name] = list(getattr(self, name))
+        facts["calibration"] = None if self.calibration is None else self.calibration.to_json()
+        facts["verdict"] = None if self.verdict is None else dict(self.verdict)
+        return facts
+
+    def __str__(self) -> str:
+        model, count = self.model, trees.count(self.params)
+        source = self.provenance.get("source", "")
+        lines = [
+            f"Forecaster: {model.family}, {count:,} parameters, context of {model.context_len} rows",
+            f"weights: {source + ', ' if source else ''}licence {self.licence}",
+        ]
+        if self.targets:
+            fitted = f"fitted on: {', '.join(self.targets)}"
+            lines.append(fitted + (f", step {self.freq}" if self.freq else ""))
+        for name in ("past", "known", "static"):
+            if columns := getattr(self, name):
+                lines.append(f"{name} covariates: {', '.join(columns)}")
+        if self.baseline:
+            lines.append(f"forecasts with: {self.baseline}, as the verdict says")
+        if self.calibration:
+            lines.append(f"calibrated: errors of {self.calibration.windows} windows {self.calibration.source}")
+        if self.verdict and "reason" in self.verdict:
+            lines.append(f"verdict: {self.verdict['reason']}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        fitted = f" fitted on {', '.join(self.targets)}" if self.targets else ""
+        return f"<Forecaster {self.model.family}, {trees.count(self.params):,} parameters{fitted}>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    # --- forecasts
+
+    @hosts.interruptible()
+    def predict(
+        self,
+        df: Any,
+        horizon: int,
+        *,
+        quantile_levels: Sequence[float] = LEVELS,
+        id: str | None = None,
+        time: str | Sequence[str] | None = None,
+        target: str | Sequence[str] | None = None,
+        future: Any = None,
+        known: str | Sequence[str] | None = None,
+        past: str | Sequence[str] | None = None,
+        static: Any = None,
+        freq: str | None = None,
+        date_format: str | None = None,
+        missing: str | None = None,
+        irregular: str | None = None,
+        name: str | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Forecast what comes after the end of every item of a table, in its own units.
+
+        A model sees the last `context_len` rows of an item, each column standardised by what it has
+        there. Quantiles are the model's own at levels that it says, between them interpolated, and
+        else split-conformal: from the errors of its forecasts of the past.
+
+        Args:
+          df: a table (pandas, polars, Arrow, a CSV, parquet or Excel file, a benchmark's name), or a
+            `Panel` or `Series`.
+          horizon: rows to forecast.
+          quantile_levels: in (0, 1); () for the point forecast alone.
+          id, time, target, known, past, static, freq, date_format, missing, irregular, name: how the
+            table is read, see `data.panel.PanelOptions`.
+          future: table with what is known of the rows to come: id, time, known covariates.
+          seed: of the draws of models that sample.
+        Returns: one row per item, target and step, in that order: the id and time columns under
+          their own names, `target_name` where there are several targets, `predictions` (the model's
+          point forecast), and a column per level, "0.1", ..., which never cross. `attrs["notes"]`
+          says what was done to the data and where quantiles are from.
+        Raises: ValueError (DataError) for data that cannot be used, and for levels that neither the
+          model nor the history can say.
+        """
+        horizon = whole(horizon, "horizon")
+        levels = _checked_levels(quantile_levels)
+        options = {
+            "id": id,
+            "time": time,
+            "target": target,
+            "future": future,
+            "known": known,
+            "past": past,
+            "static": static,
+            "freq": freq,
+            "date_format": date_format,
+            "missing": missing,
+            "irregular": irregular,
+            "name": name,
+        }
+        panel = self.read(df, **options)
+        found, notes = self._forecast(panel, horizon, levels, seed)
+        return _table(panel, found, levels, (*panel.notes, *notes))
+
+    def plot(
+        self,
+        df: Any,
+        forecast: pd.DataFrame,
+        path: str | Path | None = None,
+        *,
+        items: Sequence[Any] | None = None,
+        history: int | None = None,
+        **reading: Any,
+    ) -> Any:
+        """Draw a forecast behind the end of the table that it was made from.
+
+        Args:
+          df: the table that was forecast. forecast: what `predict` returned for it.
+          path: file to write (.png, .svg, .pdf), or None.
+          items: ids to draw; by default the first few.
+          history: rows of history; by default a few horizons.
+          reading: the options that `predict` read the table with (id, time, target, ...).
+        Returns: the matplotlib Figure.
+        Raises: ImportError with what to install; ValueError for a forecast of another table.
+        """
+        panel = self.read(df, **reading)
+        rows = panel.n_items * panel.n_variates
+        same = "predictions" in forecast and len(forecast) % rows == 0
+        if panel.id_name is not None:
+            same &= panel.id_name in forecast and set(panel.ids) == set(forecast[panel.id_name])
+        if not same:
+            raise ValueError(f"this forecast is not one of the {panel.n_items} items of {panel.name}")
+        return plot_forecast(panel, forecast, path, items=items, history=history)
+
+    def read(self, df: Any, **options: Any) -> Panel:
+        """Read a table as `predict` does; what it gives may be handed in in place of the table.
+
+        options: those of `predict` about reading: id, time, target, future, known, ...
+        Raises: ValueError (DataError) for data that cannot be used, and for options beside a table
+          that has been read already.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if isinstance(df, Panel | Series):
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)}: a {type(df).__name__} is read already; these options are for tables and files"
+                )
+            return df if isinstance(df, Panel) else Panel.of(df)
+        return Panel.of(load_series(df, **given))
+
+    def _forecast(
+        self, panel: Panel, horizon: int, levels: tuple[float, ...], seed: int
+    ) -> tuple[Found, tuple[str, ...]]:
+        """Forecast after the end of every item; quantiles at all `levels`."""
+        model, params = self._ready(panel)
+        joint = model.variates == "joint"
+        own = panels.own_levels(model, params, panel.n_variates if joint else 1, horizon, levels)
+        rest = tuple(level for level in sorted(levels) if level not in own)
+        calibration = self.calibration if self.calibration and self.calibration.horizon >= horizon else None
+
+        # Origins in the past, for errors that nobody has measured yet, go in together with the end
+        # of every item: then no shape is compiled twice.
+        now = Origins.after(panel)
+        before = Origins.none()
+        if rest and calibration is None:
+            before = rolling_origins(panel, horizon, model.context_len)
+        found = panels.forecast(
+            model,
+            params,
+            panel,
+            horizon,
+            context_len=model.context_len,
+            origins=now.and_then(before),
+            levels=own,
+            joint=joint,
+            covariates=bool(self._used_covariates(panel)),
+            key=jax.random.key(seed),
+        )
+        if not np.isfinite(found.point).all():
+            _refuse_bad_weights(params)
+            raise ValueError(f"{panel.name}: the forecast is not finite although data and weights are")
+        past, found = found.take(slice(panel.n_items, None)), found.take(slice(panel.n_items))
+        notes = [
+            *self._covariate_notes(panel, horizon),
+            *panels.notes_on_lengths(model, panel, model.context_len),
+        ]
+        if rest:
+            calibration = calibration or self._calibrated(panel, before, past, rest)
+            offsets = calibration.at(rest, horizon)[None, None]
+            more = found.point[..., None] + found.std[..., None, None] * offsets
+            quantiles = np.concatenate([found.quantiles, more], axis=-1)
+            found = dataclasses.replace(found, quantiles=quantiles, levels=(*own, *rest))
+            notes.append(calibration.describe(rest))
+
+        # Quantiles of one forecast from two sources may cross.
+        rising = np.sort(found.quantiles, axis=-1)
+        found = dataclasses.replace(found, quantiles=rising, levels=tuple(sorted(levels)))
+        return found, tuple(notes)
+
+    def _ready(self, panel: Panel) -> tuple[Model, Params]:
+        """The model ready for the panel; nothing is drawn at random.
+
+        Raises: ValueError for a model that has to be tuned on such data first.
+        """
+        self.model.check_task("forecasting")
+        model, params = self.model.for_series(
+            self.params,
+            n_variates=panel.n_variates,
+            freq=panel.freq,
+            key=jax.random.key(0),
+        )
+        if fresh := drawn(self.params, params):
+            raise ValueError(
+                f"this {model.family} model has no parameters for {panel.n_variates} targets such as these: "
+                f"{len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune it on them first"
+            )
+        return model, sharding.together(params)
+
+    def _calibrated(self, panel: Panel, origins: Origins, past: Found, levels: tuple[float, ...]) -> Calibration:
+        """Measure the errors of forecasts of the panel's own past.
+
+        Raises: DataError where there is too little of it.
+        """
+        horizon = past.point.shape[-1]
+        problem = "no item is long enough"
+        if len(origins.items):
+            errors = (targets_after(panel, origins, horizon) - past.point) / past.std[..., None]
+            items = len(np.unique(origins.items))
+            source = "before the end of the history" + (f" of {items} items" if items > 1 else "")
+            try:
+                return Calibration.of(errors.reshape(-1, horizon), source)
+            except ValueError as err:
+                problem = str(err)
+        shown = ", ".join(f"{level:g}" for level in levels)
+        raise DataError(
+            f"{panel.name}: {self.model.family} does not say quantiles {shown} itself, and its errors {horizon} rows "
+            f"ahead cannot be measured on this history ({problem}; the longest item has {panel.lengths.max()} rows). "
+            "Bring more rows, a shorter horizon, or ask for the point forecast alone: quantile_levels=()"
+        )
+
+    def _used_covariates(self, panel: Panel) -> tuple[str, ...]:
+        takes = self.model.covariates
+        return (panel.past if "past" in takes else ()) + (panel.known if "known" in takes else ())
+
+    def _covariate_notes(self, panel: Panel, horizon: int) -> tuple[str, ...]:
+        used = self._used_covariates(panel)
+        static = () if panel.static is None else tuple(map(str, panel.static.columns))
+        notes = []
+        unused = [name for name in (*panel.past, *panel.known, *static) if name not in used]
+        if unused:
+            notes.append(f"{self.model.family} does not use covariates: {', '.join(unused)}")
+        for name in panel.known:
+            if name not in used:
+                continue
+            # Of the item for which it is known furthest.
+            future = panel.future_values
+            ahead = 0
+            if future is not None and future.size:
+                known = ~np.isnan(future[panel.known.index(name)])
+                ahead = int((known * (1 + np.arange(known.shape[1]))).max())
+            if ahead < horizon:
+                notes.append(
+                    f"{name} is known {ahead} rows ahead, and the forecast has {horizon}: it is unknown after that"
+                )
+        return tuple(notes)
+
+
+_PLAIN = ("freq", "id", "time", "licence", "baseline")  # texts or None
+_NAMES = ("targets", "past", "known", "static")
+
+
+def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
+    """What `_facts` wrote, as arguments of `Forecaster`; facts of a later version are left out.
+
+    Raises: ValueError for anything else.
+    """
+    try:
+        found: dict[str, Any] = {}
+        for name in _PLAIN:
+            value = facts.get(name)
+            if not isinstance(value, str | None):
+                raise ValueError(f"{name} is a {type(value).__name__}")
+            found[name] = value
+        for name in _NAMES:
+            values = facts.get(name, [])
+            if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
+                raise ValueError(f"{name} is no list of names")
+            found[name] = tuple(values)
+        told = facts.get("calibration")
+        found["calibration"] = None if told is None else Calibration.from_json(told)
+        verdict = facts.get("verdict")
+        if not isinstance(verdict, dict | None):
+            raise ValueError("the verdict is no object")
+        found["verdict"] = verdict
+    except (AttributeError, ValueError) as err:
+        raise ValueError(f"{source}: what it holds of a Forecaster can't be read ({err})") from None
+    found["licence"] = found["licence"] or ""
+    return found
+
+
+def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:
+    """Raises: ValueError for levels that are not numbers between 0 and 1, each once."""
+    try:
+        found = tuple(float(level) for level in levels)
+    except (TypeError, ValueError):
+        found = (np.nan,)
+    if not all(0 < level < 1 for level in found) or len({f"{x:g}" for x in found}) < len(found):
+        raise ValueError(f"quantile_levels are numbers between 0 and 1, each once, such as {LEVELS}; got {levels!r}")
+    return found
+
+
+def _refuse_bad_weights(params: Params) -> None:
+    """Raises: ValueError naming the parameters that are not finite."""
+    flat = trees.flatten(params)
+    bad = [path for path, leaf in flat.items() if not bool(jnp.isfinite(leaf).all())]
+    if bad:
+        shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+        raise ValueError(f"{len(bad)} of {len(flat)} parameters are not finite ({shown}): the weights are damaged")
+
+
+def _table(panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[str, ...]) -> pd.DataFrame:
+    """The long table of a forecast."""
+    n, c, horizon = found.point.shape
+    columns: list[tuple[str, Any]] = []
+    if panel.id_name is not None:
+        columns.append((panel.id_name, np.repeat(panel.ids, c * horizon)))
+    stamps = panel.stamps_after(horizon) if panel.time_name is not None else None
+    if stamps is not None:
+        every = np.broadcast_to(stamps[:, None], (n, c, horizon)).ravel()
+        index = pd.DatetimeIndex(every)
+        if panel.tz is not None:
+            index = index.tz_localize("UTC").tz_convert(panel.tz)
+        columns.append((panel.time_name or "timestamp", index))
+    if c > 1:
+        names = np.array(panel.columns, object)
+        columns.append(("target_name", np.tile(np.repeat(names, horizon), n)))
+    columns.append(("predictions", found.point.ravel()))
+    for level in levels:
+        columns.append((f"{level:g}", found.quantiles[..., found.levels.index(level)].ravel()))
+    names = [name for name, _ in columns]
+    if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"{panel.name}: the forecast would have two columns called {', '.join(map(repr, twice))}; rename those of "
+            "the table"
+        )
+    table = pd.DataFrame(dict(columns))
+    table.attrs["notes"] = list(notes)
+    return table

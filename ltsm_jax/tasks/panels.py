@@ -1,0 +1,377 @@
+"""Forecasts from many origins of a panel: one compiled program per shape, in bounded memory.
+
+An origin is an item and the row after its context. Where a forecast begins at the end of every
+item, origins are the items; rolling origins further back serve calibration.
+
+Every choice that touches a forecast's value (how long its context is, what fills it up) is made
+from the item alone, so that a forecast does not depend on which other items are in the call.
+
+Shapes: M origins, C targets, K covariates, L context length, H horizon, W quantile levels.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.data import DataError
+from ltsm_jax.data.panel import Panel
+from ltsm_jax.data.windows import context_scale
+from ltsm_jax.models.family import Forecast
+from ltsm_jax.tasks.forecasting import Predictor
+from ltsm_jax.trees import Tree
+
+CONTEXT_BYTES = 1 << 27  # of the contexts of one batch, in float64
+FEW = 8  # names shown in a message
+SHORTEST = 64  # length of the shortest contexts that are filled up in front
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origins:
+    """Where forecasts begin.
+
+    items: [M] numbers of the panel's items. ends: [M] row of the panel behind each context.
+    """
+
+    items: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def after(cls, panel: Panel) -> "Origins":
+        """The end of every item: what comes after it is the future."""
+        return cls(np.arange(panel.n_items), np.asarray(panel.bounds[1:]))
+
+    @classmethod
+    def none(cls) -> "Origins":
+        """No origin."""
+        return cls(np.zeros(0, int), np.zeros(0, int))
+
+    def take(self, rows: Any) -> "Origins":
+        """Some of them, by number."""
+        return Origins(self.items[rows], self.ends[rows])
+
+    def and_then(self, more: "Origins") -> "Origins":
+        """These and `more`, in this order."""
+        return Origins(np.append(self.items, more.items), np.append(self.ends, more.ends))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """Forecasts in data units.
+
+    point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`, those asked for that the
+    model can say. std: [M, C] of the context that each forecast was made from.
+    """
+
+    point: np.ndarray
+    quantiles: np.ndarray
+    levels: tuple[float, ...]
+    std: np.ndarray
+
+    def take(self, rows: Any) -> "Found":
+        """The forecasts of some origins, by number."""
+        return dataclasses.replace(self, point=self.point[rows], quantiles=self.quantiles[rows], std=self.std[rows])
+
+
+# --- quantiles
+
+
+def own_levels(
+    model: Predictor, params: Tree, n_variates: int, horizon: int, wanted: Sequence[float]
+) -> tuple[float, ...]:
+    """Levels among `wanted`, rising, that a model says itself, without a guess at the tails.
+
+    From n samples those between 1 / (n + 1) and n / (n + 1); from
+    quantiles those between the lowest and the highest; none from a point alone.
+    """
+    if not len(wanted):
+        return ()
+    one = jax.ShapeDtypeStruct((1, n_variates, SHORTEST), jnp.float32)
+    found = jax.eval_shape(lambda p, x: model.predict(p, x, horizon), params, one)
+    if found.samples is not None:
+        n = found.samples.shape[-1]
+        low, high = 1 / (n + 1), n / (n + 1)
+    elif found.quantiles is not None:
+        low, high = min(found.levels), max(found.levels)
+    else:
+        return ()
+    slack = 1e-9  # 0.1 is 0.1 however it was computed
+    return tuple(level for level in sorted(wanted) if low - slack <= level <= high + slack)
+
+
+def quantiles_at(found: Forecast, levels: Sequence[float]) -> jax.Array:
+    """Quantiles [..., W] of a forecast at rising `levels` of its range, which never cross.
+
+    Of samples the empirical ones; else linear between the sorted values at the model's levels.
+    """
+    if not levels:
+        return jnp.zeros((*found.point.shape, 0), found.point.dtype)
+    if found.samples is not None:
+        at = jnp.quantile(found.samples, jnp.asarray(levels, jnp.float32), axis=-1)
+        return jnp.moveaxis(at, 0, -1)
+    assert found.quantiles is not None
+    have = np.asarray(found.levels)
+    rising = jnp.sort(found.quantiles[..., np.argsort(have)], axis=-1)
+    have = np.sort(have)
+    place = np.interp(np.asarray(levels), have, np.arange(len(have)))
+    # 0.1 + 0.2 is not 0.3: a level of the model's own is taken as it is.
+    place = np.where(np.abs(place - place.round()) < 1e-6, place.round(), place)
+    low = np.floor(place).astype(int)
+    high = np.ceil(place).astype(int)
+    share = jnp.asarray(place - low, rising.dtype).reshape((1,) * (rising.ndim - 1) + (-1,))
+    return rising[..., low] + (rising[..., high] - rising[..., low]) * share
+
+
+# --- lengths of contexts
+
+
+def rung_below(rows: np.ndarray, patch: int) -> np.ndarray:
+    """A length among a few that is at most `rows`: whole patches, four lengths in every octave.
+
+    Up to seven patches are all kept; of more, the oldest fifth goes at most.
+    """
+    unit = np.where(rows < patch, 1, patch)
+    count = rows // unit
+    shift = np.maximum(np.floor(np.log2(count)).astype(int) - 2, 0)
+    return (count >> shift << shift) * unit
+
+
+def rung_above(rows: np.ndarray) -> np.ndarray:
+    """A length among a few that is at least `rows`: the powers of two from `SHORTEST` on."""
+    return 1 << np.ceil(np.log2(np.maximum(rows, SHORTEST))).astype(int)
+
+
+def lengths_of(model: Any, rows: np.ndarray, context_len: int) -> np.ndarray:
+    """Context length [M] that is used for origins with `rows` rows before them.
+
+    Few lengths, as each is compiled. A family for which missing values in front change nothing gets
+    them. For others the oldest rows are left away: those that fill no patch, and of many patches
+    some more.
+    """
+    pads = getattr(model, "missing_in_front", True)
+    patch = getattr(getattr(model, "config", None), "patch_len", 16)
+    found = rung_above(rows) if pads else rung_below(rows, patch)
+    return np.where(rows >= context_len, context_len, np.minimum(found, context_len))
+
+
+# --- forecasts
+
+
+@functools.partial(jax.jit, static_argnames=("model", "horizon", "levels"))
+def _forecast(model, params, context, past, known, key, horizon: int, levels: tuple[float, ...]):
+    found = _predicted(model, params, context, past, known, key, horizon)
+    return found.point, quantiles_at(found, levels)
+
+
+def _predicted(model, params, context, past, known, key, horizon: int) -> Forecast:
+    if past is None and known is None:
+        return model.predict(params, context, horizon, key)
+    return model.predict_with(params, context, horizon, past=past, known=known, key=key)
+
+
+def forecast(
+    model: Predictor,
+    params: Tree,
+    panel: Panel,
+    horizon: int,
+    *,
+    context_len: int,
+    origins: Origins | None = None,
+    levels: Sequence[float] = (),
+    joint: bool = False,
+    covariates: bool = False,
+    key: jax.Array | None = None,
+    batch_size: int | None = None,
+) -> Found:
+    """Forecast `horizon` rows after each origin, from contexts standardised by themselves.
+
+    Args:
+      model, params: ready for the panel (`Model.for_series`), or a baseline and {}.
+      context_len: rows of a context at most.
+      origins: by default the end of every item.
+      levels: quantile levels; those that the model cannot say are left out of the result.
+      joint: the targets of an item go in together.
+      covariates: hand in past and known covariates, too (`Model.predict_with`).
+      key: of the draws of models that sample.
+      batch_size: windows of one forward pass; by default what `eval_batch` and the memory allow.
+    Returns: forecasts; NaN where a context in the past holds no value.
+    Raises: DataError where one at the end of its item holds none, naming items and targets.
+    """
+    origins = Origins.after(panel) if origins is None else origins
+    key = jax.random.key(0) if key is None else key
+    m, c = len(origins.items), panel.n_variates
+    rows_before = origins.ends - panel.bounds[origins.items]
+    lengths = lengths_of(model, rows_before, context_len)
+
+    members = c if joint else 1
+    count = m if joint else m * c
+    said = own_levels(model, params, members, horizon, levels)
+    point = np.empty((count, members, horizon))
+    quantiles = np.empty((count, members, horizon, len(said)))
+    std = np.empty((count, members))
+
+    pending: tuple[np.ndarray, Any, np.ndarray, np.ndarray] | None = None
+
+    def collect(rows, answer, mean, scale) -> None:
+        y, q = (np.asarray(x, np.float64)[: len(rows)] for x in answer)
+        point[rows] = y * scale + mean
+        quantiles[rows] = q * scale[..., None] + mean[..., None]
+        std[rows] = scale[..., 0]
+
+    for length in np.unique(lengths):
+        of_length = np.flatnonzero(lengths == length)
+        if not joint:
+            of_length = (of_length[:, None] * c + np.arange(c)).ravel()
+        width = members + (len(panel.past) + len(panel.known) if covariates else 0)
+        size = batch_size or _batch_size(model, width, int(length), len(of_length))
+        for rows in _batches(of_length, size):
+            cut = _Cut(panel, origins.take(rows if joint else rows // c), int(length), horizon)
+            context = cut.contexts(panel.values, None if joint else rows % c)
+            empty = _empty(context, cut, None if joint else rows % c)
+            mean, scale = context_scale(context)
+            scale[empty] = np.nan
+            scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
+            past, known = cut.covariates(size) if covariates else (None, None)
+            answer = _forecast(model, params, scaled, past, known, key, horizon, said)
+            # While the device works on this batch, the host takes in the one before.
+            if pending is not None:
+                collect(*pending)
+            pending = rows, answer, mean, scale
+    if pending is not None:
+        collect(*pending)
+    return Found(
+        point.reshape(m, c, horizon),
+        quantiles.reshape(m, c, horizon, -1),
+        said,
+        std.reshape(m, c),
+    )
+
+
+def _batch_size(model: Predictor, width: int, length: int, count: int) -> int:
+    """Windows of one forward pass: a power of two, so that few shapes are compiled."""
+    most = min(model.eval_batch, max(CONTEXT_BYTES // (8 * width * length), 1))
+    if width > 10:  # what `eval_batch` of a joint family reckons with
+        most = max(most * 10 // width, 1)
+    most = 1 << (most.bit_length() - 1)
+    return min(most, 1 << max(count - 1, 0).bit_length())
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _filled_up(x: np.ndarray, size: int) -> np.ndarray:
+    """Repeat the last row until there are `size`, so that every batch has one shape."""
+    missing = size - len(x)
+    return x if missing == 0 else np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Cut:
+    """The contexts of one batch of origins, all of one length."""
+
+    panel: Panel
+    origins: Origins
+    length: int
+    horizon: int
+
+    @functools.cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [B, L] of the panel, and which of them are the item's own."""
+        ends, items = self.origins.ends, self.origins.items
+        at = ends[:, None] - self.length + np.arange(self.length)
+        return at, at >= self.panel.bounds[items][:, None]
+
+    def contexts(self, values: np.ndarray, variates: np.ndarray | None = None) -> np.ndarray:
+        """[B, C, L] of `values` [C, R]; with `variates` [B] only that row of each, [B, 1, L]."""
+        at, inside = self._places
+        at = np.where(inside, at, 0)
+        if variates is not None:
+            return np.where(inside, values[variates[:, None], at], np.nan)[:, None]
+        return np.where(inside, values[:, at], np.nan).swapaxes(0, 1)
+
+    def covariates(self, size: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Past covariates [size, K, L] and known ones [size, K', L + H], standardised likewise."""
+        panel, past, known = self.panel, None, None
+        if panel.past:
+            assert panel.past_values is not None
+            x = self.contexts(panel.past_values)
+            past = _filled_up(_standardised(x, self.length), size)
+        if panel.known:
+            assert panel.known_values is not None
+            x = np.concatenate([self.contexts(panel.known_values), self._ahead()], axis=-1)
+            known = _filled_up(_standardised(x, self.length), size)
+        return past, known
+
+    def _ahead(self) -> np.ndarray:
+        """The known covariates after each origin [B, K, H]: rows of the item, then its future."""
+        panel, ends, items = self.panel, self.origins.ends, self.origins.items
+        assert panel.known_values is not None
+        at = ends[:, None] + np.arange(self.horizon)
+        stop = panel.bounds[items + 1][:, None]
+        rows = panel.known_values[:, np.minimum(at, panel.n_rows - 1)]
+        found = np.where(at < stop, rows, np.nan)
+        if panel.future_values is not None and panel.future_values.shape[-1]:
+            later = at - stop
+            there = (later >= 0) & (later < panel.future_values.shape[-1])
+            at_item = np.broadcast_to(items[:, None], at.shape)
+            future = panel.future_values[:, at_item, np.where(there, later, 0)]
+            found = np.where(there, future, found)
+        return found.swapaxes(0, 1)
+
+
+def _standardised(x: np.ndarray, length: int) -> np.ndarray:
+    """Covariates [B, K, T] by mean and deviation of their first `length` steps, as float32.
+
+    One that does not move there is only moved to 0: its size says nothing about its future.
+    """
+    mean, std = context_scale(x[..., :length])
+    low, high = (f(np.nan_to_num(x[..., :length], nan=v)) for f, v in _ENDS)
+    return ((x - mean) / np.where(high > low, std, 1.0)).astype(np.float32)
+
+
+_ENDS = (
+    (functools.partial(np.min, axis=-1, keepdims=True), np.inf),
+    (functools.partial(np.max, axis=-1, keepdims=True), -np.inf),
+)
+
+
+def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.ndarray:
+    """Which contexts [B, C] hold no value.
+
+    Raises: DataError naming items (and targets) where that is the end of the item.
+    """
+    panel, origins = cut.panel, cut.origins
+    empty: Any = np.isnan(context).all(axis=-1)
+    last = origins.ends == panel.bounds[origins.items + 1]
+    names = []
+    for row, member in np.argwhere(empty & last[:, None]):
+        column = panel.columns[member if variates is None else variates[row]]
+        names.append(column if panel.id_name is None else f"{column} of {panel.ids[origins.items[row]]}")
+    if names:
+        shown = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+        raise DataError(
+            f"{panel.name}: no value in the last {cut.length} rows of {shown}; leave these out, or end the table where "
+            "they have values"
+        )
+    return empty
+
+
+def notes_on_lengths(model: Any, panel: Panel, context_len: int) -> tuple[str, ...]:
+    """Say how many items are shorter than the context, and whether rows of them are left away."""
+    rows = panel.lengths
+    short = int((rows < context_len).sum())
+    if not short:
+        return ()
+    lengths = lengths_of(model, rows, context_len)
+    whole = np.minimum(rows, context_len)
+    said = f"{short} of {len(rows)} items have fewer rows than the context of {context_len}"
+    if cut := int((lengths < whole).sum()):
+        share = 1 - (lengths / whole).min()
+        said += f"; of {cut} the oldest rows are not seen (at most {share:.0%}), so that few lengths are compiled"
+    return (said,)
