@@ -21,7 +21,7 @@ from ltsm_jax.data import DataError, Series, load_series
 from ltsm_jax.data.panel import Panel
 from ltsm_jax.loading import Loaded, export, load_whole
 from ltsm_jax.methods.binding import check_params, drawn, whole
-from ltsm_jax.methods.conformal import Calibration, rolling_origins, targets_after
+from ltsm_jax.methods.conformal import Calibration, rolling_origins
 from ltsm_jax.models import Model, folders
 from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.tasks import panels
@@ -154,7 +154,7 @@ class Forecaster:
         if self.baseline:
             lines.append(f"forecasts with: {self.baseline}, as the verdict says")
         if self.calibration:
-            lines.append(f"calibrated: errors of {self.calibration.windows} windows {self.calibration.source}")
+            lines.append(f"calibrated: errors of {self.calibration.told}")
         if self.verdict and "reason" in self.verdict:
             lines.append(f"verdict: {self.verdict['reason']}")
         return "\n".join(lines)
@@ -278,7 +278,9 @@ class Forecaster:
         joint = model.variates == "joint"
         own = panels.own_levels(model, params, panel.n_variates if joint else 1, horizon, levels)
         rest = tuple(level for level in sorted(levels) if level not in own)
-        calibration = self.calibration if self.calibration and self.calibration.horizon >= horizon else None
+        calibration = self.calibration
+        if calibration is not None and not calibration.fits(horizon, panel.n_variates):
+            calibration = None
 
         # Origins in the past, for errors that nobody has measured yet, go in together with the end
         # of every item: then no shape is compiled twice.
@@ -296,6 +298,7 @@ class Forecaster:
             levels=own,
             joint=joint,
             covariates=bool(self._used_covariates(panel)),
+            season=panel.season if rest else None,
             key=jax.random.key(seed),
         )
         if not np.isfinite(found.point).all():
@@ -307,12 +310,18 @@ class Forecaster:
             *panels.notes_on_lengths(model, panel, model.context_len),
         ]
         if rest:
-            calibration = calibration or self._calibrated(panel, before, past, rest)
-            offsets = calibration.at(rest, horizon)[None, None]
-            more = found.point[..., None] + found.std[..., None, None] * offsets
-            quantiles = np.concatenate([found.quantiles, more], axis=-1)
+            if calibration is None:
+                try:
+                    calibration = Calibration.measured(panel, before, past, "of the history")
+                except ValueError as err:
+                    raise self._unmeasured(panel, horizon, rest, str(err)) from None
+            quantiles = np.concatenate([found.quantiles, calibration.quantiles(found, rest)], axis=-1)
             found = dataclasses.replace(found, quantiles=quantiles, levels=(*own, *rest))
             notes.append(calibration.describe(rest))
+            if still := int((found.unit == 0).sum()):
+                notes.append(
+                    f"{still} of {found.unit.size} contexts do not move, and these quantiles there lie on the forecast"
+                )
 
         # Quantiles of one forecast from two sources may cross.
         rising = np.sort(found.quantiles, axis=-1)
@@ -338,23 +347,10 @@ class Forecaster:
             )
         return model, sharding.together(params)
 
-    def _calibrated(self, panel: Panel, origins: Origins, past: Found, levels: tuple[float, ...]) -> Calibration:
-        """Measure the errors of forecasts of the panel's own past.
-
-        Raises: DataError where there is too little of it.
-        """
-        horizon = past.point.shape[-1]
-        problem = "no item is long enough"
-        if len(origins.items):
-            errors = (targets_after(panel, origins, horizon) - past.point) / past.std[..., None]
-            items = len(np.unique(origins.items))
-            source = "before the end of the history" + (f" of {items} items" if items > 1 else "")
-            try:
-                return Calibration.of(errors.reshape(-1, horizon), source)
-            except ValueError as err:
-                problem = str(err)
+    def _unmeasured(self, panel: Panel, horizon: int, levels: tuple[float, ...], problem: str) -> DataError:
+        """The error for levels that neither model nor history can say."""
         shown = ", ".join(f"{level:g}" for level in levels)
-        raise DataError(
+        return DataError(
             f"{panel.name}: {self.model.family} does not say quantiles {shown} itself, and its errors {horizon} rows "
             f"ahead cannot be measured on this history ({problem}; the longest item has {panel.lengths.max()} rows). "
             "Bring more rows, a shorter horizon, or ask for the point forecast alone: quantile_levels=()"

@@ -147,7 +147,7 @@ def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
         "id": "store",
         "time": "when",
         "verdict": {"deploy": "zero_shot", "reason": "no difference that the data can show"},
-        "calibration": Calibration.of(np.random.default_rng(0).normal(size=(30, 4)), "of a test"),
+        "calibration": Calibration.of(np.random.default_rng(0).normal(size=(30, 1, 4)), 30, "of a test"),
         "provenance": {"source": "made here", "licence": "MIT"},
     }
     forecaster = dataclasses.replace(timer, licence="", **facts)
@@ -158,7 +158,7 @@ def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
     assert again.licence == "MIT"
     want = forecaster.predict(panel(), 4)
     pd.testing.assert_frame_equal(again.predict(panel(), 4), want, rtol=1e-6)
-    assert "from the errors of 30 windows of a test" in want.attrs["notes"][-1]
+    assert "from the errors of 30 forecasts of a test" in want.attrs["notes"][-1]
     model, _ = ltsm_jax.load(tmp_path / "model")
     assert model == TIMER
     with pytest.raises(FileExistsError):
