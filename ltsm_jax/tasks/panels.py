@@ -11,7 +11,7 @@ Shapes: M origins, C targets, K covariates, L context length, H horizon, W quant
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -187,6 +187,7 @@ def forecast(
     covariates: bool = False,
     season: int | None = None,
     key: jax.Array | None = None,
+    on_host: Callable[[np.ndarray, int], np.ndarray] | None = None,
     batch_size: int | None = None,
 ) -> Found:
     """Forecast `horizon` rows after each origin, from contexts standardised by themselves.
@@ -200,6 +201,8 @@ def forecast(
       covariates: hand in past and known covariates, too (`Model.predict_with`).
       season: rows of a season, for `Found.unit`; None: nobody asks for it.
       key: of the draws of models that sample.
+      on_host: forecasts [B, H] of contexts [B, L], in place of `model`, which then says its batch
+        size alone.
       batch_size: windows of one forward pass; by default what `eval_batch` and the memory allow.
     Returns: forecasts; NaN where a context in the past holds no value.
     Raises: DataError where one at the end of its item holds none, naming items and targets.
@@ -212,7 +215,7 @@ def forecast(
 
     members = c if joint else 1
     count = m if joint else m * c
-    said = own_levels(model, params, members, horizon, levels)
+    said = () if on_host else own_levels(model, params, members, horizon, levels)
     point = np.empty((count, members, horizon))
     quantiles = np.empty((count, members, horizon, len(said)))
     unit = np.ones((count, members))
@@ -239,8 +242,13 @@ def forecast(
             if season is not None:
                 unit[rows] = error_unit((context - mean) / scale, season) * scale[..., 0]
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
-            past, known = cut.covariates(size) if covariates else (None, None)
-            answer = _forecast(model, params, scaled, past, known, key, horizon, said)
+            if on_host is None:
+                past, known = cut.covariates(size) if covariates else (None, None)
+                answer = _forecast(model, params, scaled, past, known, key, horizon, said)
+            else:
+                flat = on_host(scaled[: len(rows)].reshape(-1, int(length)), horizon)
+                y = flat.reshape(len(rows), members, horizon)
+                answer = y, np.zeros((*y.shape, 0))
             # While the device works on this batch, the host takes in the one before.
             if pending is not None:
                 collect(*pending)
