@@ -227,7 +227,7 @@ class Forecaster:
             "irregular": irregular,
             "name": name,
         }
-        panel = self._panel(df, {key: x for key, x in options.items() if x is not None})
+        panel = self.read(df, **options)
         found, notes = self._forecast(panel, horizon, levels, seed)
         return _table(panel, found, levels, (*panel.notes, *notes))
 
@@ -252,7 +252,7 @@ class Forecaster:
         Returns: the matplotlib Figure.
         Raises: ImportError with what to install; ValueError for a forecast of another table.
         """
-        panel = self._panel(df, reading)
+        panel = self.read(df, **reading)
         rows = panel.n_items * panel.n_variates
         same = "predictions" in forecast and len(forecast) % rows == 0
         if panel.id_name is not None:
@@ -261,7 +261,14 @@ class Forecaster:
             raise ValueError(f"this forecast is not one of the {panel.n_items} items of {panel.name}")
         return plot_forecast(panel, forecast, path, items=items, history=history)
 
-    def _panel(self, df: Any, given: dict[str, Any]) -> Panel:
+    def read(self, df: Any, **options: Any) -> Panel:
+        """Read a table as `predict` does; what it gives may be handed in in place of the table.
+
+        options: those of `predict` about reading: id, time, target, future, known, ...
+        Raises: ValueError (DataError) for data that cannot be used, and for options beside a table
+          that has been read already.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
         if isinstance(df, Panel | Series):
             if given:
                 raise ValueError(
