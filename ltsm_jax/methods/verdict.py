@@ -41,7 +41,7 @@ from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.forecasting import MODES, Errors, Forecasting, Mode
 from ltsm_jax.training import compiling
 
-__all__ = ["BUDGET", "Compared", "Verdict", "compare", "named"]
+__all__ = ["BUDGET", "Compared", "Prepared", "Verdict", "compare", "named", "prepare"]
 
 Params = Any
 Methods = str | Strategy | Sequence[str | Strategy]
@@ -113,6 +113,83 @@ def named(methods: Methods, model: Model) -> dict[str, Strategy]:
     return result
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model and the windows of a panel that go together; what `compare` begins with.
+
+    Attributes:
+      model, params: made ready for the panel; what the masks prune is 0.
+      splits: windows. task: how the model sees them, with the loss that takes them.
+      train_context: rows that training windows show.
+      masks: where the parameters lie, or None.
+      notes: what was done on the way.
+    """
+
+    model: Model
+    params: Params
+    splits: PanelSplits
+    task: Forecasting
+    train_context: int
+    masks: Params | None
+    notes: tuple[str, ...]
+
+
+def prepare(
+    model: Model,
+    params: Params,
+    panel: Panel,
+    horizon: int,
+    *,
+    masks: Params | None = None,
+    context_len: int | None = None,
+    mode: Mode | None = None,
+    seed: int = 0,
+    most_scored: int = MOST_SCORED,
+) -> Prepared:
+    """Make a model ready for a panel, and cut windows that its training takes; arguments as in `compare`.
+
+    Raises: ValueError (DataError) for data, names and lengths that do not work.
+    """
+    horizon = whole(horizon, "horizon")
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    model.check_task("forecasting")
+    check_params(model, params)
+    ready, start = model.for_series(
+        params,
+        n_variates=panel.n_variates,
+        freq=panel.freq,
+        key=training.keys(seed)["init"],
+    )
+    fresh = drawn(params, start)
+    model, start = ready, sharding.together(start)
+    placement = Placement.of(start)
+    if masks is not None:
+        masks = place(masks, start, placement)
+        start = merge(start, masks, placement)
+
+    lengths = _lengths(model, start, panel, horizon, context_len, mode)
+    splits = cut_panel(
+        panel,
+        lengths.context_len,
+        horizon,
+        train_context=lengths.train_context,
+        target_len=target_len(model, lengths.mode, horizon),
+        joint=model.variates == "joint",
+        most_scored=most_scored,
+        seed=seed,
+    )
+    notes = [*splits.notes, *lengths.notes]
+    if fresh:
+        notes.append(
+            f"{len(fresh)} arrays of the model were drawn at random: before tuning it knows nothing ({fresh[0]})"
+        )
+    if panel.known or panel.past:
+        notes.append("covariates take no part in the comparison: " + ", ".join((*panel.known, *panel.past)))
+    task = Forecasting(lengths.mode, "context")
+    return Prepared(model, start, splits, task, lengths.train_context, masks, tuple(notes))
+
+
 @hosts.interruptible()
 def compare(
     model: Model,
@@ -154,46 +231,23 @@ def compare(
     Raises: ValueError (DataError) for data, names and lengths that do not work, before anything is
       trained.
     """
-    horizon = whole(horizon, "horizon")
     if budget is not None:
         budget = whole(budget, "budget")
-    if mode is not None and mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    model.check_task("forecasting")
-    check_params(model, params)
     strategies = named(methods, model)
-    ready, start = model.for_series(
+    prepared = prepare(
+        model,
         params,
-        n_variates=panel.n_variates,
-        freq=panel.freq,
-        key=training.keys(seed)["init"],
-    )
-    fresh = drawn(params, start)
-    model, start = ready, sharding.together(start)
-    placement = Placement.of(start)
-    if masks is not None:
-        masks = place(masks, start, placement)
-        start = merge(start, masks, placement)
-
-    lengths = _lengths(model, start, panel, horizon, context_len, mode)
-    splits = cut_panel(
         panel,
-        lengths.context_len,
         horizon,
-        train_context=lengths.train_context,
-        target_len=target_len(model, lengths.mode, horizon),
-        joint=model.variates == "joint",
-        most_scored=most_scored,
+        masks=masks,
+        context_len=context_len,
+        mode=mode,
         seed=seed,
+        most_scored=most_scored,
     )
-    task = Forecasting(lengths.mode, "context")
-    notes = [*splits.notes, *lengths.notes]
-    if fresh:
-        notes.append(
-            f"{len(fresh)} arrays of the model were drawn at random: before tuning it knows nothing ({fresh[0]})"
-        )
-    if panel.known or panel.past:
-        notes.append("covariates take no part in the comparison: " + ", ".join((*panel.known, *panel.past)))
+    model, start, splits, task = prepared.model, prepared.params, prepared.splits, prepared.task
+    masks, horizon, notes = prepared.masks, splits.test.horizon, list(prepared.notes)
+    placement = Placement.of(start)
 
     config = config or training.TrainConfig()
     available = task.windows(model, splits).n if strategies else 0
@@ -255,7 +309,7 @@ def compare(
     val = {name: found.val["mse"] for name, found in candidates.items()}
     deploy, reason = decide(val, tuned, naive, differences)
     notes += few_blocks(differences["zero_shot_vs_naive"])
-    settings = {"mode": task.mode, "seed": seed, "budget": budget, "train_context": lengths.train_context}
+    settings = {"mode": task.mode, "seed": seed, "budget": budget, "train_context": prepared.train_context}
     if strategies:
         settings |= {"train": config.filled(model.recipe(), seed=seed).record()}
     verdict = Verdict(
@@ -269,7 +323,7 @@ def compare(
         model=model.family,
         columns=panel.columns,
         horizon=horizon,
-        context_len=lengths.context_len,
+        context_len=splits.test.context_len,
         freq=panel.freq,
         items=len(np.unique(splits.origins(splits.test)[0])),
         windows={"train": available, "val": splits.val.n, "test": splits.test.n},
