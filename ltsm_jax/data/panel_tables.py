@@ -223,7 +223,7 @@ class _PanelReader(TableReader):
     kind_of_id = "an item"
 
     def read(self) -> Panel:
-        table, labels = self.index_as_columns(as_table(self.source))
+        table, labels = self.index_as_columns(as_table(self.source, self.notes))
         self.check_shape(table)
         self.stop()
         ahead = self.rows_ahead()
@@ -279,7 +279,9 @@ class _PanelReader(TableReader):
         """The table of the rows ahead, its index as columns in front."""
         if self.how.future is None:
             return None
-        ahead, _ = self.index_as_columns(as_table(self.how.future))
+        notes: list[str] = []
+        ahead, _ = self.index_as_columns(as_table(self.how.future, notes))
+        self.notes += [f"future: {note}" for note in notes]
         self.check_shape(ahead)
         self.problems = [f"future: {problem}" for problem in self.problems]
         self.stop()

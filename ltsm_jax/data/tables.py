@@ -122,8 +122,8 @@ def read_series(
     The options are described in `ReadingOptions`, field by field.
 
     Args:
-      source: a .csv, .csv.gz or .parquet file, a pandas DataFrame or Series, an array [T] or [T, C]
-        (rows first), a polars or Arrow table.
+      source: a file (.csv, .tsv, .txt, also with .gz; .parquet; .xlsx), a pandas DataFrame or
+        Series, an array [T] or [T, C] (rows first), a polars or Arrow table.
 
     Raises: DataError (a ValueError) with every problem found; FileNotFoundError when there is no
       such file.
@@ -145,7 +145,7 @@ class _SeriesReader(TableReader):
     """One table on its way to a `Series`."""
 
     def read(self) -> Series:
-        table = as_table(self.source)
+        table = as_table(self.source, self.notes)
         table, labels = self.index_as_columns(table)
         self.check_shape(table)
         self.stop()
