@@ -178,9 +178,9 @@ def text(metavar: str = "TEXT", *, unset: str = "none") -> Check:
     return check(str, metavar, unset)
 
 
-def path(*, unset: str = "none") -> Check:
+def path(metavar: str = "PATH", *, unset: str = "none") -> Check:
     """Take a file or folder; ~ is the home folder."""
-    return check(lambda text: Path(text).expanduser(), "PATH", unset)
+    return check(lambda text: Path(text).expanduser(), metavar, unset)
 
 
 REGISTRY = ConstructorRegistry()

@@ -6,7 +6,9 @@ the licence, the calibration and the verdict with the weights.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import html
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,22 @@ import numpy as np
 import pandas as pd
 
 from ltsm_jax import hosts, sharding, trees
-from ltsm_jax.data import DataError, Series, load_series
-from ltsm_jax.data.panel import Panel
-from ltsm_jax.loading import load
+from ltsm_jax.data import BENCHMARKS, DataError, Panel, Series, load_series, read_panel
+from ltsm_jax.loading import Loaded, export, load_whole
+from ltsm_jax.methods import auto_ets
 from ltsm_jax.methods.binding import check_params, drawn, whole
-from ltsm_jax.methods.conformal import Calibration, rolling_origins, targets_after
-from ltsm_jax.models import Model
+from ltsm_jax.methods.conformal import Calibration, rolling_origins
+from ltsm_jax.models import Model, folders
+from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.tasks import panels
+from ltsm_jax.tasks.forecasting import Predictor, SeasonalNaive, naive_forecasts
 from ltsm_jax.tasks.panels import Found, Origins
 
 Params = Any
 FACTS = "forecaster"  # entry of a model folder's provenance
 LEVELS = (0.1, 0.5, 0.9)
+MOST_ETS = 100  # forecasts that AutoETS is calibrated on; each is a fit of its own
+NAIVE = ("last_value", "seasonal_naive", "mean", "auto_ets")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -39,11 +45,13 @@ class Forecaster:
       freq: step of the table that it was fitted on, or None.
       targets, past, known, static: names of the columns that it was fitted on; () before a fit.
       id, time: names of these columns, or None. They are what `predict` reads unless told otherwise.
+      context_len: rows of an item that are looked at, at most; None: the model's own.
       licence: of the weights.
       provenance: where the weights are from.
       calibration: errors of past forecasts, for quantiles that the model does not say.
       baseline: the naive forecast that a verdict found best, which then is what forecasts; or None.
       verdict: what `fit` found, as JSON types, or None.
+      buffers: tensors of the original that are not learned, for `export`.
     """
 
     model: Model
@@ -56,14 +64,18 @@ class Forecaster:
     static: tuple[str, ...] = ()
     id: str | None = None
     time: str | None = None
+    context_len: int | None = None
     licence: str = ""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Calibration | None = None
     baseline: str | None = None
     verdict: Mapping[str, Any] | None = None
+    buffers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_params(self.model, self.params)
+        if self.baseline is not None and self.baseline not in NAIVE:
+            raise ValueError(f"baseline must be one of {', '.join(NAIVE)}; got {self.baseline!r}")
         if not self.licence:
             told = self.provenance.get("licence")
             object.__setattr__(self, "licence", told if isinstance(told, str) else self.model.licence)
@@ -86,8 +98,82 @@ class Forecaster:
         Raises: as `ltsm_jax.load`.
         Example: `Forecaster.load("timer-tiny").predict("sales.csv", 48)`
         """
-        model, params = load(source, revision=revision, token=token, accept_license=accept_license)
-        return cls(model, params)
+        found = load_whole(source, revision=revision, token=token, accept_license=accept_license)
+        provenance = dict(found.provenance)
+        facts = _read_facts(provenance.pop(FACTS, {}), source)
+        return cls(found.model, found.params, provenance=provenance, buffers=found.buffers, **facts)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a model folder that `load` reads, and `ltsm_jax.load` as well.
+
+        overwrite: replace a model folder; no other folder is ever replaced.
+        Returns: the folder.
+        Raises: FileExistsError.
+        """
+        return folders.save(
+            folder,
+            self.model,
+            self.params,
+            provenance={**self.provenance, FACTS: self._facts()},
+            buffers=self.buffers,
+            overwrite=overwrite,
+        )
+
+    def export(self, path: str | Path, *, overwrite: bool = False) -> list[str]:
+        """Write the model as what the original's code in PyTorch loads.
+
+        The weights alone: calibration, verdict and a naive forecast have no place there.
+
+        Args:
+          path: file (.safetensors, .bin, .pth, .ckpt), or, without a suffix, a folder in the form of
+            the hub.
+          overwrite: replace an earlier export; nothing else is ever replaced.
+        Returns: notes on what could not be kept.
+        Raises: ValueError for a model that the original can't hold; FileExistsError.
+        """
+        notes = []
+        if self.baseline is not None:
+            notes.append(f"the verdict was to forecast with {self.baseline}; what is exported is the model")
+        found = Loaded(self.model, self.params, self.provenance, self.buffers)
+        return notes + export(found, path, overwrite=overwrite)
+
+    def _facts(self) -> dict[str, Any]:
+        """What is beside the weights, as JSON types."""
+        facts: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        for name in _NAMES:
+            facts[name] = list(getattr(self, name))
+        facts["context_len"] = self.context_len
+        facts["calibration"] = None if self.calibration is None else self.calibration.to_json()
+        facts["verdict"] = None if self.verdict is None else dict(self.verdict)
+        return facts
+
+    def __str__(self) -> str:
+        model, count = self.model, trees.count(self.params)
+        source = self.provenance.get("source", "")
+        lines = [
+            f"Forecaster: {model.family}, {count:,} parameters, context of {model.context_len} rows",
+            f"weights: {source + ', ' if source else ''}licence {self.licence}",
+        ]
+        if self.targets:
+            fitted = f"fitted on: {', '.join(self.targets)}"
+            lines.append(fitted + (f", step {self.freq}" if self.freq else ""))
+        for name in ("past", "known", "static"):
+            if columns := getattr(self, name):
+                lines.append(f"{name} covariates: {', '.join(columns)}")
+        if self.baseline:
+            lines.append(f"forecasts with: {self.baseline}, as the verdict says")
+        if self.calibration:
+            lines.append(f"calibrated: errors of {self.calibration.told}")
+        if self.verdict and "reason" in self.verdict:
+            lines.append(f"verdict: {self.verdict['reason']}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        fitted = f" fitted on {', '.join(self.targets)}" if self.targets else ""
+        return f"<Forecaster {self.model.family}, {trees.count(self.params):,} parameters{fitted}>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     # --- forecasts
 
@@ -150,67 +236,188 @@ class Forecaster:
             "irregular": irregular,
             "name": name,
         }
-        panel = self._panel(df, {key: x for key, x in options.items() if x is not None})
+        panel = self.read(df, **options)
         found, notes = self._forecast(panel, horizon, levels, seed)
         return _table(panel, found, levels, (*panel.notes, *notes))
 
-    def _panel(self, df: Any, given: dict[str, Any]) -> Panel:
+    def plot(
+        self,
+        df: Any,
+        forecast: pd.DataFrame,
+        path: str | Path | None = None,
+        *,
+        items: Sequence[Any] | None = None,
+        history: int | None = None,
+        **reading: Any,
+    ) -> Any:
+        """Draw a forecast behind the end of the table that it was made from.
+
+        Args:
+          df: the table that was forecast. forecast: what `predict` returned for it.
+          path: file to write (.png, .svg, .pdf), or None.
+          items: ids to draw; by default the first few.
+          history: rows of history; by default a few horizons.
+          reading: the options that `predict` read the table with (id, time, target, ...).
+        Returns: the matplotlib Figure.
+        Raises: ImportError with what to install; ValueError for a forecast of another table.
+        """
+        panel = self.read(df, **reading)
+        rows = panel.n_items * panel.n_variates
+        same = "predictions" in forecast and len(forecast) % rows == 0
+        if panel.id_name is not None:
+            same &= panel.id_name in forecast and set(panel.ids) == set(forecast[panel.id_name])
+        if not same:
+            raise ValueError(f"this forecast is not one of the {panel.n_items} items of {panel.name}")
+        return plot_forecast(panel, forecast, path, items=items, history=history)
+
+    def read(self, df: Any, **options: Any) -> Panel:
+        """Read a table as `predict` does; what it gives may be handed in in place of the table.
+
+        What is not given is as in the table that the forecaster was fitted on.
+
+        options: those of `predict` about reading: id, time, target, future, known, ...
+        Raises: ValueError (DataError) for data that cannot be used, and for options beside a table
+          that has been read already.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
         if isinstance(df, Panel | Series):
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)}: a {type(df).__name__} is read already; these options are for tables and files"
-                )
-            return df if isinstance(df, Panel) else Panel.of(df)
-        return Panel.of(load_series(df, **given))
+            return read_panel(df, **given)
+        if isinstance(df, str) and df in BENCHMARKS:
+            return Panel.of(load_series(df, **given))
+        fitted = {
+            "id": self.id,
+            "time": self.time,
+            "target": list(self.targets),
+            "known": list(self.known),
+            "past": list(self.past),
+            "static": list(self.static),
+        }
+        if self.targets and not isinstance(df, np.ndarray):
+            given = {name: value for name, value in fitted.items() if value} | given
+        return read_panel(df, **given)
 
     def _forecast(
         self, panel: Panel, horizon: int, levels: tuple[float, ...], seed: int
     ) -> tuple[Found, tuple[str, ...]]:
         """Forecast after the end of every item; quantiles at all `levels`."""
-        model, params = self._ready(panel)
-        joint = model.variates == "joint"
-        own = panels.own_levels(model, params, panel.n_variates if joint else 1, horizon, levels)
+        by = self._forecasts_with(panel)
+        own = (
+            ()
+            if by.on_host
+            else panels.own_levels(by.predictor, by.params, panel.n_variates if by.joint else 1, horizon, levels)
+        )
         rest = tuple(level for level in sorted(levels) if level not in own)
-        calibration = self.calibration if self.calibration and self.calibration.horizon >= horizon else None
+        calibration = self.calibration
+        if calibration is not None and not calibration.fits(horizon, panel.n_variates):
+            calibration = None
 
         # Origins in the past, for errors that nobody has measured yet, go in together with the end
         # of every item: then no shape is compiled twice.
         now = Origins.after(panel)
         before = Origins.none()
         if rest and calibration is None:
-            before = rolling_origins(panel, horizon, model.context_len)
-        found = panels.forecast(
-            model,
-            params,
-            panel,
-            horizon,
-            context_len=model.context_len,
-            origins=now.and_then(before),
-            levels=own,
-            joint=joint,
-            covariates=bool(self._used_covariates(panel)),
-            key=jax.random.key(seed),
-        )
-        if not np.isfinite(found.point).all():
-            _refuse_bad_weights(params)
-            raise ValueError(f"{panel.name}: the forecast is not finite although data and weights are")
+            before = rolling_origins(panel, horizon, by.context_len, MOST_ETS if by.on_host else None)
+        found = self._from(by, panel, now.and_then(before), horizon, own, measured=bool(rest), seed=seed)
         past, found = found.take(slice(panel.n_items, None)), found.take(slice(panel.n_items))
         notes = [
+            *([f"forecast with {self.baseline}, as the verdict says"] if self.baseline else []),
             *self._covariate_notes(panel, horizon),
-            *panels.notes_on_lengths(model, panel, model.context_len),
+            *panels.notes_on_lengths(by.predictor, panel, by.context_len),
         ]
         if rest:
-            calibration = calibration or self._calibrated(panel, before, past, rest)
-            offsets = calibration.at(rest, horizon)[None, None]
-            more = found.point[..., None] + found.std[..., None, None] * offsets
-            quantiles = np.concatenate([found.quantiles, more], axis=-1)
+            if calibration is None:
+                try:
+                    calibration = Calibration.measured(panel, before, past, "of the history")
+                except ValueError as err:
+                    raise self._unmeasured(panel, horizon, rest, str(err)) from None
+            quantiles = np.concatenate([found.quantiles, calibration.quantiles(found, rest)], axis=-1)
             found = dataclasses.replace(found, quantiles=quantiles, levels=(*own, *rest))
             notes.append(calibration.describe(rest))
+            if still := int((found.unit == 0).sum()):
+                notes.append(
+                    f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
+                )
 
         # Quantiles of one forecast from two sources may cross.
         rising = np.sort(found.quantiles, axis=-1)
         found = dataclasses.replace(found, quantiles=rising, levels=tuple(sorted(levels)))
         return found, tuple(notes)
+
+    def calibrated(
+        self,
+        panel: Panel,
+        horizon: int,
+        origins: Origins | None = None,
+        *,
+        source: str = "of the history",
+        seed: int = 0,
+    ) -> "Forecaster":
+        """The same with a calibration that is kept: errors of its forecasts after `origins`.
+
+        Args:
+          panel: whose past is forecast. horizon: steps ahead that are calibrated.
+          origins: such that targets lie in the panel, and outside of what the model was trained on;
+            by default spread over the whole history.
+          source: what they are, for notes.
+        Raises: ValueError where nothing could be measured.
+        """
+        by = self._forecasts_with(panel)
+        if origins is None:
+            origins = rolling_origins(panel, horizon, by.context_len, MOST_ETS if by.on_host else None)
+        if not len(origins.items):
+            raise ValueError("no item is long enough")
+        found = self._from(by, panel, origins, horizon, (), measured=True, seed=seed)
+        return dataclasses.replace(self, calibration=Calibration.measured(panel, origins, found, source))
+
+    def _from(
+        self,
+        by: "_Way",
+        panel: Panel,
+        origins: Origins,
+        horizon: int,
+        levels: tuple[float, ...],
+        *,
+        measured: bool,
+        seed: int,
+    ) -> Found:
+        """Forecast after `origins`.
+
+        Raises: ValueError where that at the end of an item is not finite.
+        """
+        found = panels.forecast(
+            by.predictor,
+            by.params,
+            panel,
+            horizon,
+            context_len=by.context_len,
+            origins=origins,
+            levels=levels,
+            joint=by.joint,
+            covariates=self.baseline is None and bool(self._used_covariates(panel)),
+            season=panel.season if measured else None,
+            key=jax.random.key(seed),
+            on_host=by.on_host,
+        )
+        last = origins.ends == panel.bounds[origins.items + 1]
+        if not np.isfinite(found.point[last]).all():
+            _refuse_bad_weights(by.params)
+            raise ValueError(f"{panel.name}: the forecast is not finite although data and weights are")
+        return found
+
+    def _forecasts_with(self, panel: Panel) -> "_Way":
+        """What forecasts a panel: the model made ready for it, or the naive forecast of a verdict."""
+        context_len = self.context_len or self.model.context_len
+        if self.baseline is None:
+            model, params = self._ready(panel)
+            return _Way(model, params, context_len, model.variates == "joint")
+        if self.baseline == "auto_ets":
+            if not auto_ets.available():
+                raise ValueError("this forecaster forecasts with AutoETS: pip install statsforecast")
+            # Windows of one call; the model plays no part.
+            return _Way(SeasonalNaive(), {}, context_len, False, functools.partial(_ets, season=panel.season))
+        # Of a step without a season, the seasonal naive forecast is the last value.
+        naive = naive_forecasts(panel.season) | {"seasonal_naive": SeasonalNaive(panel.season)}
+        return _Way(naive[self.baseline], {}, context_len, False)
 
     def _ready(self, panel: Panel) -> tuple[Model, Params]:
         """The model ready for the panel; nothing is drawn at random.
@@ -231,37 +438,92 @@ class Forecaster:
             )
         return model, sharding.together(params)
 
-    def _calibrated(self, panel: Panel, origins: Origins, past: Found, levels: tuple[float, ...]) -> Calibration:
-        """Measure the errors of forecasts of the panel's own past.
-
-        Raises: DataError where there is too little of it.
-        """
-        horizon = past.point.shape[-1]
-        problem = "no item is long enough"
-        if len(origins.items):
-            errors = (targets_after(panel, origins, horizon) - past.point) / past.std[..., None]
-            items = len(np.unique(origins.items))
-            source = "before the end of the history" + (f" of {items} items" if items > 1 else "")
-            try:
-                return Calibration.of(errors.reshape(-1, horizon), source)
-            except ValueError as err:
-                problem = str(err)
+    def _unmeasured(self, panel: Panel, horizon: int, levels: tuple[float, ...], problem: str) -> DataError:
+        """The error for levels that neither model nor history can say."""
         shown = ", ".join(f"{level:g}" for level in levels)
-        raise DataError(
-            f"{panel.name}: {self.model.family} does not say quantiles {shown} itself, and its errors {horizon} rows "
-            f"ahead cannot be measured on this history ({problem}; the longest item has {panel.lengths.max()} rows). "
-            "Bring more rows, a shorter horizon, or ask for the point forecast alone: quantile_levels=()"
+        return DataError(
+            f"{panel.name}: {self.baseline or self.model.family} does not say quantiles {shown} itself, and its "
+            f"errors {horizon} rows ahead cannot be measured on this history ({problem}; the longest item has "
+            f"{panel.lengths.max()} rows). Bring more rows, a shorter horizon, or ask for the point forecast alone: "
+            "quantile_levels=()"
         )
 
     def _used_covariates(self, panel: Panel) -> tuple[str, ...]:
-        takes = self.model.covariates
+        takes = self.model.covariates if self.baseline is None else ()
         return (panel.past if "past" in takes else ()) + (panel.known if "known" in takes else ())
 
     def _covariate_notes(self, panel: Panel, horizon: int) -> tuple[str, ...]:
         used = self._used_covariates(panel)
         static = () if panel.static is None else tuple(map(str, panel.static.columns))
+        notes = []
         unused = [name for name in (*panel.past, *panel.known, *static) if name not in used]
-        return (f"{self.model.family} does not use covariates: {', '.join(unused)}",) if unused else ()
+        if unused:
+            notes.append(f"{self.baseline or self.model.family} does not use covariates: {', '.join(unused)}")
+        for name in panel.known:
+            if name not in used:
+                continue
+            # Of the item for which it is known furthest.
+            future = panel.future_values
+            ahead = 0
+            if future is not None and future.size:
+                known = ~np.isnan(future[panel.known.index(name)])
+                ahead = int((known * (1 + np.arange(known.shape[1]))).max())
+            if ahead < horizon:
+                notes.append(
+                    f"{name} is known {ahead} rows ahead, and the forecast has {horizon}: it is unknown after that"
+                )
+        return tuple(notes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Way:
+    """What forecasts: a predictor on the device, or a function on the host in its place."""
+
+    predictor: Predictor
+    params: Params
+    context_len: int
+    joint: bool
+    on_host: Callable[[np.ndarray, int], np.ndarray] | None = None
+
+
+def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
+    return auto_ets.forecast(contexts, horizon, season)
+
+
+_PLAIN = ("freq", "id", "time", "licence", "baseline")  # texts or None
+_NAMES = ("targets", "past", "known", "static")
+
+
+def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
+    """What `_facts` wrote, as arguments of `Forecaster`; facts of a later version are left out.
+
+    Raises: ValueError for anything else.
+    """
+    try:
+        found: dict[str, Any] = {}
+        for name in _PLAIN:
+            value = facts.get(name)
+            if not isinstance(value, str | None):
+                raise ValueError(f"{name} is a {type(value).__name__}")
+            found[name] = value
+        for name in _NAMES:
+            values = facts.get(name, [])
+            if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
+                raise ValueError(f"{name} is no list of names")
+            found[name] = tuple(values)
+        told = facts.get("calibration")
+        found["calibration"] = None if told is None else Calibration.from_json(told)
+        found["context_len"] = facts.get("context_len")
+        if found["context_len"] is not None:
+            found["context_len"] = whole(found["context_len"], "context_len")
+        verdict = facts.get("verdict")
+        if not isinstance(verdict, dict | None):
+            raise ValueError("the verdict is no object")
+        found["verdict"] = verdict
+    except (AttributeError, ValueError) as err:
+        raise ValueError(f"{source}: what it holds of a Forecaster can't be read ({err})") from None
+    found["licence"] = found["licence"] or ""
+    return found
 
 
 def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:

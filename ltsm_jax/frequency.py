@@ -249,30 +249,50 @@ class Grid:
 
         A step of months asks for the month (the quarter, the year) only: the day in it is free.
         """
-        count, unit = count_unit(self.freq)
-        length = microseconds(self.freq)
-        if length is not None:
-            return (stamps - self.first).astype(np.int64) / length
-        if unit == "B":
-            start = self.first.astype("datetime64[D]")
-            return np.busday_count(start, stamps.astype("datetime64[D]")) / count
-        period = _months(stamps) // MONTHS[unit]
-        return (period - _months(self.first) // MONTHS[unit]) / count
+        return places_from(self.first, stamps, self.freq)
 
     def stamps(self, places: np.ndarray) -> np.ndarray:
         """Stamps [T] datetime64[us] at whole places [T]."""
-        count, unit = count_unit(self.freq)
-        length = microseconds(self.freq)
-        places = np.asarray(places, np.int64) * count
-        if length is not None:
-            return self.first + (places * (length // count)).astype("timedelta64[us]")
-        day = self.first.astype("datetime64[D]")
-        into = self.first - day
-        if unit == "B":
-            return np.busday_offset(day, places, roll="forward").astype("datetime64[us]") + into
-        assert self.rule is not None
-        months = self.first.astype("datetime64[M]") + (places * MONTHS[unit]).astype("timedelta64[M]")
-        return self.rule.days(months).astype("datetime64[us]") + into
+        return stamps_from(self.first, places, self.freq, self.rule)
+
+
+def places_from(first: Any, stamps: np.ndarray, freq: str) -> np.ndarray:
+    """Steps from `first` to stamps [T], float64 [T]; whole numbers are on the grid of `first`.
+
+    A step of months asks for the month (the quarter, the year) only: the day in it is free.
+
+    Args:
+      first: datetime64[us], one stamp or one for each of `stamps`.
+      freq: canonical step.
+    """
+    count, unit = count_unit(freq)
+    length = microseconds(freq)
+    if length is not None:
+        return (stamps - first).astype(np.int64) / length
+    if unit == "B":
+        return np.busday_count(first.astype("datetime64[D]"), stamps.astype("datetime64[D]")) / count
+    period = _months(stamps) // MONTHS[unit]
+    return (period - _months(first) // MONTHS[unit]) / count
+
+
+def stamps_from(first: Any, places: np.ndarray, freq: str, rule: DayRule | None = None) -> np.ndarray:
+    """Stamps datetime64[us] at whole places from `first`; both broadcast against each other.
+
+    Args:
+      rule: the day in the month, which steps of months need.
+    """
+    count, unit = count_unit(freq)
+    length = microseconds(freq)
+    places = np.asarray(places, np.int64) * count
+    if length is not None:
+        return first + (places * (length // count)).astype("timedelta64[us]")
+    day = first.astype("datetime64[D]")
+    into = first - day
+    if unit == "B":
+        return np.busday_offset(day, places, roll="forward").astype("datetime64[us]") + into
+    assert rule is not None
+    months = first.astype("datetime64[M]") + (places * MONTHS[unit]).astype("timedelta64[M]")
+    return rule.days(months).astype("datetime64[us]") + into
 
 
 def _months(stamps: Any) -> Any:

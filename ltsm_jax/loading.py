@@ -1,5 +1,8 @@
 """Models by name: shipped models, model folders, published presets, original checkpoint files and the hub."""
 
+import dataclasses
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,20 @@ import numpy as np
 import converters
 from ltsm_jax import hosts, hub, storage, trees
 from ltsm_jax.models import Model, folders, near_presets
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model with what is known of its weights.
+
+    provenance: where they are from, as in config.json of a model folder. buffers: tensors of the original that are not
+    learned, by their original key.
+    """
+
+    model: Model
+    params: trees.Tree
+    provenance: Mapping[str, Any]
+    buffers: Mapping[str, np.ndarray]
 
 
 def load(
@@ -38,6 +55,18 @@ def load(
       (a PermissionError) for a licence that nobody has accepted, before anything is fetched; ValueError (or
       `storage.DamagedError`, or the converters' CheckpointError) for files that are damaged or do not fit the model.
     """
+    found = load_whole(source, revision=revision, token=token, accept_license=accept_license)
+    return found.model, found.params
+
+
+def load_whole(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    accept_license: bool = False,
+) -> Loaded:
+    """Load a model, its parameters and what is known of them; arguments and errors as for `load`."""
     path = folders.local(source) if revision is None else None
     if path is None:
         name = hub.parse(str(source), revision)
@@ -46,12 +75,34 @@ def load(
             raise FileNotFoundError(_not_found(source) + told)
         return _from_hub(name, token, accept_license)
     if path.is_file() or (not (path / folders.PARAMS).exists() and folders.originals(path)):
-        model, params, provenance, _ = _converted(path)
+        found = Loaded(*_converted(path))
     else:
         model, params = folders.load_folder(path)
-        provenance = folders.read_config(path)[1]["provenance"]
-    hub.say_local_licence(path, provenance)
-    return model, params
+        found = Loaded(model, params, folders.read_config(path)[1]["provenance"], folders.read_buffers(path))
+    hub.say_local_licence(path, found.provenance)
+    return found
+
+
+def export(found: Loaded, path: str | Path, *, overwrite: bool = False) -> list[str]:
+    """Write a model as what the original's code loads.
+
+    Args:
+      found: the model; its provenance and buffers are those of what it was imported from, if it was.
+      path: file, whose suffix says the container (.safetensors, .bin, .pth, .ckpt), or, without a suffix, a folder in
+        the form of the hub.
+      overwrite: replace an earlier export; nothing else is ever replaced.
+    Returns: notes on what could not be kept.
+    Raises: ValueError for a model that the original can't hold, or another suffix; FileExistsError.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = folders.save(
+            Path(place) / "model",
+            found.model,
+            found.params,
+            provenance=found.provenance,
+            buffers=found.buffers,
+        )
+        return converters.export_checkpoint(folder, path, overwrite=overwrite)
 
 
 def _converted(path: Path, of: str = "") -> tuple[Model, trees.Tree, dict[str, Any], dict[str, np.ndarray]]:
@@ -67,7 +118,7 @@ def _converted(path: Path, of: str = "") -> tuple[Model, trees.Tree, dict[str, A
     return found
 
 
-def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> tuple[Model, trees.Tree]:
+def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> Loaded:
     try:
         found = hub.find(name, token)
     except FileNotFoundError as error:
@@ -82,8 +133,9 @@ def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> tuple[
             hub.require_licence(name.repo, provenance.get("licence"), accept_license)
             params = storage.load_tree(found.folder / folders.PARAMS, like=folders.shapes(model))
             hub.remember(found)
+            buffers = folders.read_buffers(found.folder)
             hub.say_licence(found, provenance)
-            return model, params
+            return Loaded(model, params, provenance, buffers)
         except hub.LicenceError:
             raise
         except (ValueError, OSError) as error:  # damaged, or of a version of the library with other configs
@@ -113,7 +165,7 @@ def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> tuple[
     except OSError as error:
         hub.say(f"the converted copy can't be kept, and will be made again next time: {error}")
     hub.say_licence(found, provenance)
-    return model, params
+    return Loaded(model, params, provenance, buffers)
 
 
 def _not_found(source: str | Path) -> str:

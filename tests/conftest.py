@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -9,11 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 import pytest
 from hypothesis import settings
-from jax._src import compiler
 
+# Most of the suite's time would be compiling, for programs that run a few times each. With these settings of XLA it
+# takes a fifth of what it takes with the defaults. The children of tests inherit them, so that what is compared bit by
+# bit was compiled alike. A setting that XLA_FLAGS has already stays as it is.
+QUICK = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": "true",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+
+
+def known(setting: str) -> bool:
+    """Tell whether the installed XLA has a setting: one that it does not know would end the process."""
+    for library in Path(jaxlib.__file__).parent.glob("libjax_common*"):
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(setting.encode()) >= 0
+    return False
+
+
+def set_quick():
+    """Set QUICK for this process, which has compiled nothing yet, and for its children."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    missing = [f"--{name}={value}" for name, value in QUICK.items() if name not in flags and known(name)]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+
+
+set_quick()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs would differ for no fault of ours
 settings.register_profile("suite", deadline=None, derandomize=True)  # the first example compiles; CI is no lottery
@@ -118,40 +146,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
-# With `jax_disable_most_optimizations` these make compiling for CPU five times as fast as the default; alone, that
-# setting makes it twice as fast. It is a setting of JAX, they are options that only `jax.jit` takes, one by one.
-QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-
-
-@pytest.fixture(scope="session")
-def quick_options() -> list[tuple[str, Any]]:
-    """The options among QUICK_OPTIONS that the installed XLA knows."""
-    known = []
-    for name, value in QUICK_OPTIONS.items():
-        try:
-            jax.jit(lambda x: x, compiler_options={name: value})(0)
-        except jax.errors.JaxRuntimeError:
-            continue
-        known.append((name, value))
-    return known
-
-
 @pytest.fixture(scope="module")
-def compile_quickly(quick_options):
-    """Compile quickly and badly, for tests of many small programs that run a few times each."""
-    with pytest.MonkeyPatch.context() as patch:
-        original = compiler.get_compile_options
+def compile_quickly():
+    """Nothing: every test compiles quickly."""
 
-        def get_compile_options(*args, **kwargs):
-            options = original(*args, **kwargs)
-            options.env_option_overrides = [*options.env_option_overrides, *quick_options]
-            return options
 
-        patch.setattr(compiler, "get_compile_options", get_compile_options)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # nothing of it is called again, and it adds up to gigabytes
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drop what a file has compiled: little of it is called by another, and it adds up to gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """`Forecaster`: long forecasts of panels, their quantiles, and what is said about them."""
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ import ltsm_jax
 from ltsm_jax import Forecaster
 from ltsm_jax.data import DataError, Series
 from ltsm_jax.data.panel import Panel
+from ltsm_jax.methods.conformal import Calibration
+from ltsm_jax.models.chronos_2 import Chronos2
 from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.timer import Timer, TimerConfig
 
@@ -134,3 +137,175 @@ def test_covariates_that_are_not_used_are_said(timer):
     with_price = dataclasses.replace(every, past=("price",), past_values=np.ones((1, every.n_rows)))
     got = timer.predict(with_price, 4, quantile_levels=())
     assert "timer does not use covariates: price" in got.attrs["notes"]
+
+
+def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
+    facts = {
+        "freq": "h",
+        "targets": ("sold",),
+        "known": ("price",),
+        "id": "store",
+        "time": "when",
+        "verdict": {"deploy": "zero_shot", "reason": "no difference that the data can show"},
+        "calibration": Calibration.of(np.random.default_rng(0).normal(size=(30, 1, 4)), 30, "of a test"),
+        "provenance": {"source": "made here", "licence": "MIT"},
+    }
+    forecaster = dataclasses.replace(timer, licence="", **facts)
+    forecaster.save(tmp_path / "model")
+    again = Forecaster.load(tmp_path / "model")
+    for name in ("freq", "targets", "known", "id", "time", "verdict", "provenance", "licence"):
+        assert getattr(again, name) == getattr(forecaster, name), name
+    assert again.licence == "MIT"
+    want = forecaster.predict(panel(), 4)
+    pd.testing.assert_frame_equal(again.predict(panel(), 4), want, rtol=1e-6)
+    assert "from the errors of 30 forecasts of a test" in want.attrs["notes"][-1]
+    model, _ = ltsm_jax.load(tmp_path / "model")
+    assert model == TIMER
+    with pytest.raises(FileExistsError):
+        forecaster.save(tmp_path / "model")
+    forecaster.save(tmp_path / "model", overwrite=True)
+
+
+def test_a_damaged_record_is_refused(timer, tmp_path):
+    bad = {"targets": "sold"}
+    ltsm_jax.save(tmp_path / "model", timer.model, timer.params, provenance={"forecaster": bad})
+    with pytest.raises(ValueError, match=r"model: what it holds of a Forecaster can't be read \(targets"):
+        Forecaster.load(tmp_path / "model")
+
+
+def test_says_what_it_is(timer):
+    told = dataclasses.replace(timer, targets=("sold",), freq="h", baseline="seasonal_naive")
+    assert "timer" in str(told) and "fitted on: sold, step h" in str(told)
+    assert "forecasts with: seasonal_naive" in str(told)
+    assert repr(told).startswith("<Forecaster timer, ")
+
+
+def test_exported_it_is_what_the_original_loads(bolt, tmp_path):
+    bolt.export(tmp_path / "published")
+    again = Forecaster.load(tmp_path / "published")
+    assert again.model == bolt.model
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.params, bolt.params))
+
+
+def test_draws_history_and_bands(bolt, tmp_path):
+    every = panel()
+    table = bolt.predict(every, 4)
+    figure = bolt.plot(every, table, tmp_path / "forecast.png", items=["s2", "s0"])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["s2", "s0"]
+    lines = figure.axes[0].get_lines()
+    np.testing.assert_array_equal(lines[1].get_ydata(), table[table["store"] == "s2"]["predictions"])
+    assert (tmp_path / "forecast.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no item 'nowhere'"):
+        bolt.plot(every, table, items=["nowhere"])
+    with pytest.raises(ValueError, match="is not one of"):
+        bolt.plot(every, table[1:])
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(bolt, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    every = panel()
+    with pytest.raises(ImportError, match="pip install"):
+        bolt.plot(every, bolt.predict(every, 4))
+
+
+def shops():
+    """A long table of two shops, one of them a day later, with a price that is known three rows ahead."""
+    parts = []
+    for shop, start, rows in (("north", "2024-01-01", 60), ("south", "2024-01-02", 48)):
+        t = np.arange(rows)
+        stamps = pd.date_range(start, periods=rows, freq="h")
+        sold = np.where(t < rows - 3, 20 + 5 * np.sin(t / 4), np.nan)
+        parts.append(pd.DataFrame({"shop": shop, "hour": stamps, "sold": sold, "price": 1 + t % 3}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_reads_a_long_table(bolt):
+    got = bolt.predict(shops(), 3, id="shop", time="hour", target="sold", quantile_levels=(0.5,))
+    assert list(got.columns) == ["shop", "hour", "predictions", "0.5"]
+    assert got["shop"].tolist() == ["north"] * 3 + ["south"] * 3
+    assert got["hour"][0] == pd.Timestamp("2024-01-03 09:00")
+    assert got["hour"][3] == pd.Timestamp("2024-01-03 21:00")
+    assert "chronos_bolt does not use covariates: price" in got.attrs["notes"]
+
+
+def test_what_it_was_fitted_on_is_what_it_reads(bolt):
+    fitted = dataclasses.replace(bolt, id="shop", time="hour", targets=("sold",), known=("price",))
+    table = shops().assign(returned=1.5)
+    want = bolt.predict(shops(), 3, id="shop", time="hour", target="sold")
+    pd.testing.assert_frame_equal(fitted.predict(table, 3)[list(want.columns)], want)
+
+
+def test_a_naive_forecast_that_a_verdict_found_best_is_what_forecasts(timer):
+    every = panel()
+    naive = dataclasses.replace(timer, baseline="seasonal_naive")
+    got = naive.predict(every, 30)
+    want = [np.resize(every.item(i).values[0, -24:], 30) for i in (0, 2, 3)]
+    rows = ~got["store"].eq("s1")  # it is shorter than a season
+    np.testing.assert_allclose(got[rows]["predictions"], np.concatenate(want), rtol=1e-6)
+    assert got.attrs["notes"][0] == "forecast with seasonal_naive, as the verdict says"
+    assert got.attrs["notes"][-1].startswith("quantiles 0.1, 0.5, 0.9: split-conformal")
+    with pytest.raises(ValueError, match="baseline must be one of last_value"):
+        dataclasses.replace(timer, baseline="naive")
+
+
+def test_a_context_of_its_own_is_all_that_it_looks_at(timer):
+    every = panel((100,))
+    short = dataclasses.replace(timer, context_len=16).predict(every, 4, quantile_levels=())
+    cut = dataclasses.replace(every, values=every.values[:, -16:], bounds=np.array([0, 16]))
+    want = timer.predict(cut, 4, quantile_levels=())
+    np.testing.assert_allclose(short["predictions"], want["predictions"], rtol=1e-6)
+
+
+CHRONOS = Chronos2(Chronos2.small())
+
+
+@pytest.fixture(scope="module")
+def chronos():
+    return Forecaster(CHRONOS, CHRONOS.init(jax.random.key(0)))
+
+
+def with_price(ahead, horizon=6):
+    """Two stores whose price is known `ahead` rows further."""
+    every = panel((64, 64))
+    price = np.random.default_rng(1).normal(size=(1, every.n_rows))
+    future = np.full((1, 2, ahead), 3.0)
+    return dataclasses.replace(every, known=("price",), known_values=price, future_values=future)
+
+
+def test_a_price_known_ahead_changes_the_forecast(chronos):
+    every = with_price(6)
+    got = chronos.predict(every, 6)
+    dearer = every.future_values.copy()
+    dearer[:, 1] += 5
+    other = chronos.predict(dataclasses.replace(every, future_values=dearer), 6)
+    changed = got["predictions"] != other["predictions"]
+    assert not changed[:6].any(), "the price of one store is no other's"
+    assert changed[6:].all()
+    assert not any("does not use" in note for note in got.attrs["notes"])
+
+
+def test_covariates_are_members_of_the_group_as_rows_has_them(chronos):
+    every = with_price(6)
+    past = dataclasses.replace(every, past=("visitors",), past_values=every.known_values**2)
+    got = chronos.predict(past, 6)["predictions"][:6].to_numpy()
+    sold = every.values[0, :64]
+    z = [(x - x.mean()) / x.std() for x in (sold, every.known_values[0, :64] ** 2, every.known_values[0, :64])]
+    future = np.full((1, 3, 6), np.nan, np.float32)
+    price = every.known_values[0, :64]
+    future[0, 2] = (3.0 - price.mean()) / price.std()
+    rows = jax.jit(lambda p, x, f: CHRONOS.rows(p, x, 6, future=f))
+    want = rows(chronos.params, np.array(z, np.float32)[None], future)[0, 0, :, CHRONOS.config.levels.index(0.5)]
+    np.testing.assert_allclose(got, np.asarray(want, np.float64) * sold.std() + sold.mean(), rtol=1e-5)
+
+
+def test_without_covariates_it_is_predict(chronos):
+    x = np.random.default_rng(0).normal(size=(2, 1, 64)).astype(np.float32)
+    plain = jax.jit(lambda p, x: CHRONOS.predict(p, x, 6))(chronos.params, x)
+    none = jax.jit(lambda p, x: CHRONOS.predict_with(p, x, 6))(chronos.params, x)
+    np.testing.assert_array_equal(plain.quantiles, none.quantiles)
+
+
+def test_a_future_that_ends_before_the_forecast_is_said(chronos):
+    got = chronos.predict(with_price(4), 6)
+    assert "price is known 4 rows ahead, and the forecast has 6: it is unknown after that" in got.attrs["notes"]
+    assert np.isfinite(got["predictions"]).all()

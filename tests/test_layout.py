@@ -34,8 +34,8 @@ LEVELS = (
     ("ltsm_jax.training",),
     ("ltsm_jax.methods", "ltsm_jax.curvature", "ltsm_jax.landscape"),
     ("ltsm_jax.loading",),
-    ("ltsm_jax.api", "ltsm_jax.doctor", "ltsm_jax.forecaster", "ltsm_jax.report"),
-    ("ltsm_jax", "ltsm_jax.flags", "ltsm_jax.terminal", "ltsm_jax.cli", "experiments"),
+    ("ltsm_jax.api", "ltsm_jax.doctor", "ltsm_jax.forecaster", "ltsm_jax.plotting", "ltsm_jax.report"),
+    ("ltsm_jax", "ltsm_jax.flags", "ltsm_jax.terminal", "ltsm_jax.cli", "ltsm_jax.__main__", "experiments"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Beside that ladder: the files of the originals, and the models by name, which may come from such files.

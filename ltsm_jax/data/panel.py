@@ -7,12 +7,23 @@ Shapes: N items, C targets, R rows of all items together, K covariates, F rows o
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from ltsm_jax.data.series import DataError, Series
-from ltsm_jax.frequency import following, microseconds, on_wall, season_of
+from ltsm_jax.frequency import (
+    MONTHS,
+    DayRule,
+    count_unit,
+    day_rule,
+    from_wall,
+    on_wall,
+    season_of,
+    stamps_from,
+    to_wall,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,10 +42,14 @@ class Panel:
         None when the source has none.
       freq: canonical step of all items, or None where it is not known.
       tz: zone that the stamps came in, or None.
+      rules: the day in the month, for steps of months: one rule for all items or one for each; ()
+        has it found from the first stamps of all items.
       id_name, time_name: names of these columns; None where the table has none.
       past: names of the covariates that are known up to the last target. past_values: [K, R].
       known: names of those that are known ahead. known_values: [K, R]. future_values: [K, N, F],
         the F rows after each item's last, NaN where nothing is known.
+      categories: the kinds of each covariate of text, by its name; a cell holds the place of its
+        kind there.
       static: one row per item, in the order of `ids`: numbers and categories; None: there are none.
       notes: what was done to the data or found about them, one line each, for reports.
     """
@@ -47,6 +62,7 @@ class Panel:
     first: np.ndarray | None = None
     freq: str | None = None
     tz: str | None = None
+    rules: tuple[DayRule, ...] = ()
     id_name: str | None = None
     time_name: str | None = None
     past: tuple[str, ...] = ()
@@ -54,6 +70,7 @@ class Panel:
     known: tuple[str, ...] = ()
     known_values: np.ndarray | None = None
     future_values: np.ndarray | None = None
+    categories: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     static: pd.DataFrame | None = None
     notes: tuple[str, ...] = ()
 
@@ -97,6 +114,9 @@ class Panel:
     @classmethod
     def of(cls, series: Series) -> "Panel":
         """A series as a panel of one item without id."""
+        rules = ()
+        if series.timestamps is not None and _in_months(series.freq):
+            rules = (day_rule(to_wall(series.timestamps, series.tz))[0],)
         return cls(
             name=series.name,
             ids=np.array([series.name], object),
@@ -106,6 +126,7 @@ class Panel:
             first=None if series.timestamps is None else series.timestamps[:1],
             freq=series.freq,
             tz=series.tz,
+            rules=rules,
             time_name=series.time_name,
             notes=series.notes,
         )
@@ -113,10 +134,8 @@ class Panel:
     def item(self, i: int) -> Series:
         """Item number i as a `Series` of its targets."""
         lo, hi = self.bounds[i : i + 2]
-        stamps = None
-        if self.first is not None and self.freq is not None:
-            later = following(self.first[i : i + 1], int(hi - lo) - 1, self.freq, self.tz)
-            stamps = np.concatenate([self.first[i : i + 1], later])
+        stamps = self.stamps_at(np.array([i]), np.arange(hi - lo)[None])
+        stamps = None if stamps is None else stamps[0]
         return Series(
             str(self.ids[i]),
             self.values[:, lo:hi],
@@ -141,6 +160,7 @@ class Panel:
             values=self.values[:, rows],
             bounds=np.concatenate([[0], np.cumsum(self.lengths[items])]),
             first=None if self.first is None else self.first[items],
+            rules=self.rules if len(self.rules) < 2 else tuple(self.rules[i] for i in items),
             past_values=cut(self.past_values),
             known_values=cut(self.known_values),
             future_values=None if self.future_values is None else self.future_values[:, items],
@@ -160,14 +180,37 @@ class Panel:
 
     def stamps_after(self, n: int) -> np.ndarray | None:
         """The `n` stamps [N, n] that follow each item's last; None where stamps or step are not known."""
+        places = (self.lengths - 1)[:, None] + np.arange(1, n + 1)
+        return self.stamps_at(np.arange(self.n_items), places)
+
+    def stamps_at(self, items: np.ndarray, places: np.ndarray) -> np.ndarray | None:
+        """The stamps [M, n] of rows `places` [M, n] of items [M], counted from each item's first row.
+
+        Stamps are UTC where there is a zone; None where stamps or step are not known.
+        """
         if self.first is None or self.freq is None:
             return None
-        length = microseconds(self.freq)
-        if length is not None and not (self.tz and on_wall(self.freq)):
-            steps = (self.lengths - 1)[:, None] + np.arange(1, n + 1)
-            return self.first[:, None] + (steps * length).astype("timedelta64[us]")
-        found = [
-            following(self.first[i : i + 1], int(rows) - 1 + n, self.freq, self.tz)[-n:]
-            for i, rows in enumerate(self.lengths)
-        ]
-        return np.array(found)
+        zone = self.tz if on_wall(self.freq) else None
+        wall = to_wall(self.first, zone)
+        found = np.empty(places.shape, "datetime64[us]")
+        for rule, rows in self._rules(wall, items):
+            found[rows] = stamps_from(wall[items[rows]][:, None], places[rows], self.freq, rule)
+        return from_wall(found.ravel(), zone).reshape(found.shape)
+
+    def _rules(self, wall: np.ndarray, items: np.ndarray) -> list[tuple[DayRule | None, np.ndarray]]:
+        """Each rule of the day in the month with the places in `items` where it holds."""
+        every = np.arange(len(items))
+        if not _in_months(self.freq):
+            return [(None, every)]
+        if len(self.rules) < 2:
+            # One stamp does not tell the 28th from the end of February: those of all items do.
+            rule = self.rules[0] if self.rules else day_rule(wall)[0]
+            return [(rule, every)]
+        own = [self.rules[i] for i in items]
+        kinds = dict.fromkeys(own)
+        return [(rule, np.flatnonzero([other == rule for other in own])) for rule in kinds]
+
+
+def _in_months(freq: str | None) -> bool:
+    """Whether a step has a day in the month."""
+    return freq is not None and count_unit(freq)[1] in MONTHS

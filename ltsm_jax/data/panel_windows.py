@@ -58,6 +58,8 @@ class PanelSplits:
       edges: [N, 3] int64, counted in the item's own rows: where training, validation and test end.
         An item without a validation and a test part has its length three times.
       most_train, seed: cap of a table of training windows, and of the draw where it is reached.
+      repeats: how often a training window stands in its table, so that an epoch of few windows has
+        some steps.
       notes: what was done on the way, one line each, those of the panel first.
     """
 
@@ -69,6 +71,7 @@ class PanelSplits:
     edges: np.ndarray
     most_train: int = MOST_TRAIN
     seed: int = 0
+    repeats: int = 1
     notes: tuple[str, ...] = ()
 
     @property
@@ -89,11 +92,10 @@ class PanelSplits:
     def training(self, horizon: int) -> Windows:
         """Training windows whose targets have `horizon` rows: that of the cut, or its `target_len`."""
         have = self.train
-        if horizon == have.horizon:
-            return have
         origins = _training_origins(self.edges[:, 0], have.context_len, horizon, have.horizon)
         facts = (self.columns, self.most_train, self.seed)
-        return _table(self.layout, origins, have.context_len, horizon, have.joint, *facts).windows
+        found = _table(self.layout, origins, have.context_len, horizon, have.joint, *facts).windows
+        return found if self.repeats == 1 else found.take(np.tile(np.arange(found.n), self.repeats))
 
     def origins(self, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
         """Item [W] of each window, and the row [W] of that item where its target begins."""

@@ -1,7 +1,8 @@
 """Whatever holds a table -> a pandas DataFrame: files, frames, arrays, Arrow and polars tables.
 
-Nothing is guessed beyond numbers and text. What a file expands to is bounded while it is read: a
-compressed file by `EXPANSION` times its size.
+Nothing is guessed beyond numbers, text and the dialect of a text (`dialects`), which is said in the
+notes. What a file expands to is bounded while it is read: a compressed file by `EXPANSION` times
+its size.
 
 Shapes: C variates, T rows.
 """
@@ -13,6 +14,7 @@ import itertools
 import os
 import re
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,10 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import interchange, parquet
 
+from ltsm_jax.data.dialects import EXACT, SEPARATORS, read_decimal_commas, separator_of
 from ltsm_jax.data.series import DataError, clip
 from ltsm_jax.data.stamps import holds_dates
 
-_PANDAS = tuple(int(part) for part in pd.__version__.split(".")[:2])
-# Decimal text to the nearest float64: the default since pandas 3.1, asked for before
-_EXACT: dict[str, Any] = {} if _PANDAS >= (3, 1) else {"float_precision": "round_trip"}
 EXPANSION = 50  # a table of text compresses to a third or a twentieth; zeros alone to a thousandth
 ALWAYS_READ = 100 * 10**6  # expanded bytes, whatever the file's size
 MOST_COLUMNS = 250_000
@@ -37,7 +37,7 @@ SOURCES = "give a path, a pandas DataFrame or Series, an array [T] or [T, C], or
 
 def stem(path: Path) -> str:
     """The file's name without the endings of data files: "my.data.csv.gz" -> "my.data"."""
-    return re.sub(r"(\.(csv|txt|npz|parquet|pq|gz))+$", "", path.name, flags=re.IGNORECASE)
+    return re.sub(r"(\.(csv|tsv|tab|txt|npz|parquet|pq|xlsx|xlsm|gz))+$", "", path.name, flags=re.IGNORECASE)
 
 
 def is_path(source: Any) -> bool:
@@ -45,15 +45,18 @@ def is_path(source: Any) -> bool:
     return isinstance(source, str | os.PathLike)
 
 
-def as_table(source: Any) -> pd.DataFrame:
+def as_table(source: Any, notes: list[str] | None = None) -> pd.DataFrame:
     """Take the table out of a path, frame, series, array [T] or [T, C], polars or Arrow table.
 
     Columns of an array are called "0", "1", ...; a series without a name is "value".
 
+    Args:
+      notes: what was found out about a file, its dialect, is added to them.
+
     Raises: DataError for anything else, and for what is wrong with a file.
     """
     if is_path(source):
-        return read_table(Path(source).expanduser())
+        return read_table(Path(source).expanduser(), notes=notes)
     if isinstance(source, pd.DataFrame):
         return source
     if isinstance(source, pd.Series):
@@ -106,30 +109,44 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
 # ---- files ----
 
 
-def read_table(path: Path, header: bool = True) -> pd.DataFrame:
+def read_table(path: Path, header: bool = True, notes: list[str] | None = None) -> pd.DataFrame:
     """Read a file as a table. Without `header` its columns are called "0", "1", ...
+
+    Text may be parted by commas, semicolons, tabs or bars, the last three with decimal commas.
+
+    Args:
+      notes: what was found out about the file is added to them.
 
     Raises: FileNotFoundError; DataError for what is wrong with the file, and for one that expands
       beyond all measure.
     """
+    notes = [] if notes is None else notes
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}" + (" (it is a folder)" if path.is_dir() else ""))
     if path.name.lower().endswith((".parquet", ".pq")):
         return _read_parquet(path)
-    if not path.name.lower().endswith((".csv", ".csv.gz", ".txt", ".txt.gz")):
-        raise DataError(f"{path}: cannot tell what this is; .csv, .csv.gz and .parquet are read")
+    if path.name.lower().endswith((".xlsx", ".xlsm")):
+        return _read_sheet(path, notes)
+    if not re.search(r"\.(csv|tsv|tab|txt)(\.gz)?$", path.name, flags=re.IGNORECASE):
+        raise DataError(
+            f"{path}: cannot tell what this is; .csv, .tsv, .txt (also with .gz), .parquet and .xlsx are read"
+        )
+    return _read_text_table(path, header, notes)
+
+
+def _read_text_table(path: Path, header: bool, notes: list[str]) -> pd.DataFrame:
     text = _read_text(path).lstrip("\n")
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
+    separator = separator_of(text)
     lines = io.StringIO(text)
     names: list[str] = []
     try:
-        names = [cell.strip() for cell in next(csv.reader(lines))]
+        names = [cell.strip() for cell in next(csv.reader(lines, delimiter=separator))]
         if len(names) > MOST_COLUMNS:
             raise DataError(f"{path}: {len(names)} columns; at most {MOST_COLUMNS} are read")
-        if len(names) == 1 and (other := next((c for c in ";\t|" if c in names[0]), None)):
-            raise DataError(f"{path}: cells are separated by {other!r}; save the file with commas")
-        if header and _looks_like_values(names):
+        decimal = "." if separator == "," else ","
+        if header and _looks_like_values([name.replace(decimal, ".") for name in names]):
             raise DataError(
                 f"{path}: the first line holds values ({', '.join(n[:40] for n in names[:3])}, ...), not column names; "
                 "put a line of names above it"
@@ -140,11 +157,12 @@ def read_table(path: Path, header: bool = True) -> pd.DataFrame:
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a longer row would lose its last cells
             table = pd.read_csv(
                 lines,
+                sep=separator,
                 header=None,
                 names=range(len(names)),
                 index_col=False,
                 low_memory=False,
-                **_EXACT,
+                **EXACT,
             )
     except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as e:
         raise DataError(
@@ -154,7 +172,47 @@ def read_table(path: Path, header: bool = True) -> pd.DataFrame:
         table = pd.DataFrame()
     if not len(table):
         raise DataError(f"{path}: only a header line, no rows")
+    if separator != ",":
+        notes.append(f"cells are separated by {SEPARATORS[separator]}")
+        read_decimal_commas(table, text, separator, names if header else None, notes)
     table.columns = names if header else [str(i) for i in range(len(names))]
+    return table
+
+
+def _read_sheet(path: Path, notes: list[str]) -> pd.DataFrame:
+    """The first sheet of a workbook, names in its first row."""
+    try:
+        import openpyxl
+    except ImportError as e:
+        raise DataError(f"{path}: a workbook is read by openpyxl, which is not installed: pip install openpyxl") from e
+    try:
+        with zipfile.ZipFile(path) as file:
+            _check_expansion(path, sum(part.file_size for part in file.infolist()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of styles and extensions, which are not read
+            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+            cells = list(book.worksheets[0].iter_rows(values_only=True))
+            sheets = [sheet.title for sheet in book.worksheets]
+            book.close()
+    except DataError:
+        raise
+    except Exception as e:  # openpyxl lets pass what its parsers of XML raise
+        raise DataError(f"{path}: not a readable workbook ({clip(str(e), 300)})") from e
+    return _from_cells(path, cells, sheets, notes)
+
+
+def _from_cells(path: Path, cells: list[tuple], sheets: list[str], notes: list[str]) -> pd.DataFrame:
+    """A table of the rows of a sheet; empty rows and columns around it are left out."""
+    table = pd.DataFrame(cells, dtype=object).dropna(how="all").dropna(how="all", axis=1)
+    if len(table) < 2:
+        raise DataError(f"{path}: the first sheet ({clip(str(sheets[0]), 40)}) holds no table with a header and rows")
+    names = ["" if pd.isna(name) else str(name).strip() for name in table.iloc[0]]
+    if _looks_like_values(names):
+        raise DataError(f"{path}: the first row holds values ({', '.join(names[:3])}, ...), not column names")
+    if len(sheets) > 1:
+        notes.append(f"of {len(sheets)} sheets the first is read, {clip(str(sheets[0]), 40)!r}")
+    table = table.iloc[1:].reset_index(drop=True).infer_objects()
+    table.columns = names
     return table
 
 

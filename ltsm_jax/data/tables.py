@@ -9,27 +9,16 @@ Shapes: C variates, T rows of the table or of the grid.
 
 import collections
 import dataclasses
-import difflib
-import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from ltsm_jax.data.series import DataError, Series, clip
-from ltsm_jax.data.sources import as_table, is_path, stem
-from ltsm_jax.data.stamps import (
-    YEARS,
-    counts_rows,
-    holds_dates,
-    is_numeric,
-    is_time,
-    parse_stamps,
-    rows,
-    show,
-)
+from ltsm_jax.data.columns import QUOTED, Name, Stamps, TableReader, quote, short
+from ltsm_jax.data.series import Series, clip
+from ltsm_jax.data.sources import as_table
+from ltsm_jax.data.stamps import rows, show
 from ltsm_jax.frequency import (
     Grid,
     canonical_freq,
@@ -41,39 +30,8 @@ from ltsm_jax.frequency import (
     to_wall,
 )
 
-TIME_NAMES = ("date", "time", "timestamp", "ds", "datetime")
-PERIOD_NAMES = (
-    "year",
-    "yearmonth",
-    "yyyymm",
-    "month",
-    "period",
-    "quarter",
-    "week",
-    "day",
-)  # if numbers are dates
-CALENDAR = ("year", "month", "day", "hour")  # columns that hold one time between them
-ID_NAMES = (
-    "id",
-    "item_id",
-    "unique_id",
-    "series_id",
-    "ts_id",
-    "item",
-    "series",
-    "symbol",
-    "ticker",
-    "sku",
-    "store",
-)
-LARGEST = 1e100  # of a value: its square is a float64 still
 MISSING = ("error", "interpolate", "keep")
 IRREGULAR = ("error", "regularise", "ignore")
-QUOTED = 40  # characters of a name or cell in a message
-LINES = 12  # problems in a message
-
-Name = str | int | tuple
-Stamps = np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,19 +78,31 @@ class ReadingOptions:
     name: str | None = None
 
     def __post_init__(self):
-        for option in ("target", "time", "id"):
-            value = getattr(self, option)
-            # `df.columns[1:]`, a set, a generator; a tuple may be one name of a column with levels
-            if isinstance(value, Iterable) and not isinstance(value, str | list | tuple):
-                object.__setattr__(self, option, list(value))
-        if self.date_format is not None and not isinstance(self.date_format, str):
-            raise ValueError(f"date_format must be text such as '%d/%m/%Y', not {self.date_format!r}")
-        for option, allowed in (("missing", MISSING), ("irregular", IRREGULAR)):
-            value = getattr(self, option)
-            if value not in allowed and not (option == "irregular" and value is None):
-                raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-        if self.freq is not None and self.freq != "oov":
-            object.__setattr__(self, "freq", canonical_freq(self.freq))
+        check_options(self, ("target", "time", "id"))
+
+
+def check_options(options: Any, columns: Sequence[str]) -> None:
+    """Check the options of a reader, and write names of columns and the step in one way.
+
+    Args:
+      options: a frozen dataclass with date_format, missing, irregular and freq, changed in place.
+      columns: its fields that name columns.
+
+    Raises: ValueError for a value that is none of those listed.
+    """
+    for option in columns:
+        value = getattr(options, option)
+        # `df.columns[1:]`, a set, a generator; a tuple may be one name of a column with levels
+        if isinstance(value, Iterable) and not isinstance(value, str | list | tuple):
+            object.__setattr__(options, option, list(value))
+    if options.date_format is not None and not isinstance(options.date_format, str):
+        raise ValueError(f"date_format must be text such as '%d/%m/%Y', not {options.date_format!r}")
+    for option, allowed in (("missing", MISSING), ("irregular", IRREGULAR)):
+        value = getattr(options, option)
+        if value not in allowed and not (option == "irregular" and value is None):
+            raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    if options.freq is not None and options.freq != "oov":
+        object.__setattr__(options, "freq", canonical_freq(options.freq))
 
 
 def read_series(
@@ -152,8 +122,8 @@ def read_series(
     The options are described in `ReadingOptions`, field by field.
 
     Args:
-      source: a .csv, .csv.gz or .parquet file, a pandas DataFrame or Series, an array [T] or [T, C]
-        (rows first), a polars or Arrow table.
+      source: a file (.csv, .tsv, .txt, also with .gz; .parquet; .xlsx), a pandas DataFrame or
+        Series, an array [T] or [T, C] (rows first), a polars or Arrow table.
 
     Raises: DataError (a ValueError) with every problem found; FileNotFoundError when there is no
       such file.
@@ -168,24 +138,14 @@ def read_series(
         irregular=irregular,
         name=name,
     )
-    return _Reader(how, source).read()
+    return _SeriesReader(how, source).read()
 
 
-class _Reader:
-    """One table on its way to a `Series`; problems and notes pile up here."""
-
-    def __init__(self, how: ReadingOptions, source: Any):
-        self.how = how
-        self.name = how.name or (stem(Path(source)) if is_path(source) else "data")
-        self.irregular = how.irregular or "error"
-        self.freq = None if how.freq == "oov" else how.freq
-        self.source = source
-        self.problems: list[str] = []
-        self.notes: list[str] = []
-        self.undecided: list = []  # columns of which one or another is the time
+class _SeriesReader(TableReader):
+    """One table on its way to a `Series`."""
 
     def read(self) -> Series:
-        table = as_table(self.source)
+        table = as_table(self.source, self.notes)
         table, labels = self.index_as_columns(table)
         self.check_shape(table)
         self.stop()
@@ -224,67 +184,7 @@ class _Reader:
             time_name=str(time[0]) if stamps is not None and len(time) == 1 else None,
         )
 
-    def stop(self) -> None:
-        """Raise what was found so far."""
-        if not self.problems:
-            return
-        lines = [clip(problem, 600) for problem in self.problems[:LINES]]
-        if len(self.problems) > LINES:
-            lines.append(f"... and {len(self.problems) - LINES} more problems")
-        raise DataError(f"{self.name} cannot be used as it is:\n  " + "\n  ".join(lines))
-
     # ---- columns ----
-
-    def index_as_columns(self, table: pd.DataFrame) -> tuple[pd.DataFrame, list]:
-        """(table with its index as columns in front, their names); an index that only numbers the
-        rows is dropped."""
-        if isinstance(table.columns, pd.MultiIndex):
-            table = table.set_axis(["/".join(map(str, names)) for names in table.columns], axis=1)
-        index = table.index
-        if isinstance(index, pd.RangeIndex) and index.step > 0 and index.name is None:
-            return table.reset_index(drop=True), []
-        levels = [index.get_level_values(i) for i in range(index.nlevels)]
-        names = []
-        for i, level in enumerate(levels):
-            unnamed = "timestamp" if is_time(level.to_series()) else "index" if len(levels) == 1 else f"level_{i}"
-            names.append(unnamed if level.name is None else level.name)
-        present = set(table.columns)
-        for name in names:
-            if name in present:
-                self.problems.append(f"{name!r} names both the index and a column; drop one of them")
-        if self.problems:
-            return table.reset_index(drop=True), []
-        front = pd.DataFrame(dict(zip(names, (level.array for level in levels), strict=True)))
-        return pd.concat([front, table.reset_index(drop=True)], axis=1), names
-
-    def check_shape(self, table: pd.DataFrame) -> None:
-        """No rows, and names that occur twice."""
-        if not len(table):
-            self.problems.append("no rows")
-        counts = collections.Counter(str(column) for column in table.columns)
-        if doubled := sorted(name for name, count in counts.items() if count > 1):
-            self.problems.append(f"column names used more than once: {_quote(doubled)}; rename them")
-
-    def found(self, table: pd.DataFrame, role: str, given: Any) -> list:
-        """The columns that an option names; those that are not there go to the problems."""
-        if given is None:
-            return []
-        known = {column: column for column in table.columns}
-        by_text = {str(column): column for column in table.columns}
-        # A tuple may be one name of a column with levels.
-        joined = "/".join(map(str, given)) if isinstance(given, tuple) else None
-        if joined in known:
-            return [joined]
-        single = isinstance(given, str) or not isinstance(given, Iterable)
-        columns = []
-        for name in [given] if single else list(given):
-            text = "/".join(map(str, name)) if isinstance(name, tuple) else str(name)
-            column = known.get(name, by_text.get(text)) if _hashable(name) else None
-            if column is None or isinstance(name, bool):
-                self.problems.append(f"{role} column {name!r} is not there; {_near(name, list(table.columns))}")
-            else:
-                columns.append(column)
-        return columns
 
     def choose_columns(self, table: pd.DataFrame, labels: list) -> tuple[list, list]:
         """(columns of time, target columns); what cannot be found or decided goes to the
@@ -296,7 +196,7 @@ class _Reader:
         if how.target is not None and not wanted and not self.problems:
             self.problems.append("target is an empty list")
         if len(set(wanted)) < len(wanted):
-            self.problems.append(f"target names a column twice: {_quote(wanted)}")
+            self.problems.append(f"target names a column twice: {quote(wanted)}")
         asked = how.target is not None
         wanted = list(dict.fromkeys(wanted))
         if how.time is None:
@@ -315,150 +215,7 @@ class _Reader:
                 wanted = []  # every cell of them would be listed
         return time, wanted
 
-    def find_time(self, table: pd.DataFrame, labels: list, taken: list) -> list:
-        """The columns of time when none is named: by their names, else a first column of dates."""
-        columns = [column for column in table.columns if column not in set(taken)]
-        folded = {str(column).casefold(): column for column in columns}
-        named = [column for column in columns if str(column).casefold() in TIME_NAMES]
-        dated = [label for label in labels if label in columns and holds_dates(table[label])]
-        if not named and dated:
-            named = dated
-        if len(named) > 1:
-            names = [str(column) for column in named]
-            self.problems.append(
-                f"several columns may hold the time: {', '.join(names)}; say which with time= "
-                f"(time={names!r} joins them)"
-            )
-            self.undecided = named
-            return []
-        if named:
-            return named
-
-        calendar = [folded[name] for name in CALENDAR if name in folded and is_numeric(table[folded[name]])]
-        if len(calendar) > 1 and [str(c).casefold() for c in calendar] == list(CALENDAR[: len(calendar)]):
-            self.notes.append(f"the time is taken from {', '.join(map(str, calendar))}")
-            return calendar
-        quarters = [folded[name] for name in ("year", "quarter") if name in folded]
-        if len(quarters) == 2 and all(is_numeric(table[c]) for c in quarters):
-            self.notes.append(f"the time is taken from {quarters[0]}, {quarters[1]}")
-            return quarters
-        period = [c for c in columns[:1] if str(c).casefold() in PERIOD_NAMES]
-        period += [folded["year"]] if "year" in folded else []
-        # An index of numbers like 20240101 is no numbering of rows.
-        period += [c for c in labels if c in columns and _least(table[c]) > 180_000]
-        for column in period:
-            if is_numeric(table[column]) and self.numbers_are_dates(table[column]):
-                self.notes.append(f"{column!r} is taken as the time; time= and target= say otherwise")
-                return [column]
-        first = [column for column in table.columns if column not in labels][:1]
-        return [c for c in first if c in columns and holds_dates(table[c])]
-
-    def numbers_are_dates(self, column: Any) -> bool:
-        """Whether numbers are dates of one step, without repeats."""
-        problems: list[str] = []
-        found = parse_stamps(column, problems, [])
-        if problems or found is None:
-            return False
-        unique = np.unique(found[0])
-        return len(unique) == len(column) and infer_freq(unique) is not None
-
-    def is_id_like(self, table: pd.DataFrame, label: Any) -> bool:
-        """Whether labels of rows repeat, as the names of several series do."""
-        cells: Any = table[label]
-        return not is_numeric(cells) and 1 < cells.nunique() < len(cells)
-
-    def check_labels(self, table: pd.DataFrame, labels: list, time: list, taken: list) -> None:
-        """An index that is neither time nor id nor a plain numbering is not dropped in silence."""
-        if time or self.irregular == "ignore":
-            return
-        for label in labels:
-            column: Any = table[label]
-            if label in taken or self.is_id_like(table, label) or (len(column) > 1 and column.nunique() == 1):
-                continue
-            if counts_rows(column) and YEARS[0] < column.min() and column.max() < YEARS[1]:
-                self.notes.append(f"the index {label!r} only numbers the rows; called 'year' it would be the time")
-            if pd.api.types.is_timedelta64_dtype(column):
-                self.problems.append(
-                    f"the index {label!r} holds lengths of time, no dates; add the date of its start to it, or "
-                    "reset_index(drop=True)"
-                )
-            elif not is_numeric(column):
-                self.problems.append(
-                    f"the index {label!r} holds no dates (first: {str(column.iloc[0])[:QUOTED]!r}); "
-                    "reset_index(drop=True) leaves it out"
-                )
-            elif not counts_rows(column) and len(column) > 1:
-                steps = np.diff(column.to_numpy(np.float64))
-                row = int((steps != 1).argmax()) + 1
-                self.problems.append(
-                    f"the index {label!r} does not number the rows one after the other (row {row}: {column.iloc[row]} "
-                    f"follows {column.iloc[row - 1]}): rows are out of order or left out; reset_index(drop=True) or "
-                    "irregular='ignore' takes them as they come"
-                )
-
-    def any_numbers(self, table: pd.DataFrame, columns: list) -> bool:
-        """Whether a column holds numbers, as such or as text."""
-        return any(is_numeric(table[c]) or _to_number(table[c]).notna().any() for c in columns)
-
-    def check_default(self, table: pd.DataFrame, wanted: list, time: list, ids: list) -> None:
-        """Columns without a name and tables without numbers."""
-        columns = list(table.columns)
-        unnamed = [i for i, c in enumerate(columns) if str(c).strip() == "" or str(c).startswith("Unnamed: ")]
-        if unnamed:
-            self.problems.append(
-                f"column {unnamed[0]} (counting from 0) has no name: a saved index? Name it, drop it, or give target="
-            )
-        for column in [c for c in wanted if str(c).casefold() in PERIOD_NAMES][:3]:
-            self.notes.append(f"{column!r} is read as a variate; target= leaves it out")
-        if wanted and not self.any_numbers(table, wanted):
-            self.problems.append(f"no column of numbers; columns: {_quote(columns)}")
-        elif not wanted:
-            besides = " and ".join(map(str, [*time, *ids]))
-            self.problems.append(f"no column besides {besides}" if besides else "no columns")
-
-    def joined(self, table: pd.DataFrame, role: str, given: Any) -> Any:
-        """The id column: one, or several joined by "/"; None where there is none or where it is
-        damaged."""
-        known = len(self.problems)
-        columns = self.found(table, role, given)
-        del self.problems[known:]  # said before
-        for column in columns:
-            empty = table[column].isna().to_numpy()
-            if empty.any():
-                self.problems.append(f"id column {column!r}: {empty.sum()} empty cells, {rows(empty)}")
-                return None
-        if len(columns) < 2:
-            return table[columns[0]] if columns else None
-        joined: Any = table[columns[0]].astype(str)
-        for column in columns[1:]:
-            joined = joined + "/" + table[column].astype(str)
-        return joined.rename("/".join(map(str, columns)))
-
     # ---- time ----
-
-    def stamps_of(self, table: pd.DataFrame, time: list) -> tuple[Stamps, str | None]:
-        """(stamps [T] in UTC or as written, zone), or (None, None)."""
-        if not time:
-            return None, None
-        column = table[time[0]] if len(time) == 1 else _joined_time(table, time)
-        if self.how.date_format is not None:
-            pass  # numbers in that layout are dates
-        elif counts_rows(column) and not self.numbers_are_dates(column):
-            # Following the message or naming the targets: the numbers are no stamps, the rows stay in their order.
-            if self.irregular == "ignore" or (self.how.target is not None and self.how.time is None):
-                self.notes.append(f"{column.name!r} only numbers the rows: there are no stamps")
-                return None, None
-        elif is_numeric(column) and self.irregular == "ignore" and not self.numbers_are_dates(column):
-            self.notes.append(f"the numbers in {column.name!r} are no dates and were left out: there are no stamps")
-            return None, None
-        found = parse_stamps(
-            column,
-            self.problems,
-            self.notes,
-            date_format=self.how.date_format,
-            freq=self.freq,
-        )
-        return found or (None, None)
 
     def clock(self, stamps: np.ndarray, tz: str | None) -> np.ndarray:
         """What steps are counted in: UTC, for steps of a day and more the clock on the wall."""
@@ -482,50 +239,12 @@ class _Reader:
         apart."""
         given = self.found(table, "id", self.how.id)
         asked = set(targets) if self.how.target is not None else set()
-        apart = {*time, *given, *asked}
-        columns = [c for c in table.columns if c not in apart]
-        named = [c for c in columns if str(c).casefold() in ID_NAMES and _comes_in_kinds(table[c])]
-        if stamps is not None:
-            frame = pd.DataFrame({"stamp": stamps})
-            for column in given:
-                frame[f"given {column}"] = table[column].astype(str)
-            repeats = float(frame.duplicated().mean())
-            if repeats:
-                able = [c for c in columns[:200] if c in named or _comes_in_kinds(table[c])]
-                able = sorted(able, key=lambda c: (c not in named, is_numeric(table[c])))[:50]
-                self.check_clock(table, able, time)
-                several = [c for c in able if c in named or _tells_apart(table[c], repeats)]
-                choices = [[c] for c in several] + [list(pair) for pair in itertools.combinations(several[:8], 2)]
-                for columns in choices:
-                    cells = {f"id {c}": table[c].astype(str) for c in columns}
-                    if not frame.assign(**cells).duplicated().any():
-                        self.refuse_ids(table, [*given, *columns])
+        taken = {*time, *given, *asked}
+        for columns in self.ids_that_tell_apart(table, time, taken, stamps):
+            self.refuse_ids(table, [*given, *columns])
+        named = self.named_ids(table, taken)
         if named and not given:
             self.refuse_ids(table, named[:1])
-
-    def check_clock(self, table: pd.DataFrame, able: list, time: list) -> None:
-        """Refuse dates that repeat because the time of day is in a column of its own."""
-        clock = [c for c in able if str(c).casefold() in ("hour", "hr")]
-        if not clock or len(time) != 1:
-            return
-        both = [str(time[0]), str(clock[0])]
-        self.problems = [f"stamps of {both[0]!r} repeat, and {both[1]!r} tells them apart: time={both!r} joins them"]
-        self.stop()
-
-    def refuse_ids(self, table: pd.DataFrame, columns: list) -> None:
-        """Say which option reads the table, and nothing else: the rest comes from reading it as one
-        series."""
-        kinds = table[columns].drop_duplicates()
-        first = ", ".join("/".join(map(str, row))[:QUOTED] for row in kinds.head(3).to_numpy())
-        more = ", ..." if len(kinds) > 3 else ""
-        names = [str(column) for column in columns]
-        option = repr(names[0]) if len(names) == 1 else repr(names)
-        column = "columns" if len(names) > 1 else "column"
-        self.problems = [
-            f"several series follow one another: {column} {' and '.join(map(repr, names))} of {len(kinds)} kinds "
-            f"({first}{more}); id={option} reads each as a variate"
-        ]
-        self.stop()
 
     def on_grid(self, stamps: np.ndarray, values: np.ndarray, tz: str | None) -> tuple[np.ndarray, np.ndarray]:
         """(stamps, values) checked or put on the regular grid, as `irregular` says."""
@@ -630,7 +349,7 @@ class _Reader:
         names = [f"{key}" if len(targets) == 1 else f"{key}/{target}" for key in groups for target in targets]
         counts = collections.Counter(names)
         if doubled := sorted(name for name, count in counts.items() if count > 1):
-            self.problems.append(f"ids and targets give one name twice: {_quote(doubled)}; rename them")
+            self.problems.append(f"ids and targets give one name twice: {quote(doubled)}; rename them")
             return stamps, values, targets
 
         tracks = [(at, values[c, at]) for at in groups.values() for c in range(len(targets))]
@@ -669,54 +388,6 @@ class _Reader:
 
     # ---- values ----
 
-    def numbers(self, table: pd.DataFrame, targets: list) -> np.ndarray:
-        """[C, T] float64, NaN where a cell is empty; text and numbers beyond `LARGEST` go to the
-        problems."""
-        if not targets:
-            return np.zeros((0, len(table)))
-        part: Any = table[targets]
-        plain = all(isinstance(dtype, np.dtype) and dtype.kind in "iuf" for dtype in part.dtypes)
-        if plain:
-            values = np.ascontiguousarray(part.to_numpy(np.float64).T)
-        else:
-            values = np.array([self.column(part[column], column) for column in targets])
-        with np.errstate(invalid="ignore"):
-            large = np.isfinite(values) & (np.abs(values) > LARGEST)
-        for c in np.flatnonzero(large.any(axis=1))[:LINES]:
-            cells = table[targets[c]]
-            self.problems.append(
-                f"column {_short(targets[c])}: {large[c].sum()} numbers beyond {LARGEST:g}, which is the limit, "
-                f"{rows(large[c], cells)}; give the column another unit"
-            )
-        return values
-
-    def column(self, column: Any, name: Any) -> np.ndarray:
-        """[T] float64, NaN where a cell is empty; text goes to the problems."""
-        types = pd.api.types
-        if is_numeric(column) and not types.is_complex_dtype(column):
-            return column.to_numpy(np.float64, na_value=np.nan)
-        if is_time(column) or types.is_timedelta64_dtype(column) or types.is_complex_dtype(column):
-            hint = f"; time={str(name)!r} takes it as the time" if is_time(column) else ""
-            self.problems.append(
-                f"column {_short(name)} holds {column.dtype}, not real numbers; convert it, or choose columns with "
-                f"target={hint}"
-            )
-            return np.full(len(column), np.nan)
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            column = column.astype(object)
-        number = _to_number(column)
-        truth = np.array([isinstance(cell, bool | np.bool_) for cell in column])
-        text = column.notna().to_numpy() & (number.isna().to_numpy() | truth)
-        if text.any():
-            hint = f"; time={str(name)!r} takes it as the time" if text.all() and holds_dates(column) else ""
-            self.problems.append(
-                f"column {_short(name)}: {text.sum()} cells are not numbers, {rows(text, column)}; "
-                f"clean them (empty = missing) or choose columns with target={hint}"
-            )
-        elif any(isinstance(cell, str) for cell in column):
-            self.problems.append(f"column {_short(name)} holds numbers as text; convert it with pandas.to_numeric")
-        return number.to_numpy(np.float64, na_value=np.nan)
-
     def without_future(self, stamps: Stamps, values: np.ndarray) -> tuple[Stamps, np.ndarray]:
         """(stamps, values) without the last rows in which every variate is empty: nobody has
         observed them yet."""
@@ -737,14 +408,14 @@ class _Reader:
         ends = self.future_rows(values)
         unread = tuple(p for p in self.problems if p.startswith("column "))
         for c in np.flatnonzero(bad.any(axis=1)):
-            name = _short(columns[c])
+            name = short(columns[c])
             if any(problem.startswith(f"column {name}") for problem in unread):
                 continue
             infinite = np.isinf(values[c])
             missing = np.zeros_like(infinite) if self.how.missing == "keep" else np.isnan(values[c])
             kinds = ((missing, "missing"), (infinite, "infinite"))
             what = [f"{mask.sum()} {kind}, {rows(mask, stamps=stamps)}" for mask, kind in kinds if mask.any()]
-            tail = _tail(bad[c])
+            end = tail(bad[c])
             if bad[c].all():
                 self.problems.append(f"column {name}: not one finite value")
             elif self.how.missing == "error" or (infinite.any() and not interpolate):
@@ -754,9 +425,9 @@ class _Reader:
                     f"column {name}: {'; '.join(what)}; missing='interpolate' fills them, {kept}or clean the "
                     f"column{ends}"
                 )
-            elif interpolate and tail > max(_longest_gap(bad[c]), 1) and tail > _tail(bad.all(axis=0)):
+            elif interpolate and end > max(longest_gap(bad[c]), 1) and end > tail(bad.all(axis=0)):
                 self.problems.append(
-                    f"column {name}: the last {tail} rows are empty where other columns go on, and a forecast would "
+                    f"column {name}: the last {end} rows are empty where other columns go on, and a forecast would "
                     "begin after them; name the columns to forecast by target=, which cuts the rows off as the future, "
                     "or leave them empty by missing='keep'"
                 )
@@ -767,7 +438,7 @@ class _Reader:
                 values[c, bad[c]] = np.interp(every[bad[c]], every[~bad[c]], values[c, ~bad[c]])
         if changed:
             done = "filled by linear interpolation" if interpolate else "kept"
-            self.notes.append(f"missing cells {done} ({100 * bad.mean():.3g} % of all): {_quote(changed)}")
+            self.notes.append(f"missing cells {done} ({100 * bad.mean():.3g} % of all): {quote(changed)}")
         return values
 
     def future_rows(self, values: np.ndarray) -> str:
@@ -779,95 +450,18 @@ class _Reader:
         return f" (the last {count} rows hold no value: missing='keep' cuts them off as the future)"
 
 
-def _tail(bad: np.ndarray) -> int:
+def tail(bad: np.ndarray) -> int:
     """How many of the last cells [T] are empty."""
     return len(bad) if bad.all() else int(bad[::-1].argmin())
 
 
-def _longest_gap(bad: np.ndarray) -> int:
+def longest_gap(bad: np.ndarray) -> int:
     """The longest run of empty cells [T] with values on both sides."""
     at = np.flatnonzero(~bad)
     return int(np.diff(at).max(initial=1)) - 1
-
-
-def _joined_time(table: pd.DataFrame, time: list) -> Any:
-    """One column of text from several of time: date and hour, year and month and day."""
-    parts = []
-    for column in time:
-        cells: Any = table[column]
-        whole = is_numeric(cells) and cells.notna().all() and (cells == np.rint(cells)).all()
-        text = cells.astype("int64").astype(str) if whole else cells.astype(str)
-        if is_time(cells) and not is_numeric(cells):
-            text = pd.Series(pd.DatetimeIndex(pd.to_datetime(cells)).strftime("%Y-%m-%d"), index=cells.index)
-        if whole and str(column).casefold() in ("hour", "hr"):
-            text = text + ":00"
-        if whole and str(column).casefold() == "quarter":
-            text = "Q" + text
-        parts.append(text.str.strip().where(cells.notna()))
-    joined = parts[0]
-    for part in parts[1:]:
-        # Fields of a date are joined by "-", a time of day by a blank.
-        clock = part.str.contains(":", regex=False).fillna(False).any()
-        joined = joined + (" " if clock else "-") + part
-    return joined.rename(" and ".join(map(str, time)))
-
-
-def _comes_in_kinds(cells: Any) -> bool:
-    """Whether cells are names of kinds, each of several rows: text, categories or whole numbers."""
-    if is_time(cells) or pd.api.types.is_float_dtype(cells):
-        return False
-    if pd.api.types.is_bool_dtype(cells):
-        return False
-    kinds = cells.nunique()
-    return 2 <= kinds <= len(cells) / 2 and not cells.isna().any()
-
-
-def _tells_apart(cells: Any, repeats: float) -> bool:
-    """Whether kinds look like series: they stand in blocks, or many of the stamps repeat."""
-    changes = int((cells.to_numpy()[1:] != cells.to_numpy()[:-1]).sum())
-    blocks = changes + 1 == cells.nunique() and not is_numeric(cells)
-    return blocks or repeats >= 0.25
 
 
 def _same_stamps(stamps: Stamps, at: np.ndarray, first: np.ndarray) -> bool:
     if len(at) != len(first):
         return False
     return stamps is None or np.array_equal(stamps[at], stamps[first])
-
-
-def _least(cells: Any) -> float:
-    """The least of numbers; minus infinity for other cells."""
-    return float(cells.min()) if is_numeric(cells) and len(cells) else -np.inf
-
-
-def _hashable(name: Any) -> bool:
-    try:
-        hash(name)
-        return True
-    except TypeError:
-        return False
-
-
-def _near(name: Any, columns: list) -> str:
-    """What a missing name may have meant, and what there is."""
-    folded = {str(c)[:200].casefold(): str(c) for c in columns[:2000]}
-    close = difflib.get_close_matches(str(name)[:200].casefold(), folded, n=3, cutoff=0.5)
-    near = [_short(folded[c]) for c in close]
-    return (f"did you mean {' or '.join(near)}? " if near else "") + f"columns: {_quote(columns)}"
-
-
-def _short(name: Any) -> str:
-    return repr(str(name)[:QUOTED] if isinstance(name, str) else name)[: QUOTED + 20]
-
-
-def _quote(items: Sequence[Any]) -> str:
-    shown = ", ".join(str(item)[:QUOTED] for item in items[:12])
-    return shown + (f", ... ({len(items)} in all)" if len(items) > 12 else "")
-
-
-def _to_number(column: Any) -> Any:
-    try:
-        return pd.to_numeric(column, errors="coerce")
-    except OverflowError:  # whole numbers beyond float64 are beyond every limit
-        huge = column.map(lambda cell: isinstance(cell, int) and abs(cell) > LARGEST)
-        return pd.to_numeric(column.mask(huge, 10 * LARGEST), errors="coerce")

@@ -63,6 +63,25 @@ class SeasonalNaive:
 
 
 @dataclasses.dataclass(frozen=True)
+class ContextMean:
+    """Baseline: the mean of what is observed in the context, at every step."""
+
+    eval_batch: int = 2048
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
+        mean, _ = context_scale(context)
+        return Forecast(jnp.broadcast_to(mean, (*context.shape[:-1], horizon)))
+
+
+def naive_forecasts(season: int = 1) -> dict[str, Predictor]:
+    """The baselines by name: the last value, the mean of the context and, with a season, the seasonal naive."""
+    found: dict[str, Predictor] = {"last_value": SeasonalNaive()}
+    if season > 1:
+        found["seasonal_naive"] = SeasonalNaive(season)
+    return found | {"mean": ContextMean()}
+
+
+@dataclasses.dataclass(frozen=True)
 class ScaledByContext:
     """A model that sees each window standardised by its own context, and answers in the units of the window.
 
@@ -117,7 +136,7 @@ def training_windows(model: Model, splits: Splits | PanelSplits, mode: Mode) -> 
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    return splits.train if mode == "direct" else splits.training(model.horizon)
+    return splits.training(splits.train.horizon if mode == "direct" else model.horizon)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,7 +117,8 @@ def test_byte_order_mark_crlf_and_blanks_in_the_header(tmp_path):
         ("\n \n", "the file is empty"),
         ("date,OT\n", "only a header line"),
         ("date,OT,OT\n2024-01-01,1,2\n", "column names used more than once: OT"),
-        ("date;OT\n2024-01-01;1,5\n", "separated by ';'"),
+        ("date;OT\n2024-01-01;1,5;7\n2024-01-02;2;8\n", "rows of different lengths"),
+        ("2024-01-01 00:00:00;1,5\n2024-01-01 01:00:00;1,0\n", "first line holds values"),
         ("2024-01-01 00:00:00,1.5,2.5\n2024-01-01 01:00:00,1.0,2.0\n", "first line holds values"),
         ("date,OT\n2024-01-01,1\n2024-01-02,2,3\n", "rows of different lengths"),
         ("date,OT\n2024-01-01,1,7\n2024-01-02,2,8\n", "rows of different lengths"),
@@ -144,7 +145,7 @@ def test_files_that_are_no_text_tables(tmp_path):
     assert "cut or damaged" in refused(cut)
     assert "cut or damaged" in refused(write(tmp_path / "not.csv.gz", "date,OT\n"))
     assert "not a readable parquet file" in refused(write(tmp_path / "not.parquet", "date,OT\n"))
-    assert "cannot tell what this is" in refused(write(tmp_path / "table.xlsx", "x"))
+    assert "cannot tell what this is" in refused(write(tmp_path / "table.xls", "x"))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
         read_series(tmp_path / "nowhere.csv")
     with pytest.raises(FileNotFoundError, match="it is a folder"):

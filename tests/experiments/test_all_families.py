@@ -7,8 +7,6 @@ from experiments import all_families, demo, sff
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.models import FAMILIES
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):

@@ -9,12 +9,16 @@ from ltsm_jax.layers.experts import Form, mixture, route, traced_for
 
 D, F = 6, 10
 FORMS: tuple[Form, ...] = ("dense", "blocks", "ragged")
+MIXTURE = jax.jit(mixture, static_argnums=(4, 5))
+ROUTE = jax.jit(route, static_argnums=1)
 
 
 def kernels(e, seed=0):
-    one, two, three = jax.random.split(jax.random.key(seed), 3)
-    shape = (e, D, F)
-    return jax.random.normal(one, shape), jax.random.normal(two, shape), jax.random.normal(three, (e, F, D))
+    return tuple(normal(seed + i, *shape) for i, shape in enumerate(((e, D, F), (e, D, F), (e, F, D))))
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def by_hand(x_TD, kernels, weight_TK, chosen_TK):
@@ -30,25 +34,25 @@ def by_hand(x_TD, kernels, weight_TK, chosen_TK):
 @pytest.mark.parametrize("form", ["auto", *FORMS])
 @pytest.mark.parametrize("t, e, k", [(1, 1, 1), (37, 5, 2), (300, 3, 2), (64, 8, 8)])
 def test_every_form_is_the_sum_over_a_tokens_experts(form, t, e, k):
-    x_TD, logits_TE = jax.random.normal(jax.random.key(1), (t, D)), 3 * jax.random.normal(jax.random.key(2), (t, e))
-    weight_TK, chosen_TK, _ = route(logits_TE, k)
-    got = jax.jit(mixture, static_argnums=(4, 5))(x_TD, kernels(e), weight_TK, chosen_TK, jax.nn.silu, form)
+    x_TD, logits_TE = normal(10, t, D), 3 * normal(11, t, e)
+    weight_TK, chosen_TK, _ = ROUTE(logits_TE, k)
+    got = MIXTURE(x_TD, kernels(e), weight_TK, chosen_TK, jax.nn.silu, form)
     np.testing.assert_allclose(got, by_hand(x_TD, kernels(e), weight_TK, chosen_TK), rtol=1e-4, atol=1e-4)
 
 
 def test_all_tokens_with_one_expert():
     """The worst load: nothing is dropped."""
-    x_TD = jax.random.normal(jax.random.key(1), (200, D))
-    weight_TK, chosen_TK = jnp.ones((200, 1)), jnp.full((200, 1), 3)
+    x_TD = normal(10, 200, D)
+    weight_TK, chosen_TK = np.ones((200, 1), np.float32), np.full((200, 1), 3)
     want = by_hand(x_TD, kernels(6), weight_TK, chosen_TK)
     for form in FORMS:
-        got = mixture(x_TD, kernels(6), weight_TK, chosen_TK, jax.nn.silu, form)
+        got = MIXTURE(x_TD, kernels(6), weight_TK, chosen_TK, jax.nn.silu, form)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=form)
 
 
 @pytest.mark.slow
 def test_gradients_of_all_forms_agree():
-    x_TD, logits_TE = jax.random.normal(jax.random.key(1), (50, D)), jax.random.normal(jax.random.key(2), (50, 4))
+    x_TD, logits_TE = normal(10, 50, D), normal(11, 50, 4)
 
     def loss(x_TD, logits_TE, kernels, form):
         weight_TK, chosen_TK, _ = route(logits_TE, 2)

@@ -12,8 +12,6 @@ from ltsm_jax.layers import masks as layer_masks
 from ltsm_jax.methods.pruning import full_masks, masked, merge
 from ltsm_jax.models import FAMILIES
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # post-norm with GELU, SwiGLU, experts; T5 with ReLU, mixers and the others take longer to compile
 QUICK = ("timer", "timer_hf", "time_moe")
 FAMILY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]

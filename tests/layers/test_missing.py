@@ -9,7 +9,6 @@ from ltsm_jax.layers.missing import mean_observed, mean_over_rows, mse_observed
 from ltsm_jax.models.timer import Timer
 from ltsm_jax.models.units import Units
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 RNG = np.random.default_rng(0)
 Y, TARGET = (jnp.asarray(RNG.normal(size=(3, 2, 7)), jnp.float32) for _ in range(2))
 

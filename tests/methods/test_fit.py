@@ -17,7 +17,6 @@ from ltsm_jax.methods.binding import cut_windows
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.models.ttm import TTM, TTMConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 SHORT = {"config": training.TrainConfig(epochs=1, batch_size=64), "few_shot": 0.3, "show_progress": False}
 
 

@@ -10,8 +10,6 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.models.ttm import TTM, TTMConfig
 from ltsm_jax.models.units import Units
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 MODEL = Timer(TimerConfig.of(8, 16, 32, 1, 2, context_len=32, horizon=8))
 
 

@@ -14,8 +14,6 @@ from ltsm_jax.models.family import Lora
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timesfm_2p5 import TimesFM2p5
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 CONFIG = training.TrainConfig(epochs=1, batch_size=64, lr=1e-2)
 
 

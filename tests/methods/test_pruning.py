@@ -23,8 +23,6 @@ from ltsm_jax.models import FAMILIES, time_moe
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.tasks import forecasting
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def pre(model):

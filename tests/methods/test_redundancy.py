@@ -11,8 +11,6 @@ from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.sharding import Placement
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def relu():

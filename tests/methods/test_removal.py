@@ -18,8 +18,6 @@ from ltsm_jax.models.configs import entry_of
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 QUICK = ("timer", "chronos_bolt")  # biases; columns of a bias table. All of them are in the slow part
 families = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]

@@ -8,8 +8,6 @@ from ltsm_jax.methods import strategies
 from ltsm_jax.methods.strategies import STRATEGIES, start_params, strategy
 from ltsm_jax.models.timer import Timer, TimerConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def model():

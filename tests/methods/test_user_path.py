@@ -9,8 +9,6 @@ import ltsm_jax
 from ltsm_jax import trees
 from ltsm_jax.methods import pruning
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def sales(tmp_path_factory):

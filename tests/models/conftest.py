@@ -1,13 +1,8 @@
-"""Tests of the families: hundreds of small programs, each run a few times."""
+"""How much of the allowed error the comparisons with recorded vectors use."""
 
 import numpy as np
 import parity
 import pytest
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly(compile_quickly):
-    """All of them."""
 
 
 @pytest.fixture(autouse=True)

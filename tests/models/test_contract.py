@@ -33,7 +33,7 @@ class Case:
         """[b, C, t]: a wave with noise, another in every row."""
         noise = np.random.default_rng(seed).normal(size=(b, self.c, t))
         phase = np.arange(b * self.c).reshape(b, self.c, 1)
-        return jnp.asarray(np.sin(2 * np.pi * np.arange(t) / 24 + phase) + 0.1 * noise, jnp.float32)
+        return np.asarray(np.sin(2 * np.pi * np.arange(t) / 24 + phase) + 0.1 * noise, np.float32)
 
 
 TRACES = []
@@ -45,13 +45,17 @@ def _predict(model, params, context, horizon):
 
 
 PREDICT = jax.jit(_predict, static_argnums=(0, 3))
+INIT = jax.jit(lambda model, key: model.init(key), static_argnums=0)
+
+# Rows of the batches that several tests forecast with one program.
+ROWS = 13
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     cls = FAMILIES[request.param]
     model = cls(cls.small())
-    params = jax.jit(model.init)(jax.random.key(1))
+    params = INIT(model, jax.random.key(1))
     model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
     return Case(model, params, 2 if model.variates == "joint" else 1)
 
@@ -80,65 +84,76 @@ def test_any_context(case, t):
     check_finite(case.predict(case.series(2, t), 7), 2, case.c, 7)
 
 
-def hostile(x_BCT):
+def with_value(x, where, value):
+    """A copy with `value` at an index: what `.at[where].set(value)` is for, without a program per shape."""
+    x = x.copy()
+    x[where] = value
+    return x
+
+
+def hostile(x_CT):
     """Rows of one batch, each with another trouble; the batch is as long as the context."""
     rows = {}
-    rows["missing inside"] = x_BCT[0].at[..., 5:9].set(jnp.nan)
-    rows["missing at the start"] = x_BCT[0].at[..., : x_BCT.shape[-1] // 2].set(jnp.nan)
-    rows["missing at the end"] = x_BCT[0].at[..., -3:].set(jnp.nan)
-    rows["nothing observed"] = jnp.full_like(x_BCT[0], jnp.nan)
-    rows["constant"] = jnp.full_like(x_BCT[0], 3.7)
-    rows["zero"] = jnp.zeros_like(x_BCT[0])
-    rows["1e-8"] = x_BCT[0] * 1e-8
-    rows["1e8"] = x_BCT[0] * 1e8
-    rows["offset 1e6"] = x_BCT[0] + 1e6
-    rows["1e-30"] = x_BCT[0] * 1e-30
-    rows["as large as allowed"] = x_BCT[0] / jnp.abs(x_BCT[0]).max() * LARGEST
-    rows["constant 1e-30"] = jnp.full_like(x_BCT[0], 1e-30)
-    rows["constant, as large as allowed"] = jnp.full_like(x_BCT[0], LARGEST)
+    rows["missing inside"] = with_value(x_CT, np.s_[..., 5:9], np.nan)
+    rows["missing at the start"] = with_value(x_CT, np.s_[..., : x_CT.shape[-1] // 2], np.nan)
+    rows["missing at the end"] = with_value(x_CT, np.s_[..., -3:], np.nan)
+    rows["nothing observed"] = np.full_like(x_CT, np.nan)
+    rows["constant"] = np.full_like(x_CT, 3.7)
+    rows["zero"] = np.zeros_like(x_CT)
+    rows["1e-8"] = x_CT * np.float32(1e-8)
+    rows["1e8"] = x_CT * np.float32(1e8)
+    rows["offset 1e6"] = x_CT + np.float32(1e6)
+    rows["1e-30"] = x_CT * np.float32(1e-30)
+    rows["as large as allowed"] = x_CT / np.abs(x_CT).max() * np.float32(LARGEST)
+    rows["constant 1e-30"] = np.full_like(x_CT, 1e-30)
+    rows["constant, as large as allowed"] = np.full_like(x_CT, LARGEST)
+    assert len(rows) == ROWS
     return rows
 
 
 def test_troubled_series_give_finite_forecasts(case):
-    rows = hostile(case.series(1, case.model.context_len))
-    found = case.predict(jnp.stack(list(rows.values())), case.model.horizon)
+    rows = hostile(case.series(1, case.model.context_len)[0])
+    found = case.predict(np.stack(list(rows.values())), case.model.horizon)
     bad = [name for i, name in enumerate(rows) if not np.isfinite(np.asarray(found.point[i])).all()]
     assert not bad
     check_finite(found, len(rows), case.c, case.model.horizon)
 
 
 def test_a_series_without_any_value_is_refused_where_values_can_be_seen(case):
-    x = case.series(2, case.model.context_len).at[1].set(jnp.nan)
-    with pytest.raises(ValueError, match="no observed value"):
-        case.model.predict(case.params, x, 4)
-    with pytest.raises(ValueError, match="infinite"):
-        case.model.predict(case.params, x.at[1].set(jnp.inf), 4)
-    with pytest.raises(ValueError, match=r"values beyond 1e\+16 in \(batch, variate\) \[\[1, 0\]"):
-        case.model.predict(case.params, x.at[1].set(1e17), 4)
+    x = case.series(2, case.model.context_len)
+    messages = {
+        np.nan: "no observed value",
+        np.inf: "infinite",
+        1e17: r"values beyond 1e\+16 in \(batch, variate\) \[\[1, 0\]",
+    }
+    for value, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            case.model.predict(case.params, jnp.asarray(with_value(x, 1, value)), 4)
 
 
 def test_missing_values_are_not_seen(case):
     """What stands in place of NaN in the caller's array cannot matter: there is nothing but NaN to see."""
     x = case.series(1, case.model.context_len)
-    gap = x.at[..., 3:6].set(jnp.nan)
-    whole, broken = case.predict(x, 5).point, case.predict(gap, 5).point
+    gap = with_value(x, np.s_[..., 3:6], np.nan)
+    whole, broken = (case.predict(each, case.model.horizon).point for each in (x, gap))
     assert np.isfinite(np.asarray(broken)).all()
     assert not np.array_equal(np.asarray(whole), np.asarray(broken)), "the gap must matter"
 
 
 def test_rows_do_not_see_each_other(case):
-    x = case.series(5, case.model.context_len)
-    together = case.predict(x, case.model.horizon).point
-    alone = jnp.concatenate([case.predict(x[i : i + 1], case.model.horizon).point for i in (0, 3)])
-    np.testing.assert_allclose(together[jnp.asarray([0, 3])], alone, rtol=2e-4, atol=2e-5)
+    x = case.series(ROWS, case.model.context_len)
+    together = np.asarray(case.predict(x, case.model.horizon).point)
+    alone = np.concatenate([case.predict(x[i : i + 1], case.model.horizon).point for i in (0, 3)])
+    np.testing.assert_allclose(together[[0, 3]], alone, rtol=2e-4, atol=2e-5)
 
 
 def test_equal_shapes_are_traced_once(case):
-    x = case.series(2, case.model.context_len)
+    x = case.series(ROWS, case.model.context_len)
     case.predict(x, case.model.horizon)
     before = len(TRACES)
     again = type(case.model)(case.model.config)
-    PREDICT(again, jax.tree.map(lambda leaf: leaf * 0.5, case.params), x + 1, case.model.horizon)
+    halves = jax.tree.map(lambda leaf: (np.asarray(leaf) * 0.5).astype(leaf.dtype), case.params)
+    PREDICT(again, halves, x + 1, case.model.horizon)
     assert len(TRACES) == before
 
 
@@ -167,7 +182,7 @@ def batch_of(case):
     """Four rows, context and target of the model's own lengths, each of weight 1."""
     t = case.model.context_len
     x = case.series(4, t + case.model.horizon)
-    return {"context": x[..., :t], "target": x[..., t:], "weight": jnp.ones(4)}
+    return {"context": x[..., :t], "target": x[..., t:], "weight": np.ones(4, np.float32)}
 
 
 def finite_losses(case, batch):
@@ -183,23 +198,29 @@ def with_holes(case, batch):
     """The batch with missing values: here and there, whole stretches, and one variate that is nowhere observed."""
     t = batch["context"].shape[-1]
     holes = np.random.default_rng(5).random((4, case.c, t + batch["target"].shape[-1])) < 0.3
-    context = batch["context"].at[holes[..., :t]].set(jnp.nan)
-    target = batch["target"].at[holes[..., t:]].set(jnp.nan)
-    context = context.at[0, :, : t // 2].set(jnp.nan).at[1, :, -3:].set(jnp.nan).at[2, 0].set(jnp.nan)
+    context = with_value(batch["context"], holes[..., :t], np.nan)
+    target = with_value(batch["target"], holes[..., t:], np.nan)
+    context[0, :, : t // 2] = np.nan
+    context[1, :, -3:] = np.nan
+    context[2, 0] = np.nan
     return batch | {"context": context, "target": target}
 
 
 def standing_still(batch):
     """The batch with contexts that do not move: a constant, zeros, a constant whose target moves, and a step."""
-    context = batch["context"].at[0].set(3.7).at[1].set(0.0).at[2].set(-1e4).at[3].set(0.0).at[3, ..., -1].set(1.0)
-    return batch | {"context": context, "target": batch["target"].at[0].set(3.7).at[1].set(0.0)}
+    context, target = batch["context"].copy(), batch["target"].copy()
+    for row, value in enumerate((3.7, 0.0, -1e4, 0.0)):
+        context[row] = value
+    context[3, ..., -1] = 1.0
+    target[0], target[1] = 3.7, 0.0
+    return batch | {"context": context, "target": target}
 
 
 @pytest.mark.slow
 def test_gradients_of_the_losses_are_finite(case):
     batch = batch_of(case)
     broken = with_holes(case, batch)
-    nothing = broken | {"target": jnp.full_like(batch["target"], jnp.nan)}
+    nothing = broken | {"target": np.full_like(batch["target"], np.nan)}
     cases = {"whole": batch, "with holes": broken, "without a target": nothing, "still": standing_still(batch)}
     for name, each in cases.items():
         gradients, _ = GRADIENTS(case.params, case.model, each, KEY)
@@ -211,8 +232,8 @@ def test_rows_of_weight_0_are_as_good_as_absent(case):
     batch = batch_of(case)
 
     # Whatever stands in them.
-    batch["weight"] = batch["weight"].at[3].set(0.0)
-    other = {name: x if name == "weight" else x.at[3].mul(-2.0).at[3].add(5.0) for name, x in batch.items()}
+    batch["weight"] = with_value(batch["weight"], 3, 0.0)
+    other = {name: x if name == "weight" else with_value(x, 3, x[3] * -2 + 5) for name, x in batch.items()}
     np.testing.assert_allclose(finite_losses(case, batch), finite_losses(case, other), rtol=1e-5)
 
 
@@ -221,13 +242,13 @@ def test_training_takes_missing_values(case):
     finite_losses(case, batch)
 
     # A row without any target counts as absent in the mean over what is observed.
-    batch["target"] = batch["target"].at[1].set(jnp.nan)
+    batch["target"] = with_value(batch["target"], 1, np.nan)
     _, with_it = finite_losses(case, batch)
-    _, without_it = finite_losses(case, batch | {"weight": batch["weight"].at[1].set(0.0)})
+    _, without_it = finite_losses(case, batch | {"weight": with_value(batch["weight"], 1, 0.0)})
     np.testing.assert_allclose(with_it, without_it, rtol=1e-5)
 
     # No target at all: nothing to learn from, and no NaN.
-    _, nothing = finite_losses(case, batch | {"target": jnp.full_like(batch["target"], jnp.nan)})
+    _, nothing = finite_losses(case, batch | {"target": np.full_like(batch["target"], np.nan)})
     assert nothing == 0
 
 
@@ -237,9 +258,9 @@ def test_series_that_stand_still_give_finite_losses(case):
 
 def test_a_missing_target_does_not_count(case):
     batch = batch_of(case)
-    odd = jnp.arange(batch["target"].shape[-1]) % 2 == 1
+    odd = np.arange(batch["target"].shape[-1]) % 2 == 1
     halves = [
-        finite_losses(case, batch | {"target": jnp.where(gone, jnp.nan, batch["target"])})[1]
+        finite_losses(case, batch | {"target": np.where(gone, np.float32(np.nan), batch["target"])})[1]
         for gone in (odd[None, None], ~odd[None, None])
     ]
     if case.model.family not in TAUGHT:
@@ -254,7 +275,7 @@ def test_a_target_missing_at_its_end_is_a_shorter_one(case):
     batch = batch_of(case)
     own = jax.jit(lambda batch: case.model.loss(case.params, batch, KEY))
     shorter = own(batch | {"target": batch["target"][..., :-2]})
-    missing = own(batch | {"target": batch["target"].at[..., -2:].set(jnp.nan)})
+    missing = own(batch | {"target": with_value(batch["target"], np.s_[..., -2:], np.nan)})
     np.testing.assert_allclose(shorter, missing, rtol=1e-4)
 
 
@@ -268,8 +289,7 @@ def test_training_noise_follows_the_key(case):
 
 def test_init_is_a_function_of_the_key(case):
     model = type(case.model)(type(case.model).small())
-    init = jax.jit(model.init)
-    one, same, other = init(jax.random.key(0)), init(jax.random.key(0)), init(jax.random.key(1))
+    one, same, other = (INIT(model, jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
@@ -310,8 +330,10 @@ def _matches(pattern, path):
 
 
 def test_published_presets_have_their_shapes(case):
+    seen = set()
     for name, config in type(case.model).presets().items():
         model = type(case.model)(config)
-        shapes = folders.shapes(model)
-        assert trees.count(shapes) > 0, name
+        if model not in seen:
+            assert trees.count(folders.shapes(model)) > 0, name
+        seen.add(model)
         assert type(model).config_from_dict(json.loads(json.dumps(model.config_to_dict()))) == config, name

@@ -13,8 +13,6 @@ from ltsm_jax.models.units import Units
 from ltsm_jax.tasks import classification
 from ltsm_jax.tasks.classification import Classification, Examples, Parts
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def examples(n, seed):
     """Three variates of 32 steps; class 1 swings twice as fast as class 0."""

@@ -1,0 +1,290 @@
+"""Commands about models and the machine, without data: models, convert, export, doctor."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import tyro
+
+import converters
+from ltsm_jax import doctor, flags, hosts, hub, trees
+from ltsm_jax.cli import printing
+from ltsm_jax.cli.options import Command, Licence
+from ltsm_jax.forecaster import Forecaster
+from ltsm_jax.models import FAMILIES, Model, folders, near_presets
+from ltsm_jax.training.memory import in_words
+
+PARAMETERS = Path(__file__).with_name("parameters.json")  # counts by preset, which take 15 s to find out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models(Command):
+    """List the published models that can be loaded, or say what one model is.
+
+    Without SOURCE: every family with its licence and tasks, and its presets
+    with parameters, context and horizon in time steps. A preset that has its
+    weights in the package is marked *. With SOURCE: a preset, a model folder,
+    a checkpoint file of an original, or a name of the hub.
+
+    Example:  ltsm models
+              ltsm models amazon/chronos-bolt-tiny
+              ltsm models my-folder --json
+    Cost:     3 seconds; a checkpoint is read whole.
+    """
+
+    program: ClassVar[str] = "ltsm models"
+
+    source: Annotated[tyro.conf.Positional[str | None], flags.text("SOURCE")] = None
+    """what to describe"""
+    licence: Licence = dataclasses.field(default_factory=Licence)
+
+    def run(self) -> int:
+        """Print a table, or the facts of one model."""
+        if self.source is None:
+            found = listed()
+            if self.output.json:
+                printing.show_json({"models": found})
+            else:
+                _show_list(found)
+            return 0
+        found = described(self.source, self.licence.accept_license)
+        if self.output.json:
+            printing.show_json(found)
+        else:
+            printing.show(printing.facts({name: _in_words(value) for name, value in found.items()}))
+        return 0
+
+
+def listed() -> list[dict[str, Any]]:
+    """Give every preset with its facts."""
+    counts = json.loads(PARAMETERS.read_text())
+    found = []
+    for family in FAMILIES.values():
+        for name, config in family.presets().items():
+            model = family(config)
+            found.append(_facts(model) | {"name": name, "parameters": counts[name]})
+    return found
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    return {
+        "family": model.family,
+        "licence": model.licence,
+        "tasks": list(model.tasks),
+        "context": model.context_len,
+        "horizon": model.horizon,
+    }
+
+
+def _show_list(found: list[dict[str, Any]]) -> None:
+    with_weights = folders.shipped()
+    # One table, so that its columns stand below each other; then the families go in between.
+    rows = []
+    for entry in found:
+        label = f"  {entry['name']}{' *' if entry['name'] in with_weights else ''}"
+        rows.append((label, printing.count(entry["parameters"]), str(entry["context"]), str(entry["horizon"])))
+    header, *lines = printing.table(("preset", "weights", "context", "horizon"), rows).splitlines()
+    printing.show(header)
+    family = ""
+    for entry, line in zip(found, lines, strict=True):
+        if entry["family"] != family:
+            family = entry["family"]
+            licence = entry["licence"].partition(" (")[0]
+            printing.show(f"\n{family}: {', '.join(entry['tasks'])}\n  {licence}")
+        printing.show(line)
+    printing.show(
+        "\n* comes with the package. Names with an owner are fetched from the hub, once;\n"
+        "the files of the others go into $LTSM_CACHE/models, or are given by their path."
+    )
+
+
+def described(source: str, accept_license: bool) -> dict[str, Any]:
+    """Say what a preset, model folder, checkpoint or name of the hub is; weights are fetched for the last alone."""
+    if folders.local(source) is None and folders.is_preset(source):
+        (entry,) = [entry for entry in listed() if entry["name"] == source]
+        return entry | {"weights": "not on this machine; fetched from the hub when they are used"}
+    if folders.local(source) is None and hub.parse(source) is None:
+        near = near_presets(source, folders.shipped())
+        guess = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise flags.UsageError(f"no model {source!r} on this machine, and no name of the hub (owner/name){guess}")
+    found = converters.inspect(source, accept_license=accept_license)
+    model = FAMILIES[found["family"]](FAMILIES[found["family"]].config_from_dict(found["config"]))
+    return _facts(model) | found
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_in_words(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(Command):
+    """Make a model folder of an original checkpoint, without PyTorch.
+
+    SOURCE is a checkpoint file (.safetensors, .bin, .pth, .ckpt), the index
+    of several, a folder with one in it, or a name of the hub. The folder is
+    what every other command takes as --model.
+
+    Example:  ltsm convert Timer_forecast_1.0.ckpt timer-67m
+              ltsm convert amazon/chronos-bolt-tiny bolt
+    Cost:     seconds, and twice the size of the file in memory.
+    """
+
+    program: ClassVar[str] = "ltsm convert"
+
+    source: Annotated[tyro.conf.Positional[str], flags.text("SOURCE")]
+    """the original"""
+    folder: Annotated[tyro.conf.Positional[Path], flags.path("FOLDER")]
+    """model folder to write, whole or not at all"""
+    config: Annotated[Path | None, flags.path("FILE")] = None
+    """JSON file of the original's hyper-parameters; by default config.json beside it, else what the tensors say"""
+    allow_cast: bool = False
+    """round float64 and integer tensors to float32 instead of refusing them"""
+    overwrite: bool = False
+    """replace FOLDER where it is a model folder"""
+    licence: Licence = dataclasses.field(default_factory=Licence)
+
+    def run(self) -> int:
+        """Convert, and say what came out."""
+        model, params, provenance, _ = converters.import_checkpoint(
+            self.source,
+            self.folder,
+            config=self.config,
+            allow_cast=self.allow_cast,
+            overwrite=self.overwrite,
+            accept_license=self.licence.accept_license,
+        )
+        found = {
+            "folder": str(self.folder),
+            **_facts(model),
+            "parameters": trees.count(params),
+            "source": provenance["source"],
+            "sha256": provenance["sha256"],
+            "licence": provenance["licence"],
+            **({"hub": provenance["hub"]} if "hub" in provenance else {}),
+            "notes": provenance["notes"],
+        }
+        _show_written(self, found)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write a model folder as what the original's code loads.
+
+    The suffix of FILE says the container: .safetensors, .bin or .pth (a bare
+    state dict), .ckpt. Without a suffix it is a folder in the form of the
+    hub. A folder that `ltsm fit` wrote is exported as well.
+
+    Example:  ltsm export runs/sales/model tuned.safetensors
+    Cost:     seconds, and twice the size of the model in memory.
+    """
+
+    program: ClassVar[str] = "ltsm export"
+
+    folder: Annotated[tyro.conf.Positional[str], flags.text("FOLDER")]
+    """model folder, or whatever else --model takes"""
+    file: Annotated[tyro.conf.Positional[Path], flags.path("FILE")]
+    """file or folder to write"""
+    overwrite: bool = False
+    """replace an earlier export"""
+    licence: Licence = dataclasses.field(default_factory=Licence)
+
+    def run(self) -> int:
+        """Export, and say what could not be kept."""
+        forecaster = Forecaster.load(self.folder, accept_license=self.licence.accept_license)
+        notes = forecaster.export(self.file, overwrite=self.overwrite)
+        _show_written(self, {"file": str(self.file), "notes": notes})
+        return 0
+
+
+def _show_written(command: Command, found: dict[str, Any]) -> None:
+    if command.output.json:
+        printing.show_json(found)
+        return
+    notes = found.pop("notes")
+    printing.show(printing.facts({name: _in_words(value) for name, value in found.items()}))
+    if notes:
+        printing.say(printing.notes(notes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doctor(Command):
+    """Examine this installation: versions, devices, a forecast of every family.
+
+    Each family forecasts a fixed series at a small size with fixed weights,
+    and the answer is compared with the stored one. Nothing is downloaded.
+    Exit code 1 where something is wrong; the line says what to do.
+
+    Example:  ltsm doctor
+              ltsm doctor --families timer,chronos_bolt --json
+    Cost:     half a minute on 2 cores, most of it compiling.
+    """
+
+    program: ClassVar[str] = "ltsm doctor"
+
+    families: Annotated[
+        tuple[str, ...],
+        flags.names(tuple(FAMILIES)),
+        flags.described(f"which to examine, of {', '.join(FAMILIES)}; by default all"),
+    ] = tuple(FAMILIES)
+    record: Annotated[Path | None, flags.path("FILE")] = None
+    """write the answers of this device to a file instead, after a family has changed on purpose"""
+
+    def run(self) -> int:
+        """Examine, family by family."""
+        start = time.perf_counter()
+        if self.record is not None:
+            doctor.record(self.record)
+            printing.show_json({"record": str(self.record)}) if self.output.json else printing.show(str(self.record))
+            return 0
+        found = doctor.environment()
+        if not self.output.json:
+            _show_environment(found)
+        checks = []
+        for check in doctor.examine(self.families):
+            hosts.stop_if_asked("before all families were examined")
+            checks.append(check)
+            if not self.output.json:
+                printing.show(_checked(check))
+        faults = sum(bool(check.problem) for check in checks)
+        faults += sum(bool(cache["problem"]) for cache in found["caches"].values())
+        took = time.perf_counter() - start
+        if self.output.json:
+            everything = [dataclasses.asdict(check) for check in checks]
+            printing.show_json(found | {"checks": everything, "faults": faults, "seconds": took})
+        else:
+            printing.show(f"\n{faults or 'no'} fault{'' if faults == 1 else 's'}, {took:.0f} s")
+        return 1 if faults else 0
+
+
+def _show_environment(found: dict[str, Any]) -> None:
+    versions = [f"{name} {version}" for name, version in found["versions"].items() if version is not None]
+    absent = [name for name, version in found["versions"].items() if version is None]
+    caches = {}
+    for kind, cache in found["caches"].items():
+        said = cache["problem"] or f"{in_words(cache['free'])} free"
+        caches[kind] = f"{cache['folder']} ({said})"
+    printing.show(
+        printing.facts(
+            {
+                "python": f"{found['python']} on {found['system']}, {found['cores']} cores",
+                "packages": ", ".join(versions),
+                **({"not installed": f"{', '.join(absent)} (all optional)"} if absent else {}),
+                "devices": f"{', '.join(found['devices'])} ({found['backend']})",
+                **caches,
+            }
+        )
+    )
+    printing.show()
+
+
+def _checked(check: doctor.Check) -> str:
+    if not check.problem:
+        return str(check)
+    return printing.facts({f"{check.family:14} FAULT": check.problem})

@@ -1,0 +1,105 @@
+"""What the commands print: tables of 80 columns and one JSON object on stdout, all else on stderr."""
+
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+WIDTH = 80
+
+
+def say(text: str = "") -> None:
+    """Print on stderr: plans, notes, progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str = "") -> None:
+    """Print on stdout: what was asked for."""
+    print(text, flush=True)
+
+
+def show_json(found: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout. Numbers that JSON does not have are null."""
+    show(json.dumps(_plain(found), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Set a table of at most `WIDTH` columns; the first `left` columns begin, the others end, where their header does.
+
+    Where it would be wider, the first column is cut in its middle.
+    """
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    surplus = sum(widths) + 2 * (len(widths) - 1) - WIDTH
+    if surplus > 0:
+        widths[0] = max(widths[0] - surplus, 8)
+    return "\n".join(_line(line, widths, left) for line in lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], left: int) -> str:
+    set_ = []
+    for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        cell = cut(cell, width)
+        set_.append(cell.ljust(width) if column < left else cell.rjust(width))
+    return "  ".join(set_).rstrip()
+
+
+def cut(text: str, width: int) -> str:
+    """Cut a text in its middle, where it is too long."""
+    if len(text) <= width:
+        return text
+    end = (width - 3) // 2
+    return text[: width - 3 - end] + "..." + text[len(text) - end :]
+
+
+def facts(entries: Mapping[str, Any]) -> str:
+    """Set names and what belongs to them, one below the other, wrapped at `WIDTH`."""
+    wide = max((len(name) for name in entries), default=0) + 2
+    lines = []
+    for name, value in entries.items():
+        lines += textwrap.wrap(
+            str(value),
+            WIDTH,
+            initial_indent=name.ljust(wide),
+            subsequent_indent=" " * wide,
+            break_on_hyphens=False,
+        ) or [name]
+    return "\n".join(lines)
+
+
+def notes(lines: Sequence[str]) -> str:
+    """Set notes below a plan, wrapped likewise."""
+    return "\n".join(facts({"note": line}) for line in lines)
+
+
+def count(n: int) -> str:
+    """Say a number of parameters: 8.7 M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {letter}"
+    return str(n)
+
+
+def seconds(duration: float) -> str:
+    """Say how long something takes."""
+    if duration < 90:
+        return f"{duration:.0f} s"
+    if duration < 5400:
+        return f"{duration / 60:.0f} min"
+    return f"{duration / 3600:.1f} h"

@@ -1,0 +1,628 @@
+"""Compare a checkpoint, what tuning makes of it and naive forecasts on a panel, and say what to deploy.
+
+Everything is chosen on validation windows: the epoch, the method, the naive forecast. What was
+chosen is then scored on the test span, which nothing has looked at, and `decision.decide` says what
+to deploy.
+"""
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ltsm_jax import hosts, sharding, training
+from ltsm_jax.data.panel import Panel
+from ltsm_jax.data.panel_windows import MOST_SCORED, MOST_TRAIN, PanelSplits, cut_panel, spread
+from ltsm_jax.data.windows import Windows
+from ltsm_jax.frequency import count_unit, following, microseconds, to_wall
+from ltsm_jax.layers.masks import merge, place
+from ltsm_jax.methods import auto_ets
+from ltsm_jax.methods.binding import (
+    check_params,
+    default_mode,
+    drawn,
+    shorter_contexts,
+    takes,
+    target_len,
+    whole,
+)
+from ltsm_jax.methods.checks import Difference, bootstrap_difference
+from ltsm_jax.methods.decision import TITLES, ZERO_SHOT, Candidate, Verdict, decide, few_blocks
+from ltsm_jax.methods.run import Result, run
+from ltsm_jax.methods.strategies import Strategy, start_params, strategy
+from ltsm_jax.models import Model
+from ltsm_jax.sharding import Placement
+from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks.forecasting import MODES, Errors, Forecasting, Mode
+from ltsm_jax.training import compiling
+
+__all__ = ["BUDGET", "Compared", "Prepared", "Verdict", "compare", "named", "prepare"]
+
+Params = Any
+Methods = str | Strategy | Sequence[str | Strategy]
+BUDGET = 400  # steps of each method
+EPOCHS = 5  # validations in a budget
+LARGEST_BATCH = 256
+STEPS = 8  # batches that a table of training windows is cut into at least, where it has 16 windows for each
+SMALLEST_BATCH = 16
+REPEATS = 10  # of a small table in one epoch
+MOST_ETS = 200  # windows that AutoETS is fitted on, in validation and in test
+EXAMPLES = 4
+DAYS = {"B": 1.4, "M": 30.436875, "Q": 91.310625, "Y": 365.2425}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compared:
+    """Result of `compare`.
+
+    Attributes:
+      verdict: what was found.
+      model, params: those to forecast with: of what is deployed or, where that is a naive forecast,
+        of the best model on validation.
+      splits: what it was found on. task: how the model sees it.
+      results: the runs of the training methods by name.
+    """
+
+    verdict: Verdict
+    model: Model
+    params: Params
+    splits: PanelSplits
+    task: Forecasting
+    results: Mapping[str, Result]
+
+
+def named(methods: Methods, model: Model) -> dict[str, Strategy]:
+    """The training methods by the name that a verdict calls them by.
+
+    Args:
+      methods: "auto" (full and smoothed full fine-tuning; where the family's recipe trains a part
+        of the weights or adapters: that recipe), names of `STRATEGIES`, a text of them with commas,
+        or `Strategy` objects. "zero_shot" and naive forecasts take part in any case.
+    Raises: ValueError for unknown names and duplicates.
+    """
+    if isinstance(methods, str):
+        methods = [name.strip() for name in methods.split(",") if name.strip()]
+    elif isinstance(methods, Strategy):
+        methods = [methods]
+    if list(methods) == ["auto"]:
+        recipe = model.recipe()
+        partly = recipe.lora is not None or recipe.trainable is not None
+        methods = ["recipe"] if partly else ["ff", "sff"]
+
+    wanted = []
+    for given in methods:
+        if isinstance(given, str) and given in TITLES:
+            continue
+        found = strategy(given) if isinstance(given, str) else given
+        if found.phases:
+            wanted.append(found)
+    names = [found.name for found in wanted]
+    result = {}
+    for found in wanted:
+        name = found.name
+        if names.count(name) > 1 and found.alpha is not None:
+            name = f"{name}-{found.alpha:g}"
+        if name in result or name in TITLES:
+            raise ValueError(f"duplicate method {name}: give each Strategy a name of its own")
+        result[name] = found
+    return result
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model and the windows of a panel that go together; what `compare` begins with.
+
+    Attributes:
+      model, params: made ready for the panel; what the masks prune is 0.
+      splits: windows. task: how the model sees them, with the loss that takes them.
+      train_context: rows that training windows show.
+      masks: where the parameters lie, or None.
+      notes: what was done on the way.
+    """
+
+    model: Model
+    params: Params
+    splits: PanelSplits
+    task: Forecasting
+    train_context: int
+    masks: Params | None
+    notes: tuple[str, ...]
+
+
+def prepare(
+    model: Model,
+    params: Params,
+    panel: Panel,
+    horizon: int,
+    *,
+    masks: Params | None = None,
+    context_len: int | None = None,
+    mode: Mode | None = None,
+    seed: int = 0,
+    most_scored: int = MOST_SCORED,
+) -> Prepared:
+    """Make a model ready for a panel, and cut windows that its training takes; arguments as in `compare`.
+
+    Raises: ValueError (DataError) for data, names and lengths that do not work.
+    """
+    horizon = whole(horizon, "horizon")
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    model.check_task("forecasting")
+    check_params(model, params)
+    ready, start = model.for_series(
+        params,
+        n_variates=panel.n_variates,
+        freq=panel.freq,
+        key=training.keys(seed)["init"],
+    )
+    fresh = drawn(params, start)
+    model, start = ready, sharding.together(start)
+    placement = Placement.of(start)
+    if masks is not None:
+        masks = place(masks, start, placement)
+        start = merge(start, masks, placement)
+
+    lengths = _lengths(model, start, panel, horizon, context_len, mode)
+    splits = cut_panel(
+        panel,
+        lengths.context_len,
+        horizon,
+        train_context=lengths.train_context,
+        target_len=target_len(model, lengths.mode, horizon),
+        joint=model.variates == "joint",
+        most_scored=most_scored,
+        seed=seed,
+    )
+    notes = [*splits.notes, *lengths.notes]
+    if fresh:
+        notes.append(
+            f"{len(fresh)} arrays of the model were drawn at random: before tuning it knows nothing ({fresh[0]})"
+        )
+    if panel.known or panel.past:
+        notes.append("covariates take no part in the comparison: " + ", ".join((*panel.known, *panel.past)))
+    task = Forecasting(lengths.mode, "context")
+    return Prepared(model, start, splits, task, lengths.train_context, masks, tuple(notes))
+
+
+@hosts.interruptible()
+def compare(
+    model: Model,
+    params: Params,
+    panel: Panel,
+    horizon: int,
+    *,
+    methods: Methods = "auto",
+    masks: Params | None = None,
+    config: training.TrainConfig | None = None,
+    budget: int | None = BUDGET,
+    context_len: int | None = None,
+    mode: Mode | None = None,
+    seed: int = 0,
+    most_scored: int = MOST_SCORED,
+    folder: str | Path | None = None,
+    show_progress: bool = True,
+) -> Compared:
+    """Tune a checkpoint on a panel, and find out whether that, or a model at all, is worth it.
+
+    Args:
+      model, params: from `ltsm_jax.load`; neither is modified.
+      panel: items with their targets. Covariates are not used in training.
+      horizon: rows to forecast.
+      methods: see `named`.
+      masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them.
+      config: how to train; what it leaves out is the model's recipe, with at most 256 windows a
+        batch.
+      budget: optimiser steps of each phase of each method; an epoch is then a fifth of it
+        (`config.epochs` says otherwise), of windows drawn evenly or, where there are few, repeated
+        up to ten times. None: epochs of all training windows, as many as the recipe has.
+      context_len: rows that models see at most; None: what the model was trained with.
+      mode: the training loss, see `tasks.forecasting.Forecasting`; None: that of the recipe, or the
+        other where no item is long enough for it.
+      seed: of the random model, data order, dropout and intervals.
+      most_scored: windows of validation and of test at most.
+      folder: checkpoints, so that a killed run continues.
+      show_progress: a bar on a terminal, else a line every few seconds.
+    Raises: ValueError (DataError) for data, names and lengths that do not work, before anything is
+      trained.
+    """
+    if budget is not None:
+        budget = whole(budget, "budget")
+    strategies = named(methods, model)
+    prepared = prepare(
+        model,
+        params,
+        panel,
+        horizon,
+        masks=masks,
+        context_len=context_len,
+        mode=mode,
+        seed=seed,
+        most_scored=most_scored,
+    )
+    model, start, splits, task = prepared.model, prepared.params, prepared.splits, prepared.task
+    masks, horizon, notes = prepared.masks, splits.test.horizon, list(prepared.notes)
+    placement = Placement.of(start)
+
+    config = config or training.TrainConfig()
+    available = task.windows(model, splits).n if strategies else 0
+    if strategies and not available:
+        notes.append(f"nothing is tuned: no item has training rows for a context and {horizon} rows of target")
+        strategies = {}
+    if strategies:
+        splits, config, said = _budgeted(model, splits, config, budget, available)
+        notes += said
+
+    scorer = _Scorer(model, splits, task, placement)
+    candidates = {ZERO_SHOT: scorer.model(ZERO_SHOT, start)}
+    weights, results = {ZERO_SHOT: start}, {}
+    for name in scorer.naive:
+        candidates[name] = scorer.naive_candidate(name)
+    best = ZERO_SHOT
+    for name, chosen in strategies.items():
+        try:
+            result = run(
+                model,
+                start,
+                chosen,
+                splits,
+                task=task,
+                seed=seed,
+                config=config,
+                folder=None if folder is None else Path(folder) / name,
+                test=False,
+                label=name,
+                show_progress=show_progress,
+                masks=masks,
+            )
+        except training.NonFiniteError as err:
+            notes.append(f"{name}: training failed: {str(err).splitlines()[0]}")
+            continue
+        candidates[name] = scorer.trained(name, chosen, result, start, seed, masks)
+        results[name] = result
+        # Weights of one tuned model are kept, of the best so far.
+        if best == ZERO_SHOT or candidates[name].val["mse"] < candidates[best].val["mse"]:
+            if best != ZERO_SHOT:
+                weights.pop(best)
+                results[best] = dataclasses.replace(results[best], params=None)
+            best = name
+            weights[name] = result.params
+        else:
+            results[name] = dataclasses.replace(result, params=None)
+
+    tuned = None if best == ZERO_SHOT else best
+    naive = scorer.best_naive()
+    better = tuned is not None and candidates[tuned].val["mse"] < candidates[ZERO_SHOT].val["mse"]
+    tested = [ZERO_SHOT, naive] + ([tuned] if tuned is not None and better else [])
+    for name in tested:
+        candidates[name] = scorer.tested(candidates[name], weights.get(name))
+    pairs = {"zero_shot_vs_naive": (ZERO_SHOT, naive)}
+    if tuned is not None and better:
+        pairs = {"tuned_vs_zero_shot": (tuned, ZERO_SHOT), "tuned_vs_naive": (tuned, naive)} | pairs
+    differences = {key: scorer.difference(*pair, seed) for key, pair in pairs.items()}
+
+    val = {name: found.val["mse"] for name, found in candidates.items()}
+    deploy, reason = decide(val, tuned, naive, differences)
+    notes += few_blocks(differences["zero_shot_vs_naive"])
+    settings = {"mode": task.mode, "seed": seed, "budget": budget, "train_context": prepared.train_context}
+    if strategies:
+        settings |= {"train": config.filled(model.recipe(), seed=seed).record()}
+    verdict = Verdict(
+        deploy=deploy,
+        reason=reason,
+        candidates=tuple(sorted(candidates.values(), key=lambda found: found.kind == "naive")),
+        tuned=tuned,
+        naive=naive,
+        differences=differences,
+        name=panel.name,
+        model=model.family,
+        columns=panel.columns,
+        horizon=horizon,
+        context_len=splits.test.context_len,
+        freq=panel.freq,
+        items=len(np.unique(splits.origins(splits.test)[0])),
+        windows={"train": available, "val": splits.val.n, "test": splits.test.n},
+        spans=_spans(splits),
+        settings=settings,
+        notes=tuple(notes),
+        examples=scorer.examples([name for name in tested if name != "auto_ets"], weights),
+        versions=versions(),
+    )
+    use = deploy if deploy in weights else verdict.best_model
+    return Compared(verdict, model, weights[use], splits, task, results)
+
+
+def versions() -> dict[str, str]:
+    """Versions and the device that a result was computed with."""
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "device": device.device_kind,
+    }
+
+
+# --- lengths and budget
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lengths:
+    """Rows that scored windows show, and those that training windows do; the loss that takes them."""
+
+    context_len: int
+    train_context: int
+    mode: Mode
+    notes: tuple[str, ...] = ()
+
+
+def _lengths(
+    model: Model, params: Params, panel: Panel, horizon: int, context_len: int | None, mode: Mode | None
+) -> _Lengths:
+    """Lengths that half of the items can fill; shorter items get missing values in front."""
+    rows = panel.lengths[panel.lengths >= 2 * horizon + 1]
+    typical = int(np.median(rows if len(rows) else panel.lengths))
+    before = max(typical - 2 * horizon, 1) if typical * 0.2 < horizon else int(typical * 0.7)
+    if context_len is not None:
+        context_len = whole(context_len, "context_len")
+
+    # A model sees whole patches where there is one; what is over is the oldest.
+    seen = min(context_len or model.context_len, max(before, 1))
+    patch = getattr(model.config, "patch_len", 1)
+    if isinstance(patch, int) and context_len is None and seen >= patch > 1:
+        seen = seen // patch * patch
+
+    own = mode or default_mode(model)
+    modes = (own,) if mode else (own, *(other for other in MODES if other != own))
+    usual = context_len or model.recipe().context_len
+    for which in modes:
+        target = target_len(model, which, horizon)
+        room = before - target
+        fits = [usual] if context_len is not None or usual <= room else []
+        if room >= 1:
+            fits += shorter_contexts(min(room, usual), usual, room, horizon)
+        # Shorter than what the loss takes: missing values fill it up.
+        if which == modes[-1]:
+            fits += sorted(d for d in range(1, usual + 1) if usual % d == 0)
+        for length in fits:
+            if not takes(model, params, which, length, horizon, panel.n_variates):
+                continue
+            notes = []
+            if which != own:
+                notes.append(f"training loss: {which}, as items are too short for the model's {own}")
+            if length != usual:
+                notes.append(f"training context of {length} rows instead of {usual}: items have {typical}, typically")
+            return _Lengths(seen, length, which, tuple(notes))
+    return _Lengths(seen, usual, own, (f"training of {model.family} takes no windows of these lengths",))
+
+
+def _budgeted(
+    model: Model,
+    splits: PanelSplits,
+    config: training.TrainConfig,
+    budget: int | None,
+    available: int,
+) -> tuple[PanelSplits, training.TrainConfig, tuple[str, ...]]:
+    """A table of training windows for a budget of steps, and the configuration that goes with it."""
+    recipe = model.recipe()
+    steady = max(SMALLEST_BATCH, available // STEPS)
+    batch = config.batch_size or min(recipe.batch_size, LARGEST_BATCH, steady)
+    if budget is None:
+        return splits, dataclasses.replace(config, batch_size=batch), ()
+    epochs = min(config.epochs or EPOCHS, budget)
+    wanted = max(budget // epochs, 1) * batch
+    config = dataclasses.replace(config, epochs=epochs, batch_size=batch)
+    if wanted < available:
+        said = f"training: {wanted:,} of {available:,} windows an epoch, spread evenly, for a budget of {budget} steps"
+        return dataclasses.replace(splits, most_train=min(wanted, MOST_TRAIN)), config, (said,)
+    repeats = min(max(wanted // available, 1), REPEATS)
+    return dataclasses.replace(splits, repeats=repeats), config, ()
+
+
+# --- scores
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """Errors of windows, of all of them or of those numbered `of`."""
+
+    errors: Errors
+    of: np.ndarray | None = None
+
+    def gaps(self, other: "_Scores") -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Squared errors minus the other's and observed steps of each window [W] that both have; which these are."""
+        mine, theirs, of = self.errors, other.errors, self.of if self.of is not None else other.of
+        if of is not None:
+            mine = mine if self.of is not None else _part(mine, of)
+            theirs = theirs if other.of is not None else _part(theirs, of)
+        gap = (mine.squared - theirs.squared).sum(axis=1)
+        return gap, mine.steps.sum(axis=1), of
+
+
+def _part(errors: Errors, of: np.ndarray) -> Errors:
+    arrays = {}
+    for field in dataclasses.fields(errors):
+        value = getattr(errors, field.name)
+        arrays[field.name] = value[of] if isinstance(value, np.ndarray) else value
+    return Errors(**arrays)
+
+
+def _record(found: _Scores) -> dict[str, Any]:
+    scores = forecasting.summarise(found.errors)
+    return {name: scores[name] for name in ("mse", "mae", "windows")}
+
+
+class _Scorer:
+    """Scores candidates on the windows of a panel, and remembers the errors of those on the test span."""
+
+    def __init__(self, model: Model, splits: PanelSplits, task: Forecasting, placement: Placement):
+        self.splits, self.task, self.net = splits, task, model
+        self.placement = placement
+        self.predictor = task.predictor(model)
+        room = splits.season if splits.season <= splits.val.context_len else 1
+        self.season = room
+        self.predictors = forecasting.naive_forecasts(room)
+        self.naive = [*self.predictors, *(["auto_ets"] if auto_ets.available() else [])]
+        self.val: dict[str, _Scores] = {}
+        self.test: dict[str, _Scores] = {}
+
+    def model(self, name: str, params: Params) -> Candidate:
+        """Score a model on validation."""
+        self.val[name], seconds, compiling_ = self._timed(
+            lambda: self._errors(name, params, self.splits.val),
+        )
+        scores = _record(self.val[name])
+        history = ({"epoch": 0, "val_mse": scores["mse"], "val_mae": scores["mae"]},)
+        return Candidate(name, "model", scores, seconds=seconds, compile_seconds=compiling_, history=history)
+
+    def naive_candidate(self, name: str) -> Candidate:
+        """Score a naive forecast on validation."""
+        self.val[name], seconds, compiling_ = self._timed(
+            lambda: self._errors(name, None, self.splits.val),
+        )
+        found = self.val[name]
+        notes = ()
+        if found.of is not None and len(found.of) < self.splits.val.n:
+            notes = (f"scored on {len(found.of)} windows, spread evenly",)
+        return Candidate(name, "naive", _record(found), seconds=seconds, compile_seconds=compiling_, notes=notes)
+
+    def trained(
+        self, name: str, chosen: Strategy, result: Result, start: Params, seed: int, masks: Params | None
+    ) -> Candidate:
+        """What a run gave, with the error before its first step."""
+        begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
+        if masks is not None:
+            begin = merge(begin, masks, self.placement)
+        before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
+        history: list[dict[str, Any]] = [{"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}]
+        for entry in result.history:
+            history.append({key: entry[key] for key in ("epoch", "val_mse", "val_mae", "train_loss", "lr")})
+        return Candidate(
+            name,
+            "model",
+            {key: result.val[key] for key in ("mse", "mae", "windows")},
+            seconds=result.seconds,
+            compile_seconds=result.compile_seconds,
+            epochs=result.epochs,
+            best_epoch=result.best_epoch,
+            history=tuple(history),
+            notes=result.warnings,
+        )
+
+    def tested(self, candidate: Candidate, params: Params | None) -> Candidate:
+        """The same candidate with its scores on the test span."""
+        self.test[candidate.name] = self._errors(candidate.name, params, self.splits.test)
+        return dataclasses.replace(candidate, test=_record(self.test[candidate.name]))
+
+    def best_naive(self) -> str:
+        """The naive forecast with the lowest error on the validation windows that all of them were scored on."""
+        errors = {}
+        part = next((self.val[name].of for name in self.naive if self.val[name].of is not None), None)
+        for name in self.naive:
+            found = self.val[name].errors
+            if part is not None and self.val[name].of is None:
+                found = _part(found, part)
+            errors[name] = forecasting.summarise(found)["mse"]
+        return min(errors, key=lambda name: errors[name])
+
+    def difference(self, first: str, second: str, seed: int) -> Difference:
+        """Difference of two candidates on the test span."""
+        gap, steps, of = self.test[first].gaps(self.test[second])
+        item, origin = self.splits.origins(self.splits.test)
+        block = (calendar(self.splits.panel)[item] + origin) // self.splits.test.horizon
+        if of is not None:
+            item, block = item[of], block[of]
+        return bootstrap_difference(gap, steps, block, item, seed=seed)
+
+    def examples(self, names: Sequence[str], weights: Mapping[str, Params]) -> tuple[dict[str, Any], ...]:
+        """Test windows spread evenly, in data units: the end of the context, the truth and the forecasts."""
+        splits, windows = self.splits, self.splits.test
+        numbers = np.unique(np.linspace(0, windows.n - 1, EXAMPLES + 2).astype(int)[1:-1])
+        item, origin = splits.origins(windows)
+        found = {}
+        for name in names:
+            predictor = self.predictors.get(name, self.predictor)
+            params = weights.get(name, {})
+            found[name] = forecasting.forecast_windows(predictor, params, windows, numbers, self.placement)
+        shown = min(2 * windows.horizon, windows.context_len)
+        examples = []
+        for k, i in enumerate(numbers):
+            variate = k % splits.panel.n_variates if windows.rows is None else int(windows.rows[i])
+            row = variate if windows.rows is None else 0
+            mean, std = splits.layout.mean[variate, item[i]], splits.layout.std[variate, item[i]]
+            context, target, _ = (x[k, row] * std + mean for x in found[names[0]])
+            own = min(shown, int(origin[i]))
+            examples.append(
+                {
+                    "item": str(splits.panel.ids[item[i]]),
+                    "column": splits.panel.columns[variate],
+                    "stamps": stamps(splits.panel, int(item[i]), int(origin[i]) - own, own + windows.horizon),
+                    "context": context[len(context) - own :],
+                    "target": target,
+                    "forecasts": {name: found[name][2][k, row] * std + mean for name in names},
+                }
+            )
+        return tuple(examples)
+
+    def _errors(self, name: str, params: Params | None, windows: Windows) -> _Scores:
+        if name == "auto_ets":
+            of = spread(windows.n, MOST_ETS, seed=0)
+            return _Scores(auto_ets.errors(windows, of, self.season), of)
+        predictor = self.predictors.get(name, self.predictor)
+        params = {} if params is None else params
+        return _Scores(forecasting.errors(predictor, params, windows, placement=self.placement))
+
+    @staticmethod
+    def _timed(work: Callable[[], _Scores]) -> tuple[_Scores, float, float]:
+        began = time.monotonic()
+        with compiling.measured() as waited:
+            found = work()
+        return found, time.monotonic() - began - waited.seconds, waited.seconds
+
+
+# --- time
+
+
+def calendar(panel: Panel) -> np.ndarray:
+    """Row [N] of a calendar common to all items where each item begins; without stamps all end together."""
+    if panel.first is None or panel.freq is None:
+        return int(panel.lengths.max()) - panel.lengths
+    count, unit = count_unit(panel.freq)
+    step = microseconds(panel.freq) or count * DAYS[unit] * 86400e6
+    since = (panel.first - panel.first.min()).astype("timedelta64[us]").astype(np.int64)
+    return np.round(since / step).astype(np.int64)
+
+
+def stamps(panel: Panel, item: int, row: int, n: int) -> list[str] | None:
+    """Stamps of `n` rows of an item from `row` on, as the clock on the wall shows them; None without stamps."""
+    if panel.first is None or panel.freq is None:
+        return None
+    first = panel.first[item : item + 1]
+    every = np.concatenate([first, following(first, row + n - 1, panel.freq, panel.tz)])[row:]
+    return [str(stamp).removesuffix(".000000") for stamp in to_wall(every, panel.tz)]
+
+
+def _spans(splits: PanelSplits) -> dict[str, tuple[str, str]]:
+    """First and last stamp of the targets of each part; of training its rows."""
+    panel = splits.panel
+    if panel.first is None:
+        return {}
+    begins = calendar(panel)
+    scored = np.flatnonzero(splits.edges[:, 0] < splits.edges[:, 2])
+    everything = np.arange(panel.n_items)
+    found = {}
+    lo = np.zeros(panel.n_items, np.int64)
+    for part, hi in zip(("train", "val", "test"), splits.edges.T, strict=True):
+        items = everything if part == "train" else scored
+        early = items[np.argmin((begins + lo)[items])]
+        late = items[np.argmax((begins + hi)[items])]
+        ends = [stamps(panel, int(early), int(lo[early]), 1), stamps(panel, int(late), int(hi[late]) - 1, 1)]
+        if None not in ends:
+            found[part] = tuple(end[0] for end in ends if end)
+        lo = hi
+    return found
