@@ -6,8 +6,9 @@ the licence, the calibration and the verdict with the weights.
 """
 
 import dataclasses
+import functools
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,22 @@ import numpy as np
 import pandas as pd
 
 from ltsm_jax import hosts, sharding, trees
-from ltsm_jax.data import DataError, Series, load_series
-from ltsm_jax.data.panel import Panel
+from ltsm_jax.data import BENCHMARKS, DataError, Panel, Series, load_series, read_panel
 from ltsm_jax.loading import Loaded, export, load_whole
+from ltsm_jax.methods import auto_ets
 from ltsm_jax.methods.binding import check_params, drawn, whole
-from ltsm_jax.methods.conformal import Calibration, rolling_origins, targets_after
+from ltsm_jax.methods.conformal import Calibration, rolling_origins
 from ltsm_jax.models import Model, folders
 from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.tasks import panels
+from ltsm_jax.tasks.forecasting import Predictor, SeasonalNaive, naive_forecasts
 from ltsm_jax.tasks.panels import Found, Origins
 
 Params = Any
 FACTS = "forecaster"  # entry of a model folder's provenance
 LEVELS = (0.1, 0.5, 0.9)
+MOST_ETS = 100  # forecasts that AutoETS is calibrated on; each is a fit of its own
+NAIVE = ("last_value", "seasonal_naive", "mean", "auto_ets")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +45,7 @@ class Forecaster:
       freq: step of the table that it was fitted on, or None.
       targets, past, known, static: names of the columns that it was fitted on; () before a fit.
       id, time: names of these columns, or None. They are what `predict` reads unless told otherwise.
+      context_len: rows of an item that are looked at, at most; None: the model's own.
       licence: of the weights.
       provenance: where the weights are from.
       calibration: errors of past forecasts, for quantiles that the model does not say.
@@ -59,6 +64,7 @@ class Forecaster:
     static: tuple[str, ...] = ()
     id: str | None = None
     time: str | None = None
+    context_len: int | None = None
     licence: str = ""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Calibration | None = None
@@ -68,6 +74,8 @@ class Forecaster:
 
     def __post_init__(self):
         check_params(self.model, self.params)
+        if self.baseline is not None and self.baseline not in NAIVE:
+            raise ValueError(f"baseline must be one of {', '.join(NAIVE)}; got {self.baseline!r}")
         if not self.licence:
             told = self.provenance.get("licence")
             object.__setattr__(self, "licence", told if isinstance(told, str) else self.model.licence)
@@ -134,6 +142,7 @@ class Forecaster:
         facts: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         for name in _NAMES:
             facts[name] = list(getattr(self, name))
+        facts["context_len"] = self.context_len
         facts["calibration"] = None if self.calibration is None else self.calibration.to_json()
         facts["verdict"] = None if self.verdict is None else dict(self.verdict)
         return facts
@@ -154,7 +163,7 @@ class Forecaster:
         if self.baseline:
             lines.append(f"forecasts with: {self.baseline}, as the verdict says")
         if self.calibration:
-            lines.append(f"calibrated: errors of {self.calibration.windows} windows {self.calibration.source}")
+            lines.append(f"calibrated: errors of {self.calibration.told}")
         if self.verdict and "reason" in self.verdict:
             lines.append(f"verdict: {self.verdict['reason']}")
         return "\n".join(lines)
@@ -264,67 +273,151 @@ class Forecaster:
     def read(self, df: Any, **options: Any) -> Panel:
         """Read a table as `predict` does; what it gives may be handed in in place of the table.
 
+        What is not given is as in the table that the forecaster was fitted on.
+
         options: those of `predict` about reading: id, time, target, future, known, ...
         Raises: ValueError (DataError) for data that cannot be used, and for options beside a table
           that has been read already.
         """
         given = {name: value for name, value in options.items() if value is not None}
         if isinstance(df, Panel | Series):
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)}: a {type(df).__name__} is read already; these options are for tables and files"
-                )
-            return df if isinstance(df, Panel) else Panel.of(df)
-        return Panel.of(load_series(df, **given))
+            return read_panel(df, **given)
+        if isinstance(df, str) and df in BENCHMARKS:
+            return Panel.of(load_series(df, **given))
+        fitted = {
+            "id": self.id,
+            "time": self.time,
+            "target": list(self.targets),
+            "known": list(self.known),
+            "past": list(self.past),
+            "static": list(self.static),
+        }
+        if self.targets and not isinstance(df, np.ndarray):
+            given = {name: value for name, value in fitted.items() if value} | given
+        return read_panel(df, **given)
 
     def _forecast(
         self, panel: Panel, horizon: int, levels: tuple[float, ...], seed: int
     ) -> tuple[Found, tuple[str, ...]]:
         """Forecast after the end of every item; quantiles at all `levels`."""
-        model, params = self._ready(panel)
-        joint = model.variates == "joint"
-        own = panels.own_levels(model, params, panel.n_variates if joint else 1, horizon, levels)
+        by = self._forecasts_with(panel)
+        own = (
+            ()
+            if by.on_host
+            else panels.own_levels(by.predictor, by.params, panel.n_variates if by.joint else 1, horizon, levels)
+        )
         rest = tuple(level for level in sorted(levels) if level not in own)
-        calibration = self.calibration if self.calibration and self.calibration.horizon >= horizon else None
+        calibration = self.calibration
+        if calibration is not None and not calibration.fits(horizon, panel.n_variates):
+            calibration = None
 
         # Origins in the past, for errors that nobody has measured yet, go in together with the end
         # of every item: then no shape is compiled twice.
         now = Origins.after(panel)
         before = Origins.none()
         if rest and calibration is None:
-            before = rolling_origins(panel, horizon, model.context_len)
-        found = panels.forecast(
-            model,
-            params,
-            panel,
-            horizon,
-            context_len=model.context_len,
-            origins=now.and_then(before),
-            levels=own,
-            joint=joint,
-            covariates=bool(self._used_covariates(panel)),
-            key=jax.random.key(seed),
-        )
-        if not np.isfinite(found.point).all():
-            _refuse_bad_weights(params)
-            raise ValueError(f"{panel.name}: the forecast is not finite although data and weights are")
+            before = rolling_origins(panel, horizon, by.context_len, MOST_ETS if by.on_host else None)
+        found = self._from(by, panel, now.and_then(before), horizon, own, measured=bool(rest), seed=seed)
         past, found = found.take(slice(panel.n_items, None)), found.take(slice(panel.n_items))
         notes = [
+            *([f"forecast with {self.baseline}, as the verdict says"] if self.baseline else []),
             *self._covariate_notes(panel, horizon),
-            *panels.notes_on_lengths(model, panel, model.context_len),
+            *panels.notes_on_lengths(by.predictor, panel, by.context_len),
         ]
         if rest:
-            calibration = calibration or self._calibrated(panel, before, past, rest)
-            offsets = calibration.at(rest, horizon)[None, None]
-            more = found.point[..., None] + found.std[..., None, None] * offsets
-            quantiles = np.concatenate([found.quantiles, more], axis=-1)
+            if calibration is None:
+                try:
+                    calibration = Calibration.measured(panel, before, past, "of the history")
+                except ValueError as err:
+                    raise self._unmeasured(panel, horizon, rest, str(err)) from None
+            quantiles = np.concatenate([found.quantiles, calibration.quantiles(found, rest)], axis=-1)
             found = dataclasses.replace(found, quantiles=quantiles, levels=(*own, *rest))
             notes.append(calibration.describe(rest))
+            if still := int((found.unit == 0).sum()):
+                notes.append(
+                    f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
+                )
 
         # Quantiles of one forecast from two sources may cross.
         rising = np.sort(found.quantiles, axis=-1)
         found = dataclasses.replace(found, quantiles=rising, levels=tuple(sorted(levels)))
         return found, tuple(notes)
+
+    def calibrated(
+        self,
+        panel: Panel,
+        horizon: int,
+        origins: Origins | None = None,
+        *,
+        source: str = "of the history",
+        seed: int = 0,
+    ) -> "Forecaster":
+        """The same with a calibration that is kept: errors of its forecasts after `origins`.
+
+        Args:
+          panel: whose past is forecast. horizon: steps ahead that are calibrated.
+          origins: such that targets lie in the panel, and outside of what the model was trained on;
+            by default spread over the whole history.
+          source: what they are, for notes.
+        Raises: ValueError where nothing could be measured.
+        """
+        by = self._forecasts_with(panel)
+        if origins is None:
+            origins = rolling_origins(panel, horizon, by.context_len, MOST_ETS if by.on_host else None)
+        if not len(origins.items):
+            raise ValueError("no item is long enough")
+        found = self._from(by, panel, origins, horizon, (), measured=True, seed=seed)
+        return dataclasses.replace(self, calibration=Calibration.measured(panel, origins, found, source))
+
+    def _from(
+        self,
+        by: "_Way",
+        panel: Panel,
+        origins: Origins,
+        horizon: int,
+        levels: tuple[float, ...],
+        *,
+        measured: bool,
+        seed: int,
+    ) -> Found:
+        """Forecast after `origins`.
+
+        Raises: ValueError where that at the end of an item is not finite.
+        """
+        found = panels.forecast(
+            by.predictor,
+            by.params,
+            panel,
+            horizon,
+            context_len=by.context_len,
+            origins=origins,
+            levels=levels,
+            joint=by.joint,
+            covariates=self.baseline is None and bool(self._used_covariates(panel)),
+            season=panel.season if measured else None,
+            key=jax.random.key(seed),
+            on_host=by.on_host,
+        )
+        last = origins.ends == panel.bounds[origins.items + 1]
+        if not np.isfinite(found.point[last]).all():
+            _refuse_bad_weights(by.params)
+            raise ValueError(f"{panel.name}: the forecast is not finite although data and weights are")
+        return found
+
+    def _forecasts_with(self, panel: Panel) -> "_Way":
+        """What forecasts a panel: the model made ready for it, or the naive forecast of a verdict."""
+        context_len = self.context_len or self.model.context_len
+        if self.baseline is None:
+            model, params = self._ready(panel)
+            return _Way(model, params, context_len, model.variates == "joint")
+        if self.baseline == "auto_ets":
+            if not auto_ets.available():
+                raise ValueError("this forecaster forecasts with AutoETS: pip install statsforecast")
+            # Windows of one call; the model plays no part.
+            return _Way(SeasonalNaive(), {}, context_len, False, functools.partial(_ets, season=panel.season))
+        # Of a step without a season, the seasonal naive forecast is the last value.
+        naive = naive_forecasts(panel.season) | {"seasonal_naive": SeasonalNaive(panel.season)}
+        return _Way(naive[self.baseline], {}, context_len, False)
 
     def _ready(self, panel: Panel) -> tuple[Model, Params]:
         """The model ready for the panel; nothing is drawn at random.
@@ -345,30 +438,18 @@ class Forecaster:
             )
         return model, sharding.together(params)
 
-    def _calibrated(self, panel: Panel, origins: Origins, past: Found, levels: tuple[float, ...]) -> Calibration:
-        """Measure the errors of forecasts of the panel's own past.
-
-        Raises: DataError where there is too little of it.
-        """
-        horizon = past.point.shape[-1]
-        problem = "no item is long enough"
-        if len(origins.items):
-            errors = (targets_after(panel, origins, horizon) - past.point) / past.std[..., None]
-            items = len(np.unique(origins.items))
-            source = "before the end of the history" + (f" of {items} items" if items > 1 else "")
-            try:
-                return Calibration.of(errors.reshape(-1, horizon), source)
-            except ValueError as err:
-                problem = str(err)
+    def _unmeasured(self, panel: Panel, horizon: int, levels: tuple[float, ...], problem: str) -> DataError:
+        """The error for levels that neither model nor history can say."""
         shown = ", ".join(f"{level:g}" for level in levels)
-        raise DataError(
-            f"{panel.name}: {self.model.family} does not say quantiles {shown} itself, and its errors {horizon} rows "
-            f"ahead cannot be measured on this history ({problem}; the longest item has {panel.lengths.max()} rows). "
-            "Bring more rows, a shorter horizon, or ask for the point forecast alone: quantile_levels=()"
+        return DataError(
+            f"{panel.name}: {self.baseline or self.model.family} does not say quantiles {shown} itself, and its "
+            f"errors {horizon} rows ahead cannot be measured on this history ({problem}; the longest item has "
+            f"{panel.lengths.max()} rows). Bring more rows, a shorter horizon, or ask for the point forecast alone: "
+            "quantile_levels=()"
         )
 
     def _used_covariates(self, panel: Panel) -> tuple[str, ...]:
-        takes = self.model.covariates
+        takes = self.model.covariates if self.baseline is None else ()
         return (panel.past if "past" in takes else ()) + (panel.known if "known" in takes else ())
 
     def _covariate_notes(self, panel: Panel, horizon: int) -> tuple[str, ...]:
@@ -377,7 +458,7 @@ class Forecaster:
         notes = []
         unused = [name for name in (*panel.past, *panel.known, *static) if name not in used]
         if unused:
-            notes.append(f"{self.model.family} does not use covariates: {', '.join(unused)}")
+            notes.append(f"{self.baseline or self.model.family} does not use covariates: {', '.join(unused)}")
         for name in panel.known:
             if name not in used:
                 continue
@@ -392,6 +473,21 @@ class Forecaster:
                     f"{name} is known {ahead} rows ahead, and the forecast has {horizon}: it is unknown after that"
                 )
         return tuple(notes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Way:
+    """What forecasts: a predictor on the device, or a function on the host in its place."""
+
+    predictor: Predictor
+    params: Params
+    context_len: int
+    joint: bool
+    on_host: Callable[[np.ndarray, int], np.ndarray] | None = None
+
+
+def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
+    return auto_ets.forecast(contexts, horizon, season)
 
 
 _PLAIN = ("freq", "id", "time", "licence", "baseline")  # texts or None
@@ -417,6 +513,9 @@ def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
             found[name] = tuple(values)
         told = facts.get("calibration")
         found["calibration"] = None if told is None else Calibration.from_json(told)
+        found["context_len"] = facts.get("context_len")
+        if found["context_len"] is not None:
+            found["context_len"] = whole(found["context_len"], "context_len")
         verdict = facts.get("verdict")
         if not isinstance(verdict, dict | None):
             raise ValueError("the verdict is no object")

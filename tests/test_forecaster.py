@@ -147,7 +147,7 @@ def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
         "id": "store",
         "time": "when",
         "verdict": {"deploy": "zero_shot", "reason": "no difference that the data can show"},
-        "calibration": Calibration.of(np.random.default_rng(0).normal(size=(30, 4)), "of a test"),
+        "calibration": Calibration.of(np.random.default_rng(0).normal(size=(30, 1, 4)), 30, "of a test"),
         "provenance": {"source": "made here", "licence": "MIT"},
     }
     forecaster = dataclasses.replace(timer, licence="", **facts)
@@ -158,7 +158,7 @@ def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
     assert again.licence == "MIT"
     want = forecaster.predict(panel(), 4)
     pd.testing.assert_frame_equal(again.predict(panel(), 4), want, rtol=1e-6)
-    assert "from the errors of 30 windows of a test" in want.attrs["notes"][-1]
+    assert "from the errors of 30 forecasts of a test" in want.attrs["notes"][-1]
     model, _ = ltsm_jax.load(tmp_path / "model")
     assert model == TIMER
     with pytest.raises(FileExistsError):
@@ -206,6 +206,54 @@ def test_a_picture_without_matplotlib_says_what_to_install(bolt, monkeypatch):
     every = panel()
     with pytest.raises(ImportError, match="pip install"):
         bolt.plot(every, bolt.predict(every, 4))
+
+
+def shops():
+    """A long table of two shops, one of them a day later, with a price that is known three rows ahead."""
+    parts = []
+    for shop, start, rows in (("north", "2024-01-01", 60), ("south", "2024-01-02", 48)):
+        t = np.arange(rows)
+        stamps = pd.date_range(start, periods=rows, freq="h")
+        sold = np.where(t < rows - 3, 20 + 5 * np.sin(t / 4), np.nan)
+        parts.append(pd.DataFrame({"shop": shop, "hour": stamps, "sold": sold, "price": 1 + t % 3}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_reads_a_long_table(bolt):
+    got = bolt.predict(shops(), 3, id="shop", time="hour", target="sold", quantile_levels=(0.5,))
+    assert list(got.columns) == ["shop", "hour", "predictions", "0.5"]
+    assert got["shop"].tolist() == ["north"] * 3 + ["south"] * 3
+    assert got["hour"][0] == pd.Timestamp("2024-01-03 09:00")
+    assert got["hour"][3] == pd.Timestamp("2024-01-03 21:00")
+    assert "chronos_bolt does not use covariates: price" in got.attrs["notes"]
+
+
+def test_what_it_was_fitted_on_is_what_it_reads(bolt):
+    fitted = dataclasses.replace(bolt, id="shop", time="hour", targets=("sold",), known=("price",))
+    table = shops().assign(returned=1.5)
+    want = bolt.predict(shops(), 3, id="shop", time="hour", target="sold")
+    pd.testing.assert_frame_equal(fitted.predict(table, 3)[list(want.columns)], want)
+
+
+def test_a_naive_forecast_that_a_verdict_found_best_is_what_forecasts(timer):
+    every = panel()
+    naive = dataclasses.replace(timer, baseline="seasonal_naive")
+    got = naive.predict(every, 30)
+    want = [np.resize(every.item(i).values[0, -24:], 30) for i in (0, 2, 3)]
+    rows = ~got["store"].eq("s1")  # it is shorter than a season
+    np.testing.assert_allclose(got[rows]["predictions"], np.concatenate(want), rtol=1e-6)
+    assert got.attrs["notes"][0] == "forecast with seasonal_naive, as the verdict says"
+    assert got.attrs["notes"][-1].startswith("quantiles 0.1, 0.5, 0.9: split-conformal")
+    with pytest.raises(ValueError, match="baseline must be one of last_value"):
+        dataclasses.replace(timer, baseline="naive")
+
+
+def test_a_context_of_its_own_is_all_that_it_looks_at(timer):
+    every = panel((100,))
+    short = dataclasses.replace(timer, context_len=16).predict(every, 4, quantile_levels=())
+    cut = dataclasses.replace(every, values=every.values[:, -16:], bounds=np.array([0, 16]))
+    want = timer.predict(cut, 4, quantile_levels=())
+    np.testing.assert_allclose(short["predictions"], want["predictions"], rtol=1e-6)
 
 
 CHRONOS = Chronos2(Chronos2.small())

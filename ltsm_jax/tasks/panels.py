@@ -11,7 +11,7 @@ Shapes: M origins, C targets, K covariates, L context length, H horizon, W quant
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from ltsm_jax.tasks.forecasting import Predictor
 from ltsm_jax.trees import Tree
 
 CONTEXT_BYTES = 1 << 27  # of the contexts of one batch, in float64
+SMALLEST_UNIT = 0.01  # of errors, of a context that repeats itself exactly
 FEW = 8  # names shown in a message
 SHORTEST = 64  # length of the shortest contexts that are filled up in front
 
@@ -64,17 +65,17 @@ class Found:
     """Forecasts in data units.
 
     point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`, those asked for that the
-    model can say. std: [M, C] of the context that each forecast was made from.
+    model can say. unit: [M, C] the unit of errors, see `error_unit`; of ones where nobody asked.
     """
 
     point: np.ndarray
     quantiles: np.ndarray
     levels: tuple[float, ...]
-    std: np.ndarray
+    unit: np.ndarray
 
     def take(self, rows: Any) -> "Found":
         """The forecasts of some origins, by number."""
-        return dataclasses.replace(self, point=self.point[rows], quantiles=self.quantiles[rows], std=self.std[rows])
+        return dataclasses.replace(self, point=self.point[rows], quantiles=self.quantiles[rows], unit=self.unit[rows])
 
 
 # --- quantiles
@@ -184,7 +185,9 @@ def forecast(
     levels: Sequence[float] = (),
     joint: bool = False,
     covariates: bool = False,
+    season: int | None = None,
     key: jax.Array | None = None,
+    on_host: Callable[[np.ndarray, int], np.ndarray] | None = None,
     batch_size: int | None = None,
 ) -> Found:
     """Forecast `horizon` rows after each origin, from contexts standardised by themselves.
@@ -196,7 +199,10 @@ def forecast(
       levels: quantile levels; those that the model cannot say are left out of the result.
       joint: the targets of an item go in together.
       covariates: hand in past and known covariates, too (`Model.predict_with`).
+      season: rows of a season, for `Found.unit`; None: nobody asks for it.
       key: of the draws of models that sample.
+      on_host: forecasts [B, H] of contexts [B, L], in place of `model`, which then says its batch
+        size alone.
       batch_size: windows of one forward pass; by default what `eval_batch` and the memory allow.
     Returns: forecasts; NaN where a context in the past holds no value.
     Raises: DataError where one at the end of its item holds none, naming items and targets.
@@ -209,10 +215,10 @@ def forecast(
 
     members = c if joint else 1
     count = m if joint else m * c
-    said = own_levels(model, params, members, horizon, levels)
+    said = () if on_host else own_levels(model, params, members, horizon, levels)
     point = np.empty((count, members, horizon))
     quantiles = np.empty((count, members, horizon, len(said)))
-    std = np.empty((count, members))
+    unit = np.ones((count, members))
 
     pending: tuple[np.ndarray, Any, np.ndarray, np.ndarray] | None = None
 
@@ -220,7 +226,6 @@ def forecast(
         y, q = (np.asarray(x, np.float64)[: len(rows)] for x in answer)
         point[rows] = y * scale + mean
         quantiles[rows] = q * scale[..., None] + mean[..., None]
-        std[rows] = scale[..., 0]
 
     for length in np.unique(lengths):
         of_length = np.flatnonzero(lengths == length)
@@ -234,9 +239,16 @@ def forecast(
             empty = _empty(context, cut, None if joint else rows % c)
             mean, scale = context_scale(context)
             scale[empty] = np.nan
+            if season is not None:
+                unit[rows] = error_unit((context - mean) / scale, season) * scale[..., 0]
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
-            past, known = cut.covariates(size) if covariates else (None, None)
-            answer = _forecast(model, params, scaled, past, known, key, horizon, said)
+            if on_host is None:
+                past, known = cut.covariates(size) if covariates else (None, None)
+                answer = _forecast(model, params, scaled, past, known, key, horizon, said)
+            else:
+                flat = on_host(scaled[: len(rows)].reshape(-1, int(length)), horizon)
+                y = flat.reshape(len(rows), members, horizon)
+                answer = y, np.zeros((*y.shape, 0))
             # While the device works on this batch, the host takes in the one before.
             if pending is not None:
                 collect(*pending)
@@ -247,8 +259,34 @@ def forecast(
         point.reshape(m, c, horizon),
         quantiles.reshape(m, c, horizon, -1),
         said,
-        std.reshape(m, c),
+        unit.reshape(m, c),
     )
+
+
+def error_unit(z: np.ndarray, season: int) -> np.ndarray:
+    """Unit [...] in which errors of forecasts after contexts z [..., L] are alike.
+
+    The geometric mean of the standard deviation and of the mean difference of rows one season
+    apart: the first says how far the context strays, the second how well it repeats itself. Where
+    both are known, errors in this unit keep their distribution longer than in either of them.
+    0 for a context that does not move.
+
+    z: standardised by `context_scale`; NaN = missing.
+    """
+    observed = ~np.isnan(z)
+    known = np.where(observed, z, 0.0)
+    count = np.maximum(observed.sum(axis=-1), 1)
+    std = np.sqrt(np.square(known).sum(axis=-1) / count)
+    lag = season if season < z.shape[-1] else 1
+    gap = np.abs(z[..., lag:] - z[..., :-lag])
+    there = ~np.isnan(gap)
+    repeated = np.where(there, gap, 0.0).sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
+    repeated = np.where(there.any(axis=-1), repeated, std)
+
+    # A perfect repetition does not go on for ever.
+    found = np.sqrt(std * np.maximum(repeated, SMALLEST_UNIT * std))
+    # Standardised contexts have a deviation of 1, those that do not move one of rounding.
+    return np.where(std > 0.5, found, 0.0)
 
 
 def _batch_size(model: Predictor, width: int, length: int, count: int) -> int:
