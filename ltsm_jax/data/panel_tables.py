@@ -951,7 +951,8 @@ class _PanelReader(TableReader):
                 step = rows.place - layout.last[rows.owners]
                 after = step > 0
                 future[k, rows.owners[after], step[after] - 1] = cells[after]
-                differ += self.fill_known(known_values[k], cells, rows, layout)
+                known_values[k], others = self.filled_known(known_values[k], cells, rows, layout)
+                differ += others
             step = behind.place - layout.last[behind.owners]
             given = ~np.isnan(own)
             future[k, behind.owners[given], step[given] - 1] = own[given]
@@ -966,16 +967,21 @@ class _PanelReader(TableReader):
             )
         return future
 
-    def fill_known(self, values: np.ndarray, cells: np.ndarray, rows: "_Ahead", layout: "_Layout") -> int:
-        """Fill empty cells of the table's rows [R] from those of future, in place; how many others differ."""
+    def filled_known(
+        self, values: np.ndarray, cells: np.ndarray, rows: "_Ahead", layout: "_Layout"
+    ) -> tuple[np.ndarray, int]:
+        """The table's rows [R], empty cells filled from those of future; and how many others differ."""
         last = layout.last[rows.owners]
         here = (rows.place >= 0) & (rows.place <= last) & ~np.isnan(cells)
         at = layout.bounds[rows.owners[here]] + rows.place[here]
         given = cells[here]
         empty = np.isnan(values[at])
         differ = int((values[at][~empty] != given[~empty]).sum())
-        values[at[empty]] = given[empty]
-        return differ
+        if empty.any():
+            # Where no row was moved, the values are still the table's own.
+            values = values.copy()
+            values[at[empty]] = given[empty]
+        return values, differ
 
     def static_of(self, table: pd.DataFrame, roles: _Roles, codes: np.ndarray, n: int) -> pd.DataFrame | None:
         """One row per item of the columns that are facts of it: numbers, and categories."""
