@@ -519,7 +519,7 @@ def _times(window: dict[str, Any], i: int, past: int) -> tuple[Any, Any, bool]:
 def _write_dates(ax: Any) -> None:
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
-    locator = AutoDateLocator(maxticks=7)
+    locator = AutoDateLocator(minticks=3, maxticks=7)  # of which one fits every range
     ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 

@@ -1,5 +1,6 @@
 """Large time-series models in JAX: load, fine-tune, forecast, measure, write back."""
 
+from ltsm_jax import curvature, landscape
 from ltsm_jax.api import PruneConfig, Strategy, TrainConfig, fit, forecast, load, prune, remove, save
 from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.models import Forecast, Model, preset
@@ -14,10 +15,12 @@ __all__ = [
     "PruneConfig",
     "Strategy",
     "TrainConfig",
+    "curvature",
     "ema",
     "fit",
     "forecast",
     "interpolate",
+    "landscape",
     "load",
     "preset",
     "prune",

@@ -449,9 +449,7 @@ class _PanelReader(TableReader):
             self.notes.append(f"columns left out (dates, empty, or more than {MANY_KINDS} kinds): {quote(out)}")
         count = len(behind)
         if count and not roles.known:
-            self.notes.append(
-                f"{count} rows behind the last target of their item hold none and were cut off: the future"
-            )
+            self.notes.append(f"{count} rows behind the last target of their item were cut off: they are the future")
 
     # ---- items ----
 
@@ -634,7 +632,7 @@ class _PanelReader(TableReader):
     ) -> tuple[np.ndarray, np.ndarray]:
         """(whole places [T] in their items, which rows are off the grid [T])."""
         assert self.freq is not None
-        if steps.share == 1 and steps.common == microseconds(self.freq) and not self.repeated_times(items).any():
+        if steps.constant and steps.common == microseconds(self.freq) and not self.repeated_times(items).any():
             return places_in_item(items.starts), np.zeros(len(stamps), bool)
         exact = places_from(np.repeat(first, items.counts), stamps, self.freq)
         place = np.rint(exact).astype(np.int64)
@@ -842,15 +840,15 @@ class _PanelReader(TableReader):
             categories |= {str(column): kinds} if kinds else {}
         if categories:
             self.notes.append(f"categories are numbered 0, 1, ... in this order: {quote(_order(categories))}")
-        if known_values and not self.problems:
-            future_values = self.future_values(known_values, cells_ahead, behind, rows, layout, roles)
-        else:
-            future_values = None
+        known = np.array(known_values) if known_values else None
+        future_values = None
+        if known is not None and not self.problems:
+            future_values = self.future_values(known, cells_ahead, behind, rows, layout, roles)
         return dict(
             past=tuple(map(str, roles.past)),
             past_values=np.array(past_values) if past_values else None,
             known=tuple(map(str, roles.known)),
-            known_values=np.array(known_values) if known_values else None,
+            known_values=known,
             future_values=future_values,
             categories=categories,
         )
@@ -921,7 +919,7 @@ class _PanelReader(TableReader):
 
     def future_values(
         self,
-        known_values: list[np.ndarray],
+        known_values: np.ndarray,
         cells_ahead: list[tuple[np.ndarray, np.ndarray | None]],
         behind: "_Ahead",
         rows: "_Ahead | None",
@@ -953,7 +951,8 @@ class _PanelReader(TableReader):
                 step = rows.place - layout.last[rows.owners]
                 after = step > 0
                 future[k, rows.owners[after], step[after] - 1] = cells[after]
-                differ += self.fill_known(known_values[k], cells, rows, layout)
+                known_values[k], others = self.filled_known(known_values[k], cells, rows, layout)
+                differ += others
             step = behind.place - layout.last[behind.owners]
             given = ~np.isnan(own)
             future[k, behind.owners[given], step[given] - 1] = own[given]
@@ -968,16 +967,21 @@ class _PanelReader(TableReader):
             )
         return future
 
-    def fill_known(self, values: np.ndarray, cells: np.ndarray, rows: "_Ahead", layout: "_Layout") -> int:
-        """Fill empty cells of the table's rows [R] from those of future, in place; how many others differ."""
+    def filled_known(
+        self, values: np.ndarray, cells: np.ndarray, rows: "_Ahead", layout: "_Layout"
+    ) -> tuple[np.ndarray, int]:
+        """The table's rows [R], empty cells filled from those of future; and how many others differ."""
         last = layout.last[rows.owners]
         here = (rows.place >= 0) & (rows.place <= last) & ~np.isnan(cells)
         at = layout.bounds[rows.owners[here]] + rows.place[here]
         given = cells[here]
         empty = np.isnan(values[at])
         differ = int((values[at][~empty] != given[~empty]).sum())
-        values[at[empty]] = given[empty]
-        return differ
+        if empty.any():
+            # Where no row was moved, the values are still the table's own.
+            values = values.copy()
+            values[at[empty]] = given[empty]
+        return values, differ
 
     def static_of(self, table: pd.DataFrame, roles: _Roles, codes: np.ndarray, n: int) -> pd.DataFrame | None:
         """One row per item of the columns that are facts of it: numbers, and categories."""
