@@ -544,6 +544,7 @@ class _PanelReader(GridReader):
         if categories:
             order = quote(_order(categories))
             self.notes.append(f"categories are numbered 0, 1, ... in this order: {order}")
+        # A copy: where no row was moved, the values are still the table's own.
         known = np.array(known_values) if known_values else None
         future_values = None
         if known is not None and not self.problems:

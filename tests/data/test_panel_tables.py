@@ -304,6 +304,17 @@ def test_rows_behind_the_last_target_are_no_observations():
     assert said(panel, "2 rows behind the last target of their item were cut off: they are the future")
 
 
+def test_filling_from_future_leaves_the_table_alone():
+    """Rows that lie on the grid as they are: the panel's values are those of the table."""
+    table = pd.DataFrame({"id": "a", "ds": days("2024-01-01", 4), "y": [1.0, 2, 3, 4], "x": [5.0, NAN, 7, 8]})
+    future = pd.DataFrame({"id": "a", "ds": days("2024-01-01", 6), "x": [5.0, 6, 7, 8, 9, 10]})
+    before = table.copy()
+    panel = read_panel(table, id="id", target="y", future=future)
+    np.testing.assert_array_equal(panel.known_values, [[5, 6, 7, 8]])
+    np.testing.assert_array_equal(panel.future_values, [[[9, 10]]])
+    pd.testing.assert_frame_equal(table, before)
+
+
 def test_the_table_goes_before_future_where_they_meet():
     table, future = priced()
     table.loc[2, "price"] = NAN
