@@ -108,6 +108,7 @@ class Layout:
 
     @classmethod
     def of(cls, items: Items, place: np.ndarray, last: np.ndarray, ids: np.ndarray) -> "Layout":
+        """Lay the sorted rows out, those behind the last target of their item left aside."""
         bounds = np.concatenate([[0], np.cumsum(last + 1)])
         n_rows = int(bounds[-1])
         meet = bool(((place[1:] == place[:-1]) & inside(items.starts)).any())
