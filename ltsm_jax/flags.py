@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ltsm_jax.data.panel_tables import PanelOptions
 from ltsm_jax.data.tables import IRREGULAR, MISSING, ReadingOptions
 
 T = TypeVar("T")
@@ -318,7 +319,8 @@ def command(options: Any, always: Sequence[str] = (), without: Sequence[str] = (
 
 # Options of the library's functions that are options here, under their own name where nothing else is said.
 PYTHON_NAMES = {
-    **{field.name: field.name for field in dataclasses.fields(ReadingOptions) if field.name != "name"},
+    **{field.name: field.name for field in dataclasses.fields(PanelOptions) if field.name != "name"},
+    "quantile_levels": "levels",
     **{name: name for name in ("horizon", "alpha", "mode", "epochs", "batch_size", "lr", "schedule", "few_shot")},
     "context_len": "context",
     "mesh": "mesh",
@@ -374,9 +376,15 @@ class Reading(ReadingOptions):
 
     def asked(self) -> dict[str, Any]:
         """Give what was asked for as keywords of `read_series`."""
-        found = {}
-        for name, value in vars(self).items():
-            if value is not None:
-                several = list(value) if isinstance(value, tuple) else value
-                found[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else several
-        return found
+        return keywords(self)
+
+
+def keywords(options: Any) -> dict[str, Any]:
+    """Give the options that are set as keywords of a function: one name of several as it is, several as a list."""
+    found = {}
+    for name, value in vars(options).items():
+        if isinstance(value, tuple):
+            found[name] = value[0] if len(value) == 1 else list(value)
+        elif value is not None:
+            found[name] = value
+    return found

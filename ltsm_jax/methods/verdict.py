@@ -33,6 +33,7 @@ from ltsm_jax.methods.binding import (
 )
 from ltsm_jax.methods.checks import Difference, bootstrap_difference
 from ltsm_jax.methods.decision import TITLES, ZERO_SHOT, Candidate, Verdict, decide, few_blocks
+from ltsm_jax.methods.pruning import refuse_pruned
 from ltsm_jax.methods.run import Result, run
 from ltsm_jax.methods.strategies import Strategy, start_params, strategy
 from ltsm_jax.models import Model
@@ -51,7 +52,7 @@ LARGEST_BATCH = 256
 STEPS = 8  # batches that a table of training windows is cut into at least, where it has 16 windows for each
 SMALLEST_BATCH = 16
 REPEATS = 10  # of a small table in one epoch
-MOST_ETS = 200  # windows that AutoETS is fitted on, in validation and in test
+MOST_ETS = 64  # windows that AutoETS is fitted on, in validation and in test: about a second each
 EXAMPLES = 4
 DAYS = {"B": 1.4, "M": 30.436875, "Q": 91.310625, "Y": 365.2425}
 
@@ -215,7 +216,8 @@ def compare(
       panel: items with their targets. Covariates are not used in training.
       horizon: rows to forecast.
       methods: see `named`.
-      masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them.
+      masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them. A model
+        with channels of zeros is refused without; `masks={}` trains them all the same.
       config: how to train; what it leaves out is the model's recipe, with at most 256 windows a
         batch.
       budget: optimiser steps of each phase of each method; an epoch is then a fifth of it
@@ -234,6 +236,9 @@ def compare(
     if budget is not None:
         budget = whole(budget, "budget")
     strategies = named(methods, model)
+    if strategies and masks is None:
+        check_params(model, params)
+        refuse_pruned(model, params)
     prepared = prepare(
         model,
         params,
@@ -562,9 +567,9 @@ class _Scorer:
                     "item": str(splits.panel.ids[item[i]]),
                     "column": splits.panel.columns[variate],
                     "stamps": stamps(splits.panel, int(item[i]), int(origin[i]) - own, own + windows.horizon),
-                    "context": context[len(context) - own :],
-                    "target": target,
-                    "forecasts": {name: found[name][2][k, row] * std + mean for name in names},
+                    "context": context[len(context) - own :].tolist(),
+                    "target": target.tolist(),
+                    "forecasts": {name: (found[name][2][k, row] * std + mean).tolist() for name in names},
                 }
             )
         return tuple(examples)
