@@ -438,12 +438,7 @@ class Forecaster:
     ) -> tuple[Found, tuple[str, ...]]:
         """Forecast after the end of every item; quantiles at all `levels`."""
         by = self._forecasts_with(panel)
-        own = (
-            ()
-            if by.on_host
-            else panels.own_levels(by.predictor, by.params, panel.n_variates if by.joint else 1, horizon, levels)
-        )
-        rest = tuple(level for level in sorted(levels) if level not in own)
+        own, rest = by.split(panel, horizon, levels)
         calibration = self.calibration
         if calibration is not None and not calibration.fits(horizon, panel.n_variates):
             calibration = None
@@ -467,18 +462,40 @@ class Forecaster:
                     calibration = Calibration.measured(panel, before, past, "of the history")
                 except ValueError as err:
                     raise self._unmeasured(panel, horizon, rest, str(err)) from None
-            quantiles = np.concatenate([found.quantiles, calibration.quantiles(found, rest)], axis=-1)
-            found = dataclasses.replace(found, quantiles=quantiles, levels=(*own, *rest))
             notes.append(calibration.describe(rest))
             if still := int((found.unit == 0).sum()):
                 notes.append(
                     f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
                 )
+        return _with_quantiles(found, rest, calibration), tuple(notes)
 
-        # Quantiles of one forecast from two sources may cross.
-        rising = np.sort(found.quantiles, axis=-1)
-        found = dataclasses.replace(found, quantiles=rising, levels=tuple(sorted(levels)))
-        return found, tuple(notes)
+    def after(
+        self,
+        panel: Panel,
+        origins: Origins,
+        horizon: int,
+        levels: Sequence[float] = (),
+        *,
+        seed: int = 0,
+    ) -> Found:
+        """Forecast after any rows of a panel, as arrays: for scores of past forecasts.
+
+        Args:
+          origins: items, and the rows behind their contexts.
+          levels: quantile levels. Those that the model does not say come from the calibration that
+            is kept, see `calibrated`: one of the panel itself would know what comes after origins.
+        Raises: ValueError for levels that neither model nor calibration say.
+        """
+        by = self._forecasts_with(panel)
+        own, rest = by.split(panel, horizon, _checked_levels(levels))
+        calibration = self.calibration
+        if rest and (calibration is None or not calibration.fits(horizon, panel.n_variates)):
+            raise ValueError(
+                f"{self.baseline or self.model.family} does not say levels {rest} itself: calibrate the forecaster on "
+                f"rows before the origins, forecaster.calibrated(panel, {horizon})"
+            )
+        found = self._from(by, panel, origins, horizon, own, measured=bool(rest), seed=seed)
+        return _with_quantiles(found, rest, calibration)
 
     def calibrated(
         self,
@@ -621,6 +638,25 @@ class _Way:
     context_len: int
     joint: bool
     on_host: Callable[[np.ndarray, int], np.ndarray] | None = None
+
+    def split(self, panel: Panel, horizon: int, levels: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Those of `levels` that it says itself, and those that it does not; both rising."""
+        own = ()
+        if self.on_host is None:
+            members = panel.n_variates if self.joint else 1
+            own = panels.own_levels(self.predictor, self.params, members, horizon, levels)
+        return own, tuple(level for level in sorted(levels) if level not in own)
+
+
+def _with_quantiles(found: Found, levels: tuple[float, ...], calibration: Calibration | None) -> Found:
+    """A forecast with its quantiles and those at `levels` that a calibration says, rising."""
+    quantiles = found.quantiles
+    if levels:
+        assert calibration is not None
+        quantiles = np.concatenate([quantiles, calibration.quantiles(found, levels)], axis=-1)
+    # Quantiles of one forecast from two sources may cross.
+    rising = np.sort(quantiles, axis=-1)
+    return dataclasses.replace(found, quantiles=rising, levels=tuple(sorted((*found.levels, *levels))))
 
 
 def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:

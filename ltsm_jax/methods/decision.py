@@ -223,19 +223,24 @@ def number(x: float) -> str:
     return f"{x:.4f}" if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.3e}"
 
 
+def signed(x: float) -> str:
+    """A difference with its sign, likewise."""
+    return ("-" if x < 0 else "+") + number(abs(x))
+
+
 def said(found: Difference) -> str:
     """A difference in words and numbers."""
     if not found.units:
-        return f"{found.mean:+.4f}; {found.blocks} blocks and {found.items} items are too few for an interval"
+        return f"{signed(found.mean)}; {found.blocks} blocks and {found.items} items are too few for an interval"
     count = found.blocks if found.units == "blocks" else found.items
     kind = "blocks of time" if found.units == "blocks" else "items"
-    return f"{found.mean:+.4f} (95 %: {found.low:+.4f} to {found.high:+.4f}, from {count} {kind})"
+    return f"{signed(found.mean)} (95 %: {signed(found.low)} to {signed(found.high)}, from {count} {kind})"
 
 
 def _interval(found: Difference) -> str:
     if not found.units:
         return "too few blocks of time for an interval"
-    return f"difference in MSE {found.mean:+.4f}, 95 %: {found.low:+.4f} to {found.high:+.4f}"
+    return f"difference in MSE {signed(found.mean)}, 95 %: {signed(found.low)} to {signed(found.high)}"
 
 
 def decide(
