@@ -272,18 +272,26 @@ class TableReader:
         )
         return found or (None, None)
 
-    def ids_that_tell_apart(self, table: pd.DataFrame, time: list, taken: set, stamps: Stamps) -> list[list]:
+    def ids_that_tell_apart(
+        self,
+        table: pd.DataFrame,
+        time: list,
+        taken: set,
+        stamps: Stamps,
+        codes: np.ndarray | None = None,
+    ) -> list[list]:
         """Every choice of columns that tells rows of one stamp apart, likely ones first; [] where no
         stamp repeats.
 
         Args:
           taken: columns that are no ids: those of the time, of the ids given, of targets asked for.
+          codes: [T] items by the ids given; None: there are none.
         """
         if stamps is None:
             return []
         frame = pd.DataFrame({"stamp": stamps})
-        for column in self.found(table, "id", self.how.id):
-            frame[f"given {column}"] = _codes(table[column])
+        if codes is not None:
+            frame["given"] = codes
         repeats = float(frame.duplicated().mean())
         if not repeats:
             return []

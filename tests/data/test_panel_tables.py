@@ -293,7 +293,7 @@ def test_covariates_known_ahead_from_rows_behind_the_last_target():
     table, future = priced()
     panel = read_panel(pd.concat([table, future]), id="shop", target="sold")
     same(panel, read_panel(table, id="shop", target="sold", future=future))
-    assert said(panel, "covariates known ahead, with values behind the last target: price")
+    assert said(panel, "known ahead, with values behind the last target: price")
 
 
 def test_rows_behind_the_last_target_are_no_observations():
