@@ -117,6 +117,7 @@ class Layout:
             return cls(items, place, last, ids, bounds, None, False)
         owners = items.owners
         slot = np.where(place <= last[owners], bounds[owners] + place, n_rows)
+        slot = slot.astype(np.int32 if n_rows < 2**31 else np.int64)
         return cls(items, place, last, ids, bounds, slot, meet)
 
     def behind(self) -> Ahead:
