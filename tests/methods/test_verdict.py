@@ -173,7 +173,7 @@ def test_three_windows_show_nothing(model, pre):
     assert verdict.windows["val"] == verdict.windows["test"] == 1
     assert verdict.deploy not in ("ff", "sff")
     assert UNSHOWN in verdict.reason or "no tuned model did better" in verdict.reason
-    assert any("1 blocks of time and 1 items" in note for note in verdict.notes)
+    assert any("1 block of time and 1 item:" in note for note in verdict.notes)
     with pytest.raises(DataError, match="horizon"):
         compare(model, pre, panel_of(*waves(16, 16)), 8, show_progress=False)
 
@@ -202,7 +202,7 @@ def test_auto_ets_meets_the_others_on_the_same_windows(model, pre, monkeypatch):
 
 
 def test_tiny_differences_are_not_printed_as_zero():
-    assert signed(-2.6e-9) == "-2.600e-09"
+    assert signed(-2.6e-9) == "-2.6e-09" and number(2.6e-9) == "2.600e-09"
     assert (signed(0.25), signed(-0.25), number(0.0)) == ("+0.2500", "-0.2500", "0.0000")
 
 
