@@ -212,7 +212,8 @@ class TableReader:
 
     def any_numbers(self, table: pd.DataFrame, columns: list) -> bool:
         """Whether a column holds numbers, as such or as text."""
-        return any(is_numeric(table[c]) or to_number(table[c]).notna().any() for c in columns)
+        cells = [table[column] for column in columns]
+        return any(is_numeric(c) or (not is_time(c) and to_number(c).notna().any()) for c in cells)
 
     def check_default(self, table: pd.DataFrame, wanted: list, time: list, ids: list) -> None:
         """Columns without a name and tables without numbers."""

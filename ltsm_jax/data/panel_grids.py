@@ -117,6 +117,7 @@ class Layout:
             return cls(items, place, last, ids, bounds, None, False)
         owners = items.owners
         slot = np.where(place <= last[owners], bounds[owners] + place, n_rows)
+        slot = slot.astype(np.int32 if n_rows < 2**31 else np.int64)
         return cls(items, place, last, ids, bounds, slot, meet)
 
     def behind(self) -> Ahead:
@@ -441,11 +442,11 @@ class GridReader(TableReader):
         stamp = self.written(items.clock[row])
         if len(ids) > 1:
             owner = str(ids[items.owners[row]])[:QUOTED]
-            where = f" of the same item, first {owner!r} at {stamp}; id= may need another column"
+            where = f" of the same item, first {owner!r} at {stamp}"
         else:
-            where = f", first {stamp}; id= names the column that tells several items apart"
+            where = f", first {stamp} (id= names the column that tells several items apart)"
         return (
-            f"time: {int(met.sum())} rows have {what} of another{where}; otherwise drop them, or "
+            f"time: {int(met.sum())} rows have {what} of another{where}; drop them, or "
             "irregular='regularise' averages them"
         )
 
@@ -465,7 +466,7 @@ class GridReader(TableReader):
             own = stamps[items.rows(i)]
             rules.append(rule if rule.holds(own).all() else day_rule(own)[0])
             beside += int((~rules[-1].holds(own)).sum())
-        if beside:
+        if beside and self.irregular != "regularise":
             self.notes.append(
                 f"{beside} stamps lie on another day of the month than most of their item, and are taken for that day"
             )

@@ -182,14 +182,17 @@ class _PanelReader(GridReader):
         if self.problems and roles.id and times.clock is not None:
             self.suggest_ids(table, roles, times.clock, codes)
         self.stop()
-        sorted_values = items.sorted(values)
-        del values
-        last = self.last_rows(items, grids.place, sorted_values, ids)
+        # Places say all from here on: of fifty million rows each array takes 400 MB.
+        times.clock = None
+        items = dataclasses.replace(items, clock=grids.place)
+        last = self.last_rows(items, grids.place, values, ids)
         self.stop()
         layout = Layout.of(items, grids.place, last, ids)
         self.choose_by_place(table, roles, layout)
-        targets = np.array([layout.spread(row) for row in sorted_values])
-        del sorted_values
+        targets = np.empty((len(values), int(layout.bounds[-1])))
+        for target, row in zip(targets, values, strict=True):
+            target[:] = layout.spread(items.sorted(row))
+        del values
         self.check_ends(targets, roles)
 
         filled = self.filled(targets, roles.target, layout)
@@ -246,8 +249,8 @@ class _PanelReader(GridReader):
             roles.time = self.find_time(table, labels, taken) or self.dates(table, taken)
         if self.how.id is None and len(labels) > 1 and set(labels) & set(roles.time):
             roles.id = [label for label in labels if label not in (*roles.time, *taken)]
-            names = " and ".join(map(str, roles.id))
-            self.notes.append(f"{names}, of the index, tells the items apart")
+            names = " and ".join(repr(str(column)) for column in roles.id)
+            self.notes.append(f"the items are told apart by {names} of the index")
         if not roles.id:
             self.check_labels(table, labels, roles.time, taken)
 
@@ -262,7 +265,7 @@ class _PanelReader(GridReader):
 
     def dates(self, table: pd.DataFrame, taken: list) -> list:
         """The only column of dates, whatever its name; of several one must be named."""
-        if self.irregular == "ignore" or self.undecided:
+        if self.undecided:
             return []
         found = [column for column in table.columns if column not in taken and holds_dates(table[column])]
         if len(found) > 1:
@@ -279,13 +282,13 @@ class _PanelReader(GridReader):
         """The rows ahead need the time and the covariates that are asked for."""
         if ahead is None:
             return
-        for role, columns in (("time", roles.time), ("id", roles.id), ("known", roles.known)):
+        for role, columns in (("time", roles.time), ("known", roles.known)):
             before = len(self.problems)
             self.found(ahead, role, columns)
             self.problems[before:] = [f"future: {problem}" for problem in self.problems[before:]]
         kept = {*roles.time, *roles.id, *roles.known, *roles.left, *roles.static}
         if more := [column for column in ahead.columns if column not in kept]:
-            self.notes.append(f"columns of future that were left out: {quote(more)}")
+            self.notes.append(f"left out of future, being no covariates of the table: {quote(more)}")
 
     def find_ids(self, table: pd.DataFrame, roles: _Roles, times: Times) -> None:
         """Take the columns that tell items apart by their names; refuse to guess others."""
@@ -305,7 +308,7 @@ class _PanelReader(GridReader):
             roles.id = [*named, *one_kind][:1]
         if roles.id:
             names = " and ".join(repr(str(column)) for column in roles.id)
-            self.notes.append(f"{names} tells the items apart; id= says otherwise")
+            self.notes.append(f"the items are told apart by {names}; id= says otherwise")
             roles.left = [column for column in roles.left if column not in roles.id]
 
     def suggest_ids(self, table: pd.DataFrame, roles: _Roles, clock: np.ndarray, codes: np.ndarray) -> None:
@@ -326,16 +329,21 @@ class _PanelReader(GridReader):
         codes_ahead: np.ndarray | None,
     ) -> None:
         """Columns left over: the target where none is named, facts of the items, what is ahead."""
+        ahead_has = set() if ahead is None else set(ahead.columns)
         if roles.id and not roles.target:
             named = [column for column in roles.left if str(column).casefold() in TARGET_NAMES]
+            numbers = [column for column in roles.left if is_numeric(table[column]) and column not in ahead_has]
             if len(named) == 1:
                 roles.target = named
+            elif len(numbers) == 1:
+                roles.target = numbers
+                self.say_target(numbers[0])
         roles.left = [column for column in roles.left if column not in roles.target]
 
         asked = list(roles.static)
         known_ahead = []
         for column in list(roles.left):
-            cells_ahead = ahead[column] if ahead is not None and column in set(ahead.columns) else None
+            cells_ahead = ahead[column] if ahead is not None and column in ahead_has else None
             if roles.id and self.is_fact(table[column], codes, cells_ahead, codes_ahead):
                 roles.static.append(column)
             elif cells_ahead is not None and self.how.known is None:
@@ -362,7 +370,7 @@ class _PanelReader(GridReader):
         if len(numbers) == 1:
             roles.target = numbers
             roles.left.remove(numbers[0])
-            self.notes.append(f"{str(numbers[0])!r} is the target: no other column of numbers is left")
+            self.say_target(numbers[0])
             return
         if numbers:
             self.problems.append(
@@ -373,8 +381,14 @@ class _PanelReader(GridReader):
             columns = quote(list(table.columns))
             self.problems.append(f"no column of numbers to forecast; columns: {columns}")
 
+    def say_target(self, column: Any) -> None:
+        """Say that a column was taken for the target."""
+        self.notes.append(f"{str(column)!r} is the target: no other column of numbers is left")
+
     def is_fact(self, cells: Any, codes: np.ndarray, ahead: Any, codes_ahead: np.ndarray | None) -> bool:
         """Whether cells, empty ones aside, are the same in all rows of each item, those ahead too."""
+        if cells.isna().all():
+            return False
         if ahead is not None and codes_ahead is not None:
             cells = pd.concat([cells, ahead], ignore_index=True)
             codes = np.concatenate([codes, codes_ahead])
@@ -408,7 +422,7 @@ class _PanelReader(GridReader):
         if past:
             self.notes.append(f"columns left over are past covariates: {quote(past)}")
         if out:
-            self.notes.append(f"left out (dates, empty, or too many kinds of text): {quote(out)}")
+            self.notes.append(f"left out (empty, dates, text that is no kinds, or text and numbers): {quote(out)}")
         if len(behind) and not roles.known:
             self.notes.append(
                 f"{len(behind)} rows behind the last target of their item were cut off: they are the future"
@@ -423,17 +437,21 @@ class _PanelReader(GridReader):
         if not roles.id:
             ids = np.array([self.name], object)
             none = None if ahead is None else np.zeros(len(ahead), np.int64)
-            return ids, np.zeros(len(table), np.int64), none
+            return ids, np.zeros(len(table), np.int32), none
         column = self.joined(table, "id", roles.id)
         if column is None:
             return np.zeros(0, object), np.zeros(0, np.int64), None
         codes, kinds = pd.factorize(column)
+        codes = codes.astype(np.int32)
         ids = _own_type(kinds)
         if ahead is None:
             return ids, codes, None
 
+        if len(ids) == 1 and not set(roles.id) & set(ahead.columns):
+            return ids, codes, np.zeros(len(ahead), np.int64)  # it can be of no other item
         before = len(self.problems)
-        column = self.joined(ahead, "id", roles.id)
+        self.found(ahead, "id", roles.id)
+        column = self.joined(ahead, "id", roles.id) if len(self.problems) == before else None
         self.problems[before:] = [f"future: {problem}" for problem in self.problems[before:]]
         if column is None:
             return ids, codes, None
@@ -455,7 +473,7 @@ class _PanelReader(GridReader):
         """Place of the last row of each item with a target [N]; items without one are a problem."""
         seen = np.zeros(len(place), bool)
         for row in values:
-            seen |= ~np.isnan(row)
+            seen |= ~items.sorted(np.isnan(row))
         last = np.maximum.reduceat(np.where(seen, place, -1), items.starts[:-1])
         if (last < 0).any():
             which = self.several(ids, last < 0)
@@ -689,9 +707,12 @@ def _holds_truth(cells: Any) -> bool:
 
 def _serves(cells: Any) -> bool:
     """Whether a column that nobody named can be a covariate: numbers, truth, a few kinds of text."""
-    if is_time(cells) or cells.isna().all():
+    if cells.isna().all() or pd.api.types.is_complex_dtype(cells):
         return False
-    return is_numeric(cells) or pd.api.types.is_bool_dtype(cells) or cells.nunique() <= MANY_KINDS
+    if is_numeric(cells) or _holds_truth(cells):
+        return True
+    categories = isinstance(cells.dtype, pd.CategoricalDtype)
+    return (categories or _holds_kinds(cells)) and cells.nunique() <= MANY_KINDS
 
 
 def _like(ids: Any) -> str:
