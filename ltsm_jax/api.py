@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from ltsm_jax import hosts, sharding, trees
+from ltsm_jax import hosts, trees
 from ltsm_jax.data import DataError, Splits
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.data.windows import context_scale
@@ -219,7 +219,8 @@ def fit(
             horizon = found.splits.val.horizon if horizon is None else horizon
             context_len = found.splits.val.context_len if context_len is None else context_len
     elif masks is None:
-        _refuse_pruned(model, params)
+        check_params(model, params)
+        pruning.refuse_pruned(model, params)
     if data is None:
         raise ValueError("fit(model, params, data): there are no data; or fit(found, data) for a result of prune")
 
@@ -270,28 +271,6 @@ def fit(
         model=model,
         naive=task.baselines(model, splits),
     )
-
-
-def _refuse_pruned(model: Model, params: Params) -> None:
-    """Raises: ValueError where some channels of a linear are zeros and others are not, as pruning leaves them."""
-    check_params(model, params)
-    flat, zeros = trees.flatten(params), 0
-    for path, (m_in, _) in pruning.weights_of(params, pruning.full_masks(model)).items():
-        kernel = np.asarray(sharding.on_host(flat[path])) if path in flat else None
-        if kernel is None or not path.endswith("/kernel"):
-            continue
-        bias = flat.get(path.removesuffix("kernel") + "bias")
-        inputs, outputs = tuple(range(m_in.ndim)), tuple(range(m_in.ndim, kernel.ndim))
-        dead_in = ~kernel.any(axis=outputs)
-        dead_out = ~kernel.any(axis=inputs)
-        if bias is not None:
-            dead_out &= np.asarray(sharding.on_host(bias)) == 0
-        zeros += sum(int(dead.sum()) for dead in (dead_in, dead_out) if not dead.all())
-    if zeros:
-        raise ValueError(
-            f"{zeros} channels of this model are zeros, as pruning leaves them, and training would bring them back: "
-            "hand in the masks that prune or remove gave (masks=masks), or masks={} to train them all the same"
-        )
 
 
 def prune(

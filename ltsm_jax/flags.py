@@ -27,7 +27,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ltsm_jax.data.panel_tables import PanelOptions
 from ltsm_jax.data.tables import IRREGULAR, MISSING, ReadingOptions
+from ltsm_jax.tasks import forecasting
+from ltsm_jax.training.config import COMPUTE, REMAT
+from ltsm_jax.training.optimizers import SCHEDULES
 
 T = TypeVar("T")
 Check = PrimitiveConstructorSpec
@@ -125,6 +129,14 @@ def whole(low: float, high: float = math.inf, *, says: str = "", unset: str = "n
     """Take one whole number in [low, high]."""
     words = says or f"at least {low}"
     return check(lambda text: _one(_numbers(int, low, high, words, text), text), "N", unset)
+
+
+def read_numbers(text: str, low: float, high: float, *, says: str) -> tuple[float, ...]:
+    """Read numbers in [low, high], separated by commas.
+
+    Raises: ValueError; `FLAG` in its message stands for the option.
+    """
+    return _numbers(float, low, high, says, text)
 
 
 def numbers(low: float, high: float, *, says: str, unset: str = "none") -> Check:
@@ -318,7 +330,8 @@ def command(options: Any, always: Sequence[str] = (), without: Sequence[str] = (
 
 # Options of the library's functions that are options here, under their own name where nothing else is said.
 PYTHON_NAMES = {
-    **{field.name: field.name for field in dataclasses.fields(ReadingOptions) if field.name != "name"},
+    **{field.name: field.name for field in dataclasses.fields(PanelOptions) if field.name != "name"},
+    "quantile_levels": "levels",
     **{name: name for name in ("horizon", "alpha", "mode", "epochs", "batch_size", "lr", "schedule", "few_shot")},
     "context_len": "context",
     "mesh": "mesh",
@@ -326,7 +339,10 @@ PYTHON_NAMES = {
     "compute": "compute",
     "remat": "remat",
 }
-_VALUE = r"""(?P<list>\[[^\]\n]*\])|(?P<quote>['"])(?P<quoted>[^'"\n]*)(?P=quote)|(?P<bare>[\w.+-]*\w|\.\.\.)"""
+_VALUE = (
+    r"(?P<none>\(\))|(?P<list>\[[^\]\n]*\])"
+    r"""|(?P<quote>['"])(?P<quoted>[^'"\n]*)(?P=quote)|(?P<bare>[\w.+-]*\w|\.\.\.)"""
+)
 _KEYWORD = re.compile(rf"(?<![\w.\-]){'(?P<name>' + '|'.join(PYTHON_NAMES) + ')'}=(?:{_VALUE})?(?![\w(])")
 
 
@@ -335,6 +351,8 @@ def in_flags(message: str) -> str:
 
     def rewrite(match: re.Match) -> str:
         flag = flag_of(PYTHON_NAMES[match["name"]])
+        if match["none"] is not None:
+            return f"{flag} none"
         if match["list"] is not None:
             items = re.findall(r"""['"]([^'"]*)['"]|([\w.+-]+)""", match["list"])
             return f"{flag} {','.join(a or b for a, b in items)}".rstrip()
@@ -346,6 +364,37 @@ def in_flags(message: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # options that programs share
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How to train; what is not given is as the model's recipe has it."""
+
+    mode: Annotated[forecasting.Mode | None, one_of(forecasting.MODES, unset="recipe")] = None
+    """loss: ims (the family's own, next token) or direct (the forecast only)"""
+    epochs: Annotated[int | None, whole(1, unset="recipe")] = None
+    """passes over the training windows"""
+    batch_size: Annotated[int | None, whole(1, unset="recipe")] = None
+    """windows per step"""
+    lr: Annotated[float | None, number(TINY, HUGE, says="positive", unset="recipe")] = None
+    """learning rate"""
+    schedule: Annotated[
+        str | None,
+        one_of(tuple(SCHEDULES), unset="recipe"),
+        described(f"of the learning rate: {', '.join(SCHEDULES)}"),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """What memory and time a step takes."""
+
+    compute: Annotated[str, one_of(COMPUTE)] = "float32"
+    """dtype of the matrix products in training: float32 or bfloat16"""
+    accumulate: Annotated[int, whole(1)] = 1
+    """parts a batch is taken in, for less memory"""
+    remat: Annotated[str, one_of(tuple(REMAT))] = "none"
+    """what the backward pass computes again, for less memory: none or "all but products" """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -374,9 +423,15 @@ class Reading(ReadingOptions):
 
     def asked(self) -> dict[str, Any]:
         """Give what was asked for as keywords of `read_series`."""
-        found = {}
-        for name, value in vars(self).items():
-            if value is not None:
-                several = list(value) if isinstance(value, tuple) else value
-                found[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else several
-        return found
+        return keywords(self)
+
+
+def keywords(options: Any) -> dict[str, Any]:
+    """Give the options that are set as keywords of a function: one name of several as it is, several as a list."""
+    found = {}
+    for name, value in vars(options).items():
+        if isinstance(value, tuple):
+            found[name] = value[0] if len(value) == 1 else list(value)
+        elif value is not None:
+            found[name] = value
+    return found

@@ -19,15 +19,21 @@ import pandas as pd
 
 from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data import BENCHMARKS, DataError, Panel, Series, load_series, read_panel
+from ltsm_jax.data.panel_windows import spread
 from ltsm_jax.loading import Loaded, export, load_whole
 from ltsm_jax.methods import auto_ets
 from ltsm_jax.methods.binding import check_params, drawn, whole
-from ltsm_jax.methods.conformal import Calibration, rolling_origins
+from ltsm_jax.methods.conformal import WINDOWS, Calibration, rolling_origins
+from ltsm_jax.methods.decision import ZERO_SHOT, Verdict
+from ltsm_jax.methods.strategies import Strategy
+from ltsm_jax.methods.verdict import BUDGET, Compared, compare
 from ltsm_jax.models import Model, folders
 from ltsm_jax.plotting import plot_forecast
+from ltsm_jax.report import write_report
 from ltsm_jax.tasks import panels
-from ltsm_jax.tasks.forecasting import Predictor, SeasonalNaive, naive_forecasts
+from ltsm_jax.tasks.forecasting import Mode, Predictor, SeasonalNaive, naive_forecasts
 from ltsm_jax.tasks.panels import Found, Origins
+from ltsm_jax.training import TrainConfig
 
 Params = Any
 FACTS = "forecaster"  # entry of a model folder's provenance
@@ -50,7 +56,7 @@ class Forecaster:
       provenance: where the weights are from.
       calibration: errors of past forecasts, for quantiles that the model does not say.
       baseline: the naive forecast that a verdict found best, which then is what forecasts; or None.
-      verdict: what `fit` found, as JSON types, or None.
+      verdict: what `fit` found, or None; print it.
       buffers: tensors of the original that are not learned, for `export`.
     """
 
@@ -69,7 +75,7 @@ class Forecaster:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Calibration | None = None
     baseline: str | None = None
-    verdict: Mapping[str, Any] | None = None
+    verdict: Verdict | None = None
     buffers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -144,7 +150,7 @@ class Forecaster:
             facts[name] = list(getattr(self, name))
         facts["context_len"] = self.context_len
         facts["calibration"] = None if self.calibration is None else self.calibration.to_json()
-        facts["verdict"] = None if self.verdict is None else dict(self.verdict)
+        facts["verdict"] = None if self.verdict is None else self.verdict.to_json()
         return facts
 
     def __str__(self) -> str:
@@ -164,8 +170,8 @@ class Forecaster:
             lines.append(f"forecasts with: {self.baseline}, as the verdict says")
         if self.calibration:
             lines.append(f"calibrated: errors of {self.calibration.told}")
-        if self.verdict and "reason" in self.verdict:
-            lines.append(f"verdict: {self.verdict['reason']}")
+        if self.verdict is not None:
+            lines.append(f"verdict: {self.verdict.reason}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -174,6 +180,140 @@ class Forecaster:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
+
+    # --- fitting
+
+    @hosts.interruptible()
+    def fit(
+        self,
+        df: Any,
+        horizon: int,
+        *,
+        methods: str | Strategy | Sequence[str | Strategy] = "auto",
+        method: str | Strategy | None = None,
+        masks: Params | None = None,
+        id: str | None = None,
+        time: str | Sequence[str] | None = None,
+        target: str | Sequence[str] | None = None,
+        future: Any = None,
+        known: str | Sequence[str] | None = None,
+        past: str | Sequence[str] | None = None,
+        static: Any = None,
+        freq: str | None = None,
+        date_format: str | None = None,
+        missing: str | None = None,
+        irregular: str | None = None,
+        name: str | None = None,
+        config: TrainConfig | None = None,
+        budget: int | None = BUDGET,
+        mode: Mode | None = None,
+        seed: int = 0,
+        folder: str | Path | None = None,
+        show_progress: bool = True,
+    ) -> "Forecaster":
+        """Tune on a table, and get a forecaster that forecasts with what is worth deploying.
+
+        The checkpoint, what each method makes of it and naive forecasts are compared on validation
+        windows; the best of each kind meet on an untouched test span, and `verdict` says what they
+        showed. Where that is no tuned model, the checkpoint or a naive forecast is what forecasts.
+
+        Args:
+          df, id, time, target, future, known, past, static, freq, date_format, missing, irregular,
+            name: a table and how it is read, as for `predict`. Covariates take no part in training.
+          horizon: rows that will be forecast.
+          methods: "auto"; names such as "ff" or "zero_shot,ff,sff", `Strategy` objects, or a list of
+            both, see `methods.verdict.named`. method: one of them, in place of `methods`.
+          masks: of a pruned model, see `prune`; what they prune stays 0.
+          config: a `TrainConfig`; what it leaves out is the model's recipe.
+          budget: optimiser steps of each method; None: the epochs of the recipe over all windows.
+          mode: the training loss, "ims" or "direct"; None: that of the recipe.
+          seed: of the random model, data order, dropout and intervals.
+          folder: for what is made: `model` (this forecaster, saved), verdict.json, report.md and
+            report.html; and checkpoints in `training`, so that a killed run continues when called
+            again.
+          show_progress: a bar on a terminal, else a line every few seconds.
+        Returns: a new forecaster, with its verdict, and with intervals calibrated on what was held
+          out of training. This one is not modified.
+        Raises: ValueError (DataError) for data, names and lengths that do not work, before anything
+          is trained.
+        Example: `fitted = Forecaster.load("timer-tiny").fit("sales.csv", 48); print(fitted.verdict)`
+        """
+        if method is not None:
+            if methods != "auto":
+                raise ValueError("method is one method in place of methods: give one of the two")
+            methods = method
+        panel = self.read(
+            df,
+            id=id,
+            time=time,
+            target=target,
+            future=future,
+            known=known,
+            past=past,
+            static=static,
+            freq=freq,
+            date_format=date_format,
+            missing=missing,
+            irregular=irregular,
+            name=name,
+        )
+        found = compare(
+            self.model,
+            self.params,
+            panel,
+            horizon,
+            methods=methods,
+            masks=masks,
+            config=config,
+            budget=budget,
+            context_len=self.context_len,
+            mode=mode,
+            seed=seed,
+            folder=None if folder is None else Path(folder) / "training",
+            show_progress=show_progress,
+        )
+        deploy, scored = found.verdict.deploy, found.verdict.context_len
+        # What was tuned or chosen on shorter contexts forecasts from such; the checkpoint as it is needs no other.
+        shorter = deploy != ZERO_SHOT and scored < (self.context_len or self.model.context_len)
+        fitted = dataclasses.replace(
+            self,
+            model=found.model,
+            params=found.params,
+            context_len=scored if shorter else self.context_len,
+            freq=panel.freq,
+            targets=panel.columns,
+            past=panel.past,
+            known=panel.known,
+            static=() if panel.static is None else tuple(map(str, panel.static.columns)),
+            id=panel.id_name,
+            time=panel.time_name,
+            calibration=None,
+            baseline=deploy if deploy in NAIVE else None,
+            verdict=found.verdict,
+        )
+        fitted = fitted._calibrated_on_held_out(found, seed)
+        if folder is not None:
+            fitted.save(Path(folder) / "model", overwrite=True)
+            write_report(found.verdict, folder)
+        return fitted
+
+    def _calibrated_on_held_out(self, found: Compared, seed: int) -> "Forecaster":
+        """The same with errors of its forecasts of validation and test targets; without where none can be measured."""
+        splits = found.splits
+        most = WINDOWS if self.baseline != "auto_ets" else MOST_ETS
+        pairs = []
+        for windows in (splits.val, splits.test):
+            # Windows of several targets of an item begin in one place.
+            item, row = splits.origins(windows)
+            pairs.append(np.unique(np.stack([item, row], axis=1), axis=0))
+        item, row = np.concatenate(pairs).T
+        kept = spread(len(item), most, seed)
+        origins = Origins(item[kept], splits.panel.bounds[item[kept]] + row[kept])
+        horizon = found.verdict.horizon
+        try:
+            return self.calibrated(splits.panel, horizon, origins, source="held out of training", seed=seed)
+        except ValueError:
+            return self  # `predict` measures, or says what is missing
 
     # --- forecasts
 
@@ -301,12 +441,7 @@ class Forecaster:
     ) -> tuple[Found, tuple[str, ...]]:
         """Forecast after the end of every item; quantiles at all `levels`."""
         by = self._forecasts_with(panel)
-        own = (
-            ()
-            if by.on_host
-            else panels.own_levels(by.predictor, by.params, panel.n_variates if by.joint else 1, horizon, levels)
-        )
-        rest = tuple(level for level in sorted(levels) if level not in own)
+        own, rest = by.split(panel, horizon, levels)
         calibration = self.calibration
         if calibration is not None and not calibration.fits(horizon, panel.n_variates):
             calibration = None
@@ -330,18 +465,40 @@ class Forecaster:
                     calibration = Calibration.measured(panel, before, past, "of the history")
                 except ValueError as err:
                     raise self._unmeasured(panel, horizon, rest, str(err)) from None
-            quantiles = np.concatenate([found.quantiles, calibration.quantiles(found, rest)], axis=-1)
-            found = dataclasses.replace(found, quantiles=quantiles, levels=(*own, *rest))
             notes.append(calibration.describe(rest))
             if still := int((found.unit == 0).sum()):
                 notes.append(
                     f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
                 )
+        return _with_quantiles(found, rest, calibration), tuple(notes)
 
-        # Quantiles of one forecast from two sources may cross.
-        rising = np.sort(found.quantiles, axis=-1)
-        found = dataclasses.replace(found, quantiles=rising, levels=tuple(sorted(levels)))
-        return found, tuple(notes)
+    def after(
+        self,
+        panel: Panel,
+        origins: Origins,
+        horizon: int,
+        levels: Sequence[float] = (),
+        *,
+        seed: int = 0,
+    ) -> Found:
+        """Forecast after any rows of a panel, as arrays: for scores of past forecasts.
+
+        Args:
+          origins: items, and the rows behind their contexts.
+          levels: quantile levels. Those that the model does not say come from the calibration that
+            is kept, see `calibrated`: one of the panel itself would know what comes after origins.
+        Raises: ValueError for levels that neither model nor calibration say.
+        """
+        by = self._forecasts_with(panel)
+        own, rest = by.split(panel, horizon, _checked_levels(levels))
+        calibration = self.calibration
+        if rest and (calibration is None or not calibration.fits(horizon, panel.n_variates)):
+            raise ValueError(
+                f"{self.baseline or self.model.family} does not say levels {rest} itself: calibrate the forecaster on "
+                f"rows before the origins, forecaster.calibrated(panel, {horizon})"
+            )
+        found = self._from(by, panel, origins, horizon, own, measured=bool(rest), seed=seed)
+        return _with_quantiles(found, rest, calibration)
 
     def calibrated(
         self,
@@ -485,6 +642,25 @@ class _Way:
     joint: bool
     on_host: Callable[[np.ndarray, int], np.ndarray] | None = None
 
+    def split(self, panel: Panel, horizon: int, levels: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Those of `levels` that it says itself, and those that it does not; both rising."""
+        own = ()
+        if self.on_host is None:
+            members = panel.n_variates if self.joint else 1
+            own = panels.own_levels(self.predictor, self.params, members, horizon, levels)
+        return own, tuple(level for level in sorted(levels) if level not in own)
+
+
+def _with_quantiles(found: Found, levels: tuple[float, ...], calibration: Calibration | None) -> Found:
+    """A forecast with its quantiles and those at `levels` that a calibration says, rising."""
+    quantiles = found.quantiles
+    if levels:
+        assert calibration is not None
+        quantiles = np.concatenate([quantiles, calibration.quantiles(found, levels)], axis=-1)
+    # Quantiles of one forecast from two sources may cross.
+    rising = np.sort(quantiles, axis=-1)
+    return dataclasses.replace(found, quantiles=rising, levels=tuple(sorted((*found.levels, *levels))))
+
 
 def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
     return auto_ets.forecast(contexts, horizon, season)
@@ -516,10 +692,8 @@ def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
         found["context_len"] = facts.get("context_len")
         if found["context_len"] is not None:
             found["context_len"] = whole(found["context_len"], "context_len")
-        verdict = facts.get("verdict")
-        if not isinstance(verdict, dict | None):
-            raise ValueError("the verdict is no object")
-        found["verdict"] = verdict
+        told = facts.get("verdict")
+        found["verdict"] = None if told is None else Verdict.from_json(told)
     except (AttributeError, ValueError) as err:
         raise ValueError(f"{source}: what it holds of a Forecaster can't be read ({err})") from None
     found["licence"] = found["licence"] or ""

@@ -1,4 +1,4 @@
-"""report.md and report.html of a verdict: the sentence first, then what it rests on.
+"""Write verdict.json, report.md and report.html: the sentence first, then what it rests on.
 
 report.html is one file: pictures are drawn into it as SVG, and nothing is fetched from elsewhere.
 matplotlib is imported only here, and only when something is drawn; without it there are tables
@@ -9,6 +9,7 @@ import dataclasses
 import html
 import importlib.util
 import io
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,14 @@ figcaption, .small { color: #52606d; font-size: .9rem; }
 
 
 def write_report(verdict: Verdict, folder: str | Path) -> tuple[Path, Path]:
-    """Write report.md and report.html into a folder, which is made where there is none.
+    """Write verdict.json, report.md and report.html into a folder, which is made where there is none.
 
-    Returns: their paths.
+    Returns: the paths of the two reports.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    record = json.dumps(verdict.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "verdict.json").write_text(record + "\n", encoding="utf-8")
     pictures = _pictures(verdict) if importlib.util.find_spec("matplotlib") else []
     sections = _sections(verdict)
     markdown, page = folder / "report.md", folder / "report.html"
@@ -87,7 +90,7 @@ def _sections(verdict: Verdict) -> list[_Section]:
 
     facts = [
         ["targets", ", ".join(verdict.columns)],
-        ["items scored", f"{verdict.items:,}"],
+        ["items long enough to be scored", f"{verdict.items:,}"],
         ["step", verdict.freq or "unknown"],
         ["horizon", f"{verdict.horizon} rows"],
         ["context", f"{verdict.context_len} rows at most"],

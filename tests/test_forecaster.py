@@ -13,6 +13,7 @@ from ltsm_jax import Forecaster
 from ltsm_jax.data import DataError, Series
 from ltsm_jax.data.panel import Panel
 from ltsm_jax.methods.conformal import Calibration
+from ltsm_jax.methods.decision import Candidate, Verdict
 from ltsm_jax.models.chronos_2 import Chronos2
 from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.timer import Timer, TimerConfig
@@ -139,6 +140,29 @@ def test_covariates_that_are_not_used_are_said(timer):
     assert "timer does not use covariates: price" in got.attrs["notes"]
 
 
+def a_verdict():
+    """One of the checkpoint alone."""
+    scores = {"mse": 1.0, "mae": 0.5, "windows": 7}
+    return Verdict(
+        deploy="zero_shot",
+        reason="no difference that the data can show",
+        candidates=(Candidate("zero_shot", "model", scores),),
+        tuned=None,
+        naive=None,
+        differences={},
+        name="shop",
+        model="timer",
+        columns=("sold",),
+        horizon=4,
+        context_len=32,
+        freq="h",
+        items=1,
+        windows={"train": 0, "val": 7, "test": 7},
+        spans={},
+        settings={},
+    )
+
+
 def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
     facts = {
         "freq": "h",
@@ -146,7 +170,7 @@ def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
         "known": ("price",),
         "id": "store",
         "time": "when",
-        "verdict": {"deploy": "zero_shot", "reason": "no difference that the data can show"},
+        "verdict": a_verdict(),
         "calibration": Calibration.of(np.random.default_rng(0).normal(size=(30, 1, 4)), 30, "of a test"),
         "provenance": {"source": "made here", "licence": "MIT"},
     }

@@ -1,6 +1,10 @@
 """Forecast tables with large time-series models, tune them on your own data, and see whether that pays.
 
-    ltsm models
+    ltsm forecast sales.csv --model amazon/chronos-bolt-tiny --horizon 24 \\
+        --id store --target sold --future prices.csv --out forecast.csv --plot forecast.png
+    ltsm fit sales.csv --model amazon/chronos-bolt-tiny --horizon 24 \\
+        --id store --target sold --methods zero_shot,ff,sff --out runs/sales
+    ltsm forecast new.csv --model runs/sales/model --horizon 24 --out forecast.csv
 
 DATA is a .csv, .parquet or .xlsx file, wide or long, or the name of a
 benchmark (ETTh1). MODEL is a name of `ltsm models`, a model folder, what
@@ -34,6 +38,8 @@ from ltsm_jax import flags, hosts, storage, terminal
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.models import Convert, Doctor, Export, Models
 from ltsm_jax.cli.options import Command
+from ltsm_jax.cli.tables import Compare, Evaluate, Forecast, Prune
+from ltsm_jax.cli.tuning import Fit
 from ltsm_jax.data import DataError
 
 EXIT_FAULT = 1
@@ -41,6 +47,11 @@ EXIT_USAGE = 2
 EXIT_DATA = 3
 COMMANDS: dict[str, type[Command]] = {
     "models": Models,
+    "forecast": Forecast,
+    "fit": Fit,
+    "evaluate": Evaluate,
+    "compare": Compare,
+    "prune": Prune,
     "convert": Convert,
     "export": Export,
     "doctor": Doctor,

@@ -1,11 +1,18 @@
-"""What the commands have in common: a base, groups of options, and how they are read."""
+"""What the commands have in common: a base, groups of options, reading of table and model, and the plan."""
 
 import abc
 import dataclasses
 from typing import Annotated, Any, ClassVar
 
-from ltsm_jax import flags
+import tyro
+
+from ltsm_jax import flags, trees
+from ltsm_jax.cli import printing
+from ltsm_jax.data import DataError, Panel
 from ltsm_jax.data.tables import IRREGULAR, MISSING
+from ltsm_jax.forecaster import Forecaster
+
+MODEL = "shipped name, model folder, what `ltsm fit` wrote, original checkpoint, or name of the hub (owner/name)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +73,83 @@ class Table:
 
     def asked(self) -> dict[str, Any]:
         """Give what was asked for, as keywords of whatever reads a table."""
-        found = {}
-        for name, value in vars(self).items():
-            if value is not None:
-                several = list(value) if isinstance(value, tuple) else value
-                found[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else several
-        return found
+        return flags.keywords(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnTable(Command):
+    """A command about a table: what `forecast`, `fit`, `prune`, `evaluate` and `compare` share."""
+
+    data: Annotated[tyro.conf.Positional[str], flags.text("DATA")]
+    """table: .csv, .parquet or .xlsx, or the name of a benchmark"""
+    horizon: Annotated[int, flags.whole(1)]
+    """rows to forecast"""
+    plan: bool = False
+    """say what would be done, and stop"""
+    table: Table = dataclasses.field(default_factory=Table)
+    licence: Licence = dataclasses.field(default_factory=Licence)
+
+    def load(self, source: str) -> Forecaster:
+        """Load a model or a saved forecaster."""
+        return Forecaster.load(source, accept_license=self.licence.accept_license)
+
+    def read(self, forecaster: Forecaster, future: str | None = None) -> Panel:
+        """Read the table, as the forecaster was fitted on one where nothing else is asked for.
+
+        Raises: DataError, also for a file that is not there.
+        """
+        try:
+            return forecaster.read(self.data, future=future, **self.table.asked())
+        except FileNotFoundError as error:
+            raise DataError(str(error)) from error
+
+    def announce(self, plan: dict[str, Any], notes: tuple[str, ...] = ()) -> bool:
+        """Say the plan on stderr, or, with --plan and --json, on stdout.
+
+        Returns: whether to stop there.
+        """
+        if self.plan and self.output.json:
+            printing.show_json({"plan": plan, "notes": list(notes)})
+        else:
+            printing.say(printing.facts(plan))
+            if notes:
+                printing.say(printing.notes(notes))
+        return self.plan
+
+
+def of_table(panel: Panel) -> dict[str, str]:
+    """Say what a table holds: items, rows, columns by their roles, step and stamps."""
+    shortest, longest = panel.lengths.min(), panel.lengths.max()
+    rows = f"{shortest:,} to {longest:,} rows" if shortest < longest else f"{longest:,} rows"
+    items = f"{panel.n_items:,} items of {rows}, {panel.n_rows:,} in all" if panel.n_items > 1 else rows
+    static = () if panel.static is None else tuple(map(str, panel.static.columns))
+    roles = {
+        "id": (panel.id_name,) if panel.id_name else (),
+        "time": (panel.time_name,) if panel.time_name else (),
+        "target": panel.columns,
+        "known ahead": panel.known,
+        "past": panel.past,
+        "static": static,
+    }
+    columns = [f"{role} {_few(names)}" for role, names in roles.items() if names]
+    found = {"data": f"{panel.name}: {items}", "columns": "; ".join(columns)}
+    step = panel.freq or "unknown"
+    ahead = panel.stamps_after(1) if panel.first is not None else None
+    if ahead is not None:
+        first, last = (str(stamp)[:16].replace("T", " ") for stamp in (ahead.min(), ahead.max()))
+        step += f"; what is forecast begins at {first}" + (f" to {last}" if first != last else "")
+    return found | {"step": step}
+
+
+def _few(names: tuple[Any, ...]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(map(str, names[:6])) + more
+
+
+def of_model(source: str, forecaster: Forecaster) -> str:
+    """Say what a model is, in a line."""
+    model = forecaster.model
+    said = f"{source}: {model.family}, {trees.count(forecaster.params):,} parameters, licence {forecaster.licence}"
+    if forecaster.baseline is not None:
+        said += f"; forecasts with {forecaster.baseline}, as its verdict says"
+    return said

@@ -108,13 +108,15 @@ class Steps:
 
     Attributes:
       usual: [N] int64 microseconds, the most frequent step of each item; 0 where it has one row.
-      common: the most frequent of them over the items; 0 where no item has two rows.
-      share: share of all steps within items that are the common one.
+      common: that of most items; 0 where no item has two rows.
+      share: share of the steps of these items that are the common one.
+      constant: every step of every item is the common one.
     """
 
     usual: np.ndarray
     common: int
     share: float
+    constant: bool
 
 
 def steps_of(items: Items) -> Steps:
@@ -124,7 +126,7 @@ def steps_of(items: Items) -> Steps:
     stays &= steps > 0
     usual = np.zeros(items.n, np.int64)
     if not stays.any():
-        return Steps(usual, 0, 0.0)
+        return Steps(usual, 0, 0.0, False)
     if stays.all():
         owners = items.owners[1:]
     else:
@@ -142,28 +144,39 @@ def steps_of(items: Items) -> Steps:
         kinds, frequent = _most_frequent_each(owners[chosen], steps[chosen])
         usual[kinds] = frequent
 
-    values, counts = np.unique(usual[usual > 0], return_counts=True)
-    common = int(values[counts.argmax()])
-    return Steps(usual, common, float((steps == common).mean()))
+    # Of steps that equally many items have, the one that is more frequent overall.
+    kinds, counts = np.unique(usual[usual > 0], return_counts=True)
+    kinds = kinds[counts == counts.max()]
+    common = int(kinds[0])
+    if len(kinds) > 1:
+        every, overall = np.unique(steps, return_counts=True)
+        common = int(kinds[np.argmax(overall[np.searchsorted(every, kinds)])])
+    alike = (usual == common)[owners]
+    share = float((steps[alike] == common).mean())
+    return Steps(usual, common, share, bool(alike.all() and share == 1))
 
 
 def _most_frequent_each(owners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(owners, the most frequent step of each, the smallest of those that tie)."""
-    order = np.lexsort((steps, owners))
-    owners, steps = owners[order], steps[order]
-    new = np.concatenate([[True], (owners[1:] != owners[:-1]) | (steps[1:] != steps[:-1])])
-    at = np.flatnonzero(new)
-    counts = np.diff(np.concatenate([at, [len(steps)]]))
-    owners, steps = owners[at], steps[at]
+    """(owners, the most frequent step of each).
 
-    best = np.lexsort((steps, -counts, owners))
-    owners, steps = owners[best], steps[best]
+    Of several the one that all owners together have most often, and of these the smallest.
+    """
+    kinds, codes, overall = np.unique(steps, return_inverse=True, return_counts=True)
+    order = np.lexsort((codes, owners))
+    owners, codes = owners[order], codes[order]
+    new = np.concatenate([[True], (owners[1:] != owners[:-1]) | (codes[1:] != codes[:-1])])
+    at = np.flatnonzero(new)
+    counts = np.diff(np.concatenate([at, [len(codes)]]))
+    owners, codes = owners[at], codes[at]
+
+    best = np.lexsort((codes, -overall[codes], -counts, owners))
+    owners, codes = owners[best], codes[best]
     first = np.concatenate([[True], owners[1:] != owners[:-1]])
-    return owners[first], steps[first]
+    return owners[first], kinds[codes[first]]
 
 
 def common_freq(items: Items, steps: Steps) -> str | None:
-    """Infer the canonical step of most items, by the rules of `infer_freq`; None where none stands out.
+    """Infer the canonical step of most items by the rules of `infer_freq`, None where none stands out.
 
     Months are sought in the stamps of all such items together: those of one item may be too few.
     """
@@ -173,7 +186,7 @@ def common_freq(items: Items, steps: Steps) -> str | None:
     alike = steps.usual == steps.common
     if days >= 28:
         return _long_freq(items, steps)
-    if steps.share == 1:
+    if steps.constant:
         return canonical_freq(f"{steps.common}us")
     if steps.common < LENGTHS["s"]:
         # A rate of many hertz, rounded to milliseconds, has steps of two lengths.

@@ -31,6 +31,7 @@ GRID = (
     *(0.925, 0.95, 0.96, 0.97, 0.975, 0.98, 0.99, 0.995, 0.9975, 0.999),
 )
 WINDOWS = 512  # origins that a calibration looks at, at most
+FEWEST = 128  # origins, where each has many targets
 ENOUGH = 100  # windows without overlap from which on each target has quantiles of its own
 MOST = 1 << 18  # numbers of a calibration that is kept per target
 
@@ -196,7 +197,7 @@ def rolling_origins(panel: Panel, horizon: int, context_len: int, windows: int |
     windows: about how many; by default fewer where each has many targets.
     """
     if windows is None:
-        windows = int(np.clip(2 * WINDOWS // panel.n_variates, ENOUGH, WINDOWS))
+        windows = int(np.clip(2 * WINDOWS // panel.n_variates, FEWEST, WINDOWS))
     n = panel.lengths
     seen = np.minimum(n, context_len)
     room = n - horizon - np.maximum(-(-seen // 2), 1) + 1  # origins that fit, one row apart

@@ -19,7 +19,7 @@ from ltsm_jax import hosts, sharding, training
 from ltsm_jax.data.panel import Panel
 from ltsm_jax.data.panel_windows import MOST_SCORED, MOST_TRAIN, PanelSplits, cut_panel, spread
 from ltsm_jax.data.windows import Windows
-from ltsm_jax.frequency import count_unit, following, microseconds, to_wall
+from ltsm_jax.frequency import count_unit, microseconds, to_wall
 from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import auto_ets
 from ltsm_jax.methods.binding import (
@@ -33,6 +33,7 @@ from ltsm_jax.methods.binding import (
 )
 from ltsm_jax.methods.checks import Difference, bootstrap_difference
 from ltsm_jax.methods.decision import TITLES, ZERO_SHOT, Candidate, Verdict, decide, few_blocks
+from ltsm_jax.methods.pruning import refuse_pruned
 from ltsm_jax.methods.run import Result, run
 from ltsm_jax.methods.strategies import Strategy, start_params, strategy
 from ltsm_jax.models import Model
@@ -51,7 +52,7 @@ LARGEST_BATCH = 256
 STEPS = 8  # batches that a table of training windows is cut into at least, where it has 16 windows for each
 SMALLEST_BATCH = 16
 REPEATS = 10  # of a small table in one epoch
-MOST_ETS = 200  # windows that AutoETS is fitted on, in validation and in test
+MOST_ETS = 64  # windows that AutoETS is fitted on, in validation and in test: about a second each
 EXAMPLES = 4
 DAYS = {"B": 1.4, "M": 30.436875, "Q": 91.310625, "Y": 365.2425}
 
@@ -215,7 +216,8 @@ def compare(
       panel: items with their targets. Covariates are not used in training.
       horizon: rows to forecast.
       methods: see `named`.
-      masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them.
+      masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them. A model
+        with channels of zeros is refused without; `masks={}` trains them all the same.
       config: how to train; what it leaves out is the model's recipe, with at most 256 windows a
         batch.
       budget: optimiser steps of each phase of each method; an epoch is then a fifth of it
@@ -234,6 +236,9 @@ def compare(
     if budget is not None:
         budget = whole(budget, "budget")
     strategies = named(methods, model)
+    if strategies and masks is None:
+        check_params(model, params)
+        refuse_pruned(model, params)
     prepared = prepare(
         model,
         params,
@@ -325,7 +330,7 @@ def compare(
         horizon=horizon,
         context_len=splits.test.context_len,
         freq=panel.freq,
-        items=len(np.unique(splits.origins(splits.test)[0])),
+        items=int((splits.edges[:, 0] < splits.edges[:, 2]).sum()),
         windows={"train": available, "val": splits.val.n, "test": splits.test.n},
         spans=_spans(splits),
         settings=settings,
@@ -496,9 +501,11 @@ class _Scorer:
     ) -> Candidate:
         """What a run gave, with the error before its first step."""
         begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
-        if masks is not None:
-            begin = merge(begin, masks, self.placement)
-        before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
+        if begin is start:
+            before = _record(self.val[ZERO_SHOT])
+        else:
+            begin = begin if masks is None else merge(begin, masks, self.placement)
+            before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
         history: list[dict[str, Any]] = [{"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}]
         for entry in result.history:
             history.append({key: entry[key] for key in ("epoch", "val_mse", "val_mae", "train_loss", "lr")})
@@ -562,9 +569,9 @@ class _Scorer:
                     "item": str(splits.panel.ids[item[i]]),
                     "column": splits.panel.columns[variate],
                     "stamps": stamps(splits.panel, int(item[i]), int(origin[i]) - own, own + windows.horizon),
-                    "context": context[len(context) - own :],
-                    "target": target,
-                    "forecasts": {name: found[name][2][k, row] * std + mean for name in names},
+                    "context": context[len(context) - own :].tolist(),
+                    "target": target.tolist(),
+                    "forecasts": {name: (found[name][2][k, row] * std + mean).tolist() for name in names},
                 }
             )
         return tuple(examples)
@@ -600,11 +607,10 @@ def calendar(panel: Panel) -> np.ndarray:
 
 def stamps(panel: Panel, item: int, row: int, n: int) -> list[str] | None:
     """Stamps of `n` rows of an item from `row` on, as the clock on the wall shows them; None without stamps."""
-    if panel.first is None or panel.freq is None:
+    found = panel.stamps_at(np.array([item]), np.arange(row, row + n)[None])
+    if found is None:
         return None
-    first = panel.first[item : item + 1]
-    every = np.concatenate([first, following(first, row + n - 1, panel.freq, panel.tz)])[row:]
-    return [str(stamp).removesuffix(".000000") for stamp in to_wall(every, panel.tz)]
+    return [str(stamp).removesuffix(".000000") for stamp in to_wall(found[0], panel.tz)]
 
 
 def _spans(splits: PanelSplits) -> dict[str, tuple[str, str]]:

@@ -241,6 +241,9 @@ def forecast(
             scale[empty] = np.nan
             if season is not None:
                 unit[rows] = error_unit((context - mean) / scale, season) * scale[..., 0]
+                for row, member in np.argwhere(unit[rows] == 0):
+                    variate = member if joint else rows[row] % c
+                    unit[rows[row], member] = cut.unit_of_all(row, variate, season)
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
             if on_host is None:
                 past, known = cut.covariates(size) if covariates else (None, None)
@@ -332,6 +335,13 @@ class _Cut:
         if variates is not None:
             return np.where(inside, values[variates[:, None], at], np.nan)[:, None]
         return np.where(inside, values[:, at], np.nan).swapaxes(0, 1)
+
+    def unit_of_all(self, row: int, variate: int, season: int) -> float:
+        """The unit of errors that all rows of the item before the origin give, 0 if none moves."""
+        start, end = self.panel.bounds[self.origins.items[row]], self.origins.ends[row]
+        x = self.panel.values[variate, start:end]
+        mean, scale = context_scale(x)
+        return float(error_unit((x - mean) / scale, season) * scale[0])
 
     def covariates(self, size: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Past covariates [size, K, L] and known ones [size, K', L + H], standardised likewise."""

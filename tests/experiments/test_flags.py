@@ -179,6 +179,8 @@ def test_numbers_are_written_so_that_reading_gives_them_back():
         ("give freq= or target=['a', 'b']", "give --freq or --target a,b"),
         ('irregular="regularise" sorts (context_len=32)', "--irregular regularise sorts (--context 32)"),
         ("say which with time=", "say which with --time"),
+        ("ask for the point alone: quantile_levels=()", "ask for the point alone: --levels none"),
+        ("it is a covariate (past=)", "it is a covariate (--past)"),
         ("freq='2 weeks', few_shot=0.1.", "--freq '2 weeks', --few-shot 0.1."),
         ("--missing interpolate", "--missing interpolate"),
         ("name='x', d_model=8", "name='x', d_model=8"),  # no options of a command line

@@ -140,6 +140,16 @@ def test_missing_values_are_not_seen(case):
     assert not np.array_equal(np.asarray(whole), np.asarray(broken)), "the gap must matter"
 
 
+def test_missing_values_in_front_change_nothing_where_the_family_says_so(case):
+    x = case.series(1, 3)
+    shapes = jax.eval_shape(lambda x: case.model.predict(case.params, x, 5), x)
+    if not case.model.missing_in_front or shapes.samples is not None:
+        return  # draws follow the bits of the context; what they are drawn from is tested with the family
+    filled = jnp.full((1, case.c, case.model.context_len), jnp.nan).at[..., -3:].set(x)
+    short, long = case.predict(x, 5).point, case.predict(filled, 5).point
+    np.testing.assert_allclose(short, long, rtol=2e-4, atol=2e-5)
+
+
 def test_rows_do_not_see_each_other(case):
     x = case.series(ROWS, case.model.context_len)
     together = np.asarray(case.predict(x, case.model.horizon).point)

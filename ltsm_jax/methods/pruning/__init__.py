@@ -46,6 +46,7 @@ from ltsm_jax.methods.pruning.channels import (
     full_masks,
     gradient_sums,
     importance_of,
+    refuse_pruned,
     select,
     share_left,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "masked",
     "merge",
     "prune",
+    "refuse_pruned",
     "select",
     "share_left",
     "weights_of",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import trees
+from ltsm_jax import sharding, trees
 from ltsm_jax.layers import masks as layer_masks
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.masks import masked
@@ -268,3 +268,24 @@ def share_left(masks: Masks) -> float:
     """Share of the channels that are not pruned."""
     flat = [np.asarray(x) for x in jax.tree.leaves(masks)]
     return float(sum((x != 0).sum() for x in flat) / sum(x.size for x in flat))
+
+
+def refuse_pruned(model: Model, params: Params) -> None:
+    """Raises: ValueError where some channels of a linear are zeros and others are not, as pruning leaves them."""
+    flat, zeros = trees.flatten(params), 0
+    for path, (m_in, _) in layer_masks.weights(params, full_masks(model)).items():
+        kernel = np.asarray(sharding.on_host(flat[path])) if path in flat else None
+        if kernel is None or not path.endswith("/kernel"):
+            continue
+        bias = flat.get(path.removesuffix("kernel") + "bias")
+        inputs, outputs = tuple(range(m_in.ndim)), tuple(range(m_in.ndim, kernel.ndim))
+        dead_in = ~kernel.any(axis=outputs)
+        dead_out = ~kernel.any(axis=inputs)
+        if bias is not None:
+            dead_out &= np.asarray(sharding.on_host(bias)) == 0
+        zeros += sum(int(dead.sum()) for dead in (dead_in, dead_out) if not dead.all())
+    if zeros:
+        raise ValueError(
+            f"{zeros} channels of this model are zeros, as pruning leaves them, and training would bring them back: "
+            "hand in the masks that prune or remove gave (masks=masks), or masks={} to train them all the same"
+        )
