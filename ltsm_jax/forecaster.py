@@ -460,12 +460,14 @@ class Forecaster:
             *panels.notes_on_lengths(by.predictor, panel, by.context_len),
         ]
         if rest:
-            if calibration is None:
+            # Where nothing has ever moved there is no error to measure, and none to expect.
+            if calibration is None and found.unit.any():
                 try:
                     calibration = Calibration.measured(panel, before, past, "of the history")
                 except ValueError as err:
                     raise self._unmeasured(panel, horizon, rest, str(err)) from None
-            notes.append(calibration.describe(rest))
+            if calibration is not None:
+                notes.append(calibration.describe(rest))
             if still := int((found.unit == 0).sum()):
                 notes.append(
                     f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
@@ -652,11 +654,16 @@ class _Way:
 
 
 def _with_quantiles(found: Found, levels: tuple[float, ...], calibration: Calibration | None) -> Found:
-    """A forecast with its quantiles and those at `levels` that a calibration says, rising."""
+    """A forecast with its quantiles and those at `levels` that a calibration says, rising.
+
+    Without a calibration these lie on the forecast.
+    """
     quantiles = found.quantiles
     if levels:
-        assert calibration is not None
-        quantiles = np.concatenate([quantiles, calibration.quantiles(found, levels)], axis=-1)
+        more = np.repeat(found.point[..., None], len(levels), axis=-1)
+        if calibration is not None:
+            more = calibration.quantiles(found, levels)
+        quantiles = np.concatenate([quantiles, more], axis=-1)
     # Quantiles of one forecast from two sources may cross.
     rising = np.sort(quantiles, axis=-1)
     return dataclasses.replace(found, quantiles=rising, levels=tuple(sorted((*found.levels, *levels))))
