@@ -10,7 +10,9 @@ from ltsm_jax.flags import (
     BELOW_1,
     HUGE,
     TINY,
+    Compute,
     Reading,
+    Tuning,
     UsageError,
     command,
     described,
@@ -31,9 +33,6 @@ from ltsm_jax.flags import (
     words,
 )
 from ltsm_jax.methods.strategies import MIXED
-from ltsm_jax.tasks import forecasting
-from ltsm_jax.training.config import COMPUTE, REMAT
-from ltsm_jax.training.optimizers import SCHEDULES
 
 __all__ = [
     "BELOW_1",
@@ -66,38 +65,19 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class Training(Tuning):
     """Of every run; what is not given is as the model's recipe has it."""
 
-    mode: Annotated[forecasting.Mode | None, one_of(forecasting.MODES, unset="recipe")] = None
-    """loss: ims (the family's own, next token) or direct (the forecast only)"""
-    epochs: Annotated[int | None, whole(1, unset="recipe")] = None
-    """passes over the training windows"""
-    batch_size: Annotated[int | None, whole(1, unset="recipe")] = None
-    """windows per step"""
-    lr: Annotated[float | None, number(TINY, HUGE, says="positive", unset="recipe")] = None
-    """learning rate"""
-    schedule: Annotated[
-        str | None,
-        one_of(tuple(SCHEDULES), unset="recipe"),
-        described(f"of the learning rate: {', '.join(SCHEDULES)}"),
-    ] = None
     few_shot: Annotated[float, number(TINY, 1, says="a share above 0 and at most 1")] = 1.0
     """share of the training windows"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Devices:
+class Devices(Compute):
     """Where arrays lie, and what memory a step takes."""
 
     mesh: Annotated[str | None, text("AXES")] = None
     """devices by axis, as data=4,fsdp=2,tensor=1; by default all on data"""
-    compute: Annotated[str, one_of(COMPUTE)] = "float32"
-    """dtype of the matrix products in training: float32 or bfloat16"""
-    accumulate: Annotated[int, whole(1)] = 1
-    """parts a batch is taken in, for less memory"""
-    remat: Annotated[str, one_of(tuple(REMAT))] = "none"
-    """what the backward pass computes again, for less memory: none or "all but products" """
 
 
 @dataclasses.dataclass(frozen=True)

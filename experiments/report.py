@@ -28,6 +28,7 @@ from experiments import folder as folders
 from experiments.flags import exact
 from ltsm_jax import storage
 from ltsm_jax.methods.strategies import STRATEGIES
+from ltsm_jax.report import markdown_table
 
 NAMES = {
     "zero_shot": "zero-shot",
@@ -271,12 +272,6 @@ def encodable(text: str, encoding: str) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A GitHub table; every column but the first is right-aligned."""
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from ltsm_jax.data.panel_tables import PanelOptions
 from ltsm_jax.data.tables import IRREGULAR, MISSING, ReadingOptions
+from ltsm_jax.tasks import forecasting
+from ltsm_jax.training.config import COMPUTE, REMAT
+from ltsm_jax.training.optimizers import SCHEDULES
 
 T = TypeVar("T")
 Check = PrimitiveConstructorSpec
@@ -348,6 +351,37 @@ def in_flags(message: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # options that programs share
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How to train; what is not given is as the model's recipe has it."""
+
+    mode: Annotated[forecasting.Mode | None, one_of(forecasting.MODES, unset="recipe")] = None
+    """loss: ims (the family's own, next token) or direct (the forecast only)"""
+    epochs: Annotated[int | None, whole(1, unset="recipe")] = None
+    """passes over the training windows"""
+    batch_size: Annotated[int | None, whole(1, unset="recipe")] = None
+    """windows per step"""
+    lr: Annotated[float | None, number(TINY, HUGE, says="positive", unset="recipe")] = None
+    """learning rate"""
+    schedule: Annotated[
+        str | None,
+        one_of(tuple(SCHEDULES), unset="recipe"),
+        described(f"of the learning rate: {', '.join(SCHEDULES)}"),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """What memory and time a step takes."""
+
+    compute: Annotated[str, one_of(COMPUTE)] = "float32"
+    """dtype of the matrix products in training: float32 or bfloat16"""
+    accumulate: Annotated[int, whole(1)] = 1
+    """parts a batch is taken in, for less memory"""
+    remat: Annotated[str, one_of(tuple(REMAT))] = "none"
+    """what the backward pass computes again, for less memory: none or "all but products" """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

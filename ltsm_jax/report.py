@@ -90,7 +90,7 @@ def _sections(verdict: Verdict) -> list[_Section]:
 
     facts = [
         ["targets", ", ".join(verdict.columns)],
-        ["items scored", f"{verdict.items:,}"],
+        ["items long enough to be scored", f"{verdict.items:,}"],
         ["step", verdict.freq or "unknown"],
         ["horizon", f"{verdict.horizon} rows"],
         ["context", f"{verdict.context_len} rows at most"],

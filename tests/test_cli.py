@@ -14,6 +14,7 @@ import ltsm_jax
 from ltsm_jax import cli, doctor, flags, hosts, hub, storage, trees
 from ltsm_jax.cli import main, printing
 from ltsm_jax.cli.models import PARAMETERS
+from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.models import FAMILIES, folders
 
 
@@ -396,6 +397,51 @@ def test_prune(ran, timer, shops, tmp_path):
     assert code == 0 and facts["parameters"] < 4216
     assert trees.count(ltsm_jax.load("masked/model")[1]) == facts["parameters"]
     assert folders.read_config("masked/model")[1]["provenance"]["pruned_from"]
+
+
+def test_fit_and_what_it_leaves(ran, timer, shops, tmp_path, monkeypatch):
+    words = ("fit", shops / "sales.csv", "--model", timer, *LONG, "--methods", "zero_shot,ff", "--budget", 4,
+             "--out", tmp_path / "run")  # fmt: skip
+    code, out, err = ran(*words, "--plan")
+    assert code == 0 and fits(err) and not (tmp_path / "run").exists()
+    for told in ("methods   zero_shot, ff and the naive", "training  4 steps", "memory    about", "to test"):
+        assert told in err
+
+    code, out, _ = ran(*words, "--json")
+    assert code == 0 and json.loads(out)["out"] == str(tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "verdict.json", "report.md", "report.html"}
+    found = json.loads((tmp_path / "run/verdict.json").read_text())
+    # Four steps from fresh weights do not reach a week that repeats itself.
+    assert found["deploy"] == "seasonal_naive" and found["methods"].keys() == {"zero_shot", "ff"}
+    assert json.loads(out).items() >= found.items()
+
+    # What was said of the table is known to what was fitted on it.
+    code, out, err = ran("forecast", shops / "sales.csv", "--model", tmp_path / "run/model", "--horizon", 8)
+    assert code == 0 and out.startswith("shop,date,predictions,0.1,0.5,0.9\ns0,2024-05-30,")
+    assert "forecasts with seasonal_naive" in " ".join(err.split())
+    table = pd.read_csv(shops / "sales.csv")
+    last_week = table[table["shop"] == "s0"]["sold"].tail(7).tolist()
+    given = [float(line.split(",")[2]) for line in out.splitlines()[1:8]]
+    assert given == pytest.approx(last_week)
+
+    code, out, err = ran("export", tmp_path / "run/model", tmp_path / "back.ckpt")
+    assert code == 0 and "seasonal_naive" in err
+    code, out, err = ran(*words)
+    assert (code, out) == (2, "") and str(tmp_path / "run" / "model") in err
+
+    # With --overwrite it is run again, from the start.
+    fitted = Forecaster.load(tmp_path / "run/model")
+    monkeypatch.setattr(Forecaster, "fit", lambda self, *_, **rest: fitted)
+    code, out, _ = ran(*words, "--overwrite")
+    assert code == 0 and not (tmp_path / "run/training").exists()
+    verdict, _, places = out.partition("\nmodel: ")
+    assert fits(verdict) and "seasonal_naive" in verdict and "report.html" in places
+
+
+def test_more_memory_than_there_is_is_refused_with_the_plan(ran, timer, shops, tmp_path, monkeypatch):
+    monkeypatch.setattr("ltsm_jax.training.memory.available", lambda: 10**6)
+    code, out, err = ran("fit", shops / "sales.csv", "--model", timer, *LONG, "--out", "run", "--plan")
+    assert (code, out) == (2, "") and "--batch-size" in err and "fits" in err
 
 
 def test_non_commercial_weights_ask_for_the_option(ran, shops, monkeypatch):

@@ -76,7 +76,7 @@ def test_the_sentence_comes_first_then_the_table(verdict, tmp_path):
     assert "| **ff** | 0.5000 | 0.7071 | 0.6000 | 0.7746 | 3 | 7.2 |" in text
     assert "| sff | 0.5500 | 0.7416 | - | - | 3 | 7.0 |" in text
     assert "- ff - zero_shot: -0.5000 (95 %: -0.7000 to -0.3000, from 12 blocks of time)" in text
-    assert "- zero_shot - last_value: -98.4000; 2 blocks and 1 items are too few for an interval" in text
+    assert "- zero_shot - last_value: -98.4000; too few for an interval: 2 blocks of time and 1 item" in text
     assert "| training | 1,200 windows, 2023-01-01 to 2023-12-31 |" in text
     assert "| test | 40 windows, 2024-03-01 06:00:00 to 2024-04-01 |" in text
     assert "- train: 3 windows left out" in text and "- ff: look" in text

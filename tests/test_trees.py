@@ -197,7 +197,7 @@ def test_published_presets_have_the_published_size():
 
 
 def test_a_message_on_many_differences_can_be_read():
-    a = {f"layer_{i}": {"a_rather_long_name_of_a_module" * 6: jnp.zeros(i)} for i in range(1, 200)}
+    a = {f"layer_{i}": {"a_rather_long_name_of_a_module" * 6: np.zeros(i)} for i in range(1, 200)}
     with pytest.raises(ValueError, match=r"layer_10/.*: only in first\n(.*\n)*.*and 387 more$") as error:
         trees.require_same(a, {f"other_{i}": x for i, x in enumerate(a.values(), 1)} | {"layer_1": a["layer_1"]})
     assert len(str(error.value)) < 2000

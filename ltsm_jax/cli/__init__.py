@@ -2,6 +2,9 @@
 
     ltsm forecast sales.csv --model amazon/chronos-bolt-tiny --horizon 24 \\
         --id store --target sold --future prices.csv --out forecast.csv --plot forecast.png
+    ltsm fit sales.csv --model amazon/chronos-bolt-tiny --horizon 24 \\
+        --id store --target sold --methods zero_shot,ff,sff --out runs/sales
+    ltsm forecast new.csv --model runs/sales/model --horizon 24 --out forecast.csv
 
 DATA is a .csv, .parquet or .xlsx file, wide or long, or the name of a
 benchmark (ETTh1). MODEL is a name of `ltsm models`, a model folder, what
@@ -36,6 +39,7 @@ from ltsm_jax.cli import printing
 from ltsm_jax.cli.models import Convert, Doctor, Export, Models
 from ltsm_jax.cli.options import Command
 from ltsm_jax.cli.tables import Compare, Evaluate, Forecast, Prune
+from ltsm_jax.cli.tuning import Fit
 from ltsm_jax.data import DataError
 
 EXIT_FAULT = 1
@@ -44,6 +48,7 @@ EXIT_DATA = 3
 COMMANDS: dict[str, type[Command]] = {
     "models": Models,
     "forecast": Forecast,
+    "fit": Fit,
     "evaluate": Evaluate,
     "compare": Compare,
     "prune": Prune,

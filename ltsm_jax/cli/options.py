@@ -12,6 +12,8 @@ from ltsm_jax.data import DataError, Panel
 from ltsm_jax.data.tables import IRREGULAR, MISSING
 from ltsm_jax.forecaster import Forecaster
 
+MODEL = "shipped name, model folder, what `ltsm fit` wrote, original checkpoint, or name of the hub (owner/name)"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:

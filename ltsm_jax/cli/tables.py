@@ -10,7 +10,7 @@ import pandas as pd
 
 from ltsm_jax import flags, hosts, storage, trees
 from ltsm_jax.cli import printing
-from ltsm_jax.cli.options import OnTable, of_model, of_table
+from ltsm_jax.cli.options import MODEL, OnTable, of_model, of_table
 from ltsm_jax.data import Panel
 from ltsm_jax.forecaster import LEVELS, Forecaster
 from ltsm_jax.methods import pruning, verdict
@@ -22,7 +22,6 @@ from ltsm_jax.training.memory import in_words
 
 TABLES = (".csv", ".csv.gz", ".parquet", ".json")
 PICTURES = (".png", ".svg", ".pdf")
-MODEL = "shipped name, model folder, what `ltsm fit` wrote, original checkpoint, or name of the hub (owner/name)"
 
 
 def _bytes(tree: Any) -> int:
@@ -185,7 +184,7 @@ class Evaluate(OnTable):
             return 0
         found = _scored(forecaster, panel, self.horizon, self.context).verdict
         if self.output.json:
-            printing.show_json({"model": self.model} | found.to_json())
+            printing.show_json(found.to_json() | {"source": self.model})
         else:
             printing.show(str(found))
         return 0

@@ -212,7 +212,8 @@ class TableReader:
 
     def any_numbers(self, table: pd.DataFrame, columns: list) -> bool:
         """Whether a column holds numbers, as such or as text."""
-        return any(is_numeric(table[c]) or to_number(table[c]).notna().any() for c in columns)
+        cells = [table[column] for column in columns]
+        return any(is_numeric(c) or (not is_time(c) and to_number(c).notna().any()) for c in cells)
 
     def check_default(self, table: pd.DataFrame, wanted: list, time: list, ids: list) -> None:
         """Columns without a name and tables without numbers."""
@@ -272,18 +273,26 @@ class TableReader:
         )
         return found or (None, None)
 
-    def ids_that_tell_apart(self, table: pd.DataFrame, time: list, taken: set, stamps: Stamps) -> list[list]:
+    def ids_that_tell_apart(
+        self,
+        table: pd.DataFrame,
+        time: list,
+        taken: set,
+        stamps: Stamps,
+        codes: np.ndarray | None = None,
+    ) -> list[list]:
         """Every choice of columns that tells rows of one stamp apart, likely ones first; [] where no
         stamp repeats.
 
         Args:
           taken: columns that are no ids: those of the time, of the ids given, of targets asked for.
+          codes: [T] items by the ids given; None: there are none.
         """
         if stamps is None:
             return []
         frame = pd.DataFrame({"stamp": stamps})
-        for column in self.found(table, "id", self.how.id):
-            frame[f"given {column}"] = _codes(table[column])
+        if codes is not None:
+            frame["given"] = codes
         repeats = float(frame.duplicated().mean())
         if not repeats:
             return []

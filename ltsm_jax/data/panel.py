@@ -86,6 +86,14 @@ class Panel:
             if names and (values is None or values.shape != (len(names), rows)):
                 raise DataError(f"{len(names)} covariates ({', '.join(names)}) need values of [{len(names)}, {rows}]")
 
+        ahead = self.future_values
+        if ahead is not None and ahead.shape[:2] != (len(self.known), n):
+            raise DataError(f"future_values of shape {ahead.shape} need [K, N, F], K {len(self.known)}, N {n}")
+        if self.first is not None and self.first.shape != (n,):
+            raise DataError(f"{n} items need {n} first stamps, not {self.first.shape}")
+        if self.static is not None and len(self.static) != n:
+            raise DataError(f"{n} items need {n} rows of static covariates, not {len(self.static)}")
+
     @property
     def n_items(self) -> int:
         """N."""

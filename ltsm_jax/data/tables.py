@@ -240,7 +240,10 @@ class _SeriesReader(TableReader):
         given = self.found(table, "id", self.how.id)
         asked = set(targets) if self.how.target is not None else set()
         taken = {*time, *given, *asked}
-        for columns in self.ids_that_tell_apart(table, time, taken, stamps):
+        codes = None
+        if given:
+            codes = table.groupby(given, sort=False, dropna=False).ngroup().to_numpy()
+        for columns in self.ids_that_tell_apart(table, time, taken, stamps, codes):
             self.refuse_ids(table, [*given, *columns])
         named = self.named_ids(table, taken)
         if named and not given:

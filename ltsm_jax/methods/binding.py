@@ -5,7 +5,6 @@ one place, the family's own, and nowhere again.
 """
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from ltsm_jax import sharding, storage, training, trees
 from ltsm_jax.data import Borders, DataError, Series, Splits, borders_of, prepare
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.tables import ReadingOptions
-from ltsm_jax.models import Model
+from ltsm_jax.models import Model, folders
 from ltsm_jax.tasks.forecasting import LOSS, MODES, Forecasting, Mode, loss_fn
 
 Params = Any
@@ -78,14 +77,9 @@ def drawn(before: Params, after: Params) -> tuple[str, ...]:
     return tuple(path for path, leaf in trees.flatten(after).items() if old.get(path) != jnp.shape(leaf))
 
 
-@functools.lru_cache(maxsize=64)
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in trees.flatten(jax.eval_shape(model.init, jax.random.key(0))).items()}
-
-
 def check_params(model: Model, params: Params) -> None:
     """Raises: ValueError, in one line, where `params` are those of another model."""
-    own = _shapes(model)
+    own = {path: leaf.shape for path, leaf in trees.flatten(folders.shapes(model)).items()}
     given = {path: jnp.shape(leaf) for path, leaf in trees.flatten(params).items()}
     odd = sorted(path for path in own.keys() | given.keys() if own.get(path) != given.get(path))
     if odd:

@@ -81,7 +81,7 @@ class Verdict:
         "zero_shot_vs_naive"; those that exist.
       name: of the data. model: of the family. columns: of the targets. horizon, context_len: rows.
       freq: step of the data, or None.
-      items: that are scored. windows: of "train", "val" and "test".
+      items: long enough to be scored. windows: of "train", "val" and "test".
       spans: first and last stamp of the targets of each part; empty without stamps.
       settings: mode, seed, budget and configuration of the training.
       notes: what was done to the data, and what the result rests on.
@@ -158,8 +158,8 @@ class Verdict:
         for cells in (header, *rows):
             numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
             table.append("  ".join([cells[0].ljust(widths[0]), *numbers]).rstrip())
-        counts = f"{self.windows['val']:,} windows validate, {self.windows['test']:,} test"
-        facts = f"{self.name}: {self.items:,} items, horizon {self.horizon}, {counts}"
+        windows = f"windows: {self.windows['val']:,} to validate, {self.windows['test']:,} to test"
+        facts = f"{self.name}: {counted(self.items, 'item')}, horizon {self.horizon}, {windows}"
         lines = [*textwrap.wrap(self.reason, WIDTH), "", *textwrap.wrap(facts, WIDTH), "", *table, ""]
         if self.differences:
             lines.append("difference in MSE on the test span:")
@@ -223,19 +223,29 @@ def number(x: float) -> str:
     return f"{x:.4f}" if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.3e}"
 
 
+def counted(n: int, word: str) -> str:
+    """A number of things: "1 item", "2,000 items"."""
+    return f"{n:,} {word}" + ("" if n == 1 else "s")
+
+
+def signed(x: float) -> str:
+    """A difference with its sign and four decimals, a large or tiny one with two digits."""
+    return f"{x:+.4f}" if x == 0 or 5e-5 <= abs(x) < 1e4 else f"{x:+.1e}"
+
+
 def said(found: Difference) -> str:
     """A difference in words and numbers."""
     if not found.units:
-        return f"{found.mean:+.4f}; {found.blocks} blocks and {found.items} items are too few for an interval"
-    count = found.blocks if found.units == "blocks" else found.items
-    kind = "blocks of time" if found.units == "blocks" else "items"
-    return f"{found.mean:+.4f} (95 %: {found.low:+.4f} to {found.high:+.4f}, from {count} {kind})"
+        few = f"{counted(found.blocks, 'block')} of time and {counted(found.items, 'item')}"
+        return f"{signed(found.mean)}; too few for an interval: {few}"
+    units = f"{found.blocks} blocks of time" if found.units == "blocks" else f"{found.items:,} items"
+    return f"{signed(found.mean)} (95 %: {signed(found.low)} to {signed(found.high)}, from {units})"
 
 
 def _interval(found: Difference) -> str:
     if not found.units:
         return "too few blocks of time for an interval"
-    return f"difference in MSE {found.mean:+.4f}, 95 %: {found.low:+.4f} to {found.high:+.4f}"
+    return f"difference in MSE {signed(found.mean)}, 95 %: {signed(found.low)} to {signed(found.high)}"
 
 
 def decide(
@@ -329,9 +339,10 @@ def few_blocks(difference: Difference | None) -> tuple[str, ...]:
     """Say what an interval does not rest on."""
     if difference is None or difference.blocks >= FEWEST:
         return ()
-    count = f"the test span has {difference.blocks} blocks of time"
+    count = f"the test span has {counted(difference.blocks, 'block')} of time"
     if not difference.units:
-        return (f"{count} and {difference.items} items: an interval takes at least {FEWEST} of one of them",)
+        items = counted(difference.items, "item")
+        return (f"{count} and {items}: an interval takes at least {FEWEST} of one of them",)
     return (f"{count}: intervals come from the spread over items, what all items share is not in them",)
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from ltsm_jax import trees
+from ltsm_jax.models import folders
 from ltsm_jax.models.family import Lora
 
 Params = Any
@@ -214,7 +215,7 @@ def start_params(strategy: Strategy, model: Any, params: Params, aux_key: jax.Ar
     Raises: ValueError where `params` is not a tree of this model.
     """
     start = strategy.start
-    trees.require_same(params, jax.eval_shape(model.init, aux_key), names=("params", "model"))
+    trees.require_same(params, folders.shapes(model), names=("params", "model"))
     if isinstance(start, Pretrained) and not strategy.reinit_head:
         return params
     aux = jax.tree.map(_placed_like, model.init(aux_key), params)

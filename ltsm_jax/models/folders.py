@@ -10,6 +10,7 @@ parameters against the stored arrays and their bytes before any of it is in memo
 """
 
 import difflib
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -271,6 +272,12 @@ def read_buffers(folder: str | Path) -> dict[str, np.ndarray]:
 
 def shapes(model: Model) -> trees.Tree:
     """Give shape and dtype of every parameter, without computing any: those of 32 bits, whatever JAX is set to."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(model))  # containers of the caller's own
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(model: Model) -> trees.Tree:
+    """Trace `init`, which takes about a second for a large model: once for each."""
     with jax.enable_x64(False):
         return jax.eval_shape(model.init, jax.random.key(0))
 

@@ -7,6 +7,7 @@ compiler.
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -119,19 +120,23 @@ def estimate(
 def _kept_by_backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How) -> int:
     """Bytes that the backward pass of one part keeps of its forward pass, beside the parameters."""
 
-    def forward(moving, frozen, source, loss_fn):
-        indices, weight = windows.batch_at(jnp.arange(source.n), 0, rows)
-        batch = step.gather(source, indices, weight, Placement())
-
-        def of(moving):
-            return step.objective(moving, frozen, batch, key, loss_fn, None, how)
-
-        return jax.vjp(step.recomputing(of, how), moving)[1]
-
-    kept = _bytes(jax.eval_shape(forward, moving, frozen, source, loss_fn))
+    kept = _bytes(_backward.eval_shape(moving, frozen, source, loss_fn, key, rows, how))
     # in another dtype it keeps copies of the parameters, in float32 themselves
     weights = _bytes(moving) + _bytes(frozen) if how.compute == "float32" else 0
     return max(kept - weights, 0)
+
+
+# Never run: it is for its shapes, which jit keeps from one run to the next.
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How):
+    """Give the backward pass of one part, with all that it holds."""
+    indices, weight = windows.batch_at(jnp.arange(source.n), 0, rows)
+    batch = step.gather(source, indices, weight, Placement())
+
+    def of(moving):
+        return step.objective(moving, frozen, batch, key, loss_fn, None, how)
+
+    return jax.vjp(step.recomputing(of, how), moving)[1]
 
 
 def available() -> int | None:

@@ -116,7 +116,7 @@ def test_several_columns_of_ids_are_joined():
 def test_ids_are_found_by_their_name():
     panel = read_panel(shops().rename(columns={"shop": "item_id"}), target="sold")
     assert panel.n_items == 2 and panel.id_name == "item_id"
-    assert said(panel, "'item_id' tells the items apart")
+    assert said(panel, "the items are told apart by 'item_id'")
 
 
 def test_one_item_with_an_id_keeps_it():
@@ -293,7 +293,7 @@ def test_covariates_known_ahead_from_rows_behind_the_last_target():
     table, future = priced()
     panel = read_panel(pd.concat([table, future]), id="shop", target="sold")
     same(panel, read_panel(table, id="shop", target="sold", future=future))
-    assert said(panel, "covariates known ahead, with values behind the last target: price")
+    assert said(panel, "known ahead, with values behind the last target: price")
 
 
 def test_rows_behind_the_last_target_are_no_observations():
@@ -394,6 +394,72 @@ def test_the_target_is_found_or_asked_for():
     message = refused(table, id="shop")
     assert "several columns may be the target: sold, price; say which with target=" in message
     assert read_panel(table.rename(columns={"sold": "y"}), id="shop").columns == ("y",)
+
+
+def test_a_lone_column_of_numbers_is_the_target_though_it_is_constant():
+    panel = read_panel(shops().iloc[:1], id="shop")
+    assert panel.columns == ("sold",) and panel.values.tolist() == [[1]]
+
+
+def test_columns_that_can_be_no_covariates_are_left_out_and_said():
+    table = shops().assign(
+        empty=NAN,
+        opened=days("2020-01-01", 7),
+        mixed=["1", "b", "3", "4", "5", "6", "7"],
+        wait=pd.to_timedelta(range(7), unit="h"),
+        truth=[True, None, False, True, True, False, True],
+    )
+    panel = read_panel(table, id="shop", time="date", target="sold")
+    assert panel.past == ("truth",) and panel.static is None
+    assert said(
+        panel, "left out (empty, dates, text that is no kinds, or text and numbers): empty, opened, mixed, wait"
+    )
+    assert "'mixed': 1 cells are not numbers" in refused(table, id="shop", time="date", target="sold", past="mixed")
+
+
+def test_dates_are_found_under_any_name_and_years_too():
+    table = shops().rename(columns={"date": "wann"})
+    assert read_panel(table, id="shop").time_name == "wann"
+    two = table.assign(other=table["wann"])
+    assert "several columns may hold the time: wann, other; say which with time=" in refused(two, id="shop")
+    years = pd.DataFrame({"land": list("xxxyyy"), "year": [2001, 2002, 2003] * 2, "gdp": np.arange(6.0)})
+    panel = read_panel(years, id="land")
+    assert (panel.freq, panel.time_name, panel.columns) == ("Y", "year", ("gdp",))
+    months = years.rename(columns={"year": "month"}).assign(year=2001, month=[1, 2, 3] * 2)
+    assert read_panel(months, id="land").freq == "M"
+
+
+def test_ids_that_lack_a_column_are_named():
+    table = pd.concat([shops().assign(item=item) for item in ("i", "j")])
+    assert "id=['shop', 'item'] reads each as an item" in refused(table, id="shop", target="sold")
+    panel = read_panel(table, id=["shop", "item"], target="sold")
+    assert panel.ids.tolist() == ["A/i", "B/i", "A/j", "B/j"]
+    named = read_panel(table.rename(columns={"shop": "store"}), target="sold")
+    assert named.id_name == "store/item"
+
+
+def test_rows_ahead_of_a_lone_item_need_no_id():
+    table, future = priced()
+    own = future[future["shop"] == "A"].drop(columns="shop")
+    panel = read_panel(table[table["shop"] == "A"], id="shop", target="sold", future=own)
+    np.testing.assert_array_equal(panel.future_values, [[[9, 10]]])
+
+
+def test_rows_ahead_follow_where_there_are_no_stamps():
+    table, future = priced()
+    panel = read_panel(
+        table.drop(columns="date"), id="shop", target="sold", future=future.drop(columns="date").iloc[::-1]
+    )
+    np.testing.assert_array_equal(panel.future_values, [[[10, 9], [80, NAN]]])
+    counted = table.assign(date=[0, 1, 2, 3, 7, 8, 9])
+    panel = read_panel(counted, id="shop", target="sold", future=future.assign(date=[4, 5, 11]))
+    np.testing.assert_array_equal(panel.future_values, [[[9, 10], [NAN, 80]]])
+
+
+def test_rows_as_they_come():
+    panel = read_panel(shops().iloc[::-1], id="shop", irregular="ignore")
+    np.testing.assert_array_equal(panel.values, [[30, 20, 10, 4, 3, 2, 1]])
+    assert panel.first is None and panel.freq == "D" and said(panel, "taken as they come, without stamps")
 
 
 # ---- wide tables ----

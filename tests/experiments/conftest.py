@@ -1,3 +1,5 @@
+import importlib.util
+
 import jax
 import numpy as np
 import pandas as pd
@@ -5,6 +7,12 @@ import pytest
 
 import ltsm_jax
 from ltsm_jax.models.timer import Timer, TimerConfig
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than the rest of a comparison whose programs are compiled."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 @pytest.fixture(scope="session")

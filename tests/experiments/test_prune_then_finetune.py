@@ -47,12 +47,6 @@ def folder(command, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes longer than the rest of a comparison whose programs are compiled."""
-    monkeypatch.setattr(pruning_report.importlib.util, "find_spec", lambda name: None)
-
-
 def rows(folder):
     return pd.read_csv(folder / "results.csv")
 

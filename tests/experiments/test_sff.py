@@ -117,7 +117,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("where", ["in training", "between training and result", "in the second phase"])
-def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_path, monkeypatch, where):
+def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_path, monkeypatch, no_pictures, where):
     out, calls = tmp_path / "killed", []
     with monkeypatch.context() as patch:
         if where == "between training and result":
@@ -161,7 +161,7 @@ def test_another_setting_in_the_same_folder_is_refused(folder, command, capsys):
     assert (folder / "results.csv").read_bytes() == before
 
 
-def test_a_run_that_diverges_does_not_stop_the_others(command, tmp_path, capsys):
+def test_a_run_that_diverges_does_not_stop_the_others(command, tmp_path, capsys, no_pictures):
     out = tmp_path / "diverges"
     real = sff.strategy
 

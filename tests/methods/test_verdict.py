@@ -10,7 +10,7 @@ from ltsm_jax.data import DataError
 from ltsm_jax.data.panel import Panel
 from ltsm_jax.methods import strategies
 from ltsm_jax.methods.checks import Difference
-from ltsm_jax.methods.decision import UNSHOWN, Verdict, decide
+from ltsm_jax.methods.decision import UNSHOWN, Verdict, decide, number, signed
 from ltsm_jax.methods.pruning import full_masks
 from ltsm_jax.methods.verdict import calendar, compare, named, stamps
 from ltsm_jax.training import TrainConfig
@@ -173,7 +173,7 @@ def test_three_windows_show_nothing(model, pre):
     assert verdict.windows["val"] == verdict.windows["test"] == 1
     assert verdict.deploy not in ("ff", "sff")
     assert UNSHOWN in verdict.reason or "no tuned model did better" in verdict.reason
-    assert any("1 blocks of time and 1 items" in note for note in verdict.notes)
+    assert any("1 block of time and 1 item:" in note for note in verdict.notes)
     with pytest.raises(DataError, match="horizon"):
         compare(model, pre, panel_of(*waves(16, 16)), 8, show_progress=False)
 
@@ -184,6 +184,26 @@ def test_masks_stay_in_every_model(model, pre):
     found = compare(model, pre, panel_of(*waves(16, *LENGTHS)), 8, methods="ff", masks=masks, **QUICK)
     assert found.verdict.deploy == "ff"
     assert not np.asarray(found.params["layer_0"]["up"]["kernel"]).any()
+
+
+def test_auto_ets_meets_the_others_on_the_same_windows(model, pre, monkeypatch):
+    """It is fitted on some windows only; the best naive forecast and the intervals are those of these windows."""
+    pytest.importorskip("statsforecast")
+    monkeypatch.setattr("ltsm_jax.methods.verdict.MOST_ETS", 12)
+    trend = [np.arange(n) + 0.1 * np.random.default_rng(n).normal(size=n) for n in LENGTHS]
+    found = compare(model, pre, panel_of(*trend), 8, methods=(), show_progress=False)
+    verdict = found.verdict
+    assert verdict.naive == verdict.deploy == "auto_ets"
+    ets = verdict.candidate("auto_ets")
+    assert ets.val["windows"] == ets.test["windows"] == 12
+    assert "scored on 12 windows, spread evenly" in ets.notes
+    assert verdict.differences["zero_shot_vs_naive"].low > 0
+    assert set(verdict.examples[0]["forecasts"]) == {"zero_shot"}
+
+
+def test_tiny_differences_are_not_printed_as_zero():
+    assert signed(-2.6e-9) == "-2.6e-09" and number(2.6e-9) == "2.600e-09"
+    assert (signed(0.25), signed(-0.25), number(0.0)) == ("+0.2500", "-0.2500", "0.0000")
 
 
 def test_methods_by_name(model):

@@ -6,7 +6,7 @@ import pytest
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.tasks.forecasting import SeasonalNaive
+from ltsm_jax.tasks.forecasting import SeasonalNaive, naive_forecasts
 
 MODEL = Timer(TimerConfig.of(8, 16, 32, 2, 4, context_len=32, horizon=8))
 
@@ -97,3 +97,12 @@ def test_refusals(split):
         forecasting.loss_fn(MODEL, "ims")
     with pytest.raises(ValueError, match="no windows"):
         forecasting.evaluate(MODEL, {}, split[1].take(np.arange(0)))
+
+
+def test_naive_forecasts_by_name():
+    context = jnp.array([[[jnp.nan, 1.0, 2.0, 3.0, jnp.nan]]])
+    found = {name: naive.predict({}, context, 2).point[0, 0] for name, naive in naive_forecasts(2).items()}
+    assert list(found) == ["last_value", "seasonal_naive", "mean"]
+    np.testing.assert_allclose(found["last_value"], [3, 3])
+    np.testing.assert_allclose(found["mean"], [2, 2])
+    assert list(naive_forecasts()) == ["last_value", "mean"]
