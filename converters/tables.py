@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -124,10 +125,11 @@ def key_of(rules: Sequence[Rule], path: str) -> tuple[str, Transform] | None:
 _PARTS = re.compile(r"\{([^{}]*)\}")
 
 
-def _parts(target: str) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def _parts(target: str) -> tuple[str, ...]:
     """The paths of a target: "attn/{q,k}/bias" -> "attn/q/bias", "attn/k/bias"; most targets are one path."""
     found = _PARTS.search(target)
-    return [_PARTS.sub(name, target) for name in found[1].split(",")] if found else [target]
+    return tuple(_PARTS.sub(name, target) for name in found[1].split(",")) if found else (target,)
 
 
 def _place_of(rules: Sequence[Rule], path: str) -> tuple[str, Transform, int] | None:
@@ -144,18 +146,25 @@ def _place_of(rules: Sequence[Rule], path: str) -> tuple[str, Transform, int] | 
 
 def _backward(pattern: str, target: str, path: str) -> str | None:
     """The key of which `target` makes `path`."""
+    backward, count = _turned_round(pattern, target)
+    match = backward.fullmatch(path)
+    if not match:
+        return None
+    numbered = iter(range(1, count + 1))
+    key = re.sub(r"\([^()]*\)", lambda _: match[f"g{next(numbered)}"], pattern)
+    return key.replace(r"\.", ".")
+
+
+@functools.lru_cache(maxsize=4096)  # tables are asked for every parameter of a model
+def _turned_round(pattern: str, target: str) -> tuple[re.Pattern, int]:
+    """The expression of the paths that `target` makes of keys of a pattern, and how many groups the pattern has."""
     groups = re.findall(r"\([^()]*\)", pattern)
     # r"layer_\1/up/kernel" -> r"layer_(?P<g1>\d+)/up/kernel"
     parts = re.split(r"\\(\d)", target)
     backward = "".join(
         f"(?P<g{part}>{groups[int(part) - 1][1:-1]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)
     )
-    match = re.fullmatch(backward, path)
-    if not match:
-        return None
-    numbered = iter(range(1, len(groups) + 1))
-    key = re.sub(r"\([^()]*\)", lambda _: match[f"g{next(numbered)}"], pattern)
-    return key.replace(r"\.", ".")
+    return re.compile(backward), len(groups)
 
 
 def _stacked(rules: Sequence[Rule]) -> list[re.Pattern]:

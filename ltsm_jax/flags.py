@@ -131,6 +131,14 @@ def whole(low: float, high: float = math.inf, *, says: str = "", unset: str = "n
     return check(lambda text: _one(_numbers(int, low, high, words, text), text), "N", unset)
 
 
+def read_numbers(text: str, low: float, high: float, *, says: str) -> tuple[float, ...]:
+    """Read numbers in [low, high], separated by commas.
+
+    Raises: ValueError; `FLAG` in its message stands for the option.
+    """
+    return _numbers(float, low, high, says, text)
+
+
 def numbers(low: float, high: float, *, says: str, unset: str = "none") -> Check:
     """Take numbers in [low, high], separated by commas."""
     return check(lambda text: _numbers(float, low, high, says, text), "X,X,...", unset)
@@ -331,7 +339,10 @@ PYTHON_NAMES = {
     "compute": "compute",
     "remat": "remat",
 }
-_VALUE = r"""(?P<list>\[[^\]\n]*\])|(?P<quote>['"])(?P<quoted>[^'"\n]*)(?P=quote)|(?P<bare>[\w.+-]*\w|\.\.\.)"""
+_VALUE = (
+    r"(?P<none>\(\))|(?P<list>\[[^\]\n]*\])"
+    r"""|(?P<quote>['"])(?P<quoted>[^'"\n]*)(?P=quote)|(?P<bare>[\w.+-]*\w|\.\.\.)"""
+)
 _KEYWORD = re.compile(rf"(?<![\w.\-]){'(?P<name>' + '|'.join(PYTHON_NAMES) + ')'}=(?:{_VALUE})?(?![\w(])")
 
 
@@ -340,6 +351,8 @@ def in_flags(message: str) -> str:
 
     def rewrite(match: re.Match) -> str:
         flag = flag_of(PYTHON_NAMES[match["name"]])
+        if match["none"] is not None:
+            return f"{flag} none"
         if match["list"] is not None:
             items = re.findall(r"""['"]([^'"]*)['"]|([\w.+-]+)""", match["list"])
             return f"{flag} {','.join(a or b for a, b in items)}".rstrip()

@@ -24,7 +24,7 @@ from ltsm_jax.loading import Loaded, export, load_whole
 from ltsm_jax.methods import auto_ets
 from ltsm_jax.methods.binding import check_params, drawn, whole
 from ltsm_jax.methods.conformal import WINDOWS, Calibration, rolling_origins
-from ltsm_jax.methods.decision import Verdict
+from ltsm_jax.methods.decision import ZERO_SHOT, Verdict
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.methods.verdict import BUDGET, Compared, compare
 from ltsm_jax.models import Model, folders
@@ -272,11 +272,14 @@ class Forecaster:
             folder=None if folder is None else Path(folder) / "training",
             show_progress=show_progress,
         )
-        deploy = found.verdict.deploy
+        deploy, scored = found.verdict.deploy, found.verdict.context_len
+        # What was tuned or chosen on shorter contexts forecasts from such; the checkpoint as it is needs no other.
+        shorter = deploy != ZERO_SHOT and scored < (self.context_len or self.model.context_len)
         fitted = dataclasses.replace(
             self,
             model=found.model,
             params=found.params,
+            context_len=scored if shorter else self.context_len,
             freq=panel.freq,
             targets=panel.columns,
             past=panel.past,

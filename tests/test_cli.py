@@ -1,5 +1,6 @@
 """The command `ltsm`: results on stdout, all else on stderr, exit codes, help that fits a terminal."""
 
+import dataclasses
 import inspect
 import json
 import re
@@ -15,6 +16,7 @@ from ltsm_jax import cli, doctor, flags, hosts, hub, storage, trees
 from ltsm_jax.cli import main, printing
 from ltsm_jax.cli.models import PARAMETERS
 from ltsm_jax.forecaster import Forecaster
+from ltsm_jax.methods import pruning, verdict
 from ltsm_jax.models import FAMILIES, folders
 
 
@@ -325,6 +327,7 @@ def test_what_is_wrong_with_the_options_is_exit_code_2(ran, timer, shops, tmp_pa
     assert "--levels must be between 0 and 1; got 1.5" in err
     assert "--out is a file of .csv, .csv.gz, .parquet, .json; got 'f.docx'" in err
     assert "--missing: unknown 'hope'; known: error, interpolate, keep" in err
+    assert ran(*words, "--levels", "none")[1].splitlines()[0] == "shop,date,predictions"
     code, _, err = ran(*words, "--out", tmp_path / "no" / "f.csv")
     assert code == 2 and "make it first" in err
     code, _, err = ran("forecast", shops / "sales.csv", "--model", "timer-tyni", *LONG)
@@ -376,43 +379,43 @@ def test_compare(ran, timer, shops, tmp_path):
     assert code == 2 and out == ""
 
 
-def test_prune(ran, timer, shops, tmp_path):
+def test_prune(ran, timer, shops, tmp_path, monkeypatch):
+    results = []
+    prune = pruning.prune
+
+    def noted(*args, **rest):
+        results.append(results[0] if results else prune(*args, **rest))
+        return results[-1]
+
+    monkeypatch.setattr(pruning, "prune", noted)
     words = ("prune", shops / "sales.csv", "--model", timer, *LONG, "--ratio", "0.3")
-    code, out, err = ran(*words, "--out", "masked")
+    code, out, err = ran(*words, "--out", "run")
     assert code == 0 and fits(out) and fits(err)
-    facts = json.loads((tmp_path / "masked/prune.json").read_text())
+    facts = json.loads((tmp_path / "run/prune.json").read_text())
     assert 0.5 < facts["left"] < 0.95 and facts["parameters"] == facts["parameters_before"] == 4216
     assert f"{facts['left']:.1%} of the channels are left" in out
-    _, params = ltsm_jax.load("masked/model")
+    _, params = ltsm_jax.load("run/model")
     zeros = sum(int((np.asarray(leaf) == 0).sum()) for leaf in jax.tree.leaves(params))
     assert zeros > 200
-
-    masks = storage.load_tree("masked/masks")
+    masks = storage.load_tree("run/masks")
     assert set(np.unique(np.concatenate([np.ravel(m) for m in jax.tree.leaves(masks)]))) == {0, 1}
 
-    code, out, err = ran(*words, "--out", "masked")
-    assert (code, out) == (2, "") and "masked" in err
-    code, out, _ = ran(*words, "--out", "masked", "--remove", "--overwrite", "--json")
+    code, out, err = ran(*words, "--out", "run")
+    assert (code, out) == (2, "") and "run" in err and len(results) == 1
+    code, out, _ = ran(*words, "--out", "run", "--remove", "--overwrite", "--json")
     facts = json.loads(out)
     assert code == 0 and facts["parameters"] < 4216
-    assert trees.count(ltsm_jax.load("masked/model")[1]) == facts["parameters"]
-    assert folders.read_config("masked/model")[1]["provenance"]["pruned_from"]
+    assert trees.count(ltsm_jax.load("run/model")[1]) == facts["parameters"]
+    assert folders.read_config("run/model")[1]["provenance"]["pruned_from"]
 
 
 def test_fit_and_what_it_leaves(ran, timer, shops, tmp_path, monkeypatch):
-    words = ("fit", shops / "sales.csv", "--model", timer, *LONG, "--methods", "zero_shot,ff", "--budget", 4,
-             "--out", tmp_path / "run")  # fmt: skip
-    code, out, err = ran(*words, "--plan")
-    assert code == 0 and fits(err) and not (tmp_path / "run").exists()
-    for told in ("methods   zero_shot, ff and the naive", "training  4 steps", "memory    about", "to test"):
-        assert told in err
-
+    words = ("fit", shops / "sales.csv", "--model", timer, *LONG, "--methods", "zero_shot", "--out", tmp_path / "run")
     code, out, _ = ran(*words, "--json")
     assert code == 0 and json.loads(out)["out"] == str(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "verdict.json", "report.md", "report.html"}
     found = json.loads((tmp_path / "run/verdict.json").read_text())
-    # Four steps from fresh weights do not reach a week that repeats itself.
-    assert found["deploy"] == "seasonal_naive" and found["methods"].keys() == {"zero_shot", "ff"}
+    assert found["deploy"] == "seasonal_naive" and found["methods"].keys() == {"zero_shot"}
     assert json.loads(out).items() >= found.items()
 
     # What was said of the table is known to what was fitted on it.
@@ -429,13 +432,47 @@ def test_fit_and_what_it_leaves(ran, timer, shops, tmp_path, monkeypatch):
     code, out, err = ran(*words)
     assert (code, out) == (2, "") and str(tmp_path / "run" / "model") in err
 
-    # With --overwrite it is run again, from the start.
-    fitted = Forecaster.load(tmp_path / "run/model")
-    monkeypatch.setattr(Forecaster, "fit", lambda self, *_, **rest: fitted)
+
+def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
+    """Of the library, which trains; and what it prints of the result."""
+    asked = {}
+    prepared = {}
+    prepare = verdict.prepare
+
+    def fit(self, panel, horizon, **rest):
+        asked.update(rest, panel=panel, horizon=horizon)
+        compared = verdict.compare(self.model, self.params, panel, horizon, methods=(), show_progress=False)
+        return dataclasses.replace(self, verdict=compared.verdict)
+
+    def noted(*args, **rest):
+        prepared.update(rest)
+        return prepare(*args, **rest)
+
+    monkeypatch.setattr(Forecaster, "fit", fit)
+    monkeypatch.setattr(verdict, "prepare", noted)
+    model, _ = ltsm_jax.load(timer)
+    storage.save_tree(tmp_path / "masks", pruning.full_masks(model))
+    ltsm_jax.save(tmp_path / "run" / "model", model, ltsm_jax.load(timer)[1])
+    (tmp_path / "run" / "training").mkdir()
+    words = ("fit", shops / "sales.csv", "--model", timer, *LONG, "--methods", "ff,sff", "--budget", 40, "--seed", 3,
+             "--lr", 1e-4, "--epochs", 2, "--batch-size", 16, "--accumulate", 2, "--mode", "direct", "--masks",
+             tmp_path / "masks", "--out", tmp_path / "run")  # fmt: skip
+    code, out, err = ran(*words, "--overwrite", "--plan")
+    assert (code, out) == (0, "") and fits(err) and not asked and (tmp_path / "run" / "training").exists()
+    for told in ("methods   zero_shot, ff, sff and the naive", "training  40 steps", "memory    about", "to test"):
+        assert told in err
+    assert prepared["masks"] is not None and prepared["mode"] == "direct"
+
     code, out, _ = ran(*words, "--overwrite")
-    assert code == 0 and not (tmp_path / "run/training").exists()
-    verdict, _, places = out.partition("\nmodel: ")
-    assert fits(verdict) and "seasonal_naive" in verdict and "report.html" in places
+    assert code == 0
+    assert (asked["methods"], asked["budget"], asked["seed"], asked["mode"]) == (["ff", "sff"], 40, 3, "direct")
+    config = asked["config"]
+    assert (config.lr, config.epochs, config.batch_size, config.accumulate) == (1e-4, 2, 16, 2)
+    assert (asked["horizon"], asked["folder"]) == (8, tmp_path / "run")
+    assert asked["masks"] is not None and asked["panel"].n_items == 3
+    assert not (tmp_path / "run" / "training").exists(), "checkpoints of what is replaced"
+    text, _, places = out.partition("\nmodel: ")
+    assert fits(text) and "seasonal_naive" in text and "report.html" in places
 
 
 def test_more_memory_than_there_is_is_refused_with_the_plan(ran, timer, shops, tmp_path, monkeypatch):

@@ -40,6 +40,15 @@ def _file(kinds: tuple[str, ...]) -> flags.Check:
     return flags.check(read, "FILE")
 
 
+def _levels() -> flags.Check:
+    """Take quantile levels, or `none`."""
+
+    def read(text: str) -> tuple[float, ...]:
+        return () if text == "none" else flags.read_numbers(text, flags.TINY, flags.BELOW_1, says="between 0 and 1")
+
+    return flags.check(read, "X,X,...")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # forecast
 
@@ -67,8 +76,8 @@ class Forecast(OnTable):
     model: Annotated[str, flags.text("MODEL"), flags.described(MODEL)]
     future: Annotated[str | None, flags.text("FILE")] = None
     """table of what is known ahead: id, time and covariates"""
-    levels: Annotated[tuple[float, ...], flags.numbers(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = LEVELS
-    """quantiles to give"""
+    levels: Annotated[tuple[float, ...], _levels()] = LEVELS
+    """quantiles to give, or none"""
     out: Annotated[Path | None, _file(TABLES)] = None
     """file to write (.csv, .parquet, .json); by default the table goes to stdout"""
     plot: Annotated[Path | None, _file(PICTURES)] = None
@@ -82,9 +91,10 @@ class Forecast(OnTable):
         forecaster = self.load(self.model)
         panel = self.read(forecaster, self.future)
         length = min(forecaster.model.context_len, int(panel.lengths.max()))
+        levels = flags.written(self.levels) or "none"
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
-            "forecast": f"{self.horizon} steps from {length} rows at most; levels {flags.written(self.levels)}",
+            "forecast": f"{self.horizon} steps from {length} rows at most; levels {levels}",
             "memory": self._memory(forecaster, panel, length),
             "result": str(self.out or "stdout") + (f", {self.plot}" if self.plot else ""),
         }

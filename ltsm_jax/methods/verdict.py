@@ -501,9 +501,11 @@ class _Scorer:
     ) -> Candidate:
         """What a run gave, with the error before its first step."""
         begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
-        if masks is not None:
-            begin = merge(begin, masks, self.placement)
-        before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
+        if begin is start:
+            before = _record(self.val[ZERO_SHOT])
+        else:
+            begin = begin if masks is None else merge(begin, masks, self.placement)
+            before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
         history: list[dict[str, Any]] = [{"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}]
         for entry in result.history:
             history.append({key: entry[key] for key in ("epoch", "val_mse", "val_mae", "train_loss", "lr")})

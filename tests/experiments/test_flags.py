@@ -18,8 +18,10 @@ from ltsm_jax.data.tables import ReadingOptions
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
-    "aot", "all_families", "demo", "pretrain", "prune_then_finetune", "pruning_report", "report", "sff",
-    "benchmarks.chronos_bolt", "benchmarks.experts", "benchmarks.first_forecast", "benchmarks.loop",
+    "aot", "all_families", "curvature", "demo", "landscape", "pretrain", "prune_then_finetune", "pruning_report",
+    "report", "sff",
+    "benchmarks.chronos_bolt", "benchmarks.experts", "benchmarks.first_forecast",
+    "benchmarks.landscape", "benchmarks.loop",
     "benchmarks.pruned_speed", "benchmarks.pruning_score", "benchmarks.train_step",
 )  # fmt: skip
 COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)([^\n`#]*)")
@@ -177,6 +179,8 @@ def test_numbers_are_written_so_that_reading_gives_them_back():
         ("give freq= or target=['a', 'b']", "give --freq or --target a,b"),
         ('irregular="regularise" sorts (context_len=32)', "--irregular regularise sorts (--context 32)"),
         ("say which with time=", "say which with --time"),
+        ("ask for the point alone: quantile_levels=()", "ask for the point alone: --levels none"),
+        ("it is a covariate (past=)", "it is a covariate (--past)"),
         ("freq='2 weeks', few_shot=0.1.", "--freq '2 weeks', --few-shot 0.1."),
         ("--missing interpolate", "--missing interpolate"),
         ("name='x', d_model=8", "name='x', d_model=8"),  # no options of a command line

@@ -15,7 +15,7 @@ MODEL = Timer(TimerConfig.of(8, 16, 32, 1, 2, context_len=32, horizon=8))
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(0))
+    return jax.jit(MODEL.init)(jax.random.key(0))
 
 
 def table(rows=100, freq="h"):
@@ -48,7 +48,8 @@ def test_equals_predict_on_the_standardised_context(params):
     df = table()
     x = df[["a"]].to_numpy().T[:, -32:]
     z = (x - x.mean()) / x.std()
-    want = np.asarray(MODEL.predict(params, z[None].astype(np.float32), 8).point[0, 0]) * x.std() + x.mean()
+    predict = jax.jit(MODEL.predict, static_argnums=2)
+    want = np.asarray(predict(params, z[None].astype(np.float32), 8).point)[0, 0] * x.std() + x.mean()
     np.testing.assert_allclose(ltsm_jax.forecast(MODEL, params, df, 8, target="a")["a"], want, rtol=1e-5, atol=1e-6)
 
 

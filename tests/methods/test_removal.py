@@ -60,7 +60,7 @@ def case_of(name, seed=0):
     flat = {
         path: leaf
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or path.endswith(("position_table", "centroid", "mean", "var"))
-        else leaf + jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype)
+        else np.asarray(leaf) + np.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype)
         for path, leaf in trees.flatten(params).items()
     }
     masks = doomed(model, params, rng)
