@@ -200,8 +200,8 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     folder = folders.local(src)
     if folder is None or not (folder / folders.CONFIG).is_file():
         raise FileNotFoundError(
-            f"{src} is no model folder and no shipped model. An original or a hub name is imported first: "
-            f"python -m converters import {src} FOLDER"
+            f"{src} is no model folder and no shipped model. An original or a hub name is converted first: "
+            f"ltsm convert {src} FOLDER"
         )
     model, params = folders.load_folder(folder)
     record = folders.read_config(folder)[1]["provenance"]

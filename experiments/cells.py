@@ -159,7 +159,7 @@ def resolve(options: Options) -> Comparison:
         "accumulate": None if config.accumulate == 1 else config.accumulate,
         "remat": None if config.remat == "none" else config.remat,
         "quirks": ",".join(sorted(options.quirks)) or None,
-        **_facts(series),
+        **series_facts(series),
         "model_sha256": sha256,
     }
     return Comparison(options, model, params, splits, config, task, settings)
@@ -177,7 +177,8 @@ def training_config(model: Model, options: Options) -> TrainConfig:
     return binding.train_config(model, **{k: v for k, v in asked.items() if k in names and v is not None})
 
 
-def _facts(series: Series) -> dict[str, Any]:
+def series_facts(series: Series) -> dict[str, Any]:
+    """Say which data a series holds, for the settings of a folder."""
     more = f" and {series.n_variates - 8} more" if series.n_variates > 8 else ""
     stamps = series.timestamps
     digest = hashlib.sha256(np.ascontiguousarray(series.values).tobytes())

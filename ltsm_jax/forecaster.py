@@ -24,7 +24,7 @@ from ltsm_jax.loading import Loaded, export, load_whole
 from ltsm_jax.methods import auto_ets
 from ltsm_jax.methods.binding import check_params, drawn, whole
 from ltsm_jax.methods.conformal import WINDOWS, Calibration, rolling_origins
-from ltsm_jax.methods.decision import Verdict
+from ltsm_jax.methods.decision import ZERO_SHOT, Verdict
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.methods.verdict import BUDGET, Compared, compare
 from ltsm_jax.models import Model, folders
@@ -272,11 +272,14 @@ class Forecaster:
             folder=None if folder is None else Path(folder) / "training",
             show_progress=show_progress,
         )
-        deploy = found.verdict.deploy
+        deploy, scored = found.verdict.deploy, found.verdict.context_len
+        # What was tuned or chosen on shorter contexts forecasts from such; the checkpoint as it is needs no other.
+        shorter = deploy != ZERO_SHOT and scored < (self.context_len or self.model.context_len)
         fitted = dataclasses.replace(
             self,
             model=found.model,
             params=found.params,
+            context_len=scored if shorter else self.context_len,
             freq=panel.freq,
             targets=panel.columns,
             past=panel.past,
@@ -457,12 +460,14 @@ class Forecaster:
             *panels.notes_on_lengths(by.predictor, panel, by.context_len),
         ]
         if rest:
-            if calibration is None:
+            # Where nothing has ever moved there is no error to measure, and none to expect.
+            if calibration is None and found.unit.any():
                 try:
                     calibration = Calibration.measured(panel, before, past, "of the history")
                 except ValueError as err:
                     raise self._unmeasured(panel, horizon, rest, str(err)) from None
-            notes.append(calibration.describe(rest))
+            if calibration is not None:
+                notes.append(calibration.describe(rest))
             if still := int((found.unit == 0).sum()):
                 notes.append(
                     f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
@@ -649,11 +654,16 @@ class _Way:
 
 
 def _with_quantiles(found: Found, levels: tuple[float, ...], calibration: Calibration | None) -> Found:
-    """A forecast with its quantiles and those at `levels` that a calibration says, rising."""
+    """A forecast with its quantiles and those at `levels` that a calibration says, rising.
+
+    Without a calibration these lie on the forecast.
+    """
     quantiles = found.quantiles
     if levels:
-        assert calibration is not None
-        quantiles = np.concatenate([quantiles, calibration.quantiles(found, levels)], axis=-1)
+        more = np.repeat(found.point[..., None], len(levels), axis=-1)
+        if calibration is not None:
+            more = calibration.quantiles(found, levels)
+        quantiles = np.concatenate([quantiles, more], axis=-1)
     # Quantiles of one forecast from two sources may cross.
     rising = np.sort(quantiles, axis=-1)
     return dataclasses.replace(found, quantiles=rising, levels=tuple(sorted((*found.levels, *levels))))

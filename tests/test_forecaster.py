@@ -333,3 +333,10 @@ def test_a_future_that_ends_before_the_forecast_is_said(chronos):
     got = chronos.predict(with_price(4), 6)
     assert "price is known 4 rows ahead, and the forecast has 6: it is unknown after that" in got.attrs["notes"]
     assert np.isfinite(got["predictions"]).all()
+
+
+def test_quantiles_of_what_has_never_moved_lie_on_the_forecast(timer):
+    still = panel(lengths=(100,), values=np.full((1, 100), 7.0))
+    got = dataclasses.replace(timer, baseline="last_value").predict(still, 4)
+    np.testing.assert_array_equal(got[["predictions", "0.1", "0.5", "0.9"]], np.full((4, 4), 7.0))
+    assert "1 of 1 contexts do not move: there these quantiles lie on the forecast" in got.attrs["notes"]

@@ -110,6 +110,17 @@ def test_a_naive_forecast_that_wins_is_what_forecasts(timer):
     assert got["predictions"].notna().all() and (got["0.1"] < got["0.9"]).all()
 
 
+def test_what_was_chosen_on_short_contexts_forecasts_from_such(timer):
+    """20 rows: 4 test, 4 validate, and 12 are seen before them."""
+    stamps = pd.date_range("2024-01-01", periods=20, freq="h")
+    rising = pd.DataFrame({"hour": stamps, "load": np.arange(20.0)})
+    found = timer.fit(rising, 4, methods=(), target="load", show_progress=False)
+    assert found.verdict.context_len == 8  # a whole patch
+    assert found.baseline == "last_value" and found.context_len == 8
+    whole = timer.fit(table(7), 8, methods=(), id="store", time="day", target="sold", show_progress=False)
+    assert whole.verdict.context_len == 32 and whole.context_len is None
+
+
 def test_what_cannot_be_fitted_is_refused(timer):
     with pytest.raises(ValueError, match="give one of the two"):
         timer.fit(table(7), 8, methods="ff", method="sff")

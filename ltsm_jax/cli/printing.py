@@ -79,6 +79,7 @@ def facts(entries: Mapping[str, Any]) -> str:
             initial_indent=name.ljust(wide),
             subsequent_indent=" " * wide,
             break_on_hyphens=False,
+            break_long_words=False,  # a path that is broken cannot be copied
         ) or [name]
     return "\n".join(lines)
 

@@ -176,7 +176,7 @@ def _most_frequent_each(owners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarr
 
 
 def common_freq(items: Items, steps: Steps) -> str | None:
-    """Infer the canonical step of most items by the rules of `infer_freq`, None where none stands out.
+    """Infer the canonical step of most items by the rules of `infer_freq`; None: none stands out.
 
     Months are sought in the stamps of all such items together: those of one item may be too few.
     """

@@ -88,7 +88,8 @@ class Panel:
 
         ahead = self.future_values
         if ahead is not None and ahead.shape[:2] != (len(self.known), n):
-            raise DataError(f"future_values of shape {ahead.shape} need [K, N, F], K {len(self.known)}, N {n}")
+            needed = f"[K, N, F], K {len(self.known)}, N {n}"
+            raise DataError(f"future_values of shape {ahead.shape} need {needed}")
         if self.first is not None and self.first.shape != (n,):
             raise DataError(f"{n} items need {n} first stamps, not {self.first.shape}")
         if self.static is not None and len(self.static) != n:
@@ -192,9 +193,9 @@ class Panel:
         return self.stamps_at(np.arange(self.n_items), places)
 
     def stamps_at(self, items: np.ndarray, places: np.ndarray) -> np.ndarray | None:
-        """The stamps [M, n] of rows `places` [M, n] of items [M], counted from each item's first row.
+        """The stamps [M, n] at `places` [M, n] of items [M], counted from each item's first row.
 
-        Stamps are UTC where there is a zone; None where stamps or step are not known.
+        They are UTC where there is a zone; None where stamps or step are not known.
         """
         if self.first is None or self.freq is None:
             return None
@@ -205,7 +206,11 @@ class Panel:
             found[rows] = stamps_from(wall[items[rows]][:, None], places[rows], self.freq, rule)
         return from_wall(found.ravel(), zone).reshape(found.shape)
 
-    def _rules(self, wall: np.ndarray, items: np.ndarray) -> list[tuple[DayRule | None, np.ndarray]]:
+    def _rules(
+        self,
+        wall: np.ndarray,
+        items: np.ndarray,
+    ) -> list[tuple[DayRule | None, np.ndarray]]:
         """Each rule of the day in the month with the places in `items` where it holds."""
         every = np.arange(len(items))
         if not _in_months(self.freq):

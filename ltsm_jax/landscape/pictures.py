@@ -117,11 +117,14 @@ def _scale(surfaces: Mapping[str, Surface], *, lines: bool) -> tuple[float, floa
 def _figure(count: int, width: float, height: float, **of_axes: Any) -> tuple[Any, Any]:
     """A figure with `count` axes in a row."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(width * count + (0.9 if count > 1 else 0.0), height), layout="constrained", dpi=150)
     axes = figure.subplots(1, count, squeeze=False, subplot_kw=of_axes)[0]
     for ax in axes:
         ax.tick_params(labelsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
     return figure, axes
 
 

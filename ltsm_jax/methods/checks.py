@@ -122,7 +122,7 @@ def bootstrap_difference(
     if found:
         units = max(found, key=lambda name: found[name][1] - found[name][0])
         low, high = found[units]
-    return Difference(mean, low, high, units, counts["blocks"], counts["items"])
+    return Difference(mean, float(low), float(high), units, counts["blocks"], counts["items"])
 
 
 def _percentiles(totals: np.ndarray, steps: np.ndarray, seed: int, resamples: int) -> tuple[float, float]:

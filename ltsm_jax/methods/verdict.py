@@ -40,7 +40,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.forecasting import MODES, Errors, Forecasting, Mode
-from ltsm_jax.training import compiling
+from ltsm_jax.training import compiling, progress
 
 __all__ = ["BUDGET", "Compared", "Prepared", "Verdict", "compare", "named", "prepare"]
 
@@ -269,22 +269,23 @@ def compare(
     for name in scorer.naive:
         candidates[name] = scorer.naive_candidate(name)
     best = ZERO_SHOT
-    for name, chosen in strategies.items():
+    for number, (name, chosen) in enumerate(strategies.items(), 1):
         try:
-            result = run(
-                model,
-                start,
-                chosen,
-                splits,
-                task=task,
-                seed=seed,
-                config=config,
-                folder=None if folder is None else Path(folder) / name,
-                test=False,
-                label=name,
-                show_progress=show_progress,
-                masks=masks,
-            )
+            with progress.part(number, len(strategies)):
+                result = run(
+                    model,
+                    start,
+                    chosen,
+                    splits,
+                    task=task,
+                    seed=seed,
+                    config=config,
+                    folder=None if folder is None else Path(folder) / name,
+                    test=False,
+                    label=name,
+                    show_progress=show_progress,
+                    masks=masks,
+                )
         except training.NonFiniteError as err:
             notes.append(f"{name}: training failed: {str(err).splitlines()[0]}")
             continue
@@ -501,9 +502,11 @@ class _Scorer:
     ) -> Candidate:
         """What a run gave, with the error before its first step."""
         begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
-        if masks is not None:
-            begin = merge(begin, masks, self.placement)
-        before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
+        if begin is start:
+            before = _record(self.val[ZERO_SHOT])
+        else:
+            begin = begin if masks is None else merge(begin, masks, self.placement)
+            before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
         history: list[dict[str, Any]] = [{"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}]
         for entry in result.history:
             history.append({key: entry[key] for key in ("epoch", "val_mse", "val_mae", "train_loss", "lr")})

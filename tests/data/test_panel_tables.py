@@ -369,7 +369,7 @@ def test_what_is_the_same_in_all_rows_of_an_item_is_a_fact_of_it():
     assert panel.static["open"].tolist() == [1, 1]
     assert panel.past == ("price",) and said(panel, "columns left over are past covariates: price")
     message = refused(table, id="shop", target="sold", static="price")
-    assert "static column 'price' changes within an item" in message
+    assert "static column 'price' changes within an item: past= or known=" in message
 
 
 def test_roles_that_are_asked_for():

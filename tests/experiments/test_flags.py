@@ -18,8 +18,10 @@ from ltsm_jax.data.tables import ReadingOptions
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
-    "aot", "all_families", "demo", "pretrain", "prune_then_finetune", "pruning_report", "report", "sff",
-    "benchmarks.chronos_bolt", "benchmarks.experts", "benchmarks.first_forecast", "benchmarks.loop",
+    "aot", "all_families", "curvature", "demo", "landscape", "pretrain", "prune_then_finetune", "pruning_report",
+    "report", "sff",
+    "benchmarks.chronos_bolt", "benchmarks.experts", "benchmarks.first_forecast",
+    "benchmarks.landscape", "benchmarks.loop",
     "benchmarks.pruned_speed", "benchmarks.pruning_score", "benchmarks.train_step",
 )  # fmt: skip
 COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)([^\n`#]*)")

@@ -1,0 +1,154 @@
+"""How fast is a surface beside loops over its points?
+
+timer-tiny, 25 x 25 points, a fixed sample of ETTh1 test windows, float32.
+
+Run:   python -m experiments.benchmarks.landscape --launches 3
+Needs: PyTorch in the same environment, or --torch-python PATH to a Python
+       that has it; without either, --torch-python none leaves that side out.
+Cost:  about a minute a launch on 2 CPU cores.
+Gives: seconds per surface of `ltsm_jax.landscape.surface`; of two loops by
+       hand around one compiled function (a Python loop over jitted points, and
+       lax.map over all points in one program); and of the original's loop in
+       eager PyTorch, on a Timer of the same size: new weights for each point,
+       then every batch in evaluation mode. Launches of the sides alternate;
+       ratios are of the medians over launches of each launch's best round.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+
+from experiments import flags, launch
+
+OURS, LOOP, MAP, TORCH = "surface", "python loop", "lax.map", "torch loop"
+
+
+def jax_sides(points: int, windows: int, rounds: int, file: Path) -> dict[str, list[float]]:
+    """Seconds of each round by side, compilation left out; the windows are left in `file` for the other side."""
+    import jax
+    import jax.numpy as jnp
+
+    import ltsm_jax
+    from ltsm_jax import landscape
+    from ltsm_jax.data import prepare
+    from ltsm_jax.data.benchmarks import load_series
+
+    model, params = ltsm_jax.load("timer-tiny")
+    splits = prepare(load_series("ETTh1"), model.context_len, model.horizon)
+    loss = landscape.split_loss(model, splits.test, sample=windows)
+    right, up = landscape.random_directions(params, 0)
+    batch = loss.windows.gather(jnp.arange(loss.windows.n))
+    if not file.exists():
+        np.savez(file, context=batch["context"][:, 0], target=batch["target"][:, 0])
+    axis = landscape.surface(loss, params, right, points=points).x.astype(np.float32)
+
+    def mse(x, y, params, right, up, batch):
+        there = jax.tree.map(lambda w, a, b: w + x * a + y * b, params, right, up)
+        point = model.predict(there, batch["context"], batch["target"].shape[-1]).point
+        return jnp.square(point - batch["target"]).mean()
+
+    one = jax.jit(mse)
+
+    @jax.jit
+    def every(places, params, right, up, batch):
+        return jax.lax.map(lambda place: mse(place[0], place[1], params, right, up, batch), places)
+
+    def by_loop() -> Any:
+        return np.array([[float(one(x, y, params, right, up, batch)) for x in axis] for y in axis])
+
+    def by_map() -> Any:
+        places = np.stack([np.tile(axis, points), np.repeat(axis, points)], axis=-1)
+        return np.asarray(every(places, params, right, up, batch)).reshape(points, points)
+
+    def ours() -> Any:
+        return landscape.surface(loss, params, (right, up), points=points).loss
+
+    sides: dict[str, Callable[[], Any]] = {OURS: ours, LOOP: by_loop, MAP: by_map}
+    found = {name: side() for name, side in sides.items()}  # compiles
+    for name, values in found.items():
+        np.testing.assert_allclose(values, found[OURS], rtol=1e-4, err_msg=name)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the measurement."""
+
+    program: ClassVar[str] = "experiments.benchmarks.landscape"
+    points: Annotated[int, flags.whole(2)] = 25
+    """points on each axis"""
+    windows: Annotated[int, flags.whole(1)] = 256
+    """windows of the sample"""
+    rounds: Annotated[int, flags.whole(1)] = 1
+    """surfaces of each side in a launch"""
+    launches: Annotated[int, flags.whole(1)] = 3
+    """launches, alternating"""
+    torch_python: Annotated[str, flags.text("PATH")] = sys.executable
+    """a Python that has PyTorch, or none; by default this one"""
+    file: Annotated[str | None, flags.text()] = None
+    """where one launch puts the windows that the sides share; set by the measurement itself"""
+
+
+def processor() -> str:
+    """What the machine calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+
+
+def main() -> int:
+    args = flags.parse(Options, sys.argv[1:], __doc__)
+    if args.file:
+        print(json.dumps(jax_sides(args.points, args.windows, args.rounds, Path(args.file))))
+        return 0
+    best: dict[str, list[float]] = {}
+    print(processor(), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "windows.npz")
+        sizes = ["--points", str(args.points), "--windows", str(args.windows), "--rounds", str(args.rounds)]
+        commands = {"jax": [sys.executable, "-m", "experiments.benchmarks.landscape", "--file", file, *sizes]}
+        if args.torch_python != "none":
+            peer = [args.torch_python, "-m", "experiments.benchmarks.torch_landscape"]
+            commands["torch"] = [*peer, file, str(args.points), str(args.rounds)]
+        for number in range(args.launches):
+            for side, command in commands.items():
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
+                for name, seconds in json.loads(done.stdout.strip().splitlines()[-1]).items():
+                    best.setdefault(name, []).append(min(seconds))
+                    print(f"launch {number} {name:12}: best {min(seconds):.2f} s", flush=True)
+    middle = {name: statistics.median(seconds) for name, seconds in best.items()}
+    hand = min(middle[LOOP], middle[MAP])
+    said = f"{args.points} x {args.points} points, {args.windows} windows: surface {middle[OURS]:.2f} s, "
+    said += f"surface/best loop by hand {middle[OURS] / hand:.2f}"
+    if TORCH in middle:
+        said += f", torch loop/surface {middle[TORCH] / middle[OURS]:.2f}"
+    print(said)
+    print(processor())
+    return 0
+
+
+if __name__ == "__main__":
+    launch.leave(launch.guarded(main))
