@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from converters import originals, tables
@@ -121,7 +121,7 @@ def import_checkpoint(
         **_published_facts(published, _in_table(family.published, model_config, layout.table)),
         **fetched,
     }
-    params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
+    params = jax.device_put(converted.params)  # jnp.asarray would compile a program for every shape
     if dst is not None:
         folders.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
     return model, params, provenance, converted.buffers
