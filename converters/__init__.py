@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from converters import originals, tables
@@ -121,7 +121,7 @@ def import_checkpoint(
         **_published_facts(published, _in_table(family.published, model_config, layout.table)),
         **fetched,
     }
-    params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in trees.flatten(converted.params).items()})
+    params = jax.device_put(converted.params)  # jnp.asarray would compile a program for every shape
     if dst is not None:
         folders.save(dst, model, params, provenance=provenance, buffers=converted.buffers, overwrite=overwrite)
     return model, params, provenance, converted.buffers
@@ -200,8 +200,8 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     folder = folders.local(src)
     if folder is None or not (folder / folders.CONFIG).is_file():
         raise FileNotFoundError(
-            f"{src} is no model folder and no shipped model. An original or a hub name is imported first: "
-            f"python -m converters import {src} FOLDER"
+            f"{src} is no model folder and no shipped model. An original or a hub name is converted first: "
+            f"ltsm convert {src} FOLDER"
         )
     model, params = folders.load_folder(folder)
     record = folders.read_config(folder)[1]["provenance"]

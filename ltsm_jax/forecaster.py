@@ -460,12 +460,14 @@ class Forecaster:
             *panels.notes_on_lengths(by.predictor, panel, by.context_len),
         ]
         if rest:
-            if calibration is None:
+            # Where nothing has ever moved there is no error to measure, and none to expect.
+            if calibration is None and found.unit.any():
                 try:
                     calibration = Calibration.measured(panel, before, past, "of the history")
                 except ValueError as err:
                     raise self._unmeasured(panel, horizon, rest, str(err)) from None
-            notes.append(calibration.describe(rest))
+            if calibration is not None:
+                notes.append(calibration.describe(rest))
             if still := int((found.unit == 0).sum()):
                 notes.append(
                     f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
@@ -585,7 +587,7 @@ class Forecaster:
         model, params = self.model.for_series(
             self.params,
             n_variates=panel.n_variates,
-            freq=panel.freq,
+            freq=panel.model_freq or panel.freq,
             key=jax.random.key(0),
         )
         if fresh := drawn(self.params, params):
@@ -619,17 +621,24 @@ class Forecaster:
         for name in panel.known:
             if name not in used:
                 continue
-            # Of the item for which it is known furthest.
-            future = panel.future_values
-            ahead = 0
-            if future is not None and future.size:
-                known = ~np.isnan(future[panel.known.index(name)])
-                ahead = int((known * (1 + np.arange(known.shape[1]))).max())
-            if ahead < horizon:
+            ahead = _known_ahead(panel, name)
+            few = int((ahead < horizon).sum())
+            if few:
+                where = f" in {few} of {panel.n_items} items" if panel.n_items > 1 else ""
                 notes.append(
-                    f"{name} is known {ahead} rows ahead, and the forecast has {horizon}: it is unknown after that"
+                    f"{name} is known {ahead.min()} rows ahead{where}, and the forecast has {horizon}: it is unknown "
+                    "after that"
                 )
         return tuple(notes)
+
+
+def _known_ahead(panel: Panel, name: str) -> np.ndarray:
+    """Rows after its end [N] up to which a covariate is known in each item."""
+    future = panel.future_values
+    if future is None or not future.size:
+        return np.zeros(panel.n_items, int)
+    known = ~np.isnan(future[panel.known.index(name)])
+    return (known * (1 + np.arange(known.shape[1]))).max(axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -652,11 +661,16 @@ class _Way:
 
 
 def _with_quantiles(found: Found, levels: tuple[float, ...], calibration: Calibration | None) -> Found:
-    """A forecast with its quantiles and those at `levels` that a calibration says, rising."""
+    """A forecast with its quantiles and those at `levels` that a calibration says, rising.
+
+    Without a calibration these lie on the forecast.
+    """
     quantiles = found.quantiles
     if levels:
-        assert calibration is not None
-        quantiles = np.concatenate([quantiles, calibration.quantiles(found, levels)], axis=-1)
+        more = np.repeat(found.point[..., None], len(levels), axis=-1)
+        if calibration is not None:
+            more = calibration.quantiles(found, levels)
+        quantiles = np.concatenate([quantiles, more], axis=-1)
     # Quantiles of one forecast from two sources may cross.
     rising = np.sort(quantiles, axis=-1)
     return dataclasses.replace(found, quantiles=rising, levels=tuple(sorted((*found.levels, *levels))))

@@ -11,6 +11,7 @@ import jax
 from ltsm_jax import hosts, storage
 from ltsm_jax.flags import in_flags
 
+MOST = 2000  # characters of a message
 # What a terminal without UTF-8 gets for the signs of tables and messages.
 PLAIN = {"±": "+/-", "…": "...", "→": "->", "×": "x", "“": '"', "”": '"', "’": "'"}
 PLAIN |= dict.fromkeys("╭╮╰╯┏┓┗┛┡┩└┘┌┐┬┴┼", "+") | dict.fromkeys("│┃", "|") | dict.fromkeys("─━–—", "-")
@@ -39,10 +40,10 @@ def guarded(run: Callable[[], int], code_of: Callable[[Exception], int] = lambda
     except OSError as err:
         full = err.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; make room, and the same command goes on from here" if full else ""
-        print(f"error: {in_flags(str(err))}{hint}", file=sys.stderr)
+        print(f"error: {_clipped(in_flags(str(err)))}{hint}", file=sys.stderr)
         return code_of(err)
     except (ValueError, ModuleNotFoundError) as err:
-        print(f"error: {in_flags(str(err))}", file=sys.stderr)
+        print(f"error: {_clipped(in_flags(str(err)))}", file=sys.stderr)
         return code_of(err)
     except hosts.Stopped as err:
         print(f"{err}\nthe same command goes on from here", file=sys.stderr)
@@ -50,6 +51,13 @@ def guarded(run: Callable[[], int], code_of: Callable[[Exception], int] = lambda
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return hosts.EXIT_INTERRUPTED
+
+
+def _clipped(text: str) -> str:
+    """Leave out the rest of a message that nobody would read."""
+    if len(text) <= MOST:
+        return text
+    return (text[:MOST].rpartition("\n")[0] or text[:MOST]) + "\n..."
 
 
 def leave(code: int) -> None:

@@ -1,8 +1,10 @@
 """Commands about models and the machine, without data: models, convert, export, doctor."""
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -57,6 +59,21 @@ class Models(Command):
         return 0
 
 
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Say the source with errors that nobody has thought of: a damaged file may lead to any.
+
+    Raises: CheckpointError in place of them.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError, hosts.Stopped):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise converters.CheckpointError(f"{source}: can't be read ({type(error).__name__}: {said})") from error
+
+
 def listed() -> list[dict[str, Any]]:
     """Give every preset with its facts."""
     counts = json.loads(PARAMETERS.read_text())
@@ -109,7 +126,8 @@ def described(source: str, accept_license: bool) -> dict[str, Any]:
         near = near_presets(source, folders.shipped())
         guess = f"; did you mean {' or '.join(near)}?" if near else ""
         raise flags.UsageError(f"no model {source!r} on this machine, and no name of the hub (owner/name){guess}")
-    found = converters.inspect(source, accept_license=accept_license)
+    with _named(source):
+        found = converters.inspect(source, accept_license=accept_license)
     model = FAMILIES[found["family"]](FAMILIES[found["family"]].config_from_dict(found["config"]))
     return _facts(model) | found
 
@@ -151,14 +169,15 @@ class Convert(Command):
 
     def run(self) -> int:
         """Convert, and say what came out."""
-        model, params, provenance, _ = converters.import_checkpoint(
-            self.source,
-            self.folder,
-            config=self.config,
-            allow_cast=self.allow_cast,
-            overwrite=self.overwrite,
-            accept_license=self.licence.accept_license,
-        )
+        with _named(self.source):
+            model, params, provenance, _ = converters.import_checkpoint(
+                self.source,
+                self.folder,
+                config=self.config,
+                allow_cast=self.allow_cast,
+                overwrite=self.overwrite,
+                accept_license=self.licence.accept_license,
+            )
         found = {
             "folder": str(self.folder),
             **_facts(model),
@@ -197,7 +216,8 @@ class Export(Command):
 
     def run(self) -> int:
         """Export, and say what could not be kept."""
-        forecaster = Forecaster.load(self.folder, accept_license=self.licence.accept_license)
+        with _named(self.folder):
+            forecaster = Forecaster.load(self.folder, accept_license=self.licence.accept_license)
         notes = forecaster.export(self.file, overwrite=self.overwrite)
         _show_written(self, {"file": str(self.file), "notes": notes})
         return 0

@@ -196,7 +196,7 @@ class Evaluate(OnTable):
         if self.output.json:
             printing.show_json(found.to_json() | {"source": self.model})
         else:
-            printing.show(str(found))
+            printing.show(flags.in_flags(str(found)))
         return 0
 
 
@@ -320,9 +320,9 @@ class Prune(OnTable):
 
     Channels of linear layers are scored by the loss on the training rows
     (second-order Taylor), and pruned in steps; validation picks the epoch.
-    No weight is trained. OUT gets the pruned model (model/, zeros where it
+    No weight is trained. FOLDER gets the pruned model (model/, zeros where it
     was pruned; with --remove a smaller one), its masks (masks/) and the
-    history (prune.json). Fine-tune with `ltsm fit --masks OUT/masks`.
+    history (prune.json). Fine-tune with `ltsm fit --masks FOLDER/masks`.
 
     Example:  ltsm prune sales.csv --model timer-tiny --horizon 96 \\
                   --ratio 0.3 --out runs/pruned --remove
@@ -349,7 +349,7 @@ class Prune(OnTable):
     seed: Annotated[int, flags.whole(0)] = 0
     """of the order of the windows"""
     overwrite: bool = False
-    """replace an earlier result in OUT"""
+    """replace an earlier result in FOLDER"""
 
     def run(self) -> int:
         """Read, say the plan, prune, write."""

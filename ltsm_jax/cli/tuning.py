@@ -26,7 +26,7 @@ class Fit(OnTable):
 
     The checkpoint, what each method makes of it, and the naive forecasts are
     compared: validation picks, the untouched last fifth of every item decides,
-    and one sentence says what to deploy. OUT gets model/ (which forecasts
+    and one sentence says what to deploy. FOLDER gets model/ (which forecasts
     with that, for --model of the other commands), verdict.json, report.md and
     report.html. The same command goes on where a stopped one was.
 
@@ -54,7 +54,7 @@ class Fit(OnTable):
     seed: Annotated[int, flags.whole(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = 0
     """of the order of the windows, of dropout and of the intervals"""
     overwrite: bool = False
-    """replace an earlier result in OUT"""
+    """replace an earlier result in FOLDER"""
     training: flags.Tuning = dataclasses.field(default_factory=flags.Tuning)
     devices: flags.Compute = dataclasses.field(default_factory=flags.Compute)
 
@@ -117,7 +117,7 @@ class Fit(OnTable):
         if self.output.json:
             printing.show_json(found.to_json() | {"out": str(self.out), "source": self.model})
             return
-        printing.show(str(found))
+        printing.show(flags.in_flags(str(found)))
         printing.show(f"\nmodel:  {self.out / 'model'}\nreport: {self.out / 'report.html'}")
 
 

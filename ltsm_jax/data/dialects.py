@@ -89,12 +89,15 @@ def read_decimal_commas(
     if grouped:
         notes.append(f"points part thousands in {_named(names, grouped)}")
 
-    floats = [column for column in table.columns if table[column].dtype.kind == "f" and column not in changed]
-    both = [column for column in floats if column not in grouped and _either(text, separator, skipped, column)]
+    both = []
+    for column in table.columns:
+        read = column in changed or column in grouped or table[column].dtype.kind != "f"
+        if not read and _either(text, separator, skipped, column):
+            both.append(column)
     if both:
         notes.append(
-            f"cells such as 1.234 in {_named(names, both)} are read with a decimal point, though other columns have a "
-            "decimal comma"
+            f"cells such as 1.234 in {_named(names, both)} are read with a decimal point, "
+            "though other columns have a decimal comma",
         )
 
 

@@ -41,6 +41,8 @@ class Panel:
       first: [N] datetime64[us], the stamp of each item's first row (UTC where there is a zone), or
         None when the source has none.
       freq: canonical step of all items, or None where it is not known.
+      model_freq: frequency that a model is told where it is another than `freq`: "oov", out of its
+        vocabulary.
       tz: zone that the stamps came in, or None.
       rules: the day in the month, for steps of months: one rule for all items or one for each; ()
         has it found from the first stamps of all items.
@@ -73,6 +75,7 @@ class Panel:
     categories: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     static: pd.DataFrame | None = None
     notes: tuple[str, ...] = ()
+    model_freq: str | None = None
 
     def __post_init__(self):
         n, rows = len(self.ids), self.values.shape[-1]
@@ -88,7 +91,8 @@ class Panel:
 
         ahead = self.future_values
         if ahead is not None and ahead.shape[:2] != (len(self.known), n):
-            raise DataError(f"future_values of shape {ahead.shape} need [K, N, F], K {len(self.known)}, N {n}")
+            needed = f"[K, N, F], K {len(self.known)}, N {n}"
+            raise DataError(f"future_values of shape {ahead.shape} need {needed}")
         if self.first is not None and self.first.shape != (n,):
             raise DataError(f"{n} items need {n} first stamps, not {self.first.shape}")
         if self.static is not None and len(self.static) != n:
@@ -133,6 +137,7 @@ class Panel:
             bounds=np.array([0, series.n_rows]),
             first=None if series.timestamps is None else series.timestamps[:1],
             freq=series.freq,
+            model_freq=series.model_freq,
             tz=series.tz,
             rules=rules,
             time_name=series.time_name,
@@ -192,9 +197,9 @@ class Panel:
         return self.stamps_at(np.arange(self.n_items), places)
 
     def stamps_at(self, items: np.ndarray, places: np.ndarray) -> np.ndarray | None:
-        """The stamps [M, n] of rows `places` [M, n] of items [M], counted from each item's first row.
+        """The stamps [M, n] at `places` [M, n] of items [M], counted from each item's first row.
 
-        Stamps are UTC where there is a zone; None where stamps or step are not known.
+        They are UTC where there is a zone; None where stamps or step are not known.
         """
         if self.first is None or self.freq is None:
             return None
@@ -205,7 +210,11 @@ class Panel:
             found[rows] = stamps_from(wall[items[rows]][:, None], places[rows], self.freq, rule)
         return from_wall(found.ravel(), zone).reshape(found.shape)
 
-    def _rules(self, wall: np.ndarray, items: np.ndarray) -> list[tuple[DayRule | None, np.ndarray]]:
+    def _rules(
+        self,
+        wall: np.ndarray,
+        items: np.ndarray,
+    ) -> list[tuple[DayRule | None, np.ndarray]]:
         """Each rule of the day in the month with the places in `items` where it holds."""
         every = np.arange(len(items))
         if not _in_months(self.freq):

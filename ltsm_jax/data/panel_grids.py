@@ -197,7 +197,8 @@ class GridReader(TableReader):
             return Times()
         (stamps, tz), (stamps_ahead, tz_ahead) = found[0], found[-1]
         if (tz is None) != (tz_ahead is None):
-            self.problems.append("the table and future must both have stamps with a zone, or both without")
+            both_or_none = "must both have stamps with a zone, or both without"
+            self.problems.append(f"the table and future {both_or_none}")
         return Times(stamps, None if column_ahead is None else stamps_ahead, tz)
 
     def time_column(self, table: pd.DataFrame, time: list) -> Any:
@@ -216,7 +217,7 @@ class GridReader(TableReader):
         return super().numbers_are_dates(pd.Series(column.unique(), name=column.name))
 
     def stamps_of_kinds(self, column: Any) -> tuple[np.ndarray, str | None] | None:
-        """(microseconds int64 [T], zone) of a column; text and numbers are read once for each kind."""
+        """(microseconds int64 [T], zone) of a column; each kind of text or number is read once."""
         if is_time(column) or column.isna().any():
             found = self.parsed(column)
             return None if found is None else (found[0].astype(np.int64), found[1])
@@ -306,7 +307,7 @@ class GridReader(TableReader):
                     self.freq = freq
                     return on_the_wall, wall_steps, times.tz
                 self.notes.append(
-                    f"the steps are regular in UTC, not on the clock in {times.tz}: the stamps are given in UTC"
+                    f"the steps are regular in UTC, not on the clock in {times.tz}: the stamps are given in UTC",
                 )
                 times.tz = "UTC"
         self.freq = self.freq or common_freq(items, steps)
@@ -387,9 +388,14 @@ class GridReader(TableReader):
         lengths = place[items.starts[1:] - 1] + 1
         holes = int(lengths.sum()) - len(place) + int(met.sum())
         if holes > MOST_HOLES * len(place):
+            worst = int((lengths - items.counts).argmax())
+            span = items.clock[items.starts[worst]], items.clock[items.starts[worst + 1] - 1]
+            shown = f"{str(ids[worst])[:QUOTED]}, " if len(ids) > 1 else ""
+            shown += f"{self.written(span[0])} to {self.written(span[1])}"
             self.problems.append(
-                f"time: grids of step {self.freq or steps.common} would have {int(lengths.sum())} rows "
-                f"for {len(place)} of the table; give a longer freq="
+                f"time: grids of step {self.freq or steps.common} would have "
+                f"{int(lengths.sum())} rows for {len(place)} of the table (most: {shown}); "
+                "check these dates, or give a longer freq=",
             )
         elif holes and not self.problems:
             counts = items.counts - np.bincount(items.owners[1:][met], minlength=items.n)
@@ -404,7 +410,7 @@ class GridReader(TableReader):
         ids: np.ndarray,
         steps: Steps,
     ) -> None:
-        """Items of another step, and rows beside the grid, go to the problems, the first by name."""
+        """Items of another step, and rows beside the grid, are problems: the first by name."""
         beside = np.zeros(items.n, bool)
         beside[items.owners[off]] = True
         other = beside & (steps.usual != steps.common) & (steps.usual > 0)
@@ -421,7 +427,9 @@ class GridReader(TableReader):
                 own = step if self.freq is None else canonical_freq(f"{step}us")
                 shown.append(f"{str(ids[i])[:QUOTED]}: {own}")
             more = ", ..." if other.sum() > FIRST else ""
-            who = f"{int(other.sum())} of {len(ids)} items have" if len(ids) > 1 else "the rows have"
+            who = "the rows have"
+            if len(ids) > 1:
+                who = f"{int(other.sum())} of {len(ids)} items have"
             self.problems.append(
                 f"time: {who} another step than {unit} ({', '.join(shown)}{more}); freq= names the "
                 f"step to forecast, and {advice}; or read items of one step at a time"
@@ -432,8 +440,8 @@ class GridReader(TableReader):
             first = f"first {str(ids[i])[:QUOTED]} at" if len(ids) > 1 else ", first"
             which = self.several(ids, beside) + (", " if len(ids) > 1 else "") + first
             self.problems.append(
-                f"time: {int(off.sum())} rows{which} {self.written(items.clock[row])} are beside the "
-                f"grid of step {unit}; {advice}"
+                f"time: {int(off.sum())} rows{which} {self.written(items.clock[row])} are beside "
+                f"the grid of step {unit}; {advice}"
             )
 
     def meeting(self, items: Items, met: np.ndarray, ids: np.ndarray, what: str) -> str:
@@ -468,13 +476,19 @@ class GridReader(TableReader):
             beside += int((~rules[-1].holds(own)).sum())
         if beside and self.irregular != "regularise":
             self.notes.append(
-                f"{beside} stamps lie on another day of the month than most of their item, and are taken for that day"
+                f"{beside} stamps lie on another day of the month than most of their item, and are taken for that day",
             )
         return tuple(rules)
 
     # ---- rows ahead ----
 
-    def steps_ahead(self, times: Times, grids: Grids, codes: np.ndarray | None, layout: Layout) -> Ahead | None:
+    def steps_ahead(
+        self,
+        times: Times,
+        grids: Grids,
+        codes: np.ndarray | None,
+        layout: Layout,
+    ) -> Ahead | None:
         """Where the rows ahead [A] lie on the grids of their items; None where there are none.
 
         Args:
@@ -505,16 +519,17 @@ class GridReader(TableReader):
 
         if off.any() and self.irregular != "regularise":
             row = int(off.argmax())
+            owner = str(layout.ids[owners[row]])[:QUOTED]
             self.problems.append(
                 f"future: {int(off.sum())} rows are beside the grid of their item, first row "
-                f"{ours[row]}: {str(layout.ids[owners[row]])[:QUOTED]} at {self.written(clock[row])}, "
+                f"{ours[row]}: {owner} at {self.written(clock[row])}, "
                 f"where the step is {self.freq or 'that of the table'}"
             )
             return None
         again = pd.DataFrame({"owner": owners, "place": place}).duplicated().to_numpy()
         if again.any():
             self.problems.append(
-                f"future: {int(again.sum())} rows have the id and time of another, first row {ours[again.argmax()]}"
+                f"future: {int(again.sum())} rows have the id and time of another, first row {ours[again.argmax()]}",
             )
         return Ahead(ours, owners, place)
 

@@ -52,7 +52,8 @@ class PanelOptions:
       past: covariates known up to the last target only. By default what is left over.
       static: facts of an item, the same in all its rows. By default columns that are.
       future: a second table (whatever `source` may be) with id, time and the covariates ahead.
-      freq, date_format: as in `ReadingOptions`; by default the most common step of the items.
+      freq, date_format: as in `ReadingOptions` ("oov" included); by default the most common step of
+        the items.
       missing: "keep" leaves empty targets NaN, "error" refuses them, "interpolate" fills them
         linearly in time within the item, and at its ends with the nearest value. Rows behind the
         last target are the future in any case.
@@ -137,7 +138,8 @@ def _read_already(source: Panel | Series, how: PanelOptions) -> Panel:
             given.append(field.name)
     if given:
         kind = type(source).__name__
-        raise ValueError(f"{', '.join(given)}: no options of a {kind}, which has been read already; give the table")
+        names = ", ".join(given)
+        raise ValueError(f"{names}: no options of a {kind}, which has been read already; give the table")
     panel = Panel.of(source) if isinstance(source, Series) else source
     return panel if how.name is None else dataclasses.replace(panel, name=how.name)
 
@@ -208,6 +210,7 @@ class _PanelReader(GridReader):
             bounds=layout.bounds,
             first=None if grids.first is None else from_wall(grids.first, grids.zone),
             freq=self.freq,
+            model_freq="oov" if self.how.freq == "oov" else None,
             tz=times.tz,
             rules=grids.rules,
             id_name="/".join(map(str, roles.id)) or None,
@@ -241,7 +244,8 @@ class _PanelReader(GridReader):
                 self.problems.append(f"{role} is an empty list")
         counts = collections.Counter(column for columns in asked.values() for column in columns)
         if doubled := [column for column, count in counts.items() if count > 1]:
-            self.problems.append(f"columns named more than once, or for two roles: {quote(doubled)}")
+            names = quote(doubled)
+            self.problems.append(f"columns named more than once, or for two roles: {names}")
 
         roles = _Roles(**asked, left=[])
         taken = list(counts)
@@ -258,7 +262,8 @@ class _PanelReader(GridReader):
         for column in table.columns:
             nameless = str(column).strip() == "" or str(column).startswith("Unnamed: ")
             if column not in apart and nameless and counts_rows(table[column]):
-                self.notes.append(f"a column without a name ({short(column)}) was left out: it numbers the rows")
+                name = short(column)
+                self.notes.append(f"a column without a name ({name}) was left out: it numbers the rows")
             elif column not in apart:
                 roles.left.append(column)
         return roles
@@ -267,9 +272,11 @@ class _PanelReader(GridReader):
         """The only column of dates, whatever its name; of several one must be named."""
         if self.undecided:
             return []
-        found = [column for column in table.columns if column not in taken and holds_dates(table[column])]
+        free = [column for column in table.columns if column not in taken]
+        found = [column for column in free if holds_dates(table[column])]
         if len(found) > 1:
-            self.problems.append(f"several columns may hold the time: {quote(found)}; say which with time=")
+            names = quote(found)
+            self.problems.append(f"several columns may hold the time: {names}; say which with time=")
         elif found:
             self.notes.append(f"{str(found[0])!r} is taken as the time; time= says otherwise")
         return found[:1]
@@ -288,7 +295,8 @@ class _PanelReader(GridReader):
             self.problems[before:] = [f"future: {problem}" for problem in self.problems[before:]]
         kept = {*roles.time, *roles.id, *roles.known, *roles.left, *roles.static}
         if more := [column for column in ahead.columns if column not in kept]:
-            self.notes.append(f"left out of future, being no covariates of the table: {quote(more)}")
+            names = quote(more)
+            self.notes.append(f"left out of future, being no covariates of the table: {names}")
 
     def find_ids(self, table: pd.DataFrame, roles: _Roles, times: Times) -> None:
         """Take the columns that tell items apart by their names; refuse to guess others."""
@@ -311,7 +319,13 @@ class _PanelReader(GridReader):
             self.notes.append(f"the items are told apart by {names}; id= says otherwise")
             roles.left = [column for column in roles.left if column not in roles.id]
 
-    def suggest_ids(self, table: pd.DataFrame, roles: _Roles, clock: np.ndarray, codes: np.ndarray) -> None:
+    def suggest_ids(
+        self,
+        table: pd.DataFrame,
+        roles: _Roles,
+        clock: np.ndarray,
+        codes: np.ndarray,
+    ) -> None:
         """Say which column the ids lack where rows of one id have the same stamp."""
         if not pd.DataFrame({"id": codes, "time": clock}).duplicated().any():
             return
@@ -332,7 +346,8 @@ class _PanelReader(GridReader):
         ahead_has = set() if ahead is None else set(ahead.columns)
         if roles.id and not roles.target:
             named = [column for column in roles.left if str(column).casefold() in TARGET_NAMES]
-            numbers = [column for column in roles.left if is_numeric(table[column]) and column not in ahead_has]
+            free = [column for column in roles.left if column not in ahead_has]
+            numbers = [column for column in free if is_numeric(table[column])]
             if len(named) == 1:
                 roles.target = named
             elif len(numbers) == 1:
@@ -385,8 +400,14 @@ class _PanelReader(GridReader):
         """Say that a column was taken for the target."""
         self.notes.append(f"{str(column)!r} is the target: no other column of numbers is left")
 
-    def is_fact(self, cells: Any, codes: np.ndarray, ahead: Any, codes_ahead: np.ndarray | None) -> bool:
-        """Whether cells, empty ones aside, are the same in all rows of each item, those ahead too."""
+    def is_fact(
+        self,
+        cells: Any,
+        codes: np.ndarray,
+        ahead: Any,
+        codes_ahead: np.ndarray | None,
+    ) -> bool:
+        """Whether the cells of each item are the same, empty ones aside, in the rows ahead too."""
         if cells.isna().all():
             return False
         if ahead is not None and codes_ahead is not None:
@@ -405,7 +426,7 @@ class _PanelReader(GridReader):
         return row if same.all() else None
 
     def choose_by_place(self, table: pd.DataFrame, roles: _Roles, layout: Layout) -> None:
-        """Covariates left over: known ahead where rows behind the last target hold them, else past."""
+        """Covariates left over: known ahead if rows behind the last target hold them, else past."""
         behind = layout.rows_behind()
         known, past, out = [], [], []
         for column in roles.left:
@@ -422,10 +443,12 @@ class _PanelReader(GridReader):
         if past:
             self.notes.append(f"columns left over are past covariates: {quote(past)}")
         if out:
-            self.notes.append(f"left out (empty, dates, text that is no kinds, or text and numbers): {quote(out)}")
+            why = "empty, dates, text that is no kinds, or text and numbers"
+            self.notes.append(f"left out ({why}): {quote(out)}")
         if len(behind) and not roles.known:
+            count = len(behind)
             self.notes.append(
-                f"{len(behind)} rows behind the last target of their item were cut off: they are the future"
+                f"{count} rows behind the last target of their item were cut off: they are the future",
             )
 
     # ---- items ----
@@ -464,12 +487,19 @@ class _PanelReader(GridReader):
             )
         elif unknown.any():
             kinds = list(dict.fromkeys(column[unknown]))
-            self.notes.append(f"rows of future for ids that the table lacks were left out: {quote(kinds)}")
+            names = quote(kinds)
+            self.notes.append(f"rows of future for ids that the table lacks were left out: {names}")
         return ids, codes, codes_ahead
 
     # ---- values ----
 
-    def last_rows(self, items: Items, place: np.ndarray, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    def last_rows(
+        self,
+        items: Items,
+        place: np.ndarray,
+        values: np.ndarray,
+        ids: np.ndarray,
+    ) -> np.ndarray:
         """Place of the last row of each item with a target [N]; items without one are a problem."""
         seen = np.zeros(len(place), bool)
         for row in values:
@@ -477,7 +507,9 @@ class _PanelReader(GridReader):
         last = np.maximum.reduceat(np.where(seen, place, -1), items.starts[:-1])
         if (last < 0).any():
             which = self.several(ids, last < 0)
-            self.problems.append(f"not one value of the target{which}: nothing to forecast from; leave these rows out")
+            self.problems.append(
+                f"not one value of the target{which}: nothing to forecast from; leave these rows out",
+            )
         return last
 
     def check_ends(self, values: np.ndarray, roles: _Roles) -> None:
@@ -489,9 +521,9 @@ class _PanelReader(GridReader):
         for c, row in enumerate(empty):
             if ends[c] > max(longest_gap(row), 1):
                 self.problems.append(
-                    f"column {short(roles.target[c])}: the last {ends[c]} rows are empty where other "
-                    "columns go on; name the columns to forecast by target=: the rows behind their "
-                    "last value are the future, and the other columns are covariates"
+                    f"column {short(roles.target[c])}: the last {ends[c]} rows are empty where "
+                    "other columns go on; name the columns to forecast by target=: the rows behind "
+                    "their last value are the future, and the other columns are covariates"
                 )
 
     def filled(self, values: np.ndarray, targets: list, layout: Layout) -> np.ndarray:
@@ -502,7 +534,7 @@ class _PanelReader(GridReader):
             infinite = np.isinf(row)
             if infinite.any():
                 self.problems.append(
-                    f"column {short(targets[c])}: {int(infinite.sum())} infinite cells, {self.where(infinite, layout)}"
+                    f"column {short(targets[c])}: {int(infinite.sum())} infinite cells, {self.where(infinite, layout)}",
                 )
             empty = np.isnan(row)
             if not empty.any():
@@ -576,7 +608,11 @@ class _PanelReader(GridReader):
             categories=categories,
         )
 
-    def covariate(self, cells: Any, ahead: Any) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+    def covariate(
+        self,
+        cells: Any,
+        ahead: Any,
+    ) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
         """(numbers [T], numbers of the rows ahead or None, kinds of text or ()) of one covariate.
 
         Truth values are 0 and 1; a category is its place among the kinds, those ahead among them.
@@ -602,7 +638,8 @@ class _PanelReader(GridReader):
         numbers = self.numbers(cells.to_frame(), [cells.name])[0]
         infinite = np.isinf(numbers)
         if infinite.any():
-            self.problems.append(f"column {short(cells.name)}: {int(infinite.sum())} infinite, {rows(infinite, cells)}")
+            name, where = short(cells.name), rows(infinite, cells)
+            self.problems.append(f"column {name}: {int(infinite.sum())} infinite, {where}")
         return numbers
 
     def future_values(
@@ -627,7 +664,7 @@ class _PanelReader(GridReader):
         longest = int(layout.last.max()) + 1
         if width > max(MOST_HOLES * longest, MOST_AHEAD):
             self.problems.append(
-                f"rows of known covariates lie up to {width} steps behind the last target; check the dates"
+                f"rows of known covariates lie up to {width} steps behind the last target; check the dates",
             )
             return None
 
@@ -645,18 +682,18 @@ class _PanelReader(GridReader):
             given = ~np.isnan(own)
             future[k, behind.owners[given], step[given] - 1] = own[given]
         if differ:
-            self.notes.append(f"{differ} cells of future contradict the table, whose cells are taken")
+            self.notes.append(f"{differ} cells of future contradict the table, whose are taken")
         missing: Any = np.isnan(future).any(axis=0)
         if missing.any():
             which = missing.any(axis=1)
             self.notes.append(
-                f"known covariates are missing for {int(missing.sum())} of {missing.size} steps ahead"
-                f"{self.several(layout.ids, which)}: {quote(roles.known)}"
+                f"known covariates are missing for {int(missing.sum())} of {missing.size} steps "
+                f"ahead{self.several(layout.ids, which)}: {quote(roles.known)}"
             )
         return future
 
     def fill_known(self, values: np.ndarray, cells: np.ndarray, rows: Ahead, layout: Layout) -> int:
-        """Fill empty cells of the table's rows [R] from future, in place; count others that differ."""
+        """Fill empty cells of the rows [R] from future, in place; count others that differ."""
         last = layout.last[rows.owners]
         here = (rows.place >= 0) & (rows.place <= last) & ~np.isnan(cells)
         at = layout.bounds[rows.owners[here]] + rows.place[here]
@@ -666,16 +703,24 @@ class _PanelReader(GridReader):
         values[at[empty]] = given[empty]
         return differ
 
-    def static_of(self, table: pd.DataFrame, roles: _Roles, codes: np.ndarray, n: int) -> pd.DataFrame | None:
+    def static_of(
+        self,
+        table: pd.DataFrame,
+        roles: _Roles,
+        codes: np.ndarray,
+        n: int,
+    ) -> pd.DataFrame | None:
         """One row per item of the columns that are facts of it: numbers, and categories."""
         facts = {}
         for column in roles.static:
             cells: Any = table[column]
             row = self.fact(cells, codes, n)
             if row is None:
-                self.problems.append(f"static column {short(column)} changes within an item; past= or known= takes it")
+                name = short(column)
+                self.problems.append(f"static column {name} changes within an item: past= or known=")
                 continue
-            taken = cells.iloc[np.maximum(row, 0)].reset_index(drop=True).where(row >= 0)
+            # An item without a cell has the row -1, which no table has.
+            taken = cells.reset_index(drop=True).reindex(row).reset_index(drop=True)
             if _holds_truth(taken):
                 taken = pd.Series(_as_numbers(taken))
             facts[str(column)] = taken if is_numeric(taken) else taken.astype("category")
@@ -706,7 +751,7 @@ def _holds_truth(cells: Any) -> bool:
 
 
 def _serves(cells: Any) -> bool:
-    """Whether a column that nobody named can be a covariate: numbers, truth, a few kinds of text."""
+    """Whether a column that nobody named can be a covariate: numbers, truth, kinds of text."""
     if cells.isna().all() or pd.api.types.is_complex_dtype(cells):
         return False
     if is_numeric(cells) or _holds_truth(cells):
@@ -722,7 +767,7 @@ def _like(ids: Any) -> str:
 
 def _as_numbers(truth: Any) -> np.ndarray:
     """Truth values as 0 and 1, NaN where they are empty [T]."""
-    return truth.astype(object).where(truth.notna(), np.nan).astype(np.float64).to_numpy()
+    return truth.astype("boolean").to_numpy(np.float64, na_value=np.nan)
 
 
 def _holds_kinds(cells: Any) -> bool:

@@ -138,7 +138,10 @@ def _read_text_table(path: Path, header: bool, notes: list[str]) -> pd.DataFrame
     text = _read_text(path).lstrip("\n")
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
-    separator = separator_of(text)
+    named = re.match(r'"?sep=(.)"?\n', text)  # for Excel, which takes the line away
+    if named:
+        text = text[named.end() :]
+    separator = named[1] if named and named[1] in SEPARATORS else separator_of(text)
     lines = io.StringIO(text)
     names: list[str] = []
     try:

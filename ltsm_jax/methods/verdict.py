@@ -40,7 +40,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.forecasting import MODES, Errors, Forecasting, Mode
-from ltsm_jax.training import compiling
+from ltsm_jax.training import compiling, progress
 
 __all__ = ["BUDGET", "Compared", "Prepared", "Verdict", "compare", "named", "prepare"]
 
@@ -159,7 +159,7 @@ def prepare(
     ready, start = model.for_series(
         params,
         n_variates=panel.n_variates,
-        freq=panel.freq,
+        freq=panel.model_freq or panel.freq,
         key=training.keys(seed)["init"],
     )
     fresh = drawn(params, start)
@@ -269,22 +269,23 @@ def compare(
     for name in scorer.naive:
         candidates[name] = scorer.naive_candidate(name)
     best = ZERO_SHOT
-    for name, chosen in strategies.items():
+    for number, (name, chosen) in enumerate(strategies.items(), 1):
         try:
-            result = run(
-                model,
-                start,
-                chosen,
-                splits,
-                task=task,
-                seed=seed,
-                config=config,
-                folder=None if folder is None else Path(folder) / name,
-                test=False,
-                label=name,
-                show_progress=show_progress,
-                masks=masks,
-            )
+            with progress.part(number, len(strategies)):
+                result = run(
+                    model,
+                    start,
+                    chosen,
+                    splits,
+                    task=task,
+                    seed=seed,
+                    config=config,
+                    folder=None if folder is None else Path(folder) / name,
+                    test=False,
+                    label=name,
+                    show_progress=show_progress,
+                    masks=masks,
+                )
         except training.NonFiniteError as err:
             notes.append(f"{name}: training failed: {str(err).splitlines()[0]}")
             continue

@@ -91,17 +91,27 @@ def own_levels(
     """
     if not len(wanted):
         return ()
-    one = jax.ShapeDtypeStruct((1, n_variates, SHORTEST), jnp.float32)
-    found = jax.eval_shape(lambda p, x: model.predict(p, x, horizon), params, one)
-    if found.samples is not None:
-        n = found.samples.shape[-1]
-        low, high = 1 / (n + 1), n / (n + 1)
-    elif found.quantiles is not None:
-        low, high = min(found.levels), max(found.levels)
-    else:
-        return ()
+    low, high = _range(model, params, n_variates, horizon)
     slack = 1e-9  # 0.1 is 0.1 however it was computed
     return tuple(level for level in sorted(wanted) if low - slack <= level <= high + slack)
+
+
+_RANGES: dict[tuple[Predictor, int], tuple[float, float]] = {}  # tracing a large model takes a second
+
+
+def _range(model: Predictor, params: Tree, n_variates: int, horizon: int) -> tuple[float, float]:
+    """The lowest and the highest level that a model says; (1, 0) where it says none."""
+    if (model, n_variates) not in _RANGES:
+        one = jax.ShapeDtypeStruct((1, n_variates, SHORTEST), jnp.float32)
+        found = jax.eval_shape(lambda p, x: model.predict(p, x, horizon), params, one)
+        ends = 1.0, 0.0
+        if found.samples is not None:
+            n = found.samples.shape[-1]
+            ends = 1 / (n + 1), n / (n + 1)
+        elif found.quantiles is not None:
+            ends = min(found.levels), max(found.levels)
+        _RANGES[model, n_variates] = ends
+    return _RANGES[model, n_variates]
 
 
 def quantiles_at(found: Forecast, levels: Sequence[float]) -> jax.Array:
@@ -242,8 +252,8 @@ def forecast(
             if season is not None:
                 unit[rows] = error_unit((context - mean) / scale, season) * scale[..., 0]
                 for row, member in np.argwhere(unit[rows] == 0):
-                    variate = member if joint else rows[row] % c
-                    unit[rows[row], member] = cut.unit_of_all(row, variate, season)
+                    variate = int(member if joint else rows[row] % c)
+                    unit[rows[row], member] = cut.unit_of_all(int(row), variate, season)
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
             if on_host is None:
                 past, known = cut.covariates(size) if covariates else (None, None)
@@ -421,5 +431,5 @@ def notes_on_lengths(model: Any, panel: Panel, context_len: int) -> tuple[str, .
     said = f"{short} of {len(rows)} items have fewer rows than the context of {context_len}"
     if cut := int((lengths < whole).sum()):
         share = 1 - (lengths / whole).min()
-        said += f"; of {cut} the oldest rows are not seen (at most {share:.0%}), so that few lengths are compiled"
+        said += f"; of {cut} the oldest rows, at most {share:.0%}, are not seen: contexts have few lengths"
     return (said,)

@@ -1,12 +1,29 @@
 """What a run says while it lasts: a bar on a terminal, a plain line every few seconds elsewhere, or nothing."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 5.0
+_part = [1, 1]  # number of the run that lasts, and of how many
+
+
+@contextlib.contextmanager
+def part(number: int, count: int) -> Iterator[None]:
+    """Let bars inside the block say what is left of all `count` runs, of about the same length, of which this is one.
+
+    number: of the run, from 1.
+    """
+    before = _part[:]
+    _part[:] = number, count
+    try:
+        yield
+    finally:
+        _part[:] = before
 
 
 class Bar:
@@ -22,6 +39,10 @@ class Bar:
 
     def __init__(self, total: int, epochs: int, label: str = "", *, done: int = 0, show: bool = True):
         self.total, self.epochs, self.label, self.first = total, epochs, label or "training", done
+        number, count = _part
+        if count > 1:
+            self.label += f" ({number} of {count})"
+        self.later = (count - number) * total  # steps of the runs behind this one
         self.console = Console(stderr=True)
         self.show = show
         self.live = None
@@ -61,6 +82,9 @@ class Bar:
         seconds = max(now - self.began, 1e-9)
         speed = f"  {self.windows / seconds:,.0f} windows/s" if self.windows else ""
         facts = f"epoch {epoch}/{self.epochs}{'' if loss is None else f'  loss {loss:.4f}'}{speed}{note}"
+        if self.later and step > self.first:
+            rest = (self.total - step + self.later) * seconds / (step - self.first)
+            facts += f"  all in {rest:.0f} s"
         if self.live:
             self.live.update(self.task, completed=step, facts=facts)
         elif now - self.spoke >= PLAIN_SECONDS:

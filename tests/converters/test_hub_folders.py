@@ -1,6 +1,7 @@
 """Checkpoints of several files, folders in the form of the hub, nested containers, and hostile ones of these."""
 
 import json
+import re
 import shutil
 import struct
 
@@ -9,9 +10,9 @@ import pytest
 from handmade_files import CONFIG, timer_state
 
 from converters import CheckpointError, export_checkpoint, import_checkpoint, inspect, timer
-from converters.__main__ import main
 from converters.torch_files import read_safetensors, read_torch, write_safetensors, write_torch
 from ltsm_jax import trees
+from ltsm_jax.cli import main
 from ltsm_jax.models import folders
 
 PUBLISHED = timer.published(CONFIG)
@@ -204,12 +205,12 @@ def test_a_key_that_stands_twice_in_a_safetensors_header(tmp_path):
 def test_command_line_takes_folders_and_indexes(tmp_path, state, capsys):
     index = sharded(tmp_path, state)
     for source, target in ((tmp_path, "m1"), (index, "m2")):
-        assert main(["inspect", str(source)]) == 0
-        assert "family: timer" in capsys.readouterr().out
-        assert main(["import", str(source), str(tmp_path / target)]) == 0
+        assert main(["models", str(source)]) == 0
+        assert re.search(r"^family +timer$", capsys.readouterr().out, re.MULTILINE)
+        assert main(["convert", str(source), str(tmp_path / target)]) == 0
         assert inspect(tmp_path / target)["source"] == INDEX
         capsys.readouterr()
     index.write_text("{}")
-    assert main(["inspect", str(tmp_path)]) == 2
+    assert main(["models", str(tmp_path)]) == 3
     assert capsys.readouterr().err.startswith("error: ")
     assert folders.read_config(tmp_path / "m1")[0].config == CONFIG

@@ -14,9 +14,9 @@ from handmade_files import CONFIG, timer_state
 import converters
 import ltsm_jax
 from converters import CheckpointError, export_checkpoint, import_checkpoint, inspect, timer
-from converters.__main__ import main
 from converters.torch_files import read_torch, write_torch
 from ltsm_jax import trees
+from ltsm_jax.cli import main
 from ltsm_jax.models import folders
 from ltsm_jax.models.timer import PRESETS, Timer, TimerConfig
 
@@ -82,9 +82,9 @@ def test_golden_timer_inspect(golden, capsys):
     facts = inspect(g.checkpoint)
     assert facts["family"] == "timer" and facts["dtype"] == "float32" and len(facts["sha256"]) == 64
     assert any(key.endswith(timer.TABLE) and "sinusoid" in why for key, why in facts["dropped"].items())
-    assert main(["inspect", str(g.checkpoint)]) == 0
+    assert main(["models", str(g.checkpoint)]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("timer", str(facts["parameters"]), facts["sha256"], "d_model", timer.TABLE))
+    assert all(word in out for word in ("timer", f"{facts['parameters']:,}", facts["sha256"], "d_model", timer.TABLE))
 
 
 # --- layouts
@@ -279,27 +279,27 @@ def test_command_line(tmp_path, capsys):
     write_torch(tmp_path / "a.ckpt", {"state_dict": {f"model.{k}": v for k, v in timer_state().items()}})
     (tmp_path / "options.json").write_text(json.dumps(PUBLISHED))
     source, model = str(tmp_path / "a.ckpt"), str(tmp_path / "model")
-    assert main(["import", source, model, "--config", str(tmp_path / "options.json")]) == 0
-    assert main(["inspect", model]) == 0
+    assert main(["convert", source, model, "--config", str(tmp_path / "options.json")]) == 0
+    assert main(["models", model]) == 0
     assert main(["export", model, str(tmp_path / "b.ckpt")]) == 0
     require_same_bytes(tensors(tmp_path / "b.ckpt"), tensors(source))
     capsys.readouterr()
     for wrong in (
-        ["import", source, model],
+        ["convert", source, model],
         ["export", model, str(tmp_path / "b.ckpt")],
         ["export", str(tmp_path / "none"), str(tmp_path / "c.ckpt")],
-        ["inspect", str(tmp_path / "none")],
-        ["inspect", str(tmp_path)],
-        ["import", str(tmp_path / "options.json"), str(tmp_path / "m2")],
+        ["models", str(tmp_path / "none")],
+        ["models", str(tmp_path)],
+        ["convert", str(tmp_path / "options.json"), str(tmp_path / "m2")],
     ):
-        assert main(wrong) == 2
+        assert main(wrong) in (2, 3)
         streams = capsys.readouterr()
         assert streams.err.startswith("error: ") and "Traceback" not in streams.err and not streams.out
-    assert main(["import", source, model, "--overwrite"]) == 0
+    assert main(["convert", source, model, "--overwrite"]) == 0
     assert not (tmp_path / "m2").exists() and not (tmp_path / "c.ckpt").exists()
 
 
 def test_command_line_of_the_module(tmp_path):
-    command = [sys.executable, "-m", "converters", "inspect", str(tmp_path / "missing.ckpt")]
+    command = [sys.executable, "-m", "ltsm_jax", "models", str(tmp_path / "missing.ckpt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "missing.ckpt" in done.stderr

@@ -62,6 +62,16 @@ def test_points_and_commas_mixed_in_a_column_are_refused(tmp_path):
         read_series(write(tmp_path / "a.csv", "date;y\n2024-01-01;1,5\n2024-01-02;1.5\n"))
 
 
+def test_a_first_line_may_name_the_separator(tmp_path):
+    series = read_series(write(tmp_path / "a.csv", "sep=;\ndate;y\n2024-01-01;1,5\n2024-01-02;2,5\n"))
+    assert series.columns == ("y",) and series.values.tolist() == [[1.5, 2.5]]
+
+
+def test_thousands_may_be_parted_by_blanks(tmp_path):
+    text = "date;y\n2024-01-01;1\u202f234,5\n2024-01-02;12 345\n"
+    assert read_series(write(tmp_path / "a.csv", text)).values.tolist() == [[1234.5, 12345]]
+
+
 def test_quoted_cells_may_hold_the_separator(tmp_path):
     text = 'date,"sales, net"\n2024-01-01,"1.5"\n2024-01-02,2\n'
     assert read_series(write(tmp_path / "a.csv", text)).columns == ("sales, net",)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import time
 
@@ -15,9 +16,9 @@ from huggingface_hub import constants
 
 import converters
 import ltsm_jax
-from converters.__main__ import main
 from converters.torch_files import read_safetensors, write_safetensors, write_torch
 from ltsm_jax import hub, loading, storage
+from ltsm_jax.cli import main
 from ltsm_jax.models import FAMILIES, folders
 
 NAME = "someone/a-model"
@@ -480,13 +481,14 @@ def test_files_of_ones_own_are_not_asked_about(site, tmp_path, capsys):
 
 def test_command_line(site, expected, tmp_path, capsys):
     commit = site.repositories[NAME].revisions["main"]
-    assert main(["inspect", NAME]) == 0
+    assert main(["models", NAME]) == 0
     assert commit in capsys.readouterr().out
-    assert main(["import", f"{NAME}@{commit}", str(tmp_path / "model")]) == 0
+    assert main(["convert", f"{NAME}@{commit}", str(tmp_path / "model")]) == 0
     out = capsys.readouterr().out
-    assert f"from {NAME}, commit {commit}" in out and "licence apache-2.0" in out
+    assert f"repo {NAME}; revision {commit}" in " ".join(out.split())
+    assert re.search(r"^licence +apache-2.0$", out, re.MULTILINE)
     require_same(ltsm_jax.load(tmp_path / "model"), expected)
-    assert main(["inspect", "someone/nothing"]) == 2
+    assert main(["models", "someone/nothing"]) == 2
     assert capsys.readouterr().err.startswith("error: no model 'someone/nothing'")
 
 

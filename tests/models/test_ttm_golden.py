@@ -56,21 +56,21 @@ class Recorded:
 
 def bct(x_BTC):
     """The original's [batch, time, channels] in our order, and back."""
-    return jnp.swapaxes(jnp.asarray(x_BTC), 1, 2)
+    return np.swapaxes(np.asarray(x_BTC), 1, 2)
 
 
 def inputs(model, io, case):
     """Keyword arguments of `apply` for a case."""
     x = bct(io[f"{case}/in/past_values"])
-    found = {"x_BCT": x, "observed_BCT": jnp.ones_like(x)}
+    found = {"x_BCT": x, "observed_BCT": np.ones_like(x)}
     if f"{case}/in/past_observed_mask" in io:
         found["observed_BCT"] = bct(io[f"{case}/in/past_observed_mask"])
     if model.config.exogenous:
         found["future_BCH"] = bct(io[f"{case}/in/future_values"])
     if model.config.freq_vocab:
-        found["freq_token"] = jnp.asarray(io[f"{case}/in/freq_token"], jnp.int32)
+        found["freq_token"] = np.asarray(io[f"{case}/in/freq_token"], np.int32)
     if model.config.vocab:
-        found["categories"] = jnp.asarray(io[f"{case}/in/static_categorical_values"]).astype(jnp.int32)
+        found["categories"] = np.asarray(io[f"{case}/in/static_categorical_values"]).astype(np.int32)
     return found
 
 
@@ -90,7 +90,7 @@ def recorded(request, golden):
         groups.setdefault((io[f"{name}/in/past_values"].shape[1:], name if alone else ""), []).append(name)
     for group in groups.values():
         given = [inputs(model, io, name) for name in group]
-        y, steps = forward(params, **{key: jnp.concatenate([g[key] for g in given]) for key in given[0]})
+        y, steps = forward(params, **{key: np.concatenate([g[key] for g in given]) for key in given[0]})
         first = 0
         for name, g in zip(group, given, strict=True):
             rows = slice(first, first + g["x_BCT"].shape[0])
