@@ -243,7 +243,9 @@ def _skip_weekends(items: Items, chosen: np.ndarray) -> bool:
 
 
 def coarser(items: Items, place: np.ndarray) -> np.ndarray:
-    """Which items step by multiples of several places only, three times or more, bool [N].
+    """Which items have a coarser step, bool [N]: three steps or more of one length over a place.
+
+    Steps of several lengths must be six to count: holes may lie so by chance.
 
     Args:
       place: [T] whole places of the sorted rows on the items' grids.
@@ -256,8 +258,9 @@ def coarser(items: Items, place: np.ndarray) -> np.ndarray:
     owners, steps = items.owners[1:][stays], steps[stays]
     first = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
     divisor = np.gcd.reduceat(steps, first)
-    several = np.diff(np.concatenate([first, [len(steps)]])) >= 3
-    found[owners[first]] = (divisor > 1) & several
+    constant = np.minimum.reduceat(steps, first) == np.maximum.reduceat(steps, first)
+    count = np.diff(np.concatenate([first, [len(steps)]]))
+    found[owners[first]] = (divisor > 1) & (count >= np.where(constant, 3, 6))
     return found
 
 

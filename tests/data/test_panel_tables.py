@@ -543,6 +543,26 @@ def test_options_are_checked():
 
 def test_a_grid_of_far_too_small_a_step_is_refused():
     assert "give a longer freq=" in refused(shops(), id="shop", target="sold", freq="s", irregular="regularise")
+    wrong = shops()
+    wrong.loc[6, "date"] = pd.Timestamp("2204-01-07")
+    assert "(most: B, 2024-01-03 00:00:00 to 2204-01-07 00:00:00); check these dates" in refused(wrong, id="shop")
+
+
+def test_holes_that_lie_regularly_by_chance_are_no_other_step():
+    few = pd.DataFrame({"shop": "F", "date": days("2024-01-01", 9)[[0, 2, 4, 8]], "sold": 1.0})
+    panel = read_panel(pd.concat([shops(), few]), id="shop")
+    assert panel.lengths.tolist() == [4, 4, 9]
+    many = pd.DataFrame({"shop": "F", "date": days("2024-01-01", 19)[[0, 2, 4, 8, 10, 12, 18]], "sold": 1.0})
+    assert "another step than D (F: 2D)" in refused(pd.concat([shops(), many]), id="shop", freq="D")
+
+
+def test_days_that_are_regular_in_utc_only_are_counted_there():
+    stamps = pd.date_range("2024-03-28", periods=6, freq="D", tz="UTC").tz_convert("Europe/Berlin")
+    table = pd.DataFrame({"id": ["a"] * 6 + ["b"] * 4, "ds": [*stamps, *stamps[2:]], "y": np.arange(10.0)})
+    panel = read_panel(table)
+    assert (panel.freq, panel.tz, panel.lengths.tolist()) == ("D", "UTC", [6, 4])
+    assert said(panel, "the steps are regular in UTC, not on the clock in Europe/Berlin")
+    assert str(panel.stamps_after(1)[1, 0]) == "2024-04-03T00:00:00.000000"
 
 
 # ---- properties ----
