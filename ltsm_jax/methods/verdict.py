@@ -160,7 +160,7 @@ def prepare(
     ready, start = model.for_series(
         params,
         n_variates=panel.n_variates,
-        freq=panel.freq,
+        freq=panel.model_freq or panel.freq,
         key=training.keys(seed)["init"],
     )
     fresh = drawn(params, start)
