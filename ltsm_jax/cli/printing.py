@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ltsm_jax.flags import in_flags
+
 WIDTH = 80
 
 
@@ -85,8 +87,8 @@ def facts(entries: Mapping[str, Any]) -> str:
 
 
 def notes(lines: Sequence[str]) -> str:
-    """Set notes below a plan, wrapped likewise."""
-    return "\n".join(facts({"note": line}) for line in lines)
+    """Set notes below a plan, wrapped likewise, with options in the words of a command line."""
+    return "\n".join(facts({"note": in_flags(line)}) for line in lines)
 
 
 def count(n: int) -> str:
