@@ -52,7 +52,8 @@ class PanelOptions:
       past: covariates known up to the last target only. By default what is left over.
       static: facts of an item, the same in all its rows. By default columns that are.
       future: a second table (whatever `source` may be) with id, time and the covariates ahead.
-      freq, date_format: as in `ReadingOptions`; by default the most common step of the items.
+      freq, date_format: as in `ReadingOptions` ("oov" included); by default the most common step of
+        the items.
       missing: "keep" leaves empty targets NaN, "error" refuses them, "interpolate" fills them
         linearly in time within the item, and at its ends with the nearest value. Rows behind the
         last target are the future in any case.
@@ -209,6 +210,7 @@ class _PanelReader(GridReader):
             bounds=layout.bounds,
             first=None if grids.first is None else from_wall(grids.first, grids.zone),
             freq=self.freq,
+            model_freq="oov" if self.how.freq == "oov" else None,
             tz=times.tz,
             rules=grids.rules,
             id_name="/".join(map(str, roles.id)) or None,
