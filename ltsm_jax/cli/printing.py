@@ -97,12 +97,3 @@ def count(n: int) -> str:
         if n >= size:
             return f"{n / size:.3g} {letter}"
     return str(n)
-
-
-def seconds(duration: float) -> str:
-    """Say how long something takes."""
-    if duration < 90:
-        return f"{duration:.0f} s"
-    if duration < 5400:
-        return f"{duration / 60:.0f} min"
-    return f"{duration / 3600:.1f} h"

@@ -6,6 +6,7 @@ to deploy.
 """
 
 import dataclasses
+import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -346,7 +347,12 @@ def compare(
 def versions() -> dict[str, str]:
     """Versions and the device that a result was computed with."""
     device = jax.devices()[0]
+    try:
+        own = importlib.metadata.version("ltsm-jax")
+    except importlib.metadata.PackageNotFoundError:
+        own = "a checkout"
     return {
+        "ltsm-jax": own,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,

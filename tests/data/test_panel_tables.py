@@ -296,6 +296,19 @@ def test_covariates_known_ahead_from_rows_behind_the_last_target():
     assert said(panel, "known ahead, with values behind the last target: price")
 
 
+def test_an_item_that_ends_earlier_does_not_make_the_others_lack_covariates():
+    table, future = priced()
+    table = table[table["shop"] == "A"]
+    both = pd.concat([table, table.assign(shop="C"), table.assign(shop="D").iloc[:-1]])
+    ahead = future[future["shop"] == "A"]
+    ahead = pd.concat([ahead.assign(shop=shop) for shop in "ACD"])
+    last = table.assign(shop="D", sold=NAN).iloc[-1:]
+    panel = read_panel(pd.concat([both, last]), id="shop", target="sold", future=ahead)
+    assert panel.future_values.shape == (1, 3, 3)
+    np.testing.assert_array_equal(panel.future_values[0, 1:], [[9, 10, NAN], [8, 9, 10]])
+    assert not said(panel, "missing for")
+
+
 def test_rows_behind_the_last_target_are_no_observations():
     table = shops()
     table.loc[[3, 6], "sold"] = NAN
