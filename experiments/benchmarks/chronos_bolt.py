@@ -27,8 +27,6 @@ import sys
 import time
 from typing import Annotated, ClassVar
 
-import tyro
-
 from experiments import flags, launch
 
 PRESET = "amazon/chronos-bolt-small"
@@ -136,7 +134,8 @@ class Options:
     """launches per side, alternating"""
     torch_python: Annotated[str, flags.text("PATH")] = sys.executable
     """a Python that has the original; by default this one"""
-    side: Annotated[str | None, flags.one_of(("jax", "torch")), tyro.conf.Suppress] = None
+    side: Annotated[str | None, flags.one_of(("jax", "torch"))] = None
+    """what one launch measures; set by the measurement itself"""
 
 
 def main() -> int:

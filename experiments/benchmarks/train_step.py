@@ -21,8 +21,6 @@ import sys
 import time
 from typing import Annotated, ClassVar
 
-import tyro
-
 from experiments import flags, launch
 
 PRESET = "Timer_forecast_1.0"
@@ -93,7 +91,8 @@ class Options:
     """launches per side, alternating"""
     torch_python: Annotated[str, flags.text("PATH")] = sys.executable
     """a Python that has PyTorch; by default this one"""
-    side: Annotated[str | None, flags.one_of(("jax", "torch")), tyro.conf.Suppress] = None
+    side: Annotated[str | None, flags.one_of(("jax", "torch"))] = None
+    """what one launch measures; set by the measurement itself"""
 
 
 def main() -> int:
