@@ -87,7 +87,8 @@ class Subject:
 
     Attributes:
       name: as the command line has it. model: its family at its size.
-      params: pretrained. random: the fresh model that methods of the same seed mix in or begin with.
+      params: pretrained. random: the fresh model that methods of the same seed mix in or begin
+        with.
       splits: the data. windows: those whose loss is taken.
       facts: what decides every number, for the settings of the folder.
     """
@@ -103,8 +104,8 @@ class Subject:
     def loss(self, options: Options, *, rows: bool) -> landscape.SplitLoss:
         """Make the loss of a tree of parameters.
 
-        rows: over a mesh, split the windows among its devices. Otherwise each can compute a point of a surface alone,
-        where the parameters lie whole on all of them.
+        rows: over a mesh, split the windows among its devices. Otherwise each can compute a point
+        of a surface alone, where the parameters lie whole on all of them.
         """
         whole = all(leaf.is_fully_replicated for leaf in jax.tree.leaves(self.params))
         placement = Placement.of(self.params) if rows or not whole else None
@@ -129,8 +130,9 @@ class Subject:
 def subject(options: Options, name: str, *, train: int | None = None) -> Subject:
     """Load a model and its data, and draw the random model beside it. Every host for itself.
 
-    train: a name that is a family's own, such as "moment", stands for its small size, trained from scratch on the
-    training part for so many epochs; it is kept in the folder. None: such names are refused.
+    train: a name that is a family's own, such as "moment", stands for its small size, trained from
+    scratch on the training part for so many epochs; it is kept in the folder. None: such names are
+    refused.
     Raises: UsageError with what does not work.
     """
     try:

@@ -8,9 +8,10 @@ Everything goes through Hessian-vector products, each about the price of two gra
     spectral_density(loss, params).density()
     sharpness(loss, params, rho=0.05)
 
-A loss is any function of a tree of parameters that returns a scalar and can be differentiated twice. One that is a tree
-itself (`jax.tree_util.Partial`, `landscape.SplitLoss`) is an argument of the compiled functions. Parameters that lie
-over a mesh stay there, and so do all vectors. N is the number of parameters that take part.
+A loss is any function of a tree of parameters that returns a scalar and can be differentiated
+twice. One that is a tree itself (`jax.tree_util.Partial`, `landscape.SplitLoss`) is an argument of
+the compiled functions. Parameters that lie over a mesh stay there, and so do all vectors. N is the
+number of parameters that take part.
 
 A Hessian of at most `WHOLE` parameters is built: its numbers are exact.
 """
@@ -37,7 +38,8 @@ TINY = 1e-12
 def hvp(loss: Loss, params: Tree, vector: Tree) -> Tree:
     """Multiply the Hessian of `loss` at `params` with `vector`, a tree like `params`.
 
-    Forward over reverse: the derivative of the gradient along `vector`. Leaves that are no floats get zeros.
+    Forward over reverse: the derivative of the gradient along `vector`. Leaves that are no floats
+    get zeros.
     Works inside jit, vmap and grad.
     Raises: ValueError where the trees differ in structure or shape.
     Source: Pearlmutter, "Fast exact multiplication by the Hessian" (Neural Computation 1994).
@@ -62,9 +64,10 @@ def top_eigenvalues(
 ) -> np.ndarray:
     """Find the `k` largest eigenvalues of the Hessian of `loss` at `params`, by Lanczos.
 
-    Each step costs a Hessian-vector product and keeps a vector of N numbers, against which the next are made orthogonal
-    (without this Lanczos finds the same eigenvalue again and again). It ends when the residuals of all `k` are below
-    `tolerance` times the largest, and after `steps` in any case.
+    Each step costs a Hessian-vector product and keeps a vector of N numbers, against which the next
+    are made orthogonal (without this Lanczos finds the same eigenvalue again and again). It ends
+    when the residuals of all `k` are below `tolerance` times the largest, and after `steps` in any
+    case.
 
     Args:
       k: how many.
@@ -72,8 +75,8 @@ def top_eigenvalues(
       steps: most products, at least 2 * k.
       tolerance: relative; an eigenvalue is better than its residual, by about its square.
       only: leaves that take part (see `trees.select`); the others are constants.
-    Returns: [k] float64, the largest first. Of eigenvalues that are equal to float32 one may be left out, unless the
-      Hessian is built or its rank is below `steps`.
+    Returns: [k] float64, the largest first. Of eigenvalues that are equal to float32 one may be
+      left out, unless the Hessian is built or its rank is below `steps`.
     Raises: ValueError for k outside [1, N], or a loss whose curvature is not finite.
     Example: `top_eigenvalues(loss, params, k=3, key=jax.random.key(0))`
     """
@@ -105,16 +108,19 @@ def trace(
 ) -> float:
     """Estimate the trace of the Hessian of `loss` at `params` by Hutch++.
 
-    A third of the products finds the directions in which the Hessian is large, where the trace is taken exactly; the
-    rest of the space is sampled with random signs. See `trace_estimate` for the error.
+    A third of the products finds the directions in which the Hessian is large, where the trace is
+    taken exactly; the rest of the space is sampled with random signs. See `trace_estimate` for the
+    error.
 
     Args:
       key: PRNG key, or a number, of the random vectors.
       samples: Hessian-vector products, 6 at least; a multiple of 3 is used whole.
       only: leaves that take part (see `trees.select`).
-    Returns: the sum of the eigenvalues; exact for at most `WHOLE` parameters, and for a Hessian of rank samples // 3.
+    Returns: the sum of the eigenvalues; exact for at most `WHOLE` parameters, and for a Hessian of
+      rank samples // 3.
     Raises: ValueError for fewer samples, or a loss whose curvature is not finite.
-    Source: Meyer et al., "Hutch++: Optimal Stochastic Trace Estimation" (SOSA 2021, arXiv 2010.09649).
+    Source: Meyer et al., "Hutch++: Optimal Stochastic Trace Estimation" (SOSA 2021, arXiv
+      2010.09649).
     """
     return trace_estimate(loss, params, key, samples=samples, only=only)[0]
 
@@ -170,9 +176,12 @@ class Spectrum:
     size: int
 
     def density(self, points: int = 400, width: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Give the density of the eigenvalues: places [points] and density [points], which integrates to 1.
+        """Give the density of the eigenvalues: places [points], and density [points] there.
 
-        width: standard deviation of the Gaussian that each value is drawn as; None: a hundredth of their spread.
+        It integrates to 1.
+
+        width: standard deviation of the Gaussian that each value is drawn as; None: a hundredth of
+          their spread.
         """
         low, high = float(self.values.min()), float(self.values.max())
         width = width or max((high - low) / 100, 1e-3 * max(abs(low), abs(high)), TINY)
@@ -202,8 +211,9 @@ def spectral_density(
 ) -> Spectrum:
     """Estimate the spectrum of the Hessian of `loss` at `params` by stochastic Lanczos quadrature.
 
-    From a random vector, `steps` of Lanczos give `steps` values; the squared first entries of the eigenvectors of the
-    tridiagonal matrix are their weights. The mean over `probes` vectors estimates the density of all N eigenvalues.
+    From a random vector, `steps` of Lanczos give `steps` values; the squared first entries of the
+    eigenvectors of the tridiagonal matrix are their weights. The mean over `probes` vectors
+    estimates the density of all N eigenvalues.
 
     Args:
       key: PRNG key, or a number, of the vectors.
@@ -212,8 +222,8 @@ def spectral_density(
       only: leaves that take part (see `trees.select`).
     Returns: a `Spectrum`; of at most `WHOLE` parameters the eigenvalues themselves.
     Raises: ValueError for steps or probes below 1, or a loss whose curvature is not finite.
-    Source: Ghorbani et al., "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density" (ICML 2019,
-      arXiv 1901.10159).
+    Source: Ghorbani et al., "An Investigation into Neural Net Optimization via Hessian Eigenvalue
+      Density" (ICML 2019, arXiv 1901.10159).
     """
     problem = _Problem.of(loss, params, only)
     if steps < 1 or probes < 1:
@@ -235,7 +245,8 @@ def spectral_density(
 def sharpness(loss: Loss, params: Tree, rho: float = 0.05, *, only: Patterns = None) -> float:
     """Measure how much the loss rises within a distance `rho`, to first order: SAM's sharpness.
 
-    It is `loss(params + rho * g / |g|) - loss(params)`, with g the gradient; 0 where the gradient is.
+    It is `loss(params + rho * g / |g|) - loss(params)`, with g the gradient; 0 where the gradient
+    is.
 
     Raises: ValueError for a rho that is not positive.
     Source: Foret et al., "Sharpness-Aware Minimization" (ICLR 2021, arXiv 2010.01412).
@@ -367,7 +378,7 @@ def _plus(a: Tree, b: Tree, share: float) -> Tree:
 
 
 def _orthogonal(vector: Tree, basis: list[Tree]) -> tuple[Tree, float]:
-    """The part of `vector` that is orthogonal to unit vectors, of length 1, and what its length was.
+    """Make `vector` orthogonal to unit vectors. Returns: it, of length 1, and its length before.
 
     The length is 0 where only rounding is left of it.
     """
@@ -420,9 +431,10 @@ def _lanczos(
 ) -> _Tridiagonal:
     """Tridiagonalise the Hessian from the vector `draw(key)`, at most `steps` times.
 
-    Where the vectors so far span a space that the Hessian does not leave, no product leads out of it. Without a test
-    for convergence that is the end: the first vector has no part outside. With one, a new random vector begins another
-    block, in which equal eigenvalues turn up again; then all `steps` are taken.
+    Where the vectors so far span a space that the Hessian does not leave, no product leads out of
+    it. Without a test for convergence that is the end: the first vector has no part outside. With
+    one, a new random vector begins another block, in which equal eigenvalues turn up again; then
+    all `steps` are taken.
     """
     steps = min(steps, problem.size)
     vector, length = _orthogonal(draw(key), [])

@@ -587,7 +587,7 @@ class Forecaster:
         model, params = self.model.for_series(
             self.params,
             n_variates=panel.n_variates,
-            freq=panel.freq,
+            freq=panel.model_freq or panel.freq,
             key=jax.random.key(0),
         )
         if fresh := drawn(self.params, params):
@@ -621,17 +621,24 @@ class Forecaster:
         for name in panel.known:
             if name not in used:
                 continue
-            # Of the item for which it is known furthest.
-            future = panel.future_values
-            ahead = 0
-            if future is not None and future.size:
-                known = ~np.isnan(future[panel.known.index(name)])
-                ahead = int((known * (1 + np.arange(known.shape[1]))).max())
-            if ahead < horizon:
+            ahead = _known_ahead(panel, name)
+            few = int((ahead < horizon).sum())
+            if few:
+                where = f" in {few} of {panel.n_items} items" if panel.n_items > 1 else ""
                 notes.append(
-                    f"{name} is known {ahead} rows ahead, and the forecast has {horizon}: it is unknown after that"
+                    f"{name} is known {ahead.min()} rows ahead{where}, and the forecast has {horizon}: it is unknown "
+                    "after that"
                 )
         return tuple(notes)
+
+
+def _known_ahead(panel: Panel, name: str) -> np.ndarray:
+    """Rows after its end [N] up to which a covariate is known in each item."""
+    future = panel.future_values
+    if future is None or not future.size:
+        return np.zeros(panel.n_items, int)
+    known = ~np.isnan(future[panel.known.index(name)])
+    return (known * (1 + np.arange(known.shape[1]))).max(axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -100,7 +100,9 @@ def _sections(verdict: Verdict) -> list[_Section]:
         span = verdict.spans.get(part)
         when = f", {_day(span[0])} to {_day(span[1])}" if span else ""
         facts.append([name, f"{verdict.windows[part]:,} windows{when}"])
-    sections.append(_Section("Data", ["", verdict.name], facts))
+    remark = "Every item is cut by itself: its last rows test, those before validate, the rest trains; spans are from "
+    remark += "the first of all items to the last."
+    sections.append(_Section("Data", ["", verdict.name], facts, remark=remark))
 
     settings = {name: value for name, value in verdict.settings.items() if name != "train"}
     settings |= verdict.settings.get("train", {})

@@ -512,8 +512,10 @@ def test_texts_are_set_to_80_columns():
     assert printing.cut("abcdefghij", 7) == "ab...ij"
     long = printing.facts({"note": "word " * 40})
     assert fits(long) and all(line.startswith("      word") for line in long.splitlines()[1:])
+    assert (
+        printing.notes(["taken as the time; time= says otherwise"]) == "note  taken as the time; --time says otherwise"
+    )
     assert printing.count(8652672) == "8.65 M" and printing.count(999) == "999"
-    assert [printing.seconds(x) for x in (3.4, 600, 7200)] == ["3 s", "10 min", "2.0 h"]
 
 
 def test_json_has_no_numbers_that_json_lacks(capsys):

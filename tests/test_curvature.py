@@ -102,7 +102,8 @@ def test_the_density_has_the_moments_of_the_spectrum(large):
     loss, params, _ = large
     spectrum = curvature.spectral_density(loss, params, 0, steps=40, probes=6)
     assert spectrum.size == 300 and spectrum.weights.sum() == pytest.approx(1)
-    # A probe is a random vector: its mean of the eigenvalues has a standard deviation of about 0.2 here.
+    # A probe is a random vector: its mean of the eigenvalues has a standard deviation of about 0.2
+    # here.
     assert spectrum.trace / 300 == pytest.approx(LARGE.mean(), abs=0.25)
     assert spectrum.share(-1.01, 2.01) == pytest.approx(297 / 300, abs=0.01)
     np.testing.assert_allclose(spectrum.values[-1], 40, rtol=1e-4)

@@ -252,6 +252,21 @@ def test_reads_a_long_table(bolt):
     assert "chronos_bolt does not use covariates: price" in got.attrs["notes"]
 
 
+def test_oov_is_what_the_model_is_told_of_the_step(timer, monkeypatch):
+    told = []
+
+    def for_series(self, params, *, freq=None, **rest):
+        told.append(freq)
+        return self, params
+
+    monkeypatch.setattr(Timer, "for_series", for_series)
+    named = {"id": "shop", "time": "hour", "target": "sold", "quantile_levels": ()}
+    timer.predict(shops(), 3, **named)
+    got = timer.predict(shops(), 3, freq="oov", **named)
+    assert told == ["h", "oov"]
+    assert got["hour"][0] == pd.Timestamp("2024-01-03 09:00"), "the stamps keep their step"
+
+
 def test_what_it_was_fitted_on_is_what_it_reads(bolt):
     fitted = dataclasses.replace(bolt, id="shop", time="hour", targets=("sold",), known=("price",))
     table = shops().assign(returned=1.5)
@@ -331,7 +346,10 @@ def test_without_covariates_it_is_predict(chronos):
 
 def test_a_future_that_ends_before_the_forecast_is_said(chronos):
     got = chronos.predict(with_price(4), 6)
-    assert "price is known 4 rows ahead, and the forecast has 6: it is unknown after that" in got.attrs["notes"]
+    assert (
+        "price is known 4 rows ahead in 2 of 2 items, and the forecast has 6: it is unknown after that"
+        in got.attrs["notes"]
+    )
     assert np.isfinite(got["predictions"]).all()
 
 

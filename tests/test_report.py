@@ -82,7 +82,7 @@ def test_the_sentence_comes_first_then_the_table(verdict, tmp_path):
     assert "| test | 40 windows, 2024-03-01 06:00:00 to 2024-04-01 |" in text
     assert "- train: 3 windows left out" in text and "- ff: look" in text
     assert "| jax | 1.2.3 |" in text and "| lr | 0.0001 |" in text and "clip" not in text
-    assert "without compilation" in text
+    assert "without compilation" in text and "Every item is cut by itself" in text
 
     shown = page.read_text(encoding="utf-8")
     assert shown.index('<p class="verdict">Deploy the model tuned by ff: it beats a &lt; b &amp; c.') < shown.index(

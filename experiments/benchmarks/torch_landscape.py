@@ -1,7 +1,8 @@
-"""The original's loop over the points of a surface in eager PyTorch: a side of `experiments.benchmarks.landscape`.
+"""The loop of the original over the points of a surface, in eager PyTorch.
 
-For each point new weights, then every batch in evaluation mode. It needs nothing but NumPy and PyTorch, so that it runs
-in an environment without JAX: python -m experiments.benchmarks.torch_landscape WINDOWS.npz POINTS ROUNDS
+A side of `experiments.benchmarks.landscape`. For each point new weights, then every batch in
+evaluation mode. It needs nothing but NumPy and PyTorch, so that it runs in an environment without
+JAX: python -m experiments.benchmarks.torch_landscape WINDOWS.npz POINTS ROUNDS
 """
 
 import json

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ltsm_jax.flags import in_flags
+
 WIDTH = 80
 
 
@@ -85,8 +87,8 @@ def facts(entries: Mapping[str, Any]) -> str:
 
 
 def notes(lines: Sequence[str]) -> str:
-    """Set notes below a plan, wrapped likewise."""
-    return "\n".join(facts({"note": line}) for line in lines)
+    """Set notes below a plan, wrapped likewise, with options in the words of a command line."""
+    return "\n".join(facts({"note": in_flags(line)}) for line in lines)
 
 
 def count(n: int) -> str:
@@ -95,12 +97,3 @@ def count(n: int) -> str:
         if n >= size:
             return f"{n / size:.3g} {letter}"
     return str(n)
-
-
-def seconds(duration: float) -> str:
-    """Say how long something takes."""
-    if duration < 90:
-        return f"{duration:.0f} s"
-    if duration < 5400:
-        return f"{duration / 60:.0f} min"
-    return f"{duration / 3600:.1f} h"

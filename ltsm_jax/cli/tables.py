@@ -196,7 +196,7 @@ class Evaluate(OnTable):
         if self.output.json:
             printing.show_json(found.to_json() | {"source": self.model})
         else:
-            printing.show(str(found))
+            printing.show(flags.in_flags(str(found)))
         return 0
 
 

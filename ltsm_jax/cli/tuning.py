@@ -117,7 +117,7 @@ class Fit(OnTable):
         if self.output.json:
             printing.show_json(found.to_json() | {"out": str(self.out), "source": self.model})
             return
-        printing.show(str(found))
+        printing.show(flags.in_flags(str(found)))
         printing.show(f"\nmodel:  {self.out / 'model'}\nreport: {self.out / 'report.html'}")
 
 

@@ -141,8 +141,14 @@ def steps_of(items: Items) -> Steps:
     varied[some] = least < most
     if varied.any():
         chosen = varied[owners]
-        kinds, frequent = _most_frequent_each(owners[chosen], steps[chosen])
-        usual[kinds] = frequent
+        counts = np.diff(np.concatenate([first, [len(steps)]]))
+        constant = least == most
+        frequent = _most_frequent_each(
+            owners[chosen],
+            steps[chosen],
+            others=(least[constant], counts[constant]),
+        )
+        usual[frequent[0]] = frequent[1]
 
     # Of steps that equally many items have, the one that is more frequent overall.
     kinds, counts = np.unique(usual[usual > 0], return_counts=True)
@@ -156,12 +162,22 @@ def steps_of(items: Items) -> Steps:
     return Steps(usual, common, share, bool(alike.all() and share == 1))
 
 
-def _most_frequent_each(owners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _most_frequent_each(
+    owners: np.ndarray,
+    steps: np.ndarray,
+    others: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
     """(owners, the most frequent step of each).
 
-    Of several the one that all owners together have most often, and of these the smallest.
+    Of several the one that all items together have most often, and of these the smallest.
+
+    Args:
+      others: steps of the other items, and how often they have them.
     """
     kinds, codes, overall = np.unique(steps, return_inverse=True, return_counts=True)
+    place = np.minimum(np.searchsorted(kinds, others[0]), len(kinds) - 1)
+    shared = kinds[place] == others[0]
+    np.add.at(overall, place[shared], others[1][shared])
     order = np.lexsort((codes, owners))
     owners, codes = owners[order], codes[order]
     new = np.concatenate([[True], (owners[1:] != owners[:-1]) | (codes[1:] != codes[:-1])])
@@ -243,7 +259,9 @@ def _skip_weekends(items: Items, chosen: np.ndarray) -> bool:
 
 
 def coarser(items: Items, place: np.ndarray) -> np.ndarray:
-    """Which items step by multiples of several places only, three times or more, bool [N].
+    """Which items have a coarser step, bool [N]: three steps or more of one length over a place.
+
+    Steps of several lengths must be six to count: holes may lie so by chance.
 
     Args:
       place: [T] whole places of the sorted rows on the items' grids.
@@ -256,8 +274,9 @@ def coarser(items: Items, place: np.ndarray) -> np.ndarray:
     owners, steps = items.owners[1:][stays], steps[stays]
     first = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]]))
     divisor = np.gcd.reduceat(steps, first)
-    several = np.diff(np.concatenate([first, [len(steps)]])) >= 3
-    found[owners[first]] = (divisor > 1) & several
+    constant = np.minimum.reduceat(steps, first) == np.maximum.reduceat(steps, first)
+    count = np.diff(np.concatenate([first, [len(steps)]]))
+    found[owners[first]] = (divisor > 1) & (count >= np.where(constant, 3, 6))
     return found
 
 

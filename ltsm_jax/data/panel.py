@@ -41,6 +41,8 @@ class Panel:
       first: [N] datetime64[us], the stamp of each item's first row (UTC where there is a zone), or
         None when the source has none.
       freq: canonical step of all items, or None where it is not known.
+      model_freq: frequency that a model is told where it is another than `freq`: "oov", out of its
+        vocabulary.
       tz: zone that the stamps came in, or None.
       rules: the day in the month, for steps of months: one rule for all items or one for each; ()
         has it found from the first stamps of all items.
@@ -73,6 +75,7 @@ class Panel:
     categories: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     static: pd.DataFrame | None = None
     notes: tuple[str, ...] = ()
+    model_freq: str | None = None
 
     def __post_init__(self):
         n, rows = len(self.ids), self.values.shape[-1]
@@ -134,6 +137,7 @@ class Panel:
             bounds=np.array([0, series.n_rows]),
             first=None if series.timestamps is None else series.timestamps[:1],
             freq=series.freq,
+            model_freq=series.model_freq,
             tz=series.tz,
             rules=rules,
             time_name=series.time_name,

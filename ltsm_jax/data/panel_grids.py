@@ -388,9 +388,14 @@ class GridReader(TableReader):
         lengths = place[items.starts[1:] - 1] + 1
         holes = int(lengths.sum()) - len(place) + int(met.sum())
         if holes > MOST_HOLES * len(place):
+            worst = int((lengths - items.counts).argmax())
+            span = items.clock[items.starts[worst]], items.clock[items.starts[worst + 1] - 1]
+            shown = f"{str(ids[worst])[:QUOTED]}, " if len(ids) > 1 else ""
+            shown += f"{self.written(span[0])} to {self.written(span[1])}"
             self.problems.append(
                 f"time: grids of step {self.freq or steps.common} would have "
-                f"{int(lengths.sum())} rows for {len(place)} of the table; give a longer freq="
+                f"{int(lengths.sum())} rows for {len(place)} of the table (most: {shown}); "
+                "check these dates, or give a longer freq=",
             )
         elif holes and not self.problems:
             counts = items.counts - np.bincount(items.owners[1:][met], minlength=items.n)

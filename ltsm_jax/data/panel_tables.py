@@ -52,7 +52,8 @@ class PanelOptions:
       past: covariates known up to the last target only. By default what is left over.
       static: facts of an item, the same in all its rows. By default columns that are.
       future: a second table (whatever `source` may be) with id, time and the covariates ahead.
-      freq, date_format: as in `ReadingOptions`; by default the most common step of the items.
+      freq, date_format: as in `ReadingOptions` ("oov" included); by default the most common step of
+        the items.
       missing: "keep" leaves empty targets NaN, "error" refuses them, "interpolate" fills them
         linearly in time within the item, and at its ends with the nearest value. Rows behind the
         last target are the future in any case.
@@ -209,6 +210,7 @@ class _PanelReader(GridReader):
             bounds=layout.bounds,
             first=None if grids.first is None else from_wall(grids.first, grids.zone),
             freq=self.freq,
+            model_freq="oov" if self.how.freq == "oov" else None,
             tz=times.tz,
             rules=grids.rules,
             id_name="/".join(map(str, roles.id)) or None,
@@ -681,14 +683,24 @@ class _PanelReader(GridReader):
             future[k, behind.owners[given], step[given] - 1] = own[given]
         if differ:
             self.notes.append(f"{differ} cells of future contradict the table, whose are taken")
-        missing: Any = np.isnan(future).any(axis=0)
-        if missing.any():
-            which = missing.any(axis=1)
-            self.notes.append(
-                f"known covariates are missing for {int(missing.sum())} of {missing.size} steps "
-                f"ahead{self.several(layout.ids, which)}: {quote(roles.known)}"
-            )
+        self.say_missing(future, layout, roles)
         return future
+
+    def say_missing(self, future: np.ndarray, layout: Layout, roles: _Roles) -> None:
+        """Say which items lack known covariates [K, N, F] up to where most items have them."""
+        width = future.shape[2]
+        given: Any = ~np.isnan(future).all(axis=0)
+        span = np.where(given.any(axis=1), width - given[:, ::-1].argmax(axis=1), 0)
+        counts = np.bincount(span, minlength=width + 1)
+        usual = width - int(counts[::-1].argmax())  # the longer of two that are as frequent
+        needed = np.arange(width) < np.maximum(span, usual)[:, None]
+        missing = np.isnan(future).any(axis=0) & needed
+        if missing.any():
+            which = self.several(layout.ids, np.any(missing, axis=1))
+            self.notes.append(
+                f"known covariates are missing for {int(missing.sum())} of {int(needed.sum())} steps "
+                f"ahead{which}: {quote(roles.known)}"
+            )
 
     def fill_known(self, values: np.ndarray, cells: np.ndarray, rows: Ahead, layout: Layout) -> int:
         """Fill empty cells of the rows [R] from future, in place; count others that differ."""

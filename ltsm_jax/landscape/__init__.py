@@ -1,4 +1,4 @@
-"""Loss landscapes: the loss of a model on a line or a plane through its parameters, with pictures and numbers.
+"""Loss landscapes: the loss on a line or a plane through the parameters of a model.
 
     import ltsm_jax
     from ltsm_jax import landscape
@@ -10,7 +10,8 @@
     found.save("surface.npz")
     landscape.draw_contours({"pretrained": found}, "surface.png")
 
-A loss is any function of a tree of parameters that returns a scalar; nothing here needs it to be that of a model.
+A loss is any function of a tree of parameters that returns a scalar; nothing here needs it to be
+that of a model.
 """
 
 from ltsm_jax.landscape.directions import Plane, plane_through, random_directions, trajectory_plane

@@ -13,8 +13,8 @@ from ltsm_jax.trees import Patterns, Tree
 
 TINY = 1e-10  # of the release: keeps a filter of zeros from dividing by 0
 
-# A filter is what makes one unit of the next layer. Kernels are laid out input first, output last; axes in front of
-# these two number experts, kinds of patches and the like.
+# A filter is what makes one unit of the next layer. Kernels are laid out input first, output last;
+# axes in front of these two number experts, kinds of patches and the like.
 _HEADS = re.compile(r"(^|/)(q|k|v|kv|qkv)/kernel$")  # D first, the axes of the heads after it
 _MERGED = re.compile(r"(^|/)out/kernel$")  # H K D: all heads make one unit of the output
 _KERNEL = re.compile(r"(^|/)kernel$|(^|/)experts/(up|gate|down)$")
@@ -32,21 +32,24 @@ def random_directions(
 ) -> tuple[Tree, ...]:
     """Draw `n` random directions, each filter as long as that filter of the parameters.
 
-    Every entry is drawn from N(0, 1); then each filter d_i becomes `d_i * |w_i| / |d_i|`. A filter is the weights of
-    one output unit: a column of a kernel [in, out], a unit of a head of a kernel [D, H, K]; of other leaves a slice
-    along the first axis; of biases and scales one number. One seed draws the same numbers for all models of one shape,
-    so that their surfaces can be compared.
+    Every entry is drawn from N(0, 1); then each filter d_i becomes `d_i * |w_i| / |d_i|`. A filter
+    is the weights of one output unit: a column of a kernel [in, out], a unit of a head of a kernel
+    [D, H, K]; of other leaves a slice along the first axis; of biases and scales one number. One
+    seed draws the same numbers for all models of one shape, so that their surfaces can be compared.
 
     Args:
-      params: any tree of arrays. The directions have its shapes and dtypes, and lie where its leaves lie.
+      params: any tree of arrays. The directions have its shapes and dtypes, and lie where its
+        leaves lie.
       seed: a number or a PRNG key.
       n: how many.
       normalise: False leaves the raw draw.
-      zero_vectors: leave biases, scales of norms and other leaves of one axis where they are, as Li et al. do.
+      zero_vectors: leave biases, scales of norms and other leaves of one axis where they are, as Li
+        et al. do.
       skip: leaves that are not moved (see `trees.select`), such as `model.fixed`.
       sff_directions: the released form of Smoothed Full Fine-tuning: entries sqrt(8) * N(0, 1) + 1.
     Raises: ValueError for n below 1, or for `skip` that names no leaf.
-    Source: Li et al., "Visualizing the Loss Landscape of Neural Nets" (NeurIPS 2018, arXiv 1712.09913).
+    Source: Li et al., "Visualizing the Loss Landscape of Neural Nets" (NeurIPS 2018, arXiv
+      1712.09913).
     Example: `right, up = random_directions(params, seed=0)`
     """
     if n < 1:
@@ -112,7 +115,8 @@ class Plane:
       origin: the tree at (0, 0).
       directions: two orthogonal trees of length 1.
       places: (x, y) of each model by its name, in units of the parameters.
-      explained: share of the spread of a trajectory that each direction has; empty for other planes.
+      explained: share of the spread of a trajectory that each direction has; empty for other
+        planes.
     """
 
     origin: Tree
@@ -121,9 +125,12 @@ class Plane:
     explained: tuple[float, ...] = ()
 
     def axes(self, points: int = 25, margin: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
-        """Give x [points] and y [points] that reach beyond all models by a share `margin` of their spread.
+        """Give x [points] and y [points] that reach beyond all models.
 
-        Example: `x, y = plane.axes(25)`, then `surface(loss, plane.origin, plane.directions, x=x, y=y)`
+        margin: how far beyond, as a share of the spread of the models.
+
+        Example: `x, y = plane.axes(25)`, then
+          `surface(loss, plane.origin, plane.directions, x=x, y=y)`
         """
         if points < 2:
             raise ValueError(f"an axis needs at least 2 points, got {points}")
@@ -138,12 +145,13 @@ class Plane:
 def plane_through(models: Mapping[str, Tree]) -> Plane:
     """Find the plane through three models, such as pretrained, random and fine-tuned.
 
-    The first is the origin, the second lies on the x axis: x is along `b - a`, y along what of `c - a` is orthogonal
-    to it.
+    The first is the origin, the second lies on the x axis: x is along `b - a`, y along
+    what of `c - a` is orthogonal to it.
 
     Args:
       models: three trees of the same shapes by name.
-    Raises: ValueError for another number, for trees that differ in structure or shape, or that lie on one line.
+    Raises: ValueError for another number, for trees that differ in structure or shape, or that lie
+      on one line.
     Source: Garipov et al., "Loss Surfaces, Mode Connectivity" (NeurIPS 2018, arXiv 1802.10026).
     """
     if len(models) != 3:
@@ -167,11 +175,13 @@ def plane_through(models: Mapping[str, Tree]) -> Plane:
 
 
 def trajectory_plane(models: Sequence[Tree]) -> Plane:
-    """Find the plane that a training run moves in most: the first two principal components of its checkpoints.
+    """Find the plane that a training run moves in most, by its first two principal components.
 
     Args:
-      models: checkpoints in their order, three at least; the last is the origin. Places are called by their number.
-    Raises: ValueError for fewer than three, for trees that differ in structure or shape, or that lie on one line.
+      models: checkpoints in their order, three at least; the last is the origin. Places are called
+        by their number.
+    Raises: ValueError for fewer than three, for trees that differ in structure or shape, or that
+      lie on one line.
     Source: Li et al. (arXiv 1712.09913), section 7.
     """
     if len(models) < 3:

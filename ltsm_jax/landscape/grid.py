@@ -58,10 +58,11 @@ class Surface:
 
     @property
     def mean_abs_laplacian(self) -> float:
-        """Mean |Laplacian| over the inner points, by the five-point formula (three-point on a line).
+        """Mean |Laplacian| over the inner points, by the five-point formula; on a line three-point.
 
-        In units of the loss over squared units of x. Points beside one that is not finite are left out. Exact for a
-        quadratic loss; the axes must be evenly spaced. NaN where there is no inner point.
+        In units of the loss over squared units of x. Points beside one that is not finite are left
+        out. Exact for a quadratic loss; the axes must be evenly spaced. NaN where there is no inner
+        point.
         """
         loss = self.loss.astype(np.float64)
         with np.errstate(invalid="ignore"):  # inf - inf beside a point that is not finite
@@ -76,8 +77,8 @@ class Surface:
     def doubling_radius(self) -> float:
         """Distance from (0, 0) to the nearest point where the loss is twice that of the centre.
 
-        Between two points of the grid the loss is taken for linear. inf: it is below that on the whole grid. NaN where
-        the centre is not above 0, as of a log-likelihood.
+        Between two points of the grid the loss is taken for linear. inf: it is below that on the
+        whole grid. NaN where the centre is not above 0, as of a log-likelihood.
         """
         x, level = self.x, 2 * self.centre
         if not level > 0:
@@ -153,31 +154,36 @@ def surface(
     facts: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Surface:
-    """Compute `loss(params + x * right + y * up)` on a grid, or `loss(params + x * right)` on a line.
+    """Compute the loss on a plane, `loss(params + x * right + y * up)`, or on a line.
 
-    On a CPU points are computed one after another inside one compiled loop, which is faster there than any number at
-    once; on an accelerator as many at once as half of its free memory holds. The value of a point depends on neither
-    beyond rounding.
+    On a CPU points are computed one after another inside one compiled loop, which is faster there
+    than any number at once; on an accelerator as many at once as half of its free memory holds. The
+    value of a point depends on neither beyond rounding.
 
-    Parameters that lie whole on every device of a mesh: the points are split among the devices. Parameters that lie in
-    parts, or a loss that splits its rows (`split_loss(placement=...)`): all devices work at one point after another.
+    Parameters that lie whole on every device of a mesh: the points are split among the devices.
+    Parameters that lie in parts, or a loss that splits its rows (`split_loss(placement=...)`): all
+    devices work at one point after another.
 
     Args:
-      loss: any function of a tree like `params` that returns a scalar, such as `split_loss` makes. One that is a tree
-        itself (`jax.tree_util.Partial`, `SplitLoss`) is passed as an argument, and compiled once for all its values.
-      params: the point (0, 0). Arithmetic is in float32 at least; leaves keep their dtype; integers are not moved.
+      loss: any function of a tree like `params` that returns a scalar, such as `split_loss` makes.
+        One that is a tree itself (`jax.tree_util.Partial`, `SplitLoss`) is passed as an argument,
+        and compiled once for all its values.
+      params: the point (0, 0). Arithmetic is in float32 at least; leaves keep their dtype; integers
+        are not moved.
       directions: one tree like `params`, for a line, or two, for a plane.
       radius: each axis goes from -radius to radius.
       points: on each axis; an odd number has the centre among them.
       x, y: other axes, [X] and [Y], in place of `radius` and `points`.
       at_once: points computed at once on each device; by default chosen as said above.
-      folder: where finished points are kept. The same call goes on from there, and ends with the same bits as one that
-        nobody stopped. A folder of other axes, parameters, directions, facts or of another loss is refused.
+      folder: where finished points are kept. The same call goes on from there, and ends with the
+        same bits as one that nobody stopped. A folder of other axes, parameters, directions, facts
+        or of another loss is refused.
       facts: what else a folder must agree with, JSON values.
       progress: called as `progress(done, all)` after each part.
     Returns: a `Surface`.
-    Raises: ValueError for directions that do not fit, axes that are too short, a loss that is no scalar, or a folder of
-      something else; on one host, after Ctrl-C, KeyboardInterrupt, when the finished points are kept.
+    Raises: ValueError for directions that do not fit, axes that are too short, a loss that is no
+      scalar, or a folder of something else; on one host, after Ctrl-C, KeyboardInterrupt, when the
+      finished points are kept.
     Example: `surface(lambda p: (p["w"] ** 2).sum(), params, random_directions(params), points=11)`
     """
     ways = _directions_of(directions, params)
@@ -207,7 +213,8 @@ def surface(
     size = min(size, devices * -(-len(places) // devices))
 
     def compute(start: int) -> np.ndarray:
-        # The last part is filled up: one shape serves all, and a part has the same bits whenever it is computed.
+        # The last part is filled up: one shape serves all, and a part has the same bits whenever it
+        # is computed.
         part = places[np.minimum(np.arange(start, start + size), len(places) - 1)]
         part = part.astype(np.float32)
         part = placement.replicate(part) if spread is not None else part
@@ -310,7 +317,8 @@ def _losses(
         def at(place):
             return loss(moved(params, directions, place)).astype(jnp.float32)
 
-        # vmap of one would compile it for a batch of one; plain lax.map has the bits of a loop over points.
+        # vmap of one would compile it for a batch of one; plain lax.map has the bits of a loop over
+        # points.
         return jax.lax.map(at, places, batch_size=at_once if at_once > 1 else None)
 
     if spread is None:
@@ -327,10 +335,11 @@ def _losses(
 
 
 def _points_at_once(loss: Loss, params: Tree, directions: tuple[Tree, ...], places: np.ndarray) -> int:
-    """Choose how many points each device computes at once: 1 on a CPU, elsewhere what half of the free memory holds.
+    """Choose how many points each device computes at once: 1 on a CPU, else by the free memory.
 
-    A CPU has no idle units that more points would fill, and more of them leave its caches (measured: 1.3 times as long
-    as one after another). An accelerator is idle during one point of a small model.
+    A CPU has no idle units that more points would fill, and more of them leave its caches
+    (measured: 1.3 times as long as one after another). An accelerator is idle during one point of a
+    small model.
     """
     leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
     platform = next(iter(leaves[0].devices())).platform if leaves else jax.default_backend()

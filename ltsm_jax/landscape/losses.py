@@ -28,8 +28,8 @@ KINDS = get_args(Kind)
 class SplitLoss:
     """`loss(params) -> scalar` of a model on windows; make it with `split_loss`.
 
-    It is a tree whose arrays are the windows, so that a compiled function takes it as an argument: two splits of one
-    size share a compilation.
+    It is a tree whose arrays are the windows, so that a compiled function takes it as an argument:
+    two splits of one size share a compilation.
     """
 
     windows: Windows
@@ -53,7 +53,8 @@ class SplitLoss:
             total, count = self._sums(params, indices[0], weights[0])
             return total / count
 
-        # What the backward pass needs of a batch is computed again: the memory is that of one batch.
+        # What the backward pass needs of a batch is computed again: the memory is that of one
+        # batch.
         sums = jax.checkpoint(self._sums, prevent_cse=False)
 
         def add(carry, batch):
@@ -93,16 +94,17 @@ def split_loss(
 
     Args:
       model: the model; one that forecasts.
-      windows: of a split, such as `splits.test`. For "own" they need targets as long as the model's own loss wants,
-        as `task.windows(model, splits)` gives.
-      kind: "mse": mean squared error of the forecast over all observed steps, as `tasks.forecasting.evaluate` scores
-        it; "own": the training loss of the family, without dropout.
+      windows: of a split, such as `splits.test`. For "own" they need targets as long as the model's
+        own loss wants, as `task.windows(model, splits)` gives.
+      kind: "mse": mean squared error of the forecast over all observed steps, as
+        `tasks.forecasting.evaluate` scores it; "own": the training loss of the family, without
+        dropout.
       sample: number of windows, evenly spaced over the split and the same at every call; None: all.
       task: says how windows are scaled; by default as the benchmarks have it.
-      batch_size: windows of one forward pass; None: the model's `eval_batch`. It changes speed and memory, not the
-        value.
-      placement: the devices among which the windows of a batch are split; by default none are. Needed for parameters
-        that lie in parts over a mesh (`Placement.of(params)`).
+      batch_size: windows of one forward pass; None: the model's `eval_batch`. It changes speed and
+        memory, not the value.
+      placement: the devices among which the windows of a batch are split; by default none are.
+        Needed for parameters that lie in parts over a mesh (`Placement.of(params)`).
     Raises: ValueError for a model that does not forecast, an unknown kind, or a sample below 1.
     Example: `loss = split_loss(model, splits.test, sample=512)`, then `loss(params)`
     """

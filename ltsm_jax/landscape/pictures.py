@@ -29,7 +29,8 @@ def draw_contours(
       path: of the picture, .png, .svg or .pdf.
       notes: a line under the name of a surface, such as its top eigenvalue.
       places: (x, y) of models to mark, as `Plane.places`.
-    Returns: the path. Raises: ValueError for no surface, or one that is a line; ImportError without matplotlib.
+    Returns: the path. Raises: ValueError for no surface, or one that is a line; ImportError without
+      matplotlib.
     """
     low, high = _scale(surfaces, lines=False)
     figure, axes = _figure(len(surfaces), 3.5, 3.7)
@@ -54,7 +55,7 @@ def draw_contours(
 
 
 def draw_hills(surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapping[str, str] | None = None) -> Path:
-    """Draw planes side by side as hills, on one scale of heights; what is far above the centre is cut off.
+    """Draw planes side by side as hills; what is far above the centre is cut off.
 
     Args and errors as `draw_contours`.
     """
@@ -75,16 +76,21 @@ def draw_hills(surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapp
 
 
 def draw_lines(surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapping[str, str] | None = None) -> Path:
-    """Draw the loss along the first direction, one curve for each surface; of a plane its row through the centre.
+    """Draw the loss along the first direction, one curve for each surface.
+
+    Of a plane it is the row through the centre.
 
     Args and errors as `draw_contours`, but for lines, which are welcome.
     """
-    _, high = _scale(surfaces, lines=True)
-    figure, (ax,) = _figure(1, 6.0, 3.8)
+    rows = {}
     for name, found in surfaces.items():
         loss = found.loss if found.y is None else found.loss[int(np.argmin(np.abs(found.y)))]
+        rows[name] = Surface(found.x, None, loss)
+    _, high = _scale(rows, lines=True)
+    figure, (ax,) = _figure(1, 6.0, 3.8)
+    for name, row in rows.items():
         note = (notes or {}).get(name)
-        ax.plot(found.x, loss, linewidth=1.6, label=f"{name} ({note})" if note else name)
+        ax.plot(row.x, row.loss, linewidth=1.6, label=f"{name} ({note})" if note else name)
     ax.set_ylim(top=high + 0.05 * abs(high))
     ax.set_xlabel("step along the direction, in norms of each filter", fontsize=9)
     ax.set_ylabel("loss", fontsize=9)
@@ -123,8 +129,8 @@ def _figure(count: int, width: float, height: float, **of_axes: Any) -> tuple[An
     axes = figure.subplots(1, count, squeeze=False, subplot_kw=of_axes)[0]
     for ax in axes:
         ax.tick_params(labelsize=8)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     return figure, axes
 
 

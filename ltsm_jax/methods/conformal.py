@@ -192,7 +192,8 @@ def rolling_origins(panel: Panel, horizon: int, context_len: int, windows: int |
     """Origins in the history of a panel whose targets lie in it, too.
 
     Spread evenly over all items and all of their rows: of the newest alone one learns how one
-    season went. A context has at least half the rows that the forecast itself sees.
+    season went. A context has at least half the rows that the forecast itself sees, and all of them
+    in long items.
 
     windows: about how many; by default fewer where each has many targets.
     """
@@ -201,6 +202,9 @@ def rolling_origins(panel: Panel, horizon: int, context_len: int, windows: int |
     n = panel.lengths
     seen = np.minimum(n, context_len)
     room = n - horizon - np.maximum(-(-seen // 2), 1) + 1  # origins that fit, one row apart
+    # A long item has enough of them with whole contexts, all of one length.
+    whole = n - horizon - context_len + 1
+    room = np.where(whole >= FEWEST, whole, room)
     able = np.flatnonzero(room > 0)
     if not len(able):
         return Origins.none()

@@ -6,6 +6,7 @@ to deploy.
 """
 
 import dataclasses
+import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,7 +160,7 @@ def prepare(
     ready, start = model.for_series(
         params,
         n_variates=panel.n_variates,
-        freq=panel.freq,
+        freq=panel.model_freq or panel.freq,
         key=training.keys(seed)["init"],
     )
     fresh = drawn(params, start)
@@ -346,7 +347,12 @@ def compare(
 def versions() -> dict[str, str]:
     """Versions and the device that a result was computed with."""
     device = jax.devices()[0]
+    try:
+        own = importlib.metadata.version("ltsm-jax")
+    except importlib.metadata.PackageNotFoundError:
+        own = "a checkout"
     return {
+        "ltsm-jax": own,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,

@@ -431,5 +431,5 @@ def notes_on_lengths(model: Any, panel: Panel, context_len: int) -> tuple[str, .
     said = f"{short} of {len(rows)} items have fewer rows than the context of {context_len}"
     if cut := int((lengths < whole).sum()):
         share = 1 - (lengths / whole).min()
-        said += f"; of {cut} the oldest rows are not seen (at most {share:.0%}), so that few lengths are compiled"
+        said += f"; of {cut} the oldest rows, at most {share:.0%}, are not seen: contexts have few lengths"
     return (said,)

@@ -296,6 +296,19 @@ def test_covariates_known_ahead_from_rows_behind_the_last_target():
     assert said(panel, "known ahead, with values behind the last target: price")
 
 
+def test_an_item_that_ends_earlier_does_not_make_the_others_lack_covariates():
+    table, future = priced()
+    table = table[table["shop"] == "A"]
+    both = pd.concat([table, table.assign(shop="C"), table.assign(shop="D").iloc[:-1]])
+    ahead = future[future["shop"] == "A"]
+    ahead = pd.concat([ahead.assign(shop=shop) for shop in "ACD"])
+    last = table.assign(shop="D", sold=NAN).iloc[-1:]
+    panel = read_panel(pd.concat([both, last]), id="shop", target="sold", future=ahead)
+    assert panel.future_values.shape == (1, 3, 3)
+    np.testing.assert_array_equal(panel.future_values[0, 1:], [[9, 10, NAN], [8, 9, 10]])
+    assert not said(panel, "missing for")
+
+
 def test_rows_behind_the_last_target_are_no_observations():
     table = shops()
     table.loc[[3, 6], "sold"] = NAN
@@ -543,6 +556,26 @@ def test_options_are_checked():
 
 def test_a_grid_of_far_too_small_a_step_is_refused():
     assert "give a longer freq=" in refused(shops(), id="shop", target="sold", freq="s", irregular="regularise")
+    wrong = shops()
+    wrong.loc[6, "date"] = pd.Timestamp("2204-01-07")
+    assert "(most: B, 2024-01-03 00:00:00 to 2204-01-07 00:00:00); check these dates" in refused(wrong, id="shop")
+
+
+def test_holes_that_lie_regularly_by_chance_are_no_other_step():
+    few = pd.DataFrame({"shop": "F", "date": days("2024-01-01", 9)[[0, 2, 4, 8]], "sold": 1.0})
+    panel = read_panel(pd.concat([shops(), few]), id="shop")
+    assert panel.lengths.tolist() == [4, 4, 9]
+    many = pd.DataFrame({"shop": "F", "date": days("2024-01-01", 19)[[0, 2, 4, 8, 10, 12, 18]], "sold": 1.0})
+    assert "another step than D (F: 2D)" in refused(pd.concat([shops(), many]), id="shop", freq="D")
+
+
+def test_days_that_are_regular_in_utc_only_are_counted_there():
+    stamps = pd.date_range("2024-03-28", periods=6, freq="D", tz="UTC").tz_convert("Europe/Berlin")
+    table = pd.DataFrame({"id": ["a"] * 6 + ["b"] * 4, "ds": [*stamps, *stamps[2:]], "y": np.arange(10.0)})
+    panel = read_panel(table)
+    assert (panel.freq, panel.tz, panel.lengths.tolist()) == ("D", "UTC", [6, 4])
+    assert said(panel, "the steps are regular in UTC, not on the clock in Europe/Berlin")
+    assert str(panel.stamps_after(1)[1, 0]) == "2024-04-03T00:00:00.000000"
 
 
 # ---- properties ----

@@ -19,7 +19,7 @@ from ltsm_jax.data.tables import ReadingOptions
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
     "aot", "all_families", "curvature", "demo", "landscape", "pretrain", "prune_then_finetune", "pruning_report",
-    "report", "sff",
+    "report", "sff", "stores",
     "benchmarks.chronos_bolt", "benchmarks.experts", "benchmarks.first_forecast",
     "benchmarks.landscape", "benchmarks.loop",
     "benchmarks.pruned_speed", "benchmarks.pruning_score", "benchmarks.train_step",

@@ -110,6 +110,10 @@ def test_origins_lie_in_their_items_and_leave_a_context():
     assert first.min() == 10 and first.max() == 94, "from the oldest that has half a context to the newest"
 
 
+def test_long_items_have_whole_contexts():
+    assert rolling_origins(panel(400), 6, 20).ends.min() == 20
+
+
 def test_origins_are_few_where_items_are_many():
     assert len(rolling_origins(panel(*[30] * 2000), 6, 20).items) == 512
     assert len(rolling_origins(panel(4000, targets=50), 6, 20).items) == 128

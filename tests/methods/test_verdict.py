@@ -134,6 +134,7 @@ def test_a_verdict_says_when_and_fits_the_terminal(found):
     text = str(verdict)
     assert max(map(len, text.splitlines())) <= 80
     assert text.startswith("Deploy the model tuned by")
+    assert verdict.versions.keys() == {"ltsm-jax", "python", "jax", "numpy", "device"}
     example = verdict.examples[-1]
     assert example["item"] == "shop 1" and len(example["stamps"]) == len(example["context"]) + 8
     assert np.abs(example["target"]).max() > 5  # in units of the item

@@ -1,8 +1,8 @@
 """Trains every family of the command line on several meshes of 8 forced CPU devices; prints JSON. Run by test_sharding.
 
 python sharded_runs.py family mesh[:option=value...] ...   ("one" is one device without a mesh; "scored:mesh:mesh"
-prunes over these meshes; "noise", "experts", "evaluated", "measured", "adapted", "pruned": see the functions
-of these names)
+prunes over these meshes; "noise", "experts", "evaluated", "measured", "adapted", "pruned", "surfaced": see the
+functions of these names)
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax import hosts, sharding, training, trees
+from ltsm_jax import curvature, hosts, landscape, sharding, training, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
@@ -297,6 +297,31 @@ def pruned(family):
     return found | {"sizes": [trees.count(params), trees.count(small_params)]}
 
 
+def surfaced(family):
+    """By mesh, "one" without: the loss on a plane, its top eigenvalue and trace, and among how many devices the points
+    were split."""
+    model, params, windows = problem(family)
+    directions, found = landscape.random_directions(params, seed=0), {}
+    for text in ("one", "data=8", "data=2,fsdp=2,tensor=2"):
+        placed, beside = params, directions
+        if text != "one":
+            mesh = sharding.make_mesh(text)
+            placed, *beside = (sharding.shard(tree, model.shard_rules, mesh)[0] for tree in (params, *directions))
+            again = list(landscape.random_directions(placed, seed=0))
+            same = jax.tree.map(lambda a, b: a.sharding == b.sharding, again, beside)
+            assert all(jax.tree.leaves(same)), "directions lie as their parameters"
+        rows = landscape.split_loss(model, windows, sample=16, placement=Placement.of(placed))
+        loss = landscape.split_loss(model, windows, sample=16) if text == "data=8" else rows
+        spread = landscape.grid._spread_over(Placement.of(placed), placed, loss)
+        found[text] = {
+            "loss": landscape.surface(loss, placed, beside, points=5).loss.tolist(),
+            "top": curvature.top_eigenvalues(rows, placed, steps=8, tolerance=0.0).tolist(),
+            "trace": curvature.trace(rows, placed, samples=6),
+            "points over": 1 if spread is None else spread.size,
+        }
+    return found
+
+
 def run(family, mesh_text, folder=None, **options):
     model, params, windows = problem(family)
     windows = windows.take(np.arange(min(windows.n, 40)))  # the last batch of 16 is partial
@@ -329,7 +354,7 @@ if __name__ == "__main__":
     for text in sys.argv[2:]:
         mesh_text, *rest = text.split(":")
         others = {"noise": noise, "experts": expert_layers, "evaluated": evaluated, "scored": scored,
-                  "measured": measured, "adapted": adapted, "pruned": pruned}  # fmt: skip
+                  "measured": measured, "adapted": adapted, "pruned": pruned, "surfaced": surfaced}  # fmt: skip
         if mesh_text in others:
             found[text] = others[mesh_text](sys.argv[1], *rest)
             continue

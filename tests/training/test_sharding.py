@@ -43,7 +43,14 @@ def timer():
     """Results by text, of the group that the text is in: the first is for every day, the second for the slow part."""
     groups = (
         (MIXED, "data=4,fsdp=2:accumulate=2", "one:remat=all but products"),
-        (*MESHES[:-1], "one:accumulate=2", "one:compute=bfloat16", "data=8:compute=bfloat16", "data=1,fsdp=1,tensor=8"),
+        (
+            *MESHES[:-1],
+            "one:accumulate=2",
+            "one:compute=bfloat16",
+            "data=8:compute=bfloat16",
+            "data=1,fsdp=1,tensor=8",
+            "surfaced",
+        ),
     )
 
     class Found:
@@ -69,6 +76,16 @@ def test_parameters_stay_where_they_were_put(timer, mesh):
     parts = {"data=8": 1, "fsdp=8": 8, "data=4,tensor=2": 2, "data=2,fsdp=2,tensor=2": 4}[mesh]
     assert split["layer_0/up/kernel"] == split["layer_1/down/kernel"] == parts
     assert split["layer_0/norm1/scale"] == 1
+
+
+@pytest.mark.slow
+def test_surfaces_and_curvature_over_a_mesh_are_those_of_one_device(timer):
+    found = timer["surfaced"]
+    assert {text: case["points over"] for text, case in found.items()} == {"one": 1, "data=8": 8, MIXED: 1}
+    for case in found.values():
+        np.testing.assert_allclose(case["loss"], found["one"]["loss"], rtol=1e-5)
+        np.testing.assert_allclose(case["top"], found["one"]["top"], rtol=1e-3)
+        np.testing.assert_allclose(case["trace"], found["one"]["trace"], rtol=1e-3)
 
 
 @pytest.mark.slow
