@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import mmap
 import os
 import shutil
 import tempfile
@@ -11,38 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 import pytest
+import quick_compile
 from hypothesis import settings
 
-# Most of the suite's time would be compiling, for programs that run a few times each. With these settings of XLA it
-# takes a fifth of what it takes with the defaults. The children of tests inherit them, so that what is compared bit by
-# bit was compiled alike. A setting that XLA_FLAGS has already stays as it is.
-QUICK = {
-    "xla_backend_optimization_level": "0",
-    "xla_llvm_disable_expensive_passes": "true",
-    "xla_cpu_use_fusion_emitters": "false",
-    "xla_cpu_parallel_codegen_split_count": "1",
-}
+# Nothing is compiled yet. The children of tests inherit it, so that what is compared bit by bit was compiled alike.
+os.environ["XLA_FLAGS"] = quick_compile.flags()
 
-
-def known(setting: str) -> bool:
-    """Tell whether the installed XLA has a setting: one that it does not know would end the process."""
-    for library in Path(jaxlib.__file__).parent.glob("libjax_common*"):
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(setting.encode()) >= 0
-    return False
-
-
-def set_quick():
-    """Set QUICK for this process, which has compiled nothing yet, and for its children."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    missing = [f"--{name}={value}" for name, value in QUICK.items() if name not in flags and known(name)]
-    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
-
-
-set_quick()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs would differ for no fault of ours
 settings.register_profile("suite", deadline=None, derandomize=True)  # the first example compiles; CI is no lottery
@@ -89,7 +64,7 @@ def pytest_addoption(parser):
     )
 
 
-# Three quarters of the suite's time is compiling. What was compiled is kept in a folder of this run, so that workers,
+# Half of the suite's time is compiling. What was compiled is kept in a folder of this run, so that workers,
 # child processes and, in .ci/run, stages share it; the folder is new for every run, as no test may rest on another run.
 CACHE_SETTINGS = {
     "JAX_COMPILATION_CACHE_DIR": None,
