@@ -10,6 +10,8 @@ import pytest
 
 import ltsm_jax
 from experiments import around, curvature, landscape
+from experiments.benchmarks import chronos_bolt, train_step
+from experiments.benchmarks import landscape as surfaces
 from ltsm_jax import training, trees
 from ltsm_jax.landscape import grid
 from ltsm_jax.methods.strategies import start_params, strategy
@@ -192,3 +194,12 @@ def test_tables_that_a_family_keeps_do_not_move(micro, waves):
     options = landscape.flags.parse(landscape.Options, ["--data", str(waves), "--model", str(micro)], None)
     found = around.subject(options, str(micro))
     assert found.moves("head/kernel")
+
+
+def test_benchmarks_read_what_they_give_their_own_launches():
+    for benchmark, words in (
+        (train_step, ["--side", "torch", "--batch", "4"]),
+        (chronos_bolt, ["--side", "jax"]),
+        (surfaces, ["--file", "windows.npz", "--points", "5"]),
+    ):
+        assert landscape.flags.parse(benchmark.Options, words, None)
