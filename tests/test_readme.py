@@ -6,7 +6,7 @@ import readme_blocks
 
 @pytest.mark.parametrize("number", range(len(readme_blocks.BLOCKS)))
 def test_block(number, tmp_path, monkeypatch):
-    readme_blocks.write_table(tmp_path)
+    readme_blocks.write_tables(tmp_path)
     monkeypatch.chdir(tmp_path)
     readme_blocks.run(number)
 

@@ -1,22 +1,28 @@
-"""Do split-conformal intervals cover what they say?  On rows that come after everything they were made from.
+"""Do split-conformal intervals cover what they say?
 
-Run:    python -m experiments.benchmarks.coverage [--horizon 96] [--windows 200]
-Needs:  LTSM_DATA, a folder with ETTh1.csv, weather.csv.gz, traffic_6.csv.gz (files that are not there are left out).
-Cost:   about a minute on two cores.
-Gives:  a line per data set and forecaster: the share of the test span's values inside the intervals of 80 % and 95 %,
-        and how far single targets or items are from it on average.
+On rows that come after everything that they were made from: a forecaster
+is calibrated on the rows before the test span alone (the last fifth of each
+item, or of a benchmark its published part), as `Forecaster.predict` does on
+the history that it is given. Then it forecasts from origins spread over the
+test span.
 
-A forecaster is calibrated on the rows before the test span alone (the last fifth of each item, or of a benchmark its
-published part), as `Forecaster.predict` calibrates on the history that it is given. Then it forecasts after origins
-spread over the test span.
+Run:   LTSM_DATA=FOLDER python -m experiments.benchmarks.coverage --horizon 24
+Cost:  about a minute on 2 CPU cores.
+Gives: a line per data set and forecaster: the share of the test span's
+       values inside the intervals of 80 % and 95 %, and how far single
+       targets or items are from it on average.
+Data:  ETTh1, weather and traffic_6 from $LTSM_DATA; those that are not there
+       are left out.
 """
 
-import argparse
 import dataclasses
+import sys
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
 
+from experiments import flags
 from ltsm_jax import Forecaster
 from ltsm_jax.data import MissingDataError, Panel, borders_of, load_series
 from ltsm_jax.models.ttm import TTM
@@ -91,11 +97,19 @@ def coverage(panel: Panel, starts: np.ndarray, forecaster: Forecaster, horizon: 
     return "  ".join(cells) + f"  {forecaster.calibration.told}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the measurement."""
+
+    program: ClassVar[str] = "experiments.benchmarks.coverage"
+    horizon: Annotated[int, flags.whole(1)] = 96
+    """rows ahead"""
+    windows: Annotated[int, flags.whole(1)] = 200
+    """origins in the test span"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--horizon", type=int, default=96)
-    parser.add_argument("--windows", type=int, default=200, help="origins in the test span")
-    args = parser.parse_args()
+    args = flags.parse(Options, sys.argv[1:], __doc__)
     for name in DATA:
         try:
             panel, starts = read(name)

@@ -1,14 +1,15 @@
-"""How long does reading a panel of many items take, and how much memory?
+"""A panel of many items: seconds and memory of reading, tuning, forecasting.
 
-A long parquet table of `--items` items with `--rows` rows each (id, time, target, and by
-`--price` a covariate) is written to a temporary folder and read by `read_panel` in a
-process of its own.
+A long parquet table (id, time, target, and by --price a covariate) is
+written to a temporary folder. A process of its own reads it, tunes
+timer-tiny on it with a verdict, and forecasts every item 24 rows ahead.
 
-Run:   python -m experiments.benchmarks.panel
-Needs: nothing; about 2 GB of disk for the default sizes.
-Cost:  about two minutes on 2 CPU cores.
-Gives: seconds of reading, and the peak of resident memory of that process, with what
-       its imports alone take.
+Run:   python -m experiments.benchmarks.panel --items 10000
+       python -m experiments.benchmarks.panel
+Cost:  2 GB of disk and about six minutes on 2 CPU cores for the 100,000
+       items of the second command.
+Gives: seconds of each step, and the peak of resident memory up to its end,
+       of which the imports are said apart.
 """
 
 import dataclasses
@@ -19,14 +20,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+import ltsm_jax
 from experiments import flags, launch
+from experiments.benchmarks.machine import processor
+from ltsm_jax.data.panel_tables import read_panel
 
+HORIZON = 24
 GROUP = 2000  # items written at a time
 
 
@@ -45,8 +50,10 @@ class Options:
     """with a covariate that is known ahead for 28 rows behind the last target"""
     by_time: bool = False
     """rows ordered by time, not by item"""
+    budget: Annotated[int, flags.whole(0)] = 50
+    """steps of the tuning; 0: none"""
     read: Annotated[str | None, flags.text("PATH")] = None
-    """read this table instead of writing one, in this process"""
+    """measure with this table, in this process; set by the measurement itself"""
 
 
 def write(path: Path, args: Options) -> None:
@@ -97,23 +104,28 @@ def part(args: Options, rng: np.random.Generator, items: np.ndarray, rows: np.nd
     return columns
 
 
-def read(path: str) -> dict[str, float]:
-    """Seconds of reading, and gigabytes of memory before it and at its peak."""
-    from ltsm_jax.data.panel_tables import read_panel
+def measure(path: str, args: Options) -> list[dict[str, Any]]:
+    """Each step with its seconds, and the gigabytes of memory at its end; in this process."""
+    found: list[dict[str, Any]] = [{"step": "imports", "seconds": 0.0, "peak": peak()}]
 
-    before = peak()
+    def timed(step: str, started: float) -> None:
+        found.append({"step": step, "seconds": time.perf_counter() - started, "peak": peak()})
+
     started = time.perf_counter()
     panel = read_panel(path, id="item_id", target="target")
-    seconds = time.perf_counter() - started
-    for note in panel.notes:
-        print(note, file=sys.stderr)
-    return {
-        "items": panel.n_items,
-        "rows": panel.n_rows,
-        "seconds": seconds,
-        "before": before,
-        "peak": peak(),
-    }
+    timed(f"read {panel.n_items:,} items, {panel.n_rows:,} rows", started)
+
+    forecaster = ltsm_jax.Forecaster.load("timer-tiny")
+    if args.budget:
+        started = time.perf_counter()
+        fitted = forecaster.fit(panel, HORIZON, methods=["ff"], budget=args.budget, show_progress=False)
+        timed(f"tuned, {args.budget} steps, and scored", started)
+        print(fitted, file=sys.stderr)
+
+    started = time.perf_counter()
+    table = forecaster.predict(panel, HORIZON)
+    timed(f"forecast {len(table):,} rows with intervals", started)
+    return found
 
 
 def peak() -> float:
@@ -125,20 +137,16 @@ def peak() -> float:
 def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
     if args.read:
-        print(json.dumps(read(args.read)))
+        print(json.dumps(measure(args.read, args)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "panel.parquet"
         write(path, args)
-        size = path.stat().st_size / 1e9
-        command = [sys.executable, "-m", Options.program, "--read", str(path)]
+        print(f"{processor()}; {path.stat().st_size / 1e9:.2f} GB of parquet", flush=True)
+        command = [sys.executable, "-m", Options.program, "--read", str(path), "--budget", str(args.budget)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(
-        f"read {found['items']:,} items, {found['rows']:,} rows ({size:.2f} GB of parquet) "
-        f"in {found['seconds']:.1f} s; "
-        f"peak RSS {found['peak']:.2f} GB, {found['before']:.2f} GB of it imports"
-    )
+    for row in json.loads(done.stdout.splitlines()[-1]):
+        print(f"{row['step']:45s} {row['seconds']:7.1f} s   peak RSS {row['peak']:5.2f} GB")
     return 0
 
 

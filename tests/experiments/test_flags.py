@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = (
     "aot", "all_families", "curvature", "demo", "landscape", "pretrain", "prune_then_finetune", "pruning_report",
     "report", "sff", "stores",
-    "benchmarks.chronos_bolt", "benchmarks.experts", "benchmarks.first_forecast",
+    "benchmarks.chronos_bolt", "benchmarks.coverage", "benchmarks.experts", "benchmarks.first_forecast",
     "benchmarks.landscape", "benchmarks.loop",
-    "benchmarks.pruned_speed", "benchmarks.pruning_score", "benchmarks.train_step",
+    "benchmarks.panel", "benchmarks.predict_df", "benchmarks.pruned_speed", "benchmarks.pruning_score",
+    "benchmarks.train_step",
 )  # fmt: skip
 COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)([^\n`#]*)")
 
