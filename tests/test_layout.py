@@ -342,3 +342,9 @@ def test_floors_are_what_ci_installs():
     for name, floor in floors.items():
         (version,) = oldest[name]
         assert (version + ".").startswith(floor + "."), f"{name}: pyproject says {floor}, CI has {version}"
+
+
+def test_no_two_test_files_have_one_name():
+    """They are modules without packages: of two with one name, pytest can import only the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
