@@ -338,7 +338,7 @@ def _points_at_once(loss: Loss, params: Tree, directions: tuple[Tree, ...], plac
     """Choose how many points each device computes at once: 1 on a CPU, else by the free memory.
 
     A CPU has no idle units that more points would fill, and more of them leave its caches
-    (measured: 1.3 times as long as one after another). An accelerator is idle during one point of a
+    (1.3 times as long as one after another). An accelerator is idle during one point of a
     small model.
     """
     leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
