@@ -32,7 +32,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from ltsm_jax import hosts, sharding, trees
 
@@ -57,6 +56,13 @@ _DTYPES |= {"bfloat16", "int4", "uint4"} | {name for name in dir(ml_dtypes) if n
 _DAY = 86400
 _SCRAP = re.compile(r"(?P<where>[0-9a-f]{8})-(?P<pid>\d+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _orbax() -> Any:
+    """Orbax; imported where a tree is stored or read, as that takes a third of the time of `import ltsm_jax`."""
+    from orbax.checkpoint import v1
+
+    return v1
 
 
 def cache_folder(kind: str) -> Path:
@@ -455,7 +461,7 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
     empty = [path for path, leaf in flat.items() if leaf.size == 0]
     if empty or not flat:
         raise ValueError(f"cannot save {folder}: " + (f"arrays without values: {empty}" if empty else "no arrays"))
-    # Not ocp.save_async alone: digests come from the same copy as the bytes, and are written, with those of the files,
+    # Not Orbax's save_async alone: digests come from the same copy as the bytes, and are written, with those of files,
     # after Orbax has finished; a thread must do all of that anyway. (On the CPU backend Orbax reads the arrays where
     # they lie, so that a donating step would change them under its hands.)
     if jax.default_backend() == "cpu" and any(map(_global, flat.values())):
@@ -470,14 +476,14 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
             parts[path] = [(_part(shard.index, leaf.shape), np.asarray(shard.data)) for shard in own]
     share = hosts.index(), hosts.count()
     nested = trees.unflatten(kept)
-    response = ocp.save_async(str(folder / ARRAYS), nested) if share[1] > 1 else None
+    response = _orbax().save_async(str(folder / ARRAYS), nested) if share[1] > 1 else None
 
     def write() -> None:
         try:
             if response is None:
                 _check_room(folder, nested)
                 with _ONE_SAVE, _quiet():
-                    ocp.save(str(folder / ARRAYS), nested)
+                    _orbax().save(str(folder / ARRAYS), nested)
             else:
                 response.result()
         except Exception as err:  # of a full disk: many lines, of one of several classes
@@ -580,7 +586,7 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None, *, only: trees
             trees.require_same(like, stored, ("the model", str(folder)), dtypes=True)
             stored = jax.tree.map(lambda want, plain: want if want.sharding is not None else plain, like, stored)
         if only is not None:
-            rest = dict.fromkeys(record["arrays"].keys() - expected.keys(), ocp.PLACEHOLDER)
+            rest = dict.fromkeys(record["arrays"].keys() - expected.keys(), _orbax().PLACEHOLDER)
             stored = trees.unflatten(trees.flatten(stored) | rest)
         names = sorted(record["files"])  # of many hosts each looks at its share
         names = names[hosts.index() :: hosts.count()] if wide else names
@@ -594,7 +600,7 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None, *, only: trees
 
     expected, stored = together(check)
     try:
-        tree = ocp.load(str(folder / ARRAYS), stored)
+        tree = _orbax().load(str(folder / ARRAYS), stored)
     except Exception as err:  # Orbax raises a bare Exception, JSONDecodeError, OSError and others for damaged files
         first = str(err).strip().split("\n")[0][:300]
         raise DamagedError(

@@ -232,6 +232,7 @@ def test_export_and_convert_are_there_and_back(ran, timer, tmp_path):
 
 
 def test_doctor(ran, monkeypatch):
+    monkeypatch.setenv("LTSM_CACHE", "cache")  # a path that is longer than a line cannot be wrapped
     monkeypatch.setattr(doctor, "forecast", lambda family: doctor.answers()[family])
     code, out, _ = ran("doctor")
     assert code == 0 and fits(out)

@@ -47,13 +47,14 @@ FAMILIES: dict[str, type[Model]] = {
 def preset(name: str) -> Model:
     """The model of a published preset, without weights.
 
-    Raises: ValueError listing the known names.
+    Raises: ValueError with the names that may have been meant, or with all that there are.
     """
     known = {p: family for family in FAMILIES.values() for p in family.presets()}
     if name not in known:
         near = near_presets(name)
-        guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"no preset is called {name!r}; {guess}known: {', '.join(known)}")
+        # All names are a long list, which hides whatever else is wrong.
+        meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+        raise ValueError(f"no preset is called {name!r}; {meant}")
     return known[name](known[name].presets()[name])
 
 
