@@ -197,7 +197,8 @@ class RunFolder:
                 shutil.rmtree(temporary, ignore_errors=True)
                 (temporary / STATE).mkdir(parents=True)
             return {
-                "metrics_bytes": self.metrics.tell(),
+                # Not tell(): of a file that was cut behind its back that still counts what was cut off.
+                "metrics_bytes": os.fstat(self.metrics.fileno()).st_size,
                 "metrics_sha256": self.metrics_hash.hexdigest(),
                 "config_sha256": self.config_sha256,
             }

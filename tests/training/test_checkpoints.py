@@ -350,6 +350,21 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
         problem.fit(folder=tmp_path / "file" / "run", loss_fn=None)
 
 
+def test_a_checkpoint_right_after_lines_were_cut_off_knows_how_many_are_left(tmp_path):
+    state, position = {"x": jnp.ones(3)}, {"step": 1, "finished": False}
+    run = training.RunFolder(tmp_path, {})
+    run.record([{"step": 1}])
+    run.save(state, position)
+    run.record([{"step": 2}])  # and killed before the next checkpoint
+    run.close()
+    for _ in range(2):
+        run = training.RunFolder(tmp_path, {})
+        assert run.restore(state)[1]["step"] == 1
+        run.save(state, position)
+        run.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
 def launch(name, folder):
     command = [sys.executable, str(Path(__file__).with_name("small_problem.py")), name, str(folder)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
