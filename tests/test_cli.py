@@ -410,6 +410,31 @@ def test_prune(ran, timer, shops, tmp_path, monkeypatch):
     assert folders.read_config("run/model")[1]["provenance"]["pruned_from"]
 
 
+def test_landscape(ran, timer, shops, tmp_path):
+    words = (
+        "landscape",
+        shops / "sales.csv",
+        "--model",
+        timer,
+        *LONG,
+        "--points",
+        3,
+        "--windows",
+        8,
+        "--out",
+        tmp_path,
+    )
+    code, out, err = ran(*words)
+    assert code == 0 and fits(out) and "three surfaces of 3 x 3" in err
+    with np.load(tmp_path / "surface.npz") as found:
+        assert {*found} == {"x", "y", "loss_pretrained", "loss_random", "loss_sff"}
+        assert found["x"].tolist() == [-1, 0, 1] and found["loss_sff"].shape == (3, 3)
+        centre = found["loss_pretrained"][1, 1]
+    assert (tmp_path / "surface.png").stat().st_size > 1000
+    code, out, _ = ran(*words, "--json")
+    assert json.loads(out)["models"]["pretrained"]["centre"] == pytest.approx(centre)
+
+
 def test_fit_and_what_it_leaves(ran, timer, shops, tmp_path, monkeypatch):
     words = ("fit", shops / "sales.csv", "--model", timer, *LONG, "--methods", "zero_shot", "--out", tmp_path / "run")
     code, out, _ = ran(*words, "--json")

@@ -38,6 +38,7 @@ from ltsm_jax import flags, hosts, storage, terminal
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.models import Convert, Doctor, Export, Models
 from ltsm_jax.cli.options import Command
+from ltsm_jax.cli.surfaces import Landscape
 from ltsm_jax.cli.tables import Compare, Evaluate, Forecast, Prune
 from ltsm_jax.cli.tuning import Fit
 from ltsm_jax.data import DataError
@@ -52,6 +53,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "prune": Prune,
+    "landscape": Landscape,
     "convert": Convert,
     "export": Export,
     "doctor": Doctor,
