@@ -289,7 +289,16 @@ def atomic_folder(folder: str | Path, *, replaces: Replaces | None = None) -> It
         hosts.on_first(commit)
     finally:
         if hosts.first():
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_whole(temporary)
+
+
+def _remove_whole(folder: Path) -> None:
+    """Remove a folder into which Orbax may still be writing: after a save that failed its threads end by themselves."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def require_free(folder: Path, replaces: Replaces | None) -> None:

@@ -1,4 +1,7 @@
 import concurrent.futures
+import contextlib
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +120,21 @@ def test_other_dtype_or_shape_than_the_model_is_refused_by_name(tmp_path, tree):
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         storage.load_tree(tmp_path / "nothing")
+
+
+def test_a_folder_that_is_still_written_to_is_removed_when_that_has_ended(tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    until = time.monotonic() + 0.3
+
+    def write():
+        while time.monotonic() < until:
+            folder.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):
+                (folder / str(time.monotonic())).write_text("")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    storage._remove_whole(folder)
+    writer.join()
+    assert not folder.exists()
