@@ -129,7 +129,6 @@ def test_a_folder_that_is_still_written_to_is_removed_when_that_has_ended(tmp_pa
 
     def write():
         while time.monotonic() < until:
-            folder.mkdir(exist_ok=True)
             with contextlib.suppress(OSError):
                 (folder / str(time.monotonic())).write_text("")
 
