@@ -1,5 +1,6 @@
-"""What the experiments on the loss around a model share: the models, the data, and the loss itself."""
+"""Shared by the experiments on the loss around a model: options, models, data and the loss."""
 
+import abc
 import dataclasses
 import re
 from pathlib import Path
@@ -26,8 +27,8 @@ PARTS: tuple[Part, ...] = ("train", "val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What these experiments ask for."""
+class Options(abc.ABC):
+    """Options of these experiments."""
 
     program: ClassVar[str]  # what `python -m` runs
     data: Annotated[str, flags.text("DATA")] = "ETTh1"
@@ -54,9 +55,9 @@ class Options:
     hosts: flags.Hosts = dataclasses.field(default_factory=flags.Hosts)
 
     @property
+    @abc.abstractmethod
     def names(self) -> tuple[str, ...]:
         """The models, as the command line names them."""
-        raise NotImplementedError
 
     @property
     def folder(self) -> Path:
@@ -182,12 +183,12 @@ def _trained(options: Options, name: str, start: tuple[Model, Tree], splits: Spl
 
 
 def settings(options: Options, *own: str) -> dict[str, Any]:
-    """What decides every number, beside the facts of the models. own: fields of one experiment."""
+    """Settings that every number depends on, beside the facts of the models. own: fields of one experiment."""
     names = ("data", "seed", "part", "windows", "loss", "horizon", "context", *own)
     found = {name: getattr(options, name) for name in names}
     return {k: ", ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
 def origin() -> dict[str, str]:
-    """What made a row."""
+    """Provenance of a row."""
     return {"git_commit": folder.git_commit(), "versions": folder.versions(), "device": folder.device()}

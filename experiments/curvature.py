@@ -37,6 +37,7 @@ import pandas as pd
 from experiments import around, flags, folder, launch, report
 from experiments.around import Subject
 from ltsm_jax import curvature, hosts, storage, trees
+from ltsm_jax.plotting import new_figure
 from ltsm_jax.trees import Tree
 
 PROBES = 6  # random vectors for the distance of two Hessians
@@ -260,7 +261,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     columns = min(COLUMNS, len(models))
     lines = -(-len(models) // columns)
-    figure, axes = report.new_figure(4.6 * columns, 3.2 * lines, nrows=lines, ncols=columns, squeeze=False)
+    figure, axes = new_figure(4.6 * columns, 3.2 * lines, nrows=lines, ncols=columns, squeeze=False)
     for ax in axes.ravel()[len(models) :]:
         ax.set_visible(False)
     for ax, model in zip(axes.ravel(), models, strict=False):

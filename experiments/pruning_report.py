@@ -22,10 +22,11 @@ from rich.console import Console
 
 from experiments import flags, launch, report
 from experiments.flags import exact
-from experiments.report import COLOURS, SCALED_Y, Found, is_fixed, new_figure, spread
+from experiments.report import COLOURS, SCALED_Y, Found, is_fixed, spread
 from ltsm_jax import storage
 from ltsm_jax.methods.redundancy import heat_map
 from ltsm_jax.methods.strategies import STRATEGIES
+from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
 
 GROUP = ["method", "alpha", "ratio", "ema"]

@@ -28,6 +28,7 @@ from experiments import folder as folders
 from experiments.flags import exact
 from ltsm_jax import storage
 from ltsm_jax.methods.strategies import STRATEGIES
+from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
 
 NAMES = {
@@ -282,20 +283,6 @@ def cell_name(method: str, alpha: float | None, seed: int) -> str:
     """Folder name of a cell: "sff-0.7-seed0", "ff-seed2"."""
     mixed = "" if alpha is None or np.isnan(alpha) else f"-{exact(alpha)}"
     return f"{method}{mixed}-seed{seed}"
-
-
-def new_figure(width: float, height: float, **kwargs) -> tuple[Any, Any]:
-    """A figure and its axes in the style of all pictures here; `kwargs` go to `subplots`."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    axes = figure.subplots(**kwargs)
-    for ax in np.ravel(axes):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=9)
-        ax.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-        ax.set_axisbelow(True)
-    return figure, axes
 
 
 def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[dict], path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Pictures of forecasts: the end of the history, the point forecast and the bands around it.
+"""Pictures: the style of all figures, and of forecasts the end of the history, the point and the bands around it.
 
-matplotlib is imported only here, and only when something is drawn.
+matplotlib is imported only when something is drawn.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,23 @@ HISTORY = 4  # horizons of history that are drawn, where there are as many
 SHORTEST = 50  # rows of history at least
 POINT, PAST = "#c2410c", "#334155"
 NO_PICTURES = "plots need matplotlib: pip install 'ltsm-jax[plots]'"
+
+
+def new_figure(width: float, height: float, **kwargs: Any) -> tuple[Any, Any]:
+    """Make a figure of `width` x `height` inches and its axes in the style of all pictures here.
+
+    kwargs: of matplotlib's `Figure.subplots`.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    axes = figure.subplots(**kwargs)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+        ax.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
 
 
 def level_columns(table: pd.DataFrame) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ltsm_jax.methods.decision import ZERO_SHOT, Verdict, number
+from ltsm_jax.plotting import new_figure
 
 NO_PICTURES = "No pictures: matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)."
 UNITS = "MSE and MAE are in units standardised per item and target by its training rows: 1 is their variance."
@@ -215,19 +216,6 @@ def _svg(figure: Any) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
 
 
-def _figure(width: float, height: float, **kwargs: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    axes = figure.subplots(**kwargs)
-    for ax in np.ravel(axes):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=9)
-        ax.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
 def _look(verdict: Verdict) -> dict[str, tuple[str, Any]]:
     """Colour and line style of each candidate."""
     found: dict[str, tuple[str, Any]] = {}
@@ -246,7 +234,7 @@ def _look(verdict: Verdict) -> dict[str, tuple[str, Any]]:
 def _bars(verdict: Verdict) -> Any:
     look = _look(verdict)
     count = len(verdict.candidates)
-    figure, ax = _figure(8, 1.0 + 0.5 * count)
+    figure, ax = new_figure(8, 1.0 + 0.5 * count)
     scores = [part["mse"] for found in verdict.candidates for part in (found.val, found.test) if part]
     lowest = max(min(scores), 1e-12)
     near = [score for score in scores if score <= FAR * lowest]
@@ -281,7 +269,7 @@ def _bars(verdict: Verdict) -> Any:
 
 def _curves(verdict: Verdict) -> Any:
     look = _look(verdict)
-    figure, ax = _figure(8, 4)
+    figure, ax = new_figure(8, 4)
     zero = verdict.candidate(ZERO_SHOT).val["mse"]
     lines = [(ZERO_SHOT, zero)]
     if verdict.naive is not None:
@@ -319,7 +307,7 @@ def _examples(verdict: Verdict) -> Any:
     look = _look(verdict)
     shown = verdict.examples
     rows, columns = -(-len(shown) // 2), min(2, len(shown))
-    figure, axes = _figure(10, 3.0 * rows, nrows=rows, ncols=columns, squeeze=False)
+    figure, axes = new_figure(10, 3.0 * rows, nrows=rows, ncols=columns, squeeze=False)
     for ax, example in zip(np.ravel(axes), shown, strict=False):
         context, target = np.asarray(example["context"], float), np.asarray(example["target"], float)
         places, dated = _places(example, len(context), len(target))

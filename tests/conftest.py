@@ -132,11 +132,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """Nothing: every test compiles quickly."""
-
-
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Drop what a file has compiled: little of it is called by another, and it adds up to gigabytes."""

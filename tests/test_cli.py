@@ -20,11 +20,6 @@ from ltsm_jax.methods import pruning, verdict
 from ltsm_jax.models import FAMILIES, folders
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly(compile_quickly):
-    """Small programs that run once."""
-
-
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
     """An empty cache, a terminal of 80 columns, and no setting of the machine's."""

@@ -7,8 +7,6 @@ import pytest
 
 from ltsm_jax import curvature, trees
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def quadratic(eigenvalues, seed=0):
     """0.5 x' A x with the eigenvalues given, over a tree of two leaves; and A."""

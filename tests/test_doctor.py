@@ -22,7 +22,7 @@ def answering(monkeypatch):
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
-def test_a_family_forecasts_what_is_stored(family, compile_quickly):
+def test_a_family_forecasts_what_is_stored(family):
     """Compiled otherwise than the stored forecasts were, which is as much of another machine as there is here."""
     check = doctor.examine_family(family)
     assert not check.problem

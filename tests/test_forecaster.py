@@ -18,8 +18,6 @@ from ltsm_jax.models.chronos_2 import Chronos2
 from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.timer import Timer, TimerConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TIMER = Timer(TimerConfig.of(8, 16, 32, 1, 2, context_len=32, horizon=8))
 BOLT = ChronosBolt(ChronosBolt.small())
 

@@ -13,8 +13,6 @@ from ltsm_jax.methods.pruning import full_masks, merge
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.training import TrainConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 QUICK = {"budget": 60, "config": TrainConfig(epochs=3, lr=1e-2, batch_size=64), "show_progress": False}
 LENGTHS = {"north": 500, "south": 460}  # of all tables here: each shape is compiled
 
@@ -38,7 +36,7 @@ def table(period):
 
 
 @pytest.fixture(scope="module")
-def fitted(timer, tmp_path_factory, compile_quickly):
+def fitted(timer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
     found = timer.fit(
         table(16),

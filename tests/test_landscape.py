@@ -17,8 +17,6 @@ from ltsm_jax.landscape import grid
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import forecasting
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 PARAMS = {"w": jnp.array([0.5, -1.0]), "b": jnp.array(2.0)}
 RIGHT = {"w": jnp.array([1.0, 0.0]), "b": jnp.array(0.0)}
 UP = {"w": jnp.array([0.0, 1.0]), "b": jnp.array(0.0)}

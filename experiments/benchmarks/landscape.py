@@ -16,8 +16,6 @@ Gives: seconds per surface of `ltsm_jax.landscape.surface`; of two loops by
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from experiments import flags, launch
+from experiments.benchmarks.machine import processor
 
 OURS, LOOP, MAP, TORCH = "surface", "python loop", "lax.map", "torch loop"
 
@@ -104,17 +103,6 @@ class Options:
     """a Python that has PyTorch, or none; by default this one"""
     file: Annotated[str | None, flags.text()] = None
     """where one launch puts the windows that the sides share; set by the measurement itself"""
-
-
-def processor() -> str:
-    """What the machine calls its processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
 def main() -> int:

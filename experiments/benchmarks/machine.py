@@ -1,4 +1,4 @@
-"""What a measurement says of the machine that it ran on."""
+"""Description of the machine that a measurement ran on."""
 
 import os
 import platform
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """What the machine calls its processor, its cores, and how busy it is."""
+    """Name the processor, the number of cores and the load."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

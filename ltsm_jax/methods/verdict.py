@@ -385,9 +385,8 @@ def _lengths(
 
     # A model sees whole patches where there is one; what is over is the oldest.
     seen = min(context_len or model.context_len, max(before, 1))
-    patch = getattr(model.config, "patch_len", 1)
-    if isinstance(patch, int) and context_len is None and seen >= patch > 1:
-        seen = seen // patch * patch
+    if context_len is None and seen >= model.patch_len:
+        seen = seen // model.patch_len * model.patch_len
 
     own = mode or default_mode(model)
     modes = (own,) if mode else (own, *(other for other in MODES if other != own))

@@ -134,6 +134,11 @@ class Model(abc.ABC):
         """Time steps of one forecast step; longer horizons are rolled out."""
 
     @property
+    def patch_len(self) -> int:
+        """Time steps of one token; 1 where tokens are single steps or have lengths of several kinds."""
+        return getattr(self.config, "patch_len", 1)
+
+    @property
     def eval_batch(self) -> int:
         """Windows of one forward pass in evaluation: what fits into a few GB. Changes the speed, not the value."""
         return 2048

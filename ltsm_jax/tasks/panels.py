@@ -21,7 +21,7 @@ import numpy as np
 from ltsm_jax.data import DataError
 from ltsm_jax.data.panel import Panel
 from ltsm_jax.data.windows import context_scale
-from ltsm_jax.models.family import Forecast
+from ltsm_jax.models.family import Forecast, Model
 from ltsm_jax.tasks.forecasting import Predictor
 from ltsm_jax.trees import Tree
 
@@ -156,16 +156,17 @@ def rung_above(rows: np.ndarray) -> np.ndarray:
     return 1 << np.ceil(np.log2(np.maximum(rows, SHORTEST))).astype(int)
 
 
-def lengths_of(model: Any, rows: np.ndarray, context_len: int) -> np.ndarray:
+def lengths_of(model: Predictor, rows: np.ndarray, context_len: int) -> np.ndarray:
     """Context length [M] that is used for origins with `rows` rows before them.
 
     Few lengths, as each is compiled. A family for which missing values in front change nothing gets
     them. For others the oldest rows are left away: those that fill no patch, and of many patches
     some more.
     """
-    pads = getattr(model, "missing_in_front", True)
-    patch = getattr(getattr(model, "config", None), "patch_len", 16)
-    found = rung_above(rows) if pads else rung_below(rows, patch)
+    if isinstance(model, Model) and not model.missing_in_front:
+        found = rung_below(rows, model.patch_len)
+    else:
+        found = rung_above(rows)
     return np.where(rows >= context_len, context_len, np.minimum(found, context_len))
 
 
@@ -420,7 +421,7 @@ def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.nd
     return empty
 
 
-def notes_on_lengths(model: Any, panel: Panel, context_len: int) -> tuple[str, ...]:
+def notes_on_lengths(model: Predictor, panel: Panel, context_len: int) -> tuple[str, ...]:
     """Say how many items are shorter than the context, and whether rows of them are left away."""
     rows = panel.lengths
     short = int((rows < context_len).sum())

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -16,8 +17,6 @@ from ltsm_jax import training, trees
 from ltsm_jax.landscape import grid
 from ltsm_jax.methods.strategies import start_params, strategy
 from ltsm_jax.tasks import forecasting
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

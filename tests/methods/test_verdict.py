@@ -15,7 +15,6 @@ from ltsm_jax.methods.pruning import full_masks
 from ltsm_jax.methods.verdict import calendar, compare, named, stamps
 from ltsm_jax.training import TrainConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 LENGTHS = (500, 460)  # of all panels here where others are not the point: each shape is compiled
 QUICK = {"budget": 60, "config": TrainConfig(epochs=3, lr=1e-2, batch_size=64), "show_progress": False}
 
@@ -85,7 +84,7 @@ def waves(period, *lengths, noise=0.1, seed=0):
 
 
 @pytest.fixture(scope="module")
-def found(model, pre, compile_quickly):
+def found(model, pre):
     """A pattern of 16 days, which a week knows nothing of, in two items of sizes 1 and 10."""
     panel = panel_of(*waves(16, *LENGTHS), first=["2024-01-01", "2024-02-10"])
     return compare(model, pre, panel, 8, methods=["ff", "sff"], **QUICK)
