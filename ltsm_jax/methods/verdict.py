@@ -475,9 +475,8 @@ class _Scorer:
         self.splits, self.task, self.net = splits, task, model
         self.placement = placement
         self.predictor = task.predictor(model)
-        room = splits.season if splits.season <= splits.val.context_len else 1
-        self.season = room
-        self.predictors = forecasting.naive_forecasts(room)
+        self.season = splits.season if splits.season <= splits.val.context_len else 1
+        self.predictors = forecasting.naive_forecasts(self.season)
         self.naive = [*self.predictors, *(["auto_ets"] if auto_ets.available() else [])]
         self.val: dict[str, _Scores] = {}
         self.test: dict[str, _Scores] = {}
