@@ -406,19 +406,8 @@ def test_prune(ran, timer, shops, tmp_path, monkeypatch):
 
 
 def test_landscape(ran, timer, shops, tmp_path):
-    words = (
-        "landscape",
-        shops / "sales.csv",
-        "--model",
-        timer,
-        *LONG,
-        "--points",
-        3,
-        "--windows",
-        8,
-        "--out",
-        tmp_path,
-    )
+    on = (shops / "sales.csv", "--model", timer, *LONG)
+    words = ("landscape", *on, "--points", 3, "--windows", 4096, "--out", tmp_path)
     code, out, err = ran(*words)
     assert code == 0 and fits(out) and "three surfaces of 3 x 3" in err
     with np.load(tmp_path / "surface.npz") as found:
@@ -428,6 +417,13 @@ def test_landscape(ran, timer, shops, tmp_path):
     assert (tmp_path / "surface.png").stat().st_size > 1000
     code, out, _ = ran(*words, "--json")
     assert json.loads(out)["models"]["pretrained"]["centre"] == pytest.approx(centre)
+
+    # The centre is the model's own error; one that is mixed with nothing is the model.
+    _, out, _ = ran("evaluate", *on, "--json")
+    assert json.loads(out)["methods"]["zero_shot"]["test"]["mse"] == pytest.approx(centre, rel=1e-5)
+    whole = (*words[:-2], "--alpha", 1, "--out", tmp_path / "whole")
+    models = json.loads(ran(*whole, "--json")[1])["models"]
+    assert models["sff"]["centre"] == pytest.approx(centre) and models["random"]["centre"] != pytest.approx(centre)
 
 
 def test_fit_and_what_it_leaves(ran, timer, shops, tmp_path, monkeypatch):
