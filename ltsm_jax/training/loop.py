@@ -219,6 +219,7 @@ class _Fitting:
                 f"{config.epochs} epochs of {self.steps_per_epoch} steps are more than {MOST_OF_ALL} steps"
             )
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
+        self.rule = optimizers.Rule.of(config)
         self.keys = placement.replicate(keys(config.seed or 0))
         self.pace = _Pace(config.steps_per_dispatch)
         self.saved_step = 0
@@ -239,7 +240,7 @@ class _Fitting:
         # copies: the steps donate their input, and the caller's arrays must live
         state = {
             "params": jax.tree.map(jnp.copy, moving),
-            "optimizer": optimizers.adam(self.config.weight_decay or 0.0, self.config.clip).init(moving),
+            "optimizer": self.rule.transformation().init(moving),
         }
         return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
 
@@ -357,8 +358,7 @@ class _Fitting:
             self.state["params"], self.state["optimizer"], self.frozen, self.placed, self.order, self.lr,
             self.keys["dropout"], self.loss_fn, self.penalty,
             np.int32(place), np.int32(count), np.int32(position.step),
-            batch_size=self.batch_size, weight_decay=self.config.weight_decay, clip=self.config.clip,
-            how=self.how, layout=self.layout,
+            batch_size=self.batch_size, rule=self.rule, how=self.how, layout=self.layout,
         )  # fmt: skip
         losses, done = np.asarray(losses), int(done)
         rows = np.minimum(self.batch_size, self.n - self.batch_size * (place + np.arange(done)))

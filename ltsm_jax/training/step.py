@@ -110,12 +110,12 @@ def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how
 
 @functools.partial(
     jax.jit,
-    static_argnames=("batch_size", "weight_decay", "clip", "how", "layout"),
+    static_argnames=("batch_size", "rule", "how", "layout"),
     donate_argnames=("moving", "opt_state"),
 )
 def advance(
     moving, opt_state, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
-    *, batch_size, weight_decay, clip, how, layout,
+    *, batch_size, rule, how, layout,
 ):  # fmt: skip
     """Take `count` steps from batch `place` of the epoch, step `step` of the run.
 
@@ -123,7 +123,7 @@ def advance(
 
     Returns: parameters, optimiser state, losses [MOST_STEPS] (those past the last step are 0), steps taken.
     """
-    tx = optimizers.adam(weight_decay, clip)
+    tx = rule.transformation()
     placement = Placement(None if layout is None else layout.mesh)
     pin = (lambda *state: state) if layout is None else layout.pin
 
@@ -211,7 +211,8 @@ def trace_step(
     batch_size = min(config.batch_size, n)
     placement.check_batch(batch_size, config.accumulate)
     moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
-    opt_state = jax.eval_shape(optimizers.adam(config.weight_decay, config.clip).init, moving)
+    rule = optimizers.Rule.of(config)
+    opt_state = jax.eval_shape(rule.transformation().init, moving)
     placed = mesh and sharding.like({"params": moving, "optimizer": opt_state}, moving, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     rates = jax.ShapeDtypeStruct((windows.steps_per_epoch(n, batch_size),), jnp.float32)
@@ -220,6 +221,5 @@ def trace_step(
     return advance.trace(
         moving, shapes(opt_state, placed and placed["optimizer"]), frozen, shapes(train_source), shapes(order), rates,
         shapes(key), as_pytree(loss_fn), as_pytree(penalty), number, number, number,
-        batch_size=batch_size, weight_decay=config.weight_decay, clip=config.clip,
-        how=How.of(config), layout=mesh and Layout.of(mesh, placed),
+        batch_size=batch_size, rule=rule, how=How.of(config), layout=mesh and Layout.of(mesh, placed),
     )  # fmt: skip
