@@ -16,7 +16,8 @@ from ltsm_jax.data import Splits, prepare
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.landscape.losses import KINDS
 from ltsm_jax.methods import binding, run
-from ltsm_jax.methods.strategies import start_params, strategy
+from ltsm_jax.methods.starts import start_params
+from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES, Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Part

@@ -12,7 +12,8 @@ from ltsm_jax import storage, training, trees
 from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import lora
 from ltsm_jax.methods.binding import model_facts
-from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, start_params, trainable_mask
+from ltsm_jax.methods.starts import start_params
+from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, trainable_mask
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Task

@@ -36,7 +36,8 @@ from ltsm_jax.methods.checks import Difference, bootstrap_difference
 from ltsm_jax.methods.decision import TITLES, ZERO_SHOT, Candidate, Verdict, decide, few_blocks
 from ltsm_jax.methods.pruning import refuse_pruned
 from ltsm_jax.methods.run import Result, run
-from ltsm_jax.methods.strategies import Strategy, start_params, strategy
+from ltsm_jax.methods.starts import start_params
+from ltsm_jax.methods.strategies import Strategy, strategy
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
