@@ -27,7 +27,8 @@ from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import binding, checks, run
-from ltsm_jax.methods.strategies import Strategy, start_params
+from ltsm_jax.methods.starts import start_params
+from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.base import Task
@@ -111,7 +112,7 @@ def resolve(options: Options) -> Comparison:
             return None
 
     series = attempt(read_series, options.data, options.reading)
-    loaded = attempt(ltsm_jax.load, options.model)
+    loaded = attempt(ltsm_jax.load, options.model, accept_license=options.accept_license)
     if loaded is None or series is None:
         raise UsageError("\n".join(problems))
     model, params = loaded

@@ -11,7 +11,8 @@ from ltsm_jax import curvature, flags, hosts, landscape, training
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.options import MODEL, OnTable, of_model, of_table
 from ltsm_jax.methods import verdict
-from ltsm_jax.methods.strategies import start_params, strategy
+from ltsm_jax.methods.starts import start_params
+from ltsm_jax.methods.strategies import strategy
 
 SURFACE, PICTURE = "surface.npz", "surface.png"
 

@@ -108,6 +108,28 @@ def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how
     return jax.tree.map(lambda x: x / rows[1].sum(), total)
 
 
+def update(
+    moving, opt_state, frozen, source, rows, rate, key, loss_fn, penalty, *, tx, how: How, placement: Placement
+):  # fmt: skip
+    """Take one step on the batch of `rows` (window numbers [B], weights [B]) at this learning rate.
+
+    A step whose loss or gradient is not finite changes nothing.
+
+    Args:
+      key: of the dropout of this step.
+      tx: the optimiser, see `optimizers.adam`.
+    Returns: loss, whether the step was finite, parameters, optimiser state.
+    """
+    loss, grads = _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how, placement)
+    # the sum is finite only if every addend is
+    sizes = sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
+    good = jnp.isfinite(loss) & jnp.isfinite(sizes)
+    directions, new_opt_state = tx.update(grads, opt_state, moving)
+    new_moving = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), moving, directions)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+    return loss.astype(jnp.float32), good, keep(new_moving, moving), keep(new_opt_state, opt_state)
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("batch_size", "rule", "how", "layout"),
@@ -130,19 +152,12 @@ def advance(
     def one(carry):
         i, _, moving, opt_state, losses = carry
         rows = windows.batch_at(order, place + i, batch_size)
-        dropout = jax.random.fold_in(key, step + i)
-        loss, grads = _loss_and_gradients(
-            moving, frozen, source, rows, dropout, loss_fn, penalty, how, placement
+        loss, good, new_moving, new_opt_state = update(
+            moving, opt_state, frozen, source, rows, rates[place + i], jax.random.fold_in(key, step + i),
+            loss_fn, penalty, tx=tx, how=how, placement=placement,
         )  # fmt: skip
-        # the sum is finite only if every addend is
-        sizes = sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
-        good = jnp.isfinite(loss) & jnp.isfinite(sizes)
-        directions, new_opt_state = tx.update(grads, opt_state, moving)
-        rate = rates[place + i]
-        new_moving = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), moving, directions)
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
-        losses = losses.at[i].set(loss.astype(jnp.float32))
-        return i + good, good, *pin(keep(new_moving, moving), keep(new_opt_state, opt_state)), losses
+        losses = losses.at[i].set(loss)
+        return i + good, good, *pin(new_moving, new_opt_state), losses
 
     def more(carry):
         return (carry[0] < count) & carry[1]

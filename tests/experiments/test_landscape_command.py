@@ -15,7 +15,8 @@ from experiments.benchmarks import chronos_bolt, train_step
 from experiments.benchmarks import landscape as surfaces
 from ltsm_jax import training, trees
 from ltsm_jax.landscape import grid
-from ltsm_jax.methods.strategies import start_params, strategy
+from ltsm_jax.methods.starts import start_params
+from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.tasks import forecasting
 
 

@@ -5,7 +5,8 @@ import pytest
 
 from ltsm_jax import training, trees
 from ltsm_jax.methods import strategies
-from ltsm_jax.methods.strategies import STRATEGIES, start_params, strategy
+from ltsm_jax.methods.starts import equal_norm_noise, start_params
+from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models.timer import Timer, TimerConfig
 
 
@@ -81,7 +82,7 @@ def test_linear_probing_has_a_new_head_on_the_old_body(model, pre):
 
 def test_noise_is_as_large_as_the_random_model_and_is_not_it(model, pre):
     aux = model.init(AUX)
-    noise = strategies.equal_norm_noise(jax.random.key(3), aux)
+    noise = equal_norm_noise(jax.random.key(3), aux)
     for path, leaf in trees.flatten(noise).items():
         size = np.linalg.norm(np.ravel(trees.flatten(aux)[path]))
         np.testing.assert_allclose(np.linalg.norm(np.ravel(leaf)), size, rtol=1e-5, err_msg=path)
@@ -94,7 +95,7 @@ def test_noise_is_as_large_as_the_random_model_and_is_not_it(model, pre):
 
 
 def test_noise_draws_differ_between_tensors_of_one_shape(model):
-    noise = strategies.equal_norm_noise(jax.random.key(3), model.init(AUX))
+    noise = equal_norm_noise(jax.random.key(3), model.init(AUX))
     a, b = noise["layer_0"]["up"]["kernel"], noise["layer_1"]["up"]["kernel"]
     assert abs(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]) < 0.2
 
