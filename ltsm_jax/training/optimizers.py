@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimisers: Adam as the originals use it, with decay of both kinds and clipping, and SGD."""
+"""Learning-rate schedules, and optimisers: Adam as the originals use it, with decay of either kind, and SGD."""
 
 import dataclasses
 import math
