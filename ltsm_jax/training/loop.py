@@ -58,7 +58,7 @@ class NonFiniteError(ValueError):
 
 
 @dataclasses.dataclass
-class _Position:
+class Position:
     """Where a run is: everything of its state that is not an array on the device."""
 
     step: int = 0
@@ -75,7 +75,7 @@ class _Position:
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "best"}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any], select: str) -> "_Position":
+    def from_json(cls, stored: Mapping[str, Any], select: str) -> "Position":
         position = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored})
         if position.best_epoch is not None:
             position.best = position.history[position.best_epoch - 1][f"val_{select}"]
@@ -142,7 +142,7 @@ def fit(
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
         raise ValueError("nothing to train: `trainable` is False for every leaf")
-    fitting = _Fitting(
+    fitting = Fitting(
         config,
         step.as_pytree(loss_fn),
         step.as_pytree(penalty),
@@ -159,7 +159,7 @@ def fit(
         # it traces the loss: what is refused here has made no folder
         takes = fitting.check_memory(allocated=0, writes=folder is not None)
     if folder is not None:
-        record = _config_record(config, facts, params, trainable, train_source, validate and select)
+        record = config_record(config, facts, params, trainable, train_source, validate and select)
         run = checkpoints.RunFolder(folder, record, config.keep_checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext():
         fitting.start(moving, run)
@@ -186,7 +186,7 @@ def fit(
     )
 
 
-class _Fitting:
+class Fitting:
     """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
 
     def __init__(
@@ -221,7 +221,7 @@ class _Fitting:
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
         self.rule = optimizers.Rule.of(config)
         self.keys = placement.replicate(keys(config.seed or 0))
-        self.pace = _Pace(config.steps_per_dispatch)
+        self.pace = Pace(config.steps_per_dispatch)
         self.saved_step = 0
         self.how = step.How.of(config)
         self.run: checkpoints.RunFolder | None = None
@@ -249,10 +249,10 @@ class _Fitting:
         self.run = run
         restored = run.restore(self.shapes) if run else None
         if restored is not None:
-            self.state, self.position = restored[0], _Position.from_json(restored[1], self.select)
+            self.state, self.position = restored[0], Position.from_json(restored[1], self.select)
             self.saved_step = self.position.step
             return
-        self.position = _Position()
+        self.position = Position()
         if self.shardings is not None:
             self.state = jax.jit(self.state_of, out_shardings=self.shardings)(moving)
         else:
@@ -298,13 +298,12 @@ class _Fitting:
         while not self.position.finished:
             began, first = time.monotonic(), self.position.step
             epoch = len(self.position.history)  # a run may have been stopped between its last step and its validation
-            self.order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
-            steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
-            self.lr = np.asarray(self.rates(steps), np.float32)
-            while self.position.step <= steps[-1]:
+            self.begin_epoch(epoch)
+            start = epoch * self.steps_per_epoch
+            while self.position.step < start + self.steps_per_epoch:
                 # an epoch's last step is saved with its validation, below, and so not once more here
-                due = self.position.step > steps[0] and time.monotonic() - self.saved >= config.checkpoint_seconds
-                self.dispatch(epoch, self.position.step - int(steps[0]), self.settle(run, due))
+                due = self.position.step > start and time.monotonic() - self.saved >= config.checkpoint_seconds
+                self.dispatch(epoch, self.position.step - start, self.settle(run, due))
             trained = time.monotonic()
             try:
                 self.end_epoch(epoch)
@@ -350,17 +349,27 @@ class _Fitting:
                 kept = f"checkpoint: {run.path(self.position.step)}"
         return hosts.stopped(f"after step {self.position.step} of {self.total}; {kept}")
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Set the order of an epoch's windows, and its learning rates."""
+        self.order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
+        steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
+        self.lr = np.asarray(self.rates(steps), np.float32)
+
+    def advance(self, place: int, count: int) -> tuple[np.ndarray, int]:
+        """Take `count` steps from batch `place` of the epoch. Returns: losses, and how many steps were finite."""
+        self.state["params"], self.state["optimizer"], losses, done = step.advance(
+            self.state["params"], self.state["optimizer"], self.frozen, self.placed, self.order, self.lr,
+            self.keys["dropout"], self.loss_fn, self.penalty,
+            np.int32(place), np.int32(count), np.int32(self.position.step),
+            batch_size=self.batch_size, rule=self.rule, how=self.how, layout=self.layout,
+        )  # fmt: skip
+        return np.asarray(losses), int(done)
+
     def dispatch(self, epoch: int, place: int, steps: int) -> None:
         """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""
         position, began = self.position, time.monotonic()
         count = min(steps, self.steps_per_epoch - place)
-        self.state["params"], self.state["optimizer"], losses, done = step.advance(
-            self.state["params"], self.state["optimizer"], self.frozen, self.placed, self.order, self.lr,
-            self.keys["dropout"], self.loss_fn, self.penalty,
-            np.int32(place), np.int32(count), np.int32(position.step),
-            batch_size=self.batch_size, rule=self.rule, how=self.how, layout=self.layout,
-        )  # fmt: skip
-        losses, done = np.asarray(losses), int(done)
+        losses, done = self.advance(place, count)
         lines = self.account(epoch, place, losses[:done])
         if self.run:
             self.run.record(lines)
@@ -467,7 +476,7 @@ class _Fitting:
         return "\n".join(lines)
 
 
-class _Pace:
+class Pace:
     """How many steps to put into the next dispatch: as many as fill DISPATCH_SECONDS."""
 
     def __init__(self, fixed: int | None):
@@ -497,7 +506,7 @@ def _stamps(source: Any) -> dict[str, str]:
     return {"stamps_sha256": hosts.on_first(storage.sha256_of, {"stamps": stamps})}
 
 
-def _config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
+def config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
         "train": config.record(),
