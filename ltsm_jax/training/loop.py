@@ -71,11 +71,13 @@ class Position:
     finished: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """Give it as JSON."""
         # inf is no JSON; it can be read off the history
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "best"}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], select: str) -> "Position":
+        """Read it back; `select` names the metric that selects an epoch."""
         position = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored})
         if position.best_epoch is not None:
             position.best = position.history[position.best_epoch - 1][f"val_{select}"]
@@ -438,10 +440,12 @@ class Fitting:
         return better
 
     def save(self, run: checkpoints.RunFolder) -> None:
+        """Write a checkpoint."""
         run.save(self.state, self.position.to_json())
         self.saved, self.saved_step = time.monotonic(), self.position.step
 
     def best_so_far(self) -> str:
+        """Say the best validation, for the progress bar."""
         return "" if self.position.best_epoch is None else f"  best val {self.select} {self.position.best:.4f}"
 
     def kept(self) -> str:
@@ -483,6 +487,7 @@ class Pace:
         self.fixed, self.steps, self.compiled = fixed, fixed or 1, False
 
     def learn(self, steps: int, seconds: float) -> None:
+        """Set the next number of steps by how long a dispatch of `steps` took."""
         if self.fixed is None and self.compiled:
             fill = DISPATCH_SECONDS / max(seconds / steps, 1e-9)
             self.steps = int(min(max(fill, 1), 4 * self.steps, MOST_STEPS))
@@ -507,6 +512,7 @@ def _stamps(source: Any) -> dict[str, str]:
 
 
 def config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
+    """Give what the config.json of a run holds: everything that decides its result. On several hosts all call."""
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
         "train": config.record(),
