@@ -52,6 +52,11 @@ class TrainConfig:
       accumulate: parts a batch is taken in, one after the other, for the memory of one part at a time.
       remat: what the backward pass computes again instead of keeping it: "none", or "all but products" (everything but
         the results of matrix products without batch axes), for less memory and more time.
+      rho: take the gradient this far up the gradient (SAM, see `step.uphill`), for twice the time; 0: where it is.
+      ema: validate and keep an exponential moving average of the weights: after each step it is
+        `ema * average + (1 - ema) * weights`, from the start on; 0: the weights themselves.
+      swa: validate and keep the mean of the weights after each of the last epochs, this share of them and at least
+        one; epochs before are validated, but not selected. 0: the weights themselves.
     Raises: ValueError listing every field of a wrong type or out of range.
     """
 
@@ -70,6 +75,9 @@ class TrainConfig:
     compute: str = "float32"
     accumulate: int = 1
     remat: str = "none"
+    rho: float = 0.0
+    ema: float = 0.0
+    swa: float = 0.0
 
     def __post_init__(self):
         problems = []
@@ -82,6 +90,8 @@ class TrainConfig:
                 object.__setattr__(self, name, rule(value))
             except (TypeError, ValueError):
                 problems.append(f"{name} must be {wanted}, got {_quoted(value)}")
+        if not problems and self.ema and self.swa:
+            problems.append("ema and swa are two ways to average the weights: take one of them")
         if problems:
             raise ValueError("TrainConfig: " + "; ".join(problems))
 
@@ -125,7 +135,21 @@ class TrainConfig:
     def record(self) -> dict[str, Any]:
         """Give the fields that decide a result as JSON knows them; no limit of the gradient is None."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
+        # A folder from before these fields were known has none of them.
+        later = [name for name in ("rho", "ema", "swa") if not fields[name]]
+        fields = {name: value for name, value in fields.items() if name not in later}
         return fields | {"clip": None if self.clip == math.inf else self.clip}
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is validated and kept instead of the weights."""
+        return bool(self.ema or self.swa)
+
+    @property
+    def first_averaged(self) -> int:
+        """Number, from 0, of the first epoch that `swa` averages."""
+        assert self.epochs is not None, "filled"
+        return self.epochs - max(round(self.swa * self.epochs), 1)
 
 
 def _whole(low: int, high: float = math.inf) -> Callable[[Any], int]:
@@ -189,4 +213,7 @@ _RULES = {
     "compute": (_one_of(COMPUTE), f"one of {', '.join(COMPUTE)}"),
     "accumulate": _COUNT,
     "remat": (_one_of(REMAT), f"one of {', '.join(REMAT)}"),
+    "rho": (_real(lambda x: 0 <= x < math.inf), "a finite number, not negative"),
+    "ema": (_real(lambda x: 0 <= x < 1), "a share, in [0, 1)"),
+    "swa": (_real(lambda x: 0 <= x <= 1), "a share of the epochs, in [0, 1]"),
 }
