@@ -135,14 +135,40 @@ def loss_and_gradients(gradients_at: Callable[[Tree], tuple[jax.Array, Tree]], m
     return loss, gradients
 
 
+def update(
+    moving, opt_state, frozen, source, rows, rate, key, loss_fn, penalty, *, tx, how: How, placement: Placement
+):  # fmt: skip
+    """Take one step on the batch of `rows` (window numbers [B], weights [B]) at this learning rate.
+
+    A step whose loss or gradient is not finite changes nothing.
+
+    Args:
+      key: of the dropout of this step.
+      tx: the optimiser, see `optimizers.adam`.
+    Returns: loss, whether the step was finite, parameters, optimiser state.
+    """
+
+    def gradients_at(weights):
+        return _of_batch(weights, frozen, source, rows, key, loss_fn, penalty, how, placement)
+
+    loss, grads = loss_and_gradients(gradients_at, moving, how)
+    # the sum is finite only if every addend is
+    sizes = sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
+    good = jnp.isfinite(loss) & jnp.isfinite(sizes)
+    directions, new_opt_state = tx.update(grads, opt_state, moving)
+    new_moving = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), moving, directions)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+    return loss.astype(jnp.float32), good, keep(new_moving, moving), keep(new_opt_state, opt_state)
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("batch_size", "weight_decay", "clip", "how", "layout"),
+    static_argnames=("batch_size", "rule", "how", "layout"),
     donate_argnames=("moving", "opt_state", "average"),
 )
 def advance(
     moving, opt_state, average, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
-    *, batch_size, weight_decay, clip, how, layout,
+    *, batch_size, rule, how, layout,
 ):  # fmt: skip
     """Take `count` steps from batch `place` of the epoch, step `step` of the run.
 
@@ -150,30 +176,22 @@ def advance(
 
     Returns: parameters, optimiser state, average, losses [MOST_STEPS] (those past the last step are 0), steps taken.
     """
-    tx = optimizers.adam(weight_decay, clip)
+    tx = rule.transformation()
     placement = Placement(None if layout is None else layout.mesh)
     pin = (lambda *state: state) if layout is None else layout.pin
 
     def one(carry):
         i, _, moving, opt_state, average, losses = carry
         rows = windows.batch_at(order, place + i, batch_size)
-        dropout = jax.random.fold_in(key, step + i)
-
-        def gradients_at(weights):
-            return _of_batch(weights, frozen, source, rows, dropout, loss_fn, penalty, how, placement)
-
-        loss, grads = loss_and_gradients(gradients_at, moving, how)
-        # the sum is finite only if every addend is
-        sizes = sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
-        good = jnp.isfinite(loss) & jnp.isfinite(sizes)
-        directions, new_opt_state = tx.update(grads, opt_state, moving)
-        rate = rates[place + i]
-        new_moving = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), moving, directions)
-        new_average = trees.ema(average, new_moving, how.ema) if how.ema else average
-        old, new = (moving, opt_state, average), (new_moving, new_opt_state, new_average)
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
-        losses = losses.at[i].set(loss.astype(jnp.float32))
-        return i + good, good, *pin(*kept), losses
+        loss, good, new_moving, new_opt_state = update(
+            moving, opt_state, frozen, source, rows, rates[place + i], jax.random.fold_in(key, step + i),
+            loss_fn, penalty, tx=tx, how=how, placement=placement,
+        )  # fmt: skip
+        if how.ema:
+            mixed = trees.ema(average, new_moving, how.ema)
+            average = jax.tree.map(lambda new, old: jnp.where(good, new, old), mixed, average)
+        losses = losses.at[i].set(loss)
+        return i + good, good, *pin(new_moving, new_opt_state, average), losses
 
     def more(carry):
         return (carry[0] < count) & carry[1]
@@ -263,7 +281,8 @@ def trace_step(
     batch_size = min(config.batch_size, n)
     placement.check_batch(batch_size, config.accumulate)
     moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
-    opt_state = jax.eval_shape(optimizers.adam(config.weight_decay, config.clip).init, moving)
+    rule = optimizers.Rule.of(config)
+    opt_state = jax.eval_shape(rule.transformation().init, moving)
     state = {"params": moving, "optimizer": opt_state} | ({"average": moving} if config.ema else {})
     placed = mesh and sharding.like(state, moving, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -271,8 +290,8 @@ def trace_step(
     order = jax.ShapeDtypeStruct((n,), jnp.int32)
     key = jax.eval_shape(keys, 0)["dropout"]
     return advance.trace(
-        moving, shapes(opt_state, placed and placed["optimizer"]), state.get("average"), frozen, shapes(train_source), shapes(order), rates,
-        shapes(key), as_pytree(loss_fn), as_pytree(penalty), number, number, number,
-        batch_size=batch_size, weight_decay=config.weight_decay, clip=config.clip,
-        how=How.of(config), layout=mesh and Layout.of(mesh, placed),
+        moving, shapes(opt_state, placed and placed["optimizer"]), state.get("average"), frozen,
+        shapes(train_source), shapes(order), rates, shapes(key), as_pytree(loss_fn), as_pytree(penalty),
+        number, number, number,
+        batch_size=batch_size, rule=rule, how=How.of(config), layout=mesh and Layout.of(mesh, placed),
     )  # fmt: skip
