@@ -52,6 +52,8 @@ class Options(abc.ABC):
     """folder of the results; by default runs/EXPERIMENT-DATA-MODEL"""
     plan: bool = False
     """print what would run, and stop"""
+    accept_license: bool = False
+    """accept a licence that forbids commercial use; asked once for each repository"""
     reading: flags.Reading = dataclasses.field(default_factory=flags.Reading)
     hosts: flags.Hosts = dataclasses.field(default_factory=flags.Hosts)
 
@@ -144,7 +146,7 @@ def subject(options: Options, name: str, *, train: int | None = None) -> Subject
             model = FAMILIES[name](FAMILIES[name].small())
             params = jax.jit(model.init)(training.keys(options.seed)["init"])
         else:
-            model, params = ltsm_jax.load(name)
+            model, params = ltsm_jax.load(name, accept_license=options.accept_license)
         model, params = binding.ready_for(model, params, series)
         recipe = model.recipe()
         context = options.context or recipe.context_len

@@ -112,7 +112,7 @@ def resolve(options: Options) -> Comparison:
             return None
 
     series = attempt(read_series, options.data, options.reading)
-    loaded = attempt(ltsm_jax.load, options.model)
+    loaded = attempt(ltsm_jax.load, options.model, accept_license=options.accept_license)
     if loaded is None or series is None:
         raise UsageError("\n".join(problems))
     model, params = loaded

@@ -101,6 +101,8 @@ class Options:
     """benchmark name ($LTSM_DATA, cache or download) or a .csv, .csv.gz or .parquet file"""
     model: Annotated[str, text("MODEL")] = "timer-tiny"
     """shipped name, model folder, original checkpoint, or hub name owner/name[@revision]"""
+    accept_license: bool = False
+    """accept a licence that forbids commercial use; asked once for each repository"""
     head: Annotated[str | None, text("NAME")] = None
     """put a fresh, untrained head of this name on the model (Model.heads); by default the checkpoint's own stays"""
     methods: Annotated[tuple[str, ...], words()] = ()

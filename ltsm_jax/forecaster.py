@@ -26,7 +26,7 @@ from ltsm_jax.methods.binding import check_params, drawn, whole
 from ltsm_jax.methods.conformal import WINDOWS, Calibration, rolling_origins
 from ltsm_jax.methods.decision import ZERO_SHOT, Verdict
 from ltsm_jax.methods.strategies import Strategy
-from ltsm_jax.methods.verdict import BUDGET, Compared, compare
+from ltsm_jax.methods.verdict import BUDGET, Compared, Prepared, compare, prepare
 from ltsm_jax.models import Model, folders
 from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.report import write_report
@@ -191,6 +191,7 @@ class Forecaster:
         *,
         methods: str | Strategy | Sequence[str | Strategy] = "auto",
         method: str | Strategy | None = None,
+        alpha: float | None = None,
         masks: Params | None = None,
         id: str | None = None,
         time: str | Sequence[str] | None = None,
@@ -208,6 +209,7 @@ class Forecaster:
         budget: int | None = BUDGET,
         mode: Mode | None = None,
         seed: int = 0,
+        prepared: Prepared | None = None,
         folder: str | Path | None = None,
         show_progress: bool = True,
     ) -> "Forecaster":
@@ -223,11 +225,14 @@ class Forecaster:
           horizon: rows that will be forecast.
           methods: "auto"; names such as "ff" or "zero_shot,ff,sff", `Strategy` objects, or a list of
             both, see `methods.verdict.named`. method: one of them, in place of `methods`.
+          alpha: for sff and noise, the weight of the pretrained side; by default 0.7.
           masks: of a pruned model, see `prune`; what they prune stays 0.
           config: a `TrainConfig`; what it leaves out is the model's recipe.
           budget: optimiser steps of each method; None: the epochs of the recipe over all windows.
           mode: the training loss, "ims" or "direct"; None: that of the recipe.
           seed: of the random model, data order, dropout and intervals.
+          prepared: what `prepared` gave for the same table and options, so that its windows are not
+            cut twice.
           folder: for what is made: `model` (this forecaster, saved), verdict.json, report.md and
             report.html; and checkpoints in `training`, so that a killed run continues when called
             again.
@@ -263,12 +268,14 @@ class Forecaster:
             panel,
             horizon,
             methods=methods,
+            alpha=alpha,
             masks=masks,
             config=config,
             budget=budget,
             context_len=self.context_len,
             mode=mode,
             seed=seed,
+            prepared=prepared,
             folder=None if folder is None else Path(folder) / "training",
             show_progress=show_progress,
         )
@@ -296,6 +303,30 @@ class Forecaster:
             fitted.save(Path(folder) / "model", overwrite=True)
             write_report(found.verdict, folder)
         return fitted
+
+    def prepared(
+        self,
+        panel: Panel,
+        horizon: int,
+        *,
+        masks: Params | None = None,
+        mode: Mode | None = None,
+        seed: int = 0,
+    ) -> Prepared:
+        """Cut the windows that `fit` works on, to look at them first; arguments as there.
+
+        Raises: ValueError (DataError) for data, names and lengths that do not work.
+        """
+        return prepare(
+            self.model,
+            self.params,
+            panel,
+            horizon,
+            masks=masks,
+            context_len=self.context_len,
+            mode=mode,
+            seed=seed,
+        )
 
     def _calibrated_on_held_out(self, found: Compared, seed: int) -> "Forecaster":
         """The same with errors of its forecasts of validation and test targets; without where none can be measured."""

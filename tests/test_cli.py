@@ -454,6 +454,7 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
     """Of the library, which trains; and what it prints of the result."""
     asked = {}
     prepared = {}
+    cuts = []
     prepare = verdict.prepare
 
     def fit(self, panel, horizon, **rest):
@@ -463,17 +464,18 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
 
     def noted(*args, **rest):
         prepared.update(rest)
-        return prepare(*args, **rest)
+        cuts.append(prepare(*args, **rest))
+        return cuts[-1]
 
     monkeypatch.setattr(Forecaster, "fit", fit)
-    monkeypatch.setattr(verdict, "prepare", noted)
+    monkeypatch.setattr("ltsm_jax.forecaster.prepare", noted)
     model, _ = ltsm_jax.load(timer)
     storage.save_tree(tmp_path / "masks", pruning.full_masks(model))
     ltsm_jax.save(tmp_path / "run" / "model", model, ltsm_jax.load(timer)[1])
     (tmp_path / "run" / "training").mkdir()
     words = ("fit", shops / "sales.csv", "--model", timer, *LONG, "--methods", "ff,sff", "--budget", 40, "--seed", 3,
              "--lr", 1e-4, "--epochs", 2, "--batch-size", 16, "--accumulate", 2, "--mode", "direct", "--masks",
-             tmp_path / "masks", "--out", tmp_path / "run")  # fmt: skip
+             tmp_path / "masks", "--alpha", 0.9, "--out", tmp_path / "run")  # fmt: skip
     code, out, err = ran(*words, "--overwrite", "--plan")
     assert (code, out) == (0, "") and fits(err) and not asked and (tmp_path / "run" / "training").exists()
     for told in ("methods   zero_shot, ff, sff and the naive", "training  40 steps", "memory    about", "to test"):
@@ -483,6 +485,8 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
     code, out, _ = ran(*words, "--overwrite")
     assert code == 0
     assert (asked["methods"], asked["budget"], asked["seed"], asked["mode"]) == (["ff", "sff"], 40, 3, "direct")
+    assert asked["alpha"] == 0.9
+    assert len(cuts) == 2 and asked["prepared"] is cuts[1], "the windows of a run are cut once"
     config = asked["config"]
     assert (config.lr, config.epochs, config.batch_size, config.accumulate) == (1e-4, 2, 16, 2)
     assert (asked["horizon"], asked["folder"]) == (8, tmp_path / "run")

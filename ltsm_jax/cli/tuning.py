@@ -47,6 +47,8 @@ class Fit(OnTable):
         flags.names(METHODS),
         flags.described(f"what to try, of {', '.join(METHODS)}; auto is ff,sff, or the model's own recipe"),
     ] = ("auto",)
+    alpha: Annotated[float | None, flags.number(0, 1, says="between 0 and 1", unset="0.7")] = None
+    """weight of the pretrained side, for sff and noise"""
     masks: Annotated[Path | None, flags.path("FOLDER")] = None
     """masks of `ltsm prune`; what they prune stays out"""
     budget: Annotated[int, flags.whole(1)] = verdict.BUDGET
@@ -63,18 +65,15 @@ class Fit(OnTable):
         forecaster = self.load(self.model)
         panel = self.read(forecaster)
         masks = None if self.masks is None else storage.load_tree(self.masks)
-        prepared = verdict.prepare(
-            forecaster.model,
-            forecaster.params,
+        prepared = forecaster.prepared(
             panel,
             self.horizon,
             masks=masks,
-            context_len=forecaster.context_len,
             mode=self.training.mode,
             seed=self.seed,
         )
         config = self._config()
-        methods = list(verdict.named(list(self.methods), forecaster.model))
+        methods = list(verdict.named(list(self.methods), forecaster.model, self.alpha))
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
             "windows": f"{prepared.train_context} -> {self.horizon} to train; "
@@ -96,11 +95,13 @@ class Fit(OnTable):
             panel,
             self.horizon,
             methods=list(self.methods),
+            alpha=self.alpha,
             masks=masks,
             config=config,
             budget=self.budget,
             mode=self.training.mode,
             seed=self.seed,
+            prepared=prepared,
             folder=self.out,
         )
         self._show(fitted)
@@ -134,7 +135,7 @@ def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
     placement = Placement.of(params)
 
     def state_of(params: Any) -> Any:
-        optimizer = optimizers.adam(filled.weight_decay or 0.0, filled.clip).init(params)
+        optimizer = optimizers.Rule.of(filled).transformation().init(params)
         return {"params": params, "optimizer": optimizer, "best": params}
 
     moving, frozen = trees.partition(params, trees.select(params, None))

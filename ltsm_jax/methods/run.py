@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,91 +89,148 @@ def run(
     Raises: ValueError where model, data, masks and task do not go together, and for an unknown quirk;
       training.NonFiniteError from training.
     """
-    if unknown := set(quirks) - {"no-dropout"}:
-        raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
-    label = strategy.name if label is None else label
-    config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
-    keys = training.keys(seed)
-    placement = Placement.of(params)
-    windows = task.windows(model, data)
-    loss = task.loss(without_dropout(model) if "no-dropout" in quirks else model)
-    current = start_params(strategy, model, params, keys["aux"])
-    if masks is not None:
-        masks = place(masks, current, placement)
-        current = merge(current, masks, placement)
-        loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(loss), masks)
+    running = Running(
+        model, params, strategy, data, task=task, seed=seed, config=config, folder=folder, label=label,
+        show_progress=show_progress, masks=masks, quirks=quirks,
+    )  # fmt: skip
+    while not running.trained_out:
+        running.take(training.fit(**running.job()))
+    return running.result(test=test)
 
-    def validate(candidate: Params) -> dict[str, Any]:
-        return task.evaluate(model, candidate, data, "val", placement)
 
-    # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that ff sees.
-    facts: dict[str, Any] = {"strategy": dataclasses.asdict(strategy)}
-    if folder is not None:  # digests take a moment, and only a folder needs them
-        facts |= model_facts(model, params) | task.facts(data)
-    if quirks:
-        facts["quirks"] = sorted(quirks)
-    if masks is not None:
-        facts["masks"] = storage.sha256_of(masks)
-    history: list[dict[str, Any]] = []
-    val: dict[str, Any] | None = None
-    epochs = best_epoch = trained = 0
-    seconds = compile_seconds = 0.0
-    for i, phase in enumerate(strategy.phases):
-        changes = {name: getattr(phase, name) for name in ("epochs", "lr") if getattr(phase, name) is not None}
-        begin, mask, phase_loss, whole = current, trainable_mask(phase, model, current), loss, _itself
-        if (adapters := phase.adapters(model)) is not None:
-            key = jax.random.fold_in(keys["aux"], 2 + i)
-            begin, mask, phase_loss, whole = lora.beside(model, current, loss, adapters, key)
-        # Partial: the reference weights reach the compiled step as arguments instead of as constants
-        penalty = jax.tree_util.Partial(l2_sp_penalty, current, phase.l2_sp) if phase.l2_sp else None
-        fitted = training.fit(
-            phase_loss,
-            begin,
-            windows,
-            config=dataclasses.replace(config, **changes),
-            validate=lambda candidate, whole=whole: validate(whole(candidate)),
-            select=task.selects,
-            trainable=mask,
-            penalty=penalty,
-            folder=None if folder is None else Path(folder) / f"phase-{i}",
-            label=label if len(strategy.phases) == 1 else f"{label}, phase {i + 1} of {len(strategy.phases)}",
-            facts=facts | {"phase": i} | ({} if adapters is None else {"adapters": dataclasses.asdict(adapters)}),
-            show_progress=show_progress,
-        )
-        history += [h | {"phase": i, "epoch": epochs + h["epoch"]} for h in fitted.history]
-        assert fitted.best_epoch is not None, "there is a validation after every epoch"
-        best_epoch = epochs + fitted.best_epoch
-        best = fitted.history[fitted.best_epoch - 1]  # the weights that are kept were scored there
-        val = {name.removeprefix("val_"): x for name, x in best.items() if name.startswith("val_")}
-        epochs += len(fitted.history)
-        seconds += fitted.seconds
-        compile_seconds += fitted.compile_seconds
-        current = whole(fitted.params)
+class Running:
+    """A run of a strategy, phase by phase: `job` says what `training.fit` is to do next, `take` takes what it gave.
+
+    `run` does one after the other; several runs can also take their steps together, see `methods.sweep`.
+
+    Args: as for `run`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        strategy: Strategy,
+        data: Any,
+        *,
+        task: Task = FORECASTING,
+        seed: int = 0,
+        config: training.TrainConfig | None = None,
+        folder: str | Path | None = None,
+        label: str | None = None,
+        show_progress: bool = True,
+        masks: Params | None = None,
+        quirks: Collection[str] = (),
+    ):
+        if unknown := set(quirks) - {"no-dropout"}:
+            raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
+        self.model, self.strategy, self.data, self.task = model, strategy, data, task
+        self.folder, self.show_progress = folder, show_progress
+        self.label = strategy.name if label is None else label
+        self.config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
+        self.keys = training.keys(seed)
+        self.placement = Placement.of(params)
+        self.windows = task.windows(model, data)
+        self.loss = task.loss(without_dropout(model) if "no-dropout" in quirks else model)
+        self.current = start_params(strategy, model, params, self.keys["aux"])
+        self.masks = masks
         if masks is not None:
-            current = merge(current, masks, placement)
-        trained = trees.count(begin if mask is None else trees.partition(begin, mask)[0])
+            self.masks = place(masks, self.current, self.placement)
+            self.current = merge(self.current, self.masks, self.placement)
+            self.loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(self.loss), self.masks)
 
-    began = time.monotonic()
-    with compiling.measured() as waited:
-        val = validate(current) if val is None else val
-        scores = task.evaluate(model, current, data, "test", placement) if test else None
-    if not strategy.phases:
-        compile_seconds = waited.seconds
-        seconds = time.monotonic() - began - compile_seconds
-    found = task.warnings(model, current, data, placement)
-    return Result(
-        strategy,
-        current,
-        val,
-        scores,
-        history,
-        epochs,
-        best_epoch,
-        seconds,
-        trained,
-        found,
-        compile_seconds,
-    )
+        # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that ff sees.
+        self.facts: dict[str, Any] = {"strategy": dataclasses.asdict(strategy)}
+        if folder is not None:  # digests take a moment, and only a folder needs them
+            self.facts |= model_facts(model, params) | task.facts(data)
+        if quirks:
+            self.facts["quirks"] = sorted(quirks)
+        if masks is not None:
+            self.facts["masks"] = storage.sha256_of(masks)
+        self.phase = 0  # the next one
+        self.whole: Callable[[Params], Params] = _itself  # weights of the model, of what the phase trains
+        self.history: list[dict[str, Any]] = []
+        self.val: dict[str, Any] | None = None
+        self.epochs = self.best_epoch = self.trained = 0
+        self.seconds = self.compile_seconds = 0.0
+
+    @property
+    def trained_out(self) -> bool:
+        """Whether no phase is left."""
+        return self.phase == len(self.strategy.phases)
+
+    def validate(self, candidate: Params) -> dict[str, Any]:
+        """Score weights of the model on the validation part."""
+        return self.task.evaluate(self.model, candidate, self.data, "val", self.placement)
+
+    def job(self) -> dict[str, Any]:
+        """Arguments of `training.fit` for the next phase."""
+        i, phase = self.phase, self.strategy.phases[self.phase]
+        changes = {name: getattr(phase, name) for name in ("epochs", "lr") if getattr(phase, name) is not None}
+        begin, mask, phase_loss = self.current, trainable_mask(phase, self.model, self.current), self.loss
+        self.whole = _itself
+        if (adapters := phase.adapters(self.model)) is not None:
+            key = jax.random.fold_in(self.keys["aux"], 2 + i)
+            begin, mask, phase_loss, self.whole = lora.beside(self.model, self.current, self.loss, adapters, key)
+        # Partial: the reference weights reach the compiled step as arguments instead of as constants
+        penalty = jax.tree_util.Partial(l2_sp_penalty, self.current, phase.l2_sp) if phase.l2_sp else None
+        self.trained = trees.count(begin if mask is None else trees.partition(begin, mask)[0])
+        whole, several = self.whole, len(self.strategy.phases) > 1
+        return {
+            "loss_fn": phase_loss,
+            "params": begin,
+            "train_source": self.windows,
+            "config": dataclasses.replace(self.config, **changes),
+            "validate": lambda candidate: self.validate(whole(candidate)),
+            "select": self.task.selects,
+            "trainable": mask,
+            "penalty": penalty,
+            "folder": None if self.folder is None else Path(self.folder) / f"phase-{i}",
+            "label": f"{self.label}, phase {i + 1} of {len(self.strategy.phases)}" if several else self.label,
+            "facts": self.facts
+            | {"phase": i}
+            | ({} if adapters is None else {"adapters": dataclasses.asdict(adapters)}),
+            "show_progress": self.show_progress,
+        }
+
+    def take(self, fitted: training.FitResult) -> None:
+        """Go on from what `training.fit` gave for the last `job`."""
+        self.history += [h | {"phase": self.phase, "epoch": self.epochs + h["epoch"]} for h in fitted.history]
+        assert fitted.best_epoch is not None, "there is a validation after every epoch"
+        self.best_epoch = self.epochs + fitted.best_epoch
+        best = fitted.history[fitted.best_epoch - 1]  # the weights that are kept were scored there
+        self.val = {name.removeprefix("val_"): x for name, x in best.items() if name.startswith("val_")}
+        self.epochs += len(fitted.history)
+        self.seconds += fitted.seconds
+        self.compile_seconds += fitted.compile_seconds
+        self.current = self.whole(fitted.params)
+        if self.masks is not None:
+            self.current = merge(self.current, self.masks, self.placement)
+        self.phase += 1
+
+    def result(self, *, test: bool = True) -> Result:
+        """Score the weights that validated best. test: on the test part, too."""
+        began = time.monotonic()
+        with compiling.measured() as waited:
+            val = self.validate(self.current) if self.val is None else self.val
+            scores = self.task.evaluate(self.model, self.current, self.data, "test", self.placement) if test else None
+        seconds, compile_seconds = self.seconds, self.compile_seconds
+        if not self.strategy.phases:
+            compile_seconds = waited.seconds
+            seconds = time.monotonic() - began - compile_seconds
+        return Result(
+            self.strategy,
+            self.current,
+            val,
+            scores,
+            self.history,
+            self.epochs,
+            self.best_epoch,
+            seconds,
+            self.trained,
+            self.task.warnings(self.model, self.current, self.data, self.placement),
+            compile_seconds,
+        )
 
 
 def _masked_loss(loss, masks, params, batch, key, train):

@@ -37,14 +37,14 @@ from ltsm_jax.methods.decision import TITLES, ZERO_SHOT, Candidate, Verdict, dec
 from ltsm_jax.methods.pruning import refuse_pruned
 from ltsm_jax.methods.run import Result, run
 from ltsm_jax.methods.starts import start_params
-from ltsm_jax.methods.strategies import Strategy, strategy
+from ltsm_jax.methods.strategies import MIXED, Strategy, strategy
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.forecasting import MODES, Errors, Forecasting, Mode
 from ltsm_jax.training import compiling, progress
 
-__all__ = ["BUDGET", "Compared", "Prepared", "Verdict", "compare", "named", "prepare"]
+__all__ = ["BUDGET", "Compared", "Prepared", "Tuning", "Verdict", "compare", "named", "prepare", "tuning"]
 
 Params = Any
 Methods = str | Strategy | Sequence[str | Strategy]
@@ -79,14 +79,15 @@ class Compared:
     results: Mapping[str, Result]
 
 
-def named(methods: Methods, model: Model) -> dict[str, Strategy]:
+def named(methods: Methods, model: Model, alpha: float | None = None) -> dict[str, Strategy]:
     """The training methods by the name that a verdict calls them by.
 
     Args:
       methods: "auto" (full and smoothed full fine-tuning; where the family's recipe trains a part
         of the weights or adapters: that recipe), names of `STRATEGIES`, a text of them with commas,
         or `Strategy` objects. "zero_shot" and naive forecasts take part in any case.
-    Raises: ValueError for unknown names and duplicates.
+      alpha: weight of the pretrained side in methods by name that mix (`MIXED`); None: 0.7.
+    Raises: ValueError for unknown names and duplicates, and for an alpha that no method takes.
     """
     if isinstance(methods, str):
         methods = [name.strip() for name in methods.split(",") if name.strip()]
@@ -101,9 +102,11 @@ def named(methods: Methods, model: Model) -> dict[str, Strategy]:
     for given in methods:
         if isinstance(given, str) and given in TITLES:
             continue
-        found = strategy(given) if isinstance(given, str) else given
+        found = _by_name(given, alpha) if isinstance(given, str) else given
         if found.phases:
             wanted.append(found)
+    if alpha is not None and not any(method in MIXED for method in methods):
+        raise ValueError(f"alpha is for {' and '.join(MIXED)} by name, and neither is among the methods")
     names = [found.name for found in wanted]
     result = {}
     for found in wanted:
@@ -114,6 +117,10 @@ def named(methods: Methods, model: Model) -> dict[str, Strategy]:
             raise ValueError(f"duplicate method {name}: give each Strategy a name of its own")
         result[name] = found
     return result
+
+
+def _by_name(name: str, alpha: float | None) -> Strategy:
+    return strategy(name) if alpha is None else strategy(name, alpha=alpha)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,6 +200,45 @@ def prepare(
     return Prepared(model, start, splits, task, lengths.train_context, masks, tuple(notes))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuning:
+    """What is tuned, and on which training windows.
+
+    Attributes:
+      strategies: by the names of the verdict; {} where nothing can be tuned.
+      splits: windows, of training as many as an epoch sees.
+      config: how to train; what it leaves out is the model's recipe.
+      available: training windows that there are; 0 where nothing is tuned.
+      notes: what was decided on the way.
+    """
+
+    strategies: Mapping[str, Strategy]
+    splits: PanelSplits
+    config: training.TrainConfig
+    available: int
+    notes: tuple[str, ...] = ()
+
+
+def tuning(
+    prepared: Prepared,
+    strategies: Mapping[str, Strategy],
+    config: training.TrainConfig | None = None,
+    budget: int | None = BUDGET,
+) -> Tuning:
+    """Fit the training of some methods (see `named`) to a budget of steps; arguments as in `compare`."""
+    config = config or training.TrainConfig()
+    splits = prepared.splits
+    if not strategies:
+        return Tuning({}, splits, config, 0)
+    available = prepared.task.windows(prepared.model, splits).n
+    if not available:
+        horizon = splits.test.horizon
+        note = f"nothing is tuned: no item has training rows for a context and {horizon} rows of target"
+        return Tuning({}, splits, config, 0, (note,))
+    splits, config, notes = _budgeted(prepared.model, splits, config, budget, available)
+    return Tuning(strategies, splits, config, available, notes)
+
+
 @hosts.interruptible()
 def compare(
     model: Model,
@@ -201,6 +247,7 @@ def compare(
     horizon: int,
     *,
     methods: Methods = "auto",
+    alpha: float | None = None,
     masks: Params | None = None,
     config: training.TrainConfig | None = None,
     budget: int | None = BUDGET,
@@ -208,6 +255,7 @@ def compare(
     mode: Mode | None = None,
     seed: int = 0,
     most_scored: int = MOST_SCORED,
+    prepared: Prepared | None = None,
     folder: str | Path | None = None,
     show_progress: bool = True,
 ) -> Compared:
@@ -217,7 +265,7 @@ def compare(
       model, params: from `ltsm_jax.load`; neither is modified.
       panel: items with their targets. Covariates are not used in training.
       horizon: rows to forecast.
-      methods: see `named`.
+      methods, alpha: see `named`.
       masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them. A model
         with channels of zeros is refused without; `masks={}` trains them all the same.
       config: how to train; what it leaves out is the model's recipe, with at most 256 windows a
@@ -230,6 +278,8 @@ def compare(
         other where no item is long enough for it.
       seed: of the random model, data order, dropout and intervals.
       most_scored: windows of validation and of test at most.
+      prepared: what `prepare` gave for these same arguments, where it was asked before; None: it is
+        asked here.
       folder: checkpoints, so that a killed run continues.
       show_progress: a bar on a terminal, else a line every few seconds.
     Raises: ValueError (DataError) for data, names and lengths that do not work, before anything is
@@ -237,112 +287,157 @@ def compare(
     """
     if budget is not None:
         budget = whole(budget, "budget")
-    strategies = named(methods, model)
+    strategies = named(methods, model, alpha)
     if strategies and masks is None:
         check_params(model, params)
         refuse_pruned(model, params)
-    prepared = prepare(
-        model,
-        params,
-        panel,
-        horizon,
-        masks=masks,
-        context_len=context_len,
-        mode=mode,
-        seed=seed,
-        most_scored=most_scored,
-    )
-    model, start, splits, task = prepared.model, prepared.params, prepared.splits, prepared.task
-    masks, horizon, notes = prepared.masks, splits.test.horizon, list(prepared.notes)
-    placement = Placement.of(start)
+    if prepared is None:
+        prepared = prepare(
+            model,
+            params,
+            panel,
+            horizon,
+            masks=masks,
+            context_len=context_len,
+            mode=mode,
+            seed=seed,
+            most_scored=most_scored,
+        )
+    elif prepared.splits.panel is not panel or prepared.splits.test.horizon != horizon:
+        raise ValueError("these windows were prepared of another panel or for another horizon")
 
-    config = config or training.TrainConfig()
-    available = task.windows(model, splits).n if strategies else 0
-    if strategies and not available:
-        notes.append(f"nothing is tuned: no item has training rows for a context and {horizon} rows of target")
-        strategies = {}
-    if strategies:
-        splits, config, said = _budgeted(model, splits, config, budget, available)
-        notes += said
-
-    scorer = _Scorer(model, splits, task, placement)
-    candidates = {ZERO_SHOT: scorer.model(ZERO_SHOT, start)}
-    weights, results = {ZERO_SHOT: start}, {}
+    work = tuning(prepared, strategies, config, budget)
+    scorer = _Scorer(prepared.model, work.splits, prepared.task, Placement.of(prepared.params))
+    candidates = {ZERO_SHOT: scorer.model(ZERO_SHOT, prepared.params)}
     for name in scorer.naive:
         candidates[name] = scorer.naive_candidate(name)
-    best = ZERO_SHOT
-    for number, (name, chosen) in enumerate(strategies.items(), 1):
+
+    tuned = _tune(prepared, work, scorer, seed, folder, show_progress)
+    candidates |= tuned.candidates
+    weights = {ZERO_SHOT: prepared.params}
+    if tuned.best is not None:
+        weights[tuned.best] = tuned.params
+
+    pairs = _pairs(candidates, tuned.best, scorer.best_naive())
+    for name in dict.fromkeys(name for pair in pairs.values() for name in pair):
+        candidates[name] = scorer.tested(candidates[name], weights.get(name))
+    differences = {key: scorer.difference(*pair, seed) for key, pair in pairs.items()}
+
+    settings = {"mode": prepared.task.mode, "seed": seed, "budget": budget, "train_context": prepared.train_context}
+    if work.strategies:
+        settings["train"] = work.config.filled(prepared.model.recipe(), seed=seed).record()
+    verdict = _verdict(prepared, work, scorer, candidates, tuned, weights, differences, settings)
+    use = verdict.deploy if verdict.deploy in weights else verdict.best_model
+    return Compared(verdict, prepared.model, weights[use], work.splits, prepared.task, tuned.results)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tuned:
+    """What the training methods gave.
+
+    candidates, results: by name. best: the one with the lowest validation error, None without any;
+    params: its weights, the only ones that are kept. notes: of runs that failed.
+    """
+
+    candidates: dict[str, Candidate]
+    results: dict[str, Result]
+    best: str | None
+    params: Params | None
+    notes: tuple[str, ...]
+
+
+def _tune(
+    prepared: Prepared,
+    work: Tuning,
+    scorer: "_Scorer",
+    seed: int,
+    folder: str | Path | None,
+    show_progress: bool,
+) -> _Tuned:
+    """Run every method, and keep the weights of the one that validates best."""
+    candidates: dict[str, Candidate] = {}
+    results: dict[str, Result] = {}
+    notes: list[str] = []
+    best, params = None, None
+    for number, (name, chosen) in enumerate(work.strategies.items(), 1):
         try:
-            with progress.part(number, len(strategies)):
+            with progress.part(number, len(work.strategies)):
                 result = run(
-                    model,
-                    start,
+                    prepared.model,
+                    prepared.params,
                     chosen,
-                    splits,
-                    task=task,
+                    work.splits,
+                    task=prepared.task,
                     seed=seed,
-                    config=config,
+                    config=work.config,
                     folder=None if folder is None else Path(folder) / name,
                     test=False,
                     label=name,
                     show_progress=show_progress,
-                    masks=masks,
+                    masks=prepared.masks,
                 )
         except training.NonFiniteError as err:
             notes.append(f"{name}: training failed: {str(err).splitlines()[0]}")
             continue
-        candidates[name] = scorer.trained(name, chosen, result, start, seed, masks)
-        results[name] = result
-        # Weights of one tuned model are kept, of the best so far.
-        if best == ZERO_SHOT or candidates[name].val["mse"] < candidates[best].val["mse"]:
-            if best != ZERO_SHOT:
-                weights.pop(best)
+        candidates[name] = scorer.trained(name, chosen, result, prepared.params, seed, prepared.masks)
+
+        # Of the others only the scores are kept: weights may be large.
+        if best is None or candidates[name].val["mse"] < candidates[best].val["mse"]:
+            if best is not None:
                 results[best] = dataclasses.replace(results[best], params=None)
-            best = name
-            weights[name] = result.params
+            best, params = name, result.params
+            results[name] = result
         else:
             results[name] = dataclasses.replace(result, params=None)
+    return _Tuned(candidates, results, best, params, tuple(notes))
 
-    tuned = None if best == ZERO_SHOT else best
-    naive = scorer.best_naive()
-    better = tuned is not None and candidates[tuned].val["mse"] < candidates[ZERO_SHOT].val["mse"]
-    tested = [ZERO_SHOT, naive] + ([tuned] if tuned is not None and better else [])
-    for name in tested:
-        candidates[name] = scorer.tested(candidates[name], weights.get(name))
+
+def _pairs(candidates: Mapping[str, Candidate], tuned: str | None, naive: str) -> dict[str, tuple[str, str]]:
+    """Who meets whom on the test span: the checkpoint, the best naive forecast, and what tuning improved."""
     pairs = {"zero_shot_vs_naive": (ZERO_SHOT, naive)}
-    if tuned is not None and better:
-        pairs = {"tuned_vs_zero_shot": (tuned, ZERO_SHOT), "tuned_vs_naive": (tuned, naive)} | pairs
-    differences = {key: scorer.difference(*pair, seed) for key, pair in pairs.items()}
+    if tuned is None or not candidates[tuned].val["mse"] < candidates[ZERO_SHOT].val["mse"]:
+        return pairs
+    return {"tuned_vs_zero_shot": (tuned, ZERO_SHOT), "tuned_vs_naive": (tuned, naive)} | pairs
 
+
+def _verdict(
+    prepared: Prepared,
+    work: Tuning,
+    scorer: "_Scorer",
+    candidates: Mapping[str, Candidate],
+    tuned: _Tuned,
+    weights: Mapping[str, Params],
+    differences: Mapping[str, Difference],
+    settings: Mapping[str, Any],
+) -> Verdict:
+    """Decide, and write down all that the decision rests on."""
+    splits, panel = work.splits, work.splits.panel
+    naive = scorer.best_naive()
     val = {name: found.val["mse"] for name, found in candidates.items()}
-    deploy, reason = decide(val, tuned, naive, differences)
-    notes += few_blocks(differences["zero_shot_vs_naive"])
-    settings = {"mode": task.mode, "seed": seed, "budget": budget, "train_context": prepared.train_context}
-    if strategies:
-        settings |= {"train": config.filled(model.recipe(), seed=seed).record()}
-    verdict = Verdict(
+    deploy, reason = decide(val, tuned.best, naive, differences)
+
+    tested = [name for name, found in candidates.items() if found.test is not None and name != "auto_ets"]
+    return Verdict(
         deploy=deploy,
         reason=reason,
         candidates=tuple(sorted(candidates.values(), key=lambda found: found.kind == "naive")),
-        tuned=tuned,
+        tuned=tuned.best,
         naive=naive,
         differences=differences,
         name=panel.name,
-        model=model.family,
+        model=prepared.model.family,
         columns=panel.columns,
-        horizon=horizon,
+        horizon=splits.test.horizon,
         context_len=splits.test.context_len,
         freq=panel.freq,
         items=int((splits.edges[:, 0] < splits.edges[:, 2]).sum()),
-        windows={"train": available, "val": splits.val.n, "test": splits.test.n},
+        windows={"train": work.available, "val": splits.val.n, "test": splits.test.n},
         spans=_spans(splits),
         settings=settings,
-        notes=tuple(notes),
-        examples=scorer.examples([name for name in tested if name != "auto_ets"], weights),
+        notes=(*prepared.notes, *work.notes, *tuned.notes, *few_blocks(differences["zero_shot_vs_naive"])),
+        examples=scorer.examples(tested, weights),
         versions=versions(),
     )
-    use = deploy if deploy in weights else verdict.best_model
-    return Compared(verdict, model, weights[use], splits, task, results)
 
 
 def versions() -> dict[str, str]:

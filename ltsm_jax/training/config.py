@@ -17,6 +17,7 @@ COMPUTE = ("float32", "bfloat16")
 REMAT = ("none", "all but products")
 KEY_NAMES = ("init", "aux", "data", "dropout")
 RECIPE = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "clip")  # fields that a recipe fills
+LATER = {"optimizer": "adamw", "betas": optimizers.BETAS, "eps": optimizers.EPS}  # unrecorded where they are these
 FREE = ("checkpoint_seconds", "keep_checkpoints", "steps_per_dispatch")  # have no influence on results
 MOST_STEPS = 4096  # of one dispatch; so long is the buffer of its losses
 LONGEST = 60  # characters of a refused value that a message quotes
@@ -40,8 +41,8 @@ class TrainConfig:
       epochs: passes over the training windows.
       batch_size: windows per step; the last, partial batch of an epoch is kept.
       lr, schedule: see `optimizers.schedule`.
-      weight_decay: see `optimizers.adam`; 0 for none.
-      clip: the largest global norm of a gradient, see `optimizers.adam`; math.inf for no limit.
+      weight_decay: see `optimizers.Rule`; 0 for none.
+      clip: the largest global norm of a gradient, see `optimizers.Rule`; math.inf for no limit.
       seed: of the data order and dropout.
       warmup: see `optimizers.schedule`.
       patience: stop after this many epochs without a better validation MSE; None: never.
@@ -52,6 +53,7 @@ class TrainConfig:
       accumulate: parts a batch is taken in, one after the other, for the memory of one part at a time.
       remat: what the backward pass computes again instead of keeping it: "none", or "all but products" (everything but
         the results of matrix products without batch axes), for less memory and more time.
+      optimizer, betas, eps: see `optimizers.Rule`.
     Raises: ValueError listing every field of a wrong type or out of range.
     """
 
@@ -70,6 +72,9 @@ class TrainConfig:
     compute: str = "float32"
     accumulate: int = 1
     remat: str = "none"
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = optimizers.BETAS
+    eps: float = optimizers.EPS
 
     def __post_init__(self):
         problems = []
@@ -125,6 +130,8 @@ class TrainConfig:
     def record(self) -> dict[str, Any]:
         """Give the fields that decide a result as JSON knows them; no limit of the gradient is None."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
+        # Folders of earlier versions do not name these, and have to go on.
+        fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
         return fields | {"clip": None if self.clip == math.inf else self.clip}
 
 
@@ -153,6 +160,14 @@ def _real(fits: Callable[[float], bool]) -> Callable[[Any], float]:
         return float(value)
 
     return rule
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    """Read two shares in [0, 1), from a tuple or from what JSON makes of it."""
+    if isinstance(value, str) or len(value) != 2:
+        raise ValueError
+    share = _real(lambda x: 0 <= x < 1)
+    return share(value[0]), share(value[1])
 
 
 def _one_of(names: Collection[str]) -> Callable[[Any], str]:
@@ -189,4 +204,7 @@ _RULES = {
     "compute": (_one_of(COMPUTE), f"one of {', '.join(COMPUTE)}"),
     "accumulate": _COUNT,
     "remat": (_one_of(REMAT), f"one of {', '.join(REMAT)}"),
+    "optimizer": (_one_of(optimizers.OPTIMIZERS), f"one of {', '.join(optimizers.OPTIMIZERS)}"),
+    "betas": (_betas, "two numbers in [0, 1)"),
+    "eps": (_real(lambda x: 0 < x < math.inf), "a positive, finite number"),
 }

@@ -219,6 +219,7 @@ class _Fitting:
                 f"{config.epochs} epochs of {self.steps_per_epoch} steps are more than {MOST_OF_ALL} steps"
             )
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
+        self.rule = optimizers.Rule.of(config)
         self.keys = placement.replicate(keys(config.seed or 0))
         self.pace = _Pace(config.steps_per_dispatch)
         self.saved_step = 0
@@ -239,7 +240,7 @@ class _Fitting:
         # copies: the steps donate their input, and the caller's arrays must live
         state = {
             "params": jax.tree.map(jnp.copy, moving),
-            "optimizer": optimizers.adam(self.config.weight_decay or 0.0, self.config.clip).init(moving),
+            "optimizer": self.rule.transformation().init(moving),
         }
         return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
 
@@ -357,27 +358,51 @@ class _Fitting:
             self.state["params"], self.state["optimizer"], self.frozen, self.placed, self.order, self.lr,
             self.keys["dropout"], self.loss_fn, self.penalty,
             np.int32(place), np.int32(count), np.int32(position.step),
-            batch_size=self.batch_size, weight_decay=self.config.weight_decay, clip=self.config.clip,
-            how=self.how, layout=self.layout,
+            batch_size=self.batch_size, rule=self.rule, how=self.how, layout=self.layout,
         )  # fmt: skip
         losses, done = np.asarray(losses), int(done)
-        rows = np.minimum(self.batch_size, self.n - self.batch_size * (place + np.arange(done)))
-        for loss, row in zip(losses.tolist(), rows.tolist()):  # one by one: however the steps fell into dispatches,
-            position.loss_sum += loss * row  # the sum has the same bits
+        lines = self.account(epoch, place, losses[:done])
         if self.run:
-            facts = zip(range(position.step + 1, self.total + 1), losses[:done], self.lr[place:])
-            self.run.record(
-                {"step": at, "epoch": epoch + 1, "loss": _short(loss), "lr": _short(lr)} for at, loss, lr in facts
-            )
-        position.step += done
+            self.run.record(lines)
         self.count_time()
         if done < count:
             raise NonFiniteError(self.diagnose(epoch, place + done) + self.kept())
         self.pace.learn(count, time.monotonic() - began)
-        self.bar.update(position.step, epoch + 1, int(rows.sum()), float(losses[count - 1]), self.best_so_far())
+        windows_seen = sum(map(self.rows_of, range(place, place + count)))
+        self.bar.update(position.step, epoch + 1, windows_seen, float(losses[count - 1]), self.best_so_far())
+
+    def account(self, epoch: int, place: int, losses: np.ndarray) -> list[dict[str, Any]]:
+        """Count the steps taken from batch `place` of the epoch, which gave `losses`; give their lines of metrics."""
+        position = self.position
+        lines = []
+        # one by one: however the steps fell into dispatches, the sum has the same bits
+        for i, loss in enumerate(losses):
+            position.step += 1
+            position.loss_sum += float(loss) * self.rows_of(place + i)
+            lr = _short(self.lr[place + i])
+            lines.append({"step": position.step, "epoch": epoch + 1, "loss": _short(loss), "lr": lr})
+        return lines
+
+    def rows_of(self, place: int) -> int:
+        """Windows of batch `place` of an epoch."""
+        return min(self.batch_size, self.n - self.batch_size * place)
 
     def end_epoch(self, epoch: int) -> None:
         """Validation, selection, and whether this was the last epoch."""
+        found = self.validate(trees.merge(self.state["params"], self.frozen)) if self.validate else None
+        if self.judge(epoch, found):
+            self.state["best"] = jax.tree.map(jnp.copy, self.state["params"])
+        self.count_time()
+        row = self.position.history[-1]
+        if self.run:
+            self.run.record([row])
+        self.bar.update(self.position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
+
+    def judge(self, epoch: int, found: Mapping[str, Any] | None) -> bool:
+        """Add the epoch's row to the history; say whether its weights are the best so far.
+
+        found: of its validation, where there is one.
+        """
         position = self.position
         row = {
             "epoch": epoch + 1,
@@ -385,8 +410,8 @@ class _Fitting:
             "train_loss": position.loss_sum / self.n,
             "lr": _short(self.lr[-1]),
         }
-        if self.validate:
-            found = self.validate(trees.merge(self.state["params"], self.frozen))
+        better = False
+        if found is not None:
             row |= {f"val_{name}": value.item() if hasattr(value, "item") else value for name, value in found.items()}
             value = row[f"val_{self.select}"]
             if not math.isfinite(value):
@@ -394,17 +419,14 @@ class _Fitting:
                     f"validation after epoch {epoch + 1} (step {position.step}) gives {self.select} {value}, although "
                     f"every training loss was finite{self.kept()}"
                 )
-            if value < position.best:
+            better = value < position.best
+            if better:
                 position.best, position.best_epoch = value, epoch + 1
-                self.state["best"] = jax.tree.map(jnp.copy, self.state["params"])
         position.history.append(row)
         position.loss_sum = 0.0
         waited = epoch + 1 - (position.best_epoch or epoch + 1)
         position.finished = epoch + 1 == self.config.epochs or waited >= (self.config.patience or math.inf)
-        self.count_time()
-        if self.run:
-            self.run.record([row])
-        self.bar.update(position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
+        return better
 
     def save(self, run: checkpoints.RunFolder) -> None:
         run.save(self.state, self.position.to_json())

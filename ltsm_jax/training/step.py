@@ -108,14 +108,36 @@ def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how
     return jax.tree.map(lambda x: x / rows[1].sum(), total)
 
 
+def update(
+    moving, opt_state, frozen, source, rows, rate, key, loss_fn, penalty, *, tx, how: How, placement: Placement
+):  # fmt: skip
+    """Take one step on the batch of `rows` (window numbers [B], weights [B]) at this learning rate.
+
+    A step whose loss or gradient is not finite changes nothing.
+
+    Args:
+      key: of the dropout of this step.
+      tx: the optimiser, see `optimizers.adam`.
+    Returns: loss, whether the step was finite, parameters, optimiser state.
+    """
+    loss, grads = _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how, placement)
+    # the sum is finite only if every addend is
+    sizes = sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
+    good = jnp.isfinite(loss) & jnp.isfinite(sizes)
+    directions, new_opt_state = tx.update(grads, opt_state, moving)
+    new_moving = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), moving, directions)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+    return loss.astype(jnp.float32), good, keep(new_moving, moving), keep(new_opt_state, opt_state)
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("batch_size", "weight_decay", "clip", "how", "layout"),
+    static_argnames=("batch_size", "rule", "how", "layout"),
     donate_argnames=("moving", "opt_state"),
 )
 def advance(
     moving, opt_state, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
-    *, batch_size, weight_decay, clip, how, layout,
+    *, batch_size, rule, how, layout,
 ):  # fmt: skip
     """Take `count` steps from batch `place` of the epoch, step `step` of the run.
 
@@ -123,26 +145,19 @@ def advance(
 
     Returns: parameters, optimiser state, losses [MOST_STEPS] (those past the last step are 0), steps taken.
     """
-    tx = optimizers.adam(weight_decay, clip)
+    tx = rule.transformation()
     placement = Placement(None if layout is None else layout.mesh)
     pin = (lambda *state: state) if layout is None else layout.pin
 
     def one(carry):
         i, _, moving, opt_state, losses = carry
         rows = windows.batch_at(order, place + i, batch_size)
-        dropout = jax.random.fold_in(key, step + i)
-        loss, grads = _loss_and_gradients(
-            moving, frozen, source, rows, dropout, loss_fn, penalty, how, placement
+        loss, good, new_moving, new_opt_state = update(
+            moving, opt_state, frozen, source, rows, rates[place + i], jax.random.fold_in(key, step + i),
+            loss_fn, penalty, tx=tx, how=how, placement=placement,
         )  # fmt: skip
-        # the sum is finite only if every addend is
-        sizes = sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
-        good = jnp.isfinite(loss) & jnp.isfinite(sizes)
-        directions, new_opt_state = tx.update(grads, opt_state, moving)
-        rate = rates[place + i]
-        new_moving = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), moving, directions)
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
-        losses = losses.at[i].set(loss.astype(jnp.float32))
-        return i + good, good, *pin(keep(new_moving, moving), keep(new_opt_state, opt_state)), losses
+        losses = losses.at[i].set(loss)
+        return i + good, good, *pin(new_moving, new_opt_state), losses
 
     def more(carry):
         return (carry[0] < count) & carry[1]
@@ -211,7 +226,8 @@ def trace_step(
     batch_size = min(config.batch_size, n)
     placement.check_batch(batch_size, config.accumulate)
     moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
-    opt_state = jax.eval_shape(optimizers.adam(config.weight_decay, config.clip).init, moving)
+    rule = optimizers.Rule.of(config)
+    opt_state = jax.eval_shape(rule.transformation().init, moving)
     placed = mesh and sharding.like({"params": moving, "optimizer": opt_state}, moving, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     rates = jax.ShapeDtypeStruct((windows.steps_per_epoch(n, batch_size),), jnp.float32)
@@ -220,6 +236,5 @@ def trace_step(
     return advance.trace(
         moving, shapes(opt_state, placed and placed["optimizer"]), frozen, shapes(train_source), shapes(order), rates,
         shapes(key), as_pytree(loss_fn), as_pytree(penalty), number, number, number,
-        batch_size=batch_size, weight_decay=config.weight_decay, clip=config.clip,
-        how=How.of(config), layout=mesh and Layout.of(mesh, placed),
+        batch_size=batch_size, rule=rule, how=How.of(config), layout=mesh and Layout.of(mesh, placed),
     )  # fmt: skip

@@ -11,9 +11,9 @@ from typing import Annotated, ClassVar
 
 import pytest
 
-from experiments import aot, flags, launch, pretrain, prune_then_finetune, sff
+from experiments import aot, flags, landscape, launch, pretrain, prune_then_finetune, sff
 from experiments.flags import UsageError
-from ltsm_jax import hosts
+from ltsm_jax import hosts, hub
 from ltsm_jax.data.tables import ReadingOptions
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,23 @@ def test_every_command_that_a_document_shows_is_read():
         except (UsageError, SystemExit) as err:
             failed.append(f"{name}: {module} {' '.join(words)}: {err}")
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("experiment", [sff, landscape])
+def test_licences_are_accepted_by_an_option(experiment, monkeypatch):
+    asked = []
+
+    def load(name, accept_license=False):
+        asked.append(accept_license)
+        raise hub.LicenceError("NON-COMMERCIAL USE ONLY")
+
+    monkeypatch.setattr("ltsm_jax.load", load)
+    monkeypatch.setattr("experiments.cells.read_series", lambda *_: None)
+    for words in ([], ["--accept-license"]):
+        options = flags.parse(experiment.Options, ["--model", "Salesforce/moirai-2.0-R-small", *words], None)
+        with pytest.raises(UsageError, match="NON-COMMERCIAL"):
+            experiment.resolve(options)
+    assert asked == [False, True]
 
 
 def test_options_of_a_documented_command_are_what_it_says():

@@ -212,6 +212,10 @@ def test_methods_by_name(model):
     assert list(named(["zero_shot", "last_value"], model)) == []
     two = [strategies.sff(0.5), strategies.sff(0.9)]
     assert list(named(two, model)) == ["sff-0.5", "sff-0.9"]
+    assert [found.alpha for found in named("auto", model, 0.9).values()] == [None, 0.9]
+    assert [found.alpha for found in named("sff,noise", model).values()] == [0.7, 0.7]
+    with pytest.raises(ValueError, match="alpha is for sff and noise"):
+        named("ff", model, 0.9)
     with pytest.raises(ValueError, match="duplicate method ff"):
         named(["ff", "ff"], model)
     with pytest.raises(ValueError, match="did you mean sff"):
