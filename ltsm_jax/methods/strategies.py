@@ -143,7 +143,7 @@ def sff_keep(alpha: float = 0.7) -> Strategy:
 
 
 def sff_warm(alpha: float = 0.7) -> Strategy:
-    """`sff` with a warm-up: an epoch of the head alone on the mixed body, then full fine-tuning from the best weights."""
+    """`sff` with a warm-up: an epoch of the head alone on the mixed body, then full fine-tuning from its best."""
     return Strategy("sff_warm", Interpolated(alpha), (Phase("head", epochs=1), Phase()))
 
 
