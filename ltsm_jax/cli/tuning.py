@@ -135,7 +135,7 @@ def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
     placement = Placement.of(params)
 
     def state_of(params: Any) -> Any:
-        optimizer = optimizers.adam(filled.weight_decay or 0.0, filled.clip).init(params)
+        optimizer = optimizers.Rule.of(filled).transformation().init(params)
         return {"params": params, "optimizer": optimizer, "best": params}
 
     moving, frozen = trees.partition(params, trees.select(params, None))

@@ -17,6 +17,14 @@ COMPUTE = ("float32", "bfloat16")
 REMAT = ("none", "all but products")
 KEY_NAMES = ("init", "aux", "data", "dropout")
 RECIPE = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "clip")  # fields that a recipe fills
+LATER: dict[str, Any] = {  # unrecorded where they are these
+    "optimizer": "adamw",
+    "betas": optimizers.BETAS,
+    "eps": optimizers.EPS,
+    "rho": 0.0,
+    "ema": 0.0,
+    "swa": 0.0,
+}
 FREE = ("checkpoint_seconds", "keep_checkpoints", "steps_per_dispatch")  # have no influence on results
 MOST_STEPS = 4096  # of one dispatch; so long is the buffer of its losses
 LONGEST = 60  # characters of a refused value that a message quotes
@@ -40,8 +48,8 @@ class TrainConfig:
       epochs: passes over the training windows.
       batch_size: windows per step; the last, partial batch of an epoch is kept.
       lr, schedule: see `optimizers.schedule`.
-      weight_decay: see `optimizers.adam`; 0 for none.
-      clip: the largest global norm of a gradient, see `optimizers.adam`; math.inf for no limit.
+      weight_decay: see `optimizers.Rule`; 0 for none.
+      clip: the largest global norm of a gradient, see `optimizers.Rule`; math.inf for no limit.
       seed: of the data order and dropout.
       warmup: see `optimizers.schedule`.
       patience: stop after this many epochs without a better validation MSE; None: never.
@@ -52,6 +60,12 @@ class TrainConfig:
       accumulate: parts a batch is taken in, one after the other, for the memory of one part at a time.
       remat: what the backward pass computes again instead of keeping it: "none", or "all but products" (everything but
         the results of matrix products without batch axes), for less memory and more time.
+      optimizer, betas, eps: see `optimizers.Rule`.
+      rho: take the gradient this far up the gradient (SAM, see `step.uphill`), for twice the time; 0: where it is.
+      ema: validate and keep an exponential moving average of the weights: after each step it is
+        `ema * average + (1 - ema) * weights`, from the start on; 0: the weights themselves.
+      swa: validate and keep the mean of the weights after each of the last epochs, this share of them and at least
+        one; epochs before are validated, but not selected. 0: the weights themselves.
     Raises: ValueError listing every field of a wrong type or out of range.
     """
 
@@ -70,6 +84,12 @@ class TrainConfig:
     compute: str = "float32"
     accumulate: int = 1
     remat: str = "none"
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = optimizers.BETAS
+    eps: float = optimizers.EPS
+    rho: float = 0.0
+    ema: float = 0.0
+    swa: float = 0.0
 
     def __post_init__(self):
         problems = []
@@ -82,6 +102,8 @@ class TrainConfig:
                 object.__setattr__(self, name, rule(value))
             except (TypeError, ValueError):
                 problems.append(f"{name} must be {wanted}, got {_quoted(value)}")
+        if not problems and self.ema and self.swa:
+            problems.append("ema and swa are two ways to average the weights: take one of them")
         if problems:
             raise ValueError("TrainConfig: " + "; ".join(problems))
 
@@ -125,7 +147,20 @@ class TrainConfig:
     def record(self) -> dict[str, Any]:
         """Give the fields that decide a result as JSON knows them; no limit of the gradient is None."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
+        # Folders of earlier versions do not name these, and have to go on.
+        fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
         return fields | {"clip": None if self.clip == math.inf else self.clip}
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is validated and kept instead of the weights."""
+        return bool(self.ema or self.swa)
+
+    @property
+    def first_averaged(self) -> int:
+        """Number, from 0, of the first epoch that `swa` averages."""
+        assert self.epochs is not None, "filled"
+        return self.epochs - max(round(self.swa * self.epochs), 1)
 
 
 def _whole(low: int, high: float = math.inf) -> Callable[[Any], int]:
@@ -153,6 +188,14 @@ def _real(fits: Callable[[float], bool]) -> Callable[[Any], float]:
         return float(value)
 
     return rule
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    """Read two shares in [0, 1), from a tuple or from what JSON makes of it."""
+    if isinstance(value, str) or len(value) != 2:
+        raise ValueError
+    share = _real(lambda x: 0 <= x < 1)
+    return share(value[0]), share(value[1])
 
 
 def _one_of(names: Collection[str]) -> Callable[[Any], str]:
@@ -189,4 +232,10 @@ _RULES = {
     "compute": (_one_of(COMPUTE), f"one of {', '.join(COMPUTE)}"),
     "accumulate": _COUNT,
     "remat": (_one_of(REMAT), f"one of {', '.join(REMAT)}"),
+    "optimizer": (_one_of(optimizers.OPTIMIZERS), f"one of {', '.join(optimizers.OPTIMIZERS)}"),
+    "betas": (_betas, "two numbers in [0, 1)"),
+    "eps": (_real(lambda x: 0 < x < math.inf), "a positive, finite number"),
+    "rho": (_real(lambda x: 0 <= x < math.inf), "a finite number, not negative"),
+    "ema": (_real(lambda x: 0 <= x < 1), "a share, in [0, 1)"),
+    "swa": (_real(lambda x: 0 <= x <= 1), "a share of the epochs, in [0, 1]"),
 }

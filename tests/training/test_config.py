@@ -116,3 +116,20 @@ def test_what_nobody_has_said_is_named_and_the_advice_works():
     assert problem.fit(config=config.filled(model.recipe(), seed=0)).steps == 7
     with pytest.raises(ValueError, match="must say batch_size, weight_decay, clip"):
         step.trace_step(problem.loss, problem.init(), problem.train_windows(), config=TrainConfig())
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 1.0), (0.9, -0.1), "0.9", 0.9, None, (0.9, 0.99, 0.999)])
+def test_betas_are_two_shares(betas):
+    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\)"):
+        TrainConfig(betas=betas)
+
+
+def test_the_optimizer_is_checked_and_recorded_only_where_it_is_not_that_of_before():
+    with pytest.raises(
+        ValueError, match="optimizer must be one of adamw, adam, sgd, got 'lion'; eps must be a positive"
+    ):
+        TrainConfig(optimizer="lion", eps=0)
+    plain = TrainConfig().filled(RECIPE, seed=0).record()
+    assert not {"optimizer", "betas", "eps"} & set(plain)  # folders of before go on
+    other = TrainConfig(optimizer="sgd", betas=[0, 0.5], eps=1e-3).filled(RECIPE, seed=0).record()
+    assert other == plain | {"optimizer": "sgd", "betas": (0.0, 0.5), "eps": 1e-3}

@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from ltsm_jax.training import adam, schedule
+from ltsm_jax.training import TrainConfig, adam, schedule
+from ltsm_jax.training.optimizers import Rule
 
 
 def per_epoch(name, epochs, steps_per_epoch=3, **kwargs):
@@ -87,3 +88,65 @@ def test_clip_bounds_the_norm_of_the_gradient_before_the_moments():
     moments = optax.tree_utils.tree_get(state, "mu")
     norm = np.sqrt(sum(np.square(m).sum() for m in moments.values()))
     np.testing.assert_allclose(norm, 0.1, rtol=1e-6)  # (1 - 0.9) times a gradient of norm 1
+
+
+def test_the_schedule_of_the_pruning_release_is_flat_for_four_epochs_and_then_falls_by_a_tenth():
+    first, rows = per_epoch("pruning", 7)
+    np.testing.assert_allclose(first, 3e-5 * np.array([1, 1, 1, 1, 0.9, 0.81, 0.729]), rtol=1e-12)
+    assert (rows == first[:, None]).all()
+
+
+def after(rule, start, grads, lr):
+    tx, params = rule.transformation(), jnp.asarray(start)
+    state = tx.init(params)
+    for g in grads:
+        direction, state = tx.update(jnp.asarray(g), state, params)
+        params = params - lr * direction
+    return params
+
+
+def by_hand(name, start, grads, lr, decay, betas, eps):
+    """torch.optim.Adam (decay in the gradient), AdamW and SGD with momentum, written out in float64."""
+    p, m, v = start.astype(np.float64), 0.0, 0.0
+    for t, g in enumerate(grads.astype(np.float64), 1):
+        if name != "adamw":
+            g = g + decay * p
+        if name == "sgd":
+            m = betas[0] * m + g
+            p = p - lr * m
+            continue
+        if name == "adamw":
+            p = p * (1 - lr * decay)
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        p = p - lr / (1 - betas[0] ** t) * m / (np.sqrt(v / (1 - betas[1] ** t)) + eps)
+    return p
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_each_optimizer_follows_its_formula_with_its_own_betas_and_eps(name):
+    rng = np.random.default_rng(1)
+    start = rng.standard_normal(20).astype(np.float32)
+    grads = rng.standard_normal((6, 20)).astype(np.float32)
+    rule = Rule(name, weight_decay=0.3, betas=(0.8, 0.95), eps=0.1)
+    found = after(rule, start, grads, 0.02)
+    np.testing.assert_allclose(found, by_hand(name, start, grads, 0.02, 0.3, (0.8, 0.95), 0.1), rtol=2e-5, atol=2e-6)
+
+
+def test_the_default_rule_is_that_of_before_bit_for_bit_and_an_unknown_name_is_refused():
+    rng = np.random.default_rng(2)
+    start, grads = rng.standard_normal(20).astype(np.float32), rng.standard_normal((3, 20)).astype(np.float32)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(0.1),
+    )
+    params = jnp.asarray(start)
+    state = tx.init(params)
+    for g in grads:
+        direction, state = tx.update(jnp.asarray(g), state, params)
+        params = params - 0.01 * direction
+    config = TrainConfig(weight_decay=0.1, clip=1.0)
+    np.testing.assert_array_equal(after(Rule.of(config), start, grads, 0.01), params)
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'; known: adamw, adam, sgd"):
+        Rule("lion").transformation()
