@@ -110,7 +110,7 @@ class Options:
     alpha: Annotated[tuple[float, ...], numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")] = (
         0.7,
     )
-    """weights of the pretrained side, for sff and noise"""
+    """weights of the pretrained side, for the methods that mix"""
     seeds: Annotated[tuple[int, ...], wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2)
     """a run for each"""
     horizon: Annotated[int | None, whole(1, unset="recipe")] = None
@@ -149,7 +149,7 @@ class Options:
         """Say what does not go together; `given`: the fields that were set."""
         found = []
         if "alpha" in given and not set(self.methods) & set(MIXED):
-            found.append(f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods")
+            found.append(f"--alpha is for {', '.join(MIXED)}, and none of them is among --methods")
         try:
             ReadingOptions(**self.reading.asked())
         except ValueError as err:

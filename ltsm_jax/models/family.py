@@ -17,7 +17,7 @@ from ltsm_jax.trees import Tree
 
 Batch = Mapping[str, jax.Array]
 """One batch: `context` [B, C, L], `target` [B, C, H] (NaN = missing) and, in a partial batch, `weight` [B] (0 for
-padding rows)."""
+padding rows); for families with `covariates` also `past` [B, K, L] and `known` [B, K', L + H], see `predict_with`."""
 
 Task = Literal["forecasting", "imputation", "anomaly", "classification", "embedding"]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ def test_the_number_brings_a_part_to_the_size_aimed_at():
     assert parts.number_of(2003, 1900 * mb, 8 * mb) == 1  # a prime: one row a part is no choice
 
 
-def settled(config, source=None):
+def settled(config, source=None) -> Any:
     params = problem.init()
     source = problem.train_windows() if source is None else source
     loss, key = step.as_pytree(problem.dry_loss), jax.random.key(0)
@@ -78,8 +79,7 @@ def test_a_run_records_its_parts_and_goes_on_with_them(small_parts, monkeypatch,
 
 def test_a_loss_that_is_no_mean_over_rows_takes_the_whole_batch():
     series = Series("noise", np.random.default_rng(0).normal(size=(1, 400)), ("y",), None, "h", None)
-    for family, wanted in ((Timer, "auto"), (TimeMoe, 1)):
-        model = family(family.small())
+    for model, wanted in ((Timer(Timer.small()), "auto"), (TimeMoe(TimeMoe.small()), 1)):
         params = model.init(jax.random.key(0))
         data = prepare(series, model.context_len, model.horizon)
         running = Running(model, params, strategy("ff"), data, config=TrainConfig(accumulate="auto"))
