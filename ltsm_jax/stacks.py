@@ -174,7 +174,9 @@ class Over:
     @property
     def _spec(self) -> PartitionSpec:
         assert self.mesh is not None, "there is a mesh to lie on"
-        return PartitionSpec(self.mesh.axis_names)
+        axes = tuple(name for name, size in self.mesh.shape.items() if size > 1)
+        # As the compiler writes it: another spelling would compile the next step anew.
+        return PartitionSpec(axes if len(axes) > 1 else axes[0])
 
 
 def take(tree: Tree, lane: int) -> Tree:

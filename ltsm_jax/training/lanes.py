@@ -35,8 +35,8 @@ from ltsm_jax import hosts, sharding, stacks, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
 from ltsm_jax.stacks import Over, Stack
-from ltsm_jax.training import checkpoints, compiling, loop, memory, progress, step
-from ltsm_jax.training.config import FREE, MOST_STEPS, TrainConfig
+from ltsm_jax.training import checkpoints, compiling, loop, memory, parts, progress, step
+from ltsm_jax.training.config import FREE, MOST_STEPS, TrainConfig, keys
 from ltsm_jax.training.loop import FitResult, NonFiniteError
 from ltsm_jax.trees import Tree
 
@@ -250,6 +250,7 @@ class Sweep:
                 Placement(),
                 job.get("select", "mse"),
             )
+            fitting.position = loop.Position()
             self.fittings.append(fitting)
             self.moving.append(moving)
             self.trainable.append(trainable)
@@ -683,12 +684,16 @@ def fit(
     """
     if lanes not in ASKED:
         raise ValueError(f"lanes must be one of {', '.join(ASKED)}; got {lanes!r}")
+    jobs = [_settled(job) for job in jobs]
     outcomes: dict[int, Outcome] = {}
     together = lanes != "off" and len(jobs) > 1 and signature(jobs[0]) is not None
     if together:
         for members, over, place in _begun(jobs, folder):
             outcomes |= _as_lanes(jobs, members, over, place, evaluate)
         fresh = [i for i in range(len(jobs)) if i not in outcomes and not _has_checkpoint(jobs[i])]
+        # A folder without a checkpoint may still say another number of parts.
+        numbers = [jobs[i]["config"].accumulate for i in fresh]
+        fresh = [i for i, number in zip(fresh, numbers, strict=True) if number == numbers[0]]
         if len(fresh) > 1:
             choice = _chosen(jobs, fresh, lanes, folder)
             if choice.way != "separate":
@@ -700,6 +705,26 @@ def fit(
         if i not in outcomes:
             outcomes[i] = _by_itself(job)
     return [outcomes[i] for i in range(len(jobs))]
+
+
+def _settled(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the number of parts in a job where its config leaves that open, as `training.fit` would."""
+    if job["config"].accumulate != "auto":
+        return dict(job)
+    params = jax.tree.map(step.strong, job["params"])
+    trainable = job.get("trainable")
+    moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
+    config = parts.settled(
+        job["config"],
+        moving,
+        frozen,
+        job["train_source"],
+        step.as_pytree(job["loss_fn"]),
+        keys(job["config"].seed or 0)["dropout"],
+        on_mesh=Placement.of(params).mesh is not None,
+        folder=job.get("folder"),
+    )
+    return {**job, "config": config}
 
 
 def _by_itself(job: Mapping[str, Any]) -> Outcome:
