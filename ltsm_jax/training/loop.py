@@ -90,6 +90,7 @@ def fit(
     *,
     config: TrainConfig,
     validate: Callable[[Tree], Mapping[str, float]] | None = None,
+    watch: Callable[[Tree], Mapping[str, float]] | None = None,
     select: str = "mse",
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
@@ -117,6 +118,7 @@ def fit(
         can use it (`ltsm_jax.data.windows.Windows`).
       config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
       validate: params -> {"mse": ..., ...}, called after each epoch.
+      watch: params -> further numbers of an epoch, under their own names in the history; they select nothing.
       select: which of these metrics selects the epoch: its lowest value (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
         has no optimiser state, and keeps its dropout.
@@ -152,6 +154,7 @@ def fit(
         validate,
         Placement.of(params),
         select,
+        watch,
     )
 
     run, takes = None, ""
@@ -200,9 +203,10 @@ class _Fitting:
         validate,
         placement: Placement,
         select: str,
+        watch=None,
     ):
         self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
-        self.select = select
+        self.select, self.watch = select, watch
         self.source, self.frozen, self.validate = source, frozen, validate
         assert config.epochs and config.batch_size and config.lr and config.schedule, "filled"
         self.n = int(source.n)
