@@ -31,10 +31,11 @@ from rich.table import Table
 from experiments import demo, flags, folder, launch, sff
 from ltsm_jax.data import Series
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.methods.strategies import STRATEGIES
+from ltsm_jax.methods.strategies import STRATEGIES, VARIANTS
 from ltsm_jax.models import FAMILIES, folders
 
 MARK = "all-families.json"  # what tells the folder of a run from any other
+METHODS = tuple(name for name in STRATEGIES if name not in VARIANTS)
 WINDOWS = 40  # of training, for each variate
 VARIATES = 2
 
@@ -83,7 +84,7 @@ class Options:
     """benchmark name or file"""
     families: Annotated[tuple[str, ...], flags.names(tuple(FAMILIES), unset="all")] = ()
     """which families"""
-    methods: Annotated[tuple[str, ...], flags.names(tuple(STRATEGIES), unset="all")] = ()
+    methods: Annotated[tuple[str, ...], flags.names(tuple(STRATEGIES), unset="all but the variants of sff")] = ()
     """which methods"""
     out: Annotated[Path, flags.path()] = Path("runs/all-families")
     """folder of the results, made anew"""
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _all(argv: Sequence[str]) -> int:
     options, more = flags.parse_some(Options, argv, __doc__)
-    families, methods = options.families or tuple(FAMILIES), options.methods or tuple(STRATEGIES)
+    families, methods = options.families or tuple(FAMILIES), options.methods or METHODS
     make_anew(options.out)
     try:
         series = load_series(options.data)

@@ -165,7 +165,7 @@ class Options:
     alpha: Annotated[tuple[float, ...], numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")] = (
         0.7,
     )
-    """weights of the pretrained side, for sff and noise"""
+    """weights of the pretrained side, for the methods that mix"""
     seeds: Annotated[tuple[int, ...], wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2)
     """a run for each"""
     choose_alpha: bool = False
@@ -238,7 +238,7 @@ class Options:
         if self.report_by != "validation" and not self.test_each_epoch:
             found.append(f"--report-by {self.report_by} needs --test-each-epoch")
         if "alpha" in given and not set(self.methods) & set(MIXED):
-            found.append(f"--alpha is for {' and '.join(MIXED)}, and neither is among --methods")
+            found.append(f"--alpha is for {', '.join(MIXED)}, and none of them is among --methods")
         try:
             ReadingOptions(**self.reading.asked())
         except ValueError as err:

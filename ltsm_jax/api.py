@@ -176,7 +176,7 @@ def fit(
       horizon, context_len: time steps; by default the model's own.
       target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
         ReadingOptions`.
-      alpha: for sff and noise, the weight of the pretrained side; by default 0.7.
+      alpha: for the methods that mix (`methods.strategies.MIXED`), the weight of the pretrained side; by default 0.7.
       few_shot: share of the training windows.
       mode: the training loss, "ims" or "direct", see `tasks.forecasting.Forecasting`; by default the model's recipe.
       seed: of the random model, the data order and the dropout.

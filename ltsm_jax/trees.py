@@ -9,7 +9,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,14 @@ import numpy as np
 
 Tree = Any
 Patterns = str | Sequence[str] | Callable[[str], bool] | None
+Norm = Literal["none", "tensor", "channel", "sphere", "slerp"]
+NORMS = get_args(Norm)
+
+# A filter is what makes one unit of the next layer. Kernels are laid out input first, output last;
+# axes in front of these two number experts, kinds of patches and the like.
+_HEADS = re.compile(r"(^|/)(q|k|v|kv|qkv)/kernel$")  # D first, the axes of the heads after it
+_MERGED = re.compile(r"(^|/)out/kernel$")  # H K D: all heads make one unit of the output
+_KERNEL = re.compile(r"(^|/)kernel$|(^|/)experts/(up|gate|down)$")
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
@@ -128,6 +136,7 @@ def interpolate(
     *,
     only: Patterns = None,
     skip: Patterns = None,
+    norm: Norm = "none",
 ) -> Tree:
     """The start of Smoothed Full Fine-tuning: `alpha * params_pre + (1 - alpha) * params_rand`, leaf by leaf.
 
@@ -143,13 +152,25 @@ def interpolate(
         (`{"head": 1.0, "layer_0": 0.5, ...}`), or a function of the path.
       only: leaves to mix (see `select`); the others stay pretrained.
       skip: leaves to leave pretrained.
+      norm: what becomes of the length of a leaf, which mixing with an independent draw makes smaller. With p the
+        pretrained leaf, r the random one and m = alpha * p + (1 - alpha) * r:
+        "none": m.
+        "tensor": m * |p| / |m|, in the Euclidean norm of the leaf.
+        "channel": the same for each filter of it (see `filter_axes`); leaves of one axis as a whole.
+        "sphere": |p| times the spherical interpolation of the directions p / |p| and r / |r|,
+        (sin(alpha w) p / |p| + sin((1 - alpha) w) r / |r|) / sin(w), with w the angle between them.
+        "slerp": the same direction at the length alpha * |p| + (1 - alpha) * |r|.
+        "tensor", "channel" and "sphere" have the length of p at alpha 0, too: their end is not the random leaf.
     Returns: a tree like `params_pre`.
     Raises: ValueError listing every path where the two trees differ in structure or shape; for an alpha outside
       [0, 1] (an array anywhere in it, too; inside jit its value is not known); for an alpha tree that is no prefix of
-      the params, or an array that does not fit its leaf.
-    Source: Smoothed Full Fine-tuning (arXiv 2606.08578); the released script has alpha = 0.7.
+      the params, or an array that does not fit its leaf; for an unknown norm, or an array as alpha on the sphere.
+    Source: Smoothed Full Fine-tuning (arXiv 2606.08578); the released script has alpha = 0.7. Spherical interpolation:
+      Shoemake, "Animating Rotation with Quaternion Curves" (SIGGRAPH 1985).
     Example: `start = interpolate(params, model.init(jax.random.key(1)), 0.7)`
     """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
     require_same(params_pre, params_rand, ("params_pre", "params_rand"))
     alphas = _alphas(alpha, params_pre)
     mixed = jax.tree.map(
@@ -158,20 +179,76 @@ def interpolate(
         select(params_pre, skip) if skip is not None else jax.tree.map(lambda _: False, params_pre),
     )
 
-    def mix(pre, rand, a, chosen):
+    def mix(path, pre, rand, a, chosen):
         if not (chosen and jnp.issubdtype(pre.dtype, jnp.inexact)):
             return pre
         # float32 even for bfloat16 leaves: 1 - alpha and the sum would lose bits twice in the narrow type
         wide = jnp.promote_types(pre.dtype, jnp.float32)
         a = jnp.asarray(a, wide)
         mean = a * pre.astype(wide) + (1 - a) * rand.astype(wide)
-        exact = jnp.where(a == 1, pre.astype(wide), jnp.where(a == 0, rand.astype(wide), mean))
+        if norm in ("none", "slerp"):
+            if norm == "slerp":
+                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path_of(path))
+                mean = mean * (a * _length(pre.astype(wide)) + (1 - a) * _length(rand.astype(wide)))
+            mean = jnp.where(a == 0, rand.astype(wide), mean)
+        else:
+            if norm == "sphere":
+                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path_of(path))
+            axes = filter_axes(path_of(path), pre.ndim) if norm == "channel" and pre.ndim > 1 else ()
+            mean = _with_length_of(pre.astype(wide), mean, axes)
+        exact = jnp.where(a == 1, pre.astype(wide), mean)
         out = exact.astype(pre.dtype)
         # a leaf that lies nowhere in particular stays so: committing it would compile every later step once more
         placed = not traced(out) and getattr(pre, "committed", False)
         return jax.device_put(out, pre.sharding) if placed else out
 
-    return jax.tree.map(mix, *map(_arrays, (params_pre, params_rand)), alphas, mixed)
+    return jax.tree_util.tree_map_with_path(mix, *map(_arrays, (params_pre, params_rand)), alphas, mixed)
+
+
+def filter_axes(path: str, ndim: int) -> tuple[int, ...]:
+    """The axes of a leaf that number its filters; the norm of a filter is over the other axes.
+
+    A filter is what makes one unit of the next layer: a column of a kernel [in, out], a unit of a head of a kernel
+    [D, H, K]; of other leaves a slice along the first axis, of leaves of one axis a number.
+    """
+    if ndim <= 1:
+        return tuple(range(ndim))
+    if _HEADS.search(path) and ndim > 2:
+        return tuple(range(1, ndim))
+    if _MERGED.search(path) and ndim == 3:
+        return (2,)
+    if _KERNEL.search(path):
+        return (*range(ndim - 2), ndim - 1)
+    return (0,)
+
+
+def _length(x: jax.Array, axes: tuple[int, ...] = ()) -> jax.Array:
+    """Euclidean norm of each slice along `axes`, with the axes of `x`; its gradient at 0 is 0."""
+    others = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    square = jnp.sum(jnp.square(x), axis=others, keepdims=True)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def _with_length_of(like: jax.Array, x: jax.Array, axes: tuple[int, ...] = ()) -> jax.Array:
+    """`x` with the length of `like` in each slice along `axes`; slices of zeros stay so."""
+    length = _length(x, axes)
+    return jnp.where(length > 0, x * (_length(like, axes) / jnp.where(length > 0, length, 1.0)), x)
+
+
+def _on_sphere(p: jax.Array, r: jax.Array, a: jax.Array, path: str) -> jax.Array:
+    """Unit vector between the directions of two leaves; zeros where neither has one."""
+    if jnp.size(a) != 1:
+        raise ValueError(f"on the sphere each leaf has one alpha; that of {path or 'params'} is {jnp.shape(a)}")
+    one = jnp.ones((1,) * p.ndim, p.dtype)
+    u, v = _with_length_of(one, p), _with_length_of(one, r)
+    cosine = jnp.clip(jnp.sum(u * v), -1.0, 1.0)
+
+    # Directions that are nearly the same, or opposite, span no plane: the straight line serves.
+    # (So it does where one of the two leaves is zero and has none.)
+    curved = (jnp.abs(cosine) < 1 - 1e-6) & (_length(p) > 0) & (_length(r) > 0)
+    angle = jnp.arccos(jnp.where(curved, cosine, 0.0))
+    arc = (jnp.sin(a * angle) * u + jnp.sin((1 - a) * angle) * v) / jnp.sin(angle)
+    return _with_length_of(one, jnp.where(curved, arc, a * u + (1 - a) * v))
 
 
 def traced(x: Any) -> bool:

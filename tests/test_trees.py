@@ -201,3 +201,59 @@ def test_a_message_on_many_differences_can_be_read():
     with pytest.raises(ValueError, match=r"layer_10/.*: only in first\n(.*\n)*.*and 387 more$") as error:
         trees.require_same(a, {f"other_{i}": x for i, x in enumerate(a.values(), 1)} | {"layer_1": a["layer_1"]})
     assert len(str(error.value)) < 2000
+
+
+def lengths(params):
+    return {path: float(np.linalg.norm(np.asarray(leaf))) for path, leaf in trees.flatten(params).items()}
+
+
+def test_a_mix_keeps_the_norm_of_every_tensor():
+    pre, rand = tree(0), tree(1)
+    kept, plain = interpolate(pre, rand, 0.7, norm="tensor"), interpolate(pre, rand, 0.7)
+    for path, length in lengths(pre).items():
+        np.testing.assert_allclose(lengths(kept)[path], length, rtol=1e-6, err_msg=path)
+        a, b = trees.flatten(kept)[path], trees.flatten(plain)[path]
+        np.testing.assert_allclose(a, b * (length / lengths(plain)[path]), rtol=1e-6, err_msg=path)
+    assert bits(interpolate(pre, rand, 1.0, norm="tensor")) == bits(pre)
+
+
+def test_a_mix_keeps_the_norm_of_every_channel():
+    pre, rand = tree(0), tree(1)
+    kept = interpolate(pre, rand, 0.7, norm="channel")
+    mean = 0.7 * pre["layer_0"]["kernel"] + 0.3 * rand["layer_0"]["kernel"]
+    share = np.linalg.norm(pre["layer_0"]["kernel"], axis=0) / np.linalg.norm(mean, axis=0)
+    np.testing.assert_allclose(kept["layer_0"]["kernel"], mean * share[None], rtol=1e-6)
+    # A leaf of one axis has no channels: its entries keep their signs.
+    whole = interpolate(pre, rand, 0.7, norm="tensor")["layer_0"]["bias"]
+    np.testing.assert_allclose(kept["layer_0"]["bias"], whole, rtol=1e-6)
+
+
+def test_a_mix_on_the_sphere_turns_by_its_share_of_the_angle():
+    pre, rand = {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 5.0])}
+    angle = 0.3 * np.pi / 2
+    direction = np.array([np.cos(angle), np.sin(angle)])
+    np.testing.assert_allclose(interpolate(pre, rand, 0.7, norm="sphere")["w"], 2 * direction, rtol=1e-6)
+    between = 0.7 * 2 + 0.3 * 5
+    np.testing.assert_allclose(interpolate(pre, rand, 0.7, norm="slerp")["w"], between * direction, rtol=1e-6)
+    assert bits(interpolate(pre, rand, 0.0, norm="slerp")) == bits(rand)
+    assert bits(interpolate(pre, rand, 1.0, norm="sphere")) == bits(pre)
+
+
+@pytest.mark.parametrize("norm", ["tensor", "channel", "sphere", "slerp"])
+def test_leaves_without_a_direction_mix_to_finite_numbers(norm):
+    ones, zeros = jnp.ones((3, 2)), jnp.zeros((3, 2))
+    pre = {"both": zeros, "one": ones, "same": ones, "back": ones, "scalar": jnp.ones(())}
+    rand = {"both": zeros, "one": zeros, "same": ones, "back": -ones, "scalar": -jnp.ones(())}
+    mixed, slope = jax.jvp(lambda a: interpolate(pre, rand, a, norm=norm), (0.5,), (1.0,))
+    for path, leaf in (trees.flatten(mixed) | trees.flatten(slope)).items():
+        assert np.isfinite(leaf).all(), path
+    np.testing.assert_array_equal(mixed["both"], 0)
+    np.testing.assert_allclose(mixed["one"], 0.5 if norm == "slerp" else 1.0, rtol=1e-6)
+    np.testing.assert_allclose(mixed["same"], 1.0, rtol=1e-6)
+
+
+def test_wrong_norms_of_a_mix_are_refused():
+    with pytest.raises(ValueError, match="norm must be one of none, tensor, channel, sphere, slerp; got 'sphre'"):
+        interpolate(tree(0), tree(1), 0.5, norm="sphre")
+    with pytest.raises(ValueError, match="each leaf has one alpha; that of head/kernel is"):
+        interpolate(tree(0), tree(1), {"layer_0": 0.5, "head": np.array([[0.2, 0.5]])}, norm="sphere")

@@ -1,7 +1,6 @@
 """Directions through the space of parameters: random ones, those of a training run, and those between models."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,15 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax import sharding, trees
-from ltsm_jax.trees import Patterns, Tree
+from ltsm_jax.trees import Patterns, Tree, filter_axes
 
 TINY = 1e-10  # of the release: keeps a filter of zeros from dividing by 0
-
-# A filter is what makes one unit of the next layer. Kernels are laid out input first, output last;
-# axes in front of these two number experts, kinds of patches and the like.
-_HEADS = re.compile(r"(^|/)(q|k|v|kv|qkv)/kernel$")  # D first, the axes of the heads after it
-_MERGED = re.compile(r"(^|/)out/kernel$")  # H K D: all heads make one unit of the output
-_KERNEL = re.compile(r"(^|/)kernel$|(^|/)experts/(up|gate|down)$")
 
 
 def random_directions(
@@ -75,19 +68,6 @@ def random_directions(
             direction.append(draw.astype(leaf.dtype))
         found.append(jax.tree.unflatten(jax.tree.structure(params), direction))
     return tuple(found)
-
-
-def filter_axes(path: str, ndim: int) -> tuple[int, ...]:
-    """The axes of a leaf that number its filters; the norm of a filter is over the other axes."""
-    if ndim <= 1:
-        return tuple(range(ndim))
-    if _HEADS.search(path) and ndim > 2:
-        return tuple(range(1, ndim))
-    if _MERGED.search(path) and ndim == 3:
-        return (2,)
-    if _KERNEL.search(path):
-        return (*range(ndim - 2), ndim - 1)
-    return (0,)
 
 
 def _like_filters(draw: jax.Array, leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:

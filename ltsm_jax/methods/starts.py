@@ -4,7 +4,9 @@ A start is a small value that says how pretrained and random parameters are put 
 """
 
 import dataclasses
-from typing import Any, Protocol
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,10 @@ from ltsm_jax import trees
 from ltsm_jax.models import folders
 
 Params = Any
+Group = Literal["head", "norms", "embedding", "biases", "body"]
+GROUPS = get_args(Group)
+Other = Literal["random", "noise", "zeros", "sum"]
+OTHERS = get_args(Other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +33,43 @@ class Random:
 
 @dataclasses.dataclass(frozen=True)
 class Interpolated:
-    """Start from `alpha * pretrained + (1 - alpha) * random`, every tensor, norms and biases included."""
+    """Start from `alpha * pretrained + (1 - alpha) * other`, every tensor, norms and biases included.
+
+    Attributes:
+      alpha: weight of the pretrained side, in [0, 1].
+      norm: what becomes of the length of a tensor, see `trees.interpolate`.
+      keep: groups of leaves that stay pretrained, of `GROUPS`.
+      alphas: (name, alpha) of groups, or of layers as `layer_of` names them ("layer_0"), that have an alpha of their
+        own; that of the layer goes before that of the group. A mapping will do.
+      other: the other side. "random": a fresh model. "noise": Gaussian, each tensor of the norm that it has in the
+        fresh model. "zeros": nothing, so that the checkpoint is shrunk alone. "sum": pretrained + random, so that the
+        start is `pretrained + (1 - alpha) * random` and nothing shrinks.
+    Raises: ValueError for an unknown norm, group or other side, and for an alpha outside [0, 1]. Names of layers are
+      checked by `start_params`, which knows the model.
+    """
 
     alpha: float
+    norm: trees.Norm = "none"
+    keep: tuple[str, ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    other: Other = "random"
+
+    def __post_init__(self):
+        pairs = self.alphas.items() if isinstance(self.alphas, Mapping) else self.alphas
+        object.__setattr__(self, "alphas", tuple((name, float(alpha)) for name, alpha in pairs))
+        object.__setattr__(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
+        if self.norm not in trees.NORMS:
+            raise ValueError(f"norm must be one of {', '.join(trees.NORMS)}; got {self.norm!r}")
+        if self.other not in OTHERS:
+            raise ValueError(f"other must be one of {', '.join(OTHERS)}; got {self.other!r}")
+        if unknown := [group for group in self.keep if group not in GROUPS]:
+            raise ValueError(f"keep takes groups of leaves, of {', '.join(GROUPS)}; got {', '.join(unknown)}")
+        for name, alpha in (("alpha", self.alpha), *self.alphas):
+            if not 0 <= alpha <= 1:
+                raise ValueError(f"{name} is the weight of the pretrained side, between 0 and 1; got {alpha}")
 
 
-@dataclasses.dataclass(frozen=True)
-class NoiseInterpolated:
-    """Start from `alpha * pretrained + (1 - alpha) * noise`, Gaussian, each tensor of the random model's norm."""
-
-    alpha: float
-
-
-Start = Pretrained | Random | Interpolated | NoiseInterpolated
+Start = Pretrained | Random | Interpolated
 
 
 class Starting(Protocol):
@@ -65,7 +95,7 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
     Args:
       params: the pretrained tree; not modified.
       aux_key: `training.keys(seed)["aux"]`.
-    Raises: ValueError where `params` is not a tree of this model.
+    Raises: ValueError where `params` is not a tree of this model, and for an alpha of a layer that it has not got.
     """
     start = strategy.start
     trees.require_same(params, folders.shapes(model), names=("params", "model"))
@@ -77,18 +107,79 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
     match start:
         case Random():
             mixed = aux
-        case Interpolated(alpha):
-            mixed = trees.interpolate(params, aux, alpha, skip=model.fixed)
-        case NoiseInterpolated(alpha):
-            # fold_in: the noise must not be the bits that drew `aux`.
-            noisy = equal_norm_noise(jax.random.fold_in(aux_key, 1), aux)
-            mixed = trees.interpolate(params, noisy, alpha, skip=model.fixed)
+        case Interpolated():
+            mixed = _mixed(start, model, params, aux, aux_key)
         case _:
             mixed = params
     if not strategy.reinit_head:
         return mixed
     new = trees.select(params, model.head)
     return jax.tree.map(lambda is_new, fresh, old: fresh if is_new else old, new, aux, mixed)
+
+
+def _mixed(start: Interpolated, model: Any, params: Params, random: Params, aux_key: jax.Array) -> Params:
+    """The mix that `start` describes, of pretrained and fresh parameters."""
+    match start.other:
+        case "random":
+            other = random
+        case "noise":
+            # fold_in: the noise must not be the bits that drew the random model.
+            other = equal_norm_noise(jax.random.fold_in(aux_key, 1), random)
+        case "zeros":
+            other = jax.tree.map(jnp.zeros_like, params)
+        case "sum":
+            other = jax.tree.map(jnp.add, params, random)
+
+    groups = groups_of(model, params)
+    named = dict(start.alphas)
+    layers = dict.fromkeys(layer for path in groups if (layer := layer_of(model, path)))
+    if unknown := [name for name in named if name not in GROUPS and name not in layers]:
+        known = ", ".join((*GROUPS, *layers))
+        raise ValueError(f"{model.family} has no {', '.join(unknown)} to give an alpha; there are: {known}")
+
+    def alpha_of(path: str) -> float:
+        group = groups.get(path, "body")
+        return named.get(layer_of(model, path) or group, named.get(group, start.alpha))
+
+    def stays(path: str) -> bool:
+        return path not in groups or groups[path] in start.keep
+
+    return trees.interpolate(params, other, alpha_of, skip=stays, norm=start.norm)
+
+
+def groups_of(model: Any, params: Params) -> dict[str, Group]:
+    """The group of every leaf that takes part in mixing, by its path.
+
+    A leaf is of the first group that it fits. "head": what the family declares as its head. "norms": scales and shifts
+    of normalisations, and other learned scales. "embedding": what else lies outside the blocks, such as patch
+    embeddings, tokens and tables. "biases" and "body": biases, and all else, inside the blocks. Leaves that the family
+    fixes are in none.
+    """
+    flat = trees.flatten(params)
+    found: dict[str, Group] = {}
+    for path in flat:
+        if model.fixed and re.search(model.fixed, path):
+            continue
+        module, _, name = path.rpartition("/")
+        # The shift of a normalisation is called bias; the scale beside it tells it from that of a linear.
+        beside = f"{module}/scale" if module else "scale"
+        if re.search(model.head, path):
+            found[path] = "head"
+        elif name in ("scale", "scaling") or (name == "bias" and beside in flat):
+            found[path] = "norms"
+        elif layer_of(model, path) is None:
+            found[path] = "embedding"
+        elif name == "bias" or name.endswith("_bias"):
+            found[path] = "biases"
+        else:
+            found[path] = "body"
+    return found
+
+
+def layer_of(model: Any, path: str) -> str | None:
+    """The layer that a leaf lies in, such as "layer_0" or "encoder/layer_1"; None for what lies outside the blocks."""
+    found = re.search(model.blocks, path)
+    return path[: found.end()].rstrip("/") if found and not re.search(model.head, path) else None
 
 
 def _placed_like(fresh: jax.Array, old: Any) -> jax.Array:

@@ -13,20 +13,26 @@ difference between two of these small values.
 | lpff      | the same                                   | head, then all   | LP-FT, arXiv 2202.10054 |
 | l2sp      | pretrained                                 | all, pulled back | L2-SP, arXiv 1802.01483 |
 | noise     | alpha * pretrained + (1 - alpha) * noise   | all              | control for sff |
+| shrink    | alpha * pretrained                         | all              | control for sff |
+| perturb   | pretrained + (1 - alpha) * random          | all              | control for sff |
+| sff_norm, sff_channel | as sff, each tensor or output channel of its pretrained norm | all | |
+| sff_sphere | as sff, but on the sphere of the pretrained norm | all       |        |
+| sff_keep  | as sff, head and embedding pretrained      | all              |        |
+| sff_warm  | as sff                                     | head for an epoch, then all | |
 | lora      | pretrained                                 | adapters of low rank | LoRA, arXiv 2106.09685 |
 | recipe    | pretrained                                 | as the recipe of the model says | `Model.recipe` |
 """
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from ltsm_jax import trees
-from ltsm_jax.methods.starts import Interpolated, NoiseInterpolated, Pretrained, Random, Start
+from ltsm_jax.methods.starts import Interpolated, Pretrained, Random, Start
 from ltsm_jax.models.family import Lora
 
 Params = Any
@@ -90,15 +96,55 @@ def tfs() -> Strategy:
     return Strategy("tfs", Random())
 
 
-def sff(alpha: float = 0.7) -> Strategy:
+def sff(
+    alpha: float = 0.7,
+    *,
+    norm: trees.Norm = "none",
+    keep: Sequence[str] = (),
+    alphas: Mapping[str, float] | None = None,
+) -> Strategy:
     """Smoothed Full Fine-tuning: mix the checkpoint with a random model, once, then full fine-tuning.
 
     Args:
       alpha: weight of the PRETRAINED side; 1 is `ff`, 0 is `tfs`, bit for bit at the same seed. The released script
         uses 0.7.
+      norm, keep, alphas: how to mix otherwise than the release: what becomes of the norms of tensors, groups that stay
+        pretrained, groups or layers with an alpha of their own. See `starts.Interpolated`.
     Source: arXiv 2606.08578, Meteor-Stars/SFF.
+    Example: `fit(model, params, data, method=sff(0.7, norm="tensor", keep=("head",), alphas={"layer_0": 0.9}))`
     """
-    return Strategy("sff", Interpolated(alpha))
+    return Strategy("sff", Interpolated(alpha, norm, tuple(keep), tuple((alphas or {}).items())))
+
+
+def sff_norm(alpha: float = 0.7) -> Strategy:
+    """`sff` that shrinks no tensor: m * |p| / |m|, with p a pretrained tensor and m = alpha * p + (1 - alpha) * r.
+
+    Mixing with an independent draw r makes tensors smaller, by about alpha, and that alone costs accuracy.
+    """
+    return Strategy("sff_norm", Interpolated(alpha, norm="tensor"))
+
+
+def sff_channel(alpha: float = 0.7) -> Strategy:
+    """`sff` that shrinks no output channel: as `sff_norm`, each column of a kernel (each filter) for itself."""
+    return Strategy("sff_channel", Interpolated(alpha, norm="channel"))
+
+
+def sff_sphere(alpha: float = 0.7) -> Strategy:
+    """`sff` on a sphere: each tensor turns, at its own norm, from p towards r, a share 1 - alpha of the angle w.
+
+    |p| * (sin(alpha w) p / |p| + sin((1 - alpha) w) r / |r|) / sin(w).
+    """
+    return Strategy("sff_sphere", Interpolated(alpha, norm="sphere"))
+
+
+def sff_keep(alpha: float = 0.7) -> Strategy:
+    """`sff` without the maps between data and width D: head and embedding stay pretrained (see `starts.groups_of`)."""
+    return Strategy("sff_keep", Interpolated(alpha, keep=("head", "embedding")))
+
+
+def sff_warm(alpha: float = 0.7) -> Strategy:
+    """`sff` with a warm-up: an epoch of the head alone on the mixed body, then full fine-tuning from its best."""
+    return Strategy("sff_warm", Interpolated(alpha), (Phase("head", epochs=1), Phase()))
 
 
 def lp() -> Strategy:
@@ -130,7 +176,17 @@ def noise(alpha: float = 0.7) -> Strategy:
 
     Where it does as well as `sff`, what helps is shrinking and shaking the checkpoint, not the initialisation scheme.
     """
-    return Strategy("noise", NoiseInterpolated(alpha))
+    return Strategy("noise", Interpolated(alpha, other="noise"))
+
+
+def shrink(alpha: float = 0.7) -> Strategy:
+    """Control for `sff`: the pretrained part of its mix without the random one, alpha * pretrained."""
+    return Strategy("shrink", Interpolated(alpha, other="zeros"))
+
+
+def perturb(alpha: float = 0.7) -> Strategy:
+    """Control for `sff`: the random part of its mix on the whole checkpoint, pretrained + (1 - alpha) * random."""
+    return Strategy("perturb", Interpolated(alpha, other="sum"))
 
 
 def lora(rank: int = 4) -> Strategy:
@@ -149,14 +205,16 @@ def recipe() -> Strategy:
     return Strategy("recipe", phases=(Phase("recipe"),))
 
 
+_MIXING = (sff, noise, shrink, perturb, sff_norm, sff_channel, sff_sphere, sff_keep, sff_warm)
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    f.__name__: f for f in (zero_shot, ff, tfs, sff, lp, lpff, l2sp, noise, lora, recipe)
+    f.__name__: f for f in (zero_shot, ff, tfs, sff, lp, lpff, l2sp, *_MIXING[1:], lora, recipe)
 }
-MIXED = ("sff", "noise")  # those that take an alpha
+MIXED = tuple(f.__name__ for f in _MIXING)  # those that take an alpha
+VARIANTS = tuple(name for name in MIXED if name not in ("sff", "noise"))  # as sff, but for how the start is mixed
 
 
 def strategy(name: str, *, alpha: float = 0.7, l2_sp: float = 0.1, lora_rank: int = 4) -> Strategy:
-    """The strategy called `name`; `alpha` reaches only sff and noise, `l2_sp` only l2sp, `lora_rank` only lora.
+    """The strategy called `name`; `alpha` reaches those that mix (`MIXED`), `l2_sp` only l2sp, `lora_rank` only lora.
 
     Raises: ValueError for an unknown name (with the known ones), an alpha outside [0, 1] or a rank below 1.
     """

@@ -17,7 +17,14 @@ COMPUTE = ("float32", "bfloat16")
 REMAT = ("none", "all but products")
 KEY_NAMES = ("init", "aux", "data", "dropout")
 RECIPE = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "clip")  # fields that a recipe fills
-LATER = {"optimizer": "adamw", "betas": optimizers.BETAS, "eps": optimizers.EPS}  # unrecorded where they are these
+LATER: dict[str, Any] = {  # unrecorded where they are these
+    "optimizer": "adamw",
+    "betas": optimizers.BETAS,
+    "eps": optimizers.EPS,
+    "rho": 0.0,
+    "ema": 0.0,
+    "swa": 0.0,
+}
 FREE = ("checkpoint_seconds", "keep_checkpoints", "steps_per_dispatch")  # have no influence on results
 MOST_STEPS = 4096  # of one dispatch; so long is the buffer of its losses
 LONGEST = 60  # characters of a refused value that a message quotes
@@ -54,6 +61,11 @@ class TrainConfig:
       remat: what the backward pass computes again instead of keeping it: "none", or "all but products" (everything but
         the results of matrix products without batch axes), for less memory and more time.
       optimizer, betas, eps: see `optimizers.Rule`.
+      rho: take the gradient this far up the gradient (SAM, see `step.uphill`), for twice the time; 0: where it is.
+      ema: validate and keep an exponential moving average of the weights: after each step it is
+        `ema * average + (1 - ema) * weights`, from the start on; 0: the weights themselves.
+      swa: validate and keep the mean of the weights after each of the last epochs, this share of them and at least
+        one; epochs before are validated, but not selected. 0: the weights themselves.
     Raises: ValueError listing every field of a wrong type or out of range.
     """
 
@@ -75,6 +87,9 @@ class TrainConfig:
     optimizer: str = "adamw"
     betas: tuple[float, float] = optimizers.BETAS
     eps: float = optimizers.EPS
+    rho: float = 0.0
+    ema: float = 0.0
+    swa: float = 0.0
 
     def __post_init__(self):
         problems = []
@@ -87,6 +102,8 @@ class TrainConfig:
                 object.__setattr__(self, name, rule(value))
             except (TypeError, ValueError):
                 problems.append(f"{name} must be {wanted}, got {_quoted(value)}")
+        if not problems and self.ema and self.swa:
+            problems.append("ema and swa are two ways to average the weights: take one of them")
         if problems:
             raise ValueError("TrainConfig: " + "; ".join(problems))
 
@@ -133,6 +150,17 @@ class TrainConfig:
         # Folders of earlier versions do not name these, and have to go on.
         fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
         return fields | {"clip": None if self.clip == math.inf else self.clip}
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is validated and kept instead of the weights."""
+        return bool(self.ema or self.swa)
+
+    @property
+    def first_averaged(self) -> int:
+        """Number, from 0, of the first epoch that `swa` averages."""
+        assert self.epochs is not None, "filled"
+        return self.epochs - max(round(self.swa * self.epochs), 1)
 
 
 def _whole(low: int, high: float = math.inf) -> Callable[[Any], int]:
@@ -207,4 +235,7 @@ _RULES = {
     "optimizer": (_one_of(optimizers.OPTIMIZERS), f"one of {', '.join(optimizers.OPTIMIZERS)}"),
     "betas": (_betas, "two numbers in [0, 1)"),
     "eps": (_real(lambda x: 0 < x < math.inf), "a positive, finite number"),
+    "rho": (_real(lambda x: 0 <= x < math.inf), "a finite number, not negative"),
+    "ema": (_real(lambda x: 0 <= x < 1), "a share, in [0, 1)"),
+    "swa": (_real(lambda x: 0 <= x <= 1), "a share of the epochs, in [0, 1]"),
 }

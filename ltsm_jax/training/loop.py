@@ -33,7 +33,8 @@ class FitResult:
     """What training gave.
 
     Attributes:
-      params: weights of the epoch with the lowest validation MSE (without validation: of the last epoch).
+      params: weights of the epoch with the lowest validation MSE (without validation: of the last epoch); with `ema` or
+        `swa` of the config, averages.
       last_params: weights after the last step.
       history: a dict per epoch: epoch (from 1), step, train_loss (mean over the epoch's windows), lr (of its last
         step), and what `validate` returned under "val_<name>".
@@ -178,8 +179,9 @@ def fit(
 
     state, position = fitting.state, fitting.position
     last = trees.merge(state["params"], frozen)
+    kept = state["best"] if validate else state.get("average", state["params"])
     return FitResult(
-        params=trees.merge(state["best"], frozen) if validate else last,
+        params=trees.merge(kept, frozen),
         last_params=last,
         history=position.history,
         best_epoch=position.best_epoch,
@@ -246,6 +248,8 @@ class _Fitting:
             "params": jax.tree.map(jnp.copy, moving),
             "optimizer": self.rule.transformation().init(moving),
         }
+        if self.config.averages:
+            state["average"] = jax.tree.map(jnp.copy, moving)
         return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
 
     def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> None:
@@ -358,12 +362,15 @@ class _Fitting:
         """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""
         position, began = self.position, time.monotonic()
         count = min(steps, self.steps_per_epoch - place)
-        self.state["params"], self.state["optimizer"], losses, done = step.advance(
-            self.state["params"], self.state["optimizer"], self.frozen, self.placed, self.order, self.lr,
+        average = self.state["average"] if self.how.ema else None
+        self.state["params"], self.state["optimizer"], average, losses, done = step.advance(
+            self.state["params"], self.state["optimizer"], average, self.frozen, self.placed, self.order, self.lr,
             self.keys["dropout"], self.loss_fn, self.penalty,
             np.int32(place), np.int32(count), np.int32(position.step),
             batch_size=self.batch_size, rule=self.rule, how=self.how, layout=self.layout,
         )  # fmt: skip
+        if average is not None:
+            self.state["average"] = average
         losses, done = np.asarray(losses), int(done)
         lines = self.account(epoch, place, losses[:done])
         if self.run:
@@ -393,9 +400,13 @@ class _Fitting:
 
     def end_epoch(self, epoch: int) -> None:
         """Validation, selection, and whether this was the last epoch."""
-        found = self.validate(trees.merge(self.state["params"], self.frozen)) if self.validate else None
+        kept = self.to_keep(epoch)
+        found = self.validate(trees.merge(kept, self.frozen)) if self.validate else None
         if self.judge(epoch, found):
-            self.state["best"] = jax.tree.map(jnp.copy, self.state["params"])
+            self.state["best"] = jax.tree.map(jnp.copy, kept)
+        if self.config.swa:
+            # Not before: a stop inside the validation comes back to this epoch, which must not count twice.
+            self.state["average"] = kept
         self.count_time()
         row = self.position.history[-1]
         if self.run:
@@ -423,7 +434,8 @@ class _Fitting:
                     f"validation after epoch {epoch + 1} (step {position.step}) gives {self.select} {value}, although "
                     f"every training loss was finite{self.kept()}"
                 )
-            better = value < position.best
+            selectable = not self.config.swa or epoch >= self.config.first_averaged
+            better = selectable and value < position.best
             if better:
                 position.best, position.best_epoch = value, epoch + 1
         position.history.append(row)
@@ -431,6 +443,14 @@ class _Fitting:
         waited = epoch + 1 - (position.best_epoch or epoch + 1)
         position.finished = epoch + 1 == self.config.epochs or waited >= (self.config.patience or math.inf)
         return better
+
+    def to_keep(self, epoch: int) -> Tree:
+        """Give the weights that are validated after an epoch: those of the last step, or their average."""
+        params, config = self.state["params"], self.config
+        if config.swa:
+            before = max(epoch - config.first_averaged, 0)
+            return step.running_mean(self.state["average"], params, jnp.float32(before))
+        return self.state["average"] if config.ema else params
 
     def save(self, run: checkpoints.RunFolder) -> None:
         run.save(self.state, self.position.to_json())

@@ -113,7 +113,8 @@ def estimate(
     kept = _kept_by_backward(state["params"], frozen, source, loss_fn, key, batch_size // how.accumulate, how)
     activations = int(SCRATCH * kept * sharing / placement.row_parts)
     copies = 2 if writes_checkpoints and on_cpu else 1
-    fixed = sharing * (copies * bytes_on_one(state) + bytes_on_one(state["params"]))
+    beside = 2 if how.rho else 1  # a gradient, and of SAM the weights uphill
+    fixed = sharing * (copies * bytes_on_one(state) + beside * bytes_on_one(state["params"]))
     return Estimate(fixed, activations, batch_size, how.accumulate, placement.row_parts, sharing)
 
 

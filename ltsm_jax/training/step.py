@@ -21,6 +21,7 @@ from ltsm_jax.training import optimizers
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
+TINY = 1e-12
 POLICIES = {"all but products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
@@ -28,17 +29,19 @@ POLICIES = {"all but products": jax.checkpoint_policies.dots_with_no_batch_dims_
 class How:
     """How a gradient is computed; static under jit.
 
-    Attributes: `compute`, `accumulate` and `remat` of a `TrainConfig`.
+    Attributes: `compute`, `accumulate`, `remat`, `rho` and `ema` of a `TrainConfig`.
     """
 
     compute: str
     accumulate: int
     remat: str
+    rho: float = 0.0
+    ema: float = 0.0
 
     @classmethod
     def of(cls, config: TrainConfig) -> "How":
         """Read it off a config."""
-        return cls(config.compute, config.accumulate, config.remat)
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +55,16 @@ class Layout:
     @classmethod
     def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "Layout":
         """Take the layout of what the step gives back out of a tree of shardings for the whole state."""
-        outputs = (state["params"], state["optimizer"])
+        outputs = (state["params"], state["optimizer"], state.get("average"))
         return cls(mesh, jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
 
-    def pin(self, moving: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
+    def pin(self, moving: Tree, opt_state: Tree, average: Tree | None) -> tuple[Tree, Tree, Tree | None]:
         """Hold what comes out of a step to this layout.
 
         Without it the compiler may choose another one, and compile the next step again.
         """
         shardings = jax.tree.unflatten(self.structure, self.shardings)
-        return jax.lax.with_sharding_constraint((moving, opt_state), shardings)
+        return jax.lax.with_sharding_constraint((moving, opt_state, average), shardings)
 
 
 def objective(moving, frozen, batch, key, loss_fn, penalty, how: How) -> jax.Array:
@@ -83,7 +86,7 @@ def gather(source, indices, weight, placement: Placement) -> dict[str, jax.Array
     return placement.rows(source.gather(indices)) | {"weight": weight}
 
 
-def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how: How, placement: Placement):
+def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, placement: Placement):
     """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in `how.accumulate` parts."""
 
     def of_batch(moving, batch, key):
@@ -108,6 +111,30 @@ def _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how
     return jax.tree.map(lambda x: x / rows[1].sum(), total)
 
 
+def uphill(moving: Tree, gradients: Tree, rho: float) -> Tree:
+    """Move the weights up a gradient, to where SAM takes its own: `moving + rho * g / |g|`.
+
+    |g| is the norm of all gradients together; weights whose gradient is 0 everywhere stay.
+
+    Source: Foret et al., "Sharpness-Aware Minimization" (ICLR 2021, arXiv 2010.01412), equation 2.
+    """
+    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(jnp.float32))), gradients)
+    length = jnp.sqrt(jax.tree.reduce(jnp.add, squares))
+    share = rho / jnp.maximum(length, TINY)
+    return jax.tree.map(lambda p, g: (p + share * g).astype(p.dtype), moving, gradients)
+
+
+def loss_and_gradients(gradients_at: Callable[[Tree], tuple[jax.Array, Tree]], moving: Tree, how: How):
+    """Compute the loss at `moving`, and the gradients there or, with a rho, those of SAM.
+
+    gradients_at: weights -> (loss, gradients), of one and the same batch and dropout.
+    """
+    loss, gradients = gradients_at(moving)
+    if how.rho:
+        _, gradients = gradients_at(uphill(moving, gradients, how.rho))
+    return loss, gradients
+
+
 def update(
     moving, opt_state, frozen, source, rows, rate, key, loss_fn, penalty, *, tx, how: How, placement: Placement
 ):  # fmt: skip
@@ -120,7 +147,11 @@ def update(
       tx: the optimiser, see `optimizers.adam`.
     Returns: loss, whether the step was finite, parameters, optimiser state.
     """
-    loss, grads = _loss_and_gradients(moving, frozen, source, rows, key, loss_fn, penalty, how, placement)
+
+    def gradients_at(weights):
+        return _of_batch(weights, frozen, source, rows, key, loss_fn, penalty, how, placement)
+
+    loss, grads = loss_and_gradients(gradients_at, moving, how)
     # the sum is finite only if every addend is
     sizes = sum(jnp.sum(jnp.abs(g), dtype=jnp.float32) for g in jax.tree.leaves(grads))
     good = jnp.isfinite(loss) & jnp.isfinite(sizes)
@@ -133,41 +164,65 @@ def update(
 @functools.partial(
     jax.jit,
     static_argnames=("batch_size", "rule", "how", "layout"),
-    donate_argnames=("moving", "opt_state"),
+    donate_argnames=("moving", "opt_state", "average"),
 )
 def advance(
-    moving, opt_state, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
+    moving, opt_state, average, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
     *, batch_size, rule, how, layout,
 ):  # fmt: skip
     """Take `count` steps from batch `place` of the epoch, step `step` of the run.
 
-    Stops before a step that is not finite.
+    Stops before a step that is not finite. average: moving average of the parameters, None without `how.ema`.
 
-    Returns: parameters, optimiser state, losses [MOST_STEPS] (those past the last step are 0), steps taken.
+    Returns: parameters, optimiser state, average, losses [MOST_STEPS] (those past the last step are 0), steps taken.
     """
     tx = rule.transformation()
     placement = Placement(None if layout is None else layout.mesh)
     pin = (lambda *state: state) if layout is None else layout.pin
 
     def one(carry):
-        i, _, moving, opt_state, losses = carry
+        i, _, moving, opt_state, average, losses = carry
         rows = windows.batch_at(order, place + i, batch_size)
         loss, good, new_moving, new_opt_state = update(
             moving, opt_state, frozen, source, rows, rates[place + i], jax.random.fold_in(key, step + i),
             loss_fn, penalty, tx=tx, how=how, placement=placement,
         )  # fmt: skip
+        if how.ema:
+            mixed = trees.ema(average, new_moving, how.ema)
+            average = jax.tree.map(lambda new, old: jnp.where(good, new, old), mixed, average)
         losses = losses.at[i].set(loss)
-        return i + good, good, *pin(new_moving, new_opt_state), losses
+        return i + good, good, *pin(new_moving, new_opt_state, average), losses
 
     def more(carry):
         return (carry[0] < count) & carry[1]
 
-    start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, jnp.zeros(MOST_STEPS, jnp.float32))
-    done, _, moving, opt_state, losses = jax.lax.while_loop(more, one, start)
-    return *pin(moving, opt_state), *placement.everywhere((losses, done))
+    losses = jnp.zeros(MOST_STEPS, jnp.float32)
+    start = (jnp.int32(0), jnp.bool_(True), moving, opt_state, average, losses)
+    done, _, moving, opt_state, average, losses = jax.lax.while_loop(more, one, start)
+    return *pin(moving, opt_state, average), *placement.everywhere((losses, done))
 
 
-gradients_of = jax.jit(jax.value_and_grad(objective), static_argnames="how")
+@functools.partial(jax.jit, static_argnames="how")
+def gradients_of(moving, frozen, batch, key, loss_fn, penalty, how: How):
+    """Compute the loss and gradients of one batch, all of it at once."""
+
+    def gradients_at(weights):
+        return jax.value_and_grad(objective)(weights, frozen, batch, key, loss_fn, penalty, how)
+
+    return loss_and_gradients(gradients_at, moving, how)
+
+
+@jax.jit
+def running_mean(mean: Tree, tree: Tree, count: jax.Array) -> Tree:
+    """Mean of `count` trees before and this one: of the first, itself."""
+
+    def add(old, new):
+        mixed = (old + (new - old) / (count + 1)).astype(old.dtype)
+        return jnp.where(count == 0, new, mixed)
+
+    return jax.tree.map(add, mean, tree)
+
+
 epoch_order = jax.jit(windows.epoch_order, static_argnames="n")
 
 
@@ -228,13 +283,15 @@ def trace_step(
     moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
     rule = optimizers.Rule.of(config)
     opt_state = jax.eval_shape(rule.transformation().init, moving)
-    placed = mesh and sharding.like({"params": moving, "optimizer": opt_state}, moving, mesh)
+    state = {"params": moving, "optimizer": opt_state} | ({"average": moving} if config.ema else {})
+    placed = mesh and sharding.like(state, moving, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     rates = jax.ShapeDtypeStruct((windows.steps_per_epoch(n, batch_size),), jnp.float32)
     order = jax.ShapeDtypeStruct((n,), jnp.int32)
     key = jax.eval_shape(keys, 0)["dropout"]
     return advance.trace(
-        moving, shapes(opt_state, placed and placed["optimizer"]), frozen, shapes(train_source), shapes(order), rates,
-        shapes(key), as_pytree(loss_fn), as_pytree(penalty), number, number, number,
+        moving, shapes(opt_state, placed and placed["optimizer"]), state.get("average"), frozen,
+        shapes(train_source), shapes(order), rates, shapes(key), as_pytree(loss_fn), as_pytree(penalty),
+        number, number, number,
         batch_size=batch_size, rule=rule, how=How.of(config), layout=mesh and Layout.of(mesh, placed),
     )  # fmt: skip

@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 
 from experiments import all_families, demo, sff
-from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.models import FAMILIES
 
 
@@ -18,9 +17,9 @@ def table(tmp_path_factory):
 def test_the_family_goes_through_every_method(family, table, tmp_path, capfd):
     assert all_families.main(["--data", table, "--families", family, "--out", str(tmp_path / "out")]) == 0
     rows = pd.read_csv(tmp_path / "out" / "results.csv")
-    assert set(rows["method"]) == set(STRATEGIES)
+    assert set(rows["method"]) == set(all_families.METHODS)
     assert rows[["val_mse", "test_mse"]].notna().all(axis=None)
-    assert f"1 of 1 families went through {len(STRATEGIES)} methods" in capfd.readouterr().out
+    assert f"1 of 1 families went through {len(all_families.METHODS)} methods" in capfd.readouterr().out
 
 
 def test_unknown_families_are_refused_with_a_hint(capfd):

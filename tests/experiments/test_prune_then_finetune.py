@@ -223,7 +223,7 @@ def test_the_command_in_the_report_asks_for_the_same(folder, command):
         (["--ratios", "0.2", "--score", "taylor3"], ["did you mean taylor"]),
         (["--ratios", "0.2", "--tune", "both"], ["known: chosen, each, all"]),
         (["--ratios", "0.2", "--quirks", "nodropout"], ["did you mean no-dropout"]),
-        (["--ratios", "0.2", "--alpha", "0.5", "--methods", "ff"], ["neither is among --methods"]),
+        (["--ratios", "0.2", "--alpha", "0.5", "--methods", "ff"], ["none of them is among --methods"]),
         (["--ratios", "0.2", "--prune-epoch", "1"], ["did you mean --prune-epochs"]),
     ],
 )

@@ -281,7 +281,7 @@ def test_flags_for_memory_reach_training_and_the_folder(micro, waves):
         (["--methods", "ff,ff"], ["duplicate item"]),
         (["--alpha", "0.5,1.5"], ["--alpha must be between 0 and 1", "1.5"]),
         (["--alpha", "nan"], ["--alpha must be between 0 and 1"]),
-        (["--alpha", "0.5", "--methods", "ff,lp"], ["neither is among --methods"]),
+        (["--alpha", "0.5", "--methods", "ff,lp"], ["none of them is among --methods"]),
         (["--seeds", "0,x"], ["--seeds: 'x' is not a whole number"]),
         (["--seeds", "-1"], ["--seeds must be between 0"]),
         (["--horizon", "0", "--context", "-3"], ["--horizon must be at least 1", "--context must be at least 1"]),

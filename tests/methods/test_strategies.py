@@ -5,8 +5,9 @@ import pytest
 
 from ltsm_jax import training, trees
 from ltsm_jax.methods import strategies
-from ltsm_jax.methods.starts import equal_norm_noise, start_params
+from ltsm_jax.methods.starts import GROUPS, Interpolated, equal_norm_noise, groups_of, layer_of, start_params
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
+from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.timer import Timer, TimerConfig
 
 
@@ -115,6 +116,107 @@ def test_params_of_another_model_are_refused_by_path(model, pre):
 
 def test_the_checkpoint_is_not_modified(model, pre):
     before = jax.tree.map(np.array, pre)
-    for name in STRATEGIES:
+    for name in ("ff", "tfs", "lp", "sff", "noise", "perturb"):
         start_params(strategy(name), model, pre, AUX)
     assert_same(before, pre)
+
+
+def start_of(model, pre, *args, **kwargs):
+    return trees.flatten(start_params(strategies.sff(*args, **kwargs), model, pre, AUX))
+
+
+def test_groups_of_a_timer(model, pre):
+    found = groups_of(model, pre)
+    of = {group: {path for path, own in found.items() if own == group} for group in GROUPS}
+    assert found.keys() == trees.flatten(pre).keys()
+    assert of["head"] == {"head/kernel", "head/bias"}
+    assert of["embedding"] == {"embed/kernel"}
+    assert of["norms"] == {f"{place}/{name}" for place in ("layer_0/norm1", "layer_0/norm2", "layer_1/norm1",
+                           "layer_1/norm2", "norm") for name in ("scale", "bias")}  # fmt: skip
+    assert {path.rsplit("/", 1)[1] for path in of["biases"]} == {"bias"} and len(of["biases"]) == 12
+    assert {path.rsplit("/", 1)[1] for path in of["body"]} == {"kernel"} and len(of["body"]) == 12
+    assert layer_of(model, "layer_1/attn/q/kernel") == "layer_1"
+    assert layer_of(model, "norm/scale") is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_groups_and_layers(family):
+    model = FAMILIES[family](FAMILIES[family].small())
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    found = groups_of(model, params)
+    # The embedding of Chronos (T5) is its head, too: one table of tokens.
+    expected = {"head", "norms", "body"} | ({"embedding"} if family != "chronos_t5" else set())
+    assert expected <= set(found.values())
+    assert all(path.rsplit("/", 1)[-1] != "kernel" for path, group in found.items() if group in ("norms", "biases"))
+    layers = {layer_of(model, path) for path in found} - {None}
+    assert len(layers) >= 2
+    fixed = [path for path in trees.flatten(params) if path not in found]
+    assert len(fixed) == (model.fixed is not None)
+
+
+def test_kept_groups_stay_pretrained_and_the_rest_is_mixed(model, pre):
+    flat, plain = trees.flatten(pre), start_of(model, pre, 0.7)
+    groups = groups_of(model, pre)
+    for path, leaf in start_of(model, pre, 0.7, keep=("head", "norms")).items():
+        expected = flat[path] if groups[path] in ("head", "norms") else plain[path]
+        np.testing.assert_array_equal(leaf, expected, err_msg=path)
+    kept = differing(start_params(strategy("sff_keep", alpha=0.7), model, pre, AUX), pre)
+    assert kept == {path for path, group in groups.items() if group not in ("head", "embedding")}
+
+
+def test_an_alpha_of_a_layer_goes_before_that_of_a_group(model, pre):
+    mixed = start_of(model, pre, 0.7, alphas={"norms": 1.0, "layer_0": 0.5, "biases": 0.0})
+    half, whole = start_of(model, pre, 0.5), start_of(model, pre, 0.7)
+    random = trees.flatten(model.init(AUX))
+    for path, expected in {
+        "layer_0/norm1/scale": half,
+        "layer_0/up/kernel": half,
+        "layer_0/up/bias": half,
+        "layer_1/norm1/scale": trees.flatten(pre),
+        "norm/bias": trees.flatten(pre),
+        "layer_1/up/bias": random,
+        "layer_1/up/kernel": whole,
+        "head/bias": whole,
+    }.items():
+        np.testing.assert_array_equal(mixed[path], expected[path], err_msg=path)
+
+
+def test_controls_are_either_half_of_the_mix(model, pre):
+    random, flat = trees.flatten(model.init(AUX)), trees.flatten(pre)
+    shrunk = trees.flatten(start_params(strategy("shrink", alpha=0.7), model, pre, AUX))
+    shaken = trees.flatten(start_params(strategy("perturb", alpha=0.7), model, pre, AUX))
+    for path, leaf in flat.items():
+        np.testing.assert_allclose(shrunk[path], 0.7 * leaf, rtol=1e-6, err_msg=path)
+        np.testing.assert_allclose(shaken[path], leaf + 0.3 * random[path], rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+@pytest.mark.parametrize("name, norm", [("sff_norm", "tensor"), ("sff_channel", "channel"), ("sff_sphere", "sphere")])
+def test_mixes_that_keep_norms(model, pre, name, norm):
+    start = start_params(strategy(name, alpha=0.7), model, pre, AUX)
+    assert_same(start, trees.interpolate(pre, model.init(AUX), 0.7, norm=norm))
+    assert_same(start_params(strategy(name, alpha=1), model, pre, AUX), pre)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"keep": ("heads",)}, "groups of leaves, of head, norms, embedding, biases, body; got heads"),
+        ({"norm": "l2"}, "norm must be one of none, tensor"),
+        ({"other": "ones"}, "other must be one of random, noise, zeros, sum; got 'ones'"),
+        ({"alphas": {"head": 1.5}}, "head is the weight of the pretrained side, between 0 and 1; got 1.5"),
+    ],
+)
+def test_wrong_options_of_a_mix_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Interpolated(0.7, **options)
+
+
+def test_alphas_of_layers_that_the_model_lacks_are_refused(model, pre):
+    with pytest.raises(ValueError, match="timer has no layer_2 to give an alpha; .*: head, .*, layer_0, layer_1"):
+        start_of(model, pre, 0.7, alphas={"layer_2": 0.5})
+
+
+def test_a_warmed_up_run_trains_the_head_first(model, pre):
+    head, rest = strategy("sff_warm", alpha=0.7).phases
+    assert (head.trainable, head.epochs, rest.trainable, rest.epochs) == ("head", 1, "all", None)
+    assert_same(start_params(strategy("sff_warm"), model, pre, AUX), start_params(strategy("sff"), model, pre, AUX))

@@ -334,7 +334,7 @@ def run(family, mesh_text, folder=None, **options):
     config = TrainConfig(epochs=2, batch_size=16, lr=1e-3, schedule="constant", **options)
     config = config.filled({"weight_decay": 0.0, "clip": None}, seed=0)
     result = fit(model.loss, params, windows, config=config, folder=folder, show_progress=False)
-    flat = trees.flatten(result.last_params)
+    flat = trees.flatten(result.params)  # those of the last step, or their average
     grads = gradients(model)(params, windows.gather(jnp.arange(16)))
     return {
         "losses": [row["train_loss"] for row in result.history],
@@ -349,6 +349,12 @@ def run(family, mesh_text, folder=None, **options):
     }
 
 
+def _value(text):
+    if text.isdigit():
+        return int(text)
+    return float(text) if text.replace(".", "").isdigit() else text
+
+
 if __name__ == "__main__":
     found = {}
     for text in sys.argv[2:]:
@@ -359,5 +365,5 @@ if __name__ == "__main__":
             found[text] = others[mesh_text](sys.argv[1], *rest)
             continue
         options = dict(item.split("=", 1) for item in rest)
-        found[text] = run(sys.argv[1], mesh_text, **{k: int(v) if v.isdigit() else v for k, v in options.items()})
+        found[text] = run(sys.argv[1], mesh_text, **{k: _value(v) for k, v in options.items()})
     print(json.dumps(found))

@@ -50,6 +50,8 @@ def timer():
             "data=8:compute=bfloat16",
             "data=1,fsdp=1,tensor=8",
             "surfaced",
+            "one:rho=0.05:ema=0.5",
+            f"{MIXED}:rho=0.05:ema=0.5",
         ),
     )
 
@@ -76,6 +78,18 @@ def test_parameters_stay_where_they_were_put(timer, mesh):
     parts = {"data=8": 1, "fsdp=8": 8, "data=4,tensor=2": 2, "data=2,fsdp=2,tensor=2": 4}[mesh]
     assert split["layer_0/up/kernel"] == split["layer_1/down/kernel"] == parts
     assert split["layer_0/norm1/scale"] == 1
+
+
+@pytest.mark.slow
+def test_sam_and_averages_over_a_mesh_are_those_of_one_device(timer):
+    one, many = timer["one:rho=0.05:ema=0.5"], timer[f"{MIXED}:rho=0.05:ema=0.5"]
+    check_same(many, one)
+    assert many["compiled"] == 1 and many["start"] == many["end"]
+    apart = 0.0
+    for path, want in one["params"].items():
+        np.testing.assert_allclose(many["params"][path], want, atol=2e-5)
+        apart = max(apart, np.abs(np.subtract(timer["one"]["params"][path], want)).max())
+    assert apart > 1e-4, "neither has any effect"
 
 
 @pytest.mark.slow
