@@ -87,6 +87,8 @@ def run(
         has mixed in random ones), and what is masked stays 0.
       quirks: "no-dropout": all dropout rates are 0, as the release of Prune-then-Finetune has it for pruned models, and
         for them alone.
+      test_each_epoch: score the test part after every epoch too; the scores stand in the history under "test_<name>",
+        and select nothing.
     Raises: ValueError where model, data, masks and task do not go together, and for an unknown quirk;
       training.NonFiniteError from training.
     """

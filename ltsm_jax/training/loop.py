@@ -402,7 +402,8 @@ class _Fitting:
         """Validation, selection, and whether this was the last epoch."""
         kept = self.to_keep(epoch)
         found = self.validate(trees.merge(kept, self.frozen)) if self.validate else None
-        if self.judge(epoch, found):
+        watched = self.watch(trees.merge(kept, self.frozen)) if self.watch else {}
+        if self.judge(epoch, found, watched):
             self.state["best"] = jax.tree.map(jnp.copy, kept)
         if self.config.swa:
             # Not before: a stop inside the validation comes back to this epoch, which must not count twice.
@@ -413,10 +414,10 @@ class _Fitting:
             self.run.record([row])
         self.bar.update(self.position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
 
-    def judge(self, epoch: int, found: Mapping[str, Any] | None) -> bool:
+    def judge(self, epoch: int, found: Mapping[str, Any] | None, watched: Mapping[str, Any] | None = None) -> bool:
         """Add the epoch's row to the history; say whether its weights are the best so far.
 
-        found: of its validation, where there is one.
+        found: of its validation, where there is one. watched: further numbers for the row, see `fit`.
         """
         position = self.position
         row = {
@@ -438,6 +439,7 @@ class _Fitting:
             better = selectable and value < position.best
             if better:
                 position.best, position.best_epoch = value, epoch + 1
+        row |= watched or {}
         position.history.append(row)
         position.loss_sum = 0.0
         waited = epoch + 1 - (position.best_epoch or epoch + 1)
