@@ -22,6 +22,7 @@ GROUND = (
     "ltsm_jax.hosts",
     "ltsm_jax.hub",
     "ltsm_jax.sharding",
+    "ltsm_jax.stacks",
     "ltsm_jax.storage",
     "ltsm_jax.trees",
 )

@@ -32,7 +32,7 @@ from ltsm_jax.training import loop, step
 def overhead(model, params, windows, epochs: int) -> list[float]:
     """Share of each epoch after the first that is spent outside the compiled steps."""
     inside, marks = [0.0], []
-    advance, end_epoch = step.advance, loop._Fitting.end_epoch
+    advance, end_epoch = step.advance, loop.Fitting.end_epoch
 
     def timed(*args, **kwargs):
         started = time.perf_counter()
@@ -44,13 +44,13 @@ def overhead(model, params, windows, epochs: int) -> list[float]:
         end_epoch(self, epoch)
         marks.append((time.perf_counter(), sum(inside)))
 
-    step.advance, loop._Fitting.end_epoch = timed, marked
+    step.advance, loop.Fitting.end_epoch = timed, marked
     try:
         config = training.TrainConfig(epochs=epochs, batch_size=256, lr=3e-4).filled(model.recipe(), seed=0)
         with tempfile.TemporaryDirectory() as folder:
             training.fit(model.loss, params, windows, config=config, folder=f"{folder}/run", show_progress=False)
     finally:
-        step.advance, loop._Fitting.end_epoch = advance, end_epoch
+        step.advance, loop.Fitting.end_epoch = advance, end_epoch
     return [(b[0] - a[0]) / (b[1] - a[1]) - 1 for a, b in itertools.pairwise(marks)]
 
 

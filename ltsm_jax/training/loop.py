@@ -20,7 +20,7 @@ import numpy as np
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, progress, step
+from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, parts, progress, step
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
@@ -59,7 +59,7 @@ class NonFiniteError(ValueError):
 
 
 @dataclasses.dataclass
-class _Position:
+class Position:
     """Where a run is: everything of its state that is not an array on the device."""
 
     step: int = 0
@@ -72,11 +72,13 @@ class _Position:
     finished: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """Give it as JSON."""
         # inf is no JSON; it can be read off the history
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "best"}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any], select: str) -> "_Position":
+    def from_json(cls, stored: Mapping[str, Any], select: str) -> "Position":
+        """Read it back; `select` names the metric that selects an epoch."""
         position = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored})
         if position.best_epoch is not None:
             position.best = position.history[position.best_epoch - 1][f"val_{select}"]
@@ -145,15 +147,26 @@ def fit(
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
         raise ValueError("nothing to train: `trainable` is False for every leaf")
-    fitting = _Fitting(
+    loss, placement = step.as_pytree(loss_fn), Placement.of(params)
+    config = parts.settled(
         config,
-        step.as_pytree(loss_fn),
+        moving,
+        frozen,
+        train_source,
+        loss,
+        keys(config.seed or 0)["dropout"],
+        on_mesh=placement.mesh is not None,
+        folder=folder,
+    )
+    fitting = Fitting(
+        config,
+        loss,
         step.as_pytree(penalty),
         train_source,
         moving,
         frozen,
         validate,
-        Placement.of(params),
+        placement,
         select,
         watch,
     )
@@ -163,7 +176,7 @@ def fit(
         # it traces the loss: what is refused here has made no folder
         takes = fitting.check_memory(allocated=0, writes=folder is not None)
     if folder is not None:
-        record = _config_record(config, facts, params, trainable, train_source, validate and select)
+        record = config_record(config, facts, params, trainable, train_source, validate and select)
         run = checkpoints.RunFolder(folder, record, config.keep_checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext():
         fitting.start(moving, run)
@@ -191,7 +204,7 @@ def fit(
     )
 
 
-class _Fitting:
+class Fitting:
     """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
 
     def __init__(
@@ -216,7 +229,8 @@ class _Fitting:
         self.mesh = placement.mesh
         placement.check_hosts()
         self.batch_size = min(config.batch_size, self.n)
-        placement.check_batch(self.batch_size, config.accumulate)
+        self.how = step.How.of(config)
+        placement.check_batch(self.batch_size, self.how.accumulate)
         self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
@@ -227,9 +241,8 @@ class _Fitting:
         self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
         self.rule = optimizers.Rule.of(config)
         self.keys = placement.replicate(keys(config.seed or 0))
-        self.pace = _Pace(config.steps_per_dispatch)
+        self.pace = Pace(config.steps_per_dispatch)
         self.saved_step = 0
-        self.how = step.How.of(config)
         self.run: checkpoints.RunFolder | None = None
         self.shapes = jax.eval_shape(self.state_of, moving)
         self.shardings: Tree | None = None
@@ -257,10 +270,10 @@ class _Fitting:
         self.run = run
         restored = run.restore(self.shapes) if run else None
         if restored is not None:
-            self.state, self.position = restored[0], _Position.from_json(restored[1], self.select)
+            self.state, self.position = restored[0], Position.from_json(restored[1], self.select)
             self.saved_step = self.position.step
             return
-        self.position = _Position()
+        self.position = Position()
         if self.shardings is not None:
             self.state = jax.jit(self.state_of, out_shardings=self.shardings)(moving)
         else:
@@ -306,13 +319,12 @@ class _Fitting:
         while not self.position.finished:
             began, first = time.monotonic(), self.position.step
             epoch = len(self.position.history)  # a run may have been stopped between its last step and its validation
-            self.order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
-            steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
-            self.lr = np.asarray(self.rates(steps), np.float32)
-            while self.position.step <= steps[-1]:
+            self.begin_epoch(epoch)
+            start = epoch * self.steps_per_epoch
+            while self.position.step < start + self.steps_per_epoch:
                 # an epoch's last step is saved with its validation, below, and so not once more here
-                due = self.position.step > steps[0] and time.monotonic() - self.saved >= config.checkpoint_seconds
-                self.dispatch(epoch, self.position.step - int(steps[0]), self.settle(run, due))
+                due = self.position.step > start and time.monotonic() - self.saved >= config.checkpoint_seconds
+                self.dispatch(epoch, self.position.step - start, self.settle(run, due))
             trained = time.monotonic()
             try:
                 self.end_epoch(epoch)
@@ -358,20 +370,30 @@ class _Fitting:
                 kept = f"checkpoint: {run.path(self.position.step)}"
         return hosts.stopped(f"after step {self.position.step} of {self.total}; {kept}")
 
-    def dispatch(self, epoch: int, place: int, steps: int) -> None:
-        """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""
-        position, began = self.position, time.monotonic()
-        count = min(steps, self.steps_per_epoch - place)
+    def begin_epoch(self, epoch: int) -> None:
+        """Set the order of an epoch's windows, and its learning rates."""
+        self.order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
+        steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
+        self.lr = np.asarray(self.rates(steps), np.float32)
+
+    def advance(self, place: int, count: int) -> tuple[np.ndarray, int]:
+        """Take `count` steps from batch `place` of the epoch. Returns: losses, and how many steps were finite."""
         average = self.state["average"] if self.how.ema else None
         self.state["params"], self.state["optimizer"], average, losses, done = step.advance(
             self.state["params"], self.state["optimizer"], average, self.frozen, self.placed, self.order, self.lr,
             self.keys["dropout"], self.loss_fn, self.penalty,
-            np.int32(place), np.int32(count), np.int32(position.step),
+            np.int32(place), np.int32(count), np.int32(self.position.step),
             batch_size=self.batch_size, rule=self.rule, how=self.how, layout=self.layout,
         )  # fmt: skip
         if average is not None:
             self.state["average"] = average
-        losses, done = np.asarray(losses), int(done)
+        return np.asarray(losses), int(done)
+
+    def dispatch(self, epoch: int, place: int, steps: int) -> None:
+        """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""
+        position, began = self.position, time.monotonic()
+        count = min(steps, self.steps_per_epoch - place)
+        losses, done = self.advance(place, count)
         lines = self.account(epoch, place, losses[:done])
         if self.run:
             self.run.record(lines)
@@ -455,10 +477,12 @@ class _Fitting:
         return self.state["average"] if config.ema else params
 
     def save(self, run: checkpoints.RunFolder) -> None:
+        """Write a checkpoint."""
         run.save(self.state, self.position.to_json())
         self.saved, self.saved_step = time.monotonic(), self.position.step
 
     def best_so_far(self) -> str:
+        """Say the best validation, for the progress bar."""
         return "" if self.position.best_epoch is None else f"  best val {self.select} {self.position.best:.4f}"
 
     def kept(self) -> str:
@@ -493,13 +517,14 @@ class _Fitting:
         return "\n".join(lines)
 
 
-class _Pace:
+class Pace:
     """How many steps to put into the next dispatch: as many as fill DISPATCH_SECONDS."""
 
     def __init__(self, fixed: int | None):
         self.fixed, self.steps, self.compiled = fixed, fixed or 1, False
 
     def learn(self, steps: int, seconds: float) -> None:
+        """Set the next number of steps by how long a dispatch of `steps` took."""
         if self.fixed is None and self.compiled:
             fill = DISPATCH_SECONDS / max(seconds / steps, 1e-9)
             self.steps = int(min(max(fill, 1), 4 * self.steps, MOST_STEPS))
@@ -523,7 +548,8 @@ def _stamps(source: Any) -> dict[str, str]:
     return {"stamps_sha256": hosts.on_first(storage.sha256_of, {"stamps": stamps})}
 
 
-def _config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
+def config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
+    """Give what the config.json of a run holds: everything that decides its result. On several hosts all call."""
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
         "train": config.record(),

@@ -1,0 +1,170 @@
+"""Compute a function for several trees of one structure, the lanes of a stack, in one program.
+
+Runs that differ in their numbers alone, such as a seed, a start or a learning rate, can take their
+steps together. What differs between the lanes has one more axis in front, L; what they have in
+common is held once.
+
+    stack = Stack.of([{"w": w_0, "x": x}, {"w": w_1, "x": x}])    # w [L, ...], x once
+    Over("batched").each(lambda tree: tree["w"] @ tree["x"], stack)
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ltsm_jax import sharding, trees
+from ltsm_jax.trees import Tree
+
+Mode = Literal["batched", "mapped"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stack:
+    """L trees of one structure; a pytree.
+
+    Attributes:
+      own: the leaves that differ between lanes, [L, ...].
+      shared: the leaves that are one and the same array in every lane.
+      which: for each leaf, in the order of the tree, whether it is among `own`; static under jit.
+      structure: of the tree of one lane; static under jit.
+    """
+
+    own: list[Any]
+    shared: list[Any]
+    which: tuple[bool, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, lanes: Sequence[Tree]) -> "Stack":
+        """Stack the trees of all lanes; a leaf that is the same object in all of them is held once."""
+        structure = jax.tree.structure(lanes[0])
+        own, shared, which = [], [], []
+        for leaves in zip(*map(jax.tree.leaves, lanes), strict=True):
+            differs = any(leaf is not leaves[0] for leaf in leaves)
+            which.append(differs)
+            if differs:
+                own.append(jnp.stack(leaves))
+            else:
+                shared.append(leaves[0])
+        return cls(own, shared, tuple(which), structure)
+
+    @classmethod
+    def whole(cls, tree: Tree) -> "Stack":
+        """Make a stack of a tree whose leaves have the axis of the lanes already."""
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(leaves, [], (True,) * len(leaves), structure)
+
+    def merge(self, other: "Stack") -> "Stack":
+        """Merge the two parts of `trees.partition`, lane by lane."""
+        both = trees.merge(self._marked(), other._marked())
+        leaves = jax.tree.leaves(both)
+        own = [leaf.array for leaf in leaves if leaf.own]
+        shared = [leaf.array for leaf in leaves if not leaf.own]
+        return Stack(own, shared, tuple(leaf.own for leaf in leaves), jax.tree.structure(both))
+
+    def lane(self, own: Sequence[Any]) -> Tree:
+        """Give the tree of one lane. own: its slices of `self.own`."""
+        mine, rest = iter(own), iter(self.shared)
+        leaves = [next(mine) if differs else next(rest) for differs in self.which]
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def _marked(self) -> Tree:
+        own, shared = iter(self.own), iter(self.shared)
+        leaves = [_Marked(differs, next(own if differs else shared)) for differs in self.which]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+jax.tree_util.register_dataclass(Stack, data_fields=["own", "shared"], meta_fields=["which", "structure"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Marked:
+    """A leaf of a stack, and whether it is a lane's own; to JAX a leaf itself."""
+
+    own: bool
+    array: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Over:
+    """How a function runs over the lanes of stacks; static under jit.
+
+    Attributes:
+      mode: "batched": all lanes at once, with one more axis in every operation. "mapped": one lane
+        after the other inside the program, each with the bits that it would have alone.
+      mesh: over whose devices the lanes are spread, each device with its own and with no word to
+        the others; None: they stay where they are. Their number must divide L.
+    """
+
+    mode: Mode
+    mesh: Mesh | None = None
+
+    @property
+    def devices(self) -> int:
+        """Number of devices that have lanes."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    def each(self, function: Callable[..., Tree], *stacks: Stack, shared: Tree = None) -> Tree:
+        """Compute `function(*trees of one lane)` for every lane; results have the axis L in front.
+
+        shared: where it is not None, the last argument of every call. To be used inside jit.
+        """
+
+        def local(*stacks: Stack, shared: Tree) -> Tree:
+            def one(owns):
+                lane = [stack.lane(own) for stack, own in zip(stacks, owns, strict=True)]
+                return function(*lane) if shared is None else function(*lane, shared)
+
+            owns = [stack.own for stack in stacks]
+            return jax.vmap(one)(owns) if self.mode == "batched" else jax.lax.map(one, owns)
+
+        return self.spread(local, *stacks, shared=shared)
+
+    def spread(self, function: Callable[..., Tree], *stacks: Stack, shared: Tree = None) -> Tree:
+        """Compute `function(*stacks, shared=shared)` on every device, with stacks of its own lanes."""
+        if self.mesh is None:
+            return function(*stacks, shared=shared)
+        lanes, everywhere = self._spec, PartitionSpec()
+
+        def here(owns, common, shared):
+            pairs = zip(stacks, owns, common, strict=True)
+            local = [dataclasses.replace(s, own=own, shared=rest) for s, own, rest in pairs]
+            return function(*local, shared=shared)
+
+        spread = jax.shard_map(
+            here,
+            mesh=self.mesh,
+            in_specs=(lanes, everywhere, everywhere),
+            out_specs=lanes,
+            check_vma=False,
+        )
+        return spread([stack.own for stack in stacks], [stack.shared for stack in stacks], shared)
+
+    def put(self, stack: Stack) -> Stack:
+        """Outside jit: lay the lanes of a stack over the devices, and what they share on all of them."""
+        if self.mesh is None:
+            return stack
+        placement = sharding.Placement(self.mesh)
+        own = [sharding.put(leaf, self.sharding) for leaf in stack.own]
+        return dataclasses.replace(stack, own=own, shared=placement.replicate(stack.shared))
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Where arrays with the axis of the lanes lie."""
+        assert self.mesh is not None, "there is a mesh to lie on"
+        return NamedSharding(self.mesh, self._spec)
+
+    @property
+    def _spec(self) -> PartitionSpec:
+        assert self.mesh is not None, "there is a mesh to lie on"
+        return PartitionSpec(self.mesh.axis_names)
+
+
+def take(tree: Tree, lane: int) -> Tree:
+    """Take one lane of a tree of arrays [L, ...], on one device."""
+    return jax.tree.map(lambda leaf: leaf[lane], tree)
