@@ -5,6 +5,9 @@ one with the lowest validation MSE, mean over the origins of `--origins`, is the
 seeds. The choice is not stored: it follows from the results, so that a larger grid may join a folder later.
 """
 
+# pandas types rows and groups by all they might hold:
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
