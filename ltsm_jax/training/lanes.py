@@ -55,13 +55,14 @@ ALIKE = (
 )  # fmt: skip
 DIFFERING = ("lr", "seed", "schedule", "warmup", "patience", *FREE)
 JOB = (
-    "loss_fn", "params", "train_source", "config", "validate", "select", "trainable", "penalty",
+    "loss_fn", "params", "train_source", "config", "validate", "watch", "select", "trainable", "penalty",
     "folder", "label", "facts", "show_progress",
 )  # fmt: skip
 
 GAIN = 0.95  # lanes must take at most this share of the time of separate runs to be chosen
 TIMED_SECONDS = 0.3  # of one timed dispatch
 ROUNDS = 3  # timed dispatches of each way, in turns
+LEAST_COMPILING = 1.0  # seconds that a program of lanes takes to compile at least
 WORTH_TIMING = 30  # how many times as long as a compilation all runs must take, to find out
 TINY_STEP = 0.01  # seconds; below it a step is so short that batching is likely to gain
 WORTH_TIMING_TINY = 6
@@ -115,7 +116,8 @@ def signature(job: Mapping[str, Any]) -> Hashable | None:
         trainable,
         (jax.tree.structure(source), storage.sha256_of(source)),
         tuple(getattr(config, name) for name in ALIKE),
-        (placement, job.get("validate") is None, job.get("select", "mse"), job.get("folder") is None),
+        (placement, job.get("select", "mse")),
+        tuple(job.get(name) is None for name in ("validate", "watch", "folder")),
     )
 
 
@@ -249,6 +251,7 @@ class Sweep:
                 job.get("validate"),
                 Placement(),
                 job.get("select", "mse"),
+                job.get("watch"),
             )
             fitting.position = loop.Position()
             self.fittings.append(fitting)
@@ -438,7 +441,7 @@ class Sweep:
         for lane in alive:
             fitting = self.fittings[lane]
             try:
-                better[lane] = fitting.judge(epoch, found.get(lane))
+                better[lane] = fitting.judge(epoch, found.get(lane), self.watched(lane))
             except NonFiniteError as err:
                 self.fail(lane, str(err))
             else:
@@ -459,6 +462,13 @@ class Sweep:
             fitting = self.fittings[lane]
             found[lane] = fitting.validate(trees.merge(self.of_lane("params", lane), fitting.frozen))
         return found
+
+    def watched(self, lane: int) -> Mapping[str, Any]:
+        """Give the further numbers of a lane's epoch, see `training.fit`."""
+        fitting = self.fittings[lane]
+        if fitting.watch is None:
+            return {}
+        return fitting.watch(trees.merge(self.of_lane("params", lane), fitting.frozen))
 
     def _frozen(self) -> Stack:
         return self.stacked([fitting.frozen for fitting in self.fittings])
@@ -573,7 +583,7 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
     alone = _Timed(_separate(jobs[0]), 1)
     work = alone.seconds * n * alone.work.total
     worth = WORTH_TIMING_TINY if alone.seconds < TINY_STEP else WORTH_TIMING
-    if on_cpu and work < worth * alone.compile_seconds:
+    if on_cpu and work < worth * max(alone.compile_seconds, LEAST_COMPILING):
         return Choice("separate", 1, f"{n} runs one after the other: too short to find out whether lanes are quicker")
     timed: dict[Way, _Timed] = {}
     for way in able:
@@ -668,7 +678,8 @@ def fit(
     lanes: Asked = "auto",
     folder: str | Path | None = None,
     evaluate: Evaluate | None = None,
-) -> list[Outcome]:
+    others: bool = True,
+) -> list[Outcome | None]:
     """Train runs of one `signature`, as lanes of one program or one after the other.
 
     Args:
@@ -679,6 +690,8 @@ def fit(
       folder: of the sweep, for checkpoints of all lanes and the choice. A sweep that was killed
         goes on from there, and ends with the same bits. None keeps nothing on disk on the way.
       evaluate: scores all lanes in one program, see `Evaluate`; None: `validate` of each job does.
+      others: False: leave to the caller what is not trained as a lane, and is not finished either;
+        its outcome is None.
     Returns: for each job what `training.fit` returns, or the NonFiniteError that it would raise.
     Raises: as `training.fit`, for all of them.
     """
@@ -702,9 +715,9 @@ def fit(
                     place = None if folder is None else Path(folder) / f"lanes-{_digest(jobs, members)}"
                     outcomes |= _as_lanes(jobs, members, over, place, evaluate)
     for i, job in enumerate(jobs):
-        if i not in outcomes:
+        if i not in outcomes and (others or _is_finished(job)):
             outcomes[i] = _by_itself(job)
-    return [outcomes[i] for i in range(len(jobs))]
+    return [outcomes.get(i) for i in range(len(jobs))]
 
 
 def _settled(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -736,6 +749,10 @@ def _by_itself(job: Mapping[str, Any]) -> Outcome:
 
 def _has_checkpoint(job: Mapping[str, Any]) -> bool:
     return job.get("folder") is not None and bool(checkpoints.steps(Path(job["folder"])))
+
+
+def _is_finished(job: Mapping[str, Any]) -> bool:
+    return job.get("folder") is not None and checkpoints.finished(job["folder"])
 
 
 def _chunks(members: Sequence[int], most: int) -> list[list[int]]:
