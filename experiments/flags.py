@@ -29,6 +29,7 @@ from ltsm_jax.flags import (
     path,
     text,
     whole,
+    whole_or,
     wholes,
     words,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "path",
     "text",
     "whole",
+    "whole_or",
     "wholes",
     "words",
 ]
