@@ -15,7 +15,7 @@ from ltsm_jax.methods import verdict
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.models import folders
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import TrainConfig, memory, optimizers, step
+from ltsm_jax.training import TrainConfig, memory, optimizers, parts, step
 
 METHODS = ("auto", *STRATEGIES)
 
@@ -132,6 +132,7 @@ def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
     recipe = model.recipe()
     filled = config.filled(recipe)
     batch = config.batch_size or min(recipe.batch_size, verdict.LARGEST_BATCH)
+    filled = dataclasses.replace(filled, batch_size=batch)
     placement = Placement.of(params)
 
     def state_of(params: Any) -> Any:
@@ -139,12 +140,14 @@ def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
         return {"params": params, "optimizer": optimizer, "best": params}
 
     moving, frozen = trees.partition(params, trees.select(params, None))
+    loss, key = step.as_pytree(prepared.task.loss(model)), jax.random.key(0)
+    filled = parts.settled(filled, moving, frozen, source, loss, key, on_mesh=placement.mesh is not None)
     found = memory.estimate(
         jax.eval_shape(state_of, moving),
         frozen,
         source.over(placement.mesh),
-        step.as_pytree(prepared.task.loss(model)),
-        jax.random.key(0),
+        loss,
+        key,
         batch_size=min(batch, source.n),
         how=step.How.of(filled),
         placement=placement,

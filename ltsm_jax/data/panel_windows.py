@@ -11,6 +11,7 @@ Shapes: N items, C targets, R rows in the layout, W windows, L context rows, H h
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -34,10 +35,12 @@ class Layout:
     """Where the items of a panel lie in the long row of each target, and in which unit.
 
     Attributes:
-      values: [C, R] float32, standardised per item and target by its training rows, NaN = missing.
+      values: [C + K, R] float32, NaN = missing: targets standardised per item by their training rows,
+        then covariates in units of their own around 0, those of the past before those known ahead.
       mean, std: [C, N] of these training rows, data units; std is 1 where they do not move.
       front: [N] rows of missing values in front of each item.
       begin: [N] the place of each item's own first row.
+      n_past, n_known: how many covariates of each kind there are.
     """
 
     values: jax.Array
@@ -45,6 +48,8 @@ class Layout:
     std: np.ndarray
     front: np.ndarray
     begin: np.ndarray
+    n_past: int = 0
+    n_known: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,6 +117,7 @@ def cut_panel(
     train_context: int | None = None,
     target_len: int | None = None,
     joint: bool = False,
+    covariates: Collection[str] = (),
     most_train: int = MOST_TRAIN,
     most_scored: int = MOST_SCORED,
     seed: int = 0,
@@ -131,6 +137,8 @@ def cut_panel(
       target_len: most rows that a training target will have (`PanelSplits.training`); None: the
         horizon.
       joint: windows of all targets instead of one each.
+      covariates: kinds of the panel's covariates that windows hold, of "past" and "known"; they go
+        with windows of all targets.
       most_train, most_scored: caps of the tables. Where there are more windows, as many are drawn,
         one from each of as many equal stretches, so that no hour of a day is preferred.
       seed: of that draw.
@@ -160,7 +168,9 @@ def cut_panel(
     for length in (horizon, target_len):
         first, count = _training_origins(edges[:, 0], train_context, length, horizon)
         front = np.maximum(front, np.where(count > 0, train_context - first, 0))
-    layout, still = _lay_out(panel, edges[:, 0], front)
+    if covariates and not joint:
+        raise ValueError("covariates go with windows of all targets: joint=True")
+    layout, still = _lay_out(panel, edges[:, 0], front, covariates)
 
     # A still item would be scored in data units, and one of them can outweigh all others. Where there is nothing else,
     # it is scored all the same.
@@ -238,16 +248,25 @@ def _training_origins(
     return first, np.where(first >= 0, last - first + 1, 0)
 
 
-def _lay_out(panel: Panel, train_rows: np.ndarray, front: np.ndarray) -> tuple[Layout, np.ndarray]:
-    """The layout, standardised by the first `train_rows` [N] of each item; whether these are still [C, N]."""
+def _lay_out(
+    panel: Panel, train_rows: np.ndarray, front: np.ndarray, covariates: Collection[str]
+) -> tuple[Layout, np.ndarray]:
+    """The layout, standardised by the first `train_rows` [N] of each item; whether these are still [C, N].
+
+    Of covariates only the mean of an item is taken away: windows are standardised by themselves, and
+    float32 holds small differences around 0 best.
+    """
     lengths = panel.lengths
+    past = panel.past_values if "past" in covariates and panel.past else None
+    known = panel.known_values if "known" in covariates and panel.known else None
+    beside = [values for values in (past, known) if values is not None]
     c, rows = panel.n_variates, int(front.sum()) + panel.n_rows
     if rows > MOST_ROWS:
         raise DataError(
             f"{panel.name}: {rows:,} rows, with those that shorter items lack in front; at most {MOST_ROWS:,} fit: "
             "take fewer items, or a shorter context"
         )
-    out = np.full((c, rows), np.nan, np.float32)
+    out = np.full((c + sum(len(values) for values in beside), rows), np.nan, np.float32)
     mean, std = np.zeros((c, panel.n_items)), np.ones((c, panel.n_items))
     still = np.ones((c, panel.n_items), bool)
     shift = np.cumsum(front)  # how far each item's rows lie behind their place in the panel
@@ -267,8 +286,23 @@ def _lay_out(panel: Panel, train_rows: np.ndarray, front: np.ndarray) -> tuple[L
         mean[:, a:b], std[:, a:b], still[:, a:b] = _moments(np.where(trains, block, np.nan), ends)
 
         scaled = (block - np.repeat(mean[:, a:b], own, axis=1)) / np.repeat(std[:, a:b], own, axis=1)
-        out[:, np.arange(lo, hi) + np.repeat(shift[a:b], own)] = scaled
-    return Layout(jnp.asarray(out), mean, std, front, panel.bounds[:-1] + shift), still
+        place = np.arange(lo, hi) + np.repeat(shift[a:b], own)
+        out[:c, place] = scaled
+        row = c
+        for values in beside:
+            more = values[:, lo:hi]
+            middle, _, _ = _moments(more, ends)
+            out[row : row + len(more), place] = more - np.repeat(middle, own, axis=1)
+            row += len(more)
+    return Layout(
+        jnp.asarray(out),
+        mean,
+        std,
+        front,
+        panel.bounds[:-1] + shift,
+        n_past=0 if past is None else len(past),
+        n_known=0 if known is None else len(known),
+    ), still
 
 
 def _moments(values: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -316,7 +350,8 @@ def _table(
     first, count = origins
     before = np.concatenate([[0], np.cumsum(count)])
     each = int(before[-1])
-    total = each if joint else each * len(layout.values)
+    targets = len(layout.mean)
+    total = each if joint else each * targets
     number = spread(total, most, seed)
 
     # Numbered target by target, in each item by item.
@@ -326,10 +361,19 @@ def _table(
     if (own_start < -layout.front[item]).any():
         raise ValueError(f"windows of {context_len} + {horizon} rows cross items: cut the panel with this target_len")
     starts = (layout.begin[item] + own_start).astype(np.int32)
-    seen = _observed(layout.values, starts, None if joint else variate, context_len, horizon)
+    seen = _observed(np.asarray(layout.values)[:targets], starts, None if joint else variate, context_len, horizon)
 
     rows = None if joint else jnp.asarray(variate[seen].astype(np.int32))
-    windows = Windows(layout.values, jnp.asarray(starts[seen]), rows, context_len, horizon, columns)
+    windows = Windows(
+        layout.values,
+        jnp.asarray(starts[seen]),
+        rows,
+        context_len,
+        horizon,
+        columns,
+        n_past=layout.n_past,
+        n_known=layout.n_known,
+    )
     return _Table(windows, len(number), total)
 
 
@@ -343,10 +387,9 @@ def spread(n: int, most: int, seed: int) -> np.ndarray:
 
 
 def _observed(
-    values: jax.Array, starts: np.ndarray, variate: np.ndarray | None, context_len: int, horizon: int
+    values: np.ndarray, starts: np.ndarray, variate: np.ndarray | None, context_len: int, horizon: int
 ) -> np.ndarray:
     """Whether each window [W] has an observed value in its context and one in its target."""
-    on_host = np.asarray(values)
     found = np.zeros(len(starts), bool)
 
     def check(observed_R: Any, mine: np.ndarray) -> None:
@@ -359,8 +402,8 @@ def _observed(
 
     # One target at a time: counts of all rows of all of them would be as large as the panel.
     if variate is None:
-        check(np.any(~np.isnan(on_host), axis=0), np.arange(len(starts)))
+        check(np.any(~np.isnan(values), axis=0), np.arange(len(starts)))
         return found
-    for c, row in enumerate(on_host):
+    for c, row in enumerate(values):
         check(~np.isnan(row), np.flatnonzero(variate == c))
     return found

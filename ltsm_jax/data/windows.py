@@ -34,6 +34,8 @@ class Windows:
       rows: [N] int32, the variate of each window; None when every window holds all variates (`joint`).
       context_len, horizon: L and H; static under jit.
       columns, timestamps: names and stamps for `describe`. They stay on the host: inside jit they are empty.
+      n_past, n_known: how many of the last rows of `values` are covariates: of joint windows those of the past, then
+        those that are known ahead. Static under jit.
     """
 
     values: jax.Array
@@ -43,6 +45,12 @@ class Windows:
     horizon: int
     columns: tuple[str, ...] = ()
     timestamps: np.ndarray | None = None
+    n_past: int = 0
+    n_known: int = 0
+
+    def __post_init__(self):
+        if self.rows is not None and self.n_past + self.n_known:
+            raise ValueError("covariates go with windows of all variates (joint)")
 
     @property
     def n(self) -> int:
@@ -57,17 +65,32 @@ class Windows:
     def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
         """The windows numbered `indices` [B] (each in [0, N)) as a batch, inside or outside jit.
 
-        Returns: {"context": [B, 1, L], "target": [B, 1, H]}; [B, C, L] and [B, C, H] when joint.
+        Returns: {"context": [B, 1, L], "target": [B, 1, H]}; [B, C, L] and [B, C, H] when joint. With covariates also
+          "past" [B, n_past, L] and "known" [B, n_known, L + H], see `models.family.Batch`.
         """
+        return self._as_batch(self._cut(indices))
+
+    def _cut(self, indices: jax.Array) -> jax.Array:
+        """All rows [B, C, L + H] of the windows numbered `indices`."""
         starts_B = self.starts[indices]
         if self.rows is None:
             size = (self.values.shape[0], self.context_len + self.horizon)
-            x_BCT = jax.vmap(lambda t: jax.lax.dynamic_slice(self.values, (0, t), size))(starts_B)
-        else:
-            size = (1, self.context_len + self.horizon)
-            cut = jax.vmap(lambda c, t: jax.lax.dynamic_slice(self.values, (c, t), size))
-            x_BCT = cut(self.rows[indices], starts_B)
-        return {"context": x_BCT[..., : self.context_len], "target": x_BCT[..., self.context_len :]}
+            return jax.vmap(lambda t: jax.lax.dynamic_slice(self.values, (0, t), size))(starts_B)
+        size = (1, self.context_len + self.horizon)
+        cut = jax.vmap(lambda c, t: jax.lax.dynamic_slice(self.values, (c, t), size))
+        return cut(self.rows[indices], starts_B)
+
+    def _as_batch(self, x_BCT: jax.Array) -> dict[str, jax.Array]:
+        """Take context, target and covariates out of whole windows."""
+        covariates = {}
+        if self.n_past + self.n_known:
+            targets = x_BCT.shape[1] - self.n_past - self.n_known
+            x_BCT, past, known = jnp.split(x_BCT, (targets, targets + self.n_past), axis=1)
+            if self.n_past:
+                covariates["past"] = past[..., : self.context_len]
+            if self.n_known:
+                covariates["known"] = known
+        return {"context": x_BCT[..., : self.context_len], "target": x_BCT[..., self.context_len :]} | covariates
 
     def take(self, indices: np.ndarray) -> "Windows":
         """The same series with only the windows numbered `indices`, in that order."""
@@ -117,7 +140,7 @@ class Windows:
 jax.tree_util.register_dataclass(
     Windows,
     data_fields=["values", "starts", "rows"],
-    meta_fields=["context_len", "horizon"],
+    meta_fields=["context_len", "horizon", "n_past", "n_known"],
     drop_fields=["columns", "timestamps"],  # host-only: they are no part of a compiled function's key
 )
 
@@ -152,8 +175,7 @@ class Spread(Windows):
             mine_B = (starts_B >= 0) & (starts_B < part_len)
             rows_B = None if rows is None else rows[indices]
             here = Windows(values[0], starts_B, rows_B, self.context_len, self.horizon)
-            batch = here.gather(jnp.arange(len(indices)))  # of starts elsewhere some rows or other, which go to 0
-            x_BCT = jnp.concatenate([batch["context"], batch["target"]], axis=-1)
+            x_BCT = here._cut(jnp.arange(len(indices)))  # of starts elsewhere some rows or other, which go to 0
             x_BCT = jnp.where(mine_B[:, None, None], x_BCT, 0.0)
             x_BCT = jax.lax.psum(x_BCT, "tensor")
             return jax.lax.psum_scatter(x_BCT, ("data", "fsdp"), scatter_dimension=0, tiled=True)
@@ -167,13 +189,13 @@ class Spread(Windows):
         )
         surplus = -b % sharding.Placement(mesh).row_parts
         x_BCT = cut(self.values, self.starts, self.rows, jnp.pad(indices, (0, surplus)))[:b]
-        return {"context": x_BCT[..., : self.context_len], "target": x_BCT[..., self.context_len :]}
+        return self._as_batch(x_BCT)
 
 
 jax.tree_util.register_dataclass(
     Spread,
     data_fields=["values", "starts", "rows"],
-    meta_fields=["context_len", "horizon", "mesh"],
+    meta_fields=["context_len", "horizon", "mesh", "n_past", "n_known"],
     drop_fields=["columns", "timestamps"],
 )
 
@@ -192,7 +214,16 @@ def _spread(windows: Windows, mesh: Mesh) -> Spread:
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     spread = jax.make_array_from_callback((parts, c, part_len + more), split, part)
     table = sharding.Placement(mesh).replicate({"starts": windows.starts, "rows": windows.rows})
-    return Spread(spread, table["starts"], table["rows"], windows.context_len, windows.horizon, mesh=mesh)
+    return Spread(
+        spread,
+        table["starts"],
+        table["rows"],
+        windows.context_len,
+        windows.horizon,
+        mesh=mesh,
+        n_past=windows.n_past,
+        n_known=windows.n_known,
+    )
 
 
 def context_scale(x: Any) -> tuple[Any, Any]:
@@ -217,6 +248,21 @@ def context_scale(x: Any) -> tuple[Any, Any]:
 
     rounding = 16 * float(jnp.finfo(x.dtype).eps)
     return mean * size, xp.where(std > rounding, std, 1.0) * size
+
+
+def scaled_covariates(x: Any, length: int) -> Any:
+    """Covariates [..., T] by mean and deviation of what is observed of their first `length` steps, float32.
+
+    One that does not move there is only moved to 0: its size says nothing about its future. Works on NumPy and JAX
+    arrays.
+    """
+    xp = np if isinstance(x, np.ndarray) else jnp
+    seen = x[..., :length]
+    missing = xp.isnan(seen)
+    mean, std = context_scale(seen)
+    low = xp.where(missing, xp.inf, seen).min(axis=-1, keepdims=True)
+    high = xp.where(missing, -xp.inf, seen).max(axis=-1, keepdims=True)
+    return ((x - mean) / xp.where(high > low, std, 1.0)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,8 +303,12 @@ class OwnScale:
         return self.windows.describe(i)
 
     def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
-        """As `Windows.gather`, standardised per window and variate."""
+        """As `Windows.gather`, standardised per window and variate; covariates by `scaled_covariates`."""
         batch = self.windows.gather(indices)
+        length = batch["context"].shape[-1]
+        for name in ("past", "known"):
+            if name in batch:
+                batch[name] = scaled_covariates(batch[name], length)
         mean, std = context_scale(batch["context"])
         context = (batch["context"] - mean) / std
         target = (batch["target"] - mean) / std

@@ -134,6 +134,8 @@ class Running:
         self.folder, self.show_progress = folder, show_progress
         self.label = strategy.name if label is None else label
         self.config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
+        if self.config.accumulate == "auto" and not model.rows_apart:
+            self.config = dataclasses.replace(self.config, accumulate=1)
         self.keys = training.keys(seed)
         self.placement = Placement.of(params)
         self.windows = task.windows(model, data)

@@ -186,6 +186,7 @@ def prepare(
         train_context=lengths.train_context,
         target_len=target_len(model, lengths.mode, horizon),
         joint=model.variates == "joint",
+        covariates=model.covariates,
         most_scored=most_scored,
         seed=seed,
     )
@@ -194,8 +195,7 @@ def prepare(
         notes.append(
             f"{len(fresh)} arrays of the model were drawn at random: before tuning it knows nothing ({fresh[0]})"
         )
-    if panel.known or panel.past:
-        notes.append("covariates take no part in the comparison: " + ", ".join((*panel.known, *panel.past)))
+    notes += _covariate_notes(model, panel)
     task = Forecasting(lengths.mode, "context")
     return Prepared(model, start, splits, task, lengths.train_context, masks, tuple(notes))
 
@@ -263,7 +263,7 @@ def compare(
 
     Args:
       model, params: from `ltsm_jax.load`; neither is modified.
-      panel: items with their targets. Covariates are not used in training.
+      panel: items with their targets. Models that take covariates are tuned and scored with them.
       horizon: rows to forecast.
       methods, alpha: see `named`.
       masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them. A model
@@ -454,6 +454,19 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "device": device.device_kind,
     }
+
+
+def _covariate_notes(model: Model, panel: Panel) -> list[str]:
+    """Say which covariates the model is tuned and scored with, and which play no part."""
+    kinds = {"known": panel.known, "past": panel.past}
+    used = [name for kind, names in kinds.items() if kind in model.covariates for name in names]
+    unused = [name for kind, names in kinds.items() if kind not in model.covariates for name in names]
+    notes = []
+    if used:
+        notes.append(f"{model.family} is tuned and scored with covariates: {', '.join(used)}")
+    if unused:
+        notes.append(f"covariates take no part, as {model.family} does not use them: {', '.join(unused)}")
+    return notes
 
 
 # --- lengths and budget

@@ -427,8 +427,16 @@ class Chronos2(Model):
         return error.mean(-1).sum(-1)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Quantile loss of all variates in the scale of each context; see `series_loss`."""
-        error = self.series_loss(params, batch["context"], batch["target"], key=key, train=train)
+        """Quantile loss of all variates in the scale of each context; see `series_loss`.
+
+        Covariates of the batch are further members of each row's group. They have no loss of their own, and count as
+        rows without any error in the mean, as when the original tunes with them.
+        """
+        x, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        target = batch["target"]
+        no_target = ((0, 0), (0, x.shape[1] - target.shape[1]), (0, 0))
+        target = jnp.pad(target, no_target, constant_values=jnp.nan)
+        error = self.series_loss(params, x, target, future=future, key=key, train=train)
         return mean_over_rows(error, batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
@@ -437,7 +445,9 @@ class Chronos2(Model):
         n_patches = -(-steps // self.config.patch_len)
         if n_patches > self.config.max_patches:
             raise ValueError(f"one forward pass reaches {self.horizon} steps, the target has {steps}")
-        y_GMRQ, _ = self.apply(params, batch["context"], n_patches, key=key, train=train)
+        x, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        y_GMRQ, _ = self.apply(params, x, n_patches, future=future, key=key, train=train)
+        y_GMRQ = y_GMRQ[:, : batch["target"].shape[1]]
         point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., :steps, 0]
         return mse_observed(point, batch["target"], batch)
 
@@ -462,17 +472,8 @@ class Chronos2(Model):
     ) -> Forecast:
         """The covariates are further members of each row's group, behind the targets, as in the original."""
         check_context(context, horizon)
-        context = jnp.asarray(context, jnp.float32)
-        (b, c, t), members, future = context.shape, [context], None
-        if past is not None:
-            members.append(jnp.asarray(past, jnp.float32))
-        if known is not None:
-            ahead = jnp.asarray(known[..., t:], jnp.float32)
-            members.append(jnp.asarray(known[..., :t], jnp.float32))
-            # Nothing is known ahead of the members in front.
-            width = sum(x.shape[1] for x in members[:-1])
-            future = jnp.concatenate([jnp.full((b, width, horizon), jnp.nan), ahead], axis=1)
-        y_GMRQ = self.rows(params, jnp.concatenate(members, axis=1), horizon, future=future)[:, :c]
+        x, future = _with_covariates(jnp.asarray(context, jnp.float32), past, known)
+        y_GMRQ = self.rows(params, x, horizon, future=future)[:, : context.shape[1]]
         point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., 0]
         return Forecast(point, y_GMRQ, levels=self.config.levels)
 
@@ -533,6 +534,26 @@ class Chronos2(Model):
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
         """The encoder's output [B, C, N + 2, D]: a token a patch of the context, the learned token, a future patch."""
         return self.apply(params, context, 1)[1]["norm"]
+
+
+def _with_covariates(
+    context: jax.Array, past: jax.Array | None, known: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Put covariates behind the targets of a group: its members [G, M, T], and what is known ahead [G, M, R] or None.
+
+    context: [G, C, T]. past: [G, K, T]. known: [G, K', T + R].
+    """
+    members, future = [context], None
+    if past is not None:
+        members.append(jnp.asarray(past, jnp.float32))
+    if known is not None:
+        t = context.shape[-1]
+        known = jnp.asarray(known, jnp.float32)
+        # Nothing is known ahead of the members in front.
+        unknown = sum(x.shape[1] for x in members)
+        future = jnp.pad(known[..., t:], ((0, 0), (unknown, 0), (0, 0)), constant_values=jnp.nan)
+        members.append(known[..., :t])
+    return (jnp.concatenate(members, axis=1) if len(members) > 1 else context), future
 
 
 def interpolate_quantiles(y: jax.Array, levels: Sequence[float], wanted: Sequence[float]) -> jax.Array:

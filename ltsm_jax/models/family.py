@@ -17,7 +17,7 @@ from ltsm_jax.trees import Tree
 
 Batch = Mapping[str, jax.Array]
 """One batch: `context` [B, C, L], `target` [B, C, H] (NaN = missing) and, in a partial batch, `weight` [B] (0 for
-padding rows)."""
+padding rows); for families with `covariates` also `past` [B, K, L] and `known` [B, K', L + H], see `predict_with`."""
 
 Task = Literal["forecasting", "imputation", "anomaly", "classification", "embedding"]
 
@@ -91,6 +91,8 @@ class Model(abc.ABC):
     covariates: ClassVar[frozenset[str]] = frozenset()
     # NaN in front of a context give the forecast (of a sampling family, its distribution) of the context without them
     missing_in_front: ClassVar[bool] = False
+    # the training loss is a mean over rows, so that parts of a batch give the gradient of the whole
+    rows_apart: ClassVar[bool] = True
     fixed: ClassVar[str | None] = None  # regular expression: leaves that are data, never trained and never mixed
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]

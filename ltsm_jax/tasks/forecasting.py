@@ -12,7 +12,7 @@ import numpy as np
 from ltsm_jax import sharding, storage
 from ltsm_jax.data.panel_windows import PanelSplits
 from ltsm_jax.data.splits import Splits
-from ltsm_jax.data.windows import OwnScale, Windows, context_scale
+from ltsm_jax.data.windows import OwnScale, Windows, context_scale, scaled_covariates
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models.family import Batch, Forecast, Model
@@ -25,6 +25,7 @@ Mode = Literal["ims", "direct"]
 Scaling = Literal["train", "context"]
 MODES = get_args(Mode)
 LOSS: dict[Mode, Literal["own", "point"]] = {"ims": "own", "direct": "point"}
+MEMBERS = 10  # of a group, what `eval_batch` of a joint family reckons with
 COLLAPSED = 0.01  # a forecast that varies less than this share of what it should follow is a flat line
 
 
@@ -95,11 +96,40 @@ class ScaledByContext:
         """Windows of one forward pass."""
         return self.model.eval_batch
 
+    @property
+    def covariates(self) -> frozenset[str]:
+        """Kinds of covariates that the model takes."""
+        return self.model.covariates
+
     def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
         """`Model.predict`, between scaling and scaling back."""
         seen = context[..., -self.model.context_len :]
         mean, std = context_scale(seen)
-        found = self.model.predict(params, (seen - mean) / std, horizon, key)
+        return self._scaled_back(self.model.predict(params, (seen - mean) / std, horizon, key), mean, std)
+
+    def predict_with(
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        *,
+        past: jax.Array | None = None,
+        known: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Forecast:
+        """`Model.predict_with` likewise; covariates by `scaled_covariates`, as a forecast of a table has them."""
+        seen = context[..., -self.model.context_len :]
+        length = seen.shape[-1]
+        if past is not None:
+            past = scaled_covariates(past[..., -length:], length)
+        if known is not None:
+            known = scaled_covariates(known[..., -(length + horizon) :], length)
+        mean, std = context_scale(seen)
+        found = self.model.predict_with(params, (seen - mean) / std, horizon, past=past, known=known, key=key)
+        return self._scaled_back(found, mean, std)
+
+    @staticmethod
+    def _scaled_back(found: Forecast, mean: jax.Array, std: jax.Array) -> Forecast:
         point = found.point * std + mean
         more = {}
         for name in ("quantiles", "samples"):
@@ -237,6 +267,16 @@ class Errors:
     horizon: int
 
 
+def _point(predictor: Predictor, params: Tree, batch: Batch) -> jax.Array:
+    """The point forecast of a batch, from its covariates too where the predictor takes them."""
+    context, horizon = batch["context"], batch["target"].shape[-1]
+    covariates = {name: batch[name] for name in getattr(predictor, "covariates", ()) if name in batch}
+    if covariates:
+        assert isinstance(predictor, Model | ScaledByContext)
+        return predictor.predict_with(params, context, horizon, **covariates).point
+    return predictor.predict(params, context, horizon).point
+
+
 @functools.partial(jax.jit, static_argnames=("predictor", "placement"))
 def _batch_errors(
     predictor: Predictor, params: Tree, windows: Windows, indices: jax.Array, placement: Placement
@@ -244,7 +284,7 @@ def _batch_errors(
     batch = placement.rows(windows.gather(indices))
     target = batch["target"]
     with rows_over(placement.mesh):
-        point = predictor.predict(params, batch["context"], target.shape[-1]).point
+        point = _point(predictor, params, batch)
     observed = ~jnp.isnan(target)
     difference = jnp.where(observed, point - target, 0.0)
     zero = target == 0
@@ -277,6 +317,9 @@ def errors(
     placement = placement or Placement.of(params)
     placed = windows.over(placement.mesh)
     size = batch_size or predictor.eval_batch * placement.row_parts
+    if batch_size is None and windows.n_past + windows.n_known:
+        members = windows.values.shape[-2]
+        size = max(size * MEMBERS // max(members, MEMBERS), 1)
     sums = in_batches(
         lambda indices: _batch_errors(predictor, params, placed, indices, placement),
         windows.n,
@@ -346,7 +389,7 @@ def _forecast(
     predictor: Predictor, params: Tree, windows: Windows, indices: jax.Array, placement: Placement
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch = windows.gather(indices)
-    point = predictor.predict(params, batch["context"], windows.horizon).point
+    point = _point(predictor, params, batch)
     return placement.everywhere((batch["context"], batch["target"], point))
 
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from ltsm_jax.data import DataError
 from ltsm_jax.data.panel import Panel
-from ltsm_jax.data.windows import context_scale
+from ltsm_jax.data.windows import context_scale, scaled_covariates
 from ltsm_jax.models.family import Forecast, Model
-from ltsm_jax.tasks.forecasting import Predictor
+from ltsm_jax.tasks.forecasting import MEMBERS, Predictor
 from ltsm_jax.trees import Tree
 
 CONTEXT_BYTES = 1 << 27  # of the contexts of one batch, in float64
@@ -306,8 +306,8 @@ def error_unit(z: np.ndarray, season: int) -> np.ndarray:
 def _batch_size(model: Predictor, width: int, length: int, count: int) -> int:
     """Windows of one forward pass: a power of two, so that few shapes are compiled."""
     most = min(model.eval_batch, max(CONTEXT_BYTES // (8 * width * length), 1))
-    if width > 10:  # what `eval_batch` of a joint family reckons with
-        most = max(most * 10 // width, 1)
+    if width > MEMBERS:
+        most = max(most * MEMBERS // width, 1)
     most = 1 << (most.bit_length() - 1)
     return min(most, 1 << max(count - 1, 0).bit_length())
 
@@ -360,11 +360,11 @@ class _Cut:
         if panel.past:
             assert panel.past_values is not None
             x = self.contexts(panel.past_values)
-            past = _filled_up(_standardised(x, self.length), size)
+            past = _filled_up(scaled_covariates(x, self.length), size)
         if panel.known:
             assert panel.known_values is not None
             x = np.concatenate([self.contexts(panel.known_values), self._ahead()], axis=-1)
-            known = _filled_up(_standardised(x, self.length), size)
+            known = _filled_up(scaled_covariates(x, self.length), size)
         return past, known
 
     def _ahead(self) -> np.ndarray:
@@ -382,22 +382,6 @@ class _Cut:
             future = panel.future_values[:, at_item, np.where(there, later, 0)]
             found = np.where(there, future, found)
         return found.swapaxes(0, 1)
-
-
-def _standardised(x: np.ndarray, length: int) -> np.ndarray:
-    """Covariates [B, K, T] by mean and deviation of their first `length` steps, as float32.
-
-    One that does not move there is only moved to 0: its size says nothing about its future.
-    """
-    mean, std = context_scale(x[..., :length])
-    low, high = (f(np.nan_to_num(x[..., :length], nan=v)) for f, v in _ENDS)
-    return ((x - mean) / np.where(high > low, std, 1.0)).astype(np.float32)
-
-
-_ENDS = (
-    (functools.partial(np.min, axis=-1, keepdims=True), np.inf),
-    (functools.partial(np.max, axis=-1, keepdims=True), -np.inf),
-)
 
 
 def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, progress, step
+from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, parts, progress, step
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
@@ -145,15 +145,26 @@ def fit(
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
         raise ValueError("nothing to train: `trainable` is False for every leaf")
+    loss, placement = step.as_pytree(loss_fn), Placement.of(params)
+    config = parts.settled(
+        config,
+        moving,
+        frozen,
+        train_source,
+        loss,
+        keys(config.seed or 0)["dropout"],
+        on_mesh=placement.mesh is not None,
+        folder=folder,
+    )
     fitting = Fitting(
         config,
-        step.as_pytree(loss_fn),
+        loss,
         step.as_pytree(penalty),
         train_source,
         moving,
         frozen,
         validate,
-        Placement.of(params),
+        placement,
         select,
     )
 
@@ -214,7 +225,8 @@ class Fitting:
         self.mesh = placement.mesh
         placement.check_hosts()
         self.batch_size = min(config.batch_size, self.n)
-        placement.check_batch(self.batch_size, config.accumulate)
+        self.how = step.How.of(config)
+        placement.check_batch(self.batch_size, self.how.accumulate)
         self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
@@ -227,7 +239,6 @@ class Fitting:
         self.keys = placement.replicate(keys(config.seed or 0))
         self.pace = Pace(config.steps_per_dispatch)
         self.saved_step = 0
-        self.how = step.How.of(config)
         self.run: checkpoints.RunFolder | None = None
         self.shapes = jax.eval_shape(self.state_of, moving)
         self.shardings: Tree | None = None

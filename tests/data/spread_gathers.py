@@ -4,6 +4,7 @@ test_windows.
 Per mesh and kind of window: whether every batch has the same bits, what each device holds, and how the batch lies.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -40,10 +41,12 @@ def main(file):
     mapped, take, found = np.load(file, mmap_mode="r"), jax.jit(lambda source, i: source.gather(i)), {}
     for joint in (False, True):
         whole = windows.windows_between(values, 0, N_ROWS, CONTEXT, HORIZON, joint=joint)
+        if joint:  # the last two rows are covariates
+            whole = dataclasses.replace(whole, n_past=1, n_known=1)
         last = np.arange(whole.n - 5, whole.n)  # the end of the series, and no multiple of the devices
         for text in ("data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"):
             mesh = sharding.make_mesh(text)
-            spread = windows.Windows(mapped, whole.starts, whole.rows, CONTEXT, HORIZON).over(mesh)
+            spread = dataclasses.replace(whole, values=mapped).over(mesh)
             assert spread.over(mesh) is spread
             batch = take(spread, np.arange(16))
             found[f"{text} {joint}"] = {

@@ -243,10 +243,10 @@ def adapted(family):
     for text in ("one", "data=2,fsdp=2,tensor=2"):
         placed = params if text == "one" else sharding.shard(params, model.shard_rules, sharding.make_mesh(text))[0]
         states = []
-        begin = loop._Fitting.start
-        loop._Fitting.start = lambda self, *args: (begin(self, *args), states.append(self.state))[0]  # noqa: B023
+        begin = loop.Fitting.start
+        loop.Fitting.start = lambda self, *args: (begin(self, *args), states.append(self.state))[0]  # noqa: B023
         result = run_strategy(model, placed, strategy("lora"), splits, config=config, show_progress=False)
-        loop._Fitting.start = begin
+        loop.Fitting.start = begin
         found[text] = {"params": numbers(result.params), "history": result.history, "trained": result.trained}
         if text != "one":
             adapters = states[0]["params"]["adapters"]
