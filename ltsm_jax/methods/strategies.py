@@ -304,6 +304,7 @@ MIXED = tuple(f.__name__ for f in _MIXING)  # those that take an alpha
 VARIANTS = tuple(name for name in MIXED if name not in ("sff", "noise"))  # as sff, but for how the start is mixed
 
 
+TOOLBOX = ("sam", "ema", "swa", "norms", "last_k", "anchor", "mixout", "wise_ft")  # as ff, but for how it is trained
 # the option of `strategy` that each method with one takes
 OPTIONS = dict.fromkeys(MIXED, "alpha") | {
     "l2sp": "l2_sp",

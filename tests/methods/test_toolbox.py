@@ -63,6 +63,19 @@ def test_the_last_layers_are_the_last_of_each_stack_and_the_head():
     assert last == {path for path in paths if path.startswith(("encoder/layer_1/", "decoder/layer_0/", "head/"))}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_last_layers_and_can_be_anchored(name):
+    model = FAMILIES[name](FAMILIES[name].small())
+    chosen, paths = chosen_of(Phase("last"), name)
+    assert 0 < len(chosen) < len(paths)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = {"context": (2, 2, model.context_len), "target": (2, 2, model.horizon)}
+    batch = {side: jax.ShapeDtypeStruct(shape, jnp.float32) for side, shape in shapes.items()}
+    distance = jax.eval_shape(lambda p, b: phases.anchor_distance(model, p, p, b), params, batch)
+    assert distance.shape == ()
+
+
 def test_layers_stand_in_their_own_order():
     model = FAMILIES["timer"](FAMILIES["timer"].small())
     paths = [f"layer_{i}/up/kernel" for i in (10, 2, 0, 1)]
@@ -197,7 +210,7 @@ def test_folders_of_earlier_versions_know_none_of_the_new_fields():
         (lambda: strategy("ema", decay=1.0), "decay of the average"),
         (lambda: strategy("last_k", layers=0), "at least 1 layer"),
         (lambda: Phase(mixout=1.0), "Mixout lies in"),
-        (lambda: Phase("norm"), "one of all, head, norms, last, recipe"),
+        (lambda: Phase(**{"trainable": "norm"}), "one of all, head, norms, last, recipe"),
         (lambda: Strategy("mine", wise=(1.5,)), "between 0 and 1; got 1.5"),
     ],
 )
