@@ -1,6 +1,7 @@
 """Run a strategy on the data of a task."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,8 +13,9 @@ from ltsm_jax import storage, training, trees
 from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import lora
 from ltsm_jax.methods.binding import model_facts
+from ltsm_jax.methods.phases import Phase, anchored, l2_sp_penalty, mixed_out, trainable_mask
 from ltsm_jax.methods.starts import start_params
-from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, trainable_mask
+from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Task
@@ -38,6 +40,8 @@ class Result:
       compile_seconds: those that they waited for the compiler: nearly none for whoever comes second.
       trained: parameters that were trainable in the last phase.
       warnings: what a user should look at, in words.
+      mixes: of a strategy that mixes tuned weights with the checkpoint: validation metrics by the weight of the tuned
+        side. The best of them is `weight`, and `params` are that mix.
     """
 
     strategy: Strategy
@@ -51,6 +55,8 @@ class Result:
     trained: int
     warnings: tuple[str, ...] = ()
     compile_seconds: float = 0.0
+    mixes: dict[float, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    weight: float | None = None
 
 
 def run(
@@ -68,6 +74,7 @@ def run(
     show_progress: bool = True,
     masks: Params | None = None,
     quirks: Collection[str] = (),
+    test_each_epoch: bool = False,
 ) -> Result:
     """Fine-tune `model` from `params` by `strategy`, validate after every epoch, score the best weights.
 
@@ -86,12 +93,14 @@ def run(
         has mixed in random ones), and what is masked stays 0.
       quirks: "no-dropout": all dropout rates are 0, as the release of Prune-then-Finetune has it for pruned models, and
         for them alone.
+      test_each_epoch: score the test part after every epoch too; the scores stand in the history under "test_<name>",
+        and select nothing.
     Raises: ValueError where model, data, masks and task do not go together, and for an unknown quirk;
       training.NonFiniteError from training.
     """
     running = Running(
         model, params, strategy, data, task=task, seed=seed, config=config, folder=folder, label=label,
-        show_progress=show_progress, masks=masks, quirks=quirks,
+        show_progress=show_progress, masks=masks, quirks=quirks, test_each_epoch=test_each_epoch,
     )  # fmt: skip
     while not running.trained_out:
         running.take(training.fit(**running.job()))
@@ -121,11 +130,12 @@ class Running:
         show_progress: bool = True,
         masks: Params | None = None,
         quirks: Collection[str] = (),
+        test_each_epoch: bool = False,
     ):
         if unknown := set(quirks) - {"no-dropout"}:
             raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
         self.model, self.strategy, self.data, self.task = model, strategy, data, task
-        self.folder, self.show_progress = folder, show_progress
+        self.folder, self.show_progress, self.test_each_epoch = folder, show_progress, test_each_epoch
         self.label = strategy.name if label is None else label
         self.config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
         if self.config.accumulate == "auto" and not model.rows_apart:
@@ -134,15 +144,15 @@ class Running:
         self.placement = Placement.of(params)
         self.windows = task.windows(model, data)
         self.loss = task.loss(without_dropout(model) if "no-dropout" in quirks else model)
+        self.checkpoint = params
         self.current = start_params(strategy, model, params, self.keys["aux"])
         self.masks = masks
         if masks is not None:
             self.masks = place(masks, self.current, self.placement)
             self.current = merge(self.current, self.masks, self.placement)
-            self.loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(self.loss), self.masks)
 
         # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that ff sees.
-        self.facts: dict[str, Any] = {"strategy": dataclasses.asdict(strategy)}
+        self.facts: dict[str, Any] = {"strategy": strategy.record()}
         if folder is not None:  # digests take a moment, and only a folder needs them
             self.facts |= model_facts(model, params) | task.facts(data)
         if quirks:
@@ -165,15 +175,20 @@ class Running:
         """Score weights of the model on the validation part."""
         return self.task.evaluate(self.model, candidate, self.data, "val", self.placement)
 
+    def watch(self, candidate: Params) -> dict[str, Any]:
+        """Score weights of the model on the test part, under the names that its scores have in the history."""
+        scores = self.task.evaluate(self.model, candidate, self.data, "test", self.placement)
+        return {f"test_{name}": value.item() if hasattr(value, "item") else value for name, value in scores.items()}
+
     def job(self) -> dict[str, Any]:
         """Arguments of `training.fit` for the next phase."""
         i, phase = self.phase, self.strategy.phases[self.phase]
-        changes = {name: getattr(phase, name) for name in ("epochs", "lr") if getattr(phase, name) is not None}
-        begin, mask, phase_loss = self.current, trainable_mask(phase, self.model, self.current), self.loss
+        begin, mask = self.current, trainable_mask(phase, self.model, self.current)
+        phase_loss = self.loss_of(phase)
         self.whole = _itself
         if (adapters := phase.adapters(self.model)) is not None:
             key = jax.random.fold_in(self.keys["aux"], 2 + i)
-            begin, mask, phase_loss, self.whole = lora.beside(self.model, self.current, self.loss, adapters, key)
+            begin, mask, phase_loss, self.whole = lora.beside(self.model, self.current, phase_loss, adapters, key)
         # Partial: the reference weights reach the compiled step as arguments instead of as constants
         penalty = jax.tree_util.Partial(l2_sp_penalty, self.current, phase.l2_sp) if phase.l2_sp else None
         self.trained = trees.count(begin if mask is None else trees.partition(begin, mask)[0])
@@ -182,8 +197,9 @@ class Running:
             "loss_fn": phase_loss,
             "params": begin,
             "train_source": self.windows,
-            "config": dataclasses.replace(self.config, **changes),
+            "config": dataclasses.replace(self.config, **phase.changes()),
             "validate": lambda candidate: self.validate(whole(candidate)),
+            "watch": (lambda candidate: self.watch(whole(candidate))) if self.test_each_epoch else None,
             "select": self.task.selects,
             "trainable": mask,
             "penalty": penalty,
@@ -194,6 +210,17 @@ class Running:
             | ({} if adapters is None else {"adapters": dataclasses.asdict(adapters)}),
             "show_progress": self.show_progress,
         }
+
+    def loss_of(self, phase: Phase) -> Callable[..., jax.Array]:
+        """Give the loss that a phase minimises, a function of weights of the model."""
+        loss = self.loss
+        if phase.anchor:
+            loss = anchored(loss, self.model, self.checkpoint, phase.anchor)
+        if self.masks is not None:
+            loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(loss), self.masks)
+        if phase.mixout:
+            loss = mixed_out(loss, self.current, phase.mixout)
+        return loss
 
     def take(self, fitted: training.FitResult) -> None:
         """Go on from what `training.fit` gave for the last `job`."""
@@ -215,6 +242,9 @@ class Running:
         began = time.monotonic()
         with compiling.measured() as waited:
             val = self.validate(self.current) if self.val is None else self.val
+            mixes, weight = {}, None
+            if self.strategy.wise:
+                mixes, weight, val = self.mix(val)
             scores = self.task.evaluate(self.model, self.current, self.data, "test", self.placement) if test else None
         seconds, compile_seconds = self.seconds, self.compile_seconds
         if not self.strategy.phases:
@@ -232,7 +262,31 @@ class Running:
             self.trained,
             self.task.warnings(self.model, self.current, self.data, self.placement),
             compile_seconds,
+            mixes,
+            weight,
         )
+
+    def mix(self, val: dict[str, Any]) -> tuple[dict[float, dict[str, Any]], float, dict[str, Any]]:
+        """Put the best mix of tuned weights and checkpoint in the place of the tuned weights, see `Strategy.wise`.
+
+        val: of the tuned weights.
+        Returns: metrics of each mix, the weight of the best, and its metrics; where equal, the largest weight.
+        """
+        checkpoint, tuned = self.checkpoint, self.current
+        if self.masks is not None:
+            checkpoint = merge(checkpoint, self.masks, self.placement)
+
+        found: dict[float, dict[str, Any]] = {}
+        chosen, lowest = None, math.inf
+        for weight in sorted(self.strategy.wise, reverse=True):
+            mixed = tuned if weight == 1 else trees.wise_ft(checkpoint, tuned, weight, skip=self.model.fixed)
+            found[weight] = val if weight == 1 else self.validate(mixed)
+            if found[weight][self.task.selects] < lowest:
+                chosen, lowest = weight, found[weight][self.task.selects]
+                self.current = mixed
+        if chosen is None:
+            raise training.NonFiniteError(f"no mix of tuned weights and checkpoint has a finite error: {found}")
+        return found, chosen, found[chosen]
 
 
 def _masked_loss(loss, masks, params, batch, key, train):

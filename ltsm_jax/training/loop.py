@@ -93,6 +93,7 @@ def fit(
     *,
     config: TrainConfig,
     validate: Callable[[Tree], Mapping[str, float]] | None = None,
+    watch: Callable[[Tree], Mapping[str, float]] | None = None,
     select: str = "mse",
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
@@ -120,6 +121,7 @@ def fit(
         can use it (`ltsm_jax.data.windows.Windows`).
       config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
       validate: params -> {"mse": ..., ...}, called after each epoch.
+      watch: params -> further numbers of an epoch, under their own names in the history; they select nothing.
       select: which of these metrics selects the epoch: its lowest value (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
         has no optimiser state, and keeps its dropout.
@@ -166,6 +168,7 @@ def fit(
         validate,
         placement,
         select,
+        watch,
     )
 
     run, takes = None, ""
@@ -215,9 +218,10 @@ class Fitting:
         validate,
         placement: Placement,
         select: str,
+        watch=None,
     ):
         self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
-        self.select = select
+        self.select, self.watch = select, watch
         self.source, self.frozen, self.validate = source, frozen, validate
         assert config.epochs and config.batch_size and config.lr and config.schedule, "filled"
         self.n = int(source.n)
@@ -420,7 +424,8 @@ class Fitting:
         """Validation, selection, and whether this was the last epoch."""
         kept = self.to_keep(epoch)
         found = self.validate(trees.merge(kept, self.frozen)) if self.validate else None
-        if self.judge(epoch, found):
+        watched = self.watch(trees.merge(kept, self.frozen)) if self.watch else {}
+        if self.judge(epoch, found, watched):
             self.state["best"] = jax.tree.map(jnp.copy, kept)
         if self.config.swa:
             # Not before: a stop inside the validation comes back to this epoch, which must not count twice.
@@ -431,10 +436,10 @@ class Fitting:
             self.run.record([row])
         self.bar.update(self.position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
 
-    def judge(self, epoch: int, found: Mapping[str, Any] | None) -> bool:
+    def judge(self, epoch: int, found: Mapping[str, Any] | None, watched: Mapping[str, Any] | None = None) -> bool:
         """Add the epoch's row to the history; say whether its weights are the best so far.
 
-        found: of its validation, where there is one.
+        found: of its validation, where there is one. watched: further numbers for the row, see `fit`.
         """
         position = self.position
         row = {
@@ -456,6 +461,7 @@ class Fitting:
             better = selectable and value < position.best
             if better:
                 position.best, position.best_epoch = value, epoch + 1
+        row |= watched or {}
         position.history.append(row)
         position.loss_sum = 0.0
         waited = epoch + 1 - (position.best_epoch or epoch + 1)
