@@ -111,7 +111,13 @@ def train(
         runs = [make() for make in makers[first : first + room]]
         stopped = _train(runs, lanes, folder, others)
         for i, running in enumerate(runs):
-            found.append(stopped[i] if i in stopped else finish(running))
+            if i in stopped:
+                found.append(stopped[i])
+                continue
+            try:
+                found.append(finish(running))
+            except NonFiniteError as err:
+                found.append(err)
     return found
 
 
@@ -172,7 +178,7 @@ def _room(params: Params, n: int) -> int:
 
 
 def _name(strategy: Strategy, lr: float | None, seed: int) -> str:
-    record = json.dumps(dataclasses.asdict(strategy), sort_keys=True)
+    record = json.dumps(strategy.record(), sort_keys=True)
     parts = [strategy.name, hashlib.sha256(record.encode()).hexdigest()[:8]]
     if lr is not None:
         parts.append(f"lr{lr!r}")
