@@ -99,6 +99,9 @@ def run(
         for them alone.
       test_each_epoch: score the test part after every epoch too; the scores stand in the history under "test_<name>",
         and select nothing.
+      curvature_at: epochs, counted through all phases, after which the curvature of the task's loss is measured, see
+        `tracking.Tracker.measure`: it stands in the history under top_eigenvalue, trace and sharpness. 0: of the start,
+        see `Result.start_curvature`. With averages of weights, of the average.
     Raises: ValueError where model, data, masks and task do not go together, and for an unknown quirk;
       training.NonFiniteError from training.
     """
@@ -270,6 +273,8 @@ class Running:
         began = time.monotonic()
         with compiling.measured() as waited:
             val = self.validate(self.current) if self.val is None else self.val
+            if not self.strategy.phases and 0 in self.curvature_at:
+                self.start_curvature = self.tracker.measure(self.current)
             mixes, weight = {}, None
             if self.strategy.wise:
                 mixes, weight, val = self.mix(val)
