@@ -73,7 +73,9 @@ class Fit(OnTable):
             seed=self.seed,
         )
         config = self._config()
-        methods = list(verdict.named(list(self.methods), forecaster.model, self.alpha))
+        strategies = verdict.named(list(self.methods), forecaster.model, self.alpha)
+        work = verdict.tuning(prepared, strategies, config, self.budget)
+        methods = list(strategies)
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
             "windows": f"{prepared.train_context} -> {self.horizon} to train; "
@@ -82,6 +84,7 @@ class Fit(OnTable):
             "methods": ", ".join(["zero_shot", *methods]) + " and the naive forecasts",
             "training": f"{self.budget} steps of each method; loss {prepared.task.mode}",
             "memory": _memory(prepared, config) if methods else "that of a forecast",
+            "time": forecaster.estimate_fit(prepared, work, seed=self.seed, work_follows=not self.plan),
             "result": str(self.out),
         }
         if self.announce(plan, prepared.notes):
