@@ -20,7 +20,7 @@ import pandas as pd
 from rich.console import Console
 
 import ltsm_jax
-from experiments import folder, launch
+from experiments import folder, grid, launch
 from experiments.flags import Options, Reading, UsageError
 from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
@@ -41,7 +41,11 @@ EXAMPLES_FILE = "forecasts.npz"
 
 
 class Cell(Protocol):
-    """One run of a comparison."""
+    """One run of a comparison.
+
+    One that has a learning rate of its own, or another origin of validation than the first, says so by the attributes
+    `lr` and `origin`.
+    """
 
     @property
     def seed(self) -> int:
@@ -138,6 +142,8 @@ def resolve(options: Options) -> Comparison:
     splits = attempt(prepare, series, context, horizon, few_shot=options.training.few_shot, quirks=quirks,
                      joint=model.variates == "joint")  # fmt: skip
     found = len(problems)
+    if splits is not None and options.origins > 1:
+        attempt(rolled, splits, options.origins - 1)
     if splits is not None:
         attempt(_try_batch, model, params, splits, task)
     if splits is None or len(problems) > found:
@@ -154,7 +160,7 @@ def resolve(options: Options) -> Comparison:
         "few_shot": options.training.few_shot,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
-        "lr": config.lr,
+        "lr": "by validation" if "lr" in options.over else config.lr,
         "schedule": config.schedule,
         "compute": None if config.compute == "float32" else config.compute,
         "accumulate": None if config.accumulate == 1 else config.accumulate,
@@ -162,6 +168,8 @@ def resolve(options: Options) -> Comparison:
         "quirks": ",".join(sorted(options.quirks)) or None,
         **series_facts(series),
         "model_sha256": sha256,
+        **options.training.unusual(),
+        **grid.settings(options.over, options.seeds[0], options.origins),
     }
     return Comparison(options, model, params, splits, config, task, settings)
 
@@ -175,7 +183,39 @@ def training_config(model: Model, options: Options) -> TrainConfig:
     """Give the model's recipe with what the options change."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     asked = vars(options.training) | vars(options.devices)
+    if options.training.lr is not None:
+        asked["lr"] = options.training.lr[0]  # of several, cells have their own
     return binding.train_config(model, **{k: v for k, v in asked.items() if k in names and v is not None})
+
+
+def at(c: Comparison, cell: Cell) -> Comparison:
+    """Give the comparison as a cell sees it: with its own learning rate, and its own origin of validation."""
+    lr, origin = getattr(cell, "lr", None), getattr(cell, "origin", 0)
+    if lr is not None:
+        c = dataclasses.replace(c, config=dataclasses.replace(c.config, lr=lr))
+    return dataclasses.replace(c, splits=rolled(c.splits, origin)) if origin else c
+
+
+def rolled(splits: Splits, origin: int) -> Splits:
+    """Move validation back by `origin` times its rows, and train on what lies before it.
+
+    Raises: ValueError where what lies before it does not hold a window.
+    """
+    lo, hi = splits.borders.val
+    shift = origin * (hi - lo)
+    first = splits.borders.train[0]
+    if lo - shift <= first:
+        raise ValueError(f"--origins {origin + 1}: {lo - first} training rows do not hold so many blocks")
+    borders = dataclasses.replace(splits.borders, train=(first, lo - shift), val=(lo - shift, hi - shift))
+    return prepare(
+        splits.series,
+        splits.val.context_len,
+        splits.val.horizon,
+        borders=borders,
+        few_shot=splits.few_shot,
+        quirks=splits.quirks,
+        joint=splits.train.joint,
+    )
 
 
 def series_facts(series: Series) -> dict[str, Any]:
@@ -229,12 +269,18 @@ def plan(c: Comparison, runs: Sequence[str]) -> str:
         + (f" (few-shot {c.options.training.few_shot:g})" if c.options.training.few_shot != 1 else ""),
         f"model    {c.settings['model']}: {c.model.family}, {trees.count(c.params):,} parameters",
         f"training {c.task.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
-        f"lr {c.config.lr:g}, schedule {c.config.schedule}",
+        f"lr {_lr(c)}, schedule {c.config.schedule}",
         f"memory   about {_megabytes(c):,.0f} MB of weights, optimiser state and data; activations come on top",
         *runs,
         f"results  {c.folder}",
     ]
     return "\n".join(lines + [f"note     {note}" for note in c.splits.notes])
+
+
+def _lr(c: Comparison) -> str:
+    if "lr" not in c.options.over:
+        return f"{c.config.lr:g}"
+    return " or ".join(f"{lr:g}" for lr in c.options.training.lrs)
 
 
 def _megabytes(c: Comparison) -> float:
@@ -308,6 +354,26 @@ def run_cells(
     return failures
 
 
+def run_chosen(
+    c: Comparison,
+    cells: Sequence[C],
+    run_cell: Callable[[C], dict[str, Any]],
+    rank: Callable[[dict[str, Any]], Any],
+    console: Console,
+    place: tuple[int, int],
+) -> list[str]:
+    """Run the cells of the other seeds whose settings the first seed has chosen; see `run_cells` and `grid`."""
+    over, seed = c.options.over, c.settings[grid.SEED]
+    rows = hosts.on_first(lambda: [record["row"] for record in folder.results(c.folder)[0].values()])
+    best = grid.choices(rows, over, seed)
+    mine = []
+    for cell in cells:
+        columns = dataclasses.asdict(cell)  # pyright: ignore[reportArgumentType]
+        if best.get(grid.arm(columns, over)) == grid.candidate(columns, over):
+            mine.append(cell)
+    return run_cells(c, mine, run_cell, rank, console, place)
+
+
 def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result:
     """Run the strategy of a cell, or go on with it.
 
@@ -324,6 +390,7 @@ def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result
         test=False,
         folder=c.folder / "cells" / cell.name / "training",
         label=cell.label,
+        test_each_epoch=c.options.test_each_epoch and not getattr(cell, "origin", 0),
         **rest,
     )
 
@@ -333,6 +400,7 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Res
     season = c.splits.series.season
     scale = c.splits.naive_scale(season) if season > 1 else None
     test = forecasting.evaluate(model, result.params, c.splits.test, naive_scale=scale)
+    by_epoch = epoch_tests(result, test) if c.options.test_each_epoch else {}
     return {
         "data": c.settings["data"],
         "model": c.settings["model"],
@@ -365,6 +433,26 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Res
         "git_commit": folder.git_commit(),
         "versions": folder.versions(),
         "device": folder.device(),
+        **by_epoch,
+    }
+
+
+def epoch_tests(result: run.Result, test: dict[str, Any]) -> dict[str, float | None]:
+    """Give the test errors of the last epoch, and of the one with the lowest test MSE, of the last phase.
+
+    test: scores of the weights that are kept, which stand for all where nothing was trained. None where an epoch was
+    not scored, as in a run that was begun without --test-each-epoch.
+    """
+    last_phase = [h for h in result.history if h["phase"] == result.history[-1]["phase"]]
+    tests = [{name: h.get(f"test_{name}") for name in ("mse", "mae")} for h in last_phase] or [test]
+    if any(scores["mse"] is None for scores in tests):
+        return dict.fromkeys(("last_test_mse", "last_test_mae", "best_test_mse", "best_test_mae"))
+    best = min(tests, key=lambda scores: scores["mse"])
+    return {
+        "last_test_mse": tests[-1]["mse"],
+        "last_test_mae": tests[-1]["mae"],
+        "best_test_mse": best["mse"],
+        "best_test_mae": best["mae"],
     }
 
 
@@ -510,12 +598,12 @@ def main(
     resolve: Callable[[Any], Comparison],
     plan: Callable[[Comparison], str],
     compare: Callable[[Comparison], list[str]],
-    finish: Callable[[Path], None],
+    finish: Callable[[Path, str], None],
 ) -> int:
     """An experiment from its flags to its report, on one host or several; returns its exit code (`launch.guarded`).
 
     parse, resolve, plan: flags to options, to a `Comparison`, to words. compare: runs the cells and says what failed.
-    finish: prints the table and writes the report of a folder that has results.
+    finish: prints the table and writes the report of a folder that has results, by the epoch that --report-by names.
     """
 
     def work() -> int:
@@ -531,7 +619,7 @@ def main(
                     return 1
                 if hosts.first():
                     with folder.naming(c.folder):
-                        finish(c.folder)
+                        finish(c.folder, options.report_by)
                     for failure in failures:
                         print(f"failed: {failure}", file=sys.stderr)
             return 1 if failures else 0

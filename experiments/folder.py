@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import pandas as pd
 
+from experiments import grid
 from experiments.flags import UsageError
 from ltsm_jax import hosts, storage
 from ltsm_jax.storage import DamagedError
@@ -128,13 +129,15 @@ def file_digest(file: Path) -> str:
 def write_csv(folder: Path, rank: Callable[[dict[str, Any]], Any]) -> None:
     """Make results.csv from every finished cell in the folder, those of earlier commands included."""
     rows = [record["row"] for record in results(folder)[0].values()]
+    if (folder / RUN).is_file():
+        rows = grid.mark(rows, storage.read_record(folder / RUN)["settings"])
     with replacing(folder / CSV) as temporary:
         pd.DataFrame(sorted(rows, key=rank)).to_csv(temporary, index=False)
 
 
-def table_of(records: Sequence[dict[str, Any]], rank: Callable[[dict[str, Any]], Any]) -> pd.DataFrame:
-    """Give the rows of finished cells as results.csv has them."""
-    rows = sorted((record["row"] for record in records), key=rank)
+def table_of(rows: Sequence[dict[str, Any]], rank: Callable[[dict[str, Any]], Any]) -> pd.DataFrame:
+    """Give the rows of finished cells, marked by `grid.mark`, as results.csv has them."""
+    rows = sorted(rows, key=rank)
     return pd.read_csv(io.StringIO(pd.DataFrame(rows).to_csv(index=False)))
 
 

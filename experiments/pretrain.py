@@ -146,6 +146,9 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     if mesh is not None:
         start, notes = sharding.shard(start, model.shard_rules, mesh)
         launch.say("\n".join(notes))
+    accumulate = args.devices.accumulate
+    if accumulate == "auto" and not model.rows_apart:
+        accumulate = 1
     result = fit(
         functools.partial(own_loss, model),
         start,
@@ -160,7 +163,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
             clip=1.0,
             seed=args.seed,
             compute=args.devices.compute,
-            accumulate=args.devices.accumulate,
+            accumulate=accumulate,
             remat=args.devices.remat,
         ),
         validate=val and (lambda params: forecasting.evaluate(model, params, val)),  # pyright: ignore[reportArgumentType]

@@ -12,11 +12,13 @@ Cost:  about an hour on 2 CPU cores, by its parts: two thirds of it is
 Arms:  zero_shot, the checkpoint; ff, sff, ...: fine-tuned whole; pruned:
        masks, no training; pruned+ff, pruned+sff, ...: the same fine-tuning,
        budget, data order and dropout from the same weights, with the masks.
-       --ratios: shares of all channels, cut from one pruning run per seed and
-       EMA, so that masks are nested. --ratio: shares pruned per epoch, a
-       pruning run for each, as the paper has it; with --ratios that of its
-       run. Ratio and EMA are chosen by the validation MSE of the pruned model
-       that is not yet fine-tuned, mean over seeds.
+       --ratio: shares pruned per epoch, a pruning run for each, as the paper
+       has it and the default. --ratios: shares of all channels, cut from one
+       pruning run per seed and EMA, so that masks are nested and cheap; they
+       are not those of a run for each share (--ratio is then that of the one
+       run). Ratio and EMA are chosen by the validation MSE of the pruned model
+       that is not yet fine-tuned, mean over seeds; with --tune validated by
+       that of the fine-tuned one at the first seed, for each method.
 Gives: a table on the terminal and, in the folder of --out: results.csv (a row
        per arm, ratio, EMA and seed), choice.json, redundancy.json, report.md
        with pictures; masks/<run>/ of every pruning run; cells/<name>/ with the
@@ -33,7 +35,7 @@ Times: `predict` of one window per variate, compiled, of the model with parts
 Differs from the released code (SJTU-DMTai/Prune-then-Finetune): see
 `ltsm_jax.methods.pruning`; pruned and whole arms have the same dropout
 (--quirks no-dropout for theirs: none in the pruned ones) and the same learning
-rate.
+rate, or with several --lr each the one that validation chooses for it.
 """
 
 import dataclasses
@@ -48,7 +50,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import cells, flags, folder, launch, pruning_report
+from experiments import cells, flags, folder, launch, pruning_report, report
 from experiments.cells import Comparison
 from experiments.flags import BELOW_1, TINY, exact, names, number, numbers, one_of, whole
 from ltsm_jax import hosts, sharding, storage, trees
@@ -57,12 +59,13 @@ from ltsm_jax.methods import pruning, redundancy, removal
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
 
+RATIO = (0.05, 0.1, 0.2)  # per epoch, where no share is given
 PASS_RATIO = 0.5  # per epoch, of a run that is cut at --ratios
 GROUP = 16  # batches of a pruning step, as the release has it for all its models
 SAMPLE, BATCH = 4096, 64  # windows of each part that the original model's statistics are measured on, and of a batch
 NO_DROPOUT = "no-dropout"
 TUNED = tuple(m for m in STRATEGIES if m != "zero_shot")
-TUNE = ("chosen", "each", "all")
+TUNE = ("chosen", "each", "all", "validated")
 ALL_QUIRKS = tuple(sorted({*QUIRKS, *pruning.QUIRKS, NO_DROPOUT}))
 SHARE = "above 0 and below 1"
 
@@ -115,19 +118,20 @@ class Options(flags.Options):
         flags.described(f"released behaviours to follow, of {', '.join(ALL_QUIRKS)}"),
     ] = ()
     ratios: Annotated[tuple[float, ...] | None, numbers(TINY, BELOW_1, says=SHARE)] = None
-    """shares of all channels, cut from one pruning run per EMA and seed"""
+    """shares of all channels, cut from one pruning run per EMA and seed: nested masks, in place of --ratio"""
     ratio: Annotated[
         tuple[float, ...] | None,
         numbers(TINY, BELOW_1, says=SHARE),
         flags.described(
-            f"shares pruned per epoch, a pruning run for each; with --ratios one, of its run, by default {PASS_RATIO:g}"
+            "shares pruned per epoch, a pruning run for each, as the paper has it; by default "
+            f"{','.join(map(exact, RATIO))}; with --ratios one, that of its run, by default {PASS_RATIO:g}"
         ),
     ] = None
     ema: Annotated[tuple[float, ...], numbers(TINY, 1, says="above 0 and at most 1")] = (0.5,)
     """weights of the new score in the average importance"""
     tune: Annotated[str, one_of(TUNE)] = "chosen"
-    """which pruned models are fine-tuned: chosen (the one of lowest validation MSE), each (the best EMA of each ratio)
-    or all"""
+    """which pruned models are fine-tuned: chosen (the one of lowest validation MSE), each (the best EMA of each ratio),
+    all, or validated (all at the first seed; at the others the one of lowest validation MSE once fine-tuned)"""
     timed_runs: Annotated[int, whole(0)] = 30
     """forecasts timed of each pruned model; 0: none"""
     pruning: Pruning = dataclasses.field(default_factory=Pruning)
@@ -135,7 +139,12 @@ class Options(flags.Options):
     @property
     def shares(self) -> tuple[float, ...]:
         """What tells the pruned cells of an EMA and seed apart: shares of all channels, or shares per epoch."""
-        return self.ratios or self.ratio or ()
+        return self.ratios or self.ratio or RATIO
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """Columns whose value validation chooses for each arm, see `experiments.grid`."""
+        return (*(("ratio", "ema") if self.tune == "validated" else ()), *super().over)
 
     @property
     def own_quirks(self) -> tuple[str, ...]:
@@ -145,8 +154,6 @@ class Options(flags.Options):
     def problems(self, given: set[str]) -> list[str]:
         """Say what does not go together; `given`: the fields that were set."""
         found = []
-        if self.ratio is None and self.ratios is None:
-            found.append("give --ratios (shares of all channels, from one pruning run) or --ratio (shares per epoch)")
         if self.ratios is not None and len(self.ratio or ()) > 1:
             found.append("--ratios are cut from one pruning run, so that --ratio takes one value beside it")
         return found + super().problems(given)
@@ -163,13 +170,16 @@ def parse(argv: Sequence[str]) -> Options:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: an arm, its alpha where it has one, its ratio and EMA where it is pruned, and a seed."""
+    """One run: an arm, its alpha where it has one, its ratio and EMA where it is pruned, a seed, and where settings are
+    chosen its learning rate and the origin of its validation."""
 
     method: str
     alpha: float | None
     ratio: float | None
     ema: float | None
     seed: int
+    lr: float | None = None
+    origin: int = 0
 
     @property
     def name(self) -> str:
@@ -178,17 +188,18 @@ class Cell:
         for letter, x in (("a", self.alpha), ("r", self.ratio), ("e", self.ema)):
             if x is not None:
                 parts.append(f"{letter}{exact(x)}")
-        return "-".join([*parts, f"seed{self.seed}"])
+        return f"{'-'.join(parts)}{report.candidate_name(self.lr, self.origin)}-seed{self.seed}"
 
     @property
     def label(self) -> str:
         """It in words."""
-        return f"{pruning_report.label(self.method, self.alpha, self.ratio, self.ema)}, seed {self.seed}"
+        name = pruning_report.label(self.method, self.alpha, self.ratio, self.ema)
+        return f"{name}{report.chosen_by(self.lr, self.origin)}, seed {self.seed}"
 
     @property
     def columns(self) -> dict[str, Any]:
         """Its columns in results.csv."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in ("method", "alpha", "ratio", "ema", "seed")}
 
 
 def resolve(options: Options) -> Comparison:
@@ -228,35 +239,54 @@ def _candidates(options: Options) -> dict[str, Any]:
     }
 
 
-def whole_cells(options: Options) -> list[Cell]:
-    """The arms of the model that is not pruned."""
+def whole_cells(options: Options, seeds: Sequence[int] | None = None) -> list[Cell]:
+    """The arms of the model that is not pruned, with every candidate of theirs; seeds: some of the options'."""
     arms = [("zero_shot", None), *options.tunings]
-    return [Cell(method, alpha, None, None, seed) for method, alpha in arms for seed in options.seeds]
+    found = []
+    for method, alpha in arms:
+        for seed in options.seeds if seeds is None else seeds:
+            found += _candidate_cells(options, Cell(method, alpha, None, None, seed))
+    return found
 
 
-def pruned_cells(options: Options) -> list[Cell]:
+def pruned_cells(options: Options, seeds: Sequence[int] | None = None) -> list[Cell]:
     """The pruned models that are not fine-tuned, pruning run by pruning run."""
     return [
         Cell("pruned", None, ratio, ema, seed)
-        for seed in options.seeds
+        for seed in (options.seeds if seeds is None else seeds)
         for ema in options.ema
         for ratio in options.shares
     ]
 
 
-def tuned_cells(options: Options, pairs: Sequence[tuple[float, float]]) -> list[Cell]:
+def tuned_cells(
+    options: Options, pairs: Sequence[tuple[float, float]], seeds: Sequence[int] | None = None
+) -> list[Cell]:
     """The pruned models of each (ratio, EMA), fine-tuned; seed by seed, as they share pruning runs."""
-    return [
-        Cell(f"pruned+{method}", alpha, ratio, ema, seed)
-        for seed in options.seeds
-        for ratio, ema in pairs
-        for method, alpha in options.tunings
-    ]
+    found = []
+    for seed in options.seeds if seeds is None else seeds:
+        for ratio, ema in pairs:
+            for method, alpha in options.tunings:
+                found += _candidate_cells(options, Cell(f"pruned+{method}", alpha, ratio, ema, seed))
+    return found
+
+
+def _candidate_cells(options: Options, cell: Cell) -> list[Cell]:
+    """Give a cell with every learning rate to choose from; at the first seed at every origin of validation."""
+    trained = cell.method not in ("zero_shot", "pruned")
+    several = trained and cell.seed == options.seeds[0]
+    found = []
+    for lr in options.lrs_of(cell.method):
+        origins = options.origins if several else 1
+        found += [dataclasses.replace(cell, lr=lr, origin=origin) for origin in range(origins)]
+    return found
 
 
 def plan(c: Comparison) -> str:
     """What will run, in words."""
     o, s = c.options, c.settings
+    if o.over:
+        return _plan_of_choice(c)
     first = [*whole_cells(o), *pruned_cells(o)]
     done, then = cells.finished(c, first), _n_tuned(o)
     runs = len(o.seeds) * len(o.ema) * (1 if o.ratios else len(o.shares))
@@ -271,6 +301,43 @@ def plan(c: Comparison) -> str:
     if windows <= s["macro_batch"] and len(o.ema) > 1 and o.pruning.prune_epochs == 1:
         lines.append("note     a pruning run is one step: the EMA has no say in it; take a smaller --macro-batch")
     return cells.plan(c, lines)
+
+
+def _plan_of_choice(c: Comparison) -> str:
+    """What will run where validation chooses settings, in words."""
+    o, s = c.options, c.settings
+    now = len(whole_cells(o, o.seeds[:1])) + len(pruned_cells(o, _seeds_pruned(o))) + len(_grid_cells(o, None))
+    lines = [
+        f"pruning  {s['channels']:,} channels, of {s['prune_epochs']} epochs, {s['score']}, a step every "
+        f"{s['macro_batch']} windows; ratios {', '.join(map(exact, o.shares))} ({s['cuts']}), EMA "
+        f"{', '.join(map(exact, o.ema))}",
+        f"runs     {now} before validation has chosen {', '.join(o.over)} at seed {o.seeds[0]}; then the chosen ones "
+        f"at seeds {', '.join(map(str, o.seeds[1:])) or 'none'}",
+    ]
+    return cells.plan(c, lines)
+
+
+def _seeds_pruned(o: Options) -> Sequence[int]:
+    """Seeds at which every ratio and EMA is pruned: the first where the fine-tuned models choose among them."""
+    return o.seeds[:1] if o.tune == "validated" else o.seeds
+
+
+def _grid_cells(o: Options, choice: dict[str, Any] | None) -> list[Cell]:
+    """The fine-tuned pruned models of the first seed, with every candidate. choice: None for how many there will be."""
+    if choice is None:
+        pairs = [(ratio, ema) for ratio in o.shares for ema in o.ema]
+        count = {"chosen": 1, "each": len(o.shares)}.get(o.tune, len(pairs))
+        return tuned_cells(o, pairs[:count], o.seeds[:1])
+    return tuned_cells(o, _pairs(o, choice), o.seeds[:1])
+
+
+def _pairs(o: Options, choice: dict[str, Any]) -> list[tuple[float, float]]:
+    """Ratio and EMA of the pruned models that are fine-tuned."""
+    if o.tune == "chosen":
+        return [(choice["ratio"], choice["ema"])]
+    if o.tune == "each":
+        return [(float(ratio), ema) for ratio, ema in choice["ema_of_ratio"].items()]
+    return [(ratio, ema) for ratio in o.shares for ema in o.ema]
 
 
 def _n_tuned(o: Options) -> int:
@@ -291,8 +358,12 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     o, work, statistics = c.options, Work(c), c.folder / "redundancy.json"
     if not hosts.on_first(_whole, statistics):
         hosts.on_first(folder.write_json, statistics, redundancy_of(c))
-    first = [*whole_cells(o), *pruned_cells(o)]
-    total = len(first) + _n_tuned(o)
+    if o.over:
+        first = [*whole_cells(o, o.seeds[:1]), *pruned_cells(o, _seeds_pruned(o))]
+        total = len(first) + len(_grid_cells(o, None)) + _n_chosen(o)
+    else:
+        first = [*whole_cells(o), *pruned_cells(o)]
+        total = len(first) + _n_tuned(o)
     failures = cells.run_cells(c, first, work.run_cell, pruning_report.rank, console, (1, total))
     rows = hosts.on_first(_rows, c.folder, {cell.name for cell in first})
     choice = choose(rows, o)
@@ -302,13 +373,24 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     console.print(choice["text"], highlight=False, markup=False)
     if choice["warning"]:
         console.print(choice["warning"], highlight=False, markup=False, style="yellow")
-    pairs = {
-        "chosen": [(choice["ratio"], choice["ema"])],
-        "each": [(float(ratio), ema) for ratio, ema in choice["ema_of_ratio"].items()],
-        "all": [(ratio, ema) for ratio in o.shares for ema in o.ema],
-    }[o.tune]
-    tuned = tuned_cells(o, pairs)
+    if o.over:
+        grid_cells = _grid_cells(o, choice)
+        failures += cells.run_cells(c, grid_cells, work.run_cell, pruning_report.rank, console, (len(first) + 1, total))
+        others = [*whole_cells(o, o.seeds[1:]), *tuned_cells(o, _pairs(o, choice), o.seeds[1:])]
+        if o.tune == "validated":
+            others += pruned_cells(o, o.seeds[1:])
+        place = (len(first) + len(grid_cells) + 1, total)
+        return failures + cells.run_chosen(c, others, work.run_cell, pruning_report.rank, console, place)
+    tuned = tuned_cells(o, _pairs(o, choice))
     return failures + cells.run_cells(c, tuned, work.run_cell, pruning_report.rank, console, (len(first) + 1, total))
+
+
+def _n_chosen(o: Options) -> int:
+    """How many runs the seeds after the first one add where validation chooses settings."""
+    arms = {(method, None if o.choose_alpha else alpha) for method, alpha in o.tunings}
+    pairs = {"chosen": 1, "each": len(o.shares), "all": len(o.shares) * len(o.ema), "validated": 1}[o.tune]
+    pruned = 1 if o.tune == "validated" else 0
+    return (1 + len(arms) * (1 + pairs) + pruned) * (len(o.seeds) - 1)
 
 
 def _whole(file: Path) -> bool:
@@ -378,17 +460,23 @@ class Work:
         return self._whole(cell) if cell.ratio is None else self._pruned(cell)
 
     def _whole(self, cell: Cell) -> dict[str, Any]:
-        c = self.c
+        c = cells.at(self.c, cell)
         if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
             return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
         result = cells.tune(c, cell, strategy(cell.method, alpha=cell.alpha or 0.0))
-        row = cells.row_of(c, cell.columns, c.model, result) | _sizes(c, c.params, c.params)
+        row = cells.row_of(c, cell.columns, c.model, result) | self.chosen(cell) | _sizes(c, c.params, c.params)
         cells.keep(c, cell, (c.model, result.params), row, result)
         return row
 
+    def chosen(self, cell: Cell) -> dict[str, Any]:
+        """Columns of a cell in a folder whose settings validation chooses."""
+        over = self.c.options.over
+        found: dict[str, Any] = {"origin": cell.origin} if over else {}
+        return found | ({"lr": cell.lr} if "lr" in over else {})
+
     def _pruned(self, cell: Cell) -> dict[str, Any]:
-        c, o = self.c, self.c.options
-        found = self.pruning_run(cell.ratio if not o.ratios else None, cell.ema or 0.0, cell.seed)
+        c, o = cells.at(self.c, cell), self.c.options
+        found = self.pruning_run(c, cell)
         masks = pruning.cut(found.order, cell.ratio or 0.0) if o.ratios else found.masks
         _, _, method = cell.method.partition("+")
         quirks = (NO_DROPOUT,) if method and NO_DROPOUT in o.quirks else ()
@@ -396,7 +484,7 @@ class Work:
                                  params=found.params, masks=masks, quirks=quirks)  # fmt: skip
         small, small_params, _ = removal.remove(found.model, result.params, masks)
         row = cells.row_of(c, cell.columns, found.model, result)
-        row |= _sizes(c, small_params, result.params) | {"channels_left": pruning.share_left(masks)}
+        row |= self.chosen(cell) | _sizes(c, small_params, result.params) | {"channels_left": pruning.share_left(masks)}
         more: dict[str, Any] = {}
         if not method:
             row |= self.timing(small, small_params, (found.model, result.params))
@@ -406,10 +494,13 @@ class Work:
         cells.keep(c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more)
         return row
 
-    def pruning_run(self, ratio: float | None, ema: float, seed: int) -> pruning.PruneResult:
-        """The pruning run of a cell, started, continued or read. ratio None: the run that is cut at every ratio."""
-        c, o, s = self.c, self.c.options, self.c.settings
+    def pruning_run(self, c: Comparison, cell: Cell) -> pruning.PruneResult:
+        """The pruning run of a cell, started, continued or read. c: the comparison as the cell sees it."""
+        o, s = c.options, c.settings
+        ratio = None if o.ratios else cell.ratio  # one run is cut at every ratio
+        ema, seed = cell.ema or 0.0, cell.seed
         name = "-".join((*([] if ratio is None else [f"r{exact(ratio)}"]), f"e{exact(ema)}", f"seed{seed}"))
+        name = f"origin{cell.origin}-{name}" if cell.origin else name
         if self.found is None or self.found[0] != name:
             config = pruning.PruneConfig(
                 ratio=s["pass_ratio"] if ratio is None else ratio,
@@ -527,9 +618,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cells.main(argv, parse, resolve, plan, compare, _finish)
 
 
-def _finish(path: Path) -> None:
-    pruning_report.print_table(path)
-    print(f"report: {pruning_report.write_report(path)}")
+def _finish(path: Path, by: str) -> None:
+    pruning_report.print_table(path, by=by)
+    print(f"report: {pruning_report.write_report(path, by)}")
 
 
 if __name__ == "__main__":

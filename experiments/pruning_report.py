@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from experiments import flags, launch, report
+from experiments import flags, grid, launch, report
 from experiments.flags import exact
 from experiments.report import COLOURS, SCALED_Y, Found, is_fixed, spread
 from ltsm_jax import storage
@@ -66,7 +66,8 @@ def rank(row: dict[str, Any]) -> Any:
     kind, _, tuning = row["method"].partition("+")
     first = {"zero_shot": 0, "pruned": 2}.get(kind, 1)
     order = ("", *STRATEGIES).index(tuning if first == 2 else kind)
-    return first, place(row["ratio"]), place(row["ema"]), order, place(row["alpha"]), row["seed"]
+    chosen = (place(row.get("lr")), row.get("origin") or 0)  # the same in all rows where nothing is chosen
+    return first, place(row["ratio"]), place(row["ema"]), order, place(row["alpha"]), *chosen, row["seed"]
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -174,7 +175,8 @@ def _redundancy_table(found: dict[str, Any]) -> str:
 
 
 def _changes(settings: dict[str, Any], choice: dict[str, Any], dropout_off: bool) -> str:
-    budget = f"{settings['epochs']} epochs, batch {settings['batch_size']}, lr {settings['lr']:g}"
+    lr = settings["lr"] if isinstance(settings["lr"], str) else f"{settings['lr']:g}"
+    budget = f"{settings['epochs']} epochs, batch {settings['batch_size']}, lr {lr}"
     chosen = f"ratio {exact(choice['ratio'])}, EMA {exact(choice['ema'])}"
     off = "off" if dropout_off else "as in the model's config"
     body = [
@@ -301,16 +303,31 @@ def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
     return found, storage.read_record(folder / "choice.json")
 
 
-def write_report(folder: str | Path) -> Path:
+def shown(found: Found, choice: dict[str, Any]) -> pd.DataFrame:
+    """Give the rows of the main table: the arms of the chosen pruning, or of each method the one that it chose."""
+    summary = summarise(found.table)
+    over = found.run["settings"].get(grid.OVER, "").split(",")
+    return summary if "ratio" in over else arms(summary, choice["ratio"], choice["ema"])
+
+
+def _with_all_pruned(everything: Found, found: Found) -> pd.DataFrame:
+    """Give the compared rows, and every pruned model that is not fine-tuned, for the table of ratios."""
+    rest = everything.table[everything.table["method"] == "pruned"]
+    return pd.concat([found.table[found.table["method"] != "pruned"], rest])
+
+
+def write_report(folder: str | Path, by: str = "validation") -> Path:
     """Write report.md, and its pictures where matplotlib is installed, into the folder of a comparison.
 
+    by: the epoch whose test errors are shown, see `report.Found.compared`.
     Returns: the path of report.md.
     """
     folder = Path(folder)
-    found, choice = read_folder(folder)
+    everything, choice = read_folder(folder)
+    found = everything.compared(by)
     results, run = found.table, found.run
     settings, summary = run["settings"], summarise(results)
-    masks = next(cell["sparsity"] for cell in found.cells if cell["method"] == "pruned"
+    masks = next(cell["sparsity"] for cell in everything.cells if cell["method"] == "pruned"
                  and (cell["ratio"], cell["ema"]) == (choice["ratio"], choice["ema"]))  # fmt: skip
     title = f"Weights pruned at ratio {exact(choice['ratio'])}, EMA {exact(choice['ema'])}, first seed"
     pictures = []
@@ -329,13 +346,13 @@ def write_report(folder: str | Path) -> Path:
         "",
         verdict(summary, found.baselines, blocks_of(found.cells)),
         "",
-        markdown_table(HEADER, _body(arms(summary, choice["ratio"], choice["ema"]))),
+        markdown_table(HEADER, _body(shown(found, choice))),
         "",
         "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
         "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed; the whole is the "
         "same fine-tuning without masks. Parameters are counted with parts taken out; times are means of runs in turn "
-        "with the whole model; the speedup is the median ratio of neighbours, which other work disturbs least. Weights "
-        "are those of the epoch with the lowest validation MSE. Every window is scored: "
+        "with the whole model; the speedup is the median ratio of neighbours, which other work disturbs least. "
+        f"{report.BY[by]}. Every window is scored: "
         f"{run['windows']['val']:,} for validation, "
         f"{run['windows']['test']:,} for test.",
         "",
@@ -359,7 +376,8 @@ def write_report(folder: str | Path) -> Path:
     if notes:
         lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
     lines += ["", "## What differs between the arms", "", _changes(settings, choice, dropout_off)]
-    lines += ["", "## Ratios", "", _ratio_table(summary)]
+    lines += report.choice_lines(everything)
+    lines += ["", "## Ratios", "", _ratio_table(summarise(_with_all_pruned(everything, found)))]
     lines += ["", f"Ratios are {settings['cuts']}."]
     lines += ["", f"## {title}", "", _sparsity_table(masks)]
     try:
@@ -386,17 +404,18 @@ def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["layer, %", *matrices], body)
 
 
-def print_table(folder: str | Path, console: Console | None = None) -> None:
-    """The arms of the chosen pruning, and the verdict, on the terminal."""
-    found, choice = read_folder(Path(folder))
+def print_table(folder: str | Path, console: Console | None = None, by: str = "validation") -> None:
+    """The arms of the chosen pruning, and the verdict, on the terminal; `by` as in `write_report`."""
+    everything, choice = read_folder(Path(folder))
+    found = everything.compared(by)
     console = console or Console()
     s, summary = found.run["settings"], summarise(found.table)
-    shown = arms(summary, choice["ratio"], choice["ema"])
-    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"
+    rows = shown(found, choice)
+    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}{report.by_words(by)}"
     caption = "mean ± std over seeds; vs: change of test MSE, paired by seed"
-    styles: list[str | None] = [None] * len(shown)
-    styles[int(np.argmin(shown["val_mse"].to_numpy()))] = "bold"
-    for table in report.fitted(HEADER, _body(shown), styles, title, caption, console):
+    styles: list[str | None] = [None] * len(rows)
+    styles[int(np.argmin(rows["val_mse"].to_numpy()))] = "bold"
+    for table in report.fitted(HEADER, _body(rows), styles, title, caption, console):
         console.print(table)
     console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
 

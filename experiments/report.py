@@ -15,7 +15,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import flags, launch
+from experiments import flags, grid, launch
 from experiments import folder as folders
 from experiments.flags import exact
 from ltsm_jax import storage
@@ -93,7 +93,13 @@ def label(method: str, alpha: float | None = None) -> str:
 
 def rank(row: dict[str, Any]) -> Any:
     """The order of results.csv."""
-    return list(STRATEGIES).index(row["method"]), row["alpha"] or 0.0, row["seed"]
+    chosen = (row.get("lr") or 0.0, row.get("origin") or 0)  # the same in all rows where nothing is chosen
+    return list(STRATEGIES).index(row["method"]), row["alpha"] or 0.0, *chosen, row["seed"]
+
+
+def chosen_by(lr: float | None, origin: int) -> str:
+    """Say in the name of a run what it is compared by, where validation chooses settings."""
+    return (f", lr {exact(lr)}" if lr is not None else "") + (f", origin {origin}" if origin else "")
 
 
 def is_fixed(group: pd.DataFrame) -> bool:
@@ -291,10 +297,15 @@ def encodable(text: str, encoding: str) -> bool:
 # pictures
 
 
-def cell_name(method: str, alpha: float | None, seed: int) -> str:
-    """Folder name of a cell: "sff-0.7-seed0", "ff-seed2"."""
+def cell_name(method: str, alpha: float | None, seed: int, lr: float | None = None, origin: int = 0) -> str:
+    """Folder name of a cell: "sff-0.7-seed0", "ff-seed2"; where settings are chosen "ff-lr0.001-origin1-seed0"."""
     mixed = "" if alpha is None or np.isnan(alpha) else f"-{exact(alpha)}"
-    return f"{method}{mixed}-seed{seed}"
+    return f"{method}{mixed}{candidate_name(lr, origin)}-seed{seed}"
+
+
+def candidate_name(lr: float | None, origin: int) -> str:
+    """The part of a cell's folder name that says what it is compared by; empty where nothing is chosen."""
+    return (f"-lr{exact(lr)}" if lr is not None else "") + (f"-origin{origin}" if origin else "")
 
 
 def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[dict], path: Path) -> None:
@@ -538,6 +549,37 @@ class Found:
     baselines: list[dict[str, Any]]
     damaged: list[str]
 
+    def compared(self, by: str = "validation") -> "Found":
+        """Give what a table compares: of runs that validation chose among, the chosen; test errors of the epoch `by`.
+
+        by: see `--report-by`.
+        Raises: ValueError where there are no test errors of every epoch, naming such a run.
+        """
+        table, cells = self.table, self.cells
+        if "chosen" in table:
+            table, cells = table[table["chosen"]], [cell for cell in cells if cell["chosen"]]
+        if by == "validation":
+            return dataclasses.replace(self, table=table, cells=cells)
+
+        prefix = {"last": "last_", "best-test": "best_"}[by]
+        for cell in cells:
+            if cell.get(f"{prefix}test_mse") is None:
+                raise ValueError(
+                    f"{cell['folder']} has no test errors of every epoch; run it with --test-each-epoch in another "
+                    "--out, or report by validation"
+                )
+        table = table.assign(test_mse=table[f"{prefix}test_mse"], test_mae=table[f"{prefix}test_mae"])
+        cells = [cell | {name: cell[f"{prefix}{name}"] for name in ("test_mse", "test_mae")} for cell in cells]
+        return dataclasses.replace(self, table=table, cells=cells)
+
+
+BY = {
+    "validation": "Weights are those of the epoch with the lowest validation MSE",
+    "last": "Test errors are those of the last epoch, whatever validation says of it",
+    "best-test": "Test errors are those of the epoch with the lowest test MSE, which nobody can know beforehand: they "
+    "are a bound, and no result",
+}
+
 
 def read_folder(folder: Path, rank: Callable[[dict[str, Any]], Any], *more: str) -> Found:
     """Read a comparison folder: what its cells left, not results.csv, which anybody can edit.
@@ -554,19 +596,22 @@ def read_folder(folder: Path, rank: Callable[[dict[str, Any]], Any], *more: str)
     records, damaged = folders.results(folder)
     if not records:
         raise ValueError(f"{folder} has no result that can be believed: {'; '.join(damaged)}")
+    rows = grid.mark([record["row"] for record in records.values()], run["settings"])
     cells = []
-    for name, record in sorted(records.items(), key=lambda item: rank(item[1]["row"])):
-        cells.append({**record["row"], **record, "folder": folder / "cells" / name})
-    return Found(folders.table_of(list(records.values()), rank), cells, run, baselines, damaged)
+    for (name, record), row in sorted(zip(records.items(), rows, strict=True), key=lambda item: rank(item[1])):
+        cells.append({**row, **record, "folder": folder / "cells" / name})
+    return Found(folders.table_of(rows, rank), cells, run, baselines, damaged)
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, by: str = "validation") -> Path:
     """Write report.md, and its pictures where matplotlib is installed, into the folder of a comparison.
 
+    by: the epoch whose test errors are shown, see `Found.compared`.
     Returns: the path of report.md.
     """
     folder = Path(folder)
-    found = read_folder(folder, rank)
+    everything = read_folder(folder, rank)
+    found = everything.compared(by)
     results, run, baselines, cells = found.table, found.run, found.baselines, found.cells
     summary = summarise(results)
     pictures = []
@@ -593,7 +638,7 @@ def write_report(folder: str | Path) -> Path:
         "",
         "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
         "over seeds; rows without a number of seeds are the same at every seed; `vs` is the change of test MSE in per "
-        "cent, each seed against the same seed. Weights are those of the epoch with the lowest validation MSE; seconds "
+        f"cent, each seed against the same seed. {BY[by]}; seconds "
         "are those of training and validation, without compilation. Every window is scored: "
         f"{run['windows']['val']:,} for validation, {run['windows']['test']:,} for test.",
     ]
@@ -603,9 +648,21 @@ def write_report(folder: str | Path) -> Path:
         notes += [f"{name}: {text}" for text in cell["warnings"]]
     if notes:
         lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
+    lines += choice_lines(everything)
     lines += picture_lines(pictures, f"python -m experiments.report {folder}")
     lines += made_lines(run, results)
     return write_text(folder / "report.md", lines)
+
+
+def choice_lines(found: Found) -> list[str]:
+    """The part of a report that says what validation chose among; empty where nothing was chosen."""
+    settings = found.run["settings"]
+    if grid.OVER not in settings:
+        return []
+    text = "The candidates of each method at the first seed; the one of lowest validation MSE is its row above."
+    if settings.get("origins"):
+        text += f" Validation MSE is the mean of {settings['origins']} blocks, each after training on what lies before."
+    return ["", "## Chosen by validation", "", markdown_table(*grid.table(found.table, settings)), "", text]
 
 
 def picture_lines(pictures: Sequence[tuple[str, str]], again: str) -> list[str]:
@@ -634,12 +691,12 @@ def write_text(path: Path, lines: Sequence[str]) -> Path:
     return path
 
 
-def print_table(folder: str | Path, console: Console | None = None) -> None:
-    """The comparison and its verdict on the terminal."""
-    found = read_folder(Path(folder), rank)
+def print_table(folder: str | Path, console: Console | None = None, by: str = "validation") -> None:
+    """The comparison and its verdict on the terminal; `by` as in `write_report`."""
+    found = read_folder(Path(folder), rank).compared(by)
     console = console or Console()
     summary, s = summarise(found.table), found.run["settings"]
-    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}"
+    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}{by_words(by)}"
     for table in terminal_tables(summary, found.baselines, title, console):
         console.print(table)
     console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
@@ -651,16 +708,26 @@ class Options:
 
     folder: tyro.conf.Positional[Path]
     """folder of a comparison"""
+    report_by: Annotated[
+        str,
+        flags.one_of(flags.REPORT_BY),
+        flags.described("epoch whose test error is shown: validation, or, with --test-each-epoch, last or best-test"),
+    ] = "validation"
     program: ClassVar[str] = "experiments.report"
 
 
-def command(options: Callable[[], Any], show: Callable[[Path], None], write: Callable[[Path], Path]) -> int:
-    """A command with one argument, the folder of a comparison: its table, then its report. Returns the exit code."""
+def by_words(by: str) -> str:
+    """Say in a title by which epoch test errors are shown, where it is not the usual one."""
+    return {"validation": "", "last": "; last epoch", "best-test": "; epoch of the lowest test error"}[by]
+
+
+def command(options: Callable[[], Any], show: Callable[..., None], write: Callable[..., Path]) -> int:
+    """A command about the folder of a comparison: its table, then its report. Returns the exit code."""
 
     def work() -> int:
-        folder = options().folder
-        show(folder)
-        print(write(folder))
+        asked = options()
+        show(asked.folder, by=asked.report_by)
+        print(write(asked.folder, by=asked.report_by))
         return 0
 
     return launch.guarded(work)

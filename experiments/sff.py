@@ -62,21 +62,24 @@ def parse(argv: Sequence[str]) -> Options:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a method, its alpha where it has one, and a seed."""
+    """One run: a method, its alpha where it has one, a seed, and where settings are chosen its learning rate and the
+    origin of its validation."""
 
     method: str
     alpha: float | None
     seed: int
+    lr: float | None = None
+    origin: int = 0
 
     @property
     def name(self) -> str:
         """Its folder."""
-        return cell_name(self.method, self.alpha, self.seed)
+        return cell_name(self.method, self.alpha, self.seed, self.lr, self.origin)
 
     @property
     def label(self) -> str:
         """It in words."""
-        return f"{report.label(self.method, self.alpha)}, seed {self.seed}"
+        return f"{report.label(self.method, self.alpha)}{report.chosen_by(self.lr, self.origin)}, seed {self.seed}"
 
 
 def resolve(options: Options) -> Comparison:
@@ -87,15 +90,38 @@ def resolve(options: Options) -> Comparison:
 
 
 def cells_of(options: Options) -> tuple[Cell, ...]:
-    """Every run that the options ask for."""
+    """Every run that the options ask for; where settings are chosen, those of the first seed, which choose."""
+    if options.over:
+        return grid_cells(options, options.seeds[:1])
     return tuple(Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds)
+
+
+def grid_cells(options: Options, seeds: Sequence[int]) -> tuple[Cell, ...]:
+    """Every candidate of every arm at some seeds: at the first one at every origin, at others at the usual one."""
+    found = []
+    for method, alpha in options.tunings:
+        several = strategy(method, alpha=0.5).phases  # nothing trained, nothing to choose
+        for lr in options.lrs_of(method):
+            for seed in seeds:
+                origins = options.origins if several and seed == options.seeds[0] else 1
+                found += [Cell(method, alpha, seed, lr, origin) for origin in range(origins)]
+    return tuple(found)
+
+
+def n_chosen(options: Options) -> int:
+    """How many runs the seeds after the first one add where settings are chosen."""
+    arms = {(m, None if options.choose_alpha else a) for m, a in options.tunings}
+    return len(arms) * (len(options.seeds) - 1) if options.over else 0
 
 
 def plan(c: Comparison) -> str:
     """What will run, in words."""
     runs, o = cells_of(c.options), c.options
     done = cells.finished(c, runs)
-    text = f"runs     {len(runs)}: {', '.join(o.methods)} x seeds {', '.join(map(str, o.seeds))}"
+    text = f"runs     {len(runs) + n_chosen(o)}: {', '.join(o.methods)} x seeds {', '.join(map(str, o.seeds))}"
+    if o.over:
+        blocks = f", mean of {o.origins} blocks" if o.origins > 1 else ""
+        text += f"; {len(runs)} at seed {o.seeds[0]}, which choose {' and '.join(o.over)} by validation{blocks}"
     return cells.plan(c, [text + (f"; {done} finished already" if done else "")])
 
 
@@ -104,19 +130,27 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
 
     Returns: what failed (a run that diverged does not stop the others), one line each.
     """
-    work = functools.partial(run_cell, c)
-    return cells.run_cells(c, cells_of(c.options), work, report.rank, console or Console())
+    work, o, console = functools.partial(run_cell, c), c.options, console or Console()
+    first = cells_of(o)
+    if not o.over:
+        return cells.run_cells(c, first, work, report.rank, console)
+    total = len(first) + n_chosen(o)
+    failures = cells.run_cells(c, first, work, report.rank, console, (1, total))
+    others = grid_cells(o, o.seeds[1:])
+    return failures + cells.run_chosen(c, others, work, report.rank, console, (len(first) + 1, total))
 
 
 def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     """Run one cell, or go on with it. Returns: its row of results.csv."""
     if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
         return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
-    o = c.options
+    c, o = cells.at(c, cell), c.options
     chosen = strategy(cell.method, alpha=cell.alpha or 0.0, l2_sp=o.l2sp_weight, lora_rank=o.lora_rank)
     result = cells.tune(c, cell, chosen)
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
     row = cells.row_of(c, columns, c.model, result)
+    if o.over:
+        row |= {"lr": cell.lr if "lr" in o.over else row["lr"], "origin": cell.origin}
     row |= {name: getattr(o, name) if cell.method == method else None for name, method in OWN.items()}
     start = cells.start_mse(c, chosen, cell.seed)
     cells.keep(c, cell, (c.model, result.params), row, result, start_mse=start)
@@ -128,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cells.main(argv, parse, resolve, plan, compare, _finish)
 
 
-def _finish(folder: Path) -> None:
-    report.print_table(folder)
-    print(f"report: {report.write_report(folder)}")
+def _finish(folder: Path, by: str) -> None:
+    report.print_table(folder, by=by)
+    print(f"report: {report.write_report(folder, by)}")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,16 @@ def whole(low: float, high: float = math.inf, *, says: str = "", unset: str = "n
     return check(lambda text: _one(_numbers(int, low, high, words, text), text), "N", unset)
 
 
+def whole_or(word: str, low: float) -> Check:
+    """Take one whole number of at least `low`, or a word."""
+
+    def read(text: str) -> int | str:
+        says = f"at least {low}, or {word}"
+        return word if text == word else _one(_numbers(int, low, math.inf, says, text), text)
+
+    return check(read, "N")
+
+
 def read_numbers(text: str, low: float, high: float, *, says: str) -> tuple[float, ...]:
     """Read numbers in [low, high], separated by commas.
 
@@ -391,8 +401,8 @@ class Compute:
 
     compute: Annotated[str, one_of(COMPUTE)] = "float32"
     """dtype of the matrix products in training: float32 or bfloat16"""
-    accumulate: Annotated[int, whole(1)] = 1
-    """parts a batch is taken in, for less memory"""
+    accumulate: Annotated[int | Literal["auto"], whole_or("auto", 1)] = 1
+    """parts a batch is taken in, for less memory; auto: as many as are quickest on a CPU"""
     remat: Annotated[str, one_of(tuple(REMAT))] = "none"
     """what the backward pass computes again, for less memory: none or "all but products" """
 

@@ -15,9 +15,23 @@ from ltsm_jax.methods import verdict
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.models import folders
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import TrainConfig, memory, optimizers, step
+from ltsm_jax.training import TrainConfig, memory, optimizers, parts, step
 
 METHODS = ("auto", *STRATEGIES)
+
+
+def _alpha() -> flags.Check:
+    """Take a number between 0 and 1, or `auto`."""
+
+    def read(text: str) -> float | str:
+        if text == "auto":
+            return text
+        found = flags.read_numbers(text, 0, 1, says="between 0 and 1, or auto")
+        if len(found) != 1:
+            raise ValueError(f"{flags.FLAG} takes one value; got {text!r}")
+        return found[0]
+
+    return flags.check(read, "X", unset="0.7")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +61,8 @@ class Fit(OnTable):
         flags.names(METHODS),
         flags.described(f"what to try, of {', '.join(METHODS)}; auto is ff,sff, or the model's own recipe"),
     ] = ("auto",)
-    alpha: Annotated[float | None, flags.number(0, 1, says="between 0 and 1", unset="0.7")] = None
-    """weight of the pretrained side, for sff and noise"""
+    alpha: Annotated[Any, _alpha()] = None
+    """weight of the pretrained side, for methods that mix; auto: several of them, of which validation picks"""
     masks: Annotated[Path | None, flags.path("FOLDER")] = None
     """masks of `ltsm prune`; what they prune stays out"""
     budget: Annotated[int, flags.whole(1)] = verdict.BUDGET
@@ -135,6 +149,7 @@ def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
     recipe = model.recipe()
     filled = config.filled(recipe)
     batch = config.batch_size or min(recipe.batch_size, verdict.LARGEST_BATCH)
+    filled = dataclasses.replace(filled, batch_size=batch)
     placement = Placement.of(params)
 
     def state_of(params: Any) -> Any:
@@ -142,12 +157,14 @@ def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
         return {"params": params, "optimizer": optimizer, "best": params}
 
     moving, frozen = trees.partition(params, trees.select(params, None))
+    loss, key = step.as_pytree(prepared.task.loss(model)), jax.random.key(0)
+    filled = parts.settled(filled, moving, frozen, source, loss, key, on_mesh=placement.mesh is not None)
     found = memory.estimate(
         jax.eval_shape(state_of, moving),
         frozen,
         source.over(placement.mesh),
-        step.as_pytree(prepared.task.loss(model)),
-        jax.random.key(0),
+        loss,
+        key,
         batch_size=min(batch, source.n),
         how=step.How.of(filled),
         placement=placement,

@@ -24,8 +24,8 @@ from ltsm_jax.training.timing import Estimate
 Params = Any
 ETS_SECONDS = 1.0  # of a forecast by AutoETS, and more than that for long contexts
 NAIVE_SECONDS = 0.3  # to compile and score one naive forecast
-PRUNING = 4.0  # a batch with gradients of single windows, in forward passes
-PRUNING_PROGRAM = 6.0  # to compile it, in compilations of a forward pass
+PRUNING = 8.0  # a batch with gradients of single windows, in forward passes
+PRUNING_PROGRAM = 10.0  # to compile it, in compilations of a forward pass
 
 
 def of_forecast(

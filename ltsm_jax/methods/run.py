@@ -68,6 +68,7 @@ def run(
     show_progress: bool = True,
     masks: Params | None = None,
     quirks: Collection[str] = (),
+    test_each_epoch: bool = False,
 ) -> Result:
     """Fine-tune `model` from `params` by `strategy`, validate after every epoch, score the best weights.
 
@@ -86,12 +87,14 @@ def run(
         has mixed in random ones), and what is masked stays 0.
       quirks: "no-dropout": all dropout rates are 0, as the release of Prune-then-Finetune has it for pruned models, and
         for them alone.
+      test_each_epoch: score the test part after every epoch too; the scores stand in the history under "test_<name>",
+        and select nothing.
     Raises: ValueError where model, data, masks and task do not go together, and for an unknown quirk;
       training.NonFiniteError from training.
     """
     running = Running(
         model, params, strategy, data, task=task, seed=seed, config=config, folder=folder, label=label,
-        show_progress=show_progress, masks=masks, quirks=quirks,
+        show_progress=show_progress, masks=masks, quirks=quirks, test_each_epoch=test_each_epoch,
     )  # fmt: skip
     while not running.trained_out:
         running.take(training.fit(**running.job()))
@@ -121,13 +124,16 @@ class Running:
         show_progress: bool = True,
         masks: Params | None = None,
         quirks: Collection[str] = (),
+        test_each_epoch: bool = False,
     ):
         if unknown := set(quirks) - {"no-dropout"}:
             raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
         self.model, self.strategy, self.data, self.task = model, strategy, data, task
-        self.folder, self.show_progress = folder, show_progress
+        self.folder, self.show_progress, self.test_each_epoch = folder, show_progress, test_each_epoch
         self.label = strategy.name if label is None else label
         self.config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
+        if self.config.accumulate == "auto" and not model.rows_apart:
+            self.config = dataclasses.replace(self.config, accumulate=1)
         self.keys = training.keys(seed)
         self.placement = Placement.of(params)
         self.windows = task.windows(model, data)
@@ -163,6 +169,11 @@ class Running:
         """Score weights of the model on the validation part."""
         return self.task.evaluate(self.model, candidate, self.data, "val", self.placement)
 
+    def watch(self, candidate: Params) -> dict[str, Any]:
+        """Score weights of the model on the test part, under the names that its scores have in the history."""
+        scores = self.task.evaluate(self.model, candidate, self.data, "test", self.placement)
+        return {f"test_{name}": value.item() if hasattr(value, "item") else value for name, value in scores.items()}
+
     def job(self) -> dict[str, Any]:
         """Arguments of `training.fit` for the next phase."""
         i, phase = self.phase, self.strategy.phases[self.phase]
@@ -182,6 +193,7 @@ class Running:
             "train_source": self.windows,
             "config": dataclasses.replace(self.config, **changes),
             "validate": lambda candidate: self.validate(whole(candidate)),
+            "watch": (lambda candidate: self.watch(whole(candidate))) if self.test_each_epoch else None,
             "select": self.task.selects,
             "trainable": mask,
             "penalty": penalty,

@@ -91,6 +91,8 @@ class Model(abc.ABC):
     covariates: ClassVar[frozenset[str]] = frozenset()
     # NaN in front of a context give the forecast (of a sampling family, its distribution) of the context without them
     missing_in_front: ClassVar[bool] = False
+    # the training loss is a mean over rows, so that parts of a batch give the gradient of the whole
+    rows_apart: ClassVar[bool] = True
     fixed: ClassVar[str | None] = None  # regular expression: leaves that are data, never trained and never mixed
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]

@@ -287,6 +287,7 @@ class Moment(Model):
     family = "moment"
     head = r"^head/"
     heads = ("reconstruction", "forecasting", "classification")
+    rows_apart = False  # a batch's loss is a mean over all of its masked points, and masks are random
     tasks = ("forecasting", "imputation", "anomaly", "classification", "embedding")
     licence = "MIT (AutonLab/MOMENT-1)"
     fixed = r"^position_table$"

@@ -298,6 +298,7 @@ class TimeMoe(Model):
 
     family = "time_moe"
     missing_in_front = True
+    rows_apart = False  # the balance term is of all tokens of a batch
     head = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"

@@ -401,6 +401,17 @@ def read_checkpoint(
     return tree, position
 
 
+def recorded(folder: str | Path, name: str) -> Any:
+    """Read the field `name` ("train.lr") of the run in the folder; None where there is no run, or no such field."""
+    try:
+        found = json.loads((Path(folder).expanduser() / CONFIG).read_text())
+        for part in name.split("."):
+            found = found[part]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # `RunFolder` says what is wrong with it
+    return found
+
+
 def begun(folder: str | Path) -> bool:
     """Tell whether a run is in the folder already, and make nothing.
 

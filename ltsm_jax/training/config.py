@@ -6,7 +6,7 @@ import numbers
 import operator
 import zlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -57,7 +57,9 @@ class TrainConfig:
       keep_checkpoints: how many stay; each has the best weights, too. A finished run keeps its last.
       steps_per_dispatch: None: from the measured time of a step. Has no influence on results.
       compute: dtype of the matrix products, "float32" or "bfloat16"; parameters, norms and losses stay in float32.
-      accumulate: parts a batch is taken in, one after the other, for the memory of one part at a time.
+      accumulate: parts a batch is taken in, one after the other, for the memory of one part at a time. "auto": as many
+        as are quickest on a CPU, by the shapes of model and batch (see `training.parts`); a folder records how many.
+        A loss that is no mean over rows (missing targets, a balance term) is that of each part.
       remat: what the backward pass computes again instead of keeping it: "none", or "all but products" (everything but
         the results of matrix products without batch axes), for less memory and more time.
       optimizer, betas, eps: see `optimizers.Rule`.
@@ -82,7 +84,7 @@ class TrainConfig:
     keep_checkpoints: int = checkpoints.KEEP
     steps_per_dispatch: int | None = None
     compute: str = "float32"
-    accumulate: int = 1
+    accumulate: int | Literal["auto"] = 1
     remat: str = "none"
     optimizer: str = "adamw"
     betas: tuple[float, float] = optimizers.BETAS
@@ -177,6 +179,11 @@ def _whole(low: int, high: float = math.inf) -> Callable[[Any], int]:
     return rule
 
 
+def _count_or_auto(value: Any) -> int | str:
+    """Read a whole number of at least 1, or "auto"."""
+    return value if isinstance(value, str) and value == "auto" else _whole(1)(value)
+
+
 def _real(fits: Callable[[float], bool]) -> Callable[[Any], float]:
     """Make the rule of a number for which `fits` is true; it is not for NaN."""
 
@@ -230,7 +237,7 @@ _RULES = {
     "keep_checkpoints": _COUNT,
     "steps_per_dispatch": (_whole(1, MOST_STEPS), f"a whole number in [1, {MOST_STEPS}]"),
     "compute": (_one_of(COMPUTE), f"one of {', '.join(COMPUTE)}"),
-    "accumulate": _COUNT,
+    "accumulate": (_count_or_auto, 'a whole number of at least 1, or "auto"'),
     "remat": (_one_of(REMAT), f"one of {', '.join(REMAT)}"),
     "optimizer": (_one_of(optimizers.OPTIMIZERS), f"one of {', '.join(optimizers.OPTIMIZERS)}"),
     "betas": (_betas, "two numbers in [0, 1)"),

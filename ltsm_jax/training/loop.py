@@ -20,7 +20,7 @@ import numpy as np
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, progress, step, timing
+from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, parts, progress, step, timing
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
@@ -93,6 +93,7 @@ def fit(
     *,
     config: TrainConfig,
     validate: Callable[[Tree], Mapping[str, float]] | None = None,
+    watch: Callable[[Tree], Mapping[str, float]] | None = None,
     select: str = "mse",
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
@@ -120,6 +121,7 @@ def fit(
         can use it (`ltsm_jax.data.windows.Windows`).
       config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
       validate: params -> {"mse": ..., ...}, called after each epoch.
+      watch: params -> further numbers of an epoch, under their own names in the history; they select nothing.
       select: which of these metrics selects the epoch: its lowest value (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
         has no optimiser state, and keeps its dropout.
@@ -149,8 +151,10 @@ def fit(
         select=select,
         trainable=trainable,
         penalty=penalty,
+        folder=folder,
+        watch=watch,
     )
-    frozen = fitting.frozen
+    config, frozen = fitting.config, fitting.frozen
     params = trees.merge(moving, frozen)
 
     run, takes = None, ""
@@ -195,6 +199,7 @@ def step_time(
     validate: Callable[[Tree], Mapping[str, float]] | None = None,
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
+    folder: str | Path | None = None,
     work_follows: bool = True,
 ) -> timing.Piece:
     """Time one step of `fit`, whose arguments these are, in the program that `fit` will run; nothing is trained.
@@ -210,6 +215,8 @@ def step_time(
         select="mse",
         trainable=trainable,
         penalty=penalty,
+        folder=folder,
+        watch=None,
     )
     fitting.start(moving, None)
     fitting.begin_epoch(0)
@@ -217,7 +224,17 @@ def step_time(
 
 
 def _prepared(
-    loss_fn, params: Tree, source: Any, *, config: TrainConfig, validate, select: str, trainable: Tree | None, penalty
+    loss_fn,
+    params: Tree,
+    source: Any,
+    *,
+    config: TrainConfig,
+    validate,
+    select: str,
+    trainable: Tree | None,
+    penalty,
+    folder: str | Path | None,
+    watch,
 ) -> tuple["Fitting", Tree, Tree]:
     """One call of `fit` before its start; what moves at the start, and the tree of what does.
 
@@ -228,16 +245,28 @@ def _prepared(
     moving, frozen = trees.partition(params, trainable)
     if not jax.tree.leaves(moving):
         raise ValueError("nothing to train: `trainable` is False for every leaf")
+    loss, placement = step.as_pytree(loss_fn), Placement.of(params)
+    config = parts.settled(
+        config,
+        moving,
+        frozen,
+        source,
+        loss,
+        keys(config.seed or 0)["dropout"],
+        on_mesh=placement.mesh is not None,
+        folder=folder,
+    )
     fitting = Fitting(
         config,
-        step.as_pytree(loss_fn),
+        loss,
         step.as_pytree(penalty),
         source,
         moving,
         frozen,
         validate,
-        Placement.of(params),
+        placement,
         select,
+        watch,
     )
     return fitting, moving, trainable
 
@@ -256,9 +285,10 @@ class Fitting:
         validate,
         placement: Placement,
         select: str,
+        watch=None,
     ):
         self.config, self.loss_fn, self.penalty = config, loss_fn, penalty
-        self.select = select
+        self.select, self.watch = select, watch
         self.source, self.frozen, self.validate = source, frozen, validate
         assert config.epochs and config.batch_size and config.lr and config.schedule, "filled"
         self.n = int(source.n)
@@ -266,7 +296,8 @@ class Fitting:
         self.mesh = placement.mesh
         placement.check_hosts()
         self.batch_size = min(config.batch_size, self.n)
-        placement.check_batch(self.batch_size, config.accumulate)
+        self.how = step.How.of(config)
+        placement.check_batch(self.batch_size, self.how.accumulate)
         self.placed = source.over(self.mesh)  # without the host-only facts that `source` has
         self.steps_per_epoch = windows.steps_per_epoch(self.n, self.batch_size)
         self.total = config.epochs * self.steps_per_epoch
@@ -279,7 +310,6 @@ class Fitting:
         self.keys = placement.replicate(keys(config.seed or 0))
         self.pace = Pace(config.steps_per_dispatch)
         self.saved_step = 0
-        self.how = step.How.of(config)
         self.run: checkpoints.RunFolder | None = None
         self.shapes = jax.eval_shape(self.state_of, moving)
         self.shardings: Tree | None = None
@@ -480,7 +510,8 @@ class Fitting:
         """Validation, selection, and whether this was the last epoch."""
         kept = self.to_keep(epoch)
         found = self.validate(trees.merge(kept, self.frozen)) if self.validate else None
-        if self.judge(epoch, found):
+        watched = self.watch(trees.merge(kept, self.frozen)) if self.watch else {}
+        if self.judge(epoch, found, watched):
             self.state["best"] = jax.tree.map(jnp.copy, kept)
         if self.config.swa:
             # Not before: a stop inside the validation comes back to this epoch, which must not count twice.
@@ -491,10 +522,10 @@ class Fitting:
             self.run.record([row])
         self.bar.update(self.position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
 
-    def judge(self, epoch: int, found: Mapping[str, Any] | None) -> bool:
+    def judge(self, epoch: int, found: Mapping[str, Any] | None, watched: Mapping[str, Any] | None = None) -> bool:
         """Add the epoch's row to the history; say whether its weights are the best so far.
 
-        found: of its validation, where there is one.
+        found: of its validation, where there is one. watched: further numbers for the row, see `fit`.
         """
         position = self.position
         row = {
@@ -516,6 +547,7 @@ class Fitting:
             better = selectable and value < position.best
             if better:
                 position.best, position.best_epoch = value, epoch + 1
+        row |= watched or {}
         position.history.append(row)
         position.loss_sum = 0.0
         waited = epoch + 1 - (position.best_epoch or epoch + 1)

@@ -54,6 +54,8 @@ class Estimate:
             f"about {in_words(self.fixed)} of memory for parameters and optimiser, "
             f"{in_words(self.activations)} for a batch of {self.batch_size}"
         )
+        if self.accumulate > 1:
+            needed += f" in {self.accumulate} parts"
         if available is None:
             return needed
         if self.fixed + self.activations <= available:
@@ -110,7 +112,7 @@ def estimate(
     """
     on_cpu = jax.default_backend() == "cpu"
     sharing = len(placement.mesh.local_devices) if placement.mesh and on_cpu else 1
-    kept = _kept_by_backward(state["params"], frozen, source, loss_fn, key, batch_size // how.accumulate, how)
+    kept = kept_by_backward(state["params"], frozen, source, loss_fn, key, batch_size // how.accumulate, how)
     activations = int(SCRATCH * kept * sharing / placement.row_parts)
     copies = 2 if writes_checkpoints and on_cpu else 1
     beside = 2 if how.rho else 1  # a gradient, and of SAM the weights uphill
@@ -118,12 +120,11 @@ def estimate(
     return Estimate(fixed, activations, batch_size, how.accumulate, placement.row_parts, sharing)
 
 
-def _kept_by_backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How) -> int:
-    """Bytes that the backward pass of one part keeps of its forward pass, beside the parameters."""
-
-    kept = _bytes(_backward.eval_shape(moving, frozen, source, loss_fn, key, rows, how))
+def kept_by_backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How) -> int:
+    """Bytes that the backward pass of `rows` windows keeps of its forward pass, beside the parameters."""
+    kept = bytes_in(_backward.eval_shape(moving, frozen, source, loss_fn, key, rows, how))
     # in another dtype it keeps copies of the parameters, in float32 themselves
-    weights = _bytes(moving) + _bytes(frozen) if how.compute == "float32" else 0
+    weights = bytes_in(moving) + bytes_in(frozen) if how.compute == "float32" else 0
     return max(kept - weights, 0)
 
 
@@ -179,10 +180,11 @@ def bytes_on_one(tree: Tree) -> int:
         whole = getattr(x, "sharding", None) is None
         return jax.ShapeDtypeStruct(x.shape if whole else x.sharding.shard_shape(x.shape), x.dtype)
 
-    return _bytes(jax.tree.map(part, tree))
+    return bytes_in(jax.tree.map(part, tree))
 
 
-def _bytes(tree: Tree) -> int:
+def bytes_in(tree: Tree) -> int:
+    """Bytes of all arrays, or shapes, of `tree`."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
 
 

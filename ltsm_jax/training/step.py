@@ -40,7 +40,9 @@ class How:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "How":
-        """Read it off a config."""
+        """Read it off a config. Raises: ValueError for a number of parts that is still open."""
+        if config.accumulate == "auto":
+            raise ValueError("accumulate='auto' is for `fit` to settle: say a number of parts here")
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -279,7 +281,7 @@ def trace_step(
 
     n = int(train_source.n)
     batch_size = min(config.batch_size, n)
-    placement.check_batch(batch_size, config.accumulate)
+    placement.check_batch(batch_size, How.of(config).accumulate)
     moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
     rule = optimizers.Rule.of(config)
     opt_state = jax.eval_shape(rule.transformation().init, moving)

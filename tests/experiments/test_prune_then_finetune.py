@@ -215,7 +215,6 @@ def test_the_command_in_the_report_asks_for_the_same(folder, command):
 @pytest.mark.parametrize(
     "flags, messages",
     [
-        ([], ["give --ratios", "or --ratio"]),
         (["--ratios", "0.2,1"], ["--ratios must be above 0 and below 1; got 1.0"]),
         (["--ratios", "0.2", "--ratio", "0.1,0.2"], ["--ratio takes one value beside it"]),
         (["--ratio", "0,0.1", "--ema", "1.5"], ["--ratio must be above 0", "--ema must be above 0 and at most 1"]),

@@ -28,7 +28,7 @@ def run(folder, legs):
     windows = windows.take(np.arange(38))  # batches of 8, the last one of 6: 5 steps an epoch
     config = TrainConfig(epochs=20, batch_size=8, lr=1e-3, schedule="constant", steps_per_dispatch=1)
     config = config.filled({"weight_decay": 0.0, "clip": None}, seed=0)
-    dispatch, found = loop._Fitting.dispatch, {"stops": [], "batches": [], "devices": []}
+    dispatch, found = loop.Fitting.dispatch, {"stops": [], "batches": [], "devices": []}
 
     def validate(params):
         return forecasting.evaluate(model, params, windows, batch_size=16)
@@ -44,7 +44,7 @@ def run(folder, legs):
 
         mesh = mesh_text and sharding.make_mesh(mesh_text, jax.devices()[:devices])
         placed = sharding.shard(params, model.shard_rules, mesh)[0] if mesh else params
-        loop._Fitting.dispatch = watched
+        loop.Fitting.dispatch = watched
         try:
             with hosts.session():
                 result = fit(model.loss, placed, windows, config=config, validate=validate, folder=folder,
@@ -53,7 +53,7 @@ def run(folder, legs):
         except hosts.Stopped:
             found["stops"].append(max(int(p.name[5:]) for p in (folder / "checkpoints").iterdir()))
         finally:
-            loop._Fitting.dispatch = dispatch
+            loop.Fitting.dispatch = dispatch
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return found | {name: [line[name] for line in lines if name in line] for name in ("loss", "val_mse")}
 
