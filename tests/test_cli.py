@@ -491,11 +491,6 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
     assert code == 0
     assert (asked["methods"], asked["budget"], asked["seed"], asked["mode"]) == (["ff", "sff"], 40, 3, "direct")
     assert asked["alpha"] == 0.9
-    auto = [word if word != 0.9 else "auto" for word in words]
-    code, _, err = ran(*auto, "--overwrite", "--plan")
-    assert code == 0 and "sff-0.5, sff-0.7, sff-0.9" in " ".join(err.split())
-    code, _, err = ran(*[word if word != 0.9 else "1.5" for word in words])
-    assert code == 2 and "--alpha must be between 0 and 1, or auto" in err
     assert len(cuts) == 2 and asked["prepared"] is cuts[1], "the windows of a run are cut once"
     config = asked["config"]
     assert (config.lr, config.epochs, config.batch_size, config.accumulate) == (1e-4, 2, 16, 2)
@@ -504,6 +499,12 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "training").exists(), "checkpoints of what is replaced"
     text, _, places = out.partition("\nmodel: ")
     assert fits(text) and "seasonal_naive" in text and "report.html" in places
+
+    auto = [word if word != 0.9 else "auto" for word in words]
+    code, _, err = ran(*auto, "--overwrite", "--plan")
+    assert code == 0 and "sff-0.5, sff-0.7, sff-0.9" in " ".join(err.split())
+    code, _, err = ran(*[word if word != 0.9 else "1.5" for word in words])
+    assert code == 2 and "--alpha must be between 0 and 1, or auto" in err
 
 
 def test_more_memory_than_there_is_is_refused_with_the_plan(ran, timer, shops, tmp_path, monkeypatch):
