@@ -9,7 +9,7 @@ from ltsm_jax import training
 from ltsm_jax.data import DataError
 from ltsm_jax.methods.run import run
 from ltsm_jax.methods.strategies import strategy
-from ltsm_jax.models.units import Units
+from ltsm_jax.models.units import Units, UnitsConfig
 from ltsm_jax.tasks import classification
 from ltsm_jax.tasks.classification import Classification, Examples, Parts
 
@@ -31,7 +31,10 @@ def parts():
 
 @pytest.fixture(scope="module")
 def model():
-    return Units(dataclasses.replace(Units.small(), dataset="b"))
+    """UniTS of one layer: the compiler takes most of the time here."""
+    small = Units.small()
+    config = UnitsConfig.of(16, 2, 1, small.tasks, patch_len=8, prompt_len=3)
+    return Units(dataclasses.replace(config, dataset="b"))
 
 
 def test_scores_by_hand():
