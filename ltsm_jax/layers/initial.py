@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ltsm_jax.trees import Tree, flatten, unflatten
+from ltsm_jax.trees import Tree, flatten, traced, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ def draw(key: jax.Array, shapes: Tree, rule: Callable[[str, tuple[int, ...]], Di
     flat = flatten(shapes)
     rules = {path: rule(path, tuple(leaf.shape)) for path, leaf in flat.items()}
     params = {}
+
+    # Outside jit the numbers are cut on the host: there each new shape is a program to compile, and here none is.
+    xp = jnp if traced(key) else np
     # one draw a kind for all: a generator compiled once and not once per parameter, which takes half a minute
     for kind, generator, kind_key, scale in (
         (Uniform, lambda k, n: jax.random.uniform(k, (n,), minval=-1.0), key, lambda r: r.bound),
@@ -53,14 +57,15 @@ def draw(key: jax.Array, shapes: Tree, rule: Callable[[str, tuple[int, ...]], Di
         chosen = [path for path in flat if isinstance(rules[path], kind)]
         if not chosen:
             continue
-        numbers, used = generator(kind_key, sum(flat[path].size for path in chosen)), 0
+        numbers, used = xp.asarray(generator(kind_key, sum(flat[path].size for path in chosen))), 0
         for path in chosen:
             leaf = flat[path]
-            params[path] = scale(rules[path]) * numbers[used : used + leaf.size].reshape(leaf.shape)
+            part = scale(rules[path]) * numbers[used : used + leaf.size].reshape(leaf.shape)
+            params[path] = jnp.asarray(part)
             used += leaf.size
     for path, how in rules.items():
         if isinstance(how, Constant):
-            params[path] = jnp.full(flat[path].shape, how.value, jnp.float32)
+            params[path] = jnp.asarray(xp.full(flat[path].shape, how.value, jnp.float32))
         elif callable(how):
             params[path] = how(jax.random.fold_in(key, zlib.crc32(path.encode())), tuple(flat[path].shape))
     return unflatten({path: params[path] for path in flat})

@@ -141,13 +141,14 @@ def test_missing_values_are_not_seen(case):
 
 
 def test_missing_values_in_front_change_nothing_where_the_family_says_so(case):
-    x = case.series(1, 3)
-    shapes = jax.eval_shape(lambda x: case.model.predict(case.params, x, 5), x)
-    if not case.model.missing_in_front or shapes.samples is not None:
+    # Shape and horizon of test_any_context, whose program it is.
+    x = case.series(2, 3)
+    short = case.predict(x, 7)
+    if not case.model.missing_in_front or short.samples is not None:
         return  # draws follow the bits of the context; what they are drawn from is tested with the family
-    filled = jnp.full((1, case.c, case.model.context_len), jnp.nan).at[..., -3:].set(x)
-    short, long = case.predict(x, 5).point, case.predict(filled, 5).point
-    np.testing.assert_allclose(short, long, rtol=2e-4, atol=2e-5)
+    filled = with_value(np.full((2, case.c, case.model.context_len), np.nan, np.float32), np.s_[..., -3:], x)
+    long = case.predict(filled, 7)
+    np.testing.assert_allclose(short.point, long.point, rtol=2e-4, atol=2e-5)
 
 
 def test_rows_do_not_see_each_other(case):
@@ -303,6 +304,10 @@ def test_init_is_a_function_of_the_key(case):
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
+    # Outside jit the draws are cut on the host.
+    outside = model.init(jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, outside)
+
 
 def test_config_survives_json(case):
     told = json.loads(json.dumps(case.model.config_to_dict()))
@@ -339,11 +344,15 @@ def _matches(pattern, path):
     return re.search(pattern, path) is not None
 
 
-def test_published_presets_have_their_shapes(case):
-    seen = set()
+@pytest.mark.parametrize("n", [1, slow(None)])
+def test_published_presets_have_their_shapes(case, n):
+    """The first preset of each family; the others are the same network at other sizes."""
+    models = {type(case.model)(config): name for name, config in type(case.model).presets().items()}
+    for model, name in list(models.items())[:n]:
+        assert trees.count(folders.shapes(model)) > 0, name
+
+
+def test_published_presets_survive_json(case):
     for name, config in type(case.model).presets().items():
-        model = type(case.model)(config)
-        if model not in seen:
-            assert trees.count(folders.shapes(model)) > 0, name
-        seen.add(model)
-        assert type(model).config_from_dict(json.loads(json.dumps(model.config_to_dict()))) == config, name
+        told = json.loads(json.dumps(type(case.model)(config).config_to_dict()))
+        assert type(case.model).config_from_dict(told) == config, name

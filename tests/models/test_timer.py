@@ -15,6 +15,10 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 
 MODEL = Timer(TimerConfig.of(8, 16, 32, 2, 4, context_len=56, horizon=8))
 predict = jax.jit(MODEL.predict, static_argnums=2)
+apply = jax.jit(MODEL.apply)
+loss = jax.jit(MODEL.loss, static_argnums=3)
+point_loss = jax.jit(MODEL.point_loss)
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +27,21 @@ def params():
 
 
 def series(b=2, c=3, t=56, seed=1):
-    return np.asarray(jax.random.normal(jax.random.key(seed), (b, c, t))).cumsum(-1)
+    noise = np.random.default_rng(seed).normal(size=(b, c, t))
+    return noise.cumsum(-1).astype(np.float32)
 
 
-@pytest.mark.parametrize("horizon", [1, 7, 8, 9, 96])
-@pytest.mark.parametrize("length", [1, 3, 8, 50, 56, 500])
+LENGTHS, HORIZONS = (1, 3, 8, 50, 56, 500), (1, 7, 8, 9, 96)
+# Every length and every horizon, and the corners; each pair is a program of its own, so the others are for `make slow`.
+DAILY = {(1, 1), (3, 7), (8, 8), (50, 9), (56, 7), (500, 96), (1, 96), (500, 1)}
+PAIRS = [
+    pytest.param(length, horizon, marks=() if (length, horizon) in DAILY else slow)
+    for length in LENGTHS
+    for horizon in HORIZONS
+]
+
+
+@pytest.mark.parametrize("length, horizon", PAIRS)
 def test_any_context_and_horizon(params, length, horizon):
     forecast = predict(params, series(t=length), horizon)
     assert forecast.point.shape == (2, 3, horizon) and np.isfinite(forecast.point).all()
@@ -99,7 +113,7 @@ def test_tokens_see_only_what_lies_before_them(params):
     # the instance scale sees everything, so change the future in a way that keeps mean and variance
     y = x.copy()
     y[..., 40:48], y[..., 48:56] = x[..., 48:56], x[..., 40:48]
-    a, b = MODEL.apply(params, x)[0], MODEL.apply(params, y)[0]
+    a, b = apply(params, x)[0], apply(params, y)[0]
     np.testing.assert_allclose(a[..., :40], b[..., :40], rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(a - b)[..., 40:]).max() > 1e-3
 
@@ -107,12 +121,12 @@ def test_tokens_see_only_what_lies_before_them(params):
 def test_direct_loss_is_the_error_of_predict_and_rows_count_by_weight(params):
     batch = {"context": jnp.asarray(series(b=4)), "target": jnp.asarray(series(b=4, t=5, seed=2))}
     point = predict(params, batch["context"], 5).point
-    np.testing.assert_allclose(MODEL.point_loss(params, batch), np.square(point - batch["target"]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(point_loss(params, batch), np.square(point - batch["target"]).mean(), rtol=1e-5)
     whole = dict(batch, target=jnp.asarray(series(b=4, t=8, seed=2)))
-    for loss in (MODEL.loss, MODEL.point_loss):
+    for loss_of in (loss, point_loss):
         half = {name: value[:2] for name, value in whole.items()}
         weighted = dict(whole, weight=jnp.array([1.0, 1.0, 0.0, 0.0]))
-        np.testing.assert_allclose(loss(params, weighted), loss(params, half), rtol=1e-6)
+        np.testing.assert_allclose(loss_of(params, weighted), loss_of(params, half), rtol=1e-6)
 
 
 def test_losses_refuse_lengths_they_cannot_serve(params):
@@ -124,11 +138,11 @@ def test_losses_refuse_lengths_they_cannot_serve(params):
 
 def test_dropout_acts_in_training_only(params):
     batch = {"context": jnp.asarray(series()), "target": jnp.asarray(series(t=8, seed=2))}
-    still = MODEL.loss(params, batch)
-    assert MODEL.loss(params, batch, jax.random.key(0), False) == still
-    one, two = (MODEL.loss(params, batch, jax.random.key(i), True) for i in (0, 1))
+    still = loss(params, batch)
+    assert loss(params, batch, jax.random.key(0), False) == still
+    one, two = (loss(params, batch, jax.random.key(i), True) for i in (0, 1))
     assert one != two and one != still
-    assert MODEL.loss(params, batch, jax.random.key(0), True) == one
+    assert loss(params, batch, jax.random.key(0), True) == one
 
 
 def test_a_pruned_timer_is_a_timer():
@@ -138,7 +152,8 @@ def test_a_pruned_timer_is_a_timer():
         16,
         5,
     )
-    assert Timer(cfg).predict(params, series(), 8).point.shape == (2, 3, 8)
+    smaller = jax.jit(Timer(cfg).predict, static_argnums=2)
+    assert smaller(params, series(), 8).point.shape == (2, 3, 8)
 
 
 def test_config_lists_all_its_problems():
