@@ -23,6 +23,7 @@ from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.data.windows import context_scale
 from ltsm_jax.loading import load
 from ltsm_jax.methods import pruning
+from ltsm_jax.methods.alpha import Choice, choose, require_mixing
 from ltsm_jax.methods.binding import Data, as_series, bind, check_params, drawn, ready_for, whole
 from ltsm_jax.methods.checks import paired_difference
 from ltsm_jax.methods.pruning import PruneConfig, PruneResult
@@ -62,6 +63,7 @@ class Fitted:
       params: the weights to use: the tuned ones, or the ones before where tuning lost (`kept` says which).
       kept: "tuned" or "zero_shot".
       zero_shot, tuned: validation metrics before and after, in units standardised by the training part.
+      choice: what was tried to choose alpha, where it was "auto"; None elsewhere.
       naive: validation metrics of the naive forecasts by name: "last value" and, with a season, "seasonal naive".
       difference: mean of (tuned - zero-shot) MSE over the same validation windows; below zero is a gain.
       interval: about 95 % around it, from means over blocks of windows that share no target; NaN under two blocks.
@@ -80,6 +82,7 @@ class Fitted:
     splits: Splits
     model: Model
     naive: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    choice: Choice | None = None
 
     @property
     def clear(self) -> bool:
@@ -116,6 +119,7 @@ class Fitted:
         lines = [
             f"{self.result.strategy.name}: validation MSE {before:.4f} before, {after:.4f} tuned "
             f"({change}difference {self.difference:+.4f}{sure})",
+            *([] if self.choice is None else [_chosen(self.choice)]),
             *(["beside it: " + ", ".join(naive)] if naive else []),
             self.verdict,
             *self.splits.notes,
@@ -150,7 +154,7 @@ def fit(
     missing: Literal["error", "interpolate", "keep"] = "error",
     irregular: Literal["error", "regularise", "ignore"] | None = None,
     name: str | None = None,
-    alpha: float | None = None,
+    alpha: float | Literal["auto"] | None = None,
     few_shot: float = 1.0,
     mode: Mode | None = None,
     seed: int = 0,
@@ -177,6 +181,9 @@ def fit(
       target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
         ReadingOptions`.
       alpha: for the methods that mix (`methods.strategies.MIXED`), the weight of the pretrained side; by default 0.7.
+        "auto" trains with each of `methods.alpha.GRID`, equally long, and keeps the one with the lowest validation MSE;
+        `fitted.choice` says what was tried. It takes as many times as long; 1 is the checkpoint without mixing, so that
+        `sff` there is plain full fine-tuning.
       few_shot: share of the training windows.
       mode: the training loss, "ims" or "direct", see `tasks.forecasting.Forecasting`; by default the model's recipe.
       seed: of the random model, the data order and the dropout.
@@ -193,6 +200,11 @@ def fit(
         if alpha is not None:
             raise ValueError("alpha is for a method by name; a Strategy has its own")
         chosen = method
+    elif alpha == "auto":
+        require_mixing(method)
+        chosen = None
+    elif isinstance(alpha, str):
+        raise ValueError(f"alpha is a number or 'auto'; got {alpha!r}")
     else:
         chosen = strategy(method, alpha=0.7 if alpha is None else alpha)
     options = ReadingOptions(
@@ -240,19 +252,37 @@ def fit(
     predictor = task.predictor(model)
     start = params if masks is None else pruning.merge(params, masks, placement)
     before = forecasting.errors(predictor, start, splits.val, placement=placement)
-    result = run(
-        model,
-        params,
-        chosen,
-        splits,
-        task=task,
-        seed=seed,
-        config=config,
-        masks=masks,
-        folder=folder,
-        test=False,
-        show_progress=show_progress,
-    )
+    choice = None
+    if chosen is None:
+        assert isinstance(method, str)
+        choice = choose(
+            model,
+            params,
+            splits,
+            method=method,
+            task=task,
+            seed=seed,
+            config=config,
+            masks=masks,
+            folder=folder,
+            show_progress=show_progress,
+        )
+        result = choice.result
+        assert result is not None, "it was trained"
+    else:
+        result = run(
+            model,
+            params,
+            chosen,
+            splits,
+            task=task,
+            seed=seed,
+            config=config,
+            masks=masks,
+            folder=folder,
+            test=False,
+            show_progress=show_progress,
+        )
     after = forecasting.errors(predictor, result.params, splits.val, placement=placement)
     difference, interval = paired_difference(before, after, splits.val)
     zero_shot, tuned = forecasting.summarise(before), forecasting.summarise(after)
@@ -270,7 +300,14 @@ def fit(
         splits=splits,
         model=model,
         naive=task.baselines(model, splits),
+        choice=choice,
     )
+
+
+def _chosen(choice: Choice) -> str:
+    """Say which alpha was picked, and what the others gave."""
+    scores = [f"{row['alpha']:g}: {row['score']:.4f}" for row in choice.table()]
+    return f"alpha {choice.strategy.alpha:g}, picked by validation MSE ({', '.join(scores)})"
 
 
 def prune(

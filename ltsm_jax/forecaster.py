@@ -26,7 +26,7 @@ from ltsm_jax.methods.binding import check_params, drawn, whole
 from ltsm_jax.methods.conformal import WINDOWS, Calibration, rolling_origins
 from ltsm_jax.methods.decision import ZERO_SHOT, Verdict
 from ltsm_jax.methods.strategies import Strategy
-from ltsm_jax.methods.verdict import BUDGET, Compared, Prepared, compare, prepare
+from ltsm_jax.methods.verdict import BUDGET, Alpha, Compared, Prepared, compare, prepare
 from ltsm_jax.models import Model, folders
 from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.report import write_report
@@ -191,7 +191,7 @@ class Forecaster:
         *,
         methods: str | Strategy | Sequence[str | Strategy] = "auto",
         method: str | Strategy | None = None,
-        alpha: float | None = None,
+        alpha: Alpha = None,
         masks: Params | None = None,
         id: str | None = None,
         time: str | Sequence[str] | None = None,
@@ -226,7 +226,8 @@ class Forecaster:
           horizon: rows that will be forecast.
           methods: "auto"; names such as "ff" or "zero_shot,ff,sff", `Strategy` objects, or a list of
             both, see `methods.verdict.named`. method: one of them, in place of `methods`.
-          alpha: for sff and noise, the weight of the pretrained side; by default 0.7.
+          alpha: for the methods that mix (`methods.strategies.MIXED`), the weight of the pretrained side; by default
+            0.7. "auto": several, of which validation picks, see `methods.verdict.named`.
           masks: of a pruned model, see `prune`; what they prune stays 0.
           config: a `TrainConfig`; what it leaves out is the model's recipe.
           budget: optimiser steps of each method; None: the epochs of the recipe over all windows.

@@ -1,6 +1,7 @@
 """Run a strategy on the data of a task."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,8 +13,9 @@ from ltsm_jax import storage, training, trees
 from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import lora
 from ltsm_jax.methods.binding import model_facts
+from ltsm_jax.methods.phases import Phase, anchored, l2_sp_penalty, mixed_out, trainable_mask
 from ltsm_jax.methods.starts import start_params
-from ltsm_jax.methods.strategies import Strategy, l2_sp_penalty, trainable_mask
+from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Task
@@ -38,6 +40,8 @@ class Result:
       compile_seconds: those that they waited for the compiler: nearly none for whoever comes second.
       trained: parameters that were trainable in the last phase.
       warnings: what a user should look at, in words.
+      mixes: of a strategy that mixes tuned weights with the checkpoint: validation metrics by the weight of the tuned
+        side. The best of them is `weight`, and `params` are that mix.
     """
 
     strategy: Strategy
@@ -51,6 +55,8 @@ class Result:
     trained: int
     warnings: tuple[str, ...] = ()
     compile_seconds: float = 0.0
+    mixes: dict[float, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    weight: float | None = None
 
 
 def run(
@@ -138,15 +144,15 @@ class Running:
         self.placement = Placement.of(params)
         self.windows = task.windows(model, data)
         self.loss = task.loss(without_dropout(model) if "no-dropout" in quirks else model)
+        self.checkpoint = params
         self.current = start_params(strategy, model, params, self.keys["aux"])
         self.masks = masks
         if masks is not None:
             self.masks = place(masks, self.current, self.placement)
             self.current = merge(self.current, self.masks, self.placement)
-            self.loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(self.loss), self.masks)
 
         # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that ff sees.
-        self.facts: dict[str, Any] = {"strategy": dataclasses.asdict(strategy)}
+        self.facts: dict[str, Any] = {"strategy": strategy.record()}
         if folder is not None:  # digests take a moment, and only a folder needs them
             self.facts |= model_facts(model, params) | task.facts(data)
         if quirks:
@@ -177,12 +183,12 @@ class Running:
     def job(self) -> dict[str, Any]:
         """Arguments of `training.fit` for the next phase."""
         i, phase = self.phase, self.strategy.phases[self.phase]
-        changes = {name: getattr(phase, name) for name in ("epochs", "lr") if getattr(phase, name) is not None}
-        begin, mask, phase_loss = self.current, trainable_mask(phase, self.model, self.current), self.loss
+        begin, mask = self.current, trainable_mask(phase, self.model, self.current)
+        phase_loss = self.loss_of(phase)
         self.whole = _itself
         if (adapters := phase.adapters(self.model)) is not None:
             key = jax.random.fold_in(self.keys["aux"], 2 + i)
-            begin, mask, phase_loss, self.whole = lora.beside(self.model, self.current, self.loss, adapters, key)
+            begin, mask, phase_loss, self.whole = lora.beside(self.model, self.current, phase_loss, adapters, key)
         # Partial: the reference weights reach the compiled step as arguments instead of as constants
         penalty = jax.tree_util.Partial(l2_sp_penalty, self.current, phase.l2_sp) if phase.l2_sp else None
         self.trained = trees.count(begin if mask is None else trees.partition(begin, mask)[0])
@@ -191,7 +197,7 @@ class Running:
             "loss_fn": phase_loss,
             "params": begin,
             "train_source": self.windows,
-            "config": dataclasses.replace(self.config, **changes),
+            "config": dataclasses.replace(self.config, **phase.changes()),
             "validate": lambda candidate: self.validate(whole(candidate)),
             "watch": (lambda candidate: self.watch(whole(candidate))) if self.test_each_epoch else None,
             "select": self.task.selects,
@@ -204,6 +210,17 @@ class Running:
             | ({} if adapters is None else {"adapters": dataclasses.asdict(adapters)}),
             "show_progress": self.show_progress,
         }
+
+    def loss_of(self, phase: Phase) -> Callable[..., jax.Array]:
+        """Give the loss that a phase minimises, a function of weights of the model."""
+        loss = self.loss
+        if phase.anchor:
+            loss = anchored(loss, self.model, self.checkpoint, phase.anchor)
+        if self.masks is not None:
+            loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(loss), self.masks)
+        if phase.mixout:
+            loss = mixed_out(loss, self.current, phase.mixout)
+        return loss
 
     def take(self, fitted: training.FitResult) -> None:
         """Go on from what `training.fit` gave for the last `job`."""
@@ -225,6 +242,9 @@ class Running:
         began = time.monotonic()
         with compiling.measured() as waited:
             val = self.validate(self.current) if self.val is None else self.val
+            mixes, weight = {}, None
+            if self.strategy.wise:
+                mixes, weight, val = self.mix(val)
             scores = self.task.evaluate(self.model, self.current, self.data, "test", self.placement) if test else None
         seconds, compile_seconds = self.seconds, self.compile_seconds
         if not self.strategy.phases:
@@ -242,7 +262,31 @@ class Running:
             self.trained,
             self.task.warnings(self.model, self.current, self.data, self.placement),
             compile_seconds,
+            mixes,
+            weight,
         )
+
+    def mix(self, val: dict[str, Any]) -> tuple[dict[float, dict[str, Any]], float, dict[str, Any]]:
+        """Put the best mix of tuned weights and checkpoint in the place of the tuned weights, see `Strategy.wise`.
+
+        val: of the tuned weights.
+        Returns: metrics of each mix, the weight of the best, and its metrics; where equal, the largest weight.
+        """
+        checkpoint, tuned = self.checkpoint, self.current
+        if self.masks is not None:
+            checkpoint = merge(checkpoint, self.masks, self.placement)
+
+        found: dict[float, dict[str, Any]] = {}
+        chosen, lowest = None, math.inf
+        for weight in sorted(self.strategy.wise, reverse=True):
+            mixed = tuned if weight == 1 else trees.wise_ft(checkpoint, tuned, weight, skip=self.model.fixed)
+            found[weight] = val if weight == 1 else self.validate(mixed)
+            if found[weight][self.task.selects] < lowest:
+                chosen, lowest = weight, found[weight][self.task.selects]
+                self.current = mixed
+        if chosen is None:
+            raise training.NonFiniteError(f"no mix of tuned weights and checkpoint has a finite error: {found}")
+        return found, chosen, found[chosen]
 
 
 def _masked_loss(loss, masks, params, batch, key, train):

@@ -101,14 +101,12 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
     trees.require_same(params, folders.shapes(model), names=("params", "model"))
     if isinstance(start, Pretrained) and not strategy.reinit_head:
         return params
-    aux = jax.tree.map(_placed_like, model.init(aux_key), params)
-    if model.fixed:
-        aux = jax.tree.map(lambda keep, old, new: old if keep else new, trees.select(params, model.fixed), params, aux)
+    aux = _fresh(model, params, aux_key)
     match start:
         case Random():
             mixed = aux
         case Interpolated():
-            mixed = _mixed(start, model, params, aux, aux_key)
+            mixed = _mixed(start, model, params, _other(start, params, aux, aux_key))
         case _:
             mixed = params
     if not strategy.reinit_head:
@@ -117,19 +115,34 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
     return jax.tree.map(lambda is_new, fresh, old: fresh if is_new else old, new, aux, mixed)
 
 
-def _mixed(start: Interpolated, model: Any, params: Params, random: Params, aux_key: jax.Array) -> Params:
-    """The mix that `start` describes, of pretrained and fresh parameters."""
+def _fresh(model: Any, params: Params, aux_key: jax.Array) -> Params:
+    """The random model, where the pretrained one lies; what the family fixes is as there."""
+    aux = jax.tree.map(_placed_like, model.init(aux_key), params)
+    if not model.fixed:
+        return aux
+    return jax.tree.map(lambda keep, old, new: old if keep else new, trees.select(params, model.fixed), params, aux)
+
+
+def other_side(start: Interpolated, model: Any, params: Params, aux_key: jax.Array) -> Params:
+    """The tree that `start` mixes with the pretrained one; arguments as of `start_params`."""
+    return _other(start, params, _fresh(model, params, aux_key), aux_key)
+
+
+def _other(start: Interpolated, params: Params, random: Params, aux_key: jax.Array) -> Params:
     match start.other:
         case "random":
-            other = random
+            return random
         case "noise":
             # fold_in: the noise must not be the bits that drew the random model.
-            other = equal_norm_noise(jax.random.fold_in(aux_key, 1), random)
+            return equal_norm_noise(jax.random.fold_in(aux_key, 1), random)
         case "zeros":
-            other = jax.tree.map(jnp.zeros_like, params)
+            return jax.tree.map(jnp.zeros_like, params)
         case "sum":
-            other = jax.tree.map(jnp.add, params, random)
+            return jax.tree.map(jnp.add, params, random)
 
+
+def _mixed(start: Interpolated, model: Any, params: Params, other: Params) -> Params:
+    """The mix of pretrained parameters and the other side that `start` describes."""
     groups = groups_of(model, params)
     named = dict(start.alphas)
     layers = dict.fromkeys(layer for path in groups if (layer := layer_of(model, path)))

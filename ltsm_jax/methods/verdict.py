@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from ltsm_jax.data.windows import Windows
 from ltsm_jax.frequency import count_unit, microseconds, to_wall
 from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import auto_ets
+from ltsm_jax.methods.alpha import GRID
 from ltsm_jax.methods.binding import (
     check_params,
     default_mode,
@@ -48,6 +49,7 @@ __all__ = ["BUDGET", "Compared", "Prepared", "Tuning", "Verdict", "compare", "na
 
 Params = Any
 Methods = str | Strategy | Sequence[str | Strategy]
+Alpha = float | Literal["auto"] | None
 BUDGET = 400  # steps of each method
 EPOCHS = 5  # validations in a budget
 LARGEST_BATCH = 256
@@ -79,14 +81,16 @@ class Compared:
     results: Mapping[str, Result]
 
 
-def named(methods: Methods, model: Model, alpha: float | None = None) -> dict[str, Strategy]:
+def named(methods: Methods, model: Model, alpha: Alpha = None) -> dict[str, Strategy]:
     """The training methods by the name that a verdict calls them by.
 
     Args:
       methods: "auto" (full and smoothed full fine-tuning; where the family's recipe trains a part
         of the weights or adapters: that recipe), names of `STRATEGIES`, a text of them with commas,
         or `Strategy` objects. "zero_shot" and naive forecasts take part in any case.
-      alpha: weight of the pretrained side in methods by name that mix (`MIXED`); None: 0.7.
+      alpha: weight of the pretrained side in methods by name that mix (`MIXED`); None: 0.7. "auto": a
+        method for each of `alpha.GRID`, of which validation picks as it does of all, at the same
+        budget; 1, which mixes nothing, is left out beside "ff".
     Raises: ValueError for unknown names and duplicates, and for an alpha that no method takes.
     """
     if isinstance(methods, str):
@@ -102,11 +106,11 @@ def named(methods: Methods, model: Model, alpha: float | None = None) -> dict[st
     for given in methods:
         if isinstance(given, str) and given in TITLES:
             continue
-        found = _by_name(given, alpha) if isinstance(given, str) else given
-        if found.phases:
-            wanted.append(found)
+        for found in _by_name(given, alpha, methods) if isinstance(given, str) else [given]:
+            if found.phases:
+                wanted.append(found)
     if alpha is not None and not any(method in MIXED for method in methods):
-        raise ValueError(f"alpha is for {' and '.join(MIXED)} by name, and neither is among the methods")
+        raise ValueError(f"alpha is for {', '.join(MIXED)} by name, and none of them is among the methods")
     names = [found.name for found in wanted]
     result = {}
     for found in wanted:
@@ -119,8 +123,17 @@ def named(methods: Methods, model: Model, alpha: float | None = None) -> dict[st
     return result
 
 
-def _by_name(name: str, alpha: float | None) -> Strategy:
-    return strategy(name) if alpha is None else strategy(name, alpha=alpha)
+def _by_name(name: str, alpha: Alpha, methods: Sequence[str | Strategy]) -> list[Strategy]:
+    """The method of a name; those of a grid where its alpha is to be found."""
+    if alpha is None:
+        return [strategy(name)]
+    if isinstance(alpha, str):
+        if alpha != "auto":
+            raise ValueError(f"alpha is a number or 'auto'; got {alpha!r}")
+        if name not in MIXED:
+            return [strategy(name)]
+        return [strategy(name, alpha=value) for value in GRID if value < 1 or "ff" not in methods]
+    return [strategy(name, alpha=alpha)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,7 +260,7 @@ def compare(
     horizon: int,
     *,
     methods: Methods = "auto",
-    alpha: float | None = None,
+    alpha: Alpha = None,
     masks: Params | None = None,
     config: training.TrainConfig | None = None,
     budget: int | None = BUDGET,

@@ -11,6 +11,23 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree
 
 HERE = Placement()  # where the arrays lie; nothing is split
+CHUNK = 256  # rows that a CPU takes at a time: what it writes between two layers is then used again, from its caches
+
+
+def in_chunks(f: Callable[[jax.Array], Tree], indices: jax.Array, placement: Placement = HERE) -> Tree:
+    """Compute `f(indices)` inside a program: on a CPU `CHUNK` rows at a time, elsewhere and over a mesh all at once.
+
+    A quarter to a third of a small model's evaluation went into fresh memory for the results of 2048 rows at a time.
+
+    Args:
+      f: from window numbers int32 [B] to a tree of arrays [B, ...], row by row.
+      indices: int32 [B]; taken whole where B is no multiple of `CHUNK`.
+    """
+    rows = indices.shape[0]
+    if jax.default_backend() != "cpu" or placement.mesh is not None or rows % CHUNK:
+        return f(indices)
+    found = jax.lax.map(f, indices.reshape(-1, CHUNK))
+    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), found)
 
 
 @hosts.interruptible()

@@ -18,7 +18,7 @@ from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Loss, Part, Source
-from ltsm_jax.tasks.batches import in_batches
+from ltsm_jax.tasks.batches import in_batches, in_chunks
 from ltsm_jax.trees import Tree
 
 Mode = Literal["ims", "direct"]
@@ -281,22 +281,24 @@ def _point(predictor: Predictor, params: Tree, batch: Batch) -> jax.Array:
 def _batch_errors(
     predictor: Predictor, params: Tree, windows: Windows, indices: jax.Array, placement: Placement
 ) -> dict[str, jax.Array]:
-    batch = placement.rows(windows.gather(indices))
-    target = batch["target"]
-    with rows_over(placement.mesh):
-        point = _point(predictor, params, batch)
-    observed = ~jnp.isnan(target)
-    difference = jnp.where(observed, point - target, 0.0)
-    zero = target == 0
-    share = jnp.where(zero | ~observed, 0.0, difference / jnp.where(zero | ~observed, 1.0, target))
-    found = {
-        "squared": jnp.square(difference).sum(-1),
-        "absolute": jnp.abs(difference).sum(-1),
-        "percentage": jnp.abs(share).sum(-1),
-        "zeros": zero.sum(-1),
-        "steps": observed.sum(-1),
-    }
-    return placement.everywhere(found)
+    def of_rows(indices: jax.Array) -> dict[str, jax.Array]:
+        batch = placement.rows(windows.gather(indices))
+        target = batch["target"]
+        with rows_over(placement.mesh):
+            point = _point(predictor, params, batch)
+        observed = ~jnp.isnan(target)
+        difference = jnp.where(observed, point - target, 0.0)
+        zero = target == 0
+        share = jnp.where(zero | ~observed, 0.0, difference / jnp.where(zero | ~observed, 1.0, target))
+        return {
+            "squared": jnp.square(difference).sum(-1),
+            "absolute": jnp.abs(difference).sum(-1),
+            "percentage": jnp.abs(share).sum(-1),
+            "zeros": zero.sum(-1),
+            "steps": observed.sum(-1),
+        }
+
+    return placement.everywhere(in_chunks(of_rows, indices, placement))
 
 
 def errors(

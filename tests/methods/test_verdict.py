@@ -214,7 +214,11 @@ def test_methods_by_name(model):
     assert list(named(two, model)) == ["sff-0.5", "sff-0.9"]
     assert [found.alpha for found in named("auto", model, 0.9).values()] == [None, 0.9]
     assert [found.alpha for found in named("sff,noise", model).values()] == [0.7, 0.7]
-    with pytest.raises(ValueError, match="alpha is for sff and noise"):
+    assert list(named("auto", model, "auto")) == ["ff", "sff-0.5", "sff-0.7", "sff-0.9"]
+    assert list(named("lora,sff", model, "auto")) == ["lora", "sff-0.5", "sff-0.7", "sff-0.9", "sff-1"]
+    with pytest.raises(ValueError, match="a number or 'auto'; got 'best'"):
+        named("sff", model, "best")
+    with pytest.raises(ValueError, match="alpha is for sff, noise, .* by name, and none of them"):
         named("ff", model, 0.9)
     with pytest.raises(ValueError, match="duplicate method ff"):
         named(["ff", "ff"], model)
