@@ -31,11 +31,11 @@ from rich.table import Table
 from experiments import demo, flags, folder, launch, sff
 from ltsm_jax.data import Series
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.methods.strategies import STRATEGIES, VARIANTS
+from ltsm_jax.methods.strategies import STRATEGIES, TOOLBOX, VARIANTS
 from ltsm_jax.models import FAMILIES, folders
 
 MARK = "all-families.json"  # what tells the folder of a run from any other
-METHODS = tuple(name for name in STRATEGIES if name not in VARIANTS)
+METHODS = tuple(name for name in STRATEGIES if name not in (*VARIANTS, *TOOLBOX))
 WINDOWS = 40  # of training, for each variate
 VARIATES = 2
 
@@ -84,7 +84,7 @@ class Options:
     """benchmark name or file"""
     families: Annotated[tuple[str, ...], flags.names(tuple(FAMILIES), unset="all")] = ()
     """which families"""
-    methods: Annotated[tuple[str, ...], flags.names(tuple(STRATEGIES), unset="all but the variants of sff")] = ()
+    methods: Annotated[tuple[str, ...], flags.names(tuple(STRATEGIES), unset="all but the variants of sff and ff")] = ()
     """which methods"""
     out: Annotated[Path, flags.path()] = Path("runs/all-families")
     """folder of the results, made anew"""

@@ -43,7 +43,7 @@ from ltsm_jax import sharding, training, trees
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
 from ltsm_jax.methods import binding
-from ltsm_jax.methods.strategies import Phase, trainable_mask
+from ltsm_jax.methods.phases import Phase, trainable_mask
 from ltsm_jax.models import FAMILIES, Model, near_presets, preset
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training.step import trace_step

@@ -32,6 +32,7 @@ from ltsm_jax.flags import (
     path,
     text,
     whole,
+    whole_or,
     wholes,
     words,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "path",
     "text",
     "whole",
+    "whole_or",
     "wholes",
     "words",
 ]

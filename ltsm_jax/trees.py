@@ -300,12 +300,14 @@ def shrink_and_perturb(params: Tree, params_rand: Tree, shrink: float = 0.4, per
     return jax.tree.map(lambda p, r: (shrink * p + perturb * r).astype(p.dtype), params, params_rand)
 
 
-def wise_ft(params_zero_shot: Tree, params_tuned: Tree, alpha: float = 0.5) -> Tree:
+def wise_ft(params_zero_shot: Tree, params_tuned: Tree, alpha: float = 0.5, *, skip: Patterns = None) -> Tree:
     """Average of a model before and after fine-tuning; alpha is the weight of the TUNED side.
+
+    skip: leaves to leave as tuned (see `select`).
 
     Source: Wortsman et al., "Robust fine-tuning of zero-shot models" (CVPR 2022, arXiv 2109.01903).
     """
-    return interpolate(params_tuned, params_zero_shot, alpha)
+    return interpolate(params_tuned, params_zero_shot, alpha, skip=skip)
 
 
 def soup(trees: Sequence[Tree]) -> Tree:

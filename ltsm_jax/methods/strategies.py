@@ -19,66 +19,79 @@ difference between two of these small values.
 | sff_sphere | as sff, but on the sphere of the pretrained norm | all       |        |
 | sff_keep  | as sff, head and embedding pretrained      | all              |        |
 | sff_warm  | as sff                                     | head for an epoch, then all | |
+| sam       | pretrained                                 | all, by gradients from uphill | SAM, arXiv 2010.01412 |
+| ema       | pretrained                                 | all; a moving average is kept | arXiv 1703.01780 |
+| swa       | pretrained                                 | all; a mean over epochs is kept | SWA, arXiv 1803.05407 |
+| norms     | pretrained                                 | norms and biases | BitFit, arXiv 2106.10199, and norms |
+| last_k    | pretrained                                 | the last layers and the head | |
+| anchor    | pretrained                                 | all, forecasts pulled back | |
+| mixout    | pretrained                                 | all, some put back in each step | Mixout, arXiv 1909.11299 |
+| wise_ft   | pretrained                                 | all, then mixed with it | WiSE-FT, arXiv 2109.01903 |
 | lora      | pretrained                                 | adapters of low rank | LoRA, arXiv 2106.09685 |
 | recipe    | pretrained                                 | as the recipe of the model says | `Model.recipe` |
 """
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
+from typing import Any
 
 from ltsm_jax import trees
+from ltsm_jax.methods.phases import Phase
 from ltsm_jax.methods.starts import Interpolated, Pretrained, Random, Start
 from ltsm_jax.models.family import Lora
 
-Params = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One stretch of training with a fresh optimiser and its own best-validation tracking.
-
-    Attributes:
-      trainable: "all", "head" (what the model family declares as its head; the rest is frozen, dropout stays on) or
-        "recipe" (what the family's fine-tuning recipe trains).
-      lora: train these adapters instead of weights, and add them in at the end of the phase.
-    Raises: ValueError for adapters together with what is about weights.
-      epochs, lr: in place of the run's; None keeps the run's.
-      l2_sp: weight w of the penalty w/2 * |params - start|^2 added to the loss; 0 for none.
-    """
-
-    trainable: Literal["all", "head", "recipe"] = "all"
-    epochs: int | None = None
-    lr: float | None = None
-    l2_sp: float = 0.0
-    lora: Lora | None = None
-
-    def __post_init__(self):
-        if self.lora is not None and (self.l2_sp or self.trainable != "all"):
-            raise ValueError("a phase that trains adapters trains no weights: leave trainable and l2_sp away")
-
-    def adapters(self, model: Any) -> Lora | None:
-        """The adapters to train on this model; those of its recipe where that is what the phase trains."""
-        return model.recipe().lora if self.trainable == "recipe" else self.lora
+# fields that folders of earlier versions record whatever they are; others are recorded where they are not the default
+FIRST = ("name", "start", "phases", "reinit_head", "alpha", "trainable", "epochs", "lr", "l2_sp", "lora", "rank")
+GRID = tuple(i / 10 for i in range(11))
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """A start point and the phases of training that follow, each from the best weights of the one before."""
+    """A start point and the phases of training that follow, each from the best weights of the one before.
+
+    Attributes:
+      name: in tables and folders.
+      start: the parameters it starts from.
+      phases: of training; none: the start is scored and nothing else.
+      reinit_head: start from a new, random head.
+      wise: after the last phase, mix `w * tuned + (1 - w) * checkpoint` for each of these weights w, and keep the mix
+        that validates best; empty: keep the tuned weights.
+    Raises: ValueError for weights outside [0, 1].
+    """
 
     name: str
     start: Start = dataclasses.field(default_factory=Pretrained)
     phases: tuple[Phase, ...] = (Phase(),)
     reinit_head: bool = False
+    wise: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if odd := [w for w in self.wise if not 0 <= w <= 1]:
+            raise ValueError(f"wise lists weights of the tuned side, between 0 and 1; got {', '.join(map(str, odd))}")
 
     @property
     def alpha(self) -> float | None:
         """Weight of the pretrained side where the start is a mixture, else None."""
         return getattr(self.start, "alpha", None)
+
+    def record(self) -> dict[str, Any]:
+        """Give the fields as JSON knows them, without those that an earlier version did not have and nobody has set."""
+        return _recorded(self)
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_recorded(entry) for entry in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    found = {}
+    for field in dataclasses.fields(value):
+        own = getattr(value, field.name)
+        if field.name in FIRST or own != field.default:
+            found[field.name] = _recorded(own)
+    return found
 
 
 def zero_shot() -> Strategy:
@@ -189,6 +202,80 @@ def perturb(alpha: float = 0.7) -> Strategy:
     return Strategy("perturb", Interpolated(alpha, other="sum"))
 
 
+def sam(rho: float = 0.05) -> Strategy:
+    """Sharpness-aware fine-tuning: each step takes the gradient at params + rho * g / |g|, g that at params.
+
+    It looks for weights around which the loss is low as well, and takes twice the time of `ff`.
+
+    Source: Foret, Kleiner, Mobahi, Neyshabur, "Sharpness-Aware Minimization for Efficiently Improving Generalization",
+    ICLR 2021, arXiv 2010.01412.
+    """
+    return Strategy("sam", phases=(Phase(rho=rho),))
+
+
+def ema(decay: float = 0.999) -> Strategy:
+    """Full fine-tuning that validates and keeps a moving average of the parameters.
+
+    After each step it is decay * average + (1 - decay) * params. It starts at the checkpoint and follows over about
+    1 / (1 - decay) steps: take a smaller decay for a short run.
+
+    Source: Tarvainen & Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv 1703.01780.
+    """
+    return Strategy("ema", phases=(Phase(ema=decay),))
+
+
+def swa(share: float = 0.5) -> Strategy:
+    """Full fine-tuning at a constant rate that keeps the mean of the weights after each of the last epochs.
+
+    Args:
+      share: of the epochs whose weights are averaged, at least one. Only averages are selected by validation.
+    Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018,
+    arXiv 1803.05407. The checkpoint takes the place of their conventional training before.
+    """
+    return Strategy("swa", phases=(Phase(schedule="constant", swa=share),))
+
+
+def norms() -> Strategy:
+    """Fine-tuning of the biases and the scales of norms alone; all matrices stay.
+
+    Source: the biases are BitFit's, Ben Zaken, Ravfogel, Goldberg, ACL 2022, arXiv 2106.10199; some models have none.
+    """
+    return Strategy("norms", phases=(Phase("norms"),))
+
+
+def last_k(layers: int = 1) -> Strategy:
+    """Fine-tuning of the head and of the last `layers` layers; of an encoder and a decoder, the last of each."""
+    return Strategy("last_k", phases=(Phase("last", layers=layers),))
+
+
+def anchor(weight: float = 1.0) -> Strategy:
+    """Full fine-tuning with weight * (mean squared distance to the checkpoint's forecasts) added to the loss.
+
+    It is to forecasts what `l2sp` is to parameters: where the data say little, the model stays what it was. See
+    `phases.anchor_distance` for what it costs.
+    """
+    return Strategy("anchor", phases=(Phase(anchor=weight),))
+
+
+def mixout(probability: float = 0.1) -> Strategy:
+    """Full fine-tuning in which each step sees each weight replaced by the checkpoint's with this probability.
+
+    The others are moved away from the checkpoint by 1 / (1 - probability), so that the mean stays. The draws are new
+    in each step, and in each part of a batch that is taken in parts.
+
+    Source: Lee, Cho, Kang, "Mixout", ICLR 2020, arXiv 1909.11299.
+    """
+    return Strategy("mixout", phases=(Phase(mixout=probability),))
+
+
+def wise_ft(grid: Sequence[float] = GRID) -> Strategy:
+    """Full fine-tuning, then w * tuned + (1 - w) * checkpoint, with the w of the grid that validates best.
+
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903.
+    """
+    return Strategy("wise_ft", wise=tuple(grid))
+
+
 def lora(rank: int = 4) -> Strategy:
     """LoRA: adapters of this rank beside every linear layer are trained, times 2; the weights stay.
 
@@ -207,48 +294,101 @@ def recipe() -> Strategy:
 
 _MIXING = (sff, noise, shrink, perturb, sff_norm, sff_channel, sff_sphere, sff_keep, sff_warm)
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    f.__name__: f for f in (zero_shot, ff, tfs, sff, lp, lpff, l2sp, *_MIXING[1:], lora, recipe)
+    f.__name__: f
+    for f in (
+        *(zero_shot, ff, tfs, sff, lp, lpff, l2sp, *_MIXING[1:]),
+        *(sam, ema, swa, norms, last_k, anchor, mixout, wise_ft, lora, recipe),
+    )
 }
 MIXED = tuple(f.__name__ for f in _MIXING)  # those that take an alpha
 VARIANTS = tuple(name for name in MIXED if name not in ("sff", "noise"))  # as sff, but for how the start is mixed
 
 
-def strategy(name: str, *, alpha: float = 0.7, l2_sp: float = 0.1, lora_rank: int = 4) -> Strategy:
-    """The strategy called `name`; `alpha` reaches those that mix (`MIXED`), `l2_sp` only l2sp, `lora_rank` only lora.
+TOOLBOX = ("sam", "ema", "swa", "norms", "last_k", "anchor", "mixout", "wise_ft")  # as ff, but for how it is trained
+# the option of `strategy` that each method with one takes
+OPTIONS = dict.fromkeys(MIXED, "alpha") | {
+    "l2sp": "l2_sp",
+    "lora": "lora_rank",
+    "sam": "rho",
+    "ema": "decay",
+    "swa": "share",
+    "last_k": "layers",
+    "anchor": "anchor",
+    "mixout": "mixout",
+}
 
-    Raises: ValueError for an unknown name (with the known ones), an alpha outside [0, 1] or a rank below 1.
+
+def strategy(
+    name: str,
+    *,
+    alpha: float = 0.7,
+    l2_sp: float = 0.1,
+    lora_rank: int = 4,
+    rho: float = 0.05,
+    decay: float = 0.999,
+    share: float = 0.5,
+    layers: int = 1,
+    anchor: float = 1.0,
+    mixout: float = 0.1,
+) -> Strategy:
+    """The strategy called `name`; each option reaches the methods it is for (`OPTIONS`): `alpha` those that mix.
+
+    Args:
+      alpha: of `MIXED`, the weight of the pretrained side.
+      l2_sp: weight of the penalty of l2sp.  lora_rank: of lora.  rho: of sam.  decay: of ema.
+      share: of the epochs that swa averages.  layers: of last_k.
+      anchor: weight of the distance of anchor.  mixout: the probability of mixout.
+    Raises: ValueError for an unknown name (with the known ones), and for an option out of range.
     """
     if name not in STRATEGIES:
         near = difflib.get_close_matches(name, STRATEGIES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"unknown method {name!r}{hint}; known: {', '.join(STRATEGIES)}")
-    if name in MIXED:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is the weight of the pretrained side, between 0 and 1; got {alpha}")
-        return STRATEGIES[name](float(alpha))
-    if name == "l2sp":
-        if not l2_sp > 0:
-            raise ValueError(f"the l2sp weight must be positive; got {l2_sp}")
-        return l2sp(float(l2_sp))
-    if name == "lora":
-        if lora_rank < 1:
-            raise ValueError(f"the rank of LoRA must be at least 1; got {lora_rank}")
-        return lora(lora_rank)
-    return STRATEGIES[name]()
+    options: dict[str, Any] = {
+        "alpha": float(alpha),
+        "l2_sp": float(l2_sp),
+        "lora_rank": lora_rank,
+        "rho": float(rho),
+        "decay": float(decay),
+        "share": float(share),
+        "layers": layers,
+        "anchor": float(anchor),
+        "mixout": float(mixout),
+    }
+    option = OPTIONS.get(name)
+    if option is None:
+        return STRATEGIES[name]()
+    value = options[option]
+    fits, says = _RANGES[option]
+    if not fits(value):
+        raise ValueError(f"{says}; got {value}")
+    return STRATEGIES[name](value)
 
 
-def trainable_mask(phase: Phase, model: Any, params: Params) -> Params | None:
-    """Tree of booleans: what `phase` trains; None where that is everything. Leaves the family fixes never train."""
-    pattern = {"all": None, "head": model.head, "recipe": model.recipe().trainable}[phase.trainable]
-    if pattern is None and not model.fixed:
-        return None
-    chosen = trees.select(params, pattern)
-    if not model.fixed:
-        return chosen
-    return jax.tree.map(lambda train, keep: train and not keep, chosen, trees.select(params, model.fixed))
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
 
 
-def l2_sp_penalty(reference: Params, weight: float, params: Params) -> jax.Array:
-    """weight/2 * sum of squared differences to `reference`, over every tensor."""
-    gaps = jax.tree.map(lambda p, p0: jnp.sum(jnp.square(p - p0)), params, reference)
-    return 0.5 * weight * jax.tree.reduce(jnp.add, gaps)
+def _share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def _below_1(value: float) -> bool:
+    return 0 < value < 1
+
+
+def _count(value: int) -> bool:
+    return value >= 1
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alpha": (_share, "alpha is the weight of the pretrained side, between 0 and 1"),
+    "l2_sp": (_positive, "the l2sp weight must be positive"),
+    "lora_rank": (_count, "the rank of LoRA must be at least 1"),
+    "rho": (_positive, "the distance rho of SAM must be positive"),
+    "decay": (_below_1, "the decay of the average lies between 0 and 1"),
+    "share": (_share, "swa averages a share of the epochs, between 0 and 1"),
+    "layers": (_count, "last_k trains at least 1 layer"),
+    "anchor": (_positive, "the weight of the anchor must be positive"),
+    "mixout": (_below_1, "the probability of Mixout lies between 0 and 1"),
+}

@@ -98,6 +98,7 @@ class Model(abc.ABC):
         tuple[tuple[str, tuple[str | None, ...]], ...]
     ]  # regex of the path -> mesh axis per dimension
     prunable: ClassVar[tuple[Group, ...]]
+    norms: ClassVar[str] = r"(^|/)(bias|scale)$"  # regular expression: biases, and the scales of norms
     # regular expression: the linears of Transformer and mixer blocks, which are what is pruned; not their routers
     blocks: ClassVar[str] = r"(^|/)((block_\d+_)?layer|block)_\d+/(?!(.*/)?(router|shared_gate)$)"
 

@@ -65,6 +65,26 @@ def places(model: Model, paths: Iterable[str]) -> list[Place]:
     return [Place(g, path, m) for path in modules for g in model.prunable if (m := re.fullmatch(g.pattern, path))]
 
 
+def stacks(model: Model, paths: Iterable[str]) -> list[tuple[str, ...]]:
+    """The layers among the `paths` of parameters, stack by stack, each in the order in which a forward pass has them.
+
+    Returns: paths of layers, such as [("encoder/layer_0", "encoder/layer_1"), ("decoder/layer_0",)]; a layer is what
+      `Model.blocks` matches, and the layers beside each other in one module are a stack.
+    """
+    found: dict[str, None] = {}
+    for path in paths:
+        if match := re.search(model.blocks, path):
+            found[path[: match.end()].rstrip("/")] = None
+    together: dict[str, list[str]] = {}
+    for layer in found:
+        together.setdefault(layer.rpartition("/")[0], []).append(layer)
+    return [tuple(sorted(stack, key=_numbers)) for stack in together.values()]
+
+
+def _numbers(layer: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", layer)]
+
+
 def arrays(place: Place, kept: Kept) -> Iterator[tuple[str, tuple[int, ...], tuple[Any, ...]]]:
     """What a module's parts have in its parameters, and in its masks: (path, axes, indices), of kernels and of what
     else there may be. indices: [n] of one axis, or two that broadcast and index two axes at once."""

@@ -11,6 +11,23 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree
 
 HERE = Placement()  # where the arrays lie; nothing is split
+CHUNK = 256  # rows that a CPU takes at a time: what it writes between two layers is then used again, from its caches
+
+
+def in_chunks(f: Callable[[jax.Array], Tree], indices: jax.Array, placement: Placement = HERE) -> Tree:
+    """Compute `f(indices)` inside a program: on a CPU `CHUNK` rows at a time, elsewhere and over a mesh all at once.
+
+    A quarter to a third of a small model's evaluation went into fresh memory for the results of 2048 rows at a time.
+
+    Args:
+      f: from window numbers int32 [B] to a tree of arrays [B, ...], row by row.
+      indices: int32 [B]; taken whole where B is no multiple of `CHUNK`.
+    """
+    rows = indices.shape[0]
+    if jax.default_backend() != "cpu" or placement.mesh is not None or rows % CHUNK:
+        return f(indices)
+    found = jax.lax.map(f, indices.reshape(-1, CHUNK))
+    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), found)
 
 
 @hosts.interruptible()
@@ -30,8 +47,7 @@ def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Pla
         raise ValueError("no windows to evaluate")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    parts = placement.row_parts
-    size = -(-min(batch_size, n) // parts) * parts
+    size = rounded(batch_size, n, placement)
     batches = []
     for start in range(0, n, size):
         indices = np.minimum(np.arange(start, start + size, dtype=np.int32), n - 1)
@@ -43,3 +59,9 @@ def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Pla
         return np.concatenate(on_host)[:n].astype(np.float64)
 
     return jax.tree.map(join, *batches)
+
+
+def rounded(batch_size: int, n: int, placement: Placement) -> int:
+    """Rows of each batch of `in_batches`: at most all `n`, rounded up to what the devices divide."""
+    parts = placement.row_parts
+    return -(-min(batch_size, n) // parts) * parts

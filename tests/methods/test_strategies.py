@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ltsm_jax import training, trees
-from ltsm_jax.methods import strategies
+from ltsm_jax.methods import phases, strategies
 from ltsm_jax.methods.starts import GROUPS, Interpolated, equal_norm_noise, groups_of, layer_of, start_params
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import FAMILIES
@@ -104,7 +104,7 @@ def test_noise_draws_differ_between_tensors_of_one_shape(model):
 def test_l2_sp_penalty_is_half_the_weighted_squared_distance():
     reference = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[3.0]])}
     params = {"a": jnp.array([1.5, 2.0]), "b": jnp.array([[1.0]])}
-    assert strategies.l2_sp_penalty(reference, 0.1, params) == pytest.approx(0.5 * 0.1 * (0.25 + 4.0))
+    assert phases.l2_sp_penalty(reference, 0.1, params) == pytest.approx(0.5 * 0.1 * (0.25 + 4.0))
 
 
 def test_params_of_another_model_are_refused_by_path(model, pre):

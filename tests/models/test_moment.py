@@ -9,7 +9,7 @@ import pytest
 
 from ltsm_jax import trees
 from ltsm_jax.layers.linear import compute_in
-from ltsm_jax.methods import starts, strategies
+from ltsm_jax.methods import phases, starts, strategies
 from ltsm_jax.models import folders
 from ltsm_jax.models.moment import PRESETS, Moment, random_mask, scaled
 from ltsm_jax.tasks import anomaly, imputation
@@ -182,7 +182,7 @@ def test_the_position_table_is_used_and_stays(moment):
     assert not grads["position_table"].any() and grads["mask_embed"].any()
     start = starts.start_params(strategies.sff(0.3), model, moved, KEY)
     np.testing.assert_array_equal(start["position_table"], moved["position_table"])
-    mask = strategies.trainable_mask(strategies.Phase("all"), model, params)
+    mask = phases.trainable_mask(phases.Phase("all"), model, params)
     assert mask and not mask["position_table"] and mask["mask_embed"]
 
 

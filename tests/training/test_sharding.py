@@ -87,9 +87,10 @@ def test_sam_and_averages_over_a_mesh_are_those_of_one_device(timer):
     assert many["compiled"] == 1 and many["start"] == many["end"]
     apart = 0.0
     for path, want in one["params"].items():
-        np.testing.assert_allclose(many["params"][path], want, atol=2e-5)
+        # A fifth of a step: where a gradient is next to 0, rounding decides what Adam makes of it.
+        np.testing.assert_allclose(many["params"][path], want, atol=2e-4)
         apart = max(apart, np.abs(np.subtract(timer["one"]["params"][path], want)).max())
-    assert apart > 1e-4, "neither has any effect"
+    assert apart > 4e-4, "neither has any effect"
 
 
 @pytest.mark.slow
