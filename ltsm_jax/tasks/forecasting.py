@@ -19,7 +19,7 @@ from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.stacks import Over, Stack
 from ltsm_jax.tasks.base import Loss, Part, Source
-from ltsm_jax.tasks.batches import in_batches, in_chunks
+from ltsm_jax.tasks.batches import in_batches, in_chunks, rounded
 from ltsm_jax.trees import Tree
 
 Mode = Literal["ims", "direct"]
@@ -325,11 +325,14 @@ def errors(
     """
     placement = placement or Placement.of(params)
     placed = windows.over(placement.mesh)
+<<<<<<< HEAD
     size = batch_size or _eval_batch(predictor, windows, placement.row_parts)
+=======
+>>>>>>> main
     sums = in_batches(
         lambda indices: _batch_errors(predictor, params, placed, indices, placement),
         windows.n,
-        size,
+        batch_size or _batch_size(predictor, windows, placement),
         placement,
     )
     return _errors_of(sums, windows)
@@ -350,6 +353,7 @@ def _errors_of(sums: dict[str, np.ndarray], windows: Windows) -> Errors:
     return Errors(**sums, variates=np.broadcast_to(rows, shape), horizon=windows.horizon)
 
 
+<<<<<<< HEAD
 @functools.partial(jax.jit, static_argnames=("predictor", "over"))
 def _lane_errors(
     predictor: Predictor, params: Stack, windows: Windows, indices: jax.Array, over: Over
@@ -376,6 +380,32 @@ def evaluate_lanes(predictor: Predictor, params: Stack, windows: Windows, over: 
         own = {name: values[:, lane] for name, values in sums.items()}
         found.append(summarise(_errors_of(own, windows)))
     return found
+=======
+def _batch_size(predictor: Predictor, windows: Windows, placement: Placement) -> int:
+    size = predictor.eval_batch * placement.row_parts
+    if windows.n_past + windows.n_known:
+        members = windows.values.shape[-2]
+        size = max(size * MEMBERS // max(members, MEMBERS), 1)
+    return size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneBatch:
+    """The first of `count` batches that `errors` scores, to time it: `call` does it, `trace` traces it."""
+
+    call: Callable[[], Any]
+    trace: Callable[[], jax.stages.Traced]
+    count: int
+
+
+def one_batch(predictor: Predictor, params: Tree, windows: Windows, placement: Placement | None = None) -> OneBatch:
+    """Take the first batch of `errors`, compiled as there; arguments as there."""
+    placement = placement or Placement.of(params)
+    size, n = rounded(_batch_size(predictor, windows, placement), windows.n, placement), windows.n
+    indices = placement.put_rows(np.minimum(np.arange(size, dtype=np.int32), n - 1))
+    given = predictor, params, windows.over(placement.mesh), indices, placement
+    return OneBatch(lambda: _batch_errors(*given), lambda: _batch_errors.trace(*given), -(-n // size))
+>>>>>>> main
 
 
 def summarise(found: Errors, naive_scale: np.ndarray | None = None) -> dict[str, float]:
