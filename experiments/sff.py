@@ -33,12 +33,8 @@ from rich.console import Console
 from experiments import cells, flags, launch, report
 from experiments.cells import Comparison
 from experiments.report import cell_name
-<<<<<<< HEAD
 from ltsm_jax.methods.run import Running
-from ltsm_jax.methods.strategies import STRATEGIES, Strategy, strategy
-=======
-from ltsm_jax.methods.strategies import OPTIONS, STRATEGIES, strategy
->>>>>>> main
+from ltsm_jax.methods.strategies import OPTIONS, STRATEGIES, Strategy, strategy
 
 METHODS = ("zero_shot", "ff", "tfs", "sff", "lp", "lpff")
 OWN = {  # settings of one method
@@ -178,13 +174,19 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
 
 def strategy_of(options: Options, cell: Cell) -> Strategy:
     """Give the strategy that a cell runs."""
-    alpha, o = cell.alpha or 0.0, options
-    return strategy(cell.method, alpha=alpha, l2_sp=o.l2sp_weight, lora_rank=o.lora_rank)
+    own = {OPTIONS[method]: getattr(options, name) for name, method in OWN.items()}
+    return strategy(cell.method, alpha=cell.alpha or 0.0, **own)
+
+
+def curvature_of(options: Options, cell: Cell) -> tuple[int, ...]:
+    """Give the epochs of a cell after which curvature is measured."""
+    return () if cell.origin else options.curvature
 
 
 def begin(c: Comparison, cell: Cell) -> Running:
     """Begin the training of a cell."""
-    return cells.begin(cells.at(c, cell), cell, strategy_of(c.options, cell))
+    o = c.options
+    return cells.begin(cells.at(c, cell), cell, strategy_of(o, cell), curvature_at=curvature_of(o, cell))
 
 
 def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
@@ -192,14 +194,8 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
         return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
     c, o = cells.at(c, cell), c.options
-<<<<<<< HEAD
     chosen = strategy_of(o, cell)
-    result = cells.tune(c, cell, chosen)
-=======
-    own = {OPTIONS[method]: getattr(o, name) for name, method in OWN.items()}
-    chosen = strategy(cell.method, alpha=cell.alpha or 0.0, **own)
-    result = cells.tune(c, cell, chosen, curvature_at=() if cell.origin else o.curvature)
->>>>>>> main
+    result = cells.tune(c, cell, chosen, curvature_at=curvature_of(o, cell))
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
     row = cells.row_of(c, columns, c.model, result)
     if o.over:

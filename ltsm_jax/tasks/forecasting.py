@@ -325,10 +325,6 @@ def errors(
     """
     placement = placement or Placement.of(params)
     placed = windows.over(placement.mesh)
-<<<<<<< HEAD
-    size = batch_size or _eval_batch(predictor, windows, placement.row_parts)
-=======
->>>>>>> main
     sums = in_batches(
         lambda indices: _batch_errors(predictor, params, placed, indices, placement),
         windows.n,
@@ -338,22 +334,12 @@ def errors(
     return _errors_of(sums, windows)
 
 
-def _eval_batch(predictor: Predictor, windows: Windows, devices: int = 1) -> int:
-    """Windows of one forward pass, of all devices that have rows of it."""
-    size = predictor.eval_batch * devices
-    if windows.n_past + windows.n_known:
-        members = windows.values.shape[-2]
-        size = max(size * MEMBERS // max(members, MEMBERS), 1)
-    return size
-
-
 def _errors_of(sums: dict[str, np.ndarray], windows: Windows) -> Errors:
     shape = sums["squared"].shape
     rows = np.arange(shape[1])[None] if windows.joint else np.asarray(windows.rows)[:, None]
     return Errors(**sums, variates=np.broadcast_to(rows, shape), horizon=windows.horizon)
 
 
-<<<<<<< HEAD
 @functools.partial(jax.jit, static_argnames=("predictor", "over"))
 def _lane_errors(
     predictor: Predictor, params: Stack, windows: Windows, indices: jax.Array, over: Over
@@ -371,7 +357,7 @@ def evaluate_lanes(predictor: Predictor, params: Stack, windows: Windows, over: 
     over: how their lanes are computed. Mapped, they get the bits that each would get alone.
     """
     placed = windows.over(over.mesh)
-    size = _eval_batch(predictor, windows)
+    size = _batch_size(predictor, windows, Placement())
     if over.mode == "batched":
         size = max(size * over.devices // params.own[0].shape[0], 1)
     sums = in_batches(lambda indices: _lane_errors(predictor, params, placed, indices, over), windows.n, size)
@@ -380,7 +366,8 @@ def evaluate_lanes(predictor: Predictor, params: Stack, windows: Windows, over: 
         own = {name: values[:, lane] for name, values in sums.items()}
         found.append(summarise(_errors_of(own, windows)))
     return found
-=======
+
+
 def _batch_size(predictor: Predictor, windows: Windows, placement: Placement) -> int:
     size = predictor.eval_batch * placement.row_parts
     if windows.n_past + windows.n_known:
@@ -405,7 +392,6 @@ def one_batch(predictor: Predictor, params: Tree, windows: Windows, placement: P
     indices = placement.put_rows(np.minimum(np.arange(size, dtype=np.int32), n - 1))
     given = predictor, params, windows.over(placement.mesh), indices, placement
     return OneBatch(lambda: _batch_errors(*given), lambda: _batch_errors.trace(*given), -(-n // size))
->>>>>>> main
 
 
 def summarise(found: Errors, naive_scale: np.ndarray | None = None) -> dict[str, float]:

@@ -441,7 +441,7 @@ class Sweep:
         for lane in alive:
             fitting = self.fittings[lane]
             try:
-                better[lane] = fitting.judge(epoch, found.get(lane), self.watched(lane))
+                better[lane] = fitting.judge(epoch, found.get(lane), self.watched(lane, epoch))
             except NonFiniteError as err:
                 self.fail(lane, str(err))
             else:
@@ -463,12 +463,12 @@ class Sweep:
             found[lane] = fitting.validate(trees.merge(self.of_lane("params", lane), fitting.frozen))
         return found
 
-    def watched(self, lane: int) -> Mapping[str, Any]:
+    def watched(self, lane: int, epoch: int) -> Mapping[str, Any]:
         """Give the further numbers of a lane's epoch, see `training.fit`."""
         fitting = self.fittings[lane]
         if fitting.watch is None:
             return {}
-        return fitting.watch(trees.merge(self.of_lane("params", lane), fitting.frozen))
+        return fitting.watch(trees.merge(self.of_lane("params", lane), fitting.frozen), epoch + 1)
 
     def _frozen(self) -> Stack:
         return self.stacked([fitting.frozen for fitting in self.fittings])
