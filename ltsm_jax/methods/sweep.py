@@ -136,7 +136,7 @@ def _train(
                 [jobs[i] for i in members],
                 lanes=asked,
                 folder=folder,
-                evaluate=_evaluate(runs[members[0]]),
+                evaluate=evaluation(runs[members[0]]),
                 others=others,
             )
             for i, outcome in zip(members, outcomes, strict=True):
@@ -156,7 +156,7 @@ def _group(running: Running, job: dict[str, Any], own: int) -> Hashable:
     return signature, running.model, running.task, facts, running.whole is run.itself
 
 
-def _evaluate(running: Running) -> lanes.Evaluate | None:
+def evaluation(running: Running) -> lanes.Evaluate | None:
     """Make the validation of all lanes in one program, where the task has one."""
     of_task = getattr(running.task, "evaluate_lanes", None)
     if of_task is None or running.whole is not run.itself:
