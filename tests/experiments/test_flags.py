@@ -18,8 +18,8 @@ from ltsm_jax.data.tables import ReadingOptions
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
-    "aot", "all_families", "curvature", "demo", "landscape", "pretrain", "prune_then_finetune", "pruning_report",
-    "report", "sff", "stores",
+    "aot", "all_families", "curvature", "demo", "landscape", "parity", "pretrain", "prune_then_finetune",
+    "pruning_report", "report", "sff", "stores",
     "benchmarks.chronos_bolt", "benchmarks.coverage", "benchmarks.experts", "benchmarks.first_forecast",
     "benchmarks.landscape", "benchmarks.loop",
     "benchmarks.panel", "benchmarks.predict_df", "benchmarks.pruned_speed", "benchmarks.pruning_score",
