@@ -22,7 +22,7 @@ def test_it_equals_the_weights_of_the_mask_times_the_values(short, rows):
     q, k, v = (rng.normal(size=(3, 2, n, 4)).astype(np.float32) for n in (12, 14, 14))  # room for two more keys
     seen = np.ones((rows, 14), bool)
     seen[-1, 0] = False
-    found = causal.attend_by_head(*map(jnp.asarray, (q, k, v)), jnp.asarray(seen), 0.5)
+    found = causal.attend_by_head(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(seen), 0.5)
 
     mask = (np.arange(14)[None] <= np.arange(12)[:, None])[None, None] & seen[:, None, None]
     scores = np.where(mask, 0.5 * q @ np.swapaxes(k, 2, 3), -np.inf)
