@@ -93,7 +93,7 @@ def fit(
     *,
     config: TrainConfig,
     validate: Callable[[Tree], Mapping[str, float]] | None = None,
-    watch: Callable[[Tree], Mapping[str, float]] | None = None,
+    watch: Callable[[Tree, int], Mapping[str, float]] | None = None,
     select: str = "mse",
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
@@ -121,7 +121,7 @@ def fit(
         can use it (`ltsm_jax.data.windows.Windows`).
       config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
       validate: params -> {"mse": ..., ...}, called after each epoch.
-      watch: params -> further numbers of an epoch, under their own names in the history; they select nothing.
+      watch: params, epoch (from 1) -> further numbers of it, under their own names in the history; they select nothing.
       select: which of these metrics selects the epoch: its lowest value (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
         has no optimiser state, and keeps its dropout.
@@ -510,7 +510,7 @@ class Fitting:
         """Validation, selection, and whether this was the last epoch."""
         kept = self.to_keep(epoch)
         found = self.validate(trees.merge(kept, self.frozen)) if self.validate else None
-        watched = self.watch(trees.merge(kept, self.frozen)) if self.watch else {}
+        watched = self.watch(trees.merge(kept, self.frozen), epoch + 1) if self.watch else {}
         if self.judge(epoch, found, watched):
             self.state["best"] = jax.tree.map(jnp.copy, kept)
         if self.config.swa:
