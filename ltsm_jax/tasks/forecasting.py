@@ -18,7 +18,7 @@ from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Loss, Part, Source
-from ltsm_jax.tasks.batches import in_batches, in_chunks
+from ltsm_jax.tasks.batches import in_batches, in_chunks, rounded
 from ltsm_jax.trees import Tree
 
 Mode = Literal["ims", "direct"]
@@ -318,19 +318,41 @@ def errors(
     """
     placement = placement or Placement.of(params)
     placed = windows.over(placement.mesh)
-    size = batch_size or predictor.eval_batch * placement.row_parts
-    if batch_size is None and windows.n_past + windows.n_known:
-        members = windows.values.shape[-2]
-        size = max(size * MEMBERS // max(members, MEMBERS), 1)
     sums = in_batches(
         lambda indices: _batch_errors(predictor, params, placed, indices, placement),
         windows.n,
-        size,
+        batch_size or _batch_size(predictor, windows, placement),
         placement,
     )
     shape = sums["squared"].shape
     rows = np.arange(shape[1])[None] if windows.joint else np.asarray(windows.rows)[:, None]
     return Errors(**sums, variates=np.broadcast_to(rows, shape), horizon=windows.horizon)
+
+
+def _batch_size(predictor: Predictor, windows: Windows, placement: Placement) -> int:
+    size = predictor.eval_batch * placement.row_parts
+    if windows.n_past + windows.n_known:
+        members = windows.values.shape[-2]
+        size = max(size * MEMBERS // max(members, MEMBERS), 1)
+    return size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneBatch:
+    """The first of `count` batches that `errors` scores, to time it: `call` does it, `trace` traces it."""
+
+    call: Callable[[], Any]
+    trace: Callable[[], jax.stages.Traced]
+    count: int
+
+
+def one_batch(predictor: Predictor, params: Tree, windows: Windows, placement: Placement | None = None) -> OneBatch:
+    """Take the first batch of `errors`, compiled as there; arguments as there."""
+    placement = placement or Placement.of(params)
+    size, n = rounded(_batch_size(predictor, windows, placement), windows.n, placement), windows.n
+    indices = placement.put_rows(np.minimum(np.arange(size, dtype=np.int32), n - 1))
+    given = predictor, params, windows.over(placement.mesh), indices, placement
+    return OneBatch(lambda: _batch_errors(*given), lambda: _batch_errors.trace(*given), -(-n // size))
 
 
 def summarise(found: Errors, naive_scale: np.ndarray | None = None) -> dict[str, float]:
