@@ -574,7 +574,7 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
     n, mesh = len(jobs), Placement.of(jobs[0]["params"]).mesh
     on_cpu = jax.default_backend() == "cpu"
     room: dict[stacks.Mode, int] = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
-    able = [mode for mode in stacks.MODES if room[mode] >= min(n, 2)]
+    able: list[stacks.Mode] = [mode for mode in stacks.MODES if room[mode] >= min(n, 2)]
     if not on_cpu and "batched" in able:
         able = able[:1]  # an accelerator takes mapped lanes in the time of separate runs
     if not able:
@@ -583,11 +583,15 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
         way: stacks.Mode = "mapped" if on_cpu and "mapped" in able else able[0]
         return Choice(way, room[way], f"{n} lanes, {way}, as asked for")
 
-    alone = _Timed(_separate(jobs[0]), 1)
+    short = f"{n} runs one after the other: too short to find out whether lanes are quicker"
+    one = _separate(jobs[0])
+    if on_cpu and n * one.total < WORTH_TIMING:
+        return Choice("separate", 1, short)  # a step takes less time than its compilation
+    alone = _Timed(one, 1)
     work = alone.seconds * n * alone.work.total
     worth = WORTH_TIMING_TINY if alone.seconds < TINY_STEP else WORTH_TIMING
     if on_cpu and work < worth * max(alone.compile_seconds, LEAST_COMPILING):
-        return Choice("separate", 1, f"{n} runs one after the other: too short to find out whether lanes are quicker")
+        return Choice("separate", 1, short)
     timed: dict[stacks.Mode, _Timed] = {}
     for way in able:
         lanes = min(n, room[way])
@@ -628,10 +632,12 @@ class _Timed:
         self.work, self.lanes = work, lanes
         work.begin_epoch(0)
         with compiling.measured() as waited:
-            self._time(1)
+            first = self._time(1)
         self.compile_seconds = waited.seconds
-        self.steps, self.seconds = 1, math.inf
-        self.again()
+        self.steps, self.seconds = 1, max(first - waited.seconds, 0.0) / lanes
+        if self.seconds * lanes < TIMED_SECONDS:
+            self.seconds = math.inf  # what a first call does besides its step counts then
+            self.again()
         fill = TIMED_SECONDS / max(self.seconds * lanes, 1e-9)
         self.steps = int(min(max(fill, 1), work.steps_per_epoch, MOST_STEPS))
 
