@@ -50,7 +50,8 @@ class Forecaster:
       model, params: as from `ltsm_jax.load`.
       freq: step of the table that it was fitted on, or None.
       targets, past, known, static: names of the columns that it was fitted on; () before a fit.
-      id, time: names of these columns, or None. They are what `predict` reads unless told otherwise.
+      id, time: names of these columns (several ids: a tuple), or None. They are what `predict` reads unless told
+        otherwise.
       context_len: rows of an item that are looked at, at most; None: the model's own.
       licence: of the weights.
       provenance: where the weights are from.
@@ -68,7 +69,7 @@ class Forecaster:
     past: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
-    id: str | None = None
+    id: str | tuple[str, ...] | None = None
     time: str | None = None
     context_len: int | None = None
     licence: str = ""
@@ -148,6 +149,7 @@ class Forecaster:
         facts: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         for name in _NAMES:
             facts[name] = list(getattr(self, name))
+        facts["id"] = list(self.id) if isinstance(self.id, tuple) else self.id
         facts["context_len"] = self.context_len
         facts["calibration"] = None if self.calibration is None else self.calibration.to_json()
         facts["verdict"] = None if self.verdict is None else self.verdict.to_json()
@@ -294,7 +296,7 @@ class Forecaster:
             past=panel.past,
             known=panel.known,
             static=() if panel.static is None else tuple(map(str, panel.static.columns)),
-            id=panel.id_name,
+            id=panel.id_name if panel.id_parts is None else panel.id_columns,
             time=panel.time_name,
             calibration=None,
             baseline=deploy if deploy in NAIVE else None,
@@ -380,7 +382,7 @@ class Forecaster:
           future: table with what is known of the rows to come: id, time, known covariates.
           seed: of the draws of models that sample.
           show_progress: a bar on a terminal, else a line every few seconds, where it takes longer than that.
-        Returns: one row per item, target and step, in that order: the id and time columns under
+        Returns: one row per item, target and step, in that order: the id and time columns, all of them, under
           their own names, `target_name` where there are several targets, `predictions` (the model's
           point forecast), and a column per level, "0.1", ..., which never cross. `attrs["notes"]`
           says what was done to the data and where quantiles are from.
@@ -489,6 +491,9 @@ class Forecaster:
         panel = self.read(df, **reading)
         rows = panel.n_items * panel.n_variates
         same = "predictions" in forecast and len(forecast) % rows == 0
+        if panel.id_parts is not None and set(panel.id_columns) <= set(forecast):
+            joined = forecast[list(panel.id_columns)].astype(str).agg("/".join, axis=1)
+            forecast = forecast.assign(**{str(panel.id_name): joined})
         if panel.id_name is not None:
             same &= panel.id_name in forecast and set(panel.ids) == set(forecast[panel.id_name])
         if not same:
@@ -510,7 +515,7 @@ class Forecaster:
         if isinstance(df, str) and df in BENCHMARKS:
             return Panel.of(load_series(df, **given))
         fitted = {
-            "id": self.id,
+            "id": list(self.id) if isinstance(self.id, tuple) else self.id,
             "time": self.time,
             "target": list(self.targets),
             "known": list(self.known),
@@ -788,7 +793,7 @@ def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
     return auto_ets.forecast(contexts, horizon, season)
 
 
-_PLAIN = ("freq", "id", "time", "licence", "baseline")  # texts or None
+_PLAIN = ("freq", "time", "licence", "baseline")  # texts or None
 _NAMES = ("targets", "past", "known", "static")
 
 
@@ -809,6 +814,12 @@ def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
             if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
                 raise ValueError(f"{name} is no list of names")
             found[name] = tuple(values)
+        told = facts.get("id")
+        if isinstance(told, list) and all(isinstance(x, str) for x in told):
+            told = tuple(told)
+        elif not isinstance(told, str | None):
+            raise ValueError("id is no name and no list of names")
+        found["id"] = told
         told = facts.get("calibration")
         found["calibration"] = None if told is None else Calibration.from_json(told)
         found["context_len"] = facts.get("context_len")
@@ -846,7 +857,9 @@ def _table(panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[s
     """The long table of a forecast."""
     n, c, horizon = found.point.shape
     columns: list[tuple[str, Any]] = []
-    if panel.id_name is not None:
+    if panel.id_parts is not None:
+        columns += [(name, np.repeat(panel.id_parts[name].to_numpy(), c * horizon)) for name in panel.id_columns]
+    elif panel.id_name is not None:
         columns.append((panel.id_name, np.repeat(panel.ids, c * horizon)))
     stamps = panel.stamps_after(horizon) if panel.time_name is not None else None
     if stamps is not None:

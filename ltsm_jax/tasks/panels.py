@@ -141,13 +141,13 @@ def quantiles_at(found: Forecast, levels: Sequence[float]) -> jax.Array:
 
 
 def rung_below(rows: np.ndarray, patch: int) -> np.ndarray:
-    """A length among a few that is at most `rows`: whole patches, four lengths in every octave.
+    """A length among a few that is at most `rows`: whole patches, eight lengths in every octave.
 
-    Up to seven patches are all kept; of more, the oldest fifth goes at most.
+    Up to fifteen patches are all kept; of more, the oldest ninth goes at most.
     """
     unit = np.where(rows < patch, 1, patch)
     count = rows // unit
-    shift = np.maximum(np.floor(np.log2(count)).astype(int) - 2, 0)
+    shift = np.maximum(np.floor(np.log2(count)).astype(int) - 3, 0)
     return (count >> shift << shift) * unit
 
 
@@ -160,8 +160,8 @@ def lengths_of(model: Predictor, rows: np.ndarray, context_len: int) -> np.ndarr
     """Context length [M] that is used for origins with `rows` rows before them.
 
     Few lengths, as each is compiled. A family for which missing values in front change nothing gets
-    them. For others the oldest rows are left away: those that fill no patch, and of many patches
-    some more.
+    them. For others the oldest rows are left away: those that fill no patch, and of more than
+    fifteen patches a ninth at most. What other items are in the call plays no part.
     """
     if isinstance(model, Model) and not model.missing_in_front:
         found = rung_below(rows, model.patch_len)
