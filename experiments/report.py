@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import flags, grid, launch
+from experiments import flags, grid, launch, tracked
 from experiments import folder as folders
 from experiments.flags import exact
 from ltsm_jax import storage
@@ -625,6 +625,8 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
             pictures.append(("validation", text))
         if plot_alpha(summary, plots / "alpha.png"):
             pictures.append(("alpha", "Error against alpha; whisker: standard deviation over seeds."))
+        if tracked.plot(cells, label, plots / "curvature.png"):
+            pictures.append(("curvature", "Largest eigenvalue of the Hessian by epoch, mean over seeds."))
         plot_forecasts(cells, plots / "forecasts.png")
         pictures.append(("forecasts", "Test windows at fixed positions of the split, in data units, first seed."))
 
@@ -649,6 +651,8 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
     if notes:
         lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
     lines += choice_lines(everything)
+    if (measured := tracked.table(cells, label))[1]:
+        lines += ["", "## Curvature", "", markdown_table(*measured), "", tracked.TEXT]
     lines += picture_lines(pictures, f"python -m experiments.report {folder}")
     lines += made_lines(run, results)
     return write_text(folder / "report.md", lines)

@@ -33,10 +33,20 @@ from rich.console import Console
 from experiments import cells, flags, launch, report
 from experiments.cells import Comparison
 from experiments.report import cell_name
-from ltsm_jax.methods.strategies import STRATEGIES, strategy
+from ltsm_jax.methods.run import Running
+from ltsm_jax.methods.strategies import OPTIONS, STRATEGIES, Strategy, strategy
 
 METHODS = ("zero_shot", "ff", "tfs", "sff", "lp", "lpff")
-OWN = {"l2sp_weight": "l2sp", "lora_rank": "lora"}  # settings of one method
+OWN = {  # settings of one method
+    "l2sp_weight": "l2sp",
+    "lora_rank": "lora",
+    "sam_rho": "sam",
+    "ema_decay": "ema",
+    "swa_share": "swa",
+    "last_layers": "last_k",
+    "anchor_weight": "anchor",
+    "mixout_share": "mixout",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +63,20 @@ class Options(flags.Options):
     """weight of the penalty of l2sp"""
     lora_rank: Annotated[int, flags.whole(1)] = 4
     """rank of the adapters of lora"""
+    sam_rho: Annotated[float, flags.number(flags.TINY, flags.HUGE, says="positive")] = 0.05
+    """how far up the gradient sam takes its own"""
+    ema_decay: Annotated[float, flags.number(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = 0.999
+    """decay of the average of ema"""
+    swa_share: Annotated[float, flags.number(0, 1, says="a share from 0 to 1")] = 0.5
+    """share of the epochs, the last ones, that swa averages"""
+    last_layers: Annotated[int, flags.whole(1)] = 1
+    """layers of each stack that last_k trains"""
+    anchor_weight: Annotated[float, flags.number(flags.TINY, flags.HUGE, says="positive")] = 1.0
+    """weight of the distance to the checkpoint's forecasts of anchor"""
+    mixout_share: Annotated[float, flags.number(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = 0.1
+    """share of the weights that mixout puts back in each step"""
+    curvature: Annotated[tuple[int, ...], flags.wholes(0, says="epochs, 0 for the start")] = ()
+    """epochs after which the curvature of the training loss is measured, 0: before training"""
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -81,12 +105,18 @@ class Cell:
         """It in words."""
         return f"{report.label(self.method, self.alpha)}{report.chosen_by(self.lr, self.origin)}, seed {self.seed}"
 
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained in it."""
+        return self.method != "zero_shot"
+
 
 def resolve(options: Options) -> Comparison:
     """`cells.resolve`, with the settings that only this experiment has."""
     c = cells.resolve(options)
     own = {name: getattr(options, name) if method in options.methods else None for name, method in OWN.items()}
-    return dataclasses.replace(c, settings=c.settings | own, optional=tuple(OWN))
+    own["curvature"] = ",".join(map(str, options.curvature)) or None
+    return dataclasses.replace(c, settings=c.settings | own, optional=tuple(own))
 
 
 def cells_of(options: Options) -> tuple[Cell, ...]:
@@ -131,13 +161,32 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     Returns: what failed (a run that diverged does not stop the others), one line each.
     """
     work, o, console = functools.partial(run_cell, c), c.options, console or Console()
+    start = functools.partial(begin, c)
     first = cells_of(o)
     if not o.over:
-        return cells.run_cells(c, first, work, report.rank, console)
+        return cells.run_cells(c, first, work, report.rank, console, begin=start)
     total = len(first) + n_chosen(o)
-    failures = cells.run_cells(c, first, work, report.rank, console, (1, total))
+    failures = cells.run_cells(c, first, work, report.rank, console, (1, total), start)
     others = grid_cells(o, o.seeds[1:])
-    return failures + cells.run_chosen(c, others, work, report.rank, console, (len(first) + 1, total))
+    place = (len(first) + 1, total)
+    return failures + cells.run_chosen(c, others, work, report.rank, console, place, start)
+
+
+def strategy_of(options: Options, cell: Cell) -> Strategy:
+    """Give the strategy that a cell runs."""
+    own = {OPTIONS[method]: getattr(options, name) for name, method in OWN.items()}
+    return strategy(cell.method, alpha=cell.alpha or 0.0, **own)
+
+
+def curvature_of(options: Options, cell: Cell) -> tuple[int, ...]:
+    """Give the epochs of a cell after which curvature is measured."""
+    return () if cell.origin else options.curvature
+
+
+def begin(c: Comparison, cell: Cell) -> Running:
+    """Begin the training of a cell."""
+    o = c.options
+    return cells.begin(cells.at(c, cell), cell, strategy_of(o, cell), curvature_at=curvature_of(o, cell))
 
 
 def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
@@ -145,15 +194,16 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
         return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
     c, o = cells.at(c, cell), c.options
-    chosen = strategy(cell.method, alpha=cell.alpha or 0.0, l2_sp=o.l2sp_weight, lora_rank=o.lora_rank)
-    result = cells.tune(c, cell, chosen)
+    chosen = strategy_of(o, cell)
+    result = cells.tune(c, cell, chosen, curvature_at=curvature_of(o, cell))
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
     row = cells.row_of(c, columns, c.model, result)
     if o.over:
         row |= {"lr": cell.lr if "lr" in o.over else row["lr"], "origin": cell.origin}
     row |= {name: getattr(o, name) if cell.method == method else None for name, method in OWN.items()}
     start = cells.start_mse(c, chosen, cell.seed)
-    cells.keep(c, cell, (c.model, result.params), row, result, start_mse=start)
+    cells.keep(c, cell, (c.model, result.params), row, result, start_mse=start, start_curvature=result.start_curvature,
+               mixes=[{"weight": weight} | scores for weight, scores in result.mixes.items()])  # fmt: skip
     return row
 
 

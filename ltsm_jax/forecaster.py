@@ -19,21 +19,21 @@ import pandas as pd
 
 from ltsm_jax import hosts, sharding, trees
 from ltsm_jax.data import BENCHMARKS, DataError, Panel, Series, load_series, read_panel
-from ltsm_jax.data.panel_windows import spread
+from ltsm_jax.data.panel_windows import PanelSplits, spread
 from ltsm_jax.loading import Loaded, export, load_whole
-from ltsm_jax.methods import auto_ets
+from ltsm_jax.methods import auto_ets, estimates
 from ltsm_jax.methods.binding import check_params, drawn, whole
 from ltsm_jax.methods.conformal import WINDOWS, Calibration, rolling_origins
 from ltsm_jax.methods.decision import ZERO_SHOT, Verdict
 from ltsm_jax.methods.strategies import Strategy
-from ltsm_jax.methods.verdict import BUDGET, Alpha, Compared, Prepared, compare, prepare
+from ltsm_jax.methods.verdict import BUDGET, Alpha, Compared, Prepared, Tuning, compare, prepare
 from ltsm_jax.models import Model, folders
 from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.report import write_report
 from ltsm_jax.tasks import panels
 from ltsm_jax.tasks.forecasting import Mode, Predictor, SeasonalNaive, naive_forecasts
 from ltsm_jax.tasks.panels import Found, Origins
-from ltsm_jax.training import TrainConfig
+from ltsm_jax.training import TrainConfig, progress, timing
 
 Params = Any
 FACTS = "forecaster"  # entry of a model folder's provenance
@@ -50,7 +50,8 @@ class Forecaster:
       model, params: as from `ltsm_jax.load`.
       freq: step of the table that it was fitted on, or None.
       targets, past, known, static: names of the columns that it was fitted on; () before a fit.
-      id, time: names of these columns, or None. They are what `predict` reads unless told otherwise.
+      id, time: names of these columns (several ids: a tuple), or None. They are what `predict` reads unless told
+        otherwise.
       context_len: rows of an item that are looked at, at most; None: the model's own.
       licence: of the weights.
       provenance: where the weights are from.
@@ -68,7 +69,7 @@ class Forecaster:
     past: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
-    id: str | None = None
+    id: str | tuple[str, ...] | None = None
     time: str | None = None
     context_len: int | None = None
     licence: str = ""
@@ -148,6 +149,7 @@ class Forecaster:
         facts: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         for name in _NAMES:
             facts[name] = list(getattr(self, name))
+        facts["id"] = list(self.id) if isinstance(self.id, tuple) else self.id
         facts["context_len"] = self.context_len
         facts["calibration"] = None if self.calibration is None else self.calibration.to_json()
         facts["verdict"] = None if self.verdict is None else self.verdict.to_json()
@@ -294,7 +296,7 @@ class Forecaster:
             past=panel.past,
             known=panel.known,
             static=() if panel.static is None else tuple(map(str, panel.static.columns)),
-            id=panel.id_name,
+            id=panel.id_name if panel.id_parts is None else panel.id_columns,
             time=panel.time_name,
             calibration=None,
             baseline=deploy if deploy in NAIVE else None,
@@ -333,15 +335,7 @@ class Forecaster:
     def _calibrated_on_held_out(self, found: Compared, seed: int) -> "Forecaster":
         """The same with errors of its forecasts of validation and test targets; without where none can be measured."""
         splits = found.splits
-        most = WINDOWS if self.baseline != "auto_ets" else MOST_ETS
-        pairs = []
-        for windows in (splits.val, splits.test):
-            # Windows of several targets of an item begin in one place.
-            item, row = splits.origins(windows)
-            pairs.append(np.unique(np.stack([item, row], axis=1), axis=0))
-        item, row = np.concatenate(pairs).T
-        kept = spread(len(item), most, seed)
-        origins = Origins(item[kept], splits.panel.bounds[item[kept]] + row[kept])
+        origins = _held_out(splits, WINDOWS if self.baseline != "auto_ets" else MOST_ETS, seed)
         horizon = found.verdict.horizon
         try:
             return self.calibrated(splits.panel, horizon, origins, source="held out of training", seed=seed)
@@ -370,6 +364,7 @@ class Forecaster:
         irregular: str | None = None,
         name: str | None = None,
         seed: int = 0,
+        show_progress: bool = True,
     ) -> pd.DataFrame:
         """Forecast what comes after the end of every item of a table, in its own units.
 
@@ -386,7 +381,8 @@ class Forecaster:
             table is read, see `data.panel.PanelOptions`.
           future: table with what is known of the rows to come: id, time, known covariates.
           seed: of the draws of models that sample.
-        Returns: one row per item, target and step, in that order: the id and time columns under
+          show_progress: a bar on a terminal, else a line every few seconds, where it takes longer than that.
+        Returns: one row per item, target and step, in that order: the id and time columns, all of them, under
           their own names, `target_name` where there are several targets, `predictions` (the model's
           point forecast), and a column per level, "0.1", ..., which never cross. `attrs["notes"]`
           says what was done to the data and where quantiles are from.
@@ -410,8 +406,66 @@ class Forecaster:
             "name": name,
         }
         panel = self.read(df, **options)
-        found, notes = self._forecast(panel, horizon, levels, seed)
+        found, notes = self._forecast(panel, horizon, levels, seed, show_progress)
         return _table(panel, found, levels, (*panel.notes, *notes))
+
+    def estimate(
+        self,
+        panel: Panel,
+        horizon: int,
+        *,
+        quantile_levels: Sequence[float] = LEVELS,
+        work_follows: bool = True,
+    ) -> timing.Estimate:
+        """Estimate the time that `predict` takes for a panel (see `read`): a batch is timed, and compiled for it.
+
+        work_follows: False reckons the time of a large model instead of compiling it.
+        """
+        by = self._forecasts_with(panel)
+        own, rest = by.split(panel, horizon, _checked_levels(quantile_levels))
+        every, _ = self._origins(by, panel, horizon, rest)
+        return self._estimate(by, panel, every, horizon, own, measured=bool(rest), work_follows=work_follows)
+
+    def estimate_fit(
+        self, prepared: Prepared, work: Tuning, *, seed: int = 0, work_follows: bool = True
+    ) -> timing.Estimate:
+        """Estimate the time of `fit` on windows that `prepared` cut: tuning, scores, and errors for intervals.
+
+        work: see `methods.verdict.tuning`. work_follows: as in `estimate`.
+        """
+        splits = prepared.splits
+        by = self._forecasts_with(splits.panel)
+        origins = _held_out(splits, WINDOWS, seed)
+        horizon = splits.test.horizon
+        intervals = self._estimate(by, splits.panel, origins, horizon, (), measured=True, work_follows=work_follows)
+        return estimates.of_comparison(prepared, work, seed=seed, work_follows=work_follows) + intervals
+
+    def _estimate(
+        self,
+        by: "_Way",
+        panel: Panel,
+        origins: Origins,
+        horizon: int,
+        levels: tuple[float, ...],
+        *,
+        measured: bool,
+        work_follows: bool,
+    ) -> timing.Estimate:
+        """Estimate `_from`."""
+        return estimates.of_forecast(
+            by.predictor,
+            by.params,
+            panel,
+            horizon,
+            context_len=by.context_len,
+            origins=origins,
+            on_host=by.on_host,
+            work_follows=work_follows,
+            levels=levels,
+            joint=by.joint,
+            covariates=self.baseline is None and bool(self._used_covariates(panel)),
+            season=panel.season if measured else None,
+        )
 
     def plot(
         self,
@@ -437,6 +491,9 @@ class Forecaster:
         panel = self.read(df, **reading)
         rows = panel.n_items * panel.n_variates
         same = "predictions" in forecast and len(forecast) % rows == 0
+        if panel.id_parts is not None and set(panel.id_columns) <= set(forecast):
+            joined = forecast[list(panel.id_columns)].astype(str).agg("/".join, axis=1)
+            forecast = forecast.assign(**{str(panel.id_name): joined})
         if panel.id_name is not None:
             same &= panel.id_name in forecast and set(panel.ids) == set(forecast[panel.id_name])
         if not same:
@@ -458,7 +515,7 @@ class Forecaster:
         if isinstance(df, str) and df in BENCHMARKS:
             return Panel.of(load_series(df, **given))
         fitted = {
-            "id": self.id,
+            "id": list(self.id) if isinstance(self.id, tuple) else self.id,
             "time": self.time,
             "target": list(self.targets),
             "known": list(self.known),
@@ -470,22 +527,15 @@ class Forecaster:
         return read_panel(df, **given)
 
     def _forecast(
-        self, panel: Panel, horizon: int, levels: tuple[float, ...], seed: int
+        self, panel: Panel, horizon: int, levels: tuple[float, ...], seed: int, show_progress: bool
     ) -> tuple[Found, tuple[str, ...]]:
         """Forecast after the end of every item; quantiles at all `levels`."""
         by = self._forecasts_with(panel)
         own, rest = by.split(panel, horizon, levels)
-        calibration = self.calibration
-        if calibration is not None and not calibration.fits(horizon, panel.n_variates):
-            calibration = None
-
-        # Origins in the past, for errors that nobody has measured yet, go in together with the end
-        # of every item: then no shape is compiled twice.
-        now = Origins.after(panel)
-        before = Origins.none()
-        if rest and calibration is None:
-            before = rolling_origins(panel, horizon, by.context_len, MOST_ETS if by.on_host else None)
-        found = self._from(by, panel, now.and_then(before), horizon, own, measured=bool(rest), seed=seed)
+        every, before = self._origins(by, panel, horizon, rest)
+        calibration = self._calibration_of(panel, horizon)
+        with progress.Counter("forecast", "contexts", show_progress) as told:
+            found = self._from(by, panel, every, horizon, own, measured=bool(rest), seed=seed, told=told)
         past, found = found.take(slice(panel.n_items, None)), found.take(slice(panel.n_items))
         notes = [
             *([f"forecast with {self.baseline}, as the verdict says"] if self.baseline else []),
@@ -506,6 +556,22 @@ class Forecaster:
                     f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
                 )
         return _with_quantiles(found, rest, calibration), tuple(notes)
+
+    def _calibration_of(self, panel: Panel, horizon: int) -> Calibration | None:
+        """The calibration that is kept, where it is one of such forecasts."""
+        kept = self.calibration
+        return kept if kept is not None and kept.fits(horizon, panel.n_variates) else None
+
+    def _origins(self, by: "_Way", panel: Panel, horizon: int, rest: tuple[float, ...]) -> tuple[Origins, Origins]:
+        """Where forecasts begin: the end of every item, and then those in the past, which come alone as well.
+
+        Origins in the past, for errors at the levels `rest` that nobody has measured yet, go in together with the end
+        of every item: then no shape is compiled twice.
+        """
+        before = Origins.none()
+        if rest and self._calibration_of(panel, horizon) is None:
+            before = rolling_origins(panel, horizon, by.context_len, MOST_ETS if by.on_host else None)
+        return Origins.after(panel).and_then(before), before
 
     def after(
         self,
@@ -571,6 +637,7 @@ class Forecaster:
         *,
         measured: bool,
         seed: int,
+        told: Callable[[int, int], None] | None = None,
     ) -> Found:
         """Forecast after `origins`.
 
@@ -589,6 +656,7 @@ class Forecaster:
             season=panel.season if measured else None,
             key=jax.random.key(seed),
             on_host=by.on_host,
+            told=told,
         )
         last = origins.ends == panel.bounds[origins.items + 1]
         if not np.isfinite(found.point[last]).all():
@@ -665,6 +733,18 @@ class Forecaster:
         return tuple(notes)
 
 
+def _held_out(splits: PanelSplits, most: int, seed: int) -> Origins:
+    """Where validation and test targets begin, `most` of these places at most, spread evenly."""
+    pairs = []
+    for windows in (splits.val, splits.test):
+        # Windows of several targets of an item begin in one place.
+        item, row = splits.origins(windows)
+        pairs.append(np.unique(np.stack([item, row], axis=1), axis=0))
+    item, row = np.concatenate(pairs).T
+    kept = spread(len(item), most, seed)
+    return Origins(item[kept], splits.panel.bounds[item[kept]] + row[kept])
+
+
 def _known_ahead(panel: Panel, name: str) -> np.ndarray:
     """Rows after its end [N] up to which a covariate is known in each item."""
     future = panel.future_values
@@ -713,7 +793,7 @@ def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
     return auto_ets.forecast(contexts, horizon, season)
 
 
-_PLAIN = ("freq", "id", "time", "licence", "baseline")  # texts or None
+_PLAIN = ("freq", "time", "licence", "baseline")  # texts or None
 _NAMES = ("targets", "past", "known", "static")
 
 
@@ -734,6 +814,12 @@ def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
             if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
                 raise ValueError(f"{name} is no list of names")
             found[name] = tuple(values)
+        told = facts.get("id")
+        if isinstance(told, list) and all(isinstance(x, str) for x in told):
+            told = tuple(told)
+        elif not isinstance(told, str | None):
+            raise ValueError("id is no name and no list of names")
+        found["id"] = told
         told = facts.get("calibration")
         found["calibration"] = None if told is None else Calibration.from_json(told)
         found["context_len"] = facts.get("context_len")
@@ -771,7 +857,9 @@ def _table(panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[s
     """The long table of a forecast."""
     n, c, horizon = found.point.shape
     columns: list[tuple[str, Any]] = []
-    if panel.id_name is not None:
+    if panel.id_parts is not None:
+        columns += [(name, np.repeat(panel.id_parts[name].to_numpy(), c * horizon)) for name in panel.id_columns]
+    elif panel.id_name is not None:
         columns.append((panel.id_name, np.repeat(panel.ids, c * horizon)))
     stamps = panel.stamps_after(horizon) if panel.time_name is not None else None
     if stamps is not None:

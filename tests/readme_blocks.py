@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 def write_tables(folder: Path) -> None:
     """Write what the blocks speak of: sales.csv, and a smaller stores.csv and ahead.csv than experiments.stores has."""
-    t = np.arange(1500)
+    t = np.arange(1200)
     sales = 20 + 5 * np.sin(2 * np.pi * t / 24) + np.random.default_rng(0).normal(size=t.size)
     stamps = pd.date_range("2024-01-01", periods=t.size, freq="h")
     pd.DataFrame({"timestamp": stamps, "sales": sales}).to_csv(folder / "sales.csv", index=False)

@@ -295,9 +295,10 @@ def test_a_plan_does_nothing(ran, timer, shops, tmp_path, monkeypatch):
     assert (code, err) == (0, "")
     plan = json.loads(out)["plan"]
     assert plan["columns"] == "id shop; time date; target sold; past price; static size"
+    assert re.fullmatch(r"about \d+ s(, \d+ s of it to compile)?", plan["time"])
     assert not (tmp_path / "no.csv").exists()
     code, _, err = ran("prune", shops / "sales.csv", "--model", timer, *LONG, "--out", tmp_path / "no", "--plan")
-    assert code == 0 and "windows" in err and "to validate; 32 -> 8" in err
+    assert code == 0 and "windows" in err and "to validate; 32 -> 8" in err and "time     about" in err
     assert not (tmp_path / "no").exists()
 
 
@@ -343,6 +344,7 @@ def test_evaluate(ran, timer, shops):
     code, out, err = ran(*words)
     assert code == 0 and fits(out) and fits(err)
     assert "score" in err and re.search(r"^zero_shot +\d", out, re.MULTILINE)
+    assert re.search(r"^time +about \d+ s", err, re.MULTILINE)
     found = json.loads(ran(*words, "--json")[1])
     assert found["methods"].keys() == {"zero_shot"}
     assert {"last_value", "seasonal_naive", "mean"} <= found["naive"].keys()
@@ -358,6 +360,8 @@ def test_compare(ran, timer, shops, tmp_path):
     code, out, err = ran(*words)
     assert code == 0 and fits(out)
     assert "[1/3]" in err and "[3/3] nowhere: no model" in err
+    assert re.search(r"^time +about \d+ s", err, re.MULTILINE)
+    assert re.search(r"\[1/3\].*; about \d+ s left$", err, re.MULTILINE)
 
     found = json.loads(ran(*words, "--json")[1])
     ranking = found["ranking"]
@@ -478,7 +482,8 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
              tmp_path / "masks", "--alpha", 0.9, "--out", tmp_path / "run")  # fmt: skip
     code, out, err = ran(*words, "--overwrite", "--plan")
     assert (code, out) == (0, "") and fits(err) and not asked and (tmp_path / "run" / "training").exists()
-    for told in ("methods   zero_shot, ff, sff and the naive", "training  40 steps", "memory    about", "to test"):
+    told_of = ("methods   zero_shot, ff, sff and the naive", "training  40 steps", "memory    about", "to test")
+    for told in (*told_of, "time      about"):
         assert told in err
     assert prepared["masks"] is not None and prepared["mode"] == "direct"
 
@@ -494,6 +499,12 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "training").exists(), "checkpoints of what is replaced"
     text, _, places = out.partition("\nmodel: ")
     assert fits(text) and "seasonal_naive" in text and "report.html" in places
+
+    auto = [word if word != 0.9 else "auto" for word in words]
+    code, _, err = ran(*auto, "--overwrite", "--plan")
+    assert code == 0 and "sff-0.5, sff-0.7, sff-0.9" in " ".join(err.split())
+    code, _, err = ran(*[word if word != 0.9 else "1.5" for word in words])
+    assert code == 2 and "--alpha must be between 0 and 1, or auto" in err
 
 
 def test_more_memory_than_there_is_is_refused_with_the_plan(ran, timer, shops, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from ltsm_jax.methods.decision import Candidate, Verdict
 from ltsm_jax.models.chronos_2 import Chronos2
 from ltsm_jax.models.chronos_bolt import ChronosBolt
 from ltsm_jax.models.timer import Timer, TimerConfig
+from ltsm_jax.tasks import panels
 
 TIMER = Timer(TimerConfig.of(8, 16, 32, 1, 2, context_len=32, horizon=8))
 BOLT = ChronosBolt(ChronosBolt.small())
@@ -58,6 +59,41 @@ def test_a_long_table_item_by_item_target_by_target(bolt):
     assert got["store"].tolist()[:7] == ["s0"] * 6 + ["s1"]
     assert got["target_name"].tolist()[:6] == ["sold"] * 3 + ["returned"] * 3
     assert got["when"].tolist()[6:9] == list(pd.date_range("2024-01-01 20:00", periods=3, freq="h"))
+
+
+def test_several_id_columns_come_back_under_their_own_names(timer, tmp_path):
+    rows = [50, 44]
+    table = pd.DataFrame(
+        {
+            "region": np.repeat([1, 2], rows),
+            "shop": "a",
+            "when": np.concatenate([pd.date_range("2024-01-01", periods=n, freq="h") for n in rows]),
+            "sold": np.sin(np.arange(sum(rows)) / 4),
+        }
+    )
+    got = timer.predict(table, 2, id=["region", "shop"], target="sold", quantile_levels=())
+    assert list(got.columns) == ["region", "shop", "when", "predictions"]
+    assert got["region"].tolist() == [1, 1, 2, 2] and got["shop"].tolist() == ["a"] * 4
+    assert timer.plot(table, got, id=["region", "shop"], target="sold") is not None
+
+    # What was fitted on such columns reads them again, from disk as well.
+    fitted = dataclasses.replace(timer, id=("region", "shop"), targets=("sold",))
+    again = Forecaster.load(fitted.save(tmp_path / "m"))
+    assert again.id == ("region", "shop")
+    pd.testing.assert_frame_equal(again.predict(table, 2, quantile_levels=()), got)
+
+
+def test_short_contexts_keep_nearly_all_rows():
+    """Of a family that knows no missing values in front: whole patches, and of many at most a ninth goes."""
+    rows = np.arange(1, 5000)
+    for patch in (1, 8, 96):
+        kept = panels.rung_below(rows, patch)
+        whole = np.where(rows < patch, rows, rows // patch * patch)
+        assert (kept <= whole).all() and (kept > whole * 8 / 9 - 1e-9).all()
+        if patch > 16:
+            few = (rows >= patch) & (rows < 16 * patch)
+            np.testing.assert_array_equal(kept[few], whole[few])
+    assert len(np.unique(panels.rung_below(np.arange(256, 512), 1))) == 8
 
 
 def test_a_series_has_neither_id_nor_names(bolt):

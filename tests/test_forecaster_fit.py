@@ -10,8 +10,11 @@ import pytest
 from ltsm_jax import Forecaster
 from ltsm_jax.methods.decision import Verdict
 from ltsm_jax.methods.pruning import full_masks, merge
+from ltsm_jax.methods.strategies import strategy
+from ltsm_jax.methods.verdict import tuning
 from ltsm_jax.models.timer import Timer, TimerConfig
-from ltsm_jax.training import TrainConfig
+from ltsm_jax.tasks import forecasting, panels
+from ltsm_jax.training import TrainConfig, step
 
 QUICK = {"budget": 60, "config": TrainConfig(epochs=3, lr=1e-2, batch_size=64), "show_progress": False}
 LENGTHS = {"north": 500, "south": 460}  # of all tables here: each shape is compiled
@@ -97,6 +100,22 @@ def test_a_run_that_is_called_again_only_reads(fitted, timer):
     named = {"id": "store", "time": "day", "target": "sold", "known": "price"}
     again = timer.fit(table(16), 8, methods="ff", folder=folder, **named, **QUICK)
     jax.tree.map(np.testing.assert_array_equal, again.params, found.params)
+
+
+def test_an_estimate_of_the_time_compiles_what_does_the_work(fitted, timer):
+    """Tuning and forecasts have been compiled by `fitted`: the pieces that are timed are of the same programs."""
+    found, _ = fitted
+    named = {"id": "store", "time": "day", "target": "sold", "known": "price"}
+    panel = timer.read(table(16), **named)
+    found.predict(panel, 8)
+    programs = (step.advance, forecasting._batch_errors, panels._forecast)
+    before = [program._cache_size() for program in programs]
+    prepared = timer.prepared(panel, 8)
+    work = tuning(prepared, {"ff": strategy("ff")}, QUICK["config"], QUICK["budget"])
+    whole = timer.estimate_fit(prepared, work)
+    assert whole.measured and 0 < whole.seconds < 60
+    assert found.estimate(panel, 8).seconds < whole.seconds
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_a_naive_forecast_that_wins_is_what_forecasts(timer):

@@ -49,7 +49,7 @@ def model_and_params() -> tuple[Any, Any]:
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
-def torch_names(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def torch_names(flat: dict[str, Any]) -> dict[str, Any]:
     """Weights by the names and in the layout of `torch_timer.TorchTimer`."""
     d = SIZES[1]
     attention = {"q": "query_projection", "k": "key_projection", "v": "value_projection", "out": "out_projection"}
@@ -83,7 +83,7 @@ def prepare_peer(data: str, folder: Path) -> None:
     _, params = model_and_params()
     np.savez(folder / "weights.npz", **torch_names(trees.flatten(params)))
     splits = prepare(series(data), 672, 96)
-    rows = {}
+    rows: dict[str, Any] = {}
     for name in ("train", "val", "test"):
         part = getattr(splits, name)
         starts = np.asarray(part.starts)

@@ -124,7 +124,7 @@ def of_table(panel: Panel) -> dict[str, str]:
     items = f"{panel.n_items:,} items of {rows}, {panel.n_rows:,} in all" if panel.n_items > 1 else rows
     static = () if panel.static is None else tuple(map(str, panel.static.columns))
     roles = {
-        "id": (panel.id_name,) if panel.id_name else (),
+        "id": panel.id_columns,
         "time": (panel.time_name,) if panel.time_name else (),
         "target": panel.columns,
         "known ahead": panel.known,

@@ -1,5 +1,6 @@
 """Commands about a table: forecast, evaluate, compare, prune."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -13,12 +14,14 @@ from ltsm_jax.cli import printing
 from ltsm_jax.cli.options import MODEL, OnTable, of_model, of_table
 from ltsm_jax.data import Panel
 from ltsm_jax.forecaster import LEVELS, Forecaster
-from ltsm_jax.methods import pruning, verdict
+from ltsm_jax.methods import estimates, pruning, verdict
 from ltsm_jax.methods.pruning import PruneConfig
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.models import folders
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training.memory import in_words
+from ltsm_jax.training.timing import Estimate
+from ltsm_jax.training.timing import in_words as in_time
 
 TABLES = (".csv", ".csv.gz", ".parquet", ".json")
 PICTURES = (".png", ".svg", ".pdf")
@@ -96,6 +99,12 @@ class Forecast(OnTable):
             "model": of_model(self.model, forecaster),
             "forecast": f"{self.horizon} steps from {length} rows at most; levels {levels}",
             "memory": self._memory(forecaster, panel, length),
+            "time": forecaster.estimate(
+                panel,
+                self.horizon,
+                quantile_levels=self.levels,
+                work_follows=not self.plan,
+            ),
             "result": str(self.out or "stdout") + (f", {self.plot}" if self.plot else ""),
         }
         if self.announce(plan, panel.notes):
@@ -189,10 +198,15 @@ class Evaluate(OnTable):
         """Read, say the plan, score, print."""
         forecaster = self.load(self.model)
         panel = self.read(forecaster)
-        plan = of_table(panel) | {"model": of_model(self.model, forecaster), "score": _scoring(self.horizon)}
+        prepared = _prepared(forecaster, panel, self.horizon, self.context)
+        plan = of_table(panel) | {
+            "model": of_model(self.model, forecaster),
+            "score": _scoring(self.horizon),
+            "time": _time(prepared, self.plan),
+        }
         if self.announce(plan, panel.notes):
             return 0
-        found = _scored(forecaster, panel, self.horizon, self.context).verdict
+        found = _scored(forecaster, panel, self.horizon, prepared).verdict
         if self.output.json:
             printing.show_json(found.to_json() | {"source": self.model})
         else:
@@ -223,16 +237,29 @@ class Compare(OnTable):
         """Read, say the plan, score one model after the other, print them in their order."""
         first = self.load(self.models[0])
         panel = self.read(first)
-        plan = of_table(panel) | {"models": ", ".join(self.models), "score": _scoring(self.horizon)}
+        prepared, takes = None, "unknown: the first model does not fit the table"
+        with contextlib.suppress(ValueError):  # it is said in its turn, and does not stop the others
+            prepared = _prepared(first, panel, self.horizon, self.context)
+            takes = str(_time(prepared, self.plan))
+            if len(self.models) > 1:
+                takes += f" for {self.models[0]}; the others in proportion to their size"
+        plan = of_table(panel) | {
+            "models": ", ".join(self.models),
+            "score": _scoring(self.horizon),
+            "time": takes,
+        }
         if self.announce(plan, panel.notes):
             return 0
+        started = time.perf_counter()
         rows, failed, naive = [], {}, {}
         for number, name in enumerate(self.models, 1):
             hosts.stop_if_asked(f"before {name}")
             began = time.perf_counter()
             try:
                 forecaster = first if number == 1 else self.load(name)
-                compared = _scored(forecaster, panel, self.horizon, self.context)
+                if number > 1 or prepared is None:
+                    prepared = _prepared(forecaster, panel, self.horizon, self.context)
+                compared = _scored(forecaster, panel, self.horizon, prepared)
             except (ValueError, OSError) as error:  # one that does not fit does not stop the others
                 failed[name] = str(error)
                 printing.say(f"[{number}/{len(self.models)}] {name}: {error}")
@@ -240,7 +267,10 @@ class Compare(OnTable):
             took = time.perf_counter() - began
             rows.append(_row(name, forecaster, compared, took))
             naive = naive or _naive_rows(compared)
-            printing.say(f"[{number}/{len(self.models)}] {name}: test MSE {rows[-1]['mse']:.4f}, {took:.1f} s")
+            said = f"[{number}/{len(self.models)}] {name}: test MSE {rows[-1]['mse']:.4f}, {took:.1f} s"
+            if left := len(self.models) - number:
+                said += f"; about {in_time((time.perf_counter() - started) / number * left)} left"
+            printing.say(said)
         if not rows:
             raise ValueError("none of the models could be scored")
         rows = sorted([*rows, *naive], key=lambda row: row["mse"])
@@ -255,7 +285,16 @@ def _scoring(horizon: int) -> str:
     return f"{horizon} rows ahead, on the last 20 % of every item; where an item is short, on its last {horizon} rows"
 
 
-def _scored(forecaster: Forecaster, panel: Panel, horizon: int, context: int | None) -> verdict.Compared:
+def _prepared(forecaster: Forecaster, panel: Panel, horizon: int, context: int | None) -> verdict.Prepared:
+    return verdict.prepare(forecaster.model, forecaster.params, panel, horizon, context_len=context)
+
+
+def _time(prepared: verdict.Prepared, plan: bool) -> Estimate:
+    """Estimate the time of scoring a model and the naive forecasts."""
+    return estimates.of_comparison(prepared, verdict.tuning(prepared, {}), work_follows=not plan)
+
+
+def _scored(forecaster: Forecaster, panel: Panel, horizon: int, prepared: verdict.Prepared) -> verdict.Compared:
     """Score a model and the naive forecasts; nothing is tuned."""
     return verdict.compare(
         forecaster.model,
@@ -263,7 +302,7 @@ def _scored(forecaster: Forecaster, panel: Panel, horizon: int, context: int | N
         panel,
         horizon,
         methods=(),
-        context_len=context,
+        prepared=prepared,
         show_progress=False,
     )
 
@@ -372,6 +411,7 @@ class Prune(OnTable):
             "pruning": f"{self.ratio:g} of the channels an epoch, {self.epochs} at most",
             "memory": f"{in_words(2 * _bytes(prepared.params))} of weights and gradients; what the layers hold "
             "comes on top",
+            "time": estimates.of_pruning(prepared, self.epochs, work_follows=not self.plan),
             "result": str(self.out),
         }
         if self.announce(plan, prepared.notes):

@@ -20,6 +20,20 @@ from ltsm_jax.training import TrainConfig, memory, optimizers, parts, step
 METHODS = ("auto", *STRATEGIES)
 
 
+def _alpha() -> flags.Check:
+    """Take a number between 0 and 1, or `auto`."""
+
+    def read(text: str) -> float | str:
+        if text == "auto":
+            return text
+        found = flags.read_numbers(text, 0, 1, says="between 0 and 1, or auto")
+        if len(found) != 1:
+            raise ValueError(f"{flags.FLAG} takes one value; got {text!r}")
+        return found[0]
+
+    return flags.check(read, "X", unset="0.7")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit(OnTable):
     """Tune a model on a table, and see whether that, or a model at all, pays.
@@ -47,8 +61,8 @@ class Fit(OnTable):
         flags.names(METHODS),
         flags.described(f"what to try, of {', '.join(METHODS)}; auto is ff,sff, or the model's own recipe"),
     ] = ("auto",)
-    alpha: Annotated[float | None, flags.number(0, 1, says="between 0 and 1", unset="0.7")] = None
-    """weight of the pretrained side, for sff and noise"""
+    alpha: Annotated[Any, _alpha()] = None
+    """weight of the pretrained side, for methods that mix; auto: several of them, of which validation picks"""
     masks: Annotated[Path | None, flags.path("FOLDER")] = None
     """masks of `ltsm prune`; what they prune stays out"""
     budget: Annotated[int, flags.whole(1)] = verdict.BUDGET
@@ -73,7 +87,9 @@ class Fit(OnTable):
             seed=self.seed,
         )
         config = self._config()
-        methods = list(verdict.named(list(self.methods), forecaster.model, self.alpha))
+        strategies = verdict.named(list(self.methods), forecaster.model, self.alpha)
+        work = verdict.tuning(prepared, strategies, config, self.budget)
+        methods = list(strategies)
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
             "windows": f"{prepared.train_context} -> {self.horizon} to train; "
@@ -82,6 +98,7 @@ class Fit(OnTable):
             "methods": ", ".join(["zero_shot", *methods]) + " and the naive forecasts",
             "training": f"{self.budget} steps of each method; loss {prepared.task.mode}",
             "memory": _memory(prepared, config) if methods else "that of a forecast",
+            "time": forecaster.estimate_fit(prepared, work, seed=self.seed, work_follows=not self.plan),
             "result": str(self.out),
         }
         if self.announce(plan, prepared.notes):

@@ -46,7 +46,10 @@ class Panel:
       tz: zone that the stamps came in, or None.
       rules: the day in the month, for steps of months: one rule for all items or one for each; ()
         has it found from the first stamps of all items.
-      id_name, time_name: names of these columns; None where the table has none.
+      id_name, time_name: names of these columns; None where the table has none. Of several id columns
+        the names, and in `ids` the cells, are joined by "/".
+      id_parts: one row per item with the cells of several id columns under their own names; None: there
+        is one at most.
       past: names of the covariates that are known up to the last target. past_values: [K, R].
       known: names of those that are known ahead. known_values: [K, R]. future_values: [K, N, F],
         the F rows after each item's last, NaN where nothing is known.
@@ -76,6 +79,7 @@ class Panel:
     static: pd.DataFrame | None = None
     notes: tuple[str, ...] = ()
     model_freq: str | None = None
+    id_parts: pd.DataFrame | None = None
 
     def __post_init__(self):
         n, rows = len(self.ids), self.values.shape[-1]
@@ -97,6 +101,13 @@ class Panel:
             raise DataError(f"{n} items need {n} first stamps, not {self.first.shape}")
         if self.static is not None and len(self.static) != n:
             raise DataError(f"{n} items need {n} rows of static covariates, not {len(self.static)}")
+
+    @property
+    def id_columns(self) -> tuple[str, ...]:
+        """Names of the columns that tell the items apart."""
+        if self.id_parts is not None:
+            return tuple(self.id_parts.columns)
+        return () if self.id_name is None else (self.id_name,)
 
     @property
     def n_items(self) -> int:
@@ -178,6 +189,7 @@ class Panel:
             known_values=cut(self.known_values),
             future_values=None if self.future_values is None else self.future_values[:, items],
             static=None if self.static is None else self.static.iloc[items].reset_index(drop=True),
+            id_parts=None if self.id_parts is None else self.id_parts.iloc[items].reset_index(drop=True),
         )
 
     def contexts(self, items: np.ndarray, length: int, values: np.ndarray | None = None) -> np.ndarray:

@@ -39,7 +39,8 @@ class PanelOptions:
     """How a table of many items is read; the keywords of `read_panel`.
 
     Attributes:
-      id: the column(s) that tell the items apart; several are joined by "/". By default a column
+      id: the column(s) that tell the items apart; several are joined by "/" in messages, and come back
+        under their own names. By default a column
         called id, item_id, unique_id, ... where stamps repeat and it tells them apart, or the
         levels of the index beside the time. A table without one is a single item.
       time: the column(s) of stamps, found as in `ReadingOptions.time`. Whole numbers that are no
@@ -51,7 +52,8 @@ class PanelOptions:
         target.
       past: covariates known up to the last target only. By default what is left over.
       static: facts of an item, the same in all its rows. By default columns that are.
-      future: a second table (whatever `source` may be) with id, time and the covariates ahead.
+      future: a second table (whatever `source` may be) with id, time and the covariates ahead. One
+        without ids is taken for each item, where all items end at one stamp.
       freq, date_format: as in `ReadingOptions` ("oov" included); by default the most common step of
         the items.
       missing: "keep" leaves empty targets NaN, "error" refuses them, "interpolate" fills them
@@ -174,8 +176,10 @@ class _PanelReader(GridReader):
         times = self.times_of(table, ahead, roles.time)
         self.stop()
         self.find_ids(table, roles, times)
-        ids, codes, codes_ahead = self.items_of(table, ahead, roles)
+        ids, codes, codes_ahead = self.items_of(table, ahead, roles, times)
         self.stop()
+        if ahead is not None and codes_ahead is None:
+            ahead, codes_ahead = self.for_all_items(ahead, times, len(ids))
         self.choose_by_kind(table, ahead, roles, codes, codes_ahead)
         values = self.numbers(table, roles.target)
         self.stop()
@@ -214,6 +218,7 @@ class _PanelReader(GridReader):
             tz=times.tz,
             rules=grids.rules,
             id_name="/".join(map(str, roles.id)) or None,
+            id_parts=_id_parts(table, roles.id, codes),
             time_name=self.time_name(roles.time) if grids.first is not None else None,
             static=static,
             notes=tuple(clip(note, 500) for note in self.notes),
@@ -454,9 +459,12 @@ class _PanelReader(GridReader):
     # ---- items ----
 
     def items_of(
-        self, table: pd.DataFrame, ahead: pd.DataFrame | None, roles: _Roles
+        self, table: pd.DataFrame, ahead: pd.DataFrame | None, roles: _Roles, times: Times
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """(ids [N], item of each row [T], item of each row ahead [A], -1: not in the table)."""
+        """(ids [N], item of each row [T], item of each row ahead [A], -1: not in the table).
+
+        The last is None without rows ahead, and where these are of all items, see `for_all_items`.
+        """
         if not roles.id:
             ids = np.array([self.name], object)
             none = None if ahead is None else np.zeros(len(ahead), np.int64)
@@ -467,7 +475,12 @@ class _PanelReader(GridReader):
         codes, kinds = pd.factorize(column)
         codes = codes.astype(np.int32)
         ids = _own_type(kinds)
-        if ahead is None:
+        if len(roles.id) > 1 and len(table[roles.id].drop_duplicates()) > len(ids):
+            self.problems.append(
+                f"ids of {quote(roles.id)}, joined by '/', are the same for different items; "
+                "take the '/' out of their cells"
+            )
+        if ahead is None or self.is_of_all_items(ahead, roles, codes, times):
             return ids, codes, None
 
         if len(ids) == 1 and not set(roles.id) & set(ahead.columns):
@@ -490,6 +503,24 @@ class _PanelReader(GridReader):
             names = quote(kinds)
             self.notes.append(f"rows of future for ids that the table lacks were left out: {names}")
         return ids, codes, codes_ahead
+
+    def is_of_all_items(self, ahead: pd.DataFrame, roles: _Roles, codes: np.ndarray, times: Times) -> bool:
+        """Whether rows ahead without ids can only mean all of several items: these end at one stamp,
+        and no stamp ahead occurs twice."""
+        n = int(codes.max()) + 1
+        if n < 2 or set(roles.id) & set(ahead.columns) or times.clock is None or times.ahead is None:
+            return False
+        last = np.full(n, np.iinfo(np.int64).min)
+        np.maximum.at(last, codes, times.clock)
+        return bool((last == last[0]).all()) and len(np.unique(times.ahead)) == len(times.ahead)
+
+    def for_all_items(self, ahead: pd.DataFrame, times: Times, n: int) -> tuple[pd.DataFrame, np.ndarray]:
+        """The rows ahead once for each of `n` items, and the items they then are of; `times` likewise."""
+        self.notes.append(f"future has no ids: its {len(ahead)} rows are taken for each of the {n} items")
+        rows = np.tile(np.arange(len(ahead)), n)
+        if times.ahead is not None:
+            times.ahead = times.ahead[rows]
+        return ahead.iloc[rows].reset_index(drop=True), np.repeat(np.arange(n), len(ahead))
 
     # ---- values ----
 
@@ -735,6 +766,15 @@ class _PanelReader(GridReader):
                 taken = pd.Series(_as_numbers(taken))
             facts[str(column)] = taken if is_numeric(taken) else taken.astype("category")
         return pd.DataFrame(facts) if facts else None
+
+
+def _id_parts(table: pd.DataFrame, columns: list, codes: np.ndarray) -> pd.DataFrame | None:
+    """The cells of several id columns, one row per item, each of its own type."""
+    if len(columns) < 2:
+        return None
+    _, first = np.unique(codes, return_index=True)
+    parts = table[columns].iloc[first].reset_index(drop=True)
+    return pd.DataFrame({str(name): _own_type(parts[name]) for name in columns})
 
 
 def _one_kind(cells: Any) -> bool:

@@ -1,6 +1,7 @@
 """Run a strategy on the data of a task."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Collection
@@ -11,7 +12,7 @@ import jax
 
 from ltsm_jax import storage, training, trees
 from ltsm_jax.layers.masks import merge, place
-from ltsm_jax.methods import lora
+from ltsm_jax.methods import lora, tracking
 from ltsm_jax.methods.binding import model_facts
 from ltsm_jax.methods.phases import Phase, anchored, l2_sp_penalty, mixed_out, trainable_mask
 from ltsm_jax.methods.starts import start_params
@@ -42,6 +43,7 @@ class Result:
       warnings: what a user should look at, in words.
       mixes: of a strategy that mixes tuned weights with the checkpoint: validation metrics by the weight of the tuned
         side. The best of them is `weight`, and `params` are that mix.
+      start_curvature: of the weights that the first phase starts from, where epoch 0 was asked for.
     """
 
     strategy: Strategy
@@ -57,6 +59,7 @@ class Result:
     compile_seconds: float = 0.0
     mixes: dict[float, dict[str, Any]] = dataclasses.field(default_factory=dict)
     weight: float | None = None
+    start_curvature: dict[str, float] | None = None
 
 
 def run(
@@ -75,6 +78,7 @@ def run(
     masks: Params | None = None,
     quirks: Collection[str] = (),
     test_each_epoch: bool = False,
+    curvature_at: Collection[int] = (),
 ) -> Result:
     """Fine-tune `model` from `params` by `strategy`, validate after every epoch, score the best weights.
 
@@ -95,12 +99,16 @@ def run(
         for them alone.
       test_each_epoch: score the test part after every epoch too; the scores stand in the history under "test_<name>",
         and select nothing.
+      curvature_at: epochs, counted through all phases, after which the curvature of the task's loss is measured, see
+        `tracking.Tracker.measure`: it stands in the history under top_eigenvalue, trace and sharpness. 0: of the start,
+        see `Result.start_curvature`. With averages of weights, of the average.
     Raises: ValueError where model, data, masks and task do not go together, and for an unknown quirk;
       training.NonFiniteError from training.
     """
     running = Running(
         model, params, strategy, data, task=task, seed=seed, config=config, folder=folder, label=label,
         show_progress=show_progress, masks=masks, quirks=quirks, test_each_epoch=test_each_epoch,
+        curvature_at=curvature_at,
     )  # fmt: skip
     while not running.trained_out:
         running.take(training.fit(**running.job()))
@@ -131,6 +139,7 @@ class Running:
         masks: Params | None = None,
         quirks: Collection[str] = (),
         test_each_epoch: bool = False,
+        curvature_at: Collection[int] = (),
     ):
         if unknown := set(quirks) - {"no-dropout"}:
             raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
@@ -159,8 +168,12 @@ class Running:
             self.facts["quirks"] = sorted(quirks)
         if masks is not None:
             self.facts["masks"] = storage.sha256_of(masks)
+        if odd := [epoch for epoch in curvature_at if epoch < 0]:
+            raise ValueError(f"curvature_at lists epochs, 0 for the start; got {', '.join(map(str, odd))}")
+        self.curvature_at = frozenset(curvature_at)
+        self.start_curvature: dict[str, float] | None = None
         self.phase = 0  # the next one
-        self.whole: Callable[[Params], Params] = _itself  # weights of the model, of what the phase trains
+        self.whole: Callable[[Params], Params] = itself  # weights of the model, of what the phase trains
         self.history: list[dict[str, Any]] = []
         self.val: dict[str, Any] | None = None
         self.epochs = self.best_epoch = self.trained = 0
@@ -175,7 +188,19 @@ class Running:
         """Score weights of the model on the validation part."""
         return self.task.evaluate(self.model, candidate, self.data, "val", self.placement)
 
-    def watch(self, candidate: Params) -> dict[str, Any]:
+    def watch(self, candidate: Params, epoch: int) -> dict[str, Any]:
+        """Give what the history has of an epoch beside its validation: test scores and curvature, as asked for."""
+        found = self.test_scores(candidate) if self.test_each_epoch else {}
+        if epoch in self.curvature_at:
+            found |= self.tracker.measure(candidate)
+        return found
+
+    @functools.cached_property
+    def tracker(self) -> tracking.Tracker:
+        """What measures curvature: of the task's own loss, without what a strategy adds to it."""
+        return tracking.tracker(self.loss, self.windows, self.placement)
+
+    def test_scores(self, candidate: Params) -> dict[str, Any]:
         """Score weights of the model on the test part, under the names that its scores have in the history."""
         scores = self.task.evaluate(self.model, candidate, self.data, "test", self.placement)
         return {f"test_{name}": value.item() if hasattr(value, "item") else value for name, value in scores.items()}
@@ -185,21 +210,27 @@ class Running:
         i, phase = self.phase, self.strategy.phases[self.phase]
         begin, mask = self.current, trainable_mask(phase, self.model, self.current)
         phase_loss = self.loss_of(phase)
-        self.whole = _itself
+        self.whole = itself
         if (adapters := phase.adapters(self.model)) is not None:
             key = jax.random.fold_in(self.keys["aux"], 2 + i)
             begin, mask, phase_loss, self.whole = lora.beside(self.model, self.current, phase_loss, adapters, key)
         # Partial: the reference weights reach the compiled step as arguments instead of as constants
         penalty = jax.tree_util.Partial(l2_sp_penalty, self.current, phase.l2_sp) if phase.l2_sp else None
         self.trained = trees.count(begin if mask is None else trees.partition(begin, mask)[0])
-        whole, several = self.whole, len(self.strategy.phases) > 1
+        if i == 0 and 0 in self.curvature_at:
+            self.start_curvature = self.tracker.measure(self.current)
+        whole, several, before = self.whole, len(self.strategy.phases) > 1, self.epochs
+
+        def watch(candidate: Params, epoch: int) -> dict[str, Any]:
+            return self.watch(whole(candidate), before + epoch)
+
         return {
             "loss_fn": phase_loss,
             "params": begin,
             "train_source": self.windows,
             "config": dataclasses.replace(self.config, **phase.changes()),
             "validate": lambda candidate: self.validate(whole(candidate)),
-            "watch": (lambda candidate: self.watch(whole(candidate))) if self.test_each_epoch else None,
+            "watch": watch if self.test_each_epoch or self.curvature_at else None,
             "select": self.task.selects,
             "trainable": mask,
             "penalty": penalty,
@@ -242,6 +273,8 @@ class Running:
         began = time.monotonic()
         with compiling.measured() as waited:
             val = self.validate(self.current) if self.val is None else self.val
+            if not self.strategy.phases and 0 in self.curvature_at:
+                self.start_curvature = self.tracker.measure(self.current)
             mixes, weight = {}, None
             if self.strategy.wise:
                 mixes, weight, val = self.mix(val)
@@ -264,6 +297,7 @@ class Running:
             compile_seconds,
             mixes,
             weight,
+            self.start_curvature,
         )
 
     def mix(self, val: dict[str, Any]) -> tuple[dict[float, dict[str, Any]], float, dict[str, Any]]:
@@ -293,7 +327,8 @@ def _masked_loss(loss, masks, params, batch, key, train):
     return loss(merge(params, masks), batch, key, train)
 
 
-def _itself(params: Params) -> Params:
+def itself(params: Params) -> Params:
+    """Give `params` back: weights that a phase trains as they are."""
     return params
 
 

@@ -47,8 +47,7 @@ def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Pla
         raise ValueError("no windows to evaluate")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    parts = placement.row_parts
-    size = -(-min(batch_size, n) // parts) * parts
+    size = rounded(batch_size, n, placement)
     batches = []
     for start in range(0, n, size):
         indices = np.minimum(np.arange(start, start + size, dtype=np.int32), n - 1)
@@ -60,3 +59,9 @@ def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Pla
         return np.concatenate(on_host)[:n].astype(np.float64)
 
     return jax.tree.map(join, *batches)
+
+
+def rounded(batch_size: int, n: int, placement: Placement) -> int:
+    """Rows of each batch of `in_batches`: at most all `n`, rounded up to what the devices divide."""
+    parts = placement.row_parts
+    return -(-min(batch_size, n) // parts) * parts

@@ -141,13 +141,13 @@ def quantiles_at(found: Forecast, levels: Sequence[float]) -> jax.Array:
 
 
 def rung_below(rows: np.ndarray, patch: int) -> np.ndarray:
-    """A length among a few that is at most `rows`: whole patches, four lengths in every octave.
+    """A length among a few that is at most `rows`: whole patches, eight lengths in every octave.
 
-    Up to seven patches are all kept; of more, the oldest fifth goes at most.
+    Up to fifteen patches are all kept; of more, the oldest ninth goes at most.
     """
     unit = np.where(rows < patch, 1, patch)
     count = rows // unit
-    shift = np.maximum(np.floor(np.log2(count)).astype(int) - 2, 0)
+    shift = np.maximum(np.floor(np.log2(count)).astype(int) - 3, 0)
     return (count >> shift << shift) * unit
 
 
@@ -160,8 +160,8 @@ def lengths_of(model: Predictor, rows: np.ndarray, context_len: int) -> np.ndarr
     """Context length [M] that is used for origins with `rows` rows before them.
 
     Few lengths, as each is compiled. A family for which missing values in front change nothing gets
-    them. For others the oldest rows are left away: those that fill no patch, and of many patches
-    some more.
+    them. For others the oldest rows are left away: those that fill no patch, and of more than
+    fifteen patches a ninth at most. What other items are in the call plays no part.
     """
     if isinstance(model, Model) and not model.missing_in_front:
         found = rung_below(rows, model.patch_len)
@@ -171,6 +171,70 @@ def lengths_of(model: Predictor, rows: np.ndarray, context_len: int) -> np.ndarr
 
 
 # --- forecasts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass:
+    """Forecasts from contexts of one length, `size` of them in each batch.
+
+    rows: the forecasts by number: origins, or of windows of one target origins times targets.
+    """
+
+    length: int
+    rows: np.ndarray
+    size: int
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return -(-len(self.rows) // self.size)
+
+
+def passes(
+    model: Predictor,
+    panel: Panel,
+    origins: Origins,
+    *,
+    context_len: int,
+    joint: bool = False,
+    covariates: bool = False,
+    batch_size: int | None = None,
+) -> list[Pass]:
+    """Sort forecasts by the length of their contexts, each of which is a program; arguments as for `forecast`."""
+    c = panel.n_variates
+    members = c if joint else 1
+    width = members + (len(panel.past) + len(panel.known) if covariates else 0)
+    lengths = lengths_of(model, origins.ends - panel.bounds[origins.items], context_len)
+    found = []
+    for length in np.unique(lengths):
+        rows = np.flatnonzero(lengths == length)
+        if not joint:
+            rows = (rows[:, None] * c + np.arange(c)).ravel()
+        found.append(Pass(int(length), rows, batch_size or _batch_size(model, width, int(length), len(rows))))
+    return found
+
+
+def trace(
+    model: Predictor,
+    params: Tree,
+    panel: Panel,
+    horizon: int,
+    of: Pass,
+    *,
+    levels: tuple[float, ...] = (),
+    joint: bool = False,
+    covariates: bool = False,
+) -> jax.stages.Traced:
+    """Trace the program that forecasts a batch, from shapes alone."""
+
+    def shape(width: int, length: int) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct((of.size, width, length), jnp.float32) if width else None
+
+    past = shape(len(panel.past), of.length) if covariates else None
+    known = shape(len(panel.known), of.length + horizon) if covariates else None
+    context = shape(panel.n_variates if joint else 1, of.length)
+    key = jax.random.key(0)
+    return _forecast.trace(model, params, context, past, known, key, horizon=horizon, levels=levels)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "horizon", "levels"))
@@ -200,6 +264,7 @@ def forecast(
     key: jax.Array | None = None,
     on_host: Callable[[np.ndarray, int], np.ndarray] | None = None,
     batch_size: int | None = None,
+    told: Callable[[int, int], None] | None = None,
 ) -> Found:
     """Forecast `horizon` rows after each origin, from contexts standardised by themselves.
 
@@ -215,14 +280,13 @@ def forecast(
       on_host: forecasts [B, H] of contexts [B, L], in place of `model`, which then says its batch
         size alone.
       batch_size: windows of one forward pass; by default what `eval_batch` and the memory allow.
+      told: is told after each batch how many forecasts of how many are done.
     Returns: forecasts; NaN where a context in the past holds no value.
     Raises: DataError where one at the end of its item holds none, naming items and targets.
     """
     origins = Origins.after(panel) if origins is None else origins
     key = jax.random.key(0) if key is None else key
     m, c = len(origins.items), panel.n_variates
-    rows_before = origins.ends - panel.bounds[origins.items]
-    lengths = lengths_of(model, rows_before, context_len)
 
     members = c if joint else 1
     count = m if joint else m * c
@@ -238,14 +302,19 @@ def forecast(
         point[rows] = y * scale + mean
         quantiles[rows] = q * scale[..., None] + mean[..., None]
 
-    for length in np.unique(lengths):
-        of_length = np.flatnonzero(lengths == length)
-        if not joint:
-            of_length = (of_length[:, None] * c + np.arange(c)).ravel()
-        width = members + (len(panel.past) + len(panel.known) if covariates else 0)
-        size = batch_size or _batch_size(model, width, int(length), len(of_length))
-        for rows in _batches(of_length, size):
-            cut = _Cut(panel, origins.take(rows if joint else rows // c), int(length), horizon)
+    done = 0
+    for group in passes(
+        model,
+        panel,
+        origins,
+        context_len=context_len,
+        joint=joint,
+        covariates=covariates,
+        batch_size=batch_size,
+    ):
+        length, size = group.length, group.size
+        for rows in _batches(group.rows, size):
+            cut = _Cut(panel, origins.take(rows if joint else rows // c), length, horizon)
             context = cut.contexts(panel.values, None if joint else rows % c)
             empty = _empty(context, cut, None if joint else rows % c)
             mean, scale = context_scale(context)
@@ -260,13 +329,16 @@ def forecast(
                 past, known = cut.covariates(size) if covariates else (None, None)
                 answer = _forecast(model, params, scaled, past, known, key, horizon, said)
             else:
-                flat = on_host(scaled[: len(rows)].reshape(-1, int(length)), horizon)
+                flat = on_host(scaled[: len(rows)].reshape(-1, length), horizon)
                 y = flat.reshape(len(rows), members, horizon)
                 answer = y, np.zeros((*y.shape, 0))
             # While the device works on this batch, the host takes in the one before.
             if pending is not None:
                 collect(*pending)
             pending = rows, answer, mean, scale
+            done += len(rows)
+            if told is not None:
+                told(done, count)
     if pending is not None:
         collect(*pending)
     return Found(

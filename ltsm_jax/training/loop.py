@@ -20,7 +20,7 @@ import numpy as np
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, parts, progress, step
+from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, parts, progress, step, timing
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
@@ -93,7 +93,7 @@ def fit(
     *,
     config: TrainConfig,
     validate: Callable[[Tree], Mapping[str, float]] | None = None,
-    watch: Callable[[Tree], Mapping[str, float]] | None = None,
+    watch: Callable[[Tree, int], Mapping[str, float]] | None = None,
     select: str = "mse",
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
@@ -121,7 +121,7 @@ def fit(
         can use it (`ltsm_jax.data.windows.Windows`).
       config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
       validate: params -> {"mse": ..., ...}, called after each epoch.
-      watch: params -> further numbers of an epoch, under their own names in the history; they select nothing.
+      watch: params, epoch (from 1) -> further numbers of it, under their own names in the history; they select nothing.
       select: which of these metrics selects the epoch: its lowest value (strictly) wins.
       trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
         has no optimiser state, and keeps its dropout.
@@ -142,34 +142,20 @@ def fit(
         raise ValueError("there is no training window")
     if config.patience is not None and validate is None:
         raise ValueError("patience counts epochs without a better validation MSE, so it needs `validate`")
-    params = sharding.together(jax.tree.map(step.strong, params))
-    trainable = trees.select(params, None) if trainable is None else trainable
-    moving, frozen = trees.partition(params, trainable)
-    if not jax.tree.leaves(moving):
-        raise ValueError("nothing to train: `trainable` is False for every leaf")
-    loss, placement = step.as_pytree(loss_fn), Placement.of(params)
-    config = parts.settled(
-        config,
-        moving,
-        frozen,
+    fitting, moving, trainable = _prepared(
+        loss_fn,
+        params,
         train_source,
-        loss,
-        keys(config.seed or 0)["dropout"],
-        on_mesh=placement.mesh is not None,
+        config=config,
+        validate=validate,
+        select=select,
+        trainable=trainable,
+        penalty=penalty,
         folder=folder,
+        watch=watch,
     )
-    fitting = Fitting(
-        config,
-        loss,
-        step.as_pytree(penalty),
-        train_source,
-        moving,
-        frozen,
-        validate,
-        placement,
-        select,
-        watch,
-    )
+    config, frozen = fitting.config, fitting.frozen
+    params = trees.merge(moving, frozen)
 
     run, takes = None, ""
     if folder is None or not hosts.on_first(checkpoints.begun, folder):
@@ -202,6 +188,87 @@ def fit(
         seconds=position.seconds,
         compile_seconds=position.compile_seconds,
     )
+
+
+def step_time(
+    loss_fn: Callable,
+    params: Tree,
+    train_source: Any,
+    *,
+    config: TrainConfig,
+    validate: Callable[[Tree], Mapping[str, float]] | None = None,
+    trainable: Tree | None = None,
+    penalty: Callable[[Tree], jax.Array] | None = None,
+    folder: str | Path | None = None,
+    work_follows: bool = True,
+) -> timing.Piece:
+    """Time one step of `fit`, whose arguments these are, in the program that `fit` will run; nothing is trained.
+
+    work_follows: see `timing.of`.
+    """
+    fitting, moving, _ = _prepared(
+        loss_fn,
+        params,
+        train_source,
+        config=config,
+        validate=validate,
+        select="mse",
+        trainable=trainable,
+        penalty=penalty,
+        folder=folder,
+        watch=None,
+    )
+    fitting.start(moving, None)
+    fitting.begin_epoch(0)
+    return timing.of(lambda: fitting.advance(0, 1), fitting.trace, work_follows=work_follows)
+
+
+def _prepared(
+    loss_fn,
+    params: Tree,
+    source: Any,
+    *,
+    config: TrainConfig,
+    validate,
+    select: str,
+    trainable: Tree | None,
+    penalty,
+    folder: str | Path | None,
+    watch,
+) -> tuple["Fitting", Tree, Tree]:
+    """One call of `fit` before its start; what moves at the start, and the tree of what does.
+
+    Raises: ValueError where nothing is to be trained.
+    """
+    params = sharding.together(jax.tree.map(step.strong, params))
+    trainable = trees.select(params, None) if trainable is None else trainable
+    moving, frozen = trees.partition(params, trainable)
+    if not jax.tree.leaves(moving):
+        raise ValueError("nothing to train: `trainable` is False for every leaf")
+    loss, placement = step.as_pytree(loss_fn), Placement.of(params)
+    config = parts.settled(
+        config,
+        moving,
+        frozen,
+        source,
+        loss,
+        keys(config.seed or 0)["dropout"],
+        on_mesh=placement.mesh is not None,
+        folder=folder,
+    )
+    fitting = Fitting(
+        config,
+        loss,
+        step.as_pytree(penalty),
+        source,
+        moving,
+        frozen,
+        validate,
+        placement,
+        select,
+        watch,
+    )
+    return fitting, moving, trainable
 
 
 class Fitting:
@@ -370,24 +437,45 @@ class Fitting:
                 kept = f"checkpoint: {run.path(self.position.step)}"
         return hosts.stopped(f"after step {self.position.step} of {self.total}; {kept}")
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Set the order of an epoch's windows, and its learning rates."""
-        self.order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
+    def begin_epoch(self, epoch: int, order: jax.Array | None = None) -> None:
+        """Set the order of an epoch's windows, where it is not known already, and its learning rates."""
+        if order is None:
+            order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
+        self.order = order
         steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
         self.lr = np.asarray(self.rates(steps), np.float32)
 
     def advance(self, place: int, count: int) -> tuple[np.ndarray, int]:
         """Take `count` steps from batch `place` of the epoch. Returns: losses, and how many steps were finite."""
-        average = self.state["average"] if self.how.ema else None
-        self.state["params"], self.state["optimizer"], average, losses, done = step.advance(
-            self.state["params"], self.state["optimizer"], average, self.frozen, self.placed, self.order, self.lr,
-            self.keys["dropout"], self.loss_fn, self.penalty,
-            np.int32(place), np.int32(count), np.int32(self.position.step),
-            batch_size=self.batch_size, rule=self.rule, how=self.how, layout=self.layout,
-        )  # fmt: skip
+        given, how = self._of_step(place, count)
+        self.state["params"], self.state["optimizer"], average, losses, done = step.advance(*given, **how)
         if average is not None:
             self.state["average"] = average
         return np.asarray(losses), int(done)
+
+    def trace(self) -> jax.stages.Traced:
+        """Trace the program of `advance`."""
+        given, how = self._of_step(0, 1)
+        return step.advance.trace(*given, **how)
+
+    def _of_step(self, place: int, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of `step.advance`."""
+        given = (
+            self.state["params"],
+            self.state["optimizer"],
+            self.state["average"] if self.how.ema else None,
+            self.frozen,
+            self.placed,
+            self.order,
+            self.lr,
+            self.keys["dropout"],
+            self.loss_fn,
+            self.penalty,
+            np.int32(place),
+            np.int32(count),
+            np.int32(self.position.step),
+        )
+        return given, {"batch_size": self.batch_size, "rule": self.rule, "how": self.how, "layout": self.layout}
 
     def dispatch(self, epoch: int, place: int, steps: int) -> None:
         """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""
@@ -424,7 +512,7 @@ class Fitting:
         """Validation, selection, and whether this was the last epoch."""
         kept = self.to_keep(epoch)
         found = self.validate(trees.merge(kept, self.frozen)) if self.validate else None
-        watched = self.watch(trees.merge(kept, self.frozen)) if self.watch else {}
+        watched = self.watch(trees.merge(kept, self.frozen), epoch + 1) if self.watch else {}
         if self.judge(epoch, found, watched):
             self.state["best"] = jax.tree.map(jnp.copy, kept)
         if self.config.swa:

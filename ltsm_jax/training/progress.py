@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 5.0
+QUIET_SECONDS = 2.0
 _part = [1, 1]  # number of the run that lasts, and of how many
 
 
@@ -24,6 +25,52 @@ def part(number: int, count: int) -> Iterator[None]:
         yield
     finally:
         _part[:] = before
+
+
+class Counter:
+    """Progress of counted work, on stderr: a bar on a terminal, a line every few seconds elsewhere.
+
+    Work that is done within `QUIET_SECONDS` says nothing.
+
+    Args:
+      label: what is done. unit: what is counted.
+      show: False is silent.
+    """
+
+    def __init__(self, label: str, unit: str, show: bool = True):
+        self.label, self.unit, self.show = label, unit, show
+        self.began = self.spoke = time.monotonic()
+        self.first: tuple[float, int] | None = None
+        self.live: Progress | None = None
+
+    def __enter__(self) -> "Counter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell how many of how many are done."""
+        now = time.monotonic()
+        if self.first is None:  # the first piece has waited for the compiler: the pace counts from here
+            self.first = now, done
+        if not self.show or now - self.began < QUIET_SECONDS:
+            return
+        if self.live is None and Console(stderr=True).is_terminal:
+            self.live = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
+            )  # fmt: skip
+            self.task = self.live.add_task(self.label, total=total)
+            self.live.start()
+        if self.live:
+            self.live.update(self.task, completed=done, total=total)
+        elif now - self.spoke >= PLAIN_SECONDS and done < total:
+            self.spoke = now
+            since, at = self.first
+            left = f", {(total - done) * (now - since) / (done - at):.0f} s left" if done > at else ""
+            print(f"{self.label}: {done:,} of {total:,} {self.unit}{left}", file=sys.stderr, flush=True)
 
 
 class Bar:

@@ -111,6 +111,14 @@ def test_several_columns_of_ids_are_joined():
     table = shops().assign(region=["n", "n", "s", "s", "n", "n", "n"])
     panel = read_panel(table, id=["region", "shop"], target="sold")
     assert panel.ids.tolist() == ["n/A", "s/A", "n/B"] and panel.id_name == "region/shop"
+    assert panel.id_columns == ("region", "shop")
+    assert panel.take(np.array([2, 0])).id_parts.to_numpy().tolist() == [["n", "B"], ["n", "A"]]
+    numbered = read_panel(
+        table.assign(region=table["region"].map({"n": 1, "s": 2})), id=["region", "shop"], target="sold"
+    )
+    assert numbered.id_parts["region"].tolist() == [1, 2, 1]  # of their own type
+    clash = table.assign(region=["a/b"] * 4 + ["a"] * 3, shop=["c"] * 4 + ["b/c"] * 3)
+    assert "are the same for different items" in refused(clash, id=["region", "shop"], target="sold")
 
 
 def test_ids_are_found_by_their_name():
@@ -350,6 +358,20 @@ def test_rows_of_future_for_other_items_are_left_out_and_wrong_types_refused():
     )
     late = future.assign(date=future["date"] + pd.Timedelta(hours=1))
     assert "future: 3 rows are beside the grid" in refused(table, id="shop", target="sold", future=late)
+
+
+def test_a_future_without_ids_is_of_all_items_where_these_end_together():
+    stamps = pd.date_range("2024-01-01", periods=6, freq="D")
+    table = pd.concat([pd.DataFrame({"shop": shop, "date": stamps[i:], "sold": 1.0 + i, "holiday": 0.0})
+                       for i, shop in enumerate("AB")])  # fmt: skip
+    ahead = pd.DataFrame({"date": pd.date_range("2024-01-07", periods=3, freq="D"), "holiday": [0.0, 1, 0]})
+    panel = read_panel(table, id="shop", target="sold", future=ahead)
+    np.testing.assert_array_equal(panel.future_values, [[[0, 1, 0], [0, 1, 0]]])
+    assert said(panel, "its 3 rows are taken for each of the 2 items")
+
+    # Whose rows would they be?
+    for other, of in ((table, pd.concat([ahead, ahead])), (table[:-1], ahead)):
+        assert "future: id column 'shop' is not there" in refused(other, id="shop", target="sold", future=of)
 
 
 def test_truth_values_and_categories_are_numbers():

@@ -85,10 +85,15 @@ def line(rows=6):
     return params, {"context": jnp.asarray(x), "target": jnp.asarray(target)}
 
 
+@functools.partial(jax.jit, static_argnames=("chunk", "squares"))
+def line_sums(params, masks, batch, chunk=None, squares=True):
+    return pruning.gradient_sums(line_loss, params, masks, batch, chunk=chunk, squares=squares)
+
+
 def test_scores_of_a_line_equal_finite_differences_and_its_formula():
     params, batch = line()
     masks = {"in": jnp.ones(4), "out": jnp.ones(1)}
-    sums = pruning.gradient_sums(line_loss, params, masks, batch)
+    sums = line_sums(params, masks, batch)
     x, w = np.asarray(batch["context"], np.float64), np.asarray(params["kernel"], np.float64)[:, 0]
     residual = x @ w - np.asarray(batch["target"], np.float64)
     h = residual[:, None] * w * x  # of every row, with respect to m_in
@@ -115,10 +120,11 @@ def test_scores_of_a_line_equal_finite_differences_and_its_formula():
 def test_rows_of_weight_0_and_the_size_of_chunks_change_nothing(chunk):
     params, batch = line()
     masks = {"in": jnp.ones(4), "out": jnp.ones(1)}
-    whole = pruning.gradient_sums(line_loss, params, masks, batch, chunk=6)
-    more = {k: jnp.concatenate([v, 7 * v[:3]]) for k, v in batch.items()} | {"weight": jnp.asarray([1.0] * 6 + [0] * 3)}
+    whole = line_sums(params, masks, batch, chunk=6)
+    more = {k: np.concatenate([v, 7 * np.asarray(v)[:3]]) for k, v in batch.items()}
+    more["weight"] = np.asarray([1.0] * 6 + [0] * 3, np.float32)
     for squares in (True, False):
-        found = pruning.gradient_sums(line_loss, params, masks, more, chunk=chunk, squares=squares)
+        found = line_sums(params, masks, more, chunk=chunk, squares=squares)
         expected = whole if squares else whole | {"squares": {}}
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
@@ -277,12 +283,16 @@ def test_importance_is_the_average_of_scores(prune, model, pre, few):
     order = schedule._order(training.keys(0)["data"], 0, few.train.n)
     masks, importance, steps = pruning.full_masks(model), None, 0
     r_step = 0.3 / n * (n // 2)
-    for first in range(0, few.train.n, macro):
-        rows = few.train.gather(order[first : min(first + macro, few.train.n)])
+
+    @jax.jit
+    def group(masks, rows, importance):
         sums = pruning.gradient_sums(model.loss, pre, masks, rows, chunk=len(rows["context"]))
         s = pruning.importance_of(sums, masks)
-        importance = s if importance is None else jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, s, importance)
-        masks, importance = pruning.select(importance, masks, r_step)
+        return s if importance is None else jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, s, importance)
+
+    for first in range(0, few.train.n, macro):
+        rows = few.train.gather(order[first : min(first + macro, few.train.n)])
+        masks, importance = pruning.select(group(masks, rows, importance), masks, r_step)
         steps += 1
     assert found.history[1]["steps"] == steps == (2 if n % 2 == 0 else 3)
     differ = sum((np.asarray(a) != np.asarray(b)).sum() for a, b in zip(*map(jax.tree.leaves, (masks, found.masks))))
@@ -379,7 +389,7 @@ def moe():
         horizons=(1, 4), context_len=16,
     )  # fmt: skip
     model = TimeMoe(config)
-    params = jax.tree.map(lambda x: x * 4, model.init(jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.asarray(x) * 4, model.init(jax.random.key(0)))
     t, rng = np.arange(120), np.random.default_rng(0)
     series = Series("waves", np.sin(t / 3)[None] + 0.3 * rng.normal(size=(1, 120)), ("a",), None, "h")
     return model, params, prepare(series, 16, 4)
@@ -403,17 +413,20 @@ def test_weights_of_experts_that_stay_are_what_they_were(moe):
     assert cut["layer_0"]["mixture"]["experts"]["up"].shape == (3, 16, 6)
     # the residual stream after the norm is divided by a feature, so that the logits are what we want them to be
     x = jnp.ones((1, 1, 5))
-    _, taps = fewer.apply(cut, x)
+    forward = jax.jit(lambda params: fewer.apply(params, x))
+    _, taps = forward(cut)
     norm = np.asarray(taps["layer_0/norm2"]).reshape(5, 16)
     kernel = np.zeros((16, 4), np.float32)
     kernel[0] = np.log([0.610, 0.224, 0.136, 0.030]) / norm[0, 0]
     flat["layer_0/mixture/router/kernel"] = jnp.asarray(kernel)
-    fewer, cut = keep(model, trees.unflatten(flat), {"layer_0/mixture/experts": (1, 2, 3)})
-    _, taps = fewer.apply(cut, x)
+    again, cut = keep(model, trees.unflatten(flat), {"layer_0/mixture/experts": (1, 2, 3)})
+    assert again == fewer
+    found, taps = forward(cut)
     np.testing.assert_array_equal(taps["layer_0/router_experts"][0], [1, 2])
     np.testing.assert_allclose(taps["layer_0/router_weights"][0], [0.224, 0.136], rtol=1e-4)
-    whole, taps = model.apply(trees.unflatten(flat), x, expert_masks=[jnp.asarray([0.0, 1, 1, 1])])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), fewer.apply(cut, x)[0], whole)
+    masked = jax.jit(lambda params: model.apply(params, x, expert_masks=[jnp.asarray([0.0, 1, 1, 1])]))
+    whole, _ = masked(trees.unflatten(flat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, whole)
     for ids, why in (((0, 9), r"not \[9\]"), ((0,), "no experts")):
         path = "layer_0/mixture/experts" if 9 in ids else "layer_0/mixture/shared"
         with pytest.raises(ValueError, match=why):
@@ -529,7 +542,7 @@ def test_what_is_pruned_stays_0_through_fine_tuning(model, pre, few, prune, name
         model, pre, strategy(name), few, config=config, show_progress=False, test=False, **rest
     )
     tuned = run(masks=masks).params
-    merged = trees.flatten(pruning.merge(jax.tree.map(jnp.ones_like, pre), masks))
+    merged = trees.flatten(jax.jit(pruning.merge)(jax.tree.map(np.ones_like, pre), masks))
     moved = 0
     for path, leaf in trees.flatten(tuned).items():
         gone = np.asarray(merged[path]) == 0

@@ -72,6 +72,7 @@ def test_every_family_has_last_layers_and_can_be_anchored(name):
     chosen, paths = chosen_of(Phase("last"), name)
     assert 0 < len(chosen) < len(paths)
     params = jax.eval_shape(model.init, jax.random.key(0))
+    model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(1))
     shapes = {"context": (2, 2, model.context_len), "target": (2, 2, model.horizon)}
     batch = {side: jax.ShapeDtypeStruct(shape, jnp.float32) for side, shape in shapes.items()}
     distance = jax.eval_shape(lambda p, b: phases.anchor_distance(model, p, p, b), params, batch)

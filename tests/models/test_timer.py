@@ -26,6 +26,13 @@ def params():
     return MODEL.init(jax.random.key(0))
 
 
+def test_fresh_parameters_are_the_same_inside_jit_and_outside(params):
+    """Outside, the draws are cut on the host; inside, by the compiled program."""
+    inside = jax.jit(MODEL.init)(jax.random.key(0))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), inside, params)
+
+
 def series(b=2, c=3, t=56, seed=1):
     noise = np.random.default_rng(seed).normal(size=(b, c, t))
     return noise.cumsum(-1).astype(np.float32)

@@ -9,7 +9,7 @@ from ltsm_jax import training
 from ltsm_jax.data import DataError
 from ltsm_jax.methods.run import run
 from ltsm_jax.methods.strategies import strategy
-from ltsm_jax.models.units import Units
+from ltsm_jax.models.units import Units, UnitsConfig
 from ltsm_jax.tasks import classification
 from ltsm_jax.tasks.classification import Classification, Examples, Parts
 
@@ -31,7 +31,10 @@ def parts():
 
 @pytest.fixture(scope="module")
 def model():
-    return Units(dataclasses.replace(Units.small(), dataset="b"))
+    """UniTS of one layer: the compiler takes most of the time here."""
+    small = Units.small()
+    config = UnitsConfig.of(16, 2, 1, small.tasks, patch_len=8, prompt_len=3)
+    return Units(dataclasses.replace(config, dataset="b"))
 
 
 def test_scores_by_hand():
@@ -44,15 +47,16 @@ def test_scores_by_hand():
 
 
 def test_loss_is_the_cross_entropy_of_rows_that_count(model, parts):
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = model.init(jax.random.key(0))
     batch = parts.train.gather(jnp.arange(4))
-    logits = np.asarray(model.classify(params, batch["context"]), np.float64)
+    logits = np.asarray(jax.jit(model.classify)(params, batch["context"]), np.float64)
     log = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     want = -log[np.arange(4), np.asarray(batch["label"])]
     loss = Classification().loss(model)
-    assert float(loss(params, batch, None, False)) == pytest.approx(want.mean(), rel=1e-4)
+    value = jax.jit(loss, static_argnums=3)
+    assert float(value(params, batch, None, False)) == pytest.approx(want.mean(), rel=1e-4)
     weighted = batch | {"weight": jnp.array([1.0, 1.0, 0.0, 0.0])}
-    assert float(loss(params, weighted, None, False)) == pytest.approx(want[:2].mean(), rel=1e-4)
+    assert float(value(params, weighted, None, False)) == pytest.approx(want[:2].mean(), rel=1e-4)
     assert loss is Classification().loss(Units(model.config)), "equal models share a compilation"
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -39,6 +40,12 @@ class Constant(Model):
         return params["level"] + params["peek"] * x
 
 
+@functools.cache
+def loss_of(model, rate):
+    """The training loss as one program, the same for equal arguments."""
+    return jax.jit(imputation.loss_fn(model, rate=rate), static_argnums=3)
+
+
 def windows_of(values, starts=None):
     """Joint windows of length T from values [C, rows]."""
     starts = np.arange(values.shape[1] - T + 1) if starts is None else starts
@@ -71,7 +78,7 @@ def test_a_window_must_be_whole_patches():
 
 def test_loss_is_the_mean_over_hidden_points_only():
     """Truth 3 in the hidden patches (answer 1: error 4 each); anything at all in the visible ones changes nothing."""
-    model, loss = Constant(), imputation.loss_fn(Constant(), rate=0.5)
+    model, loss = Constant(), loss_of(Constant(), 0.5)
     params = {"level": jnp.float32(1), "peek": jnp.float32(0)}
     key = jax.random.key(3)
     visible = masks_of(model, key, 4, 2, 0.5)
@@ -82,15 +89,18 @@ def test_loss_is_the_mean_over_hidden_points_only():
 
 def masks_of(model, key, batch, variates, rate):
     """The masks that the loss draws from this key, seen from outside: where the error of a constant is scored."""
-    probe = imputation.loss_fn(model, rate=rate)
+    return np.asarray(_probe(model, np.ones((batch, variates, T), np.float32), key, rate)) == 0
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _probe(model, x, key, rate):
     params = {"level": jnp.float32(0), "peek": jnp.float32(0)}
-    gradient = jax.grad(lambda x: probe(params, {"context": x}, key, True))(jnp.ones((batch, variates, T)))
-    return np.asarray(gradient) == 0
+    return jax.grad(lambda x: loss_of(model, rate)(params, {"context": x}, key, True))(x)
 
 
 def test_the_model_never_sees_a_hidden_value():
     """A model that repeats its input answers 0 at every hidden point, so its error is the truth itself."""
-    loss = imputation.loss_fn(Constant(), rate=0.5)
+    loss = loss_of(Constant(), 0.5)
     params = {"level": jnp.float32(0), "peek": jnp.float32(1)}
     x = jnp.full((8, 2, T), 5.0)
     assert float(loss(params, {"context": x}, jax.random.key(0), True)) == pytest.approx(25.0)
@@ -104,7 +114,7 @@ def test_masks_are_drawn_anew_from_every_key():
 
 
 def test_padding_rows_do_not_count(noise):
-    loss = imputation.loss_fn(Constant(), rate=0.5)
+    loss = loss_of(Constant(), 0.5)
     params = {"level": jnp.float32(0.3), "peek": jnp.float32(0)}
     x = jnp.asarray(noise[:, :T], jnp.float32)[None].repeat(4, 0)
     key, weight = jax.random.key(0), jnp.array([1.0, 1.0, 0.0, 0.0])
@@ -115,10 +125,10 @@ def test_padding_rows_do_not_count(noise):
 
 
 def test_missing_points_are_neither_shown_nor_scored():
-    loss = imputation.loss_fn(Constant(), rate=0.5)
+    loss = loss_of(Constant(), 0.5)
     params = {"level": jnp.float32(1), "peek": jnp.float32(1)}
     x = jnp.full((6, 2, T), 3.0).at[:, 0, 60:130].set(jnp.nan)
-    gradient = jax.grad(lambda p: loss(p, {"context": x}, jax.random.key(0), True))(params)
+    gradient = jax.jit(jax.grad(lambda p: loss(p, {"context": x}, jax.random.key(0), True)))(params)
     assert float(loss(params, {"context": x}, jax.random.key(0), True)) == pytest.approx(4.0)
     assert all(np.isfinite(g) for g in gradient.values())
 
@@ -126,8 +136,8 @@ def test_missing_points_are_neither_shown_nor_scored():
 def test_nothing_hidden_is_no_loss_and_a_clear_error_in_evaluation(noise):
     params = {"level": jnp.float32(1), "peek": jnp.float32(0)}
     x = jnp.zeros((2, 1, T))
-    loss = imputation.loss_fn(Constant(), rate=1e-9)
-    value, gradient = jax.value_and_grad(lambda p: loss(p, {"context": x}, jax.random.key(0), True))(params)
+    loss = loss_of(Constant(), 1e-9)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, {"context": x}, jax.random.key(0), True)))(params)
     assert float(value) == 0 and float(gradient["level"]) == 0
     with pytest.raises(ValueError, match="higher rate"):
         imputation.evaluate(Constant(), params, windows_of(noise), rate=1e-9)
