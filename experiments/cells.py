@@ -26,14 +26,14 @@ from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
-from ltsm_jax.methods import binding, checks, run
+from ltsm_jax.methods import binding, checks, run, sweep
 from ltsm_jax.methods.starts import start_params
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.base import Task
 from ltsm_jax.tasks.forecasting import Forecasting
-from ltsm_jax.training import NonFiniteError, TrainConfig
+from ltsm_jax.training import NonFiniteError, TrainConfig, lanes
 
 C = TypeVar("C", bound="Cell")
 EXAMPLES = 4  # test windows whose forecasts are kept
@@ -60,6 +60,11 @@ class Cell(Protocol):
     @property
     def label(self) -> str:
         """It in words, for the terminal."""
+        ...
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained in it."""
         ...
 
 
@@ -326,16 +331,19 @@ def run_cells(
     rank: Callable[[dict[str, Any]], Any],
     console: Console,
     place: tuple[int, int] | None = None,
+    begin: Callable[[C], run.Running] | None = None,
 ) -> list[str]:
     """Run every cell that has no result yet; after each, results.csv is whole, its rows in the order of `rank`.
 
     run_cell: leaves the cell's result.json and gives its row of results.csv. place: number of the first cell, and how
-    many there are, for the terminal.
+    many there are, for the terminal. begin: begins the training of a cell; those that can be are then
+    trained together first, as --lanes says, and `run_cell` finds them trained.
     Returns: what failed (a run that diverged does not stop the others), one line each.
     """
     first, total = place or (1, len(cells))
     failures = []
     console = console if hosts.first() else Console(quiet=True)
+    diverged = {} if begin is None else train_together(c, cells, begin)
     for i, cell in enumerate(cells, first):
         text = f"[{i}/{total}] {cell.label}"
         hosts.stop_if_asked(f"before {text}")
@@ -343,6 +351,8 @@ def run_cells(
             console.print(f"{text}: finished before", highlight=False, markup=False)
         else:
             try:
+                if cell.name in diverged:
+                    raise diverged[cell.name]
                 row = run_cell(cell)
             except NonFiniteError as err:
                 failures.append(f"{text}: {err}")
@@ -354,6 +364,26 @@ def run_cells(
     return failures
 
 
+def train_together(c: Comparison, cells: Sequence[C], begin: Callable[[C], run.Running]) -> dict[str, NonFiniteError]:
+    """Train the cells without a result that can be lanes of one program, see `methods.sweep`.
+
+    Returns: why those that diverged did, by name.
+    """
+    if c.options.lanes == "off" or hosts.count() > 1:
+        return {}
+    waiting, makers = [], []
+    for cell in cells:
+        if not folder.finished(c.folder, cell.name) and cell.trains:
+            waiting.append(cell)
+            makers.append(functools.partial(begin, cell))
+    if len(waiting) < 2:
+        return {}
+    asked: lanes.Asked = c.options.lanes
+    found = sweep.train(makers, c.params, lanes=asked, folder=c.folder / "lanes", others=False)
+    pairs = zip(waiting, found, strict=True)
+    return {cell.name: outcome for cell, outcome in pairs if isinstance(outcome, NonFiniteError)}
+
+
 def run_chosen(
     c: Comparison,
     cells: Sequence[C],
@@ -361,6 +391,7 @@ def run_chosen(
     rank: Callable[[dict[str, Any]], Any],
     console: Console,
     place: tuple[int, int],
+    begin: Callable[[C], run.Running] | None = None,
 ) -> list[str]:
     """Run the cells of the other seeds whose settings the first seed has chosen; see `run_cells` and `grid`."""
     over, seed = c.options.over, c.settings[grid.SEED]
@@ -371,7 +402,7 @@ def run_chosen(
         columns = dataclasses.asdict(cell)  # pyright: ignore[reportArgumentType]
         if best.get(grid.arm(columns, over)) == grid.candidate(columns, over):
             mine.append(cell)
-    return run_cells(c, mine, run_cell, rank, console, place)
+    return run_cells(c, mine, run_cell, rank, console, place, begin)
 
 
 def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result:
@@ -379,20 +410,27 @@ def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result
 
     rest: `model` and `params` in place of the comparison's, and what else `methods.run.run` takes.
     """
-    return run.run(
-        rest.pop("model", c.model),
-        rest.pop("params", c.params),
-        chosen,
-        c.splits,
-        task=c.task,
-        seed=cell.seed,
-        config=c.config,
-        test=False,
-        folder=c.folder / "cells" / cell.name / "training",
-        label=cell.label,
-        test_each_epoch=c.options.test_each_epoch and not getattr(cell, "origin", 0),
+    model, params, settings = _settings(c, cell, rest)
+    return run.run(model, params, chosen, c.splits, test=False, **settings)
+
+
+def begin(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Running:
+    """Begin the run that `tune` runs, for it to take its steps together with others."""
+    model, params, settings = _settings(c, cell, rest)
+    return run.Running(model, params, chosen, c.splits, **settings)
+
+
+def _settings(c: Comparison, cell: Cell, rest: dict[str, Any]) -> tuple[Model, Any, dict[str, Any]]:
+    settings = {
+        "task": c.task,
+        "seed": cell.seed,
+        "config": c.config,
+        "folder": c.folder / "cells" / cell.name / "training",
+        "label": cell.label,
+        "test_each_epoch": c.options.test_each_epoch and not getattr(cell, "origin", 0),
         **rest,
-    )
+    }
+    return settings.pop("model", c.model), settings.pop("params", c.params), settings
 
 
 def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Result) -> dict[str, Any]:
@@ -447,7 +485,7 @@ def epoch_tests(result: run.Result, test: dict[str, Any]) -> dict[str, float | N
     tests = [{name: h.get(f"test_{name}") for name in ("mse", "mae")} for h in last_phase] or [test]
     if any(scores["mse"] is None for scores in tests):
         return dict.fromkeys(("last_test_mse", "last_test_mae", "best_test_mse", "best_test_mae"))
-    best = min(tests, key=lambda scores: scores["mse"])
+    best = tests[int(np.argmin(np.array([scores["mse"] for scores in tests], float)))]
     return {
         "last_test_mse": tests[-1]["mse"],
         "last_test_mae": tests[-1]["mae"],
@@ -485,6 +523,8 @@ def keep(
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
     record["compile_seconds"] = result.compile_seconds
     record["val_blocks"] = val_blocks(shown or final, c.splits.val)
+    if c.options.test_each_epoch:
+        record["test_blocks"] = val_blocks(shown or final, c.splits.test)
 
     def finish() -> None:
         finish_cell(c, cell, record | more)
@@ -494,7 +534,7 @@ def keep(
 
 
 def val_blocks(shown: tuple[Model, Any], windows: Windows) -> list[float]:
-    """Validation MSE by blocks, which two arms are compared by; see `checks.block_means`."""
+    """MSE of some windows by blocks, which two arms are compared by; see `checks.block_means`."""
     errors = forecasting.errors(*shown, windows)
     return checks.block_means(errors.squared.sum(axis=1), errors.steps.sum(axis=1), windows).tolist()
 

@@ -21,6 +21,7 @@ from ltsm_jax.flags import (
     described,
     exact,
     flag_of,
+    given,
     in_flags,
     known_flags,
     names,
@@ -38,6 +39,7 @@ from ltsm_jax.flags import (
 )
 from ltsm_jax.methods.strategies import MIXED, strategy
 from ltsm_jax.training import optimizers
+from ltsm_jax.training.lanes import ASKED
 
 __all__ = [
     "BELOW_1",
@@ -54,6 +56,7 @@ __all__ = [
     "described",
     "exact",
     "flag_of",
+    "given",
     "in_flags",
     "known_flags",
     "names",
@@ -186,6 +189,9 @@ class Options:
             "(the lowest test error, which nobody can know beforehand: a bound); of runs with --test-each-epoch"
         ),
     ] = "validation"
+    lanes: Annotated[str, one_of(ASKED)] = "auto"
+    """train runs that are alike as lanes of one program: auto (where a few timed steps say that it is quicker), on or
+    off"""
     horizon: Annotated[int | None, whole(1, unset="recipe")] = None
     """steps to forecast"""
     context: Annotated[int | None, whole(1, unset="recipe")] = None

@@ -56,7 +56,8 @@ from experiments.flags import BELOW_1, TINY, exact, names, number, numbers, one_
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import pruning, redundancy, removal
-from ltsm_jax.methods.strategies import STRATEGIES, strategy
+from ltsm_jax.methods.run import Running
+from ltsm_jax.methods.strategies import STRATEGIES, Strategy, strategy
 from ltsm_jax.models import Model
 
 RATIO = (0.05, 0.1, 0.2)  # per epoch, where no share is given
@@ -92,6 +93,8 @@ class Pruning:
     """stop at this share of zeros; 1: never"""
     expert_threshold: Annotated[float | None, number(-math.inf, BELOW_1, says="below 1")] = None
     """take out experts that at most this share of tokens choose; below 0: all but the top_k"""
+    depth: Annotated[int, whole(0)] = 0
+    """first take out this many whole layers, those that change least of what runs through them"""
     ema_abs: bool = False
     """average the scores' absolute values"""
     average_expert_score: bool = False
@@ -197,6 +200,11 @@ class Cell:
         return f"{name}{report.chosen_by(self.lr, self.origin)}, seed {self.seed}"
 
     @property
+    def trains(self) -> bool:
+        """Whether anything is trained in it, besides masks."""
+        return self.method not in ("zero_shot", "pruned")
+
+    @property
     def columns(self) -> dict[str, Any]:
         """Its columns in results.csv."""
         return {name: getattr(self, name) for name in ("method", "alpha", "ratio", "ema", "seed")}
@@ -222,6 +230,7 @@ def resolve(options: Options) -> Comparison:
         "stride": how.stride,
         "max_prune_ratio": how.max_prune_ratio,
         "expert_threshold": how.expert_threshold,
+        "depth": how.depth or None,
         "ema_abs": how.ema_abs or None,
         "average_expert_score": how.average_expert_score or None,
         "channels": trees.count(full),
@@ -364,7 +373,7 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     else:
         first = [*whole_cells(o), *pruned_cells(o)]
         total = len(first) + _n_tuned(o)
-    failures = cells.run_cells(c, first, work.run_cell, pruning_report.rank, console, (1, total))
+    failures = cells.run_cells(c, first, work.run_cell, pruning_report.rank, console, (1, total), work.begin)
     rows = hosts.on_first(_rows, c.folder, {cell.name for cell in first})
     choice = choose(rows, o)
     if choice is None:
@@ -375,14 +384,16 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
         console.print(choice["warning"], highlight=False, markup=False, style="yellow")
     if o.over:
         grid_cells = _grid_cells(o, choice)
-        failures += cells.run_cells(c, grid_cells, work.run_cell, pruning_report.rank, console, (len(first) + 1, total))
+        place = (len(first) + 1, total)
+        failures += cells.run_cells(c, grid_cells, work.run_cell, pruning_report.rank, console, place, work.begin)
         others = [*whole_cells(o, o.seeds[1:]), *tuned_cells(o, _pairs(o, choice), o.seeds[1:])]
         if o.tune == "validated":
             others += pruned_cells(o, o.seeds[1:])
         place = (len(first) + len(grid_cells) + 1, total)
-        return failures + cells.run_chosen(c, others, work.run_cell, pruning_report.rank, console, place)
+        return failures + cells.run_chosen(c, others, work.run_cell, pruning_report.rank, console, place, work.begin)
     tuned = tuned_cells(o, _pairs(o, choice))
-    return failures + cells.run_cells(c, tuned, work.run_cell, pruning_report.rank, console, (len(first) + 1, total))
+    place = (len(first) + 1, total)
+    return failures + cells.run_cells(c, tuned, work.run_cell, pruning_report.rank, console, place, work.begin)
 
 
 def _n_chosen(o: Options) -> int:
@@ -445,6 +456,12 @@ def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] |
     }
 
 
+def strategy_of(cell: Cell) -> Strategy:
+    """Give the strategy that a cell runs, on the whole or on the pruned model."""
+    method = cell.method.removeprefix("pruned").removeprefix("+")
+    return strategy(method or "zero_shot", alpha=cell.alpha or 0.0)
+
+
 class Work:
     """A comparison at work: pruning runs, and the timing of the whole model, are kept for the cells that share them.
     On several hosts all call."""
@@ -463,10 +480,23 @@ class Work:
         c = cells.at(self.c, cell)
         if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
             return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
-        result = cells.tune(c, cell, strategy(cell.method, alpha=cell.alpha or 0.0))
+        result = cells.tune(c, cell, strategy_of(cell))
         row = cells.row_of(c, cell.columns, c.model, result) | self.chosen(cell) | _sizes(c, c.params, c.params)
         cells.keep(c, cell, (c.model, result.params), row, result)
         return row
+
+    def begin(self, cell: Cell) -> Running:
+        """Begin the training of a cell."""
+        c = cells.at(self.c, cell)
+        rest = {} if cell.ratio is None else self._pruned_model(c, cell)[1]
+        return cells.begin(c, cell, strategy_of(cell), **rest)
+
+    def _pruned_model(self, c: Comparison, cell: Cell) -> tuple[pruning.PruneResult, dict[str, Any]]:
+        """Give the pruning run of a cell, and what its training takes from there."""
+        found = self.pruning_run(c, cell)
+        masks = pruning.cut(found.order, cell.ratio or 0.0) if c.options.ratios else found.masks
+        quirks = (NO_DROPOUT,) if cell.trains and NO_DROPOUT in c.options.quirks else ()
+        return found, {"model": found.model, "params": found.params, "masks": masks, "quirks": quirks}
 
     def chosen(self, cell: Cell) -> dict[str, Any]:
         """Columns of a cell in a folder whose settings validation chooses."""
@@ -475,13 +505,10 @@ class Work:
         return found | ({"lr": cell.lr} if "lr" in over else {})
 
     def _pruned(self, cell: Cell) -> dict[str, Any]:
-        c, o = cells.at(self.c, cell), self.c.options
-        found = self.pruning_run(c, cell)
-        masks = pruning.cut(found.order, cell.ratio or 0.0) if o.ratios else found.masks
-        _, _, method = cell.method.partition("+")
-        quirks = (NO_DROPOUT,) if method and NO_DROPOUT in o.quirks else ()
-        result = cells.tune(c, cell, strategy(method or "zero_shot", alpha=cell.alpha or 0.0), model=found.model,
-                                 params=found.params, masks=masks, quirks=quirks)  # fmt: skip
+        c = cells.at(self.c, cell)
+        found, rest = self._pruned_model(c, cell)
+        masks, (_, _, method) = rest["masks"], cell.method.partition("+")
+        result = cells.tune(c, cell, strategy_of(cell), **rest)
         small, small_params, _ = removal.remove(found.model, result.params, masks)
         row = cells.row_of(c, cell.columns, found.model, result)
         row |= self.chosen(cell) | _sizes(c, small_params, result.params) | {"channels_left": pruning.share_left(masks)}
@@ -489,6 +516,8 @@ class Work:
         if not method:
             row |= self.timing(small, small_params, (found.model, result.params))
             more = {"sparsity": redundancy.sparsity(masks), "pruning": found.history, "stopped": found.stopped}
+            if found.gone:
+                more |= {"influence": found.influence, "layers_gone": list(found.gone)}
             if found.usage is not None:
                 more["usage"] = {path: np.asarray(f_E).tolist() for path, f_E in found.usage.items()}
         cells.keep(c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more)
@@ -513,6 +542,7 @@ class Work:
                 ema_abs=o.pruning.ema_abs,
                 average_expert_score=o.pruning.average_expert_score,
                 expert_threshold=o.pruning.expert_threshold,
+                depth=o.pruning.depth,
                 stride=o.pruning.stride,
                 **_candidates(o),
             )

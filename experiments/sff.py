@@ -33,7 +33,8 @@ from rich.console import Console
 from experiments import cells, flags, launch, report
 from experiments.cells import Comparison
 from experiments.report import cell_name
-from ltsm_jax.methods.strategies import OPTIONS, STRATEGIES, strategy
+from ltsm_jax.methods.run import Running
+from ltsm_jax.methods.strategies import OPTIONS, STRATEGIES, Strategy, strategy
 
 METHODS = ("zero_shot", "ff", "tfs", "sff", "lp", "lpff")
 OWN = {  # settings of one method
@@ -104,6 +105,11 @@ class Cell:
         """It in words."""
         return f"{report.label(self.method, self.alpha)}{report.chosen_by(self.lr, self.origin)}, seed {self.seed}"
 
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained in it."""
+        return self.method != "zero_shot"
+
 
 def resolve(options: Options) -> Comparison:
     """`cells.resolve`, with the settings that only this experiment has."""
@@ -155,13 +161,32 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     Returns: what failed (a run that diverged does not stop the others), one line each.
     """
     work, o, console = functools.partial(run_cell, c), c.options, console or Console()
+    start = functools.partial(begin, c)
     first = cells_of(o)
     if not o.over:
-        return cells.run_cells(c, first, work, report.rank, console)
+        return cells.run_cells(c, first, work, report.rank, console, begin=start)
     total = len(first) + n_chosen(o)
-    failures = cells.run_cells(c, first, work, report.rank, console, (1, total))
+    failures = cells.run_cells(c, first, work, report.rank, console, (1, total), start)
     others = grid_cells(o, o.seeds[1:])
-    return failures + cells.run_chosen(c, others, work, report.rank, console, (len(first) + 1, total))
+    place = (len(first) + 1, total)
+    return failures + cells.run_chosen(c, others, work, report.rank, console, place, start)
+
+
+def strategy_of(options: Options, cell: Cell) -> Strategy:
+    """Give the strategy that a cell runs."""
+    own = {OPTIONS[method]: getattr(options, name) for name, method in OWN.items()}
+    return strategy(cell.method, alpha=cell.alpha or 0.0, **own)
+
+
+def curvature_of(options: Options, cell: Cell) -> tuple[int, ...]:
+    """Give the epochs of a cell after which curvature is measured."""
+    return () if cell.origin else options.curvature
+
+
+def begin(c: Comparison, cell: Cell) -> Running:
+    """Begin the training of a cell."""
+    o = c.options
+    return cells.begin(cells.at(c, cell), cell, strategy_of(o, cell), curvature_at=curvature_of(o, cell))
 
 
 def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
@@ -169,9 +194,8 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
         return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
     c, o = cells.at(c, cell), c.options
-    own = {OPTIONS[method]: getattr(o, name) for name, method in OWN.items()}
-    chosen = strategy(cell.method, alpha=cell.alpha or 0.0, **own)
-    result = cells.tune(c, cell, chosen, curvature_at=() if cell.origin else o.curvature)
+    chosen = strategy_of(o, cell)
+    result = cells.tune(c, cell, chosen, curvature_at=curvature_of(o, cell))
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
     row = cells.row_of(c, columns, c.model, result)
     if o.over:

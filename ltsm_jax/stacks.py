@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ltsm_jax import sharding, trees
@@ -40,15 +41,18 @@ class Stack:
     structure: Any
 
     @classmethod
-    def of(cls, lanes: Sequence[Tree]) -> "Stack":
-        """Stack the trees of all lanes; a leaf that is the same object in all of them is held once."""
+    def of(cls, lanes: Sequence[Tree], join: Callable[[Sequence[Any]], Any] = jnp.stack) -> "Stack":
+        """Stack the trees of all lanes; a leaf that is the same object in all of them is held once.
+
+        join: makes one array [L, ...] of the leaves of all lanes.
+        """
         structure = jax.tree.structure(lanes[0])
         own, shared, which = [], [], []
         for leaves in zip(*map(jax.tree.leaves, lanes), strict=True):
             differs = any(leaf is not leaves[0] for leaf in leaves)
             which.append(differs)
             if differs:
-                own.append(jnp.stack(leaves))
+                own.append(join(leaves))
             else:
                 shared.append(leaves[0])
         return cls(own, shared, tuple(which), structure)
@@ -145,13 +149,21 @@ class Over:
         )
         return spread([stack.own for stack in stacks], [stack.shared for stack in stacks], shared)
 
-    def put(self, stack: Stack) -> Stack:
-        """Outside jit: lay the lanes of a stack over the devices, and what they share on all of them."""
+    def stack(self, lanes: Sequence[Tree]) -> Stack:
+        """Outside jit: `Stack.of`, its lanes over the devices, and what they share on all of them."""
+        stack = Stack.of(lanes, self.join)
         if self.mesh is None:
             return stack
-        placement = sharding.Placement(self.mesh)
-        own = [sharding.put(leaf, self.sharding) for leaf in stack.own]
-        return dataclasses.replace(stack, own=own, shared=placement.replicate(stack.shared))
+        return dataclasses.replace(stack, shared=sharding.Placement(self.mesh).replicate(stack.shared))
+
+    def join(self, leaves: Sequence[Any]) -> jax.Array:
+        """Outside jit: make one array [L, ...] of the leaves of all lanes, laid over the devices."""
+        if self.mesh is None:
+            return jnp.stack(leaves)
+        if jax.dtypes.issubdtype(getattr(leaves[0], "dtype", None), jax.dtypes.prng_key):
+            return jax.device_put(jnp.stack(leaves), self.sharding)
+        # By way of the host: no device has room for all lanes.
+        return sharding.put(np.stack([sharding.on_host(leaf) for leaf in leaves]), self.sharding)
 
     @property
     def sharding(self) -> NamedSharding:
@@ -162,7 +174,9 @@ class Over:
     @property
     def _spec(self) -> PartitionSpec:
         assert self.mesh is not None, "there is a mesh to lie on"
-        return PartitionSpec(self.mesh.axis_names)
+        axes = tuple(name for name, size in self.mesh.shape.items() if size > 1)
+        # As the compiler writes it: another spelling would compile the next step anew.
+        return PartitionSpec(axes if len(axes) > 1 else axes[0])
 
 
 def take(tree: Tree, lane: int) -> Tree:

@@ -20,6 +20,11 @@ from ltsm_jax.layers.widths import width
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 
+# From so many tokens on a pass that needs no attention weights takes one head of one row at a time:
+# the weights of all at once are gigabytes, written and read several times.
+LONG = 1024
+QUERIES = 768  # that such a head takes at a time, with the keys up to the last of them alone
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # under the names that published configs use
     "silu": nn.silu,
     "swish": nn.silu,
@@ -53,12 +58,46 @@ def _kept(pairs, head_dim: int, base: float, heads: int) -> np.ndarray | None:
     return np.repeat(kept_GK, heads // len(pairs), axis=0)[None, :, None]
 
 
+def attend_by_head(
+    q_BHNK: jax.Array, k_BHSK: jax.Array, v_BHSV: jax.Array, seen_BS: jax.Array, scale: float
+) -> jax.Array:
+    """Causal attention of N queries that are the first tokens of the S, one head of one row after the other.
+
+    Equal, but for rounding, to the weights of `causal_mask` times the values, for every query that sees a key.
+
+    Args:
+      seen_BS: B rows or one; keys at which it is False are seen by nobody.
+      scale: factor of the scores.
+    Returns: [B, H, N, V].
+    """
+    b, h, n, _ = q_BHNK.shape
+
+    def one(inputs: tuple[jax.Array, ...]) -> jax.Array:
+        row, q_NK, k_SK, v_SV = inputs
+        seen_S = seen_BS[row]
+        found = []
+        for first in range(0, n, QUERIES):
+            stop = min(first + QUERIES, n)
+            s_QS = (q_NK[first:stop] @ k_SK[:stop].T).astype(jnp.float32) * scale
+            place_Q1 = jnp.arange(first, stop)[:, None]
+            mask_QS = (jnp.arange(stop)[None] <= place_Q1) & seen_S[None, :stop]
+            w_QS = jax.nn.softmax(jnp.where(mask_QS, s_QS, jnp.finfo(jnp.float32).min))
+            found.append(w_QS.astype(v_SV.dtype) @ v_SV[:stop])
+        return jnp.concatenate(found)
+
+    rows_R = jnp.repeat(jnp.arange(b) % seen_BS.shape[0], h)
+    heads = (x.reshape(b * h, *x.shape[2:]) for x in (q_BHNK, k_BHSK, v_BHSV))
+    y_RNV = jax.lax.map(one, (rows_R, *heads))
+    return y_RNV.reshape(b, h, n, -1)
+
+
 class CausalAttention(nn.Module):
     """Self-attention with rotary positions on whole heads, [B, N, D] -> [B, N, D]; q, k, v with bias, out without.
 
     n_kv_heads G: groups of query heads that share a key and value head; head h uses group h // (H // G).
     value_dim: width of the values, None is head_dim. pairs: the rotary pairs (j, j + K/2) that the keys of each group,
     and its queries, still have, as many for each; () is all. The scale is that of head_dim whatever is left.
+    lean: the weights are not asked for: None where the sequence is `LONG`.
     Returns: output, weights [B, H, N, S], and the cache with the N new tokens in it (None without one).
     """
 
@@ -72,7 +111,16 @@ class CausalAttention(nn.Module):
     pairs: tuple[tuple[int, ...], ...] = ()
 
     @nn.compact
-    def __call__(self, x_BND, positions_BN, mask_BHNS, cache: Cache | None = None, start=0, train: bool = False):
+    def __call__(
+        self,
+        x_BND,
+        positions_BN,
+        mask_BHNS,
+        cache: Cache | None = None,
+        start=0,
+        train: bool = False,
+        lean: bool = False,
+    ):
         qk_dim = 2 * len(self.pairs[0]) if self.pairs else self.head_dim
         value_dim = self.head_dim if self.value_dim is None else self.value_dim
         heads = {"q": (self.n_heads, qk_dim), "k": (self.n_kv_heads, qk_dim), "v": (self.n_kv_heads, value_dim)}
@@ -90,13 +138,17 @@ class CausalAttention(nn.Module):
             k_BGSK, v_BGSK = k_BGSK.astype(q_BHNK.dtype), v_BGSK.astype(q_BHNK.dtype)
         if self.n_kv_heads != self.n_heads:
             k_BGSK, v_BGSK = (jnp.repeat(y, self.n_heads // self.n_kv_heads, axis=1) for y in (k_BGSK, v_BGSK))
+        out = Linear((self.n_heads, value_dim), (self.d_model,), use_bias=False, name="out")
+        if lean and not train and x_BND.shape[1] >= LONG and isinstance(start, int) and start == 0:
+            # what the last query sees is all that any query may see
+            y_BHNK = attend_by_head(q_BHNK, k_BGSK, v_BGSK, mask_BHNS[:, 0, -1], self.head_dim**-0.5)
+            return out(jnp.swapaxes(y_BHNK, 1, 2)), None, cache
         s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BGSK).astype(jnp.float32) * self.head_dim**-0.5
         # the lowest number and not -inf: a query that sees nothing (padding) spreads evenly, as in the originals
         s_BHNS = jnp.where(mask_BHNS, s_BHNS, jnp.finfo(jnp.float32).min)
         w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BGSK.dtype)
         y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BGSK)
         y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
-        out = Linear((self.n_heads, value_dim), (self.d_model,), use_bias=False, name="out")
         return out(y_BNHK), w_BHNS, cache
 
 

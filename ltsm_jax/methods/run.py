@@ -173,7 +173,7 @@ class Running:
         self.curvature_at = frozenset(curvature_at)
         self.start_curvature: dict[str, float] | None = None
         self.phase = 0  # the next one
-        self.whole: Callable[[Params], Params] = _itself  # weights of the model, of what the phase trains
+        self.whole: Callable[[Params], Params] = itself  # weights of the model, of what the phase trains
         self.history: list[dict[str, Any]] = []
         self.val: dict[str, Any] | None = None
         self.epochs = self.best_epoch = self.trained = 0
@@ -210,7 +210,7 @@ class Running:
         i, phase = self.phase, self.strategy.phases[self.phase]
         begin, mask = self.current, trainable_mask(phase, self.model, self.current)
         phase_loss = self.loss_of(phase)
-        self.whole = _itself
+        self.whole = itself
         if (adapters := phase.adapters(self.model)) is not None:
             key = jax.random.fold_in(self.keys["aux"], 2 + i)
             begin, mask, phase_loss, self.whole = lora.beside(self.model, self.current, phase_loss, adapters, key)
@@ -327,7 +327,8 @@ def _masked_loss(loss, masks, params, batch, key, train):
     return loss(merge(params, masks), batch, key, train)
 
 
-def _itself(params: Params) -> Params:
+def itself(params: Params) -> Params:
+    """Give `params` back: weights that a phase trains as they are."""
     return params
 
 

@@ -200,13 +200,13 @@ class Block(nn.Module):
     form: experts.Form
 
     @nn.compact
-    def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, expert_mask, train: bool):
+    def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, expert_mask, train: bool, lean: bool):
         cfg, i, taps = self.cfg, self.layer, {}
         y_BND = taps["norm1"] = RMSNorm(cfg.norm_eps, name="norm1")(x_BND)
         sizes = (cfg.d_model, cfg.n_heads[i], cfg.n_kv_heads[i], cfg.head_dim)
         widths = (width(cfg.value_dims, i, cfg.head_dim), cfg.rotary_pairs[i] if cfg.rotary_pairs else ())
         attention = CausalAttention(*sizes, cfg.rope_theta, cfg.dropout, *widths, name="attn")
-        y_BND, taps["attn_weights"], cache = attention(y_BND, positions_BN, mask_BHNS, cache, start, train)
+        y_BND, taps["attn_weights"], cache = attention(y_BND, positions_BN, mask_BHNS, cache, start, train, lean)
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
         y_BND = taps["norm2"] = RMSNorm(cfg.norm_eps, name="norm2")(x_BND)
@@ -223,7 +223,8 @@ class TimeMoeNet(nn.Module):
     """Points [B, N] -> what each head predicts after each of them, a list of [B, N, h]; named steps; caches.
 
     observed_BS: 0 for points of padding on the left, which nobody sees. positions_BN: by default counted from `start`.
-    caches, start: of the points before these. last: heads at the last position only. expert_masks: per layer [E] or
+    caches, start: of the points before these. last: heads at the last position only, and no attention weights of a
+    long sequence. expert_masks: per layer [E] or
     None. form: how the experts are computed, see `experts.mixture`.
     """
 
@@ -256,7 +257,7 @@ class TimeMoeNet(nn.Module):
             cache = None if caches is None else caches[i]
             mask = None if expert_masks is None else expert_masks[i]
             block = Block(cfg, i, self.form, name=f"layer_{i}")
-            x_BND, inner, cache = block(x_BND, positions_BN, mask_BHNS, cache, start, mask, train)
+            x_BND, inner, cache = block(x_BND, positions_BN, mask_BHNS, cache, start, mask, train, last)
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
             kept.append(cache)
         x_BND = taps["norm"] = RMSNorm(cfg.norm_eps, name="norm")(x_BND)

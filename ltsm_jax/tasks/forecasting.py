@@ -17,6 +17,7 @@ from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.sharding import Placement
+from ltsm_jax.stacks import Over, Stack
 from ltsm_jax.tasks.base import Loss, Part, Source
 from ltsm_jax.tasks.batches import in_batches, in_chunks, rounded
 from ltsm_jax.trees import Tree
@@ -219,6 +220,12 @@ class Forecasting:
         """See `evaluate`, of every window of a part."""
         return evaluate(self.predictor(model), params, getattr(data, part), placement=placement)
 
+    def evaluate_lanes(
+        self, model: Model, params: Stack, data: Splits | PanelSplits, part: Part, over: Over
+    ) -> list[dict[str, Any]]:
+        """As `evaluate`, for each lane of a stack of parameters, in one program."""
+        return evaluate_lanes(self.predictor(model), params, getattr(data, part), over)
+
     def baselines(self, model: Model, data: Splits | PanelSplits, part: Part = "val") -> dict[str, dict[str, Any]]:
         """The last value and, where the step of the series has a season, the seasonal naive forecast."""
         seasons = {"last value": 1}
@@ -324,9 +331,41 @@ def errors(
         batch_size or _batch_size(predictor, windows, placement),
         placement,
     )
+    return _errors_of(sums, windows)
+
+
+def _errors_of(sums: dict[str, np.ndarray], windows: Windows) -> Errors:
     shape = sums["squared"].shape
     rows = np.arange(shape[1])[None] if windows.joint else np.asarray(windows.rows)[:, None]
     return Errors(**sums, variates=np.broadcast_to(rows, shape), horizon=windows.horizon)
+
+
+@functools.partial(jax.jit, static_argnames=("predictor", "over"))
+def _lane_errors(
+    predictor: Predictor, params: Stack, windows: Windows, indices: jax.Array, over: Over
+) -> dict[str, jax.Array]:
+    def of_lane(params: Tree, shared: tuple[Windows, jax.Array]) -> dict[str, jax.Array]:
+        return _batch_errors(predictor, params, *shared, Placement())
+
+    found = over.each(of_lane, params, shared=(windows, indices))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)  # windows first, then lanes
+
+
+def evaluate_lanes(predictor: Predictor, params: Stack, windows: Windows, over: Over) -> list[dict[str, Any]]:
+    """Score a split with each of several trees of parameters, in one program; see `evaluate`.
+
+    over: how their lanes are computed. Mapped, they get the bits that each would get alone.
+    """
+    placed = windows.over(over.mesh)
+    size = _batch_size(predictor, windows, Placement())
+    if over.mode == "batched":
+        size = max(size * over.devices // params.own[0].shape[0], 1)
+    sums = in_batches(lambda indices: _lane_errors(predictor, params, placed, indices, over), windows.n, size)
+    found = []
+    for lane in range(sums["squared"].shape[1]):
+        own = {name: values[:, lane] for name, values in sums.items()}
+        found.append(summarise(_errors_of(own, windows)))
+    return found
 
 
 def _batch_size(predictor: Predictor, windows: Windows, placement: Placement) -> int:

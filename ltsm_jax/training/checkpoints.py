@@ -412,6 +412,16 @@ def recorded(folder: str | Path, name: str) -> Any:
     return found
 
 
+def finished(folder: str | Path) -> bool:
+    """Tell whether the run in the folder is at its end; False where nothing can be read."""
+    folder = Path(folder).expanduser().absolute()
+    there = steps(folder)
+    try:
+        return bool(there) and bool(_position(folder, there[-1])["finished"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def begun(folder: str | Path) -> bool:
     """Tell whether a run is in the folder already, and make nothing.
 

@@ -437,9 +437,11 @@ class Fitting:
                 kept = f"checkpoint: {run.path(self.position.step)}"
         return hosts.stopped(f"after step {self.position.step} of {self.total}; {kept}")
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Set the order of an epoch's windows, and its learning rates."""
-        self.order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
+    def begin_epoch(self, epoch: int, order: jax.Array | None = None) -> None:
+        """Set the order of an epoch's windows, where it is not known already, and its learning rates."""
+        if order is None:
+            order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
+        self.order = order
         steps = np.arange(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch)
         self.lr = np.asarray(self.rates(steps), np.float32)
 

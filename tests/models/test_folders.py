@@ -109,12 +109,13 @@ for name in folders.shipped():
     model, params = ltsm_jax.load(name)
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
     x = np.sin(np.arange(model.config.context_len))[None, None]
-    wide = model.predict(params, x, 24).point
+    predict = jax.jit(model.predict, static_argnums=2)
+    wide = predict(params, x, 24).point
     stamps = pd.date_range("2024-01-01", periods=800, freq="h")
     table = pd.DataFrame({"date": stamps, "y": np.sin(np.arange(800) / 4)})
     assert np.isfinite(ltsm_jax.forecast(model, params, table, 24)["y"]).all()
     jax.config.update("jax_enable_x64", False)
-    plain = model.predict(params, x.astype(np.float32), 24).point
+    plain = predict(params, x.astype(np.float32), 24).point
     jax.config.update("jax_enable_x64", True)
     np.testing.assert_allclose(wide, plain, atol=1e-4)
     print(name)
