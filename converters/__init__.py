@@ -272,7 +272,7 @@ def _in_one_width(
                 "`ltsm_jax.save(..., provenance={'pruned_from': full.config_to_dict()})`: then it is written at its "
                 "full size, with zeros."
             ) from None
-    full = type(model)(type(model).config_from_dict(record["pruned_from"]))
+    full = parts.as_deep(type(model)(type(model).config_from_dict(record["pruned_from"])), model, params)
     published = dict(_in_table(family.published, full.config, table))
     padded = parts.pad(model, params, full)
     zeros = trees.count(padded) - trees.count(params)

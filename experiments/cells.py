@@ -485,7 +485,7 @@ def epoch_tests(result: run.Result, test: dict[str, Any]) -> dict[str, float | N
     tests = [{name: h.get(f"test_{name}") for name in ("mse", "mae")} for h in last_phase] or [test]
     if any(scores["mse"] is None for scores in tests):
         return dict.fromkeys(("last_test_mse", "last_test_mae", "best_test_mse", "best_test_mae"))
-    best = min(tests, key=lambda scores: scores["mse"])
+    best = tests[int(np.argmin(np.array([scores["mse"] for scores in tests], float)))]
     return {
         "last_test_mse": tests[-1]["mse"],
         "last_test_mae": tests[-1]["mae"],
@@ -523,6 +523,8 @@ def keep(
     record = {"row": row, "history": result.history, "warnings": list(result.warnings)}
     record["compile_seconds"] = result.compile_seconds
     record["val_blocks"] = val_blocks(shown or final, c.splits.val)
+    if c.options.test_each_epoch:
+        record["test_blocks"] = val_blocks(shown or final, c.splits.test)
 
     def finish() -> None:
         finish_cell(c, cell, record | more)
@@ -532,7 +534,7 @@ def keep(
 
 
 def val_blocks(shown: tuple[Model, Any], windows: Windows) -> list[float]:
-    """Validation MSE by blocks, which two arms are compared by; see `checks.block_means`."""
+    """MSE of some windows by blocks, which two arms are compared by; see `checks.block_means`."""
     errors = forecasting.errors(*shown, windows)
     return checks.block_means(errors.squared.sum(axis=1), errors.steps.sum(axis=1), windows).tolist()
 

@@ -95,6 +95,8 @@ class Pruning:
     """stop at this share of zeros; 1: never"""
     expert_threshold: Annotated[float | None, number(-math.inf, BELOW_1, says="below 1")] = None
     """take out experts that at most this share of tokens choose; below 0: all but the top_k"""
+    depth: Annotated[int, whole(0)] = 0
+    """first take out this many whole layers, those that change least of what runs through them"""
     ema_abs: bool = False
     """average the scores' absolute values"""
     average_expert_score: bool = False
@@ -230,6 +232,7 @@ def resolve(options: Options) -> Comparison:
         "stride": how.stride,
         "max_prune_ratio": how.max_prune_ratio,
         "expert_threshold": how.expert_threshold,
+        "depth": how.depth or None,
         "ema_abs": how.ema_abs or None,
         "average_expert_score": how.average_expert_score or None,
         "channels": trees.count(full),
@@ -515,6 +518,8 @@ class Work:
         if not method:
             row |= self.timing(small, small_params, (found.model, result.params))
             more = {"sparsity": redundancy.sparsity(masks), "pruning": found.history, "stopped": found.stopped}
+            if found.gone:
+                more |= {"influence": found.influence, "layers_gone": list(found.gone)}
             if found.usage is not None:
                 more["usage"] = {path: np.asarray(f_E).tolist() for path, f_E in found.usage.items()}
         cells.keep(c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more)
@@ -539,6 +544,7 @@ class Work:
                 ema_abs=o.pruning.ema_abs,
                 average_expert_score=o.pruning.average_expert_score,
                 expert_threshold=o.pruning.expert_threshold,
+                depth=o.pruning.depth,
                 stride=o.pruning.stride,
                 **_candidates(o),
             )

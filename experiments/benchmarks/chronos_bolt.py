@@ -24,24 +24,14 @@ import json
 import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 from experiments import flags, launch
+from experiments.benchmarks.rows import Benchmark, Measured
+from experiments.benchmarks.torch_chronos_bolt import CONTEXT, HORIZON, timed
 
 PRESET = "amazon/chronos-bolt-small"
-CONTEXT, HORIZON = 512, 64
-
-
-def timed(call, repeats: int) -> dict[str, list[float]]:
-    """Wall and processor seconds of each call after the first."""
-    wall, cpu = [], []
-    for _ in range(repeats + 1):
-        started = time.perf_counter(), time.process_time()
-        call()
-        wall.append(time.perf_counter() - started[0])
-        cpu.append(time.process_time() - started[1])
-    return {"wall": wall[1:], "cpu": cpu[1:]}
 
 
 def jax_side(windows: int, rows: int, repeats: int) -> dict[str, dict[str, list[float]]]:
@@ -84,41 +74,6 @@ def jax_side(windows: int, rows: int, repeats: int) -> dict[str, dict[str, list[
     return found | {"train": timed(train, repeats)}
 
 
-def torch_side(windows: int, rows: int, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """The original's class, untrained."""
-    import torch
-    from chronos.chronos_bolt import ChronosBoltModelForForecasting
-    from transformers import T5Config
-
-    torch.manual_seed(0)
-    chronos = {"context_length": 2048, "prediction_length": HORIZON, "input_patch_size": 16, "input_patch_stride": 16}
-    chronos |= {"quantiles": [i / 10 for i in range(1, 10)], "use_reg_token": True}
-    sizes = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_heads": 8, "num_layers": 6, "num_decoder_layers": 6}
-    model = ChronosBoltModelForForecasting(
-        T5Config(**sizes, vocab_size=2, initializer_factor=0.05, decoder_start_token_id=0, chronos_config=chronos)
-    )
-    walks = torch.randn(max(windows, rows), CONTEXT + HORIZON).cumsum(-1)
-    context, target = walks[:, :CONTEXT], walks[:, CONTEXT:]
-    model.eval()
-
-    def infer():
-        with torch.inference_mode():
-            assert torch.isfinite(model(context=context[:windows]).quantile_preds).all()
-
-    found = {"infer": timed(infer, repeats)}
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
-
-    def train():
-        optimizer.zero_grad()
-        loss = model(context=context[:rows], target=target[:rows].clone()).loss
-        loss.backward()
-        optimizer.step()
-        assert torch.isfinite(loss)
-
-    return found | {"train": timed(train, repeats)}
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of the measurement."""
@@ -134,25 +89,27 @@ class Options:
     """launches per side, alternating"""
     torch_python: Annotated[str, flags.text("PATH")] = sys.executable
     """a Python that has the original; by default this one"""
-    side: Annotated[str | None, flags.one_of(("jax", "torch"))] = None
-    """what one launch measures; set by the measurement itself"""
+    side: bool = False
+    """measure our side once and print JSON; set by the measurement itself"""
 
 
-def main() -> int:
-    args = flags.parse(Options, sys.argv[1:], __doc__)
-    if args.side:
-        side = jax_side if args.side == "jax" else torch_side
-        print(json.dumps(side(args.windows, args.batch, args.repeats)))
-        return 0
+def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
+    """Seconds of a forecast and of a training step, by the clock and of the processor, of each side; and ratios."""
+    asked = args or Options()
+    pythons = {"jax": sys.executable, "torch": asked.torch_python if args else peer}
+    sides = [side for side, python in pythons.items() if python is not None]
     best: dict[tuple[str, str, str], list[float]] = {}
-    for number in range(args.launches):
-        for side in ("jax", "torch"):
-            python = args.torch_python if side == "torch" else sys.executable
-            command = [python, "-m", "experiments.benchmarks.chronos_bolt", "--side", side]
-            command += ["--windows", str(args.windows), "--batch", str(args.batch), "--repeats", str(args.repeats)]
-            done = subprocess.run(command, capture_output=True, text=True)
+    for number in range(asked.launches):
+        for side in sides:
+            sizes = [str(asked.windows), str(asked.batch), str(asked.repeats)]
+            program = ["experiments.benchmarks.torch_chronos_bolt", *sizes]
+            if side == "jax":
+                program = ["experiments.benchmarks.chronos_bolt", "--side"]
+                for flag, size in zip(("--windows", "--batch", "--repeats"), sizes, strict=True):
+                    program += [flag, size]
+            done = subprocess.run([str(pythons[side]), "-m", *program], capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
+                raise ValueError(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
             found = json.loads(done.stdout.strip().splitlines()[-1])
             for kind, clocks in found.items():
                 for clock, seconds in clocks.items():
@@ -162,15 +119,28 @@ def main() -> int:
                 f"{min(c['cpu']):.3f} s)"
                 for kind, c in found.items()
             )
-            print(f"launch {number} {side:5}: {'; '.join(told)}", flush=True)
+            print(f"launch {number} {side:5}: {'; '.join(told)}", file=sys.stderr, flush=True)
+
     middle = {key: statistics.median(seconds) for key, seconds in best.items()}
-    for kind, size, what in (("infer", args.windows, "forecast"), ("train", args.batch, "training step")):
-        ours, theirs = (middle[kind, "wall", side] for side in ("jax", "torch"))
-        cpu = middle[kind, "cpu", "jax"] / middle[kind, "cpu", "torch"]
-        print(
-            f"{what} of {size} windows: jax {ours:.3f} s ({size / ours:.0f} windows/s), torch {theirs:.3f} s "
-            f"({size / theirs:.0f} windows/s), jax/torch {ours / theirs:.2f} (processor {cpu:.2f})"
-        )
+    for kind, size, what in (("infer", asked.windows, "forecast"), ("train", asked.batch, "training step")):
+        for clock, unit in (("wall", "s"), ("cpu", "s of the processor")):
+            for side in sides:
+                yield Measured(f"{what} of {size} windows: {side}", middle[kind, clock, side], unit)
+            if len(sides) > 1:
+                ratio = middle[kind, clock, "jax"] / middle[kind, clock, "torch"]
+                yield Measured(f"{what}: jax / torch in {unit}", ratio, "ratio")
+
+
+BENCHMARK = Benchmark("chronos_bolt", "five minutes", measure, peer="chronos")
+
+
+def main() -> int:
+    args = flags.parse(Options, sys.argv[1:], __doc__)
+    if args.side:
+        print(json.dumps(jax_side(args.windows, args.batch, args.repeats)))
+        return 0
+    for one in measure(None, args):
+        print(f"{one.what}: {one.value:.3f} {one.unit}")
     return 0
 
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,7 +30,9 @@ import numpy as np
 
 from experiments import flags, launch
 from experiments.benchmarks.machine import processor
+from experiments.benchmarks.rows import Benchmark, Measured
 
+OURS, PEER = "ltsm_jax", "released pipeline"
 SIZES = (96, 256, 512, 4, 8)  # patch, model width, feed-forward width, layers, heads
 
 
@@ -134,9 +137,51 @@ class Options:
     """processes that load windows on the other side"""
     torch_python: Annotated[str, flags.text("PATH")] = sys.executable
     """a Python that has PyTorch, or none; by default this one"""
-    side: Annotated[bool, flags.described("measure our side once and print JSON; set by the measurement itself")] = (
-        False
-    )
+    side: bool = False
+    """measure our side once and print JSON; set by the measurement itself"""
+
+
+def launched(args: Options) -> dict[str, list[dict[str, float]]]:
+    """What each side gave in each launch, the sides alternating; printed on stderr as it comes.
+
+    Raises: ValueError where a side fails, AssertionError where the two forecast otherwise.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        own = [sys.executable, "-m", Options.program, "--side", "--data", args.data]
+        commands = {OURS: [*own, "--accumulate", str(args.accumulate)]}
+        if args.torch_python != "none":
+            prepare_peer(args.data, Path(folder))
+            peer = [args.torch_python, "-m", "experiments.benchmarks.torch_epoch"]
+            commands[PEER] = [*peer, folder, str(args.workers), str(os.cpu_count())]
+        for number in range(args.launches):
+            for side, command in commands.items():
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise ValueError(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
+                one = json.loads(done.stdout.strip().splitlines()[-1])
+                found.setdefault(side, []).append(one)
+                print(f"launch {number} {side:9}: {json.dumps(one)}", file=sys.stderr, flush=True)
+                # outputs first: a race between different answers does not count
+                starts = [each[0]["start"] for each in found.values()]
+                np.testing.assert_allclose(starts, starts[0], rtol=1e-5, err_msg="the sides forecast otherwise")
+    return found
+
+
+def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
+    """Seconds of an epoch of each side: medians over launches, and their ratio."""
+    args = dataclasses.replace(args or Options(), **({} if args else {"torch_python": peer or "none"}))
+    found = launched(args)
+    middle = {side: statistics.median(one["seconds"] for one in each) for side, each in found.items()}
+    for side, seconds in middle.items():
+        yield Measured(f"epoch of {args.data}, validation and test: {side}", seconds, "s")
+    compiling = statistics.median(one["compile_seconds"] for one in found[OURS])
+    yield Measured(f"compilation: {OURS}", compiling, "s")
+    if PEER in middle:
+        yield Measured(f"{OURS} / {PEER}", middle[OURS] / middle[PEER], "ratio")
+
+
+BENCHMARK = Benchmark("epoch", "two to three minutes a launch of both sides, three launches", measure, peer="torch")
 
 
 def main() -> int:
@@ -145,29 +190,8 @@ def main() -> int:
         print(json.dumps(ours(args.data, args.accumulate)))
         return 0
     print(processor(), flush=True)
-    found: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        own = [sys.executable, "-m", Options.program, "--side", "--data", args.data]
-        commands = {"ltsm_jax": [*own, "--accumulate", str(args.accumulate)]}
-        if args.torch_python != "none":
-            prepare_peer(args.data, Path(folder))
-            peer = [args.torch_python, "-m", "experiments.benchmarks.torch_epoch"]
-            commands["released"] = [*peer, folder, str(args.workers), str(os.cpu_count())]
-        for number in range(args.launches):
-            for side, command in commands.items():
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
-                one = json.loads(done.stdout.strip().splitlines()[-1])
-                found.setdefault(side, []).append(one)
-                print(f"launch {number} {side:9}: {json.dumps(one)}", flush=True)
-    middle = {side: statistics.median(one["seconds"] for one in each) for side, each in found.items()}
-    said = ", ".join(f"{side} {seconds:.1f} s" for side, seconds in middle.items())
-    if "released" in found:
-        starts = [each[0]["start"] for each in found.values()]
-        np.testing.assert_allclose(starts[0], starts[1], rtol=1e-5, err_msg="the two sides give different forecasts")
-        said += f", ltsm_jax/released {middle['ltsm_jax'] / middle['released']:.2f}"
-    print(f"an epoch of {args.data}, validation and test: {said}")
+    for one in measure(None, args):
+        print(f"{one.what}: {one.value:.2f} {one.unit}")
     print(processor())
     return 0
 

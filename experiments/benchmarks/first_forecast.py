@@ -20,6 +20,12 @@ import sys
 import time
 
 STARTED = time.perf_counter()
+
+from collections.abc import Iterator  # noqa: E402
+
+from experiments.benchmarks.rows import Benchmark, Measured  # noqa: E402
+
+BATCH = 8
 # What a process that is timed runs: nothing that reads options, which would be timed too.
 CHILD = "import json, sys; from experiments.benchmarks import first_forecast as f; "
 CHILD += "print(json.dumps(f.one(sys.argv[1], int(sys.argv[2]))))"
@@ -83,6 +89,30 @@ def smallest(family: str) -> str:
     return min(forecasting, key=forecasting.__getitem__)
 
 
+def child(name: str, batch: int) -> dict | str:
+    """What `one` gives in a fresh process, or the last line of its error."""
+    done = subprocess.run([sys.executable, "-c", CHILD, name, str(batch)], capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(peer: str | None) -> Iterator[Measured]:
+    """Seconds to the first forecast, and windows per second, of the smallest size of every family."""
+    from ltsm_jax.models import FAMILIES
+
+    for family in FAMILIES:
+        name = smallest(family)
+        found = child(name, BATCH)
+        if isinstance(found, str):
+            raise ValueError(f"{name} failed: {found}")
+        yield Measured(f"{name}: first forecast", found["first"], "s")
+        yield Measured(f"{name}: windows at batch {BATCH}", found["windows_per_second"], "windows/s")
+
+
+BENCHMARK = Benchmark("first_forecast", "ten minutes", measure)
+
+
 def main() -> int:
     import dataclasses
     from typing import Annotated, ClassVar
@@ -99,7 +129,7 @@ def main() -> int:
         """which families"""
         presets: Annotated[tuple[str, ...], flags.words()] = ()
         """published sizes, instead of the smallest of each family"""
-        batch: Annotated[int, flags.whole(1)] = 8
+        batch: Annotated[int, flags.whole(1)] = BATCH
         """windows of a call"""
 
     args = flags.parse(Options, sys.argv[1:], __doc__)
@@ -109,12 +139,10 @@ def main() -> int:
     )
     print("| --- | --- | ---: | --- | ---: | ---: |")
     for name in names:
-        call = [sys.executable, "-c", CHILD, name, str(args.batch)]
-        done = subprocess.run(call, capture_output=True, text=True)
-        if done.returncode:
-            print(f"| | `{name}` | failed: {done.stderr.strip().splitlines()[-1]} | | | |")
+        r = child(name, args.batch)
+        if isinstance(r, str):
+            print(f"| | `{name}` | failed: {r} | | | |")
             continue
-        r = json.loads(done.stdout.strip().splitlines()[-1])
         print(
             f"| `{r['family']}` | `{r['preset']}` | {r['parameters'] / 1e6:.1f}M | {r['context']} -> {r['horizon']} "
             f"| {r['first']:.1f} | {r['windows_per_second']:g} |",

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from experiments import flags, launch
 from experiments.benchmarks.machine import processor
+from experiments.benchmarks.rows import Benchmark, Measured
 
 OURS, LOOP, MAP, TORCH = "surface", "python loop", "lax.map", "torch loop"
 
@@ -105,35 +106,45 @@ class Options:
     """where one launch puts the windows that the sides share; set by the measurement itself"""
 
 
+def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
+    """Seconds of a surface by each side: medians over launches of each launch's best; and ratios."""
+    asked = args or Options(torch_python=peer or "none")
+    best: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "windows.npz")
+        sizes = ["--points", str(asked.points), "--windows", str(asked.windows), "--rounds", str(asked.rounds)]
+        commands = {"jax": [sys.executable, "-m", "experiments.benchmarks.landscape", "--file", file, *sizes]}
+        if asked.torch_python != "none":
+            other = [asked.torch_python, "-m", "experiments.benchmarks.torch_landscape"]
+            commands["torch"] = [*other, file, str(asked.points), str(asked.rounds)]
+        for number in range(asked.launches):
+            for side, command in commands.items():
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise ValueError(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
+                for name, seconds in json.loads(done.stdout.strip().splitlines()[-1]).items():
+                    best.setdefault(name, []).append(min(seconds))
+                    print(f"launch {number} {name:12}: best {min(seconds):.2f} s", file=sys.stderr, flush=True)
+    middle = {name: statistics.median(seconds) for name, seconds in best.items()}
+    size = f"{asked.points} x {asked.points} points, {asked.windows} windows"
+    for name, seconds in middle.items():
+        yield Measured(f"{size}: {name}", seconds, "s")
+    yield Measured("surface / best loop by hand", middle[OURS] / min(middle[LOOP], middle[MAP]), "ratio")
+    if TORCH in middle:
+        yield Measured("torch loop / surface", middle[TORCH] / middle[OURS], "ratio")
+
+
+BENCHMARK = Benchmark("landscape", "six minutes", measure, peer="torch")
+
+
 def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
     if args.file:
         print(json.dumps(jax_sides(args.points, args.windows, args.rounds, Path(args.file))))
         return 0
-    best: dict[str, list[float]] = {}
     print(processor(), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder) / "windows.npz")
-        sizes = ["--points", str(args.points), "--windows", str(args.windows), "--rounds", str(args.rounds)]
-        commands = {"jax": [sys.executable, "-m", "experiments.benchmarks.landscape", "--file", file, *sizes]}
-        if args.torch_python != "none":
-            peer = [args.torch_python, "-m", "experiments.benchmarks.torch_landscape"]
-            commands["torch"] = [*peer, file, str(args.points), str(args.rounds)]
-        for number in range(args.launches):
-            for side, command in commands.items():
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
-                for name, seconds in json.loads(done.stdout.strip().splitlines()[-1]).items():
-                    best.setdefault(name, []).append(min(seconds))
-                    print(f"launch {number} {name:12}: best {min(seconds):.2f} s", flush=True)
-    middle = {name: statistics.median(seconds) for name, seconds in best.items()}
-    hand = min(middle[LOOP], middle[MAP])
-    said = f"{args.points} x {args.points} points, {args.windows} windows: surface {middle[OURS]:.2f} s, "
-    said += f"surface/best loop by hand {middle[OURS] / hand:.2f}"
-    if TORCH in middle:
-        said += f", torch loop/surface {middle[TORCH] / middle[OURS]:.2f}"
-    print(said)
+    for one in measure(None, args):
+        print(f"{one.what}: {one.value:.2f} {one.unit}")
     print(processor())
     return 0
 

@@ -16,6 +16,7 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 
 import ltsm_jax
 from experiments import flags, launch
+from experiments.benchmarks.rows import Benchmark, Measured
 from ltsm_jax import training
 from ltsm_jax.data import load_series, prepare
 from ltsm_jax.tasks import forecasting
@@ -67,18 +69,30 @@ class Options:
     """epochs, of which the first is left out"""
 
 
-def main() -> int:
-    args = flags.parse(Options, sys.argv[1:], __doc__)
+def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
+    """Share of an epoch outside the compiled steps (the largest of all epochs), and seconds of an evaluation."""
+    args = args or Options()
     model, params = ltsm_jax.load("timer-tiny")
     splits = prepare(load_series(args.data), model.context_len, model.horizon)
     shares = overhead(model, params, splits.train.take(np.arange(256 * args.steps)), args.epochs)
-    print("overhead per epoch: " + ", ".join(f"{share:.2%}" for share in shares))
-    seconds = []
+    yield Measured("share of an epoch outside the compiled steps: least", min(shares), "share")
+    yield Measured("the same: most", max(shares), "share")
+    seconds, found = [], {}
     for _ in range(4):
         started = time.perf_counter()
         found = forecasting.evaluate(model, params, splits.test)
         seconds.append(time.perf_counter() - started)
-    print(f"evaluation of {found['windows']} windows: {min(seconds[1:]):.2f} s (with compilation {seconds[0]:.2f} s)")
+    yield Measured(f"evaluation of {found['windows']} windows", min(seconds[1:]), "s")
+    yield Measured("the same, with compilation", seconds[0], "s")
+
+
+BENCHMARK = Benchmark("loop", "two minutes", measure)
+
+
+def main() -> int:
+    args = flags.parse(Options, sys.argv[1:], __doc__)
+    for one in measure(None, args):
+        print(f"{one.what}: {one.value:.2%}" if one.unit == "share" else f"{one.what}: {one.value:.2f} {one.unit}")
     return 0
 
 

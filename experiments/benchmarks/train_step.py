@@ -19,9 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 from experiments import flags, launch
+from experiments.benchmarks.rows import Benchmark, Measured
 
 PRESET = "Timer_forecast_1.0"
 
@@ -56,28 +58,6 @@ def jax_steps(batch: int, steps: int) -> list[float]:
     return seconds[1:]
 
 
-def torch_steps(batch: int, steps: int) -> list[float]:
-    """Seconds of each step after the first."""
-    import torch
-
-    from experiments.benchmarks.torch_timer import TorchTimer
-
-    torch.manual_seed(0)
-    model = TorchTimer(96, 1024, 2048, 8, 8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-5)
-    draw = torch.randn(batch, 672 + 96)
-    seconds = []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
-        optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(model(draw[:, :672]), draw[:, 96:])
-        loss.backward()
-        optimizer.step()
-        assert torch.isfinite(loss)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of the measurement."""
@@ -91,32 +71,48 @@ class Options:
     """launches per side, alternating"""
     torch_python: Annotated[str, flags.text("PATH")] = sys.executable
     """a Python that has PyTorch; by default this one"""
-    side: Annotated[str | None, flags.one_of(("jax", "torch"))] = None
-    """what one launch measures; set by the measurement itself"""
+    side: bool = False
+    """measure our side once and print JSON; set by the measurement itself"""
+
+
+def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
+    """Seconds of a step of each side: medians over launches of each launch's best step, and their ratio."""
+    asked = args or Options(steps=6)
+    pythons = {"jax": sys.executable, "torch": asked.torch_python if args else peer}
+    best: dict[str, list[float]] = {side: [] for side, python in pythons.items() if python is not None}
+    for number in range(asked.launches):
+        for side in best:
+            program = ["experiments.benchmarks.torch_train_step", str(asked.batch), str(asked.steps)]
+            if side == "jax":
+                program = ["experiments.benchmarks.train_step", "--side"]
+                program += ["--batch", str(asked.batch), "--steps", str(asked.steps)]
+            done = subprocess.run([str(pythons[side]), "-m", *program], capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
+            seconds = json.loads(done.stdout.strip().splitlines()[-1])
+            best[side].append(min(seconds))
+            print(
+                f"launch {number} {side:5}: best {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    middle = {side: statistics.median(seconds) for side, seconds in best.items()}
+    for side, seconds in middle.items():
+        yield Measured(f"training step of {PRESET}, batch {asked.batch}: {side}", seconds, "s")
+    if "torch" in middle:
+        yield Measured("jax / torch", middle["jax"] / middle["torch"], "ratio")
+
+
+BENCHMARK = Benchmark("train_step", "three minutes", measure, peer="torch")
 
 
 def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
     if args.side:
-        print(json.dumps((jax_steps if args.side == "jax" else torch_steps)(args.batch, args.steps)))
+        print(json.dumps(jax_steps(args.batch, args.steps)))
         return 0
-    best: dict[str, list[float]] = {"jax": [], "torch": []}
-    for number in range(args.launches):
-        for side in best:
-            python = args.torch_python if side == "torch" else sys.executable
-            command = [python, "-m", "experiments.benchmarks.train_step", "--side", side]
-            command += ["--batch", str(args.batch), "--steps", str(args.steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
-            seconds = json.loads(done.stdout.strip().splitlines()[-1])
-            best[side].append(min(seconds))
-            print(
-                f"launch {number} {side:5}: best {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s",
-                flush=True,
-            )
-    jax_s, torch_s = statistics.median(best["jax"]), statistics.median(best["torch"])
-    print(f"batch {args.batch}: jax {jax_s:.3f} s, torch {torch_s:.3f} s per step, jax/torch {jax_s / torch_s:.2f}")
+    for one in measure(None, args):
+        print(f"{one.what}: {one.value:.3f} {one.unit}")
     return 0
 
 

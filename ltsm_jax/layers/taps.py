@@ -26,3 +26,18 @@ def arguments_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[Any, .
 
     with nn.intercept_methods(note):
         yield seen
+
+
+@contextlib.contextmanager
+def calls_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[tuple[Any, ...], Any]]]]:
+    """As `arguments_of`, with what each call gave: {path: [(arguments, result) of the first call, ...]}."""
+    seen: dict[str, list[tuple[tuple[Any, ...], Any]]] = {path: [] for path in paths}
+
+    def note(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if context.method_name == "__call__" and (path := path_of(context.module)) in seen:
+            seen[path].append((args, result))
+        return result
+
+    with nn.intercept_methods(note):
+        yield seen

@@ -107,12 +107,14 @@ class Choice:
         return rows
 
     def __str__(self) -> str:
-        lines = [f"{'':2}{'alpha':40}{'start':>10}{'val ' + self.selects:>12}{'epochs':>8}{'seconds':>9}"]
-        for row in self.table():
+        rows = self.table()
+        texts = [describe(row["alpha"], row["alphas"]) for row in rows]
+        width = max(map(len, (*texts, "alpha")))
+        lines = [f"  {'alpha':{width}}{'start':>10}{'val ' + self.selects:>12}{'epochs':>8}{'seconds':>9}"]
+        for row, text in zip(rows, texts, strict=True):
             mark = "> " if row["picked"] else "  "
-            text = describe(row["alpha"], row["alphas"])
             lines.append(
-                f"{mark}{text:40}{row['start']:10.4f}{row['score']:12.4f}{row['epochs']:8}{row['seconds']:9.1f}"
+                f"{mark}{text:{width}}{row['start']:10.4f}{row['score']:12.4f}{row['epochs']:8}{row['seconds']:9.1f}"
                 + (f"  {row['note']}" if row["note"] else "")
             )
         return "\n".join(lines)

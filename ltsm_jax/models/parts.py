@@ -8,7 +8,7 @@ Letters: H heads, G heads of keys and values, V width of the values, K width of 
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,101 @@ def stacks(model: Model, paths: Iterable[str]) -> list[tuple[str, ...]]:
 
 def _numbers(layer: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", layer)]
+
+
+def shorter(model: Model, params: Params, gone: Iterable[str]) -> tuple[Model, Params]:
+    """The model without whole layers, the others in their order and numbered anew; see `pruning.drop_layers`.
+
+    It works for families whose stacks are plain lists: layer i of a stack has number i, every
+    entry that the family's groups have for it is entry i of a field of the config, and a model with
+    shorter fields has the parameters of the layers that are left. Leaves beside the layers may have
+    a row for each layer. Anything else is refused.
+    """
+    flat, out = trees.flatten(params), set(gone)
+    found = stacks(model, flat)
+    if unknown := out - {layer for stack in found for layer in stack}:
+        known = ", ".join(layer for stack in found for layer in stack)
+        raise ValueError(f"{', '.join(sorted(unknown))}: no layers of this {model.family}; there are {known}")
+    small = _shortened(model, flat, out)
+    try:
+        shapes = trees.flatten(jax.eval_shape(small.init, jax.random.key(0)))
+    except (ValueError, TypeError, IndexError) as err:
+        raise _not_plain(model, str(err)) from err
+
+    names, rows = {}, []
+    for stack in found:
+        left = [i for i, layer in enumerate(stack) if layer not in out]
+        names |= {stack[i]: re.sub(r"\d+$", str(j), stack[i]) for j, i in enumerate(left)}
+        rows.append((len(stack), left))
+    kept = {}
+    layers = {layer for stack in found for layer in stack}
+    for path, leaf in flat.items():
+        layer = next((layer for layer in layers if path.startswith(f"{layer}/")), None)
+        if layer in out:
+            continue
+        new = names.get(layer, layer) + path[len(layer) :] if layer else path
+        wanted = getattr(shapes.get(new), "shape", None)
+        for n, left in rows:
+            if wanted is not None and leaf.shape != wanted and leaf.shape[:1] == (n,) and wanted[:1] == (len(left),):
+                leaf = leaf[np.asarray(left)]
+        kept[new] = leaf
+    tree = trees.unflatten(kept)
+    try:
+        trees.require_same(tree, trees.unflatten(shapes), ("what is left", "the shorter model"))
+    except ValueError as err:
+        raise _not_plain(model, str(err)) from err
+    return small, tree
+
+
+def _shortened(model: Model, paths: Iterable[str], gone: Collection[str]) -> Model:
+    """The model whose config has no entries for these layers."""
+    paths, fields = list(paths), model.config_to_dict()
+    for stack in stacks(model, paths):
+        left = [i for i, layer in enumerate(stack) if layer not in gone]
+        if not left:
+            raise ValueError(f"all layers of a stack would go ({', '.join(stack)}); one must stay")
+        if len(left) == len(stack):
+            continue
+        for entry in sorted(_fields_of_layers(model, paths, stack)):
+            value = entry_of(model.config, entry)
+            fields = _with(fields, entry, tuple(value[i] for i in left))
+    try:
+        return dataclasses.replace(model, config=model.config_from_dict(fields))
+    except ValueError as err:
+        raise _not_plain(model, str(err)) from err
+
+
+def as_deep(full: Model, model: Model, params: Params) -> Model:
+    """`full` with as many layers as a model has that was made of it; whose they were plays no part in widths."""
+    paths = list(trees.flatten(jax.eval_shape(full.init, jax.random.key(0))))
+    own = {stack[0]: len(stack) for stack in stacks(model, trees.flatten(params))}
+    gone = [layer for stack in stacks(full, paths) for layer in stack[own.get(stack[0], len(stack)) :]]
+    return _shortened(full, paths, gone) if gone else full
+
+
+def _not_plain(model: Model, why: str) -> ValueError:
+    return ValueError(f"layers of a {model.family} can't be taken out: they are not a plain list of equal ones ({why})")
+
+
+def _fields_of_layers(model: Model, paths: Iterable[str], stack: tuple[str, ...]) -> set[str]:
+    """Fields of the config with an entry for each layer of a stack: "n_heads", "encoder.ffn_dims"."""
+    found = set()
+    for place in places(model, paths):
+        layer = next((i for i, layer in enumerate(stack) if f"{place.path}/".startswith(f"{layer}/")), None)
+        if layer is None:
+            continue
+        if int(re.findall(r"\d+", stack[layer])[-1]) != layer:
+            raise _not_plain(model, f"{stack[layer]} is number {layer} of its stack")
+        group = place.group
+        texts = (group.ids, group.shared, group.inner, group.values, group.scores, group.pairs)
+        entries = [place.size(model.config), *(place.entry(text) for text in texts if text)]
+        for entry in filter(None, entries):
+            field, _, index = entry.rpartition(".")
+            if index != str(layer):
+                raise _not_plain(model, f"{entry} is the entry of {stack[layer]}")
+            if entry_of(model.config, field):
+                found.add(field)
+    return found
 
 
 def arrays(place: Place, kept: Kept) -> Iterator[tuple[str, tuple[int, ...], tuple[Any, ...]]]:

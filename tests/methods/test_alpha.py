@@ -55,6 +55,8 @@ def test_auto_says_what_it_picked(auto):
     assert f"alpha {auto.choice.strategy.alpha:g}, picked by validation MSE" in text
     table = str(auto.choice).splitlines()
     assert len(table) == 5 and sum(line.startswith("> ") for line in table) == 1
+    # Numbers stand below each other, however long the names are.
+    assert len({len(line) for line in table}) == 1
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ from ltsm_jax.methods.pruning.channels import (
     share_left,
 )
 from ltsm_jax.methods.pruning.config import PruneConfig
+from ltsm_jax.methods.pruning.depth import block_influence, drop_layers, least_influential
 from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
 from ltsm_jax.methods.pruning.schedule import PruneResult, prune
 
@@ -60,13 +61,16 @@ __all__ = [
     "PruneConfig",
     "PruneResult",
     "Score",
+    "block_influence",
     "cut",
+    "drop_layers",
     "expert_usage",
     "full_masks",
     "gradient_sums",
     "importance_of",
     "keep_experts",
     "kept_experts",
+    "least_influential",
     "masked",
     "merge",
     "prune",

@@ -25,6 +25,8 @@ class PruneConfig:
         of the group: an expert for few windows is judged by those.
       expert_threshold: first take out the experts that at most this share of the tokens of training and validation
         windows choose (0.1, 0.01, ...); below 0: all but each layer's top_k; None: none. See `keep_experts`.
+      depth: first take out this many whole layers, those that turn the stream least on the training windows. See
+        `block_influence` and `drop_layers`.
       include_embed, include_head: prune the linears before the blocks, or the head, too. See `full_masks`.
       quirks: released behaviours to follow, see `full_masks`.
       stride: rows from one training window to the next.
@@ -47,6 +49,7 @@ class PruneConfig:
     ema_abs: bool = False
     average_expert_score: bool = False
     expert_threshold: float | None = None
+    depth: int = 0
     include_embed: bool = False
     include_head: bool = False
     quirks: tuple[str, ...] = ()
@@ -58,7 +61,7 @@ class PruneConfig:
         # A set or a list would make the config unhashable and its record depend on an order that says nothing.
         object.__setattr__(self, "quirks", tuple(sorted(known_quirks(self.quirks))))
         object.__setattr__(self, "ratios", tuple(self.ratios))
-        counts = ("batch_size", "patience", "stride", "chunk", "epochs", "macro_batch")
+        counts = ("batch_size", "patience", "stride", "chunk", "epochs", "macro_batch", "depth")
         odd = [name for name in counts if not _whole(getattr(self, name), optional=name in ("batch_size", "chunk"))]
         if odd:
             raise ValueError(f"PruneConfig: {', '.join(odd)} must be whole numbers")
@@ -68,7 +71,7 @@ class PruneConfig:
             "ratio is a share per epoch, in (0, 1)": not 0 < self.ratio < 1,
             "ema is the weight of the new score, in (0, 1]": not 0 < self.ema <= 1,
             f"score must be one of {', '.join(get_args(Score))}": self.score not in get_args(Score),
-            "epochs and macro_batch must not be negative": min(self.epochs, self.macro_batch) < 0,
+            "epochs, macro_batch and depth must not be negative": min(self.epochs, self.macro_batch, self.depth) < 0,
             "batch_size, patience, stride and chunk must be at least 1": smallest < 1 or bool(zeros),
             "max_prune_ratio must be in (0, 1]": not 0 < self.max_prune_ratio <= 1,
             "ratios are shares of all channels, in [0, 1)": any(not 0 <= share < 1 for share in self.ratios),
@@ -81,6 +84,8 @@ class PruneConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("ratios", "chunk"):
             del fields[name]
+        if not self.depth:
+            del fields["depth"]  # as folders of earlier versions have it
         return fields | {"quirks": list(self.quirks)}
 
 

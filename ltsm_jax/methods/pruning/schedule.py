@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ltsm_jax.methods.pruning.channels import (
     share_left,
 )
 from ltsm_jax.methods.pruning.config import PruneConfig
+from ltsm_jax.methods.pruning.depth import block_influence, check_depth, drop_layers, least_influential
 from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
@@ -59,6 +60,8 @@ class PruneResult:
       best_epoch: the one the masks are from; 0 without any pruning epoch.
       cuts: validation metrics of `cut(order, share)`, by share, where asked for.
       usage: of experts, see `expert_usage`; None where no threshold was given.
+      influence: of layers before any went, see `block_influence`, and gone: which went, by their paths then; None and
+        () where no depth was asked for.
       stopped: why no further epoch followed: "epochs", "patience", or "max_prune_ratio".
       splits: the data that was looked at.
     """
@@ -72,6 +75,8 @@ class PruneResult:
     best_epoch: int
     cuts: dict[float, dict[str, Any]]
     usage: dict[str, np.ndarray] | None
+    influence: dict[str, float] | None
+    gone: tuple[str, ...]
     stopped: str
     splits: Any
 
@@ -126,6 +131,7 @@ def prune(
         "quirks": config.quirks,
     }
     full_masks(model, **candidates)  # says what is wrong early
+    check_depth(model, params, config.depth)
     batch_size = min(config.batch_size or model.recipe().batch_size, windows.n)
     settings = config.record() | {"batch_size": batch_size, "seed": seed}
     with contextlib.ExitStack() as open_until_the_end:
@@ -136,10 +142,15 @@ def prune(
             run = training.RunFolder(folder, facts)
             open_until_the_end.enter_context(contextlib.closing(run))
         first = task.evaluate(model, params, data, "val", placement) if run is None or not run.steps() else {}
+        place = None if folder is None else Path(folder)
+        influence, gone = None, ()
+        if config.depth:
+            influence = _influence(model, params, [windows], task, batch_size, place, placement)
+            gone = least_influential(model, params, influence, config.depth)
+            model, params = drop_layers(model, params, gone)
         usage, top = None, getattr(model.config, "top_k", 0)
         if config.expert_threshold is not None:
-            parts = [windows, task.windows(model, data, "val")]
-            usage = _usage(model, params, parts, None if folder is None else Path(folder), placement)
+            usage = _usage(model, params, [windows, task.windows(model, data, "val")], place, placement)
             model, params = keep_experts(model, params, kept_experts(usage, config.expert_threshold, top))
         masks = full_masks(model, **candidates)
         pruning = _Pruning(model, params, masks, windows, data, task, settings, config.chunk, run, placement)
@@ -162,6 +173,8 @@ def prune(
         best_epoch=pruning.best_epoch,
         cuts=cuts,
         usage=usage,
+        influence=influence,
+        gone=gone,
         stopped=pruning.stopped,
         splits=data,
     )
@@ -179,22 +192,43 @@ def _strided(windows: Any, stride: int) -> Any:
 def _usage(
     model: Model, params: Params, parts: Sequence[Any], folder: Path | None, placement: Placement
 ) -> dict[str, np.ndarray]:
-    """`expert_usage`, counted once per run folder, whose config says of which weights and windows it is."""
-    if folder is None:
-        return expert_usage(model, params, parts, placement=placement)
-    file = folder / "experts.json"
+    """`expert_usage`, counted once per run folder."""
+
+    def count() -> dict[str, Any]:
+        return {path: f_E.tolist() for path, f_E in expert_usage(model, params, parts, placement=placement).items()}
+
+    found = _once(None if folder is None else folder / "experts.json", "usage", count)
+    return {path: np.asarray(f_E) for path, f_E in found.items()}
+
+
+def _influence(
+    model: Model, params: Params, parts: Sequence[Any], task: Task, batch_size: int, folder: Path | None,
+    placement: Placement,
+) -> dict[str, float]:  # fmt: skip
+    """`block_influence`, measured once per run folder: devices of another number must not choose other layers."""
+
+    def measure() -> dict[str, float]:
+        return block_influence(model, params, parts, task=task, batch_size=batch_size, placement=placement)
+
+    return _once(None if folder is None else folder / "layers.json", "influence", measure)
+
+
+def _once(file: Path | None, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Read what a run folder has, or make and keep it; the folder's config says of which weights and windows it is."""
+    if file is None:
+        return make()
     record = hosts.on_first(lambda: storage.read_record(file) if file.exists() else None)
     if record is not None:
-        return {path: np.asarray(f_E) for path, f_E in record["usage"].items()}
-    usage = expert_usage(model, params, parts, placement=placement)
+        return record[name]
+    found = make()
 
     def write() -> None:
         temporary = file.with_suffix(".tmp")
-        storage.write_record(temporary, {"usage": {path: f_E.tolist() for path, f_E in usage.items()}})
+        storage.write_record(temporary, {name: found})
         os.replace(temporary, file)
 
     hosts.on_first(write)
-    return usage
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task", "batch_size", "squares", "chunk", "stacks", "placement"))
