@@ -601,7 +601,7 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
     for _ in range(ROUNDS):
         for each in (alone, *timed.values()):
             each.again()
-    ratios = {way: each.seconds / alone.seconds for way, each in timed.items()}
+    ratios: dict[stacks.Mode, float] = {way: each.seconds / alone.seconds for way, each in timed.items()}
     way = min(ratios, key=lambda way: ratios[way])
     if way == "batched" and ratios.get("mapped", math.inf) <= GAIN and ratios[way] > BATCHED_GAIN * ratios["mapped"]:
         way = "mapped"
