@@ -31,6 +31,8 @@ Times: `predict` of one window per variate, compiled, of the model with parts
        first host, whatever --mesh is; latencies are means without the first
        fifth of the runs, the fastest and the slowest one, the speedup is the
        median ratio of neighbours.
+Lanes: fine-tunings that are alike, masks included, as lanes of one program
+       (--lanes), see experiments.sff.
 
 Differs from the released code (SJTU-DMTai/Prune-then-Finetune): see
 `ltsm_jax.methods.pruning`; pruned and whole arms have the same dropout

@@ -382,10 +382,11 @@ class Forecaster:
           future: table with what is known of the rows to come: id, time, known covariates.
           seed: of the draws of models that sample.
           show_progress: a bar on a terminal, else a line every few seconds, where it takes longer than that.
-        Returns: one row per item, target and step, in that order: the id and time columns, all of them, under
-          their own names, `target_name` where there are several targets, `predictions` (the model's
-          point forecast), and a column per level, "0.1", ..., which never cross. `attrs["notes"]`
-          says what was done to the data and where quantiles are from.
+        Returns: one row per item, target and step, in that order: the id and time columns, all of them,
+          under their own names (a time of several columns or without a name as "timestamp"),
+          `target_name` where there are several targets, `predictions` (the model's point forecast), and
+          a column per level, "0.1", ..., which never cross. `attrs["notes"]` says what was done to the
+          data and where quantiles are from.
         Raises: ValueError (DataError) for data that cannot be used, and for levels that neither the
           model nor the history can say.
         """
@@ -861,7 +862,7 @@ def _table(panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[s
         columns += [(name, np.repeat(panel.id_parts[name].to_numpy(), c * horizon)) for name in panel.id_columns]
     elif panel.id_name is not None:
         columns.append((panel.id_name, np.repeat(panel.ids, c * horizon)))
-    stamps = panel.stamps_after(horizon) if panel.time_name is not None else None
+    stamps = panel.stamps_after(horizon)
     if stamps is not None:
         every = np.broadcast_to(stamps[:, None], (n, c, horizon)).ravel()
         index = pd.DatetimeIndex(every)

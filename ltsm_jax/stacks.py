@@ -174,9 +174,9 @@ class Over:
     @property
     def _spec(self) -> PartitionSpec:
         assert self.mesh is not None, "there is a mesh to lie on"
-        axes = tuple(name for name, size in self.mesh.shape.items() if size > 1)
+        axes: list[str] = [name for name, size in self.mesh.shape.items() if size > 1]
         # As the compiler writes it: another spelling would compile the next step anew.
-        return PartitionSpec(axes if len(axes) > 1 else axes[0])
+        return PartitionSpec(axes[0] if len(axes) == 1 else tuple(axes))
 
 
 def take(tree: Tree, lane: int) -> Tree:

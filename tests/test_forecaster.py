@@ -83,6 +83,13 @@ def test_several_id_columns_come_back_under_their_own_names(timer, tmp_path):
     pd.testing.assert_frame_equal(again.predict(table, 2, quantile_levels=()), got)
 
 
+def test_a_time_of_several_columns_comes_back_as_timestamp(timer):
+    stamps = pd.date_range("2024-01-01", periods=50, freq="h")
+    table = pd.DataFrame({"date": stamps.strftime("%Y-%m-%d"), "hour": stamps.hour, "load": np.sin(np.arange(50) / 4)})
+    got = timer.predict(table, 2, time=["date", "hour"], quantile_levels=())
+    assert got["timestamp"].tolist() == list(pd.date_range("2024-01-03 02:00", periods=2, freq="h"))
+
+
 def test_short_contexts_keep_nearly_all_rows():
     """Of a family that knows no missing values in front: whole patches, and of many at most a ninth goes."""
     rows = np.arange(1, 5000)

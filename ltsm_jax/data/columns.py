@@ -23,6 +23,7 @@ from ltsm_jax.frequency import infer_freq
 
 TIME_NAMES = ("date", "time", "timestamp", "ds", "datetime")
 PERIOD_NAMES = (
+    "ts",
     "year",
     "yearmonth",
     "yyyymm",

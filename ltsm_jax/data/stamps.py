@@ -108,7 +108,13 @@ def holds_dates(column: Any) -> bool:
     first = present.iloc[:1]
     if re.fullmatch(r"\s*\d{1,7}\s*", first.iloc[0]):
         return False
-    return any(not r.refusal and not np.isnat(r.stamps).any() for r in _readings(first))
+    if any(not r.refusal and not np.isnat(r.stamps).any() for r in _readings(first)):
+        return True
+    problems: list[str] = []
+    cells, offsets = _without_zone(first, column.name, problems)
+    if problems or offsets is None:
+        return False
+    return any(not r.refusal and not np.isnat(r.stamps).any() for r in _readings(cells))
 
 
 def counts_rows(column: Any) -> bool:

@@ -60,12 +60,13 @@ JOB = (
 )  # fmt: skip
 
 GAIN = 0.95  # lanes must take at most this share of the time of separate runs to be chosen
+BATCHED_GAIN = 0.9  # and batched ones of the time of mapped ones, which give the bits of separate runs
 TIMED_SECONDS = 0.3  # of one timed dispatch
 ROUNDS = 3  # timed dispatches of each way, in turns
 LEAST_COMPILING = 1.0  # seconds that a program of lanes takes to compile at least
-WORTH_TIMING = 30  # how many times as long as a compilation all runs must take, to find out
-TINY_STEP = 0.01  # seconds; below it a step is so short that batching is likely to gain
-WORTH_TIMING_TINY = 6
+WORTH_TIMING = 100  # how many times as long as a compilation all runs must take, to find out
+TINY_STEP = 0.005  # seconds; below it a step is so short that batching is likely to gain
+WORTH_TIMING_TINY = 20
 FREE_SHARE = 0.8  # of the free memory that lanes may take: the estimate is rough
 CHOICE = "choice.json"
 
@@ -437,11 +438,13 @@ class Sweep:
         """Validate and select, lane by lane; whether this was its last epoch."""
         alive = [lane for lane, lives in enumerate(self.alive) if lives]
         found = self.validate(alive) if self.validates and alive else {}
+        # All of it before any is judged: a stop inside comes back to this epoch, which must not count twice.
+        watched = {lane: self.watched(lane, epoch) for lane in alive}
         better = np.zeros(len(self.jobs) + self.surplus, bool)
         for lane in alive:
             fitting = self.fittings[lane]
             try:
-                better[lane] = fitting.judge(epoch, found.get(lane), self.watched(lane, epoch))
+                better[lane] = fitting.judge(epoch, found.get(lane), watched[lane])
             except NonFiniteError as err:
                 self.fail(lane, str(err))
             else:
@@ -570,22 +573,26 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
     """
     n, mesh = len(jobs), Placement.of(jobs[0]["params"]).mesh
     on_cpu = jax.default_backend() == "cpu"
-    room: dict[Way, int] = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
-    able = [mode for mode in (stacks.MODES if on_cpu else ("batched",)) if room[mode] >= min(n, 2)]
-    if not able:
-        able = [mode for mode in stacks.MODES if room[mode] >= min(n, 2)]
+    room: dict[stacks.Mode, int] = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
+    able: list[stacks.Mode] = [mode for mode in stacks.MODES if room[mode] >= min(n, 2)]
+    if not on_cpu and "batched" in able:
+        able = able[:1]  # an accelerator takes mapped lanes in the time of separate runs
     if not able:
         return Choice("separate", 1, f"{n} runs one after the other: memory has room for one")
     if asked == "on":
-        way = "mapped" if on_cpu and "mapped" in able else able[0]
+        way: stacks.Mode = "mapped" if on_cpu and "mapped" in able else able[0]
         return Choice(way, room[way], f"{n} lanes, {way}, as asked for")
 
-    alone = _Timed(_separate(jobs[0]), 1)
+    short = f"{n} runs one after the other: too short to find out whether lanes are quicker"
+    one = _separate(jobs[0])
+    if on_cpu and n * one.total < WORTH_TIMING:
+        return Choice("separate", 1, short)  # a step takes less time than its compilation
+    alone = _Timed(one, 1)
     work = alone.seconds * n * alone.work.total
     worth = WORTH_TIMING_TINY if alone.seconds < TINY_STEP else WORTH_TIMING
     if on_cpu and work < worth * max(alone.compile_seconds, LEAST_COMPILING):
-        return Choice("separate", 1, f"{n} runs one after the other: too short to find out whether lanes are quicker")
-    timed: dict[Way, _Timed] = {}
+        return Choice("separate", 1, short)
+    timed: dict[stacks.Mode, _Timed] = {}
     for way in able:
         lanes = min(n, room[way])
         sweep = Sweep(jobs[:lanes], Over(way, mesh))
@@ -596,6 +603,8 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
             each.again()
     ratios = {way: each.seconds / alone.seconds for way, each in timed.items()}
     way = min(ratios, key=lambda way: ratios[way])
+    if way == "batched" and ratios.get("mapped", math.inf) <= GAIN and ratios[way] > BATCHED_GAIN * ratios["mapped"]:
+        way = "mapped"
     if ratios[way] > GAIN:
         said = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items())
         return Choice("separate", 1, f"{n} runs one after the other: lanes would take {said} the time")
@@ -623,10 +632,12 @@ class _Timed:
         self.work, self.lanes = work, lanes
         work.begin_epoch(0)
         with compiling.measured() as waited:
-            self._time(1)
+            first = self._time(1)
         self.compile_seconds = waited.seconds
-        self.steps, self.seconds = 1, math.inf
-        self.again()
+        self.steps, self.seconds = 1, max(first - waited.seconds, 0.0) / lanes
+        if self.seconds * lanes < TIMED_SECONDS:
+            self.seconds = math.inf  # what a first call does besides its step counts then
+            self.again()
         fill = TIMED_SECONDS / max(self.seconds * lanes, 1e-9)
         self.steps = int(min(max(fill, 1), work.steps_per_epoch, MOST_STEPS))
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ltsm_jax.training import compiling
+
 PLAIN_SECONDS = 5.0
 QUIET_SECONDS = 2.0
 _part = [1, 1]  # number of the run that lasts, and of how many
@@ -42,19 +44,24 @@ class Counter:
         self.began = self.spoke = time.monotonic()
         self.first: tuple[float, int] | None = None
         self.live: Progress | None = None
+        self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Counter":
+        self.waited = self.stack.enter_context(compiling.measured())
         return self
 
     def __exit__(self, *_) -> None:
+        self.stack.close()
         if self.live:
             self.live.stop()
 
     def __call__(self, done: int, total: int) -> None:
         """Tell how many of how many are done."""
         now = time.monotonic()
-        if self.first is None:  # the first piece has waited for the compiler: the pace counts from here
-            self.first = now, done
+        # Each shape waits for the compiler once, and the pace is that of what has been compiled.
+        worked = now - self.waited.seconds
+        if self.first is None:
+            self.first = worked, done
         if not self.show or now - self.began < QUIET_SECONDS:
             return
         if self.live is None and Console(stderr=True).is_terminal:
@@ -69,7 +76,7 @@ class Counter:
         elif now - self.spoke >= PLAIN_SECONDS and done < total:
             self.spoke = now
             since, at = self.first
-            left = f", {(total - done) * (now - since) / (done - at):.0f} s left" if done > at else ""
+            left = f", {(total - done) * (worked - since) / (done - at):.0f} s left" if done > at else ""
             print(f"{self.label}: {done:,} of {total:,} {self.unit}{left}", file=sys.stderr, flush=True)
 
 

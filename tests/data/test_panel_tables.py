@@ -360,6 +360,22 @@ def test_rows_of_future_for_other_items_are_left_out_and_wrong_types_refused():
     assert "future: 3 rows are beside the grid" in refused(table, id="shop", target="sold", future=late)
 
 
+@pytest.mark.parametrize("written", ["iso", "Z", "seconds", "milliseconds"])
+def test_stamps_with_zones_and_epochs_are_found_under_any_name(written):
+    stamps = pd.date_range("2024-03-30", periods=60, freq="h", tz="Europe/Berlin")
+    utc = stamps.tz_convert("UTC").tz_localize(None)
+    cells = {
+        "iso": [stamp.isoformat() for stamp in stamps],
+        "Z": utc.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "seconds": utc.astype("datetime64[s]").astype(np.int64),
+        "milliseconds": utc.astype("datetime64[ms]").astype(np.int64),
+    }
+    panel = read_panel(pd.DataFrame({"ts": cells[written], "load": np.arange(60.0)}))
+    assert (panel.columns, panel.time_name, panel.freq) == (("load",), "ts", "h")
+    assert panel.first[0] == np.datetime64("2024-03-29T23:00")
+    assert panel.tz == {"iso": "Europe/Berlin", "Z": "UTC"}.get(written)
+
+
 def test_a_future_without_ids_is_of_all_items_where_these_end_together():
     stamps = pd.date_range("2024-01-01", periods=6, freq="D")
     table = pd.concat([pd.DataFrame({"shop": shop, "date": stamps[i:], "sold": 1.0 + i, "holiday": 0.0})

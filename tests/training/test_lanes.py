@@ -203,6 +203,7 @@ class Clockwork:
     "seconds, compiled, wanted, says",
     [
         ({"mapped": 0.09, "batched": 0.04}, 1.0, "batched", "6 lanes, batched: 0.40x the time of one after the other"),
+        ({"mapped": 0.09, "batched": 0.085}, 1.0, "mapped", "6 lanes, mapped: 0.90x"),
         ({"mapped": 0.09, "batched": 0.14}, 1.0, "mapped", "6 lanes, mapped: 0.90x"),
         ({"mapped": 0.10, "batched": 0.11}, 1.0, "separate", "lanes would take batched 1.10x, mapped 1.00x the time"),
         ({"mapped": 0.01, "batched": 0.01}, 9.0, "separate", "too short to find out"),
@@ -211,7 +212,7 @@ class Clockwork:
 def test_the_quickest_way_is_taken_and_said(monkeypatch, seconds, compiled, wanted, says):
     def timed(work, lanes):
         mode = getattr(getattr(work, "over", None), "mode", None)
-        return Clockwork(seconds.get(mode, 0.10), lanes, compiled, total=100)
+        return Clockwork(seconds.get(mode, 0.10), lanes, compiled, total=1000)
 
     monkeypatch.setattr(lanes, "_Timed", timed)
     choice = lanes.choose(jobs_of(rates=(3e-3,)))
