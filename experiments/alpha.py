@@ -11,7 +11,7 @@ Run:   python -m experiments.alpha --data ETTh1 --model timer-tiny --seeds 0
            --few-shot 0.1 --epochs 4 --seeds 0,1,2 --curvature
 Cost:  for each choice a run of --epochs, and with a search that of its trials:
        `short` one and `groups` about fifteen trainings of --search-epochs,
-       `learned` some 80 gradients for each of 20 outer steps. The first
+       `learned` about 25 gradients for each of 20 outer steps. The first
        command takes hours on 2 CPU cores; --few-shot 0.1 --epochs 4 brings it
        down to a quarter of an hour.
 Gives: a table on the terminal and, in the folder of --out: results.csv (a row
@@ -105,6 +105,8 @@ class Options(flags.Options):
             found.append("--choose-alpha, --origins and several --lr are for experiments.sff")
         if self.report_by != "validation":
             found.append("--report-by is for experiments.sff: this table goes by validation")
+        if self.lanes == "on":
+            found.append("--lanes is for experiments.sff: here one run follows the other")
         if self.at == 1 and "layers" in self.methods:
             found.append("--at 1 mixes nothing: layers has nothing to spread")
         return found

@@ -232,7 +232,7 @@ def resolve(options: Options) -> Comparison:
         "stride": how.stride,
         "max_prune_ratio": how.max_prune_ratio,
         "expert_threshold": how.expert_threshold,
-        "depth": how.depth or None,
+        **({"depth": how.depth} if how.depth else {}),  # folders of before do not name it, and have to go on
         "ema_abs": how.ema_abs or None,
         "average_expert_score": how.average_expert_score or None,
         "channels": trees.count(full),

@@ -177,5 +177,6 @@ def test_ratio_ema_and_rate_of_a_pruned_model_are_chosen_once_it_is_fine_tuned(w
 
 def test_the_papers_ratios_are_the_default_and_nested_ones_are_asked_for(words):
     plain = prune_then_finetune.parse(words)
+    assert "depth" not in prune_then_finetune.resolve(plain).settings  # it is one of the later ones
     assert plain.ratios is None and plain.shares == prune_then_finetune.RATIO
     assert prune_then_finetune.parse([*words, "--ratios", "0.3"]).shares == (0.3,)
