@@ -14,10 +14,10 @@ Gives: a table on the terminal and, in the folder of --out: results.csv (a row
        forecasts. The same command again goes on where the last one stopped;
        finished cells are not run again. SIGTERM stops it after a checkpoint,
        exit code 75. On several hosts: the same command on each.
-Lanes: runs that differ in alpha, seed, learning rate or start alone are trained
-       as lanes of one program where a few timed steps find that quicker
-       (--lanes auto); on: always, off: never. A row then comes when all
-       lanes are trained. A killed sweep goes on from lanes/.
+Lanes: runs that differ in alpha, seed, learning rate or start alone are
+       trained as lanes of one program where a few timed steps find that
+       quicker (--lanes auto); on: always, off: never. A row then comes when
+       all lanes are trained. A killed sweep goes on from lanes/.
 
 Differs from the released script (Meteor-Stars/SFF): the next-token loss is
 the default (--mode direct is theirs), the best-validation weights are

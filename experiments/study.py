@@ -34,8 +34,9 @@ THE RULE, written down before the runs:
 
 Ranks: of mean test MSE, as a share of that of ff, over the (data, model)
        blocks that have every arm, shares and budgets averaged, as those of
-       one block are no new data; two arms differ where their mean ranks are further apart than the
-       critical difference of Nemenyi's test at 5 % (Demsar, JMLR 7, 2006).
+       one block are no new data; two arms differ where their mean ranks are
+       further apart than the critical difference of Nemenyi's test at 5 %
+       (Demsar, JMLR 7, 2006).
 """
 
 # pandas types rows and groups by all they might hold:

@@ -1,10 +1,11 @@
-"""How long is an epoch of fine-tuning, end to end, beside the pipeline of the SFF release?
+"""How long is an epoch of fine-tuning, beside the pipeline of the SFF release?
 
 A Timer of 2.2M parameters (d 256, 4 layers) on ETTh1, 672 -> 96, batch 2048,
 Adam at 3e-5, dropout 0.1, the loss of the forecast ("direct"): windows, steps,
 validation and test.
 
-Run:   LTSM_DATA=FOLDER python -m experiments.benchmarks.epoch --torch-python PATH
+Run:   LTSM_DATA=FOLDER python -m experiments.benchmarks.epoch \\
+           --torch-python PATH
 Needs: a Python with PyTorch, or --torch-python none for our side alone.
 Cost:  two to three minutes a launch of both sides on 2 CPU cores.
 Gives: seconds of an epoch of each side, compilation left out (and named), from

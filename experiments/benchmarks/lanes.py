@@ -1,6 +1,7 @@
 """Are eight runs quicker as lanes of one program than one after the other?
 
-Smoothed full fine-tuning, four alphas x two seeds, of a Timer whose size is given; dropout on.
+Smoothed full fine-tuning, four alphas x two seeds, of a Timer whose size is
+given; dropout on.
 
 Run:   python -m experiments.benchmarks.lanes
        python -m experiments.benchmarks.lanes --width 256 --layers 4 --batch 64

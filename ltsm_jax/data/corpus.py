@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,8 @@ class Scaled:
 
     windows: Windows
     limit: float = 10.0
+    n_past: ClassVar[int] = 0  # a corpus has no covariates
+    n_known: ClassVar[int] = 0
 
     @property
     def n(self) -> int:

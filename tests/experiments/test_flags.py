@@ -19,10 +19,10 @@ from ltsm_jax.data.tables import ReadingOptions
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
-    "aot", "all_families", "curvature", "demo", "landscape", "parity", "pretrain", "prune_then_finetune",
-    "pruning_report", "report", "sff", "stores",
+    "all_families", "alpha", "aot", "curvature", "demo", "landscape", "parity", "pretrain", "prune_then_finetune",
+    "pruning_report", "report", "sff", "stores", "study",
     "benchmarks.chronos_bolt", "benchmarks.coverage", "benchmarks.experts", "benchmarks.first_forecast",
-    "benchmarks.landscape", "benchmarks.loop",
+    "benchmarks.epoch", "benchmarks.landscape", "benchmarks.lanes", "benchmarks.loop",
     "benchmarks.panel", "benchmarks.predict_df", "benchmarks.pruned_speed", "benchmarks.pruning_score",
     "benchmarks.train_step",
 )  # fmt: skip
@@ -51,6 +51,8 @@ def documented():
 def read(module, words):
     """The options that a command line means; KeyError for a program that has none."""
     found = importlib.import_module(module)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{module}.__main__")
     options = getattr(found, "Options", None) or getattr(found, "Pretrain", None)
     if module == "experiments.benchmarks.first_forecast":
         return None
