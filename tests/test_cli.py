@@ -409,6 +409,7 @@ def test_prune(ran, timer, shops, tmp_path, monkeypatch):
     assert folders.read_config("run/model")[1]["provenance"]["pruned_from"]
 
 
+@pytest.mark.slow
 def test_landscape(ran, timer, shops, tmp_path):
     on = (shops / "sales.csv", "--model", timer, *LONG)
     words = ("landscape", *on, "--points", 3, "--windows", 4096, "--out", tmp_path)

@@ -323,6 +323,7 @@ def test_the_centre_is_the_test_mse(timer):
     assert found.loss[0, 0] != found.loss[1, 1]
 
 
+@pytest.mark.slow
 def test_the_own_loss_is_that_of_training(timer):
     model, params, splits = timer
     windows = splits.training(model.horizon)

@@ -181,6 +181,7 @@ def test_no_function_imports_our_own_packages():
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_the_converters_may_be_imported_first():
     """They import `ltsm_jax`, whose list of names leads back to them."""
     done = subprocess.run([sys.executable, "-c", "import converters"], cwd=ROOT, capture_output=True, text=True)

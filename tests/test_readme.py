@@ -3,8 +3,13 @@
 import pytest
 import readme_blocks
 
+# These take longest; the stage `wheel` runs them all.
+LONG = (0, 2)
 
-@pytest.mark.parametrize("number", range(len(readme_blocks.BLOCKS)))
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in range(len(readme_blocks.BLOCKS))]
+)
 def test_block(number, tmp_path, monkeypatch):
     readme_blocks.write_tables(tmp_path)
     monkeypatch.chdir(tmp_path)

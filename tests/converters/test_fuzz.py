@@ -27,6 +27,7 @@ def fuzz(seed: int, count: int, folder: Path) -> None:
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_two_thousand_files(tmp_path):
     fuzz(1, 2000, tmp_path)
 

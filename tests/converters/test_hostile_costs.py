@@ -95,6 +95,8 @@ FLOODS = {  # what is stored once (as value 0), what is done again and again, wh
 
 BOTH_FORMATS = ("sets", "many names", "tensors", "expanded tensors")
 FLOODED = [(case, "zip") for case in FLOODS] + [(case, "legacy") for case in BOTH_FORMATS]
+# Every other one is for the slow part.
+FLOODED = [pytest.param(*each, marks=pytest.mark.slow if i % 2 else ()) for i, each in enumerate(FLOODED)]
 
 
 @pytest.mark.parametrize(("case", "container"), FLOODED)
@@ -301,6 +303,7 @@ def test_overlapping_entries_are_refused_before_one_is_read(tmp_path, monkeypatc
     assert not read
 
 
+@pytest.mark.slow
 def test_a_zip_file_of_many_entries(tmp_path):
     entries = {f"{i:x}": b"" for i in range(70_000)}
     refused_in_little_memory(
@@ -411,7 +414,7 @@ INDEXES = {
 }
 
 
-@pytest.mark.parametrize("case", INDEXES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c == "many files" else c for c in INDEXES])
 def test_indexes_that_lie(tmp_path, case):
     data, match = INDEXES[case]
     refused_in_little_memory(put(tmp_path, data, ".bin.index.json"), match)

@@ -84,7 +84,10 @@ def require_same(name: str, file: Path) -> dict:
     return provenance
 
 
-@pytest.mark.parametrize("name", SOURCES)
+QUICK = ("timer", "ttm", "chronos_2", "time_moe")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SOURCES])
 def test_every_family_takes_every_prefix_and_nest(tmp_path, name):
     _, state, model, _ = golden(name)
     # Each prefix once and each nest once: they are found one after the other.

@@ -176,6 +176,7 @@ def test_a_partial_batch_is_filled_up_with_weight_0():
     assert weight.tolist() == [1, 1, 0]
 
 
+@pytest.mark.slow
 def test_a_series_in_parts_over_the_devices_gives_the_same_windows(tmp_path):
     script = Path(__file__).with_name("spread_gathers.py")
     words = [sys.executable, str(script), str(tmp_path / "series.npy")]

@@ -301,7 +301,12 @@ def test_flags_that_do_not_go_together():
         aot.parse([*flags, "--batch", "0"])
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+QUICK = ("timer", "ttm", "chronos_2", "time_moe")
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)]
+)
 def test_every_family_can_be_asked_for(family):
     """Shapes, shardings and windows of the published size, without compiling anything."""
     target = targets.Target("cpu:1", "cpu", tuple(jax.devices()[:1]), None)

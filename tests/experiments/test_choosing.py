@@ -43,6 +43,7 @@ def test_each_arm_has_every_candidate_at_the_first_seed_and_its_best_alone_at_th
     assert frame[frame.method == "zero_shot"].lr.isna().all()
 
 
+@pytest.mark.slow
 def test_a_candidate_is_the_run_that_its_learning_rate_makes(folder, words, tmp_path, no_pictures):
     chosen = pd.read_csv(folder / "results.csv").query("method == 'ff' and chosen and seed == 4").iloc[0]
     flags = ["--methods", "ff", "--lr", f"{chosen.lr}", "--seeds", "4"]
@@ -154,6 +155,7 @@ def test_training_flags_reach_the_config_and_only_unusual_ones_the_settings(word
     assert sff.parse(c.options.command().split()[3:]).training == c.options.training
 
 
+@pytest.mark.slow
 def test_ratio_ema_and_rate_of_a_pruned_model_are_chosen_once_it_is_fine_tuned(words, tmp_path, no_pictures):
     flags = ["--ratio", "0.2,0.4", "--ema", "0.5", "--methods", "ff", "--lr", "1e-3,1e-2", "--seeds", "0,1"]
     more = ["--tune", "validated", "--macro-batch", "128", "--timed-runs", "0", "--out", str(tmp_path / "prune")]

@@ -225,6 +225,7 @@ def test_the_advice_for_a_table_with_a_hole_works_on_the_command_line(tmp_path, 
     assert "300 rows x 3 columns" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "encoding, wanted",
     [

@@ -92,6 +92,7 @@ def test_the_plane_goes_through_the_three_models(folder):
         assert tuple(file["places"][0]) == (0, 0) and file["places"][1][1] == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(folder, command, tmp_path, monkeypatch, capsys):
     real, computed = grid._losses, []
 
@@ -149,6 +150,7 @@ def test_the_mix_of_the_losses_has_the_mix_of_the_hessians():
     assert curvature.distance(mixed, still, mixed, still, jax.random.key(0), None) == 0
 
 
+@pytest.mark.slow
 def test_curvature_along_alpha(micro, waves, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the second command below compiles nothing
     out = tmp_path / "out"

@@ -168,6 +168,7 @@ def test_another_setting_in_the_same_folder_is_refused(folder, command, capsys):
     assert (folder / "results.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_more_ratios_join_the_same_folder(folder, command, tmp_path, no_pictures):
     out = tmp_path / "more"
     shutil.copytree(folder, out)
@@ -177,6 +178,7 @@ def test_more_ratios_join_the_same_folder(folder, command, tmp_path, no_pictures
     assert set(pick(frame, "pruned+ff").ratio) >= {0.45, 0.3}
 
 
+@pytest.mark.slow
 def test_a_run_per_ratio_and_dropout_off_in_pruned_arms_alone(command, tmp_path, monkeypatch, no_pictures):
     asked, real = [], run.run
 

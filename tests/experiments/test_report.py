@@ -132,6 +132,7 @@ def test_a_table_wider_than_the_terminal_goes_below_each_other(tmp_path, width):
         assert number in values
 
 
+@pytest.mark.slow
 def test_a_terminal_without_utf8_gets_the_whole_table(tmp_path):
     script = f"from experiments import report; report.main([{str(make(tmp_path, FRAME))!r}])"
     environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LANG": "C", "PATH": ""}

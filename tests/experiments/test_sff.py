@@ -116,7 +116,13 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in between may catch it."""
 
 
-@pytest.mark.parametrize("where", ["in training", "between training and result", "in the second phase"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("in training", "between training and result")),
+        "in the second phase",
+    ],
+)
 def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_path, monkeypatch, no_pictures, where):
     out, calls = tmp_path / "killed", []
     with monkeypatch.context() as patch:
@@ -161,6 +167,7 @@ def test_another_setting_in_the_same_folder_is_refused(folder, command, capsys):
     assert (folder / "results.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_does_not_stop_the_others(command, tmp_path, capsys, no_pictures):
     out = tmp_path / "diverges"
     real = sff.strategy

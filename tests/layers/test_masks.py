@@ -12,8 +12,8 @@ from ltsm_jax.layers import masks as layer_masks
 from ltsm_jax.methods.pruning import full_masks, masked, merge
 from ltsm_jax.models import FAMILIES
 
-# post-norm with GELU, SwiGLU, experts; T5 with ReLU, mixers and the others take longer to compile
-QUICK = ("timer", "timer_hf", "time_moe")
+# post-norm with GELU, SwiGLU with experts; T5 with ReLU, mixers and the others take longer to compile
+QUICK = ("timer", "time_moe")
 FAMILY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
@@ -97,6 +97,7 @@ def test_masks_that_do_not_fit_are_all_named():
         assert part in str(error.value)
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_the_weights_in_every_family():
     for name, cls in FAMILIES.items():
         model = cls(cls.small())

@@ -42,6 +42,7 @@ def test_auto_trains_the_grid_at_equal_budget_and_keeps_the_best_by_validation(a
     assert auto.result.test is None
 
 
+@pytest.mark.slow
 def test_auto_at_one_is_full_fine_tuning(auto, model, good, splits):
     full = ltsm_jax.fit(model, good, splits, method="ff", config=QUICK, show_progress=False)
     assert auto.choice.trials[-1].score == full.tuned["mse"]
@@ -128,6 +129,7 @@ def test_alphas_by_curvature_follow_their_formula():
         by_curvature({"a": -1.0}, 0.7)
 
 
+@pytest.mark.slow
 def test_layers_get_the_alphas_of_their_curvature(model, good, splits):
     found = choose(model, good, splits, by="layers", epochs=0, grid=(0.7, 1.0), samples=2)
     (trial,) = found.trials
@@ -160,6 +162,7 @@ def test_the_gradient_of_the_learned_alphas_is_that_of_the_validation_loss(model
         assert float(slope[group]) == pytest.approx(float(above - below) / (2 * step), rel=0.03, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_learned_alphas_lower_the_validation_loss(model, good, splits):
     alphas, steps = learn(model, good, splits, sff(0.7, keep=("norms",)), outer_steps=6, inner_steps=2, sample=64)
     assert len(steps) == 6 and set(alphas) == {"head", "embedding", "biases", "body"}

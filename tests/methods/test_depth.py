@@ -115,6 +115,7 @@ def test_the_least_influential_layers_go_but_never_all_of_a_stack(deep, weights)
         pruning.PruneConfig(**ONE_PASS, depth=-1)
 
 
+@pytest.mark.slow
 def test_a_shorter_model_is_saved_loaded_tuned_and_exported_like_any_other(deep, weights, splits, tmp_path):
     config = pruning.PruneConfig(**ONE_PASS, depth=1)
     found = pruning.prune(deep, weights, splits, config, folder=tmp_path / "pruning", show_progress=False)

@@ -81,6 +81,7 @@ def test_fit_prune_and_forecast_read_by_the_same_options():
     assert "masks" in inspect.signature(ltsm_jax.fit).parameters
 
 
+@pytest.mark.slow
 def test_what_forecast_reads_fit_reads(model, pre, series):
     """A long table of two items with gaps, out of order: every option that its messages name is one of fit."""
     long = pd.concat(
@@ -149,6 +150,7 @@ def test_a_fit_scores_what_a_forecast_gives(model, pre, series):
 # missing values
 
 
+@pytest.mark.slow
 def test_a_series_with_gaps_is_tuned_as_it_is(model, pre, series):
     holes = dataclasses.replace(series, values=series.values.copy())
     holes.values[0, 40:90] = np.nan
@@ -170,6 +172,7 @@ def test_a_series_with_gaps_is_tuned_as_it_is(model, pre, series):
 # the verdict
 
 
+@pytest.mark.slow
 def test_naive_forecasts_count_in_the_verdict(model, pre):
     """A season of a day that repeats but for a little noise: a model that was never trained is far behind."""
     t, rng = np.arange(300), np.random.default_rng(0)
@@ -240,7 +243,7 @@ MIXER = TTM(
 )
 
 
-@pytest.mark.parametrize("which", [PATCH_96, MIXER], ids=["timer", "ttm"])
+@pytest.mark.parametrize("which", [PATCH_96, pytest.param(MIXER, marks=pytest.mark.slow)], ids=["timer", "ttm"])
 def test_144_months_are_tuned_for_12(which):
     params = jax.jit(which.init)(jax.random.key(0))
     fitted = fit(which, params, months(), method="ff", horizon=12, **(SHORT | {"few_shot": 1.0}))
@@ -253,7 +256,7 @@ def test_144_months_are_tuned_for_12(which):
         assert "context of 96 rows" in str(fitted), "whoever prints it reads what was given up"
 
 
-@pytest.mark.parametrize("which", [PATCH_96, MIXER], ids=["timer", "ttm"])
+@pytest.mark.parametrize("which", [PATCH_96, pytest.param(MIXER, marks=pytest.mark.slow)], ids=["timer", "ttm"])
 @pytest.mark.parametrize("asked", [{"context_len": 140}, {"horizon": 90}, {"horizon": 60, "mode": "ims"}])
 def test_the_advice_works_when_it_is_followed(which, asked):
     params = jax.eval_shape(which.init, jax.random.key(0))

@@ -178,6 +178,7 @@ def shop(rows=150):
     return pd.DataFrame({"ds": stamps} | columns)
 
 
+@pytest.mark.slow
 def test_a_models_weights_do_not_depend_on_the_name_of_a_file(tmp_path):
     """Tokens that a UniTS lacks are drawn for tuning, are those of the tuned model under any name, and nowhere else."""
     model = Units(Units.small())
@@ -196,6 +197,7 @@ def test_a_models_weights_do_not_depend_on_the_name_of_a_file(tmp_path):
     assert not np.allclose(asked[["a", "b", "c"]], got[0][["a", "b", "c"]], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixers_over_channels_are_not_drawn_anew_for_a_forecast():
     model = TTM(TTM.small())
     weights = jax.jit(model.init)(jax.random.key(0))

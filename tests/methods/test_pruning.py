@@ -251,6 +251,7 @@ def prune(model, pre, few):
     return prune
 
 
+@pytest.mark.slow
 def test_data_of_a_name_or_a_series_is_split_as_fit_does(prune, model, pre, series):
     config = PruneConfig(epochs=1, ratio=0.3, ema=0.5, batch_size=16)
     found = ltsm_jax.prune(model, pre, series, config, few_shot=0.2, mode="ims", show_progress=False)
@@ -341,7 +342,8 @@ def test_one_run_gives_nested_masks(prune):
     assert cuts[0.0]["mse"] == found.history[0]["val_mse"] != cuts[0.5]["mse"]
 
 
-@pytest.mark.parametrize("score", ["taylor2", pytest.param("taylor1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["taylor2", "taylor1"])
 def test_a_killed_run_goes_on_to_the_same_end(prune, tmp_path, monkeypatch, score):
     options = {"epochs": 2, "patience": 5, "score": score, "macro_batch": 32}
     whole = prune(**options)
@@ -402,6 +404,7 @@ def test_router_example():
     assert pruning.kept_experts(usage, 1.0, 2) == {"m": ()}
 
 
+@pytest.mark.slow
 def test_weights_of_experts_that_stay_are_what_they_were(moe):
     """p = (.610, .224, .136, .030): without expert 0 the token goes to 1 and 2 with .224 and .136."""
     model, params, _ = moe

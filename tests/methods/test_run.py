@@ -130,7 +130,7 @@ def test_killed_between_phases_it_goes_on_to_the_same_end(run, model, pre, split
     assert_same_run(run_strategy(model, pre, strategy("lpff"), splits, **arguments), undisturbed)
 
 
-@pytest.mark.parametrize("horizon", [4, 8, 20])
+@pytest.mark.parametrize("horizon", [pytest.param(4, marks=pytest.mark.slow), 8, 20])
 def test_next_token_training_has_targets_of_a_patch_at_any_horizon(model, pre, series, horizon):
     splits = prepare(series, 32, horizon, few_shot=0.5)
     windows = training_windows(model, splits, "ims")

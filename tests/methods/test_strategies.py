@@ -139,7 +139,10 @@ def test_groups_of_a_timer(model, pre):
     assert layer_of(model, "norm/scale") is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("timer", "ttm", "chronos_2", "time_moe")
+
+
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_every_family_has_groups_and_layers(family):
     model = FAMILIES[family](FAMILIES[family].small())
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -41,6 +41,7 @@ def assert_same(found, wanted):
         assert getattr(found, name) == getattr(wanted, name)
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_what_runs_one_by_one_give_phase_by_phase(model, pre, splits, mapped, tmp_path):
     strategies = [zero_shot(), sff(0.5), lpff()]
     settings = {"config": CONFIG, "show_progress": False}

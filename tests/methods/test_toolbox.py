@@ -94,6 +94,7 @@ def test_partial_unfreezing_moves_what_it_says(tune, pre):
     assert found.trained == sum(leaf.size for p, leaf in trees.flatten(pre).items() if p.endswith(("bias", "scale")))
 
 
+@pytest.mark.slow
 def test_the_stronger_the_anchor_the_closer_the_forecasts_stay(model, pre, splits, tune, tuned):
     context = splits.val.gather(jnp.arange(64))["context"]
 
@@ -161,6 +162,7 @@ def test_mixout_has_gradients_at_the_checkpoint_and_draws_anew_each_step():
     np.testing.assert_array_equal(jax.grad(loss)(w, {}, jax.random.key(0), False)["a"], jnp.ones(400))  # a validation
 
 
+@pytest.mark.slow
 def test_mixout_tunes_the_same_weights_by_another_loss(tune, tuned, pre):
     found = tune("mixout")
     assert found.history[0]["train_loss"] != tuned.history[0]["train_loss"]
@@ -179,6 +181,7 @@ def test_wise_ft_keeps_the_mix_that_validates_best(tune, tuned, model, pre, spli
     assert found.history == tuned.history
 
 
+@pytest.mark.slow
 def test_wise_ft_takes_the_checkpoint_where_tuning_does_harm(model, pre, splits):
     harmful = training.TrainConfig(epochs=1, batch_size=128, lr=0.5, schedule="constant")
     found = run_strategy(model, pre, strategy("wise_ft"), splits, config=harmful, show_progress=False, test=False)

@@ -61,6 +61,7 @@ def test_a_checkpoint_alone_is_measured_too(tune, found):
     assert tune("zero_shot", curvature_at=(0,)).start_curvature == found.start_curvature
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_has_the_numbers_of_an_undisturbed_one(tune, tmp_path, monkeypatch, found):
     measure, calls = tracking.Tracker.measure, []
 

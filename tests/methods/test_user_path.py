@@ -69,6 +69,7 @@ def test_prune_fit_forecast_save_load_export(sales, tmp_path, monkeypatch, capsy
     pd.testing.assert_frame_equal(ltsm_jax.forecast(back, weights, sales, 48, missing="keep"), future)
 
 
+@pytest.mark.slow
 def test_after_remove_the_zeros_stay_zero(model, pre, series):
     quiet = {"few_shot": 0.2, "show_progress": False}
     found = ltsm_jax.prune(model, pre, series, ltsm_jax.PruneConfig(ratio=0.5, ema=0.5, epochs=1), **quiet)

@@ -165,6 +165,7 @@ def test_where_the_seasonal_naive_forecast_wins_it_is_named(model, pre):
     assert found.verdict.differences["zero_shot_vs_naive"].low > 0
 
 
+@pytest.mark.slow
 def test_three_windows_show_nothing(model, pre):
     """One window each to validate and to test, and one to train on."""
     panel = panel_of(*waves(16, 26))
@@ -178,6 +179,7 @@ def test_three_windows_show_nothing(model, pre):
         compare(model, pre, panel_of(*waves(16, 16)), 8, show_progress=False)
 
 
+@pytest.mark.slow
 def test_masks_stay_in_every_model(model, pre):
     masks = full_masks(model)
     masks["layer_0"]["up"]["out"] = np.zeros(24, np.float32)

@@ -78,6 +78,7 @@ def test_windows_hold_the_covariates_of_their_own_rows(model, params, panel):
         assert batch["target"].shape == (2, 1, HORIZON)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_what_is_deployed(model, params, panel, found):
     """The test MSE of the checkpoint, from forecasts of the forecaster after the same rows."""
     splits = found.splits
@@ -91,6 +92,7 @@ def test_scores_are_those_of_what_is_deployed(model, params, panel, found):
     assert found.verdict.candidate("zero_shot").test["mse"] == pytest.approx(mse, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_price_that_is_known_ahead_pays_in_tuning(found):
     verdict = found.verdict
     assert verdict.deploy == "ff" and verdict.differences["tuned_vs_naive"].high < 0

@@ -42,6 +42,7 @@ def test_published_parameter_counts(size):
     assert trees.count(folders.shapes(ChronosBolt(PRESETS[f"amazon/chronos-bolt-{size}"]))) == COUNTS[size]
 
 
+@pytest.mark.slow
 def test_rolled_out_as_one_would_by_hand(small):
     """Paths of growing length, one forward pass after the other."""
     model, params = small
@@ -106,6 +107,7 @@ def test_point_between_levels_where_no_level_is_the_median():
     np.testing.assert_allclose(model._point(jnp.asarray([[[[0.0, 1.0, 5.0]]]])), [[[2.0]]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_losses_of_a_forecast_worked_out_by_hand(small):
     model, params = small
     x, target = waves(2, 40), np.array(waves(2, 4))

@@ -25,6 +25,7 @@ def wave(rows, t, seed=0):
     return jnp.asarray(3 + np.sin(np.arange(t) / 3) + 0.1 * noise, jnp.float32)
 
 
+@pytest.mark.slow
 def test_published_parameter_counts():
     assert {f"amazon/chronos-t5-{name}" for name in SIZES} == PRESETS.keys()
     for name, millions in SIZES.items():
@@ -110,6 +111,7 @@ def test_samples_follow_the_key_and_not_the_horizon(small):
     np.testing.assert_allclose(longer.quantiles[..., 4], np.median(longer.samples, -1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_roll_out_feeds_the_lower_median_back(small):
     """The second block is a forecast from the context with the first block's lower median behind it."""
     model, params = small

@@ -1,6 +1,7 @@
 """What every registered family promises, run through all of them at a small random size."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -51,13 +52,29 @@ INIT = jax.jit(lambda model, key: model.init(key), static_argnums=0)
 ROWS = 13
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def case(request):
-    cls = FAMILIES[request.param]
+# A decoder, a mixer, an encoder with covariates, and experts; what takes long of the others is in the slow part.
+QUICK = ("timer", "ttm", "chronos_2", "time_moe")
+
+
+@functools.cache
+def case_of(name):
+    cls = FAMILIES[name]
     model = cls(cls.small())
     params = INIT(model, jax.random.key(1))
     model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
     return Case(model, params, 2 if model.variates == "joint" else 1)
+
+
+@pytest.fixture(scope="module", params=[name if name in QUICK else slow(name) for name in FAMILIES])
+def case(request):
+    """For what compiles forecasts or losses."""
+    return case_of(request.param)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_case(request):
+    """For what takes no time: every family in every run."""
+    return case_of(request.param)
 
 
 def check_finite(forecast, b, c, h):
@@ -303,33 +320,33 @@ def test_training_noise_follows_the_key(case):
     assert np.isfinite(first) and first == again
 
 
-def test_init_is_a_function_of_the_key(case):
-    model = type(case.model)(type(case.model).small())
+def test_init_is_a_function_of_the_key(any_case):
+    model = type(any_case.model)(type(any_case.model).small())
     one, same, other = (INIT(model, jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-def test_config_survives_json(case):
-    told = json.loads(json.dumps(case.model.config_to_dict()))
-    assert type(case.model).config_from_dict(told) == case.model.config
-    assert hash(case.model) == hash(type(case.model)(type(case.model).config_from_dict(told)))
+def test_config_survives_json(any_case):
+    told = json.loads(json.dumps(any_case.model.config_to_dict()))
+    assert type(any_case.model).config_from_dict(told) == any_case.model.config
+    assert hash(any_case.model) == hash(type(any_case.model)(type(any_case.model).config_from_dict(told)))
 
 
-def test_a_folder_gives_the_model_back(case, tmp_path):
-    folders.save(tmp_path / "model", case.model, case.params)
+def test_a_folder_gives_the_model_back(any_case, tmp_path):
+    folders.save(tmp_path / "model", any_case.model, any_case.params)
     model, params = folders.load_folder(tmp_path / "model")
-    assert model == case.model
-    jax.tree.map(np.testing.assert_array_equal, params, case.params)
+    assert model == any_case.model
+    jax.tree.map(np.testing.assert_array_equal, params, any_case.params)
 
 
-def test_declared_facts_fit_the_parameters(case):
-    model, flat = case.model, trees.flatten(case.params)
-    assert any(jax.tree.leaves(trees.select(case.params, model.head))), "linear probing would train nothing"
+def test_declared_facts_fit_the_parameters(any_case):
+    model, flat = any_case.model, trees.flatten(any_case.params)
+    assert any(jax.tree.leaves(trees.select(any_case.params, model.head))), "linear probing would train nothing"
     if model.fixed:
-        trees.select(case.params, model.fixed)
+        trees.select(any_case.params, model.fixed)
     if model.recipe().trainable:
-        trees.select(case.params, model.recipe().trainable)
+        trees.select(any_case.params, model.recipe().trainable)
     for path, leaf in flat.items():
         rule = next((axes for pattern, axes in model.shard_rules if _matches(pattern, path)), None)
         assert rule is not None, f"no shard rule for {path}"
@@ -346,14 +363,14 @@ def _matches(pattern, path):
 
 
 @pytest.mark.parametrize("n", [1, slow(None)])
-def test_published_presets_have_their_shapes(case, n):
+def test_published_presets_have_their_shapes(any_case, n):
     """The first preset of each family; the others are the same network at other sizes."""
-    models = {type(case.model)(config): name for name, config in type(case.model).presets().items()}
+    models = {type(any_case.model)(config): name for name, config in type(any_case.model).presets().items()}
     for model, name in list(models.items())[:n]:
         assert trees.count(folders.shapes(model)) > 0, name
 
 
-def test_published_presets_survive_json(case):
-    for name, config in type(case.model).presets().items():
-        told = json.loads(json.dumps(type(case.model)(config).config_to_dict()))
-        assert type(case.model).config_from_dict(told) == config, name
+def test_published_presets_survive_json(any_case):
+    for name, config in type(any_case.model).presets().items():
+        told = json.loads(json.dumps(type(any_case.model)(config).config_to_dict()))
+        assert type(any_case.model).config_from_dict(told) == config, name

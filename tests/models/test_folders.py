@@ -51,6 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- what is kept
 
 
+@pytest.mark.slow
 def test_every_file_has_the_mode_of_any_new_file(tmp_path, params):
     """In a child, as the umask is one of the whole process."""
     command = f"""
@@ -99,6 +100,7 @@ def test_save_refuses_a_provenance_that_load_would_refuse(tmp_path, params, prov
         ltsm_jax.save(tmp_path / "m", MODEL, params, provenance=provenance)
 
 
+@pytest.mark.slow
 def test_shipped_models_load_and_forecast_in_64_bits():
     """In a child, as the switch is one of the whole process."""
     command = """
@@ -383,7 +385,7 @@ def any_params(model):
     return jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), folders.shapes(model))
 
 
-@pytest.mark.parametrize("name", ["timer", "ttm", "chronos_bolt"])
+@pytest.mark.parametrize("name", ["timer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ttm", "chronos_bolt"))])
 def test_a_hundred_edits_of_a_config_are_refused_or_right(tmp_path, name):
     model = FAMILIES[name](FAMILIES[name].small())
     folder = ltsm_jax.save(tmp_path / name, model, any_params(model), provenance={"source": "x", "prefix": "a."})
@@ -493,7 +495,15 @@ ltsm_jax.save(place, model, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), fo
 """
 
 
-@pytest.mark.parametrize("after, exchange", [(0, "renames"), (1, "renames"), (2, "renames"), (0, "exchange")])
+@pytest.mark.parametrize(
+    "after, exchange",
+    [
+        (0, "renames"),
+        pytest.param(1, "renames", marks=pytest.mark.slow),
+        pytest.param(2, "renames", marks=pytest.mark.slow),
+        (0, "exchange"),
+    ],
+)
 def test_a_kill_leaves_a_whole_model_and_the_next_start_removes_the_scrap(folder, params, after, exchange):
     command = [sys.executable, "-c", KILLED, str(folder), str(after), exchange]
     done = subprocess.run(command, cwd=ROOT)
@@ -533,6 +543,7 @@ for size in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_line(tmp_path):
     """A limit of the process stands for it: it is met by the same calls."""
     command = [sys.executable, "-c", FULL, str(tmp_path / "m"), "100", "60000"]

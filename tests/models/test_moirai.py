@@ -31,11 +31,13 @@ def using(**changes):
     return Moirai(dataclasses.replace(MODEL.config, **changes))
 
 
+@pytest.mark.slow
 def test_published_parameter_counts():
     for name, config in PRESETS.items():
         assert trees.count(folders.shapes(Moirai(config))) == COUNTS[name.rsplit("-", 1)[1]], name
 
 
+@pytest.mark.slow
 def test_variates_see_each_other_only_where_they_are_joint(params):
     x = series(1, 2, 32)
     other = x.at[:, 1].multiply(-1.0)
@@ -50,6 +52,7 @@ def test_variates_see_each_other_only_where_they_are_joint(params):
     np.testing.assert_allclose(loss(alone, params, batch), loss(MODEL, params, rows), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_patch_size_with_the_better_end(params):
     """Each row by itself: the forecast is that of the size that would have forecast the last steps best."""
     auto = using(patch_size="auto")
@@ -65,6 +68,7 @@ def test_auto_takes_the_patch_size_with_the_better_end(params):
     assert np.isfinite(alone.point).all()
 
 
+@pytest.mark.slow
 def test_loss_is_the_packed_loss_of_the_same_tokens(params):
     context, target = series(2, 2, 32), series(2, 2, 10, seed=2).at[0, 0, 3:].set(jnp.nan).at[1, 1, :].set(jnp.nan)
     tokens = packed.pack(observed_series(context), 10, 8, 8, future=observed_series(target))
@@ -102,6 +106,7 @@ def test_fresh_weights_of_smaller_patches_are_zero_past_them(params):
         assert 0.8 * 16**-0.5 < np.abs(head[z, :, : 4 * p]).max() <= 16**-0.5
 
 
+@pytest.mark.slow
 def test_parameters_of_half_the_width_work(params):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     got = jax.jit(lambda p, x: MODEL.future(p, observed_series(x), 8, 8).mean())(half, series(1, 1, 32))

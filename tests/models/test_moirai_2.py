@@ -53,6 +53,7 @@ def test_short_series_are_filled_with_their_first_value():
     np.testing.assert_array_equal(using(missing="zero").prepare(x)[0][0, 0, 5], 0.0)
 
 
+@pytest.mark.slow
 def test_series_of_one_value_in_every_variate_roll_out_as_one(params):
     """Two equal variates that never see each other forecast what one does."""
     apart = jax.tree.map(lambda leaf: leaf, params)
@@ -83,6 +84,7 @@ def test_a_median_that_is_no_level_lies_between_two(params):
     assert found.levels == (0.2, 0.6, 0.9)
 
 
+@pytest.mark.slow
 def test_loss_of_one_variate_is_the_packed_loss(params):
     x = series(2, 1, 40)
     tokens = packed.pack(

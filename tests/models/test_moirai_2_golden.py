@@ -128,6 +128,7 @@ def test_golden_forecasts(recorded):
             row += b
 
 
+@pytest.mark.slow
 def test_golden_series_of_any_length(recorded):
     """What `predict` makes of ragged series with missing values: its preparation, one batch, and itself on one."""
     _, model, params, io = recorded

@@ -84,12 +84,14 @@ def test_the_future_is_not_seen(params):
     np.testing.assert_array_equal(run(one), run(other))
 
 
+@pytest.mark.slow
 def test_the_first_patch_of_a_long_forecast_is_the_short_forecast(params):
     x = series(2, 2, 32)
     short, long = (jax.jit(lambda x, h=h: MODEL.predict(params, x, h))(x) for h in (8, 24))
     np.testing.assert_allclose(long.samples[:, :, :8], short.samples, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_is_the_packed_loss_of_the_same_tokens(params):
     x = series(2, 1, 48)
     context, target = x[..., :32], x[..., 32:].at[0, 0, 3].set(jnp.nan)

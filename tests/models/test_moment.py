@@ -39,7 +39,10 @@ def predict(model, params, x, horizon):
     return model.predict(params, x, horizon).point
 
 
-@pytest.mark.parametrize(("name", "n"), [("small", 37_901_512), ("base", 113_481_608), ("large", 346_368_520)])
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [("small", 37_901_512), ("base", 113_481_608), pytest.param("large", 346_368_520, marks=pytest.mark.slow)],
+)
 def test_published_sizes(name, n):
     """The hub's counts (37.9, 113 and 346 M) hold the position table, and the token embedding that nothing uses."""
     model = Moment(PRESETS[f"AutonLab/MOMENT-1-{name}"])

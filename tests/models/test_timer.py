@@ -125,6 +125,7 @@ def test_tokens_see_only_what_lies_before_them(params):
     assert np.abs(np.asarray(a - b)[..., 40:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_direct_loss_is_the_error_of_predict_and_rows_count_by_weight(params):
     batch = {"context": jnp.asarray(series(b=4)), "target": jnp.asarray(series(b=4, t=5, seed=2))}
     point = predict(params, batch["context"], 5).point
@@ -242,6 +243,7 @@ def test_shard_rules_cover_every_parameter(params):
         assert len(rules[0]) in (0, leaf.ndim), path
 
 
+@pytest.mark.slow
 def test_the_advice_of_the_losses_can_be_followed():
     params = jax.jit(MODEL.init)(jax.random.key(0))
     steps = lambda t, h: {"context": jnp.ones((1, 1, t)), "target": jnp.ones((1, 1, h))}  # noqa: E731

@@ -108,7 +108,10 @@ def test_golden_anomaly(recorded):
         np.testing.assert_allclose(error, io[f"anomaly/{name}"], rtol=RTOL)
 
 
-@pytest.mark.parametrize("case", ["imputation", "imputation_points", "imputation_nomask"])
+@pytest.mark.parametrize(
+    "case",
+    ["imputation", *(pytest.param(c, marks=pytest.mark.slow) for c in ("imputation_points", "imputation_nomask"))],
+)
 def test_golden_imputation(recorded, case):
     _, model, params, io = recorded
     x = io[f"{case}/x"]
@@ -169,7 +172,9 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("kind", list(GRADIENTS))
+@pytest.mark.parametrize(
+    "kind", [k if k in ("grad", "grad_ims") else pytest.param(k, marks=pytest.mark.slow) for k in GRADIENTS]
+)
 def test_golden_loss_and_gradients(recorded, kind):
     vectors, model, params, io = recorded
     stored = {k.split("/", 1)[1]: v for k, v in vectors.arrays("grads.npz").items() if k.split("/", 1)[0] == kind}

@@ -106,7 +106,9 @@ def test_golden_losses_are_all_compared(recorded):
     assert names and names <= set(KINDS.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "grad_covariate" else k for k in KINDS]
+)
 def test_golden_loss_and_gradients(recorded, kind):
     vectors, model, params, io = recorded
     want = parity.recorded_gradients(vectors, model, f"{kind}/")

@@ -21,6 +21,7 @@ FORWARD = "normal left_padded almost_all_padded pad_val scales constant first_pa
 DECODE = "decode decode_long decode_long_padded decode_short_steps decode_maxlen decode_on_context"
 FORECAST = "plain normalize window on_context ctx_len"
 TAGS = {"pos": True, "nopos": False}  # use_positional_embedding, which has no weights
+TAG = ["pos", pytest.param("nopos", marks=pytest.mark.slow)]
 
 apply = jax.jit(lambda model, *args: model.apply(*args), static_argnums=0)
 decode = jax.jit(
@@ -81,7 +82,7 @@ def largest(x, padding=None):
     return np.abs(np.where(hidden, 0, x)).max(1)
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", TAG)
 @pytest.mark.parametrize("case", FORWARD.split())
 def test_golden_output(recorded, case, tag):
     recorded.require(f"{case}/out/{tag}/output_ts")
@@ -117,7 +118,7 @@ def names_of(model):
     return ours
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", TAG)
 def test_golden_intermediates(recorded, tag):
     io, model = recorded.io, recorded.tagged(tag)
     names = {key.removeprefix(f"act/normal/{tag}/") for key in io if key.startswith(f"act/normal/{tag}/")}
@@ -134,7 +135,7 @@ def test_golden_intermediates(recorded, tag):
         parity.close(sinusoids(*table.shape), table, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", TAG)
 @pytest.mark.parametrize("case", DECODE.split())
 def test_golden_rollout(recorded, case, tag):
     recorded.require(f"{case}/out/{tag}/full")
@@ -165,7 +166,7 @@ def series(io):
     return batch
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", TAG)
 @pytest.mark.parametrize("case", FORECAST.split())
 def test_golden_forecast(recorded, case, tag):
     key = f"forecast_{case}/out/{tag}/full"
@@ -224,7 +225,7 @@ def train_batch(io):
     }
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", TAG)
 def test_golden_losses_and_gradients(recorded, tag):
     io, batch = recorded.io, train_batch(recorded.io)
     plain, model = recorded.tagged(tag, quantile_loss=False, point="mean"), recorded.tagged(tag)

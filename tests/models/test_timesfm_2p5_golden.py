@@ -158,7 +158,9 @@ def test_golden_naive_forecast(recorded):
     within(got[:, 0], want, np.nanmax(np.abs(x[:, 0]), axis=1))
 
 
-@pytest.mark.parametrize("case", FORECAST.split())
+@pytest.mark.parametrize(
+    "case", [c if c in ("plain", "all") else pytest.param(c, marks=pytest.mark.slow) for c in FORECAST.split()]
+)
 def test_golden_forecast(recorded, case):
     recorded.require(f"forecast_{case}/out/full")
     io, told = recorded.io, f"forecast_{case}/in/"
@@ -213,7 +215,7 @@ def port(recorded):
     return model, params, {"context": context, "target": target}
 
 
-@pytest.mark.parametrize("kind", ["flip", "noflip"])
+@pytest.mark.parametrize("kind", ["flip", pytest.param("noflip", marks=pytest.mark.slow)])
 def test_golden_transformers_form(recorded, port, kind):
     """Forecast and loss of the port, with its quantiles out of place."""
     recorded.require(f"hf/out/{kind}/loss")

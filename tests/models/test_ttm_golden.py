@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc):
             for pattern in ("ttm*/meta.json", "ttm*/variants/*/meta.json")
             for file in root.glob(pattern)
         )
-        sets = [pytest.param(name, marks=pytest.mark.slow if "variants" in name else ()) for name in found or MAIN]
+        sets = [pytest.param(name, marks=() if name == MAIN[0] else pytest.mark.slow) for name in found or MAIN]
         metafunc.parametrize("recorded", sets, indirect=True, scope="module")
 
 

@@ -60,6 +60,7 @@ def test_loss_is_the_cross_entropy_of_rows_that_count(model, parts):
     assert loss is Classification().loss(Units(model.config)), "equal models share a compilation"
 
 
+@pytest.mark.slow
 def test_the_runner_tunes_a_classifier(model, parts):
     params = jax.jit(model.init)(jax.random.key(0))
     config = training.TrainConfig(epochs=4, batch_size=16, lr=5e-3, schedule="constant")

@@ -222,6 +222,7 @@ class TestTimer:
         assert imputation.evaluate(self.model, params, test)["mse"] < 0.8 * before
 
 
+@pytest.mark.slow
 def test_the_runner_tunes_an_imputer():
     """Fine-tuning by a strategy, and pruning, know no task by name."""
     t, rng = np.arange(400), np.random.default_rng(0)

@@ -208,6 +208,7 @@ def test_stamps_are_part_of_the_data(tmp_path):
         problem.fit(folder=tmp_path, config=short)
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_is_said_in_one_message(tmp_path):
     """A limit on the size of files stands for a full disk: tensorstore fails in its threads, as it does there."""
     script = (
@@ -266,7 +267,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("harm", [flip, *(pytest.param(h, marks=pytest.mark.slow) for h in (cut, Path.unlink))])
 def test_damage_to_any_file_of_the_newest_checkpoint_is_refused_by_name(stopped, harm):
     newest = checkpoints(stopped)[-1]
     files = [p for p in sorted(newest.rglob("*")) if p.is_file() and p.stat().st_size]

@@ -276,7 +276,9 @@ def test_each_lane_leaves_the_run_folder_of_its_separate_run(alone_on_disk, way,
     assert_same(lanes.fit(jobs_of(tmp_path, **FEW), folder=tmp_path / "sweep"), found)
 
 
-@pytest.mark.parametrize("where", ["in the middle of an epoch", "between two lanes handed out"])
+@pytest.mark.parametrize(
+    "where", ["in the middle of an epoch", pytest.param("between two lanes handed out", marks=pytest.mark.slow)]
+)
 def test_a_killed_sweep_goes_on_to_the_same_bits(alone_on_disk, way, tmp_path, monkeypatch, where):
     way("mapped")
     each_step = {"checkpoint_seconds": 0, "steps_per_dispatch": 1}

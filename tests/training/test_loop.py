@@ -209,6 +209,7 @@ def test_a_bad_window_stops_the_run_and_is_named(tmp_path):
     assert "no checkpoint was made yet" in text
 
 
+@pytest.mark.slow
 def test_a_huge_value_is_named_and_the_last_good_checkpoint_kept(tmp_path):
     values = problem.series()
     config = dataclasses.replace(problem.CONFIG, batch_size=4, checkpoint_seconds=0, steps_per_dispatch=1)

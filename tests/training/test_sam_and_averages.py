@@ -87,6 +87,7 @@ def test_sam_steps_by_the_gradient_uphill_of_what_is_trained():
     assert apart > 1e-3  # or the comparison above would say nothing
 
 
+@pytest.mark.slow
 def test_sam_of_a_batch_in_parts_is_that_of_the_batch():
     assert_close(fit(rho=0.5, accumulate=2, remat="all but products").last_params, written_out(0.5)[-1])
 
@@ -128,7 +129,7 @@ def test_swa_is_the_mean_over_the_last_epochs_and_they_alone_are_selected():
     assert_same_bits(found.last_params, plain.last_params)
 
 
-@pytest.mark.parametrize("average", [{"ema": 0.8}, {"swa": 1.0}])
+@pytest.mark.parametrize("average", [{"ema": 0.8}, pytest.param({"swa": 1.0}, marks=pytest.mark.slow)])
 def test_an_average_survives_a_stop_in_a_validation(tmp_path, average):
     undisturbed = fit(**average)
     calls = []

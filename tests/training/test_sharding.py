@@ -168,11 +168,12 @@ def check_same_pruning(found, want):
     np.testing.assert_allclose(found["cut"], want["cut"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, meshes",
     [
         ("timer", ("data=8", MIXED)),
-        pytest.param("time_moe", (MIXED,), marks=pytest.mark.slow),
+        ("time_moe", (MIXED,)),
     ],
 )
 def test_pruning_over_a_mesh_takes_the_channels_of_one_device(family, meshes):
