@@ -176,6 +176,8 @@ def _blocks(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> ja
     x_NSD = jnp.concatenate([x_TD, jnp.zeros((1, d), x_TD.dtype)])[token_S].reshape(n, block, d)
     expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(n), side="right").clip(0, e - 1)
 
+    kernels = tuple(map(jnp.asarray, kernels))  # arrays of NumPy take no traced index
+
     def one(args):
         x_SD, expert = args
         gate_DF, up_DF, down_FD = (kernel[expert] for kernel in kernels)

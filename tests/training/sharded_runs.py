@@ -278,9 +278,9 @@ def pruned(family):
     small, small_params, rest = removal.remove(model, params, masks)
     found = {}
 
-    def watched(lie, loss, *args, **kwargs):
-        assert lie == (layouts(loss.args[1]) if lie else []), "masks lie elsewhere than their weights"
-        return fit(loss, *args, **kwargs)
+    def watched(lie, *, loss_fn, **others):
+        assert lie == (layouts(loss_fn.args[1]) if lie else []), "masks lie elsewhere than their weights"
+        return fit(loss_fn=loss_fn, **others)
 
     for text in ("one", "data=2,fsdp=2,tensor=2"):
         mesh = None if text == "one" else sharding.make_mesh(text)
