@@ -176,11 +176,11 @@ def _blocks(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> ja
     x_NSD = jnp.concatenate([x_TD, jnp.zeros((1, d), x_TD.dtype)])[token_S].reshape(n, block, d)
     expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(n), side="right").clip(0, e - 1)
 
-    kernels = tuple(map(jnp.asarray, kernels))  # arrays of NumPy take no traced index
+    arrays = [jnp.asarray(kernel) for kernel in kernels]  # one of NumPy takes no traced index
 
     def one(args):
         x_SD, expert = args
-        gate_DF, up_DF, down_FD = (kernel[expert] for kernel in kernels)
+        gate_DF, up_DF, down_FD = (array[expert] for array in arrays)
         return (act(x_SD @ gate_DF) * (x_SD @ up_DF)) @ down_FD
 
     y_NSD = jax.lax.map(one, (x_NSD, expert_N))
