@@ -60,7 +60,7 @@ CHOICE = "choice.json"
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.Options):
-    """What this comparison asks for."""
+    """Options of the comparison."""
 
     program: ClassVar[str] = "experiments.alpha"
     methods: Annotated[
@@ -153,7 +153,7 @@ def cells_of(options: Options) -> tuple[Cell, ...]:
 
 
 def plan(c: Comparison) -> str:
-    """What will run, in words."""
+    """Describe the runs that will follow."""
     runs, o = cells_of(c.options), c.options
     done = cells.finished(c, runs)
     text = f"runs     {len(runs)}: {', '.join(o.methods)} x seeds {', '.join(map(str, o.seeds))}"

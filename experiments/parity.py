@@ -312,7 +312,7 @@ def run(folder: Path, parts: Sequence[str], checkpoint: Path | None = None) -> t
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command asks for."""
+    """Options of the command."""
 
     program: ClassVar[str] = "experiments.parity"
     recorded: Annotated[Path | None, flags.path("FOLDER")] = None

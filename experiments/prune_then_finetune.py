@@ -315,7 +315,7 @@ def plan(c: Comparison) -> str:
 
 
 def _plan_of_choice(c: Comparison) -> str:
-    """What will run where validation chooses settings, in words."""
+    """Describe the runs of a comparison whose settings validation chooses."""
     o, s = c.options, c.settings
     now = len(whole_cells(o, o.seeds[:1])) + len(pruned_cells(o, _seeds_pruned(o))) + len(_grid_cells(o, None))
     lines = [

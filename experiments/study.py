@@ -85,7 +85,7 @@ RELEASED = ("--mode", "direct", "--batch-size", "2048", "--schedule", "halving",
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the study asks for."""
+    """Options of the study."""
 
     program: ClassVar[str] = "experiments.study"
     data: Annotated[tuple[str, ...], flags.words()] = DATA

@@ -159,6 +159,16 @@ def number(low: float, high: float, *, says: str, unset: str = "none") -> Check:
     return check(lambda text: _one(_numbers(float, low, high, says, text), text), "X", unset)
 
 
+def number_or(word: str, low: float, high: float, *, unset: str = "none") -> Check:
+    """Take one number in [low, high], or a word."""
+
+    def read(text: str) -> float | str:
+        says = f"between {low:g} and {high:g}, or {word}"
+        return word if text == word else _one(_numbers(float, low, high, says, text), text)
+
+    return check(read, "X", unset)
+
+
 def unknown(what: str, items: Sequence[str], known: Sequence[str]) -> str:
     """Say that names are not among the known ones, with the nearest of those."""
     near = [match for item in items for match in difflib.get_close_matches(item, known, 1)]

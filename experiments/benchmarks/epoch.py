@@ -143,7 +143,7 @@ class Options:
 
 
 def launched(args: Options) -> dict[str, list[dict[str, float]]]:
-    """What each side gave in each launch, the sides alternating; printed on stderr as it comes.
+    """Launch both sides in turn and collect their measurements, which are also printed on stderr.
 
     Raises: ValueError where a side fails, AssertionError where the two forecast otherwise.
     """

@@ -90,7 +90,7 @@ def smallest(family: str) -> str:
 
 
 def child(name: str, batch: int) -> dict | str:
-    """What `one` gives in a fresh process, or the last line of its error."""
+    """Run `one` in a fresh process. Returns: its row, or the last line of its error."""
     done = subprocess.run([sys.executable, "-c", CHILD, name, str(batch)], capture_output=True, text=True)
     if done.returncode:
         return done.stderr.strip().splitlines()[-1]

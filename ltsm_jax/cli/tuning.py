@@ -20,20 +20,6 @@ from ltsm_jax.training import TrainConfig, memory, optimizers, parts, step
 METHODS = ("auto", *STRATEGIES)
 
 
-def _alpha() -> flags.Check:
-    """Take a number between 0 and 1, or `auto`."""
-
-    def read(text: str) -> float | str:
-        if text == "auto":
-            return text
-        found = flags.read_numbers(text, 0, 1, says="between 0 and 1, or auto")
-        if len(found) != 1:
-            raise ValueError(f"{flags.FLAG} takes one value; got {text!r}")
-        return found[0]
-
-    return flags.check(read, "X", unset="0.7")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit(OnTable):
     """Tune a model on a table, and see whether that, or a model at all, pays.
@@ -61,7 +47,7 @@ class Fit(OnTable):
         flags.names(METHODS),
         flags.described(f"what to try, of {', '.join(METHODS)}; auto is ff,sff, or the model's own recipe"),
     ] = ("auto",)
-    alpha: Annotated[Any, _alpha()] = None
+    alpha: Annotated[Any, flags.number_or("auto", 0, 1, unset="0.7")] = None
     """weight of the pretrained side, for methods that mix; auto: several of them, of which validation picks"""
     masks: Annotated[Path | None, flags.path("FOLDER")] = None
     """masks of `ltsm prune`; what they prune stays out"""

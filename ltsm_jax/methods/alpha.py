@@ -285,7 +285,7 @@ class _Scorer:
         )
 
     def choice(self, by: By, steps: tuple[dict[str, float], ...] = ()) -> Choice:
-        """What won."""
+        """Put the winner and all trials together."""
         tried = tuple(self.trials.values())
         if all(math.isinf(trial.score) for trial in tried):
             raise NonFiniteError(f"training failed at every alpha that was tried: {tried[0].note}")

@@ -147,5 +147,5 @@ def of_pruning(prepared: Prepared, epochs: int, *, work_follows: bool = True) ->
 
 
 def _program(phase: Phase) -> Any:
-    """What the compiled step of a phase depends on."""
+    """Give the facts of a phase that its compiled step depends on."""
     return phase.trainable, phase.lora, bool(phase.l2_sp)

@@ -197,7 +197,7 @@ class Running:
 
     @functools.cached_property
     def tracker(self) -> tracking.Tracker:
-        """What measures curvature: of the task's own loss, without what a strategy adds to it."""
+        """Measure of curvature, of the task's own loss without the terms that a strategy adds."""
         return tracking.tracker(self.loss, self.windows, self.placement)
 
     def test_scores(self, candidate: Params) -> dict[str, Any]:

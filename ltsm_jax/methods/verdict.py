@@ -215,7 +215,7 @@ def prepare(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuning:
-    """What is tuned, and on which training windows.
+    """Methods to tune, and the training windows they see.
 
     Attributes:
       strategies: by the names of the verdict; {} where nothing can be tuned.
@@ -346,7 +346,7 @@ def compare(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tuned:
-    """What the training methods gave.
+    """Outcome of the training methods.
 
     candidates, results: by name. best: the one with the lowest validation error, None without any;
     params: its weights, the only ones that are kept. notes: of runs that failed.
