@@ -51,9 +51,9 @@ def one(frame, method, seed=0):
 
 def test_a_stride_scores_every_nth_start_of_all_variates(command, tmp_path):
     c = sff.resolve(sff.parse(command(tmp_path, **{"score-stride": "10"})))
-    for windows, whole in ((c.splits.val, 60 - 8 + 1), (c.splits.test, 60 - 8 + 1)):
+    for windows, rows_of_part in ((c.splits.val, 30), (c.splits.test, 60)):
         starts, rows = np.asarray(windows.starts), np.asarray(windows.rows)
-        assert len(starts) == 3 * len(range(0, whole, 10))
+        assert len(starts) == 3 * len(range(0, rows_of_part - 8 + 1, 10))
         for row in range(3):
             assert set(np.diff(starts[rows == row])) == {10}
     assert c.settings["score_stride"] == 10
