@@ -75,6 +75,8 @@ class Pretrain:
     """folder of the run; the model goes to OUT/model"""
     preset: Annotated[str, flags.text("NAME")] = "timer-tiny"
     """size to train, a checkpoint or hub name"""
+    model: Annotated[str, flags.text("NAME")] = ""
+    """score this shipped model or model folder, and train nothing"""
     generated: Annotated[int, flags.whole(0)] = 40000
     """number of generated series; 0 for none"""
     length: Annotated[int, flags.whole(1)] = 1024
@@ -246,10 +248,16 @@ def scores(model: Model, params, data: str, parts: Sequence[str], reading: flags
 
 
 def lengths_for(model: Model, series: Series) -> tuple[int, int]:
-    """Find the longest context and horizon, up to the model's own, that leave each part of a series a window."""
+    """Find the context and horizon to score a series with: the model's own where they fit.
+
+    A part shorter than two horizons is scored at a quarter of its rows, a training part shorter
+    than a window with the whole patches that it holds.
+    """
     borders = borders_of(series.benchmark, series.n_rows)
     train, val, test = (hi - lo for lo, hi in (borders.train, borders.val, borders.test))
-    horizon = min(model.horizon, max(min(val, test) // 4, 1))
+    shortest, horizon = min(val, test), model.horizon
+    if shortest < 2 * horizon:
+        horizon = max(shortest // 4, 1)
     if train >= model.context_len + horizon:
         return model.context_len, horizon
     patch = getattr(model.config, "patch_len", 1)
@@ -263,16 +271,17 @@ def main(args: Pretrain) -> pd.DataFrame | None:
 
 
 def _train_and_score(args: Pretrain) -> pd.DataFrame | None:
-    model, params = train(args)
+    model, params = ltsm_jax.load(args.model) if args.model else train(args)
+    name = Path(args.model).name or args.preset
     if not args.evaluate:
         return None
     rows = []
-    for name in args.evaluate:
-        rows += scores(model, params, name, args.parts, args.reading)
+    for data in args.evaluate:
+        rows += scores(model, params, data, args.parts, args.reading)
     results = pd.DataFrame(rows)
-    results.insert(0, "model", args.preset)
+    results.insert(0, "model", name)
     hosts.on_first(results.to_csv, args.out / "results.csv", index=False)
-    table = Table(title=f"{args.preset}, {model.context_len} -> {model.horizon}, zero-shot")
+    table = Table(title=f"{name}, {model.context_len} -> {model.horizon}, zero-shot")
     for column in results.columns[1:]:
         table.add_column(column)
     for row in results.itertuples(index=False):
