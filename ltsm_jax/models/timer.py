@@ -252,7 +252,9 @@ class Timer(Model):
         if self.config in (PRESETS["timer-tiny"], PRESETS["timer-small"]):
             # lr: the lower validation MSE of full fine-tuning on ETTh1, of 1e-4 and 3e-4; the batch is small so that a
             # run from scratch gets a thousand steps in five epochs
-            return Recipe(1e-4, 256, 5, "halving", self.context_len, self.horizon, "own", "validation on ETTh1")
+            tiny = self.config == PRESETS["timer-tiny"]
+            source = "validation on ETTh1" if tiny else "that of timer-tiny, not measured"
+            return Recipe(1e-4, 256, 5, "halving", self.context_len, self.horizon, "own", source)
         source = "thuml/Large-Time-Series-Model scripts; schedule of Meteor-Stars/SFF (commit 2dfb50b)"
         lr, batch_size = (3e-5, 2048) if self.config.task == "forecasting" else (1e-4, 128)
         return Recipe(lr, batch_size, 10, "halving", self.context_len, self.horizon, "own", source)

@@ -102,7 +102,7 @@ def test_files_are_left_out_of_the_corpus_and_the_rest_is_recorded(finished):
     assert made["series"] == 6 and made["points"] == 9000 and made["left_out"] == []
     with pytest.raises(ValueError, match="no files called nowhere"):
         pretrain.corpus_of(dataclasses.replace(args, leave_out=("nowhere",)))
-    with pytest.raises(ValueError, match="no training window of 672 + 96 rows: 0 series"):
+    with pytest.raises(ValueError, match="no training window of .*: 0 series"):
         pretrain.windows(dataclasses.replace(args, leave_out=("real",), generated=0), ltsm_jax.preset("small"))
 
 
