@@ -155,6 +155,7 @@ def resolve(options: Options) -> Comparison:
         problems.append(binding.what_fits(model, params, series, horizon, usual_borders=True))
     if splits is None or problems:
         raise UsageError("\n".join(problems))
+    splits = thinned(splits, options.score_stride)
     settings = {
         "data": series.name,
         "model": Path(options.model).name if os.sep in options.model else options.model,
@@ -173,6 +174,7 @@ def resolve(options: Options) -> Comparison:
         "quirks": ",".join(sorted(options.quirks)) or None,
         **series_facts(series),
         "model_sha256": sha256,
+        "score_stride": None if options.score_stride == 1 else options.score_stride,
         **options.training.unusual(),
         **grid.settings(options.over, options.seeds[0], options.origins),
     }
@@ -198,7 +200,21 @@ def at(c: Comparison, cell: Cell) -> Comparison:
     lr, origin = getattr(cell, "lr", None), getattr(cell, "origin", 0)
     if lr is not None:
         c = dataclasses.replace(c, config=dataclasses.replace(c.config, lr=lr))
-    return dataclasses.replace(c, splits=rolled(c.splits, origin)) if origin else c
+    if not origin:
+        return c
+    return dataclasses.replace(c, splits=thinned(rolled(c.splits, origin), c.options.score_stride))
+
+
+def thinned(splits: Splits, stride: int) -> Splits:
+    """Keep every `stride`-th start of the validation and test windows, of all variates."""
+
+    def kept(windows: Windows) -> Windows:
+        starts = np.asarray(windows.starts)
+        return windows.take(np.flatnonzero((starts - starts.min()) % stride == 0))
+
+    if stride == 1:
+        return splits
+    return dataclasses.replace(splits, val=kept(splits.val), test=kept(splits.test))
 
 
 def rolled(splits: Splits, origin: int) -> Splits:

@@ -179,6 +179,8 @@ class Options:
     origins: Annotated[int, whole(1)] = 1
     """blocks to choose settings by: the validation part, and, rolling back, as many rows before it as often, each after
     training on what lies before it"""
+    score_stride: Annotated[int, whole(1)] = 1
+    """validate and test on every N-th start of a window, of all variates; 1: on all, as the literature does"""
     test_each_epoch: bool = False
     """score the test part after every epoch too, for --report-by; nothing is chosen by it"""
     report_by: Annotated[

@@ -46,6 +46,7 @@ Ranks: of mean test MSE, as a share of that of ff, over the (data, model)
 import dataclasses
 import importlib.util
 import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 # 95 % quantile of the studentised range with infinitely many degrees of freedom over sqrt(2), of 2, 3, ... arms
 NEMENYI = (1.960, 2.344, 2.569, 2.728, 2.850, 2.948, 3.031, 3.102, 3.164, 3.219, 3.268, 3.313, 3.354, 3.391, 3.426)
 NEMENYI += (3.458, 3.489, 3.517, 3.544)
+SHARE = r"@(0?\.\d+|1)$"  # of a data set of its own, behind its name
 FLOPS = 5e10  # a second, of two CPU cores in training: for a guess of the cost before anything was measured
 RELEASED = ("--mode", "direct", "--batch-size", "2048", "--schedule", "halving", "--epochs", "10", "--lr", "3e-5",
             "--weight-decay", "0")  # fmt: skip
@@ -89,7 +91,8 @@ class Options:
 
     program: ClassVar[str] = "experiments.study"
     data: Annotated[tuple[str, ...], flags.words()] = DATA
-    """benchmark names or files"""
+    """benchmark names or files; NAME@SHARE has that share of its training windows in place of --shares, for
+    sets that are much larger than the others"""
     models: Annotated[tuple[str, ...], flags.words()] = ("timer-tiny",)
     """shipped names, model folders or hub names"""
     arms: Annotated[
@@ -154,14 +157,16 @@ class Pair:
 def pairs_of(o: Options) -> list[Pair]:
     """Every pair that the options ask for; each data set and model is looked at, which takes a second."""
     found = []
-    for data in o.data:
+    for asked in o.data:
+        data, _, own_share = asked.rpartition("@") if re.search(SHARE, asked) else (asked, "", "")
+        shares = (float(own_share),) if own_share else o.shares
         for model in o.models:
             words = ["--data", data, "--model", model, "--horizon", str(o.horizon), *shlex.split(o.more)]
             c = sff.resolve(sff.parse([*words, *(RELEASED if o.released else ())]))
             batch, config = c.config.batch_size, c.model.config
             assert batch is not None, "filled"
             tokens = c.settings["context"] / getattr(config, "patch_len", c.settings["context"])
-            for share in o.shares:
+            for share in shares:
                 windows = max(int(c.windows.n * share), 1)
                 an_epoch = steps_per_epoch(windows, min(batch, windows))
                 flops = 6.0 * trees.count(c.params) * tokens * min(batch, windows)

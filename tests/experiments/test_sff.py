@@ -49,6 +49,17 @@ def one(frame, method, seed=0):
     return frame[(frame.method == method) & (frame.seed == seed)].iloc[0]
 
 
+def test_a_stride_scores_every_nth_start_of_all_variates(command, tmp_path):
+    c = sff.resolve(sff.parse(command(tmp_path, **{"score-stride": "10"})))
+    for windows, rows_of_part in ((c.splits.val, 30), (c.splits.test, 60)):
+        starts, rows = np.asarray(windows.starts), np.asarray(windows.rows)
+        assert len(starts) == 3 * len(range(0, rows_of_part - 8 + 1, 10))
+        for row in range(3):
+            assert set(np.diff(starts[rows == row])) == {10}
+    assert c.settings["score_stride"] == 10
+    assert c.windows.n > 3 * 10  # all training windows
+
+
 def test_results_have_a_row_per_method_and_seed(folder):
     frame = rows(folder)
     assert list(frame.columns[: len(FIRST)]) == FIRST
