@@ -54,9 +54,10 @@ import ltsm_jax
 from experiments import flags, launch
 from experiments.cells import read_series
 from experiments.folder import git_commit, held
-from ltsm_jax import hosts, sharding
-from ltsm_jax.data import prepare, synthetic
+from ltsm_jax import hosts, sharding, storage
+from ltsm_jax.data import Series, prepare, synthetic
 from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder, shared
+from ltsm_jax.data.splits import borders_of
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import TrainConfig, fit, keys
@@ -74,12 +75,18 @@ class Pretrain:
     """folder of the run; the model goes to OUT/model"""
     preset: Annotated[str, flags.text("NAME")] = "timer-tiny"
     """size to train, a checkpoint or hub name"""
+    model: Annotated[str, flags.text("NAME")] = ""
+    """score this shipped model or model folder, and train nothing"""
     generated: Annotated[int, flags.whole(0)] = 40000
     """number of generated series; 0 for none"""
     length: Annotated[int, flags.whole(1)] = 1024
     """steps of each generated series (at least one window)"""
     corpus: Annotated[Path | None, flags.path()] = None
     """folder of real series to train on"""
+    leave_out: Annotated[tuple[str, ...], flags.words()] = ()
+    """files of the corpus not to train on, such as parts of a data set of --evaluate: names without .npz"""
+    choose: bool = True
+    """keep the epoch of the lowest validation MSE; --no-choose: the last, however far overtrained"""
     steps: Annotated[int, flags.whole(1)] = 5000
     """training steps"""
     batch_size: Annotated[int, flags.whole(1)] = 256
@@ -108,11 +115,16 @@ def windows(args: Pretrain, model: Model) -> Pool:
         held_out = pool(synthetic.generate(args.seed + 1, HELD_OUT, sum(lengths)), *lengths).train
         found.append(Pool(generated.train, held_out, tuple(f"generated: {note}" for note in generated.notes)))
     if args.corpus:
-        real = pool(read_folder(args.corpus).values(), *lengths, stride=48, val_share=0.1)
+        real = pool(corpus_of(args).values(), *lengths, stride=48, val_share=0.1)
         found.append(dataclasses.replace(real, notes=tuple(f"{args.corpus.name}: {note}" for note in real.notes)))
     if not found:
         raise ValueError("nothing to train on: give --generated N, --corpus FOLDER or both")
     return functools.reduce(joined, found)
+
+
+def corpus_of(args: Pretrain) -> dict[str, np.ndarray]:
+    """Read the real series to train on; none without a corpus."""
+    return read_folder(args.corpus, leave_out=args.leave_out) if args.corpus else {}
 
 
 def joined(a: Pool, b: Pool) -> Pool:
@@ -141,7 +153,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     epochs = max(1, math.ceil(args.steps * args.batch_size / n))
     per_epoch = max(1, args.steps // epochs) * args.batch_size
     chosen = np.random.default_rng(args.seed).permutation(n)[: min(per_epoch, n)]  # as many as fill `steps` exactly
-    val = None if parts.val is None else Scaled(parts.val)
+    val = None if parts.val is None or not args.choose else Scaled(parts.val)
     start, mesh = model.init(keys(args.seed)["init"]), sharding.make_mesh(args.devices.mesh)
     if mesh is not None:
         start, notes = sharding.shard(start, model.shard_rules, mesh)
@@ -182,6 +194,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
             "seed": args.seed,
             "steps": result.steps,
             "windows": {"training": n, "notes": parts.notes},
+            "corpus": corpus_facts(args),
             "validation": {"of": "real series" if args.corpus else "other generated series", "epochs": result.history},
             "cost": {
                 "wall_minutes": round(result.seconds / 60, 1),
@@ -196,11 +209,30 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     return model, result.params
 
 
+def corpus_facts(args: Pretrain) -> dict | None:
+    """Say which real series were trained on: number, points, a digest of all values, what was left out."""
+    series = corpus_of(args)
+    if not series:
+        return None
+    return {
+        "folder": args.corpus.name,  # pyright: ignore[reportOptionalMemberAccess]
+        "series": len(series),
+        "points": int(sum(x.size for x in series.values())),
+        "sha256": storage.sha256_of(series),
+        "left_out": list(args.leave_out),
+    }
+
+
 def scores(model: Model, params, data: str, parts: Sequence[str], reading: flags.Reading) -> list[dict]:
-    """Rows of results.csv: model, last value and seasonal naive on the given parts of one data set, standardised."""
+    """Rows of results.csv: model, last value and seasonal naive on the given parts of one data set, standardised.
+
+    A series too short for the model's context or horizon is scored with what fits, in whole patches.
+    """
     series = read_series(data, reading)
-    splits = prepare(series, model.context_len, model.horizon)
+    context, horizon = lengths_for(model, series)
+    splits = prepare(series, context, horizon)
     season = series.season
+    scale = splits.naive_scale(season)
     methods = {
         "zero-shot": (model, params),
         "last value": (forecasting.SeasonalNaive(1), {}),
@@ -209,10 +241,27 @@ def scores(model: Model, params, data: str, parts: Sequence[str], reading: flags
     rows = []
     for part in parts:
         for name, (predictor, weights) in methods.items():
-            score = forecasting.evaluate(predictor, weights, getattr(splits, part))
-            row = {"data": series.name, "part": part, "method": name, "horizon": model.horizon}
-            rows.append(row | {k: score[k] for k in ("mse", "mae", "windows")})
+            score = forecasting.evaluate(predictor, weights, getattr(splits, part), naive_scale=scale)
+            row = {"data": series.name, "part": part, "method": name, "horizon": horizon, "context": context}
+            rows.append(row | {k: score[k] for k in ("mse", "mae", "mase", "windows")})
     return rows
+
+
+def lengths_for(model: Model, series: Series) -> tuple[int, int]:
+    """Find the context and horizon to score a series with: the model's own where they fit.
+
+    A part shorter than two horizons is scored at a quarter of its rows, a training part shorter
+    than a window with the whole patches that it holds.
+    """
+    borders = borders_of(series.benchmark, series.n_rows)
+    train, val, test = (hi - lo for lo, hi in (borders.train, borders.val, borders.test))
+    shortest, horizon = min(val, test), model.horizon
+    if shortest < 2 * horizon:
+        horizon = max(shortest // 4, 1)
+    if train >= model.context_len + horizon:
+        return model.context_len, horizon
+    patch = getattr(model.config, "patch_len", 1)
+    return max((train - horizon) // patch, 1) * patch, horizon
 
 
 def main(args: Pretrain) -> pd.DataFrame | None:
@@ -222,16 +271,17 @@ def main(args: Pretrain) -> pd.DataFrame | None:
 
 
 def _train_and_score(args: Pretrain) -> pd.DataFrame | None:
-    model, params = train(args)
+    model, params = ltsm_jax.load(args.model) if args.model else train(args)
+    name = Path(args.model).name or args.preset
     if not args.evaluate:
         return None
     rows = []
-    for name in args.evaluate:
-        rows += scores(model, params, name, args.parts, args.reading)
+    for data in args.evaluate:
+        rows += scores(model, params, data, args.parts, args.reading)
     results = pd.DataFrame(rows)
-    results.insert(0, "model", args.preset)
+    results.insert(0, "model", name)
     hosts.on_first(results.to_csv, args.out / "results.csv", index=False)
-    table = Table(title=f"{args.preset}, {model.context_len} -> {model.horizon}, zero-shot")
+    table = Table(title=f"{name}, {model.context_len} -> {model.horizon}, zero-shot")
     for column in results.columns[1:]:
         table.add_column(column)
     for row in results.itertuples(index=False):

@@ -12,7 +12,7 @@ after another, NaN = missing) and `offsets` (int [n + 1], series i is values[off
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -157,15 +157,23 @@ def _map(folder: Path) -> Pool:
     return Pool(part("train"), part("val") if "val" in facts["parts"] else None, tuple(facts["notes"]))
 
 
-def read_folder(folder: str | Path) -> dict[str, np.ndarray]:
-    """Every series of a folder by "file/name": float32 [T], NaN = missing. Formats: module docstring.
+def read_folder(folder: str | Path, *, leave_out: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """Read every series of a folder by "file/name": float32 [T], NaN = missing. Formats: module docstring.
 
-    Raises: FileNotFoundError; DataError listing every file that cannot be read and why.
+    Args:
+      folder: it holds the files.
+      leave_out: names of files, without what follows the first dot, that are not read, such as those of which a
+        data set for evaluation is made.
+    Raises: FileNotFoundError; ValueError for a name in `leave_out` that no file has; DataError listing every file that
+      cannot be read and why.
     """
     folder = Path(folder)
     files = sorted(f for f in folder.iterdir() if f.name.endswith(SUFFIXES)) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(f"{folder} is not a folder with {', '.join(SUFFIXES)} files")
+    if unknown := set(leave_out) - {file.name.split(".")[0] for file in files}:
+        raise ValueError(f"{folder} has no files called {', '.join(sorted(unknown))} to leave out")
+    files = [file for file in files if file.name.split(".")[0] not in leave_out]
     series, problems = {}, []
     for file in files:
         try:

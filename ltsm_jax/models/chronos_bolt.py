@@ -145,6 +145,8 @@ PRESETS = {
     "amazon/chronos-bolt-mini": ChronosBoltConfig.of(384, 8, 1536, 4),
     "amazon/chronos-bolt-small": ChronosBoltConfig.of(512, 8, 2048, 6),
     "amazon/chronos-bolt-base": ChronosBoltConfig.of(768, 12, 3072, 12),
+    # ours, small enough to ship and to train on a laptop
+    "bolt-mini": ChronosBoltConfig.of(128, 4, 512, 2, head_dim=32, context_len=512, horizon=96),
 }
 
 

@@ -137,6 +137,11 @@ PRESETS = {
         "base": MoiraiConfig.of(768, 12),
         "large": MoiraiConfig.of(1024, 24),
     }.items()
+} | {
+    # ours, small enough to ship and to train on a laptop
+    "moirai-mini": MoiraiConfig.of(
+        128, 4, 4, patch_sizes=(32,), patch_size=32, context_len=512, n_samples=32, variates="independent"
+    )
 }
 
 

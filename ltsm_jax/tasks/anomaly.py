@@ -18,6 +18,11 @@ quirk:
 
 By default the last 10 % of the training rows are held out for validation, overlap is that of half-open ranges, and the
 rows after the last whole window are scored by one more window that ends with the series.
+
+Other archives (`ltsm_jax.tasks.labelled`) go the same way: a series may have several labelled anomalies, of which the
+first to be found counts, and a shorter beginning takes shorter windows (`prepare(window=...)`).
+
+Series of any length up to `ROWS` share one compilation, as arrays are filled up to fixed sizes.
 """
 
 import dataclasses
@@ -25,7 +30,7 @@ import functools
 import gzip
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,36 +50,43 @@ from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
 WINDOW, TOKEN = 768, 96
-STRIDE = WINDOW - 2 * TOKEN
+SHORTEST_WINDOW = 3 * TOKEN
+ROWS, STARTS = 2**17, 512  # series and tables of windows are filled up to multiples of these, to share a compilation
 QUIRKS = frozenset({"select_on_test", "touching_is_hit", "uncovered_is_hit"})
 _NAME = re.compile(r"\d+_UCR_Anomaly_.+_(\d+)_(\d+)_(\d+)\.txt(\.gz)?")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labelled:
-    """A series with one labelled anomaly.
+    """A series with labelled anomalies: one, as in the UCR archive, or several.
 
     name: of the file. values [T] float64, data units. train_end b: rows [0, b) are free of anomalies.
-    anomaly: its first and last row, both inclusive.
+    anomaly: its first and last row, both inclusive. others: further anomalies.
     """
 
     name: str
     values: np.ndarray
     train_end: int
     anomaly: tuple[int, int]
+    others: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
-        first, last = self.anomaly
         problems = []
         if self.values.ndim != 1 or not np.isfinite(self.values).all():
             problems.append("it must be one column of finite numbers")
-        if not 0 < self.train_end <= first <= last < len(self.values):
-            problems.append(
-                f"training rows [0, {self.train_end}) and anomaly rows {first} to {last} must follow one another "
-                f"inside its {len(self.values)} rows"
-            )
+        for first, last in self.spans:
+            if not 0 < self.train_end <= first <= last < len(self.values):
+                problems.append(
+                    f"training rows [0, {self.train_end}) and anomaly rows {first} to {last} must follow one another "
+                    f"inside its {len(self.values)} rows"
+                )
         if problems:
             raise DataError(f"{self.name}: " + "; ".join(problems))
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """First and last row of every anomaly."""
+        return (self.anomaly, *self.others)
 
 
 def read_ucr(path: str | Path) -> Labelled:
@@ -102,8 +114,8 @@ def read_ucr(path: str | Path) -> Labelled:
 class Prepared:
     """A labelled series made ready: scaled with its training rows, on the device.
 
-    values: [1, T] float32, scaled units. train: windows of 768 rows (672 shown, 96 more). validate_rows: the rows
-    [lo, hi) whose error selects the epoch. series: where it comes from.
+    values: [1, T] float32, scaled units. train: windows of `window` rows, 768 in the protocol (672 shown, 96 more).
+    validate_rows: the rows [lo, hi) whose error selects the epoch. series: where it comes from.
     """
 
     values: jax.Array
@@ -111,16 +123,30 @@ class Prepared:
     validate_rows: tuple[int, int]
     series: Labelled
     quirks: frozenset[str] = frozenset()
+    window: int = WINDOW
 
 
-def prepare(series: Labelled, *, holdout: float = 0.1, quirks: Collection[str] = frozenset()) -> Prepared:
+def prepare(
+    series: Labelled,
+    *,
+    holdout: float = 0.1,
+    quirks: Collection[str] = frozenset(),
+    window: int = WINDOW,
+    n_windows: int | None = None,
+) -> Prepared:
     """Scale a series with mean and population std of rows [0, b), and cut its training windows, stride 1.
 
     Args:
       holdout: share of the training rows, at their end, kept for validation; not used with quirk `select_on_test`.
       quirks: released behaviours to follow, of `QUIRKS`; they are kept in the result.
-    Raises: ValueError for unknown quirks, a holdout outside (0, 1), or too few rows for one training window.
+      window: rows of a window, a multiple of 96 from 288 on; 768 in the protocol.
+      n_windows: take exactly that many training windows, evenly spread over all (some repeatedly where there are
+        fewer), so that series of different length train in one compiled program; None: each one once.
+    Raises: ValueError for unknown quirks, a holdout outside (0, 1), a window of another length, or too few rows for one
+      training window.
     """
+    if window % TOKEN or window < SHORTEST_WINDOW:
+        raise ValueError(f"window must be a multiple of {TOKEN} from {SHORTEST_WINDOW} on; got {window}")
     quirks = frozenset(quirks)
     if unknown := quirks - QUIRKS:
         raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(QUIRKS)}")
@@ -128,15 +154,32 @@ def prepare(series: Labelled, *, holdout: float = 0.1, quirks: Collection[str] =
         raise ValueError(f"holdout is a share of the training rows, between 0 and 1; got {holdout}")
     b, n_rows = series.train_end, len(series.values)
     on_test = "select_on_test" in quirks
-    cut = b if on_test else b - max(int(b * holdout), 1)
-    if cut < WINDOW:
+    cut = b if on_test else rows_to_train(b, holdout)
+    if cut < window:
         raise DataError(
-            f"{series.name}: {cut} training rows are too few for one window of {WINDOW}"
+            f"{series.name}: {cut} training rows are too few for one window of {window}"
             + ("" if on_test else f" ({b - cut} of {b} are held out for validation; holdout= changes that)")
         )
     values = jnp.asarray(Scaler.fit(series.values[None, :b]).transform(series.values[None]), jnp.float32)
-    train = windows_between(values, 0, cut, WINDOW - TOKEN, TOKEN, columns=(series.name,))
-    return Prepared(values, train, (b, n_rows) if on_test else (cut, b), series, quirks)
+    shown = np.asarray(values)
+    if n_windows is not None:
+        shown = _filled(shown[:, :cut], ROWS)
+    train = windows_between(shown, 0, cut, window - TOKEN, TOKEN, columns=(series.name,))
+    if n_windows is not None:
+        train = train.take(np.arange(n_windows) * train.n // n_windows)
+    return Prepared(values, train, (b, n_rows) if on_test else (cut, b), series, quirks, window)
+
+
+def rows_to_train(train_end: int, holdout: float = 0.1) -> int:
+    """How many of the anomaly-free rows [0, train_end) are trained on; the last ones are held out."""
+    return train_end - max(int(train_end * holdout), 1)
+
+
+def _filled(array: np.ndarray, size: int) -> np.ndarray:
+    """Repeat the last entry of the last axis up to a multiple of `size`."""
+    more = -array.shape[-1] % size
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, more)]
+    return np.pad(array, widths, mode="edge")
 
 
 def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
@@ -160,33 +203,51 @@ def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Arr
     return loss
 
 
-@functools.partial(jax.jit, static_argnames=("model", "ims"))
+@functools.partial(jax.jit, static_argnames=("model", "ims", "window"))
 def _batch_errors(
-    model: Model, params: Tree, values: jax.Array, starts: jax.Array, indices: jax.Array, ims: bool
+    model: Model,
+    params: Tree,
+    values: jax.Array,
+    starts: jax.Array,
+    indices: jax.Array,
+    ims: bool,
+    window: int,
 ) -> jax.Array:
-    x_BCT = jax.vmap(lambda t: jax.lax.dynamic_slice(values, (0, t), (values.shape[0], WINDOW)))(starts[indices])
+    size = (values.shape[0], window)
+    x_BCT = jax.vmap(lambda t: jax.lax.dynamic_slice(values, (0, t), size))(starts[indices])
     y_BCT = model.reconstruct(params, x_BCT, ims=ims)
-    if y_BCT.shape[-1] < WINDOW - TOKEN:
-        raise ValueError(f"{model} covers only {y_BCT.shape[-1]} points of a window, scored are {WINDOW - TOKEN}")
-    return jnp.square(y_BCT - x_BCT[..., WINDOW - y_BCT.shape[-1] :]).mean(axis=1)
+    if y_BCT.shape[-1] < window - TOKEN:
+        raise ValueError(f"{model} covers only {y_BCT.shape[-1]} points of a window, scored are {window - TOKEN}")
+    return jnp.square(y_BCT - x_BCT[..., window - y_BCT.shape[-1] :]).mean(axis=1)
 
 
 def _window_errors(
-    model, params, values, starts: np.ndarray, ims: bool, batch_size: int, placement: Placement | None = None
+    model: Model,
+    params: Tree,
+    values: jax.Array,
+    starts: np.ndarray,
+    ims: bool,
+    batch_size: int,
+    placement: Placement | None = None,
+    window: int = WINDOW,
 ) -> np.ndarray:
     """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64 on the host."""
     placement = placement or Placement.of(params)
-    values, all_starts = placement.replicate((values, jnp.asarray(starts, jnp.int32)))
+    filled = _filled(np.asarray(values), ROWS)
+    table = _filled(np.asarray(starts, np.int32), STARTS)
+    filled, table = placement.replicate((jnp.asarray(filled), jnp.asarray(table)))
 
     def one_batch(indices: jax.Array) -> jax.Array:
-        return _batch_errors(model, params, values, all_starts, indices, ims)
+        return _batch_errors(model, params, filled, table, indices, ims, window)
 
-    return in_batches(one_batch, len(starts), batch_size, placement)
+    # A batch is never smaller than asked for: the table goes on with its last window.
+    n = len(starts)
+    return in_batches(one_batch, max(n, batch_size), batch_size, placement)[:n]
 
 
-def window_starts(lo: int, hi: int) -> np.ndarray:
+def window_starts(lo: int, hi: int, window: int = WINDOW) -> np.ndarray:
     """First rows of the whole windows that score rows from `lo` on and end by `hi`: lo - 96, then 576 apart."""
-    return np.arange(lo - TOKEN, hi - WINDOW + 1, STRIDE)
+    return np.arange(lo - TOKEN, hi - window + 1, window - 2 * TOKEN)
 
 
 def row_errors(
@@ -199,6 +260,7 @@ def row_errors(
     tail: bool = True,
     batch_size: int = 128,
     placement: Placement | None = None,
+    window: int = WINDOW,
 ) -> np.ndarray:
     """Squared error of the model at each row of [lo, hi), float64, each row once; in the squared units of `values`.
 
@@ -208,19 +270,22 @@ def row_errors(
     Args:
       values: [1, T]. Rows before `lo` serve as context, so lo >= 96 and hi >= 768.
       batch_size: windows per forward pass. placement: of the parameters; None: ask them.
+      window: rows of a window; another one than 768 changes the numbers above alike.
     Raises: ValueError for rows that leave too little context.
     """
     lo, hi = rows
-    if not TOKEN <= lo < hi <= values.shape[-1] or hi < WINDOW:
-        raise ValueError(f"rows [{lo}, {hi}) need {TOKEN} rows before them and {WINDOW} in all, of {values.shape[-1]}")
-    starts = window_starts(lo, hi)
-    left = hi - lo - STRIDE * len(starts) if tail else 0
+    if not TOKEN <= lo < hi <= values.shape[-1] or hi < window:
+        raise ValueError(f"rows [{lo}, {hi}) need {TOKEN} rows before them and {window} in all, of {values.shape[-1]}")
+    stride = window - 2 * TOKEN
+    starts = window_starts(lo, hi, window)
+    left = hi - lo - stride * len(starts) if tail else 0
     if left:
-        starts = np.append(starts, hi - WINDOW)
+        starts = np.append(starts, hi - window)
     if not len(starts):
         return np.zeros(0)
-    errors = _window_errors(model, params, values, starts, ims, batch_size, placement)[:, -(WINDOW - TOKEN) :]
-    whole = errors[: len(starts) - bool(left), :STRIDE].ravel()
+    errors = _window_errors(model, params, values, starts, ims, batch_size, placement, window)
+    errors = errors[:, -(window - TOKEN) :]
+    whole = errors[: len(starts) - bool(left), :stride].ravel()
     return np.concatenate([whole, errors[-1, errors.shape[1] - left :]])
 
 
@@ -238,12 +303,13 @@ def validation_error(
     With quirk `select_on_test`: the mean over all points that the whole test windows predict, as released.
     """
     if "select_on_test" not in task.quirks:
-        how: dict[str, Any] = {"ims": ims, "batch_size": batch_size, "placement": placement}
+        how: dict[str, Any] = {"ims": ims, "batch_size": batch_size, "placement": placement, "window": task.window}
         return float(row_errors(model, params, task.values, task.validate_rows, **how).mean())
-    starts = window_starts(*task.validate_rows)
+    starts = window_starts(*task.validate_rows, task.window)
     if not len(starts):
-        raise DataError(f"{task.series.name}: the test rows {task.validate_rows} hold no whole window of {WINDOW}")
-    return float(_window_errors(model, params, task.values, starts, ims, batch_size, placement).mean())
+        raise DataError(f"{task.series.name}: the test rows {task.validate_rows} hold no whole window of {task.window}")
+    errors = _window_errors(model, params, task.values, starts, ims, batch_size, placement, task.window)
+    return float(errors.mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +335,7 @@ def token_scores(errors: np.ndarray) -> np.ndarray:
 
 def rank_anomaly(
     scores: np.ndarray,
-    anomaly: tuple[int, int],
+    anomaly: tuple[int, int] | Sequence[tuple[int, int]],
     first_row: int,
     *,
     last_row: int | None = None,
@@ -280,7 +346,7 @@ def rank_anomaly(
 
     Args:
       scores: [tokens]; token t covers rows [first_row + 96 t, first_row + 96 (t + 1)), cut at `last_row` (exclusive).
-      anomaly: first and last row, inclusive.
+      anomaly: first and last row, inclusive; of several anomalies a list of such.
       quirks: `touching_is_hit` and `uncovered_is_hit` are obeyed.
     Raises: ValueError for no scores, or scores that are not finite (a model that diverged).
     """
@@ -288,12 +354,13 @@ def rank_anomaly(
     if not scores.size or not np.isfinite(scores).all():
         bad = np.sum(~np.isfinite(scores))
         raise ValueError(f"{name or 'series'}: {bad} of {scores.size} scores are not finite: did the model diverge?")
-    first, last = anomaly
     start = first_row + TOKEN * np.arange(len(scores))
     end = start + TOKEN if last_row is None else np.minimum(start + TOKEN, last_row)
-    overlaps = (start <= last) & (end > first)
-    if "touching_is_hit" in quirks:
-        overlaps |= end == first
+    overlaps = np.zeros(len(scores), bool)
+    for first, last in np.atleast_2d(anomaly):
+        overlaps |= (start <= last) & (end > first)
+        if "touching_is_hit" in quirks:
+            overlaps |= end == first
     hits = np.flatnonzero(overlaps[np.argsort(-scores, kind="stable")])
     if hits.size:
         return Result(name, int(hits[0]) + 1, len(scores))
@@ -325,13 +392,26 @@ def evaluate(
     rows = (series.train_end, len(series.values))
     tail = tail and "uncovered_is_hit" not in task.quirks
     errors = row_errors(
-        model, params, task.values, rows, ims=ims, tail=tail, batch_size=batch_size, placement=placement
+        model,
+        params,
+        task.values,
+        rows,
+        ims=ims,
+        tail=tail,
+        batch_size=batch_size,
+        placement=placement,
+        window=task.window,
     )
     if not errors.size:
-        raise DataError(f"{series.name}: the test rows {rows} hold no whole window of {WINDOW}")
+        raise DataError(f"{series.name}: the test rows {rows} hold no whole window of {task.window}")
+    return rank_rows(errors, series, task.quirks)
+
+
+def rank_rows(errors: np.ndarray, series: Labelled, quirks: Collection[str] = frozenset()) -> Result:
+    """Rank a series by a score of each of its rows from `series.train_end` on, of a model or of anything else."""
+    first, end = series.train_end, series.train_end + len(errors)
     scores = token_scores(errors)
-    end = rows[0] + len(errors)
-    return rank_anomaly(scores, series.anomaly, rows[0], last_row=end, quirks=task.quirks, name=series.name)
+    return rank_anomaly(scores, series.spans, first, last_row=end, quirks=quirks, name=series.name)
 
 
 def summarise(results: Iterable[Result], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)) -> dict[str, Any]:
@@ -406,7 +486,8 @@ class Anomaly:
             "task": "anomaly",
             "ims": self.ims,
             "series": data.series.name,
-            "anomaly": list(data.series.anomaly),
+            "anomaly": np.ravel(data.series.spans).tolist(),
+            "window": data.window,
             "validate_rows": list(data.validate_rows),
             "task_quirks": sorted(data.quirks),
             "data_sha256": storage.sha256_of({"values": data.values, "train": data.train}),

@@ -1,5 +1,6 @@
 """Six steps of pre-training: a model folder, scores beside the baselines, a rerun that trains nothing."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,7 +13,7 @@ import ltsm_jax
 import ltsm_jax.training
 from experiments import folder, pretrain
 from experiments.pretrain import Pretrain
-from ltsm_jax.data import synthetic
+from ltsm_jax.data import Series, synthetic
 from ltsm_jax.data.corpus import Scaled, pool
 from ltsm_jax.models import folders, timer
 from ltsm_jax.tasks import forecasting
@@ -68,8 +69,41 @@ def test_scores_stand_beside_the_baselines(finished):
     args, results = finished
     assert list(results["method"]) == ["zero-shot", "last value", "seasonal naive (24)"]
     assert (results["windows"] == 2 * (200 - 96 + 1)).all()  # every window of both variates
-    assert np.isfinite(results["mse"]).all()
+    assert np.isfinite(results[["mse", "mase"]]).all(axis=None)
     pd.testing.assert_frame_equal(pd.read_csv(args.out / "results.csv"), results)
+
+
+def test_a_finished_model_is_scored_without_training(finished, tmp_path):
+    args, results = finished
+    again = Pretrain(
+        out=tmp_path / "scores",
+        model=str(args.out / "model"),
+        evaluate=args.evaluate,
+        parts=("val",),
+    )
+    found = pretrain.main(again)
+    pd.testing.assert_frame_equal(found.drop(columns="model"), results.drop(columns="model"))
+    assert set(found["model"]) == {"model"} and not (tmp_path / "scores" / "model").exists()
+
+
+def test_a_short_series_is_scored_with_the_lengths_that_fit():
+    small = ltsm_jax.preset("small")  # 672 -> 96, patches of 96
+
+    def lengths(rows):
+        return pretrain.lengths_for(small, Series("a", np.zeros((1, rows)), ("a",)))
+
+    assert lengths(2000) == (672, 96)  # parts of 200 rows hold a horizon twice
+    assert lengths(966) == (576, 24)  # parts of 97 and 193 do not; 676 rows to train
+
+
+def test_files_are_left_out_of_the_corpus_and_the_rest_is_recorded(finished):
+    args, _ = finished
+    made = json.loads((args.out / "model" / "config.json").read_text())["provenance"]["corpus"]
+    assert made["series"] == 6 and made["points"] == 9000 and made["left_out"] == []
+    with pytest.raises(ValueError, match="no files called nowhere"):
+        pretrain.corpus_of(dataclasses.replace(args, leave_out=("nowhere",)))
+    with pytest.raises(ValueError, match="no training window of .*: 0 series"):
+        pretrain.windows(dataclasses.replace(args, leave_out=("real",), generated=0), ltsm_jax.preset("small"))
 
 
 def test_training_moved_every_parameter(finished):
