@@ -2,6 +2,7 @@
 
 from ltsm_jax import curvature, landscape
 from ltsm_jax.api import PruneConfig, Strategy, TrainConfig, fit, forecast, load, prune, remove, save
+from ltsm_jax.detection import Detected, detect
 from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.models import Forecast, Model, preset
 from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
@@ -9,6 +10,7 @@ from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
 __version__ = "0.1.0"
 
 __all__ = [
+    "Detected",
     "Forecast",
     "Forecaster",
     "Model",
@@ -16,6 +18,7 @@ __all__ = [
     "Strategy",
     "TrainConfig",
     "curvature",
+    "detect",
     "ema",
     "fit",
     "forecast",

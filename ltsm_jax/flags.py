@@ -354,6 +354,7 @@ PYTHON_NAMES = {
     "quantile_levels": "levels",
     **{name: name for name in ("horizon", "alpha", "mode", "epochs", "batch_size", "lr", "schedule", "few_shot")},
     "context_len": "context",
+    "first": "first",
     "mesh": "mesh",
     "accumulate": "accumulate",
     "compute": "compute",

@@ -35,7 +35,14 @@ LEVELS = (
     ("ltsm_jax.training",),
     ("ltsm_jax.methods", "ltsm_jax.curvature", "ltsm_jax.landscape"),
     ("ltsm_jax.loading",),
-    ("ltsm_jax.api", "ltsm_jax.doctor", "ltsm_jax.forecaster", "ltsm_jax.plotting", "ltsm_jax.report"),
+    (
+        "ltsm_jax.api",
+        "ltsm_jax.detection",
+        "ltsm_jax.doctor",
+        "ltsm_jax.forecaster",
+        "ltsm_jax.plotting",
+        "ltsm_jax.report",
+    ),
     ("ltsm_jax", "ltsm_jax.flags", "ltsm_jax.terminal", "ltsm_jax.cli", "ltsm_jax.__main__", "experiments"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -36,6 +36,7 @@ import tyro
 import converters
 from ltsm_jax import flags, hosts, storage, terminal
 from ltsm_jax.cli import printing
+from ltsm_jax.cli.detection import Detect
 from ltsm_jax.cli.models import Convert, Doctor, Export, Models
 from ltsm_jax.cli.options import Command
 from ltsm_jax.cli.surfaces import Landscape
@@ -53,6 +54,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "prune": Prune,
+    "detect": Detect,
     "landscape": Landscape,
     "convert": Convert,
     "export": Export,
@@ -81,7 +83,7 @@ def _run(words: list[str]) -> int:
     try:
         options = flags.parse(command, words[1:], inspect.cleandoc(command.__doc__ or ""))
         with hosts.session():
-            terminal.keep_compiled()
+            storage.keep_compiled()
             return options.run()
     except (hosts.Stopped, BrokenPipeError):
         raise

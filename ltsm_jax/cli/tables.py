@@ -31,7 +31,7 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _file(kinds: tuple[str, ...]) -> flags.Check:
+def file_of(kinds: tuple[str, ...]) -> flags.Check:
     """Take a file of one of these kinds."""
 
     def read(text: str) -> Path:
@@ -81,9 +81,9 @@ class Forecast(OnTable):
     """table of what is known ahead: id, time and covariates"""
     levels: Annotated[tuple[float, ...], _levels()] = LEVELS
     """quantiles to give, or none"""
-    out: Annotated[Path | None, _file(TABLES)] = None
+    out: Annotated[Path | None, file_of(TABLES)] = None
     """file to write (.csv, .parquet, .json); by default the table goes to stdout"""
-    plot: Annotated[Path | None, _file(PICTURES)] = None
+    plot: Annotated[Path | None, file_of(PICTURES)] = None
     """picture to draw (.png, .svg, .pdf), of the first items"""
     seed: Annotated[int, flags.whole(0)] = 0
     """of the draws of models that sample"""
@@ -110,7 +110,7 @@ class Forecast(OnTable):
         if self.announce(plan, panel.notes):
             return 0
         for file in (self.out, self.plot):
-            _require_folder(file)
+            require_folder(file)
 
         found = forecaster.predict(panel, self.horizon, quantile_levels=self.levels, seed=self.seed)
         notes = [note for note in found.attrs.pop("notes", []) if note not in panel.notes]
@@ -119,7 +119,7 @@ class Forecast(OnTable):
         if self.plot is not None:
             forecaster.plot(panel, found, self.plot)
         if self.out is not None:
-            _write(found, self.out)
+            write_table(found, self.out)
         took = time.perf_counter() - start
         if self.output.json:
             printing.show_json(self._facts(panel, found, [*panel.notes, *notes], took))
@@ -153,7 +153,7 @@ class Forecast(OnTable):
         return facts
 
 
-def _require_folder(file: Path | None) -> None:
+def require_folder(file: Path | None) -> None:
     """Refuse a place that cannot be written to before the work that comes before it.
 
     Raises: FileNotFoundError.
@@ -162,7 +162,8 @@ def _require_folder(file: Path | None) -> None:
         raise FileNotFoundError(f"{file}: there is no folder {file.parent}; make it first")
 
 
-def _write(table: pd.DataFrame, file: Path) -> None:
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Write a table in the format that the file's name says, one of `TABLES`."""
     if file.suffix == ".parquet":
         table.to_parquet(file, index=False)
     elif file.suffix == ".json":

@@ -37,6 +37,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Distribution, Normal
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.taps import watched
 from ltsm_jax.layers.widths import width, width_problems
 
 Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
@@ -197,11 +198,6 @@ class Kernel(nn.Module):
         return (
             self.param("kernel", nn.initializers.zeros, shape).astype(dtype) if all(shape) else jnp.zeros(shape, dtype)
         )
-
-
-def watched() -> bool:
-    """Whether somebody intercepts the calls of layers (masks, statistics), so that every linear must be called."""
-    return bool(getattr(nn.module, "_global_interceptor_stack", True))  # True: a Flax that doesn't tell
 
 
 class Attention(nn.Module):

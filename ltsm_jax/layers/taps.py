@@ -9,6 +9,11 @@ import flax.linen as nn
 from ltsm_jax.layers.masks import path_of
 
 
+def watched() -> bool:
+    """Whether somebody intercepts the calls of layers (masks, statistics), so that every layer must be called."""
+    return bool(getattr(nn.module, "_global_interceptor_stack", True))  # True: a Flax that doesn't tell
+
+
 @contextlib.contextmanager
 def arguments_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[Any, ...]]]]:
     """While this is open, the positional arguments of every call of the modules at `paths` ("layer_0/attn/out").

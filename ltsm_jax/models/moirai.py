@@ -11,6 +11,8 @@ trained so. Unlike in the original, dropout of attention weights (0 in every pub
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens, observed_series
+from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -169,13 +172,15 @@ class MoiraiNet(nn.Module):
     """Packed tokens -> mixtures [B, N, P] in the units of the tokens, and the named steps between.
 
     patch: the patch size of all tokens, or of each [B, N]. only: the tokens (first, last but one) whose distribution is
-    asked for; None: all.
+    asked for; None: all. lean: for a forecast, without the steps of the layers.
     """
 
     cfg: MoiraiConfig
 
     @nn.compact
-    def __call__(self, tokens: Tokens, patch, train: bool = False, only: tuple[int, int] | None = None):
+    def __call__(
+        self, tokens: Tokens, patch, train: bool = False, only: tuple[int, int] | None = None, lean: bool = False
+    ):
         cfg = self.cfg
         loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
         taps = {"loc": loc_BN1, "scale": scale_BN1}
@@ -183,7 +188,16 @@ class MoiraiNet(nn.Module):
         x_BND = taps["embed"] = SizedIn(cfg.patch_sizes, cfg.d_model, name="embed")(scaled_BNP, patch)
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
         x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+        depth = len(cfg.ffn_dims)
+        looped = loops(self, lean, train)
+        if looped:
+
+            def layer(i, params, x_BND):
+                return Block(cfg, i, parent=None).apply({"params": params}, x_BND, tokens, train)[0]
+
+            runs = equal_runs(depth, cfg.n_heads, cfg.ffn_dims, cfg.value_dims)
+            x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
+        for i in range(0 if looped else depth):
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train)
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
@@ -192,6 +206,11 @@ class MoiraiNet(nn.Module):
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
         y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
         return y, taps | {f"head/{name}": value for name, value in raw.items()}
+
+
+def _filled(x: jax.Array, missing: int, fill: float | bool) -> jax.Array:
+    """x [..., T] with `missing` steps more in front."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(missing, 0)], constant_values=fill)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,15 +282,18 @@ class Moirai(Model):
 
     # --- the network, and distributions of the future
 
-    def apply(self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None) -> tuple[Mixture, dict]:
+    def apply(
+        self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None, lean=False
+    ) -> tuple[Mixture, dict]:
         """One forward pass: the distribution of every entry of the tokens [B, N, P] in their units, and named steps.
 
-        patch, only: see `MoiraiNet`.
+        patch, only, lean: see `MoiraiNet`.
         """
         cfg = self.config
         train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
         net: Any = MoiraiNet(cfg)  # Flax types what apply returns too widely
-        return net.apply({"params": params}, tokens, patch, train, only, rngs={"dropout": key} if train else None)
+        rngs = {"dropout": key} if train else None
+        return net.apply({"params": params}, tokens, patch, train, only, lean, rngs=rngs)
 
     def packed_loss(self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None) -> jax.Array:
         """The original's training loss: negative log-likelihood of the predicted, observed entries in the units of the
@@ -280,50 +302,68 @@ class Moirai(Model):
         return packed.group_mean(-y.log_prob(tokens.target), tokens, weight)
 
     def future(
-        self, params: Tree, past: Series, horizon: int, patch: int, key=None, train=False, future=None, **covariates
+        self,
+        params: Tree,
+        past: Series,
+        horizon: int,
+        patch: int,
+        key=None,
+        train=False,
+        future=None,
+        lean=False,
+        **covariates,
     ) -> Mixture:
         """Distribution [B, C, H] of the steps after `past`, in its units.
 
-        patch: one of `patch_sizes`. future, covariates: `is_pad`, `known`, `past_known`, see `layers.packed.pack`.
+        patch: one of `patch_sizes`. lean: for a forecast, see `layers.scan`. future, covariates: `is_pad`, `known`,
+        `past_known`, see `layers.packed.pack`.
         """
         _, c, t = past[0].shape
         width = max(self.config.patch_sizes)
         tokens = packed.pack(past, horizon, patch, width, future=future, **covariates)
         only = packed.future_tokens(c, t, horizon, patch)
-        y, _ = self.apply(params, tokens, patch, key, train, only)
+        y, _ = self.apply(params, tokens, patch, key, train, only, lean)
         return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch), y)
-
-    def validation_loss(self, params: Tree, past: Series, future: Series, patch: int, **covariates) -> jax.Array:
-        """[B]: negative log-likelihood of `future` given `past` at one patch size, summed over variates of the mean
-        over their observed steps."""
-        y = self.future(params, past, future[0].shape[-1], patch, **covariates)
-        nll_BCH = jnp.where(future[1], -y.log_prob(future[0]), 0.0)
-        return (nll_BCH.sum(-1) / jnp.maximum(future[1].sum(-1), 1)).sum(-1)
 
     def best_future(self, params: Tree, past: Series, horizon: int, context_len: int, is_pad=None):
         """`future` after the last `context_len` steps of `past`, at the patch size that would have forecast the last
         `horizon` steps best, each row its own: (mixture, validation losses [Z, B]).
 
-        A past shorter than two horizons is split in the middle.
+        The loss of a row is the negative log-likelihood, summed over variates of the mean over their observed steps. A
+        past shorter than two horizons is split in the middle.
         """
         (x, observed), sizes = past, self.config.patch_sizes
         b, _, t = x.shape
         pad = jnp.zeros((b, t), bool) if is_pad is None else is_pad
-        held = min(horizon, t // 2)
-        if held:
-            seen, rest = (x[..., :-held], observed[..., :-held]), (x[..., -held:], observed[..., -held:])
-            losses = [self.validation_loss(params, seen, rest, p, is_pad=pad[:, :-held]) for p in sizes]
-            loss_ZB = jnp.stack(losses)
+        held, first = min(horizon, t // 2), max(t - context_len, 0)
+        length = max(t - held, t - first)
+
+        def window(start: int, stop: int) -> tuple[jax.Array, ...]:
+            """Values, observed and padding of the steps from `start` to `stop`, `length` of them with padding."""
+            missing = length - (stop - start)
+            series = (leaf[..., start:stop] for leaf in (x, observed, pad))
+            fills = (0.0, False, True)
+            return tuple(_filled(leaf, missing, fill) for leaf, fill in zip(series, fills, strict=True))
+
+        def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture:
+            return self.future(params, window[:2], steps, patch, is_pad=window[2], lean=True)
+
+        stacked = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+        shorter, whole = window(0, t - held), window(first, t)
+        if held == horizon:  # both passes of a size are one program, run twice
+            both = stacked(shorter, whole)
+            found = [jax.lax.map(functools.partial(after, patch=p, steps=horizon), both) for p in sizes]
+            tried, found = (stacked(*(jax.tree.map(operator.itemgetter(i), y) for y in found)) for i in (0, 1))
         else:
-            loss_ZB = jnp.zeros((len(sizes), b))
-        cut = (x[..., -context_len:], observed[..., -context_len:])
-        found = [self.future(params, cut, horizon, p, is_pad=pad[:, -context_len:]) for p in sizes]
+            tried = stacked(*(after(shorter, p, held) for p in sizes)) if held else None
+            found = stacked(*(after(whole, p, horizon) for p in sizes))
+        loss_ZB = jnp.zeros((len(sizes), b))
+        if tried is not None:
+            rest, known = x[None, ..., t - held :], observed[None, ..., t - held :]
+            nll_ZBCH = jnp.where(known, -tried.log_prob(rest), 0.0)
+            loss_ZB = (nll_ZBCH.sum(-1) / jnp.maximum(known.sum(-1), 1)).sum(-1)
         best_B = jnp.argmin(loss_ZB, axis=0)
-
-        def pick(*leaves):
-            return jnp.stack(leaves, 1)[jnp.arange(b), best_B]
-
-        return jax.tree.map(pick, *found), loss_ZB
+        return jax.tree.map(lambda leaf: leaf[best_B, jnp.arange(b)], found), loss_ZB
 
     # --- the contract
 
@@ -365,6 +405,6 @@ class Moirai(Model):
             y, _ = self.best_future(params, observed_series(x), horizon, cfg.context_len)
         else:
             x = x[..., -cfg.context_len :]
-            y = self.future(params, observed_series(x), horizon, cfg.patch_size)
+            y = self.future(params, observed_series(x), horizon, cfg.patch_size, lean=True)
         samples = y.sample(row_keys(key, x), cfg.n_samples).reshape(*context.shape[:2], horizon, -1)
         return Forecast(*mixture.summary(samples), samples, mixture.LEVELS)

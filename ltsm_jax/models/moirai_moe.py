@@ -30,6 +30,7 @@ from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
+from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -194,21 +195,25 @@ class Routed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between."""
+    """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between.
+
+    only: places of the tokens that are asked for; None: all of them.
+    """
 
     cfg: MoiraiMoeConfig
     layer: int
 
     @nn.compact
-    def __call__(self, x_BND, centroid_ED, tokens: Tokens, train: bool):
+    def __call__(self, x_BND, centroid_ED, tokens: Tokens, train: bool, only=None):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = AnyVariateAttention(
             cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
         )
-        y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
+        y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only)
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        x_BND = x_BND if only is None else x_BND[:, only]
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
         y_BND, inner = Routed(cfg, self.layer, name="ffn")(y_BND, centroid_ED)
@@ -220,13 +225,13 @@ class MoiraiMoeNet(nn.Module):
     """Packed tokens -> mixtures [B, N, P] in the units of the tokens, and the named steps between.
 
     patch: the patch size of all tokens, or of each [B, N]. only: places [n] of the tokens whose distribution is asked
-    for; None: all.
+    for; None: all. lean: for a forecast, without the steps of the layers.
     """
 
     cfg: MoiraiMoeConfig
 
     @nn.compact
-    def __call__(self, tokens: Tokens, patch, train: bool = False, only=None):
+    def __call__(self, tokens: Tokens, patch, train: bool = False, only=None, lean: bool = False):
         cfg = self.cfg
         loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
         taps = {"loc": loc_BN1, "scale": scale_BN1}
@@ -237,14 +242,29 @@ class MoiraiMoeNet(nn.Module):
         x_BND = taps["feature"] + taps["residual"]
         shape = (len(cfg.kept), cfg.n_experts, cfg.d_model)
         centroid_LED = jax.lax.stop_gradient(self.param("centroid", nn.initializers.zeros, shape))
-        for i in range(len(cfg.kept)):  # a loop, not a scan: pruned layers differ in width
+        depth = len(cfg.kept)
+        looped = loops(self, lean, train)
+        if looped:
+            layers = self.variables["params"]
+            layers = {f"layer_{i}": {"block": layers[f"layer_{i}"], "centroid": centroid_LED[i]} for i in range(depth)}
+
+            def layer(i, params, x_BND, only=None):
+                block = Block(cfg, i, parent=None)
+                return block.apply({"params": params["block"]}, x_BND, params["centroid"], tokens, train, only)[0]
+
+            # The last layer is on its own: of it, nothing but the tokens asked for is computed.
+            runs = equal_runs(depth - 1, cfg.n_heads, cfg.expert_dims, cfg.kept, cfg.value_dims)
+            x_BND = through_layers(layer, layers, x_BND, runs)
+            x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
+        for i in range(0 if looped else depth):
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, centroid_LED[i], tokens, train)
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else only
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
-        y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
+        x_BND = x_BND if looped else x_BND[:, cut]
+        y, raw = head(x_BND, patch, loc_BN1[:, cut], scale_BN1[:, cut])
         return y, taps | {f"head/{name}": value for name, value in raw.items()}
 
 
@@ -329,16 +349,19 @@ class MoiraiMoe(Model):
 
     # --- the network, and what is made of its next-patch distributions
 
-    def apply(self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None) -> tuple[Mixture, dict]:
+    def apply(
+        self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None, lean=False
+    ) -> tuple[Mixture, dict]:
         """One forward pass: at every token the distribution [B, N, P] of the patch after it, in the units of the
         tokens, and the named steps.
 
-        patch, only: see `MoiraiMoeNet`.
+        patch, only, lean: see `MoiraiMoeNet`.
         """
         cfg = self.config
         train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
         net: Any = MoiraiMoeNet(cfg)  # Flax types what apply returns too widely
-        return net.apply({"params": params}, tokens, patch, train, only, rngs={"dropout": key} if train else None)
+        rngs = {"dropout": key} if train else None
+        return net.apply({"params": params}, tokens, patch, train, only, lean, rngs=rngs)
 
     def packed_loss(self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None) -> jax.Array:
         """Negative log-likelihood of the predicted, observed entries under the token before each, every variate of
@@ -369,7 +392,7 @@ class MoiraiMoe(Model):
             where R is n * B.
         """
         p = self.config.patch_size
-        y, _ = self.apply(params, tokens, p, only=last)
+        y, _ = self.apply(params, tokens, p, only=last, lean=True)
         start = draw(0, y)
         n, b = start.shape[:2]
         if steps == 1:
@@ -381,7 +404,7 @@ class MoiraiMoe(Model):
             copies, values = state
             places = jnp.asarray(first) + j - 1
             copies = self.fill(copies, places, values)
-            y, _ = self.apply(params, copies, p, only=places)
+            y, _ = self.apply(params, copies, p, only=places, lean=True)
             return (copies, draw(j, y)), values
 
         (_, values), earlier = jax.lax.scan(step, (copies, values), jnp.arange(1, steps))

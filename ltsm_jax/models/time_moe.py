@@ -15,6 +15,7 @@ the original's own training data, and the balance term has the k of the config a
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -224,7 +226,8 @@ class TimeMoeNet(nn.Module):
 
     observed_BS: 0 for points of padding on the left, which nobody sees. positions_BN: by default counted from `start`.
     caches, start: of the points before these. last: heads at the last position only, and no attention weights of a
-    long sequence. expert_masks: per layer [E] or
+    long sequence. lean: for a forecast, without the steps of the layers.
+    expert_masks: per layer [E] or
     None. form: how the experts are computed, see `experts.mixture`.
     """
 
@@ -242,6 +245,7 @@ class TimeMoeNet(nn.Module):
         last: bool = False,
         expert_masks: Sequence[Any] | None = None,
         train: bool = False,
+        lean: bool = False,
     ):
         cfg, taps, kept = self.cfg, {}, []
         n = x_BN.shape[1]
@@ -253,7 +257,20 @@ class TimeMoeNet(nn.Module):
         if positions_BN is None:
             positions_BN = (start + jnp.arange(n))[None]
         mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start, observed_BS)
-        for i in range(len(cfg.n_heads)):  # a loop, not a scan: pruned layers differ in width
+        depth = len(cfg.n_heads)
+        # With caches or masks every layer has something of its own beside its parameters.
+        looped = loops(self, lean, train) and caches is None and expert_masks is None
+        if looped:
+
+            def layer(i, params, x_BND):
+                block = Block(cfg, i, self.form, parent=None)
+                rest = (positions_BN, mask_BHNS, None, start, None, train, last)
+                return block.apply({"params": params}, x_BND, *rest)[0]
+
+            widths = (cfg.n_heads, cfg.n_kv_heads, cfg.kept, cfg.expert_dims, cfg.shared_dims)
+            runs = equal_runs(depth, *widths, cfg.value_dims, cfg.rotary_pairs)
+            x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
+        for i in range(0 if looped else depth):
             cache = None if caches is None else caches[i]
             mask = None if expert_masks is None else expert_masks[i]
             block = Block(cfg, i, self.form, name=f"layer_{i}")
@@ -484,20 +501,22 @@ class TimeMoe(Model):
         pads series of different lengths; others take the last value before them.
         """
         check_context(context, horizon)
-        return Forecast(self._forecast(params, context, horizon))
+        return Forecast(self._forecast(params, context, horizon, lean=True))
 
-    def _forecast(self, params: Tree, context_BCT, horizon: int, key=None, train=False) -> jax.Array:
+    def _forecast(self, params: Tree, context_BCT, horizon: int, key=None, train=False, lean=False) -> jax.Array:
         b, c, _ = context_BCT.shape
         context_BCT = jnp.asarray(context_BCT, jnp.float32)[..., -self.context_len :]
         z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context_BCT)
         t = z_BCT.shape[-1]
-        z_BH = self.generate(params, z_BCT.reshape(b * c, t), horizon, seen_BCT.reshape(b * c, t), key=key, train=train)
+        z_BT, seen_BT = z_BCT.reshape(b * c, t), seen_BCT.reshape(b * c, t)
+        z_BH = self.generate(params, z_BT, horizon, seen_BT, key=key, train=train, lean=lean)
         return z_BH.reshape(b, c, horizon) * std_BC1 + mean_BC1
 
     def generate(
-        self, params: Tree, x_BL, horizon: int, observed_BL=None, key=None, train=False, expert_masks=None
+        self, params: Tree, x_BL, horizon: int, observed_BL=None, key=None, train=False, expert_masks=None, lean=False
     ) -> jax.Array:
-        """`horizon` points [B, horizon] after x [B, L], without any scaling. observed: 0 for padding on the left."""
+        """`horizon` points [B, horizon] after x [B, L], without any scaling. observed: 0 for padding on the left.
+        lean: for a forecast, see `layers.scan`."""
         cfg, (b, t) = self.config, x_BL.shape
         sizes = greedy_sizes(horizon, cfg.horizons)
         room = t + sum(sizes[:-1])
@@ -506,9 +525,8 @@ class TimeMoe(Model):
         else:
             observed_BS = jnp.pad(observed_BL, ((0, 0), (0, room - t)), constant_values=1)
             first_B1 = t - observed_BL.astype(jnp.int32).sum(1, keepdims=True)
-        net = lambda points, **rest: self._net(  # noqa: E731
-            params, points, key, train, observed_BS=observed_BS, expert_masks=expert_masks, last=True, **rest
-        )
+        shared = {"observed_BS": observed_BS, "expert_masks": expert_masks, "last": True, "lean": lean}
+        net = functools.partial(self._net, params, key=key, train=train, **shared)
 
         def step(state, points_BT, h):
             caches, start = state

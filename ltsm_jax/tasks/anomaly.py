@@ -89,6 +89,14 @@ class Labelled:
         return (self.anomaly, *self.others)
 
 
+@dataclasses.dataclass(frozen=True)
+class Unlabelled:
+    """A table of which no anomaly is known: it can be trained on and scored, not ranked."""
+
+    name: str
+    spans: tuple[tuple[int, int], ...] = ()
+
+
 def read_ucr(path: str | Path) -> Labelled:
     """A file of the archive, `<id>_UCR_Anomaly_<name>_<b>_<first>_<last>.txt`, also as `.txt.gz`.
 
@@ -114,14 +122,15 @@ def read_ucr(path: str | Path) -> Labelled:
 class Prepared:
     """A labelled series made ready: scaled with its training rows, on the device.
 
-    values: [1, T] float32, scaled units. train: windows of `window` rows, 768 in the protocol (672 shown, 96 more).
+    values: [1, T] float32, scaled units; of an unlabelled table [C, T], whose errors are means over its columns.
+    train: windows of `window` rows, 768 in the protocol (672 shown, 96 more).
     validate_rows: the rows [lo, hi) whose error selects the epoch. series: where it comes from.
     """
 
     values: jax.Array
     train: Windows
     validate_rows: tuple[int, int]
-    series: Labelled
+    series: Labelled | Unlabelled
     quirks: frozenset[str] = frozenset()
     window: int = WINDOW
 
@@ -389,6 +398,8 @@ def evaluate(
     """
     model.check_task("anomaly")
     series = task.series
+    if isinstance(series, Unlabelled):
+        raise DataError(f"{series.name}: no anomaly is labelled, so none can be ranked")
     rows = (series.train_end, len(series.values))
     tail = tail and "uncovered_is_hit" not in task.quirks
     errors = row_errors(
@@ -486,7 +497,7 @@ class Anomaly:
             "task": "anomaly",
             "ims": self.ims,
             "series": data.series.name,
-            "anomaly": np.ravel(data.series.spans).tolist(),
+            "anomaly": [row for span in data.series.spans for row in span],
             "window": data.window,
             "validate_rows": list(data.validate_rows),
             "task_quirks": sorted(data.quirks),
