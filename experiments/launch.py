@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.flags import Hosts
-from ltsm_jax import hosts, terminal
-from ltsm_jax.terminal import keep_compiled, leave, speak_plainly
+from ltsm_jax import hosts, storage, terminal
+from ltsm_jax.terminal import leave, speak_plainly
 from ltsm_jax.training import checkpoints
 
 __all__ = ["guarded", "leave", "say", "speak_plainly", "started"]
@@ -38,7 +38,7 @@ def started(options: Hosts) -> Iterator[None]:
     Raises: ValueError for flags that do not go together.
     """
     with hosts.session(options.coordinator, options.num_processes, options.process_id):
-        keep_compiled()
+        storage.keep_compiled()
         yield
 
 

@@ -40,6 +40,7 @@ def load(
 
     A hub name is fetched and converted once: the copy is kept by repository and commit in `$LTSM_CACHE/models` (else
     ~/.cache/ltsm_jax/models), and loads again without network. The licence of the weights is said on stderr, once.
+    From then on this process keeps what it compiles, see `storage.keep_compiled`.
 
     Args:
       source: the name of a shipped model; a model folder; an original PyTorch checkpoint file, the index of several, or
@@ -67,6 +68,7 @@ def load_whole(
     accept_license: bool = False,
 ) -> Loaded:
     """Load a model, its parameters and what is known of them; arguments and errors as for `load`."""
+    storage.keep_compiled()
     path = folders.local(source) if revision is None else None
     if path is None:
         name = hub.parse(str(source), revision)

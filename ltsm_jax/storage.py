@@ -50,6 +50,9 @@ MAX_DEPTH = 64  # levels of a tree: what walks it calls itself
 # holds mostly zeros gains much. Beyond this a few bytes of a made-up file would fill the memory.
 MAX_GAIN, FREE_BYTES = 32, 1 << 27
 
+COMPILED = 1 << 30  # bytes of compiled programs that are kept; a forecast's takes 1 to 5 MB
+COMPILED_FROM = 0.1  # seconds of compiling from which a program is kept: below, reading it takes as long
+
 _DTYPES = {"bool", "float16", "float32", "float64", "complex64", "complex128"}
 _DTYPES |= {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 _DTYPES |= {"bfloat16", "int4", "uint4"} | {name for name in dir(ml_dtypes) if name.startswith("float8_")}
@@ -68,6 +71,43 @@ def _orbax() -> Any:
 def cache_folder(kind: str) -> Path:
     """Where files of a kind ("data", "models") are kept: `$LTSM_CACHE`/kind, else ~/.cache/ltsm_jax/kind."""
     return Path(os.environ.get("LTSM_CACHE") or Path.home() / ".cache" / "ltsm_jax") / kind
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs in `$LTSM_CACHE`/compiled, so that the next process need not compile them.
+
+    Before that, the programs used longest ago are removed until `COMPILED` bytes are left. A folder that can't be
+    written keeps nothing. JAX_COMPILATION_CACHE_DIR names another folder, which nothing is removed from;
+    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    now = jax.config.values
+    if not now["jax_enable_compilation_cache"] or now["jax_compilation_cache_dir"] is not None:
+        return
+    try:
+        folder = cache_folder("compiled")
+        folder.mkdir(parents=True, exist_ok=True)
+        _trim(folder, COMPILED)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_FROM)
+
+
+def _trim(folder: Path, most: int) -> None:
+    """Remove the files used longest ago until the others take at most `most` bytes."""
+    files = []
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process trims, too
+            state = file.stat()
+            files.append((max(state.st_atime, state.st_mtime), state.st_size, file))
+    excess = sum(size for _, size, _ in files) - most
+    for _, size, file in sorted(files):
+        if excess <= 0:
+            break
+        file.unlink(missing_ok=True)
+        excess -= size
 
 
 def user_path(path: str | os.PathLike) -> Path:

@@ -6,25 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 
-import jax
-
-from ltsm_jax import hosts, storage
+from ltsm_jax import hosts
 from ltsm_jax.flags import in_flags
 
 MOST = 2000  # characters of a message
 # What a terminal without UTF-8 gets for the signs of tables and messages.
 PLAIN = {"±": "+/-", "…": "...", "→": "->", "×": "x", "“": '"', "”": '"', "’": "'"}
 PLAIN |= dict.fromkeys("╭╮╰╯┏┓┗┛┡┩└┘┌┐┬┴┼", "+") | dict.fromkeys("│┃", "|") | dict.fromkeys("─━–—", "-")
-
-
-def keep_compiled() -> None:
-    """Keep compiled programs in `$LTSM_CACHE`/compiled, so that the next process need not compile them.
-
-    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
-    """
-    now = jax.config.values
-    if now["jax_enable_compilation_cache"] and now["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(storage.cache_folder("compiled")))
 
 
 def guarded(run: Callable[[], int], code_of: Callable[[Exception], int] = lambda error: 2) -> int:

@@ -1,4 +1,5 @@
 import concurrent.futures
+import os
 import shutil
 
 import jax
@@ -133,3 +134,43 @@ def test_a_folder_that_is_still_written_to_is_removed_when_that_has_ended(tmp_pa
     (tmp_path / "m").mkdir()
     storage._remove_whole(tmp_path / "m")
     assert len(removed) == 3 and not (tmp_path / "m").exists()
+
+
+@pytest.fixture
+def nothing_kept():
+    """JAX without a folder of compiled programs, and afterwards as it was."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_in_the_cache(tmp_path, monkeypatch, nothing_kept):
+    monkeypatch.setenv("LTSM_CACHE", str(tmp_path))
+    storage.keep_compiled()
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
+    assert (tmp_path / "compiled").is_dir()
+    monkeypatch.setenv("LTSM_CACHE", str(tmp_path / "other"))
+    storage.keep_compiled()  # what is set stays
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
+
+
+def test_compiled_programs_are_not_kept_where_nothing_can_be_written(tmp_path, monkeypatch, nothing_kept):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LTSM_CACHE", str(tmp_path / "file"))
+    storage.keep_compiled()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
+def test_compiled_programs_used_longest_ago_make_room(tmp_path, monkeypatch, nothing_kept):
+    monkeypatch.setenv("LTSM_CACHE", str(tmp_path))
+    monkeypatch.setattr(storage, "COMPILED", 250)
+    (tmp_path / "compiled").mkdir()
+    for age, name in enumerate(["new", "middle", "old"]):
+        file = tmp_path / "compiled" / name
+        file.write_bytes(bytes(100))
+        os.utime(file, (1e9 - age, 1e9 - age))
+    storage.keep_compiled()
+    assert {file.name for file in (tmp_path / "compiled").iterdir()} == {"new", "middle"}

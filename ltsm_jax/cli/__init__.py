@@ -83,7 +83,7 @@ def _run(words: list[str]) -> int:
     try:
         options = flags.parse(command, words[1:], inspect.cleandoc(command.__doc__ or ""))
         with hosts.session():
-            terminal.keep_compiled()
+            storage.keep_compiled()
             return options.run()
     except (hosts.Stopped, BrokenPipeError):
         raise

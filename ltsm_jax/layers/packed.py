@@ -244,7 +244,7 @@ class AnyVariateAttention(nn.Module):
 
     q and k are normalised per head, then the first half of each head turns by the token's time; a learned number per
     head is added to the score of tokens of the same variate, another to that of different ones.
-    seen, same_variate: [B, N, S] bool. time_id: [B, N].
+    seen, same_variate: [B, N, S] bool. time_id: [B, N]. only: places of the tokens that ask; None: all of them.
     """
 
     d_model: int
@@ -254,18 +254,21 @@ class AnyVariateAttention(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool):
+    def __call__(self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool, only=None):
         heads, half, taps = (self.n_heads, self.head_dim), self.head_dim // 2, {}
         values = (self.n_heads, self.value_dim)
+        asking = slice(None) if only is None else only
 
         def project(name):
             shape = values if name == "v" else heads
-            taps[name] = Linear((self.d_model,), shape, use_bias=False, name=name)(x_BND)
+            from_BND = x_BND[:, asking] if name == "q" else x_BND
+            taps[name] = Linear((self.d_model,), shape, use_bias=False, name=name)(from_BND)
             return jnp.swapaxes(taps[name], 1, 2)  # heads beside the batch: plain batched products
 
         def turned(name):
             y = taps[f"{name}_norm"] = RMSNorm(NORM_EPS, name=f"{name}_norm")(project(name))
-            first = rotary(y[..., :half], time_id_BN[:, None], pairs="adjacent")
+            place_BN = time_id_BN[:, asking] if name == "q" else time_id_BN
+            first = rotary(y[..., :half], place_BN[:, None], pairs="adjacent")
             return jnp.concatenate([first, y[..., half:]], axis=-1)
 
         shape = (2, self.n_heads)
@@ -274,8 +277,8 @@ class AnyVariateAttention(nn.Module):
         q_BHNK, k_BHSK, v_BHSK = turned("q"), turned("k"), project("v")
         s_BHNS = (jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5).astype(jnp.float32)
         bias = bias_2H[:, None, :, None, None]
-        s_BHNS = s_BHNS + jnp.where(same_variate_BNS[:, None], bias[1], bias[0])
-        s_BHNS = jnp.where(seen_BNS[:, None], s_BHNS, -jnp.inf)
+        s_BHNS = s_BHNS + jnp.where(same_variate_BNS[:, asking][:, None], bias[1], bias[0])
+        s_BHNS = jnp.where(seen_BNS[:, asking][:, None], s_BHNS, -jnp.inf)
         w_BHNS = jax.nn.softmax(s_BHNS).astype(x_BND.dtype)
         y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
         y_BND = Linear(values, (self.d_model,), use_bias=False, name="out")(jnp.swapaxes(y_BHNK, 1, 2))

@@ -195,21 +195,25 @@ class Routed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between."""
+    """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between.
+
+    only: places of the tokens that are asked for; None: all of them.
+    """
 
     cfg: MoiraiMoeConfig
     layer: int
 
     @nn.compact
-    def __call__(self, x_BND, centroid_ED, tokens: Tokens, train: bool):
+    def __call__(self, x_BND, centroid_ED, tokens: Tokens, train: bool, only=None):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = AnyVariateAttention(
             cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
         )
-        y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
+        y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only)
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        x_BND = x_BND if only is None else x_BND[:, only]
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
         y_BND, inner = Routed(cfg, self.layer, name="ffn")(y_BND, centroid_ED)
@@ -244,12 +248,14 @@ class MoiraiMoeNet(nn.Module):
             layers = self.variables["params"]
             layers = {f"layer_{i}": {"block": layers[f"layer_{i}"], "centroid": centroid_LED[i]} for i in range(depth)}
 
-            def layer(i, params, x_BND):
+            def layer(i, params, x_BND, only=None):
                 block = Block(cfg, i, parent=None)
-                return block.apply({"params": params["block"]}, x_BND, params["centroid"], tokens, train)[0]
+                return block.apply({"params": params["block"]}, x_BND, params["centroid"], tokens, train, only)[0]
 
-            runs = equal_runs(depth, cfg.n_heads, cfg.expert_dims, cfg.kept, cfg.value_dims)
+            # The last layer is on its own: of it, nothing but the tokens asked for is computed.
+            runs = equal_runs(depth - 1, cfg.n_heads, cfg.expert_dims, cfg.kept, cfg.value_dims)
             x_BND = through_layers(layer, layers, x_BND, runs)
+            x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
         for i in range(0 if looped else depth):
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, centroid_LED[i], tokens, train)
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
@@ -257,7 +263,8 @@ class MoiraiMoeNet(nn.Module):
         cut = slice(None) if only is None else only
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
-        y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
+        x_BND = x_BND if looped else x_BND[:, cut]
+        y, raw = head(x_BND, patch, loc_BN1[:, cut], scale_BN1[:, cut])
         return y, taps | {f"head/{name}": value for name, value in raw.items()}
 
 

@@ -56,7 +56,7 @@ def read(module, words):
     options = getattr(found, "Options", None) or getattr(found, "Pretrain", None)
     if module == "experiments.benchmarks.first_forecast":
         return None
-    if module in ("experiments.demo", "experiments.all_families"):
+    if module in ("experiments.demo", "experiments.all_families", "experiments.study"):
         own, rest = flags.parse_some(options, words, None)
         return own, sff.parse(rest)
     return flags.parse(options, words, None)
