@@ -553,6 +553,8 @@ class Units(Model):
             raise ValueError("a classification head needs n_classes=...")
         old = self.task
         name = sizes.get("name", f"CLS_{old.dataset}")
+        while "name" not in sizes and name in [task.name for task in self.config.tasks]:
+            name += "_"  # a checkpoint that classifies this data set already keeps its own tokens beside
         task = UnitsTask(name, "classification", old.dataset, old.context_len, 0, old.n_variates, sizes["n_classes"])
         cfg = dataclasses.replace(self.config, tasks=(*self.config.tasks, task), classifies=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
