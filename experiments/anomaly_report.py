@@ -120,7 +120,7 @@ def text_of(results: pd.DataFrame, command: str, pictures: Sequence[str]) -> str
     lines += [markdown_table(["file", *map(label, methods)], body), ""]
     if "f1_point_adjusted_inflated" in results:
         lines += ["## F1 after point adjustment", "", "It inflates: one flagged row counts for a whole anomaly.", ""]
-        means = results.groupby("method")["f1_point_adjusted_inflated"].mean()
+        means = results.groupby("method")["f1_point_adjusted_inflated"].mean().to_dict()
         body = [[label(method), f"{means[method]:.3f}"] for method in methods]
         lines += [markdown_table(["method", "F1, point-adjusted"], body), ""]
     lines += [f"![]({name})" for name in pictures] or [f"No pictures: {report.NO_PICTURES}."]

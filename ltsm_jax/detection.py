@@ -55,6 +55,11 @@ class Detected:
     params: Params
     notes: tuple[str, ...] = ()
 
+    @property
+    def n_anomalous(self) -> int:
+        """How many rows are anomalous."""
+        return int(self.table["anomalous"].to_numpy(bool).sum())
+
     def ranges(self) -> pd.DataFrame:
         """Give the runs of anomalous rows: from, to (both inclusive), rows, peak score; the highest first."""
         time = self.table.columns[0]
@@ -90,14 +95,14 @@ class Detected:
         score.axvspan(x.iloc[0], x.iloc[self.first_rows - 1], color="#E6E6E6", linewidth=0)
         title = "score; dashed: threshold, grey: the part it was chosen on"
         score.set_title(title, fontsize="medium", loc="left")
-        if (self.table["score"] > 0).any():
+        if (self.table["score"].to_numpy(float) > 0).any():
             score.set_yscale("log")
         if path is not None:
             figure.savefig(storage.user_path(path))
         return figure
 
     def __str__(self) -> str:
-        count = int(self.table["anomalous"].sum())
+        count = self.n_anomalous
         after = len(self.table) - self.first_rows
         lines = [
             f"{self.series.name}: {count:,} of {after:,} rows are anomalous (score above {self.threshold:.3g}; "
@@ -111,7 +116,7 @@ class Detected:
         return "\n".join([*lines, *self.notes])
 
     def __repr__(self) -> str:
-        count = int(self.table["anomalous"].sum())
+        count = self.n_anomalous
         return f"<Detected {self.series.name}: {count} of {len(self.table)} rows anomalous>"
 
     def _repr_html_(self) -> str:

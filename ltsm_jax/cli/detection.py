@@ -114,7 +114,7 @@ class Detect(Command):
             "rows": len(found.table),
             "first_rows": found.first_rows,
             "threshold": found.threshold,
-            "anomalous": int(found.table["anomalous"].sum()),
+            "anomalous": found.n_anomalous,
             "ranges": ranges.to_dict("records"),
             "notes": list(found.notes),
             "seconds": took,

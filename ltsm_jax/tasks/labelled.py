@@ -114,9 +114,18 @@ def _windows_of(path: Path, labels: Path) -> list[tuple[pd.Timestamp, pd.Timesta
         name = f"{path.parent.name}/{path.name.removesuffix('.gz')}"
         if name not in everything:
             raise DataError(f"{labels} has no windows of {name}")
-        return [(pd.Timestamp(first), pd.Timestamp(last)) for first, last in everything[name]]
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        return [(_stamp(first), _stamp(last)) for first, last in everything[name]]
+    except DataError:
+        raise
+    except (ValueError, TypeError) as error:
         raise DataError(f"{labels} is not a table of label windows: {error}") from error
+
+
+def _stamp(text: Any) -> pd.Timestamp:
+    stamp = pd.Timestamp(text)
+    if not isinstance(stamp, pd.Timestamp):  # NaT, which is after nothing and before nothing
+        raise ValueError(f"{text!r} is no date")
+    return stamp
 
 
 def read_channels(folder: str | Path, channels: Sequence[str] | None = None) -> list[Labelled]:

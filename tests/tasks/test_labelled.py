@@ -50,6 +50,9 @@ def test_nab_refusals(tmp_path):
     (tmp_path / labelled.NAB_LABELS).write_text("{}")
     with pytest.raises(ValueError, match="no windows of realX/a.csv"):
         labelled.read_nab(path)
+    (tmp_path / labelled.NAB_LABELS).write_text('{"realX/a.csv": [[null, null]]}')
+    with pytest.raises(ValueError, match="None is no date"):
+        labelled.read_nab(path)
     (tmp_path / labelled.NAB_LABELS).write_text("{")
     with pytest.raises(ValueError, match="label windows"):
         labelled.read_nab(path)
