@@ -20,6 +20,10 @@ Gives: a table on the terminal and, in the folder of --out: results.csv (a row
        trials in choice.json. The same command again goes on where the last
        one stopped.
 
+Lanes: runs that are alike but for start, seed or alpha as lanes of one
+       program (--lanes), see experiments.sff; the searches come before that,
+       one after the other.
+
 Validation chooses everything; the test part is scored at the end and chooses
 nothing. `start` is the validation error of the mix before the first step.
 """
@@ -43,6 +47,7 @@ from experiments import cells, flags, folder, launch, report
 from experiments.cells import Comparison
 from ltsm_jax import curvature, hosts, landscape, storage, training
 from ltsm_jax.methods.alpha import SAMPLE, choose, describe
+from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.starts import Interpolated, groups_of, start_params
 from ltsm_jax.methods.strategies import MIXED, STRATEGIES, Strategy, sff, strategy
 from ltsm_jax.plotting import new_figure
@@ -105,8 +110,6 @@ class Options(flags.Options):
             found.append("--choose-alpha, --origins and several --lr are for experiments.sff")
         if self.report_by != "validation":
             found.append("--report-by is for experiments.sff: this table goes by validation")
-        if self.lanes == "on":
-            found.append("--lanes is for experiments.sff: here one run follows the other")
         if self.at == 1 and "layers" in self.methods:
             found.append("--at 1 mixes nothing: layers has nothing to spread")
         return found
@@ -135,6 +138,11 @@ class Cell:
         """It in words."""
         return f"{report.label(self.method, self.alpha)}, seed {self.seed}"
 
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained in it."""
+        return self.method != "zero_shot"
+
 
 OWN = ("at", "search_epochs", "outer_steps", "inner_steps", "samples")  # settings of the searches
 
@@ -162,7 +170,13 @@ def plan(c: Comparison) -> str:
 
 def compare(c: Comparison, console: Console | None = None) -> list[str]:
     """Run every cell that has no result yet; after each, results.csv is whole. Returns: what failed, one line each."""
-    return cells.run_cells(c, cells_of(c.options), functools.partial(run_cell, c), rank, console or Console())
+    work, start = functools.partial(run_cell, c), functools.partial(begin, c)
+    return cells.run_cells(c, cells_of(c.options), work, rank, console or Console(), begin=start)
+
+
+def begin(c: Comparison, cell: Cell) -> Running:
+    """Begin the training of a cell; where its alpha has to be looked for, that comes first."""
+    return cells.begin(c, cell, strategy_of(c, cell)[0])
 
 
 def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
@@ -256,7 +270,10 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
         row: dict[str, Any] = {"method": method, "alpha": alpha, "seeds": len(group)}
-        row["alphas"] = group["alphas"].fillna("").astype(str).iloc[0]
+        alphas = group["alphas"].iloc[0]
+        if not isinstance(alphas, str):  # a column of plain numbers, or an empty cell
+            alphas = "" if pd.isna(alphas) else f"{alphas:g}"
+        row["alphas"] = alphas
         row |= {name: group[name].mean() for name in NUMBERS}
         fixed = report.is_fixed(group)
         row["test_mse_std"] = float("nan") if fixed else group["test_mse"].std()

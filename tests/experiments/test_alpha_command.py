@@ -104,7 +104,6 @@ def test_all_mixes_are_in_the_table_by_default():
     [
         (["--at", "1"], "--at 1 mixes nothing"),
         (["--choose-alpha"], "--choose-alpha, --origins and several --lr are for experiments.sff"),
-        (["--lanes", "on"], "--lanes is for experiments.sff"),
         (["--methods", "ff,grups"], "did you mean groups?"),
         (["--report-by", "last", "--test-each-epoch"], "--report-by is for experiments.sff"),
     ],

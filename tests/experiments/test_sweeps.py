@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import ltsm_jax
-from experiments import cells, prune_then_finetune, sff
+from experiments import alpha, cells, prune_then_finetune, sff
 from ltsm_jax import trees
 from ltsm_jax.training import lanes
 
@@ -103,3 +103,14 @@ def test_pruned_models_are_lanes_under_their_masks(command, tmp_path, counted, n
     pd.testing.assert_frame_equal(a, b)
     choice = json.loads((tmp_path / "on" / "lanes" / "choice.json").read_text())
     assert {c["way"] for c in choice["choices"].values()} == {"mapped"}
+
+
+@pytest.mark.slow
+def test_choices_of_alpha_are_lanes_and_what_a_search_chose_is_one_of_them(command, tmp_path, counted, no_pictures):
+    asked = {"methods": "zero_shot,ff,sff,sff_norm,short", "alpha": "0.6,0.9", "seeds": "0", "search-epochs": "0"}
+    assert alpha.main(command(tmp_path / "off", **asked, lanes="off")) == 0
+    assert counted == []
+    assert alpha.main(command(tmp_path / "on", **asked, lanes="on")) == 0
+    assert counted == [5], "ff, two alphas of sff, sff_norm, and the alpha that short has found"
+    a, b = (rows(tmp_path / way).drop(columns=["search_seconds"]) for way in ("on", "off"))
+    pd.testing.assert_frame_equal(a, b)
