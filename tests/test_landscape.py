@@ -82,6 +82,18 @@ def test_points_at_once_change_nothing_but_the_time(at_once):
     np.testing.assert_allclose(found.loss, want.loss, rtol=1e-6)
 
 
+def test_no_point_is_computed_twice():
+    computed = []
+
+    def counted(params):
+        jax.debug.callback(lambda: computed.append(1))
+        return bowl(params)
+
+    found = landscape.surface(counted, PARAMS, (RIGHT, UP), points=3)
+    jax.effects_barrier()
+    assert len(computed) == found.loss.size == 9  # a part of 8, and one of 1
+
+
 def test_leaves_keep_their_dtype_and_integers_stay():
     params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(3)}
 

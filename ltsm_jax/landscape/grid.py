@@ -213,12 +213,15 @@ def surface(
     size = min(size, devices * -(-len(places) // devices))
 
     def compute(start: int) -> np.ndarray:
-        # The last part is filled up: one shape serves all, and a part has the same bits whenever it
-        # is computed.
+        # One shape serves all parts, the last one too, of which only the points that there are
+        # are computed: a part has the same bits whenever it is.
         part = places[np.minimum(np.arange(start, start + size), len(places) - 1)]
         part = part.astype(np.float32)
-        part = placement.replicate(part) if spread is not None else part
-        found = _losses(loss, params, ways, part, at_once=at_once, spread=spread, placement=placement)
+        each = size // devices
+        counts = np.clip(len(places) - start - each * np.arange(devices), 0, each).astype(np.int32)
+        if spread is not None:
+            part, counts = placement.replicate(part), placement.replicate(counts)
+        found = _losses(loss, params, ways, part, counts, at_once=at_once, spread=spread, placement=placement)
         return sharding.on_host(found)[: len(places) - start]
 
     found = kept.begin(at_once, compute)
@@ -306,32 +309,41 @@ def _losses(
     params: Tree,
     directions: tuple[Tree, ...],
     places: jax.Array,
+    counts: jax.Array,
     *,
     at_once: int,
     spread: Mesh | None,
     placement: Placement,
 ) -> jax.Array:
-    """Losses [N] at `places` [N, 1 or 2]."""
+    """Losses [N] at `places` [N, 1 or 2]; each device those of its first `counts` [devices] places.
 
-    def several(loss, params, directions, places):
+    What it leaves out is 0, or, of several points at once, the loss all the same.
+    """
+
+    def several(loss, params, directions, places, counts):
+        # What no parameter changes, such as cutting windows, is done once and not at each point.
+        prepare = getattr(loss, "prepared", None)
+        prepared = loss if prepare is None else prepare()
+
         def at(place):
-            return loss(moved(params, directions, place)).astype(jnp.float32)
+            return prepared(moved(params, directions, place)).astype(jnp.float32)
 
-        # vmap of one would compile it for a batch of one; plain lax.map has the bits of a loop over
-        # points.
-        return jax.lax.map(at, places, batch_size=at_once if at_once > 1 else None)
+        if at_once > 1:
+            return jax.lax.map(at, places, batch_size=at_once)
+        losses = jnp.zeros(len(places), jnp.float32)
+        return jax.lax.fori_loop(0, counts[0], lambda i, found: found.at[i].set(at(places[i])), losses)
 
     if spread is None:
-        return placement.everywhere(several(loss, params, directions, places))
+        return placement.everywhere(several(loss, params, directions, places, counts))
     whole, split = PartitionSpec(), PartitionSpec(spread.axis_names)
     over = jax.shard_map(
         several,
         mesh=spread,
-        in_specs=(whole, whole, whole, split),
+        in_specs=(whole, whole, whole, split, split),
         out_specs=split,
         check_vma=False,
     )
-    return placement.everywhere(over(loss, params, directions, places))
+    return placement.everywhere(over(loss, params, directions, places, counts))
 
 
 def _points_at_once(loss: Loss, params: Tree, directions: tuple[Tree, ...], places: np.ndarray) -> int:
@@ -346,9 +358,8 @@ def _points_at_once(loss: Loss, params: Tree, directions: tuple[Tree, ...], plac
     free = memory.available()
     if platform == "cpu" or free is None:
         return 1
-    one = _losses.lower(
-        loss, params, directions, places[:1].astype(np.float32), at_once=1, spread=None, placement=Placement()
-    )
+    first, count = places[:1].astype(np.float32), np.ones(1, np.int32)
+    one = _losses.lower(loss, params, directions, first, count, at_once=1, spread=None, placement=Placement())
     analysis = one.compile().memory_analysis()
     needed = memory.bytes_on_one(params) + (0 if analysis is None else analysis.temp_size_in_bytes)
     return int(min(max(SHARE * free // max(needed, 1), 1), MOST, len(places)))

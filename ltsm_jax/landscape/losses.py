@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -41,6 +42,14 @@ class SplitLoss:
 
     def __call__(self, params: Tree) -> jax.Array:
         """Compute the loss of all windows, a float32 scalar; inside or outside jit."""
+        return self.prepared()(params)
+
+    def prepared(self) -> Callable[[Tree], jax.Array]:
+        """Give the same function, with the windows cut already where they are one batch.
+
+        For a loop over parameters inside jit: it does not cut them again at every turn. Several
+        batches are cut in turn, so that the memory is that of one.
+        """
         n = self.windows.n
         blocks = -(-n // self.batch_size)
 
@@ -48,32 +57,44 @@ class SplitLoss:
         numbers = np.arange(blocks * self.batch_size)
         indices = jnp.asarray(np.minimum(numbers, n - 1), jnp.int32).reshape(blocks, self.batch_size)
         weights = jnp.asarray(numbers < n, jnp.float32).reshape(blocks, self.batch_size)
-
         if blocks == 1:
-            total, count = self._sums(params, indices[0], weights[0])
+            batch = self._cut(indices[0])
+
+            def of_one(params: Tree) -> jax.Array:
+                total, count = self._sums(params, batch, weights[0])
+                return total / count
+
+            return of_one
+
+        # What the backward pass needs of a batch is computed again.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def sums(params: Tree, indices: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self._sums(params, self._cut(indices), weight)
+
+        def of_all(params: Tree) -> jax.Array:
+            def add(carry, batch):
+                total, count = sums(params, *batch)
+                return (carry[0] + total, carry[1] + count), None
+
+            zero = jnp.zeros((), jnp.float32)
+            (total, count), _ = jax.lax.scan(add, (zero, zero), (indices, weights))
             return total / count
 
-        # What the backward pass needs of a batch is computed again: the memory is that of one
-        # batch.
-        sums = jax.checkpoint(self._sums, prevent_cse=False)
+        return of_all
 
-        def add(carry, batch):
-            total, count = sums(params, *batch)
-            return (carry[0] + total, carry[1] + count), None
+    def _cut(self, indices: jax.Array) -> dict[str, jax.Array]:
+        """Cut the windows `indices` [B]."""
+        return self.placement.rows(self.windows.gather(indices))
 
-        zero = jnp.zeros((), jnp.float32)
-        (total, count), _ = jax.lax.scan(add, (zero, zero), (indices, weights))
-        return total / count
-
-    def _sums(self, params: Tree, indices: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Sum over the windows `indices` [B] of what is averaged, and the weight of that sum."""
-        batch = self.placement.rows(self.windows.gather(indices))
+    def _sums(self, params: Tree, batch: dict[str, jax.Array], weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Sum over the windows of a batch of what is averaged, and the weight of that sum."""
         with rows_over(self.placement.mesh):
             if self.kind == "own":
                 loss = self.model.loss(params, batch | {"weight": weight})
                 return loss * weight.sum(), weight.sum()
             target = batch["target"]
-            point = self.task.predictor(self.model).predict(params, batch["context"], target.shape[-1]).point
+            predictor = self.task.predictor(self.model)
+            point = predictor.predict(params, batch["context"], target.shape[-1]).point
         observed = ~jnp.isnan(target) & (weight > 0)[:, None, None]
         # The inner `where` keeps missing targets out of the gradient as well.
         error = jnp.where(observed, point - jnp.where(observed, target, 0.0), 0.0)

@@ -9,6 +9,7 @@ import ltsm_jax
 from experiments import classification as command
 from ltsm_jax.models.moment import Moment
 from ltsm_jax.models.units import Units, UnitsConfig
+from ltsm_jax.training import TrainConfig
 
 
 def ts_file(path, n, seed):
@@ -35,7 +36,8 @@ def models():
     return {"units": Units(dataclasses.replace(units, dataset="b")), "moment": Moment(Moment.small())}
 
 
-@pytest.mark.parametrize("family", ["units", pytest.param("moment", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["units", "moment"])
 def test_a_table_of_methods_and_baselines(family, data, tmp_path, capsys):
     model = models()[family]
     ltsm_jax.save(tmp_path / "model", model, jax.jit(model.init)(jax.random.key(0)))
@@ -50,6 +52,15 @@ def test_a_table_of_methods_and_baselines(family, data, tmp_path, capsys):
     assert "| random kernels + ridge |" in (tmp_path / "o" / "report.md").read_text()
     capsys.readouterr()
     assert command.main(words) == 0 and "accuracy 1.000" not in capsys.readouterr().out
+
+
+def test_baselines_of_a_data_set(data, tmp_path):
+    """No model is needed for them, so none is compiled."""
+    options = command.Options(data=(str(data),), model="m", out=str(tmp_path))
+    problem = command.problem_of(str(data))
+    c = command.Comparison(options, Units(Units.small()), {}, [problem], TrainConfig(), {})
+    assert command.score(c, problem, "random_kernels", 0)["test_accuracy"] == 1
+    assert command.score(c, problem, "most_frequent", 0)["test_macro_f1"] == pytest.approx(1 / 3)
 
 
 def test_the_held_out_fifth_has_every_class_and_leaves_every_class():

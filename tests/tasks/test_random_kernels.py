@@ -59,12 +59,16 @@ def test_the_ridge_takes_the_penalty_of_the_lowest_error_of_left_out_rows(monkey
 
 
 def test_it_tells_waves_apart_and_is_reproducible():
-    (train, labels), (test, wanted) = waves(60, 0), waves(60, 1)
-    guess = random_kernels.classify(train, labels, test, count=100)
+    (train, labels), (test, wanted) = waves(60, 0), waves(40, 1)
+    guess = random_kernels.classify(train, labels, test, count=40)
     assert (guess == wanted).mean() > 0.9
-    np.testing.assert_array_equal(guess, random_kernels.classify(train, labels, test, count=100))
+    np.testing.assert_array_equal(guess, random_kernels.classify(train, labels, test, count=40))
+
+
+def test_missing_values_are_lived_with():
+    (train, labels), (test, wanted) = waves(60, 0), waves(40, 1)
     test[:, :, :10] = np.nan
-    assert (random_kernels.classify(train, labels, test, count=100) == wanted).mean() > 0.7
+    assert (random_kernels.classify(train, labels, test, count=40) == wanted).mean() > 0.6
 
 
 def test_one_class_is_refused():
