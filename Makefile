@@ -11,6 +11,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
 
+# Else every process of the suite, and every child of a test, would compile the project's modules from their text.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test slow check torch oldest newest wheel lock clean
 help:
 	@head -n 1 Makefile

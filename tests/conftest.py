@@ -100,6 +100,7 @@ LONGEST = (
     "experiments/test_all_families.py",
     "experiments/test_hosts.py",
     "training/test_sharding.py",
+    "training/test_stopping.py",
     "converters/test_fuzz.py",
     "training/test_checkpoints.py",
     "test_readme.py",

@@ -28,11 +28,6 @@ def fuzz(seed: int, count: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_files(tmp_path):
-    fuzz(1, 2000, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", range(1, 5))
 def test_a_hundred_thousand_files(tmp_path, seed):
     fuzz(seed, 25_000, tmp_path)

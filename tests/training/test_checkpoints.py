@@ -407,11 +407,6 @@ def kill_and_resume(name, folder, kills, seed):
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_with_the_same_bits(tmp_path):
-    kill_and_resume("mlp", tmp_path, kills=3, seed=0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "timer"])
 def test_a_run_killed_twenty_times_ends_with_the_same_bits(tmp_path, name):
     kill_and_resume(name, tmp_path, kills=20, seed=1)
