@@ -5,7 +5,7 @@ beginning; tokens of 96 rows of the rest are sorted by their error, and the rank
 of the first that overlaps an anomaly, over the number of tokens, is the file's
 alpha. NAB and SMAP/MSL files go the same way.
 
-Run:   python -m experiments.anomaly --data UCR --model timer-tiny-anomaly \\
+Run:   python -m experiments.anomaly --data UCR --model timer-tiny \\
            --methods zero_shot,ff,sff,tfs --seeds 0
        python -m experiments.anomaly --data my/1_UCR_Anomaly_x_900_950_960.txt
 Data:  files and folders, separated by commas: *_UCR_Anomaly_*.txt[.gz]; NAB

@@ -274,8 +274,9 @@ def detecting(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
     found = sorted(folder.glob("*_UCR_Anomaly_*.txt*"))
     if not found:
         raise NotAtHandError(f"{folder} has no series of the UCR archive")
-    prepared = anomaly.prepare(anomaly.read_ucr(found[0]), quirks=("touching_is_hit", "uncovered_is_hit"))
-    rows = (prepared.series.train_end, prepared.values.shape[-1])
+    series = anomaly.read_ucr(found[0])
+    prepared = anomaly.prepare(series, quirks=("touching_is_hit", "uncovered_is_hit"))
+    rows = (series.train_end, prepared.values.shape[-1])
     scores = anomaly.token_scores(anomaly.row_errors(model, params, prepared.values, rows, tail=False))
     yield compare("anomaly", "token scores", f"{len(scores)} tokens", scores, stored["scores"])
     result = anomaly.evaluate(model, params, prepared)

@@ -346,7 +346,8 @@ class Moirai(Model):
             return tuple(_filled(leaf, missing, fill) for leaf, fill in zip(series, fills, strict=True))
 
         def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture:
-            return self.future(params, window[:2], steps, patch, is_pad=window[2], lean=True)
+            x, observed, pad = window
+            return self.future(params, (x, observed), steps, patch, is_pad=pad, lean=True)
 
         stacked = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
         shorter, whole = window(0, t - held), window(first, t)
