@@ -39,9 +39,9 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +59,14 @@ from ltsm_jax.data import Series, prepare, synthetic
 from ltsm_jax.data.corpus import Pool, Scaled, pool, read_folder, shared
 from ltsm_jax.data.splits import borders_of
 from ltsm_jax.models import Model
-from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks import anomaly, forecasting, imputation
+from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.training import TrainConfig, fit, keys
 
 PARTS = ("val", "test")
 HELD_OUT = 2048  # generated series of another seed, for the choice of the epoch: no real series has a say in it
+HIDDEN = 0.375  # share that an imputer is trained to fill
+HOLES = ("patches", "points", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +109,74 @@ class Pretrain:
     hosts: flags.Hosts = dataclasses.field(default_factory=flags.Hosts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a preset is trained for, as its configuration says.
+
+    context, target: rows of the two parts of a window. loss: as `training.fit` wants it, without dropout: windows are
+    many and seen a few times, so nothing overfits. validate: (params, windows) -> scores, `mse` among them. words: for
+    the model folder.
+    """
+
+    context: int
+    target: int
+    loss: Callable[..., jax.Array]
+    validate: Callable[[Any, Scaled], Mapping[str, float]]
+    words: str
+
+
+def objective_of(model: Model) -> Objective:
+    """Give the objective of a model's task; that of a family without tasks is forecasting."""
+    task = getattr(model.config, "task", "forecasting")
+    if task == "imputation":
+        hidden = {"rate": HIDDEN, "holes": HOLES}
+        draws_masks = imputation.loss_fn(model, **hidden)
+        return Objective(
+            context=model.context_len,
+            target=1,  # not read: what is asked for lies inside the context
+            loss=lambda params, batch, key, train: draws_masks(params, batch, key, False),
+            validate=functools.partial(_imputed, model, hidden),
+            words=f"imputation: {HIDDEN:g} hidden in {', '.join(HOLES)}, one kind a window; without dropout",
+        )
+    if task == "anomaly":
+        reconstructs = anomaly.loss_fn(model)
+        return Objective(
+            context=model.context_len - model.horizon,
+            target=model.horizon,
+            loss=lambda params, batch, key, train: reconstructs(params, batch, None, False),
+            validate=functools.partial(_reconstructed, model),
+            words="anomaly: each token predicts the next, without dropout",
+        )
+    return Objective(
+        context=model.context_len,
+        target=model.horizon,
+        loss=lambda params, batch, key, train: model.loss(params, batch, None, False),
+        validate=functools.partial(forecasting.evaluate, model),
+        words="own, without dropout",
+    )
+
+
+def _imputed(model: Model, hidden: Mapping[str, Any], params: Any, windows: Scaled) -> dict[str, Any]:
+    return imputation.evaluate(model, params, windows, split="val", **hidden)  # pyright: ignore[reportArgumentType]
+
+
+def _reconstructed(model: Model, params: Any, windows: Scaled) -> dict[str, float]:
+    one_batch = functools.partial(_window_mse, model, params, windows)
+    return {"mse": float(in_batches(one_batch, windows.n, 128).mean())}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _window_mse(model: Model, params: Any, windows: Scaled, indices: jax.Array) -> jax.Array:
+    batch = windows.gather(indices)
+    x_BCT = jnp.concatenate([batch["context"], batch["target"]], axis=-1)
+    y_BCT = model.reconstruct(params, x_BCT)
+    return jnp.square(y_BCT - x_BCT[..., -y_BCT.shape[-1] :]).mean((1, 2))
+
+
 def windows(args: Pretrain, model: Model) -> Pool:
     """Training windows in data units, windows for the choice of the epoch, and notes on what was left out."""
-    lengths = model.context_len, model.horizon
+    objective = objective_of(model)
+    lengths = objective.context, objective.target
     found: list[Pool] = []
     if args.generated:
         generated = pool(synthetic.generate(args.seed, args.generated, args.length), *lengths, stride=16)
@@ -135,11 +203,6 @@ def joined(a: Pool, b: Pool) -> Pool:
     return Pool(train, b.val or a.val, a.notes + b.notes)
 
 
-def own_loss(model: Model, params, batch, key, train):
-    """The family's own loss without dropout: windows are many and seen a few times, so nothing overfits."""
-    return model.loss(params, batch, None, False)
-
-
 def train(args: Pretrain) -> tuple[Model, dict]:
     """Trains (or goes on, or finds it done) and writes OUT/model.
 
@@ -161,8 +224,9 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     accumulate = args.devices.accumulate
     if accumulate == "auto" and not model.rows_apart:
         accumulate = 1
+    objective = objective_of(model)
     result = fit(
-        functools.partial(own_loss, model),
+        objective.loss,
         start,
         Scaled(parts.train.take(np.sort(chosen))),
         config=TrainConfig(
@@ -178,10 +242,10 @@ def train(args: Pretrain) -> tuple[Model, dict]:
             accumulate=accumulate,
             remat=args.devices.remat,
         ),
-        validate=val and (lambda params: forecasting.evaluate(model, params, val)),  # pyright: ignore[reportArgumentType]
+        validate=val and (lambda params: objective.validate(params, val)),
         folder=args.out / "train",
         label=args.preset,
-        facts={"preset": args.preset, "config": model.config_to_dict(), "loss": "own, without dropout"},
+        facts={"preset": args.preset, "config": model.config_to_dict(), "loss": objective.words},
     )
     hosts.on_first(shutil.rmtree, args.out / "windows", ignore_errors=True)  # of several hosts
     if not hosts.on_first((args.out / "model").exists):
@@ -193,6 +257,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
             "commit": git_commit(),
             "seed": args.seed,
             "steps": result.steps,
+            "loss": objective.words,
             "windows": {"training": n, "notes": parts.notes},
             "corpus": corpus_facts(args),
             "validation": {"of": "real series" if args.corpus else "other generated series", "epochs": result.history},

@@ -1,4 +1,4 @@
-"""Imputation: whole patches of a window are hidden, and the model is asked for them.
+"""Imputation: parts of a window are hidden, and the model is asked for them.
 
 The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-tuning (Meteor-Stars/SFF): windows of
 192 rows of all variates, patches of 24, each patch of each variate hidden with probability `rate`, never the first.
@@ -8,13 +8,23 @@ Windows come from `data.prepare(series, 192, 192, joint=True)`. The horizon is n
 count: as if a target as long as the window followed (ETTh1: 8257, 2689 and 2689 windows). Two things are better than
 released: `few_shot` keeps a fixed subset of the training windows, where the script sees another one every epoch, and a
 window's mask in validation and test is a function of (seed, split, window), where the script draws new ones each time.
+
+Holes of other kinds than the protocol's (`HOLES`) come at the same expected share, rate * (N - 1) / N of all
+points with N patches in a window, and never reach into the first patch:
+
+| kind | hidden, of each variate by itself |
+| --- | --- |
+| `patches` | each whole patch with probability `rate`: the protocol |
+| `points` | each point with probability `rate` |
+| `blocks` | one run at any place, of uniform length: on average `rate` of the steps after the first patch |
+| `outages` | with probability `rate`, the variate from the second patch to the end of the window |
 """
 
 import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +39,51 @@ from ltsm_jax.tasks.base import Loss, Part, Source
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.trees import Tree
 
+Holes = Literal["patches", "points", "blocks", "outages"]
+HOLES: tuple[Holes, ...] = get_args(Holes)
+Kinds = Holes | tuple[Holes, ...]
 
-def patch_mask(key: jax.Array, n_steps: int, n_variates: int, patch_len: int, rate: float | jax.Array) -> jax.Array:
-    """Which points of one window stay visible: bool [C, T], whole patches at a time.
 
-    A patch of a variate is hidden when u <= rate, u ~ U[0, 1); the first patch never is. The expected hidden share of
-    all points is rate * (N - 1) / N with N = T / P patches.
+def hole_mask(
+    key: jax.Array,
+    n_steps: int,
+    n_variates: int,
+    patch_len: int,
+    rate: float | jax.Array,
+    holes: Holes = "patches",
+) -> jax.Array:
+    """Which points of one window stay visible: bool [C, T]; the kinds of holes are in the module docstring.
 
-    Raises: ValueError when the window is not made of whole patches, at least two.
+    In the protocol a patch is hidden when u <= rate, u ~ U[0, 1). The expected hidden share of all points is
+    rate * (N - 1) / N with N = T / P patches.
+
+    Raises: ValueError for an unknown kind, and when the window is not made of whole patches, at least two.
     """
     if n_steps % patch_len or n_steps < 2 * patch_len:
         raise ValueError(f"imputation needs windows of at least two whole patches of {patch_len}, got {n_steps} steps")
-    hidden_CN = jax.random.uniform(key, (n_variates, n_steps // patch_len)) <= rate
-    hidden_CN = hidden_CN.at[:, 0].set(False)
-    return ~jnp.repeat(hidden_CN, patch_len, axis=1)
+    steps = jnp.arange(n_steps)
+    if holes == "patches":
+        hidden_CN = jax.random.uniform(key, (n_variates, n_steps // patch_len)) <= rate
+        hidden_CT = jnp.repeat(hidden_CN, patch_len, axis=1)
+    elif holes == "points":
+        hidden_CT = jax.random.uniform(key, (n_variates, n_steps)) <= rate
+    elif holes == "outages":
+        hidden_CT = jnp.broadcast_to(jax.random.uniform(key, (n_variates, 1)) <= rate, (n_variates, n_steps))
+    elif holes == "blocks":
+        # The mean of a length in [1, 2 rate R] is that of a share `rate` of R steps; beyond a half it would not fit,
+        # so that the lengths then run from (2 rate - 1) R to R.
+        room = n_steps - patch_len
+        length_key, start_key = jax.random.split(key)
+        shortest, longest = jnp.maximum(2 * rate - 1, 0.0) * room, jnp.minimum(2 * rate, 1.0) * room
+        drawn_C1 = jax.random.uniform(length_key, (n_variates, 1), minval=shortest, maxval=longest)
+        length_C1 = jnp.round(drawn_C1).astype(jnp.int32)
+        start_C1 = patch_len + jnp.floor(
+            jax.random.uniform(start_key, (n_variates, 1)) * (room - length_C1 + 1)
+        ).astype(jnp.int32)
+        hidden_CT = (steps >= start_C1) & (steps < start_C1 + length_C1)
+    else:
+        raise ValueError(f"holes are {', '.join(HOLES)}; got {holes!r}")
+    return ~(hidden_CT & (steps >= patch_len))
 
 
 def hidden_error(
@@ -68,7 +109,12 @@ def _check(model: Model, rate: float) -> None:
 
 
 def loss_fn(
-    model: Model, *, rate: float = 0.25, ims: bool = True
+    model: Model,
+    *,
+    rate: float = 0.25,
+    ims: bool = True,
+    holes: Kinds = "patches",
+    patch_len: int | None = None,
 ) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
     """The training loss `f(params, batch, key, train) -> scalar`: mean squared error of the hidden points of the batch.
 
@@ -76,19 +122,22 @@ def loss_fn(
     `context` [B, C, T] and `weight` [B]. In the squared units of the batch; 0 when nothing was hidden.
 
     Args:
-      rate: share of patches hidden. The originals' scripts: 0.125, 0.25, 0.375, 0.5.
+      rate: share hidden of what follows the first patch. The originals' scripts: 0.125, 0.25, 0.375, 0.5.
       ims: True: a patch is what the token before it predicts, as Timer's checkpoint was trained. False: the hidden
         token's own output, the default of the released SFF script.
+      holes: a kind, see the module docstring; of several, each window draws one.
+      patch_len: steps of a hidden patch, and of the first one; None: the model's own.
     Raises: ValueError for a rate outside (0, 1) or a model without this task.
     """
     _check(model, rate)
+    kinds, patch = _kinds(holes), patch_len or model.config.patch_len
 
     def loss(params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
         if key is None:
             raise ValueError("the imputation loss draws its masks from a key: give one")
         x_BCT = batch["context"]
         mask_key, dropout_key = jax.random.split(key)
-        visible_BCT = _masks(model, jax.random.split(mask_key, x_BCT.shape[0]), x_BCT, rate)
+        visible_BCT = _masks(jax.random.split(mask_key, x_BCT.shape[0]), x_BCT, rate, kinds, patch)
         error_BCT, scored_BCT = hidden_error(model, params, x_BCT, visible_BCT, dropout_key, train, ims)
         weight_B = batch.get("weight", jnp.ones(x_BCT.shape[0]))
         total = (jnp.square(error_BCT).sum((1, 2)) * weight_B).sum()
@@ -98,18 +147,53 @@ def loss_fn(
     return loss
 
 
-def _masks(model: Model, keys: jax.Array, x_BCT: jax.Array, rate: float | jax.Array) -> jax.Array:
+def _kinds(holes: Kinds) -> tuple[Holes, ...]:
+    kinds = (holes,) if isinstance(holes, str) else tuple(holes)
+    if not kinds or set(kinds) - set(HOLES):
+        raise ValueError(f"holes are of {', '.join(HOLES)}; got {holes!r}")
+    return kinds
+
+
+def _masks(
+    keys: jax.Array,
+    x_BCT: jax.Array,
+    rate: float | jax.Array,
+    kinds: tuple[Holes, ...],
+    patch_len: int,
+) -> jax.Array:
+    """Draw the masks of a batch, a key for each window: bool [B, C, T]."""
     _, n_variates, n_steps = x_BCT.shape
-    return jax.vmap(lambda key: patch_mask(key, n_steps, n_variates, model.config.patch_len, rate))(keys)
+
+    def one(key: jax.Array, kind: Holes) -> jax.Array:
+        return hole_mask(key, n_steps, n_variates, patch_len, rate, kind)
+
+    if len(kinds) == 1:
+        return jax.vmap(lambda key: one(key, kinds[0]))(keys)
+
+    def drawn(key: jax.Array) -> jax.Array:
+        which_key, key = jax.random.split(key)
+        which = jax.random.randint(which_key, (), 0, len(kinds))
+        return jnp.stack([one(key, kind) for kind in kinds])[which]
+
+    return jax.vmap(drawn)(keys)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "ims"))
+@functools.partial(jax.jit, static_argnames=("model", "ims", "kinds", "patch_len"))
 def _batch_sums(
-    model: Model, params: Tree, windows: Windows, indices: jax.Array, key: jax.Array, rate: jax.Array, ims: bool
+    model: Model,
+    params: Tree,
+    windows: Windows,
+    indices: jax.Array,
+    key: jax.Array,
+    rate: jax.Array,
+    ims: bool,
+    kinds: tuple[Holes, ...],
+    patch_len: int,
 ) -> dict[str, jax.Array]:
     x_BCT = windows.gather(indices)["context"]
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)  # by window: the batch size changes no mask
-    error, scored = hidden_error(model, params, x_BCT, _masks(model, keys, x_BCT, rate), None, False, ims)
+    visible_BCT = _masks(keys, x_BCT, rate, kinds, patch_len)
+    error, scored = hidden_error(model, params, x_BCT, visible_BCT, None, False, ims)
     return {
         "squared": jnp.square(error).sum((1, 2)),
         "absolute": jnp.abs(error).sum((1, 2)),
@@ -124,6 +208,8 @@ def evaluate(
     *,
     rate: float = 0.25,
     ims: bool = True,
+    holes: Kinds = "patches",
+    patch_len: int | None = None,
     split: str = "test",
     seed: int = 0,
     batch_size: int = 128,
@@ -133,7 +219,7 @@ def evaluate(
 
     Args:
       windows: the split; `joint` windows hide patches of each variate by itself.
-      rate, ims: as in `loss_fn`.
+      rate, ims, holes, patch_len: as in `loss_fn`.
       split, seed: they fix the masks: the same window of the same split and seed always has the same ones.
       batch_size: windows per forward pass; changes the speed, not the value.
       placement: of the parameters; None: ask them.
@@ -141,12 +227,13 @@ def evaluate(
     Raises: ValueError when there is no window, no point was hidden, or as `loss_fn`.
     """
     _check(model, rate)
+    kinds, patch = _kinds(holes), patch_len or model.config.patch_len
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
     placement = placement or Placement.of(params)
     placed, placed_key = windows.over(placement.mesh), placement.replicate(key)
 
     def one_batch(indices: jax.Array) -> dict[str, jax.Array]:
-        return _batch_sums(model, params, placed, indices, placed_key, rate, ims)
+        return _batch_sums(model, params, placed, indices, placed_key, rate, ims, kinds, patch)
 
     found = in_batches(one_batch, windows.n, batch_size, placement)
     sums = {name: per_window.sum() for name, per_window in found.items()}

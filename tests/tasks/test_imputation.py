@@ -60,7 +60,7 @@ def noise():
 @pytest.mark.parametrize("rate", [0.125, 0.25, 0.375, 0.5])
 def test_whole_patches_are_hidden_at_the_rate_and_never_the_first(rate):
     keys = jax.random.split(jax.random.key(1), 4000)
-    visible = np.asarray(jax.vmap(lambda k: imputation.patch_mask(k, T, 3, P, rate))(keys))
+    visible = np.asarray(jax.vmap(lambda k: imputation.hole_mask(k, T, 3, P, rate))(keys))
     patches = visible.reshape(4000, 3, T // P, P)
     assert (patches == patches[..., :1]).all(), "a patch is hidden in part"
     assert patches[:, :, 0].all()
@@ -73,7 +73,7 @@ def test_whole_patches_are_hidden_at_the_rate_and_never_the_first(rate):
 def test_a_window_must_be_whole_patches():
     for steps in (P, T + 1):
         with pytest.raises(ValueError, match="whole patches"):
-            imputation.patch_mask(jax.random.key(0), steps, 1, P, 0.5)
+            imputation.hole_mask(jax.random.key(0), steps, 1, P, 0.5)
 
 
 def test_loss_is_the_mean_over_hidden_points_only():
@@ -192,7 +192,7 @@ class TestTimer:
         """The mean over hidden points of patches 2 to 8: token j - 1 predicts patch j, or token j itself."""
         params = jax.jit(self.model.init)(jax.random.key(0))
         x = jnp.asarray(noise[:, :T], jnp.float32)[None]
-        visible = np.asarray(imputation.patch_mask(jax.random.key(5), T, 3, P, 0.5))[None]
+        visible = np.asarray(imputation.hole_mask(jax.random.key(5), T, 3, P, 0.5))[None]
         score = jax.jit(lambda params: imputation.hidden_error(self.model, params, x, visible, None, False, ims))
         error, scored = score(params)
         tokens, _ = jax.jit(self.model.apply)(params, jnp.where(visible, x, 0), jnp.asarray(visible, jnp.float32))
