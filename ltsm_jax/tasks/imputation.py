@@ -28,11 +28,12 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ltsm_jax import storage
 from ltsm_jax.data.splits import Splits
 from ltsm_jax.data.windows import Windows
-from ltsm_jax.layers.missing import interpolate_missing
+from ltsm_jax.layers.missing import fill_missing, interpolate_missing
 from ltsm_jax.models.family import Batch, Model
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Loss, Part, Source
@@ -80,10 +81,10 @@ def hole_mask(
         start_C1 = patch_len + jnp.floor(
             jax.random.uniform(start_key, (n_variates, 1)) * (room - length_C1 + 1)
         ).astype(jnp.int32)
-        hidden_CT = (steps >= start_C1) & (steps < start_C1 + length_C1)
+        hidden_CT = (steps[None] >= start_C1) & (steps[None] < start_C1 + length_C1)
     else:
         raise ValueError(f"holes are {', '.join(HOLES)}; got {holes!r}")
-    return ~(hidden_CT & (steps >= patch_len))
+    return ~(hidden_CT & (steps >= patch_len)[None])
 
 
 def hidden_error(
@@ -96,10 +97,38 @@ def hidden_error(
     """
     known = ~jnp.isnan(x)
     scored = known & ~visible
-    observed = known & visible
-    truth = jnp.where(known, x, 0.0)
-    y = model.impute(params, jnp.where(observed, truth, 0.0), observed.astype(x.dtype), key=key, train=train, ims=ims)
-    return jnp.where(scored, y - truth, 0.0), scored
+    y = filled(model, params, jnp.where(visible, x, jnp.nan), key=key, train=train, ims=ims)
+    return jnp.where(scored, y - jnp.where(known, x, 0.0), 0.0), scored
+
+
+def filled(
+    model: Model,
+    params: Tree,
+    x: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    train: bool = False,
+    ims: bool = True,
+) -> jax.Array:
+    """What the model says at every point of windows [B, C, T], of which it sees those that are not NaN.
+
+    The model gets 0 in place of what is missing, and a mask. ims: as in `loss_fn`.
+    """
+    observed = ~jnp.isnan(x)
+    shown = jnp.where(observed, x, 0.0)
+    return model.impute(params, shown, observed.astype(x.dtype), key=key, train=train, ims=ims)
+
+
+def anchored(y: jax.Array, x: jax.Array) -> jax.Array:
+    """Move a reconstruction y [..., T] so that it meets what is known of x [..., T] (NaN: unknown).
+
+    The straight line between the errors at the known points around a hole is taken off: both ends of a filled hole
+    agree with the values beside it. A model that says a constant becomes linear interpolation.
+    """
+    line, begun = interpolate_missing(x - y)
+    first = jnp.argmax(~jnp.isnan(x), axis=-1, keepdims=True)  # before the first known point: its error
+    before = jnp.take_along_axis(jnp.where(jnp.isnan(x), 0.0, x - y), first, axis=-1)
+    return y + jnp.where(begun, line, before)
 
 
 def _check(model: Model, rate: float) -> None:
@@ -130,14 +159,21 @@ def loss_fn(
     Raises: ValueError for a rate outside (0, 1) or a model without this task.
     """
     _check(model, rate)
-    kinds, patch = _kinds(holes), patch_len or model.config.patch_len
+    shared = _loss(model, ims, _kinds(holes), patch_len or model.config.patch_len)
+    # Partial: the rate reaches the compiled step as an argument, so that all rates share a compilation.
+    return jax.tree_util.Partial(shared, np.float32(rate))
 
-    def loss(params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
+
+@functools.cache
+def _loss(model: Model, ims: bool, kinds: tuple[Holes, ...], patch_len: int) -> Callable[..., jax.Array]:
+    """Give the loss of every rate, which comes first; one function object for equal arguments."""
+
+    def loss(rate: jax.Array, params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
         if key is None:
             raise ValueError("the imputation loss draws its masks from a key: give one")
         x_BCT = batch["context"]
         mask_key, dropout_key = jax.random.split(key)
-        visible_BCT = _masks(jax.random.split(mask_key, x_BCT.shape[0]), x_BCT, rate, kinds, patch)
+        visible_BCT = _masks(jax.random.split(mask_key, x_BCT.shape[0]), x_BCT, rate, kinds, patch_len)
         error_BCT, scored_BCT = hidden_error(model, params, x_BCT, visible_BCT, dropout_key, train, ims)
         weight_B = batch.get("weight", jnp.ones(x_BCT.shape[0]))
         total = (jnp.square(error_BCT).sum((1, 2)) * weight_B).sum()
@@ -193,12 +229,15 @@ def _batch_sums(
     x_BCT = windows.gather(indices)["context"]
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)  # by window: the batch size changes no mask
     visible_BCT = _masks(keys, x_BCT, rate, kinds, patch_len)
-    error, scored = hidden_error(model, params, x_BCT, visible_BCT, None, False, ims)
-    return {
-        "squared": jnp.square(error).sum((1, 2)),
-        "absolute": jnp.abs(error).sum((1, 2)),
-        "points": scored.sum((1, 2)),
-    }
+    shown_BCT = jnp.where(visible_BCT, x_BCT, jnp.nan)
+    scored_BCT = ~jnp.isnan(x_BCT) & ~visible_BCT
+    y_BCT = filled(model, params, shown_BCT, ims=ims)
+    sums = {"points": scored_BCT.sum((1, 2))}
+    for prefix, guess_BCT in (("", y_BCT), ("anchored_", anchored(y_BCT, shown_BCT))):
+        error_BCT = jnp.where(scored_BCT, guess_BCT - jnp.where(scored_BCT, x_BCT, 0.0), 0.0)
+        sums[f"{prefix}mse"] = jnp.square(error_BCT).sum((1, 2))
+        sums[f"{prefix}mae"] = jnp.abs(error_BCT).sum((1, 2))
+    return sums
 
 
 def evaluate(
@@ -223,7 +262,7 @@ def evaluate(
       split, seed: they fix the masks: the same window of the same split and seed always has the same ones.
       batch_size: windows per forward pass; changes the speed, not the value.
       placement: of the parameters; None: ask them.
-    Returns: {"mse", "mae", "points" (hidden and scored), "windows"}.
+    Returns: {"mse", "mae", "anchored_mse", "anchored_mae" (see `anchored`), "points" (hidden and scored), "windows"}.
     Raises: ValueError when there is no window, no point was hidden, or as `loss_fn`.
     """
     _check(model, rate)
@@ -237,21 +276,17 @@ def evaluate(
 
     found = in_batches(one_batch, windows.n, batch_size, placement)
     sums = {name: per_window.sum() for name, per_window in found.items()}
-    if sums["points"] == 0:
+    points = int(sums.pop("points"))
+    if not points:
         raise ValueError(
             f"no point of the {windows.n} windows was hidden at rate {rate}: use more windows or a higher rate"
         )
-    return {
-        "mse": float(sums["squared"] / sums["points"]),
-        "mae": float(sums["absolute"] / sums["points"]),
-        "points": int(sums["points"]),
-        "windows": windows.n,
-    }
+    return {name: float(total / points) for name, total in sums.items()} | {"points": points, "windows": windows.n}
 
 
 @functools.cache
-def _loss(model: Model, rate: float, ims: bool) -> Loss:
-    return loss_fn(model, rate=rate, ims=ims)
+def _task_loss(model: Model, rate: float, ims: bool, holes: Kinds, patch_len: int | None) -> Loss:
+    return loss_fn(model, rate=rate, ims=ims, holes=holes, patch_len=patch_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,13 +294,15 @@ class Imputation:
     """The task of imputation on `data.Splits` of joint windows, of which the contexts are used.
 
     Attributes:
-      rate, ims: see `loss_fn`.
+      rate, ims, holes, patch_len: see `loss_fn`.
       seed: of the masks in validation and test.
     """
 
     rate: float = 0.25
     ims: bool = True
     seed: int = 0
+    holes: Kinds = "patches"
+    patch_len: int | None = None
 
     @property
     def selects(self) -> str:
@@ -278,19 +315,33 @@ class Imputation:
 
     def loss(self, model: Model) -> Loss:
         """Mean squared error of points hidden anew at every call, see `loss_fn`."""
-        return _loss(model, self.rate, self.ims)
+        return _task_loss(model, self.rate, self.ims, self.holes, self.patch_len)
 
     def evaluate(
         self, model: Model, params: Tree, data: Splits, part: Part = "val", placement: Placement | None = None
     ) -> dict[str, Any]:
         """See `evaluate`, of every window of a part."""
-        how = {"rate": self.rate, "ims": self.ims, "split": part, "seed": self.seed, "placement": placement}
-        return evaluate(model, params, getattr(data, part), **how)
+        return evaluate(
+            model,
+            params,
+            getattr(data, part),
+            rate=self.rate,
+            ims=self.ims,
+            holes=self.holes,
+            patch_len=self.patch_len,
+            split=part,
+            seed=self.seed,
+            placement=placement,
+        )
 
     def baselines(self, model: Model, data: Splits, part: Part = "val") -> dict[str, dict[str, Any]]:
-        """The straight line between the visible points, with the masks that the model is scored with."""
-        line: Any = _Line(_Patches(model.config.patch_len))
-        return {"straight line": self.evaluate(line, {}, data, part)}
+        """Fill without a model, with the masks that the model is scored with: "linear", the straight line between the
+        visible points; "last", the last visible value; with a season, "seasonal naive", see `seasonal`."""
+        sizes, season = _Patches(model.config.patch_len), data.series.season
+        fillers = {"linear": _Filler(sizes, "linear"), "last": _Filler(sizes, "last")}
+        if 1 < season < data.train.context_len:
+            fillers["seasonal naive"] = _Filler(sizes, "seasonal", season)
+        return {name: self.evaluate(filler, {}, data, part) for name, filler in fillers.items()}  # pyright: ignore[reportArgumentType]
 
     def warnings(self, model: Model, params: Tree, data: Splits, placement: Placement | None = None) -> tuple[str, ...]:
         """Nothing: no kind of collapse is known."""
@@ -306,19 +357,48 @@ class Imputation:
         return {name: scores[name] for name in ("mse", "mae", "points")}
 
 
+# --- without a model
+
+
+def linear(x: jax.Array) -> jax.Array:
+    """Fill NaN of x [..., T] on the straight line; before the first known value with that, after the last with that."""
+    line, begun = interpolate_missing(x)
+    return jnp.where(begun, line, fill_missing(x))
+
+
+def seasonal(x: jax.Array, season: int) -> jax.Array:
+    """Fill NaN of x [..., T] with the known value a whole number of seasons away: one before, one after, two before ...
+
+    What no season reaches is filled by `linear`.
+    """
+    n_steps = x.shape[-1]
+    filled, nothing = x, jnp.full_like(x, jnp.nan)
+    for shift in range(season, n_steps, season):
+        before = jnp.concatenate([nothing[..., :shift], x[..., :-shift]], axis=-1)
+        after = jnp.concatenate([x[..., shift:], nothing[..., :shift]], axis=-1)
+        for other in (before, after):
+            filled = jnp.where(jnp.isnan(filled), other, filled)
+    return jnp.where(jnp.isnan(filled), linear(x), filled)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Patches:
     patch_len: int
 
 
 @dataclasses.dataclass(frozen=True)
-class _Line:
+class _Filler:
     """Stands in for a model in `evaluate`."""
 
     config: _Patches
+    how: Literal["linear", "last", "seasonal"]
+    season: int = 0
 
     def check_task(self, task: str) -> None:
         pass
 
     def impute(self, params: Tree, x: jax.Array, observed: jax.Array, **how: Any) -> jax.Array:
-        return interpolate_missing(jnp.where(observed > 0, x, jnp.nan))[0]
+        holes = jnp.where(observed > 0, x, jnp.nan)
+        if self.how == "seasonal":
+            return seasonal(holes, self.season)
+        return linear(holes) if self.how == "linear" else fill_missing(holes)

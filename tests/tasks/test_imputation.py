@@ -237,7 +237,7 @@ def test_the_runner_tunes_an_imputer():
     assert result.test["mse"] < 0.8 * before["mse"]
     assert result.val["mse"] == min(h["val_mse"] for h in result.history)
     assert set(task.row(result.test)) == {"mse", "mae", "points"}
-    line = task.baselines(model, splits, "test")["straight line"]
+    line = task.baselines(model, splits, "test")["linear"]
     assert line["points"] == before["points"], "scored on the same hidden points"
     assert task.loss(model) is task.loss(Timer(model.config)), "equal models share a compilation"
 
