@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from experiments import folder as folders
-from experiments import report
+from experiments import report, task_runs
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
@@ -78,10 +76,7 @@ def write(folder: Path, results: pd.DataFrame, series: Sequence[Labelled], comma
     with folders.replacing(folder / folders.CSV) as temporary:
         results.to_csv(temporary, index=False)
     header, rows = summary_cells(summarise(results))
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=140).print(table)
+    task_runs.print_table(header, rows)
     pictures = draw(folder, results, series) if importlib.util.find_spec("matplotlib") else []
     with folders.replacing(folder / "report.md") as temporary:
         temporary.write_text(text_of(results, command, pictures), encoding="utf-8")

@@ -151,9 +151,13 @@ def objective_of(model: Model) -> Objective:
         context=model.context_len,
         target=model.horizon,
         loss=lambda params, batch, key, train: model.loss(params, batch, None, False),
-        validate=functools.partial(forecasting.evaluate, model),
+        validate=functools.partial(_forecast, model),
         words="own, without dropout",
     )
+
+
+def _forecast(model: Model, params: Any, windows: Scaled) -> dict[str, Any]:
+    return forecasting.evaluate(model, params, windows)  # pyright: ignore[reportArgumentType]
 
 
 def _imputed(model: Model, hidden: Mapping[str, Any], params: Any, windows: Scaled) -> dict[str, Any]:

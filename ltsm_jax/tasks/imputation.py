@@ -267,7 +267,7 @@ def evaluate(
     """
     _check(model, rate)
     kinds, patch = _kinds(holes), patch_len or model.config.patch_len
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
+    key = _split_key(seed, split)
     placement = placement or Placement.of(params)
     placed, placed_key = windows.over(placement.mesh), placement.replicate(key)
 
@@ -282,6 +282,38 @@ def evaluate(
             f"no point of the {windows.n} windows was hidden at rate {rate}: use more windows or a higher rate"
         )
     return {name: float(total / points) for name, total in sums.items()} | {"points": points, "windows": windows.n}
+
+
+def examples(
+    model: Model,
+    params: Tree,
+    windows: Windows,
+    indices: np.ndarray,
+    *,
+    rate: float = 0.25,
+    ims: bool = True,
+    holes: Kinds = "patches",
+    patch_len: int | None = None,
+    split: str = "test",
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fill some windows under the masks that `evaluate` scores them with; arguments as there.
+
+    indices: numbers of the windows, int [K].
+    Returns: truth, what is visible (bool) and what the model says at every point, each [K, C, T].
+    """
+    _check(model, rate)
+    numbers = jnp.asarray(indices, jnp.int32)
+    x_KCT = windows.gather(numbers)["context"]
+    key = _split_key(seed, split)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
+    visible_KCT = _masks(keys, x_KCT, rate, _kinds(holes), patch_len or model.config.patch_len)
+    y_KCT = filled(model, params, jnp.where(visible_KCT, x_KCT, jnp.nan), ims=ims)
+    return np.asarray(x_KCT), np.asarray(visible_KCT), np.asarray(y_KCT)
+
+
+def _split_key(seed: int, split: str) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(split.encode()))
 
 
 @functools.cache
@@ -305,6 +337,11 @@ class Imputation:
     patch_len: int | None = None
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What `evaluate` and `examples` take."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
     def selects(self) -> str:
         """The mean squared error of the hidden points."""
         return "mse"
@@ -321,18 +358,7 @@ class Imputation:
         self, model: Model, params: Tree, data: Splits, part: Part = "val", placement: Placement | None = None
     ) -> dict[str, Any]:
         """See `evaluate`, of every window of a part."""
-        return evaluate(
-            model,
-            params,
-            getattr(data, part),
-            rate=self.rate,
-            ims=self.ims,
-            holes=self.holes,
-            patch_len=self.patch_len,
-            split=part,
-            seed=self.seed,
-            placement=placement,
-        )
+        return evaluate(model, params, getattr(data, part), split=part, placement=placement, **self.options)
 
     def baselines(self, model: Model, data: Splits, part: Part = "val") -> dict[str, dict[str, Any]]:
         """Fill without a model, with the masks that the model is scored with: "linear", the straight line between the
