@@ -17,10 +17,10 @@ import pandas as pd
 from ltsm_jax import storage
 from ltsm_jax.data import DataError, Scaler, Series
 from ltsm_jax.data.tables import ReadingOptions
-from ltsm_jax.data.windows import windows_between
 from ltsm_jax.methods.binding import Data, as_series, check_params, ready_for
 from ltsm_jax.methods.run import run
 from ltsm_jax.methods.strategies import Strategy, strategy
+from ltsm_jax.methods.task_data import anomaly_of
 from ltsm_jax.models import Model
 from ltsm_jax.plotting import NO_PICTURES, new_figure
 from ltsm_jax.tasks import anomaly
@@ -230,28 +230,13 @@ def _tuned(
     show_progress: bool,
 ) -> Params:
     """Tune on the first part, whose last 10 % select the epoch."""
-    if np.isnan(values[:, :cut]).any():
-        raise DataError(f"{name}: tuning needs a first part without empty cells: missing='interpolate' fills them")
-    inner = anomaly.rows_to_train(cut)
-    window = min(anomaly.WINDOW, inner // anomaly.TOKEN * anomaly.TOKEN)
-    if window < anomaly.SHORTEST_WINDOW:
-        least = anomaly.SHORTEST_WINDOW
-        raise DataError(
-            f"{name}: {inner} rows to tune on are too few, at least {least} are needed; or method='zero_shot'"
-        )
-    prepared = anomaly.Prepared(
-        values=values,  # pyright: ignore[reportArgumentType]
-        train=windows_between(values, 0, inner, window - anomaly.TOKEN, anomaly.TOKEN),
-        validate_rows=(inner, cut),
-        series=anomaly.Unlabelled(name),
-        window=window,
-    )
+    prepared, task = anomaly_of(name, values, cut)
     result = run(
         model,
         params,
         chosen,
         prepared,
-        task=anomaly.Anomaly(),
+        task=task,
         seed=seed,
         config=config,
         test=False,

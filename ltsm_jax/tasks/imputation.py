@@ -254,7 +254,7 @@ def evaluate(
     batch_size: int = 128,
     placement: Placement | None = None,
 ) -> dict[str, Any]:
-    """Score of every window of a split, none dropped: mse and mae over all hidden points, in the units of the windows.
+    """Score a split over all its hidden points, no window dropped: mse and mae in the units of the windows.
 
     Args:
       windows: the split; `joint` windows hide patches of each variate by itself.
@@ -265,6 +265,44 @@ def evaluate(
     Returns: {"mse", "mae", "anchored_mse", "anchored_mae" (see `anchored`), "points" (hidden and scored), "windows"}.
     Raises: ValueError when there is no window, no point was hidden, or as `loss_fn`.
     """
+    found = window_sums(
+        model,
+        params,
+        windows,
+        rate=rate,
+        ims=ims,
+        holes=holes,
+        patch_len=patch_len,
+        split=split,
+        seed=seed,
+        batch_size=batch_size,
+        placement=placement,
+    )
+    sums = {name: per_window.sum() for name, per_window in found.items()}
+    points = int(sums.pop("points"))
+    if not points:
+        raise ValueError(
+            f"no point of the {windows.n} windows was hidden at rate {rate}: use more windows or a higher rate"
+        )
+    return {name: float(total / points) for name, total in sums.items()} | {"points": points, "windows": windows.n}
+
+
+def window_sums(
+    model: Model,
+    params: Tree,
+    windows: Windows,
+    *,
+    rate: float = 0.25,
+    ims: bool = True,
+    holes: Kinds = "patches",
+    patch_len: int | None = None,
+    split: str = "test",
+    seed: int = 0,
+    batch_size: int = 128,
+    placement: Placement | None = None,
+) -> dict[str, np.ndarray]:
+    """Sums over the hidden points of each window [N] of what `evaluate` gives the mean of, and "points"; arguments as
+    there."""
     _check(model, rate)
     kinds, patch = _kinds(holes), patch_len or model.config.patch_len
     key = _split_key(seed, split)
@@ -274,14 +312,7 @@ def evaluate(
     def one_batch(indices: jax.Array) -> dict[str, jax.Array]:
         return _batch_sums(model, params, placed, indices, placed_key, rate, ims, kinds, patch)
 
-    found = in_batches(one_batch, windows.n, batch_size, placement)
-    sums = {name: per_window.sum() for name, per_window in found.items()}
-    points = int(sums.pop("points"))
-    if not points:
-        raise ValueError(
-            f"no point of the {windows.n} windows was hidden at rate {rate}: use more windows or a higher rate"
-        )
-    return {name: float(total / points) for name, total in sums.items()} | {"points": points, "windows": windows.n}
+    return in_batches(one_batch, windows.n, batch_size, placement)
 
 
 def examples(
