@@ -70,7 +70,8 @@ class Options(task_runs.Options):
     windows: Annotated[int, flags.whole(1)] = 2048
     """training windows of each file, evenly spread; a file that has fewer repeats some"""
     window: Annotated[int | None, flags.whole(anomaly.SHORTEST_WINDOW, unset="768, or 384")] = None
-    """rows of a window, a multiple of 96; by default 768, or 384 where a file is too short for that"""
+    """rows of a window, a multiple of 96; by default 768, or 384 where a file is too short for
+    that"""
     mode: Annotated[str, flags.one_of(("ims", "direct"))] = "ims"
     """ims: each token predicts the next; direct: the model reconstructs its input"""
     quirks: Annotated[
@@ -81,7 +82,8 @@ class Options(task_runs.Options):
     quantile: Annotated[float, flags.number(0, 1, says="between 0 and 1")] = 0.99
     """of the scores of held-out training rows: the threshold"""
     smooth: Annotated[int, flags.whole(1)] = 25
-    """rows that a score is averaged over before a threshold and the areas; ranks are of the scores as they are"""
+    """rows that a score is averaged over before a threshold and the areas; ranks are of the scores
+    as they are"""
     point_adjust: bool = False
     """also F1 after point adjustment, which inflates: for comparison with papers that report it"""
 
@@ -140,7 +142,8 @@ def path_of(name: str) -> Path:
     if place is None or Path(name).exists():
         return Path(name).expanduser()
     if "LTSM_DATA" not in os.environ:
-        raise flags.UsageError(f"--data {name} is {place} in the folder that LTSM_DATA names, and it names none")
+        told = f"--data {name} is {place} in the folder that LTSM_DATA names, and it names none"
+        raise flags.UsageError(told)
     return Path(os.environ["LTSM_DATA"]) / place
 
 
@@ -159,7 +162,8 @@ def resolve(options: Options) -> Comparison:
     kept = [one for one in series if anomaly.rows_to_train(one.train_end) >= window]
     for one in series:
         if one not in kept:
-            notes.append(f"{one.name}: left out, {one.train_end} training rows hold no window of {window}")
+            rows = f"{one.train_end} training rows"
+            notes.append(f"{one.name}: left out, {rows} hold no window of {window}")
     if not kept:
         raise flags.UsageError("\n".join(notes))
     config = options.config(model)
@@ -210,7 +214,8 @@ def settings_of(
 
 
 def cells_of(c: Comparison) -> list[Cell]:
-    """Every run, method by method, so that files of one method follow one another in one program."""
+    """Every run, method by method, so that files of one method follow one another in one
+    program."""
     first = c.options.seeds[0]
     found = []
     for method in c.options.methods:
@@ -230,8 +235,8 @@ def plan(c: Comparison) -> str:
         f"data     {len(c.series)} series of {rows:,} rows in all",
         f"windows  {c.window} rows, {o.windows} of each series to train; the last 10 % of training rows select",
         f"model    {o.model}: {c.model.family}",
-        f"training {o.mode}, {c.config.epochs} epochs, batch {c.config.batch_size}, lr {c.config.lr:g}",
-        f"runs     {len(cells_of(c))}: {', '.join(o.methods)}, and {', '.join(anomaly_report.BASELINES)}",
+        f"training {o.mode}, {c.options.words_of(c.config)}",
+        f"runs     {len(cells_of(c))}: {', '.join((*o.methods, *anomaly_report.BASELINES))}",
         f"results  {o.folder}",
     ]
     return "\n".join(lines + [f"note     {note}" for note in c.notes])
@@ -241,8 +246,8 @@ def run_cell(c: Comparison, cell: Cell) -> task_runs.Outcome:
     """Run one cell; beside its row, the score of every test row is kept."""
     began = time.perf_counter()
     if cell.method in anomaly_report.BASELINES:
-        score = detection_baselines.scorers(cell.series.values[: cell.series.train_end])[cell.method]
-        scores = score(cell.series.values)
+        scorers = detection_baselines.scorers(cell.series.values[: cell.series.train_end])
+        scores = scorers[cell.method](cell.series.values)
         held_out = scores[anomaly.rows_to_train(cell.series.train_end) : cell.series.train_end]
         found, facts = scores[cell.series.train_end :], {}
     else:
@@ -255,7 +260,8 @@ def run_cell(c: Comparison, cell: Cell) -> task_runs.Outcome:
 
 
 def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Tune on one series. Returns: squared errors of its held-out training rows, of its test rows, and facts."""
+    """Tune on one series. Returns: squared errors of its held-out training rows, of its test rows,
+    and facts."""
     o = c.options
     prepared = anomaly.prepare(cell.series, quirks=o.quirks, window=c.window, n_windows=o.windows)
     result = run.run(
@@ -295,7 +301,8 @@ def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dic
 
 
 def row_of(c: Comparison, cell: Cell, held_out: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-    """Measure a series: scores of its held-out training rows, and of its test rows from the first on."""
+    """Measure a series: scores of its held-out training rows, and of its test rows from the first
+    on."""
     o, series = c.options, cell.series
     ranked = anomaly.rank_rows(scores, series, o.quirks)
     spans = [(first - series.train_end, last - series.train_end) for first, last in series.spans]

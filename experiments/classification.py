@@ -148,7 +148,8 @@ def problem_of(path: str) -> Problem:
 
 
 def hold_out(labels: np.ndarray, share: float = HELD_OUT) -> np.ndarray:
-    """Number the examples to hold out, [k]: the share of each class, evenly spread, but never all of one.
+    """Number the examples to hold out, [k]: the share of each class, evenly spread, but never all
+    of one.
 
     Raises: ValueError where no class has two examples.
     """
@@ -272,7 +273,14 @@ def finish(c: Comparison, rows: list[dict[str, Any]]) -> None:
         results.to_csv(temporary, index=False)
     header, body = summary(results)
     task_runs.print_table(header, body)
-    lines = ["# Classification", "", f"    {c.record['command']}", "", markdown_table(header, body), ""]
+    lines = [
+        "# Classification",
+        "",
+        f"    {c.record['command']}",
+        "",
+        markdown_table(header, body),
+        "",
+    ]
     if importlib.util.find_spec("matplotlib"):
         _draw(place / "accuracy.png", results)
         lines += ["![](accuracy.png)", ""]

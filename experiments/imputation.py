@@ -45,7 +45,7 @@ from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import imputation
 from ltsm_jax.tasks.base import Part
-from ltsm_jax.tasks.imputation import HOLES, Holes, Imputation
+from ltsm_jax.tasks.imputation import HOLES, Imputation
 from ltsm_jax.training.lanes import ASKED
 
 Params = Any
@@ -69,9 +69,11 @@ class Options(task_runs.Options):
     ] = ("zero_shot", "ff", "sff", "tfs")
     rates: Annotated[tuple[float, ...], flags.numbers(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = (0.25,)
     """shares to hide of what follows the first patch"""
-    holes: Annotated[tuple[str, ...], flags.names(HOLES), flags.described(f"kinds of holes, of {', '.join(HOLES)}")] = (
-        "patches",
-    )
+    holes: Annotated[
+        tuple[str, ...],
+        flags.names(HOLES),
+        flags.described(f"kinds of holes, of {', '.join(HOLES)}"),
+    ] = ("patches",)
     few_shot: Annotated[float, flags.number(flags.TINY, 1, says="a share above 0 and at most 1")] = 1.0
     """share of the training windows"""
     window: Annotated[int, flags.whole(2)] = 192
@@ -83,15 +85,16 @@ class Options(task_runs.Options):
     score_stride: Annotated[int, flags.whole(1)] = 1
     """validate and test on every N-th window"""
     lanes: Annotated[str, flags.one_of(ASKED)] = "auto"
-    """train runs that are alike as lanes of one program: auto (where a few timed steps say that it is quicker), on or
-    off"""
+    """train runs that are alike as lanes of one program: auto (where a few timed steps say that it
+    is quicker), on or off"""
     reading: flags.Reading = dataclasses.field(default_factory=flags.Reading)
 
     def problems(self, given: set[str]) -> list[str]:
         """Say what does not go together; `given`: the fields that were set."""
         found = super().problems(given)
         if self.window % self.patch or self.window < 2 * self.patch:
-            found.append(f"--window must be at least two whole patches of {self.patch}; got {self.window}")
+            told = f"at least two whole patches of {self.patch}"
+            found.append(f"--window must be {told}; got {self.window}")
         return found
 
 
@@ -110,7 +113,7 @@ class Cell:
     """One row of results.csv."""
 
     setting: Setting
-    holes: Holes
+    holes: str
     rate: float
     method: str
     seed: int
@@ -118,7 +121,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder."""
-        return f"{self.setting.name}-{self.holes}-{flags.exact(self.rate)}-{self.method}-seed{self.seed}"
+        holes = f"{self.holes}-{flags.exact(self.rate)}"
+        return f"{self.setting.name}-{holes}-{self.method}-seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +137,8 @@ class Comparison:
     def task(self, cell: Cell) -> Imputation:
         """The task of a cell."""
         o = self.options
-        return Imputation(rate=cell.rate, ims=o.mode == "ims", holes=cell.holes, patch_len=o.patch)
+        holes: Any = cell.holes
+        return Imputation(rate=cell.rate, ims=o.mode == "ims", holes=holes, patch_len=o.patch)
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -186,13 +191,15 @@ def resolve(options: Options) -> Comparison:
 
 def _try_batch(model: Model, params: Params, splits: Splits, o: Options) -> None:
     """Shapes only: what the model has to say about the windows, before anything is compiled."""
-    loss = imputation.loss_fn(model, patch_len=o.patch, holes=o.holes)  # pyright: ignore[reportArgumentType]
+    holes: Any = o.holes
+    loss = imputation.loss_fn(model, patch_len=o.patch, holes=holes)
     indices, key = np.zeros(1, np.int32), jax.random.key(0)
     jax.eval_shape(lambda p, w: loss(p, w.gather(indices), key, True), params, splits.train)
 
 
 def groups_of(c: Comparison) -> list[list[Cell]]:
-    """Every run, in groups of the same windows, holes and rate: what may be lanes of one program."""
+    """Every run, in groups of the same windows, holes and rate: what may be lanes of one
+    program."""
     o, found = c.options, []
     for setting in c.settings:
         seasonal = 1 < setting.splits.series.season < o.window
@@ -202,8 +209,8 @@ def groups_of(c: Comparison) -> list[list[Cell]]:
                 group = []
                 for method in o.methods:
                     several = o.seeds if strategy(method).phases else o.seeds[:1]
-                    group += [Cell(setting, holes, rate, method, seed) for seed in several]  # pyright: ignore[reportArgumentType]
-                group += [Cell(setting, holes, rate, name, o.seeds[0]) for name in baselines]  # pyright: ignore[reportArgumentType]
+                    group += [Cell(setting, holes, rate, method, seed) for seed in several]
+                group += [Cell(setting, holes, rate, name, o.seeds[0]) for name in baselines]
                 found.append(group)
     return found
 
@@ -221,8 +228,8 @@ def plan(c: Comparison) -> str:
     lines += [
         f"holes    {', '.join(o.holes)} at {', '.join(f'{rate:g}' for rate in o.rates)}",
         f"model    {o.model}: {c.settings[0].model.family}",
-        f"training {o.mode}, {c.config.epochs} epochs, batch {c.config.batch_size}, lr {c.config.lr:g}",
-        f"runs     {n_runs}: {', '.join(o.methods)}, and {', '.join(imputation_report.BASELINES)}",
+        f"training {o.mode}, {o.words_of(c.config)}",
+        f"runs     {n_runs}: {', '.join((*o.methods, *imputation_report.BASELINES))}",
         f"results  {o.folder}",
     ]
     return "\n".join(lines)
@@ -241,7 +248,8 @@ def compare(c: Comparison) -> list[str]:
 
 
 def tuned(c: Comparison, waiting: Sequence[Cell]) -> dict[str, Result | training.NonFiniteError]:
-    """Run the methods of a group, alike ones as lanes. Returns: results by the names of their cells."""
+    """Run the methods of a group, alike ones as lanes. Returns: results by the names of their
+    cells."""
     runs = [cell for cell in waiting if cell.method in STRATEGIES]
     if not runs:
         return {}
@@ -292,9 +300,15 @@ def score(
         assert result.test is not None, "it is asked for"
         test, val = result.test, result.val
         places = ((np.arange(EXAMPLES) + 0.5) * one.splits.test.n / EXAMPLES).astype(np.int32)
-        truth, visible, said = imputation.examples(one.model, result.params, one.splits.test, places, **task.options)
-        arrays[FILLS] = {"truth": truth[:, 0], "visible": visible[:, 0], "filled": said[:, 0]}
-        more = {"best_epoch": result.best_epoch, "epochs": result.epochs, "trained_parameters": result.trained}
+        tuned_params, windows = result.params, one.splits.test
+        shown = imputation.examples(one.model, tuned_params, windows, places, **task.options)
+        names = ("truth", "visible", "filled")
+        arrays[FILLS] = {name: array[:, 0] for name, array in zip(names, shown, strict=True)}
+        more = {
+            "best_epoch": result.best_epoch,
+            "epochs": result.epochs,
+            "trained_parameters": result.trained,
+        }
         seconds = result.seconds
     else:
         test, val = naive("test")[cell.method], naive("val")[cell.method]

@@ -19,7 +19,11 @@ from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
 
 BASELINES = ("linear", "last", "seasonal_naive")
-LABELS = {"linear": "linear interpolation", "last": "last value", "seasonal_naive": "seasonal naive"}
+LABELS = {
+    "linear": "linear interpolation",
+    "last": "last value",
+    "seasonal_naive": "seasonal naive",
+}
 BLOCK = ["data", "holes", "rate"]  # what rows must have in common to be compared
 
 
@@ -35,7 +39,8 @@ def rank(row: dict[str, Any]) -> Any:
 
 
 def errors(results: pd.DataFrame, column: str = "test_mse") -> tuple[list[str], list[list[str]]]:
-    """Set mean and spread over seeds as text: a row per data set, kind of holes and method, a column per rate."""
+    """Set mean and spread over seeds as text: a row per data set, kind of holes and method, a
+    column per rate."""
     rates = sorted(results["rate"].unique())
     body = []
     for (data, holes, method), group in results.groupby(["data", "holes", "method"], sort=False):
@@ -48,7 +53,8 @@ def errors(results: pd.DataFrame, column: str = "test_mse") -> tuple[list[str], 
 
 
 def ranks(results: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Set mean ranks and wins over blocks of data, holes and rate as text, by the test MSE, mean over seeds."""
+    """Set mean ranks and wins over blocks of data, holes and rate as text, by the test MSE, mean
+    over seeds."""
     means = results.groupby([*BLOCK, "method"], sort=False)["test_mse"].mean().unstack("method").dropna(axis=1)
     places = means.rank(axis=1)
     wins = places.eq(places.min(axis=1), axis=0)
@@ -59,7 +65,8 @@ def ranks(results: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 
 def differences(results: pd.DataFrame, against: str) -> tuple[list[str], list[list[str]]]:
-    """Compare every method with one of them, block by block: relative difference in test MSE, seed against seed.
+    """Compare every method with one of them, block by block: relative difference in test MSE, seed
+    against seed.
 
     The interval over blocks is that of `study.seed_interval`, of the mean over seeds of each block.
     """
@@ -73,7 +80,14 @@ def differences(results: pd.DataFrame, against: str) -> tuple[list[str], list[li
             continue
         low, high = study.seed_interval(each)
         interval = "" if math.isnan(low) else f"{low:+.1f} .. {high:+.1f}"
-        body.append([label(method), f"{each.mean():+.1f}", interval, f"{int((each < 0).sum())} of {len(each)}"])
+        body.append(
+            [
+                label(method),
+                f"{each.mean():+.1f}",
+                interval,
+                f"{int((each < 0).sum())} of {len(each)}",
+            ]
+        )
     return ["method", "difference, %", "95 % over blocks", "better in"], body
 
 
@@ -85,7 +99,10 @@ def write(folder: Path, results: pd.DataFrame, command: str) -> None:
     header, body = errors(results)
     task_runs.print_table(header, body)
     lines = ["# Imputation", "", f"    {command}", ""]
-    lines += ["Test MSE of hidden points, standardised data (mean and spread over seeds), by rate:", ""]
+    lines += [
+        "Test MSE of hidden points, standardised data (mean and spread over seeds), by rate:",
+        "",
+    ]
     lines += [markdown_table(header, body), ""]
     lines += ["After the ends of each fill were moved to the values beside it (`anchored`):", ""]
     models = results[~results["method"].isin(BASELINES)]
@@ -94,7 +111,12 @@ def write(folder: Path, results: pd.DataFrame, command: str) -> None:
     lines += [markdown_table(*ranks(results)), ""]
     for against in ("ff", "linear"):
         if against in set(results["method"]):
-            lines += [f"## Difference to {label(against)}", "", markdown_table(*differences(results, against)), ""]
+            lines += [
+                f"## Difference to {label(against)}",
+                "",
+                markdown_table(*differences(results, against)),
+                "",
+            ]
     pictures = draw(folder, results) if importlib.util.find_spec("matplotlib") else []
     lines += [f"![]({name})" for name in pictures] or [f"No pictures: {report.NO_PICTURES}."]
     report.write_text(folder / "report.md", [*lines, ""])
@@ -110,8 +132,17 @@ def draw(folder: Path, results: pd.DataFrame) -> list[str]:
     for ax, ((data, holes), group) in zip(axes[:, 0], groups, strict=True):
         for method, rows in group.groupby("method", sort=False):
             means = rows.groupby("rate")["test_mse"].agg(["mean", "std"])
-            style = {"linestyle": report.STYLES.get(method, (0, (1, 1))), "color": report.COLOURS.get(method)}
-            ax.errorbar(means.index, means["mean"], yerr=means["std"].fillna(0), label=label(method), **style)
+            style = {
+                "linestyle": report.STYLES.get(method, (0, (1, 1))),
+                "color": report.COLOURS.get(method),
+            }
+            ax.errorbar(
+                means.index,
+                means["mean"],
+                yerr=means["std"].fillna(0),
+                label=label(method),
+                **style,
+            )
         ax.set_yscale("log")
         ax.set(xlabel="share hidden", ylabel="test MSE of hidden points")
         ax.set_title(f"{data}, {holes}", fontsize="medium", loc="left")
@@ -126,7 +157,8 @@ def draw(folder: Path, results: pd.DataFrame) -> list[str]:
 
 
 def _draw_fills(place: Path, folder: Path, rows: pd.DataFrame) -> str:
-    """Draw the first kept window of each data set and kind of holes, at the highest rate and the first seed."""
+    """Draw the first kept window of each data set and kind of holes, at the highest rate and the
+    first seed."""
     shown = rows.sort_values(["rate", "seed"], ascending=[False, True]).drop_duplicates(["data", "holes"])
     figure, axes = new_figure(9, 2.2 * len(shown), nrows=len(shown), squeeze=False)
     for ax, row in zip(axes[:, 0], shown.to_dict("records"), strict=True):
@@ -136,7 +168,13 @@ def _draw_fills(place: Path, folder: Path, rows: pd.DataFrame) -> str:
         steps = np.arange(len(truth))
         ax.plot(steps, truth, color="#BBBBBB", linewidth=0.8, label="hidden truth")
         ax.plot(steps, np.where(visible, truth, np.nan), color="#334155", linewidth=0.9, label="shown")
-        ax.plot(steps, np.where(visible, np.nan, filled), color="#D55E00", linewidth=1.2, label=label(row["method"]))
+        ax.plot(
+            steps,
+            np.where(visible, np.nan, filled),
+            color="#D55E00",
+            linewidth=1.2,
+            label=label(row["method"]),
+        )
         ax.set_title(f"{row['data']}, {row['holes']}, rate {row['rate']:g}", fontsize="small", loc="left")
         ax.legend(frameon=False, fontsize="x-small", ncols=3)
     figure.savefig(place / "fills.png")

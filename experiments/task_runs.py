@@ -1,7 +1,8 @@
-"""What the experiments of imputation, anomaly detection and classification share: options, and cells that never run
-twice.
+"""What the experiments of imputation, anomaly detection and classification share: options, and
+cells that never run twice.
 
-A comparison is a folder, see `experiments.folder`; a cell is one run of it, with a folder of its own in cells/.
+A comparison is a folder, see `experiments.folder`; a cell is one run of it, with a folder of its
+own in cells/.
 """
 
 import dataclasses
@@ -79,7 +80,12 @@ class Options:
     def config(self, model: Model) -> training.TrainConfig:
         """Give the model's recipe with what the options change."""
         asked = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
-        return binding.train_config(model, **{name: value for name, value in asked.items() if value is not None})
+        given = {name: value for name, value in asked.items() if value is not None}
+        return binding.train_config(model, **given)
+
+    def words_of(self, config: training.TrainConfig) -> str:
+        """Say how long and how fast is trained."""
+        return f"{config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
 
     def mix_of(self, method: str) -> float | None:
         """Give the weight of the pretrained side of a method; None for those without."""
@@ -126,7 +132,11 @@ K = TypeVar("K", bound=Cell)
 
 def facts() -> dict[str, str]:
     """Give the columns that say what made a row."""
-    return {"git_commit": folder.git_commit(), "versions": folder.versions(), "device": folder.device()}
+    return {
+        "git_commit": folder.git_commit(),
+        "versions": folder.versions(),
+        "device": folder.device(),
+    }
 
 
 def waiting(c: Comparison, cells: Sequence[K]) -> list[K]:
@@ -186,8 +196,10 @@ def main(
 ) -> int:
     """An experiment from its flags to its report; returns its exit code (`launch.guarded`).
 
-    parse, resolve, plan: flags to options, to a comparison, to words. compare: runs the cells and says what failed.
-    finish: writes results.csv and report.md from the rows of all finished cells, and prints the table.
+    parse, resolve, plan: flags to options, to a comparison, to words. compare: runs the cells and
+    says what failed.
+    finish: writes results.csv and report.md from the rows of all finished cells, and prints the
+    table.
     """
 
     def work() -> int:

@@ -1,8 +1,9 @@
 """`impute`: a table without holes, and which cells were filled.
 
-A model reconstructs windows around the holes of each item; both ends of a fill are moved to the values beside it
-(`tasks.imputation.anchored`). Whether that beats a straight line is measured on cells of the same table that are known,
-hidden in holes of the same form; a column where it does not is filled by the line.
+A model reconstructs windows around the holes of each item; both ends of a fill are moved to the
+values beside it (`tasks.imputation.anchored`). Whether that beats a straight line is measured on
+cells of the same table that are known, hidden in holes of the same form; a column where it does not
+is filled by the line.
 """
 
 import dataclasses
@@ -44,10 +45,12 @@ class Imputed:
     """Result of `impute`; print it.
 
     Attributes:
-      table: a row per row of the data, item by item: ids, stamps (or "row"), the targets without holes, and for each
-        target "<name>_filled", True where a cell was filled. Known cells are what they were.
-      check: a row per target with holes: `cells` that were known and hidden, `model_mse` and `linear_mse` there (in
-        units of the item's variance; NaN where nothing could be hidden), and `filled_by`, "model" or "linear".
+      table: a row per row of the data, item by item: ids, stamps (or "row"), the targets without
+        holes, and for each target "<name>_filled", True where a cell was filled. Known cells are
+        what they were.
+      check: a row per target with holes: `cells` that were known and hidden, `model_mse` and
+        `linear_mse` there (in units of the item's variance; NaN where nothing could be hidden), and
+        `filled_by`, "model" or "linear".
       panel: what was read. params: what filled it, tuned where a method was asked for.
       notes: what was done, in words.
     """
@@ -64,7 +67,8 @@ class Imputed:
         return int(self.table[[f"{name}{FILLED}" for name in self.panel.columns]].to_numpy(bool).sum())
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the targets of the first item with the filled cells marked; returns the matplotlib Figure.
+        """Draw the targets of the first item with the filled cells marked; returns the matplotlib
+        Figure.
 
         path: file to write (.png, .svg, .pdf), or None.
         Raises: ImportError with what to install.
@@ -127,18 +131,20 @@ def impute(
 ) -> Imputed:
     """Fill the empty cells of a table, wide or long, of any length.
 
-    Rows behind the last value of an item are the future, not holes, and are left away. A target of an item that
-    holds no value at all stays empty.
+    Rows behind the last value of an item are the future, not holes, and are left away. A target of
+    an item that holds no value at all stays empty.
 
     Args:
       model, params: from `ltsm_jax.load`, of a family that does imputation (timer, moment, units).
       data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series` or a `Panel`.
-      fill: "model"; "linear", the straight line; "auto": of both the one with the lower error on known cells of the
-        column that were hidden in holes of the same form.
-      method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`: how to tune on the table before; by default
-        not at all. For a table of one item.
-      target, time, id, freq, date_format, irregular, name: how a table is read, see `data.panel_tables.PanelOptions`.
-        `irregular="regularise"` makes rows of the stamps that a table leaves out, and they are filled too.
+      fill: "model"; "linear", the straight line; "auto": of both the one with the lower error on
+        known cells of the column that were hidden in holes of the same form.
+      method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`: how to tune on the table
+        before; by default not at all. For a table of one item.
+      target, time, id, freq, date_format, irregular, name: how a table is read, see
+        `data.panel_tables.PanelOptions`.
+        `irregular="regularise"` makes rows of the stamps that a table leaves out, and they are
+        filled too.
       seed, config, show_progress: of tuning, as for `ltsm_jax.fit`.
     Raises: ValueError for a model without the task, and data that cannot be read.
     Example: `ltsm_jax.impute(*ltsm_jax.load("timer-tiny-imputation"), "sensors.csv").table`
@@ -255,7 +261,8 @@ def _filled(model: Model, params: Params, panel: Panel, fill: Fill) -> tuple[np.
 
 
 def _scale(known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std [C, 1] of what is known of values [C, T]; 0 and 1 where nothing is, or all is one value."""
+    """Mean and std [C, 1] of what is known of values [C, T]; 0 and 1 where nothing is, or all is
+    one value."""
     there = ~np.isnan(known)
     n = np.maximum(there.sum(axis=1, keepdims=True), 1)
     mean = np.where(there, known, 0.0).sum(axis=1, keepdims=True) / n
@@ -264,7 +271,8 @@ def _scale(known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _like_holes(holes: np.ndarray) -> np.ndarray:
-    """Choose known cells [C, T] to hide: the holes moved in time, as often as it takes to hide a share `CHECKED`."""
+    """Choose known cells [C, T] to hide: the holes moved in time, as often as it takes to hide a
+    share `CHECKED`."""
     n_rows = holes.shape[1]
     found = np.zeros_like(holes)
     for c, row in enumerate(holes):
@@ -278,7 +286,8 @@ def _like_holes(holes: np.ndarray) -> np.ndarray:
 
 
 def _by_line(scaled: np.ndarray) -> np.ndarray:
-    """Fill NaN of [C, T] by linear interpolation, at the ends with the nearest value; a row of NaN stays so."""
+    """Fill NaN of [C, T] by linear interpolation, at the ends with the nearest value; a row of NaN
+    stays so."""
     filled = scaled.copy()
     every = np.arange(scaled.shape[1])
     for row in filled:
@@ -291,8 +300,8 @@ def _by_line(scaled: np.ndarray) -> np.ndarray:
 def _by_model(model: Model, params: Params, scaled: np.ndarray) -> np.ndarray:
     """Fill NaN of [C, T] by the model.
 
-    Windows overlap by three quarters, and a cell is taken from the one that has it nearest to its middle. Where a
-    window knows less than a patch of a variate, the straight line stands in.
+    Windows overlap by three quarters, and a cell is taken from the one that has it nearest to its
+    middle. Where a window knows less than a patch of a variate, the straight line stands in.
     """
     patch = getattr(model.config, "patch_len", 1)
     window = max(model.context_len // patch, 2) * patch

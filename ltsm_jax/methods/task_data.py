@@ -1,4 +1,5 @@
-"""Make a user's table ready for a task other than forecasting: windows that training takes, and the task."""
+"""Make a user's table ready for a task other than forecasting: windows that training takes, and the
+task."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,9 +29,11 @@ def imputation_of(
     holes: Holes = "blocks",
     few_shot: float = 1.0,
 ) -> tuple[Splits, Imputation]:
-    """Cut a table into windows of the model's own context; the last tenth of the rows validates, none is for tests.
+    """Cut a table into windows of the model's own context; the last tenth of the rows validates,
+    none is for tests.
 
-    Cells that are empty are neither shown nor scored. rate, holes: what is hidden, see `tasks.imputation`.
+    Cells that are empty are neither shown nor scored. rate, holes: what is hidden, see
+    `tasks.imputation`.
     Raises: DataError for a table that is too short for a window in either part.
     """
     patch, end = model.config.patch_len, series.n_rows
@@ -39,7 +42,8 @@ def imputation_of(
     cut = end - max(longest, 2 * window)
     if cut <= window:
         raise DataError(f"{series.name}: {end} rows are too few to tune on, at least {3 * window + 1} are needed")
-    # What follows a window is not read: a row stands for it, and the last one for the part of tests.
+    # What follows a window is not read: a row stands for it, and the last one for the part of
+    # tests.
     borders = Borders((0, cut), (cut + window, end - 1), (end - 1, end))
     splits = prepare(series, window, 1, borders=borders, few_shot=few_shot, joint=True)
     return splits, Imputation(rate=rate, holes=holes)
@@ -49,8 +53,9 @@ def imputation_of(
 class Ready:
     """A table made ready for a task.
 
-    data, task: for `methods.run.run`. errors: from parameters to sums of squared errors and how many were summed, of
-    each unit of the validation part. blocks: the block of time of each unit. notes: what was done to the table.
+    data, task: for `methods.run.run`. errors: from parameters to sums of squared errors and how
+    many were summed, of each unit of the validation part. blocks: the block of time of each unit.
+    notes: what was done to the table.
     """
 
     data: Any
@@ -60,7 +65,8 @@ class Ready:
     notes: tuple[str, ...]
 
     def difference(self, before: Params, after: Params) -> checks.Difference:
-        """Validation error of `after` minus that of `before`, with an interval from blocks of time."""
+        """Validation error of `after` minus that of `before`, with an interval from blocks of
+        time."""
         (total_before, counts), (total_after, _) = self.errors(before), self.errors(after)
         return checks.bootstrap_difference(
             total_after - total_before,
@@ -77,7 +83,8 @@ def ready(
     *,
     few_shot: float = 1.0,
 ) -> Ready:
-    """Make a table ready for tuning: for anomaly detection all of it is taken to be free of anomalies."""
+    """Make a table ready for tuning: for anomaly detection all of it is taken to be free of
+    anomalies."""
     model.check_task(kind)
     if kind == "imputation":
         splits, task = imputation_of(model, series, few_shot=few_shot)
@@ -103,7 +110,8 @@ def ready(
 
 
 def anomaly_of(name: str, values: np.ndarray, cut: int) -> tuple[anomaly.Prepared, anomaly.Anomaly]:
-    """Cut the first `cut` rows of scaled values [C, T] into windows; the last tenth of them selects the epoch.
+    """Cut the first `cut` rows of scaled values [C, T] into windows; the last tenth of them selects
+    the epoch.
 
     Raises: DataError for empty cells there, and for too few rows.
     """

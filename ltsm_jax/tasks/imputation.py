@@ -1,16 +1,20 @@
 """Imputation: parts of a window are hidden, and the model is asked for them.
 
-The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-tuning (Meteor-Stars/SFF): windows of
-192 rows of all variates, patches of 24, each patch of each variate hidden with probability `rate`, never the first.
+The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-tuning
+(Meteor-Stars/SFF): windows of 192 rows of all variates, patches of 24, each patch of each variate
+hidden with probability `rate`, never the first.
 Only hidden points are scored, all of a split pooled, so every point counts the same.
 
-Windows come from `data.prepare(series, 192, 192, joint=True)`. The horizon is not used, but it is how the originals
-count: as if a target as long as the window followed (ETTh1: 8257, 2689 and 2689 windows). Two things are better than
-released: `few_shot` keeps a fixed subset of the training windows, where the script sees another one every epoch, and a
-window's mask in validation and test is a function of (seed, split, window), where the script draws new ones each time.
+Windows come from `data.prepare(series, 192, 192, joint=True)`. The horizon is not used, but it is
+how the originals
+count: as if a target as long as the window followed (ETTh1: 8257, 2689 and 2689 windows). Two
+things are better than
+released: `few_shot` keeps a fixed subset of the training windows, where the script sees another one
+every epoch, and a window's mask in validation and test is a function of (seed, split, window),
+where the script draws new ones each time.
 
-Holes of other kinds than the protocol's (`HOLES`) come at the same expected share, rate * (N - 1) / N of all
-points with N patches in a window, and never reach into the first patch:
+Holes of other kinds than the protocol's (`HOLES`) come at the same expected share, rate * (N - 1) /
+N of all points with N patches in a window, and never reach into the first patch:
 
 | kind | hidden, of each variate by itself |
 | --- | --- |
@@ -53,12 +57,14 @@ def hole_mask(
     rate: float | jax.Array,
     holes: Holes = "patches",
 ) -> jax.Array:
-    """Which points of one window stay visible: bool [C, T]; the kinds of holes are in the module docstring.
+    """Which points of one window stay visible: bool [C, T]; the kinds of holes are in the module
+    docstring.
 
-    In the protocol a patch is hidden when u <= rate, u ~ U[0, 1). The expected hidden share of all points is
-    rate * (N - 1) / N with N = T / P patches.
+    In the protocol a patch is hidden when u <= rate, u ~ U[0, 1). The expected hidden share of all
+    points is rate * (N - 1) / N with N = T / P patches.
 
-    Raises: ValueError for an unknown kind, and when the window is not made of whole patches, at least two.
+    Raises: ValueError for an unknown kind, and when the window is not made of whole patches, at
+    least two.
     """
     if n_steps % patch_len or n_steps < 2 * patch_len:
         raise ValueError(f"imputation needs windows of at least two whole patches of {patch_len}, got {n_steps} steps")
@@ -71,8 +77,8 @@ def hole_mask(
     elif holes == "outages":
         hidden_CT = jnp.broadcast_to(jax.random.uniform(key, (n_variates, 1)) <= rate, (n_variates, n_steps))
     elif holes == "blocks":
-        # The mean of a length in [1, 2 rate R] is that of a share `rate` of R steps; beyond a half it would not fit,
-        # so that the lengths then run from (2 rate - 1) R to R.
+        # The mean of a length in [1, 2 rate R] is that of a share `rate` of R steps; beyond a half
+        # it would not fit, so that the lengths then run from (2 rate - 1) R to R.
         room = n_steps - patch_len
         length_key, start_key = jax.random.split(key)
         shortest, longest = jnp.maximum(2 * rate - 1, 0.0) * room, jnp.minimum(2 * rate, 1.0) * room
@@ -88,12 +94,19 @@ def hole_mask(
 
 
 def hidden_error(
-    model: Model, params: Tree, x: jax.Array, visible: jax.Array, key: jax.Array | None, train: bool, ims: bool
+    model: Model,
+    params: Tree,
+    x: jax.Array,
+    visible: jax.Array,
+    key: jax.Array | None,
+    train: bool,
+    ims: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """(error, scored), both [B, C, T]: reconstruction minus truth where a known point was hidden, 0 elsewhere.
+    """(error, scored), both [B, C, T]: reconstruction minus truth where a known point was hidden, 0
+    elsewhere.
 
-    x: windows [B, C, T], NaN = missing: such points are neither shown to the model nor scored. Hidden values are set to
-    0 before the model sees them, so it cannot use them by mistake.
+    x: windows [B, C, T], NaN = missing: such points are neither shown to the model nor scored.
+    Hidden values are set to 0 before the model sees them, so it cannot use them by mistake.
     """
     known = ~jnp.isnan(x)
     scored = known & ~visible
@@ -110,7 +123,8 @@ def filled(
     train: bool = False,
     ims: bool = True,
 ) -> jax.Array:
-    """What the model says at every point of windows [B, C, T], of which it sees those that are not NaN.
+    """What the model says at every point of windows [B, C, T], of which it sees those that are not
+    NaN.
 
     The model gets 0 in place of what is missing, and a mask. ims: as in `loss_fn`.
     """
@@ -122,8 +136,9 @@ def filled(
 def anchored(y: jax.Array, x: jax.Array) -> jax.Array:
     """Move a reconstruction y [..., T] so that it meets what is known of x [..., T] (NaN: unknown).
 
-    The straight line between the errors at the known points around a hole is taken off: both ends of a filled hole
-    agree with the values beside it. A model that says a constant becomes linear interpolation.
+    The straight line between the errors at the known points around a hole is taken off: both ends
+    of a filled hole agree with the values beside it. A model that says a constant becomes linear
+    interpolation.
     """
     line, begun = interpolate_missing(x - y)
     first = jnp.argmax(~jnp.isnan(x), axis=-1, keepdims=True)  # before the first known point: its error
@@ -145,22 +160,26 @@ def loss_fn(
     holes: Kinds = "patches",
     patch_len: int | None = None,
 ) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
-    """The training loss `f(params, batch, key, train) -> scalar`: mean squared error of the hidden points of the batch.
+    """The training loss `f(params, batch, key, train) -> scalar`: mean squared error of the hidden
+    points of the batch.
 
-    New masks are drawn from `key` at every call, so a key is needed also with train=False. Of the batch it reads
-    `context` [B, C, T] and `weight` [B]. In the squared units of the batch; 0 when nothing was hidden.
+    New masks are drawn from `key` at every call, so a key is needed also with train=False. Of the
+    batch it reads `context` [B, C, T] and `weight` [B]. In the squared units of the batch; 0 when
+    nothing was hidden.
 
     Args:
-      rate: share hidden of what follows the first patch. The originals' scripts: 0.125, 0.25, 0.375, 0.5.
-      ims: True: a patch is what the token before it predicts, as Timer's checkpoint was trained. False: the hidden
-        token's own output, the default of the released SFF script.
+      rate: share hidden of what follows the first patch. The originals' scripts: 0.125, 0.25,
+        0.375, 0.5.
+      ims: True: a patch is what the token before it predicts, as Timer's checkpoint was trained.
+        False: the hidden token's own output, the default of the released SFF script.
       holes: a kind, see the module docstring; of several, each window draws one.
       patch_len: steps of a hidden patch, and of the first one; None: the model's own.
     Raises: ValueError for a rate outside (0, 1) or a model without this task.
     """
     _check(model, rate)
     shared = _loss(model, ims, _kinds(holes), patch_len or model.config.patch_len)
-    # Partial: the rate reaches the compiled step as an argument, so that all rates share a compilation.
+    # Partial: the rate reaches the compiled step as an argument, so that all rates share a
+    # compilation.
     return jax.tree_util.Partial(shared, np.float32(rate))
 
 
@@ -254,15 +273,18 @@ def evaluate(
     batch_size: int = 128,
     placement: Placement | None = None,
 ) -> dict[str, Any]:
-    """Score a split over all its hidden points, no window dropped: mse and mae in the units of the windows.
+    """Score a split over all its hidden points, no window dropped: mse and mae in the units of the
+    windows.
 
     Args:
       windows: the split; `joint` windows hide patches of each variate by itself.
       rate, ims, holes, patch_len: as in `loss_fn`.
-      split, seed: they fix the masks: the same window of the same split and seed always has the same ones.
+      split, seed: they fix the masks: the same window of the same split and seed always has the
+        same ones.
       batch_size: windows per forward pass; changes the speed, not the value.
       placement: of the parameters; None: ask them.
-    Returns: {"mse", "mae", "anchored_mse", "anchored_mae" (see `anchored`), "points" (hidden and scored), "windows"}.
+    Returns: {"mse", "mae", "anchored_mse", "anchored_mae" (see `anchored`), "points" (hidden and
+    scored), "windows"}.
     Raises: ValueError when there is no window, no point was hidden, or as `loss_fn`.
     """
     found = window_sums(
@@ -284,7 +306,10 @@ def evaluate(
         raise ValueError(
             f"no point of the {windows.n} windows was hidden at rate {rate}: use more windows or a higher rate"
         )
-    return {name: float(total / points) for name, total in sums.items()} | {"points": points, "windows": windows.n}
+    return {name: float(total / points) for name, total in sums.items()} | {
+        "points": points,
+        "windows": windows.n,
+    }
 
 
 def window_sums(
@@ -301,8 +326,8 @@ def window_sums(
     batch_size: int = 128,
     placement: Placement | None = None,
 ) -> dict[str, np.ndarray]:
-    """Sums over the hidden points of each window [N] of what `evaluate` gives the mean of, and "points"; arguments as
-    there."""
+    """Sums over the hidden points of each window [N] of what `evaluate` gives the mean of, and
+    "points"; arguments as there."""
     _check(model, rate)
     kinds, patch = _kinds(holes), patch_len or model.config.patch_len
     key = _split_key(seed, split)
@@ -386,14 +411,20 @@ class Imputation:
         return _task_loss(model, self.rate, self.ims, self.holes, self.patch_len)
 
     def evaluate(
-        self, model: Model, params: Tree, data: Splits, part: Part = "val", placement: Placement | None = None
+        self,
+        model: Model,
+        params: Tree,
+        data: Splits,
+        part: Part = "val",
+        placement: Placement | None = None,
     ) -> dict[str, Any]:
         """See `evaluate`, of every window of a part."""
         return evaluate(model, params, getattr(data, part), split=part, placement=placement, **self.options)
 
     def baselines(self, model: Model, data: Splits, part: Part = "val") -> dict[str, dict[str, Any]]:
-        """Fill without a model, with the masks that the model is scored with: "linear", the straight line between the
-        visible points; "last", the last visible value; with a season, "seasonal naive", see `seasonal`."""
+        """Fill without a model, with the masks that the model is scored with: "linear", the
+        straight line between the visible points; "last", the last visible value; with a season,
+        "seasonal naive", see `seasonal`."""
         sizes, season = _Patches(model.config.patch_len), data.series.season
         fillers = {"linear": _Filler(sizes, "linear"), "last": _Filler(sizes, "last")}
         if 1 < season < data.train.context_len:
@@ -418,13 +449,15 @@ class Imputation:
 
 
 def linear(x: jax.Array) -> jax.Array:
-    """Fill NaN of x [..., T] on the straight line; before the first known value with that, after the last with that."""
+    """Fill NaN of x [..., T] on the straight line; before the first known value with that, after
+    the last with that."""
     line, begun = interpolate_missing(x)
     return jnp.where(begun, line, fill_missing(x))
 
 
 def seasonal(x: jax.Array, season: int) -> jax.Array:
-    """Fill NaN of x [..., T] with the known value a whole number of seasons away: one before, one after, two before ...
+    """Fill NaN of x [..., T] with the known value a whole number of seasons away: one before, one
+    after, two before ...
 
     What no season reaches is filled by `linear`.
     """
