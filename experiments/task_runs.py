@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import flags, folder, launch
+from experiments import flags, folder, launch, lists
 from ltsm_jax import hosts, training
 from ltsm_jax.data import DataError
 from ltsm_jax.methods import binding
@@ -196,14 +196,25 @@ def main(
 ) -> int:
     """An experiment from its flags to its report; returns its exit code (`launch.guarded`).
 
+    Several --model or --few-shot run one after the other, see `lists`.
+
     parse, resolve, plan: flags to options, to a comparison, to words. compare: runs the cells and
     says what failed.
     finish: writes results.csv and report.md from the rows of all finished cells, and prints the
     table.
     """
 
+    words = sys.argv[1:] if argv is None else argv
+
+    def one(words: Sequence[str]) -> int:
+        return main(words, parse, resolve, plan, compare, finish)
+
     def work() -> int:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        out = lists.out_of(words, "runs/several")
+        several = lists.run(words, out, one, ("--model", "--few-shot"))
+        if several is not None:
+            return several
+        options = parse(words)
         with launch.started(flags.Hosts()):
             c = resolve(options)
             launch.say(plan(c))
