@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,18 +101,36 @@ def check_same(out, want):
     assert settings[0] == settings[1]
 
 
-@pytest.mark.slow
-def test_two_processes_stop_on_sigterm_go_on_with_eight_devices_and_give_the_numbers_of_one(
-    waves, micro, tmp_path, capsys
-):
-    alone, out = tmp_path / "alone", tmp_path / "two"
-    assert sff.main(flags(waves, micro, alone, 5)) == 0
-    capsys.readouterr()
+@pytest.fixture(scope="module")
+def alone(waves, micro, tmp_path_factory):
+    """The comparison on one process."""
+    out = tmp_path_factory.mktemp("alone") / "alone"
+    assert sff.main(flags(waves, micro, out, 5)) == 0
+    return out
 
-    launch = Launch([*flags(waves, micro, out, 5), "--mesh", "fsdp=2"], tmp_path / "cache")
+
+@pytest.fixture(scope="module")
+def stopped(waves, micro, tmp_path_factory):
+    """The same on two processes, stopped by SIGTERM to the second: its folder, and what both said."""
+    folder = tmp_path_factory.mktemp("stopped")
+    out = folder / "two"
+    launch = Launch([*flags(waves, micro, out, 5), "--mesh", "fsdp=2"], folder / "cache")
     wait_for(lambda: checkpoints(out), launch)
     launch.processes[1].send_signal(signal.SIGTERM)
-    for code, _, errors in launch.results():
+    return out, launch.results()
+
+
+@pytest.fixture
+def out(stopped, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(stopped[0], tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_stop_on_sigterm_go_on_with_eight_devices_and_give_the_numbers_of_one(
+    waves, micro, alone, stopped, out, tmp_path
+):
+    for code, _, errors in stopped[1]:
         assert code == hosts.EXIT_STOPPED, errors
         assert "stopped by SIGTERM after step" in errors and "the same command goes on" in errors
     newest = checkpoints(out)[-1]
@@ -144,7 +163,7 @@ def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numb
     launch = Launch([*words(out), "--mesh", "fsdp=2"], tmp_path / "cache", **plainly)
     wait_for(lambda: list(out.glob("masks/*/metrics.jsonl")), launch)
     time.sleep(2)  # into the batches, or what is compiled for them
-    launch.processes[1].send_signal(signal.SIGTERM)
+    launch.processes[0].send_signal(signal.SIGTERM)
     for code, _, errors in launch.results():
         assert code == hosts.EXIT_STOPPED, errors
         assert "stopped by SIGTERM after batch" in errors and "the same command goes on" in errors
@@ -194,14 +213,9 @@ def test_either_of_two_processes_killed_at_random(waves, micro, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_host_that_cannot_write_its_part_stops_all_and_nothing_is_lost(waves, micro, tmp_path):
-    alone, out, cache = tmp_path / "alone", tmp_path / "two", tmp_path / "cache"
-    assert sff.main(flags(waves, micro, alone, 5)) == 0
+def test_a_host_that_cannot_write_its_part_stops_all_and_nothing_is_lost(waves, micro, alone, out, tmp_path):
+    cache = tmp_path / "cache"
     words = [*flags(waves, micro, out, 5), "--mesh", "fsdp=2"]
-    launch = Launch(words, cache)
-    wait_for(lambda: checkpoints(out), launch)
-    launch.processes[0].send_signal(signal.SIGTERM)
-    assert [code for code, *_ in launch.results()] == [hosts.EXIT_STOPPED] * 2
     before = checkpoints(out)[-1]
 
     began = time.monotonic()
