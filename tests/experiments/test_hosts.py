@@ -61,7 +61,7 @@ class Launch:
 
     def results(self):
         """(exit code, stdout, stderr) of both."""
-        said = [process.communicate(timeout=400) for process in self.processes]
+        said = [process.communicate(timeout=900) for process in self.processes]
         return [(process.returncode, *text) for process, text in zip(self.processes, said)]
 
     def running(self):
@@ -88,7 +88,7 @@ def more_launches(out, before):
 
 
 def wait_for(happened, launch):
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not happened() and launch.running() and time.monotonic() < deadline:
         time.sleep(0.05)
 
@@ -222,7 +222,7 @@ def test_a_host_that_cannot_write_its_part_stops_all_and_nothing_is_lost(waves, 
     for code, _, errors in Launch(words, cache, limit=1000).results():
         assert code == 2 and "could not write checkpoint" in errors and "File too large" in errors
         assert before.name in errors.rpartition("Whole before it: ")[2]
-    assert time.monotonic() - began < 200  # inside Orbax the other would wait for 20 minutes
+    assert time.monotonic() - began < 600  # inside Orbax the other would wait for 20 minutes
     assert checkpoints(out)[-1] == before
 
     assert [code for code, *_ in Launch(words, cache).results()] == [0, 0]
@@ -245,7 +245,7 @@ def test_each_of_two_processes_reads_its_share_of_what_it_is_pretrained_on(tmp_p
     words = ["--preset", "small", "--generated", "24", "--length", "800", "--steps", "6", "--batch-size", "8"]
     alone, out = tmp_path / "alone", tmp_path / "two"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, script, *words, "--out", str(alone)], check=True, timeout=300, env=environment)
+    subprocess.run([sys.executable, script, *words, "--out", str(alone)], check=True, timeout=900, env=environment)
     launch = Launch([*words, "--mesh", "data=2,fsdp=2", "--out", str(out)], tmp_path / "cache", 2, (script,))
     for i, (code, said, errors) in enumerate(launch.results()):
         assert code == 0, errors

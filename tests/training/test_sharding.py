@@ -19,7 +19,7 @@ MESHES = ("data=8", "fsdp=8", "data=4,tensor=2", MIXED)
 
 def runs(family, *texts):
     script = Path(__file__).with_name("sharded_runs.py")
-    done = subprocess.run([sys.executable, str(script), family, *texts], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, str(script), family, *texts], capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

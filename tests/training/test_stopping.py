@@ -174,7 +174,7 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
         )
 
     def finish(process):
-        errors = process.communicate(timeout=300)[1]
+        errors = process.communicate(timeout=900)[1]
         assert process.returncode == 0, errors
         return errors
 
@@ -192,7 +192,7 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
             process.wait(0.2 if i % 2 else chance.uniform(0, 6))
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=300)[1]
+        errors = process.communicate(timeout=900)[1]
         if process.returncode:
             assert process.returncode == -signal.SIGINT, errors  # as Python ends for an uncaught KeyboardInterrupt
             over = (folder / "metrics.jsonl").read_bytes() == expected
@@ -250,7 +250,7 @@ def test_an_array_with_a_digest_a_part_is_checked_part_by_part(tmp_path):
 def test_a_run_on_eight_devices_goes_on_with_two_and_with_one_and_back(tmp_path):
     """100 steps, in parts and at once; restored 8 -> 2 -> 1, and 1 -> 8: the same batches, the same losses."""
     script = Path(__file__).with_name("elastic_run.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert [found[name]["stops"] for name in ("8", "8-2-1", "1-8")] == [[], [40, 70], [50]]
