@@ -149,7 +149,7 @@ def test_windows_of_a_table_to_tune_on():
 
 
 def test_a_difference_of_two_equal_models_is_none(params):
-    made = ready("imputation", MODEL, ltsm_jax.data.load_series(table(400)))
+    made = ready("imputation", MODEL, ltsm_jax.data.load_series(table(2000)))
     found = made.difference(params, params)
     assert found.mean == 0 and found.low == found.high == 0
     total, points = made.errors(params)
