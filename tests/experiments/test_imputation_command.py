@@ -69,7 +69,8 @@ def test_a_table_of_methods_and_baselines(family, data, tmp_path, capsys):
     assert (tmp_path / "o" / "results.csv").read_bytes() == before
 
 
-def test_other_kinds_of_holes_and_refusals(data, tmp_path, capsys):
+@pytest.mark.slow
+def test_other_kinds_of_holes_and_refusals(data, tmp_path, capsys, no_pictures):
     words = arguments(data, "timer", tmp_path, "--holes", "points,blocks,outages", "--methods", "zero_shot")
     assert command.main(words) == 0
     found = pd.read_csv(tmp_path / "o" / "results.csv").set_index(["holes", "method"])
