@@ -196,9 +196,6 @@ def surface(
     places = _places(x, y)
 
     loss = loss if _is_tree(loss) else jax.tree_util.Partial(loss)
-    shape = jax.eval_shape(loss, params)
-    if getattr(shape, "shape", None) != ():
-        raise ValueError(f"the loss must return a scalar; it returns {shape}")
 
     placement = Placement.of(params)
     spread = _spread_over(placement, params, loss)
@@ -326,7 +323,10 @@ def _losses(
         prepared = loss if prepare is None else prepare()
 
         def at(place):
-            return prepared(moved(params, directions, place)).astype(jnp.float32)
+            found = prepared(moved(params, directions, place))
+            if jnp.shape(found) != ():
+                raise ValueError(f"the loss must return a scalar; it returns shape {jnp.shape(found)}")
+            return jnp.asarray(found, jnp.float32)
 
         if at_once > 1:
             return jax.lax.map(at, places, batch_size=at_once)
