@@ -76,11 +76,12 @@ def pooled(series: Series, factor: int, *, before: bool) -> Series:
 class Layout:
     """Where the tokens of each scale stand in a row: the pasts of all scales, then the futures of all scales.
 
-    places: [N of the scale] of each scale. parents: of each scale but the coarsest, which token of the next one has
+    how: the scales. places: [N of the scale] of each scale. parents: of each scale but the coarsest, which token of the next one has
     the same steps, a number within that scale. first: place of the first future token. futures: how many of them each
     scale has.
     """
 
+    how: MultiScale
     places: tuple[np.ndarray, ...]
     parents: tuple[np.ndarray, ...]
     first: int
@@ -88,14 +89,14 @@ class Layout:
 
 
 def pack(
-    past: Series, horizon: int, patch: int, width: int, scales: int, is_pad: jax.Array | None = None
+    past: Series, horizon: int, patch: int, width: int, how: MultiScale, is_pad: jax.Array | None = None
 ) -> tuple[Tokens, Layout]:
     """Tokens of a forecast at every scale, see `packed.pack`, and where they stand."""
     pasts, futures = [], []
     steps: list[tuple[int, int]] = []
     n_variates, time_steps = past[0].shape[1:]
     is_pad = jnp.zeros((past[0].shape[0], time_steps), bool) if is_pad is None else is_pad
-    for s in range(scales):
+    for s in range(how.scales):
         factor = 2**s
         series = pooled(past, factor, before=True)
         _, there = pooled((jnp.zeros_like(is_pad, jnp.float32)[:, None], ~is_pad[:, None]), factor, before=True)
@@ -107,10 +108,10 @@ def pack(
         pasts.append(jax.tree.map(lambda leaf, cut=cut: leaf[:, :cut], tokens))
         futures.append(jax.tree.map(lambda leaf, cut=cut: leaf[:, cut:], tokens))
     tokens = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pasts, *futures)
-    return tokens, _layout(n_variates, steps)
+    return tokens, _layout(how, n_variates, steps)
 
 
-def _layout(n_variates: int, steps: Sequence[tuple[int, int]]) -> Layout:
+def _layout(how: MultiScale, n_variates: int, steps: Sequence[tuple[int, int]]) -> Layout:
     """Where tokens stand; steps: of each scale the tokens of one variate's past and future."""
     places: list[np.ndarray] = []
     parents: list[np.ndarray] = []
@@ -126,7 +127,7 @@ def _layout(n_variates: int, steps: Sequence[tuple[int, int]]) -> Layout:
         of_past = np.arange(n_variates)[:, None] * coarse_past + within[None]
         of_future = np.arange(n_variates)[:, None] * coarse_ahead + np.arange(ahead)[None] // 2
         parents.append(np.concatenate([of_past.ravel(), n_variates * coarse_past + of_future.ravel()]))
-    return Layout(tuple(places), tuple(parents), int(sum(sizes)), tuple(futures))
+    return Layout(how, tuple(places), tuple(parents), int(sum(sizes)), tuple(futures))
 
 
 def scale_of(tokens: Tokens) -> jax.Array:

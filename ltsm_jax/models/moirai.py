@@ -166,22 +166,22 @@ class Block(nn.Module):
         attention = AnyVariateAttention(
             cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
         )
-        adapters = self.adapters(value_dim, multiscale.scale_of(tokens)) if layout else None
+        adapters = self.adapters(layout.how, value_dim, multiscale.scale_of(tokens)) if layout else None
         y_BND, inner = attention(y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters)
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         if layout:
-            x_BND = taps["across"] = CrossScale(cfg.multiscale, name="across")(x_BND, tokens.sample_id > 0, layout)
+            x_BND = taps["across"] = CrossScale(layout.how, name="across")(x_BND, tokens.sample_id > 0, layout)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
         y_BND = taps["ffn"] = SwiGLU(cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn")(y_BND, train)
         return x_BND + y_BND, taps
 
-    def adapters(self, value_dim: int, scale_BN: jax.Array) -> dict[str, Any]:
+    def adapters(self, how: MultiScale, value_dim: int, scale_BN: jax.Array) -> dict[str, Any]:
         """What each scale adds to queries, keys and values."""
         heads, widths = self.cfg.n_heads[self.layer], {"q": self.cfg.head_dim, "k": self.cfg.head_dim, "v": value_dim}
         found = {}
         for name, k in widths.items():
-            lora = ScaleLora(self.cfg.multiscale, (heads, k), name=f"lora_{name}")
+            lora = ScaleLora(how, (heads, k), name=f"lora_{name}")
             found[name] = functools.partial(lora, scale_BN=scale_BN)
         return found
 
@@ -213,7 +213,7 @@ class MoiraiNet(nn.Module):
         scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
         x_BND = taps["embed"] = SizedIn(cfg.patch_sizes, cfg.d_model, name="embed")(scaled_BNP, patch)
         if layout:
-            x_BND = ScaleLinear(cfg.multiscale, name="scale_in")(x_BND, multiscale.scale_of(tokens))
+            x_BND = ScaleLinear(layout.how, name="scale_in")(x_BND, multiscale.scale_of(tokens))
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
         x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
         depth = len(cfg.ffn_dims)
@@ -306,7 +306,7 @@ class Moirai(Model):
         layout = None
         if cfg.multiscale:
             past = observed_series(jnp.zeros((1, 1, patch)))
-            tokens, layout = multiscale.pack(past, 1, patch, patch, cfg.multiscale.scales)
+            tokens, layout = multiscale.pack(past, 1, patch, patch, cfg.multiscale)
         net: Any = MoiraiNet(cfg)
         shapes = jax.eval_shape(lambda k, x: net.init(k, x, patch, layout=layout), key, tokens)["params"]
         if cfg.multiscale:
@@ -377,9 +377,10 @@ class Moirai(Model):
         self, params: Tree, past: Series, horizon: int, patch: int, key=None, train=False, lean=False, is_pad=None
     ) -> tuple[Mixture, ...]:
         """Distributions [B, C, ceil(H / 2^s)] of the coming steps of each scale s; arguments as of `future`."""
-        assert self.config.multiscale is not None, "this model has one scale"
-        c, scales, width = past[0].shape[1], self.config.multiscale.scales, max(self.config.patch_sizes)
-        tokens, layout = multiscale.pack(past, horizon, patch, width, scales, is_pad)
+        how = self.config.multiscale
+        assert how is not None, "this model has one scale"
+        c, width = past[0].shape[1], max(self.config.patch_sizes)
+        tokens, layout = multiscale.pack(past, horizon, patch, width, how, is_pad)
         only = layout.first, layout.first + sum(layout.futures)
         y, _ = self.apply(params, tokens, patch, key, train, only, lean, layout)
         parts, begin = [], 0
@@ -453,6 +454,7 @@ class Moirai(Model):
         if self.config.multiscale:
             return self._scaled_loss(params, batch, key, train)
         y, rows = self._distribution(params, batch, key, train)
+        assert isinstance(y, Mixture), "of one scale"
         return mixture.series_nll(y, *observed_series(rows["target"]), rows.get("weight"))
 
     def _scaled_loss(self, params: Tree, batch: Batch, key, train: bool) -> jax.Array:
