@@ -76,9 +76,9 @@ def pooled(series: Series, factor: int, *, before: bool) -> Series:
 class Layout:
     """Where the tokens of each scale stand in a row: the pasts of all scales, then the futures of all scales.
 
-    how: the scales. places: [N of the scale] of each scale. parents: of each scale but the coarsest, which token of the next one has
-    the same steps, a number within that scale. first: place of the first future token. futures: how many of them each
-    scale has.
+    how: the scales. places: [N of the scale] of each scale. parents: of each scale but the coarsest, which token of the
+    next one has the same steps, a number within that scale. first: place of the first future token. futures: how many
+    of them each scale has.
     """
 
     how: MultiScale
