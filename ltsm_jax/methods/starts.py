@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax import trees
+from ltsm_jax import sharding, trees
 from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models import folders
 
@@ -101,7 +101,8 @@ def prepared(strategy: Starting, model: Any, params: Params, aux_key: jax.Array)
     """
     if strategy.multiscale is None:
         return model, params
-    return model.with_scales(params, strategy.multiscale, jax.random.fold_in(aux_key, SCALES))
+    model, params = model.with_scales(params, strategy.multiscale, jax.random.fold_in(aux_key, SCALES))
+    return model, sharding.together(params)
 
 
 def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Array) -> Params:

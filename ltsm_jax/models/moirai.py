@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax import sharding
 from ltsm_jax.layers import mixture, multiscale, packed
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dropout import Dropout
@@ -318,7 +317,7 @@ class Moirai(Model):
             raise ValueError("this Moirai has further scales already; start from the model without them")
         model = Moirai(dataclasses.replace(self.config, multiscale=how))
         fresh = flatten(model.init(key)) | flatten(params)
-        return model, sharding.together(unflatten(fresh))
+        return model, unflatten(fresh)
 
     def recipe(self) -> Recipe:
         source = "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and context ours"
