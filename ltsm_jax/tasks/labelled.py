@@ -146,8 +146,8 @@ def read_channels(folder: str | Path, channels: Sequence[str] | None = None) -> 
     folder = Path(folder)
     try:
         table = pd.read_csv(folder / SMAP_LABELS)
-        channels, sequences = (table[c].astype(str) for c in ("chan_id", "anomaly_sequences"))
-        rows = list(zip(channels, sequences, strict=True))
+        names, sequences = (table[c].astype(str) for c in ("chan_id", "anomaly_sequences"))
+        rows = list(zip(names, sequences, strict=True))
     except (KeyError, ValueError, OSError) as error:
         raise DataError(f"{folder / SMAP_LABELS}: {error}") from error
     found = []
