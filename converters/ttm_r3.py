@@ -1,4 +1,4 @@
-"""Key table of TTM r3: state dicts of TinyTimeMixerForDecomposedPrediction <-> `ltsm_jax.models.ttm_r3`.
+"""Key table of TTM r3: TinyTimeMixerForDecomposedPrediction <-> `ltsm_jax.models.ttm_r3`.
 
 Each of its two parts has the keys of a TTM under a prefix of its own.
 """

@@ -340,15 +340,15 @@ class TTMR3(Model):
         key=None,
         train=False,
     ):
-        """One forward pass in the units of x: forecasts [B, C', H] of the target channels, and the named steps.
+        """Forecast [B, C', H] the target channels once, in the units of x, and give the named steps.
 
         Every step that is given counts in the scale and in the smooth part; the parts then take the
         newest steps, as many as they know, or fill up with zeros. Arguments as of `TTM.apply`; the
         future of exogenous channels reaches the parts as it is, not scaled, as in the original.
 
         Returns: the forecasts, and taps: `quantiles` [B, C', H, Q] and `all`, as of `TTM.apply`;
-          `trend_input` [B, C, T] and `residual_input`, scaled; and those of the parts, `trend/...`
-          and `residual/...`, of which `trend` and `residual` are the forecasts, all in scaled units.
+          `trend_input` [B, C, T] and `residual_input`, scaled; those of the parts, `trend/...` and
+          `residual/...`, and their forecasts `trend` and `residual`, in scaled units too.
         """
         cfg = self.config
         x_BCT = x_BCT.astype(jnp.float32)
@@ -410,9 +410,10 @@ class TTMR3(Model):
         return both[..., middle : middle + 1] + jnp.sign(of_trend + of_residual) * spread
 
     def targets(self, taps: Mapping[str, jax.Array], batch: Batch) -> tuple[jax.Array, ...]:
-        """What the parts and their sum should forecast: trend, residual, all, scaled, [B, C', H] each; NaN = missing.
+        """Take the target apart: trend, residual and all of it, [B, C', H] each, scaled.
 
-        The trend is the last steps of the smoothed context and target together.
+        What is missing of the target is NaN in all of them. The trend is what smoothing the context
+        and the target together makes of the latter.
         """
         target_BCH = batch["target"][..., : self.horizon].astype(jnp.float32)
         missing = self.horizon - target_BCH.shape[-1]
@@ -484,7 +485,7 @@ class TTMR3(Model):
     def predict(
         self, params: Tree, context: jax.Array, horizon: int, key=None, *, future=None, categories=None
     ) -> Forecast:
-        """Rolled out as `TTM.predict`; the whole context is scaled and smoothed, however long it is."""
+        """Roll out as `TTM.predict`; the whole context is scaled and smoothed, however long."""
         check_context(context, horizon)
         x_BCT, observed_BCT = self.filled(jnp.asarray(context, jnp.float32))
         return self.roll_out(params, x_BCT, observed_BCT, horizon, future_BCH=future, categories=categories)

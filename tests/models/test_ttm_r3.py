@@ -1,4 +1,4 @@
-"""What TTM r3 promises beyond its recorded vectors: sizes, smoothing, tokens, gates, quantiles, its three errors."""
+"""What TTM r3 promises beyond its vectors: sizes, smoothing, tokens, gates, quantiles, errors."""
 
 import dataclasses
 from typing import Any
@@ -72,7 +72,7 @@ def test_smoothing_keeps_the_mean_and_is_not_led_astray_by_one_value():
     np.testing.assert_allclose(calm.mean(-1), y.mean(-1), atol=1e-5)
     np.testing.assert_array_equal(calm[1], moved[1])
 
-    # All of it is in the mean, which is that of the series; a thousandth of it would show in the shape.
+    # All of it is in the mean, that of the series; a thousandth of it would show in the shape.
     shapes = [x[0, 0] - x[0, 0].mean() for x in (calm, moved)]
     assert np.abs(shapes[0] - shapes[1]).max() < 1.0
     np.testing.assert_allclose(moved[0].mean(-1), astray[0].mean(-1), rtol=1e-5)
@@ -91,7 +91,7 @@ def test_values_that_do_not_exist_are_not_smoothed():
 
 
 def test_tokens_are_counted():
-    """25 steps in patches of 4 are 6 patches, 3 of pairs, 1 of fours; 2 frequencies, 3 registers, 1 for the step."""
+    """25 steps are 6 patches of 4, 3 of pairs, 1 of fours; 2 frequencies, 3 registers, 1 step."""
     sizes: dict[str, Any] = {"context_len": 25, "horizon": 4, "patch_len": 4, "d_model": 8, "decoder_d_model": 8}
     config = TTMConfig.of(**sizes, multi_scale=True, spectrum=2, registers=3, freq_vocab=10)
     assert ttm.scales(6) == (6, 3, 1)
@@ -135,7 +135,7 @@ def test_gates(mode):
 
 
 def test_pinball_loss_by_hand():
-    """A median that is 1 too low and 2 too high, one missing target, and the width of the outer levels."""
+    """A median that is 1 too low and 2 too high, a missing target, the width of the outer levels."""
     head = QuantileConfig(levels=(0.1, 0.5, 0.9), point_weight=2.0, width_weight=0.1)
     config = TTMConfig.of(context_len=16, horizon=3, patch_len=4, d_model=8, decoder_d_model=8, quantiles=head)
     q = jnp.asarray([[[[-1.0, 0.0, 1.0]] * 3]])

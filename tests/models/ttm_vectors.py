@@ -1,4 +1,4 @@
-"""What the recorded vectors of TTM say in the original's words, plain or decomposed, and where it is with us."""
+"""The recorded vectors of TTM, plain or decomposed, in our words and order of axes."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ DECOMPOSED = "TinyTimeMixerForDecomposedPrediction"
 
 
 def sets_of(root, main, *, decomposed):
-    """A parameter for each recorded checkpoint of one kind below `root`; the first of `main` is the quick one."""
+    """Parameters for the recorded checkpoints of one kind below `root`; `main[0]` is the quick one."""
     found = []
     for pattern in ("ttm*/meta.json", "ttm*/variants/*/meta.json"):
         for file in sorted(root.glob(pattern)):
@@ -53,7 +53,7 @@ def inputs(config, io, case, *, padded):
 
 
 def batch_of(config, io, case):
-    """A case as a training batch. The original ignores the mask of the target where there are quantiles."""
+    """A case as a training batch. With quantiles the original ignores the mask of the target."""
     x, target = bct(io[f"{case}/in/past_values"]), bct(io[f"{case}/in/future_values"])
     mask = f"{case}/in/future_observed_mask"
     if mask in io and config.quantiles is None:
@@ -93,7 +93,7 @@ def tolerance(vectors, case, want):
 
 
 def unit_of(case, x_BCT):
-    """What differences of a case are measured in, [B, C, 1]: series of other scales are compared in theirs."""
+    """The unit [B, C, 1] of differences: series of other scales are compared in theirs."""
     if case == "scales":
         return np.maximum(np.asarray(x_BCT).std(-1, keepdims=True), 1.0)
     return np.ones((*x_BCT.shape[:2], 1), np.float32)
@@ -176,7 +176,7 @@ def place(module):
 
 
 def turned(taps, module):
-    """Our tap of an original module, its axes in the original's order; of "part.module" that of a part."""
+    """Our tap of an original module, or of a module of a part, its axes in the original's order."""
     part, _, rest = module.partition("_forecaster.")
     if rest:
         inner = {tap.removeprefix(f"{part}/"): value for tap, value in taps.items() if tap.startswith(f"{part}/")}
