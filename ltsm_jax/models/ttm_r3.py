@@ -66,6 +66,7 @@ class TTMR3Config:
     trend, residual: the parts, without a scaling of their own. scaling: of the whole context.
     add_variances: quantiles of the sum as of independent parts; else the parts' quantiles add up.
     joint_weight, trend_weight, residual_weight: of the three errors in the training loss.
+    batch_default_scale: as in `ttm.TTMConfig`.
     """
 
     trend: TTMConfig
@@ -75,6 +76,7 @@ class TTMR3Config:
     joint_weight: float = 1.0
     trend_weight: float = 1.0
     residual_weight: float = 1.0
+    batch_default_scale: bool = False
 
     def __post_init__(self):
         problems = []
@@ -353,7 +355,7 @@ class TTMR3(Model):
         cfg = self.config
         x_BCT = x_BCT.astype(jnp.float32)
         observed = jnp.ones_like(x_BCT) if observed_BCT is None else observed_BCT.astype(jnp.float32)
-        loc_BC1, scale_BC1 = ttm.location_scale(cfg.scaling, x_BCT, observed, cfg.trend.batch_default_scale)
+        loc_BC1, scale_BC1 = ttm.location_scale(cfg.scaling, x_BCT, observed, cfg.batch_default_scale)
         z_BCT = (x_BCT - loc_BC1) / scale_BC1
         few = max(LEAST_STEPS - z_BCT.shape[-1], 0)
         z_BCT = jnp.pad(z_BCT, ((0, 0), (0, 0), (few, 0)))

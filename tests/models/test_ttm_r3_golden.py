@@ -99,8 +99,7 @@ def inputs(model, io, case):
 def recorded(request, golden):
     vectors = golden(request.param)
     model, params = parity.load(vectors)
-    trend = dataclasses.replace(model.config.trend, batch_default_scale=True)  # as the original has it
-    model = TTMR3(dataclasses.replace(model.config, trend=trend))
+    model = TTMR3(dataclasses.replace(model.config, batch_default_scale=True))  # as the original has it
     return Recorded(vectors, model, params, vectors.arrays("io.npz"), {})
 
 
