@@ -119,12 +119,14 @@ def _joined(published: Mapping[str, Any], configs: Mapping[str, TTMConfig]) -> T
     scaling = published.get("scaling", "std")
     if scaling is True:
         scaling = "std"
+    weights: dict[str, Any] = {ours: float(published.get(name, 1)) for name, ours in _WEIGHTS.items()}
     return TTMR3Config(
-        **configs,
+        trend=configs["trend"],
+        residual=configs["residual"],
         # Whatever else the file says there ("revin"), the original then scales nothing.
         scaling=scaling if scaling in ("std", "mean") else None,
         add_variances=published.get("combine_quantiles_via_variance", False),
-        **{ours: float(published.get(name, 1)) for name, ours in _WEIGHTS.items()},
+        **weights,
     )
 
 

@@ -95,7 +95,7 @@ class TTMR3Config:
 
 
 def _published(
-    *, context_len: int, horizon: int, residual_len: int, trend: Mapping[str, Any], **sizes: Any
+    *, context_len: int, horizon: int, residual_len: int, trend: dict[str, Any], **sizes: Any
 ) -> TTMR3Config:
     """A decomposed model as the originals are: what `trend` does not say is as in `sizes`."""
     head = QuantileConfig(
