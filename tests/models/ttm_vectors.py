@@ -42,7 +42,8 @@ def inputs(config, io, case, *, padded):
     steps = max(x.shape[-1], config.context_len) if padded else x.shape[-1]
     found = {"x_BCT": x, "observed_BCT": np.ones((*x.shape[:-1], steps), x.dtype)}
     if f"{case}/in/past_observed_mask" in io:
-        found["observed_BCT"] = bct(io[f"{case}/in/past_observed_mask"])
+        front = steps - x.shape[-1]  # what a mask does not reach is not observed
+        found["observed_BCT"] = np.pad(bct(io[f"{case}/in/past_observed_mask"]), ((0, 0), (0, 0), (front, 0)))
     if config.exogenous:
         found["future_BCH"] = bct(io[f"{case}/in/future_values"])
     if config.freq_vocab:
