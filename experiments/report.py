@@ -48,6 +48,7 @@ NAMES = {
     "sff_keep": "SFF, head and embedding kept",
     "sff_warm": "SFF after an epoch of the head",
     "lora": "adapters of low rank (LoRA)",
+    "msft": "multi-scale fine-tuning (MSFT)",
     "recipe": "the family's own recipe",
     "last_value": "last value",
     "seasonal_naive": "seasonal naive",
@@ -62,6 +63,7 @@ SHORT |= {
     "sff_keep": "SFF keep",
     "sff_warm": "SFF warm",
     "lora": "LoRA",
+    "msft": "MSFT",
     "last_value": "last value",
     "seasonal_naive": "seasonal naive",
 }
