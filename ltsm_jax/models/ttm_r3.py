@@ -254,8 +254,14 @@ class TTMR3(Model):
             "loss": "mae",
             "quantiles": head,
         }
-        trend = {"patch_len": 12, "d_model": 6, "decoder_d_model": 6, "levels": 0}
-        residual = {"patch_len": 8, "d_model": 12, "decoder_d_model": 8, "levels": 2, "spectrum": 2}
+        trend: dict[str, Any] = {"patch_len": 12, "d_model": 6, "decoder_d_model": 6, "levels": 0}
+        residual: dict[str, Any] = {
+            "patch_len": 8,
+            "d_model": 12,
+            "decoder_d_model": 8,
+            "levels": 2,
+            "spectrum": 2,
+        }
         return TTMR3Config(
             trend=TTMConfig.of(context_len=32, **(common | trend)),
             residual=TTMConfig.of(context_len=24, **(common | residual)),
