@@ -118,6 +118,9 @@ class Options:
     """shares pruned per epoch to choose from, a pruning run for each"""
     horizon: Annotated[int, flags.whole(1)] = 96
     """steps to forecast"""
+    score_windows: Annotated[int | None, flags.whole(1, unset="all")] = None
+    """validate and test on about so many windows, evenly spread over time: every n-th start of all variates, n for
+    each data set; by default as --score-stride says"""
     released: bool = False
     """the recipe of the SFF release in place of the grids and budgets: Adam 3e-5, batch 2048, halving, 10 epochs,
     direct loss, alpha 0.7"""
@@ -146,6 +149,7 @@ class Pair:
     epochs: int
     steps: int
     flops: float  # of a step
+    stride: int | None = None  # of scored windows, None: as given
 
     @property
     def name(self) -> str:
@@ -164,6 +168,7 @@ def pairs_of(o: Options) -> list[Pair]:
             words = ["--data", data, "--model", model, "--horizon", str(o.horizon), *shlex.split(o.more)]
             c = sff.resolve(sff.parse([*words, *(RELEASED if o.released else ())]))
             batch, config = c.config.batch_size, c.model.config
+            stride = o.score_windows and stride_for(c.splits.test.n, o.score_windows)
             assert batch is not None, "filled"
             tokens = c.settings["context"] / getattr(config, "patch_len", c.settings["context"])
             for share in shares:
@@ -175,15 +180,27 @@ def pairs_of(o: Options) -> list[Pair]:
                     epochs = 10 if budget is None else max(round(budget / an_epoch), 1)
                     name = "released" if budget is None else str(budget)
                     if epochs not in seen:
-                        found.append(Pair(data, model, share, name, epochs, epochs * an_epoch, flops))
+                        found.append(Pair(data, model, share, name, epochs, epochs * an_epoch, flops, stride))
                     seen.add(epochs)
     return found
+
+
+def stride_for(count: int, wanted: int) -> int:
+    """Find the stride that leaves about `wanted` of `count` windows.
+
+    It has no factor in common with 2 * 3 * 5 * 7, so that it meets every hour of a day and every day of a week.
+    """
+    stride = max(count // wanted, 1)
+    while math.gcd(stride, 210) > 1:
+        stride += 1
+    return stride
 
 
 def commands(o: Options, pair: Pair) -> dict[str, list[str]]:
     """Give the words of the comparisons of a pair: by program, "sff" and, with pruned arms, "prune"."""
     words = ["--data", pair.data, "--model", pair.model, "--few-shot", exact(pair.few_shot)]
     words += ["--horizon", str(o.horizon), "--seeds", ",".join(map(str, o.seeds)), "--test-each-epoch"]
+    words += [] if pair.stride is None else ["--score-stride", str(pair.stride)]
     alphas, choose = ",".join(map(exact, o.alpha)), len(o.alpha) > 1
     if o.released:
         words += RELEASED
@@ -201,7 +218,7 @@ def commands(o: Options, pair: Pair) -> dict[str, list[str]]:
     pruned = [arm.removeprefix("pruned+") for arm in o.arms if arm.startswith("pruned+")]
     found = {"sff": [*words, "--methods", ",".join(plain), *mixing(plain), "--out", str(o.out / "sff" / pair.name)]}
     if pruned:
-        own = ["--ratio", ",".join(map(exact, o.ratio)), "--tune", "validated", "--timed-runs", "0"]
+        own = ["--ratio", ",".join(map(exact, o.ratio)), "--tune", "validated", "--timed-runs", "0", "--no-whole"]
         own += ["--methods", ",".join(pruned), *mixing(pruned), "--out", str(o.out / "prune" / pair.name)]
         found["prune"] = [*words, *own]
     return found
@@ -236,7 +253,7 @@ def n_runs(program: str, options: Any) -> int:
     first = [*prune_then_finetune.whole_cells(options, options.seeds[:1])]
     pairs = [(ratio, ema) for ratio in options.shares for ema in options.ema]
     first += prune_then_finetune.tuned_cells(options, pairs, options.seeds[:1])
-    later = 2 * len(options.methods) * (len(options.seeds) - 1)
+    later = len(options.methods) * (len(options.seeds) - 1)
     return sum(cell.method != "zero_shot" for cell in first) + later
 
 
