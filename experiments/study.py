@@ -102,6 +102,8 @@ class Options:
     ] = ARMS
     shares: Annotated[tuple[float, ...], flags.numbers(TINY, 1, says="above 0 and at most 1")] = (0.05, 0.25, 1.0)
     """shares of the training windows"""
+    train_windows: Annotated[int | None, flags.whole(1, unset="--shares")] = None
+    """train on so many windows of each data set, evenly spread, in place of a share of them"""
     steps: Annotated[tuple[int, ...], flags.wholes(1, says="at least 1")] = (300, 1000, 3000, 10000)
     """budgets, in steps of training"""
     seeds: Annotated[tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2, 3, 4)
@@ -171,6 +173,9 @@ def pairs_of(o: Options) -> list[Pair]:
             stride = o.score_windows and stride_for(c.splits.test.n, o.score_windows)
             assert batch is not None, "filled"
             tokens = c.settings["context"] / getattr(config, "patch_len", c.settings["context"])
+            if o.train_windows is not None:
+                # the half keeps the rounding to six digits from changing the number
+                shares = (min(float(f"{(o.train_windows + 0.5) / c.windows.n:.6g}"), 1.0),)
             for share in shares:
                 windows = max(int(c.windows.n * share), 1)
                 an_epoch = steps_per_epoch(windows, min(batch, windows))
