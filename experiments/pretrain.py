@@ -250,7 +250,8 @@ def scores(
 ) -> list[dict]:
     """Rows of results.csv: model, last value and seasonal naive on the given parts of one data set, standardised.
 
-    stride: score every so-manieth start of a window. A series too short for the model's context or horizon is scored with what fits, in whole patches.
+    A series too short for the model's context or horizon is scored with what fits, in whole patches. stride: score
+    every so-manieth start of a window.
     """
     series = read_series(data, reading)
     context, horizon = lengths_for(model, series)
