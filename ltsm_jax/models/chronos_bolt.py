@@ -147,9 +147,6 @@ PRESETS = {
     "amazon/chronos-bolt-base": ChronosBoltConfig.of(768, 12, 3072, 12),
     # ours, small enough to ship and to train on a laptop
     "bolt-mini": ChronosBoltConfig.of(128, 4, 512, 2, head_dim=32, context_len=512, horizon=96),
-    "bolt-tiny": ChronosBoltConfig.of(
-        128, 4, 256, 3, head_dim=32, decoder_layers=1, patch_len=32, stride=32, context_len=512, horizon=96
-    ),
 }
 
 

@@ -126,6 +126,29 @@ def test_a_second_process_with_the_same_folder_is_refused(finished):
         pretrain.main(args)
 
 
+def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_windows(finished, tmp_path):
+    args, results = finished
+    more = dataclasses.replace(
+        args,
+        out=tmp_path / "more",
+        start=str(args.out / "model"),
+        corpus=None,
+        loss="absolute",
+        choose=False,
+        steps=2,
+        score_stride=7,
+    )
+    found = pretrain.main(more)
+    # 105 starts of each of two variates: the 1st, 8th, ..., 99th
+    assert found["windows"].tolist() == [2 * 15] * 3 and results["windows"].tolist() == [210] * 3
+    record = json.loads((tmp_path / "more" / "train" / "config.json").read_text())
+    assert "absolute, without dropout" in json.dumps(record) and str(args.out / "model") in json.dumps(record)
+    old, new = (jax.tree.leaves(ltsm_jax.load(run.out / "model")[1]) for run in (args, more))
+    gaps = [float(jnp.abs(a - b).max()) for a, b in zip(old, new, strict=True)]
+    # two steps of at most about lr each: it has moved, and it is no fresh model
+    assert 0 < max(gaps) < 0.01
+
+
 def test_pools_are_joined_without_windows_across_them(finished):
     args, _ = finished
     model = ltsm_jax.preset("small")

@@ -1,5 +1,7 @@
 """The study: its rule, its ranks, and a tiny one from its command to its tables."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -79,6 +81,12 @@ def test_the_tables_of_quantiles_are_those_of_scipy():
     assert pytest.approx(stats.t.ppf(0.975, degrees), abs=1e-3) == study.STUDENT
 
 
+@pytest.mark.parametrize("count, wanted, stride", [(2785, 300, 11), (100, 300, 1), (480, 10, 53), (1400, 200, 11)])
+def test_scored_windows_meet_every_hour_and_weekday(count, wanted, stride):
+    assert study.stride_for(count, wanted) == stride
+    assert len({(i * stride) % 168 for i in range(168)}) == 168
+
+
 @pytest.fixture
 def words(micro, waves, tmp_path):
     """A study that takes seconds."""
@@ -94,6 +102,12 @@ def test_plan_counts_pairs_by_epochs_and_runs_nothing(words, tmp_path, capsys):
     assert "waves-micro-1-4: 1 epochs, 5 steps" in said and "waves-micro-1-11: 2 epochs, 10 steps" in said
     assert "2 pairs, " in said and "hours of training (a guess from sizes)" in said
     assert not (tmp_path / "study").exists()
+    # as many windows of every set, and about so many to score
+    few = [*words, "--train-windows", "200", "--score-windows", "20", "--steps", "4"]
+    options, rest = study.flags.parse_some(study.Options, few, "")
+    pair = study.pairs_of(dataclasses.replace(options, more=" ".join(rest)))[0]
+    assert int(513 * pair.few_shot) == 200 and (pair.epochs, pair.steps) == (2, 4)
+    assert "--score-stride" in study.commands(study.Options(out=tmp_path), pair)["sff"]
     assert study.main(["--arms", "sff", "--plan"]) == 2
     assert "--arms lacks ff" in capsys.readouterr().err
 
