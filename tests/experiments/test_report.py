@@ -136,7 +136,7 @@ def test_a_table_wider_than_the_terminal_goes_below_each_other(tmp_path, width):
 def test_a_terminal_without_utf8_gets_the_whole_table(tmp_path):
     script = f"from experiments import report; report.main([{str(make(tmp_path, FRAME))!r}])"
     environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LANG": "C", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, timeout=900)
     said = done.stdout.decode("ascii")
     assert done.returncode == 0, done.stderr.decode()
     assert "0.6600 +- 0.0849" in said and "Lowest validation MSE: SFF 0.5; its test MSE is 0.6600 +/- 0.0849" in said

@@ -1,4 +1,4 @@
-"""A problem that trains in a second; also a program, for a test to kill: `small_problem.py NAME FOLDER`."""
+"""A problem that trains in a second; also a program, for a test to kill: `small_problem.py NAME FOLDER...`."""
 
 import dataclasses
 import signal
@@ -96,4 +96,5 @@ def main(name, folder):
 if __name__ == "__main__":
     # A process started in the background of a shell is born deaf to Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(*sys.argv[1:])
+    for folder in sys.argv[2:]:
+        main(sys.argv[1], folder)

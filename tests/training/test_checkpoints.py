@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import random
@@ -242,19 +243,17 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_with_one_folder_the_second_is_refused_and_loses_nothing_of_the_first(tmp_path):
-    first, again = launch("mlp", tmp_path / "run"), []
+def test_of_two_processes_with_one_folder_the_second_is_refused_and_loses_nothing_of_the_first(tmp_path, uninterrupted):
+    first = launch("mlp", tmp_path / "run")
     while first.poll() is None and not (tmp_path / "run" / "timing.jsonl").exists():
         time.sleep(0.01)
-    while first.poll() is None and len(again) < 3:
-        second = launch("mlp", tmp_path / "run")
-        errors = second.communicate()[1].decode()
-        if first.poll() is None:
-            assert second.returncode == 1 and "another process is running in" in errors
-            again.append(errors)
+    first.send_signal(signal.SIGSTOP)  # it must not end before the second has begun
+    second = launch("mlp", tmp_path / "run")
+    errors = second.communicate()[1].decode()
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1 and "another process is running in" in errors
     finish(first)
-    finish(launch("mlp", tmp_path / "undisturbed"))
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "run")
+    assert_same_run(uninterrupted("mlp"), tmp_path / "run")
 
 
 def flip(path):
@@ -377,9 +376,21 @@ def finish(process):
     assert process.returncode == 0, errors
 
 
-def kill_and_resume(name, folder, kills, seed):
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """`uninterrupted(name)`: the folder of a run in a process of its own."""
+
+    @functools.cache
+    def run(name):
+        folder = tmp_path_factory.mktemp("uninterrupted") / name
+        finish(launch(name, folder))
+        return folder
+
+    return run
+
+
+def kill_and_resume(name, folder, undisturbed, kills, seed):
     """Run to the end in fresh processes, `kills` of them killed at random moments, in as many folders as that takes."""
-    finish(launch(name, folder / "undisturbed"))
     chance, landed, runs = random.Random(seed), 0, 0
     while landed < kills:
         run = folder / str(runs)
@@ -402,11 +413,12 @@ def kill_and_resume(name, folder, kills, seed):
             else:
                 finish(process)
                 break
-        finish(launch(name, run))
-        assert_same_run(folder / "undisturbed", run)
+        else:
+            finish(launch(name, run))
+        assert_same_run(undisturbed, run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "timer"])
-def test_a_run_killed_twenty_times_ends_with_the_same_bits(tmp_path, name):
-    kill_and_resume(name, tmp_path, kills=20, seed=1)
+def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path, uninterrupted, name):
+    kill_and_resume(name, tmp_path, uninterrupted(name), kills=10, seed=1)

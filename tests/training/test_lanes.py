@@ -145,7 +145,7 @@ def test_a_lane_that_is_not_finite_ends_alone(separate, way, mode):
 def on_devices():
     """What lanes over eight devices give, by mode, as `laned_runs.py` prints it."""
     script = Path(__file__).with_name("laned_runs.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
