@@ -61,6 +61,22 @@ def test_a_claim_is_reproduced_by_most_pairs_and_else_not_confirmed():
     assert study.verdicts(pd.DataFrame()) == {}
 
 
+def test_sharpness_is_correlated_with_the_gain_where_it_was_measured():
+    records = []
+    for data, gain, before in (("a", 0.01, 1.0), ("b", 0.02, 3.0), ("c", 0.03, 4.0), ("d", 0.04, 9.0)):
+        for arm, mse, sharp in (("ff", 0.5, before), ("sff", 0.5 - gain, 0.9 * before - 0.05 * before**2)):
+            records.append(record(arm, 0, mse, data=data, sharpness=sharp))
+            records.append(record(arm, 1, mse, data=data, sharpness=float("nan")))  # a seed without
+    found = study.differences(records)
+    assert found.sharpness_before.tolist() == [1.0, 3.0, 4.0, 9.0]
+    text = study.sharpness_lines(found)[-1]
+    # the relative fall is 0.1 + 0.05 * before: its ranks are those of the gain, as are those of the sharpness
+    assert "over 4 pairs: mixing lowers it in 4" in text and "+1.00 of the eigenvalue" in text
+    assert "+1.00 of its relative fall" in text
+    assert study.sharpness_lines(study.differences(records[:-4])) == []
+    assert study.spearman([1, 2, 3, 4], [10, 30, 30, 20]) == pytest.approx(0.316, abs=1e-3)
+
+
 def test_ranks_are_of_data_and_model_with_the_critical_difference_of_nemenyi():
     rows = []
     for data, scale in (("a", 1.0), ("b", 100.0), ("c", 1.0)):
