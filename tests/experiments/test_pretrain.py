@@ -171,13 +171,22 @@ def test_nothing_to_train_on_is_refused(tmp_path):
         pretrain.windows(Pretrain(out=tmp_path, generated=0), ltsm_jax.preset("small"))
 
 
-def test_the_shipped_model_is_small_and_says_where_it_comes_from():
-    folder = folders.SHIPPED / "timer-tiny"
+@pytest.mark.parametrize("name", ["timer-tiny", "timer-median"])
+def test_a_shipped_model_is_small_and_says_where_it_comes_from(name):
+    folder = folders.SHIPPED / name
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 6e6
     made = json.loads((folder / "config.json").read_text())["provenance"]
     assert made["source"].endswith("generated series only") and made["licence"] == "Apache-2.0"
-    assert made["command"].startswith("python -m experiments.pretrain") and made["cost"]["cpu_minutes"] > 0
+    assert made["command"].startswith("python -m experiments.pretrain") and made["cost"]["wall_minutes"] > 0
+
+
+def test_the_model_of_medians_has_lower_absolute_errors_than_the_one_of_means():
+    windows = Scaled(pool(synthetic.generate(1, 256, 768), 672, 96).train)
+    mae = {}
+    for name in ("timer-tiny", "timer-median"):
+        mae[name] = forecasting.evaluate(*ltsm_jax.load(name), windows)["mae"]
+    assert mae["timer-median"] < 0.98 * mae["timer-tiny"]
 
 
 def test_the_shipped_model_forecasts_series_it_has_not_seen():
