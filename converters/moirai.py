@@ -63,6 +63,8 @@ def _sizes(config: MoiraiConfig) -> dict[str, Any]:
 def published(config: MoiraiConfig) -> dict[str, Any]:
     """config.json of the hub.
 
-    Raises: ValueError for a pruned model, which the original's classes can't hold.
+    Raises: ValueError for a pruned model, or one with further scales, which the original's classes can't hold.
     """
+    if config.multiscale is not None:
+        raise ValueError("the original has no further scales: a model tuned by msft can't be exported")
     return packed.published_config(config, MoiraiConfig.from_published)

@@ -48,7 +48,7 @@ from experiments.cells import Comparison
 from ltsm_jax import curvature, hosts, landscape, storage, training
 from ltsm_jax.methods.alpha import SAMPLE, choose, describe
 from ltsm_jax.methods.run import Running
-from ltsm_jax.methods.starts import Interpolated, groups_of, start_params
+from ltsm_jax.methods.starts import Interpolated, groups_of, prepared, start_params
 from ltsm_jax.methods.strategies import MIXED, STRATEGIES, Strategy, sff, strategy
 from ltsm_jax.plotting import new_figure
 from ltsm_jax.sharding import Placement
@@ -194,8 +194,8 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     columns["start_val_mse"] = result.val["mse"] if begin is None else begin
     columns["search_seconds"] = seconds
     columns["top_eigenvalue"] = top_eigenvalue(c, chosen, cell.seed) if c.options.curvature else None
-    row = cells.row_of(c, columns, c.model, result)
-    cells.keep(c, cell, (c.model, result.params), row, result, start_mse=begin)
+    row = cells.row_of(c, columns, result.model, result)
+    cells.keep(c, cell, (result.model, result.params), row, result, start_mse=begin)
     return row
 
 
@@ -246,9 +246,11 @@ def search(c: Comparison, cell: Cell) -> dict[str, Any]:
 
 def top_eigenvalue(c: Comparison, chosen: Strategy, seed: int) -> float:
     """Largest eigenvalue of the Hessian of the forecast's error on training windows, at the start of a strategy."""
-    params = start_params(chosen, c.model, c.params, training.keys(seed)["aux"])
-    loss = landscape.split_loss(c.model, c.splits.train, sample=SAMPLE, task=c.task, placement=Placement.of(params))
-    moving = groups_of(c.model, params)
+    key = training.keys(seed)["aux"]
+    model, params = prepared(chosen, c.model, c.params, key)
+    params = start_params(chosen, model, params, key)
+    loss = landscape.split_loss(model, c.splits.train, sample=SAMPLE, task=c.task, placement=Placement.of(params))
+    moving = groups_of(model, params)
     return float(curvature.top_eigenvalues(loss, params, 1, jax.random.key(seed), only=moving.__contains__)[0])
 
 

@@ -27,7 +27,7 @@ from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.splits import QUIRKS
 from ltsm_jax.methods import binding, checks, run, sweep
-from ltsm_jax.methods.starts import start_params
+from ltsm_jax.methods.starts import prepared, start_params
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import forecasting
@@ -532,7 +532,7 @@ def keep(
     if final[1] is not c.params:
         made = {"source": c.settings["model"], "method": cell.name, "command": c.options.command()}
         made["git_commit"] = row["git_commit"]
-        if final[0] != c.model:  # parts were removed: an export needs to know from what
+        if trees.count(final[1]) < trees.count(c.params):  # parts were removed: an export needs to know from what
             made["pruned_from"] = c.model.config_to_dict()
         with folder.naming(place / "model"):
             ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
@@ -559,8 +559,9 @@ def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
     """Validation MSE of what a strategy starts from, before its first step; None where nothing is trained."""
     if not chosen.phases:
         return None
-    params = start_params(chosen, c.model, c.params, training.keys(seed)["aux"])
-    return c.task.evaluate(c.model, params, c.splits)[c.task.selects]
+    key = training.keys(seed)["aux"]
+    model, params = prepared(chosen, c.model, c.params, key)
+    return c.task.evaluate(model, start_params(chosen, model, params, key), c.splits)[c.task.selects]
 
 
 def finish_cell(c: Comparison, cell: Cell, record: dict[str, Any]) -> None:

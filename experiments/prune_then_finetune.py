@@ -485,8 +485,8 @@ class Work:
         if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
             return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
         result = cells.tune(c, cell, strategy_of(cell))
-        row = cells.row_of(c, cell.columns, c.model, result) | self.chosen(cell) | _sizes(c, c.params, c.params)
-        cells.keep(c, cell, (c.model, result.params), row, result)
+        row = cells.row_of(c, cell.columns, result.model, result) | self.chosen(cell) | _sizes(c, c.params, c.params)
+        cells.keep(c, cell, (result.model, result.params), row, result)
         return row
 
     def begin(self, cell: Cell) -> Running:

@@ -50,6 +50,7 @@ NAMES = {
     "sff_stages": "SFF in two stages",
     "noise_stages": "noise in two stages",
     "lora": "adapters of low rank (LoRA)",
+    "msft": "multi-scale fine-tuning (MSFT)",
     "recipe": "the family's own recipe",
     "last_value": "last value",
     "seasonal_naive": "seasonal naive",
@@ -66,6 +67,7 @@ SHORT |= {
     "sff_stages": "SFF stages",
     "noise_stages": "noise stages",
     "lora": "LoRA",
+    "msft": "MSFT",
     "last_value": "last value",
     "seasonal_naive": "seasonal naive",
 }

@@ -50,6 +50,7 @@ OWN = {  # settings of one method
     "last_layers": "last_k",
     "anchor_weight": "anchor",
     "mixout_share": "mixout",
+    "msft_scales": "msft",
 }
 
 
@@ -79,6 +80,8 @@ class Options(flags.Options):
     """weight of the distance to the checkpoint's forecasts of anchor"""
     mixout_share: Annotated[float, flags.number(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = 0.1
     """share of the weights that mixout puts back in each step"""
+    msft_scales: Annotated[int, flags.whole(1)] = 2
+    """coarser scales that msft adds to the series"""
     curvature: Annotated[tuple[int, ...], flags.wholes(0, says="epochs, 0 for the start")] = ()
     """epochs after which the curvature of the training loss is measured, 0: before training"""
 
@@ -201,13 +204,14 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     chosen = strategy_of(o, cell)
     result = cells.tune(c, cell, chosen, curvature_at=curvature_of(o, cell))
     columns = {"method": cell.method, "alpha": cell.alpha, "seed": cell.seed}
-    row = cells.row_of(c, columns, c.model, result)
+    row = cells.row_of(c, columns, result.model, result)
     if o.over:
         row |= {"lr": cell.lr if "lr" in o.over else row["lr"], "origin": cell.origin}
     row |= {name: getattr(o, name) if cell.method == method else None for name, method in OWN.items()}
     start = cells.start_mse(c, chosen, cell.seed)
-    cells.keep(c, cell, (c.model, result.params), row, result, start_mse=start, start_curvature=result.start_curvature,
-               mixes=[{"weight": weight} | scores for weight, scores in result.mixes.items()])  # fmt: skip
+    final, mixes = (result.model, result.params), [{"weight": w} | scores for w, scores in result.mixes.items()]
+    more = {"start_curvature": result.start_curvature, "mixes": mixes}
+    cells.keep(c, cell, final, row, result, start_mse=start, **more)
     return row
 
 

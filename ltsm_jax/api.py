@@ -68,7 +68,8 @@ class Fitted:
       difference: mean of (tuned - zero-shot) MSE over the same validation windows; below zero is a gain.
       interval: about 95 % around it, from means over blocks of windows that share no target; NaN under two blocks.
       result: the whole run (`result.params` are the tuned weights in any case). splits: what it ran on.
-      model: what `params` belong to: the model given to `fit`, made ready for the data where it needed that. Forecast
+      model: what `params` belong to: the model given to `fit`, made ready for the data where it needed that, and with
+        the scales that "msft" adds where its weights are kept. Forecast
         with both: `forecast(fitted.model, fitted.params, ...)`.
     """
 
@@ -283,7 +284,7 @@ def fit(
             test=False,
             show_progress=show_progress,
         )
-    after = forecasting.errors(predictor, result.params, splits.val, placement=placement)
+    after = forecasting.errors(task.predictor(result.model), result.params, splits.val, placement=placement)
     difference, interval = paired_difference(before, after, splits.val)
     zero_shot, tuned = forecasting.summarise(before), forecasting.summarise(after)
     won = keep == "tuned" or tuned["mse"] < zero_shot["mse"]
@@ -298,7 +299,7 @@ def fit(
         interval=interval,
         result=result,
         splits=splits,
-        model=model,
+        model=result.model if won else model,
         naive=task.baselines(model, splits),
         choice=choice,
     )

@@ -21,7 +21,9 @@ from ltsm_jax.trees import Tree
 Loss = Callable[[Tree], jax.Array]
 
 POINTS = "points.json"  # the losses of the finished points, in a folder
-CALL = 8  # points of one call, for each device, where they are computed one after another
+CALL = 32  # points of one call at most, for each device, where they are computed one after another
+CALL_SECONDS = 0.5  # of such a call: long enough to hide what lies between two, short enough to stop and to save
+AGAIN = 8  # stored points that are computed again, to see whether the loss is the same
 MOST = 64  # points at once on an accelerator: beyond that it is busy anyway
 SHARE = 0.5  # of the free memory for the points at once
 SAVE_EVERY = 1.0  # seconds between two writes
@@ -196,9 +198,6 @@ def surface(
     places = _places(x, y)
 
     loss = loss if _is_tree(loss) else jax.tree_util.Partial(loss)
-    shape = jax.eval_shape(loss, params)
-    if getattr(shape, "shape", None) != ():
-        raise ValueError(f"the loss must return a scalar; it returns {shape}")
 
     placement = Placement.of(params)
     spread = _spread_over(placement, params, loss)
@@ -212,22 +211,28 @@ def surface(
     size = devices * (at_once if at_once > 1 else CALL)
     size = min(size, devices * -(-len(places) // devices))
 
-    def compute(start: int) -> np.ndarray:
-        # One shape serves all parts, the last one too, of which only the points that there are
-        # are computed: a part has the same bits whenever it is.
+    def compute(start: int, count: int) -> np.ndarray:
+        # One shape serves all parts, of which only the first `count` points are computed: a point
+        # has the same bits in whatever part it is.
         part = places[np.minimum(np.arange(start, start + size), len(places) - 1)]
         part = part.astype(np.float32)
         each = size // devices
-        counts = np.clip(len(places) - start - each * np.arange(devices), 0, each).astype(np.int32)
+        counts = np.clip(count - each * np.arange(devices), 0, each).astype(np.int32)
         if spread is not None:
             part, counts = placement.replicate(part), placement.replicate(counts)
         found = _losses(loss, params, ways, part, counts, at_once=at_once, spread=spread, placement=placement)
-        return sharding.on_host(found)[: len(places) - start]
+        return sharding.on_host(found)[:count]
 
     found = kept.begin(at_once, compute)
+    # Hosts and devices that work together must agree on the parts; one device takes its time.
+    alone = devices == 1 and at_once == 1 and hosts.count() == 1
+    pace = 1 if alone else size
     saved = time.monotonic()
-    for start in range(len(found), len(places), size):
-        found = np.concatenate([found, compute(start)])
+    while len(found) < len(places):
+        began = time.monotonic()
+        found = np.concatenate([found, compute(len(found), min(pace, len(places) - len(found)))])
+        if alone:
+            pace = _paced(pace, time.monotonic() - began, size)
         if progress is not None:
             progress(len(found), len(places))
         stopping = hosts.stopping() and hosts.count() == 1
@@ -238,6 +243,13 @@ def surface(
         hosts.stop_if_asked(f"after {len(found)} of {len(places)} points of the surface")
     grid = found if y is None else found.reshape(len(y), len(x))
     return Surface(x, y, grid)
+
+
+def _paced(points: int, seconds: float, most: int) -> int:
+    """Points of the next call, after one of so many points that took so long."""
+    if seconds > CALL_SECONDS:
+        return max(points // 2, 1)
+    return min(2 * points, most) if seconds < CALL_SECONDS / 2 else points
 
 
 def _checked(points: int, radius: float) -> int:
@@ -326,7 +338,10 @@ def _losses(
         prepared = loss if prepare is None else prepare()
 
         def at(place):
-            return prepared(moved(params, directions, place)).astype(jnp.float32)
+            found = prepared(moved(params, directions, place))
+            if jnp.shape(found) != ():
+                raise ValueError(f"the loss must return a scalar; it returns shape {jnp.shape(found)}")
+            return jnp.asarray(found, jnp.float32)
 
         if at_once > 1:
             return jax.lax.map(at, places, batch_size=at_once)
@@ -399,14 +414,14 @@ class _Kept:
         assert self.file is not None
         return storage.read_record(self.file) if self.file.is_file() else None
 
-    def begin(self, at_once: int, compute: Callable[[int], np.ndarray]) -> np.ndarray:
-        """Give the points that are there already, of whole parts, after a look whether the loss is still the same."""
+    def begin(self, at_once: int, compute: Callable[[int, int], np.ndarray]) -> np.ndarray:
+        """Give the points that are there already, after a look whether the loss is still the same."""
         stored = np.array([float(text) for text in self.losses], np.float32)
         usable = at_once == self.at_once and len(stored) > 0
         self.at_once = at_once
         if not usable:
             return np.zeros(0, np.float32)
-        again = compute(0)[: len(stored)]
+        again = compute(0, min(len(stored), AGAIN))
         if not np.allclose(again, stored[: len(again)], rtol=SAME, atol=0.0, equal_nan=True):
             raise ValueError(
                 f"{self.file} holds a surface of another loss: {stored[0]} at its first point, and now {again[0]}; "

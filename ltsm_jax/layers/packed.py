@@ -245,6 +245,7 @@ class AnyVariateAttention(nn.Module):
     q and k are normalised per head, then the first half of each head turns by the token's time; a learned number per
     head is added to the score of tokens of the same variate, another to that of different ones.
     seen, same_variate: [B, N, S] bool. time_id: [B, N]. only: places of the tokens that ask; None: all of them.
+    adapters: functions of the tokens by the name, q, k or v, of what they are added to.
     """
 
     d_model: int
@@ -254,7 +255,7 @@ class AnyVariateAttention(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool, only=None):
+    def __call__(self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool, only=None, adapters=None):
         heads, half, taps = (self.n_heads, self.head_dim), self.head_dim // 2, {}
         values = (self.n_heads, self.value_dim)
         asking = slice(None) if only is None else only
@@ -263,6 +264,8 @@ class AnyVariateAttention(nn.Module):
             shape = values if name == "v" else heads
             from_BND = x_BND[:, asking] if name == "q" else x_BND
             taps[name] = Linear((self.d_model,), shape, use_bias=False, name=name)(from_BND)
+            if adapters is not None and name in adapters:
+                taps[name] = taps[name] + adapters[name](from_BND)
             return jnp.swapaxes(taps[name], 1, 2)  # heads beside the batch: plain batched products
 
         def turned(name):

@@ -18,7 +18,7 @@ from ltsm_jax.models.family import Batch, Lora, Model
 
 Params = Any
 Loss = Callable[..., jax.Array]
-Trainable = Literal["all", "head", "norms", "last", "recipe"]
+Trainable = Literal["all", "head", "norms", "last", "scales", "recipe"]
 
 OF_CONFIG = ("epochs", "lr", "schedule", "rho", "ema", "swa")  # fields of a phase that replace those of the config
 MIXOUT = 0x6D69  # folded into the key of a step: Mixout must not draw the bits of dropout
@@ -30,8 +30,9 @@ class Phase:
 
     Attributes:
       trainable: "all"; "head", what the model family declares as its head; "norms", its biases and the scales of its
-        norms (`Model.norms`); "last", the last `layers` layers of each stack and the head; or "recipe", what the
-        family's fine-tuning recipe trains. The rest is frozen, dropout stays on.
+        norms (`Model.norms`); "last", the last `layers` layers of each stack and the head; "scales", what multi-scale
+        fine-tuning trains (`Model.scalable`); or "recipe", what the family's fine-tuning recipe trains. The rest is
+        frozen, dropout stays on.
       epochs, lr, schedule, rho, ema, swa: in place of the run's, see `training.TrainConfig`; None keeps the run's.
       l2_sp: weight w of the penalty w/2 * |params - start|^2 added to the loss; 0 for none.
       lora: train these adapters instead of weights, and add them in at the end of the phase.
@@ -85,6 +86,7 @@ def trainable_mask(phase: Phase, model: Model, params: Params) -> Params | None:
         "head": model.head,
         "norms": model.norms,
         "last": _last_layers(phase.layers, model, params) if phase.trainable == "last" else None,
+        "scales": model.scalable,
         "recipe": model.recipe().trainable,
     }[phase.trainable]
     if pattern is None and not model.fixed:

@@ -15,7 +15,7 @@ from ltsm_jax.layers.masks import merge, place
 from ltsm_jax.methods import lora, tracking
 from ltsm_jax.methods.binding import model_facts
 from ltsm_jax.methods.phases import Phase, anchored, l2_sp_penalty, mixed_out, trainable_mask
-from ltsm_jax.methods.starts import start_params
+from ltsm_jax.methods.starts import prepared, start_params
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
@@ -32,6 +32,7 @@ class Result:
     """Result of a run of a strategy.
 
     Attributes:
+      model: what `params` belong to: the model that was tuned, with further scales where the strategy adds them.
       params: the weights that validated best in the last phase (the start where there is no phase).
       val, test: metrics of these weights, see `evaluate` of the task; test is None on request.
       history: one dict per epoch: phase, epoch (counted through all phases), lr, train_loss, val_mse, ...
@@ -47,6 +48,7 @@ class Result:
     """
 
     strategy: Strategy
+    model: Model
     params: Params
     val: dict[str, Any]
     test: dict[str, Any] | None
@@ -143,13 +145,17 @@ class Running:
     ):
         if unknown := set(quirks) - {"no-dropout"}:
             raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
+        if strategy.multiscale is not None and masks is not None:
+            raise ValueError(f"{strategy.name} adds parameters that a pruned model has no masks for: take out what is "
+                             "pruned first (remove), and tune the smaller model without masks")  # fmt: skip
+        self.keys = training.keys(seed)
+        model, params = prepared(strategy, model, params, self.keys["aux"])
         self.model, self.strategy, self.data, self.task = model, strategy, data, task
         self.folder, self.show_progress, self.test_each_epoch = folder, show_progress, test_each_epoch
         self.label = strategy.name if label is None else label
         self.config = (config or training.TrainConfig()).filled(model.recipe(), seed=seed)
         if self.config.accumulate == "auto" and not model.rows_apart:
             self.config = dataclasses.replace(self.config, accumulate=1)
-        self.keys = training.keys(seed)
         self.placement = Placement.of(params)
         self.windows = task.windows(model, data)
         self.loss = task.loss(without_dropout(model) if "no-dropout" in quirks else model)
@@ -287,6 +293,7 @@ class Running:
             seconds = time.monotonic() - began - compile_seconds
         return Result(
             self.strategy,
+            self.model,
             self.current,
             val,
             scores,

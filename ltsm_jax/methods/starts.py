@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax import trees
+from ltsm_jax import sharding, trees
+from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models import folders
 
 Params = Any
@@ -19,6 +20,7 @@ Group = Literal["head", "norms", "embedding", "biases", "body"]
 GROUPS = get_args(Group)
 Other = Literal["random", "noise", "zeros", "sum"]
 OTHERS = get_args(Other)
+SCALES = 0x4D534654  # folded into the key of the random model: new adapters must not be the bits that drew it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +83,26 @@ class Starting(Protocol):
         ...
 
     @property
+    def multiscale(self) -> MultiScale | None:
+        """Further scales of the series that are trained with."""
+        ...
+
+    @property
     def reinit_head(self) -> bool:
         """Whether the head is the random model's in any case."""
         ...
+
+
+def prepared(strategy: Starting, model: Any, params: Params, aux_key: jax.Array) -> tuple[Any, Params]:
+    """The model that a strategy trains, and its pretrained parameters: those given, but with further scales for msft.
+
+    aux_key: as for `start_params`, which comes after it.
+    Raises: ValueError for a family that takes no further scales, see `Model.with_scales`.
+    """
+    if strategy.multiscale is None:
+        return model, params
+    model, params = model.with_scales(params, strategy.multiscale, jax.random.fold_in(aux_key, SCALES))
+    return model, sharding.together(params)
 
 
 def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Array) -> Params:

@@ -29,6 +29,7 @@ difference between two of these small values.
 | mixout    | pretrained                                 | all, some put back in each step | Mixout, arXiv 1909.11299 |
 | wise_ft   | pretrained                                 | all, then mixed with it | WiSE-FT, arXiv 2109.01903 |
 | lora      | pretrained                                 | adapters of low rank | LoRA, arXiv 2106.09685 |
+| msft      | pretrained, seen at several scales as well | adapters of each scale, ... | MSFT, arXiv 2506.14087 |
 | recipe    | pretrained                                 | as the recipe of the model says | `Model.recipe` |
 """
 
@@ -39,6 +40,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ltsm_jax import trees
+from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.methods.phases import Phase
 from ltsm_jax.methods.starts import Interpolated, Pretrained, Random, Start
 from ltsm_jax.models.family import Lora
@@ -59,6 +61,8 @@ class Strategy:
       reinit_head: start from a new, random head.
       wise: after the last phase, mix `w * tuned + (1 - w) * checkpoint` for each of these weights w, and keep the mix
         that validates best; empty: keep the tuned weights.
+      multiscale: train with these further scales of the series, see `layers.multiscale`; what comes out is a model with
+        scales, `Result.model`.
     Raises: ValueError for weights outside [0, 1].
     """
 
@@ -67,6 +71,7 @@ class Strategy:
     phases: tuple[Phase, ...] = (Phase(),)
     reinit_head: bool = False
     wise: tuple[float, ...] = ()
+    multiscale: MultiScale | None = None
 
     def __post_init__(self):
         if odd := [w for w in self.wise if not 0 <= w <= 1]:
@@ -304,6 +309,22 @@ def lora(rank: int = 4) -> Strategy:
     return Strategy("lora", phases=(Phase(lora=Lora(rank, 2.0 * rank)),))
 
 
+def msft(scales: int = 2, *, rank: int = 16) -> Strategy:
+    """Multi-scale fine-tuning: series averaged over 2, 4, ... steps beside themselves, each with adapters of its own.
+
+    For encoders over patches that declare `Model.scalable` (Moirai). The finest scale begins at the checkpoint's
+    forecasts; those of all scales are mixed, by equal weights at first, which are trained as well. What comes out is a
+    model with further parameters, `Result.model` with `Result.params`: it is saved, loaded and forecasts as any other,
+    and cannot be merged into the original's weights.
+
+    Args:
+      scales: beside the series itself. The paper has up to 3 for contexts of thousands of steps.
+      rank: of the adapters on queries, keys and values.
+    Source: Qiao et al., NeurIPS 2025, arXiv 2506.14087; see `layers.multiscale` for what is as there.
+    """
+    return Strategy("msft", phases=(Phase("scales"),), multiscale=MultiScale(scales, rank))
+
+
 def recipe() -> Strategy:
     """The family's own recipe: from the checkpoint, only the leaves that `Model.recipe().trainable` names, or adapters
     where `Model.recipe().lora` says so."""
@@ -315,14 +336,15 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     f.__name__: f
     for f in (
         *(zero_shot, ff, tfs, sff, lp, lpff, l2sp, *_MIXING[1:]),
-        *(sam, ema, swa, norms, last_k, anchor, mixout, wise_ft, lora, recipe),
+        *(sam, ema, swa, norms, last_k, anchor, mixout, wise_ft, lora, msft, recipe),
     )
 }
 MIXED = tuple(f.__name__ for f in _MIXING)  # those that take an alpha
 VARIANTS = tuple(name for name in MIXED if name not in ("sff", "noise"))  # as sff, but for how the start is mixed
 
 
-TOOLBOX = ("sam", "ema", "swa", "norms", "last_k", "anchor", "mixout", "wise_ft")  # as ff, but for how it is trained
+# as ff, but for how it is trained
+TOOLBOX = ("sam", "ema", "swa", "norms", "last_k", "anchor", "mixout", "wise_ft", "msft")
 # the option of `strategy` that each method with one takes
 OPTIONS = dict.fromkeys(MIXED, "alpha") | {
     "l2sp": "l2_sp",
@@ -333,6 +355,7 @@ OPTIONS = dict.fromkeys(MIXED, "alpha") | {
     "last_k": "layers",
     "anchor": "anchor",
     "mixout": "mixout",
+    "msft": "scales",
 }
 
 
@@ -348,6 +371,7 @@ def strategy(
     layers: int = 1,
     anchor: float = 1.0,
     mixout: float = 0.1,
+    scales: int = 2,
 ) -> Strategy:
     """The strategy called `name`; each option reaches the methods it is for (`OPTIONS`): `alpha` those that mix.
 
@@ -356,6 +380,7 @@ def strategy(
       l2_sp: weight of the penalty of l2sp.  lora_rank: of lora.  rho: of sam.  decay: of ema.
       share: of the epochs that swa averages.  layers: of last_k.
       anchor: weight of the distance of anchor.  mixout: the probability of mixout.
+      scales: of msft, beside the series itself.
     Raises: ValueError for an unknown name (with the known ones), and for an option out of range.
     """
     if name not in STRATEGIES:
@@ -372,6 +397,7 @@ def strategy(
         "layers": layers,
         "anchor": float(anchor),
         "mixout": float(mixout),
+        "scales": scales,
     }
     option = OPTIONS.get(name)
     if option is None:
@@ -408,5 +434,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "share": (_share, "swa averages a share of the epochs, between 0 and 1"),
     "layers": (_count, "last_k trains at least 1 layer"),
     "anchor": (_positive, "the weight of the anchor must be positive"),
+    "scales": (_count, "msft adds at least 1 scale"),
     "mixout": (_below_1, "the probability of Mixout lies between 0 and 1"),
 }

@@ -107,6 +107,11 @@ def named(methods: Methods, model: Model, alpha: Alpha = None) -> dict[str, Stra
         if isinstance(given, str) and given in TITLES:
             continue
         for found in _by_name(given, alpha, methods) if isinstance(given, str) else [given]:
+            if found.multiscale is not None:
+                raise ValueError(
+                    f"{found.name} makes a model with further parameters, which a comparison with its checkpoint does "
+                    "not hold: tune by ltsm_jax.fit(..., method=...), and give what comes out to a Forecaster"
+                )
             if found.phases:
                 wanted.append(found)
     if alpha is not None and not any(method in MIXED for method in methods):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
@@ -95,6 +96,8 @@ class Model(abc.ABC):
     missing_in_front: ClassVar[bool] = False
     # the training loss is a mean over rows, so that parts of a batch give the gradient of the whole
     rows_apart: ClassVar[bool] = True
+    # regular expression: the leaves of a model with further scales that msft trains; None: `with_scales` refuses
+    scalable: ClassVar[str | None] = None
     fixed: ClassVar[str | None] = None  # regular expression: leaves that are data, never trained and never mixed
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]
@@ -229,6 +232,19 @@ class Model(abc.ABC):
         Raises: ValueError for a head that is not in `heads`.
         """
         raise ValueError(f"{self.family} has no exchangeable heads")
+
+    def with_scales(self, params: Tree, how: MultiScale, key: jax.Array) -> tuple["Model", Tree]:
+        """The same encoder over further, coarser scales of a series as well: (model, params), see `layers.multiscale`.
+
+        What is new adds nothing at first: forecasts of the finest scale are those of this model. They are mixed with
+        those of the other scales by equal weights.
+
+        Raises: ValueError for a family whose encoder cannot take them (`scalable`), and for a model that has them.
+        """
+        raise ValueError(
+            f"{self.family} cannot be fine-tuned at several scales (msft): that is for encoders whose patches are told "
+            "apart by ids, such as moirai"
+        )
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
         """Embedding [B, D] (or what the family documents) of `context` [B, C, T]."""

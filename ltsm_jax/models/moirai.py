@@ -8,6 +8,8 @@ distribution of the whole horizon. The forecast is the median of samples.
 As in the original, missing values inside a patch enter the model as zeros before scaling, and the weights of a patch
 size smaller than the largest mix the logits of the mixture's components (see `SizedOut`): the published weights were
 trained so. Unlike in the original, dropout of attention weights (0 in every published model) acts in training only.
+
+`with_scales` gives the encoder further, coarser scales of the series to fine-tune with, see `layers.multiscale`.
 """
 
 import dataclasses
@@ -20,10 +22,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax.layers import mixture, packed
+from ltsm_jax.layers import mixture, multiscale, packed
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
+from ltsm_jax.layers.multiscale import CrossScale, Layout, MultiScale, ScaleLinear, ScaleLora, ScaleMixture
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
@@ -31,7 +34,7 @@ from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree
+from ltsm_jax.trees import Tree, flatten, unflatten
 
 HEAD_DIM = 64  # the original splits every model width into heads of (at least) this
 
@@ -44,6 +47,7 @@ class MoiraiConfig:
     the mixture and the scale of the one whose scale is fixed. How it is used: context_len and horizon in time steps;
     patch_size, or "auto" for the one with the best likelihood on the end of each context; n_samples of a forecast;
     variates: whether those of one window see each other. value_dims: K of the values of each layer, () is head_dim.
+    multiscale: the scales beside the series itself; None: there are none.
     """
 
     d_model: int
@@ -63,6 +67,7 @@ class MoiraiConfig:
     n_samples: int = 100
     variates: Literal["joint", "independent"] = "joint"
     value_dims: tuple[int, ...] = ()
+    multiscale: MultiScale | None = None
 
     def __post_init__(self):
         problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
@@ -152,7 +157,7 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BND, tokens: Tokens, train: bool):
+    def __call__(self, x_BND, tokens: Tokens, train: bool, layout: Layout | None = None):
         cfg, taps = self.cfg, {}
         seen_BNS, same_BNS = tokens.same_sample, tokens.same_variate
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
@@ -160,32 +165,54 @@ class Block(nn.Module):
         attention = AnyVariateAttention(
             cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
         )
-        y_BND, inner = attention(y_BND, seen_BNS, same_BNS, tokens.time_id, train)
+        adapters = self.adapters(layout.how, value_dim, multiscale.scale_of(tokens)) if layout else None
+        y_BND, inner = attention(y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters)
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
+        if layout:
+            x_BND = taps["across"] = CrossScale(layout.how, name="across")(x_BND, tokens.sample_id > 0, layout)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
         y_BND = taps["ffn"] = SwiGLU(cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn")(y_BND, train)
         return x_BND + y_BND, taps
+
+    def adapters(self, how: MultiScale, value_dim: int, scale_BN: jax.Array) -> dict[str, Any]:
+        """What each scale adds to queries, keys and values."""
+        heads, widths = self.cfg.n_heads[self.layer], {"q": self.cfg.head_dim, "k": self.cfg.head_dim, "v": value_dim}
+        found = {}
+        for name, k in widths.items():
+            lora = ScaleLora(how, (heads, k), name=f"lora_{name}")
+            found[name] = functools.partial(lora, scale_BN=scale_BN)
+        return found
 
 
 class MoiraiNet(nn.Module):
     """Packed tokens -> mixtures [B, N, P] in the units of the tokens, and the named steps between.
 
     patch: the patch size of all tokens, or of each [B, N]. only: the tokens (first, last but one) whose distribution is
-    asked for; None: all. lean: for a forecast, without the steps of the layers.
+    asked for; None: all. lean: for a forecast, without the steps of the layers. layout: of the scales, where there are
+    several.
     """
 
     cfg: MoiraiConfig
 
     @nn.compact
     def __call__(
-        self, tokens: Tokens, patch, train: bool = False, only: tuple[int, int] | None = None, lean: bool = False
+        self,
+        tokens: Tokens,
+        patch,
+        train: bool = False,
+        only: tuple[int, int] | None = None,
+        lean: bool = False,
+        layout: Layout | None = None,
     ):
         cfg = self.cfg
+        assert (layout is None) == (cfg.multiscale is None), "tokens of all scales, or of one"
         loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
         taps = {"loc": loc_BN1, "scale": scale_BN1}
         scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
         x_BND = taps["embed"] = SizedIn(cfg.patch_sizes, cfg.d_model, name="embed")(scaled_BNP, patch)
+        if layout:
+            x_BND = ScaleLinear(layout.how, name="scale_in")(x_BND, multiscale.scale_of(tokens))
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
         x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
         depth = len(cfg.ffn_dims)
@@ -193,12 +220,12 @@ class MoiraiNet(nn.Module):
         if looped:
 
             def layer(i, params, x_BND):
-                return Block(cfg, i, parent=None).apply({"params": params}, x_BND, tokens, train)[0]
+                return Block(cfg, i, parent=None).apply({"params": params}, x_BND, tokens, train, layout)[0]
 
             runs = equal_runs(depth, cfg.n_heads, cfg.ffn_dims, cfg.value_dims)
             x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
         for i in range(0 if looped else depth):
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train)
+            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train, layout)
             taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else slice(*only)
@@ -222,6 +249,8 @@ class Moirai(Model):
     family = "moirai"
     head = r"^head/"
     tasks = ("forecasting",)
+    # beside what is new: as in MSFT, not the embedding, the projections of attention and the feed-forward layers
+    scalable = r"^scale_|/lora_[qkv]/|/across/|^head/|^mask$|/variate_bias$|norm\d?/scale$"
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-1.x-R)"
     shard_rules = (
         (r"^embed/kernel$", (None, None, "fsdp")),
@@ -232,6 +261,7 @@ class Moirai(Model):
         (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^head/.*/kernel$", (None, "fsdp", None)),
         (r"(^mask|/(scale|bias))$", ()),
+        (r"^scale_|/lora_[qkv]/|/across/", ()),
     )
     prunable = (
         Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
@@ -272,8 +302,22 @@ class Moirai(Model):
         cfg = self.config
         patch = max(cfg.patch_sizes)
         tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
-        shapes = jax.eval_shape(lambda k, x: MoiraiNet(cfg).init(k, x, patch), key, tokens)["params"]
-        return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model)
+        layout = None
+        if cfg.multiscale:
+            past = observed_series(jnp.zeros((1, 1, patch)))
+            tokens, layout = multiscale.pack(past, 1, patch, patch, cfg.multiscale)
+        net: Any = MoiraiNet(cfg)
+        shapes = jax.eval_shape(lambda k, x: net.init(k, x, patch, layout=layout), key, tokens)["params"]
+        if cfg.multiscale:
+            shapes |= {"scale_weights": jax.ShapeDtypeStruct((cfg.multiscale.scales,), jnp.float32)}
+        return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model, own=multiscale.distribution)
+
+    def with_scales(self, params: Tree, how: MultiScale, key: jax.Array) -> tuple["Moirai", Tree]:
+        if self.config.multiscale is not None:
+            raise ValueError("this Moirai has further scales already; start from the model without them")
+        model = Moirai(dataclasses.replace(self.config, multiscale=how))
+        fresh = flatten(model.init(key)) | flatten(params)
+        return model, unflatten(fresh)
 
     def recipe(self) -> Recipe:
         source = "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and context ours"
@@ -283,17 +327,17 @@ class Moirai(Model):
     # --- the network, and distributions of the future
 
     def apply(
-        self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None, lean=False
+        self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None, lean=False, layout=None
     ) -> tuple[Mixture, dict]:
         """One forward pass: the distribution of every entry of the tokens [B, N, P] in their units, and named steps.
 
-        patch, only, lean: see `MoiraiNet`.
+        patch, only, lean, layout: see `MoiraiNet`.
         """
         cfg = self.config
         train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
         net: Any = MoiraiNet(cfg)  # Flax types what apply returns too widely
         rngs = {"dropout": key} if train else None
-        return net.apply({"params": params}, tokens, patch, train, only, lean, rngs=rngs)
+        return net.apply({"params": params}, tokens, patch, train, only, lean, layout, rngs=rngs)
 
     def packed_loss(self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None) -> jax.Array:
         """The original's training loss: negative log-likelihood of the predicted, observed entries in the units of the
@@ -312,18 +356,39 @@ class Moirai(Model):
         future=None,
         lean=False,
         **covariates,
-    ) -> Mixture:
+    ) -> Mixture | ScaleMixture:
         """Distribution [B, C, H] of the steps after `past`, in its units.
 
         patch: one of `patch_sizes`. lean: for a forecast, see `layers.scan`. future, covariates: `is_pad`, `known`,
-        `past_known`, see `layers.packed.pack`.
+        `past_known`, see `layers.packed.pack`; of several scales there is `is_pad` alone.
         """
+        if self.config.multiscale:
+            parts = self.scaled_future(params, past, horizon, patch, key, train, lean, **covariates)
+            return multiscale.mixed(params["scale_weights"], parts, horizon)
         _, c, t = past[0].shape
         width = max(self.config.patch_sizes)
         tokens = packed.pack(past, horizon, patch, width, future=future, **covariates)
         only = packed.future_tokens(c, t, horizon, patch)
         y, _ = self.apply(params, tokens, patch, key, train, only, lean)
         return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch), y)
+
+    def scaled_future(
+        self, params: Tree, past: Series, horizon: int, patch: int, key=None, train=False, lean=False, is_pad=None
+    ) -> tuple[Mixture, ...]:
+        """Distributions [B, C, ceil(H / 2^s)] of the coming steps of each scale s; arguments as of `future`."""
+        how = self.config.multiscale
+        assert how is not None, "this model has one scale"
+        c, width = past[0].shape[1], max(self.config.patch_sizes)
+        tokens, layout = multiscale.pack(past, horizon, patch, width, how, is_pad)
+        only = layout.first, layout.first + sum(layout.futures)
+        y, _ = self.apply(params, tokens, patch, key, train, only, lean, layout)
+        parts, begin = [], 0
+        for s, n in enumerate(layout.futures):
+            own = jax.tree.map(lambda leaf, begin=begin, n=n: leaf[:, begin : begin + n], y)
+            steps = -(-horizon // 2**s)
+            parts.append(jax.tree.map(lambda leaf, steps=steps: packed.unpack(leaf, c, steps, patch), own))
+            begin += n
+        return tuple(parts)
 
     def best_future(self, params: Tree, past: Series, horizon: int, context_len: int, is_pad=None):
         """`future` after the last `context_len` steps of `past`, at the patch size that would have forecast the last
@@ -345,7 +410,7 @@ class Moirai(Model):
             fills = (0.0, False, True)
             return tuple(_filled(leaf, missing, fill) for leaf, fill in zip(series, fills, strict=True))
 
-        def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture:
+        def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture | ScaleMixture:
             x, observed, pad = window
             return self.future(params, (x, observed), steps, patch, is_pad=pad, lean=True)
 
@@ -375,7 +440,7 @@ class Moirai(Model):
         cfg = self.config
         return cfg.patch_sizes[len(cfg.patch_sizes) // 2] if cfg.patch_size == "auto" else cfg.patch_size
 
-    def _distribution(self, params: Tree, batch: Batch, key, train: bool) -> tuple[Mixture, Batch]:
+    def _distribution(self, params: Tree, batch: Batch, key, train: bool) -> tuple[Mixture | ScaleMixture, Batch]:
         """Distribution of a batch's targets, and the batch in rows of the model."""
         rows = packed.rows_of(batch, self.config.variates)
         past = observed_series(rows["context"])
@@ -383,9 +448,23 @@ class Moirai(Model):
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Negative log-likelihood of the target in its units, as in the original: the mean over observed steps, each
-        variate of each row counting alike."""
+        variate of each row counting alike. Of several scales the weighted average of the losses of each, whose target
+        is that of the series, averaged as its context is."""
+        if self.config.multiscale:
+            return self._scaled_loss(params, batch, key, train)
         y, rows = self._distribution(params, batch, key, train)
+        assert isinstance(y, Mixture), "of one scale"
         return mixture.series_nll(y, *observed_series(rows["target"]), rows.get("weight"))
+
+    def _scaled_loss(self, params: Tree, batch: Batch, key, train: bool) -> jax.Array:
+        rows = packed.rows_of(batch, self.config.variates)
+        past, truth = observed_series(rows["context"]), observed_series(rows["target"])
+        parts = self.scaled_future(params, past, truth[0].shape[-1], self.training_patch, key, train)
+        losses = []
+        for s, part in enumerate(parts):
+            own = multiscale.pooled(truth, 2**s, before=False)
+            losses.append(mixture.series_nll(part, *own, rows.get("weight")))
+        return (jax.nn.softmax(params["scale_weights"].astype(jnp.float32)) * jnp.stack(losses)).sum()
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets."""

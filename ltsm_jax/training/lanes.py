@@ -61,12 +61,17 @@ JOB = (
 
 GAIN = 0.95  # lanes must take at most this share of the time of separate runs to be chosen
 BATCHED_GAIN = 0.9  # and batched ones of the time of mapped ones, which give the bits of separate runs
-TIMED_SECONDS = 0.3  # of one timed dispatch
+CLEAR_GAIN = 0.8  # batched lanes below this share are taken without compiling mapped ones
+LONG_STEP = 0.05  # seconds; a CPU that a step keeps busy for longer has no idle units that lanes would fill
+TIMED_SECONDS = 0.3  # of one timed dispatch at most
+TIMED_SHARE = 0.005  # of the time of all runs: what all timed dispatches may take beside a step of each way
 ROUNDS = 3  # timed dispatches of each way, in turns
 LEAST_COMPILING = 1.0  # seconds that a program of lanes takes to compile at least
 WORTH_TIMING = 100  # how many times as long as a compilation all runs must take, to find out
 TINY_STEP = 0.005  # seconds; below it a step is so short that batching is likely to gain
 WORTH_TIMING_TINY = 20
+# Fewer steps than that of all runs together are too short or too long for lanes, whatever a step takes.
+FEWEST_STEPS = LEAST_COMPILING * min(WORTH_TIMING / LONG_STEP, WORTH_TIMING_TINY / TINY_STEP)
 FREE_SHARE = 0.8  # of the free memory that lanes may take: the estimate is rough
 CHOICE = "choice.json"
 
@@ -573,41 +578,47 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
     """
     n, mesh = len(jobs), Placement.of(jobs[0]["params"]).mesh
     on_cpu = jax.default_backend() == "cpu"
+    separate = f"{n} runs one after the other"
+    short = f"{separate}: too short to find out whether lanes are quicker"
+    if on_cpu and asked != "on" and n * Sweep(jobs[:1], Over("mapped")).total < FEWEST_STEPS:
+        return Choice("separate", 1, short)
     room: dict[stacks.Mode, int] = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
     able: list[stacks.Mode] = [mode for mode in stacks.MODES if room[mode] >= min(n, 2)]
     if not on_cpu and "batched" in able:
         able = able[:1]  # an accelerator takes mapped lanes in the time of separate runs
     if not able:
-        return Choice("separate", 1, f"{n} runs one after the other: memory has room for one")
+        return Choice("separate", 1, f"{separate}: memory has room for one")
     if asked == "on":
         way: stacks.Mode = "mapped" if on_cpu and "mapped" in able else able[0]
         return Choice(way, room[way], f"{n} lanes, {way}, as asked for")
 
-    short = f"{n} runs one after the other: too short to find out whether lanes are quicker"
-    one = _separate(jobs[0])
-    if on_cpu and n * one.total < WORTH_TIMING:
-        return Choice("separate", 1, short)  # a step takes less time than its compilation
-    alone = _Timed(one, 1)
+    alone = _Timed(_separate(jobs[0]), 1)
     work = alone.seconds * n * alone.work.total
     worth = WORTH_TIMING_TINY if alone.seconds < TINY_STEP else WORTH_TIMING
     if on_cpu and work < worth * max(alone.compile_seconds, LEAST_COMPILING):
         return Choice("separate", 1, short)
-    timed: dict[stacks.Mode, _Timed] = {}
+    if on_cpu and alone.seconds > LONG_STEP:
+        took = f"a step of one keeps the processor busy for {alone.seconds:.2f} s"
+        return Choice("separate", 1, f"{separate}: {took}")
+    dispatch = min(TIMED_SHARE * work / (2 * ROUNDS * len(able)), TIMED_SECONDS)
+    ratios: dict[stacks.Mode, float] = {}
     for way in able:
         lanes = min(n, room[way])
         sweep = Sweep(jobs[:lanes], Over(way, mesh))
         sweep.start(None)
-        timed[way] = _Timed(sweep, lanes)
-    for _ in range(ROUNDS):
-        for each in (alone, *timed.values()):
-            each.again()
-    ratios: dict[stacks.Mode, float] = {way: each.seconds / alone.seconds for way, each in timed.items()}
+        timed = _Timed(sweep, lanes)
+        for _ in range(ROUNDS):
+            alone.again(dispatch)
+            timed.again(dispatch)
+        ratios[way] = timed.seconds / alone.seconds
+        if way == "batched" and ratios[way] < CLEAR_GAIN:
+            break
     way = min(ratios, key=lambda way: ratios[way])
     if way == "batched" and ratios.get("mapped", math.inf) <= GAIN and ratios[way] > BATCHED_GAIN * ratios["mapped"]:
         way = "mapped"
     if ratios[way] > GAIN:
         said = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items())
-        return Choice("separate", 1, f"{n} runs one after the other: lanes would take {said} the time")
+        return Choice("separate", 1, f"{separate}: lanes would take {said} the time")
     return Choice(way, room[way], f"{n} lanes, {way}: {ratios[way]:.2f}x the time of one after the other")
 
 
@@ -634,16 +645,16 @@ class _Timed:
         with compiling.measured() as waited:
             first = self._time(1)
         self.compile_seconds = waited.seconds
-        self.steps, self.seconds = 1, max(first - waited.seconds, 0.0) / lanes
+        self.seconds = max(first - waited.seconds, 0.0) / lanes
         if self.seconds * lanes < TIMED_SECONDS:
             self.seconds = math.inf  # what a first call does besides its step counts then
-            self.again()
-        fill = TIMED_SECONDS / max(self.seconds * lanes, 1e-9)
-        self.steps = int(min(max(fill, 1), work.steps_per_epoch, MOST_STEPS))
+            self.again(0.0)
 
-    def again(self) -> None:
-        """Time one more dispatch."""
-        self.seconds = min(self.seconds, self._time(self.steps) / self.steps / self.lanes)
+    def again(self, seconds: float) -> None:
+        """Time one more dispatch, of as many steps as take about so long, at least one."""
+        fill = 1 if math.isinf(self.seconds) else seconds / max(self.seconds * self.lanes, 1e-9)
+        steps = int(min(max(fill, 1), self.work.steps_per_epoch, MOST_STEPS))
+        self.seconds = min(self.seconds, self._time(steps) / steps / self.lanes)
 
     def _time(self, steps: int) -> float:
         began = time.perf_counter()

@@ -1,4 +1,7 @@
-"""A problem that trains in a second; also a program, for a test to kill: `small_problem.py NAME FOLDER...`."""
+"""A problem that trains in a second; also a program, for a test to kill: `small_problem.py NAME FOLDER`.
+
+With several folders it is no more to be killed, and goes on with each of them.
+"""
 
 import dataclasses
 import signal
@@ -75,9 +78,9 @@ def fit(params=None, source=None, *, loss_fn=loss, config=CONFIG, **kwargs):
     return training.fit(loss_fn, params, train_windows() if source is None else source, config=config, **kwargs)
 
 
-def main(name, folder):
-    # a checkpoint after every step: kills fall into writing as often as into training
-    config = dataclasses.replace(CONFIG, checkpoint_seconds=0, steps_per_dispatch=1)
+def main(name, folder, often=True):
+    """often: a checkpoint after every step, so that kills fall into writing as often as into training."""
+    config = dataclasses.replace(CONFIG, checkpoint_seconds=0, steps_per_dispatch=1) if often else CONFIG
     if name == "mlp":
         fit(config=config, folder=folder)
     else:
@@ -96,5 +99,6 @@ def main(name, folder):
 if __name__ == "__main__":
     # A process started in the background of a shell is born deaf to Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for folder in sys.argv[2:]:
-        main(sys.argv[1], folder)
+    folders = sys.argv[2:]
+    for folder in folders:
+        main(sys.argv[1], folder, often=len(folders) == 1)

@@ -195,28 +195,38 @@ class Clockwork:
         self.seconds, self.lanes, self.compile_seconds, self.work = seconds, lanes, compiled, self
         self.total = total
 
-    def again(self):
-        pass
+    def again(self, seconds):
+        self.asked = seconds
 
 
 @pytest.mark.parametrize(
     "seconds, compiled, wanted, says",
     [
-        ({"mapped": 0.09, "batched": 0.04}, 1.0, "batched", "6 lanes, batched: 0.40x the time of one after the other"),
-        ({"mapped": 0.09, "batched": 0.085}, 1.0, "mapped", "6 lanes, mapped: 0.90x"),
-        ({"mapped": 0.09, "batched": 0.14}, 1.0, "mapped", "6 lanes, mapped: 0.90x"),
-        ({"mapped": 0.10, "batched": 0.11}, 1.0, "separate", "lanes would take batched 1.10x, mapped 1.00x the time"),
-        ({"mapped": 0.01, "batched": 0.01}, 9.0, "separate", "too short to find out"),
+        ({"batched": 0.004}, 1.0, "batched", "6 lanes, batched: 0.40x the time of one after the other"),
+        ({"mapped": 0.009, "batched": 0.0085}, 1.0, "mapped", "6 lanes, mapped: 0.90x"),
+        ({"mapped": 0.009, "batched": 0.014}, 1.0, "mapped", "6 lanes, mapped: 0.90x"),
+        ({"mapped": 0.010, "batched": 0.011}, 1.0, "separate", "would take batched 1.10x, mapped 1.00x the time"),
+        ({"mapped": 0.001, "batched": 0.001}, 9.0, "separate", "too short to find out"),
+        ({}, 1.0, "separate", "a step of one keeps the processor busy for 0.10 s"),
     ],
 )
 def test_the_quickest_way_is_taken_and_said(monkeypatch, seconds, compiled, wanted, says):
+    """What a way is not timed for is not built: its time is missing here."""
+    made = []
+
     def timed(work, lanes):
         mode = getattr(getattr(work, "over", None), "mode", None)
-        return Clockwork(seconds.get(mode, 0.10), lanes, compiled, total=1000)
+        made.append(Clockwork(seconds[mode] if mode else (0.010 if seconds else 0.10), lanes, compiled, total=10_000))
+        return made[-1]
 
+    assert "too short" in lanes.choose(jobs_of(rates=(3e-3,))).why  # a few steps: nothing is timed
+    monkeypatch.setattr(lanes, "FEWEST_STEPS", 0)
     monkeypatch.setattr(lanes, "_Timed", timed)
     choice = lanes.choose(jobs_of(rates=(3e-3,)))
     assert choice.way == wanted and says in choice.why
+    # All timed dispatches together take less than a hundredth of the runs.
+    timings = [each.asked for each in made if hasattr(each, "asked")]
+    assert lanes.ROUNDS * sum(timings) <= 0.01 * 6 * 10_000 * 0.010
 
 
 def test_lanes_are_timed_for_real_and_asked_for(capsys):

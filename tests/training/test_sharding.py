@@ -1,6 +1,5 @@
 """Training over a mesh of devices against training on one."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -37,9 +36,12 @@ def check_same(found, want, noise=None):
 # group of the Timer is for every day, the others for the slow part. What has the compiler be quick comes last.
 GROUPS = {
     "timer": (
-        ("one", MIXED, "data=4,fsdp=2:accumulate=2", "one:remat=all but products"),
+        ("one", MIXED),
         (
+            "one",
             *MESHES[:-1],
+            "data=4,fsdp=2:accumulate=2",
+            "one:remat=all but products",
             "one:accumulate=2",
             "one:compute=bfloat16",
             "data=8:compute=bfloat16",
@@ -57,20 +59,22 @@ GROUPS = {
 }
 
 
-@functools.cache
-def group_of(family, texts):
-    return runs(family, *texts)
+RAN = {}  # results by family and group
 
 
 class Found:
-    """Results of a family by text, of the group that the text is in."""
+    """Results of a family by text, of a group that the text is in: where there are two, of the one that ran before."""
 
     def __init__(self, family):
         self.family = family
 
     def __getitem__(self, text):
-        texts = next(group for group in GROUPS[self.family] if text in group)
-        return group_of(self.family, texts)[text]
+        groups = [(self.family, group) for group in GROUPS[self.family] if text in group]
+        chosen = next((group for group in groups if group in RAN), groups[0])
+        if chosen not in RAN:
+            family, texts = chosen
+            RAN[chosen] = runs(family, *texts)
+        return RAN[chosen][text]
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +132,11 @@ def test_what_the_mesh_does_not_divide_stays_whole_and_is_said(timer):
     assert found["split"]["layer_0/up/kernel"] == 8  # 24 units
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("one:accumulate=2", marks=pytest.mark.slow),
+        "one:accumulate=2",
         "data=4,fsdp=2:accumulate=2",
         "one:remat=all but products",
     ],
