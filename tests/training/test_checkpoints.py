@@ -419,6 +419,6 @@ def kill_and_resume(name, folder, undisturbed, kills, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "timer"])
-def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path, uninterrupted, name):
-    kill_and_resume(name, tmp_path, uninterrupted(name), kills=10, seed=1)
+@pytest.mark.parametrize("name, kills", [("mlp", 20), ("timer", 12)])
+def test_a_run_killed_many_times_ends_with_the_same_bits(tmp_path, uninterrupted, name, kills):
+    kill_and_resume(name, tmp_path, uninterrupted(name), kills=kills, seed=1)
