@@ -1,4 +1,7 @@
-"""Key table of TTM: state dicts of ibm-granite/granite-tsfm (TinyTimeMixerForPrediction) <-> `ltsm_jax.models.ttm`."""
+"""Key table of TTM: state dicts of ibm-granite/granite-tsfm (TinyTimeMixerForPrediction) <-> `ltsm_jax.models.ttm`.
+
+The decomposed models of r3 are two of these, in one file: `converters.ttm_r3`.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,21 @@ import numpy as np
 
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
-from converters.tables import BUFFER, SAME, TRANSPOSE, Rule, listed, split_bias, split_in, split_out
-from ltsm_jax.models.ttm import TTM, TTMConfig, factors
+from converters.tables import BUFFER, CONV1, SAME, TRANSPOSE, Rule, Transform, listed, split_bias, split_in, split_out
+from ltsm_jax.models.ttm import TTM, QuantileConfig, TTMConfig, factors, scales, tokens_in_front
 
 MODEL = TTM
 ANCHOR = "backbone.encoder.patcher.weight"
+SCALES_ANCHOR = "backbone.encoder.patcher.projectors.0.weight"  # of models with patches of several scales
 HINTS = {
     r"/channel_mixer/|^fcm/": "check num_input_channels, prediction_channel_indices and exogenous_channel_indices",
     r"/patch_mixer/": "check context_length, patch_length and patch_stride",
-    r"^embed/": "check patch_length and d_model",
-    r"^head/": "check prediction_length",
+    r"(^|/)embed(_\d+)?/": "check patch_length, d_model and multi_scale",
+    r"(^|/)(head|base_norm|quantiles/flat)/": "check prediction_length, context_length, register_tokens and fft_length",
+    r"(^|/)quantiles/": "check quantile_levels and the fields that begin with mq_",
 }
-_MIXERS = r"(channel_feature|patch|feature)_mixer"
+# A filter over time: [1, 1, K] <-> [K].
+FILTER = Transform("filter over time", lambda x: x.reshape(x.shape[-1:]), lambda x: x.reshape(1, 1, -1))
 
 
 def keys(config: TTMConfig) -> list[Rule]:
@@ -29,6 +35,18 @@ def keys(config: TTMConfig) -> list[Rule]:
     rules: list[Rule] = [
         (r"backbone\.encoder\.patcher\.weight", "embed/kernel", TRANSPOSE),
         (r"backbone\.encoder\.patcher\.bias", "embed/bias", SAME),
+        (r"backbone\.encoder\.patcher\.projectors\.(\d+)\.weight", r"embed_\1/kernel", TRANSPOSE),
+        (r"backbone\.encoder\.patcher\.projectors\.(\d+)\.bias", r"embed_\1/bias", SAME),
+        (r"backbone\.encoder\.add_tokens\.patch_tokens", "registers", SAME),
+        (r"backbone\.encoder\.add_fft_tokens\.freq_embedding\.weight", "spectrum_table", SAME),
+        (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.weight", "spectrum_up/kernel", TRANSPOSE),
+        (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.bias", "spectrum_up/bias", SAME),
+        (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.weight", "spectrum_down/kernel", TRANSPOSE),
+        (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.bias", "spectrum_down/bias", SAME),
+        (r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.weight", "spectrum_join/kernel", TRANSPOSE),
+        (r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.bias", "spectrum_join/bias", SAME),
+        (r"backbone\.encoder\.base_norm\.weight", "base_norm/scale", SAME),
+        (r"backbone\.encoder\.base_norm\.bias", "base_norm/bias", SAME),
         (r"backbone\.encoder\.freq_mod\.0\.weight", "freq_table", SAME),
         (r"backbone\.encoder\.freq_mod\.1\.weight", "freq_up/kernel", TRANSPOSE),
         (r"backbone\.encoder\.freq_mod\.1\.bias", "freq_up/bias", SAME),
@@ -48,6 +66,20 @@ def keys(config: TTMConfig) -> list[Rule]:
         (r"head\.fcm_block\.fcm_gating_block\.attn_layer\.bias", "fcm/gate/linear/bias", SAME),
         (r"head\.fcm_block\.mlp\.weight", "fcm/out/kernel", TRANSPOSE),
         (r"head\.fcm_block\.mlp\.bias", "fcm/out/bias", SAME),
+        (r"multi_quantile_head_block\.dw\.weight", "quantiles/filter/kernel", FILTER),
+        (r"multi_quantile_head_block\.dw\.bias", "quantiles/filter/bias", SAME),
+        (r"multi_quantile_head_block\.inorm\.weight", "quantiles/norm/scale", SAME),
+        (r"multi_quantile_head_block\.inorm\.bias", "quantiles/norm/bias", SAME),
+        (r"multi_quantile_head_block\.pw1\.weight", "quantiles/up/kernel", CONV1),
+        (r"multi_quantile_head_block\.pw1\.bias", "quantiles/up/bias", SAME),
+        (r"multi_quantile_head_block\.pw2\.weight", "quantiles/down/kernel", CONV1),
+        (r"multi_quantile_head_block\.pw2\.bias", "quantiles/down/bias", SAME),
+        (r"multi_quantile_head_block\.dec_proj\.weight", "quantiles/pool/kernel", TRANSPOSE),
+        (r"multi_quantile_head_block\.dec_proj\.bias", "quantiles/pool/bias", SAME),
+        (r"multi_quantile_head_block\.dec_tok_proj\.weight", "quantiles/token/kernel", TRANSPOSE),
+        (r"multi_quantile_head_block\.dec_tok_proj\.bias", "quantiles/token/bias", SAME),
+        (r"multi_quantile_head_block\.dec_flat_to_hidden\.weight", "quantiles/flat/kernel", TRANSPOSE),
+        (r"multi_quantile_head_block\.dec_flat_to_hidden\.bias", "quantiles/flat/bias", SAME),
     ]
     parts = (
         (r"backbone\.encoder\.mlp_mixer_encoder\.", "encoder", config.d_model, config.levels),
@@ -107,7 +139,9 @@ def _layer(theirs: str, ours: str, width: int, config: TTMConfig) -> list[Rule]:
 
 def recognise(state: Mapping[str, Any]) -> Layout | None:
     """TTM as `save_pretrained` writes it. None for other models."""
-    if ANCHOR in state and any(key.startswith("backbone.encoder.mlp_mixer_encoder.mixers.") for key in state):
+    if (ANCHOR in state or SCALES_ANCHOR in state) and any(
+        key.startswith("backbone.encoder.mlp_mixer_encoder.mixers.") for key in state
+    ):
         return Layout("")
     return None
 
@@ -146,6 +180,24 @@ _FIELDS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "quantile": ((int, float), 0.5),
     "huber_delta": ((int, float), 1),
     "post_init": (bool, False),
+    "multi_scale": (bool, False),
+    "register_tokens": (int, 0),
+    "fft_length": (int, 0),
+    "use_fft_embedding": (bool, True),
+    "fft_ignore_dc": (bool, False),
+    "get_one_freq_emb": (bool, False),
+    "fft_d_freq_min": (int, 4),
+    "fft_d_freq_max": (int, 64),
+    "enable_base_norm_always": (bool, False),
+    "gate_groups": (int, 8),
+    "multi_quantile_head": (bool, False),
+    "mq_hidden": (int, 8),
+    "mq_kernel_size": (int, 3),
+    "mq_eps": ((int, float), 1e-6),
+    "mq_use_decoder_pool": (bool, False),
+    "mq_decoder_d_model": (int, 8),
+    "point_extra_weight": ((int, float), 0),
+    "penalize_large_width_ratio": ((int, float), 0),
 }
 _LISTS = ("prediction_channel_indices", "exogenous_channel_indices", "categorical_vocab_size_list")
 _OPTIONAL = ("prediction_filter_length", "fcm_prepend_past_offset")
@@ -156,11 +208,25 @@ _CHOICES = {
     "positional_encoding_type": ("sincos", ("sincos", "random")),
     "loss": ("mse", ("mse", "mae", "pinball", "huber")),
     "init_linear": ("pytorch", ("pytorch", "normal", "uniform", "xavier_uniform")),
+    "gate_mode": ("softmax", ("softmax", "sigmoid", "glu", "group_sigmoid")),
+    "mq_q50_type": ("median", ("mean", "median")),
+    "mq_cond_path": ("pool", ("pool", "flatten")),
+    "mq_cond_mode": ("add", ("add", "concat")),
+    "width_penalty_mode": ("boundary", ("boundary", "wis")),
 }
 _MOST = {"num_layers": 256, "decoder_num_layers": 256, "fcm_mix_layers": 256, "adaptive_patching_levels": 16,
          "decoder_adaptive_patching_levels": 16, "expansion_factor": 64}  # fmt: skip
 _LIMIT = 1 << 16  # far above any TTM: a hostile file must not make us build a giant
-_ZERO = ("adaptive_patching_levels", "decoder_adaptive_patching_levels", "fcm_context_length")
+_ZERO = (
+    "adaptive_patching_levels",
+    "decoder_adaptive_patching_levels",
+    "fcm_context_length",
+    "register_tokens",
+    "fft_length",
+)
+_LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+# What the original's decomposed models call themselves.
+DECOMPOSED = "TinyTimeMixerForDecomposedPrediction"
 
 
 def configure(state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str) -> tuple[TTMConfig, list[str]]:
@@ -174,12 +240,12 @@ def configure(state: Mapping[str, Any], published: Mapping[str, Any] | None, whe
             f"{where}: TTM's options are not in its weights (scaling, levels, modes, stride, ...). Put the original "
             "config.json beside the file."
         )
-    told, problems = _told(published)
+    told, problems = read_fields(published)
     if not problems:
-        problems = _against(state, told)
+        problems = against(state, told)
     if not problems:
         try:
-            return _config(told), []
+            return config_of(told), []
         except (ValueError, TypeError, OverflowError, RecursionError) as e:
             problems.append(str(e)[:500])
     raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
@@ -189,7 +255,7 @@ def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _told(published: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def read_fields(published: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The published fields with their defaults, and what is wrong with them."""
     told: dict[str, Any] = {}
     problems = []
@@ -224,26 +290,43 @@ def _told(published: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     told["norm_mlp"] = "BatchNorm" if isinstance(norm, str) and "batch" in norm.lower() else "LayerNorm"
     if norm not in ("LayerNorm", "BatchNorm"):
         problems.append(f"norm_mlp: {quoted(norm)} is neither LayerNorm nor BatchNorm")
-    for name in ("multi_quantile_heads", "masked_context_length"):
-        if published.get(name) is not None:
+    told["quantile_levels"] = levels = published.get("quantile_levels", _LEVELS)
+    if not (isinstance(levels, list) and 0 < len(levels) < 1000 and all(_is(q, float) for q in levels)):
+        problems.append(f"quantile_levels: {quoted(levels)} is no list of numbers in (0, 1)")
+    for name in ("multi_quantile_heads", "masked_context_length", "use_register_context_gating"):
+        if published.get(name):
             problems.append(f"{name}: {quoted(published[name])} is not supported here")
     if told["post_init"] and told["init_linear"] != "pytorch":
         problems.append(f"post_init with init_linear {quoted(told['init_linear'])} is not supported here")
     return told, problems
 
 
-def _against(state: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+def _tokens(told: Mapping[str, Any]) -> int:
+    """Tokens of the mixers, as the fields say."""
+    patches = (told["context_length"] - told["patch_length"]) // told["patch_stride"] + 1
+    tokens = sum(scales(patches)) if told["multi_scale"] and patches > 0 else patches
+    return tokens + tokens_in_front(
+        told["frequency_token_vocab_size"] if told["resolution_prefix_tuning"] else 0,
+        told["register_tokens"],
+        told["fft_length"],
+        told["get_one_freq_emb"],
+    )
+
+
+def against(state: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
     """Contradictions between the fields and the shapes that say the same."""
     problems = []
     head = told["decoder_d_model"] if told["use_decoder"] else told["d_model"]
-    patches = (told["context_length"] - told["patch_length"]) // told["patch_stride"] + 1
-    patches += bool(told["resolution_prefix_tuning"])
+    if (SCALES_ANCHOR in state) != told["multi_scale"]:
+        has = "have" if SCALES_ANCHOR in state else "do not have"
+        problems.append(f"multi_scale: the config says {told['multi_scale']}, the weights {has} patches of scales")
     for key, want, fields in (
         (ANCHOR, (told["d_model"], told["patch_length"]), "d_model, patch_length"),
+        (SCALES_ANCHOR, (told["d_model"], told["patch_length"]), "d_model, patch_length"),
         (
             "head.base_forecast_block.weight",
-            (told["prediction_length"], patches * head),
-            "prediction_length, patches (context_length, patch_length, patch_stride) * decoder_d_model",
+            (told["prediction_length"], _tokens(told) * head),
+            "prediction_length, tokens (context_length, patch_length, patch_stride, ...) * decoder_d_model",
         ),
         (
             "backbone.encoder.freq_mod.0.weight",
@@ -257,7 +340,7 @@ def _against(state: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _config(told: Mapping[str, Any]) -> TTMConfig:
+def config_of(told: Mapping[str, Any]) -> TTMConfig:
     scaling = told["scaling"]
     return TTMConfig.of(
         context_len=told["context_length"],
@@ -299,6 +382,34 @@ def _config(told: Mapping[str, Any]) -> TTMConfig:
         quantile=float(told["quantile"]),
         huber_delta=float(told["huber_delta"]),
         post_init=told["post_init"],
+        multi_scale=told["multi_scale"],
+        registers=told["register_tokens"],
+        spectrum=told["fft_length"],
+        spectrum_table=told["use_fft_embedding"],
+        spectrum_skip_mean=told["fft_ignore_dc"],
+        spectrum_joined=told["get_one_freq_emb"],
+        spectrum_least=told["fft_d_freq_min"],
+        spectrum_most=told["fft_d_freq_max"],
+        base_norm=told["enable_base_norm_always"],
+        gate=told["gate_mode"],
+        gate_groups=told["gate_groups"],
+        quantiles=_quantiles(told) if told["multi_quantile_head"] else None,
+    )
+
+
+def _quantiles(told: Mapping[str, Any]) -> QuantileConfig:
+    return QuantileConfig(
+        levels=tuple(sorted(told["quantile_levels"])),
+        hidden=told["mq_hidden"],
+        kernel_size=told["mq_kernel_size"],
+        eps=float(told["mq_eps"]),
+        median=told["mq_q50_type"],
+        condition=told["mq_cond_path"] if told["mq_use_decoder_pool"] else None,
+        join=told["mq_cond_mode"],
+        token_width=told["mq_decoder_d_model"],
+        point_weight=float(told["point_extra_weight"]),
+        width_weight=float(told["penalize_large_width_ratio"]),
+        width_mode=told["width_penalty_mode"],
     )
 
 
@@ -358,8 +469,9 @@ def published(config: TTMConfig) -> dict[str, Any]:
         "init_processing": True,
         "patch_last": True,
         "torch_dtype": "float32",
+        **_fields_of_r3(config),
     }
-    again = _config(_told(fields)[0])
+    again = config_of(read_fields(fields)[0])
     differ = [
         field for field in ("encoder", "decoder", "fcm_layers") if getattr(again, field) != getattr(config, field)
     ]
@@ -369,6 +481,45 @@ def published(config: TTMConfig) -> dict[str, Any]:
             "widths. A pruned model can't be exported."
         )
     return fields
+
+
+def _fields_of_r3(config: TTMConfig) -> dict[str, Any]:
+    """The fields that came with r3, as far as the config uses them: older releases do not know them."""
+    found: dict[str, Any] = {
+        "multi_scale": config.multi_scale,
+        "register_tokens": config.registers,
+        "fft_length": config.spectrum,
+        "enable_base_norm_always": config.base_norm,
+    }
+    found = {name: value for name, value in found.items() if value}
+    if config.gate != "softmax":
+        found |= {"gate_mode": config.gate, "gate_groups": config.gate_groups}
+    if config.spectrum:
+        found |= {
+            "use_fft_embedding": config.spectrum_table,
+            "fft_ignore_dc": config.spectrum_skip_mean,
+            "get_one_freq_emb": config.spectrum_joined,
+            "fft_d_freq_min": config.spectrum_least,
+            "fft_d_freq_max": config.spectrum_most,
+        }
+    head = config.quantiles
+    if head is not None:
+        found |= {
+            "multi_quantile_head": True,
+            "quantile_levels": list(head.levels),
+            "mq_hidden": head.hidden,
+            "mq_kernel_size": head.kernel_size,
+            "mq_eps": head.eps,
+            "mq_q50_type": head.median,
+            "mq_use_decoder_pool": head.condition is not None,
+            "mq_cond_path": head.condition or "pool",
+            "mq_cond_mode": head.join,
+            "mq_decoder_d_model": head.token_width,
+            "point_extra_weight": head.point_weight,
+            "penalize_large_width_ratio": head.width_weight,
+            "width_penalty_mode": head.width_mode,
+        }
+    return found
 
 
 def _expansion(config: TTMConfig) -> int:

@@ -58,7 +58,7 @@ from rich.table import Table
 
 import ltsm_jax
 from experiments import flags, launch
-from experiments.cells import read_series
+from experiments.cells import read_series, thinned
 from experiments.folder import git_commit, held
 from ltsm_jax import hosts, sharding, storage
 from ltsm_jax.data import Series, prepare, synthetic
@@ -70,6 +70,7 @@ from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.training import TrainConfig, fit, keys
 
 PARTS = ("val", "test")
+LOSSES = ("own", "absolute")
 HELD_OUT = 2048  # generated series of another seed, for the choice of the epoch: no real series has a say in it
 HIDDEN = 0.375  # share that an imputer is trained to fill
 HOLES = ("patches", "points", "blocks")
@@ -94,6 +95,10 @@ class Pretrain:
     """folder of real series to train on"""
     leave_out: Annotated[tuple[str, ...], flags.words()] = ()
     """files of the corpus not to train on, such as parts of a data set of --evaluate: names without .npz"""
+    start: Annotated[str, flags.text("NAME")] = ""
+    """go on from the weights of this shipped model or model folder, in place of random ones; its size is trained"""
+    loss: Annotated[str, flags.one_of(LOSSES)] = "own"
+    """own, that of the family, or absolute, which teaches the median (see `Model.absolute_loss`)"""
     choose: bool = True
     """keep the epoch of the lowest validation MSE; --no-choose: the last, however far overtrained"""
     steps: Annotated[int, flags.whole(1)] = 5000
@@ -110,6 +115,8 @@ class Pretrain:
     """data sets to score: benchmark names or paths"""
     parts: Annotated[tuple[str, ...], flags.names(PARTS)] = PARTS
     """parts of them to score"""
+    score_stride: Annotated[int, flags.whole(1)] = 1
+    """score every N-th start of a window, of all variates; 1: all, as the literature does"""
     reading: flags.Reading = dataclasses.field(default_factory=flags.Reading)
     devices: flags.Devices = dataclasses.field(default_factory=flags.Devices)
     hosts: flags.Hosts = dataclasses.field(default_factory=flags.Hosts)
@@ -136,9 +143,11 @@ def task_of(model: Model) -> str:
     return getattr(model.config, "task", "forecasting")
 
 
-def objective_of(model: Model) -> Objective:
-    """Give the objective of a model's task."""
+def objective_of(model: Model, kind: str = "own") -> Objective:
+    """Give the objective of a model's task; kind: of a forecaster, which of `LOSSES`."""
     task = task_of(model)
+    if kind != "own" and task != "forecasting":
+        raise ValueError(f"--loss {kind} is for forecasters; {model.family} is to be trained for {task}")
     if task == "imputation":
         hidden = {"rate": HIDDEN, "holes": HOLES}
         draws_masks = imputation.loss_fn(model, **hidden)
@@ -158,12 +167,13 @@ def objective_of(model: Model) -> Objective:
             validate=functools.partial(_reconstructed, model),
             words="anomaly: each token predicts the next, without dropout",
         )
+    forecasts = model.loss if kind == "own" else model.absolute_loss
     return Objective(
         context=model.context_len,
         target=model.horizon,
-        loss=lambda params, batch, key, train: model.loss(params, batch, None, False),
+        loss=lambda params, batch, key, train: forecasts(params, batch, None, False),
         validate=functools.partial(_forecast, model),
-        words="own, without dropout",
+        words=f"{kind}, without dropout",
     )
 
 
@@ -224,7 +234,7 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     Returns: the model and its parameters.
     """
     began = time.process_time()
-    model = ltsm_jax.preset(args.preset)
+    model, start = started_from(args)
     parts = shared(functools.partial(windows, args, model), args.out / "windows")
     launch.say("\n".join(parts.notes))
     n = parts.train.n
@@ -232,14 +242,14 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     per_epoch = max(1, args.steps // epochs) * args.batch_size
     chosen = np.random.default_rng(args.seed).permutation(n)[: min(per_epoch, n)]  # as many as fill `steps` exactly
     val = None if parts.val is None or not args.choose else Scaled(parts.val)
-    start, mesh = model.init(keys(args.seed)["init"]), sharding.make_mesh(args.devices.mesh)
+    mesh = sharding.make_mesh(args.devices.mesh)
     if mesh is not None:
         start, notes = sharding.shard(start, model.shard_rules, mesh)
         launch.say("\n".join(notes))
     accumulate = args.devices.accumulate
     if accumulate == "auto" and not model.rows_apart:
         accumulate = 1
-    objective = objective_of(model)
+    objective = objective_of(model, args.loss)
     result = fit(
         objective.loss,
         start,
@@ -259,13 +269,14 @@ def train(args: Pretrain) -> tuple[Model, dict]:
         ),
         validate=val and (lambda params: objective.validate(params, val)),
         folder=args.out / "train",
-        label=args.preset,
-        facts={"preset": args.preset, "config": model.config_to_dict(), "loss": objective.words},
+        label=args.start or args.preset,
+        facts={"preset": args.preset, "config": model.config_to_dict(), "loss": objective.words}
+        | ({"start": args.start} if args.start else {}),
     )
     hosts.on_first(shutil.rmtree, args.out / "windows", ignore_errors=True)  # of several hosts
     if not hosts.on_first((args.out / "model").exists):
         provenance = {
-            "source": "trained from scratch by experiments/pretrain.py on "
+            "source": f"trained from {args.start or 'scratch'} by experiments/pretrain.py on "
             + " and ".join(["generated series"] * bool(args.generated) + ["real series"] * bool(args.corpus))
             + ("" if args.corpus else " only"),
             "command": "python -m experiments.pretrain " + shlex.join(sys.argv[1:]),
@@ -289,6 +300,14 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     return model, result.params
 
 
+def started_from(args: Pretrain) -> tuple[Model, Any]:
+    """Give the model to train and the weights to begin with: of --start, else random ones of --preset."""
+    if args.start:
+        return ltsm_jax.load(args.start)
+    model = ltsm_jax.preset(args.preset)
+    return model, model.init(keys(args.seed)["init"])
+
+
 def corpus_facts(args: Pretrain) -> dict | None:
     """Say which real series were trained on: number, points, a digest of all values, what was left out."""
     series = corpus_of(args)
@@ -303,14 +322,22 @@ def corpus_facts(args: Pretrain) -> dict | None:
     }
 
 
-def scores(model: Model, params, data: str, parts: Sequence[str], reading: flags.Reading) -> list[dict]:
+def scores(
+    model: Model,
+    params,
+    data: str,
+    parts: Sequence[str],
+    reading: flags.Reading,
+    stride: int = 1,
+) -> list[dict]:
     """Rows of results.csv: model, last value and seasonal naive on the given parts of one data set, standardised.
 
-    A series too short for the model's context or horizon is scored with what fits, in whole patches.
+    A series too short for the model's context or horizon is scored with what fits, in whole patches. stride: score
+    every so-manieth start of a window.
     """
     series = read_series(data, reading)
     context, horizon = lengths_for(model, series)
-    splits = prepare(series, context, horizon)
+    splits = thinned(prepare(series, context, horizon), stride)
     season = series.season
     scale = splits.naive_scale(season)
     methods = {
@@ -361,7 +388,7 @@ def _train_and_score(args: Pretrain) -> pd.DataFrame | None:
         return None
     rows = []
     for data in args.evaluate:
-        rows += scores(model, params, data, args.parts, args.reading)
+        rows += scores(model, params, data, args.parts, args.reading, args.score_stride)
     results = pd.DataFrame(rows)
     results.insert(0, "model", name)
     hosts.on_first(results.to_csv, args.out / "results.csv", index=False)

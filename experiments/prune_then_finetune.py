@@ -139,6 +139,8 @@ class Options(flags.Options):
     all, or validated (all at the first seed; at the others the one of lowest validation MSE once fine-tuned)"""
     timed_runs: Annotated[int, whole(0)] = 30
     """forecasts timed of each pruned model; 0: none"""
+    whole: bool = True
+    """fine-tune the whole model as well, and measure how redundant it is; --no-whole where another comparison does"""
     pruning: Pruning = dataclasses.field(default_factory=Pruning)
 
     @property
@@ -252,7 +254,7 @@ def _candidates(options: Options) -> dict[str, Any]:
 
 def whole_cells(options: Options, seeds: Sequence[int] | None = None) -> list[Cell]:
     """The arms of the model that is not pruned, with every candidate of theirs; seeds: some of the options'."""
-    arms = [("zero_shot", None), *options.tunings]
+    arms = [("zero_shot", None), *(options.tunings if options.whole else ())]
     found = []
     for method, alpha in arms:
         for seed in options.seeds if seeds is None else seeds:
@@ -367,7 +369,7 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     """
     console = (console or Console()) if hosts.first() else Console(quiet=True)
     o, work, statistics = c.options, Work(c), c.folder / "redundancy.json"
-    if not hosts.on_first(_whole, statistics):
+    if o.whole and not hosts.on_first(_whole, statistics):
         hosts.on_first(folder.write_json, statistics, redundancy_of(c))
     if o.over:
         first = [*whole_cells(o, o.seeds[:1]), *pruned_cells(o, _seeds_pruned(o))]
@@ -403,7 +405,7 @@ def _n_chosen(o: Options) -> int:
     arms = {(method, None if o.choose_alpha else alpha) for method, alpha in o.tunings}
     pairs = {"chosen": 1, "each": len(o.shares), "all": len(o.shares) * len(o.ema), "validated": 1}[o.tune]
     pruned = 1 if o.tune == "validated" else 0
-    return (1 + len(arms) * (1 + pairs) + pruned) * (len(o.seeds) - 1)
+    return (1 + len(arms) * (o.whole + pairs) + pruned) * (len(o.seeds) - 1)
 
 
 def _whole(file: Path) -> bool:

@@ -102,6 +102,8 @@ class Options:
     ] = ARMS
     shares: Annotated[tuple[float, ...], flags.numbers(TINY, 1, says="above 0 and at most 1")] = (0.05, 0.25, 1.0)
     """shares of the training windows"""
+    train_windows: Annotated[int | None, flags.whole(1, unset="--shares")] = None
+    """train on so many windows of each data set, evenly spread, in place of a share of them"""
     steps: Annotated[tuple[int, ...], flags.wholes(1, says="at least 1")] = (300, 1000, 3000, 10000)
     """budgets, in steps of training"""
     seeds: Annotated[tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2, 3, 4)
@@ -118,6 +120,11 @@ class Options:
     """shares pruned per epoch to choose from, a pruning run for each"""
     horizon: Annotated[int, flags.whole(1)] = 96
     """steps to forecast"""
+    score_windows: Annotated[int | None, flags.whole(1, unset="all")] = None
+    """validate and test on about so many windows, evenly spread over time: every n-th start of all variates, n for
+    each data set; by default as --score-stride says"""
+    curvature: bool = False
+    """measure the curvature of the training loss before the first step, for its correlation with the gain of sff"""
     released: bool = False
     """the recipe of the SFF release in place of the grids and budgets: Adam 3e-5, batch 2048, halving, 10 epochs,
     direct loss, alpha 0.7"""
@@ -146,6 +153,7 @@ class Pair:
     epochs: int
     steps: int
     flops: float  # of a step
+    stride: int | None = None  # of scored windows, None: as given
 
     @property
     def name(self) -> str:
@@ -164,8 +172,12 @@ def pairs_of(o: Options) -> list[Pair]:
             words = ["--data", data, "--model", model, "--horizon", str(o.horizon), *shlex.split(o.more)]
             c = sff.resolve(sff.parse([*words, *(RELEASED if o.released else ())]))
             batch, config = c.config.batch_size, c.model.config
+            stride = o.score_windows and stride_for(c.splits.test.n, o.score_windows)
             assert batch is not None, "filled"
             tokens = c.settings["context"] / getattr(config, "patch_len", c.settings["context"])
+            if o.train_windows is not None:
+                # the half keeps the rounding to six digits from changing the number
+                shares = (min(float(f"{(o.train_windows + 0.5) / c.windows.n:.6g}"), 1.0),)
             for share in shares:
                 windows = max(int(c.windows.n * share), 1)
                 an_epoch = steps_per_epoch(windows, min(batch, windows))
@@ -175,15 +187,27 @@ def pairs_of(o: Options) -> list[Pair]:
                     epochs = 10 if budget is None else max(round(budget / an_epoch), 1)
                     name = "released" if budget is None else str(budget)
                     if epochs not in seen:
-                        found.append(Pair(data, model, share, name, epochs, epochs * an_epoch, flops))
+                        found.append(Pair(data, model, share, name, epochs, epochs * an_epoch, flops, stride))
                     seen.add(epochs)
     return found
+
+
+def stride_for(count: int, wanted: int) -> int:
+    """Find the stride that leaves about `wanted` of `count` windows.
+
+    It has no factor in common with 2 * 3 * 5 * 7, so that it meets every hour of a day and every day of a week.
+    """
+    stride = max(count // wanted, 1)
+    while math.gcd(stride, 210) > 1:
+        stride += 1
+    return stride
 
 
 def commands(o: Options, pair: Pair) -> dict[str, list[str]]:
     """Give the words of the comparisons of a pair: by program, "sff" and, with pruned arms, "prune"."""
     words = ["--data", pair.data, "--model", pair.model, "--few-shot", exact(pair.few_shot)]
     words += ["--horizon", str(o.horizon), "--seeds", ",".join(map(str, o.seeds)), "--test-each-epoch"]
+    words += [] if pair.stride is None else ["--score-stride", str(pair.stride)]
     alphas, choose = ",".join(map(exact, o.alpha)), len(o.alpha) > 1
     if o.released:
         words += RELEASED
@@ -198,10 +222,13 @@ def commands(o: Options, pair: Pair) -> dict[str, list[str]]:
         return ["--alpha", alphas, *(["--choose-alpha"] if choose else [])]
 
     plain = [arm for arm in o.arms if not arm.startswith("pruned+")]
+    curved = ["--curvature", "0"] if o.curvature else []
     pruned = [arm.removeprefix("pruned+") for arm in o.arms if arm.startswith("pruned+")]
-    found = {"sff": [*words, "--methods", ",".join(plain), *mixing(plain), "--out", str(o.out / "sff" / pair.name)]}
+    found = {
+        "sff": [*words, "--methods", ",".join(plain), *mixing(plain), *curved, "--out", str(o.out / "sff" / pair.name)]
+    }
     if pruned:
-        own = ["--ratio", ",".join(map(exact, o.ratio)), "--tune", "validated", "--timed-runs", "0"]
+        own = ["--ratio", ",".join(map(exact, o.ratio)), "--tune", "validated", "--timed-runs", "0", "--no-whole"]
         own += ["--methods", ",".join(pruned), *mixing(pruned), "--out", str(o.out / "prune" / pair.name)]
         found["prune"] = [*words, *own]
     return found
@@ -236,7 +263,7 @@ def n_runs(program: str, options: Any) -> int:
     first = [*prune_then_finetune.whole_cells(options, options.seeds[:1])]
     pairs = [(ratio, ema) for ratio in options.shares for ema in options.ema]
     first += prune_then_finetune.tuned_cells(options, pairs, options.seeds[:1])
-    later = 2 * len(options.methods) * (len(options.seeds) - 1)
+    later = len(options.methods) * (len(options.seeds) - 1)
     return sum(cell.method != "zero_shot" for cell in first) + later
 
 
@@ -269,7 +296,9 @@ def records_of(o: Options, pair: Pair) -> list[dict[str, Any]]:
                 continue  # of a larger command
             facts = {"few_shot": pair.few_shot, "budget": pair.budget, "asked_model": pair.model}
             steps = cell["epochs"] * pair.steps // pair.epochs
-            found.append(cell["row"] | facts | {"steps": steps, "blocks": np.asarray(cell.get("test_blocks", ()))})
+            facts |= {"steps": steps, "blocks": np.asarray(cell.get("test_blocks", ()))}
+            facts["sharpness"] = (cell.get("start_curvature") or {}).get("top_eigenvalue", math.nan)
+            found.append(cell["row"] | facts)
     return found
 
 
@@ -300,8 +329,42 @@ def differences(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             row = dict(zip(PAIR, pair, strict=True)) | {"arm": arm, "seeds": len(seeds), "gain": gain.mean()}
             row |= {"gain_percent": 100 * gain.mean() / whole, "seed_low": low, "seed_high": high}
             row |= {"block_low": time[0], "block_high": time[1]}
+            row |= {"sharpness_before": measured_mean(base), "sharpness": measured_mean(mine)}
             rows.append(row | {"rule": judged(gain.mean(), (low, high), time)})
     return pd.DataFrame(rows)
+
+
+def measured_mean(runs: dict[int, dict[str, Any]]) -> float:
+    """Mean top eigenvalue of the starts of some runs by seed, over those where it was measured; NaN for none."""
+    values = [run.get("sharpness", math.nan) for run in runs.values()]
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def sharpness_lines(found: pd.DataFrame) -> list[str]:
+    """Say how the gain of sff goes with the sharpness of the checkpoint, and with what mixing takes from it.
+
+    found: as `differences` gives it; pairs whose curvature was not measured are left out.
+    Returns: lines of the report, none for fewer than four pairs.
+    """
+    mine = found[found["arm"] == "sff"].dropna(subset=["sharpness_before", "sharpness"]) if len(found) else found
+    if len(mine) < 4:
+        return []
+    change = mine["sharpness"] / mine["sharpness_before"]
+    before, less = (spearman(x, mine["gain_percent"]) for x in (mine["sharpness_before"], -change))
+    return [
+        "",
+        "## Sharpness",
+        "",
+        f"Top eigenvalue of the Hessian of the training loss, before the first step, over {len(mine)} pairs: mixing "
+        f"lowers it in {int((change < 1).sum())}. Spearman's rank correlation with the gain of sff in per cent: "
+        f"{before:+.2f} of the eigenvalue before mixing, {less:+.2f} of its relative fall.",
+    ]
+
+
+def spearman(x: Any, y: Any) -> float:
+    """Spearman's rank correlation of two vectors, ties sharing their mean rank."""
+    return float(np.corrcoef(pd.Series(np.asarray(x)).rank(), pd.Series(np.asarray(y)).rank())[0, 1])
 
 
 def seed_interval(gain: np.ndarray) -> tuple[float, float]:
@@ -391,7 +454,9 @@ def write(o: Options, pairs: Sequence[Pair]) -> list[str]:
     records = [record for pair in pairs for record in records_of(o, pair)]
     if not records:
         return []
-    rows = [{name: value for name, value in record.items() if name != "blocks"} for record in records]
+    rows = [
+        {name: value for name, value in record.items() if name not in ("blocks", "sharpness")} for record in records
+    ]
     table, found = pd.DataFrame(rows), differences(records)
     ranks, blocks, width = mean_ranks(table)
     for name, content in (("results", table), ("differences", found), ("ranks", ranks)):
@@ -404,6 +469,7 @@ def write(o: Options, pairs: Sequence[Pair]) -> list[str]:
         lines.append(f"- {missing} of {len(pairs)} pairs have not run yet.")
     lines += ["", "## Gain over full fine-tuning", "", gain_table(found)] if len(found) else []
     body = [[str(row["arm"]), f"{row['rank']:.2f}"] for row in ranks.to_dict("records")]
+    lines += sharpness_lines(found)
     lines += ["", "## Mean ranks", "", markdown_table(["arm", "rank"], body)]
     cd = "unknown" if math.isnan(width) else f"{width:.2f}"
     lines += ["", f"Over {blocks} pairs of data and model; critical difference {cd}."]

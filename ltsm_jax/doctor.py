@@ -240,12 +240,20 @@ def examine(families: Iterable[str] = tuple(FAMILIES)) -> Iterator[Check]:
         yield from pool.map(examine_family, families)
 
 
-def record(file: Path = ANSWERS) -> None:
-    """Store the forecasts of this device as the answers, for maintainers who have changed a family on purpose."""
+def record(file: Path = ANSWERS, *, families: Iterable[str] = tuple(FAMILIES)) -> None:
+    """Store the forecasts of this device as the answers, for maintainers who have added or changed a family.
+
+    families: those to record; the others keep their answers.
+    """
+    wanted = set(families)
+    stored = json.loads(ANSWERS.read_text())["families"] if wanted < set(FAMILIES) else {}
     found = {}
     for family in FAMILIES:
-        arrays = forecast(family)
-        found[family] = {name: _rounded(array) for name, array in arrays.items()}
+        if family in wanted:
+            arrays = forecast(family)
+            found[family] = {name: _rounded(array) for name, array in arrays.items()}
+        elif family in stored:
+            found[family] = stored[family]
     made = {
         "horizon": HORIZON,
         "made_with": {name: environment()["versions"][name] for name in ("jax", "jaxlib", "numpy")},

@@ -14,7 +14,7 @@ import pytest
 import ltsm_jax
 from ltsm_jax import cli, doctor, flags, hosts, hub, storage, trees
 from ltsm_jax.cli import main, printing
-from ltsm_jax.cli.models import PARAMETERS
+from ltsm_jax.cli.models import PARAMETERS, counted
 from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.methods import pruning, verdict
 from ltsm_jax.models import FAMILIES, folders
@@ -192,10 +192,7 @@ def test_the_listed_sizes_are_those_of_the_presets():
 
 @pytest.mark.slow
 def test_all_the_listed_sizes():
-    sizes = json.loads(PARAMETERS.read_text())
-    for cls in FAMILIES.values():
-        for name, config in cls.presets().items():
-            assert sizes[name] == trees.count(folders.shapes(cls(config))), name
+    assert json.loads(PARAMETERS.read_text()) == counted()
 
 
 def test_one_model(ran, timer):

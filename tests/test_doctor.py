@@ -95,6 +95,16 @@ def test_the_environment_says_what_a_report_needs(monkeypatch, tmp_path):
     assert "is no folder: set LTSM_CACHE" in doctor.environment()["caches"]["data"]["problem"]
 
 
+def test_recording_one_family_keeps_the_answers_of_the_others(tmp_path, answering):
+    answering({"point": np.array([[1.0, 2.0]])})
+    doctor.record(tmp_path / "answers.json", families=["timer"])
+    before, after = (json.loads(file.read_text())["families"] for file in (doctor.ANSWERS, tmp_path / "answers.json"))
+    assert after["timer"] == {"point": [[1.0, 2.0]]}
+    assert {name: after[name] for name in after if name != "timer"} == {
+        name: before[name] for name in before if name != "timer"
+    }
+
+
 def test_recording_gives_the_answers_that_are_read(tmp_path, monkeypatch, answering):
     answering({"point": np.array([[1.23456789123, -2e-9]])})
     doctor.record(tmp_path / "answers.json")

@@ -85,6 +85,20 @@ def listed() -> list[dict[str, Any]]:
     return found
 
 
+def counted() -> dict[str, int]:
+    """Count the parameters of every preset, without making any."""
+    found = {}
+    for family in FAMILIES.values():
+        for name, config in family.presets().items():
+            found[name] = trees.count(folders.shapes(family(config)))
+    return found
+
+
+def record() -> None:
+    """Store the counts of all presets, for maintainers who have added one."""
+    PARAMETERS.write_text(json.dumps(counted(), indent=1) + "\n")
+
+
 def _facts(model: Model) -> dict[str, Any]:
     return {
         "family": model.family,

@@ -104,10 +104,28 @@ class Windows:
         mapped from a file each host reads only what its devices hold. All hosts call.
         """
         if mesh is None:
-            return dataclasses.replace(self, values=jnp.asarray(self.values))
+            return self._apart() if self._few() else dataclasses.replace(self, values=jnp.asarray(self.values))
         if self.values.nbytes < WHOLE_BYTES:
             return sharding.Placement(mesh).replicate(self)
         return _spread(self, mesh)
+
+    def _few(self) -> bool:
+        """Tell whether the windows, cut apart, take less memory than the series."""
+        return not self.joint and self.n * (self.context_len + self.horizon) < self.values.size
+
+    def _apart(self) -> "Windows":
+        """Cut the windows apart: a series of its own for each, `values` [N, L + H].
+
+        Batches are the same bits. What is compiled depends on the number of windows and no longer on the series, so
+        that runs with as many windows of several data sets share it.
+        """
+        numbers = np.arange(self.n, dtype=np.int32)
+        steps_S = np.arange(self.context_len + self.horizon)
+        at_NS = np.asarray(self.starts)[:, None] + steps_S
+        values_NS = jnp.asarray(self.values)[np.asarray(self.rows)[:, None], at_NS]
+        return dataclasses.replace(
+            self, values=values_NS, starts=jnp.zeros_like(self.starts), rows=jnp.asarray(numbers)
+        )
 
     def describe(self, i: int) -> dict[str, Any]:
         """Where window `i` lies, for reports and error messages (host only).

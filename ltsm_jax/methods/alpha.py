@@ -214,6 +214,8 @@ def require_mixing(method: str) -> None:
     """Raises: ValueError where a method has no alpha to choose."""
     if method not in MIXED:
         raise ValueError(f"there is no alpha to choose for {method!r}; it is for {', '.join(MIXED)}")
+    if any(phase.mix for phase in strategy(method).phases):
+        raise ValueError(f"{method} mixes more than once, and a search looks at one mix: give it an alpha")
 
 
 def with_alphas(base: Strategy, alphas: Mapping[str, float]) -> Strategy:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ltsm_jax import trees
+from ltsm_jax.methods.starts import Interpolated
 from ltsm_jax.models import parts
 from ltsm_jax.models.family import Batch, Lora, Model
 
@@ -38,6 +39,8 @@ class Phase:
       layers: how many, of "last".
       anchor: weight of the distance to the checkpoint's forecasts, see `anchor_distance`; 0 for none.
       mixout: probability that a weight is replaced by that of the start, see `mixout`; 0 for none.
+      mix: mix the weights that the phase begins with, as the start of a strategy mixes the checkpoint; None: as they
+        are. The other side is that of the strategy's start at the same seed.
     Raises: ValueError for a value out of range, and for adapters together with what is about weights.
     """
 
@@ -53,6 +56,7 @@ class Phase:
     layers: int = 1
     anchor: float = 0.0
     mixout: float = 0.0
+    mix: Interpolated | None = None
 
     def __post_init__(self):
         if self.trainable not in get_args(Trainable):

@@ -270,9 +270,11 @@ class Running:
         self.seconds += fitted.seconds
         self.compile_seconds += fitted.compile_seconds
         self.current = self.whole(fitted.params)
+        self.phase += 1
+        if not self.trained_out and (mix := self.strategy.phases[self.phase].mix) is not None:
+            self.current = start_params(Strategy("mix", mix), self.model, self.current, self.keys["aux"])
         if self.masks is not None:
             self.current = merge(self.current, self.masks, self.placement)
-        self.phase += 1
 
     def result(self, *, test: bool = True) -> Result:
         """Score the weights that validated best. test: on the test part, too."""

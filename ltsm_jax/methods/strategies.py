@@ -19,6 +19,7 @@ difference between two of these small values.
 | sff_sphere | as sff, but on the sphere of the pretrained norm | all       |        |
 | sff_keep  | as sff, head and embedding pretrained      | all              |        |
 | sff_warm  | as sff                                     | head for an epoch, then all | |
+| sff_stages, noise_stages | as sff, noise: half of it | all for an epoch; then the other half, and all | |
 | sam       | pretrained                                 | all, by gradients from uphill | SAM, arXiv 2010.01412 |
 | ema       | pretrained                                 | all; a moving average is kept | arXiv 1703.01780 |
 | swa       | pretrained                                 | all; a mean over epochs is kept | SWA, arXiv 1803.05407 |
@@ -163,6 +164,23 @@ def sff_keep(alpha: float = 0.7) -> Strategy:
 def sff_warm(alpha: float = 0.7) -> Strategy:
     """`sff` with a warm-up: an epoch of the head alone on the mixed body, then full fine-tuning from its best."""
     return Strategy("sff_warm", Interpolated(alpha), (Phase("head", epochs=1), Phase()))
+
+
+def sff_stages(alpha: float = 0.7) -> Strategy:
+    """`sff` in two stages: mix with sqrt(alpha), train an epoch, mix once more with the same random model, train on.
+
+    After both, as much of the checkpoint is left as in `sff`, alpha, but the first epoch has repaired half of the
+    damage before the rest is done. It trains an epoch more than `ff`: alpha 1 is `ff` with a fresh optimiser after an
+    epoch, the control for that.
+    """
+    half = Interpolated(math.sqrt(alpha))
+    return Strategy("sff_stages", half, (Phase(epochs=1), Phase(mix=half)))
+
+
+def noise_stages(alpha: float = 0.7) -> Strategy:
+    """Control for `sff_stages`: `noise` in its two stages."""
+    half = Interpolated(math.sqrt(alpha), other="noise")
+    return Strategy("noise_stages", half, (Phase(epochs=1), Phase(mix=half)))
 
 
 def lp() -> Strategy:
@@ -313,7 +331,7 @@ def recipe() -> Strategy:
     return Strategy("recipe", phases=(Phase("recipe"),))
 
 
-_MIXING = (sff, noise, shrink, perturb, sff_norm, sff_channel, sff_sphere, sff_keep, sff_warm)
+_MIXING = (sff, noise, shrink, perturb, sff_norm, sff_channel, sff_sphere, sff_keep, sff_warm, sff_stages, noise_stages)
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     f.__name__: f
     for f in (

@@ -19,6 +19,7 @@ from ltsm_jax.models.timer_xl import TimerXL
 from ltsm_jax.models.timesfm_1 import TimesFM1
 from ltsm_jax.models.timesfm_2p5 import TimesFM2p5
 from ltsm_jax.models.ttm import TTM
+from ltsm_jax.models.ttm_r3 import TTMR3
 from ltsm_jax.models.units import Units
 
 FAMILIES: dict[str, type[Model]] = {
@@ -26,6 +27,7 @@ FAMILIES: dict[str, type[Model]] = {
     for family in (
         Timer,
         TTM,
+        TTMR3,
         TimerHf,
         TimesFM1,
         TimesFM2p5,

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 
+from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -165,6 +167,14 @@ class Model(abc.ABC):
         """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for it. NaN as in
         `loss`."""
         raise ValueError(f"{self.family} has no point loss")
+
+    def absolute_loss(self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Mean absolute error of the point forecast [B, C, H], in the units of the batch; of families that forecast at
+        every token, of all their forecasts. Its minimum is the median. NaN as in `loss`. Without dropout."""
+        target = batch["target"]
+        observed = ~jnp.isnan(target)
+        point = self.predict(params, batch["context"], target.shape[-1], key).point
+        return mean_observed(jnp.abs(point - jnp.where(observed, target, 0.0)), observed, batch)
 
     @abc.abstractmethod
     def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:

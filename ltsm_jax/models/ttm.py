@@ -1,12 +1,18 @@
 """TTM (TinyTimeMixer, "Granite TimeSeries"): MLP-Mixers over the patches of a window, from fine to coarse.
 
 Ekambaram et al., "Tiny Time Mixers (TTMs): Fast Pre-trained Models for Enhanced Zero/Few-Shot Forecasting of
-Multivariate Time Series" (NeurIPS 2024, arXiv 2401.03955). Follows ibm-granite/granite-tsfm (commit 412573a),
-TinyTimeMixerForPrediction: r1, r2 and r2.1 with all of their options.
+Multivariate Time Series" (NeurIPS 2024, arXiv 2401.03955). Follows ibm-granite/granite-tsfm (commit 412573a and
+release 0.3.11), TinyTimeMixerForPrediction: r1, r2, r2.1 and the plain models of r3 with all of their options. The
+decomposed models of r3 are two of these, see `ttm_r3`.
 
 A window is scaled, cut into patches, embedded and mixed over patches and over features (on request over channels too);
 each mixing ends with a softmax gate over the axis it mixed. With adaptive patching the first block sees patches split
 into 2**(levels - 1) pieces, the last one whole patches.
+
+What r3 adds, each where the config asks for it: patches of averages over 2, 4, 8, ... steps before those of the window
+itself (`multi_scale`); learned tokens (`registers`) and tokens that name the strongest frequencies of the window
+(`spectrum`) in front; a norm over all tokens together; other gates; and a head that puts quantiles around the forecast
+of each step, whose median is then the point forecast (`quantiles`).
 
 Inside the network the patch axis comes first, [P, B, C, D]: mixing over patches and mixing over features are then both
 products of two plain matrices, without a transpose.
@@ -15,13 +21,19 @@ Departures from the original, each because its behaviour is a mistake or needs w
 - A channel without any observation is scaled, under `scaling="mean"`, by 1; the original takes the mean of the whole
   batch, so that rows see each other (`batch_default_scale` for its way).
 - Missing values (NaN) are unobserved for the scale and stand as 0 in the patches, as its data pipeline fills them;
-  it expects series that are standardised. `fill="mean"` puts the mean of the window there. A context that is too
-  short, an error in the original's model, is padded on the left with missing values, as its data pipeline does.
+  it expects series that are standardised. `fill="mean"` puts the mean of the window there. `predict` pads a context
+  that is too short on the left with missing values, as the original's data pipeline does. (`apply` without a mask does
+  as r3's model: the zeros that it pads with count in the scale. The model of r1 and r2 refuses such a context.)
+- A missing target does not count. The original leaves `future_observed_mask` unused where there are quantiles.
 - BatchNorm (no published model has it) uses its running statistics in training too, and does not move them.
-- A roll-out is cut to the horizon asked for; the original gives whole forecasts.
+- A roll-out is cut to the horizon asked for; the original gives whole forecasts. It gives points alone; here the
+  quantiles of a later forecast are those that follow the medians of the earlier ones. A shorter horizon is the
+  beginning of a whole forecast; the original's `filter_len` normalises the head's input over the steps that it keeps,
+  which changes the quantiles.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -52,6 +64,49 @@ _MINUTES = {1: 1, 2: 2, 5: 3, 10: 4, 15: 5, 30: 6, 60: 7, 24 * 60: 8, 7 * 24 * 6
 
 Widths = tuple[int, int, int]
 Loss = Literal["mse", "mae", "pinball", "huber"]
+GateMode = Literal["softmax", "sigmoid", "glu", "group_sigmoid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantileConfig:
+    """The head of quantiles, and the loss that it is trained with.
+
+    levels: ascending, an odd number of them, 0.5 in the middle.
+    hidden: its width. kernel_size: steps of its filter over time, odd. eps: least distance between two levels.
+    median: the "mean" head's median is the forecast it is given; the "median" head learns a correction.
+    condition: what it sees of the decoder: nothing, the mean over the tokens ("pool"), or all tokens of width
+      `token_width` ("flatten"); join: how that comes to the hidden features of each step.
+    point_weight: of the mean absolute error of the median, beside the pinball loss.
+    width_weight: of the distance between the outermost levels ("boundary") or of the mean over all symmetric pairs
+      ("wis"); width_mode says which.
+    """
+
+    levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    hidden: int = 8
+    kernel_size: int = 3
+    eps: float = 1e-6
+    median: Literal["mean", "median"] = "median"
+    condition: Literal["pool", "flatten"] | None = None
+    join: Literal["add", "concat"] = "add"
+    token_width: int = 8
+    point_weight: float = 0.0
+    width_weight: float = 0.0
+    width_mode: Literal["boundary", "wis"] = "boundary"
+
+    def __post_init__(self):
+        problems = []
+        ordered = list(self.levels) == sorted(set(self.levels))
+        middle = len(self.levels) // 2
+        if len(self.levels) % 2 == 0 or not ordered or not all(0 < q < 1 for q in self.levels):
+            problems.append(f"levels must be an odd number of ascending ones in (0, 1): {self.levels}")
+        elif abs(self.levels[middle] - 0.5) > 1e-6:
+            problems.append(f"as many levels must lie below 0.5 as above: {self.levels}")
+        if min(self.hidden, self.token_width) < 1 or self.kernel_size % 2 == 0 or not 0 < self.kernel_size < 256:
+            problems.append("hidden and token_width must be positive, kernel_size odd and below 256")
+        if self.eps < 0 or self.point_weight < 0 or self.width_weight < 0:
+            problems.append("eps and the weights of the loss must not be negative")
+        if problems:
+            raise ValueError("QuantileConfig: " + "; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +125,14 @@ class TTMConfig:
       forecast channel mixer (fcm). filter_len: forecast only so many of the first `horizon` steps.
     fcm_context, fcm_layers, fcm_offset: steps around each forecast step that the mixer sees, its hidden widths, how
       many of the newest steps of the past it leaves out.
-    loss, quantile, huber_delta: the training loss.
+    loss, quantile, huber_delta: the training loss of a model without quantiles.
+    multi_scale: patches of averages over 2, 4, ... steps too, as long as one patch can be filled; coarsest first.
+    registers: learned tokens. spectrum: tokens of the strongest frequencies of the window, from a table
+      (spectrum_table) or from the number of the frequency; spectrum_skip_mean: not the frequency 0; spectrum_joined:
+      all in one token, each of a width in [spectrum_least, spectrum_most].
+    base_norm: a norm over all tokens together, which multi_scale always has.
+    gate, gate_groups: how each mixing ends; logits are averaged over so many groups ("group_sigmoid").
+    quantiles: the head of quantiles, None: points alone.
     fill, batch_default_scale: see the module's docstring.
     """
 
@@ -113,6 +175,18 @@ class TTMConfig:
     quantile: float = 0.5
     huber_delta: float = 1.0
     post_init: bool = False
+    multi_scale: bool = False
+    registers: int = 0
+    spectrum: int = 0
+    spectrum_table: bool = True
+    spectrum_skip_mean: bool = False
+    spectrum_joined: bool = False
+    spectrum_least: int = 4
+    spectrum_most: int = 64
+    base_norm: bool = False
+    gate: GateMode = "softmax"
+    gate_groups: int = 8
+    quantiles: QuantileConfig | None = None
     fill: Literal["zero", "mean"] = "zero"
     batch_default_scale: bool = False
 
@@ -162,6 +236,7 @@ class TTMConfig:
             ("scaling", self.scaling, (None, "std", "mean")),
             ("loss", self.loss, ("mse", "mae", "pinball", "huber")),
             ("fill", self.fill, ("zero", "mean")),
+            ("gate", self.gate, ("softmax", "sigmoid", "glu", "group_sigmoid")),
         ):
             if told not in allowed:
                 problems.append(f"{name} must be one of {', '.join(map(str, allowed))}, got {told!r}")
@@ -169,8 +244,29 @@ class TTMConfig:
             problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.head_dropout}")
         if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
             problems.append(f"norm_eps, huber_delta > 0 and quantile in (0, 1): {self}")
+        problems += self._problems_of_r3()
         if problems:
             raise ValueError("TTMConfig: " + "; ".join(problems))
+
+    def _problems_of_r3(self) -> list[str]:
+        """Say what can't be among the options that came with r3."""
+        problems = []
+        if min(self.registers, self.spectrum) < 0 or min(self.spectrum_least, self.gate_groups) < 1:
+            problems.append("registers and spectrum must not be negative, their widths and groups positive")
+        bins = self.context_len // 2 + 1 - self.spectrum_skip_mean
+        if self.spectrum > bins:
+            problems.append(f"a window of {self.context_len} steps has {bins} frequencies, not {self.spectrum}")
+        if self.multi_scale and self.patch_stride != self.patch_len:
+            problems.append("patches of several scales can't overlap: patch_stride must be patch_len")
+        if self.raw_residual and (self.multi_scale or self.registers or self.spectrum):
+            problems.append("raw_residual adds a patch to each token; there are tokens of other kinds here")
+        if self.quantiles is not None:
+            forecast = self.forecast_channels
+            if self.quantiles.condition and forecast is not None and len(forecast) < self.n_channels:
+                problems.append("quantiles that see the decoder need a forecast of every channel")
+            if (self.filter_len or self.horizon) < 2:
+                problems.append("the head of quantiles normalises over the horizon, which must be at least 2")
+        return problems
 
     @classmethod
     def of(
@@ -199,7 +295,14 @@ class TTMConfig:
                 f"context_len {context_len} must be longer than patch_len {patch_len}, and stride {stride}, layers "
                 f"{layers} and expansion {expansion} at least 1, levels at most 16"
             )
-        n = (context_len - patch_len) // stride + 1 + bool(rest.get("freq_vocab"))
+        patches = (context_len - patch_len) // stride + 1
+        n = sum(scales(patches)) if rest.get("multi_scale") else patches
+        n += tokens_in_front(
+            rest.get("freq_vocab", 0),
+            rest.get("registers", 0),
+            rest.get("spectrum", 0),
+            rest.get("spectrum_joined", False),
+        )
 
         def widths(mixed, n_channels, n_patches, width, count, n_levels):
             hidden = expansion * n_channels if mixed else 0
@@ -231,9 +334,24 @@ class TTMConfig:
         )
 
     @property
+    def window_patches(self) -> int:
+        """Patches that the window itself is cut into."""
+        return (self.context_len - self.patch_len) // self.patch_stride + 1
+
+    @property
     def n_patches(self) -> int:
-        """N, the prefix of the frequency included."""
-        return (self.context_len - self.patch_len) // self.patch_stride + 1 + bool(self.freq_vocab)
+        """N, the patches of all scales and the tokens in front."""
+        own = self.window_patches
+        patches = sum(scales(own)) if self.multi_scale else own
+        return patches + tokens_in_front(self.freq_vocab, self.registers, self.spectrum, self.spectrum_joined)
+
+    @property
+    def spectrum_width(self) -> int:
+        """Width of the vector of one frequency."""
+        if not self.spectrum_joined:
+            return self.d_model
+        share = max(self.d_model // self.spectrum, self.spectrum_least)
+        return min(share, self.spectrum_most)
 
     @property
     def forecast_channels(self) -> tuple[int, ...] | None:
@@ -241,6 +359,17 @@ class TTMConfig:
         if self.targets is not None:
             return tuple(sorted(self.targets))  # the original sorts them too
         return tuple(c for c in range(self.n_channels) if c not in self.exogenous) if self.exogenous else None
+
+
+def scales(patches: int) -> tuple[int, ...]:
+    """Patches of the averages over 1, 2, 4, ... steps of a window of so many patches."""
+    return tuple(patches >> i for i in range(patches.bit_length()))
+
+
+def tokens_in_front(freq_vocab: int, registers: int, spectrum: int, spectrum_joined: bool) -> int:
+    """Tokens before the patches: of frequencies of the window, registers, and the step of the series."""
+    bins = min(spectrum, 1) if spectrum_joined else spectrum
+    return bins + registers + bool(freq_vocab)
 
 
 def factors(levels: int, width: int) -> tuple[int, ...]:
@@ -336,16 +465,41 @@ def along(linear: Linear, x_PBCD: jax.Array, axis: int) -> jax.Array:
 
 
 class Gate(nn.Module):
-    """x times the softmax of a linear layer of x, over one axis; and the steps between."""
+    """x times weights from a linear layer of x, over one axis; and the steps between.
+
+    The weights are the softmax or the sigmoid of its outputs, or the sigmoid of their means over `groups` groups (as
+    many as divide the axis, at most). With "glu" it has twice as many outputs, and one half gates the other.
+    """
 
     axis: int
+    mode: GateMode = "softmax"
+    groups: int = 8
 
     @nn.compact
     def __call__(self, x):
         n = x.shape[self.axis]
-        logits = along(Linear((n,), (n,), name="linear"), x, self.axis)
-        weights = jax.nn.softmax(logits.astype(jnp.float32), axis=self.axis).astype(x.dtype)
+        outputs = 2 * n if self.mode == "glu" else n
+        logits = along(Linear((n,), (outputs,), name="linear"), x, self.axis)
+        wide = logits.astype(jnp.float32)
+        if self.mode == "softmax":
+            weights = jax.nn.softmax(wide, axis=self.axis).astype(x.dtype)
+        elif self.mode == "glu":
+            x, wide = jnp.split(wide, 2, axis=self.axis)
+            weights = jax.nn.sigmoid(wide)
+            x, weights = x.astype(logits.dtype), weights.astype(logits.dtype)
+        else:
+            if self.mode == "group_sigmoid":
+                wide = self._averaged(wide)
+            weights = jax.nn.sigmoid(wide).astype(x.dtype)
         return x * weights, {"logits": logits, "weights": weights}
+
+    def _averaged(self, x):
+        """Replace each value by the mean of its group of neighbours along the axis."""
+        n, axis = x.shape[self.axis], self.axis
+        groups = next(g for g in range(min(self.groups, n), 0, -1) if n % g == 0)
+        shape = (*x.shape[:axis], groups, n // groups, *x.shape[axis + 1 :])
+        means = x.reshape(shape).mean(axis=axis + 1)
+        return jnp.repeat(means, n // groups, axis=axis)
 
 
 class Attention(nn.Module):
@@ -380,7 +534,7 @@ class Mixer(nn.Module):
         n = x_PBCD.shape[axis]
 
         def gate(y):
-            y, inner = Gate(axis, name="gate")(y)
+            y, inner = Gate(axis, cfg.gate, cfg.gate_groups, name="gate")(y)
             taps.update({f"gate/{name}": value for name, value in inner.items()} | {"gate": y})
             return y
 
@@ -502,36 +656,119 @@ class ForecastMixer(nn.Module):
             taps |= {f"mixers/{name}": value for name, value in inner.items()} | {"mixers": w_EBHS}
         f_1BHF = jnp.moveaxis(w_EBHS, 0, 2).reshape(1, b, h, -1)
         if cfg.fcm_gated:
-            f_1BHF, inner = Gate(FEATURE, name="gate")(f_1BHF)
+            f_1BHF, inner = Gate(FEATURE, cfg.gate, cfg.gate_groups, name="gate")(f_1BHF)
             taps |= {f"gate/{name}": value for name, value in inner.items()} | {"gate": f_1BHF}
         y_BHC = taps["out"] = Linear((f_1BHF.shape[-1],), (c,), name="out")(f_1BHF)[0]
         return base_BCH + jnp.swapaxes(y_BHC, 1, 2), taps
 
 
-class TTMNet(nn.Module):
-    """Scaled patches of a window -> scaled forecasts of all channels [B, C, H] and of the targets, and the named steps.
+class Filter(nn.Module):
+    """A weighted sum of neighbouring steps of x [..., T], zeros beyond the ends."""
 
-    p_PBCK: patches. past_BCL: the raw window. future_BCH: raw future, read for exogenous channels. freq_B and
-    categories_BV: integers. The last four may be None where the config has no use for them.
+    size: int
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.zeros, (self.size,))
+        bias = self.param("bias", nn.initializers.zeros, (1,))
+        beyond = self.size // 2
+        padded = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (beyond, beyond)))
+        y = jnp.zeros_like(x)
+        for step in range(self.size):
+            y = y + kernel[step] * padded[..., step : step + x.shape[-1]]
+        return y + bias.reshape((1,) * x.ndim)
+
+
+class OverTime(nn.Module):
+    """Normalise x [..., T] over its steps, with one scale and one bias for all."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (1,)).reshape((1,) * x.ndim)
+        bias = self.param("bias", nn.initializers.zeros, (1,)).reshape((1,) * x.ndim)
+        gap = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(gap).mean(axis=-1, keepdims=True)
+        return gap * jax.lax.rsqrt(variance + self.eps) * scale + bias
+
+
+class QuantileHead(nn.Module):
+    """Quantiles around a forecast: f_BCH and the decoder's x_PBCD -> [B, C, H, Q], ascending, in the units of f.
+
+    The lower levels go down from the median in positive steps, the upper ones up, so that they can't cross. Everything
+    is computed in float32.
+    """
+
+    cfg: QuantileConfig
+
+    @nn.compact
+    def __call__(self, f_BCH, x_PBCD):
+        cfg, taps = self.cfg, {}
+        side = len(cfg.levels) // 2
+        f_BCH = f_BCH.astype(jnp.float32)
+        h_BCH = taps["filter"] = Filter(cfg.kernel_size, name="filter")(f_BCH)
+        h_BCH = taps["norm"] = OverTime(name="norm")(h_BCH)
+        h_BCHF = taps["up"] = Linear((1,), (cfg.hidden,), name="up")(h_BCH[..., None])
+        h_BCHF = nn.gelu(h_BCHF, approximate=False)
+        if cfg.condition:
+            c_BCF, inner = self._condition(x_PBCD)
+            taps |= inner
+            c_BCHF = jnp.broadcast_to(c_BCF[:, :, None], h_BCHF.shape).astype(h_BCHF.dtype)
+            if cfg.join == "add":
+                h_BCHF = h_BCHF + c_BCHF
+            else:
+                h_BCHF = jnp.concatenate([h_BCHF, c_BCHF], axis=-1)
+        o_BCHQ = Linear((h_BCHF.shape[-1],), (len(cfg.levels),), name="down")(h_BCHF)
+        taps["down"] = o_BCHQ
+        o_BCHQ = o_BCHQ.astype(jnp.float32)
+
+        # Output 0 corrects the median; then the steps downwards, from the median on, then those upwards.
+        median_BCH1 = f_BCH[..., None]
+        if cfg.median == "median":
+            median_BCH1 = median_BCH1 + o_BCHQ[..., :1]
+        steps = jax.nn.softplus(o_BCHQ[..., 1:]) + cfg.eps
+        down = jnp.cumsum(steps[..., :side], axis=-1)[..., ::-1]
+        up = jnp.cumsum(steps[..., side:], axis=-1)
+        q_BCHQ = jnp.concatenate([median_BCH1 - down, median_BCH1, median_BCH1 + up], axis=-1)
+        taps["levels"] = q_BCHQ
+        return q_BCHQ, taps
+
+    def _condition(self, x_PBCD):
+        """What the head sees of the decoder, [B, C, F], and the steps between."""
+        cfg, (p, b, c, d) = self.cfg, x_PBCD.shape
+        if cfg.condition == "pool":
+            pooled = Linear((d,), (cfg.hidden,), name="pool")(x_PBCD.mean(axis=0))
+            return pooled, {"pool": pooled}
+        t_PBCK = Linear((d,), (cfg.token_width,), name="token")(x_PBCD)
+        t_BCF = jnp.moveaxis(t_PBCK, 0, 2).reshape(b, c, p * cfg.token_width)
+        flat = Linear((t_BCF.shape[-1],), (cfg.hidden,), name="flat")(t_BCF)
+        return flat, {"token": t_PBCK, "flat": flat}
+
+
+class TTMNet(nn.Module):
+    """Scaled patches of a window -> scaled forecasts, and the named steps.
+
+    p_PBCK: patches. past_BCL: the raw window. future_BCH: raw future, read for exogenous channels. freq_B,
+    categories_BV and bins_BCS (numbers of the strongest frequencies, the strongest first): integers. The last four may
+    be None where the config has no use for them.
+    Returns: forecasts of all channels [B, C, H], forecasts of the targets, their quantiles [B, C', H, Q] or None, taps.
     """
 
     cfg: TTMConfig
 
     @nn.compact
-    def __call__(self, p_PBCK, past_BCL, future_BCH, freq_B, categories_BV, train: bool = False):
+    def __call__(self, p_PBCK, past_BCL, future_BCH, freq_B, categories_BV, bins_BCS, train: bool = False):
         cfg, taps = self.cfg, {"patches": p_PBCK}
-        x_PBCD = taps["embed"] = Linear((cfg.patch_len,), (cfg.d_model,), name="embed")(p_PBCK)
+        x_PBCD = self._tokens(self._patches(p_PBCK, taps), freq_B, bins_BCS, taps)
         _, b, c, d = x_PBCD.shape
-        if cfg.freq_vocab:
-            middle = (cfg.patch_len + d) // 2
-            table = self.param("freq_table", nn.initializers.zeros, (cfg.freq_vocab, cfg.patch_len))
-            f_BK = nn.gelu(Linear((cfg.patch_len,), (middle,), name="freq_up")(table[freq_B]), approximate=False)
-            f_BD = taps["freq"] = Linear((middle,), (d,), name="freq_down")(f_BK).astype(x_PBCD.dtype)
-            prefix = jnp.broadcast_to(f_BD[None, :, None], (1, b, c, d))
-            x_PBCD = jnp.concatenate([prefix, x_PBCD])
         if cfg.position:
             table_ND = self.param("position", nn.initializers.zeros, (cfg.n_patches, d))
             x_PBCD = taps["position"] = x_PBCD + table_ND[:, None, None].astype(x_PBCD.dtype)
+        if cfg.multi_scale or cfg.base_norm:
+            norm = nn.LayerNorm(epsilon=cfg.norm_eps, use_fast_variance=False, name="base_norm")
+            x_BCF = taps["base_norm"] = norm(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1))
+            x_PBCD = jnp.moveaxis(x_BCF.reshape(b, c, -1, d), 2, 0)
         mixers = Mixers(cfg, cfg.encoder, cfg.levels, cfg.gated, cfg.dropout, name="encoder")
         x_PBCD, inner = mixers(x_PBCD, train)
         taps |= {f"encoder/{name}": value for name, value in inner.items()} | {"encoder": x_PBCD}
@@ -554,7 +791,135 @@ class TTMNet(nn.Module):
             y_BCH, inner = mixer(y_BCH, pick(near_BCS), future_BXH, near_BCS[:, known], train)
             taps |= {f"fcm/{name}": value for name, value in inner.items()}
         taps["forecast"] = y_BCH
-        return all_BCH, y_BCH, taps
+        q_BCHQ = None
+        if cfg.quantiles is not None:
+            head = QuantileHead(cfg.quantiles, name="quantiles")
+            q_BCHQ, inner = head(y_BCH, x_PBCD)
+            taps |= {f"quantiles/{name}": value for name, value in inner.items()}
+            y_BCH = q_BCHQ[..., len(cfg.quantiles.levels) // 2]
+        return all_BCH, y_BCH, q_BCHQ, taps
+
+    def _patches(self, p_PBCK, taps):
+        """Embed the patches; with several scales those of each, the coarsest first."""
+        cfg = self.cfg
+        if not cfg.multi_scale:
+            x_PBCD = taps["embed"] = Linear((cfg.patch_len,), (cfg.d_model,), name="embed")(p_PBCK)
+            return x_PBCD
+        n, b, c, k = p_PBCK.shape
+        series_BCT = jnp.moveaxis(p_PBCK, 0, 2).reshape(b, c, n * k)
+        embedded = []
+        for i, count in enumerate(scales(n)):
+            # The newest steps are left out where they fill no whole average, the oldest averages
+            # where they fill no whole patch.
+            steps = (n * k) >> i
+            means_BCT = series_BCT[..., : steps << i].reshape(b, c, steps, 1 << i).mean(axis=-1)
+            patches = means_BCT[..., steps - count * k :].reshape(b, c, count, k)
+            linear = Linear((k,), (cfg.d_model,), name=f"embed_{i}")
+            embedded.append(linear(jnp.moveaxis(patches, 2, 0)))
+            taps[f"embed_{i}"] = embedded[-1]
+        x_PBCD = taps["embed"] = jnp.concatenate(embedded[::-1])
+        return x_PBCD
+
+    def _tokens(self, x_PBCD, freq_B, bins_BCS, taps):
+        """Put the tokens in front of the patches, each kind before those that were there."""
+        cfg, (_, b, c, d) = self.cfg, x_PBCD.shape
+        if cfg.freq_vocab:
+            middle = (cfg.patch_len + d) // 2
+            table = self.param("freq_table", nn.initializers.zeros, (cfg.freq_vocab, cfg.patch_len))
+            f_BK = nn.gelu(Linear((cfg.patch_len,), (middle,), name="freq_up")(table[freq_B]), approximate=False)
+            f_BD = taps["freq"] = Linear((middle,), (d,), name="freq_down")(f_BK).astype(x_PBCD.dtype)
+            prefix = jnp.broadcast_to(f_BD[None, :, None], (1, b, c, d))
+            x_PBCD = jnp.concatenate([prefix, x_PBCD])
+        if cfg.registers:
+            r_RD = self.param("registers", nn.initializers.zeros, (cfg.registers, d))
+            r_RBCD = jnp.broadcast_to(r_RD[:, None, None].astype(x_PBCD.dtype), (cfg.registers, b, c, d))
+            x_PBCD = taps["registers"] = jnp.concatenate([r_RBCD, x_PBCD])
+        if cfg.spectrum:
+            e_SBCD = self._frequencies(bins_BCS, taps).astype(x_PBCD.dtype)
+            x_PBCD = taps["tokens"] = jnp.concatenate([e_SBCD, x_PBCD])
+        return x_PBCD
+
+    def _frequencies(self, bins_BCS, taps):
+        """Tokens [S, B, C, D] that say which frequencies of the window are the strongest."""
+        cfg, width = self.cfg, self.cfg.spectrum_width
+        n_bins = cfg.context_len // 2 + 1
+        if cfg.spectrum_table:
+            table = self.param("spectrum_table", nn.initializers.zeros, (n_bins, width))
+            e_BCSK = table[bins_BCS]
+        else:
+            share_BCS1 = bins_BCS[..., None].astype(jnp.float32) / n_bins
+            up = taps["spectrum_up"] = Linear((1,), (width,), name="spectrum_up")(share_BCS1)
+            e_BCSK = Linear((width,), (width,), name="spectrum_down")(nn.relu(up))
+        taps["spectrum"] = e_BCSK
+        if cfg.spectrum_joined:
+            b, c, s, k = e_BCSK.shape
+            joined = Linear((s * k,), (cfg.d_model,), name="spectrum_join")(e_BCSK.reshape(b, c, s * k))
+            taps["spectrum_join"] = joined
+            e_BCSK = joined[:, :, None]
+        return jnp.moveaxis(e_BCSK, 2, 0)
+
+
+def location_scale(scaling, x, observed, batch_default=False):
+    """Location and scale [B, C, 1] of the observed values of x [B, C, T]; see the module's docstring."""
+    n = observed.sum(-1, keepdims=True)
+    if scaling == "std":
+        loc = (x * observed).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+        variance = jnp.square((x - loc) * observed).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+        return loc, jnp.sqrt(variance + SCALE_EPS)
+    loc = jnp.zeros_like(n)
+    if scaling is None:
+        return loc, jnp.ones_like(n)
+    total = jnp.abs(x * observed).sum(-1, keepdims=True)
+    default = jnp.ones_like(n[:1])
+    if batch_default:
+        default = total.sum(0, keepdims=True) / jnp.maximum(n.sum(0, keepdims=True), 1)
+    return loc, jnp.maximum(jnp.where(n > 0, total / jnp.maximum(n, 1), default), LEAST_SCALE)
+
+
+# --- losses
+
+
+def point_error(cfg: TTMConfig, y_BCH, target_BCH, batch: Batch) -> jax.Array:
+    """Mean of the config's error of forecasts over the observed values of the first steps of the target."""
+    target = target_BCH[..., : y_BCH.shape[-1]]
+    seen = ~jnp.isnan(target)
+    gap = jnp.where(seen, y_BCH[..., : target.shape[-1]] - jnp.where(seen, target, 0.0), 0.0)
+    if cfg.loss == "mse":
+        error = jnp.square(gap)
+    elif cfg.loss == "mae":
+        error = jnp.abs(gap)
+    elif cfg.loss == "pinball":
+        error = jnp.maximum(-cfg.quantile * gap, (1 - cfg.quantile) * gap)
+    else:
+        near, d = jnp.abs(gap), cfg.huber_delta
+        error = jnp.where(near <= d, 0.5 * jnp.square(gap), d * (near - 0.5 * d))
+    return mean_observed(error, seen, batch)
+
+
+def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Array:
+    """The training loss of forecasts and of their quantiles [B, C, H, Q], where there are some, in their units.
+
+    Without quantiles `point_error`; with them the pinball loss, mean over levels, plus `point_weight` times the mean
+    absolute error of the forecast, plus `width_weight` times the mean distance between levels on both sides.
+    """
+    head = cfg.quantiles
+    if head is None or q_BCHQ is None:
+        return point_error(cfg, y_BCH, target_BCH, batch)
+    target = target_BCH[..., : y_BCH.shape[-1]]
+    q_BCHQ = q_BCHQ[..., : target.shape[-1], :]
+    seen = ~jnp.isnan(target)
+    gap = jnp.where(seen[..., None], jnp.where(seen, target, 0.0)[..., None] - q_BCHQ, 0.0)
+    levels = jnp.asarray(head.levels, jnp.float32).reshape((1,) * 3 + (-1,))
+    error = jnp.maximum(levels * gap, (levels - 1) * gap).mean(axis=-1)
+    if head.width_weight:
+        pairs = len(head.levels) // 2 if head.width_mode == "wis" else 1
+        width = (q_BCHQ[..., ::-1] - q_BCHQ)[..., :pairs].mean(axis=-1)
+        error = error + head.width_weight * jnp.where(seen, width, 0.0)
+    loss = mean_observed(error, seen, batch)
+    if head.point_weight:
+        absolute = dataclasses.replace(cfg, loss="mae")
+        loss = loss + head.point_weight * point_error(absolute, y_BCH, target_BCH, batch)
+    return loss
 
 
 def _hidden_width(cfg: TTMConfig, mixer: re.Match) -> str:
@@ -577,9 +942,9 @@ class TTM(Model):
 
     family = "ttm"
     missing_in_front = True
-    head = r"^head/"
+    head = r"^(head|quantiles)/"
     tasks = ("forecasting",)
-    licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2)"
+    licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2, -r3)"
     shard_rules = (
         (r"_mixer/up/kernel$", ("fsdp", "tensor")),
         (r"_mixer/up/bias$", ("tensor",)),
@@ -587,9 +952,12 @@ class TTM(Model):
         (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
         (r"/attn/[qkv]/bias$", ("tensor", None)),
         (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"(^|/)(embed|raw_embed|adapter|freq_up|freq_down|linear|head|out)/kernel$", ("fsdp", None)),
+        (r"(^|/)(embed|embed_\d+|raw_embed|adapter|freq_up|freq_down|linear|head|out)/kernel$", ("fsdp", None)),
+        (r"(^|/)quantiles/(pool|token|flat)/kernel$", ("fsdp", None)),
+        # Too small to be worth dividing.
+        (r"(^|/)(spectrum_(up|down|join)|quantiles/(filter|up|down))/kernel$", ()),
         (r"/(scale|bias|mean|var)$", ()),
-        (r"(^freq_table|/category_\d+|^position)$", ()),
+        (r"(^|/)(freq_table|category_\d+|position|registers|spectrum_table)$", ()),
     )
     prunable = (
         Group.units(r"(encoder|decoder/mixers|fcm/mixers)/(?:block_(\d+)_)?layer_(\d+)/(\w+)_mixer", _hidden_width),
@@ -623,7 +991,7 @@ class TTM(Model):
     def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Running statistics of BatchNorm and the computed position table, where the config has them."""
         found = [r"/norm(_attn)?/(mean|var)$"] if self.config.norm == "BatchNorm" else []
-        return "|".join(found + ([r"^position$"] if self.config.position == "sincos" else [])) or None
+        return "|".join(found + ([r"(^|/)position$"] if self.config.position == "sincos" else [])) or None
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -647,15 +1015,16 @@ class TTM(Model):
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear layers, N(0, 1) for
-        embeddings; norms 1, 0. The random position table is N(0, 1), with `post_init` N(0, 0.1^2)."""
+        embeddings and registers; norms 1, 0. The random position table is N(0, 1). With `post_init` that is
+        N(0, 0.1^2), and the kernels of the convolutions in the head of quantiles are 1 / their size."""
         cfg = self.config
         c = cfg.n_channels
-        patches = jax.ShapeDtypeStruct(
-            ((cfg.context_len - cfg.patch_len) // cfg.patch_stride + 1, 1, c, cfg.patch_len), jnp.float32
-        )
+        patches = jax.ShapeDtypeStruct((cfg.window_patches, 1, c, cfg.patch_len), jnp.float32)
         past, future = (jax.ShapeDtypeStruct((1, c, t), jnp.float32) for t in (cfg.context_len, self.horizon))
-        freq, categories = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, len(cfg.vocab))))
-        shapes = jax.eval_shape(TTMNet(cfg).init, key, patches, past, future, freq, categories)["params"]
+        freq, categories, bins = (
+            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, len(cfg.vocab)), (1, c, cfg.spectrum))
+        )
+        shapes = jax.eval_shape(TTMNet(cfg).init, key, patches, past, future, freq, categories, bins)["params"]
         flat = flatten(shapes)
 
         def rule(path, shape):
@@ -663,11 +1032,17 @@ class TTM(Model):
             if path == "position":
                 table = jnp.asarray(sincos(*shape))
                 return Normal(0.1 if cfg.post_init else 1.0) if cfg.position == "random" else lambda *_: table
-            if name == "freq_table" or name.startswith("category_"):
+            if name in ("freq_table", "registers", "spectrum_table") or name.startswith("category_"):
                 return Normal(1.0)
             kernel = flat.get(f"{layer}/kernel")
             if kernel is None:
                 return Constant(float(name in ("scale", "var")))
+            if cfg.post_init and path in ("quantiles/up/kernel", "quantiles/down/kernel"):
+                return Constant(1.0)
+            if cfg.post_init and path == "quantiles/filter/kernel":
+                return Constant(1 / shape[0])
+            if layer == "quantiles/filter":
+                return Uniform(kernel.shape[0] ** -0.5)
             inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
             return Uniform(math.prod(inputs) ** -0.5)
 
@@ -677,7 +1052,7 @@ class TTM(Model):
         # granite-tsfm searches the rate anew for each data set; of 1e-3 and 1e-4 the latter had the lower validation
         # MSE on ETTh1, with the backbone frozen and with all weights trained
         source = "granite-tsfm: backbone frozen, AdamW, one cycle of the learning rate; the rate by validation on ETTh1"
-        trainable = r"^(decoder|head|fcm)/" if self.config.decoder else r"^(head|fcm)/"
+        trainable = r"^(decoder|head|fcm|quantiles)/" if self.config.decoder else r"^(head|fcm|quantiles)/"
         sizes = (self.context_len, self.horizon)
         return Recipe(1e-4, 64, 10, "one-cycle", *sizes, "own", source, weight_decay=0.01, trainable=trainable)
 
@@ -735,19 +1110,19 @@ class TTM(Model):
     ):
         """One forward pass in the units of x: forecasts [B, C', H] of the target channels, and the named steps.
 
-        Of more than `context_len` steps the newest are taken.
+        Of more than `context_len` steps the newest are taken. Fewer are padded with zeros in front; where
+        `observed_BCT` is given, these do not count in the scale.
 
         Args:
           observed_BCT: 1 or 0; what is 0 does not count in the scale, but x is still what the patches show there.
           future_BCH: known future, of which the exogenous channels are read; missing values are filled as in the past.
           freq_token: integers [B] or one, by default the config's. categories: [B, V], likewise.
-        Returns: the forecasts, and taps; among them `all`, the forecasts of all channels [B, C, H] before they are
-          mixed, in the units of x.
+        Returns: the forecasts (of a model with quantiles their medians), and taps; among them `all`, the forecasts of
+          all channels [B, C, H] before they are mixed, and, of a model with quantiles, `quantiles` [B, C', H, Q], both
+          in the units of x.
         """
         cfg = self.config
-        b, c, t = x_BCT.shape
-        if t < cfg.context_len:
-            raise ValueError(f"TTM needs {cfg.context_len} time steps, got {t}; predict pads")
+        b, c = x_BCT.shape[:2]
         if self.variates == "joint" and c != cfg.n_channels:
             raise ValueError(
                 f"the model mixes {cfg.n_channels} channels, got {c}; for_series makes it ready for another number"
@@ -767,11 +1142,13 @@ class TTM(Model):
             (b, v),
         )
 
-        x_BCL = x_BCT[..., t - cfg.context_len :].astype(jnp.float32)
-        observed = jnp.ones_like(x_BCL) if observed_BCT is None else observed_BCT[..., t - cfg.context_len :]
-        loc_BC1, scale_BC1 = self._scale(x_BCL, observed.astype(jnp.float32))
+        x_BCL = self._padded(x_BCT).astype(jnp.float32)
+        observed_BCL = jnp.ones_like(x_BCL)
+        if observed_BCT is not None:
+            observed_BCL = self._padded(observed_BCT).astype(jnp.float32)
+        loc_BC1, scale_BC1 = location_scale(cfg.scaling, x_BCL, observed_BCL, cfg.batch_default_scale)
         z_BCL = (x_BCL - loc_BC1) / scale_BC1
-        n = (cfg.context_len - cfg.patch_len) // cfg.patch_stride + 1
+        n = cfg.window_patches
         start = cfg.context_len - cfg.patch_len - cfg.patch_stride * (n - 1)
         if cfg.patch_stride == cfg.patch_len:
             p_BCPK = z_BCL[..., start:].reshape(b, c, n, cfg.patch_len)
@@ -780,41 +1157,44 @@ class TTM(Model):
             p_BCPK = z_BCL[..., steps]
         if future_BCH is not None:
             future_BCH = future_BCH[..., : self.horizon].astype(jnp.float32)
-            future_BCH = jnp.where(jnp.isnan(future_BCH), self._filling(x_BCL, observed > 0), future_BCH)
+            future_BCH = jnp.where(jnp.isnan(future_BCH), self.filling(x_BCL, observed_BCL > 0), future_BCH)
         rngs = {"dropout": key} if train and key is not None and max(cfg.dropout, cfg.head_dropout) else None
         net: Any = TTMNet(cfg)  # Flax types what apply returns too widely
-        all_BCH, y_BCH, taps = net.apply(
+        all_BCH, y_BCH, q_BCHQ, taps = net.apply(
             {"params": params},
             jnp.moveaxis(p_BCPK, 2, 0),
             x_BCL,
             future_BCH,
             freq_B,
             categories_BV,
+            self._bins(z_BCL) if cfg.spectrum else None,
             train and rngs is not None,
             rngs=rngs,
         )
         targets = cfg.forecast_channels
         pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
         taps |= {"scaled": z_BCL, "loc": loc_BC1, "scale": scale_BC1, "all": all_BCH * scale_BC1 + loc_BC1}
-        return y_BCH * pick(scale_BC1) + pick(loc_BC1), taps
+        scale_BC1, loc_BC1 = pick(scale_BC1), pick(loc_BC1)
+        if q_BCHQ is not None:
+            taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
+        return y_BCH * scale_BC1 + loc_BC1, taps
 
-    def _scale(self, x, observed):
-        """Location and scale [B, C, 1] of the observed values."""
-        n = observed.sum(-1, keepdims=True)
-        if self.config.scaling == "std":
-            loc = (x * observed).sum(-1, keepdims=True) / jnp.maximum(n, 1)
-            variance = jnp.square((x - loc) * observed).sum(-1, keepdims=True) / jnp.maximum(n, 1)
-            return loc, jnp.sqrt(variance + SCALE_EPS)
-        loc = jnp.zeros_like(n)
-        if self.config.scaling is None:
-            return loc, jnp.ones_like(n)
-        total = jnp.abs(x * observed).sum(-1, keepdims=True)
-        default = jnp.ones_like(n[:1])
-        if self.config.batch_default_scale:
-            default = total.sum(0, keepdims=True) / jnp.maximum(n.sum(0, keepdims=True), 1)
-        return loc, jnp.maximum(jnp.where(n > 0, total / jnp.maximum(n, 1), default), LEAST_SCALE)
+    def _padded(self, x_BCT):
+        """The newest `context_len` steps of x, after zeros where there are fewer."""
+        t, wanted = x_BCT.shape[-1], self.config.context_len
+        padded = jnp.pad(x_BCT, ((0, 0), (0, 0), (max(wanted - t, 0), 0)))
+        return padded[..., padded.shape[-1] - wanted :]
 
-    def _error(self, params: Tree, batch: Batch, key, train: bool, loss: Loss) -> jax.Array:
+    def _bins(self, z_BCL):
+        """Numbers [B, C, S] of the strongest frequencies of the scaled window, the strongest first."""
+        cfg = self.config
+        size = jnp.abs(jnp.fft.rfft(jax.lax.stop_gradient(z_BCL), axis=-1))
+        first = int(cfg.spectrum_skip_mean)
+        _, bins_BCS = jax.lax.top_k(size[..., first:], cfg.spectrum)
+        return bins_BCS + first
+
+    def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
+        """Forecasts and taps of a batch, from all that it brings."""
         steps, most = batch["target"].shape[-1], self.horizon
         if steps > most and self.config.filter_len is None:
             raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
@@ -823,35 +1203,30 @@ class TTM(Model):
             future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
         x, observed = self.filled(batch["context"])
         more = {name: batch[name] for name in ("freq_token", "categories") if name in batch}
-        y, _ = self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
-        return self.error(y, batch, loss)
+        return self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
+
+    def targets(self, batch: Batch) -> jax.Array:
+        """The target [B, C', H'] of the channels that are forecast."""
+        channels = self.config.forecast_channels
+        return batch["target"] if channels is None else batch["target"][:, np.array(channels)]
 
     def error(self, y_BCH: jax.Array, batch: Batch, loss: Loss) -> jax.Array:
         """Mean error of forecasts [B, C', H] over all observed values of the target channels of `batch`."""
-        cfg, channels = self.config, self.config.forecast_channels
-        target = batch["target"] if channels is None else batch["target"][:, np.array(channels)]
-        target = target[..., : y_BCH.shape[-1]]
-        seen = ~jnp.isnan(target)
-        gap = jnp.where(seen, y_BCH[..., : target.shape[-1]] - jnp.where(seen, target, 0.0), 0.0)
-        if loss == "mse":
-            error = jnp.square(gap)
-        elif loss == "mae":
-            error = jnp.abs(gap)
-        elif loss == "pinball":
-            error = jnp.maximum(-cfg.quantile * gap, (1 - cfg.quantile) * gap)
-        else:
-            near, d = jnp.abs(gap), cfg.huber_delta
-            error = jnp.where(near <= d, 0.5 * jnp.square(gap), d * (near - 0.5 * d))
-        return mean_observed(error, seen, batch)
+        return point_error(dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """The config's loss (MSE, MAE, pinball or Huber) of the forecast, in the units of the batch, over all observed
-        values of the target. The target holds all channels; a batch may also bring `freq_token` and `categories`."""
-        return self._error(params, batch, key, train, self.config.loss)
+        """The config's loss of the forecast, in the units of the batch, over all observed values of the target.
+
+        MSE, MAE, pinball or Huber; of a model with quantiles what `own_error` says. The target holds all channels; a
+        batch may also bring `freq_token` and `categories`.
+        """
+        y, taps = self._forecast_for(params, batch, key, train)
+        return own_error(self.config, y, taps.get("quantiles"), self.targets(batch), batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast at the first steps of the target, of one forecast at most."""
-        return self._error(params, batch, key, train, "mse")
+        y, _ = self._forecast_for(params, batch, key, train)
+        return self.error(y, batch, "mse")
 
     def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The newest `context_len` steps without gaps, and which of them were observed (1 or 0)."""
@@ -860,9 +1235,9 @@ class TTM(Model):
         short = max(keep - x.shape[-1], 0)
         x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)[..., x.shape[-1] + short - keep :]
         seen = ~jnp.isnan(x)
-        return jnp.where(seen, x, self._filling(x, seen)), seen.astype(jnp.float32)
+        return jnp.where(seen, x, self.filling(x, seen)), seen.astype(jnp.float32)
 
-    def _filling(self, x: jax.Array, seen: jax.Array) -> jax.Array:
+    def filling(self, x: jax.Array, seen: jax.Array) -> jax.Array:
         """What stands for missing values [B, C, 1]: 0, or the mean of what is seen."""
         if self.config.fill == "zero":
             return jnp.zeros_like(x[..., :1])
@@ -881,37 +1256,54 @@ class TTM(Model):
         """
         check_context(context, horizon)
         x_BCL, observed_BCL = self.filled(jnp.asarray(context, jnp.float32))
-        return Forecast(self.roll_out(params, x_BCL, observed_BCL, horizon, future_BCH=future, categories=categories))
+        return self.roll_out(params, x_BCL, observed_BCL, horizon, future_BCH=future, categories=categories)
 
     def roll_out(
         self, params: Tree, x_BCL, observed_BCL, horizon: int, *, future_BCH=None, freq_token=None, categories=None
-    ) -> jax.Array:
-        """`predict` of a window without gaps, [B, C', horizon]. Forecasts become the newest values of the window; those
-        of channels that are neither target nor exogenous are the ones before the forecast channel mixer."""
-        cfg, one = self.config, self.horizon
-        steps = math.ceil(horizon / one)
-        known = np.array(cfg.exogenous, int)
+    ) -> Forecast:
+        """`predict` of a window without gaps. Forecasts become the newest values of the window; those of channels that
+        are neither target nor exogenous are the ones before the forecast channel mixer."""
+        step = functools.partial(self.apply, params, freq_token=freq_token, categories=categories)
+        return rolled_out(self.config, step, x_BCL, observed_BCL, horizon, future_BCH)
+
+
+def rolled_out(cfg: TTMConfig, apply: Any, x_BCL, observed_BCL, horizon: int, future_BCH) -> Forecast:
+    """Forecast `horizon` steps, forecast by forecast, in a window of fixed length.
+
+    apply: (x, observed, future_BCH=...) -> forecast and taps, of a model whose channels and horizon `cfg` says.
+    """
+    one = cfg.filter_len or cfg.horizon
+    steps = math.ceil(horizon / one)
+    known = np.array(cfg.exogenous, int)
+    if cfg.exogenous:
+        if future_BCH is None or future_BCH.shape[-1] < horizon:
+            raise ValueError(f"the future of the exogenous channels {cfg.exogenous} must reach {horizon} steps")
+        rest = steps * one - future_BCH.shape[-1]
+        future_BCH = jnp.pad(future_BCH, ((0, 0), (0, 0), (0, max(rest, 0))), mode="edge")[..., : steps * one]
+        future_SBCH = jnp.moveaxis(future_BCH.reshape(*future_BCH.shape[:2], steps, one), 2, 0)
+    else:
+        future_SBCH = None
+    targets = cfg.forecast_channels
+
+    def step(state, future):
+        x, observed = state
+        y, taps = apply(x, observed, future_BCH=future)
+        new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
         if cfg.exogenous:
-            if future_BCH is None or future_BCH.shape[-1] < horizon:
-                raise ValueError(f"the future of the exogenous channels {cfg.exogenous} must reach {horizon} steps")
-            rest = steps * one - future_BCH.shape[-1]
-            future_BCH = jnp.pad(future_BCH, ((0, 0), (0, 0), (0, max(rest, 0))), mode="edge")[..., : steps * one]
-            future_SBCH = jnp.moveaxis(future_BCH.reshape(*future_BCH.shape[:2], steps, one), 2, 0)
-        else:
-            future_SBCH = None
-        more: dict[str, Any] = {"freq_token": freq_token, "categories": categories}
-        targets = cfg.forecast_channels
+            new = new.at[:, known].set(future[:, known])
+        length = x.shape[-1]
+        x = jnp.concatenate([x, new], axis=-1)[..., -length:]
+        observed = jnp.concatenate([observed, jnp.ones_like(new)], axis=-1)[..., -length:]
+        return (x, observed), (y, taps.get("quantiles"))
 
-        def step(state, future):
-            x, observed = state
-            y, taps = self.apply(params, x, observed, future_BCH=future, **more)
-            new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
-            if cfg.exogenous:
-                new = new.at[:, known].set(future[:, known])
-            x = jnp.concatenate([x, new], axis=-1)[..., one:]
-            return (x, jnp.concatenate([observed, jnp.ones_like(new)], axis=-1)[..., one:]), y
-
-        if steps == 1:
-            return step((x_BCL, observed_BCL), None if future_SBCH is None else future_SBCH[0])[1][..., :horizon]
-        _, y_SBCH = jax.lax.scan(step, (x_BCL, observed_BCL), future_SBCH, length=steps)
-        return jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)[..., :horizon]
+    if steps == 1:
+        _, (y, q) = step((x_BCL, observed_BCL), None if future_SBCH is None else future_SBCH[0])
+    else:
+        _, (y_SBCH, q_SBCHQ) = jax.lax.scan(step, (x_BCL, observed_BCL), future_SBCH, length=steps)
+        y = jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)
+        q = q_SBCHQ
+        if q is not None:
+            q = jnp.moveaxis(q, 0, 2).reshape(*y.shape, q.shape[-1])
+    if q is None or cfg.quantiles is None:
+        return Forecast(y[..., :horizon])
+    return Forecast(y[..., :horizon], q[..., :horizon, :], levels=cfg.quantiles.levels)

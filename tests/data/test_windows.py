@@ -1,5 +1,6 @@
 """Windows on the device against numpy slices, and the order in which training sees them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -94,6 +95,21 @@ def test_take_keeps_the_series_and_the_order_asked_for():
     assert some.n == 2
     assert some.values is windows.values
     np.testing.assert_array_equal(some.gather(jnp.arange(2))["context"], windows.gather(jnp.array([20, 3]))["context"])
+
+
+def test_few_windows_are_cut_apart_for_training_and_give_the_same_batches():
+    values = np.arange(3 * 500, dtype=np.float32).reshape(3, 500)
+    many = windows_between(values, 0, 500, 20, 4)
+    few = many.take(np.array([7, 400, 900, 1200]))
+    apart = few.over(None)
+    assert apart.values.shape == (4, 24) and apart.n == 4
+    numbers = jnp.array([3, 0, 2, 2])
+    for name, value in few.gather(numbers).items():
+        np.testing.assert_array_equal(apart.gather(numbers)[name], value)
+    # more points in windows than in the series, and windows of all variates: as they are
+    assert many.over(None).values.shape == (3, 500)
+    joint = dataclasses.replace(few, rows=None)
+    assert joint.over(None).values.shape == (3, 500)
 
 
 def test_describe_says_where_a_window_lies():

@@ -147,6 +147,29 @@ def test_presets_of_other_tasks_are_trained_for_them(task, tmp_path, monkeypatch
         pretrain.main(dataclasses.replace(args, evaluate=("ETTh1",), out=tmp_path / "other"))
 
 
+def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_windows(finished, tmp_path):
+    args, results = finished
+    more = dataclasses.replace(
+        args,
+        out=tmp_path / "more",
+        start=str(args.out / "model"),
+        corpus=None,
+        loss="absolute",
+        choose=False,
+        steps=2,
+        score_stride=7,
+    )
+    found = pretrain.main(more)
+    # 105 starts of each of two variates: the 1st, 8th, ..., 99th
+    assert found["windows"].tolist() == [2 * 15] * 3 and results["windows"].tolist() == [210] * 3
+    record = json.loads((tmp_path / "more" / "train" / "config.json").read_text())
+    assert "absolute, without dropout" in json.dumps(record) and str(args.out / "model") in json.dumps(record)
+    old, new = (jax.tree.leaves(ltsm_jax.load(run.out / "model")[1]) for run in (args, more))
+    gaps = [float(jnp.abs(a - b).max()) for a, b in zip(old, new, strict=True)]
+    # two steps of at most about lr each: it has moved, and it is no fresh model
+    assert 0 < max(gaps) < 0.01
+
+
 def test_pools_are_joined_without_windows_across_them(finished):
     args, _ = finished
     model = ltsm_jax.preset("small")
@@ -169,13 +192,22 @@ def test_nothing_to_train_on_is_refused(tmp_path):
         pretrain.windows(Pretrain(out=tmp_path, generated=0), ltsm_jax.preset("small"))
 
 
-def test_the_shipped_model_is_small_and_says_where_it_comes_from():
-    folder = folders.SHIPPED / "timer-tiny"
+@pytest.mark.parametrize("name", ["timer-tiny", "timer-median"])
+def test_a_shipped_model_is_small_and_says_where_it_comes_from(name):
+    folder = folders.SHIPPED / name
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 6e6
     made = json.loads((folder / "config.json").read_text())["provenance"]
     assert made["source"].endswith("generated series only") and made["licence"] == "Apache-2.0"
-    assert made["command"].startswith("python -m experiments.pretrain") and made["cost"]["cpu_minutes"] > 0
+    assert made["command"].startswith("python -m experiments.pretrain") and made["cost"]["wall_minutes"] > 0
+
+
+def test_the_model_of_medians_has_lower_absolute_errors_than_the_one_of_means():
+    windows = Scaled(pool(synthetic.generate(1, 256, 768), 672, 96).train)
+    mae = {}
+    for name in ("timer-tiny", "timer-median"):
+        mae[name] = forecasting.evaluate(*ltsm_jax.load(name), windows)["mae"]
+    assert mae["timer-median"] < 0.995 * mae["timer-tiny"]  # 0.5450 and 0.5502
 
 
 def test_the_shipped_model_forecasts_series_it_has_not_seen():

@@ -1,5 +1,7 @@
 """The study: its rule, its ranks, and a tiny one from its command to its tables."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -59,6 +61,22 @@ def test_a_claim_is_reproduced_by_most_pairs_and_else_not_confirmed():
     assert study.verdicts(pd.DataFrame()) == {}
 
 
+def test_sharpness_is_correlated_with_the_gain_where_it_was_measured():
+    records = []
+    for data, gain, before in (("a", 0.01, 1.0), ("b", 0.02, 3.0), ("c", 0.03, 4.0), ("d", 0.04, 9.0)):
+        for arm, mse, sharp in (("ff", 0.5, before), ("sff", 0.5 - gain, 0.9 * before - 0.05 * before**2)):
+            records.append(record(arm, 0, mse, data=data, sharpness=sharp))
+            records.append(record(arm, 1, mse, data=data, sharpness=float("nan")))  # a seed without
+    found = study.differences(records)
+    assert found.sharpness_before.tolist() == [1.0, 3.0, 4.0, 9.0]
+    text = study.sharpness_lines(found)[-1]
+    # the relative fall is 0.1 + 0.05 * before: its ranks are those of the gain, as are those of the sharpness
+    assert "over 4 pairs: mixing lowers it in 4" in text and "+1.00 of the eigenvalue" in text
+    assert "+1.00 of its relative fall" in text
+    assert study.sharpness_lines(study.differences(records[:-4])) == []
+    assert study.spearman([1, 2, 3, 4], [10, 30, 30, 20]) == pytest.approx(0.316, abs=1e-3)
+
+
 def test_ranks_are_of_data_and_model_with_the_critical_difference_of_nemenyi():
     rows = []
     for data, scale in (("a", 1.0), ("b", 100.0), ("c", 1.0)):
@@ -79,6 +97,12 @@ def test_the_tables_of_quantiles_are_those_of_scipy():
     assert pytest.approx(stats.t.ppf(0.975, degrees), abs=1e-3) == study.STUDENT
 
 
+@pytest.mark.parametrize("count, wanted, stride", [(2785, 300, 11), (100, 300, 1), (480, 10, 53), (1400, 200, 11)])
+def test_scored_windows_meet_every_hour_and_weekday(count, wanted, stride):
+    assert study.stride_for(count, wanted) == stride
+    assert len({(i * stride) % 168 for i in range(168)}) == 168
+
+
 @pytest.fixture
 def words(micro, waves, tmp_path):
     """A study that takes seconds."""
@@ -94,6 +118,12 @@ def test_plan_counts_pairs_by_epochs_and_runs_nothing(words, tmp_path, capsys):
     assert "waves-micro-1-4: 1 epochs, 5 steps" in said and "waves-micro-1-11: 2 epochs, 10 steps" in said
     assert "2 pairs, " in said and "hours of training (a guess from sizes)" in said
     assert not (tmp_path / "study").exists()
+    # as many windows of every set, and about so many to score
+    few = [*words, "--train-windows", "200", "--score-windows", "20", "--steps", "4"]
+    options, rest = study.flags.parse_some(study.Options, few, "")
+    pair = study.pairs_of(dataclasses.replace(options, more=" ".join(rest)))[0]
+    assert int(513 * pair.few_shot) == 200 and (pair.epochs, pair.steps) == (2, 4)
+    assert "--score-stride" in study.commands(study.Options(out=tmp_path), pair)["sff"]
     assert study.main(["--arms", "sff", "--plan"]) == 2
     assert "--arms lacks ff" in capsys.readouterr().err
 

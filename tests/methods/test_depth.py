@@ -20,7 +20,7 @@ from ltsm_jax.models import FAMILIES, parts
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks.forecasting import Forecasting, training_windows
 
-REFUSED = ("ttm", "units")  # blocks of other resolutions; heads that are no prunable parts
+REFUSED = ("ttm", "ttm_r3", "units")  # blocks of other resolutions; heads that are no prunable parts
 ONE_PASS = {"ratio": 0.3, "ema": 0.5, "epochs": 0}
 
 

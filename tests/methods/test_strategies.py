@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from ltsm_jax import training, trees
-from ltsm_jax.methods import phases, strategies
+from ltsm_jax.data import Series, prepare
+from ltsm_jax.methods import alpha, phases, strategies
+from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.starts import GROUPS, Interpolated, equal_norm_noise, groups_of, layer_of, start_params
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import FAMILIES
@@ -223,3 +225,34 @@ def test_a_warmed_up_run_trains_the_head_first(model, pre):
     head, rest = strategy("sff_warm", alpha=0.7).phases
     assert (head.trainable, head.epochs, rest.trainable, rest.epochs) == ("head", 1, "all", None)
     assert_same(start_params(strategy("sff_warm"), model, pre, AUX), start_params(strategy("sff"), model, pre, AUX))
+
+
+@pytest.mark.parametrize("whole, staged", [("sff", "sff_stages"), ("noise", "noise_stages")])
+def test_two_stages_leave_as_much_of_the_checkpoint_as_one(model, pre, whole, staged):
+    method = strategy(staged, alpha=0.49)
+    first, second = method.phases
+    assert (first.epochs, second.epochs, first.mix, second.mix) == (1, None, None, method.start)
+    half = start_params(method, model, pre, AUX)
+    both = start_params(strategies.Strategy("again", second.mix), model, half, AUX)
+    once = start_params(strategy(whole, alpha=0.49), model, pre, AUX)
+    for path, leaf in trees.flatten(both).items():
+        # 0.7 * (0.7 p + 0.3 r) + 0.3 r = 0.49 p + 0.51 r
+        np.testing.assert_allclose(leaf, trees.flatten(once)[path], rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_a_run_mixes_again_between_its_stages(model, pre):
+    class Fitted:
+        params, history, best_epoch, seconds, compile_seconds = pre, [{"epoch": 1, "val_mse": 1.0}], 1, 0.0, 0.0
+
+    splits = prepare(Series("days", np.arange(200.0)[None] % 7, ("y",)), 32, 8)
+    running = Running(model, pre, strategy("sff_stages", alpha=0.49), splits, seed=0)
+    assert_same(running.current, start_params(strategy("sff", alpha=0.7), model, pre, AUX))
+    running.take(Fitted)  # a stage that ends with the checkpoint's weights
+    assert_same(running.current, start_params(strategy("sff", alpha=0.7), model, pre, AUX))
+    running.take(Fitted)
+    assert_same(running.current, pre)
+
+
+def test_alphas_of_several_mixes_are_not_searched():
+    with pytest.raises(ValueError, match="sff_stages mixes more than once"):
+        alpha.require_mixing("sff_stages")

@@ -10,7 +10,7 @@ import pytest
 import ltsm_jax
 from ltsm_jax import storage, trees
 from ltsm_jax.layers.missing import fill_missing
-from ltsm_jax.models import folders
+from ltsm_jax.models import Model, folders
 from ltsm_jax.models.timer import Timer, TimerConfig
 
 MODEL = Timer(TimerConfig.of(8, 16, 32, 2, 4, context_len=56, horizon=8))
@@ -135,6 +135,20 @@ def test_direct_loss_is_the_error_of_predict_and_rows_count_by_weight(params):
         half = {name: value[:2] for name, value in whole.items()}
         weighted = dict(whole, weight=jnp.array([1.0, 1.0, 0.0, 0.0]))
         np.testing.assert_allclose(loss_of(params, weighted), loss_of(params, half), rtol=1e-6)
+
+
+def test_absolute_loss_is_the_mean_over_all_tokens_and_skips_missing_targets(params):
+    x = np.random.default_rng(4).normal(size=(2, 1, 40)).astype(np.float32)
+    batch = {"context": jnp.asarray(x[..., :32]), "target": jnp.asarray(x[..., 32:])}
+    y, _ = MODEL.apply(params, batch["context"])
+    gap = np.abs(np.asarray(y) - x[..., 8:])
+    np.testing.assert_allclose(MODEL.absolute_loss(params, batch), gap.mean(), rtol=1e-5)
+    batch["target"] = batch["target"].at[0, 0, 3].set(jnp.nan)
+    gap[0, 0, 24 + 3] = np.nan
+    np.testing.assert_allclose(MODEL.absolute_loss(params, batch), np.nanmean(gap), rtol=1e-5)
+    # the default of a family, which this one replaces: of the forecast alone
+    of_forecast = Model.absolute_loss(MODEL, params, batch)
+    np.testing.assert_allclose(of_forecast, np.nanmean(gap[..., -8:]), rtol=1e-5)
 
 
 def test_losses_refuse_lengths_they_cannot_serve(params):
