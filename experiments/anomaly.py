@@ -34,7 +34,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,17 +43,15 @@ import numpy as np
 import pandas as pd
 
 import ltsm_jax
-from experiments import anomaly_report, flags, folder, launch
-from ltsm_jax import hosts, storage, training
-from ltsm_jax.data import DataError
-from ltsm_jax.methods import binding, run
-from ltsm_jax.methods.strategies import MIXED, STRATEGIES, strategy
+from experiments import anomaly_report, flags, launch, task_runs
+from ltsm_jax import storage, training
+from ltsm_jax.methods import run
+from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, detection_baselines, detection_scores
 from ltsm_jax.tasks.anomaly import Labelled
 from ltsm_jax.tasks.labelled import read_labelled
 
-METHODS = ("zero_shot", "ff", "sff", "tfs")
 NAMED = {"ucr": "anomaly/ucr", "nab": "anomaly/nab"}
 SCORES = "scores.npz"
 WINDOWS = (anomaly.WINDOW, 4 * anomaly.TOKEN)  # the protocol's, and the one for shorter beginnings
@@ -62,7 +59,7 @@ Params = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(task_runs.Options):
     """What this comparison asks for."""
 
     program: ClassVar[str] = "experiments.anomaly"
@@ -70,27 +67,11 @@ class Options:
     """labelled files and folders; UCR and NAB are those of $LTSM_DATA"""
     model: Annotated[str, flags.text("MODEL")] = "timer-tiny"
     """shipped name, model folder, original checkpoint, or hub name owner/name[@revision]"""
-    accept_license: bool = False
-    """accept a licence that forbids commercial use; asked once for each repository"""
-    methods: Annotated[
-        tuple[str, ...],
-        flags.names(tuple(STRATEGIES)),
-        flags.described(f"what to compare, of {', '.join(STRATEGIES)}"),
-    ] = METHODS
-    alpha: Annotated[float, flags.number(0, 1, says="between 0 and 1")] = 0.7
-    """weight of the pretrained side, for the methods that mix; column `mix`"""
-    seeds: Annotated[tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0,)
-    """a run for each; zero_shot and the baselines have none and run once"""
-    epochs: Annotated[int | None, flags.whole(1, unset="recipe")] = None
-    """passes over the training windows"""
-    batch_size: Annotated[int | None, flags.whole(1, unset="recipe")] = None
-    """windows per step"""
-    lr: Annotated[float | None, flags.number(flags.TINY, flags.HUGE, says="positive", unset="recipe")] = None
-    """learning rate"""
     windows: Annotated[int, flags.whole(1)] = 2048
     """training windows of each file, evenly spread; a file that has fewer repeats some"""
     window: Annotated[int | None, flags.whole(anomaly.SHORTEST_WINDOW, unset="768, or 384")] = None
-    """rows of a window, a multiple of 96; by default 768, or 384 where a file is too short for that"""
+    """rows of a window, a multiple of 96; by default 768, or 384 where a file is too short for
+    that"""
     mode: Annotated[str, flags.one_of(("ims", "direct"))] = "ims"
     """ims: each token predicts the next; direct: the model reconstructs its input"""
     quirks: Annotated[
@@ -101,33 +82,17 @@ class Options:
     quantile: Annotated[float, flags.number(0, 1, says="between 0 and 1")] = 0.99
     """of the scores of held-out training rows: the threshold"""
     smooth: Annotated[int, flags.whole(1)] = 25
-    """rows that a score is averaged over before a threshold and the areas; ranks are of the scores as they are"""
+    """rows that a score is averaged over before a threshold and the areas; ranks are of the scores
+    as they are"""
     point_adjust: bool = False
     """also F1 after point adjustment, which inflates: for comparison with papers that report it"""
-    out: Annotated[str | None, flags.text("FOLDER")] = None
-    """folder of the results; by default runs/anomaly-DATA-MODEL"""
-    plan: bool = False
-    """print what would run, and stop"""
-
-    @property
-    def folder(self) -> Path:
-        """Where the comparison goes."""
-        parts = [Path(name).name.split(".")[0] for name in (self.data[0], self.model)]
-        return Path(self.out or f"runs/anomaly-{'-'.join(parts)}").expanduser()
 
     def problems(self, given: set[str]) -> list[str]:
         """Say what does not go together; `given`: the fields that were set."""
-        found = []
+        found = super().problems(given)
         if self.window is not None and self.window % anomaly.TOKEN:
             found.append(f"--window must be a multiple of {anomaly.TOKEN}; got {self.window}")
-        if "alpha" in given and not set(self.methods) & set(MIXED):
-            found.append(f"--alpha is for {', '.join(MIXED)}, and none of them is among --methods")
         return found
-
-    def command(self) -> str:
-        """Write the command line that asks for the same."""
-        place = dataclasses.replace(self, out=str(self.folder))
-        return flags.command(place, always=("data", "model", "out"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +142,8 @@ def path_of(name: str) -> Path:
     if place is None or Path(name).exists():
         return Path(name).expanduser()
     if "LTSM_DATA" not in os.environ:
-        raise flags.UsageError(f"--data {name} is {place} in the folder that LTSM_DATA names, and it names none")
+        told = f"--data {name} is {place} in the folder that LTSM_DATA names, and it names none"
+        raise flags.UsageError(told)
     return Path(os.environ["LTSM_DATA"]) / place
 
 
@@ -196,11 +162,11 @@ def resolve(options: Options) -> Comparison:
     kept = [one for one in series if anomaly.rows_to_train(one.train_end) >= window]
     for one in series:
         if one not in kept:
-            notes.append(f"{one.name}: left out, {one.train_end} training rows hold no window of {window}")
+            rows = f"{one.train_end} training rows"
+            notes.append(f"{one.name}: left out, {rows} hold no window of {window}")
     if not kept:
         raise flags.UsageError("\n".join(notes))
-    asked = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
-    config = binding.train_config(model, **{name: value for name, value in asked.items() if value is not None})
+    config = options.config(model)
     record = {
         "experiment": options.program,
         "settings": settings_of(options, config, kept, window) | {"model_sha256": storage.sha256_of(params)[:16]},
@@ -248,7 +214,8 @@ def settings_of(
 
 
 def cells_of(c: Comparison) -> list[Cell]:
-    """Every run, method by method, so that files of one method follow one another in one program."""
+    """Every run, method by method, so that files of one method follow one another in one
+    program."""
     first = c.options.seeds[0]
     found = []
     for method in c.options.methods:
@@ -268,29 +235,33 @@ def plan(c: Comparison) -> str:
         f"data     {len(c.series)} series of {rows:,} rows in all",
         f"windows  {c.window} rows, {o.windows} of each series to train; the last 10 % of training rows select",
         f"model    {o.model}: {c.model.family}",
-        f"training {o.mode}, {c.config.epochs} epochs, batch {c.config.batch_size}, lr {c.config.lr:g}",
-        f"runs     {len(cells_of(c))}: {', '.join(o.methods)}, and {', '.join(anomaly_report.BASELINES)}",
+        f"training {o.mode}, {c.options.words_of(c.config)}",
+        f"runs     {len(cells_of(c))}: {', '.join((*o.methods, *anomaly_report.BASELINES))}",
         f"results  {o.folder}",
     ]
     return "\n".join(lines + [f"note     {note}" for note in c.notes])
 
 
-def run_cell(c: Comparison, cell: Cell) -> tuple[dict[str, Any], np.ndarray]:
-    """Run one cell. Returns: its row of results.csv, and the score of every test row."""
+def run_cell(c: Comparison, cell: Cell) -> task_runs.Outcome:
+    """Run one cell; beside its row, the score of every test row is kept."""
     began = time.perf_counter()
     if cell.method in anomaly_report.BASELINES:
-        score = detection_baselines.scorers(cell.series.values[: cell.series.train_end])[cell.method]
-        scores = score(cell.series.values)
+        scorers = detection_baselines.scorers(cell.series.values[: cell.series.train_end])
+        scores = scorers[cell.method](cell.series.values)
         held_out = scores[anomaly.rows_to_train(cell.series.train_end) : cell.series.train_end]
         found, facts = scores[cell.series.train_end :], {}
     else:
         held_out, found, facts = tuned_scores(c, cell)
     facts["seconds"] = round(time.perf_counter() - began, 3)
-    return row_of(c, cell, held_out, found) | facts, found
+    row = row_of(c, cell, held_out, found) | facts
+    place = "missed" if row["rank"] is None else f"rank {row['rank']} of {row['tokens']}"
+    kept = {"scores": found.astype(np.float32), "first_row": cell.series.train_end}
+    return task_runs.Outcome(row, f"{place}, VUS-PR {row['vus_pr']:.3f}", {SCORES: kept})
 
 
 def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Tune on one series. Returns: squared errors of its held-out training rows, of its test rows, and facts."""
+    """Tune on one series. Returns: squared errors of its held-out training rows, of its test rows,
+    and facts."""
     o = c.options
     prepared = anomaly.prepare(cell.series, quirks=o.quirks, window=c.window, n_windows=o.windows)
     result = run.run(
@@ -323,14 +294,15 @@ def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dic
     facts = {
         "val_mse": result.val["mse"],
         "best_epoch": result.best_epoch,
-        "mix": o.alpha if cell.method in MIXED else None,
+        "mix": o.mix_of(cell.method),
         "compile_seconds": round(result.compile_seconds, 3),
     }
     return errors((anomaly.rows_to_train(b), b)), errors((b, n_rows)), facts
 
 
 def row_of(c: Comparison, cell: Cell, held_out: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-    """Measure a series: scores of its held-out training rows, and of its test rows from the first on."""
+    """Measure a series: scores of its held-out training rows, and of its test rows from the first
+    on."""
     o, series = c.options, cell.series
     ranked = anomaly.rank_rows(scores, series, o.quirks)
     spans = [(first - series.train_end, last - series.train_end) for first, last in series.spans]
@@ -361,9 +333,7 @@ def row_of(c: Comparison, cell: Cell, held_out: np.ndarray, scores: np.ndarray) 
         "train_rows": series.train_end,
         "model": c.record["settings"]["model"],
         "window": c.window,
-        "git_commit": folder.git_commit(),
-        "versions": folder.versions(),
-        "device": folder.device(),
+        **task_runs.facts(),
     }
     if o.point_adjust:
         adjusted = detection_scores.point_adjust(flagged, labels)
@@ -373,60 +343,17 @@ def row_of(c: Comparison, cell: Cell, held_out: np.ndarray, scores: np.ndarray) 
 
 def compare(c: Comparison) -> list[str]:
     """Run every cell that has no result yet. Returns: what failed, a line each."""
-    failures, cells = [], cells_of(c)
-    for number, cell in enumerate(cells, 1):
-        text = f"[{number}/{len(cells)}] {cell.series.name}, {cell.method}, seed {cell.seed}"
-        hosts.stop_if_asked(f"before {text}")
-        if folder.finished(c.options.folder, cell.name):
-            continue
-        try:
-            row, scores = run_cell(c, cell)
-        except (training.NonFiniteError, DataError) as error:
-            failures.append(f"{text}: {error}")
-            launch.say(failures[-1])
-            continue
-        keep(c, cell, row, scores)
-        place = "missed" if row["rank"] is None else f"rank {row['rank']} of {row['tokens']}"
-        launch.say(f"{text}: {place}, VUS-PR {row['vus_pr']:.3f}, {row['seconds']:.1f} s")
-    return failures
+    return task_runs.run_cells(c, cells_of(c), functools.partial(run_cell, c))
 
 
-def keep(c: Comparison, cell: Cell, row: dict[str, Any], scores: np.ndarray) -> None:
-    """Write what a cell left; result.json last, so that a cell that has one is finished."""
-    place = c.options.folder / "cells" / cell.name
-    place.mkdir(parents=True, exist_ok=True)
-    with folder.replacing(place / SCORES) as temporary:
-        np.savez(temporary, scores=scores.astype(np.float32), first_row=cell.series.train_end)
-    files = {SCORES: folder.file_digest(place / SCORES)}
-    folder.write_json(place / folder.RESULT, {"row": row, "of": folder.identity(c.record), "files": files})
+def finish(c: Comparison, rows: list[dict[str, Any]]) -> None:
+    """Write results.csv and report.md, and print the summary."""
+    anomaly_report.write(c.options.folder, pd.DataFrame(rows), c.series, c.record["command"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.anomaly`; returns the exit code."""
-
-    def work() -> int:
-        options = parse(sys.argv[1:] if argv is None else argv)
-        with launch.started(flags.Hosts()):
-            c = resolve(options)
-            launch.say(plan(c))
-            if options.plan:
-                return 0
-            place = options.folder
-            folder.check(place, c.record)
-            with folder.held(place):
-                for problem in folder.tidy(place):
-                    launch.say(f"not believed, and run again: {problem}")
-                folder.write_json(place / folder.RUN, c.record)
-                failures = compare(c)
-                rows = [found["row"] for found in folder.results(place)[0].values()]
-                if not rows:
-                    return 1
-                anomaly_report.write(place, pd.DataFrame(rows), c.series, c.record["command"])
-            for failure in failures:
-                print(f"failed: {failure}", file=sys.stderr)
-            return 1 if failures else 0
-
-    return launch.guarded(work)
+    return task_runs.main(argv, parse, resolve, plan, compare, finish)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from experiments import folder as folders
-from experiments import report
+from experiments import report, task_runs
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
@@ -33,7 +31,8 @@ def label(method: str) -> str:
 
 
 def order(results: pd.DataFrame) -> pd.DataFrame:
-    """Put rows in the order of results.csv: methods as the library lists them, then baselines; by file and seed."""
+    """Put rows in the order of results.csv: methods as the library lists them, then baselines; by
+    file and seed."""
     known = [*STRATEGIES, *BASELINES]
     keys = results.assign(_method=results["method"].map(known.index))
     return keys.sort_values(["_method", "seed", "file"]).drop(columns="_method").reset_index(drop=True)
@@ -42,8 +41,10 @@ def order(results: pd.DataFrame) -> pd.DataFrame:
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
     """Give a row per method: means over files of the means over seeds, in the order of `order`.
 
-    Returns: columns method, files, missed, found_at_{1,3,5,10} (files, mean over seeds), alpha, mean_rank and wins
-      (by alpha, among the methods, ties shared), place_right, vus_pr, auc_pr, f1, range_f1, seconds.
+    Returns: columns method, files, missed, found_at_{1,3,5,10} (files, mean over seeds), alpha,
+    mean_rank and wins
+      (by alpha, among the methods, ties shared), place_right, vus_pr, auc_pr, f1, range_f1,
+      seconds.
     """
     by_file = results.groupby(["file", "method"], sort=False)
     alphas = by_file["alpha"].mean().unstack()
@@ -53,9 +54,17 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for method, group in order(results).groupby("method", sort=False):
         seeds = group["seed"].nunique()
-        row = {"method": method, "files": group["file"].nunique(), "missed": group["rank"].isna().sum() / seeds}
+        row = {
+            "method": method,
+            "files": group["file"].nunique(),
+            "missed": group["rank"].isna().sum() / seeds,
+        }
         row |= {f"found_at_{q}": group[f"found_at_{q}"].sum() / seeds for q in QUANTILES}
-        row |= {"alpha": group["alpha"].mean(), "mean_rank": ranks[method].mean(), "wins": wins[method]}
+        row |= {
+            "alpha": group["alpha"].mean(),
+            "mean_rank": ranks[method].mean(),
+            "wins": wins[method],
+        }
         row["place_right"] = group["place_right"].sum() / seeds
         row |= {name: group[name].mean() for name in ("vus_pr", "auc_pr", "f1", "range_f1")}
         row["seconds"] = group["seconds"].sum() / seeds
@@ -64,7 +73,8 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def difference(results: pd.DataFrame, first: str, second: str, column: str = "vus_pr") -> tuple[float, float, float]:
-    """Give the mean over files of `first` minus `second`, and a 95 % interval: bootstrap over files, 2000 draws."""
+    """Give the mean over files of `first` minus `second`, and a 95 % interval: bootstrap over
+    files, 2000 draws."""
     by_file = results.groupby(["file", "method"])[column].mean().unstack()
     each = (by_file[first] - by_file[second]).dropna().to_numpy()
     draws = np.random.default_rng(0).choice(each, size=(DRAWS, len(each))).mean(axis=1)
@@ -78,10 +88,7 @@ def write(folder: Path, results: pd.DataFrame, series: Sequence[Labelled], comma
     with folders.replacing(folder / folders.CSV) as temporary:
         results.to_csv(temporary, index=False)
     header, rows = summary_cells(summarise(results))
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=140).print(table)
+    task_runs.print_table(header, rows)
     pictures = draw(folder, results, series) if importlib.util.find_spec("matplotlib") else []
     with folders.replacing(folder / "report.md") as temporary:
         temporary.write_text(text_of(results, command, pictures), encoding="utf-8")
@@ -90,13 +97,25 @@ def write(folder: Path, results: pd.DataFrame, series: Sequence[Labelled], comma
 
 def summary_cells(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Set the summary as text."""
-    header = ["method", *(f"found at {q} %" for q in QUANTILES), "missed", "mean alpha", "mean rank", "wins"]
+    header = [
+        "method",
+        *(f"found at {q} %" for q in QUANTILES),
+        "missed",
+        "mean alpha",
+        "mean rank",
+        "wins",
+    ]
     header += ["place right", "VUS-PR", "AUC-PR", "F1", "range F1", "seconds"]
     rows = []
     for _, one in summary.iterrows():
         cells = [label(one["method"])]
         cells += [f"{one[f'found_at_{q}']:.3g} of {one['files']}" for q in QUANTILES]
-        cells += [f"{one['missed']:.3g}", f"{one['alpha']:.3f}", f"{one['mean_rank']:.2f}", f"{one['wins']:.1f}"]
+        cells += [
+            f"{one['missed']:.3g}",
+            f"{one['alpha']:.3f}",
+            f"{one['mean_rank']:.2f}",
+            f"{one['wins']:.1f}",
+        ]
         cells += [f"{one['place_right']:.3g}"]
         cells += [f"{one[name]:.3f}" for name in ("vus_pr", "auc_pr", "f1", "range_f1")]
         rows.append([*cells, f"{one['seconds']:.0f}"])
@@ -107,7 +126,14 @@ def text_of(results: pd.DataFrame, command: str, pictures: Sequence[str]) -> str
     """Write report.md."""
     summary = summarise(results)
     methods = summary["method"].tolist()
-    lines = ["# Anomaly detection", "", f"    {command}", "", markdown_table(*summary_cells(summary)), ""]
+    lines = [
+        "# Anomaly detection",
+        "",
+        f"    {command}",
+        "",
+        markdown_table(*summary_cells(summary)),
+        "",
+    ]
     lines += [
         "alpha: share of the tokens, from the highest score, that must be flagged to find an anomaly (1: missed); "
         "found at q %: files with alpha <= q %. Rank and wins: by alpha among the methods of a file.",
@@ -119,7 +145,12 @@ def text_of(results: pd.DataFrame, command: str, pictures: Sequence[str]) -> str
     body = [[name, *(f"{value:.4f}" for value in row)] for name, row in zip(alphas.index, alphas.to_numpy())]
     lines += [markdown_table(["file", *map(label, methods)], body), ""]
     if "f1_point_adjusted_inflated" in results:
-        lines += ["## F1 after point adjustment", "", "It inflates: one flagged row counts for a whole anomaly.", ""]
+        lines += [
+            "## F1 after point adjustment",
+            "",
+            "It inflates: one flagged row counts for a whole anomaly.",
+            "",
+        ]
         means = results.groupby("method")["f1_point_adjusted_inflated"].mean().to_dict()
         body = [[label(method), f"{means[method]:.3f}"] for method in methods]
         lines += [markdown_table(["method", "F1, point-adjusted"], body), ""]
@@ -146,7 +177,8 @@ def differences(results: pd.DataFrame, methods: Sequence[str]) -> list[str]:
 
 
 def draw(folder: Path, results: pd.DataFrame, series: Sequence[Labelled]) -> list[str]:
-    """Draw the share of files found over flagged tokens, and scores around some anomalies. Returns: file names."""
+    """Draw the share of files found over flagged tokens, and scores around some anomalies. Returns:
+    file names."""
     place = folder / "plots"
     place.mkdir(exist_ok=True)
     figure, ax = new_figure(7, 4)
@@ -157,7 +189,10 @@ def draw(folder: Path, results: pd.DataFrame, series: Sequence[Labelled]) -> lis
         ax.step(100 * share, 100 * found, where="post", label=label(method), linestyle=style,
                 color=report.COLOURS.get(method))  # fmt: skip
     ax.set_xscale("log")
-    ax.set(xlabel="flagged tokens, % of those with the highest score", ylabel="files whose anomaly is found, %")
+    ax.set(
+        xlabel="flagged tokens, % of those with the highest score",
+        ylabel="files whose anomaly is found, %",
+    )
     ax.legend(frameon=False, fontsize="small")
     figure.savefig(place / "found.png")
     names = ["plots/found.png"]

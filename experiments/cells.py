@@ -20,7 +20,7 @@ import pandas as pd
 from rich.console import Console
 
 import ltsm_jax
-from experiments import folder, grid, launch
+from experiments import folder, grid, launch, lists
 from experiments.flags import Options, Reading, UsageError
 from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
@@ -659,12 +659,21 @@ def main(
 ) -> int:
     """An experiment from its flags to its report, on one host or several; returns its exit code (`launch.guarded`).
 
+    Several --data, --model or --few-shot run one after the other, see `lists`.
     parse, resolve, plan: flags to options, to a `Comparison`, to words. compare: runs the cells and says what failed.
     finish: prints the table and writes the report of a folder that has results, by the epoch that --report-by names.
     """
 
+    words = sys.argv[1:] if argv is None else argv
+
+    def one(words: Sequence[str]) -> int:
+        return main(words, parse, resolve, plan, compare, finish)
+
     def work() -> int:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        several = lists.run(words, lists.out_of(words, "runs/several"), one)
+        if several is not None:
+            return several
+        options = parse(words)
         with launch.started(options.hosts):
             c = hosts.together(resolve, options)
             launch.say(plan(c))

@@ -23,7 +23,6 @@ random convolutions (ROCKET), which trains on the whole training part.
 
 import dataclasses
 import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,30 +30,27 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 import ltsm_jax
-from experiments import flags, folder, launch, report
-from ltsm_jax import hosts, storage, training
+from experiments import flags, folder, launch, report, task_runs
+from ltsm_jax import storage, training
 from ltsm_jax.data import DataError
 from ltsm_jax.data.ts_files import LabelledExamples, read_problem
-from ltsm_jax.methods import binding, run
-from ltsm_jax.methods.strategies import MIXED, STRATEGIES, strategy
+from ltsm_jax.methods import run
+from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
 from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
 from ltsm_jax.tasks import random_kernels
 from ltsm_jax.tasks.classification import Classification, Examples, Parts, summarise
 
-METHODS = ("ff", "sff", "tfs", "lp")
 BASELINES = {"most_frequent": "most frequent class", "random_kernels": "random kernels + ridge"}
 HELD_OUT = 0.2
 TASK = Classification()
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(task_runs.Options):
     """What this comparison asks for."""
 
     program: ClassVar[str] = "experiments.classification"
@@ -62,35 +58,13 @@ class Options:
     """<name>_TRAIN.ts files or folders of a pair, separated by commas"""
     model: Annotated[str, flags.text("MODEL")]
     """model folder, original checkpoint, or hub name owner/name[@revision]"""
-    accept_license: bool = False
-    """accept a licence that forbids commercial use; asked once for each repository"""
     methods: Annotated[
         tuple[str, ...],
         flags.names(tuple(STRATEGIES)),
         flags.described(f"what to compare, of {', '.join(STRATEGIES)}"),
-    ] = METHODS
-    alpha: Annotated[float, flags.number(0, 1, says="between 0 and 1")] = 0.7
-    """weight of the pretrained side, for the methods that mix"""
+    ] = ("ff", "sff", "tfs", "lp")
     seeds: Annotated[tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0,)
     """a run for each, with its own head and its own kernels"""
-    epochs: Annotated[int | None, flags.whole(1, unset="recipe")] = None
-    """passes over the training examples"""
-    batch_size: Annotated[int | None, flags.whole(1, unset="recipe")] = None
-    """examples per step"""
-    lr: Annotated[float | None, flags.number(flags.TINY, flags.HUGE, says="positive", unset="recipe")] = None
-    """learning rate"""
-    out: Annotated[str | None, flags.text("FOLDER")] = None
-    """folder of the results; by default runs/classification-MODEL"""
-
-    @property
-    def folder(self) -> Path:
-        """Where the comparison goes."""
-        return Path(self.out or f"runs/classification-{Path(self.model).name.split('.')[0]}").expanduser()
-
-    def command(self) -> str:
-        """Write the command line that asks for the same."""
-        place = dataclasses.replace(self, out=str(self.folder))
-        return flags.command(place, always=("data", "model", "out"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,6 +74,20 @@ class Problem:
     name: str
     train: LabelledExamples
     parts: Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One row of results.csv: a data set, a method or baseline, a seed."""
+
+    problem: Problem
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.problem.name}-{self.method}-seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +115,7 @@ def resolve(options: Options) -> Comparison:
         model.check_task("classification")
     except (ValueError, OSError) as error:
         raise flags.UsageError(str(error)) from error
-    asked = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
-    config = binding.train_config(model, **{name: value for name, value in asked.items() if value is not None})
+    config = options.config(model)
     digests = [storage.sha256_of({"x": p.train.values, "test": p.parts.test})[:16] for p in problems]
     settings = {
         "data_sha256": dict(zip([p.name for p in problems], digests, strict=True)),
@@ -161,7 +148,8 @@ def problem_of(path: str) -> Problem:
 
 
 def hold_out(labels: np.ndarray, share: float = HELD_OUT) -> np.ndarray:
-    """Number the examples to hold out, [k]: the share of each class, evenly spread, but never all of one.
+    """Number the examples to hold out, [k]: the share of each class, evenly spread, but never all
+    of one.
 
     Raises: ValueError where no class has two examples.
     """
@@ -190,7 +178,7 @@ def score(c: Comparison, problem: Problem, method: str, seed: int) -> dict[str, 
     began = time.perf_counter()
     parts = problem.parts
     labels = np.asarray(parts.test.labels)
-    row = {"data": problem.name, "model": Path(c.options.model).name, "method": method, "seed": seed}
+    row = {"data": problem.name, "model": c.options.model_name, "method": method, "seed": seed}
     if method == "most_frequent":
         test = TASK.baselines(c.model, parts, "test")["most frequent class"]
     elif method == "random_kernels":
@@ -213,34 +201,44 @@ def score(c: Comparison, problem: Problem, method: str, seed: int) -> dict[str, 
         assert result.test is not None, "it is asked for"
         test = result.test
         row |= {f"val_{name}": result.val[name] for name in ("loss", "accuracy", "macro_f1")}
-        row |= {"best_epoch": result.best_epoch, "alpha": c.options.alpha if method in MIXED else None}
+        row |= {"best_epoch": result.best_epoch, "alpha": c.options.mix_of(method)}
     row |= {f"test_{name}": test.get(name) for name in ("loss", "accuracy", "macro_f1")}
     row |= {"examples": len(labels), "classes": len(problem.train.classes)}
     row |= {"seconds": round(time.perf_counter() - began, 3)}
-    return row | {"git_commit": folder.git_commit(), "versions": folder.versions(), "device": folder.device()}
+    return row | task_runs.facts()
 
 
-def compare(c: Comparison) -> tuple[list[dict[str, Any]], list[str]]:
-    """Run all that has no result yet. Returns: every row, and what failed, a line each."""
-    place, failures = c.options.folder, []
+def cells_of(c: Comparison) -> list[Cell]:
+    """Every run, data set by data set."""
+    found = []
     for problem in c.problems:
         for method in (*c.options.methods, *BASELINES):
             seeds = c.options.seeds[:1] if method == "most_frequent" else c.options.seeds
-            for seed in seeds:
-                name = f"{problem.name}-{method}-seed{seed}"
-                hosts.stop_if_asked(f"before {name}")
-                if folder.finished(place, name):
-                    continue
-                try:
-                    row = score(c, problem, method, seed)
-                except (training.NonFiniteError, DataError) as error:
-                    failures.append(f"{name}: {error}")
-                    continue
-                (place / "cells" / name).mkdir(parents=True, exist_ok=True)
-                found = {"row": row, "of": folder.identity(c.record)}
-                folder.write_json(place / "cells" / name / folder.RESULT, found)
-                launch.say(f"{name}: test accuracy {row['test_accuracy']:.3f}, {row['seconds']:.1f} s")
-    return [found["row"] for found in folder.results(place)[0].values()], failures
+            found += [Cell(problem, method, seed) for seed in seeds]
+    return found
+
+
+def plan(c: Comparison) -> str:
+    """Say what will run, in words."""
+    lines = []
+    for problem in c.problems:
+        trained, tested = len(problem.parts.train.labels), len(problem.parts.test.labels)
+        classes = len(problem.train.classes)
+        lines.append(f"data     {problem.name}: {classes} classes, {trained} examples to train, {tested} to test")
+    lines.append(f"model    {c.options.model}: {c.model.family}")
+    lines.append(f"training {c.config.epochs} epochs, batch {c.config.batch_size}, lr {c.config.lr:g}")
+    lines.append(f"runs     {len(cells_of(c))}: {', '.join(c.options.methods)}, and {', '.join(BASELINES)}")
+    return "\n".join([*lines, f"results  {c.options.folder}"])
+
+
+def compare(c: Comparison) -> list[str]:
+    """Run all that has no result yet. Returns: what failed, a line each."""
+
+    def run_cell(cell: Cell) -> task_runs.Outcome:
+        row = score(c, cell.problem, cell.method, cell.seed)
+        return task_runs.Outcome(row, f"test accuracy {row['test_accuracy']:.3f}")
+
+    return task_runs.run_cells(c, cells_of(c), run_cell)
 
 
 def rank(row: dict[str, Any]) -> Any:
@@ -274,11 +272,15 @@ def finish(c: Comparison, rows: list[dict[str, Any]]) -> None:
     with folder.replacing(place / folder.CSV) as temporary:
         results.to_csv(temporary, index=False)
     header, body = summary(results)
-    table = Table(*header)
-    for row in body:
-        table.add_row(*row)
-    Console().print(table)
-    lines = ["# Classification", "", f"    {c.record['command']}", "", markdown_table(header, body), ""]
+    task_runs.print_table(header, body)
+    lines = [
+        "# Classification",
+        "",
+        f"    {c.record['command']}",
+        "",
+        markdown_table(header, body),
+        "",
+    ]
     if importlib.util.find_spec("matplotlib"):
         _draw(place / "accuracy.png", results)
         lines += ["![](accuracy.png)", ""]
@@ -302,23 +304,7 @@ def _draw(file: Path, results: pd.DataFrame) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.classification`; returns the exit code."""
 
-    def work() -> int:
-        options = parse(sys.argv[1:] if argv is None else argv)
-        with launch.started(flags.Hosts()):
-            c = resolve(options)
-            folder.check(options.folder, c.record)
-            with folder.held(options.folder):
-                for problem in folder.tidy(options.folder):
-                    launch.say(f"not believed, and run again: {problem}")
-                folder.write_json(options.folder / folder.RUN, c.record)
-                rows, failures = compare(c)
-                if rows:
-                    finish(c, rows)
-            for failure in failures:
-                print(f"failed: {failure}", file=sys.stderr)
-            return 1 if failures or not rows else 0
-
-    return launch.guarded(work)
+    return task_runs.main(argv, parse, resolve, plan, compare, finish)
 
 
 if __name__ == "__main__":

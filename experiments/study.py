@@ -467,7 +467,7 @@ def write(o: Options, pairs: Sequence[Pair]) -> list[str]:
     lines = ["# The study", "", *(f"- {answer}" for answer in answers)]
     if missing:
         lines.append(f"- {missing} of {len(pairs)} pairs have not run yet.")
-    lines += ["", "## Gain over full fine-tuning", "", _gain_table(found)] if len(found) else []
+    lines += ["", "## Gain over full fine-tuning", "", gain_table(found)] if len(found) else []
     body = [[str(row["arm"]), f"{row['rank']:.2f}"] for row in ranks.to_dict("records")]
     lines += sharpness_lines(found)
     lines += ["", "## Mean ranks", "", markdown_table(["arm", "rank"], body)]
@@ -485,7 +485,8 @@ def _again(o: Options) -> str:
     return f"{flags.command(dataclasses.replace(o, more=''), always=('out',))} {o.more}".strip()
 
 
-def _gain_table(found: pd.DataFrame) -> str:
+def gain_table(found: pd.DataFrame) -> str:
+    """Set `differences` as a table of Markdown."""
     header = [*PAIR, "arm", "seeds", "gain, %", "95 % over seeds", "95 % over time", "rule"]
     body = []
     for row in found.to_dict("records"):

@@ -4,6 +4,7 @@ from ltsm_jax import curvature, landscape
 from ltsm_jax.api import PruneConfig, Strategy, TrainConfig, fit, forecast, load, prune, remove, save
 from ltsm_jax.detection import Detected, detect
 from ltsm_jax.forecaster import Forecaster
+from ltsm_jax.imputation import Imputed, impute
 from ltsm_jax.models import Forecast, Model, preset
 from ltsm_jax.trees import ema, interpolate, shrink_and_perturb, soup, wise_ft
 
@@ -13,6 +14,7 @@ __all__ = [
     "Detected",
     "Forecast",
     "Forecaster",
+    "Imputed",
     "Model",
     "PruneConfig",
     "Strategy",
@@ -22,6 +24,7 @@ __all__ = [
     "ema",
     "fit",
     "forecast",
+    "impute",
     "interpolate",
     "landscape",
     "load",

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ltsm_jax import hosts, trees
-from ltsm_jax.data import DataError, Splits
+from ltsm_jax.data import DataError, Series, Splits
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.data.windows import context_scale
 from ltsm_jax.loading import load
@@ -30,10 +30,12 @@ from ltsm_jax.methods.pruning import PruneConfig, PruneResult
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.methods.run import Result, run
 from ltsm_jax.methods.strategies import Strategy, strategy
+from ltsm_jax.methods.task_data import TASKS, ready
 from ltsm_jax.models import Forecast, Model
 from ltsm_jax.models.folders import save
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
+from ltsm_jax.tasks.anomaly import Prepared
 from ltsm_jax.tasks.forecasting import Mode
 from ltsm_jax.training import TrainConfig
 
@@ -53,6 +55,7 @@ __all__ = [
 
 Params = Any
 Kept = Literal["tuned", "zero_shot"]
+TaskName = Literal["forecasting", "imputation", "anomaly"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -67,7 +70,8 @@ class Fitted:
       naive: validation metrics of the naive forecasts by name: "last value" and, with a season, "seasonal naive".
       difference: mean of (tuned - zero-shot) MSE over the same validation windows; below zero is a gain.
       interval: about 95 % around it, from means over blocks of windows that share no target; NaN under two blocks.
-      result: the whole run (`result.params` are the tuned weights in any case). splits: what it ran on.
+      result: the whole run (`result.params` are the tuned weights in any case). splits: what it ran on. notes: how the
+        table was read and cut.
       model: what `params` belong to: the model given to `fit`, made ready for the data where it needed that, and with
         the scales that "msft" adds where its weights are kept. Forecast
         with both: `forecast(fitted.model, fitted.params, ...)`.
@@ -80,10 +84,11 @@ class Fitted:
     difference: float
     interval: tuple[float, float]
     result: Result
-    splits: Splits
+    splits: Splits | Prepared
     model: Model
     naive: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     choice: Choice | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def clear(self) -> bool:
@@ -123,7 +128,7 @@ class Fitted:
             *([] if self.choice is None else [_chosen(self.choice)]),
             *(["beside it: " + ", ".join(naive)] if naive else []),
             self.verdict,
-            *self.splits.notes,
+            *self.notes,
             *self.result.warnings,
         ]
         return "\n".join(lines)
@@ -143,6 +148,7 @@ def fit(
     params: Params = None,
     data: Data | Splits | None = None,
     *,
+    task: TaskName = "forecasting",
     method: str | Strategy = "sff",
     masks: Params | None = None,
     horizon: int | None = None,
@@ -174,6 +180,10 @@ def fit(
       model, params: from `ltsm_jax.load`; neither is modified. Or a result of `prune` in place of both,
         `fit(found, data)`: the masks are taken from it, and, where they are not given, horizon, context and data.
       data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series`, or ready `Splits`.
+      task: "forecasting"; "imputation", which hides runs of known cells of windows and asks for them; or "anomaly",
+        which reconstructs a table that holds nothing unusual. For the last two the last tenth of the rows
+        validates, and horizon, context_len, mode, masks and alpha="auto" are not for them. `fitted.model` and
+        `fitted.params` go into `impute` and `detect`.
       method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`.
       masks: of a pruned model; what they prune stays 0. After `remove`, hand in the masks it returned. A model with
         channels of zeros, as `remove` leaves them, is refused without: training would bring them back. `masks={}`
@@ -218,6 +228,31 @@ def fit(
         irregular=irregular,
         name=name,
     )
+    if task != "forecasting":
+        other = {"horizon": horizon, "context_len": context_len, "mode": mode, "masks": masks}
+        given = [name for name, value in other.items() if value is not None] + (
+            ["alpha='auto'"] if chosen is None else []
+        )
+        if task not in TASKS or given or isinstance(model, PruneResult) or isinstance(data, Splits) or data is None:
+            told = f"; {', '.join(given)} are for forecasting" if given else ""
+            raise ValueError(
+                f"task must be forecasting, {' or '.join(TASKS)}, the last two with a model, params and a table{told}"
+            )
+        check_params(model, params)
+        assert chosen is not None
+        return _fit_task(
+            task,
+            model,
+            params,
+            as_series(data, options),
+            chosen,
+            few_shot=few_shot,
+            seed=seed,
+            config=config,
+            keep=keep,
+            folder=folder,
+            show_progress=show_progress,
+        )
     if isinstance(model, PruneResult):
         found = model
         if params is not None and data is not None:
@@ -248,9 +283,9 @@ def fit(
         few_shot=few_shot,
         seed=seed,
     )
-    model, params, splits, task = bound.model, bound.params, bound.splits, bound.task
+    model, params, splits, forecasts = bound.model, bound.params, bound.splits, bound.task
     placement = Placement.of(params)
-    predictor = task.predictor(model)
+    predictor = forecasts.predictor(model)
     start = params if masks is None else pruning.merge(params, masks, placement)
     before = forecasting.errors(predictor, start, splits.val, placement=placement)
     choice = None
@@ -261,7 +296,7 @@ def fit(
             params,
             splits,
             method=method,
-            task=task,
+            task=forecasts,
             seed=seed,
             config=config,
             masks=masks,
@@ -276,7 +311,7 @@ def fit(
             params,
             chosen,
             splits,
-            task=task,
+            task=forecasts,
             seed=seed,
             config=config,
             masks=masks,
@@ -284,7 +319,7 @@ def fit(
             test=False,
             show_progress=show_progress,
         )
-    after = forecasting.errors(task.predictor(result.model), result.params, splits.val, placement=placement)
+    after = forecasting.errors(forecasts.predictor(result.model), result.params, splits.val, placement=placement)
     difference, interval = paired_difference(before, after, splits.val)
     zero_shot, tuned = forecasting.summarise(before), forecasting.summarise(after)
     won = keep == "tuned" or tuned["mse"] < zero_shot["mse"]
@@ -300,8 +335,56 @@ def fit(
         result=result,
         splits=splits,
         model=result.model if won else model,
-        naive=task.baselines(model, splits),
+        naive=forecasts.baselines(model, splits),
         choice=choice,
+        notes=splits.notes,
+    )
+
+
+def _fit_task(
+    kind: Literal["imputation", "anomaly"],
+    model: Model,
+    params: Params,
+    series: Series,
+    chosen: Strategy,
+    *,
+    few_shot: float,
+    seed: int,
+    config: TrainConfig | None,
+    keep: Literal["best", "tuned"],
+    folder: str | Path | None,
+    show_progress: bool,
+) -> Fitted:
+    """Tune for another task than forecasting; validation decides as there."""
+    model, params = ready_for(model, params, series, seed)
+    made = ready(kind, model, series, few_shot=few_shot)
+    zero_shot = made.task.evaluate(model, params, made.data, "val")
+    result = run(
+        model,
+        params,
+        chosen,
+        made.data,
+        task=made.task,
+        seed=seed,
+        config=config,
+        folder=folder,
+        test=False,
+        show_progress=show_progress,
+    )
+    found = made.difference(params, result.params)
+    won = keep == "tuned" or result.val["mse"] < zero_shot["mse"]
+    return Fitted(
+        params=result.params if won else params,
+        kept="tuned" if won else "zero_shot",
+        zero_shot=zero_shot,
+        tuned=result.val,
+        difference=found.mean,
+        interval=(found.low, found.high),
+        result=result,
+        splits=made.data,
+        model=model,
+        naive=made.task.baselines(model, made.data),
+        notes=made.notes,
     )
 
 

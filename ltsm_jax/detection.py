@@ -17,10 +17,10 @@ import pandas as pd
 from ltsm_jax import storage
 from ltsm_jax.data import DataError, Scaler, Series
 from ltsm_jax.data.tables import ReadingOptions
-from ltsm_jax.data.windows import windows_between
 from ltsm_jax.methods.binding import Data, as_series, check_params, ready_for
 from ltsm_jax.methods.run import run
 from ltsm_jax.methods.strategies import Strategy, strategy
+from ltsm_jax.methods.task_data import anomaly_of
 from ltsm_jax.models import Model
 from ltsm_jax.plotting import NO_PICTURES, new_figure
 from ltsm_jax.tasks import anomaly
@@ -40,9 +40,10 @@ class Detected:
     """Result of `detect`; print it.
 
     Attributes:
-      table: a row per row of the data: the stamps (or "row"), the targets, `score` (1: the mean of the
-        first part; NaN where nothing is known: the first 96 rows, and empty cells), `anomalous` (False
-        in the first part), and with several targets `column`, the one with the highest score.
+      table: a row per row of the data: the stamps (or "row"), the targets, `score` (1: the mean of
+        the first part; NaN where nothing is known: the first 96 rows, and empty cells), `anomalous`
+        (False in the first part), and with several targets `column`, the one with the highest
+        score.
       threshold: rows of a higher score are anomalous. first_rows: rows of the first part.
       series: what was scored. params: what scored it, tuned where a method was asked for.
       notes: what was done, in words.
@@ -61,7 +62,8 @@ class Detected:
         return int(self.table["anomalous"].to_numpy(bool).sum())
 
     def ranges(self) -> pd.DataFrame:
-        """Give the runs of anomalous rows: from, to (both inclusive), rows, peak score; the highest first."""
+        """Give the runs of anomalous rows: from, to (both inclusive), rows, peak score; the highest
+        first."""
         time = self.table.columns[0]
         rows = []
         for first, last in spans_of(self.table["anomalous"].to_numpy()):
@@ -71,7 +73,8 @@ class Detected:
         return found.sort_values("score", ascending=False, ignore_index=True)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the targets with the anomalous rows marked, and the score below; returns the matplotlib Figure.
+        """Draw the targets with the anomalous rows marked, and the score below; returns the
+        matplotlib Figure.
 
         path: file to write (.png, .svg, .pdf), or None.
         Raises: ImportError with what to install.
@@ -145,17 +148,19 @@ def detect(
 ) -> Detected:
     """Score every row of a table, and flag those above a threshold chosen on its first part.
 
-    A row's score is the largest of its targets' squared errors, each over its mean on the first part.
+    A row's score is the largest of its targets' squared errors, each over its mean on the first
+    part.
     Every target is looked at by itself. Labels are not needed and not used.
 
     Args:
-      model, params: from `ltsm_jax.load`, of a family that does anomaly detection (timer, moment, units).
+      model, params: from `ltsm_jax.load`, of a family that does anomaly detection (timer, moment,
+        units).
       data: a benchmark name, a CSV or parquet file, a DataFrame, or a `Series`.
       first: share of the rows, from the first on, that hold nothing unusual; at least 196 rows.
       quantile: of the scores on that part: the threshold. Of 1,000 ordinary rows about
         1,000 * (1 - quantile) are flagged.
-      method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`: how to tune on the first part
-        before; by default not at all.
+      method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`: how to tune on the first
+        part before; by default not at all.
       target, time, id, freq, date_format, missing, irregular, name: how a table is read, see
         `data.tables.ReadingOptions`.
       seed, config, show_progress: of tuning, as for `ltsm_jax.fit`.
@@ -230,28 +235,13 @@ def _tuned(
     show_progress: bool,
 ) -> Params:
     """Tune on the first part, whose last 10 % select the epoch."""
-    if np.isnan(values[:, :cut]).any():
-        raise DataError(f"{name}: tuning needs a first part without empty cells: missing='interpolate' fills them")
-    inner = anomaly.rows_to_train(cut)
-    window = min(anomaly.WINDOW, inner // anomaly.TOKEN * anomaly.TOKEN)
-    if window < anomaly.SHORTEST_WINDOW:
-        least = anomaly.SHORTEST_WINDOW
-        raise DataError(
-            f"{name}: {inner} rows to tune on are too few, at least {least} are needed; or method='zero_shot'"
-        )
-    prepared = anomaly.Prepared(
-        values=values,  # pyright: ignore[reportArgumentType]
-        train=windows_between(values, 0, inner, window - anomaly.TOKEN, anomaly.TOKEN),
-        validate_rows=(inner, cut),
-        series=anomaly.Unlabelled(name),
-        window=window,
-    )
+    prepared, task = anomaly_of(name, values, cut)
     result = run(
         model,
         params,
         chosen,
         prepared,
-        task=anomaly.Anomaly(),
+        task=task,
         seed=seed,
         config=config,
         test=False,

@@ -40,6 +40,7 @@ LEVELS = (
         "ltsm_jax.detection",
         "ltsm_jax.doctor",
         "ltsm_jax.forecaster",
+        "ltsm_jax.imputation",
         "ltsm_jax.plotting",
         "ltsm_jax.report",
     ),

@@ -37,6 +37,7 @@ import converters
 from ltsm_jax import flags, hosts, storage, terminal
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.detection import Detect
+from ltsm_jax.cli.imputation import Impute
 from ltsm_jax.cli.models import Convert, Doctor, Export, Models
 from ltsm_jax.cli.options import Command
 from ltsm_jax.cli.surfaces import Landscape
@@ -55,6 +56,7 @@ COMMANDS: dict[str, type[Command]] = {
     "compare": Compare,
     "prune": Prune,
     "detect": Detect,
+    "impute": Impute,
     "landscape": Landscape,
     "convert": Convert,
     "export": Export,

@@ -43,9 +43,11 @@ class Detect(Command):
     """share of the rows, from the first on, that are ordinary"""
     quantile: Annotated[float, SHARE] = 0.995
     """of the scores of that first part: the threshold"""
-    method: Annotated[str, flags.one_of(tuple(STRATEGIES)), flags.described("how to tune on the first part before")] = (
-        "zero_shot"
-    )
+    method: Annotated[
+        str,
+        flags.one_of(tuple(STRATEGIES)),
+        flags.described("how to tune on the first part before"),
+    ] = "zero_shot"
     seed: Annotated[int, flags.whole(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = 0
     """of tuning"""
     out: Annotated[Path | None, file_of(TABLES)] = None

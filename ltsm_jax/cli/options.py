@@ -47,33 +47,39 @@ class Licence:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """How the table is read. Columns that no option names are taken by their names and types; the plan says how."""
+class Columns:
+    """How the rows of a table are read. Columns that no option names are taken by their names and types."""
 
     id: Annotated[Any, flags.words()] = None
     """column(s) that tell the items of a long table apart"""
     time: Annotated[Any, flags.words()] = None
     """column(s) of the stamps (date,hour); by default found by their names"""
     target: Annotated[Any, flags.words(unset="found")] = None
-    """column(s) to forecast"""
-    known: Annotated[Any, flags.words()] = None
-    """covariates that are known ahead, as a price; those in --future are"""
-    past: Annotated[Any, flags.words()] = None
-    """covariates that are known up to the last target"""
-    static: Annotated[Any, flags.words()] = None
-    """columns that say one thing of an item, as its size"""
+    """column(s) of the targets"""
     freq: Annotated[str | None, flags.text("STEP")] = None
     """step of the stamps: 15min, h, M, ...; by default found from them"""
     date_format: Annotated[str | None, flags.text("LAYOUT")] = None
     """layout of the dates, as %d/%m/%Y; by default the one that fits"""
-    missing: Annotated[str | None, flags.one_of(MISSING, unset="keep")] = None
-    """empty cells: error refuses them, interpolate fills them in time, keep leaves them to the model"""
     irregular: Annotated[str | None, flags.one_of(IRREGULAR, unset="error")] = None
     """stamps off the grid: error refuses them, regularise puts rows on it, ignore takes rows as they are"""
 
     def asked(self) -> dict[str, Any]:
         """Give what was asked for, as keywords of whatever reads a table."""
         return flags.keywords(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table(Columns):
+    """How the table is read. Columns that no option names are taken by their names and types; the plan says how."""
+
+    known: Annotated[Any, flags.words()] = None
+    """covariates that are known ahead, as a price; those in --future are"""
+    past: Annotated[Any, flags.words()] = None
+    """covariates that are known up to the last target"""
+    static: Annotated[Any, flags.words()] = None
+    """columns that say one thing of an item, as its size"""
+    missing: Annotated[str | None, flags.one_of(MISSING, unset="keep")] = None
+    """empty cells: error refuses them, interpolate fills them in time, keep leaves them to the model"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

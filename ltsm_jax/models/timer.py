@@ -112,6 +112,8 @@ PRESETS = {
     # ours, small enough to ship and to train on a laptop
     "timer-tiny": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
     "timer-median": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),  # timer-tiny, on absolute error
+    "timer-tiny-imputation": TimerConfig.of(24, 128, 256, 4, 4, context_len=192, horizon=24, task="imputation"),
+    "timer-tiny-anomaly": TimerConfig.of(96, 128, 256, 4, 4, context_len=768, horizon=96, task="anomaly"),
     "timer-small": TimerConfig.of(96, 256, 1024, 6, 8, context_len=672, horizon=96),
 }
 

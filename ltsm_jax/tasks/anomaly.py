@@ -1,14 +1,16 @@
-"""Anomaly detection on the UCR Anomaly Archive: one model per file, a score per token, the rank of the anomaly.
+"""Anomaly detection on the UCR Anomaly Archive: one model per file, a score per token, the rank of
+the anomaly.
 
-The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-tuning (Meteor-Stars/SFF): a model is
-tuned on windows of 768 rows of the anomaly-free beginning of a series; then windows of 768, 576 apart, run over the
-rest, and each token of 96 rows is scored by the error the model makes there. Token t covers rows
-[b + 96 t, b + 96 (t + 1)), b the end of the training rows. The result of a file is the place of the first token that
-overlaps the anomaly when tokens are sorted by score, and alpha = place / tokens: the smallest share of tokens that must
-be flagged to find it.
+The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-tuning
+(Meteor-Stars/SFF): a model is tuned on windows of 768 rows of the anomaly-free beginning of a
+series; then windows of 768, 576 apart, run over the rest, and each token of 96 rows is scored by
+the error the model makes there. Token t covers rows [b + 96 t, b + 96 (t + 1)), b the end of the
+training rows. The result of a file is the place of the first token that overlaps the anomaly when
+tokens are sorted by score, and alpha = place / tokens: the smallest share of tokens that must be
+flagged to find it.
 
-Where the released code departs from that by mistake, the correct behaviour is the default and the released one a named
-quirk:
+Where the released code departs from that by mistake, the correct behaviour is the default and the
+released one a named quirk:
 
 | quirk | effect |
 | --- | --- |
@@ -16,11 +18,13 @@ quirk:
 | `touching_is_hit` | a token that ends exactly where the anomaly begins counts as overlapping it |
 | `uncovered_is_hit` | only whole windows are scored, and an anomaly in the 96 to 671 rows after them gets rank 1 |
 
-By default the last 10 % of the training rows are held out for validation, overlap is that of half-open ranges, and the
-rows after the last whole window are scored by one more window that ends with the series.
+By default the last 10 % of the training rows are held out for validation, overlap is that of
+half-open ranges, and the rows after the last whole window are scored by one more window that ends
+with the series.
 
-Other archives (`ltsm_jax.tasks.labelled`) go the same way: a series may have several labelled anomalies, of which the
-first to be found counts, and a shorter beginning takes shorter windows (`prepare(window=...)`).
+Other archives (`ltsm_jax.tasks.labelled`) go the same way: a series may have several labelled
+anomalies, of which the first to be found counts, and a shorter beginning takes shorter windows
+(`prepare(window=...)`).
 
 Series of any length up to `ROWS` share one compilation, as arrays are filled up to fixed sizes.
 """
@@ -51,7 +55,8 @@ from ltsm_jax.trees import Tree
 
 WINDOW, TOKEN = 768, 96
 SHORTEST_WINDOW = 3 * TOKEN
-ROWS, STARTS = 2**17, 512  # series and tables of windows are filled up to multiples of these, to share a compilation
+# Series and tables of windows are filled up to multiples of these, to share a compilation.
+ROWS, STARTS = 2**17, 512
 QUIRKS = frozenset({"select_on_test", "touching_is_hit", "uncovered_is_hit"})
 _NAME = re.compile(r"\d+_UCR_Anomaly_.+_(\d+)_(\d+)_(\d+)\.txt(\.gz)?")
 
@@ -60,7 +65,8 @@ _NAME = re.compile(r"\d+_UCR_Anomaly_.+_(\d+)_(\d+)_(\d+)\.txt(\.gz)?")
 class Labelled:
     """A series with labelled anomalies: one, as in the UCR archive, or several.
 
-    name: of the file. values [T] float64, data units. train_end b: rows [0, b) are free of anomalies.
+    name: of the file. values [T] float64, data units. train_end b: rows [0, b) are free of
+    anomalies.
     anomaly: its first and last row, both inclusive. others: further anomalies.
     """
 
@@ -102,7 +108,8 @@ def read_ucr(path: str | Path) -> Labelled:
 
     One value a line, or all on one line.
 
-    Raises: ValueError for another name, text that is no number, or rows that do not fit the labels; FileNotFoundError.
+    Raises: ValueError for another name, text that is no number, or rows that do not fit the labels;
+    FileNotFoundError.
     """
     path = Path(path)
     match = _NAME.fullmatch(path.name)
@@ -122,7 +129,8 @@ def read_ucr(path: str | Path) -> Labelled:
 class Prepared:
     """A labelled series made ready: scaled with its training rows, on the device.
 
-    values: [1, T] float32, scaled units; of an unlabelled table [C, T], whose errors are means over its columns.
+    values: [1, T] float32, scaled units; of an unlabelled table [C, T], whose errors are means over
+    its columns.
     train: windows of `window` rows, 768 in the protocol (672 shown, 96 more).
     validate_rows: the rows [lo, hi) whose error selects the epoch. series: where it comes from.
     """
@@ -143,16 +151,20 @@ def prepare(
     window: int = WINDOW,
     n_windows: int | None = None,
 ) -> Prepared:
-    """Scale a series with mean and population std of rows [0, b), and cut its training windows, stride 1.
+    """Scale a series with mean and population std of rows [0, b), and cut its training windows,
+    stride 1.
 
     Args:
-      holdout: share of the training rows, at their end, kept for validation; not used with quirk `select_on_test`.
+      holdout: share of the training rows, at their end, kept for validation; not used with quirk
+        `select_on_test`.
       quirks: released behaviours to follow, of `QUIRKS`; they are kept in the result.
       window: rows of a window, a multiple of 96 from 288 on; 768 in the protocol.
-      n_windows: take exactly that many training windows, evenly spread over all (some repeatedly where there are
-        fewer), so that series of different length train in one compiled program; None: each one once.
-    Raises: ValueError for unknown quirks, a holdout outside (0, 1), a window of another length, or too few rows for one
-      training window.
+      n_windows: take exactly that many training windows, evenly spread over all (some repeatedly
+        where there are fewer), so that series of different length train in one compiled program;
+        None: each one once.
+    Raises: ValueError for unknown quirks, a holdout outside (0, 1), a window of another length, or
+    too few rows for one
+    training window.
     """
     if window % TOKEN or window < SHORTEST_WINDOW:
         raise ValueError(f"window must be a multiple of {TOKEN} from {SHORTEST_WINDOW} on; got {window}")
@@ -180,7 +192,8 @@ def prepare(
 
 
 def rows_to_train(train_end: int, holdout: float = 0.1) -> int:
-    """How many of the anomaly-free rows [0, train_end) are trained on; the last ones are held out."""
+    """How many of the anomaly-free rows [0, train_end) are trained on; the last ones are held
+    out."""
     return train_end - max(int(train_end * holdout), 1)
 
 
@@ -192,14 +205,15 @@ def _filled(array: np.ndarray, size: int) -> np.ndarray:
 
 
 def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
-    """The training loss `f(params, batch, key, train) -> scalar`: mean squared error, squared units of the batch.
+    """The training loss `f(params, batch, key, train) -> scalar`: mean squared error, squared units
+    of the batch.
 
-    A window is `context` [B, C, L] and `target` [B, C, H] of the batch, one after the other; rows count by `weight`,
-    missing values (NaN) do not.
+    A window is `context` [B, C, L] and `target` [B, C, H] of the batch, one after the other; rows
+    count by `weight`, missing values (NaN) do not.
 
     Args:
-      ims: True: each token predicts the next, all but the first are scored. False: the model reconstructs the
-        whole window from itself, the default of the released SFF script.
+      ims: True: each token predicts the next, all but the first are scored. False: the model
+        reconstructs the whole window from itself, the default of the released SFF script.
     Raises: ValueError for a model without this task.
     """
     model.check_task("anomaly")
@@ -240,7 +254,8 @@ def _window_errors(
     placement: Placement | None = None,
     window: int = WINDOW,
 ) -> np.ndarray:
-    """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64 on the host."""
+    """Squared errors of the last points of each window [W, 768 - 96], direct mode [W, 768]; float64
+    on the host."""
     placement = placement or Placement.of(params)
     filled = _filled(np.asarray(values), ROWS)
     table = _filled(np.asarray(starts, np.int32), STARTS)
@@ -255,7 +270,8 @@ def _window_errors(
 
 
 def window_starts(lo: int, hi: int, window: int = WINDOW) -> np.ndarray:
-    """First rows of the whole windows that score rows from `lo` on and end by `hi`: lo - 96, then 576 apart."""
+    """First rows of the whole windows that score rows from `lo` on and end by `hi`: lo - 96, then
+    576 apart."""
     return np.arange(lo - TOKEN, hi - window + 1, window - 2 * TOKEN)
 
 
@@ -271,10 +287,12 @@ def row_errors(
     placement: Placement | None = None,
     window: int = WINDOW,
 ) -> np.ndarray:
-    """Squared error of the model at each row of [lo, hi), float64, each row once; in the squared units of `values`.
+    """Squared error of the model at each row of [lo, hi), float64, each row once; in the squared
+    units of `values`.
 
-    Whole windows start at lo - 96, 576 apart, and each gives its points 96 to 671. The rows after them, fewer than 672,
-    come from one more window that ends at `hi`; `tail=False` leaves them out, so the result is shorter.
+    Whole windows start at lo - 96, 576 apart, and each gives its points 96 to 671. The rows after
+    them, fewer than 672, come from one more window that ends at `hi`; `tail=False` leaves them out,
+    so the result is shorter.
 
     Args:
       values: [1, T]. Rows before `lo` serve as context, so lo >= 96 and hi >= 768.
@@ -307,12 +325,19 @@ def validation_error(
     batch_size: int = 128,
     placement: Placement | None = None,
 ) -> float:
-    """Mean squared error on the rows that select the epoch, scaled units: held-out training rows, each row once.
+    """Mean squared error on the rows that select the epoch, scaled units: held-out training rows,
+    each row once.
 
-    With quirk `select_on_test`: the mean over all points that the whole test windows predict, as released.
+    With quirk `select_on_test`: the mean over all points that the whole test windows predict, as
+    released.
     """
     if "select_on_test" not in task.quirks:
-        how: dict[str, Any] = {"ims": ims, "batch_size": batch_size, "placement": placement, "window": task.window}
+        how: dict[str, Any] = {
+            "ims": ims,
+            "batch_size": batch_size,
+            "placement": placement,
+            "window": task.window,
+        }
         return float(row_errors(model, params, task.values, task.validate_rows, **how).mean())
     starts = window_starts(*task.validate_rows, task.window)
     if not len(starts):
@@ -323,8 +348,9 @@ def validation_error(
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Outcome for one file: `rank` of the first overlapping token (1 = highest score; None: the anomaly was missed
-    because no scored token overlaps it), the number of tokens, and alpha = rank / n_tokens (1 for a miss)."""
+    """Outcome for one file: `rank` of the first overlapping token (1 = highest score; None: the
+    anomaly was missed because no scored token overlaps it), the number of tokens, and alpha = rank
+    / n_tokens (1 for a miss)."""
 
     name: str
     rank: int | None
@@ -354,7 +380,8 @@ def rank_anomaly(
     """Place of the first token, by descending score, that overlaps the anomaly.
 
     Args:
-      scores: [tokens]; token t covers rows [first_row + 96 t, first_row + 96 (t + 1)), cut at `last_row` (exclusive).
+      scores: [tokens]; token t covers rows [first_row + 96 t, first_row + 96 (t + 1)), cut at
+        `last_row` (exclusive).
       anomaly: first and last row, inclusive; of several anomalies a list of such.
       quirks: `touching_is_hit` and `uncovered_is_hit` are obeyed.
     Raises: ValueError for no scores, or scores that are not finite (a model that diverged).
@@ -390,10 +417,11 @@ def evaluate(
 
     Args:
       task: from `prepare`; its quirks are obeyed.
-      ims: as in `loss_fn`. In direct mode the same points of the same windows are scored (the released code scores
-        eight tokens a window there and loses track of their rows).
-      tail: score the rows after the last whole window too; False leaves them out, and an anomaly there is a miss
-        (rank None; with quirk `uncovered_is_hit`, which implies tail=False, rank 1).
+      ims: as in `loss_fn`. In direct mode the same points of the same windows are scored (the
+        released code scores eight tokens a window there and loses track of their rows).
+      tail: score the rows after the last whole window too; False leaves them out, and an anomaly
+        there is a miss (rank None; with quirk `uncovered_is_hit`, which implies tail=False, rank
+        1).
     Raises: ValueError when nothing can be scored or the model gives values that are not finite.
     """
     model.check_task("anomaly")
@@ -419,14 +447,16 @@ def evaluate(
 
 
 def rank_rows(errors: np.ndarray, series: Labelled, quirks: Collection[str] = frozenset()) -> Result:
-    """Rank a series by a score of each of its rows from `series.train_end` on, of a model or of anything else."""
+    """Rank a series by a score of each of its rows from `series.train_end` on, of a model or of
+    anything else."""
     first, end = series.train_end, series.train_end + len(errors)
     scores = token_scores(errors)
     return rank_anomaly(scores, series.spans, first, last_row=end, quirks=quirks, name=series.name)
 
 
 def summarise(results: Iterable[Result], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)) -> dict[str, Any]:
-    """Files in which the anomaly is found when the top q of the tokens is flagged, and the mean alpha.
+    """Files in which the anomaly is found when the top q of the tokens is flagged, and the mean
+    alpha.
 
     Returns: {"files", "missed", "mean_alpha", "found": {q: number of files with alpha <= q}}.
     Raises: ValueError for no results.
@@ -473,9 +503,15 @@ class Anomaly:
         return _loss(model, self.ims)
 
     def evaluate(
-        self, model: Model, params: Tree, data: Prepared, part: Part = "val", placement: Placement | None = None
+        self,
+        model: Model,
+        params: Tree,
+        data: Prepared,
+        part: Part = "val",
+        placement: Placement | None = None,
     ) -> dict[str, Any]:
-        """Of "val" the mean squared error; of "test" the rank of the anomaly among the tokens, see `evaluate`."""
+        """Of "val" the mean squared error; of "test" the rank of the anomaly among the tokens, see
+        `evaluate`."""
         if part == "val":
             return {"mse": validation_error(model, params, data, ims=self.ims, placement=placement)}
         found = evaluate(model, params, data, ims=self.ims, placement=placement)

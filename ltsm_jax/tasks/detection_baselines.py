@@ -44,15 +44,16 @@ def moving_z_score(values: np.ndarray, width: int = 96) -> np.ndarray:
 def discord(values: np.ndarray, length: int) -> np.ndarray:
     """Score a row by how far the subsequence around it is from the one most like it in the series.
 
-    The exact matrix profile: every z-normalised subsequence of `length` rows is correlated with every
-    other, those that begin within half a length left out, and its score is the Euclidean distance to
-    the nearest. A row takes the score of the subsequence that has it in the middle. The largest is the
-    discord.
+    The exact matrix profile: every z-normalised subsequence of `length` rows is correlated with
+    every other, those that begin within half a length left out, and its score is the Euclidean
+    distance to the nearest. A row takes the score of the subsequence that has it in the middle. The
+    largest is the discord.
 
-    Constant subsequences are alike to each other and unlike (correlation 0) to all else. Time: T * T,
-    two minutes of a core for 128,000 rows.
+    Constant subsequences are alike to each other and unlike (correlation 0) to all else. Time: T *
+    T, two minutes of a core for 128,000 rows.
     Source: Yeh et al., "Matrix Profile I" (ICDM 2016); Keogh et al., "HOT SAX" (ICDM 2005) for
-    discords; the order of the sums, diagonal by diagonal, is that of Zhu et al., "SCRIMP" (ICDM 2018).
+    discords; the order of the sums, diagonal by diagonal, is that of Zhu et al., "SCRIMP" (ICDM
+    2018).
     Raises: ValueError for a length below 4 or a series shorter than two lengths.
     """
     values = np.asarray(values, np.float64)
@@ -81,7 +82,8 @@ def discord(values: np.ndarray, length: int) -> np.ndarray:
 
 
 def _moments(centred: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give mean and 1 / norm of every subsequence [n], the latter 0 for constant ones, and which those are."""
+    """Give mean and 1 / norm of every subsequence [n], the latter 0 for constant ones, and which
+    those are."""
     windows = np.lib.stride_tricks.sliding_window_view(centred, length)
     mean = windows.mean(axis=1)
     norm = windows.std(axis=1) * np.sqrt(length)
@@ -93,7 +95,8 @@ def _moments(centred: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, 
 def period(values: np.ndarray) -> int:
     """Estimate the main period: the lag of 16 to 256 rows with the highest peak of autocorrelation.
 
-    Only lags behind the first fall to a half are looked at, as a smooth series is like itself nearby.
+    Only lags behind the first fall to a half are looked at, as a smooth series is like itself
+    nearby.
     Returns: 96 where there is no peak.
     """
     values = np.asarray(values, np.float64)

@@ -196,7 +196,8 @@ def _ends_of_ties(falling: np.ndarray) -> np.ndarray:
 def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
     if scores.ndim != 1 or scores.shape != labels.shape or not scores.size:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} must be one and the same row of entries")
+        shapes = f"scores {scores.shape} and labels {labels.shape}"
+        raise ValueError(f"{shapes} must be one and the same row of entries")
     if not np.isfinite(scores).all():
         raise ValueError(f"{np.sum(~np.isfinite(scores))} of {scores.size} scores are not finite")
     return scores, labels
@@ -205,7 +206,8 @@ def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 def _checked_rows(flags: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flags, labels = np.asarray(flags, bool), np.asarray(labels, bool)
     if flags.ndim != 1 or flags.shape != labels.shape:
-        raise ValueError(f"flags {flags.shape} and labels {labels.shape} must be one and the same row of entries")
+        shapes = f"flags {flags.shape} and labels {labels.shape}"
+        raise ValueError(f"{shapes} must be one and the same row of entries")
     return flags, labels
 
 

@@ -53,7 +53,8 @@ def read_labelled(paths: Iterable[str | Path]) -> tuple[list[Labelled], list[str
             else:
                 notes.append(f"{file.name}: left out, no anomaly is labelled behind its first part")
     if not found:
-        raise DataError(f"no labelled series in {', '.join(map(str, paths))}: " + ("; ".join(notes) or "no files"))
+        where = ", ".join(map(str, paths))
+        raise DataError(f"no labelled series in {where}: " + ("; ".join(notes) or "no files"))
     return found, notes
 
 
@@ -88,7 +89,8 @@ def read_nab(path: str | Path, labels: str | Path | None = None) -> Labelled | N
         stamps = pd.to_datetime(table["timestamp"])
         values = table["value"].to_numpy(np.float64)
     except (KeyError, ValueError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name} is not a table of columns timestamp and value: {error}") from error
+        said = f"{path.name} is not a table of columns timestamp and value: {error}"
+        raise DataError(said) from error
     train_end = min(int(PROBATION * len(values)), LONGEST_PROBATION)
     spans = []
     for first, last in windows:
@@ -144,7 +146,8 @@ def read_channels(folder: str | Path, channels: Sequence[str] | None = None) -> 
     folder = Path(folder)
     try:
         table = pd.read_csv(folder / SMAP_LABELS)
-        rows = list(zip(table["chan_id"].astype(str), table["anomaly_sequences"].astype(str), strict=True))
+        names, sequences = (table[c].astype(str) for c in ("chan_id", "anomaly_sequences"))
+        rows = list(zip(names, sequences, strict=True))
     except (KeyError, ValueError, OSError) as error:
         raise DataError(f"{folder / SMAP_LABELS}: {error}") from error
     found = []
@@ -154,7 +157,8 @@ def read_channels(folder: str | Path, channels: Sequence[str] | None = None) -> 
         if wanted and all(file.is_file() for file in files):
             train, test = (_first_column(file) for file in files)
             spans = _spans_of(channel, text, len(train))
-            found.append(Labelled(channel, np.concatenate([train, test]), len(train), spans[0], tuple(spans[1:])))
+            values, others = np.concatenate([train, test]), tuple(spans[1:])
+            found.append(Labelled(channel, values, len(train), spans[0], others))
     if not found:
         raise DataError(f"{folder}: no channel of {SMAP_LABELS} has a file in train/ and in test/")
     return found
@@ -166,7 +170,8 @@ def _first_column(file: Path) -> np.ndarray:
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{file.name} cannot be read as an array: {error}") from error
     if values.ndim not in (1, 2) or not len(values) or not np.issubdtype(values.dtype, np.number):
-        raise DataError(f"{file.name} must be an array of numbers [rows, columns], not {values.dtype} {values.shape}")
+        got = f"{values.dtype} {values.shape}"
+        raise DataError(f"{file.name} must be an array of numbers [rows, columns], not {got}")
     return values.reshape(len(values), -1)[:, 0].astype(np.float64)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 from typing import ClassVar
 
 import jax
@@ -60,7 +61,7 @@ def noise():
 @pytest.mark.parametrize("rate", [0.125, 0.25, 0.375, 0.5])
 def test_whole_patches_are_hidden_at_the_rate_and_never_the_first(rate):
     keys = jax.random.split(jax.random.key(1), 4000)
-    visible = np.asarray(jax.vmap(lambda k: imputation.patch_mask(k, T, 3, P, rate))(keys))
+    visible = np.asarray(jax.vmap(lambda k: imputation.hole_mask(k, T, 3, P, rate))(keys))
     patches = visible.reshape(4000, 3, T // P, P)
     assert (patches == patches[..., :1]).all(), "a patch is hidden in part"
     assert patches[:, :, 0].all()
@@ -73,7 +74,7 @@ def test_whole_patches_are_hidden_at_the_rate_and_never_the_first(rate):
 def test_a_window_must_be_whole_patches():
     for steps in (P, T + 1):
         with pytest.raises(ValueError, match="whole patches"):
-            imputation.patch_mask(jax.random.key(0), steps, 1, P, 0.5)
+            imputation.hole_mask(jax.random.key(0), steps, 1, P, 0.5)
 
 
 def test_loss_is_the_mean_over_hidden_points_only():
@@ -184,6 +185,89 @@ def test_refusals():
         imputation.loss_fn(Constant())({}, {"context": jnp.zeros((1, 1, T))}, None, False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Says(Constant):
+    """Answers `params["y"]` [B, C, T], whatever it sees."""
+
+    def impute(self, params, x, observed, key=None, train=False, ims=True):
+        return params["y"]
+
+
+def test_pooled_metrics_are_those_of_the_originals_code(golden_dir):
+    recorded = json.loads((golden_dir / "imputation" / "metrics.json").read_text())
+    patch, shape = recorded["patch_len"], (6, 192, 3)
+    draws = [np.random.default_rng(i) for i in range(3)]
+    x, y = (np.float32(draws[i].normal(size=shape)).swapaxes(1, 2) for i in (0, 2))
+    u = np.float32(draws[1].random((6, 192 // patch, 3))).swapaxes(1, 2)
+    assert [value["rate"] for value in recorded["values"][::2]] == [0.125, 0.25, 0.375, 0.5]
+    for value in recorded["values"]:
+        visible = np.repeat(u > value["rate"], patch, axis=2)
+        visible[..., :patch] = True
+        # The original compares a token with the patch after it, or with its own.
+        said = np.roll(y, patch, axis=2) if value["ims"] else y
+        error, scored = imputation.hidden_error(Says(), {"y": said}, x, visible, None, False, value["ims"])
+        error, scored = np.asarray(error, np.float64), np.asarray(scored)
+        assert scored.sum() == value["points"] and (~visible).mean() == pytest.approx(value["masked_share"])
+        assert np.square(error).sum() / scored.sum() == pytest.approx(value["mse"], rel=1e-6)
+        assert np.abs(error).sum() / scored.sum() == pytest.approx(value["mae"], rel=1e-6)
+
+
+@pytest.mark.parametrize("holes", imputation.HOLES)
+def test_every_kind_hides_the_same_share_and_spares_the_first_patch(holes):
+    keys = jax.random.split(jax.random.key(2), 4000)
+    for rate in (0.125, 0.5, 0.75):
+        draw = jax.jit(jax.vmap(lambda k, rate=rate: imputation.hole_mask(k, T, 3, P, rate, holes)))
+        hidden = ~np.asarray(draw(keys))
+        assert not hidden[..., :P].any()
+        assert hidden.mean() == pytest.approx(rate * 7 / 8, rel=0.05)
+        assert (hidden[:, 0] != hidden[:, 1]).any(), "the variates share one mask"
+    begins = np.diff(hidden.astype(int), axis=-1) == 1
+    if holes == "blocks":
+        assert begins.sum(-1).max() == 1, "one run at most"
+        lengths = hidden.sum(-1)
+        assert lengths.min() >= (T - P) // 2 and lengths.max() == T - P  # of rate 0.75
+    if holes == "outages":
+        assert set(hidden.sum(-1).ravel()) == {0, T - P}
+
+
+def test_a_window_draws_one_of_several_kinds():
+    task = imputation.Imputation(rate=0.5, holes=("patches", "outages"))
+    assert task.options["holes"] == ("patches", "outages")
+    windows, params = windows_of(np.ones((1, 400))), {"level": jnp.float32(0), "peek": jnp.float32(0)}
+    _, visible, _ = imputation.examples(Constant(), params, windows, np.arange(200), **task.options)
+    hidden = (~visible[:, 0]).sum(-1)
+    assert 20 < (hidden == T - P).sum() < 80 and len(set(hidden)) > 4
+    again = imputation.window_sums(Constant(), params, windows, **task.options)["points"]
+    np.testing.assert_array_equal(again[:200], hidden, "the masks of the score")
+    with pytest.raises(ValueError, match="holes are of"):
+        imputation.loss_fn(Constant(), holes="gaps")
+
+
+def test_rates_share_a_compilation():
+    model, params = Constant(), {"level": jnp.float32(1), "peek": jnp.float32(0)}
+    losses = [imputation.loss_fn(model, rate=rate) for rate in (0.125, 0.5)]
+    assert jax.tree.structure(losses[0]) == jax.tree.structure(losses[1])
+    value = jax.jit(lambda f, x: f(params, {"context": x}, jax.random.key(0), True))
+    assert [float(value(f, jnp.full((8, 2, T), 3.0))) for f in losses] == [4.0, 4.0] and value._cache_size() == 1
+
+
+def test_an_anchored_fill_meets_its_neighbours():
+    nan = np.nan
+    x = jnp.array([nan, 1.0, nan, nan, 4.0, nan])
+    constant = imputation.anchored(jnp.full(6, 9.0), x)
+    np.testing.assert_allclose(constant, [1, 1, 2, 3, 4, 4], rtol=1e-6)  # the straight line, its ends repeated
+    shape = jnp.array([0.0, 1.0, 3.0, 2.0, 1.0, 5.0])
+    np.testing.assert_allclose(imputation.anchored(shape, x), [0, 1, 4, 4, 4, 8], rtol=1e-6)
+
+
+def test_fillers_without_a_model():
+    nan = np.nan
+    x = jnp.array([nan, 1.0, 2.0, nan, nan, 6.0, nan, nan])
+    np.testing.assert_allclose(imputation.linear(x), [1, 1, 2, 10 / 3, 14 / 3, 6, 6, 6], rtol=1e-6)
+    # season 3: 0 from 3 or 6, unknown: linear; 3 from 0 or 6: linear; 4 from 1; 6: linear; 7 from 4, then 1
+    np.testing.assert_allclose(imputation.seasonal(x, 3), [1, 1, 2, 10 / 3, 1, 6, 6, 1], rtol=1e-6)
+
+
 class TestTimer:
     model = Timer(TimerConfig.of(P, 16, 32, 1, 2, context_len=T, horizon=P, task="imputation", dropout=0.1))
 
@@ -192,7 +276,7 @@ class TestTimer:
         """The mean over hidden points of patches 2 to 8: token j - 1 predicts patch j, or token j itself."""
         params = jax.jit(self.model.init)(jax.random.key(0))
         x = jnp.asarray(noise[:, :T], jnp.float32)[None]
-        visible = np.asarray(imputation.patch_mask(jax.random.key(5), T, 3, P, 0.5))[None]
+        visible = np.asarray(imputation.hole_mask(jax.random.key(5), T, 3, P, 0.5))[None]
         score = jax.jit(lambda params: imputation.hidden_error(self.model, params, x, visible, None, False, ims))
         error, scored = score(params)
         tokens, _ = jax.jit(self.model.apply)(params, jnp.where(visible, x, 0), jnp.asarray(visible, jnp.float32))
@@ -237,7 +321,7 @@ def test_the_runner_tunes_an_imputer():
     assert result.test["mse"] < 0.8 * before["mse"]
     assert result.val["mse"] == min(h["val_mse"] for h in result.history)
     assert set(task.row(result.test)) == {"mse", "mae", "points"}
-    line = task.baselines(model, splits, "test")["straight line"]
+    line = task.baselines(model, splits, "test")["linear"]
     assert line["points"] == before["points"], "scored on the same hidden points"
     assert task.loss(model) is task.loss(Timer(model.config)), "equal models share a compilation"
 
