@@ -143,11 +143,14 @@ def task_of(model: Model) -> str:
     return getattr(model.config, "task", "forecasting")
 
 
-def objective_of(model: Model, kind: str = "own") -> Objective:
-    """Give the objective of a model's task; kind: of a forecaster, which of `LOSSES`."""
+def objective_of(model: Model, loss: str = "own") -> Objective:
+    """Give the objective of a model's task.
+
+    loss: of `LOSSES`, for forecasters; another task has one loss of its own.
+    """
     task = task_of(model)
-    if kind != "own" and task != "forecasting":
-        raise ValueError(f"--loss {kind} is for forecasters; {model.family} is to be trained for {task}")
+    if loss != "own" and task != "forecasting":
+        raise flags.UsageError(f"--loss {loss} is for forecasting, and {task} is what this preset is for")
     if task == "imputation":
         hidden = {"rate": HIDDEN, "holes": HOLES}
         draws_masks = imputation.loss_fn(model, **hidden)
@@ -167,13 +170,13 @@ def objective_of(model: Model, kind: str = "own") -> Objective:
             validate=functools.partial(_reconstructed, model),
             words="anomaly: each token predicts the next, without dropout",
         )
-    forecasts = model.loss if kind == "own" else model.absolute_loss
+    forecasting_loss = model.loss if loss == "own" else model.absolute_loss
     return Objective(
         context=model.context_len,
         target=model.horizon,
-        loss=lambda params, batch, key, train: forecasts(params, batch, None, False),
+        loss=lambda params, batch, key, train: forecasting_loss(params, batch, None, False),
         validate=functools.partial(_forecast, model),
-        words=f"{kind}, without dropout",
+        words=f"{loss}, without dropout",
     )
 
 

@@ -111,9 +111,9 @@ PRESETS = {
     "Timer_anomaly_detection_1.0": TimerConfig.of(96, 256, 512, 4, 8, context_len=768, horizon=96, task="anomaly"),
     # ours, small enough to ship and to train on a laptop
     "timer-tiny": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
+    "timer-median": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),  # timer-tiny, on absolute error
     "timer-tiny-imputation": TimerConfig.of(24, 128, 256, 4, 4, context_len=192, horizon=24, task="imputation"),
     "timer-tiny-anomaly": TimerConfig.of(96, 128, 256, 4, 4, context_len=768, horizon=96, task="anomaly"),
-    "timer-median": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),  # timer-tiny, on absolute error
     "timer-small": TimerConfig.of(96, 256, 1024, 6, 8, context_len=672, horizon=96),
 }
 

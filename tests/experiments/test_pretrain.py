@@ -126,27 +126,6 @@ def test_a_second_process_with_the_same_folder_is_refused(finished):
         pretrain.main(args)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["imputation", "anomaly"])
-def test_presets_of_other_tasks_are_trained_for_them(task, tmp_path, monkeypatch):
-    sizes = {"imputation": (24, 192, 24), "anomaly": (96, 768, 96)}
-    patch, context, horizon = sizes[task]
-    config = timer.TimerConfig.of(patch, 16, 32, 1, 2, context_len=context, horizon=horizon, task=task)
-    monkeypatch.setitem(timer.PRESETS, "tiny-task", config)
-    args = Pretrain(out=tmp_path / "run", preset="tiny-task", generated=24, length=LENGTH, steps=4, batch_size=8)
-    assert pretrain.main(args) is None
-    model, params = ltsm_jax.load(tmp_path / "run" / "model")
-    start = model.init(ltsm_jax.training.keys(0)["init"])
-    moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)]
-    assert all(moved)
-    made = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["provenance"]
-    assert made["loss"].startswith(task) and made["source"].endswith("generated series only")
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
-    assert np.isfinite(metrics[-1]["val_mse"])
-    with pytest.raises(pretrain.flags.UsageError, match=f"experiments.{task} scores it"):
-        pretrain.main(dataclasses.replace(args, evaluate=("ETTh1",), out=tmp_path / "other"))
-
-
 def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_windows(finished, tmp_path):
     args, results = finished
     more = dataclasses.replace(
@@ -168,6 +147,27 @@ def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_wi
     gaps = [float(jnp.abs(a - b).max()) for a, b in zip(old, new, strict=True)]
     # two steps of at most about lr each: it has moved, and it is no fresh model
     assert 0 < max(gaps) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["imputation", "anomaly"])
+def test_presets_of_other_tasks_are_trained_for_them(task, tmp_path, monkeypatch):
+    sizes = {"imputation": (24, 192, 24), "anomaly": (96, 768, 96)}
+    patch, context, horizon = sizes[task]
+    config = timer.TimerConfig.of(patch, 16, 32, 1, 2, context_len=context, horizon=horizon, task=task)
+    monkeypatch.setitem(timer.PRESETS, "tiny-task", config)
+    args = Pretrain(out=tmp_path / "run", preset="tiny-task", generated=24, length=LENGTH, steps=4, batch_size=8)
+    assert pretrain.main(args) is None
+    model, params = ltsm_jax.load(tmp_path / "run" / "model")
+    start = model.init(ltsm_jax.training.keys(0)["init"])
+    moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)]
+    assert all(moved)
+    made = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["provenance"]
+    assert made["loss"].startswith(task) and made["source"].endswith("generated series only")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(metrics[-1]["val_mse"])
+    with pytest.raises(pretrain.flags.UsageError, match=f"experiments.{task} scores it"):
+        pretrain.main(dataclasses.replace(args, evaluate=("ETTh1",), out=tmp_path / "other"))
 
 
 def test_pools_are_joined_without_windows_across_them(finished):
