@@ -1,9 +1,9 @@
 """`impute`: a table without holes, and which cells were filled.
 
-A model reconstructs windows around the holes of each item; both ends of a fill are moved to the
-values beside it (`tasks.imputation.anchored`). Whether that beats a straight line is measured on
-cells of the same table that are known, hidden in holes of the same form; a column where it does not
-is filled by the line.
+A model reconstructs windows around the holes of each item. Its values are taken as they are, or
+with both ends of a fill moved to the values beside it (`tasks.imputation.anchored`), which is good
+for short holes. Which is better, and whether it beats a straight line, is measured on cells of the
+same table that are known, hidden in holes of the same form: each column is filled by the best.
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.training import TrainConfig
 
 Params = Any
-Fill = Literal["auto", "model", "linear"]
+Fill = Literal["auto", "anchored", "model", "linear"]
+FILLS: tuple[Fill, ...] = ("anchored", "model", "linear")  # the first where nothing can be measured
+WORDS = {"anchored": "model, anchored", "model": "model", "linear": "straight line"}
 FILLED = "_filled"  # behind the name of a target: the name of its flags
 CHECKED = 0.05  # share of the known cells that are hidden to compare with the straight line, at least
 BATCH = 64  # windows per forward pass
@@ -48,9 +50,9 @@ class Imputed:
       table: a row per row of the data, item by item: ids, stamps (or "row"), the targets without
         holes, and for each target "<name>_filled", True where a cell was filled. Known cells are
         what they were.
-      check: a row per target with holes: `cells` that were known and hidden, `model_mse` and
-        `linear_mse` there (in units of the item's variance; NaN where nothing could be hidden), and
-        `filled_by`, "model" or "linear".
+      check: a row per target with holes: `cells` that were known and hidden, `anchored_mse`,
+        `model_mse` and `linear_mse` there (in units of the item's variance; NaN where it was not
+        measured), and `filled_by`, one of "anchored", "model" and "linear".
       panel: what was read. params: what filled it, tuned where a method was asked for.
       notes: what was done, in words.
     """
@@ -95,12 +97,10 @@ class Imputed:
         cells = self.panel.values.size
         lines = [f"{self.panel.name}: {self.n_filled:,} of {cells:,} cells filled"]
         for row in self.check.to_dict("records"):
-            said = f"  {row['column']}: by the {'model' if row['filled_by'] == 'model' else 'straight line'}"
+            said = f"  {row['column']}: by the {WORDS[row['filled_by']]}"
             if row["cells"]:
-                said += (
-                    f"; on {row['cells']:,} known cells, hidden alike: MSE of the model {row['model_mse']:.4g}, "
-                    f"of the line {row['linear_mse']:.4g}"
-                )
+                mse = [f"{WORDS[name]} {row[f'{name}_mse']:.4g}" for name in FILLS]
+                said += f"; on {row['cells']:,} known cells, hidden alike: MSE {', '.join(mse)}"
             lines.append(said)
         return "\n".join([*lines, *self.notes])
 
@@ -137,8 +137,9 @@ def impute(
     Args:
       model, params: from `ltsm_jax.load`, of a family that does imputation (timer, moment, units).
       data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series` or a `Panel`.
-      fill: "model"; "linear", the straight line; "auto": of both the one with the lower error on
-        known cells of the column that were hidden in holes of the same form.
+      fill: "model"; "anchored", the model with the ends of each fill moved to the values beside it;
+        "linear", the straight line; "auto": the one of the lowest error on known cells of the
+        column that were hidden in holes of the same form.
       method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`: how to tune on the table
         before; by default not at all. For a table of one item.
       target, time, id, freq, date_format, irregular, name: how a table is read, see
@@ -149,8 +150,8 @@ def impute(
     Raises: ValueError for a model without the task, and data that cannot be read.
     Example: `ltsm_jax.impute(*ltsm_jax.load("timer-tiny-imputation"), "sensors.csv").table`
     """
-    if fill not in ("auto", "model", "linear"):
-        raise ValueError(f"fill must be auto, model or linear; got {fill!r}")
+    if fill not in ("auto", *FILLS):
+        raise ValueError(f"fill must be auto, {', '.join(FILLS)}; got {fill!r}")
     check_params(model, params)
     model.check_task("imputation")
     chosen = strategy(method) if isinstance(method, str) else method
@@ -223,41 +224,47 @@ def _table(panel: Panel, values: np.ndarray) -> pd.DataFrame:
 # --- what goes into a hole
 
 
-def _filled(model: Model, params: Params, panel: Panel, fill: Fill) -> tuple[np.ndarray, pd.DataFrame]:
+def _filled(
+    model: Model,
+    params: Params,
+    panel: Panel,
+    fill: Fill,
+) -> tuple[np.ndarray, pd.DataFrame]:
     """Fill the holes of all items. Returns: values [C, R], and `Imputed.check`."""
+    ways = {
+        "anchored": functools.partial(_by_model, model, params, True),
+        "model": functools.partial(_by_model, model, params, False),
+        "linear": _by_line,
+    }
+    asked = FILLS if fill == "auto" else (fill,)
     holes = np.isnan(panel.values)
-    with_holes = np.flatnonzero(holes.any(axis=1))
     counts = np.zeros(panel.n_variates, int)
-    errors = {"model": np.zeros(panel.n_variates), "linear": np.zeros(panel.n_variates)}
-    guesses = {name: panel.values.copy() for name in errors}
+    errors = np.zeros((len(asked), panel.n_variates))
+    guesses = np.stack([panel.values] * len(asked))
     for lo, hi in zip(panel.bounds[:-1], panel.bounds[1:], strict=True):
         known = panel.values[:, lo:hi]
         if not holes[:, lo:hi].any():
             continue
         mean, std = _scale(known)
         scaled = (known - mean) / std
-        extra = _like_holes(np.isnan(known))
+        extra = _like_holes(np.isnan(known)) if fill == "auto" else np.zeros_like(known, bool)
         counts += extra.sum(axis=1)
-        for name, guess in guesses.items():
-            if name == "model" and fill == "linear":
-                continue
-            fill_in = functools.partial(_by_model, model, params) if name == "model" else _by_line
-            guess[:, lo:hi] = np.where(np.isnan(known), fill_in(scaled) * std + mean, known)
-            if extra.any() and fill == "auto":
-                again = fill_in(np.where(extra, np.nan, scaled))
-                errors[name] += np.square(np.where(extra, again - scaled, 0.0)).sum(axis=1)
-    wins = errors["model"] < errors["linear"]
-    by_model = np.where(counts > 0, wins, True) if fill == "auto" else np.full(len(counts), fill == "model")
-    values = np.where(by_model[:, None], guesses["model"], guesses["linear"])
-    values = np.where(holes, values, panel.values)
-    measured = counts if fill == "auto" else np.zeros_like(counts)
+        for k, name in enumerate(asked):
+            guesses[k, :, lo:hi] = ways[name](scaled) * std + mean
+            if extra.any():
+                again = ways[name](np.where(extra, np.nan, scaled))
+                errors[k] += np.square(np.where(extra, again - scaled, 0.0)).sum(axis=1)
+    best = errors.argmin(axis=0)
+    values = np.where(holes, guesses[best, np.arange(panel.n_variates)], panel.values)
     rows = []
-    for c in with_holes:
-        row: dict[str, Any] = {"column": str(panel.columns[c]), "cells": int(measured[c])}
-        for name, total in errors.items():
-            row[f"{name}_mse"] = total[c] / measured[c] if measured[c] else np.nan
-        rows.append(row | {"filled_by": "model" if by_model[c] else "linear"})
-    return values, pd.DataFrame(rows, columns=["column", "cells", "model_mse", "linear_mse", "filled_by"])
+    for c in np.flatnonzero(holes.any(axis=1)):
+        row: dict[str, Any] = {"column": str(panel.columns[c]), "cells": int(counts[c])}
+        row |= {f"{name}_mse": np.nan for name in FILLS}
+        if counts[c]:
+            row |= {f"{name}_mse": errors[k, c] / counts[c] for k, name in enumerate(asked)}
+        rows.append(row | {"filled_by": asked[best[c]]})
+    columns = ["column", "cells", *(f"{name}_mse" for name in FILLS), "filled_by"]
+    return values, pd.DataFrame(rows, columns=columns)
 
 
 def _scale(known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -297,8 +304,8 @@ def _by_line(scaled: np.ndarray) -> np.ndarray:
     return filled
 
 
-def _by_model(model: Model, params: Params, scaled: np.ndarray) -> np.ndarray:
-    """Fill NaN of [C, T] by the model.
+def _by_model(model: Model, params: Params, anchor: bool, scaled: np.ndarray) -> np.ndarray:
+    """Fill NaN of [C, T] by the model. anchor: with the ends of each fill moved.
 
     Windows overlap by three quarters, and a cell is taken from the one that has it nearest to its
     middle. Where a window knows less than a patch of a variate, the straight line stands in.
@@ -323,7 +330,7 @@ def _by_model(model: Model, params: Params, scaled: np.ndarray) -> np.ndarray:
     if not jobs:
         return scaled
     windows = np.stack([padded[rows, start : start + window] for start, rows in jobs])
-    guesses = in_batches(lambda i: _reconstruct(model, params, windows, i), len(jobs), BATCH)
+    guesses = in_batches(lambda i: _reconstruct(model, params, anchor, windows, i), len(jobs), BATCH)
 
     line = _by_line(scaled)
     filled = np.full((n_variates, length), np.nan)
@@ -339,10 +346,17 @@ def _by_model(model: Model, params: Params, scaled: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(scaled), filled[:, patch : patch + n_rows], scaled)
 
 
-def _reconstruct(model: Model, params: Params, windows: np.ndarray, indices: Any) -> jax.Array:
-    return _anchored(model, params, jnp.asarray(windows[np.asarray(indices)]))
+def _reconstruct(
+    model: Model,
+    params: Params,
+    anchor: bool,
+    windows: np.ndarray,
+    indices: Any,
+) -> jax.Array:
+    return _guess(model, params, anchor, jnp.asarray(windows[np.asarray(indices)]))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _anchored(model: Model, params: Params, x_BCT: jax.Array) -> jax.Array:
-    return imputation.anchored(imputation.filled(model, params, x_BCT), x_BCT)
+@functools.partial(jax.jit, static_argnames=("model", "anchor"))
+def _guess(model: Model, params: Params, anchor: bool, x_BCT: jax.Array) -> jax.Array:
+    y_BCT = imputation.filled(model, params, x_BCT)
+    return imputation.anchored(y_BCT, x_BCT) if anchor else y_BCT

@@ -40,7 +40,7 @@ def holed():
     return with_holes(table(), {"a": [0, 1, 40, 41, 42, 43, 70], "b": list(range(30, 62))})
 
 
-@pytest.mark.parametrize("fill", ["auto", "model", "linear"])
+@pytest.mark.parametrize("fill", ["auto", "anchored", "model", "linear"])
 def test_holes_alone_are_filled_and_flagged(fill, params, holed):
     found = ltsm_jax.impute(MODEL, params, holed, fill=fill)
     assert list(found.table.columns) == ["date", "a", "b", "a_filled", "b_filled"]
@@ -64,12 +64,12 @@ def test_the_line_is_numpys_and_auto_takes_what_is_better_on_hidden_cells(params
     found = ltsm_jax.impute(MODEL, params, holed)
     check = found.check.set_index("column")
     assert (check["cells"] > 0).all()
-    better = np.where(check["model_mse"] < check["linear_mse"], "model", "linear")
+    names = ["anchored", "model", "linear"]
+    better = check[[f"{name}_mse" for name in names]].idxmin(axis=1).str.removesuffix("_mse")
     assert check["filled_by"].tolist() == better.tolist()
-    by_model = ltsm_jax.impute(MODEL, params, holed, fill="model").table
+    ways = {name: ltsm_jax.impute(MODEL, params, holed, fill=name).table for name in names}
     for name in ("a", "b"):
-        chosen = by_model if check.loc[name, "filled_by"] == "model" else line
-        np.testing.assert_array_equal(found.table[name], chosen[name])
+        np.testing.assert_array_equal(found.table[name], ways[check.loc[name, "filled_by"]][name])
     assert "known cells, hidden alike" in str(found) and found._repr_html_().startswith("<pre>")
 
 
@@ -77,7 +77,7 @@ def test_a_model_that_says_a_constant_fills_by_the_straight_line(params):
     """The ends of a fill are moved to the values beside it, and a constant has no shape of its own."""
     constant = params | {"head": jax.tree.map(np.zeros_like, params["head"])}
     data = with_holes(table(columns=("a",)), {"a": [50, 51, 52, 53]})
-    found = ltsm_jax.impute(MODEL, constant, data, fill="model").table["a"]
+    found = ltsm_jax.impute(MODEL, constant, data, fill="anchored").table["a"]
     np.testing.assert_allclose(found, ltsm_jax.impute(MODEL, constant, data, fill="linear").table["a"], rtol=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_rows_without_stamps_and_a_table_without_holes(params):
 @pytest.mark.parametrize(
     ("data", "options", "said"),
     [
-        (table(), {"fill": "mean"}, "auto, model or linear"),
+        (table(), {"fill": "mean"}, "fill must be auto"),
         (table().rename(columns={"b": "a_filled"}), {}, "a_filled"),
         (table(), {"method": "fff"}, "unknown method"),
         (table(40), {"method": "ff"}, "too few to tune on"),

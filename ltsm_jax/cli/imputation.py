@@ -13,7 +13,7 @@ from ltsm_jax.cli.options import MODEL, Columns, Command, Licence, of_model, of_
 from ltsm_jax.cli.tables import PICTURES, TABLES, file_of, require_folder, write_table
 from ltsm_jax.data import DataError
 from ltsm_jax.forecaster import Forecaster
-from ltsm_jax.imputation import impute, read
+from ltsm_jax.imputation import FILLS, impute, read
 from ltsm_jax.methods.strategies import STRATEGIES
 
 
@@ -37,8 +37,9 @@ class Impute(Command):
     data: Annotated[tyro.conf.Positional[str], flags.text("DATA")]
     """table: .csv, .parquet or .xlsx, or the name of a benchmark"""
     model: Annotated[str, flags.text("MODEL"), flags.described(MODEL)]
-    fill: Annotated[str, flags.one_of(("auto", "model", "linear"))] = "auto"
-    """what fills a column: the model, the straight line, or the better one on hidden known cells"""
+    fill: Annotated[str, flags.one_of(("auto", *FILLS))] = "auto"
+    """what fills a column: the model, the model anchored at the values beside a hole, the straight
+    line, or the best of them on known cells that were hidden"""
     method: Annotated[str, flags.one_of(tuple(STRATEGIES)), flags.described("how to tune on the table before")] = (
         "zero_shot"
     )
