@@ -341,6 +341,7 @@ def against(state: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
 
 
 def config_of(told: Mapping[str, Any]) -> TTMConfig:
+    """Build the configuration of a plain model from the fields of a published config.json, all of them there."""
     scaling = told["scaling"]
     return TTMConfig.of(
         context_len=told["context_length"],

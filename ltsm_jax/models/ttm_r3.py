@@ -280,6 +280,7 @@ class TTMR3(Model):
 
     @property
     def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The leaves that either part never trains."""
         found = {part.fixed for _, part in self._parts() if part.fixed}
         return "|".join(sorted(found)) or None
 
