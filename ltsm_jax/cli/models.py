@@ -116,7 +116,7 @@ def _show_list(found: list[dict[str, Any]]) -> None:
     for entry in found:
         label = f"  {entry['name']}{' *' if entry['name'] in with_weights else ''}"
         rows.append((label, printing.count(entry["parameters"]), str(entry["context"]), str(entry["horizon"])))
-    header, *lines = printing.table(("preset", "weights", "context", "horizon"), rows).splitlines()
+    header, *lines = printing.table(("preset", "weights", "context", "ahead"), rows).splitlines()
     printing.show(header)
     family = ""
     for entry, line in zip(found, lines, strict=True):
