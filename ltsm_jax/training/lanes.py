@@ -582,16 +582,14 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
     short = f"{separate}: too short to find out whether lanes are quicker"
     if on_cpu and asked != "on" and n * Sweep(jobs[:1], Over("mapped")).total < FEWEST_STEPS:
         return Choice("separate", 1, short)
-    room: dict[stacks.Mode, int] = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
-    able: list[stacks.Mode] = [mode for mode in stacks.MODES if room[mode] >= min(n, 2)]
-    if not on_cpu and "batched" in able:
-        able = able[:1]  # an accelerator takes mapped lanes in the time of separate runs
-    if not able:
-        return Choice("separate", 1, f"{separate}: memory has room for one")
     if asked == "on":
+        room, able = _ways(jobs, mesh, writes)
+        if not able:
+            return Choice("separate", 1, f"{separate}: memory has room for one")
         way: stacks.Mode = "mapped" if on_cpu and "mapped" in able else able[0]
         return Choice(way, room[way], f"{n} lanes, {way}, as asked for")
 
+    # First what may settle it: the memory of lanes takes two traces of a step to find out.
     alone = _Timed(_separate(jobs[0]), 1)
     work = alone.seconds * n * alone.work.total
     worth = WORTH_TIMING_TINY if alone.seconds < TINY_STEP else WORTH_TIMING
@@ -600,6 +598,9 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
     if on_cpu and alone.seconds > LONG_STEP:
         took = f"a step of one keeps the processor busy for {alone.seconds:.2f} s"
         return Choice("separate", 1, f"{separate}: {took}")
+    room, able = _ways(jobs, mesh, writes)
+    if not able:
+        return Choice("separate", 1, f"{separate}: memory has room for one")
     dispatch = min(TIMED_SHARE * work / (2 * ROUNDS * len(able)), TIMED_SECONDS)
     ratios: dict[stacks.Mode, float] = {}
     for way in able:
@@ -620,6 +621,17 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
         said = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items())
         return Choice("separate", 1, f"{separate}: lanes would take {said} the time")
     return Choice(way, room[way], f"{n} lanes, {way}: {ratios[way]:.2f}x the time of one after the other")
+
+
+def _ways(
+    jobs: Sequence[Mapping[str, Any]], mesh: jax.sharding.Mesh | None, writes: bool
+) -> tuple[dict[stacks.Mode, int], list[stacks.Mode]]:
+    """Give how many lanes memory has room for in each mode, and the modes that are worth a try."""
+    room = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
+    able = [mode for mode in stacks.MODES if room[mode] >= min(len(jobs), 2)]
+    if jax.default_backend() != "cpu" and "batched" in able:
+        able = able[:1]  # an accelerator takes mapped lanes in the time of separate runs
+    return room, able
 
 
 def _separate(job: Mapping[str, Any]) -> loop.Fitting:
