@@ -1,9 +1,9 @@
 """Which tuning finds anomalies best, and does it beat detectors without a model?
 
-The UCR protocol of Timer and SFF: one model per file, tuned on its anomaly-free
-beginning; tokens of 96 rows of the rest are sorted by their error, and the rank
-of the first that overlaps an anomaly, over the number of tokens, is the file's
-alpha. NAB and SMAP/MSL files go the same way.
+The UCR protocol of Timer and SFF: one model per file, tuned on its beginning,
+which has no anomaly; tokens of 96 rows of the rest are sorted by their error,
+and the rank of the first that overlaps an anomaly, over the number of tokens,
+is the file's alpha. NAB and SMAP/MSL files go the same way.
 
 Run:   python -m experiments.anomaly --data UCR --model timer-tiny \\
            --methods zero_shot,ff,sff,tfs --seeds 0
@@ -20,10 +20,11 @@ Gives: a table on the terminal and, in the folder of --out: results.csv (a row
        every test row in cells/<file>-<method>-seed<n>/scores.npz. The same
        command again goes on where the last one stopped.
 
-Beside the rank, of the test rows: whether the highest score lies in the anomaly
-(place_right, the archive's own measure), AUC-PR, VUS-PR, and precision, recall
-and F1 of rows and of ranges at a threshold, the --quantile of the scores of the
-held-out training rows; those scores are means over --smooth rows. The epoch is
+Beside the rank, of the test rows: whether the highest score lies in the
+anomaly (place_right, the archive's own measure), AUC-PR, VUS-PR, and
+precision, recall and F1 of rows and of ranges at a threshold, the --quantile
+of the scores of the held-out training rows; those scores are means over
+--smooth rows. The epoch is
 chosen by the held-out last 10 % of the training rows. Baselines: squared step
 (last), moving z-score, matrix-profile discord.
 Differs from the released script: see `ltsm_jax.tasks.anomaly`; the training

@@ -1,4 +1,4 @@
-"""Which tuning pays with little data? Every method at several shares of the training windows.
+"""Which tuning pays with little data? Every method at several shares of it.
 
 Run:   python -m experiments.few_shot --data ETTh1,ETTm1 --model timer-tiny \\
            --few-shot 0.01,0.05,0.25 --methods zero_shot,ff,sff,tfs \\

@@ -1,7 +1,7 @@
 """Which tuning fills holes best, and does it beat a straight line?
 
-The protocol of Timer and SFF: windows of 192 rows, in which whole patches of 24
-rows are hidden, each with probability --rates, never the first. Only hidden
+The protocol of Timer and SFF: windows of 192 rows, in which whole patches of
+24 rows are hidden, each with probability --rates, never the first. Only hidden
 points are scored, all of a part pooled, under masks that never change.
 
 Run:   python -m experiments.imputation --data ETTh1,ETTm1 \\

@@ -28,8 +28,8 @@ the loss.
 A preset whose configuration names another task is trained for it: an imputer
 to fill parts that are hidden, patches, points or blocks, one kind a window
 (`timer-tiny-imputation`), a detector to predict each next token
-(`timer-tiny-anomaly`); `experiments.imputation` and `experiments.anomaly` score
-them.
+(`timer-tiny-anomaly`). They are scored by `experiments.imputation` and
+`experiments.anomaly`.
 
 Real series come in with --corpus FOLDER (see `ltsm_jax.data.corpus`), together
 with generated ones or, with --generated 0, alone. The same command again goes

@@ -372,7 +372,10 @@ def test_a_sample_is_fixed_and_spread(timer):
     model, _, splits = timer
     loss = landscape.split_loss(model, splits.test, sample=5)
     n = splits.test.n
-    np.testing.assert_array_equal(loss.windows.starts, splits.test.starts[np.linspace(0, n - 1, 5).astype(int)])
+    assert loss.windows.n == 5
+    found = loss.windows.gather(np.arange(5))
+    want = splits.test.gather(np.linspace(0, n - 1, 5).astype(int))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
     assert landscape.split_loss(model, splits.test, sample=10**9).windows.n == n
 
 

@@ -12,15 +12,15 @@ from typing import Annotated, ClassVar
 
 import pytest
 
-from experiments import aot, flags, landscape, launch, pretrain, prune_then_finetune, sff
+from experiments import aot, flags, landscape, launch, lists, pretrain, prune_then_finetune, sff
 from experiments.flags import UsageError
 from ltsm_jax import hosts, hub
 from ltsm_jax.data.tables import ReadingOptions
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
-    "all_families", "alpha", "aot", "curvature", "demo", "landscape", "parity", "pretrain", "prune_then_finetune",
-    "pruning_report", "report", "sff", "stores", "study",
+    "all_families", "alpha", "anomaly", "aot", "classification", "curvature", "demo", "few_shot", "imputation", "landscape",
+    "parity", "pretrain", "prune_then_finetune", "pruning_report", "report", "sff", "stores", "study",
     "benchmarks.chronos_bolt", "benchmarks.coverage", "benchmarks.experts", "benchmarks.first_forecast",
     "benchmarks.epoch", "benchmarks.landscape", "benchmarks.lanes", "benchmarks.loop",
     "benchmarks.panel", "benchmarks.predict_df", "benchmarks.pruned_speed", "benchmarks.pruning_score",
@@ -56,9 +56,12 @@ def read(module, words):
     options = getattr(found, "Options", None) or getattr(found, "Pretrain", None)
     if module == "experiments.benchmarks.first_forecast":
         return None
-    if module in ("experiments.demo", "experiments.all_families", "experiments.study"):
+    if module in ("experiments.demo", "experiments.all_families", "experiments.few_shot", "experiments.study"):
         own, rest = flags.parse_some(options, words, None)
         return own, sff.parse(rest)
+    if module in ("experiments.sff", "experiments.prune_then_finetune"):
+        every = lists.combinations(words)
+        return [flags.parse(options, one, None) for one in every.values() or (words,)]
     return flags.parse(options, words, None)
 
 

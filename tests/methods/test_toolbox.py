@@ -216,7 +216,7 @@ def test_folders_of_earlier_versions_know_none_of_the_new_fields():
         (lambda: strategy("ema", decay=1.0), "decay of the average"),
         (lambda: strategy("last_k", layers=0), "at least 1 layer"),
         (lambda: Phase(mixout=1.0), "Mixout lies in"),
-        (lambda: Phase(cast(Any, "norm")), "one of all, head, norms, last, recipe"),
+        (lambda: Phase(cast(Any, "norm")), "one of all, head, norms, last, scales, recipe"),
         (lambda: Strategy("mine", wise=(1.5,)), "between 0 and 1; got 1.5"),
     ],
 )
