@@ -24,9 +24,8 @@ Beside the rank, of the test rows: whether the highest score lies in the
 anomaly (place_right, the archive's own measure), AUC-PR, VUS-PR, and
 precision, recall and F1 of rows and of ranges at a threshold, the --quantile
 of the scores of the held-out training rows; those scores are means over
---smooth rows. The epoch is
-chosen by the held-out last 10 % of the training rows. Baselines: squared step
-(last), moving z-score, matrix-profile discord.
+--smooth rows. The epoch is chosen by the held-out last 10 % of the training
+rows. Baselines: squared step (last), moving z-score, matrix-profile discord.
 Differs from the released script: see `ltsm_jax.tasks.anomaly`; the training
 windows of a file are thinned out to --windows.
 """

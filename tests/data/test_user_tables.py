@@ -552,6 +552,7 @@ def test_a_date_object_beside_text():
 # ---- many columns, long messages -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_forty_thousand_columns_are_read_in_seconds():
     values = np.ones((20, 40_000))
     values[3] = np.nan

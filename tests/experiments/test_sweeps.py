@@ -83,6 +83,7 @@ def test_sff_as_lanes_writes_what_it_writes_one_by_one(command, tmp_path, counte
         assert (tmp_path / "on" / place).read_bytes() == (tmp_path / "off" / place).read_bytes()
 
 
+@pytest.mark.slow
 def test_learning_rates_to_choose_from_are_lanes_and_a_wild_one_fails_alone(command, tmp_path, counted, no_pictures):
     asked = {"methods": "ff", "lr": "1e-3,1e-2,1e30", "lanes": "on"}
     assert sff.main(command(tmp_path / "grid", **asked)) == 1

@@ -56,6 +56,7 @@ def test_a_sweep_gives_what_runs_one_by_one_give_phase_by_phase(model, pre, spli
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["lanes", "lpff", "lpff", "sff", "sff"]
 
 
+@pytest.mark.slow
 def test_learning_rates_are_lanes_and_one_that_diverges_is_returned(model, pre, splits, mapped):
     strategies = [ff(), Strategy("wild", phases=(Phase(lr=1e30),))]
     found = sweep(model, pre, strategies, splits, lrs=(1e-3, 1e-2), config=CONFIG, test=False, show_progress=False)
