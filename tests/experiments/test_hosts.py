@@ -163,7 +163,7 @@ def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numb
     launch = Launch([*words(out), "--mesh", "fsdp=2"], tmp_path / "cache", **plainly)
     wait_for(lambda: list(out.glob("masks/*/metrics.jsonl")), launch)
     time.sleep(2)  # into the batches, or what is compiled for them
-    launch.processes[0].send_signal(signal.SIGTERM)
+    launch.processes[1].send_signal(signal.SIGTERM)
     for code, _, errors in launch.results():
         assert code == hosts.EXIT_STOPPED, errors
         assert "stopped by SIGTERM after batch" in errors and "the same command goes on" in errors
