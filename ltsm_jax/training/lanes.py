@@ -627,8 +627,8 @@ def _ways(
     jobs: Sequence[Mapping[str, Any]], mesh: jax.sharding.Mesh | None, writes: bool
 ) -> tuple[dict[stacks.Mode, int], list[stacks.Mode]]:
     """Give how many lanes memory has room for in each mode, and the modes that are worth a try."""
-    room = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
-    able = [mode for mode in stacks.MODES if room[mode] >= min(len(jobs), 2)]
+    room: dict[stacks.Mode, int] = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
+    able: list[stacks.Mode] = [mode for mode in stacks.MODES if room[mode] >= min(len(jobs), 2)]
     if jax.default_backend() != "cpu" and "batched" in able:
         able = able[:1]  # an accelerator takes mapped lanes in the time of separate runs
     return room, able
