@@ -60,7 +60,7 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Options(task_runs.Options):
-    """What this comparison asks for."""
+    """The command line, beside the options that all tasks share."""
 
     program: ClassVar[str] = "experiments.anomaly"
     data: Annotated[tuple[str, ...], flags.words()] = ("UCR",)

@@ -51,7 +51,7 @@ TASK = Classification()
 
 @dataclasses.dataclass(frozen=True)
 class Options(task_runs.Options):
-    """What this comparison asks for."""
+    """The command line: data sets, beside the options that all tasks share."""
 
     program: ClassVar[str] = "experiments.classification"
     data: Annotated[tuple[str, ...], flags.words()]

@@ -36,7 +36,7 @@ from ltsm_jax.report import markdown_table
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is compared; what is left over goes to `experiments.sff`."""
+    """The comparisons to run. Flags that are not here go to `experiments.sff`."""
 
     program: ClassVar[str] = "experiments.few_shot"
     data: Annotated[tuple[str, ...], flags.words()] = ("ETTh1",)

@@ -55,7 +55,7 @@ EXAMPLES = 3  # test windows whose holes are drawn
 
 @dataclasses.dataclass(frozen=True)
 class Options(task_runs.Options):
-    """What this comparison asks for."""
+    """The command line, beside the options that all tasks share."""
 
     program: ClassVar[str] = "experiments.imputation"
     data: Annotated[tuple[str, ...], flags.words()] = ("ETTh1",)

@@ -124,7 +124,7 @@ class Pretrain:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a preset is trained for, as its configuration says.
+    """Objective of pretraining, which follows from the task that the configuration names.
 
     context, target: rows of the two parts of a window. loss: as `training.fit` wants it, without dropout: windows are
     many and seen a few times, so nothing overfits. validate: (params, windows) -> scores, `mse` among them. words: for

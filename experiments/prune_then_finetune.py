@@ -109,7 +109,7 @@ class Pruning:
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.Options):
-    """What this comparison asks for."""
+    """Options of this comparison."""
 
     program: ClassVar[str] = "experiments.prune_then_finetune"
     methods: Annotated[

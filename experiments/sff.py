@@ -56,7 +56,7 @@ OWN = {  # settings of one method
 
 @dataclasses.dataclass(frozen=True)
 class Options(flags.Options):
-    """What this comparison asks for."""
+    """Options of this comparison."""
 
     program: ClassVar[str] = "experiments.sff"
     methods: Annotated[

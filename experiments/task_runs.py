@@ -1,4 +1,4 @@
-"""What the experiments of imputation, anomaly detection and classification share: options, and
+"""Common parts of the experiments on imputation, anomaly detection and classification: options, and
 cells that never run twice.
 
 A comparison is a folder, see `experiments.folder`; a cell is one run of it, with a folder of its
@@ -25,7 +25,7 @@ from ltsm_jax.models import Model
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What each of these comparisons asks for."""
+    """Options of every such comparison."""
 
     program: ClassVar[str]
     data: Annotated[tuple[str, ...], flags.words()]
@@ -102,7 +102,7 @@ class Cell(Protocol):
 
 
 class Comparison(Protocol):
-    """What an experiment has resolved and checked."""
+    """An experiment, resolved and checked."""
 
     @property
     def options(self) -> Any:
@@ -111,12 +111,12 @@ class Comparison(Protocol):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What run.json holds: experiment, settings (what decides every number), model, command."""
+        """Content of run.json: experiment, settings (all that decides a number), model, command."""
         ...
 
 
 class Outcome(NamedTuple):
-    """What a cell comes to.
+    """Result of a cell.
 
     row: of results.csv. said: its scores in words. arrays: to keep beside it, by file name (.npz).
     """

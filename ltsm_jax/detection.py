@@ -62,8 +62,9 @@ class Detected:
         return int(self.table["anomalous"].to_numpy(bool).sum())
 
     def ranges(self) -> pd.DataFrame:
-        """Give the runs of anomalous rows: from, to (both inclusive), rows, peak score; the highest
-        first."""
+        """Give the runs of anomalous rows, the highest score first.
+
+        Columns: from, to (both inclusive), rows, score (the highest of the run)."""
         time = self.table.columns[0]
         rows = []
         for first, last in spans_of(self.table["anomalous"].to_numpy()):
@@ -149,8 +150,7 @@ def detect(
     """Score every row of a table, and flag those above a threshold chosen on its first part.
 
     A row's score is the largest of its targets' squared errors, each over its mean on the first
-    part.
-    Every target is looked at by itself. Labels are not needed and not used.
+    part. Every target is looked at by itself. Labels are not needed and not used.
 
     Args:
       model, params: from `ltsm_jax.load`, of a family that does anomaly detection (timer, moment,

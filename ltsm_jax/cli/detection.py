@@ -10,7 +10,7 @@ import tyro
 from ltsm_jax import flags
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.options import MODEL, Command, Licence, of_model
-from ltsm_jax.cli.tables import PICTURES, TABLES, file_of, require_folder, write_table
+from ltsm_jax.cli.tables import PICTURES, TABLES, file_of, hand_over, require_folder
 from ltsm_jax.data import DataError, Series, load_series
 from ltsm_jax.detection import Detected, detect
 from ltsm_jax.forecaster import Forecaster
@@ -88,17 +88,8 @@ class Detect(Command):
             method=self.method,
             seed=self.seed,
         )
-        if self.plot is not None:
-            found.plot(self.plot)
-        if self.out is not None:
-            write_table(found.table, self.out)
-        if self.output.json:
-            printing.show_json(self._facts(found, time.perf_counter() - start))
-        elif self.out is None:
-            printing.say(str(found))
-            printing.show(found.table.to_csv(index=False).rstrip("\n"))
-        else:
-            printing.show(str(found))
+        facts = self._facts(found, time.perf_counter() - start)
+        hand_over(found, facts, out=self.out, plot=self.plot, as_json=self.output.json)
         return 0
 
     def _read(self) -> Series:
@@ -110,8 +101,6 @@ class Detect(Command):
     def _facts(self, found: Detected, took: float) -> dict[str, Any]:
         ranges = found.ranges().astype({"from": str, "to": str})
         return {
-            "out": None if self.out is None else str(self.out),
-            "plot": None if self.plot is None else str(self.plot),
             "model": self.model,
             "rows": len(found.table),
             "first_rows": found.first_rows,

@@ -10,7 +10,7 @@ import tyro
 from ltsm_jax import flags
 from ltsm_jax.cli import printing
 from ltsm_jax.cli.options import MODEL, Columns, Command, Licence, of_model, of_table
-from ltsm_jax.cli.tables import PICTURES, TABLES, file_of, require_folder, write_table
+from ltsm_jax.cli.tables import PICTURES, TABLES, file_of, hand_over, require_folder
 from ltsm_jax.data import DataError
 from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.imputation import FILLS, impute, read
@@ -84,26 +84,13 @@ class Impute(Command):
             method=self.method,
             seed=self.seed,
         )
-        if self.plot is not None:
-            found.plot(self.plot)
-        if self.out is not None:
-            write_table(found.table, self.out)
-        if self.output.json:
-            printing.show_json(
-                {
-                    "out": None if self.out is None else str(self.out),
-                    "plot": None if self.plot is None else str(self.plot),
-                    "model": self.model,
-                    "rows": len(found.table),
-                    "filled": found.n_filled,
-                    "check": found.check.to_dict("records"),
-                    "notes": list(found.notes),
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-        elif self.out is None:
-            printing.say(str(found))
-            printing.show(found.table.to_csv(index=False).rstrip("\n"))
-        else:
-            printing.show(str(found))
+        facts = {
+            "model": self.model,
+            "rows": len(found.table),
+            "filled": found.n_filled,
+            "check": found.check.to_dict("records"),
+            "notes": list(found.notes),
+            "seconds": time.perf_counter() - start,
+        }
+        hand_over(found, facts, out=self.out, plot=self.plot, as_json=self.output.json)
         return 0

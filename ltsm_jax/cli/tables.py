@@ -172,6 +172,26 @@ def write_table(table: pd.DataFrame, file: Path) -> None:
         table.to_csv(file, index=False)
 
 
+def hand_over(found: Any, facts: dict[str, Any], *, out: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Draw and write what fills or marks a table, and print it.
+
+    found: of `detect` or `impute`: `table`, `plot(file)`, and a summary as its text. facts: of the JSON object, beside
+    `out` and `plot`. Without `out` the table goes to stdout, and the summary to stderr.
+    """
+    if plot is not None:
+        found.plot(plot)
+    if out is not None:
+        write_table(found.table, out)
+    if as_json:
+        files = {name: None if file is None else str(file) for name, file in (("out", out), ("plot", plot))}
+        printing.show_json(files | facts)
+    elif out is None:
+        printing.say(str(found))
+        printing.show(found.table.to_csv(index=False).rstrip("\n"))
+    else:
+        printing.show(str(found))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluate, compare
 

@@ -119,13 +119,12 @@ class Windows:
         Batches are the same bits. What is compiled depends on the number of windows and no longer on the series, so
         that runs with as many windows of several data sets share it.
         """
-        numbers = np.arange(self.n, dtype=np.int32)
         steps_S = np.arange(self.context_len + self.horizon)
         at_NS = np.asarray(self.starts)[:, None] + steps_S
-        values_NS = jnp.asarray(self.values)[np.asarray(self.rows)[:, None], at_NS]
-        return dataclasses.replace(
-            self, values=values_NS, starts=jnp.zeros_like(self.starts), rows=jnp.asarray(numbers)
-        )
+        # Of a series mapped from a file only the windows are read.
+        values_NS = jnp.asarray(self.values[np.asarray(self.rows)[:, None], at_NS])
+        starts, rows = jnp.zeros(self.n, jnp.int32), jnp.arange(self.n, dtype=jnp.int32)
+        return dataclasses.replace(self, values=values_NS, starts=starts, rows=rows)
 
     def describe(self, i: int) -> dict[str, Any]:
         """Where window `i` lies, for reports and error messages (host only).

@@ -18,8 +18,7 @@ PENALTIES = np.logspace(-3, 3, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One random convolution: weights [channels, length] on some channels, a bias, a dilation, a
-    padding."""
+    """One random convolution: weights [channels, length] on some channels, bias, dilation, padding."""
 
     channels: np.ndarray
     weights: np.ndarray
@@ -31,9 +30,9 @@ class Kernel:
 def draw_kernels(seed: int, n_channels: int, n_steps: int, count: int = KERNELS) -> list[Kernel]:
     """Draw kernels for series [n_channels, n_steps].
 
-    Length 7, 9 or 11 (as far as the series has room); weights N(0, 1) less their mean; bias U(-1,
-    1); dilation 2 ** U(0, log2 of the largest that fits); padded every second time; a random subset
-    of the channels, whose size is 2 ** U(0, log2(n_channels + 1)).
+    Length 7, 9 or 11 (as far as the series has room); weights N(0, 1) less their mean; bias
+    U(-1, 1); dilation 2 ** U(0, log2 of the largest that fits); padded every second time; a random
+    subset of the channels, whose size is 2 ** U(0, log2(n_channels + 1)).
     """
     rng = np.random.default_rng(seed)
     lengths = [length for length in LENGTHS if length <= n_steps] or [n_steps]
@@ -52,11 +51,10 @@ def draw_kernels(seed: int, n_channels: int, n_steps: int, count: int = KERNELS)
 
 
 def features(values: np.ndarray, kernels: Sequence[Kernel]) -> np.ndarray:
-    """Give the largest response of every kernel and the share of its positive ones, [N, 2 *
-    kernels].
+    """Give two features of every kernel, its largest response and the share of positive ones.
 
-    values: [N, C, T]; every example and channel is scaled to mean 0 and std 1; missing values count
-    0.
+    values: [N, C, T]; every example and channel is scaled to mean 0 and std 1, and missing values
+    count 0. Returns: [N, 2 * kernels].
     """
     values = np.asarray(values, np.float64)
     known = ~np.isnan(values)
@@ -86,8 +84,7 @@ def _response(x: np.ndarray, kernel: Kernel) -> np.ndarray:
 
 
 def ridge(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Classify by ridge regression on a +-1 target for each class; returns the class of each test
-    row.
+    """Classify test rows by ridge regression on a +-1 target for each class.
 
     train [N, F], labels [N], test [M, F]. Features are standardised with the training rows. The
     penalty is the one of `PENALTIES` with the lowest squared leave-one-out error.
@@ -99,8 +96,8 @@ def ridge(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray
     y = np.where(labels[:, None] == classes, 1.0, -1.0)
     offset = y.mean(axis=0)
 
-    # One decomposition serves every penalty: residuals of left-out rows are residual / (1 -
-    # leverage).
+    # One decomposition serves every penalty: of a row that is left out the residual is
+    # residual / (1 - leverage).
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     projected = u.T @ (y - offset)
     best, weights = np.inf, np.zeros((x.shape[1], len(classes)))
