@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import sff
+from experiments import prune_then_finetune, sff
 from ltsm_jax import hosts, storage
 
 ROOT = Path(__file__).parents[2]
@@ -34,17 +34,16 @@ def flags(waves, micro, out, epochs):
 
 class Launch:
     """The same command as two processes of so many devices each; `program`: what Python runs; `limit`: bytes of the
-    largest file that the second may write; `xla`: how they compile, by default as the suite does."""
+    largest file that the second may write."""
 
-    def __init__(self, words, cache, devices=1, program=("-m", "experiments.sff"), limit=None, xla=None):
+    def __init__(self, words, cache, devices=1, program=("-m", "experiments.sff"), limit=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS'] if xla is None else xla} "
-            f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             "LTSM_CACHE": str(cache),  # what the first launch compiles, the others need not
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -156,12 +155,10 @@ def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numb
     # A channel of the queries and that of the keys matter equally, but for rounding, and so do one of the values and of
     # the output's input. No step of 128 windows ends between two such twins; of 64 some do, and then rounding, which
     # differs with compiler flags and processors, decides which of the two stays a step longer.
-    plainly = {"program": ("-m", "experiments.prune_then_finetune"), "xla": ""}
-    alone, out = tmp_path / "alone", tmp_path / "two"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": plainly["xla"]}
-    subprocess.run([sys.executable, *plainly["program"], *words(alone)], cwd=ROOT, env=environment, check=True)
+    alone, out, program = tmp_path / "alone", tmp_path / "two", ("-m", "experiments.prune_then_finetune")
+    assert prune_then_finetune.main(words(alone)) == 0
 
-    launch = Launch([*words(out), "--mesh", "fsdp=2"], tmp_path / "cache", **plainly)
+    launch = Launch([*words(out), "--mesh", "fsdp=2"], tmp_path / "cache", program=program)
     wait_for(lambda: list(out.glob("masks/*/metrics.jsonl")), launch)
     time.sleep(2)  # into the batches, or what is compiled for them
     launch.processes[1].send_signal(signal.SIGTERM)
@@ -171,7 +168,7 @@ def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numb
     assert len(list(out.glob("masks/*/checkpoints/step_*"))) == 1
     assert len(list(out.glob("cells/*/result.json"))) == 2, "the whole arms"
 
-    launch = Launch([*words(out), "--mesh", "data=4,fsdp=2"], tmp_path / "cache", devices=4, **plainly)
+    launch = Launch([*words(out), "--mesh", "data=4,fsdp=2"], tmp_path / "cache", devices=4, program=program)
     (code, said, errors), (other_code, other_said, other_errors) = launch.results()
     assert (code, other_code) == (0, 0), errors + other_errors
     assert "test MSE" in said and "report:" in said and not {"MSE", "report"} & set(other_said.split())
