@@ -3,7 +3,8 @@
 A model reconstructs windows around the holes of each item. Its values are taken as they are, or
 with both ends of a fill moved to the values beside it (`tasks.imputation.anchored`), which is good
 for short holes. Which is better, and whether it beats a straight line, is measured on cells of the
-same table that are known, hidden in holes of the same form: each column is filled by the best.
+same table that are known, hidden in holes of the same form: each column is filled by the best, and
+by the line where no other is clearly better.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ltsm_jax import storage
-from ltsm_jax.data import DataError, Panel
+from ltsm_jax.data import DataError, Panel, Series
 from ltsm_jax.data.benchmarks import BENCHMARKS, load_series
 from ltsm_jax.data.panel_tables import read_panel
 from ltsm_jax.methods.binding import Data, check_params, ready_for
@@ -38,6 +39,8 @@ FILLS: tuple[Fill, ...] = ("anchored", "model", "linear")  # the first where not
 WORDS = {"anchored": "model, anchored", "model": "model", "linear": "straight line"}
 FILLED = "_filled"  # behind the name of a target: the name of its flags
 CHECKED = 0.05  # share of the known cells that are hidden to compare with the straight line, at least
+SPANS = 8  # of time in each item, whose errors say how sure a comparison is
+SURE = 1.5  # standard errors by which a model has to be better than the straight line
 BATCH = 64  # windows per forward pass
 DRAWN = 6  # columns that are drawn
 
@@ -139,7 +142,8 @@ def impute(
       data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series` or a `Panel`.
       fill: "model"; "anchored", the model with the ends of each fill moved to the values beside it;
         "linear", the straight line; "auto": the one of the lowest error on known cells of the
-        column that were hidden in holes of the same form.
+        column that were hidden in holes of the same form, the straight line unless another is
+        clearly better (see `_chosen`).
       method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`: how to tune on the table
         before; by default not at all. For a table of one item.
       target, time, id, freq, date_format, irregular, name: how a table is read, see
@@ -197,7 +201,10 @@ def read(data: Data | Panel, **options: Any) -> Panel:
     """Read what `impute` fills; options as there."""
     if isinstance(data, str) and data in BENCHMARKS:
         return Panel.of(load_series(data, **options))
-    return read_panel(data, **options)
+    if isinstance(data, Panel | Series):
+        return read_panel(data, **options)
+    # A column that ends before the others has holes there: nothing is forecast that might begin behind it.
+    return read_panel(data, early_ends="holes", **options)
 
 
 def _table(panel: Panel, values: np.ndarray) -> pd.DataFrame:
@@ -239,7 +246,7 @@ def _filled(
     asked = FILLS if fill == "auto" else (fill,)
     holes = np.isnan(panel.values)
     counts = np.zeros(panel.n_variates, int)
-    errors = np.zeros((len(asked), panel.n_variates))
+    blocks = []  # [K, C, N] each: squared errors of each way, summed over spans of time
     guesses = np.stack([panel.values] * len(asked))
     for lo, hi in zip(panel.bounds[:-1], panel.bounds[1:], strict=True):
         known = panel.values[:, lo:hi]
@@ -249,12 +256,17 @@ def _filled(
         scaled = (known - mean) / std
         extra = _like_holes(np.isnan(known)) if fill == "auto" else np.zeros_like(known, bool)
         counts += extra.sum(axis=1)
+        errors = np.zeros((len(asked), *known.shape))
         for k, name in enumerate(asked):
             guesses[k, :, lo:hi] = ways[name](scaled) * std + mean
             if extra.any():
                 again = ways[name](np.where(extra, np.nan, scaled))
-                errors[k] += np.square(np.where(extra, again - scaled, 0.0)).sum(axis=1)
-    best = errors.argmin(axis=0)
+                errors[k] = np.square(np.where(extra, again - scaled, 0.0))
+        edges = np.unique(np.linspace(0, hi - lo, SPANS, endpoint=False).astype(int))
+        blocks.append(np.add.reduceat(errors, edges, axis=2))
+    errors_KCN = np.concatenate(blocks, axis=2) if blocks else np.zeros((len(asked), panel.n_variates, 1))
+    best = _chosen(errors_KCN, asked)
+    errors = errors_KCN.sum(axis=2)
     values = np.where(holes, guesses[best, np.arange(panel.n_variates)], panel.values)
     rows = []
     for c in np.flatnonzero(holes.any(axis=1)):
@@ -265,6 +277,26 @@ def _filled(
         rows.append(row | {"filled_by": asked[best[c]]})
     columns = ["column", "cells", *(f"{name}_mse" for name in FILLS), "filled_by"]
     return values, pd.DataFrame(rows, columns=columns)
+
+
+def _chosen(errors_KCN: np.ndarray, asked: Sequence[str]) -> np.ndarray:
+    """Choose the way to fill each column [C], by squared errors of K ways in N spans of time.
+
+    The way of the lowest error, but the straight line unless that way is better by more than `SURE`
+    standard errors of the difference over spans: a lower sum that comes from a single event of the
+    column (rain, a spike; it alone makes one standard error) is no reason to expect one elsewhere.
+    """
+    if "linear" not in asked or len(asked) == 1:
+        return errors_KCN.sum(axis=2).argmin(axis=0)
+    line = asked.index("linear")
+    gain_KCN = errors_KCN[line] - errors_KCN
+    n_spans = gain_KCN.shape[2]
+    doubt_KC = gain_KCN.std(axis=2, ddof=1) / np.sqrt(n_spans) if n_spans > 1 else np.zeros(gain_KCN.shape[:2])
+    eligible_KC = gain_KCN.mean(axis=2) > SURE * doubt_KC
+    eligible_KC[line] = True
+    # Where nothing could be hidden, nothing speaks for the line either: the first way.
+    eligible_KC |= ~errors_KCN.any(axis=(0, 2))
+    return np.where(eligible_KC, errors_KCN.sum(axis=2), np.inf).argmin(axis=0)
 
 
 def _scale(known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

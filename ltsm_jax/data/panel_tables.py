@@ -63,6 +63,9 @@ class PanelOptions:
         sorted, and holes are made rows, with a note); "regularise" moves each row to the nearest
         stamp of the grid and averages those that meet there; "ignore" takes the rows as they come,
         without stamps.
+      early_ends: "error" refuses a wide table without `target` in which the values of some columns
+        end long before those of others, as these may be covariates; "holes" takes the rows behind
+        the last value of such a column for holes, which suits what fills them.
       name: what reports call the panel; by default the file's name.
 
     Raises: ValueError for a value that is none of those listed.
@@ -79,10 +82,13 @@ class PanelOptions:
     date_format: str | None = None
     missing: Literal["keep", "error", "interpolate"] = "keep"
     irregular: Literal["error", "regularise", "ignore"] | None = None
+    early_ends: Literal["error", "holes"] = "error"
     name: str | None = None
 
     def __post_init__(self):
         check_options(self, ("target", "time", "id", "known", "past", "static"))
+        if self.early_ends not in ("error", "holes"):
+            raise ValueError(f"early_ends must be 'error' or 'holes', not {self.early_ends!r}")
 
 
 def read_panel(
@@ -99,6 +105,7 @@ def read_panel(
     date_format: str | None = None,
     missing: Literal["keep", "error", "interpolate"] = "keep",
     irregular: Literal["error", "regularise", "ignore"] | None = None,
+    early_ends: Literal["error", "holes"] = "error",
     name: str | None = None,
 ) -> Panel:
     """Read a table of one item or many, long or wide, with covariates.
@@ -125,6 +132,7 @@ def read_panel(
         date_format=date_format,
         missing=missing,
         irregular=irregular,
+        early_ends=early_ends,
         name=name,
     )
     if isinstance(source, Panel | Series):
@@ -545,7 +553,7 @@ class _PanelReader(GridReader):
 
     def check_ends(self, values: np.ndarray, roles: _Roles) -> None:
         """Refuse a wide table where some columns go on behind the others: covariates, perhaps."""
-        if self.how.target is not None or roles.id or len(values) < 2:
+        if self.how.early_ends == "holes" or self.how.target is not None or roles.id or len(values) < 2:
             return
         empty = np.isnan(values)
         ends = [tail(row) for row in empty]

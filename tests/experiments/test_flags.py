@@ -22,7 +22,7 @@ PROGRAMS = (
     "all_families", "alpha", "anomaly", "aot", "classification", "curvature", "demo", "few_shot", "imputation",
     "landscape", "parity", "pretrain", "prune_then_finetune", "pruning_report", "report", "sff", "stores", "study",
     "benchmarks.chronos_bolt", "benchmarks.coverage", "benchmarks.experts", "benchmarks.first_forecast",
-    "benchmarks.epoch", "benchmarks.landscape", "benchmarks.lanes", "benchmarks.loop",
+    "benchmarks.epoch", "benchmarks.holes", "benchmarks.landscape", "benchmarks.lanes", "benchmarks.loop",
     "benchmarks.panel", "benchmarks.predict_df", "benchmarks.pruned_speed", "benchmarks.pruning_score",
     "benchmarks.train_step",
 )  # fmt: skip
