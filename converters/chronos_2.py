@@ -1,4 +1,6 @@
-"""Key table of Chronos-2: state dicts of amazon-science/chronos-forecasting <-> `ltsm_jax.models.chronos_2`."""
+"""Key table of Chronos-2: state dicts of amazon-science/chronos-forecasting <->
+`ltsm_jax.models.chronos_2`.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,16 @@ HINTS = {
     r"^(embed|head)/": "check input_patch_size, quantiles and d_ff",
 }
 _CHRONOS = (
-    "context_length", "input_patch_size", "input_patch_stride", "max_output_patches", "output_patch_size", "quantiles",
-    "time_encoding_scale", "use_arcsinh", "use_reg_token",
-)  # fmt: skip
+    "context_length",
+    "input_patch_size",
+    "input_patch_stride",
+    "max_output_patches",
+    "output_patch_size",
+    "quantiles",
+    "time_encoding_scale",
+    "use_arcsinh",
+    "use_reg_token",
+)
 
 
 def keys(config: Chronos2Config) -> list[Rule]:
@@ -41,11 +50,23 @@ def keys(config: Chronos2Config) -> list[Rule]:
             ]
     for j, name in enumerate(("time", "group")):
         rules += [
-            *((rf"{layer}{j}\.self_attention\.{x}\.weight", rf"layer_\1/{name}/{x}/kernel", split_out(config.head_dim))
-              for x in "qkv"),
-            (rf"{layer}{j}\.self_attention\.o\.weight", rf"layer_\1/{name}/out/kernel", split_in(config.head_dim)),
-        ]  # fmt: skip
-    rules += [(rf"{layer}{j}\.layer_norm\.weight", rf"layer_\1/norm{j + 1}/scale", SAME) for j in range(3)]
+            *(
+                (
+                    rf"{layer}{j}\.self_attention\.{x}\.weight",
+                    rf"layer_\1/{name}/{x}/kernel",
+                    split_out(config.head_dim),
+                )
+                for x in "qkv"
+            ),
+            (
+                rf"{layer}{j}\.self_attention\.o\.weight",
+                rf"layer_\1/{name}/out/kernel",
+                split_in(config.head_dim),
+            ),
+        ]
+    rules += [
+        (rf"{layer}{j}\.layer_norm\.weight", rf"layer_\1/norm{j + 1}/scale", SAME) for j in range(3)
+    ]
     return [
         *rules,
         (rf"{layer}2\.mlp\.wi\.weight", r"layer_\1/up/kernel", TRANSPOSE),
@@ -65,7 +86,8 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[Chronos2Config, list[str]]:
-    """The config of a state dict (without prefix) from the published config.json, checked against its shapes.
+    """The config of a state dict (without prefix) from the published config.json, checked against
+    its shapes.
 
     Without a config.json the sizes must be those of a published model, whose config is taken.
     Raises: CheckpointError that lists every contradiction.
@@ -76,18 +98,34 @@ def configure(
     layers = layer_count(state, r"encoder\.block\.(\d+)\.")
     if published is None:
         for name, preset in PRESETS.items():
-            inside, quantiles = preset.n_heads[0] * preset.head_dim, len(preset.levels) * preset.patch_len
-            sizes = (inside, preset.d_model, preset.block_dim, 3 * preset.patch_len, quantiles, len(preset.n_heads))
+            inside, quantiles = (
+                preset.n_heads[0] * preset.head_dim,
+                len(preset.levels) * preset.patch_len,
+            )
+            sizes = (
+                inside,
+                preset.d_model,
+                preset.block_dim,
+                3 * preset.patch_len,
+                quantiles,
+                len(preset.n_heads),
+            )
             if sizes == (inner, d_model, d_ff, wide, out, layers):
-                return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
+                return preset, [
+                    f"no config beside the file: the sizes are those of {name}, whose config is "
+                    "taken"
+                ]
         raise CheckpointError(
-            f"{where}: the weights don't say all sizes (heads, context length, quantiles), and these are no published "
+            f"{where}: the weights don't say all sizes (heads, context length, quantiles), and "
+            "these are no published "
             "model's. Put the original's config.json beside the file."
         )
     told = Fields(published, where)
     chronos = published.get("chronos_config")
     if not isinstance(chronos, Mapping):
-        told.problems.append("chronos_config: " + ("not an object" if "chronos_config" in published else "missing"))
+        told.problems.append(
+            "chronos_config: " + ("not an object" if "chronos_config" in published else "missing")
+        )
         chronos = {}
     inside = Fields(chronos, where)
     patch = inside.integer("input_patch_size", weights=None if wide is None else wide // 3)
@@ -101,11 +139,21 @@ def configure(
         inside.boolean(name, False)
     levels = chronos.get("quantiles")
     number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1  # noqa: E731
-    if not isinstance(levels, list | tuple) or not 0 < len(levels) <= 999 or not all(map(number, levels)):
-        what = "missing" if "quantiles" not in chronos else "not a list of 1 to 999 numbers between 0 and 1"
+    if (
+        not isinstance(levels, list | tuple)
+        or not 0 < len(levels) <= 999
+        or not all(map(number, levels))
+    ):
+        what = (
+            "missing"
+            if "quantiles" not in chronos
+            else "not a list of 1 to 999 numbers between 0 and 1"
+        )
         inside.problems.append(f"quantiles: {what}")
     elif out is not None and len(levels) * patch != out:
-        inside.problems.append(f"quantiles: {len(levels)} in the config, {out / patch:g} in the weights")
+        inside.problems.append(
+            f"quantiles: {len(levels)} in the config, {out / patch:g} in the weights"
+        )
     inside.problems += [f"{quoted(name)}: not known" for name in chronos if name not in _CHRONOS]
     if isinstance(published.get("chronos_config"), Mapping):
         told.problems += [f"chronos_config.{problem}" for problem in inside.problems]
@@ -115,14 +163,17 @@ def configure(
     heads, width = told.integer("num_heads", high=4096), told.integer("d_kv", high=1 << 16)
     if inner is not None and heads * width != inner:
         told.problems.append(
-            f"num_heads, d_kv: {heads} heads of {width} in the config, together {inner} in the weights"
+            f"num_heads, d_kv: {heads} heads of {width} in the config, together {inner} in the "
+            "weights"
         )
     told.choice("dense_act_fn", ("relu", "gelu"), "relu")
     told.boolean("is_gated_act", False)
     for name, default, high in (
-        ("rope_theta", 10000.0, 1e9), ("layer_norm_epsilon", 1e-6, 1.0), ("dropout_rate", 0.1, 0.999),
+        ("rope_theta", 10000.0, 1e9),
+        ("layer_norm_epsilon", 1e-6, 1.0),
+        ("dropout_rate", 0.1, 0.999),
         ("initializer_factor", 1.0, 1e6),
-    ):  # fmt: skip
+    ):
         told.number(name, default, high=high)
     return told.build(lambda: Chronos2Config.from_published(published)), []
 
@@ -135,7 +186,8 @@ def published(config: Chronos2Config) -> dict[str, Any]:
     heads, widths = {*config.n_heads, *config.group_heads}, {*config.ffn_dims, config.block_dim}
     if len(heads) != 1 or len(widths) != 1:
         raise ValueError(
-            f"the original Chronos-2 has equal layers; this one has {config.n_heads} and {config.group_heads} heads "
+            f"the original Chronos-2 has equal layers; this one has {config.n_heads} and "
+            f"{config.group_heads} heads "
             f"and widths {config.ffn_dims}. A pruned model can't be exported."
         )
     return {

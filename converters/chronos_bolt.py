@@ -1,5 +1,6 @@
-"""Key table of Chronos-Bolt: state dicts of amazon-science/chronos-forecasting (ChronosBoltModelForForecasting, on
-Hugging Face's T5) <-> `ltsm_jax.models.chronos_bolt`."""
+"""Key table of Chronos-Bolt: state dicts of amazon-science/chronos-forecasting
+(ChronosBoltModelForForecasting, on Hugging Face's T5) <-> `ltsm_jax.models.chronos_bolt`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ HINTS = {
     r"^tokens": "check use_reg_token",
 }
 _BOTH = ("head_dim", "n_buckets", "max_distance", "activation", "gated", "eps", "dropout")
-_CHRONOS = ("context_length", "prediction_length", "input_patch_size", "input_patch_stride", "quantiles")
+_CHRONOS = (
+    "context_length",
+    "prediction_length",
+    "input_patch_size",
+    "input_patch_stride",
+    "quantiles",
+)
 
 
 def keys(config: ChronosBoltConfig) -> list[Rule]:
@@ -60,7 +67,8 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[ChronosBoltConfig, list[str]]:
-    """The config of a state dict (without prefix) from the published config.json, checked against its shapes.
+    """The config of a state dict (without prefix) from the published config.json, checked against
+    its shapes.
 
     Without a config.json the sizes must be those of a published model, whose config is taken.
     Raises: CheckpointError that lists every contradiction.
@@ -70,7 +78,9 @@ def configure(
     told = Fields(published, where)
     chronos = published.get("chronos_config")
     if not isinstance(chronos, Mapping):
-        told.problems.append("chronos_config: " + ("not an object" if "chronos_config" in published else "missing"))
+        told.problems.append(
+            "chronos_config: " + ("not an object" if "chronos_config" in published else "missing")
+        )
         chronos = {}
     inside = Fields(chronos, where)
     patch = dims(state, ANCHOR)[1]
@@ -82,15 +92,26 @@ def configure(
     inside.boolean("use_reg_token", False)
     levels = chronos.get("quantiles")
     number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1  # noqa: E731
-    if not isinstance(levels, list | tuple) or not 0 < len(levels) <= 999 or not all(map(number, levels)):
-        what = "missing" if "quantiles" not in chronos else "not a list of 1 to 999 numbers between 0 and 1"
+    if (
+        not isinstance(levels, list | tuple)
+        or not 0 < len(levels) <= 999
+        or not all(map(number, levels))
+    ):
+        what = (
+            "missing"
+            if "quantiles" not in chronos
+            else "not a list of 1 to 999 numbers between 0 and 1"
+        )
         inside.problems.append(f"quantiles: {what}")
     elif out is not None and len(levels) * horizon != out:
         inside.problems.append(
-            f"quantiles, prediction_length: {len(levels)} of {horizon} steps in the config, together {out} in the "
+            f"quantiles, prediction_length: {len(levels)} of {horizon} steps in the config, "
+            f"together {out} in the "
             "weights"
         )
-    inside.problems += [f"{quoted(name)}: not known" for name in chronos if name not in (*_CHRONOS, "use_reg_token")]
+    inside.problems += [
+        f"{quoted(name)}: not known" for name in chronos if name not in (*_CHRONOS, "use_reg_token")
+    ]
     if isinstance(published.get("chronos_config"), Mapping):
         told.problems += [f"chronos_config.{problem}" for problem in inside.problems]
     told.integer("decoder_start_token_id", 0, low=0, high=1)
@@ -109,10 +130,21 @@ def _assumed(state: Mapping[str, Any], where: str) -> tuple[ChronosBoltConfig, l
         stack = preset.encoder
         inner, deep = stack.n_heads[0] * stack.head_dim, len(preset.decoder.n_heads)
         width = len(preset.levels) * preset.horizon
-        if sizes == (stack.d_model, inner, preset.block_dim, len(stack.n_heads), deep, 2 * preset.patch_len, width):
-            return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
+        if sizes == (
+            stack.d_model,
+            inner,
+            preset.block_dim,
+            len(stack.n_heads),
+            deep,
+            2 * preset.patch_len,
+            width,
+        ):
+            return preset, [
+                f"no config beside the file: the sizes are those of {name}, whose config is taken"
+            ]
     raise CheckpointError(
-        f"{where}: the weights don't say all sizes (heads, context and prediction length, quantiles), and these are no "
+        f"{where}: the weights don't say all sizes (heads, context and prediction length, "
+        "quantiles), and these are no "
         "published model's. Put the original's config.json beside the file."
     )
 
@@ -123,14 +155,21 @@ def published(config: ChronosBoltConfig) -> dict[str, Any]:
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
     one, two = config.encoder, config.decoder
-    heads, widths = {*one.n_heads, *two.n_heads, *two.cross_heads}, {*one.ffn_dims, *two.ffn_dims, config.block_dim}
+    heads, widths = (
+        {*one.n_heads, *two.n_heads, *two.cross_heads},
+        {*one.ffn_dims, *two.ffn_dims, config.block_dim},
+    )
     if len(heads) != 1 or len(widths) != 1 or one.bias_columns or two.bias_columns:
         raise ValueError(
-            f"the original Chronos-Bolt has equal layers; this one has {one.n_heads}, {two.n_heads} and "
-            f"{two.cross_heads} heads and widths {one.ffn_dims} and {two.ffn_dims}. A pruned model can't be exported."
+            f"the original Chronos-Bolt has equal layers; this one has {one.n_heads}, "
+            f"{two.n_heads} and "
+            f"{two.cross_heads} heads and widths {one.ffn_dims} and {two.ffn_dims}. A pruned model "
+            "can't be exported."
         )
     if any(getattr(one, name) != getattr(two, name) for name in _BOTH):
-        raise ValueError("the original Chronos-Bolt has one setting for both stacks; here they differ")
+        raise ValueError(
+            "the original Chronos-Bolt has one setting for both stacks; here they differ"
+        )
     return {
         "architectures": ["ChronosBoltModelForForecasting"],
         "model_type": "t5",

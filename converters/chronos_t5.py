@@ -1,7 +1,8 @@
 """Key table of Chronos-T5 (amazon/chronos-t5-*) <-> `ltsm_jax.models.chronos_t5`.
 
-The files are those of transformers' T5ForConditionalGeneration, in float32 although config.json says bfloat16. The
-embedding table is `shared.weight`; some files hold it again as the stacks' `embed_tokens` or as `lm_head`.
+The files are those of transformers' T5ForConditionalGeneration, in float32 although config.json
+says bfloat16. The embedding table is `shared.weight`; some files hold it again as the stacks'
+`embed_tokens` or as `lm_head`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ HINTS = {
     r"^shared$": "check vocab_size and d_model",
     r"/relative_bias$": "check relative_attention_num_buckets and num_heads",
 }
-_QUERY, _CROSS = "encoder.block.0.layer.0.SelfAttention.q.weight", "decoder.block.0.layer.1.EncDecAttention.q.weight"
+_QUERY, _CROSS = (
+    "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "decoder.block.0.layer.1.EncDecAttention.q.weight",
+)
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 _WIDE = "encoder.block.0.layer.1.DenseReluDense.wi.weight"
 
@@ -43,7 +47,9 @@ def keys(config: ChronosT5Config) -> list[Rule]:
 
 
 def recognise(state: Mapping[str, Any]) -> Layout | None:
-    """A T5 with both stacks and nothing around them but its embedding; no prefix. None for other models."""
+    """A T5 with both stacks and nothing around them but its embedding; no prefix. None for other
+    models.
+    """
     ours = _QUERY in state and _CROSS in state and any(key in state for key in (SHARED, *COPIES))
     return Layout() if ours and not any("patch_embedding" in key for key in state) else None
 
@@ -51,11 +57,15 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[ChronosT5Config, list[str]]:
-    """The config of a state dict from config.json, or the preset of these sizes where there is none.
+    """The config of a state dict from config.json, or the preset of these sizes where there is
+    none.
 
     Raises: CheckpointError that lists every contradiction.
     """
-    v, d = next((found for key in (SHARED, *COPIES) if (found := dims(state, key))[0] is not None), (None, None))
+    v, d = next(
+        (found for key in (SHARED, *COPIES) if (found := dims(state, key))[0] is not None),
+        (None, None),
+    )
     buckets, heads = dims(state, _BIAS)
     ffn, inner = dims(state, _WIDE)[0], dims(state, _QUERY)[0]
     layers = layer_count(state, r"encoder\.block\.(\d+)\.")
@@ -63,9 +73,16 @@ def configure(
         for name, preset in PRESETS.items():
             stack = preset.encoder
             if (v, d, heads, ffn, layers) == (
-                preset.vocab_size, stack.d_model, stack.n_heads[0], stack.ffn_dims[0], len(stack.ffn_dims)
-            ):  # fmt: skip
-                return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
+                preset.vocab_size,
+                stack.d_model,
+                stack.n_heads[0],
+                stack.ffn_dims[0],
+                len(stack.ffn_dims),
+            ):
+                return preset, [
+                    f"no config beside the file: the sizes are those of {name}, whose config is "
+                    "taken"
+                ]
         raise CheckpointError(
             f"{where}: what the tokens mean is not in the tensors, and these are not the sizes of "
             f"{', '.join(PRESETS)}. Put the published config.json beside the file."
@@ -78,7 +95,12 @@ def configure(
         told.problems.append(f"d_kv: {h} heads of {k} are not the {inner} rows of the weights")
     told.integer("d_ff", weights=ffn)
     n = told.integer("num_layers", high=MAX_LAYERS, weights=layers)
-    told.integer("num_decoder_layers", n, high=MAX_LAYERS, weights=layer_count(state, r"decoder\.block\.(\d+)\."))
+    told.integer(
+        "num_decoder_layers",
+        n,
+        high=MAX_LAYERS,
+        weights=layer_count(state, r"decoder\.block\.(\d+)\."),
+    )
     told.integer("relative_attention_num_buckets", 32, low=4, high=4096, weights=buckets)
     told.integer("relative_attention_max_distance", 128)
     told.number("layer_norm_epsilon", 1e-6, high=1.0)
@@ -86,10 +108,14 @@ def configure(
     told.number("initializer_factor", 1.0, high=1e3)
     told.choice("feed_forward_proj", ("relu",), "relu")
     if not told.boolean("tie_word_embeddings", True):
-        told.problems.append("tie_word_embeddings: false, but Chronos-T5 uses one table for input and output")
+        told.problems.append(
+            "tie_word_embeddings: false, but Chronos-T5 uses one table for input and output"
+        )
     inside, beside = _part(told, "chronos_config", needed=True), _part(told, "generation_config")
     ids = _tokenizer(inside)
-    ids["decoder_start_token_id"] = told.integer("decoder_start_token_id", ids["pad_token_id"], low=0)
+    ids["decoder_start_token_id"] = told.integer(
+        "decoder_start_token_id", ids["pad_token_id"], low=0
+    )
     for name, fields in (("", told), ("generation_config.", beside)):
         for token, number in ids.items():
             other = fields.published.get(token)
@@ -138,14 +164,27 @@ def published(config: ChronosT5Config) -> dict[str, Any]:
     stacks = (config.encoder, config.decoder)
     heads = {*config.encoder.n_heads, *config.decoder.n_heads, *config.decoder.cross_heads}
     widths = {*config.encoder.ffn_dims, *config.decoder.ffn_dims}
-    of_both = {(s.head_dim, s.n_buckets, s.max_distance, s.eps, s.dropout, s.activation, s.gated) for s in stacks}
-    if len(heads) != 1 or len(widths) != 1 or len(of_both) != 1 or any(s.bias_columns for s in stacks):
+    of_both = {
+        (s.head_dim, s.n_buckets, s.max_distance, s.eps, s.dropout, s.activation, s.gated)
+        for s in stacks
+    }
+    if (
+        len(heads) != 1
+        or len(widths) != 1
+        or len(of_both) != 1
+        or any(s.bias_columns for s in stacks)
+    ):
         raise ValueError(
-            f"the original Chronos-T5 has equal layers in both stacks; this one has heads {sorted(heads)} and "
+            "the original Chronos-T5 has equal layers in both stacks; this one has heads "
+            f"{sorted(heads)} and "
             f"feed-forward widths {sorted(widths)}. A pruned model can't be exported."
         )
     stack = config.encoder
-    ids = {"decoder_start_token_id": config.start, "eos_token_id": config.eos, "pad_token_id": config.pad}
+    ids = {
+        "decoder_start_token_id": config.start,
+        "eos_token_id": config.eos,
+        "pad_token_id": config.pad,
+    }
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",

@@ -1,10 +1,14 @@
-"""Reading the fields of a published config.json, and the sizes that the tensors tell: all problems in one error.
+"""Reading the fields of a published config.json, and the sizes that the tensors tell: all problems
+in one error.
 
     told = Fields(published, "file.safetensors")
-    told.integer("num_hidden_layers", high=MAX_LAYERS, weights=layer_count(state, r"model\\.layers\\.(\\d+)\\."))
-    config = told.build(lambda: TheConfig.from_published(published))  # raises CheckpointError with all that is wrong
+    told.integer("num_hidden_layers", high=MAX_LAYERS, weights=layer_count(state,
+    r"model\\.layers\\.(\\d+)\\."))
+    # raises CheckpointError with all that is wrong
+    config = told.build(lambda: TheConfig.from_published(published))
 
-A field that is wrong gives its default (or the lowest value allowed), so that reading can go on to the next one.
+A field that is wrong gives its default (or the lowest value allowed), so that reading can go on to
+the next one.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import numpy as np
 from converters.tables import listed
 from converters.torch_files import CheckpointError, quoted
 
-MAX_LAYERS = 128  # the deepest published model has 50: a small file must not make us build thousands of layers
+# the deepest published model has 50: a small file must not make us build thousands of layers
+MAX_LAYERS = 128
 MAX_SIZE = 1 << 20
 _DEEP = 64  # layers that take a second to build
 
@@ -34,9 +39,17 @@ class Fields:
         self.problems: list[str] = []
 
     def integer(
-        self, name: str, default: Any = _NOTHING, *, low: int = 1, high: int = MAX_SIZE, weights: int | None = None
+        self,
+        name: str,
+        default: Any = _NOTHING,
+        *,
+        low: int = 1,
+        high: int = MAX_SIZE,
+        weights: int | None = None,
     ) -> Any:
-        """A whole number from low to high. weights: what the tensors say, where they do; it must agree."""
+        """A whole number from low to high. weights: what the tensors say, where they do; it must
+        agree.
+        """
         value = self._told(name, default)
         if value is _NOTHING or (value is default and name not in self.published):
             return low if value is _NOTHING else value
@@ -47,7 +60,13 @@ class Fields:
         return value
 
     def integers(
-        self, name: str, default: Any = _NOTHING, *, low: int = 1, high: int = MAX_SIZE, most: int = 64
+        self,
+        name: str,
+        default: Any = _NOTHING,
+        *,
+        low: int = 1,
+        high: int = MAX_SIZE,
+        most: int = 64,
     ) -> tuple[int, ...]:
         """A list of 1 to `most` whole numbers from low to high."""
         value = self._told(name, default)
@@ -55,10 +74,18 @@ class Fields:
             return (low,) if value is _NOTHING else value
         fits = isinstance(value, list | tuple) and 0 < len(value) <= most
         if not fits or not all(_whole(v) and low <= v <= high for v in value):
-            return self._wrong(name, default, (low,), f"not a list of 1 to {most} integers from {low} to {high}", value)
+            return self._wrong(
+                name,
+                default,
+                (low,),
+                f"not a list of 1 to {most} integers from {low} to {high}",
+                value,
+            )
         return tuple(value)
 
-    def number(self, name: str, default: Any = _NOTHING, *, low: float = 0.0, high: float = 1e9) -> Any:
+    def number(
+        self, name: str, default: Any = _NOTHING, *, low: float = 0.0, high: float = 1e9
+    ) -> Any:
         """A number from low to high."""
         value = self._told(name, default)
         if value is _NOTHING or (value is default and name not in self.published):
@@ -92,7 +119,9 @@ class Fields:
                 return make()
             except (ValueError, TypeError, OverflowError, RecursionError) as e:
                 self.problems.append(str(e)[:500])
-        raise CheckpointError(listed(f"{self.where}: the config does not go with the weights:", self.problems))
+        raise CheckpointError(
+            listed(f"{self.where}: the config does not go with the weights:", self.problems)
+        )
 
     def _told(self, name: str, default: Any) -> Any:
         if name in self.published:
@@ -112,7 +141,9 @@ def _whole(value: Any) -> bool:
 
 
 def dims(state: Mapping[str, Any], key: str, rank: int = 2) -> tuple[int, ...] | tuple[None, ...]:
-    """The shape of a tensor; Nones where there is no such tensor or it has another number of axes."""
+    """The shape of a tensor; Nones where there is no such tensor or it has another number
+    of axes.
+    """
     value = state.get(key)
     return value.shape if isinstance(value, np.ndarray) and value.ndim == rank else (None,) * rank
 
@@ -120,7 +151,8 @@ def dims(state: Mapping[str, Any], key: str, rank: int = 2) -> tuple[int, ...] |
 def uneven_layers(state: Mapping[str, Any]) -> str | None:
     """Say which layers of a deep model have far fewer tensors than others; None where none has.
 
-    A model of a hundred layers takes seconds to build, and a name for each of them a kilobyte of file.
+    A model of a hundred layers takes seconds to build, and a name for each of them a kilobyte of
+    file.
     """
     found: dict[str, dict[str, int]] = {}
     for key in state:
@@ -133,13 +165,16 @@ def uneven_layers(state: Mapping[str, Any]) -> str | None:
         uneven = layers[most] > 2 * layers[fewest] or layers[most] < 4
         if len(layers) > _DEEP and uneven:
             return (
-                f"{quoted(name)} has {len(layers)} layers, of which {fewest} has {layers[fewest]} tensors and {most} "
+                f"{quoted(name)} has {len(layers)} layers, of which {fewest} has {layers[fewest]} "
+                f"tensors and {most} "
                 f"{layers[most]}: most of the model is missing"
             )
     return None
 
 
 def layer_count(state: Mapping[str, Any], pattern: str) -> int | None:
-    """How many layers the keys count, from 0 without a gap; None where they don't. pattern: up to the number."""
+    """How many layers the keys count, from 0 without a gap; None where they don't. pattern: up to
+    the number.
+    """
     found = {int(m[1]) for key in state if (m := re.match(pattern, key)) and len(m[1]) < 7}
     return len(found) if found and found == set(range(len(found))) else None

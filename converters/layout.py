@@ -12,9 +12,11 @@ from converters.torch_files import quoted
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """`prefix`: what stands before every key of the table. `aliases`: prefixes under which the same tensors stand
-    again, seen from where the prefix's last part stands: {"decoder.": "decoder."} with the prefix "backbone." says that
-    `decoder.X` is `backbone.decoder.X`. `table`: which of a family's key tables, where it has more than one."""
+    """`prefix`: what stands before every key of the table. `aliases`: prefixes under which the same
+    tensors stand again, seen from where the prefix's last part stands: {"decoder.": "decoder."}
+    with the prefix "backbone." says that `decoder.X` is `backbone.decoder.X`. `table`: which of a
+    family's key tables, where it has more than one.
+    """
 
     prefix: str = ""
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -27,7 +29,9 @@ class Layout:
         return "".join(part + "." for part in parts[:-2])
 
     def strip(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-        """The state dict under the table's keys, the keys dropped as equal copies (with the reason), and problems."""
+        """The state dict under the table's keys, the keys dropped as equal copies (with the
+        reason), and problems.
+        """
         stripped: dict[str, Any] = {}
         copies: dict[str, str] = {}
         problems: list[str] = []
@@ -37,9 +41,14 @@ class Layout:
                 continue
             original = self._original(key)
             if original is None:
-                problems.append(f"{quoted(key)}: no rule matches (every other key starts with {quoted(self.prefix)})")
+                problems.append(
+                    f"{quoted(key)}: no rule matches (every other key starts with "
+                    f"{quoted(self.prefix)})"
+                )
             elif not same_bytes(value, state.get(original)):
-                problems.append(f"{quoted(key)}: differs from {quoted(original)}, of which it should be a copy")
+                problems.append(
+                    f"{quoted(key)}: differs from {quoted(original)}, of which it should be a copy"
+                )
             else:
                 copies[key] = f"the same tensor as {original}, byte for byte"
         return stripped, copies, problems
@@ -58,5 +67,9 @@ class Layout:
         """The inverse of `strip`."""
         out = {self.prefix + key: value for key, value in state.items()}
         for alias, target in self.aliases.items():
-            out |= {self.outer + alias + k[len(target) :]: v for k, v in state.items() if k.startswith(target)}
+            out |= {
+                self.outer + alias + k[len(target) :]: v
+                for k, v in state.items()
+                if k.startswith(target)
+            }
         return out

@@ -1,6 +1,8 @@
-"""Key table of Moirai 1.0-R and 1.1-R: state dicts of uni2ts (MoiraiModule) <-> `ltsm_jax.models.moirai`.
+"""Key table of Moirai 1.0-R and 1.1-R: state dicts of uni2ts (MoiraiModule) <->
+`ltsm_jax.models.moirai`.
 
-The hub holds model.safetensors with config.json beside it; older Lightning files have the prefix "module.".
+The hub holds model.safetensors with config.json beside it; older Lightning files have the prefix
+"module.".
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def keys(config: MoiraiConfig) -> list[Rule]:
 
 
 def recognise(state: Mapping[str, Any]) -> Layout | None:
-    """The layout of a Moirai state dict. None for other models, Moirai-MoE and Moirai 2 among them."""
+    """The layout of a Moirai state dict. None for other models, Moirai-MoE and Moirai 2
+    among them.
+    """
     return packed.prefix_of(state, ANCHOR)
 
 
@@ -46,13 +50,17 @@ def configure(
     if published is None:
         weight = state.get("in_proj.weight")
         told = sizes | {"in_proj": weight.shape if isinstance(weight, np.ndarray) else None}
-        name, note = packed.preset_of(told, {name: _sizes(config) for name, config in PRESETS.items()}, where)
+        name, note = packed.preset_of(
+            told, {name: _sizes(config) for name, config in PRESETS.items()}, where
+        )
         return PRESETS[name], [note]
     problems = packed.patch_problems(state, published.get("patch_sizes"), "in_proj.weight")
     if "distr_output" not in published:
         problems.append("distr_output: missing")
     required = ("d_model", "num_layers")
-    return packed.read_config(published, sizes, required, problems, MoiraiConfig.from_published, where), []
+    return packed.read_config(
+        published, sizes, required, problems, MoiraiConfig.from_published, where
+    ), []
 
 
 def _sizes(config: MoiraiConfig) -> dict[str, Any]:
@@ -63,8 +71,11 @@ def _sizes(config: MoiraiConfig) -> dict[str, Any]:
 def published(config: MoiraiConfig) -> dict[str, Any]:
     """config.json of the hub.
 
-    Raises: ValueError for a pruned model, or one with further scales, which the original's classes can't hold.
+    Raises: ValueError for a pruned model, or one with further scales, which the original's classes
+    can't hold.
     """
     if config.multiscale is not None:
-        raise ValueError("the original has no further scales: a model tuned by msft can't be exported")
+        raise ValueError(
+            "the original has no further scales: a model tuned by msft can't be exported"
+        )
     return packed.published_config(config, MoiraiConfig.from_published)

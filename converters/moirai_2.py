@@ -54,20 +54,36 @@ def configure(
     Raises: CheckpointError that lists every contradiction.
     """
     sizes = packed.sizes_of(state, packed.LAYER + r"ffn\.fc1\.weight")
-    shapes: dict[str, tuple[int, ...]] = {key: tuple(getattr(state.get(key), "shape", ())) for key in (ANCHOR, OUT)}
+    shapes: dict[str, tuple[int, ...]] = {
+        key: tuple(getattr(state.get(key), "shape", ())) for key in (ANCHOR, OUT)
+    }
     if published is None:
         told = sizes | shapes
-        name, note = packed.preset_of(told, {name: _sizes(config) for name, config in PRESETS.items()}, where)
+        name, note = packed.preset_of(
+            told, {name: _sizes(config) for name, config in PRESETS.items()}, where
+        )
         return PRESETS[name], [note]
     problems, levels = [], published.get("quantile_levels")
     if len(shapes[ANCHOR]) == 2:
         sizes["patch_size"] = shapes[ANCHOR][1] // 2
-    if not isinstance(levels, list | tuple) or not 0 < len(levels) <= 1000 or not all(map(_is_level, levels)):
-        problems.append(f"quantile_levels: not a list of numbers between 0 and 1: {quoted(str(levels)[:100])}")
-    elif len(shapes[OUT]) == 2 and sizes.get("patch_size") and not shapes[OUT][0] % (n := len(levels)):
+    if (
+        not isinstance(levels, list | tuple)
+        or not 0 < len(levels) <= 1000
+        or not all(map(_is_level, levels))
+    ):
+        problems.append(
+            f"quantile_levels: not a list of numbers between 0 and 1: {quoted(str(levels)[:100])}"
+        )
+    elif (
+        len(shapes[OUT]) == 2
+        and sizes.get("patch_size")
+        and not shapes[OUT][0] % (n := len(levels))
+    ):
         sizes["num_predict_token"] = shapes[OUT][0] // n // sizes["patch_size"]
     required = ("patch_size", "d_model", "d_ff", "num_layers", "num_predict_token")
-    return packed.read_config(published, sizes, required, problems, Moirai2Config.from_published, where), []
+    return packed.read_config(
+        published, sizes, required, problems, Moirai2Config.from_published, where
+    ), []
 
 
 def _is_level(x: Any) -> bool:

@@ -1,7 +1,8 @@
-"""Key table of Moirai-MoE 1.0-R: state dicts of uni2ts (MoiraiMoEModule) <-> `ltsm_jax.models.moirai_moe`.
+"""Key table of Moirai-MoE 1.0-R: state dicts of uni2ts (MoiraiMoEModule) <->
+`ltsm_jax.models.moirai_moe`.
 
-The hub holds model.safetensors with config.json beside it. The centroids are a float64 buffer: the file's
-own tensor is kept for an export.
+The hub holds model.safetensors with config.json beside it. The centroids are a float64 buffer: the
+file's own tensor is kept for an export.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def configure(
     if published is None:
         weight = state.get("in_proj.weight")
         told = sizes | {"in_proj": weight.shape if isinstance(weight, np.ndarray) else None}
-        name, note = packed.preset_of(told, {name: _sizes(config) for name, config in PRESETS.items()}, where)
+        name, note = packed.preset_of(
+            told, {name: _sizes(config) for name, config in PRESETS.items()}, where
+        )
         return PRESETS[name], [note]
     problems = packed.patch_problems(state, published.get("patch_sizes"), "in_proj.weight")
     if "distr_output" not in published:
@@ -62,13 +65,20 @@ def configure(
     required = ["d_model", "num_layers"]
     if published.get("d_ff") is not None:
         required.append("d_ff")
-    return packed.read_config(published, sizes, required, problems, MoiraiMoeConfig.from_published, where), []
+    return packed.read_config(
+        published, sizes, required, problems, MoiraiMoeConfig.from_published, where
+    ), []
 
 
 def _sizes(config: MoiraiMoeConfig) -> dict[str, Any]:
     shape = (len(config.patch_sizes), config.d_model, max(config.patch_sizes))
     layers = len(config.kept)
-    return {"d_model": config.d_model, "num_layers": layers, "d_ff": config.expert_dims[0], "in_proj": shape}
+    return {
+        "d_model": config.d_model,
+        "num_layers": layers,
+        "d_ff": config.expert_dims[0],
+        "in_proj": shape,
+    }
 
 
 def published(config: MoiraiMoeConfig) -> dict[str, Any]:
@@ -77,5 +87,9 @@ def published(config: MoiraiMoeConfig) -> dict[str, Any]:
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
     if any(ids != tuple(range(N_EXPERTS)) for ids in config.kept):
-        raise ValueError(f"the original has {N_EXPERTS} experts in every layer; a pruned model can't be exported")
-    return packed.published_config(config, MoiraiMoeConfig.from_published, d_ff=config.expert_dims[0])
+        raise ValueError(
+            f"the original has {N_EXPERTS} experts in every layer; a pruned model can't be exported"
+        )
+    return packed.published_config(
+        config, MoiraiMoeConfig.from_published, d_ff=config.expert_dims[0]
+    )

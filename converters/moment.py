@@ -1,8 +1,9 @@
 """Key table of MOMENT: state dicts of momentfm's MOMENTPipeline <-> `ltsm_jax.models.moment`.
 
-The published files hold the reconstruction head. The original loads every file under that head and then may put on a
-fresh one; a file with another head is one that was trained and saved. Its config.json may still say "reconstruction",
-so the head is told by its shape and by what the config knows of it.
+The published files hold the reconstruction head. The original loads every file under that head and
+then may put on a fresh one; a file with another head is one that was trained and saved. Its
+config.json may still say "reconstruction", so the head is told by its shape and by what the config
+knows of it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,14 @@ MODEL = Moment
 EMBED, MASK = "patch_embedding.value_embedding.weight", "patch_embedding.mask_embedding"
 TABLE, TOKENS = "patch_embedding.position_embedding.pe", "encoder.embed_tokens.weight"
 BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-QUERY, WIDE = "encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+QUERY, WIDE = (
+    "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+)
 HEAD = "head.linear.weight"
-POSITIONS = Transform("position table", lambda x: _table(x), lambda x: x[None], keep=True)  # [1, S, D] <-> [S, D]
+POSITIONS = Transform(
+    "position table", lambda x: _table(x), lambda x: x[None], keep=True
+)  # [1, S, D] <-> [S, D]
 HINTS = {
     r"/attn/": "check t5_config: num_heads, d_kv",
     r"/(up|gate|down)/": "check t5_config: d_ff",
@@ -46,7 +52,11 @@ def keys(config: MomentConfig) -> list[Rule]:
         (r"patch_embedding\.value_embedding\.weight", "embed/kernel", TRANSPOSE),
         (r"patch_embedding\.mask_embedding", "mask_embed", SAME),
         (r"patch_embedding\.position_embedding\.pe", "position_table", POSITIONS),
-        (r"encoder\.embed_tokens\.weight", BUFFER, "T5's token embedding, which MOMENT holds and never uses"),
+        (
+            r"encoder\.embed_tokens\.weight",
+            BUFFER,
+            "T5's token embedding, which MOMENT holds and never uses",
+        ),
         *stack_rules("encoder", config.head_dim, gated=True),
         (r"head\.linear\.weight", "head/kernel", TRANSPOSE),
         (r"head\.linear\.bias", "head/bias", SAME),
@@ -66,7 +76,8 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[MomentConfig, list[str]]:
-    """The config of a state dict (without prefix), from its shapes and the published config.json beside it.
+    """The config of a state dict (without prefix), from its shapes and the published config.json
+    beside it.
 
     Returns: the config, and what was assumed because nothing says it.
     Raises: CheckpointError that lists every contradiction.
@@ -76,10 +87,14 @@ def configure(
         published, notes = _assumed(state, where)
     kwargs, inner = published.get("model_kwargs") or {}, published.get("t5_config")
     if not isinstance(kwargs, Mapping) or not isinstance(inner, Mapping):
-        raise CheckpointError(f"{where}: t5_config (and model_kwargs) of the config must be objects.")
+        raise CheckpointError(
+            f"{where}: t5_config (and model_kwargs) of the config must be objects."
+        )
     rows, vocab = dims(state, TABLE, 3)[1], dims(state, TOKENS)[0]
     inner = ({} if vocab is None else {"vocab_size": vocab}) | dict(inner)
-    fields = {**published, **kwargs, "t5_config": inner} | ({} if rows is None else {"table_len": rows})
+    fields = {**published, **kwargs, "t5_config": inner} | (
+        {} if rows is None else {"table_len": rows}
+    )
     told, t5 = Fields(fields, where), Fields(inner, where)
     t5.problems = told.problems
     told.integer("seq_len")
@@ -99,10 +114,18 @@ def _assumed(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
     """A config.json for the sizes that the shapes tell."""
     d_model, patch_len = dims(state, EMBED)
     buckets, heads = dims(state, BIAS)
-    inner, d_ff, layers = dims(state, QUERY)[0], dims(state, WIDE)[0], layer_count(state, r"encoder\.block\.(\d+)\.")
-    if not (d_model and patch_len and buckets and heads and inner and d_ff and layers) or inner % heads:
+    inner, d_ff, layers = (
+        dims(state, QUERY)[0],
+        dims(state, WIDE)[0],
+        layer_count(state, r"encoder\.block\.(\d+)\."),
+    )
+    if (
+        not (d_model and patch_len and buckets and heads and inner and d_ff and layers)
+        or inner % heads
+    ):
         raise CheckpointError(
-            f"{where}: the sizes of the model can't be read from {EMBED}, {BIAS}, {QUERY}, {WIDE} and the number of "
+            f"{where}: the sizes of the model can't be read from {EMBED}, {BIAS}, {QUERY}, {WIDE} "
+            "and the number of "
             "layers. Put its config.json beside the file."
         )
     fields = published(next(iter(PRESETS.values())))
@@ -116,14 +139,19 @@ def _assumed(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
         "relative_attention_num_buckets": buckets,
         "vocab_size": dims(state, TOKENS)[0] or 32128,
     }
-    note = "no config beside the file: a context of 512 steps and what all published models share are assumed"
+    note = (
+        "no config beside the file: a context of 512 steps and what all published models share "
+        "are assumed"
+    )
     return fields, [note]
 
 
 def _with_head(fields: dict[str, Any], state: Mapping[str, Any]) -> MomentConfig:
     """The config with the head that the file has. Raises: ValueError."""
     told = fields.get("task_name", "reconstruction")
-    body = MomentConfig.from_published({**fields, "model_kwargs": {}, "task_name": "reconstruction"})
+    body = MomentConfig.from_published(
+        {**fields, "model_kwargs": {}, "task_name": "reconstruction"}
+    )
     head = state.get(HEAD)
     if not isinstance(head, np.ndarray) or head.ndim != 2:
         return body  # the table will say so
@@ -131,22 +159,33 @@ def _with_head(fields: dict[str, Any], state: Mapping[str, Any]) -> MomentConfig
     fits: dict[str, dict[str, Any]] = {}
     if (outputs, inputs) == (body.patch_len, body.d_model):
         fits["reconstruction"] = {}
-    if inputs == body.n_patches * body.d_model and fields.get("forecast_horizon", outputs) == outputs:
+    if (
+        inputs == body.n_patches * body.d_model
+        and fields.get("forecast_horizon", outputs) == outputs
+    ):
         fits["forecasting"] = {"forecast_horizon": outputs}
     variates = fields.get("n_channels", max(inputs // body.d_model, 1))
     reduction = fields.get("reduction", "concat")
     width = body.d_model * (variates if reduction == "concat" else 1)
     if inputs == width and fields.get("num_class", outputs) == outputs:
-        fits["classification"] = {"num_class": outputs, "n_channels": variates, "reduction": reduction}
+        fits["classification"] = {
+            "num_class": outputs,
+            "n_channels": variates,
+            "reduction": reduction,
+        }
     named = [name for name, options in HEAD_FIELDS.items() if any(key in fields for key in options)]
     # what the config says, then what it has options of, then what only the shape says
     chosen = next((name for name in (told, *named, "forecasting") if name in fits), None)
     if chosen is None:
         raise ValueError(
-            f"{HEAD} {head.shape} is no head for task_name {quoted(told)}, {body.n_patches} patches of "
-            f"{body.patch_len} and d_model {body.d_model}; check seq_len, forecast_horizon, num_class, n_channels"
+            f"{HEAD} {head.shape} is no head for task_name {quoted(told)}, {body.n_patches} "
+            "patches of "
+            f"{body.patch_len} and d_model {body.d_model}; check seq_len, forecast_horizon, "
+            "num_class, n_channels"
         )
-    return MomentConfig.from_published({**fields, "model_kwargs": {}, "task_name": chosen, **fits[chosen]})
+    return MomentConfig.from_published(
+        {**fields, "model_kwargs": {}, "task_name": chosen, **fits[chosen]}
+    )
 
 
 def published(config: MomentConfig) -> dict[str, Any]:
@@ -157,7 +196,8 @@ def published(config: MomentConfig) -> dict[str, Any]:
     heads, widths = set(config.n_heads), set(config.ffn_dims)
     if len(heads) != 1 or len(widths) != 1 or config.bias_columns:
         raise ValueError(
-            f"the original MOMENT has equal layers; this one has heads {config.n_heads} and feed-forward "
+            f"the original MOMENT has equal layers; this one has heads {config.n_heads} and "
+            "feed-forward "
             f"{config.ffn_dims}. A pruned model can't be exported."
         )
     name = {512: "small", 768: "base"}.get(config.d_model, "large")
@@ -165,7 +205,8 @@ def published(config: MomentConfig) -> dict[str, Any]:
         "task_name": config.head,
         "model_name": "MOMENT",
         "transformer_type": "encoder_only",
-        "d_model": None,  # that of t5_config, as the original reads it under a backbone of this name
+        # that of t5_config, as the original reads it under a backbone of this name
+        "d_model": None,
         "seq_len": config.context_len,
         "patch_len": config.patch_len,
         "patch_stride_len": config.patch_len,
@@ -198,7 +239,10 @@ def published(config: MomentConfig) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
         },
     }
-    fields |= {theirs: getattr(config, ours) or 1 for theirs, ours in HEAD_FIELDS.get(config.head, {}).items()}
+    fields |= {
+        theirs: getattr(config, ours) or 1
+        for theirs, ours in HEAD_FIELDS.get(config.head, {}).items()
+    }
     usual = MomentConfig.of(1, 2, 1, 1, 1)
     fields |= {
         name: getattr(config, name)

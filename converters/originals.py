@@ -20,7 +20,8 @@ MAX_JSON = 4 << 20  # bytes; the index of 2,600 tensors has 0.3 MB
 _CONTAINERS = {(): "state_dict", ("state_dict",): "lightning", ("student",): "student"}
 
 
-# A family's module is found by the family's name, so that a new one is written down in one place only.
+# A family's module is found by the family's name, so that a new one is written down in one place
+# only.
 _MODULES = {family: importlib.import_module(f"converters.{family}") for family in FAMILIES}
 
 
@@ -36,7 +37,8 @@ class Original:
     path: Path  # the file, or the index of several
     files: tuple[Path, ...]
     format: str  # zip, legacy, safetensors
-    container: str  # "lightning", "student", "nested": in a dictionary; "state_dict", "safetensors": all there is
+    # "lightning", "student", "nested": in a dictionary; "state_dict", "safetensors": all there is
+    container: str
     state: dict[str, Any]
     extras: dict[str, Any]
     notes: tuple[str, ...] = ()  # what was done to find the state dict
@@ -55,36 +57,48 @@ def read(src: str | Path) -> Original:
     if path.suffix == ".safetensors":
         tensors = read_safetensors(path)
         if not tensors:
-            raise CheckpointError(f"{path}: the file is empty: it holds no tensor. Save the model's state_dict().")
+            raise CheckpointError(
+                f"{path}: the file is empty: it holds no tensor. Save the model's state_dict()."
+            )
         return Original(path, (path,), "safetensors", "safetensors", tensors, {})
     file = read_torch(path)
     content = file.content
     if isinstance(content, Placeholder):
         raise CheckpointError(
-            f"{path}: a pickled object of class {quoted(content.name)}, not a state dict. Load it with the program "
+            f"{path}: a pickled object of class {quoted(content.name)}, not a state dict. Load it "
+            "with the program "
             "that wrote it and save its state_dict() with torch.save."
         )
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path}: holds a {type(content).__name__}, not a state dict. Save the model's state_dict()."
+            f"{path}: holds a {type(content).__name__}, not a state dict. Save the model's "
+            "state_dict()."
         )
     try:
-        nest, state, aside = wrappers.find_state(content, lambda found: _recognised(found) is not None)
+        nest, state, aside = wrappers.find_state(
+            content, lambda found: _recognised(found) is not None
+        )
     except ValueError as e:
-        raise CheckpointError(f"{path}: {e}. Save the one you mean with torch.save, alone.") from None
+        raise CheckpointError(
+            f"{path}: {e}. Save the one you mean with torch.save, alone."
+        ) from None
     if state is None:
         what = "has no tensors under names" if content else "is empty"
         raise CheckpointError(
-            f"{path}: the dictionary in it {what}, so it is no state dict. Save the model's state_dict() with "
+            f"{path}: the dictionary in it {what}, so it is no state dict. Save the model's "
+            "state_dict() with "
             "torch.save."
         )
     odd = [key for key in state if not isinstance(key, str)]
     if odd:
         raise CheckpointError(
-            f"{path}: the state dict has keys that are not text ({type(odd[0]).__name__}). Save the model's "
+            f"{path}: the state dict has keys that are not text ({type(odd[0]).__name__}). Save "
+            "the model's "
             "state_dict() with torch.save."
         )
-    named = {k: v for k, v in content.items() if isinstance(k, str) and len(k) <= 100 and k.isprintable()}
+    named = {
+        k: v for k, v in content.items() if isinstance(k, str) and len(k) <= 100 and k.isprintable()
+    }
     extras = {k: named[k] for k in list(named)[:100] if k != nest[0]} if nest else {}
     container = _CONTAINERS.get(nest, "nested")
     notes = wrappers.nest_notes(nest, aside)
@@ -102,7 +116,8 @@ def _only_file(folder: Path) -> Path:
     if len(files) != 1:
         names = ", ".join(p.name for p in files) or "none"
         raise CheckpointError(
-            f"{folder}: one checkpoint file was expected in this folder, found: {names}. Name the file."
+            f"{folder}: one checkpoint file was expected in this folder, found: {names}. Name the "
+            "file."
         )
     return files[0]
 
@@ -111,28 +126,44 @@ def _read_shards(index: Path) -> Original:
     """A checkpoint in several files: what `weight_map` of the index says, no more and no less."""
     listed = read_json(index)
     table = listed.get("weight_map") if isinstance(listed, dict) else None
-    fits = isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
+    fits = (
+        isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
+    )
     names = sorted(set(table.values())) if fits and table else []
     outside = [name for name in names if Path(name).name != name or not name or len(name) > 255]
     odd = outside or [name for name in names if Path(name).suffix not in folders.ORIGINALS]
     if not fits or odd:
-        where = "files outside its folder" if outside else "another index, or other files that hold no tensors"
+        where = (
+            "files outside its folder"
+            if outside
+            else "another index, or other files that hold no tensors"
+        )
         what = f"names {where}: {', '.join(map(quoted, odd[:5]))}" if odd else "has no weight_map"
-        raise CheckpointError(f"{index}: not the index of a checkpoint in several files: it {what}.")
+        raise CheckpointError(
+            f"{index}: not the index of a checkpoint in several files: it {what}."
+        )
     assert table
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        shown = ", ".join(map(quoted, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        shown = ", ".join(map(quoted, missing[:5])) + (
+            f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        )
         raise CheckpointError(f"{index}: {shown} not there. Fetch all {len(names)} files.")
     state, problems = {}, []
     parts = [read(index.parent / name) for name in names]
     for name, part in zip(names, parts, strict=True):
         for key, value in part.state.items():
             if table.get(key) != name:
-                problems.append(f"{quoted(key)}: in {name}, but the index says {quoted(str(table.get(key)))}")
+                problems.append(
+                    f"{quoted(key)}: in {name}, but the index says {quoted(str(table.get(key)))}"
+                )
             state[key] = value
-    problems += [f"{quoted(key)}: not in {quoted(name)}" for key, name in table.items() if key not in state]
+    problems += [
+        f"{quoted(key)}: not in {quoted(name)}" for key, name in table.items() if key not in state
+    ]
     if problems:
-        raise CheckpointError(tables.listed(f"{index}: the files do not go with the index:", problems))
+        raise CheckpointError(
+            tables.listed(f"{index}: the files do not go with the index:", problems)
+        )
     files = tuple(index.parent / name for name in names)
     return Original(index, files, parts[0].format, parts[0].container, state, {}, parts[0].notes)
 
@@ -140,27 +171,34 @@ def _read_shards(index: Path) -> Original:
 def family_of(original: Original) -> tuple[Any, Layout, Original]:
     """Find the family that a state dict is of.
 
-    Returns: the family's converter module, how the state dict lies in its file, and the original without what PyTorch's
-      wrappers leave in its keys.
+    Returns: the family's converter module, how the state dict lies in its file, and the original
+      without what PyTorch's wrappers leave in its keys.
     Raises: CheckpointError for a state dict of no known family, of several models, or of adapters.
     """
     if len(original.state) > wrappers.MAX_KEYS:
-        raise CheckpointError(f"{original.path}: {len(original.state)} keys, more than any known model has")
+        raise CheckpointError(
+            f"{original.path}: {len(original.state)} keys, more than any known model has"
+        )
     try:
         state, notes = wrappers.without_wrappers(original.state)
     except ValueError as e:
-        raise CheckpointError(f"{original.path}: {e}. Save the bare model's state_dict().") from None
+        raise CheckpointError(
+            f"{original.path}: {e}. Save the bare model's state_dict()."
+        ) from None
     if wrappers.has_adapters(state):
         raise CheckpointError(folders.adapter_advice(original.path))
     found = _recognised(state)
     parts = _by_first_part(state)
     if found is None or not all(map(found[1].covers, state)):
         largest = sorted(parts, key=lambda part: -len(parts[part]))[:20]
-        models = [part for part in parts if part in largest and _recognised(parts[part]) is not None]
+        models = [
+            part for part in parts if part in largest and _recognised(parts[part]) is not None
+        ]
         if len(models) > 1:
             raise CheckpointError(
                 f"{original.path}: holds {len(models)} models, whose keys begin with "
-                f"{', '.join(quoted(part + '.') for part in models[:5])}. Save the state_dict() of the one you mean."
+                f"{', '.join(quoted(part + '.') for part in models[:5])}. Save the state_dict() of "
+                "the one you mean."
             )
         if found is None and models:  # strange keys beside it, which will be listed
             family, inner = _recognised(parts[models[0]]) or (None, Layout())
@@ -168,16 +206,23 @@ def family_of(original: Original) -> tuple[Any, Layout, Original]:
     if found is None:
         keys = ", ".join(quoted(key) for key in list(state)[:5])
         raise CheckpointError(
-            f"{original.path}: no known model has such keys ({keys}, ...). Known families: {', '.join(FAMILIES)}."
+            f"{original.path}: no known model has such keys ({keys}, ...). Known families: "
+            f"{', '.join(FAMILIES)}."
         )
     family, layout = found
     if layout.prefix:
         notes = [f"taken off before every key: {quoted(layout.prefix)}", *notes]
-    return family, layout, dataclasses.replace(original, state=state, notes=(*original.notes, *notes))
+    return (
+        family,
+        layout,
+        dataclasses.replace(original, state=state, notes=(*original.notes, *notes)),
+    )
 
 
 def _recognised(state: dict[str, Any]) -> tuple[Any, Layout] | None:
-    """The converter module and the layout of the family that knows a state dict, whatever all its keys begin with."""
+    """The converter module and the layout of the family that knows a state dict, whatever all its
+    keys begin with.
+    """
     if len(state) > wrappers.MAX_KEYS or not all(isinstance(key, str) for key in state):
         return None
     outer = wrappers.common_prefix(state)
@@ -202,7 +247,9 @@ def _by_first_part(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; CheckpointError where it is none, or has more bytes than one of a checkpoint."""
+    """Read a JSON file; CheckpointError where it is none, or has more bytes than one of a
+    checkpoint.
+    """
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_JSON + 1)

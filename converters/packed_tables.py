@@ -1,4 +1,6 @@
-"""What the key tables of the Moirai families share: the encoder, the mixture head, and reading their config.json."""
+"""What the key tables of the Moirai families share: the encoder, the mixture head, and reading
+their config.json.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from converters.tables import SAME, TRANSPOSE, Rule, Transform, listed, split_in
 from converters.torch_files import CheckpointError, quoted
 
 LAYER = r"encoder\.layers\.(\d+)\."
-SUFFIXES = {".safetensors": "safetensors", ".bin": "state_dict", ".pth": "state_dict", ".ckpt": "lightning"}
+SUFFIXES = {
+    ".safetensors": "safetensors",
+    ".bin": "state_dict",
+    ".pth": "state_dict",
+    ".ckpt": "lightning",
+}
 HINTS = {
     r"/attn/": "check d_model: heads have 64 numbers",
     r"/ffn/": "check d_ff and d_model",
@@ -44,7 +51,10 @@ def attention_keys(head_dim: int) -> list[Rule]:
     """The encoder without its feed-forward layers."""
     attn = LAYER + r"self_attn\."
     return [
-        *((attn + f"{n}_proj\\.weight", rf"layer_\1/attn/{n}/kernel", split_out(head_dim)) for n in "qkv"),
+        *(
+            (attn + f"{n}_proj\\.weight", rf"layer_\1/attn/{n}/kernel", split_out(head_dim))
+            for n in "qkv"
+        ),
         (attn + r"out_proj\.weight", r"layer_\1/attn/out/kernel", split_in(head_dim)),
         *((attn + rf"{n}_norm\.weight", rf"layer_\1/attn/{n}_norm/scale", SAME) for n in "qk"),
         (attn + r"var_attn_bias\.emb\.weight", r"layer_\1/attn/variate_bias", SAME),
@@ -56,7 +66,10 @@ def attention_keys(head_dim: int) -> list[Rule]:
 def ffn_keys() -> list[Rule]:
     """Feed-forward layers of one SwiGLU each."""
     names = (("fc1", "up"), ("fc_gate", "gate"), ("fc2", "down"))
-    return [(LAYER + rf"ffn\.{theirs}\.weight", rf"layer_\1/ffn/{ours}/kernel", TRANSPOSE) for theirs, ours in names]
+    return [
+        (LAYER + rf"ffn\.{theirs}\.weight", rf"layer_\1/ffn/{ours}/kernel", TRANSPOSE)
+        for theirs, ours in names
+    ]
 
 
 def sized_keys(theirs: str, ours: str) -> list[Rule]:
@@ -70,20 +83,28 @@ def mixture_keys(parameters: Sequence[tuple[str, ...]]) -> list[Rule]:
     rules = sized_keys("param_proj.proj.weights_logits", "head/weights")
     for i, names in enumerate(parameters):
         for name in names:
-            rules += sized_keys(f"param_proj.proj.components.{i}.{name}", f"head/component_{i}_{name}")
+            rules += sized_keys(
+                f"param_proj.proj.components.{i}.{name}", f"head/component_{i}_{name}"
+            )
     return rules
 
 
 def prefix_of(state: Mapping[str, Any], anchor: str) -> Layout | None:
-    """The layout in which exactly one key ends with `anchor`, beside an encoder with variate biases."""
+    """The layout in which exactly one key ends with `anchor`, beside an encoder with variate
+    biases.
+    """
     found = [key for key in state if key == anchor or key.endswith("." + anchor)]
-    if len(found) != 1 or not any(key.endswith(".self_attn.var_attn_bias.emb.weight") for key in state):
+    if len(found) != 1 or not any(
+        key.endswith(".self_attn.var_attn_bias.emb.weight") for key in state
+    ):
         return None
     return Layout(found[0].removesuffix(anchor))
 
 
 def sizes_of(state: Mapping[str, Any], ffn: str | None) -> dict[str, Any]:
-    """What the shapes say: d_model, num_layers, and d_ff where `ffn` matches the keys of feed-forward inputs."""
+    """What the shapes say: d_model, num_layers, and d_ff where `ffn` matches the keys of
+    feed-forward inputs.
+    """
     sizes: dict[str, Any] = {}
     norm = state.get("encoder.norm.weight")
     if isinstance(norm, np.ndarray) and norm.ndim == 1:
@@ -93,22 +114,34 @@ def sizes_of(state: Mapping[str, Any], ffn: str | None) -> dict[str, Any]:
         sizes["num_layers"] = len(layers)
     if ffn is not None:
         found = [value for key, value in state.items() if re.fullmatch(ffn, key)]
-        widths = {value.shape[0] for value in found if isinstance(value, np.ndarray) and value.ndim == 2}
+        widths = {
+            value.shape[0] for value in found if isinstance(value, np.ndarray) and value.ndim == 2
+        }
         if len(widths) == 1:
             sizes["d_ff"] = widths.pop()
     return sizes
 
 
 def patch_problems(state: Mapping[str, Any], patches: Any, anchor: str) -> list[str]:
-    """What is wrong with the published `patch_sizes`, also against the layer whose weight is `anchor`."""
-    fits = isinstance(patches, list | tuple) and 0 < len(patches) <= 64 and all(map(_is_size, patches))
+    """What is wrong with the published `patch_sizes`, also against the layer whose weight is
+    `anchor`.
+    """
+    fits = (
+        isinstance(patches, list | tuple) and 0 < len(patches) <= 64 and all(map(_is_size, patches))
+    )
     if not fits or len(set(patches)) < len(patches) or max(patches) > 1 << 14:
-        return [f"patch_sizes: not a list of different integers from 1 to {1 << 14}: {quoted(str(patches))}"]
+        return [
+            f"patch_sizes: not a list of different integers from 1 to {1 << 14}: "
+            f"{quoted(str(patches))}"
+        ]
     weight = state.get(anchor)
     if isinstance(weight, np.ndarray) and weight.ndim == 3:
         told, found = (len(patches), max(patches)), (weight.shape[0], weight.shape[2])
         if told != found:
-            return [f"patch_sizes: the config has {told[0]}, the largest {told[1]}, the weights {found[0]}, {found[1]}"]
+            return [
+                f"patch_sizes: the config has {told[0]}, the largest {told[1]}, the weights "
+                f"{found[0]}, {found[1]}"
+            ]
     return []
 
 
@@ -127,7 +160,8 @@ def read_config(
     """The config of the published fields.
 
     Args:
-      sizes: integers that the shapes say. required: integers that must be there. problems: found before.
+      sizes: integers that the shapes say. required: integers that must be there. problems: found
+        before.
       build: the config's `from_published`.
     Raises: CheckpointError that lists every contradiction.
     """
@@ -150,19 +184,31 @@ def read_config(
     if not problems:
         try:
             return build(published)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as e:
             problems.append(str(e)[:500])
     raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
 
 
-def preset_of(told: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]], where: str) -> tuple[str, str]:
+def preset_of(
+    told: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]], where: str
+) -> tuple[str, str]:
     """Name of the first preset whose sizes are all those of the weights, and the note that says so.
 
     Raises: CheckpointError where there is none: what a patch is can't be read from the weights.
     """
     for name, sizes in presets.items():
         if all(told.get(key) == size for key, size in sizes.items()):
-            return name, f"no config beside the file: the sizes are those of {name}, whose config is taken"
+            return (
+                name,
+                f"no config beside the file: the sizes are those of {name}, whose config is taken",
+            )
     raise CheckpointError(
         f"{where}: what its patches and heads are is not in the weights, and their sizes ("
         + ", ".join(f"{key} {size}" for key, size in told.items())
@@ -170,7 +216,9 @@ def preset_of(told: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]],
     )
 
 
-def published_config(config: Any, build: Callable[[Mapping[str, Any]], Any], **others: Any) -> dict[str, Any]:
+def published_config(
+    config: Any, build: Callable[[Mapping[str, Any]], Any], **others: Any
+) -> dict[str, Any]:
     """config.json of a model with a mixture head; others: fields of one family.
 
     Raises: ValueError for a model whose widths the published fields can't say.
@@ -189,7 +237,9 @@ def published_config(config: Any, build: Callable[[Mapping[str, Any]], Any], **o
     return checked_fields(config, build, fields)
 
 
-def checked_fields(config: Any, build: Callable[[Mapping[str, Any]], Any], fields: dict[str, Any]) -> dict[str, Any]:
+def checked_fields(
+    config: Any, build: Callable[[Mapping[str, Any]], Any], fields: dict[str, Any]
+) -> dict[str, Any]:
     """`fields`, sorted, if they give the widths of `config` back.
 
     Raises: ValueError otherwise.
@@ -198,7 +248,8 @@ def checked_fields(config: Any, build: Callable[[Mapping[str, Any]], Any], field
     ours, theirs = ((c.d_model, c.head_dim, c.n_heads, c.ffn_dims) for c in (config, again))
     if ours != theirs:
         raise ValueError(
-            f"the original has equal layers with heads of about 64 numbers: {theirs}; this model has (d_model, head "
+            f"the original has equal layers with heads of about 64 numbers: {theirs}; this model "
+            "has (d_model, head "
             f"width, heads, feed-forward widths) {ours}. A pruned model can't be exported."
         )
     return dict(sorted(fields.items()))

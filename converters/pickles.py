@@ -1,12 +1,15 @@
-"""A pickle as data: an interpreter that knows containers, numbers, strings and what its caller lends it.
+"""A pickle as data: an interpreter that knows containers, numbers, strings and what its caller
+lends it.
 
-A pickle is a program. Python's own machine imports and calls whatever the program names; this one imports nothing and
-calls nothing but the `builders` it is given. Objects of other classes become inert `Placeholder`s, and a pickle that
-names something that no checkpoint needs (`os.system`, `builtins.eval`, ...) is refused.
+A pickle is a program. Python's own machine imports and calls whatever the program names; this one
+imports nothing and calls nothing but the `builders` it is given. Objects of other classes become
+inert `Placeholder`s, and a pickle that names something that no checkpoint needs (`os.system`,
+`builtins.eval`, ...) is refused.
 
-One opcode of one byte can name, copy or hash a text of a megabyte again, so opcodes are not what is counted. All
-pickles of a file spend from one `Budget`, of steps (time) and of bytes (memory), and what costs more than a plain step
-pays for it by its length. Nothing that a file declares is allocated before the bytes are seen to be there.
+One opcode of one byte can name, copy or hash a text of a megabyte again, so opcodes are not what is
+counted. All pickles of a file spend from one `Budget`, of steps (time) and of bytes (memory), and
+what costs more than a plain step pays for it by its length. Nothing that a file declares is
+allocated before the bytes are seen to be there.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ def shortened(text: str, limit: int = MAX_MESSAGE) -> str:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint file that can't be used. The message names the file, what is wrong and what to do."""
+    """A checkpoint file that can't be used. The message names the file, what is wrong and what to
+    do.
+    """
 
     def __init__(self, message: str):
         super().__init__(shortened(message))
@@ -65,17 +70,22 @@ class Budget:
         self.steps -= steps
         self.memory -= memory
         if self.steps < 0:
-            raise ValueError(f"more than {MAX_PICKLE_STEPS} steps of pickle, which no checkpoint needs")
+            raise ValueError(
+                f"more than {MAX_PICKLE_STEPS} steps of pickle, which no checkpoint needs"
+            )
         if self.memory < 0:
-            raise ValueError("the pickle grows to much more memory than its size, which no checkpoint needs")
+            raise ValueError(
+                "the pickle grows to much more memory than its size, which no checkpoint needs"
+            )
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Placeholder:
-    """What stands where a file names a class or function that is not a tensor or plain container. Never called.
+    """What stands where a file names a class or function that is not a tensor or plain container.
+    Never called.
 
-    `name` is the dotted name in the file, `args` what it would have been called with (None: the bare name),
-    `state` and `items` what it would have been filled with.
+    `name` is the dotted name in the file, `args` what it would have been called with (None: the
+    bare name), `state` and `items` what it would have been filled with.
     """
 
     name: str
@@ -93,12 +103,30 @@ def quoted(value: object, limit: int = 120) -> str:
     return shown if len(shown) <= 2 * limit else shown[: 2 * limit] + "...'"
 
 
-# What checkpoints really hold from the standard library (None: any name). Any other name of it is refused: none of
-# these is ever called, so the list costs only a refusal where it is too short.
+# What checkpoints really hold from the standard library (None: any name). Any other name of it is
+# refused: none of these is ever called, so the list costs only a refusal where it is too short.
 _STDLIB_NAMES: dict[str, set[str] | None] = {
     "builtins": {
-        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
-        "slice", "str", "tuple", "type", "Ellipsis", "NotImplemented", "unicode", "long",
+        "bool",
+        "bytearray",
+        "bytes",
+        "complex",
+        "dict",
+        "float",
+        "frozenset",
+        "int",
+        "list",
+        "object",
+        "range",
+        "set",
+        "slice",
+        "str",
+        "tuple",
+        "type",
+        "Ellipsis",
+        "NotImplemented",
+        "unicode",
+        "long",
     },
     "collections": None,
     "_codecs": {"encode"},
@@ -118,28 +146,120 @@ _STDLIB_NAMES: dict[str, set[str] | None] = {
     "typing": None,
     "uuid": {"UUID", "SafeUUID"},
     "zoneinfo": {"ZoneInfo"},
-}  # fmt: skip
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # modules that have another name today
-_PYTHON_2_ONLY = {"commands", "popen2", "cPickle", "cStringIO", "urllib2", "httplib", "exceptions", "dummy_thread"}
+}
+_PYTHON_2 = {
+    "__builtin__": "builtins",
+    "copy_reg": "copyreg",
+}  # modules that have another name today
+_PYTHON_2_ONLY = {
+    "commands",
+    "popen2",
+    "cPickle",
+    "cStringIO",
+    "urllib2",
+    "httplib",
+    "exceptions",
+    "dummy_thread",
+}
 _DANGEROUS_PARTS = {  # refused wherever they stand in a dotted name ("torch" + "os.system")
-    "os", "posix", "nt", "posixpath", "ntpath", "sys", "subprocess", "builtins", "__builtins__", "__builtin__",
-    "importlib", "ctypes", "shutil", "socket", "runpy", "pty", "pickle", "__globals__", "__subclasses__", "__import__",
-    "__getattribute__", "__class__", "__dict__", "__code__", "__reduce__", "__reduce_ex__", "__setstate__", "__call__",
-}  # fmt: skip
+    "os",
+    "posix",
+    "nt",
+    "posixpath",
+    "ntpath",
+    "sys",
+    "subprocess",
+    "builtins",
+    "__builtins__",
+    "__builtin__",
+    "importlib",
+    "ctypes",
+    "shutil",
+    "socket",
+    "runpy",
+    "pty",
+    "pickle",
+    "__globals__",
+    "__subclasses__",
+    "__import__",
+    "__getattribute__",
+    "__class__",
+    "__dict__",
+    "__code__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__setstate__",
+    "__call__",
+}
 _DANGEROUS_PREFIXES = (
-    "torch.hub", "torch.load", "torch.save", "torch.jit", "torch.package", "torch.serialization", "torch.ops",
-    "torch.classes", "torch.utils.cpp_extension", "torch.utils.model_zoo", "torch.distributed.rpc",
-    "torch.multiprocessing", "torch.storage._load_from_bytes", "torch._dynamo", "torch._inductor", "torch._C",
-    "torch.fx", "torch.compile",
-    "numpy.load", "numpy.fromfile", "numpy.save", "numpy.memmap", "numpy.testing", "numpy.f2py", "numpy.distutils",
-    "numpy.ctypeslib", "numpy.lib", "pandas.eval", "pandas.read_pickle", "pandas.io",
-    "pip", "setuptools", "pkg_resources", "distutils", "IPython", "cloudpickle", "dill", "joblib", "requests",
-    "pexpect", "paramiko", "fabric", "sh", "jax", "jaxlib", "flax", "ltsm_jax", "converters", "experiments",
-)  # fmt: skip
+    "torch.hub",
+    "torch.load",
+    "torch.save",
+    "torch.jit",
+    "torch.package",
+    "torch.serialization",
+    "torch.ops",
+    "torch.classes",
+    "torch.utils.cpp_extension",
+    "torch.utils.model_zoo",
+    "torch.distributed.rpc",
+    "torch.multiprocessing",
+    "torch.storage._load_from_bytes",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._C",
+    "torch.fx",
+    "torch.compile",
+    "numpy.load",
+    "numpy.fromfile",
+    "numpy.save",
+    "numpy.memmap",
+    "numpy.testing",
+    "numpy.f2py",
+    "numpy.distutils",
+    "numpy.ctypeslib",
+    "numpy.lib",
+    "pandas.eval",
+    "pandas.read_pickle",
+    "pandas.io",
+    "pip",
+    "setuptools",
+    "pkg_resources",
+    "distutils",
+    "IPython",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "requests",
+    "pexpect",
+    "paramiko",
+    "fabric",
+    "sh",
+    "jax",
+    "jaxlib",
+    "flax",
+    "ltsm_jax",
+    "converters",
+    "experiments",
+)
 _STATE_TRICKS = {  # attributes that only an attack sets on an object
-    "__class__", "__setstate__", "__reduce__", "__reduce_ex__", "__code__", "__globals__", "__builtins__", "__init__",
-    "__new__", "__del__", "__call__", "__getattr__", "__getattribute__", "__bases__", "__mro__", "__subclasses__",
-}  # fmt: skip
+    "__class__",
+    "__setstate__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__code__",
+    "__globals__",
+    "__builtins__",
+    "__init__",
+    "__new__",
+    "__del__",
+    "__call__",
+    "__getattr__",
+    "__getattribute__",
+    "__bases__",
+    "__mro__",
+    "__subclasses__",
+}
 
 
 def _is_dangerous(module: str, name: str) -> bool:
@@ -147,7 +267,9 @@ def _is_dangerous(module: str, name: str) -> bool:
     root = dotted.partition(".")[0]
     if module in _STDLIB_NAMES:
         allowed = _STDLIB_NAMES[module]
-        return (allowed is not None and name not in allowed) or not _DANGEROUS_PARTS.isdisjoint(name.split("."))
+        return (allowed is not None and name not in allowed) or not _DANGEROUS_PARTS.isdisjoint(
+            name.split(".")
+        )
     if root in sys.stdlib_module_names or root in _PYTHON_2_ONLY:
         return True
     if not _DANGEROUS_PARTS.isdisjoint(dotted.split(".")):
@@ -169,12 +291,20 @@ _CONTAINERS: dict[str, type] = {
 
 def _latin1(text: object = None, encoding: object = None) -> bytes:
     """How Python 3 writes bytes in an old pickle: `_codecs.encode(str, "latin1")`."""
-    if not (isinstance(text, str) and isinstance(encoding, str) and encoding in ("latin1", "latin-1")):
+    if not (
+        isinstance(text, str) and isinstance(encoding, str) and encoding in ("latin1", "latin-1")
+    ):
         raise ValueError("_codecs.encode used for something else than bytes")
     return text.encode("latin-1")
 
 
-_PLAIN_KEYS = (str, bytes, bool, type(None), Placeholder)  # their hashes are random, or there are two of them
+_PLAIN_KEYS = (
+    str,
+    bytes,
+    bool,
+    type(None),
+    Placeholder,
+)  # their hashes are random, or there are two of them
 _ODD_KEYS = (float, complex)
 
 
@@ -208,7 +338,8 @@ class _Pickle:
         self.odd_keys = _MAX_ODD_KEYS
         self.budget = budget
 
-    # reading ------------------------------------------------------------------------------------------------------
+    # reading
+    # ----------------------------------------------------------------------------------------------
     def take(self, n: int) -> bytes:
         if n < 0 or n > self.end - self.pos:
             limit = "the file ends inside the pickle"
@@ -251,8 +382,9 @@ class _Pickle:
     def key(self, value: Any) -> Any:
         """`value`, if it may be a dictionary key, at a cost that does not depend on it.
 
-        Hashing a hostile nest of tuples would overflow the C stack, hashing one long tuple again and again takes time
-        that its bytes do not tell, and a file can hold thousands of tuples, fractions and complex numbers of one hash.
+        Hashing a hostile nest of tuples would overflow the C stack, hashing one long tuple again
+        and again takes time that its bytes do not tell, and a file can hold thousands of tuples,
+        fractions and complex numbers of one hash.
         """
         if _is_plain_key(value):
             return value
@@ -264,10 +396,13 @@ class _Pickle:
             raise ValueError(f"a dictionary key or set element of type {kind}")
         self.odd_keys -= 1
         if self.odd_keys < 0:
-            raise ValueError(f"more than {_MAX_ODD_KEYS} dictionary keys that are neither text nor integers")
+            raise ValueError(
+                f"more than {_MAX_ODD_KEYS} dictionary keys that are neither text nor integers"
+            )
         return value
 
-    # stack --------------------------------------------------------------------------------------------------------
+    # stack
+    # ----------------------------------------------------------------------------------------------
     def pop(self) -> Any:
         if not self.stack:
             raise ValueError("the pickle takes a value that is not there")
@@ -287,12 +422,15 @@ class _Pickle:
     def spend(self, steps: int, memory: int) -> None:
         self.budget.spend(steps, memory)
 
-    # names and calls ----------------------------------------------------------------------------------------------
+    # names and calls
+    # ----------------------------------------------------------------------------------------------
     def name(self, module: object, name: object) -> Placeholder:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise ValueError("the pickle names a class by something that is not text")
         if len(module) + len(name) > _MAX_NAME:
-            raise ValueError(f"the pickle names {quoted(module)}: a name of {len(module) + len(name)} characters")
+            raise ValueError(
+                f"the pickle names {quoted(module)}: a name of {len(module) + len(name)} characters"
+            )
         self.spend(0, 200)
         known = self.names.get((module, name))
         if known is not None:
@@ -302,7 +440,8 @@ class _Pickle:
         dotted = f"{_PYTHON_2.get(module, module)}.{name}"
         if _is_dangerous(_PYTHON_2.get(module, module), name):
             raise ValueError(
-                f"the pickle names {quoted(dotted)}, which no checkpoint needs: this file may be an attack "
+                f"the pickle names {quoted(dotted)}, which no checkpoint needs: this file may be "
+                "an attack "
                 "and nothing of it was run"
             )
         self.names[module, name] = dotted
@@ -319,10 +458,16 @@ class _Pickle:
                 return self.builders[func.name](*args)
             if func.name == "torch._tensor._rebuild_from_type_v2" and len(args) == 4:
                 inner, kind, inner_args, state = args  # a tensor with attributes, which are dropped
-                if isinstance(inner, Placeholder) and inner.args is None and inner.name in self.builders:
+                if (
+                    isinstance(inner, Placeholder)
+                    and inner.args is None
+                    and inner.name in self.builders
+                ):
                     return self.call(inner, inner_args)
                 return Placeholder(
-                    kind.name if isinstance(kind, Placeholder) else func.name, (inner, inner_args), state
+                    kind.name if isinstance(kind, Placeholder) else func.name,
+                    (inner, inner_args),
+                    state,
                 )
             if (
                 func.name in ("copyreg._reconstructor", "copyreg.__newobj__")
@@ -345,8 +490,11 @@ class _Pickle:
             return kind()
         content = args[0]
         if len(args) > 1 or not isinstance(content, (list, tuple, dict, set, frozenset)):
-            raise ValueError(f"the pickle makes a {kind.__name__} of something that is not a container")
-        # The copy costs as much as its content, which may stand in the file once and be copied often.
+            raise ValueError(
+                f"the pickle makes a {kind.__name__} of something that is not a container"
+            )
+        # The copy costs as much as its content, which may stand in the file once and be copied
+        # often.
         self.spend(len(content), (8 if kind in (list, tuple) else 100) * len(content))
         if kind is dict:
             pairs = content.items() if isinstance(content, dict) else content
@@ -366,10 +514,14 @@ class _Pickle:
             # Not a walk through the state, which one opcode may set again and again.
             tricks = sorted(trick for trick in _STATE_TRICKS if trick in part)
             if tricks:
-                raise ValueError(f"the pickle sets {', '.join(tricks)} of an object: this file may be an attack")
+                raise ValueError(
+                    f"the pickle sets {', '.join(tricks)} of an object: this file may be an attack"
+                )
         if isinstance(target, Placeholder):
             target.state = state
-        elif not isinstance(target, (dict, np.ndarray)):  # of these, attributes are dropped: `_metadata`
+        elif not isinstance(
+            target, (dict, np.ndarray)
+        ):  # of these, attributes are dropped: `_metadata`
             raise ValueError(f"the pickle sets attributes of a {type(target).__name__}")
 
     def append(self, items: list[Any]) -> None:
@@ -410,7 +562,8 @@ class _Pickle:
             raise ValueError(f"the pickle sets items of a {type(target).__name__}")
         return target
 
-    # the loop -----------------------------------------------------------------------------------------------------
+    # the loop
+    # ----------------------------------------------------------------------------------------------
     def run(self) -> Any:
         data, end, budget = self.data, self.end, self.budget
         while True:
@@ -451,7 +604,9 @@ def _old_text(raw: bytes) -> str:  # a `str` of Python 2
         return raw.decode("latin-1")
 
 
-_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)  # of Python 2's repr, which writes no others
+_ESCAPE = re.compile(
+    rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL
+)  # of Python 2's repr, which writes no others
 _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"\\": b"\\", b"'": b"'", b'"': b'"'}
 
 
@@ -710,7 +865,15 @@ def run_pickle(
     pickle = _Pickle(data, start, end, persistent, builders, budget or Budget.of(end - start))
     try:
         return pickle.run(), pickle.pos
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, MemoryError) as e:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as e:
         what = shortened(str(e), 1000) or type(e).__name__
         raise CheckpointError(
             f"{file}: {what} (byte {pickle.pos - start} of the pickle). "

@@ -1,4 +1,6 @@
-"""Key table of Sundial (thuml/sundial-base-128m, SundialForPrediction) <-> `ltsm_jax.models.sundial`."""
+"""Key table of Sundial (thuml/sundial-base-128m, SundialForPrediction) <->
+`ltsm_jax.models.sundial`.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,8 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[SundialConfig, list[str]]:
-    """The config of a state dict from config.json, or the preset of these sizes where there is none.
+    """The config of a state dict from config.json, or the preset of these sizes where there is
+    none.
 
     Raises: CheckpointError that lists every contradiction.
     """
@@ -80,23 +83,40 @@ def configure(
     horizon = dims(state, FLOW_IN)[1]
     if published is None:
         for name, preset in PRESETS.items():
-            known = (preset.d_model, preset.patch_len, preset.ffn_dims[0], len(preset.ffn_dims), preset.flow_depth)
+            known = (
+                preset.d_model,
+                preset.patch_len,
+                preset.ffn_dims[0],
+                len(preset.ffn_dims),
+                preset.flow_depth,
+            )
             if (*known, preset.horizon) == (*sizes.values(), horizon):
-                return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
+                return preset, [
+                    f"no config beside the file: the sizes are those of {name}, whose config is "
+                    "taken"
+                ]
         raise CheckpointError(
             f"{where}: the number of heads is not in the tensors, and these are not the sizes of "
             f"{', '.join(PRESETS)}. Put the published config.json beside the file."
         )
     told = Fields(published, where)
     for name in ("num_hidden_layers", "hidden_size", "input_token_len", "intermediate_size"):
-        told.integer(name, high=MAX_LAYERS if name == "num_hidden_layers" else 1 << 20, weights=sizes[name])
-    told.integer("flow_loss_depth", 3, low=0, high=MAX_LAYERS, weights=sizes["flow_loss_depth"] or 0)
+        told.integer(
+            name, high=MAX_LAYERS if name == "num_hidden_layers" else 1 << 20, weights=sizes[name]
+        )
+    told.integer(
+        "flow_loss_depth", 3, low=0, high=MAX_LAYERS, weights=sizes["flow_loss_depth"] or 0
+    )
     width, heads = told.integer("hidden_size"), told.integer("num_attention_heads")
     if width % heads:
-        told.problems.append(f"hidden_size: {width} is no multiple of num_attention_heads ({heads})")
+        told.problems.append(
+            f"hidden_size: {width} is no multiple of num_attention_heads ({heads})"
+        )
     last = told.integers("output_token_lens")[-1]
     if horizon not in (None, last):
-        told.problems.append(f"output_token_lens: the config ends with {last}, the weights have {horizon}")
+        told.problems.append(
+            f"output_token_lens: the config ends with {last}, the weights have {horizon}"
+        )
     told.integer("num_sampling_steps", 50, high=MAX_STEPS)
     told.integer("diffusion_batch_mul", 4, high=MAX_STEPS)
     told.integer("max_position_embeddings", 10000, high=1 << 30)
@@ -115,8 +135,10 @@ def published(config: SundialConfig) -> dict[str, Any]:
     heads, widths = set(config.n_heads), {*config.ffn_dims, config.embed_dim}
     if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
-            f"the original has equal layers with hidden size = heads * head width; this one has width "
-            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward {config.ffn_dims}, "
+            "the original has equal layers with hidden size = heads * head width; this one has "
+            "width "
+            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward "
+            f"{config.ffn_dims}, "
             f"embedding {config.embed_dim}. A pruned model can't be exported."
         )
     return {

@@ -1,4 +1,6 @@
-"""Key table of a T5 stack as Hugging Face's T5 names it: the part that the families built on T5 have in common."""
+"""Key table of a T5 stack as Hugging Face's T5 names it: the part that the families built on T5
+have in common.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,16 @@ from converters.tables import SAME, TRANSPOSE, Rule, split_in, split_out
 ACTIVATIONS = ("relu", "gelu", "gelu_new")
 
 
-def stack_rules(name: str, head_dim: int, *, decoder: bool = False, gated: bool = False) -> list[Rule]:
-    """The lines of one stack. name: "encoder" or "decoder", of the keys and of our paths; head_dim: `d_kv`."""
+def stack_rules(
+    name: str, head_dim: int, *, decoder: bool = False, gated: bool = False
+) -> list[Rule]:
+    """The lines of one stack. name: "encoder" or "decoder", of the keys and of our paths; head_dim:
+    `d_kv`.
+    """
     layer, ours = rf"{name}\.block\.(\d+)\.layer\.", rf"{name}/layer_\1/"
-    attentions = [("0.SelfAttention", "attn")] + ([("1.EncDecAttention", "cross")] if decoder else [])
+    attentions = [("0.SelfAttention", "attn")] + (
+        [("1.EncDecAttention", "cross")] if decoder else []
+    )
     last = 2 if decoder else 1
     wide = [("wi_0", "gate"), ("wi_1", "up")] if gated else [("wi", "up")]
     rules: list[Rule] = [
@@ -27,11 +35,20 @@ def stack_rules(name: str, head_dim: int, *, decoder: bool = False, gated: bool 
     for theirs, attention in attentions:
         key = layer + theirs.replace(".", r"\.")
         rules += [
-            *((rf"{key}\.{x}\.weight", f"{ours}{attention}/{x}/kernel", split_out(head_dim)) for x in "qkv"),
+            *(
+                (rf"{key}\.{x}\.weight", f"{ours}{attention}/{x}/kernel", split_out(head_dim))
+                for x in "qkv"
+            ),
             (rf"{key}\.o\.weight", f"{ours}{attention}/out/kernel", split_in(head_dim)),
         ]
-    rules += [(rf"{layer}{j}\.layer_norm\.weight", f"{ours}norm{j + 1}/scale", SAME) for j in range(last + 1)]
-    rules += [(rf"{layer}{last}\.DenseReluDense\.{x}\.weight", f"{ours}{y}/kernel", TRANSPOSE) for x, y in wide]
+    rules += [
+        (rf"{layer}{j}\.layer_norm\.weight", f"{ours}norm{j + 1}/scale", SAME)
+        for j in range(last + 1)
+    ]
+    rules += [
+        (rf"{layer}{last}\.DenseReluDense\.{x}\.weight", f"{ours}{y}/kernel", TRANSPOSE)
+        for x, y in wide
+    ]
     rules += [
         (rf"{layer}{last}\.DenseReluDense\.wo\.weight", f"{ours}down/kernel", TRANSPOSE),
         (rf"{name}\.final_layer_norm\.weight", f"{name}/norm/scale", SAME),
@@ -40,8 +57,9 @@ def stack_rules(name: str, head_dim: int, *, decoder: bool = False, gated: bool 
 
 
 def stack_fields(told: Fields, state: Mapping[str, Any], *, decoder: bool, gated: bool) -> None:
-    """Checks T5's sizes in a published config (d_model, d_kv, num_heads, d_ff, num_layers, ...) against each other and
-    against a state dict; what is wrong goes to `told.problems`."""
+    """Checks T5's sizes in a published config (d_model, d_kv, num_heads, d_ff, num_layers, ...)
+    against each other and against a state dict; what is wrong goes to `told.problems`.
+    """
     first = "encoder.block.0.layer."
     heads = dims(state, f"{first}0.SelfAttention.relative_attention_bias.weight")
     inner, d_model = dims(state, f"{first}0.SelfAttention.q.weight")
@@ -51,8 +69,13 @@ def stack_fields(told: Fields, state: Mapping[str, Any], *, decoder: bool, gated
     if inner is not None and n * k != inner:
         told.problems.append(f"num_heads * d_kv: {n} * {k} in the config, {inner} in the weights")
     told.integer("d_ff", weights=d_ff)
-    layers = told.integer("num_layers", high=MAX_LAYERS, weights=layer_count(state, r"encoder\.block\.(\d+)\."))
-    if decoder and (told.published.get("num_decoder_layers") is not None or "num_decoder_layers" not in told.published):
+    layers = told.integer(
+        "num_layers", high=MAX_LAYERS, weights=layer_count(state, r"encoder\.block\.(\d+)\.")
+    )
+    if decoder and (
+        told.published.get("num_decoder_layers") is not None
+        or "num_decoder_layers" not in told.published
+    ):
         deep = layer_count(state, r"decoder\.block\.(\d+)\.")
         told.integer("num_decoder_layers", layers, high=MAX_LAYERS, weights=deep)
     told.integer("relative_attention_num_buckets", 32, high=1 << 16, weights=heads[0])

@@ -1,4 +1,6 @@
-"""Key table of Time-MoE (Maple728/TimeMoE-*, TimeMoeForPrediction) <-> `ltsm_jax.models.time_moe`."""
+"""Key table of Time-MoE (Maple728/TimeMoE-*, TimeMoeForPrediction)
+<-> `ltsm_jax.models.time_moe`.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,16 @@ def keys(config: TimeMoeConfig) -> list[Rule]:
         (LAYER + r"self_attn\.(q|k|v)_proj\.bias", r"layer_\1/attn/\2/bias", split_bias(k)),
         (LAYER + r"self_attn\.o_proj\.weight", r"layer_\1/attn/out/kernel", split_in(k)),
         (FFN + r"gate\.weight", r"layer_\1/mixture/router/kernel", TRANSPOSE),
-        (FFN + r"experts\.(\d+)\.(gate|up|down)_proj\.weight", r"layer_\1/mixture/experts/\3[\2]", TRANSPOSE),
-        (FFN + r"shared_expert\.(gate|up|down)_proj\.weight", r"layer_\1/mixture/shared/\2/kernel", TRANSPOSE),
+        (
+            FFN + r"experts\.(\d+)\.(gate|up|down)_proj\.weight",
+            r"layer_\1/mixture/experts/\3[\2]",
+            TRANSPOSE,
+        ),
+        (
+            FFN + r"shared_expert\.(gate|up|down)_proj\.weight",
+            r"layer_\1/mixture/shared/\2/kernel",
+            TRANSPOSE,
+        ),
         (FFN + r"shared_expert_gate\.weight", r"layer_\1/mixture/shared_gate/kernel", TRANSPOSE),
         (FFN + r"(gate|up|down)_proj\.weight", r"layer_\1/mlp/\2/kernel", TRANSPOSE),  # use_dense
         (r"model\.norm\.weight", "norm/scale", SAME),
@@ -54,7 +64,8 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[TimeMoeConfig, list[str]]:
-    """The config of a state dict from config.json, or the preset of these sizes where there is none.
+    """The config of a state dict from config.json, or the preset of these sizes where there is
+    none.
 
     Raises: CheckpointError that lists every contradiction.
     """
@@ -71,7 +82,10 @@ def configure(
                 preset.n_experts,
                 preset.shared_dims[0],
             ):
-                return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
+                return preset, [
+                    f"no config beside the file: the sizes are those of {name}, whose config is "
+                    "taken"
+                ]
         raise CheckpointError(
             f"{where}: the number of heads is not in the tensors, and these are not the sizes of "
             f"{', '.join(PRESETS)}. Put the published config.json beside the file."
@@ -87,13 +101,19 @@ def configure(
     if published.get("num_key_value_heads") is not None:
         groups = told.integer("num_key_value_heads")
         if heads % groups:
-            told.problems.append(f"num_attention_heads: {heads} is no multiple of num_key_value_heads ({groups})")
+            told.problems.append(
+                f"num_attention_heads: {heads} is no multiple of num_key_value_heads ({groups})"
+            )
     for j, h in enumerate(told.integers("horizon_lengths")):
         there = dims(state, f"lm_heads.{j}.out_layer.weight")[0]
         if there not in (None, h):
-            told.problems.append(f"horizon_lengths: the config says {h} for head {j}, the weights {there}")
+            told.problems.append(
+                f"horizon_lengths: the config says {h} for head {j}, the weights {there}"
+            )
     if width % heads:
-        told.problems.append(f"hidden_size: {width} is no multiple of num_attention_heads ({heads})")
+        told.problems.append(
+            f"hidden_size: {width} is no multiple of num_attention_heads ({heads})"
+        )
     told.choice("hidden_act", tuple(ACTIVATIONS), "silu")
     told.boolean("use_dense", False)
     told.boolean("apply_aux_loss", True)
@@ -114,15 +134,28 @@ def published(config: TimeMoeConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    per_layer = (config.n_heads, config.n_kv_heads, config.expert_dims, config.shared_dims, config.kept)
+    per_layer = (
+        config.n_heads,
+        config.n_kv_heads,
+        config.expert_dims,
+        config.shared_dims,
+        config.kept,
+    )
     equal = all(len(set(widths)) == 1 for widths in per_layer)
     whole = equal and config.n_heads[0] * config.head_dim == config.d_model
     inner = config.shared_dims[0]
-    if not whole or len(config.kept[0]) != config.n_experts or config.expert_dims[0] != inner // config.top_k:
+    if (
+        not whole
+        or len(config.kept[0]) != config.n_experts
+        or config.expert_dims[0] != inner // config.top_k
+    ):
         raise ValueError(
-            f"the original has equal layers with all experts, hidden size = heads * head width and experts of 1/k of "
-            f"the shared one's width; this one has hidden size {config.d_model}, heads {config.n_heads} of width "
-            f"{config.head_dim}, experts {config.kept} of width {config.expert_dims}, shared {config.shared_dims}. "
+            "the original has equal layers with all experts, hidden size = heads * head width and "
+            "experts of 1/k of "
+            f"the shared one's width; this one has hidden size {config.d_model}, heads "
+            f"{config.n_heads} of width "
+            f"{config.head_dim}, experts {config.kept} of width {config.expert_dims}, shared "
+            f"{config.shared_dims}. "
             "A pruned model can't be exported."
         )
     return {

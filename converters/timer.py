@@ -1,8 +1,9 @@
-"""Key table of Timer: state dicts of thuml/Large-Time-Series-Model (TimerBackbone, Model) <-> `ltsm_jax.models.timer`.
+"""Key table of Timer: state dicts of thuml/Large-Time-Series-Model (TimerBackbone, Model) <->
+`ltsm_jax.models.timer`.
 
-The published files are Lightning checkpoints whose keys carry a prefix of six characters; fine-tuning with the original
-saves the bare backbone. `Model` of the original registers its modules twice, so its own state dict holds every tensor
-twice: `backbone.decoder...` and `decoder...`.
+The published files are Lightning checkpoints whose keys carry a prefix of six characters;
+fine-tuning with the original saves the bare backbone. `Model` of the original registers its modules
+twice, so its own state dict holds every tensor twice: `backbone.decoder...` and `decoder...`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,34 @@ import numpy as np
 from converters.fields import MAX_LAYERS
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
-from converters.tables import BUFFER, CONV1, SAME, TRANSPOSE, Rule, listed, split_bias, split_in, split_out
+from converters.tables import (
+    BUFFER,
+    CONV1,
+    SAME,
+    TRANSPOSE,
+    Rule,
+    listed,
+    split_bias,
+    split_in,
+    split_out,
+)
 from ltsm_jax.models.timer import PRESETS, TABLE_LEN, Timer, TimerConfig, sinusoids
 
 MODEL = Timer
 EMBED, TABLE = "patch_embedding.value_embedding.weight", "patch_embedding.position_embedding.pe"
 LAYER = r"decoder\.attn_layers\.(\d+)\."
-ALIASES = {"decoder.": "decoder.", "proj.": "proj.", "enc_embedding.": "patch_embedding."}  # outside `backbone.`
+ALIASES = {
+    "decoder.": "decoder.",
+    "proj.": "proj.",
+    "enc_embedding.": "patch_embedding.",
+}  # outside `backbone.`
 SUFFIXES = {".ckpt": "lightning", ".pth": "state_dict"}
 DEFAULT_HEADS = 8  # of every published checkpoint; the number is not in the file
-HINTS = {r"/attn/": "check n_heads", r"/(up|down)/": "check d_ff", r"^(embed|head)/": "check patch_len and d_model"}
+HINTS = {
+    r"/attn/": "check n_heads",
+    r"/(up|down)/": "check d_ff",
+    r"^(embed|head)/": "check patch_len and d_model",
+}
 _SIZES = ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
 _LIMITS = {"e_layers": MAX_LAYERS}
 _LIMIT = 1 << 24
@@ -46,11 +65,23 @@ def keys(config: TimerConfig) -> list[Rule]:
             rule
             for name, ours in (("query", "q"), ("key", "k"), ("value", "v"))
             for rule in (
-                (rf"{LAYER}attention\.{name}_projection\.weight", rf"layer_\1/attn/{ours}/kernel", split_out(heads)),
-                (rf"{LAYER}attention\.{name}_projection\.bias", rf"layer_\1/attn/{ours}/bias", split_bias(heads)),
+                (
+                    rf"{LAYER}attention\.{name}_projection\.weight",
+                    rf"layer_\1/attn/{ours}/kernel",
+                    split_out(heads),
+                ),
+                (
+                    rf"{LAYER}attention\.{name}_projection\.bias",
+                    rf"layer_\1/attn/{ours}/bias",
+                    split_bias(heads),
+                ),
             )
         ),
-        (LAYER + r"attention\.out_projection\.weight", r"layer_\1/attn/out/kernel", split_in(heads)),
+        (
+            LAYER + r"attention\.out_projection\.weight",
+            r"layer_\1/attn/out/kernel",
+            split_in(heads),
+        ),
         (LAYER + r"attention\.out_projection\.bias", r"layer_\1/attn/out/bias", SAME),
         (LAYER + r"conv1\.weight", r"layer_\1/up/kernel", CONV1),
         (LAYER + r"conv1\.bias", r"layer_\1/up/bias", SAME),
@@ -78,17 +109,21 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[TimerConfig, list[str]]:
-    """The config of a state dict (without prefix), from its shapes and the published fields beside it.
+    """The config of a state dict (without prefix), from its shapes and the published fields beside
+    it.
 
     Args:
-      published: option names of the original's scripts (patch_len, d_model, d_ff, e_layers, n_heads, seq_len, ...).
+      published: option names of the original's scripts (patch_len, d_model, d_ff, e_layers,
+        n_heads, seq_len, ...).
     Returns: the config, and what was assumed because nothing says it.
     Raises: CheckpointError that lists every contradiction.
     """
     sizes, problems = _sizes(state)
     if published is None:
         if problems:
-            raise CheckpointError(listed(f"{where}: the sizes of the model can't be read:", problems))
+            raise CheckpointError(
+                listed(f"{where}: the sizes of the model can't be read:", problems)
+            )
         return _assumed(sizes, where)
     problems = []  # the table will say what is wrong with the keys
     for name in (*_SIZES, "seq_len", "pred_len"):
@@ -97,7 +132,8 @@ def configure(
             problems += [f"{name}: missing"] if name in _SIZES else []
         elif not isinstance(told, int) or isinstance(told, bool) or not 0 < told <= limit:
             problems.append(
-                f"{name}: not an integer from 1 to {limit}{'' if isinstance(told, int) else ': ' + quoted(told)}"
+                f"{name}: not an integer from 1 to "
+                f"{limit}{'' if isinstance(told, int) else ': ' + quoted(told)}"
             )
         elif name in sizes and sizes[name] != told:
             problems.append(f"{name}: the config says {told}, the weights {sizes[name]}")
@@ -106,7 +142,9 @@ def configure(
             config = TimerConfig.from_published(dict(published))
             if config.task in Timer.tasks:
                 return config, []
-            problems.append(f"task_name: {quoted(config.task)} is not one of {', '.join(Timer.tasks)}")
+            problems.append(
+                f"task_name: {quoted(config.task)} is not one of {', '.join(Timer.tasks)}"
+            )
         except (ValueError, TypeError, OverflowError, RecursionError) as e:
             problems.append(str(e)[:500])
     raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
@@ -124,13 +162,20 @@ def _sizes(state: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
     if layers and layers == set(range(len(layers))) and len(layers) <= _LIMITS["e_layers"]:
         sizes["e_layers"] = len(layers)
     else:
-        problems.append(f"the layers {sorted(layers)[:20]} do not count from 0 to {_LIMITS['e_layers']} without a gap")
+        problems.append(
+            f"the layers {sorted(layers)[:20]} do not count from 0 to {_LIMITS['e_layers']} "
+            "without a gap"
+        )
     convs = [value for key, value in state.items() if re.fullmatch(LAYER + r"conv1\.weight", key)]
-    widths = {value.shape[0] for value in convs if isinstance(value, np.ndarray) and value.ndim == 3}
+    widths = {
+        value.shape[0] for value in convs if isinstance(value, np.ndarray) and value.ndim == 3
+    }
     if len(widths) == 1:
         sizes["d_ff"] = widths.pop()
     else:
-        problems.append(f"conv1.weight of the layers has widths {sorted(widths)[:20]}; one was expected")
+        problems.append(
+            f"conv1.weight of the layers has widths {sorted(widths)[:20]}; one was expected"
+        )
     return sizes, problems
 
 
@@ -138,19 +183,32 @@ def _assumed(sizes: Mapping[str, int], where: str) -> tuple[TimerConfig, list[st
     shape = tuple(sizes[name] for name in ("patch_len", "d_model", "d_ff", "e_layers"))
     for name, preset in PRESETS.items():
         if shape == (preset.patch_len, preset.d_model, preset.ffn_dims[0], len(preset.ffn_dims)):
-            return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
+            return preset, [
+                f"no config beside the file: the sizes are those of {name}, whose config is taken"
+            ]
     patch_len, d_model, d_ff, layers = shape
     try:
         config = TimerConfig.of(
-            patch_len, d_model, d_ff, layers, DEFAULT_HEADS, context_len=7 * patch_len, horizon=patch_len
+            patch_len,
+            d_model,
+            d_ff,
+            layers,
+            DEFAULT_HEADS,
+            context_len=7 * patch_len,
+            horizon=patch_len,
         )
     except ValueError as e:
         raise CheckpointError(
-            f"{where}: the number of heads is not in the file, and the published {DEFAULT_HEADS} does not fit: {e}. "
-            'Put the original\'s options beside the file as config.json: {"patch_len", "d_model", "d_ff", "e_layers", '
+            f"{where}: the number of heads is not in the file, and the published {DEFAULT_HEADS} "
+            f"does not fit: {e}. "
+            'Put the original\'s options beside the file as config.json: {"patch_len", "d_model", '
+            '"d_ff", "e_layers", '
             '"n_heads", "seq_len", "pred_len"}'
         ) from None
-    notes = f"no config beside the file: n_heads={DEFAULT_HEADS}, gelu and a context of 7 patches are assumed"
+    notes = (
+        f"no config beside the file: n_heads={DEFAULT_HEADS}, gelu and a context of 7 patches "
+        "are assumed"
+    )
     return config, [notes]
 
 
@@ -162,12 +220,16 @@ def published(config: TimerConfig) -> dict[str, Any]:
     heads, widths = set(config.n_heads), set(config.ffn_dims)
     if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
-            f"the original Timer has equal layers with d_model = heads * head width; this one has d_model "
-            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward {config.ffn_dims}. "
+            "the original Timer has equal layers with d_model = heads * head width; this one has "
+            "d_model "
+            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward "
+            f"{config.ffn_dims}. "
             "A pruned model can't be exported."
         )
     return {
-        "task_name": {"forecasting": "forecast", "anomaly": "anomaly_detection"}.get(config.task, config.task),
+        "task_name": {"forecasting": "forecast", "anomaly": "anomaly_detection"}.get(
+            config.task, config.task
+        ),
         "patch_len": config.patch_len,
         "d_model": config.d_model,
         "d_ff": config.ffn_dims[0],
@@ -191,13 +253,19 @@ def check_buffers(config: TimerConfig, state: Mapping[str, Any]) -> list[str]:
     if table is None:
         return [f"{TABLE}: missing in the checkpoint"]
     if not isinstance(table, np.ndarray) or table.shape != shape or table.dtype.kind in "cb":
-        return [f"{TABLE}: checkpoint {getattr(table, 'shape', type(table).__name__)}, model {shape}"]
-    # Two float32 exponentials may differ in a frequency's last place; the angle, and the table, drift apart row by row.
+        return [
+            f"{TABLE}: checkpoint {getattr(table, 'shape', type(table).__name__)}, model {shape}"
+        ]
+    # Two float32 exponentials may differ in a frequency's last place; the angle, and the table,
+    # drift apart row by row.
     rounding = 0.0 if table.dtype.kind in "iu" else float(ml_dtypes.finfo(table.dtype).eps) / 2
     allowed = 1e-6 + rounding + np.arange(TABLE_LEN)[:, None] * 2.0**-23
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(table[0].astype(np.float64) - sinusoids(TABLE_LEN, config.d_model))
     if not (error <= allowed).all():
         worst = np.nanmax(error) if np.isfinite(error).any() else np.nan
-        return [f"{TABLE}: not the sinusoid table of Timer (differs by {worst:.3g}); the model would not use this one"]
+        return [
+            f"{TABLE}: not the sinusoid table of Timer (differs by {worst:.3g}); the model would "
+            "not use this one"
+        ]
     return []

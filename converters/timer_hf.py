@@ -1,4 +1,6 @@
-"""Key table of Timer on the hub (thuml/timer-base-84m, TimerForPrediction) <-> `ltsm_jax.models.timer_hf`."""
+"""Key table of Timer on the hub (thuml/timer-base-84m, TimerForPrediction) <->
+`ltsm_jax.models.timer_hf`.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[TimerHfConfig, list[str]]:
-    """The config of a state dict from config.json, or the preset of these sizes where there is none.
+    """The config of a state dict from config.json, or the preset of these sizes where there is
+    none.
 
     Raises: CheckpointError that lists every contradiction.
     """
@@ -62,7 +65,10 @@ def configure(
                 preset.ffn_dims[0],
                 len(preset.ffn_dims),
             ):
-                return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
+                return preset, [
+                    f"no config beside the file: the sizes are those of {name}, whose config is "
+                    "taken"
+                ]
         raise CheckpointError(
             f"{where}: the number of heads is not in the tensors, and these are not the sizes of "
             f"{', '.join(PRESETS)}. Put the published config.json beside the file."
@@ -76,9 +82,13 @@ def configure(
     for j, q in enumerate(told.integers("output_token_lens")):
         there = dims(state, f"lm_heads.{j}.weight")[0]
         if there not in (None, q):
-            told.problems.append(f"output_token_lens: the config says {q} for head {j}, the weights {there}")
+            told.problems.append(
+                f"output_token_lens: the config says {q} for head {j}, the weights {there}"
+            )
     if width % heads:
-        told.problems.append(f"hidden_size: {width} is no multiple of num_attention_heads ({heads})")
+        told.problems.append(
+            f"hidden_size: {width} is no multiple of num_attention_heads ({heads})"
+        )
     told.choice("hidden_act", tuple(ACTIVATIONS), "silu")
     told.number("attention_dropout", 0.0, high=0.999)
     told.number("initializer_range", 0.02, high=1e3)
@@ -94,8 +104,10 @@ def published(config: TimerHfConfig) -> dict[str, Any]:
     heads, widths = set(config.n_heads), set(config.ffn_dims)
     if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
-            f"the original has equal layers with hidden size = heads * head width; this one has width "
-            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward {config.ffn_dims}. "
+            "the original has equal layers with hidden size = heads * head width; this one has "
+            "width "
+            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward "
+            f"{config.ffn_dims}. "
             "A pruned model can't be exported."
         )
     return {

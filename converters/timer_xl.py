@@ -1,6 +1,8 @@
-"""Key table of Timer-XL: state dicts of thuml/OpenLTM (models/timer_xl.py) <-> `ltsm_jax.models.timer_xl`.
+"""Key table of Timer-XL: state dicts of thuml/OpenLTM (models/timer_xl.py) <->
+`ltsm_jax.models.timer_xl`.
 
-The published file is a bare state dict; files trained under DataParallel have `module.` before every key.
+The published file is a bare state dict; files trained under DataParallel have `module.` before
+every key.
 """
 
 from __future__ import annotations
@@ -37,13 +39,25 @@ def keys(config: TimerXLConfig) -> list[Rule]:
             rule
             for name, ours in (("query", "q"), ("key", "k"), ("value", "v"))
             for rule in (
-                (rf"{attention}{name}_projection\.weight", rf"layer_\1/attn/{ours}/kernel", split_out(k)),
-                (rf"{attention}{name}_projection\.bias", rf"layer_\1/attn/{ours}/bias", split_bias(k)),
+                (
+                    rf"{attention}{name}_projection\.weight",
+                    rf"layer_\1/attn/{ours}/kernel",
+                    split_out(k),
+                ),
+                (
+                    rf"{attention}{name}_projection\.bias",
+                    rf"layer_\1/attn/{ours}/bias",
+                    split_bias(k),
+                ),
             )
         ),
         (attention + r"out_projection\.weight", r"layer_\1/attn/out/kernel", split_in(k)),
         (attention + r"out_projection\.bias", r"layer_\1/attn/out/bias", SAME),
-        (attention + r"inner_attention\.attn_bias\.emb\.weight", r"layer_\1/attn/variate_bias", SAME),
+        (
+            attention + r"inner_attention\.attn_bias\.emb\.weight",
+            r"layer_\1/attn/variate_bias",
+            SAME,
+        ),
         (LAYER + r"conv1\.weight", r"layer_\1/up/kernel", CONV1),
         (LAYER + r"conv1\.bias", r"layer_\1/up/bias", SAME),
         (LAYER + r"conv2\.weight", r"layer_\1/down/kernel", CONV1),
@@ -68,7 +82,8 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[TimerXLConfig, list[str]]:
-    """The config of a state dict (without prefix), from its shapes, which tell every size, and the options beside it.
+    """The config of a state dict (without prefix), from its shapes, which tell every size, and the
+    options beside it.
 
     Raises: CheckpointError that lists every contradiction.
     """
@@ -84,7 +99,9 @@ def configure(
     notes = []
     if published is None:
         if missing := [name for name, size in sizes.items() if not size]:
-            raise CheckpointError(f"{where}: the sizes of the model can't be read: {', '.join(missing)}")
+            raise CheckpointError(
+                f"{where}: the sizes of the model can't be read: {', '.join(missing)}"
+            )
         published = sizes
         for name, preset in PRESETS.items():
             known = {
@@ -96,13 +113,25 @@ def configure(
                 "e_layers": len(preset.n_heads),
             }
             if known == sizes:
-                return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
-        notes = ["no config beside the file: relu, instance scaling, joint variates, 30 patches of context are assumed"]
+                return preset, [
+                    f"no config beside the file: the sizes are those of {name}, whose config is "
+                    "taken"
+                ]
+        notes = [
+            "no config beside the file: relu, instance scaling, joint variates, 30 patches of "
+            "context are assumed"
+        ]
     told = Fields(published, where)
-    read = {name: told.integer(name, high=MAX_LAYERS if name == "e_layers" else 1 << 20, weights=sizes[name])
-            for name in sorted(_SIZES)}  # fmt: skip
+    read = {
+        name: told.integer(
+            name, high=MAX_LAYERS if name == "e_layers" else 1 << 20, weights=sizes[name]
+        )
+        for name in sorted(_SIZES)
+    }
     if read["d_model"] % read["n_heads"]:
-        told.problems.append(f"d_model: {read['d_model']} is no multiple of n_heads ({read['n_heads']})")
+        told.problems.append(
+            f"d_model: {read['d_model']} is no multiple of n_heads ({read['n_heads']})"
+        )
     told.integer("seq_len", PATCHES * read["input_token_len"], high=1 << 24)
     told.number("dropout", 0.1, high=0.999)
     for name, default in (("use_norm", True), ("covariate", False), ("flash_attention", False)):
@@ -118,8 +147,10 @@ def published(config: TimerXLConfig) -> dict[str, Any]:
     heads, widths = set(config.n_heads), set(config.ffn_dims)
     if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
-            f"the original has equal layers with d_model = heads * head width; this one has d_model "
-            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward {config.ffn_dims}. "
+            "the original has equal layers with d_model = heads * head width; this one has "
+            "d_model "
+            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward "
+            f"{config.ffn_dims}. "
             "A pruned model can't be exported."
         )
     return {

@@ -1,8 +1,10 @@
-"""Key tables of TimesFM 1.0 and 2.0: `torch_model.ckpt` of google-research/timesfm v1 (a bare state dict, without a
-config file), and the form of the transformers library (`TimesFmModelForPrediction`) <-> `ltsm_jax.models.timesfm_1`.
+"""Key tables of TimesFM 1.0 and 2.0: `torch_model.ckpt` of google-research/timesfm v1 (a bare state
+dict, without a config file), and the form of the transformers library (`TimesFmModelForPrediction`)
+<-> `ltsm_jax.models.timesfm_1`.
 
-What the .ckpt file does not say (positions or not, quantiles, context) is taken from the preset whose sizes it has, or
-from a config.json beside it with the fields of the original's TimesFmHparams.
+What the .ckpt file does not say (positions or not, quantiles, context) is taken from the preset
+whose sizes it has, or from a config.json beside it with the fields of the original's
+TimesFmHparams.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ from ltsm_jax.models.timesfm_1 import DECILES, FREQS, PRESETS, TimesFM1, TimesFM
 MODEL = TimesFM1
 TRANSFORMERS = "transformers"  # name of the second table
 TABLES = {".safetensors": TRANSFORMERS}  # the only form in which there is such a file
-SUFFIXES = {".ckpt": "state_dict", ".pth": "state_dict", ".bin": "state_dict", ".safetensors": "safetensors"}
+SUFFIXES = {
+    ".ckpt": "state_dict",
+    ".pth": "state_dict",
+    ".bin": "state_dict",
+    ".safetensors": "safetensors",
+}
 HINTS = {
     r"/attn/": "check num_heads and head_dim",
     r"/(up|down)/|/hidden/": "check intermediate_size",
@@ -32,7 +39,11 @@ HINTS = {
 TIMESCALES = "decoder.position_emb.inv_timescales"
 # ends of keys that no other model has together
 _ANCHORS = {
-    "": ("input_ff_layer.hidden_layer.0.weight", "freq_emb.weight", "stacked_transformer.layers.0.self_attn.scaling"),
+    "": (
+        "input_ff_layer.hidden_layer.0.weight",
+        "freq_emb.weight",
+        "stacked_transformer.layers.0.self_attn.scaling",
+    ),
     TRANSFORMERS: (
         "decoder.input_ff_layer.input_layer.weight",
         "decoder.freq_emb.weight",
@@ -54,13 +65,21 @@ def keys(config: TimesFM1Config, table: str = "") -> list[Rule]:
     split = [
         (layer + r"self_attn\.(q|k|v)_proj\.weight", r"layer_\1/attn/\2/kernel", split_out(head)),
         (layer + r"self_attn\.(q|k|v)_proj\.bias", r"layer_\1/attn/\2/bias", split_bias(head)),
-        (re.escape(TIMESCALES), BUFFER, "fixed timescales, checked against their formula and kept for an export"),
+        (
+            re.escape(TIMESCALES),
+            BUFFER,
+            "fixed timescales, checked against their formula and kept for an export",
+        ),
     ]
     return [
         *(
             rule
             for block, ours in ((root + "input_ff_layer", "embed"), ("horizon_ff_layer", "head"))
-            for theirs, part in ((hidden, "hidden"), ("output_layer", "out"), ("residual_layer", "residual"))
+            for theirs, part in (
+                (hidden, "hidden"),
+                ("output_layer", "out"),
+                ("residual_layer", "residual"),
+            )
             for rule in (
                 (rf"{block}\.{theirs}\.weight", f"{ours}/{part}/kernel", TRANSPOSE),
                 (rf"{block}\.{theirs}\.bias", f"{ours}/{part}/bias", SAME),
@@ -82,9 +101,13 @@ def keys(config: TimesFM1Config, table: str = "") -> list[Rule]:
 
 
 def recognise(state: Mapping[str, Any]) -> Layout | None:
-    """The layout of a TimesFM 1.0 or 2.0 state dict: prefix, and which table. None for other models."""
+    """The layout of a TimesFM 1.0 or 2.0 state dict: prefix, and which table. None for other
+    models.
+    """
     for table in (TRANSFORMERS, ""):
-        found = [{key.removesuffix(end) for key in state if key.endswith(end)} for end in _ANCHORS[table]]
+        found = [
+            {key.removesuffix(end) for key in state if key.endswith(end)} for end in _ANCHORS[table]
+        ]
         prefixes = [names.pop() for names in found if len(names) == 1]
         if len(prefixes) > 1:  # one tensor may be missing
             return Layout(max(prefixes, key=prefixes.count), table=table)
@@ -94,10 +117,12 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[TimesFM1Config, list[str]]:
-    """The config of a state dict (without prefix), from its shapes and the published fields beside it.
+    """The config of a state dict (without prefix), from its shapes and the published fields beside
+    it.
 
     Args:
-      published: the fields of the original's TimesFmHparams, or of the transformers library's config.json.
+      published: the fields of the original's TimesFmHparams, or of the transformers library's
+        config.json.
     Returns: the config, and what was assumed because nothing says it.
     Raises: CheckpointError that lists every contradiction.
     """
@@ -125,13 +150,17 @@ def configure(
             fields.problems.append("quantiles: not all of them numbers")
         positions = "use_positional_embedding"
         if positions in fields.published and not fields.boolean(positions) and TIMESCALES in state:
-            fields.problems.append(f"{positions}: the config says no, but the weights have {TIMESCALES}")
+            fields.problems.append(
+                f"{positions}: the config says no, but the weights have {TIMESCALES}"
+            )
     if inner.get("num_kv_heads", inner.get("num_heads")) != inner.get("num_heads"):
         told.problems.append("num_kv_heads: differs from num_heads, which no TimesFM has")
     told.problems += parts[1].problems
     # TimesFmHparams has no names for these two
     known = {
-        name: size for name, size in (("intermediate_size", sizes["d_ff"]), ("head_dim", sizes["head_dim"])) if size
+        name: size
+        for name, size in (("intermediate_size", sizes["d_ff"]), ("head_dim", sizes["head_dim"]))
+        if size
     }
     config = told.build(lambda: TimesFM1Config.from_published(known | dict(published)))
     told.problems += [
@@ -142,7 +171,8 @@ def configure(
     return told.build(lambda: config), []
 
 
-# a size: its name in TimesFmHparams, in TimesFMConfig ("model_config") and in the transformers library
+# a size: its name in TimesFmHparams, in TimesFMConfig ("model_config") and in the transformers
+# library
 _NAMES = {
     "patch_len": ("input_patch_len", "patch_len", "patch_length"),
     "d_model": ("model_dims", "hidden_size", "hidden_size"),
@@ -194,25 +224,34 @@ def _sizes_of(config: TimesFM1Config) -> dict[str, int]:
 def _assumed(sizes: Mapping[str, int | None], where: str) -> tuple[TimesFM1Config, list[str]]:
     for name, preset in PRESETS.items():
         if _sizes_of(preset).items() <= sizes.items():
-            return preset, [f"no config beside the file: the sizes are those of {name}, whose config is taken"]
+            return preset, [
+                f"no config beside the file: the sizes are those of {name}, whose config is taken"
+            ]
     raise CheckpointError(
-        f"{where}: the sizes ({', '.join(f'{name} {size}' for name, size in sizes.items() if size)}) are no published "
-        "TimesFM's, and the file does not say whether positions are embedded nor which quantiles there are. Put the "
-        'original\'s hyper-parameters beside the file as config.json: {"context_len", "input_patch_len", '
-        '"output_patch_len", "num_layers", "num_heads", "model_dims", "quantiles", "use_positional_embedding"}'
+        f"{where}: the sizes "
+        f"({', '.join(f'{name} {size}' for name, size in sizes.items() if size)}) are no published "
+        "TimesFM's, and the file does not say whether positions are embedded nor which quantiles "
+        "there are. Put the "
+        'original\'s hyper-parameters beside the file as config.json: {"context_len", '
+        '"input_patch_len", '
+        '"output_patch_len", "num_layers", "num_heads", "model_dims", "quantiles", '
+        '"use_positional_embedding"}'
     )
 
 
 def published(config: TimesFM1Config, table: str = "") -> dict[str, Any]:
-    """The config under the names of the original's TimesFmHparams and TimesFMConfig, or of transformers.
+    """The config under the names of the original's TimesFmHparams and TimesFMConfig, or of
+    transformers.
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
     heads, widths = set(config.n_heads), {config.block_dim, *config.ffn_dims}
     if len(heads) != 1 or len(widths) != 1:
         raise ValueError(
-            "the original TimesFM has equal layers, and blocks around them of the same width; this one has heads "
-            f"{config.n_heads}, feed-forward {config.ffn_dims}, blocks {config.block_dim}. A pruned model can't be "
+            "the original TimesFM has equal layers, and blocks around them of the same width; this "
+            "one has heads "
+            f"{config.n_heads}, feed-forward {config.ffn_dims}, blocks {config.block_dim}. A "
+            "pruned model can't be "
             "exported."
         )
     alike = {
@@ -244,7 +283,8 @@ def published(config: TimesFM1Config, table: str = "") -> dict[str, Any]:
         }
     if config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
-            f"the original TimesFM has model_dims = heads * head width, not {config.d_model} and {config.n_heads[0]} * "
+            f"the original TimesFM has model_dims = heads * head width, not {config.d_model} and "
+            f"{config.n_heads[0]} * "
             f"{config.head_dim}"
         )
     return {
@@ -270,19 +310,26 @@ def published(config: TimesFM1Config, table: str = "") -> dict[str, Any]:
 
 
 def buffers(config: TimesFM1Config, table: str = "") -> dict[str, np.ndarray]:
-    """The buffers that the class of the transformers library would have; the original's has none."""
+    """The buffers that the class of the transformers library would have; the original's
+    has none.
+    """
     if table != TRANSFORMERS or not config.use_positional_embedding:
         return {}
     return {TIMESCALES: timescales(config.d_model)}
 
 
 def check_buffers(config: TimesFM1Config, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the timescales of a state dict; empty where they are the formula's, or not there."""
+    """What is wrong with the timescales of a state dict; empty where they are the formula's, or not
+    there.
+    """
     if TIMESCALES not in state:
         return []
     told, ours = state[TIMESCALES], timescales(config.d_model)
     if not isinstance(told, np.ndarray) or told.shape != ours.shape or told.dtype.kind not in "f":
-        return [f"{TIMESCALES}: checkpoint {getattr(told, 'shape', type(told).__name__)}, model {ours.shape}"]
+        return [
+            f"{TIMESCALES}: checkpoint {getattr(told, 'shape', type(told).__name__)}, model "
+            f"{ours.shape}"
+        ]
     if not np.allclose(told, ours, rtol=1e-4, atol=0):
         return [f"{TIMESCALES}: not those from 1 to 10000; the model would not use these"]
     return []

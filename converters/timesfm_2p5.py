@@ -1,8 +1,9 @@
-"""Key tables of TimesFM 2.5: google-research/timesfm (`model.safetensors` of google/timesfm-2.5-200m-pytorch), and the
-form of the transformers library (`TimesFm2_5ModelForPrediction`) <-> `ltsm_jax.models.timesfm_2p5`.
+"""Key tables of TimesFM 2.5: google-research/timesfm (`model.safetensors` of
+google/timesfm-2.5-200m-pytorch), and the form of the transformers library
+(`TimesFm2_5ModelForPrediction`) <-> `ltsm_jax.models.timesfm_2p5`.
 
-The config.json of the original's checkpoint names no sizes (they stand in its code), so where the fields are missing
-the tensors say them.
+The config.json of the original's checkpoint names no sizes (they stand in its code), so where the
+fields are missing the tensors say them.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ def keys(config: TimesFM2p5Config, table: str = "") -> list[Rule]:
     embed = r"model\.input_ff_layer" if transformers else "tokenizer"
     attention = (
         [
-            (layer + r"self_attn\.(q|k|v)_proj\.weight", r"layer_\1/attn/\2/kernel", split_out(head)),
+            (
+                layer + r"self_attn\.(q|k|v)_proj\.weight",
+                r"layer_\1/attn/\2/kernel",
+                split_out(head),
+            ),
             (layer + r"self_attn\.o_proj\.weight", r"layer_\1/attn/out/kernel", split_in(head)),
             (layer + r"self_attn\.(q|k)_norm\.weight", r"layer_\1/attn/\2_norm/scale", SAME),
             (layer + r"self_attn\.scaling", r"layer_\1/attn/scaling", SAME),
@@ -83,10 +88,17 @@ def keys(config: TimesFM2p5Config, table: str = "") -> list[Rule]:
             (layer + r"ff1\.weight", r"layer_\1/down/kernel", TRANSPOSE),
         ]
     )
-    norm = (lambda names: rf"{names[1]}\.weight") if transformers else (lambda names: rf"{names[0]}\.scale")
+    norm = (
+        (lambda names: rf"{names[1]}\.weight")
+        if transformers
+        else (lambda names: rf"{names[0]}\.scale")
+    )
     parts = ((hidden, "hidden"), ("output_layer", "out"), ("residual_layer", "residual"))
     return [
-        *((rf"{embed}\.{theirs}\.weight", f"embed/{ours}/kernel", TRANSPOSE) for theirs, ours in parts),
+        *(
+            (rf"{embed}\.{theirs}\.weight", f"embed/{ours}/kernel", TRANSPOSE)
+            for theirs, ours in parts
+        ),
         *((rf"{embed}\.{theirs}\.bias", f"embed/{ours}/bias", SAME) for theirs, ours in parts),
         *attention,
         *((layer + norm(names), rf"layer_\1/{ours}/scale", SAME) for ours, names in _NORMS.items()),
@@ -101,7 +113,9 @@ def keys(config: TimesFM2p5Config, table: str = "") -> list[Rule]:
 def recognise(state: Mapping[str, Any]) -> Layout | None:
     """The layout of a TimesFM 2.5 state dict: prefix, and which table. None for other models."""
     for table in (TRANSFORMERS, ""):
-        found = [{key.removesuffix(end) for key in state if key.endswith(end)} for end in _ANCHORS[table]]
+        found = [
+            {key.removesuffix(end) for key in state if key.endswith(end)} for end in _ANCHORS[table]
+        ]
         prefixes = [names.pop() for names in found[:2] if len(names) == 1]
         if len(prefixes) + bool(found[2]) > 1 and prefixes:  # one tensor may be missing
             return Layout(prefixes[0], table=table)
@@ -111,16 +125,19 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 def configure(
     state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
 ) -> tuple[TimesFM2p5Config, list[str]]:
-    """The config of a state dict (without prefix), from its shapes and the published fields beside it.
+    """The config of a state dict (without prefix), from its shapes and the published fields beside
+    it.
 
     Args:
-      published: the fields of the original's Definition, or of the transformers library's config.json; one with
-        neither (that of the published checkpoint) counts as none.
+      published: the fields of the original's Definition, or of the transformers library's
+        config.json; one with neither (that of the published checkpoint) counts as none.
     Returns: the config, and what was assumed because nothing says it.
     Raises: CheckpointError that lists every contradiction.
     """
     sizes = _sizes(state)
-    if published is None or not ({"stacked_transformers", "hidden_size", "input_patch_len"} & set(published)):
+    if published is None or not (
+        {"stacked_transformers", "hidden_size", "input_patch_len"} & set(published)
+    ):
         return _assumed(sizes, where)
     told = Fields(published, where)
     if "stacked_transformers" in published or "input_patch_len" in published:
@@ -148,7 +165,9 @@ def _check_definition(told: Fields, sizes: Mapping[str, int | None]) -> None:
     def inner(fields: Fields, name: str) -> Fields | None:
         found = fields.published.get(name)
         if not isinstance(found, Mapping):
-            told.problems.append(f"{name}: {'missing' if name not in fields.published else 'not an object'}")
+            told.problems.append(
+                f"{name}: {'missing' if name not in fields.published else 'not an object'}"
+            )
             return None
         return Fields(found, told.where)
 
@@ -194,7 +213,9 @@ def _check_transformers(told: Fields, sizes: Mapping[str, int | None]) -> None:
         told.integer(name, weights=sizes[size])
     heads = told.published.get("num_attention_heads")
     if told.published.get("num_key_value_heads", heads) != heads:
-        told.problems.append("num_key_value_heads: differs from num_attention_heads, which no TimesFM has")
+        told.problems.append(
+            "num_key_value_heads: differs from num_attention_heads, which no TimesFM has"
+        )
     told.integer("num_hidden_layers", high=MAX_LAYERS, weights=sizes["layers"])
     told.integer("horizon_length")
     told.integer("output_quantile_len")
@@ -209,7 +230,9 @@ def _check_transformers(told: Fields, sizes: Mapping[str, int | None]) -> None:
         or rope.get("rope_theta", 1e4) != 1e4
         or rope.get("rope_type", "default") != "default"
     ):
-        told.problems.append("rope_parameters: not those of TimesFM 2.5 (default, rope_theta 10000)")
+        told.problems.append(
+            "rope_parameters: not those of TimesFM 2.5 (default, rope_theta 10000)"
+        )
 
 
 def _check_fixed(fields: Fields, fixed: Mapping[str, Any]) -> None:
@@ -223,12 +246,19 @@ def _check_fixed(fields: Fields, fixed: Mapping[str, Any]) -> None:
 def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
     """What the tensors say, None where they don't."""
     transformers = any(key.startswith("model.") for key in state)
-    layers, hidden = ("model.layers.", "input_layer") if transformers else ("stacked_xf.", "hidden_layer")
+    layers, hidden = (
+        ("model.layers.", "input_layer") if transformers else ("stacked_xf.", "hidden_layer")
+    )
     embed = "model.input_ff_layer" if transformers else "tokenizer"
     embed_dim, inputs = dims(state, f"{embed}.{hidden}.weight")
-    (head_dim,) = dims(state, f"{layers}0.self_attn.scaling" if transformers else f"{layers}0.attn.query_ln.scale", 1)
+    (head_dim,) = dims(
+        state,
+        f"{layers}0.self_attn.scaling" if transformers else f"{layers}0.attn.query_ln.scale",
+        1,
+    )
     rows, d_model = dims(
-        state, f"{layers}0.self_attn.q_proj.weight" if transformers else f"{layers}0.attn.qkv_proj.weight"
+        state,
+        f"{layers}0.self_attn.q_proj.weight" if transformers else f"{layers}0.attn.qkv_proj.weight",
     )
     outputs, point_dim = dims(state, "output_projection_point.output_layer.weight")
     spreads, spread_dim = dims(state, "output_projection_quantiles.output_layer.weight")
@@ -236,7 +266,9 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
         "patch_len": inputs and inputs // 2,
         "embed_dim": embed_dim,
         "d_model": d_model,
-        "d_ff": dims(state, f"{layers}0.mlp.ff0.weight" if transformers else f"{layers}0.ff0.weight")[0],
+        "d_ff": dims(
+            state, f"{layers}0.mlp.ff0.weight" if transformers else f"{layers}0.ff0.weight"
+        )[0],
         "layers": layer_count(state, re.escape(layers) + r"(\d+)\."),
         "heads": rows and head_dim and rows // head_dim // (1 if transformers else 3),
         "head_dim": head_dim,
@@ -268,7 +300,9 @@ def _sizes_of(config: TimesFM2p5Config) -> dict[str, int]:
 def _assumed(sizes: Mapping[str, int | None], where: str) -> tuple[TimesFM2p5Config, list[str]]:
     for name, preset in PRESETS.items():
         if _sizes_of(preset) == sizes:
-            return preset, [f"no sizes beside the file: they are those of {name}, whose config is taken"]
+            return preset, [
+                f"no sizes beside the file: they are those of {name}, whose config is taken"
+            ]
     unknown = [f"{name}: not in the tensors" for name, size in sizes.items() if not size]
     columns = 1 + len(DECILES)
     size: dict[str, Any] = dict(sizes)
@@ -283,7 +317,13 @@ def _assumed(sizes: Mapping[str, int | None], where: str) -> tuple[TimesFM2p5Con
         raise CheckpointError(listed(f"{where}: the sizes of the model can't be read:", unknown))
     try:
         config = TimesFM2p5Config.of(
-            *(size["patch_len"], size["outputs"] // columns, size["spreads"] // columns, size["d_model"], size["d_ff"]),
+            *(
+                size["patch_len"],
+                size["outputs"] // columns,
+                size["spreads"] // columns,
+                size["d_model"],
+                size["d_ff"],
+            ),
             *(size["layers"], size["heads"], size["head_dim"]),
             **{name: size[name] for name in _BLOCKS.values()},
         )
@@ -302,13 +342,17 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
     heads, widths = set(config.n_heads), set(config.ffn_dims)
     if len(heads) != 1 or len(widths) != 1:
         raise ValueError(
-            f"the original TimesFM has equal layers; this one has heads {config.n_heads} and feed-forward "
+            f"the original TimesFM has equal layers; this one has heads {config.n_heads} and "
+            "feed-forward "
             f"{config.ffn_dims}. A pruned model can't be exported."
         )
     d, columns = config.d_model, 1 + len(config.quantiles)
     if table == TRANSFORMERS:
         if {config.embed_dim, config.point_dim, config.spread_dim} != {d}:
-            raise ValueError(f"the transformers library has blocks as wide as the model ({d}); this one has others")
+            raise ValueError(
+                f"the transformers library has blocks as wide as the model ({d}); this one has "
+                "others"
+            )
         return {
             "activation": "swish",
             "architectures": ["TimesFm2_5ModelForPrediction"],
@@ -321,7 +365,8 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
             "head_dim": config.head_dim,
             "hidden_size": d,
             "horizon_length": config.output_len,
-            "infer_is_positive": True,  # the port's default; what it does is not what `TimesFM2p5` does
+            # the port's default; what it does is not what `TimesFM2p5` does
+            "infer_is_positive": True,
             "initializer_range": 0.02,
             "intermediate_size": config.ffn_dims[0],
             "max_position_embeddings": 16384,
@@ -339,7 +384,8 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
         }
     if config.n_heads[0] * config.head_dim != d:
         raise ValueError(
-            f"the original TimesFM has model_dims = heads * head width, not {d} and {config.n_heads[0]} * "
+            f"the original TimesFM has model_dims = heads * head width, not {d} and "
+            f"{config.n_heads[0]} * "
             f"{config.head_dim}"
         )
     block = {"activation": "swish"}

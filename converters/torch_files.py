@@ -1,9 +1,9 @@
 """Reading and writing PyTorch checkpoint files without PyTorch, as data.
 
-A torch checkpoint is a pickle plus raw storages. The pickle is run by `converters.pickles`, which builds tensors and
-plain containers and nothing else. Formats: the zip container of torch >= 1.6, the plain stream before it, and
-safetensors. Tensors come back as read-only numpy arrays that view the memory-mapped file. What is wrong with a file is
-said by one exception, `CheckpointError`.
+A torch checkpoint is a pickle plus raw storages. The pickle is run by `converters.pickles`, which
+builds tensors and plain containers and nothing else. Formats: the zip container of torch >= 1.6,
+the plain stream before it, and safetensors. Tensors come back as read-only numpy arrays that view
+the memory-mapped file. What is wrong with a file is said by one exception, `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.pickles import MAX_PICKLE_BYTES, Budget, CheckpointError, Placeholder, quoted, run_pickle
+from converters.pickles import (
+    MAX_PICKLE_BYTES,
+    Budget,
+    CheckpointError,
+    Placeholder,
+    quoted,
+    run_pickle,
+)
 from ltsm_jax import storage
 
-# All tensors of a file together may have four times its bytes, for tensors that stand under several names, and this
-# much more, for small ones that are expanded.
+# All tensors of a file together may have four times its bytes, for tensors that stand under several
+# names, and this much more, for small ones that are expanded.
 MAX_EXPANDED = 16 << 20
-MAX_ENTRIES = 1 << 16  # of a zip file; a checkpoint of 2,600 tensors with their optimiser's has 8,000
+MAX_ENTRIES = (
+    1 << 16
+)  # of a zip file; a checkpoint of 2,600 tensors with their optimiser's has 8,000
 MAX_HEADER = 4 << 20  # bytes of a safetensors header; 2,600 tensors have 0.3 MB
 
 _MAX_STORAGE_NAME = 100
@@ -44,15 +53,17 @@ _MAX_EXTRA_FIELDS = 64  # of a zip header
 
 @dataclasses.dataclass(frozen=True)
 class TorchFile:
-    """A checkpoint file that has been read: the object in it, and its container ("zip" or "legacy")."""
+    """A checkpoint file that has been read: the object in it, and its container ("zip" or
+    "legacy").
+    """
 
     content: Any
     container: str
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tensors
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _DTYPES = {  # torch's name: (numpy dtype, name of its typed storage)
     "float32": (np.dtype(np.float32), "FloatStorage"),
@@ -69,7 +80,9 @@ _DTYPES = {  # torch's name: (numpy dtype, name of its typed storage)
     "complex128": (np.dtype(np.complex128), "ComplexDoubleStorage"),
 }
 _STORAGE_DTYPES: dict[str, np.dtype | None] = {
-    f"torch.{device}{storage}": dtype for dtype, storage in _DTYPES.values() for device in ("", "cuda.")
+    f"torch.{device}{storage}": dtype
+    for dtype, storage in _DTYPES.values()
+    for device in ("", "cuda.")
 } | {"torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}
 _STORAGE_NAMES = dict(_DTYPES.values())
 _TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()} | {
@@ -92,14 +105,17 @@ class _Views:
         self.left -= n
         if self.left < 0:
             raise ValueError(
-                f"the tensors are views that would expand {self.file_bytes} bytes of file to more than "
+                f"the tensors are views that would expand {self.file_bytes} bytes of file to more "
+                "than "
                 f"{4 * self.file_bytes + MAX_EXPANDED}, which no checkpoint needs"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Storage:
-    """Raw little-endian bytes, the type they were saved as (None: untyped), and what its file's tensors may take."""
+    """Raw little-endian bytes, the type they were saved as (None: untyped), and what its file's
+    tensors may take.
+    """
 
     data: memoryview
     dtype: np.dtype | None
@@ -107,7 +123,9 @@ class _Storage:
 
 
 def _whole_storage(data: memoryview, dtype: np.dtype | None, views: _Views) -> _Storage:
-    """A storage as it lies in the file, looked through once: what is made of it after needs no second look."""
+    """A storage as it lies in the file, looked through once: what is made of it after needs no
+    second look.
+    """
     if dtype == np.bool_ and data.nbytes and np.frombuffer(data, np.uint8).max() > 1:
         raise ValueError("a bool storage with bytes other than 0 and 1")
     return _Storage(data, dtype, views)
@@ -117,15 +135,23 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def _strided(storage: object, offset: object, size: object, stride: object, dtype: np.dtype | None) -> np.ndarray:
-    """The tensor that torch would rebuild, as a read-only view; ValueError where it would reach out of its storage."""
+def _strided(
+    storage: object, offset: object, size: object, stride: object, dtype: np.dtype | None
+) -> np.ndarray:
+    """The tensor that torch would rebuild, as a read-only view; ValueError where it would reach out
+    of its storage.
+    """
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor without a storage")
     dtype = dtype or storage.dtype
     if dtype is None:
         raise ValueError("a tensor on an untyped storage without a dtype")
-    if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 32):
-        raise ValueError("a tensor whose size and stride are not two tuples of one length (32 at most)")
+    if not (
+        isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 32
+    ):
+        raise ValueError(
+            "a tensor whose size and stride are not two tuples of one length (32 at most)"
+        )
     if not (_is_size(offset) and all(map(_is_size, size)) and all(map(_is_size, stride))):
         raise ValueError("a tensor whose offset, size or stride is not a non-negative integer")
     n = math.prod(size)
@@ -162,19 +188,23 @@ def _is_array(value: object) -> np.ndarray:
 
 
 _BUILDERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": lambda st, offset, size, stride: _strided(st, offset, size, stride, None),
-    "torch._utils._rebuild_tensor_v2": lambda st, offset, size, stride, *_: _strided(st, offset, size, stride, None),
-    "torch._utils._rebuild_tensor_v3": lambda st, offset, size, stride, _grad, _hooks, dtype, *_: _strided(
-        st, offset, size, stride, _torch_dtype(dtype)
+    "torch._utils._rebuild_tensor": lambda st, offset, size, stride: _strided(
+        st, offset, size, stride, None
+    ),
+    "torch._utils._rebuild_tensor_v2": lambda st, offset, size, stride, *_: _strided(
+        st, offset, size, stride, None
+    ),
+    "torch._utils._rebuild_tensor_v3": lambda st, offset, size, stride, _grad, _hooks, dtype, *_: (
+        _strided(st, offset, size, stride, _torch_dtype(dtype))
     ),
     "torch._utils._rebuild_parameter": lambda data, *_: _is_array(data),
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: _is_array(data),
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Containers
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _AGAIN = "Download or copy the file again."
 _RESAVE = "Load it with the program that wrote it and save its state_dict() with torch.save."
@@ -185,28 +215,34 @@ def read_torch(path: str | os.PathLike) -> TorchFile:
 
     Args:
       path: a file that `torch.save` wrote: zip container (torch >= 1.6) or the stream before it.
-    Returns: `TorchFile`; tensors in its `content` are read-only numpy arrays on the memory-mapped file (bfloat16 as
-      `ml_dtypes.bfloat16`), Parameters are tensors, OrderedDicts are dicts, other objects are `Placeholder`s.
-    Raises: CheckpointError for a file that is missing, cut, damaged (zip entries carry a CRC, which is checked),
-      hostile, or of another format.
+    Returns: `TorchFile`; tensors in its `content` are read-only numpy arrays on the memory-mapped
+      file (bfloat16 as `ml_dtypes.bfloat16`), Parameters are tensors, OrderedDicts are dicts, other
+      objects are `Placeholder`s.
+    Raises: CheckpointError for a file that is missing, cut, damaged (zip entries carry a CRC, which
+      is checked), hostile, or of another format.
     """
     file = Path(path)
     try:
         mapped = _mapped(file)
     except OSError as e:
-        raise CheckpointError(f"{file}: can't be read ({e.strerror or e}). Check the path.") from None
+        raise CheckpointError(
+            f"{file}: can't be read ({e.strerror or e}). Check the path."
+        ) from None
     except ValueError as e:
         raise CheckpointError(f"{file}: {e}. {_AGAIN}") from None
     if mapped[:4] == b"PK\x03\x04":
         return TorchFile(_read_zip(file, mapped), "zip")
     if mapped[257:262] == b"ustar" or mapped[:9] == b"sys_info\0":
-        raise CheckpointError(f"{file}: a tar file, as torch wrote before 0.1.10, is not supported. {_RESAVE}")
+        raise CheckpointError(
+            f"{file}: a tar file, as torch wrote before 0.1.10, is not supported. {_RESAVE}"
+        )
     if mapped[:2] == b"\x1f\x8b" or mapped[:3] == b"BZh" or mapped[:6] == b"\xfd7zXZ\0":
         raise CheckpointError(f"{file}: the file is compressed. Unpack it first.")
     if mapped[:1] == b"\x80":
         return TorchFile(_read_legacy(file, mapped), "legacy")
     raise CheckpointError(
-        f"{file}: not a torch checkpoint (starts with {bytes(mapped[:8])!r}). A cut download or a saved web page looks "
+        f"{file}: not a torch checkpoint (starts with {bytes(mapped[:8])!r}). A cut download or a "
+        "saved web page looks "
         f"like this. {_AGAIN}"
     )
 
@@ -272,7 +308,11 @@ def _zip_end(data: mmap.mmap) -> tuple[int, int, int]:
     disk, first_disk, here, count, size, start, comment = _unpack("<4H2LH", data, end + 4)
     if end + 22 + comment != total:
         raise ValueError("the zip file does not end where it says")
-    if 0xFFFF in (here, count) or 0xFFFFFFFF in (size, start) or data[max(0, end - 20) : end][:4] == b"PK\x06\x07":
+    if (
+        0xFFFF in (here, count)
+        or 0xFFFFFFFF in (size, start)
+        or data[max(0, end - 20) : end][:4] == b"PK\x06\x07"
+    ):
         magic, _, at, disks = _unpack("<4sLQL", data, end - 20)
         if magic != b"PK\x06\x07" or disks != 1:
             raise ValueError("the zip64 locator is damaged")
@@ -303,26 +343,38 @@ def _zip_list(data: mmap.mmap, count: int, start: int, end: int) -> list[_Listed
         if magic != b"PK\x01\x02" or disk:
             raise ValueError("the list of entries of the zip file is damaged")
         raw = data[at + 46 : at + 46 + n_name]
-        plain, packed, local = _zip64(data[at + 46 + n_name : at + 46 + n_name + n_extra], [plain, packed, local])
+        plain, packed, local = _zip64(
+            data[at + 46 + n_name : at + 46 + n_name + n_extra], [plain, packed, local]
+        )
         at += 46 + n_name + n_extra + n_note
         if at > end:
             raise ValueError("the list of entries of the zip file is cut")
         name = raw.decode("utf-8" if flags & 0x800 else "cp437")
         parts = name.split("/")
-        if "\\" in name or "\0" in name or ":" in parts[0] or any(p in ("", ".", "..") for p in parts):
+        if (
+            "\\" in name
+            or "\0" in name
+            or ":" in parts[0]
+            or any(p in ("", ".", "..") for p in parts)
+        ):
             raise ValueError(f"an entry named {quoted(name)}, which is not a plain path")
         if name in names:
             raise ValueError(f"two entries named {quoted(name)}")
         names.add(name)
         if flags & ~0x0808:
-            raise ValueError(f"the entry {quoted(name)} is encrypted or patched (flags 0x{flags:04x})")
+            raise ValueError(
+                f"the entry {quoted(name)} is encrypted or patched (flags 0x{flags:04x})"
+            )
         if method != 0 or packed != plain:
             raise ValueError(
-                f"the entry {quoted(name)} is compressed ({packed} bytes declared to become {plain}): torch never does "
+                f"the entry {quoted(name)} is compressed ({packed} bytes declared to become "
+                f"{plain}): torch never does "
                 "this, and it was not unpacked"
             )
         if plain > len(data):
-            raise ValueError(f"the entry {quoted(name)} declares {plain} bytes in a file of {len(data)}")
+            raise ValueError(
+                f"the entry {quoted(name)} declares {plain} bytes in a file of {len(data)}"
+            )
         found.append(_Listed(name, raw, told, crc, plain, local))
     if at != end:
         raise ValueError("the list of entries of the zip file is longer than it says")
@@ -330,16 +382,20 @@ def _zip_list(data: mmap.mmap, count: int, start: int, end: int) -> list[_Listed
 
 
 def _zip_bodies(data: mmap.mmap, listed: list[_Listed], start: int) -> list[int]:
-    """Where the bytes of each entry begin, all of them before `start` and no two of them in one place.
+    """Where the bytes of each entry begin, all of them before `start` and no two of them in one
+    place.
 
-    Nothing that is as long as an entry is done before: of overlapping entries, a small file has any number.
+    Nothing that is as long as an entry is done before: of overlapping entries, a small file has any
+    number.
     """
     bodies: list[int] = []
     spans: list[tuple[int, int, str]] = []
     for entry in listed:
         magic, n_name, n_extra = _unpack("<4s22x2H", data, entry.local)
         if magic != b"PK\x03\x04":
-            raise ValueError(f"the header of the entry {quoted(entry.name)} does not match the list of entries")
+            raise ValueError(
+                f"the header of the entry {quoted(entry.name)} does not match the list of entries"
+            )
         body = entry.local + 30 + n_name + n_extra
         if body + entry.plain > start:
             raise ValueError(f"the entry {quoted(entry.name)} reaches over the end of the data")
@@ -353,7 +409,9 @@ def _zip_bodies(data: mmap.mmap, listed: list[_Listed], start: int) -> list[int]
 
 
 def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
-    """Name -> bytes of every entry of an uncompressed zip file, after checking all that it says about itself."""
+    """Name -> bytes of every entry of an uncompressed zip file, after checking all that it says
+    about itself.
+    """
     count, start, end = _zip_end(data)
     listed = _zip_list(data, count, start, end)
     bodies = _zip_bodies(data, listed, start)
@@ -365,10 +423,16 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
         _, *told, crc, packed, plain, n_name, _ = _unpack("<4s5H3L2H", data, local)
         plain, packed = _zip64(data[local + 30 + n_name : body], [plain, packed])
         if told != entry.told or data[local + 30 : local + 30 + n_name] != entry.raw:
-            raise ValueError(f"the header of the entry {quoted(name)} does not match the list of entries")
-        streamed = bool(entry.told[1] & 8)  # then crc and sizes stand behind the data, and may be zero here
+            raise ValueError(
+                f"the header of the entry {quoted(name)} does not match the list of entries"
+            )
+        streamed = bool(
+            entry.told[1] & 8
+        )  # then crc and sizes stand behind the data, and may be zero here
         if (crc, packed, plain) != sizes and not (streamed and (crc, packed, plain) == (0, 0, 0)):
-            raise ValueError(f"the sizes of the entry {quoted(name)} do not match the list of entries")
+            raise ValueError(
+                f"the sizes of the entry {quoted(name)} do not match the list of entries"
+            )
         stop = body + entry.plain
         content = view[body:stop]
         if zlib.crc32(content) != entry.crc:
@@ -379,7 +443,9 @@ def _zip_entries(data: mmap.mmap) -> dict[str, memoryview]:
     return entries
 
 
-def _check_descriptor(data: mmap.mmap, at: int, entry: _Listed, sizes: tuple[int, int, int]) -> None:
+def _check_descriptor(
+    data: mmap.mmap, at: int, entry: _Listed, sizes: tuple[int, int, int]
+) -> None:
     """Raise ValueError unless the descriptor behind an entry says what the list says."""
     signed = data[at : at + 4] == b"PK\x07\x08"
     if signed:
@@ -387,7 +453,9 @@ def _check_descriptor(data: mmap.mmap, at: int, entry: _Listed, sizes: tuple[int
     else:
         told = (_unpack("<3L", data, at),)
     if sizes not in told:
-        raise ValueError(f"the descriptor of the entry {quoted(entry.name)} does not match the list of entries")
+        raise ValueError(
+            f"the descriptor of the entry {quoted(entry.name)} does not match the list of entries"
+        )
 
 
 def _swapped(data: memoryview, dtype: np.dtype) -> memoryview:
@@ -397,7 +465,12 @@ def _swapped(data: memoryview, dtype: np.dtype) -> memoryview:
 
 def _storage_id(pid: object, ids: int) -> tuple[np.dtype | None, str, int]:
     """The parts of torch's persistent id ("storage", type, key, location, numel[, view])."""
-    fits = isinstance(pid, tuple) and len(pid) in (5, ids) and isinstance(pid[0], str) and pid[0] == "storage"
+    fits = (
+        isinstance(pid, tuple)
+        and len(pid) in (5, ids)
+        and isinstance(pid[0], str)
+        and pid[0] == "storage"
+    )
     if not fits:
         raise ValueError("the pickle refers to something outside it that is not a torch storage")
     assert isinstance(pid, tuple)
@@ -405,15 +478,24 @@ def _storage_id(pid: object, ids: int) -> tuple[np.dtype | None, str, int]:
     if not isinstance(kind, Placeholder) or kind.name not in _STORAGE_DTYPES:
         name = kind.name if isinstance(kind, Placeholder) else type(kind).__name__
         raise ValueError(f"a storage of type {quoted(name)}, which is not supported")
-    if not isinstance(key, str) or not isinstance(numel, int) or isinstance(numel, bool) or numel < 0:
+    if (
+        not isinstance(key, str)
+        or not isinstance(numel, int)
+        or isinstance(numel, bool)
+        or numel < 0
+    ):
         raise ValueError("a storage whose name is not text or whose size is not a number")
     if len(key) > _MAX_STORAGE_NAME:
         raise ValueError(f"a storage with a name of {len(key)} characters")
     return _STORAGE_DTYPES[kind.name], key, numel
 
 
-def _same_twice(declared: dict[str, tuple[np.dtype | None, int]], key: str, told: tuple[np.dtype | None, int]) -> None:
-    """Raise ValueError where a storage is declared again as something else, which torch.save refuses to write."""
+def _same_twice(
+    declared: dict[str, tuple[np.dtype | None, int]], key: str, told: tuple[np.dtype | None, int]
+) -> None:
+    """Raise ValueError where a storage is declared again as something else, which torch.save
+    refuses to write.
+    """
     if declared.setdefault(key, told) != told:
         raise ValueError(f"the storage {quoted(key)} is declared twice, differently")
 
@@ -425,15 +507,21 @@ def _read_zip(file: Path, data: mmap.mmap) -> Any:
         root = roots[0] if roots else ""
         if len(roots) != 1 or f"{root}/data.pkl" not in entries:
             raise ValueError("a zip file, but not a torch checkpoint (no folder with data.pkl)")
-        if any(name.startswith(f"{root}/code/") or name == f"{root}/constants.pkl" for name in entries):
+        if any(
+            name.startswith(f"{root}/code/") or name == f"{root}/constants.pkl" for name in entries
+        ):
             raise ValueError("a TorchScript archive, which is a program and not a checkpoint")
         order = bytes(entries.get(f"{root}/byteorder", b"little")[:16])
         if order not in (b"little", b"big"):
             raise ValueError(f"an unknown byte order {order!r}")
         if len(entries[f"{root}/data.pkl"]) > MAX_PICKLE_BYTES:
-            raise ValueError(f"data.pkl has {len(entries[f'{root}/data.pkl'])} bytes, which no checkpoint needs")
+            raise ValueError(
+                f"data.pkl has {len(entries[f'{root}/data.pkl'])} bytes, which no checkpoint needs"
+            )
     except (ValueError, struct.error) as e:
-        raise CheckpointError(f"{file}: {e}. {_AGAIN} If it is whole: {_RESAVE[0].lower()}{_RESAVE[1:]}") from None
+        raise CheckpointError(
+            f"{file}: {e}. {_AGAIN} If it is whole: {_RESAVE[0].lower()}{_RESAVE[1:]}"
+        ) from None
     views = _Views.of(len(data))
     declared: dict[str, tuple[np.dtype | None, int]] = {}
     made: dict[str, _Storage] = {}
@@ -448,11 +536,15 @@ def _read_zip(file: Path, data: mmap.mmap) -> Any:
             raise ValueError(f"the storage {quoted(key)} is missing in the zip file")
         held, needed = len(entries[name]), numel * (dtype.itemsize if dtype else 1)
         if held != needed:
-            raise ValueError(f"the storage {quoted(key)} has {held} bytes, the pickle says {needed}")
+            raise ValueError(
+                f"the storage {quoted(key)} has {held} bytes, the pickle says {needed}"
+            )
         raw = entries[name]
         if order == b"big":
             if dtype is None:
-                raise ValueError("an untyped storage in big-endian byte order, which is not supported")
+                raise ValueError(
+                    "an untyped storage in big-endian byte order, which is not supported"
+                )
             raw = _swapped(raw, dtype)
         made[key] = _whole_storage(raw, dtype, views)
         return made[key]
@@ -473,7 +565,9 @@ def _no_storage(pid: object) -> Any:
 
 
 def _read_legacy(file: Path, data: mmap.mmap) -> Any:
-    """Five pickles (magic, version, machine, object, names of storages), then each storage: its length, its data."""
+    """Five pickles (magic, version, machine, object, names of storages), then each storage: its
+    length, its data.
+    """
     budget = Budget.of(len(data))
 
     def plain(at: int) -> tuple[Any, int]:
@@ -486,12 +580,19 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
     machine, at = plain(at)
     if not isinstance(version, int) or version != _LEGACY_VERSION or not isinstance(machine, dict):
         # Not `str(version)`: a nest of lists, or a number of megabytes, has no text.
-        told = f"version {version}" if _is_size(version) else f"a version that is a {type(version).__name__}"
+        told = (
+            f"version {version}"
+            if _is_size(version)
+            else f"a version that is a {type(version).__name__}"
+        )
         raise CheckpointError(f"{file}: {told} of the old torch format is unknown. {_RESAVE}")
     if machine.get("little_endian") is not True:
-        raise CheckpointError(f"{file}: written on a big-endian machine, which is not supported here. {_RESAVE}")
+        raise CheckpointError(
+            f"{file}: written on a big-endian machine, which is not supported here. {_RESAVE}"
+        )
 
-    # The storages stand behind the pickle that uses them: a first pass over it finds where they are, and makes nothing.
+    # The storages stand behind the pickle that uses them: a first pass over it finds where they
+    # are, and makes nothing.
     declared: dict[str, tuple[np.dtype | None, int]] = {}
     nothing = np.empty(0, np.float32)
 
@@ -500,32 +601,46 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
         _same_twice(declared, key, (dtype, numel))
         needed = numel * (dtype.itemsize if dtype else 1)
         if needed > len(data):
-            raise ValueError(f"the storage {quoted(key)} declares {needed} bytes in a file of {len(data)}")
+            raise ValueError(
+                f"the storage {quoted(key)} declares {needed} bytes in a file of {len(data)}"
+            )
 
     def no_tensor(*_: Any) -> np.ndarray:
         return nothing
 
     start = at
     memory = budget.memory
-    at = run_pickle(file, data, start, declare, dict.fromkeys(_BUILDERS, no_tensor), budget=budget)[1]
+    at = run_pickle(file, data, start, declare, dict.fromkeys(_BUILDERS, no_tensor), budget=budget)[
+        1
+    ]
     budget.memory = memory  # what the first pass took is free again
     keys, at = plain(at)
-    if not isinstance(keys, list) or any(not isinstance(k, str) for k in keys) or len(set(keys)) != len(keys):
+    if (
+        not isinstance(keys, list)
+        or any(not isinstance(k, str) for k in keys)
+        or len(set(keys)) != len(keys)
+    ):
         raise CheckpointError(f"{file}: the list of storages is damaged. {_AGAIN}")
     if set(keys) != set(declared):
         odd = sorted(set(keys) ^ set(declared))[:5]
         odd = ", ".join(map(quoted, odd))
-        raise CheckpointError(f"{file}: the list of storages and the pickle differ in {odd}. {_AGAIN}")
+        raise CheckpointError(
+            f"{file}: the list of storages and the pickle differ in {odd}. {_AGAIN}"
+        )
     views = _Views.of(len(data))
     places: dict[str, tuple[int, int]] = {}
     for key in keys:
         dtype, numel = declared[key]
         needed = numel * (dtype.itemsize if dtype else 1)
         if at + 8 + needed > len(data):
-            raise CheckpointError(f"{file}: the file ends inside the storage {quoted(key)}: it was cut. {_AGAIN}")
+            raise CheckpointError(
+                f"{file}: the file ends inside the storage {quoted(key)}: it was cut. {_AGAIN}"
+            )
         held = int.from_bytes(data[at : at + 8], "little")
         if held != numel:
-            raise CheckpointError(f"{file}: the storage {quoted(key)} has {held} elements, not {numel}. {_AGAIN}")
+            raise CheckpointError(
+                f"{file}: the storage {quoted(key)} has {held} elements, not {numel}. {_AGAIN}"
+            )
         places[key] = (at + 8, at + 8 + needed)
         at += 8 + needed
     if at != len(data):
@@ -541,7 +656,9 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
         view = pid[5] if len(pid) == 6 else None
         if view is None:
             return whole
-        if not (isinstance(view, tuple) and len(view) == 3 and _is_size(view[1]) and _is_size(view[2])):
+        if not (
+            isinstance(view, tuple) and len(view) == 3 and _is_size(view[1]) and _is_size(view[2])
+        ):
             raise ValueError("a storage view that is not (name, offset, size)")
         width = whole.dtype.itemsize if whole.dtype else 1
         low, high = view[1] * width, (view[1] + view[2]) * width
@@ -573,8 +690,8 @@ _SAFE_DTYPES = {
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Read a safetensors file: key -> read-only array on the memory-mapped file.
 
-    The header is looked through before anything is made of it: its length, every type, shape and place, and that the
-    tensors fill the file without a gap or an overlap.
+    The header is looked through before anything is made of it: its length, every type, shape and
+    place, and that the tensors fill the file without a gap or an overlap.
 
     Raises: CheckpointError for a file that can't be read or is damaged.
     """
@@ -582,7 +699,9 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return _safe_arrays(_mapped(Path(path)))
     except (ValueError, OSError, RecursionError) as e:
         what = getattr(e, "strerror", None) or str(e)[:500] or type(e).__name__
-        raise CheckpointError(f"{path}: not a readable safetensors file ({what}). {_AGAIN}") from None
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({what}). {_AGAIN}"
+        ) from None
 
 
 def _safe_arrays(data: mmap.mmap) -> dict[str, np.ndarray]:
@@ -606,7 +725,9 @@ def _safe_arrays(data: mmap.mmap) -> dict[str, np.ndarray]:
     at = 0
     for low, high, key, dtype, shape in spans:
         if low != at:
-            raise ValueError(f"the tensor {quoted(key)} begins at byte {low}, where the one before ends at {at}")
+            raise ValueError(
+                f"the tensor {quoted(key)} begins at byte {low}, where the one before ends at {at}"
+            )
         if high > len(data) - 8 - size:
             raise ValueError(f"the tensor {quoted(key)} reaches over the end of the file")
         raw = memoryview(data)[8 + size + low : 8 + size + high]
@@ -617,7 +738,9 @@ def _safe_arrays(data: mmap.mmap) -> dict[str, np.ndarray]:
         arrays[key] = array
         at = high
     if at != len(data) - 8 - size:
-        raise ValueError(f"its tensors have {at} bytes, the file {len(data) - 8 - size} after the header")
+        raise ValueError(
+            f"its tensors have {at} bytes, the file {len(data) - 8 - size} after the header"
+        )
     return {key: arrays[key] for key in entries}
 
 
@@ -629,26 +752,34 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _safe_entry(key: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """Type, shape, and where the bytes of one tensor begin and end; ValueError where they contradict each other."""
+    """Type, shape, and where the bytes of one tensor begin and end; ValueError where they
+    contradict each other.
+    """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the tensor {quoted(key)} has no dtype, shape and data_offsets")
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _SAFE_DTYPES:
-        raise ValueError(f"the tensor {quoted(key)} has the type {quoted(dtype)}, which is not supported")
-    lists = isinstance(shape, list) and len(shape) <= 32 and isinstance(place, list) and len(place) == 2
+        raise ValueError(
+            f"the tensor {quoted(key)} has the type {quoted(dtype)}, which is not supported"
+        )
+    lists = (
+        isinstance(shape, list) and len(shape) <= 32 and isinstance(place, list) and len(place) == 2
+    )
     if not lists or not all(map(_is_size, [*shape, *place])):
         raise ValueError(f"shape and data_offsets of the tensor {quoted(key)} are not sizes")
     n = math.prod(shape)
     if place[1] - place[0] != n * _SAFE_DTYPES[dtype].itemsize:
-        raise ValueError(f"the tensor {quoted(key)} of shape {shape} has {place[1] - place[0]} bytes")
+        raise ValueError(
+            f"the tensor {quoted(key)} of shape {shape} has {place[1] - place[0]} bytes"
+        )
     if n == 0 and max(shape) > _MAX_AXIS:
         raise ValueError(f"the tensor {quoted(key)} is empty, of size {max(shape)}")
     return _SAFE_DTYPES[dtype], tuple(shape), place[0], place[1]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _PickleWriter:
@@ -721,7 +852,9 @@ class _PickleWriter:
             out.write(b"}(")
             for key, item in value.items():
                 if type(key) not in (str, int):
-                    raise ValueError(f"{where}: a key of type {type(key).__name__} does not go into a checkpoint")
+                    raise ValueError(
+                        f"{where}: a key of type {type(key).__name__} does not go into a checkpoint"
+                    )
                 self.write(key, where)
                 self.write(item, f"{where}.{key}" if where else str(key))
             out.write(b"u")
@@ -731,7 +864,9 @@ class _PickleWriter:
                 self.write(item, f"{where}[{i}]")
             out.write(b"e" if isinstance(value, list) else b"t")
         else:
-            kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+            kind = (
+                f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+            )
             raise ValueError(f"{where or 'content'}: {kind} does not go into a checkpoint")
 
 
@@ -739,9 +874,11 @@ def write_torch(path: str | os.PathLike, content: Any, *, overwrite: bool = Fals
     """Writes a checkpoint that `torch.load(weights_only=True)` reads. Needs no torch.
 
     Args:
-      path: file to write; written beside it first and then renamed, so that it is there whole or not at all.
-      content: nested dicts, lists and tuples of numpy arrays (float, bfloat16, int, bool, complex), numbers and text.
-        One array object that stands in several places is stored once, as torch does with shared tensors.
+      path: file to write; written beside it first and then renamed, so that it is there whole or
+        not at all.
+      content: nested dicts, lists and tuples of numpy arrays (float, bfloat16, int, bool, complex),
+        numbers and text. One array object that stands in several places is stored once, as torch
+        does with shared tensors.
       overwrite: replace a file that is there.
     Raises: ValueError for content that does not go into a checkpoint; FileExistsError.
     """
@@ -752,7 +889,10 @@ def write_torch(path: str | os.PathLike, content: Any, *, overwrite: bool = Fals
     writer.out.write(b"\x80\x02")
     writer.write(content, "")
     writer.out.write(b".")
-    members: list[tuple[str, bytes | np.ndarray]] = [("data.pkl", writer.out.getvalue()), ("byteorder", b"little")]
+    members: list[tuple[str, bytes | np.ndarray]] = [
+        ("data.pkl", writer.out.getvalue()),
+        ("byteorder", b"little"),
+    ]
     members += [(f"data/{i}", array) for i, array in enumerate(writer.storages)]
     members += [("version", b"3\n")]
     part = file.with_name(f".{file.name}.part{os.getpid()}")
@@ -764,7 +904,10 @@ def write_torch(path: str | os.PathLike, content: Any, *, overwrite: bool = Fals
                     head = f.tell() + 30 + len(info.filename) + 4
                     pad = -head % 64  # data starts at a multiple of 64 bytes, as torch has it
                     info.extra = struct.pack("<HH", 0x4246, pad) + b"Z" * pad
-                    zipped.writestr(info, content_of if isinstance(content_of, bytes) else _little_endian(content_of))
+                    zipped.writestr(
+                        info,
+                        content_of if isinstance(content_of, bytes) else _little_endian(content_of),
+                    )
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, file)
@@ -772,7 +915,9 @@ def write_torch(path: str | os.PathLike, content: Any, *, overwrite: bool = Fals
         part.unlink(missing_ok=True)
 
 
-def write_safetensors(path: str | os.PathLike, state: Mapping[str, np.ndarray], *, overwrite: bool = False) -> None:
+def write_safetensors(
+    path: str | os.PathLike, state: Mapping[str, np.ndarray], *, overwrite: bool = False
+) -> None:
     """Writes a safetensors file as the hub has it (metadata {"format": "pt"}), whole or not at all.
 
     Raises: FileExistsError.

@@ -1,4 +1,5 @@
-"""Key table of TTM: state dicts of ibm-granite/granite-tsfm (TinyTimeMixerForPrediction) <-> `ltsm_jax.models.ttm`.
+"""Key table of TTM: state dicts of ibm-granite/granite-tsfm (TinyTimeMixerForPrediction) <->
+`ltsm_jax.models.ttm`.
 
 The decomposed models of r3 are two of these, in one file: `converters.ttm_r3`.
 """
@@ -13,21 +14,38 @@ import numpy as np
 
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
-from converters.tables import BUFFER, CONV1, SAME, TRANSPOSE, Rule, Transform, listed, split_bias, split_in, split_out
+from converters.tables import (
+    BUFFER,
+    CONV1,
+    SAME,
+    TRANSPOSE,
+    Rule,
+    Transform,
+    listed,
+    split_bias,
+    split_in,
+    split_out,
+)
 from ltsm_jax.models.ttm import TTM, QuantileConfig, TTMConfig, factors, scales, tokens_in_front
 
 MODEL = TTM
 ANCHOR = "backbone.encoder.patcher.weight"
-SCALES_ANCHOR = "backbone.encoder.patcher.projectors.0.weight"  # of models with patches of several scales
+SCALES_ANCHOR = (
+    "backbone.encoder.patcher.projectors.0.weight"  # of models with patches of several scales
+)
 HINTS = {
-    r"/channel_mixer/|^fcm/": "check num_input_channels, prediction_channel_indices and exogenous_channel_indices",
+    r"/channel_mixer/|^fcm/": "check num_input_channels, prediction_channel_indices and "
+    "exogenous_channel_indices",
     r"/patch_mixer/": "check context_length, patch_length and patch_stride",
     r"(^|/)embed(_\d+)?/": "check patch_length, d_model and multi_scale",
-    r"(^|/)(head|base_norm|quantiles/flat)/": "check prediction_length, context_length, register_tokens and fft_length",
+    r"(^|/)(head|base_norm|quantiles/flat)/": "check prediction_length, context_length, "
+    "register_tokens and fft_length",
     r"(^|/)quantiles/": "check quantile_levels and the fields that begin with mq_",
 }
 # A filter over time: [1, 1, K] <-> [K].
-FILTER = Transform("filter over time", lambda x: x.reshape(x.shape[-1:]), lambda x: x.reshape(1, 1, -1))
+FILTER = Transform(
+    "filter over time", lambda x: x.reshape(x.shape[-1:]), lambda x: x.reshape(1, 1, -1)
+)
 
 
 def keys(config: TTMConfig) -> list[Rule]:
@@ -39,11 +57,23 @@ def keys(config: TTMConfig) -> list[Rule]:
         (r"backbone\.encoder\.patcher\.projectors\.(\d+)\.bias", r"embed_\1/bias", SAME),
         (r"backbone\.encoder\.add_tokens\.patch_tokens", "registers", SAME),
         (r"backbone\.encoder\.add_fft_tokens\.freq_embedding\.weight", "spectrum_table", SAME),
-        (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.weight", "spectrum_up/kernel", TRANSPOSE),
+        (
+            r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.weight",
+            "spectrum_up/kernel",
+            TRANSPOSE,
+        ),
         (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.0\.bias", "spectrum_up/bias", SAME),
-        (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.weight", "spectrum_down/kernel", TRANSPOSE),
+        (
+            r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.weight",
+            "spectrum_down/kernel",
+            TRANSPOSE,
+        ),
         (r"backbone\.encoder\.add_fft_tokens\.freq_index_mlp\.2\.bias", "spectrum_down/bias", SAME),
-        (r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.weight", "spectrum_join/kernel", TRANSPOSE),
+        (
+            r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.weight",
+            "spectrum_join/kernel",
+            TRANSPOSE,
+        ),
         (r"backbone\.encoder\.add_fft_tokens\.freq_concat_proj\.bias", "spectrum_join/bias", SAME),
         (r"backbone\.encoder\.base_norm\.weight", "base_norm/scale", SAME),
         (r"backbone\.encoder\.base_norm\.bias", "base_norm/bias", SAME),
@@ -57,12 +87,20 @@ def keys(config: TTMConfig) -> list[Rule]:
         (r"decoder\.adapter\.bias", "decoder/adapter/bias", SAME),
         (r"decoder\.decoder_raw_embedding\.weight", "decoder/raw_embed/kernel", TRANSPOSE),
         (r"decoder\.decoder_raw_embedding\.bias", "decoder/raw_embed/bias", SAME),
-        (r"decoder\.decoder_cat_embedding_layer\.embedding_layers\.(\d+)\.weight", r"decoder/category_\1", SAME),
+        (
+            r"decoder\.decoder_cat_embedding_layer\.embedding_layers\.(\d+)\.weight",
+            r"decoder/category_\1",
+            SAME,
+        ),
         (r"head\.base_forecast_block\.weight", "head/kernel", TRANSPOSE),
         (r"head\.base_forecast_block\.bias", "head/bias", SAME),
         (r"head\.fcm_block\.fcm_embedding\.weight", "fcm/embed/kernel", TRANSPOSE),
         (r"head\.fcm_block\.fcm_embedding\.bias", "fcm/embed/bias", SAME),
-        (r"head\.fcm_block\.fcm_gating_block\.attn_layer\.weight", "fcm/gate/linear/kernel", TRANSPOSE),
+        (
+            r"head\.fcm_block\.fcm_gating_block\.attn_layer\.weight",
+            "fcm/gate/linear/kernel",
+            TRANSPOSE,
+        ),
         (r"head\.fcm_block\.fcm_gating_block\.attn_layer\.bias", "fcm/gate/linear/bias", SAME),
         (r"head\.fcm_block\.mlp\.weight", "fcm/out/kernel", TRANSPOSE),
         (r"head\.fcm_block\.mlp\.bias", "fcm/out/bias", SAME),
@@ -78,18 +116,30 @@ def keys(config: TTMConfig) -> list[Rule]:
         (r"multi_quantile_head_block\.dec_proj\.bias", "quantiles/pool/bias", SAME),
         (r"multi_quantile_head_block\.dec_tok_proj\.weight", "quantiles/token/kernel", TRANSPOSE),
         (r"multi_quantile_head_block\.dec_tok_proj\.bias", "quantiles/token/bias", SAME),
-        (r"multi_quantile_head_block\.dec_flat_to_hidden\.weight", "quantiles/flat/kernel", TRANSPOSE),
+        (
+            r"multi_quantile_head_block\.dec_flat_to_hidden\.weight",
+            "quantiles/flat/kernel",
+            TRANSPOSE,
+        ),
         (r"multi_quantile_head_block\.dec_flat_to_hidden\.bias", "quantiles/flat/bias", SAME),
     ]
     parts = (
         (r"backbone\.encoder\.mlp_mixer_encoder\.", "encoder", config.d_model, config.levels),
-        (r"decoder\.decoder_block\.", "decoder/mixers", config.decoder_d_model, config.decoder_levels),
+        (
+            r"decoder\.decoder_block\.",
+            "decoder/mixers",
+            config.decoder_d_model,
+            config.decoder_levels,
+        ),
         (r"head\.fcm_block\.exog_mixer\.", "fcm/mixers", 2 * (2 * config.fcm_context + 1), 0),
     )
     for theirs, ours, width, levels in parts:
         if levels:
             for j, f in enumerate(factors(levels, width)):
-                layer = (rf"{theirs}mixers\.{j}\.mixer_layers\.(\d+)\.", rf"{ours}/block_{j}_layer_\1")
+                layer = (
+                    rf"{theirs}mixers\.{j}\.mixer_layers\.(\d+)\.",
+                    rf"{ours}/block_{j}_layer_\1",
+                )
                 rules += _layer(*layer, width // f, config)
         else:
             rules += _layer(rf"{theirs}mixers\.(\d+)\.", rf"{ours}/layer_\1", width, config)
@@ -101,7 +151,9 @@ def _layer(theirs: str, ours: str, width: int, config: TTMConfig) -> list[Rule]:
     rules: list[Rule] = []
     for kind, name in (("channel_feature", "channel"), ("patch", "patch"), ("feature", "feature")):
         old, new = rf"{theirs}{kind}_mixer\.", f"{ours}/{name}_mixer"
-        norms = [("norm", "norm")] + ([("norm_attn", "norm_attn")] if name == "patch" and config.attn_heads else [])
+        norms = [("norm", "norm")] + (
+            [("norm_attn", "norm_attn")] if name == "patch" and config.attn_heads else []
+        )
         for norm, path in norms:
             if config.norm == "BatchNorm":
                 batch = rf"{old}{norm}\.norm\.batchnorm\."
@@ -117,7 +169,11 @@ def _layer(theirs: str, ours: str, width: int, config: TTMConfig) -> list[Rule]:
                     (rf"{old}{norm}\.norm\.weight", f"{new}/{path}/layer/scale", SAME),
                     (rf"{old}{norm}\.norm\.bias", f"{new}/{path}/layer/bias", SAME),
                 ]
-        for linear, path in (("mlp.fc1", "up"), ("mlp.fc2", "down"), ("gating_block.attn_layer", "gate/linear")):
+        for linear, path in (
+            ("mlp.fc1", "up"),
+            ("mlp.fc2", "down"),
+            ("gating_block.attn_layer", "gate/linear"),
+        ):
             key = old + re.escape(linear)
             rules += [
                 (rf"{key}\.weight", f"{new}/{path}/kernel", TRANSPOSE),
@@ -214,8 +270,14 @@ _CHOICES = {
     "mq_cond_mode": ("add", ("add", "concat")),
     "width_penalty_mode": ("boundary", ("boundary", "wis")),
 }
-_MOST = {"num_layers": 256, "decoder_num_layers": 256, "fcm_mix_layers": 256, "adaptive_patching_levels": 16,
-         "decoder_adaptive_patching_levels": 16, "expansion_factor": 64}  # fmt: skip
+_MOST = {
+    "num_layers": 256,
+    "decoder_num_layers": 256,
+    "fcm_mix_layers": 256,
+    "adaptive_patching_levels": 16,
+    "decoder_adaptive_patching_levels": 16,
+    "expansion_factor": 64,
+}
 _LIMIT = 1 << 16  # far above any TTM: a hostile file must not make us build a giant
 _ZERO = (
     "adaptive_patching_levels",
@@ -229,15 +291,18 @@ _LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 DECOMPOSED = "TinyTimeMixerForDecomposedPrediction"
 
 
-def configure(state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str) -> tuple[TTMConfig, list[str]]:
+def configure(
+    state: Mapping[str, Any], published: Mapping[str, Any] | None, where: str
+) -> tuple[TTMConfig, list[str]]:
     """The config from config.json, whose fields the shapes must agree with.
 
-    Raises: CheckpointError that lists every contradiction, or says that there is no config.json: shapes do not tell
-      the stride of the patches, the levels or the scaling.
+    Raises: CheckpointError that lists every contradiction, or says that there is no config.json:
+      shapes do not tell the stride of the patches, the levels or the scaling.
     """
     if published is None:
         raise CheckpointError(
-            f"{where}: TTM's options are not in its weights (scaling, levels, modes, stride, ...). Put the original "
+            f"{where}: TTM's options are not in its weights (scaling, levels, modes, stride, ...). "
+            "Put the original "
             "config.json beside the file."
         )
     told, problems = read_fields(published)
@@ -266,7 +331,8 @@ def read_fields(published: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             problems.append(f"{name}: missing")
         elif not _is(value, kind):
             problems.append(
-                f"{name}: {quoted(value)} is not {'a number' if isinstance(kind, tuple) else kind.__name__}"
+                f"{name}: {quoted(value)} is not "
+                f"{'a number' if isinstance(kind, tuple) else kind.__name__}"
             )
         elif kind is int and not least <= value <= most:
             problems.append(f"{name}: not an integer from {least} to {most}")
@@ -274,7 +340,9 @@ def read_fields(published: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             problems.append(f"{name}: {quoted(value)} is out of range")
     for name in _LISTS:
         value = published.get(name)
-        fits = value is None or (isinstance(value, list) and len(value) <= 4096 and all(_is(x, int) for x in value))
+        fits = value is None or (
+            isinstance(value, list) and len(value) <= 4096 and all(_is(x, int) for x in value)
+        )
         told[name] = tuple(value) if fits and value is not None else None
         if not fits or any(not 0 <= x <= 1 << 24 for x in told[name] or ()):
             problems.append(f"{name}: not a list of integers from 0 to {1 << 24}")
@@ -287,17 +355,23 @@ def read_fields(published: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         if not (value is None or isinstance(value, str | bool)) or value not in allowed:
             problems.append(f"{name}: {quoted(value)} is not one of {', '.join(map(str, allowed))}")
     norm = published.get("norm_mlp", "LayerNorm")
-    told["norm_mlp"] = "BatchNorm" if isinstance(norm, str) and "batch" in norm.lower() else "LayerNorm"
+    told["norm_mlp"] = (
+        "BatchNorm" if isinstance(norm, str) and "batch" in norm.lower() else "LayerNorm"
+    )
     if norm not in ("LayerNorm", "BatchNorm"):
         problems.append(f"norm_mlp: {quoted(norm)} is neither LayerNorm nor BatchNorm")
     told["quantile_levels"] = levels = published.get("quantile_levels", _LEVELS)
-    if not (isinstance(levels, list) and 0 < len(levels) < 1000 and all(_is(q, float) for q in levels)):
+    if not (
+        isinstance(levels, list) and 0 < len(levels) < 1000 and all(_is(q, float) for q in levels)
+    ):
         problems.append(f"quantile_levels: {quoted(levels)} is no list of numbers in (0, 1)")
     for name in ("multi_quantile_heads", "masked_context_length", "use_register_context_gating"):
         if published.get(name):
             problems.append(f"{name}: {quoted(published[name])} is not supported here")
     if told["post_init"] and told["init_linear"] != "pytorch":
-        problems.append(f"post_init with init_linear {quoted(told['init_linear'])} is not supported here")
+        problems.append(
+            f"post_init with init_linear {quoted(told['init_linear'])} is not supported here"
+        )
     return told, problems
 
 
@@ -319,14 +393,18 @@ def against(state: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
     head = told["decoder_d_model"] if told["use_decoder"] else told["d_model"]
     if (SCALES_ANCHOR in state) != told["multi_scale"]:
         has = "have" if SCALES_ANCHOR in state else "do not have"
-        problems.append(f"multi_scale: the config says {told['multi_scale']}, the weights {has} patches of scales")
+        problems.append(
+            f"multi_scale: the config says {told['multi_scale']}, the weights {has} patches of "
+            "scales"
+        )
     for key, want, fields in (
         (ANCHOR, (told["d_model"], told["patch_length"]), "d_model, patch_length"),
         (SCALES_ANCHOR, (told["d_model"], told["patch_length"]), "d_model, patch_length"),
         (
             "head.base_forecast_block.weight",
             (told["prediction_length"], _tokens(told) * head),
-            "prediction_length, tokens (context_length, patch_length, patch_stride, ...) * decoder_d_model",
+            "prediction_length, tokens (context_length, patch_length, patch_stride, ...) * "
+            "decoder_d_model",
         ),
         (
             "backbone.encoder.freq_mod.0.weight",
@@ -341,7 +419,9 @@ def against(state: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
 
 
 def config_of(told: Mapping[str, Any]) -> TTMConfig:
-    """Build the configuration of a plain model from the fields of a published config.json, all of them there."""
+    """Build the configuration of a plain model from the fields of a published config.json, all of
+    them there.
+    """
     scaling = told["scaling"]
     return TTMConfig.of(
         context_len=told["context_length"],
@@ -373,7 +453,9 @@ def config_of(told: Mapping[str, Any]) -> TTMConfig:
         filter_len=told["prediction_filter_length"],
         fcm=told["enable_forecast_channel_mixing"],
         fcm_context=told["fcm_context_length"],
-        fcm_layers=told["fcm_mix_layers"] if told["enable_forecast_channel_mixing"] and told["fcm_use_mixer"] else 0,
+        fcm_layers=told["fcm_mix_layers"]
+        if told["enable_forecast_channel_mixing"] and told["fcm_use_mixer"]
+        else 0,
         fcm_gated=told["fcm_gated_attn"],
         fcm_past=told["fcm_prepend_past"],
         fcm_offset=told["fcm_prepend_past_offset"],
@@ -474,18 +556,23 @@ def published(config: TTMConfig) -> dict[str, Any]:
     }
     again = config_of(read_fields(fields)[0])
     differ = [
-        field for field in ("encoder", "decoder", "fcm_layers") if getattr(again, field) != getattr(config, field)
+        field
+        for field in ("encoder", "decoder", "fcm_layers")
+        if getattr(again, field) != getattr(config, field)
     ]
     if differ:
         raise ValueError(
-            f"the original TTM has the same share of hidden units in every mixer; here {', '.join(differ)} has other "
+            "the original TTM has the same share of hidden units in every mixer; here "
+            f"{', '.join(differ)} has other "
             "widths. A pruned model can't be exported."
         )
     return fields
 
 
 def _fields_of_r3(config: TTMConfig) -> dict[str, Any]:
-    """The fields that came with r3, as far as the config uses them: older releases do not know them."""
+    """The fields that came with r3, as far as the config uses them: older releases do not know
+    them.
+    """
     found: dict[str, Any] = {
         "multi_scale": config.multi_scale,
         "register_tokens": config.registers,

@@ -58,7 +58,9 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
 
 def _inner(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The state dict of a part."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
 
 
 def configure(
@@ -70,7 +72,8 @@ def configure(
     """
     if published is None:
         raise CheckpointError(
-            f"{where}: TTM's options are not in its weights (scaling, levels, modes, ...). Put the original "
+            f"{where}: TTM's options are not in its weights (scaling, levels, modes, ...). Put the "
+            "original "
             "config.json beside the file."
         )
     fields, problems = _fields_of_parts(published)
@@ -86,7 +89,9 @@ def configure(
                 wrong = [str(e)[:500]]
         problems += [f"{part}: {problem}" for problem in wrong]
     if problems:
-        raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
+        raise CheckpointError(
+            listed(f"{where}: the config does not go with the weights:", problems)
+        )
     return _joined(published, configs), []
 
 
@@ -119,7 +124,9 @@ def _joined(published: Mapping[str, Any], configs: Mapping[str, TTMConfig]) -> T
     scaling = published.get("scaling", "std")
     if scaling is True:
         scaling = "std"
-    weights: dict[str, Any] = {ours: float(published.get(name, 1)) for name, ours in _WEIGHTS.items()}
+    weights: dict[str, Any] = {
+        ours: float(published.get(name, 1)) for name, ours in _WEIGHTS.items()
+    }
     return TTMR3Config(
         trend=configs["trend"],
         residual=configs["residual"],
@@ -157,10 +164,15 @@ def published(config: TTMR3Config) -> dict[str, Any]:
         told = ttm.config_of(ttm.read_fields(again[part])[0])
         own = getattr(config, part)
         wanted = {name: getattr(own, name) for name in told.__dataclass_fields__}
-        odd = [name for name, value in wanted.items() if name not in _NOT_IN_FILE and getattr(told, name) != value]
+        odd = [
+            name
+            for name, value in wanted.items()
+            if name not in _NOT_IN_FILE and getattr(told, name) != value
+        ]
         if odd:
             raise ValueError(
-                f"the original's config has no place for {', '.join(odd)} of the {part} part beside the other's"
+                f"the original's config has no place for {', '.join(odd)} of the {part} part "
+                "beside the other's"
             )
     return fields
 

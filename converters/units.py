@@ -1,8 +1,9 @@
 """Key table of UniTS: state dicts of mims-harvard/UniTS <-> `ltsm_jax.models.units`.
 
-Files of training on several devices have `module.` before each key, and self-supervised ones nest the state dict under
-"student". There is no config file: config.json beside it holds the scripts' options ("args") and the yaml of the tasks
-("task_dataset"); without one the sizes and the tokens' names say most of it.
+Files of training on several devices have `module.` before each key, and self-supervised ones nest
+the state dict under "student". There is no config file: config.json beside it holds the scripts'
+options ("args") and the yaml of the tasks ("task_dataset"); without one the sizes and the tokens'
+names say most of it.
 """
 
 from __future__ import annotations
@@ -24,17 +25,26 @@ SUFFIXES = {".pth": "state_dict"}
 EMBED = "patch_embeddings.value_embedding.weight"
 BLOCK = r"blocks\.(\d+)\."
 _OPTIONS = (
-    "UniTS' own files come without a config: write a config.json beside the file, with the options of the script that "
-    'trained it and its task yaml as JSON: {"args": {"d_model": 64, "n_heads": 8, "e_layers": 3, "patch_len": 16, '
-    '"prompt_num": 10}, "task_dataset": {"LTF_ETTh1": {"task_name": "long_term_forecast", "dataset": "ETTh1", '
+    "UniTS' own files come without a config: write a config.json beside the file, with the options "
+    "of the script that "
+    'trained it and its task yaml as JSON: {"args": {"d_model": 64, "n_heads": 8, "e_layers": 3, '
+    '"patch_len": 16, '
+    '"prompt_num": 10}, "task_dataset": {"LTF_ETTh1": {"task_name": "long_term_forecast", '
+    '"dataset": "ETTh1", '
     '"seq_len": 96, "pred_len": 96, "enc_in": 7}}}'
 )
 HEADS = 8  # of the original's scripts; the number is not in the file
-HINTS = {r"/(seq|var)/": "check n_heads", r"tokens/": "check enc_in, num_class and prompt_num", r".": "check args"}
+HINTS = {
+    r"/(seq|var)/": "check n_heads",
+    r"tokens/": "check enc_in, num_class and prompt_num",
+    r".": "check args",
+}
 FIRST = Transform("without the first axis", lambda x: x[0], lambda x: x[None])
 TABLE = Transform("position table", lambda x: x[0, 0], lambda x: x[None, None])
 CONV3 = Transform(
-    "convolution", lambda x: np.transpose(_of_rank(x, 3), (2, 1, 0)), lambda x: np.transpose(x, (2, 1, 0))
+    "convolution",
+    lambda x: np.transpose(_of_rank(x, 3), (2, 1, 0)),
+    lambda x: np.transpose(x, (2, 1, 0)),
 )  # [out, in, 3] <-> [3, in, out]
 
 
@@ -63,7 +73,11 @@ def keys(config: UnitsConfig) -> list[Rule]:
         (r"patch_embeddings\.value_embedding\.weight", "embed/kernel", TRANSPOSE),
         (r"position_embedding\.pe", "positions", TABLE),
         *_dynamic(r"prompt2forecat\.", "generate/"),
-        (r"blocks\.\d+\.(?:seq|var)_att_block\.proj\.(?:weight|bias)", BUFFER, "in the file, and used nowhere"),
+        (
+            r"blocks\.\d+\.(?:seq|var)_att_block\.proj\.(?:weight|bias)",
+            BUFFER,
+            "in the file, and used nowhere",
+        ),
     ]
     for name in ("seq", "var"):
         block, ours = rf"{BLOCK}{name}_att_block\.", rf"block_\1/{name}/"
@@ -134,14 +148,20 @@ def configure(
     """
     d_model, patch_len = dims(state, EMBED)
     layers = layer_count(state, BLOCK)
-    prompts = {k.split(".", 1)[1]: v.shape for k, v in state.items() if k.startswith("prompt_tokens.") and _four(v)}
+    prompts = {
+        k.split(".", 1)[1]: v.shape
+        for k, v in state.items()
+        if k.startswith("prompt_tokens.") and _four(v)
+    }
     prompt_len = next((shape[2] for shape in prompts.values()), None)
     if published is None:
         return _assumed(state, prompts, (d_model, layers, patch_len, prompt_len), where)
     parts = {name: published.get(name) for name in ("args", "task_dataset")}
     for name, part in parts.items():
         if not isinstance(part, Mapping) or not part:
-            raise CheckpointError(f"{where}: the config has no object {name!r}: the original's options and task yaml")
+            raise CheckpointError(
+                f"{where}: the config has no object {name!r}: the original's options and task yaml"
+            )
     args, tasks = Fields(published["args"], where), published["task_dataset"]
     args.integer("d_model", weights=d_model)
     args.integer("n_heads", high=4096)
@@ -159,7 +179,9 @@ def configure(
         told.integer("enc_in")
         for field in ("seq_len", "pred_len", "num_class"):
             told.integer(field, 96, low=0)
-        told.problems += [f"{f}: not a text" for f in ("task_name", "dataset") if not isinstance(task.get(f), str)]
+        told.problems += [
+            f"{f}: not a text" for f in ("task_name", "dataset") if not isinstance(task.get(f), str)
+        ]
         args.problems += [f"task_dataset.{quoted(name)}.{problem}" for problem in told.problems]
     return args.build(lambda: UnitsConfig.from_published(published)), []
 
@@ -169,25 +191,43 @@ def _four(value: object) -> bool:
 
 
 def _assumed(
-    state: Mapping[str, Any], prompts: Mapping[str, tuple[int, ...]], sizes: tuple[int | None, ...], where: str
+    state: Mapping[str, Any],
+    prompts: Mapping[str, tuple[int, ...]],
+    sizes: tuple[int | None, ...],
+    where: str,
 ) -> tuple[UnitsConfig, list[str]]:
     d_model, layers, patch_len, prompt_len = sizes
-    if d_model is None or not layers or patch_len is None or not prompts or prompt_len is None or layers > MAX_LAYERS:
-        raise CheckpointError(f"{where}: the sizes of the model can't be read from the weights. {_OPTIONS}")
+    if (
+        d_model is None
+        or not layers
+        or patch_len is None
+        or not prompts
+        or prompt_len is None
+        or layers > MAX_LAYERS
+    ):
+        raise CheckpointError(
+            f"{where}: the sizes of the model can't be read from the weights. {_OPTIONS}"
+        )
     if d_model % HEADS or d_model > 1 << 16 or len(prompts) > 4096:
         raise CheckpointError(
-            f"{where}: the number of heads is not in the file, and the scripts' {HEADS} does not fit a width of "
+            f"{where}: the number of heads is not in the file, and the scripts' {HEADS} does not "
+            "fit a width of "
             f"{d_model}. {_OPTIONS}"
         )
     ssl = any(key.startswith("pretrain_head.") for key in state)
     tasks, notes = (
         [],
         [
-            f"no config beside the file: n_heads={HEADS}, windows of 96 steps and horizons of 96 are assumed. "
+            f"no config beside the file: n_heads={HEADS}, windows of 96 steps and horizons of 96 "
+            "are assumed. "
             f"If the file was trained otherwise: {_OPTIONS}"
         ],
     )
-    shapes = {k: v.shape for k, v in state.items() if k.startswith(("cls_tokens.", "category_tokens.")) and _four(v)}
+    shapes = {
+        k: v.shape
+        for k, v in state.items()
+        if k.startswith(("cls_tokens.", "category_tokens.")) and _four(v)
+    }
     for key, shape in shapes.items():
         kind, name = key.split(".", 1)
         if kind != "cls_tokens":
@@ -195,18 +235,34 @@ def _assumed(
         category = shapes.get(f"category_tokens.{name}")
         near = [data for data in prompts if data in name and prompts[data][1] == shape[1]]
         if not near:
-            raise CheckpointError(f"{where}: nothing says which data set the task {quoted(name)} is of. {_OPTIONS}")
+            raise CheckpointError(
+                f"{where}: nothing says which data set the task {quoted(name)} is of. {_OPTIONS}"
+            )
         ours = "pretrain_long_term_forecast" if category is None else "classification"
-        tasks.append(UnitsTask(name, ours, max(near, key=len), 96, 96 if category is None else 0, shape[1],
-                               0 if category is None else category[2]))  # fmt: skip
+        tasks.append(
+            UnitsTask(
+                name,
+                ours,
+                max(near, key=len),
+                96,
+                96 if category is None else 0,
+                shape[1],
+                0 if category is None else category[2],
+            )
+        )
     covered = {t.dataset for t in tasks if t.kind != "classification"}
-    tasks = [UnitsTask(f"LTF_{name}", "long_term_forecast", name, 96, 96, shape[1])
-             for name, shape in prompts.items() if not ssl or name not in covered] + tasks  # fmt: skip
+    tasks = [
+        UnitsTask(f"LTF_{name}", "long_term_forecast", name, 96, 96, shape[1])
+        for name, shape in prompts.items()
+        if not ssl or name not in covered
+    ] + tasks
     try:
         rest = {"patch_len": patch_len, "prompt_len": prompt_len}
         return UnitsConfig.of(d_model, HEADS, layers, tuple(tasks), **rest), notes
     except ValueError as e:
-        raise CheckpointError(f"{where}: the config can't be told from the weights: {str(e)[:500]}") from None
+        raise CheckpointError(
+            f"{where}: the config can't be told from the weights: {str(e)[:500]}"
+        ) from None
 
 
 def published(config: UnitsConfig) -> dict[str, Any]:
@@ -215,10 +271,16 @@ def published(config: UnitsConfig) -> dict[str, Any]:
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
     heads, widths = {*config.seq_heads, *config.var_heads}, set(config.ffn_dims)
-    if len(heads) != 1 or widths != {8 * config.d_model} or config.seq_heads[0] * config.head_dim != config.d_model:
+    if (
+        len(heads) != 1
+        or widths != {8 * config.d_model}
+        or config.seq_heads[0] * config.head_dim != config.d_model
+    ):
         raise ValueError(
-            f"the original UniTS has equal layers of width 8 d_model; this one has {config.seq_heads} and "
-            f"{config.var_heads} heads and widths {config.ffn_dims}. A pruned model can't be exported."
+            "the original UniTS has equal layers of width 8 d_model; this one has "
+            f"{config.seq_heads} and "
+            f"{config.var_heads} heads and widths {config.ffn_dims}. A pruned model can't be "
+            "exported."
         )
     return {
         "args": {

@@ -1,9 +1,10 @@
 """Unwrap a state dict: programs put dictionaries around it, and names before each key.
 
-One rule for all families. The state dict is the dictionary, at most `MAX_DEPTH` deep, that holds tensors under text.
-Where several do, those under the usual names (`NESTS`) go before others, and those that some family knows before those
-that none knows; two that are left are refused by name. Before its keys may stand any prefix that all of them share
-("model.", "module._orig_mod.", ...), and inside them the parts that PyTorch's own wrappers leave (`WRAPPERS`).
+One rule for all families. The state dict is the dictionary, at most `MAX_DEPTH` deep, that holds
+tensors under text. Where several do, those under the usual names (`NESTS`) go before others, and
+those that some family knows before those that none knows; two that are left are refused by name.
+Before its keys may stand any prefix that all of them share ("model.", "module._orig_mod.", ...),
+and inside them the parts that PyTorch's own wrappers leave (`WRAPPERS`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _MAX_LOOKED_AT = 1000  # dictionaries; an optimiser's state has one for each par
 _MAX_TRIED = 10  # of them, that are shown to all families
 _MAX_PREFIX = 8  # parts before every key
 
-# Parts of a key that belong to no model: DistributedDataParallel, torch.compile, FSDP, activation checkpoints.
+# Parts of a key that belong to no model: DistributedDataParallel, torch.compile, FSDP, activation
+# checkpoints.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -41,7 +43,9 @@ def is_state(value: object) -> bool:
     """Tell whether a value is a dictionary with a tensor under a text."""
     if not isinstance(value, dict):
         return False
-    return any(isinstance(key, str) and isinstance(entry, np.ndarray) for key, entry in value.items())
+    return any(
+        isinstance(key, str) and isinstance(entry, np.ndarray) for key, entry in value.items()
+    )
 
 
 def find_state(
@@ -52,8 +56,8 @@ def find_state(
     Args:
       content: the dictionary in the file.
       known: whether some family knows a state dict.
-    Returns: the keys that lead to the state dict (none: `content` is it), the state dict (None: there is none), and the
-      places of others that were left aside.
+    Returns: the keys that lead to the state dict (none: `content` is it), the state dict (None:
+      there is none), and the places of others that were left aside.
     Raises: ValueError that names the state dicts among which nothing decides.
     """
     found = _candidates(content)
@@ -63,13 +67,17 @@ def find_state(
     if len(chosen) > 1:
         # A program may put a few tensors (means, scales) beside a state dict.
         largest = max(found, key=lambda path: len(found[path]))
-        likely = sorted(found, key=lambda path: (not _is_usual(path), -len(found[path])))[:_MAX_TRIED]
+        likely = sorted(found, key=lambda path: (not _is_usual(path), -len(found[path])))[
+            :_MAX_TRIED
+        ]
         chosen = [path for path in found if path in likely and known(found[path])] or [largest]
     usual = [path for path in chosen if _is_usual(path)]
     chosen = usual or chosen
     if len(chosen) > 1:
         names = ", ".join(map(_dotted, chosen[:5])) + (", ..." if len(chosen) > 5 else "")
-        raise ValueError(f"holds {len(chosen)} state dicts, under {names}, and nothing says which one is meant")
+        raise ValueError(
+            f"holds {len(chosen)} state dicts, under {names}, and nothing says which one is meant"
+        )
     return chosen[0], found[chosen[0]], [path for path in found if path != chosen[0]]
 
 
@@ -91,7 +99,11 @@ def _candidates(content: dict[Any, Any]) -> dict[tuple[str, ...], dict[str, Any]
             if is_state(value):
                 found[path] = value
             if len(value) <= MAX_KEYS:
-                inner = [(key, v) for key, v in value.items() if isinstance(key, str) and isinstance(v, dict)]
+                inner = [
+                    (key, v)
+                    for key, v in value.items()
+                    if isinstance(key, str) and isinstance(v, dict)
+                ]
                 deeper += [((*path, key), v) for key, v in inner]
         level = deeper[:_MAX_LOOKED_AT]
     return found
@@ -108,7 +120,9 @@ def nest_notes(path: tuple[str, ...], aside: list[tuple[str, ...]]) -> list[str]
         notes.append(f"the state dict was found under {_dotted(path)}")
     if aside:
         more = ", ..." if len(aside) > 5 else ""
-        notes.append(f"not read, though they hold tensors too: {', '.join(map(_dotted, aside[:5]))}{more}")
+        notes.append(
+            f"not read, though they hold tensors too: {', '.join(map(_dotted, aside[:5]))}{more}"
+        )
     return notes
 
 
@@ -123,7 +137,8 @@ def common_prefix(keys: Mapping[str, Any]) -> list[str]:
 
 
 def without_wrappers(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Take the parts that PyTorch's wrappers leave out of the keys, behind what all keys begin with.
+    """Take the parts that PyTorch's wrappers leave out of the keys, behind what all keys begin
+    with.
 
     Returns: the state dict, the same one where there are none, and what to say of it.
     Raises: ValueError for two keys that become one.
@@ -136,10 +151,16 @@ def without_wrappers(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         wrapped = WRAPPERS.intersection(parts[start:-1])
         if wrapped:
             taken |= wrapped
-            parts = [*parts[:start], *(part for part in parts[start:-1] if part not in WRAPPERS), parts[-1]]
+            parts = [
+                *parts[:start],
+                *(part for part in parts[start:-1] if part not in WRAPPERS),
+                parts[-1],
+            ]
         bare = ".".join(parts)
         if bare in clean:
-            raise ValueError(f"duplicate key {quoted(bare)}, with and without {', '.join(sorted(taken))}")
+            raise ValueError(
+                f"duplicate key {quoted(bare)}, with and without {', '.join(sorted(taken))}"
+            )
         clean[bare] = value
     if not taken:
         return state, []
@@ -147,5 +168,7 @@ def without_wrappers(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def has_adapters(state: Mapping[str, Any]) -> bool:
-    """Tell whether some tensors are low-rank adapters, as the PEFT library writes them, and no weights of a model."""
+    """Tell whether some tensors are low-rank adapters, as the PEFT library writes them, and no
+    weights of a model.
+    """
     return any(".lora_A." in key or ".lora_B." in key or ".lora_embedding_" in key for key in state)

@@ -41,19 +41,25 @@ VARIATES = 2
 
 
 def part_of(series: Series, context: int, horizon: int, file: Path) -> Path:
-    """The first rows of two variates as a CSV: enough for WINDOWS training windows and one of the shortest part."""
+    """The first rows of two variates as a CSV: enough for WINDOWS training windows and one of the
+    shortest part.
+    """
     train = context + horizon + WINDOWS
     rows = max(-(-train * 10 // 7), 10 * (horizon + 1) + 10)
     if rows > series.n_rows:
         raise ValueError(f"{series.name} has {series.n_rows} rows, {rows} are needed")
-    table = pd.DataFrame({name: series.values[i, :rows] for i, name in enumerate(series.columns[:VARIATES])})
+    table = pd.DataFrame(
+        {name: series.values[i, :rows] for i, name in enumerate(series.columns[:VARIATES])}
+    )
     if series.timestamps is not None:
         table.insert(0, "date", series.timestamps[:rows])
     table.to_csv(file, index=False)
     return file
 
 
-def run(family: str, series: Series, out: Path, methods: str, more: Sequence[str] = ()) -> pd.DataFrame:
+def run(
+    family: str, series: Series, out: Path, methods: str, more: Sequence[str] = ()
+) -> pd.DataFrame:
     """One family through every method: the rows of its results.csv, and the seconds it took.
 
     more: further flags of `experiments.sff`, such as --mesh.
@@ -62,12 +68,28 @@ def run(family: str, series: Series, out: Path, methods: str, more: Sequence[str
     began = time.monotonic()
     cls = FAMILIES[family]
     model = cls(cls.small())
-    folders.save(out / "model", model, jax.jit(model.init)(jax.random.key(0)), provenance={"source": "random"})
+    folders.save(
+        out / "model",
+        model,
+        jax.jit(model.init)(jax.random.key(0)),
+        provenance={"source": "random"},
+    )
     context, horizon = model.context_len, model.horizon
     data = part_of(series, context, horizon, out / "data.csv")
-    flags = {"data": data, "model": out / "model", "methods": methods, "seeds": 0, "epochs": 1, "batch-size": 16,
-             "context": context, "horizon": horizon, "out": out / "sff"}  # fmt: skip
-    if sff.main([*(text for name, value in flags.items() for text in (f"--{name}", str(value))), *more]):
+    flags = {
+        "data": data,
+        "model": out / "model",
+        "methods": methods,
+        "seeds": 0,
+        "epochs": 1,
+        "batch-size": 16,
+        "context": context,
+        "horizon": horizon,
+        "out": out / "sff",
+    }
+    if sff.main(
+        [*(text for name, value in flags.items() for text in (f"--{name}", str(value))), *more]
+    ):
         raise RuntimeError(f"{family}: experiments.sff failed (above)")
     found = pd.read_csv(out / "sff" / "results.csv")
     found.insert(0, "family", family)
@@ -84,7 +106,9 @@ class Options:
     """benchmark name or file"""
     families: Annotated[tuple[str, ...], flags.names(tuple(FAMILIES), unset="all")] = ()
     """which families"""
-    methods: Annotated[tuple[str, ...], flags.names(tuple(STRATEGIES), unset="all but the variants of sff and ff")] = ()
+    methods: Annotated[
+        tuple[str, ...], flags.names(tuple(STRATEGIES), unset="all but the variants of sff and ff")
+    ] = ()
     """which methods"""
     out: Annotated[Path, flags.path()] = Path("runs/all-families")
     """folder of the results, made anew"""
@@ -96,14 +120,18 @@ def make_anew(out: Path) -> None:
     Raises: UsageError where it is the folder of something else.
     """
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise flags.UsageError(f"{out} holds something else; it would be replaced. Take another --out")
+        raise flags.UsageError(
+            f"{out} holds something else; it would be replaced. Take another --out"
+        )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     folder.write_json(out / MARK, {"program": Options.program})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m experiments.all_families`; returns the exit code: 0 where every family came through."""
+    """`python -m experiments.all_families`; returns the exit code: 0 where every family came
+    through.
+    """
     return launch.guarded(lambda: _all(sys.argv[1:] if argv is None else argv))
 
 
@@ -123,7 +151,8 @@ def _all(argv: Sequence[str]) -> int:
             found.append(run(name, series, options.out / name, ",".join(methods), more))
         except (ValueError, RuntimeError) as err:
             failed[name] = str(err)
-        # nothing that was compiled serves the next family, and it adds up to the memory maps a process may have
+        # nothing that was compiled serves the next family, and it adds up to the memory maps a
+        # process may have
         jax.clear_caches()
     table = Table(title=f"{series.name}, small random models, one epoch", title_justify="left")
     for column in ("family", "method", "val MSE", "test MSE", "seconds of the family"):
@@ -132,12 +161,20 @@ def _all(argv: Sequence[str]) -> int:
         rows = pd.concat(found)
         rows.to_csv(options.out / "results.csv", index=False)
         for row in rows.to_dict("records"):
-            table.add_row(row["family"], row["method"], f"{row['val_mse']:.4f}", f"{row['test_mse']:.4f}",
-                          f"{row['family_seconds']:.0f}")  # fmt: skip
+            table.add_row(
+                row["family"],
+                row["method"],
+                f"{row['val_mse']:.4f}",
+                f"{row['test_mse']:.4f}",
+                f"{row['family_seconds']:.0f}",
+            )
     Console().print(table)
     for name, problem in failed.items():
         print(f"FAILED {name}: {problem}", file=sys.stderr)
-    print(f"{len(families) - len(failed)} of {len(families)} families went through {len(methods)} methods")
+    print(
+        f"{len(families) - len(failed)} of {len(families)} families went through {len(methods)} "
+        "methods"
+    )
     return 1 if failed else 0
 
 

@@ -74,7 +74,8 @@ class Options(flags.Options):
         flags.described(f"what to compare, of {', '.join((*STRATEGIES, *SEARCHES))}"),
     ] = METHODS
     alpha: Annotated[
-        tuple[float, ...], flags.numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")
+        tuple[float, ...],
+        flags.numbers(0, 1, says="between 0 and 1, the weight of the pretrained side"),
     ] = (0.5, 0.7, 0.9)
     """grid of sff, short and groups (the last two also try 1)"""
     at: Annotated[float, flags.number(0, 1, says="between 0 and 1")] = 0.7
@@ -92,7 +93,9 @@ class Options(flags.Options):
 
     @property
     def tunings(self) -> tuple[tuple[str, float | None], ...]:
-        """(choice, alpha) of every kind of run; alpha None where a choice has none or looks for it."""
+        """(choice, alpha) of every kind of run; alpha None where a choice has none or looks
+        for it.
+        """
         found: list[tuple[str, float | None]] = []
         for method in self.methods:
             if method == "sff":
@@ -157,7 +160,9 @@ def resolve(options: Options) -> Comparison:
 
 def cells_of(options: Options) -> tuple[Cell, ...]:
     """Every run that the options ask for."""
-    return tuple(Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds)
+    return tuple(
+        Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds
+    )
 
 
 def plan(c: Comparison) -> str:
@@ -169,7 +174,9 @@ def plan(c: Comparison) -> str:
 
 
 def compare(c: Comparison, console: Console | None = None) -> list[str]:
-    """Run every cell that has no result yet; after each, results.csv is whole. Returns: what failed, one line each."""
+    """Run every cell that has no result yet; after each, results.csv is whole. Returns: what
+    failed, one line each.
+    """
     work, start = functools.partial(run_cell, c), functools.partial(begin, c)
     return cells.run_cells(c, cells_of(c.options), work, rank, console or Console(), begin=start)
 
@@ -193,14 +200,18 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     begin = cells.start_mse(c, chosen, cell.seed)
     columns["start_val_mse"] = result.val["mse"] if begin is None else begin
     columns["search_seconds"] = seconds
-    columns["top_eigenvalue"] = top_eigenvalue(c, chosen, cell.seed) if c.options.curvature else None
+    columns["top_eigenvalue"] = (
+        top_eigenvalue(c, chosen, cell.seed) if c.options.curvature else None
+    )
     row = cells.row_of(c, columns, result.model, result)
     cells.keep(c, cell, (result.model, result.params), row, result, start_mse=begin)
     return row
 
 
 def strategy_of(c: Comparison, cell: Cell) -> tuple[Strategy, float]:
-    """The strategy of a cell, and the seconds that looking for it took; one that was found before is not looked for."""
+    """The strategy of a cell, and the seconds that looking for it took; one that was found before
+    is not looked for.
+    """
     if cell.method not in SEARCHES:
         return strategy(cell.method, alpha=1.0 if cell.alpha is None else cell.alpha), 0.0
     file = c.folder / "cells" / cell.name / CHOICE
@@ -218,7 +229,11 @@ def search(c: Comparison, cell: Cell) -> dict[str, Any]:
     how: dict[str, Any] = {"by": cell.method, "epochs": 0, "grid": (o.at,)}
     if cell.method in ("short", "groups"):
         grid = o.alpha if 1.0 in o.alpha else (*o.alpha, 1.0)
-        how = {"by": "grid" if cell.method == "short" else "groups", "epochs": o.search_epochs, "grid": grid}
+        how = {
+            "by": "grid" if cell.method == "short" else "groups",
+            "epochs": o.search_epochs,
+            "grid": grid,
+        }
     found = choose(
         c.model,
         c.params,
@@ -245,16 +260,24 @@ def search(c: Comparison, cell: Cell) -> dict[str, Any]:
 
 
 def top_eigenvalue(c: Comparison, chosen: Strategy, seed: int) -> float:
-    """Largest eigenvalue of the Hessian of the forecast's error on training windows, at the start of a strategy."""
+    """Largest eigenvalue of the Hessian of the forecast's error on training windows, at the start
+    of a strategy.
+    """
     key = training.keys(seed)["aux"]
     model, params = prepared(chosen, c.model, c.params, key)
     params = start_params(chosen, model, params, key)
-    loss = landscape.split_loss(model, c.splits.train, sample=SAMPLE, task=c.task, placement=Placement.of(params))
+    loss = landscape.split_loss(
+        model, c.splits.train, sample=SAMPLE, task=c.task, placement=Placement.of(params)
+    )
     moving = groups_of(model, params)
-    return float(curvature.top_eigenvalues(loss, params, 1, jax.random.key(seed), only=moving.__contains__)[0])
+    return float(
+        curvature.top_eigenvalues(loss, params, 1, jax.random.key(seed), only=moving.__contains__)[
+            0
+        ]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # report
 
 
@@ -267,7 +290,9 @@ NUMBERS = ("start_val_mse", "val_mse", "test_mse", "search_seconds", "seconds", 
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per choice and alpha: means over seeds, standard deviation of the test MSE, alphas of the first seed."""
+    """One row per choice and alpha: means over seeds, standard deviation of the test MSE, alphas of
+    the first seed.
+    """
     full = results[results["method"] == "ff"].set_index("seed")["test_mse"]
     rows = []
     for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
@@ -287,7 +312,16 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
 def table(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and body of the table of choices."""
-    header = ["choice", "alpha", "start", "val MSE", "test MSE", "vs FF, %", "search, s", "training, s"]
+    header = [
+        "choice",
+        "alpha",
+        "start",
+        "val MSE",
+        "test MSE",
+        "vs FF, %",
+        "search, s",
+        "training, s",
+    ]
     curved = summary["top_eigenvalue"].notna().any()
     body = []
     for r in summary.itertuples():
@@ -327,14 +361,19 @@ def write_report(place: Path) -> Path:
     if importlib.util.find_spec("matplotlib"):
         (place / "plots").mkdir(exist_ok=True)
         _draw(summary, place / "plots" / "choices.png")
-        text = "Validation error of each start (circle) and after tuning (square); test error after tuning (diamond)."
+        text = (
+            "Validation error of each start (circle) and after tuning (square); test error "
+            "after tuning (diamond)."
+        )
         pictures.append(("choices", text))
     lines = [f"# Choices of alpha, {s['data']}, {s['model']}, {s['context']} -> {s['horizon']}", ""]
     lines += [f"- {line}" for line in verdict(summary)]
     lines += ["", report.markdown_table(*table(summary)), ""]
     lines.append(
-        "`start` is the validation MSE before the first step, `val MSE` that of the best epoch, `test MSE` of the same "
-        "weights; means over seeds, ± standard deviation. `vs FF` is the change of test MSE, seed by seed. `search` is "
+        "`start` is the validation MSE before the first step, `val MSE` that of the best epoch, "
+        "`test MSE` of the same "
+        "weights; means over seeds, ± standard deviation. `vs FF` is the change of test MSE, seed "
+        "by seed. `search` is "
         "the time that looking for alpha took. Alphas are those of the first seed."
     )
     notes = [f"not believed, and left out: {text}" for text in found.damaged]

@@ -169,7 +169,8 @@ def resolve(options: Options) -> Comparison:
     config = options.config(model)
     record = {
         "experiment": options.program,
-        "settings": settings_of(options, config, kept, window) | {"model_sha256": storage.sha256_of(params)[:16]},
+        "settings": settings_of(options, config, kept, window)
+        | {"model_sha256": storage.sha256_of(params)[:16]},
         "model": {"family": model.family, "config": model.config_to_dict()},
         "command": options.command(),
         "notes": notes,
@@ -233,7 +234,8 @@ def plan(c: Comparison) -> str:
     o = c.options
     lines = [
         f"data     {len(c.series)} series of {rows:,} rows in all",
-        f"windows  {c.window} rows, {o.windows} of each series to train; the last 10 % of training rows select",
+        f"windows  {c.window} rows, {o.windows} of each series to train; the last 10 % of training "
+        "rows select",
         f"model    {o.model}: {c.model.family}",
         f"training {o.mode}, {c.options.words_of(c.config)}",
         f"runs     {len(cells_of(c))}: {', '.join((*o.methods, *anomaly_report.BASELINES))}",

@@ -35,7 +35,9 @@ def order(results: pd.DataFrame) -> pd.DataFrame:
     file and seed."""
     known = [*STRATEGIES, *BASELINES]
     keys = results.assign(_method=results["method"].map(known.index))
-    return keys.sort_values(["_method", "seed", "file"]).drop(columns="_method").reset_index(drop=True)
+    return (
+        keys.sort_values(["_method", "seed", "file"]).drop(columns="_method").reset_index(drop=True)
+    )
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -72,7 +74,9 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def difference(results: pd.DataFrame, first: str, second: str, column: str = "vus_pr") -> tuple[float, float, float]:
+def difference(
+    results: pd.DataFrame, first: str, second: str, column: str = "vus_pr"
+) -> tuple[float, float, float]:
     """Give the mean over files of `first` minus `second`, and a 95 % interval: bootstrap over
     files, 2000 draws."""
     by_file = results.groupby(["file", "method"])[column].mean().unstack()
@@ -135,14 +139,19 @@ def text_of(results: pd.DataFrame, command: str, pictures: Sequence[str]) -> str
         "",
     ]
     lines += [
-        "alpha: share of the tokens, from the highest score, that must be flagged to find an anomaly (1: missed); "
-        "found at q %: files with alpha <= q %. Rank and wins: by alpha among the methods of a file.",
+        "alpha: share of the tokens, from the highest score, that must be flagged to find an "
+        "anomaly (1: missed); "
+        "found at q %: files with alpha <= q %. Rank and wins: by alpha among the methods of a "
+        "file.",
         "",
     ]
     lines += differences(results, methods)
     lines += ["## Alpha of each file", ""]
     alphas = results.groupby(["file", "method"])["alpha"].mean().unstack()[methods].sort_index()
-    body = [[name, *(f"{value:.4f}" for value in row)] for name, row in zip(alphas.index, alphas.to_numpy())]
+    body = [
+        [name, *(f"{value:.4f}" for value in row)]
+        for name, row in zip(alphas.index, alphas.to_numpy())
+    ]
     lines += [markdown_table(["file", *map(label, methods)], body), ""]
     if "f1_point_adjusted_inflated" in results:
         lines += [
@@ -186,8 +195,14 @@ def draw(folder: Path, results: pd.DataFrame, series: Sequence[Labelled]) -> lis
         share = np.sort(group["alpha"].to_numpy())
         found = np.arange(1, len(share) + 1) / len(share)
         style = report.STYLES.get(method, (0, (1, 1)))
-        ax.step(100 * share, 100 * found, where="post", label=label(method), linestyle=style,
-                color=report.COLOURS.get(method))  # fmt: skip
+        ax.step(
+            100 * share,
+            100 * found,
+            where="post",
+            label=label(method),
+            linestyle=style,
+            color=report.COLOURS.get(method),
+        )
     ax.set_xscale("log")
     ax.set(
         xlabel="flagged tokens, % of those with the highest score",
@@ -199,11 +214,15 @@ def draw(folder: Path, results: pd.DataFrame, series: Sequence[Labelled]) -> lis
     shown = results[~results["method"].isin(BASELINES)]
     if len(shown):
         method = summarise(shown).sort_values("vus_pr")["method"].iloc[-1]
-        names.append(_draw_examples(place, folder, series[:EXAMPLES], method, int(shown["seed"].min())))
+        names.append(
+            _draw_examples(place, folder, series[:EXAMPLES], method, int(shown["seed"].min()))
+        )
     return names
 
 
-def _draw_examples(place: Path, folder: Path, series: Sequence[Labelled], method: str, seed: int) -> str:
+def _draw_examples(
+    place: Path, folder: Path, series: Sequence[Labelled], method: str, seed: int
+) -> str:
     figure, axes = new_figure(9, 2.2 * len(series), nrows=len(series), ncols=1, squeeze=False)
     for ax, one in zip(axes[:, 0], series, strict=True):
         first, last = one.anomaly

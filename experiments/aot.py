@@ -71,7 +71,9 @@ class Options:
     """steps of the forecast, for --mode direct"""
     mode: Annotated[forecasting.Mode | None, flags.one_of(forecasting.MODES, unset="recipe")] = None
     """training loss: the family's own (ims) or direct"""
-    trainable: Annotated[Literal["all", "head", "recipe"], flags.one_of(("all", "head", "recipe"))] = "all"
+    trainable: Annotated[
+        Literal["all", "head", "recipe"], flags.one_of(("all", "head", "recipe"))
+    ] = "all"
     """what is trained: all, head or recipe"""
     variates: Annotated[int, flags.whole(1)] = 7
     """of the series; 7, as ETTh1"""
@@ -95,12 +97,13 @@ class Report:
     Attributes:
       model, parameters, topology, devices, mesh, batch, context, horizon: what was compiled.
       settings: flags that are not at their defaults.
-      state: parameters, gradients' moments and the other arguments of the step. kept: what `fit` keeps beside them, the
-        weights it started from and the best ones so far. temporary: what the step itself needs beyond its arguments;
-        None where the compiler gave up. capacity: what programs can take; None where it is not known.
+      state: parameters, gradients' moments and the other arguments of the step. kept: what `fit`
+        keeps beside them, the weights it started from and the best ones so far. temporary: what the
+        step itself needs beyond its arguments; None where the compiler gave up. capacity: what
+        programs can take; None where it is not known.
       needed: state, kept and temporary together.
-      flops: of the matrix products, all devices together, one step; compiler_flops: of one device, as the compiler
-        counts, loops' bodies once; None where it says nothing.
+      flops: of the matrix products, all devices together, one step; compiler_flops: of one device,
+        as the compiler counts, loops' bodies once; None where it says nothing.
       collectives: by kind, of one step. seconds: of the compilation.
     """
 
@@ -132,10 +135,12 @@ class Report:
     def per_device(self) -> int:
         """Windows that one device has in memory at a time."""
         sizes = dict(item.split("=") for item in self.mesh.split(","))
-        return self.batch // (int(sizes["data"]) * int(sizes["fsdp"]) * self.settings.get("accumulate", 1))
+        return self.batch // (
+            int(sizes["data"]) * int(sizes["fsdp"]) * self.settings.get("accumulate", 1)
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what to compile
 
 
@@ -149,7 +154,10 @@ def find_model(family: str | None, name: str | None) -> tuple[str, Model]:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"--family: unknown {family!r}{hint}; known: {', '.join(FAMILIES)}")
     if family is None and (name is None or name == SMALL):
-        raise ValueError(f"--family names the model, or --preset one published size; families: {', '.join(FAMILIES)}")
+        raise ValueError(
+            "--family names the model, or --preset one published size; families: "
+            f"{', '.join(FAMILIES)}"
+        )
     if family is None:
         return str(name), preset(str(name))
     cls = FAMILIES[family]
@@ -159,7 +167,9 @@ def find_model(family: str | None, name: str | None) -> tuple[str, Model]:
     if name not in cls.presets():
         near = near_presets(name)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise ValueError(f"--preset: {family} has no {name!r}{hint}; it has: {', '.join(cls.presets())}, {SMALL}")
+        raise ValueError(
+            f"--preset: {family} has no {name!r}{hint}; it has: {', '.join(cls.presets())}, {SMALL}"
+        )
     return name, cls(cls.presets()[name])
 
 
@@ -208,26 +218,40 @@ def resolve(args: Options, target: Target) -> Job:
         table, notes = sharding.specs(shapes, model.shard_rules, mesh)
         places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), table)
     # a new struct: the weak type of flax's ones must not come along
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+    )
     mode = args.mode or binding.default_mode(model)
     recipe = model.recipe()
     horizon = model.horizon if mode == "ims" else args.horizon or recipe.horizon
     if args.horizon not in (None, horizon):
-        raise ValueError(f"--horizon {args.horizon}: the family's own loss takes {horizon} steps; see --mode direct")
+        raise ValueError(
+            f"--horizon {args.horizon}: the family's own loss takes {horizon} steps; see --mode "
+            "direct"
+        )
     how = args.devices
     changes = {"compute": how.compute, "accumulate": how.accumulate, "remat": how.remat}
-    config = binding.train_config(model, **changes | ({} if args.batch is None else {"batch_size": args.batch}))
+    config = binding.train_config(
+        model, **changes | ({} if args.batch is None else {"batch_size": args.batch})
+    )
     assert config.batch_size is not None, "filled"
     values, joint = np.zeros((args.variates, args.rows), np.float32), model.variates == "joint"
-    source = windows_between(values, 0, args.rows, args.context or recipe.context_len, horizon, joint=joint)
+    source = windows_between(
+        values, 0, args.rows, args.context or recipe.context_len, horizon, joint=joint
+    )
     if source.n < config.batch_size:
-        raise ValueError(f"--batch {config.batch_size}: the series has only {source.n} windows; see --rows, --variates")
+        raise ValueError(
+            f"--batch {config.batch_size}: the series has only {source.n} windows; see --rows, "
+            "--variates"
+        )
     trainable = trainable_mask(Phase(args.trainable), model, params)
     loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
-    return Job(name, model, params, source, loss, config, config.batch_size, trainable, target, mesh, notes)
+    return Job(
+        name, model, params, source, loss, config, config.batch_size, trainable, target, mesh, notes
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # compiling
 
 
@@ -247,12 +271,16 @@ def compile_step(job: Job) -> Report:
     Raises: ValueError where loss, context, horizon and batch do not go together.
     """
     with experts.traced_for(job.target.platform):
-        traced = trace_step(job.loss, job.params, job.source, config=job.config, trainable=job.trainable)
+        traced = trace_step(
+            job.loss, job.params, job.source, config=job.config, trainable=job.trainable
+        )
     began = time.monotonic()
     moving = job.params if job.trainable is None else trees.partition(job.params, job.trainable)[0]
     trained, capacity = bytes_on_one(moving), job.target.capacity
     kept = 2 * trained
-    state = bytes_on_one(job.params) + 2 * trained  # Adam's two moments; the compiler's figure also has its padding
+    state = (
+        bytes_on_one(job.params) + 2 * trained
+    )  # Adam's two moments; the compiler's figure also has its padding
     temporary, compiler_flops, found = None, None, {}
     try:
         compiled = traced.lower().compile()
@@ -274,7 +302,11 @@ def compile_step(job: Job) -> Report:
         compiler_flops = _compiler_flops(compiled)
         found = counting.collectives(compiled.as_text() or "")
     defaults = {"compute": "float32", "accumulate": 1, "remat": "none"}
-    settings = {k: v for k, v in dataclasses.asdict(job.config).items() if k in defaults and v != defaults[k]}
+    settings = {
+        k: v
+        for k, v in dataclasses.asdict(job.config).items()
+        if k in defaults and v != defaults[k]
+    }
     if job.trainable is not None:
         settings["trainable"] = trees.count(moving)
     return Report(
@@ -311,12 +343,14 @@ def mesh_text(mesh: jax.sharding.Mesh | None) -> str:
     return ",".join(f"{axis}={sizes[axis]}" for axis in sharding.AXES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # saying it
 
 
 def advice(report: Report) -> list[str]:
-    """What to try where the step does not fit, as flags; estimates, since memory is not quite linear in the batch."""
+    """What to try where the step does not fit, as flags; estimates, since memory is not quite
+    linear in the batch.
+    """
     if report.fits is not False or report.capacity is None:
         return []
     fixed = report.state + report.kept
@@ -325,22 +359,40 @@ def advice(report: Report) -> list[str]:
     spread = report.devices // sizes["tensor"]
     if sizes["fsdp"] < spread and fixed > report.capacity / 8:
         tensor = f",tensor={sizes['tensor']}" if sizes["tensor"] > 1 else ""
-        found.append(f"--mesh data=1,fsdp={spread}{tensor}  splits parameters and optimiser further")
+        found.append(
+            f"--mesh data=1,fsdp={spread}{tensor}  splits parameters and optimiser further"
+        )
     room, rows = report.capacity - fixed, report.per_device
     if room <= 0:
-        return [*found, "more devices, or train fewer parameters: weights and optimiser alone are too much"]
+        return [
+            *found,
+            "more devices, or train fewer parameters: weights and optimiser alone are too much",
+        ]
     if report.settings.get("compute", "float32") == "float32":
         found.append("--compute bfloat16  halves most of what the backward pass keeps")
     if report.settings.get("remat", "none") == "none":
-        found.append('--remat "all but products"  computes again what is between the matrix products')
+        found.append(
+            '--remat "all but products"  computes again what is between the matrix products'
+        )
     parts = math.ceil((report.needed - fixed) / room)
     if divisor := next((d for d in range(parts, rows + 1) if rows % d == 0), None):
-        found.append(f"--accumulate {report.settings.get('accumulate', 1) * divisor}  takes the batch in parts")
+        found.append(
+            f"--accumulate {report.settings.get('accumulate', 1) * divisor}  takes the batch in "
+            "parts"
+        )
         found.append(f"--batch {report.batch // divisor}")
     else:
-        found.append(f"more devices: one window ({report.context} steps) a device and part is too much")
-    if report.topology.split(":")[0] in targets.GPUS and report.needed <= report.capacity / targets.GPU_SHARE * 0.95:
-        found.append("XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment lets JAX take 95 % of the GPU's memory")
+        found.append(
+            f"more devices: one window ({report.context} steps) a device and part is too much"
+        )
+    if (
+        report.topology.split(":")[0] in targets.GPUS
+        and report.needed <= report.capacity / targets.GPU_SHARE * 0.95
+    ):
+        found.append(
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment lets JAX take 95 % of the "
+            "GPU's memory"
+        )
     return found
 
 
@@ -359,22 +411,32 @@ def text(report: Report) -> str:
     """The report for people."""
     mib = 2**20
     settings = "".join(f", {name} {value}" for name, value in report.settings.items())
-    traffic = ", ".join(f"{t.count} {kind} ({t.bytes / mib:.0f} MiB)" for kind, t in report.collectives.items())
-    compiler = "says nothing" if report.compiler_flops is None else f"counts {flops(report.compiler_flops)}"
+    traffic = ", ".join(
+        f"{t.count} {kind} ({t.bytes / mib:.0f} MiB)" for kind, t in report.collectives.items()
+    )
+    compiler = (
+        "says nothing"
+        if report.compiler_flops is None
+        else f"counts {flops(report.compiler_flops)}"
+    )
     temporary = "too much" if report.temporary is None else gib(report.temporary)
     of = "" if report.capacity is None else f" of {gib(report.capacity)}"
     lines = [
-        f"{report.model}: {report.parameters / 1e6:.1f} M parameters on {report.topology}, {report.mesh}",
-        f"  batch {report.batch} of {report.context} + {report.horizon} steps, {report.per_device} on a device at a "
+        f"{report.model}: {report.parameters / 1e6:.1f} M parameters on {report.topology}, "
+        f"{report.mesh}",
+        f"  batch {report.batch} of {report.context} + {report.horizon} steps, {report.per_device} "
+        "on a device at a "
         f"time{settings}",
         "  GiB on a device",
         f"    {gib(report.state):>8}  arguments of the step: parameters, optimiser, series",
         f"    {gib(report.kept):>8}  kept beside: the weights it began with, and the best ones",
         f"    {temporary:>8}  of the step itself",
         f"    {gib(report.needed):>8}  together{of}",
-        f"  matrix products of a step: {flops(report.flops)}, {flops(report.flops / report.devices)} a device; the "
+        f"  matrix products of a step: {flops(report.flops)}, "
+        f"{flops(report.flops / report.devices)} a device; the "
         f"compiler {compiler} a device",
-        f"  collectives of a step: {traffic or ('unknown' if report.temporary is None else 'none')}",
+        "  collectives of a step: "
+        f"{traffic or ('unknown' if report.temporary is None else 'none')}",
         f"  compiled in {report.seconds:.0f} s",
     ]
     if report.fits is None:
@@ -382,27 +444,42 @@ def text(report: Report) -> str:
     gap = report.needed - (report.capacity or 0)
     if report.fits:
         return "\n".join([*lines, f"FITS, {gib(-gap)} GiB are left on each device."])
-    return "\n".join([*lines, f"DOES NOT FIT: {gib(gap)} GiB are lacking on each device. Try:",
-                      *(f"  {line}" for line in advice(report))])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            f"DOES NOT FIT: {gib(gap)} GiB are lacking on each device. Try:",
+            *(f"  {line}" for line in advice(report)),
+        ]
+    )
 
 
 def row(report: Report) -> str:
     """The report as a row of the table in TPU.md."""
     settings = ", ".join(f"{name} {value}" for name, value in report.settings.items()) or "defaults"
-    mesh = ", ".join(item for item in report.mesh.split(",") if not item.endswith("=1")) or "one device"
+    mesh = (
+        ", ".join(item for item in report.mesh.split(",") if not item.endswith("=1"))
+        or "one device"
+    )
     traffic = sum(t.bytes for t in report.collectives.values()) / targets.GIB
     step = "-" if report.temporary is None else gib(report.temporary)
     verdict = {True: "yes", False: "**no**", None: "?"}[report.fits]
     cells = (
-        f"{report.model} ({report.parameters / 1e6:.1f} M)", report.topology, mesh,
-        f"{report.batch} x ({report.context} + {report.horizon})", settings, gib(report.state + report.kept), step,
-        gib(report.needed) + (f" / {gib(report.capacity)}" if report.capacity else ""), verdict,
-        flops(report.flops), f"{traffic:.2f}",
-    )  # fmt: skip
+        f"{report.model} ({report.parameters / 1e6:.1f} M)",
+        report.topology,
+        mesh,
+        f"{report.batch} x ({report.context} + {report.horizon})",
+        settings,
+        gib(report.state + report.kept),
+        step,
+        gib(report.needed) + (f" / {gib(report.capacity)}" if report.capacity else ""),
+        verdict,
+        flops(report.flops),
+        f"{traffic:.2f}",
+    )
     return f"| {' | '.join(cells)} |"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -411,13 +488,18 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m experiments.aot`; returns the exit code: 0 fits (or not known), 1 does not, 2 can't be asked."""
+    """`python -m experiments.aot`; returns the exit code: 0 fits (or not known), 1 does not, 2
+    can't be asked.
+    """
     return launch.guarded(lambda: _aot(sys.argv[1:] if argv is None else argv))
 
 
 def _aot(argv: Sequence[str]) -> int:
     options, problems = parse(argv), []
-    for check in (lambda: find_model(options.family, options.preset), lambda: targets.parse(options.topology)):
+    for check in (
+        lambda: find_model(options.family, options.preset),
+        lambda: targets.parse(options.topology),
+    ):
         try:
             check()
         except ValueError as err:

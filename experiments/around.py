@@ -124,7 +124,9 @@ class Subject:
 
     def mixed(self, alpha: float, seed: int) -> Tree:
         """The start of smoothed fine-tuning."""
-        return start_params(strategy("sff", alpha=alpha), self.model, self.params, training.keys(seed)["aux"])
+        return start_params(
+            strategy("sff", alpha=alpha), self.model, self.params, training.keys(seed)["aux"]
+        )
 
     def moves(self, path: str) -> bool:
         """Whether a leaf is a parameter, and no table of data that the family keeps among them."""
@@ -159,26 +161,46 @@ def subject(options: Options, name: str, *, train: int | None = None) -> Subject
         assert train is not None
         params = _trained(options, name, (model, params), splits, train)
 
-    facts = {"family": model.family, "context": context, "horizon": horizon, "sha256": storage.sha256_of(params)[:16]}
+    facts = {
+        "family": model.family,
+        "context": context,
+        "horizon": horizon,
+        "sha256": storage.sha256_of(params)[:16],
+    }
     facts |= cells.series_facts(series)
     params, _ = sharding.shard(params, model.shard_rules, mesh)
     random = start_params(strategy("tfs"), model, params, training.keys(options.seed)["aux"])
     task = Forecasting(binding.default_mode(model))
     if options.loss == "own" and options.part != "train":
         raise UsageError("--loss own needs targets as long as the family trains with: --part train")
-    windows = task.windows(model, splits) if options.loss == "own" else getattr(splits, options.part)
+    windows = (
+        task.windows(model, splits) if options.loss == "own" else getattr(splits, options.part)
+    )
     return Subject(name, model, params, random, splits, windows, facts)
 
 
-def _trained(options: Options, name: str, start: tuple[Model, Tree], splits: Splits, epochs: int) -> Tree:
-    """The small model of a family after a short training, from the folder where it is there already."""
+def _trained(
+    options: Options, name: str, start: tuple[Model, Tree], splits: Splits, epochs: int
+) -> Tree:
+    """The small model of a family after a short training, from the folder where it is there
+    already.
+    """
     place = options.folder / "models" / f"{name}-{epochs}-{options.seed}"
     if place.is_dir():
         return ltsm_jax.load(place)[1]
     model, params = start
     config = binding.train_config(model, epochs=epochs, batch_size=256, lr=1e-3)
-    result = run.run(model, params, strategy("ff"), splits, seed=options.seed, config=config, test=False,
-                     task=Forecasting(binding.default_mode(model)), label=name)  # fmt: skip
+    result = run.run(
+        model,
+        params,
+        strategy("ff"),
+        splits,
+        seed=options.seed,
+        config=config,
+        test=False,
+        task=Forecasting(binding.default_mode(model)),
+        label=name,
+    )
     made = {"source": "random", "command": options.command(), "git_commit": folder.git_commit()}
     place.parent.mkdir(parents=True, exist_ok=True)
     ltsm_jax.save(place, model, result.params, provenance=made)
@@ -186,7 +208,9 @@ def _trained(options: Options, name: str, start: tuple[Model, Tree], splits: Spl
 
 
 def settings(options: Options, *own: str) -> dict[str, Any]:
-    """Settings that every number depends on, beside the facts of the models. own: fields of one experiment."""
+    """Settings that every number depends on, beside the facts of the models. own: fields of one
+    experiment.
+    """
     names = ("data", "seed", "part", "windows", "loss", "horizon", "context", *own)
     found = {name: getattr(options, name) for name in names}
     return {k: ", ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in found.items()}
@@ -194,4 +218,8 @@ def settings(options: Options, *own: str) -> dict[str, Any]:
 
 def origin() -> dict[str, str]:
     """Provenance of a row."""
-    return {"git_commit": folder.git_commit(), "versions": folder.versions(), "device": folder.device()}
+    return {
+        "git_commit": folder.git_commit(),
+        "versions": folder.versions(),
+        "device": folder.device(),
+    }

@@ -1,6 +1,7 @@
 """What experiments that compare methods share: the recipe of a run, and cells that never run twice.
 
-A comparison is a folder, see `experiments.folder`; a cell is one run of it, with a folder of its own in cells/.
+A comparison is a folder, see `experiments.folder`; a cell is one run of it, with a folder of its
+own in cells/.
 """
 
 import contextlib
@@ -43,8 +44,8 @@ EXAMPLES_FILE = "forecasts.npz"
 class Cell(Protocol):
     """One run of a comparison.
 
-    One that has a learning rate of its own, or another origin of validation than the first, says so by the attributes
-    `lr` and `origin`.
+    One that has a learning rate of its own, or another origin of validation than the first, says so
+    by the attributes `lr` and `origin`.
     """
 
     @property
@@ -79,7 +80,9 @@ class Comparison:
     config: TrainConfig
     task: Forecasting
     settings: dict[str, Any]  # what decides every number; a folder holds one set of settings
-    optional: tuple[str, ...] = ()  # settings that may be None on one side, where no cell needs them
+    optional: tuple[
+        str, ...
+    ] = ()  # settings that may be None on one side, where no cell needs them
 
     @property
     def folder(self) -> Path:
@@ -107,7 +110,8 @@ class Comparison:
 
 
 def resolve(options: Options) -> Comparison:
-    """Load model and data, fill in the model's recipe, and try one batch without computing it. Every host for itself.
+    """Load model and data, fill in the model's recipe, and try one batch without computing it.
+    Every host for itself.
 
     Raises: UsageError listing everything that does not work.
     """
@@ -144,8 +148,15 @@ def resolve(options: Options) -> Comparison:
     task = Forecasting(options.training.mode or binding.default_mode(model))
     config = training_config(model, options)
     quirks = tuple(q for q in options.quirks if q in QUIRKS)
-    splits = attempt(prepare, series, context, horizon, few_shot=options.training.few_shot, quirks=quirks,
-                     joint=model.variates == "joint")  # fmt: skip
+    splits = attempt(
+        prepare,
+        series,
+        context,
+        horizon,
+        few_shot=options.training.few_shot,
+        quirks=quirks,
+        joint=model.variates == "joint",
+    )
     found = len(problems)
     if splits is not None and options.origins > 1:
         attempt(rolled, splits, options.origins - 1)
@@ -192,11 +203,15 @@ def training_config(model: Model, options: Options) -> TrainConfig:
     asked = vars(options.training) | vars(options.devices)
     if options.training.lr is not None:
         asked["lr"] = options.training.lr[0]  # of several, cells have their own
-    return binding.train_config(model, **{k: v for k, v in asked.items() if k in names and v is not None})
+    return binding.train_config(
+        model, **{k: v for k, v in asked.items() if k in names and v is not None}
+    )
 
 
 def at(c: Comparison, cell: Cell) -> Comparison:
-    """Give the comparison as a cell sees it: with its own learning rate, and its own origin of validation."""
+    """Give the comparison as a cell sees it: with its own learning rate, and its own origin of
+    validation.
+    """
     lr, origin = getattr(cell, "lr", None), getattr(cell, "origin", 0)
     if lr is not None:
         c = dataclasses.replace(c, config=dataclasses.replace(c.config, lr=lr))
@@ -226,8 +241,12 @@ def rolled(splits: Splits, origin: int) -> Splits:
     shift = origin * (hi - lo)
     first = splits.borders.train[0]
     if lo - shift <= first:
-        raise ValueError(f"--origins {origin + 1}: {lo - first} training rows do not hold so many blocks")
-    borders = dataclasses.replace(splits.borders, train=(first, lo - shift), val=(lo - shift, hi - shift))
+        raise ValueError(
+            f"--origins {origin + 1}: {lo - first} training rows do not hold so many blocks"
+        )
+    borders = dataclasses.replace(
+        splits.borders, train=(first, lo - shift), val=(lo - shift, hi - shift)
+    )
     return prepare(
         splits.series,
         splits.val.context_len,
@@ -257,11 +276,15 @@ def series_facts(series: Series) -> dict[str, Any]:
 
 
 def _try_batch(model: Model, params: Any, splits: Splits, task: Task) -> None:
-    """Shapes only: what model, context, horizon and task have to say about each other, before anything is compiled."""
+    """Shapes only: what model, context, horizon and task have to say about each other, before
+    anything is compiled.
+    """
     loss, windows = task.loss(model), task.windows(model, splits)
     indices, key = np.zeros(1, np.int32), jax.random.key(0)
     jax.eval_shape(lambda p, w: loss(p, w.gather(indices), key, True), params, windows)
-    jax.eval_shape(lambda p, w: model.predict(p, w.gather(indices)["context"], w.horizon), params, splits.val)
+    jax.eval_shape(
+        lambda p, w: model.predict(p, w.gather(indices)["context"], w.horizon), params, splits.val
+    )
 
 
 def finished(c: Comparison, cells: Iterable[Cell]) -> int:
@@ -282,16 +305,23 @@ def plan(c: Comparison, runs: Sequence[str]) -> str:
         for p in ("train", "val", "test")
     )
     lines = [
-        f"data     {series.name}: {series.n_rows:,} rows x {series.n_variates} columns ({c.settings['columns']}), "
+        f"data     {series.name}: {series.n_rows:,} rows x {series.n_variates} columns "
+        f"({c.settings['columns']}), "
         f"step {series.freq or 'unknown'}{span}",
-        f"split    {borders}" + (f"; quirks {c.settings['quirks']}" if c.settings["quirks"] else ""),
+        f"split    {borders}"
+        + (f"; quirks {c.settings['quirks']}" if c.settings["quirks"] else ""),
         f"windows  {c.settings['context']} -> {c.settings['horizon']}: {windows.n:,} to train, "
         f"{c.splits.val.n:,} to validate, {c.splits.test.n:,} to test"
-        + (f" (few-shot {c.options.training.few_shot:g})" if c.options.training.few_shot != 1 else ""),
+        + (
+            f" (few-shot {c.options.training.few_shot:g})"
+            if c.options.training.few_shot != 1
+            else ""
+        ),
         f"model    {c.settings['model']}: {c.model.family}, {trees.count(c.params):,} parameters",
         f"training {c.task.mode}, {c.config.epochs} epochs of {steps} steps of {batch} windows, "
         f"lr {_lr(c)}, schedule {c.config.schedule}",
-        f"memory   about {_megabytes(c):,.0f} MB of weights, optimiser state and data; activations come on top",
+        f"memory   about {_megabytes(c):,.0f} MB of weights, optimiser state and data; activations "
+        "come on top",
         *runs,
         f"results  {c.folder}",
     ]
@@ -309,16 +339,17 @@ def _megabytes(c: Comparison) -> float:
     return (6 * sum(p.nbytes for p in jax.tree.leaves(c.params)) + c.splits.val.values.nbytes) / 1e6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # running it
 
 
 @contextlib.contextmanager
 def claimed(c: Comparison) -> Iterator[None]:
-    """Work in the folder of a comparison, alone: make it, or check that the same settings asked for what it holds.
+    """Work in the folder of a comparison, alone: make it, or check that the same settings asked for
+    what it holds.
 
-    Raises: UsageError when it holds a comparison with other settings, or another process works in it; nothing has been
-      written then.
+    Raises: UsageError when it holds a comparison with other settings, or another process works in
+      it; nothing has been written then.
     """
     hosts.on_first(folder.check, c.folder, c.record, c.optional)
     with folder.held(c.folder):
@@ -349,11 +380,13 @@ def run_cells(
     place: tuple[int, int] | None = None,
     begin: Callable[[C], run.Running] | None = None,
 ) -> list[str]:
-    """Run every cell that has no result yet; after each, results.csv is whole, its rows in the order of `rank`.
+    """Run every cell that has no result yet; after each, results.csv is whole, its rows in the
+    order of `rank`.
 
-    run_cell: leaves the cell's result.json and gives its row of results.csv. place: number of the first cell, and how
-    many there are, for the terminal. begin: begins the training of a cell; those that can be are then
-    trained together first, as --lanes says, and `run_cell` finds them trained.
+    run_cell: leaves the cell's result.json and gives its row of results.csv. place: number of the
+    first cell, and how many there are, for the terminal. begin: begins the training of a cell;
+    those that can be are then trained together first, as --lanes says, and `run_cell` finds them
+    trained.
     Returns: what failed (a run that diverged does not stop the others), one line each.
     """
     first, total = place or (1, len(cells))
@@ -374,13 +407,18 @@ def run_cells(
                 failures.append(f"{text}: {err}")
                 console.print(failures[-1], highlight=False, markup=False, style="red")
                 continue
-            text += f": val MSE {row['val_mse']:.4f}, test MSE {row['test_mse']:.4f}, {row['seconds']:.1f} s"
+            text += (
+                f": val MSE {row['val_mse']:.4f}, test MSE {row['test_mse']:.4f}, "
+                f"{row['seconds']:.1f} s"
+            )
             console.print(text, highlight=False, markup=False)
         hosts.on_first(folder.write_csv, c.folder, rank)
     return failures
 
 
-def train_together(c: Comparison, cells: Sequence[C], begin: Callable[[C], run.Running]) -> dict[str, NonFiniteError]:
+def train_together(
+    c: Comparison, cells: Sequence[C], begin: Callable[[C], run.Running]
+) -> dict[str, NonFiniteError]:
     """Train the cells without a result that can be lanes of one program, see `methods.sweep`.
 
     Returns: why those that diverged did, by name.
@@ -409,9 +447,13 @@ def run_chosen(
     place: tuple[int, int],
     begin: Callable[[C], run.Running] | None = None,
 ) -> list[str]:
-    """Run the cells of the other seeds whose settings the first seed has chosen; see `run_cells` and `grid`."""
+    """Run the cells of the other seeds whose settings the first seed has chosen; see `run_cells`
+    and `grid`.
+    """
     over, seed = c.options.over, c.settings[grid.SEED]
-    rows = hosts.on_first(lambda: [record["row"] for record in folder.results(c.folder)[0].values()])
+    rows = hosts.on_first(
+        lambda: [record["row"] for record in folder.results(c.folder)[0].values()]
+    )
     best = grid.choices(rows, over, seed)
     mine = []
     for cell in cells:
@@ -449,7 +491,9 @@ def _settings(c: Comparison, cell: Cell, rest: dict[str, Any]) -> tuple[Model, A
     return settings.pop("model", c.model), settings.pop("params", c.params), settings
 
 
-def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Result) -> dict[str, Any]:
+def row_of(
+    c: Comparison, columns: dict[str, Any], model: Model, result: run.Result
+) -> dict[str, Any]:
     """The row of a run in results.csv. columns: what tells its cell from the others."""
     season = c.splits.series.season
     scale = c.splits.naive_scale(season) if season > 1 else None
@@ -492,10 +536,11 @@ def row_of(c: Comparison, columns: dict[str, Any], model: Model, result: run.Res
 
 
 def epoch_tests(result: run.Result, test: dict[str, Any]) -> dict[str, float | None]:
-    """Give the test errors of the last epoch, and of the one with the lowest test MSE, of the last phase.
+    """Give the test errors of the last epoch, and of the one with the lowest test MSE, of the last
+    phase.
 
-    test: scores of the weights that are kept, which stand for all where nothing was trained. None where an epoch was
-    not scored, as in a run that was begun without --test-each-epoch.
+    test: scores of the weights that are kept, which stand for all where nothing was trained. None
+    where an epoch was not scored, as in a run that was begun without --test-each-epoch.
     """
     last_phase = [h for h in result.history if h["phase"] == result.history[-1]["phase"]]
     tests = [{name: h.get(f"test_{name}") for name in ("mse", "mae")} for h in last_phase] or [test]
@@ -519,12 +564,13 @@ def keep(
     shown: tuple[Model, Any] | None = None,
     **more: Any,
 ) -> None:
-    """Put a finished cell into its folder: example forecasts, the model where it is a new one, and last result.json.
+    """Put a finished cell into its folder: example forecasts, the model where it is a new one, and
+    last result.json.
 
     On several hosts all call; the first writes.
 
-    final: model and params to keep. shown: those that forecast the examples, where they are others. more: further
-    entries of result.json.
+    final: model and params to keep. shown: those that forecast the examples, where they are others.
+    more: further entries of result.json.
     """
     place = c.folder / "cells" / cell.name
     hosts.on_first(place.mkdir, exist_ok=True)
@@ -532,7 +578,9 @@ def keep(
     if final[1] is not c.params:
         made = {"source": c.settings["model"], "method": cell.name, "command": c.options.command()}
         made["git_commit"] = row["git_commit"]
-        if trees.count(final[1]) < trees.count(c.params):  # parts were removed: an export needs to know from what
+        if trees.count(final[1]) < trees.count(
+            c.params
+        ):  # parts were removed: an export needs to know from what
             made["pruned_from"] = c.model.config_to_dict()
         with folder.naming(place / "model"):
             ltsm_jax.save(place / "model", *final, provenance=made, overwrite=True)
@@ -552,16 +600,22 @@ def keep(
 def val_blocks(shown: tuple[Model, Any], windows: Windows) -> list[float]:
     """MSE of some windows by blocks, which two arms are compared by; see `checks.block_means`."""
     errors = forecasting.errors(*shown, windows)
-    return checks.block_means(errors.squared.sum(axis=1), errors.steps.sum(axis=1), windows).tolist()
+    return checks.block_means(
+        errors.squared.sum(axis=1), errors.steps.sum(axis=1), windows
+    ).tolist()
 
 
 def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
-    """Validation MSE of what a strategy starts from, before its first step; None where nothing is trained."""
+    """Validation MSE of what a strategy starts from, before its first step; None where nothing is
+    trained.
+    """
     if not chosen.phases:
         return None
     key = training.keys(seed)["aux"]
     model, params = prepared(chosen, c.model, c.params, key)
-    return c.task.evaluate(model, start_params(chosen, model, params, key), c.splits)[c.task.selects]
+    return c.task.evaluate(model, start_params(chosen, model, params, key), c.splits)[
+        c.task.selects
+    ]
 
 
 def finish_cell(c: Comparison, cell: Cell, record: dict[str, Any]) -> None:
@@ -573,7 +627,8 @@ def finish_cell(c: Comparison, cell: Cell, record: dict[str, Any]) -> None:
 
 
 def take_over(c: Comparison, cell: Cell, twin: str) -> dict[str, Any]:
-    """Give a cell the result of another one, called `twin`, that differs in its seed alone, where that has no say.
+    """Give a cell the result of another one, called `twin`, that differs in its seed alone, where
+    that has no say.
 
     Returns: its row.
     """
@@ -594,7 +649,9 @@ def take_over(c: Comparison, cell: Cell, twin: str) -> dict[str, Any]:
 
 def twin_of(c: Comparison, method: str) -> str | None:
     """Name of the first finished cell of a method that has neither alpha nor mask."""
-    found = hosts.on_first(lambda: [n for n in folder.results(c.folder)[0] if n.startswith(f"{method}-seed")])
+    found = hosts.on_first(
+        lambda: [n for n in folder.results(c.folder)[0] if n.startswith(f"{method}-seed")]
+    )
     return found[0] if found else None
 
 
@@ -625,7 +682,9 @@ def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None
     n = min(EXAMPLES, windows.n)
     indices = ((np.arange(n) + 0.5) * windows.n / n).astype(np.int32)
     labels, stamps, shown = [], [], {"context": [], "target": [], "point": []}
-    found = dict(zip(shown, forecasting.forecast_windows(model, params, windows, indices), strict=True))
+    found = dict(
+        zip(shown, forecasting.forecast_windows(model, params, windows, indices), strict=True)
+    )
     for k, i in enumerate(indices):
         where = windows.describe(int(i))
         variate = where["variate"] or 0  # the first one where a window holds all
@@ -657,11 +716,13 @@ def main(
     compare: Callable[[Comparison], list[str]],
     finish: Callable[[Path, str], None],
 ) -> int:
-    """An experiment from its flags to its report, on one host or several; returns its exit code (`launch.guarded`).
+    """An experiment from its flags to its report, on one host or several; returns its exit code
+    (`launch.guarded`).
 
     Several --data, --model or --few-shot run one after the other, see `lists`.
-    parse, resolve, plan: flags to options, to a `Comparison`, to words. compare: runs the cells and says what failed.
-    finish: prints the table and writes the report of a folder that has results, by the epoch that --report-by names.
+    parse, resolve, plan: flags to options, to a `Comparison`, to words. compare: runs the cells and
+    says what failed. finish: prints the table and writes the report of a folder that has results,
+    by the epoch that --report-by names.
     """
 
     words = sys.argv[1:] if argv is None else argv

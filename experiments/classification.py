@@ -63,7 +63,9 @@ class Options(task_runs.Options):
         flags.names(tuple(STRATEGIES)),
         flags.described(f"what to compare, of {', '.join(STRATEGIES)}"),
     ] = ("ff", "sff", "tfs", "lp")
-    seeds: Annotated[tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0,)
+    seeds: Annotated[
+        tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")
+    ] = (0,)
     """a run for each, with its own head and its own kernels"""
 
 
@@ -116,7 +118,9 @@ def resolve(options: Options) -> Comparison:
     except (ValueError, OSError) as error:
         raise flags.UsageError(str(error)) from error
     config = options.config(model)
-    digests = [storage.sha256_of({"x": p.train.values, "test": p.parts.test})[:16] for p in problems]
+    digests = [
+        storage.sha256_of({"x": p.train.values, "test": p.parts.test})[:16] for p in problems
+    ]
     settings = {
         "data_sha256": dict(zip([p.name for p in problems], digests, strict=True)),
         "model_sha256": storage.sha256_of(params)[:16],
@@ -183,7 +187,9 @@ def score(c: Comparison, problem: Problem, method: str, seed: int) -> dict[str, 
         test = TASK.baselines(c.model, parts, "test")["most frequent class"]
     elif method == "random_kernels":
         train = problem.train
-        guess = random_kernels.classify(train.values, train.labels, np.asarray(parts.test.values), seed)
+        guess = random_kernels.classify(
+            train.values, train.labels, np.asarray(parts.test.values), seed
+        )
         test = summarise(guess, labels)
     else:
         model, params = with_head(c, problem, seed)
@@ -224,10 +230,17 @@ def plan(c: Comparison) -> str:
     for problem in c.problems:
         trained, tested = len(problem.parts.train.labels), len(problem.parts.test.labels)
         classes = len(problem.train.classes)
-        lines.append(f"data     {problem.name}: {classes} classes, {trained} examples to train, {tested} to test")
+        lines.append(
+            f"data     {problem.name}: {classes} classes, {trained} examples to train, {tested} to "
+            "test"
+        )
     lines.append(f"model    {c.options.model}: {c.model.family}")
-    lines.append(f"training {c.config.epochs} epochs, batch {c.config.batch_size}, lr {c.config.lr:g}")
-    lines.append(f"runs     {len(cells_of(c))}: {', '.join(c.options.methods)}, and {', '.join(BASELINES)}")
+    lines.append(
+        f"training {c.config.epochs} epochs, batch {c.config.batch_size}, lr {c.config.lr:g}"
+    )
+    lines.append(
+        f"runs     {len(cells_of(c))}: {', '.join(c.options.methods)}, and {', '.join(BASELINES)}"
+    )
     return "\n".join([*lines, f"results  {c.options.folder}"])
 
 
@@ -293,7 +306,9 @@ def _draw(file: Path, results: pd.DataFrame) -> None:
     names = results["data"].unique()
     figure, axes = new_figure(7, 2.5 * len(names), nrows=len(names), squeeze=False)
     for ax, name in zip(axes[:, 0], names, strict=True):
-        means = results[results["data"] == name].groupby("method", sort=False)["test_accuracy"].mean()
+        means = (
+            results[results["data"] == name].groupby("method", sort=False)["test_accuracy"].mean()
+        )
         ax.barh([label(method) for method in means.index], means.to_numpy(), color="#0072B2")
         ax.invert_yaxis()
         ax.set_xlim(0, 1)

@@ -1,7 +1,8 @@
 """What a step costs, counted: matrix products in its jaxpr, collectives in its compiled text.
 
-Both count a loop's body as often as it runs where that is known; the compiler's own FLOPs count it once. A loop whose
-length is an argument counts once: the loop over the steps of a dispatch, so that all numbers are those of one step.
+Both count a loop's body as often as it runs where that is known; the compiler's own FLOPs count it
+once. A loop whose length is an argument counts once: the loop over the steps of a dispatch, so that
+all numbers are those of one step.
 """
 
 import dataclasses
@@ -10,15 +11,23 @@ import math
 import re
 from typing import Any
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 
 def product_flops(jaxpr: Any) -> int:
-    """Floating-point operations of the matrix products in a jaxpr, 2 for each multiply-add, over all devices together.
+    """Floating-point operations of the matrix products in a jaxpr, 2 for each multiply-add, over
+    all devices together.
 
-    Counted: `dot_general`, `ragged_dot` (each row once, by the one expert it goes to) and convolutions, forward,
-    backward and recomputed ones alike. Everything else, a few per cent in a Transformer, is not. Of a branch the
-    dearest side counts.
+    Counted: `dot_general`, `ragged_dot` (each row once, by the one expert it goes to) and
+    convolutions, forward, backward and recomputed ones alike. Everything else, a few per cent in a
+    Transformer, is not. Of a branch the dearest side counts.
     """
     return sum(_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
@@ -30,15 +39,22 @@ def _flops(equation: Any) -> int:
         return 2 * out.size * math.prod(lhs.shape[i] for i in parameters["dimension_numbers"][0][0])
     if name == "ragged_dot_general":
         numbers = parameters["ragged_dot_dimension_numbers"]
-        lhs, groups, out = equation.invars[0].aval, equation.invars[2].aval, equation.outvars[0].aval
+        lhs, groups, out = (
+            equation.invars[0].aval,
+            equation.invars[2].aval,
+            equation.outvars[0].aval,
+        )
         contracting = numbers.dot_dimension_numbers[0][0]
         summed = 2 * out.size * math.prod(lhs.shape[i] for i in contracting)
-        # the backward pass of the kernels sums over the ragged rows: each lands in one group's result, not in all
+        # the backward pass of the kernels sums over the ragged rows: each lands in one group's
+        # result, not in all
         inside = set(numbers.lhs_ragged_dimensions) <= set(contracting)
         return summed // groups.shape[-1] if inside else summed
     if name == "conv_general_dilated":
         kernel, out = equation.invars[1].aval, equation.outvars[0].aval
-        return 2 * out.size * kernel.size // kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
+        return (
+            2 * out.size * kernel.size // kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
+        )
     inner = [product_flops(j) for value in parameters.values() for j in _jaxprs(value)]
     if name == "cond":
         return max(inner)
@@ -55,14 +71,17 @@ def _jaxprs(value: Any) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind: how many a step runs, and the bytes of their results on one device."""
+    """Collectives of one kind: how many a step runs, and the bytes of their results on
+    one device.
+    """
 
     count: int
     bytes: int
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """Collectives of a compiled program by kind, from its text (`compiled.as_text()`); kinds without any are left out.
+    """Collectives of a compiled program by kind, from its text (`compiled.as_text()`); kinds
+    without any are left out.
 
     An asynchronous pair of start and done is one collective.
     """
@@ -89,7 +108,9 @@ def collectives(text: str) -> dict[str, Traffic]:
 
 _COLLECTIVE = re.compile(rf" = (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CALL = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALL = re.compile(
+    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _CALLS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
@@ -109,7 +130,9 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _calls(line: str) -> list[str]:
-    several = [name.strip().lstrip("%") for names in _CALLS.findall(line) for name in names.split(",")]
+    several = [
+        name.strip().lstrip("%") for names in _CALLS.findall(line) for name in names.split(",")
+    ]
     return [*_CALL.findall(line), *several]
 
 

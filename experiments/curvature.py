@@ -50,10 +50,16 @@ class Options(around.Options):
     """What the command asks for."""
 
     program: ClassVar[str] = "experiments.curvature"
-    models: Annotated[tuple[str, ...], flags.words()] = ("timer-tiny", "moment", "chronos_bolt", "ttm")
+    models: Annotated[tuple[str, ...], flags.words()] = (
+        "timer-tiny",
+        "moment",
+        "chronos_bolt",
+        "ttm",
+    )
     """shipped names, model folders, hub names, or families"""
     alpha: Annotated[
-        tuple[float, ...], flags.numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")
+        tuple[float, ...],
+        flags.numbers(0, 1, says="between 0 and 1, the weight of the pretrained side"),
     ] = ALPHAS
     """weights of the pretrained side"""
     epochs: Annotated[int, flags.whole(1)] = 3
@@ -70,7 +76,9 @@ class Options(around.Options):
         """Say what does not go together; `given`: the fields that were set."""
         places = [cell_name(name, 1.0) for name in self.models]
         twice = sorted({place for place in places if places.count(place) > 1})
-        same = [f"--models: two of them would be called {place.removesuffix('-1')}" for place in twice]
+        same = [
+            f"--models: two of them would be called {place.removesuffix('-1')}" for place in twice
+        ]
         return super().problems(given) + same
 
 
@@ -79,7 +87,9 @@ def record(options: Options, subjects: Sequence[Subject]) -> dict[str, Any]:
     own = around.settings(options, "models", "epochs", "samples")
     for s in subjects:
         own |= {
-            f"{s.name} {name}": value for name, value in s.facts.items() if name in ("sha256", "context", "horizon")
+            f"{s.name} {name}": value
+            for name, value in s.facts.items()
+            if name in ("sha256", "context", "horizon")
         }
     own |= {"data_sha256": subjects[0].facts["data_sha256"]}
     model = {"family": ", ".join(dict.fromkeys(s.model.family for s in subjects))}
@@ -92,7 +102,9 @@ def record(options: Options, subjects: Sequence[Subject]) -> dict[str, Any]:
     }
 
 
-def mix_of_losses(loss: curvature.Loss, pretrained: Tree, random: Tree, alpha: jax.Array, step: Tree) -> jax.Array:
+def mix_of_losses(
+    loss: curvature.Loss, pretrained: Tree, random: Tree, alpha: jax.Array, step: Tree
+) -> jax.Array:
     """`alpha * loss(pretrained + step) + (1 - alpha) * loss(random + step)`.
 
     Its Hessian at step 0 is the mix of the two Hessians.
@@ -113,9 +125,16 @@ def _value(loss: curvature.Loss, params: Tree) -> jax.Array:
 
 
 def distance(
-    one: curvature.Loss, at_one: Tree, other: curvature.Loss, at_other: Tree, key: jax.Array, moves: Any
+    one: curvature.Loss,
+    at_one: Tree,
+    other: curvature.Loss,
+    at_other: Tree,
+    key: jax.Array,
+    moves: Any,
 ) -> float:
-    """Relative distance of two Hessians, `|H1 - H2| / |H2|` in the Frobenius norm, by random vectors of signs."""
+    """Relative distance of two Hessians, `|H1 - H2| / |H2|` in the Frobenius norm, by random
+    vectors of signs.
+    """
     above = below = 0.0
     chosen = trees.select(at_one, moves)
     for probe in jax.random.split(key, PROBES):
@@ -150,9 +169,13 @@ def measure(options: Options, s: Subject, alpha: float) -> dict[str, Any]:
     still = jax.tree.map(jnp.zeros_like, s.params)
 
     (top,) = curvature.top_eigenvalues(loss, params, 1, key, only=s.moves)
-    trace, error = curvature.trace_estimate(loss, params, key, samples=options.samples, only=s.moves)
+    trace, error = curvature.trace_estimate(
+        loss, params, key, samples=options.samples, only=s.moves
+    )
     (mixed_top,) = curvature.top_eigenvalues(mixed, still, 1, key, only=s.moves)
-    mixed_trace, mixed_error = curvature.trace_estimate(mixed, still, key, samples=options.samples, only=s.moves)
+    mixed_trace, mixed_error = curvature.trace_estimate(
+        mixed, still, key, samples=options.samples, only=s.moves
+    )
     return {
         "model": s.name,
         "alpha": alpha,
@@ -181,7 +204,9 @@ def compute(options: Options, subjects: Sequence[Subject], of: str) -> None:
                 continue
             row = measure(options, s, alpha)
             hosts.on_first((place / "cells" / name).mkdir, parents=True, exist_ok=True)
-            hosts.on_first(folder.write_json, place / "cells" / name / folder.RESULT, {"row": row, "of": of})
+            hosts.on_first(
+                folder.write_json, place / "cells" / name / folder.RESULT, {"row": row, "of": of}
+            )
             hosts.on_first(folder.write_csv, place, rank)
             launch.say(
                 f"{name}: loss {row['loss']:.4f}, top eigenvalue {row['top_eigenvalue']:.3f}, "
@@ -190,7 +215,7 @@ def compute(options: Options, subjects: Sequence[Subject], of: str) -> None:
         jax.clear_caches()  # nothing that was compiled serves the next model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # report
 
 
@@ -207,8 +232,22 @@ def write_report(place: Path) -> Path:
     pictures = []
     if importlib.util.find_spec("matplotlib"):
         _draw(rows, place / "plots" / "alpha.png")
-        pictures.append(("alpha", "Top eigenvalue along alpha: of the mixed model, and of the mix of the Hessians."))
-    header = ["model", "alpha", "loss", "top eigenvalue", "of the mix", "trace", "of the mix", "distance"]
+        pictures.append(
+            (
+                "alpha",
+                "Top eigenvalue along alpha: of the mixed model, and of the mix of the Hessians.",
+            )
+        )
+    header = [
+        "model",
+        "alpha",
+        "loss",
+        "top eigenvalue",
+        "of the mix",
+        "trace",
+        "of the mix",
+        "distance",
+    ]
     body = []
     for row in rows:
         body.append(
@@ -230,19 +269,29 @@ def write_report(place: Path) -> Path:
         "",
         report.markdown_table(header, body),
         "",
-        "`top eigenvalue` and `trace` (± standard error) are those of the Hessian at alpha * pretrained + "
-        "(1 - alpha) * random; `of the mix` those of alpha * H(pretrained) + (1 - alpha) * H(random), which the theory "
-        "takes for it; `distance` is |H - mix| / |mix| in the Frobenius norm: 0 where the theory is exact.",
+        "`top eigenvalue` and `trace` (± standard error) are those of the Hessian at alpha * "
+        "pretrained + "
+        "(1 - alpha) * random; `of the mix` those of alpha * H(pretrained) + (1 - alpha) * "
+        "H(random), which the theory "
+        "takes for it; `distance` is |H - mix| / |mix| in the Frobenius norm: 0 where the theory "
+        "is exact.",
     ]
     if damaged:
-        lines += ["", "## Look at this", "", *[f"- not believed, and left out: {text}" for text in damaged]]
+        lines += [
+            "",
+            "## Look at this",
+            "",
+            *[f"- not believed, and left out: {text}" for text in damaged],
+        ]
     lines += report.picture_lines(pictures, run["command"])
     lines += report.made_lines(run, pd.DataFrame(rows))
     return report.write_text(place / "report.md", lines)
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Say for each model how well the mix of the Hessians predicts the Hessian of the mix, between the ends."""
+    """Say for each model how well the mix of the Hessians predicts the Hessian of the mix, between
+    the ends.
+    """
     found = []
     for model in dict.fromkeys(row["model"] for row in rows):
         inner = [row for row in rows if row["model"] == model and 0 < row["alpha"] < 1]
@@ -251,7 +300,8 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         ratios = [row["top_eigenvalue"] / row["mixed_top_eigenvalue"] for row in inner]
         far = np.mean([row["distance"] for row in inner])
         found.append(
-            f"{Path(model).name}: the top eigenvalue of the mixed model is {min(ratios):.2f} to {max(ratios):.2f} "
+            f"{Path(model).name}: the top eigenvalue of the mixed model is {min(ratios):.2f} to "
+            f"{max(ratios):.2f} "
             f"times that of the mix of the Hessians; mean distance of the matrices {far:.2f}"
         )
     return found
@@ -267,7 +317,12 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for ax, model in zip(axes.ravel(), models, strict=False):
         own = [row for row in rows if row["model"] == model]
         alphas = [row["alpha"] for row in own]
-        ax.plot(alphas, [row["top_eigenvalue"] for row in own], marker="o", label="Hessian of the mixed model")
+        ax.plot(
+            alphas,
+            [row["top_eigenvalue"] for row in own],
+            marker="o",
+            label="Hessian of the mixed model",
+        )
         ax.plot(
             alphas,
             [row["mixed_top_eigenvalue"] for row in own],
@@ -300,7 +355,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.plan:
                 return 0
             with folder.held(options.folder):
-                subjects = [around.subject(options, name, train=options.epochs) for name in options.models]
+                subjects = [
+                    around.subject(options, name, train=options.epochs) for name in options.models
+                ]
                 found = record(options, subjects)
                 hosts.on_first(folder.check, options.folder, found)
                 hosts.on_first(folder.write_json, options.folder / folder.RUN, found)

@@ -26,17 +26,32 @@ from experiments import flags, launch, report, sff
 from ltsm_jax.data.benchmarks import load_series
 
 METHODS = "zero_shot,tfs,ff,sff"
-BUDGET = ["--alpha", "0.7", "--seeds", "0", "--few-shot", "0.1", "--epochs", "4", "--batch-size", "256"]
+BUDGET = [
+    "--alpha",
+    "0.7",
+    "--seeds",
+    "0",
+    "--few-shot",
+    "0.1",
+    "--epochs",
+    "4",
+    "--batch-size",
+    "256",
+]
 
 
 def generated(folder: Path) -> Path:
-    """A CSV of two years of three hourly series with day, week, trend and noise, for machines without network."""
+    """A CSV of two years of three hourly series with day, week, trend and noise, for machines
+    without network.
+    """
     rng, t = np.random.default_rng(0), np.arange(2 * 365 * 24)
     columns = {}
     for name, phase, noise in (("north", 0, 0.4), ("south", 5, 0.6), ("east", 11, 0.8)):
         day, week = np.sin(2 * np.pi * (t + phase) / 24), np.sin(2 * np.pi * t / 168 + phase)
         drift = np.cumsum(rng.normal(scale=0.02, size=t.size))
-        columns[name] = 10 + (2 + week) * day + 0.5 * np.abs(day) + drift + rng.normal(scale=noise, size=t.size)
+        columns[name] = (
+            10 + (2 + week) * day + 0.5 * np.abs(day) + drift + rng.normal(scale=noise, size=t.size)
+        )
     stamps = pd.date_range("2023-01-01", periods=t.size, freq="h")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "generated.csv"
@@ -70,10 +85,23 @@ def _demo(argv: Sequence[str]) -> int:
     except (OSError, ValueError) as err:
         data = str(generated(options.out))
         bar = "!" * 79
-        print(f"{bar}\nNO REAL DATA: ETTh1 is not available.\n{err}\nGoing on with a GENERATED series, {data}: "
-              f"its numbers say nothing about real data.\n{bar}")  # fmt: skip
+        print(
+            f"{bar}\nNO REAL DATA: ETTh1 is not available.\n{err}\nGoing on with a GENERATED "
+            f"series, {data}: "
+            f"its numbers say nothing about real data.\n{bar}"
+        )
     out = options.out / Path(data).stem
-    words = ["--data", data, "--model", options.model, "--methods", METHODS, *BUDGET, "--out", str(out)]
+    words = [
+        "--data",
+        data,
+        "--model",
+        options.model,
+        "--methods",
+        METHODS,
+        *BUDGET,
+        "--out",
+        str(out),
+    ]
     code = sff.main([*words, *more, *(["--plan"] if options.plan else [])])
     picture = out / "plots" / "forecasts.png"
     if code == 0 and not options.plan:

@@ -43,7 +43,9 @@ class Options:
     """benchmark names or files"""
     model: Annotated[tuple[str, ...], flags.words()] = ("timer-tiny",)
     """shipped names, model folders or hub names"""
-    few_shot: Annotated[tuple[float, ...], flags.numbers(flags.TINY, 1, says="above 0 and at most 1")] = (
+    few_shot: Annotated[
+        tuple[float, ...], flags.numbers(flags.TINY, 1, says="above 0 and at most 1")
+    ] = (
         0.01,
         0.05,
         0.25,
@@ -55,7 +57,15 @@ class Options:
 
 def words_of(o: Options, data: str, model: str, share: float, more: Sequence[str]) -> list[str]:
     """Write the command line of one comparison."""
-    words = ["--data", data, "--model", model, "--few-shot", flags.exact(share), "--test-each-epoch"]
+    words = [
+        "--data",
+        data,
+        "--model",
+        model,
+        "--few-shot",
+        flags.exact(share),
+        "--test-each-epoch",
+    ]
     return [*words, *more, "--out", str(place_of(o, data, model, share))]
 
 
@@ -71,7 +81,9 @@ def combinations(o: Options) -> list[tuple[str, str, float]]:
 
 
 def records_of(o: Options) -> list[dict[str, Any]]:
-    """Read what the comparisons left so far: rows with their blocks of test errors, as `study` takes them."""
+    """Read what the comparisons left so far: rows with their blocks of test errors, as `study`
+    takes them.
+    """
     found = []
     for data, model, share in combinations(o):
         place = place_of(o, data, model, share)
@@ -84,21 +96,27 @@ def records_of(o: Options) -> list[dict[str, Any]]:
 
 
 def wins(table: pd.DataFrame) -> pd.Series:
-    """Count for each method the pairs of data, model and share in which its mean test MSE is the lowest."""
+    """Count for each method the pairs of data, model and share in which its mean test MSE is the
+    lowest.
+    """
     means = table.groupby([*study.PAIR, "method"])["test_mse"].mean().unstack("method")
     best = means.eq(means.min(axis=1), axis=0)
     return best.div(best.sum(axis=1), axis=0).sum()
 
 
 def errors(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Set test MSE, mean and spread over seeds, as text: a row per data set, model and method, a column per share."""
+    """Set test MSE, mean and spread over seeds, as text: a row per data set, model and method, a
+    column per share.
+    """
     shares = sorted(table["few_shot"].unique())
     body = []
     for (data, model, method), group in table.groupby(["data", "model", "method"], sort=False):
         cells = [str(data), str(model), report.label(str(method))]
         for share in shares:
             values = group.loc[group["few_shot"] == share, "test_mse"]
-            cells.append(report.spread(values.mean(), values.std() if values.nunique() > 1 else math.nan))
+            cells.append(
+                report.spread(values.mean(), values.std() if values.nunique() > 1 else math.nan)
+            )
         body.append(cells)
     return ["data", "model", "method", *(f"{share:g}" for share in shares)], body
 
@@ -122,7 +140,9 @@ def write(o: Options, command: str) -> None:
     records = records_of(o)
     if not records:
         return
-    rows = [{name: value for name, value in record.items() if name != "blocks"} for record in records]
+    rows = [
+        {name: value for name, value in record.items() if name != "blocks"} for record in records
+    ]
     table, found = pd.DataFrame(rows), study.differences(records)
     ranks = pd.DataFrame(rank_rows(table))
     for name, content in (("results", table), ("differences", found), ("ranks", ranks)):
@@ -138,7 +158,10 @@ def write(o: Options, command: str) -> None:
         width = row["critical_difference"]
         cells = [row["few_shot"], report.label(row["method"]), f"{row['mean_rank']:.2f}"]
         body.append([*cells, f"{row['wins']:.3g}", "" if math.isnan(width) else f"{width:.2f}"])
-    lines += [markdown_table(["share", "method", "mean rank", "wins", "critical difference"], body), ""]
+    lines += [
+        markdown_table(["share", "method", "mean rank", "wins", "critical difference"], body),
+        "",
+    ]
     if len(found):
         lines += ["## Gain over full fine-tuning", "", study.gain_table(found), ""]
     if importlib.util.find_spec("matplotlib"):
@@ -149,14 +172,22 @@ def write(o: Options, command: str) -> None:
 
 
 def draw(file: Path, table: pd.DataFrame) -> None:
-    """Draw the test error of each method over the share of the windows, a panel for each data set and model."""
+    """Draw the test error of each method over the share of the windows, a panel for each data set
+    and model.
+    """
     groups = list(table.groupby(["data", "model"], sort=False))
     figure, axes = new_figure(7, 3 * len(groups), nrows=len(groups), squeeze=False)
     for ax, ((data, model), group) in zip(axes[:, 0], groups, strict=True):
         for method, rows in group.groupby("method", sort=False):
             means = rows.groupby("few_shot")["test_mse"].agg(["mean", "std"])
             style = {"linestyle": report.STYLES.get(method), "color": report.COLOURS.get(method)}
-            ax.errorbar(means.index, means["mean"], yerr=means["std"].fillna(0), label=report.label(method), **style)
+            ax.errorbar(
+                means.index,
+                means["mean"],
+                yerr=means["std"].fillna(0),
+                label=report.label(method),
+                **style,
+            )
         ax.set_xscale("log")
         ax.set(xlabel="share of the training windows", ylabel="test MSE")
         ax.set_title(f"{data}, {model}", fontsize="medium", loc="left")

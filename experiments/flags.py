@@ -1,4 +1,6 @@
-"""Options that several experiments have, beside the checks of `ltsm_jax.flags`, which are found here too."""
+"""Options that several experiments have, beside the checks of `ltsm_jax.flags`, which are found
+here too.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -91,7 +93,9 @@ class Training(Tuning):
     lr: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
         tuple[float, ...] | None, numbers(TINY, HUGE, says="positive", unset="recipe")
     ] = None
-    """learning rate; of several, each arm takes that of the lowest validation MSE at the first seed"""
+    """learning rate; of several, each arm takes that of the lowest validation MSE at the
+    first seed
+    """
     few_shot: Annotated[float, number(TINY, 1, says="a share above 0 and at most 1")] = 1.0
     """share of the training windows"""
     weight_decay: Annotated[float | None, number(0, HUGE, says="at least 0", unset="recipe")] = None
@@ -102,7 +106,8 @@ class Training(Tuning):
         str,
         one_of(optimizers.OPTIMIZERS),
         described(
-            "adamw (decay beside the gradient; Adam where there is none), adam (decay in the gradient) or sgd "
+            "adamw (decay beside the gradient; Adam where there is none), adam (decay in the "
+            "gradient) or sgd "
             "(momentum: the first of --betas)"
         ),
     ] = "adamw"
@@ -117,9 +122,11 @@ class Training(Tuning):
         return self.lr if self.lr is not None and len(self.lr) > 1 else (None,)
 
     def unusual(self) -> dict[str, object]:
-        """Give what is not as the recipe or the default has it, of the options that earlier versions did not have.
+        """Give what is not as the recipe or the default has it, of the options that earlier
+        versions did not have.
 
-        A setting that is as ever has no name in the record of a folder, so that folders of earlier versions go on.
+        A setting that is as ever has no name in the record of a folder, so that folders of earlier
+        versions go on.
         """
         found = {}
         for name in ("weight_decay", "patience", "optimizer", "betas", "eps"):
@@ -164,36 +171,49 @@ class Options:
     accept_license: bool = False
     """accept a licence that forbids commercial use; asked once for each repository"""
     head: Annotated[str | None, text("NAME")] = None
-    """put a fresh, untrained head of this name on the model (Model.heads); by default the checkpoint's own stays"""
+    """put a fresh, untrained head of this name on the model (Model.heads); by default the
+    checkpoint's own stays
+    """
     methods: Annotated[tuple[str, ...], words()] = ()
     """what to compare"""
-    alpha: Annotated[tuple[float, ...], numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")] = (
-        0.7,
-    )
+    alpha: Annotated[
+        tuple[float, ...], numbers(0, 1, says="between 0 and 1, the weight of the pretrained side")
+    ] = (0.7,)
     """weights of the pretrained side, for the methods that mix"""
-    seeds: Annotated[tuple[int, ...], wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (
+        0,
+        1,
+        2,
+    )
     """a run for each"""
     choose_alpha: bool = False
-    """of several --alpha, each method takes the one of lowest validation MSE at the first seed, and only that at the
-    others"""
+    """of several --alpha, each method takes the one of lowest validation MSE at the first seed, and
+    only that at the others
+    """
     origins: Annotated[int, whole(1)] = 1
-    """blocks to choose settings by: the validation part, and, rolling back, as many rows before it as often, each after
-    training on what lies before it"""
+    """blocks to choose settings by: the validation part, and, rolling back, as many rows before it
+    as often, each after training on what lies before it
+    """
     score_stride: Annotated[int, whole(1)] = 1
-    """validate and test on every N-th start of a window, of all variates; 1: on all, as the literature does"""
+    """validate and test on every N-th start of a window, of all variates; 1: on all, as the
+    literature does
+    """
     test_each_epoch: bool = False
     """score the test part after every epoch too, for --report-by; nothing is chosen by it"""
     report_by: Annotated[
         str,
         one_of(REPORT_BY),
         described(
-            "the epoch whose test error the report shows: validation (the lowest validation MSE), last, or best-test "
-            "(the lowest test error, which nobody can know beforehand: a bound); of runs with --test-each-epoch"
+            "the epoch whose test error the report shows: validation (the lowest validation MSE), "
+            "last, or best-test "
+            "(the lowest test error, which nobody can know beforehand: a bound); of runs with "
+            "--test-each-epoch"
         ),
     ] = "validation"
     lanes: Annotated[str, one_of(ASKED)] = "auto"
-    """train runs that are alike as lanes of one program: auto (where a few timed steps say that it is quicker), on or
-    off"""
+    """train runs that are alike as lanes of one program: auto (where a few timed steps say that it
+    is quicker), on or off
+    """
     horizon: Annotated[int | None, whole(1, unset="recipe")] = None
     """steps to forecast"""
     context: Annotated[int | None, whole(1, unset="recipe")] = None
@@ -216,7 +236,9 @@ class Options:
     def folder(self) -> Path:
         """Where the comparison goes."""
         parts = (Path(name).name.split(".")[0] for name in (self.data, self.model))
-        return Path(self.out or f"runs/{'-'.join((self.program.split('.')[-1], *parts))}").expanduser()
+        return Path(
+            self.out or f"runs/{'-'.join((self.program.split('.')[-1], *parts))}"
+        ).expanduser()
 
     @property
     def tunings(self) -> tuple[tuple[str, float | None], ...]:
@@ -233,7 +255,9 @@ class Options:
         return (*chosen, "lr") if len(self.training.lrs) > 1 else chosen
 
     def lrs_of(self, method: str) -> Sequence[float | None]:
-        """Learning rates of a method to choose from; (None,) where there is no choice, or nothing is trained."""
+        """Learning rates of a method to choose from; (None,) where there is no choice, or nothing
+        is trained.
+        """
         name = method.rpartition("+")[2]
         trained = name != "pruned" and strategy(name, alpha=0.5).phases
         return self.training.lrs if trained else (None,)

@@ -1,12 +1,12 @@
 """The folder of a comparison: its settings, its results, and what made them.
 
-    run.json                  what decides every number; a command that asks for something else is refused
+    run.json                  what decides every number; a command that asks for another is refused
     baselines.json            scores of the naive forecasts
     results.csv               a row per finished cell, made from their result.json
-    cells/<name>/result.json  what a cell left; written last, so that a cell that has one is finished
+    cells/<name>/result.json  what a cell left; written last: a cell that has one is finished
 
-Every JSON file carries a digest of itself. A result that was cut or edited is not believed: it is named, and its cell
-is run again. One process at a time works in a folder.
+Every JSON file carries a digest of itself. A result that was cut or edited is not believed: it is
+named, and its cell is run again. One process at a time works in a folder.
 """
 
 import contextlib
@@ -46,19 +46,23 @@ WHAT = {  # settings whose names say too little
     "model_sha256": "weights of the model",
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON object with a digest of itself, whole or not at all; for the first host (`hosts.on_first`)."""
+    """Write a JSON object with a digest of itself, whole or not at all; for the first host
+    (`hosts.on_first`).
+    """
     with replacing(file) as temporary:
         storage.write_record(temporary, record)
 
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a file to write that takes the place of `file` when the block ends well, and vanishes when it does not."""
+    """Give a file to write that takes the place of `file` when the block ends well, and vanishes
+    when it does not.
+    """
     temporary = file.with_name(f".{file.name}")
     try:
         with naming(file):
@@ -127,7 +131,9 @@ def file_digest(file: Path) -> str:
 
 
 def write_csv(folder: Path, rank: Callable[[dict[str, Any]], Any]) -> None:
-    """Make results.csv from every finished cell in the folder, those of earlier commands included."""
+    """Make results.csv from every finished cell in the folder, those of earlier
+    commands included.
+    """
     rows = [record["row"] for record in results(folder)[0].values()]
     if (folder / RUN).is_file():
         rows = grid.mark(rows, storage.read_record(folder / RUN)["settings"])
@@ -141,15 +147,17 @@ def table_of(rows: Sequence[dict[str, Any]], rank: Callable[[dict[str, Any]], An
     return pd.read_csv(io.StringIO(pd.DataFrame(rows).to_csv(index=False)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # whose folder it is
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes out of it while the block runs; of several hosts all call.
+    """Make the folder, and keep other processes out of it while the block runs; of several hosts
+    all call.
 
-    The end of the process, however it comes, lets go of it. On a file system without locks nobody is kept out.
+    The end of the process, however it comes, lets go of it. On a file system without locks nobody
+    is kept out.
     Raises: UsageError where another process works in it.
     """
     with contextlib.ExitStack() as stack:
@@ -166,7 +174,9 @@ def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
     except BlockingIOError:
         file.seek(0)
         who = file.read().strip() or "another process"
-        raise UsageError(f"{folder} is in use by {who}; wait for it to end, or take another --out") from None
+        raise UsageError(
+            f"{folder} is in use by {who}; wait for it to end, or take another --out"
+        ) from None
     except OSError:
         pass
     file.truncate(0)
@@ -175,10 +185,11 @@ def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
 
 
 def check(folder: Path, record: Mapping[str, Any], optional: Sequence[str] = ()) -> None:
-    """Check that what a folder holds, if anything, was asked for by the same settings; nothing is written.
+    """Check that what a folder holds, if anything, was asked for by the same settings; nothing is
+    written.
 
-    record: what run.json shall hold. optional: settings that may be None on one of the two sides, where no cell needs
-    them; they are filled in `record` from the folder.
+    record: what run.json shall hold. optional: settings that may be None on one of the two sides,
+    where no cell needs them; they are filled in `record` from the folder.
     Raises: UsageError when the folder holds a comparison with other settings, or is damaged.
     """
     file = folder / RUN
@@ -186,7 +197,9 @@ def check(folder: Path, record: Mapping[str, Any], optional: Sequence[str] = ())
         try:
             old = storage.read_record(file)
         except DamagedError as err:
-            raise UsageError(f"{file} is damaged ({err}); delete the folder or take another --out") from None
+            raise UsageError(
+                f"{file} is damaged ({err}); delete the folder or take another --out"
+            ) from None
         _compare(folder, old, json.loads(json.dumps(record)), optional)
         for name in optional:
             if record["settings"][name] is None:
@@ -194,7 +207,9 @@ def check(folder: Path, record: Mapping[str, Any], optional: Sequence[str] = ())
     wanted = identity(record, optional)
     for name, found in results(folder)[0].items():
         if found.get("of") != wanted:
-            raise UsageError(f"{folder} has a result of another comparison, cells/{name}; take another --out")
+            raise UsageError(
+                f"{folder} has a result of another comparison, cells/{name}; take another --out"
+            )
 
 
 def identity(record: Mapping[str, Any], optional: Sequence[str] = ()) -> str:
@@ -204,9 +219,14 @@ def identity(record: Mapping[str, Any], optional: Sequence[str] = ()) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any], optional: Sequence[str]) -> None:
+def _compare(
+    folder: Path, old: dict[str, Any], new: dict[str, Any], optional: Sequence[str]
+) -> None:
     if "experiment" not in old or "model" not in old:
-        raise UsageError(f"{folder} was made by an earlier version, which did not record the model; take another --out")
+        raise UsageError(
+            f"{folder} was made by an earlier version, which did not record the model; take "
+            "another --out"
+        )
     if old["experiment"] != new["experiment"]:
         raise UsageError(f"{folder} holds a comparison of {old['experiment']}; take another --out")
     before, now = ({**r["settings"], **_flat(r["model"], "model ")} for r in (old, new))
@@ -218,18 +238,26 @@ def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any], optional: S
         if there != here:
             lines.append(f"  {WHAT.get(name, name)}: {there} there, {here} now")
     if lines:
-        raise UsageError(f"{folder} holds a comparison with other settings; take another --out:\n" + "\n".join(lines))
+        raise UsageError(
+            f"{folder} holds a comparison with other settings; take another --out:\n"
+            + "\n".join(lines)
+        )
 
 
 def _flat(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     found = {}
     for name, value in record.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        found |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{name}": value}
+        )
     return found
 
 
 def tidy(folder: Path) -> list[str]:
-    """Remove what a kill left behind; a damaged result goes with its cell, which is run again when it is asked for.
+    """Remove what a kill left behind; a damaged result goes with its cell, which is run again when
+    it is asked for.
 
     Returns: what was damaged, in words.
     """
@@ -254,17 +282,21 @@ def drop_checkpoints(cell: Path) -> None:
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what made it
 
 
 @functools.cache
 def git_commit() -> str:
-    """Commit of this code, "-dirty" with changes on top; "release" where it does not lie in its own repository."""
+    """Commit of this code, "-dirty" with changes on top; "release" where it does not lie in its own
+    repository.
+    """
     here = Path(__file__).parent
 
     def git(*args):
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20)
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=20
+        )
 
     try:
         if git("ls-files", "--error-unmatch", Path(__file__).name).returncode:

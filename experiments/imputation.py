@@ -67,14 +67,18 @@ class Options(task_runs.Options):
         flags.names(tuple(STRATEGIES)),
         flags.described(f"what to compare, of {', '.join(STRATEGIES)}"),
     ] = ("zero_shot", "ff", "sff", "tfs")
-    rates: Annotated[tuple[float, ...], flags.numbers(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = (0.25,)
+    rates: Annotated[
+        tuple[float, ...], flags.numbers(flags.TINY, flags.BELOW_1, says="between 0 and 1")
+    ] = (0.25,)
     """shares to hide of what follows the first patch"""
     holes: Annotated[
         tuple[str, ...],
         flags.names(HOLES),
         flags.described(f"kinds of holes, of {', '.join(HOLES)}"),
     ] = ("patches",)
-    few_shot: Annotated[float, flags.number(flags.TINY, 1, says="a share above 0 and at most 1")] = 1.0
+    few_shot: Annotated[
+        float, flags.number(flags.TINY, 1, says="a share above 0 and at most 1")
+    ] = 1.0
     """share of the training windows"""
     window: Annotated[int, flags.whole(2)] = 192
     """rows of a window"""
@@ -161,12 +165,16 @@ def resolve(options: Options) -> Comparison:
             rows = options.window
             splits = prepare(series, rows, rows, few_shot=options.few_shot, joint=True)
             _try_batch(own, ready, splits, options)
-            settings.append(Setting(series.name, own, ready, cells.thinned(splits, options.score_stride)))
+            settings.append(
+                Setting(series.name, own, ready, cells.thinned(splits, options.score_stride))
+            )
     except (ValueError, OSError) as error:
         raise flags.UsageError(str(error)) from error
     config = options.config(model)
     facts = {
-        "data_sha256": {one.name: cells.series_facts(one.splits.series)["data_sha256"] for one in settings},
+        "data_sha256": {
+            one.name: cells.series_facts(one.splits.series)["data_sha256"] for one in settings
+        },
         "model": options.model_name,
         "model_sha256": storage.sha256_of(params)[:16],
         "alpha": options.alpha,
@@ -221,7 +229,8 @@ def plan(c: Comparison) -> str:
     for one in c.settings:
         series, parts = one.splits.series, one.splits
         lines.append(
-            f"data     {one.name}: {series.n_rows:,} rows x {series.n_variates} columns; windows of {o.window}: "
+            f"data     {one.name}: {series.n_rows:,} rows x {series.n_variates} columns; windows "
+            f"of {o.window}: "
             f"{parts.train.n:,} to train, {parts.val.n:,} to validate, {parts.test.n:,} to test"
         )
     n_runs = sum(map(len, groups_of(c)))
@@ -336,7 +345,9 @@ def score(
         "batch_size": c.config.batch_size,
         "seconds": round(seconds, 3),
     }
-    return task_runs.Outcome(row | more | task_runs.facts(), f"test MSE {row['test_mse']:.4f}", arrays)
+    return task_runs.Outcome(
+        row | more | task_runs.facts(), f"test MSE {row['test_mse']:.4f}", arrays
+    )
 
 
 def _baselines(c: Comparison, cell: Cell, part: Part) -> dict[str, Any]:

@@ -55,12 +55,20 @@ def errors(results: pd.DataFrame, column: str = "test_mse") -> tuple[list[str], 
 def ranks(results: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Set mean ranks and wins over blocks of data, holes and rate as text, by the test MSE, mean
     over seeds."""
-    means = results.groupby([*BLOCK, "method"], sort=False)["test_mse"].mean().unstack("method").dropna(axis=1)
+    means = (
+        results.groupby([*BLOCK, "method"], sort=False)["test_mse"]
+        .mean()
+        .unstack("method")
+        .dropna(axis=1)
+    )
     places = means.rank(axis=1)
     wins = places.eq(places.min(axis=1), axis=0)
     shared = wins.div(wins.sum(axis=1), axis=0).sum()
     order = places.mean().sort_values()
-    body = [[label(method), f"{place:.2f}", f"{shared[method]:.3g} of {len(means)}"] for method, place in order.items()]
+    body = [
+        [label(method), f"{place:.2f}", f"{shared[method]:.3g} of {len(means)}"]
+        for method, place in order.items()
+    ]
     return ["method", "mean rank", "wins"], body
 
 
@@ -159,15 +167,21 @@ def draw(folder: Path, results: pd.DataFrame) -> list[str]:
 def _draw_fills(place: Path, folder: Path, rows: pd.DataFrame) -> str:
     """Draw the first kept window of each data set and kind of holes, at the highest rate and the
     first seed."""
-    shown = rows.sort_values(["rate", "seed"], ascending=[False, True]).drop_duplicates(["data", "holes"])
+    shown = rows.sort_values(["rate", "seed"], ascending=[False, True]).drop_duplicates(
+        ["data", "holes"]
+    )
     figure, axes = new_figure(9, 2.2 * len(shown), nrows=len(shown), squeeze=False)
     for ax, row in zip(axes[:, 0], shown.to_dict("records"), strict=True):
-        cell = f"{row['data']}-{row['holes']}-{exact(row['rate'])}-{row['method']}-seed{row['seed']}"
+        cell = (
+            f"{row['data']}-{row['holes']}-{exact(row['rate'])}-{row['method']}-seed{row['seed']}"
+        )
         with np.load(folder / "cells" / cell / "fills.npz") as stored:
             truth, visible, filled = (stored[name][0] for name in ("truth", "visible", "filled"))
         steps = np.arange(len(truth))
         ax.plot(steps, truth, color="#BBBBBB", linewidth=0.8, label="hidden truth")
-        ax.plot(steps, np.where(visible, truth, np.nan), color="#334155", linewidth=0.9, label="shown")
+        ax.plot(
+            steps, np.where(visible, truth, np.nan), color="#334155", linewidth=0.9, label="shown"
+        )
         ax.plot(
             steps,
             np.where(visible, np.nan, filled),
@@ -175,7 +189,9 @@ def _draw_fills(place: Path, folder: Path, rows: pd.DataFrame) -> str:
             linewidth=1.2,
             label=label(row["method"]),
         )
-        ax.set_title(f"{row['data']}, {row['holes']}, rate {row['rate']:g}", fontsize="small", loc="left")
+        ax.set_title(
+            f"{row['data']}, {row['holes']}, rate {row['rate']:g}", fontsize="small", loc="left"
+        )
         ax.legend(frameon=False, fontsize="x-small", ncols=3)
     figure.savefig(place / "fills.png")
     return "plots/fills.png"

@@ -55,7 +55,9 @@ class Options(around.Options):
     program: ClassVar[str] = "experiments.landscape"
     model: Annotated[str, flags.text("MODEL")] = "timer-tiny"
     """shipped name, model folder, original checkpoint, or hub name owner/name[@revision]"""
-    alpha: Annotated[float, flags.number(0, 1, says="between 0 and 1, the weight of the pretrained side")] = 0.7
+    alpha: Annotated[
+        float, flags.number(0, 1, says="between 0 and 1, the weight of the pretrained side")
+    ] = 0.7
     """weight of the pretrained side of the mixed model"""
     points: Annotated[int, flags.whole(2)] = 25
     """points on each axis; an odd number has the model itself among them"""
@@ -68,7 +70,9 @@ class Options(around.Options):
     sff_directions: bool = False
     """directions as the release draws them: sqrt(8) * N(0, 1) + 1"""
     tuned: Annotated[str | None, flags.text("FOLDER")] = None
-    """folder of a fine-tuned model: draw the plane through the pretrained, the random and this one as well"""
+    """folder of a fine-tuned model: draw the plane through the pretrained, the random and this one
+    as well
+    """
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +92,9 @@ class Work:
     def record(self) -> dict[str, Any]:
         """What run.json holds."""
         o, s = self.options, self.subject
-        own = around.settings(o, "model", "alpha", "points", "radius", "eigenvalues", "zero_vectors", "sff_directions")
+        own = around.settings(
+            o, "model", "alpha", "points", "radius", "eigenvalues", "zero_vectors", "sff_directions"
+        )
         if self.tuned is not None:
             own["tuned"] = storage.sha256_of(self.tuned)[:16]
         model = {"family": s.model.family, "config": s.model.config_to_dict()}
@@ -120,9 +126,11 @@ def plan(w: Work) -> str:
     windows = s.loss(o, rows=True).windows.n
     lines = [
         f"model    {s.name}, {s.model.family}, {trees.count(s.params):,} parameters",
-        f"loss     {o.loss} of {windows:,} of {s.windows.n:,} {o.part} windows, {s.facts['context']} -> "
+        f"loss     {o.loss} of {windows:,} of {s.windows.n:,} {o.part} windows, "
+        f"{s.facts['context']} -> "
         f"{s.facts['horizon']}",
-        f"surfaces {', '.join(NAMES)} (alpha {flags.exact(o.alpha)}): {o.points} x {o.points} points each, "
+        f"surfaces {', '.join(NAMES)} (alpha {flags.exact(o.alpha)}): {o.points} x {o.points} "
+        "points each, "
         f"to {flags.exact(o.radius)} norms of the filters",
         f"folder   {o.folder}",
     ]
@@ -136,7 +144,9 @@ def centres(w: Work) -> dict[str, Tree]:
 
 
 def measure(w: Work, name: str, params: Tree) -> dict[str, Any]:
-    """Compute the surface of one model and the curvature at its centre. Returns: its row of results.csv."""
+    """Compute the surface of one model and the curvature at its centre. Returns: its row of
+    results.csv.
+    """
     o, s = w.options, w.subject
     place = o.folder / "cells" / name
     began = time.monotonic()
@@ -202,7 +212,9 @@ def compute(w: Work) -> None:
             continue
         row = measure(w, name, params)
         of = folder.identity(w.record)
-        hosts.on_first(folder.write_json, place / "cells" / name / folder.RESULT, {"row": row, "of": of})
+        hosts.on_first(
+            folder.write_json, place / "cells" / name / folder.RESULT, {"row": row, "of": of}
+        )
     surfaces = stored(place, o.points)
     hosts.on_first(_write_surfaces, place / SURFACE, surfaces)
     hosts.on_first(folder.write_csv, place, rank)
@@ -213,14 +225,18 @@ def compute(w: Work) -> None:
 def _compute_plane(w: Work, models: dict[str, Tree]) -> None:
     """The loss in the plane through the pretrained, the random and the tuned model."""
     place = w.options.folder
-    plane = landscape.plane_through({"pretrained": models["pretrained"], "random": models["random"], "tuned": w.tuned})
+    plane = landscape.plane_through(
+        {"pretrained": models["pretrained"], "random": models["random"], "tuned": w.tuned}
+    )
     x, y = plane.axes(w.options.points)
     found = _surface(w, "plane", plane.origin, plane.directions, place / "plane", x=x, y=y)
 
     def write() -> None:
         with folder.replacing(place / PLANE) as temporary, temporary.open("wb") as stream:
             names, spots = list(plane.places), np.array(list(plane.places.values()))
-            np.savez(stream, x=found.x, y=np.asarray(found.y), loss=found.loss, names=names, places=spots)
+            np.savez(
+                stream, x=found.x, y=np.asarray(found.y), loss=found.loss, names=names, places=spots
+            )
 
     hosts.on_first(write)
 
@@ -245,7 +261,7 @@ def _write_surfaces(file: Path, surfaces: dict[str, Surface]) -> None:
         np.savez(stream, **arrays)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # report
 
 
@@ -272,12 +288,24 @@ def write_report(place: Path) -> Path:
         pictures = _draw(place, surfaces, names, rows)
 
     count = sum(name.startswith("eigenvalue_") for name in rows[0])
-    header = ["", "loss", "range", "mean \\|Laplacian\\|", "doubles at", *[f"eigenvalue {i + 1}" for i in range(count)]]
+    header = [
+        "",
+        "loss",
+        "range",
+        "mean \\|Laplacian\\|",
+        "doubles at",
+        *[f"eigenvalue {i + 1}" for i in range(count)],
+    ]
     header += ["trace"] if count else []
     body = []
     for row in rows:
         far = row["doubling_radius"]
-        line = [names[row["name"]], f"{row['centre']:.4f}", f"{row['range']:.4g}", f"{row['mean_abs_laplacian']:.4g}"]
+        line = [
+            names[row["name"]],
+            f"{row['centre']:.4f}",
+            f"{row['range']:.4g}",
+            f"{row['mean_abs_laplacian']:.4g}",
+        ]
         line.append(f"> {flags.exact(settings['radius'])}" if math.isinf(far) else f"{far:.3f}")
         line += [f"{row[f'eigenvalue_{i + 1}']:.3f}" for i in range(count)]
         if count:
@@ -290,12 +318,19 @@ def write_report(place: Path) -> Path:
         "",
         report.markdown_table(header, body),
         "",
-        "`loss` is that of the model itself, `range` the largest minus the smallest of its surface, `doubles at` the "
-        "distance to the nearest point with twice the loss, in norms of the filters. Eigenvalues and trace (± its "
+        "`loss` is that of the model itself, `range` the largest minus the smallest of its "
+        "surface, `doubles at` the "
+        "distance to the nearest point with twice the loss, in norms of the filters. Eigenvalues "
+        "and trace (± its "
         "standard error) are those of the Hessian of the same loss.",
     ]
     if damaged:
-        lines += ["", "## Look at this", "", *[f"- not believed, and left out: {text}" for text in damaged]]
+        lines += [
+            "",
+            "## Look at this",
+            "",
+            *[f"- not believed, and left out: {text}" for text in damaged],
+        ]
     lines += report.picture_lines(pictures, run["command"])
     lines += report.made_lines(run, pd.DataFrame(rows))
     return report.write_text(place / "report.md", lines)
@@ -322,7 +357,9 @@ def _draw(
     notes = {}
     for row in rows:
         if "eigenvalue_1" in row:
-            notes[names[row["name"]]] = f"loss {row['centre']:.3f}, top eigenvalue {row['eigenvalue_1']:.1f}"
+            notes[names[row["name"]]] = (
+                f"loss {row['centre']:.3f}, top eigenvalue {row['eigenvalue_1']:.1f}"
+            )
     landscape.draw_contours(shown, plots / "contours.png", notes=notes)
     landscape.draw_hills(shown, plots / "hills.png", notes=notes)
     landscape.draw_lines(shown, plots / "lines.png")
@@ -334,10 +371,15 @@ def _draw(
     if (place / PLANE).is_file():
         with np.load(place / PLANE) as file:
             found = Surface(file["x"], file["y"], file["loss"])
-            spots = {str(name): (float(x), float(y)) for name, (x, y) in zip(file["names"], file["places"])}
+            spots = {
+                str(name): (float(x), float(y))
+                for name, (x, y) in zip(file["names"], file["places"])
+            }
         title = "pretrained, random and tuned"
         landscape.draw_contours({title: found}, plots / "plane.png", places=spots)
-        pictures.append(("plane", "The plane through the pretrained, the random and the tuned model."))
+        pictures.append(
+            ("plane", "The plane through the pretrained, the random and the tuned model.")
+        )
     return pictures
 
 

@@ -1,17 +1,19 @@
-"""What every experiment does at its start: join the other hosts, keep what is compiled, and heed SIGTERM.
+"""What every experiment does at its start: join the other hosts, keep what is compiled, and heed
+SIGTERM.
 
 An experiment has `flags.Hosts` among its options, and runs inside
 
     with launch.started(options.hosts):
-        c = hosts.together(resolve, options)    # each host reads for itself; where one cannot, all give up
-        launch.say(text)                        # one host prints
-        hosts.on_first(write, ...)              # one host writes, the others wait; where it fails, all fail
-        hosts.stop_if_asked("...")              # between two pieces of work: all stop when SIGTERM has come to one
+        c = hosts.together(resolve, options)  # each host reads for itself; all fail with one
+        launch.say(text)                      # one host prints
+        hosts.on_first(write, ...)            # one host writes, the others wait; all fail with it
+        hosts.stop_if_asked("...")            # between pieces of work: SIGTERM to one stops all
 
-All hosts run the same lines in the same order. What trains, prunes, evaluates or saves arrays (`training.fit`, `prune`,
-`forecasting.evaluate`, `ltsm_jax.save`) is called by all; what touches files and prints, by the first alone. A decision
-that rests on a file is the first's: `hosts.on_first(file.is_file)`. After SIGTERM and Ctrl-C the run is saved, and the
-same command goes on: on the same hosts, on others, or on one. The exit code is 75 after SIGTERM
+All hosts run the same lines in the same order. What trains, prunes, evaluates or saves arrays
+(`training.fit`, `prune`, `forecasting.evaluate`, `ltsm_jax.save`) is called by all; what touches
+files and prints, by the first alone. A decision that rests on a file is the first's:
+`hosts.on_first(file.is_file)`. After SIGTERM and Ctrl-C the run is saved, and the same command goes
+on: on the same hosts, on others, or on one. The exit code is 75 after SIGTERM
 (`hosts.EXIT_STOPPED`) and 130 after Ctrl-C (`hosts.EXIT_INTERRUPTED`).
 """
 
@@ -27,14 +29,18 @@ from ltsm_jax.training import checkpoints
 
 __all__ = ["guarded", "leave", "say", "speak_plainly", "started"]
 
-FIRST_LEAVES_LAST = 2.0  # seconds; with it goes the service whose end the others would take for a crash
+FIRST_LEAVES_LAST = (
+    2.0  # seconds; with it goes the service whose end the others would take for a crash
+)
 
 
 @contextlib.contextmanager
 def started(options: Hosts) -> Iterator[None]:
-    """Join the other hosts, keep compiled programs in `$LTSM_CACHE`/compiled, and stop cleanly on SIGTERM.
+    """Join the other hosts, keep compiled programs in `$LTSM_CACHE`/compiled, and stop cleanly on
+    SIGTERM.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps
+    nothing.
     Raises: ValueError for flags that do not go together.
     """
     with hosts.session(options.coordinator, options.num_processes, options.process_id):
@@ -49,8 +55,8 @@ def say(text: Any) -> None:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Return the exit code of `run`, its errors said in a line each: 2 for what does not work, 130 and 75 for what was
-    stopped.
+    """Return the exit code of `run`, its errors said in a line each: 2 for what does not work, 130
+    and 75 for what was stopped.
 
     Where one of several hosts could not write, the process ends here.
     """

@@ -1,5 +1,5 @@
-"""Lists on the command line of an experiment that compares methods on one thing: it runs once for each
-combination, in a folder of its own, and OUT/results.csv has the rows of all.
+"""Lists on the command line of an experiment that compares methods on one thing: it runs once for
+each combination, in a folder of its own, and OUT/results.csv has the rows of all.
 
     python -m experiments.sff --data ETTh1,ETTm1 --model timer-tiny --few-shot 0.05,0.25 --out OUT
 """
@@ -50,9 +50,10 @@ def run(
 ) -> int | None:
     """Run an experiment for each combination in OUT/<combination>, and join their results.
 
-    out: folder of all. one: runs one command line, which names a folder of its own; gives an exit code.
-    Returns: the exit code: 0, or 1 where a run failed; that of one which was stopped or refused, at once;
-      None where there are no lists, and nothing was run.
+    out: folder of all. one: runs one command line, which names a folder of its own; gives an exit
+    code.
+    Returns: the exit code: 0, or 1 where a run failed; that of one which was stopped or refused, at
+      once; None where there are no lists, and nothing was run.
     """
     every = combinations(argv, names)
     if not every:
@@ -61,7 +62,11 @@ def run(
     return each(commands, one, lambda: hosts.on_first(join, out, list(every)))
 
 
-def each(commands: Sequence[Sequence[str]], one: Callable[[Sequence[str]], int], after: Callable[[], object]) -> int:
+def each(
+    commands: Sequence[Sequence[str]],
+    one: Callable[[Sequence[str]], int],
+    after: Callable[[], object],
+) -> int:
     """Run one command line after the other, and `after` each; exit code as of `run`."""
     failed = 0
     for number, words in enumerate(commands, 1):

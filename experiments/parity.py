@@ -42,7 +42,13 @@ from ltsm_jax import trees
 from ltsm_jax.data import Splits, prepare
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.layers.masks import merge
-from ltsm_jax.methods.pruning.channels import full_masks, gradient_sums, importance_of, select, share_left
+from ltsm_jax.methods.pruning.channels import (
+    full_masks,
+    gradient_sums,
+    importance_of,
+    select,
+    share_left,
+)
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, forecasting, imputation
 from ltsm_jax.tasks.forecasting import Forecasting
@@ -68,7 +74,15 @@ LIMITS = {
 }
 HEADS = 4
 ALPHA, LR, EPOCHS, BATCH, EVERY = 0.7, 1e-3, 4, 128, 10  # of the recorded run of SFF
-PRUNING = {"windows": 1024, "stride": 54, "batch": 64, "group": 4, "ratio": 0.5, "ema": 0.5, "every": 20}
+PRUNING = {
+    "windows": 1024,
+    "stride": 54,
+    "batch": 64,
+    "group": 4,
+    "ratio": 0.5,
+    "ema": 0.5,
+    "every": 20,
+}
 FOLDER = "LTSM_PARITY"
 
 
@@ -99,7 +113,9 @@ def compare(part: str, quantity: str, where: str, ours: Any, theirs: Any) -> Row
     """
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if a.shape != b.shape:
-        raise ValueError(f"{part}, {quantity} {where}: ours has the shape {a.shape}, theirs {b.shape}")
+        raise ValueError(
+            f"{part}, {quantity} {where}: ours has the shape {a.shape}, theirs {b.shape}"
+        )
     return Row(part, quantity, where, float(np.abs(a - b).max()), LIMITS[quantity])
 
 
@@ -114,15 +130,27 @@ def file_of(folder: Path, stem: str, *suffixes: str) -> Path:
     raise NotAtHandError(f"{folder} has no {stem}{suffixes[0]}")
 
 
-def tiny_timer(folder: Path, stem: str, task: str, patch_len: int, context_len: int) -> tuple[Model, Any]:
-    """Read a recorded tiny Timer: the original's .pth, or a .safetensors without its large table of sinusoids."""
+def tiny_timer(
+    folder: Path, stem: str, task: str, patch_len: int, context_len: int
+) -> tuple[Model, Any]:
+    """Read a recorded tiny Timer: the original's .pth, or a .safetensors without its large table of
+    sinusoids.
+    """
     sizes = {"patch_len": patch_len, "d_model": 32, "d_ff": 64, "e_layers": 2, "n_heads": HEADS}
-    config = {**sizes, "dropout": 0.0, "task_name": task, "seq_len": context_len, "pred_len": patch_len}
+    config = {
+        **sizes,
+        "dropout": 0.0,
+        "task_name": task,
+        "seq_len": context_len,
+        "pred_len": patch_len,
+    }
     file = file_of(folder, stem, ".pth", ".safetensors")
     if file.suffix == ".pth":
         return import_checkpoint(file, config=config)[:2]
     model = timer.Timer(timer.TimerConfig.from_published(config))
-    state = read_safetensors(file) | {timer.TABLE: timer.sinusoids(timer.TABLE_LEN, model.config.d_model)[None]}
+    state = read_safetensors(file) | {
+        timer.TABLE: timer.sinusoids(timer.TABLE_LEN, model.config.d_model)[None]
+    }
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     converted = tables.to_params(timer.keys(model.config), state, shapes, what=str(file))
     return model, jax.device_put(converted.params)
@@ -139,12 +167,14 @@ def etth1(context_len: int, **more: Any) -> Splits:
         raise NotAtHandError(f"ETTh1: {str(err).splitlines()[0]}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the parts
 
 
 def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
-    """Make four epochs of smoothed full fine-tuning again, from the recorded weights and the recorded random model."""
+    """Make four epochs of smoothed full fine-tuning again, from the recorded weights and the
+    recorded random model.
+    """
     record = _json(file_of(folder, "sff", ".json"))["direct"]
     model, pretrained = tiny_timer(folder, "pre", "forecast", 96, 672)
     drawn = tiny_timer(folder, "aux_False", "forecast", 96, 672)[1]
@@ -157,11 +187,14 @@ def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
         if part.n != shown[f"{name}_n"]:
             raise ValueError(f"sff: {part.n} windows to {name}, theirs has {shown[f'{name}_n']}")
         batch = part.gather(jnp.asarray([0, 1, part.n - 1]))
-        yield compare("sff", "windows", name, np.asarray(batch["context"])[:, 0], shown[f"{name}_x"][..., 0])
+        yield compare(
+            "sff", "windows", name, np.asarray(batch["context"])[:, 0], shown[f"{name}_x"][..., 0]
+        )
         targets = np.asarray(batch["target"])[:, 0]
         yield compare("sff", "windows", f"{name} targets", targets, shown[f"{name}_y"][..., 0])
 
-    # No shuffling was recorded, so the steps are taken here in the order of the windows; all else is the library's.
+    # No shuffling was recorded, so the steps are taken here in the order of the windows; all else
+    # is the library's.
     loss = Forecasting("direct").loss(model)
     rule = Rule.of(TrainConfig())
     tx = rule.transformation()
@@ -181,7 +214,9 @@ def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
         losses = []
         for i in range(steps):
             indices = np.arange(i * BATCH, min((i + 1) * BATCH, splits.train.n), dtype=np.int32)
-            params, state, value = step(params, state, indices, np.float32(rates[epoch * steps + i]))
+            params, state, value = step(
+                params, state, indices, np.float32(rates[epoch * steps + i])
+            )
             losses.append(float(value))
         where = f"epoch {epoch + 1}"
         yield compare("sff", "train loss", where, np.mean(losses), record["train"][epoch])
@@ -193,7 +228,9 @@ def sff(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
                 yield compare("sff", f"{name} {metric.upper()}", where, found[metric], theirs)
 
     ours, theirs = trees.flatten(params), trees.flatten(last)
-    gaps = [compare("sff", "last weights", "", ours[path], theirs[path]).difference for path in theirs]
+    gaps = [
+        compare("sff", "last weights", "", ours[path], theirs[path]).difference for path in theirs
+    ]
     yield Row("sff", "last weights", f"{len(gaps)} tensors", max(gaps), LIMITS["last weights"])
 
 
@@ -223,7 +260,9 @@ def pruning(folder: Path, checkpoint: Path | None) -> Iterator[Row]:
     p = PRUNING
     order = np.arange(p["windows"], dtype=np.int32) * p["stride"]
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-    sums_of = jax.jit(lambda masks, batch: gradient_sums(loss, params, masks, batch, jax.random.key(0)))
+    sums_of = jax.jit(
+        lambda masks, batch: gradient_sums(loss, params, masks, batch, jax.random.key(0))
+    )
     importance = None
     batches = order.reshape(-1, p["batch"])
     r_step = p["ratio"] / len(batches) * p["group"]
@@ -236,16 +275,27 @@ def pruning(folder: Path, checkpoint: Path | None) -> Iterator[Row]:
         assert total is not None, "a group has batches"
         scores = importance_of(total, masks, "taylor2-mean-loss")
         if importance is not None:
-            scores = jax.tree.map(lambda s, old: p["ema"] * s + (1 - p["ema"]) * old, scores, importance)
+            scores = jax.tree.map(
+                lambda s, old: p["ema"] * s + (1 - p["ema"]) * old, scores, importance
+            )
         flat = trees.flatten(scores)
-        gaps = [np.abs(np.ravel(flat[path]) - stored[f"score{number}/{name}"]).max() for path, name in names.items()]
+        gaps = [
+            np.abs(np.ravel(flat[path]) - stored[f"score{number}/{name}"]).max()
+            for path, name in names.items()
+        ]
         yield Row("pruning", "scores", f"step {number + 1}", float(max(gaps)), LIMITS["scores"])
         masks, importance = select(scores, masks, r_step)
     flat = trees.flatten(masks)
-    differ = sum(int((np.ravel(flat[path]) != stored[f"mask/{name}"]).sum()) for path, name in names.items())
+    differ = sum(
+        int((np.ravel(flat[path]) != stored[f"mask/{name}"]).sum()) for path, name in names.items()
+    )
     entries = sum(flat[path].size for path in names)
-    yield Row("pruning", "masks", f"entries of {entries:,} that differ", float(differ), LIMITS["masks"])
-    yield compare("pruning", "share left", "", round(share_left(masks), 12), round(record["left"], 12))
+    yield Row(
+        "pruning", "masks", f"entries of {entries:,} that differ", float(differ), LIMITS["masks"]
+    )
+    yield compare(
+        "pruning", "share left", "", round(share_left(masks), 12), round(record["left"], 12)
+    )
     val = splits.val.take(np.arange(0, splits.val.n, p["every"]))
     merged = merge(params, jax.tree.map(jnp.asarray, masks))
     found = forecasting.evaluate(model, merged, val)["mse"]
@@ -277,7 +327,9 @@ def detecting(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
     series = anomaly.read_ucr(found[0])
     prepared = anomaly.prepare(series, quirks=("touching_is_hit", "uncovered_is_hit"))
     rows = (series.train_end, prepared.values.shape[-1])
-    scores = anomaly.token_scores(anomaly.row_errors(model, params, prepared.values, rows, tail=False))
+    scores = anomaly.token_scores(
+        anomaly.row_errors(model, params, prepared.values, rows, tail=False)
+    )
     yield compare("anomaly", "token scores", f"{len(scores)} tokens", scores, stored["scores"])
     result = anomaly.evaluate(model, params, prepared)
     yield compare("anomaly", "rank", f"of {int(stored['n'])}", result.rank, stored["rank"])
@@ -291,7 +343,9 @@ PARTS: dict[str, Callable[[Path, Path | None], Iterator[Row]]] = {
 }
 
 
-def run(folder: Path, parts: Sequence[str], checkpoint: Path | None = None) -> tuple[list[Row], dict[str, str]]:
+def run(
+    folder: Path, parts: Sequence[str], checkpoint: Path | None = None
+) -> tuple[list[Row], dict[str, str]]:
     """Compare the parts whose recordings are at hand.
 
     Returns: the comparisons, and why a part was left out, by its name.
@@ -307,7 +361,7 @@ def run(folder: Path, parts: Sequence[str], checkpoint: Path | None = None) -> t
     return rows, left_out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command
 
 
@@ -333,14 +387,23 @@ def _json(file: Path) -> dict[str, Any]:
 
 def show(rows: Sequence[Row], left_out: dict[str, str], console: Console) -> None:
     """Print the comparisons as a table."""
-    table = Table(box=None, title="largest absolute difference to the released code", title_justify="left")
+    table = Table(
+        box=None, title="largest absolute difference to the released code", title_justify="left"
+    )
     for column in ("part", "quantity", "where"):
         table.add_column(column)
     for column in ("difference", "at most"):
         table.add_column(column, justify="right")
     for row in rows:
         style = None if row.good else "red"
-        table.add_row(row.part, row.quantity, row.where, f"{row.difference:.1e}", f"{row.limit:.0e}", style=style)
+        table.add_row(
+            row.part,
+            row.quantity,
+            row.where,
+            f"{row.difference:.1e}",
+            f"{row.limit:.0e}",
+            style=style,
+        )
     console.print(table)
     for name, why in left_out.items():
         console.print(f"left out: {name}: {why}", highlight=False, markup=False)

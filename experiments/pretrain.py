@@ -71,14 +71,17 @@ from ltsm_jax.training import TrainConfig, fit, keys
 
 PARTS = ("val", "test")
 LOSSES = ("own", "absolute")
-HELD_OUT = 2048  # generated series of another seed, for the choice of the epoch: no real series has a say in it
+# generated series of another seed, for the choice of the epoch: no real series has a say in it
+HELD_OUT = 2048
 HIDDEN = 0.375  # share that an imputer is trained to fill
 HOLES = ("patches", "points", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """Train a preset from scratch on generated and/or real series; write a model folder and its zero-shot scores."""
+    """Train a preset from scratch on generated and/or real series; write a model folder and its
+    zero-shot scores.
+    """
 
     program: ClassVar[str] = "experiments.pretrain"
     out: Annotated[Path, flags.path()]
@@ -94,13 +97,19 @@ class Pretrain:
     corpus: Annotated[Path | None, flags.path()] = None
     """folder of real series to train on"""
     leave_out: Annotated[tuple[str, ...], flags.words()] = ()
-    """files of the corpus not to train on, such as parts of a data set of --evaluate: names without .npz"""
+    """files of the corpus not to train on, such as parts of a data set of --evaluate: names without
+    .npz
+    """
     start: Annotated[str, flags.text("NAME")] = ""
-    """go on from the weights of this shipped model or model folder, in place of random ones; its size is trained"""
+    """go on from the weights of this shipped model or model folder, in place of random ones; its
+    size is trained
+    """
     loss: Annotated[str, flags.one_of(LOSSES)] = "own"
     """own, that of the family, or absolute, which teaches the median (see `Model.absolute_loss`)"""
     choose: bool = True
-    """keep the epoch of the lowest validation MSE; --no-choose: the last, however far overtrained"""
+    """keep the epoch of the lowest validation MSE; --no-choose: the last, however
+    far overtrained
+    """
     steps: Annotated[int, flags.whole(1)] = 5000
     """training steps"""
     batch_size: Annotated[int, flags.whole(1)] = 256
@@ -126,9 +135,9 @@ class Pretrain:
 class Objective:
     """Objective of pretraining, which follows from the task that the configuration names.
 
-    context, target: rows of the two parts of a window. loss: as `training.fit` wants it, without dropout: windows are
-    many and seen a few times, so nothing overfits. validate: (params, windows) -> scores, `mse` among them. words: for
-    the model folder.
+    context, target: rows of the two parts of a window. loss: as `training.fit` wants it, without
+    dropout: windows are many and seen a few times, so nothing overfits. validate: (params, windows)
+    -> scores, `mse` among them. words: for the model folder.
     """
 
     context: int
@@ -139,7 +148,9 @@ class Objective:
 
 
 def task_of(model: Model) -> str:
-    """Give the task that a model's configuration names; that of a family without tasks is forecasting."""
+    """Give the task that a model's configuration names; that of a family without tasks is
+    forecasting.
+    """
     return getattr(model.config, "task", "forecasting")
 
 
@@ -150,7 +161,9 @@ def objective_of(model: Model, loss: str = "own") -> Objective:
     """
     task = task_of(model)
     if loss != "own" and task != "forecasting":
-        raise flags.UsageError(f"--loss {loss} is for forecasting, and {task} is what this preset is for")
+        raise flags.UsageError(
+            f"--loss {loss} is for forecasting, and {task} is what this preset is for"
+        )
     if task == "imputation":
         hidden = {"rate": HIDDEN, "holes": HOLES}
         draws_masks = imputation.loss_fn(model, **hidden)
@@ -159,7 +172,8 @@ def objective_of(model: Model, loss: str = "own") -> Objective:
             target=1,  # not read: what is asked for lies inside the context
             loss=lambda params, batch, key, train: draws_masks(params, batch, key, False),
             validate=functools.partial(_imputed, model, hidden),
-            words=f"imputation: {HIDDEN:g} hidden in {', '.join(HOLES)}, one kind a window; without dropout",
+            words=f"imputation: {HIDDEN:g} hidden in {', '.join(HOLES)}, one kind a window; "
+            "without dropout",
         )
     if task == "anomaly":
         reconstructs = anomaly.loss_fn(model)
@@ -184,7 +198,9 @@ def _forecast(model: Model, params: Any, windows: Scaled) -> dict[str, Any]:
     return forecasting.evaluate(model, params, windows)  # pyright: ignore[reportArgumentType]
 
 
-def _imputed(model: Model, hidden: Mapping[str, Any], params: Any, windows: Scaled) -> dict[str, Any]:
+def _imputed(
+    model: Model, hidden: Mapping[str, Any], params: Any, windows: Scaled
+) -> dict[str, Any]:
     return imputation.evaluate(model, params, windows, split="val", **hidden)  # pyright: ignore[reportArgumentType]
 
 
@@ -202,17 +218,27 @@ def _window_mse(model: Model, params: Any, windows: Scaled, indices: jax.Array) 
 
 
 def windows(args: Pretrain, model: Model) -> Pool:
-    """Training windows in data units, windows for the choice of the epoch, and notes on what was left out."""
+    """Training windows in data units, windows for the choice of the epoch, and notes on what was
+    left out.
+    """
     objective = objective_of(model)
     lengths = objective.context, objective.target
     found: list[Pool] = []
     if args.generated:
-        generated = pool(synthetic.generate(args.seed, args.generated, args.length), *lengths, stride=16)
+        generated = pool(
+            synthetic.generate(args.seed, args.generated, args.length), *lengths, stride=16
+        )
         held_out = pool(synthetic.generate(args.seed + 1, HELD_OUT, sum(lengths)), *lengths).train
-        found.append(Pool(generated.train, held_out, tuple(f"generated: {note}" for note in generated.notes)))
+        found.append(
+            Pool(generated.train, held_out, tuple(f"generated: {note}" for note in generated.notes))
+        )
     if args.corpus:
         real = pool(corpus_of(args).values(), *lengths, stride=48, val_share=0.1)
-        found.append(dataclasses.replace(real, notes=tuple(f"{args.corpus.name}: {note}" for note in real.notes)))
+        found.append(
+            dataclasses.replace(
+                real, notes=tuple(f"{args.corpus.name}: {note}" for note in real.notes)
+            )
+        )
     if not found:
         raise ValueError("nothing to train on: give --generated N, --corpus FOLDER or both")
     return functools.reduce(joined, found)
@@ -243,7 +269,9 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     n = parts.train.n
     epochs = max(1, math.ceil(args.steps * args.batch_size / n))
     per_epoch = max(1, args.steps // epochs) * args.batch_size
-    chosen = np.random.default_rng(args.seed).permutation(n)[: min(per_epoch, n)]  # as many as fill `steps` exactly
+    chosen = np.random.default_rng(args.seed).permutation(n)[
+        : min(per_epoch, n)
+    ]  # as many as fill `steps` exactly
     val = None if parts.val is None or not args.choose else Scaled(parts.val)
     mesh = sharding.make_mesh(args.devices.mesh)
     if mesh is not None:
@@ -280,7 +308,9 @@ def train(args: Pretrain) -> tuple[Model, dict]:
     if not hosts.on_first((args.out / "model").exists):
         provenance = {
             "source": f"trained from {args.start or 'scratch'} by experiments/pretrain.py on "
-            + " and ".join(["generated series"] * bool(args.generated) + ["real series"] * bool(args.corpus))
+            + " and ".join(
+                ["generated series"] * bool(args.generated) + ["real series"] * bool(args.corpus)
+            )
             + ("" if args.corpus else " only"),
             "command": "python -m experiments.pretrain " + shlex.join(sys.argv[1:]),
             "commit": git_commit(),
@@ -289,14 +319,20 @@ def train(args: Pretrain) -> tuple[Model, dict]:
             "loss": objective.words,
             "windows": {"training": n, "notes": parts.notes},
             "corpus": corpus_facts(args),
-            "validation": {"of": "real series" if args.corpus else "other generated series", "epochs": result.history},
+            "validation": {
+                "of": "real series" if args.corpus else "other generated series",
+                "epochs": result.history,
+            },
             "cost": {
                 "wall_minutes": round(result.seconds / 60, 1),
                 "cpu_minutes_of_last_launch": round((time.process_time() - began) / 60, 1),
                 "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
             },
             "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+            | {
+                name: importlib.metadata.version(name)
+                for name in ("jax", "jaxlib", "flax", "optax", "numpy")
+            },
             "licence": "Apache-2.0",
         }
         ltsm_jax.save(args.out / "model", model, result.params, provenance=provenance)
@@ -304,7 +340,9 @@ def train(args: Pretrain) -> tuple[Model, dict]:
 
 
 def started_from(args: Pretrain) -> tuple[Model, Any]:
-    """Give the model to train and the weights to begin with: of --start, else random ones of --preset."""
+    """Give the model to train and the weights to begin with: of --start, else random ones of
+    --preset.
+    """
     if args.start:
         return ltsm_jax.load(args.start)
     model = ltsm_jax.preset(args.preset)
@@ -312,7 +350,9 @@ def started_from(args: Pretrain) -> tuple[Model, Any]:
 
 
 def corpus_facts(args: Pretrain) -> dict | None:
-    """Say which real series were trained on: number, points, a digest of all values, what was left out."""
+    """Say which real series were trained on: number, points, a digest of all values, what was left
+    out.
+    """
     series = corpus_of(args)
     if not series:
         return None
@@ -333,10 +373,11 @@ def scores(
     reading: flags.Reading,
     stride: int = 1,
 ) -> list[dict]:
-    """Rows of results.csv: model, last value and seasonal naive on the given parts of one data set, standardised.
+    """Rows of results.csv: model, last value and seasonal naive on the given parts of one data set,
+    standardised.
 
-    A series too short for the model's context or horizon is scored with what fits, in whole patches. stride: score
-    every so-manieth start of a window.
+    A series too short for the model's context or horizon is scored with what fits, in whole
+    patches. stride: score every so-manieth start of a window.
     """
     series = read_series(data, reading)
     context, horizon = lengths_for(model, series)
@@ -351,8 +392,16 @@ def scores(
     rows = []
     for part in parts:
         for name, (predictor, weights) in methods.items():
-            score = forecasting.evaluate(predictor, weights, getattr(splits, part), naive_scale=scale)
-            row = {"data": series.name, "part": part, "method": name, "horizon": horizon, "context": context}
+            score = forecasting.evaluate(
+                predictor, weights, getattr(splits, part), naive_scale=scale
+            )
+            row = {
+                "data": series.name,
+                "part": part,
+                "method": name,
+                "horizon": horizon,
+                "context": context,
+            }
             rows.append(row | {k: score[k] for k in ("mse", "mae", "mase", "windows")})
     return rows
 
@@ -381,9 +430,14 @@ def main(args: Pretrain) -> pd.DataFrame | None:
 
 
 def _train_and_score(args: Pretrain) -> pd.DataFrame | None:
-    if args.evaluate and not args.model and (task := task_of(ltsm_jax.preset(args.preset))) != "forecasting":
+    if (
+        args.evaluate
+        and not args.model
+        and (task := task_of(ltsm_jax.preset(args.preset))) != "forecasting"
+    ):
         raise flags.UsageError(
-            f"--evaluate scores forecasts, and {args.preset} is for {task}: python -m experiments.{task} scores it"
+            f"--evaluate scores forecasts, and {args.preset} is for {task}: python -m "
+            f"experiments.{task} scores it"
         )
     model, params = ltsm_jax.load(args.model) if args.model else train(args)
     name = Path(args.model).name or args.preset

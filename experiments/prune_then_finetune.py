@@ -65,7 +65,10 @@ from ltsm_jax.models import Model
 RATIO = (0.05, 0.1, 0.2)  # per epoch, where no share is given
 PASS_RATIO = 0.5  # per epoch, of a run that is cut at --ratios
 GROUP = 16  # batches of a pruning step, as the release has it for all its models
-SAMPLE, BATCH = 4096, 64  # windows of each part that the original model's statistics are measured on, and of a batch
+SAMPLE, BATCH = (
+    4096,
+    64,
+)  # windows of each part that the original model's statistics are measured on, and of a batch
 NO_DROPOUT = "no-dropout"
 TUNED = tuple(m for m in STRATEGIES if m != "zero_shot")
 TUNE = ("chosen", "each", "all", "validated")
@@ -86,9 +89,9 @@ class Pruning:
     """at most; a run stops at the first epoch without a better validation MSE"""
     prune_batch_size: Annotated[int | None, whole(1, unset="recipe")] = None
     """windows per batch"""
-    macro_batch: Annotated[int | None, whole(1), flags.described(f"windows of a step; by default {GROUP} batches")] = (
-        None
-    )
+    macro_batch: Annotated[
+        int | None, whole(1), flags.described(f"windows of a step; by default {GROUP} batches")
+    ] = None
     stride: Annotated[int, whole(1)] = 1
     """rows from one window to the next"""
     max_prune_ratio: Annotated[float, number(TINY, 1, says="above 0 and at most 1")] = 1.0
@@ -123,29 +126,38 @@ class Options(flags.Options):
         flags.described(f"released behaviours to follow, of {', '.join(ALL_QUIRKS)}"),
     ] = ()
     ratios: Annotated[tuple[float, ...] | None, numbers(TINY, BELOW_1, says=SHARE)] = None
-    """shares of all channels, cut from one pruning run per EMA and seed: nested masks, in place of --ratio"""
+    """shares of all channels, cut from one pruning run per EMA and seed: nested masks, in place of
+    --ratio
+    """
     ratio: Annotated[
         tuple[float, ...] | None,
         numbers(TINY, BELOW_1, says=SHARE),
         flags.described(
             "shares pruned per epoch, a pruning run for each, as the paper has it; by default "
-            f"{','.join(map(exact, RATIO))}; with --ratios one, that of its run, by default {PASS_RATIO:g}"
+            f"{','.join(map(exact, RATIO))}; with --ratios one, that of its run, by default "
+            f"{PASS_RATIO:g}"
         ),
     ] = None
     ema: Annotated[tuple[float, ...], numbers(TINY, 1, says="above 0 and at most 1")] = (0.5,)
     """weights of the new score in the average importance"""
     tune: Annotated[str, one_of(TUNE)] = "chosen"
-    """which pruned models are fine-tuned: chosen (the one of lowest validation MSE), each (the best EMA of each ratio),
-    all, or validated (all at the first seed; at the others the one of lowest validation MSE once fine-tuned)"""
+    """which pruned models are fine-tuned: chosen (the one of lowest validation MSE), each (the best
+    EMA of each ratio), all, or validated (all at the first seed; at the others the one of lowest
+    validation MSE once fine-tuned)
+    """
     timed_runs: Annotated[int, whole(0)] = 30
     """forecasts timed of each pruned model; 0: none"""
     whole: bool = True
-    """fine-tune the whole model as well, and measure how redundant it is; --no-whole where another comparison does"""
+    """fine-tune the whole model as well, and measure how redundant it is; --no-whole where another
+    comparison does
+    """
     pruning: Pruning = dataclasses.field(default_factory=Pruning)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """What tells the pruned cells of an EMA and seed apart: shares of all channels, or shares per epoch."""
+        """What tells the pruned cells of an EMA and seed apart: shares of all channels, or shares
+        per epoch.
+        """
         return self.ratios or self.ratio or RATIO
 
     @property
@@ -162,7 +174,9 @@ class Options(flags.Options):
         """Say what does not go together; `given`: the fields that were set."""
         found = []
         if self.ratios is not None and len(self.ratio or ()) > 1:
-            found.append("--ratios are cut from one pruning run, so that --ratio takes one value beside it")
+            found.append(
+                "--ratios are cut from one pruning run, so that --ratio takes one value beside it"
+            )
         return found + super().problems(given)
 
 
@@ -171,14 +185,15 @@ def parse(argv: Sequence[str]) -> Options:
     return flags.parse(Options, argv, __doc__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what will run
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: an arm, its alpha where it has one, its ratio and EMA where it is pruned, a seed, and where settings are
-    chosen its learning rate and the origin of its validation."""
+    """One run: an arm, its alpha where it has one, its ratio and EMA where it is pruned, a seed,
+    and where settings are chosen its learning rate and the origin of its validation.
+    """
 
     method: str
     alpha: float | None
@@ -234,7 +249,9 @@ def resolve(options: Options) -> Comparison:
         "stride": how.stride,
         "max_prune_ratio": how.max_prune_ratio,
         "expert_threshold": how.expert_threshold,
-        **({"depth": how.depth} if how.depth else {}),  # folders of before do not name it, and have to go on
+        **(
+            {"depth": how.depth} if how.depth else {}
+        ),  # folders of before do not name it, and have to go on
         "ema_abs": how.ema_abs or None,
         "average_expert_score": how.average_expert_score or None,
         "channels": trees.count(full),
@@ -253,7 +270,9 @@ def _candidates(options: Options) -> dict[str, Any]:
 
 
 def whole_cells(options: Options, seeds: Sequence[int] | None = None) -> list[Cell]:
-    """The arms of the model that is not pruned, with every candidate of theirs; seeds: some of the options'."""
+    """The arms of the model that is not pruned, with every candidate of theirs; seeds: some of the
+    options'.
+    """
     arms = [("zero_shot", None), *(options.tunings if options.whole else ())]
     found = []
     for method, alpha in arms:
@@ -275,17 +294,23 @@ def pruned_cells(options: Options, seeds: Sequence[int] | None = None) -> list[C
 def tuned_cells(
     options: Options, pairs: Sequence[tuple[float, float]], seeds: Sequence[int] | None = None
 ) -> list[Cell]:
-    """The pruned models of each (ratio, EMA), fine-tuned; seed by seed, as they share pruning runs."""
+    """The pruned models of each (ratio, EMA), fine-tuned; seed by seed, as they share
+    pruning runs.
+    """
     found = []
     for seed in options.seeds if seeds is None else seeds:
         for ratio, ema in pairs:
             for method, alpha in options.tunings:
-                found += _candidate_cells(options, Cell(f"pruned+{method}", alpha, ratio, ema, seed))
+                found += _candidate_cells(
+                    options, Cell(f"pruned+{method}", alpha, ratio, ema, seed)
+                )
     return found
 
 
 def _candidate_cells(options: Options, cell: Cell) -> list[Cell]:
-    """Give a cell with every learning rate to choose from; at the first seed at every origin of validation."""
+    """Give a cell with every learning rate to choose from; at the first seed at every origin of
+    validation.
+    """
     trained = cell.method not in ("zero_shot", "pruned")
     several = trained and cell.seed == options.seeds[0]
     found = []
@@ -304,39 +329,55 @@ def plan(c: Comparison) -> str:
     done, then = cells.finished(c, first), _n_tuned(o)
     runs = len(o.seeds) * len(o.ema) * (1 if o.ratios else len(o.shares))
     lines = [
-        f"pruning  {s['channels']:,} channels, {runs} runs of {s['prune_epochs']} epochs, {s['score']}, a step every "
+        f"pruning  {s['channels']:,} channels, {runs} runs of {s['prune_epochs']} epochs, "
+        f"{s['score']}, a step every "
         f"{s['macro_batch']} windows; ratios {', '.join(map(exact, o.shares))} ({s['cuts']}), EMA "
         f"{', '.join(map(exact, o.ema))}",
-        f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} pruned, {then} pruned and "
-        f"tuned, seeds {', '.join(map(str, o.seeds))}" + (f"; {done} finished already" if done else ""),
+        f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} "
+        f"pruned, {then} pruned and "
+        f"tuned, seeds {', '.join(map(str, o.seeds))}"
+        + (f"; {done} finished already" if done else ""),
     ]
     windows = len(c.windows.starts) // s["stride"]
     if windows <= s["macro_batch"] and len(o.ema) > 1 and o.pruning.prune_epochs == 1:
-        lines.append("note     a pruning run is one step: the EMA has no say in it; take a smaller --macro-batch")
+        lines.append(
+            "note     a pruning run is one step: the EMA has no say in it; take a smaller "
+            "--macro-batch"
+        )
     return cells.plan(c, lines)
 
 
 def _plan_of_choice(c: Comparison) -> str:
     """Describe the runs of a comparison whose settings validation chooses."""
     o, s = c.options, c.settings
-    now = len(whole_cells(o, o.seeds[:1])) + len(pruned_cells(o, _seeds_pruned(o))) + len(_grid_cells(o, None))
+    now = (
+        len(whole_cells(o, o.seeds[:1]))
+        + len(pruned_cells(o, _seeds_pruned(o)))
+        + len(_grid_cells(o, None))
+    )
     lines = [
-        f"pruning  {s['channels']:,} channels, of {s['prune_epochs']} epochs, {s['score']}, a step every "
+        f"pruning  {s['channels']:,} channels, of {s['prune_epochs']} epochs, {s['score']}, a step "
+        "every "
         f"{s['macro_batch']} windows; ratios {', '.join(map(exact, o.shares))} ({s['cuts']}), EMA "
         f"{', '.join(map(exact, o.ema))}",
-        f"runs     {now} before validation has chosen {', '.join(o.over)} at seed {o.seeds[0]}; then the chosen ones "
+        f"runs     {now} before validation has chosen {', '.join(o.over)} at seed {o.seeds[0]}; "
+        "then the chosen ones "
         f"at seeds {', '.join(map(str, o.seeds[1:])) or 'none'}",
     ]
     return cells.plan(c, lines)
 
 
 def _seeds_pruned(o: Options) -> Sequence[int]:
-    """Seeds at which every ratio and EMA is pruned: the first where the fine-tuned models choose among them."""
+    """Seeds at which every ratio and EMA is pruned: the first where the fine-tuned models choose
+    among them.
+    """
     return o.seeds[:1] if o.tune == "validated" else o.seeds
 
 
 def _grid_cells(o: Options, choice: dict[str, Any] | None) -> list[Cell]:
-    """The fine-tuned pruned models of the first seed, with every candidate. choice: None for how many there will be."""
+    """The fine-tuned pruned models of the first seed, with every candidate. choice: None for how
+    many there will be.
+    """
     if choice is None:
         pairs = [(ratio, ema) for ratio in o.shares for ema in o.ema]
         count = {"chosen": 1, "each": len(o.shares)}.get(o.tune, len(pairs))
@@ -358,7 +399,7 @@ def _n_tuned(o: Options) -> int:
     return pairs * len(o.tunings) * len(o.seeds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # running it
 
 
@@ -377,7 +418,9 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     else:
         first = [*whole_cells(o), *pruned_cells(o)]
         total = len(first) + _n_tuned(o)
-    failures = cells.run_cells(c, first, work.run_cell, pruning_report.rank, console, (1, total), work.begin)
+    failures = cells.run_cells(
+        c, first, work.run_cell, pruning_report.rank, console, (1, total), work.begin
+    )
     rows = hosts.on_first(_rows, c.folder, {cell.name for cell in first})
     choice = choose(rows, o)
     if choice is None:
@@ -389,21 +432,29 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
     if o.over:
         grid_cells = _grid_cells(o, choice)
         place = (len(first) + 1, total)
-        failures += cells.run_cells(c, grid_cells, work.run_cell, pruning_report.rank, console, place, work.begin)
+        failures += cells.run_cells(
+            c, grid_cells, work.run_cell, pruning_report.rank, console, place, work.begin
+        )
         others = [*whole_cells(o, o.seeds[1:]), *tuned_cells(o, _pairs(o, choice), o.seeds[1:])]
         if o.tune == "validated":
             others += pruned_cells(o, o.seeds[1:])
         place = (len(first) + len(grid_cells) + 1, total)
-        return failures + cells.run_chosen(c, others, work.run_cell, pruning_report.rank, console, place, work.begin)
+        return failures + cells.run_chosen(
+            c, others, work.run_cell, pruning_report.rank, console, place, work.begin
+        )
     tuned = tuned_cells(o, _pairs(o, choice))
     place = (len(first) + 1, total)
-    return failures + cells.run_cells(c, tuned, work.run_cell, pruning_report.rank, console, place, work.begin)
+    return failures + cells.run_cells(
+        c, tuned, work.run_cell, pruning_report.rank, console, place, work.begin
+    )
 
 
 def _n_chosen(o: Options) -> int:
     """How many runs the seeds after the first one add where validation chooses settings."""
     arms = {(method, None if o.choose_alpha else alpha) for method, alpha in o.tunings}
-    pairs = {"chosen": 1, "each": len(o.shares), "all": len(o.shares) * len(o.ema), "validated": 1}[o.tune]
+    pairs = {"chosen": 1, "each": len(o.shares), "all": len(o.shares) * len(o.ema), "validated": 1}[
+        o.tune
+    ]
     pruned = 1 if o.tune == "validated" else 0
     return (1 + len(arms) * (o.whole + pairs) + pruned) * (len(o.seeds) - 1)
 
@@ -421,23 +472,30 @@ def _rows(path: Path, cells: set[str]) -> list[dict[str, Any]]:
 
 
 def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] | None:
-    """Ratio and EMA by the mean validation MSE over seeds of the pruned models that are not tuned; first of the grid
-    where equal. None where no pruned model has been scored.
+    """Ratio and EMA by the mean validation MSE over seeds of the pruned models that are not tuned;
+    first of the grid where equal. None where no pruned model has been scored.
 
-    Returns: ratio, ema, val_mse, seeds, zero_shot_val_mse, ema_of_ratio (the best EMA of each ratio), text, and warning
-      where validation prefers the model as it was, else "".
+    Returns: ratio, ema, val_mse, seeds, zero_shot_val_mse, ema_of_ratio (the best EMA of each
+      ratio), text, and warning where validation prefers the model as it was, else "".
     """
     means, counts = {}, {}
     for ratio in options.shares:
         for ema in options.ema:
-            found = [r["val_mse"] for r in rows if (r["method"], r["ratio"], r["ema"]) == ("pruned", ratio, ema)]
+            found = [
+                r["val_mse"]
+                for r in rows
+                if (r["method"], r["ratio"], r["ema"]) == ("pruned", ratio, ema)
+            ]
             if found:
                 means[ratio, ema], counts[ratio, ema] = float(np.mean(found)), len(found)
     if not means:
         return None
     ratio, ema = min(means, key=lambda pair: means[pair])
-    best = {r: min((e for e in options.ema if (r, e) in means), key=lambda e, r=r: means[r, e])
-            for r in options.shares if any(r == pair[0] for pair in means)}  # fmt: skip
+    best = {
+        r: min((e for e in options.ema if (r, e) in means), key=lambda e, r=r: means[r, e])
+        for r in options.shares
+        if any(r == pair[0] for pair in means)
+    }
     whole = [r["val_mse"] for r in rows if r["method"] == "zero_shot"]
     before = float(np.mean(whole)) if whole else math.nan
     text = f"chosen by validation: ratio {exact(ratio)}, EMA {exact(ema)} "
@@ -445,7 +503,8 @@ def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] |
     warning = ""
     if before <= means[ratio, ema]:
         warning = (
-            f"Validation prefers the model as it was: MSE {before:.4f} whole, {means[ratio, ema]:.4f} with the best "
+            f"Validation prefers the model as it was: MSE {before:.4f} whole, "
+            f"{means[ratio, ema]:.4f} with the best "
             "pruning. Prune for size and speed, or not at all."
         )
     return {
@@ -467,13 +526,16 @@ def strategy_of(cell: Cell) -> Strategy:
 
 
 class Work:
-    """A comparison at work: pruning runs, and the timing of the whole model, are kept for the cells that share them.
-    On several hosts all call."""
+    """A comparison at work: pruning runs, and the timing of the whole model, are kept for the cells
+    that share them. On several hosts all call.
+    """
 
     def __init__(self, c: Comparison):
         self.c = c
         self.whole: Any = None  # the comparison's params on one device
-        self.found: tuple[str, pruning.PruneResult] | None = None  # the last one: its cells come together
+        self.found: tuple[str, pruning.PruneResult] | None = (
+            None  # the last one: its cells come together
+        )
         self.forecasts: dict[Model, Any] = {}  # compiled
 
     def run_cell(self, cell: Cell) -> dict[str, Any]:
@@ -485,7 +547,11 @@ class Work:
         if cell.method == "zero_shot" and (twin := cells.twin_of(c, "zero_shot")):
             return cells.take_over(c, cell, twin)  # a checkpoint has no seed: score it once
         result = cells.tune(c, cell, strategy_of(cell))
-        row = cells.row_of(c, cell.columns, result.model, result) | self.chosen(cell) | _sizes(c, c.params, c.params)
+        row = (
+            cells.row_of(c, cell.columns, result.model, result)
+            | self.chosen(cell)
+            | _sizes(c, c.params, c.params)
+        )
         cells.keep(c, cell, (result.model, result.params), row, result)
         return row
 
@@ -495,12 +561,19 @@ class Work:
         rest = {} if cell.ratio is None else self._pruned_model(c, cell)[1]
         return cells.begin(c, cell, strategy_of(cell), **rest)
 
-    def _pruned_model(self, c: Comparison, cell: Cell) -> tuple[pruning.PruneResult, dict[str, Any]]:
+    def _pruned_model(
+        self, c: Comparison, cell: Cell
+    ) -> tuple[pruning.PruneResult, dict[str, Any]]:
         """Give the pruning run of a cell, and what its training takes from there."""
         found = self.pruning_run(c, cell)
         masks = pruning.cut(found.order, cell.ratio or 0.0) if c.options.ratios else found.masks
         quirks = (NO_DROPOUT,) if cell.trains and NO_DROPOUT in c.options.quirks else ()
-        return found, {"model": found.model, "params": found.params, "masks": masks, "quirks": quirks}
+        return found, {
+            "model": found.model,
+            "params": found.params,
+            "masks": masks,
+            "quirks": quirks,
+        }
 
     def chosen(self, cell: Cell) -> dict[str, Any]:
         """Columns of a cell in a folder whose settings validation chooses."""
@@ -515,24 +588,40 @@ class Work:
         result = cells.tune(c, cell, strategy_of(cell), **rest)
         small, small_params, _ = removal.remove(found.model, result.params, masks)
         row = cells.row_of(c, cell.columns, found.model, result)
-        row |= self.chosen(cell) | _sizes(c, small_params, result.params) | {"channels_left": pruning.share_left(masks)}
+        row |= (
+            self.chosen(cell)
+            | _sizes(c, small_params, result.params)
+            | {"channels_left": pruning.share_left(masks)}
+        )
         more: dict[str, Any] = {}
         if not method:
             row |= self.timing(small, small_params, (found.model, result.params))
-            more = {"sparsity": redundancy.sparsity(masks), "pruning": found.history, "stopped": found.stopped}
+            more = {
+                "sparsity": redundancy.sparsity(masks),
+                "pruning": found.history,
+                "stopped": found.stopped,
+            }
             if found.gone:
                 more |= {"influence": found.influence, "layers_gone": list(found.gone)}
             if found.usage is not None:
-                more["usage"] = {path: np.asarray(f_E).tolist() for path, f_E in found.usage.items()}
-        cells.keep(c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more)
+                more["usage"] = {
+                    path: np.asarray(f_E).tolist() for path, f_E in found.usage.items()
+                }
+        cells.keep(
+            c, cell, (small, small_params), row, result, shown=(found.model, result.params), **more
+        )
         return row
 
     def pruning_run(self, c: Comparison, cell: Cell) -> pruning.PruneResult:
-        """The pruning run of a cell, started, continued or read. c: the comparison as the cell sees it."""
+        """The pruning run of a cell, started, continued or read. c: the comparison as the cell sees
+        it.
+        """
         o, s = c.options, c.settings
         ratio = None if o.ratios else cell.ratio  # one run is cut at every ratio
         ema, seed = cell.ema or 0.0, cell.seed
-        name = "-".join((*([] if ratio is None else [f"r{exact(ratio)}"]), f"e{exact(ema)}", f"seed{seed}"))
+        name = "-".join(
+            (*([] if ratio is None else [f"r{exact(ratio)}"]), f"e{exact(ema)}", f"seed{seed}")
+        )
         name = f"origin{cell.origin}-{name}" if cell.origin else name
         if self.found is None or self.found[0] != name:
             config = pruning.PruneConfig(
@@ -564,8 +653,9 @@ class Work:
         return self.found[1]
 
     def timing(self, model: Model, params: Any, masked: tuple[Model, Any]) -> dict[str, Any]:
-        """Time and memory of one forecast of a window per variate, with parts taken out and whole, and how far the
-        forecast is from that of the masked model."""
+        """Time and memory of one forecast of a window per variate, with parts taken out and whole,
+        and how far the forecast is from that of the masked model.
+        """
         self.whole = _on_one_device(self.c.params) if self.whole is None else self.whole
         params, masked = _on_one_device(params), (masked[0], _on_one_device(masked[1]))
         return hosts.on_first(self._timing, model, params, masked)
@@ -579,10 +669,16 @@ class Work:
                 self.forecasts[model] = function.lower(params, context).compile()
             return self.forecasts[model]
 
-        self.forecasts = {m: f for m, f in self.forecasts.items() if m in (c.model, masked[0])}  # others never return
+        self.forecasts = {
+            m: f for m, f in self.forecasts.items() if m in (c.model, masked[0])
+        }  # others never return
         whole, small = forecast(c.model, self.whole), forecast(model, params)
         gap = np.asarray(small(params, context)) - np.asarray(forecast(*masked)(masked[1], context))
-        found = {"removal_gap": float(np.abs(gap).max()), "peak_mb": _peak(small), "whole_peak_mb": _peak(whole)}
+        found = {
+            "removal_gap": float(np.abs(gap).max()),
+            "peak_mb": _peak(small),
+            "whole_peak_mb": _peak(whole),
+        }
         if not runs:
             return found
         times = np.empty((runs, 2))
@@ -594,7 +690,9 @@ class Work:
         kept = np.sort(times[runs // 5 :], axis=0)
         kept = kept[1:-1] if len(kept) > 2 else kept
         mine, other = (1e3 * kept.mean(axis=0)).tolist()
-        pairs = np.median(times[runs // 5 :, 1] / times[runs // 5 :, 0])  # neighbours in time: other work slows both
+        pairs = np.median(
+            times[runs // 5 :, 1] / times[runs // 5 :, 0]
+        )  # neighbours in time: other work slows both
         return found | {"latency_ms": mine, "whole_latency_ms": other, "speedup": float(pairs)}
 
 
@@ -604,21 +702,32 @@ def _on_one_device(params: Any) -> Any:
 
 def _one_window_each(c: Comparison) -> jax.Array:
     windows = c.splits.test
-    first = [0] if windows.rows is None else np.unique(np.asarray(windows.rows), return_index=True)[1]
+    first = (
+        [0] if windows.rows is None else np.unique(np.asarray(windows.rows), return_index=True)[1]
+    )
     return windows.gather(jnp.asarray(first, jnp.int32))["context"]
 
 
 def _peak(compiled: Any) -> float | None:
-    """Peak memory of a compiled function in MB, weights and context included; None where the backend does not say."""
+    """Peak memory of a compiled function in MB, weights and context included; None where the
+    backend does not say.
+    """
     m = compiled.memory_analysis()
     if m is None:
         return None
-    parts = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+    parts = (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+    )
     return max(getattr(m, "peak_memory_in_bytes", 0), parts) / 1e6
 
 
 def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
-    """parameters: with parts taken out; nonzero_parameters: of the masked model; whole_parameters: of the original."""
+    """parameters: with parts taken out; nonzero_parameters: of the masked model; whole_parameters:
+    of the original.
+    """
     nonzero = sum(int(np.count_nonzero(sharding.on_host(leaf))) for leaf in jax.tree.leaves(merged))
     return {
         "parameters": trees.count(params),
@@ -628,13 +737,24 @@ def _sizes(c: Comparison, params: Any, merged: Any) -> dict[str, Any]:
 
 
 def redundancy_of(c: Comparison) -> dict[str, Any]:
-    """Statistics of the original model as JSON, on windows spread evenly over the training and validation parts."""
+    """Statistics of the original model as JSON, on windows spread evenly over the training and
+    validation parts.
+    """
     train, val = c.windows, c.splits.val
     val = dataclasses.replace(val, horizon=train.horizon)  # as the loss wants it
-    val = val.take(np.flatnonzero(np.asarray(val.starts) + val.context_len + val.horizon <= c.splits.borders.val[1]))
+    val = val.take(
+        np.flatnonzero(
+            np.asarray(val.starts) + val.context_len + val.horizon <= c.splits.borders.val[1]
+        )
+    )
     parts = [part for part in (train, val) if part.n]
-    counts = [min(SAMPLE, part.n - part.n % BATCH if part.n > BATCH else part.n) for part in parts]  # whole batches
-    some = [part.take(np.linspace(0, part.n - 1, n).astype(np.int32)) for part, n in zip(parts, counts, strict=True)]
+    counts = [
+        min(SAMPLE, part.n - part.n % BATCH if part.n > BATCH else part.n) for part in parts
+    ]  # whole batches
+    some = [
+        part.take(np.linspace(0, part.n - 1, n).astype(np.int32))
+        for part, n in zip(parts, counts, strict=True)
+    ]
     found = redundancy.measure(c.model, c.params, *some, mode=c.task.mode, batch_size=BATCH)
 
     def lists(entry: Any) -> dict[str, Any]:

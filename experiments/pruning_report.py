@@ -30,10 +30,20 @@ from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
 
 GROUP = ["method", "alpha", "ratio", "ema"]
-MEANS = ("val_mse", "val_mae", "test_mse", "test_mae", "parameters", "nonzero_parameters", "whole_parameters")
+MEANS = (
+    "val_mse",
+    "val_mae",
+    "test_mse",
+    "test_mae",
+    "parameters",
+    "nonzero_parameters",
+    "whole_parameters",
+)
 MEANS += ("latency_ms", "whole_latency_ms", "speedup", "channels_left", "seconds")
 PRUNED = "#882255"
-GAP = 1e-5  # most that a forecast may differ between the masked model and the one with parts taken out, in scaled units
+# most that a forecast may differ between the masked model and the one with parts taken out, in
+# scaled units
+GAP = 1e-5
 HEADER = [
     "arm",
     "seeds",
@@ -48,12 +58,16 @@ HEADER = [
 HEADER += ["vs the whole, %", "epochs", "seconds"]
 
 
-def label(method: str, alpha: float | None = None, ratio: float | None = None, ema: float | None = None) -> str:
+def label(
+    method: str, alpha: float | None = None, ratio: float | None = None, ema: float | None = None
+) -> str:
     """Short name of a row: "SFF 0.7", "pruned 0.3 (EMA 0.5) + FF"."""
     kind, _, tuning = method.partition("+")
     if kind != "pruned":
         return report.label(method, alpha)
-    text = "pruned" if ratio is None or pd.isna(ratio) else f"pruned {exact(ratio)} (EMA {exact(ema)})"
+    text = (
+        "pruned" if ratio is None or pd.isna(ratio) else f"pruned {exact(ratio)} (EMA {exact(ema)})"
+    )
     return text + (f" + {report.label(tuning, alpha)}" if tuning else "")
 
 
@@ -66,35 +80,61 @@ def rank(row: dict[str, Any]) -> Any:
     kind, _, tuning = row["method"].partition("+")
     first = {"zero_shot": 0, "pruned": 2}.get(kind, 1)
     order = ("", *STRATEGIES).index(tuning if first == 2 else kind)
-    chosen = (place(row.get("lr")), row.get("origin") or 0)  # the same in all rows where nothing is chosen
-    return first, place(row["ratio"]), place(row["ema"]), order, place(row["alpha"]), *chosen, row["seed"]
+    chosen = (
+        place(row.get("lr")),
+        row.get("origin") or 0,
+    )  # the same in all rows where nothing is chosen
+    return (
+        first,
+        place(row["ratio"]),
+        place(row["ema"]),
+        order,
+        place(row["alpha"]),
+        *chosen,
+        row["seed"],
+    )
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm (method, alpha, ratio, EMA): mean and std (n - 1) over seeds, and paired differences in test MSE.
+    """One row per arm (method, alpha, ratio, EMA): mean and std (n - 1) over seeds, and paired
+    differences in test MSE.
 
     Args:
       results: the rows of results.csv.
-    Returns: the columns of an arm, seeds, fixed (the same at every seed), the mean of every number and the `_std` of
-      the errors and times, vs_zero_shot and vs_whole{"", _std}: per cent, each seed against the same seed of zero-shot,
-      and of the same fine-tuning of the whole model (of a pruned model that is not tuned: zero-shot); NaN where there
-      is nothing to compare with.
+    Returns: the columns of an arm, seeds, fixed (the same at every seed), the mean of every number
+      and the `_std` of the errors and times, vs_zero_shot and vs_whole{"", _std}: per cent, each
+      seed against the same seed of zero-shot, and of the same fine-tuning of the whole model (of a
+      pruned model that is not tuned: zero-shot); NaN where there is nothing to compare with.
     """
     results = results.reindex(columns=[*dict.fromkeys([*results.columns, *MEANS])])
-    by_seed = {arm: g.set_index("seed")["test_mse"] for arm, g in results.groupby(["method", "alpha"], dropna=False)}
+    by_seed = {
+        arm: g.set_index("seed")["test_mse"]
+        for arm, g in results.groupby(["method", "alpha"], dropna=False)
+    }
     by_seed = {(m, None if pd.isna(a) else a): values for (m, a), values in by_seed.items()}
     zero, rows = by_seed.get(("zero_shot", None)), []
     for arm, group in results.groupby(GROUP, sort=False, dropna=False):
         fixed = is_fixed(group)
-        row: dict[str, Any] = {**dict(zip(GROUP, arm, strict=True)), "seeds": len(group), "fixed": fixed}
+        row: dict[str, Any] = {
+            **dict(zip(GROUP, arm, strict=True)),
+            "seeds": len(group),
+            "fixed": fixed,
+        }
         for column in MEANS:
             row[column] = group[column].mean()
             row[f"{column}_std"] = float("nan") if fixed else group[column].std()
         kind, _, tuning = row["method"].partition("+")
         alpha = None if pd.isna(row["alpha"]) else row["alpha"]
         whole = None if kind != "pruned" else by_seed.get((tuning or "zero_shot", alpha))
-        for name, base in (("zero_shot", None if row["method"] == "zero_shot" else zero), ("whole", whole)):
-            change = pd.Series(dtype=float) if base is None else group.set_index("seed")["test_mse"] / base - 1
+        for name, base in (
+            ("zero_shot", None if row["method"] == "zero_shot" else zero),
+            ("whole", whole),
+        ):
+            change = (
+                pd.Series(dtype=float)
+                if base is None
+                else group.set_index("seed")["test_mse"] / base - 1
+            )
             change = 100 * change.dropna()
             row[f"vs_{name}"], row[f"vs_{name}_std"] = change.mean(), change.std()
         rows.append(row | {"epochs": group["epochs"].max()})
@@ -102,9 +142,13 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def sized(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary with times and speedup of tuned arms: those of the pruned model with the same masks."""
+    """The summary with times and speedup of tuned arms: those of the pruned model with the same
+    masks.
+    """
     found, times = summary.copy(), ["latency_ms", "whole_latency_ms", "speedup"]
-    same = {(r["ratio"], r["ema"]): r[times] for _, r in summary.iterrows() if r["method"] == "pruned"}
+    same = {
+        (r["ratio"], r["ema"]): r[times] for _, r in summary.iterrows() if r["method"] == "pruned"
+    }
     for i, r in summary.iterrows():
         if r["method"].startswith("pruned+") and (r["ratio"], r["ema"]) in same:
             found.loc[i, times] = same[r["ratio"], r["ema"]]
@@ -135,25 +179,47 @@ def _body(summary: pd.DataFrame) -> list[list[str]]:
 
 def arms(summary: pd.DataFrame, ratio: float, ema: float) -> pd.DataFrame:
     """The arms of the model that is not pruned, and those of one (ratio, EMA)."""
-    return summary[summary["ratio"].isna() | ((summary["ratio"] == ratio) & (summary["ema"] == ema))]
+    return summary[
+        summary["ratio"].isna() | ((summary["ratio"] == ratio) & (summary["ema"] == ema))
+    ]
 
 
 def _ratio_table(summary: pd.DataFrame) -> str:
-    """A row per (ratio, EMA): what is left, and the errors before and after every kind of tuning."""
-    tunings = [(m, a) for m, a in summary[["method", "alpha"]].drop_duplicates().itertuples(index=False)
-               if m.startswith("pruned+")]  # fmt: skip
-    header = ["ratio", "EMA", "channels left, %", "parameters, %", "not 0, %", "speedup", "val MSE, pruned"]
-    header += ["test MSE, pruned", *(f"test MSE, + {label(m, a).removeprefix('pruned + ')}" for m, a in tunings)]
+    """A row per (ratio, EMA): what is left, and the errors before and after every kind
+    of tuning.
+    """
+    tunings = [
+        (m, a)
+        for m, a in summary[["method", "alpha"]].drop_duplicates().itertuples(index=False)
+        if m.startswith("pruned+")
+    ]
+    header = [
+        "ratio",
+        "EMA",
+        "channels left, %",
+        "parameters, %",
+        "not 0, %",
+        "speedup",
+        "val MSE, pruned",
+    ]
+    header += [
+        "test MSE, pruned",
+        *(f"test MSE, + {label(m, a).removeprefix('pruned + ')}" for m, a in tunings),
+    ]
     body = []
     for r in summary[summary["method"] == "pruned"].itertuples():
         here = summary[(summary["ratio"] == r.ratio) & (summary["ema"] == r.ema)]
         cells = [exact(r.ratio), exact(r.ema), f"{100 * r.channels_left:.1f}"]
-        cells += [f"{100 * n / r.whole_parameters:.1f}" for n in (r.parameters, r.nonzero_parameters)]
+        cells += [
+            f"{100 * n / r.whole_parameters:.1f}" for n in (r.parameters, r.nonzero_parameters)
+        ]
         cells += ["" if pd.isna(r.speedup) else f"{r.speedup:.2f}x"]
         cells += [spread(r.val_mse, r.val_mse_std), spread(r.test_mse, r.test_mse_std)]
         for method, alpha in tunings:
             mine = here[(here["method"] == method) & ((here["alpha"] == alpha) | pd.isna(alpha))]
-            cells.append("" if mine.empty else spread(mine["test_mse"].iloc[0], mine["test_mse_std"].iloc[0]))
+            cells.append(
+                "" if mine.empty else spread(mine["test_mse"].iloc[0], mine["test_mse_std"].iloc[0])
+            )
         body.append(cells)
     return markdown_table(header, body)
 
@@ -164,12 +230,22 @@ def _redundancy_table(found: dict[str, Any]) -> str:
     for path, h in found["heads"].items():
         c = np.asarray(h["contribution"])
         if c.size:
-            cells = [f"{c.mean():.3f}", f"{c.min():.3f}", f"{c.max():.3f}", f"{100 * np.mean(h['sparse']):.1f}"]
+            cells = [
+                f"{c.mean():.3f}",
+                f"{c.min():.3f}",
+                f"{c.max():.3f}",
+                f"{100 * np.mean(h['sparse']):.1f}",
+            ]
             body.append([path, "heads: share of the stream", *cells])
     for path, u in found["units"].items():
         a = np.asarray(u["active"])
         if a.size:
-            cells = [f"{a.mean():.3f}", f"{a.min():.3f}", f"{a.max():.3f}", f"{100 * np.mean(a == 0):.1f}"]
+            cells = [
+                f"{a.mean():.3f}",
+                f"{a.min():.3f}",
+                f"{a.max():.3f}",
+                f"{100 * np.mean(a == 0):.1f}",
+            ]
             body.append([path, "units: tokens that activate them", *cells])
     return markdown_table(header, body)
 
@@ -181,11 +257,24 @@ def _changes(settings: dict[str, Any], choice: dict[str, Any], dropout_off: bool
     off = "off" if dropout_off else "as in the model's config"
     body = [
         ["zero-shot", "checkpoint", "none", "nothing", "", ""],
-        ["FF, SFF, ...", "checkpoint, or its mixture with a random model", "none", "all", "as in the model's config",
-         budget],
+        [
+            "FF, SFF, ...",
+            "checkpoint, or its mixture with a random model",
+            "none",
+            "all",
+            "as in the model's config",
+            budget,
+        ],
         ["pruned", "checkpoint", chosen, "nothing", "", ""],
-        ["pruned + FF, SFF, ...", "the same, then masked", chosen, "what is not masked", off, budget],
-    ]  # fmt: skip
+        [
+            "pruned + FF, SFF, ...",
+            "the same, then masked",
+            chosen,
+            "what is not masked",
+            off,
+            budget,
+        ],
+    ]
     return markdown_table(["arm", "starts from", "masks", "trains", "dropout", "budget"], body)
 
 
@@ -194,26 +283,42 @@ def verdict(
     baselines: Sequence[dict] = (),
     blocks: Mapping[tuple, np.ndarray] | None = None,
 ) -> str:
-    """Say which arm validation picks, and what it is worth on the test part; see `report.verdict`."""
+    """Say which arm validation picks, and what it is worth on the test part;
+    see `report.verdict`.
+    """
     best = summary.loc[summary["val_mse"].idxmin()]
-    text = f"Lowest validation MSE: {label(best.method, best.alpha, best.ratio, best.ema)}; its test MSE is "
+    text = (
+        f"Lowest validation MSE: {label(best.method, best.alpha, best.ratio, best.ema)}; its "
+        "test MSE is "
+    )
     text += spread(best.test_mse, best.test_mse_std)
     if not pd.isna(best.vs_zero_shot):
         text += f" ({best.vs_zero_shot:+.2f} % against zero-shot"
-        text += f", {best.vs_whole:+.2f} % against the same without pruning)" if not pd.isna(best.vs_whole) else ")"
+        text += (
+            f", {best.vs_whole:+.2f} % against the same without pruning)"
+            if not pd.isna(best.vs_whole)
+            else ")"
+        )
     if best.method == "zero_shot":
-        text += ". Neither pruning nor tuning beat the checkpoint on validation: keep the checkpoint"
+        text += (
+            ". Neither pruning nor tuning beat the checkpoint on validation: keep the checkpoint"
+        )
     text = report.naive_first(f"{text}.", best, baselines)
     rivals = summary[summary["method"] != "zero_shot"]
     if blocks and len(rivals):
         rival = rivals.loc[rivals["val_mse"].idxmin()]
         name = label(rival.method, rival.alpha, rival.ratio, rival.ema)
-        text += report.chance(name, blocks.get(_arm(rival)), blocks.get(("zero_shot", None, None, None)))
+        text += report.chance(
+            name, blocks.get(_arm(rival)), blocks.get(("zero_shot", None, None, None))
+        )
     return text
 
 
 def _arm(row: Any) -> tuple:
-    return (row["method"], *(None if pd.isna(row[name]) else float(row[name]) for name in GROUP[1:]))
+    return (
+        row["method"],
+        *(None if pd.isna(row[name]) else float(row[name]) for name in GROUP[1:]),
+    )
 
 
 def blocks_of(records: Sequence[dict[str, Any]]) -> dict[tuple, np.ndarray]:
@@ -225,12 +330,14 @@ def blocks_of(records: Sequence[dict[str, Any]]) -> dict[tuple, np.ndarray]:
     return {arm: np.mean(blocks, axis=0) for arm, blocks in found.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pictures
 
 
 def plot_heat_map(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Share of each weight matrix that the masks take away: a row per layer, a column per matrix."""
+    """Share of each weight matrix that the masks take away: a row per layer, a column
+    per matrix.
+    """
     layers, matrices, values = heat_map(rows)
     figure, ax = new_figure(1.8 + 0.75 * len(matrices), 1.6 + 0.42 * len(layers))
     ax.grid(visible=False, axis="y")
@@ -239,15 +346,17 @@ def plot_heat_map(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     ax.set_yticks(range(len(layers)), [layer or "outside" for layer in layers], fontsize=9)
     for i, j in np.argwhere(np.isfinite(values)):
         colour = "white" if values[i, j] > 0.5 else "black"
-        ax.text(j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        ax.text(
+            j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour
+        )
     ax.set_title(title, fontsize=10, loc="left")
     figure.colorbar(image, ax=ax, label="weights pruned, %")
     figure.savefig(path)
 
 
 def plot_pareto(summary: pd.DataFrame, path: Path) -> bool:
-    """Test MSE against the time of a forecast as a share of the whole model's: every arm; a line joins those that no
-    other beats in both.
+    """Test MSE against the time of a forecast as a share of the whole model's: every arm; a line
+    joins those that no other beats in both.
 
     Returns: False where nothing was timed.
     """
@@ -276,7 +385,13 @@ def plot_pareto(summary: pd.DataFrame, path: Path) -> bool:
         )
         named.add(text)
         if pruned:
-            ax.annotate(f"{r.ratio:g}", (r.time, r.test_mse), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            ax.annotate(
+                f"{r.ratio:g}",
+                (r.time, r.test_mse),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
     front, lowest = [], np.inf
     for r in timed.sort_values(["time", "test_mse"]).itertuples():
         if r.test_mse < lowest:
@@ -290,34 +405,40 @@ def plot_pareto(summary: pd.DataFrame, path: Path) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # report.md
 
 
 def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
     """Read the folder of a comparison, and choice.json.
 
-    Raises: ValueError where `folder` is not one, or has no pruned model yet, naming what is missing.
+    Raises: ValueError where `folder` is not one, or has no pruned model yet, naming what is
+    missing.
     """
     found = report.read_folder(folder, rank, "choice.json")
     return found, storage.read_record(folder / "choice.json")
 
 
 def shown(found: Found, choice: dict[str, Any]) -> pd.DataFrame:
-    """Give the rows of the main table: the arms of the chosen pruning, or of each method the one that it chose."""
+    """Give the rows of the main table: the arms of the chosen pruning, or of each method the one
+    that it chose.
+    """
     summary = summarise(found.table)
     over = found.run["settings"].get(grid.OVER, "").split(",")
     return summary if "ratio" in over else arms(summary, choice["ratio"], choice["ema"])
 
 
 def _with_all_pruned(everything: Found, found: Found) -> pd.DataFrame:
-    """Give the compared rows, and every pruned model that is not fine-tuned, for the table of ratios."""
+    """Give the compared rows, and every pruned model that is not fine-tuned, for the table of
+    ratios.
+    """
     rest = everything.table[everything.table["method"] == "pruned"]
     return pd.concat([found.table[found.table["method"] != "pruned"], rest])
 
 
 def write_report(folder: str | Path, by: str = "validation") -> Path:
-    """Write report.md, and its pictures where matplotlib is installed, into the folder of a comparison.
+    """Write report.md, and its pictures where matplotlib is installed, into the folder of a
+    comparison.
 
     by: the epoch whose test errors are shown, see `report.Found.compared`.
     Returns: the path of report.md.
@@ -327,9 +448,15 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
     found = everything.compared(by)
     results, run = found.table, found.run
     settings, summary = run["settings"], summarise(results)
-    masks = next(cell["sparsity"] for cell in everything.cells if cell["method"] == "pruned"
-                 and (cell["ratio"], cell["ema"]) == (choice["ratio"], choice["ema"]))  # fmt: skip
-    title = f"Weights pruned at ratio {exact(choice['ratio'])}, EMA {exact(choice['ema'])}, first seed"
+    masks = next(
+        cell["sparsity"]
+        for cell in everything.cells
+        if cell["method"] == "pruned"
+        and (cell["ratio"], cell["ema"]) == (choice["ratio"], choice["ema"])
+    )
+    title = (
+        f"Weights pruned at ratio {exact(choice['ratio'])}, EMA {exact(choice['ema'])}, first seed"
+    )
     pictures = []
     if importlib.util.find_spec("matplotlib"):
         plots = folder / "plots"
@@ -337,40 +464,53 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
         plot_heat_map(masks, plots / "sparsity.png", title)
         pictures.append(("sparsity", f"{title}: 1 - kept inputs x kept outputs, per cent."))
         if plot_pareto(summary, plots / "pareto.png"):
-            text = "Error against time; numbers beside the points: ratio. Marker: EMA. Squares: the whole model."
+            text = (
+                "Error against time; numbers beside the points: ratio. Marker: EMA. Squares: "
+                "the whole model."
+            )
             pictures.append(("pareto", text))
     dropout_off = "no-dropout" in (settings["quirks"] or "").split(",")
     lines = [
-        f"# Pruning, then fine-tuning: {settings['data']}, {settings['model']}, {settings['context']} -> "
+        f"# Pruning, then fine-tuning: {settings['data']}, {settings['model']}, "
+        f"{settings['context']} -> "
         f"{settings['horizon']}",
         "",
         verdict(summary, found.baselines, blocks_of(found.cells)),
         "",
         markdown_table(HEADER, _body(shown(found, choice))),
         "",
-        "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
-        "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed; the whole is the "
-        "same fine-tuning without masks. Parameters are counted with parts taken out; times are means of runs in turn "
-        "with the whole model; the speedup is the median ratio of neighbours, which other work disturbs least. "
+        "MSE and MAE are on the scale of the data standardised with the training rows. ± is the "
+        "standard deviation "
+        "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed; "
+        "the whole is the "
+        "same fine-tuning without masks. Parameters are counted with parts taken out; times are "
+        "means of runs in turn "
+        "with the whole model; the speedup is the median ratio of neighbours, which other work "
+        "disturbs least. "
         f"{report.BY[by]}. Every window is scored: "
         f"{run['windows']['val']:,} for validation, "
         f"{run['windows']['test']:,} for test.",
         "",
         "## Choice",
         "",
-        f"{choice['text'][0].upper()}{choice['text'][1:]}, mean over {choice['seeds']} seeds: the lowest of the pruned "
+        f"{choice['text'][0].upper()}{choice['text'][1:]}, mean over {choice['seeds']} seeds: the "
+        "lowest of the pruned "
         "models that are not fine-tuned.",
     ]
     notes = [choice["warning"]] if choice["warning"] else []
     if dropout_off:
-        notes.append("Pruned arms were fine-tuned without dropout, whole ones with it (quirk no-dropout): part of a "
-                     "difference between them may come from this.")  # fmt: skip
+        notes.append(
+            "Pruned arms were fine-tuned without dropout, whole ones with it (quirk "
+            "no-dropout): part of a "
+            "difference between them may come from this."
+        )
     notes += [f"not believed, and left out: {text}" for text in found.damaged]
     for cell in found.cells:
         name, gap = cell["folder"].name, cell.get("removal_gap") or 0.0
         if gap > GAP:
             notes.append(
-                f"{name}: the forecast with parts taken out differs by {gap:.1e} from that of the masked model"
+                f"{name}: the forecast with parts taken out differs by {gap:.1e} from that of the "
+                "masked model"
             )
         notes += [f"{name}: {text}" for text in cell["warnings"]]
     if notes:
@@ -388,8 +528,10 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
         lines += ["", "## The checkpoint before pruning", "", _redundancy_table(statistics)]
         lines += [
             "",
-            f"Means over the tokens of {' and '.join(f'{n:,}' for n in statistics['windows'])} windows of training and "
-            "validation. Sparse: share of (token, head) pairs in which a head adds at most 5 % of the stream's norm; "
+            f"Means over the tokens of {' and '.join(f'{n:,}' for n in statistics['windows'])} "
+            "windows of training and "
+            "validation. Sparse: share of (token, head) pairs in which a head adds at most 5 % of "
+            "the stream's norm; "
             "idle: units that no token activates.",
         ]
     lines += report.picture_lines(pictures, f"python -m experiments.pruning_report {folder}")
@@ -405,13 +547,18 @@ def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def print_table(folder: str | Path, console: Console | None = None, by: str = "validation") -> None:
-    """The arms of the chosen pruning, and the verdict, on the terminal; `by` as in `write_report`."""
+    """The arms of the chosen pruning, and the verdict, on the terminal; `by` as
+    in `write_report`.
+    """
     everything, choice = read_folder(Path(folder))
     found = everything.compared(by)
     console = console or Console()
     s, summary = found.run["settings"], summarise(found.table)
     rows = shown(found, choice)
-    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}{report.by_words(by)}"
+    title = (
+        f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, "
+        f"{s['mode']}{report.by_words(by)}"
+    )
     caption = "mean ± std over seeds; vs: change of test MSE, paired by seed"
     styles: list[str | None] = [None] * len(rows)
     styles[int(np.argmin(rows["val_mse"].to_numpy()))] = "bold"

@@ -55,7 +55,14 @@ NAMES = {
     "last_value": "last value",
     "seasonal_naive": "seasonal naive",
 }
-SHORT = {"zero_shot": "zero-shot", "ff": "FF", "tfs": "TFS", "sff": "SFF", "lp": "LP", "lpff": "LPFF"}
+SHORT = {
+    "zero_shot": "zero-shot",
+    "ff": "FF",
+    "tfs": "TFS",
+    "sff": "SFF",
+    "lp": "LP",
+    "lpff": "LPFF",
+}
 SHORT |= {
     "l2sp": "L2-SP",
     "noise": "noise",
@@ -71,8 +78,15 @@ SHORT |= {
     "last_value": "last value",
     "seasonal_naive": "seasonal naive",
 }
-# Okabe & Ito's palette, told apart by all common kinds of colour vision; line styles say the same a second time.
-COLOURS = {"zero_shot": "#555555", "ff": "#0072B2", "tfs": "#D55E00", "sff": "#009E73", "lp": "#CC79A7"}
+# Okabe & Ito's palette, told apart by all common kinds of colour vision; line styles say the same a
+# second time.
+COLOURS = {
+    "zero_shot": "#555555",
+    "ff": "#0072B2",
+    "tfs": "#D55E00",
+    "sff": "#009E73",
+    "lp": "#CC79A7",
+}
 COLOURS |= {
     "lpff": "#56B4E9",
     "l2sp": "#E69F00",
@@ -81,59 +95,107 @@ COLOURS |= {
     "last_value": "#BBBBBB",
     "seasonal_naive": "#BBBBBB",
 }
-STYLES = {"zero_shot": (0, (4, 2)), "ff": "-", "tfs": (0, (1, 1)), "sff": (0, (7, 1.5)), "lp": (0, (5, 1, 1, 1))}
-STYLES |= {"lpff": "--", "l2sp": "-.", "noise": (0, (3, 1, 1, 1, 1, 1)), "lora": (0, (6, 2)), "recipe": (0, (2, 2))}
-MARKERS = {"zero_shot": "", "ff": "o", "tfs": "v", "sff": "s", "lp": "D", "lpff": "^", "l2sp": "P", "noise": "X"}
+STYLES = {
+    "zero_shot": (0, (4, 2)),
+    "ff": "-",
+    "tfs": (0, (1, 1)),
+    "sff": (0, (7, 1.5)),
+    "lp": (0, (5, 1, 1, 1)),
+}
+STYLES |= {
+    "lpff": "--",
+    "l2sp": "-.",
+    "noise": (0, (3, 1, 1, 1, 1, 1)),
+    "lora": (0, (6, 2)),
+    "recipe": (0, (2, 2)),
+}
+MARKERS = {
+    "zero_shot": "",
+    "ff": "o",
+    "tfs": "v",
+    "sff": "s",
+    "lp": "D",
+    "lpff": "^",
+    "l2sp": "P",
+    "noise": "X",
+}
 MARKERS |= {"lora": "*", "recipe": "h"}
 SCALED = "of standardised data (1: variance of the training part)"
 SCALED_Y = "MSE of standardised data\n(1: variance of the training part)"
-FAR = 3.0  # times the lowest error: what is beyond it is cut at the edge, or it would squeeze all others together
+# times the lowest error: what is beyond it is cut at the edge, or it would squeeze all others
+# together
+FAR = 3.0
 ERRORS = ("val_mse", "val_mae", "test_mse", "test_mae")
 NO_PICTURES = "matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)"
 
 
 def label(method: str, alpha: float | None = None) -> str:
     """Short name of a row: "SFF 0.7", "FF"."""
-    return SHORT.get(method, method) + ("" if alpha is None or np.isnan(alpha) else f" {exact(alpha)}")
+    return SHORT.get(method, method) + (
+        "" if alpha is None or np.isnan(alpha) else f" {exact(alpha)}"
+    )
 
 
 def rank(row: dict[str, Any]) -> Any:
     """The order of results.csv."""
-    chosen = (row.get("lr") or 0.0, row.get("origin") or 0)  # the same in all rows where nothing is chosen
+    chosen = (
+        row.get("lr") or 0.0,
+        row.get("origin") or 0,
+    )  # the same in all rows where nothing is chosen
     return list(STRATEGIES).index(row["method"]), row["alpha"] or 0.0, *chosen, row["seed"]
 
 
 def chosen_by(lr: float | None, origin: int) -> str:
     """Say in the name of a run what it is compared by, where validation chooses settings."""
-    return (f", lr {exact(lr)}" if lr is not None else "") + (f", origin {origin}" if origin else "")
+    return (f", lr {exact(lr)}" if lr is not None else "") + (
+        f", origin {origin}" if origin else ""
+    )
 
 
 def is_fixed(group: pd.DataFrame) -> bool:
-    """Say whether a seed has no say in the rows of an arm: a spread of 0 over seeds would say something else."""
+    """Say whether a seed has no say in the rows of an arm: a spread of 0 over seeds would say
+    something else.
+    """
     same = len(group) > 1 and all(group[column].nunique() == 1 for column in ERRORS)
     return same or set(group["method"]) == {"zero_shot"}
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per (method, alpha): mean and std (n - 1) over seeds, and paired differences in test MSE.
+    """One row per (method, alpha): mean and std (n - 1) over seeds, and paired differences in test
+    MSE.
 
     Args:
       results: the rows of results.csv.
-    Returns: columns method, alpha, seeds, fixed (the same at every seed: its rows are no replicates, without a spread),
-      {val_mse, val_mae, test_mse, test_mae}{"", _std}, vs_zero_shot{"", _std} and vs_ff{"", _std} (per cent, each seed
-      against the same seed; NaN where there is nothing to compare with), epochs, seconds. In order of first appearance.
+    Returns: columns method, alpha, seeds, fixed (the same at every seed: its rows are no
+      replicates, without a spread), {val_mse, val_mae, test_mse,
+      test_mae}{"", _std}, vs_zero_shot{"", _std} and vs_ff{"", _std} (per cent, each seed against
+      the same seed; NaN where there is nothing to compare with), epochs, seconds. In order of first
+      appearance.
     """
-    by_seed = {m: g.set_index("seed")["test_mse"] for m, g in results.groupby("method") if m in ("zero_shot", "ff")}
+    by_seed = {
+        m: g.set_index("seed")["test_mse"]
+        for m, g in results.groupby("method")
+        if m in ("zero_shot", "ff")
+    }
     rows = []
     for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
         fixed = is_fixed(group)
-        row: dict[str, Any] = {"method": method, "alpha": alpha, "seeds": len(group), "fixed": fixed}
+        row: dict[str, Any] = {
+            "method": method,
+            "alpha": alpha,
+            "seeds": len(group),
+            "fixed": fixed,
+        }
         for column in ERRORS:
             row[column] = group[column].mean()
             row[f"{column}_std"] = float("nan") if fixed else group[column].std()
         for other in ("zero_shot", "ff"):
             base = by_seed.get(other)
-            change = group.set_index("seed")["test_mse"] / base - 1 if base is not None and method != other else None
+            change = (
+                group.set_index("seed")["test_mse"] / base - 1
+                if base is not None and method != other
+                else None
+            )
             change = pd.Series(dtype=float) if change is None else 100 * change.dropna()
             row[f"vs_{other}"], row[f"vs_{other}_std"] = change.mean(), change.std()
         rows.append(row | {"epochs": group["epochs"].max(), "seconds": group["seconds"].mean()})
@@ -150,7 +212,17 @@ def spread(mean: float, std: float, form: str = ".4f") -> str:
 def _table_rows(
     summary: pd.DataFrame, baselines: Sequence[dict], names: dict[str, str]
 ) -> tuple[list[str], list[list[str]]]:
-    header = ["method", "seeds", "val MSE", "test MSE", "test MAE", "vs zero-shot, %", "vs FF, %", "epochs", "seconds"]
+    header = [
+        "method",
+        "seeds",
+        "val MSE",
+        "test MSE",
+        "test MAE",
+        "vs zero-shot, %",
+        "vs FF, %",
+        "epochs",
+        "seconds",
+    ]
     body = [
         [
             names.get(r.method, r.method) + ("" if pd.isna(r.alpha) else f" {r.alpha:g}"),
@@ -180,9 +252,9 @@ def verdict(
 ) -> str:
     """Say which row validation picks, and what it is worth on the test part.
 
-    baselines: the naive forecasts of the same table, which can be that row. blocks: of (method, alpha), validation MSE
-    in blocks of windows, see `cells.val_blocks`; with them, whether the best tuned row differs from the checkpoint by
-    more than chance.
+    baselines: the naive forecasts of the same table, which can be that row. blocks: of (method,
+    alpha), validation MSE in blocks of windows, see `cells.val_blocks`; with them, whether the best
+    tuned row differs from the checkpoint by more than chance.
     """
     best = summary.loc[summary["val_mse"].idxmin()]
     text = f"Lowest validation MSE: {label(best.method, best.alpha)}; its test MSE is "
@@ -204,7 +276,9 @@ def verdict(
 
 
 def naive_first(text: str, best: Any, baselines: Sequence[dict]) -> str:
-    """Put a naive forecast before the verdict on the models where validation prefers it to all of them."""
+    """Put a naive forecast before the verdict on the models where validation prefers it to all of
+    them.
+    """
     lowest = min(baselines, key=lambda b: b["val_mse"], default=None)
     if lowest is None or lowest["val_mse"] > best["val_mse"]:
         return text
@@ -215,7 +289,9 @@ def naive_first(text: str, best: Any, baselines: Sequence[dict]) -> str:
 
 
 def chance(name: str, rival: np.ndarray | None, zero: np.ndarray | None) -> str:
-    """Say whether an arm and the checkpoint are equal on validation as far as its windows can tell; else nothing."""
+    """Say whether an arm and the checkpoint are equal on validation as far as its windows can tell;
+    else nothing.
+    """
     if rival is None or zero is None or len(rival) != len(zero) or len(zero) < 2:
         return ""
     gap = rival - zero
@@ -224,7 +300,8 @@ def chance(name: str, rival: np.ndarray | None, zero: np.ndarray | None) -> str:
         return ""
     low, high = gap.mean() - width, gap.mean() + width
     return (
-        f" {name} and the checkpoint are equal there within the paired interval (difference in MSE, 95 %: "
+        f" {name} and the checkpoint are equal there within the paired interval (difference in "
+        "MSE, 95 %: "
         f"{low:+.4f} to {high:+.4f})."
     )
 
@@ -242,7 +319,9 @@ def blocks_of(records: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None
     return {arm: np.mean(blocks, axis=0) for arm, blocks in found.items()}
 
 
-def terminal_tables(summary: pd.DataFrame, baselines: Sequence[dict], title: str, console: Console) -> list[Table]:
+def terminal_tables(
+    summary: pd.DataFrame, baselines: Sequence[dict], title: str, console: Console
+) -> list[Table]:
     """The comparison as rich tables; the row with the lowest validation MSE is bold."""
     header, body = _table_rows(summary, baselines, SHORT)
     values = [*summary["val_mse"], *(b["val_mse"] for b in baselines)]
@@ -260,7 +339,8 @@ def fitted(
     caption: str,
     console: Console,
 ) -> list[Table]:
-    """Lay out one table, or several below each other where it is wider than the console: no number is cut.
+    """Lay out one table, or several below each other where it is wider than the console: no number
+    is cut.
 
     Every part has the first column, which names the rows.
     """
@@ -299,30 +379,39 @@ def encodable(text: str, encoding: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pictures
 
 
-def cell_name(method: str, alpha: float | None, seed: int, lr: float | None = None, origin: int = 0) -> str:
-    """Folder name of a cell: "sff-0.7-seed0", "ff-seed2"; where settings are chosen "ff-lr0.001-origin1-seed0"."""
+def cell_name(
+    method: str, alpha: float | None, seed: int, lr: float | None = None, origin: int = 0
+) -> str:
+    """Name the folder of a cell: "sff-0.7-seed0"; of candidates "ff-lr0.001-origin1-seed0"."""
     mixed = "" if alpha is None or np.isnan(alpha) else f"-{exact(alpha)}"
     return f"{method}{mixed}{candidate_name(lr, origin)}-seed{seed}"
 
 
 def candidate_name(lr: float | None, origin: int) -> str:
-    """The part of a cell's folder name that says what it is compared by; empty where nothing is chosen."""
+    """The part of a cell's folder name that says what it is compared by; empty where nothing is
+    chosen.
+    """
     return (f"-lr{exact(lr)}" if lr is not None else "") + (f"-origin{origin}" if origin else "")
 
 
-def plot_bars(summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[dict], path: Path) -> None:
-    """Test MSE of every row, mean bar with std; beside it the change against zero-shot, a dot per seed.
+def plot_bars(
+    summary: pd.DataFrame, results: pd.DataFrame, baselines: Sequence[dict], path: Path
+) -> None:
+    """Test MSE of every row, mean bar with std; beside it the change against zero-shot, a dot per
+    seed.
 
     What is far off, as naive forecasts often are, is cut at the edge, with its number.
     """
     rows = [(r.method, r.alpha, r.test_mse, r.test_mse_std) for r in summary.itertuples()]
     rows += [(b["method"], np.nan, b["test_mse"], np.nan) for b in baselines]
     zero = results[results["method"] == "zero_shot"].set_index("seed")["test_mse"]
-    figure, axes = new_figure(10, 0.9 + 0.42 * len(rows), ncols=2 if len(zero) else 1, sharey=True, squeeze=False)
+    figure, axes = new_figure(
+        10, 0.9 + 0.42 * len(rows), ncols=2 if len(zero) else 1, sharey=True, squeeze=False
+    )
     _draw_errors(axes[0, 0], rows)
     if len(zero):
         _draw_changes(axes[0, 1], rows, results, zero)
@@ -337,16 +426,35 @@ def _draw_errors(ax: Any, rows: Sequence[tuple]) -> None:
         cut = ends[i] > limit
         length = limit if cut else means[i]
         colour = COLOURS.get(method, "#555555")
-        ax.barh(i, length, color=colour, alpha=0.85, height=0.62, hatch="//" if cut else None, edgecolor="white")
+        ax.barh(
+            i,
+            length,
+            color=colour,
+            alpha=0.85,
+            height=0.62,
+            hatch="//" if cut else None,
+            edgecolor="white",
+        )
         if cut:
             text, place, side = f"{means[i]:.3f} \u25b8", (limit, i), "right"
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         else:
             text, place, side, box = f"{means[i]:.3f}", (ends[i], i), "left", None
         shift = (-5 if cut else 5, 0)
-        ax.annotate(text, place, xytext=shift, textcoords="offset points", va="center", ha=side, fontsize=9, bbox=box)
+        ax.annotate(
+            text,
+            place,
+            xytext=shift,
+            textcoords="offset points",
+            va="center",
+            ha=side,
+            fontsize=9,
+            bbox=box,
+        )
         if np.isfinite(stds[i]) and not cut:
-            ax.errorbar(means[i], i, xerr=stds[i], fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+            ax.errorbar(
+                means[i], i, xerr=stds[i], fmt="none", ecolor="black", elinewidth=1.2, capsize=3
+            )
     ax.set_xlim(0, limit)
     ax.set_xlabel(f"test MSE {SCALED}", fontsize=9)
     ax.set_yticks(np.arange(len(rows)), [label(m, a) for m, a, *_ in rows], fontsize=10)
@@ -358,11 +466,16 @@ def _draw_errors(ax: Any, rows: Sequence[tuple]) -> None:
 def _draw_changes(ax: Any, rows: Sequence[tuple], results: pd.DataFrame, zero: pd.Series) -> None:
     changes = []
     for method, alpha, mean, _ in rows:
-        mine = results[(results["method"] == method) & ((results["alpha"] == alpha) | pd.isna(alpha))]
+        mine = results[
+            (results["method"] == method) & ((results["alpha"] == alpha) | pd.isna(alpha))
+        ]
         change = 100 * (mine.set_index("seed")["test_mse"] / zero - 1).dropna().to_numpy()
         # A naive forecast has no seed; neither have rows that are the same at every seed.
-        changes.append(np.unique(change) if len(change) else np.array([100 * (mean / zero.iloc[0] - 1)]))
-    # The axis shows the models and what is near them; what is far off is written at the edge it lies behind.
+        changes.append(
+            np.unique(change) if len(change) else np.array([100 * (mean / zero.iloc[0] - 1)])
+        )
+    # The axis shows the models and what is near them; what is far off is written at the edge it
+    # lies behind.
     near = [0.0]
     for (method, *_), change in zip(rows, changes, strict=True):
         if method in STYLES:
@@ -378,7 +491,14 @@ def _draw_changes(ax: Any, rows: Sequence[tuple], results: pd.DataFrame, zero: p
         if not low <= mean <= high:
             right = mean > high
             text = f"{mean:+.0f} % \u25b8" if right else f"\u25c2 {mean:+.0f} %"
-            ax.text(high if right else low, i, text, ha="right" if right else "left", va="center", fontsize=9)
+            ax.text(
+                high if right else low,
+                i,
+                text,
+                ha="right" if right else "left",
+                va="center",
+                fontsize=9,
+            )
             continue
         ax.plot(change, np.full(len(change), i), "o", color=colour, markersize=5, alpha=0.6, mew=0)
         ax.plot(mean, i, "|", color=colour, markersize=17, mew=2.5)
@@ -388,8 +508,8 @@ def _draw_changes(ax: Any, rows: Sequence[tuple], results: pd.DataFrame, zero: p
 
 
 def plot_validation(cells: Sequence[dict], path: Path) -> bool:
-    """Validation MSE before training (epoch 0) and after every epoch: mean over seeds, and the band from the lowest to
-    the highest seed.
+    """Validation MSE before training (epoch 0) and after every epoch: mean over seeds, and the band
+    from the lowest to the highest seed.
 
     Returns: False where nothing was trained, and then there is no picture.
     """
@@ -404,20 +524,42 @@ def plot_validation(cells: Sequence[dict], path: Path) -> bool:
     figure, ax = new_figure(8, 4.5)
     zero = [c["val_mse"] for c in cells if c["method"] == "zero_shot"]
     if zero:
-        ax.axhline(zero[0], color=COLOURS["zero_shot"], linestyle=STYLES["zero_shot"], linewidth=1.5, label="zero-shot")
-    floor, roof, highest = min(zero, default=np.inf), max(zero, default=-np.inf), max(zero, default=-np.inf)
+        ax.axhline(
+            zero[0],
+            color=COLOURS["zero_shot"],
+            linestyle=STYLES["zero_shot"],
+            linewidth=1.5,
+            label="zero-shot",
+        )
+    floor, roof, highest = (
+        min(zero, default=np.inf),
+        max(zero, default=-np.inf),
+        max(zero, default=-np.inf),
+    )
     for (method, alpha), curves in groups.items():
         values = np.array([c[: min(map(len, curves))] for c in curves])
         epochs = np.arange(values.shape[1])
         style = {"color": COLOURS.get(method, "#555555"), "alpha": _fade(method, alpha, groups)}
-        ax.plot(epochs, values.mean(0), linestyle=STYLES.get(method, "-"), linewidth=2, markersize=5, mew=0,
-                marker=MARKERS.get(method, "o"), label=label(method, alpha), **style)  # fmt: skip
+        ax.plot(
+            epochs,
+            values.mean(0),
+            linestyle=STYLES.get(method, "-"),
+            linewidth=2,
+            markersize=5,
+            mew=0,
+            marker=MARKERS.get(method, "o"),
+            label=label(method, alpha),
+            **style,
+        )
         if len(values) > 1:
-            ax.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
+            ax.fill_between(
+                epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0
+            )
         floor = min(floor, np.nanmin(values))
         roof = max(roof, values[:, -1].max())
         highest = max(highest, np.nanmax(values))
-    # a model from scratch starts far above the rest: the axis shows where the methods end, not where that one began
+    # a model from scratch starts far above the rest: the axis shows where the methods end, not
+    # where that one began
     span = max(roof - floor, 1e-9)
     ax.set_ylim(floor - 0.08 * span, min(highest + 0.08 * span, roof + 0.7 * span))
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -431,7 +573,11 @@ def plot_validation(cells: Sequence[dict], path: Path) -> bool:
 def _fade(method: str, alpha: float | None, groups: Any) -> float:
     """How strong a curve is drawn: the alphas of one method differ in it."""
     alphas = sorted(a for m, a in groups if m == method and a is not None)
-    return 1.0 if alpha is None or len(alphas) < 2 else 0.35 + 0.65 * alphas.index(alpha) / (len(alphas) - 1)
+    return (
+        1.0
+        if alpha is None or len(alphas) < 2
+        else 0.35 + 0.65 * alphas.index(alpha) / (len(alphas) - 1)
+    )
 
 
 def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
@@ -448,12 +594,22 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
         for method in swept:
             points = [(r.alpha, r) for r in summary.itertuples() if r.method == method]
             points += [
-                ({"tfs": 0.0, "ff": 1.0}[r.method], r) for r in summary.itertuples() if r.method in ("tfs", "ff")
+                ({"tfs": 0.0, "ff": 1.0}[r.method], r)
+                for r in summary.itertuples()
+                if r.method in ("tfs", "ff")
             ]
             points.sort(key=lambda p: p[0])
-            ax.errorbar([a for a, _ in points], [getattr(r, f"{split}_mse") for _, r in points],
-                        yerr=np.nan_to_num([getattr(r, f"{split}_mse_std") for _, r in points]), capsize=3, marker="o",
-                        linewidth=2, color=COLOURS[method], linestyle=STYLES[method], label=SHORT[method])  # fmt: skip
+            ax.errorbar(
+                [a for a, _ in points],
+                [getattr(r, f"{split}_mse") for _, r in points],
+                yerr=np.nan_to_num([getattr(r, f"{split}_mse_std") for _, r in points]),
+                capsize=3,
+                marker="o",
+                linewidth=2,
+                color=COLOURS[method],
+                linestyle=STYLES[method],
+                label=SHORT[method],
+            )
         if len(zero):
             ax.axhline(
                 zero[f"{split}_mse"].iloc[0],
@@ -464,13 +620,17 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
         ax.set_xlabel("alpha (0: from scratch, 1: full fine-tuning)", fontsize=10)
         ax.set_ylabel(f"{'validation' if split == 'val' else 'test'} {SCALED_Y}", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
+    figure.legend(
+        handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center"
+    )
     figure.savefig(path)
     return True
 
 
 def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
-    """Four test windows, chosen by position and not by looks: the end of the context, the truth, and the forecasts."""
+    """Four test windows, chosen by position and not by looks: the end of the context, the truth,
+    and the forecasts.
+    """
     shown = _shown(cells)
     windows = [dict(np.load(cell["folder"] / "forecasts.npz")) for cell in shown]
     n_windows, horizon = windows[0]["target"].shape
@@ -491,9 +651,18 @@ def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
             method = cell["method"]
             # Forecasts often lie on each other: their signs stand at places of their own.
             first = k * step // len(shown)
-            ax.plot(future, data["point"][i], color=COLOURS.get(method, "#555555"), linestyle=STYLES.get(method, "-"),
-                    linewidth=1.4, marker=MARKERS.get(method, "o"), markersize=4, mew=0, markevery=(first, step),
-                    label=label(method, cell["alpha"]))  # fmt: skip
+            ax.plot(
+                future,
+                data["point"][i],
+                color=COLOURS.get(method, "#555555"),
+                linestyle=STYLES.get(method, "-"),
+                linewidth=1.4,
+                marker=MARKERS.get(method, "o"),
+                markersize=4,
+                mew=0,
+                markevery=(first, step),
+                label=label(method, cell["alpha"]),
+            )
         ax.axvline(future[0], color="#999999", linewidth=0.8)
         ax.set_title(str(windows[0]["label"][i]), fontsize=10, loc="left")
         if dated:
@@ -503,15 +672,21 @@ def plot_forecasts(cells: Sequence[dict], path: Path) -> None:
         if i % columns == 0:
             ax.set_ylabel("data units", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
+    figure.legend(
+        handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center"
+    )
     figure.savefig(path)
 
 
 def _shown(cells: Sequence[dict]) -> list[dict]:
-    """The cells whose forecasts are drawn: four methods at most, of the first seed, each with its best alpha."""
+    """The cells whose forecasts are drawn: four methods at most, of the first seed, each with its
+    best alpha.
+    """
     seed = min(cell["seed"] for cell in cells)
     found = []
-    for method in dict.fromkeys(["zero_shot", "ff", "sff", "tfs", "lpff", "lp", "lora", "noise", "l2sp", *STRATEGIES]):
+    for method in dict.fromkeys(
+        ["zero_shot", "ff", "sff", "tfs", "lpff", "lp", "lora", "noise", "l2sp", *STRATEGIES]
+    ):
         same = [cell for cell in cells if cell["method"] == method and cell["seed"] == seed]
         if same and len(found) < 4:
             found.append(min(same, key=lambda cell: cell["val_mse"]))
@@ -535,7 +710,7 @@ def _write_dates(ax: Any) -> None:
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # report.md
 
 
@@ -544,9 +719,11 @@ class Found:
     """What a comparison folder holds.
 
     Attributes:
-      table: the rows of the finished cells, as results.csv has them. cells: the same rows, each with what its cell left
-        beside it: history, warnings, and the folder with its example forecasts.
-      run: run.json. baselines: scores of the naive forecasts. damaged: results that are not believed, in words.
+      table: the rows of the finished cells, as results.csv has them. cells: the same rows, each
+        with what its cell left beside it: history, warnings, and the folder with its example
+          forecasts.
+      run: run.json. baselines: scores of the naive forecasts. damaged: results that are not
+        believed, in words.
     """
 
     table: pd.DataFrame
@@ -556,7 +733,8 @@ class Found:
     damaged: list[str]
 
     def compared(self, by: str = "validation") -> "Found":
-        """Give what a table compares: of runs that validation chose among, the chosen; test errors of the epoch `by`.
+        """Give what a table compares: of runs that validation chose among, the chosen; test errors
+        of the epoch `by`.
 
         by: see `--report-by`.
         Raises: ValueError where there are no test errors of every epoch, naming such a run.
@@ -571,18 +749,25 @@ class Found:
         for cell in cells:
             if cell.get(f"{prefix}test_mse") is None:
                 raise ValueError(
-                    f"{cell['folder']} has no test errors of every epoch; run it with --test-each-epoch in another "
+                    f"{cell['folder']} has no test errors of every epoch; run it with "
+                    "--test-each-epoch in another "
                     "--out, or report by validation"
                 )
-        table = table.assign(test_mse=table[f"{prefix}test_mse"], test_mae=table[f"{prefix}test_mae"])
-        cells = [cell | {name: cell[f"{prefix}{name}"] for name in ("test_mse", "test_mae")} for cell in cells]
+        table = table.assign(
+            test_mse=table[f"{prefix}test_mse"], test_mae=table[f"{prefix}test_mae"]
+        )
+        cells = [
+            cell | {name: cell[f"{prefix}{name}"] for name in ("test_mse", "test_mae")}
+            for cell in cells
+        ]
         return dataclasses.replace(self, table=table, cells=cells)
 
 
 BY = {
     "validation": "Weights are those of the epoch with the lowest validation MSE",
     "last": "Test errors are those of the last epoch, whatever validation says of it",
-    "best-test": "Test errors are those of the epoch with the lowest test MSE, which nobody can know beforehand: they "
+    "best-test": "Test errors are those of the epoch with the lowest test MSE, which nobody can "
+    "know beforehand: they "
     "are a bound, and no result",
 }
 
@@ -596,7 +781,9 @@ def read_folder(folder: Path, rank: Callable[[dict[str, Any]], Any], *more: str)
     needed = (folders.CSV, folders.RUN, "baselines.json", *more)
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is not the folder of a finished comparison: no {', '.join(missing)}")
+        raise ValueError(
+            f"{folder} is not the folder of a finished comparison: no {', '.join(missing)}"
+        )
     run = storage.read_record(folder / folders.RUN)
     baselines = storage.read_record(folder / "baselines.json")["baselines"]
     records, damaged = folders.results(folder)
@@ -604,13 +791,16 @@ def read_folder(folder: Path, rank: Callable[[dict[str, Any]], Any], *more: str)
         raise ValueError(f"{folder} has no result that can be believed: {'; '.join(damaged)}")
     rows = grid.mark([record["row"] for record in records.values()], run["settings"])
     cells = []
-    for (name, record), row in sorted(zip(records.items(), rows, strict=True), key=lambda item: rank(item[1])):
+    for (name, record), row in sorted(
+        zip(records.items(), rows, strict=True), key=lambda item: rank(item[1])
+    ):
         cells.append({**row, **record, "folder": folder / "cells" / name})
     return Found(folders.table_of(rows, rank), cells, run, baselines, damaged)
 
 
 def write_report(folder: str | Path, by: str = "validation") -> Path:
-    """Write report.md, and its pictures where matplotlib is installed, into the folder of a comparison.
+    """Write report.md, and its pictures where matplotlib is installed, into the folder of a
+    comparison.
 
     by: the epoch whose test errors are shown, see `Found.compared`.
     Returns: the path of report.md.
@@ -625,27 +815,47 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
         plots = folder / "plots"
         plots.mkdir(exist_ok=True)
         plot_bars(summary, results, baselines, plots / "bars.png")
-        pictures.append(("bars", "Test error of every method. Bars: mean over seeds, whisker: standard deviation."))
+        pictures.append(
+            (
+                "bars",
+                "Test error of every method. Bars: mean over seeds, whisker: standard deviation.",
+            )
+        )
         if plot_validation(cells, plots / "validation.png"):
-            text = "Validation error before training and after every epoch; band: lowest to highest seed."
+            text = (
+                "Validation error before training and after every epoch; band: lowest to "
+                "highest seed."
+            )
             pictures.append(("validation", text))
         if plot_alpha(summary, plots / "alpha.png"):
-            pictures.append(("alpha", "Error against alpha; whisker: standard deviation over seeds."))
+            pictures.append(
+                ("alpha", "Error against alpha; whisker: standard deviation over seeds.")
+            )
         if tracked.plot(cells, label, plots / "curvature.png"):
-            pictures.append(("curvature", "Largest eigenvalue of the Hessian by epoch, mean over seeds."))
+            pictures.append(
+                ("curvature", "Largest eigenvalue of the Hessian by epoch, mean over seeds.")
+            )
         plot_forecasts(cells, plots / "forecasts.png")
-        pictures.append(("forecasts", "Test windows at fixed positions of the split, in data units, first seed."))
+        pictures.append(
+            (
+                "forecasts",
+                "Test windows at fixed positions of the split, in data units, first seed.",
+            )
+        )
 
     settings = run["settings"]
     lines = [
-        f"# {settings['data']}, {settings['model']}, {settings['context']} -> {settings['horizon']}",
+        f"# {settings['data']}, {settings['model']}, {settings['context']} -> "
+        f"{settings['horizon']}",
         "",
         verdict(summary, baselines, blocks_of(cells)),
         "",
         markdown_table(*_table_rows(summary, baselines, NAMES)),
         "",
-        "MSE and MAE are on the scale of the data standardised with the training rows. ± is the standard deviation "
-        "over seeds; rows without a number of seeds are the same at every seed; `vs` is the change of test MSE in per "
+        "MSE and MAE are on the scale of the data standardised with the training rows. ± is the "
+        "standard deviation "
+        "over seeds; rows without a number of seeds are the same at every seed; `vs` is the change "
+        "of test MSE in per "
         f"cent, each seed against the same seed. {BY[by]}; seconds "
         "are those of training and validation, without compilation. Every window is scored: "
         f"{run['windows']['val']:,} for validation, {run['windows']['test']:,} for test.",
@@ -665,14 +875,29 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
 
 
 def choice_lines(found: Found) -> list[str]:
-    """The part of a report that says what validation chose among; empty where nothing was chosen."""
+    """The part of a report that says what validation chose among; empty where nothing
+    was chosen.
+    """
     settings = found.run["settings"]
     if grid.OVER not in settings:
         return []
-    text = "The candidates of each method at the first seed; the one of lowest validation MSE is its row above."
+    text = (
+        "The candidates of each method at the first seed; the one of lowest validation MSE is "
+        "its row above."
+    )
     if settings.get("origins"):
-        text += f" Validation MSE is the mean of {settings['origins']} blocks, each after training on what lies before."
-    return ["", "## Chosen by validation", "", markdown_table(*grid.table(found.table, settings)), "", text]
+        text += (
+            f" Validation MSE is the mean of {settings['origins']} blocks, each after "
+            "training on what lies before."
+        )
+    return [
+        "",
+        "## Chosen by validation",
+        "",
+        markdown_table(*grid.table(found.table, settings)),
+        "",
+        text,
+    ]
 
 
 def picture_lines(pictures: Sequence[tuple[str, str]], again: str) -> list[str]:
@@ -688,10 +913,19 @@ def picture_lines(pictures: Sequence[tuple[str, str]], again: str) -> list[str]:
 def made_lines(run: dict[str, Any], results: pd.DataFrame) -> list[str]:
     """The part of a report that says how it was made."""
     lines = ["", "## How it was made", "", "```", run["command"], "```", ""]
-    settings = [[name, "" if value is None else str(value)] for name, value in run["settings"].items()]
-    lines.append(markdown_table(["setting", "value"], [*settings, ["family", run["model"]["family"]]]))
+    settings = [
+        [name, "" if value is None else str(value)] for name, value in run["settings"].items()
+    ]
+    lines.append(
+        markdown_table(["setting", "value"], [*settings, ["family", run["model"]["family"]]])
+    )
     commits = ", ".join(sorted(set(results["git_commit"].astype(str))))
-    return [*lines, "", f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.", ""]
+    return [
+        *lines,
+        "",
+        f"Commit {commits}; {results['versions'].iloc[-1]}; {results['device'].iloc[-1]}.",
+        "",
+    ]
 
 
 def write_text(path: Path, lines: Sequence[str]) -> Path:
@@ -706,7 +940,9 @@ def print_table(folder: str | Path, console: Console | None = None, by: str = "v
     found = read_folder(Path(folder), rank).compared(by)
     console = console or Console()
     summary, s = summarise(found.table), found.run["settings"]
-    title = f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}{by_words(by)}"
+    title = (
+        f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}{by_words(by)}"
+    )
     for table in terminal_tables(summary, found.baselines, title, console):
         console.print(table)
     console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
@@ -721,18 +957,29 @@ class Options:
     report_by: Annotated[
         str,
         flags.one_of(flags.REPORT_BY),
-        flags.described("epoch whose test error is shown: validation, or, with --test-each-epoch, last or best-test"),
+        flags.described(
+            "epoch whose test error is shown: validation, or, with --test-each-epoch, last or "
+            "best-test"
+        ),
     ] = "validation"
     program: ClassVar[str] = "experiments.report"
 
 
 def by_words(by: str) -> str:
     """Say in a title by which epoch test errors are shown, where it is not the usual one."""
-    return {"validation": "", "last": "; last epoch", "best-test": "; epoch of the lowest test error"}[by]
+    return {
+        "validation": "",
+        "last": "; last epoch",
+        "best-test": "; epoch of the lowest test error",
+    }[by]
 
 
-def command(options: Callable[[], Any], show: Callable[..., None], write: Callable[..., Path]) -> int:
-    """A command about the folder of a comparison: its table, then its report. Returns the exit code."""
+def command(
+    options: Callable[[], Any], show: Callable[..., None], write: Callable[..., Path]
+) -> int:
+    """A command about the folder of a comparison: its table, then its report. Returns the exit
+    code.
+    """
 
     def work() -> int:
         asked = options()

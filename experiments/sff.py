@@ -70,7 +70,9 @@ class Options(flags.Options):
     """rank of the adapters of lora"""
     sam_rho: Annotated[float, flags.number(flags.TINY, flags.HUGE, says="positive")] = 0.05
     """how far up the gradient sam takes its own"""
-    ema_decay: Annotated[float, flags.number(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = 0.999
+    ema_decay: Annotated[float, flags.number(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = (
+        0.999
+    )
     """decay of the average of ema"""
     swa_share: Annotated[float, flags.number(0, 1, says="a share from 0 to 1")] = 0.5
     """share of the epochs, the last ones, that swa averages"""
@@ -78,7 +80,9 @@ class Options(flags.Options):
     """layers of each stack that last_k trains"""
     anchor_weight: Annotated[float, flags.number(flags.TINY, flags.HUGE, says="positive")] = 1.0
     """weight of the distance to the checkpoint's forecasts of anchor"""
-    mixout_share: Annotated[float, flags.number(flags.TINY, flags.BELOW_1, says="between 0 and 1")] = 0.1
+    mixout_share: Annotated[
+        float, flags.number(flags.TINY, flags.BELOW_1, says="between 0 and 1")
+    ] = 0.1
     """share of the weights that mixout puts back in each step"""
     msft_scales: Annotated[int, flags.whole(1)] = 2
     """coarser scales that msft adds to the series"""
@@ -93,8 +97,9 @@ def parse(argv: Sequence[str]) -> Options:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a method, its alpha where it has one, a seed, and where settings are chosen its learning rate and the
-    origin of its validation."""
+    """One run: a method, its alpha where it has one, a seed, and where settings are chosen its
+    learning rate and the origin of its validation.
+    """
 
     method: str
     alpha: float | None
@@ -110,7 +115,10 @@ class Cell:
     @property
     def label(self) -> str:
         """It in words."""
-        return f"{report.label(self.method, self.alpha)}{report.chosen_by(self.lr, self.origin)}, seed {self.seed}"
+        return (
+            f"{report.label(self.method, self.alpha)}{report.chosen_by(self.lr, self.origin)}, "
+            f"seed {self.seed}"
+        )
 
     @property
     def trains(self) -> bool:
@@ -121,20 +129,29 @@ class Cell:
 def resolve(options: Options) -> Comparison:
     """`cells.resolve`, with the settings that only this experiment has."""
     c = cells.resolve(options)
-    own = {name: getattr(options, name) if method in options.methods else None for name, method in OWN.items()}
+    own = {
+        name: getattr(options, name) if method in options.methods else None
+        for name, method in OWN.items()
+    }
     own["curvature"] = ",".join(map(str, options.curvature)) or None
     return dataclasses.replace(c, settings=c.settings | own, optional=tuple(own))
 
 
 def cells_of(options: Options) -> tuple[Cell, ...]:
-    """Every run that the options ask for; where settings are chosen, those of the first seed, which choose."""
+    """Every run that the options ask for; where settings are chosen, those of the first seed, which
+    choose.
+    """
     if options.over:
         return grid_cells(options, options.seeds[:1])
-    return tuple(Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds)
+    return tuple(
+        Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds
+    )
 
 
 def grid_cells(options: Options, seeds: Sequence[int]) -> tuple[Cell, ...]:
-    """Every candidate of every arm at some seeds: at the first one at every origin, at others at the usual one."""
+    """Every candidate of every arm at some seeds: at the first one at every origin, at others at
+    the usual one.
+    """
     found = []
     for method, alpha in options.tunings:
         several = strategy(method, alpha=0.5).phases  # nothing trained, nothing to choose
@@ -155,10 +172,16 @@ def plan(c: Comparison) -> str:
     """What will run, in words."""
     runs, o = cells_of(c.options), c.options
     done = cells.finished(c, runs)
-    text = f"runs     {len(runs) + n_chosen(o)}: {', '.join(o.methods)} x seeds {', '.join(map(str, o.seeds))}"
+    text = (
+        f"runs     {len(runs) + n_chosen(o)}: {', '.join(o.methods)} x seeds "
+        f"{', '.join(map(str, o.seeds))}"
+    )
     if o.over:
         blocks = f", mean of {o.origins} blocks" if o.origins > 1 else ""
-        text += f"; {len(runs)} at seed {o.seeds[0]}, which choose {' and '.join(o.over)} by validation{blocks}"
+        text += (
+            f"; {len(runs)} at seed {o.seeds[0]}, which choose {' and '.join(o.over)} by "
+            f"validation{blocks}"
+        )
     return cells.plan(c, [text + (f"; {done} finished already" if done else "")])
 
 
@@ -193,7 +216,9 @@ def curvature_of(options: Options, cell: Cell) -> tuple[int, ...]:
 def begin(c: Comparison, cell: Cell) -> Running:
     """Begin the training of a cell."""
     o = c.options
-    return cells.begin(cells.at(c, cell), cell, strategy_of(o, cell), curvature_at=curvature_of(o, cell))
+    return cells.begin(
+        cells.at(c, cell), cell, strategy_of(o, cell), curvature_at=curvature_of(o, cell)
+    )
 
 
 def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
@@ -207,9 +232,14 @@ def run_cell(c: Comparison, cell: Cell) -> dict[str, Any]:
     row = cells.row_of(c, columns, result.model, result)
     if o.over:
         row |= {"lr": cell.lr if "lr" in o.over else row["lr"], "origin": cell.origin}
-    row |= {name: getattr(o, name) if cell.method == method else None for name, method in OWN.items()}
+    row |= {
+        name: getattr(o, name) if cell.method == method else None for name, method in OWN.items()
+    }
     start = cells.start_mse(c, chosen, cell.seed)
-    final, mixes = (result.model, result.params), [{"weight": w} | scores for w, scores in result.mixes.items()]
+    final, mixes = (
+        (result.model, result.params),
+        [{"weight": w} | scores for w, scores in result.mixes.items()],
+    )
     more = {"start_curvature": result.start_curvature, "mixes": mixes}
     cells.keep(c, cell, final, row, result, start_mse=start, **more)
     return row

@@ -68,21 +68,79 @@ from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
 
 DATA = ("ETTh1", "ETTm1", "weather", "exchange_rate", "traffic_6", "solar_12", "national_illness")
-ARMS = ("zero_shot", "ff", "tfs", "lp", "lpff", "l2sp", "lora", "noise", "sff", "pruned+ff", "pruned+sff")
+ARMS = (
+    "zero_shot",
+    "ff",
+    "tfs",
+    "lp",
+    "lpff",
+    "l2sp",
+    "lora",
+    "noise",
+    "sff",
+    "pruned+ff",
+    "pruned+sff",
+)
 CLAIMS = {"sff": "smoothing (SFF)", "pruned+ff": "pruning (Prune-then-Finetune)"}
 PAIR = ["data", "model", "few_shot", "budget"]
 NOT_CONFIRMED = "implementation exact, claim not confirmed on obtainable weights"
 REFERENCE = "ff"
 KNOWN = (*STRATEGIES, *(f"pruned+{name}" for name in prune_then_finetune.TUNED))
 # 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-# 95 % quantile of the studentised range with infinitely many degrees of freedom over sqrt(2), of 2, 3, ... arms
-NEMENYI = (1.960, 2.344, 2.569, 2.728, 2.850, 2.948, 3.031, 3.102, 3.164, 3.219, 3.268, 3.313, 3.354, 3.391, 3.426)
+STUDENT = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
+# 95 % quantile of the studentised range with infinitely many degrees of freedom over sqrt(2), of 2,
+# 3, ... arms
+NEMENYI = (
+    1.960,
+    2.344,
+    2.569,
+    2.728,
+    2.850,
+    2.948,
+    3.031,
+    3.102,
+    3.164,
+    3.219,
+    3.268,
+    3.313,
+    3.354,
+    3.391,
+    3.426,
+)
 NEMENYI += (3.458, 3.489, 3.517, 3.544)
 SHARE = r"@(0?\.\d+|1)$"  # of a data set of its own, behind its name
-FLOPS = 5e10  # a second, of two CPU cores in training: for a guess of the cost before anything was measured
-RELEASED = ("--mode", "direct", "--batch-size", "2048", "--schedule", "halving", "--epochs", "10", "--lr", "3e-5",
-            "--weight-decay", "0")  # fmt: skip
+# a second, of two CPU cores in training: for a guess of the cost before anything was measured
+FLOPS = 5e10
+RELEASED = (
+    "--mode",
+    "direct",
+    "--batch-size",
+    "2048",
+    "--schedule",
+    "halving",
+    "--epochs",
+    "10",
+    "--lr",
+    "3e-5",
+    "--weight-decay",
+    "0",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +149,9 @@ class Options:
 
     program: ClassVar[str] = "experiments.study"
     data: Annotated[tuple[str, ...], flags.words()] = DATA
-    """benchmark names or files; NAME@SHARE has that share of its training windows in place of --shares, for
-    sets that are much larger than the others"""
+    """benchmark names or files; NAME@SHARE has that share of its training windows in place of
+    --shares, for sets that are much larger than the others
+    """
     models: Annotated[tuple[str, ...], flags.words()] = ("timer-tiny",)
     """shipped names, model folders or hub names"""
     arms: Annotated[
@@ -100,19 +159,35 @@ class Options:
         flags.names(KNOWN),
         flags.described(f"what to compare with ff, of {', '.join(STRATEGIES)} and pruned+METHOD"),
     ] = ARMS
-    shares: Annotated[tuple[float, ...], flags.numbers(TINY, 1, says="above 0 and at most 1")] = (0.05, 0.25, 1.0)
+    shares: Annotated[tuple[float, ...], flags.numbers(TINY, 1, says="above 0 and at most 1")] = (
+        0.05,
+        0.25,
+        1.0,
+    )
     """shares of the training windows"""
     train_windows: Annotated[int | None, flags.whole(1, unset="--shares")] = None
     """train on so many windows of each data set, evenly spread, in place of a share of them"""
     steps: Annotated[tuple[int, ...], flags.wholes(1, says="at least 1")] = (300, 1000, 3000, 10000)
     """budgets, in steps of training"""
-    seeds: Annotated[tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2, 3, 4)
+    seeds: Annotated[
+        tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")
+    ] = (0, 1, 2, 3, 4)
     """a run for each; the first chooses the settings"""
-    lr: Annotated[tuple[float, ...], flags.numbers(TINY, flags.HUGE, says="positive")] = (1e-5, 1e-4, 1e-3)
+    lr: Annotated[tuple[float, ...], flags.numbers(TINY, flags.HUGE, says="positive")] = (
+        1e-5,
+        1e-4,
+        1e-3,
+    )
     """learning rates to choose from"""
-    alpha: Annotated[tuple[float, ...], flags.numbers(0, 1, says="between 0 and 1")] = (0.7, 0.9, 0.95)
+    alpha: Annotated[tuple[float, ...], flags.numbers(0, 1, says="between 0 and 1")] = (
+        0.7,
+        0.9,
+        0.95,
+    )
     """weights of the pretrained side to choose from"""
-    ratio: Annotated[tuple[float, ...], flags.numbers(TINY, flags.BELOW_1, says="above 0 and below 1")] = (
+    ratio: Annotated[
+        tuple[float, ...], flags.numbers(TINY, flags.BELOW_1, says="above 0 and below 1")
+    ] = (
         0.01,
         0.05,
         0.2,
@@ -121,13 +196,17 @@ class Options:
     horizon: Annotated[int, flags.whole(1)] = 96
     """steps to forecast"""
     score_windows: Annotated[int | None, flags.whole(1, unset="all")] = None
-    """validate and test on about so many windows, evenly spread over time: every n-th start of all variates, n for
-    each data set; by default as --score-stride says"""
+    """validate and test on about so many windows, evenly spread over time: every n-th start of all
+    variates, n for each data set; by default as --score-stride says
+    """
     curvature: bool = False
-    """measure the curvature of the training loss before the first step, for its correlation with the gain of sff"""
+    """measure the curvature of the training loss before the first step, for its correlation with
+    the gain of sff
+    """
     released: bool = False
-    """the recipe of the SFF release in place of the grids and budgets: Adam 3e-5, batch 2048, halving, 10 epochs,
-    direct loss, alpha 0.7"""
+    """the recipe of the SFF release in place of the grids and budgets: Adam 3e-5, batch 2048,
+    halving, 10 epochs, direct loss, alpha 0.7
+    """
     out: Annotated[Path, flags.path("FOLDER")] = Path("runs/study")
     """folder of the results"""
     plan: bool = False
@@ -163,13 +242,23 @@ class Pair:
 
 
 def pairs_of(o: Options) -> list[Pair]:
-    """Every pair that the options ask for; each data set and model is looked at, which takes a second."""
+    """Every pair that the options ask for; each data set and model is looked at, which takes a
+    second.
+    """
     found = []
     for asked in o.data:
         data, _, own_share = asked.rpartition("@") if re.search(SHARE, asked) else (asked, "", "")
         shares = (float(own_share),) if own_share else o.shares
         for model in o.models:
-            words = ["--data", data, "--model", model, "--horizon", str(o.horizon), *shlex.split(o.more)]
+            words = [
+                "--data",
+                data,
+                "--model",
+                model,
+                "--horizon",
+                str(o.horizon),
+                *shlex.split(o.more),
+            ]
             c = sff.resolve(sff.parse([*words, *(RELEASED if o.released else ())]))
             batch, config = c.config.batch_size, c.model.config
             stride = o.score_windows and stride_for(c.splits.test.n, o.score_windows)
@@ -187,7 +276,9 @@ def pairs_of(o: Options) -> list[Pair]:
                     epochs = 10 if budget is None else max(round(budget / an_epoch), 1)
                     name = "released" if budget is None else str(budget)
                     if epochs not in seen:
-                        found.append(Pair(data, model, share, name, epochs, epochs * an_epoch, flops, stride))
+                        found.append(
+                            Pair(data, model, share, name, epochs, epochs * an_epoch, flops, stride)
+                        )
                     seen.add(epochs)
     return found
 
@@ -195,7 +286,8 @@ def pairs_of(o: Options) -> list[Pair]:
 def stride_for(count: int, wanted: int) -> int:
     """Find the stride that leaves about `wanted` of `count` windows.
 
-    It has no factor in common with 2 * 3 * 5 * 7, so that it meets every hour of a day and every day of a week.
+    It has no factor in common with 2 * 3 * 5 * 7, so that it meets every hour of a day and every
+    day of a week.
     """
     stride = max(count // wanted, 1)
     while math.gcd(stride, 210) > 1:
@@ -204,9 +296,17 @@ def stride_for(count: int, wanted: int) -> int:
 
 
 def commands(o: Options, pair: Pair) -> dict[str, list[str]]:
-    """Give the words of the comparisons of a pair: by program, "sff" and, with pruned arms, "prune"."""
+    """Give the words of the comparisons of a pair: by program, "sff" and, with pruned arms,
+    "prune".
+    """
     words = ["--data", pair.data, "--model", pair.model, "--few-shot", exact(pair.few_shot)]
-    words += ["--horizon", str(o.horizon), "--seeds", ",".join(map(str, o.seeds)), "--test-each-epoch"]
+    words += [
+        "--horizon",
+        str(o.horizon),
+        "--seeds",
+        ",".join(map(str, o.seeds)),
+        "--test-each-epoch",
+    ]
     words += [] if pair.stride is None else ["--score-stride", str(pair.stride)]
     alphas, choose = ",".join(map(exact, o.alpha)), len(o.alpha) > 1
     if o.released:
@@ -225,11 +325,33 @@ def commands(o: Options, pair: Pair) -> dict[str, list[str]]:
     curved = ["--curvature", "0"] if o.curvature else []
     pruned = [arm.removeprefix("pruned+") for arm in o.arms if arm.startswith("pruned+")]
     found = {
-        "sff": [*words, "--methods", ",".join(plain), *mixing(plain), *curved, "--out", str(o.out / "sff" / pair.name)]
+        "sff": [
+            *words,
+            "--methods",
+            ",".join(plain),
+            *mixing(plain),
+            *curved,
+            "--out",
+            str(o.out / "sff" / pair.name),
+        ]
     }
     if pruned:
-        own = ["--ratio", ",".join(map(exact, o.ratio)), "--tune", "validated", "--timed-runs", "0", "--no-whole"]
-        own += ["--methods", ",".join(pruned), *mixing(pruned), "--out", str(o.out / "prune" / pair.name)]
+        own = [
+            "--ratio",
+            ",".join(map(exact, o.ratio)),
+            "--tune",
+            "validated",
+            "--timed-runs",
+            "0",
+            "--no-whole",
+        ]
+        own += [
+            "--methods",
+            ",".join(pruned),
+            *mixing(pruned),
+            "--out",
+            str(o.out / "prune" / pair.name),
+        ]
         found["prune"] = [*words, *own]
     return found
 
@@ -251,7 +373,9 @@ def plan(o: Options, pairs: Sequence[Pair]) -> str:
         total += runs
         lines.append(f"{pair.name}: {pair.epochs} epochs, {pair.steps} steps, {runs} runs")
     how = "from finished runs where there are any" if rate else "a guess from sizes"
-    cost = f"about {seconds / 3600:.1f} hours of training ({how}), without validation and compilation"
+    cost = (
+        f"about {seconds / 3600:.1f} hours of training ({how}), without validation and compilation"
+    )
     return "\n".join([*lines, f"{len(pairs)} pairs, {total} runs; {cost}"])
 
 
@@ -274,15 +398,20 @@ def measured(o: Options) -> dict[str, float]:
         return {}
     table = pd.read_csv(file)
     table = table[table["steps"] > 0]
-    return {str(model): float((g["seconds"] / g["steps"]).mean()) for model, g in table.groupby("asked_model")}
+    return {
+        str(model): float((g["seconds"] / g["steps"]).mean())
+        for model, g in table.groupby("asked_model")
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what came out
 
 
 def records_of(o: Options, pair: Pair) -> list[dict[str, Any]]:
-    """Read what the comparisons of a pair left: each chosen row, with its blocks of test errors under "blocks"."""
+    """Read what the comparisons of a pair left: each chosen row, with its blocks of test errors
+    under "blocks".
+    """
     found = []
     for program in commands(o, pair):
         path = o.out / program / pair.name
@@ -291,7 +420,8 @@ def records_of(o: Options, pair: Pair) -> list[dict[str, Any]]:
         rank = report.rank if program == "sff" else prune_then_finetune.pruning_report.rank
         for cell in report.read_folder(path, rank).compared().cells:
             if program == "prune" and not cell["method"].startswith("pruned+"):
-                continue  # the whole model's runs are in the other folder, and the pruned one alone is no arm
+                # the whole model's runs are in the other folder, and the pruned one alone is no arm
+                continue
             if cell["method"] not in o.arms:
                 continue  # of a larger command
             facts = {"few_shot": pair.few_shot, "budget": pair.budget, "asked_model": pair.model}
@@ -307,9 +437,9 @@ def differences(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
     Args:
       records: rows of results with "blocks", as `records_of` gives them.
-    Returns: a row per pair and arm: seeds, gain (test MSE of ff minus that of the arm, mean over seeds), gain in per
-      cent, intervals over seeds and over blocks of time (NaN where there is none), and what the rule says: helps, harms
-      or not shown.
+    Returns: a row per pair and arm: seeds, gain (test MSE of ff minus that of the arm, mean over
+      seeds), gain in per cent, intervals over seeds and over blocks of time (NaN where there is
+      none), and what the rule says: helps, harms or not shown.
     """
     by_arm: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = {}
     for record in records:
@@ -326,7 +456,11 @@ def differences(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             whole = np.mean([base[seed]["test_mse"] for seed in seeds])
             low, high = seed_interval(gain)
             time = block_interval([base[seed]["blocks"] - mine[seed]["blocks"] for seed in seeds])
-            row = dict(zip(PAIR, pair, strict=True)) | {"arm": arm, "seeds": len(seeds), "gain": gain.mean()}
+            row = dict(zip(PAIR, pair, strict=True)) | {
+                "arm": arm,
+                "seeds": len(seeds),
+                "gain": gain.mean(),
+            }
             row |= {"gain_percent": 100 * gain.mean() / whole, "seed_low": low, "seed_high": high}
             row |= {"block_low": time[0], "block_high": time[1]}
             row |= {"sharpness_before": measured_mean(base), "sharpness": measured_mean(mine)}
@@ -335,19 +469,26 @@ def differences(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def measured_mean(runs: dict[int, dict[str, Any]]) -> float:
-    """Mean top eigenvalue of the starts of some runs by seed, over those where it was measured; NaN for none."""
+    """Mean top eigenvalue of the starts of some runs by seed, over those where it was measured; NaN
+    for none.
+    """
     values = [run.get("sharpness", math.nan) for run in runs.values()]
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan
 
 
 def sharpness_lines(found: pd.DataFrame) -> list[str]:
-    """Say how the gain of sff goes with the sharpness of the checkpoint, and with what mixing takes from it.
+    """Say how the gain of sff goes with the sharpness of the checkpoint, and with what mixing takes
+    from it.
 
     found: as `differences` gives it; pairs whose curvature was not measured are left out.
     Returns: lines of the report, none for fewer than four pairs.
     """
-    mine = found[found["arm"] == "sff"].dropna(subset=["sharpness_before", "sharpness"]) if len(found) else found
+    mine = (
+        found[found["arm"] == "sff"].dropna(subset=["sharpness_before", "sharpness"])
+        if len(found)
+        else found
+    )
     if len(mine) < 4:
         return []
     change = mine["sharpness"] / mine["sharpness_before"]
@@ -356,28 +497,36 @@ def sharpness_lines(found: pd.DataFrame) -> list[str]:
         "",
         "## Sharpness",
         "",
-        f"Top eigenvalue of the Hessian of the training loss, before the first step, over {len(mine)} pairs: mixing "
-        f"lowers it in {int((change < 1).sum())}. Spearman's rank correlation with the gain of sff in per cent: "
+        "Top eigenvalue of the Hessian of the training loss, before the first step, over "
+        f"{len(mine)} pairs: mixing "
+        f"lowers it in {int((change < 1).sum())}. Spearman's rank correlation with the gain of sff "
+        "in per cent: "
         f"{before:+.2f} of the eigenvalue before mixing, {less:+.2f} of its relative fall.",
     ]
 
 
 def spearman(x: Any, y: Any) -> float:
     """Spearman's rank correlation of two vectors, ties sharing their mean rank."""
-    return float(np.corrcoef(pd.Series(np.asarray(x)).rank(), pd.Series(np.asarray(y)).rank())[0, 1])
+    return float(
+        np.corrcoef(pd.Series(np.asarray(x)).rank(), pd.Series(np.asarray(y)).rank())[0, 1]
+    )
 
 
 def seed_interval(gain: np.ndarray) -> tuple[float, float]:
     """95 % around a mean over seeds by Student's t; NaN for fewer than two."""
     if len(gain) < 2:
         return math.nan, math.nan
-    quantile = STUDENT[len(gain) - 2] if len(gain) - 2 < len(STUDENT) else 1.96 + 2.6 / (len(gain) - 1)
+    quantile = (
+        STUDENT[len(gain) - 2] if len(gain) - 2 < len(STUDENT) else 1.96 + 2.6 / (len(gain) - 1)
+    )
     width = quantile * gain.std(ddof=1) / len(gain) ** 0.5
     return float(gain.mean() - width), float(gain.mean() + width)
 
 
 def block_interval(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
-    """95 % around a mean over blocks of time, seeds averaged; NaN where there are too few blocks."""
+    """95 % around a mean over blocks of time, seeds averaged; NaN where there are too
+    few blocks.
+    """
     gap = np.mean(gaps, axis=0)
     if not len(gap):
         return math.nan, math.nan
@@ -414,8 +563,9 @@ def mean_ranks(table: pd.DataFrame) -> tuple[pd.DataFrame, int, float]:
 
     Args:
       table: rows of results.
-    Returns: arm and rank (1 is best, ties share), best first; the number of (data, model) that have every arm; the
-      critical difference of mean ranks, NaN for fewer than two blocks or an unknown number of arms.
+    Returns: arm and rank (1 is best, ties share), best first; the number of (data, model) that have
+      every arm; the critical difference of mean ranks, NaN for fewer than two blocks or an unknown
+      number of arms.
     """
     means = table.groupby([*PAIR, "method"])["test_mse"].mean().unstack("method").dropna()
     if REFERENCE not in means or not len(means):
@@ -430,7 +580,9 @@ def mean_ranks(table: pd.DataFrame) -> tuple[pd.DataFrame, int, float]:
 
 
 def plot_ranks(ranks: pd.DataFrame, width: float, file: Path) -> None:
-    """Draw mean ranks on a line; a bar joins arms that are no further apart than the critical difference."""
+    """Draw mean ranks on a line; a bar joins arms that are no further apart than the critical
+    difference.
+    """
     figure, ax = new_figure(8, 1.2 + 0.3 * len(ranks))
     for i, row in enumerate(ranks.itertuples()):
         ax.plot([row.rank, row.rank], [0, -1 - i], color="#BBBBBB", linewidth=0.8)
@@ -442,7 +594,10 @@ def plot_ranks(ranks: pd.DataFrame, width: float, file: Path) -> None:
             if last > i:
                 ax.plot([value, values[last]], [0.3 + 0.15 * i] * 2, color="black", linewidth=2.5)
     ax.set_yticks([])
-    ax.set_xlabel("mean rank of the test error (1: best); a bar: no further apart than the critical difference")
+    ax.set_xlabel(
+        "mean rank of the test error (1: best); a bar: no further apart than the critical "
+        "difference"
+    )
     figure.savefig(file)
 
 
@@ -455,7 +610,8 @@ def write(o: Options, pairs: Sequence[Pair]) -> list[str]:
     if not records:
         return []
     rows = [
-        {name: value for name, value in record.items() if name not in ("blocks", "sharpness")} for record in records
+        {name: value for name, value in record.items() if name not in ("blocks", "sharpness")}
+        for record in records
     ]
     table, found = pd.DataFrame(rows), differences(records)
     ranks, blocks, width = mean_ranks(table)
@@ -473,7 +629,14 @@ def write(o: Options, pairs: Sequence[Pair]) -> list[str]:
     lines += ["", "## Mean ranks", "", markdown_table(["arm", "rank"], body)]
     cd = "unknown" if math.isnan(width) else f"{width:.2f}"
     lines += ["", f"Over {blocks} pairs of data and model; critical difference {cd}."]
-    lines += ["", "## The rule", "", "```", (__doc__ or "").partition("THE RULE")[2].partition("\n\n")[0], "```"]
+    lines += [
+        "",
+        "## The rule",
+        "",
+        "```",
+        (__doc__ or "").partition("THE RULE")[2].partition("\n\n")[0],
+        "```",
+    ]
     lines += ["", "## How it was made", "", "```", _again(o), "```", ""]
     report.write_text(o.out / "report.md", lines)
     if importlib.util.find_spec("matplotlib"):

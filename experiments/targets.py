@@ -1,7 +1,9 @@
-"""Machines that a program can be compiled for without having them: TPU topologies and GPUs, by name.
+"""Machines that a program can be compiled for without having them: TPU topologies and GPUs, by
+name.
 
-v5e:4x4     16 TPU chips, compiled by libtpu                                       pip install "ltsm-jax[tpu-aot]"
-h200:8      a host of 8 GPUs, compiled by the CUDA plugin; h200:2x8 two of them    pip install "ltsm-jax[cuda-aot]"
+v5e:4x4     16 TPU chips, compiled by libtpu (`pip install "ltsm-jax[tpu-aot]"`)
+h200:8      a host of 8 GPUs, h200:2x8 two of them, compiled by the CUDA plugin
+            (`pip install "ltsm-jax[cuda-aot]"`)
 cpu:8       this machine's CPU as 8 devices, for trying things out
 """
 
@@ -25,7 +27,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the compiler has to know of a GPU. memory: bytes. bandwidth: bytes/s. clock: GHz. l2: bytes."""
+    """What the compiler has to know of a GPU. memory: bytes. bandwidth: bytes/s. clock: GHz. l2:
+    bytes.
+    """
 
     name: str
     memory: int
@@ -42,12 +46,22 @@ class Gpu:
 # Sizes as the driver reports them and as NVIDIA's data sheets and CUDA programming guide give them.
 GPUS = {
     "a100": Gpu(
-        "NVIDIA A100 80GB", 85_100_068_864, 2_039 * 10**9, 1.41, 108, 40 * 2**20, (8, 0), 164 * 1024, 163 * 1024
+        "NVIDIA A100 80GB",
+        85_100_068_864,
+        2_039 * 10**9,
+        1.41,
+        108,
+        40 * 2**20,
+        (8, 0),
+        164 * 1024,
+        163 * 1024,
     ),
     "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352 * 10**9, 1.98),
     "h200": Gpu("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4_800 * 10**9, 1.98),
 }
-GPU_SHARE = 0.75  # of a GPU's memory that JAX reserves unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+GPU_SHARE = (
+    0.75  # of a GPU's memory that JAX reserves unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +87,19 @@ def parse(text: str) -> tuple[str, str, tuple[int, ...]]:
     kind, _, shape = text.partition(":")
     known = (*TPUS, *GPUS, "cpu")
     if kind not in known:
-        near = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "v7": "tpu7x", "trillium": "v6e"}
+        near = {
+            "v5litepod": "v5e",
+            "v5lite": "v5e",
+            "v7x": "tpu7x",
+            "v7": "tpu7x",
+            "trillium": "v6e",
+        }
         stem = kind.rsplit("-", 1)[0]
         guess = [near[stem]] if stem in near else difflib.get_close_matches(kind, known, 1)
         hint = f" (did you mean {guess[0]}:...?)" if guess else ""
-        raise ValueError(f"topology {text!r}: no kind {kind!r}{hint}; known: {', '.join(known)}. {_FORMS}")
+        raise ValueError(
+            f"topology {text!r}: no kind {kind!r}{hint}; known: {', '.join(known)}. {_FORMS}"
+        )
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise ValueError(f"topology {text!r}: {shape!r} is no shape. {_FORMS}")
     sizes = tuple(int(n) for n in shape.split("x"))
@@ -87,15 +109,18 @@ def parse(text: str) -> tuple[str, str, tuple[int, ...]]:
     return platform, kind, sizes
 
 
-_FORMS = "Write a grid of TPU chips as v5e:4x4 or v4:2x2x2, GPUs as h200:8 (2 hosts: h200:2x8), CPU devices as cpu:8"
+_FORMS = (
+    "Write a grid of TPU chips as v5e:4x4 or v4:2x2x2, GPUs as h200:8 (2 hosts: h200:2x8), "
+    "CPU devices as cpu:8"
+)
 
 
 def find(text: str) -> Target:
-    """The target called `text`. To be called before JAX has started, in a process that does nothing else: it has JAX
-    compute on the CPU and sets environment variables of the compilers.
+    """The target called `text`. To be called before JAX has started, in a process that does nothing
+    else: it has JAX compute on the CPU and sets environment variables of the compilers.
 
-    Raises: ValueError for a name that is none, or that the compiler does not know; ModuleNotFoundError where the
-      compiler is not installed.
+    Raises: ValueError for a name that is none, or that the compiler does not know;
+      ModuleNotFoundError where the compiler is not installed.
     """
     platform, kind, sizes = parse(text)
     return {"tpu": _tpu, "cuda": _cuda, "cpu": _cpu}[platform](text, kind, sizes)
@@ -106,21 +131,31 @@ def _tpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
         raise ModuleNotFoundError('libtpu is not installed: pip install "ltsm-jax[tpu-aot]"')
     jax.config.update("jax_platforms", "cpu")
     # without them libtpu asks for the metadata of a cloud machine, and refuses a second process
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
-             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}  # fmt: skip
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     more = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=text, **more)
     except jax.errors.JaxRuntimeError as err:
-        raise ValueError(f"topology {text!r}: libtpu does not know it: {str(err).splitlines()[0]}") from err
+        raise ValueError(
+            f"topology {text!r}: libtpu does not know it: {str(err).splitlines()[0]}"
+        ) from err
     devices = tuple(topology.devices)
     return Target(text, "tpu", devices, _hbm(devices[0]))
 
 
 def _hbm(device: Any) -> int | None:
-    """Bytes of HBM for programs, which the compiler says when it is asked for more than any chip has."""
+    """Bytes of HBM for programs, which the compiler says when it is asked for more than any chip
+    has.
+    """
     place = jax.sharding.SingleDeviceSharding(device)
     column = jax.ShapeDtypeStruct((2**20,), jnp.float32, sharding=place)
     try:
@@ -133,7 +168,9 @@ def _hbm(device: Any) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Shortage:
-    """What a compiler says when memory does not suffice, in bytes. whole: `needed` has the arguments in it."""
+    """What a compiler says when memory does not suffice, in bytes. whole: `needed` has the
+    arguments in it.
+    """
 
     needed: int
     capacity: int
@@ -141,7 +178,9 @@ class Shortage:
 
 
 def shortage(message: str) -> Shortage | None:
-    """What a compiler's message says about too little memory; None where it is about something else."""
+    """What a compiler's message says about too little memory; None where it is about something
+    else.
+    """
     number = r"([\d.]+)([KMGT])"
     temporaries = rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)"
     for whole, pattern in ((False, temporaries), (True, rf"Used {number} of {number} hbm")):
@@ -158,16 +197,25 @@ def _bytes(number: str, unit: str) -> int:
 def _cuda(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
     found = {name: module_folder(name) for name in ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")}
     if missing := [name for name, folder in found.items() if folder is None]:
-        raise ModuleNotFoundError(f'{" and ".join(missing)} not installed: pip install "ltsm-jax[cuda-aot]"')
+        raise ModuleNotFoundError(
+            f'{" and ".join(missing)} not installed: pip install "ltsm-jax[cuda-aot]"'
+        )
     jax.config.update("jax_platforms", "cpu")
-    # choosing among kernels by measuring needs the GPU, and Triton's products can't be compiled without that choice
-    flags = (f"--xla_gpu_cuda_data_dir={found['nvidia.cuda_nvcc']}", "--xla_gpu_autotune_level=0",
-             "--xla_gpu_enable_triton_gemm=false")  # fmt: skip
+    # choosing among kernels by measuring needs the GPU, and Triton's products can't be compiled
+    # without that choice
+    flags = (
+        f"--xla_gpu_cuda_data_dir={found['nvidia.cuda_nvcc']}",
+        "--xla_gpu_autotune_level=0",
+        "--xla_gpu_enable_triton_gemm=false",
+    )
     os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
     hosts, each = sizes if len(sizes) == 2 else (1, sizes[0])
     gpu = GPUS[kind]
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=kind, target_config=target_config(gpu), topology=f"1x{hosts}x{each}"
+        platform="cuda",
+        topology_name=kind,
+        target_config=target_config(gpu),
+        topology=f"1x{hosts}x{each}",
     )
     return Target(text, "cuda", tuple(topology.devices), int(gpu.memory * GPU_SHARE))
 
@@ -186,15 +234,25 @@ def target_config(gpu: Gpu) -> str:
     """A GPU as XLA's `GpuTargetConfigProto` in text form."""
     (major, minor), info = gpu.capability, functools.partial("{}: {}".format)
     device = (
-        info("threads_per_block_limit", 1024), info("threads_per_warp", 32),
-        info("shared_memory_per_block", 48 * 1024), info("shared_memory_per_block_optin", gpu.shared_per_block),
-        info("shared_memory_per_core", gpu.shared_per_core), info("threads_per_core_limit", 2048),
-        info("core_count", gpu.cores), info("fpus_per_core", 128 if major == 9 else 64),
-        info("block_dim_limit_x", 2**31 - 1), info("block_dim_limit_y", 65535), info("block_dim_limit_z", 65535),
-        info("memory_bandwidth", gpu.bandwidth), info("l2_cache_size", gpu.l2), info("clock_rate_ghz", gpu.clock),
-        info("device_memory_size", gpu.memory), f"cuda_compute_capability {{ major: {major} minor: {minor} }}",
-        info("registers_per_core_limit", gpu.registers), info("registers_per_block_limit", gpu.registers),
-    )  # fmt: skip
+        info("threads_per_block_limit", 1024),
+        info("threads_per_warp", 32),
+        info("shared_memory_per_block", 48 * 1024),
+        info("shared_memory_per_block_optin", gpu.shared_per_block),
+        info("shared_memory_per_core", gpu.shared_per_core),
+        info("threads_per_core_limit", 2048),
+        info("core_count", gpu.cores),
+        info("fpus_per_core", 128 if major == 9 else 64),
+        info("block_dim_limit_x", 2**31 - 1),
+        info("block_dim_limit_y", 65535),
+        info("block_dim_limit_z", 65535),
+        info("memory_bandwidth", gpu.bandwidth),
+        info("l2_cache_size", gpu.l2),
+        info("clock_rate_ghz", gpu.clock),
+        info("device_memory_size", gpu.memory),
+        f"cuda_compute_capability {{ major: {major} minor: {minor} }}",
+        info("registers_per_core_limit", gpu.registers),
+        info("registers_per_block_limit", gpu.registers),
+    )
     return (
         f'gpu_device_info {{ {" ".join(device)} }} platform_name: "CUDA" '
         f'dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{gpu.name}"'
@@ -206,5 +264,7 @@ def _cpu(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
     jax.config.update("jax_num_cpu_devices", sizes[0])
     devices = jax.devices("cpu")
     if len(devices) != sizes[0]:
-        raise ValueError(f"topology {text!r}: JAX has started with {len(devices)} CPU devices already")
+        raise ValueError(
+            f"topology {text!r}: JAX has started with {len(devices)} CPU devices already"
+        )
     return Target(text, "cpu", tuple(devices), None)

@@ -41,13 +41,17 @@ class Options:
     ] = ("zero_shot", "ff", "sff", "tfs")
     alpha: Annotated[float, flags.number(0, 1, says="between 0 and 1")] = 0.7
     """weight of the pretrained side, for the methods that mix; column `mix`"""
-    seeds: Annotated[tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0,)
+    seeds: Annotated[
+        tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")
+    ] = (0,)
     """a run for each; what has no randomness runs once"""
     epochs: Annotated[int | None, flags.whole(1, unset="recipe")] = None
     """passes over what is trained on"""
     batch_size: Annotated[int | None, flags.whole(1, unset="recipe")] = None
     """windows or examples per step"""
-    lr: Annotated[float | None, flags.number(flags.TINY, flags.HUGE, says="positive", unset="recipe")] = None
+    lr: Annotated[
+        float | None, flags.number(flags.TINY, flags.HUGE, says="positive", unset="recipe")
+    ] = None
     """learning rate"""
     out: Annotated[str | None, flags.text("FOLDER")] = None
     """folder of the results; by default runs/EXPERIMENT-DATA-MODEL"""

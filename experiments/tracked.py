@@ -10,8 +10,10 @@ from ltsm_jax.plotting import new_figure
 
 NUMBERS = ("top_eigenvalue", "trace", "sharpness")
 TEXT = (
-    "Of the training loss on a fixed subsample of its windows, without dropout: the largest eigenvalue of its "
-    "Hessian, the trace, and how much the loss rises within 0.05 up the gradient (SAM's sharpness). Means over seeds; "
+    "Of the training loss on a fixed subsample of its windows, without dropout: the largest "
+    "eigenvalue of its "
+    "Hessian, the trace, and how much the loss rises within 0.05 up the gradient (SAM's "
+    "sharpness). Means over seeds; "
     "epoch 0 is the start."
 )
 
@@ -33,28 +35,43 @@ def collect(cells: Sequence[dict[str, Any]]) -> dict[Arm, dict[int, dict[str, fl
     for arm, epochs in found.items():
         means[arm] = {}
         for epoch, rows in sorted(epochs.items()):
-            means[arm][epoch] = {name: float(np.mean([row[name] for row in rows])) for name in NUMBERS}
+            means[arm][epoch] = {
+                name: float(np.mean([row[name] for row in rows])) for name in NUMBERS
+            }
     return means
 
 
-def table(cells: Sequence[dict[str, Any]], label: Callable[[str, float | None], str]) -> tuple[list, list]:
+def table(
+    cells: Sequence[dict[str, Any]], label: Callable[[str, float | None], str]
+) -> tuple[list, list]:
     """Header and rows of the table."""
     header = ["method", "epoch", "top eigenvalue", "trace", "sharpness"]
     rows = []
     for (method, alpha), epochs in collect(cells).items():
         for epoch, numbers in epochs.items():
-            rows.append([label(method, alpha), str(epoch), *(f"{numbers[name]:.4g}" for name in NUMBERS)])
+            rows.append(
+                [label(method, alpha), str(epoch), *(f"{numbers[name]:.4g}" for name in NUMBERS)]
+            )
     return header, rows
 
 
-def plot(cells: Sequence[dict[str, Any]], label: Callable[[str, float | None], str], path: Path) -> bool:
-    """Draw the largest eigenvalue by epoch. Returns: False where none was measured, and then there is no picture."""
+def plot(
+    cells: Sequence[dict[str, Any]], label: Callable[[str, float | None], str], path: Path
+) -> bool:
+    """Draw the largest eigenvalue by epoch. Returns: False where none was measured, and then there
+    is no picture.
+    """
     found = collect(cells)
     if not found:
         return False
     figure, ax = new_figure(8, 4.5)
     for (method, alpha), epochs in found.items():
-        ax.plot(list(epochs), [row[NUMBERS[0]] for row in epochs.values()], marker="o", label=label(method, alpha))
+        ax.plot(
+            list(epochs),
+            [row[NUMBERS[0]] for row in epochs.values()],
+            marker="o",
+            label=label(method, alpha),
+        )
     ax.set_xlabel("epoch (0: the start)")
     ax.set_ylabel("largest eigenvalue of the Hessian")
     ax.legend(frameon=False)

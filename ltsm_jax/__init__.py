@@ -1,7 +1,17 @@
 """Large time-series models in JAX: load, fine-tune, forecast, measure, write back."""
 
 from ltsm_jax import curvature, landscape
-from ltsm_jax.api import PruneConfig, Strategy, TrainConfig, fit, forecast, load, prune, remove, save
+from ltsm_jax.api import (
+    PruneConfig,
+    Strategy,
+    TrainConfig,
+    fit,
+    forecast,
+    load,
+    prune,
+    remove,
+    save,
+)
 from ltsm_jax.detection import Detected, detect
 from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.imputation import Imputed, impute

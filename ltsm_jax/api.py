@@ -1,7 +1,8 @@
 """What users call: fine-tune, prune and forecast, with data as they have them.
 
-`fit`, `prune` and `forecast` read data in one way and scale them by one rule: a model sees every window standardised by
-its own context. No row that the model does not see has a say in what it sees.
+`fit`, `prune` and `forecast` read data in one way and scale them by one rule: a model sees every
+window standardised by its own context. No row that the model does not see has a say in what it
+sees.
 """
 
 import dataclasses
@@ -63,17 +64,22 @@ class Fitted:
     """Result of `fit`; print it.
 
     Attributes:
-      params: the weights to use: the tuned ones, or the ones before where tuning lost (`kept` says which).
+      params: the weights to use: the tuned ones, or the ones before where tuning lost (`kept` says
+        which).
       kept: "tuned" or "zero_shot".
-      zero_shot, tuned: validation metrics before and after, in units standardised by the training part.
+      zero_shot, tuned: validation metrics before and after, in units standardised by the training
+        part.
       choice: what was tried to choose alpha, where it was "auto"; None elsewhere.
-      naive: validation metrics of the naive forecasts by name: "last value" and, with a season, "seasonal naive".
-      difference: mean of (tuned - zero-shot) MSE over the same validation windows; below zero is a gain.
-      interval: about 95 % around it, from means over blocks of windows that share no target; NaN under two blocks.
-      result: the whole run (`result.params` are the tuned weights in any case). splits: what it ran on. notes: how the
-        table was read and cut.
-      model: what `params` belong to: the model given to `fit`, made ready for the data where it needed that, and with
-        the scales that "msft" adds where its weights are kept. Forecast
+      naive: validation metrics of the naive forecasts by name: "last value" and, with a season,
+        "seasonal naive".
+      difference: mean of (tuned - zero-shot) MSE over the same validation windows; below zero is a
+        gain.
+      interval: about 95 % around it, from means over blocks of windows that share no target; NaN
+        under two blocks.
+      result: the whole run (`result.params` are the tuned weights in any case). splits: what it ran
+        on. notes: how the table was read and cut.
+      model: what `params` belong to: the model given to `fit`, made ready for the data where it
+        needed that, and with the scales that "msft" adds where its weights are kept. Forecast
         with both: `forecast(fitted.model, fitted.params, ...)`.
     """
 
@@ -109,7 +115,9 @@ class Fitted:
         elif self.difference > 0:
             said += ", although tuning lost"
         best = min((self.tuned if self.kept == "tuned" else self.zero_shot)["mse"], np.inf)
-        better = {name: scores["mse"] for name, scores in self.naive.items() if scores["mse"] < best}
+        better = {
+            name: scores["mse"] for name, scores in self.naive.items() if scores["mse"] < best
+        }
         if better:
             name = min(better, key=lambda n: better[n])
             said += f"\nthe {name} is better than either: validation MSE {better[name]:.4f}"
@@ -136,7 +144,10 @@ class Fitted:
     def __repr__(self) -> str:
         mse = {"before": self.zero_shot["mse"], "tuned": self.tuned["mse"]}
         scores = ", ".join(f"{name} {value:.4g}" for name, value in mse.items())
-        return f"<Fitted {self.model.family} by {self.result.strategy.name}: validation MSE {scores}; kept {self.kept}>"
+        return (
+            f"<Fitted {self.model.family} by {self.result.strategy.name}: validation MSE "
+            f"{scores}; kept {self.kept}>"
+        )
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -172,31 +183,34 @@ def fit(
 ) -> Fitted:
     """Fine-tune on your own data, and get the model back as it was where tuning does not pay.
 
-    The checkpoint is scored first, beside naive forecasts; validation decides. The test part of the data is never
-    looked at. A table is split 70/10/20 percent; one too short for that is cut as training can take it, and
-    `fitted.splits.notes` say how.
+    The checkpoint is scored first, beside naive forecasts; validation decides. The test part of the
+    data is never looked at. A table is split 70/10/20 percent; one too short for that is cut as
+    training can take it, and `fitted.splits.notes` say how.
 
     Args:
-      model, params: from `ltsm_jax.load`; neither is modified. Or a result of `prune` in place of both,
-        `fit(found, data)`: the masks are taken from it, and, where they are not given, horizon, context and data.
+      model, params: from `ltsm_jax.load`; neither is modified. Or a result of `prune` in place of
+        both, `fit(found, data)`: the masks are taken from it, and, where they are not given,
+        horizon, context and data.
       data: a benchmark name, a CSV or parquet file, a DataFrame, a `Series`, or ready `Splits`.
-      task: "forecasting"; "imputation", which hides runs of known cells of windows and asks for them; or "anomaly",
-        which reconstructs a table that holds nothing unusual. For the last two the last tenth of the rows
-        validates, and horizon, context_len, mode, masks and alpha="auto" are not for them. `fitted.model` and
-        `fitted.params` go into `impute` and `detect`.
+      task: "forecasting"; "imputation", which hides runs of known cells of windows and asks for
+        them; or "anomaly", which reconstructs a table that holds nothing unusual. For the last two
+        the last tenth of the rows validates, and horizon, context_len, mode, masks and alpha="auto"
+        are not for them. `fitted.model` and `fitted.params` go into `impute` and `detect`.
       method: a name of `methods.strategies.STRATEGIES`, or a `Strategy`.
-      masks: of a pruned model; what they prune stays 0. After `remove`, hand in the masks it returned. A model with
-        channels of zeros, as `remove` leaves them, is refused without: training would bring them back. `masks={}`
-        trains them all the same.
+      masks: of a pruned model; what they prune stays 0. After `remove`, hand in the masks it
+        returned. A model with channels of zeros, as `remove` leaves them, is refused without:
+        training would bring them back. `masks={}` trains them all the same.
       horizon, context_len: time steps; by default the model's own.
-      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
-        ReadingOptions`.
-      alpha: for the methods that mix (`methods.strategies.MIXED`), the weight of the pretrained side; by default 0.7.
-        "auto" trains with each of `methods.alpha.GRID`, equally long, and keeps the one with the lowest validation MSE;
-        `fitted.choice` says what was tried. It takes as many times as long; 1 is the checkpoint without mixing, so that
-        `sff` there is plain full fine-tuning.
+      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see
+        `data.tables. ReadingOptions`.
+      alpha: for the methods that mix (`methods.strategies.MIXED`), the weight of the pretrained
+        side; by default 0.7. "auto" trains with each of `methods.alpha.GRID`, equally long, and
+        keeps the one with the lowest validation MSE; `fitted.choice` says what was tried. It takes
+        as many times as long; 1 is the checkpoint without mixing, so that `sff` there is plain full
+        fine-tuning.
       few_shot: share of the training windows.
-      mode: the training loss, "ims" or "direct", see `tasks.forecasting.Forecasting`; by default the model's recipe.
+      mode: the training loss, "ims" or "direct", see `tasks.forecasting.Forecasting`; by default
+        the model's recipe.
       seed: of the random model, the data order and the dropout.
       config: a `TrainConfig`; what it leaves out is the model's recipe.
       keep: "tuned" returns the tuned weights even where they lost.
@@ -233,10 +247,17 @@ def fit(
         given = [name for name, value in other.items() if value is not None] + (
             ["alpha='auto'"] if chosen is None else []
         )
-        if task not in TASKS or given or isinstance(model, PruneResult) or isinstance(data, Splits) or data is None:
+        if (
+            task not in TASKS
+            or given
+            or isinstance(model, PruneResult)
+            or isinstance(data, Splits)
+            or data is None
+        ):
             told = f"; {', '.join(given)} are for forecasting" if given else ""
             raise ValueError(
-                f"task must be forecasting, {' or '.join(TASKS)}, the last two with a model, params and a table{told}"
+                f"task must be forecasting, {' or '.join(TASKS)}, the last two with a model, "
+                f"params and a table{told}"
             )
         check_params(model, params)
         assert chosen is not None
@@ -256,7 +277,10 @@ def fit(
     if isinstance(model, PruneResult):
         found = model
         if params is not None and data is not None:
-            raise ValueError("fit(found, data) takes model and parameters from the pruning result: leave params away")
+            raise ValueError(
+                "fit(found, data) takes model and parameters from the pruning result: leave params "
+                "away"
+            )
         data = params if data is None else data
         masks = found.masks if masks is None else masks
         model, params = found.model, found.params
@@ -270,7 +294,9 @@ def fit(
         check_params(model, params)
         pruning.refuse_pruned(model, params)
     if data is None:
-        raise ValueError("fit(model, params, data): there are no data; or fit(found, data) for a result of prune")
+        raise ValueError(
+            "fit(model, params, data): there are no data; or fit(found, data) for a result of prune"
+        )
 
     bound = bind(
         model,
@@ -319,7 +345,9 @@ def fit(
             test=False,
             show_progress=show_progress,
         )
-    after = forecasting.errors(forecasts.predictor(result.model), result.params, splits.val, placement=placement)
+    after = forecasting.errors(
+        forecasts.predictor(result.model), result.params, splits.val, placement=placement
+    )
     difference, interval = paired_difference(before, after, splits.val)
     zero_shot, tuned = forecasting.summarise(before), forecasting.summarise(after)
     won = keep == "tuned" or tuned["mse"] < zero_shot["mse"]
@@ -418,22 +446,25 @@ def prune(
 ) -> PruneResult:
     """Find what of a pretrained model a data set does not need. No weight is trained.
 
-    Fine-tune what is left with `fit(found, data)`; take the rest out with `remove(found.model, found.params,
-    found.masks)`.
+    Fine-tune what is left with `fit(found, data)`; take the rest out with `remove(found.model,
+    found.params, found.masks)`.
 
     Args:
       model, params: from `ltsm_jax.load`; neither is modified.
       data: as for `fit`; the training and the validation part are looked at.
       config: how to prune, a `PruneConfig`.
-      horizon, context_len, few_shot, mode, seed, folder, show_progress: as for `fit`. A killed run goes on from the
-        folder and ends with the same bits.
-      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
-        ReadingOptions`.
+      horizon, context_len, few_shot, mode, seed, folder, show_progress: as for `fit`. A killed run
+        goes on from the folder and ends with the same bits.
+      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see
+        `data.tables. ReadingOptions`.
     Raises: ValueError for data, names and lengths that do not work.
-    Example: `found = ltsm_jax.prune(model, params, "sales.csv", ltsm_jax.PruneConfig(ratio=0.3, ema=0.5, epochs=1))`
+    Example:
+    `ltsm_jax.prune(model, params, "sales.csv", PruneConfig(ratio=0.3, ema=0.5, epochs=1))`
     """
     if not isinstance(config, PruneConfig):
-        raise ValueError(f"prune takes a PruneConfig, such as PruneConfig(ratio=0.3, ema=0.5); got {config!r}")
+        raise ValueError(
+            f"prune takes a PruneConfig, such as PruneConfig(ratio=0.3, ema=0.5); got {config!r}"
+        )
     options = ReadingOptions(
         target=target,
         time=time,
@@ -486,21 +517,22 @@ def forecast(
 ) -> pd.DataFrame:
     """Forecast what comes after the end of a table, in its own units.
 
-    The model sees the last `model.context_len` rows, each column standardised by what it has there, so that neither its
-    unit nor older rows matter; its forecast is scaled back.
+    The model sees the last `model.context_len` rows, each column standardised by what it has there,
+    so that neither its unit nor older rows matter; its forecast is scaled back.
 
     Args:
       model, params: from `ltsm_jax.load`, or `fitted.model` and `fitted.params`.
       data: a benchmark name, a CSV or parquet file, a DataFrame or a `Series`.
       horizon: rows to forecast.
-      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see `data.tables.
-        ReadingOptions`.
-      untrained: forecast even where the model lacks parameters for such data, which are then drawn at random.
-    Returns: one row per step: the stamps, where those of the table are regular, under the name that they have there
-      ("timestamp" where they have none) and in their zone, then a column per variate under its own name, and, where the
-      model has quantiles, "<name> <level>".
-    Raises: ValueError (DataError) for data that cannot be used, parameters of another model or that are not finite, and
-      for a model that has to be tuned on such data first.
+      target, time, id, freq, date_format, missing, irregular, name: how a table is read, see
+        `data.tables. ReadingOptions`.
+      untrained: forecast even where the model lacks parameters for such data, which are then drawn
+        at random.
+    Returns: one row per step: the stamps, where those of the table are regular, under the name that
+      they have there ("timestamp" where they have none) and in their zone, then a column per
+      variate under its own name, and, where the model has quantiles, "<name> <level>".
+    Raises: ValueError (DataError) for data that cannot be used, parameters of another model or that
+      are not finite, and for a model that has to be tuned on such data first.
     Example: `ltsm_jax.forecast(model, params, "sales.csv", 48)`
     """
     horizon = whole(horizon, "horizon")
@@ -519,17 +551,25 @@ def forecast(
     ready, ready_params = ready_for(model, params, series)
     if (fresh := drawn(params, ready_params)) and not untrained:
         raise ValueError(
-            f"this {model.family} model has no parameters for {series.n_variates} variates such as these: {len(fresh)} "
-            f"arrays ({fresh[0]}, ...) would be drawn at random. Tune it with fit(...) and forecast with fitted.model "
+            f"this {model.family} model has no parameters for {series.n_variates} variates such as "
+            f"these: {len(fresh)} "
+            f"arrays ({fresh[0]}, ...) would be drawn at random. Tune it with fit(...) and "
+            "forecast with fitted.model "
             "and fitted.params, or ask for what random ones give with untrained=True"
         )
     model, params = ready, ready_params
 
     context_CL = series.values[:, -model.context_len :]
-    empty = [column for column, row in zip(series.columns, context_CL, strict=True) if np.isnan(row).all()]
+    empty = [
+        column
+        for column, row in zip(series.columns, context_CL, strict=True)
+        if np.isnan(row).all()
+    ]
     if empty:
         shown = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        raise DataError(f"{series.name}: no value in the last {context_CL.shape[1]} rows of {shown}")
+        raise DataError(
+            f"{series.name}: no value in the last {context_CL.shape[1]} rows of {shown}"
+        )
     mean_C1, std_C1 = context_scale(context_CL)
     scaled_1CL = ((context_CL - mean_C1) / std_C1)[None].astype(np.float32)
     found = _predict(model, params, scaled_1CL, horizon)
@@ -551,7 +591,8 @@ def forecast(
     names = [column for column, _ in columns]
     if twice := sorted({column for column in names if names.count(column) > 1}):
         raise DataError(
-            f"{series.name}: the forecast would have two columns called {', '.join(map(repr, twice))}; rename those of "
+            f"{series.name}: the forecast would have two columns called "
+            f"{', '.join(map(repr, twice))}; rename those of "
             "the table"
         )
     return pd.DataFrame(dict(columns))
@@ -568,4 +609,7 @@ def _refuse_bad_weights(params: Params) -> None:
     bad = [path for path, leaf in flat.items() if not bool(jnp.isfinite(leaf).all())]
     if bad:
         shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-        raise ValueError(f"{len(bad)} of {len(flat)} parameters are not finite ({shown}): the weights are damaged")
+        raise ValueError(
+            f"{len(bad)} of {len(flat)} parameters are not finite ({shown}): the weights are "
+            "damaged"
+        )

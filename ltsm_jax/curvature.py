@@ -31,7 +31,9 @@ Loss = Callable[[Tree], jax.Array]
 Key = jax.Array | int
 
 WHOLE = 256  # parameters: a Hessian of so few is built from as many products
-BREAKDOWN = 1e-5  # of the largest number in the tridiagonal matrix: what is left of a vector is rounding
+BREAKDOWN = (
+    1e-5  # of the largest number in the tridiagonal matrix: what is left of a vector is rounding
+)
 TINY = 1e-12
 
 
@@ -133,7 +135,9 @@ def trace_estimate(
     samples: int = 30,
     only: Patterns = None,
 ) -> tuple[float, float]:
-    """Estimate the trace as `trace` does. Returns: the estimate and its standard error, 0 where it is exact."""
+    """Estimate the trace as `trace` does. Returns: the estimate and its standard error, 0 where it
+    is exact.
+    """
     problem = _Problem.of(loss, params, only)
     if samples < 6:
         raise ValueError(f"the trace needs at least 6 samples, got {samples}")
@@ -175,7 +179,9 @@ class Spectrum:
     weights: np.ndarray
     size: int
 
-    def density(self, points: int = 400, width: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def density(
+        self, points: int = 400, width: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Give the density of the eigenvalues: places [points], and density [points] there.
 
         It integrates to 1.
@@ -257,7 +263,7 @@ def sharpness(loss: Loss, params: Tree, rho: float = 0.05, *, only: Patterns = N
     return float(_sharpness(problem.loss, problem.params, jnp.float32(rho)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # vectors: trees like the parameters that take part
 
 
@@ -302,7 +308,10 @@ class _Problem:
                 one = [jnp.zeros_like(other) for other in leaves]
                 one[number] = one[number].reshape(-1).at[i].set(1).reshape(leaf.shape)
                 image = self.product(jax.tree.unflatten(structure, one))
-                flat = [sharding.on_host(part).astype(np.float64).ravel() for part in jax.tree.leaves(image)]
+                flat = [
+                    sharding.on_host(part).astype(np.float64).ravel()
+                    for part in jax.tree.leaves(image)
+                ]
                 rows.append(np.concatenate(flat))
         matrix = np.stack(rows)
         _require_finite(float(np.abs(matrix).sum()))
@@ -340,9 +349,13 @@ _product = jax.jit(_hvp)
 @jax.jit
 def _sharpness(loss: Loss, params: Tree, rho: jax.Array) -> jax.Array:
     here, gradient = jax.value_and_grad(loss)(params)
-    length = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient)))
+    length = jnp.sqrt(
+        sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient))
+    )
     share = rho / jnp.maximum(length, TINY)
-    there = jax.tree.map(lambda w, g: (w + share.astype(w.dtype) * g).astype(w.dtype), params, gradient)
+    there = jax.tree.map(
+        lambda w, g: (w + share.astype(w.dtype) * g).astype(w.dtype), params, gradient
+    )
     return loss(there) - here
 
 
@@ -384,7 +397,9 @@ def _orthogonal(vector: Tree, basis: list[Tree]) -> tuple[Tree, float]:
     """
     before = math.sqrt(_dot(vector, vector))
     _require_finite(before)
-    for _ in range(2):  # twice is enough: the second pass removes what rounding of the first has left
+    for _ in range(
+        2
+    ):  # twice is enough: the second pass removes what rounding of the first has left
         for unit in basis:
             vector = _without(vector, unit)
     length = math.sqrt(_dot(vector, vector))
@@ -395,24 +410,31 @@ def _orthogonal(vector: Tree, basis: list[Tree]) -> tuple[Tree, float]:
 
 def _require_finite(value: float) -> None:
     if not math.isfinite(value):
-        raise ValueError("the curvature of the loss is not finite here: look for NaN or infinite losses or gradients")
+        raise ValueError(
+            "the curvature of the loss is not finite here: look for NaN or infinite losses or "
+            "gradients"
+        )
 
 
 def _key(key: Key) -> jax.Array:
     return jax.random.key(key) if isinstance(key, (int, np.integer)) else key
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lanczos
 
 
 @dataclasses.dataclass
 class _Tridiagonal:
-    """What Lanczos leaves: a tridiagonal matrix with the eigenvalues of the Hessian on the space of its vectors."""
+    """What Lanczos leaves: a tridiagonal matrix with the eigenvalues of the Hessian on the space of
+    its vectors.
+    """
 
     diagonal: list[float]
     beside: list[float]
-    next: float = 0.0  # what would stand beside the next entry; 0: the space is closed under the Hessian
+    next: float = (
+        0.0  # what would stand beside the next entry; 0: the space is closed under the Hessian
+    )
 
     def eigen(self) -> tuple[np.ndarray, np.ndarray]:
         """Eigenvalues, ascending, and eigenvectors as columns."""

@@ -109,12 +109,16 @@ class Detected:
         count = self.n_anomalous
         after = len(self.table) - self.first_rows
         lines = [
-            f"{self.series.name}: {count:,} of {after:,} rows are anomalous (score above {self.threshold:.3g}; "
+            f"{self.series.name}: {count:,} of {after:,} rows are anomalous (score above "
+            f"{self.threshold:.3g}; "
             f"threshold from the first {self.first_rows:,} rows)"
         ]
         ranges = self.ranges()
         for _, one in ranges.head(SHOWN).iterrows():
-            lines.append(f"  {one['from']} to {one['to']}: {one['rows']} rows, score up to {one['score']:.3g}")
+            lines.append(
+                f"  {one['from']} to {one['to']}: {one['rows']} rows, score up to "
+                f"{one['score']:.3g}"
+            )
         if len(ranges) > SHOWN:
             lines.append(f"  and {len(ranges) - SHOWN} more ranges")
         return "\n".join([*lines, *self.notes])
@@ -169,7 +173,9 @@ def detect(
     Example: `print(ltsm_jax.detect(*ltsm_jax.load("timer-tiny"), "machine.csv", first=0.5))`
     """
     if not 0 < first < 1 or not 0 < quantile < 1:
-        raise ValueError(f"first and quantile are shares between 0 and 1; got {first} and {quantile}")
+        raise ValueError(
+            f"first and quantile are shares between 0 and 1; got {first} and {quantile}"
+        )
     check_params(model, params)
     model.check_task("anomaly")
     chosen = strategy(method) if isinstance(method, str) else method
@@ -186,7 +192,8 @@ def detect(
     series = as_series(data, options)
     if taken := [name for name in RESULT if name in map(str, series.columns)]:
         raise DataError(
-            f"{series.name}: a target is called {', '.join(taken)}, as a column of the result is; rename it"
+            f"{series.name}: a target is called {', '.join(taken)}, as a column of the result is; "
+            "rename it"
         )
     model, params = ready_for(model, params, series, seed)
     cut = int(first * series.n_rows)
@@ -195,12 +202,16 @@ def detect(
 
     notes = list(series.notes)
     if chosen.phases:
-        params = _tuned(model, params, chosen, series.name, values, cut, seed, config, show_progress)
+        params = _tuned(
+            model, params, chosen, series.name, values, cut, seed, config, show_progress
+        )
         notes.append(f"tuned on the first {cut:,} rows by {chosen.name}")
     errors = np.full(values.shape, np.nan)
     for column, row in enumerate(values):
         rows = (anomaly.TOKEN, series.n_rows)
-        errors[column, anomaly.TOKEN :] = anomaly.row_errors(model, params, row[None], rows, window=window)
+        errors[column, anomaly.TOKEN :] = anomaly.row_errors(
+            model, params, row[None], rows, window=window
+        )
     notes.append(f"the first {anomaly.TOKEN} rows are context alone and have no score")
     return _detected(series, errors, cut, quantile, params, notes)
 
@@ -212,10 +223,13 @@ def _window(series: Series, cut: int) -> int:
     """
     problems = []
     if series.n_rows < anomaly.SHORTEST_WINDOW:
-        problems.append(f"{series.n_rows} rows are too few: at least {anomaly.SHORTEST_WINDOW} are needed")
+        problems.append(
+            f"{series.n_rows} rows are too few: at least {anomaly.SHORTEST_WINDOW} are needed"
+        )
     if cut < anomaly.TOKEN + FEWEST:
         problems.append(
-            f"its first part has {cut} rows, and a threshold needs {anomaly.TOKEN + FEWEST}: take a larger "
+            f"its first part has {cut} rows, and a threshold needs {anomaly.TOKEN + FEWEST}: take "
+            "a larger "
             "first= or a longer table"
         )
     if problems:
@@ -262,7 +276,9 @@ def _detected(
     known = ~np.isnan(errors)
     usual = [row[:cut][there[:cut]] for row, there in zip(errors, known, strict=True)]
     if empty := [str(c) for c, row in zip(series.columns, usual, strict=True) if len(row) < FEWEST]:
-        raise DataError(f"{series.name}: fewer than {FEWEST} known rows in the first part of {', '.join(empty)}")
+        raise DataError(
+            f"{series.name}: fewer than {FEWEST} known rows in the first part of {', '.join(empty)}"
+        )
     means = np.array([max(row.mean(), TINY) for row in usual])
     # Rows without any known cell have no score; elsewhere an unknown cell cannot be the largest.
     relative = np.where(known, errors / means[:, None], -np.inf)

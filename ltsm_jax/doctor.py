@@ -1,14 +1,15 @@
 """Examine an installation: versions, devices, caches, and one recorded forecast of every family.
 
-Each family forecasts a fixed series at its small size, with weights that no generator of JAX draws; the answer must be
-the stored one. So a device, a driver or a version of a package that computes something else is found before it costs a
-day. Nothing is downloaded and nothing is kept.
+Each family forecasts a fixed series at its small size, with weights that no generator of JAX draws;
+the answer must be the stored one. So a device, a driver or a version of a package that computes
+something else is found before it costs a day. Nothing is downloaded and nothing is kept.
 
     for check in doctor.examine():
         print(check)
 
-Matrix products are taken at full float32 precision. Accelerators round them more coarsely by default (TF32 on NVIDIA's,
-bfloat16 on TPUs), and forecasts there differ by some 1e-3 for no fault of theirs.
+Matrix products are taken at full float32 precision. Accelerators round them more coarsely by
+default (TF32 on NVIDIA's, bfloat16 on TPUs), and forecasts there differ by some 1e-3 for no fault
+of theirs.
 """
 
 import concurrent.futures
@@ -35,12 +36,14 @@ from ltsm_jax.models import FAMILIES, Model, folders
 
 ANSWERS = Path(__file__).with_name("doctor.json")
 HORIZON = 8  # steps of each forecast
-# Weights that are off by 1e-6 of their size, which is more than float32 loses, move the forecasts by a tenth of these
-# at most. In units of the series, whose values lie between -1 and 2.
+# Weights that are off by 1e-6 of their size, which is more than float32 loses, move the forecasts
+# by a tenth of these at most. In units of the series, whose values lie between -1 and 2.
 TOLERANCE = 2e-4
 # Quantiles through a sinh, which stretches what lies far out.
 TOLERANCES = {"chronos_2": 2e-3, "moirai": 1e-3}
-ON_ACCELERATORS = 10  # times that: they add up in another order, and their exp and tanh are approximations
+ON_ACCELERATORS = (
+    10  # times that: they add up in another order, and their exp and tanh are approximations
+)
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -64,7 +67,8 @@ class Check:
 
     Attributes:
       family: its name.
-      difference: largest difference from the stored answer, in units of the series; NaN where there is no forecast.
+      difference: largest difference from the stored answer, in units of the series; NaN where there
+        is no forecast.
       tolerance: what is allowed.
       seconds: with compilation.
       problem: what is wrong and what to do; "" where nothing is.
@@ -79,18 +83,22 @@ class Check:
     def __str__(self) -> str:
         if self.problem:
             return f"{self.family:14} FAULT  {self.problem}"
-        return f"{self.family:14} ok     {self.difference:.1e} off, {self.tolerance:.0e} allowed, {self.seconds:.1f} s"
+        return (
+            f"{self.family:14} ok     {self.difference:.1e} off, {self.tolerance:.0e} allowed, "
+            f"{self.seconds:.1f} s"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the machine
 
 
 def environment() -> dict[str, Any]:
     """Describe what the library runs on, as JSON types.
 
-    Returns: `versions` by package (None: not installed, all optional), `python`, `system`, `cores`, `backend`,
-      `devices`, and `caches`: folder, free bytes and a `problem` ("" where there is none) by kind.
+    Returns: `versions` by package (None: not installed, all optional), `python`, `system`, `cores`,
+      `backend`, `devices`, and `caches`: folder, free bytes and a `problem` ("" where there is
+        none) by kind.
     """
     versions = {}
     for name in ("ltsm-jax", *PACKAGES, *OPTIONAL):
@@ -126,16 +134,19 @@ def _cache(folder: Path) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the forecasts
 
 
 def weights(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Draw the weights [*shape] of one parameter, float64: the same on every machine and with every version.
+    """Draw the weights [*shape] of one parameter, float64: the same on every machine and with every
+    version.
 
-    Kernels keep the variance of what goes through them, scales of norms are about 1, biases about 0.
+    Kernels keep the variance of what goes through them, scales of norms are about 1, biases about
+    0.
     """
-    # The generator that NumPy promises not to change, seeded by the name: a new parameter moves no other.
+    # The generator that NumPy promises not to change, seeded by the name: a new parameter moves no
+    # other.
     draw = np.random.RandomState(zlib.crc32(path.encode())).standard_normal(shape)
     if path.rpartition("/")[2] == "scale":
         return 1 + 0.1 * draw
@@ -147,7 +158,8 @@ def weights(path: str, shape: tuple[int, ...]) -> np.ndarray:
 def patient(family: str) -> tuple[Model, trees.Tree, np.ndarray]:
     """Make the small model of a family, its weights, and the series [1, C, L] that it forecasts.
 
-    The series is a wave of 24 steps with a trend, another phase in every variate, and one missing value.
+    The series is a wave of 24 steps with a trend, another phase in every variate, and one missing
+    value.
     """
     model = FAMILIES[family](FAMILIES[family].small())
     variates = 2 if model.variates == "joint" else 1
@@ -175,13 +187,17 @@ def _drawn(like: trees.Tree) -> trees.Tree:
 
 
 def forecast(family: str) -> dict[str, np.ndarray]:
-    """Forecast the fixed series: `point` [C, H] and, where the family has them, `quantiles` [C, H, Q]."""
+    """Forecast the fixed series: `point` [C, H] and, where the family has them, `quantiles` [C, H,
+    Q].
+    """
     model, params, series = patient(family)
     predict = jax.jit(model.predict, static_argnums=2)
     with jax.default_matmul_precision("highest"):
         found = predict(params, jnp.asarray(series), HORIZON)
     named = {"point": found.point, "quantiles": found.quantiles}
-    return {name: np.asarray(value[0], np.float64) for name, value in named.items() if value is not None}
+    return {
+        name: np.asarray(value[0], np.float64) for name, value in named.items() if value is not None
+    }
 
 
 @functools.lru_cache(maxsize=1)
@@ -195,7 +211,9 @@ def answers() -> dict[str, dict[str, np.ndarray]]:
 
 
 def examine_family(family: str) -> Check:
-    """Compare the forecast of one family on this device with the stored one; errors become a `problem`."""
+    """Compare the forecast of one family on this device with the stored one; errors become a
+    `problem`.
+    """
     accelerated = jax.default_backend() != "cpu"
     tolerance = TOLERANCES.get(family, TOLERANCE) * (ON_ACCELERATORS if accelerated else 1)
     start = time.perf_counter()
@@ -210,9 +228,15 @@ def examine_family(family: str) -> Check:
     return Check(family, difference, tolerance, time.perf_counter() - start, problem)
 
 
-def _compare(found: dict[str, np.ndarray], stored: dict[str, np.ndarray], tolerance: float) -> tuple[float, str]:
-    """Give the largest difference of two forecasts, and what is wrong with the first; "" for nothing."""
-    if {name: array.shape for name, array in found.items()} != {name: array.shape for name, array in stored.items()}:
+def _compare(
+    found: dict[str, np.ndarray], stored: dict[str, np.ndarray], tolerance: float
+) -> tuple[float, str]:
+    """Give the largest difference of two forecasts, and what is wrong with the first; "" for
+    nothing.
+    """
+    if {name: array.shape for name, array in found.items()} != {
+        name: array.shape for name, array in stored.items()
+    }:
         return float("nan"), "the forecast has another shape than the stored one"
     if not all(np.isfinite(array).all() for array in found.values()):
         return float("nan"), "the forecast is not finite"
@@ -225,10 +249,14 @@ def _compare(found: dict[str, np.ndarray], stored: dict[str, np.ndarray], tolera
 def _advice(accelerated: bool) -> str:
     if accelerated:
         return (
-            "try JAX_PLATFORMS=cpu ltsm doctor: where that finds nothing, the driver or the plugin of the device is at "
+            "try JAX_PLATFORMS=cpu ltsm doctor: where that finds nothing, the driver or the plugin "
+            "of the device is at "
             "fault; update it, or compute on the processor"
         )
-    return "reinstall jax, jaxlib and numpy in the versions that ltsm-jax asks for, and without XLA_FLAGS"
+    return (
+        "reinstall jax, jaxlib and numpy in the versions that ltsm-jax asks for, and without "
+        "XLA_FLAGS"
+    )
 
 
 def examine(families: Iterable[str] = tuple(FAMILIES)) -> Iterator[Check]:
@@ -241,7 +269,8 @@ def examine(families: Iterable[str] = tuple(FAMILIES)) -> Iterator[Check]:
 
 
 def record(file: Path = ANSWERS, *, families: Iterable[str] = tuple(FAMILIES)) -> None:
-    """Store the forecasts of this device as the answers, for maintainers who have added or changed a family.
+    """Store the forecasts of this device as the answers, for maintainers who have added or changed
+    a family.
 
     families: those to record; the others keep their answers.
     """
@@ -257,7 +286,8 @@ def record(file: Path = ANSWERS, *, families: Iterable[str] = tuple(FAMILIES)) -
     made = {
         "horizon": HORIZON,
         "made_with": {name: environment()["versions"][name] for name in ("jax", "jaxlib", "numpy")},
-        "made_on": f"{jax.default_backend()}, {platform.machine()}, Python {sys.version.split()[0]}",
+        "made_on": f"{jax.default_backend()}, {platform.machine()}, Python "
+        f"{sys.version.split()[0]}",
         "families": found,
     }
     file.write_text(json.dumps(made) + "\n")

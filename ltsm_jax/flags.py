@@ -8,8 +8,9 @@
 
     options = flags.parse(Options, sys.argv[1:], __doc__)
 
-`parse` names everything that is wrong in one UsageError; `--help` is the module's docstring and a line per field. A
-field that is itself a dataclass is a group of options: its name is a title in --help, no part of the options' names.
+`parse` names everything that is wrong in one UsageError; `--help` is the module's docstring and a
+line per field. A field that is itself a dataclass is a group of options: its name is a title in
+--help, no part of the options' names.
 """
 
 import dataclasses
@@ -46,10 +47,12 @@ class UsageError(ValueError):
 
 
 class Problem(str):
-    """Stands in a field for a value that failed its check, until all problems are known; says what is wrong."""
+    """Stands in a field for a value that failed its check, until all problems are known; says what
+    is wrong.
+    """
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # checks: what an option takes
 
 
@@ -69,7 +72,9 @@ def written(value: Any) -> str:
 
 
 def check(read: Callable[[str], Any], metavar: str, unset: str = "none") -> Check:
-    """Make a check from a function that reads a value or raises ValueError; `unset`: what --help calls None."""
+    """Make a check from a function that reads a value or raises ValueError; `unset`: what --help
+    calls None.
+    """
 
     def construct(words: list[str]) -> Any:
         try:
@@ -106,7 +111,9 @@ def _items(kind: Callable[[str], Any], text: str) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _numbers(kind: Callable[[str], Any], low: float, high: float, says: str, text: str) -> tuple[Any, ...]:
+def _numbers(
+    kind: Callable[[str], Any], low: float, high: float, says: str, text: str
+) -> tuple[Any, ...]:
     values = _items(kind, text)
     bad = [value for value in values if not low <= value <= high]
     if bad:
@@ -220,7 +227,9 @@ REGISTRY = ConstructorRegistry()
 
 @REGISTRY.primitive_rule
 def _plain(info: PrimitiveTypeInfo) -> Check | None:
-    """Give fields that say nothing but their type the same kind of check, so that their problems are collected too."""
+    """Give fields that say nothing but their type the same kind of check, so that their problems
+    are collected too.
+    """
     kind = info.type
     union = get_origin(kind) in (Union, types.UnionType)
     parts = [part for part in get_args(kind) if part is not type(None)] if union else [kind]
@@ -238,11 +247,13 @@ def _plain(info: PrimitiveTypeInfo) -> Check | None:
 
 
 def described(help_text: str) -> Any:
-    """The text of an option where a docstring cannot hold it, as it lists names that the code knows."""
+    """The text of an option where a docstring cannot hold it, as it lists names that the code
+    knows.
+    """
     return tyro.conf.arg(help=help_text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading a command line
 
 
@@ -276,15 +287,19 @@ def program_of(options: Any) -> str:
 
 
 def parse_some(cls: type[T], argv: Sequence[str], doc: str | None) -> tuple[T, list[str]]:
-    """Read the options of `cls` (its `program` is the command), and leave alone what it does not know.
+    """Read the options of `cls` (its `program` is the command), and leave alone what it does not
+    know.
 
-    Raises: UsageError listing every value that fails its check, and what `cls.problems(given)` finds where all pass.
+    Raises: UsageError listing every value that fails its check, and what `cls.problems(given)`
+    finds where all pass.
     """
     with REGISTRY:  # as an argument the oldest supported tyro does not take it
         options, rest = tyro.cli(
             cls,
             prog=program_of(cls),
-            description=textwrap.indent(doc or "", " ", lambda line: True),  # tyro joins lines that begin with a letter
+            description=textwrap.indent(
+                doc or "", " ", lambda line: True
+            ),  # tyro joins lines that begin with a letter
             args=list(argv),
             return_unknown_args=True,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
@@ -302,8 +317,8 @@ def parse_some(cls: type[T], argv: Sequence[str], doc: str | None) -> tuple[T, l
 def parse(cls: type[T], argv: Sequence[str], doc: str | None) -> T:
     """Read a command line that has no other options than those of `cls`.
 
-    A method `problems(given)` of `cls`, where there is one, says what is wrong with options that do not go together;
-    `given` are the names of the fields that the command line sets.
+    A method `problems(given)` of `cls`, where there is one, says what is wrong with options that do
+    not go together; `given` are the names of the fields that the command line sets.
     Raises: UsageError listing everything that is wrong.
     """
     options, rest = parse_some(cls, argv, doc)
@@ -326,13 +341,16 @@ def _unknown_options(cls: type, rest: Sequence[str]) -> list[str]:
     for word in rest:
         if word.startswith("-") or not after:  # a word behind an unknown option is its value
             near = difflib.get_close_matches(word.split("=")[0], known, 1)
-            problems.append(f"unknown argument {word!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+            problems.append(
+                f"unknown argument {word!r}" + (f" (did you mean {near[0]}?)" if near else "")
+            )
         after = word.startswith("-")
     return problems
 
 
 def command(options: Any, always: Sequence[str] = (), without: Sequence[str] = ()) -> str:
-    """Write the command line that asks for these options; defaults are left out, but for fields that `always` names.
+    """Write the command line that asks for these options; defaults are left out, but for fields
+    that `always` names.
 
     without: fields that are no part of what is asked for.
     """
@@ -345,14 +363,29 @@ def command(options: Any, always: Sequence[str] = (), without: Sequence[str] = (
     return shlex.join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # messages of the library in the words of a command line
 
-# Options of the library's functions that are options here, under their own name where nothing else is said.
+# Options of the library's functions that are options here, under their own name where nothing else
+# is said.
 PYTHON_NAMES = {
-    **{field.name: field.name for field in dataclasses.fields(PanelOptions) if field.name != "name"},
+    **{
+        field.name: field.name for field in dataclasses.fields(PanelOptions) if field.name != "name"
+    },
     "quantile_levels": "levels",
-    **{name: name for name in ("horizon", "alpha", "mode", "epochs", "batch_size", "lr", "schedule", "few_shot")},
+    **{
+        name: name
+        for name in (
+            "horizon",
+            "alpha",
+            "mode",
+            "epochs",
+            "batch_size",
+            "lr",
+            "schedule",
+            "few_shot",
+        )
+    },
     "context_len": "context",
     "first": "first",
     "mesh": "mesh",
@@ -364,11 +397,15 @@ _VALUE = (
     r"(?P<none>\(\))|(?P<list>\[[^\]\n]*\])"
     r"""|(?P<quote>['"])(?P<quoted>[^'"\n]*)(?P=quote)|(?P<bare>[\w.+-]*\w|\.\.\.)"""
 )
-_KEYWORD = re.compile(rf"(?<![\w.\-]){'(?P<name>' + '|'.join(PYTHON_NAMES) + ')'}=(?:{_VALUE})?(?![\w(])")
+_KEYWORD = re.compile(
+    rf"(?<![\w.\-]){'(?P<name>' + '|'.join(PYTHON_NAMES) + ')'}=(?:{_VALUE})?(?![\w(])"
+)
 
 
 def in_flags(message: str) -> str:
-    """Write Python keywords in a message as options: missing='interpolate' becomes --missing interpolate."""
+    """Write Python keywords in a message as options: missing='interpolate' becomes --missing
+    interpolate.
+    """
 
     def rewrite(match: re.Match) -> str:
         flag = flag_of(PYTHON_NAMES[match["name"]])
@@ -383,7 +420,7 @@ def in_flags(message: str) -> str:
     return _KEYWORD.sub(rewrite, message)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # options that programs share
 
 
@@ -433,10 +470,13 @@ class Reading(ReadingOptions):
     date_format: Annotated[str | None, text("LAYOUT")] = None
     """layout of the dates, as %d/%m/%Y; by default the one that fits"""
     missing: Annotated[Any, one_of(MISSING)] = "error"
-    """empty cells: error refuses them, interpolate fills them in time, keep leaves them out of training and scores"""
+    """empty cells: error refuses them, interpolate fills them in time, keep leaves them out of
+    training and scores
+    """
     irregular: Annotated[Any, one_of(IRREGULAR)] = None
-    """stamps off the grid: error refuses them, regularise puts rows on it, ignore takes the rows as they are; by
-    default error, and for a benchmark asked for by name ignore"""
+    """stamps off the grid: error refuses them, regularise puts rows on it, ignore takes the rows as
+    they are; by default error, and for a benchmark asked for by name ignore
+    """
     name: Annotated[str | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
 
     def __post_init__(self):
@@ -448,7 +488,9 @@ class Reading(ReadingOptions):
 
 
 def keywords(options: Any) -> dict[str, Any]:
-    """Give the options that are set as keywords of a function: one name of several as it is, several as a list."""
+    """Give the options that are set as keywords of a function: one name of several as it is,
+    several as a list.
+    """
     found = {}
     for name, value in vars(options).items():
         if isinstance(value, tuple):

@@ -1,4 +1,5 @@
-"""`Forecaster`: one object that forecasts tables, with intervals, covariates and what is known of it.
+"""`Forecaster`: one object that forecasts tables, with intervals, covariates and what is known of
+it.
 
 Where `ltsm_jax.load` gives a model and its parameters to work with, this is what forecasts with
 them: it reads tables of many items, scales every context by itself, says what it did, and keeps
@@ -50,8 +51,8 @@ class Forecaster:
       model, params: as from `ltsm_jax.load`.
       freq: step of the table that it was fitted on, or None.
       targets, past, known, static: names of the columns that it was fitted on; () before a fit.
-      id, time: names of these columns (several ids: a tuple), or None. They are what `predict` reads unless told
-        otherwise.
+      id, time: names of these columns (several ids: a tuple), or None. They are what `predict`
+        reads unless told otherwise.
       context_len: rows of an item that are looked at, at most; None: the model's own.
       licence: of the weights.
       provenance: where the weights are from.
@@ -85,7 +86,9 @@ class Forecaster:
             raise ValueError(f"baseline must be one of {', '.join(NAIVE)}; got {self.baseline!r}")
         if not self.licence:
             told = self.provenance.get("licence")
-            object.__setattr__(self, "licence", told if isinstance(told, str) else self.model.licence)
+            object.__setattr__(
+                self, "licence", told if isinstance(told, str) else self.model.licence
+            )
 
     # --- in and out
 
@@ -132,15 +135,17 @@ class Forecaster:
         The weights alone: calibration, verdict and a naive forecast have no place there.
 
         Args:
-          path: file (.safetensors, .bin, .pth, .ckpt), or, without a suffix, a folder in the form of
-            the hub.
+          path: file (.safetensors, .bin, .pth, .ckpt), or, without a suffix, a folder in the form
+            of the hub.
           overwrite: replace an earlier export; nothing else is ever replaced.
         Returns: notes on what could not be kept.
         Raises: ValueError for a model that the original can't hold; FileExistsError.
         """
         notes = []
         if self.baseline is not None:
-            notes.append(f"the verdict was to forecast with {self.baseline}; what is exported is the model")
+            notes.append(
+                f"the verdict was to forecast with {self.baseline}; what is exported is the model"
+            )
         found = Loaded(self.model, self.params, self.provenance, self.buffers)
         return notes + export(found, path, overwrite=overwrite)
 
@@ -159,7 +164,8 @@ class Forecaster:
         model, count = self.model, trees.count(self.params)
         source = self.provenance.get("source", "")
         lines = [
-            f"Forecaster: {model.family}, {count:,} parameters, context of {model.context_len} rows",
+            f"Forecaster: {model.family}, {count:,} parameters, context of {model.context_len} "
+            "rows",
             f"weights: {source + ', ' if source else ''}licence {self.licence}",
         ]
         if self.targets:
@@ -223,13 +229,15 @@ class Forecaster:
 
         Args:
           df, id, time, target, future, known, past, static, freq, date_format, missing, irregular,
-            name: a table and how it is read, as for `predict`. A model that forecasts with covariates
+            name: a table and how it is read, as for `predict`. A model that forecasts with
+              covariates
             is tuned and scored with them.
           horizon: rows that will be forecast.
-          methods: "auto"; names such as "ff" or "zero_shot,ff,sff", `Strategy` objects, or a list of
-            both, see `methods.verdict.named`. method: one of them, in place of `methods`.
-          alpha: for the methods that mix (`methods.strategies.MIXED`), the weight of the pretrained side; by default
-            0.7. "auto": several, of which validation picks, see `methods.verdict.named`.
+          methods: "auto"; names such as "ff" or "zero_shot,ff,sff", `Strategy` objects, or a list
+            of both, see `methods.verdict.named`. method: one of them, in place of `methods`.
+          alpha: for the methods that mix (`methods.strategies.MIXED`), the weight of the pretrained
+            side; by default 0.7. "auto": several, of which validation picks, see
+            `methods.verdict.named`.
           masks: of a pruned model, see `prune`; what they prune stays 0.
           config: a `TrainConfig`; what it leaves out is the model's recipe.
           budget: optimiser steps of each method; None: the epochs of the recipe over all windows.
@@ -245,7 +253,8 @@ class Forecaster:
           out of training. This one is not modified.
         Raises: ValueError (DataError) for data, names and lengths that do not work, before anything
           is trained.
-        Example: `fitted = Forecaster.load("timer-tiny").fit("sales.csv", 48); print(fitted.verdict)`
+        Example:
+        `fitted = Forecaster.load("timer-tiny").fit("sales.csv", 48); print(fitted.verdict)`
         """
         if method is not None:
             if methods != "auto":
@@ -284,7 +293,8 @@ class Forecaster:
             show_progress=show_progress,
         )
         deploy, scored = found.verdict.deploy, found.verdict.context_len
-        # What was tuned or chosen on shorter contexts forecasts from such; the checkpoint as it is needs no other.
+        # What was tuned or chosen on shorter contexts forecasts from such; the checkpoint as it is
+        # needs no other.
         shorter = deploy != ZERO_SHOT and scored < (self.context_len or self.model.context_len)
         fitted = dataclasses.replace(
             self,
@@ -333,12 +343,16 @@ class Forecaster:
         )
 
     def _calibrated_on_held_out(self, found: Compared, seed: int) -> "Forecaster":
-        """The same with errors of its forecasts of validation and test targets; without where none can be measured."""
+        """The same with errors of its forecasts of validation and test targets; without where none
+        can be measured.
+        """
         splits = found.splits
         origins = _held_out(splits, WINDOWS if self.baseline != "auto_ets" else MOST_ETS, seed)
         horizon = found.verdict.horizon
         try:
-            return self.calibrated(splits.panel, horizon, origins, source="held out of training", seed=seed)
+            return self.calibrated(
+                splits.panel, horizon, origins, source="held out of training", seed=seed
+            )
         except ValueError:
             return self  # `predict` measures, or says what is missing
 
@@ -373,20 +387,21 @@ class Forecaster:
         else split-conformal: from the errors of its forecasts of the past.
 
         Args:
-          df: a table (pandas, polars, Arrow, a CSV, parquet or Excel file, a benchmark's name), or a
-            `Panel` or `Series`.
+          df: a table (pandas, polars, Arrow, a CSV, parquet or Excel file, a benchmark's name), or
+            a `Panel` or `Series`.
           horizon: rows to forecast.
           quantile_levels: in (0, 1); () for the point forecast alone.
-          id, time, target, known, past, static, freq, date_format, missing, irregular, name: how the
-            table is read, see `data.panel.PanelOptions`.
+          id, time, target, known, past, static, freq, date_format, missing, irregular, name: how
+            the table is read, see `data.panel.PanelOptions`.
           future: table with what is known of the rows to come: id, time, known covariates.
           seed: of the draws of models that sample.
-          show_progress: a bar on a terminal, else a line every few seconds, where it takes longer than that.
-        Returns: one row per item, target and step, in that order: the id and time columns, all of them,
-          under their own names (a time of several columns or without a name as "timestamp"),
-          `target_name` where there are several targets, `predictions` (the model's point forecast), and
-          a column per level, "0.1", ..., which never cross. `attrs["notes"]` says what was done to the
-          data and where quantiles are from.
+          show_progress: a bar on a terminal, else a line every few seconds, where it takes longer
+            than that.
+        Returns: one row per item, target and step, in that order: the id and time columns, all of
+          them, under their own names (a time of several columns or without a name as "timestamp"),
+          `target_name` where there are several targets, `predictions` (the model's point forecast),
+          and a column per level, "0.1", ..., which never cross. `attrs["notes"]` says what was done
+          to the data and where quantiles are from.
         Raises: ValueError (DataError) for data that cannot be used, and for levels that neither the
           model nor the history can say.
         """
@@ -418,19 +433,23 @@ class Forecaster:
         quantile_levels: Sequence[float] = LEVELS,
         work_follows: bool = True,
     ) -> timing.Estimate:
-        """Estimate the time that `predict` takes for a panel (see `read`): a batch is timed, and compiled for it.
+        """Estimate the time that `predict` takes for a panel (see `read`): a batch is timed, and
+        compiled for it.
 
         work_follows: False reckons the time of a large model instead of compiling it.
         """
         by = self._forecasts_with(panel)
         own, rest = by.split(panel, horizon, _checked_levels(quantile_levels))
         every, _ = self._origins(by, panel, horizon, rest)
-        return self._estimate(by, panel, every, horizon, own, measured=bool(rest), work_follows=work_follows)
+        return self._estimate(
+            by, panel, every, horizon, own, measured=bool(rest), work_follows=work_follows
+        )
 
     def estimate_fit(
         self, prepared: Prepared, work: Tuning, *, seed: int = 0, work_follows: bool = True
     ) -> timing.Estimate:
-        """Estimate the time of `fit` on windows that `prepared` cut: tuning, scores, and errors for intervals.
+        """Estimate the time of `fit` on windows that `prepared` cut: tuning, scores, and errors for
+        intervals.
 
         work: see `methods.verdict.tuning`. work_follows: as in `estimate`.
         """
@@ -438,8 +457,13 @@ class Forecaster:
         by = self._forecasts_with(splits.panel)
         origins = _held_out(splits, WINDOWS, seed)
         horizon = splits.test.horizon
-        intervals = self._estimate(by, splits.panel, origins, horizon, (), measured=True, work_follows=work_follows)
-        return estimates.of_comparison(prepared, work, seed=seed, work_follows=work_follows) + intervals
+        intervals = self._estimate(
+            by, splits.panel, origins, horizon, (), measured=True, work_follows=work_follows
+        )
+        return (
+            estimates.of_comparison(prepared, work, seed=seed, work_follows=work_follows)
+            + intervals
+        )
 
     def _estimate(
         self,
@@ -498,7 +522,9 @@ class Forecaster:
         if panel.id_name is not None:
             same &= panel.id_name in forecast and set(panel.ids) == set(forecast[panel.id_name])
         if not same:
-            raise ValueError(f"this forecast is not one of the {panel.n_items} items of {panel.name}")
+            raise ValueError(
+                f"this forecast is not one of the {panel.n_items} items of {panel.name}"
+            )
         return plot_forecast(panel, forecast, path, items=items, history=history)
 
     def read(self, df: Any, **options: Any) -> Panel:
@@ -536,7 +562,9 @@ class Forecaster:
         every, before = self._origins(by, panel, horizon, rest)
         calibration = self._calibration_of(panel, horizon)
         with progress.Counter("forecast", "contexts", show_progress) as told:
-            found = self._from(by, panel, every, horizon, own, measured=bool(rest), seed=seed, told=told)
+            found = self._from(
+                by, panel, every, horizon, own, measured=bool(rest), seed=seed, told=told
+            )
         past, found = found.take(slice(panel.n_items, None)), found.take(slice(panel.n_items))
         notes = [
             *([f"forecast with {self.baseline}, as the verdict says"] if self.baseline else []),
@@ -554,7 +582,8 @@ class Forecaster:
                 notes.append(calibration.describe(rest))
             if still := int((found.unit == 0).sum()):
                 notes.append(
-                    f"{still} of {found.unit.size} contexts do not move: there these quantiles lie on the forecast"
+                    f"{still} of {found.unit.size} contexts do not move: there these quantiles lie "
+                    "on the forecast"
                 )
         return _with_quantiles(found, rest, calibration), tuple(notes)
 
@@ -563,15 +592,20 @@ class Forecaster:
         kept = self.calibration
         return kept if kept is not None and kept.fits(horizon, panel.n_variates) else None
 
-    def _origins(self, by: "_Way", panel: Panel, horizon: int, rest: tuple[float, ...]) -> tuple[Origins, Origins]:
-        """Where forecasts begin: the end of every item, and then those in the past, which come alone as well.
+    def _origins(
+        self, by: "_Way", panel: Panel, horizon: int, rest: tuple[float, ...]
+    ) -> tuple[Origins, Origins]:
+        """Where forecasts begin: the end of every item, and then those in the past, which come
+        alone as well.
 
-        Origins in the past, for errors at the levels `rest` that nobody has measured yet, go in together with the end
-        of every item: then no shape is compiled twice.
+        Origins in the past, for errors at the levels `rest` that nobody has measured yet, go in
+        together with the end of every item: then no shape is compiled twice.
         """
         before = Origins.none()
         if rest and self._calibration_of(panel, horizon) is None:
-            before = rolling_origins(panel, horizon, by.context_len, MOST_ETS if by.on_host else None)
+            before = rolling_origins(
+                panel, horizon, by.context_len, MOST_ETS if by.on_host else None
+            )
         return Origins.after(panel).and_then(before), before
 
     def after(
@@ -596,7 +630,8 @@ class Forecaster:
         calibration = self.calibration
         if rest and (calibration is None or not calibration.fits(horizon, panel.n_variates)):
             raise ValueError(
-                f"{self.baseline or self.model.family} does not say levels {rest} itself: calibrate the forecaster on "
+                f"{self.baseline or self.model.family} does not say levels {rest} itself: "
+                "calibrate the forecaster on "
                 f"rows before the origins, forecaster.calibrated(panel, {horizon})"
             )
         found = self._from(by, panel, origins, horizon, own, measured=bool(rest), seed=seed)
@@ -622,11 +657,15 @@ class Forecaster:
         """
         by = self._forecasts_with(panel)
         if origins is None:
-            origins = rolling_origins(panel, horizon, by.context_len, MOST_ETS if by.on_host else None)
+            origins = rolling_origins(
+                panel, horizon, by.context_len, MOST_ETS if by.on_host else None
+            )
         if not len(origins.items):
             raise ValueError("no item is long enough")
         found = self._from(by, panel, origins, horizon, (), measured=True, seed=seed)
-        return dataclasses.replace(self, calibration=Calibration.measured(panel, origins, found, source))
+        return dataclasses.replace(
+            self, calibration=Calibration.measured(panel, origins, found, source)
+        )
 
     def _from(
         self,
@@ -662,20 +701,32 @@ class Forecaster:
         last = origins.ends == panel.bounds[origins.items + 1]
         if not np.isfinite(found.point[last]).all():
             _refuse_bad_weights(by.params)
-            raise ValueError(f"{panel.name}: the forecast is not finite although data and weights are")
+            raise ValueError(
+                f"{panel.name}: the forecast is not finite although data and weights are"
+            )
         return found
 
     def _forecasts_with(self, panel: Panel) -> "_Way":
-        """What forecasts a panel: the model made ready for it, or the naive forecast of a verdict."""
+        """What forecasts a panel: the model made ready for it, or the naive forecast of
+        a verdict.
+        """
         context_len = self.context_len or self.model.context_len
         if self.baseline is None:
             model, params = self._ready(panel)
             return _Way(model, params, context_len, model.variates == "joint")
         if self.baseline == "auto_ets":
             if not auto_ets.available():
-                raise ValueError("this forecaster forecasts with AutoETS: pip install statsforecast")
+                raise ValueError(
+                    "this forecaster forecasts with AutoETS: pip install statsforecast"
+                )
             # Windows of one call; the model plays no part.
-            return _Way(SeasonalNaive(), {}, context_len, False, functools.partial(_ets, season=panel.season))
+            return _Way(
+                SeasonalNaive(),
+                {},
+                context_len,
+                False,
+                functools.partial(_ets, season=panel.season),
+            )
         # Of a step without a season, the seasonal naive forecast is the last value.
         naive = naive_forecasts(panel.season) | {"seasonal_naive": SeasonalNaive(panel.season)}
         return _Way(naive[self.baseline], {}, context_len, False)
@@ -694,18 +745,25 @@ class Forecaster:
         )
         if fresh := drawn(self.params, params):
             raise ValueError(
-                f"this {model.family} model has no parameters for {panel.n_variates} targets such as these: "
-                f"{len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune it on them first"
+                f"this {model.family} model has no parameters for {panel.n_variates} targets such "
+                "as these: "
+                f"{len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune it on them "
+                "first"
             )
         return model, sharding.together(params)
 
-    def _unmeasured(self, panel: Panel, horizon: int, levels: tuple[float, ...], problem: str) -> DataError:
+    def _unmeasured(
+        self, panel: Panel, horizon: int, levels: tuple[float, ...], problem: str
+    ) -> DataError:
         """The error for levels that neither model nor history can say."""
         shown = ", ".join(f"{level:g}" for level in levels)
         return DataError(
-            f"{panel.name}: {self.baseline or self.model.family} does not say quantiles {shown} itself, and its "
-            f"errors {horizon} rows ahead cannot be measured on this history ({problem}; the longest item has "
-            f"{panel.lengths.max()} rows). Bring more rows, a shorter horizon, or ask for the point forecast alone: "
+            f"{panel.name}: {self.baseline or self.model.family} does not say quantiles {shown} "
+            "itself, and its "
+            f"errors {horizon} rows ahead cannot be measured on this history ({problem}; the "
+            "longest item has "
+            f"{panel.lengths.max()} rows). Bring more rows, a shorter horizon, or ask for the "
+            "point forecast alone: "
             "quantile_levels=()"
         )
 
@@ -719,7 +777,9 @@ class Forecaster:
         notes = []
         unused = [name for name in (*panel.past, *panel.known, *static) if name not in used]
         if unused:
-            notes.append(f"{self.baseline or self.model.family} does not use covariates: {', '.join(unused)}")
+            notes.append(
+                f"{self.baseline or self.model.family} does not use covariates: {', '.join(unused)}"
+            )
         for name in panel.known:
             if name not in used:
                 continue
@@ -728,7 +788,8 @@ class Forecaster:
             if few:
                 where = f" in {few} of {panel.n_items} items" if panel.n_items > 1 else ""
                 notes.append(
-                    f"{name} is known {ahead.min()} rows ahead{where}, and the forecast has {horizon}: it is unknown "
+                    f"{name} is known {ahead.min()} rows ahead{where}, and the forecast has "
+                    f"{horizon}: it is unknown "
                     "after that"
                 )
         return tuple(notes)
@@ -765,7 +826,9 @@ class _Way:
     joint: bool
     on_host: Callable[[np.ndarray, int], np.ndarray] | None = None
 
-    def split(self, panel: Panel, horizon: int, levels: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def split(
+        self, panel: Panel, horizon: int, levels: Sequence[float]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Those of `levels` that it says itself, and those that it does not; both rising."""
         own = ()
         if self.on_host is None:
@@ -774,7 +837,9 @@ class _Way:
         return own, tuple(level for level in sorted(levels) if level not in own)
 
 
-def _with_quantiles(found: Found, levels: tuple[float, ...], calibration: Calibration | None) -> Found:
+def _with_quantiles(
+    found: Found, levels: tuple[float, ...], calibration: Calibration | None
+) -> Found:
     """A forecast with its quantiles and those at `levels` that a calibration says, rising.
 
     Without a calibration these lie on the forecast.
@@ -787,7 +852,9 @@ def _with_quantiles(found: Found, levels: tuple[float, ...], calibration: Calibr
         quantiles = np.concatenate([quantiles, more], axis=-1)
     # Quantiles of one forecast from two sources may cross.
     rising = np.sort(quantiles, axis=-1)
-    return dataclasses.replace(found, quantiles=rising, levels=tuple(sorted((*found.levels, *levels))))
+    return dataclasses.replace(
+        found, quantiles=rising, levels=tuple(sorted((*found.levels, *levels)))
+    )
 
 
 def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
@@ -841,7 +908,10 @@ def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:
     except (TypeError, ValueError):
         found = (np.nan,)
     if not all(0 < level < 1 for level in found) or len({f"{x:g}" for x in found}) < len(found):
-        raise ValueError(f"quantile_levels are numbers between 0 and 1, each once, such as {LEVELS}; got {levels!r}")
+        raise ValueError(
+            f"quantile_levels are numbers between 0 and 1, each once, such as {LEVELS}; got "
+            f"{levels!r}"
+        )
     return found
 
 
@@ -851,15 +921,23 @@ def _refuse_bad_weights(params: Params) -> None:
     bad = [path for path, leaf in flat.items() if not bool(jnp.isfinite(leaf).all())]
     if bad:
         shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-        raise ValueError(f"{len(bad)} of {len(flat)} parameters are not finite ({shown}): the weights are damaged")
+        raise ValueError(
+            f"{len(bad)} of {len(flat)} parameters are not finite ({shown}): the weights are "
+            "damaged"
+        )
 
 
-def _table(panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[str, ...]) -> pd.DataFrame:
+def _table(
+    panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[str, ...]
+) -> pd.DataFrame:
     """The long table of a forecast."""
     n, c, horizon = found.point.shape
     columns: list[tuple[str, Any]] = []
     if panel.id_parts is not None:
-        columns += [(name, np.repeat(panel.id_parts[name].to_numpy(), c * horizon)) for name in panel.id_columns]
+        columns += [
+            (name, np.repeat(panel.id_parts[name].to_numpy(), c * horizon))
+            for name in panel.id_columns
+        ]
     elif panel.id_name is not None:
         columns.append((panel.id_name, np.repeat(panel.ids, c * horizon)))
     stamps = panel.stamps_after(horizon)
@@ -878,7 +956,8 @@ def _table(panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[s
     names = [name for name, _ in columns]
     if twice := sorted({str(name) for name in names if names.count(name) > 1}):
         raise DataError(
-            f"{panel.name}: the forecast would have two columns called {', '.join(map(repr, twice))}; rename those of "
+            f"{panel.name}: the forecast would have two columns called "
+            f"{', '.join(map(repr, twice))}; rename those of "
             "the table"
         )
     table = pd.DataFrame(dict(columns))

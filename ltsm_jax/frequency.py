@@ -80,7 +80,10 @@ def canonical_freq(freq: Any) -> str:
     total = count * sizes.get(unit or "", 1)
     if unit is None or count < 1 or total > (LONGEST if unit in LENGTHS else 12_000):
         shown = str(getattr(freq, "freqstr", freq))[:40]
-        raise ValueError(f"unknown frequency {shown!r}; give a count and one of {', '.join(_ALIASES)}, such as '15min'")
+        raise ValueError(
+            f"unknown frequency {shown!r}; give a count and one of {', '.join(_ALIASES)}, such as "
+            "'15min'"
+        )
     if unit == "B":
         return "B" if count == 1 else f"{count}B"
     unit = next(u for u in reversed(sizes) if total % sizes[u] == 0)
@@ -239,7 +242,9 @@ class Grid:
         days = stamps.astype("datetime64[D]")
         into = np.timedelta64(_most_frequent((stamps - days).astype(np.int64)), "us")
         if unit == "B":
-            return cls(freq, np.busday_offset(days[0], 0, roll="forward").astype("datetime64[us]") + into)
+            return cls(
+                freq, np.busday_offset(days[0], 0, roll="forward").astype("datetime64[us]") + into
+            )
         rule, _ = day_rule(stamps)
         first_day = rule.days(stamps[:1].astype("datetime64[M]"))[0]
         return cls(freq, first_day.astype("datetime64[us]") + into, rule)
@@ -270,12 +275,16 @@ def places_from(first: Any, stamps: np.ndarray, freq: str) -> np.ndarray:
     if length is not None:
         return (stamps - first).astype(np.int64) / length
     if unit == "B":
-        return np.busday_count(first.astype("datetime64[D]"), stamps.astype("datetime64[D]")) / count
+        return (
+            np.busday_count(first.astype("datetime64[D]"), stamps.astype("datetime64[D]")) / count
+        )
     period = _months(stamps) // MONTHS[unit]
     return (period - _months(first) // MONTHS[unit]) / count
 
 
-def stamps_from(first: Any, places: np.ndarray, freq: str, rule: DayRule | None = None) -> np.ndarray:
+def stamps_from(
+    first: Any, places: np.ndarray, freq: str, rule: DayRule | None = None
+) -> np.ndarray:
     """Stamps datetime64[us] at whole places from `first`; both broadcast against each other.
 
     Args:
@@ -317,7 +326,8 @@ def grid_share(stamps: np.ndarray, freq: str) -> float:
 
 
 def following(stamps: np.ndarray, n: int, freq: str, tz: str | None = None) -> np.ndarray:
-    """Continue the grid: the `n` stamps [n] after the last of `stamps` [T > 0], in UTC where there is a zone.
+    """Continue the grid: the `n` stamps [n] after the last of `stamps` [T > 0], in UTC where there
+    is a zone.
 
     Example: 2019-01-31, 2019-02-28 by "M" -> 2019-03-31, 2019-04-30, ...
     """

@@ -1,12 +1,15 @@
-"""Several processes at one job: how they find each other, agree, stop together, and which of them writes.
+"""Several processes at one job: how they find each other, agree, stop together, and which of them
+writes.
 
-Every process runs the same program with the same arguments and takes the same decisions in the same order; "host" here
-means such a process, one per machine as a rule. What a host sees for itself (a clock, a file, a signal, a full disk)
-must be exchanged before anything is decided by it: a collective that only some hosts enter waits for ever. With one
-process, which is the default, every function here is free and returns what that process says.
+Every process runs the same program with the same arguments and takes the same decisions in the same
+order; "host" here means such a process, one per machine as a rule. What a host sees for itself (a
+clock, a file, a signal, a full disk) must be exchanged before anything is decided by it: a
+collective that only some hosts enter waits for ever. With one process, which is the default, every
+function here is free and returns what that process says.
 
-SIGTERM and Ctrl-C do not break off what is being computed: in a `session`, and for Ctrl-C in an `interruptible` block,
-they are noted, and what runs for long saves and stops between two pieces of work.
+SIGTERM and Ctrl-C do not break off what is being computed: in a `session`, and for Ctrl-C in an
+`interruptible` block, they are noted, and what runs for long saves and stops between two pieces of
+work.
 
     with hosts.session(coordinator="10.0.0.1:1234", num_processes=2, process_id=0):
         ...                                                 # the same program on every host
@@ -27,8 +30,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 AUTO = "auto"  # --coordinator auto: the cluster says who takes part
-EXIT_STOPPED = 75  # exit code after SIGTERM: all is saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
-EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, which is saved as well; nobody wants it started again by itself
+# exit code after SIGTERM: all is saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
+EXIT_STOPPED = 75
+EXIT_INTERRUPTED = (
+    130  # exit code after Ctrl-C, which is saved as well; nobody wants it started again by itself
+)
 
 _stop = threading.Event()
 _asked_by = [signal.SIGTERM]  # the signal that has set it
@@ -36,7 +42,8 @@ _handling: list[str] = []  # blocks that have put handlers in place, "session" o
 
 
 class Stopped(Exception):
-    """A signal came to one of the hosts, and all have stopped at the same step; the message says what was kept.
+    """A signal came to one of the hosts, and all have stopped at the same step; the message says
+    what was kept.
 
     Attributes:
       exit_code: for the process, EXIT_STOPPED or, where Ctrl-C came to this host, EXIT_INTERRUPTED.
@@ -55,10 +62,12 @@ class OtherHostError(ValueError):
 def session(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Join the other hosts (see `initialize`); SIGTERM or Ctrl-C inside the block asks to save and stop.
+    """Join the other hosts (see `initialize`); SIGTERM or Ctrl-C inside the block asks to save and
+    stop.
 
-    What runs for long asks `stopping`, or calls `pause`, between two pieces of work. A second signal of the kind ends
-    the process at once. The former handlers are put back at the end of the block.
+    What runs for long asks `stopping`, or calls `pause`, between two pieces of work. A second
+    signal of the kind ends the process at once. The former handlers are put back at the end of the
+    block.
     """
     initialize(coordinator, num_processes, process_id)
     if not _may_handle():
@@ -67,7 +76,9 @@ def session(
     _forget()
     # after joining: JAX's own handler, for a service that is not used here, would take its place
     before: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, _ask) or signal.SIG_DFL}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a program's own handler, or none, stays
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # a program's own handler, or none, stays
         before[signal.SIGINT] = signal.signal(signal.SIGINT, _ask)
     _former.update(before)
     _handling.append("session")
@@ -84,11 +95,13 @@ def session(
 def interruptible() -> Iterator[None]:
     """Let a Ctrl-C inside the block wait for what is being computed, where nobody else handles it.
 
-    KeyboardInterrupt is raised by `pause`, by what is `stopping`, or at the end of the block; a second Ctrl-C raises it
-    at once. It must not come out of JAX's compiler: the process then ends with a segmentation fault. May be nested, and
-    may decorate a function.
+    KeyboardInterrupt is raised by `pause`, by what is `stopping`, or at the end of the block; a
+    second Ctrl-C raises it at once. It must not come out of JAX's compiler: the process then ends
+    with a segmentation fault. May be nested, and may decorate a function.
     """
-    own = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # of the program, or none
+    own = (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    )  # of the program, or none
     if not _may_handle() or own or _handling:
         yield
         return
@@ -113,14 +126,20 @@ def _forget() -> None:
 
 
 def _may_handle() -> bool:
-    return threading.current_thread() is threading.main_thread()  # Python allows handlers in no other thread
+    return (
+        threading.current_thread() is threading.main_thread()
+    )  # Python allows handlers in no other thread
 
 
 def _ask(signum: int, _frame: Any) -> None:
     _asked_by[0] = signal.Signals(signum)
     _stop.set()
     signal.signal(signum, _former[signum])
-    what = "saving and stopping" if signum == signal.SIGTERM else "stopping after what is being computed"
+    what = (
+        "saving and stopping"
+        if signum == signal.SIGTERM
+        else "stopping after what is being computed"
+    )
     os.write(2, f"{_name()}: {what} (once more: stop at once)\n".encode())
 
 
@@ -128,27 +147,35 @@ def _name() -> str:
     return "Ctrl-C" if _asked_by[0] == signal.SIGINT else "SIGTERM"
 
 
-def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
     """Join the other hosts of a job; with no argument, and when joined already, do nothing.
 
     Args:
-      coordinator: "address:port" of process 0, which all others can reach; or "auto": JAX finds coordinator, number and
-        id itself (SLURM, TPU pods, Open MPI, Kubernetes).
+      coordinator: "address:port" of process 0, which all others can reach; or "auto": JAX finds
+        coordinator, number and id itself (SLURM, TPU pods, Open MPI, Kubernetes).
       num_processes: of the job. process_id: of this process, from 0. Both belong to an address.
-    Raises: ValueError listing what is missing or wrong. Must come before any other use of JAX's devices.
+    Raises: ValueError listing what is missing or wrong. Must come before any other use of JAX's
+    devices.
     """
     given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
     if all(value is None for value in given.values()):
         return
     problems = []
     if coordinator == AUTO:
-        problems += [f"--{k} comes from the cluster with --coordinator auto" for k in given if k != "coordinator" and
-                     given[k] is not None]  # fmt: skip
+        problems += [
+            f"--{k} comes from the cluster with --coordinator auto"
+            for k in given
+            if k != "coordinator" and given[k] is not None
+        ]
     else:
         if missing := [f"--{name}" for name, value in given.items() if value is None]:
             problems.append(f"{', '.join(missing)} missing: the three belong together")
         if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
-            problems.append(f"--coordinator is address:port of process 0, or auto; got {coordinator!r}")
+            problems.append(
+                f"--coordinator is address:port of process 0, or auto; got {coordinator!r}"
+            )
         if num_processes is not None and num_processes < 1:
             problems.append(f"--num-processes must be at least 1; got {num_processes}")
         elif process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
@@ -161,9 +188,15 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         if coordinator == AUTO:
             jax.distributed.initialize()
         else:
-            jax.distributed.initialize(coordinator, num_processes, process_id, cluster_detection_method="deactivate")
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, cluster_detection_method="deactivate"
+            )
     except (ValueError, RuntimeError) as err:
-        where = "no cluster that JAX knows was found" if coordinator == AUTO else f"cannot join {coordinator}"
+        where = (
+            "no cluster that JAX knows was found"
+            if coordinator == AUTO
+            else f"cannot join {coordinator}"
+        )
         raise ValueError(
             f"{where}: {err}. Name it: --coordinator ADDRESS:PORT --num-processes N --process-id I"
         ) from err
@@ -191,7 +224,8 @@ def agree(*values: int) -> np.ndarray:
 
 
 def together(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`f(...)` on every host; where it fails on one, it fails on all. `f` must not itself wait for other hosts.
+    """`f(...)` on every host; where it fails on one, it fails on all. `f` must not itself wait for
+    other hosts.
 
     Raises: what `f` raises here; OtherHostError where it raised elsewhere.
     """
@@ -211,7 +245,9 @@ def together(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def on_first(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`f(...)` on the first host alone; all wait for it and get its result (JSON-able), or fail with it."""
+    """`f(...)` on the first host alone; all wait for it and get its result (JSON-able), or fail
+    with it.
+    """
     if count() == 1:
         return f(*args, **kwargs)
     said = together(lambda: json.dumps(f(*args, **kwargs)) if first() else "")
@@ -230,7 +266,9 @@ def _texts(mine: str) -> list[str]:
 
 
 def stopping() -> bool:
-    """Tell whether a signal to stop has come to this host. Hosts learn of each other's by `agree`."""
+    """Tell whether a signal to stop has come to this host. Hosts learn of each other's
+    by `agree`.
+    """
     return _stop.is_set()
 
 
@@ -244,7 +282,8 @@ def stopped(where: str) -> BaseException:
 
 
 def asked_for(err: BaseException) -> bool:
-    """Tell whether `stopped` has made this exception: state is as it was between two pieces of work.
+    """Tell whether `stopped` has made this exception: state is as it was between two pieces of
+    work.
 
     A second Ctrl-C comes in the middle of one, and has no words.
     """
@@ -252,12 +291,16 @@ def asked_for(err: BaseException) -> bool:
 
 
 def stop_if_asked(where: str) -> None:
-    """Between two pieces of work. Raises: `stopped(where)` on every host when a signal has come to one of them."""
+    """Between two pieces of work. Raises: `stopped(where)` on every host when a signal has come to
+    one of them.
+    """
     if agree(stopping()).any():
         raise stopped(where)
 
 
 def pause() -> None:
-    """Between two batches, where there is one host, which need not agree. Raises: `stopped` when it was asked to."""
+    """Between two batches, where there is one host, which need not agree. Raises: `stopped` when it
+    was asked to.
+    """
     if stopping() and count() == 1:
         raise stopped("between two batches")

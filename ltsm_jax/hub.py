@@ -1,10 +1,12 @@
-"""Files of models on the hub: names, what is there, what has been fetched, and where the converted copy is kept.
+"""Files of models on the hub: names, what is there, what has been fetched, and where the converted
+copy is kept.
 
-A hub name is "owner/name" or "owner/name@revision". Its files go through huggingface_hub, whose cache, token and
-switches (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are used as they are. Nothing is fetched of weights whose
-licence forbids commercial use before somebody has accepted it (`require_licence`). What they become is kept as a model
-folder of this library, `<cache>/models/hub-1/<owner>--<name>/<commit>`, beside which `refs/<revision>` says the commit
-of a revision, for times without network.
+A hub name is "owner/name" or "owner/name@revision". Its files go through huggingface_hub, whose
+cache, token and switches (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are used as they are.
+Nothing is fetched of weights whose licence forbids commercial use before somebody has accepted it
+(`require_licence`). What they become is kept as a model folder of this library,
+`<cache>/models/hub-1/<owner>--<name>/<commit>`, beside which `refs/<revision>` says the commit of a
+revision, for times without network.
 """
 
 import contextlib
@@ -24,24 +26,43 @@ from typing import Any
 
 from ltsm_jax import storage
 
-STORE = "hub-1"  # count up when the same files become another model folder, and copies made before are not used
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-ENDINGS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")  # other names of weights, in order of preference
+# count up when the same files become another model folder, and copies made before are not used
+STORE = "hub-1"
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ENDINGS = (
+    ".safetensors",
+    ".ckpt",
+    ".pth",
+    ".pt",
+    ".bin",
+)  # other names of weights, in order of preference
 
-_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_NAME = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE = re.compile(r"[A-Za-z0-9_][\w.+-]*", re.ASCII)  # of the top folder of a repository
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter|tokenizer)")
+_NOT_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter|tokenizer)"
+)
 _MAX_JSON = 1 << 20  # bytes of a config; the largest published one has a few thousand
 _MAX_INDEX = 1 << 26
 _DAY = 86400
 _FORBIDS = re.compile(r"(?i)\bnc\b|non-?commercial")
-ACCEPT = "LTSM_ACCEPT_LICENSE"  # licences or repositories, separated by commas, for machines where nobody is asked
+# licences or repositories, separated by commas, for machines where nobody is asked
+ACCEPT = "LTSM_ACCEPT_LICENSE"
 _said: set[tuple[str, str]] = set()
 
 
 class LicenceError(PermissionError):
-    """Weights whose licence forbids commercial use, and nobody on this machine has accepted it yet."""
+    """Weights whose licence forbids commercial use, and nobody on this machine has accepted
+    it yet.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +83,19 @@ class Name:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a name stands for: a commit, and its files (of the top folder) as the hub or the cache lists them."""
+    """What a name stands for: a commit, and its files (of the top folder) as the hub or the cache
+    lists them.
+    """
 
     name: Name
     commit: str
-    files: Mapping[str, tuple[int | None, str | None]]  # name -> bytes and digest (sha256, or git's), where known
+    files: Mapping[
+        str, tuple[int | None, str | None]
+    ]  # name -> bytes and digest (sha256, or git's), where known
     licence: str | None = None  # as the repository states it
-    snapshot: Path | None = None  # folder of huggingface_hub's cache, where the hub could not be asked
+    snapshot: Path | None = (
+        None  # folder of huggingface_hub's cache, where the hub could not be asked
+    )
     why: str = ""  # the hub could not be asked
 
     @property
@@ -83,11 +110,18 @@ def parse(source: str, revision: str | None = None) -> Name | None:
     Raises: ValueError for two different revisions.
     """
     match = _NAME.fullmatch(source)
-    if match is None or ".." in source or "--" in match["repo"] or source.endswith((*ENDINGS, ".json")):
+    if (
+        match is None
+        or ".." in source
+        or "--" in match["repo"]
+        or source.endswith((*ENDINGS, ".json"))
+    ):
         return None
     told = match["revision"]
     if told and revision and told != revision:
-        raise ValueError(f"{source!r} names the revision {told!r}, the argument {revision!r}: give one")
+        raise ValueError(
+            f"{source!r} names the revision {told!r}, the argument {revision!r}: give one"
+        )
     return Name(match["repo"], told or revision or "main")
 
 
@@ -99,8 +133,8 @@ def endpoint() -> str:
 
 
 def find(name: Name, token: str | None = None, *, converted: bool = True) -> Found:
-    """What a name stands for. One question to the hub, none for a commit whose converted copy is there; what was kept
-    of an earlier time where the hub does not answer or refuses.
+    """What a name stands for. One question to the hub, none for a commit whose converted copy is
+    there; what was kept of an earlier time where the hub does not answer or refuses.
 
     converted: whether a converted copy will do; else the files are needed.
 
@@ -113,7 +147,9 @@ def find(name: Name, token: str | None = None, *, converted: bool = True) -> Fou
     try:
         api = HfApi(endpoint=endpoint(), library_name="ltsm_jax")
         revision = None if name.revision == "main" else name.revision
-        info = api.model_info(name.repo, revision=revision, files_metadata=True, timeout=20, token=token)
+        info = api.model_info(
+            name.repo, revision=revision, files_metadata=True, timeout=20, token=token
+        )
         commit = str(info.sha)
         if not _COMMIT.fullmatch(commit):
             raise ValueError(f"the hub gives {commit[:60]!r} as the commit")
@@ -123,7 +159,8 @@ def find(name: Name, token: str | None = None, *, converted: bool = True) -> Fou
             if _FILE.fullmatch(s.rfilename)
         }
         return Found(name, commit, files, _licence(info))
-    except Exception as error:  # its own errors, those of either of two HTTP clients, and of answers that are not JSON
+    # Its own errors, those of either of two HTTP clients, and of answers that are not JSON.
+    except Exception as error:
         kept = _kept(name, _reason(error), converted)
         if kept is None:
             raise _no_answer(name, error) from error
@@ -132,7 +169,9 @@ def find(name: Name, token: str | None = None, *, converted: bool = True) -> Fou
 
 def _licence(info: Any) -> str | None:
     card = info.card_data.to_dict() if info.card_data else {}
-    told = card.get("license") or next((t[8:] for t in info.tags or [] if t.startswith("license:")), None)
+    told = card.get("license") or next(
+        (t[8:] for t in info.tags or [] if t.startswith("license:")), None
+    )
     if told == "other" and card.get("license_name"):
         told = f"other ({card['license_name']})"
     told = ", ".join(map(str, told)) if isinstance(told, list) else told
@@ -142,13 +181,19 @@ def _licence(info: Any) -> str | None:
 def _kept(name: Name, why: str, converted: bool) -> Found | None:
     """What an earlier time left: a converted copy, else the files in huggingface_hub's cache."""
     with contextlib.suppress(OSError):
-        commit = (name.store / "refs" / urllib.parse.quote(name.revision, safe="")).read_text().strip()
+        commit = (
+            (name.store / "refs" / urllib.parse.quote(name.revision, safe="")).read_text().strip()
+        )
         if converted and _COMMIT.fullmatch(commit) and (name.store / commit).is_dir():
             return Found(name, commit, {}, why=why)
     snapshot = _snapshot(name)
     if snapshot is None:
         return None
-    files = {p.name: (p.stat().st_size, None) for p in snapshot.iterdir() if p.is_file() and _FILE.fullmatch(p.name)}
+    files = {
+        p.name: (p.stat().st_size, None)
+        for p in snapshot.iterdir()
+        if p.is_file() and _FILE.fullmatch(p.name)
+    }
     try:
         wanted = weights(files)
     except ValueError:
@@ -161,7 +206,12 @@ def _snapshot(name: Name) -> Path | None:
 
     try:  # "config.json": all that must be there for the folder to be given, whole or not
         found = Path(
-            snapshot_download(name.repo, revision=name.revision, local_files_only=True, allow_patterns=["config.json"])
+            snapshot_download(
+                name.repo,
+                revision=name.revision,
+                local_files_only=True,
+                allow_patterns=["config.json"],
+            )
         )
     except Exception:  # not there, or not whole; each version of huggingface_hub has its own errors
         return None
@@ -183,7 +233,8 @@ def weights(files: Iterable[str]) -> str:
             return found[0]
         if found:
             raise ValueError(
-                f"several files that may be the checkpoint: {', '.join(found[:10])}. Download the right one and give "
+                f"several files that may be the checkpoint: {', '.join(found[:10])}. Download the "
+                "right one and give "
                 "its path."
             )
     listed = ", ".join(sorted(names)[:20]) or "none"
@@ -197,14 +248,18 @@ def download(
     accept_license: bool = False,
     known: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """The files of a model, fetched where they are not in huggingface_hub's cache: weights and every small JSON file.
+    """The files of a model, fetched where they are not in huggingface_hub's cache: weights and
+    every small JSON file.
 
-    accept_license: see `require_licence`. known: the licence, where the repository does not state it.
+    accept_license: see `require_licence`. known: the licence, where the repository does not state
+    it.
 
-    Returns: path of the weights (or of their index), the rest beside it; and what goes into the provenance: hub (repo,
-      revision, commit, licence, files with their sha256), and licence where the repository states one.
-    Raises: LicenceError, before anything is fetched; FileNotFoundError, PermissionError; ValueError for a repository
-      without a checkpoint; storage.DamagedError for a file that is not what the hub says.
+    Returns: path of the weights (or of their index), the rest beside it; and what goes into the
+      provenance: hub (repo, revision, commit, licence, files with their sha256), and licence where
+        the repository states one.
+    Raises: LicenceError, before anything is fetched; FileNotFoundError, PermissionError; ValueError
+      for a repository without a checkpoint; storage.DamagedError for a file that is not what the
+      hub says.
     """
     require_licence(found.name.repo, found.licence or known, accept_license)
     try:
@@ -217,7 +272,10 @@ def download(
         if n.endswith(".json") and not n.endswith(".index.json") and (size or 0) <= _MAX_JSON
     )
     if "config.json" in found.files and "config.json" not in beside:
-        raise ValueError(f"{found.name}: config.json has {found.files['config.json'][0]} bytes, which no config needs")
+        raise ValueError(
+            f"{found.name}: config.json has {found.files['config.json'][0]} bytes, which no config "
+            "needs"
+        )
     digests = {}
     with _progress():
         paths = {name: _fetch(found, name, token, digests) for name in [*beside, main]}
@@ -234,14 +292,20 @@ def download(
 
 
 def _shards(found: Found, index: Path) -> list[str]:
-    """The files that an index names and the repository has; the converter says what is wrong with the others."""
+    """The files that an index names and the repository has; the converter says what is wrong with
+    the others.
+    """
     try:
         if index.stat().st_size > _MAX_INDEX:
             return []
         named = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return []
-    return sorted(n for n in named if isinstance(n, str) and n in found.files and n.endswith((".safetensors", ".bin")))
+    return sorted(
+        n
+        for n in named
+        if isinstance(n, str) and n in found.files and n.endswith((".safetensors", ".bin"))
+    )
 
 
 def _fetch(found: Found, name: str, token: str | None, digests: dict[str, str]) -> Path:
@@ -258,7 +322,9 @@ def _fetch(found: Found, name: str, token: str | None, digests: dict[str, str]) 
     for again in (False, True):  # a damaged file in the cache is fetched once more
         try:
             path = found.snapshot / name if found.snapshot else None
-            path = path or Path(_patiently(hf_hub_download, found.name.repo, name, force_download=again, **told))
+            path = path or Path(
+                _patiently(hf_hub_download, found.name.repo, name, force_download=again, **told)
+            )
         except Exception as error:
             raise _no_answer(found.name, error, name) from error
         length, digests[name] = path.stat().st_size, _sha256(path)
@@ -267,12 +333,15 @@ def _fetch(found: Found, name: str, token: str | None, digests: dict[str, str]) 
             return path
         problem = f"{length} bytes with digest {got}, the hub says {size} with {expected}"
     raise storage.DamagedError(
-        f"{path}: {problem}, also after it was fetched again. Nothing in it was used; try again later."
+        f"{path}: {problem}, also after it was fetched again. Nothing in it was used; try again "
+        "later."
     )
 
 
 def _patiently(fetch: Callable[..., str], *args: Any, **told: Any) -> str:
-    """A transfer that breaks off is taken up where it broke; not every huggingface_hub does that by itself."""
+    """A transfer that breaks off is taken up where it broke; not every huggingface_hub does that by
+    itself.
+    """
     for _ in range(4):
         try:
             return fetch(*args, **told)
@@ -298,7 +367,11 @@ def _git_digest(path: Path) -> str:
 @contextlib.contextmanager
 def _progress() -> Iterator[None]:
     """Bars for people, none in log files."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     silence = not sys.stderr.isatty() and not are_progress_bars_disabled()
     if silence:
@@ -311,8 +384,9 @@ def _progress() -> Iterator[None]:
 
 
 def remember(found: Found) -> None:
-    """Keep which commit a revision is, and remove what conversions that were killed have left. Errors of a cache that
-    can't be written are no errors of the caller's."""
+    """Keep which commit a revision is, and remove what conversions that were killed have left.
+    Errors of a cache that can't be written are no errors of the caller's.
+    """
     with contextlib.suppress(OSError):
         refs = found.name.store / "refs"
         refs.mkdir(parents=True, exist_ok=True)
@@ -330,10 +404,12 @@ def is_non_commercial(licence: str) -> bool:
 
 
 def require_licence(repo: str, licence: str | None, accept: bool = False) -> None:
-    """Let nobody use non-commercial weights unasked: `accept`, once, is kept by repository and licence.
+    """Let nobody use non-commercial weights unasked: `accept`, once, is kept by repository and
+    licence.
 
-    It is kept in `$LTSM_CACHE/licences` (else ~/.cache/ltsm_jax/licences); `$LTSM_ACCEPT_LICENSE` may name licences or
-    repositories instead, separated by commas. Licences that allow commercial use, and those that are not known, pass.
+    It is kept in `$LTSM_CACHE/licences` (else ~/.cache/ltsm_jax/licences); `$LTSM_ACCEPT_LICENSE`
+    may name licences or repositories instead, separated by commas. Licences that allow commercial
+    use, and those that are not known, pass.
 
     Raises: LicenceError naming the licence, the repository and how to accept.
     """
@@ -341,21 +417,29 @@ def require_licence(repo: str, licence: str | None, accept: bool = False) -> Non
         return
     # The licence of a family has a remark behind its name: "CC-BY-NC-4.0, non-commercial (...)".
     short = re.split(r"[,(]", licence)[0].strip().lower() or licence.lower()
-    file = storage.cache_folder("licences") / repo.replace("/", "--") / urllib.parse.quote(short, safe="")
+    file = (
+        storage.cache_folder("licences")
+        / repo.replace("/", "--")
+        / urllib.parse.quote(short, safe="")
+    )
     named = {part.strip().lower() for part in os.environ.get(ACCEPT, "").split(",")}
     if file.is_file() or named & {repo.lower(), short}:
         return
     if not accept:
         raise LicenceError(
             f"the weights of {repo} are under {licence}: NON-COMMERCIAL USE ONLY. Read it at "
-            f"{endpoint()}/{repo}; to accept it, once: ltsm_jax.load({repo!r}, accept_license=True), "
+            f"{endpoint()}/{repo}; to accept it, once: ltsm_jax.load({repo!r}, "
+            "accept_license=True), "
             f"or --accept-license with the ltsm command, or {ACCEPT}={short} in the environment"
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(time.strftime("accepted %Y-%m-%d\n"))
     except OSError as error:
-        say(f"that the licence of {repo} is accepted can't be kept, and will be asked again: {error}")
+        say(
+            f"that the licence of {repo} is accepted can't be kept, and will be asked again: "
+            f"{error}"
+        )
 
 
 def say_licence(found: Found, record: Mapping[str, Any]) -> None:
@@ -366,15 +450,20 @@ def say_licence(found: Found, record: Mapping[str, Any]) -> None:
     stated = record.get("hub", {}).get("licence")
     licence = str(record.get("licence", "unknown"))
     if not stated:
-        licence = f"not stated by the repository ({licence} for the published weights of the family)"
+        licence = (
+            f"not stated by the repository ({licence} for the published weights of the family)"
+        )
     only = " -- NON-COMMERCIAL USE ONLY" if is_non_commercial(licence) else ""
     _say_once(
-        found.name.repo, found.commit, f"weights of {found.name}, commit {found.commit[:7]}: licence {licence}{only}"
+        found.name.repo,
+        found.commit,
+        f"weights of {found.name}, commit {found.commit[:7]}: licence {licence}{only}",
     )
 
 
 def say_local_licence(path: Path, record: Mapping[str, Any]) -> None:
-    """One line to stderr, once a process, where weights that lie on this machine forbid commercial use.
+    """One line to stderr, once a process, where weights that lie on this machine forbid commercial
+    use.
 
     Nobody is asked to accept it: whoever has the files has got them somewhere, or made them.
     record: their provenance.
@@ -415,14 +504,22 @@ def _reason(error: Exception) -> str:
     status = _status(told)
     first = next((line.strip() for line in str(told).splitlines() if line.strip()), "")
     return (
-        f"the hub answers {status}" if status else f"no answer from {endpoint()} ({type(told).__name__}: {first[:200]})"
+        f"the hub answers {status}"
+        if status
+        else f"no answer from {endpoint()} ({type(told).__name__}: {first[:200]})"
     )
 
 
 def _no_answer(name: Name, error: Exception, file: str = "") -> OSError:
-    """The error of a name that neither the hub nor a cache has, with what was tried and what to do."""
+    """The error of a name that neither the hub nor a cache has, with what was tried and what
+    to do.
+    """
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     status, page = _status(error), f"{endpoint()}/{name.repo}"
     place = storage.cache_folder("models") / str(name)
@@ -430,25 +527,40 @@ def _no_answer(name: Name, error: Exception, file: str = "") -> OSError:
     if isinstance(error, GatedRepoError):
         kind = PermissionError
         reason = f"the repository is gated (the hub answers {status})"
-        advice = f"Accept its conditions at {page}, then set HF_TOKEN to a token of that account (or pass token=...)."
+        advice = (
+            f"Accept its conditions at {page}, then set HF_TOKEN to a token of that account "
+            "(or pass token=...)."
+        )
     elif isinstance(error, RevisionNotFoundError):
         reason = f"the repository has no revision {name.revision!r}"
-        advice = f"Its branches and tags stand at {page}/tree/main; a preset may have a revision of its own."
-    elif isinstance(error, RepositoryNotFoundError) or status == 404:
-        reason = f"the hub answers {status}: there is no such repository{' or file' * bool(file)}, or it is private"
         advice = (
-            "Check the name; for a private repository set HF_TOKEN (or pass token=...) to a token that may read it."
+            f"Its branches and tags stand at {page}/tree/main; a preset may have a revision "
+            "of its own."
+        )
+    elif isinstance(error, RepositoryNotFoundError) or status == 404:
+        reason = (
+            f"the hub answers {status}: there is no such "
+            f"repository{' or file' * bool(file)}, or it is private"
+        )
+        advice = (
+            "Check the name; for a private repository set HF_TOKEN (or pass token=...) to a "
+            "token that may read it."
         )
     elif status in (401, 403):
         kind = PermissionError
-        reason = f"the hub answers {status}: the token is missing, wrong, or may not read this repository"
+        reason = (
+            f"the hub answers {status}: the token is missing, wrong, or may not read this "
+            "repository"
+        )
         advice = (
-            f"Make a token with read access at {endpoint()}/settings/tokens; set HF_TOKEN to it (or pass token=...)."
+            f"Make a token with read access at {endpoint()}/settings/tokens; set HF_TOKEN to "
+            "it (or pass token=...)."
         )
     else:
         reason = _reason(error)
         advice = (
-            "Go online, or load it once on a machine that is and copy its caches (HF_HOME, LTSM_CACHE), or download "
+            "Go online, or load it once on a machine that is and copy its caches (HF_HOME, "
+            "LTSM_CACHE), or download "
             f"its config.json and weights by hand into {place}."
         )
     lines = [

@@ -38,7 +38,9 @@ Fill = Literal["auto", "anchored", "model", "linear"]
 FILLS: tuple[Fill, ...] = ("anchored", "model", "linear")  # the first where nothing can be measured
 WORDS = {"anchored": "model, anchored", "model": "model", "linear": "straight line"}
 FILLED = "_filled"  # behind the name of a target: the name of its flags
-CHECKED = 0.05  # share of the known cells that are hidden to compare with the straight line, at least
+CHECKED = (
+    0.05  # share of the known cells that are hidden to compare with the straight line, at least
+)
 SPANS = 8  # of time in each item, whose errors say how sure a comparison is
 SURE = 1.5  # standard errors by which a model has to be better than the straight line
 BATCH = 64  # windows per forward pass
@@ -69,7 +71,9 @@ class Imputed:
     @property
     def n_filled(self) -> int:
         """How many cells were filled."""
-        return int(self.table[[f"{name}{FILLED}" for name in self.panel.columns]].to_numpy(bool).sum())
+        return int(
+            self.table[[f"{name}{FILLED}" for name in self.panel.columns]].to_numpy(bool).sum()
+        )
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the targets of the first item with the filled cells marked; returns the matplotlib
@@ -80,7 +84,9 @@ class Imputed:
         """
         shown = self.panel.columns[:DRAWN]
         try:
-            figure, axes = new_figure(9, 2 * len(shown), nrows=len(shown), sharex=True, squeeze=False)
+            figure, axes = new_figure(
+                9, 2 * len(shown), nrows=len(shown), sharex=True, squeeze=False
+            )
         except ImportError as error:
             raise ImportError(NO_PICTURES) from error
         first = self.table.iloc[: self.panel.bounds[1]]
@@ -108,7 +114,9 @@ class Imputed:
         return "\n".join([*lines, *self.notes])
 
     def __repr__(self) -> str:
-        return f"<Imputed {self.panel.name}: {self.n_filled} of {self.panel.values.size} cells filled>"
+        return (
+            f"<Imputed {self.panel.name}: {self.n_filled} of {self.panel.values.size} cells filled>"
+        )
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -171,12 +179,16 @@ def impute(
     panel = read(data, **{key: value for key, value in asked.items() if value is not None})
     taken = {*panel.id_columns, panel.time_name or "row", *panel.columns}
     if clash := sorted(f"{c}{FILLED}" for c in panel.columns if f"{c}{FILLED}" in taken):
-        raise DataError(f"{panel.name}: {', '.join(clash)} is also the name of a flag of the result; rename it")
+        raise DataError(
+            f"{panel.name}: {', '.join(clash)} is also the name of a flag of the result; rename it"
+        )
     notes = list(panel.notes)
     model, params = ready_for(model, params, panel.item(0), seed)
     if chosen.phases:
         if panel.n_items > 1:
-            raise DataError(f"{panel.name}: tuning takes a table of one item, not of {panel.n_items}")
+            raise DataError(
+                f"{panel.name}: tuning takes a table of one item, not of {panel.n_items}"
+            )
         prepared, task = imputation_of(model, panel.item(0))
         params = run(
             model,
@@ -203,7 +215,8 @@ def read(data: Data | Panel, **options: Any) -> Panel:
         return Panel.of(load_series(data, **options))
     if isinstance(data, Panel | Series):
         return read_panel(data, **options)
-    # A column that ends before the others has holes there: nothing is forecast that might begin behind it.
+    # A column that ends before the others has holes there: nothing is forecast that might begin
+    # behind it.
     return read_panel(data, early_ends="holes", **options)
 
 
@@ -264,7 +277,9 @@ def _filled(
                 errors[k] = np.square(np.where(extra, again - scaled, 0.0))
         edges = np.unique(np.linspace(0, hi - lo, SPANS, endpoint=False).astype(int))
         blocks.append(np.add.reduceat(errors, edges, axis=2))
-    errors_KCN = np.concatenate(blocks, axis=2) if blocks else np.zeros((len(asked), panel.n_variates, 1))
+    errors_KCN = (
+        np.concatenate(blocks, axis=2) if blocks else np.zeros((len(asked), panel.n_variates, 1))
+    )
     best = _chosen(errors_KCN, asked)
     errors = errors_KCN.sum(axis=2)
     values = np.where(holes, guesses[best, np.arange(panel.n_variates)], panel.values)
@@ -291,7 +306,11 @@ def _chosen(errors_KCN: np.ndarray, asked: Sequence[str]) -> np.ndarray:
     line = asked.index("linear")
     gain_KCN = errors_KCN[line] - errors_KCN
     n_spans = gain_KCN.shape[2]
-    doubt_KC = gain_KCN.std(axis=2, ddof=1) / np.sqrt(n_spans) if n_spans > 1 else np.zeros(gain_KCN.shape[:2])
+    doubt_KC = (
+        gain_KCN.std(axis=2, ddof=1) / np.sqrt(n_spans)
+        if n_spans > 1
+        else np.zeros(gain_KCN.shape[:2])
+    )
     eligible_KC = gain_KCN.mean(axis=2) > SURE * doubt_KC
     eligible_KC[line] = True
     # Where nothing could be hidden, nothing speaks for the line either: the first way.
@@ -358,11 +377,17 @@ def _by_model(model: Model, params: Params, anchor: bool, scaled: np.ndarray) ->
     for start in starts:
         rows = np.flatnonzero(asked[:, start : start + window].any(axis=1))
         if len(rows):
-            jobs += [(start, np.arange(n_variates))] if joint else [(start, np.array([row])) for row in rows]
+            jobs += (
+                [(start, np.arange(n_variates))]
+                if joint
+                else [(start, np.array([row])) for row in rows]
+            )
     if not jobs:
         return scaled
     windows = np.stack([padded[rows, start : start + window] for start, rows in jobs])
-    guesses = in_batches(lambda i: _reconstruct(model, params, anchor, windows, i), len(jobs), BATCH)
+    guesses = in_batches(
+        lambda i: _reconstruct(model, params, anchor, windows, i), len(jobs), BATCH
+    )
 
     line = _by_line(scaled)
     filled = np.full((n_variates, length), np.nan)

@@ -1,4 +1,5 @@
-"""Pictures: the style of all figures, and of forecasts the end of the history, the point and the bands around it.
+"""Pictures: the style of all figures, and of forecasts the end of the history, the point and the
+bands around it.
 
 matplotlib is imported only when something is drawn.
 """
@@ -110,7 +111,9 @@ def _numbers(panel: Panel, items: Sequence[Any] | None) -> list[int]:
     place = {item: i for i, item in enumerate(panel.ids.tolist())}
     if unknown := [item for item in wanted if item not in place]:
         shown = ", ".join(map(str, list(place)[:5]))
-        raise ValueError(f"no item {', '.join(map(repr, unknown))} in {panel.name}; there are {shown}, ...")
+        raise ValueError(
+            f"no item {', '.join(map(repr, unknown))} in {panel.name}; there are {shown}, ..."
+        )
     return [place[item] for item in wanted]
 
 

@@ -21,9 +21,14 @@ from ltsm_jax.methods.decision import ZERO_SHOT, Verdict, number
 from ltsm_jax.plotting import new_figure
 
 NO_PICTURES = "No pictures: matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)."
-UNITS = "MSE and MAE are in units standardised per item and target by its training rows: 1 is their variance."
-FAR = 3.0  # times the lowest error: what is beyond it is cut at the edge, or it would squeeze the others
-# Okabe & Ito's palette, told apart by all common kinds of colour vision; line styles say the same a second time.
+UNITS = (
+    "MSE and MAE are in units standardised per item and target by its training rows: 1 is "
+    "their variance."
+)
+# times the lowest error: what is beyond it is cut at the edge, or it would squeeze the others
+FAR = 3.0
+# Okabe & Ito's palette, told apart by all common kinds of colour vision; line styles say the same a
+# second time.
 COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#5D3A9B")
 STYLES = ("-", (0, (7, 1.5)), "-.", (0, (5, 1, 1, 1)), "--", (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 ZERO_COLOUR, NAIVE_COLOUR = "#555555", "#8A7A00"
@@ -45,7 +50,8 @@ figcaption, .small { color: #52606d; font-size: .9rem; }
 
 
 def write_report(verdict: Verdict, folder: str | Path) -> tuple[Path, Path]:
-    """Write verdict.json, report.md and report.html into a folder, which is made where there is none.
+    """Write verdict.json, report.md and report.html into a folder, which is made where there is
+    none.
 
     Returns: the paths of the two reports.
     """
@@ -79,14 +85,29 @@ class _Section:
 def _sections(verdict: Verdict) -> list[_Section]:
     header, rows = verdict.rows()
     names = [found.name for found in verdict.candidates]
-    remark = f"{UNITS} A dash: not scored there, as only what validation chose is scored on the test span. Seconds "
+    remark = (
+        f"{UNITS} A dash: not scored there, as only what validation chose is scored on the "
+        "test span. Seconds "
+    )
     remark += "are those of training and of scoring validation, without compilation."
-    sections = [_Section("Candidates", header, rows, remark=remark, marked=names.index(verdict.deploy))]
+    sections = [
+        _Section("Candidates", header, rows, remark=remark, marked=names.index(verdict.deploy))
+    ]
     if verdict.differences:
-        remark = "Below zero the first of the two is better. The intervals are paired block-bootstrap ones, of blocks "
-        remark += f"of {verdict.horizon} consecutive origins with all items together, or of items, whichever is wider."
+        remark = (
+            "Below zero the first of the two is better. The intervals are paired "
+            "block-bootstrap ones, of blocks "
+        )
+        remark += (
+            f"of {verdict.horizon} consecutive origins with all items together, or of "
+            "items, whichever is wider."
+        )
         sections.append(
-            _Section("Differences in MSE on the test span", lines=verdict.difference_lines(), remark=remark)
+            _Section(
+                "Differences in MSE on the test span",
+                lines=verdict.difference_lines(),
+                remark=remark,
+            )
         )
 
     facts = [
@@ -101,7 +122,10 @@ def _sections(verdict: Verdict) -> list[_Section]:
         span = verdict.spans.get(part)
         when = f", {_day(span[0])} to {_day(span[1])}" if span else ""
         facts.append([name, f"{verdict.windows[part]:,} windows{when}"])
-    remark = "Every item is cut by itself: its last rows test, those before validate, the rest trains; spans are from "
+    remark = (
+        "Every item is cut by itself: its last rows test, those before validate, the rest "
+        "trains; spans are from "
+    )
     remark += "the first of all items to the last."
     sections.append(_Section("Data", ["", verdict.name], facts, remark=remark))
 
@@ -129,7 +153,11 @@ def _markdown(verdict: Verdict, sections: Sequence[_Section], drawn: bool) -> st
     def plain(text: str) -> str:
         return text.replace("|", "\\|").replace("<", "&lt;")
 
-    lines = [f"# {plain(verdict.name)}, {verdict.model}, horizon {verdict.horizon}", "", plain(verdict.reason)]
+    lines = [
+        f"# {plain(verdict.name)}, {verdict.model}, horizon {verdict.horizon}",
+        "",
+        plain(verdict.reason),
+    ]
     for section in sections:
         lines += ["", f"## {section.title}", ""]
         if section.rows:
@@ -147,7 +175,9 @@ def _markdown(verdict: Verdict, sections: Sequence[_Section], drawn: bool) -> st
     return "\n".join(lines)
 
 
-def _html(verdict: Verdict, sections: Sequence[_Section], pictures: Sequence[tuple[str, str]]) -> str:
+def _html(
+    verdict: Verdict, sections: Sequence[_Section], pictures: Sequence[tuple[str, str]]
+) -> str:
     heading = html.escape(f"{verdict.name}, {verdict.model}, horizon {verdict.horizon}")
     parts = [
         "<!DOCTYPE html>",
@@ -179,7 +209,9 @@ def _html_table(section: _Section) -> str:
     rows = []
     for i, row in enumerate(section.rows):
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        rows.append(f'<tr class="deployed">{cells}</tr>' if i == section.marked else f"<tr>{cells}</tr>")
+        rows.append(
+            f'<tr class="deployed">{cells}</tr>' if i == section.marked else f"<tr>{cells}</tr>"
+        )
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
@@ -192,10 +224,16 @@ def figures(verdict: Verdict) -> list[tuple[str, Any]]:
     text += "An arrow: the bar is cut, and its number stands at its end."
     found = [(text, _bars(verdict))]
     if any(candidate.epochs for candidate in verdict.candidates):
-        text = "Validation error before training (epoch 0) and after every epoch; the ring is the epoch that is kept."
+        text = (
+            "Validation error before training (epoch 0) and after every epoch; the ring is the "
+            "epoch that is kept."
+        )
         found.append((text, _curves(verdict)))
     if verdict.examples:
-        text = "Windows of the test span, evenly spread and not chosen by looks, in the units of the data."
+        text = (
+            "Windows of the test span, evenly spread and not chosen by looks, in the units of "
+            "the data."
+        )
         found.append((text, _examples(verdict)))
     return found
 
@@ -235,7 +273,9 @@ def _bars(verdict: Verdict) -> Any:
     look = _look(verdict)
     count = len(verdict.candidates)
     figure, ax = new_figure(8, 1.0 + 0.5 * count)
-    scores = [part["mse"] for found in verdict.candidates for part in (found.val, found.test) if part]
+    scores = [
+        part["mse"] for found in verdict.candidates for part in (found.val, found.test) if part
+    ]
     lowest = max(min(scores), 1e-12)
     near = [score for score in scores if score <= FAR * lowest]
     limit = 1.25 * max(near)
@@ -246,7 +286,15 @@ def _bars(verdict: Verdict) -> Any:
             cut = part["mse"] > limit
             length = limit if cut else part["mse"]
             hatch = "//" if cut else None
-            ax.barh(i + shift, length, 0.36, color=look[found.name][0], alpha=alpha, hatch=hatch, edgecolor="white")
+            ax.barh(
+                i + shift,
+                length,
+                0.36,
+                color=look[found.name][0],
+                alpha=alpha,
+                hatch=hatch,
+                edgecolor="white",
+            )
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0} if cut else None
             ax.annotate(
                 number(part["mse"]) + (" \u25b8" if cut else ""),
@@ -280,13 +328,30 @@ def _curves(verdict: Verdict) -> Any:
         curve = [entry["val_mse"] for entry in found.history]
         epochs = [entry["epoch"] for entry in found.history]
         colour, style = look[found.name]
-        ax.plot(epochs, curve, color=colour, linestyle=style, linewidth=2, marker="o", markersize=4, label=found.name)
+        ax.plot(
+            epochs,
+            curve,
+            color=colour,
+            linestyle=style,
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            label=found.name,
+        )
         if 0 < found.best_epoch < len(curve):
-            ax.plot(found.best_epoch, curve[found.best_epoch], "o", color=colour, markersize=11, mfc="none", mew=1.5)
+            ax.plot(
+                found.best_epoch,
+                curve[found.best_epoch],
+                "o",
+                color=colour,
+                markersize=11,
+                mfc="none",
+                mew=1.5,
+            )
         ends += curve[1:]
 
-    # The axis shows where the methods end. What lies far above, a start from random weights or a naive forecast, is
-    # cut off, and the legend says where it is.
+    # The axis shows where the methods end. What lies far above, a start from random weights or a
+    # naive forecast, is cut off, and the legend says where it is.
     span = max(max(ends) - min(ends), 0.02 * abs(zero), 1e-9)
     low, high = min(ends) - 0.1 * span, max(ends) + 0.35 * span
     for name, value in lines:
@@ -309,7 +374,10 @@ def _examples(verdict: Verdict) -> Any:
     rows, columns = -(-len(shown) // 2), min(2, len(shown))
     figure, axes = new_figure(10, 3.0 * rows, nrows=rows, ncols=columns, squeeze=False)
     for ax, example in zip(np.ravel(axes), shown, strict=False):
-        context, target = np.asarray(example["context"], float), np.asarray(example["target"], float)
+        context, target = (
+            np.asarray(example["context"], float),
+            np.asarray(example["target"], float),
+        )
         places, dated = _places(example, len(context), len(target))
         past, future = places[: len(context)], places[len(context) :]
         # No gap between the past and the truth.
@@ -317,9 +385,20 @@ def _examples(verdict: Verdict) -> Any:
         ax.plot(future, target, color="black", linewidth=2.2, label="truth")
         for name, point in example["forecasts"].items():
             colour, style = look[name]
-            ax.plot(future, np.asarray(point, float), color=colour, linestyle=style, linewidth=1.6, label=name)
+            ax.plot(
+                future,
+                np.asarray(point, float),
+                color=colour,
+                linestyle=style,
+                linewidth=1.6,
+                label=name,
+            )
         ax.axvline(future[0], color="#999999", linewidth=0.8)
-        title = example["column"] if example["item"] == verdict.name else f"{example['item']}: {example['column']}"
+        title = (
+            example["column"]
+            if example["item"] == verdict.name
+            else f"{example['item']}: {example['column']}"
+        )
         ax.set_title(_short(title), fontsize=10, loc="left")
         ax.set_ylabel(_short(example["column"], 24), fontsize=9)
         if dated:
@@ -329,7 +408,9 @@ def _examples(verdict: Verdict) -> Any:
     for ax in np.ravel(axes)[len(shown) :]:
         ax.set_visible(False)
     handles, labels = np.ravel(axes)[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center")
+    figure.legend(
+        handles, labels, frameon=False, fontsize=10, ncols=len(labels), loc="outside upper center"
+    )
     return figure
 
 

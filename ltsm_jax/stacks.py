@@ -83,7 +83,9 @@ class Stack:
         return jax.tree.unflatten(self.structure, leaves)
 
 
-jax.tree_util.register_dataclass(Stack, data_fields=["own", "shared"], meta_fields=["which", "structure"])
+jax.tree_util.register_dataclass(
+    Stack, data_fields=["own", "shared"], meta_fields=["which", "structure"]
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,7 +132,9 @@ class Over:
         return self.spread(local, *stacks, shared=shared)
 
     def spread(self, function: Callable[..., Tree], *stacks: Stack, shared: Tree = None) -> Tree:
-        """Compute `function(*stacks, shared=shared)` on every device, with stacks of its own lanes."""
+        """Compute `function(*stacks, shared=shared)` on every device, with stacks of its
+        own lanes.
+        """
         if self.mesh is None:
             return function(*stacks, shared=shared)
         lanes, everywhere = self._spec, PartitionSpec()
@@ -150,14 +154,20 @@ class Over:
         return spread([stack.own for stack in stacks], [stack.shared for stack in stacks], shared)
 
     def stack(self, lanes: Sequence[Tree]) -> Stack:
-        """Outside jit: `Stack.of`, its lanes over the devices, and what they share on all of them."""
+        """Outside jit: `Stack.of`, its lanes over the devices, and what they share on all
+        of them.
+        """
         stack = Stack.of(lanes, self.join)
         if self.mesh is None:
             return stack
-        return dataclasses.replace(stack, shared=sharding.Placement(self.mesh).replicate(stack.shared))
+        return dataclasses.replace(
+            stack, shared=sharding.Placement(self.mesh).replicate(stack.shared)
+        )
 
     def join(self, leaves: Sequence[Any]) -> jax.Array:
-        """Outside jit: make one array [L, ...] of the leaves of all lanes, laid over the devices."""
+        """Outside jit: make one array [L, ...] of the leaves of all lanes, laid over
+        the devices.
+        """
         if self.mesh is None:
             return jnp.stack(leaves)
         if jax.dtypes.issubdtype(getattr(leaves[0], "dtype", None), jax.dtypes.prng_key):

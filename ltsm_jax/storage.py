@@ -1,11 +1,14 @@
-"""One tree on disk: Orbax files beside a table of digests, written whole or not at all, read back only if undamaged.
+"""One tree on disk: Orbax files beside a table of digests, written whole or not at all, read back
+only if undamaged.
 
-Orbax restores a flipped byte or another dtype without a word. Digests of the files refuse damage before Orbax sees it
-(whose own errors for cut files are long and noisy); digests of the arrays vouch for what Orbax gives back.
+Orbax restores a flipped byte or another dtype without a word. Digests of the files refuse damage
+before Orbax sees it (whose own errors for cut files are long and noisy); digests of the arrays
+vouch for what Orbax gives back.
 
-On several hosts a tree may hold arrays that no host has whole. Each host then writes the parts on its own devices and
-their digests, one a part, and so the table stays true for any other mesh: a host checks the parts that it has, or,
-where the parts are cut otherwise than they were, the whole array.
+On several hosts a tree may hold arrays that no host has whole. Each host then writes the parts on
+its own devices and their digests, one a part, and so the table stays true for any other mesh: a
+host checks the parts that it has, or, where the parts are cut otherwise than they were, the whole
+array.
 """
 
 import contextlib
@@ -37,48 +40,60 @@ from ltsm_jax import hosts, sharding, trees
 
 ARRAYS, DIGESTS = "arrays", "digests.json"
 SHARE = "share.{}.json"  # digests by one host, until they are in the table
-COMMIT = "commit_success.txt"  # of Orbax: names the absolute path it was written to, and nothing reads it
+# of Orbax: names the absolute path it was written to, and nothing reads it
+COMMIT = "commit_success.txt"
 COMPRESSED = 0.9  # of its bytes an array of floats takes about that on disk
 Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
-# Orbax tells the steps of a save apart by a counter of the process: a second save beginning meanwhile waits for signals
-# of the first until they time out, and the first writes where nobody has made a folder.
+# Orbax tells the steps of a save apart by a counter of the process: a second save beginning
+# meanwhile waits for signals of the first until they time out, and the first writes where nobody
+# has made a folder.
 _ONE_SAVE = threading.Lock()
 
 MAX_JSON = 1 << 26  # bytes of a table of digests; that of a model of a thousand arrays has 300,000
 MAX_DEPTH = 64  # levels of a tree: what walks it calls itself
-# An array may take more bytes in memory than on the disk, where it is compressed. Weights gain next to nothing, what
-# holds mostly zeros gains much. Beyond this a few bytes of a made-up file would fill the memory.
+# An array may take more bytes in memory than on the disk, where it is compressed. Weights gain next
+# to nothing, what holds mostly zeros gains much. Beyond this a few bytes of a made-up file would
+# fill the memory.
 MAX_GAIN, FREE_BYTES = 32, 1 << 27
 
 COMPILED = 1 << 30  # bytes of compiled programs that are kept; a forecast's takes 1 to 5 MB
-COMPILED_FROM = 0.1  # seconds of compiling from which a program is kept: below, reading it takes as long
+COMPILED_FROM = (
+    0.1  # seconds of compiling from which a program is kept: below, reading it takes as long
+)
 
 _DTYPES = {"bool", "float16", "float32", "float64", "complex64", "complex128"}
 _DTYPES |= {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
-_DTYPES |= {"bfloat16", "int4", "uint4"} | {name for name in dir(ml_dtypes) if name.startswith("float8_")}
+_DTYPES |= {"bfloat16", "int4", "uint4"} | {
+    name for name in dir(ml_dtypes) if name.startswith("float8_")
+}
 _DAY = 86400
 _SCRAP = re.compile(r"(?P<where>[0-9a-f]{8})-(?P<pid>\d+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def _orbax() -> Any:
-    """Orbax; imported where a tree is stored or read, as that takes a third of the time of `import ltsm_jax`."""
+    """Orbax; imported where a tree is stored or read, as that takes a third of the time of
+    `import ltsm_jax`.
+    """
     from orbax.checkpoint import v1
 
     return v1
 
 
 def cache_folder(kind: str) -> Path:
-    """Where files of a kind ("data", "models") are kept: `$LTSM_CACHE`/kind, else ~/.cache/ltsm_jax/kind."""
+    """Where files of a kind ("data", "models") are kept: `$LTSM_CACHE`/kind, else
+    ~/.cache/ltsm_jax/kind.
+    """
     return Path(os.environ.get("LTSM_CACHE") or Path.home() / ".cache" / "ltsm_jax") / kind
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs in `$LTSM_CACHE`/compiled, so that the next process need not compile them.
+    """Keep compiled programs in `$LTSM_CACHE`/compiled, so that the next process need not compile
+    them.
 
-    Before that, the programs used longest ago are removed until `COMPILED` bytes are left. A folder that can't be
-    written keeps nothing. JAX_COMPILATION_CACHE_DIR names another folder, which nothing is removed from;
-    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    Before that, the programs used longest ago are removed until `COMPILED` bytes are left. A folder
+    that can't be written keeps nothing. JAX_COMPILATION_CACHE_DIR names another folder, which
+    nothing is removed from; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
     """
     now = jax.config.values
     if not now["jax_enable_compilation_cache"] or now["jax_compilation_cache_dir"] is not None:
@@ -122,11 +137,14 @@ def user_path(path: str | os.PathLike) -> Path:
 
 
 class DamagedError(ValueError):
-    """A stored tree is cut, altered or not one of ours; the message names the folder and what is wrong with it."""
+    """A stored tree is cut, altered or not one of ours; the message names the folder and what is
+    wrong with it.
+    """
 
 
 def digests(tree: trees.Tree) -> dict[str, dict[str, Any]]:
-    """`{path: {"shape", "dtype", "sha256"}}` of every leaf; the sha256 is of the C-ordered little-endian bytes.
+    """`{path: {"shape", "dtype", "sha256"}}` of every leaf; the sha256 is of the C-ordered
+    little-endian bytes.
 
     Where parts of an array lie on other hosts, all hosts must call.
     """
@@ -139,17 +157,23 @@ def digests(tree: trees.Tree) -> dict[str, dict[str, Any]]:
 
 
 def sha256_of(tree: Any) -> str:
-    """One digest of the paths, shapes, dtypes and values of a tree, of random keys too. Hosts call as for `digests`."""
+    """One digest of the paths, shapes, dtypes and values of a tree, of random keys too. Hosts call
+    as for `digests`.
+    """
 
     def plain(leaf):
-        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        return (
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
 
     return hashlib.sha256(json.dumps(digests(jax.tree.map(plain, tree))).encode()).hexdigest()
 
 
 def _sha256(array: np.ndarray) -> str:
     array = np.ascontiguousarray(array)
-    return hashlib.sha256(array.view(np.uint8).data if array.size and array.ndim else array.tobytes()).hexdigest()
+    return hashlib.sha256(
+        array.view(np.uint8).data if array.size and array.ndim else array.tobytes()
+    ).hexdigest()
 
 
 def _part(index: tuple[slice, ...], shape: tuple[int, ...]) -> Part:
@@ -168,7 +192,9 @@ def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: s
     found = trees.flatten(tree)
     problems = [f"  {path}: missing" for path in expected.keys() - found.keys()]
     problems += [f"  {path}: not in {DIGESTS}" for path in found.keys() - expected.keys()]
-    for path in sorted(expected.keys() & found.keys()):  # in the same order on every host: a leaf may be gathered
+    for path in sorted(
+        expected.keys() & found.keys()
+    ):  # in the same order on every host: a leaf may be gathered
         want, leaf = expected[path], found[path]
         if list(np.shape(leaf)) != want["shape"]:
             problems.append(f"  {path}: {want['shape']} was saved, {list(np.shape(leaf))} is there")
@@ -185,16 +211,28 @@ def _same_values(leaf: Any, entry: Mapping[str, Any]) -> bool:
     whole = {"at": [[0, n] for n in entry["shape"]], "sha256": entry.get("sha256")}
     saved = {tuple(map(tuple, part["at"])): part["sha256"] for part in entry.get("parts", [whole])}
     if _global(leaf):
-        cuts = {_part(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()}
+        cuts = {
+            _part(index, leaf.shape)
+            for index in leaf.sharding.devices_indices_map(leaf.shape).values()
+        }
         if saved.keys() <= cuts:  # cut as it was: each host has some of the parts whole
             here = {_part(shard.index, leaf.shape): shard.data for shard in leaf.addressable_shards}
-            return all(_sha256(np.asarray(data)) == saved[part] for part, data in here.items() if part in saved)
+            return all(
+                _sha256(np.asarray(data)) == saved[part]
+                for part, data in here.items()
+                if part in saved
+            )
     host = sharding.on_host(leaf)
-    return all(_sha256(host[tuple(slice(*cut) for cut in part)]) == sha256 for part, sha256 in saved.items())
+    return all(
+        _sha256(host[tuple(slice(*cut) for cut in part)]) == sha256
+        for part, sha256 in saved.items()
+    )
 
 
 def file_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
-    """`{relative path: {"bytes", "sha256"}}` of every file below a folder; share (i, n): of every nth, from the ith."""
+    """`{relative path: {"bytes", "sha256"}}` of every file below a folder; share (i, n): of every
+    nth, from the ith.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != COMMIT)
     return {p.relative_to(folder).as_posix(): file_digest(p) for p in files[share[0] :: share[1]]}
 
@@ -202,7 +240,10 @@ def file_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dic
 def file_digest(file: Path) -> dict[str, Any]:
     """Give length and sha256 of a file."""
     with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+        }
 
 
 def verify_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> None:
@@ -221,12 +262,16 @@ def verify_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> Non
         elif got["sha256"] != want["sha256"]:
             problems.append(f"  {name}: the bytes differ from those that were saved")
     if problems:
-        raise DamagedError(f"{folder} is damaged; restore it from a copy:\n{trees.listed(problems)}")
+        raise DamagedError(
+            f"{folder} is damaged; restore it from a copy:\n{trees.listed(problems)}"
+        )
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON object with a digest of itself."""
-    plain = json.loads(json.dumps(record))  # as it will be read: the digest goes by the order of the names
+    plain = json.loads(
+        json.dumps(record)
+    )  # as it will be read: the digest goes by the order of the names
     file.write_text(json.dumps({"digest": _text_digest(plain), **plain}, indent=1) + "\n")
 
 
@@ -236,7 +281,9 @@ def read_record(file: Path) -> dict[str, Any]:
     Raises: DamagedError when it is missing, cut or altered.
     """
     if not file.exists():
-        raise DamagedError(f"{file.parent} has no {file.name}: it was not written by ltsm_jax, or is cut")
+        raise DamagedError(
+            f"{file.parent} has no {file.name}: it was not written by ltsm_jax, or is cut"
+        )
     record = read_json(file)
     if "digest" not in record:
         raise DamagedError(f"{file} is cut or altered: it has no digest of itself")
@@ -247,11 +294,14 @@ def read_record(file: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object that somebody else may have written.
 
-    Raises: FileNotFoundError; DamagedError for what is no such object, too large, or nested too deeply.
+    Raises: FileNotFoundError; DamagedError for what is no such object, too large, or nested too
+    deeply.
     """
     size = file.stat().st_size
     if size > MAX_JSON:
-        raise DamagedError(f"{file} has {size:,} bytes; no such file of ltsm_jax has more than {MAX_JSON:,}")
+        raise DamagedError(
+            f"{file} has {size:,} bytes; no such file of ltsm_jax has more than {MAX_JSON:,}"
+        )
     try:
         found = json.loads(file.read_bytes())
     except RecursionError:
@@ -259,7 +309,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as err:
         raise DamagedError(f"{file} is cut or altered: {err}") from None
     if not isinstance(found, dict):
-        raise DamagedError(f"{file} is cut or altered: it holds a {type(found).__name__}, no object")
+        raise DamagedError(
+            f"{file} is cut or altered: it holds a {type(found).__name__}, no object"
+        )
     level = [found]
     for _ in range(MAX_DEPTH):  # what walks it later calls itself
         inner = [value for x in level for value in (x.values() if isinstance(x, dict) else x)]
@@ -288,16 +340,19 @@ Replaces = Callable[[Path], str]  # why a folder that is there may not be replac
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path, *, replaces: Replaces | None = None) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary folder beside `folder` that takes its place when the block ends well, and
+    vanishes when it does not.
 
-    Several hosts enter and leave together; the first makes and moves the folder, which all of them must see. A process
-    that is killed leaves the old folder in its place or the new one, and scrap beside it, which the next one removes.
+    Several hosts enter and leave together; the first makes and moves the folder, which all of them
+    must see. A process that is killed leaves the old folder in its place or the new one, and scrap
+    beside it, which the next one removes.
 
     Args:
       folder: where; made with its parents. Where it is a link, what it leads to is replaced.
-      replaces: asked about the folder that is there, and once more before it is replaced; None: nothing is replaced.
-    Raises: FileExistsError when `folder` is there and may not be replaced: before anything is written, or at the end
-      if another process has made it meanwhile.
+      replaces: asked about the folder that is there, and once more before it is replaced; None:
+        nothing is replaced.
+    Raises: FileExistsError when `folder` is there and may not be replaced: before anything is
+      written, or at the end if another process has made it meanwhile.
     """
     folder = Path(os.path.realpath(user_path(folder)))
 
@@ -333,7 +388,9 @@ def atomic_folder(folder: str | Path, *, replaces: Replaces | None = None) -> It
 
 
 def _remove_whole(folder: Path) -> None:
-    """Remove a folder into which Orbax may still be writing: after a save that failed its threads end by themselves."""
+    """Remove a folder into which Orbax may still be writing: after a save that failed its threads
+    end by themselves.
+    """
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -360,7 +417,9 @@ def require_free(folder: Path, replaces: Replaces | None) -> None:
     elif any(folder.iterdir()):
         why = replaces(folder)
     if why:
-        raise FileExistsError(f"{folder} is not replaced: {why}. Choose another folder, or remove it yourself")
+        raise FileExistsError(
+            f"{folder} is not replaced: {why}. Choose another folder, or remove it yourself"
+        )
 
 
 def _replace(new: Path, folder: Path, old: Path) -> None:
@@ -392,7 +451,9 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def put_back(folder: Path) -> None:
-    """Put a folder back in its place that a process has moved away to replace it, and was killed."""
+    """Put a folder back in its place that a process has moved away to replace it, and
+    was killed.
+    """
     if os.path.lexists(folder):
         return
     left = [path for path, kind in _scrap(folder) if kind == "old"]
@@ -456,8 +517,8 @@ def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) 
       folder: where; made with its parents.
       tree: the arrays.
       overwrite: replace a tree that is stored there.
-    Raises: FileExistsError when the folder exists and `overwrite` is False, or it is no stored tree; ValueError for an
-      empty tree; OSError, such as for a full disk.
+    Raises: FileExistsError when the folder exists and `overwrite` is False, or it is no stored
+      tree; ValueError for an empty tree; OSError, such as for a full disk.
     """
     with atomic_folder(folder, replaces=_no_tree if overwrite else None) as temporary:
         hosts.together(begin_save(temporary, tree))
@@ -474,11 +535,16 @@ def no_space(error: BaseException) -> bool:
     """Whether an error comes from a disk that is full, or from a limit of what may be written."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     text = str(error)
-    return (isinstance(error, OSError) and error.errno in full) or any(os.strerror(code) in text for code in full)
+    return (isinstance(error, OSError) and error.errno in full) or any(
+        os.strerror(code) in text for code in full
+    )
 
 
-def save_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that has the mode of any new file; the library of that name lets its owner alone read.
+def save_tensors(
+    file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that has the mode of any new file; the library of that name lets its
+    owner alone read.
 
     Raises: FileExistsError; OSError.
     """
@@ -488,7 +554,9 @@ def save_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[s
     with file.open("xb"):
         mode = file.stat().st_mode
     try:
-        save_file({key: np.asarray(value, order="C") for key, value in tensors.items()}, file, metadata)
+        save_file(
+            {key: np.asarray(value, order="C") for key, value in tensors.items()}, file, metadata
+        )
     except SafetensorError as err:
         if no_space(err):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from err
@@ -499,30 +567,38 @@ def save_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[s
 def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
     """Take out of `tree` what this host writes to `folder`; the function returned writes it.
 
-    That function may run in a thread of its own, and the arrays may be donated to the next step meanwhile: it has
-    copies. On several hosts all call in the same order, from the thread that uses the devices: Orbax's first half meets
-    the other hosts there, its second half only through files and the coordination service. Where all have written, the
-    first host calls `seal`.
+    That function may run in a thread of its own, and the arrays may be donated to the next step
+    meanwhile: it has copies. On several hosts all call in the same order, from the thread that uses
+    the devices: Orbax's first half meets the other hosts there, its second half only through files
+    and the coordination service. Where all have written, the first host calls `seal`.
 
     Raises: ValueError for an empty tree.
     """
     flat = trees.flatten(tree)
     empty = [path for path, leaf in flat.items() if leaf.size == 0]
     if empty or not flat:
-        raise ValueError(f"cannot save {folder}: " + (f"arrays without values: {empty}" if empty else "no arrays"))
-    # Not Orbax's save_async alone: digests come from the same copy as the bytes, and are written, with those of files,
-    # after Orbax has finished; a thread must do all of that anyway. (On the CPU backend Orbax reads the arrays where
-    # they lie, so that a donating step would change them under its hands.)
+        raise ValueError(
+            f"cannot save {folder}: "
+            + (f"arrays without values: {empty}" if empty else "no arrays")
+        )
+    # Not Orbax's save_async alone: digests come from the same copy as the bytes, and are written,
+    # with those of files, after Orbax has finished; a thread must do all of that anyway. (On the
+    # CPU backend Orbax reads the arrays where they lie, so that a donating step would change them
+    # under its hands.)
     if jax.default_backend() == "cpu" and any(map(_global, flat.values())):
         flat = {path: jnp.copy(leaf) if _global(leaf) else leaf for path, leaf in flat.items()}
     kept = {path: leaf if _global(leaf) else np.array(leaf) for path, leaf in flat.items()}
     parts: dict[str, list[tuple[Part, np.ndarray]]] = {}
     for path, leaf in kept.items():
         if isinstance(leaf, np.ndarray):  # the same on every host, written by the first
-            parts[path] = [(_part((slice(None),) * leaf.ndim, leaf.shape), leaf)] if hosts.first() else []
+            parts[path] = (
+                [(_part((slice(None),) * leaf.ndim, leaf.shape), leaf)] if hosts.first() else []
+            )
         else:
             own = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-            parts[path] = [(_part(shard.index, leaf.shape), np.asarray(shard.data)) for shard in own]
+            parts[path] = [
+                (_part(shard.index, leaf.shape), np.asarray(shard.data)) for shard in own
+            ]
     share = hosts.index(), hosts.count()
     nested = trees.unflatten(kept)
     response = _orbax().save_async(str(folder / ARRAYS), nested) if share[1] > 1 else None
@@ -554,7 +630,9 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
 
 
 def _check_room(folder: Path, tree: trees.Tree) -> None:
-    """Raises: OSError where the disk has no room for the arrays: Orbax would say it in some hundred lines."""
+    """Raises: OSError where the disk has no room for the arrays: Orbax would say it in some hundred
+    lines.
+    """
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     free = shutil.disk_usage(folder).free
     if free < needed * COMPRESSED:
@@ -566,13 +644,17 @@ def _check_room(folder: Path, tree: trees.Tree) -> None:
 def _quiet() -> Iterator[None]:
     """Keep what the threads of a failed save print from stderr; the cause is raised all the same.
 
-    Orbax logs it with its traceback, and each piece that tensorstore was still writing finds its event loop closed and
-    prints another, also after the save has failed: only a save that ends well takes the filters away.
+    Orbax logs it with its traceback, and each piece that tensorstore was still writing finds its
+    event loop closed and prints another, also after the save has failed: only a save that ends well
+    takes the filters away.
     """
     former, log = sys.unraisablehook, logging.getLogger("absl")
 
     def told(unraisable) -> None:
-        closed = unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"
+        closed = (
+            unraisable.exc_type is RuntimeError
+            and str(unraisable.exc_value) == "Event loop is closed"
+        )
         if not closed:
             former(unraisable)
 
@@ -604,20 +686,27 @@ def seal(folder: Path) -> None:
         (folder / SHARE.format(i)).unlink()
 
 
-def load_tree(folder: str | Path, like: trees.Tree | None = None, *, only: trees.Patterns = None) -> trees.Tree:
+def load_tree(
+    folder: str | Path, like: trees.Tree | None = None, *, only: trees.Patterns = None
+) -> trees.Tree:
     """Read back what `save_tree` wrote, as jax arrays.
 
     Args:
       folder: the folder.
-      like: a tree of `jax.ShapeDtypeStruct` with shardings, to restore straight into shards; None: default device.
-        On several hosts all call, and each reads the parts of its devices.
-      only: the leaves to read (see `trees.select`), such as "^params/"; `like` has only these. The bytes of the others
-        are looked at, for damage, and not restored.
-    Raises: FileNotFoundError; DamagedError for files that are cut, altered, or of another kind; ValueError listing
-      every difference in path, shape or dtype between the folder and `like`, or for `only` that chooses nothing.
+      like: a tree of `jax.ShapeDtypeStruct` with shardings, to restore straight into shards; None:
+        default device. On several hosts all call, and each reads the parts of its devices.
+      only: the leaves to read (see `trees.select`), such as "^params/"; `like` has only these. The
+        bytes of the others are looked at, for damage, and not restored.
+    Raises: FileNotFoundError; DamagedError for files that are cut, altered, or of another kind;
+      ValueError listing every difference in path, shape or dtype between the folder and `like`, or
+      for `only` that chooses nothing.
     """
     folder = Path(folder).absolute()
-    wide = [x for x in jax.tree.leaves(like) if x.sharding is not None and not x.sharding.is_fully_addressable]
+    wide = [
+        x
+        for x in jax.tree.leaves(like)
+        if x.sharding is not None and not x.sharding.is_fully_addressable
+    ]
     together = hosts.together if wide else lambda f: f()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -625,37 +714,49 @@ def load_tree(folder: str | Path, like: trees.Tree | None = None, *, only: trees
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder")
         record = _table(folder)
-        chosen = trees.flatten(trees.select(trees.unflatten(dict.fromkeys(record["arrays"], 0)), only))
+        chosen = trees.flatten(
+            trees.select(trees.unflatten(dict.fromkeys(record["arrays"], 0)), only)
+        )
         expected = {path: entry for path, entry in record["arrays"].items() if chosen[path]}
         if not expected:
             raise ValueError(f"nothing of {folder} is chosen")
         shapes = {p: (tuple(e["shape"]), _dtype(e["dtype"])) for p, e in expected.items()}
-        stored = trees.unflatten({p: jax.ShapeDtypeStruct(*facts, sharding=here) for p, facts in shapes.items()})
+        stored = trees.unflatten(
+            {p: jax.ShapeDtypeStruct(*facts, sharding=here) for p, facts in shapes.items()}
+        )
         if like is not None:
             trees.require_same(like, stored, ("the model", str(folder)), dtypes=True)
-            stored = jax.tree.map(lambda want, plain: want if want.sharding is not None else plain, like, stored)
+            stored = jax.tree.map(
+                lambda want, plain: want if want.sharding is not None else plain, like, stored
+            )
         if only is not None:
             rest = dict.fromkeys(record["arrays"].keys() - expected.keys(), _orbax().PLACEHOLDER)
             stored = trees.unflatten(trees.flatten(stored) | rest)
         names = sorted(record["files"])  # of many hosts each looks at its share
         names = names[hosts.index() :: hosts.count()] if wide else names
         verify_files(folder / ARRAYS, {name: record["files"][name] for name in names})
-        # Now that the files are as long as the table says, and before anything has its size in memory.
+        # Now that the files are as long as the table says, and before anything has its size in
+        # memory.
         held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
         on_disk = sum(entry["bytes"] for entry in record["files"].values())
         if held > FREE_BYTES + MAX_GAIN * on_disk:
-            raise DamagedError(f"{folder}: {held:,} bytes of arrays can't come from files of {on_disk:,} bytes")
+            raise DamagedError(
+                f"{folder}: {held:,} bytes of arrays can't come from files of {on_disk:,} bytes"
+            )
         return expected, stored
 
     expected, stored = together(check)
     try:
         tree = _orbax().load(str(folder / ARRAYS), stored)
-    except Exception as err:  # Orbax raises a bare Exception, JSONDecodeError, OSError and others for damaged files
+    # For damaged files Orbax raises a bare Exception, JSONDecodeError, OSError and others.
+    except Exception as err:
         first = str(err).strip().split("\n")[0][:300]
         raise DamagedError(
             f"{folder / ARRAYS} is damaged ({type(err).__name__}: {first}); restore it from a copy"
         ) from err
-    tree = trees.unflatten({path: leaf for path, leaf in trees.flatten(tree).items() if path in expected})
+    tree = trees.unflatten(
+        {path: leaf for path, leaf in trees.flatten(tree).items() if path in expected}
+    )
     together(lambda: verify(tree, expected, folder))
     return tree
 
@@ -678,9 +779,19 @@ def _table(folder: Path) -> dict[str, Any]:
     """
     file = folder / DIGESTS
     record = read_record(file)
-    fits = set(record) == {"arrays", "files"} and all(isinstance(part, dict) for part in record.values())
-    odd = [name for name, entry in record["arrays"].items() if not _is_array(name, entry)] if fits else []
-    odd += [name for name, entry in record["files"].items() if not _is_file(name, entry)] if fits else []
+    fits = set(record) == {"arrays", "files"} and all(
+        isinstance(part, dict) for part in record.values()
+    )
+    odd = (
+        [name for name, entry in record["arrays"].items() if not _is_array(name, entry)]
+        if fits
+        else []
+    )
+    odd += (
+        [name for name, entry in record["files"].items() if not _is_file(name, entry)]
+        if fits
+        else []
+    )
     if not fits or odd:
         which = f": see {odd[0][:100]!r}" if odd else ""
         raise DamagedError(f"{file} is no table of digests{which}; restore it from a copy")
@@ -692,21 +803,30 @@ def _is_array(path: str, entry: Any) -> bool:
     names = path.split("/")
     if not isinstance(entry, dict) or not all(names) or len(names) > MAX_DEPTH:
         return False
-    shape, parts = entry.get("shape"), entry.get("parts", [{"at": [], "sha256": entry.get("sha256")}])
+    shape, parts = (
+        entry.get("shape"),
+        entry.get("parts", [{"at": [], "sha256": entry.get("sha256")}]),
+    )
     return (
         _is_counts(shape)
         and isinstance(entry.get("dtype"), str)
         and _dtype_or_none(entry["dtype"]) is not None
         and isinstance(parts, list)
         and all(isinstance(part, dict) and _is_digest(part.get("sha256")) for part in parts)
-        and all(isinstance(part.get("at"), list) and all(map(_is_counts, part["at"])) for part in parts)
+        and all(
+            isinstance(part.get("at"), list) and all(map(_is_counts, part["at"])) for part in parts
+        )
     )
 
 
 def _is_file(name: str, entry: Any) -> bool:
     """Whether an entry of the table describes a file below its folder."""
     inside = not os.path.isabs(name) and ".." not in Path(name).parts
-    fits = isinstance(entry, dict) and _is_counts([entry.get("bytes")]) and _is_digest(entry.get("sha256"))
+    fits = (
+        isinstance(entry, dict)
+        and _is_counts([entry.get("bytes")])
+        and _is_digest(entry.get("sha256"))
+    )
     return inside and fits
 
 

@@ -1,4 +1,6 @@
-"""What programs on a terminal share: their errors in a line each, exit codes, and signs that every terminal knows."""
+"""What programs on a terminal share: their errors in a line each, exit codes, and signs that every
+terminal knows.
+"""
 
 import codecs
 import errno
@@ -12,11 +14,14 @@ from ltsm_jax.flags import in_flags
 MOST = 2000  # characters of a message
 # What a terminal without UTF-8 gets for the signs of tables and messages.
 PLAIN = {"±": "+/-", "…": "...", "→": "->", "×": "x", "“": '"', "”": '"', "’": "'"}
-PLAIN |= dict.fromkeys("╭╮╰╯┏┓┗┛┡┩└┘┌┐┬┴┼", "+") | dict.fromkeys("│┃", "|") | dict.fromkeys("─━–—", "-")
+PLAIN |= (
+    dict.fromkeys("╭╮╰╯┏┓┗┛┡┩└┘┌┐┬┴┼", "+") | dict.fromkeys("│┃", "|") | dict.fromkeys("─━–—", "-")
+)
 
 
 def guarded(run: Callable[[], int], code_of: Callable[[Exception], int] = lambda error: 2) -> int:
-    """Return the exit code of `run`, its errors said in a line each: 130 and 75 for what was stopped.
+    """Return the exit code of `run`, its errors said in a line each: 130 and 75 for what was
+    stopped.
 
     code_of: exit code for an error of files, values and packages; others are raised.
     """
@@ -51,8 +56,8 @@ def _clipped(text: str) -> str:
 def leave(code: int) -> None:
     """End the program with an exit code.
 
-    After Ctrl-C without the interpreter's own end: a compiler or a writer of checkpoints may still be at work in
-    another thread, and would be torn down under it.
+    After Ctrl-C without the interpreter's own end: a compiler or a writer of checkpoints may still
+    be at work in another thread, and would be torn down under it.
     """
     if code == hosts.EXIT_INTERRUPTED:
         end(code)
@@ -67,10 +72,14 @@ def end(code: int) -> None:
 
 
 def speak_plainly() -> None:
-    """Let no sign that the terminal does not know end the program: it is written in signs that every one knows."""
+    """Let no sign that the terminal does not know end the program: it is written in signs that
+    every one knows.
+    """
     codecs.register_error("plain", _plain)
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)  # what stands in for a terminal in tests has none
+        reconfigure = getattr(
+            stream, "reconfigure", None
+        )  # what stands in for a terminal in tests has none
         if reconfigure is not None and stream.errors != "plain":
             reconfigure(errors="plain")
 
@@ -79,4 +88,6 @@ def _plain(err: UnicodeError) -> tuple[str, int]:
     if not isinstance(err, UnicodeEncodeError):
         raise err
     signs = err.object[err.start : err.end]
-    return "".join(PLAIN.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in signs), err.end
+    return "".join(
+        PLAIN.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in signs
+    ), err.end

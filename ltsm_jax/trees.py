@@ -1,7 +1,9 @@
-"""Parameter trees: paths, selection, comparison, and the arithmetic that fine-tuning methods are made of.
+"""Parameter trees: paths, selection, comparison, and the arithmetic that fine-tuning methods are
+made of.
 
-A tree here is a nested dict of arrays, as `model.init` returns it and as checkpoints store it. A path names a leaf
-by its keys joined with "/", for example "layer_0/attn/q/kernel". Nothing in this file knows what a model is.
+A tree here is a nested dict of arrays, as `model.init` returns it and as checkpoints store it. A
+path names a leaf by its keys joined with "/", for example "layer_0/attn/q/kernel". Nothing in this
+file knows what a model is.
 """
 
 import difflib
@@ -38,7 +40,9 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict whose leaves have the given paths; the inverse of `flatten` for nested dicts."""
+    """The nested dict whose leaves have the given paths; the inverse of `flatten` for
+    nested dicts.
+    """
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -46,7 +50,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"path {path!r} goes through a leaf: {parent!r} is already an array")
+                raise ValueError(
+                    f"path {path!r} goes through a leaf: {parent!r} is already an array"
+                )
         if name in node:
             raise ValueError(f"path {path!r} is both a leaf and a branch")
         node[name] = leaf
@@ -63,8 +69,8 @@ def select(tree: Tree, patterns: Patterns) -> Tree:
 
     Args:
       tree: any tree; only its structure is used.
-      patterns: None (every leaf), a regular expression or several (searched in the path; a leaf is chosen when any
-        matches), or a function of the path.
+      patterns: None (every leaf), a regular expression or several (searched in the path; a leaf is
+        chosen when any matches), or a function of the path.
     Raises: ValueError for a regular expression that matches no path, with near names.
     """
     names = list(flatten(tree))
@@ -74,21 +80,30 @@ def select(tree: Tree, patterns: Patterns) -> Tree:
         chosen = [bool(patterns(name)) for name in names]
     else:
         expressions = [patterns] if isinstance(patterns, str) else list(patterns)
-        hits = [[re.search(expression, name) is not None for name in names] for expression in expressions]
+        hits = [
+            [re.search(expression, name) is not None for name in names]
+            for expression in expressions
+        ]
         idle = [e for e, row in zip(expressions, hits, strict=True) if not any(row)]
         if idle:
             near = [
-                f"{e!r} (near: {', '.join(difflib.get_close_matches(e, names, 3, 0.3)) or 'nothing'})" for e in idle
+                f"{e!r} (near: "
+                f"{', '.join(difflib.get_close_matches(e, names, 3, 0.3)) or 'nothing'})"
+                for e in idle
             ]
             raise ValueError(f"no path of the tree matches {'; '.join(near)}")
-        chosen = [any(column) for column in zip(*hits, strict=True)] if hits else [False] * len(names)
+        chosen = (
+            [any(column) for column in zip(*hits, strict=True)] if hits else [False] * len(names)
+        )
     return jax.tree.unflatten(jax.tree.structure(tree), chosen)
 
 
 def partition(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
-    """Two trees of the same branches: the leaves where `mask` is True, and the others; None stands in the holes.
+    """Two trees of the same branches: the leaves where `mask` is True, and the others; None stands
+    in the holes.
 
-    None is an empty node to JAX, so gradients and optimiser state of the first tree hold its leaves only.
+    None is an empty node to JAX, so gradients and optimiser state of the first tree hold its leaves
+    only.
     """
     require_same(tree, mask, ("tree", "mask"), shapes=False)
     chosen = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree)
@@ -98,23 +113,34 @@ def partition(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
 
 def merge(chosen: Tree, rest: Tree) -> Tree:
     """The tree that `partition` took apart."""
-    return jax.tree.map(lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda x: x is None
+    )
 
 
 def listed(problems: list[str], most: int = 10) -> str:
-    """Write problems one a line, in order, the first of them where there are many: a message must be readable."""
-    lines = [line if len(line) <= 160 else f"{line[:80]}...{line[-75:]}" for line in sorted(problems)]
+    """Write problems one a line, in order, the first of them where there are many: a message must
+    be readable.
+    """
+    lines = [
+        line if len(line) <= 160 else f"{line[:80]}...{line[-75:]}" for line in sorted(problems)
+    ]
     more = [f"  ... and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join(lines[:most] + more)
 
 
 def require_same(
-    a: Tree, b: Tree, names: tuple[str, str] = ("first", "second"), *, shapes: bool = True, dtypes: bool = False
+    a: Tree,
+    b: Tree,
+    names: tuple[str, str] = ("first", "second"),
+    *,
+    shapes: bool = True,
+    dtypes: bool = False,
 ) -> None:
     """Compare two trees both ways.
 
-    Raises: ValueError that lists every path only one of them has and every leaf whose shape (or, on request, dtype)
-      differs.
+    Raises: ValueError that lists every path only one of them has and every leaf whose shape (or, on
+      request, dtype) differs.
     """
     flat_a, flat_b = flatten(a), flatten(b)
     problems = [f"  {path}: only in {names[0]}" for path in flat_a.keys() - flat_b.keys()]
@@ -126,7 +152,9 @@ def require_same(
         elif dtypes and x.dtype != y.dtype:
             problems.append(f"  {path}: {names[0]} {x.dtype}, {names[1]} {y.dtype}")
     if problems:
-        raise ValueError(f"{names[0]} and {names[1]} are not the same kind of tree:\n{listed(problems)}")
+        raise ValueError(
+            f"{names[0]} and {names[1]} are not the same kind of tree:\n{listed(problems)}"
+        )
 
 
 def interpolate(
@@ -138,35 +166,40 @@ def interpolate(
     skip: Patterns = None,
     norm: Norm = "none",
 ) -> Tree:
-    """The start of Smoothed Full Fine-tuning: `alpha * params_pre + (1 - alpha) * params_rand`, leaf by leaf.
+    """The start of Smoothed Full Fine-tuning: `alpha * params_pre + (1 - alpha) * params_rand`,
+    leaf by leaf.
 
-    Every leaf takes part, norms and biases included. The ends are exact: where alpha is 1 the pretrained leaf comes
-    back bit for bit, where it is 0 the random one, so fine-tuning and training from scratch are its two limits.
-    Leaves keep the dtype and sharding of `params_pre`; integer leaves are not mixed. Pure: works under jit, vmap and
-    grad (also in alpha).
+    Every leaf takes part, norms and biases included. The ends are exact: where alpha is 1 the
+    pretrained leaf comes back bit for bit, where it is 0 the random one, so fine-tuning and
+    training from scratch are its two limits. Leaves keep the dtype and sharding of `params_pre`;
+    integer leaves are not mixed. Pure: works under jit, vmap and grad (also in alpha).
 
     Args:
       params_pre: pretrained tree.
       params_rand: tree of the same paths and shapes, a fresh draw of `model.init`.
-      alpha: weight of the PRETRAINED side, in [0, 1]: a number, a traced scalar, a tree or a prefix of the tree
-        (`{"head": 1.0, "layer_0": 0.5, ...}`), or a function of the path.
+      alpha: weight of the PRETRAINED side, in [0, 1]: a number, a traced scalar, a tree or a prefix
+        of the tree (`{"head": 1.0, "layer_0": 0.5, ...}`), or a function of the path.
       only: leaves to mix (see `select`); the others stay pretrained.
       skip: leaves to leave pretrained.
-      norm: what becomes of the length of a leaf, which mixing with an independent draw makes smaller. With p the
-        pretrained leaf, r the random one and m = alpha * p + (1 - alpha) * r:
+      norm: what becomes of the length of a leaf, which mixing with an independent draw makes
+        smaller. With p the pretrained leaf, r the random one and m = alpha * p + (1 - alpha) * r:
         "none": m.
         "tensor": m * |p| / |m|, in the Euclidean norm of the leaf.
-        "channel": the same for each filter of it (see `filter_axes`); leaves of one axis as a whole.
+        "channel": the same for each filter of it (see `filter_axes`); leaves of one axis as a
+          whole.
         "sphere": |p| times the spherical interpolation of the directions p / |p| and r / |r|,
         (sin(alpha w) p / |p| + sin((1 - alpha) w) r / |r|) / sin(w), with w the angle between them.
         "slerp": the same direction at the length alpha * |p| + (1 - alpha) * |r|.
-        "tensor", "channel" and "sphere" have the length of p at alpha 0, too: their end is not the random leaf.
+        "tensor", "channel" and "sphere" have the length of p at alpha 0, too: their end is not the
+        random leaf.
     Returns: a tree like `params_pre`.
-    Raises: ValueError listing every path where the two trees differ in structure or shape; for an alpha outside
-      [0, 1] (an array anywhere in it, too; inside jit its value is not known); for an alpha tree that is no prefix of
-      the params, or an array that does not fit its leaf; for an unknown norm, or an array as alpha on the sphere.
-    Source: Smoothed Full Fine-tuning (arXiv 2606.08578); the released script has alpha = 0.7. Spherical interpolation:
-      Shoemake, "Animating Rotation with Quaternion Curves" (SIGGRAPH 1985).
+    Raises: ValueError listing every path where the two trees differ in structure or shape; for an
+      alpha outside [0, 1] (an array anywhere in it, too; inside jit its value is not known); for an
+      alpha tree that is no prefix of the params, or an array that does not fit its leaf; for an
+      unknown norm, or an array as alpha on the sphere.
+    Source: Smoothed Full Fine-tuning (arXiv 2606.08578); the released script has alpha = 0.7.
+      Spherical interpolation: Shoemake, "Animating Rotation with Quaternion Curves" (SIGGRAPH
+        1985).
     Example: `start = interpolate(params, model.init(jax.random.key(1)), 0.7)`
     """
     if norm not in NORMS:
@@ -182,7 +215,8 @@ def interpolate(
     def mix(path, pre, rand, a, chosen):
         if not (chosen and jnp.issubdtype(pre.dtype, jnp.inexact)):
             return pre
-        # float32 even for bfloat16 leaves: 1 - alpha and the sum would lose bits twice in the narrow type
+        # float32 even for bfloat16 leaves: 1 - alpha and the sum would lose bits twice in the
+        # narrow type
         wide = jnp.promote_types(pre.dtype, jnp.float32)
         a = jnp.asarray(a, wide)
         mean = a * pre.astype(wide) + (1 - a) * rand.astype(wide)
@@ -194,22 +228,28 @@ def interpolate(
         else:
             if norm == "sphere":
                 mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path_of(path))
-            axes = filter_axes(path_of(path), pre.ndim) if norm == "channel" and pre.ndim > 1 else ()
+            axes = (
+                filter_axes(path_of(path), pre.ndim) if norm == "channel" and pre.ndim > 1 else ()
+            )
             mean = _with_length_of(pre.astype(wide), mean, axes)
         exact = jnp.where(a == 1, pre.astype(wide), mean)
         out = exact.astype(pre.dtype)
-        # a leaf that lies nowhere in particular stays so: committing it would compile every later step once more
+        # a leaf that lies nowhere in particular stays so: committing it would compile every later
+        # step once more
         placed = not traced(out) and getattr(pre, "committed", False)
         return jax.device_put(out, pre.sharding) if placed else out
 
-    return jax.tree_util.tree_map_with_path(mix, *map(_arrays, (params_pre, params_rand)), alphas, mixed)
+    return jax.tree_util.tree_map_with_path(
+        mix, *map(_arrays, (params_pre, params_rand)), alphas, mixed
+    )
 
 
 def filter_axes(path: str, ndim: int) -> tuple[int, ...]:
     """The axes of a leaf that number its filters; the norm of a filter is over the other axes.
 
-    A filter is what makes one unit of the next layer: a column of a kernel [in, out], a unit of a head of a kernel
-    [D, H, K]; of other leaves a slice along the first axis, of leaves of one axis a number.
+    A filter is what makes one unit of the next layer: a column of a kernel [in, out], a unit of a
+    head of a kernel [D, H, K]; of other leaves a slice along the first axis, of leaves of one axis
+    a number.
     """
     if ndim <= 1:
         return tuple(range(ndim))
@@ -238,7 +278,9 @@ def _with_length_of(like: jax.Array, x: jax.Array, axes: tuple[int, ...] = ()) -
 def _on_sphere(p: jax.Array, r: jax.Array, a: jax.Array, path: str) -> jax.Array:
     """Unit vector between the directions of two leaves; zeros where neither has one."""
     if jnp.size(a) != 1:
-        raise ValueError(f"on the sphere each leaf has one alpha; that of {path or 'params'} is {jnp.shape(a)}")
+        raise ValueError(
+            f"on the sphere each leaf has one alpha; that of {path or 'params'} is {jnp.shape(a)}"
+        )
     one = jnp.ones((1,) * p.ndim, p.dtype)
     u, v = _with_length_of(one, p), _with_length_of(one, r)
     cosine = jnp.clip(jnp.sum(u * v), -1.0, 1.0)
@@ -270,37 +312,51 @@ def _alphas(alpha, like: Tree) -> Tree:
             alphas = jax.tree.map(lambda a, branch: jax.tree.map(lambda _: a, branch), alpha, like)
         except (ValueError, TypeError) as err:
             raise ValueError(
-                f"alpha is neither a number, a function of the path, nor a prefix of the params tree: {err}"
+                "alpha is neither a number, a function of the path, nor a prefix of the params "
+                f"tree: {err}"
             ) from None
     leaves = flatten(like)
     for path, a in flatten(alphas).items():
         leaf, where = leaves[path], path or "params"
-        # An alpha with an axis that the leaf lacks, such as [[0.5]] for a bias, would make another leaf of it.
+        # An alpha with an axis that the leaf lacks, such as [[0.5]] for a bias, would make another
+        # leaf of it.
         try:
             wider = jnp.broadcast_shapes(jnp.shape(a), jnp.shape(leaf)) != jnp.shape(leaf)
         except ValueError:
             wider = True
         if wider:
-            raise ValueError(f"alpha of shape {jnp.shape(a)} does not fit {where} of shape {jnp.shape(leaf)}")
+            raise ValueError(
+                f"alpha of shape {jnp.shape(a)} does not fit {where} of shape {jnp.shape(leaf)}"
+            )
         if traced(a):
             continue
         low, high = np.min(a), np.max(a)
         if not (low >= 0 and high <= 1):
             got = low if not low >= 0 else high
-            raise ValueError(f"alpha is the weight of the pretrained side and lies in [0, 1]; got {got} for {where}")
+            raise ValueError(
+                f"alpha is the weight of the pretrained side and lies in [0, 1]; got {got} for "
+                f"{where}"
+            )
     return alphas
 
 
-def shrink_and_perturb(params: Tree, params_rand: Tree, shrink: float = 0.4, perturb: float = 0.1) -> Tree:
+def shrink_and_perturb(
+    params: Tree, params_rand: Tree, shrink: float = 0.4, perturb: float = 0.1
+) -> Tree:
     """`shrink * params + perturb * params_rand`: the two weights need not add up to one.
 
-    Source: Ash & Adams, "On Warm-Starting Neural Network Training" (NeurIPS 2020, arXiv 1910.08475).
+    Source: Ash & Adams, "On Warm-Starting Neural Network Training" (NeurIPS 2020, arXiv
+    1910.08475).
     """
     require_same(params, params_rand, ("params", "params_rand"))
-    return jax.tree.map(lambda p, r: (shrink * p + perturb * r).astype(p.dtype), params, params_rand)
+    return jax.tree.map(
+        lambda p, r: (shrink * p + perturb * r).astype(p.dtype), params, params_rand
+    )
 
 
-def wise_ft(params_zero_shot: Tree, params_tuned: Tree, alpha: float = 0.5, *, skip: Patterns = None) -> Tree:
+def wise_ft(
+    params_zero_shot: Tree, params_tuned: Tree, alpha: float = 0.5, *, skip: Patterns = None
+) -> Tree:
     """Average of a model before and after fine-tuning; alpha is the weight of the TUNED side.
 
     skip: leaves to leave as tuned (see `select`).
@@ -320,13 +376,16 @@ def soup(trees: Sequence[Tree]) -> Tree:
     for i, tree in enumerate(trees[1:], 1):
         require_same(trees[0], tree, ("tree 0", f"tree {i}"))
     total = jax.tree.map(lambda *leaves: functools.reduce(operator.add, leaves), *trees)
-    return jax.tree.map(lambda summed, first: (summed / len(trees)).astype(first.dtype), total, trees[0])
+    return jax.tree.map(
+        lambda summed, first: (summed / len(trees)).astype(first.dtype), total, trees[0]
+    )
 
 
 def ema(average: Tree, params: Tree, decay: float = 0.999) -> Tree:
     """One step of an exponential moving average: `decay * average + (1 - decay) * params`.
 
-    Source: Polyak & Juditsky 1992; as used for weights in Tarvainen & Valpola (NeurIPS 2017, arXiv 1703.01780).
+    Source: Polyak & Juditsky 1992; as used for weights in Tarvainen & Valpola (NeurIPS 2017, arXiv
+    1703.01780).
     """
     require_same(average, params, ("average", "params"))
     return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), average, params)

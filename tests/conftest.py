@@ -15,12 +15,17 @@ import pytest
 import quick_compile
 from hypothesis import settings
 
-# Nothing is compiled yet. The children of tests inherit it, so that what is compared bit by bit was compiled alike.
+# Nothing is compiled yet. The children of tests inherit it, so that what is compared bit by bit was
+# compiled alike.
 os.environ["XLA_FLAGS"] = quick_compile.flags()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")  # GPUs and TPUs would differ for no fault of ours
-settings.register_profile("suite", deadline=None, derandomize=True)  # the first example compiles; CI is no lottery
+jax.config.update(
+    "jax_default_matmul_precision", "highest"
+)  # GPUs and TPUs would differ for no fault of ours
+settings.register_profile(
+    "suite", deadline=None, derandomize=True
+)  # the first example compiles; CI is no lottery
 settings.load_profile("suite")
 
 
@@ -44,7 +49,9 @@ class Golden:
 
     @property
     def checkpoint(self) -> Path:
-        (found,) = [p for p in self.folder.iterdir() if p.suffix in (".ckpt", ".pth", ".safetensors")]
+        (found,) = [
+            p for p in self.folder.iterdir() if p.suffix in (".ckpt", ".pth", ".safetensors")
+        ]
         return found
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
@@ -60,12 +67,15 @@ def pytest_addoption(parser):
         help="folder with one folder of reference vectors per model family",
     )
     parser.addoption(
-        "--parity", action="store_true", help="print how much of the recorded tolerances is used; one process"
+        "--parity",
+        action="store_true",
+        help="print how much of the recorded tolerances is used; one process",
     )
 
 
-# Half of the suite's time is compiling. What was compiled is kept in a folder of this run, so that workers,
-# child processes and, in .ci/run, stages share it; the folder is new for every run, as no test may rest on another run.
+# Half of the suite's time is compiling. What was compiled is kept in a folder of this run, so that
+# workers, child processes and, in .ci/run, stages share it; the folder is new for every run, as no
+# test may rest on another run.
 CACHE_SETTINGS = {
     "JAX_COMPILATION_CACHE_DIR": None,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -74,7 +84,9 @@ CACHE_SETTINGS = {
 
 
 def pytest_configure(config):
-    """Make the run's folder of compiled programs, unless .ci/run or the controller of this worker has made it."""
+    """Make the run's folder of compiled programs, unless .ci/run or the controller of this worker
+    has made it.
+    """
     if "LTSM_TEST_CACHE" not in os.environ:
         folder = tempfile.mkdtemp(prefix="ltsm-compiled-")
         os.environ["LTSM_TEST_CACHE"] = folder
@@ -93,8 +105,8 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# Files that take longest, the longest first: the workers begin with them, so that none is left with a long one when
-# the others have nothing to do. `make test` prints the slowest tests.
+# Files that take longest, the longest first: the workers begin with them, so that none is left with
+# a long one when the others have nothing to do. `make test` prints the slowest tests.
 LONGEST = (
     "models/test_contract.py",
     "experiments/test_all_families.py",
@@ -127,7 +139,9 @@ LONGEST = (
 
 
 def pytest_collection_finish():
-    """Look for garbage less often, and not among modules and tests: it takes a twelfth of the time."""
+    """Look for garbage less often, and not among modules and tests: it takes a twelfth of
+    the time.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -142,7 +156,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Drop what a file has compiled: little of it is called by another, and it adds up to gigabytes."""
+    """Drop what a file has compiled: little of it is called by another, and it adds up to
+    gigabytes.
+    """
     yield
     jax.clear_caches()
 
@@ -154,7 +170,9 @@ def golden_dir(request) -> Path:
 
 @pytest.fixture(scope="session")
 def golden(golden_dir):
-    """`golden("timer")`: the reference vectors of a family; skipped where the folder has none of it."""
+    """`golden("timer")`: the reference vectors of a family; skipped where the folder has none of
+    it.
+    """
 
     def read(family: str) -> Golden:
         folder = golden_dir / family

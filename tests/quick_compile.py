@@ -1,4 +1,5 @@
-"""Settings of XLA under which compiling takes a fifth of its time, for programs that run a few times each.
+"""Settings of XLA under which compiling takes a fifth of its time, for programs that run a few
+times each.
 
 As a program: print them, as they stand in XLA_FLAGS.
 """
@@ -16,7 +17,9 @@ SETTINGS = {
 
 
 def starts(settings: dict[str, str]) -> bool:
-    """Tell whether XLA starts with settings: one that it does not know ends the process, hence a child."""
+    """Tell whether XLA starts with settings: one that it does not know ends the process, hence a
+    child.
+    """
     texts = [f"--{name}={value}" for name, value in settings.items()]
     environment = os.environ | {"XLA_FLAGS": " ".join(texts)}
     command = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.make_cpu_client()"]

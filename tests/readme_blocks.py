@@ -1,4 +1,6 @@
-"""The README's Python, block by block. As a program: run them all in the working directory, with what is installed."""
+"""The README's Python, block by block. As a program: run them all in the working directory, with
+what is installed.
+"""
 
 import contextlib
 import io
@@ -13,7 +15,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 
 def write_tables(folder: Path) -> None:
-    """Write what the blocks speak of: sales.csv, and a smaller stores.csv and ahead.csv than experiments.stores has."""
+    """Write what the blocks speak of: sales.csv, and a smaller stores.csv and ahead.csv than
+    experiments.stores has.
+    """
     t = np.arange(1200)
     sales = 20 + 5 * np.sin(2 * np.pi * t / 24) + np.random.default_rng(0).normal(size=t.size)
     stamps = pd.date_range("2024-01-01", periods=t.size, freq="h")
@@ -23,7 +27,9 @@ def write_tables(folder: Path) -> None:
     for number in range(3):
         t = np.arange(400 + 28)
         days = pd.date_range("2023-01-01", periods=t.size) + pd.Timedelta(days=number)
-        sold = 50 + 10 * np.sin(2 * np.pi * t / 7) + np.random.default_rng(number).normal(size=t.size)
+        sold = (
+            50 + 10 * np.sin(2 * np.pi * t / 7) + np.random.default_rng(number).normal(size=t.size)
+        )
         facts = {"store": f"store_{number}", "price": 10.0 + t % 5, "size": "small"}
         whole = pd.DataFrame({"day": days, "sold": sold, **facts})
         past.append(whole[:400].drop(index=[7, 50]))

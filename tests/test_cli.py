@@ -1,4 +1,6 @@
-"""The command `ltsm`: results on stdout, all else on stderr, exit codes, help that fits a terminal."""
+"""The command `ltsm`: results on stdout, all else on stderr, exit codes, help that fits
+a terminal.
+"""
 
 import dataclasses
 import inspect
@@ -46,20 +48,31 @@ def timer(tmp_path_factory):
     """The folder of a Timer of a few thousand parameters."""
     model = FAMILIES["timer"](FAMILIES["timer"].small())
     folder = tmp_path_factory.mktemp("cli") / "timer"
-    return ltsm_jax.save(folder, model, model.init(jax.random.key(0)), provenance={"licence": "MIT"})
+    return ltsm_jax.save(
+        folder, model, model.init(jax.random.key(0)), provenance={"licence": "MIT"}
+    )
 
 
 @pytest.fixture(scope="module")
 def shops(tmp_path_factory):
-    """A folder with sales.csv, of three shops of different lengths, and prices.csv, of ten days ahead."""
+    """A folder with sales.csv, of three shops of different lengths, and prices.csv, of ten days
+    ahead.
+    """
     folder = tmp_path_factory.mktemp("shops")
     rng = np.random.default_rng(0)
     rows, ahead = [], []
     for number, length in enumerate((150, 120, 90)):
         days = pd.date_range("2024-01-01", periods=length + 10, freq="D")
         price = 10 + np.sin(np.arange(length + 10) / 5)
-        sold = 50 + 5 * number + 10 * np.sin(2 * np.pi * np.arange(length) / 7) + rng.normal(size=length)
-        own = pd.DataFrame({"shop": f"s{number}", "date": days, "price": price.round(2), "size": "SML"[number]})
+        sold = (
+            50
+            + 5 * number
+            + 10 * np.sin(2 * np.pi * np.arange(length) / 7)
+            + rng.normal(size=length)
+        )
+        own = pd.DataFrame(
+            {"shop": f"s{number}", "date": days, "price": price.round(2), "size": "SML"[number]}
+        )
         rows.append(own[:length].assign(sold=sold.round(2)))
         ahead.append(own[length:].drop(columns="size"))
     pd.concat(rows).to_csv(folder / "sales.csv", index=False)
@@ -151,7 +164,9 @@ def test_unexpected_errors_are_one_line_unless_asked(ran, monkeypatch):
     assert (code, out) == (1, "")
     assert err == "error: RuntimeError: the floor is lava; --traceback shows where\n"
     code, _, err = ran("models", "--traceback")
-    assert code == 1 and "in fails" in err and err.endswith("error: RuntimeError: the floor is lava\n")
+    assert (
+        code == 1 and "in fails" in err and err.endswith("error: RuntimeError: the floor is lava\n")
+    )
     monkeypatch.setenv("LTSM_DEBUG", "1")
     assert "in fails" in ran("models")[2]
 
@@ -183,7 +198,9 @@ def test_models(ran):
 
 def test_the_listed_sizes_are_those_of_the_presets():
     sizes = json.loads(PARAMETERS.read_text())
-    presets = {name: (cls, config) for cls in FAMILIES.values() for name, config in cls.presets().items()}
+    presets = {
+        name: (cls, config) for cls in FAMILIES.values() for name, config in cls.presets().items()
+    }
     assert sizes.keys() == presets.keys()
     for name in ("timer-tiny", "ibm-granite/granite-timeseries-ttm-r2", "amazon/chronos-t5-tiny"):
         cls, config = presets[name]
@@ -231,9 +248,13 @@ def test_doctor(ran, monkeypatch):
     for told in ("jax ", "devices", "compiled", "no faults", *FAMILIES):
         assert told in out
     found = json.loads(ran("doctor", "--families", "timer,ttm", "--json")[1])
-    assert [check["family"] for check in found["checks"]] == ["timer", "ttm"] and found["faults"] == 0
+    assert [check["family"] for check in found["checks"]] == ["timer", "ttm"] and found[
+        "faults"
+    ] == 0
 
-    monkeypatch.setattr(doctor, "forecast", lambda family: {"point": doctor.answers()["timer"]["point"] + 1})
+    monkeypatch.setattr(
+        doctor, "forecast", lambda family: {"point": doctor.answers()["timer"]["point"] + 1}
+    )
     code, out, _ = ran("doctor", "--families", "timer")
     assert code == 1 and fits(out)
     assert "FAULT" in out and "reinstall" in out and "1 fault," in out
@@ -246,8 +267,20 @@ LONG = ("--horizon", 8, "--id", "shop", "--target", "sold")
 
 def test_forecast(ran, timer, shops, tmp_path):
     out = tmp_path / "forecast.csv"
-    words = ("--model", timer, *LONG, "--future", shops / "prices.csv", "--levels", "0.1,0.9", "--out", out)
-    code, said, plan = ran("forecast", shops / "sales.csv", *words, "--plot", tmp_path / "forecast.png")
+    words = (
+        "--model",
+        timer,
+        *LONG,
+        "--future",
+        shops / "prices.csv",
+        "--levels",
+        "0.1,0.9",
+        "--out",
+        out,
+    )
+    code, said, plan = ran(
+        "forecast", shops / "sales.csv", *words, "--plot", tmp_path / "forecast.png"
+    )
     assert code == 0 and said.startswith(f"{out}: 24 rows of 3 items, ")
     assert fits(plan)
     for told in (
@@ -285,7 +318,16 @@ def test_a_forecast_on_stdout(ran, timer, shops):
 
 def test_a_plan_does_nothing(ran, timer, shops, tmp_path, monkeypatch):
     monkeypatch.setattr("ltsm_jax.forecaster.Forecaster.predict", None)
-    words = ("forecast", shops / "sales.csv", "--model", timer, *LONG, "--out", tmp_path / "no.csv", "--plan")
+    words = (
+        "forecast",
+        shops / "sales.csv",
+        "--model",
+        timer,
+        *LONG,
+        "--out",
+        tmp_path / "no.csv",
+        "--plan",
+    )
     code, out, err = ran(*words)
     assert (code, out) == (0, "") and "data      sales: 3 items" in err
     code, out, err = ran(*words, "--json")
@@ -294,8 +336,12 @@ def test_a_plan_does_nothing(ran, timer, shops, tmp_path, monkeypatch):
     assert plan["columns"] == "id shop; time date; target sold; past price; static size"
     assert re.fullmatch(r"about \d+ s(, \d+ s of it to compile)?", plan["time"])
     assert not (tmp_path / "no.csv").exists()
-    code, _, err = ran("prune", shops / "sales.csv", "--model", timer, *LONG, "--out", tmp_path / "no", "--plan")
-    assert code == 0 and "windows" in err and "to validate; 32 -> 8" in err and "time     about" in err
+    code, _, err = ran(
+        "prune", shops / "sales.csv", "--model", timer, *LONG, "--out", tmp_path / "no", "--plan"
+    )
+    assert (
+        code == 0 and "windows" in err and "to validate; 32 -> 8" in err and "time     about" in err
+    )
     assert not (tmp_path / "no").exists()
 
 
@@ -305,12 +351,24 @@ def test_what_is_wrong_with_the_data_is_exit_code_3(ran, timer, shops, tmp_path)
     assert (code, out) == (3, "") and err == f"error: no data file at {tmp_path / 'no.csv'}\n"
     code, out, err = ran("forecast", shops / "sales.csv", *words, "--id", "shpo")
     assert (code, out) == (3, "") and "did you mean 'shop'" in err
-    code, _, err = ran("forecast", shops / "sales.csv", *words, "--id", "shop", "--future", tmp_path / "no.csv")
+    code, _, err = ran(
+        "forecast", shops / "sales.csv", *words, "--id", "shop", "--future", tmp_path / "no.csv"
+    )
     assert code == 3 and "no.csv" in err
     (tmp_path / "empty.csv").write_text("")
     assert ran("evaluate", tmp_path / "empty.csv", *words)[0] == 3
-    code, _, err = ran("evaluate", shops / "sales.csv", "--model", timer, "--id", "shop", "--target", "sold",
-                       "--horizon", 100)  # fmt: skip
+    code, _, err = ran(
+        "evaluate",
+        shops / "sales.csv",
+        "--model",
+        timer,
+        "--id",
+        "shop",
+        "--target",
+        "sold",
+        "--horizon",
+        100,
+    )
     assert code == 3 and "the longest allows a horizon of 74" in err
 
 
@@ -331,7 +389,11 @@ def test_what_is_wrong_with_the_options_is_exit_code_2(ran, timer, shops, tmp_pa
 def test_other_kinds_of_files(ran, timer, shops, tmp_path):
     pd.read_csv(shops / "sales.csv").to_parquet(tmp_path / "sales.parquet")
     words = ("forecast", tmp_path / "sales.parquet", "--model", timer, *LONG)
-    for name, read in (("f.parquet", pd.read_parquet), ("f.json", pd.read_json), ("f.csv.gz", pd.read_csv)):
+    for name, read in (
+        ("f.parquet", pd.read_parquet),
+        ("f.json", pd.read_json),
+        ("f.csv.gz", pd.read_csv),
+    ):
         assert ran(*words, "--out", name)[0] == 0
         assert list(read(name).columns) == ["shop", "date", "predictions", "0.1", "0.5", "0.9"]
 
@@ -347,7 +409,10 @@ def test_evaluate(ran, timer, shops):
     assert {"last_value", "seasonal_naive", "mean"} <= found["naive"].keys()
     # A seven-day wave with little noise: the naive forecast knows it, fresh weights do not.
     assert found["deploy"] == "seasonal_naive"
-    assert found["methods"]["zero_shot"]["test"]["mse"] > found["naive"]["seasonal_naive"]["test"]["mse"]
+    assert (
+        found["methods"]["zero_shot"]["test"]["mse"]
+        > found["naive"]["seasonal_naive"]["test"]["mse"]
+    )
 
 
 def test_compare(ran, timer, shops, tmp_path):
@@ -425,20 +490,39 @@ def test_landscape(ran, timer, shops, tmp_path):
     assert json.loads(out)["methods"]["zero_shot"]["test"]["mse"] == pytest.approx(centre, rel=1e-5)
     whole = (*words[:-2], "--alpha", 1, "--out", tmp_path / "whole")
     models = json.loads(ran(*whole, "--json")[1])["models"]
-    assert models["sff"]["centre"] == pytest.approx(centre) and models["random"]["centre"] != pytest.approx(centre)
+    assert models["sff"]["centre"] == pytest.approx(centre) and models["random"][
+        "centre"
+    ] != pytest.approx(centre)
 
 
 def test_fit_and_what_it_leaves(ran, timer, shops, tmp_path, monkeypatch):
-    words = ("fit", shops / "sales.csv", "--model", timer, *LONG, "--methods", "zero_shot", "--out", tmp_path / "run")
+    words = (
+        "fit",
+        shops / "sales.csv",
+        "--model",
+        timer,
+        *LONG,
+        "--methods",
+        "zero_shot",
+        "--out",
+        tmp_path / "run",
+    )
     code, out, _ = ran(*words, "--json")
     assert code == 0 and json.loads(out)["out"] == str(tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model", "verdict.json", "report.md", "report.html"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "model",
+        "verdict.json",
+        "report.md",
+        "report.html",
+    }
     found = json.loads((tmp_path / "run/verdict.json").read_text())
     assert found["deploy"] == "seasonal_naive" and found["methods"].keys() == {"zero_shot"}
     assert json.loads(out).items() >= found.items()
 
     # What was said of the table is known to what was fitted on it.
-    code, out, err = ran("forecast", shops / "sales.csv", "--model", tmp_path / "run/model", "--horizon", 8)
+    code, out, err = ran(
+        "forecast", shops / "sales.csv", "--model", tmp_path / "run/model", "--horizon", 8
+    )
     assert code == 0 and out.startswith("shop,date,predictions,0.1,0.5,0.9\ns0,2024-05-30,")
     assert "forecasts with seasonal_naive" in " ".join(err.split())
     table = pd.read_csv(shops / "sales.csv")
@@ -461,7 +545,9 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
 
     def fit(self, panel, horizon, **rest):
         asked.update(rest, panel=panel, horizon=horizon)
-        compared = verdict.compare(self.model, self.params, panel, horizon, methods=(), show_progress=False)
+        compared = verdict.compare(
+            self.model, self.params, panel, horizon, methods=(), show_progress=False
+        )
         return dataclasses.replace(self, verdict=compared.verdict)
 
     def noted(*args, **rest):
@@ -475,19 +561,60 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
     storage.save_tree(tmp_path / "masks", pruning.full_masks(model))
     ltsm_jax.save(tmp_path / "run" / "model", model, ltsm_jax.load(timer)[1])
     (tmp_path / "run" / "training").mkdir()
-    words = ("fit", shops / "sales.csv", "--model", timer, *LONG, "--methods", "ff,sff", "--budget", 40, "--seed", 3,
-             "--lr", 1e-4, "--epochs", 2, "--batch-size", 16, "--accumulate", 2, "--mode", "direct", "--masks",
-             tmp_path / "masks", "--alpha", 0.9, "--out", tmp_path / "run")  # fmt: skip
+    words = (
+        "fit",
+        shops / "sales.csv",
+        "--model",
+        timer,
+        *LONG,
+        "--methods",
+        "ff,sff",
+        "--budget",
+        40,
+        "--seed",
+        3,
+        "--lr",
+        1e-4,
+        "--epochs",
+        2,
+        "--batch-size",
+        16,
+        "--accumulate",
+        2,
+        "--mode",
+        "direct",
+        "--masks",
+        tmp_path / "masks",
+        "--alpha",
+        0.9,
+        "--out",
+        tmp_path / "run",
+    )
     code, out, err = ran(*words, "--overwrite", "--plan")
-    assert (code, out) == (0, "") and fits(err) and not asked and (tmp_path / "run" / "training").exists()
-    told_of = ("methods   zero_shot, ff, sff and the naive", "training  40 steps", "memory    about", "to test")
+    assert (
+        (code, out) == (0, "")
+        and fits(err)
+        and not asked
+        and (tmp_path / "run" / "training").exists()
+    )
+    told_of = (
+        "methods   zero_shot, ff, sff and the naive",
+        "training  40 steps",
+        "memory    about",
+        "to test",
+    )
     for told in (*told_of, "time      about"):
         assert told in err
     assert prepared["masks"] is not None and prepared["mode"] == "direct"
 
     code, out, _ = ran(*words, "--overwrite")
     assert code == 0
-    assert (asked["methods"], asked["budget"], asked["seed"], asked["mode"]) == (["ff", "sff"], 40, 3, "direct")
+    assert (asked["methods"], asked["budget"], asked["seed"], asked["mode"]) == (
+        ["ff", "sff"],
+        40,
+        3,
+        "direct",
+    )
     assert asked["alpha"] == 0.9
     assert len(cuts) == 2 and asked["prepared"] is cuts[1], "the windows of a run are cut once"
     config = asked["config"]
@@ -505,9 +632,13 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
     assert code == 2 and "--alpha must be between 0 and 1, or auto" in err
 
 
-def test_more_memory_than_there_is_is_refused_with_the_plan(ran, timer, shops, tmp_path, monkeypatch):
+def test_more_memory_than_there_is_is_refused_with_the_plan(
+    ran, timer, shops, tmp_path, monkeypatch
+):
     monkeypatch.setattr("ltsm_jax.training.memory.available", lambda: 10**6)
-    code, out, err = ran("fit", shops / "sales.csv", "--model", timer, *LONG, "--out", "run", "--plan")
+    code, out, err = ran(
+        "fit", shops / "sales.csv", "--model", timer, *LONG, "--out", "run", "--plan"
+    )
     assert (code, out) == (2, "") and "--batch-size" in err and "fits" in err
 
 
@@ -543,7 +674,8 @@ def test_texts_are_set_to_80_columns():
     long = printing.facts({"note": "word " * 40})
     assert fits(long) and all(line.startswith("      word") for line in long.splitlines()[1:])
     assert (
-        printing.notes(["taken as the time; time= says otherwise"]) == "note  taken as the time; --time says otherwise"
+        printing.notes(["taken as the time; time= says otherwise"])
+        == "note  taken as the time; --time says otherwise"
     )
     assert printing.count(8652672) == "8.65 M" and printing.count(999) == "999"
 

@@ -1,4 +1,6 @@
-"""Curvature against Hessians that are known: small ones, which are built, and larger ones, which Lanczos meets."""
+"""Curvature against Hessians that are known: small ones, which are built, and larger ones, which
+Lanczos meets.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,10 @@ def test_products_are_those_of_the_hessian(small):
     found = jax.jit(lambda p, v: curvature.hvp(loss, p, v))(params, vector)
     assert jax.tree.structure(found) == jax.tree.structure(params)
     np.testing.assert_allclose(
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)]), matrix @ flat, rtol=1e-5, atol=1e-5
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)]),
+        matrix @ flat,
+        rtol=1e-5,
+        atol=1e-5,
     )
     with pytest.raises(ValueError, match="vector"):
         curvature.hvp(loss, params, {"a": vector["a"]})
@@ -84,7 +89,9 @@ def test_lanczos_ends_when_it_knows(large, monkeypatch):
 
 def test_equal_eigenvalues_of_a_low_rank_are_all_found():
     loss, params, _ = quadratic(np.concatenate([[9.0, 9.0, 5.0, 4.0], np.zeros(296)]))
-    np.testing.assert_allclose(curvature.top_eigenvalues(loss, params, k=4, steps=20), [9, 9, 5, 4], rtol=1e-4)
+    np.testing.assert_allclose(
+        curvature.top_eigenvalues(loss, params, k=4, steps=20), [9, 9, 5, 4], rtol=1e-4
+    )
 
 
 def test_the_trace_lies_within_its_error(large):
@@ -93,7 +100,9 @@ def test_the_trace_lies_within_its_error(large):
     assert 0 < error < 0.2 * LARGE.sum()
     assert abs(value - LARGE.sum()) < 3 * error
     loss, params, _ = quadratic(np.concatenate([[9.0, 5.0, -4.0], np.zeros(297)]))
-    np.testing.assert_allclose(curvature.trace(loss, params, samples=12), 10, rtol=1e-4)  # of rank 3, below 12 / 3
+    np.testing.assert_allclose(
+        curvature.trace(loss, params, samples=12), 10, rtol=1e-4
+    )  # of rank 3, below 12 / 3
 
 
 def test_the_density_has_the_moments_of_the_spectrum(large):
@@ -107,7 +116,9 @@ def test_the_density_has_the_moments_of_the_spectrum(large):
     np.testing.assert_allclose(spectrum.values[-1], 40, rtol=1e-4)
     at, density = spectrum.density(points=2000)
     assert np.trapezoid(density, at) == pytest.approx(1, abs=1e-3)
-    assert density[np.argmin(np.abs(at - 0.5))] == pytest.approx(0.33, abs=0.08)  # 297/300 spread over a length of 3
+    assert density[np.argmin(np.abs(at - 0.5))] == pytest.approx(
+        0.33, abs=0.08
+    )  # 297/300 spread over a length of 3
 
 
 def test_leaves_that_are_left_out_are_constants(small):
@@ -166,5 +177,10 @@ def test_what_cannot_be_measured_is_refused(small, call, message):
 
 
 def test_vectors_lie_where_the_parameters_lie():
-    problem = curvature._Problem.of(lambda p: p["w"].sum(), {"w": jax.device_put(jnp.ones(3), jax.devices()[0])}, None)
-    assert trees.flatten(problem.signs(jax.random.key(0)))["w"].sharding == problem.params["w"].sharding
+    problem = curvature._Problem.of(
+        lambda p: p["w"].sum(), {"w": jax.device_put(jnp.ones(3), jax.devices()[0])}, None
+    )
+    assert (
+        trees.flatten(problem.signs(jax.random.key(0)))["w"].sharding
+        == problem.params["w"].sharding
+    )

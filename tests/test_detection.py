@@ -9,7 +9,9 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.training import TrainConfig
 
 # A random model: with an instance norm it expects the mean of the window and little else.
-MODEL = Timer(TimerConfig.of(96, 8, 16, 1, 2, context_len=768, horizon=96, task="anomaly", dropout=0.0))
+MODEL = Timer(
+    TimerConfig.of(96, 8, 16, 1, 2, context_len=768, horizon=96, task="anomaly", dropout=0.0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def test_a_jump_is_flagged_with_its_dates_and_column(found):
 
 
 def test_scores_are_relative_to_the_first_part_and_its_quantile(found):
-    """The score of a row is the larger of two targets' errors, so its mean in the first part is above 1."""
+    """The score of a row is the larger of two targets' errors, so its mean in the first part is
+    above 1.
+    """
     before = found.table["score"].iloc[96:400]
     assert found.threshold == pytest.approx(np.quantile(before, 0.999)) and 1 < before.mean() < 2
 
@@ -60,13 +64,18 @@ def test_empty_cells_have_no_score_and_rows_without_stamps_a_number(params):
     data.loc[[500, 501], "a"] = np.nan
     found = ltsm_jax.detect(MODEL, params, data, missing="keep", first=0.5)
     assert list(found.table.columns) == ["row", "a", "score", "anomalous"]
-    assert found.table["score"].iloc[96:].isna().sum() == 2 and not found.table["anomalous"].iloc[500:502].any()
+    assert (
+        found.table["score"].iloc[96:].isna().sum() == 2
+        and not found.table["anomalous"].iloc[500:502].any()
+    )
 
 
 def test_units_do_not_matter(params):
     data = table(columns=("a",))
     first = ltsm_jax.detect(MODEL, params, data, first=0.5).table["score"]
-    second = ltsm_jax.detect(MODEL, params, data.assign(a=data["a"] * 1e6 - 5), first=0.5).table["score"]
+    second = ltsm_jax.detect(MODEL, params, data.assign(a=data["a"] * 1e6 - 5), first=0.5).table[
+        "score"
+    ]
     np.testing.assert_allclose(first, second, rtol=1e-2)
 
 
@@ -79,7 +88,13 @@ def test_a_constant_target_is_no_anomaly(params):
 def test_tuning_on_the_first_part(params):
     config = TrainConfig(epochs=1, batch_size=16)
     found = ltsm_jax.detect(
-        MODEL, params, table(1000, ("a",)), first=0.6, method="ff", config=config, show_progress=False
+        MODEL,
+        params,
+        table(1000, ("a",)),
+        first=0.6,
+        method="ff",
+        config=config,
+        show_progress=False,
     )
     assert "tuned on the first 600 rows by ff" in str(found)
     changed = jax.tree.map(lambda p, q: bool((p != q).any()), params, found.params)
@@ -113,11 +128,28 @@ def test_the_command(params, tmp_path, capsys):
     data = table()
     data.loc[600:603, "b"] += 200
     data.to_csv(tmp_path / "t.csv", index=False)
-    words = ["detect", str(tmp_path / "t.csv"), "--model", str(tmp_path / "model"), "--first", "0.5"]
-    out = ["--out", str(tmp_path / "s.csv"), "--plot", str(tmp_path / "s.png"), "--quantile", "0.999"]
+    words = [
+        "detect",
+        str(tmp_path / "t.csv"),
+        "--model",
+        str(tmp_path / "model"),
+        "--first",
+        "0.5",
+    ]
+    out = [
+        "--out",
+        str(tmp_path / "s.csv"),
+        "--plot",
+        str(tmp_path / "s.png"),
+        "--quantile",
+        "0.999",
+    ]
     assert cli.main([*words, *out]) == 0
     assert "2024-01-26 00:00:00" in capsys.readouterr().out
-    assert pd.read_csv(tmp_path / "s.csv")["anomalous"].iloc[600:604].all() and (tmp_path / "s.png").is_file()
+    assert (
+        pd.read_csv(tmp_path / "s.csv")["anomalous"].iloc[600:604].all()
+        and (tmp_path / "s.png").is_file()
+    )
     assert cli.main([*words, "--plan", "--json"]) == 0
     assert cli.main([*words, "--out", str(tmp_path / "none" / "s.csv")]) == 2
     assert cli.main(["detect", "nowhere.csv", "--model", str(tmp_path / "model")]) == 3

@@ -21,9 +21,13 @@ def answering(monkeypatch):
     return answer
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES]
+)
 def test_a_family_forecasts_what_is_stored(family):
-    """Compiled otherwise than the stored forecasts were, which is as much of another machine as there is here."""
+    """Compiled otherwise than the stored forecasts were, which is as much of another machine as
+    there is here.
+    """
     check = doctor.examine_family(family)
     assert not check.problem
     assert check.difference < check.tolerance / 10
@@ -74,17 +78,23 @@ def test_accelerators_are_allowed_more_and_get_other_advice(answering, monkeypat
 
 def test_weights_go_by_the_name_alone():
     """Values of NumPy's frozen generator: another recipe would make every stored answer wrong."""
-    assert doctor.weights("head/bias", (2,)).tolist() == pytest.approx([-0.009756282064685779, -0.20183457311634148])
+    assert doctor.weights("head/bias", (2,)).tolist() == pytest.approx(
+        [-0.009756282064685779, -0.20183457311634148]
+    )
     assert doctor.weights("norm/scale", (1,))[0] == pytest.approx(np.float64(0.895018387739457))
     kernel = doctor.weights("head/kernel", (400, 50))
     assert kernel.std() == pytest.approx(1 / 20, rel=0.02)
-    assert not np.array_equal(doctor.weights("a/kernel", (2, 2)), doctor.weights("b/kernel", (2, 2)))
+    assert not np.array_equal(
+        doctor.weights("a/kernel", (2, 2)), doctor.weights("b/kernel", (2, 2))
+    )
 
 
 def test_the_environment_says_what_a_report_needs(monkeypatch, tmp_path):
     monkeypatch.setenv("LTSM_CACHE", str(tmp_path / "not" / "there"))
     found = doctor.environment()
-    assert {"jax", "jaxlib", "numpy", "pandas", "flax", "optax", "orbax-checkpoint"} <= found["versions"].keys()
+    assert {"jax", "jaxlib", "numpy", "pandas", "flax", "optax", "orbax-checkpoint"} <= found[
+        "versions"
+    ].keys()
     assert found["backend"] == "cpu" and found["devices"]
     assert found["caches"]["models"]["free"] > 0
     assert not any(cache["problem"] for cache in found["caches"].values())
@@ -98,7 +108,10 @@ def test_the_environment_says_what_a_report_needs(monkeypatch, tmp_path):
 def test_recording_one_family_keeps_the_answers_of_the_others(tmp_path, answering):
     answering({"point": np.array([[1.0, 2.0]])})
     doctor.record(tmp_path / "answers.json", families=["timer"])
-    before, after = (json.loads(file.read_text())["families"] for file in (doctor.ANSWERS, tmp_path / "answers.json"))
+    before, after = (
+        json.loads(file.read_text())["families"]
+        for file in (doctor.ANSWERS, tmp_path / "answers.json")
+    )
     assert after["timer"] == {"point": [[1.0, 2.0]]}
     assert {name: after[name] for name in after if name != "timer"} == {
         name: before[name] for name in before if name != "timer"

@@ -67,7 +67,9 @@ def test_several_id_columns_come_back_under_their_own_names(timer, tmp_path):
         {
             "region": np.repeat([1, 2], rows),
             "shop": "a",
-            "when": np.concatenate([pd.date_range("2024-01-01", periods=n, freq="h") for n in rows]),
+            "when": np.concatenate(
+                [pd.date_range("2024-01-01", periods=n, freq="h") for n in rows]
+            ),
             "sold": np.sin(np.arange(sum(rows)) / 4),
         }
     )
@@ -85,13 +87,21 @@ def test_several_id_columns_come_back_under_their_own_names(timer, tmp_path):
 
 def test_a_time_of_several_columns_comes_back_as_timestamp(timer):
     stamps = pd.date_range("2024-01-01", periods=50, freq="h")
-    table = pd.DataFrame({"date": stamps.strftime("%Y-%m-%d"), "hour": stamps.hour, "load": np.sin(np.arange(50) / 4)})
+    table = pd.DataFrame(
+        {
+            "date": stamps.strftime("%Y-%m-%d"),
+            "hour": stamps.hour,
+            "load": np.sin(np.arange(50) / 4),
+        }
+    )
     got = timer.predict(table, 2, time=["date", "hour"], quantile_levels=())
     assert got["timestamp"].tolist() == list(pd.date_range("2024-01-03 02:00", periods=2, freq="h"))
 
 
 def test_short_contexts_keep_nearly_all_rows():
-    """Of a family that knows no missing values in front: whole patches, and of many at most a ninth goes."""
+    """Of a family that knows no missing values in front: whole patches, and of many at most a ninth
+    goes.
+    """
     rows = np.arange(1, 5000)
     for patch in (1, 8, 96):
         kept = panels.rung_below(rows, patch)
@@ -115,7 +125,9 @@ def test_a_forecast_does_not_depend_on_the_other_items(which, request):
     together = forecaster.predict(every, 4, quantile_levels=())
     for i, item in enumerate(every.ids):
         alone = forecaster.predict(every.take(np.array([i])), 4, quantile_levels=())
-        np.testing.assert_allclose(together[together["store"] == item]["predictions"], alone["predictions"], rtol=1e-5)
+        np.testing.assert_allclose(
+            together[together["store"] == item]["predictions"], alone["predictions"], rtol=1e-5
+        )
 
 
 def test_a_long_item_is_forecast_as_forecast_does(timer):
@@ -130,7 +142,9 @@ def test_levels_of_the_model_are_its_own_and_those_between_are_interpolated(bolt
     low, middle = BOLT.config.levels[:2]
     got = bolt.predict(one, 4, quantile_levels=(low, middle, (low + middle) / 2))
     z = ((one.values - one.values.mean()) / one.values.std()).astype(np.float32)[None]
-    found = np.asarray(jax.jit(BOLT.predict, static_argnums=2)(bolt.params, z, 4).quantiles[0, 0], np.float64)
+    found = np.asarray(
+        jax.jit(BOLT.predict, static_argnums=2)(bolt.params, z, 4).quantiles[0, 0], np.float64
+    )
     want = np.sort(found, axis=-1) * one.values.std() + one.values.mean()
     np.testing.assert_allclose(got[[f"{low:g}", f"{middle:g}"]], want[:, :2], rtol=1e-5)
     np.testing.assert_allclose(got[f"{(low + middle) / 2:g}"], want[:, :2].mean(axis=1), rtol=1e-5)
@@ -155,7 +169,9 @@ def test_levels_that_are_none_are_refused(timer, levels):
 
 def test_a_history_too_short_to_measure_errors_is_refused_for_such_levels(timer):
     short = panel((9,))
-    with pytest.raises(DataError, match=r"timer does not say quantiles 0.1, 0.5, 0.9 itself.*quantile_levels=\(\)"):
+    with pytest.raises(
+        DataError, match=r"timer does not say quantiles 0.1, 0.5, 0.9 itself.*quantile_levels=\(\)"
+    ):
         timer.predict(short, 8)
     assert len(timer.predict(short, 8, quantile_levels=())) == 8
 
@@ -164,7 +180,9 @@ def test_an_item_without_values_is_named(timer):
     every = panel()
     values = every.values.copy()
     values[:, 100:120] = np.nan
-    with pytest.raises(DataError, match="no value in the last 16 rows of sold of s1; leave these out"):
+    with pytest.raises(
+        DataError, match="no value in the last 16 rows of sold of s1; leave these out"
+    ):
         timer.predict(dataclasses.replace(every, values=values), 4)
 
 
@@ -212,7 +230,9 @@ def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
         "id": "store",
         "time": "when",
         "verdict": a_verdict(),
-        "calibration": Calibration.of(np.random.default_rng(0).normal(size=(30, 1, 4)), 30, "of a test"),
+        "calibration": Calibration.of(
+            np.random.default_rng(0).normal(size=(30, 1, 4)), 30, "of a test"
+        ),
         "provenance": {"source": "made here", "licence": "MIT"},
     }
     forecaster = dataclasses.replace(timer, licence="", **facts)
@@ -234,7 +254,9 @@ def test_saved_and_loaded_it_is_the_same(timer, tmp_path):
 def test_a_damaged_record_is_refused(timer, tmp_path):
     bad = {"targets": "sold"}
     ltsm_jax.save(tmp_path / "model", timer.model, timer.params, provenance={"forecaster": bad})
-    with pytest.raises(ValueError, match=r"model: what it holds of a Forecaster can't be read \(targets"):
+    with pytest.raises(
+        ValueError, match=r"model: what it holds of a Forecaster can't be read \(targets"
+    ):
         Forecaster.load(tmp_path / "model")
 
 
@@ -258,7 +280,9 @@ def test_draws_history_and_bands(bolt, tmp_path):
     figure = bolt.plot(every, table, tmp_path / "forecast.png", items=["s2", "s0"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["s2", "s0"]
     lines = figure.axes[0].get_lines()
-    np.testing.assert_array_equal(lines[1].get_ydata(), table[table["store"] == "s2"]["predictions"])
+    np.testing.assert_array_equal(
+        lines[1].get_ydata(), table[table["store"] == "s2"]["predictions"]
+    )
     assert (tmp_path / "forecast.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no item 'nowhere'"):
         bolt.plot(every, table, items=["nowhere"])
@@ -274,7 +298,9 @@ def test_a_picture_without_matplotlib_says_what_to_install(bolt, monkeypatch):
 
 
 def shops():
-    """A long table of two shops, one of them a day later, with a price that is known three rows ahead."""
+    """A long table of two shops, one of them a day later, with a price that is known three rows
+    ahead.
+    """
     parts = []
     for shop, start, rows in (("north", "2024-01-01", 60), ("south", "2024-01-02", 48)):
         t = np.arange(rows)
@@ -369,13 +395,20 @@ def test_covariates_are_members_of_the_group_as_rows_has_them(chronos):
     past = dataclasses.replace(every, past=("visitors",), past_values=every.known_values**2)
     got = chronos.predict(past, 6)["predictions"][:6].to_numpy()
     sold = every.values[0, :64]
-    z = [(x - x.mean()) / x.std() for x in (sold, every.known_values[0, :64] ** 2, every.known_values[0, :64])]
+    z = [
+        (x - x.mean()) / x.std()
+        for x in (sold, every.known_values[0, :64] ** 2, every.known_values[0, :64])
+    ]
     future = np.full((1, 3, 6), np.nan, np.float32)
     price = every.known_values[0, :64]
     future[0, 2] = (3.0 - price.mean()) / price.std()
     rows = jax.jit(lambda p, x, f: CHRONOS.rows(p, x, 6, future=f))
-    want = rows(chronos.params, np.array(z, np.float32)[None], future)[0, 0, :, CHRONOS.config.levels.index(0.5)]
-    np.testing.assert_allclose(got, np.asarray(want, np.float64) * sold.std() + sold.mean(), rtol=1e-5)
+    want = rows(chronos.params, np.array(z, np.float32)[None], future)[
+        0, 0, :, CHRONOS.config.levels.index(0.5)
+    ]
+    np.testing.assert_allclose(
+        got, np.asarray(want, np.float64) * sold.std() + sold.mean(), rtol=1e-5
+    )
 
 
 def test_without_covariates_it_is_predict(chronos):
@@ -388,8 +421,8 @@ def test_without_covariates_it_is_predict(chronos):
 def test_a_future_that_ends_before_the_forecast_is_said(chronos):
     got = chronos.predict(with_price(4), 6)
     assert (
-        "price is known 4 rows ahead in 2 of 2 items, and the forecast has 6: it is unknown after that"
-        in got.attrs["notes"]
+        "price is known 4 rows ahead in 2 of 2 items, and the forecast has 6: it is unknown after "
+        "that" in got.attrs["notes"]
     )
     assert np.isfinite(got["predictions"]).all()
 
@@ -398,4 +431,7 @@ def test_quantiles_of_what_has_never_moved_lie_on_the_forecast(timer):
     still = panel(lengths=(100,), values=np.full((1, 100), 7.0))
     got = dataclasses.replace(timer, baseline="last_value").predict(still, 4)
     np.testing.assert_array_equal(got[["predictions", "0.1", "0.5", "0.9"]], np.full((4, 4), 7.0))
-    assert "1 of 1 contexts do not move: there these quantiles lie on the forecast" in got.attrs["notes"]
+    assert (
+        "1 of 1 contexts do not move: there these quantiles lie on the forecast"
+        in got.attrs["notes"]
+    )

@@ -16,7 +16,11 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import forecasting, panels
 from ltsm_jax.training import TrainConfig, step
 
-QUICK = {"budget": 60, "config": TrainConfig(epochs=3, lr=1e-2, batch_size=64), "show_progress": False}
+QUICK = {
+    "budget": 60,
+    "config": TrainConfig(epochs=3, lr=1e-2, batch_size=64),
+    "show_progress": False,
+}
 LENGTHS = {"north": 500, "south": 460}  # of all tables here: each shape is compiled
 
 
@@ -29,12 +33,18 @@ def timer():
 def table(period):
     """Sales of two stores of different sizes, with a price that is known ahead."""
     rng = np.random.default_rng(0)
-    pattern = rng.normal(size=period) if period == 7 else np.sin(2 * np.pi * np.arange(period) / period)
+    pattern = (
+        rng.normal(size=period) if period == 7 else np.sin(2 * np.pi * np.arange(period) / period)
+    )
     parts = []
     for i, (store, rows) in enumerate(LENGTHS.items()):
-        sold = 10.0 ** (i + 1) * (3 + pattern[np.arange(rows) % period] + 0.05 * rng.normal(size=rows))
+        sold = 10.0 ** (i + 1) * (
+            3 + pattern[np.arange(rows) % period] + 0.05 * rng.normal(size=rows)
+        )
         day = pd.date_range("2024-01-01", periods=rows, freq="D")
-        parts.append(pd.DataFrame({"store": store, "day": day, "sold": sold, "price": rng.normal(size=rows)}))
+        parts.append(
+            pd.DataFrame({"store": store, "day": day, "sold": sold, "price": rng.normal(size=rows)})
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -103,7 +113,9 @@ def test_a_run_that_is_called_again_only_reads(fitted, timer):
 
 
 def test_an_estimate_of_the_time_compiles_what_does_the_work(fitted, timer):
-    """Tuning and forecasts have been compiled by `fitted`: the pieces that are timed are of the same programs."""
+    """Tuning and forecasts have been compiled by `fitted`: the pieces that are timed are of the
+    same programs.
+    """
     found, _ = fitted
     named = {"id": "store", "time": "day", "target": "sold", "known": "price"}
     panel = timer.read(table(16), **named)
@@ -134,7 +146,9 @@ def test_what_was_chosen_on_short_contexts_forecasts_from_such(timer):
     found = timer.fit(rising, 4, methods=(), target="load", show_progress=False)
     assert found.verdict.context_len == 8  # a whole patch
     assert found.baseline == "last_value" and found.context_len == 8
-    whole = timer.fit(table(7), 8, methods=(), id="store", time="day", target="sold", show_progress=False)
+    whole = timer.fit(
+        table(7), 8, methods=(), id="store", time="day", target="sold", show_progress=False
+    )
     assert whole.verdict.context_len == 32 and whole.context_len is None
 
 

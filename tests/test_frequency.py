@@ -70,7 +70,9 @@ def test_offsets_of_pandas_are_names_too(offset, canonical):
     assert canonical_freq(offset) == canonical
 
 
-@pytest.mark.parametrize("freq", ["", "fortnight", "0h", "1.5h", "15", "-h", "hh", "9" * 18 + "W", "h" * 9999])
+@pytest.mark.parametrize(
+    "freq", ["", "fortnight", "0h", "1.5h", "15", "-h", "hh", "9" * 18 + "W", "h" * 9999]
+)
 def test_unknown_steps_are_errors(freq):
     with pytest.raises(ValueError, match="unknown frequency") as error:
         canonical_freq(freq)
@@ -124,7 +126,9 @@ def test_a_step_is_taken_apart():
     ],
 )
 def test_steps_go_on_where_they_stop(pandas, canonical):
-    """Inferred from all stamps, also with two of them missing; what follows is what pandas would write."""
+    """Inferred from all stamps, also with two of them missing; what follows is what pandas would
+    write.
+    """
     whole = dated(pandas, 33)
     assert infer_freq(whole[:30]) == canonical
     np.testing.assert_array_equal(following(whole[:30], 3, canonical), whole[30:])
@@ -148,7 +152,9 @@ def test_month_ends_go_on_as_month_ends_from_a_short_month():
 def test_an_exact_step_goes_before_months():
     four_weeks = stamps("2024-01-28", "2024-02-25", "2024-03-24", "2024-04-21")
     assert infer_freq(four_weeks) == "4W"
-    assert infer_freq(stamps("2024-07-01", "2024-08-01", "2024-09-01")) == "M"  # 31 days twice, but the first of each
+    assert (
+        infer_freq(stamps("2024-07-01", "2024-08-01", "2024-09-01")) == "M"
+    )  # 31 days twice, but the first of each
     assert infer_freq(stamps("2021-01-01", "2022-01-01", "2023-01-01")) == "Y"
 
 

@@ -14,7 +14,9 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.training import TrainConfig
 
 # A random model: with an instance norm it expects the mean of the window and little else.
-MODEL = Timer(TimerConfig(8, 8, 8, (1,), (8,), context_len=32, horizon=8, task="imputation", dropout=0.0))
+MODEL = Timer(
+    TimerConfig(8, 8, 8, (1,), (8,), context_len=32, horizon=8, task="imputation", dropout=0.0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,9 @@ def test_holes_alone_are_filled_and_flagged(fill, params, holed):
         assert (found.table[f"{name}_filled"].to_numpy() == was_empty).all()
         after = found.table[name].to_numpy()
         assert np.isfinite(after).all()
-        np.testing.assert_array_equal(after[~was_empty], holed[name].to_numpy()[~was_empty], "the same bits")
+        np.testing.assert_array_equal(
+            after[~was_empty], holed[name].to_numpy()[~was_empty], "the same bits"
+        )
     assert found.check["column"].tolist() == ["a", "b"]
     if fill != "auto":
         assert set(found.check["filled_by"]) == {fill} and (found.check["cells"] == 0).all()
@@ -79,25 +83,39 @@ def test_a_way_to_fill_is_chosen_where_it_is_better_in_most_spans_of_time_not_by
     line = np.full(8, 10.0)
     steadily, once = line - [1, 2, 1, 2, 1, 2, 1, 2], line.copy()
     once[3] = 0.0
-    errors = np.stack([[line, line, steadily], [steadily, once, once], [line, line, line]])  # K = 3 ways, C = 3 columns
+    errors = np.stack(
+        [[line, line, steadily], [steadily, once, once], [line, line, line]]
+    )  # K = 3 ways, C = 3 columns
     assert imputation._chosen(errors, imputation.FILLS).tolist() == [1, 2, 0]
-    assert imputation._chosen(np.zeros((3, 2, 8)), imputation.FILLS).tolist() == [0, 0], "nothing could be hidden"
+    assert imputation._chosen(np.zeros((3, 2, 8)), imputation.FILLS).tolist() == [0, 0], (
+        "nothing could be hidden"
+    )
     assert imputation._chosen(errors[:1], ("model",)).tolist() == [0, 0, 0]
-    assert imputation._chosen(errors[:, :, :1], imputation.FILLS).tolist() == [1, 2, 0], "one span: the lowest"
+    assert imputation._chosen(errors[:, :, :1], imputation.FILLS).tolist() == [1, 2, 0], (
+        "one span: the lowest"
+    )
 
 
 def test_a_model_that_says_a_constant_fills_by_the_straight_line(params):
-    """The ends of a fill are moved to the values beside it, and a constant has no shape of its own."""
+    """The ends of a fill are moved to the values beside it, and a constant has no shape of
+    its own.
+    """
     constant = params | {"head": jax.tree.map(np.zeros_like, params["head"])}
     data = with_holes(table(columns=("a",)), {"a": [50, 51, 52, 53]})
     found = ltsm_jax.impute(MODEL, constant, data, fill="anchored").table["a"]
-    np.testing.assert_allclose(found, ltsm_jax.impute(MODEL, constant, data, fill="linear").table["a"], rtol=1e-5)
+    np.testing.assert_allclose(
+        found, ltsm_jax.impute(MODEL, constant, data, fill="linear").table["a"], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("n", [3, 9, 31, 32, 33, 200])
 def test_any_length(n, params):
     found = ltsm_jax.impute(MODEL, params, with_holes(table(n), {"a": [1]}), fill="model").table
-    assert len(found) == n and np.isfinite(found[["a", "b"]]).all(axis=None) and found["a_filled"].sum() == 1
+    assert (
+        len(found) == n
+        and np.isfinite(found[["a", "b"]]).all(axis=None)
+        and found["a_filled"].sum() == 1
+    )
 
 
 def test_a_longer_outage_than_a_window_and_a_column_without_values(params):
@@ -128,7 +146,10 @@ def test_the_error_on_holes_of_a_table_is_in_units_of_its_variance():
 
 
 def test_long_tables_of_items_of_different_length(params):
-    one, two = with_holes(table(60, ("sold",)), {"sold": [10]}), with_holes(table(45, ("sold",)), {"sold": [0, 20, 21]})
+    one, two = (
+        with_holes(table(60, ("sold",)), {"sold": [10]}),
+        with_holes(table(45, ("sold",)), {"sold": [0, 20, 21]}),
+    )
     long = pd.concat([one.assign(shop="x"), two.assign(shop="y")], ignore_index=True)
     found = ltsm_jax.impute(MODEL, params, long, id="shop", target="sold")
     assert list(found.table.columns) == ["shop", "date", "sold", "sold_filled"]
@@ -147,7 +168,11 @@ def test_rows_that_a_table_leaves_out_are_holes(params):
 def test_rows_without_stamps_and_a_table_without_holes(params):
     data = table(50, ("a",)).drop(columns="date")
     found = ltsm_jax.impute(MODEL, params, data)
-    assert list(found.table.columns) == ["row", "a", "a_filled"] and found.n_filled == 0 and not len(found.check)
+    assert (
+        list(found.table.columns) == ["row", "a", "a_filled"]
+        and found.n_filled == 0
+        and not len(found.check)
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +210,10 @@ def test_a_difference_of_two_equal_models_is_none(params):
     assert found.mean == 0 and found.low == found.high == 0
     total, points = made.errors(params)
     scores = made.task.evaluate(MODEL, params, made.data, "val")
-    assert total.sum() / points.sum() == pytest.approx(scores["mse"]) and points.sum() == scores["points"]
+    assert (
+        total.sum() / points.sum() == pytest.approx(scores["mse"])
+        and points.sum() == scores["points"]
+    )
 
 
 @pytest.mark.slow
@@ -194,15 +222,27 @@ def test_fit_for_a_task(task, params):
     config = TrainConfig(epochs=2, batch_size=16, lr=1e-3)
     model = MODEL
     if task == "anomaly":
-        model = Timer(TimerConfig.of(96, 8, 16, 1, 2, context_len=768, horizon=96, task="anomaly", dropout=0.0))
+        model = Timer(
+            TimerConfig.of(
+                96, 8, 16, 1, 2, context_len=768, horizon=96, task="anomaly", dropout=0.0
+            )
+        )
         params = jax.jit(model.init)(jax.random.key(0))
     data = table(1000, ("a",))
-    fitted = ltsm_jax.fit(model, params, data, task=task, method="ff", config=config, show_progress=False)
+    fitted = ltsm_jax.fit(
+        model, params, data, task=task, method="ff", config=config, show_progress=False
+    )
     assert fitted.kept in ("tuned", "zero_shot") and np.isfinite(fitted.difference)
-    assert fitted.difference == pytest.approx(fitted.tuned["mse"] - fitted.zero_shot["mse"], abs=1e-5)
-    assert ("linear" in str(fitted)) == (task == "imputation") and "ff: validation MSE" in str(fitted)
+    assert fitted.difference == pytest.approx(
+        fitted.tuned["mse"] - fitted.zero_shot["mse"], abs=1e-5
+    )
+    assert ("linear" in str(fitted)) == (task == "imputation") and "ff: validation MSE" in str(
+        fitted
+    )
     if task == "imputation":
-        tuned = ltsm_jax.impute(model, params, with_holes(data, {"a": [5]}), method="ff", config=config)
+        tuned = ltsm_jax.impute(
+            model, params, with_holes(data, {"a": [5]}), method="ff", config=config
+        )
         assert "tuned on the table by ff" in str(tuned)
 
 
@@ -221,7 +261,11 @@ def test_the_command(params, holed, tmp_path, capsys):
     assert cli.main([*words, *out]) == 0
     assert "39 of 200 cells filled" in capsys.readouterr().out
     written = pd.read_csv(tmp_path / "w.csv")
-    assert written.notna().all(axis=None) and written["b_filled"].sum() == 32 and (tmp_path / "w.png").is_file()
+    assert (
+        written.notna().all(axis=None)
+        and written["b_filled"].sum() == 32
+        and (tmp_path / "w.png").is_file()
+    )
     assert cli.main([*words, *out, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["filled"] == 39
     assert cli.main([*words, "--plan"]) == 0

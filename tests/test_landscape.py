@@ -33,10 +33,14 @@ def timer():
     model = Timer(TimerConfig(8, 8, 8, (1,), (8,), context_len=32, horizon=8))
     t, rng = np.arange(200), np.random.default_rng(0)
     values = np.sin(t / 3 + np.arange(3)[:, None]) + 0.3 * rng.normal(size=(3, 200))
-    return model, model.init(jax.random.key(0)), prepare(Series("waves", values, ("a", "b", "c"), None, "h"), 32, 8)
+    return (
+        model,
+        model.init(jax.random.key(0)),
+        prepare(Series("waves", values, ("a", "b", "c"), None, "h"), 32, 8),
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # surfaces
 
 
@@ -70,8 +74,13 @@ def test_a_line_needs_one_direction():
 
 
 def test_axes_may_be_given_and_a_tree_may_be_an_array():
-    found = landscape.surface(lambda w: (w**2).sum(), jnp.zeros(2), (jnp.array([1.0, 0]), jnp.array([0, 2.0])),
-                              x=np.array([0.0, 3.0]), y=np.array([1.0]))  # fmt: skip
+    found = landscape.surface(
+        lambda w: (w**2).sum(),
+        jnp.zeros(2),
+        (jnp.array([1.0, 0]), jnp.array([0, 2.0])),
+        x=np.array([0.0, 3.0]),
+        y=np.array([1.0]),
+    )
     np.testing.assert_allclose(found.loss, [[4.0, 13.0]])
 
 
@@ -83,7 +92,13 @@ def test_points_at_once_change_nothing_but_the_time(at_once):
 
 
 def test_a_call_takes_about_half_a_second():
-    assert [grid._paced(8, seconds, 32) for seconds in (0.01, 0.24, 0.3, 0.6, 9.0)] == [16, 16, 8, 4, 4]
+    assert [grid._paced(8, seconds, 32) for seconds in (0.01, 0.24, 0.3, 0.6, 9.0)] == [
+        16,
+        16,
+        8,
+        4,
+        4,
+    ]
     assert grid._paced(32, 0.1, 32) == 32 and grid._paced(1, 60.0, 32) == 1
 
 
@@ -131,11 +146,15 @@ def test_what_is_no_surface_is_refused(change, message):
 
 
 def test_a_loss_that_is_not_finite_is_kept_and_left_out_of_the_numbers():
-    found = landscape.surface(lambda p: 2 + jnp.where(p["w"][0] > 1, jnp.inf, p["w"][0]), PARAMS, RIGHT, points=5)
+    found = landscape.surface(
+        lambda p: 2 + jnp.where(p["w"][0] > 1, jnp.inf, p["w"][0]), PARAMS, RIGHT, points=5
+    )
     np.testing.assert_array_equal(found.loss, [1.5, 2, 2.5, 3, np.inf])
     assert found.range == 1.5 and found.mean_abs_laplacian == pytest.approx(0, abs=1e-6)
     assert found.doubling_radius == pytest.approx(0.5, abs=1e-6)  # beyond the last finite point
-    assert math.isnan(landscape.surface(lambda p: p["w"][1], PARAMS, RIGHT, points=3).doubling_radius)
+    assert math.isnan(
+        landscape.surface(lambda p: p["w"][1], PARAMS, RIGHT, points=3).doubling_radius
+    )
     assert landscape.surface(lambda p: p["b"], PARAMS, RIGHT, points=3).doubling_radius == math.inf
 
 
@@ -147,7 +166,7 @@ def test_a_surface_is_saved(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a folder
 
 
@@ -173,14 +192,24 @@ def test_a_stopped_surface_goes_on_to_the_same_bits(tmp_path, timer, monkeypatch
 
     computed = []
     found = landscape.surface(
-        loss, params, plane, points=5, folder=tmp_path, progress=lambda done, _: computed.append(done)
+        loss,
+        params,
+        plane,
+        points=5,
+        folder=tmp_path,
+        progress=lambda done, _: computed.append(done),
     )
     assert computed[0] > len(kept) and computed[-1] == 25
     np.testing.assert_array_equal(found.loss, whole.loss)
 
     computed.clear()
     again = landscape.surface(
-        loss, params, plane, points=5, folder=tmp_path, progress=lambda done, _: computed.append(done)
+        loss,
+        params,
+        plane,
+        points=5,
+        folder=tmp_path,
+        progress=lambda done, _: computed.append(done),
     )
     assert not computed
     np.testing.assert_array_equal(again.loss, whole.loss)
@@ -197,7 +226,10 @@ def test_a_folder_of_another_surface_is_refused(tmp_path, timer):
     ]
     for change, message in asked:
         options = {"points": 5, "facts": {"data": "a"}} | change
-        loss, params, way = (options.pop(k, v) for k, v in (("loss", bowl), ("params", PARAMS), ("directions", RIGHT)))
+        loss, params, way = (
+            options.pop(k, v)
+            for k, v in (("loss", bowl), ("params", PARAMS), ("directions", RIGHT))
+        )
         with pytest.raises(ValueError, match=message):
             landscape.surface(loss, params, way, folder=tmp_path, **options)
 
@@ -212,7 +244,7 @@ def test_a_folder_of_another_surface_is_refused(tmp_path, timer):
                 landscape.surface(loss, params, way, points=3, folder=tmp_path / "timer")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # directions
 
 
@@ -234,7 +266,10 @@ def test_filters_are_as_long_as_those_of_the_weights(timer):
             for path, axes in norms.items():
                 d, w = np.asarray(flat[path]), np.asarray(weights[path])
                 np.testing.assert_allclose(
-                    np.sqrt(np.square(d).sum(axes)), np.sqrt(np.square(w).sum(axes)), rtol=1e-5, atol=1e-7
+                    np.sqrt(np.square(d).sum(axes)),
+                    np.sqrt(np.square(w).sum(axes)),
+                    rtol=1e-5,
+                    atol=1e-7,
                 )
 
 
@@ -265,14 +300,18 @@ def test_directions_depend_on_the_seed_alone(timer):
     cosine = ways._dot(*raw) / ways._norm(raw[0]) / ways._norm(raw[1])
     assert abs(cosine) < 0.1
     different = landscape.random_directions(params, seed=3, normalise=False)
-    assert not np.array_equal(trees.flatten(raw[0])["head/kernel"], trees.flatten(different[0])["head/kernel"])
+    assert not np.array_equal(
+        trees.flatten(raw[0])["head/kernel"], trees.flatten(different[0])["head/kernel"]
+    )
 
 
 def test_the_released_form_has_mean_1_and_variance_8():
     params = {"kernel": jnp.ones((200, 200))}
     (drawn,) = landscape.random_directions(params, 0, 1, normalise=False, sff_directions=True)
     (plain,) = landscape.random_directions(params, 0, 1, normalise=False)
-    np.testing.assert_allclose(drawn["kernel"], np.sqrt(8) * plain["kernel"] + 1, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        drawn["kernel"], np.sqrt(8) * plain["kernel"] + 1, rtol=1e-5, atol=1e-6
+    )
     assert np.mean(drawn["kernel"]) == pytest.approx(1, abs=0.05)
     assert np.var(drawn["kernel"]) == pytest.approx(8, abs=0.2)
 
@@ -281,7 +320,11 @@ def test_leaves_may_be_left_where_they_are(timer):
     _, params, _ = timer
     (way,) = landscape.random_directions(params, 0, 1, zero_vectors=True, skip="^embed/")
     still = {path for path, leaf in trees.flatten(way).items() if not np.any(leaf)}
-    want = {path for path, leaf in trees.flatten(params).items() if leaf.ndim <= 1 or path.startswith("embed/")}
+    want = {
+        path
+        for path, leaf in trees.flatten(params).items()
+        if leaf.ndim <= 1 or path.startswith("embed/")
+    }
     assert still == want
     with pytest.raises(ValueError, match="no path"):
         landscape.random_directions(params, skip="^nothing/")
@@ -291,15 +334,21 @@ def test_leaves_may_be_left_where_they_are(timer):
 
 def test_a_plane_goes_through_three_models():
     draw = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    models = {name: {"w": jnp.asarray(w)} for name, w in zip(("pretrained", "random", "tuned"), draw)}
+    models = {
+        name: {"w": jnp.asarray(w)} for name, w in zip(("pretrained", "random", "tuned"), draw)
+    }
     plane = landscape.plane_through(models)
     u, v = plane.directions
-    np.testing.assert_allclose([ways._norm(u), ways._norm(v), ways._dot(u, v)], [1, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        [ways._norm(u), ways._norm(v), ways._dot(u, v)], [1, 1, 0], atol=1e-6
+    )
     for name, (x, y) in plane.places.items():
         there = grid.moved(plane.origin, plane.directions, jnp.array([x, y]))
         np.testing.assert_allclose(there["w"], models[name]["w"], atol=1e-5)
     x, y = plane.axes(points=5)
-    assert x[0] < 0 < plane.places["random"][0] < x[-1] and y[0] < 0 < plane.places["tuned"][1] < y[-1]
+    assert (
+        x[0] < 0 < plane.places["random"][0] < x[-1] and y[0] < 0 < plane.places["tuned"][1] < y[-1]
+    )
 
     with pytest.raises(ValueError, match="three models, got 2"):
         landscape.plane_through({"a": {"w": jnp.ones(2)}, "b": {"w": jnp.ones(2)}})
@@ -313,10 +362,16 @@ def test_the_plane_of_a_trajectory_holds_its_components():
     rng = np.random.default_rng(0)
     u, v = np.linalg.qr(rng.normal(size=(6, 2)))[0].T
     spots = np.array([[4, 0], [3, 1], [1, -1], [0.5, 0.2], [0, 0]])
-    run = [{"w": jnp.asarray(a * u + b * v + 0.001 * rng.normal(size=6), jnp.float32)} for a, b in spots]
+    run = [
+        {"w": jnp.asarray(a * u + b * v + 0.001 * rng.normal(size=6), jnp.float32)}
+        for a, b in spots
+    ]
     plane = landscape.trajectory_plane(run)
     assert list(plane.places) == ["0", "1", "2", "3", "4"] and plane.places["4"] == (0.0, 0.0)
-    assert sum(plane.explained) == pytest.approx(1, abs=1e-4) and plane.explained[0] > plane.explained[1]
+    assert (
+        sum(plane.explained) == pytest.approx(1, abs=1e-4)
+        and plane.explained[0] > plane.explained[1]
+    )
     # In the plane all distances are as they were.
     found = np.array(list(plane.places.values()))
     np.testing.assert_allclose(np.hypot(*found.T), np.hypot(*spots.T), atol=0.01)
@@ -326,7 +381,7 @@ def test_the_plane_of_a_trajectory_holds_its_components():
         landscape.trajectory_plane([{"w": float(i) * jnp.ones(2)} for i in range(4)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the loss of a split
 
 
@@ -353,7 +408,9 @@ def test_the_own_loss_is_that_of_training(timer):
         loss = landscape.split_loss(model, windows, kind="own", batch_size=batch_size)
         value, gradient = jax.jit(jax.value_and_grad(loss))(params)
         np.testing.assert_allclose(value, want, rtol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, slope)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, slope
+        )
 
 
 def test_missing_targets_do_not_count(timer):
@@ -381,7 +438,11 @@ def test_a_sample_is_fixed_and_spread(timer):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"kind": "mae"}, "kind must be one of"), ({"sample": 0}, "at least 1 window"), ({"batch_size": 0}, "batch_size")],
+    [
+        ({"kind": "mae"}, "kind must be one of"),
+        ({"sample": 0}, "at least 1 window"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
 )
 def test_losses_that_are_none_are_refused(timer, options, message):
     model, _, splits = timer
@@ -389,7 +450,7 @@ def test_losses_that_are_none_are_refused(timer, options, message):
         landscape.split_loss(model, splits.test, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pictures
 
 
@@ -403,9 +464,13 @@ def test_pictures_are_drawn(tmp_path):
         (landscape.draw_hills, {"a": plane, "b": steep}),
         (landscape.draw_lines, {"a": plane, "b": line}),
     ):
-        file = draw(shown, tmp_path / "new" / f"{draw.__name__}.png", notes={"a": "top eigenvalue 6"})
+        file = draw(
+            shown, tmp_path / "new" / f"{draw.__name__}.png", notes={"a": "top eigenvalue 6"}
+        )
         assert file.read_bytes()[:4] == b"\x89PNG"
-    landscape.draw_contours({"a": plane}, tmp_path / "places.png", places={"here": (0, 0), "there": (0.5, 0.5)})
+    landscape.draw_contours(
+        {"a": plane}, tmp_path / "places.png", places={"here": (0, 0), "there": (0.5, 0.5)}
+    )
     with pytest.raises(ValueError, match="draw_lines"):
         landscape.draw_contours({"a": line}, tmp_path / "no.png")
     with pytest.raises(ValueError, match="no surface"):

@@ -16,7 +16,8 @@ import ltsm_jax
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ltsm_jax", "converters", "experiments")
 
-# From the bottom up; a module imports its own level and those below. `ltsm_jax` itself is the list of public names.
+# From the bottom up; a module imports its own level and those below. `ltsm_jax` itself is the list
+# of public names.
 GROUND = (
     "ltsm_jax.frequency",
     "ltsm_jax.hosts",
@@ -44,10 +45,18 @@ LEVELS = (
         "ltsm_jax.plotting",
         "ltsm_jax.report",
     ),
-    ("ltsm_jax", "ltsm_jax.flags", "ltsm_jax.terminal", "ltsm_jax.cli", "ltsm_jax.__main__", "experiments"),
+    (
+        "ltsm_jax",
+        "ltsm_jax.flags",
+        "ltsm_jax.terminal",
+        "ltsm_jax.cli",
+        "ltsm_jax.__main__",
+        "experiments",
+    ),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-# Beside that ladder: the files of the originals, and the models by name, which may come from such files.
+# Beside that ladder: the files of the originals, and the models by name, which may come from such
+# files.
 MAY_USE = {
     "converters": (*GROUND, "ltsm_jax.models", "converters"),
     "ltsm_jax.loading": (*GROUND, "ltsm_jax.models", "converters"),
@@ -78,7 +87,9 @@ def parse(path: Path) -> ast.Module:
 
 @functools.cache
 def imports_of(path: Path) -> set[str]:
-    """Every module that the file imports anywhere in it, in full: `from ltsm_jax import trees` is ltsm_jax.trees."""
+    """Every module that the file imports anywhere in it, in full: `from ltsm_jax import trees` is
+    ltsm_jax.trees.
+    """
     modules = module_names()
     found = set()
     for node in ast.walk(parse(path)):
@@ -87,7 +98,10 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} is a relative import; write it in full"
             assert node.module
-            found |= {full if (full := f"{node.module}.{a.name}") in modules else node.module for a in node.names}
+            found |= {
+                full if (full := f"{node.module}.{a.name}") in modules else node.module
+                for a in node.names
+            }
     return found
 
 
@@ -98,7 +112,12 @@ def part_of(module: str) -> str:
 
 
 def offences(check) -> list[str]:
-    return [f"{name_of(p)} imports {m}" for p in sources() for m in sorted(imports_of(p)) if check(name_of(p), m)]
+    return [
+        f"{name_of(p)} imports {m}"
+        for p in sources()
+        for m in sorted(imports_of(p))
+        if check(name_of(p), m)
+    ]
 
 
 def test_every_part_has_its_level():
@@ -119,7 +138,11 @@ def test_imports_point_downwards():
 def test_converters_and_loading_know_models_and_the_ground_only():
     def elsewhere(importer, imported):
         ours = imported.split(".")[0] in PACKAGES
-        return ours and part_of(importer) in MAY_USE and part_of(imported) not in MAY_USE[part_of(importer)]
+        return (
+            ours
+            and part_of(importer) in MAY_USE
+            and part_of(imported) not in MAY_USE[part_of(importer)]
+        )
 
     assert not offences(elsewhere)
 
@@ -140,7 +163,9 @@ def test_the_library_knows_no_experiment():
 
 def test_imports_make_no_circle():
     modules = {name_of(path) for path in sources()}
-    below = {name_of(path): sorted(imports_of(path) & modules - {name_of(path)}) for path in sources()}
+    below = {
+        name_of(path): sorted(imports_of(path) & modules - {name_of(path)}) for path in sources()
+    }
     finished: set[str] = set()
 
     def circle(module: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -161,7 +186,9 @@ def test_imports_make_no_circle():
 
 
 def imports_inside_functions(path: Path) -> list[tuple[int, str]]:
-    """Line and module of what a file imports when a function of it runs: statements, and calls by name."""
+    """Line and module of what a file imports when a function of it runs: statements, and calls by
+    name.
+    """
     found = set()
     for function in ast.walk(parse(path)):
         if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
@@ -171,17 +198,22 @@ def imports_inside_functions(path: Path) -> list[tuple[int, str]]:
                 found |= {(node.lineno, alias.name) for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 found.add((node.lineno, node.module or ""))
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                ("import_module", "__import__")
+            ):
                 found.add((node.lineno, "/".join(PACKAGES)))  # may be anything
     return sorted(found)
 
 
 def test_no_function_imports_our_own_packages():
-    """An import that waits for its function hides an arrow up. Packages of others may wait where they take long."""
+    """An import that waits for its function hides an arrow up. Packages of others may wait where
+    they take long.
+    """
     found = [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for path in sources()
-        # The two sides of a benchmark run in two Pythons, and each has packages that the other lacks.
+        # The two sides of a benchmark run in two Pythons, and each has packages that the other
+        # lacks.
         if path.parent != ROOT / "experiments/benchmarks"
         for line, module in imports_inside_functions(path)
         if re.split(r"[./]", module)[0] in PACKAGES
@@ -192,7 +224,9 @@ def test_no_function_imports_our_own_packages():
 @pytest.mark.slow
 def test_the_converters_may_be_imported_first():
     """They import `ltsm_jax`, whose list of names leads back to them."""
-    done = subprocess.run([sys.executable, "-c", "import converters"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import converters"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -207,16 +241,27 @@ def test_only_models_and_layers_know_flax():
 
 
 def test_no_torch_at_run_time():
-    foreign = ("torch", "torchvision", "lightning", "pytorch_lightning", "transformers", "tensorflow")
+    foreign = (
+        "torch",
+        "torchvision",
+        "lightning",
+        "pytorch_lightning",
+        "transformers",
+        "tensorflow",
+    )
 
     def runs_it(importer, imported):  # comparing speed with the original needs the original
-        return imported.split(".")[0] in foreign and not importer.startswith("experiments.benchmarks.")
+        return imported.split(".")[0] in foreign and not importer.startswith(
+            "experiments.benchmarks."
+        )
 
     assert not offences(runs_it)
 
 
 def undocumented(path: Path) -> list[str]:
-    """Public modules, classes, functions and methods without a docstring; the contract documents its own methods."""
+    """Public modules, classes, functions and methods without a docstring; the contract documents
+    its own methods.
+    """
     family = parse(ROOT / "ltsm_jax/models/family.py")
     contract = {
         f.name
@@ -234,7 +279,9 @@ def undocumented(path: Path) -> list[str]:
             continue
         members = node.body if isinstance(node, ast.ClassDef) else []
         methods = [
-            m for m in members if isinstance(m, functions) and not m.name.startswith("_") and m.name not in contract
+            m
+            for m in members
+            if isinstance(m, functions) and not m.name.startswith("_") and m.name not in contract
         ]
         for item in (node, *methods):
             if not ast.get_docstring(item):
@@ -244,7 +291,9 @@ def undocumented(path: Path) -> list[str]:
 
 def test_public_names_are_documented():
     benchmarks = ROOT / "experiments/benchmarks"  # scripts: the module's docstring says it all
-    missing = [line for path in sources() if path.parent != benchmarks for line in undocumented(path)]
+    missing = [
+        line for path in sources() if path.parent != benchmarks for line in undocumented(path)
+    ]
     assert not missing, "no docstring:\n" + "\n".join(missing)
 
 
@@ -270,13 +319,17 @@ def test_committed_text_names_no_machine():
         lines = enumerate(text.splitlines(), 1)
         if path != Path(__file__):
             found += [
-                f"{path.relative_to(ROOT)}:{n}: {line.strip()[:120]}" for n, line in lines if machine.search(line)
+                f"{path.relative_to(ROOT)}:{n}: {line.strip()[:120]}"
+                for n, line in lines
+                if machine.search(line)
             ]
     assert not found, "\n".join(found)
 
 
 def test_committed_files_are_small():
-    large = {str(p.relative_to(ROOT)): size for p in committed() if (size := p.stat().st_size) > 6e6}
+    large = {
+        str(p.relative_to(ROOT)): size for p in committed() if (size := p.stat().st_size) > 6e6
+    }
     assert not large
 
 
@@ -287,12 +340,16 @@ def project() -> dict:
 def test_versions_agree():
     version = project()["version"]
     assert version == ltsm_jax.__version__
-    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert re.search(
+        rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE
+    )
 
     changelog = (ROOT / "CHANGELOG.md").read_text()
     released = re.findall(r"^## \[(.*?)\] - (.*)$", changelog, re.MULTILINE)
     assert released[0][0] == version, "the newest heading is the version"
-    assert len(released) == len(re.findall(r"^## ", changelog, re.MULTILINE)), "## [1.2.3] - 2030-01-31 | unreleased"
+    assert len(released) == len(re.findall(r"^## ", changelog, re.MULTILINE)), (
+        "## [1.2.3] - 2030-01-31 | unreleased"
+    )
     order = [tuple(int(part) for part in name.split(".")) for name, _ in released]
     assert order == sorted(order, reverse=True)
     assert all(len(numbers) == 3 for numbers in order), "semantic versions"
@@ -301,7 +358,9 @@ def test_versions_agree():
 
 
 def pinned(path: str) -> dict[str, list[str]]:
-    """Versions by package name of a file of `name==version ; marker` lines; a package may have one for every Python."""
+    """Versions by package name of a file of `name==version ; marker` lines; a package may have one
+    for every Python.
+    """
     found = {}
     for line in (ROOT / path).read_text().splitlines():
         if line and not line.startswith("#"):
@@ -319,7 +378,9 @@ def test_the_lock_fits_the_project():
         versions = locked.get(name.replace("_", "-").lower(), [])
         assert versions, f"{name} is not in requirements-dev.lock: make lock"
         for version in versions:
-            assert version in SpecifierSet(bounds), f"{name}=={version} is locked, pyproject says {bounds}: make lock"
+            assert version in SpecifierSet(bounds), (
+                f"{name}=={version} is locked, pyproject says {bounds}: make lock"
+            )
 
 
 def test_pre_commit_checks_with_the_locked_ruff():
@@ -329,11 +390,15 @@ def test_pre_commit_checks_with_the_locked_ruff():
 
 
 def test_the_workflow_and_the_makefile_agree():
-    """Every `make` target that the workflow calls exists, and every stage of .ci/run that it stands for."""
+    """Every `make` target that the workflow calls exists, and every stage of .ci/run that it stands
+    for.
+    """
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    called = set(re.findall(r"run: make (\w+)", workflow)) | set(re.findall(r"target: (\w+)", workflow))
+    called = set(re.findall(r"run: make (\w+)", workflow)) | set(
+        re.findall(r"target: (\w+)", workflow)
+    )
     assert called == {"check", "test", "slow", "oldest", "newest", "wheel", "torch"}
     assert called <= set(phony.split())
     stages = set(re.findall(r"^#   (\w+)  ", (ROOT / ".ci/run").read_text(), re.MULTILINE))
@@ -351,7 +416,9 @@ def test_floors_are_what_ci_installs():
     assert floors.keys() == oldest.keys()
     for name, floor in floors.items():
         (version,) = oldest[name]
-        assert (version + ".").startswith(floor + "."), f"{name}: pyproject says {floor}, CI has {version}"
+        assert (version + ".").startswith(floor + "."), (
+            f"{name}: pyproject says {floor}, CI has {version}"
+        )
 
 
 def test_no_two_test_files_have_one_name():

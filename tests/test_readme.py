@@ -1,4 +1,6 @@
-"""The README's Python runs as printed. The stage `wheel` of .ci/run runs it from an installed wheel too."""
+"""The README's Python runs as printed. The stage `wheel` of .ci/run runs it from an installed wheel
+too.
+"""
 
 import pytest
 import readme_blocks
@@ -8,7 +10,11 @@ LONG = (0, 2)
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in range(len(readme_blocks.BLOCKS))]
+    "number",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in LONG else ())
+        for n in range(len(readme_blocks.BLOCKS))
+    ],
 )
 def test_block(number, tmp_path, monkeypatch):
     readme_blocks.write_tables(tmp_path)

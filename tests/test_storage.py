@@ -41,7 +41,9 @@ def test_threads_save_at_once(tmp_path, tree):
 
 
 def test_restores_into_shards(tmp_path, tree):
-    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
+    sharding = jax.sharding.NamedSharding(
+        jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec()
+    )
     storage.save_tree(tmp_path / "t", tree)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
     got = storage.load_tree(tmp_path / "t", like)
@@ -113,7 +115,9 @@ def test_other_dtype_or_shape_than_the_model_is_refused_by_name(tmp_path, tree):
     like["a"]["kernel"] = jax.ShapeDtypeStruct((64, 31), jnp.float32)
     with pytest.raises(ValueError) as info:
         storage.load_tree(tmp_path / "t", like)
-    assert "half: the model float32" in str(info.value) and "a/kernel: the model (64, 31)" in str(info.value)
+    assert "half: the model float32" in str(info.value) and "a/kernel: the model (64, 31)" in str(
+        info.value
+    )
 
 
 def test_missing_folder(tmp_path):
@@ -157,7 +161,9 @@ def test_compiled_programs_are_kept_in_the_cache(tmp_path, monkeypatch, nothing_
     assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
 
 
-def test_compiled_programs_are_not_kept_where_nothing_can_be_written(tmp_path, monkeypatch, nothing_kept):
+def test_compiled_programs_are_not_kept_where_nothing_can_be_written(
+    tmp_path, monkeypatch, nothing_kept
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LTSM_CACHE", str(tmp_path / "file"))
     storage.keep_compiled()

@@ -13,7 +13,10 @@ from ltsm_jax import ema, interpolate, preset, shrink_and_perturb, soup, trees, 
 def tree(seed, dtype=jnp.float32):
     a, b, c = jax.random.split(jax.random.key(seed), 3)
     return {
-        "layer_0": {"kernel": jax.random.normal(a, (3, 4), dtype), "bias": jax.random.normal(b, (4,), dtype)},
+        "layer_0": {
+            "kernel": jax.random.normal(a, (3, 4), dtype),
+            "bias": jax.random.normal(b, (4,), dtype),
+        },
         "head": {"kernel": jax.random.normal(c, (4, 2), dtype)},
     }
 
@@ -37,7 +40,9 @@ def test_worked_example_of_smoothing():
     }
     got = interpolate(pre, rand, 0.7)
     want = {"weight": [0.29], "scale": [1.28], "shift": [0.07], "bias": [-0.271]}
-    chex.assert_trees_all_close(got, jax.tree.map(np.float32, want, is_leaf=lambda x: isinstance(x, list)), rtol=1e-6)
+    chex.assert_trees_all_close(
+        got, jax.tree.map(np.float32, want, is_leaf=lambda x: isinstance(x, list)), rtol=1e-6
+    )
 
 
 def test_ends_are_exact_even_for_signed_zeros_and_infinities():
@@ -53,7 +58,11 @@ def test_touches_every_tensor_of_a_two_layer_timer():
     model = Timer(TimerConfig.of(8, 16, 32, 2, 4, context_len=32, horizon=8))
     pre = jax.tree.map(lambda x: x + 0.5, model.init(jax.random.key(0)))
     start = interpolate(pre, model.init(jax.random.key(1)), 0.7)
-    touched = [p for p, leaf in trees.flatten(start).items() if not np.array_equal(leaf, trees.flatten(pre)[p])]
+    touched = [
+        p
+        for p, leaf in trees.flatten(start).items()
+        if not np.array_equal(leaf, trees.flatten(pre)[p])
+    ]
     assert len(touched) == 37
     np.testing.assert_allclose(start["norm"]["scale"], 0.7 * 1.5 + 0.3, rtol=1e-6)
 
@@ -102,7 +111,9 @@ def test_alpha_outside_the_unit_interval_is_refused(alpha):
         interpolate(tree(0), tree(1), alpha)
 
 
-@pytest.mark.parametrize("bad", [np.array([0.5, 1.5]), jnp.array([-0.1, 0.5]), np.array([0.2, np.nan])])
+@pytest.mark.parametrize(
+    "bad", [np.array([0.5, 1.5]), jnp.array([-0.1, 0.5]), np.array([0.2, np.nan])]
+)
 def test_an_array_of_alphas_outside_the_unit_interval_is_refused(bad):
     pre, rand = {"bias": jnp.ones(2)}, {"bias": jnp.zeros(2)}
     with pytest.raises(ValueError, match=r"lies in \[0, 1\]; got .* for bias"):
@@ -113,7 +124,9 @@ def test_an_array_of_alphas_outside_the_unit_interval_is_refused(bad):
 
 def test_an_array_of_alphas_mixes_entry_by_entry_and_makes_no_leaf_wider():
     pre, rand = {"bias": jnp.ones(2)}, {"bias": jnp.zeros(2)}
-    np.testing.assert_allclose(interpolate(pre, rand, {"bias": np.array([0.25, 1.0])})["bias"], [0.25, 1.0])
+    np.testing.assert_allclose(
+        interpolate(pre, rand, {"bias": np.array([0.25, 1.0])})["bias"], [0.25, 1.0]
+    )
     for wider in ([[0.5]], np.full((3, 2), 0.5), np.full(3, 0.5)):
         with pytest.raises(ValueError, match=r"does not fit bias of shape \(2,\)"):
             interpolate(pre, rand, np.asarray(wider))
@@ -135,7 +148,10 @@ def test_keeps_shardings():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     pre = jax.device_put(tree(0), NamedSharding(mesh, PartitionSpec("data")))
     got = interpolate(pre, tree(1), 0.7)
-    assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(pre), strict=True))
+    assert all(
+        a.sharding == b.sharding
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(pre), strict=True)
+    )
 
 
 def test_under_jit_vmap_and_grad():
@@ -146,15 +162,21 @@ def test_under_jit_vmap_and_grad():
     first, _, last = (jax.tree.map(lambda leaf, i=i: leaf[i], sweep) for i in range(3))
     chex.assert_trees_all_equal(first, rand)
     chex.assert_trees_all_equal(last, pre)
-    slope = jax.grad(lambda a: sum(leaf.sum() for leaf in jax.tree.leaves(interpolate(pre, rand, a))))(0.3)
-    want = sum((p - r).sum() for p, r in zip(jax.tree.leaves(pre), jax.tree.leaves(rand), strict=True))
+    slope = jax.grad(
+        lambda a: sum(leaf.sum() for leaf in jax.tree.leaves(interpolate(pre, rand, a)))
+    )(0.3)
+    want = sum(
+        (p - r).sum() for p, r in zip(jax.tree.leaves(pre), jax.tree.leaves(rand), strict=True)
+    )
     np.testing.assert_allclose(slope, want, rtol=1e-5)
 
 
 @given(st.floats(0, 1), st.integers(0, 100))
 def test_lies_between_its_ends(alpha, seed):
     pre, rand = tree(seed), tree(seed + 1)
-    for p, r, got in zip(*map(jax.tree.leaves, (pre, rand, interpolate(pre, rand, alpha))), strict=True):
+    for p, r, got in zip(
+        *map(jax.tree.leaves, (pre, rand, interpolate(pre, rand, alpha))), strict=True
+    ):
         slack = 1e-6 * (abs(p) + abs(r))
         assert (got >= jnp.minimum(p, r) - slack).all() and (got <= jnp.maximum(p, r) + slack).all()
 
@@ -179,7 +201,9 @@ def test_flatten_and_partition_round_trip():
     assert list(trees.flatten(params)) == ["head/kernel", "layer_0/bias", "layer_0/kernel"]
     assert bits(trees.unflatten(trees.flatten(params))) == bits(params)
     chosen, rest = trees.partition(params, trees.select(params, "^head/"))
-    assert list(trees.flatten(chosen)) == ["head/kernel"] and "head/kernel" not in trees.flatten(rest)
+    assert list(trees.flatten(chosen)) == ["head/kernel"] and "head/kernel" not in trees.flatten(
+        rest
+    )
     assert bits(trees.merge(chosen, rest)) == bits(params)
     assert trees.count(params) == 12 + 4 + 8
 
@@ -198,13 +222,20 @@ def test_published_presets_have_the_published_size():
 
 def test_a_message_on_many_differences_can_be_read():
     a = {f"layer_{i}": {"a_rather_long_name_of_a_module" * 6: np.zeros(i)} for i in range(1, 200)}
-    with pytest.raises(ValueError, match=r"layer_10/.*: only in first\n(.*\n)*.*and 387 more$") as error:
-        trees.require_same(a, {f"other_{i}": x for i, x in enumerate(a.values(), 1)} | {"layer_1": a["layer_1"]})
+    with pytest.raises(
+        ValueError, match=r"layer_10/.*: only in first\n(.*\n)*.*and 387 more$"
+    ) as error:
+        trees.require_same(
+            a, {f"other_{i}": x for i, x in enumerate(a.values(), 1)} | {"layer_1": a["layer_1"]}
+        )
     assert len(str(error.value)) < 2000
 
 
 def lengths(params):
-    return {path: float(np.linalg.norm(np.asarray(leaf))) for path, leaf in trees.flatten(params).items()}
+    return {
+        path: float(np.linalg.norm(np.asarray(leaf)))
+        for path, leaf in trees.flatten(params).items()
+    }
 
 
 def test_a_mix_keeps_the_norm_of_every_tensor():
@@ -232,9 +263,13 @@ def test_a_mix_on_the_sphere_turns_by_its_share_of_the_angle():
     pre, rand = {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 5.0])}
     angle = 0.3 * np.pi / 2
     direction = np.array([np.cos(angle), np.sin(angle)])
-    np.testing.assert_allclose(interpolate(pre, rand, 0.7, norm="sphere")["w"], 2 * direction, rtol=1e-6)
+    np.testing.assert_allclose(
+        interpolate(pre, rand, 0.7, norm="sphere")["w"], 2 * direction, rtol=1e-6
+    )
     between = 0.7 * 2 + 0.3 * 5
-    np.testing.assert_allclose(interpolate(pre, rand, 0.7, norm="slerp")["w"], between * direction, rtol=1e-6)
+    np.testing.assert_allclose(
+        interpolate(pre, rand, 0.7, norm="slerp")["w"], between * direction, rtol=1e-6
+    )
     assert bits(interpolate(pre, rand, 0.0, norm="slerp")) == bits(rand)
     assert bits(interpolate(pre, rand, 1.0, norm="sphere")) == bits(pre)
 
@@ -253,7 +288,11 @@ def test_leaves_without_a_direction_mix_to_finite_numbers(norm):
 
 
 def test_wrong_norms_of_a_mix_are_refused():
-    with pytest.raises(ValueError, match="norm must be one of none, tensor, channel, sphere, slerp; got 'sphre'"):
+    with pytest.raises(
+        ValueError, match="norm must be one of none, tensor, channel, sphere, slerp; got 'sphre'"
+    ):
         interpolate(tree(0), tree(1), 0.5, norm="sphre")
     with pytest.raises(ValueError, match="each leaf has one alpha; that of head/kernel is"):
-        interpolate(tree(0), tree(1), {"layer_0": 0.5, "head": np.array([[0.2, 0.5]])}, norm="sphere")
+        interpolate(
+            tree(0), tree(1), {"layer_0": 0.5, "head": np.array([[0.2, 0.5]])}, norm="sphere"
+        )

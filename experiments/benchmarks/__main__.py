@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from experiments import flags, launch
-from experiments.benchmarks import chronos_bolt, epoch, first_forecast, landscape, loop, peers, rows, train_step
+from experiments.benchmarks import (
+    chronos_bolt,
+    epoch,
+    first_forecast,
+    landscape,
+    loop,
+    peers,
+    rows,
+    train_step,
+)
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
@@ -55,7 +64,10 @@ def main() -> int:
         return 0
     if args.list:
         for name, benchmark in BENCHMARKS.items():
-            print(f"{name:16} {benchmark.cost}" + (f", beside {benchmark.peer}" if benchmark.peer else ""))
+            print(
+                f"{name:16} {benchmark.cost}"
+                + (f", beside {benchmark.peer}" if benchmark.peer else "")
+            )
         return 0
     for name in args.only or BENCHMARKS:
         benchmark = BENCHMARKS[name]
@@ -65,7 +77,8 @@ def main() -> int:
         share = rows.busy()
         if share > rows.BUSY and not args.anyway:
             raise ValueError(
-                f"{name}: other programs use {share:.0%} of this machine, more than {rows.BUSY:.0%}: a time measured "
+                f"{name}: other programs use {share:.0%} of this machine, more than "
+                f"{rows.BUSY:.0%}: a time measured "
                 "now says little. Wait for them, or measure with --anyway, which marks the rows"
             )
         for row in rows.of(benchmark, python, share):

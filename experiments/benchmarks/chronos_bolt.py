@@ -44,7 +44,9 @@ def jax_side(windows: int, rows: int, repeats: int) -> dict[str, dict[str, list[
 
     model = ltsm_jax.preset(PRESET)
     params = jax.jit(model.init)(jax.random.key(0))
-    walks = jnp.cumsum(jax.random.normal(jax.random.key(1), (max(windows, rows), 1, CONTEXT + HORIZON)), axis=-1)
+    walks = jnp.cumsum(
+        jax.random.normal(jax.random.key(1), (max(windows, rows), 1, CONTEXT + HORIZON)), axis=-1
+    )
     context, target = walks[..., :CONTEXT], walks[..., CONTEXT:]
 
     forecast = jax.jit(model.predict, static_argnums=2)
@@ -63,7 +65,9 @@ def jax_side(windows: int, rows: int, repeats: int) -> dict[str, dict[str, list[
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, jax.random.key(0)).compile()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1)).lower(params, state, jax.random.key(0)).compile()
+    )
     held = [params, state, jax.random.key(2)]
 
     def train():
@@ -94,7 +98,9 @@ class Options:
 
 
 def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
-    """Seconds of a forecast and of a training step, by the clock and of the processor, of each side; and ratios."""
+    """Seconds of a forecast and of a training step, by the clock and of the processor, of each
+    side; and ratios.
+    """
     asked = args or Options()
     pythons = {"jax": sys.executable, "torch": asked.torch_python if args else peer}
     sides = [side for side, python in pythons.items() if python is not None]
@@ -107,7 +113,9 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
                 program = ["experiments.benchmarks.chronos_bolt", "--side"]
                 for flag, size in zip(("--windows", "--batch", "--repeats"), sizes, strict=True):
                     program += [flag, size]
-            done = subprocess.run([str(pythons[side]), "-m", *program], capture_output=True, text=True)
+            done = subprocess.run(
+                [str(pythons[side]), "-m", *program], capture_output=True, text=True
+            )
             if done.returncode:
                 raise ValueError(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
             found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -115,14 +123,18 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
                 for clock, seconds in clocks.items():
                     best.setdefault((kind, clock, side), []).append(min(seconds))
             told = (
-                f"{kind} best {min(c['wall']):.3f} s, median {statistics.median(c['wall']):.3f} s (processor "
+                f"{kind} best {min(c['wall']):.3f} s, median {statistics.median(c['wall']):.3f} s "
+                "(processor "
                 f"{min(c['cpu']):.3f} s)"
                 for kind, c in found.items()
             )
             print(f"launch {number} {side:5}: {'; '.join(told)}", file=sys.stderr, flush=True)
 
     middle = {key: statistics.median(seconds) for key, seconds in best.items()}
-    for kind, size, what in (("infer", asked.windows, "forecast"), ("train", asked.batch, "training step")):
+    for kind, size, what in (
+        ("infer", asked.windows, "forecast"),
+        ("train", asked.batch, "training step"),
+    ):
         for clock, unit in (("wall", "s"), ("cpu", "s of the processor")):
             for side in sides:
                 yield Measured(f"{what} of {size} windows: {side}", middle[kind, clock, side], unit)

@@ -74,13 +74,17 @@ def forecasters(panel: Panel) -> dict[str, Forecaster]:
     }
 
 
-def coverage(panel: Panel, starts: np.ndarray, forecaster: Forecaster, horizon: int, windows: int) -> str:
+def coverage(
+    panel: Panel, starts: np.ndarray, forecaster: Forecaster, horizon: int, windows: int
+) -> str:
     """One line of the table."""
     forecaster = forecaster.calibrated(before(panel, starts), horizon)
 
     last = panel.bounds[1:] - horizon
     each = max(windows // panel.n_items, 1)
-    ends = [np.linspace(start, end, each).astype(int) for start, end in zip(starts, last, strict=True)]
+    ends = [
+        np.linspace(start, end, each).astype(int) for start, end in zip(starts, last, strict=True)
+    ]
     origins = Origins(np.repeat(np.arange(panel.n_items), each), np.concatenate(ends))
     levels = sorted({(1 - share) / 2 for share in WANTED} | {(1 + share) / 2 for share in WANTED})
     found = forecaster.after(panel, origins, horizon, levels)
@@ -88,7 +92,9 @@ def coverage(panel: Panel, starts: np.ndarray, forecaster: Forecaster, horizon: 
 
     cells = []
     for share in WANTED:
-        low, high = (found.quantiles[..., levels.index(x)] for x in ((1 - share) / 2, (1 + share) / 2))
+        low, high = (
+            found.quantiles[..., levels.index(x)] for x in ((1 - share) / 2, (1 + share) / 2)
+        )
         inside = (true >= low) & (true <= high)
         by_target = inside.reshape(panel.n_items, each, panel.n_variates, horizon).mean(axis=(1, 3))
         apart = np.abs(by_target - share).mean()

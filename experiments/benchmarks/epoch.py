@@ -56,7 +56,12 @@ def model_and_params() -> tuple[Any, Any]:
 def torch_names(flat: dict[str, Any]) -> dict[str, Any]:
     """Weights by the names and in the layout of `torch_timer.TorchTimer`."""
     d = SIZES[1]
-    attention = {"q": "query_projection", "k": "key_projection", "v": "value_projection", "out": "out_projection"}
+    attention = {
+        "q": "query_projection",
+        "k": "key_projection",
+        "v": "value_projection",
+        "out": "out_projection",
+    }
     ends = {"kernel": "weight", "scale": "weight", "bias": "bias"}
     found = {}
     for path, value in flat.items():
@@ -110,7 +115,9 @@ def ours(data: str, accumulate: int | Literal["auto"]) -> dict[str, float]:
     with compiling.measured() as waited:
         splits = prepare(read, 672, 96)
         task = forecasting.Forecasting("direct")
-        found = run(model, params, strategy("ff"), splits, task=task, config=config, show_progress=False)
+        found = run(
+            model, params, strategy("ff"), splits, task=task, config=config, show_progress=False
+        )
     seconds = time.perf_counter() - started
     assert found.val and found.test
     start = forecasting.evaluate(model, params, splits.val)["mse"]
@@ -165,15 +172,21 @@ def launched(args: Options) -> dict[str, list[dict[str, float]]]:
                 print(f"launch {number} {side:9}: {json.dumps(one)}", file=sys.stderr, flush=True)
                 # outputs first: a race between different answers does not count
                 starts = [each[0]["start"] for each in found.values()]
-                np.testing.assert_allclose(starts, starts[0], rtol=1e-5, err_msg="the sides forecast otherwise")
+                np.testing.assert_allclose(
+                    starts, starts[0], rtol=1e-5, err_msg="the sides forecast otherwise"
+                )
     return found
 
 
 def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
     """Seconds of an epoch of each side: medians over launches, and their ratio."""
-    args = dataclasses.replace(args or Options(), **({} if args else {"torch_python": peer or "none"}))
+    args = dataclasses.replace(
+        args or Options(), **({} if args else {"torch_python": peer or "none"})
+    )
     found = launched(args)
-    middle = {side: statistics.median(one["seconds"] for one in each) for side, each in found.items()}
+    middle = {
+        side: statistics.median(one["seconds"] for one in each) for side, each in found.items()
+    }
     for side, seconds in middle.items():
         yield Measured(f"epoch of {args.data}, validation and test: {side}", seconds, "s")
     compiling = statistics.median(one["compile_seconds"] for one in found[OURS])
@@ -182,7 +195,9 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
         yield Measured(f"{OURS} / {PEER}", middle[OURS] / middle[PEER], "ratio")
 
 
-BENCHMARK = Benchmark("epoch", "two to three minutes a launch of both sides, three launches", measure, peer="torch")
+BENCHMARK = Benchmark(
+    "epoch", "two to three minutes a launch of both sides, three launches", measure, peer="torch"
+)
 
 
 def main() -> int:

@@ -34,7 +34,10 @@ def compiled(form):
     def loss(x_TD, kernels, weight_TK, chosen_TK):
         return jnp.square(forward(x_TD, kernels, weight_TK, chosen_TK)).mean()
 
-    return {"forward": jax.jit(forward), "gradient": jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))}
+    return {
+        "forward": jax.jit(forward),
+        "gradient": jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +53,17 @@ class Options:
 
 def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
-    print(f"{jax.devices()[0].device_kind}, D {D}, F {F}, {E} experts, {K} per token; ms, best (median)")
+    print(
+        f"{jax.devices()[0].device_kind}, D {D}, F {F}, {E} experts, {K} per token; ms, best "
+        "(median)"
+    )
     for t in args.tokens:
         keys = jax.random.split(jax.random.key(0), 5)
         x_TD = jax.random.normal(keys[0], (t, D))
         shapes = ((E, D, F), (E, D, F), (E, F, D))
-        kernels = tuple(0.05 * jax.random.normal(k, s) for k, s in zip(keys[1:4], shapes, strict=True))
+        kernels = tuple(
+            0.05 * jax.random.normal(k, s) for k, s in zip(keys[1:4], shapes, strict=True)
+        )
         weight_TK, chosen_TK, _ = route(x_TD @ (0.1 * jax.random.normal(keys[4], (D, E))), K)
         functions = {(form, kind): f for form in FORMS for kind, f in compiled(form).items()}
         times = {name: [] for name in functions}
@@ -66,7 +74,10 @@ def main() -> int:
                 if repeat:
                     times[name].append(1e3 * (time.perf_counter() - before))
         for (form, kind), found in times.items():
-            print(f"{t:6} tokens  {form:7} {kind:9} {min(found):8.1f} ({np.median(found):.1f})", flush=True)
+            print(
+                f"{t:6} tokens  {form:7} {kind:9} {min(found):8.1f} ({np.median(found):.1f})",
+                flush=True,
+            )
     return 0
 
 

@@ -55,7 +55,8 @@ def one(name: str, batch: int) -> dict:
     recipe = model.recipe()
     t = np.arange(recipe.context_len)
     x = jnp.asarray(
-        np.sin(2 * np.pi * t / 24)[None, None] + 0.1 * np.random.default_rng(0).normal(size=(max(batch, 1), 1, t.size))
+        np.sin(2 * np.pi * t / 24)[None, None]
+        + 0.1 * np.random.default_rng(0).normal(size=(max(batch, 1), 1, t.size))
     )
 
     def predict(p, x):
@@ -93,7 +94,9 @@ def smallest(family: str) -> str:
         for name, config in cls.presets().items()
         if name not in folders.shipped() and not OURS.fullmatch(name)
     }
-    forecasting = {n: c for n, c in counts.items() if "imputation" not in n and "anomaly" not in n} or counts
+    forecasting = {
+        n: c for n, c in counts.items() if "imputation" not in n and "anomaly" not in n
+    } or counts
     return min(forecasting, key=forecasting.__getitem__)
 
 
@@ -103,7 +106,9 @@ def child(name: str, batch: int, cache: str) -> dict | str:
     cache: folder of compiled programs.
     """
     command = [sys.executable, "-c", CHILD, name, str(batch)]
-    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    environment = {
+        key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"
+    }
     environment["LTSM_CACHE"] = cache
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -112,7 +117,9 @@ def child(name: str, batch: int, cache: str) -> dict | str:
 
 
 def cold_and_warm(name: str, batch: int) -> dict | str:
-    """The row of a process that compiles everything, with the first forecast of a second process as "warm"."""
+    """The row of a process that compiles everything, with the first forecast of a second process as
+    "warm".
+    """
     with tempfile.TemporaryDirectory() as cache:
         cold = child(name, batch, cache)
         warm = cold if isinstance(cold, str) else child(name, 0, cache)
@@ -122,7 +129,9 @@ def cold_and_warm(name: str, batch: int) -> dict | str:
 
 
 def measure(peer: str | None) -> Iterator[Measured]:
-    """Seconds to the first forecast, and windows per second, of the smallest size of every family."""
+    """Seconds to the first forecast, and windows per second, of the smallest size of
+    every family.
+    """
     from ltsm_jax.models import FAMILIES
 
     for family in FAMILIES:
@@ -132,7 +141,9 @@ def measure(peer: str | None) -> Iterator[Measured]:
             raise ValueError(f"{name} failed: {found}")
         yield Measured(f"{name}: first forecast", found["first"], "s")
         yield Measured(f"{name}: first forecast, warm cache", found["warm"], "s")
-        yield Measured(f"{name}: windows at batch {BATCH}", found["windows_per_second"], "windows/s")
+        yield Measured(
+            f"{name}: windows at batch {BATCH}", found["windows_per_second"], "windows/s"
+        )
 
 
 BENCHMARK = Benchmark("first_forecast", "ten minutes", measure)
@@ -171,7 +182,8 @@ def main() -> int:
             continue
         rate = f"{r['windows_per_second']:g}" if args.batch else ""
         print(
-            f"| `{r['family']}` | `{r['preset']}` | {r['parameters'] / 1e6:.1f}M | {r['context']} -> {r['horizon']} "
+            f"| `{r['family']}` | `{r['preset']}` | {r['parameters'] / 1e6:.1f}M | {r['context']} "
+            f"-> {r['horizon']} "
             f"| {r['first']:.1f} | {r['warm']:.1f} | {rate} |",
             flush=True,
         )

@@ -51,7 +51,9 @@ def straight(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def errors(truth: pd.DataFrame, holed: pd.DataFrame, filled: pd.DataFrame) -> tuple[float, int]:
-    """Give the sum of squared errors on the hidden cells, in units of each column's variance, and their number."""
+    """Give the sum of squared errors on the hidden cells, in units of each column's variance, and
+    their number.
+    """
     hidden = holed.isna().to_numpy() & truth.notna().to_numpy()
     deviation = truth.std(ddof=0).to_numpy()
     scaled = (filled.to_numpy() - truth.to_numpy()) / np.where(deviation > 0, deviation, 1.0)
@@ -71,12 +73,16 @@ class Options:
     """rows at the end of each data set, cut to whole windows"""
     holes: Annotated[tuple[str, ...], flags.names(HOLES)] = HOLES
     """kinds of holes"""
-    rates: Annotated[tuple[float, ...], flags.numbers(flags.TINY, flags.BELOW_1, says="above 0 and below 1")] = (
+    rates: Annotated[
+        tuple[float, ...], flags.numbers(flags.TINY, flags.BELOW_1, says="above 0 and below 1")
+    ] = (
         0.125,
         0.5,
     )
     """shares hidden of what follows the first patch of each window"""
-    seeds: Annotated[tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = (0, 1, 2)
+    seeds: Annotated[
+        tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")
+    ] = (0, 1, 2)
     """of the holes"""
     out: Annotated[Path | None, flags.path()] = None
     """CSV file of the rows"""
@@ -89,7 +95,9 @@ def measure(args: Options) -> pd.DataFrame:
     for data in args.data:
         series = load_series(data)
         n_rows = min(args.rows, series.n_rows) // WINDOW * WINDOW
-        truth = pd.DataFrame(np.asarray(series.values[:, -n_rows:]).T.astype(float), columns=list(series.columns))
+        truth = pd.DataFrame(
+            np.asarray(series.values[:, -n_rows:]).T.astype(float), columns=list(series.columns)
+        )
         for holes in args.holes:
             for rate in args.rates:
                 for seed in args.seeds:
@@ -99,8 +107,19 @@ def measure(args: Options) -> pd.DataFrame:
                     line, _ = errors(truth, holed, straight(holed))
                     filled_by = imputed.check.filled_by.value_counts()
                     found.append(
-                        {"data": data, "model": args.model, "holes": holes, "rate": rate, "seed": seed}
-                        | {"rows": n_rows, "cells": cells, "mse": ours / cells, "linear_mse": line / cells}
+                        {
+                            "data": data,
+                            "model": args.model,
+                            "holes": holes,
+                            "rate": rate,
+                            "seed": seed,
+                        }
+                        | {
+                            "rows": n_rows,
+                            "cells": cells,
+                            "mse": ours / cells,
+                            "linear_mse": line / cells,
+                        }
                         | {f"columns_{fill}": int(filled_by.get(fill, 0)) for fill in FILLS}
                     )
                 told(pd.DataFrame(found[-len(args.seeds) :]))
@@ -113,7 +132,8 @@ def told(rows: pd.DataFrame) -> None:
     ours, line = ((rows[name] * rows.cells).sum() / cells for name in ("mse", "linear_mse"))
     by = ", ".join(f"{fill} {rows[f'columns_{fill}'].sum()}" for fill in FILLS)
     print(
-        f"{first.data:10s} {first.holes:8s} {first.rate:5.3g}: impute {ours:.4f}, straight line {line:.4f} "
+        f"{first.data:10s} {first.holes:8s} {first.rate:5.3g}: impute {ours:.4f}, straight line "
+        f"{line:.4f} "
         f"({ours / line - 1:+.1%}); columns by {by}",
         flush=True,
     )

@@ -35,7 +35,9 @@ OURS, LOOP, MAP, TORCH = "surface", "python loop", "lax.map", "torch loop"
 
 
 def jax_sides(points: int, windows: int, rounds: int, file: Path) -> dict[str, list[float]]:
-    """Seconds of each round by side, compilation left out; the windows are left in `file` for the other side."""
+    """Seconds of each round by side, compilation left out; the windows are left in `file` for the
+    other side.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -107,13 +109,31 @@ class Options:
 
 
 def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
-    """Seconds of a surface by each side: medians over launches of each launch's best; and ratios."""
+    """Seconds of a surface by each side: medians over launches of each launch's best;
+    and ratios.
+    """
     asked = args or Options(torch_python=peer or "none")
     best: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "windows.npz")
-        sizes = ["--points", str(asked.points), "--windows", str(asked.windows), "--rounds", str(asked.rounds)]
-        commands = {"jax": [sys.executable, "-m", "experiments.benchmarks.landscape", "--file", file, *sizes]}
+        sizes = [
+            "--points",
+            str(asked.points),
+            "--windows",
+            str(asked.windows),
+            "--rounds",
+            str(asked.rounds),
+        ]
+        commands = {
+            "jax": [
+                sys.executable,
+                "-m",
+                "experiments.benchmarks.landscape",
+                "--file",
+                file,
+                *sizes,
+            ]
+        }
         if asked.torch_python != "none":
             other = [asked.torch_python, "-m", "experiments.benchmarks.torch_landscape"]
             commands["torch"] = [*other, file, str(asked.points), str(asked.rounds)]
@@ -124,12 +144,18 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
                     raise ValueError(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
                 for name, seconds in json.loads(done.stdout.strip().splitlines()[-1]).items():
                     best.setdefault(name, []).append(min(seconds))
-                    print(f"launch {number} {name:12}: best {min(seconds):.2f} s", file=sys.stderr, flush=True)
+                    print(
+                        f"launch {number} {name:12}: best {min(seconds):.2f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     middle = {name: statistics.median(seconds) for name, seconds in best.items()}
     size = f"{asked.points} x {asked.points} points, {asked.windows} windows"
     for name, seconds in middle.items():
         yield Measured(f"{size}: {name}", seconds, "s")
-    yield Measured("surface / best loop by hand", middle[OURS] / min(middle[LOOP], middle[MAP]), "ratio")
+    yield Measured(
+        "surface / best loop by hand", middle[OURS] / min(middle[LOOP], middle[MAP]), "ratio"
+    )
     if TORCH in middle:
         yield Measured("torch loop / surface", middle[TORCH] / middle[OURS], "ratio")
 

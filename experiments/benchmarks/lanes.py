@@ -63,13 +63,24 @@ def problem(options: Options) -> tuple[Timer, Any, Splits]:
     """Make a model, its weights, and windows of noisy waves."""
     width = options.width
     config = TimerConfig.of(
-        24, width, 4 * width, max(width // 32, 1), options.layers, context_len=168, horizon=24, dropout=0.1
+        24,
+        width,
+        4 * width,
+        max(width // 32, 1),
+        options.layers,
+        context_len=168,
+        horizon=24,
+        dropout=0.1,
     )
     model = Timer(config)
     t, rng = np.arange(ROWS), np.random.default_rng(0)
-    waves = [np.sin(2 * np.pi * t / (24 + 6 * c)) + 0.3 * rng.normal(size=ROWS) for c in range(COLUMNS)]
+    waves = [
+        np.sin(2 * np.pi * t / (24 + 6 * c)) + 0.3 * rng.normal(size=ROWS) for c in range(COLUMNS)
+    ]
     names = tuple(f"wave {c}" for c in range(COLUMNS))
-    splits = prepare(Series("waves", np.stack(waves), names, None, None), model.context_len, model.horizon)
+    splits = prepare(
+        Series("waves", np.stack(waves), names, None, None), model.context_len, model.horizon
+    )
     some = np.linspace(0, splits.train.n - 1, min(options.windows, splits.train.n)).astype(np.int32)
     splits = dataclasses.replace(splits, train=splits.train.take(some))
     return model, jax.jit(model.init)(jax.random.key(0)), splits
@@ -82,7 +93,11 @@ def jobs(options: Options, made: tuple[Timer, Any, Splits]) -> tuple[list[dict[s
     runs = []
     for alpha in ALPHAS:
         for seed in SEEDS:
-            runs.append(Running(model, params, sff(alpha), splits, config=config, seed=seed, show_progress=False))
+            runs.append(
+                Running(
+                    model, params, sff(alpha), splits, config=config, seed=seed, show_progress=False
+                )
+            )
     return [run.job() for run in runs], runs[0]
 
 
@@ -123,13 +138,20 @@ def main() -> int:
     size = sum(leaf.size for leaf in jax.tree.leaves(made[1]))
     steps = -(-made[2].train.n // options.batch)
     work = f"{options.epochs} epochs of {steps} steps of {options.batch} windows"
-    print(f"{machine.processor()}; {jax.default_backend()}; {len(described)} runs of {size:,} parameters, {work}")
+    print(
+        f"{machine.processor()}; {jax.default_backend()}; {len(described)} runs of {size:,} "
+        f"parameters, {work}"
+    )
     base = statistics.median(seconds["one after the other"])
     for name, values in seconds.items():
         median = statistics.median(values)
-        gap = max(abs(a / b - 1) for a, b in zip(scores[name], scores["one after the other"], strict=True))
-        print(f"{name:20} {median:7.2f} s, {median / base:.2f} of one after the other "
-              f"(compiled in {compiled[name]:.1f} s; validation errors differ by {gap:.0e})")  # fmt: skip
+        gap = max(
+            abs(a / b - 1) for a, b in zip(scores[name], scores["one after the other"], strict=True)
+        )
+        print(
+            f"{name:20} {median:7.2f} s, {median / base:.2f} of one after the other "
+            f"(compiled in {compiled[name]:.1f} s; validation errors differ by {gap:.0e})"
+        )
     print(f"auto: {lanes.choose(described).why}")
     return 0
 

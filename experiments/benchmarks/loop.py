@@ -48,9 +48,18 @@ def overhead(model, params, windows, epochs: int) -> list[float]:
 
     step.advance, loop.Fitting.end_epoch = timed, marked
     try:
-        config = training.TrainConfig(epochs=epochs, batch_size=256, lr=3e-4).filled(model.recipe(), seed=0)
+        config = training.TrainConfig(epochs=epochs, batch_size=256, lr=3e-4).filled(
+            model.recipe(), seed=0
+        )
         with tempfile.TemporaryDirectory() as folder:
-            training.fit(model.loss, params, windows, config=config, folder=f"{folder}/run", show_progress=False)
+            training.fit(
+                model.loss,
+                params,
+                windows,
+                config=config,
+                folder=f"{folder}/run",
+                show_progress=False,
+            )
     finally:
         step.advance, loop.Fitting.end_epoch = advance, end_epoch
     return [(b[0] - a[0]) / (b[1] - a[1]) - 1 for a, b in itertools.pairwise(marks)]
@@ -70,7 +79,9 @@ class Options:
 
 
 def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
-    """Share of an epoch outside the compiled steps (the largest of all epochs), and seconds of an evaluation."""
+    """Share of an epoch outside the compiled steps (the largest of all epochs), and seconds of an
+    evaluation.
+    """
     args = args or Options()
     model, params = ltsm_jax.load("timer-tiny")
     splits = prepare(load_series(args.data), model.context_len, model.horizon)
@@ -92,7 +103,11 @@ BENCHMARK = Benchmark("loop", "two minutes", measure)
 def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
     for one in measure(None, args):
-        print(f"{one.what}: {one.value:.2%}" if one.unit == "share" else f"{one.what}: {one.value:.2f} {one.unit}")
+        print(
+            f"{one.what}: {one.value:.2%}"
+            if one.unit == "share"
+            else f"{one.what}: {one.value:.2f} {one.unit}"
+        )
     return 0
 
 

@@ -118,7 +118,9 @@ def measure(path: str, args: Options) -> list[dict[str, Any]]:
     forecaster = ltsm_jax.Forecaster.load("timer-tiny")
     if args.budget:
         started = time.perf_counter()
-        fitted = forecaster.fit(panel, HORIZON, methods=["ff"], budget=args.budget, show_progress=False)
+        fitted = forecaster.fit(
+            panel, HORIZON, methods=["ff"], budget=args.budget, show_progress=False
+        )
         timed(f"tuned, {args.budget} steps, and scored", started)
         print(fitted, file=sys.stderr)
 
@@ -143,7 +145,15 @@ def main() -> int:
         path = Path(folder) / "panel.parquet"
         write(path, args)
         print(f"{processor()}; {path.stat().st_size / 1e9:.2f} GB of parquet", flush=True)
-        command = [sys.executable, "-m", Options.program, "--read", str(path), "--budget", str(args.budget)]
+        command = [
+            sys.executable,
+            "-m",
+            Options.program,
+            "--read",
+            str(path),
+            "--budget",
+            str(args.budget),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     for row in json.loads(done.stdout.splitlines()[-1]):
         print(f"{row['step']:45s} {row['seconds']:7.1f} s   peak RSS {row['peak']:5.2f} GB")

@@ -21,11 +21,16 @@ def python_of(peer: str, folder: Path) -> str:
     ready = place / "ready"  # of a folder without it, an installation may have stopped half-way
     if ready.exists():
         return str(python)
-    steps = ([sys.executable, "-m", "venv", str(place)], [str(python), "-m", "pip", "install", *PACKAGES[peer]])
+    steps = (
+        [sys.executable, "-m", "venv", str(place)],
+        [str(python), "-m", "pip", "install", *PACKAGES[peer]],
+    )
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines()
-            raise ValueError(f"the environment {place} for {peer} cannot be made: {said[-1] if said else step}")
+            raise ValueError(
+                f"the environment {place} for {peer} cannot be made: {said[-1] if said else step}"
+            )
     ready.touch()
     return str(python)

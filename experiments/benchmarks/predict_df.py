@@ -33,7 +33,14 @@ import pandas as pd
 import ltsm_jax
 from experiments import flags
 from experiments.benchmarks.machine import processor
-from experiments.benchmarks.torch_predict_df import HORIZON, LEVELS, THREADS, serve, table, two_processors
+from experiments.benchmarks.torch_predict_df import (
+    HORIZON,
+    LEVELS,
+    THREADS,
+    serve,
+    table,
+    two_processors,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,10 @@ def main() -> None:
     for process in sides.values():
         process.communicate()
 
-    print(f"{processor()}; {THREADS} threads; {args.items} items x {args.rows} -> {HORIZON}, {args.rounds} rounds")
+    print(
+        f"{processor()}; {THREADS} threads; {args.items} items x {args.rows} -> {HORIZON}, "
+        f"{args.rounds} rounds"
+    )
     print(f"{'':8s}{'first':>8s}{'wall best':>11s}{'median':>9s}{'cpu best':>10s}{'median':>9s}")
     kept = {}
     for side, rounds in found.items():

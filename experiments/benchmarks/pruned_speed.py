@@ -51,7 +51,9 @@ def halved(model: Timer) -> trees.Tree:
 
 
 def in_turns(programs: dict, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each program, taken in turns: the best and the median, and the least of all cores together."""
+    """Seconds of each program, taken in turns: the best and the median, and the least of all cores
+    together.
+    """
     for run in programs.values():
         jax.block_until_ready(run())
     seconds, cores = {name: [] for name in programs}, {name: [] for name in programs}
@@ -62,7 +64,8 @@ def in_turns(programs: dict, rounds: int) -> dict[str, dict[str, float]]:
             seconds[name].append(time.perf_counter() - start)
             cores[name].append(time.process_time() - cpu)
     return {
-        name: {"best": min(s), "median": statistics.median(s), "cpu": min(cores[name])} for name, s in seconds.items()
+        name: {"best": min(s), "median": statistics.median(s), "cpu": min(cores[name])}
+        for name, s in seconds.items()
     }
 
 
@@ -73,21 +76,36 @@ def forecasts(rounds: int) -> dict:
     assert set(small.config.n_heads) == {4} and set(small.config.ffn_dims) == {1024}
     context = jax.random.normal(jax.random.key(1), (64, 1, model.context_len))
     predict = jax.jit(lambda m, p, x: m.predict(p, x, model.horizon).point, static_argnums=0)
-    programs = {"whole": lambda: predict(model, params, context), "pruned": lambda: predict(small, fewer, context)}
+    programs = {
+        "whole": lambda: predict(model, params, context),
+        "pruned": lambda: predict(small, fewer, context),
+    }
     times = in_turns(programs, rounds)
     sizes = {"parameters": trees.count(params), "parameters left": trees.count(fewer)}
-    return sizes | times | {f"ratio of {k}": times["whole"][k] / times["pruned"][k] for k in times["whole"]}
+    return (
+        sizes
+        | times
+        | {f"ratio of {k}": times["whole"][k] / times["pruned"][k] for k in times["whole"]}
+    )
 
 
 def outer(rounds: int, dead: float) -> dict:
     d, f, tokens = 1024, 2048, 448
     keys = jax.random.split(jax.random.key(0), 5)
-    up, down = jax.random.normal(keys[0], (d, f)) * d**-0.5, jax.random.normal(keys[1], (f, d)) * f**-0.5
+    up, down = (
+        jax.random.normal(keys[0], (d, f)) * d**-0.5,
+        jax.random.normal(keys[1], (f, d)) * f**-0.5,
+    )
     x, n = jax.random.normal(keys[2], (tokens, d)), round(d * (1 - dead))
     into, out = (jnp.sort(jax.random.permutation(key, d)[:n]) for key in keys[3:])
     whole = jax.jit(lambda x, up, down: x + jax.nn.gelu(x @ up, approximate=False) @ down)
-    live = jax.jit(lambda x, up, down: x.at[:, out].add(jax.nn.gelu(x[:, into] @ up, approximate=False) @ down))
-    zeros = jnp.zeros_like(up).at[into].set(up[into]), jnp.zeros_like(down).at[:, out].set(down[:, out])
+    live = jax.jit(
+        lambda x, up, down: x.at[:, out].add(jax.nn.gelu(x[:, into] @ up, approximate=False) @ down)
+    )
+    zeros = (
+        jnp.zeros_like(up).at[into].set(up[into]),
+        jnp.zeros_like(down).at[:, out].set(down[:, out]),
+    )
     fewer, first = (up[into], down[:, out]), x[:, :n]
     np.testing.assert_allclose(whole(x, *zeros), live(x, *fewer), rtol=1e-4, atol=1e-4)
     return in_turns(

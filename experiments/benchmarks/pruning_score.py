@@ -58,7 +58,11 @@ def main() -> int:
     model = preset(args.model)
     params, masks = jax.jit(model.init)(jax.random.key(0)), full_masks(model)
     loss = forecasting.loss_fn(model, forecasting.LOSS[binding.default_mode(model)])
-    shape = (args.batch, args.variates if model.variates == "joint" else 1, model.context_len + model.horizon)
+    shape = (
+        args.batch,
+        args.variates if model.variates == "joint" else 1,
+        model.context_len + model.horizon,
+    )
     x = np.random.default_rng(0).normal(size=shape).cumsum(-1).astype(np.float32)
     batch = {"context": x[..., : model.context_len], "target": x[..., model.context_len :]}
     optimizer, key = adam(), jax.random.key(1)
@@ -88,12 +92,17 @@ def main() -> int:
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
     channels = sum(leaf.size for leaf in jax.tree.leaves(masks))
     print(
-        f"{args.model}, {weights:,} weights, {channels:,} channels, batch {args.batch}, {jax.devices()[0].device_kind}"
+        f"{args.model}, {weights:,} weights, {channels:,} channels, batch {args.batch}, "
+        f"{jax.devices()[0].device_kind}"
     )
     step = np.asarray(times["training step"])
     for name, found in times.items():
         ratio = np.median(np.asarray(found) / step)
-        print(f"{name:20} {min(found):9.0f} ms ({np.median(found):.0f})  {ratio:5.2f} of a training step", flush=True)
+        print(
+            f"{name:20} {min(found):9.0f} ms ({np.median(found):.0f})  {ratio:5.2f} of a training "
+            "step",
+            flush=True,
+        )
     return 0
 
 

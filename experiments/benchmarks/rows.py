@@ -1,6 +1,7 @@
 """Measurements as rows: what a benchmark gives, and what is known of the machine that gave it.
 
-    {"benchmark": "epoch", "what": "ltsm_jax", "value": 51.3, "unit": "s", "processor": ..., "busy": 0.02, ...}
+    {"benchmark": "epoch", "what": "ltsm_jax", "value": 51.3, "unit": "s", "processor": ..., "busy":
+    0.02, ...}
 
 One row is one line of JSON, so that files of several machines and days are joined by `cat`.
 """
@@ -41,7 +42,8 @@ class Benchmark:
     Attributes:
       name: of its module.
       cost: roughly, on 2 CPU cores.
-      measure: gives the numbers; takes the Python of the peer's environment, or None: our side alone.
+      measure: gives the numbers; takes the Python of the peer's environment, or None: our side
+        alone.
       peer: the environment of `peers.PACKAGES` that the other side needs.
     """
 
@@ -54,7 +56,8 @@ class Benchmark:
 def busy() -> float:
     """Share of all cores that other programs use now, in [0, 1], watched for `LOOK_SECONDS`.
 
-    The load average would count what this program itself did a minute ago. It is asked where there is no /proc/stat.
+    The load average would count what this program itself did a minute ago. It is asked where there
+    is no /proc/stat.
     """
     try:
         before = _ticks()
@@ -75,7 +78,9 @@ def circumstances(busy_share: float) -> dict[str, Any]:
     """Say when, where and with what a row is measured; `busy_share` as `busy` gave it."""
     import jax
 
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")
+    }
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
@@ -90,7 +95,9 @@ def circumstances(busy_share: float) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Name the commit of the source tree, with + where files differ from it; None outside of a repository."""
+    """Name the commit of the source tree, with + where files differ from it; None outside of a
+    repository.
+    """
     root = Path(__file__).parents[2]
     ask = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
     try:
@@ -121,7 +128,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(found: Iterable[Mapping[str, Any]]) -> str:
-    """Write rows as the tables of RESULTS.md: for each benchmark and machine the median of each number.
+    """Write rows as the tables of RESULTS.md: for each benchmark and machine the median of each
+    number.
 
     Numbers measured beside other programs are marked; they stay apart from those that were not.
     """
@@ -129,7 +137,9 @@ def table(found: Iterable[Mapping[str, Any]]) -> str:
     for row in found:
         day = str(row.get("date", ""))[:10]
         jax_version = (row.get("versions") or {}).get("jax", "?")
-        machine_of = f"{row.get('processor', '?')}, {row.get('cores', '?')} cores, jax {jax_version}"
+        machine_of = (
+            f"{row.get('processor', '?')}, {row.get('cores', '?')} cores, jax {jax_version}"
+        )
         where = (row["benchmark"], day, machine_of, row.get("commit"), bool(row.get("loaded")))
         groups.setdefault(where, {}).setdefault((row["what"], row["unit"]), []).append(row["value"])
 
@@ -139,6 +149,8 @@ def table(found: Iterable[Mapping[str, Any]]) -> str:
         lines += [f"**{benchmark}**: {day}, {machine_of}, commit {commit_of}{beside}", ""]
         lines += ["| | median | unit | runs |", "| --- | ---: | --- | ---: |"]
         for (what, unit), values in numbers.items():
-            lines.append(f"| {what} | {statistics.median(values):.{MOST_CELLS}g} | {unit} | {len(values)} |")
+            lines.append(
+                f"| {what} | {statistics.median(values):.{MOST_CELLS}g} | {unit} | {len(values)} |"
+            )
         lines.append("")
     return "\n".join(lines)

@@ -30,11 +30,29 @@ def torch_side(windows: int, rows: int, repeats: int) -> dict[str, dict[str, lis
     from transformers import T5Config
 
     torch.manual_seed(0)
-    chronos = {"context_length": 2048, "prediction_length": HORIZON, "input_patch_size": 16, "input_patch_stride": 16}
+    chronos = {
+        "context_length": 2048,
+        "prediction_length": HORIZON,
+        "input_patch_size": 16,
+        "input_patch_stride": 16,
+    }
     chronos |= {"quantiles": [i / 10 for i in range(1, 10)], "use_reg_token": True}
-    sizes = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_heads": 8, "num_layers": 6, "num_decoder_layers": 6}
+    sizes = {
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 2048,
+        "num_heads": 8,
+        "num_layers": 6,
+        "num_decoder_layers": 6,
+    }
     model = ChronosBoltModelForForecasting(
-        T5Config(**sizes, vocab_size=2, initializer_factor=0.05, decoder_start_token_id=0, chronos_config=chronos)
+        T5Config(
+            **sizes,
+            vocab_size=2,
+            initializer_factor=0.05,
+            decoder_start_token_id=0,
+            chronos_config=chronos,
+        )
     )
     walks = torch.randn(max(windows, rows), CONTEXT + HORIZON).cumsum(-1)
     context, target = walks[:, :CONTEXT], walks[:, CONTEXT:]

@@ -1,4 +1,5 @@
-"""An epoch as the released pipeline runs it, in eager PyTorch: a side of `experiments.benchmarks.epoch`.
+"""An epoch as the released pipeline runs it, in eager PyTorch: a side of
+`experiments.benchmarks.epoch`.
 
 Every item of the data set is one window of one variate, cut and turned into a tensor by itself; a
 loader puts 2048 of them together. After the training windows come those of validation and test, of
@@ -43,7 +44,9 @@ class Windows(Dataset):
 def load(model: TorchTimer, folder: Path) -> None:
     """Put the weights of WEIGHTS.npz into the model."""
     with np.load(folder / "weights.npz") as arrays:
-        model.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files}, strict=False)
+        model.load_state_dict(
+            {name: torch.from_numpy(arrays[name]) for name in arrays.files}, strict=False
+        )
 
 
 def forecast(model: TorchTimer, context: torch.Tensor) -> torch.Tensor:
@@ -73,7 +76,8 @@ def main() -> None:
     with np.load(folder / "rows.npz") as arrays:
         parts = {name: Windows(arrays[name]) for name in ("train", "val", "test")}
     loaders = {
-        name: DataLoader(part, BATCH, shuffle=name == "train", num_workers=workers) for name, part in parts.items()
+        name: DataLoader(part, BATCH, shuffle=name == "train", num_workers=workers)
+        for name, part in parts.items()
     }
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     model.train()
@@ -87,7 +91,12 @@ def main() -> None:
     seconds = time.perf_counter() - started
 
     load(model, folder)
-    found = {"start": score(model, loaders["val"]), "val": val, "test": test, "train_seconds": trained}
+    found = {
+        "start": score(model, loaders["val"]),
+        "val": val,
+        "test": test,
+        "train_seconds": trained,
+    }
     print(json.dumps(found | {"seconds": seconds}))
 
 

@@ -1,6 +1,7 @@
 """The peer of `predict_df`: chronos-forecasting, in an environment of its own, without JAX.
 
-Started by `experiments.benchmarks.predict_df`, which also takes the table and the way to be timed from here:
+Started by `experiments.benchmarks.predict_df`, which also takes the table and the way to be timed
+from here:
 python -m experiments.benchmarks.torch_predict_df ITEMS ROWS
 """
 
@@ -14,7 +15,14 @@ import numpy as np
 import pandas as pd
 
 HORIZON, LEVELS, THREADS = 24, (0.1, 0.5, 0.9), 2
-SIZES = {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4}
+SIZES = {
+    "d_model": 256,
+    "d_kv": 64,
+    "d_ff": 1024,
+    "num_heads": 4,
+    "num_layers": 4,
+    "num_decoder_layers": 4,
+}
 
 
 def table(items: int, rows: int) -> pd.DataFrame:
@@ -63,7 +71,9 @@ def theirs(df: pd.DataFrame) -> Callable[[], pd.DataFrame]:
 
 
 def serve(call: Callable[[], pd.DataFrame], items: int) -> None:
-    """Time one call for every line read; the answer is a line of JSON: seconds on the wall and of the processor."""
+    """Time one call for every line read; the answer is a line of JSON: seconds on the wall and of
+    the processor.
+    """
     for _ in sys.stdin:
         started = time.perf_counter(), time.process_time()
         found = call()

@@ -1,7 +1,9 @@
-"""A Timer in eager PyTorch, laid out as thuml/Large-Time-Series-Model lays it out: the peer of the speed benchmarks.
+"""A Timer in eager PyTorch, laid out as thuml/Large-Time-Series-Model lays it out: the peer of the
+speed benchmarks.
 
-Separate q, k, v projections, kernel-1 convolutions with their transposes as the feed-forward, einsum attention with
-dropout on the weights, post-norm. Written for the comparison; nothing else uses it, and only it imports torch.
+Separate q, k, v projections, kernel-1 convolutions with their transposes as the feed-forward,
+einsum attention with dropout on the weights, post-norm. Written for the comparison; nothing else
+uses it, and only it imports torch.
 """
 
 import math
@@ -22,12 +24,15 @@ class Attention(nn.Module):
     def forward(self, x):
         b, n, d = x.shape
         q, k, v = (
-            p(x).view(b, n, self.heads, -1) for p in (self.query_projection, self.key_projection, self.value_projection)
+            p(x).view(b, n, self.heads, -1)
+            for p in (self.query_projection, self.key_projection, self.value_projection)
         )
         scores = torch.einsum("blhe,bshe->bhls", q, k)
         future = torch.triu(torch.ones(n, n, dtype=torch.bool, device=x.device), diagonal=1)
         weights = self.dropout(
-            torch.softmax(scores.masked_fill(future, -math.inf) / math.sqrt(d // self.heads), dim=-1)
+            torch.softmax(
+                scores.masked_fill(future, -math.inf) / math.sqrt(d // self.heads), dim=-1
+            )
         )
         return self.out_projection(torch.einsum("bhls,bshd->blhd", weights, v).reshape(b, n, d))
 
@@ -37,7 +42,11 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(d_model, heads, dropout)
         self.conv1, self.conv2 = nn.Conv1d(d_model, d_ff, 1), nn.Conv1d(d_ff, d_model, 1)
-        self.norm1, self.norm2, self.dropout = nn.LayerNorm(d_model), nn.LayerNorm(d_model), nn.Dropout(dropout)
+        self.norm1, self.norm2, self.dropout = (
+            nn.LayerNorm(d_model),
+            nn.LayerNorm(d_model),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x):
         y = x = self.norm1(x + self.dropout(self.attention(x)))
@@ -48,14 +57,18 @@ class Block(nn.Module):
 class TorchTimer(nn.Module):
     """[B, T] -> next-patch predictions [B, T], T whole patches."""
 
-    def __init__(self, patch_len: int, d_model: int, d_ff: int, layers: int, heads: int, dropout: float = 0.1):
+    def __init__(
+        self, patch_len: int, d_model: int, d_ff: int, layers: int, heads: int, dropout: float = 0.1
+    ):
         super().__init__()
         self.patch_len = patch_len
         self.embedding = nn.Linear(patch_len, d_model, bias=False)
         angle = torch.arange(5000).float()[:, None] * torch.exp(
             torch.arange(0, d_model, 2).float() * -(math.log(10000.0) / d_model)
         )
-        self.register_buffer("table", torch.stack([angle.sin(), angle.cos()], -1).reshape(5000, d_model))
+        self.register_buffer(
+            "table", torch.stack([angle.sin(), angle.cos()], -1).reshape(5000, d_model)
+        )
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(d_model, d_ff, heads, dropout) for _ in range(layers))
         self.norm, self.proj = nn.LayerNorm(d_model), nn.Linear(d_model, patch_len)

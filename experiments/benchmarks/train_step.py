@@ -48,7 +48,9 @@ def jax_steps(batch: int, steps: int) -> list[float]:
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, data, jax.random.key(0)).compile()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1)).lower(params, state, data, jax.random.key(0)).compile()
+    )
     seconds = []
     for i in range(steps + 1):
         started = time.perf_counter()
@@ -76,23 +78,34 @@ class Options:
 
 
 def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
-    """Seconds of a step of each side: medians over launches of each launch's best step, and their ratio."""
+    """Seconds of a step of each side: medians over launches of each launch's best step, and their
+    ratio.
+    """
     asked = args or Options(steps=6)
     pythons = {"jax": sys.executable, "torch": asked.torch_python if args else peer}
-    best: dict[str, list[float]] = {side: [] for side, python in pythons.items() if python is not None}
+    best: dict[str, list[float]] = {
+        side: [] for side, python in pythons.items() if python is not None
+    }
     for number in range(asked.launches):
         for side in best:
-            program = ["experiments.benchmarks.torch_train_step", str(asked.batch), str(asked.steps)]
+            program = [
+                "experiments.benchmarks.torch_train_step",
+                str(asked.batch),
+                str(asked.steps),
+            ]
             if side == "jax":
                 program = ["experiments.benchmarks.train_step", "--side"]
                 program += ["--batch", str(asked.batch), "--steps", str(asked.steps)]
-            done = subprocess.run([str(pythons[side]), "-m", *program], capture_output=True, text=True)
+            done = subprocess.run(
+                [str(pythons[side]), "-m", *program], capture_output=True, text=True
+            )
             if done.returncode:
                 raise ValueError(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
             seconds = json.loads(done.stdout.strip().splitlines()[-1])
             best[side].append(min(seconds))
             print(
-                f"launch {number} {side:5}: best {min(seconds):.3f} s, median {statistics.median(seconds):.3f} s",
+                f"launch {number} {side:5}: best {min(seconds):.3f} s, median "
+                f"{statistics.median(seconds):.3f} s",
                 file=sys.stderr,
                 flush=True,
             )

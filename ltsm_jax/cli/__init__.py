@@ -1,4 +1,5 @@
-"""Forecast tables with large time-series models, tune them on your own data, and see whether that pays.
+"""Forecast tables with large time-series models, tune them on your own data, and see whether that
+pays.
 
     ltsm forecast sales.csv --model amazon/chronos-bolt-tiny --horizon 24 \\
         --id store --target sold --future prices.csv --out forecast.csv --plot forecast.png
@@ -73,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.speak_plainly()
     code = terminal.guarded(lambda: _run(words), _code_of)
     if argv is None and code == hosts.EXIT_INTERRUPTED:
-        terminal.end(code)  # a compiler may be at work in another thread, and would be torn down under it
+        terminal.end(
+            code
+        )  # a compiler may be at work in another thread, and would be torn down under it
     return code
 
 
@@ -115,11 +118,15 @@ def _general(words: list[str]) -> int:
 
 
 def _parse_all(words: list[str]) -> Any:
-    """Have tyro read the words of any command: it prints help and completion, and ends the program then."""
+    """Have tyro read the words of any command: it prints help and completion, and ends the program
+    then.
+    """
     kinds = []
     for name, command in COMMANDS.items():
         first = inspect.cleandoc(command.__doc__ or "").partition("\n")[0]
-        kinds.append(Annotated[command, tyro.conf.subcommand(name, description=first, prefix_name=False)])
+        kinds.append(
+            Annotated[command, tyro.conf.subcommand(name, description=first, prefix_name=False)]
+        )
     with flags.REGISTRY:
         return tyro.cli(
             functools.reduce(operator.or_, kinds),

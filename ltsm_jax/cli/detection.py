@@ -65,9 +65,11 @@ class Detect(Command):
         forecaster = Forecaster.load(self.model, accept_license=self.licence.accept_license)
         series = self._read()
         plan = {
-            "data": f"{series.name}: {series.n_rows:,} rows, targets {', '.join(map(str, series.columns[:6]))}",
+            "data": f"{series.name}: {series.n_rows:,} rows, targets "
+            f"{', '.join(map(str, series.columns[:6]))}",
             "model": of_model(self.model, forecaster),
-            "score": f"threshold: quantile {self.quantile:g} of the first {self.first:g} of the rows",
+            "score": f"threshold: quantile {self.quantile:g} of the first {self.first:g} of the "
+            "rows",
             "tuning": self.method,
             "result": str(self.out or "stdout") + (f", {self.plot}" if self.plot else ""),
         }

@@ -40,9 +40,9 @@ class Impute(Command):
     fill: Annotated[str, flags.one_of(("auto", *FILLS))] = "auto"
     """what fills a column: the model, the model anchored at the values beside a hole, the straight
     line, or the best of them on known cells that were hidden"""
-    method: Annotated[str, flags.one_of(tuple(STRATEGIES)), flags.described("how to tune on the table before")] = (
-        "zero_shot"
-    )
+    method: Annotated[
+        str, flags.one_of(tuple(STRATEGIES)), flags.described("how to tune on the table before")
+    ] = "zero_shot"
     seed: Annotated[int, flags.whole(0, 2**32 - 1, says="between 0 and 2**32 - 1")] = 0
     """of tuning"""
     out: Annotated[Path | None, file_of(TABLES)] = None

@@ -18,7 +18,9 @@ from ltsm_jax.forecaster import Forecaster
 from ltsm_jax.models import FAMILIES, Model, folders, near_presets
 from ltsm_jax.training.memory import in_words
 
-PARAMETERS = Path(__file__).with_name("parameters.json")  # counts by preset, which take 15 s to find out
+PARAMETERS = Path(__file__).with_name(
+    "parameters.json"
+)  # counts by preset, which take 15 s to find out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,9 @@ def _named(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        raise converters.CheckpointError(f"{source}: can't be read ({type(error).__name__}: {said})") from error
+        raise converters.CheckpointError(
+            f"{source}: can't be read ({type(error).__name__}: {said})"
+        ) from error
 
 
 def listed() -> list[dict[str, Any]]:
@@ -115,7 +119,14 @@ def _show_list(found: list[dict[str, Any]]) -> None:
     rows = []
     for entry in found:
         label = f"  {entry['name']}{' *' if entry['name'] in with_weights else ''}"
-        rows.append((label, printing.count(entry["parameters"]), str(entry["context"]), str(entry["horizon"])))
+        rows.append(
+            (
+                label,
+                printing.count(entry["parameters"]),
+                str(entry["context"]),
+                str(entry["horizon"]),
+            )
+        )
     header, *lines = printing.table(("preset", "weights", "context", "ahead"), rows).splitlines()
     printing.show(header)
     family = ""
@@ -132,14 +143,18 @@ def _show_list(found: list[dict[str, Any]]) -> None:
 
 
 def described(source: str, accept_license: bool) -> dict[str, Any]:
-    """Say what a preset, model folder, checkpoint or name of the hub is; weights are fetched for the last alone."""
+    """Say what a preset, model folder, checkpoint or name of the hub is; weights are fetched for
+    the last alone.
+    """
     if folders.local(source) is None and folders.is_preset(source):
         (entry,) = [entry for entry in listed() if entry["name"] == source]
         return entry | {"weights": "not on this machine; fetched from the hub when they are used"}
     if folders.local(source) is None and hub.parse(source) is None:
         near = near_presets(source, folders.shipped())
         guess = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise flags.UsageError(f"no model {source!r} on this machine, and no name of the hub (owner/name){guess}")
+        raise flags.UsageError(
+            f"no model {source!r} on this machine, and no name of the hub (owner/name){guess}"
+        )
     with _named(source):
         found = converters.inspect(source, accept_license=accept_license)
     model = FAMILIES[found["family"]](FAMILIES[found["family"]].config_from_dict(found["config"]))
@@ -174,7 +189,9 @@ class Convert(Command):
     folder: Annotated[tyro.conf.Positional[Path], flags.path("FOLDER")]
     """model folder to write, whole or not at all"""
     config: Annotated[Path | None, flags.path("FILE")] = None
-    """JSON file of the original's hyper-parameters; by default config.json beside it, else what the tensors say"""
+    """JSON file of the original's hyper-parameters; by default config.json beside it, else what the
+    tensors say
+    """
     allow_cast: bool = False
     """round float64 and integer tensors to float32 instead of refusing them"""
     overwrite: bool = False
@@ -275,7 +292,9 @@ class Doctor(Command):
         start = time.perf_counter()
         if self.record is not None:
             doctor.record(self.record)
-            printing.show_json({"record": str(self.record)}) if self.output.json else printing.show(str(self.record))
+            printing.show_json({"record": str(self.record)}) if self.output.json else printing.show(
+                str(self.record)
+            )
             return 0
         found = doctor.environment()
         if not self.output.json:
@@ -298,7 +317,9 @@ class Doctor(Command):
 
 
 def _show_environment(found: dict[str, Any]) -> None:
-    versions = [f"{name} {version}" for name, version in found["versions"].items() if version is not None]
+    versions = [
+        f"{name} {version}" for name, version in found["versions"].items() if version is not None
+    ]
     absent = [name for name, version in found["versions"].items() if version is None]
     caches = {}
     for kind, cache in found["caches"].items():

@@ -1,4 +1,6 @@
-"""What the commands have in common: a base, groups of options, reading of table and model, and the plan."""
+"""What the commands have in common: a base, groups of options, reading of table and model, and the
+plan.
+"""
 
 import abc
 import dataclasses
@@ -12,7 +14,10 @@ from ltsm_jax.data import DataError, Panel
 from ltsm_jax.data.tables import IRREGULAR, MISSING
 from ltsm_jax.forecaster import Forecaster
 
-MODEL = "shipped name, model folder, what `ltsm fit` wrote, original checkpoint, or name of the hub (owner/name)"
+MODEL = (
+    "shipped name, model folder, what `ltsm fit` wrote, original checkpoint, or name of the "
+    "hub (owner/name)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,9 @@ class Licence:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-    """How the rows of a table are read. Columns that no option names are taken by their names and types."""
+    """How the rows of a table are read. Columns that no option names are taken by their names and
+    types.
+    """
 
     id: Annotated[Any, flags.words()] = None
     """column(s) that tell the items of a long table apart"""
@@ -61,7 +68,9 @@ class Columns:
     date_format: Annotated[str | None, flags.text("LAYOUT")] = None
     """layout of the dates, as %d/%m/%Y; by default the one that fits"""
     irregular: Annotated[str | None, flags.one_of(IRREGULAR, unset="error")] = None
-    """stamps off the grid: error refuses them, regularise puts rows on it, ignore takes rows as they are"""
+    """stamps off the grid: error refuses them, regularise puts rows on it, ignore takes rows as
+    they are
+    """
 
     def asked(self) -> dict[str, Any]:
         """Give what was asked for, as keywords of whatever reads a table."""
@@ -70,7 +79,9 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table(Columns):
-    """How the table is read. Columns that no option names are taken by their names and types; the plan says how."""
+    """How the table is read. Columns that no option names are taken by their names and types; the
+    plan says how.
+    """
 
     known: Annotated[Any, flags.words()] = None
     """covariates that are known ahead, as a price; those in --future are"""
@@ -79,7 +90,9 @@ class Table(Columns):
     static: Annotated[Any, flags.words()] = None
     """columns that say one thing of an item, as its size"""
     missing: Annotated[str | None, flags.one_of(MISSING, unset="keep")] = None
-    """empty cells: error refuses them, interpolate fills them in time, keep leaves them to the model"""
+    """empty cells: error refuses them, interpolate fills them in time, keep leaves them to the
+    model
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +140,9 @@ def of_table(panel: Panel) -> dict[str, str]:
     """Say what a table holds: items, rows, columns by their roles, step and stamps."""
     shortest, longest = panel.lengths.min(), panel.lengths.max()
     rows = f"{shortest:,} to {longest:,} rows" if shortest < longest else f"{longest:,} rows"
-    items = f"{panel.n_items:,} items of {rows}, {panel.n_rows:,} in all" if panel.n_items > 1 else rows
+    items = (
+        f"{panel.n_items:,} items of {rows}, {panel.n_rows:,} in all" if panel.n_items > 1 else rows
+    )
     static = () if panel.static is None else tuple(map(str, panel.static.columns))
     roles = {
         "id": panel.id_columns,
@@ -155,7 +170,10 @@ def _few(names: tuple[Any, ...]) -> str:
 def of_model(source: str, forecaster: Forecaster) -> str:
     """Say what a model is, in a line."""
     model = forecaster.model
-    said = f"{source}: {model.family}, {trees.count(forecaster.params):,} parameters, licence {forecaster.licence}"
+    said = (
+        f"{source}: {model.family}, {trees.count(forecaster.params):,} parameters, licence "
+        f"{forecaster.licence}"
+    )
     if forecaster.baseline is not None:
         said += f"; forecasts with {forecaster.baseline}, as its verdict says"
     return said

@@ -1,4 +1,6 @@
-"""What the commands print: tables of 80 columns and one JSON object on stdout, all else on stderr."""
+"""What the commands print: tables of 80 columns and one JSON object on stdout, all else
+on stderr.
+"""
 
 import json
 import math
@@ -42,7 +44,8 @@ def _plain(value: Any) -> Any:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Set a table of at most `WIDTH` columns; the first `left` columns begin, the others end, where their header does.
+    """Set a table of at most `WIDTH` columns; the first `left` columns begin, the others end, where
+    their header does.
 
     Where it would be wider, the first column is cut in its middle.
     """

@@ -66,7 +66,8 @@ class Landscape(OnTable):
             "model": of_model(self.model, forecaster),
             "loss": f"MSE of {min(self.windows, test.n):,} of {test.n:,} test windows, "
             f"{test.context_len} -> {self.horizon}",
-            "points": f"three surfaces of {self.points} x {self.points}, up to {self.radius:g} filter norms away",
+            "points": f"three surfaces of {self.points} x {self.points}, up to {self.radius:g} "
+            "filter norms away",
             "result": str(self.out),
         }
         if self.announce(plan, prepared.notes):
@@ -74,10 +75,14 @@ class Landscape(OnTable):
         self._show(*self._computed(prepared))
         return 0
 
-    def _computed(self, prepared: verdict.Prepared) -> tuple[dict[str, landscape.Surface], dict[str, float]]:
+    def _computed(
+        self, prepared: verdict.Prepared
+    ) -> tuple[dict[str, landscape.Surface], dict[str, float]]:
         """The surface and the top eigenvalue of each model by name."""
         model, params = prepared.model, prepared.params
-        loss = landscape.split_loss(model, prepared.splits.test, sample=self.windows, task=prepared.task)
+        loss = landscape.split_loss(
+            model, prepared.splits.test, sample=self.windows, task=prepared.task
+        )
         key = training.keys(self.seed)["aux"]
         starts = {
             "pretrained": params,
@@ -96,7 +101,9 @@ class Landscape(OnTable):
                 folder=self.out / "parts" / name,
             )
             top[name] = float(curvature.top_eigenvalues(loss, start)[0])
-            printing.say(f"{name}: loss {surfaces[name].centre:.4f}, top eigenvalue {top[name]:.4g}")
+            printing.say(
+                f"{name}: loss {surfaces[name].centre:.4f}, top eigenvalue {top[name]:.4g}"
+            )
         return surfaces, top
 
     def _show(self, surfaces: dict[str, landscape.Surface], top: dict[str, float]) -> None:
@@ -110,15 +117,24 @@ class Landscape(OnTable):
             notes = {name: f"top eigenvalue {value:.3g}" for name, value in top.items()}
             picture = landscape.draw_contours(surfaces, self.out / PICTURE, notes=notes)
 
-        rows = {name: found.smoothness() | {"top_eigenvalue": top[name]} for name, found in surfaces.items()}
+        rows = {
+            name: found.smoothness() | {"top_eigenvalue": top[name]}
+            for name, found in surfaces.items()
+        }
         if self.output.json:
             printing.show_json(
-                {"surface": str(self.out / SURFACE), "picture": picture and str(picture), "models": rows}
+                {
+                    "surface": str(self.out / SURFACE),
+                    "picture": picture and str(picture),
+                    "models": rows,
+                }
             )
             return
         header = ["model", "loss", "range", "mean |Laplacian|", "doubles at", "top eigenvalue"]
         printing.show(
-            printing.table(header, [[name, *(f"{x:.4g}" for x in row.values())] for name, row in rows.items()])
+            printing.table(
+                header, [[name, *(f"{x:.4g}" for x in row.values())] for name, row in rows.items()]
+            )
         )
         printing.show(f"\nsurface: {self.out / SURFACE}")
         printing.show(f"picture: {picture}" if picture else "no picture: pip install matplotlib")

@@ -47,12 +47,16 @@ def _levels() -> flags.Check:
     """Take quantile levels, or `none`."""
 
     def read(text: str) -> tuple[float, ...]:
-        return () if text == "none" else flags.read_numbers(text, flags.TINY, flags.BELOW_1, says="between 0 and 1")
+        return (
+            ()
+            if text == "none"
+            else flags.read_numbers(text, flags.TINY, flags.BELOW_1, says="between 0 and 1")
+        )
 
     return flags.check(read, "X,X,...")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # forecast
 
 
@@ -126,18 +130,23 @@ class Forecast(OnTable):
         elif self.out is None:
             printing.show(found.to_csv(index=False).rstrip("\n"))
         else:
-            printing.show(f"{self.out}: {len(found):,} rows of {panel.n_items:,} items, {took:.1f} s")
+            printing.show(
+                f"{self.out}: {len(found):,} rows of {panel.n_items:,} items, {took:.1f} s"
+            )
         return 0
 
     def _memory(self, forecaster: Forecaster, panel: Panel, length: int) -> str:
         rows = min(forecaster.model.eval_batch, panel.n_items * panel.n_variates)
         weights, contexts = _bytes(forecaster.params), rows * length * 4
         return (
-            f"{in_words(weights)} of weights, {in_words(panel.values.nbytes)} of data, {in_words(contexts)} for a "
+            f"{in_words(weights)} of weights, {in_words(panel.values.nbytes)} of data, "
+            f"{in_words(contexts)} for a "
             f"batch of {rows} contexts; what the layers hold comes on top"
         )
 
-    def _facts(self, panel: Panel, found: pd.DataFrame, notes: list[str], took: float) -> dict[str, Any]:
+    def _facts(
+        self, panel: Panel, found: pd.DataFrame, notes: list[str], took: float
+    ) -> dict[str, Any]:
         facts = {
             "out": None if self.out is None else str(self.out),
             "plot": None if self.plot is None else str(self.plot),
@@ -172,18 +181,24 @@ def write_table(table: pd.DataFrame, file: Path) -> None:
         table.to_csv(file, index=False)
 
 
-def hand_over(found: Any, facts: dict[str, Any], *, out: Path | None, plot: Path | None, as_json: bool) -> None:
+def hand_over(
+    found: Any, facts: dict[str, Any], *, out: Path | None, plot: Path | None, as_json: bool
+) -> None:
     """Draw and write what fills or marks a table, and print it.
 
-    found: of `detect` or `impute`: `table`, `plot(file)`, and a summary as its text. facts: of the JSON object, beside
-    `out` and `plot`. Without `out` the table goes to stdout, and the summary to stderr.
+    found: of `detect` or `impute`: `table`, `plot(file)`, and a summary as its text. facts: of the
+    JSON object, beside `out` and `plot`. Without `out` the table goes to stdout, and the summary to
+    stderr.
     """
     if plot is not None:
         found.plot(plot)
     if out is not None:
         write_table(found.table, out)
     if as_json:
-        files = {name: None if file is None else str(file) for name, file in (("out", out), ("plot", plot))}
+        files = {
+            name: None if file is None else str(file)
+            for name, file in (("out", out), ("plot", plot))
+        }
         printing.show_json(files | facts)
     elif out is None:
         printing.say(str(found))
@@ -192,7 +207,7 @@ def hand_over(found: Any, facts: dict[str, Any], *, out: Path | None, plot: Path
         printing.show(str(found))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # evaluate, compare
 
 
@@ -250,7 +265,9 @@ class Compare(OnTable):
 
     program: ClassVar[str] = "ltsm compare"
 
-    models: Annotated[tuple[str, ...], flags.words(), flags.described(f"what to compare, each: {MODEL}")]
+    models: Annotated[
+        tuple[str, ...], flags.words(), flags.described(f"what to compare, each: {MODEL}")
+    ]
     context: Annotated[int | None, flags.whole(1, unset="each model's")] = None
     """rows that the models see"""
 
@@ -259,7 +276,9 @@ class Compare(OnTable):
         first = self.load(self.models[0])
         panel = self.read(first)
         prepared, takes = None, "unknown: the first model does not fit the table"
-        with contextlib.suppress(ValueError):  # it is said in its turn, and does not stop the others
+        with contextlib.suppress(
+            ValueError
+        ):  # it is said in its turn, and does not stop the others
             prepared = _prepared(first, panel, self.horizon, self.context)
             takes = str(_time(prepared, self.plan))
             if len(self.models) > 1:
@@ -288,7 +307,10 @@ class Compare(OnTable):
             took = time.perf_counter() - began
             rows.append(_row(name, forecaster, compared, took))
             naive = naive or _naive_rows(compared)
-            said = f"[{number}/{len(self.models)}] {name}: test MSE {rows[-1]['mse']:.4f}, {took:.1f} s"
+            said = (
+                f"[{number}/{len(self.models)}] {name}: test MSE {rows[-1]['mse']:.4f}, "
+                f"{took:.1f} s"
+            )
             if left := len(self.models) - number:
                 said += f"; about {in_time((time.perf_counter() - started) / number * left)} left"
             printing.say(said)
@@ -296,17 +318,24 @@ class Compare(OnTable):
             raise ValueError("none of the models could be scored")
         rows = sorted([*rows, *naive], key=lambda row: row["mse"])
         if self.output.json:
-            printing.show_json({"data": panel.name, "horizon": self.horizon, "ranking": rows, "failed": failed})
+            printing.show_json(
+                {"data": panel.name, "horizon": self.horizon, "ranking": rows, "failed": failed}
+            )
         else:
             printing.show(_ranking(rows))
         return 0
 
 
 def _scoring(horizon: int) -> str:
-    return f"{horizon} rows ahead, on the last 20 % of every item; where an item is short, on its last {horizon} rows"
+    return (
+        f"{horizon} rows ahead, on the last 20 % of every item; where an item is short, on its "
+        f"last {horizon} rows"
+    )
 
 
-def _prepared(forecaster: Forecaster, panel: Panel, horizon: int, context: int | None) -> verdict.Prepared:
+def _prepared(
+    forecaster: Forecaster, panel: Panel, horizon: int, context: int | None
+) -> verdict.Prepared:
     return verdict.prepare(forecaster.model, forecaster.params, panel, horizon, context_len=context)
 
 
@@ -315,7 +344,9 @@ def _time(prepared: verdict.Prepared, plan: bool) -> Estimate:
     return estimates.of_comparison(prepared, verdict.tuning(prepared, {}), work_follows=not plan)
 
 
-def _scored(forecaster: Forecaster, panel: Panel, horizon: int, prepared: verdict.Prepared) -> verdict.Compared:
+def _scored(
+    forecaster: Forecaster, panel: Panel, horizon: int, prepared: verdict.Prepared
+) -> verdict.Compared:
     """Score a model and the naive forecasts; nothing is tuned."""
     return verdict.compare(
         forecaster.model,
@@ -328,7 +359,9 @@ def _scored(forecaster: Forecaster, panel: Panel, horizon: int, prepared: verdic
     )
 
 
-def _row(name: str, forecaster: Forecaster, compared: verdict.Compared, took: float) -> dict[str, Any]:
+def _row(
+    name: str, forecaster: Forecaster, compared: verdict.Compared, took: float
+) -> dict[str, Any]:
     scores = compared.verdict.candidate("zero_shot").test
     assert scores is not None, "it is scored in any case"
     difference = compared.verdict.differences["zero_shot_vs_naive"]
@@ -347,15 +380,24 @@ def _row(name: str, forecaster: Forecaster, compared: verdict.Compared, took: fl
 
 
 def _naive_rows(compared: verdict.Compared) -> list[dict[str, Any]]:
-    """All the naive forecasts on the test span; AutoETS, which takes long, only where it was the best of them."""
+    """All the naive forecasts on the test span; AutoETS, which takes long, only where it was the
+    best of them.
+    """
     rows = []
-    season = compared.splits.season if compared.splits.season <= compared.splits.test.context_len else 1
+    season = (
+        compared.splits.season if compared.splits.season <= compared.splits.test.context_len else 1
+    )
     for name, predictor in forecasting.naive_forecasts(season).items():
-        rows.append({"name": name, "kind": "naive"} | forecasting.evaluate(predictor, {}, compared.splits.test))
+        rows.append(
+            {"name": name, "kind": "naive"}
+            | forecasting.evaluate(predictor, {}, compared.splits.test)
+        )
     known = {row["name"] for row in rows}
     best = compared.verdict.naive
     if best is not None and best not in known:
-        rows.append({"name": best, "kind": "naive"} | dict(compared.verdict.candidate(best).test or {}))
+        rows.append(
+            {"name": best, "kind": "naive"} | dict(compared.verdict.candidate(best).test or {})
+        )
     return [{key: row[key] for key in ("name", "kind", "mse", "mae", "windows")} for row in rows]
 
 
@@ -370,7 +412,7 @@ def _ranking(rows: list[dict[str, Any]]) -> str:
     return printing.table(("", "test MSE", "test MAE", "MSE against naive, 95 %"), cells)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # prune
 
 
@@ -423,14 +465,17 @@ class Prune(OnTable):
             context_len=self.context,
             seed=self.seed,
         )
-        config = PruneConfig(ratio=self.ratio, ema=self.ema, epochs=self.epochs, batch_size=self.batch_size)
+        config = PruneConfig(
+            ratio=self.ratio, ema=self.ema, epochs=self.epochs, batch_size=self.batch_size
+        )
         windows = prepared.task.windows(prepared.model, prepared.splits).n
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
             "windows": f"{windows:,} to score channels on, {prepared.splits.val.n:,} to validate; "
             f"{prepared.train_context} -> {self.horizon}",
             "pruning": f"{self.ratio:g} of the channels an epoch, {self.epochs} at most",
-            "memory": f"{in_words(2 * _bytes(prepared.params))} of weights and gradients; what the layers hold "
+            "memory": f"{in_words(2 * _bytes(prepared.params))} of weights and gradients; what the "
+            "layers hold "
             "comes on top",
             "time": estimates.of_pruning(prepared, self.epochs, work_follows=not self.plan),
             "result": str(self.out),
@@ -449,7 +494,12 @@ class Prune(OnTable):
         model, params, masks = result.model, result.pruned, result.masks
         if self.remove:
             model, params, masks = remove(result.model, result.params, result.masks)
-        made = {**forecaster.provenance, "source": self.model, "licence": forecaster.licence, "command": "ltsm prune"}
+        made = {
+            **forecaster.provenance,
+            "source": self.model,
+            "licence": forecaster.licence,
+            "command": "ltsm prune",
+        }
         if model != forecaster.model:
             made["pruned_from"] = forecaster.model.config_to_dict()
         folders.save(self.out / "model", model, params, provenance=made, overwrite=self.overwrite)
@@ -471,8 +521,10 @@ class Prune(OnTable):
             printing.show_json(facts)
         else:
             printing.show(
-                f"{self.out}: {facts['left']:.1%} of the channels are left, {facts['parameters']:,} of "
-                f"{facts['parameters_before']:,} parameters;\nvalidation MSE {facts['val_mse_before']:.4f} before, "
+                f"{self.out}: {facts['left']:.1%} of the channels are left, "
+                f"{facts['parameters']:,} of "
+                f"{facts['parameters_before']:,} parameters;\nvalidation MSE "
+                f"{facts['val_mse_before']:.4f} before, "
                 f"{facts['val_mse']:.4f} now"
             )
         return 0

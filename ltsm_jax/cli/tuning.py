@@ -45,10 +45,14 @@ class Fit(OnTable):
     methods: Annotated[
         tuple[str, ...],
         flags.names(METHODS),
-        flags.described(f"what to try, of {', '.join(METHODS)}; auto is ff,sff, or the model's own recipe"),
+        flags.described(
+            f"what to try, of {', '.join(METHODS)}; auto is ff,sff, or the model's own recipe"
+        ),
     ] = ("auto",)
     alpha: Annotated[Any, flags.number_or("auto", 0, 1, unset="0.7")] = None
-    """weight of the pretrained side, for methods that mix; auto: several of them, of which validation picks"""
+    """weight of the pretrained side, for methods that mix; auto: several of them, of which
+    validation picks
+    """
     masks: Annotated[Path | None, flags.path("FOLDER")] = None
     """masks of `ltsm prune`; what they prune stays out"""
     budget: Annotated[int, flags.whole(1)] = verdict.BUDGET
@@ -79,12 +83,15 @@ class Fit(OnTable):
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
             "windows": f"{prepared.train_context} -> {self.horizon} to train; "
-            f"{prepared.splits.test.context_len} -> {self.horizon}: {prepared.splits.val.n:,} to validate, "
+            f"{prepared.splits.test.context_len} -> {self.horizon}: {prepared.splits.val.n:,} to "
+            "validate, "
             f"{prepared.splits.test.n:,} to test",
             "methods": ", ".join(["zero_shot", *methods]) + " and the naive forecasts",
             "training": f"{self.budget} steps of each method; loss {prepared.task.mode}",
             "memory": _memory(prepared, config) if methods else "that of a forecast",
-            "time": forecaster.estimate_fit(prepared, work, seed=self.seed, work_follows=not self.plan),
+            "time": forecaster.estimate_fit(
+                prepared, work, seed=self.seed, work_follows=not self.plan
+            ),
             "result": str(self.out),
         }
         if self.announce(plan, prepared.notes):
@@ -144,7 +151,9 @@ def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
 
     moving, frozen = trees.partition(params, trees.select(params, None))
     loss, key = step.as_pytree(prepared.task.loss(model)), jax.random.key(0)
-    filled = parts.settled(filled, moving, frozen, source, loss, key, on_mesh=placement.mesh is not None)
+    filled = parts.settled(
+        filled, moving, frozen, source, loss, key, on_mesh=placement.mesh is not None
+    )
     found = memory.estimate(
         jax.eval_shape(state_of, moving),
         frozen,

@@ -1,4 +1,6 @@
-"""Series in, windows out: reading and checking data, benchmark files, splits, windows gathered on the device."""
+"""Series in, windows out: reading and checking data, benchmark files, splits, windows gathered on
+the device.
+"""
 
 from ltsm_jax.data.benchmarks import BENCHMARKS, MissingDataError, load_series
 from ltsm_jax.data.panel import Panel

@@ -1,10 +1,12 @@
-"""The benchmark files of the long-term-forecasting literature, by name: what is known of them, and where they are.
+"""The benchmark files of the long-term-forecasting literature, by name: what is known of them, and
+where they are.
 
-A name is looked up in `$LTSM_DATA` (the folder and its sub-folders, plain or gzip), then in the cache
-(`$LTSM_CACHE`, else ~/.cache/ltsm_jax, sub-folder data), then downloaded from its public place into the cache.
+A name is looked up in `$LTSM_DATA` (the folder and its sub-folders, plain or gzip), then in the
+cache (`$LTSM_CACHE`, else ~/.cache/ltsm_jax, sub-folder data), then downloaded from its public
+place into the cache.
 
-Rows are read as the literature reads them: as they come. The weather file has one stamp twice, one gap and -9999 for
-missing values, and published scores include all of them.
+Rows are read as the literature reads them: as they come. The weather file has one stamp twice, one
+gap and -9999 for missing values, and published scores include all of them.
 """
 
 import dataclasses
@@ -25,7 +27,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from ltsm_jax.data.series import DataError, Series
 from ltsm_jax.data.sources import is_path, read_bytes, read_table, stem
@@ -65,13 +73,16 @@ class Benchmark:
     aliases: tuple[str, ...] = ()
 
 
-# Pinned revisions. Digests: of the files themselves where a copy was at hand (ETTh1, ETTm1, weather, exchange_rate,
-# national_illness, the two subsets), else as several independent public repositories record them; PEMS: Zenodo's md5.
+# Pinned revisions. Digests: of the files themselves where a copy was at hand (ETTh1, ETTm1,
+# weather, exchange_rate, national_illness, the two subsets), else as several independent public
+# repositories record them; PEMS: Zenodo's md5.
 _ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/1d16c8f4f943005d613b5bc962e9eeb06058cf07/ETT-small"
 _TSLIB = "https://huggingface.co/datasets/thuml/Time-Series-Library/resolve/2b66e59ee19dac8f6f19fb5d4997f289fdfea357"
 _LSTNET = "https://raw.githubusercontent.com/laiguokun/multivariate-time-series-data"
 _LSTNET += "/7f402f185cc2435b5e66aed13a3b560ed142e023"
-_CONCORD = "https://raw.githubusercontent.com/Lucasmhw/CONCORD/7306bbc627a1853e32b04b7b2cae15a12f8bd6ca"
+_CONCORD = (
+    "https://raw.githubusercontent.com/Lucasmhw/CONCORD/7306bbc627a1853e32b04b7b2cae15a12f8bd6ca"
+)
 _PEMS = "https://zenodo.org/records/7816008/files"
 
 _MONTH = 30 * 24  # ETT months have 30 days: 12 of them to train, 4 to validate, 4 to test
@@ -239,7 +250,11 @@ BENCHMARKS = {
         ),
     )
 }
-_BY_ALIAS = {alias.casefold(): b for b in BENCHMARKS.values() for alias in (b.name, PurePath(b.file).stem, *b.aliases)}
+_BY_ALIAS = {
+    alias.casefold(): b
+    for b in BENCHMARKS.values()
+    for alias in (b.name, PurePath(b.file).stem, *b.aliases)
+}
 
 
 def find(name: str) -> Benchmark | None:
@@ -247,21 +262,23 @@ def find(name: str) -> Benchmark | None:
     return _BY_ALIAS.get(name.casefold())
 
 
-def load_series(source: Any, *, as_benchmark: bool = True, download: bool = True, **options: Any) -> Series:
+def load_series(
+    source: Any, *, as_benchmark: bool = True, download: bool = True, **options: Any
+) -> Series:
     """A series by benchmark name, or from a file, DataFrame or array (`read_series`).
 
-    A benchmark is asked for by its name ("ETTh1"): its rows are read as they are, and `prepare` gives it the
-    benchmark's borders. When what lies in `$LTSM_DATA` is not the published file, a warning and `Series.notes` say so.
-    A path is a benchmark only where its bytes are the published ones; any other file of that name is a table like
-    every other, and `Series.notes` says so.
+    A benchmark is asked for by its name ("ETTh1"): its rows are read as they are, and `prepare`
+    gives it the benchmark's borders. When what lies in `$LTSM_DATA` is not the published file, a
+    warning and `Series.notes` say so. A path is a benchmark only where its bytes are the published
+    ones; any other file of that name is a table like every other, and `Series.notes` says so.
 
     Args:
       as_benchmark: False reads the published file at a path like any other table, too.
       download: whether a benchmark found nowhere may be fetched.
       options: those of `read_series`; a benchmark needs none, `target` picks some of its columns.
 
-    Raises: MissingDataError listing every place looked at; DataError for what is wrong with the data, or when a
-      download or a file of the cache is not the published one.
+    Raises: MissingDataError listing every place looked at; DataError for what is wrong with the
+      data, or when a download or a file of the cache is not the published one.
     """
     if not is_path(source):
         return read_series(source, **options)
@@ -269,38 +286,56 @@ def load_series(source: Any, *, as_benchmark: bool = True, download: bool = True
         path, cached = locate(benchmark, download=download)
         wrong = _difference(benchmark, path)
         if wrong and cached:
-            raise DataError(f"{path} is damaged ({wrong}); delete it, and it will be downloaded again")
+            raise DataError(
+                f"{path} is damaged ({wrong}); delete it, and it will be downloaded again"
+            )
         return _read_benchmark(benchmark, path, wrong, options)
 
     path = Path(source).expanduser()
     if not path.is_file():
         near = difflib.get_close_matches(stem(path).casefold(), _BY_ALIAS, n=2, cutoff=0.6)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise MissingDataError(f"no data file at {path}; {hint}benchmarks by name: {', '.join(BENCHMARKS)}")
+        raise MissingDataError(
+            f"no data file at {path}; {hint}benchmarks by name: {', '.join(BENCHMARKS)}"
+        )
     benchmark = find(stem(path)) if as_benchmark else None
     if benchmark is None:
         return read_series(path, **options)
     if _is_published(benchmark, path):
         return _read_benchmark(benchmark, path, None, options)
     series = read_series(path, **options)
-    note = f"called like the benchmark {benchmark.name}, but not its published file: read as any other table"
+    note = (
+        f"called like the benchmark {benchmark.name}, but not its published file: read as any "
+        "other table"
+    )
     return dataclasses.replace(series, notes=(*series.notes, note))
 
 
-def _read_benchmark(benchmark: Benchmark, path: Path, wrong: str | None, options: dict[str, Any]) -> Series:
+def _read_benchmark(
+    benchmark: Benchmark, path: Path, wrong: str | None, options: dict[str, Any]
+) -> Series:
     """The rows as they come; `wrong`: what tells the file from the published one."""
-    table = _read_npz(path) if path.suffix == ".npz" else read_table(path, header=path.suffixes[:1] != [".txt"])
+    table = (
+        _read_npz(path)
+        if path.suffix == ".npz"
+        else read_table(path, header=path.suffixes[:1] != [".txt"])
+    )
     how: dict[str, Any] = {"irregular": "ignore", "freq": benchmark.freq, "name": benchmark.name}
     how |= {option: value for option, value in options.items() if value is not None}
     series = read_series(table, **how)
     if not wrong and not benchmark.digest and options.get("target") is None:
         shape = (series.n_rows, series.n_variates)
         if shape != (benchmark.rows, benchmark.variates):
-            wrong = f"{shape[0]} rows x {shape[1]} variates, published {benchmark.rows} x {benchmark.variates}"
+            wrong = (
+                f"{shape[0]} rows x {shape[1]} variates, published {benchmark.rows} x "
+                f"{benchmark.variates}"
+            )
     notes = series.notes
     if wrong:
         notes += (f"not the published {benchmark.file}: {wrong}",)
-        log.warning("%s: %s. It gets the borders of %s all the same.", path, notes[-1], benchmark.name)
+        log.warning(
+            "%s: %s. It gets the borders of %s all the same.", path, notes[-1], benchmark.name
+        )
     return dataclasses.replace(series, benchmark=benchmark.name, notes=notes)
 
 
@@ -312,19 +347,22 @@ def _read_npz(path: Path) -> pd.DataFrame:
     except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise DataError(f"{path}: not an .npz file with an array `data` ({e})") from e
     if data.ndim not in (2, 3) or not np.issubdtype(data.dtype, np.number):
-        raise DataError(f"{path}: `data` is {data.dtype} {data.shape}, not numbers [rows, sensors, features]")
+        raise DataError(
+            f"{path}: `data` is {data.dtype} {data.shape}, not numbers [rows, sensors, features]"
+        )
     data = data if data.ndim == 2 else data[:, :, 0]
     return pd.DataFrame(data, columns=[str(i) for i in range(data.shape[1])])
 
 
-# ---- finding and fetching --------------------------------------------------------------------------------------------
+# ---- finding and fetching
+# --------------------------------------------------------------------------------------------
 
 
 def locate(benchmark: Benchmark, *, download: bool = True) -> tuple[Path, bool]:
     """(file, whether it lies in the cache), downloading it if need be.
 
-    Raises: MissingDataError listing every place looked at and where to put the file; DataError when the downloaded file
-      is not the published one.
+    Raises: MissingDataError listing every place looked at and where to put the file; DataError when
+      the downloaded file is not the published one.
     """
     tried = []
     own = os.environ.get("LTSM_DATA")
@@ -333,7 +371,10 @@ def locate(benchmark: Benchmark, *, download: bool = True) -> tuple[Path, bool]:
     elif found := _in_folder(Path(own), benchmark):
         return found, False
     else:
-        tried.append(f"$LTSM_DATA: not in {own} nor one folder below" + ("" if Path(own).is_dir() else " (no folder)"))
+        tried.append(
+            f"$LTSM_DATA: not in {own} nor one folder below"
+            + ("" if Path(own).is_dir() else " (no folder)")
+        )
     cache = cache_folder("data")
     if found := _in_folder(cache, benchmark):
         return found, True
@@ -347,7 +388,11 @@ def locate(benchmark: Benchmark, *, download: bool = True) -> tuple[Path, bool]:
             return _download(benchmark, cache), True
         except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
             tried.append(f"download: {benchmark.url}: {getattr(e, 'reason', None) or e}")
-    file = benchmark.file if benchmark.file.endswith(".npz") else f"{benchmark.file} (or {benchmark.file}.gz)"
+    file = (
+        benchmark.file
+        if benchmark.file.endswith(".npz")
+        else f"{benchmark.file} (or {benchmark.file}.gz)"
+    )
     raise MissingDataError(
         f"{benchmark.name} was not found:\n  "
         + "\n  ".join(tried)
@@ -356,19 +401,27 @@ def locate(benchmark: Benchmark, *, download: bool = True) -> tuple[Path, bool]:
 
 
 def _in_folder(folder: Path, benchmark: Benchmark) -> Path | None:
-    """The benchmark's file in `folder` or one folder below; the published name before others, the nearer before."""
+    """The benchmark's file in `folder` or one folder below; the published name before others, the
+    nearer before.
+    """
     kind = PurePath(benchmark.file).suffix
     endings = (kind,) if kind == ".npz" else (kind, f"{kind}.gz", ".csv", ".csv.gz", ".parquet")
     found = []
     for depth, pattern in enumerate(("*", "*/*")):
         for path in folder.glob(pattern):
-            if path.name.lower().endswith(endings) and find(stem(path)) is benchmark and path.is_file():
+            if (
+                path.name.lower().endswith(endings)
+                and find(stem(path)) is benchmark
+                and path.is_file()
+            ):
                 found.append((depth, path.name != benchmark.file, str(path), path))
     return min(found)[-1] if found else None
 
 
 def _difference(benchmark: Benchmark, path: Path) -> str | None:
-    """What tells the file from the published one, or None; CRLF and LF line ends count as the same."""
+    """What tells the file from the published one, or None; CRLF and LF line ends count as
+    the same.
+    """
     if benchmark.digest is None or path.suffix == ".parquet":
         return None
     try:
@@ -392,10 +445,15 @@ def _is_published(benchmark: Benchmark, path: Path) -> bool:
 
 
 def _download(benchmark: Benchmark, folder: Path) -> Path:
-    """Fetches the file beside its place, compares the digest, then renames: what bears its name is whole."""
+    """Fetches the file beside its place, compares the digest, then renames: what bears its name is
+    whole.
+    """
     assert benchmark.url is not None
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{benchmark.file}.{os.getpid()}.part{'.gz' if benchmark.url.endswith('.gz') else ''}"
+    part = (
+        folder
+        / f"{benchmark.file}.{os.getpid()}.part{'.gz' if benchmark.url.endswith('.gz') else ''}"
+    )
     try:
         _fetch(benchmark.url, part)
         if wrong := _difference(benchmark, part):
@@ -431,7 +489,9 @@ def _fetch(url: str, path: Path) -> None:
                     if console.is_terminal:
                         bar.start()
                     else:
-                        console.print(f"downloading {url}" + (f" ({total / 1e6:.1f} MB)" if total else ""))
+                        console.print(
+                            f"downloading {url}" + (f" ({total / 1e6:.1f} MB)" if total else "")
+                        )
                 bar.update(task, completed=got)
         finally:
             if shown and console.is_terminal:

@@ -18,7 +18,15 @@ import pandas as pd
 
 from ltsm_jax.data.series import DataError, clip
 from ltsm_jax.data.sources import is_path, stem
-from ltsm_jax.data.stamps import YEARS, counts_rows, holds_dates, is_numeric, is_time, parse_stamps, rows
+from ltsm_jax.data.stamps import (
+    YEARS,
+    counts_rows,
+    holds_dates,
+    is_numeric,
+    is_time,
+    parse_stamps,
+    rows,
+)
 from ltsm_jax.frequency import infer_freq
 
 TIME_NAMES = ("date", "time", "timestamp", "ds", "datetime")
@@ -90,12 +98,20 @@ class TableReader:
         levels = [index.get_level_values(i) for i in range(index.nlevels)]
         names = []
         for i, level in enumerate(levels):
-            unnamed = "timestamp" if is_time(level.to_series()) else "index" if len(levels) == 1 else f"level_{i}"
+            unnamed = (
+                "timestamp"
+                if is_time(level.to_series())
+                else "index"
+                if len(levels) == 1
+                else f"level_{i}"
+            )
             names.append(unnamed if level.name is None else level.name)
         present = set(table.columns)
         for name in names:
             if name in present:
-                self.problems.append(f"{name!r} names both the index and a column; drop one of them")
+                self.problems.append(
+                    f"{name!r} names both the index and a column; drop one of them"
+                )
         if self.problems:
             return table.reset_index(drop=True), []
         front = pd.DataFrame(dict(zip(names, (level.array for level in levels), strict=True)))
@@ -125,7 +141,9 @@ class TableReader:
             text = "/".join(map(str, name)) if isinstance(name, tuple) else str(name)
             column = known.get(name, by_text.get(text)) if _hashable(name) else None
             if column is None or isinstance(name, bool):
-                self.problems.append(f"{role} column {name!r} is not there; {near_names(name, list(table.columns))}")
+                self.problems.append(
+                    f"{role} column {name!r} is not there; {near_names(name, list(table.columns))}"
+                )
             else:
                 columns.append(column)
         return columns
@@ -149,8 +167,12 @@ class TableReader:
         if named:
             return named
 
-        calendar = [folded[name] for name in CALENDAR if name in folded and is_numeric(table[folded[name]])]
-        if len(calendar) > 1 and [str(c).casefold() for c in calendar] == list(CALENDAR[: len(calendar)]):
+        calendar = [
+            folded[name] for name in CALENDAR if name in folded and is_numeric(table[folded[name]])
+        ]
+        if len(calendar) > 1 and [str(c).casefold() for c in calendar] == list(
+            CALENDAR[: len(calendar)]
+        ):
             self.notes.append(f"the time is taken from {', '.join(map(str, calendar))}")
             return calendar
         quarters = [folded[name] for name in ("year", "quarter") if name in folded]
@@ -163,7 +185,9 @@ class TableReader:
         period += [c for c in labels if c in columns and _least(table[c]) > 180_000]
         for column in period:
             if is_numeric(table[column]) and self.numbers_are_dates(table[column]):
-                self.notes.append(f"{column!r} is taken as the time; time= and target= say otherwise")
+                self.notes.append(
+                    f"{column!r} is taken as the time; time= and target= say otherwise"
+                )
                 return [column]
         first = [column for column in table.columns if column not in labels][:1]
         return [c for c in first if c in columns and holds_dates(table[c])]
@@ -188,26 +212,36 @@ class TableReader:
             return
         for label in labels:
             column: Any = table[label]
-            if label in taken or self.is_id_like(table, label) or (len(column) > 1 and column.nunique() == 1):
+            if (
+                label in taken
+                or self.is_id_like(table, label)
+                or (len(column) > 1 and column.nunique() == 1)
+            ):
                 continue
             if counts_rows(column) and YEARS[0] < column.min() and column.max() < YEARS[1]:
-                self.notes.append(f"the index {label!r} only numbers the rows; called 'year' it would be the time")
+                self.notes.append(
+                    f"the index {label!r} only numbers the rows; called 'year' it would be the time"
+                )
             if pd.api.types.is_timedelta64_dtype(column):
                 self.problems.append(
-                    f"the index {label!r} holds lengths of time, no dates; add the date of its start to it, or "
+                    f"the index {label!r} holds lengths of time, no dates; add the date of its "
+                    "start to it, or "
                     "reset_index(drop=True)"
                 )
             elif not is_numeric(column):
                 self.problems.append(
-                    f"the index {label!r} holds no dates (first: {str(column.iloc[0])[:QUOTED]!r}); "
+                    f"the index {label!r} holds no dates (first: "
+                    f"{str(column.iloc[0])[:QUOTED]!r}); "
                     "reset_index(drop=True) leaves it out"
                 )
             elif not counts_rows(column) and len(column) > 1:
                 steps = np.diff(column.to_numpy(np.float64))
                 row = int((steps != 1).argmax()) + 1
                 self.problems.append(
-                    f"the index {label!r} does not number the rows one after the other (row {row}: {column.iloc[row]} "
-                    f"follows {column.iloc[row - 1]}): rows are out of order or left out; reset_index(drop=True) or "
+                    f"the index {label!r} does not number the rows one after the other (row {row}: "
+                    f"{column.iloc[row]} "
+                    f"follows {column.iloc[row - 1]}): rows are out of order or left out; "
+                    "reset_index(drop=True) or "
                     "irregular='ignore' takes them as they come"
                 )
 
@@ -219,10 +253,15 @@ class TableReader:
     def check_default(self, table: pd.DataFrame, wanted: list, time: list, ids: list) -> None:
         """Columns without a name and tables without numbers."""
         columns = list(table.columns)
-        unnamed = [i for i, c in enumerate(columns) if str(c).strip() == "" or str(c).startswith("Unnamed: ")]
+        unnamed = [
+            i
+            for i, c in enumerate(columns)
+            if str(c).strip() == "" or str(c).startswith("Unnamed: ")
+        ]
         if unnamed:
             self.problems.append(
-                f"column {unnamed[0]} (counting from 0) has no name: a saved index? Name it, drop it, or give target="
+                f"column {unnamed[0]} (counting from 0) has no name: a saved index? Name it, drop "
+                "it, or give target="
             )
         for column in [c for c in wanted if str(c).casefold() in PERIOD_NAMES][:3]:
             self.notes.append(f"{column!r} is read as a variate; target= leaves it out")
@@ -241,7 +280,9 @@ class TableReader:
         for column in columns:
             empty = table[column].isna().to_numpy()
             if empty.any():
-                self.problems.append(f"id column {column!r}: {empty.sum()} empty cells, {rows(empty)}")
+                self.problems.append(
+                    f"id column {column!r}: {empty.sum()} empty cells, {rows(empty)}"
+                )
                 return None
         if len(columns) < 2:
             return table[columns[0]] if columns else None
@@ -258,12 +299,20 @@ class TableReader:
         if self.how.date_format is not None:
             pass  # numbers in that layout are dates
         elif counts_rows(column) and not self.numbers_are_dates(column):
-            # Following the message or naming the targets: the numbers are no stamps, the rows stay in their order.
-            if self.irregular == "ignore" or (self.how.target is not None and self.how.time is None):
+            # Following the message or naming the targets: the numbers are no stamps, the rows stay
+            # in their order.
+            if self.irregular == "ignore" or (
+                self.how.target is not None and self.how.time is None
+            ):
                 self.notes.append(f"{column.name!r} only numbers the rows: there are no stamps")
                 return None, None
-        elif is_numeric(column) and self.irregular == "ignore" and not self.numbers_are_dates(column):
-            self.notes.append(f"the numbers in {column.name!r} are no dates and were left out: there are no stamps")
+        elif (
+            is_numeric(column) and self.irregular == "ignore" and not self.numbers_are_dates(column)
+        ):
+            self.notes.append(
+                f"the numbers in {column.name!r} are no dates and were left out: there are no "
+                "stamps"
+            )
             return None, None
         found = parse_stamps(
             column,
@@ -282,8 +331,8 @@ class TableReader:
         stamps: Stamps,
         codes: np.ndarray | None = None,
     ) -> list[list]:
-        """Every choice of columns that tells rows of one stamp apart, likely ones first; [] where no
-        stamp repeats.
+        """Every choice of columns that tells rows of one stamp apart, likely ones first; [] where
+        no stamp repeats.
 
         Args:
           taken: columns that are no ids: those of the time, of the ids given, of targets asked for.
@@ -303,7 +352,9 @@ class TableReader:
         able = sorted(able, key=lambda c: (c not in named, is_numeric(table[c])))[:50]
         self.check_clock(table, able, time)
         several = [c for c in able if c in named or tells_apart(table[c], repeats)]
-        choices = [[c] for c in several] + [list(pair) for pair in itertools.combinations(several[:8], 2)]
+        choices = [[c] for c in several] + [
+            list(pair) for pair in itertools.combinations(several[:8], 2)
+        ]
         return [choice for choice in choices if not self.repeated(frame, table, choice)]
 
     def repeated(self, frame: pd.DataFrame, table: pd.DataFrame, columns: list) -> bool:
@@ -326,7 +377,8 @@ class TableReader:
         option = repr(names[0]) if len(names) == 1 else repr(names)
         column = "columns" if len(names) > 1 else "column"
         self.problems = [
-            f"several series follow one another: {column} {' and '.join(map(repr, names))} of {len(kinds)} kinds "
+            f"several series follow one another: {column} {' and '.join(map(repr, names))} of "
+            f"{len(kinds)} kinds "
             f"({first}{more}); id={option} reads each as {self.kind_of_id}"
         ]
         self.stop()
@@ -337,7 +389,10 @@ class TableReader:
         if not clock or len(time) != 1:
             return
         both = [str(time[0]), str(clock[0])]
-        self.problems = [f"stamps of {both[0]!r} repeat, and {both[1]!r} tells them apart: time={both!r} joins them"]
+        self.problems = [
+            f"stamps of {both[0]!r} repeat, and {both[1]!r} tells them apart: time={both!r} joins "
+            "them"
+        ]
         self.stop()
 
     def numbers(self, table: pd.DataFrame, targets: list) -> np.ndarray:
@@ -356,7 +411,8 @@ class TableReader:
         for c in np.flatnonzero(large.any(axis=1))[:LINES]:
             cells = table[targets[c]]
             self.problems.append(
-                f"column {short(targets[c])}: {large[c].sum()} numbers beyond {LARGEST:g}, which is the limit, "
+                f"column {short(targets[c])}: {large[c].sum()} numbers beyond {LARGEST:g}, which "
+                "is the limit, "
                 f"{rows(large[c], cells)}; give the column another unit"
             )
         return values
@@ -369,7 +425,8 @@ class TableReader:
         if is_time(column) or types.is_timedelta64_dtype(column) or types.is_complex_dtype(column):
             hint = f"; time={str(name)!r} takes it as the time" if is_time(column) else ""
             self.problems.append(
-                f"column {short(name)} holds {column.dtype}, not real numbers; convert it, or choose columns with "
+                f"column {short(name)} holds {column.dtype}, not real numbers; convert it, or "
+                "choose columns with "
                 f"target={hint}"
             )
             return np.full(len(column), np.nan)
@@ -379,13 +436,19 @@ class TableReader:
         truth = np.array([isinstance(cell, bool | np.bool_) for cell in column])
         text = column.notna().to_numpy() & (number.isna().to_numpy() | truth)
         if text.any():
-            hint = f"; time={str(name)!r} takes it as the time" if text.all() and holds_dates(column) else ""
+            hint = (
+                f"; time={str(name)!r} takes it as the time"
+                if text.all() and holds_dates(column)
+                else ""
+            )
             self.problems.append(
                 f"column {short(name)}: {text.sum()} cells are not numbers, {rows(text, column)}; "
                 f"clean them (empty = missing) or choose columns with target={hint}"
             )
         elif any(isinstance(cell, str) for cell in column):
-            self.problems.append(f"column {short(name)} holds numbers as text; convert it with pandas.to_numeric")
+            self.problems.append(
+                f"column {short(name)} holds numbers as text; convert it with pandas.to_numeric"
+            )
         return number.to_numpy(np.float64, na_value=np.nan)
 
 
@@ -402,7 +465,9 @@ def joined_time(table: pd.DataFrame, time: list) -> Any:
         whole = is_numeric(cells) and cells.notna().all() and (cells == np.rint(cells)).all()
         text = cells.astype("int64").astype(str) if whole else cells.astype(str)
         if is_time(cells) and not is_numeric(cells):
-            text = pd.Series(pd.DatetimeIndex(pd.to_datetime(cells)).strftime("%Y-%m-%d"), index=cells.index)
+            text = pd.Series(
+                pd.DatetimeIndex(pd.to_datetime(cells)).strftime("%Y-%m-%d"), index=cells.index
+            )
         if whole and str(column).casefold() in ("hour", "hr"):
             text = text + ":00"
         if whole and str(column).casefold() == "quarter":

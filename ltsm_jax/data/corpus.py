@@ -1,12 +1,14 @@
 """Many series of any length as training windows: a folder of files, or an array of generated ones.
 
-The series are laid end to end in one row on the device, and a table of first rows says where a window may begin, so
-that none crosses from one series into the next. What a window may not be (too short a series, too many missing values,
-a flat context) is decided here, once, and counted; nothing is dropped in silence.
+The series are laid end to end in one row on the device, and a table of first rows says where a
+window may begin, so that none crosses from one series into the next. What a window may not be (too
+short a series, too many missing values, a flat context) is decided here, once, and counted; nothing
+is dropped in silence.
 
-Folder: every `.npz`, `.csv`, `.csv.gz` and `.parquet` directly in it. A `.npz` holds `values` (float, all series one
-after another, NaN = missing) and `offsets` (int [n + 1], series i is values[offsets[i]:offsets[i+1]]), optionally
-`names` [n]; further keys are ignored. Of a table each numeric column is a series.
+Folder: every `.npz`, `.csv`, `.csv.gz` and `.parquet` directly in it. A `.npz` holds `values`
+(float, all series one after another, NaN = missing) and `offsets` (int [n + 1], series i is
+values[offsets[i]:offsets[i+1]]), optionally `names` [n]; further keys are ignored. Of a table each
+numeric column is a series.
 """
 
 import dataclasses
@@ -32,9 +34,10 @@ SUFFIXES = (".npz", ".csv", ".csv.gz", ".parquet")
 class Pool:
     """Windows over many series.
 
-    train, val: the two parts; every target row of `val` lies after every row of `train` of the same series. val is None
-      where no window was set aside.
-    notes: how many windows there are and how many series or windows were left out for which reason, one line each.
+    train, val: the two parts; every target row of `val` lies after every row of `train` of the same
+      series. val is None where no window was set aside.
+    notes: how many windows there are and how many series or windows were left out for which reason,
+    one line each.
     """
 
     train: Windows
@@ -57,15 +60,18 @@ def pool(
       series: arrays [T] of any lengths, NaN = missing.
       context_len, horizon: rows of a window's two parts.
       stride: rows from one window of a series to the next, counted back from its last row.
-      val_share: the last so much of each series is for validation: val targets lie in it, train windows before it.
-      max_missing: windows in which a larger share is missing, of the context or of the target, are left out. Holes in
-        the others hold the last value before them (the first after, at the head of a series).
-    Raises: DataError (a ValueError) when not a single training window is left; the counts say why. ValueError for
-      infinite values.
+      val_share: the last so much of each series is for validation: val targets lie in it, train
+        windows before it.
+      max_missing: windows in which a larger share is missing, of the context or of the target, are
+        left out. Holes in the others hold the last value before them (the first after, at the head
+        of a series).
+    Raises: DataError (a ValueError) when not a single training window is left; the counts say why.
+      ValueError for infinite values.
     """
     if min(context_len, horizon, stride) < 1 or not 0 <= val_share < 1 or not 0 <= max_missing < 1:
         raise ValueError(
-            "pool needs context_len, horizon and stride of at least 1 and val_share and max_missing in [0, 1); got "
+            "pool needs context_len, horizon and stride of at least 1 and val_share and "
+            "max_missing in [0, 1); got "
             f"{context_len}, {horizon}, {stride}, {val_share}, {max_missing}"
         )
     length = context_len + horizon
@@ -75,7 +81,10 @@ def pool(
         n_series += 1
         if x.ndim != 1 or np.isinf(x).any():
             infinite = int(np.isinf(x).sum())
-            raise ValueError(f"series {i}: shape {x.shape}, {infinite} infinite values; it must be [T], finite or NaN")
+            raise ValueError(
+                f"series {i}: shape {x.shape}, {infinite} infinite values; it must be [T], finite "
+                "or NaN"
+            )
         if x.size < length:
             left_out[f"series shorter than one window ({length} rows)"] += 1
             continue
@@ -97,22 +106,30 @@ def pool(
         before, after = good + length <= border, good + context_len >= border
         tables["train"].append(offset + good[before])
         tables["val"].append(offset + good[after & ~before])
-        left_out["windows whose target lies across the border of train and val"] += int((~before & ~after).sum())
+        left_out["windows whose target lies across the border of train and val"] += int(
+            (~before & ~after).sum()
+        )
         flat.append(filled)
         offset += x.size
     if offset >= 2**31:
         raise ValueError(f"{offset} values are more than int32 can index; split the corpus")
 
-    starts = {part: np.concatenate(table) if table else np.zeros(0, int) for part, table in tables.items()}
+    starts = {
+        part: np.concatenate(table) if table else np.zeros(0, int) for part, table in tables.items()
+    }
     counts = f"{starts['train'].size} training windows"
     counts += f" and {starts['val'].size} for validation" if val_share else ""
     notes = [f"{n_series} series, of which {len(flat)} are used ({offset} values): {counts}"]
     notes += [f"left out: {count} {reason}" for reason, count in left_out.items() if count]
     if not starts["train"].size:
-        raise DataError(f"no training window of {context_len} + {horizon} rows: " + "; ".join(notes))
+        raise DataError(
+            f"no training window of {context_len} + {horizon} rows: " + "; ".join(notes)
+        )
     values = jnp.asarray(np.concatenate(flat)[None])
     parts = {
-        part: Windows(values, jnp.asarray(s, jnp.int32), jnp.zeros(s.size, jnp.int32), context_len, horizon)
+        part: Windows(
+            values, jnp.asarray(s, jnp.int32), jnp.zeros(s.size, jnp.int32), context_len, horizon
+        )
         for part, s in starts.items()
         if s.size
     }
@@ -120,10 +137,12 @@ def pool(
 
 
 def shared(make: Callable[[], Pool], folder: str | Path) -> Pool:
-    """`make()`, which on several hosts the first alone calls: the others need not read what it reads.
+    """`make()`, which on several hosts the first alone calls: the others need not read what it
+    reads.
 
-    The first writes what it made to `folder`, which all see, and all map it: each host reads of the series what its
-    devices hold (`Windows.over`). All call; `folder` may be removed when the windows are no longer needed.
+    The first writes what it made to `folder`, which all see, and all map it: each host reads of the
+    series what its devices hold (`Windows.over`). All call; `folder` may be removed when the
+    windows are no longer needed.
     """
     if hosts.count() == 1:
         return make()
@@ -135,8 +154,16 @@ def _write(make: Callable[[], Pool], folder: Path) -> None:
     found = make()
     shutil.rmtree(folder, ignore_errors=True)  # of a launch before this one
     folder.mkdir(parents=True)
-    parts = {name: part for name, part in (("train", found.train), ("val", found.val)) if part is not None}
-    facts = {"notes": found.notes, "lengths": [found.train.context_len, found.train.horizon], "parts": {}}
+    parts = {
+        name: part
+        for name, part in (("train", found.train), ("val", found.val))
+        if part is not None
+    }
+    facts = {
+        "notes": found.notes,
+        "lengths": [found.train.context_len, found.train.horizon],
+        "parts": {},
+    }
     for name, part in parts.items():
         of = "train" if part.values is found.train.values else name
         facts["parts"][name] = of
@@ -154,21 +181,26 @@ def _map(folder: Path) -> Pool:
         starts = np.load(folder / f"{name}.starts.npy")
         return Windows(values, starts, np.zeros_like(starts), *facts["lengths"])  # pyright: ignore[reportArgumentType]
 
-    return Pool(part("train"), part("val") if "val" in facts["parts"] else None, tuple(facts["notes"]))
+    return Pool(
+        part("train"), part("val") if "val" in facts["parts"] else None, tuple(facts["notes"])
+    )
 
 
 def read_folder(folder: str | Path, *, leave_out: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """Read every series of a folder by "file/name": float32 [T], NaN = missing. Formats: module docstring.
+    """Read every series of a folder by "file/name": float32 [T], NaN = missing. Formats: module
+    docstring.
 
     Args:
       folder: it holds the files.
-      leave_out: names of files, without what follows the first dot, that are not read, such as those of which a
-        data set for evaluation is made.
-    Raises: FileNotFoundError; ValueError for a name in `leave_out` that no file has; DataError listing every file that
-      cannot be read and why.
+      leave_out: names of files, without what follows the first dot, that are not read, such as
+        those of which a data set for evaluation is made.
+    Raises: FileNotFoundError; ValueError for a name in `leave_out` that no file has; DataError
+      listing every file that cannot be read and why.
     """
     folder = Path(folder)
-    files = sorted(f for f in folder.iterdir() if f.name.endswith(SUFFIXES)) if folder.is_dir() else []
+    files = (
+        sorted(f for f in folder.iterdir() if f.name.endswith(SUFFIXES)) if folder.is_dir() else []
+    )
     if not files:
         raise FileNotFoundError(f"{folder} is not a folder with {', '.join(SUFFIXES)} files")
     if unknown := set(leave_out) - {file.name.split(".")[0] for file in files}:
@@ -181,7 +213,9 @@ def read_folder(folder: str | Path, *, leave_out: Collection[str] = ()) -> dict[
             if not found:
                 raise ValueError("no numeric column")
             series |= {f"{file.name.split('.')[0]}/{name}": x for name, x in found.items()}
-        except Exception as err:  # zip, csv and parquet readers raise what they please: all are collected
+        except (
+            Exception
+        ) as err:  # zip, csv and parquet readers raise what they please: all are collected
             problems.append(f"{file.name}: {type(err).__name__}: {err}")
     if problems:
         raise DataError(f"{folder}: cannot read\n  " + "\n  ".join(problems))
@@ -190,10 +224,12 @@ def read_folder(folder: str | Path, *, leave_out: Collection[str] = ()) -> dict[
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scaled:
-    """Windows in which each window has the scale of its own context: mean 0, std 1 there, values cut at +-`limit`.
+    """Windows in which each window has the scale of its own context: mean 0, std 1 there, values
+    cut at +-`limit`.
 
-    What a loss over series of all sizes needs. A context much calmer than its target counts with a twentieth of the
-    window's std. A pytree like `Windows`; stands in for it wherever `n` and `gather` are all that is asked for.
+    What a loss over series of all sizes needs. A context much calmer than its target counts with a
+    twentieth of the window's std. A pytree like `Windows`; stands in for it wherever `n` and
+    `gather` are all that is asked for.
     """
 
     windows: Windows
@@ -251,13 +287,18 @@ def _before(flags):
 
 
 def _read_npz(file):
-    # opened here, as numpy leaves a file open that is no zip; allow_pickle stays off: the file is data
+    # opened here, as numpy leaves a file open that is no zip; allow_pickle stays off: the file is
+    # data
     with open(file, "rb") as opened, np.load(opened) as z:
         if absent := {"values", "offsets"} - set(z.files):
-            raise ValueError(f"lacks {', '.join(sorted(absent))}; it has {', '.join(z.files) or 'nothing'}")
+            raise ValueError(
+                f"lacks {', '.join(sorted(absent))}; it has {', '.join(z.files) or 'nothing'}"
+            )
         values, offsets = np.asarray(z["values"], np.float32), z["offsets"]
         names = z["names"] if "names" in z.files else np.arange(offsets.size - 1)
-    bounds = offsets.ndim == 1 and offsets.size > 1 and (offsets[0], offsets[-1]) == (0, values.size)
+    bounds = (
+        offsets.ndim == 1 and offsets.size > 1 and (offsets[0], offsets[-1]) == (0, values.size)
+    )
     if not bounds or (np.diff(offsets) < 0).any():
         raise ValueError(f"offsets must rise from 0 to {values.size}, the number of values")
     if len(names) != offsets.size - 1:
@@ -270,4 +311,6 @@ def _read_table(file):
 
     frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
     numeric = frame.select_dtypes("number")
-    return {str(name): numeric[name].to_numpy(np.float32, na_value=np.nan) for name in numeric.columns}
+    return {
+        str(name): numeric[name].to_numpy(np.float32, na_value=np.nan) for name in numeric.columns
+    }

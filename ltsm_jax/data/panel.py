@@ -46,10 +46,10 @@ class Panel:
       tz: zone that the stamps came in, or None.
       rules: the day in the month, for steps of months: one rule for all items or one for each; ()
         has it found from the first stamps of all items.
-      id_name, time_name: names of these columns; None where the table has none. Of several id columns
-        the names, and in `ids` the cells, are joined by "/".
-      id_parts: one row per item with the cells of several id columns under their own names; None: there
-        is one at most.
+      id_name, time_name: names of these columns; None where the table has none. Of several id
+        columns the names, and in `ids` the cells, are joined by "/".
+      id_parts: one row per item with the cells of several id columns under their own names; None:
+        there is one at most.
       past: names of the covariates that are known up to the last target. past_values: [K, R].
       known: names of those that are known ahead. known_values: [K, R]. future_values: [K, N, F],
         the F rows after each item's last, NaN where nothing is known.
@@ -84,14 +84,20 @@ class Panel:
     def __post_init__(self):
         n, rows = len(self.ids), self.values.shape[-1]
         if self.values.ndim != 2 or len(self.columns) != len(self.values):
-            raise DataError(f"values of shape {self.values.shape} need [C, R] and {len(self.columns)} names of targets")
+            raise DataError(
+                f"values of shape {self.values.shape} need [C, R] and {len(self.columns)} names of "
+                "targets"
+            )
         if self.bounds.shape != (n + 1,) or self.bounds[0] != 0 or self.bounds[-1] != rows:
             raise DataError(f"{n} items of {rows} rows need {n + 1} bounds from 0 to {rows}")
         if n < 1 or (np.diff(self.bounds) < 1).any():
             raise DataError("a panel has at least one item, and every item at least one row")
         for names, values in ((self.past, self.past_values), (self.known, self.known_values)):
             if names and (values is None or values.shape != (len(names), rows)):
-                raise DataError(f"{len(names)} covariates ({', '.join(names)}) need values of [{len(names)}, {rows}]")
+                raise DataError(
+                    f"{len(names)} covariates ({', '.join(names)}) need values of [{len(names)}, "
+                    f"{rows}]"
+                )
 
         ahead = self.future_values
         if ahead is not None and ahead.shape[:2] != (len(self.known), n):
@@ -189,10 +195,14 @@ class Panel:
             known_values=cut(self.known_values),
             future_values=None if self.future_values is None else self.future_values[:, items],
             static=None if self.static is None else self.static.iloc[items].reset_index(drop=True),
-            id_parts=None if self.id_parts is None else self.id_parts.iloc[items].reset_index(drop=True),
+            id_parts=None
+            if self.id_parts is None
+            else self.id_parts.iloc[items].reset_index(drop=True),
         )
 
-    def contexts(self, items: np.ndarray, length: int, values: np.ndarray | None = None) -> np.ndarray:
+    def contexts(
+        self, items: np.ndarray, length: int, values: np.ndarray | None = None
+    ) -> np.ndarray:
         """The last `length` rows of `items` [M] as [M, C, length]; NaN in front of shorter ones.
 
         values: [K, R] to cut instead of the targets, such as `past_values`.
@@ -204,7 +214,9 @@ class Panel:
         return np.where(inside, found, np.nan).swapaxes(0, 1)
 
     def stamps_after(self, n: int) -> np.ndarray | None:
-        """The `n` stamps [N, n] that follow each item's last; None where stamps or step are not known."""
+        """The `n` stamps [N, n] that follow each item's last; None where stamps or step are not
+        known.
+        """
         places = (self.lengths - 1)[:, None] + np.arange(1, n + 1)
         return self.stamps_at(np.arange(self.n_items), places)
 

@@ -307,7 +307,8 @@ class GridReader(TableReader):
                     self.freq = freq
                     return on_the_wall, wall_steps, times.tz
                 self.notes.append(
-                    f"the steps are regular in UTC, not on the clock in {times.tz}: the stamps are given in UTC",
+                    f"the steps are regular in UTC, not on the clock in {times.tz}: the stamps are "
+                    "given in UTC",
                 )
                 times.tz = "UTC"
         self.freq = self.freq or common_freq(items, steps)
@@ -476,7 +477,8 @@ class GridReader(TableReader):
             beside += int((~rules[-1].holds(own)).sum())
         if beside and self.irregular != "regularise":
             self.notes.append(
-                f"{beside} stamps lie on another day of the month than most of their item, and are taken for that day",
+                f"{beside} stamps lie on another day of the month than most of their item, and are "
+                "taken for that day",
             )
         return tuple(rules)
 
@@ -529,7 +531,8 @@ class GridReader(TableReader):
         again = pd.DataFrame({"owner": owners, "place": place}).duplicated().to_numpy()
         if again.any():
             self.problems.append(
-                f"future: {int(again.sum())} rows have the id and time of another, first row {ours[again.argmax()]}",
+                f"future: {int(again.sum())} rows have the id and time of another, first row "
+                f"{ours[again.argmax()]}",
             )
         return Ahead(ours, owners, place)
 

@@ -39,8 +39,8 @@ class PanelOptions:
     """How a table of many items is read; the keywords of `read_panel`.
 
     Attributes:
-      id: the column(s) that tell the items apart; several are joined by "/" in messages, and come back
-        under their own names. By default a column
+      id: the column(s) that tell the items apart; several are joined by "/" in messages, and come
+        back under their own names. By default a column
         called id, item_id, unique_id, ... where stamps repeat and it tells them apart, or the
         levels of the index beside the time. A table without one is a single item.
       time: the column(s) of stamps, found as in `ReadingOptions.time`. Whole numbers that are no
@@ -149,7 +149,9 @@ def _read_already(source: Panel | Series, how: PanelOptions) -> Panel:
     if given:
         kind = type(source).__name__
         names = ", ".join(given)
-        raise ValueError(f"{names}: no options of a {kind}, which has been read already; give the table")
+        raise ValueError(
+            f"{names}: no options of a {kind}, which has been read already; give the table"
+        )
     panel = Panel.of(source) if isinstance(source, Series) else source
     return panel if how.name is None else dataclasses.replace(panel, name=how.name)
 
@@ -276,7 +278,9 @@ class _PanelReader(GridReader):
             nameless = str(column).strip() == "" or str(column).startswith("Unnamed: ")
             if column not in apart and nameless and counts_rows(table[column]):
                 name = short(column)
-                self.notes.append(f"a column without a name ({name}) was left out: it numbers the rows")
+                self.notes.append(
+                    f"a column without a name ({name}) was left out: it numbers the rows"
+                )
             elif column not in apart:
                 roles.left.append(column)
         return roles
@@ -289,7 +293,9 @@ class _PanelReader(GridReader):
         found = [column for column in free if holds_dates(table[column])]
         if len(found) > 1:
             names = quote(found)
-            self.problems.append(f"several columns may hold the time: {names}; say which with time=")
+            self.problems.append(
+                f"several columns may hold the time: {names}; say which with time="
+            )
         elif found:
             self.notes.append(f"{str(found[0])!r} is taken as the time; time= says otherwise")
         return found[:1]
@@ -461,7 +467,8 @@ class _PanelReader(GridReader):
         if len(behind) and not roles.known:
             count = len(behind)
             self.notes.append(
-                f"{count} rows behind the last target of their item were cut off: they are the future",
+                f"{count} rows behind the last target of their item were cut off: they are the "
+                "future",
             )
 
     # ---- items ----
@@ -512,19 +519,33 @@ class _PanelReader(GridReader):
             self.notes.append(f"rows of future for ids that the table lacks were left out: {names}")
         return ids, codes, codes_ahead
 
-    def is_of_all_items(self, ahead: pd.DataFrame, roles: _Roles, codes: np.ndarray, times: Times) -> bool:
-        """Whether rows ahead without ids can only mean all of several items: these end at one stamp,
-        and no stamp ahead occurs twice."""
+    def is_of_all_items(
+        self, ahead: pd.DataFrame, roles: _Roles, codes: np.ndarray, times: Times
+    ) -> bool:
+        """Whether rows ahead without ids can only mean all of several items: these end at one
+        stamp, and no stamp ahead occurs twice.
+        """
         n = int(codes.max()) + 1
-        if n < 2 or set(roles.id) & set(ahead.columns) or times.clock is None or times.ahead is None:
+        if (
+            n < 2
+            or set(roles.id) & set(ahead.columns)
+            or times.clock is None
+            or times.ahead is None
+        ):
             return False
         last = np.full(n, np.iinfo(np.int64).min)
         np.maximum.at(last, codes, times.clock)
         return bool((last == last[0]).all()) and len(np.unique(times.ahead)) == len(times.ahead)
 
-    def for_all_items(self, ahead: pd.DataFrame, times: Times, n: int) -> tuple[pd.DataFrame, np.ndarray]:
-        """The rows ahead once for each of `n` items, and the items they then are of; `times` likewise."""
-        self.notes.append(f"future has no ids: its {len(ahead)} rows are taken for each of the {n} items")
+    def for_all_items(
+        self, ahead: pd.DataFrame, times: Times, n: int
+    ) -> tuple[pd.DataFrame, np.ndarray]:
+        """The rows ahead once for each of `n` items, and the items they then are of; `times`
+        likewise.
+        """
+        self.notes.append(
+            f"future has no ids: its {len(ahead)} rows are taken for each of the {n} items"
+        )
         rows = np.tile(np.arange(len(ahead)), n)
         if times.ahead is not None:
             times.ahead = times.ahead[rows]
@@ -547,13 +568,19 @@ class _PanelReader(GridReader):
         if (last < 0).any():
             which = self.several(ids, last < 0)
             self.problems.append(
-                f"not one value of the target{which}: nothing to forecast from; leave these rows out",
+                f"not one value of the target{which}: nothing to forecast from; leave these rows "
+                "out",
             )
         return last
 
     def check_ends(self, values: np.ndarray, roles: _Roles) -> None:
         """Refuse a wide table where some columns go on behind the others: covariates, perhaps."""
-        if self.how.early_ends == "holes" or self.how.target is not None or roles.id or len(values) < 2:
+        if (
+            self.how.early_ends == "holes"
+            or self.how.target is not None
+            or roles.id
+            or len(values) < 2
+        ):
             return
         empty = np.isnan(values)
         ends = [tail(row) for row in empty]
@@ -573,7 +600,8 @@ class _PanelReader(GridReader):
             infinite = np.isinf(row)
             if infinite.any():
                 self.problems.append(
-                    f"column {short(targets[c])}: {int(infinite.sum())} infinite cells, {self.where(infinite, layout)}",
+                    f"column {short(targets[c])}: {int(infinite.sum())} infinite cells, "
+                    f"{self.where(infinite, layout)}",
                 )
             empty = np.isnan(row)
             if not empty.any():
@@ -703,7 +731,8 @@ class _PanelReader(GridReader):
         longest = int(layout.last.max()) + 1
         if width > max(MOST_HOLES * longest, MOST_AHEAD):
             self.problems.append(
-                f"rows of known covariates lie up to {width} steps behind the last target; check the dates",
+                f"rows of known covariates lie up to {width} steps behind the last target; check "
+                "the dates",
             )
             return None
 
@@ -737,7 +766,8 @@ class _PanelReader(GridReader):
         if missing.any():
             which = self.several(layout.ids, np.any(missing, axis=1))
             self.notes.append(
-                f"known covariates are missing for {int(missing.sum())} of {int(needed.sum())} steps "
+                f"known covariates are missing for {int(missing.sum())} of {int(needed.sum())} "
+                "steps "
                 f"ahead{which}: {quote(roles.known)}"
             )
 
@@ -766,7 +796,9 @@ class _PanelReader(GridReader):
             row = self.fact(cells, codes, n)
             if row is None:
                 name = short(column)
-                self.problems.append(f"static column {name} changes within an item: past= or known=")
+                self.problems.append(
+                    f"static column {name} changes within an item: past= or known="
+                )
                 continue
             # An item without a cell has the row -1, which no table has.
             taken = cells.reset_index(drop=True).reindex(row).reset_index(drop=True)

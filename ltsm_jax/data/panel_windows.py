@@ -35,8 +35,9 @@ class Layout:
     """Where the items of a panel lie in the long row of each target, and in which unit.
 
     Attributes:
-      values: [C + K, R] float32, NaN = missing: targets standardised per item by their training rows,
-        then covariates in units of their own around 0, those of the past before those known ahead.
+      values: [C + K, R] float32, NaN = missing: targets standardised per item by their training
+        rows, then covariates in units of their own around 0, those of the past before those known
+        ahead.
       mean, std: [C, N] of these training rows, data units; std is 1 where they do not move.
       front: [N] rows of missing values in front of each item.
       begin: [N] the place of each item's own first row.
@@ -95,7 +96,9 @@ class PanelSplits:
         return self.panel.first
 
     def training(self, horizon: int) -> Windows:
-        """Training windows whose targets have `horizon` rows: that of the cut, or its `target_len`."""
+        """Training windows whose targets have `horizon` rows: that of the cut, or
+        its `target_len`.
+        """
         have = self.train
         origins = _training_origins(self.edges[:, 0], have.context_len, horizon, have.horizon)
         facts = (self.columns, self.most_train, self.seed)
@@ -145,7 +148,9 @@ def cut_panel(
     Raises: DataError where no item is long enough to be split, or holds infinite values.
     """
     if context_len < 1 or horizon < 1:
-        raise ValueError(f"context_len and horizon must be at least 1, got {context_len} and {horizon}")
+        raise ValueError(
+            f"context_len and horizon must be at least 1, got {context_len} and {horizon}"
+        )
     train_context = train_context or context_len
     target_len = max(target_len or horizon, horizon)
 
@@ -156,12 +161,16 @@ def cut_panel(
         most = (int(panel.lengths.max()) - 1) // 2
         fits = f"the longest allows a horizon of {most}" if most >= 1 else "forecast without tuning"
         raise DataError(
-            f"{panel.name}: no item has the {2 * horizon + 1} rows that it takes to train, validate and test at a "
+            f"{panel.name}: no item has the {2 * horizon + 1} rows that it takes to train, "
+            "validate and test at a "
             f"horizon of {horizon}; {fits}"
         )
     if not scored.all():
         short = int((~scored).sum())
-        notes.append(f"{short} of {panel.n_items} items are too short to be split at horizon {horizon} and only train")
+        notes.append(
+            f"{short} of {panel.n_items} items are too short to be split at horizon {horizon} and "
+            "only train"
+        )
 
     # Rows that the first window of each item lacks, whichever of the two lengths a target has.
     front = np.where(scored, np.maximum(context_len - edges[:, 0], 0), 0)
@@ -172,13 +181,16 @@ def cut_panel(
         raise ValueError("covariates go with windows of all targets: joint=True")
     layout, still = _lay_out(panel, edges[:, 0], front, covariates)
 
-    # A still item would be scored in data units, and one of them can outweigh all others. Where there is nothing else,
-    # it is scored all the same.
+    # A still item would be scored in data units, and one of them can outweigh all others. Where
+    # there is nothing else, it is scored all the same.
     flat = still.all(axis=0)
     usable = scored & ~flat
     if usable.any() and (scored & flat).any():
         count = int((scored & flat).sum())
-        notes.append(f"{count} of {panel.n_items} items do not move in their training rows and are not scored")
+        notes.append(
+            f"{count} of {panel.n_items} items do not move in their training rows and are not "
+            "scored"
+        )
     else:
         usable = scored
 
@@ -195,9 +207,14 @@ def cut_panel(
         if found.taken < found.total:
             notes.append(f"{part}: {found.taken:,} of {found.total:,} windows, spread evenly")
         if empty := found.taken - found.windows.n:
-            notes.append(f"{part}: {empty:,} windows left out, without an observed context or target")
+            notes.append(
+                f"{part}: {empty:,} windows left out, without an observed context or target"
+            )
         if part != "train" and not found.windows.n:
-            raise DataError(f"{panel.name}: no {part} window has an observed value in its context and in its target")
+            raise DataError(
+                f"{panel.name}: no {part} window has an observed value in its context and in its "
+                "target"
+            )
         parts[part] = found.windows
     return PanelSplits(
         **parts,
@@ -251,10 +268,11 @@ def _training_origins(
 def _lay_out(
     panel: Panel, train_rows: np.ndarray, front: np.ndarray, covariates: Collection[str]
 ) -> tuple[Layout, np.ndarray]:
-    """The layout, standardised by the first `train_rows` [N] of each item; whether these are still [C, N].
+    """The layout, standardised by the first `train_rows` [N] of each item; whether these are still
+    [C, N].
 
-    Of covariates only the mean of an item is taken away: windows are standardised by themselves, and
-    float32 holds small differences around 0 best.
+    Of covariates only the mean of an item is taken away: windows are standardised by themselves,
+    and float32 holds small differences around 0 best.
     """
     lengths = panel.lengths
     past = panel.past_values if "past" in covariates and panel.past else None
@@ -263,7 +281,8 @@ def _lay_out(
     c, rows = panel.n_variates, int(front.sum()) + panel.n_rows
     if rows > MOST_ROWS:
         raise DataError(
-            f"{panel.name}: {rows:,} rows, with those that shorter items lack in front; at most {MOST_ROWS:,} fit: "
+            f"{panel.name}: {rows:,} rows, with those that shorter items lack in front; at most "
+            f"{MOST_ROWS:,} fit: "
             "take fewer items, or a shorter context"
         )
     out = np.full((c + sum(len(values) for values in beside), rows), np.nan, np.float32)
@@ -277,15 +296,22 @@ def _lay_out(
         lo, hi = int(panel.bounds[a]), int(panel.bounds[b])
         block = panel.values[:, lo:hi]
         if np.isinf(block).any():
-            bad = [name for name, row in zip(panel.columns, block, strict=True) if np.isinf(row).any()]
-            raise DataError(f"{panel.name}: infinite values in {', '.join(bad[:5])}; replace them, or leave them empty")
+            bad = [
+                name for name, row in zip(panel.columns, block, strict=True) if np.isinf(row).any()
+            ]
+            raise DataError(
+                f"{panel.name}: infinite values in {', '.join(bad[:5])}; replace them, or leave "
+                "them empty"
+            )
         own = lengths[a:b]
         within = np.arange(hi - lo) - np.repeat(panel.bounds[a:b] - lo, own)
         trains = within < np.repeat(train_rows[a:b], own)
         ends = panel.bounds[a:b] - lo
         mean[:, a:b], std[:, a:b], still[:, a:b] = _moments(np.where(trains, block, np.nan), ends)
 
-        scaled = (block - np.repeat(mean[:, a:b], own, axis=1)) / np.repeat(std[:, a:b], own, axis=1)
+        scaled = (block - np.repeat(mean[:, a:b], own, axis=1)) / np.repeat(
+            std[:, a:b], own, axis=1
+        )
         place = np.arange(lo, hi) + np.repeat(shift[a:b], own)
         out[:c, place] = scaled
         row = c
@@ -306,7 +332,8 @@ def _lay_out(
 
 
 def _moments(values: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, population std and stillness [C, n] of the observed values of items that begin at `first` [n].
+    """Mean, population std and stillness [C, n] of the observed values of items that begin at
+    `first` [n].
 
     The std of what does not move, or has no value, is 1.
     """
@@ -329,7 +356,9 @@ def _moments(values: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """Windows with an observed context and target, of `taken` that were looked at, of `total` that there are."""
+    """Windows with an observed context and target, of `taken` that were looked at, of `total` that
+    there are.
+    """
 
     windows: Windows
     taken: int
@@ -346,7 +375,9 @@ def _table(
     most: int,
     seed: int,
 ) -> _Table:
-    """Windows of the first origin of each item [N] and those after it, as many as the counts [N] say."""
+    """Windows of the first origin of each item [N] and those after it, as many as the counts [N]
+    say.
+    """
     first, count = origins
     before = np.concatenate([[0], np.cumsum(count)])
     each = int(before[-1])
@@ -359,9 +390,18 @@ def _table(
     item = np.searchsorted(before, place, side="right") - 1
     own_start = first[item] + place - before[item] - context_len
     if (own_start < -layout.front[item]).any():
-        raise ValueError(f"windows of {context_len} + {horizon} rows cross items: cut the panel with this target_len")
+        raise ValueError(
+            f"windows of {context_len} + {horizon} rows cross items: cut the panel with this "
+            "target_len"
+        )
     starts = (layout.begin[item] + own_start).astype(np.int32)
-    seen = _observed(np.asarray(layout.values)[:targets], starts, None if joint else variate, context_len, horizon)
+    seen = _observed(
+        np.asarray(layout.values)[:targets],
+        starts,
+        None if joint else variate,
+        context_len,
+        horizon,
+    )
 
     rows = None if joint else jnp.asarray(variate[seen].astype(np.int32))
     windows = Windows(
@@ -378,7 +418,9 @@ def _table(
 
 
 def spread(n: int, most: int, seed: int) -> np.ndarray:
-    """Numbers below `n`, all of them or `most`: one at random from each of as many equal stretches, int64."""
+    """Numbers below `n`, all of them or `most`: one at random from each of as many equal stretches,
+    int64.
+    """
     if n <= most:
         return np.arange(n)
     edges = np.arange(most + 1, dtype=np.int64) * n // most
@@ -387,7 +429,11 @@ def spread(n: int, most: int, seed: int) -> np.ndarray:
 
 
 def _observed(
-    values: np.ndarray, starts: np.ndarray, variate: np.ndarray | None, context_len: int, horizon: int
+    values: np.ndarray,
+    starts: np.ndarray,
+    variate: np.ndarray | None,
+    context_len: int,
+    horizon: int,
 ) -> np.ndarray:
     """Whether each window [W] has an observed value in its context and one in its target."""
     found = np.zeros(len(starts), bool)

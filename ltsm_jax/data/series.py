@@ -58,9 +58,14 @@ class Series:
 
     def __post_init__(self):
         if self.values.ndim != 2 or len(self.columns) != self.values.shape[0]:
-            raise DataError(f"values of shape {self.values.shape} need [C, T] and {len(self.columns)} column names")
+            raise DataError(
+                f"values of shape {self.values.shape} need [C, T] and {len(self.columns)} column "
+                "names"
+            )
         if self.timestamps is not None and self.timestamps.shape != (self.values.shape[1],):
-            raise DataError(f"{self.values.shape[1]} rows but timestamps of shape {self.timestamps.shape}")
+            raise DataError(
+                f"{self.values.shape[1]} rows but timestamps of shape {self.timestamps.shape}"
+            )
 
     @property
     def n_rows(self) -> int:

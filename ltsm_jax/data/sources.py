@@ -32,12 +32,16 @@ from ltsm_jax.data.stamps import holds_dates
 EXPANSION = 50  # a table of text compresses to a third or a twentieth; zeros alone to a thousandth
 ALWAYS_READ = 100 * 10**6  # expanded bytes, whatever the file's size
 MOST_COLUMNS = 250_000
-SOURCES = "give a path, a pandas DataFrame or Series, an array [T] or [T, C], or a polars or Arrow table"
+SOURCES = (
+    "give a path, a pandas DataFrame or Series, an array [T] or [T, C], or a polars or Arrow table"
+)
 
 
 def stem(path: Path) -> str:
     """The file's name without the endings of data files: "my.data.csv.gz" -> "my.data"."""
-    return re.sub(r"(\.(csv|tsv|tab|txt|npz|parquet|pq|xlsx|xlsm|gz))+$", "", path.name, flags=re.IGNORECASE)
+    return re.sub(
+        r"(\.(csv|tsv|tab|txt|npz|parquet|pq|xlsx|xlsm|gz))+$", "", path.name, flags=re.IGNORECASE
+    )
 
 
 def is_path(source: Any) -> bool:
@@ -96,7 +100,9 @@ def _from_arrow(source: Any) -> pd.DataFrame:
         return _to_pandas(table)
     except (pa.ArrowException, TypeError, ValueError, NotImplementedError) as e:
         kind = type(source).__name__
-        raise DataError(f"data of type {kind} cannot be read ({clip(str(e), 300)}); {SOURCES}") from e
+        raise DataError(
+            f"data of type {kind} cannot be read ({clip(str(e), 300)}); {SOURCES}"
+        ) from e
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
@@ -122,14 +128,17 @@ def read_table(path: Path, header: bool = True, notes: list[str] | None = None) 
     """
     notes = [] if notes is None else notes
     if not path.is_file():
-        raise FileNotFoundError(f"no data file at {path}" + (" (it is a folder)" if path.is_dir() else ""))
+        raise FileNotFoundError(
+            f"no data file at {path}" + (" (it is a folder)" if path.is_dir() else "")
+        )
     if path.name.lower().endswith((".parquet", ".pq")):
         return _read_parquet(path)
     if path.name.lower().endswith((".xlsx", ".xlsm")):
         return _read_sheet(path, notes)
     if not re.search(r"\.(csv|tsv|tab|txt)(\.gz)?$", path.name, flags=re.IGNORECASE):
         raise DataError(
-            f"{path}: cannot tell what this is; .csv, .tsv, .txt (also with .gz), .parquet and .xlsx are read"
+            f"{path}: cannot tell what this is; .csv, .tsv, .txt (also with .gz), .parquet and "
+            ".xlsx are read"
         )
     return _read_text_table(path, header, notes)
 
@@ -151,13 +160,16 @@ def _read_text_table(path: Path, header: bool, notes: list[str]) -> pd.DataFrame
         decimal = "." if separator == "," else ","
         if header and _looks_like_values([name.replace(decimal, ".") for name in names]):
             raise DataError(
-                f"{path}: the first line holds values ({', '.join(n[:40] for n in names[:3])}, ...), not column names; "
+                f"{path}: the first line holds values ({', '.join(n[:40] for n in names[:3])}, "
+                "...), not column names; "
                 "put a line of names above it"
             )
         if not header:
             lines.seek(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # a longer row would lose its last cells
+            warnings.simplefilter(
+                "error", pd.errors.ParserWarning
+            )  # a longer row would lose its last cells
             table = pd.read_csv(
                 lines,
                 sep=separator,
@@ -169,7 +181,8 @@ def _read_text_table(path: Path, header: bool, notes: list[str]) -> pd.DataFrame
             )
     except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error) as e:
         raise DataError(
-            f"{path}: rows of different lengths ({clip(str(e).strip(), 300)}); the header has {len(names)} names"
+            f"{path}: rows of different lengths ({clip(str(e).strip(), 300)}); the header has "
+            f"{len(names)} names"
         ) from e
     except pd.errors.EmptyDataError:
         table = pd.DataFrame()
@@ -187,7 +200,9 @@ def _read_sheet(path: Path, notes: list[str]) -> pd.DataFrame:
     try:
         import openpyxl
     except ImportError as e:
-        raise DataError(f"{path}: a workbook is read by openpyxl, which is not installed: pip install openpyxl") from e
+        raise DataError(
+            f"{path}: a workbook is read by openpyxl, which is not installed: pip install openpyxl"
+        ) from e
     try:
         with zipfile.ZipFile(path) as file:
             _check_expansion(path, sum(part.file_size for part in file.infolist()))
@@ -204,14 +219,21 @@ def _read_sheet(path: Path, notes: list[str]) -> pd.DataFrame:
     return _from_cells(path, cells, sheets, notes)
 
 
-def _from_cells(path: Path, cells: list[tuple], sheets: list[str], notes: list[str]) -> pd.DataFrame:
+def _from_cells(
+    path: Path, cells: list[tuple], sheets: list[str], notes: list[str]
+) -> pd.DataFrame:
     """A table of the rows of a sheet; empty rows and columns around it are left out."""
     table = pd.DataFrame(cells, dtype=object).dropna(how="all").dropna(how="all", axis=1)
     if len(table) < 2:
-        raise DataError(f"{path}: the first sheet ({clip(str(sheets[0]), 40)}) holds no table with a header and rows")
+        raise DataError(
+            f"{path}: the first sheet ({clip(str(sheets[0]), 40)}) holds no table with a header "
+            "and rows"
+        )
     names = ["" if pd.isna(name) else str(name).strip() for name in table.iloc[0]]
     if _looks_like_values(names):
-        raise DataError(f"{path}: the first row holds values ({', '.join(names[:3])}, ...), not column names")
+        raise DataError(
+            f"{path}: the first row holds values ({', '.join(names[:3])}, ...), not column names"
+        )
     if len(sheets) > 1:
         notes.append(f"of {len(sheets)} sheets the first is read, {clip(str(sheets[0]), 40)!r}")
     table = table.iloc[1:].reset_index(drop=True).infer_objects()
@@ -237,7 +259,8 @@ def _check_expansion(path: Path, expanded: int) -> None:
     limit = max(ALWAYS_READ, EXPANSION * path.stat().st_size)
     if expanded > limit:
         raise DataError(
-            f"{path}: {path.stat().st_size / 1e6:.3g} MB expand to more than {limit / 1e6:.0f} MB, {EXPANSION} times "
+            f"{path}: {path.stat().st_size / 1e6:.3g} MB expand to more than {limit / 1e6:.0f} MB, "
+            f"{EXPANSION} times "
             "the file's size; if it is sound, expand it yourself and pass the DataFrame"
         )
 
@@ -285,7 +308,8 @@ def _looks_like_values(names: list[str]) -> bool:
     except ValueError:
         return False
     counted = all(b - a == 1 for a, b in itertools.pairwise(numbers)) and numbers[0] in (0, 1)
-    # Columns numbered by pandas: a name (not a date or a number) before them, or all of 0, 1, 2, ...
+    # Columns numbered by pandas: a name (not a date or a number) before them, or all of 0, 1, 2,
+    # ...
     whole = re.fullmatch(r"0+|1", first) is not None and len(names) > 1
     named = not re.fullmatch(r"[-+\d.eE]+", first) and not holds_dates(pd.Series([first]))
     return not (counted and (named or (whole and numbers[0] == float(first) + 1)))

@@ -1,14 +1,14 @@
 """Train, validation and test parts of a series: borders, scaling, few-shot subsets, windows.
 
-The protocol of the long-term-forecasting literature as Smoothed Full Fine-tuning (Meteor-Stars/SFF) and Timer
-(thuml/Large-Time-Series-Model) use it. Where the released code departs from its own protocol by mistake, the correct
-behaviour is the default and the released one a named quirk:
+The protocol of the long-term-forecasting literature as Smoothed Full Fine-tuning (Meteor-Stars/SFF)
+and Timer (thuml/Large-Time-Series-Model) use it. Where the released code departs from its own
+protocol by mistake, the correct behaviour is the default and the released one a named quirk:
 
 | quirk | effect |
 | --- | --- |
-| `etm1_typo` | ETTm1 is split 70/10/20 of the whole file (its name is misspelt in SFF's list of ETT files) |
+| `etm1_typo` | ETTm1 is split 70/10/20 of the whole file (its name is misspelt in SFF's list) |
 | `pems_ratio` | PEMS files are split 70/10/20 (only the exact name "PEMS" gets 60/20/20 there) |
-| `few_shot_stride` | few-shot windows are every int(1 // ratio)-th one, so that the tail of the table is never seen |
+| `few_shot_stride` | few-shot windows are every int(1 // ratio)-th: the tail is never seen |
 """
 
 import dataclasses
@@ -30,10 +30,11 @@ PARTS = ("train", "val", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Borders:
-    """Row ranges [lo, hi) of the three parts; every TARGET row of a part's windows lies in its range.
+    """Row ranges [lo, hi) of the three parts; every TARGET row of a part's windows lies in its
+    range.
 
-    Validation and test windows take their context from up to `context_len` rows before `lo`; training windows lie
-    wholly inside their range.
+    Validation and test windows take their context from up to `context_len` rows before `lo`;
+    training windows lie wholly inside their range.
 
     Raises: ValueError when a range is negative or empty, or the parts overlap or are out of order.
     """
@@ -50,9 +51,11 @@ class Borders:
 
 
 def borders_of(name: str | None, n_rows: int, quirks: Collection[str] = frozenset()) -> Borders:
-    """Borders of a benchmark by its name or alias; of any other series (or None) 70/10/20 percent of `n_rows`.
+    """Borders of a benchmark by its name or alias; of any other series (or None) 70/10/20 percent
+    of `n_rows`.
 
-    Raises: ValueError for an unknown quirk, and when the benchmark's borders do not fit in `n_rows`.
+    Raises: ValueError for an unknown quirk, and when the benchmark's borders do not fit in
+    `n_rows`.
     """
     quirks = _known(quirks)
     benchmark = benchmarks.find(name) if name else None
@@ -64,12 +67,14 @@ def borders_of(name: str | None, n_rows: int, quirks: Collection[str] = frozense
         rule = (0.7, 0.2)
     if len(rule) == 3:
         a, b, c = rule
-    else:  # int() of the float product, as in the released code: it decides the last row of each part
+    else:
+        # int() of the float product, as in the released code: it decides the last row of each part
         a, b, c = int(n_rows * rule[0]), n_rows - int(n_rows * rule[1]), n_rows
     if c > n_rows or not 0 < a < b < c:
         why = "is the file cut short?" if len(rule) == 3 else "it is too short to be split."
         raise DataError(
-            f"{name or 'series'}: {n_rows} rows do not hold the parts train [0, {a}), val [{a}, {b}), test [{b}, {c}): "
+            f"{name or 'series'}: {n_rows} rows do not hold the parts train [0, {a}), val [{a}, "
+            f"{b}), test [{b}, {c}): "
             f"{why} Other borders can be given as borders=Borders(train=..., val=..., test=...)"
         )
     return Borders((0, a), (a, b), (b, c))
@@ -84,16 +89,22 @@ def _known(quirks: Collection[str]) -> frozenset[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scaler:
-    """Standardisation of each variate with `mean` [C] and population `std` [C] of its training rows (float64)."""
+    """Standardisation of each variate with `mean` [C] and population `std` [C] of its training rows
+    (float64).
+    """
 
     mean: np.ndarray
     std: np.ndarray
 
     @classmethod
     def fit(cls, values: np.ndarray) -> "Scaler":
-        """From the observed values of [C, T] in data units; one that is constant there gets std 1: it becomes zeros."""
+        """From the observed values of [C, T] in data units; one that is constant there gets std 1:
+        it becomes zeros.
+        """
         if not np.isnan(values).any() and np.abs(values).max() <= 1e100:
-            constant = values.max(axis=1) == values.min(axis=1)  # exact, where a computed std may be 1e-17
+            constant = values.max(axis=1) == values.min(
+                axis=1
+            )  # exact, where a computed std may be 1e-17
             return cls(values.mean(axis=1), np.where(constant, 1.0, values.std(axis=1)))
 
         mean, std = np.zeros(len(values)), np.ones(len(values))
@@ -119,10 +130,12 @@ class Scaler:
 
 
 def few_shot_indices(n: int, ratio: float, quirks: Collection[str] = frozenset()) -> np.ndarray:
-    """Which of `n` training windows a few-shot run sees, int64 [max(int(n * ratio), 1)]; not random.
+    """Which of `n` training windows a few-shot run sees, int64 [max(int(n * ratio), 1)]; not
+    random.
 
-    Evenly spread over the whole table: floor(j * n / m) for j = 0..m-1. With quirk `few_shot_stride` the released
-    j * int(1 // ratio): rounded down (1 // 0.1 is 9), it leaves out the last windows, hence the last variates.
+    Evenly spread over the whole table: floor(j * n / m) for j = 0..m-1. With quirk
+    `few_shot_stride` the released j * int(1 // ratio): rounded down (1 // 0.1 is 9), it leaves out
+    the last windows, hence the last variates.
 
     Raises: ValueError when ratio is outside (0, 1].
     """
@@ -134,13 +147,17 @@ def few_shot_indices(n: int, ratio: float, quirks: Collection[str] = frozenset()
 
 
 def naive_scale(scaled: np.ndarray, season: int) -> np.ndarray:
-    """Mean absolute error of the seasonal naive forecast, per variate [C]: mean |y_t - y_(t-season)| over [C, T].
+    """Mean absolute error of the seasonal naive forecast, per variate [C]: mean |y_t -
+    y_(t-season)| over [C, T].
 
-    The denominator of MASE (Hyndman & Koehler 2006). 0 for a variate that repeats exactly: MASE is undefined there.
+    The denominator of MASE (Hyndman & Koehler 2006). 0 for a variate that repeats exactly: MASE is
+    undefined there.
     Raises: ValueError when T <= season or season < 1.
     """
     if not 1 <= season < scaled.shape[1]:
-        raise ValueError(f"a season of {season} rows needs more than {season} rows, there are {scaled.shape[1]}")
+        raise ValueError(
+            f"a season of {season} rows needs more than {season} rows, there are {scaled.shape[1]}"
+        )
     steps_CT = np.abs(scaled[:, season:] - scaled[:, :-season])
     if not np.isnan(steps_CT).any():
         return steps_CT.mean(axis=1)
@@ -178,12 +195,16 @@ class Splits:
         return self.series.timestamps
 
     def training(self, horizon: int) -> Windows:
-        """Training windows whose targets have `horizon` rows, the same share of them as of `train`."""
+        """Training windows whose targets have `horizon` rows, the same share of them as
+        of `train`.
+        """
         have = self.train
         if horizon == have.horizon:
             return have
         facts = {"columns": have.columns, "timestamps": have.timestamps}
-        full = windows_between(have.values, *self.borders.train, have.context_len, horizon, joint=have.joint, **facts)
+        full = windows_between(
+            have.values, *self.borders.train, have.context_len, horizon, joint=have.joint, **facts
+        )
         if self.few_shot == 1:
             return full
         return full.take(few_shot_indices(full.n, self.few_shot, self.quirks))
@@ -204,28 +225,35 @@ def prepare(
     quirks: Collection[str] = frozenset(),
     joint: bool = False,
 ) -> Splits:
-    """Splits, standardises and windows a series: stride 1, no window left out, the series on the device once.
+    """Splits, standardises and windows a series: stride 1, no window left out, the series on the
+    device once.
 
-    Missing values (NaN) stay missing. Windows without any observed value in their context or their target cannot be
-    used; `notes` counts them.
+    Missing values (NaN) stay missing. Windows without any observed value in their context or their
+    target cannot be used; `notes` counts them.
 
     Args:
       context_len, horizon: rows a window shows and rows it asks for.
       borders: by default those of `series.benchmark`, else 70/10/20 percent.
-      few_shot: share of the training windows kept (`few_shot_indices`); validation, test and scaling stay full.
+      few_shot: share of the training windows kept (`few_shot_indices`); validation, test and
+        scaling stay full.
       quirks: released behaviours to follow, of `QUIRKS`.
       joint: windows of all variates instead of one variate each.
 
-    Raises: ValueError when a part is too short for one window, naming each such part and what would fit; when the
-      series holds infinity, or no window of a part has observed values; for unknown quirks or a bad `few_shot`.
+    Raises: ValueError when a part is too short for one window, naming each such part and what would
+      fit; when the series holds infinity, or no window of a part has observed values; for unknown
+      quirks or a bad `few_shot`.
     """
     quirks = _known(quirks)
     borders = borders or borders_of(series.benchmark, series.n_rows, quirks)
     _check_room(series, borders, context_len, horizon)
-    bad = [name for name, row in zip(series.columns, series.values, strict=True) if np.isinf(row).any()]
+    bad = [
+        name for name, row in zip(series.columns, series.values, strict=True) if np.isinf(row).any()
+    ]
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise DataError(f"{series.name}: infinite values in {shown}; replace them, or leave them empty")
+        raise DataError(
+            f"{series.name}: infinite values in {shown}; replace them, or leave them empty"
+        )
 
     train_rows = series.values[:, slice(*borders.train)]
     scaler = Scaler.fit(train_rows)
@@ -236,7 +264,9 @@ def prepare(
         if not np.isnan(row).all() and np.nanmax(row) == np.nanmin(row)
     ]
     if still:
-        notes.append(f"constant in the training rows, so only shifted, not scaled: {', '.join(still)}")
+        notes.append(
+            f"constant in the training rows, so only shifted, not scaled: {', '.join(still)}"
+        )
         log.warning("%s: %s", series.name, notes[-1])
 
     values = jnp.asarray(scaler.transform(series.values), jnp.float32)
@@ -246,12 +276,19 @@ def prepare(
         lo, hi = getattr(borders, part)
         lo = lo if part == "train" else lo - context_len
         try:
-            parts[part] = windows_between(values, lo, hi, context_len, horizon, joint=joint, **facts)
+            parts[part] = windows_between(
+                values, lo, hi, context_len, horizon, joint=joint, **facts
+            )
         except ValueError as err:
-            raise DataError(f"{series.name}, {part}: {err}; read it with missing='interpolate'") from None
+            raise DataError(
+                f"{series.name}, {part}: {err}; read it with missing='interpolate'"
+            ) from None
         whole = (hi - lo - context_len - horizon + 1) * (1 if joint else series.n_variates)
         if left_out := whole - parts[part].n:
-            notes.append(f"{part}: {left_out} of {whole} windows left out, without an observed context or target")
+            notes.append(
+                f"{part}: {left_out} of {whole} windows left out, without an observed context or "
+                "target"
+            )
     if few_shot != 1:
         parts["train"] = parts["train"].take(few_shot_indices(parts["train"].n, few_shot, quirks))
     return Splits(
@@ -266,18 +303,29 @@ def prepare(
 
 
 def _check_room(series: Series, borders: Borders, context_len: int, horizon: int) -> None:
-    """Every part holds at least one window, or a DataError that says which do not and what would fit."""
+    """Every part holds at least one window, or a DataError that says which do not and what would
+    fit.
+    """
     if context_len < 1 or horizon < 1:
-        raise ValueError(f"context_len and horizon must be at least 1, got {context_len} and {horizon}")
+        raise ValueError(
+            f"context_len and horizon must be at least 1, got {context_len} and {horizon}"
+        )
     if borders.test[1] > series.n_rows:
-        raise DataError(f"{series.name}: the borders end at row {borders.test[1]}, the series has {series.n_rows} rows")
+        raise DataError(
+            f"{series.name}: the borders end at row {borders.test[1]}, the series has "
+            f"{series.n_rows} rows"
+        )
     n_train, n_val, n_test = (hi - lo for lo, hi in (borders.train, borders.val, borders.test))
     problems = []
     if n_train < context_len + horizon:
         need = context_len + horizon
-        problems.append(f"train: {n_train} rows, needs {need} ({context_len} context + {horizon} horizon)")
+        problems.append(
+            f"train: {n_train} rows, needs {need} ({context_len} context + {horizon} horizon)"
+        )
     problems += [
-        f"{part}: {n} rows, needs {horizon} (horizon)" for part, n in (("val", n_val), ("test", n_test)) if n < horizon
+        f"{part}: {n} rows, needs {horizon} (horizon)"
+        for part, n in (("val", n_val), ("test", n_test))
+        if n < horizon
     ]
     if not problems:
         return
@@ -286,10 +334,13 @@ def _check_room(series: Series, borders: Borders, context_len: int, horizon: int
     if horizon <= most_horizon:
         fits.append(f"horizon {horizon} with context up to {n_train - horizon}")
     if n_train > context_len:
-        fits.append(f"context {context_len} with horizon up to {min(n_train - context_len, n_val, n_test)}")
+        fits.append(
+            f"context {context_len} with horizon up to {min(n_train - context_len, n_val, n_test)}"
+        )
     fits.append(f"in general context + horizon <= {n_train} with horizon <= {most_horizon}")
     raise DataError(
-        f"{series.name} ({series.n_rows} rows) is too short for windows of {context_len} + {horizon}:\n  "
+        f"{series.name} ({series.n_rows} rows) is too short for windows of {context_len} + "
+        f"{horizon}:\n  "
         + "\n  ".join(problems)
         + f"\nThe rows hold: {'; '.join(fits)}; a model may take less. Or give other borders."
     )

@@ -34,7 +34,8 @@ EPOCHS = {
 NAT = np.datetime64("NaT", "D")
 HOUR = 3600 * 10**6
 NO_DATES = (
-    "numbers that are no dates (first: {}); convert it, or take the rows as they come, without stamps, "
+    "numbers that are no dates (first: {}); convert it, or take the rows as they come, without "
+    "stamps, "
     "by irregular='ignore'"
 )
 
@@ -200,9 +201,13 @@ def _from_objects(column: Any, problems: list[str]) -> tuple[np.ndarray, str | N
     except (ValueError, TypeError):  # several zones, or with and without one
         zoned = [getattr(cell, "tzinfo", None) is not None for cell in column]
         if not all(zoned):
-            problems.append(f"time column {column.name!r}: some stamps have a zone and some have none")
+            problems.append(
+                f"time column {column.name!r}: some stamps have a zone and some have none"
+            )
             return None
-        offsets = np.array([cell.utcoffset() for cell in column], "timedelta64[us]").astype(np.int64)
+        offsets = np.array([cell.utcoffset() for cell in column], "timedelta64[us]").astype(
+            np.int64
+        )
         utc = pd.to_datetime(column, utc=True).dt.tz_localize(None)
         utc = utc.to_numpy().astype("datetime64[us]")
         return utc, _zone_of_offsets(utc, offsets, column.name, [])
@@ -248,11 +253,17 @@ def _zone_of_offsets(utc: np.ndarray, offsets: np.ndarray, name: Any, notes: lis
     # Names of a region and a place: the others are old, or not known to every release of pandas.
     places = [zone for zone in sorted(zoneinfo.available_timezones()) if "/" in zone]
     for zone in (*usual, *places):
-        likely = np.array_equal((to_wall(utc[asked], zone) - utc[asked]).astype(np.int64), offsets[asked])
+        likely = np.array_equal(
+            (to_wall(utc[asked], zone) - utc[asked]).astype(np.int64), offsets[asked]
+        )
         if likely and np.array_equal((to_wall(utc, zone) - utc).astype(np.int64), offsets):
-            notes.append(f"the UTC offsets of {name!r} change as in {zone}, which is taken for the zone")
+            notes.append(
+                f"the UTC offsets of {name!r} change as in {zone}, which is taken for the zone"
+            )
             return zone
-    notes.append(f"the offsets of {name!r} change as in no known zone: its stamps are converted to UTC")
+    notes.append(
+        f"the offsets of {name!r} change as in no known zone: its stamps are converted to UTC"
+    )
     return "UTC"
 
 
@@ -266,7 +277,9 @@ def _fast_iso(column: Any) -> tuple[np.ndarray, np.ndarray | None] | None:
     None for a column of anything else.
     """
     first = column.iloc[0] if len(column) else None
-    match = re.fullmatch(f"({_ISO})({_ISO_ZONE})?", first.strip()) if isinstance(first, str) else None
+    match = (
+        re.fullmatch(f"({_ISO})({_ISO_ZONE})?", first.strip()) if isinstance(first, str) else None
+    )
     if match is None:
         return None
     cells = column.str.strip()
@@ -298,7 +311,11 @@ def _as_text(column: Any) -> Any:
     number = column.to_numpy(np.float64, na_value=np.nan)
     if pd.api.types.is_integer_dtype(column):
         text = column.astype("int64").astype(str)
-    elif np.isfinite(number).all() and (number == np.rint(number)).all() and abs(number).max() < 2**53:
+    elif (
+        np.isfinite(number).all()
+        and (number == np.rint(number)).all()
+        and abs(number).max() < 2**53
+    ):
         text = pd.Series(number.astype(np.int64).astype(str), index=column.index)
     elif number.min() > 1e8 and number.max() < 1e11:  # seconds with a fraction
         return pd.Series([f"{cell:.6f}" for cell in number], index=column.index)
@@ -323,7 +340,9 @@ def _without_zone(cells: Any, name: Any, problems: list[str]) -> tuple[Any, np.n
         return cells, None
     if not with_zone.all():
         odd = ~with_zone if with_zone.mean() > 0.5 else with_zone
-        kind = "no zone, the others have one" if with_zone.mean() > 0.5 else "a zone, the others none"
+        kind = (
+            "no zone, the others have one" if with_zone.mean() > 0.5 else "a zone, the others none"
+        )
         problems.append(f"time column {name!r}: {odd.sum()} cells have {kind}, {rows(odd, cells)}")
         return cells, None
     codes, kinds = pd.factorize(found["zone"])
@@ -339,7 +358,9 @@ def _offset(zone: str) -> int:
     return (-size if zone.startswith("-") else size) * 60 * 10**6
 
 
-def _choose(readings: list[Reading], cells: Any, column: Any, freq: str | None, problems: list[str]) -> Reading | None:
+def _choose(
+    readings: list[Reading], cells: Any, column: Any, freq: str | None, problems: list[str]
+) -> Reading | None:
     """The one reading that holds; what is wrong or undecided goes to `problems`."""
     name = column.name
     whole = [r for r in readings if not np.isnat(r.stamps).any()]
@@ -350,8 +371,12 @@ def _choose(readings: list[Reading], cells: Any, column: Any, freq: str | None, 
     if not whole:
         best = min(readings, key=lambda r: int(np.isnat(r.stamps).sum()), default=None)
         unread = np.isnat(best.stamps) if best else np.ones(len(cells), bool)
-        like = "" if unread.all() else f"; the others are written like {cells[~unread].iloc[0][:40]!r}"
-        problems.append(f"time column {name!r}: {unread.sum()} cells are no dates, {rows(unread, cells)}{like}")
+        like = (
+            "" if unread.all() else f"; the others are written like {cells[~unread].iloc[0][:40]!r}"
+        )
+        problems.append(
+            f"time column {name!r}: {unread.sum()} cells are no dates, {rows(unread, cells)}{like}"
+        )
         return None
 
     different: list[Reading] = []
@@ -360,7 +385,9 @@ def _choose(readings: list[Reading], cells: Any, column: Any, freq: str | None, 
             different.append(reading)
     if len(different) > 1:
         fills = [_fill(reading.stamps, freq) for reading in different]
-        likely = [r for r, fill in zip(different, fills, strict=True) if fill > max(0.8 * max(fills), 0.5)]
+        likely = [
+            r for r, fill in zip(different, fills, strict=True) if fill > max(0.8 * max(fills), 0.5)
+        ]
         different = likely or different
     if len(different) > 1:
         problems.append(_both(different[:3], cells, name))
@@ -392,9 +419,8 @@ def _both(readings: list[Reading], cells: Any, name: Any) -> str:
         date = "" if reading.refusal else f"{show(reading.stamps[row])} "
         shown.append(f"{date}({', '.join(facts)})")
     return (
-        f"time column {name!r} can be read in {len(readings)} ways: row {row} {cells.iloc[row][:40]!r} is "
-        + " or ".join(shown)
-        + "; say which with date_format="
+        f"time column {name!r} can be read in {len(readings)} ways: row {row} "
+        f"{cells.iloc[row][:40]!r} is " + " or ".join(shown) + "; say which with date_format="
     )
 
 
@@ -421,7 +447,9 @@ def _strptime(cells: Any, layout: str) -> np.ndarray:
 
 
 def _short_months(text: str) -> str:
-    return re.sub(r"[A-Za-z]{3,}\.?", lambda word: word[0][:3] if _month(word[0]) else word[0], text)
+    return re.sub(
+        r"[A-Za-z]{3,}\.?", lambda word: word[0][:3] if _month(word[0]) else word[0], text
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -446,7 +474,9 @@ def _parts(cells: Any) -> tuple[Any, np.ndarray] | None:
     part = np.nan_to_num(_floats(found["part"].str.slice(0, 6).str.ljust(6, "0")))
     half = found["half"].str[0].str.upper()
     twelve = half.notna().to_numpy()
-    wrong = (minute > 59) | (second > 59) | (hour > 24) | ((hour == 24) & (minute + second + part > 0))
+    wrong = (
+        (minute > 59) | (second > 59) | (hour > 24) | ((hour == 24) & (minute + second + part > 0))
+    )
     wrong |= twelve & ((hour < 1) | (hour > 12))
     hour = np.where(twelve, hour % 12 + 12 * (half == "P").to_numpy(), hour)
     into = np.nan_to_num(hour) * HOUR + minute * 60e6 + second * 1e6 + part
@@ -584,7 +614,9 @@ def _reading(words: list[list[str]], fields: list[int], roles: str, rank: int) -
     return Reading(stamps, "".join(layout), rank, note, refusal)
 
 
-def _dates(parts: dict[str, np.ndarray], years: tuple[int, int] = (1000, 2999)) -> tuple[np.ndarray, str]:
+def _dates(
+    parts: dict[str, np.ndarray], years: tuple[int, int] = (1000, 2999)
+) -> tuple[np.ndarray, str]:
     """(dates [U] datetime64[us] of years, months and days; NaT where there is no such date, what to
     say of them)."""
     count = len(next(iter(parts.values())))
@@ -650,12 +682,18 @@ def _compact(words: list[list[str]], bare: bool) -> Iterator[Reading]:
             yield Reading(np.array(since, np.int64).astype("datetime64[us]"), rank=2)
 
 
-def _lettered(words: list[list[str]], shape: tuple[str, ...], letters: list[int]) -> Iterator[Reading]:
+def _lettered(
+    words: list[list[str]], shape: tuple[str, ...], letters: list[int]
+) -> Iterator[Reading]:
     """Quarters, months and weeks by letter, dates [U]: 2024Q1, 2024-Q1, Q1 2024, 1Q2024, 2024M01,
     2024-W05-1."""
     letter = shape[letters[0]].upper()
     numbers = [i for i, kind in enumerate(shape) if kind == "0"]
-    if len(letters) > 1 or letter not in ("Q", "M", "W") or not 2 <= len(numbers) <= 2 + (letter == "W"):
+    if (
+        len(letters) > 1
+        or letter not in ("Q", "M", "W")
+        or not 2 <= len(numbers) <= 2 + (letter == "W")
+    ):
         return
     at = letters[0]
     # The number right behind the letter, else right before it.

@@ -96,11 +96,15 @@ def check_options(options: Any, columns: Sequence[str]) -> None:
         if isinstance(value, Iterable) and not isinstance(value, str | list | tuple):
             object.__setattr__(options, option, list(value))
     if options.date_format is not None and not isinstance(options.date_format, str):
-        raise ValueError(f"date_format must be text such as '%d/%m/%Y', not {options.date_format!r}")
+        raise ValueError(
+            f"date_format must be text such as '%d/%m/%Y', not {options.date_format!r}"
+        )
     for option, allowed in (("missing", MISSING), ("irregular", IRREGULAR)):
         value = getattr(options, option)
         if value not in allowed and not (option == "irregular" and value is None):
-            raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+            raise ValueError(
+                f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}"
+            )
     if options.freq is not None and options.freq != "oov":
         object.__setattr__(options, "freq", canonical_freq(options.freq))
 
@@ -168,7 +172,8 @@ class _SeriesReader(TableReader):
         values = self.fill(values, targets, at)
         if stamps is not None and "timestamp" in targets:
             self.problems.append(
-                "a column to read is called 'timestamp' beside the time, and a forecast has a column of that name: "
+                "a column to read is called 'timestamp' beside the time, and a forecast has a "
+                "column of that name: "
                 "rename it, or leave it out with target="
             )
         self.stop()
@@ -231,7 +236,9 @@ class _SeriesReader(TableReader):
         freq = self.freq or infer_freq(wall)
         if freq is None or not on_wall(freq) or grid_share(wall, freq) >= grid_share(stamps, freq):
             return tz
-        self.notes.append(f"the steps are regular in UTC, not on the clock in {tz}: the stamps are given in UTC")
+        self.notes.append(
+            f"the steps are regular in UTC, not on the clock in {tz}: the stamps are given in UTC"
+        )
         return "UTC"
 
     def look_for_ids(self, table: pd.DataFrame, time: list, targets: list, stamps: Stamps) -> None:
@@ -249,7 +256,9 @@ class _SeriesReader(TableReader):
         if named and not given:
             self.refuse_ids(table, named[:1])
 
-    def on_grid(self, stamps: np.ndarray, values: np.ndarray, tz: str | None) -> tuple[np.ndarray, np.ndarray]:
+    def on_grid(
+        self, stamps: np.ndarray, values: np.ndarray, tz: str | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(stamps, values) checked or put on the regular grid, as `irregular` says."""
         clock = self.clock(stamps, tz)
         self.freq = self.freq or infer_freq(clock)
@@ -273,23 +282,32 @@ class _SeriesReader(TableReader):
         if (steps < 0).any():
             i = int((steps < 0).argmax()) + 1
             count = (steps < 0).sum()
-            found.append(f"{count} stamps earlier than the one before, first in row {i}: {show(clock[i])}")
+            found.append(
+                f"{count} stamps earlier than the one before, first in row {i}: {show(clock[i])}"
+            )
         unique, first_rows = np.unique(clock, return_index=True)
         if len(unique) < len(clock):
             again = np.ones(len(clock), bool)
             again[first_rows] = False
             i = int(again.argmax())
             found.append(f"{again.sum()} stamps repeated, first in row {i}: {show(clock[i])}")
-        advice = "irregular='regularise' sorts the rows and puts them on the regular grid, holes missing"
+        advice = (
+            "irregular='regularise' sorts the rows and puts them on the regular grid, holes missing"
+        )
         if self.freq is None and len(unique) > 1:
             found.append("no step of time to be found in the stamps; give freq=")
-            advice = "give freq= with irregular='regularise', which puts the rows on that grid, holes missing"
+            advice = (
+                "give freq= with irregular='regularise', which puts the rows on that grid, "
+                "holes missing"
+            )
         elif self.freq is not None and rounded_step(unique) is None:
             places = Grid.through(unique, self.freq).places(unique)
             wrong = np.abs(np.diff(places) - 1) > 1e-9
             if wrong.any():
                 i = int(wrong.argmax()) + 1
-                where = f"first in row {first_rows[i]}: {show(unique[i])} follows {show(unique[i - 1])}"
+                where = (
+                    f"first in row {first_rows[i]}: {show(unique[i])} follows {show(unique[i - 1])}"
+                )
                 found.append(f"{wrong.sum()} steps that are not {self.freq}, {where}")
         if found:
             self.problems += [f"time: {f}" for f in found]
@@ -317,7 +335,8 @@ class _SeriesReader(TableReader):
         n = int(at.max()) - start + 1
         if n > 20 * len(clock):
             self.problems.append(
-                f"time: a grid of step {self.freq} would have {n} rows for {len(clock)} stamps; give a longer freq="
+                f"time: a grid of step {self.freq} would have {n} rows for {len(clock)} stamps; "
+                "give a longer freq="
             )
             return None
         values = np.full((len(tracks), n), np.nan)
@@ -334,7 +353,8 @@ class _SeriesReader(TableReader):
         unsorted = int((np.diff(clock[tracks[0][0]]).astype(np.int64) < 0).sum())
         if unsorted or met or holes or off.any():
             self.notes.append(
-                f"put on a grid of step {self.freq}: {unsorted} stamps out of order, {off.sum()} rows moved to the "
+                f"put on a grid of step {self.freq}: {unsorted} stamps out of order, {off.sum()} "
+                "rows moved to the "
                 f"nearest stamp, {met} averaged with another, {holes} of {n} rows were holes"
             )
         return grid.stamps(start + np.arange(n)), values
@@ -348,11 +368,20 @@ class _SeriesReader(TableReader):
         ids share."""
         if self.problems or not targets:
             return stamps, values, targets  # the cells can still be checked
-        groups = {key: np.asarray(at) for key, at in ids.groupby(ids, sort=False, observed=True).indices.items()}
-        names = [f"{key}" if len(targets) == 1 else f"{key}/{target}" for key in groups for target in targets]
+        groups = {
+            key: np.asarray(at)
+            for key, at in ids.groupby(ids, sort=False, observed=True).indices.items()
+        }
+        names = [
+            f"{key}" if len(targets) == 1 else f"{key}/{target}"
+            for key in groups
+            for target in targets
+        ]
         counts = collections.Counter(names)
         if doubled := sorted(name for name, count in counts.items() if count > 1):
-            self.problems.append(f"ids and targets give one name twice: {quote(doubled)}; rename them")
+            self.problems.append(
+                f"ids and targets give one name twice: {quote(doubled)}; rename them"
+            )
             return stamps, values, targets
 
         tracks = [(at, values[c, at]) for at in groups.values() for c in range(len(targets))]
@@ -380,12 +409,22 @@ class _SeriesReader(TableReader):
         """Ids whose stamps differ from the first one's, and what to do."""
         lines = []
         for key in [next(iter(groups)), *odd[:3]]:
-            span = "" if stamps is None else f", {show(stamps[groups[key][0]])} to {show(stamps[groups[key][-1]])}"
+            span = (
+                ""
+                if stamps is None
+                else f", {show(stamps[groups[key][0]])} to {show(stamps[groups[key][-1]])}"
+            )
             lines.append(f"{str(key)[:QUOTED]}: {len(groups[key])} rows{span}")
-        hint = "" if stamps is None else "; irregular='regularise' with missing='keep' puts them on one grid, holes NaN"
+        hint = (
+            ""
+            if stamps is None
+            else "; irregular='regularise' with missing='keep' puts them on one grid, holes NaN"
+        )
         return (
-            f"{len(odd)} of {len(groups)} ids have other stamps or lengths than the first, so they are not variates of "
-            f"one series ({'; '.join(lines)}); read each id on its own, as the rows of a DataFrame where "
+            f"{len(odd)} of {len(groups)} ids have other stamps or lengths than the first, so they "
+            "are not variates of "
+            f"one series ({'; '.join(lines)}); read each id on its own, as the rows of a DataFrame "
+            "where "
             f"{str(name)[:QUOTED]!r} is that id{hint}"
         )
 
@@ -399,7 +438,9 @@ class _SeriesReader(TableReader):
             return stamps, values
         end = int(np.flatnonzero(seen)[-1]) + 1
         count = values.shape[1] - end
-        self.notes.append(f"the last {count} rows hold no value and were cut off: they are the future")
+        self.notes.append(
+            f"the last {count} rows hold no value and were cut off: they are the future"
+        )
         return None if stamps is None else stamps[:end], values[:, :end]
 
     def fill(self, values: np.ndarray, columns: list, stamps: Stamps) -> np.ndarray:
@@ -417,7 +458,11 @@ class _SeriesReader(TableReader):
             infinite = np.isinf(values[c])
             missing = np.zeros_like(infinite) if self.how.missing == "keep" else np.isnan(values[c])
             kinds = ((missing, "missing"), (infinite, "infinite"))
-            what = [f"{mask.sum()} {kind}, {rows(mask, stamps=stamps)}" for mask, kind in kinds if mask.any()]
+            what = [
+                f"{mask.sum()} {kind}, {rows(mask, stamps=stamps)}"
+                for mask, kind in kinds
+                if mask.any()
+            ]
             end = tail(bad[c])
             if bad[c].all():
                 self.problems.append(f"column {name}: not one finite value")
@@ -425,13 +470,16 @@ class _SeriesReader(TableReader):
                 # Infinite cells are no holes: "keep" refuses them too.
                 kept = "" if infinite.any() else "missing='keep' leaves them empty, "
                 self.problems.append(
-                    f"column {name}: {'; '.join(what)}; missing='interpolate' fills them, {kept}or clean the "
+                    f"column {name}: {'; '.join(what)}; missing='interpolate' fills them, {kept}or "
+                    "clean the "
                     f"column{ends}"
                 )
             elif interpolate and end > max(longest_gap(bad[c]), 1) and end > tail(bad.all(axis=0)):
                 self.problems.append(
-                    f"column {name}: the last {end} rows are empty where other columns go on, and a forecast would "
-                    "begin after them; name the columns to forecast by target=, which cuts the rows off as the future, "
+                    f"column {name}: the last {end} rows are empty where other columns go on, and "
+                    "a forecast would "
+                    "begin after them; name the columns to forecast by target=, which cuts the "
+                    "rows off as the future, "
                     "or leave them empty by missing='keep'"
                 )
             else:
@@ -441,7 +489,9 @@ class _SeriesReader(TableReader):
                 values[c, bad[c]] = np.interp(every[bad[c]], every[~bad[c]], values[c, ~bad[c]])
         if changed:
             done = "filled by linear interpolation" if interpolate else "kept"
-            self.notes.append(f"missing cells {done} ({100 * bad.mean():.3g} % of all): {quote(changed)}")
+            self.notes.append(
+                f"missing cells {done} ({100 * bad.mean():.3g} % of all): {quote(changed)}"
+            )
         return values
 
     def future_rows(self, values: np.ndarray) -> str:

@@ -36,8 +36,9 @@ SHOWN = 60  # characters of a line in an error
 class LabelledExamples:
     """What a `.ts` file holds.
 
-    name: of the problem. values: [N, C, T] float32, shorter examples with NaN in front; missing values
-    are NaN. labels: [N] int32, numbers of `classes`. classes: names, in the order of the header.
+    name: of the problem. values: [N, C, T] float32, shorter examples with NaN in front; missing
+    values are NaN. labels: [N] int32, numbers of `classes`. classes: names, in the order of the
+    header.
     """
 
     name: str
@@ -65,7 +66,9 @@ def read_ts(path: str | Path) -> LabelledExamples:
         if line and not line.startswith("#"):
             example, label = _example(f"{path.name}, line {number}", line)
             if label not in classes:
-                raise DataError(f"{path.name}, line {number}: the header has no class {label[:SHOWN]!r}")
+                raise DataError(
+                    f"{path.name}, line {number}: the header has no class {label[:SHOWN]!r}"
+                )
             examples.append(example)
             labels.append(classes.index(label))
     if not examples:
@@ -80,14 +83,18 @@ def read_ts(path: str | Path) -> LabelledExamples:
 
 
 def _header(name: str, lines: list[str]) -> tuple[dict[str, str], int]:
-    """Read the lines up to @data: their values by lower-case name, and the number of the line after it."""
+    """Read the lines up to @data: their values by lower-case name, and the number of the line after
+    it.
+    """
     found = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         if not line.startswith("@"):
-            raise DataError(f"{name}, line {number}: expected @name value before @data, not {line[:SHOWN]!r}")
+            raise DataError(
+                f"{name}, line {number}: expected @name value before @data, not {line[:SHOWN]!r}"
+            )
         key, _, value = line[1:].partition(" ")
         key = key.lower()
         if key == "data":
@@ -103,7 +110,9 @@ def _classes(name: str, header: dict[str, str]) -> tuple[str, ...]:
         raise DataError(f"{name}: files with time stamps are not read")
     has, *classes = header.get("classlabel", "").split() or [""]
     if has.lower() != "true" or len(classes) < 2:
-        raise DataError(f"{name}: the header needs '@classLabel true' and the names of at least two classes")
+        raise DataError(
+            f"{name}: the header needs '@classLabel true' and the names of at least two classes"
+        )
     if len(set(classes)) < len(classes):
         raise DataError(f"{name}: a class is named twice in the header")
     return tuple(classes)
@@ -143,7 +152,9 @@ def _padded(name: str, examples: list[list[np.ndarray]], header: dict[str, str])
     count = counts.pop()
     told = header.get("dimensions") or header.get("dimension")
     if told and told.isdigit() and int(told) != count:
-        raise DataError(f"{name}: the header says {told[:SHOWN]} dimensions, the examples have {count}")
+        raise DataError(
+            f"{name}: the header says {told[:SHOWN]} dimensions, the examples have {count}"
+        )
     longest = max(max(len(row) for row in example) for example in examples)
     values = np.full((len(examples), count, longest), np.nan, np.float32)
     for example, into in zip(examples, values, strict=True):
@@ -158,7 +169,8 @@ def read_problem(path: str | Path) -> tuple[LabelledExamples, LabelledExamples]:
     """Read the training and the test part of a problem.
 
     Args:
-      path: `<name>_TRAIN.ts`, beside which `<name>_TEST.ts` lies, or a folder that holds one such pair.
+      path: `<name>_TRAIN.ts`, beside which `<name>_TEST.ts` lies, or a folder that holds one such
+        pair.
     Raises: ValueError for parts that do not go together, or a folder with none or several pairs;
       FileNotFoundError.
     """

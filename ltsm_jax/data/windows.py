@@ -1,12 +1,14 @@
 """Windows of a series, gathered on the device, and the order in which training sees them.
 
-The series lies on the device once, `[C, T]` float32; a window is a (variate, first row) pair, and a batch is a vector
-of window numbers. Nothing but those numbers moves during training, and they are a pure function of (key, epoch,
-batch): a resumed run needs no loader state to see the same batches in the same order.
+The series lies on the device once, `[C, T]` float32; a window is a (variate, first row) pair, and a
+batch is a vector of window numbers. Nothing but those numbers moves during training, and they are a
+pure function of (key, epoch, batch): a resumed run needs no loader state to see the same batches in
+the same order.
 
 A series too large for every device to hold is spread over the devices of a mesh (`Windows.over`).
 
-Shapes: B batch, C variates, T rows of the series, L context rows, H horizon rows, N windows, P parts of a series.
+Shapes: B batch, C variates, T rows of the series, L context rows, H horizon rows, N windows, P
+parts of a series.
 """
 
 import dataclasses
@@ -25,17 +27,21 @@ LIMIT = 10.0  # targets that many deviations of their context away count no more
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """A table of windows over one series; a pytree, to be passed to jitted functions as an argument.
+    """A table of windows over one series; a pytree, to be passed to jitted functions as an
+    argument.
 
     Attributes:
-      values: [C, T] float32, in the units in which the model is trained and scored (`prepare` gives scaled units); an
-        array of the device or, mapped from a file, of the host, until `over` places it.
+      values: [C, T] float32, in the units in which the model is trained and scored (`prepare` gives
+        scaled units); an array of the device or, mapped from a file, of the host, until `over`
+        places it.
       starts: [N] int32, first context row of each window.
-      rows: [N] int32, the variate of each window; None when every window holds all variates (`joint`).
+      rows: [N] int32, the variate of each window; None when every window holds all variates
+        (`joint`).
       context_len, horizon: L and H; static under jit.
-      columns, timestamps: names and stamps for `describe`. They stay on the host: inside jit they are empty.
-      n_past, n_known: how many of the last rows of `values` are covariates: of joint windows those of the past, then
-        those that are known ahead. Static under jit.
+      columns, timestamps: names and stamps for `describe`. They stay on the host: inside jit they
+        are empty.
+      n_past, n_known: how many of the last rows of `values` are covariates: of joint windows those
+        of the past, then those that are known ahead. Static under jit.
     """
 
     values: jax.Array
@@ -65,8 +71,9 @@ class Windows:
     def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
         """The windows numbered `indices` [B] (each in [0, N)) as a batch, inside or outside jit.
 
-        Returns: {"context": [B, 1, L], "target": [B, 1, H]}; [B, C, L] and [B, C, H] when joint. With covariates also
-          "past" [B, n_past, L] and "known" [B, n_known, L + H], see `models.family.Batch`.
+        Returns: {"context": [B, 1, L], "target": [B, 1, H]}; [B, C, L] and [B, C, H] when joint.
+          With covariates also "past" [B, n_past, L] and "known" [B, n_known, L + H], see
+          `models.family.Batch`.
         """
         return self._as_batch(self._cut(indices))
 
@@ -90,7 +97,10 @@ class Windows:
                 covariates["past"] = past[..., : self.context_len]
             if self.n_known:
                 covariates["known"] = known
-        return {"context": x_BCT[..., : self.context_len], "target": x_BCT[..., self.context_len :]} | covariates
+        return {
+            "context": x_BCT[..., : self.context_len],
+            "target": x_BCT[..., self.context_len :],
+        } | covariates
 
     def take(self, indices: np.ndarray) -> "Windows":
         """The same series with only the windows numbered `indices`, in that order."""
@@ -98,13 +108,19 @@ class Windows:
         return dataclasses.replace(self, starts=self.starts[indices], rows=rows)
 
     def over(self, mesh: Mesh | None) -> "Windows":
-        """The same windows where the devices can cut them: to be called once, before the steps that do.
+        """The same windows where the devices can cut them: to be called once, before the steps that
+        do.
 
-        On a mesh the series lies whole on every device, or, from `WHOLE_BYTES` on, in parts (`Spread`), and of a series
-        mapped from a file each host reads only what its devices hold. All hosts call.
+        On a mesh the series lies whole on every device, or, from `WHOLE_BYTES` on, in parts
+        (`Spread`), and of a series mapped from a file each host reads only what its devices hold.
+        All hosts call.
         """
         if mesh is None:
-            return self._apart() if self._few() else dataclasses.replace(self, values=jnp.asarray(self.values))
+            return (
+                self._apart()
+                if self._few()
+                else dataclasses.replace(self, values=jnp.asarray(self.values))
+            )
         if self.values.nbytes < WHOLE_BYTES:
             return sharding.Placement(mesh).replicate(self)
         return _spread(self, mesh)
@@ -116,8 +132,8 @@ class Windows:
     def _apart(self) -> "Windows":
         """Cut the windows apart: a series of its own for each, `values` [N, L + H].
 
-        Batches are the same bits. What is compiled depends on the number of windows and no longer on the series, so
-        that runs with as many windows of several data sets share it.
+        Batches are the same bits. What is compiled depends on the number of windows and no longer
+        on the series, so that runs with as many windows of several data sets share it.
         """
         steps_S = np.arange(self.context_len + self.horizon)
         at_NS = np.asarray(self.starts)[:, None] + steps_S
@@ -129,8 +145,9 @@ class Windows:
     def describe(self, i: int) -> dict[str, Any]:
         """Where window `i` lies, for reports and error messages (host only).
 
-        Returns: {"window", "variate" (None when joint), "column", "start", "target_start", "stop"} with rows counted
-        in the series, `stop` exclusive; with stamps known also {"first", "target_first", "last"}.
+        Returns: {"window", "variate" (None when joint), "column", "start", "target_start", "stop"}
+        with rows counted in the series, `stop` exclusive; with stamps known also {"first",
+        "target_first", "last"}.
         """
         if not 0 <= i < self.n:
             raise ValueError(f"window {i} does not exist: there are {self.n}, counted from 0")
@@ -158,7 +175,10 @@ jax.tree_util.register_dataclass(
     Windows,
     data_fields=["values", "starts", "rows"],
     meta_fields=["context_len", "horizon", "n_past", "n_known"],
-    drop_fields=["columns", "timestamps"],  # host-only: they are no part of a compiled function's key
+    drop_fields=[
+        "columns",
+        "timestamps",
+    ],  # host-only: they are no part of a compiled function's key
 )
 
 
@@ -167,7 +187,8 @@ class Spread(Windows):
     """`Windows` over a series of which each of the P devices of a mesh holds one part.
 
     Attributes:
-      values: [P, C, S + L + H - 1]: part p has rows p * S and following, and so all windows that begin in its S rows.
+      values: [P, C, S + L + H - 1]: part p has rows p * S and following, and so all windows that
+        begin in its S rows.
       mesh: over whose devices axis 0 is split; static under jit.
     """
 
@@ -180,8 +201,9 @@ class Spread(Windows):
         return self
 
     def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
-        """As `Windows.gather`, bit for bit: each device cuts what begins in its part, and the rows of the batch that
-        are each device's come together there."""
+        """As `Windows.gather`, bit for bit: each device cuts what begins in its part, and the rows
+        of the batch that are each device's come together there.
+        """
         assert self.mesh is not None
         mesh, width, b = self.mesh, self.context_len + self.horizon, len(indices)
         part_len = self.values.shape[2] - width + 1
@@ -192,7 +214,9 @@ class Spread(Windows):
             mine_B = (starts_B >= 0) & (starts_B < part_len)
             rows_B = None if rows is None else rows[indices]
             here = Windows(values[0], starts_B, rows_B, self.context_len, self.horizon)
-            x_BCT = here._cut(jnp.arange(len(indices)))  # of starts elsewhere some rows or other, which go to 0
+            x_BCT = here._cut(
+                jnp.arange(len(indices))
+            )  # of starts elsewhere some rows or other, which go to 0
             x_BCT = jnp.where(mine_B[:, None, None], x_BCT, 0.0)
             x_BCT = jax.lax.psum(x_BCT, "tensor")
             return jax.lax.psum_scatter(x_BCT, ("data", "fsdp"), scatter_dimension=0, tiled=True)
@@ -244,11 +268,13 @@ def _spread(windows: Windows, mesh: Mesh) -> Spread:
 
 
 def context_scale(x: Any) -> tuple[Any, Any]:
-    """(mean, std) [..., 1] of the observed values of `x` [..., T], which a model sees as (x - mean) / std.
+    """(mean, std) [..., 1] of the observed values of `x` [..., T], which a model sees as (x - mean)
+    / std.
 
-    A context that does not move, but for rounding, has its own size as std, or 1 where it is zero, so that a forecast
-    does not depend on the unit. One without any observed value has mean 0 and std 1. Works on NumPy and JAX arrays of
-    any float dtype and size: squares are taken of values of at most 1.
+    A context that does not move, but for rounding, has its own size as std, or 1 where it is zero,
+    so that a forecast does not depend on the unit. One without any observed value has mean 0 and
+    std 1. Works on NumPy and JAX arrays of any float dtype and size: squares are taken of values of
+    at most 1.
     """
     xp = np if isinstance(x, np.ndarray) else jnp
     observed = ~xp.isnan(x)
@@ -268,10 +294,11 @@ def context_scale(x: Any) -> tuple[Any, Any]:
 
 
 def scaled_covariates(x: Any, length: int) -> Any:
-    """Covariates [..., T] by mean and deviation of what is observed of their first `length` steps, float32.
+    """Covariates [..., T] by mean and deviation of what is observed of their first `length` steps,
+    float32.
 
-    One that does not move there is only moved to 0: its size says nothing about its future. Works on NumPy and JAX
-    arrays.
+    One that does not move there is only moved to 0: its size says nothing about its future. Works
+    on NumPy and JAX arrays.
     """
     xp = np if isinstance(x, np.ndarray) else jnp
     seen = x[..., :length]
@@ -284,10 +311,12 @@ def scaled_covariates(x: Any, length: int) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OwnScale:
-    """Windows of which each is standardised by its own context, see `context_scale`; targets are cut at `LIMIT`.
+    """Windows of which each is standardised by its own context, see `context_scale`; targets are
+    cut at `LIMIT`.
 
-    What training on a table sees, as what a forecast of it sees: no row outside a window has a say in it. A pytree like
-    `Windows`; stands in for it wherever `n`, `gather`, `over` and the tables are all that is asked for.
+    What training on a table sees, as what a forecast of it sees: no row outside a window has a say
+    in it. A pytree like `Windows`; stands in for it wherever `n`, `gather`, `over` and the tables
+    are all that is asked for.
     """
 
     windows: Windows
@@ -320,7 +349,9 @@ class OwnScale:
         return self.windows.describe(i)
 
     def gather(self, indices: jax.Array) -> dict[str, jax.Array]:
-        """As `Windows.gather`, standardised per window and variate; covariates by `scaled_covariates`."""
+        """As `Windows.gather`, standardised per window and variate; covariates by
+        `scaled_covariates`.
+        """
         batch = self.windows.gather(indices)
         length = batch["context"].shape[-1]
         for name in ("past", "known"):
@@ -338,12 +369,15 @@ jax.tree_util.register_dataclass(OwnScale, data_fields=["windows"], meta_fields=
 def observed_in(values: np.ndarray, windows: Windows) -> np.ndarray:
     """Whether window i has an observed value in its context and one in its target: bool [N].
 
-    values: [C, T], those of the windows, on the host. Windows of all variates need one of any variate.
+    values: [C, T], those of the windows, on the host. Windows of all variates need one of any
+    variate.
     """
     seen_CT: Any = ~np.isnan(values)
     if windows.rows is None:
         seen_CT = seen_CT.any(axis=0, keepdims=True)
-    before = np.concatenate([np.zeros((len(seen_CT), 1), np.int64), np.cumsum(seen_CT, axis=1)], axis=1)
+    before = np.concatenate(
+        [np.zeros((len(seen_CT), 1), np.int64), np.cumsum(seen_CT, axis=1)], axis=1
+    )
     row = 0 if windows.rows is None else np.asarray(windows.rows)
     first = np.asarray(windows.starts)
     middle = first + windows.context_len
@@ -363,36 +397,45 @@ def windows_between(
     joint: bool = False,
     **facts: Any,
 ) -> Windows:
-    """Every window (stride 1) that lies wholly in rows [lo, hi) of `values` [C, T], variate by variate.
+    """Every window (stride 1) that lies wholly in rows [lo, hi) of `values` [C, T], variate by
+    variate.
 
-    Window i is variate i // W from row lo + i % W, with W = hi - lo - context_len - horizon + 1 (joint: N = W). Where
-    values are missing (NaN), windows without any in their context or their target are left out.
-    `facts`: `columns`, `timestamps` for `Windows.describe`.
+    Window i is variate i // W from row lo + i % W, with W = hi - lo - context_len - horizon + 1
+    (joint: N = W). Where values are missing (NaN), windows without any in their context or their
+    target are left out. `facts`: `columns`, `timestamps` for `Windows.describe`.
 
-    Raises: ValueError when the range leaves the series, a length is not positive, no window fits, or none of those
-      that fit has an observed value in its context and in its target.
+    Raises: ValueError when the range leaves the series, a length is not positive, no window fits,
+      or none of those that fit has an observed value in its context and in its target.
     """
     n_variates, n_rows = values.shape
     n_starts = hi - lo - context_len - horizon + 1
     if context_len < 1 or horizon < 1:
-        raise ValueError(f"context_len and horizon must be at least 1, got {context_len} and {horizon}")
+        raise ValueError(
+            f"context_len and horizon must be at least 1, got {context_len} and {horizon}"
+        )
     if not 0 <= lo <= hi <= n_rows:
         raise ValueError(f"rows [{lo}, {hi}) are not inside the series of {n_rows} rows")
     if n_starts < 1:
         need = context_len + horizon
-        raise ValueError(f"{hi - lo} rows are too few for one window of {context_len} + {horizon} = {need} rows")
+        raise ValueError(
+            f"{hi - lo} rows are too few for one window of {context_len} + {horizon} = {need} rows"
+        )
     starts = np.arange(lo, lo + n_starts, dtype=np.int32)
     rows = None
     if not joint:
         rows = jnp.asarray(np.repeat(np.arange(n_variates, dtype=np.int32), n_starts))
         starts = np.tile(starts, n_variates)
-    found = Windows(jnp.asarray(values, jnp.float32), jnp.asarray(starts), rows, context_len, horizon, **facts)
+    found = Windows(
+        jnp.asarray(values, jnp.float32), jnp.asarray(starts), rows, context_len, horizon, **facts
+    )
     on_host = np.asarray(found.values)
     if not np.isnan(on_host).any():
         return found
     kept = np.flatnonzero(observed_in(on_host, found))
     if not len(kept):
-        raise ValueError(f"no window of rows [{lo}, {hi}) has an observed value in its context and in its target")
+        raise ValueError(
+            f"no window of rows [{lo}, {hi}) has an observed value in its context and in its target"
+        )
     return found.take(kept)
 
 
@@ -402,12 +445,14 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 
 
 def epoch_order(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Array:
-    """The order of epoch `epoch`: a permutation of 0..n-1, int32 [n], a pure function of (key, epoch, n).
+    """The order of epoch `epoch`: a permutation of 0..n-1, int32 [n], a pure function of (key,
+    epoch, n).
 
     `n` is static under jit, `epoch` may be traced.
     """
-    # One sort by 64 random bits each: a third of the time of jax.random.permutation at ten million windows. The number
-    # itself is the last key, so that the order never depends on how a device breaks ties.
+    # One sort by 64 random bits each: a third of the time of jax.random.permutation at ten million
+    # windows. The number itself is the last key, so that the order never depends on how a device
+    # breaks ties.
     bits_2N = jax.random.bits(jax.random.fold_in(key, epoch), (2, n), jnp.uint32)
     number_N = jnp.arange(n, dtype=jnp.int32)
     return jax.lax.sort((bits_2N[0], bits_2N[1], number_N), num_keys=3, is_stable=False)[2]
@@ -416,8 +461,8 @@ def epoch_order(key: jax.Array, epoch: int | jax.Array, n: int) -> jax.Array:
 def batch_at(order: jax.Array, b: int | jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
     """Batch `b` of an epoch seen in `order` [n]: (indices [B] int32, weight [B] float32).
 
-    The last batch is filled up to `batch_size` with window 0 at weight 0, so that every batch has one shape and no
-    window is lost. `b` may be traced, `batch_size` is static.
+    The last batch is filled up to `batch_size` with window 0 at weight 0, so that every batch has
+    one shape and no window is lost. `b` may be traced, `batch_size` is static.
     """
     n = order.shape[0]
     place = b * batch_size + jnp.arange(batch_size, dtype=jnp.int32)

@@ -1,4 +1,6 @@
-"""Directions through the space of parameters: random ones, those of a training run, and those between models."""
+"""Directions through the space of parameters: random ones, those of a training run, and those
+between models.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -49,12 +51,18 @@ def random_directions(
         raise ValueError(f"there must be at least 1 direction, got {n}")
     key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
     leaves = trees.flatten(params)
-    skipped = trees.flatten(trees.select(params, skip)) if skip is not None else dict.fromkeys(leaves, False)
+    skipped = (
+        trees.flatten(trees.select(params, skip))
+        if skip is not None
+        else dict.fromkeys(leaves, False)
+    )
 
     found = []
     for one in jax.random.split(key, n):
         direction = []
-        for (path, leaf), leaf_key in zip(leaves.items(), jax.random.split(one, len(leaves)), strict=True):
+        for (path, leaf), leaf_key in zip(
+            leaves.items(), jax.random.split(one, len(leaves)), strict=True
+        ):
             leaf = jnp.asarray(leaf)
             still = skipped[path] or (zero_vectors and leaf.ndim <= 1)
             if still or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -84,7 +92,11 @@ def _beside(x: jax.Array, leaf: jax.Array) -> jax.Array:
     if not getattr(leaf, "committed", False):
         return x
     where = leaf.sharding
-    return sharding.put(x, where) if isinstance(where, jax.sharding.NamedSharding) else jax.device_put(x, where)
+    return (
+        sharding.put(x, where)
+        if isinstance(where, jax.sharding.NamedSharding)
+        else jax.device_put(x, where)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +147,9 @@ def plane_through(models: Mapping[str, Tree]) -> Plane:
     Source: Garipov et al., "Loss Surfaces, Mode Connectivity" (NeurIPS 2018, arXiv 1802.10026).
     """
     if len(models) != 3:
-        raise ValueError(f"a plane goes through three models, got {len(models)}: {', '.join(models)}")
+        raise ValueError(
+            f"a plane goes through three models, got {len(models)}: {', '.join(models)}"
+        )
     (first, a), (second, b), (third, c) = models.items()
     trees.require_same(a, b, (first, second))
     trees.require_same(a, c, (first, third))
@@ -149,7 +163,9 @@ def plane_through(models: Mapping[str, Tree]) -> Plane:
     across = _plus(other, u, -x)
     height = _norm(across)
     if height <= 1e-6 * max(_norm(other), width):
-        raise ValueError(f"{first}, {second} and {third} lie on one line: use one direction instead")
+        raise ValueError(
+            f"{first}, {second} and {third} lie on one line: use one direction instead"
+        )
     v = _scaled(across, 1 / height)
     return Plane(a, (u, v), {first: (0.0, 0.0), second: (width, 0.0), third: (x, height)})
 

@@ -1,4 +1,6 @@
-"""The loss on a grid of points around a model: computed on all devices, kept on disk as it grows."""
+"""The loss on a grid of points around a model: computed on all devices, kept on disk as
+it grows.
+"""
 
 import dataclasses
 import functools
@@ -22,7 +24,8 @@ Loss = Callable[[Tree], jax.Array]
 
 POINTS = "points.json"  # the losses of the finished points, in a folder
 CALL = 32  # points of one call at most, for each device, where they are computed one after another
-CALL_SECONDS = 0.5  # of such a call: long enough to hide what lies between two, short enough to stop and to save
+# of such a call: long enough to hide what lies between two, short enough to stop and to save
+CALL_SECONDS = 0.5
 AGAIN = 8  # stored points that are computed again, to see whether the loss is the same
 MOST = 64  # points at once on an accelerator: beyond that it is busy anyway
 SHARE = 0.5  # of the free memory for the points at once
@@ -124,8 +127,12 @@ def _second_difference(loss: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def _nearest_crossing(loss: np.ndarray, x: np.ndarray, y: np.ndarray, level: float) -> float:
-    """Smallest distance from (0, 0) to where the loss passes `level` between two neighbours along the last axis."""
-    loss = np.where(np.isfinite(loss), loss, np.float64(np.finfo(np.float32).max)).astype(np.float64)
+    """Smallest distance from (0, 0) to where the loss passes `level` between two neighbours along
+    the last axis.
+    """
+    loss = np.where(np.isfinite(loss), loss, np.float64(np.finfo(np.float32).max)).astype(
+        np.float64
+    )
     before, after = loss[:, :-1], loss[:, 1:]
     crossed = (before < level) != (after < level)
     if not crossed.any():
@@ -137,7 +144,9 @@ def _nearest_crossing(loss: np.ndarray, x: np.ndarray, y: np.ndarray, level: flo
 
 
 def axis(radius: float, points: int) -> np.ndarray:
-    """Give `points` numbers from -radius to radius, evenly spaced; of an odd number the middle one is exactly 0."""
+    """Give `points` numbers from -radius to radius, evenly spaced; of an odd number the middle one
+    is exactly 0.
+    """
     return radius * (np.arange(points) * 2 - (points - 1)) / (points - 1)
 
 
@@ -192,7 +201,9 @@ def surface(
     x = axis(radius, _checked(points, radius)) if x is None else np.asarray(x, np.float64)
     if len(ways) == 1:
         if y is not None:
-            raise ValueError("y is for a plane, and there is one direction: give two, or leave y out")
+            raise ValueError(
+                "y is for a plane, and there is one direction: give two, or leave y out"
+            )
     else:
         y = axis(radius, _checked(points, radius)) if y is None else np.asarray(y, np.float64)
     places = _places(x, y)
@@ -220,7 +231,9 @@ def surface(
         counts = np.clip(count - each * np.arange(devices), 0, each).astype(np.int32)
         if spread is not None:
             part, counts = placement.replicate(part), placement.replicate(counts)
-        found = _losses(loss, params, ways, part, counts, at_once=at_once, spread=spread, placement=placement)
+        found = _losses(
+            loss, params, ways, part, counts, at_once=at_once, spread=spread, placement=placement
+        )
         return sharding.on_host(found)[:count]
 
     found = kept.begin(at_once, compute)
@@ -293,7 +306,9 @@ def _is_tree(loss: Loss) -> bool:
 
 def _spread_over(placement: Placement, params: Tree, loss: Loss) -> Mesh | None:
     """The mesh among whose devices the points are split; None where they are not."""
-    whole = all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    whole = all(
+        leaf.is_fully_replicated for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)
+    )
     rows = getattr(loss, "placement", None)
     if placement.mesh is None or not whole or (rows is not None and rows.mesh is not None):
         return None
@@ -301,7 +316,9 @@ def _spread_over(placement: Placement, params: Tree, loss: Loss) -> Mesh | None:
 
 
 def moved(params: Tree, directions: Sequence[Tree], place: jax.Array) -> Tree:
-    """Compute `params + place[0] * directions[0] + ...`, in float32 at least; leaves keep their dtype."""
+    """Compute `params + place[0] * directions[0] + ...`, in float32 at least; leaves keep their
+    dtype.
+    """
 
     def move(leaf, *ways):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -340,13 +357,17 @@ def _losses(
         def at(place):
             found = prepared(moved(params, directions, place))
             if jnp.shape(found) != ():
-                raise ValueError(f"the loss must return a scalar; it returns shape {jnp.shape(found)}")
+                raise ValueError(
+                    f"the loss must return a scalar; it returns shape {jnp.shape(found)}"
+                )
             return jnp.asarray(found, jnp.float32)
 
         if at_once > 1:
             return jax.lax.map(at, places, batch_size=at_once)
         losses = jnp.zeros(len(places), jnp.float32)
-        return jax.lax.fori_loop(0, counts[0], lambda i, found: found.at[i].set(at(places[i])), losses)
+        return jax.lax.fori_loop(
+            0, counts[0], lambda i, found: found.at[i].set(at(places[i])), losses
+        )
 
     if spread is None:
         return placement.everywhere(several(loss, params, directions, places, counts))
@@ -361,7 +382,9 @@ def _losses(
     return placement.everywhere(over(loss, params, directions, places, counts))
 
 
-def _points_at_once(loss: Loss, params: Tree, directions: tuple[Tree, ...], places: np.ndarray) -> int:
+def _points_at_once(
+    loss: Loss, params: Tree, directions: tuple[Tree, ...], places: np.ndarray
+) -> int:
     """Choose how many points each device computes at once: 1 on a CPU, else by the free memory.
 
     A CPU has no idle units that more points would fill, and more of them leave its caches
@@ -374,7 +397,9 @@ def _points_at_once(loss: Loss, params: Tree, directions: tuple[Tree, ...], plac
     if platform == "cpu" or free is None:
         return 1
     first, count = places[:1].astype(np.float32), np.ones(1, np.int32)
-    one = _losses.lower(loss, params, directions, first, count, at_once=1, spread=None, placement=Placement())
+    one = _losses.lower(
+        loss, params, directions, first, count, at_once=1, spread=None, placement=Placement()
+    )
     analysis = one.compile().memory_analysis()
     needed = memory.bytes_on_one(params) + (0 if analysis is None else analysis.temp_size_in_bytes)
     return int(min(max(SHARE * free // max(needed, 1), 1), MOST, len(places)))
@@ -407,7 +432,9 @@ class _Kept:
         other = [name for name, value in self.facts.items() if stored.get(name) != value]
         other += [name for name in stored if name not in self.facts]
         if other:
-            raise ValueError(f"{folder} holds a surface with other {', '.join(other)}; take another folder")
+            raise ValueError(
+                f"{folder} holds a surface with other {', '.join(other)}; take another folder"
+            )
         self.at_once, self.losses = record["at_once"], record["losses"]
 
     def _read(self) -> dict[str, Any] | None:
@@ -415,7 +442,9 @@ class _Kept:
         return storage.read_record(self.file) if self.file.is_file() else None
 
     def begin(self, at_once: int, compute: Callable[[int, int], np.ndarray]) -> np.ndarray:
-        """Give the points that are there already, after a look whether the loss is still the same."""
+        """Give the points that are there already, after a look whether the loss is still
+        the same.
+        """
         stored = np.array([float(text) for text in self.losses], np.float32)
         usable = at_once == self.at_once and len(stored) > 0
         self.at_once = at_once
@@ -424,7 +453,8 @@ class _Kept:
         again = compute(0, min(len(stored), AGAIN))
         if not np.allclose(again, stored[: len(again)], rtol=SAME, atol=0.0, equal_nan=True):
             raise ValueError(
-                f"{self.file} holds a surface of another loss: {stored[0]} at its first point, and now {again[0]}; "
+                f"{self.file} holds a surface of another loss: {stored[0]} at its first point, and "
+                f"now {again[0]}; "
                 "take another folder"
             )
         return stored
@@ -434,7 +464,11 @@ class _Kept:
         if self.file is None:
             return
         # As text: JSON has no infinite numbers.
-        record = {"facts": self.facts, "at_once": self.at_once, "losses": [repr(float(value)) for value in found]}
+        record = {
+            "facts": self.facts,
+            "at_once": self.at_once,
+            "losses": [repr(float(value)) for value in found],
+        }
         hosts.on_first(self._replace, record)
 
     def _replace(self, record: dict[str, Any]) -> None:

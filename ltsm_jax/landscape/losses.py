@@ -55,7 +55,9 @@ class SplitLoss:
 
         # The last batch is filled up with repeated windows of weight 0: one shape serves all.
         numbers = np.arange(blocks * self.batch_size)
-        indices = jnp.asarray(np.minimum(numbers, n - 1), jnp.int32).reshape(blocks, self.batch_size)
+        indices = jnp.asarray(np.minimum(numbers, n - 1), jnp.int32).reshape(
+            blocks, self.batch_size
+        )
         weights = jnp.asarray(numbers < n, jnp.float32).reshape(blocks, self.batch_size)
         if blocks == 1:
             batch = self._cut(indices[0])
@@ -68,7 +70,9 @@ class SplitLoss:
 
         # What the backward pass needs of a batch is computed again.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def sums(params: Tree, indices: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def sums(
+            params: Tree, indices: jax.Array, weight: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
             return self._sums(params, self._cut(indices), weight)
 
         def of_all(params: Tree) -> jax.Array:
@@ -86,7 +90,9 @@ class SplitLoss:
         """Cut the windows `indices` [B]."""
         return self.placement.rows(self.windows.gather(indices))
 
-    def _sums(self, params: Tree, batch: dict[str, jax.Array], weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _sums(
+        self, params: Tree, batch: dict[str, jax.Array], weight: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Sum over the windows of a batch of what is averaged, and the weight of that sum."""
         with rows_over(self.placement.mesh):
             if self.kind == "own":

@@ -1,4 +1,6 @@
-"""Pictures of surfaces: contours, hills, and lines. They need matplotlib (`pip install ltsm-jax[plots]`)."""
+"""Pictures of surfaces: contours, hills, and lines. They need matplotlib
+(`pip install ltsm-jax[plots]`).
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +47,9 @@ def draw_contours(
             ax.plot(0, 0, marker="+", color="white", markersize=9)
         for label, (x, y) in (places or {}).items():
             ax.plot(x, y, marker="o", color="white", markeredgecolor="black", markersize=5)
-            ax.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color="white")
+            ax.annotate(
+                label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color="white"
+            )
         ax.set_aspect("equal")
         _name(ax, name, notes)
     bar = figure.colorbar(filled, ax=axes, shrink=0.85, pad=0.02)
@@ -54,7 +58,9 @@ def draw_contours(
     return _save(figure, path)
 
 
-def draw_hills(surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapping[str, str] | None = None) -> Path:
+def draw_hills(
+    surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapping[str, str] | None = None
+) -> Path:
     """Draw planes side by side as hills; what is far above the centre is cut off.
 
     Args and errors as `draw_contours`.
@@ -66,7 +72,15 @@ def draw_hills(surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapp
         wide, up = np.meshgrid(found.x, found.y)
         loss = np.clip(np.nan_to_num(found.loss, nan=high, posinf=high), low, high)
         ax.plot_surface(
-            wide, up, loss, cmap=MAP, norm=_norm(low, high), rcount=80, ccount=80, linewidth=0.15, edgecolor="#00000022"
+            wide,
+            up,
+            loss,
+            cmap=MAP,
+            norm=_norm(low, high),
+            rcount=80,
+            ccount=80,
+            linewidth=0.15,
+            edgecolor="#00000022",
         )
         ax.set_zlim(low, high)
         ax.view_init(elev=30, azim=-60)
@@ -75,7 +89,9 @@ def draw_hills(surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapp
     return _save(figure, path)
 
 
-def draw_lines(surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapping[str, str] | None = None) -> Path:
+def draw_lines(
+    surfaces: Mapping[str, Surface], path: str | Path, *, notes: Mapping[str, str] | None = None
+) -> Path:
     """Draw the loss along the first direction, one curve for each surface.
 
     Of a plane it is the row through the centre.
@@ -125,7 +141,9 @@ def _figure(count: int, width: float, height: float, **of_axes: Any) -> tuple[An
     from matplotlib.figure import Figure  # no pyplot: no global state, no display needed
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(width * count + (0.9 if count > 1 else 0.0), height), layout="constrained", dpi=150)
+    figure = Figure(
+        figsize=(width * count + (0.9 if count > 1 else 0.0), height), layout="constrained", dpi=150
+    )
     axes = figure.subplots(1, count, squeeze=False, subplot_kw=of_axes)[0]
     for ax in axes:
         ax.tick_params(labelsize=8)
@@ -135,7 +153,9 @@ def _figure(count: int, width: float, height: float, **of_axes: Any) -> tuple[An
 
 
 def _norm(low: float, high: float) -> Any:
-    """Colours by the logarithm where all losses are positive: the valley is what a picture is about."""
+    """Colours by the logarithm where all losses are positive: the valley is what a picture is
+    about.
+    """
     from matplotlib.colors import LogNorm, Normalize
 
     return LogNorm(low, high) if low > 0 else Normalize(low, high)

@@ -1,7 +1,8 @@
-"""What decoder-only families share: causal attention with a cache, gated feed-forward layers, the roll-out loop.
+"""What decoder-only families share: causal attention with a cache, gated feed-forward layers, the
+roll-out loop.
 
-A cache is an argument and a result, never a hidden state: per layer the rotated keys and the values [B, G, S, K] of a
-sequence that has room for S tokens, of which the first `start` are written.
+A cache is an argument and a result, never a hidden state: per layer the rotated keys and the values
+[B, G, S, K] of a sequence that has room for S tokens, of which the first `start` are written.
 """
 
 import itertools
@@ -25,7 +26,9 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 LONG = 1024
 QUERIES = 768  # that such a head takes at a time, with the keys up to the last of them alone
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # under the names that published configs use
+ACTIVATIONS: dict[
+    str, Callable[[jax.Array], jax.Array]
+] = {  # under the names that published configs use
     "silu": nn.silu,
     "swish": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -35,8 +38,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # under the names 
 }
 
 
-def causal_mask(n: int, s: int, start: jax.Array | int = 0, observed_BS: jax.Array | None = None) -> jax.Array:
-    """Which keys a query sees [B or 1, 1, n, s]: those up to its own place, n queries standing from `start` on.
+def causal_mask(
+    n: int, s: int, start: jax.Array | int = 0, observed_BS: jax.Array | None = None
+) -> jax.Array:
+    """Which keys a query sees [B or 1, 1, n, s]: those up to its own place, n queries standing from
+    `start` on.
 
     observed_BS: where given, keys at which it is 0 are seen by nobody.
     """
@@ -47,11 +53,15 @@ def causal_mask(n: int, s: int, start: jax.Array | int = 0, observed_BS: jax.Arr
 
 
 def _written(old_BGSK: jax.Array, new_BGNK: jax.Array, start) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(old_BGSK, new_BGNK.astype(old_BGSK.dtype), start, axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(
+        old_BGSK, new_BGNK.astype(old_BGSK.dtype), start, axis=2
+    )
 
 
 def _kept(pairs, head_dim: int, base: float, heads: int) -> np.ndarray | None:
-    """Frequencies [1, heads, 1, K/2] of the pairs that the heads of each group still have; None: of all."""
+    """Frequencies [1, heads, 1, K/2] of the pairs that the heads of each group still have; None: of
+    all.
+    """
     if not pairs:
         return None
     kept_GK = rotary_frequencies(head_dim, base)[np.asarray(pairs, int)]
@@ -61,9 +71,11 @@ def _kept(pairs, head_dim: int, base: float, heads: int) -> np.ndarray | None:
 def attend_by_head(
     q_BHNK: jax.Array, k_BHSK: jax.Array, v_BHSV: jax.Array, seen_BS: jax.Array, scale: float
 ) -> jax.Array:
-    """Causal attention of N queries that are the first tokens of the S, one head of one row after the other.
+    """Causal attention of N queries that are the first tokens of the S, one head of one row after
+    the other.
 
-    Equal, but for rounding, to the weights of `causal_mask` times the values, for every query that sees a key.
+    Equal, but for rounding, to the weights of `causal_mask` times the values, for every query that
+    sees a key.
 
     Args:
       seen_BS: B rows or one; keys at which it is False are seen by nobody.
@@ -92,13 +104,16 @@ def attend_by_head(
 
 
 class CausalAttention(nn.Module):
-    """Self-attention with rotary positions on whole heads, [B, N, D] -> [B, N, D]; q, k, v with bias, out without.
+    """Self-attention with rotary positions on whole heads, [B, N, D] -> [B, N, D]; q, k, v with
+    bias, out without.
 
-    n_kv_heads G: groups of query heads that share a key and value head; head h uses group h // (H // G).
-    value_dim: width of the values, None is head_dim. pairs: the rotary pairs (j, j + K/2) that the keys of each group,
-    and its queries, still have, as many for each; () is all. The scale is that of head_dim whatever is left.
-    lean: the weights are not asked for: None where the sequence is `LONG`.
-    Returns: output, weights [B, H, N, S], and the cache with the N new tokens in it (None without one).
+    n_kv_heads G: groups of query heads that share a key and value head; head h uses group h // (H
+    // G). value_dim: width of the values, None is head_dim. pairs: the rotary pairs (j, j + K/2)
+    that the keys of each group, and its queries, still have, as many for each; () is all. The scale
+    is that of head_dim whatever is left. lean: the weights are not asked for: None where the
+    sequence is `LONG`.
+    Returns: output, weights [B, H, N, S], and the cache with the N new tokens in it (None without
+    one).
     """
 
     d_model: int
@@ -123,28 +138,49 @@ class CausalAttention(nn.Module):
     ):
         qk_dim = 2 * len(self.pairs[0]) if self.pairs else self.head_dim
         value_dim = self.head_dim if self.value_dim is None else self.value_dim
-        heads = {"q": (self.n_heads, qk_dim), "k": (self.n_kv_heads, qk_dim), "v": (self.n_kv_heads, value_dim)}
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
+        heads = {
+            "q": (self.n_heads, qk_dim),
+            "k": (self.n_kv_heads, qk_dim),
+            "v": (self.n_kv_heads, value_dim),
+        }
+        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
+        # "BNHK,BSHK->BHNS"
         q_BHNK, k_BGSK, v_BGSK = (
-            jnp.swapaxes(Linear((self.d_model,), shape, name=name)(x_BND), 1, 2) for name, shape in heads.items()
+            jnp.swapaxes(Linear((self.d_model,), shape, name=name)(x_BND), 1, 2)
+            for name, shape in heads.items()
         )
         place = positions_BN[:, None]
         q_BHNK, k_BGSK = (
-            rotary(y, place, base=self.base, frequencies=_kept(self.pairs, self.head_dim, self.base, y.shape[1]))
+            rotary(
+                y,
+                place,
+                base=self.base,
+                frequencies=_kept(self.pairs, self.head_dim, self.base, y.shape[1]),
+            )
             for y in (q_BHNK, k_BGSK)
         )
         if cache is not None:
-            k_BGSK, v_BGSK = cache = (_written(cache[0], k_BGSK, start), _written(cache[1], v_BGSK, start))
+            k_BGSK, v_BGSK = cache = (
+                _written(cache[0], k_BGSK, start),
+                _written(cache[1], v_BGSK, start),
+            )
             k_BGSK, v_BGSK = k_BGSK.astype(q_BHNK.dtype), v_BGSK.astype(q_BHNK.dtype)
         if self.n_kv_heads != self.n_heads:
-            k_BGSK, v_BGSK = (jnp.repeat(y, self.n_heads // self.n_kv_heads, axis=1) for y in (k_BGSK, v_BGSK))
+            k_BGSK, v_BGSK = (
+                jnp.repeat(y, self.n_heads // self.n_kv_heads, axis=1) for y in (k_BGSK, v_BGSK)
+            )
         out = Linear((self.n_heads, value_dim), (self.d_model,), use_bias=False, name="out")
         if lean and not train and x_BND.shape[1] >= LONG and isinstance(start, int) and start == 0:
             # what the last query sees is all that any query may see
-            y_BHNK = attend_by_head(q_BHNK, k_BGSK, v_BGSK, mask_BHNS[:, 0, -1], self.head_dim**-0.5)
+            y_BHNK = attend_by_head(
+                q_BHNK, k_BGSK, v_BGSK, mask_BHNS[:, 0, -1], self.head_dim**-0.5
+            )
             return out(jnp.swapaxes(y_BHNK, 1, 2)), None, cache
-        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BGSK).astype(jnp.float32) * self.head_dim**-0.5
-        # the lowest number and not -inf: a query that sees nothing (padding) spreads evenly, as in the originals
+        s_BHNS = (
+            jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BGSK).astype(jnp.float32) * self.head_dim**-0.5
+        )
+        # the lowest number and not -inf: a query that sees nothing (padding) spreads evenly, as in
+        # the originals
         s_BHNS = jnp.where(mask_BHNS, s_BHNS, jnp.finfo(jnp.float32).min)
         w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BGSK.dtype)
         y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BGSK)
@@ -153,7 +189,9 @@ class CausalAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202), no biases: [..., D] -> [..., D], width F inside."""
+    """`down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202), no biases: [..., D] -> [..., D],
+    width F inside.
+    """
 
     d_model: int
     ffn_dim: int
@@ -162,7 +200,9 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         into = {"inputs": (self.d_model,), "outputs": (self.ffn_dim,), "use_bias": False}
-        y = ACTIVATIONS[self.activation](Linear(**into, name="gate")(x)) * Linear(**into, name="up")(x)
+        y = ACTIVATIONS[self.activation](Linear(**into, name="gate")(x)) * Linear(
+            **into, name="up"
+        )(x)
         return Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y)
 
 
@@ -174,7 +214,9 @@ def empty_cache(
     value_dims: Sequence[int] = (),
     rotary_pairs: Sequence[Sequence[Sequence[int]]] = (),
 ) -> list[Cache]:
-    """Caches of all layers with room for s tokens. value_dims, rotary_pairs: by layer, see `CausalAttention`."""
+    """Caches of all layers with room for s tokens. value_dims, rotary_pairs: by layer, see
+    `CausalAttention`.
+    """
     caches = []
     for i, g in enumerate(n_kv_heads):
         pairs = rotary_pairs[i] if rotary_pairs else ()
@@ -184,8 +226,10 @@ def empty_cache(
 
 
 def greedy_sizes(horizon: int, sizes: Sequence[int]) -> list[int]:
-    """Which output sizes a roll-out of `horizon` points uses, step by step: at each the largest that is not above what
-    remains, looking through `sizes` in order up to the first larger one; the first where even that is larger."""
+    """Which output sizes a roll-out of `horizon` points uses, step by step: at each the largest
+    that is not above what remains, looking through `sizes` in order up to the first larger one; the
+    first where even that is larger.
+    """
     steps = []
     while horizon > 0:
         chosen = sizes[0]
@@ -201,11 +245,14 @@ def roll_out(
     extend: Callable[[Any, jax.Array, int], tuple[Any, jax.Array, jax.Array]],
     sizes: Sequence[int],
 ) -> jax.Array:
-    """The outputs of all steps along the last axis, [..., sum(sizes)]; equal steps in a row are one `lax.scan`.
+    """The outputs of all steps along the last axis, [..., sum(sizes)]; equal steps in a row are one
+    `lax.scan`.
 
     Args:
-      first: what the first step gave: (state, points to feed [B, sizes[0]], output [..., sizes[0]]).
-      extend: (state, points [B, before], now) -> (state, points [B, now], output [..., now]), one step further.
+      first: what the first step gave: (state, points to feed [B, sizes[0]], output [...,
+        sizes[0]]).
+      extend: (state, points [B, before], now) -> (state, points [B, now], output [..., now]), one
+        step further.
       sizes: output size of each step.
     """
     state, points, output = first

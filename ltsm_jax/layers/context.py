@@ -13,13 +13,15 @@ LARGEST = 1e16  # beyond it a sum of squares of a long context overflows float32
 def check_context(context: Any, horizon: int) -> None:
     """Refuse a context that no forecast can follow; its values are seen outside jit alone.
 
-    Raises: ValueError for a context that is not [B, C, T] with T >= 1, a variate without any observed
-      value, infinite values or ones beyond `LARGEST`, or a horizon below 1.
+    Raises: ValueError for a context that is not [B, C, T] with T >= 1, a variate without any
+      observed value, infinite values or ones beyond `LARGEST`, or a horizon below 1.
     """
     problems = []
     if jnp.ndim(context) != 3 or jnp.shape(context)[-1] < 1:
         shape = jnp.shape(context)
-        problems.append(f"context must be [batch, variates, time] with at least one time step, got {shape}")
+        problems.append(
+            f"context must be [batch, variates, time] with at least one time step, got {shape}"
+        )
     elif not traced(context):
         problems += _value_problems(context)
     if horizon < 1:
@@ -35,19 +37,25 @@ def _value_problems(context: Any) -> list[str]:
         checks = (
             (jnp.isnan(context).all(-1), "no observed value at all in {}; drop these series"),
             (infinite.any(-1), "infinite values in {}; set them to NaN (missing)"),
-            (huge.any(-1), f"values beyond {LARGEST:g} in {{}}; divide these series by their scale"),
+            (
+                huge.any(-1),
+                f"values beyond {LARGEST:g} in {{}}; divide these series by their scale",
+            ),
         )
         found = [(jnp.argwhere(bad_BC)[:5].tolist(), message) for bad_BC, message in checks]
     return [message.format(f"(batch, variate) {places}") for places, message in found if places]
 
 
 def row_keys(key: jax.Array | None, context: jax.Array) -> jax.Array:
-    """A key for each row of `context` [B, ...], a function of `key` and the row's own bits: keys [B].
+    """A key for each row of `context` [B, ...], a function of `key` and the row's own bits: keys
+    [B].
 
     Draws made with it do not depend on where in which batch a row stands. key None: a fixed key.
     """
     key = jax.random.key(0) if key is None else key
-    bits_BT = jax.lax.bitcast_convert_type(context.astype(jnp.float32), jnp.uint32).reshape(context.shape[0], -1)
+    bits_BT = jax.lax.bitcast_convert_type(context.astype(jnp.float32), jnp.uint32).reshape(
+        context.shape[0], -1
+    )
     odd_T = 2 * jnp.arange(bits_BT.shape[1], dtype=jnp.uint32) + 1
     hash_B = (bits_BT * odd_T[None] * jnp.uint32(2654435761)).sum(1, dtype=jnp.uint32)
     return jax.vmap(lambda h: jax.random.fold_in(key, h))(hash_B)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 
 class Dropout(nn.Module):
-    """Zeroes each value with probability `rate` and scales the others up, from 16 random bits a value.
+    """Zeroes each value with probability `rate` and scales the others up, from 16 random bits a
+    value.
 
-    Random numbers are what dropout costs: with 32 bits a value, as in `nn.Dropout`, they take a tenth of a training
-    step of a large Timer on a CPU and half of a small one's. The rate is rounded to a multiple of 2**-16 and the scale
-    made to match, so the mean is kept exactly.
+    Random numbers are what dropout costs: with 32 bits a value, as in `nn.Dropout`, they take a
+    tenth of a training step of a large Timer on a CPU and half of a small one's. The rate is
+    rounded to a multiple of 2**-16 and the scale made to match, so the mean is kept exactly.
     """
 
     rate: float
@@ -25,4 +26,6 @@ class Dropout(nn.Module):
         n = math.prod(x.shape)
         words = jax.random.bits(self.make_rng("dropout"), (-(-n // 2),), jnp.uint32)
         bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:n].reshape(x.shape)
-        return jnp.where(bits < jnp.uint16(kept), x * jnp.asarray(2**16 / kept, x.dtype), jnp.zeros_like(x))
+        return jnp.where(
+            bits < jnp.uint16(kept), x * jnp.asarray(2**16 / kept, x.dtype), jnp.zeros_like(x)
+        )

@@ -1,14 +1,18 @@
-"""Mixtures of experts: routing, and gated experts as stacked arrays in three forms that give the same numbers.
+"""Mixtures of experts: routing, and gated experts as stacked arrays in three forms that give the
+same numbers.
 
-None of the forms has a capacity: every token reaches all experts it is routed to. Milliseconds on two cores of a CPU at
-the width of TimeMoE-50M (D 384, F 768, 8 experts, 2 per token), best of 3, measured interleaved on a machine that other
-work shared, by `experiments/benchmarks/experts.py` (grad: value and gradient of input and kernels):
+None of the forms has a capacity: every token reaches all experts it is routed to. Milliseconds on
+two cores of a CPU at the width of TimeMoE-50M (D 384, F 768, 8 experts, 2 per token), best of 3,
+measured interleaved on a machine that other work shared, by `experiments/benchmarks/experts.py`
+(grad: value and gradient of input and kernels):
 
     tokens            64             512             4096
               forward   grad  forward   grad  forward    grad
     dense        19.6   59.1     56.1  224.7    249.1   941.3
     blocks       16.9  116.5     38.0  174.4    121.9   448.6
-    ragged       33.6  125.9    131.2  429.1    567.8  1684.8   (XLA runs all experts here on a CPU, masked)
+    ragged       33.6  125.9    131.2  429.1    567.8  1684.8
+
+On a CPU XLA runs all experts of the ragged form, masked.
 """
 
 import contextlib
@@ -36,9 +40,11 @@ _MESH: contextvars.ContextVar = contextvars.ContextVar("mesh of the rows", defau
 
 @contextlib.contextmanager
 def rows_over(mesh: Mesh | None):
-    """While this is open, each device of the mesh computes the experts of the tokens of its own rows of the batch. Left
-    to itself, XLA sorts the tokens of all devices by expert, and computes all of them on every device. None: no mesh.
-    Open it inside the function that is compiled, over a batch split by `sharding.BATCH`."""
+    """While this is open, each device of the mesh computes the experts of the tokens of its own
+    rows of the batch. Left to itself, XLA sorts the tokens of all devices by expert, and computes
+    all of them on every device. None: no mesh. Open it inside the function that is compiled, over a
+    batch split by `sharding.BATCH`.
+    """
     token = _MESH.set(mesh)
     try:
         yield
@@ -48,8 +54,9 @@ def rows_over(mesh: Mesh | None):
 
 @contextlib.contextmanager
 def traced_for(platform: str):
-    """While this is open, "auto" takes what is right for `platform` ("cpu", "cuda", "tpu") instead of for the machine
-    that traces: for programs that are compiled on one machine for another."""
+    """While this is open, "auto" takes what is right for `platform` ("cpu", "cuda", "tpu") instead
+    of for the machine that traces: for programs that are compiled on one machine for another.
+    """
     token = _PLATFORM.set(platform)
     try:
         yield
@@ -57,12 +64,16 @@ def traced_for(platform: str):
         _PLATFORM.reset(token)
 
 
-def route(logits_TE: jax.Array, k: int, mask_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The k experts of each token: weights [T, k], experts [T, k], and the probabilities [T, E] they come from.
+def route(
+    logits_TE: jax.Array, k: int, mask_E: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The k experts of each token: weights [T, k], experts [T, k], and the probabilities [T, E]
+    they come from.
 
-    Probabilities are of all experts, in float32; the weights are not normalised again. mask_E: factor of each expert's
-    probability before the choice, 0 for pruned ones: the others' weights stay what they were, and where fewer than k
-    are left, the rest of the k have weight 0. mask_E may be differentiated.
+    Probabilities are of all experts, in float32; the weights are not normalised again. mask_E:
+    factor of each expert's probability before the choice, 0 for pruned ones: the others' weights
+    stay what they were, and where fewer than k are left, the rest of the k have weight 0. mask_E
+    may be differentiated.
     """
     p_TE = jax.nn.softmax(logits_TE.astype(jnp.float32))
     if mask_E is not None:
@@ -71,7 +82,9 @@ def route(logits_TE: jax.Array, k: int, mask_E: jax.Array | None = None) -> tupl
 
 
 class Experts(nn.Module):
-    """The experts of one layer that are there, as stacked arrays gate, up [E, D, F] and down [E, F, D]."""
+    """The experts of one layer that are there, as stacked arrays gate, up [E, D, F] and down [E, F,
+    D].
+    """
 
     d_model: int
     n_experts: int
@@ -84,12 +97,17 @@ class Experts(nn.Module):
         if not self.n_experts * self.ffn_dim:  # no arrays without values
             return jnp.zeros_like(x_TD)
         dtype = compute_dtype(x_TD)
-        into, out = (self.n_experts, self.d_model, self.ffn_dim), (self.n_experts, self.ffn_dim, self.d_model)
+        into, out = (
+            (self.n_experts, self.d_model, self.ffn_dim),
+            (self.n_experts, self.ffn_dim, self.d_model),
+        )
         gate, up, down = (
             self.param(name, nn.initializers.zeros, shape).astype(dtype)
             for name, shape in (("gate", into), ("up", into), ("down", out))
         )
-        return mixture(x_TD.astype(dtype), (gate, up, down), weight_TK, chosen_TK, self.act, self.form, masks)
+        return mixture(
+            x_TD.astype(dtype), (gate, up, down), weight_TK, chosen_TK, self.act, self.form, masks
+        )
 
 
 def mixture(
@@ -103,12 +121,13 @@ def mixture(
 ) -> jax.Array:
     """Sum over each token's experts of weight * down(act(gate(x)) * up(x)), [T, D].
 
-    masks: of the inputs and outputs of the three products of each expert, {"gate": {"in": [E, D], "out": [E, F]}, "up":
+    masks: of the inputs and outputs of the three products of each expert, {"gate": {"in": [E, D],
+    "out": [E, F]}, "up":
     ..., "down": {"in": [E, F], "out": [E, D]}}; with them the form is "dense".
 
-    form: "auto" takes what was fastest where it was measured: on a CPU "blocks", or "dense" where an expert has less
-    than half a block of tokens on average; on accelerators, where it was not measured, the operation that XLA has for
-    it, "ragged".
+    form: "auto" takes what was fastest where it was measured: on a CPU "blocks", or "dense" where
+    an expert has less than half a block of tokens on average; on accelerators, where it was not
+    measured, the operation that XLA has for it, "ragged".
     """
     if masks is not None:
         return _dense(x_TD, kernels, weight_TK, chosen_TK, act, masks)
@@ -125,15 +144,23 @@ def mixture(
 
     def own(x_TD, kernels, weight_TK, chosen_TK):
         y_TD = compute(x_TD, kernels, weight_TK, chosen_TK, act)
-        return y_TD if units is None else jax.lax.psum(y_TD, units)  # each device has a part of the units F
+        return (
+            y_TD if units is None else jax.lax.psum(y_TD, units)
+        )  # each device has a part of the units F
 
-    into, out, rows = PartitionSpec(None, None, units), PartitionSpec(None, units, None), sharding.BATCH
+    into, out, rows = (
+        PartitionSpec(None, None, units),
+        PartitionSpec(None, units, None),
+        sharding.BATCH,
+    )
     specs = (rows, (into, into, out), rows, rows)
     spread = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     return spread(x_TD, kernels, weight_TK, chosen_TK)
 
 
-def _dense(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation, masks: Any = None) -> jax.Array:
+def _dense(
+    x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation, masks: Any = None
+) -> jax.Array:
     """Every expert on every token, one after another."""
     one_hot_TKE = jax.nn.one_hot(chosen_TK, kernels[0].shape[0])
     weight_ET = (one_hot_TKE * weight_TK[..., None]).sum(1).T.astype(x_TD.dtype)
@@ -158,21 +185,33 @@ def _ragged(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> ja
     gate_EDF, up_EDF, down_EFD = kernels
     order_R, sizes_E = _sorted(chosen_TK, gate_EDF.shape[0])
     x_RD = x_TD[order_R // chosen_TK.shape[1]]
-    h_RF = act(jax.lax.ragged_dot(x_RD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_RD, up_EDF, sizes_E)
+    h_RF = act(jax.lax.ragged_dot(x_RD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(
+        x_RD, up_EDF, sizes_E
+    )
     return _back(jax.lax.ragged_dot(h_RF, down_EFD, sizes_E), order_R, weight_TK)
 
 
 def _blocks(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> jax.Array:
-    """Each expert on its own tokens: tokens sorted by expert, each expert's in blocks of its own, one after another."""
+    """Each expert on its own tokens: tokens sorted by expert, each expert's in blocks of its own,
+    one after another.
+    """
     (t, d), (e, r) = x_TD.shape, (kernels[0].shape[0], chosen_TK.size)
-    block = min(max(1 << math.ceil(math.log2(max(r / e, 1))), 8), BLOCK)  # no longer than a fair share of the rows
+    block = min(
+        max(1 << math.ceil(math.log2(max(r / e, 1))), 8), BLOCK
+    )  # no longer than a fair share of the rows
     n = -(-r // block) + e  # blocks: each expert leaves at most one unfilled
     order_R, sizes_E = _sorted(chosen_TK, e)
     blocks_E = -(-sizes_E // block)
-    moved_E = (jnp.cumsum(blocks_E) - blocks_E) * block - (jnp.cumsum(sizes_E) - sizes_E)  # by the gaps before it
+    moved_E = (jnp.cumsum(blocks_E) - blocks_E) * block - (
+        jnp.cumsum(sizes_E) - sizes_E
+    )  # by the gaps before it
     slot_R = jnp.arange(r) + moved_E[chosen_TK.reshape(-1)[order_R]]
     # each slot's token; slots without one read a row of zeros past the last
-    token_S = jnp.full(n * block, t, jnp.int32).at[slot_R].set((order_R // chosen_TK.shape[1]).astype(jnp.int32))
+    token_S = (
+        jnp.full(n * block, t, jnp.int32)
+        .at[slot_R]
+        .set((order_R // chosen_TK.shape[1]).astype(jnp.int32))
+    )
     x_NSD = jnp.concatenate([x_TD, jnp.zeros((1, d), x_TD.dtype)])[token_S].reshape(n, block, d)
     expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(n), side="right").clip(0, e - 1)
 

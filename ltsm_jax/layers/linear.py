@@ -12,9 +12,11 @@ _COMPUTE: contextvars.ContextVar = contextvars.ContextVar("compute dtype", defau
 
 @contextlib.contextmanager
 def compute_in(dtype):
-    """While this is open, every `Linear` that is traced multiplies in `dtype`, whatever its input and its parameters
-    are in. Norms, softmax, residual sums with float32 and losses stay in float32; so do the parameters, and with them
-    gradients and optimiser. None: the dtype of the input. Open it inside the function that is compiled."""
+    """While this is open, every `Linear` that is traced multiplies in `dtype`, whatever its input
+    and its parameters are in. Norms, softmax, residual sums with float32 and losses stay in
+    float32; so do the parameters, and with them gradients and optimiser. None: the dtype of the
+    input. Open it inside the function that is compiled.
+    """
     token = _COMPUTE.set(None if dtype is None else jnp.dtype(dtype))
     try:
         yield
@@ -23,16 +25,18 @@ def compute_in(dtype):
 
 
 def compute_dtype(x):
-    """The dtype in which a product with x is to be computed: what `compute_in` says, else x's own."""
+    """The dtype in which a product with x is to be computed: what `compute_in` says, else
+    x's own.
+    """
     return _COMPUTE.get() or x.dtype
 
 
 class Linear(nn.Module):
     """`x @ kernel + bias` over the last axes of `inputs` shape, giving `outputs` shape.
 
-    kernel [*inputs, *outputs], bias [*outputs]: with heads as axes of their own, a pruned head is a shorter axis. The
-    values come from the family's `init`; here they are zeros of the right shape. A layer that has lost all its heads or
-    units has no kernel, and is its bias, or 0.
+    kernel [*inputs, *outputs], bias [*outputs]: with heads as axes of their own, a pruned head is a
+    shorter axis. The values come from the family's `init`; here they are zeros of the right shape.
+    A layer that has lost all its heads or units has no kernel, and is its bias, or 0.
     """
 
     inputs: tuple[int, ...]
@@ -42,15 +46,23 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         dtype = compute_dtype(x)
-        batch, n, m = x.shape[: x.ndim - len(self.inputs)], math.prod(self.inputs), math.prod(self.outputs)
+        batch, n, m = (
+            x.shape[: x.ndim - len(self.inputs)],
+            math.prod(self.inputs),
+            math.prod(self.outputs),
+        )
         rows = math.prod(batch)
         if n and m:
-            kernel = self.param("kernel", nn.initializers.zeros, (*self.inputs, *self.outputs)).astype(dtype)
-            # one product of two matrices, whatever the batch and head axes: XLA's CPU code takes less than half the
-            # time of the backward pass of a product with two batch axes
+            kernel = self.param(
+                "kernel", nn.initializers.zeros, (*self.inputs, *self.outputs)
+            ).astype(dtype)
+            # one product of two matrices, whatever the batch and head axes: XLA's CPU code takes
+            # less than half the time of the backward pass of a product with two batch axes
             y = x.astype(dtype).reshape(rows, n) @ kernel.reshape(n, m)
         else:  # no arrays without values: neither files nor optimisers need to know of them
             y = jnp.zeros((rows, m), dtype)
         if self.use_bias and m:
-            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype).reshape(1, m)
+            y = y + self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype).reshape(
+                1, m
+            )
         return y.reshape(*batch, *self.outputs)

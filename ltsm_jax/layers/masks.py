@@ -1,9 +1,10 @@
-"""Masks on the channels of linear layers, from outside: y = m_out * (W (m_in * x) + b), without a model knowing of it.
+"""Masks on the channels of linear layers, from outside: y = m_out * (W (m_in * x) + b), without a
+model knowing of it.
 
-A tree of masks has, at the path of a linear, its two masks {"in": [*inputs], "out": [*outputs]}, and at the path of
-stacked experts one such pair for each of their three products, with the experts as first axis:
-{"gate": {"in": [E, D], "out": [E, F]}, "up": ..., "down": {"in": [E, F], "out": [E, D]}}. The values are 0 or 1, or
-whatever one wants the gradient at.
+A tree of masks has, at the path of a linear, its two masks {"in": [*inputs], "out": [*outputs]},
+and at the path of stacked experts one such pair for each of their three products, with the experts
+as first axis: {"gate": {"in": [E, D], "out": [E, F]}, "up": ..., "down": {"in": [E, F], "out": [E,
+D]}}. The values are 0 or 1, or whatever one wants the gradient at.
 """
 
 import contextlib
@@ -23,14 +24,21 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree, flatten, unflatten
 
-ROUTING = ("router", "shared_gate")  # names of linears that weigh others up and are no part of the function itself
+ROUTING = (
+    "router",
+    "shared_gate",
+)  # names of linears that weigh others up and are no part of the function itself
 
-_BRANCH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("branch of the parameters", default=())
+_BRANCH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
+    "branch of the parameters", default=()
+)
 
 
 @contextlib.contextmanager
 def branch(name: str):
-    """While this is open, a network is applied to this branch of the parameters alone: paths of linears begin there."""
+    """While this is open, a network is applied to this branch of the parameters alone: paths of
+    linears begin there.
+    """
     token = _BRANCH.set((*_BRANCH.get(), name))
     try:
         yield
@@ -45,12 +53,13 @@ def path_of(module: nn.Module) -> str:
 
 @contextlib.contextmanager
 def masked(masks: Tree):
-    """While this is open, every `Linear` and `Experts` that is traced and has masks in the tree is multiplied by them.
+    """While this is open, every `Linear` and `Experts` that is traced and has masks in the tree is
+    multiplied by them.
 
-    masks: nested dict, see the module's docstring; a layer without an entry stays as it is. Masks stay float32 where
-    the layer computes in another dtype, so that their gradient is summed in float32. Open it inside the function that
-    is compiled or differentiated. Experts take the form "dense" in it, which under `vmap` keeps one copy of the
-    kernels.
+    masks: nested dict, see the module's docstring; a layer without an entry stays as it is. Masks
+    stay float32 where the layer computes in another dtype, so that their gradient is summed in
+    float32. Open it inside the function that is compiled or differentiated. Experts take the form
+    "dense" in it, which under `vmap` keeps one copy of the kernels.
     """
 
     def call(function, args, kwargs, context):
@@ -70,14 +79,18 @@ def masked(masks: Tree):
 
 
 def shapes(function: Callable[..., Any], *args: Any) -> Tree:
-    """The tree of masks that fits the linears and experts that function(*args) calls, as `jax.ShapeDtypeStruct`.
+    """The tree of masks that fits the linears and experts that function(*args) calls, as
+    `jax.ShapeDtypeStruct`.
 
     Nothing is computed. Layers without any weight left have no masks.
     """
     found: dict[str, Tree] = {}
 
     def pair(inputs, outputs):
-        return {"in": jax.ShapeDtypeStruct(inputs, jnp.float32), "out": jax.ShapeDtypeStruct(outputs, jnp.float32)}
+        return {
+            "in": jax.ShapeDtypeStruct(inputs, jnp.float32),
+            "out": jax.ShapeDtypeStruct(outputs, jnp.float32),
+        }
 
     def call(inner, args, kwargs, context):
         module = context.module
@@ -88,7 +101,11 @@ def shapes(function: Callable[..., Any], *args: Any) -> Tree:
         elif context.method_name == "__call__" and isinstance(module, Experts):
             e, d, f = module.n_experts, module.d_model, module.ffn_dim
             if e * d * f:
-                found[path] = {"gate": pair((e, d), (e, f)), "up": pair((e, d), (e, f)), "down": pair((e, f), (e, d))}
+                found[path] = {
+                    "gate": pair((e, d), (e, f)),
+                    "up": pair((e, d), (e, f)),
+                    "down": pair((e, f), (e, d)),
+                }
         return inner(*args, **kwargs)
 
     with nn.intercept_methods(call):
@@ -97,8 +114,8 @@ def shapes(function: Callable[..., Any], *args: Any) -> Tree:
 
 
 def weights(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:
-    """(m_in, m_out) by the path of the weights that they mask: "layer_0/up/kernel", and of stacked experts
-    "layer_0/mixture/experts/gate".
+    """(m_in, m_out) by the path of the weights that they mask: "layer_0/up/kernel", and of stacked
+    experts "layer_0/mixture/experts/gate".
 
     Raises: ValueError listing masks whose weights are not in `params` or have another shape.
     """
@@ -112,25 +129,37 @@ def weights(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:
             continue
         leaf = layer if layer in flat else f"{layer}/kernel"
         into, out = own[path], own[f"{layer}/out"]
-        fits = (*jnp.shape(into), *jnp.shape(out)) if leaf != layer else (*jnp.shape(into), *jnp.shape(out)[1:])
-        if leaf not in flat and f"{layer}/bias" in flat and not all(fits):  # has lost all its inputs, is its bias
+        fits = (
+            (*jnp.shape(into), *jnp.shape(out))
+            if leaf != layer
+            else (*jnp.shape(into), *jnp.shape(out)[1:])
+        )
+        if (
+            leaf not in flat and f"{layer}/bias" in flat and not all(fits)
+        ):  # has lost all its inputs, is its bias
             found[leaf] = into, out
         elif leaf not in flat:
             problems.append(f"  {layer}: the model has no such linear")
         elif jnp.shape(flat[leaf]) != fits:
-            problems.append(f"  {layer}: masks for weights {fits}, the model's are {jnp.shape(flat[leaf])}")
+            problems.append(
+                f"  {layer}: masks for weights {fits}, the model's are {jnp.shape(flat[leaf])}"
+            )
         else:
             found[leaf] = into, out
     if problems:
-        raise ValueError("masks do not fit the model (they belong to another one?):\n" + "\n".join(problems))
+        raise ValueError(
+            "masks do not fit the model (they belong to another one?):\n" + "\n".join(problems)
+        )
     return found
 
 
 def place(masks: Tree, params: Tree, placement: Placement | None = None) -> Tree:
-    """`masks` laid over the mesh of `params`, each as the weights it belongs to; as they are where there is no mesh.
+    """`masks` laid over the mesh of `params`, each as the weights it belongs to; as they are where
+    there is no mesh.
 
-    Of a kernel [*inputs, *outputs], `in` is split as the axes of the inputs are and `out` as those of the outputs; of
-    stacked experts [E, *inputs, *outputs] both begin with E. Without a kernel `out` lies as the bias.
+    Of a kernel [*inputs, *outputs], `in` is split as the axes of the inputs are and `out` as those
+    of the outputs; of stacked experts [E, *inputs, *outputs] both begin with E. Without a kernel
+    `out` lies as the bias.
 
     Args:
       masks: the same on every host, or on the mesh already. params: nested dict of the model.
@@ -147,20 +176,23 @@ def place(masks: Tree, params: Tree, placement: Placement | None = None) -> Tree
         axes = sharding.axes_of(leaf) if path in flat else (*[None] * n, *sharding.axes_of(leaf))
         stack = axes[:1] if path == layer else ()
         for side, mask, own in (("in", m_in, axes[:n]), ("out", m_out, (*stack, *axes[n:]))):
-            found[f"{layer}/{side}"] = sharding.put(mask, NamedSharding(mesh, sharding.spec_of(own)))
+            found[f"{layer}/{side}"] = sharding.put(
+                mask, NamedSharding(mesh, sharding.spec_of(own))
+            )
     return unflatten({path: found[path] for path in flatten(masks)})
 
 
 def merge(params: Tree, masks: Tree, placement: Placement | None = None) -> Tree:
     """The masked model's weights: kernel * m_in * m_out, bias * m_out; everything else as it is.
 
-    With masks of 0 and 1 it is the masked model, exactly, and weights that a mask makes 0 have gradient 0: training the
-    merged weights of `merge(params, masks)` leaves what is pruned at 0. Works under jit and grad.
+    With masks of 0 and 1 it is the masked model, exactly, and weights that a mask makes 0 have
+    gradient 0: training the merged weights of `merge(params, masks)` leaves what is pruned at 0.
+    Works under jit and grad.
 
     Args:
-      params: nested dict of the model. masks: a tree of masks, of some or all of its linears and experts; outside jit
-        they may lie anywhere, on several hosts each has the same. placement: of the parameters; None: ask them, which
-        inside jit do not say.
+      params: nested dict of the model. masks: a tree of masks, of some or all of its linears and
+        experts; outside jit they may lie anywhere, on several hosts each has the same. placement:
+        of the parameters; None: ask them, which inside jit do not say.
     Returns: a tree like `params`, which outside jit lies as they do.
     Raises: ValueError listing masks that do not fit the parameters.
     """

@@ -1,6 +1,7 @@
 """Missing values (NaN): filled where an original knows none, and left out of means.
 
-A batch is what `models.family.Batch` says: a mapping with `weight` [B] where its rows do not count alike.
+A batch is what `models.family.Batch` says: a mapping with `weight` [B] where its rows do not count
+alike.
 """
 
 from collections.abc import Mapping
@@ -15,17 +16,20 @@ Batch = Mapping[str, jax.Array]
 
 
 def mean_over_rows(error: jax.Array, batch: Batch) -> jax.Array:
-    """Average `error` [B, ...], each row counting by `batch["weight"]` (all alike where there is none)."""
+    """Average `error` [B, ...], each row counting by `batch["weight"]` (all alike where there is
+    none).
+    """
     row = error.reshape(error.shape[0], -1).mean(axis=1)
     weight = batch.get("weight")
     return row.mean() if weight is None else (row * weight).sum() / weight.sum()
 
 
 def mse_observed(y: jax.Array, target: jax.Array, batch: Batch) -> jax.Array:
-    """Mean squared error over the targets [B, ...] that are not NaN, each row counting by its weight.
+    """Mean squared error over the targets [B, ...] that are not NaN, each row counting by its
+    weight.
 
-    Every observed target counts alike; the result is 0 where none is. Without NaN it is, bit for bit,
-    `mean_over_rows` of the squared errors.
+    Every observed target counts alike; the result is 0 where none is. Without NaN it is, bit for
+    bit, `mean_over_rows` of the squared errors.
     """
     observed = ~jnp.isnan(target)
 
@@ -41,10 +45,11 @@ def mse_observed(y: jax.Array, target: jax.Array, batch: Batch) -> jax.Array:
 
 
 def mean_observed(error: jax.Array, observed: jax.Array, batch: Batch) -> jax.Array:
-    """Average what is observed of `error` [B, ...], each row counting by `batch["weight"]`; 0 where nothing is.
+    """Average what is observed of `error` [B, ...], each row counting by `batch["weight"]`; 0 where
+    nothing is.
 
-    error: finite everywhere: fill what is missing first. observed: of the same shape, a weight of each entry, 0 for
-    missing.
+    error: finite everywhere: fill what is missing first. observed: of the same shape, a weight of
+    each entry, 0 for missing.
     """
     weight = observed.astype(error.dtype)
     if "weight" in batch:
@@ -56,7 +61,8 @@ def mean_observed(error: jax.Array, observed: jax.Array, batch: Batch) -> jax.Ar
 
 
 def fill_missing(x: jax.Array) -> jax.Array:
-    """Fill NaN of x [..., T] with the last value before it, or the first after it, or 0 where there is none.
+    """Fill NaN of x [..., T] with the last value before it, or the first after it, or 0 where there
+    is none.
 
     For families whose originals know no missing values.
     """
@@ -70,7 +76,8 @@ def fill_missing(x: jax.Array) -> jax.Array:
 
 
 def interpolate_missing(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Fill NaN of x [..., T] on the straight line between the observed values around it; the last one is repeated.
+    """Fill NaN of x [..., T] on the straight line between the observed values around it; the last
+    one is repeated.
 
     Returns: the series, with 0 before its first value, and where it has begun [..., T].
     """

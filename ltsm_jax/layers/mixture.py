@@ -1,6 +1,8 @@
-"""The predictive distribution of the first Moirai families: a mixture of four kinds, in the scale of the series.
+"""The predictive distribution of the first Moirai families: a mixture of four kinds, in the scale
+of the series.
 
-Source: SalesforceAIResearch/uni2ts (commit 8d2a08d), distribution/*; the paper is arXiv 2402.02592, section 3.1.2.
+Source: SalesforceAIResearch/uni2ts (commit 8d2a08d), distribution/*; the paper is arXiv 2402.02592,
+section 3.1.2.
 """
 
 import dataclasses
@@ -20,7 +22,12 @@ PARAMETERS = {
     "negative_binomial": ("total_count", "logits"),
     "log_normal": ("loc", "scale"),
 }
-PUBLISHED = ("student_t", "normal_fixed", "negative_binomial", "log_normal")  # of every published checkpoint
+PUBLISHED = (
+    "student_t",
+    "normal_fixed",
+    "negative_binomial",
+    "log_normal",
+)  # of every published checkpoint
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FLOOR = float(jnp.finfo(jnp.float32).eps)
 _LARGE = 1e4  # Poisson rate above which float32 leaves nothing of the exact method
@@ -37,8 +44,8 @@ _TARGETS = {
 class Mixture:
     """Mixtures at every place [...]: y = z * scale + loc, z drawn of one of the components.
 
-    log_weights: [..., M], normalised. parts: of each component its parameters [...]. loc, scale: [...].
-    kinds: what the components are, keys of `PARAMETERS`.
+    log_weights: [..., M], normalised. parts: of each component its parameters [...]. loc, scale:
+    [...]. kinds: what the components are, keys of `PARAMETERS`.
     """
 
     log_weights: jax.Array
@@ -48,10 +55,14 @@ class Mixture:
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def log_prob(self, y: jax.Array) -> jax.Array:
-        """Log density [...] at y [...]. Components in whose support y is not are left out; the weights stay."""
+        """Log density [...] at y [...]. Components in whose support y is not are left out; the
+        weights stay.
+        """
         z = (y - self.loc) / self.scale
         logs = [_log_prob(kind, part, z) for kind, part in zip(self.kinds, self.parts, strict=True)]
-        return jax.nn.logsumexp(self.log_weights + jnp.stack(logs, -1), axis=-1) - jnp.log(self.scale)
+        return jax.nn.logsumexp(self.log_weights + jnp.stack(logs, -1), axis=-1) - jnp.log(
+            self.scale
+        )
 
     def mean(self) -> jax.Array:
         """[...]"""
@@ -59,12 +70,17 @@ class Mixture:
         return (jnp.exp(self.log_weights) * jnp.stack(means, -1)).sum(-1) * self.scale + self.loc
 
     def chosen(self, z: jax.Array, index: jax.Array) -> jax.Array:
-        """Samples [n, ...] in the units of the series of draws z [n, ..., M] of every component, of which `index`
-        [n, ...] says the one that was drawn."""
-        return jnp.take_along_axis(z, index[..., None], -1)[..., 0] * self.scale[None] + self.loc[None]
+        """Samples [n, ...] in the units of the series of draws z [n, ..., M] of every component, of
+        which `index` [n, ...] says the one that was drawn.
+        """
+        return (
+            jnp.take_along_axis(z, index[..., None], -1)[..., 0] * self.scale[None] + self.loc[None]
+        )
 
     def sample(self, keys: jax.Array, n: int) -> jax.Array:
-        """[B, ..., n] in the units of the series, the places being [B, ...]; keys: one for each row."""
+        """[B, ..., n] in the units of the series, the places being [B, ...]; keys: one for each
+        row.
+        """
         return jax.vmap(lambda key, row: jnp.moveaxis(_sample(key, row, n), 0, -1))(keys, self)
 
 
@@ -74,7 +90,9 @@ def read_published(output: Any) -> tuple[tuple[str, ...], float]:
     Raises: ValueError for another distribution.
     """
     parts = output.get("components") if isinstance(output, Mapping) else None
-    if not isinstance(parts, Sequence) or not str(output.get("_target_", "")).endswith(".MixtureOutput"):
+    if not isinstance(parts, Sequence) or not str(output.get("_target_", "")).endswith(
+        ".MixtureOutput"
+    ):
         raise ValueError(f"distr_output is not a mixture: {str(output)[:200]}")
     kinds, scales = [], []
     for part in parts:
@@ -85,7 +103,10 @@ def read_published(output: Any) -> tuple[tuple[str, ...], float]:
         kinds.append(kind)
         scales += [float(part.get("scale", 1e-3))] if kind == "normal_fixed" else []
     if len(set(scales)) > 1 or not kinds or len(kinds) > 16 or not all(0 < s < 1e6 for s in scales):
-        raise ValueError(f"distr_output: 1 to 16 components were expected, with one fixed scale > 0: {kinds}, {scales}")
+        raise ValueError(
+            f"distr_output: 1 to 16 components were expected, with one fixed scale > 0: {kinds}, "
+            f"{scales}"
+        )
     return tuple(kinds), (scales or [1e-3])[0]
 
 
@@ -93,16 +114,24 @@ def write_published(kinds: Sequence[str], fixed_scale: float) -> dict[str, Any]:
     """The inverse of `read_published`."""
     name = "uni2ts.distribution."
     fixed = {"scale": fixed_scale}
-    parts = [{"_target_": name + _TARGETS[kind]} | (fixed if kind == "normal_fixed" else {}) for kind in kinds]
+    parts = [
+        {"_target_": name + _TARGETS[kind]} | (fixed if kind == "normal_fixed" else {})
+        for kind in kinds
+    ]
     return {"_target_": name + "mixture.MixtureOutput", "components": parts}
 
 
-def series_nll(y: Mixture, truth_BCH: jax.Array, observed_BCH: jax.Array, weight_B=None) -> jax.Array:
-    """Negative log-likelihood, a scalar: the mean over observed steps, every variate of every row counting alike.
+def series_nll(
+    y: Mixture, truth_BCH: jax.Array, observed_BCH: jax.Array, weight_B=None
+) -> jax.Array:
+    """Negative log-likelihood, a scalar: the mean over observed steps, every variate of every row
+    counting alike.
 
     y: mixtures at [B, C, H]. weight: of each row; rows of weight 0 count as absent.
     """
-    nll_BC = jnp.where(observed_BCH, -y.log_prob(truth_BCH), 0.0).sum(-1) / jnp.maximum(observed_BCH.sum(-1), 1)
+    nll_BC = jnp.where(observed_BCH, -y.log_prob(truth_BCH), 0.0).sum(-1) / jnp.maximum(
+        observed_BCH.sum(-1), 1
+    )
     weight = jnp.ones(nll_BC.shape[0]) if weight_B is None else weight_B
     counts_BC = observed_BCH.any(-1) * weight[:, None]
     return (nll_BC * counts_BC).sum() / jnp.maximum(counts_BC.sum(), jnp.finfo(jnp.float32).tiny)
@@ -115,7 +144,9 @@ def summary(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class MixtureHead(nn.Module):
-    """Tokens [B, N, D] -> mixtures at [B, N, P] around `loc` and `scale` [B, N, 1], and the raw outputs by name."""
+    """Tokens [B, N, D] -> mixtures at [B, N, P] around `loc` and `scale` [B, N, 1], and the raw
+    outputs by name.
+    """
 
     sizes: tuple[int, ...]
     kinds: tuple[str, ...]
@@ -132,8 +163,13 @@ class MixtureHead(nn.Module):
 
         logits_BNPM = jnp.swapaxes(raw("weights", m).reshape(*shape[:2], m, shape[2]), -1, -2)
         for i, kind in enumerate(self.kinds):
-            part = {name: _domain(name, raw(f"component_{i}_{name}", 1)) for name in PARAMETERS[kind]}
-            parts.append(part | ({"scale": jnp.full(shape, self.fixed_scale)} if kind == "normal_fixed" else {}))
+            part = {
+                name: _domain(name, raw(f"component_{i}_{name}", 1)) for name in PARAMETERS[kind]
+            }
+            parts.append(
+                part
+                | ({"scale": jnp.full(shape, self.fixed_scale)} if kind == "normal_fixed" else {})
+            )
         loc, scale = (jnp.broadcast_to(a, shape) for a in (loc_BN1, scale_BN1))
         return Mixture(jax.nn.log_softmax(logits_BNPM), tuple(parts), loc, scale, self.kinds), taps
 
@@ -150,13 +186,20 @@ def _log_prob(kind: str, part: dict[str, jax.Array], z: jax.Array) -> jax.Array:
     lgamma = jax.lax.lgamma
     if kind == "student_t":
         df, x = part["df"], (z - part["loc"]) / part["scale"]
-        norm = jnp.log(part["scale"]) + 0.5 * jnp.log(df * math.pi) + lgamma(0.5 * df) - lgamma(0.5 * (df + 1))
+        norm = (
+            jnp.log(part["scale"])
+            + 0.5 * jnp.log(df * math.pi)
+            + lgamma(0.5 * df)
+            - lgamma(0.5 * (df + 1))
+        )
         return -0.5 * (df + 1) * jnp.log1p(jnp.square(x) / df) - norm
     if kind == "normal_fixed":
         return _normal(z, part)
     if kind == "log_normal":
         inside = z > 0
-        log_z = jnp.log(jnp.where(inside, z, 1.0))  # a number in the support on both sides: gradients stay finite
+        log_z = jnp.log(
+            jnp.where(inside, z, 1.0)
+        )  # a number in the support on both sides: gradients stay finite
         return jnp.where(inside, _normal(log_z, part) - log_z, -jnp.inf)
     inside, n, logit = z >= 0, part["total_count"], part["logits"]
     z = jnp.where(inside, z, 1.0)
@@ -173,12 +216,17 @@ def _normal(z: jax.Array, part: dict[str, jax.Array]) -> jax.Array:
 def _mean(kind: str, part: dict[str, jax.Array]) -> jax.Array:
     if kind == "negative_binomial":
         return part["total_count"] * jnp.exp(part["logits"])
-    return jnp.exp(part["loc"] + 0.5 * jnp.square(part["scale"])) if kind == "log_normal" else part["loc"]
+    return (
+        jnp.exp(part["loc"] + 0.5 * jnp.square(part["scale"]))
+        if kind == "log_normal"
+        else part["loc"]
+    )
 
 
 def _sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
-    """n draws [n, ...] of one row's mixtures [...]. Only where a negative binomial was drawn do the loops behind it do
-    any work."""
+    """n draws [n, ...] of one row's mixtures [...]. Only where a negative binomial was drawn do the
+    loops behind it do any work.
+    """
     shape = (n, *mixture.loc.shape)
     words = _words(key, (7, *shape))
     u_pick, u_noise, u_angle, u_radius, u_boost = _uniform(words[:5])
@@ -187,12 +235,16 @@ def _sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
     normal, z = _normal_of(u_noise), jnp.zeros(shape)
     for i, (kind, part) in enumerate(zip(mixture.kinds, mixture.parts, strict=True)):
         part = {name: x[None] for name, x in part.items()}
-        if kind == "student_t":  # Bailey's polar method (Mathematics of Computation 62, 1994): exact, no rejection
+        if (
+            kind == "student_t"
+        ):  # Bailey's polar method (Mathematics of Computation 62, 1994): exact, no rejection
             spread = jnp.sqrt(part["df"] * jnp.expm1(-2 / part["df"] * jnp.log(u_radius)))
             drawn = part["loc"] + part["scale"] * spread * jnp.cos(2 * math.pi * u_angle)
         elif kind == "negative_binomial":
             mine = index == i
-            rate = _gamma(words[5], jnp.where(mine, part["total_count"], 1.0), u_boost) * jnp.exp(part["logits"])
+            rate = _gamma(words[5], jnp.where(mine, part["total_count"], 1.0), u_boost) * jnp.exp(
+                part["logits"]
+            )
             drawn = _poisson(words[6], jnp.where(mine, rate, 0.0))
         else:
             drawn = part["loc"] + part["scale"] * normal
@@ -202,8 +254,9 @@ def _sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
 
 
 def _words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Random words [*shape]: a counter hashed with the two words of the key. Threefry's bits would do as well, at a
-    fifth of the speed, and half of the time that a forecast takes to compile."""
+    """Random words [*shape]: a counter hashed with the two words of the key. Threefry's bits would
+    do as well, at a fifth of the speed, and half of the time that a forecast takes to compile.
+    """
     key_data = jax.random.key_data(key).reshape(-1)[-2:]
     counter = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
     return _hash(_hash(key_data[0], counter) ^ key_data[1], 1)
@@ -215,7 +268,9 @@ def _uniform(bits: jax.Array) -> jax.Array:
 
 
 def _hash(bits: jax.Array, i: jax.Array | int) -> jax.Array:
-    """The i-th word after each random word: a counter through the finaliser of MurmurHash3, whose bits mix well."""
+    """The i-th word after each random word: a counter through the finaliser of MurmurHash3, whose
+    bits mix well.
+    """
     x = bits + jnp.asarray(i, jnp.uint32) * jnp.uint32(0x9E3779B9)
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -228,7 +283,9 @@ def _normal_of(u: jax.Array) -> jax.Array:
 
 
 def _until_accepted(bits: jax.Array, attempt, done: jax.Array, rest: jax.Array) -> jax.Array:
-    """`attempt(u1, u2)` -> (value, accepted), with new uniform numbers until every place is done; `rest` elsewhere."""
+    """`attempt(u1, u2)` -> (value, accepted), with new uniform numbers until every place is done;
+    `rest` elsewhere.
+    """
 
     def again(state):
         i, value, done = state
@@ -240,7 +297,9 @@ def _until_accepted(bits: jax.Array, attempt, done: jax.Array, rest: jax.Array) 
 
 
 def _gamma(bits: jax.Array, a: jax.Array, u: jax.Array) -> jax.Array:
-    """Gamma(a, 1) by Marsaglia and Tsang (2000), all places at once: on a CPU `jax.random.gamma` goes one by one."""
+    """Gamma(a, 1) by Marsaglia and Tsang (2000), all places at once: on a CPU `jax.random.gamma`
+    goes one by one.
+    """
     small = a < 1
     d = jnp.where(small, a + 1, a) - 1 / 3
     c = 1 / jnp.sqrt(9 * d)
@@ -256,8 +315,9 @@ def _gamma(bits: jax.Array, a: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _poisson(bits: jax.Array, rate: jax.Array) -> jax.Array:
-    """Poisson(rate) as floats: by inversion below 10, by Hoermann's PTRS (1993) above, and above `_LARGE`, where
-    the skewness is below 1 %, a rounded normal number."""
+    """Poisson(rate) as floats: by inversion below 10, by Hoermann's PTRS (1993) above, and above
+    `_LARGE`, where the skewness is below 1 %, a rounded normal number.
+    """
     u, low = _uniform(bits), jnp.where(rate < 10, rate, 0.0)
 
     def search(state):
@@ -265,7 +325,11 @@ def _poisson(bits: jax.Array, rate: jax.Array) -> jax.Array:
         more = u > below
         k = jnp.where(more, k + 1, k)
         p = jnp.where(more, p * low / jnp.maximum(k, 1.0), p)
-        return k, p, jnp.where(more, below + jnp.maximum(p, 1e-9), below)  # never stuck under a u beside 1
+        return (
+            k,
+            p,
+            jnp.where(more, below + jnp.maximum(p, 1e-9), below),
+        )  # never stuck under a u beside 1
 
     start = (jnp.zeros_like(u), jnp.exp(-low), jnp.exp(-low))
     k_low = jax.lax.while_loop(lambda s: ((u > s[2]) & (s[0] < 100)).any(), search, start)[0]

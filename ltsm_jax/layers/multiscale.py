@@ -1,18 +1,21 @@
-"""Several scales of a series at once, for multi-scale fine-tuning (MSFT) of encoders over packed tokens.
+"""Several scales of a series at once, for multi-scale fine-tuning (MSFT) of encoders over packed
+tokens.
 
-A series is averaged over 2, 4, ... neighbouring steps, and each scale is cut into patches of one size: the tokens of
-scale s are sample s + 1 of a row (`layers.packed`), so that attention stays within a scale, with times of its own. What
-is new beside the pretrained encoder begins as nothing: a linear layer for each scale after the patches' embedding,
-adapters of low rank for each scale on queries, keys and values, and between attention and feed-forward layer a passage
-to the next scale, in both directions. The forecasts of all scales, brought back to the steps of the series, are mixed
+A series is averaged over 2, 4, ... neighbouring steps, and each scale is cut into patches of one
+size: the tokens of scale s are sample s + 1 of a row (`layers.packed`), so that attention stays
+within a scale, with times of its own. What is new beside the pretrained encoder begins as nothing:
+a linear layer for each scale after the patches' embedding, adapters of low rank for each scale on
+queries, keys and values, and between attention and feed-forward layer a passage to the next scale,
+in both directions. The forecasts of all scales, brought back to the steps of the series, are mixed
 by learned weights, which begin equal.
 
 Letters as in `layers.packed`; S scales, the finest first, R rank.
 
-Source: Qiao et al., "Multi-Scale Finetuning for Encoder-based Time Series Foundation Models" (NeurIPS 2025, arXiv
-2506.14087). Where the passage lies within a layer and that padding has no part in it are ours, and so is the forecast:
-the paper averages the scales' forecasts, here a sample path is that of one scale, drawn by its weight, so that the mean
-is the paper's and the spread is not narrowed.
+Source: Qiao et al., "Multi-Scale Finetuning for Encoder-based Time Series Foundation Models"
+(NeurIPS 2025, arXiv 2506.14087). Where the passage lies within a layer and that padding has no part
+in it are ours, and so is the forecast: the paper averages the scales' forecasts, here a sample path
+is that of one scale, drawn by its weight, so that the mean is the paper's and the spread is not
+narrowed.
 """
 
 import dataclasses
@@ -49,7 +52,9 @@ class MultiScale:
         if not 1 <= self.further <= MOST_SCALES:
             raise ValueError(f"1 to {MOST_SCALES} further scales can be added; got {self.further}")
         if not 1 <= self.rank <= 1024:
-            raise ValueError(f"the rank of the adapters of a scale must lie between 1 and 1024; got {self.rank}")
+            raise ValueError(
+                f"the rank of the adapters of a scale must lie between 1 and 1024; got {self.rank}"
+            )
 
     @property
     def scales(self) -> int:
@@ -60,7 +65,8 @@ class MultiScale:
 def pooled(series: Series, factor: int, *, before: bool) -> Series:
     """Average the observed values of every `factor` steps: [B, C, T] -> [B, C, ceil(T / factor)].
 
-    before: fill up in front, as a past needs it, and not behind. A step is observed where any of its own is.
+    before: fill up in front, as a past needs it, and not behind. A step is observed where any of
+    its own is.
     """
     x, observed = series
     missing = -x.shape[-1] % factor
@@ -74,11 +80,12 @@ def pooled(series: Series, factor: int, *, before: bool) -> Series:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the tokens of each scale stand in a row: the pasts of all scales, then the futures of all scales.
+    """Where the tokens of each scale stand in a row: the pasts of all scales, then the futures of
+    all scales.
 
-    how: the scales. places: [N of the scale] of each scale. parents: of each scale but the coarsest, which token of the
-    next one has the same steps, a number within that scale. first: place of the first future token. futures: how many
-    of them each scale has.
+    how: the scales. places: [N of the scale] of each scale. parents: of each scale but the
+    coarsest, which token of the next one has the same steps, a number within that scale. first:
+    place of the first future token. futures: how many of them each scale has.
     """
 
     how: MultiScale
@@ -89,7 +96,12 @@ class Layout:
 
 
 def pack(
-    past: Series, horizon: int, patch: int, width: int, how: MultiScale, is_pad: jax.Array | None = None
+    past: Series,
+    horizon: int,
+    patch: int,
+    width: int,
+    how: MultiScale,
+    is_pad: jax.Array | None = None,
 ) -> tuple[Tokens, Layout]:
     """Tokens of a forecast at every scale, see `packed.pack`, and where they stand."""
     pasts, futures = [], []
@@ -99,7 +111,9 @@ def pack(
     for s in range(how.scales):
         factor = 2**s
         series = pooled(past, factor, before=True)
-        _, there = pooled((jnp.zeros_like(is_pad, jnp.float32)[:, None], ~is_pad[:, None]), factor, before=True)
+        _, there = pooled(
+            (jnp.zeros_like(is_pad, jnp.float32)[:, None], ~is_pad[:, None]), factor, before=True
+        )
         ahead = -(-horizon // factor)
         tokens = packed.pack(series, ahead, patch, width, is_pad=~there[:, 0])
         tokens = dataclasses.replace(tokens, sample_id=tokens.sample_id * (s + 1))
@@ -122,11 +136,14 @@ def _layout(how: MultiScale, n_variates: int, steps: Sequence[tuple[int, int]]) 
         here = np.arange(sizes[s]) + starts[s]
         places.append(np.concatenate([here, np.arange(futures[s]) + starts[len(steps) + s]]))
     for (past, ahead), (coarse_past, coarse_ahead) in itertools.pairwise(steps):
-        # Pasts end at the same step, futures begin there: counted from it, token i lies in token i // 2.
+        # Pasts end at the same step, futures begin there: counted from it, token i lies in token i
+        # // 2.
         within = coarse_past - 1 - np.arange(past)[::-1] // 2
         of_past = np.arange(n_variates)[:, None] * coarse_past + within[None]
         of_future = np.arange(n_variates)[:, None] * coarse_ahead + np.arange(ahead)[None] // 2
-        parents.append(np.concatenate([of_past.ravel(), n_variates * coarse_past + of_future.ravel()]))
+        parents.append(
+            np.concatenate([of_past.ravel(), n_variates * coarse_past + of_future.ravel()])
+        )
     return Layout(how, tuple(places), tuple(parents), int(sum(sizes)), tuple(futures))
 
 
@@ -136,7 +153,9 @@ def scale_of(tokens: Tokens) -> jax.Array:
 
 
 class ScaleLinear(nn.Module):
-    """x + x W_s + b_s by the token's scale s: [B, N, D] -> [B, N, D]; kernel [S, D, D], bias [S, D]."""
+    """x + x W_s + b_s by the token's scale s: [B, N, D] -> [B, N, D]; kernel [S, D, D], bias [S,
+    D].
+    """
 
     how: MultiScale
 
@@ -153,7 +172,9 @@ class ScaleLinear(nn.Module):
 
 
 class ScaleLora(nn.Module):
-    """x A_s B_s by the token's scale s: [B, N, D] -> [B, N, *outputs]; a [S, D, R], b [S, R, *outputs]."""
+    """x A_s B_s by the token's scale s: [B, N, D] -> [B, N, *outputs]; a [S, D, R], b [S, R,
+    *outputs].
+    """
 
     how: MultiScale
     outputs: tuple[int, ...]
@@ -173,9 +194,10 @@ class ScaleLora(nn.Module):
 class CrossScale(nn.Module):
     """Passages between neighbouring scales [B, N, D] -> [B, N, D]: the mean of two branches.
 
-    From coarse to fine, each token gets a linear map of the one with the same steps in the next coarser scale, which
-    has got its own before. From fine to coarse, each token gets the mean of such maps of its tokens in the finer scale.
-    kernels [S - 1, D, D], biases [S - 1, D]. Padding gives nothing.
+    From coarse to fine, each token gets a linear map of the one with the same steps in the next
+    coarser scale, which has got its own before. From fine to coarse, each token gets the mean of
+    such maps of its tokens in the finer scale. kernels [S - 1, D, D], biases [S - 1, D]. Padding
+    gives nothing.
     """
 
     how: MultiScale
@@ -185,7 +207,9 @@ class CrossScale(nn.Module):
         n, d = self.how.further, x_BND.shape[-1]
 
         def passage(name):
-            kernel = self.param(f"{name}_kernel", nn.initializers.zeros, (n, d, d)).astype(x_BND.dtype)
+            kernel = self.param(f"{name}_kernel", nn.initializers.zeros, (n, d, d)).astype(
+                x_BND.dtype
+            )
             bias = self.param(f"{name}_bias", nn.initializers.zeros, (n, d)).astype(x_BND.dtype)
             return lambda i, y_BND: y_BND @ kernel[i] + bias[i][None, None]
 
@@ -202,9 +226,13 @@ class CrossScale(nn.Module):
             child_SN = np.arange(coarser[i + 1].shape[1])[:, None] == layout.parents[i][None]
             share_BSN = child_SN[None].astype(x_BND.dtype) * real[i][:, None]
             share_BSN = share_BSN / jnp.maximum(share_BSN.sum(-1, keepdims=True), 1)
-            coarser[i + 1] = scales[i + 1] + jnp.einsum("BSN,BND->BSD", share_BSN, to_coarse(i, coarser[i]))
+            coarser[i + 1] = scales[i + 1] + jnp.einsum(
+                "BSN,BND->BSD", share_BSN, to_coarse(i, coarser[i])
+            )
 
-        fused_BND = jnp.concatenate([(a + b) / 2 for a, b in zip(finer, coarser, strict=True)], axis=1)
+        fused_BND = jnp.concatenate(
+            [(a + b) / 2 for a, b in zip(finer, coarser, strict=True)], axis=1
+        )
         return fused_BND[:, np.argsort(np.concatenate(layout.places))]
 
 
@@ -246,18 +274,23 @@ class ScaleMixture:
         own = jax.vmap(lambda key: jax.random.split(key, len(self.parts) + 1))(keys)
         paths = jnp.stack([part.sample(own[:, i + 1], n) for i, part in enumerate(self.parts)], -1)
         log_weights = jnp.log(self.weights)
-        chosen = jax.vmap(lambda key, logs: jax.random.categorical(key, logs, shape=(n,)))(own[:, 0], log_weights)
+        chosen = jax.vmap(lambda key, logs: jax.random.categorical(key, logs, shape=(n,)))(
+            own[:, 0], log_weights
+        )
         return jnp.take_along_axis(paths, chosen[:, None, None, :, None], axis=-1)[..., 0]
 
 
 def mixed(weights: jax.Array, parts: Sequence[Mixture], horizon: int) -> ScaleMixture:
-    """Mix the forecasts of all scales, each of its own steps; a coarse step stands for each of those it is made of.
+    """Mix the forecasts of all scales, each of its own steps; a coarse step stands for each of
+    those it is made of.
 
     weights: logits [S].
     """
     at_steps = []
     for s, part in enumerate(parts):
-        at_steps.append(jax.tree.map(lambda leaf, s=s: jnp.repeat(leaf, 2**s, axis=2)[:, :, :horizon], part))
+        at_steps.append(
+            jax.tree.map(lambda leaf, s=s: jnp.repeat(leaf, 2**s, axis=2)[:, :, :horizon], part)
+        )
     rows = parts[0].loc.shape[0]
     shares = jnp.broadcast_to(jax.nn.softmax(weights.astype(jnp.float32))[None], (rows, len(parts)))
     return ScaleMixture(shares, tuple(at_steps))

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32; no mean is taken off, no bias.
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32; no mean is taken off, no
+    bias.
 
-    Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467), as in T5 and Llama.
+    Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467), as in T5
+    and Llama.
     """
 
     eps: float = 1e-6

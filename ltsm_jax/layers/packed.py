@@ -1,11 +1,13 @@
-"""Packed tokens of the Moirai families: samples and variates in one row, told apart by ids, and what works on them.
+"""Packed tokens of the Moirai families: samples and variates in one row, told apart by ids, and
+what works on them.
 
-A row is a sequence of tokens. A token is a patch of one variate of one sample: its first `patch` values are used, the
-rest of its width is zero. Letters: B rows, N tokens (S on the key side of attention), P token width, C variates of a
-row, T time steps, D model width, H heads, K head width, F feed-forward width; Z is the number of patch sizes.
+A row is a sequence of tokens. A token is a patch of one variate of one sample: its first `patch`
+values are used, the rest of its width is zero. Letters: B rows, N tokens (S on the key side of
+attention), P token width, C variates of a row, T time steps, D model width, H heads, K head width,
+F feed-forward width; Z is the number of patch sizes.
 
-Source: Woo et al., "Unified Training of Universal Time Series Forecasting Transformers" (ICML 2024, arXiv 2402.02592),
-as SalesforceAIResearch/uni2ts (commit 8d2a08d) runs it.
+Source: Woo et al., "Unified Training of Universal Time Series Forecasting Transformers" (ICML 2024,
+arXiv 2402.02592), as SalesforceAIResearch/uni2ts (commit 8d2a08d) runs it.
 """
 
 import dataclasses
@@ -28,7 +30,9 @@ from ltsm_jax.trees import Tree, flatten, unflatten
 NORM_EPS = 1e-5
 SCALE_EPS = 1e-5  # inside the root, added to the variance
 _SIZED = re.compile(r"^(embed|residual)$|^head/")  # layers with weights for each patch size
-Series = tuple[jax.Array, jax.Array]  # values [B, C, T] (0 where unknown) and which of them are observed
+Series = tuple[
+    jax.Array, jax.Array
+]  # values [B, C, T] (0 where unknown) and which of them are observed
 
 
 @jax.tree_util.register_dataclass
@@ -36,9 +40,9 @@ Series = tuple[jax.Array, jax.Array]  # values [B, C, T] (0 where unknown) and w
 class Tokens:
     """Packed tokens.
 
-    target: [B, N, P] values, never NaN. observed: [B, N, P] bool. sample_id: [B, N], 0 = padding, 1.. = which sample.
-    time_id: [B, N], the patch's place in its sample. variate_id: [B, N]. predicted: [B, N] bool, what is to be
-    forecast: kept out of the scaler.
+    target: [B, N, P] values, never NaN. observed: [B, N, P] bool. sample_id: [B, N], 0 = padding,
+    1.. = which sample. time_id: [B, N], the patch's place in its sample. variate_id: [B, N].
+    predicted: [B, N] bool, what is to be forecast: kept out of the scaler.
     """
 
     target: jax.Array
@@ -66,15 +70,19 @@ class Tokens:
 
 def group_sum(together_BNS: jax.Array, x_BS: jax.Array) -> jax.Array:
     """[B, N]: the sum of x over the tokens that go together with each, exact on every device."""
-    return jnp.einsum("BNS,BS->BN", together_BNS.astype(x_BS.dtype), x_BS, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(
+        "BNS,BS->BN", together_BNS.astype(x_BS.dtype), x_BS, precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def token_scale(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation [B, N, 1] of each token's variate in its sample; padding gets 0 and 1.
+    """Mean and standard deviation [B, N, 1] of each token's variate in its sample; padding gets 0
+    and 1.
 
-    Over the observed values of tokens that are not predicted; n - 1 in the variance, `SCALE_EPS` inside the root. The
-    original counts in float64. Here the mean is taken twice, the second time of what the first left over, and squares
-    are of values brought below 1: as exact in float32, at any offset and size.
+    Over the observed values of tokens that are not predicted; n - 1 in the variance, `SCALE_EPS`
+    inside the root. The original counts in float64. Here the mean is taken twice, the second time
+    of what the first left over, and squares are of values brought below 1: as exact in float32, at
+    any offset and size.
     """
     used_BNP = tokens.observed & ~tokens.predicted[..., None]
     together_BNS = tokens.same_sample & tokens.same_variate
@@ -115,13 +123,16 @@ def pack(
     known: Series | None = None,
     past_known: Series | None = None,
 ) -> Tokens:
-    """Tokens of a forecast: the past of every variate, then the future of every variate, then covariates.
+    """Tokens of a forecast: the past of every variate, then the future of every variate, then
+    covariates.
 
-    The past is filled up on the left and the future on the right to whole patches, with zeros that are not observed.
-    Times count the patches that hold any observed value of any variate of `past`; empty ones in front share time 0.
+    The past is filled up on the left and the future on the right to whole patches, with zeros that
+    are not observed. Times count the patches that hold any observed value of any variate of `past`;
+    empty ones in front share time 0.
 
     Args:
-      past: values and observed [B, C, T]. horizon: H. patch: steps per token. width: P of the tokens.
+      past: values and observed [B, C, T]. horizon: H. patch: steps per token. width: P of the
+        tokens.
       future: the true [B, C, H] where it is known; zeros, counted as observed, where not.
       is_pad: [B, T], steps before the series began; a token of nothing else is padding.
       known: covariates [B, F, T + H]. past_known: covariates [B, G, T].
@@ -140,7 +151,10 @@ def pack(
     after_BN = jnp.ones((b, steps), bool)
     before = lambda series: (series[0][..., :t], series[1][..., :t])  # noqa: E731
     after = lambda series: (series[0][..., t:], series[1][..., t:])  # noqa: E731
-    parts = [(past, True, real_BN, past_BN, 0, False), (future, False, after_BN, future_BN, 0, True)]
+    parts = [
+        (past, True, real_BN, past_BN, 0, False),
+        (future, False, after_BN, future_BN, 0, True),
+    ]
     if known is not None:
         parts += [
             (before(known), True, real_covariate_BN, past_BN, c, False),
@@ -181,10 +195,12 @@ def unpack(y_BNP: jax.Array, n_variates: int, horizon: int, patch: int) -> jax.A
 
 
 class SizedIn(nn.Module):
-    """Patches into the model, with weights of their own for each patch size: [B, N, P] -> [B, N, D].
+    """Patches into the model, with weights of their own for each patch size: [B, N, P] -> [B, N,
+    D].
 
-    kernel [Z, P, D], bias [Z, D]. Of the kernel of a size p only the first p rows are used: what stands behind a patch
-    in its token is not zero after scaling. `patch`: one size for all tokens, or [B, N]; a size of 0 (padding) gives 0.
+    kernel [Z, P, D], bias [Z, D]. Of the kernel of a size p only the first p rows are used: what
+    stands behind a patch in its token is not zero after scaling. `patch`: one size for all tokens,
+    or [B, N]; a size of 0 (padding) gives 0.
     """
 
     sizes: tuple[int, ...]
@@ -194,7 +210,9 @@ class SizedIn(nn.Module):
     def __call__(self, x_BNP, patch):
         shape = (len(self.sizes), max(self.sizes), self.features)
         kernel_ZPD = self.param("kernel", nn.initializers.zeros, shape).astype(x_BNP.dtype)
-        bias_ZD = self.param("bias", nn.initializers.zeros, (shape[0], shape[2])).astype(x_BNP.dtype)
+        bias_ZD = self.param("bias", nn.initializers.zeros, (shape[0], shape[2])).astype(
+            x_BNP.dtype
+        )
 
         def one(z, p):
             y = x_BNP[..., :p].reshape(-1, p) @ kernel_ZPD[z, :p] + bias_ZD[z][None]
@@ -206,9 +224,10 @@ class SizedIn(nn.Module):
 class SizedOut(nn.Module):
     """Out of the model to `dim` numbers per time step, by patch size: [B, N, D] -> [B, N, dim * P].
 
-    kernel [Z, D, dim * P], bias [Z, dim * P]. Of the kernel of a size p the first dim * p columns are used, of the
-    bias all. Read as [dim, P] (the caller does), so at dim > 1 those columns are not the first p steps of each of the
-    dim numbers: the original's layout, which its published weights were trained with.
+    kernel [Z, D, dim * P], bias [Z, dim * P]. Of the kernel of a size p the first dim * p columns
+    are used, of the bias all. Read as [dim, P] (the caller does), so at dim > 1 those columns are
+    not the first p steps of each of the dim numbers: the original's layout, which its published
+    weights were trained with.
     """
 
     sizes: tuple[int, ...]
@@ -217,8 +236,12 @@ class SizedOut(nn.Module):
     @nn.compact
     def __call__(self, x_BND, patch):
         d, out = x_BND.shape[-1], self.dim * max(self.sizes)
-        kernel_ZDO = self.param("kernel", nn.initializers.zeros, (len(self.sizes), d, out)).astype(x_BND.dtype)
-        bias_ZO = self.param("bias", nn.initializers.zeros, (len(self.sizes), out)).astype(x_BND.dtype)
+        kernel_ZDO = self.param("kernel", nn.initializers.zeros, (len(self.sizes), d, out)).astype(
+            x_BND.dtype
+        )
+        bias_ZO = self.param("bias", nn.initializers.zeros, (len(self.sizes), out)).astype(
+            x_BND.dtype
+        )
 
         def one(z, p):
             y = x_BND.reshape(-1, d) @ kernel_ZDO[z, :, : self.dim * p]
@@ -231,7 +254,8 @@ class SizedOut(nn.Module):
 def by_size(one, sizes: tuple[int, ...], patch) -> jax.Array:
     """`one(z, sizes[z])` [B, N, ...] of the tokens' own size; 0 where that is none of `sizes`.
 
-    patch: an int is one size for all, which costs one call; an array [B, N] costs one for each size.
+    patch: an int is one size for all, which costs one call; an array [B, N] costs one for each
+    size.
     """
     if isinstance(patch, int):
         return one(sizes.index(patch), patch)
@@ -242,10 +266,11 @@ def by_size(one, sizes: tuple[int, ...], patch) -> jax.Array:
 class AnyVariateAttention(nn.Module):
     """Self-attention over packed tokens [B, N, D] -> [B, N, D], and the named steps between.
 
-    q and k are normalised per head, then the first half of each head turns by the token's time; a learned number per
-    head is added to the score of tokens of the same variate, another to that of different ones.
-    seen, same_variate: [B, N, S] bool. time_id: [B, N]. only: places of the tokens that ask; None: all of them.
-    adapters: functions of the tokens by the name, q, k or v, of what they are added to.
+    q and k are normalised per head, then the first half of each head turns by the token's time; a
+    learned number per head is added to the score of tokens of the same variate, another to that of
+    different ones. seen, same_variate: [B, N, S] bool. time_id: [B, N]. only: places of the tokens
+    that ask; None: all of them. adapters: functions of the tokens by the name, q, k or v, of what
+    they are added to.
     """
 
     d_model: int
@@ -255,7 +280,9 @@ class AnyVariateAttention(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool, only=None, adapters=None):
+    def __call__(
+        self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool, only=None, adapters=None
+    ):
         heads, half, taps = (self.n_heads, self.head_dim), self.head_dim // 2, {}
         values = (self.n_heads, self.value_dim)
         asking = slice(None) if only is None else only
@@ -275,16 +302,24 @@ class AnyVariateAttention(nn.Module):
             return jnp.concatenate([first, y[..., half:]], axis=-1)
 
         shape = (2, self.n_heads)
-        bias_2H = self.param("variate_bias", nn.initializers.zeros, shape) if self.n_heads else jnp.zeros(shape)
+        bias_2H = (
+            self.param("variate_bias", nn.initializers.zeros, shape)
+            if self.n_heads
+            else jnp.zeros(shape)
+        )
         bias_2H = bias_2H.astype(jnp.float32)
         q_BHNK, k_BHSK, v_BHSK = turned("q"), turned("k"), project("v")
-        s_BHNS = (jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5).astype(jnp.float32)
+        s_BHNS = (jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5).astype(
+            jnp.float32
+        )
         bias = bias_2H[:, None, :, None, None]
         s_BHNS = s_BHNS + jnp.where(same_variate_BNS[:, asking][:, None], bias[1], bias[0])
         s_BHNS = jnp.where(seen_BNS[:, asking][:, None], s_BHNS, -jnp.inf)
         w_BHNS = jax.nn.softmax(s_BHNS).astype(x_BND.dtype)
         y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
-        y_BND = Linear(values, (self.d_model,), use_bias=False, name="out")(jnp.swapaxes(y_BHNK, 1, 2))
+        y_BND = Linear(values, (self.d_model,), use_bias=False, name="out")(
+            jnp.swapaxes(y_BHNK, 1, 2)
+        )
         return y_BND, taps
 
 
@@ -297,18 +332,28 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        up, gate = (Linear((self.d_model,), (self.ffn_dim,), use_bias=False, name=n)(x) for n in ("up", "gate"))
+        up, gate = (
+            Linear((self.d_model,), (self.ffn_dim,), use_bias=False, name=n)(x)
+            for n in ("up", "gate")
+        )
         y = Dropout(self.dropout)(nn.silu(gate) * up, train)
-        return Dropout(self.dropout)(Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y), train)
+        return Dropout(self.dropout)(
+            Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y), train
+        )
 
 
 def default_ffn_dim(d_model: int) -> int:
-    """F where the published config names none: two thirds of four times D, up to a multiple of 8."""
+    """F where the published config names none: two thirds of four times D, up to a multiple
+    of 8.
+    """
     return math.ceil(int(4 * d_model * 2 / 3) / 8) * 8
 
 
-def group_mean(error_BNP: jax.Array, tokens: Tokens, weight_B: jax.Array | None = None) -> jax.Array:
-    """Mean over the predicted, observed entries in which every variate of every sample counts alike: a scalar.
+def group_mean(
+    error_BNP: jax.Array, tokens: Tokens, weight_B: jax.Array | None = None
+) -> jax.Array:
+    """Mean over the predicted, observed entries in which every variate of every sample counts
+    alike: a scalar.
 
     weight: of each row; rows of weight 0 count as absent.
     """
@@ -318,7 +363,9 @@ def group_mean(error_BNP: jax.Array, tokens: Tokens, weight_B: jax.Array | None 
     group_BN = jnp.maximum(group_sum(tokens.same_sample & tokens.same_variate, entries_BN), 1.0)
     groups = (weight_B1 * entries_BN / group_BN).sum()
     error_BN = jnp.where(scored_BNP, error_BNP, 0.0).sum(-1)
-    return (weight_B1 * error_BN / group_BN).sum() / jnp.maximum(groups, jnp.finfo(jnp.float32).tiny)
+    return (weight_B1 * error_BN / group_BN).sum() / jnp.maximum(
+        groups, jnp.finfo(jnp.float32).tiny
+    )
 
 
 def neutral_scale(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
@@ -335,15 +382,22 @@ def observed_series(x_BCT: jax.Array) -> Series:
 
 
 def rows_of(batch: Mapping[str, jax.Array], variates: str) -> dict[str, jax.Array]:
-    """A batch (`context`, `target` [B, C, .], `weight` [B], what there is of them) in rows of the model: as it is where
-    variates are "joint", each variate a row of its own where they are "independent"."""
+    """A batch (`context`, `target` [B, C, .], `weight` [B], what there is of them) in rows of the
+    model: as it is where variates are "joint", each variate a row of its own where they are
+    "independent".
+    """
     if variates == "joint":
         return dict(batch)
     c = batch["context"].shape[1]
-    return {k: jnp.repeat(x, c) if k == "weight" else x.reshape(-1, 1, x.shape[-1]) for k, x in batch.items()}
+    return {
+        k: jnp.repeat(x, c) if k == "weight" else x.reshape(-1, 1, x.shape[-1])
+        for k, x in batch.items()
+    }
 
 
-def masked_mse(y_BCH: jax.Array, truth_BCH: jax.Array, observed_BCH: jax.Array, weight_B=None) -> jax.Array:
+def masked_mse(
+    y_BCH: jax.Array, truth_BCH: jax.Array, observed_BCH: jax.Array, weight_B=None
+) -> jax.Array:
     """MSE where observed; weight: of each row."""
     weight = jnp.ones(y_BCH.shape[0]) if weight_B is None else weight_B
     counts_BCH = observed_BCH * weight[:, None, None]
@@ -358,7 +412,9 @@ def fresh(
     d_model: int,
     own: Callable[[str, tuple[int, ...]], Distribution | None] = lambda path, shape: None,
 ) -> Tree:
-    """Fresh parameters of a family with patch sizes. own: (path, shape) -> distribution, of what it has alone."""
+    """Fresh parameters of a family with patch sizes. own: (path, shape) -> distribution, of what it
+    has alone.
+    """
 
     def rule(path, shape):
         layer, _, leaf = path.rpartition("/")
@@ -384,8 +440,12 @@ def fresh(
         if into and name == "bias":
             return leaf * bound
         used_Z = np.asarray(patch_sizes) * (leaf.shape[axis] // max(patch_sizes))
-        inside = np.arange(leaf.shape[axis])[None] < used_Z[:, None]  # the rest of the axis is of larger sizes
-        inside = inside.reshape(-1, *(leaf.shape[i] if i == axis else 1 for i in range(1, leaf.ndim)))
+        inside = (
+            np.arange(leaf.shape[axis])[None] < used_Z[:, None]
+        )  # the rest of the axis is of larger sizes
+        inside = inside.reshape(
+            -1, *(leaf.shape[i] if i == axis else 1 for i in range(1, leaf.ndim))
+        )
         return leaf * (bound * inside)
 
     drawn = flatten(draw(key, shapes, rule))

@@ -1,4 +1,6 @@
-"""The block that takes patches into a model and forecasts out of it: two layers beside a linear one."""
+"""The block that takes patches into a model and forecasts out of it: two layers beside a linear
+one.
+"""
 
 from collections.abc import Callable
 
@@ -10,7 +12,9 @@ from ltsm_jax.layers.linear import Linear
 
 
 class ResidualBlock(nn.Module):
-    """`dropout(out(activation(hidden(x)))) + residual(x)` over the last axis: [..., inputs] -> [..., outputs]."""
+    """`dropout(out(activation(hidden(x)))) + residual(x)` over the last axis: [..., inputs] ->
+    [..., outputs].
+    """
 
     inputs: int
     hidden: int

@@ -1,4 +1,6 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) in the two layouts that the families use."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in the two layouts that the
+families use.
+"""
 
 from typing import Literal
 
@@ -8,8 +10,9 @@ import numpy as np
 
 
 def rotary_frequencies(k: int, base: float = 10000.0) -> np.ndarray:
-    """base**(-2j/K), j = 0..K/2-1, float32: on the host, since an accelerator's power is off by so much that far
-    positions turn by another angle."""
+    """base**(-2j/K), j = 0..K/2-1, float32: on the host, since an accelerator's power is off by so
+    much that far positions turn by another angle.
+    """
     return (base ** (-np.arange(0, k, 2) / k)).astype(np.float32)
 
 
@@ -25,9 +28,12 @@ def rotary(
 
     Args:
       x: [..., K], K even.
-      positions: integers or floats that broadcast to x without its last axis (same rank, axes of length 1 allowed).
-      pairs: which elements turn together: "halves" (j, j + K/2) as in Llama, "adjacent" (2j, 2j + 1) as in the paper.
-      frequencies: [..., K/2] that broadcasts to x's pairs, for x that has lost some of its pairs; None: of all pairs.
+      positions: integers or floats that broadcast to x without its last axis (same rank, axes of
+        length 1 allowed).
+      pairs: which elements turn together: "halves" (j, j + K/2) as in Llama, "adjacent" (2j, 2j +
+        1) as in the paper.
+      frequencies: [..., K/2] that broadcasts to x's pairs, for x that has lost some of its pairs;
+        None: of all pairs.
     Returns: [..., K] in the dtype of x; angles are computed in float32.
     """
     k = x.shape[-1]

@@ -28,7 +28,8 @@ def loops(network: nn.Module, lean: bool, train: bool) -> bool:
 def equal_runs(layers: int, *widths: Sequence[Any]) -> list[range]:
     """Split layers into runs of neighbours with equal widths.
 
-    widths: what each layer has of its own, a sequence of `layers` entries; () where it is the same everywhere.
+    widths: what each layer has of its own, a sequence of `layers` entries; () where it is the same
+    everywhere.
 
         equal_runs(4, (8, 8, 8, 6), ())  # [range(0, 3), range(3, 4)]
     """
@@ -48,12 +49,13 @@ def through_layers(
 ) -> jax.Array:
     """Take x through all layers in order, each run of equal ones as one `lax.scan`.
 
-    The numbers are those of the layers one after another. The parameters of a layer are copied in its turn, so that a
-    forecast needs memory for one layer more, where stacked parameters would need a second copy of the model.
+    The numbers are those of the layers one after another. The parameters of a layer are copied in
+    its turn, so that a forecast needs memory for one layer more, where stacked parameters would
+    need a second copy of the model.
 
     Args:
-      apply: (index of a layer, its parameters, x) -> x of the same shape and dtype. For a whole run it is called with
-        the index of the first layer.
+      apply: (index of a layer, its parameters, x) -> x of the same shape and dtype. For a whole run
+        it is called with the index of the first layer.
       params: trees by the names "layer_0", "layer_1", ....
       runs: from `equal_runs`.
     """
@@ -65,7 +67,8 @@ def through_layers(
             continue
 
         def step(x, place, own=own, first=run[0]):
-            # A choice among the layers' parameters. Stacked ones would be copied as well, all of them at once.
+            # A choice among the layers' parameters. Stacked ones would be copied as well, all of
+            # them at once.
             layer = jax.lax.switch(place, [lambda layer=layer: layer for layer in own])
             return apply(first, layer, x), None
 

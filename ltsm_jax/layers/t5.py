@@ -1,23 +1,23 @@
 """The encoder and decoder stacks of T5, of which three families are made.
 
-Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (arXiv 1910.10683);
-T5 1.1 for the gated feed-forward. Against other Transformers: RMSNorm before each sub-layer, no biases in the linears,
-attention scores not divided by sqrt(K), a learned bias on the distance between query and key, head widths that need
-not multiply to the model width.
+Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer"
+(arXiv 1910.10683); T5 1.1 for the gated feed-forward. Against other Transformers: RMSNorm before
+each sub-layer, no biases in the linears, attention scores not divided by sqrt(K), a learned bias on
+the distance between query and key, head widths that need not multiply to the model width.
 
 Parameters of a stack called `encoder` or `decoder`, i = 0, 1, ...:
 
-    encoder/relative_bias                  [buckets, heads]: one table a stack (the original keeps it in block 0)
+    encoder/relative_bias                  [buckets, heads]: one for all layers
     encoder/layer_{i}/norm1/scale          [D]
     encoder/layer_{i}/attn/{q,k,v}/kernel  [D, H, K]
     encoder/layer_{i}/attn/out/kernel      [H, K, D]
     encoder/layer_{i}/norm2/scale          [D]
     encoder/layer_{i}/up/kernel            [D, F]     `wi`, or `wi_1` where there is a gate
-    encoder/layer_{i}/gate/kernel          [D, F]     `wi_0`, the one that goes through the activation
+    encoder/layer_{i}/gate/kernel          [D, F]     `wi_0`, which goes through the activation
     encoder/layer_{i}/down/kernel          [F, D]     `wo`
     encoder/norm/scale                     [D]
-    decoder/...                            the same with layer_{i}/cross/{q,k,v,out}/kernel after norm2, and norm3
-                                           before the feed-forward
+    decoder/...                            the same with layer_{i}/cross/{q,k,v,out}/kernel after
+                                           norm2, and norm3 before the feed-forward
 
 `SHARD_RULES` and `initial` go with these names; `converters.t5_stack` has the key table.
 """
@@ -41,7 +41,11 @@ from ltsm_jax.layers.taps import watched
 from ltsm_jax.layers.widths import width, width_problems
 
 Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
-ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False), "gelu_new": nn.gelu}
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+}
 
 SHARD_RULES = (
     (r"/(attn|cross)/[qkv]/kernel$", ("fsdp", "tensor", None)),
@@ -53,17 +57,20 @@ SHARD_RULES = (
 )
 
 Cache = Mapping[str, Any]
-"""Keys and values of a decoder's layers: {"layer_0": {"k", "v", "cross_k", "cross_v"}}, each [B, H, S, K]."""
+"""Keys and values of a decoder's layers: {"layer_0": {"k", "v", "cross_k", "cross_v"}}, each [B, H,
+S, K].
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class StackConfig:
     """Sizes of one stack.
 
-    d_model D, head_dim K, n_heads H and ffn_dims F of each layer. cross_heads: heads of each layer's attention to the
-    encoder; () makes the stack an encoder. bias_columns: for each layer, which columns of the relative-bias table its
-    heads use, for layers that lost heads; () where all layers use all columns. n_buckets, max_distance (in tokens): of
-    the relative bias. value_dims, qk_dims: K of the values, and of queries and keys, of each layer; cross_value_dims,
+    d_model D, head_dim K, n_heads H and ffn_dims F of each layer. cross_heads: heads of each
+    layer's attention to the encoder; () makes the stack an encoder. bias_columns: for each layer,
+    which columns of the relative-bias table its heads use, for layers that lost heads; () where all
+    layers use all columns. n_buckets, max_distance (in tokens): of the relative bias. value_dims,
+    qk_dims: K of the values, and of queries and keys, of each layer; cross_value_dims,
     cross_qk_dims: those of its attention to the encoder; () is head_dim.
     """
 
@@ -87,28 +94,44 @@ class StackConfig:
     def __post_init__(self):
         layers = len(self.ffn_dims)
         names = ("value_dims", "qk_dims", "cross_value_dims", "cross_qk_dims")
-        problems = width_problems(layers, self.head_dim, **{name: getattr(self, name) for name in names})
+        problems = width_problems(
+            layers, self.head_dim, **{name: getattr(self, name) for name in names}
+        )
         if not layers or len(self.n_heads) != layers or len(self.cross_heads) not in (0, layers):
             problems.append(
-                f"n_heads {self.n_heads}, ffn_dims {self.ffn_dims} and cross_heads {self.cross_heads} (or none) must "
+                f"n_heads {self.n_heads}, ffn_dims {self.ffn_dims} and cross_heads "
+                f"{self.cross_heads} (or none) must "
                 "name the same layers, at least one"
             )
-        if min(self.d_model, self.head_dim) < 1 or min(0, *self.n_heads, *self.ffn_dims, *self.cross_heads) < 0:
+        if (
+            min(self.d_model, self.head_dim) < 1
+            or min(0, *self.n_heads, *self.ffn_dims, *self.cross_heads) < 0
+        ):
             problems.append("every size must be positive")
         if not self.bias_columns:
             if len(set(self.n_heads)) > 1:
-                problems.append(f"layers with {self.n_heads} heads share one bias table: bias_columns must say how")
-        elif tuple(map(len, self.bias_columns)) != self.n_heads or min(0, *sum(self.bias_columns, ())) < 0:
-            problems.append(f"bias_columns {self.bias_columns} must name one column a head, {self.n_heads}")
+                problems.append(
+                    f"layers with {self.n_heads} heads share one bias table: bias_columns must say "
+                    "how"
+                )
+        elif (
+            tuple(map(len, self.bias_columns)) != self.n_heads
+            or min(0, *sum(self.bias_columns, ())) < 0
+        ):
+            problems.append(
+                f"bias_columns {self.bias_columns} must name one column a head, {self.n_heads}"
+            )
         exact = self.n_buckets // (2 if self.is_decoder else 4)
         if exact < 1 or self.max_distance <= exact:
             problems.append(
-                f"{self.n_buckets} buckets have {exact} exact distances a side; there must be one, and max_distance "
+                f"{self.n_buckets} buckets have {exact} exact distances a side; there must be one, "
+                "and max_distance "
                 f"({self.max_distance}) must lie beyond"
             )
         if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.eps >= 0:
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), eps not negative: "
+                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), eps not "
+                "negative: "
                 f"{self.activation}, {self.dropout}, {self.eps}"
             )
         if problems:
@@ -122,24 +145,37 @@ class StackConfig:
     @property
     def bias_heads(self) -> int:
         """Columns of the relative-bias table."""
-        return max(sum(self.bias_columns, ()), default=-1) + 1 if self.bias_columns else self.n_heads[0]
+        return (
+            max(sum(self.bias_columns, ()), default=-1) + 1
+            if self.bias_columns
+            else self.n_heads[0]
+        )
 
     def attention(self, layer: int, cross: bool = False) -> tuple[int, int, int]:
-        """Heads of a layer's attention, the width of its queries and keys, and that of its values."""
+        """Heads of a layer's attention, the width of its queries and keys, and that of
+        its values.
+        """
         heads, qk_dims, value_dims = (
             (self.cross_heads, self.cross_qk_dims, self.cross_value_dims)
             if cross
             else (self.n_heads, self.qk_dims, self.value_dims)
         )
-        return heads[layer], width(qk_dims, layer, self.head_dim), width(value_dims, layer, self.head_dim)
+        return (
+            heads[layer],
+            width(qk_dims, layer, self.head_dim),
+            width(value_dims, layer, self.head_dim),
+        )
 
 
-def relative_buckets(relative: np.ndarray, *, bidirectional: bool, n_buckets: int, max_distance: int) -> np.ndarray:
+def relative_buckets(
+    relative: np.ndarray, *, bidirectional: bool, n_buckets: int, max_distance: int
+) -> np.ndarray:
     """Bucket of each distance `key position - query position`: int32, of the shape of `relative`.
 
-    Near distances have buckets of their own, farther ones share them on a logarithmic scale up to `max_distance`.
-    bidirectional: half of the buckets for keys after the query; otherwise these fall into the bucket of distance 0.
-    The scale is computed in float32 in the original's order of operations: its rounding decides some distances.
+    Near distances have buckets of their own, farther ones share them on a logarithmic scale up to
+    `max_distance`. bidirectional: half of the buckets for keys after the query; otherwise these
+    fall into the bucket of distance 0. The scale is computed in float32 in the original's order of
+    operations: its rounding decides some distances.
     """
     relative = np.asarray(relative)
     if bidirectional:
@@ -149,14 +185,25 @@ def relative_buckets(relative: np.ndarray, *, bidirectional: bool, n_buckets: in
         base, distance = 0, np.maximum(-relative, 0)
     exact = n_buckets // 2
     ratio = np.maximum(distance, exact).astype(np.float32) / np.float32(exact)
-    # the logarithm rounded once: NumPy's own in float32 may be off by one place where the bucket changes
+    # the logarithm rounded once: NumPy's own in float32 may be off by one place where the bucket
+    # changes
     log = np.log(ratio.astype(np.float64)).astype(np.float32)
-    far = exact + (log / np.float32(math.log(max_distance / exact)) * np.float32(n_buckets - exact)).astype(np.int64)
-    return (base + np.where(distance < exact, distance, np.minimum(far, n_buckets - 1))).astype(np.int32)
+    far = exact + (
+        log / np.float32(math.log(max_distance / exact)) * np.float32(n_buckets - exact)
+    ).astype(np.int64)
+    return (base + np.where(distance < exact, distance, np.minimum(far, n_buckets - 1))).astype(
+        np.int32
+    )
 
 
 def position_bias(
-    table: jax.Array, n: int, s: int, *, bidirectional: bool, max_distance: int, start: jax.Array | int | None = None
+    table: jax.Array,
+    n: int,
+    s: int,
+    *,
+    bidirectional: bool,
+    max_distance: int,
+    start: jax.Array | int | None = None,
 ) -> jax.Array:
     """The bias [H, N, S] that the scores of N queries and S keys get, keys at positions 0, 1, ....
 
@@ -172,8 +219,9 @@ def position_bias(
     b_HR = table[buckets].T  # of each distance
     if start is not None:
         b_HR = jax.lax.dynamic_slice_in_dim(b_HR, s - 1 - start, n + s - 1, axis=1)
-    # [i, j] = b[j - i] by laying rows of n + s distances one place short beside each other. A gather of [N, S, H] would
-    # do, but its gradient is a scatter, which takes longer than the rest of the attention.
+    # [i, j] = b[j - i] by laying rows of n + s distances one place short beside each other. A
+    # gather of [N, S, H] would do, but its gradient is a scatter, which takes longer than the rest
+    # of the attention.
     b_HR = jnp.concatenate([b_HR[:, n - 1 :], b_HR[:, :1], b_HR[:, : n - 1]], axis=1)
     h = b_HR.shape[0]
     rows = jnp.broadcast_to(b_HR[:, None], (h, n, n + s)).reshape(h, n * (n + s))
@@ -181,8 +229,9 @@ def position_bias(
 
 
 def hidden(mask: jax.Array) -> jax.Array:
-    """What is added to scores: 0 where the mask is not 0, float32's lowest number where it is. Where every key is
-    hidden the attention is uniform, as in the original, and not NaN."""
+    """What is added to scores: 0 where the mask is not 0, float32's lowest number where it is.
+    Where every key is hidden the attention is uniform, as in the original, and not NaN.
+    """
     return jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min)
 
 
@@ -196,16 +245,20 @@ class Kernel(nn.Module):
     def __call__(self, dtype):
         shape = (*self.inputs, *self.outputs)
         return (
-            self.param("kernel", nn.initializers.zeros, shape).astype(dtype) if all(shape) else jnp.zeros(shape, dtype)
+            self.param("kernel", nn.initializers.zeros, shape).astype(dtype)
+            if all(shape)
+            else jnp.zeros(shape, dtype)
         )
 
 
 class Attention(nn.Module):
-    """Attention of x [B, N, D] to a source [B, S, D]: [B, N, D], and the keys and values [B, H, S, K].
+    """Attention of x [B, N, D] to a source [B, S, D]: [B, N, D], and the keys and values [B, H, S,
+    K].
 
-    bias: added to the scores, broadcasts to [B, H, N, S]. source None: keys and values are `kv` alone; with both, the
-    new ones are written into `kv` at `start`. Rows of x may be a multiple of the source's: row r looks at the source's
-    row r // multiple. keep: keys and values are wanted; they need not come back otherwise.
+    bias: added to the scores, broadcasts to [B, H, N, S]. source None: keys and values are `kv`
+    alone; with both, the new ones are written into `kv` at `start`. Rows of x may be a multiple of
+    the source's: row r looks at the source's row r // multiple. keep: keys and values are wanted;
+    they need not come back otherwise.
     """
 
     cfg: StackConfig
@@ -215,10 +268,20 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BND, source_BSD: Any, bias, train: bool, kv: Any = None, start: Any = 0, keep: bool = False
+        self,
+        x_BND,
+        source_BSD: Any,
+        bias,
+        train: bool,
+        kv: Any = None,
+        start: Any = 0,
+        keep: bool = False,
     ) -> tuple[Any, Any]:
         cfg = self.cfg
-        heads = {n: (self.n_heads, k) for n, k in (("q", self.qk_dim), ("k", self.qk_dim), ("v", self.value_dim))}
+        heads = {
+            n: (self.n_heads, k)
+            for n, k in (("q", self.qk_dim), ("k", self.qk_dim), ("v", self.value_dim))
+        }
         split = lambda y, name: jnp.swapaxes(  # noqa: E731
             Linear((cfg.d_model,), heads[name], use_bias=False, name=name)(y), 1, 2
         )
@@ -235,18 +298,27 @@ class Attention(nn.Module):
         n, k, s = *q_BHNK.shape[2:], 0 if source_BSD is None else source_BSD.shape[1]
         few = n * (k + s) < s * k and not watched()
         if few and source_BSD is not None and not (keep or kv):
-            # Few queries: (q W') m' for q (m W)' and (w m) W for w (m W), without the keys and values of all of m. That
-            # takes a tenth off a forecast of one decoder step.
+            # Few queries: (q W') m' for q (m W)' and (w m) W for w (m W), without the keys and
+            # values of all of m. That takes a tenth off a forecast of one decoder step.
             m_BSD = source_BSD.astype(q_BHNK.dtype)
-            k_DHK, v_DHK = (Kernel((cfg.d_model,), heads[name], name=name)(m_BSD.dtype) for name in "kv")
+            k_DHK, v_DHK = (
+                Kernel((cfg.d_model,), heads[name], name=name)(m_BSD.dtype) for name in "kv"
+            )
             p_BHND = jnp.einsum("BHNK,DHK->BHND", q_BHNK, k_DHK)
             w_BHNS = weights(jnp.einsum("BHND,BSD->BHNS", p_BHND, m_BSD))
-            y_BNHK = jnp.einsum("BHND,DHK->BNHK", jnp.einsum("BHNS,BSD->BHND", w_BHNS, m_BSD), v_DHK)
+            y_BNHK = jnp.einsum(
+                "BHND,DHK->BNHK", jnp.einsum("BHNS,BSD->BHND", w_BHNS, m_BSD), v_DHK
+            )
         else:
             if source_BSD is not None:
                 new = split(source_BSD, "k"), split(source_BSD, "v")
-                write = lambda old, y: jax.lax.dynamic_update_slice(old, y.astype(old.dtype), (0, 0, start, 0))  # noqa: E731
-                kv = tuple(map(write, kv, new)) if kv else new
+                if kv:
+                    kv = tuple(
+                        jax.lax.dynamic_update_slice(old, y.astype(old.dtype), (0, 0, start, 0))
+                        for old, y in zip(kv, new, strict=True)
+                    )
+                else:
+                    kv = new
             k_BHSK, v_BHSK = kv
             w_BHNS = weights(jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK))
             y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
@@ -297,46 +369,74 @@ class Stack(nn.Module):
     """A T5 encoder, or decoder where the config has `cross_heads`: [B, N, D] -> [B, N, D].
 
     Args:
-      x: [B, N, D], the embedded tokens; None, for a decoder: only the memory's keys and values are made, to be put
-        into the cache of another call.
+      x: [B, N, D], the embedded tokens; None, for a decoder: only the memory's keys and values are
+        made, to be put into the cache of another call.
       mask: [B, N], 0 where a token is hidden from all others (padding). Not with a cache.
-      memory: [B', M, D], the encoder's output, for a decoder; B a multiple of B' (several rows may share a memory).
+      memory: [B', M, D], the encoder's output, for a decoder; B a multiple of B' (several rows may
+        share a memory).
       memory_mask: [B', M].
       train: with dropout.
-      cache, start: for a decoder that goes token by token: x are the N tokens from position `start` on, whose keys and
-        values are written there. The first call has a cache of `empty_cache` and the memory; the later ones find the
-        memory's keys and values in the cache and need no memory, but its mask.
-    Returns: (y, taps, cache). taps: "norm", and for each layer "layer_0" (its output) and "layer_0/" + norm1, attn (the
-      sub-layer's output), after_attn (added to the stream), norm2, ffn; a decoder has cross and after_cross too, and
-      norm3 before ffn. cache: the new one, None where none was given.
+      cache, start: for a decoder that goes token by token: x are the N tokens from position `start`
+        on, whose keys and values are written there. The first call has a cache of `empty_cache` and
+        the memory; the later ones find the memory's keys and values in the cache and need no
+        memory, but its mask.
+    Returns: (y, taps, cache). taps: "norm", and for each layer "layer_0" (its output) and
+      "layer_0/" + norm1, attn (the sub-layer's output), after_attn (added to the stream), norm2,
+      ffn; a decoder has cross and after_cross too, and norm3 before ffn. cache: the new one, None
+      where none was given.
     """
 
     cfg: StackConfig
 
     @nn.compact
     def __call__(
-        self, x, mask=None, *, memory=None, memory_mask=None, train=False, cache: Any = None, start: Any = None
+        self,
+        x,
+        mask=None,
+        *,
+        memory=None,
+        memory_mask=None,
+        train=False,
+        cache: Any = None,
+        start: Any = None,
     ):
         cfg, taps, new = self.cfg, {}, {}
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
-        if cfg.is_decoder and memory is None and (cache is None or "cross_k" not in cache["layer_0"]):
-            raise ValueError("a decoder needs the encoder's output: as `memory`, or from earlier in the cache")
+        if (
+            cfg.is_decoder
+            and memory is None
+            and (cache is None or "cross_k" not in cache["layer_0"])
+        ):
+            raise ValueError(
+                "a decoder needs the encoder's output: as `memory`, or from earlier in the cache"
+            )
         if x is None:
             for i in range(len(cfg.ffn_dims)):
                 block = Block(cfg, i, name=f"layer_{i}")
                 *_, new[f"layer_{i}"] = block(None, None, memory, None, train, None, None)
             return None, taps, new
         shape = (cfg.n_buckets, cfg.bias_heads)
-        table = self.param("relative_bias", nn.initializers.zeros, shape) if cfg.bias_heads else jnp.zeros(shape)
+        table = (
+            self.param("relative_bias", nn.initializers.zeros, shape)
+            if cfg.bias_heads
+            else jnp.zeros(shape)
+        )
         table = table.astype(jnp.float32)
         n = x.shape[1]
         s = n if cache is None else cache["layer_0"]["k"].shape[2]
         start = start if cache is None or start is not None else 0
         bias_HNS = position_bias(
-            table, n, s, bidirectional=not cfg.is_decoder, max_distance=cfg.max_distance, start=start
+            table,
+            n,
+            s,
+            bidirectional=not cfg.is_decoder,
+            max_distance=cfg.max_distance,
+            start=start,
         )
         if cfg.is_decoder:
-            before_NS = jnp.arange(s)[None] <= jnp.arange(n)[:, None] + (0 if start is None else start)
+            before_NS = jnp.arange(s)[None] <= jnp.arange(n)[:, None] + (
+                0 if start is None else start
+            )
             bias_HNS = bias_HNS + hidden(before_NS)[None]
         mask_bias = 0.0 if mask is None else hidden(mask)[:, None, None]
         memory_bias = 0.0 if memory_mask is None else hidden(memory_mask)[:, None, None]
@@ -344,9 +444,17 @@ class Stack(nn.Module):
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             own_HNS = bias_HNS[np.array(cfg.bias_columns[i], int)] if cfg.bias_columns else bias_HNS
             x, inner, new[f"layer_{i}"] = Block(cfg, i, name=f"layer_{i}")(
-                x, own_HNS[None] + mask_bias, memory, memory_bias, train, cache and cache[f"layer_{i}"], start
+                x,
+                own_HNS[None] + mask_bias,
+                memory,
+                memory_bias,
+                train,
+                cache and cache[f"layer_{i}"],
+                start,
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x}
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x
+            }
         taps["norm"] = RMSNorm(cfg.eps, name="norm")(x)
         return drop(taps["norm"]), taps, new if cache else None
 
@@ -357,7 +465,8 @@ def empty_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> 
     for i in range(len(cfg.n_heads)):
         heads, *widths = cfg.attention(i)
         cache[f"layer_{i}"] = {
-            name: jnp.zeros((rows, heads, length, k), dtype) for name, k in zip("kv", widths, strict=True)
+            name: jnp.zeros((rows, heads, length, k), dtype)
+            for name, k in zip("kv", widths, strict=True)
         }
     return cache
 
@@ -365,7 +474,8 @@ def empty_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> 
 def initial(path: str, shape: tuple[int, ...], d_model: int, factor: float = 1.0) -> Distribution:
     """The original's distribution of a parameter of a stack; `factor` is its `initializer_factor`.
 
-    A normal with standard deviation `factor` over the root of the inputs, of D * K for queries; norms are `factor`.
+    A normal with standard deviation `factor` over the root of the inputs, of D * K for queries;
+    norms are `factor`.
     """
     name = path.removesuffix("/kernel").rsplit("/", 1)[-1]
     if path.endswith("/scale"):

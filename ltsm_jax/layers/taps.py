@@ -1,4 +1,6 @@
-"""What modules are called with, seen from outside: for statistics of a model that nobody had to edit for them."""
+"""What modules are called with, seen from outside: for statistics of a model that nobody had to
+edit for them.
+"""
 
 import contextlib
 from collections.abc import Collection, Iterator
@@ -10,17 +12,22 @@ from ltsm_jax.layers.masks import path_of
 
 
 def watched() -> bool:
-    """Whether somebody intercepts the calls of layers (masks, statistics), so that every layer must be called."""
-    return bool(getattr(nn.module, "_global_interceptor_stack", True))  # True: a Flax that doesn't tell
+    """Whether somebody intercepts the calls of layers (masks, statistics), so that every layer must
+    be called.
+    """
+    return bool(
+        getattr(nn.module, "_global_interceptor_stack", True)
+    )  # True: a Flax that doesn't tell
 
 
 @contextlib.contextmanager
 def arguments_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[Any, ...]]]]:
-    """While this is open, the positional arguments of every call of the modules at `paths` ("layer_0/attn/out").
+    """While this is open, the positional arguments of every call of the modules at `paths`
+    ("layer_0/attn/out").
 
-    Open it inside the function that is compiled, around a forward pass without loops over the modules in question: the
-    arrays belong to the trace they were made in. Gives {path: [arguments of the first call, ...]}; paths that nobody
-    calls have an empty list.
+    Open it inside the function that is compiled, around a forward pass without loops over the
+    modules in question: the arrays belong to the trace they were made in. Gives {path: [arguments
+    of the first call, ...]}; paths that nobody calls have an empty list.
     """
     seen: dict[str, list[tuple[Any, ...]]] = {path: [] for path in paths}
 
@@ -35,7 +42,9 @@ def arguments_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[Any, .
 
 @contextlib.contextmanager
 def calls_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[tuple[Any, ...], Any]]]]:
-    """As `arguments_of`, with what each call gave: {path: [(arguments, result) of the first call, ...]}."""
+    """As `arguments_of`, with what each call gave: {path: [(arguments, result) of the first call,
+    ...]}.
+    """
     seen: dict[str, list[tuple[tuple[Any, ...], Any]]] = {path: [] for path in paths}
 
     def note(call, args, kwargs, context):

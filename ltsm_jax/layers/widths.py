@@ -14,14 +14,18 @@ def width(dims: Sequence[int], layer: int, whole: int) -> int:
 def width_problems(layers: int, whole: int, **dims: Sequence[int]) -> list[str]:
     """What is wrong with such tuples, by the name of their field."""
     return [
-        f"{name} must be empty or name a width from 0 to {whole} for each of {layers} layers, got {tuple(found)}"
+        f"{name} must be empty or name a width from 0 to {whole} for each of {layers} layers, got "
+        f"{tuple(found)}"
         for name, found in dims.items()
         if found and (len(found) != layers or not 0 <= min(found) <= max(found) <= whole)
     ]
 
 
-def pair_problems(groups: Sequence[int], head_dim: int, pairs: Sequence[Sequence[Sequence[int]]]) -> list[str]:
-    """What is wrong with `rotary_pairs`: per layer, for each of its key heads, as many pairs as for the others.
+def pair_problems(
+    groups: Sequence[int], head_dim: int, pairs: Sequence[Sequence[Sequence[int]]]
+) -> list[str]:
+    """What is wrong with `rotary_pairs`: per layer, for each of its key heads, as many pairs as for
+    the others.
 
     groups: key heads of each layer. A layer with () has all pairs.
     """
@@ -37,4 +41,10 @@ def pair_problems(groups: Sequence[int], head_dim: int, pairs: Sequence[Sequence
         )
         for g, layer in zip(groups, pairs, strict=True)
     )
-    return [] if fit else [f"rotary_pairs must name equally many pairs below {head_dim // 2} a head, got {pairs}"]
+    return (
+        []
+        if fit
+        else [
+            f"rotary_pairs must name equally many pairs below {head_dim // 2} a head, got {pairs}"
+        ]
+    )

@@ -4,16 +4,16 @@
     print(found)                  # a table of what was tried
     run(model, params, found.strategy, splits)
 
-| by      | alpha                                   | price, beside the scores of what is tried        |
-|---------|-----------------------------------------|--------------------------------------------------|
-| grid    | one, from a grid                        | nothing                                          |
-| groups  | one for each group of leaves            | one after the other: (grid - 1) * groups + 1 scores |
-| layers  | by the curvature of each layer          | `samples` Hessian-vector products                |
-| learned | gradient of the validation loss         | see `learn`                                      |
+| by | alpha | price, beside the scores of what is tried |
+| --- | --- | --- |
+| grid | one, from a grid | nothing |
+| groups | one for each group of leaves | one after the other: (grid - 1) * groups + 1 scores |
+| layers | by the curvature of each layer | `samples` Hessian-vector products |
+| learned | gradient of the validation loss | see `learn` |
 
-Scores are those of validation; the test part is never looked at. What is tried is scored after training (`epochs`),
-which is dear and what counts, or as it starts (`epochs=0`), which is cheap and knows nothing of what training makes of
-it.
+Scores are those of validation; the test part is never looked at. What is tried is scored after
+training (`epochs`), which is dear and what counts, or as it starts (`epochs=0`), which is cheap and
+knows nothing of what training makes of it.
 """
 
 import dataclasses
@@ -79,7 +79,8 @@ class Choice:
       strategy: the start with the lowest score.
       by: how it was found. selects: name of the metric.
       trials: everything that was tried, in order.
-      result: the whole run of the winner, where it was trained for as long as the configuration says; else None.
+      result: the whole run of the winner, where it was trained for as long as the configuration
+        says; else None.
       steps: of "learned": alphas and validation loss after each outer step.
     """
 
@@ -96,13 +97,18 @@ class Choice:
         return sum(trial.seconds for trial in self.trials)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per trial: alpha, alphas (of groups and layers), start, score, epochs, seconds, picked."""
+        """One row per trial: alpha, alphas (of groups and layers), start, score, epochs, seconds,
+        picked.
+        """
         rows = []
         for trial in self.trials:
             start = trial.strategy.start
             assert isinstance(start, Interpolated), "nothing else is tried"
             row: dict[str, Any] = {"alpha": start.alpha, "alphas": dict(start.alphas)}
-            row |= {name: getattr(trial, name) for name in ("start", "score", "epochs", "seconds", "note")}
+            row |= {
+                name: getattr(trial, name)
+                for name in ("start", "score", "epochs", "seconds", "note")
+            }
             rows.append(row | {"picked": trial.strategy == self.strategy})
         return rows
 
@@ -110,7 +116,10 @@ class Choice:
         rows = self.table()
         texts = [describe(row["alpha"], row["alphas"]) for row in rows]
         width = max(map(len, (*texts, "alpha")))
-        lines = [f"  {'alpha':{width}}{'start':>10}{'val ' + self.selects:>12}{'epochs':>8}{'seconds':>9}"]
+        lines = [
+            "  "
+            f"{'alpha':{width}}{'start':>10}{'val ' + self.selects:>12}{'epochs':>8}{'seconds':>9}"
+        ]
         for row, text in zip(rows, texts, strict=True):
             mark = "> " if row["picked"] else "  "
             lines.append(
@@ -124,7 +133,9 @@ def describe(alpha: float, alphas: Mapping[str, float]) -> str:
     """Write alphas in a line: "0.7", or "head 1, norms 0.9, else 0.7"."""
     if not alphas:
         return f"{alpha:g}"
-    return ", ".join([*(f"{name} {value:.3g}" for name, value in alphas.items()), f"else {alpha:g}"])
+    return ", ".join(
+        [*(f"{name} {value:.3g}" for name, value in alphas.items()), f"else {alpha:g}"]
+    )
 
 
 def choose(
@@ -147,20 +158,24 @@ def choose(
     folder: str | Path | None = None,
     show_progress: bool = True,
 ) -> Choice:
-    """Choose the alpha of a method that mixes, or one for each group or layer, on the validation part.
+    """Choose the alpha of a method that mixes, or one for each group or layer, on the validation
+    part.
 
     Args:
       model, params, data, task, seed, config, masks: as for `methods.run.run`.
-      by: "grid": the alpha of `grid` with the lowest score; 1 is the checkpoint itself, so that `sff` then is plain
-        full fine-tuning. "groups": from `alpha` everywhere, one group of `starts.GROUPS` after the other takes the
-        value of `grid` with the lowest score. "layers": for each alpha of `grid` below 1 the alphas of `by_curvature`.
+      by: "grid": the alpha of `grid` with the lowest score; 1 is the checkpoint itself, so that
+        `sff` then is plain full fine-tuning. "groups": from `alpha` everywhere, one group of
+        `starts.GROUPS` after the other takes the value of `grid` with the lowest score. "layers":
+        for each alpha of `grid` below 1 the alphas of `by_curvature`.
         "learned": the alphas of `learn`, from `alpha` on. The last two are for forecasting alone.
       method: name of `strategies.MIXED`.
-      epochs: to train for a score: None: as the configuration says, and the winner's run is kept; 0: none.
+      epochs: to train for a score: None: as the configuration says, and the winner's run is kept;
+        0: none.
       samples: see `by_curvature`. outer_steps, inner_steps: see `learn`.
       folder: checkpoints of the runs, so that a killed one continues.
     Returns: the winner, with a table of what was tried. Of equal scores the first wins.
-    Raises: ValueError for other names or alphas outside [0, 1]; `NonFiniteError` where every training failed.
+    Raises: ValueError for other names or alphas outside [0, 1]; `NonFiniteError` where every
+    training failed.
     Example: `print(choose(model, params, splits, by="groups", epochs=1))`
     """
     if by not in get_args(By):
@@ -169,13 +184,19 @@ def choose(
     if not grid:
         raise ValueError("the grid of alphas is empty")
     if epochs is not None and epochs < 0:
-        raise ValueError(f"epochs must be 0 or more, or None for those of the configuration; got {epochs}")
+        raise ValueError(
+            f"epochs must be 0 or more, or None for those of the configuration; got {epochs}"
+        )
     if by in ("layers", "learned") and not isinstance(task, Forecasting):
-        raise ValueError(f"by={by!r} takes derivatives of the error of a forecast: it is for forecasting alone")
+        raise ValueError(
+            f"by={by!r} takes derivatives of the error of a forecast: it is for forecasting alone"
+        )
 
     placement = Placement.of(params)
     masks = None if masks is None else place(masks, params, placement)
-    scorer = _Scorer(model, params, data, task, seed, config, epochs, masks, folder, show_progress, placement)
+    scorer = _Scorer(
+        model, params, data, task, seed, config, epochs, masks, folder, show_progress, placement
+    )
     if by == "groups":
         return _by_groups(scorer, strategy(method, alpha=alpha), tuple(grid))
 
@@ -213,21 +234,40 @@ def choose(
 def require_mixing(method: str) -> None:
     """Raises: ValueError where a method has no alpha to choose."""
     if method not in MIXED:
-        raise ValueError(f"there is no alpha to choose for {method!r}; it is for {', '.join(MIXED)}")
+        raise ValueError(
+            f"there is no alpha to choose for {method!r}; it is for {', '.join(MIXED)}"
+        )
     if any(phase.mix for phase in strategy(method).phases):
-        raise ValueError(f"{method} mixes more than once, and a search looks at one mix: give it an alpha")
+        raise ValueError(
+            f"{method} mixes more than once, and a search looks at one mix: give it an alpha"
+        )
 
 
 def with_alphas(base: Strategy, alphas: Mapping[str, float]) -> Strategy:
     """The same strategy with alphas of groups or layers of their own."""
     assert isinstance(base.start, Interpolated), "only a mix has alphas"
-    return dataclasses.replace(base, start=dataclasses.replace(base.start, alphas=tuple(alphas.items())))
+    return dataclasses.replace(
+        base, start=dataclasses.replace(base.start, alphas=tuple(alphas.items()))
+    )
 
 
 class _Scorer:
     """Scores starts on validation, and keeps the run of the best."""
 
-    def __init__(self, model, params, data, task, seed, config, epochs, masks, folder, show_progress, placement):
+    def __init__(
+        self,
+        model,
+        params,
+        data,
+        task,
+        seed,
+        config,
+        epochs,
+        masks,
+        folder,
+        show_progress,
+        placement,
+    ):
         self.model, self.params, self.data, self.task, self.seed = model, params, data, task, seed
         self.config = config or TrainConfig()
         self.epochs, self.masks, self.placement = epochs, masks, placement
@@ -262,13 +302,21 @@ class _Scorer:
         begin = start_params(candidate, self.model, self.params, training.keys(self.seed)["aux"])
         if self.masks is not None:
             begin = merge(begin, self.masks, self.placement)
-        return float(self.task.evaluate(self.model, begin, self.data, "val", self.placement)[self.task.selects])
+        return float(
+            self.task.evaluate(self.model, begin, self.data, "val", self.placement)[
+                self.task.selects
+            ]
+        )
 
     def train(self, candidate: Strategy) -> Result:
         """Run a strategy for as long as a score takes."""
         start = candidate.start
         assert isinstance(start, Interpolated)
-        config = self.config if self.epochs is None else dataclasses.replace(self.config, epochs=self.epochs)
+        config = (
+            self.config
+            if self.epochs is None
+            else dataclasses.replace(self.config, epochs=self.epochs)
+        )
         text = describe(start.alpha, dict(start.alphas))
         name = text.replace("/", "_").replace(", ", "_").replace(" ", "-")
         return run(
@@ -306,7 +354,9 @@ def _by_groups(scorer: _Scorer, base: Strategy, grid: tuple[float, ...]) -> Choi
     scorer.score(with_alphas(base, current))
     for group in groups:
         hosts.pause()
-        scores = {value: scorer.score(with_alphas(base, current | {group: value})) for value in grid}
+        scores = {
+            value: scorer.score(with_alphas(base, current | {group: value})) for value in grid
+        }
         before = scorer.score(with_alphas(base, current))
         best = min(grid, key=lambda value: scores[value])
         if scores[best] < before:
@@ -314,13 +364,17 @@ def _by_groups(scorer: _Scorer, base: Strategy, grid: tuple[float, ...]) -> Choi
     return scorer.choice("groups")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # by the curvature of each layer
 
 
 def places_of(model: Model, params: Params) -> dict[str, str]:
-    """The layer of every leaf that takes part in mixing or, outside the layers, its group; by its path."""
-    return {path: layer_of(model, path) or group for path, group in groups_of(model, params).items()}
+    """The layer of every leaf that takes part in mixing or, outside the layers, its group; by its
+    path.
+    """
+    return {
+        path: layer_of(model, path) or group for path, group in groups_of(model, params).items()
+    }
 
 
 def layer_sharpness(
@@ -333,18 +387,24 @@ def layer_sharpness(
     samples: int = 8,
     sample: int = SAMPLE,
 ) -> dict[str, float]:
-    """Estimate the mean curvature of each layer: the trace of its block of the Hessian over its size.
+    """Estimate the mean curvature of each layer: the trace of its block of the Hessian over its
+    size.
 
-    The loss is the mean squared error of forecasts of training windows. By Hutchinson's estimate for all layers at
-    once: with random signs v, the sum of v * (H v) over the entries of a layer has its trace as mean.
+    The loss is the mean squared error of forecasts of training windows. By Hutchinson's estimate
+    for all layers at once: with random signs v, the sum of v * (H v) over the entries of a layer
+    has its trace as mean.
 
     Args:
       samples: Hessian-vector products; each costs about two gradients of `sample` training windows.
     Returns: by the names of `places_of`.
     Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1989).
     """
-    loss = split_loss(model, data.train, sample=sample, task=task or Forecasting(), placement=Placement.of(params))
-    return _sharpness_by_place(loss, params, places_of(model, params), jax.random.key(seed), samples)
+    loss = split_loss(
+        model, data.train, sample=sample, task=task or Forecasting(), placement=Placement.of(params)
+    )
+    return _sharpness_by_place(
+        loss, params, places_of(model, params), jax.random.key(seed), samples
+    )
 
 
 def _sharpness_by_place(
@@ -361,7 +421,9 @@ def _sharpness_by_place(
         hosts.pause()
         drawn = []
         for leaf, leaf_key in zip(leaves, jax.random.split(one, len(leaves)), strict=True):
-            drawn.append(jax.random.rademacher(leaf_key, leaf.shape, jnp.float32).astype(leaf.dtype))
+            drawn.append(
+                jax.random.rademacher(leaf_key, leaf.shape, jnp.float32).astype(leaf.dtype)
+            )
         found = _signed_products(loss, params, jax.tree.unflatten(structure, drawn))
         for path, value in zip(paths, jax.tree.leaves(found), strict=True):
             if path in places:
@@ -373,7 +435,9 @@ def _sharpness_by_place(
 def _signed_products(loss: curvature.Loss, params: Params, signs: Params) -> Params:
     """For each leaf the sum of v * (H v)."""
     product = curvature.hvp(loss, params, signs)
-    return jax.tree.map(lambda v, hv: jnp.sum(v.astype(jnp.float32) * hv.astype(jnp.float32)), signs, product)
+    return jax.tree.map(
+        lambda v, hv: jnp.sum(v.astype(jnp.float32) * hv.astype(jnp.float32)), signs, product
+    )
 
 
 def by_curvature(sharpness: Mapping[str, float], alpha: float) -> dict[str, float]:
@@ -395,7 +459,7 @@ def by_curvature(sharpness: Mapping[str, float], alpha: float) -> dict[str, floa
     return {name: 1 - (1 - alpha) * min(value / mean, most) for name, value in sharp.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # by the gradient of the validation loss
 
 
@@ -414,28 +478,33 @@ def learn(
     batch_size: int = INNER_BATCH,
     sample: int = SAMPLE,
 ) -> tuple[dict[str, float], tuple[dict[str, float], ...]]:
-    """Learn an alpha for each group of leaves by gradient descent on the validation loss after a few steps of training.
+    """Learn an alpha for each group of leaves by gradient descent on the validation loss after a
+    few steps of training.
 
-    With logits t, alpha(group) = sigmoid(t(group)); the mix of these alphas takes `inner_steps` steps of SGD on the
-    training loss; the mean squared error of forecasts on `sample` validation windows after them is differentiated
-    through all steps, back to t, which Adam follows.
+    With logits t, alpha(group) = sigmoid(t(group)); the mix of these alphas takes `inner_steps`
+    steps of SGD on the training loss; the mean squared error of forecasts on `sample` validation
+    windows after them is differentiated through all steps, back to t, which Adam follows.
 
-    Time: an outer step is about 3 * inner_steps gradients of the training loss and 2 of the validation loss. Memory:
-    inner_steps + 2 times the parameters, and the activations of one step. A few steps of SGD are no whole training:
-    what is best for them tends towards the checkpoint.
+    Time: an outer step is about 3 * inner_steps gradients of the training loss and 2 of the
+    validation loss. Memory: inner_steps + 2 times the parameters, and the activations of one step.
+    A few steps of SGD are no whole training: what is best for them tends towards the checkpoint.
 
     Args:
       begin: a method that mixes; its alpha (below 1) is where all groups begin.
-      outer_lr: step size in logits. inner_lr: of SGD. batch_size: training windows of a step, drawn anew for each.
-    Returns: alpha by group, those with the lowest validation loss on the way; alphas and "loss" before each outer step.
+      outer_lr: step size in logits. inner_lr: of SGD. batch_size: training windows of a step, drawn
+        anew for each.
+    Returns: alpha by group, those with the lowest validation loss on the way; alphas and "loss"
+    before each outer step.
     Raises: ValueError for steps below 1, or where the loss is not finite.
-    Source: Franceschi et al., "Bilevel Programming for Hyperparameter Optimization and Meta-Learning" (ICML 2018, arXiv
-      1806.04910).
+    Source: Franceschi et al., "Bilevel Programming for Hyperparameter Optimization and
+      Meta-Learning" (ICML 2018, arXiv 1806.04910).
     """
     import optax
 
     if outer_steps < 1 or inner_steps < 1:
-        raise ValueError(f"outer and inner steps must be at least 1, got {outer_steps} and {inner_steps}")
+        raise ValueError(
+            f"outer and inner steps must be at least 1, got {outer_steps} and {inner_steps}"
+        )
     task = task or Forecasting()
     placement = Placement.of(params)
     keys = training.keys(seed)
@@ -469,7 +538,10 @@ def learn(
             loss=task.loss(model),
         )
         if not math.isfinite(float(loss)):
-            raise ValueError(f"the validation loss is not finite after {inner_steps} steps of SGD at {inner_lr:g}")
+            raise ValueError(
+                f"the validation loss is not finite after {inner_steps} steps of SGD at "
+                f"{inner_lr:g}"
+            )
         alphas = {group: float(jax.nn.sigmoid(value)) for group, value in logits.items()}
         steps.append(alphas | {"loss": float(loss)})
         updates, state = optimizer.update(slope, state)
@@ -508,7 +580,9 @@ class _Mixing:
         def alpha_of(path: str) -> Any:
             return alphas[group_of[path]] if path in group_of else 1.0
 
-        return trees.interpolate(params, other, alpha_of, only=group_of.__contains__, norm=self.norm)
+        return trees.interpolate(
+            params, other, alpha_of, only=group_of.__contains__, norm=self.norm
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("mixing", "loss"))
@@ -525,7 +599,9 @@ def _outer(
     mixing: _Mixing,
     loss: Loss,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Validation loss after steps of SGD on the windows `batches` [steps, B], and its gradient by the logits."""
+    """Validation loss after steps of SGD on the windows `batches` [steps, B], and its gradient by
+    the logits.
+    """
 
     # Of a step only its parameters are kept; what else its gradient needs is computed again.
     @jax.checkpoint
@@ -535,7 +611,11 @@ def _outer(
 
         def descend(path: Any, leaf: jax.Array, g: jax.Array) -> jax.Array:
             # What the family fixes is data.
-            return (leaf - inner_lr * g).astype(leaf.dtype) if trees.path_of(path) in mixing.moving else leaf
+            return (
+                (leaf - inner_lr * g).astype(leaf.dtype)
+                if trees.path_of(path) in mixing.moving
+                else leaf
+            )
 
         return jax.tree_util.tree_map_with_path(descend, tuned, slope), None
 

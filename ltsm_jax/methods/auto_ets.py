@@ -1,4 +1,6 @@
-"""AutoETS of statsforecast on windows, where that package is installed: one fit per window, on the host."""
+"""AutoETS of statsforecast on windows, where that package is installed: one fit per window, on the
+host.
+"""
 
 import importlib.util
 from typing import Any
@@ -17,12 +19,16 @@ def available() -> bool:
 
 
 def forecast(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
-    """Forecasts [W, H] of contexts [W, L], NaN = missing; those with too few values repeat the last one."""
+    """Forecasts [W, H] of contexts [W, L], NaN = missing; those with too few values repeat the last
+    one.
+    """
     from statsforecast.models import AutoETS
 
     found = np.empty((len(contexts), horizon))
     filled, begun = interpolate_missing(jnp.asarray(contexts))
-    for i, (row, seen) in enumerate(zip(np.asarray(filled, np.float64), np.asarray(begun), strict=True)):
+    for i, (row, seen) in enumerate(
+        zip(np.asarray(filled, np.float64), np.asarray(begun), strict=True)
+    ):
         known = row[seen]
         length = season if len(known) >= 2 * season else 1
         if len(known) < 8 or np.ptp(known) == 0:
@@ -43,7 +49,9 @@ def errors(windows: Windows, indices: np.ndarray, season: int) -> Errors:
     observed = ~np.isnan(target)
     gap = np.where(observed, point - target, 0.0)
     zero = target == 0
-    rows = np.arange(c)[None] if windows.rows is None else np.asarray(windows.rows)[indices][:, None]
+    rows = (
+        np.arange(c)[None] if windows.rows is None else np.asarray(windows.rows)[indices][:, None]
+    )
     share = np.abs(gap) / np.where(zero | ~observed, 1.0, np.abs(target))
     return Errors(
         squared=np.square(gap).sum(-1),

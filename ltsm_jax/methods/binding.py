@@ -1,7 +1,8 @@
-"""Bind data to a model: read it, make the model ready for it, and cut windows that its training takes.
+"""Bind data to a model: read it, make the model ready for it, and cut windows that its training
+takes.
 
-What fits is asked of the model itself, by tracing its loss on shapes: lengths of patches, gaps and heads are said in
-one place, the family's own, and nowhere again.
+What fits is asked of the model itself, by tracing its loss on shapes: lengths of patches, gaps and
+heads are said in one place, the family's own, and nowhere again.
 """
 
 import dataclasses
@@ -23,14 +24,17 @@ from ltsm_jax.tasks.forecasting import LOSS, MODES, Forecasting, Mode, loss_fn
 
 Params = Any
 Data = str | Path | pd.DataFrame | Series
-SHORTEST_VAL = 0.1  # share of the rows that validation keeps where a series is too short for 70/10/20
+SHORTEST_VAL = (
+    0.1  # share of the rows that validation keeps where a series is too short for 70/10/20
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bound:
     """A model and data that go together.
 
-    model, params: made ready for the data. splits: windows that training takes. task: whose loss it takes them with.
+    model, params: made ready for the data. splits: windows that training takes. task: whose loss it
+    takes them with.
     """
 
     model: Model
@@ -47,7 +51,10 @@ def as_series(data: Data, options: ReadingOptions) -> Series:
     if isinstance(data, Series):
         given = given_options(options)
         if given:
-            raise ValueError(f"{', '.join(given)}: a Series is read already; these options are for tables and files")
+            raise ValueError(
+                f"{', '.join(given)}: a Series is read already; these options are for tables and "
+                "files"
+            )
         return data
     return load_series(data, **vars(options))
 
@@ -59,7 +66,9 @@ def given_options(options: ReadingOptions) -> tuple[str, ...]:
 
 
 def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tuple[Model, Params]:
-    """`Model.for_series` with the facts of `series`; what a checkpoint lacks is drawn from the seed's `init` key."""
+    """`Model.for_series` with the facts of `series`; what a checkpoint lacks is drawn from the
+    seed's `init` key.
+    """
     model, params = model.for_series(
         params,
         n_variates=series.n_variates,
@@ -74,7 +83,9 @@ def drawn(before: Params, after: Params) -> tuple[str, ...]:
     if before is after:
         return ()
     old = {path: jnp.shape(leaf) for path, leaf in trees.flatten(before).items()}
-    return tuple(path for path, leaf in trees.flatten(after).items() if old.get(path) != jnp.shape(leaf))
+    return tuple(
+        path for path, leaf in trees.flatten(after).items() if old.get(path) != jnp.shape(leaf)
+    )
 
 
 def check_params(model: Model, params: Params) -> None:
@@ -86,8 +97,10 @@ def check_params(model: Model, params: Params) -> None:
         first = odd[0]
         said = f"{first}: {given.get(first, 'none')} given, {own.get(first, 'none')} in the model"
         raise ValueError(
-            f"these parameters are not those of this {model.family} model: {len(odd)} arrays differ ({said}); hand in "
-            "a model and parameters that were returned together, such as fitted.model with fitted.params"
+            f"these parameters are not those of this {model.family} model: {len(odd)} arrays "
+            f"differ ({said}); hand in "
+            "a model and parameters that were returned together, such as fitted.model with "
+            "fitted.params"
         )
 
 
@@ -110,8 +123,12 @@ def whole(value: Any, name: str) -> int:
     return number
 
 
-def takes(model: Model, params: Params, mode: Mode, context_len: int, horizon: int, n_variates: int) -> bool:
-    """Whether training in `mode` takes windows of this context, for forecasts of `horizon` steps."""
+def takes(
+    model: Model, params: Params, mode: Mode, context_len: int, horizon: int, n_variates: int
+) -> bool:
+    """Whether training in `mode` takes windows of this context, for forecasts of
+    `horizon` steps.
+    """
     c = n_variates if model.variates == "joint" else 1
     batch = {
         "context": jax.ShapeDtypeStruct((1, c, context_len), jnp.float32),
@@ -131,15 +148,18 @@ def target_len(model: Model, mode: Mode, horizon: int) -> int:
 
 
 def shorter_contexts(longest: int, usual: int, room: int, horizon: int) -> list[int]:
-    """Context lengths up to `longest` to try, the best first: multiples of what a family may count in.
+    """Context lengths up to `longest` to try, the best first: multiples of what a family may count
+    in.
 
-    A long context is good, and so is more than one window; as many as a forecast has steps are enough. room: rows of
-    training beside one target.
+    A long context is good, and so is more than one window; as many as a forecast has steps are
+    enough. room: rows of training beside one target.
     """
     units = {d for d in range(1, usual + 1) if usual % d == 0} | {2**i for i in range(11)}
     found = set()
     for end in (longest, room - horizon + 1):
-        found |= {end // unit * unit for unit in units if unit <= end} | {unit for unit in units if unit <= end}
+        found |= {end // unit * unit for unit in units if unit <= end} | {
+            unit for unit in units if unit <= end
+        }
 
     def worth(length: int) -> int:
         return length * min(room - length + 1, horizon)
@@ -148,7 +168,9 @@ def shorter_contexts(longest: int, usual: int, room: int, horizon: int) -> list[
 
 
 def short_borders(n_rows: int, horizon: int) -> Borders | None:
-    """Borders that leave training what they can: one window to test, a tenth of the rows to validate."""
+    """Borders that leave training what they can: one window to test, a tenth of the rows to
+    validate.
+    """
     test = n_rows - horizon
     val = test - max(horizon, int(n_rows * SHORTEST_VAL))
     return Borders((0, val), (val, test), (test, n_rows)) if val > 0 else None
@@ -165,7 +187,12 @@ class _Cut:
 
 
 def _ways(
-    model: Model, params: Params, series: Series, horizon: int, context_len: int | None, mode: Mode | None
+    model: Model,
+    params: Params,
+    series: Series,
+    horizon: int,
+    context_len: int | None,
+    mode: Mode | None,
 ) -> Iterator[_Cut]:
     """Every way to cut a series that training takes, the one with the least given up first."""
     recipe = model.recipe()
@@ -175,14 +202,22 @@ def _ways(
     borders = [(borders_of(series.benchmark, series.n_rows), "")]
     if series.benchmark is None and (short := short_borders(series.n_rows, horizon)):
         lo, hi = short.val
-        borders.append((short, f"too short for 70/10/20 percent: {lo} rows train, {hi - lo} validate, {horizon} test"))
+        borders.append(
+            (
+                short,
+                f"too short for 70/10/20 percent: {lo} rows train, {hi - lo} validate, {horizon} "
+                "test",
+            )
+        )
     for parts, said in borders:
         if min(hi - lo for lo, hi in (parts.val, parts.test)) < horizon:
             continue
         for which in modes:
             notes = [said] if said else []
             if which != own:
-                notes.append(f"training loss: {which}, as the series is too short for the model's {own}")
+                notes.append(
+                    f"training loss: {which}, as the series is too short for the model's {own}"
+                )
             room = parts.train[1] - parts.train[0] - max(target_len(model, which, horizon), horizon)
             if context_len is not None:
                 lengths = [context_len] if context_len <= room else []
@@ -192,12 +227,17 @@ def _ways(
             for length in lengths:
                 if takes(model, params, which, length, horizon, series.n_variates):
                     if length != usual and context_len is None:
-                        notes.append(f"context of {length} rows instead of {usual}: the series has {series.n_rows}")
+                        notes.append(
+                            f"context of {length} rows instead of {usual}: the series has "
+                            f"{series.n_rows}"
+                        )
                     yield _Cut(parts, length, which, tuple(notes))
                     break
 
 
-def what_fits(model: Model, params: Params, series: Series, horizon: int, *, usual_borders: bool = False) -> str:
+def what_fits(
+    model: Model, params: Params, series: Series, horizon: int, *, usual_borders: bool = False
+) -> str:
     """Say what training of this model takes of this series, as advice that works.
 
     usual_borders: only with those of `borders_of`, as an experiment has them.
@@ -211,7 +251,10 @@ def what_fits(model: Model, params: Params, series: Series, horizon: int, *, usu
             shorter = f"horizon={horizon}, " if horizon != asked else ""
             return f"What fits: {shorter}context_len={way.context_len}, mode={way.mode!r}"
         horizon //= 2
-    return f"{series.n_rows} rows are too few to tune this model on, whatever the lengths; forecast without tuning"
+    return (
+        f"{series.n_rows} rows are too few to tune this model on, whatever the lengths; "
+        "forecast without tuning"
+    )
 
 
 def cut_windows(
@@ -226,9 +269,10 @@ def cut_windows(
 ) -> tuple[Splits, Mode]:
     """Windows of a series that training of this model takes, and the mode that takes them.
 
-    A table is split 70/10/20 percent, the context is that of the model's recipe, and so is the mode. Where the series
-    is too short for that, the context is shortened first; then the other mode is taken, then borders that leave
-    training nearly all rows. Whatever was given up stands in `Splits.notes`. What is given here is kept.
+    A table is split 70/10/20 percent, the context is that of the model's recipe, and so is the
+    mode. Where the series is too short for that, the context is shortened first; then the other
+    mode is taken, then borders that leave training nearly all rows. Whatever was given up stands in
+    `Splits.notes`. What is given here is kept.
 
     Raises: DataError for a series that is too short, with what would fit.
     """
@@ -248,8 +292,8 @@ def cut_windows(
     if mode is not None:
         asked += f", mode {mode!r}"
     raise DataError(
-        f"{series.name} ({series.n_rows} rows): no window to train a {model.family} model on with {asked}. "
-        + what_fits(model, params, series, horizon)
+        f"{series.name} ({series.n_rows} rows): no window to train a {model.family} model on with "
+        f"{asked}. " + what_fits(model, params, series, horizon)
     )
 
 
@@ -273,12 +317,22 @@ def bind(
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     check_params(model, params)
     if isinstance(data, Splits):
-        own = {"horizon": data.val.horizon, "context_len": data.val.context_len, "few_shot": data.few_shot}
-        asked = {"horizon": horizon, "context_len": context_len, "few_shot": few_shot if few_shot != 1 else None}
+        own = {
+            "horizon": data.val.horizon,
+            "context_len": data.val.context_len,
+            "few_shot": data.few_shot,
+        }
+        asked = {
+            "horizon": horizon,
+            "context_len": context_len,
+            "few_shot": few_shot if few_shot != 1 else None,
+        }
         given = [name for name, value in asked.items() if value not in (None, own[name])]
         given += given_options(options)
         if given:
-            raise ValueError(f"{', '.join(given)}: Splits are cut already; give these to data.prepare instead")
+            raise ValueError(
+                f"{', '.join(given)}: Splits are cut already; give these to data.prepare instead"
+            )
         return Bound(model, params, data, Forecasting(mode or default_mode(model), "context"))
     recipe = model.recipe()
     horizon = recipe.horizon if horizon is None else whole(horizon, "horizon")
@@ -286,7 +340,13 @@ def bind(
     series = as_series(data, options)
     model, params = ready_for(model, params, series, seed)
     splits, mode = cut_windows(
-        model, params, series, horizon=horizon, context_len=context_len, mode=mode, few_shot=few_shot
+        model,
+        params,
+        series,
+        horizon=horizon,
+        context_len=context_len,
+        mode=mode,
+        few_shot=few_shot,
     )
     return Bound(model, params, splits, Forecasting(mode, "context"))
 
@@ -297,7 +357,8 @@ def train_config(model: Model, **changes: Any) -> training.TrainConfig:
 
 
 def model_facts(model: Model, params: Params) -> dict[str, Any]:
-    """What a run folder records of a model, so that another one is refused: family, config, digest of the weights.
+    """What a run folder records of a model, so that another one is refused: family, config, digest
+    of the weights.
 
     On several hosts all call.
     """

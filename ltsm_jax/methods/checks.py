@@ -9,15 +9,17 @@ from ltsm_jax.tasks import forecasting
 
 RESAMPLES = 2000
 FEWEST = 4  # units that an interval needs
-OVERLAP = 0.25  # correlation of the means of neighbouring blocks of overlapping targets, if nothing else ties them
+# correlation of the means of neighbouring blocks of overlapping targets, if nothing else ties them
+OVERLAP = 0.25
 MOST_TIED = 0.9
 
 
 def block_means(total_N: np.ndarray, steps_N: np.ndarray, windows: Windows) -> np.ndarray:
     """Average over blocks of `horizon` consecutive starts, all variates together: float64 [blocks].
 
-    Neighbouring windows share most of their targets and all variates share their time, so single windows are no
-    independent draws; blocks nearly are. Blocks without any observed step are left out.
+    Neighbouring windows share most of their targets and all variates share their time, so single
+    windows are no independent draws; blocks nearly are. Blocks without any observed step are left
+    out.
 
     Args:
       total_N: sum over the observed steps of each window [N]. steps_N: how many those are [N].
@@ -88,13 +90,15 @@ def bootstrap_difference(
     comes from fewer than `FEWEST` units is none.
 
     A percentile interval of few units is too narrow. Both arms are therefore widened by
-    t(0.975, n - 1) / 1.96 * sqrt(n / (n - 1)) (the expanded interval of Hesterberg, arXiv 1411.5279,
-    with widths in place of levels), and, as targets of neighbouring blocks overlap, those of blocks
-    also by sqrt((1 + r) / (1 - r)) with r the correlation of neighbours, at least `OVERLAP`.
+    t(0.975, n - 1) / 1.96 * sqrt(n / (n - 1)) (the expanded interval of Hesterberg, arXiv
+    1411.5279, with widths in place of levels), and, as targets of neighbouring blocks overlap,
+    those of blocks also by sqrt((1 + r) / (1 - r)) with r the correlation of neighbours, at least
+    `OVERLAP`.
 
     Args:
-      gap_W: squared errors of the first forecast minus those of the second, summed over the observed
-        steps of each window. steps_W: how many these are; windows without any do not count.
+      gap_W: squared errors of the first forecast minus those of the second, summed over the
+        observed steps of each window. steps_W: how many these are; windows without any do not
+          count.
       block_W: number of the block of time of each window. item_W: number of its item.
       seed: of the draws.
     """
@@ -125,7 +129,9 @@ def bootstrap_difference(
     return Difference(mean, float(low), float(high), units, counts["blocks"], counts["items"])
 
 
-def _percentiles(totals: np.ndarray, steps: np.ndarray, seed: int, resamples: int) -> tuple[float, float]:
+def _percentiles(
+    totals: np.ndarray, steps: np.ndarray, seed: int, resamples: int
+) -> tuple[float, float]:
     """2.5 and 97.5 percent points of the mean over units drawn with replacement."""
     rng = np.random.default_rng(seed)
     n = len(totals)

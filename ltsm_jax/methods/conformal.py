@@ -1,4 +1,5 @@
-"""Split-conformal intervals: quantiles of a point forecast's errors, measured on windows of the past.
+"""Split-conformal intervals: quantiles of a point forecast's errors, measured on windows of the
+past.
 
 Where a family says no quantiles, or none at a level asked for, the errors that its point forecast
 made on windows before the end of the history stand in: per step ahead, in a unit that each context
@@ -127,7 +128,10 @@ class Calibration:
     def told(self) -> str:
         """Number of windows and where they are from."""
         pooled = "" if len(self.offsets) > 1 else "pooled over targets and items, "
-        return f"{self.counts.min()} forecasts {self.source} ({pooled}about {self.apart} windows do not overlap)"
+        return (
+            f"{self.counts.min()} forecasts {self.source} ({pooled}about {self.apart} windows "
+            "do not overlap)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -154,13 +158,20 @@ class Calibration:
             raise ValueError(f"this is no calibration: {type(err).__name__} {err}") from err
         if offsets.ndim != 3 or offsets.shape != (*counts.shape, len(grid)) or not offsets.size:
             raise ValueError(
-                f"a calibration has offsets [C, H, G] and counts [C, H], not {offsets.shape} {counts.shape}"
+                f"a calibration has offsets [C, H, G] and counts [C, H], not {offsets.shape} "
+                f"{counts.shape}"
             )
-        if not np.isfinite(offsets).all() or (np.diff(offsets) < 0).any() or (np.diff(grid) <= 0).any():
+        if (
+            not np.isfinite(offsets).all()
+            or (np.diff(offsets) < 0).any()
+            or (np.diff(grid) <= 0).any()
+        ):
             raise ValueError("levels rise, and with them the offsets of a calibration")
         if tuple(grid) != GRID:  # of another version
             flat = offsets.reshape(-1, len(grid))
-            offsets = np.array([np.interp(GRID, grid, row) for row in flat]).reshape(*counts.shape, -1)
+            offsets = np.array([np.interp(GRID, grid, row) for row in flat]).reshape(
+                *counts.shape, -1
+            )
         return cls(offsets, counts, apart, source)
 
 
@@ -188,7 +199,9 @@ def _apart(origins: Origins, horizon: int) -> int:
     return count
 
 
-def rolling_origins(panel: Panel, horizon: int, context_len: int, windows: int | None = None) -> Origins:
+def rolling_origins(
+    panel: Panel, horizon: int, context_len: int, windows: int | None = None
+) -> Origins:
     """Origins in the history of a panel whose targets lie in it, too.
 
     Spread evenly over all items and all of their rows: of the newest alone one learns how one

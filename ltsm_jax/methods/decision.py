@@ -1,4 +1,5 @@
-"""What to deploy: candidates with their scores, the rule that picks one, and the sentence that says why.
+"""What to deploy: candidates with their scores, the rule that picks one, and the sentence that says
+why.
 
 The rule, on scores of an untouched test span:
 
@@ -160,7 +161,14 @@ class Verdict:
             table.append("  ".join([cells[0].ljust(widths[0]), *numbers]).rstrip())
         windows = f"windows: {self.windows['val']:,} to validate, {self.windows['test']:,} to test"
         facts = f"{self.name}: {counted(self.items, 'item')}, horizon {self.horizon}, {windows}"
-        lines = [*textwrap.wrap(self.reason, WIDTH), "", *textwrap.wrap(facts, WIDTH), "", *table, ""]
+        lines = [
+            *textwrap.wrap(self.reason, WIDTH),
+            "",
+            *textwrap.wrap(facts, WIDTH),
+            "",
+            *table,
+            "",
+        ]
         if self.differences:
             lines.append("difference in MSE on the test span:")
             for text in self.difference_lines():
@@ -208,7 +216,9 @@ class Verdict:
                 candidates.append(Candidate(**(entry | tuples)))
             differences = {}
             for key, entry in fields.pop("differences").items():
-                ends = {end: math.nan if entry[end] is None else entry[end] for end in ("low", "high")}
+                ends = {
+                    end: math.nan if entry[end] is None else entry[end] for end in ("low", "high")
+                }
                 differences[key] = Difference(**(entry | ends))
             fields |= {key: tuple(fields[key]) for key in ("columns", "notes", "examples")}
             fields["spans"] = {part: tuple(span) for part, span in fields["spans"].items()}
@@ -238,14 +248,18 @@ def said(found: Difference) -> str:
     if not found.units:
         few = f"{counted(found.blocks, 'block')} of time and {counted(found.items, 'item')}"
         return f"{signed(found.mean)}; too few for an interval: {few}"
-    units = f"{found.blocks} blocks of time" if found.units == "blocks" else f"{found.items:,} items"
+    units = (
+        f"{found.blocks} blocks of time" if found.units == "blocks" else f"{found.items:,} items"
+    )
     return f"{signed(found.mean)} (95 %: {signed(found.low)} to {signed(found.high)}, from {units})"
 
 
 def _interval(found: Difference) -> str:
     if not found.units:
         return "too few blocks of time for an interval"
-    return f"difference in MSE {signed(found.mean)}, 95 %: {signed(found.low)} to {signed(found.high)}"
+    return (
+        f"difference in MSE {signed(found.mean)}, 95 %: {signed(found.low)} to {signed(found.high)}"
+    )
 
 
 def decide(
@@ -283,21 +297,38 @@ def decide(
         if over_naive.low > 0:
             text += f"{title(naive)} beats both ({_interval(_turned(over_naive))})"
         else:
-            text += f"between it and {title(naive)}, which is simpler, there is {UNSHOWN} ({_interval(over_naive)})"
+            text += (
+                f"between it and {title(naive)}, which is simpler, there is {UNSHOWN} "
+                f"({_interval(over_naive)})"
+            )
         return naive, text + _worse_on_validation(val, naive) + "."
     if zero.high < 0:
-        text = f"Deploy {title(ZERO_SHOT)} as it is: on the untouched test span it beats {title(naive)} "
+        text = (
+            f"Deploy {title(ZERO_SHOT)} as it is: on the untouched test span it beats "
+            f"{title(naive)} "
+        )
         return ZERO_SHOT, text + f"({_interval(zero)}), and {_tuning(tuned, gain)}."
 
     better, other = (ZERO_SHOT, naive) if val[ZERO_SHOT] <= val[naive] else (naive, ZERO_SHOT)
     as_is = " as it is" if better == ZERO_SHOT else ""
-    text = f"Deploy {title(better)}{as_is}: on the untouched test span there is {UNSHOWN} between it and "
-    text += f"{title(other)} ({_interval(zero)}), on validation it did better, and {_tuning(tuned, gain)}."
+    text = (
+        f"Deploy {title(better)}{as_is}: on the untouched test span there is {UNSHOWN} between "
+        "it and "
+    )
+    text += (
+        f"{title(other)} ({_interval(zero)}), on validation it did better, and "
+        f"{_tuning(tuned, gain)}."
+    )
     return better, text
 
 
-def _for_tuned(tuned: str, naive: str | None, gain: Difference, over_naive: Difference | None) -> str:
-    text = f"Deploy {title(tuned)}: on the untouched test span it beats {title(ZERO_SHOT)} ({_interval(gain)})"
+def _for_tuned(
+    tuned: str, naive: str | None, gain: Difference, over_naive: Difference | None
+) -> str:
+    text = (
+        f"Deploy {title(tuned)}: on the untouched test span it beats {title(ZERO_SHOT)} "
+        f"({_interval(gain)})"
+    )
     if naive is not None and over_naive is not None:
         text += f" and {title(naive)} ({_interval(over_naive)})"
     return text + "."
@@ -332,7 +363,10 @@ def _beside_naive(tuned: str | None, over_naive: Difference | None) -> str:
 def _worse_on_validation(val: Mapping[str, float], name: str) -> str:
     if val[name] <= val[ZERO_SHOT]:
         return ""
-    return f"; on validation it did worse than the checkpoint (MSE {number(val[name])}, not {number(val[ZERO_SHOT])})"
+    return (
+        f"; on validation it did worse than the checkpoint (MSE {number(val[name])}, not "
+        f"{number(val[ZERO_SHOT])})"
+    )
 
 
 def few_blocks(difference: Difference | None) -> tuple[str, ...]:
@@ -343,13 +377,17 @@ def few_blocks(difference: Difference | None) -> tuple[str, ...]:
     if not difference.units:
         items = counted(difference.items, "item")
         return (f"{count} and {items}: an interval takes at least {FEWEST} of one of them",)
-    return (f"{count}: intervals come from the spread over items, what all items share is not in them",)
+    return (
+        f"{count}: intervals come from the spread over items, what all items share is not in them",
+    )
 
 
 def _plain(value: Any) -> Any:
     """A value as JSON knows it; numbers with seven digits, NaN as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {str(key): _plain(x) for key, x in value.items()}
     if isinstance(value, str) or value is None:

@@ -137,7 +137,9 @@ def of_comparison(
 
 
 def of_pruning(prepared: Prepared, epochs: int, *, work_follows: bool = True) -> Estimate:
-    """Estimate what `pruning.prune` takes: gradients of the training windows, and a validation after each epoch."""
+    """Estimate what `pruning.prune` takes: gradients of the training windows, and a validation
+    after each epoch.
+    """
     model, splits = prepared.model, prepared.splits
     batch = forecasting.one_batch(prepared.task.predictor(model), prepared.params, splits.val)
     piece = timing.of(batch.call, batch.trace, work_follows=work_follows)

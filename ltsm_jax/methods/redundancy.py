@@ -1,10 +1,12 @@
-"""What of a pretrained model does little on a data set, measured on the model as it is; and what a pruning left out.
+"""What of a pretrained model does little on a data set, measured on the model as it is; and what a
+pruning left out.
 
-A head that adds little to the stream it writes to, a feed-forward unit that is never active: reasons why a model can
-be pruned, and where. (How often experts are used: `pruning.expert_usage`.) Letters: T tokens, H heads, K head width, D
-model width, F feed-forward units.
+A head that adds little to the stream it writes to, a feed-forward unit that is never active:
+reasons why a model can be pruned, and where. (How often experts are used: `pruning.expert_usage`.)
+Letters: T tokens, H heads, K head width, D model width, F feed-forward units.
 
-Source: the statistics of SJTU-DMTai/Prune-then-Finetune (commit e5b924c), "Less is More" (arXiv 2505.23195).
+Source: the statistics of SJTU-DMTai/Prune-then-Finetune (commit e5b924c), "Less is More" (arXiv
+2505.23195).
 """
 
 import dataclasses
@@ -39,9 +41,9 @@ class Heads:
     """Of one attention, means over tokens.
 
     linear: path of the output projection.
-    contribution: [H] of ||W_out^h y_h|| / ||x||, y_h the head's output before the output projection, W_out^h its rows
-      of that, without bias, x the layer's input: the stream before the layer's first norm, whichever sub-layer the
-      attention is.
+    contribution: [H] of ||W_out^h y_h|| / ||x||, y_h the head's output before the output
+      projection, W_out^h its rows of that, without bias, x the layer's input: the stream before the
+      layer's first norm, whichever sub-layer the attention is.
     attention: of ||out(y)|| / ||x||, all heads together, with bias.
     sparse: [H] share of tokens whose contribution is at most 0.05.
     """
@@ -54,10 +56,11 @@ class Heads:
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """Of one feed-forward network, means over tokens of a, the input of its last linear, whose path is `linear`.
+    """Of one feed-forward network, means over tokens of a, the input of its last linear, whose path
+    is `linear`.
 
-    active: [F] share of tokens with a > 0. That is sparsity where the activation is ReLU; under GELU and gated
-      activations only the share of positive values. size: [F] of |a|.
+    active: [F] share of tokens with a > 0. That is sparsity where the activation is ReLU; under
+      GELU and gated activations only the share of positive values. size: [F] of |a|.
     """
 
     linear: str
@@ -67,7 +70,9 @@ class Units:
 
 @dataclasses.dataclass(frozen=True)
 class Redundancy:
-    """Statistics by the path of the module, "layer_0/attn", "layer_0"; tokens: how many each is the mean of."""
+    """Statistics by the path of the module, "layer_0/attn", "layer_0"; tokens: how many each is the
+    mean of.
+    """
 
     heads: dict[str, Heads]
     units: dict[str, Units]
@@ -83,11 +88,12 @@ def measure(
     batch_size: int = 64,
     show_progress: bool = True,
 ) -> Redundancy:
-    """Statistics of all heads and feed-forward units that `Model.prunable` names, over every token of every window.
+    """Statistics of all heads and feed-forward units that `Model.prunable` names, over every token
+    of every window.
 
-    The tokens are those of the training loss, without dropout; padding that a family adds counts like the rest. Units
-    inside experts are not measured. Where the parameters lie over a mesh, its devices share the windows of every batch
-    that they divide; of several hosts all call.
+    The tokens are those of the training loss, without dropout; padding that a family adds counts
+    like the rest. Units inside experts are not measured. Where the parameters lie over a mesh, its
+    devices share the windows of every batch that they divide; of several hosts all call.
 
     Args:
       parts: windows, such as `tasks.forecasting.training_windows(...)` and `splits.val`.
@@ -115,14 +121,18 @@ def measure(
         mean = {name: value / total[path]["tokens"] for name, value in total[path].items()}
         tokens[path], linear = int(total[path]["tokens"]), f"{path}/{group.takes[0]}"
         if group.kind == "heads":
-            heads[path] = Heads(linear, mean["contribution"], float(mean["attention"]), mean["sparse"])
+            heads[path] = Heads(
+                linear, mean["contribution"], float(mean["attention"]), mean["sparse"]
+            )
         else:
             units[path] = Units(linear, mean["active"], mean["size"])
     return Redundancy(heads, units, tokens)
 
 
 def _groups(model: Model, params: Params) -> list[tuple[str, Group]]:
-    """The modules of `params` that the model's groups of heads and units name, by path, layer by layer."""
+    """The modules of `params` that the model's groups of heads and units name, by path, layer by
+    layer.
+    """
     flat = trees.flatten(params)
     found = [
         (place.path, place.group)
@@ -136,11 +146,15 @@ def _natural(path: str) -> list[Any]:
     return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", path)]
 
 
-_gather = jax.jit(Windows.gather)  # apart from the rest: parts of other sizes need not compile that again
+_gather = jax.jit(
+    Windows.gather
+)  # apart from the rest: parts of other sizes need not compile that again
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mode", "placement"))
-def _sums(model: Model, mode: forecasting.Mode, params: Params, batch: Batch, placement: Placement) -> dict[str, Any]:
+def _sums(
+    model: Model, mode: forecasting.Mode, params: Params, batch: Batch, placement: Placement
+) -> dict[str, Any]:
     """Sums over the tokens of a batch, by module."""
     split = placement if len(batch["context"]) % placement.row_parts == 0 else Placement()
     batch = split.rows(batch)
@@ -155,7 +169,9 @@ def _sums(model: Model, mode: forecasting.Mode, params: Params, batch: Batch, pl
         if group.kind == "heads":
             kernel, bias = (flat.get(f"{inside[path]}/{name}") for name in ("kernel", "bias"))
             streams = [_stream(args[0], group.swapped) for args in seen[layers[path]]]
-            sums = [_of_heads(y, x_TD, kernel, bias) for y, x_TD in zip(calls, streams, strict=True)]
+            sums = [
+                _of_heads(y, x_TD, kernel, bias) for y, x_TD in zip(calls, streams, strict=True)
+            ]
         else:
             sums = [_of_units(a) for a in calls]
         found[path] = jax.tree.map(lambda *values: sum(values), *sums)
@@ -174,7 +190,11 @@ def _of_heads(y: jax.Array, x_TD: jax.Array, kernel_HKD: Any, bias_D: Any) -> di
     whole_TD = z_THD.sum(1) + (0.0 if bias_D is None else bias_D.astype(jnp.float32)[None])
     stream_T1 = jnp.linalg.norm(x_TD, axis=-1, keepdims=True)
     there_T1 = stream_T1 > 0  # nothing is a share of nothing: such tokens are left out
-    share = lambda z: jnp.where(there_T1, jnp.linalg.norm(z, axis=-1) / jnp.where(there_T1, stream_T1, 1.0), 0.0)  # noqa: E731
+
+    def share(z):
+        of_stream = jnp.linalg.norm(z, axis=-1) / jnp.where(there_T1, stream_T1, 1.0)
+        return jnp.where(there_T1, of_stream, 0.0)
+
     share_TH = share(z_THD)
     return {
         "tokens": there_T1.sum(),
@@ -186,29 +206,42 @@ def _of_heads(y: jax.Array, x_TD: jax.Array, kernel_HKD: Any, bias_D: Any) -> di
 
 def _of_units(a: jax.Array) -> dict[str, jax.Array]:
     a_TF = a.reshape(-1, a.shape[-1]).astype(jnp.float32)
-    return {"tokens": jnp.asarray(a_TF.shape[0]), "active": (a_TF > 0).sum(0), "size": jnp.abs(a_TF).sum(0)}
+    return {
+        "tokens": jnp.asarray(a_TF.shape[0]),
+        "active": (a_TF > 0).sum(0),
+        "size": jnp.abs(a_TF).sum(0),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pruning by these statistics, and what a pruning took
 
 
 def mask_idle(
-    masks: Params, found: Redundancy, *, contribution: float | None = None, active: float | None = None
+    masks: Params,
+    found: Redundancy,
+    *,
+    contribution: float | None = None,
+    active: float | None = None,
 ) -> Params:
     """Masks without the heads and the units that do little, by the statistics alone.
 
     Args:
       masks: to start from, such as `pruning.full_masks(model)`; not modified.
       contribution: heads with a mean contribution of at most this go; None: none.
-      active: units active on at most this share of the tokens go, 0 for those that never are; None: none.
-    Returns: masks that differ in the inputs of output projections and of last feed-forward linears alone.
+      active: units active on at most this share of the tokens go, 0 for those that never are; None:
+        none.
+    Returns: masks that differ in the inputs of output projections and of last feed-forward linears
+    alone.
     Raises: ValueError where the masks do not cover what was measured.
     """
     flat = {path: np.array(leaf) for path, leaf in trees.flatten(masks).items()}
     idle = {}
     if contribution is not None:
-        idle |= {f"{heads.linear}/in": heads.contribution <= contribution for heads in found.heads.values()}
+        idle |= {
+            f"{heads.linear}/in": heads.contribution <= contribution
+            for heads in found.heads.values()
+        }
     if active is not None:
         idle |= {f"{units.linear}/in": units.active <= active for units in found.units.values()}
     if missing := sorted(idle.keys() - flat.keys()):
@@ -223,9 +256,9 @@ def sparsity(masks: Params) -> list[dict[str, Any]]:
 
     Args:
       masks: see `pruning.full_masks`.
-    Returns: dicts with layer ("encoder/layer_0"; "" outside the layers), matrix ("attn/q", "up"), inputs and outputs,
-      the pruned shares of the two masks alone, and weights, 1 - kept inputs * kept outputs / (inputs * outputs). Of
-      stacked experts, means over the experts.
+    Returns: dicts with layer ("encoder/layer_0"; "" outside the layers), matrix ("attn/q", "up"),
+      inputs and outputs, the pruned shares of the two masks alone, and weights, 1 - kept inputs *
+      kept outputs / (inputs * outputs). Of stacked experts, means over the experts.
     """
     flat, rows = trees.flatten(masks), []
     for path in sorted({path.rpartition("/")[0] for path in flat}, key=_natural):
@@ -244,17 +277,25 @@ def sparsity(masks: Params) -> list[dict[str, Any]]:
     return rows
 
 
-def heat_map(rows: Sequence[Mapping[str, Any]], share: str = "weights") -> tuple[list[str], list[str], np.ndarray]:
-    """A `sparsity` table as an image: (layers, matrices, shares [layers, matrices]), NaN where a layer has no such one.
+def heat_map(
+    rows: Sequence[Mapping[str, Any]], share: str = "weights"
+) -> tuple[list[str], list[str], np.ndarray]:
+    """A `sparsity` table as an image: (layers, matrices, shares [layers, matrices]), NaN where a
+    layer has no such one.
 
-    Matrices stand in the order q, k, v, out, gate, up, down inside each part of a layer. share: "weights", "inputs" or
-    "outputs".
+    Matrices stand in the order q, k, v, out, gate, up, down inside each part of a layer. share:
+    "weights", "inputs" or "outputs".
     """
 
     def place(matrix: str) -> tuple[Any, ...]:
         part, _, name = matrix.rpartition("/")
         first = min(i for i, row in enumerate(rows) if row["matrix"].rpartition("/")[0] == part)
-        return (part == "", first, MATRICES.index(name) if name in MATRICES else len(MATRICES), name)
+        return (
+            part == "",
+            first,
+            MATRICES.index(name) if name in MATRICES else len(MATRICES),
+            name,
+        )
 
     layers = sorted({row["layer"] for row in rows}, key=_natural)
     matrices = sorted({row["matrix"] for row in rows}, key=place)

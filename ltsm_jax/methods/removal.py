@@ -90,7 +90,9 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
 # the masks of partners in `mask_of` into their union, in place.
 
 
-def _keep_units(place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]) -> Kept | None:
+def _keep_units(
+    place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
+) -> Kept | None:
     kernels = [f"{place.path}/{name}/kernel" for name in place.group.takes]
     kernels = [path for path in kernels if path in flat]
     if not kernels:
@@ -100,7 +102,9 @@ def _keep_units(place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.nda
     return Kept(np.flatnonzero(live_F))
 
 
-def _keep_experts(place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]) -> Kept | None:
+def _keep_experts(
+    place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
+) -> Kept | None:
     down = f"{place.path}/{place.group.takes[0]}"
     if down not in flat:
         return None
@@ -124,7 +128,9 @@ def _spread(live: np.ndarray, masks: list[np.ndarray]) -> None:
         mask *= live
 
 
-def _keep_heads(place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]) -> Kept | None:
+def _keep_heads(
+    place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
+) -> Kept | None:
     group = place.group
     out = f"{place.path}/{group.takes[0]}"
     if f"{out}/kernel" not in flat:

@@ -1,6 +1,7 @@
 """Start points of fine-tuning: which parameters a run begins with.
 
-A start is a small value that says how pretrained and random parameters are put together; `start_params` computes them.
+A start is a small value that says how pretrained and random parameters are put together;
+`start_params` computes them.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ Group = Literal["head", "norms", "embedding", "biases", "body"]
 GROUPS = get_args(Group)
 Other = Literal["random", "noise", "zeros", "sum"]
 OTHERS = get_args(Other)
-SCALES = 0x4D534654  # folded into the key of the random model: new adapters must not be the bits that drew it
+# folded into the key of the random model: new adapters must not be the bits that drew it
+SCALES = 0x4D534654
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +37,21 @@ class Random:
 
 @dataclasses.dataclass(frozen=True)
 class Interpolated:
-    """Start from `alpha * pretrained + (1 - alpha) * other`, every tensor, norms and biases included.
+    """Start from `alpha * pretrained + (1 - alpha) * other`, every tensor, norms and biases
+    included.
 
     Attributes:
       alpha: weight of the pretrained side, in [0, 1].
       norm: what becomes of the length of a tensor, see `trees.interpolate`.
       keep: groups of leaves that stay pretrained, of `GROUPS`.
-      alphas: (name, alpha) of groups, or of layers as `layer_of` names them ("layer_0"), that have an alpha of their
-        own; that of the layer goes before that of the group. A mapping will do.
-      other: the other side. "random": a fresh model. "noise": Gaussian, each tensor of the norm that it has in the
-        fresh model. "zeros": nothing, so that the checkpoint is shrunk alone. "sum": pretrained + random, so that the
-        start is `pretrained + (1 - alpha) * random` and nothing shrinks.
-    Raises: ValueError for an unknown norm, group or other side, and for an alpha outside [0, 1]. Names of layers are
-      checked by `start_params`, which knows the model.
+      alphas: (name, alpha) of groups, or of layers as `layer_of` names them ("layer_0"), that have
+        an alpha of their own; that of the layer goes before that of the group. A mapping will do.
+      other: the other side. "random": a fresh model. "noise": Gaussian, each tensor of the norm
+        that it has in the fresh model. "zeros": nothing, so that the checkpoint is shrunk alone.
+        "sum": pretrained + random, so that the start is `pretrained + (1 - alpha) * random` and
+          nothing shrinks.
+    Raises: ValueError for an unknown norm, group or other side, and for an alpha outside [0, 1].
+      Names of layers are checked by `start_params`, which knows the model.
     """
 
     alpha: float
@@ -59,16 +63,22 @@ class Interpolated:
     def __post_init__(self):
         pairs = self.alphas.items() if isinstance(self.alphas, Mapping) else self.alphas
         object.__setattr__(self, "alphas", tuple((name, float(alpha)) for name, alpha in pairs))
-        object.__setattr__(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
+        object.__setattr__(
+            self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
+        )
         if self.norm not in trees.NORMS:
             raise ValueError(f"norm must be one of {', '.join(trees.NORMS)}; got {self.norm!r}")
         if self.other not in OTHERS:
             raise ValueError(f"other must be one of {', '.join(OTHERS)}; got {self.other!r}")
         if unknown := [group for group in self.keep if group not in GROUPS]:
-            raise ValueError(f"keep takes groups of leaves, of {', '.join(GROUPS)}; got {', '.join(unknown)}")
+            raise ValueError(
+                f"keep takes groups of leaves, of {', '.join(GROUPS)}; got {', '.join(unknown)}"
+            )
         for name, alpha in (("alpha", self.alpha), *self.alphas):
             if not 0 <= alpha <= 1:
-                raise ValueError(f"{name} is the weight of the pretrained side, between 0 and 1; got {alpha}")
+                raise ValueError(
+                    f"{name} is the weight of the pretrained side, between 0 and 1; got {alpha}"
+                )
 
 
 Start = Pretrained | Random | Interpolated
@@ -93,28 +103,34 @@ class Starting(Protocol):
         ...
 
 
-def prepared(strategy: Starting, model: Any, params: Params, aux_key: jax.Array) -> tuple[Any, Params]:
-    """The model that a strategy trains, and its pretrained parameters: those given, but with further scales for msft.
+def prepared(
+    strategy: Starting, model: Any, params: Params, aux_key: jax.Array
+) -> tuple[Any, Params]:
+    """The model that a strategy trains, and its pretrained parameters: those given, but with
+    further scales for msft.
 
     aux_key: as for `start_params`, which comes after it.
     Raises: ValueError for a family that takes no further scales, see `Model.with_scales`.
     """
     if strategy.multiscale is None:
         return model, params
-    model, params = model.with_scales(params, strategy.multiscale, jax.random.fold_in(aux_key, SCALES))
+    model, params = model.with_scales(
+        params, strategy.multiscale, jax.random.fold_in(aux_key, SCALES)
+    )
     return model, sharding.together(params)
 
 
 def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Array) -> Params:
     """Parameters a run of `strategy` starts from.
 
-    The random model is ONE draw, `model.init(aux_key)`, shared by tfs, sff and every new head: that is why sff at
-    alpha 0 and tfs agree bit for bit.
+    The random model is ONE draw, `model.init(aux_key)`, shared by tfs, sff and every new head: that
+    is why sff at alpha 0 and tfs agree bit for bit.
 
     Args:
       params: the pretrained tree; not modified.
       aux_key: `training.keys(seed)["aux"]`.
-    Raises: ValueError where `params` is not a tree of this model, and for an alpha of a layer that it has not got.
+    Raises: ValueError where `params` is not a tree of this model, and for an alpha of a layer that
+    it has not got.
     """
     start = strategy.start
     trees.require_same(params, folders.shapes(model), names=("params", "model"))
@@ -139,7 +155,9 @@ def _fresh(model: Any, params: Params, aux_key: jax.Array) -> Params:
     aux = jax.tree.map(_placed_like, model.init(aux_key), params)
     if not model.fixed:
         return aux
-    return jax.tree.map(lambda keep, old, new: old if keep else new, trees.select(params, model.fixed), params, aux)
+    return jax.tree.map(
+        lambda keep, old, new: old if keep else new, trees.select(params, model.fixed), params, aux
+    )
 
 
 def other_side(start: Interpolated, model: Any, params: Params, aux_key: jax.Array) -> Params:
@@ -167,7 +185,9 @@ def _mixed(start: Interpolated, model: Any, params: Params, other: Params) -> Pa
     layers = dict.fromkeys(layer for path in groups if (layer := layer_of(model, path)))
     if unknown := [name for name in named if name not in GROUPS and name not in layers]:
         known = ", ".join((*GROUPS, *layers))
-        raise ValueError(f"{model.family} has no {', '.join(unknown)} to give an alpha; there are: {known}")
+        raise ValueError(
+            f"{model.family} has no {', '.join(unknown)} to give an alpha; there are: {known}"
+        )
 
     def alpha_of(path: str) -> float:
         group = groups.get(path, "body")
@@ -182,10 +202,11 @@ def _mixed(start: Interpolated, model: Any, params: Params, other: Params) -> Pa
 def groups_of(model: Any, params: Params) -> dict[str, Group]:
     """The group of every leaf that takes part in mixing, by its path.
 
-    A leaf is of the first group that it fits. "head": what the family declares as its head. "norms": scales and shifts
-    of normalisations, and other learned scales. "embedding": what else lies outside the blocks, such as patch
-    embeddings, tokens and tables. "biases" and "body": biases, and all else, inside the blocks. Leaves that the family
-    fixes are in none.
+    A leaf is of the first group that it fits. "head": what the family declares as its head.
+    "norms": scales and shifts of normalisations, and other learned scales. "embedding": what else
+      lies outside the blocks, such as patch
+    embeddings, tokens and tables. "biases" and "body": biases, and all else, inside the blocks.
+    Leaves that the family fixes are in none.
     """
     flat = trees.flatten(params)
     found: dict[str, Group] = {}
@@ -193,7 +214,8 @@ def groups_of(model: Any, params: Params) -> dict[str, Group]:
         if model.fixed and re.search(model.fixed, path):
             continue
         module, _, name = path.rpartition("/")
-        # The shift of a normalisation is called bias; the scale beside it tells it from that of a linear.
+        # The shift of a normalisation is called bias; the scale beside it tells it from that of a
+        # linear.
         beside = f"{module}/scale" if module else "scale"
         if re.search(model.head, path):
             found[path] = "head"
@@ -209,19 +231,29 @@ def groups_of(model: Any, params: Params) -> dict[str, Group]:
 
 
 def layer_of(model: Any, path: str) -> str | None:
-    """The layer that a leaf lies in, such as "layer_0" or "encoder/layer_1"; None for what lies outside the blocks."""
+    """The layer that a leaf lies in, such as "layer_0" or "encoder/layer_1"; None for what lies
+    outside the blocks.
+    """
     found = re.search(model.blocks, path)
     return path[: found.end()].rstrip("/") if found and not re.search(model.head, path) else None
 
 
 def _placed_like(fresh: jax.Array, old: Any) -> jax.Array:
-    """`fresh` where `old` lies: shards stay shards, and a run from scratch shares the compiled step of the others."""
+    """`fresh` where `old` lies: shards stay shards, and a run from scratch shares the compiled step
+    of the others.
+    """
     fresh = fresh.astype(old.dtype)
-    return jax.device_put(fresh, old.sharding) if isinstance(old, jax.Array) and old.committed else fresh
+    return (
+        jax.device_put(fresh, old.sharding)
+        if isinstance(old, jax.Array) and old.committed
+        else fresh
+    )
 
 
 def equal_norm_noise(key: jax.Array, params: Params) -> Params:
-    """Gaussian noise shaped like `params`, each tensor rescaled to the Euclidean norm of its counterpart."""
+    """Gaussian noise shaped like `params`, each tensor rescaled to the Euclidean norm of its
+    counterpart.
+    """
     leaves, treedef = jax.tree.flatten(params)
 
     def draw(key: jax.Array, leaf: jax.Array) -> jax.Array:

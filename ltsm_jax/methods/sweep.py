@@ -1,4 +1,5 @@
-"""Several runs of strategies at once: alpha x seed x learning rate x method as lanes of one program.
+"""Several runs of strategies at once: alpha x seed x learning rate x method as lanes of one
+program.
 
 Runs whose phases train the same leaves of the same model on the same windows can share a program,
 see `training.lanes`: full fine-tuning from whatever start (ff, tfs, sff, noise), linear probing
@@ -42,7 +43,8 @@ def sweep(
     test: bool = True,
     show_progress: bool = True,
 ) -> list[Result | NonFiniteError]:
-    """Run every strategy with every learning rate and every seed, as lanes of one program where that is quicker.
+    """Run every strategy with every learning rate and every seed, as lanes of one program where
+    that is quicker.
 
     Each run ends as `run.run` would end it alone, to the rounding of float32.
 
@@ -58,7 +60,8 @@ def sweep(
     Returns: a result for each strategy x learning rate x seed, the seeds innermost; where a run
       diverged, the NonFiniteError that tells why.
     Raises: as `run.run`.
-    Example: `sweep(model, params, [sff(0.5), sff(0.7), ff()], splits, seeds=(0, 1), lrs=(1e-4, 3e-4))`
+    Example:
+    `sweep(model, params, [sff(0.5), sff(0.7), ff()], splits, seeds=(0, 1), lrs=(1e-4, 3e-4))`
     """
     makers = []
     for strategy in strategies:
@@ -71,9 +74,16 @@ def sweep(
 
                 def make(strategy=strategy, settings=settings, seed=seed, place=place) -> Running:
                     return Running(
-                        model, params, strategy, data, task=task, seed=seed, config=settings, folder=place,
+                        model,
+                        params,
+                        strategy,
+                        data,
+                        task=task,
+                        seed=seed,
+                        config=settings,
+                        folder=place,
                         show_progress=show_progress,
-                    )  # fmt: skip
+                    )
 
                 makers.append(make)
 
@@ -124,9 +134,13 @@ def train(
 def _train(
     runs: Sequence[Running], asked: lanes.Asked, folder: str | Path | None, others: bool
 ) -> dict[int, NonFiniteError | None]:
-    """Train to the end, phase by phase. Returns: why runs were not, None for those that were left."""
+    """Train to the end, phase by phase. Returns: why runs were not, None for those that
+    were left.
+    """
     stopped: dict[int, NonFiniteError | None] = {}
-    while waiting := [i for i, each in enumerate(runs) if i not in stopped and not each.trained_out]:
+    while waiting := [
+        i for i, each in enumerate(runs) if i not in stopped and not each.trained_out
+    ]:
         jobs = {i: runs[i].job() for i in waiting}
         groups: dict[Hashable, list[int]] = {}
         for i in waiting:
@@ -148,7 +162,9 @@ def _train(
 
 
 def _group(running: Running, job: dict[str, Any], own: int) -> Hashable:
-    """Give what runs must have in common to be lanes: the program of their steps, and of their validation."""
+    """Give what runs must have in common to be lanes: the program of their steps, and of their
+    validation.
+    """
     signature = lanes.signature(job)
     if signature is None:
         return own

@@ -41,7 +41,10 @@ def imputation_of(
     window = min(model.context_len, max(longest // 2, 2 * patch)) // patch * patch
     cut = end - max(longest, 2 * window)
     if cut <= window:
-        raise DataError(f"{series.name}: {end} rows are too few to tune on, at least {3 * window + 1} are needed")
+        raise DataError(
+            f"{series.name}: {end} rows are too few to tune on, at least {3 * window + 1} are "
+            "needed"
+        )
     # What follows a window is not read: a row stands for it, and the last one for the part of
     # tests.
     borders = Borders((0, cut), (cut + window, end - 1), (end - 1, end))
@@ -94,15 +97,21 @@ def ready(
             return found["mse"], found["points"]
 
         starts = np.asarray(splits.val.starts)
-        return Ready(splits, task, hidden, (starts - starts.min()) // splits.val.context_len, splits.notes)
+        return Ready(
+            splits, task, hidden, (starts - starts.min()) // splits.val.context_len, splits.notes
+        )
 
     if few_shot != 1:
-        raise ValueError("few_shot is for forecasting and imputation; anomaly detection trains on all rows")
+        raise ValueError(
+            "few_shot is for forecasting and imputation; anomaly detection trains on all rows"
+        )
     values = Scaler.fit(series.values).transform(series.values).astype(np.float32)
     prepared, detects = anomaly_of(series.name, values, series.n_rows)
 
     def per_row(params: Params) -> tuple[np.ndarray, np.ndarray]:
-        errors = anomaly.row_errors(model, params, prepared.values, prepared.validate_rows, window=prepared.window)
+        errors = anomaly.row_errors(
+            model, params, prepared.values, prepared.validate_rows, window=prepared.window
+        )
         return errors, np.ones_like(errors)
 
     lo, hi = prepared.validate_rows
@@ -116,13 +125,17 @@ def anomaly_of(name: str, values: np.ndarray, cut: int) -> tuple[anomaly.Prepare
     Raises: DataError for empty cells there, and for too few rows.
     """
     if np.isnan(values[:, :cut]).any():
-        raise DataError(f"{name}: tuning needs a first part without empty cells: missing='interpolate' fills them")
+        raise DataError(
+            f"{name}: tuning needs a first part without empty cells: missing='interpolate' fills "
+            "them"
+        )
     inner = anomaly.rows_to_train(cut)
     window = min(anomaly.WINDOW, inner // anomaly.TOKEN * anomaly.TOKEN)
     if window < anomaly.SHORTEST_WINDOW:
         least = anomaly.SHORTEST_WINDOW
         raise DataError(
-            f"{name}: {inner} rows to tune on are too few, at least {least} are needed; or method='zero_shot'"
+            f"{name}: {inner} rows to tune on are too few, at least {least} are needed; or "
+            "method='zero_shot'"
         )
     prepared = anomaly.Prepared(
         values=values,  # pyright: ignore[reportArgumentType]

@@ -65,7 +65,9 @@ def tracker(
     parts = placement.row_parts
     count = min(sample, int(source.n)) // parts * parts
     if count < 1:
-        raise ValueError(f"{source.n} windows are too few for {parts} devices to measure curvature on")
+        raise ValueError(
+            f"{source.n} windows are too few for {parts} devices to measure curvature on"
+        )
     numbers = np.linspace(0, int(source.n) - 1, count).astype(np.int32)
     placed = source.over(placement.mesh)
     batch = _gathered(placed, numbers, placement)

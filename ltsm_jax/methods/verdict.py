@@ -1,4 +1,5 @@
-"""Compare a checkpoint, what tuning makes of it and naive forecasts on a panel, and say what to deploy.
+"""Compare a checkpoint, what tuning makes of it and naive forecasts on a panel, and say what to
+deploy.
 
 Everything is chosen on validation windows: the epoch, the method, the naive forecast. What was
 chosen is then scored on the test span, which nothing has looked at, and `decision.decide` says what
@@ -45,7 +46,17 @@ from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.forecasting import MODES, Errors, Forecasting, Mode
 from ltsm_jax.training import compiling, progress
 
-__all__ = ["BUDGET", "Compared", "Prepared", "Tuning", "Verdict", "compare", "named", "prepare", "tuning"]
+__all__ = [
+    "BUDGET",
+    "Compared",
+    "Prepared",
+    "Tuning",
+    "Verdict",
+    "compare",
+    "named",
+    "prepare",
+    "tuning",
+]
 
 Params = Any
 Methods = str | Strategy | Sequence[str | Strategy]
@@ -53,7 +64,8 @@ Alpha = float | Literal["auto"] | None
 BUDGET = 400  # steps of each method
 EPOCHS = 5  # validations in a budget
 LARGEST_BATCH = 256
-STEPS = 8  # batches that a table of training windows is cut into at least, where it has 16 windows for each
+# batches that a table of training windows is cut into at least, where it has 16 windows for each
+STEPS = 8
 SMALLEST_BATCH = 16
 REPEATS = 10  # of a small table in one epoch
 MOST_ETS = 64  # windows that AutoETS is fitted on, in validation and in test: about a second each
@@ -88,8 +100,8 @@ def named(methods: Methods, model: Model, alpha: Alpha = None) -> dict[str, Stra
       methods: "auto" (full and smoothed full fine-tuning; where the family's recipe trains a part
         of the weights or adapters: that recipe), names of `STRATEGIES`, a text of them with commas,
         or `Strategy` objects. "zero_shot" and naive forecasts take part in any case.
-      alpha: weight of the pretrained side in methods by name that mix (`MIXED`); None: 0.7. "auto": a
-        method for each of `alpha.GRID`, of which validation picks as it does of all, at the same
+      alpha: weight of the pretrained side in methods by name that mix (`MIXED`); None: 0.7. "auto":
+        a method for each of `alpha.GRID`, of which validation picks as it does of all, at the same
         budget; 1, which mixes nothing, is left out beside "ff".
     Raises: ValueError for unknown names and duplicates, and for an alpha that no method takes.
     """
@@ -109,13 +121,17 @@ def named(methods: Methods, model: Model, alpha: Alpha = None) -> dict[str, Stra
         for found in _by_name(given, alpha, methods) if isinstance(given, str) else [given]:
             if found.multiscale is not None:
                 raise ValueError(
-                    f"{found.name} makes a model with further parameters, which a comparison with its checkpoint does "
-                    "not hold: tune by ltsm_jax.fit(..., method=...), and give what comes out to a Forecaster"
+                    f"{found.name} makes a model with further parameters, which a comparison with "
+                    "its checkpoint does "
+                    "not hold: tune by ltsm_jax.fit(..., method=...), and give what comes out to a "
+                    "Forecaster"
                 )
             if found.phases:
                 wanted.append(found)
     if alpha is not None and not any(method in MIXED for method in methods):
-        raise ValueError(f"alpha is for {', '.join(MIXED)} by name, and none of them is among the methods")
+        raise ValueError(
+            f"alpha is for {', '.join(MIXED)} by name, and none of them is among the methods"
+        )
     names = [found.name for found in wanted]
     result = {}
     for found in wanted:
@@ -174,7 +190,8 @@ def prepare(
     seed: int = 0,
     most_scored: int = MOST_SCORED,
 ) -> Prepared:
-    """Make a model ready for a panel, and cut windows that its training takes; arguments as in `compare`.
+    """Make a model ready for a panel, and cut windows that its training takes; arguments as in
+    `compare`.
 
     Raises: ValueError (DataError) for data, names and lengths that do not work.
     """
@@ -211,7 +228,8 @@ def prepare(
     notes = [*splits.notes, *lengths.notes]
     if fresh:
         notes.append(
-            f"{len(fresh)} arrays of the model were drawn at random: before tuning it knows nothing ({fresh[0]})"
+            f"{len(fresh)} arrays of the model were drawn at random: before tuning it knows "
+            f"nothing ({fresh[0]})"
         )
     notes += _covariate_notes(model, panel)
     task = Forecasting(lengths.mode, "context")
@@ -243,7 +261,9 @@ def tuning(
     config: training.TrainConfig | None = None,
     budget: int | None = BUDGET,
 ) -> Tuning:
-    """Fit the training of some methods (see `named`) to a budget of steps; arguments as in `compare`."""
+    """Fit the training of some methods (see `named`) to a budget of steps; arguments as in
+    `compare`.
+    """
     config = config or training.TrainConfig()
     splits = prepared.splits
     if not strategies:
@@ -251,7 +271,10 @@ def tuning(
     available = prepared.task.windows(prepared.model, splits).n
     if not available:
         horizon = splits.test.horizon
-        note = f"nothing is tuned: no item has training rows for a context and {horizon} rows of target"
+        note = (
+            f"nothing is tuned: no item has training rows for a context and {horizon} rows of "
+            "target"
+        )
         return Tuning({}, splits, config, 0, (note,))
     splits, config, notes = _budgeted(prepared.model, splits, config, budget, available)
     return Tuning(strategies, splits, config, available, notes)
@@ -284,8 +307,8 @@ def compare(
       panel: items with their targets. Models that take covariates are tuned and scored with them.
       horizon: rows to forecast.
       methods, alpha: see `named`.
-      masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them. A model
-        with channels of zeros is refused without; `masks={}` trains them all the same.
+      masks: of a pruned model, see `methods.pruning`; all models of the comparison keep them. A
+        model with channels of zeros is refused without; `masks={}` trains them all the same.
       config: how to train; what it leaves out is the model's recipe, with at most 256 windows a
         batch.
       budget: optimiser steps of each phase of each method; an epoch is then a fifth of it
@@ -341,12 +364,19 @@ def compare(
         candidates[name] = scorer.tested(candidates[name], weights.get(name))
     differences = {key: scorer.difference(*pair, seed) for key, pair in pairs.items()}
 
-    settings = {"mode": prepared.task.mode, "seed": seed, "budget": budget, "train_context": prepared.train_context}
+    settings = {
+        "mode": prepared.task.mode,
+        "seed": seed,
+        "budget": budget,
+        "train_context": prepared.train_context,
+    }
     if work.strategies:
         settings["train"] = work.config.filled(prepared.model.recipe(), seed=seed).record()
     verdict = _verdict(prepared, work, scorer, candidates, tuned, weights, differences, settings)
     use = verdict.deploy if verdict.deploy in weights else verdict.best_model
-    return Compared(verdict, prepared.model, weights[use], work.splits, prepared.task, tuned.results)
+    return Compared(
+        verdict, prepared.model, weights[use], work.splits, prepared.task, tuned.results
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -397,7 +427,9 @@ def _tune(
         except training.NonFiniteError as err:
             notes.append(f"{name}: training failed: {str(err).splitlines()[0]}")
             continue
-        candidates[name] = scorer.trained(name, chosen, result, prepared.params, seed, prepared.masks)
+        candidates[name] = scorer.trained(
+            name, chosen, result, prepared.params, seed, prepared.masks
+        )
 
         # Of the others only the scores are kept: weights may be large.
         if best is None or candidates[name].val["mse"] < candidates[best].val["mse"]:
@@ -410,8 +442,12 @@ def _tune(
     return _Tuned(candidates, results, best, params, tuple(notes))
 
 
-def _pairs(candidates: Mapping[str, Candidate], tuned: str | None, naive: str) -> dict[str, tuple[str, str]]:
-    """Who meets whom on the test span: the checkpoint, the best naive forecast, and what tuning improved."""
+def _pairs(
+    candidates: Mapping[str, Candidate], tuned: str | None, naive: str
+) -> dict[str, tuple[str, str]]:
+    """Who meets whom on the test span: the checkpoint, the best naive forecast, and what tuning
+    improved.
+    """
     pairs = {"zero_shot_vs_naive": (ZERO_SHOT, naive)}
     if tuned is None or not candidates[tuned].val["mse"] < candidates[ZERO_SHOT].val["mse"]:
         return pairs
@@ -434,7 +470,9 @@ def _verdict(
     val = {name: found.val["mse"] for name, found in candidates.items()}
     deploy, reason = decide(val, tuned.best, naive, differences)
 
-    tested = [name for name, found in candidates.items() if found.test is not None and name != "auto_ets"]
+    tested = [
+        name for name, found in candidates.items() if found.test is not None and name != "auto_ets"
+    ]
     return Verdict(
         deploy=deploy,
         reason=reason,
@@ -452,7 +490,12 @@ def _verdict(
         windows={"train": work.available, "val": splits.val.n, "test": splits.test.n},
         spans=_spans(splits),
         settings=settings,
-        notes=(*prepared.notes, *work.notes, *tuned.notes, *few_blocks(differences["zero_shot_vs_naive"])),
+        notes=(
+            *prepared.notes,
+            *work.notes,
+            *tuned.notes,
+            *few_blocks(differences["zero_shot_vs_naive"]),
+        ),
         examples=scorer.examples(tested, weights),
         versions=versions(),
     )
@@ -478,12 +521,16 @@ def _covariate_notes(model: Model, panel: Panel) -> list[str]:
     """Say which covariates the model is tuned and scored with, and which play no part."""
     kinds = {"known": panel.known, "past": panel.past}
     used = [name for kind, names in kinds.items() if kind in model.covariates for name in names]
-    unused = [name for kind, names in kinds.items() if kind not in model.covariates for name in names]
+    unused = [
+        name for kind, names in kinds.items() if kind not in model.covariates for name in names
+    ]
     notes = []
     if used:
         notes.append(f"{model.family} is tuned and scored with covariates: {', '.join(used)}")
     if unused:
-        notes.append(f"covariates take no part, as {model.family} does not use them: {', '.join(unused)}")
+        notes.append(
+            f"covariates take no part, as {model.family} does not use them: {', '.join(unused)}"
+        )
     return notes
 
 
@@ -492,7 +539,9 @@ def _covariate_notes(model: Model, panel: Panel) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Lengths:
-    """Rows that scored windows show, and those that training windows do; the loss that takes them."""
+    """Rows that scored windows show, and those that training windows do; the loss that
+    takes them.
+    """
 
     context_len: int
     train_context: int
@@ -501,7 +550,12 @@ class _Lengths:
 
 
 def _lengths(
-    model: Model, params: Params, panel: Panel, horizon: int, context_len: int | None, mode: Mode | None
+    model: Model,
+    params: Params,
+    panel: Panel,
+    horizon: int,
+    context_len: int | None,
+    mode: Mode | None,
 ) -> _Lengths:
     """Lengths that half of the items can fill; shorter items get missing values in front."""
     rows = panel.lengths[panel.lengths >= 2 * horizon + 1]
@@ -532,11 +586,18 @@ def _lengths(
                 continue
             notes = []
             if which != own:
-                notes.append(f"training loss: {which}, as items are too short for the model's {own}")
+                notes.append(
+                    f"training loss: {which}, as items are too short for the model's {own}"
+                )
             if length != usual:
-                notes.append(f"training context of {length} rows instead of {usual}: items have {typical}, typically")
+                notes.append(
+                    f"training context of {length} rows instead of {usual}: items have {typical}, "
+                    "typically"
+                )
             return _Lengths(seen, length, which, tuple(notes))
-    return _Lengths(seen, usual, own, (f"training of {model.family} takes no windows of these lengths",))
+    return _Lengths(
+        seen, usual, own, (f"training of {model.family} takes no windows of these lengths",)
+    )
 
 
 def _budgeted(
@@ -546,7 +607,9 @@ def _budgeted(
     budget: int | None,
     available: int,
 ) -> tuple[PanelSplits, training.TrainConfig, tuple[str, ...]]:
-    """A table of training windows for a budget of steps, and the configuration that goes with it."""
+    """A table of training windows for a budget of steps, and the configuration that goes
+    with it.
+    """
     recipe = model.recipe()
     steady = max(SMALLEST_BATCH, available // STEPS)
     batch = config.batch_size or min(recipe.batch_size, LARGEST_BATCH, steady)
@@ -556,7 +619,10 @@ def _budgeted(
     wanted = max(budget // epochs, 1) * batch
     config = dataclasses.replace(config, epochs=epochs, batch_size=batch)
     if wanted < available:
-        said = f"training: {wanted:,} of {available:,} windows an epoch, spread evenly, for a budget of {budget} steps"
+        said = (
+            f"training: {wanted:,} of {available:,} windows an epoch, spread evenly, for a "
+            f"budget of {budget} steps"
+        )
         return dataclasses.replace(splits, most_train=min(wanted, MOST_TRAIN)), config, (said,)
     repeats = min(max(wanted // available, 1), REPEATS)
     return dataclasses.replace(splits, repeats=repeats), config, ()
@@ -573,7 +639,9 @@ class _Scores:
     of: np.ndarray | None = None
 
     def gaps(self, other: "_Scores") -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Squared errors minus the other's and observed steps of each window [W] that both have; which these are."""
+        """Squared errors minus the other's and observed steps of each window [W] that both have;
+        which these are.
+        """
         mine, theirs, of = self.errors, other.errors, self.of if self.of is not None else other.of
         if of is not None:
             mine = mine if self.of is not None else _part(mine, of)
@@ -596,7 +664,9 @@ def _record(found: _Scores) -> dict[str, Any]:
 
 
 class _Scorer:
-    """Scores candidates on the windows of a panel, and remembers the errors of those on the test span."""
+    """Scores candidates on the windows of a panel, and remembers the errors of those on the test
+    span.
+    """
 
     def __init__(self, model: Model, splits: PanelSplits, task: Forecasting, placement: Placement):
         self.splits, self.task, self.net = splits, task, model
@@ -615,7 +685,9 @@ class _Scorer:
         )
         scores = _record(self.val[name])
         history = ({"epoch": 0, "val_mse": scores["mse"], "val_mae": scores["mae"]},)
-        return Candidate(name, "model", scores, seconds=seconds, compile_seconds=compiling_, history=history)
+        return Candidate(
+            name, "model", scores, seconds=seconds, compile_seconds=compiling_, history=history
+        )
 
     def naive_candidate(self, name: str) -> Candidate:
         """Score a naive forecast on validation."""
@@ -626,10 +698,18 @@ class _Scorer:
         notes = ()
         if found.of is not None and len(found.of) < self.splits.val.n:
             notes = (f"scored on {len(found.of)} windows, spread evenly",)
-        return Candidate(name, "naive", _record(found), seconds=seconds, compile_seconds=compiling_, notes=notes)
+        return Candidate(
+            name, "naive", _record(found), seconds=seconds, compile_seconds=compiling_, notes=notes
+        )
 
     def trained(
-        self, name: str, chosen: Strategy, result: Result, start: Params, seed: int, masks: Params | None
+        self,
+        name: str,
+        chosen: Strategy,
+        result: Result,
+        start: Params,
+        seed: int,
+        masks: Params | None,
     ) -> Candidate:
         """What a run gave, with the error before its first step."""
         begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
@@ -638,9 +718,13 @@ class _Scorer:
         else:
             begin = begin if masks is None else merge(begin, masks, self.placement)
             before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
-        history: list[dict[str, Any]] = [{"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}]
+        history: list[dict[str, Any]] = [
+            {"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}
+        ]
         for entry in result.history:
-            history.append({key: entry[key] for key in ("epoch", "val_mse", "val_mae", "train_loss", "lr")})
+            history.append(
+                {key: entry[key] for key in ("epoch", "val_mse", "val_mae", "train_loss", "lr")}
+            )
         return Candidate(
             name,
             "model",
@@ -659,9 +743,13 @@ class _Scorer:
         return dataclasses.replace(candidate, test=_record(self.test[candidate.name]))
 
     def best_naive(self) -> str:
-        """The naive forecast with the lowest error on the validation windows that all of them were scored on."""
+        """The naive forecast with the lowest error on the validation windows that all of them were
+        scored on.
+        """
         errors = {}
-        part = next((self.val[name].of for name in self.naive if self.val[name].of is not None), None)
+        part = next(
+            (self.val[name].of for name in self.naive if self.val[name].of is not None), None
+        )
         for name in self.naive:
             found = self.val[name].errors
             if part is not None and self.val[name].of is None:
@@ -678,8 +766,12 @@ class _Scorer:
             item, block = item[of], block[of]
         return bootstrap_difference(gap, steps, block, item, seed=seed)
 
-    def examples(self, names: Sequence[str], weights: Mapping[str, Params]) -> tuple[dict[str, Any], ...]:
-        """Test windows spread evenly, in data units: the end of the context, the truth and the forecasts."""
+    def examples(
+        self, names: Sequence[str], weights: Mapping[str, Params]
+    ) -> tuple[dict[str, Any], ...]:
+        """Test windows spread evenly, in data units: the end of the context, the truth and the
+        forecasts.
+        """
         splits, windows = self.splits, self.splits.test
         numbers = np.unique(np.linspace(0, windows.n - 1, EXAMPLES + 2).astype(int)[1:-1])
         item, origin = splits.origins(windows)
@@ -687,7 +779,9 @@ class _Scorer:
         for name in names:
             predictor = self.predictors.get(name, self.predictor)
             params = weights.get(name, {})
-            found[name] = forecasting.forecast_windows(predictor, params, windows, numbers, self.placement)
+            found[name] = forecasting.forecast_windows(
+                predictor, params, windows, numbers, self.placement
+            )
         shown = min(2 * windows.horizon, windows.context_len)
         examples = []
         for k, i in enumerate(numbers):
@@ -700,10 +794,14 @@ class _Scorer:
                 {
                     "item": str(splits.panel.ids[item[i]]),
                     "column": splits.panel.columns[variate],
-                    "stamps": stamps(splits.panel, int(item[i]), int(origin[i]) - own, own + windows.horizon),
+                    "stamps": stamps(
+                        splits.panel, int(item[i]), int(origin[i]) - own, own + windows.horizon
+                    ),
                     "context": context[len(context) - own :].tolist(),
                     "target": target.tolist(),
-                    "forecasts": {name: (found[name][2][k, row] * std + mean).tolist() for name in names},
+                    "forecasts": {
+                        name: (found[name][2][k, row] * std + mean).tolist() for name in names
+                    },
                 }
             )
         return tuple(examples)
@@ -728,7 +826,9 @@ class _Scorer:
 
 
 def calendar(panel: Panel) -> np.ndarray:
-    """Row [N] of a calendar common to all items where each item begins; without stamps all end together."""
+    """Row [N] of a calendar common to all items where each item begins; without stamps all end
+    together.
+    """
     if panel.first is None or panel.freq is None:
         return int(panel.lengths.max()) - panel.lengths
     count, unit = count_unit(panel.freq)
@@ -738,7 +838,9 @@ def calendar(panel: Panel) -> np.ndarray:
 
 
 def stamps(panel: Panel, item: int, row: int, n: int) -> list[str] | None:
-    """Stamps of `n` rows of an item from `row` on, as the clock on the wall shows them; None without stamps."""
+    """Stamps of `n` rows of an item from `row` on, as the clock on the wall shows them; None
+    without stamps.
+    """
     found = panel.stamps_at(np.array([item]), np.arange(row, row + n)[None])
     if found is None:
         return None
@@ -759,7 +861,10 @@ def _spans(splits: PanelSplits) -> dict[str, tuple[str, str]]:
         items = everything if part == "train" else scored
         early = items[np.argmin((begins + lo)[items])]
         late = items[np.argmax((begins + hi)[items])]
-        ends = [stamps(panel, int(early), int(lo[early]), 1), stamps(panel, int(late), int(hi[late]) - 1, 1)]
+        ends = [
+            stamps(panel, int(early), int(lo[early]), 1),
+            stamps(panel, int(late), int(hi[late]) - 1, 1),
+        ]
         if None not in ends:
             found[part] = tuple(end[0] for end in ends if end)
         lo = hi

@@ -55,14 +55,19 @@ def preset(name: str) -> Model:
     if name not in known:
         near = near_presets(name)
         # All names are a long list, which hides whatever else is wrong.
-        meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+        meant = (
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else f"known: {', '.join(known)}"
+        )
         raise ValueError(f"no preset is called {name!r}; {meant}")
     return known[name](known[name].presets()[name])
 
 
 def near_presets(name: str, more: Iterable[str] = ()) -> list[str]:
-    """Names of presets, and of `more`, that may have been meant by `name`: at most three, best first, case aside; the
-    owner may be missing or another."""
+    """Names of presets, and of `more`, that may have been meant by `name`: at most three, best
+    first, case aside; the owner may be missing or another.
+    """
     whole: dict[str, str] = {}
     for known in (*more, *(p for family in FAMILIES.values() for p in family.presets())):
         whole |= {known.lower(): known}

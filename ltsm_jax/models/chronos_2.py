@@ -1,16 +1,20 @@
-"""Chronos-2: an encoder over patches in time and over the series of a group, with the future's quantiles at once.
+"""Chronos-2: an encoder over patches in time and over the series of a group, with the future's
+quantiles at once.
 
 Ansari et al., "Chronos-2: From Univariate to Universal Forecasting" (arXiv 2510.15821). Follows
 amazon-science/chronos-forecasting (commit 95185d1), src/chronos/chronos2.
 
-A series of T points, NaN where nothing was observed, is scaled by its own mean and standard deviation, goes through
-arcsinh and is cut into patches; a token holds the time, the values and the mask of one patch. Behind the context stand
-a learned token and one token for each future patch, which holds what is known of the future (covariates) or nothing. A
-layer attends over the time of each series, then at each time over the series of its group, so the variates of a window
-and their covariates see each other. The last tokens become the quantiles of the future, which are not sorted. Beyond
-`max_patches` patches the forecast is rolled out along nine quantile paths, weighed by the probability they stand for.
+A series of T points, NaN where nothing was observed, is scaled by its own mean and standard
+deviation, goes through arcsinh and is cut into patches; a token holds the time, the values and the
+mask of one patch. Behind the context stand a learned token and one token for each future patch,
+which holds what is known of the future (covariates) or nothing. A layer attends over the time of
+each series, then at each time over the series of its group, so the variates of a window and their
+covariates see each other. The last tokens become the quantiles of the future, which are not sorted.
+Beyond `max_patches` patches the forecast is rolled out along nine quantile paths, weighed by the
+probability they stand for.
 
-Letters beyond those of the library: G groups, M members of a group, R future steps, S tokens of a series.
+Letters beyond those of the library: G groups, M members of a group, R future steps, S tokens of a
+series.
 """
 
 import dataclasses
@@ -39,7 +43,17 @@ from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
-PATHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # quantile levels along which long horizons are rolled out
+PATHS = (
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)  # quantile levels along which long horizons are rolled out
 LEVELS = (0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.99)
 MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
@@ -48,11 +62,12 @@ MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch ma
 class Chronos2Config:
     """Widths are per layer, so that a pruned Chronos-2 is a Chronos-2.
 
-    d_model D, head_dim K, n_heads H of the attention over time and group_heads of that over a group, ffn_dims F;
-    block_dim: hidden width of the two residual blocks. patch_len P and context_len in time steps; max_patches: future
-    patches of one forward pass. levels: quantile levels Q. time_scale: steps by which the time in a token is divided.
-    value_dims: K of the values of each layer in the attention over time, group_value_dims and group_qk_dims that of the
-    values, and of queries and keys, in the attention over a group; () is head_dim.
+    d_model D, head_dim K, n_heads H of the attention over time and group_heads of that over a
+    group, ffn_dims F; block_dim: hidden width of the two residual blocks. patch_len P and
+    context_len in time steps; max_patches: future patches of one forward pass. levels: quantile
+    levels Q. time_scale: steps by which the time in a token is divided. value_dims: K of the values
+    of each layer in the attention over time, group_value_dims and group_qk_dims that of the values,
+    and of queries and keys, in the attention over a group; () is head_dim.
     """
 
     d_model: int
@@ -77,26 +92,50 @@ class Chronos2Config:
     group_qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        dims = {name: getattr(self, name) for name in ("value_dims", "group_value_dims", "group_qk_dims")}
+        dims = {
+            name: getattr(self, name)
+            for name in ("value_dims", "group_value_dims", "group_qk_dims")
+        }
         problems = width_problems(len(self.n_heads), self.head_dim, **dims)
         if not self.n_heads or not len(self.n_heads) == len(self.group_heads) == len(self.ffn_dims):
-            problems.append("n_heads, group_heads and ffn_dims must name the same layers, at least one")
-        sizes = (self.d_model, self.head_dim, self.block_dim, self.patch_len, self.context_len, self.max_patches)
-        if min(*sizes, self.time_scale) < 1 or min(*self.n_heads, *self.group_heads, *self.ffn_dims, 1) < 0:
+            problems.append(
+                "n_heads, group_heads and ffn_dims must name the same layers, at least one"
+            )
+        sizes = (
+            self.d_model,
+            self.head_dim,
+            self.block_dim,
+            self.patch_len,
+            self.context_len,
+            self.max_patches,
+        )
+        if (
+            min(*sizes, self.time_scale) < 1
+            or min(*self.n_heads, *self.group_heads, *self.ffn_dims, 1) < 0
+        ):
             problems.append("every size must be positive")
         if self.head_dim % 2:
             problems.append(f"head_dim must be even for the rotation, got {self.head_dim}")
-        if not self.levels or list(self.levels) != sorted(set(self.levels)) or min(self.levels) <= 0:
+        if (
+            not self.levels
+            or list(self.levels) != sorted(set(self.levels))
+            or min(self.levels) <= 0
+        ):
             problems.append(f"levels must rise within (0, 1): {self.levels}")
         elif self.levels[-1] >= 1:
             problems.append(f"levels must lie within (0, 1): {self.levels}")
         if self.activation not in ("relu", "gelu") or not 0 <= self.dropout < 1:
-            problems.append(f"activation must be relu or gelu and dropout in [0, 1): {self.activation}, {self.dropout}")
+            problems.append(
+                f"activation must be relu or gelu and dropout in [0, 1): {self.activation}, "
+                f"{self.dropout}"
+            )
         if problems:
             raise ValueError("Chronos2Config: " + "; ".join(problems))
 
     @classmethod
-    def of(cls, d_model: int, heads: int, d_ff: int, layers: int, *, head_dim: int = 64, **rest) -> "Chronos2Config":
+    def of(
+        cls, d_model: int, heads: int, d_ff: int, layers: int, *, head_dim: int = 64, **rest
+    ) -> "Chronos2Config":
         """Equal layers."""
         equal = (heads,) * layers
         return cls(d_model, head_dim, equal, equal, (d_ff,) * layers, d_ff, **rest)
@@ -105,19 +144,29 @@ class Chronos2Config:
     def from_published(cls, fields: Mapping[str, Any]) -> "Chronos2Config":
         """Reads a published config.json: T5's fields, and `chronos_config` within.
 
-        Raises: ValueError naming the fields that are missing, or a layout that the original cannot run either.
+        Raises: ValueError naming the fields that are missing, or a layout that the original cannot
+        run either.
         """
         chronos = fields.get("chronos_config", {})
-        missing = [name for name in ("d_model", "num_heads", "d_ff", "num_layers", "d_kv") if name not in fields]
+        missing = [
+            name
+            for name in ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
+            if name not in fields
+        ]
         names = ("context_length", "input_patch_size", "max_output_patches", "quantiles")
         missing += [f"chronos_config.{name}" for name in names if name not in chronos]
         if missing:
             raise ValueError(f"the config of a Chronos-2 checkpoint lacks {', '.join(missing)}")
         patch = chronos["input_patch_size"]
         same = {chronos.get(name, patch) for name in ("output_patch_size", "input_patch_stride")}
-        if same != {patch} or not chronos.get("use_reg_token", True) or fields.get("is_gated_act", False):
+        if (
+            same != {patch}
+            or not chronos.get("use_reg_token", True)
+            or fields.get("is_gated_act", False)
+        ):
             raise ValueError(
-                "a Chronos-2 has equal input and output patches without overlap, the token behind the context, and no "
+                "a Chronos-2 has equal input and output patches without overlap, the token behind "
+                "the context, and no "
                 "gated feed-forward layers"
             )
         return cls.of(
@@ -150,8 +199,9 @@ ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=F
 
 
 class Attention(nn.Module):
-    """Attention over the last axis but one of x [A, B, S, D], without bias and without a scale; keys hidden by `seen`
-    (broadcast to [A, B, 1, S, S]). rotate: positions are told by rotation."""
+    """Attention over the last axis but one of x [A, B, S, D], without bias and without a scale;
+    keys hidden by `seen` (broadcast to [A, B, 1, S, S]). rotate: positions are told by rotation.
+    """
 
     cfg: Chronos2Config
     n_heads: int
@@ -171,8 +221,8 @@ class Attention(nn.Module):
             positions = jnp.arange(x_ABSD.shape[2]).reshape(1, 1, 1, -1)
             q, k = (rotary(y, positions, base=cfg.rope_base) for y in (q, k))
         s_ABHSS = jnp.einsum("ABHNK,ABHSK->ABHNS", q, k).astype(jnp.float32)
-        # the lowest number and not -inf: a token alone in its group, hidden, sees all others, as in the original; none
-        # sees it
+        # the lowest number and not -inf: a token alone in its group, hidden, sees all others, as in
+        # the original; none sees it
         s_ABHSS = s_ABHSS + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
         w_ABHSS = Dropout(cfg.dropout)(jax.nn.softmax(s_ABHSS).astype(x_ABSD.dtype), train)
         y_ABSHK = jnp.moveaxis(jnp.einsum("ABHNS,ABHSK->ABHNK", w_ABHSS, v), 2, 3)
@@ -180,7 +230,9 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x [G, M, S, D] through attention over time, attention over the group, and feed-forward; and the steps between."""
+    """x [G, M, S, D] through attention over time, attention over the group, and feed-forward; and
+    the steps between.
+    """
 
     cfg: Chronos2Config
     layer: int
@@ -196,19 +248,25 @@ class Layer(nn.Module):
         y = attend(norm(1), hide, train)
         x_GMSD = taps["time"] = x_GMSD + drop(y)
         hide = same_GMM[:, None, None] & jnp.swapaxes(seen_GMS, 1, 2)[:, :, None, None, :]
-        qk_dim, value_dim = (width(w, self.layer, cfg.head_dim) for w in (cfg.group_qk_dims, cfg.group_value_dims))
+        qk_dim, value_dim = (
+            width(w, self.layer, cfg.head_dim) for w in (cfg.group_qk_dims, cfg.group_value_dims)
+        )
         attend = Attention(cfg, cfg.group_heads[self.layer], qk_dim, value_dim, False, name="group")
         y = attend(jnp.swapaxes(norm(2), 1, 2), hide, train)
         x_GMSD = taps["group"] = x_GMSD + drop(jnp.swapaxes(y, 1, 2))
         f = cfg.ffn_dims[self.layer]
-        y = drop(ACTIVATIONS[cfg.activation](Linear((cfg.d_model,), (f,), False, name="up")(norm(3))))
+        y = drop(
+            ACTIVATIONS[cfg.activation](Linear((cfg.d_model,), (f,), False, name="up")(norm(3)))
+        )
         x_GMSD = x_GMSD + drop(Linear((f,), (cfg.d_model,), False, name="down")(y))
         return x_GMSD, taps
 
 
 class Chronos2Net(nn.Module):
-    """Tokens of the context [G, M, N, 3P] and of the future [G, M, N', 3P], and which context tokens have anything to
-    see [G, M, N] -> quantiles [G, M, N', Q, P] in the inner scale, and the named steps between."""
+    """Tokens of the context [G, M, N, 3P] and of the future [G, M, N', 3P], and which context
+    tokens have anything to see [G, M, N] -> quantiles [G, M, N', Q, P] in the inner scale, and the
+    named steps between.
+    """
 
     cfg: Chronos2Config
 
@@ -216,20 +274,33 @@ class Chronos2Net(nn.Module):
     def __call__(self, p_GMNP, future_GMNP, seen_GMN, same_GMM, train: bool = False):
         cfg, taps = self.cfg, {"patches": p_GMNP, "future_patches": future_GMNP}
         block = lambda inputs, outputs, name: ResidualBlock(  # noqa: E731
-            inputs, cfg.block_dim, outputs, ACTIVATIONS[cfg.activation], dropout=cfg.dropout, name=name
+            inputs,
+            cfg.block_dim,
+            outputs,
+            ACTIVATIONS[cfg.activation],
+            dropout=cfg.dropout,
+            name=name,
         )
         embed = block(3 * cfg.patch_len, cfg.d_model, "embed")
         x = taps["embed"] = embed(p_GMNP, train)
         ahead = taps["embed_future"] = embed(future_GMNP, train)
-        tokens_VD = self.param("tokens", nn.initializers.zeros, (2, cfg.d_model))  # row 0 is never used
-        reg = jnp.broadcast_to(tokens_VD[1].astype(x.dtype).reshape(1, 1, 1, -1), (*x.shape[:2], 1, cfg.d_model))
+        tokens_VD = self.param(
+            "tokens", nn.initializers.zeros, (2, cfg.d_model)
+        )  # row 0 is never used
+        reg = jnp.broadcast_to(
+            tokens_VD[1].astype(x.dtype).reshape(1, 1, 1, -1), (*x.shape[:2], 1, cfg.d_model)
+        )
         x_GMSD = jnp.concatenate([x, reg, ahead], axis=2)
         x_GMSD = Dropout(cfg.dropout)(x_GMSD, train)
         n = ahead.shape[2]
-        seen_GMS = taps["seen"] = jnp.pad(seen_GMN, ((0, 0), (0, 0), (0, n + 1)), constant_values=True)
+        seen_GMS = taps["seen"] = jnp.pad(
+            seen_GMN, ((0, 0), (0, 0), (0, n + 1)), constant_values=True
+        )
         for i in range(len(cfg.ffn_dims)):
             x_GMSD, inner = Layer(cfg, i, name=f"layer_{i}")(x_GMSD, seen_GMS, same_GMM, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_GMSD}
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_GMSD
+            }
         x_GMSD = taps["norm"] = Dropout(cfg.dropout)(RMSNorm(cfg.eps, name="norm")(x_GMSD), train)
         out = len(cfg.levels) * cfg.patch_len
         y = taps["head"] = block(cfg.d_model, out, "head")(x_GMSD[:, :, -n:], train)
@@ -281,7 +352,13 @@ class Chronos2(Model):
 
     @classmethod
     def small(cls) -> Chronos2Config:
-        sizes = {"head_dim": 6, "patch_len": 8, "context_len": 64, "max_patches": 2, "time_scale": 64}
+        sizes = {
+            "head_dim": 6,
+            "patch_len": 8,
+            "context_len": 64,
+            "max_patches": 2,
+            "time_scale": 64,
+        }
         return Chronos2Config.of(16, 2, 24, 2, **sizes, levels=PATHS)
 
     @property
@@ -324,13 +401,20 @@ class Chronos2(Model):
                 return Normal(factor * (d * k) ** -0.5)
             if path.endswith(("/k/kernel", "/v/kernel")):
                 return Normal(factor * d**-0.5)
-            return Normal(factor * math.prod(shape[:-1]) ** -0.5)  # its own inputs: heads * K, D or F
+            return Normal(
+                factor * math.prod(shape[:-1]) ** -0.5
+            )  # its own inputs: heads * K, D or F
 
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
-        source = "Chronos-2 fit() (amazon-science/chronos-forecasting): AdamW, 1000 steps of 256 series, linear decay"
-        return Recipe(1e-6, 32, 1, "cosine", min(self.context_len, 2048), min(self.horizon, 96), "own", source)
+        source = (
+            "Chronos-2 fit() (amazon-science/chronos-forecasting): AdamW, 1000 steps of 256 "
+            "series, linear decay"
+        )
+        return Recipe(
+            1e-6, 32, 1, "cosine", min(self.context_len, 2048), min(self.horizon, 96), "own", source
+        )
 
     # --- the network between its scalings
 
@@ -353,20 +437,25 @@ class Chronos2(Model):
         key=None,
         train=False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """One forward pass: quantiles [G, M, n_patches * P, Q] in the units of x, and the named steps.
+        """One forward pass: quantiles [G, M, n_patches * P, Q] in the units of x, and the named
+        steps.
 
         Args:
           x: [G, M, T], any T >= 1, NaN = missing, of which the last context_len points are used.
           n_patches: future patches.
           same: [G, M, M] booleans, which members see each other; all of a group by default.
-          mask: [G, M, T], 1 where a point is to be seen; it has no part in the scale, as in the original.
-          future: [G, M, R], what is known of the future (covariates), NaN elsewhere; R <= n_patches * P.
+          mask: [G, M, T], 1 where a point is to be seen; it has no part in the scale, as in the
+            original.
+          future: [G, M, R], what is known of the future (covariates), NaN elsewhere; R <= n_patches
+            * P.
           future_mask: [G, M, R], 1 where it is to be seen.
         """
         cfg, p = self.config, self.config.patch_len
         g, m, _ = x.shape
         x = x.astype(jnp.float32)[..., -cfg.context_len :]
-        mask = jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
+        mask = (
+            jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
+        )
         same = jnp.ones((g, m, m), bool) if same is None else same
         observed = ~jnp.isnan(x)
         n = observed.sum(-1, keepdims=True)
@@ -376,15 +465,25 @@ class Chronos2(Model):
         scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
         inner = self.scaled(x, loc, scale)
         left = ((0, 0), (0, 0), (-x.shape[-1] % p, 0))
-        values, visible = self._patches(*(jnp.pad(y, left) for y in (inner, jnp.where(observed, mask, 0.0))))
+        values, visible = self._patches(
+            *(jnp.pad(y, left) for y in (inner, jnp.where(observed, mask, 0.0)))
+        )
         time = lambda start, k: (  # noqa: E731
-            jnp.broadcast_to((start + jnp.arange(k * p)).reshape(1, 1, k, p) / cfg.time_scale, (g, m, k, p))
+            jnp.broadcast_to(
+                (start + jnp.arange(k * p)).reshape(1, 1, k, p) / cfg.time_scale, (g, m, k, p)
+            )
         )
         future = jnp.full((g, m, n_patches * p), jnp.nan) if future is None else future
-        future_mask = jnp.ones_like(future) if future_mask is None else future_mask.astype(jnp.float32)
+        future_mask = (
+            jnp.ones_like(future) if future_mask is None else future_mask.astype(jnp.float32)
+        )
         right = ((0, 0), (0, 0), (0, n_patches * p - future.shape[-1]))
         known = [
-            jnp.pad(y, right) for y in (self.scaled(future, loc, scale), jnp.where(jnp.isnan(future), 0.0, future_mask))
+            jnp.pad(y, right)
+            for y in (
+                self.scaled(future, loc, scale),
+                jnp.where(jnp.isnan(future), 0.0, future_mask),
+            )
         ]
         ahead, ahead_mask = self._patches(*known)
         count = values.shape[2]
@@ -393,7 +492,13 @@ class Chronos2(Model):
         rngs = {"dropout": key} if train and cfg.dropout else None
         net: Any = Chronos2Net(cfg)  # Flax types what apply returns too widely
         y, taps = net.apply(
-            {"params": params}, tokens, ahead_tokens, visible.sum(-1) > 0, same, train and rngs is not None, rngs=rngs
+            {"params": params},
+            tokens,
+            ahead_tokens,
+            visible.sum(-1) > 0,
+            same,
+            train and rngs is not None,
+            rngs=rngs,
         )
         y_GMQR = jnp.moveaxis(y, 3, 2).reshape(g, m, len(cfg.levels), n_patches * p)
         taps |= {"scaled": inner, "loc": loc, "scale": scale, "quantiles": y_GMQR}
@@ -407,14 +512,27 @@ class Chronos2(Model):
         return jnp.arcsinh(z) if self.config.arcsinh else z
 
     def series_loss(
-        self, params: Tree, x, target, *, future=None, same=None, target_mask=None, key=None, train=False
+        self,
+        params: Tree,
+        x,
+        target,
+        *,
+        future=None,
+        same=None,
+        target_mask=None,
+        key=None,
+        train=False,
     ) -> jax.Array:
-        """The original's loss of each series [G, M]: twice the quantile loss in the inner scale of the context, mean
-        over the future patches' steps (those without a target, or known beforehand, count as 0), sum over levels."""
+        """The original's loss of each series [G, M]: twice the quantile loss in the inner scale of
+        the context, mean over the future patches' steps (those without a target, or known
+        beforehand, count as 0), sum over levels.
+        """
         cfg = self.config
         n_patches = -(-target.shape[-1] // cfg.patch_len)
         if n_patches > cfg.max_patches:
-            raise ValueError(f"one forward pass reaches {self.horizon} steps, the target has {target.shape[-1]}")
+            raise ValueError(
+                f"one forward pass reaches {self.horizon} steps, the target has {target.shape[-1]}"
+            )
         _, taps = self.apply(params, x, n_patches, same=same, future=future, key=key, train=train)
         pad = ((0, 0), (0, 0), (0, n_patches * cfg.patch_len - target.shape[-1]))
         seen = ~jnp.isnan(target) if target_mask is None else (target_mask > 0) & ~jnp.isnan(target)
@@ -429,8 +547,8 @@ class Chronos2(Model):
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Quantile loss of all variates in the scale of each context; see `series_loss`.
 
-        Covariates of the batch are further members of each row's group. They have no loss of their own, and count as
-        rows without any error in the mean, as when the original tunes with them.
+        Covariates of the batch are further members of each row's group. They have no loss of their
+        own, and count as rows without any error in the mean, as when the original tunes with them.
         """
         x, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         target = batch["target"]
@@ -444,7 +562,9 @@ class Chronos2(Model):
         steps = batch["target"].shape[-1]
         n_patches = -(-steps // self.config.patch_len)
         if n_patches > self.config.max_patches:
-            raise ValueError(f"one forward pass reaches {self.horizon} steps, the target has {steps}")
+            raise ValueError(
+                f"one forward pass reaches {self.horizon} steps, the target has {steps}"
+            )
         x, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         y_GMRQ, _ = self.apply(params, x, n_patches, future=future, key=key, train=train)
         y_GMRQ = y_GMRQ[:, : batch["target"].shape[1]]
@@ -470,7 +590,9 @@ class Chronos2(Model):
         known: jax.Array | None = None,
         key=None,
     ) -> Forecast:
-        """The covariates are further members of each row's group, behind the targets, as in the original."""
+        """The covariates are further members of each row's group, behind the targets, as in the
+        original.
+        """
         check_context(context, horizon)
         x, future = _with_covariates(jnp.asarray(context, jnp.float32), past, known)
         y_GMRQ = self.rows(params, x, horizon, future=future)[:, : context.shape[1]]
@@ -488,43 +610,58 @@ class Chronos2(Model):
         paths: Sequence[float] = PATHS,
         max_patches: int | None = None,
     ) -> jax.Array:
-        """Quantiles [G, M, R, Q] of the `horizon` steps after x, for groups of targets and covariates.
+        """Quantiles [G, M, R, Q] of the `horizon` steps after x, for groups of targets and
+        covariates.
 
         Args:
-          x: [G, M, T], targets and covariates of a group (or, with `same`, of several), NaN = missing.
-          future: [G, M, R], the known future of covariates; NaN for targets and for covariates known in the past only.
-            Forecasts of covariate rows are there and mean nothing.
+          x: [G, M, T], targets and covariates of a group (or, with `same`, of several), NaN =
+            missing.
+          future: [G, M, R], the known future of covariates; NaN for targets and for covariates
+            known in the past only. Forecasts of covariate rows are there and mean nothing.
           same: [G, M, M] booleans, which rows see each other; all by default.
-          paths: levels along which a horizon past max_patches is rolled out: each path is put behind a context of its
-            own, and of all that follows the model's levels are taken, weighed by the probability each path stands for.
+          paths: levels along which a horizon past max_patches is rolled out: each path is put
+            behind a context of its own, and of all that follows the model's levels are taken,
+            weighed by the probability each path stands for.
           max_patches: future patches of one forward pass; the config's by default.
         """
         cfg, p = self.config, self.config.patch_len
         g, m, _ = x.shape
         most = min(max_patches or cfg.max_patches, cfg.max_patches)
         weights = np.outer(masses(paths), masses(cfg.levels)).reshape(-1)
-        every = (lambda y: y) if horizon <= most * p else (lambda y: jnp.repeat(y, len(paths), axis=0))
+        every = (
+            (lambda y: y) if horizon <= most * p else (lambda y: jnp.repeat(y, len(paths), axis=0))
+        )
         found, done = [], 0
         while done < horizon:
             n_patches = min(-(-(horizon - done) // p), most)
             step = n_patches * p
-            known = None if future is None or future.shape[-1] <= done else future[..., done : done + step]
+            known = (
+                None
+                if future is None or future.shape[-1] <= done
+                else future[..., done : done + step]
+            )
             if not found:
                 y_GMRQ, _ = self.apply(params, x, n_patches, same=same, future=known)
                 x, same = every(x), None if same is None else every(same)
             else:
                 known = None if known is None else every(known)
                 y, _ = self.apply(params, x, n_patches, same=same, future=known)
-                y = jnp.moveaxis(y.reshape(g, len(paths), m, step, -1), 1, 3).reshape(g, m, step, -1)
+                y = jnp.moveaxis(y.reshape(g, len(paths), m, step, -1), 1, 3).reshape(
+                    g, m, step, -1
+                )
                 y_GMRQ = weighted_quantile(y, weights, cfg.levels)
             found.append(y_GMRQ)
             done += step
             if done < horizon:
                 new_GMRA = interpolate_quantiles(y_GMRQ, cfg.levels, paths)
-                if future is not None:  # a covariate goes on as it is known to, not as it was forecast
+                if (
+                    future is not None
+                ):  # a covariate goes on as it is known to, not as it was forecast
                     given = future[..., done - step : done, None]
                     given = jnp.pad(
-                        given, ((0, 0), (0, 0), (0, step - given.shape[2]), (0, 0)), constant_values=jnp.nan
+                        given,
+                        ((0, 0), (0, 0), (0, step - given.shape[2]), (0, 0)),
+                        constant_values=jnp.nan,
                     )
                     new_GMRA = jnp.where(jnp.isnan(given), new_GMRA, given)
                 new = jnp.moveaxis(new_GMRA, 3, 1).reshape(g * len(paths), m, step)
@@ -532,14 +669,17 @@ class Chronos2(Model):
         return jnp.concatenate(found, axis=2)[:, :, :horizon]
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
-        """The encoder's output [B, C, N + 2, D]: a token a patch of the context, the learned token, a future patch."""
+        """The encoder's output [B, C, N + 2, D]: a token a patch of the context, the learned token,
+        a future patch.
+        """
         return self.apply(params, context, 1)[1]["norm"]
 
 
 def _with_covariates(
     context: jax.Array, past: jax.Array | None, known: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Put covariates behind the targets of a group: its members [G, M, T], and what is known ahead [G, M, R] or None.
+    """Put covariates behind the targets of a group: its members [G, M, T], and what is known ahead
+    [G, M, R] or None.
 
     context: [G, C, T]. past: [G, K, T]. known: [G, K', T + R].
     """
@@ -556,9 +696,12 @@ def _with_covariates(
     return (jnp.concatenate(members, axis=1) if len(members) > 1 else context), future
 
 
-def interpolate_quantiles(y: jax.Array, levels: Sequence[float], wanted: Sequence[float]) -> jax.Array:
-    """Values [..., W] at the levels `wanted` of quantiles y [..., Q] at rising `levels`: linear between neighbours, the
-    end values beyond the ends."""
+def interpolate_quantiles(
+    y: jax.Array, levels: Sequence[float], wanted: Sequence[float]
+) -> jax.Array:
+    """Values [..., W] at the levels `wanted` of quantiles y [..., Q] at rising `levels`: linear
+    between neighbours, the end values beyond the ends.
+    """
     have, want = np.asarray(levels, np.float64), np.asarray(wanted, np.float64)
     low = np.clip(np.searchsorted(have, want, side="right") - 1, 0, max(len(have) - 2, 0))
     high = np.minimum(low + 1, len(have) - 1)
@@ -569,15 +712,20 @@ def interpolate_quantiles(y: jax.Array, levels: Sequence[float], wanted: Sequenc
 
 
 def masses(levels: Sequence[float]) -> np.ndarray:
-    """The probability that each of some quantiles stands for: half the way to its neighbours (0 and 1 at the ends), as
-    shares of the whole."""
+    """The probability that each of some quantiles stands for: half the way to its neighbours (0 and
+    1 at the ends), as shares of the whole.
+    """
     ends = np.concatenate([[0.0], np.asarray(levels, np.float64), [1.0]])
     mass = (ends[2:] - ends[:-2]) / 2
     return mass / mass.sum()
 
 
-def weighted_quantile(y: jax.Array, weights: np.ndarray | jax.Array, wanted: Sequence[float]) -> jax.Array:
-    """Quantiles [..., W] of values y [..., V] with weights [V]: linear in the cumulated weight of the sorted values."""
+def weighted_quantile(
+    y: jax.Array, weights: np.ndarray | jax.Array, wanted: Sequence[float]
+) -> jax.Array:
+    """Quantiles [..., W] of values y [..., V] with weights [V]: linear in the cumulated weight of
+    the sorted values.
+    """
     order = jnp.argsort(y, axis=-1)
     values = jnp.take_along_axis(y, order, axis=-1)
     cumulated = jnp.cumsum(jnp.asarray(weights, jnp.float32)[order], axis=-1)

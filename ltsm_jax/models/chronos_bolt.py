@@ -1,14 +1,17 @@
-"""Chronos-Bolt: a T5 encoder over patches, a T5 decoder of one step, and nine quantiles of the next 64 values from it.
+"""Chronos-Bolt: a T5 encoder over patches, a T5 decoder of one step, and nine quantiles of the next
+64 values from it.
 
-Ansari et al., "Chronos: Learning the Language of Time Series" (arXiv 2403.07815) is the paper of its predecessor;
-Bolt itself is described where it is published. Follows amazon-science/chronos-forecasting (commit 95185d1),
-src/chronos/chronos_bolt.py, on Hugging Face's T5 (4.57.3).
+Ansari et al., "Chronos: Learning the Language of Time Series" (arXiv 2403.07815) is the paper of
+its predecessor; Bolt itself is described where it is published. Follows
+amazon-science/chronos-forecasting (commit 95185d1), src/chronos/chronos_bolt.py, on Hugging Face's
+T5 (4.57.3).
 
-A context of T points, NaN where nothing was observed, is scaled by its own mean and standard deviation and cut into
-patches; a token is made of a patch's values and its mask of observed points. Patches without any observed point stay in
-the sequence, hidden from all others. The decoder's only token asks the encoded patches, and its output becomes all
-quantiles at once; they are not sorted. Beyond 64 steps the forecast is rolled out: each quantile's path is put behind a
-context of its own, and of the 9 x 9 quantiles that follow the 9 quantiles are taken.
+A context of T points, NaN where nothing was observed, is scaled by its own mean and standard
+deviation and cut into patches; a token is made of a patch's values and its mask of observed points.
+Patches without any observed point stay in the sequence, hidden from all others. The decoder's only
+token asks the encoded patches, and its output becomes all quantiles at once; they are not sorted.
+Beyond 64 steps the forecast is rolled out: each quantile's path is put behind a context of its own,
+and of the 9 x 9 quantiles that follow the 9 quantiles are taken.
 """
 
 import dataclasses
@@ -38,12 +41,14 @@ MEMORY = 2 << 30  # bytes that the widest activations of one evaluation batch ma
 
 @dataclasses.dataclass(frozen=True)
 class ChronosBoltConfig:
-    """The two stacks hold the widths of each layer, so that a pruned Chronos-Bolt is a Chronos-Bolt.
+    """The two stacks hold the widths of each layer, so that a pruned Chronos-Bolt is a
+    Chronos-Bolt.
 
-    encoder, decoder: sizes of the stacks, of one d_model D. block_dim: hidden width F of the two residual blocks.
-    patch_len P and stride in time steps, context_len and horizon too. levels: quantile levels, Q. reg_token: whether a
-    learned token stands behind the patches. start_token: row of the token table that the decoder starts with.
-    init_factor: of the original's initialisation.
+    encoder, decoder: sizes of the stacks, of one d_model D. block_dim: hidden width F of the two
+    residual blocks. patch_len P and stride in time steps, context_len and horizon too. levels:
+    quantile levels, Q. reg_token: whether a learned token stands behind the patches. start_token:
+    row of the token table that the decoder starts with. init_factor: of the original's
+    initialisation.
     """
 
     encoder: t5.StackConfig
@@ -63,12 +68,21 @@ class ChronosBoltConfig:
         if self.encoder.is_decoder or not self.decoder.is_decoder:
             problems.append("the encoder must have no cross_heads and the decoder must have them")
         if self.encoder.d_model != self.decoder.d_model:
-            problems.append(f"encoder and decoder differ in width: {self.encoder.d_model}, {self.decoder.d_model}")
+            problems.append(
+                f"encoder and decoder differ in width: {self.encoder.d_model}, "
+                f"{self.decoder.d_model}"
+            )
         if min(self.block_dim, self.patch_len, self.stride, self.context_len, self.horizon) < 1:
             problems.append("every size must be positive")
         if self.stride > self.patch_len:
-            problems.append(f"patches of {self.patch_len} every {self.stride} steps would leave points out")
-        if not self.levels or list(self.levels) != sorted(set(self.levels)) or not 0 < self.levels[0] < 1:
+            problems.append(
+                f"patches of {self.patch_len} every {self.stride} steps would leave points out"
+            )
+        if (
+            not self.levels
+            or list(self.levels) != sorted(set(self.levels))
+            or not 0 < self.levels[0] < 1
+        ):
             problems.append(f"levels must rise within (0, 1): {self.levels}")
         elif self.levels[-1] >= 1:
             problems.append(f"levels must lie within (0, 1): {self.levels}")
@@ -84,14 +98,26 @@ class ChronosBoltConfig:
 
     @classmethod
     def of(
-        cls, d_model: int, heads: int, d_ff: int, layers: int, *, head_dim: int = 64, decoder_layers=None, **rest
+        cls,
+        d_model: int,
+        heads: int,
+        d_ff: int,
+        layers: int,
+        *,
+        head_dim: int = 64,
+        decoder_layers=None,
+        **rest,
     ) -> "ChronosBoltConfig":
-        """Equal layers. rest: fields of this class or of `t5.StackConfig`, which both stacks then get."""
+        """Equal layers. rest: fields of this class or of `t5.StackConfig`, which both stacks then
+        get.
+        """
         own = {f.name for f in dataclasses.fields(cls)}
         both = {name: rest.pop(name) for name in list(rest) if name not in own}
         deep = layers if decoder_layers is None else decoder_layers
         encoder = t5.StackConfig(d_model, head_dim, (heads,) * layers, (d_ff,) * layers, **both)
-        decoder = t5.StackConfig(d_model, head_dim, (heads,) * deep, (d_ff,) * deep, (heads,) * deep, **both)
+        decoder = t5.StackConfig(
+            d_model, head_dim, (heads,) * deep, (d_ff,) * deep, (heads,) * deep, **both
+        )
         return cls(encoder, decoder, d_ff, **rest)
 
     @classmethod
@@ -103,7 +129,13 @@ class ChronosBoltConfig:
         chronos = fields.get("chronos_config", {})
         names = ("d_model", "num_heads", "d_ff", "num_layers", "d_kv")
         missing = [name for name in names if name not in fields]
-        names = ("context_length", "prediction_length", "input_patch_size", "input_patch_stride", "quantiles")
+        names = (
+            "context_length",
+            "prediction_length",
+            "input_patch_size",
+            "input_patch_stride",
+            "quantiles",
+        )
         missing += [f"chronos_config.{name}" for name in names if name not in chronos]
         if missing:
             raise ValueError(f"the config of a Chronos-Bolt checkpoint lacks {', '.join(missing)}")
@@ -133,7 +165,9 @@ class ChronosBoltConfig:
 
 
 def activation_of(fields: Mapping[str, Any]) -> tuple[Any, bool]:
-    """Activation and gate of T5's config.json: `feed_forward_proj`, and the two fields that override it."""
+    """Activation and gate of T5's config.json: `feed_forward_proj`, and the two fields that
+    override it.
+    """
     *gate, name = str(fields.get("feed_forward_proj", "relu")).split("-", 1)
     name = "gelu_new" if (gate, name) == (["gated"], "gelu") else name
     return fields.get("dense_act_fn", name), bool(fields.get("is_gated_act", gate == ["gated"]))
@@ -151,8 +185,9 @@ PRESETS = {
 
 
 class ChronosBoltNet(nn.Module):
-    """Scaled patches [B, N, P], 0 where not observed, and their mask -> quantiles [B, Q, H] in the same scale, and the
-    named steps between. `encode_only` stops behind the encoder: [B, N + 1, D]."""
+    """Scaled patches [B, N, P], 0 where not observed, and their mask -> quantiles [B, Q, H] in the
+    same scale, and the named steps between. `encode_only` stops behind the encoder: [B, N + 1, D].
+    """
 
     cfg: ChronosBoltConfig
 
@@ -167,8 +202,13 @@ class ChronosBoltNet(nn.Module):
         both_BN2P = jnp.concatenate([p_BNP, mask_BNP.astype(p_BNP.dtype)], axis=-1)
         x_BND = taps["embed"] = block(2 * cfg.patch_len, d_model, "embed")(both_BN2P, train)
         seen_BN = mask_BNP.sum(-1) > 0
-        tokens_VD = self.param("tokens", nn.initializers.zeros, (cfg.vocabulary, d_model)).astype(x_BND.dtype)
-        row = lambda i: jnp.broadcast_to(tokens_VD[i].reshape(1, 1, -1), (x_BND.shape[0], 1, d_model))  # noqa: E731
+        tokens_VD = self.param("tokens", nn.initializers.zeros, (cfg.vocabulary, d_model)).astype(
+            x_BND.dtype
+        )
+
+        def row(i):
+            return jnp.broadcast_to(tokens_VD[i].reshape(1, 1, -1), (x_BND.shape[0], 1, d_model))
+
         start_B1D = row(cfg.start_token)
         if cfg.reg_token:
             x_BND = jnp.concatenate([x_BND, row(1)], axis=1)
@@ -259,8 +299,9 @@ class ChronosBolt(Model):
         return 1 << max(int(math.log2(MEMORY / (len(cfg.levels) * row))), 0)
 
     def init(self, key: jax.Array) -> Tree:
-        """Everything is multiplied by the factor, the scales of the norms too. The head's first layers take the width
-        of the input patches for their own inputs, as in the original."""
+        """Everything is multiplied by the factor, the scales of the norms too. The head's first
+        layers take the width of the input patches for their own inputs, as in the original.
+        """
         cfg = self.config
         patch = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
         shapes = jax.eval_shape(ChronosBoltNet(cfg).init, key, patch, patch)["params"]
@@ -271,7 +312,10 @@ class ChronosBolt(Model):
             if path.startswith(("embed/", "head/")):
                 if path.endswith("/bias"):
                     return Constant(0.0)
-                return Normal(cfg.init_factor * (cfg.block_dim if "/out/" in path else 2 * cfg.patch_len) ** -0.5)
+                return Normal(
+                    cfg.init_factor
+                    * (cfg.block_dim if "/out/" in path else 2 * cfg.patch_len) ** -0.5
+                )
             return t5.initial(path, shape, cfg.encoder.d_model, cfg.init_factor)
 
         return draw(key, shapes, rule)
@@ -282,16 +326,21 @@ class ChronosBolt(Model):
 
     # --- the network between its scalings
 
-    def patches(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Patches [B, N, P] of x [B, T] in the scale of its last context_len points, their mask, and the scale.
+    def patches(
+        self, x: jax.Array, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """Patches [B, N, P] of x [B, T] in the scale of its last context_len points, their mask,
+        and the scale.
 
-        mask: 1 where a point is to be seen, all observed ones by default; it has no part in the scale, as in the
-        original. Points that are NaN are never seen.
+        mask: 1 where a point is to be seen, all observed ones by default; it has no part in the
+        scale, as in the original. Points that are NaN are never seen.
         """
         cfg = self.config
         x = x.astype(jnp.float32)[..., -cfg.context_len :]
         observed = ~jnp.isnan(x)
-        mask = jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
+        mask = (
+            jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
+        )
         mask = jnp.where(observed, mask, 0.0)
         n = observed.sum(-1, keepdims=True)
         mean = lambda y: jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)  # noqa: E731
@@ -300,7 +349,9 @@ class ChronosBolt(Model):
         scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
         scaled = jnp.where(observed, (x - loc) / scale, 0.0)
         left = -x.shape[-1] % cfg.patch_len
-        values, mask = (jnp.pad(y, ((0, 0), (left, 0))) for y in (jnp.where(mask > 0, scaled, 0.0), mask))
+        values, mask = (
+            jnp.pad(y, ((0, 0), (left, 0))) for y in (jnp.where(mask > 0, scaled, 0.0), mask)
+        )
         length = values.shape[-1]
         if cfg.stride == cfg.patch_len:
             cut = lambda y: y.reshape(-1, length // cfg.patch_len, cfg.patch_len)  # noqa: E731
@@ -310,13 +361,21 @@ class ChronosBolt(Model):
         return cut(values), cut(mask), {"scaled": scaled, "loc": loc, "scale": scale}
 
     def apply(
-        self, params: Tree, x: jax.Array, mask: jax.Array | None = None, key=None, train=False, encode_only=False
+        self,
+        params: Tree,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        key=None,
+        train=False,
+        encode_only=False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """One forward pass: quantiles [B, C, H, Q] of the next `horizon` steps in the units of x, and the named steps.
+        """One forward pass: quantiles [B, C, H, Q] of the next `horizon` steps in the units of x,
+        and the named steps.
 
-        x: [B, C, T], any T >= 1, NaN = missing, of which the last context_len points are used. mask: see `patches`.
-        The steps have one row a series, B * C; "quantiles" among them is [B * C, Q, H] in the scale of the series.
-        encode_only: the encoder's output [B, C, N + 1, D] instead, the last token being [REG] where there is one.
+        x: [B, C, T], any T >= 1, NaN = missing, of which the last context_len points are used.
+        mask: see `patches`. The steps have one row a series, B * C; "quantiles" among them is [B *
+        C, Q, H] in the scale of the series. encode_only: the encoder's output [B, C, N + 1, D]
+        instead, the last token being [REG] where there is one.
         """
         b, c, t = x.shape
         mask = None if mask is None else mask.reshape(b * c, t)
@@ -325,7 +384,9 @@ class ChronosBolt(Model):
         dropout = max(cfg.encoder.dropout, cfg.decoder.dropout)
         rngs = {"dropout": key} if train and dropout and key is not None else None
         net: Any = ChronosBoltNet(cfg)  # Flax types what apply returns too widely
-        y, taps = net.apply({"params": params}, p_BNP, mask_BNP, rngs is not None, encode_only, rngs=rngs)
+        y, taps = net.apply(
+            {"params": params}, p_BNP, mask_BNP, rngs is not None, encode_only, rngs=rngs
+        )
         taps |= scaling
         if encode_only:
             return y.reshape(b, c, *y.shape[1:]), taps
@@ -334,9 +395,11 @@ class ChronosBolt(Model):
         return y_BHQ.reshape(b, c, cfg.horizon, len(cfg.levels)), taps
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Twice the pinball loss in the scale of the context: mean over the levels, SUM over the steps, mean over rows.
+        """Twice the pinball loss in the scale of the context: mean over the levels, SUM over the
+        steps, mean over rows.
 
-        Targets of at most `horizon` steps; missing ones (NaN) add nothing and are not counted in any mean.
+        Targets of at most `horizon` steps; missing ones (NaN) add nothing and are not counted in
+        any mean.
         """
         cfg, target = self.config, batch["target"]
         b, c, h = target.shape
@@ -350,16 +413,22 @@ class ChronosBolt(Model):
         return mean_over_rows(error.mean(1).sum(-1).reshape(b, c), batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the median in the units of the batch, over the observed steps; targets of at most `horizon` steps."""
+        """MSE of the median in the units of the batch, over the observed steps; targets of at most
+        `horizon` steps.
+        """
         target = batch["target"]
         self._check_target(target.shape[-1])
-        y = self._point(self.apply(params, batch["context"], key=key, train=train)[0])[..., : target.shape[-1]]
+        y = self._point(self.apply(params, batch["context"], key=key, train=train)[0])[
+            ..., : target.shape[-1]
+        ]
         observed = ~jnp.isnan(target)
         return mean_observed(jnp.square(y - jnp.where(observed, target, 0.0)), observed, batch)
 
     def _check_target(self, steps: int) -> None:
         if steps > self.horizon:
-            raise ValueError(f"the model predicts {self.horizon} steps at once; the target has {steps}")
+            raise ValueError(
+                f"the model predicts {self.horizon} steps at once; the target has {steps}"
+            )
 
     def _point(self, y_BCHQ: jax.Array) -> jax.Array:
         """The median [B, C, H]: that of the levels, or between the two beside it."""
@@ -370,19 +439,24 @@ class ChronosBolt(Model):
         return y_BCHQ @ jnp.asarray(weights, y_BCHQ.dtype)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """Quantiles as they come from the model, not sorted; the point is the median. See the module docstring for
-        what happens beyond the model's own horizon."""
+        """Quantiles as they come from the model, not sorted; the point is the median. See the
+        module docstring for what happens beyond the model's own horizon.
+        """
         check_context(context, horizon)
         cfg = self.config
         x_BCT = jnp.asarray(context, jnp.float32)[..., -cfg.context_len :]
         y_BCHQ, _ = self.apply(params, x_BCT)
         blocks = math.ceil(horizon / cfg.horizon)
         if blocks > 1:
-            y_BCHQ = jnp.concatenate([y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks - 1)], axis=2)
+            y_BCHQ = jnp.concatenate(
+                [y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks - 1)], axis=2
+            )
         y_BCHQ = y_BCHQ[..., :horizon, :]
         return Forecast(self._point(y_BCHQ), y_BCHQ, levels=cfg.levels)
 
-    def _rolled_out(self, params: Tree, x_BCT: jax.Array, y_BCHQ: jax.Array, blocks: int) -> jax.Array:
+    def _rolled_out(
+        self, params: Tree, x_BCT: jax.Array, y_BCHQ: jax.Array, blocks: int
+    ) -> jax.Array:
         """The `blocks` blocks [B, C, blocks * H, Q] that follow the first one."""
         cfg = self.config
         (b, c, t), h, q = x_BCT.shape, cfg.horizon, len(cfg.levels)
@@ -400,8 +474,12 @@ class ChronosBolt(Model):
         x_RQT = jnp.repeat(x_BCT.reshape(b * c, 1, t), q, axis=1)
         paths = x_RQT, jnp.swapaxes(y_BCHQ.reshape(b * c, h, q), 1, 2)
         if cfg.stride == cfg.patch_len:
-            # of one length throughout: patches of nothing but missing points, on the left, change nothing
-            paths = jnp.pad(x_RQT, ((0, 0), (0, 0), (length - t, 0)), constant_values=jnp.nan), paths[1]
+            # of one length throughout: patches of nothing but missing points, on the left, change
+            # nothing
+            paths = (
+                jnp.pad(x_RQT, ((0, 0), (0, 0), (length - t, 0)), constant_values=jnp.nan),
+                paths[1],
+            )
             _, y_SRQH = jax.lax.scan(step, paths, length=blocks)
         else:  # patches that overlap begin elsewhere in a longer window
             found = []
@@ -421,18 +499,22 @@ class ChronosBolt(Model):
     ) -> jax.Array:
         """Quantiles [B, C, H, len(levels)] of a forecast at any levels.
 
-        Levels that are all among the model's own are taken as they are. Otherwise all are interpolated between the
-        sorted values of the model's levels, and are the lowest or highest value outside of them.
+        Levels that are all among the model's own are taken as they are. Otherwise all are
+        interpolated between the sorted values of the model's levels, and are the lowest or highest
+        value outside of them.
 
-        original: as the original does it, which repeats the first and the last value and then takes the sorted Q + 2
-          values for evenly spaced levels from 0 to 1. The same for (0.1, ..., 0.9) and quantiles that do not cross.
+        original: as the original does it, which repeats the first and the last value and then takes
+          the sorted Q + 2 values for evenly spaced levels from 0 to 1. The same for (0.1, ..., 0.9)
+          and quantiles that do not cross.
         Raises: ValueError for levels outside [0, 1].
         """
         y_BCHQ = self.predict(params, context, horizon).quantiles
         return self.quantiles_at(y_BCHQ, levels, original)
 
     def quantiles_at(self, y_BCHQ, levels: Sequence[float], original: bool = False) -> jax.Array:
-        """What `predict_quantiles` makes of the quantiles [..., Q] of a forecast: [..., len(levels)]."""
+        """What `predict_quantiles` makes of the quantiles [..., Q] of a forecast: [...,
+        len(levels)].
+        """
         if not all(0 <= level <= 1 for level in levels):
             raise ValueError(f"quantile levels lie in [0, 1], got {tuple(levels)}")
         own = self.config.levels
@@ -440,11 +522,15 @@ class ChronosBolt(Model):
             return y_BCHQ[..., np.array([own.index(level) for level in levels])]
         if original:
             y_BCHQ = jnp.concatenate([y_BCHQ[..., :1], y_BCHQ, y_BCHQ[..., -1:]], axis=-1)
-            return jnp.moveaxis(jnp.quantile(y_BCHQ, jnp.asarray(levels, jnp.float32), axis=-1), 0, -1)
+            return jnp.moveaxis(
+                jnp.quantile(y_BCHQ, jnp.asarray(levels, jnp.float32), axis=-1), 0, -1
+            )
         weights = np.stack([np.interp(levels, own, row) for row in np.eye(len(own))])
         return jnp.sort(y_BCHQ, axis=-1) @ jnp.asarray(weights, y_BCHQ.dtype)
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
-        """Encoder output [B, C, N + 1, D] of each patch and, at the end, of [REG] where the model has it."""
+        """Encoder output [B, C, N + 1, D] of each patch and, at the end, of [REG] where the model
+        has it.
+        """
         check_context(context, 1)
         return self.apply(params, jnp.asarray(context), encode_only=True)[0]

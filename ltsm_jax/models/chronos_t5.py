@@ -1,13 +1,15 @@
-"""Chronos (the first generation): a T5 language model over the values of one variate, forecasting by sampling.
+"""Chronos (the first generation): a T5 language model over the values of one variate, forecasting
+by sampling.
 
-Ansari et al., "Chronos: Learning the Language of Time Series" (TMLR 2024, arXiv 2403.07815). Follows
-amazon-science/chronos-forecasting (commit 95185d1). The context is divided by its mean absolute value and quantised:
-every time step is a token, one of some 4000 equal bins of the scaled value. Encoder and decoder are T5's; the output
-layer is the embedding table again. A forecast is a set of sampled paths: EOS is never drawn, and of the other tokens
-only the `top_k` likeliest.
+Ansari et al., "Chronos: Learning the Language of Time Series" (TMLR 2024, arXiv 2403.07815).
+Follows amazon-science/chronos-forecasting (commit 95185d1). The context is divided by its mean
+absolute value and quantised: every time step is a token, one of some 4000 equal bins of the scaled
+value. Encoder and decoder are T5's; the output layer is the embedding table again. A forecast is a
+set of sampled paths: EOS is never drawn, and of the other tokens only the `top_k` likeliest.
 
-Faithful oddities: special tokens (padding, which can be drawn) and the first ordinary one all decode to the lowest bin;
-a roll-out feeds the LOWER of the two middle values back as the median; special token 2 of 2 stands for no value at all.
+Faithful oddities: special tokens (padding, which can be drawn) and the first ordinary one all
+decode to the lowest bin; a roll-out feeds the LOWER of the two middle values back as the median;
+special token 2 of 2 stands for no value at all.
 """
 
 import dataclasses
@@ -36,13 +38,15 @@ MEMORY = 2 << 30  # bytes that one forward pass of an evaluation may take, rough
 
 @dataclasses.dataclass(frozen=True)
 class ChronosT5Config:
-    """encoder, decoder: the T5 stacks, with widths per layer. vocab_size V: rows of the embedding table.
+    """encoder, decoder: the T5 stacks, with widths per layer. vocab_size V: rows of the embedding
+    table.
 
-    n_tokens: ids that the tokenizer knows, of which the first `n_special` are no values; low, high: centres of the
-    first and the last bin, in multiples of the context's mean absolute value. pad, eos, start: token ids; use_eos: the
-    context (and a target) ends with EOS. context_len, horizon: time steps; n_samples, temperature, top_k (None: all),
-    top_p: of the sampling. missing_prob: in training each series loses a share of its values, drawn from U(0, this).
-    init_factor: of the initialisation.
+    n_tokens: ids that the tokenizer knows, of which the first `n_special` are no values; low, high:
+    centres of the first and the last bin, in multiples of the context's mean absolute value. pad,
+    eos, start: token ids; use_eos: the context (and a target) ends with EOS. context_len, horizon:
+    time steps; n_samples, temperature, top_k (None: all), top_p: of the sampling. missing_prob: in
+    training each series loses a share of its values, drawn from U(0, this). init_factor: of the
+    initialisation.
     """
 
     encoder: t5.StackConfig
@@ -67,21 +71,34 @@ class ChronosT5Config:
 
     def __post_init__(self):
         problems = []
-        if self.encoder.is_decoder or not self.decoder.is_decoder or self.encoder.d_model != self.decoder.d_model:
+        if (
+            self.encoder.is_decoder
+            or not self.decoder.is_decoder
+            or self.encoder.d_model != self.decoder.d_model
+        ):
             problems.append("encoder and decoder must be what they are called, and of one width")
-        if self.n_special < 0 or self.n_tokens < self.n_special + 3 or self.vocab_size < self.n_tokens:
+        if (
+            self.n_special < 0
+            or self.n_tokens < self.n_special + 3
+            or self.vocab_size < self.n_tokens
+        ):
             problems.append(
-                f"{self.n_tokens} tokens must hold {self.n_special} special ones and two bins or more, and fit into "
+                f"{self.n_tokens} tokens must hold {self.n_special} special ones and two bins or "
+                "more, and fit into "
                 f"{self.vocab_size} embeddings"
             )
         if not all(0 <= token < self.vocab_size for token in (self.pad, self.eos, self.start)):
-            problems.append(f"pad, eos and start must be token ids: {self.pad}, {self.eos}, {self.start}")
+            problems.append(
+                f"pad, eos and start must be token ids: {self.pad}, {self.eos}, {self.start}"
+            )
         if not -1e19 < self.low < self.high < 1e19:
             problems.append(f"low ({self.low}) must lie below high ({self.high})")
         if min(self.context_len, self.horizon, self.n_samples, self.top_k or 1) < 1:
             problems.append("context_len, horizon, n_samples and top_k must be at least 1")
         if not 0 < self.temperature < math.inf or not 0 <= self.top_p <= 1:
-            problems.append(f"temperature must be positive, top_p in [0, 1]: {self.temperature}, {self.top_p}")
+            problems.append(
+                f"temperature must be positive, top_p in [0, 1]: {self.temperature}, {self.top_p}"
+            )
         if not 0 <= self.missing_prob < 1 or not self.init_factor >= 0:
             problems.append("missing_prob must lie in [0, 1), init_factor must not be negative")
         if problems:
@@ -94,10 +111,23 @@ class ChronosT5Config:
 
     @classmethod
     def of(
-        cls, d_model: int, d_kv: int, heads: int, d_ff: int, layers: int, decoder_layers: int | None = None, **rest
+        cls,
+        d_model: int,
+        d_kv: int,
+        heads: int,
+        d_ff: int,
+        layers: int,
+        decoder_layers: int | None = None,
+        **rest,
     ) -> "ChronosT5Config":
-        """Equal layers. rest: fields of this class, and of both stacks (n_buckets, max_distance, eps, dropout)."""
-        shared = {name: rest.pop(name) for name in ("n_buckets", "max_distance", "eps", "dropout") if name in rest}
+        """Equal layers. rest: fields of this class, and of both stacks (n_buckets, max_distance,
+        eps, dropout).
+        """
+        shared = {
+            name: rest.pop(name)
+            for name in ("n_buckets", "max_distance", "eps", "dropout")
+            if name in rest
+        }
         n = layers if decoder_layers is None else decoder_layers
         encoder = t5.StackConfig(d_model, d_kv, (heads,) * layers, (d_ff,) * layers, **shared)
         decoder = t5.StackConfig(d_model, d_kv, (heads,) * n, (d_ff,) * n, (heads,) * n, **shared)
@@ -105,18 +135,28 @@ class ChronosT5Config:
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "ChronosT5Config":
-        """Reads config.json of the hub: T5's fields, and the tokenizer's and sampler's under `chronos_config`.
+        """Reads config.json of the hub: T5's fields, and the tokenizer's and sampler's under
+        `chronos_config`.
 
         Raises: ValueError naming the fields that are missing, or that say another architecture.
         """
         chronos = fields.get("chronos_config", {})
         limits = chronos.get("tokenizer_kwargs", {})
         top = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers")
-        inner = ("n_tokens", "n_special_tokens", "pad_token_id", "eos_token_id", "context_length", "prediction_length")
+        inner = (
+            "n_tokens",
+            "n_special_tokens",
+            "pad_token_id",
+            "eos_token_id",
+            "context_length",
+            "prediction_length",
+        )
         missing = [name for name in top if name not in fields]
         missing += [f"chronos_config.{name}" for name in inner if name not in chronos]
         missing += [
-            f"chronos_config.tokenizer_kwargs.{name}" for name in ("low_limit", "high_limit") if name not in limits
+            f"chronos_config.tokenizer_kwargs.{name}"
+            for name in ("low_limit", "high_limit")
+            if name not in limits
         ]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
@@ -126,7 +166,11 @@ class ChronosT5Config:
                 ("feed_forward_proj", fields.get("feed_forward_proj", "relu"), "relu"),
                 ("tie_word_embeddings", fields.get("tie_word_embeddings", True), True),
                 ("model_type", chronos.get("model_type", "seq2seq"), "seq2seq"),
-                ("tokenizer_class", chronos.get("tokenizer_class", "MeanScaleUniformBins"), "MeanScaleUniformBins"),
+                (
+                    "tokenizer_class",
+                    chronos.get("tokenizer_class", "MeanScaleUniformBins"),
+                    "MeanScaleUniformBins",
+                ),
             )
             if told != known
         ]
@@ -175,14 +219,18 @@ PRESETS = {
 
 @functools.lru_cache
 def bins(n: int, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """Centres [n] of the bins and the boundaries [n + 1] around them, float32, bit by bit those of the original.
+    """Centres [n] of the bins and the boundaries [n + 1] around them, float32, bit by bit those of
+    the original.
 
-    Its centres are stepped from both ends towards the middle, each product and sum rounded once; a value on a boundary
-    would fall into another bin with NumPy's own `linspace`.
+    Its centres are stepped from both ends towards the middle, each product and sum rounded once; a
+    value on a boundary would fall into another bin with NumPy's own `linspace`.
     """
     step = np.float64(np.float32(np.float32(high) - np.float32(low)) / np.float32(n - 1))
     i = np.arange(n, dtype=np.float64)
-    from_low, from_high = np.float64(np.float32(low)) + step * i, np.float64(np.float32(high)) - step * (n - 1 - i)
+    from_low, from_high = (
+        np.float64(np.float32(low)) + step * i,
+        np.float64(np.float32(high)) - step * (n - 1 - i),
+    )
     centres = np.where(i < n // 2, from_low, from_high).astype(np.float32)
     middles = (centres[1:] + centres[:-1]) / np.float32(2)
     limit = np.float32(1e20)
@@ -201,9 +249,13 @@ def scale_of(x_BT: jax.Array) -> jax.Array:
     return jnp.where(scale_B > 0, scale_B, 1.0)
 
 
-def tokenize(cfg: ChronosT5Config, x_BT: jax.Array, scale_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Token ids [B, T] of x [B, T], and where there is a value, [B, T]; ends with EOS, [B, T + 1], where the model uses
-    it. Missing values (NaN) are padding. Values beyond the outer bins fall into them."""
+def tokenize(
+    cfg: ChronosT5Config, x_BT: jax.Array, scale_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Token ids [B, T] of x [B, T], and where there is a value, [B, T]; ends with EOS, [B, T + 1],
+    where the model uses it. Missing values (NaN) are padding. Values beyond the outer bins fall
+    into them.
+    """
     observed_BT = ~jnp.isnan(x_BT)
     z_BT = jnp.where(observed_BT, x_BT, 0.0) / scale_B[:, None]
     bin_BT = jnp.searchsorted(jnp.asarray(_bins(cfg)[1]), z_BT, side="right")
@@ -215,7 +267,9 @@ def tokenize(cfg: ChronosT5Config, x_BT: jax.Array, scale_B: jax.Array) -> tuple
 
 
 def token_values(cfg: ChronosT5Config) -> np.ndarray:
-    """[V]: what each token stands for, in multiples of the scale. Ids that are no value stand for the lowest bin."""
+    """[V]: what each token stands for, in multiples of the scale. Ids that are no value stand for
+    the lowest bin.
+    """
     centres, _ = _bins(cfg)
     return centres[np.clip(np.arange(cfg.vocab_size) - cfg.n_special - 1, 0, len(centres) - 1)]
 
@@ -224,8 +278,10 @@ def token_values(cfg: ChronosT5Config) -> np.ndarray:
 
 
 def scores(cfg: ChronosT5Config, logits: jax.Array) -> jax.Array:
-    """Logits [..., V] as the sampler sees them: EOS removed (-inf), divided by the temperature, all but the `top_k`
-    highest removed (ties with the last of them stay), then the tail that `top_p` cuts off."""
+    """Logits [..., V] as the sampler sees them: EOS removed (-inf), divided by the temperature, all
+    but the `top_k` highest removed (ties with the last of them stay), then the tail that `top_p`
+    cuts off.
+    """
     y = logits.astype(jnp.float32).at[..., cfg.eos].set(-jnp.inf)
     if cfg.temperature != 1:
         y = y / cfg.temperature
@@ -242,12 +298,15 @@ def scores(cfg: ChronosT5Config, logits: jax.Array) -> jax.Array:
 def kth_largest(x: jax.Array, k: int) -> jax.Array:
     """The k-th largest value along the last axis of x [..., V], float32; k from 1 to V.
 
-    Found bit by bit, from the highest, by counting what lies above: 32 passes over the row. XLA's code for the CPU
-    sorts the row for `top_k`, which takes 15 times as long for 4096 tokens, longer than the network itself.
+    Found bit by bit, from the highest, by counting what lies above: 32 passes over the row. XLA's
+    code for the CPU sorts the row for `top_k`, which takes 15 times as long for 4096 tokens, longer
+    than the network itself.
     """
     sign = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rank = jnp.where(bits >= sign, ~bits, bits | sign)  # unsigned integers in the order of the floats
+    rank = jnp.where(
+        bits >= sign, ~bits, bits | sign
+    )  # unsigned integers in the order of the floats
 
     def one(i, found):
         higher = found | (sign >> jnp.uint32(i))
@@ -259,18 +318,23 @@ def kth_largest(x: jax.Array, k: int) -> jax.Array:
 
 
 def pick(y: jax.Array, u: jax.Array) -> jax.Array:
-    """Token ids [...] drawn from scores [..., V] with uniform numbers u [...] in [0, 1): where the cumulative sum of
-    the probabilities passes u. One random number a token; a Gumbel draw would take V of them."""
+    """Token ids [...] drawn from scores [..., V] with uniform numbers u [...] in [0, 1): where the
+    cumulative sum of the probabilities passes u. One random number a token; a Gumbel draw would
+    take V of them.
+    """
     p = jnp.exp(y - y.max(-1, keepdims=True))
     total = cumulative(p)
-    # a sum made in parts need not grow monotonically to the last bit: only what has a probability can be drawn
+    # a sum made in parts need not grow monotonically to the last bit: only what has a probability
+    # can be drawn
     at = u[..., None] * jnp.where(p > 0, total, 0.0).max(-1, keepdims=True)
     return jnp.argmax((p > 0) & (total > at), axis=-1)
 
 
 def cumulative(p: jax.Array) -> jax.Array:
-    """Cumulative sum along the last axis of p [..., V], as products with two small triangular matrices: inside blocks
-    of about the root of V, and of the blocks before. `jnp.cumsum` takes longer, to compile too."""
+    """Cumulative sum along the last axis of p [..., V], as products with two small triangular
+    matrices: inside blocks of about the root of V, and of the blocks before. `jnp.cumsum` takes
+    longer, to compile too.
+    """
     v = p.shape[-1]
     size = math.isqrt(v - 1) + 1
     blocks = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -v % size)]).reshape(*p.shape[:-1], -1, size)
@@ -281,12 +345,16 @@ def cumulative(p: jax.Array) -> jax.Array:
 
 
 def pick_gumbel(y: jax.Array, noise: jax.Array) -> jax.Array:
-    """Token ids [...] drawn from scores [..., V] with Gumbel noise [..., V]: for draws that were recorded."""
+    """Token ids [...] drawn from scores [..., V] with Gumbel noise [..., V]: for draws that were
+    recorded.
+    """
     return jnp.argmax(y + noise, axis=-1)
 
 
 def forecast_of(samples: jax.Array, levels: tuple[float, ...] = LEVELS) -> Forecast:
-    """The forecast that sampled paths [B, C, H, samples] make: their mean, and their quantiles (interpolated)."""
+    """The forecast that sampled paths [B, C, H, samples] make: their mean, and their quantiles
+    (interpolated).
+    """
     quantiles_QBCH = jnp.quantile(samples, jnp.asarray(levels), axis=-1)
     return Forecast(samples.mean(-1), jnp.moveaxis(quantiles_QBCH, 0, -1), samples, levels)
 
@@ -295,21 +363,28 @@ class ChronosT5Net(nn.Module):
     """Context tokens and the tokens so far -> logits of the next ones.
 
     Args:
-      ids, observed: [R, S], the context's tokens and where they are no padding. ids None: the cache has it.
-      so_far: [R', N], the tokens before those to be predicted, first the start token; R' = R, or a multiple of R in
-        which several paths of one series follow each other. None: only the context is read, into a cache.
+      ids, observed: [R, S], the context's tokens and where they are no padding. ids None: the cache
+        has it.
+      so_far: [R', N], the tokens before those to be predicted, first the start token; R' = R, or a
+        multiple of R in which several paths of one series follow each other. None: only the context
+        is read, into a cache.
       cache, start: see `t5.Stack`.
-    Returns: (logits [R', N, V] or None, the named steps, the decoder's cache). "memory" is the encoder's output.
+    Returns: (logits [R', N, V] or None, the named steps, the decoder's cache). "memory" is the
+    encoder's output.
     """
 
     cfg: ChronosT5Config
 
     @nn.compact
-    def __call__(self, ids, observed, so_far, train: bool = False, *, cache: Any = None, start: Any = None):
+    def __call__(
+        self, ids, observed, so_far, train: bool = False, *, cache: Any = None, start: Any = None
+    ):
         cfg, taps, memory = self.cfg, {}, None
         shared_VD = self.param("shared", nn.initializers.zeros, (cfg.vocab_size, cfg.d_model))
         if ids is not None:
-            memory, inner, _ = t5.Stack(cfg.encoder, name="encoder")(shared_VD[ids], observed, train=train)
+            memory, inner, _ = t5.Stack(cfg.encoder, name="encoder")(
+                shared_VD[ids], observed, train=train
+            )
             taps = {"memory": memory} | {f"encoder/{name}": tap for name, tap in inner.items()}
         y_RND, inner, cache = t5.Stack(cfg.decoder, name="decoder")(
             None if so_far is None else shared_VD[so_far],
@@ -359,9 +434,21 @@ class ChronosT5(Model):
     @classmethod
     def small(cls) -> ChronosT5Config:
         return ChronosT5Config.of(
-            16, 6, 2, 24, 2, n_buckets=8, max_distance=20, vocab_size=64, n_tokens=64, context_len=32, horizon=8,
-            n_samples=6, top_k=50, init_factor=1.0,
-        )  # fmt: skip
+            16,
+            6,
+            2,
+            24,
+            2,
+            n_buckets=8,
+            max_distance=20,
+            vocab_size=64,
+            n_tokens=64,
+            context_len=32,
+            horizon=8,
+            n_samples=6,
+            top_k=50,
+            init_factor=1.0,
+        )
 
     @property
     def context_len(self) -> int:
@@ -376,40 +463,59 @@ class ChronosT5(Model):
         cfg, paths = self.config, self.config.n_samples
         s, n = cfg.context_len + 1, cfg.horizon
         row = 4 * s * s * max(cfg.encoder.n_heads) * 2  # scores and weights of one layer
-        row += 8 * s * cfg.encoder.head_dim * sum(cfg.decoder.cross_heads)  # keys and values of the context, ...
-        row += 8 * n * cfg.decoder.head_dim * sum(cfg.decoder.n_heads) * paths  # ... and of each path
+        row += (
+            8 * s * cfg.encoder.head_dim * sum(cfg.decoder.cross_heads)
+        )  # keys and values of the context, ...
+        row += (
+            8 * n * cfg.decoder.head_dim * sum(cfg.decoder.n_heads) * paths
+        )  # ... and of each path
         row += 4 * paths * cfg.vocab_size * 6
         return max(1, min(256, MEMORY // row))
 
     def init(self, key: jax.Array) -> Tree:
-        """T5's: normals with standard deviations from the fan-in, all times `init_factor`; norms are `init_factor`."""
+        """T5's: normals with standard deviations from the fan-in, all times `init_factor`; norms
+        are `init_factor`.
+        """
         cfg = self.config
         ids_11 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         shapes = jax.eval_shape(ChronosT5Net(cfg).init, key, ids_11, ids_11, ids_11)["params"]
 
         def rule(path, shape):
             return (
-                Normal(cfg.init_factor) if path == "shared" else t5.initial(path, shape, cfg.d_model, cfg.init_factor)
+                Normal(cfg.init_factor)
+                if path == "shared"
+                else t5.initial(path, shape, cfg.d_model, cfg.init_factor)
             )
 
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
-        source = "scripts/training of chronos-forecasting: 1000 steps of AdamW from 1e-3, there with a linear decay"
+        source = (
+            "scripts/training of chronos-forecasting: 1000 steps of AdamW from 1e-3, there "
+            "with a linear decay"
+        )
         return Recipe(1e-3, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
 
     # --- with the answer given
 
     def _net(self, params: Tree, *args, key=None, train=False, **rest) -> Any:
-        train = train and key is not None and bool(self.config.encoder.dropout or self.config.decoder.dropout)
+        train = (
+            train
+            and key is not None
+            and bool(self.config.encoder.dropout or self.config.decoder.dropout)
+        )
         net: Any = ChronosT5Net(self.config)  # Flax types what apply returns too widely
-        return net.apply({"params": params}, *args, train, rngs={"dropout": key} if train else None, **rest)
+        return net.apply(
+            {"params": params}, *args, train, rngs={"dropout": key} if train else None, **rest
+        )
 
     def apply(self, params: Tree, context: jax.Array, target: jax.Array, key=None, train=False):
-        """Logits of the target's tokens, each given those before it: [R, N, V] for R = B * C series, and named steps.
+        """Logits of the target's tokens, each given those before it: [R, N, V] for R = B * C
+        series, and named steps.
 
-        context: [B, C, T]. target: [B, C, horizon], NaN = missing. N = horizon, one more with EOS. The named steps
-        hold "labels" [R, N], "scored" [R, N] (False where the target is missing), "scale" [R] and "ids" [R, S] too.
+        context: [B, C, T]. target: [B, C, horizon], NaN = missing. N = horizon, one more with EOS.
+        The named steps hold "labels" [R, N], "scored" [R, N] (False where the target is missing),
+        "scale" [R] and "ids" [R, S] too.
         """
         cfg = self.config
         x_RT = self._series(context)[:, -cfg.context_len :]
@@ -419,35 +525,53 @@ class ChronosT5(Model):
         labels_RN, scored_RN = tokenize(cfg, y_RH, scale_R)
         start_R1 = jnp.full((y_RH.shape[0], 1), cfg.start, labels_RN.dtype)
         so_far_RN = jnp.concatenate([start_R1, labels_RN[:, :-1]], axis=1)
-        logits_RNV, taps, _ = self._net(params, ids_RS, observed_RS, so_far_RN, key=key, train=train)
-        return logits_RNV, taps | {"labels": labels_RN, "scored": scored_RN, "scale": scale_R, "ids": ids_RS}
+        logits_RNV, taps, _ = self._net(
+            params, ids_RS, observed_RS, so_far_RN, key=key, train=train
+        )
+        return logits_RNV, taps | {
+            "labels": labels_RN,
+            "scored": scored_RN,
+            "scale": scale_R,
+            "ids": ids_RS,
+        }
 
     def _series(self, context: jax.Array) -> jax.Array:
         """Each variate a row: [R, T]."""
         return jnp.asarray(context, jnp.float32).reshape(-1, context.shape[-1])
 
     def _taught(self, params: Tree, batch: Batch, key: Any, train: bool):
-        """`apply` to a batch whose target may be shorter than the horizon; in training with values left out."""
+        """`apply` to a batch whose target may be shorter than the horizon; in training with values
+        left out.
+        """
         cfg, (context, target) = self.config, (batch["context"], batch["target"])
         short = cfg.horizon - target.shape[-1]
         if short < 0:
-            raise ValueError(f"Chronos-T5 learns {cfg.horizon} steps at a time, not {target.shape[-1]}; cut the target")
-        target = jnp.pad(target.astype(jnp.float32), ((0, 0), (0, 0), (0, short)), constant_values=jnp.nan)
+            raise ValueError(
+                f"Chronos-T5 learns {cfg.horizon} steps at a time, not {target.shape[-1]}; cut the "
+                "target"
+            )
+        target = jnp.pad(
+            target.astype(jnp.float32), ((0, 0), (0, 0), (0, short)), constant_values=jnp.nan
+        )
         if train and key is not None and cfg.missing_prob:
             key, missing_key = jax.random.split(key)
             t = context.shape[-1]
             whole = jnp.concatenate([context.astype(jnp.float32), target], axis=-1)
-            share_BC1 = jax.random.uniform(missing_key, (*whole.shape[:2], 1), maxval=cfg.missing_prob)
+            share_BC1 = jax.random.uniform(
+                missing_key, (*whole.shape[:2], 1), maxval=cfg.missing_prob
+            )
             lost = jax.random.uniform(jax.random.fold_in(missing_key, 1), whole.shape) < share_BC1
             whole = jnp.where(lost, jnp.nan, whole)
             context, target = whole[..., :t], whole[..., t:]
         return self.apply(params, context, target, key, train)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Cross entropy of the target's tokens, EOS included: the mean over all of the batch that are not missing.
+        """Cross entropy of the target's tokens, EOS included: the mean over all of the batch that
+        are not missing.
 
-        A target shorter than the horizon is missing at its end; a longer one is an error. In training each series first
-        loses a share of its values, up to `missing_prob`, as in the original's pipeline.
+        A target shorter than the horizon is missing at its end; a longer one is an error. In
+        training each series first loses a share of its values, up to `missing_prob`, as in the
+        original's pipeline.
         """
         logits_RNV, taps = self._taught(params, batch, key, train)
         log_RNV = jax.nn.log_softmax(logits_RNV.astype(jnp.float32))
@@ -456,10 +580,12 @@ class ChronosT5(Model):
         return mean_observed(nll_RN.reshape(b, -1), taps["scored"].reshape(b, -1), batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the expected value under the predicted distribution of each step, given the true values before it.
+        """MSE of the expected value under the predicted distribution of each step, given the true
+        values before it.
 
-        Of all tokens but EOS, without `top_k` and `top_p`: the mean of the samples, made differentiable. It differs
-        from what `predict` forecasts as a taught path differs from a sampled one. In the (squared) units of the batch.
+        Of all tokens but EOS, without `top_k` and `top_p`: the mean of the samples, made
+        differentiable. It differs from what `predict` forecasts as a taught path differs from a
+        sampled one. In the (squared) units of the batch.
         """
         cfg, target = self.config, batch["target"]
         logits_RNV, taps = self._taught(params, batch, key, train)
@@ -467,36 +593,47 @@ class ChronosT5(Model):
         open_RHV = logits_RNV[:, :h].astype(jnp.float32).at[..., cfg.eos].set(-jnp.inf)
         y_RH = (jax.nn.softmax(open_RHV) @ values_V1)[..., 0] * taps["scale"][:, None]
         observed = ~jnp.isnan(target)
-        error_BCH = jnp.where(observed, y_RH.reshape(b, c, h) - jnp.where(observed, target, 0.0), 0.0)
+        error_BCH = jnp.where(
+            observed, y_RH.reshape(b, c, h) - jnp.where(observed, target, 0.0), 0.0
+        )
         return mean_observed(jnp.square(error_BCH), observed, batch)
 
     # --- by sampling
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """`n_samples` paths, their mean as the point forecast and their quantiles at 0.1 to 0.9 (0.5 is the median).
+        """`n_samples` paths, their mean as the point forecast and their quantiles at 0.1 to 0.9
+        (0.5 is the median).
 
-        The mean is what the original's pipeline calls the point forecast, and what an MSE asks for. Beyond the model's
-        own horizon, block after block: the (lower) median of the paths is appended to the context in its own units,
-        which is then scaled and quantised anew. The context is cut to its newest `context_len` steps.
+        The mean is what the original's pipeline calls the point forecast, and what an MSE asks for.
+        Beyond the model's own horizon, block after block: the (lower) median of the paths is
+        appended to the context in its own units, which is then scaled and quantised anew. The
+        context is cut to its newest `context_len` steps.
         """
         check_context(context, horizon)
         x_RT = self._series(context)
         samples_RHN = self.sample(params, x_RT, horizon, row_keys(key, x_RT))
         return forecast_of(samples_RHN.reshape(*context.shape[:2], horizon, -1))
 
-    def sample(self, params: Tree, x_RT: jax.Array, horizon: int, keys: Any = None, gumbel: Any = None) -> jax.Array:
+    def sample(
+        self, params: Tree, x_RT: jax.Array, horizon: int, keys: Any = None, gumbel: Any = None
+    ) -> jax.Array:
         """Paths [R, horizon, n_samples] after each series of x [R, T], in its units.
 
         Args:
-          keys: [R], one for each series; its draws are the same whatever the horizon and the other series are.
-          gumbel: instead of keys, [steps, R * n_samples, V] with at least `horizon` steps: noise that was recorded.
+          keys: [R], one for each series; its draws are the same whatever the horizon and the other
+            series are.
+          gumbel: instead of keys, [steps, R * n_samples, V] with at least `horizon` steps: noise
+            that was recorded.
         """
         cfg, r = self.config, x_RT.shape[0]
         blocks, paths = -(-horizon // cfg.horizon), cfg.n_samples
         length = min(horizon, cfg.horizon)  # of one block
-        # Padding on the left changes nothing (it is hidden and positions are relative), so one length serves all blocks
+        # Padding on the left changes nothing (it is hidden and positions are relative), so one
+        # length serves all blocks
         width = min(cfg.context_len, x_RT.shape[1] + (blocks - 1) * cfg.horizon)
-        x_RW = jnp.pad(x_RT, ((0, 0), (max(width - x_RT.shape[1], 0), 0)), constant_values=jnp.nan)[:, -width:]
+        x_RW = jnp.pad(x_RT, ((0, 0), (max(width - x_RT.shape[1], 0), 0)), constant_values=jnp.nan)[
+            :, -width:
+        ]
         if gumbel is None:
             draws = jax.vmap(lambda k: jax.random.uniform(k, (blocks * length * paths,)))(keys)
             draws = jnp.swapaxes(draws.reshape(r, -1, paths), 0, 1)
@@ -512,19 +649,26 @@ class ChronosT5(Model):
 
         def block(x_RW, per_block):
             y_RNH = self._block(params, x_RW, per_block[0], choose, per_block[1])
-            middle_RH = jnp.sort(y_RNH, axis=1)[:, (paths - 1) // 2]  # the lower one of two, as torch has it
+            middle_RH = jnp.sort(y_RNH, axis=1)[
+                :, (paths - 1) // 2
+            ]  # the lower one of two, as torch has it
             return jnp.concatenate([x_RW, middle_RH], axis=1)[:, -width:], y_RNH
 
         _, y_SRNH = jax.lax.scan(block, x_RW, (draws, steps))
         return jnp.moveaxis(y_SRNH, (0, 3), (1, 2)).reshape(r, blocks * length, paths)[:, :horizon]
 
-    def _block(self, params: Tree, x_RW: jax.Array, draws: jax.Array, choose: Callable, steps: Any) -> jax.Array:
-        """Paths [R, paths, length] of one block; of the `length` steps of draws [length, R, paths, ...] only the first
-        `steps` are taken."""
+    def _block(
+        self, params: Tree, x_RW: jax.Array, draws: jax.Array, choose: Callable, steps: Any
+    ) -> jax.Array:
+        """Paths [R, paths, length] of one block; of the `length` steps of draws [length, R, paths,
+        ...] only the first `steps` are taken.
+        """
         cfg, (length, r, paths) = self.config, draws.shape[:3]
         scale_R = scale_of(x_RW)
         ids_RS, observed_RS = tokenize(cfg, x_RW, scale_R)
-        _, _, context = self._net(params, ids_RS, observed_RS, None)  # once for all paths of a series
+        _, _, context = self._net(
+            params, ids_RS, observed_RS, None
+        )  # once for all paths of a series
         ids_RNS = jnp.full((r, paths, length + 1), cfg.start, ids_RS.dtype)
 
         def step(i, carry):
@@ -533,16 +677,26 @@ class ChronosT5(Model):
             cache = {layer: context[layer] | own[layer] for layer in own}
             logits, _, cache = self._net(params, None, observed_RS, last, cache=cache, start=i)
             y_RNV = scores(cfg, logits.reshape(r, paths, -1))
-            next_RN1 = choose(y_RNV, jax.lax.dynamic_index_in_dim(draws, i, keepdims=False))[..., None]
-            ids_RNS = jax.lax.dynamic_update_slice_in_dim(ids_RNS, next_RN1.astype(ids_RNS.dtype), i + 1, axis=2)
-            return ids_RNS, {layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()}
+            next_RN1 = choose(y_RNV, jax.lax.dynamic_index_in_dim(draws, i, keepdims=False))[
+                ..., None
+            ]
+            ids_RNS = jax.lax.dynamic_update_slice_in_dim(
+                ids_RNS, next_RN1.astype(ids_RNS.dtype), i + 1, axis=2
+            )
+            return ids_RNS, {
+                layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()
+            }
 
-        ids_RNS, _ = jax.lax.fori_loop(0, steps, step, (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length)))
+        ids_RNS, _ = jax.lax.fori_loop(
+            0, steps, step, (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length))
+        )
         return jnp.asarray(token_values(cfg))[ids_RNS[..., 1:]] * scale_R[:, None, None]
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
-        """The encoder's output [B, C, S, D] for `context` [B, C, T]: a vector for each of the newest `context_len`
-        steps, and a last one for EOS where the model uses it. The scale is not in it (`scale_of` gives it)."""
+        """The encoder's output [B, C, S, D] for `context` [B, C, T]: a vector for each of the
+        newest `context_len` steps, and a last one for EOS where the model uses it. The scale is not
+        in it (`scale_of` gives it).
+        """
         check_context(context, 1)
         x_RT = self._series(context)[:, -self.config.context_len :]
         _, taps, _ = self._net(params, *tokenize(self.config, x_RT, scale_of(x_RT)), None)

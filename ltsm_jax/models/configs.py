@@ -1,4 +1,6 @@
-"""Config dataclasses: built from JSON, and read and replaced at one entry such as "encoder.ffn_dims.0"."""
+"""Config dataclasses: built from JSON, and read and replaced at one entry such as
+"encoder.ffn_dims.0".
+"""
 
 import dataclasses
 import difflib
@@ -19,18 +21,21 @@ _MOST_PROBLEMS = 10
 
 
 def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
-    """Build a config dataclass from what `dataclasses.asdict` and JSON made of it, checked against its annotations.
+    """Build a config dataclass from what `dataclasses.asdict` and JSON made of it, checked against
+    its annotations.
 
     Lists are tuples again, at any depth, and fields that are dataclasses are built. The inverse of
     `Model.config_to_dict`.
 
-    Raises: ValueError that lists every field that is unknown, missing, of another type or out of range; else what the
-      class itself refuses.
+    Raises: ValueError that lists every field that is unknown, missing, of another type or out of
+      range; else what the class itself refuses.
     """
     problems: list[str] = []
     built = _dataclass(cls, fields, "", problems)
     if problems:
-        more = [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+        more = (
+            [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+        )
         raise ValueError("; ".join(problems[:_MOST_PROBLEMS] + more))
     return built
 
@@ -38,7 +43,9 @@ def config_from_json(cls: type, fields: Mapping[str, Any]) -> Any:
 def _dataclass(cls: type, fields: Any, where: str, problems: list[str]) -> Any:
     """Build a dataclass, or note why not. where: the name of the field it is, with a dot."""
     if not isinstance(fields, Mapping):
-        problems.append(f"{where.rstrip('.') or 'the config'}: fields were expected, got {_short(fields)}")
+        problems.append(
+            f"{where.rstrip('.') or 'the config'}: fields were expected, got {_short(fields)}"
+        )
         return None
     before = len(problems)
     known = {field.name: field for field in dataclasses.fields(cls)}
@@ -57,8 +64,15 @@ def _dataclass(cls: type, fields: Any, where: str, problems: list[str]) -> Any:
         return None
     try:
         return cls(**values)
-    except (ArithmeticError, LookupError, TypeError, AttributeError) as err:  # of values that do not go together
-        raise ValueError(f"no {cls.__name__} has such fields ({type(err).__name__}: {str(err)[:200]})") from err
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as err:  # of values that do not go together
+        raise ValueError(
+            f"no {cls.__name__} has such fields ({type(err).__name__}: {str(err)[:200]})"
+        ) from err
 
 
 def _value(hint: Any, x: Any, where: str, problems: list[str]) -> Any:
@@ -73,7 +87,9 @@ def _value(hint: Any, x: Any, where: str, problems: list[str]) -> Any:
     if kind is typing.Literal:
         told = typing.get_args(hint)
         if not any(x == value and type(x) is type(value) for value in told):
-            problems.append(f"{where}: one of {', '.join(map(repr, told))} was expected, got {_short(x)}")
+            problems.append(
+                f"{where}: one of {', '.join(map(repr, told))} was expected, got {_short(x)}"
+            )
         return x
     name = where.rpartition(".")[2].partition("[")[0]
     if hint is int:
@@ -104,11 +120,16 @@ def _tuple(parts: tuple[Any, ...], x: Any, where: str, problems: list[str]) -> A
     if len(parts) != len(x):
         problems.append(f"{where}: {len(parts)} entries were expected, got {_short(x)}")
         return ()
-    return tuple(_value(part, entry, f"{where}[{i}]", problems) for i, (part, entry) in enumerate(zip(parts, x)))
+    return tuple(
+        _value(part, entry, f"{where}[{i}]", problems)
+        for i, (part, entry) in enumerate(zip(parts, x))
+    )
 
 
 def _one_of(choices: tuple[Any, ...], x: Any, where: str, problems: list[str]) -> Any:
-    """Read a value of one of several types; of none, say what is wrong with it as the first of them."""
+    """Read a value of one of several types; of none, say what is wrong with it as the first of
+    them.
+    """
     told: list[str] = []
     for choice in choices:
         found: list[str] = []
@@ -140,9 +161,11 @@ def _short(x: Any) -> str:
 
 
 def with_entry(config: Any, entry: str, value: Any) -> Any:
-    """Put another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and indices.
+    """Put another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and
+    indices.
 
-    Raises: AttributeError, IndexError for an entry that is not there; ValueError from the config's class.
+    Raises: AttributeError, IndexError for an entry that is not there; ValueError from the config's
+    class.
     """
     if not entry:
         return value

@@ -1,8 +1,9 @@
-"""What the rest of the library knows of a model family: one small contract, and the data types that cross it.
+"""What the rest of the library knows of a model family: one small contract, and the data types that
+cross it.
 
-Dimension letters of the library: B batch, C variates (channels), T time steps, L context length, N patches (tokens),
-P patch length, D model width, H heads, K head width, F feed-forward width, S key side of attention, Q quantiles. In
-[B, C, H] of a forecast, H is the horizon.
+Dimension letters of the library: B batch, C variates (channels), T time steps, L context length, N
+patches (tokens), P patch length, D model width, H heads, K head width, F feed-forward width, S key
+side of attention, Q quantiles. In [B, C, H] of a forecast, H is the horizon.
 """
 
 import abc
@@ -19,8 +20,10 @@ from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 Batch = Mapping[str, jax.Array]
-"""One batch: `context` [B, C, L], `target` [B, C, H] (NaN = missing) and, in a partial batch, `weight` [B] (0 for
-padding rows); for families with `covariates` also `past` [B, K, L] and `known` [B, K', L + H], see `predict_with`."""
+"""One batch: `context` [B, C, L], `target` [B, C, H] (NaN = missing) and, in a partial batch,
+`weight` [B] (0 for padding rows); for families with `covariates` also `past` [B, K, L] and `known`
+[B, K', L + H], see `predict_with`.
+"""
 
 Task = Literal["forecasting", "imputation", "anomaly", "classification", "embedding"]
 
@@ -30,7 +33,8 @@ Task = Literal["forecasting", "imputation", "anomaly", "classification", "embedd
 class Forecast:
     """A forecast in the units of the context.
 
-    point: [B, C, H]. quantiles: [B, C, H, Q] at `levels`, or None. samples: [B, C, H, samples], or None.
+    point: [B, C, H]. quantiles: [B, C, H, Q] at `levels`, or None. samples: [B, C, H, samples], or
+    None.
     """
 
     point: jax.Array
@@ -54,12 +58,14 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Fine-tuning defaults of one preset. Good learning rates differ by orders of magnitude between models.
+    """Fine-tuning defaults of one preset. Good learning rates differ by orders of magnitude between
+    models.
 
-    lr, batch_size (windows), epochs, schedule, weight_decay, clip: as in `training.TrainConfig`. context_len, horizon:
-    time steps. loss: "own" (the family's training loss) or "point" (MSE of the point forecast). source: where the
-    numbers are from. trainable: regular expression of the leaves that the source trains; None: all. lora: the adapters
-    that it trains instead. These two are what the strategy "recipe" trains; the others say themselves what they train.
+    lr, batch_size (windows), epochs, schedule, weight_decay, clip: as in `training.TrainConfig`.
+    context_len, horizon: time steps. loss: "own" (the family's training loss) or "point" (MSE of
+    the point forecast). source: where the numbers are from. trainable: regular expression of the
+    leaves that the source trains; None: all. lora: the adapters that it trains instead. These two
+    are what the strategy "recipe" trains; the others say themselves what they train.
     """
 
     lr: float
@@ -78,7 +84,8 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Model(abc.ABC):
-    """A model family at one size: pure functions of (params, inputs), hashable, so it may be static under jit.
+    """A model family at one size: pure functions of (params, inputs), hashable, so it may be static
+    under jit.
 
     Subclasses add nothing but the methods below; everything they know of their size is in `config`.
     """
@@ -92,30 +99,41 @@ class Model(abc.ABC):
     heads: ClassVar[tuple[str, ...]] = ()  # heads that `with_head` can put on
     # kinds of covariates that `predict_with` takes: "past" and "known"
     covariates: ClassVar[frozenset[str]] = frozenset()
-    # NaN in front of a context give the forecast (of a sampling family, its distribution) of the context without them
+    # NaN in front of a context give the forecast (of a sampling family, its distribution) of the
+    # context without them
     missing_in_front: ClassVar[bool] = False
     # the training loss is a mean over rows, so that parts of a batch give the gradient of the whole
     rows_apart: ClassVar[bool] = True
-    # regular expression: the leaves of a model with further scales that msft trains; None: `with_scales` refuses
+    # regular expression: the leaves of a model with further scales that msft trains; None:
+    # `with_scales` refuses
     scalable: ClassVar[str | None] = None
-    fixed: ClassVar[str | None] = None  # regular expression: leaves that are data, never trained and never mixed
+    fixed: ClassVar[str | None] = (
+        None  # regular expression: leaves that are data, never trained and never mixed
+    )
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]
     ]  # regex of the path -> mesh axis per dimension
     prunable: ClassVar[tuple[Group, ...]]
-    norms: ClassVar[str] = r"(^|/)(bias|scale)$"  # regular expression: biases, and the scales of norms
-    # regular expression: the linears of Transformer and mixer blocks, which are what is pruned; not their routers
+    norms: ClassVar[str] = (
+        r"(^|/)(bias|scale)$"  # regular expression: biases, and the scales of norms
+    )
+    # regular expression: the linears of Transformer and mixer blocks, which are what is pruned; not
+    # their routers
     blocks: ClassVar[str] = r"(^|/)((block_\d+_)?layer|block)_\d+/(?!(.*/)?(router|shared_gate)$)"
 
     @classmethod
     @abc.abstractmethod
     def presets(cls) -> Mapping[str, Any]:
-        """Config by published name: checkpoint file stem, or hub name "owner/name" or "owner/name@revision"."""
+        """Config by published name: checkpoint file stem, or hub name "owner/name" or
+        "owner/name@revision".
+        """
 
     @classmethod
     @abc.abstractmethod
     def small(cls) -> Any:
-        """A config of a few thousand parameters with every part of the architecture, for tests and smoke runs."""
+        """A config of a few thousand parameters with every part of the architecture, for tests and
+        smoke runs.
+        """
 
     @classmethod
     @abc.abstractmethod
@@ -128,7 +146,9 @@ class Model(abc.ABC):
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
-        """Whether one window holds one variate, or all of them because the model lets them see each other."""
+        """Whether one window holds one variate, or all of them because the model lets them see each
+        other.
+        """
         return "independent"
 
     @property
@@ -143,45 +163,65 @@ class Model(abc.ABC):
 
     @property
     def patch_len(self) -> int:
-        """Time steps of one token; 1 where tokens are single steps or have lengths of several kinds."""
+        """Time steps of one token; 1 where tokens are single steps or have lengths of several
+        kinds.
+        """
         return getattr(self.config, "patch_len", 1)
 
     @property
     def eval_batch(self) -> int:
-        """Windows of one forward pass in evaluation: what fits into a few GB. Changes the speed, not the value."""
+        """Windows of one forward pass in evaluation: what fits into a few GB. Changes the speed,
+        not the value.
+        """
         return 2048
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> Tree:
-        """A fresh draw from the ORIGINAL's own initialisation. It is what smoothed fine-tuning mixes in."""
-
-    @abc.abstractmethod
-    def loss(self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """The original's own fine-tuning loss: a scalar, the mean over rows weighted by `batch["weight"]`.
-
-        A missing target (NaN) does not count, and a missing value of the context is read as `predict` reads it: the
-        loss and its gradients are finite, and 0 where no target is observed.
+        """A fresh draw from the ORIGINAL's own initialisation. It is what smoothed fine-tuning
+        mixes in.
         """
 
-    def point_loss(self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for it. NaN as in
-        `loss`."""
+    @abc.abstractmethod
+    def loss(
+        self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """The original's own fine-tuning loss: a scalar, the mean over rows weighted by
+        `batch["weight"]`.
+
+        A missing target (NaN) does not count, and a missing value of the context is read as
+        `predict` reads it: the loss and its gradients are finite, and 0 where no target is
+        observed.
+        """
+
+    def point_loss(
+        self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for
+        it. NaN as in `loss`.
+        """
         raise ValueError(f"{self.family} has no point loss")
 
-    def absolute_loss(self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Mean absolute error of the point forecast [B, C, H], in the units of the batch; of families that forecast at
-        every token, of all their forecasts. Its minimum is the median. NaN as in `loss`. Without dropout."""
+    def absolute_loss(
+        self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Mean absolute error of the point forecast [B, C, H], in the units of the batch; of
+        families that forecast at every token, of all their forecasts. Its minimum is the median.
+        NaN as in `loss`. Without dropout.
+        """
         target = batch["target"]
         observed = ~jnp.isnan(target)
         point = self.predict(params, batch["context"], target.shape[-1], key).point
         return mean_observed(jnp.abs(point - jnp.where(observed, target, 0.0)), observed, batch)
 
     @abc.abstractmethod
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
-        """Forecast `horizon` steps after `context` [B, C, T]; any T >= 1, NaN = missing. In units of the context.
+    def predict(
+        self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None
+    ) -> Forecast:
+        """Forecast `horizon` steps after `context` [B, C, T]; any T >= 1, NaN = missing. In units
+        of the context.
 
-        A row's forecast does not depend on the other rows of the batch. Models that sample draw from `row_keys(key,
-        context)`; without a key the draws are the same each time.
+        A row's forecast does not depend on the other rows of the batch. Models that sample draw
+        from `row_keys(key, context)`; without a key the draws are the same each time.
         """
 
     def predict_with(
@@ -198,7 +238,8 @@ class Model(abc.ABC):
 
         Args:
           past: [B, K, T], known up to the end of the context alone; NaN = missing.
-          known: [B, K', T + H], known ahead: of the context and of the `horizon` steps after it; NaN = not known.
+          known: [B, K', T + H], known ahead: of the context and of the `horizon` steps after it;
+            NaN = not known.
         Raises: ValueError for a family that does not take them (`covariates`).
         """
         raise ValueError(f"{self.family} does not take covariates")
@@ -213,36 +254,44 @@ class Model(abc.ABC):
     ) -> tuple["Model", Tree]:
         """The model made ready for one data set: (model, params), the same two for most families.
 
-        Families with frequency classes, tokens per data set or layers per variate put them in here; a model that is
-        ready for the data set already comes back as it is. What a data set is called plays no part.
+        Families with frequency classes, tokens per data set or layers per variate put them in here;
+        a model that is ready for the data set already comes back as it is. What a data set is
+        called plays no part.
 
         Args:
           n_variates: C.
-          freq: step of the series as pandas writes it ("h", "15min"), None where unknown; "oov" (out of vocabulary) has
-            a family with tokens of frequencies take the one for unknown steps.
+          freq: step of the series as pandas writes it ("h", "15min"), None where unknown; "oov"
+            (out of vocabulary) has a family with tokens of frequencies take the one for unknown
+            steps.
           key: PRNG key for parameters absent from the checkpoint; None: nothing is drawn.
-        Raises: ValueError for a frequency that the family needs and does not know, and, without a key, for data that
-          need parameters absent from the checkpoint.
+        Raises: ValueError for a frequency that the family needs and does not know, and, without a
+          key, for data that need parameters absent from the checkpoint.
         """
         return self, params
 
-    def with_head(self, params: Tree, head: str, key: jax.Array, **sizes: Any) -> tuple["Model", Tree]:
-        """The same body under a fresh, untrained head: (model, params). sizes: horizon=..., or n_classes=....
+    def with_head(
+        self, params: Tree, head: str, key: jax.Array, **sizes: Any
+    ) -> tuple["Model", Tree]:
+        """The same body under a fresh, untrained head: (model, params). sizes: horizon=..., or
+        n_classes=....
 
         Raises: ValueError for a head that is not in `heads`.
         """
         raise ValueError(f"{self.family} has no exchangeable heads")
 
     def with_scales(self, params: Tree, how: MultiScale, key: jax.Array) -> tuple["Model", Tree]:
-        """The same encoder over further, coarser scales of a series as well: (model, params), see `layers.multiscale`.
+        """The same encoder over further, coarser scales of a series as well: (model, params), see
+        `layers.multiscale`.
 
-        What is new adds nothing at first: forecasts of the finest scale are those of this model. They are mixed with
-        those of the other scales by equal weights.
+        What is new adds nothing at first: forecasts of the finest scale are those of this model.
+        They are mixed with those of the other scales by equal weights.
 
-        Raises: ValueError for a family whose encoder cannot take them (`scalable`), and for a model that has them.
+        Raises: ValueError for a family whose encoder cannot take them (`scalable`), and for a model
+        that has them.
         """
         raise ValueError(
-            f"{self.family} cannot be fine-tuned at several scales (msft): that is for encoders whose patches are told "
+            f"{self.family} cannot be fine-tuned at several scales (msft): that is for encoders "
+            "whose patches are told "
             "apart by ids, such as moirai"
         )
 
@@ -254,21 +303,31 @@ class Model(abc.ABC):
         """Logits [B, classes] of `x` [B, C, T]."""
         raise ValueError(f"{self.family} does not do classification")
 
-    def routed(self, params: Tree, context: jax.Array, horizon: int) -> tuple[dict[str, jax.Array], int]:
-        """Where tokens go in a forecast of `horizon` steps: by the path of each layer's experts the ids [B, N, K] of
-        those that every token of `context` [B, C, T], and of what is forecast and fed back, chooses, -1 for padding;
-        and how many experts the router chooses from.
+    def routed(
+        self, params: Tree, context: jax.Array, horizon: int
+    ) -> tuple[dict[str, jax.Array], int]:
+        """Where tokens go in a forecast of `horizon` steps: by the path of each layer's experts the
+        ids [B, N, K] of those that every token of `context` [B, C, T], and of what is forecast and
+        fed back, chooses, -1 for padding; and how many experts the router chooses from.
 
         Raises: ValueError for a family whose experts cannot be taken out one by one.
         """
-        raise ValueError(f"{self.family} has no experts that could be pruned by how often they are chosen")
+        raise ValueError(
+            f"{self.family} has no experts that could be pruned by how often they are chosen"
+        )
 
-    def impute(self, params: Tree, x: jax.Array, observed: jax.Array, key=None, train=False, ims=True) -> jax.Array:
-        """Reconstruction [B, C, T] of a series of which only `observed` [B, C, T] points are known."""
+    def impute(
+        self, params: Tree, x: jax.Array, observed: jax.Array, key=None, train=False, ims=True
+    ) -> jax.Array:
+        """Reconstruction [B, C, T] of a series of which only `observed` [B, C, T] points
+        are known.
+        """
         raise ValueError(f"{self.family} does not do imputation")
 
     def reconstruct(self, params: Tree, x: jax.Array, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects [B, C, T'] at the last T' points of `x` [B, C, T]; anomaly scores compare the two."""
+        """What the model expects [B, C, T'] at the last T' points of `x` [B, C, T]; anomaly scores
+        compare the two.
+        """
         raise ValueError(f"{self.family} does not do anomaly detection")
 
     @abc.abstractmethod

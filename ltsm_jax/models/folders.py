@@ -1,12 +1,13 @@
 """Model folders: a model on disk, and where the folder of a name lies on this machine.
 
-A model folder is `config.json` (family, config, where it came from) and `params/` (a stored tree), and, for an
-imported checkpoint, `buffers.safetensors`: tensors of the original that are not learned, kept so that an export has
-every byte of it. Since format 2 config.json has a digest of itself and those of the other files; folders of format 1
-are read as well.
+A model folder is `config.json` (family, config, where it came from) and `params/` (a stored tree),
+and, for an imported checkpoint, `buffers.safetensors`: tensors of the original that are not
+learned, kept so that an export has every byte of it. Since format 2 config.json has a digest of
+itself and those of the other files; folders of format 1 are read as well.
 
-A folder may come from anywhere. Types, ranges and digests are checked before a model is built, and the number of its
-parameters against the stored arrays and their bytes before any of it is in memory.
+A folder may come from anywhere. Types, ranges and digests are checked before a model is built, and
+the number of its parameters against the stored arrays and their bytes before any of it is in
+memory.
 """
 
 import difflib
@@ -30,7 +31,9 @@ ORIGINALS = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
 ADAPTER = "adapter_config.json"
 
 _TABLE = f"{PARAMS}/{storage.DIGESTS}"
-_LAYERS = 128  # longest list of a config, unless more arrays are stored: every layer has some of its own
+_LAYERS = (
+    128  # longest list of a config, unless more arrays are stored: every layer has some of its own
+)
 # What the library reads in a provenance; all else in it is the user's.
 _PROVENANCE = {
     "aliases": list,
@@ -56,16 +59,19 @@ def save(
     buffers: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model folder, whole or not at all. On several hosts all call, and see the same folder.
+    """Write a model folder, whole or not at all. On several hosts all call, and see the same
+    folder.
 
     Args:
       folder: where; made with its parents.
       model, params: the model and its parameters.
-      provenance: JSON-able facts about the weights (source, sha256, licence, command, ...), kept as they are.
+      provenance: JSON-able facts about the weights (source, sha256, licence, command, ...), kept as
+        they are.
       buffers: tensors of an original checkpoint that are not learned, by their original key.
       overwrite: replace a model folder; no other folder is ever replaced.
     Returns: the folder.
-    Raises: FileExistsError; ValueError when the params do not fit the model, or are of another dtype than it has.
+    Raises: FileExistsError; ValueError when the params do not fit the model, or are of another
+    dtype than it has.
     """
     folder = storage.user_path(folder)
     _require_params(model, params)
@@ -90,7 +96,9 @@ def save(
         files = {name: storage.file_digest(temporary / name) for name in names}
         storage.write_record(temporary / CONFIG, record | {"files": files})
 
-    with storage.atomic_folder(folder, replaces=_no_model_folder if overwrite else None) as temporary:
+    with storage.atomic_folder(
+        folder, replaces=_no_model_folder if overwrite else None
+    ) as temporary:
         storage.save_tree(temporary / PARAMS, params)
         hosts.on_first(write_rest, temporary)
     return folder
@@ -113,8 +121,10 @@ def _require_params(model: Model, params: trees.Tree) -> None:
     if odd:
         told = ", ".join(f"{path} is {trees.flatten(params)[path].dtype}" for path in odd[:3])
         raise ValueError(
-            f"a model folder holds parameters as the model makes them, in {dtypes[odd[0]]}; of these {len(odd)} are of "
-            f"another dtype: {told}. Convert them first: jax.tree.map(lambda x: x.astype('{dtypes[odd[0]]}'), params)"
+            f"a model folder holds parameters as the model makes them, in {dtypes[odd[0]]}; of "
+            f"these {len(odd)} are of "
+            f"another dtype: {told}. Convert them first: jax.tree.map(lambda x: "
+            f"x.astype('{dtypes[odd[0]]}'), params)"
         )
 
 
@@ -123,7 +133,10 @@ def _no_model_folder(folder: Path) -> str:
     surplus = {path.name for path in folder.iterdir()} - {CONFIG, PARAMS, BUFFERS}
     params = folder / PARAMS
     if params.is_dir():
-        surplus |= {f"{PARAMS}/{path.name}" for path in params.iterdir()} - {_TABLE, f"{PARAMS}/{storage.ARRAYS}"}
+        surplus |= {f"{PARAMS}/{path.name}" for path in params.iterdir()} - {
+            _TABLE,
+            f"{PARAMS}/{storage.ARRAYS}",
+        }
     if surplus:
         return f"it is no model folder, but holds {', '.join(sorted(surplus)[:5])}"
     if not params.is_dir() and not is_model_config(folder / CONFIG):
@@ -142,7 +155,8 @@ def is_model_config(file: Path) -> bool:
 def load_folder(folder: str | Path) -> tuple[Model, trees.Tree]:
     """Read the model of a folder and its parameters.
 
-    Raises: FileNotFoundError; storage.DamagedError; ValueError where the parameters are not those of the model.
+    Raises: FileNotFoundError; storage.DamagedError; ValueError where the parameters are not those
+    of the model.
     """
     folder = storage.user_path(folder)
     model, record = read_config(folder)
@@ -160,7 +174,9 @@ def load_folder(folder: str | Path) -> tuple[Model, trees.Tree]:
     if not problem:
         try:
             like = shapes(model)
-        except Exception as err:  # sizes that do not go together fail anywhere in a model, with any error
+        except (
+            Exception
+        ) as err:  # sizes that do not go together fail anywhere in a model, with any error
             problem = f"no {model.family} has these sizes ({type(err).__name__}: {str(err)[:300]})"
     if problem:
         raise storage.DamagedError(f"{folder / CONFIG}: {problem}")
@@ -189,10 +205,13 @@ def read_config(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     told = record.get("format")
     if type(told) is int and told > FORMAT:
         raise storage.DamagedError(
-            f"{file}: a model folder of format {told}, and this version of ltsm_jax reads 1 to {FORMAT}: update it"
+            f"{file}: a model folder of format {told}, and this version of ltsm_jax reads 1 to "
+            f"{FORMAT}: update it"
         )
     if type(told) is not int or told < 1 or not isinstance(record.get("family"), str):
-        raise storage.DamagedError(f"{file} is not the config of a model folder: it says no format and family")
+        raise storage.DamagedError(
+            f"{file} is not the config of a model folder: it says no format and family"
+        )
     if told > 1 and "digest" not in record:
         raise storage.DamagedError(f"{file} is altered: it has no digest of itself")
     if "digest" in record:
@@ -208,14 +227,16 @@ def read_config(folder: str | Path) -> tuple[Model, dict[str, Any]]:
         near = difflib.get_close_matches(record["family"][:100], FAMILIES, 1)
         guess = f"did you mean {near[0]!r}? " if near else ""
         raise storage.DamagedError(
-            f"{file}: this version of ltsm_jax knows no family {record['family'][:100]!r}; {guess}known: "
+            f"{file}: this version of ltsm_jax knows no family {record['family'][:100]!r}; "
+            f"{guess}known: "
             f"{', '.join(FAMILIES)}"
         )
     try:
         model = family(family.config_from_dict(record.get("config", {})))
     except ValueError as err:
         raise storage.DamagedError(
-            f"{file} is not the config of a model that this version of ltsm_jax knows: {str(err)[:1000]}"
+            f"{file} is not the config of a model that this version of ltsm_jax knows: "
+            f"{str(err)[:1000]}"
         ) from err
     return model, record
 
@@ -227,11 +248,15 @@ def _provenance_problems(provenance: Any) -> list[str]:
     problems = []
     for name, kind in _PROVENANCE.items():
         if name in provenance and not isinstance(provenance[name], kind):
-            problems.append(f"{name} of the provenance can't be a {type(provenance[name]).__name__}")
+            problems.append(
+                f"{name} of the provenance can't be a {type(provenance[name]).__name__}"
+            )
     for name in _TEXTS:
         entries = provenance.get(name, ())
         entries = entries.values() if isinstance(entries, dict) else entries
-        if isinstance(entries, list | type({}.values())) and not all(isinstance(entry, str) for entry in entries):
+        if isinstance(entries, list | type({}.values())) and not all(
+            isinstance(entry, str) for entry in entries
+        ):
             problems.append(f"{name} of the provenance must hold texts")
     return problems
 
@@ -247,7 +272,9 @@ def _check_files(folder: Path, record: Mapping[str, Any]) -> None:
     if not isinstance(files, dict) or _TABLE not in files or not files.keys() <= {_TABLE, BUFFERS}:
         raise storage.DamagedError(f"{folder / CONFIG}: it has no digests of the other files")
     if BUFFERS not in files and (folder / BUFFERS).exists():
-        raise storage.DamagedError(f"{folder} is damaged: {BUFFERS} is there, and was not saved with it")
+        raise storage.DamagedError(
+            f"{folder} is damaged: {BUFFERS} is there, and was not saved with it"
+        )
     storage.verify_files(folder, files)
 
 
@@ -271,7 +298,9 @@ def read_buffers(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def shapes(model: Model) -> trees.Tree:
-    """Give shape and dtype of every parameter, without computing any: those of 32 bits, whatever JAX is set to."""
+    """Give shape and dtype of every parameter, without computing any: those of 32 bits, whatever
+    JAX is set to.
+    """
     return jax.tree.map(lambda leaf: leaf, _shapes(model))  # containers of the caller's own
 
 
@@ -285,14 +314,17 @@ def _shapes(model: Model) -> trees.Tree:
 def adapter_advice(place: Path) -> str:
     """Say what a folder or file of the PEFT library is, and how to make a checkpoint of it."""
     return (
-        f"{place} holds an adapter of the PEFT library: changes to a model, and no model. Merge it into "
-        "its base model in PyTorch, `PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW)`, "
+        f"{place} holds an adapter of the PEFT library: changes to a model, and no model. Merge it "
+        "into "
+        "its base model in PyTorch, `PeftModel.from_pretrained(base, "
+        "FOLDER).merge_and_unload().save_pretrained(NEW)`, "
         "and load NEW"
     )
 
 
 def local(source: str | Path) -> Path | None:
-    """Find a source on this machine: itself, a shipped model, or files put into the cache; None: it is not here.
+    """Find a source on this machine: itself, a shipped model, or files put into the cache; None: it
+    is not here.
 
     Raises: ValueError for `~name` of a user who is not known.
     """
@@ -324,7 +356,9 @@ def is_preset(name: str) -> bool:
 
 
 def published_licence(name: hub.Name) -> str | None:
-    """Give the licence of the published weights that a name of the hub stands for; None where it is no preset."""
+    """Give the licence of the published weights that a name of the hub stands for; None where it is
+    no preset.
+    """
     for family in FAMILIES.values():
         if str(name) in family.presets() or name.repo in family.presets():
             return family.licence

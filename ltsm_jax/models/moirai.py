@@ -1,15 +1,19 @@
-"""Moirai 1.0-R and 1.1-R: a masked encoder over patches of all variates, with a mixture distribution as output.
+"""Moirai 1.0-R and 1.1-R: a masked encoder over patches of all variates, with a mixture
+distribution as output.
 
-Woo et al., "Unified Training of Universal Time Series Forecasting Transformers" (ICML 2024, arXiv 2402.02592). Follows
-SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai: tokens of any number of variates and samples in one row,
-each of one of several patch sizes; future tokens are replaced by one learned vector, and one forward pass gives the
-distribution of the whole horizon. The forecast is the median of samples.
+Woo et al., "Unified Training of Universal Time Series Forecasting Transformers" (ICML 2024, arXiv
+2402.02592). Follows SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai: tokens of any
+number of variates and samples in one row, each of one of several patch sizes; future tokens are
+replaced by one learned vector, and one forward pass gives the distribution of the whole horizon.
+The forecast is the median of samples.
 
-As in the original, missing values inside a patch enter the model as zeros before scaling, and the weights of a patch
-size smaller than the largest mix the logits of the mixture's components (see `SizedOut`): the published weights were
-trained so. Unlike in the original, dropout of attention weights (0 in every published model) acts in training only.
+As in the original, missing values inside a patch enter the model as zeros before scaling, and the
+weights of a patch size smaller than the largest mix the logits of the mixture's components (see
+`SizedOut`): the published weights were trained so. Unlike in the original, dropout of attention
+weights (0 in every published model) acts in training only.
 
-`with_scales` gives the encoder further, coarser scales of the series to fine-tune with, see `layers.multiscale`.
+`with_scales` gives the encoder further, coarser scales of the series to fine-tune with, see
+`layers.multiscale`.
 """
 
 import dataclasses
@@ -26,9 +30,23 @@ from ltsm_jax.layers import mixture, multiscale, packed
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
-from ltsm_jax.layers.multiscale import CrossScale, Layout, MultiScale, ScaleLinear, ScaleLora, ScaleMixture
+from ltsm_jax.layers.multiscale import (
+    CrossScale,
+    Layout,
+    MultiScale,
+    ScaleLinear,
+    ScaleLora,
+    ScaleMixture,
+)
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, SwiGLU, Tokens, observed_series
+from ltsm_jax.layers.packed import (
+    AnyVariateAttention,
+    Series,
+    SizedIn,
+    SwiGLU,
+    Tokens,
+    observed_series,
+)
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.configs import config_from_json
@@ -43,11 +61,12 @@ HEAD_DIM = 64  # the original splits every model width into heads of (at least) 
 class MoiraiConfig:
     """Widths are per layer, so that a pruned Moirai is a Moirai.
 
-    d_model D, head_dim K, n_heads H and ffn_dims F of each layer, patch_sizes the model has weights for; components of
-    the mixture and the scale of the one whose scale is fixed. How it is used: context_len and horizon in time steps;
-    patch_size, or "auto" for the one with the best likelihood on the end of each context; n_samples of a forecast;
-    variates: whether those of one window see each other. value_dims: K of the values of each layer, () is head_dim.
-    multiscale: the scales beside the series itself; None: there are none.
+    d_model D, head_dim K, n_heads H and ffn_dims F of each layer, patch_sizes the model has weights
+    for; components of the mixture and the scale of the one whose scale is fixed. How it is used:
+    context_len and horizon in time steps; patch_size, or "auto" for the one with the best
+    likelihood on the end of each context; n_samples of a forecast; variates: whether those of one
+    window see each other. value_dims: K of the values of each layer, () is head_dim. multiscale:
+    the scales beside the series itself; None: there are none.
     """
 
     d_model: int
@@ -73,19 +92,34 @@ class MoiraiConfig:
         problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
+                "at least one"
             )
-        sizes = (self.d_model, self.head_dim, self.max_seq_len, self.context_len, self.horizon, self.n_samples)
+        sizes = (
+            self.d_model,
+            self.head_dim,
+            self.max_seq_len,
+            self.context_len,
+            self.horizon,
+            self.n_samples,
+        )
         if min(*sizes, *self.patch_sizes, 1) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
-            problems.append(f"half a head turns in pairs, so head_dim must be a multiple of 4, got {self.head_dim}")
+            problems.append(
+                "half a head turns in pairs, so head_dim must be a multiple of 4, got "
+                f"{self.head_dim}"
+            )
         if not self.patch_sizes or len(set(self.patch_sizes)) < len(self.patch_sizes):
             problems.append(f"patch_sizes must be different numbers: {self.patch_sizes}")
         if self.patch_size not in ("auto", *self.patch_sizes):
-            problems.append(f"patch_size must be auto or one of {self.patch_sizes}, got {self.patch_size!r}")
+            problems.append(
+                f"patch_size must be auto or one of {self.patch_sizes}, got {self.patch_size!r}"
+            )
         if unknown := set(self.components) - set(mixture.PARAMETERS):
-            problems.append(f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}")
+            problems.append(
+                f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}"
+            )
         if self.variates not in ("joint", "independent"):
             problems.append(f"variates must be joint or independent, got {self.variates!r}")
         if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1 and self.fixed_scale > 0):
@@ -94,11 +128,15 @@ class MoiraiConfig:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
 
     @classmethod
-    def of(cls, d_model: int, layers: int, heads: int | None = None, d_ff: int | None = None, **rest) -> "MoiraiConfig":
+    def of(
+        cls, d_model: int, layers: int, heads: int | None = None, d_ff: int | None = None, **rest
+    ) -> "MoiraiConfig":
         """Equal layers; heads split the model width, by default as in the original."""
         heads = d_model // HEAD_DIM if heads is None else heads
         if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
+            raise ValueError(
+                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
+            )
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
         return cls(d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest)
 
@@ -106,7 +144,8 @@ class MoiraiConfig:
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiConfig":
         """Reads config.json of the hub.
 
-        Raises: ValueError naming the fields that are missing, or a distribution other than the mixture.
+        Raises: ValueError naming the fields that are missing, or a distribution other than the
+        mixture.
         """
         required = ("d_model", "num_layers", "patch_sizes", "distr_output")
         if missing := [name for name in required if name not in fields]:
@@ -145,7 +184,14 @@ PRESETS = {
 } | {
     # ours, small enough to ship and to train on a laptop
     "moirai-mini": MoiraiConfig.of(
-        128, 4, 4, patch_sizes=(32,), patch_size=32, context_len=512, n_samples=32, variates="independent"
+        128,
+        4,
+        4,
+        patch_sizes=(32,),
+        patch_size=32,
+        context_len=512,
+        n_samples=32,
+        variates="independent",
     )
 }
 
@@ -163,21 +209,37 @@ class Block(nn.Module):
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = AnyVariateAttention(
-            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
+            cfg.d_model,
+            cfg.n_heads[self.layer],
+            cfg.head_dim,
+            value_dim,
+            cfg.attn_dropout,
+            name="attn",
         )
-        adapters = self.adapters(layout.how, value_dim, multiscale.scale_of(tokens)) if layout else None
-        y_BND, inner = attention(y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters)
+        adapters = (
+            self.adapters(layout.how, value_dim, multiscale.scale_of(tokens)) if layout else None
+        )
+        y_BND, inner = attention(
+            y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters
+        )
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         if layout:
-            x_BND = taps["across"] = CrossScale(layout.how, name="across")(x_BND, tokens.sample_id > 0, layout)
+            x_BND = taps["across"] = CrossScale(layout.how, name="across")(
+                x_BND, tokens.sample_id > 0, layout
+            )
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND = taps["ffn"] = SwiGLU(cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn")(y_BND, train)
+        y_BND = taps["ffn"] = SwiGLU(
+            cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn"
+        )(y_BND, train)
         return x_BND + y_BND, taps
 
     def adapters(self, how: MultiScale, value_dim: int, scale_BN: jax.Array) -> dict[str, Any]:
         """What each scale adds to queries, keys and values."""
-        heads, widths = self.cfg.n_heads[self.layer], {"q": self.cfg.head_dim, "k": self.cfg.head_dim, "v": value_dim}
+        heads, widths = (
+            self.cfg.n_heads[self.layer],
+            {"q": self.cfg.head_dim, "k": self.cfg.head_dim, "v": value_dim},
+        )
         found = {}
         for name, k in widths.items():
             lora = ScaleLora(how, (heads, k), name=f"lora_{name}")
@@ -188,9 +250,9 @@ class Block(nn.Module):
 class MoiraiNet(nn.Module):
     """Packed tokens -> mixtures [B, N, P] in the units of the tokens, and the named steps between.
 
-    patch: the patch size of all tokens, or of each [B, N]. only: the tokens (first, last but one) whose distribution is
-    asked for; None: all. lean: for a forecast, without the steps of the layers. layout: of the scales, where there are
-    several.
+    patch: the patch size of all tokens, or of each [B, N]. only: the tokens (first, last but one)
+    whose distribution is asked for; None: all. lean: for a forecast, without the steps of the
+    layers. layout: of the scales, where there are several.
     """
 
     cfg: MoiraiConfig
@@ -207,10 +269,14 @@ class MoiraiNet(nn.Module):
     ):
         cfg = self.cfg
         assert (layout is None) == (cfg.multiscale is None), "tokens of all scales, or of one"
-        loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
+        loc_BN1, scale_BN1 = (
+            packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
+        )
         taps = {"loc": loc_BN1, "scale": scale_BN1}
         scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
-        x_BND = taps["embed"] = SizedIn(cfg.patch_sizes, cfg.d_model, name="embed")(scaled_BNP, patch)
+        x_BND = taps["embed"] = SizedIn(cfg.patch_sizes, cfg.d_model, name="embed")(
+            scaled_BNP, patch
+        )
         if layout:
             x_BND = ScaleLinear(layout.how, name="scale_in")(x_BND, multiscale.scale_of(tokens))
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
@@ -220,13 +286,17 @@ class MoiraiNet(nn.Module):
         if looped:
 
             def layer(i, params, x_BND):
-                return Block(cfg, i, parent=None).apply({"params": params}, x_BND, tokens, train, layout)[0]
+                return Block(cfg, i, parent=None).apply(
+                    {"params": params}, x_BND, tokens, train, layout
+                )[0]
 
             runs = equal_runs(depth, cfg.n_heads, cfg.ffn_dims, cfg.value_dims)
             x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
         for i in range(0 if looped else depth):
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train, layout)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else slice(*only)
         patch = patch if isinstance(patch, int) else patch[:, cut]
@@ -249,7 +319,8 @@ class Moirai(Model):
     family = "moirai"
     head = r"^head/"
     tasks = ("forecasting",)
-    # beside what is new: as in MSFT, not the embedding, the projections of attention and the feed-forward layers
+    # beside what is new: as in MSFT, not the embedding, the projections of attention and the
+    # feed-forward layers
     scalable = r"^scale_|/lora_[qkv]/|/across/|^head/|^mask$|/variate_bias$|norm\d?/scale$"
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-1.x-R)"
     shard_rules = (
@@ -278,7 +349,9 @@ class Moirai(Model):
 
     @classmethod
     def small(cls) -> MoiraiConfig:
-        return MoiraiConfig.of(16, 2, 2, 24, patch_sizes=(4, 8), context_len=32, horizon=8, patch_size=8, n_samples=20)
+        return MoiraiConfig.of(
+            16, 2, 2, 24, patch_sizes=(4, 8), context_len=32, horizon=8, patch_size=8, n_samples=20
+        )
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -297,8 +370,9 @@ class Moirai(Model):
         return 32
 
     def init(self, key: jax.Array) -> Tree:
-        """Torch's defaults: N(0, 1) for the mask vector and the variate biases; U(+-1/sqrt(inputs)) for all else, with
-        zeros where a smaller patch size has no weights; norms 1."""
+        """Torch's defaults: N(0, 1) for the mask vector and the variate biases; U(+-1/sqrt(inputs))
+        for all else, with zeros where a smaller patch size has no weights; norms 1.
+        """
         cfg = self.config
         patch = max(cfg.patch_sizes)
         tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
@@ -307,29 +381,56 @@ class Moirai(Model):
             past = observed_series(jnp.zeros((1, 1, patch)))
             tokens, layout = multiscale.pack(past, 1, patch, patch, cfg.multiscale)
         net: Any = MoiraiNet(cfg)
-        shapes = jax.eval_shape(lambda k, x: net.init(k, x, patch, layout=layout), key, tokens)["params"]
+        shapes = jax.eval_shape(lambda k, x: net.init(k, x, patch, layout=layout), key, tokens)[
+            "params"
+        ]
         if cfg.multiscale:
             shapes |= {"scale_weights": jax.ShapeDtypeStruct((cfg.multiscale.scales,), jnp.float32)}
         return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model, own=multiscale.distribution)
 
     def with_scales(self, params: Tree, how: MultiScale, key: jax.Array) -> tuple["Moirai", Tree]:
         if self.config.multiscale is not None:
-            raise ValueError("this Moirai has further scales already; start from the model without them")
+            raise ValueError(
+                "this Moirai has further scales already; start from the model without them"
+            )
         model = Moirai(dataclasses.replace(self.config, multiscale=how))
         fresh = flatten(model.init(key)) | flatten(params)
         return model, unflatten(fresh)
 
     def recipe(self) -> Recipe:
-        source = "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and context ours"
+        source = (
+            "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); "
+            "epochs and context ours"
+        )
         context = self.context_len
-        return Recipe(5e-7, 64, 10, "constant", context, self.horizon, "own", source, weight_decay=0.1, clip=1.0)
+        return Recipe(
+            5e-7,
+            64,
+            10,
+            "constant",
+            context,
+            self.horizon,
+            "own",
+            source,
+            weight_decay=0.1,
+            clip=1.0,
+        )
 
     # --- the network, and distributions of the future
 
     def apply(
-        self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None, lean=False, layout=None
+        self,
+        params: Tree,
+        tokens: Tokens,
+        patch,
+        key=None,
+        train=False,
+        only=None,
+        lean=False,
+        layout=None,
     ) -> tuple[Mixture, dict]:
-        """One forward pass: the distribution of every entry of the tokens [B, N, P] in their units, and named steps.
+        """One forward pass: the distribution of every entry of the tokens [B, N, P] in their units,
+        and named steps.
 
         patch, only, lean, layout: see `MoiraiNet`.
         """
@@ -339,9 +440,13 @@ class Moirai(Model):
         rngs = {"dropout": key} if train else None
         return net.apply({"params": params}, tokens, patch, train, only, lean, layout, rngs=rngs)
 
-    def packed_loss(self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None) -> jax.Array:
-        """The original's training loss: negative log-likelihood of the predicted, observed entries in the units of the
-        tokens, every variate of every sample counting alike. weight: of each row."""
+    def packed_loss(
+        self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None
+    ) -> jax.Array:
+        """The original's training loss: negative log-likelihood of the predicted, observed entries
+        in the units of the tokens, every variate of every sample counting alike. weight: of each
+        row.
+        """
         y, _ = self.apply(params, tokens, patch, key, train)
         return packed.group_mean(-y.log_prob(tokens.target), tokens, weight)
 
@@ -359,8 +464,9 @@ class Moirai(Model):
     ) -> Mixture | ScaleMixture:
         """Distribution [B, C, H] of the steps after `past`, in its units.
 
-        patch: one of `patch_sizes`. lean: for a forecast, see `layers.scan`. future, covariates: `is_pad`, `known`,
-        `past_known`, see `layers.packed.pack`; of several scales there is `is_pad` alone.
+        patch: one of `patch_sizes`. lean: for a forecast, see `layers.scan`. future, covariates:
+        `is_pad`, `known`, `past_known`, see `layers.packed.pack`; of several scales there is
+        `is_pad` alone.
         """
         if self.config.multiscale:
             parts = self.scaled_future(params, past, horizon, patch, key, train, lean, **covariates)
@@ -373,9 +479,19 @@ class Moirai(Model):
         return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch), y)
 
     def scaled_future(
-        self, params: Tree, past: Series, horizon: int, patch: int, key=None, train=False, lean=False, is_pad=None
+        self,
+        params: Tree,
+        past: Series,
+        horizon: int,
+        patch: int,
+        key=None,
+        train=False,
+        lean=False,
+        is_pad=None,
     ) -> tuple[Mixture, ...]:
-        """Distributions [B, C, ceil(H / 2^s)] of the coming steps of each scale s; arguments as of `future`."""
+        """Distributions [B, C, ceil(H / 2^s)] of the coming steps of each scale s; arguments as of
+        `future`.
+        """
         how = self.config.multiscale
         assert how is not None, "this model has one scale"
         c, width = past[0].shape[1], max(self.config.patch_sizes)
@@ -386,16 +502,19 @@ class Moirai(Model):
         for s, n in enumerate(layout.futures):
             own = jax.tree.map(lambda leaf, begin=begin, n=n: leaf[:, begin : begin + n], y)
             steps = -(-horizon // 2**s)
-            parts.append(jax.tree.map(lambda leaf, steps=steps: packed.unpack(leaf, c, steps, patch), own))
+            parts.append(
+                jax.tree.map(lambda leaf, steps=steps: packed.unpack(leaf, c, steps, patch), own)
+            )
             begin += n
         return tuple(parts)
 
     def best_future(self, params: Tree, past: Series, horizon: int, context_len: int, is_pad=None):
-        """`future` after the last `context_len` steps of `past`, at the patch size that would have forecast the last
-        `horizon` steps best, each row its own: (mixture, validation losses [Z, B]).
+        """`future` after the last `context_len` steps of `past`, at the patch size that would have
+        forecast the last `horizon` steps best, each row its own: (mixture, validation losses [Z,
+        B]).
 
-        The loss of a row is the negative log-likelihood, summed over variates of the mean over their observed steps. A
-        past shorter than two horizons is split in the middle.
+        The loss of a row is the negative log-likelihood, summed over variates of the mean over
+        their observed steps. A past shorter than two horizons is split in the middle.
         """
         (x, observed), sizes = past, self.config.patch_sizes
         b, _, t = x.shape
@@ -404,11 +523,15 @@ class Moirai(Model):
         length = max(t - held, t - first)
 
         def window(start: int, stop: int) -> tuple[jax.Array, ...]:
-            """Values, observed and padding of the steps from `start` to `stop`, `length` of them with padding."""
+            """Values, observed and padding of the steps from `start` to `stop`, `length` of them
+            with padding.
+            """
             missing = length - (stop - start)
             series = (leaf[..., start:stop] for leaf in (x, observed, pad))
             fills = (0.0, False, True)
-            return tuple(_filled(leaf, missing, fill) for leaf, fill in zip(series, fills, strict=True))
+            return tuple(
+                _filled(leaf, missing, fill) for leaf, fill in zip(series, fills, strict=True)
+            )
 
         def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture | ScaleMixture:
             x, observed, pad = window
@@ -418,8 +541,12 @@ class Moirai(Model):
         shorter, whole = window(0, t - held), window(first, t)
         if held == horizon:  # both passes of a size are one program, run twice
             both = stacked(shorter, whole)
-            found = [jax.lax.map(functools.partial(after, patch=p, steps=horizon), both) for p in sizes]
-            tried, found = (stacked(*(jax.tree.map(operator.itemgetter(i), y) for y in found)) for i in (0, 1))
+            found = [
+                jax.lax.map(functools.partial(after, patch=p, steps=horizon), both) for p in sizes
+            ]
+            tried, found = (
+                stacked(*(jax.tree.map(operator.itemgetter(i), y) for y in found)) for i in (0, 1)
+            )
         else:
             tried = stacked(*(after(shorter, p, held) for p in sizes)) if held else None
             found = stacked(*(after(whole, p, horizon) for p in sizes))
@@ -435,21 +562,32 @@ class Moirai(Model):
 
     @property
     def training_patch(self) -> int:
-        """The patch size of the losses: the configured one, or the middle of `patch_sizes` (the original draws one for
-        each sample, of those that suit its frequency)."""
+        """The patch size of the losses: the configured one, or the middle of `patch_sizes` (the
+        original draws one for each sample, of those that suit its frequency).
+        """
         cfg = self.config
-        return cfg.patch_sizes[len(cfg.patch_sizes) // 2] if cfg.patch_size == "auto" else cfg.patch_size
+        return (
+            cfg.patch_sizes[len(cfg.patch_sizes) // 2]
+            if cfg.patch_size == "auto"
+            else cfg.patch_size
+        )
 
-    def _distribution(self, params: Tree, batch: Batch, key, train: bool) -> tuple[Mixture | ScaleMixture, Batch]:
+    def _distribution(
+        self, params: Tree, batch: Batch, key, train: bool
+    ) -> tuple[Mixture | ScaleMixture, Batch]:
         """Distribution of a batch's targets, and the batch in rows of the model."""
         rows = packed.rows_of(batch, self.config.variates)
         past = observed_series(rows["context"])
-        return self.future(params, past, rows["target"].shape[-1], self.training_patch, key, train), rows
+        return self.future(
+            params, past, rows["target"].shape[-1], self.training_patch, key, train
+        ), rows
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Negative log-likelihood of the target in its units, as in the original: the mean over observed steps, each
-        variate of each row counting alike. Of several scales the weighted average of the losses of each, whose target
-        is that of the series, averaged as its context is."""
+        """Negative log-likelihood of the target in its units, as in the original: the mean over
+        observed steps, each variate of each row counting alike. Of several scales the weighted
+        average of the losses of each, whose target is that of the series, averaged as its context
+        is.
+        """
         if self.config.multiscale:
             return self._scaled_loss(params, batch, key, train)
         y, rows = self._distribution(params, batch, key, train)
@@ -459,12 +597,16 @@ class Moirai(Model):
     def _scaled_loss(self, params: Tree, batch: Batch, key, train: bool) -> jax.Array:
         rows = packed.rows_of(batch, self.config.variates)
         past, truth = observed_series(rows["context"]), observed_series(rows["target"])
-        parts = self.scaled_future(params, past, truth[0].shape[-1], self.training_patch, key, train)
+        parts = self.scaled_future(
+            params, past, truth[0].shape[-1], self.training_patch, key, train
+        )
         losses = []
         for s, part in enumerate(parts):
             own = multiscale.pooled(truth, 2**s, before=False)
             losses.append(mixture.series_nll(part, *own, rows.get("weight")))
-        return (jax.nn.softmax(params["scale_weights"].astype(jnp.float32)) * jnp.stack(losses)).sum()
+        return (
+            jax.nn.softmax(params["scale_weights"].astype(jnp.float32)) * jnp.stack(losses)
+        ).sum()
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets."""
@@ -474,8 +616,9 @@ class Moirai(Model):
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Samples of the distribution of one forward pass; the point is their median.
 
-        The context is cut to `context_len`, with patch_size "auto" to one horizon more: the last horizon steps choose
-        the patch size. Missing values are not observed, as in the original's pipeline.
+        The context is cut to `context_len`, with patch_size "auto" to one horizon more: the last
+        horizon steps choose the patch size. Missing values are not observed, as in the original's
+        pipeline.
         """
         check_context(context, horizon)
         cfg = self.config

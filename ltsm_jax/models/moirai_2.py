@@ -1,15 +1,18 @@
-"""Moirai 2.0-R: a causal decoder over patches of all variates that gives quantiles of the next few patches.
+"""Moirai 2.0-R: a causal decoder over patches of all variates that gives quantiles of the next few
+patches.
 
 Liu et al., "Moirai 2.0: When Less Is More for Time Series Forecasting" (arXiv 2511.11698). Follows
-SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai2. One patch size, what is observed is an input of its own,
-and the output of a token are the quantiles of the K patches after it. Farther horizons are rolled out: one copy of the
-series per quantile, each continued with its own quantile; the quantiles of the copies' quantiles are the next ones.
-The scale of a copy counts what was generated. The quantiles of the first K patches may cross, as in the original.
+SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai2. One patch size, what is observed is an
+input of its own, and the output of a token are the quantiles of the K patches after it. Farther
+horizons are rolled out: one copy of the series per quantile, each continued with its own quantile;
+the quantiles of the copies' quantiles are the next ones. The scale of a copy counts what was
+generated. The quantiles of the first K patches may cross, as in the original.
 
-The original's roll-out stops with an error at several variates; here all of them go on together. Its `predict` sets
-missing values to 0, because its imputation takes the axis of time for that of variates; here they get what it means to
-give them, the mean so far (`missing="zero"` is the original). Dropout of attention weights (0 in the published model)
-acts in training only, in the original always.
+The original's roll-out stops with an error at several variates; here all of them go on together.
+Its `predict` sets missing values to 0, because its imputation takes the axis of time for that of
+variates; here they get what it means to give them, the mean so far (`missing="zero"` is the
+original). Dropout of attention weights (0 in the published model) acts in training only, in the
+original always.
 """
 
 import dataclasses
@@ -41,10 +44,10 @@ HEAD_DIM = 64  # the original splits every model width into heads of (at least) 
 class Moirai2Config:
     """Widths are per layer, so that a pruned Moirai 2 is a Moirai 2.
 
-    patch_size P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, n_patches: how many patches a token
-    predicts, levels of the quantiles. How it is used: context_len in time steps; missing: what stands for missing
-    values, the mean so far or 0; variates: whether those of one window see each other. value_dims: K of the values of
-    each layer, () is head_dim.
+    patch_size P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, n_patches: how many
+    patches a token predicts, levels of the quantiles. How it is used: context_len in time steps;
+    missing: what stands for missing values, the mean so far or 0; variates: whether those of one
+    window see each other. value_dims: K of the values of each layer, () is head_dim.
     """
 
     patch_size: int
@@ -67,20 +70,34 @@ class Moirai2Config:
         problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
+                "at least one"
             )
-        sizes = (self.patch_size, self.d_model, self.head_dim, self.n_patches, self.max_seq_len, self.context_len)
+        sizes = (
+            self.patch_size,
+            self.d_model,
+            self.head_dim,
+            self.n_patches,
+            self.max_seq_len,
+            self.context_len,
+        )
         if min(*sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
-            problems.append(f"half a head turns in pairs, so head_dim must be a multiple of 4, got {self.head_dim}")
-        if not self.levels or sorted(set(self.levels)) != list(self.levels) or not 0 < min(self.levels) <= max(
-            self.levels
-        ) < 1:  # fmt: skip
+            problems.append(
+                "half a head turns in pairs, so head_dim must be a multiple of 4, got "
+                f"{self.head_dim}"
+            )
+        if (
+            not self.levels
+            or sorted(set(self.levels)) != list(self.levels)
+            or not 0 < min(self.levels) <= max(self.levels) < 1
+        ):
             problems.append(f"levels must be numbers between 0 and 1, in order: {self.levels}")
         if self.variates not in ("joint", "independent") or self.missing not in ("mean", "zero"):
             problems.append(
-                f"variates must be joint or independent and missing mean or zero: {self.variates!r}, {self.missing!r}"
+                "variates must be joint or independent and missing mean or zero: "
+                f"{self.variates!r}, {self.missing!r}"
             )
         if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1):
             problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.attn_dropout}")
@@ -94,8 +111,12 @@ class Moirai2Config:
         """Equal layers; heads split the model width, by default as in the original."""
         heads = d_model // HEAD_DIM if heads is None else heads
         if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
-        return cls(patch_size, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest)
+            raise ValueError(
+                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
+            )
+        return cls(
+            patch_size, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest
+        )
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "Moirai2Config":
@@ -103,7 +124,14 @@ class Moirai2Config:
 
         Raises: ValueError naming the fields that are missing.
         """
-        required = ("patch_size", "d_model", "d_ff", "num_layers", "num_predict_token", "quantile_levels")
+        required = (
+            "patch_size",
+            "d_model",
+            "d_ff",
+            "num_layers",
+            "num_predict_token",
+            "quantile_levels",
+        )
         if missing := [name for name in required if name not in fields]:
             raise ValueError(f"the config of a Moirai 2 checkpoint lacks {', '.join(missing)}")
         return cls.of(
@@ -121,7 +149,9 @@ PRESETS = {"Salesforce/moirai-2.0-R-small": Moirai2Config.of(16, 384, 1024, 6)}
 
 
 class Residual(nn.Module):
-    """`output(silu(hidden x)) + residual x`: [..., in] -> [..., out]; and the named steps between."""
+    """`output(silu(hidden x)) + residual x`: [..., in] -> [..., out]; and the named
+    steps between.
+    """
 
     width: int
     features: int
@@ -148,26 +178,37 @@ class Block(nn.Module):
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = AnyVariateAttention(
-            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
+            cfg.d_model,
+            cfg.n_heads[self.layer],
+            cfg.head_dim,
+            value_dim,
+            cfg.attn_dropout,
+            name="attn",
         )
         y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND = taps["ffn"] = SwiGLU(cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn")(y_BND, train)
+        y_BND = taps["ffn"] = SwiGLU(
+            cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn"
+        )(y_BND, train)
         return x_BND + y_BND, taps
 
 
 class Moirai2Net(nn.Module):
-    """Packed tokens -> quantiles [B, N, patches, Q, P] of the patches after each, in the scale of its series; and the
-    named steps between. only: places [n] of the tokens whose quantiles are asked for; None: all."""
+    """Packed tokens -> quantiles [B, N, patches, Q, P] of the patches after each, in the scale of
+    its series; and the named steps between. only: places [n] of the tokens whose quantiles are
+    asked for; None: all.
+    """
 
     cfg: Moirai2Config
 
     @nn.compact
     def __call__(self, tokens: Tokens, train: bool = False, only=None):
         cfg = self.cfg
-        loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
+        loc_BN1, scale_BN1 = (
+            packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
+        )
         scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
         taps = {"loc": loc_BN1, "scale": scale_BN1, "scaled": scaled_BNP}
         x_BNI = jnp.concatenate([scaled_BNP, tokens.observed.astype(scaled_BNP.dtype)], axis=-1)
@@ -175,7 +216,9 @@ class Moirai2Net(nn.Module):
         taps |= {f"embed/{name}": value for name, value in inner.items()} | {"embed": x_BND}
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         x_BND = x_BND if only is None else x_BND[:, only]
         shape = (cfg.n_patches, len(cfg.levels), cfg.patch_size)
@@ -185,15 +228,20 @@ class Moirai2Net(nn.Module):
 
 
 def causal_mean(x_BCT: jax.Array) -> jax.Array:
-    """NaN replaced by the mean of the points before it, a missing one among these standing for the last observed one;
-    0 where nothing was observed yet."""
+    """NaN replaced by the mean of the points before it, a missing one among these standing for the
+    last observed one; 0 where nothing was observed yet.
+    """
     observed = ~jnp.isnan(x_BCT)
     steps = jnp.arange(x_BCT.shape[-1]).reshape((1,) * (x_BCT.ndim - 1) + (-1,))
     last = jax.lax.cummax(jnp.where(observed, steps, 0), axis=x_BCT.ndim - 1)
     held = jnp.nan_to_num(jnp.take_along_axis(x_BCT, last, axis=-1))
     first = held[..., :1]
-    before = jnp.pad(jnp.cumsum(held - first, axis=-1), ((0, 0),) * (x_BCT.ndim - 1) + ((1, 0),))[..., :-1]
-    return jnp.where(observed, x_BCT, jnp.where(steps == 0, 0.0, first + before / jnp.maximum(steps, 1)))
+    before = jnp.pad(jnp.cumsum(held - first, axis=-1), ((0, 0),) * (x_BCT.ndim - 1) + ((1, 0),))[
+        ..., :-1
+    ]
+    return jnp.where(
+        observed, x_BCT, jnp.where(steps == 0, 0.0, first + before / jnp.maximum(steps, 1))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +280,9 @@ class Moirai2(Model):
 
     @classmethod
     def small(cls) -> Moirai2Config:
-        return Moirai2Config.of(4, 16, 24, 2, 2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32)
+        return Moirai2Config.of(
+            4, 16, 24, 2, 2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32
+        )
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -251,9 +301,13 @@ class Moirai2(Model):
         return 32  # times the number of quantiles, once the roll-out has begun
 
     def init(self, key: jax.Array) -> Tree:
-        """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights and biases; norms 1."""
+        """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights and
+        biases; norms 1.
+        """
         cfg = self.config
-        tokens = packed.pack(observed_series(jnp.zeros((1, 1, cfg.patch_size))), 1, cfg.patch_size, cfg.patch_size)
+        tokens = packed.pack(
+            observed_series(jnp.zeros((1, 1, cfg.patch_size))), 1, cfg.patch_size, cfg.patch_size
+        )
         shapes = jax.eval_shape(Moirai2Net(cfg).init, key, tokens)["params"]
         flat = flatten(shapes)
 
@@ -264,28 +318,42 @@ class Moirai2(Model):
             if leaf == "variate_bias":
                 return Normal(1.0)
             kernel = flat[f"{layer}/kernel"].shape
-            return Uniform(float(np.prod(kernel[:-1] if layer.endswith("/out") else kernel[:1])) ** -0.5)
+            return Uniform(
+                float(np.prod(kernel[:-1] if layer.endswith("/out") else kernel[:1])) ** -0.5
+            )
 
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
-        source = "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip 1.0)"
+        source = (
+            "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, "
+            "clip 1.0)"
+        )
         context, horizon = self.context_len, self.horizon
-        return Recipe(5e-7, 64, 10, "constant", context, horizon, "own", source, weight_decay=0.1, clip=1.0)
+        return Recipe(
+            5e-7, 64, 10, "constant", context, horizon, "own", source, weight_decay=0.1, clip=1.0
+        )
 
     # --- the network, and what is made of its quantiles
 
-    def apply(self, params: Tree, tokens: Tokens, key=None, train=False, only=None) -> tuple[jax.Array, dict]:
-        """One forward pass: at every token quantiles [B, N, patches, Q, P] of the patches after it, in the scale of its
-        series (`loc` and `scale` of the named steps), and the named steps."""
+    def apply(
+        self, params: Tree, tokens: Tokens, key=None, train=False, only=None
+    ) -> tuple[jax.Array, dict]:
+        """One forward pass: at every token quantiles [B, N, patches, Q, P] of the patches after it,
+        in the scale of its series (`loc` and `scale` of the named steps), and the named steps.
+        """
         cfg = self.config
         train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
         net: Any = Moirai2Net(cfg)  # Flax types what apply returns too widely
-        return net.apply({"params": params}, tokens, train, only, rngs={"dropout": key} if train else None)
+        return net.apply(
+            {"params": params}, tokens, train, only, rngs={"dropout": key} if train else None
+        )
 
-    def shifted_losses(self, params: Tree, tokens: Tokens, key=None, train=False, weight=None) -> jax.Array:
-        """Quantile losses [n_patches] in the scale of the series: of the predicted tokens under the token 1, 2, ...
-        before each, every variate of every sample counting alike.
+    def shifted_losses(
+        self, params: Tree, tokens: Tokens, key=None, train=False, weight=None
+    ) -> jax.Array:
+        """Quantile losses [n_patches] in the scale of the series: of the predicted tokens under the
+        token 1, 2, ... before each, every variate of every sample counting alike.
 
         The tokens of a variate must follow each other. weight: of each row.
         """
@@ -295,7 +363,8 @@ class Moirai2(Model):
         losses = []
         for k in range(1, cfg.n_patches + 1):
             before, after = (
-                jax.tree.map(lambda leaf, cut=cut: leaf[:, cut], tokens) for cut in (slice(None, -k), slice(k, None))
+                jax.tree.map(lambda leaf, cut=cut: leaf[:, cut], tokens)
+                for cut in (slice(None, -k), slice(k, None))
             )
             same = (before.sample_id == after.sample_id) & (before.variate_id == after.variate_id)
             after = dataclasses.replace(after, predicted=after.predicted & same)
@@ -304,13 +373,20 @@ class Moirai2(Model):
             losses.append(packed.group_mean(pinball, after, weight))
         return jnp.stack(losses)
 
-    def packed_loss(self, params: Tree, tokens: Tokens, key=None, train=False, weight=None) -> jax.Array:
-        """Mean of `shifted_losses`. The repository has the loss of one shift but no trainer; the mean is ours."""
+    def packed_loss(
+        self, params: Tree, tokens: Tokens, key=None, train=False, weight=None
+    ) -> jax.Array:
+        """Mean of `shifted_losses`. The repository has the loss of one shift but no trainer; the
+        mean is ours.
+        """
         return self.shifted_losses(params, tokens, key, train, weight).mean()
 
-    def first(self, params: Tree, tokens: Tokens, last: np.ndarray, key=None, train=False) -> jax.Array:
-        """Quantiles [B, C, steps, Q] of the `n_patches` patches after the tokens at the places `last` [C], in the units
-        of the tokens."""
+    def first(
+        self, params: Tree, tokens: Tokens, last: np.ndarray, key=None, train=False
+    ) -> jax.Array:
+        """Quantiles [B, C, steps, Q] of the `n_patches` patches after the tokens at the places
+        `last` [C], in the units of the tokens.
+        """
         y, taps = self.apply(params, tokens, key, train, last)
         y = y * taps["scale"][:, last, :, None, None] + taps["loc"][:, last, :, None, None]
         return jnp.swapaxes(y, -1, -2).reshape(*y.shape[:2], -1, y.shape[3])
@@ -323,7 +399,9 @@ class Moirai2(Model):
         cfg, (b, c, t) = self.config, past[0].shape
         p, k, q = cfg.patch_size, cfg.n_patches, len(cfg.levels)
         rounds = -(-horizon // (k * p))
-        far = horizon if rounds == 1 else rounds * k * p  # tokens past the horizon are seen by none before them
+        far = (
+            horizon if rounds == 1 else rounds * k * p
+        )  # tokens past the horizon are seen by none before them
         if "known" in covariates:
             more = ((0, 0), (0, 0), (0, far - horizon))
             covariates["known"] = tuple(jnp.pad(a, more) for a in covariates["known"])
@@ -347,7 +425,9 @@ class Moirai2(Model):
                 predicted=copies.predicted.at[:, places].set(False),
             )
             y_RCTQ = self.first(params, copies, jnp.asarray(after) + start + k - 1)
-            all_BCTS = jnp.moveaxis(y_RCTQ.reshape(b, q, c, k * p, q), 1, 3).reshape(b, c, k * p, q * q)
+            all_BCTS = jnp.moveaxis(y_RCTQ.reshape(b, q, c, k * p, q), 1, 3).reshape(
+                b, c, k * p, q * q
+            )
             new_BCTQ = jnp.moveaxis(jnp.quantile(all_BCTS, level, axis=-1), 0, -1)
             return (copies, new_BCTQ), new_BCTQ
 
@@ -359,17 +439,23 @@ class Moirai2(Model):
         return causal_mean(x_BCT) if self.config.missing == "mean" else jnp.nan_to_num(x_BCT)
 
     def prepare(self, x_BCT: jax.Array, length: int | None = None) -> Series:
-        """The context as the original's pipeline makes it: missing values filled, the newest `context_len`
-        steps, and one shorter than that filled up on the left with its first value, that counts as observed if that is.
+        """The context as the original's pipeline makes it: missing values filled, the newest
+        `context_len` steps, and one shorter than that filled up on the left with its first value,
+        that counts as observed if that is.
 
-        length: fill up to this many steps; by default to whole patches, which gives the same forecast.
+        length: fill up to this many steps; by default to whole patches, which gives the same
+        forecast.
         """
         cfg = self.config
         x_BCT = jnp.asarray(x_BCT, jnp.float32)
         observed = ~jnp.isnan(x_BCT)
         t = min(x_BCT.shape[-1], cfg.context_len)
         x, observed = self._filled(x_BCT)[..., -t:], observed[..., -t:]
-        length = min(-(-t // cfg.patch_size) * cfg.patch_size, cfg.context_len) if length is None else length
+        length = (
+            min(-(-t // cfg.patch_size) * cfg.patch_size, cfg.context_len)
+            if length is None
+            else length
+        )
         width = ((0, 0), (0, 0), (length - t, 0))
         return jnp.pad(x, width, mode="edge"), jnp.pad(observed, width, mode="edge")
 
@@ -386,7 +472,9 @@ class Moirai2(Model):
         n_past, n_future = -(-past[0].shape[-1] // p), -(-h // p)
         spans = [(i * n_past, c * n_past + i * n_future) for i in range(c)]
         order = np.concatenate([np.r_[x : x + n_past, y : y + n_future] for x, y in spans])
-        tokens = jax.tree.map(lambda leaf: leaf[:, order], tokens)  # the future of a variate behind its past
+        tokens = jax.tree.map(
+            lambda leaf: leaf[:, order], tokens
+        )  # the future of a variate behind its past
         return self.packed_loss(params, tokens, key, train, rows.get("weight"))
 
     def _point(self, y_BCHQ: jax.Array) -> jax.Array:
@@ -398,24 +486,31 @@ class Moirai2(Model):
         return y_BCHQ[..., left] * (1 - share) + y_BCHQ[..., right] * share
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the median, over the observed targets. It reaches as far as one forward pass: `horizon`."""
+        """MSE of the median, over the observed targets. It reaches as far as one forward pass:
+        `horizon`.
+        """
         rows = packed.rows_of(batch, self.config.variates)
         h = rows["target"].shape[-1]
         if h > self.horizon:
             raise ValueError(
-                f"the point loss reaches {self.horizon} steps, not {h}; use the quantile loss (mode='ims')"
+                f"the point loss reaches {self.horizon} steps, not {h}; use the quantile loss "
+                "(mode='ims')"
             )
         past = self.prepare(rows["context"])
         (_, c, t), p = past[0].shape, self.config.patch_size
         before = -(-t // p)
         tokens = packed.pack(past, h, p, p)
         y = self.first(params, tokens, np.arange(c) * before + before - 1, key, train)[:, :, :h]
-        return packed.masked_mse(self._point(y), *observed_series(rows["target"]), rows.get("weight"))
+        return packed.masked_mse(
+            self._point(y), *observed_series(rows["target"]), rows.get("weight")
+        )
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Quantiles; the point is the median. The context is made as `prepare` says."""
         check_context(context, horizon)
-        x = packed.rows_of({"context": jnp.asarray(context, jnp.float32)}, self.config.variates)["context"]
+        x = packed.rows_of({"context": jnp.asarray(context, jnp.float32)}, self.config.variates)[
+            "context"
+        ]
         y = self.quantiles(params, self.prepare(x), horizon)
         y = y.reshape(*context.shape[:2], horizon, -1)
         return Forecast(self._point(y), y, None, self.config.levels)

@@ -1,17 +1,20 @@
-"""Moirai-MoE 1.0-R: a causal decoder over patches of all variates, with a sparse mixture of experts in every layer.
+"""Moirai-MoE 1.0-R: a causal decoder over patches of all variates, with a sparse mixture of experts
+in every layer.
 
-Liu et al., "Moirai-MoE: Empowering Time Series Foundation Models with Sparse Mixture of Experts" (arXiv 2410.10469).
-Follows SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai_moe. A token's output is the distribution of the NEXT
-patch of its variate; longer horizons are sampled patch by patch, each sample its own series, whose scale then counts
-what was generated.
+Liu et al., "Moirai-MoE: Empowering Time Series Foundation Models with Sparse Mixture of Experts"
+(arXiv 2410.10469). Follows SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai_moe. A
+token's output is the distribution of the NEXT patch of its variate; longer horizons are sampled
+patch by patch, each sample its own series, whose scale then counts what was generated.
 
-The router has no weights: a token goes to the two experts whose centroids are FARTHEST from it, weighed by the softmax
-of the two distances. The paper says closest; the code, with which the weights were trained, does this. The centroids
-are data (k-means on a dense Moirai): `fixed`, never trained or mixed. A fresh model has none (the original leaves the
-memory as it is), so `init` draws them. `kept` names the experts that a layer still has; the others' centroids stay.
+The router has no weights: a token goes to the two experts whose centroids are FARTHEST from it,
+weighed by the softmax of the two distances. The paper says closest; the code, with which the
+weights were trained, does this. The centroids are data (k-means on a dense Moirai): `fixed`, never
+trained or mixed. A fresh model has none (the original leaves the memory as it is), so `init` draws
+them. `kept` names the experts that a layer still has; the others' centroids stay.
 
-As in the original, the weights of a patch size smaller than the largest mix the logits of the mixture's components (see
-`SizedOut`). Unlike in the original, dropout of attention weights (0 in every published model) acts in training only.
+As in the original, the weights of a patch size smaller than the largest mix the logits of the
+mixture's components (see `SizedOut`). Unlike in the original, dropout of attention weights (0 in
+every published model) acts in training only.
 """
 
 import dataclasses
@@ -45,11 +48,11 @@ N_EXPERTS, TOP_K = 32, 2  # hard-coded in the original
 class MoiraiMoeConfig:
     """Widths are per layer, so that a pruned Moirai-MoE is a Moirai-MoE.
 
-    d_model D, head_dim K, n_heads H and expert_dims F of each layer, kept: ids of the experts that each layer has, of
-    the n_experts E that have centroids; patch_sizes the model has weights for; components of the mixture and the scale
-    of the one whose scale is fixed. How it is used: context_len and horizon in time steps; patch_size; n_samples of a
-    forecast; variates: whether those of one window see each other. value_dims: K of the values of each layer, () is
-    head_dim.
+    d_model D, head_dim K, n_heads H and expert_dims F of each layer, kept: ids of the experts that
+    each layer has, of the n_experts E that have centroids; patch_sizes the model has weights for;
+    components of the mixture and the scale of the one whose scale is fixed. How it is used:
+    context_len and horizon in time steps; patch_size; n_samples of a forecast; variates: whether
+    those of one window see each other. value_dims: K of the values of each layer, () is head_dim.
     """
 
     d_model: int
@@ -76,18 +79,42 @@ class MoiraiMoeConfig:
         problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len({len(self.n_heads), len(self.expert_dims), len(self.kept)}) > 1 or not self.n_heads:
             problems.append("n_heads, expert_dims and kept must name the same layers, at least one")
-        sizes = (self.d_model, self.head_dim, self.max_seq_len, self.context_len, self.horizon, self.n_samples)
+        sizes = (
+            self.d_model,
+            self.head_dim,
+            self.max_seq_len,
+            self.context_len,
+            self.horizon,
+            self.n_samples,
+        )
         if min(*sizes, *self.patch_sizes, 1) < 1 or min(*self.n_heads, *self.expert_dims, 1) < 0:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
-            problems.append(f"half a head turns in pairs, so head_dim must be a multiple of 4, got {self.head_dim}")
-        if self.patch_size not in self.patch_sizes or len(set(self.patch_sizes)) < len(self.patch_sizes):
-            problems.append(f"patch_size ({self.patch_size}) must be one of the patch_sizes: {self.patch_sizes}")
+            problems.append(
+                "half a head turns in pairs, so head_dim must be a multiple of 4, got "
+                f"{self.head_dim}"
+            )
+        if self.patch_size not in self.patch_sizes or len(set(self.patch_sizes)) < len(
+            self.patch_sizes
+        ):
+            problems.append(
+                f"patch_size ({self.patch_size}) must be one of the patch_sizes: {self.patch_sizes}"
+            )
         if unknown := set(self.components) - set(mixture.PARAMETERS):
-            problems.append(f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}")
+            problems.append(
+                f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}"
+            )
         for ids in self.kept:
-            if sorted(set(ids)) != list(ids) or len(ids) < TOP_K or ids[0] < 0 or ids[-1] >= self.n_experts:
-                problems.append(f"kept: at least {TOP_K} experts from 0 to {self.n_experts - 1} in order, got {ids}")
+            if (
+                sorted(set(ids)) != list(ids)
+                or len(ids) < TOP_K
+                or ids[0] < 0
+                or ids[-1] >= self.n_experts
+            ):
+                problems.append(
+                    f"kept: at least {TOP_K} experts from 0 to {self.n_experts - 1} in order, got "
+                    f"{ids}"
+                )
         if self.variates not in ("joint", "independent"):
             problems.append(f"variates must be joint or independent, got {self.variates!r}")
         if not (0 <= self.dropout < 1 and 0 <= self.attn_dropout < 1 and self.fixed_scale > 0):
@@ -97,23 +124,40 @@ class MoiraiMoeConfig:
 
     @classmethod
     def of(
-        cls, d_model: int, layers: int, d_ff: int | None = None, heads: int | None = None, n_experts=N_EXPERTS, **rest
+        cls,
+        d_model: int,
+        layers: int,
+        d_ff: int | None = None,
+        heads: int | None = None,
+        n_experts=N_EXPERTS,
+        **rest,
     ) -> "MoiraiMoeConfig":
-        """Equal layers with all experts; heads split the model width, by default as in the original."""
+        """Equal layers with all experts; heads split the model width, by default as in the
+        original.
+        """
         heads = d_model // HEAD_DIM if heads is None else heads
         if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
+            raise ValueError(
+                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
+            )
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
         kept = (tuple(range(n_experts)),) * layers
         return cls(
-            d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, kept, n_experts=n_experts, **rest
-        )  # fmt: skip
+            d_model,
+            d_model // heads,
+            (heads,) * layers,
+            (d_ff,) * layers,
+            kept,
+            n_experts=n_experts,
+            **rest,
+        )
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiMoeConfig":
         """Reads config.json of the hub.
 
-        Raises: ValueError naming the fields that are missing, or a distribution other than the mixture.
+        Raises: ValueError naming the fields that are missing, or a distribution other than the
+        mixture.
         """
         required = ("d_model", "num_layers", "patch_sizes", "distr_output")
         if missing := [name for name in required if name not in fields]:
@@ -157,15 +201,21 @@ PRESETS = {
 
 
 class SizedSquare(nn.Module):
-    """Features to features, with weights of their own for each patch size: kernel [Z, D, D], bias [Z, D]."""
+    """Features to features, with weights of their own for each patch size: kernel [Z, D, D], bias
+    [Z, D].
+    """
 
     sizes: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x_BND, patch):
         d = x_BND.shape[-1]
-        kernel_ZDD = self.param("kernel", nn.initializers.zeros, (len(self.sizes), d, d)).astype(x_BND.dtype)
-        bias_ZD = self.param("bias", nn.initializers.zeros, (len(self.sizes), d)).astype(x_BND.dtype)
+        kernel_ZDD = self.param("kernel", nn.initializers.zeros, (len(self.sizes), d, d)).astype(
+            x_BND.dtype
+        )
+        bias_ZD = self.param("bias", nn.initializers.zeros, (len(self.sizes), d)).astype(
+            x_BND.dtype
+        )
 
         def one(z, _):
             return (x_BND.reshape(-1, d) @ kernel_ZDD[z] + bias_ZD[z][None]).reshape(x_BND.shape)
@@ -174,7 +224,9 @@ class SizedSquare(nn.Module):
 
 
 class Routed(nn.Module):
-    """Tokens through the experts of the two farthest centroids [E, D]: [B, N, D] -> [B, N, D], and the named steps."""
+    """Tokens through the experts of the two farthest centroids [E, D]: [B, N, D] -> [B, N, D], and
+    the named steps.
+    """
 
     cfg: MoiraiMoeConfig
     layer: int
@@ -183,13 +235,22 @@ class Routed(nn.Module):
     def __call__(self, x_BND, centroid_ED):
         cfg, taps, kept = self.cfg, {}, self.cfg.kept[self.layer]
         x_TD = x_BND.reshape(-1, cfg.d_model)
-        wide, centre_ED = x_TD.astype(jnp.float32), centroid_ED.astype(jnp.float32)[np.asarray(kept)]
+        wide, centre_ED = (
+            x_TD.astype(jnp.float32),
+            centroid_ED.astype(jnp.float32)[np.asarray(kept)],
+        )
         product_TE = jnp.matmul(wide, centre_ED.T, precision=jax.lax.Precision.HIGHEST)
-        square_TE = jnp.square(wide).sum(-1, keepdims=True) + jnp.square(centre_ED).sum(-1)[None] - 2 * product_TE
+        square_TE = (
+            jnp.square(wide).sum(-1, keepdims=True)
+            + jnp.square(centre_ED).sum(-1)[None]
+            - 2 * product_TE
+        )
         distance_TE = taps["distance"] = jnp.sqrt(jnp.maximum(square_TE, 1e-12))
         far_TK, chosen_TK = jax.lax.top_k(distance_TE, TOP_K)
         taps["weights"], taps["experts"] = jax.nn.softmax(far_TK), jnp.asarray(kept)[chosen_TK]
-        stacked = experts.Experts(cfg.d_model, len(kept), cfg.expert_dims[self.layer], nn.silu, name="experts")
+        stacked = experts.Experts(
+            cfg.d_model, len(kept), cfg.expert_dims[self.layer], nn.silu, name="experts"
+        )
         y_BND = stacked(x_TD, taps["weights"], chosen_TK).reshape(x_BND.shape)
         return y_BND, {name: value.reshape(*x_BND.shape[:2], -1) for name, value in taps.items()}
 
@@ -209,9 +270,16 @@ class Block(nn.Module):
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = AnyVariateAttention(
-            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.attn_dropout, name="attn"
+            cfg.d_model,
+            cfg.n_heads[self.layer],
+            cfg.head_dim,
+            value_dim,
+            cfg.attn_dropout,
+            name="attn",
         )
-        y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only)
+        y_BND, inner = attention(
+            y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only
+        )
         taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
         x_BND = x_BND if only is None else x_BND[:, only]
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
@@ -224,8 +292,8 @@ class Block(nn.Module):
 class MoiraiMoeNet(nn.Module):
     """Packed tokens -> mixtures [B, N, P] in the units of the tokens, and the named steps between.
 
-    patch: the patch size of all tokens, or of each [B, N]. only: places [n] of the tokens whose distribution is asked
-    for; None: all. lean: for a forecast, without the steps of the layers.
+    patch: the patch size of all tokens, or of each [B, N]. only: places [n] of the tokens whose
+    distribution is asked for; None: all. lean: for a forecast, without the steps of the layers.
     """
 
     cfg: MoiraiMoeConfig
@@ -233,12 +301,16 @@ class MoiraiMoeNet(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens, patch, train: bool = False, only=None, lean: bool = False):
         cfg = self.cfg
-        loc_BN1, scale_BN1 = packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
+        loc_BN1, scale_BN1 = (
+            packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
+        )
         taps = {"loc": loc_BN1, "scale": scale_BN1}
         scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
         for name in ("embed", "residual"):
             taps[name] = SizedIn(cfg.patch_sizes, cfg.d_model, name=name)(scaled_BNP, patch)
-        taps["feature"] = SizedSquare(cfg.patch_sizes, name="feature")(nn.silu(taps["embed"]), patch)
+        taps["feature"] = SizedSquare(cfg.patch_sizes, name="feature")(
+            nn.silu(taps["embed"]), patch
+        )
         x_BND = taps["feature"] + taps["residual"]
         shape = (len(cfg.kept), cfg.n_experts, cfg.d_model)
         centroid_LED = jax.lax.stop_gradient(self.param("centroid", nn.initializers.zeros, shape))
@@ -246,11 +318,16 @@ class MoiraiMoeNet(nn.Module):
         looped = loops(self, lean, train)
         if looped:
             layers = self.variables["params"]
-            layers = {f"layer_{i}": {"block": layers[f"layer_{i}"], "centroid": centroid_LED[i]} for i in range(depth)}
+            layers = {
+                f"layer_{i}": {"block": layers[f"layer_{i}"], "centroid": centroid_LED[i]}
+                for i in range(depth)
+            }
 
             def layer(i, params, x_BND, only=None):
                 block = Block(cfg, i, parent=None)
-                return block.apply({"params": params["block"]}, x_BND, params["centroid"], tokens, train, only)[0]
+                return block.apply(
+                    {"params": params["block"]}, x_BND, params["centroid"], tokens, train, only
+                )[0]
 
             # The last layer is on its own: of it, nothing but the tokens asked for is computed.
             runs = equal_runs(depth - 1, cfg.n_heads, cfg.expert_dims, cfg.kept, cfg.value_dims)
@@ -258,7 +335,9 @@ class MoiraiMoeNet(nn.Module):
             x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
         for i in range(0 if looped else depth):
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, centroid_LED[i], tokens, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else only
         patch = patch if isinstance(patch, int) else patch[:, cut]
@@ -305,7 +384,16 @@ class MoiraiMoe(Model):
     @classmethod
     def small(cls) -> MoiraiMoeConfig:
         return MoiraiMoeConfig.of(
-            16, 2, 8, 2, 4, patch_sizes=(4, 8), patch_size=8, context_len=32, horizon=8, n_samples=10
+            16,
+            2,
+            8,
+            2,
+            4,
+            patch_sizes=(4, 8),
+            patch_size=8,
+            context_len=32,
+            horizon=8,
+            n_samples=10,
         )
 
     @property
@@ -325,13 +413,17 @@ class MoiraiMoe(Model):
         return 8  # times n_samples, once the roll-out has begun
 
     def init(self, key: jax.Array) -> Tree:
-        """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights, with zeros where a smaller
-        patch size has none; the feature layer U(+-1/D), since torch takes its first two axes for inputs; norms 1.
-        Centroids N(0, 1), ours: the original has no scheme for them."""
+        """Torch's defaults: N(0, 1) for the variate biases; U(+-1/sqrt(inputs)) for weights, with
+        zeros where a smaller patch size has none; the feature layer U(+-1/D), since torch takes its
+        first two axes for inputs; norms 1. Centroids N(0, 1), ours: the original has no scheme for
+        them.
+        """
         cfg = self.config
         patch = max(cfg.patch_sizes)
         tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
-        shapes = jax.eval_shape(lambda k, x: MoiraiMoeNet(cfg).init(k, x, patch), key, tokens)["params"]
+        shapes = jax.eval_shape(lambda k, x: MoiraiMoeNet(cfg).init(k, x, patch), key, tokens)[
+            "params"
+        ]
 
         def rule(path, shape):
             if path == "centroid":
@@ -343,17 +435,30 @@ class MoiraiMoe(Model):
         return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model, rule)
 
     def recipe(self) -> Recipe:
-        source = "none in uni2ts for MoE: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip 1.0)"
+        source = (
+            "none in uni2ts for MoE: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip 1.0)"
+        )
         context = self.context_len
-        return Recipe(5e-7, 64, 10, "constant", context, self.horizon, "own", source, weight_decay=0.1, clip=1.0)
+        return Recipe(
+            5e-7,
+            64,
+            10,
+            "constant",
+            context,
+            self.horizon,
+            "own",
+            source,
+            weight_decay=0.1,
+            clip=1.0,
+        )
 
     # --- the network, and what is made of its next-patch distributions
 
     def apply(
         self, params: Tree, tokens: Tokens, patch, key=None, train=False, only=None, lean=False
     ) -> tuple[Mixture, dict]:
-        """One forward pass: at every token the distribution [B, N, P] of the patch after it, in the units of the
-        tokens, and the named steps.
+        """One forward pass: at every token the distribution [B, N, P] of the patch after it, in the
+        units of the tokens, and the named steps.
 
         patch, only, lean: see `MoiraiMoeNet`.
         """
@@ -363,16 +468,22 @@ class MoiraiMoe(Model):
         rngs = {"dropout": key} if train else None
         return net.apply({"params": params}, tokens, patch, train, only, lean, rngs=rngs)
 
-    def packed_loss(self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None) -> jax.Array:
-        """Negative log-likelihood of the predicted, observed entries under the token before each, every variate of
-        every sample counting alike. The tokens of a variate must follow each other. weight: of each row."""
+    def packed_loss(
+        self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None
+    ) -> jax.Array:
+        """Negative log-likelihood of the predicted, observed entries under the token before each,
+        every variate of every sample counting alike. The tokens of a variate must follow each
+        other. weight: of each row.
+        """
         y, _ = self.apply(params, tokens, patch, key, train)
         before = jax.tree.map(lambda leaf: leaf[:, :-1], y)
         after = jax.tree.map(lambda leaf: leaf[:, 1:], tokens)
         return packed.group_mean(-before.log_prob(after.target), after, weight)
 
     def fill(self, tokens: Tokens, places: jax.Array, values_RCP: jax.Array) -> Tokens:
-        """The tokens with generated values at `places` [C], which from now on count in the scaler."""
+        """The tokens with generated values at `places` [C], which from now on count in
+        the scaler.
+        """
         inside = jnp.arange(tokens.target.shape[-1]) < self.config.patch_size
         return dataclasses.replace(
             tokens,
@@ -381,15 +492,21 @@ class MoiraiMoe(Model):
         )
 
     def rollout(
-        self, params: Tree, tokens: Tokens, last: np.ndarray, first: np.ndarray, steps: int, draw: Callable
+        self,
+        params: Tree,
+        tokens: Tokens,
+        last: np.ndarray,
+        first: np.ndarray,
+        steps: int,
+        draw: Callable,
     ) -> jax.Array:
         """Sample paths [n, B, C, steps * patch] after packed tokens.
 
         Args:
-          last: places [C] of the last token of each variate's past. first: of the first one of its future, from where
-            the others follow.
-          draw: (step, mixture at [R, C, P]) -> samples: [n, B, C, P] at step 0, where R is B; [R, C, P] at later ones,
-            where R is n * B.
+          last: places [C] of the last token of each variate's past. first: of the first one of its
+            future, from where the others follow.
+          draw: (step, mixture at [R, C, P]) -> samples: [n, B, C, P] at step 0, where R is B; [R,
+            C, P] at later ones, where R is n * B.
         """
         p = self.config.patch_size
         y, _ = self.apply(params, tokens, p, only=last, lean=True)
@@ -413,38 +530,53 @@ class MoiraiMoe(Model):
 
     # --- the contract
 
-    def _places(self, n_variates: int, time_steps: int, horizon: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Of the tokens of `pack`: the last of each past [C], the first of each future [C], and steps of the future."""
+    def _places(
+        self, n_variates: int, time_steps: int, horizon: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Of the tokens of `pack`: the last of each past [C], the first of each future [C], and
+        steps of the future.
+        """
         p = self.config.patch_size
         past, steps, c = -(-time_steps // p), -(-horizon // p), np.arange(n_variates)
         return c * past + past - 1, n_variates * past + c * steps, steps
 
     def _distribution(self, params: Tree, batch: Batch, key, train: bool) -> tuple[Mixture, dict]:
-        """Distribution of a batch's targets, each patch given the true ones before it; and the batch in rows."""
+        """Distribution of a batch's targets, each patch given the true ones before it; and the
+        batch in rows.
+        """
         cfg, rows = self.config, packed.rows_of(batch, self.config.variates)
         p, (_, c, t), h = cfg.patch_size, rows["context"].shape, rows["target"].shape[-1]
         future = observed_series(rows["target"])
-        tokens = packed.pack(observed_series(rows["context"]), h, p, max(cfg.patch_sizes), future=future)
+        tokens = packed.pack(
+            observed_series(rows["context"]), h, p, max(cfg.patch_sizes), future=future
+        )
         last, first, steps = self._places(c, t, h)
-        only = np.concatenate([np.r_[x, y : y + steps - 1] for x, y in zip(last, first, strict=True)])
+        only = np.concatenate(
+            [np.r_[x, y : y + steps - 1] for x, y in zip(last, first, strict=True)]
+        )
         y, _ = self.apply(params, tokens, p, key, train, only)
         return jax.tree.map(lambda leaf: packed.unpack(leaf, c, h, p), y), rows
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Negative log-likelihood of the target in its units, each patch given the true ones before it; every variate
-        of each row counts alike. The repository has no trainer for MoE: this is Moirai's loss, one token on."""
+        """Negative log-likelihood of the target in its units, each patch given the true ones before
+        it; every variate of each row counts alike. The repository has no trainer for MoE: this is
+        Moirai's loss, one token on.
+        """
         y, rows = self._distribution(params, batch, key, train)
         return mixture.series_nll(y, *observed_series(rows["target"]), rows.get("weight"))
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the distribution's mean, over the observed targets; each patch given the true ones before it."""
+        """MSE of the distribution's mean, over the observed targets; each patch given the true ones
+        before it.
+        """
         y, rows = self._distribution(params, batch, key, train)
         return packed.masked_mse(y.mean(), *observed_series(rows["target"]), rows.get("weight"))
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Sample paths, patch by patch; the point is their median.
 
-        The context is cut to `context_len`. Missing values are not observed, as in the original's pipeline.
+        The context is cut to `context_len`. Missing values are not observed, as in the original's
+        pipeline.
         """
         check_context(context, horizon)
         cfg = self.config

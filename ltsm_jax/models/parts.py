@@ -1,9 +1,11 @@
-"""Parts that a model can lose (`Model.prunable`): where they are, the model without some of them, and in full again.
+"""Parts that a model can lose (`Model.prunable`): where they are, the model without some of them,
+and in full again.
 
-Nothing here knows a family: where heads, units and experts lie in the parameters, and where a config counts them, is
-what the family's groups say.
+Nothing here knows a family: where heads, units and experts lie in the parameters, and where a
+config counts them, is what the family's groups say.
 
-Letters: H heads, G heads of keys and values, V width of the values, K width of queries and keys, F units, E experts.
+Letters: H heads, G heads of keys and values, V width of the values, K width of queries and keys, F
+units, E experts.
 """
 
 import dataclasses
@@ -25,14 +27,18 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A module with parts of one kind: `group` says which, `path` is the module's, `match` that of the pattern."""
+    """A module with parts of one kind: `group` says which, `path` is the module's, `match` that of
+    the pattern.
+    """
 
     group: Group
     path: str
     match: re.Match
 
     def entry(self, name: str | None) -> str:
-        """The config's entry for this module: of the group's "n_heads.\\1", "n_heads.3"; "" where it has none."""
+        """The config's entry for this module: of the group's "n_heads.\\1", "n_heads.3"; "" where
+        it has none.
+        """
         return self.match.expand(name or "")
 
     def size(self, config: Any) -> str:
@@ -45,8 +51,9 @@ class Place:
 class Kept:
     """What stays of a module's parts, as indices.
 
-    parts: of the heads [H'] or units [F'], or of the experts all [E]. shared: of the key and value heads [G'].
-    values [G', V'], scores [G', K']: channels of each of those heads; None: all. units: of each expert [E, F'].
+    parts: of the heads [H'] or units [F'], or of the experts all [E]. shared: of the key and value
+    heads [G']. values [G', V'], scores [G', K']: channels of each of those heads; None: all. units:
+    of each expert [E, F'].
     """
 
     parts: np.ndarray
@@ -62,14 +69,21 @@ def places(model: Model, paths: Iterable[str]) -> list[Place]:
     for path in paths:
         names = path.split("/")
         modules |= dict.fromkeys("/".join(names[:i]) for i in range(1, len(names)))
-    return [Place(g, path, m) for path in modules for g in model.prunable if (m := re.fullmatch(g.pattern, path))]
+    return [
+        Place(g, path, m)
+        for path in modules
+        for g in model.prunable
+        if (m := re.fullmatch(g.pattern, path))
+    ]
 
 
 def stacks(model: Model, paths: Iterable[str]) -> list[tuple[str, ...]]:
-    """The layers among the `paths` of parameters, stack by stack, each in the order in which a forward pass has them.
+    """The layers among the `paths` of parameters, stack by stack, each in the order in which a
+    forward pass has them.
 
-    Returns: paths of layers, such as [("encoder/layer_0", "encoder/layer_1"), ("decoder/layer_0",)]; a layer is what
-      `Model.blocks` matches, and the layers beside each other in one module are a stack.
+    Returns: paths of layers, such as [("encoder/layer_0", "encoder/layer_1"),
+      ("decoder/layer_0",)]; a layer is what `Model.blocks` matches, and the layers beside each
+      other in one module are a stack.
     """
     found: dict[str, None] = {}
     for path in paths:
@@ -86,7 +100,8 @@ def _numbers(layer: str) -> list[int]:
 
 
 def shorter(model: Model, params: Params, gone: Iterable[str]) -> tuple[Model, Params]:
-    """The model without whole layers, the others in their order and numbered anew; see `pruning.drop_layers`.
+    """The model without whole layers, the others in their order and numbered anew; see
+    `pruning.drop_layers`.
 
     It works for families whose stacks are plain lists: layer i of a stack has number i, every
     entry that the family's groups have for it is entry i of a field of the config, and a model with
@@ -97,7 +112,9 @@ def shorter(model: Model, params: Params, gone: Iterable[str]) -> tuple[Model, P
     found = stacks(model, flat)
     if unknown := out - {layer for stack in found for layer in stack}:
         known = ", ".join(layer for stack in found for layer in stack)
-        raise ValueError(f"{', '.join(sorted(unknown))}: no layers of this {model.family}; there are {known}")
+        raise ValueError(
+            f"{', '.join(sorted(unknown))}: no layers of this {model.family}; there are {known}"
+        )
     small = _shortened(model, flat, out)
     try:
         shapes = trees.flatten(jax.eval_shape(small.init, jax.random.key(0)))
@@ -118,7 +135,12 @@ def shorter(model: Model, params: Params, gone: Iterable[str]) -> tuple[Model, P
         new = names.get(layer, layer) + path[len(layer) :] if layer else path
         wanted = getattr(shapes.get(new), "shape", None)
         for n, left in rows:
-            if wanted is not None and leaf.shape != wanted and leaf.shape[:1] == (n,) and wanted[:1] == (len(left),):
+            if (
+                wanted is not None
+                and leaf.shape != wanted
+                and leaf.shape[:1] == (n,)
+                and wanted[:1] == (len(left),)
+            ):
                 leaf = leaf[np.asarray(left)]
         kept[new] = leaf
     tree = trees.unflatten(kept)
@@ -148,22 +170,33 @@ def _shortened(model: Model, paths: Iterable[str], gone: Collection[str]) -> Mod
 
 
 def as_deep(full: Model, model: Model, params: Params) -> Model:
-    """`full` with as many layers as a model has that was made of it; whose they were plays no part in widths."""
+    """`full` with as many layers as a model has that was made of it; whose they were plays no part
+    in widths.
+    """
     paths = list(trees.flatten(jax.eval_shape(full.init, jax.random.key(0))))
     own = {stack[0]: len(stack) for stack in stacks(model, trees.flatten(params))}
-    gone = [layer for stack in stacks(full, paths) for layer in stack[own.get(stack[0], len(stack)) :]]
+    gone = [
+        layer for stack in stacks(full, paths) for layer in stack[own.get(stack[0], len(stack)) :]
+    ]
     return _shortened(full, paths, gone) if gone else full
 
 
 def _not_plain(model: Model, why: str) -> ValueError:
-    return ValueError(f"layers of a {model.family} can't be taken out: they are not a plain list of equal ones ({why})")
+    return ValueError(
+        f"layers of a {model.family} can't be taken out: they are not a plain list of equal ones "
+        f"({why})"
+    )
 
 
 def _fields_of_layers(model: Model, paths: Iterable[str], stack: tuple[str, ...]) -> set[str]:
-    """Fields of the config with an entry for each layer of a stack: "n_heads", "encoder.ffn_dims"."""
+    """Fields of the config with an entry for each layer of a stack:
+    "n_heads", "encoder.ffn_dims".
+    """
     found = set()
     for place in places(model, paths):
-        layer = next((i for i, layer in enumerate(stack) if f"{place.path}/".startswith(f"{layer}/")), None)
+        layer = next(
+            (i for i, layer in enumerate(stack) if f"{place.path}/".startswith(f"{layer}/")), None
+        )
         if layer is None:
             continue
         if int(re.findall(r"\d+", stack[layer])[-1]) != layer:
@@ -181,8 +214,10 @@ def _fields_of_layers(model: Model, paths: Iterable[str], stack: tuple[str, ...]
 
 
 def arrays(place: Place, kept: Kept) -> Iterator[tuple[str, tuple[int, ...], tuple[Any, ...]]]:
-    """What a module's parts have in its parameters, and in its masks: (path, axes, indices), of kernels and of what
-    else there may be. indices: [n] of one axis, or two that broadcast and index two axes at once."""
+    """What a module's parts have in its parameters, and in its masks: (path, axes, indices), of
+    kernels and of what else there may be. indices: [n] of one axis, or two that broadcast and index
+    two axes at once.
+    """
     group = place.group
     at = lambda name, leaf: f"{place.path}/{name}/{leaf}".removesuffix("/")  # noqa: E731
     if group.kind == "experts":
@@ -199,14 +234,18 @@ def arrays(place: Place, kept: Kept) -> Iterator[tuple[str, tuple[int, ...], tup
         axes, indices = _index(heads, channels, (-2, -1) if group.kind == "heads" else (-1,))
         yield from ((at(name, leaf), axes, indices) for leaf in ("kernel", "bias", "out"))
     axes, indices = _index(kept.parts, kept.values, (0, 1))
-    yield from ((at(name, leaf), axes, indices) for name in group.takes for leaf in ("kernel", "in"))
+    yield from (
+        (at(name, leaf), axes, indices) for name in group.takes for leaf in ("kernel", "in")
+    )
     yield from ((at(name, ""), (axis,), (kept.parts,)) for name, axis in group.others)
 
 
 def _index(
     parts: np.ndarray, channels: np.ndarray | None, axes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[np.ndarray, ...]]:
-    """Axes and indices of parts, with channels [G', n] where it has some: of each, or of each that several share."""
+    """Axes and indices of parts, with channels [G', n] where it has some: of each, or of each that
+    several share.
+    """
     if channels is None:
         return axes[:1], (parts,)
     return axes, (parts[:, None], np.repeat(channels, len(parts) // max(len(channels), 1), axis=0))
@@ -217,15 +256,22 @@ def without(
 ) -> tuple[Model, Params, trees.Tree]:
     """The model, its parameters and its masks with nothing but what is kept.
 
-    Linears that have lost all their inputs or outputs have no kernel, and masks only where they still have a bias.
+    Linears that have lost all their inputs or outputs have no kernel, and masks only where they
+    still have a bias.
     """
-    flat, own, fields = dict(trees.flatten(params)), dict(trees.flatten(masks)), model.config_to_dict()
+    flat, own, fields = (
+        dict(trees.flatten(params)),
+        dict(trees.flatten(masks)),
+        model.config_to_dict(),
+    )
     for place, stays in kept:
         for path, axes, indices in arrays(place, stays):
             for tree in (flat, own):
                 if path in tree:
                     front = tuple(range(len(axes)))
-                    x = np.moveaxis(np.asarray(tree[path]), axes, front)  # on the host: jnp compiles each shape anew
+                    x = np.moveaxis(
+                        np.asarray(tree[path]), axes, front
+                    )  # on the host: jnp compiles each shape anew
                     tree[path] = jnp.asarray(np.moveaxis(x[indices], front, axes))
         fields = _narrowed(fields, model.config, place, stays)
     small = dataclasses.replace(model, config=model.config_from_dict(fields))
@@ -234,11 +280,17 @@ def without(
     flat = {path: leaf for path, leaf in flat.items() if leaf.size}
     linear = lambda path: path.rpartition("/")[0]  # noqa: E731
     gone = {linear(path) for path, mask in own.items() if not mask.size}
-    own = {path: m for path, m in own.items() if linear(path) not in gone or f"{linear(path)}/bias" in flat}
+    own = {
+        path: m
+        for path, m in own.items()
+        if linear(path) not in gone or f"{linear(path)}/bias" in flat
+    }
     return small, trees.unflatten(flat), trees.unflatten(own)
 
 
-def _narrowed(fields: Mapping[str, Any], config: Any, place: Place, kept: Kept) -> Mapping[str, Any]:
+def _narrowed(
+    fields: Mapping[str, Any], config: Any, place: Place, kept: Kept
+) -> Mapping[str, Any]:
     """The fields of a config, with the numbers of what is kept; `config` is the one before."""
     group, size = place.group, place.size(config)
     if group.kind == "experts":
@@ -250,17 +302,23 @@ def _narrowed(fields: Mapping[str, Any], config: Any, place: Place, kept: Kept) 
         fields = _with(fields, place.entry(group.shared), len(kept.shared))
     if group.ids:
         ids = np.asarray(_ids(config, place))[kept.parts]
-        fields = _with(fields, place.entry(group.ids), tuple(map(int, ids)), lambda i: _ids(config, place, i))
+        fields = _with(
+            fields, place.entry(group.ids), tuple(map(int, ids)), lambda i: _ids(config, place, i)
+        )
     whole = lambda _: _beside(config, size, "head_dim")  # noqa: E731
     for entry, channels in ((group.values, kept.values), (group.scores, kept.scores)):
         if entry and channels is not None and len(channels):
             fields = _with(fields, place.entry(entry), channels.shape[1], whole)
     if group.pairs and kept.scores is not None and len(kept.scores):
-        n = kept.scores.shape[1] // 2  # the first members of the pairs, in the order of the channels
+        n = (
+            kept.scores.shape[1] // 2
+        )  # the first members of the pairs, in the order of the channels
         before = _pairs(config, place)
         pairs = tuple(
             tuple(before[int(g)][int(j)] for j in channels[:n])
-            for g, channels in zip(kept.parts if kept.shared is None else kept.shared, kept.scores, strict=True)
+            for g, channels in zip(
+                kept.parts if kept.shared is None else kept.shared, kept.scores, strict=True
+            )
         )
         fields = _with(fields, place.entry(group.pairs), pairs, lambda _: ())
     elif group.pairs and not len(kept.parts) and entry_of(config, _field(place.entry(group.pairs))):
@@ -279,7 +337,9 @@ def _beside(config: Any, entry: str, name: str) -> Any:
 
 
 def _with(fields: Any, entry: str, value: Any, default: Any = None) -> Any:
-    """Plain fields with another value at an entry. default: function of the layer, for a field that is still ()."""
+    """Plain fields with another value at an entry. default: function of the layer, for a field that
+    is still ().
+    """
     name, _, rest = entry.partition(".")
     if not name:
         return value
@@ -319,7 +379,11 @@ def _width(config: Any, place: Place, name: str) -> int:
     """The width of the values or scores of this layer."""
     entry = place.entry(name)
     told = entry_of(config, _field(entry))
-    return told[int(entry.rpartition(".")[2])] if told else _beside(config, place.size(config), "head_dim")
+    return (
+        told[int(entry.rpartition(".")[2])]
+        if told
+        else _beside(config, place.size(config), "head_dim")
+    )
 
 
 def _tables(model: Model, found: Iterable[Place]) -> dict[str, int]:
@@ -334,14 +398,17 @@ def _tables(model: Model, found: Iterable[Place]) -> dict[str, int]:
 
 
 def narrow_heads(model: Model) -> list[str]:
-    """Fields of the config that say that heads are narrower than those of the model it was: "value_dims (7, 8)"."""
+    """Fields of the config that say that heads are narrower than those of the model it was:
+    "value_dims (7, 8)".
+    """
     entries = {entry for g in model.prunable for entry in (g.values, g.scores, g.pairs) if entry}
     told = {_field(entry): entry_of(model.config, _field(entry)) for entry in sorted(entries)}
     return [f"{name} {value}" for name, value in told.items() if value]
 
 
 def pad(model: Model, params: Params, full: Model) -> Params:
-    """The parameters that make `full` compute what a model with fewer parts computes: zeros where parts are missing.
+    """The parameters that make `full` compute what a model with fewer parts computes: zeros where
+    parts are missing.
 
     It is the form in which an original that has one width for all layers can hold a pruned model.
 
@@ -349,8 +416,9 @@ def pad(model: Model, params: Params, full: Model) -> Params:
       model, params: what removal gave, trained since or not.
       full: the model as it was before, see `pruned_from` in the provenance of a model folder.
     Returns: parameters of `full`, as numpy arrays where something was added.
-    Raises: ValueError for experts that are missing, which zeros can't replace: the router would go on choosing them,
-      where the pruned model takes the next ones; and listing every parameter that does not fit.
+    Raises: ValueError for experts that are missing, which zeros can't replace: the router would go
+      on choosing them, where the pruned model takes the next ones; and listing every parameter that
+      does not fit.
     """
     flat, whole = trees.flatten(params), trees.flatten(jax.eval_shape(full.init, jax.random.key(0)))
     if type(model) is not type(full):
@@ -358,7 +426,10 @@ def pad(model: Model, params: Params, full: Model) -> Params:
     found, problems, where = places(full, whole), [], {}
     for place in found:
         try:
-            where |= {path: rest for path, *rest in arrays(place, _standing(model.config, full.config, place))}
+            where |= {
+                path: rest
+                for path, *rest in arrays(place, _standing(model.config, full.config, place))
+            }
         except ValueError as err:
             problems.append(f"  {place.path}: {err}")
     tables, padded = {place.group.table for place in found} - {None}, {}
@@ -381,7 +452,9 @@ def pad(model: Model, params: Params, full: Model) -> Params:
                 raise ValueError("another shape")
             part[indices] = np.moveaxis(np.asarray(x), axes, front)
         except (ValueError, IndexError):
-            problems.append(f"  {path}: {None if x is None else np.shape(x)} does not go into {leaf.shape}")
+            problems.append(
+                f"  {path}: {None if x is None else np.shape(x)} does not go into {leaf.shape}"
+            )
     problems += [f"  {path}: not in the full model" for path in flat.keys() - whole.keys()]
     if problems:
         raise ValueError("the model can't be padded to its full size:\n" + "\n".join(problems))
@@ -396,7 +469,9 @@ def _standing(config: Any, full: Any, place: Place) -> Kept:
         here, there = _ids_of_experts(config, place), _ids_of_experts(full, place)
         if here != there:
             lost = sorted(set(there) - set(here))
-            raise ValueError(f"experts {lost} are gone, and the original's router would go on choosing them")
+            raise ValueError(
+                f"experts {lost} are gone, and the original's router would go on choosing them"
+            )
         return Kept(np.arange(len(there)), units=np.tile(np.arange(n), (len(there), 1)))
     if group.kind != "heads":
         return Kept(np.arange(n))
@@ -408,7 +483,9 @@ def _standing(config: Any, full: Any, place: Place) -> Kept:
     if group.shared:
         heads = entry_of(config, place.entry(group.shared))
         shared = np.arange(heads)
-        if heads and n // heads != entry_of(full, place.size(full)) // entry_of(full, place.entry(group.shared)):
+        if heads and n // heads != entry_of(full, place.size(full)) // entry_of(
+            full, place.entry(group.shared)
+        ):
             raise ValueError("as many heads must share a key head as in the full model")
     values = scores = None
     if group.values:
@@ -418,7 +495,9 @@ def _standing(config: Any, full: Any, place: Place) -> Kept:
     if group.pairs:
         there = _pairs(full, place)
         half = len(there[0]) if there else 0
-        firsts = np.asarray([[there[g].index(j) for j in own] for g, own in enumerate(_pairs(config, place))], int)
+        firsts = np.asarray(
+            [[there[g].index(j) for j in own] for g, own in enumerate(_pairs(config, place))], int
+        )
         firsts = firsts.reshape(heads, -1) if heads else np.zeros((0, 0), int)
         scores = np.concatenate([firsts, firsts + half], axis=1)
     return Kept(parts, shared, values, scores)

@@ -1,15 +1,17 @@
 """Sundial: a decoder-only Transformer over patches whose forecasts are drawn by flow matching.
 
-Liu et al., "Sundial: A Family of Highly Capable Time Series Foundation Models" (ICML 2025, arXiv 2502.00816). Follows
-the hub's remote code of thuml/sundial-base-128m (as vendored in sktime commit 7bd7d16). The Transformer's state at a
-patch is the condition z of a small network that predicts, from a noised version, the Q points that follow. It predicts
-the CLEAN points, not the velocity; sampling integrates `net(x, t, z) - noise` by Euler's method, with the noise it
-began with all along. A longer horizon goes on from the median of the samples, point by point (of an even number the
-lower of the two in the middle), so that all samples share one path.
+Liu et al., "Sundial: A Family of Highly Capable Time Series Foundation Models" (ICML 2025, arXiv
+2502.00816). Follows the hub's remote code of thuml/sundial-base-128m (as vendored in sktime commit
+7bd7d16). The Transformer's state at a patch is the condition z of a small network that predicts,
+from a noised version, the Q points that follow. It predicts the CLEAN points, not the velocity;
+sampling integrates `net(x, t, z) - noise` by Euler's method, with the noise it began with all
+along. A longer horizon goes on from the median of the samples, point by point (of an even number
+the lower of the two in the middle), so that all samples share one path.
 
-Differences by default, where the original has a slip: `loss` scales context and target as forecasting does (the
-original's training forward has another rule: 1 in the place of standard deviations up to 0.01), and a mask of target
-points goes with its own row (the original tiles it over rows of another order).
+Differences by default, where the original has a slip: `loss` scales context and target as
+forecasting does (the original's training forward has another rule: 1 in the place of standard
+deviations up to 0.01), and a mask of target points goes with its own row (the original tiles it
+over rows of another order).
 """
 
 import dataclasses
@@ -22,7 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax.layers.causal import ACTIVATIONS, CausalAttention, GatedMLP, causal_mask, empty_cache, roll_out
+from ltsm_jax.layers.causal import (
+    ACTIVATIONS,
+    CausalAttention,
+    GatedMLP,
+    causal_mask,
+    empty_cache,
+    roll_out,
+)
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
@@ -36,7 +45,9 @@ from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 EPS = 1e-5  # added to the standard deviation of the context
-BASE = 10000.0  # of the rotary positions, whatever rope_theta the published config names: the original never reads it
+# of the rotary positions, whatever rope_theta the published config names: the original never reads
+# it
+BASE = 10000.0
 PATCHES = 180  # of the longest context that the checkpoint was trained with: 2880 points
 TIME_FEATURES = 256
 LEVELS = tuple(q / 10 for q in range(1, 10))
@@ -48,11 +59,12 @@ MAX_FLOW_DEPTH = 64  # the published has 3
 class SundialConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    patch_len P, horizon Q (points of one draw), d_model D, head_dim K, n_heads H and ffn_dims F of each layer,
-    embed_dim: width inside the patch embedding, flow_depth: residual blocks of the flow network, sampling_steps of
-    Euler's method, train_draws: noised targets per token in training, n_samples of `predict` (their mean is the point
-    forecast), context_len in time steps. value_dims: K of the values of each layer, () is head_dim.
-    rotary_pairs: for each layer and each of its key heads the pairs that queries and keys still have, () is all.
+    patch_len P, horizon Q (points of one draw), d_model D, head_dim K, n_heads H and ffn_dims F of
+    each layer, embed_dim: width inside the patch embedding, flow_depth: residual blocks of the flow
+    network, sampling_steps of Euler's method, train_draws: noised targets per token in training,
+    n_samples of `predict` (their mean is the point forecast), context_len in time steps.
+    value_dims: K of the values of each layer, () is head_dim. rotary_pairs: for each layer and each
+    of its key heads the pairs that queries and keys still have, () is all.
     """
 
     patch_len: int
@@ -78,26 +90,50 @@ class SundialConfig:
         problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         problems += pair_problems(self.n_heads, self.head_dim, self.rotary_pairs)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers")
-        sizes = (self.patch_len, self.horizon, self.d_model, self.head_dim, self.embed_dim, self.context_len)
+            problems.append(
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers"
+            )
+        sizes = (
+            self.patch_len,
+            self.horizon,
+            self.d_model,
+            self.head_dim,
+            self.embed_dim,
+            self.context_len,
+        )
         counts = (self.sampling_steps, self.train_draws, self.n_samples, self.max_positions)
         if min(*sizes, *counts) < 1 or min(self.flow_depth, *self.n_heads, *self.ffn_dims) < 0:
             problems.append(f"every size must be positive: {self}")
         if self.flow_depth > MAX_FLOW_DEPTH:
             problems.append(f"flow_depth may be at most {MAX_FLOW_DEPTH}, got {self.flow_depth}")
         if self.head_dim % 2:
-            problems.append(f"heads must have an even width for the rotary positions, got {self.head_dim}")
-        if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.init_std >= 0:
-            problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std >= 0")
+            problems.append(
+                f"heads must have an even width for the rotary positions, got {self.head_dim}"
+            )
+        if (
+            self.activation not in ACTIVATIONS
+            or not 0 <= self.dropout < 1
+            or not self.init_std >= 0
+        ):
+            problems.append(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                ">= 0"
+            )
         if problems:
             raise ValueError("SundialConfig: " + "; ".join(problems))
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "SundialConfig":
-        """From the fields of the hub's config.json. The context is not among them: 180 patches are taken."""
-        d, heads, layers = (fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+        """From the fields of the hub's config.json. The context is not among them: 180 patches are
+        taken.
+        """
+        d, heads, layers = (
+            fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        )
         if heads < 1 or d % heads:
-            raise ValueError(f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})")
+            raise ValueError(
+                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
+            )
         return cls(
             patch_len=fields["input_token_len"],
             horizon=fields["output_token_lens"][-1],
@@ -146,19 +182,23 @@ class Block(nn.Module):
         y_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND)
         sizes = (cfg.d_model, heads, heads, cfg.head_dim)
         attention = CausalAttention(*sizes, BASE, cfg.dropout, value_dim, pairs, name="attn")
-        y_BND, taps["attn_weights"], cache = attention(y_BND, positions_BN, mask_BHNS, cache, start, train)
+        y_BND, taps["attn_weights"], cache = attention(
+            y_BND, positions_BN, mask_BHNS, cache, start, train
+        )
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
         y_BND = taps["norm2"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND)
-        y_BND = taps["mlp"] = GatedMLP(cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp")(y_BND)
+        y_BND = taps["mlp"] = GatedMLP(
+            cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp"
+        )(y_BND)
         return x_BND + y_BND, taps, cache
 
 
 class SundialNet(nn.Module):
     """Scaled points [B, L] -> states z of their patches [B, N, D], the named steps, and the caches.
 
-    A length that is no multiple of P is padded with zeros on the left; a second half of each patch's features says
-    which points are no padding. caches, start: of the tokens before these.
+    A length that is no multiple of P is padded with zeros on the left; a second half of each
+    patch's features says which points are no padding. caches, start: of the tokens before these.
     """
 
     cfg: SundialConfig
@@ -176,22 +216,34 @@ class SundialNet(nn.Module):
         y_BND = Dropout(cfg.dropout)(y_BND, train)
         residual_BND = Linear((2 * p,), (d,), name="embed_residual")(u_BNP)
         x_BND = y_BND + residual_BND
-        taps = {"patches": u_BNP, "embed_hidden": h_BNF, "embed_residual": residual_BND, "embed": x_BND}
+        taps = {
+            "patches": u_BNP,
+            "embed_hidden": h_BNF,
+            "embed_residual": residual_BND,
+            "embed": x_BND,
+        }
         positions_BN = (start + jnp.arange(n))[None]
         mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start)
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
-            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(x_BND, positions_BN, mask_BHNS, cache, start, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(
+                x_BND, positions_BN, mask_BHNS, cache, start, train
+            )
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
             kept.append(cache)
         z_BND = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm")(x_BND)
         return z_BND, taps, None if caches is None else kept
 
 
 def time_features(t: jax.Array) -> jax.Array:
-    """256 features of a time in [0, 1], [...] -> [..., 256]: cosines, then sines, of 1000 t at 128 frequencies."""
+    """256 features of a time in [0, 1], [...] -> [..., 256]: cosines, then sines, of 1000 t at 128
+    frequencies.
+    """
     half = TIME_FEATURES // 2
-    # on the host, rounded as in the original: angles reach 1000, where the last place of a frequency is seen
+    # on the host, rounded as in the original: angles reach 1000, where the last place of a
+    # frequency is seen
     exponent = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angle = 1000.0 * t[..., None] * frequency.reshape((1,) * t.ndim + (-1,))
@@ -199,9 +251,11 @@ def time_features(t: jax.Array) -> jax.Array:
 
 
 class FlowNet(nn.Module):
-    """Noised points x [R, S, Q] at times t [R or 1, S or 1] under conditions z [R, 1, D] -> clean points [R, S, Q].
+    """Noised points x [R, S, Q] at times t [R or 1, S or 1] under conditions z [R, 1, D] -> clean
+    points [R, S, Q].
 
-    S draws under one condition share what depends on time and condition alone. Returns the named steps, too.
+    S draws under one condition share what depends on time and condition alone. Returns the named
+    steps, too.
     """
 
     cfg: SundialConfig
@@ -212,19 +266,29 @@ class FlowNet(nn.Module):
         modulated = lambda y, shift, scale: y * (1 + scale) + shift  # noqa: E731
         x_RSD = taps["input_proj"] = Linear((cfg.horizon,), (d,), name="input")(x_RSQ)
         taps["time_freq"] = time_features(t_RS)
-        y_RSD = nn.silu(Linear((TIME_FEATURES,), (d,), name="time_in")(taps["time_freq"].astype(x_RSQ.dtype)))
+        y_RSD = nn.silu(
+            Linear((TIME_FEATURES,), (d,), name="time_in")(taps["time_freq"].astype(x_RSQ.dtype))
+        )
         y_RSD = taps["time_embed"] = Linear((d,), (d,), name="time_out")(y_RSD)
         taps["cond_embed"] = Linear((d,), (d,), name="condition")(z_R1D)
         y_RSD = nn.silu(y_RSD + taps["cond_embed"])
         for k in range(cfg.flow_depth):
             name = f"block_{k}"
-            shift, scale, gate = jnp.split(Linear((d,), (3 * d,), name=f"{name}_modulation")(y_RSD), 3, axis=-1)
+            shift, scale, gate = jnp.split(
+                Linear((d,), (3 * d,), name=f"{name}_modulation")(y_RSD), 3, axis=-1
+            )
             h_RSD = nn.LayerNorm(1e-6, dtype=x_RSD.dtype, name=f"{name}_norm")(x_RSD)
             h_RSD = nn.silu(Linear((d,), (d,), name=f"{name}_in")(modulated(h_RSD, shift, scale)))
-            x_RSD = taps[f"res_block{k}"] = x_RSD + gate * Linear((d,), (d,), name=f"{name}_out")(h_RSD)
+            x_RSD = taps[f"res_block{k}"] = x_RSD + gate * Linear((d,), (d,), name=f"{name}_out")(
+                h_RSD
+            )
         shift, scale = jnp.split(Linear((d,), (2 * d,), name="final_modulation")(y_RSD), 2, axis=-1)
-        plain = nn.LayerNorm(1e-6, use_bias=False, use_scale=False, dtype=x_RSD.dtype, name="final_norm")
-        y_RSQ = taps["final_layer"] = Linear((d,), (cfg.horizon,), name="final")(modulated(plain(x_RSD), shift, scale))
+        plain = nn.LayerNorm(
+            1e-6, use_bias=False, use_scale=False, dtype=x_RSD.dtype, name="final_norm"
+        )
+        y_RSQ = taps["final_layer"] = Linear((d,), (cfg.horizon,), name="final")(
+            modulated(plain(x_RSD), shift, scale)
+        )
         return y_RSQ, taps
 
 
@@ -265,7 +329,18 @@ class Sundial(Model):
     @classmethod
     def small(cls) -> SundialConfig:
         return SundialConfig(
-            8, 16, 16, 8, (2, 2), (24, 24), 24, 1, context_len=48, sampling_steps=4, train_draws=2, n_samples=3
+            8,
+            16,
+            16,
+            8,
+            (2, 2),
+            (24, 24),
+            24,
+            1,
+            context_len=48,
+            sampling_steps=4,
+            train_draws=2,
+            n_samples=3,
         )
 
     @property
@@ -278,30 +353,44 @@ class Sundial(Model):
 
     @property
     def eval_batch(self) -> int:
-        return 128  # attention weights take 2 MB a window and layer at the published sizes, draws 2 MB a window
+        # attention weights take 2 MB a window and layer at the published sizes, draws 2 MB a window
+        return 128
 
     def init(self, key: jax.Array) -> Tree:
-        """N(0, init_std^2) for every matrix, the flow network's included, biases 0, norms 1 and 0."""
+        """N(0, init_std^2) for every matrix, the flow network's included, biases 0, norms 1
+        and 0.
+        """
         cfg = self.config
         of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
         shapes = dict(jax.eval_shape(SundialNet(cfg).init, key, of(1, cfg.patch_len))["params"])
         with branch("flow"):
-            flow = jax.eval_shape(FlowNet(cfg).init, key, of(1, 1, cfg.horizon), of(1, 1), of(1, 1, cfg.d_model))
+            flow = jax.eval_shape(
+                FlowNet(cfg).init, key, of(1, 1, cfg.horizon), of(1, 1), of(1, 1, cfg.d_model)
+            )
         shapes["flow"] = flow["params"]
 
         def rule(path, _):
-            return Normal(cfg.init_std) if path.endswith("/kernel") else Constant(float(path.endswith("/scale")))
+            return (
+                Normal(cfg.init_std)
+                if path.endswith("/kernel")
+                else Constant(float(path.endswith("/scale")))
+            )
 
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
-        source = "no fine-tuning code is published; rate, schedule and length of the same authors' Timer-XL script"
+        source = (
+            "no fine-tuning code is published; rate, schedule and length of the same "
+            "authors' Timer-XL script"
+        )
         return Recipe(5e-6, 256, 10, "cosine", self.context_len, self.horizon, "own", source)
 
     # --- the networks
 
     def apply(self, params: Tree, x_BCT: jax.Array, key=None, train=False):
-        """States z of the patches of a scaled series, [B, C, N, D], and the named steps; no scaling is done."""
+        """States z of the patches of a scaled series, [B, C, N, D], and the named steps; no scaling
+        is done.
+        """
         b, c, t = x_BCT.shape
         z_BND, taps, _ = self._net(params, x_BCT.reshape(b * c, t).astype(jnp.float32), key, train)
         return z_BND.reshape(b, c, *z_BND.shape[1:]), taps
@@ -310,16 +399,22 @@ class Sundial(Model):
         train = train and key is not None and self.config.dropout > 0
         net: Any = SundialNet(self.config)  # Flax types what apply returns too widely
         trunk = {name: leaf for name, leaf in params.items() if name != "flow"}
-        return net.apply({"params": trunk}, x_BL, train=train, rngs={"dropout": key} if train else None, **rest)
+        return net.apply(
+            {"params": trunk}, x_BL, train=train, rngs={"dropout": key} if train else None, **rest
+        )
 
     def flow(self, params: Tree, x_RSQ: jax.Array, t_RS: jax.Array, z_R1D: jax.Array):
-        """The clean points [R, S, Q] that the flow network sees in x, and the named steps; see `FlowNet`."""
+        """The clean points [R, S, Q] that the flow network sees in x, and the named steps; see
+        `FlowNet`.
+        """
         net: Any = FlowNet(self.config)
         with branch("flow"):
             return net.apply({"params": params["flow"]}, x_RSQ, t_RS, z_R1D)
 
     def sample(self, params: Tree, z_BD: jax.Array, noise_BSQ: jax.Array) -> jax.Array:
-        """Draws of the next Q points [B, S, Q] under conditions z, from standard normal `noise`, in scaled units."""
+        """Draws of the next Q points [B, S, Q] under conditions z, from standard normal `noise`, in
+        scaled units.
+        """
         steps = self.config.sampling_steps
 
         def step(x_BSQ, i):
@@ -332,25 +427,40 @@ class Sundial(Model):
     # --- training
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Flow-matching loss of every token in the scale of the context: sum over the next Q points of the squared
-        error of the clean points, weighed by 1/j; mean over tokens and draws.
+        """Flow-matching loss of every token in the scale of the context: sum over the next Q points
+        of the squared error of the clean points, weighed by 1/j; mean over tokens and draws.
 
-        NaN in the target, and what lies past its end, does not count. The context is cut to its newest whole patches.
-        Without a key the draws are the same each time.
+        NaN in the target, and what lies past its end, does not count. The context is cut to its
+        newest whole patches. Without a key the draws are the same each time.
         """
-        p, q, context = self.config.patch_len, self.config.horizon, batch["context"].astype(jnp.float32)
+        p, q, context = (
+            self.config.patch_len,
+            self.config.horizon,
+            batch["context"].astype(jnp.float32),
+        )
         if context.shape[-1] < p:
-            raise ValueError(f"the loss needs a context of one patch ({p}), got {context.shape[-1]} steps")
+            raise ValueError(
+                f"the loss needs a context of one patch ({p}), got {context.shape[-1]} steps"
+            )
         context = context[..., context.shape[-1] % p :]
         mean_BC1, std_BC1 = moments(fill_missing(context))
         series_BCT = (jnp.concatenate([context, batch["target"]], axis=-1) - mean_BC1) / std_BC1
         x_BCT = fill_missing(series_BCT[..., : context.shape[-1]])
         (b, c), n = context.shape[:2], context.shape[-1] // p
-        noise_key, time_key, drop_key = jax.random.split(jax.random.key(0) if key is None else key, 3)
+        noise_key, time_key, drop_key = jax.random.split(
+            jax.random.key(0) if key is None else key, 3
+        )
         rows = (self.config.train_draws, b * c * n)
         noise, t = jax.random.normal(noise_key, (*rows, q)), jax.random.uniform(time_key, rows)
         return self.token_loss(
-            params, x_BCT, series_BCT[..., p:], noise, t, batch=batch, key=drop_key, train=train and key is not None
+            params,
+            x_BCT,
+            series_BCT[..., p:],
+            noise,
+            t,
+            batch=batch,
+            key=drop_key,
+            train=train and key is not None,
         )
 
     def token_loss(
@@ -366,12 +476,14 @@ class Sundial(Model):
         key=None,
         train=False,
     ) -> jax.Array:
-        """The original's loss with its draws as arguments, of a series x (whole patches) and `labels`, the series one
-        patch on, in scaled units.
+        """The original's loss with its draws as arguments, of a series x (whole patches) and
+        `labels`, the series one patch on, in scaled units.
 
         Args:
-          noise_MRQ, t_MR: M draws for each of the R = B*C*N tokens, variate after variate of row after row.
-          weight_BCN: of each token. points_BCNQ: of each of its points. NaN labels, and those past the end, count 0.
+          noise_MRQ, t_MR: M draws for each of the R = B*C*N tokens, variate after variate of row
+            after row.
+          weight_BCN: of each token. points_BCNQ: of each of its points. NaN labels, and those past
+            the end, count 0.
         """
         p, q = self.config.patch_len, self.config.horizon
         z_BCND, _ = self.apply(params, x_BCT, key, train)
@@ -388,20 +500,26 @@ class Sundial(Model):
         noised_RMQ = t_RM[..., None] * want_R1Q + (1 - t_RM[..., None]) * noise_RMQ
         clean_RMQ, _ = self.flow(params, noised_RMQ, t_RM, z_BCND.reshape(-1, 1, d))
         weight_Q = (1.0 / jnp.arange(1, q + 1)).reshape(1, 1, q) * count_BCNQ.reshape(-1, 1, q)
-        error_BCN = (weight_Q * jnp.square(clean_RMQ - want_R1Q)).sum((1, 2)).reshape(b, c, n) / draws
+        error_BCN = (weight_Q * jnp.square(clean_RMQ - want_R1Q)).sum((1, 2)).reshape(
+            b, c, n
+        ) / draws
         return mean_observed(error_BCN, token_BCN, batch or {})
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the mean of `n_samples` forecasts, through the sampling."""
-        point_BCH = self._samples(params, batch["context"], batch["target"].shape[-1], key, train).mean(-1)
+        point_BCH = self._samples(
+            params, batch["context"], batch["target"].shape[-1], key, train
+        ).mean(-1)
         return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """`n_samples` draws, their quantiles, and as point forecast their mean; rolled out as the module says.
+        """`n_samples` draws, their quantiles, and as point forecast their mean; rolled out as the
+        module says.
 
-        The context is cut to its newest `context_len` steps; missing values take the last value before them.
+        The context is cut to its newest `context_len` steps; missing values take the last value
+        before them.
         """
         check_context(context, horizon)
         samples_BCHS = self._samples(params, context, horizon, key)
@@ -419,7 +537,14 @@ class Sundial(Model):
         return jnp.swapaxes(y_BSH, 1, 2).reshape(b, c, horizon, -1)
 
     def generate(
-        self, params: Tree, x_BL: jax.Array, horizon: int, noise_TBSQ: jax.Array, scaled=False, key=None, train=False
+        self,
+        params: Tree,
+        x_BL: jax.Array,
+        horizon: int,
+        noise_TBSQ: jax.Array,
+        scaled=False,
+        key=None,
+        train=False,
     ) -> jax.Array:
         """S draws of `horizon` points [B, S, horizon] after x [B, L], in its units.
 
@@ -453,7 +578,9 @@ class Sundial(Model):
         return roll_out(step((caches, 0, 0), z_BL, sizes[0]), step, sizes)
 
     def _generate_anew(self, params, z_BL, noise_TBSQ, key, train) -> jax.Array:
-        """Draws that are no whole number of patches move the patches' borders: without cache (the original can't)."""
+        """Draws that are no whole number of patches move the patches' borders: without cache (the
+        original can't).
+        """
         found = []
         for noise_BSQ in noise_TBSQ:
             state_BND, *_ = self._net(params, z_BL, key, train)
@@ -463,9 +590,13 @@ class Sundial(Model):
 
 
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean, and biased standard deviation plus eps, over the last axis, which stays with length 1; no gradient."""
+    """Mean, and biased standard deviation plus eps, over the last axis, which stays with length 1;
+    no gradient.
+    """
     mean = x.mean(-1, keepdims=True)
-    return jax.lax.stop_gradient((mean, jnp.sqrt(jnp.square(x - mean).mean(-1, keepdims=True)) + EPS))
+    return jax.lax.stop_gradient(
+        (mean, jnp.sqrt(jnp.square(x - mean).mean(-1, keepdims=True)) + EPS)
+    )
 
 
 def median(y_BSQ: jax.Array) -> jax.Array:

@@ -1,17 +1,20 @@
-"""Time-MoE: a decoder-only Transformer over single points, with a mixture of experts in every layer.
+"""Time-MoE: a decoder-only Transformer over single points, with a mixture of experts in every
+layer.
 
-Shi et al., "Time-MoE: Billion-Scale Time Series Foundation Models with Mixture of Experts" (ICLR 2025, arXiv
-2409.16040). Follows Time-MoE/Time-MoE (commit d3524fd). One point is one token; the model scales nothing itself, its
-callers do. Here `predict` and `loss` scale each window by the mean and the unbiased standard deviation (+ 1e-6) of its
-context, as Prune-then-Finetune's wrapper does in forecasting, so that losses of all data have one scale.
+Shi et al., "Time-MoE: Billion-Scale Time Series Foundation Models with Mixture of Experts" (ICLR
+2025, arXiv 2409.16040). Follows Time-MoE/Time-MoE (commit d3524fd). One point is one token; the
+model scales nothing itself, its callers do. Here `predict` and `loss` scale each window by the mean
+and the unbiased standard deviation (+ 1e-6) of its context, as Prune-then-Finetune's wrapper does
+in forecasting, so that losses of all data have one scale.
 
-Routing: softmax over all experts, then the top k, whose weights are not normalised again. `kept` names the experts that
-a layer has; the router goes on choosing among all of them, and what is gone weighs 0, so that taking an expert out
-equals masking it.
+Routing: softmax over all experts, then the top k, whose weights are not normalised again. `kept`
+names the experts that a layer has; the router goes on choosing among all of them, and what is gone
+weighs 0, so that taking an expert out equals masking it.
 
-The original's loss pads the series with zeros past its end; without a mask they count as targets, and its balance term
-hard-codes two experts per token where a mask is given. Here what lies past the end of the target never counts, as in
-the original's own training data, and the balance term has the k of the config and leaves pruned experts out.
+The original's loss pads the series with zeros past its end; without a mask they count as targets,
+and its balance term hard-codes two experts per token where a mask is given. Here what lies past the
+end of the target never counts, as in the original's own training data, and the balance term has the
+k of the config and leaves pruned experts out.
 """
 
 import dataclasses
@@ -54,13 +57,15 @@ DELTA = 2.0  # of the Huber loss
 class TimeMoeConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    d_model D, head_dim K, n_heads H and n_kv_heads G of each layer, horizons: points that each head predicts,
-    n_experts E that the router chooses from, top_k of them per token, kept: the ids of the experts that each layer has
-    (all of them unless pruned), expert_dims: width F of the experts of each layer, shared_dims: of the expert that
-    every token visits. dense: the original's `use_dense`, one feed-forward layer of width shared_dims and no experts.
-    max_positions: context and horizon together should not pass it. aux_factor: of the balance term, added to the loss
-    where apply_aux. context_len: in time steps. value_dims: K of the values of each layer, () is head_dim.
-    rotary_pairs: for each layer and each of its key heads the pairs that queries and keys still have, () is all.
+    d_model D, head_dim K, n_heads H and n_kv_heads G of each layer, horizons: points that each head
+    predicts, n_experts E that the router chooses from, top_k of them per token, kept: the ids of
+    the experts that each layer has (all of them unless pruned), expert_dims: width F of the experts
+    of each layer, shared_dims: of the expert that every token visits. dense: the original's
+    `use_dense`, one feed-forward layer of width shared_dims and no experts. max_positions: context
+    and horizon together should not pass it. aux_factor: of the balance term, added to the loss
+    where apply_aux. context_len: in time steps. value_dims: K of the values of each layer, () is
+    head_dim. rotary_pairs: for each layer and each of its key heads the pairs that queries and keys
+    still have, () is all.
     """
 
     d_model: int
@@ -92,42 +97,73 @@ class TimeMoeConfig:
         problems += pair_problems(self.n_kv_heads, self.head_dim, self.rotary_pairs)
         if len(set(map(len, layers))) != 1 or not self.n_heads:
             problems.append(
-                f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, kept {self.kept}, expert_dims "
-                f"{self.expert_dims} and shared_dims {self.shared_dims} must name the same layers, at least one"
+                f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, kept {self.kept}, "
+                "expert_dims "
+                f"{self.expert_dims} and shared_dims {self.shared_dims} must name the same layers, "
+                "at least one"
             )
-        sizes = (self.d_model, self.head_dim, self.context_len, self.max_positions, self.n_experts, self.top_k)
-        if min(*sizes, *(self.horizons or (0,))) < 1 or min(*self.n_heads, *self.expert_dims, *self.shared_dims, 1) < 0:
+        sizes = (
+            self.d_model,
+            self.head_dim,
+            self.context_len,
+            self.max_positions,
+            self.n_experts,
+            self.top_k,
+        )
+        if (
+            min(*sizes, *(self.horizons or (0,))) < 1
+            or min(*self.n_heads, *self.expert_dims, *self.shared_dims, 1) < 0
+        ):
             problems.append(f"every size must be positive: {self}")
         if any(g < 1 or h % g for h, g in zip(self.n_heads, self.n_kv_heads, strict=False) if h):
-            problems.append(f"n_heads {self.n_heads} must be multiples of n_kv_heads {self.n_kv_heads}")
+            problems.append(
+                f"n_heads {self.n_heads} must be multiples of n_kv_heads {self.n_kv_heads}"
+            )
         if self.head_dim % 2:
-            problems.append(f"heads must have an even width for the rotary positions, got {self.head_dim}")
+            problems.append(
+                f"heads must have an even width for the rotary positions, got {self.head_dim}"
+            )
         if self.top_k > self.n_experts:
             problems.append(f"a token can't visit {self.top_k} of {self.n_experts} experts")
         if any(
-            sorted(set(ids)) != list(ids) or (ids and not 0 <= ids[0] <= ids[-1] < self.n_experts) for ids in self.kept
+            sorted(set(ids)) != list(ids) or (ids and not 0 <= ids[0] <= ids[-1] < self.n_experts)
+            for ids in self.kept
         ):
-            problems.append(f"kept must name experts from 0 to {self.n_experts - 1} in order, got {self.kept}")
+            problems.append(
+                f"kept must name experts from 0 to {self.n_experts - 1} in order, got {self.kept}"
+            )
         if len(set(self.horizons)) != len(self.horizons):
             problems.append(f"horizons must differ, got {self.horizons}")
         if self.dense and self.apply_aux:
             problems.append("a dense model has no router, so apply_aux must be off")
-        if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.init_std >= 0:
-            problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std >= 0")
+        if (
+            self.activation not in ACTIVATIONS
+            or not 0 <= self.dropout < 1
+            or not self.init_std >= 0
+        ):
+            problems.append(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                ">= 0"
+            )
         if problems:
             raise ValueError("TimeMoeConfig: " + "; ".join(problems))
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimeMoeConfig":
-        """From the fields of the hub's config.json. The context is not among them: three quarters of
-        max_position_embeddings are taken, 3072 of 4096 as in the original's evaluation."""
+        """From the fields of the hub's config.json. The context is not among them: three quarters
+        of max_position_embeddings are taken, 3072 of 4096 as in the original's evaluation.
+        """
         names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
         d, heads, layers, inner = (fields[n] for n in names)
         n_experts, top_k = fields.get("num_experts", 8), fields.get("num_experts_per_tok", 2)
         if heads < 1 or d % heads:
-            raise ValueError(f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})")
+            raise ValueError(
+                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
+            )
         if top_k < 1 or inner < top_k:
-            raise ValueError(f"intermediate_size ({inner}) is shared out among num_experts_per_tok ({top_k})")
+            raise ValueError(
+                f"intermediate_size ({inner}) is shared out among num_experts_per_tok ({top_k})"
+            )
         return cls(
             d_model=d,
             head_dim=d // heads,
@@ -154,10 +190,15 @@ class TimeMoeConfig:
 
 def _published(d_model: int, intermediate: int) -> TimeMoeConfig:
     sizes = {"hidden_size": d_model, "intermediate_size": intermediate, "num_attention_heads": 12}
-    return TimeMoeConfig.from_published(sizes | {"num_hidden_layers": 12, "horizon_lengths": (1, 8, 32, 64)})
+    return TimeMoeConfig.from_published(
+        sizes | {"num_hidden_layers": 12, "horizon_lengths": (1, 8, 32, 64)}
+    )
 
 
-PRESETS = {"Maple728/TimeMoE-50M": _published(384, 1536), "Maple728/TimeMoE-200M": _published(768, 3072)}
+PRESETS = {
+    "Maple728/TimeMoE-50M": _published(384, 1536),
+    "Maple728/TimeMoE-200M": _published(768, 3072),
+}
 
 
 class MixtureLayer(nn.Module):
@@ -178,7 +219,9 @@ class MixtureLayer(nn.Module):
         if len(kept) < n:
             here = np.isin(np.arange(n), kept).astype(np.float32)
             expert_mask = jnp.asarray(here) if expert_mask is None else expert_mask * here
-        weight_TK, chosen_TK, taps["router_probs"] = experts.route(taps["router"], cfg.top_k, expert_mask)
+        weight_TK, chosen_TK, taps["router_probs"] = experts.route(
+            taps["router"], cfg.top_k, expert_mask
+        )
         taps["router_weights"], taps["router_experts"] = weight_TK, chosen_TK
         shared_TD = GatedMLP(d, cfg.shared_dims[self.layer], cfg.activation, name="shared")(x_TD)
         taps["shared"] = shared_TD
@@ -186,11 +229,15 @@ class MixtureLayer(nn.Module):
         y_TD = jax.nn.sigmoid(gate_T1) * shared_TD
         if not kept:
             return y_TD, taps
-        if len(kept) < n:  # place of each expert among those that are there; of the others, whose weight is 0, any
+        if (
+            len(kept) < n
+        ):  # place of each expert among those that are there; of the others, whose weight is 0, any
             place_E = np.minimum(np.searchsorted(kept, np.arange(n)), len(kept) - 1)
             chosen_TK = jnp.asarray(place_E)[chosen_TK]
         act = ACTIVATIONS[cfg.activation]
-        stacked = experts.Experts(d, len(kept), cfg.expert_dims[self.layer], act, self.form, name="experts")
+        stacked = experts.Experts(
+            d, len(kept), cfg.expert_dims[self.layer], act, self.form, name="experts"
+        )
         return y_TD + stacked(x_TD, weight_TK, chosen_TK), taps
 
 
@@ -202,32 +249,42 @@ class Block(nn.Module):
     form: experts.Form
 
     @nn.compact
-    def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, expert_mask, train: bool, lean: bool):
+    def __call__(
+        self, x_BND, positions_BN, mask_BHNS, cache, start, expert_mask, train: bool, lean: bool
+    ):
         cfg, i, taps = self.cfg, self.layer, {}
         y_BND = taps["norm1"] = RMSNorm(cfg.norm_eps, name="norm1")(x_BND)
         sizes = (cfg.d_model, cfg.n_heads[i], cfg.n_kv_heads[i], cfg.head_dim)
-        widths = (width(cfg.value_dims, i, cfg.head_dim), cfg.rotary_pairs[i] if cfg.rotary_pairs else ())
+        widths = (
+            width(cfg.value_dims, i, cfg.head_dim),
+            cfg.rotary_pairs[i] if cfg.rotary_pairs else (),
+        )
         attention = CausalAttention(*sizes, cfg.rope_theta, cfg.dropout, *widths, name="attn")
-        y_BND, taps["attn_weights"], cache = attention(y_BND, positions_BN, mask_BHNS, cache, start, train, lean)
+        y_BND, taps["attn_weights"], cache = attention(
+            y_BND, positions_BN, mask_BHNS, cache, start, train, lean
+        )
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
         y_BND = taps["norm2"] = RMSNorm(cfg.norm_eps, name="norm2")(x_BND)
         if cfg.dense:
             y_BND = GatedMLP(cfg.d_model, cfg.shared_dims[i], cfg.activation, name="mlp")(y_BND)
         else:
-            y_TD, inner = MixtureLayer(cfg, i, self.form, name="mixture")(y_BND.reshape(-1, cfg.d_model), expert_mask)
+            y_TD, inner = MixtureLayer(cfg, i, self.form, name="mixture")(
+                y_BND.reshape(-1, cfg.d_model), expert_mask
+            )
             y_BND, taps = y_TD.reshape(x_BND.shape), taps | inner
         taps["ffn"] = y_BND
         return x_BND + y_BND, taps, cache
 
 
 class TimeMoeNet(nn.Module):
-    """Points [B, N] -> what each head predicts after each of them, a list of [B, N, h]; named steps; caches.
+    """Points [B, N] -> what each head predicts after each of them, a list of [B, N, h]; named
+    steps; caches.
 
-    observed_BS: 0 for points of padding on the left, which nobody sees. positions_BN: by default counted from `start`.
-    caches, start: of the points before these. last: heads at the last position only, and no attention weights of a
-    long sequence. lean: for a forecast, without the steps of the layers.
-    expert_masks: per layer [E] or
+    observed_BS: 0 for points of padding on the left, which nobody sees. positions_BN: by default
+    counted from `start`. caches, start: of the points before these. last: heads at the last
+    position only, and no attention weights of a long sequence. lean: for a forecast, without the
+    steps of the layers. expert_masks: per layer [E] or
     None. form: how the experts are computed, see `experts.mixture`.
     """
 
@@ -256,7 +313,9 @@ class TimeMoeNet(nn.Module):
         x_BND = taps["embed"] = ACTIVATIONS[cfg.activation](gate_BND) * value_BND
         if positions_BN is None:
             positions_BN = (start + jnp.arange(n))[None]
-        mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start, observed_BS)
+        mask_BHNS = causal_mask(
+            n, n if caches is None else caches[0][0].shape[2], start, observed_BS
+        )
         depth = len(cfg.n_heads)
         # With caches or masks every layer has something of its own beside its parameters.
         looped = loops(self, lean, train) and caches is None and expert_masks is None
@@ -274,13 +333,18 @@ class TimeMoeNet(nn.Module):
             cache = None if caches is None else caches[i]
             mask = None if expert_masks is None else expert_masks[i]
             block = Block(cfg, i, self.form, name=f"layer_{i}")
-            x_BND, inner, cache = block(x_BND, positions_BN, mask_BHNS, cache, start, mask, train, last)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            x_BND, inner, cache = block(
+                x_BND, positions_BN, mask_BHNS, cache, start, mask, train, last
+            )
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
             kept.append(cache)
         x_BND = taps["norm"] = RMSNorm(cfg.norm_eps, name="norm")(x_BND)
         x_BND = x_BND[:, -1:] if last else x_BND
         heads = [
-            Linear((cfg.d_model,), (h,), use_bias=False, name=f"head_{j}")(x_BND) for j, h in enumerate(cfg.horizons)
+            Linear((cfg.d_model,), (h,), use_bias=False, name=f"head_{j}")(x_BND)
+            for j, h in enumerate(cfg.horizons)
         ]
         return heads, taps, None if caches is None else kept
 
@@ -291,17 +355,23 @@ def huber(error: jax.Array) -> jax.Array:
     return jnp.where(size <= DELTA, 0.5 * jnp.square(error), DELTA * (size - 0.5 * DELTA))
 
 
-def balance(p_LTE: Sequence[jax.Array], chosen_LTK: Sequence[jax.Array], weight_T: jax.Array | None = None):
-    """The router's load-balancing term over the tokens of all layers: E * sum over the k slots and the experts of
-    (share of tokens that choose it there) * (its mean probability). About k when balanced: every slot is summed.
+def balance(
+    p_LTE: Sequence[jax.Array], chosen_LTK: Sequence[jax.Array], weight_T: jax.Array | None = None
+):
+    """The router's load-balancing term over the tokens of all layers: E * sum over the k slots and
+    the experts of (share of tokens that choose it there) * (its mean probability). About k when
+    balanced: every slot is summed.
 
-    p: per layer probabilities [T, E], 0 for pruned experts. chosen: [T, k]. weight_T: of each token.
+    p: per layer probabilities [T, E], 0 for pruned experts. chosen: [T, k]. weight_T: of each
+    token.
     """
     n_experts = p_LTE[0].shape[-1]
     slots_TKE = jnp.concatenate([jax.nn.one_hot(c, n_experts) for c in chosen_LTK])
     p_TE = jnp.concatenate(p_LTE)
     # an expert that is masked is chosen only to fill up the k, with probability 0
-    slots_TKE = slots_TKE * (jnp.take_along_axis(p_TE, jnp.concatenate(chosen_LTK), axis=1) > 0)[..., None]
+    slots_TKE = (
+        slots_TKE * (jnp.take_along_axis(p_TE, jnp.concatenate(chosen_LTK), axis=1) > 0)[..., None]
+    )
     weight = jnp.ones(p_TE.shape[0]) if weight_T is None else jnp.tile(weight_T, len(p_LTE))
     weight = weight / weight.sum()
     share_KE = jnp.einsum("T,TKE->KE", weight, slots_TKE)
@@ -334,7 +404,12 @@ class TimeMoe(Model):
         (r"norm[12]?/scale$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", shared=r"n_kv_heads.\1", values=r"value_dims.\1", pairs=r"rotary_pairs.\1"),
+        Group.heads(
+            r"layer_(\d+)/attn",
+            shared=r"n_kv_heads.\1",
+            values=r"value_dims.\1",
+            pairs=r"rotary_pairs.\1",
+        ),
         Group.units(r"layer_(\d+)/(?:mixture/shared|mlp)", r"shared_dims.\1"),
         Group.experts(r"layer_(\d+)/mixture/experts"),
     )
@@ -350,7 +425,17 @@ class TimeMoe(Model):
     @classmethod
     def small(cls) -> TimeMoeConfig:
         return TimeMoeConfig(
-            16, 8, (2, 2), (2, 1), (1, 4, 8), 4, 2, ((0, 1, 2, 3), (0, 1, 2, 3)), (12, 12), (24, 24), context_len=48
+            16,
+            8,
+            (2, 2),
+            (2, 1),
+            (1, 4, 8),
+            4,
+            2,
+            ((0, 1, 2, 3), (0, 1, 2, 3)),
+            (12, 12),
+            (24, 24),
+            context_len=48,
         )
 
     @property
@@ -379,21 +464,47 @@ class TimeMoe(Model):
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
-        source = "Time-MoE main.py (commit d3524fd); the lower rate of Prune-then-Finetune's grid is 1e-5"
-        return Recipe(1e-4, 64, 1, "cosine", self.context_len, self.horizon, "own", source, weight_decay=0.1, clip=1.0)
+        source = (
+            "Time-MoE main.py (commit d3524fd); the lower rate of Prune-then-Finetune's grid "
+            "is 1e-5"
+        )
+        return Recipe(
+            1e-4,
+            64,
+            1,
+            "cosine",
+            self.context_len,
+            self.horizon,
+            "own",
+            source,
+            weight_decay=0.1,
+            clip=1.0,
+        )
 
     # --- the network
 
     def _net(self, params: Tree, x_BN, key=None, train=False, **rest) -> Any:
         train = train and key is not None and self.config.dropout > 0
         net: Any = TimeMoeNet(self.config)  # Flax types what apply returns too widely
-        return net.apply({"params": params}, x_BN, train=train, rngs={"dropout": key} if train else None, **rest)
+        return net.apply(
+            {"params": params}, x_BN, train=train, rngs={"dropout": key} if train else None, **rest
+        )
 
-    def apply(self, params: Tree, x_BCT: jax.Array, observed_BCT=None, key=None, train=False, expert_masks=None):
-        """One forward pass, without any scaling: a list of what each head predicts, [B, C, T, h], and named steps.
+    def apply(
+        self,
+        params: Tree,
+        x_BCT: jax.Array,
+        observed_BCT=None,
+        key=None,
+        train=False,
+        expert_masks=None,
+    ):
+        """One forward pass, without any scaling: a list of what each head predicts, [B, C, T, h],
+        and named steps.
 
-        observed: 0 for points of padding on the left: nobody sees them, and positions count from the first that is
-        not padding. expert_masks: per layer [E], factors of the router's probabilities (0: pruned).
+        observed: 0 for points of padding on the left: nobody sees them, and positions count from
+        the first that is not padding. expert_masks: per layer [E], factors of the router's
+        probabilities (0: pruned).
         """
         b, c, t = x_BCT.shape
         observed_BT = None if observed_BCT is None else observed_BCT.reshape(b * c, t)
@@ -408,18 +519,28 @@ class TimeMoe(Model):
         )
         return [y.reshape(b, c, *y.shape[1:]) for y in heads], taps
 
-    def aux_loss(self, taps: Mapping[str, jax.Array], weight_T: jax.Array | None = None) -> jax.Array:
-        """The balance term of a forward pass, before its factor. weight_T: of each token (B * N of them)."""
+    def aux_loss(
+        self, taps: Mapping[str, jax.Array], weight_T: jax.Array | None = None
+    ) -> jax.Array:
+        """The balance term of a forward pass, before its factor. weight_T: of each token (B * N of
+        them).
+        """
         layers = range(len(self.config.n_heads))
-        p, chosen = ([taps[f"layer_{i}/router_{name}"] for i in layers] for name in ("probs", "experts"))
+        p, chosen = (
+            [taps[f"layer_{i}/router_{name}"] for i in layers] for name in ("probs", "experts")
+        )
         return balance(p, chosen, weight_T)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Huber loss of every head at every point of the context, mean over heads, in the scale of the context, plus
-        the balance term in training. NaN in context and target, and what lies past the target, is no target."""
+        """Huber loss of every head at every point of the context, mean over heads, in the scale of
+        the context, plus the balance term in training. NaN in context and target, and what lies
+        past the target, is no target.
+        """
         context = batch["context"].astype(jnp.float32)
         z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context)
-        labels_BCT = (jnp.concatenate([context[..., 1:], batch["target"]], axis=-1) - mean_BC1) / std_BC1
+        labels_BCT = (
+            jnp.concatenate([context[..., 1:], batch["target"]], axis=-1) - mean_BC1
+        ) / std_BC1
         return self.token_loss(
             params,
             z_BCT,
@@ -446,11 +567,13 @@ class TimeMoe(Model):
         skip_padding=False,
         expert_masks=None,
     ) -> jax.Array:
-        """The original's loss of a series x against `labels`, the series one point on, as long as x or longer.
+        """The original's loss of a series x against `labels`, the series one point on, as long as x
+        or longer.
 
         Args:
           labels_BCT: NaN ones, and those past the end, do not count.
-          weight_BCT: of each label. observed_BCT: 0 for padding on the left, which the balance term skips.
+          weight_BCT: of each label. observed_BCT: 0 for padding on the left, which the balance term
+            skips.
           aux: whether the balance term is added, where the config has it.
           skip_padding: leave out what is predicted at padding; the original leaves it in.
         """
@@ -497,13 +620,16 @@ class TimeMoe(Model):
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Rolled out with a cache; at each step the largest head that is not above what remains.
 
-        The context is cut to its newest `context_len` steps. Missing values at its start are padding, as the original
-        pads series of different lengths; others take the last value before them.
+        The context is cut to its newest `context_len` steps. Missing values at its start are
+        padding, as the original pads series of different lengths; others take the last value before
+        them.
         """
         check_context(context, horizon)
         return Forecast(self._forecast(params, context, horizon, lean=True))
 
-    def _forecast(self, params: Tree, context_BCT, horizon: int, key=None, train=False, lean=False) -> jax.Array:
+    def _forecast(
+        self, params: Tree, context_BCT, horizon: int, key=None, train=False, lean=False
+    ) -> jax.Array:
         b, c, _ = context_BCT.shape
         context_BCT = jnp.asarray(context_BCT, jnp.float32)[..., -self.context_len :]
         z_BCT, seen_BCT, mean_BC1, std_BC1 = _scaled(context_BCT)
@@ -513,10 +639,19 @@ class TimeMoe(Model):
         return z_BH.reshape(b, c, horizon) * std_BC1 + mean_BC1
 
     def generate(
-        self, params: Tree, x_BL, horizon: int, observed_BL=None, key=None, train=False, expert_masks=None, lean=False
+        self,
+        params: Tree,
+        x_BL,
+        horizon: int,
+        observed_BL=None,
+        key=None,
+        train=False,
+        expert_masks=None,
+        lean=False,
     ) -> jax.Array:
-        """`horizon` points [B, horizon] after x [B, L], without any scaling. observed: 0 for padding on the left.
-        lean: for a forecast, see `layers.scan`."""
+        """`horizon` points [B, horizon] after x [B, L], without any scaling. observed: 0 for
+        padding on the left. lean: for a forecast, see `layers.scan`.
+        """
         cfg, (b, t) = self.config, x_BL.shape
         sizes = greedy_sizes(horizon, cfg.horizons)
         room = t + sum(sizes[:-1])
@@ -525,7 +660,12 @@ class TimeMoe(Model):
         else:
             observed_BS = jnp.pad(observed_BL, ((0, 0), (0, room - t)), constant_values=1)
             first_B1 = t - observed_BL.astype(jnp.int32).sum(1, keepdims=True)
-        shared = {"observed_BS": observed_BS, "expert_masks": expert_masks, "last": True, "lean": lean}
+        shared = {
+            "observed_BS": observed_BS,
+            "expert_masks": expert_masks,
+            "last": True,
+            "lean": lean,
+        }
         net = functools.partial(self._net, params, key=key, train=train, **shared)
 
         def step(state, points_BT, h):
@@ -542,17 +682,27 @@ class TimeMoe(Model):
         caches = None if len(sizes) == 1 else empty_cache(b, room, *widths)
         return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)[:, :horizon]
 
-    def routed(self, params: Tree, context: jax.Array, horizon: int) -> tuple[dict[str, jax.Array], int]:
+    def routed(
+        self, params: Tree, context: jax.Array, horizon: int
+    ) -> tuple[dict[str, jax.Array], int]:
         cfg, (b, c, _) = self.config, context.shape
         z_BCT, seen_BCT, _, _ = _scaled(jnp.asarray(context, jnp.float32)[..., -self.context_len :])
         z_RT, seen_RT = (x.reshape(b * c, -1) for x in (z_BCT, seen_BCT))
-        fed = sum(greedy_sizes(horizon, cfg.horizons)[:-1])  # what the last step predicts goes nowhere
+        fed = sum(
+            greedy_sizes(horizon, cfg.horizons)[:-1]
+        )  # what the last step predicts goes nowhere
         if fed:
-            z_RT = jnp.concatenate([z_RT, self.generate(params, z_RT, horizon, seen_RT)[:, :fed]], axis=1)
+            z_RT = jnp.concatenate(
+                [z_RT, self.generate(params, z_RT, horizon, seen_RT)[:, :fed]], axis=1
+            )
             seen_RT = jnp.pad(seen_RT, ((0, 0), (0, fed)), constant_values=1)
-        # the attention is causal, so one pass over all points sends them where the steps have sent them
+        # the attention is causal, so one pass over all points sends them where the steps have sent
+        # them
         _, taps, _ = self._net(params, z_RT, observed_BS=seen_RT, positions_BN=_positions(seen_RT))
-        chosen = {f"layer_{i}/mixture/experts": taps[f"layer_{i}/router_experts"] for i in range(len(cfg.n_heads))}
+        chosen = {
+            f"layer_{i}/mixture/experts": taps[f"layer_{i}/router_experts"]
+            for i in range(len(cfg.n_heads))
+        }
         ids = {path: jnp.where(seen_RT.reshape(-1, 1) != 0, x, -1) for path, x in chosen.items()}
         return {path: x.reshape(b, -1, cfg.top_k) for path, x in ids.items()}, cfg.n_experts
 
@@ -563,7 +713,9 @@ def _positions(observed_BT: jax.Array) -> jax.Array:
 
 
 def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """A series with NaN as (scaled and filled, 1 from its first value on, mean, unbiased standard deviation + eps)."""
+    """A series with NaN as (scaled and filled, 1 from its first value on, mean, unbiased standard
+    deviation + eps).
+    """
     seen = (jnp.cumsum(~jnp.isnan(x), axis=-1) > 0).astype(jnp.float32)
     filled, n = fill_missing(x), seen.sum(-1, keepdims=True)
     mean = (filled * seen).sum(-1, keepdims=True) / jnp.maximum(n, 1.0)

@@ -1,9 +1,10 @@
 """Timer: a decoder-only Transformer over patches of one variate, trained to predict the next patch.
 
-Liu et al., "Timer: Generative Pre-trained Transformers Are Large Time Series Models" (ICML 2024, arXiv 2402.02368).
-Follows thuml/Large-Time-Series-Model (commit 1ff8d1a) and, in the same mathematics, Meteor-Stars/SFF (commit 2dfb50b):
-post-norm blocks, a sinusoid position table, an extra norm before the head, instance scaling around it all. A token's
-output is the prediction of the NEXT patch, so the forecast is the last token's.
+Liu et al., "Timer: Generative Pre-trained Transformers Are Large Time Series Models" (ICML 2024,
+arXiv 2402.02368). Follows thuml/Large-Time-Series-Model (commit 1ff8d1a) and, in the same
+mathematics, Meteor-Stars/SFF (commit 2dfb50b): post-norm blocks, a sinusoid position table, an
+extra norm before the head, instance scaling around it all. A token's output is the prediction of
+the NEXT patch, so the forecast is the last token's.
 """
 
 import dataclasses
@@ -28,16 +29,19 @@ from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
-TABLE_LEN = 5000  # rows of the original's position table: the longest sequence it can take, in patches
+TABLE_LEN = (
+    5000  # rows of the original's position table: the longest sequence it can take, in patches
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TimerConfig:
     """Widths are per layer, so that a pruned Timer is a Timer.
 
-    patch_len P, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer, context_len and horizon in
-    time steps (the published use: horizon = P). value_dims, qk_dims: K of the values, and of queries and keys, of each
-    layer; () is head_dim. The scale of the scores is that of head_dim.
+    patch_len P, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer,
+    context_len and horizon in time steps (the published use: horizon = P). value_dims, qk_dims: K
+    of the values, and of queries and keys, of each layer; () is head_dim. The scale of the scores
+    is that of head_dim.
     """
 
     patch_len: int
@@ -54,10 +58,13 @@ class TimerConfig:
     qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims, qk_dims=self.qk_dims)
+        problems = width_problems(
+            len(self.n_heads), self.head_dim, value_dims=self.value_dims, qk_dims=self.qk_dims
+        )
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
+                "at least one"
             )
         if self.d_model % 2:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
@@ -65,28 +72,47 @@ class TimerConfig:
         if min(*sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
             problems.append(f"every size must be positive: {self}")
         if self.context_len < self.patch_len:
-            problems.append(f"the context ({self.context_len}) must hold one patch ({self.patch_len})")
+            problems.append(
+                f"the context ({self.context_len}) must hold one patch ({self.patch_len})"
+            )
         if self.horizon > self.patch_len:
-            problems.append(f"one step predicts one patch ({self.patch_len}), so the horizon cannot be {self.horizon}")
+            problems.append(
+                f"one step predicts one patch ({self.patch_len}), so the horizon cannot be "
+                f"{self.horizon}"
+            )
         if self.activation not in ("gelu", "relu") or not 0 <= self.dropout < 1:
-            problems.append(f"activation must be gelu or relu and dropout in [0, 1): {self.activation}, {self.dropout}")
+            problems.append(
+                f"activation must be gelu or relu and dropout in [0, 1): {self.activation}, "
+                f"{self.dropout}"
+            )
         if problems:
             raise ValueError("TimerConfig: " + "; ".join(problems))
 
     @classmethod
-    def of(cls, patch_len: int, d_model: int, d_ff: int, layers: int, heads: int, **rest) -> "TimerConfig":
+    def of(
+        cls, patch_len: int, d_model: int, d_ff: int, layers: int, heads: int, **rest
+    ) -> "TimerConfig":
         """Equal layers; heads split the model width as in the original."""
         if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
-        return cls(patch_len, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest)
+            raise ValueError(
+                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
+            )
+        return cls(
+            patch_len, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest
+        )
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerConfig":
-        """Reads the option names of the original's scripts (patch_len, d_model, d_ff, e_layers, n_heads, seq_len, ...).
+        """Reads the option names of the original's scripts (patch_len, d_model, d_ff, e_layers,
+        n_heads, seq_len, ...).
 
         Raises: ValueError naming the options that are missing.
         """
-        missing = [name for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads") if name not in fields]
+        missing = [
+            name
+            for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
+            if name not in fields
+        ]
         if missing:
             raise ValueError(f"the config of a Timer checkpoint lacks {', '.join(missing)}")
         rest = {
@@ -96,24 +122,40 @@ class TimerConfig:
         }
         task = fields.get("task_name", "forecasting")
         return cls.of(
-            *(int(fields[name]) for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")),
+            *(
+                int(fields[name])
+                for name in ("patch_len", "d_model", "d_ff", "e_layers", "n_heads")
+            ),
             horizon=min(int(fields.get("pred_len", fields["patch_len"])), int(fields["patch_len"])),
             task={"forecast": "forecasting", "anomaly_detection": "anomaly"}.get(task, task),
-            activation="relu" if fields.get("activation") == "relu" else "gelu",  # the original: anything else is gelu
+            activation="relu"
+            if fields.get("activation") == "relu"
+            else "gelu",  # the original: anything else is gelu
             **rest,
         )
 
 
 PRESETS = {
-    # hyper-parameters from the scripts of thuml/Large-Time-Series-Model; no config file ships with the checkpoints
+    # hyper-parameters from the scripts of thuml/Large-Time-Series-Model; no config file ships with
+    # the checkpoints
     "Timer_forecast_1.0": TimerConfig.of(96, 1024, 2048, 8, 8, context_len=672, horizon=96),
-    "Timer_imputation_1.0": TimerConfig.of(24, 256, 512, 4, 8, context_len=192, horizon=24, task="imputation"),
-    "Timer_anomaly_detection_1.0": TimerConfig.of(96, 256, 512, 4, 8, context_len=768, horizon=96, task="anomaly"),
+    "Timer_imputation_1.0": TimerConfig.of(
+        24, 256, 512, 4, 8, context_len=192, horizon=24, task="imputation"
+    ),
+    "Timer_anomaly_detection_1.0": TimerConfig.of(
+        96, 256, 512, 4, 8, context_len=768, horizon=96, task="anomaly"
+    ),
     # ours, small enough to ship and to train on a laptop
     "timer-tiny": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),
-    "timer-median": TimerConfig.of(96, 128, 256, 4, 4, context_len=672, horizon=96),  # timer-tiny, on absolute error
-    "timer-tiny-imputation": TimerConfig.of(24, 128, 256, 4, 4, context_len=192, horizon=24, task="imputation"),
-    "timer-tiny-anomaly": TimerConfig.of(96, 128, 256, 4, 4, context_len=768, horizon=96, task="anomaly"),
+    "timer-median": TimerConfig.of(
+        96, 128, 256, 4, 4, context_len=672, horizon=96
+    ),  # timer-tiny, on absolute error
+    "timer-tiny-imputation": TimerConfig.of(
+        24, 128, 256, 4, 4, context_len=192, horizon=24, task="imputation"
+    ),
+    "timer-tiny-anomaly": TimerConfig.of(
+        96, 128, 256, 4, 4, context_len=768, horizon=96, task="anomaly"
+    ),
     "timer-small": TimerConfig.of(96, 256, 1024, 6, 8, context_len=672, horizon=96),
 }
 
@@ -131,9 +173,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BND, train: bool):
         widths = {"q": self.qk_dim, "k": self.qk_dim, "v": self.value_dim}
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
+        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
+        # "BNHK,BSHK->BHNS"
         q_BHNK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((self.d_model,), (self.n_heads, k), name=n)(x_BND), 1, 2) for n, k in widths.items()
+            jnp.swapaxes(Linear((self.d_model,), (self.n_heads, k), name=n)(x_BND), 1, 2)
+            for n, k in widths.items()
         )
         s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5
         causal_NS = jnp.tril(jnp.ones(s_BHNS.shape[-2:], bool))
@@ -145,7 +189,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm block [B, N, D] -> [B, N, D]: attention, then feed-forward; and the named steps between."""
+    """Post-norm block [B, N, D] -> [B, N, D]: attention, then feed-forward; and the named steps
+    between.
+    """
 
     cfg: TimerConfig
     layer: int
@@ -154,10 +200,16 @@ class Block(nn.Module):
     def __call__(self, x_BND, train: bool):
         cfg, taps = self.cfg, {}
         heads, ffn_dim = cfg.n_heads[self.layer], cfg.ffn_dims[self.layer]
-        qk_dim, value_dim = (width(dims, self.layer, cfg.head_dim) for dims in (cfg.qk_dims, cfg.value_dims))
+        qk_dim, value_dim = (
+            width(dims, self.layer, cfg.head_dim) for dims in (cfg.qk_dims, cfg.value_dims)
+        )
         drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
-        activation = nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
-        attention = Attention(cfg.d_model, heads, cfg.head_dim, qk_dim, value_dim, cfg.dropout, name="attn")
+        activation = (
+            nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
+        )
+        attention = Attention(
+            cfg.d_model, heads, cfg.head_dim, qk_dim, value_dim, cfg.dropout, name="attn"
+        )
         a_BND, taps["attn_weights"] = attention(x_BND, train)
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(epsilon=1e-5, name="norm1")(x_BND + drop(a_BND))
@@ -167,7 +219,9 @@ class Block(nn.Module):
 
 
 class TimerNet(nn.Module):
-    """Patches [B, N, P] in instance scale -> next patches [B, N, P], and the named steps between."""
+    """Patches [B, N, P] in instance scale -> next patches [B, N, P], and the named
+    steps between.
+    """
 
     cfg: TimerConfig
 
@@ -177,12 +231,16 @@ class TimerNet(nn.Module):
         n = p_BNP.shape[1]
         if n > TABLE_LEN:
             raise ValueError(f"{n} patches; Timer's position table has {TABLE_LEN} rows")
-        x_BND = taps["value_embed"] = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")(p_BNP)
+        x_BND = taps["value_embed"] = Linear(
+            (cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed"
+        )(p_BNP)
         x_BND = taps["embed"] = x_BND + jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)[None]
         x_BND = Dropout(cfg.dropout)(x_BND, train)
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
         x_BND = taps["norm"] = nn.LayerNorm(epsilon=1e-5, name="norm")(x_BND)
         y_BNP = taps["head"] = Linear((cfg.d_model,), (cfg.patch_len,), name="head")(x_BND)
         return y_BNP, taps
@@ -235,7 +293,9 @@ class Timer(Model):
         return self.config.horizon
 
     def init(self, key: jax.Array) -> Tree:
-        """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear layers; norms 1, 0."""
+        """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear
+        layers; norms 1, 0.
+        """
         patch_11P = jax.ShapeDtypeStruct((1, 1, self.config.patch_len), jnp.float32)
         shapes = jax.eval_shape(TimerNet(self.config).init, key, patch_11P)["params"]
         flat = flatten(shapes)
@@ -252,28 +312,34 @@ class Timer(Model):
 
     def recipe(self) -> Recipe:
         if self.config in (PRESETS["timer-tiny"], PRESETS["timer-small"]):
-            # lr: the lower validation MSE of full fine-tuning on ETTh1, of 1e-4 and 3e-4; the batch is small so that a
-            # run from scratch gets a thousand steps in five epochs
+            # lr: the lower validation MSE of full fine-tuning on ETTh1, of 1e-4 and 3e-4; the batch
+            # is small so that a run from scratch gets a thousand steps in five epochs
             tiny = self.config == PRESETS["timer-tiny"]
             source = "validation on ETTh1" if tiny else "that of timer-tiny, not measured"
             return Recipe(1e-4, 256, 5, "halving", self.context_len, self.horizon, "own", source)
-        source = "thuml/Large-Time-Series-Model scripts; schedule of Meteor-Stars/SFF (commit 2dfb50b)"
+        source = (
+            "thuml/Large-Time-Series-Model scripts; schedule of Meteor-Stars/SFF (commit 2dfb50b)"
+        )
         lr, batch_size = (3e-5, 2048) if self.config.task == "forecasting" else (1e-4, 128)
         return Recipe(lr, batch_size, 10, "halving", self.context_len, self.horizon, "own", source)
 
     # --- the network around its instance scaling
 
     def apply(self, params: Tree, x_BCT: jax.Array, observed_BCT=None, key=None, train=False):
-        """One forward pass in the units of x: next-patch predictions [B, C, N*P], N = T // P, and the named steps.
+        """One forward pass in the units of x: next-patch predictions [B, C, N*P], N = T // P, and
+        the named steps.
 
-        Points after the last whole patch count in the scale but are no patch, as in the original. With `observed`
-        (1 or 0), x must hold 0 where it is 0, and the scale is of the observed points only.
+        Points after the last whole patch count in the scale but are no patch, as in the original.
+        With `observed` (1 or 0), x must hold 0 where it is 0, and the scale is of the observed
+        points only.
         """
         cfg = self.config
         b, c, t = x_BCT.shape
         n = t // cfg.patch_len
         if n < 1:
-            raise ValueError(f"Timer needs at least one patch of {cfg.patch_len} time steps, got {t}")
+            raise ValueError(
+                f"Timer needs at least one patch of {cfg.patch_len} time steps, got {t}"
+            )
         x_BCT = x_BCT.astype(jnp.float32)
         if observed_BCT is None:
             mean_BC1 = x_BCT.mean(-1, keepdims=True)
@@ -293,10 +359,11 @@ class Timer(Model):
         return y_BCT, taps | {"mean": mean_BC1, "std": std_BC1}
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Next-token MSE over all tokens (the original's `use_ims`): the target is the series moved by one patch.
+        """Next-token MSE over all tokens (the original's `use_ims`): the target is the series moved
+        by one patch.
 
-        The context must be whole patches; of the target, the first patch is used. Missing values are
-        no targets; the model reads the last value before them there, as in `predict`.
+        The context must be whole patches; of the target, the first patch is used. Missing values
+        are no targets; the model reads the last value before them there, as in `predict`.
         """
         return self.token_loss(params, self._next_tokens(batch), key, train)
 
@@ -309,15 +376,21 @@ class Timer(Model):
         return mean_observed(jnp.abs(gap), observed, batch)
 
     def _next_tokens(self, batch: Batch) -> dict[str, jax.Array]:
-        """Give a batch whose `target` is the series moved by one patch: what each token is to predict."""
+        """Give a batch whose `target` is the series moved by one patch: what each token is to
+        predict.
+        """
         p, (context, target) = self.config.patch_len, (batch["context"], batch["target"])
         problems, steps = [], context.shape[-1]
         if steps % p:
-            problems.append(f"a context of whole patches ({p}), got {steps} steps: take {max(steps // p, 1) * p}")
+            problems.append(
+                f"a context of whole patches ({p}), got {steps} steps: take "
+                f"{max(steps // p, 1) * p}"
+            )
         if target.shape[-1] < p:
             got = target.shape[-1]
             problems.append(
-                f"a target of one patch ({p}), got {got} steps: take {p}, or the direct loss (mode='direct')"
+                f"a target of one patch ({p}), got {got} steps: take {p}, or the direct loss "
+                "(mode='direct')"
             )
         if problems:
             raise ValueError(f"the next-token loss needs {'; and '.join(problems)}")
@@ -325,7 +398,9 @@ class Timer(Model):
         return dict(batch) | {"target": shifted_BCT}
 
     def token_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE over all tokens against a `target` as long as the context: what each time step's token is to predict."""
+        """MSE over all tokens against a `target` as long as the context: what each time step's
+        token is to predict.
+        """
         y_BCT, _ = self.apply(params, fill_missing(batch["context"]), key=key, train=train)
         return mse_observed(y_BCT, batch["target"], batch)
 
@@ -334,7 +409,8 @@ class Timer(Model):
         p, (context, target) = self.config.patch_len, (batch["context"], batch["target"])
         if target.shape[-1] > p:
             raise ValueError(
-                f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; take a shorter target, or the "
+                f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; take a "
+                "shorter target, or the "
                 "next-token loss (mode='ims')"
             )
         x_BCT = fill_missing(context)[..., context.shape[-1] % p :]
@@ -342,16 +418,20 @@ class Timer(Model):
         return mse_observed(y_BCT[..., -p:][..., : target.shape[-1]], target, batch)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """Rolled out patch by patch in a window of fixed length, scaled anew at each step, as in the original.
+        """Rolled out patch by patch in a window of fixed length, scaled anew at each step, as in
+        the original.
 
-        The context is cut to the newest whole patches of at most `context_len` steps; one shorter than a patch is
-        padded on the left with its first value. Missing values take the last value before them.
+        The context is cut to the newest whole patches of at most `context_len` steps; one shorter
+        than a patch is padded on the left with its first value. Missing values take the last value
+        before them.
         """
         check_context(context, horizon)
         p = self.config.patch_len
         x_BCT = fill_missing(jnp.asarray(context, jnp.float32))
         keep = max(min(x_BCT.shape[-1], self.context_len) // p * p, p)
-        x_BCT = jnp.pad(x_BCT, ((0, 0), (0, 0), (max(keep - x_BCT.shape[-1], 0), 0)), mode="edge")[..., -keep:]
+        x_BCT = jnp.pad(x_BCT, ((0, 0), (0, 0), (max(keep - x_BCT.shape[-1], 0), 0)), mode="edge")[
+            ..., -keep:
+        ]
         steps = math.ceil(horizon / p)
         if steps == 1:
             return Forecast(self.apply(params, x_BCT)[0][..., -p:][..., :horizon])
@@ -361,27 +441,37 @@ class Timer(Model):
             return jnp.concatenate([window_BCT[..., p:], y_BCP], axis=-1), y_BCP
 
         _, y_SBCP = jax.lax.scan(step, x_BCT, length=steps)
-        return Forecast(jnp.moveaxis(y_SBCP, 0, 2).reshape(*x_BCT.shape[:2], steps * p)[..., :horizon])
+        return Forecast(
+            jnp.moveaxis(y_SBCP, 0, 2).reshape(*x_BCT.shape[:2], steps * p)[..., :horizon]
+        )
 
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
-        """Reconstruction [B, C, T] of x where `observed` is 0, in data units. T must be whole patches.
+        """Reconstruction [B, C, T] of x where `observed` is 0, in data units. T must be whole
+        patches.
 
-        NaN in x is not observed either. ims: patch j is what the token before it predicts (the first patch, which
-        nothing predicts, is x itself, missing values filled);
+        NaN in x is not observed either. ims: patch j is what the token before it predicts (the
+        first patch, which nothing predicts, is x itself, missing values filled);
         otherwise the token's own output, the released script's default.
         """
         p = self.config.patch_len
         if x.shape[-1] % p:
-            raise ValueError(f"imputation needs a series of whole patches ({p}), got {x.shape[-1]} steps")
+            raise ValueError(
+                f"imputation needs a series of whole patches ({p}), got {x.shape[-1]} steps"
+            )
         observed = jnp.where(jnp.isnan(x), 0.0, observed.astype(jnp.float32))
-        y_BCT, _ = self.apply(params, jnp.where(observed == 0, 0.0, x), observed, key=key, train=train)
+        y_BCT, _ = self.apply(
+            params, jnp.where(observed == 0, 0.0, x), observed, key=key, train=train
+        )
         if not ims:
             return y_BCT
         return jnp.concatenate([fill_missing(x)[..., :p], y_BCT[..., :-p]], axis=-1)
 
     def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects, in data units. ims: [B, C, T - P], the predictions of x[..., P:] from the patches
-        before; otherwise [B, C, T], each token's own output (the released script's default). Missing values take the
-        last value before them."""
+        """What the model expects, in data units. ims: [B, C, T - P], the predictions of x[..., P:]
+        from the patches before; otherwise [B, C, T], each token's own output (the released script's
+        default). Missing values take the last value before them.
+        """
         x = fill_missing(x)
-        return self.apply(params, x[..., : -self.config.patch_len] if ims else x, key=key, train=train)[0]
+        return self.apply(
+            params, x[..., : -self.config.patch_len] if ims else x, key=key, train=train
+        )[0]

@@ -1,14 +1,17 @@
-"""Timer as published on the Hugging Face hub (thuml/timer-base-84m): a decoder-only Transformer over patches.
+"""Timer as published on the Hugging Face hub (thuml/timer-base-84m): a decoder-only Transformer
+over patches.
 
-Liu et al., "Timer: Generative Pre-trained Transformers Are Large Time Series Models" (ICML 2024, arXiv 2402.02368).
-Follows the hub's remote code (version 70077a7, as vendored in sktime commit 0eb40b6). Another network than `timer` (the
-checkpoints of Large-Time-Series-Model) and `timer_xl` (OpenLTM): rotary positions on whole heads, gated feed-forward
-layers, no bias at the embedding and at the heads. Prune-then-Finetune calls this checkpoint TimerXL.
+Liu et al., "Timer: Generative Pre-trained Transformers Are Large Time Series Models" (ICML 2024,
+arXiv 2402.02368). Follows the hub's remote code (version 70077a7, as vendored in sktime commit
+0eb40b6). Another network than `timer` (the checkpoints of Large-Time-Series-Model) and `timer_xl`
+(OpenLTM): rotary positions on whole heads, gated feed-forward layers, no bias at the embedding and
+at the heads. Prune-then-Finetune calls this checkpoint TimerXL.
 
-The original's `generate` scales what it is fed at each step: with its cache that is, from the second step on, the last
-few predicted points alone, while the cached tokens stand in the scale of the context. Here every step has the scale of
-the context, as in Prune-then-Finetune's wrapper and in the example of the checkpoint's own page; the original's numbers
-are behind `scaling`. The same wrapper trains on scaled inputs and unscaled labels; here both have one scale.
+The original's `generate` scales what it is fed at each step: with its cache that is, from the
+second step on, the last few predicted points alone, while the cached tokens stand in the scale of
+the context. Here every step has the scale of the context, as in Prune-then-Finetune's wrapper and
+in the example of the checkpoint's own page; the original's numbers are behind `scaling`. The same
+wrapper trains on scaled inputs and unscaled labels; here both have one scale.
 """
 
 import dataclasses
@@ -40,7 +43,9 @@ from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
 EPS = 1e-6  # added to the standard deviation of the context (Prune-then-Finetune's wrapper)
-BASE = 10000.0  # of the rotary positions, whatever rope_theta the published config names: the original never reads it
+# of the rotary positions, whatever rope_theta the published config names: the original never reads
+# it
+BASE = 10000.0
 PATCHES = 30  # of the longest context that the checkpoint was trained with: 2880 points
 
 Scaling = Literal["context", "fed", "sequence"]
@@ -50,11 +55,12 @@ Scaling = Literal["context", "fed", "sequence"]
 class TimerHfConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    patch_len P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, horizons: points that each head
-    predicts, context_len in time steps. dropout: of the attention weights, in training only (the original drops in
-    evaluation too; published: 0). scaling: "context" (see the module docstring), or the original's: "fed" (its default,
-    with the cache) and "sequence" (without cache: the whole sequence anew at each step), both without any eps.
-    value_dims: K of the values of each layer, () is head_dim. rotary_pairs: for each layer and each of its heads the
+    patch_len P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, horizons: points
+    that each head predicts, context_len in time steps. dropout: of the attention weights, in
+    training only (the original drops in evaluation too; published: 0). scaling: "context" (see the
+    module docstring), or the original's: "fed" (its default, with the cache) and "sequence"
+    (without cache: the whole sequence anew at each step), both without any eps. value_dims: K of
+    the values of each layer, () is head_dim. rotary_pairs: for each layer and each of its heads the
     pairs that queries and keys still have, () is all.
     """
 
@@ -77,7 +83,9 @@ class TimerHfConfig:
         problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         problems += pair_problems(self.n_heads, self.head_dim, self.rotary_pairs)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers")
+            problems.append(
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers"
+            )
         sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.max_positions)
         if (
             min(*sizes, *self.horizons, *([] if self.horizons else [0])) < 1
@@ -85,13 +93,24 @@ class TimerHfConfig:
         ):
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 2:
-            problems.append(f"heads must have an even width for the rotary positions, got {self.head_dim}")
+            problems.append(
+                f"heads must have an even width for the rotary positions, got {self.head_dim}"
+            )
         if self.context_len < self.patch_len:
-            problems.append(f"the context ({self.context_len}) must hold one patch ({self.patch_len})")
+            problems.append(
+                f"the context ({self.context_len}) must hold one patch ({self.patch_len})"
+            )
         if len(set(self.horizons)) != len(self.horizons):
             problems.append(f"horizons must differ, got {self.horizons}")
-        if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.init_std >= 0:
-            problems.append(f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std >= 0")
+        if (
+            self.activation not in ACTIVATIONS
+            or not 0 <= self.dropout < 1
+            or not self.init_std >= 0
+        ):
+            problems.append(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                ">= 0"
+            )
         if self.scaling not in ("context", "fed", "sequence"):
             problems.append(f"scaling must be context, fed or sequence, not {self.scaling}")
         if problems:
@@ -99,10 +118,16 @@ class TimerHfConfig:
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimerHfConfig":
-        """From the fields of the hub's config.json. The context is not among them: 30 patches are taken."""
-        d, heads, layers = (fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+        """From the fields of the hub's config.json. The context is not among them: 30 patches are
+        taken.
+        """
+        d, heads, layers = (
+            fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        )
         if heads < 1 or d % heads:
-            raise ValueError(f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})")
+            raise ValueError(
+                f"hidden_size ({d}) must be a multiple of num_attention_heads ({heads})"
+            )
         return cls(
             patch_len=fields["input_token_len"],
             d_model=d,
@@ -144,48 +169,68 @@ class Block(nn.Module):
         pairs = cfg.rotary_pairs[self.layer] if cfg.rotary_pairs else ()
         sizes = (cfg.d_model, heads, heads, cfg.head_dim)
         attention = CausalAttention(*sizes, BASE, cfg.dropout, value_dim, pairs, name="attn")
-        a_BND, taps["attn_weights"], cache = attention(x_BND, positions_BN, mask_BHNS, cache, start, train)
+        a_BND, taps["attn_weights"], cache = attention(
+            x_BND, positions_BN, mask_BHNS, cache, start, train
+        )
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND + a_BND)
-        y_BND = taps["mlp"] = GatedMLP(cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp")(x_BND)
+        y_BND = taps["mlp"] = GatedMLP(
+            cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp"
+        )(x_BND)
         return nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND + y_BND), taps, cache
 
 
 class TimerHfNet(nn.Module):
-    """Patches [B, N, P] -> what each head predicts after each of them, a list of [B, N, q]; named steps; caches.
+    """Patches [B, N, P] -> what each head predicts after each of them, a list of [B, N, q]; named
+    steps; caches.
 
-    observed_BN: 0 for patches of padding on the left, which nobody sees. caches, start: of the tokens before these.
-    last: heads at the last position only, [B, 1, q].
+    observed_BN: 0 for patches of padding on the left, which nobody sees. caches, start: of the
+    tokens before these. last: heads at the last position only, [B, 1, q].
     """
 
     cfg: TimerHfConfig
 
     @nn.compact
-    def __call__(self, p_BNP, observed_BN=None, caches=None, start=0, last: bool = False, train: bool = False):
+    def __call__(
+        self, p_BNP, observed_BN=None, caches=None, start=0, last: bool = False, train: bool = False
+    ):
         cfg, taps, kept = self.cfg, {"patches": p_BNP}, []
         n = p_BNP.shape[1]
-        x_BND = taps["embed"] = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")(p_BNP)
+        x_BND = taps["embed"] = Linear(
+            (cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed"
+        )(p_BNP)
         positions_BN = (start + jnp.arange(n))[None]
         if observed_BN is not None:
             positions_BN = jnp.where(observed_BN != 0, jnp.cumsum(observed_BN, axis=1) - 1, 1)
-        mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start, observed_BN)
+        mask_BHNS = causal_mask(
+            n, n if caches is None else caches[0][0].shape[2], start, observed_BN
+        )
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
-            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(x_BND, positions_BN, mask_BHNS, cache, start, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(
+                x_BND, positions_BN, mask_BHNS, cache, start, train
+            )
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
             kept.append(cache)
         x_BND = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm")(x_BND)
         x_BND = x_BND[:, -1:] if last else x_BND
         heads = [
-            Linear((cfg.d_model,), (q,), use_bias=False, name=f"head_{j}")(x_BND) for j, q in enumerate(cfg.horizons)
+            Linear((cfg.d_model,), (q,), use_bias=False, name=f"head_{j}")(x_BND)
+            for j, q in enumerate(cfg.horizons)
         ]
         return heads, taps, None if caches is None else kept
 
 
 def moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Mean, and unbiased standard deviation plus eps, over the last axis, which stays with length 1."""
+    """Mean, and unbiased standard deviation plus eps, over the last axis, which stays with length
+    1.
+    """
     mean = x.mean(-1, keepdims=True)
-    return mean, jnp.sqrt(jnp.square(x - mean).sum(-1, keepdims=True) / max(x.shape[-1] - 1, 1)) + eps
+    return mean, jnp.sqrt(
+        jnp.square(x - mean).sum(-1, keepdims=True) / max(x.shape[-1] - 1, 1)
+    ) + eps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,27 +288,39 @@ class TimerHf(Model):
         shapes = jax.eval_shape(TimerHfNet(self.config).init, key, patch_11P)["params"]
 
         def rule(path, _):
-            return Normal(self.config.init_std) if path.endswith("/kernel") else Constant(float(path.endswith("scale")))
+            return (
+                Normal(self.config.init_std)
+                if path.endswith("/kernel")
+                else Constant(float(path.endswith("scale")))
+            )
 
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
         p = self.config.patch_len
-        source = "thuml/OpenLTM adaptation script of the same checkpoint's network; inside Prune-then-Finetune's grid"
-        return Recipe(5e-6, 2048, 10, "cosine", self.context_len // p * p, self.horizon, "own", source)
+        source = (
+            "thuml/OpenLTM adaptation script of the same checkpoint's network; inside "
+            "Prune-then-Finetune's grid"
+        )
+        return Recipe(
+            5e-6, 2048, 10, "cosine", self.context_len // p * p, self.horizon, "own", source
+        )
 
     # --- the network
 
     def _net(self, params: Tree, p_BNP, key=None, train=False, **rest) -> Any:
         train = train and key is not None and self.config.dropout > 0
         net: Any = TimerHfNet(self.config)  # Flax types what apply returns too widely
-        return net.apply({"params": params}, p_BNP, train=train, rngs={"dropout": key} if train else None, **rest)
+        return net.apply(
+            {"params": params}, p_BNP, train=train, rngs={"dropout": key} if train else None, **rest
+        )
 
     def apply(self, params: Tree, x_BCT: jax.Array, observed_BCN=None, key=None, train=False):
-        """One forward pass, without any scaling: a list of what each head predicts, [B, C, N, q], and named steps.
+        """One forward pass, without any scaling: a list of what each head predicts, [B, C, N, q],
+        and named steps.
 
-        N = T // P; points after the last whole patch are left out, as in the original. observed: 0 for patches of
-        padding on the left.
+        N = T // P; points after the last whole patch are left out, as in the original. observed: 0
+        for patches of padding on the left.
         """
         b, c, t = x_BCT.shape
         p_BNP = self._patches(x_BCT.reshape(b * c, t).astype(jnp.float32))
@@ -278,11 +335,16 @@ class TimerHf(Model):
         return x_BL[:, : t // p * p].reshape(b, t // p, p)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """Next-patch MSE over all tokens, mean over heads, in the scale of the context. NaN in the target, and what
-        lies beyond the target's end, does not count. The context is cut to its newest whole patches."""
+        """Next-patch MSE over all tokens, mean over heads, in the scale of the context. NaN in the
+        target, and what lies beyond the target's end, does not count. The context is cut to its
+        newest whole patches.
+        """
         p, context = self.config.patch_len, batch["context"].astype(jnp.float32)
         if context.shape[-1] < p:
-            raise ValueError(f"the next-patch loss needs a context of one patch ({p}), got {context.shape[-1]} steps")
+            raise ValueError(
+                f"the next-patch loss needs a context of one patch ({p}), got {context.shape[-1]} "
+                "steps"
+            )
         context = context[..., context.shape[-1] % p :]
         mean_BC1, std_BC1 = jax.lax.stop_gradient(moments(fill_missing(context), EPS))
         series_BCT = (jnp.concatenate([context, batch["target"]], axis=-1) - mean_BC1) / std_BC1
@@ -290,10 +352,19 @@ class TimerHf(Model):
         return self.token_loss(params, x_BCT, series_BCT[..., p:], batch, key=key, train=train)
 
     def token_loss(
-        self, params: Tree, x_BCT, labels_BCT, batch: Batch | None = None, weight_BCN=None, key=None, train=False
+        self,
+        params: Tree,
+        x_BCT,
+        labels_BCT,
+        batch: Batch | None = None,
+        weight_BCN=None,
+        key=None,
+        train=False,
     ) -> jax.Array:
-        """The original's loss: per head the MSE of every token's q points against `labels`, the series one patch on;
-        mean over the heads. NaN labels, and those past the end, do not count. weight_BCN: of each token."""
+        """The original's loss: per head the MSE of every token's q points against `labels`, the
+        series one patch on; mean over the heads. NaN labels, and those past the end, do not count.
+        weight_BCN: of each token.
+        """
         heads, _ = self.apply(params, x_BCT, key=key, train=train)
         losses = []
         for y_BCNQ in heads:
@@ -320,13 +391,16 @@ class TimerHf(Model):
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Rolled out with a cache; at each step the largest head that is not above what remains.
 
-        The context is cut to its newest whole patches of at most `context_len` steps; one shorter than a patch is
-        padded on the left with its first value. Missing values take the last value before them.
+        The context is cut to its newest whole patches of at most `context_len` steps; one shorter
+        than a patch is padded on the left with its first value. Missing values take the last value
+        before them.
         """
         check_context(context, horizon)
         return Forecast(self._forecast(params, context, horizon))
 
-    def _forecast(self, params: Tree, context_BCT, horizon: int, key=None, train=False) -> jax.Array:
+    def _forecast(
+        self, params: Tree, context_BCT, horizon: int, key=None, train=False
+    ) -> jax.Array:
         b, c, _ = context_BCT.shape
         x_BCT = fill_missing(jnp.asarray(context_BCT, jnp.float32))[..., -self.context_len :]
         x_BL = x_BCT.reshape(b * c, -1)
@@ -334,14 +408,22 @@ class TimerHf(Model):
         if x_BL.shape[-1] < self.config.patch_len:
             x_BL = jnp.pad(x_BL, ((0, 0), (self.config.patch_len - x_BL.shape[-1], 0)), mode="edge")
         if self.config.scaling == "context":
-            y_BH = self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key, train) * std_B1 + mean_B1
+            y_BH = (
+                self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key, train) * std_B1
+                + mean_B1
+            )
         else:
-            y_BH = self.generate_as_original(params, x_BL, horizon, use_cache=self.config.scaling == "fed")
+            y_BH = self.generate_as_original(
+                params, x_BL, horizon, use_cache=self.config.scaling == "fed"
+            )
         return y_BH.reshape(b, c, horizon)
 
-    def generate(self, params: Tree, x_BL: jax.Array, horizon: int, key=None, train=False) -> jax.Array:
-        """`horizon` points [B, horizon] after x [B, L], without any scaling. L >= P; the oldest points that fill no
-        patch are left out."""
+    def generate(
+        self, params: Tree, x_BL: jax.Array, horizon: int, key=None, train=False
+    ) -> jax.Array:
+        """`horizon` points [B, horizon] after x [B, L], without any scaling. L >= P; the oldest
+        points that fill no patch are left out.
+        """
         p, cfg = self.config.patch_len, self.config
         sizes, x_BL = greedy_sizes(horizon, cfg.horizons), x_BL[:, x_BL.shape[-1] % p :]
         if len(sizes) == 1:  # nothing to keep
@@ -355,29 +437,43 @@ class TimerHf(Model):
 
         def step(state, points_BT, q):
             caches, start = state
-            y_BQ, caches, n = self._next(params, points_BT, q, key, train, caches=caches, start=start)
+            y_BQ, caches, n = self._next(
+                params, points_BT, q, key, train, caches=caches, start=start
+            )
             return (caches, start + n), y_BQ, y_BQ
 
         caches = self._cache(x_BL.shape[0], (x_BL.shape[-1] + sum(sizes[:-1])) // p)
         return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)[:, :horizon]
 
     def generate_as_original(
-        self, params: Tree, x_BL: jax.Array, horizon: int, revin: bool = True, use_cache: bool = True
+        self,
+        params: Tree,
+        x_BL: jax.Array,
+        horizon: int,
+        revin: bool = True,
+        use_cache: bool = True,
     ) -> jax.Array:
-        """The original's `generate` with all its scaling, see the module docstring, in the units of x.
+        """The original's `generate` with all its scaling, see the module docstring, in the units of
+        x.
 
-        Raises: ValueError where the original fails: heads that predict no whole patches lose count of its tokens.
+        Raises: ValueError where the original fails: heads that predict no whole patches lose count
+        of its tokens.
         """
         p = self.config.patch_len
         x_BL = x_BL[:, x_BL.shape[-1] % p :]
         length, sizes = x_BL.shape[-1], greedy_sizes(horizon, self.config.horizons)
         room = (length + sum(sizes)) // p
         caches = self._cache(x_BL.shape[0], room) if use_cache else None
-        kept, counted = 0, length // p  # tokens in the cache; tokens by the original's attention mask
+        kept, counted = (
+            0,
+            length // p,
+        )  # tokens in the cache; tokens by the original's attention mask
         for q in sizes:
             fed_BT = x_BL[:, kept * p :]
             if kept + fed_BT.shape[-1] // p != counted or fed_BT.shape[-1] < p:
-                raise ValueError(f"the original can't go on with heads of {sizes} points and patches of {p}")
+                raise ValueError(
+                    f"the original can't go on with heads of {sizes} points and patches of {p}"
+                )
             mean_B1, std_B1 = moments(fed_BT, 0.0) if revin else (0.0, 1.0)
             scaled_BT = (fed_BT - mean_B1) / std_B1
             y_BQ, caches, n = self._next(params, scaled_BT, q, caches=caches, start=kept)
@@ -389,8 +485,14 @@ class TimerHf(Model):
         cfg = self.config
         return empty_cache(b, room, cfg.n_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
 
-    def _next(self, params, points_BT, q: int, key=None, train=False, caches=None, start=0) -> tuple[Any, Any, int]:
-        """What the head of q points predicts after points [B, T], the caches, and how many tokens the points were."""
+    def _next(
+        self, params, points_BT, q: int, key=None, train=False, caches=None, start=0
+    ) -> tuple[Any, Any, int]:
+        """What the head of q points predicts after points [B, T], the caches, and how many tokens
+        the points were.
+        """
         p_BNP = self._patches(points_BT)
-        heads, _, caches = self._net(params, p_BNP, key, train, caches=caches, start=start, last=True)
+        heads, _, caches = self._net(
+            params, p_BNP, key, train, caches=caches, start=start, last=True
+        )
         return heads[self.config.horizons.index(q)][:, 0], caches, p_BNP.shape[1]

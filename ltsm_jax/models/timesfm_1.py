@@ -1,15 +1,18 @@
-"""TimesFM 1.0 and 2.0: a decoder-only Transformer over patches of one variate, with a longer patch coming out.
+"""TimesFM 1.0 and 2.0: a decoder-only Transformer over patches of one variate, with a longer patch
+coming out.
 
-Das et al., "A decoder-only foundation model for time-series forecasting" (ICML 2024, arXiv 2310.10688). Follows
-google-research/timesfm (commit 3dae50b), v1/src/timesfm. The two versions are one architecture: 1.0 adds a sinusoid
-position to the input (20 layers, context 512), 2.0 does not (50 layers, context 2048). A series is scaled by the mean
-and the deviation of its FIRST patch with three observed values; the output of every patch is the next `output_len`
-steps, as a mean (column 0) and quantiles. A class of frequency (0 up to daily, 1 weekly and monthly, 2 rarer) is
-embedded and added to every patch.
+Das et al., "A decoder-only foundation model for time-series forecasting" (ICML 2024, arXiv
+2310.10688). Follows google-research/timesfm (commit 3dae50b), v1/src/timesfm. The two versions are
+one architecture: 1.0 adds a sinusoid position to the input (20 layers, context 512), 2.0 does not
+(50 layers, context 2048). A series is scaled by the mean and the deviation of its FIRST patch with
+three observed values; the output of every patch is the next `output_len` steps, as a mean (column
+0) and quantiles. A class of frequency (0 up to daily, 1 weekly and monthly, 2 rarer) is embedded
+and added to every patch.
 
-As in the original, a series whose first patch is constant gets the smallest scale there is, and huge inputs after it:
-cut it, or give its first values as NaN. The original's fine-tuning loss trains the mean column alone unless asked for
-the quantiles, while its forecast is the median column: here the quantiles are trained too (`quantile_loss`).
+As in the original, a series whose first patch is constant gets the smallest scale there is, and
+huge inputs after it: cut it, or give its first values as NaN. The original's fine-tuning loss
+trains the mean column alone unless asked for the quantiles, while its forecast is the median
+column: here the quantiles are trained too (`quantile_loss`).
 """
 
 import dataclasses
@@ -38,7 +41,9 @@ from ltsm_jax.trees import Tree, flatten
 
 FREQS = 3  # rows of the frequency table
 DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
-UNSEEN = -0.7 * float(np.finfo(np.float32).max)  # finite: a padded patch, which sees nothing, attends evenly to all
+UNSEEN = -0.7 * float(
+    np.finfo(np.float32).max
+)  # finite: a padded patch, which sees nothing, attends evenly to all
 LOG2_E = 1.442695041  # as the original rounds it
 
 
@@ -46,12 +51,12 @@ LOG2_E = 1.442695041  # as the original rounds it
 class TimesFM1Config:
     """Widths are per layer, so that a pruned TimesFM is a TimesFM.
 
-    patch_len P of the input, output_len O of the output, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of
-    each layer, block_dim: hidden width of the blocks before and after the layers; context_len in time steps.
-    quantiles: levels of the output's columns 1, 2, ...; point: the column that is the point forecast.
-    freq: class of frequency of the series. pad_val: value that means "missing" in the original's raw input.
-    norm_eps: of the RMS norms. min_scale: lower bound of a series' scale. value_dims: K of the values of each layer, ()
-    is head_dim.
+    patch_len P of the input, output_len O of the output, d_model D, head_dim K, n_heads H of each
+    layer, ffn_dims F of each layer, block_dim: hidden width of the blocks before and after the
+    layers; context_len in time steps. quantiles: levels of the output's columns 1, 2, ...; point:
+    the column that is the point forecast. freq: class of frequency of the series. pad_val: value
+    that means "missing" in the original's raw input. norm_eps: of the RMS norms. min_scale: lower
+    bound of a series' scale. value_dims: K of the values of each layer, () is head_dim.
     """
 
     patch_len: int
@@ -76,33 +81,61 @@ class TimesFM1Config:
         problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
+                "at least one"
             )
-        sizes = (self.patch_len, self.output_len, self.d_model, self.head_dim, self.block_dim, self.context_len)
+        sizes = (
+            self.patch_len,
+            self.output_len,
+            self.d_model,
+            self.head_dim,
+            self.block_dim,
+            self.context_len,
+        )
         if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
             problems.append(f"every size must be positive: {self}")
         elif self.context_len % self.patch_len:
-            problems.append(f"the context ({self.context_len}) must be whole patches ({self.patch_len})")
+            problems.append(
+                f"the context ({self.context_len}) must be whole patches ({self.patch_len})"
+            )
         if self.d_model % 2:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
         if any(not 0 < q < 1 for q in self.quantiles):
             problems.append(f"quantiles must lie between 0 and 1: {self.quantiles}")
-        if self.point not in ("median", "mean") or (self.point == "median" and 0.5 not in self.quantiles):
-            problems.append(f"point must be mean, or median with 0.5 among the quantiles: {self.point}")
+        if self.point not in ("median", "mean") or (
+            self.point == "median" and 0.5 not in self.quantiles
+        ):
+            problems.append(
+                f"point must be mean, or median with 0.5 among the quantiles: {self.point}"
+            )
         if self.freq not in range(FREQS):
             problems.append(f"freq must be 0, 1 or 2, got {self.freq}")
         if problems:
             raise ValueError("TimesFM1Config: " + "; ".join(problems))
 
     @classmethod
-    def of(cls, patch_len: int, output_len: int, d_model: int, d_ff: int, layers: int, heads: int, head_dim: int, **k):
-        """Equal layers; the blocks around them are as wide as the feed-forward layers, as in the original."""
-        return cls(patch_len, output_len, d_model, head_dim, d_ff, (heads,) * layers, (d_ff,) * layers, **k)
+    def of(
+        cls,
+        patch_len: int,
+        output_len: int,
+        d_model: int,
+        d_ff: int,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        **k,
+    ):
+        """Equal layers; the blocks around them are as wide as the feed-forward layers, as in the
+        original.
+        """
+        return cls(
+            patch_len, output_len, d_model, head_dim, d_ff, (heads,) * layers, (d_ff,) * layers, **k
+        )
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM1Config":
-        """Reads the fields of the original's TimesFmHparams, with those of its TimesFMConfig under "model_config"
-        where they are told, or the config.json of the transformers library.
+        """Reads the fields of the original's TimesFmHparams, with those of its TimesFMConfig under
+        "model_config" where they are told, or the config.json of the transformers library.
 
         Raises: ValueError naming the fields that are missing.
         """
@@ -128,28 +161,42 @@ class TimesFM1Config:
             for source, name in ((inner, config), (fields, hparams), (fields, transformers)):
                 if name in source:
                     told.setdefault(ours, source[name])
-        needed = ("patch_len", "output_len", "d_model", "layers", "heads", "use_positional_embedding")
+        needed = (
+            "patch_len",
+            "output_len",
+            "d_model",
+            "layers",
+            "heads",
+            "use_positional_embedding",
+        )
         missing = [names[name][1] for name in needed if name not in told]
         if missing:
             raise ValueError(f"the config of a TimesFM checkpoint lacks {', '.join(missing)}")
         told.setdefault("d_ff", told["d_model"])
         if "head_dim" not in told:
             if told["d_model"] % told["heads"]:
-                raise ValueError(f"model_dims ({told['d_model']}) must be a multiple of num_heads ({told['heads']})")
+                raise ValueError(
+                    f"model_dims ({told['d_model']}) must be a multiple of num_heads "
+                    f"({told['heads']})"
+                )
             told["head_dim"] = told["d_model"] // told["heads"]
         told["quantiles"] = tuple(told.get("quantiles", DECILES))
         return cls.of(**told)
 
 
 PRESETS = {
-    # hyper-parameters from the README of google-research/timesfm v1; no config file ships with the .ckpt files
-    "google/timesfm-1.0-200m-pytorch": TimesFM1Config.of(32, 128, 1280, 1280, 20, 16, 80, context_len=512),
+    # hyper-parameters from the README of google-research/timesfm v1; no config file ships with the
+    # .ckpt files
+    "google/timesfm-1.0-200m-pytorch": TimesFM1Config.of(
+        32, 128, 1280, 1280, 20, 16, 80, context_len=512
+    ),
     "google/timesfm-2.0-500m-pytorch": TimesFM1Config.of(
         32, 128, 1280, 1280, 50, 16, 80, context_len=2048, use_positional_embedding=False
     ),
 }
 
-# pandas' units by the original's class of frequency (its `freq_map`, and the names that pandas gave since)
+# pandas' units by the original's class of frequency (its `freq_map`, and the names that pandas gave
+# since)
 _CLASSES = (
     "ns us ms s min h bh cbh N U L S T H BH CBH D B C",
     "W M ME MS BM BME BMS CBM CBME CBMS SM SME SMS WOM LWOM",
@@ -159,7 +206,8 @@ _CLASS_OF = {unit: i for i, units in enumerate(_CLASSES) for unit in units.split
 
 
 def freq_class(freq: str) -> int:
-    """The class of frequency of a step as pandas writes it: 0 up to daily, 1 weekly and monthly, 2 rarer.
+    """The class of frequency of a step as pandas writes it: 0 up to daily, 1 weekly and monthly, 2
+    rarer.
 
     As in the original, the unit decides, not the number before it: "15min" is 0, "3MS" is 1.
     Raises: ValueError for a unit that is none of pandas'.
@@ -168,7 +216,8 @@ def freq_class(freq: str) -> int:
     unit = written if written in _CLASS_OF else unit_of(freq)
     if unit not in _CLASS_OF:
         raise ValueError(
-            f"TimesFM knows no frequency {freq!r}; give a pandas offset such as '15min', 'h', 'D', 'MS', or "
+            f"TimesFM knows no frequency {freq!r}; give a pandas offset such as '15min', 'h', 'D', "
+            "'MS', or "
             "'oov' for the class of the config"
         )
     return _CLASS_OF[unit]
@@ -177,7 +226,9 @@ def freq_class(freq: str) -> int:
 def timescales(d_model: int) -> np.ndarray:
     """Inverse timescales [D/2] of the sinusoid position, from 1 to 1/10000, float32."""
     n = d_model // 2
-    return np.exp(np.arange(n, dtype=np.float32) * np.float32(-math.log(10000.0) / max(n - 1, 1))).astype(np.float32)
+    return np.exp(
+        np.arange(n, dtype=np.float32) * np.float32(-math.log(10000.0) / max(n - 1, 1))
+    ).astype(np.float32)
 
 
 def sinusoids(n: int, d_model: int) -> np.ndarray:
@@ -188,7 +239,9 @@ def sinusoids(n: int, d_model: int) -> np.ndarray:
 
 
 class Attention(nn.Module):
-    """Self-attention [B, N, D] -> [B, N, D] whose queries are scaled per dimension; and its weights [B, H, N, S]."""
+    """Self-attention [B, N, D] -> [B, N, D] whose queries are scaled per dimension; and its weights
+    [B, H, N, S].
+    """
 
     d_model: int
     n_heads: int
@@ -198,7 +251,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BND, seen_BHNS):
         heads, values = (self.n_heads, self.head_dim), (self.n_heads, self.value_dim)
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
+        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
+        # "BNHK,BSHK->BHNS"
         q_BHNK, k_BHSK, v_BHSK = (
             jnp.swapaxes(Linear((self.d_model,), shape, name=n)(x_BND), 1, 2)
             for n, shape in (("q", heads), ("k", heads), ("v", values))
@@ -213,7 +267,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention after an RMS norm, feed-forward after a layer norm, each added to its input; and the steps between."""
+    """Attention after an RMS norm, feed-forward after a layer norm, each added to its input; and
+    the steps between.
+    """
 
     cfg: TimesFM1Config
     layer: int
@@ -223,7 +279,9 @@ class Block(nn.Module):
         cfg, taps = self.cfg, {}
         y_BND = taps["attn_norm"] = RMSNorm(cfg.norm_eps, name="attn_norm")(x_BND)
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = Attention(cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, name="attn")
+        attention = Attention(
+            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, name="attn"
+        )
         y_BND, taps["attn_weights"] = attention(y_BND, seen_BHNS)
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
@@ -235,8 +293,10 @@ class Block(nn.Module):
 
 
 class TimesFM1Net(nn.Module):
-    """Scaled patches [B, N, P], 0 where padding is 1, padding [B, N, P] and class of frequency [B] -> scaled outputs
-    [B, N, O, 1 + Q], mean and quantiles (of the last patch alone: N is 1), and the named steps between."""
+    """Scaled patches [B, N, P], 0 where padding is 1, padding [B, N, P] and class of frequency [B]
+    -> scaled outputs [B, N, O, 1 + Q], mean and quantiles (of the last patch alone: N is 1), and
+    the named steps between.
+    """
 
     cfg: TimesFM1Config
 
@@ -245,22 +305,33 @@ class TimesFM1Net(nn.Module):
         cfg, taps = self.cfg, {}
         n, padded_BN = z_BNP.shape[1], padding_BNP.min(-1)  # one observed point makes a patch
         block = ResidualBlock(2 * cfg.patch_len, cfg.block_dim, cfg.d_model, name="embed")
-        x_BND = taps["embed"] = block(jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1))
+        x_BND = taps["embed"] = block(
+            jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1)
+        )
         if cfg.use_positional_embedding:
             table_ND = taps["positions"] = jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)
-            # the first patch with a value has position 0; padded ones go round, and count from 1 where all are padded
+            # the first patch with a value has position 0; padded ones go round, and count from 1
+            # where all are padded
             observed_BN = padded_BN == 0
             first_B = jnp.where(observed_BN.any(1), jnp.argmax(observed_BN, axis=1), -1)
             x_BND = x_BND + table_ND[(jnp.arange(n)[None] - first_B[:, None]) % n]
         taps["placed"] = x_BND
-        table_FD = self.param("freq_embed", nn.initializers.zeros, (FREQS, cfg.d_model)).astype(x_BND.dtype)
+        table_FD = self.param("freq_embed", nn.initializers.zeros, (FREQS, cfg.d_model)).astype(
+            x_BND.dtype
+        )
         freq_BD = taps["freq_embed"] = table_FD[freq_B]
         x_BND = x_BND + freq_BD[:, None]
         causal_NS = jnp.tril(jnp.ones((n, n), bool))
-        seen_BHNS = causal_NS[None, None] & (padded_BN == 0)[:, None, None] & (padded_BN == 0)[:, None, :, None]
+        seen_BHNS = (
+            causal_NS[None, None]
+            & (padded_BN == 0)[:, None, None]
+            & (padded_BN == 0)[:, None, :, None]
+        )
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, padded_BN, seen_BHNS)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
         columns = 1 + len(cfg.quantiles)
         head = ResidualBlock(cfg.d_model, cfg.block_dim, cfg.output_len * columns, name="head")
         y_BN_ = taps["head"] = head(x_BND[:, -1:] if last else x_BND)
@@ -291,7 +362,10 @@ class TimesFM1(Model):
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
         (r"(^freq_embed|/(scaling|scale|bias))$", ()),
     )
-    prunable = (Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"), Group.units(r"layer_(\d+)"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"),
+        Group.units(r"layer_(\d+)"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, TimesFM1Config]:
@@ -318,46 +392,75 @@ class TimesFM1(Model):
         return max(1, 8192 * self.config.patch_len // self.config.context_len)
 
     def init(self, key: jax.Array) -> Tree:
-        """Torch's defaults for linear layers and the frequency table; weights of the RMS norms 0, so that attention
-        starts from its biases. The original leaves `scaling` uninitialised; 0 here, which is neutral."""
+        """Torch's defaults for linear layers and the frequency table; weights of the RMS norms 0,
+        so that attention starts from its biases. The original leaves `scaling` uninitialised; 0
+        here, which is neutral.
+        """
         cfg = self.config
         patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
-        shapes = jax.eval_shape(TimesFM1Net(cfg).init, key, patches, patches, jax.ShapeDtypeStruct((1,), jnp.int32))
+        shapes = jax.eval_shape(
+            TimesFM1Net(cfg).init, key, patches, patches, jax.ShapeDtypeStruct((1,), jnp.int32)
+        )
         flat = flatten(shapes["params"])
 
         def rule(path, shape):
             layer = path.rsplit("/", 1)[0]
             kernel = flat.get(f"{layer}/kernel")
             if kernel is not None:
-                inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
+                inputs = (
+                    kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
+                )
                 return Uniform(math.prod(inputs) ** -0.5)
-            return Normal(1.0) if path == "freq_embed" else Constant(float(path.endswith("/ffn_norm/scale")))
+            return (
+                Normal(1.0)
+                if path == "freq_embed"
+                else Constant(float(path.endswith("/ffn_norm/scale")))
+            )
 
         return draw(key, shapes["params"], rule)
 
     def recipe(self) -> Recipe:
         source = "google-research/timesfm v1/src/finetuning/finetuning_torch.py: FinetuningConfig"
-        return Recipe(1e-4, 32, 20, "constant", self.context_len, self.horizon, "own", source, weight_decay=0.01)
+        return Recipe(
+            1e-4,
+            32,
+            20,
+            "constant",
+            self.context_len,
+            self.horizon,
+            "own",
+            source,
+            weight_decay=0.01,
+        )
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple[Model, Tree]:
-        """The class of frequency is taken from `freq`; where that is unknown (None, "oov"), the config's stands."""
+    def for_series(
+        self, params: Tree, *, n_variates: int, freq=None, key=None
+    ) -> tuple[Model, Tree]:
+        """The class of frequency is taken from `freq`; where that is unknown (None, "oov"), the
+        config's stands.
+        """
         if freq in (None, "oov"):
             return self, params
         return TimesFM1(dataclasses.replace(self.config, freq=freq_class(freq))), params
 
     # --- the network around its scaling, in rows [B, T]
 
-    def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, freq_B=None, last: bool = False):
-        """One forward pass in the units of x: [B, N, O, 1 + Q], what follows each of the N = T / P patches, and the
-        named steps.
+    def apply(
+        self, params: Tree, x_BT: jax.Array, padding_BT=None, freq_B=None, last: bool = False
+    ):
+        """One forward pass in the units of x: [B, N, O, 1 + Q], what follows each of the N = T / P
+        patches, and the named steps.
 
-        padding: 1 where x is no value. freq: class of frequency, by default the config's. last: the last patch only.
+        padding: 1 where x is no value. freq: class of frequency, by default the config's. last: the
+        last patch only.
         Raises: ValueError for T that is not whole patches.
         """
         cfg = self.config
         b, t = x_BT.shape
         if t % cfg.patch_len or not t:
-            raise ValueError(f"TimesFM takes whole patches of {cfg.patch_len} time steps, got {t} steps")
+            raise ValueError(
+                f"TimesFM takes whole patches of {cfg.patch_len} time steps, got {t} steps"
+            )
         x_BNP = x_BT.astype(jnp.float32).reshape(b, -1, cfg.patch_len)
         padding_BT = jnp.zeros((b, t)) if padding_BT is None else padding_BT
         padding_BNP = padding_BT.astype(jnp.float32).reshape(x_BNP.shape)
@@ -372,7 +475,9 @@ class TimesFM1(Model):
         return y_BNOQ * std_B[:, None, None, None] + mean_B[:, None, None, None], taps
 
     def _scale(self, x_BNP, observed_BNP):
-        """Mean and deviation [B] of the first patch with three observed values, or of the last patch."""
+        """Mean and deviation [B] of the first patch with three observed values, or of the last
+        patch.
+        """
         enough_BN = observed_BNP.sum(-1) >= 3
         first_B = jnp.where(enough_BN.any(1), jnp.argmax(enough_BN, axis=1), enough_BN.shape[1] - 1)
         pick = lambda y_BNP: jnp.take_along_axis(y_BNP, first_B[:, None, None], axis=1)[:, 0]  # noqa: E731
@@ -394,12 +499,15 @@ class TimesFM1(Model):
         max_len: int | None = None,
         on_context: bool = False,
     ) -> jax.Array:
-        """The original's roll-out: [B, horizon, 1 + Q]. Its MEAN column is appended and the window read anew.
+        """The original's roll-out: [B, horizon, 1 + Q]. Its MEAN column is appended and the window
+        read anew.
 
         Args:
-          x_BT, padding_BT: whole patches. step: time steps kept of each output, at most O (the default).
+          x_BT, padding_BT: whole patches. step: time steps kept of each output, at most O (the
+            default).
           max_len: time steps of the window, whole patches; by default T.
-          on_context: put before it what the patches but the last say of the patch after them (P steps each).
+          on_context: put before it what the patches but the last say of the patch after them (P
+            steps each).
         """
         p, t = self.config.patch_len, x_BT.shape[1]
         step = step or self.config.output_len
@@ -407,7 +515,9 @@ class TimesFM1(Model):
         # padding in front makes room, so that the window can be of one size
         room = min(max(max_len - t, 0), math.ceil((steps - 1) * step / p) * p)
         x_BT = jnp.pad(x_BT.astype(jnp.float32), ((0, 0), (room, 0)))[:, -max_len:]
-        padding_BT = jnp.pad(padding_BT.astype(jnp.float32), ((0, 0), (room, 0)), constant_values=1.0)[:, -max_len:]
+        padding_BT = jnp.pad(
+            padding_BT.astype(jnp.float32), ((0, 0), (room, 0)), constant_values=1.0
+        )[:, -max_len:]
         window = x_BT.shape[1]
 
         def advance(x_BT, padding_BT, y_BOQ):
@@ -423,7 +533,11 @@ class TimesFM1(Model):
         if on_context or steps == 1:
             y_BNOQ, _ = self.apply(params, x_BT, padding_BT, freq_B, last=not on_context)
             y_BOQ = y_BNOQ[:, -1, :step]
-            outputs = [y_BNOQ[:, room // p : -1, :p].reshape(len(x_BT), -1, y_BOQ.shape[-1])] if on_context else []
+            outputs = (
+                [y_BNOQ[:, room // p : -1, :p].reshape(len(x_BT), -1, y_BOQ.shape[-1])]
+                if on_context
+                else []
+            )
             outputs.append(y_BOQ)
             x_BT, padding_BT = advance(x_BT, padding_BT, y_BOQ)
             steps -= 1
@@ -447,15 +561,17 @@ class TimesFM1(Model):
         newest: int | None = None,
         on_context: bool = False,
     ) -> jax.Array:
-        """Mean and quantiles [B, C, horizon, 1 + Q] after `context` [B, C, T], with the options of the original's
-        `forecast`.
+        """Mean and quantiles [B, C, horizon, 1 + Q] after `context` [B, C, T], with the options of
+        the original's `forecast`.
 
         Args:
           freq: class of frequency [B, C]; by default the config's.
           normalize: scale each series by its mean and deviation first.
-          window: forecast a moving average over so many steps and what is left of it apart, and add the two.
+          window: forecast a moving average over so many steps and what is left of it apart, and add
+            the two.
           newest: of the context, use the last so many steps (the original's forecast_context_len).
-          on_context: put the model's view of the context before it: [B, C, context_len - P + horizon, 1 + Q].
+          on_context: put the model's view of the context before it: [B, C, context_len - P +
+            horizon, 1 + Q].
         """
         check_context(context, horizon)
         cfg, (b, c, t) = self.config, jnp.shape(context)
@@ -464,7 +580,9 @@ class TimesFM1(Model):
         if normalize:
             n_B1 = jnp.maximum(begun_BT.sum(1, keepdims=True), 1)
             mean_B1 = x_BT.sum(1, keepdims=True) / n_B1
-            std_B1 = jnp.sqrt(jnp.where(begun_BT, jnp.square(x_BT - mean_B1), 0.0).sum(1, keepdims=True) / n_B1)
+            std_B1 = jnp.sqrt(
+                jnp.where(begun_BT, jnp.square(x_BT - mean_B1), 0.0).sum(1, keepdims=True) / n_B1
+            )
             std_B1 = jnp.where(std_B1 > cfg.min_scale, std_B1, 1.0)
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
         newest = min(newest or t, t)
@@ -472,12 +590,24 @@ class TimesFM1(Model):
         x_BT, padding_BT = self._patches(x_BT[:, -newest:], begun_BT[:, -newest:], at_least)
         freq_B = None if freq is None else jnp.asarray(freq).reshape(b * c)
         if window:
-            smooth_BT = sum(jnp.pad(x_BT, ((0, 0), (i, 0)))[:, : x_BT.shape[1]] for i in range(window)) / window
+            smooth_BT = (
+                sum(jnp.pad(x_BT, ((0, 0), (i, 0)))[:, : x_BT.shape[1]] for i in range(window))
+                / window
+            )
             smooth_BT = jnp.where(padding_BT == 1, 0.0, smooth_BT)
-            x_BT, padding_BT = jnp.concatenate([smooth_BT, x_BT - smooth_BT]), jnp.concatenate([padding_BT] * 2)
+            x_BT, padding_BT = (
+                jnp.concatenate([smooth_BT, x_BT - smooth_BT]),
+                jnp.concatenate([padding_BT] * 2),
+            )
             freq_B = None if freq_B is None else jnp.concatenate([freq_B] * 2)
         y_BHQ = self.decode(
-            params, x_BT, padding_BT, horizon, freq_B=freq_B, max_len=cfg.context_len, on_context=on_context
+            params,
+            x_BT,
+            padding_BT,
+            horizon,
+            freq_B=freq_B,
+            max_len=cfg.context_len,
+            on_context=on_context,
         )
         if window:
             y_BHQ = y_BHQ[: b * c] + y_BHQ[b * c :]
@@ -492,35 +622,50 @@ class TimesFM1(Model):
         return pad(x_BT), 1.0 - pad(begun_BT.astype(jnp.float32))
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """Rolled out in a window of at most `context_len` steps, as in the original: newest steps, padding in front.
+        """Rolled out in a window of at most `context_len` steps, as in the original: newest steps,
+        padding in front.
 
-        Missing values lie on the line between their neighbours, before the first value they are padding, after the
-        last they repeat it.
+        Missing values lie on the line between their neighbours, before the first value they are
+        padding, after the last they repeat it.
         """
         full_BCHQ = self.forecast(params, context, horizon)
-        return Forecast(full_BCHQ[..., self._point], full_BCHQ[..., 1:], levels=self.config.quantiles)
+        return Forecast(
+            full_BCHQ[..., self._point], full_BCHQ[..., 1:], levels=self.config.quantiles
+        )
 
     @property
     def _point(self) -> int:
         return 0 if self.config.point == "mean" else 1 + self.config.quantiles.index(0.5)
 
     def _last(self, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the last patch says of the target [B, C, H, 1 + Q], the target with 0 for NaN, and what is observed."""
+        """What the last patch says of the target [B, C, H, 1 + Q], the target with 0 for NaN, and
+        what is observed.
+        """
         context, target = batch["context"], batch["target"]
         h = target.shape[-1]
         if h > self.config.output_len:
-            raise ValueError(f"the loss reaches one output patch ({self.config.output_len} steps), not {h}")
+            raise ValueError(
+                f"the loss reaches one output patch ({self.config.output_len} steps), not {h}"
+            )
         rows = context.astype(jnp.float32).reshape(-1, context.shape[-1])
         freq_B = batch["freq"].reshape(-1) if "freq" in batch else None
-        y_BNOQ, _ = self.apply(params, *self._patches(*interpolate_missing(rows)), freq_B, last=True)
+        y_BNOQ, _ = self.apply(
+            params, *self._patches(*interpolate_missing(rows)), freq_B, last=True
+        )
         observed = ~jnp.isnan(target)
-        return y_BNOQ[:, -1, :h].reshape(*target.shape, -1), jnp.where(observed, target, 0.0), observed
+        return (
+            y_BNOQ[:, -1, :h].reshape(*target.shape, -1),
+            jnp.where(observed, target, 0.0),
+            observed,
+        )
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """The original's fine-tuning loss of the last patch, in the units of the batch: MSE of the mean column plus,
-        with `quantile_loss`, the sum over the quantiles of twice their pinball loss.
+        """The original's fine-tuning loss of the last patch, in the units of the batch: MSE of the
+        mean column plus, with `quantile_loss`, the sum over the quantiles of twice their pinball
+        loss.
 
-        At most O steps of target. A batch of several frequencies may hold their classes as "freq" [B, C].
+        At most O steps of target. A batch of several frequencies may hold their classes as "freq"
+        [B, C].
         """
         y_BCHQ, target_BCH, observed_BCH = self._last(params, batch)
         error_BCH = jnp.square(y_BCHQ[..., 0] - target_BCH)

@@ -1,15 +1,18 @@
-"""TimesFM 2.5: a decoder-only Transformer over patches of one variate, with a longer patch and quantiles coming out.
+"""TimesFM 2.5: a decoder-only Transformer over patches of one variate, with a longer patch and
+quantiles coming out.
 
-Das et al., "A decoder-only foundation model for time-series forecasting" (ICML 2024, arXiv 2310.10688), in the version
-of September 2025. Follows google-research/timesfm (commit 3dae50b), src/timesfm. Unlike 1.0 and 2.0 it has rotary
-positions, four norms a block, and a scale that runs along: each patch is scaled by the mean and the deviation of
-everything up to its own end, and so is what comes out of it. Columns of an output are the mean and the quantiles; a
-second head says at once how far the quantiles lie from the median over the next `spread_len` steps.
+Das et al., "A decoder-only foundation model for time-series forecasting" (ICML 2024, arXiv
+2310.10688), in the version of September 2025. Follows google-research/timesfm (commit 3dae50b),
+src/timesfm. Unlike 1.0 and 2.0 it has rotary positions, four norms a block, and a scale that runs
+along: each patch is scaled by the mean and the deviation of everything up to its own end, and so is
+what comes out of it. Columns of an output are the mean and the quantiles; a second head says at
+once how far the quantiles lie from the median over the next `spread_len` steps.
 
-Two things of the original's programs are done otherwise. The fine-tuning loss of its port in the transformers library
-pairs the quantile columns with the wrong levels; here they are aligned (`aligned=False` is the port's). It clips
-forecasts at zero where the context has no negative value, which is wrong for a series that was standardised before it
-came here; so this is off (`infer_is_positive`).
+Two things of the original's programs are done otherwise. The fine-tuning loss of its port in the
+transformers library pairs the quantile columns with the wrong levels; here they are aligned
+(`aligned=False` is the port's). It clips forecasts at zero where the context has no negative value,
+which is wrong for a series that was standardised before it came here; so this is off
+(`infer_is_positive`).
 """
 
 import dataclasses
@@ -40,23 +43,27 @@ MIN_SCALE = 1e-6  # a smaller deviation does not divide
 UNSEEN = -1e30  # finite: a padded patch, which sees nothing, attends evenly to all
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values [B, H, S, K] of one layer
-Stats = tuple[jax.Array, jax.Array, jax.Array]  # how many values, their mean, sum of squares around it
+Stats = tuple[
+    jax.Array, jax.Array, jax.Array
+]  # how many values, their mean, sum of squares around it
 
 
 @dataclasses.dataclass(frozen=True)
 class TimesFM2p5Config:
     """Widths are per layer, so that a pruned TimesFM is a TimesFM.
 
-    patch_len P of the input, output_len O of the output (whole patches), spread_len: steps of the quantile head,
-    d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer; embed_dim, point_dim, spread_dim: hidden
-    widths of the blocks before and after the layers. quantiles: levels of the columns 1, 2, ...; point_column: the
-    column that is the point forecast, and goes back in when a forecast is rolled out.
-    context_len: time steps of a window by default; max_context: where a longer context is cut.
+    patch_len P of the input, output_len O of the output (whole patches), spread_len: steps of the
+    quantile head, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer;
+    embed_dim, point_dim, spread_dim: hidden widths of the blocks before and after the layers.
+    quantiles: levels of the columns 1, 2, ...; point_column: the column that is the point forecast,
+    and goes back in when a forecast is rolled out. context_len: time steps of a window by default;
+    max_context: where a longer context is cut.
 
-    The options are those of the original's ForecastConfig, set as its README has them (two of them apart: see the
-    module docstring, and normalize_inputs, which cancels). force_flip_invariance: average with the forecast of -x,
-    turned back. use_continuous_quantile_head: quantiles from the second head. fix_quantile_crossing: sort them.
-    value_dims: K of the values of each layer, () is head_dim.
+    The options are those of the original's ForecastConfig, set as its README has them (two of them
+    apart: see the module docstring, and normalize_inputs, which cancels). force_flip_invariance:
+    average with the forecast of -x, turned back. use_continuous_quantile_head: quantiles from the
+    second head. fix_quantile_crossing: sort them. value_dims: K of the values of each layer, () is
+    head_dim.
     """
 
     patch_len: int
@@ -85,20 +92,33 @@ class TimesFM2p5Config:
         problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
         if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
             problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, at least one"
+                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
+                "at least one"
             )
-        sizes = (self.patch_len, self.output_len, self.spread_len, self.d_model, self.head_dim, self.embed_dim)
+        sizes = (
+            self.patch_len,
+            self.output_len,
+            self.spread_len,
+            self.d_model,
+            self.head_dim,
+            self.embed_dim,
+        )
         sizes += (self.point_dim, self.spread_dim, self.context_len, self.max_context)
         if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
             problems.append(f"every size must be positive: {self}")
         elif self.output_len % self.patch_len:
-            problems.append(f"an output ({self.output_len}) must be whole patches ({self.patch_len})")
+            problems.append(
+                f"an output ({self.output_len}) must be whole patches ({self.patch_len})"
+            )
         if self.head_dim % 2:
             problems.append(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if any(not 0 < q < 1 for q in self.quantiles):
             problems.append(f"quantiles must lie between 0 and 1: {self.quantiles}")
         if not 0 <= self.point_column <= len(self.quantiles):
-            problems.append(f"point_column must be one of {1 + len(self.quantiles)} columns, got {self.point_column}")
+            problems.append(
+                f"point_column must be one of {1 + len(self.quantiles)} columns, got "
+                f"{self.point_column}"
+            )
         if problems:
             raise ValueError("TimesFM2p5Config: " + "; ".join(problems))
 
@@ -111,13 +131,18 @@ class TimesFM2p5Config:
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
-        """Reads the fields of the original's Definition, or the config.json of the transformers library.
+        """Reads the fields of the original's Definition, or the config.json of the transformers
+        library.
 
         Raises: ValueError naming the fields that are missing.
         """
         if "stacked_transformers" not in fields:
             return cls._from_transformers(fields)
-        _need(fields, "input_patch_len output_patch_len output_quantile_len tokenizer output_projection_point")
+        _need(
+            fields,
+            "input_patch_len output_patch_len output_quantile_len tokenizer "
+            "output_projection_point",
+        )
         _need(fields, "output_projection_quantiles")
         stack = fields["stacked_transformers"]
         layer = _need(stack, "num_layers transformer")["transformer"]
@@ -142,11 +167,16 @@ class TimesFM2p5Config:
 
     @classmethod
     def _from_transformers(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
-        names = "patch_length horizon_length output_quantile_len hidden_size intermediate_size num_hidden_layers"
+        names = (
+            "patch_length horizon_length output_quantile_len hidden_size intermediate_size "
+            "num_hidden_layers"
+        )
         names += " num_attention_heads head_dim"
         _need(fields, names)
         renamed = _RENAMED | {"context_length": "max_context", "rms_norm_eps": "norm_eps"}
-        renamed |= {name: name for name in ("use_continuous_quantile_head", "force_flip_invariance")}
+        renamed |= {
+            name: name for name in ("use_continuous_quantile_head", "force_flip_invariance")
+        }
         rest = {ours: fields[theirs] for theirs, ours in renamed.items() if theirs in fields}
         sizes: Any = [fields[name] for name in names.split()]
         return cls.of(*sizes, **cls._options(rest))
@@ -157,7 +187,11 @@ class TimesFM2p5Config:
         return told | {"context_len": min(1024, told.get("max_context", 1024))}
 
 
-_RENAMED = {"context_limit": "max_context", "quantiles": "quantiles", "decode_index": "point_column"}
+_RENAMED = {
+    "context_limit": "max_context",
+    "quantiles": "quantiles",
+    "decode_index": "point_column",
+}
 
 
 def _need(fields: Mapping[str, Any], names: str) -> Mapping[str, Any]:
@@ -169,12 +203,17 @@ def _need(fields: Mapping[str, Any], names: str) -> Mapping[str, Any]:
 
 # from TimesFM_2p5_200M_Definition in the original; the config.json of its checkpoint names no sizes
 _LARGE = TimesFM2p5Config.of(32, 128, 1024, 1280, 1280, 20, 16, 80)
-PRESETS = {"google/timesfm-2.5-200m-pytorch": _LARGE, "google/timesfm-2.5-200m-transformers": _LARGE}
+PRESETS = {
+    "google/timesfm-2.5-200m-pytorch": _LARGE,
+    "google/timesfm-2.5-200m-transformers": _LARGE,
+}
 
 
 class Attention(nn.Module):
-    """Self-attention [B, N, D] -> [B, N, D]: rotary positions, then norms of queries and keys, then a scale of the
-    queries per dimension. Returns the output, the cache with the new keys and values, and the steps between."""
+    """Self-attention [B, N, D] -> [B, N, D]: rotary positions, then norms of queries and keys, then
+    a scale of the queries per dimension. Returns the output, the cache with the new keys and
+    values, and the steps between.
+    """
 
     cfg: TimesFM2p5Config
     n_heads: int
@@ -182,8 +221,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
-        cfg, heads, values = self.cfg, (self.n_heads, self.cfg.head_dim), (self.n_heads, self.value_dim)
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of "BNHK,BSHK->BHNS"
+        cfg, heads, values = (
+            self.cfg,
+            (self.n_heads, self.cfg.head_dim),
+            (self.n_heads, self.value_dim),
+        )
+        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
+        # "BNHK,BSHK->BHNS"
         q_BHNK, k_BHSK, v_BHSK = (
             jnp.swapaxes(Linear((cfg.d_model,), shape, use_bias=False, name=n)(x_BND), 1, 2)
             for n, shape in (("q", heads), ("k", heads), ("v", values))
@@ -219,45 +263,71 @@ class Block(nn.Module):
         norm = lambda name, y_BND: taps.setdefault(name, RMSNorm(cfg.norm_eps, name=name)(y_BND))  # noqa: E731
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = Attention(cfg, cfg.n_heads[self.layer], value_dim, name="attn")
-        y_BND, cache, inner = attention(norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start)
+        y_BND, cache, inner = attention(
+            norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start
+        )
         taps |= {"attn": y_BND} | {f"attn/{name}": value for name, value in inner.items()}
         x_BND = x_BND + norm("post_attn_norm", y_BND)
         ffn_dim = cfg.ffn_dims[self.layer]
-        y_BNF = nn.silu(Linear((cfg.d_model,), (ffn_dim,), False, name="up")(norm("pre_ffn_norm", x_BND)))
+        y_BNF = nn.silu(
+            Linear((cfg.d_model,), (ffn_dim,), False, name="up")(norm("pre_ffn_norm", x_BND))
+        )
         y_BND = Linear((ffn_dim,), (cfg.d_model,), False, name="down")(y_BNF)
         return x_BND + norm("post_ffn_norm", y_BND), cache, taps
 
 
 class TimesFM2p5Net(nn.Module):
-    """Scaled patches [B, N, P] and which points are padding [B, N, P] -> scaled outputs [B, N, O, 1 + Q] and spreads
-    [B, N, spread_len, 1 + Q] (of the last patch alone: N is 1), the caches of all layers, the named steps between.
+    """Scaled patches [B, N, P] and which points are padding [B, N, P] -> scaled outputs [B, N, O, 1
+    + Q] and spreads [B, N, spread_len, 1 + Q] (of the last patch alone: N is 1), the caches of all
+    layers, the named steps between.
 
-    padded_B: how many patches in front are padding. caches: of the `start` patches that came before.
+    padded_B: how many patches in front are padding. caches: of the `start` patches that came
+    before.
     """
 
     cfg: TimesFM2p5Config
 
     @nn.compact
-    def __call__(self, z_BNP, padding_BNP, padded_B, caches: list[Cache] | None = None, start=0, last: bool = False):
+    def __call__(
+        self,
+        z_BNP,
+        padding_BNP,
+        padded_B,
+        caches: list[Cache] | None = None,
+        start=0,
+        last: bool = False,
+    ):
         cfg, taps, kept = self.cfg, {}, []
         n = z_BNP.shape[1]
         s = caches[0][0].shape[2] if caches else n
         embed = ResidualBlock(2 * cfg.patch_len, cfg.embed_dim, cfg.d_model, name="embed")
-        x_BND = taps["embed"] = embed(jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1))
+        x_BND = taps["embed"] = embed(
+            jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1)
+        )
         place_N = start + jnp.arange(n)
         seen_BHNS = (jnp.arange(s)[None] <= place_N[:, None])[None, None]
         seen_BHNS = seen_BHNS & (jnp.arange(s)[None] >= padded_B[:, None])[:, None, None]
         positions_BN = place_N[None] - padded_B[:, None]
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             block = Block(cfg, i, name=f"layer_{i}")
-            x_BND, cache, inner = block(x_BND, positions_BN, seen_BHNS, caches[i] if caches else None, start)
+            x_BND, cache, inner = block(
+                x_BND, positions_BN, seen_BHNS, caches[i] if caches else None, start
+            )
             kept.append(cache)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {f"layer_{i}": x_BND}
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BND
+            }
         x_BND = x_BND[:, -1:] if last else x_BND
         columns = 1 + len(cfg.quantiles)
-        head = ResidualBlock(cfg.d_model, cfg.point_dim, cfg.output_len * columns, use_bias=False, name="head")
+        head = ResidualBlock(
+            cfg.d_model, cfg.point_dim, cfg.output_len * columns, use_bias=False, name="head"
+        )
         spread = ResidualBlock(
-            cfg.d_model, cfg.spread_dim, cfg.spread_len * columns, use_bias=False, name="spread_head"
+            cfg.d_model,
+            cfg.spread_dim,
+            cfg.spread_len * columns,
+            use_bias=False,
+            name="spread_head",
         )
         y_BN_, w_BN_ = taps["head"], taps["spread_head"] = head(x_BND), spread(x_BND)
         y_BNOQ = y_BN_.reshape(*y_BN_.shape[:2], cfg.output_len, columns)
@@ -265,7 +335,9 @@ class TimesFM2p5Net(nn.Module):
 
 
 def running_stats(x_BNP: jax.Array, padding_BNP: jax.Array, before: Stats | None = None) -> Stats:
-    """Statistics [B, N] of all values up to the end of each patch, padding left out, on top of those `before` [B]."""
+    """Statistics [B, N] of all values up to the end of each patch, padding left out, on top of
+    those `before` [B].
+    """
     observed_BNP = 1.0 - padding_BNP
     n_BN = observed_BNP.sum(-1)
     mean_BN = (x_BNP * observed_BNP).sum(-1) / jnp.maximum(n_BN, 1.0)
@@ -292,7 +364,9 @@ def mean_and_deviation(stats: Stats) -> tuple[jax.Array, jax.Array]:
 
 
 def series_scale(x_BT: jax.Array, begun_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation [B, 1] of each series, of n values with n - 1 in the place of n; 1 where it is tiny."""
+    """Mean and deviation [B, 1] of each series, of n values with n - 1 in the place of n; 1 where
+    it is tiny.
+    """
     n_B1 = jnp.maximum(begun_BT.sum(1, keepdims=True), 1)
     mean_B1 = x_BT.sum(1, keepdims=True) / n_B1
     squares_B1 = jnp.where(begun_BT, jnp.square(x_BT - mean_B1), 0.0).sum(1, keepdims=True)
@@ -301,7 +375,9 @@ def series_scale(x_BT: jax.Array, begun_BT: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def flipped(y: jax.Array) -> jax.Array:
-    """What a forecast of -x says of x, but for its sign: the mean in its place, the quantiles in reverse."""
+    """What a forecast of -x says of x, but for its sign: the mean in its place, the quantiles in
+    reverse.
+    """
     return jnp.concatenate([y[..., :1], y[..., :0:-1]], axis=-1)
 
 
@@ -327,7 +403,10 @@ class TimesFM2p5(Model):
         (r"^(embed|head|spread_head)/residual/kernel$", (None, "fsdp")),
         (r"/(scaling|scale|bias)$", ()),
     )
-    prunable = (Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"), Group.units(r"layer_(\d+)"))
+    prunable = (
+        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"),
+        Group.units(r"layer_(\d+)"),
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, TimesFM2p5Config]:
@@ -354,7 +433,9 @@ class TimesFM2p5(Model):
         return max(1, 8192 * self.config.patch_len // self.config.context_len)
 
     def init(self, key: jax.Array) -> Tree:
-        """Torch's defaults for linear layers; the norms' scales 0, so that every block is the identity at first."""
+        """Torch's defaults for linear layers; the norms' scales 0, so that every block is the
+        identity at first.
+        """
         cfg = self.config
         patches = jax.ShapeDtypeStruct((1, 1, cfg.patch_len), jnp.float32)
         none = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -374,20 +455,37 @@ class TimesFM2p5(Model):
     def recipe(self) -> Recipe:
         source = "google-research/timesfm timesfm-forecasting/examples/finetuning/finetune_lora.py"
         lora = Lora(4, 8.0)
-        return Recipe(1e-4, 32, 10, "cosine", self.context_len, self.horizon, "own", source, 0.01, 1.0, lora=lora)
+        return Recipe(
+            1e-4,
+            32,
+            10,
+            "cosine",
+            self.context_len,
+            self.horizon,
+            "own",
+            source,
+            0.01,
+            1.0,
+            lora=lora,
+        )
 
     # --- the network, and around its running scale, in rows [B, T]
 
-    def network(self, params: Tree, z_BNP, padding_BNP, caches=None, start=0, padded_B=None, last=False):
-        """`TimesFM2p5Net` with these parameters. A patch counts as padding where its last point is."""
+    def network(
+        self, params: Tree, z_BNP, padding_BNP, caches=None, start=0, padded_B=None, last=False
+    ):
+        """`TimesFM2p5Net` with these parameters. A patch counts as padding where its last
+        point is.
+        """
         padding_BNP = padding_BNP.astype(jnp.float32)
         padded_B = (padding_BNP[..., -1] > 0).sum(1) if padded_B is None else padded_B
         net: Any = TimesFM2p5Net(self.config)  # Flax types what apply returns too widely
         return net.apply({"params": params}, z_BNP, padding_BNP, padded_B, caches, start, last)
 
     def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, last: bool = False):
-        """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N, spread_len, 1 + Q] after
-        each of the N = T / P patches, and the named steps. padding: 1 where x is no value, in front only.
+        """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N,
+        spread_len, 1 + Q] after each of the N = T / P patches, and the named steps. padding: 1
+        where x is no value, in front only.
 
         Raises: ValueError for T that is not whole patches.
         """
@@ -415,16 +513,28 @@ class TimesFM2p5(Model):
         std_BN = jnp.where(std_BN < MIN_SCALE, 1.0, std_BN)
         return jnp.where(padding_BNP == 1, 0.0, (x_BNP - mean_BN[..., None]) / std_BN[..., None])
 
-    def decode(self, params: Tree, x_BT: jax.Array, padding_BT: jax.Array, horizon: int, last: bool = False):
-        """The original's roll-out: the point column goes back in as O / P patches, and the last of them speaks.
+    def decode(
+        self, params: Tree, x_BT: jax.Array, padding_BT: jax.Array, horizon: int, last: bool = False
+    ):
+        """The original's roll-out: the point column goes back in as O / P patches, and the last of
+        them speaks.
 
-        Keys and values are kept, and so is the scale, which runs on. last: of the context, say only what follows.
-        Returns: outputs of the context [B, N, O, 1 + Q], spread after it [B, spread_len, 1 + Q], the further outputs
-        [B, steps, O, 1 + Q] (steps may be 0), and the named steps of the pass over the context.
+        Keys and values are kept, and so is the scale, which runs on. last: of the context, say only
+        what follows.
+        Returns: outputs of the context [B, N, O, 1 + Q], spread after it [B, spread_len, 1 + Q],
+        the further outputs [B, steps, O, 1 + Q] (steps may be 0), and the named steps of the pass
+        over the context.
         """
         cfg = self.config
-        y_BNOQ, w_BNSQ, caches, stats, padded_B, taps = self._prefill(params, x_BT, padding_BT, last)
-        b, n, m, steps = x_BT.shape[0], x_BT.shape[1] // cfg.patch_len, cfg.output_len // cfg.patch_len, 0
+        y_BNOQ, w_BNSQ, caches, stats, padded_B, taps = self._prefill(
+            params, x_BT, padding_BT, last
+        )
+        b, n, m, steps = (
+            x_BT.shape[0],
+            x_BT.shape[1] // cfg.patch_len,
+            cfg.output_len // cfg.patch_len,
+            0,
+        )
         steps = (horizon - 1) // cfg.output_len
         if not steps:
             return y_BNOQ, w_BNSQ[:, -1], jnp.zeros((b, 0, *y_BNOQ.shape[2:])), taps
@@ -438,21 +548,37 @@ class TimesFM2p5(Model):
             stats = running_stats(x_BNP, padding_BNP, before)
             mean_BN, std_BN = mean_and_deviation(stats)
             z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN)
-            y_BNOQ, _, caches, _ = self.network(params, z_BNP, padding_BNP, caches, start, padded_B, last=True)
+            y_BNOQ, _, caches, _ = self.network(
+                params, z_BNP, padding_BNP, caches, start, padded_B, last=True
+            )
             y_BOQ = y_BNOQ[:, 0] * std_BN[:, -1, None, None] + mean_BN[:, -1, None, None]
-            return (caches, tuple(y[:, -1] for y in stats), y_BOQ[..., cfg.point_column], start + m), y_BOQ
+            return (
+                caches,
+                tuple(y[:, -1] for y in stats),
+                y_BOQ[..., cfg.point_column],
+                start + m,
+            ), y_BOQ
 
-        first = (caches, tuple(y[:, -1] for y in stats), y_BNOQ[:, -1, :, cfg.point_column], jnp.asarray(n))
+        first = (
+            caches,
+            tuple(y[:, -1] for y in stats),
+            y_BNOQ[:, -1, :, cfg.point_column],
+            jnp.asarray(n),
+        )
         _, y_SBOQ = jax.lax.scan(again, first, length=steps)
         return y_BNOQ, w_BNSQ[:, -1], jnp.moveaxis(y_SBOQ, 0, 1), taps
 
     # --- series [B, C, T]
 
-    def forecast(self, params: Tree, context: jax.Array, horizon: int, backcast: bool = False) -> jax.Array:
-        """Mean and quantiles [B, C, horizon, 1 + Q] after `context` [B, C, T], by the options of the config.
+    def forecast(
+        self, params: Tree, context: jax.Array, horizon: int, backcast: bool = False
+    ) -> jax.Array:
+        """Mean and quantiles [B, C, horizon, 1 + Q] after `context` [B, C, T], by the options of
+        the config.
 
-        backcast: put before it what the patches but the last say of the patch after them: [B, C, T' - P + horizon,
-        1 + Q], where T' is the context cut or padded in front to whole patches; 0 for padding.
+        backcast: put before it what the patches but the last say of the patch after them: [B, C, T'
+        - P + horizon, 1 + Q], where T' is the context cut or padded in front to whole patches; 0
+          for padding.
         """
         cfg, (b, c, _) = self.config, jnp.shape(context)
         x_BT, begun_BT = self._newest(context)
@@ -465,12 +591,21 @@ class TimesFM2p5(Model):
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
         padding_BT = 1.0 - begun_BT
         if cfg.force_flip_invariance:
-            x_BT, padding_BT = jnp.concatenate([x_BT, -x_BT]), jnp.concatenate([padding_BT, padding_BT])
-        y_BNOQ, w_BSQ, more_BNOQ, _ = self.decode(params, x_BT, padding_BT, horizon, last=not backcast)
-        y_BHQ = jnp.concatenate([y_BNOQ[:, -1], more_BNOQ.reshape(len(x_BT), -1, y_BNOQ.shape[-1])], axis=1)
+            x_BT, padding_BT = (
+                jnp.concatenate([x_BT, -x_BT]),
+                jnp.concatenate([padding_BT, padding_BT]),
+            )
+        y_BNOQ, w_BSQ, more_BNOQ, _ = self.decode(
+            params, x_BT, padding_BT, horizon, last=not backcast
+        )
+        y_BHQ = jnp.concatenate(
+            [y_BNOQ[:, -1], more_BNOQ.reshape(len(x_BT), -1, y_BNOQ.shape[-1])], axis=1
+        )
         back_BTQ = y_BNOQ[:, :-1, : cfg.patch_len].reshape(len(x_BT), -1, y_BHQ.shape[-1])
         if cfg.force_flip_invariance:
-            y_BHQ, back_BTQ, w_BSQ = ((y[: b * c] - flipped(y[b * c :])) / 2 for y in (y_BHQ, back_BTQ, w_BSQ))
+            y_BHQ, back_BTQ, w_BSQ = (
+                (y[: b * c] - flipped(y[b * c :])) / 2 for y in (y_BHQ, back_BTQ, w_BSQ)
+            )
         y_BHQ = y_BHQ[:, :horizon]
         if cfg.use_continuous_quantile_head:
             y_BHQ = self._spread(y_BHQ, w_BSQ)
@@ -484,61 +619,89 @@ class TimesFM2p5(Model):
 
     def _newest(self, context):
         """The rows [B * C, T] that the network reads, gaps filled, and where each has begun."""
-        x_BT, begun_BT = interpolate_missing(jnp.asarray(context, jnp.float32).reshape(-1, context.shape[-1]))
+        x_BT, begun_BT = interpolate_missing(
+            jnp.asarray(context, jnp.float32).reshape(-1, context.shape[-1])
+        )
         limit = math.ceil(self.config.max_context / self.config.patch_len) * self.config.patch_len
         return x_BT[:, -limit:], begun_BT[:, -limit:]
 
     def _spread(self, y_BHQ, w_BSQ):
-        """Quantiles as far from the point column as the quantile head says, for as many steps as it knows."""
+        """Quantiles as far from the point column as the quantile head says, for as many steps as it
+        knows.
+        """
         s, k = min(y_BHQ.shape[1], self.config.spread_len), self.config.point_column
         near_BSQ = w_BSQ[:, :s] - w_BSQ[:, :s, k : k + 1] + y_BHQ[:, :s, k : k + 1]
         column_Q = jnp.arange(y_BHQ.shape[-1])
-        near_BSQ = jnp.where(((column_Q == 0) | (column_Q == k))[None, None], y_BHQ[:, :s], near_BSQ)
+        near_BSQ = jnp.where(
+            ((column_Q == 0) | (column_Q == k))[None, None], y_BHQ[:, :s], near_BSQ
+        )
         return jnp.concatenate([near_BSQ, y_BHQ[:, s:]], axis=1)
 
     def _uncrossed(self, y_BHQ):
-        """Quantiles in order, from the point column outwards: none below it is above its neighbour, and so on."""
+        """Quantiles in order, from the point column outwards: none below it is above its neighbour,
+        and so on.
+        """
         k, axis = self.config.point_column, y_BHQ.ndim - 1
         below = jax.lax.cummin(y_BHQ[..., 1 : k + 1], axis=axis, reverse=True)
         above = jax.lax.cummax(y_BHQ[..., max(k, 1) :], axis=axis)[..., bool(k) :]
         return jnp.concatenate([y_BHQ[..., :1], below, above], axis=-1)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """Rolled out O steps at a time, with keys and values kept. The newest `max_context` steps are read.
+        """Rolled out O steps at a time, with keys and values kept. The newest `max_context` steps
+        are read.
 
-        Missing values lie on the line between their neighbours, before the first value they are padding, after the
-        last they repeat it. Beyond `spread_len` steps the quantiles are those of the first head.
+        Missing values lie on the line between their neighbours, before the first value they are
+        padding, after the last they repeat it. Beyond `spread_len` steps the quantiles are those of
+        the first head.
         """
         check_context(context, horizon)
         full_BCHQ = self.forecast(params, context, horizon)
-        return Forecast(full_BCHQ[..., self.config.point_column], full_BCHQ[..., 1:], levels=self.config.quantiles)
+        return Forecast(
+            full_BCHQ[..., self.config.point_column],
+            full_BCHQ[..., 1:],
+            levels=self.config.quantiles,
+        )
 
     def _for_training(self, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Forecast of the target [B, C, H, 1 + Q], the target with 0 for NaN, and what of it is observed."""
+        """Forecast of the target [B, C, H, 1 + Q], the target with 0 for NaN, and what of it is
+        observed.
+        """
         target = batch["target"]
         if target.shape[-1] > self.config.output_len:
             raise ValueError(
-                f"the loss reaches one output ({self.config.output_len} steps), not {target.shape[-1]} steps"
+                f"the loss reaches one output ({self.config.output_len} steps), not "
+                f"{target.shape[-1]} steps"
             )
-        raw = TimesFM2p5(dataclasses.replace(self.config, fix_quantile_crossing=False, infer_is_positive=False))
+        raw = TimesFM2p5(
+            dataclasses.replace(self.config, fix_quantile_crossing=False, infer_is_positive=False)
+        )
         observed = ~jnp.isnan(target)
         full_BCHQ = raw.forecast(params, batch["context"], target.shape[-1])
         return full_BCHQ, jnp.where(observed, target, 0.0), observed
 
-    def loss(self, params: Tree, batch: Batch, key=None, train=False, *, aligned: bool = True) -> jax.Array:
-        """The fine-tuning loss of the port in the transformers library: MSE of the point column plus the mean over the
-        quantiles of the pinball loss, target and forecast scaled by mean and deviation of the whole context. At most O
-        steps of target.
+    def loss(
+        self, params: Tree, batch: Batch, key=None, train=False, *, aligned: bool = True
+    ) -> jax.Array:
+        """The fine-tuning loss of the port in the transformers library: MSE of the point column
+        plus the mean over the quantiles of the pinball loss, target and forecast scaled by mean and
+        deviation of the whole context. At most O steps of target.
 
-        aligned=False: as the port has it, which leaves the point column out and takes the mean and the quantiles that
-        are left, in order, for the quantiles.
+        aligned=False: as the port has it, which leaves the point column out and takes the mean and
+        the quantiles that are left, in order, for the quantiles.
         """
         y_BCHQ, target_BCH, observed_BCH = self._for_training(params, batch)
         k, q_Q = self.config.point_column, jnp.asarray(self.config.quantiles)[None, None, None]
-        mean_B1, std_B1 = (y.reshape(*target_BCH.shape[:2], 1) for y in series_scale(*self._newest(batch["context"])))
+        mean_B1, std_B1 = (
+            y.reshape(*target_BCH.shape[:2], 1)
+            for y in series_scale(*self._newest(batch["context"]))
+        )
         target_BCH = (target_BCH - mean_B1) / std_B1
         y_BCHQ = (y_BCHQ - mean_B1[..., None]) / std_B1[..., None]
-        columns = y_BCHQ[..., 1:] if aligned else jnp.concatenate([y_BCHQ[..., :k], y_BCHQ[..., k + 1 :]], axis=-1)
+        columns = (
+            y_BCHQ[..., 1:]
+            if aligned
+            else jnp.concatenate([y_BCHQ[..., :k], y_BCHQ[..., k + 1 :]], axis=-1)
+        )
         off_BCHQ = target_BCH[..., None] - columns
         error_BCH = jnp.square(y_BCHQ[..., k] - target_BCH)
         error_BCH = error_BCH + jnp.maximum(q_Q * off_BCHQ, (q_Q - 1) * off_BCHQ).mean(-1)
@@ -547,4 +710,6 @@ class TimesFM2p5(Model):
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the point column. At most O steps of target."""
         y_BCHQ, target_BCH, observed_BCH = self._for_training(params, batch)
-        return mean_observed(jnp.square(y_BCHQ[..., self.config.point_column] - target_BCH), observed_BCH, batch)
+        return mean_observed(
+            jnp.square(y_BCHQ[..., self.config.point_column] - target_BCH), observed_BCH, batch
+        )

@@ -1,35 +1,42 @@
-"""TTM (TinyTimeMixer, "Granite TimeSeries"): MLP-Mixers over the patches of a window, from fine to coarse.
+"""TTM (TinyTimeMixer, "Granite TimeSeries"): MLP-Mixers over the patches of a window, from fine to
+coarse.
 
-Ekambaram et al., "Tiny Time Mixers (TTMs): Fast Pre-trained Models for Enhanced Zero/Few-Shot Forecasting of
-Multivariate Time Series" (NeurIPS 2024, arXiv 2401.03955). Follows ibm-granite/granite-tsfm (commit 412573a and
-release 0.3.11), TinyTimeMixerForPrediction: r1, r2, r2.1 and the plain models of r3 with all of their options. The
-decomposed models of r3 are two of these, see `ttm_r3`.
+Ekambaram et al., "Tiny Time Mixers (TTMs): Fast Pre-trained Models for Enhanced Zero/Few-Shot
+Forecasting of Multivariate Time Series" (NeurIPS 2024, arXiv 2401.03955). Follows
+ibm-granite/granite-tsfm (commit 412573a and release 0.3.11), TinyTimeMixerForPrediction: r1, r2,
+r2.1 and the plain models of r3 with all of their options. The decomposed models of r3 are two of
+these, see `ttm_r3`.
 
-A window is scaled, cut into patches, embedded and mixed over patches and over features (on request over channels too);
-each mixing ends with a softmax gate over the axis it mixed. With adaptive patching the first block sees patches split
-into 2**(levels - 1) pieces, the last one whole patches.
+A window is scaled, cut into patches, embedded and mixed over patches and over features (on request
+over channels too); each mixing ends with a softmax gate over the axis it mixed. With adaptive
+patching the first block sees patches split into 2**(levels - 1) pieces, the last one whole patches.
 
-What r3 adds, each where the config asks for it: patches of averages over 2, 4, 8, ... steps before those of the window
-itself (`multi_scale`); learned tokens (`registers`) and tokens that name the strongest frequencies of the window
-(`spectrum`) in front; a norm over all tokens together; other gates; and a head that puts quantiles around the forecast
-of each step, whose median is then the point forecast (`quantiles`).
+What r3 adds, each where the config asks for it: patches of averages over 2, 4, 8, ... steps before
+those of the window itself (`multi_scale`); learned tokens (`registers`) and tokens that name the
+strongest frequencies of the window (`spectrum`) in front; a norm over all tokens together; other
+gates; and a head that puts quantiles around the forecast of each step, whose median is then the
+point forecast (`quantiles`).
 
-Inside the network the patch axis comes first, [P, B, C, D]: mixing over patches and mixing over features are then both
-products of two plain matrices, without a transpose.
+Inside the network the patch axis comes first, [P, B, C, D]: mixing over patches and mixing over
+features are then both products of two plain matrices, without a transpose.
 
-Departures from the original, each because its behaviour is a mistake or needs what a pure function has not got:
-- A channel without any observation is scaled, under `scaling="mean"`, by 1; the original takes the mean of the whole
-  batch, so that rows see each other (`batch_default_scale` for its way).
-- Missing values (NaN) are unobserved for the scale and stand as 0 in the patches, as its data pipeline fills them;
-  it expects series that are standardised. `fill="mean"` puts the mean of the window there. `predict` pads a context
-  that is too short on the left with missing values, as the original's data pipeline does. (`apply` without a mask does
-  as r3's model: the zeros that it pads with count in the scale. The model of r1 and r2 refuses such a context.)
-- A missing target does not count. The original leaves `future_observed_mask` unused where there are quantiles.
-- BatchNorm (no published model has it) uses its running statistics in training too, and does not move them.
-- A roll-out is cut to the horizon asked for; the original gives whole forecasts. It gives points alone; here the
-  quantiles of a later forecast are those that follow the medians of the earlier ones. A shorter horizon is the
-  beginning of a whole forecast; the original's `filter_len` normalises the head's input over the steps that it keeps,
-  which changes the quantiles.
+Departures from the original, each because its behaviour is a mistake or needs what a pure function
+has not got:
+- A channel without any observation is scaled, under `scaling="mean"`, by 1; the original takes the
+  mean of the whole batch, so that rows see each other (`batch_default_scale` for its way).
+- Missing values (NaN) are unobserved for the scale and stand as 0 in the patches, as its data
+  pipeline fills them; it expects series that are standardised. `fill="mean"` puts the mean of the
+  window there. `predict` pads a context that is too short on the left with missing values, as the
+  original's data pipeline does. (`apply` without a mask does as r3's model: the zeros that it pads
+  with count in the scale. The model of r1 and r2 refuses such a context.)
+- A missing target does not count. The original leaves `future_observed_mask` unused where there are
+  quantiles.
+- BatchNorm (no published model has it) uses its running statistics in training too, and does not
+  move them.
+- A roll-out is cut to the horizon asked for; the original gives whole forecasts. It gives points
+  alone; here the quantiles of a later forecast are those that follow the medians of the earlier
+  ones. A shorter horizon is the beginning of a whole forecast; the original's `filter_len`
+  normalises the head's input over the steps that it keeps, which changes the quantiles.
 """
 
 import dataclasses
@@ -59,8 +66,29 @@ from ltsm_jax.trees import Tree, flatten, unflatten
 SCALE_EPS = 1e-5  # inside the root, added to the variance
 LEAST_SCALE = 1e-10  # of the mean scaler
 LEAST_WIDTH = 4  # a level that would leave features this narrow keeps whole patches
-FREQUENCIES = {"oov": 0, "min": 1, "2min": 2, "5min": 3, "10min": 4, "15min": 5, "30min": 6, "h": 7, "d": 8, "W": 9}
-_MINUTES = {1: 1, 2: 2, 5: 3, 10: 4, 15: 5, 30: 6, 60: 7, 24 * 60: 8, 7 * 24 * 60: 9}  # length of a step -> token
+FREQUENCIES = {
+    "oov": 0,
+    "min": 1,
+    "2min": 2,
+    "5min": 3,
+    "10min": 4,
+    "15min": 5,
+    "30min": 6,
+    "h": 7,
+    "d": 8,
+    "W": 9,
+}
+_MINUTES = {
+    1: 1,
+    2: 2,
+    5: 3,
+    10: 4,
+    15: 5,
+    30: 6,
+    60: 7,
+    24 * 60: 8,
+    7 * 24 * 60: 9,
+}  # length of a step -> token
 
 Widths = tuple[int, int, int]
 Loss = Literal["mse", "mae", "pinball", "huber"]
@@ -72,13 +100,14 @@ class QuantileConfig:
     """The head of quantiles, and the loss that it is trained with.
 
     levels: ascending, an odd number of them, 0.5 in the middle.
-    hidden: its width. kernel_size: steps of its filter over time, odd. eps: least distance between two levels.
-    median: the "mean" head's median is the forecast it is given; the "median" head learns a correction.
-    condition: what it sees of the decoder: nothing, the mean over the tokens ("pool"), or all tokens of width
-      `token_width` ("flatten"); join: how that comes to the hidden features of each step.
+    hidden: its width. kernel_size: steps of its filter over time, odd. eps: least distance between
+    two levels. median: the "mean" head's median is the forecast it is given; the "median" head
+    learns a correction. condition: what it sees of the decoder: nothing, the mean over the tokens
+      ("pool"), or all tokens of width `token_width` ("flatten"); join: how that comes to the hidden
+      features of each step.
     point_weight: of the mean absolute error of the median, beside the pinball loss.
-    width_weight: of the distance between the outermost levels ("boundary") or of the mean over all symmetric pairs
-      ("wis"); width_mode says which.
+    width_weight: of the distance between the outermost levels ("boundary") or of the mean over all
+      symmetric pairs ("wis"); width_mode says which.
     """
 
     levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -98,11 +127,19 @@ class QuantileConfig:
         ordered = list(self.levels) == sorted(set(self.levels))
         middle = len(self.levels) // 2
         if len(self.levels) % 2 == 0 or not ordered or not all(0 < q < 1 for q in self.levels):
-            problems.append(f"levels must be an odd number of ascending ones in (0, 1): {self.levels}")
+            problems.append(
+                f"levels must be an odd number of ascending ones in (0, 1): {self.levels}"
+            )
         elif abs(self.levels[middle] - 0.5) > 1e-6:
             problems.append(f"as many levels must lie below 0.5 as above: {self.levels}")
-        if min(self.hidden, self.token_width) < 1 or self.kernel_size % 2 == 0 or not 0 < self.kernel_size < 256:
-            problems.append("hidden and token_width must be positive, kernel_size odd and below 256")
+        if (
+            min(self.hidden, self.token_width) < 1
+            or self.kernel_size % 2 == 0
+            or not 0 < self.kernel_size < 256
+        ):
+            problems.append(
+                "hidden and token_width must be positive, kernel_size odd and below 256"
+            )
         if self.eps < 0 or self.point_weight < 0 or self.width_weight < 0:
             problems.append("eps and the weights of the loss must not be negative")
         if problems:
@@ -114,25 +151,27 @@ class TTMConfig:
     """Hidden widths are per layer, so that a pruned TTM is a TTM.
 
     context_len L, horizon H, patch_len, patch_stride in time steps; d_model D and decoder_d_model.
-    encoder, decoder: hidden widths (channels, patches, features) of the three mixers of each layer, block by block in
-      the order of computation; 0 where a layer has no such mixer. No decoder: ().
-    levels, decoder_levels: blocks of adaptive patching, each with an equal share of the layers; 0: plain layers.
-    n_channels, mix_channels, decoder_mix_channels: C of the mixers over channels, and which parts have them.
-    freq_vocab: rows of the table of frequency tokens, a prefix patch; 0: no prefix. freq_token: the one of the data
-      set at hand (`for_series`).
-    vocab: sizes of the static categorical variables (with decoder_mix_channels); categories: their values.
-    targets: channels to forecast, None: all that are not exogenous. exogenous: channels whose future is known, by the
-      forecast channel mixer (fcm). filter_len: forecast only so many of the first `horizon` steps.
-    fcm_context, fcm_layers, fcm_offset: steps around each forecast step that the mixer sees, its hidden widths, how
-      many of the newest steps of the past it leaves out.
+    encoder, decoder: hidden widths (channels, patches, features) of the three mixers of each layer,
+      block by block in the order of computation; 0 where a layer has no such mixer. No decoder: ().
+    levels, decoder_levels: blocks of adaptive patching, each with an equal share of the layers; 0:
+    plain layers. n_channels, mix_channels, decoder_mix_channels: C of the mixers over channels, and
+    which parts have them. freq_vocab: rows of the table of frequency tokens, a prefix patch; 0: no
+      prefix. freq_token: the one of the data set at hand (`for_series`).
+    vocab: sizes of the static categorical variables (with decoder_mix_channels); categories: their
+    values. targets: channels to forecast, None: all that are not exogenous. exogenous: channels
+      whose future is known, by the forecast channel mixer (fcm). filter_len: forecast only so many
+      of the first `horizon` steps.
+    fcm_context, fcm_layers, fcm_offset: steps around each forecast step that the mixer sees, its
+      hidden widths, how many of the newest steps of the past it leaves out.
     loss, quantile, huber_delta: the training loss of a model without quantiles.
-    multi_scale: patches of averages over 2, 4, ... steps too, as long as one patch can be filled; coarsest first.
-    registers: learned tokens. spectrum: tokens of the strongest frequencies of the window, from a table
-      (spectrum_table) or from the number of the frequency; spectrum_skip_mean: not the frequency 0; spectrum_joined:
-      all in one token, each of a width in [spectrum_least, spectrum_most].
+    multi_scale: patches of averages over 2, 4, ... steps too, as long as one patch can be filled;
+    coarsest first. registers: learned tokens. spectrum: tokens of the strongest frequencies of the
+      window, from a table (spectrum_table) or from the number of the frequency; spectrum_skip_mean:
+      not the frequency 0; spectrum_joined: all in one token, each of a width in [spectrum_least,
+      spectrum_most].
     base_norm: a norm over all tokens together, which multi_scale always has.
-    gate, gate_groups: how each mixing ends; logits are averaged over so many groups ("group_sigmoid").
-    quantiles: the head of quantiles, None: points alone.
+    gate, gate_groups: how each mixing ends; logits are averaged over so many groups
+    ("group_sigmoid"). quantiles: the head of quantiles, None: points alone.
     fill, batch_default_scale: see the module's docstring.
     """
 
@@ -192,22 +231,41 @@ class TTMConfig:
 
     def __post_init__(self):
         problems = []
-        sizes = (self.context_len, self.horizon, self.patch_len, self.patch_stride, self.d_model, self.n_channels)
+        sizes = (
+            self.context_len,
+            self.horizon,
+            self.patch_len,
+            self.patch_stride,
+            self.d_model,
+            self.n_channels,
+        )
         if min(*sizes, self.decoder_d_model) < 1:
             problems.append(f"every size must be positive: {self}")
         elif self.context_len <= self.patch_len:
-            problems.append(f"the context ({self.context_len}) must be longer than a patch ({self.patch_len})")
+            problems.append(
+                f"the context ({self.context_len}) must be longer than a patch ({self.patch_len})"
+            )
         for name, widths, levels, width in (
             ("encoder", self.encoder, self.levels, self.d_model),
             ("decoder", self.decoder, self.decoder_levels, self.decoder_d_model),
         ):
-            if any(len(row) != 3 or min(row) < 0 for row in widths) or (name == "encoder" and not widths):
-                problems.append(f"{name} must be hidden widths (channels, patches, features) of each layer: {widths}")
+            if any(len(row) != 3 or min(row) < 0 for row in widths) or (
+                name == "encoder" and not widths
+            ):
+                problems.append(
+                    f"{name} must be hidden widths (channels, patches, features) of each layer: "
+                    f"{widths}"
+                )
             if levels < 0 or (levels and len(widths) % levels):
-                problems.append(f"{len(widths)} layers of the {name} are no equal share for {levels} levels")
+                problems.append(
+                    f"{len(widths)} layers of the {name} are no equal share for {levels} levels"
+                )
             elif odd := [f for f in factors(levels, width) if width % f]:
                 problems.append(f"{name}: patches of width {width} can't be split by {odd}")
-        heads, attended = self.attn_heads, (self.d_model, *([self.decoder_d_model] if self.decoder else []))
+        heads, attended = (
+            self.attn_heads,
+            (self.d_model, *([self.decoder_d_model] if self.decoder else [])),
+        )
         if heads < 0 or (heads and any(w % heads for w in attended)):
             problems.append(f"{heads} attention heads do not divide the widths {attended}")
         if self.vocab and not (self.decoder and self.decoder_mix_channels):
@@ -216,18 +274,30 @@ class TTMConfig:
             len(self.categories) != len(self.vocab)
             or any(not 0 <= v < n for v, n in zip(self.categories, self.vocab, strict=True))
         ):
-            problems.append(f"categories {self.categories} are not values of variables with {self.vocab} values each")
+            problems.append(
+                f"categories {self.categories} are not values of variables with {self.vocab} "
+                "values each"
+            )
         if self.freq_token is not None and not 0 <= self.freq_token < self.freq_vocab:
             problems.append(f"frequency token {self.freq_token} is not one of {self.freq_vocab}")
         for name, channels in (("targets", self.targets or ()), ("exogenous", self.exogenous)):
-            if len(set(channels)) < len(channels) or any(not 0 <= c < self.n_channels for c in channels):
-                problems.append(f"{name} {channels} must be different channels of {self.n_channels}")
+            if len(set(channels)) < len(channels) or any(
+                not 0 <= c < self.n_channels for c in channels
+            ):
+                problems.append(
+                    f"{name} {channels} must be different channels of {self.n_channels}"
+                )
         if self.filter_len is not None and not 0 < self.filter_len <= self.horizon:
             problems.append(f"filter_len must lie in [1, {self.horizon}], got {self.filter_len}")
         if self.exogenous and not self.fcm:
             problems.append("exogenous channels are used by the forecast channel mixer alone (fcm)")
-        if self.fcm and (self.fcm_context < 0 or (not self.fcm_context and (self.fcm_layers or not self.fcm_gated))):
-            problems.append(f"the forecast channel mixer can't work with a context of {self.fcm_context}")
+        if self.fcm and (
+            self.fcm_context < 0
+            or (not self.fcm_context and (self.fcm_layers or not self.fcm_gated))
+        ):
+            problems.append(
+                f"the forecast channel mixer can't work with a context of {self.fcm_context}"
+            )
         if self.fcm_offset is not None and self.fcm_offset < 1:
             problems.append(f"fcm_offset must be at least 1, or None, got {self.fcm_offset}")
         for name, told, allowed in (
@@ -239,7 +309,9 @@ class TTMConfig:
             ("gate", self.gate, ("softmax", "sigmoid", "glu", "group_sigmoid")),
         ):
             if told not in allowed:
-                problems.append(f"{name} must be one of {', '.join(map(str, allowed))}, got {told!r}")
+                problems.append(
+                    f"{name} must be one of {', '.join(map(str, allowed))}, got {told!r}"
+                )
         if not (0 <= self.dropout < 1 and 0 <= self.head_dropout < 1):
             problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.head_dropout}")
         if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
@@ -252,20 +324,34 @@ class TTMConfig:
         """Say what can't be among the options that came with r3."""
         problems = []
         if min(self.registers, self.spectrum) < 0 or min(self.spectrum_least, self.gate_groups) < 1:
-            problems.append("registers and spectrum must not be negative, their widths and groups positive")
+            problems.append(
+                "registers and spectrum must not be negative, their widths and groups positive"
+            )
         bins = self.context_len // 2 + 1 - self.spectrum_skip_mean
         if self.spectrum > bins:
-            problems.append(f"a window of {self.context_len} steps has {bins} frequencies, not {self.spectrum}")
+            problems.append(
+                f"a window of {self.context_len} steps has {bins} frequencies, not {self.spectrum}"
+            )
         if self.multi_scale and self.patch_stride != self.patch_len:
-            problems.append("patches of several scales can't overlap: patch_stride must be patch_len")
+            problems.append(
+                "patches of several scales can't overlap: patch_stride must be patch_len"
+            )
         if self.raw_residual and (self.multi_scale or self.registers or self.spectrum):
-            problems.append("raw_residual adds a patch to each token; there are tokens of other kinds here")
+            problems.append(
+                "raw_residual adds a patch to each token; there are tokens of other kinds here"
+            )
         if self.quantiles is not None:
             forecast = self.forecast_channels
-            if self.quantiles.condition and forecast is not None and len(forecast) < self.n_channels:
+            if (
+                self.quantiles.condition
+                and forecast is not None
+                and len(forecast) < self.n_channels
+            ):
                 problems.append("quantiles that see the decoder need a forecast of every channel")
             if (self.filter_len or self.horizon) < 2:
-                problems.append("the head of quantiles normalises over the horizon, which must be at least 2")
+                problems.append(
+                    "the head of quantiles normalises over the horizon, which must be at least 2"
+                )
         return problems
 
     @classmethod
@@ -287,12 +373,22 @@ class TTMConfig:
         use_decoder: bool = True,
         **rest,
     ) -> "TTMConfig":
-        """Layers as the original builds them: every hidden width is `expansion` times what is mixed."""
+        """Layers as the original builds them: every hidden width is `expansion` times what is
+        mixed.
+        """
         stride = patch_len if patch_stride is None else patch_stride
-        channels, vocab, exogenous = rest.get("n_channels", 1), rest.get("vocab", ()), rest.get("exogenous", ())
-        if min(context_len - patch_len, patch_len, stride, expansion, layers) < 1 or max(levels, decoder_levels) > 16:
+        channels, vocab, exogenous = (
+            rest.get("n_channels", 1),
+            rest.get("vocab", ()),
+            rest.get("exogenous", ()),
+        )
+        if (
+            min(context_len - patch_len, patch_len, stride, expansion, layers) < 1
+            or max(levels, decoder_levels) > 16
+        ):
             raise ValueError(
-                f"context_len {context_len} must be longer than patch_len {patch_len}, and stride {stride}, layers "
+                f"context_len {context_len} must be longer than patch_len {patch_len}, and stride "
+                f"{stride}, layers "
                 f"{layers} and expansion {expansion} at least 1, levels at most 16"
             )
         patches = (context_len - patch_len) // stride + 1
@@ -307,14 +403,25 @@ class TTMConfig:
         def widths(mixed, n_channels, n_patches, width, count, n_levels):
             hidden = expansion * n_channels if mixed else 0
             return tuple(
-                (hidden, expansion * f * n_patches if f * n_patches > 1 else 0, expansion * (width // f))
+                (
+                    hidden,
+                    expansion * f * n_patches if f * n_patches > 1 else 0,
+                    expansion * (width // f),
+                )
                 for f in factors(n_levels, width)
                 for _ in range(count)
             )
 
         encoder = widths(rest.get("mix_channels"), channels, n, d_model, layers, levels)
         both = channels + len(vocab)
-        decoder = widths(rest.get("decoder_mix_channels"), both, n, decoder_d_model, decoder_layers, decoder_levels)
+        decoder = widths(
+            rest.get("decoder_mix_channels"),
+            both,
+            n,
+            decoder_d_model,
+            decoder_layers,
+            decoder_levels,
+        )
         step = 2 * (2 * rest.get("fcm_context", 1) + 1)
         targets = rest.get("targets")
         seen = (channels - len(exogenous) if targets is None else len(targets)) + len(exogenous)
@@ -343,7 +450,9 @@ class TTMConfig:
         """N, the patches of all scales and the tokens in front."""
         own = self.window_patches
         patches = sum(scales(own)) if self.multi_scale else own
-        return patches + tokens_in_front(self.freq_vocab, self.registers, self.spectrum, self.spectrum_joined)
+        return patches + tokens_in_front(
+            self.freq_vocab, self.registers, self.spectrum, self.spectrum_joined
+        )
 
     @property
     def spectrum_width(self) -> int:
@@ -358,7 +467,11 @@ class TTMConfig:
         """Channels that are forecast; None: all, however many there are."""
         if self.targets is not None:
             return tuple(sorted(self.targets))  # the original sorts them too
-        return tuple(c for c in range(self.n_channels) if c not in self.exogenous) if self.exogenous else None
+        return (
+            tuple(c for c in range(self.n_channels) if c not in self.exogenous)
+            if self.exogenous
+            else None
+        )
 
 
 def scales(patches: int) -> tuple[int, ...]:
@@ -367,13 +480,17 @@ def scales(patches: int) -> tuple[int, ...]:
 
 
 def tokens_in_front(freq_vocab: int, registers: int, spectrum: int, spectrum_joined: bool) -> int:
-    """Tokens before the patches: of frequencies of the window, registers, and the step of the series."""
+    """Tokens before the patches: of frequencies of the window, registers, and the step of the
+    series.
+    """
     bins = min(spectrum, 1) if spectrum_joined else spectrum
     return bins + registers + bool(freq_vocab)
 
 
 def factors(levels: int, width: int) -> tuple[int, ...]:
-    """Into how many pieces each block of adaptive patching splits a patch: finest first, (1,) without levels."""
+    """Into how many pieces each block of adaptive patching splits a patch: finest first, (1,)
+    without levels.
+    """
     split = [2**level for level in reversed(range(levels))] or [1]
     return tuple(1 if width // f <= LEAST_WIDTH else f for f in split)
 
@@ -384,7 +501,8 @@ def _granite(horizon: int, context: int, **rest) -> TTMConfig:
     return TTMConfig.of(context_len=context, horizon=horizon, **sizes)
 
 
-# Dropout as in the two config.json at hand (r1 and r2, 512 -> 96); the other revisions bring their own files.
+# Dropout as in the two config.json at hand (r1 and r2, 512 -> 96); the other revisions bring their
+# own files.
 _R2 = {"dropout": 0.4, "head_dropout": 0.4}
 PRESETS = {
     "ibm-granite/granite-timeseries-ttm-r1": _granite(96, 512),
@@ -393,7 +511,9 @@ PRESETS = {
     ),
     "ibm-granite/granite-timeseries-ttm-r2": _granite(96, 512, **_R2),
     **{
-        f"ibm-granite/granite-timeseries-ttm-r2@{context}-{horizon}-r2": _granite(horizon, context, **_R2)
+        f"ibm-granite/granite-timeseries-ttm-r2@{context}-{horizon}-r2": _granite(
+            horizon, context, **_R2
+        )
         for context in (512, 1024, 1536)
         for horizon in (96, 192, 336, 720)
     },
@@ -403,25 +523,30 @@ PRESETS = {
 def frequency_token(freq: str | None, vocab: int) -> int:
     """The token of a time step as pandas writes it: "h", "1h", "H", "60min", "W-SUN", ...
 
-    Raises: ValueError listing the known ones, also for a frequency that is not known (None); "oov" says that on
-      purpose.
+    Raises: ValueError listing the known ones, also for a frequency that is not known (None); "oov"
+      says that on purpose.
     """
     minutes = (microseconds(freq) or 0) / 60e6
     token = FREQUENCIES["oov"] if freq == "oov" else _MINUTES.get(minutes)  # pyright: ignore
     if token is None or token >= vocab:
         known = ", ".join(name for name, number in FREQUENCIES.items() if number < vocab)
         raise ValueError(
-            f"the model has a token for each of the frequencies {known}; none for {freq!r}. With freq='oov' it takes "
+            f"the model has a token for each of the frequencies {known}; none for {freq!r}. With "
+            "freq='oov' it takes "
             "the token of unknown frequencies"
         )
     return token
 
 
 def sincos(n: int, d_model: int) -> np.ndarray:
-    """The original's position table [n, D], float32: sines in even columns, cosines in odd ones, its mean taken off and
-    divided by ten of its standard deviations."""
+    """The original's position table [n, D], float32: sines in even columns, cosines in odd ones,
+    its mean taken off and divided by ten of its standard deviations.
+    """
     require_table(n, d_model)
-    angle = np.arange(n)[:, None] * np.exp(np.arange(0, d_model, 2) * -(math.log(10000.0) / d_model))[None]
+    angle = (
+        np.arange(n)[:, None]
+        * np.exp(np.arange(0, d_model, 2) * -(math.log(10000.0) / d_model))[None]
+    )
     table = np.zeros((n, d_model))
     table[:, 0::2], table[:, 1::2] = np.sin(angle), np.cos(angle)[:, : d_model // 2]
     table -= table.mean()
@@ -429,7 +554,9 @@ def sincos(n: int, d_model: int) -> np.ndarray:
 
 
 class Norm(nn.Module):
-    """LayerNorm over features, or BatchNorm with its running statistics (leaves `mean` and `var`)."""
+    """LayerNorm over features, or BatchNorm with its running statistics (leaves `mean`
+    and `var`).
+    """
 
     kind: str
     eps: float
@@ -467,8 +594,9 @@ def along(linear: Linear, x_PBCD: jax.Array, axis: int) -> jax.Array:
 class Gate(nn.Module):
     """x times weights from a linear layer of x, over one axis; and the steps between.
 
-    The weights are the softmax or the sigmoid of its outputs, or the sigmoid of their means over `groups` groups (as
-    many as divide the axis, at most). With "glu" it has twice as many outputs, and one half gates the other.
+    The weights are the softmax or the sigmoid of its outputs, or the sigmoid of their means over
+    `groups` groups (as many as divide the axis, at most). With "glu" it has twice as many outputs,
+    and one half gates the other.
     """
 
     axis: int
@@ -512,7 +640,9 @@ class Attention(nn.Module):
     def __call__(self, x_PBCD, train: bool):
         d = x_PBCD.shape[-1]
         heads = (self.n_heads, d // self.n_heads)
-        q, k, v = (jnp.moveaxis(Linear((d,), heads, name=n)(x_PBCD), 0, 3) for n in "qkv")  # [B, C, H, P, K]
+        q, k, v = (
+            jnp.moveaxis(Linear((d,), heads, name=n)(x_PBCD), 0, 3) for n in "qkv"
+        )  # [B, C, H, P, K]
         s = jnp.einsum("...PK,...SK->...PS", q * heads[1] ** -0.5, k)
         w = Dropout(self.dropout)(jax.nn.softmax(s.astype(jnp.float32)).astype(s.dtype), train)
         y = jnp.moveaxis(jnp.einsum("...PS,...SK->...PK", w, v), 3, 0)
@@ -556,7 +686,9 @@ class Mixer(nn.Module):
 
 
 class Layer(nn.Module):
-    """The mixers of one layer over channels, patches and features, as far as it has them; and the steps between."""
+    """The mixers of one layer over channels, patches and features, as far as it has them; and the
+    steps between.
+    """
 
     cfg: TTMConfig
     widths: Widths
@@ -571,7 +703,9 @@ class Layer(nn.Module):
         ):
             if hidden:
                 name = f"{kind}_mixer"
-                x_PBCD, inner = Mixer(self.cfg, axis, hidden, self.gated, self.dropout, name=name)(x_PBCD, train)
+                x_PBCD, inner = Mixer(self.cfg, axis, hidden, self.gated, self.dropout, name=name)(
+                    x_PBCD, train
+                )
                 taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: x_PBCD}
         return x_PBCD, taps
 
@@ -592,10 +726,14 @@ class Mixers(nn.Module):
         share = len(self.widths) // len(blocks)
         p, b, c, d = x_PBCD.shape
         for j, f in enumerate(blocks):
-            x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, b, c, f, d // f), 3, 1).reshape(p * f, b, c, d // f)
+            x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, b, c, f, d // f), 3, 1).reshape(
+                p * f, b, c, d // f
+            )
             for i, widths in enumerate(self.widths[j * share : (j + 1) * share]):
                 name = f"block_{j}_layer_{i}" if self.levels else f"layer_{i}"
-                x_PBCD, inner = Layer(self.cfg, widths, self.gated, self.dropout, name=name)(x_PBCD, train)
+                x_PBCD, inner = Layer(self.cfg, widths, self.gated, self.dropout, name=name)(
+                    x_PBCD, train
+                )
                 taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: x_PBCD}
             x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, f, b, c, d // f), 1, 3).reshape(p, b, c, d)
             if self.levels:
@@ -604,7 +742,9 @@ class Mixers(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Narrower mixers over x_PBCD, with the patches and the static categories where the config asks for them."""
+    """Narrower mixers over x_PBCD, with the patches and the static categories where the config asks
+    for them.
+    """
 
     cfg: TTMConfig
 
@@ -616,23 +756,36 @@ class Decoder(nn.Module):
             x_PBCD = taps["adapter"] = Linear((cfg.d_model,), (d,), name="adapter")(x_PBCD)
         if cfg.raw_residual:
             prefix = ((x_PBCD.shape[0] - p_PBCK.shape[0], 0), (0, 0), (0, 0), (0, 0))
-            taps["raw_embed"] = Linear((cfg.patch_len,), (d,), name="raw_embed")(jnp.pad(p_PBCK, prefix))
+            taps["raw_embed"] = Linear((cfg.patch_len,), (d,), name="raw_embed")(
+                jnp.pad(p_PBCK, prefix)
+            )
             x_PBCD = x_PBCD + taps["raw_embed"]
         if cfg.vocab:
-            tables = [self.param(f"category_{k}", nn.initializers.zeros, (n, d)) for k, n in enumerate(cfg.vocab)]
-            one_BVD = jnp.stack([table[categories_BV[:, k]] for k, table in enumerate(tables)], axis=1)
-            e_PBVD = taps["categories"] = jnp.broadcast_to(one_BVD[None], (x_PBCD.shape[0], *one_BVD.shape))
+            tables = [
+                self.param(f"category_{k}", nn.initializers.zeros, (n, d))
+                for k, n in enumerate(cfg.vocab)
+            ]
+            one_BVD = jnp.stack(
+                [table[categories_BV[:, k]] for k, table in enumerate(tables)], axis=1
+            )
+            e_PBVD = taps["categories"] = jnp.broadcast_to(
+                one_BVD[None], (x_PBCD.shape[0], *one_BVD.shape)
+            )
             x_PBCD = jnp.concatenate([x_PBCD, e_PBVD.astype(x_PBCD.dtype)], axis=2)
-        mixers = Mixers(cfg, cfg.decoder, cfg.decoder_levels, cfg.gated, cfg.head_dropout, name="mixers")
+        mixers = Mixers(
+            cfg, cfg.decoder, cfg.decoder_levels, cfg.gated, cfg.head_dropout, name="mixers"
+        )
         x_PBCD, inner = mixers(x_PBCD, train)
         return x_PBCD[:, :, :n_channels], taps | inner
 
 
 class ForecastMixer(nn.Module):
-    """Corrects the forecasts of all targets from each other and from the known future of the exogenous channels.
+    """Corrects the forecasts of all targets from each other and from the known future of the
+    exogenous channels.
 
-    base_BCH, past_BCS (the `fcm_context` steps before), future_BXH, past_BXS -> [B, C, H]; all in what the original
-    mixes here: scaled forecasts with raw values, which are expected to be standardised.
+    base_BCH, past_BCS (the `fcm_context` steps before), future_BXH, past_BXS -> [B, C, H]; all in
+    what the original mixes here: scaled forecasts with raw values, which are expected to be
+    standardised.
     """
 
     cfg: TTMConfig
@@ -643,7 +796,11 @@ class ForecastMixer(nn.Module):
         b, c, h = base_BCH.shape
         e_BET = jnp.concatenate([base_BCH, future_BXH], axis=1)
         e = e_BET.shape[1]
-        before = jnp.concatenate([past_BCS, past_BXS], axis=1) if cfg.fcm_past else jnp.zeros((b, e, s), e_BET.dtype)
+        before = (
+            jnp.concatenate([past_BCS, past_BXS], axis=1)
+            if cfg.fcm_past
+            else jnp.zeros((b, e, s), e_BET.dtype)
+        )
         e_BET = jnp.concatenate([before, e_BET, jnp.zeros((b, e, s), e_BET.dtype)], axis=-1)
         steps = np.arange(h)[:, None] + np.arange(2 * s + 1)[None]
         w_EBHS = jnp.moveaxis(e_BET[..., steps], 1, 0)
@@ -694,10 +851,11 @@ class OverTime(nn.Module):
 
 
 class QuantileHead(nn.Module):
-    """Quantiles around a forecast: f_BCH and the decoder's x_PBCD -> [B, C, H, Q], ascending, in the units of f.
+    """Quantiles around a forecast: f_BCH and the decoder's x_PBCD -> [B, C, H, Q], ascending, in
+    the units of f.
 
-    The lower levels go down from the median in positive steps, the upper ones up, so that they can't cross. Everything
-    is computed in float32.
+    The lower levels go down from the median in positive steps, the upper ones up, so that they
+    can't cross. Everything is computed in float32.
     """
 
     cfg: QuantileConfig
@@ -723,7 +881,8 @@ class QuantileHead(nn.Module):
         taps["down"] = o_BCHQ
         o_BCHQ = o_BCHQ.astype(jnp.float32)
 
-        # Output 0 corrects the median; then the steps downwards, from the median on, then those upwards.
+        # Output 0 corrects the median; then the steps downwards, from the median on, then those
+        # upwards.
         median_BCH1 = f_BCH[..., None]
         if cfg.median == "median":
             median_BCH1 = median_BCH1 + o_BCHQ[..., :1]
@@ -749,16 +908,19 @@ class QuantileHead(nn.Module):
 class TTMNet(nn.Module):
     """Scaled patches of a window -> scaled forecasts, and the named steps.
 
-    p_PBCK: patches. past_BCL: the raw window. future_BCH: raw future, read for exogenous channels. freq_B,
-    categories_BV and bins_BCS (numbers of the strongest frequencies, the strongest first): integers. The last four may
-    be None where the config has no use for them.
-    Returns: forecasts of all channels [B, C, H], forecasts of the targets, their quantiles [B, C', H, Q] or None, taps.
+    p_PBCK: patches. past_BCL: the raw window. future_BCH: raw future, read for exogenous channels.
+    freq_B, categories_BV and bins_BCS (numbers of the strongest frequencies, the strongest first):
+    integers. The last four may be None where the config has no use for them.
+    Returns: forecasts of all channels [B, C, H], forecasts of the targets, their quantiles [B, C',
+    H, Q] or None, taps.
     """
 
     cfg: TTMConfig
 
     @nn.compact
-    def __call__(self, p_PBCK, past_BCL, future_BCH, freq_B, categories_BV, bins_BCS, train: bool = False):
+    def __call__(
+        self, p_PBCK, past_BCL, future_BCH, freq_B, categories_BV, bins_BCS, train: bool = False
+    ):
         cfg, taps = self.cfg, {"patches": p_PBCK}
         x_PBCD = self._tokens(self._patches(p_PBCK, taps), freq_B, bins_BCS, taps)
         _, b, c, d = x_PBCD.shape
@@ -777,7 +939,9 @@ class TTMNet(nn.Module):
             taps |= {f"decoder/{name}": value for name, value in inner.items()}
         taps["decoder"] = x_PBCD
         x_BCF = Dropout(cfg.head_dropout)(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1), train)
-        all_BCH = y_BCH = taps["head"] = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")(x_BCF)
+        all_BCH = y_BCH = taps["head"] = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")(
+            x_BCF
+        )
         all_BCH = y_BCH = all_BCH[..., : cfg.filter_len]
         targets = cfg.forecast_channels
         pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
@@ -826,13 +990,20 @@ class TTMNet(nn.Module):
         if cfg.freq_vocab:
             middle = (cfg.patch_len + d) // 2
             table = self.param("freq_table", nn.initializers.zeros, (cfg.freq_vocab, cfg.patch_len))
-            f_BK = nn.gelu(Linear((cfg.patch_len,), (middle,), name="freq_up")(table[freq_B]), approximate=False)
-            f_BD = taps["freq"] = Linear((middle,), (d,), name="freq_down")(f_BK).astype(x_PBCD.dtype)
+            f_BK = nn.gelu(
+                Linear((cfg.patch_len,), (middle,), name="freq_up")(table[freq_B]),
+                approximate=False,
+            )
+            f_BD = taps["freq"] = Linear((middle,), (d,), name="freq_down")(f_BK).astype(
+                x_PBCD.dtype
+            )
             prefix = jnp.broadcast_to(f_BD[None, :, None], (1, b, c, d))
             x_PBCD = jnp.concatenate([prefix, x_PBCD])
         if cfg.registers:
             r_RD = self.param("registers", nn.initializers.zeros, (cfg.registers, d))
-            r_RBCD = jnp.broadcast_to(r_RD[:, None, None].astype(x_PBCD.dtype), (cfg.registers, b, c, d))
+            r_RBCD = jnp.broadcast_to(
+                r_RD[:, None, None].astype(x_PBCD.dtype), (cfg.registers, b, c, d)
+            )
             x_PBCD = taps["registers"] = jnp.concatenate([r_RBCD, x_PBCD])
         if cfg.spectrum:
             e_SBCD = self._frequencies(bins_BCS, taps).astype(x_PBCD.dtype)
@@ -853,14 +1024,18 @@ class TTMNet(nn.Module):
         taps["spectrum"] = e_BCSK
         if cfg.spectrum_joined:
             b, c, s, k = e_BCSK.shape
-            joined = Linear((s * k,), (cfg.d_model,), name="spectrum_join")(e_BCSK.reshape(b, c, s * k))
+            joined = Linear((s * k,), (cfg.d_model,), name="spectrum_join")(
+                e_BCSK.reshape(b, c, s * k)
+            )
             taps["spectrum_join"] = joined
             e_BCSK = joined[:, :, None]
         return jnp.moveaxis(e_BCSK, 2, 0)
 
 
 def location_scale(scaling, x, observed, batch_default=False):
-    """Location and scale [B, C, 1] of the observed values of x [B, C, T]; see the module's docstring."""
+    """Location and scale [B, C, 1] of the observed values of x [B, C, T]; see the module's
+    docstring.
+    """
     n = observed.sum(-1, keepdims=True)
     if scaling == "std":
         loc = (x * observed).sum(-1, keepdims=True) / jnp.maximum(n, 1)
@@ -880,7 +1055,9 @@ def location_scale(scaling, x, observed, batch_default=False):
 
 
 def point_error(cfg: TTMConfig, y_BCH, target_BCH, batch: Batch) -> jax.Array:
-    """Mean of the config's error of forecasts over the observed values of the first steps of the target."""
+    """Mean of the config's error of forecasts over the observed values of the first steps of the
+    target.
+    """
     target = target_BCH[..., : y_BCH.shape[-1]]
     seen = ~jnp.isnan(target)
     gap = jnp.where(seen, y_BCH[..., : target.shape[-1]] - jnp.where(seen, target, 0.0), 0.0)
@@ -897,10 +1074,12 @@ def point_error(cfg: TTMConfig, y_BCH, target_BCH, batch: Batch) -> jax.Array:
 
 
 def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Array:
-    """The training loss of forecasts and of their quantiles [B, C, H, Q], where there are some, in their units.
+    """The training loss of forecasts and of their quantiles [B, C, H, Q], where there are some, in
+    their units.
 
-    Without quantiles `point_error`; with them the pinball loss, mean over levels, plus `point_weight` times the mean
-    absolute error of the forecast, plus `width_weight` times the mean distance between levels on both sides.
+    Without quantiles `point_error`; with them the pinball loss, mean over levels, plus
+    `point_weight` times the mean absolute error of the forecast, plus `width_weight` times the mean
+    distance between levels on both sides.
     """
     head = cfg.quantiles
     if head is None or q_BCHQ is None:
@@ -952,7 +1131,10 @@ class TTM(Model):
         (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
         (r"/attn/[qkv]/bias$", ("tensor", None)),
         (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"(^|/)(embed|embed_\d+|raw_embed|adapter|freq_up|freq_down|linear|head|out)/kernel$", ("fsdp", None)),
+        (
+            r"(^|/)(embed|embed_\d+|raw_embed|adapter|freq_up|freq_down|linear|head|out)/kernel$",
+            ("fsdp", None),
+        ),
         (r"(^|/)quantiles/(pool|token|flat)/kernel$", ("fsdp", None)),
         # Too small to be worth dividing.
         (r"(^|/)(spectrum_(up|down|join)|quantiles/(filter|up|down))/kernel$", ()),
@@ -960,7 +1142,10 @@ class TTM(Model):
         (r"(^|/)(freq_table|category_\d+|position|registers|spectrum_table)$", ()),
     )
     prunable = (
-        Group.units(r"(encoder|decoder/mixers|fcm/mixers)/(?:block_(\d+)_)?layer_(\d+)/(\w+)_mixer", _hidden_width),
+        Group.units(
+            r"(encoder|decoder/mixers|fcm/mixers)/(?:block_(\d+)_)?layer_(\d+)/(\w+)_mixer",
+            _hidden_width,
+        ),
     )
 
     @classmethod
@@ -989,15 +1174,25 @@ class TTM(Model):
 
     @property
     def fixed(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Running statistics of BatchNorm and the computed position table, where the config has them."""
+        """Running statistics of BatchNorm and the computed position table, where the config has
+        them.
+        """
         found = [r"/norm(_attn)?/(mean|var)$"] if self.config.norm == "BatchNorm" else []
-        return "|".join(found + ([r"(^|/)position$"] if self.config.position == "sincos" else [])) or None
+        return (
+            "|".join(found + ([r"(^|/)position$"] if self.config.position == "sincos" else []))
+            or None
+        )
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
         """Joint as soon as channels are mixed, or told apart by number."""
         cfg = self.config
-        joint = cfg.mix_channels or (cfg.decoder_mix_channels and cfg.decoder) or cfg.fcm or cfg.targets is not None
+        joint = (
+            cfg.mix_channels
+            or (cfg.decoder_mix_channels and cfg.decoder)
+            or cfg.fcm
+            or cfg.targets is not None
+        )
         return "joint" if joint else "independent"
 
     @property
@@ -1010,29 +1205,43 @@ class TTM(Model):
 
     @property
     def eval_batch(self) -> int:
-        # activations that stay in a CPU's cache: half as many again windows a second as in batches of thousands
+        # activations that stay in a CPU's cache: half as many again windows a second as in batches
+        # of thousands
         return max(128 // (self.config.n_channels if self.variates == "joint" else 1), 1)
 
     def init(self, key: jax.Array) -> Tree:
-        """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear layers, N(0, 1) for
-        embeddings and registers; norms 1, 0. The random position table is N(0, 1). With `post_init` that is
-        N(0, 0.1^2), and the kernels of the convolutions in the head of quantiles are 1 / their size."""
+        """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear
+        layers, N(0, 1) for embeddings and registers; norms 1, 0. The random position table is N(0,
+        1). With `post_init` that is N(0, 0.1^2), and the kernels of the convolutions in the head of
+        quantiles are 1 / their size.
+        """
         cfg = self.config
         c = cfg.n_channels
         patches = jax.ShapeDtypeStruct((cfg.window_patches, 1, c, cfg.patch_len), jnp.float32)
-        past, future = (jax.ShapeDtypeStruct((1, c, t), jnp.float32) for t in (cfg.context_len, self.horizon))
-        freq, categories, bins = (
-            jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, len(cfg.vocab)), (1, c, cfg.spectrum))
+        past, future = (
+            jax.ShapeDtypeStruct((1, c, t), jnp.float32) for t in (cfg.context_len, self.horizon)
         )
-        shapes = jax.eval_shape(TTMNet(cfg).init, key, patches, past, future, freq, categories, bins)["params"]
+        freq, categories, bins = (
+            jax.ShapeDtypeStruct(shape, jnp.int32)
+            for shape in ((1,), (1, len(cfg.vocab)), (1, c, cfg.spectrum))
+        )
+        shapes = jax.eval_shape(
+            TTMNet(cfg).init, key, patches, past, future, freq, categories, bins
+        )["params"]
         flat = flatten(shapes)
 
         def rule(path, shape):
             layer, name = path.rsplit("/", 1) if "/" in path else ("", path)
             if path == "position":
                 table = jnp.asarray(sincos(*shape))
-                return Normal(0.1 if cfg.post_init else 1.0) if cfg.position == "random" else lambda *_: table
-            if name in ("freq_table", "registers", "spectrum_table") or name.startswith("category_"):
+                return (
+                    Normal(0.1 if cfg.post_init else 1.0)
+                    if cfg.position == "random"
+                    else lambda *_: table
+                )
+            if name in ("freq_table", "registers", "spectrum_table") or name.startswith(
+                "category_"
+            ):
                 return Normal(1.0)
             kernel = flat.get(f"{layer}/kernel")
             if kernel is None:
@@ -1049,48 +1258,70 @@ class TTM(Model):
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
-        # granite-tsfm searches the rate anew for each data set; of 1e-3 and 1e-4 the latter had the lower validation
-        # MSE on ETTh1, with the backbone frozen and with all weights trained
-        source = "granite-tsfm: backbone frozen, AdamW, one cycle of the learning rate; the rate by validation on ETTh1"
-        trainable = r"^(decoder|head|fcm|quantiles)/" if self.config.decoder else r"^(head|fcm|quantiles)/"
+        # granite-tsfm searches the rate anew for each data set; of 1e-3 and 1e-4 the latter had the
+        # lower validation MSE on ETTh1, with the backbone frozen and with all weights trained
+        source = (
+            "granite-tsfm: backbone frozen, AdamW, one cycle of the learning rate; the rate "
+            "by validation on ETTh1"
+        )
+        trainable = (
+            r"^(decoder|head|fcm|quantiles)/" if self.config.decoder else r"^(head|fcm|quantiles)/"
+        )
         sizes = (self.context_len, self.horizon)
-        return Recipe(1e-4, 64, 10, "one-cycle", *sizes, "own", source, weight_decay=0.01, trainable=trainable)
+        return Recipe(
+            1e-4, 64, 10, "one-cycle", *sizes, "own", source, weight_decay=0.01, trainable=trainable
+        )
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple["TTM", Tree]:
-        """Set the frequency token; draw mixers over channels anew for another number of channels."""
+    def for_series(
+        self, params: Tree, *, n_variates: int, freq=None, key=None
+    ) -> tuple["TTM", Tree]:
+        """Set the frequency token; draw mixers over channels anew for another number
+        of channels.
+        """
         cfg = self.config
         if cfg.freq_vocab and (freq is not None or cfg.freq_token is None):
             cfg = dataclasses.replace(cfg, freq_token=frequency_token(freq, cfg.freq_vocab))
         if self.variates == "joint" and n_variates != cfg.n_channels:
             numbered = max((*(cfg.targets or ()), *cfg.exogenous, -1))
             if numbered >= n_variates:
-                raise ValueError(f"the model tells channels apart by number, up to {numbered}; there are {n_variates}")
+                raise ValueError(
+                    f"the model tells channels apart by number, up to {numbered}; there are "
+                    f"{n_variates}"
+                )
             widths = {
                 part: tuple(
-                    (self._hidden(old, n_variates, part == "decoder"), *rest) for old, *rest in getattr(cfg, part)
+                    (self._hidden(old, n_variates, part == "decoder"), *rest)
+                    for old, *rest in getattr(cfg, part)
                 )
                 for part in ("encoder", "decoder")
             }
             cfg = dataclasses.replace(cfg, n_channels=n_variates, **widths)
             if cfg.fcm_layers:
                 seen = len(cfg.forecast_channels or range(n_variates)) + len(cfg.exogenous)
-                fcm_layers = tuple((a, 2 * seen if seen > 1 else 0, b) for a, _, b in cfg.fcm_layers)
+                fcm_layers = tuple(
+                    (a, 2 * seen if seen > 1 else 0, b) for a, _, b in cfg.fcm_layers
+                )
                 cfg = dataclasses.replace(cfg, fcm_layers=fcm_layers)
             if key is None:
                 raise ValueError(
-                    f"this TTM mixes {self.config.n_channels} channels, not {n_variates}: new mixers must be drawn and "
+                    f"this TTM mixes {self.config.n_channels} channels, not {n_variates}: new "
+                    "mixers must be drawn and "
                     f"trained; give {self.config.n_channels} variates, or a key to draw them with: "
                     f"for_series(params, n_variates={n_variates}, key=jax.random.key(0))"
                 )
             fresh = flatten(TTM(cfg).init(key))
             old = flatten(params)
-            kept = {path: old[path] if path in old and old[path].shape == leaf.shape else leaf
-                    for path, leaf in fresh.items()}  # fmt: skip
+            kept = {
+                path: old[path] if path in old and old[path].shape == leaf.shape else leaf
+                for path, leaf in fresh.items()
+            }
             params = unflatten(kept)
         return (self if cfg == self.config else TTM(cfg)), params
 
     def _hidden(self, old: int, n_variates: int, decoder: bool) -> int:
-        """Hidden width of a mixer over channels for another number of channels, in the same proportion."""
+        """Hidden width of a mixer over channels for another number of channels, in the same
+        proportion.
+        """
         extra = len(self.config.vocab) if decoder else 0
         return max(old * (n_variates + extra) // (self.config.n_channels + extra), 1) if old else 0
 
@@ -1108,37 +1339,53 @@ class TTM(Model):
         key=None,
         train=False,
     ):
-        """One forward pass in the units of x: forecasts [B, C', H] of the target channels, and the named steps.
+        """One forward pass in the units of x: forecasts [B, C', H] of the target channels, and the
+        named steps.
 
-        Of more than `context_len` steps the newest are taken. Fewer are padded with zeros in front; where
-        `observed_BCT` is given, these do not count in the scale.
+        Of more than `context_len` steps the newest are taken. Fewer are padded with zeros in front;
+        where `observed_BCT` is given, these do not count in the scale.
 
         Args:
-          observed_BCT: 1 or 0; what is 0 does not count in the scale, but x is still what the patches show there.
-          future_BCH: known future, of which the exogenous channels are read; missing values are filled as in the past.
+          observed_BCT: 1 or 0; what is 0 does not count in the scale, but x is still what the
+            patches show there.
+          future_BCH: known future, of which the exogenous channels are read; missing values are
+            filled as in the past.
           freq_token: integers [B] or one, by default the config's. categories: [B, V], likewise.
-        Returns: the forecasts (of a model with quantiles their medians), and taps; among them `all`, the forecasts of
-          all channels [B, C, H] before they are mixed, and, of a model with quantiles, `quantiles` [B, C', H, Q], both
-          in the units of x.
+        Returns: the forecasts (of a model with quantiles their medians), and taps; among them
+          `all`, the forecasts of all channels [B, C, H] before they are mixed, and, of a model with
+          quantiles, `quantiles` [B, C', H, Q], both in the units of x.
         """
         cfg = self.config
         b, c = x_BCT.shape[:2]
         if self.variates == "joint" and c != cfg.n_channels:
             raise ValueError(
-                f"the model mixes {cfg.n_channels} channels, got {c}; for_series makes it ready for another number"
+                f"the model mixes {cfg.n_channels} channels, got {c}; for_series makes it ready "
+                "for another number"
             )
         if cfg.exogenous and future_BCH is None:
-            raise ValueError(f"channels {cfg.exogenous} are exogenous: their future must be given (future=...)")
+            raise ValueError(
+                f"channels {cfg.exogenous} are exogenous: their future must be given (future=...)"
+            )
         freq_token = cfg.freq_token if freq_token is None else freq_token
         if cfg.freq_vocab and freq_token is None:
-            raise ValueError("the model asks for the frequency of the series: for_series(params, freq=...) sets it")
+            raise ValueError(
+                "the model asks for the frequency of the series: for_series(params, freq=...) sets "
+                "it"
+            )
         categories = cfg.categories if categories is None else categories
         if cfg.vocab and categories is None:
-            raise ValueError(f"the model asks for {len(cfg.vocab)} static categories: categories=..., or of the config")
-        freq_B = jnp.broadcast_to(jnp.asarray(0 if freq_token is None else freq_token, jnp.int32), (b,))
+            raise ValueError(
+                f"the model asks for {len(cfg.vocab)} static categories: categories=..., or of the "
+                "config"
+            )
+        freq_B = jnp.broadcast_to(
+            jnp.asarray(0 if freq_token is None else freq_token, jnp.int32), (b,)
+        )
         v = len(cfg.vocab)
         categories_BV = jnp.broadcast_to(
-            jnp.asarray(categories if v else (), jnp.int32).reshape(-1, v) if v else jnp.zeros((1, 0), jnp.int32),
+            jnp.asarray(categories if v else (), jnp.int32).reshape(-1, v)
+            if v
+            else jnp.zeros((1, 0), jnp.int32),
             (b, v),
         )
 
@@ -1146,19 +1393,29 @@ class TTM(Model):
         observed_BCL = jnp.ones_like(x_BCL)
         if observed_BCT is not None:
             observed_BCL = self._padded(observed_BCT).astype(jnp.float32)
-        loc_BC1, scale_BC1 = location_scale(cfg.scaling, x_BCL, observed_BCL, cfg.batch_default_scale)
+        loc_BC1, scale_BC1 = location_scale(
+            cfg.scaling, x_BCL, observed_BCL, cfg.batch_default_scale
+        )
         z_BCL = (x_BCL - loc_BC1) / scale_BC1
         n = cfg.window_patches
         start = cfg.context_len - cfg.patch_len - cfg.patch_stride * (n - 1)
         if cfg.patch_stride == cfg.patch_len:
             p_BCPK = z_BCL[..., start:].reshape(b, c, n, cfg.patch_len)
         else:
-            steps = start + np.arange(n)[:, None] * cfg.patch_stride + np.arange(cfg.patch_len)[None]
+            steps = (
+                start + np.arange(n)[:, None] * cfg.patch_stride + np.arange(cfg.patch_len)[None]
+            )
             p_BCPK = z_BCL[..., steps]
         if future_BCH is not None:
             future_BCH = future_BCH[..., : self.horizon].astype(jnp.float32)
-            future_BCH = jnp.where(jnp.isnan(future_BCH), self.filling(x_BCL, observed_BCL > 0), future_BCH)
-        rngs = {"dropout": key} if train and key is not None and max(cfg.dropout, cfg.head_dropout) else None
+            future_BCH = jnp.where(
+                jnp.isnan(future_BCH), self.filling(x_BCL, observed_BCL > 0), future_BCH
+            )
+        rngs = (
+            {"dropout": key}
+            if train and key is not None and max(cfg.dropout, cfg.head_dropout)
+            else None
+        )
         net: Any = TTMNet(cfg)  # Flax types what apply returns too widely
         all_BCH, y_BCH, q_BCHQ, taps = net.apply(
             {"params": params},
@@ -1173,7 +1430,12 @@ class TTM(Model):
         )
         targets = cfg.forecast_channels
         pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
-        taps |= {"scaled": z_BCL, "loc": loc_BC1, "scale": scale_BC1, "all": all_BCH * scale_BC1 + loc_BC1}
+        taps |= {
+            "scaled": z_BCL,
+            "loc": loc_BC1,
+            "scale": scale_BC1,
+            "all": all_BCH * scale_BC1 + loc_BC1,
+        }
         scale_BC1, loc_BC1 = pick(scale_BC1), pick(loc_BC1)
         if q_BCHQ is not None:
             taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
@@ -1186,7 +1448,9 @@ class TTM(Model):
         return padded[..., padded.shape[-1] - wanted :]
 
     def _bins(self, z_BCL):
-        """Numbers [B, C, S] of the strongest frequencies of the scaled window, the strongest first."""
+        """Numbers [B, C, S] of the strongest frequencies of the scaled window, the
+        strongest first.
+        """
         cfg = self.config
         size = jnp.abs(jnp.fft.rfft(jax.lax.stop_gradient(z_BCL), axis=-1))
         first = int(cfg.spectrum_skip_mean)
@@ -1211,14 +1475,19 @@ class TTM(Model):
         return batch["target"] if channels is None else batch["target"][:, np.array(channels)]
 
     def error(self, y_BCH: jax.Array, batch: Batch, loss: Loss) -> jax.Array:
-        """Mean error of forecasts [B, C', H] over all observed values of the target channels of `batch`."""
-        return point_error(dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch)
+        """Mean error of forecasts [B, C', H] over all observed values of the target channels of
+        `batch`.
+        """
+        return point_error(
+            dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch
+        )
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """The config's loss of the forecast, in the units of the batch, over all observed values of the target.
+        """The config's loss of the forecast, in the units of the batch, over all observed values of
+        the target.
 
-        MSE, MAE, pinball or Huber; of a model with quantiles what `own_error` says. The target holds all channels; a
-        batch may also bring `freq_token` and `categories`.
+        MSE, MAE, pinball or Huber; of a model with quantiles what `own_error` says. The target
+        holds all channels; a batch may also bring `freq_token` and `categories`.
         """
         y, taps = self._forecast_for(params, batch, key, train)
         return own_error(self.config, y, taps.get("quantiles"), self.targets(batch), batch)
@@ -1233,7 +1502,9 @@ class TTM(Model):
         x = context.astype(jnp.float32)
         keep = self.context_len
         short = max(keep - x.shape[-1], 0)
-        x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)[..., x.shape[-1] + short - keep :]
+        x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)[
+            ..., x.shape[-1] + short - keep :
+        ]
         seen = ~jnp.isnan(x)
         return jnp.where(seen, x, self.filling(x, seen)), seen.astype(jnp.float32)
 
@@ -1241,45 +1512,75 @@ class TTM(Model):
         """What stands for missing values [B, C, 1]: 0, or the mean of what is seen."""
         if self.config.fill == "zero":
             return jnp.zeros_like(x[..., :1])
-        return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+        return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(
+            seen.sum(-1, keepdims=True), 1
+        )
 
     def predict(
-        self, params: Tree, context: jax.Array, horizon: int, key=None, *, future=None, categories=None
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        key=None,
+        *,
+        future=None,
+        categories=None,
     ) -> Forecast:
-        """Rolled out forecast by forecast in a window of fixed length, scaled anew at each step, as in the original.
+        """Rolled out forecast by forecast in a window of fixed length, scaled anew at each step, as
+        in the original.
 
-        The forecast has the target channels alone, [B, C', H], where the config names some. Missing values and short
-        contexts: see the module's docstring.
+        The forecast has the target channels alone, [B, C', H], where the config names some. Missing
+        values and short contexts: see the module's docstring.
 
         Args:
-          future: [B, C, horizon], of which the exogenous channels are read. categories: [B, V], else the config's.
+          future: [B, C, horizon], of which the exogenous channels are read. categories: [B, V],
+            else the config's.
         """
         check_context(context, horizon)
         x_BCL, observed_BCL = self.filled(jnp.asarray(context, jnp.float32))
-        return self.roll_out(params, x_BCL, observed_BCL, horizon, future_BCH=future, categories=categories)
+        return self.roll_out(
+            params, x_BCL, observed_BCL, horizon, future_BCH=future, categories=categories
+        )
 
     def roll_out(
-        self, params: Tree, x_BCL, observed_BCL, horizon: int, *, future_BCH=None, freq_token=None, categories=None
+        self,
+        params: Tree,
+        x_BCL,
+        observed_BCL,
+        horizon: int,
+        *,
+        future_BCH=None,
+        freq_token=None,
+        categories=None,
     ) -> Forecast:
-        """`predict` of a window without gaps. Forecasts become the newest values of the window; those of channels that
-        are neither target nor exogenous are the ones before the forecast channel mixer."""
+        """`predict` of a window without gaps. Forecasts become the newest values of the window;
+        those of channels that are neither target nor exogenous are the ones before the forecast
+        channel mixer.
+        """
         step = functools.partial(self.apply, params, freq_token=freq_token, categories=categories)
         return rolled_out(self.config, step, x_BCL, observed_BCL, horizon, future_BCH)
 
 
-def rolled_out(cfg: TTMConfig, apply: Any, x_BCL, observed_BCL, horizon: int, future_BCH) -> Forecast:
+def rolled_out(
+    cfg: TTMConfig, apply: Any, x_BCL, observed_BCL, horizon: int, future_BCH
+) -> Forecast:
     """Forecast `horizon` steps, forecast by forecast, in a window of fixed length.
 
-    apply: (x, observed, future_BCH=...) -> forecast and taps, of a model whose channels and horizon `cfg` says.
+    apply: (x, observed, future_BCH=...) -> forecast and taps, of a model whose channels and horizon
+    `cfg` says.
     """
     one = cfg.filter_len or cfg.horizon
     steps = math.ceil(horizon / one)
     known = np.array(cfg.exogenous, int)
     if cfg.exogenous:
         if future_BCH is None or future_BCH.shape[-1] < horizon:
-            raise ValueError(f"the future of the exogenous channels {cfg.exogenous} must reach {horizon} steps")
+            raise ValueError(
+                f"the future of the exogenous channels {cfg.exogenous} must reach {horizon} steps"
+            )
         rest = steps * one - future_BCH.shape[-1]
-        future_BCH = jnp.pad(future_BCH, ((0, 0), (0, 0), (0, max(rest, 0))), mode="edge")[..., : steps * one]
+        future_BCH = jnp.pad(future_BCH, ((0, 0), (0, 0), (0, max(rest, 0))), mode="edge")[
+            ..., : steps * one
+        ]
         future_SBCH = jnp.moveaxis(future_BCH.reshape(*future_BCH.shape[:2], steps, one), 2, 0)
     else:
         future_SBCH = None

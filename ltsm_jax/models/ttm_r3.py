@@ -82,7 +82,9 @@ class TTMR3Config:
         problems = []
         for name in PARTS:
             if getattr(self, name).scaling is not None:
-                problems.append(f"{name}: the context is scaled before it is taken apart: scaling=None")
+                problems.append(
+                    f"{name}: the context is scaled before it is taken apart: scaling=None"
+                )
         odd = [name for name in COMMON if getattr(self.trend, name) != getattr(self.residual, name)]
         if odd:
             problems.append(f"trend and residual must have the same {', '.join(odd)}")
@@ -323,12 +325,16 @@ class TTMR3(Model):
             trainable=r"^(trend|residual)/(decoder|head|fcm|quantiles)/",
         )
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple["TTMR3", Tree]:
+    def for_series(
+        self, params: Tree, *, n_variates: int, freq=None, key=None
+    ) -> tuple["TTMR3", Tree]:
         """Both parts made ready, see `TTM.for_series`."""
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         ready, configs = {}, {}
         for one, (name, part) in zip(keys, self._parts(), strict=True):
-            model, ready[name] = part.for_series(params[name], n_variates=n_variates, freq=freq, key=one)
+            model, ready[name] = part.for_series(
+                params[name], n_variates=n_variates, freq=freq, key=one
+            )
             configs[name] = model.config
         config = dataclasses.replace(self.config, **configs)
         if config == self.config and all(ready[name] is params[name] for name in PARTS):
@@ -349,7 +355,8 @@ class TTMR3(Model):
         key=None,
         train=False,
     ):
-        """Forecast [B, C', H] the target channels once, in the units of x, and give the named steps.
+        """Forecast [B, C', H] the target channels once, in the units of x, and give the named
+        steps.
 
         Every step that is given counts in the scale and in the smooth part; the parts then take the
         newest steps, as many as they know, or fill up with zeros. Arguments as of `TTM.apply`; the
@@ -361,8 +368,12 @@ class TTMR3(Model):
         """
         cfg = self.config
         x_BCT = x_BCT.astype(jnp.float32)
-        observed = jnp.ones_like(x_BCT) if observed_BCT is None else observed_BCT.astype(jnp.float32)
-        loc_BC1, scale_BC1 = ttm.location_scale(cfg.scaling, x_BCT, observed, cfg.batch_default_scale)
+        observed = (
+            jnp.ones_like(x_BCT) if observed_BCT is None else observed_BCT.astype(jnp.float32)
+        )
+        loc_BC1, scale_BC1 = ttm.location_scale(
+            cfg.scaling, x_BCT, observed, cfg.batch_default_scale
+        )
         z_BCT = (x_BCT - loc_BC1) / scale_BC1
         few = max(LEAST_STEPS - z_BCT.shape[-1], 0)
         z_BCT = jnp.pad(z_BCT, ((0, 0), (0, 0), (few, 0)))
@@ -448,7 +459,9 @@ class TTMR3(Model):
         found = {
             "joint": ttm.own_error(part, taps["joint"], taps.get("joint_quantiles"), joint, batch),
             "trend": ttm.own_error(part, taps["trend"], taps.get("trend/quantiles"), trend, batch),
-            "residual": ttm.own_error(part, taps["residual"], taps.get("residual/quantiles"), residual, batch),
+            "residual": ttm.own_error(
+                part, taps["residual"], taps.get("residual/quantiles"), residual, batch
+            ),
         }
         moves, wanted = jnp.diff(taps["trend"], axis=-1), jnp.diff(trend, axis=-1)
         by = part if part.quantiles is None else dataclasses.replace(part, loss="mae")
@@ -492,15 +505,32 @@ class TTMR3(Model):
         return jnp.where(seen, x, self.trend.filling(x, seen)), seen.astype(jnp.float32)
 
     def predict(
-        self, params: Tree, context: jax.Array, horizon: int, key=None, *, future=None, categories=None
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        key=None,
+        *,
+        future=None,
+        categories=None,
     ) -> Forecast:
         """Roll out as `TTM.predict`; the whole context is scaled and smoothed, however long."""
         check_context(context, horizon)
         x_BCT, observed_BCT = self.filled(jnp.asarray(context, jnp.float32))
-        return self.roll_out(params, x_BCT, observed_BCT, horizon, future_BCH=future, categories=categories)
+        return self.roll_out(
+            params, x_BCT, observed_BCT, horizon, future_BCH=future, categories=categories
+        )
 
     def roll_out(
-        self, params: Tree, x_BCT, observed_BCT, horizon: int, *, future_BCH=None, freq_token=None, categories=None
+        self,
+        params: Tree,
+        x_BCT,
+        observed_BCT,
+        horizon: int,
+        *,
+        future_BCH=None,
+        freq_token=None,
+        categories=None,
     ) -> Forecast:
         """`predict` of a context without gaps, see `TTM.roll_out`."""
         step = functools.partial(self.apply, params, freq_token=freq_token, categories=categories)

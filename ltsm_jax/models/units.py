@@ -1,17 +1,19 @@
-"""UniTS: one network for forecasting, imputation, anomaly detection and classification, told apart by learned tokens.
+"""UniTS: one network for forecasting, imputation, anomaly detection and classification, told apart
+by learned tokens.
 
-Gao et al., "UniTS: A Unified Multi-Task Time Series Model" (NeurIPS 2024, arXiv 2403.00131). Follows
-mims-harvard/UniTS (commit 0e02814), models/UniTS.py.
+Gao et al., "UniTS: A Unified Multi-Task Time Series Model" (NeurIPS 2024, arXiv 2403.00131).
+Follows mims-harvard/UniTS (commit 0e02814), models/UniTS.py.
 
-A window of V variates, scaled by its own mean and deviation, is cut into patches. Before the patch tokens of each
-variate stand the prompt tokens of its data set; behind them, for a forecast, as many generated tokens as the future has
-patches (GEN tower), for classification one token of the task. Blocks attend over tokens, then over variates, then mix
-channels and tokens; the layers that mix tokens are stored for a fixed number of them and interpolated to what is there.
-A model speaks for one data set of its checkpoint (`UnitsConfig.dataset`); for data with another number of variates
+A window of V variates, scaled by its own mean and deviation, is cut into patches. Before the patch
+tokens of each variate stand the prompt tokens of its data set; behind them, for a forecast, as many
+generated tokens as the future has patches (GEN tower), for classification one token of the task.
+Blocks attend over tokens, then over variates, then mix channels and tokens; the layers that mix
+tokens are stored for a fixed number of them and interpolated to what is there. A model speaks for
+one data set of its checkpoint (`UnitsConfig.dataset`); for data with another number of variates
 `for_series` takes the tokens of one that has as many, or draws new ones.
 
-The original leaves the last steps of a horizon at the mean where it is no whole number of patches; `predict` generates
-one token more instead. `apply` does as the original.
+The original leaves the last steps of a horizon at the mean where it is no whole number of patches;
+`predict` generates one token more instead. `apply` does as the original.
 
 Letters beyond those of the library: V variates of a data set, T tokens with the prompts, M classes.
 """
@@ -47,8 +49,9 @@ KINDS = ("long_term_forecast", "classification", "imputation", "anomaly_detectio
 
 @dataclasses.dataclass(frozen=True)
 class UnitsTask:
-    """A task of the checkpoint: its name, kind (one of KINDS, "pretrain_" before it in self-supervised training), data
-    set, window and horizon in time steps, variates V and classes M."""
+    """A task of the checkpoint: its name, kind (one of KINDS, "pretrain_" before it in
+    self-supervised training), data set, window and horizon in time steps, variates V and classes M.
+    """
 
     name: str
     kind: str
@@ -68,10 +71,11 @@ class UnitsTask:
 class UnitsConfig:
     """Widths are per layer, so that a pruned UniTS is a UniTS.
 
-    d_model D, head_dim K; seq_heads and var_heads H of the attention over tokens and over variates; ffn_dims F of each
-    layer, of which the first half mixes tokens. patch_len P, prompt_len: prompt tokens. tasks: what the checkpoint has
-    tokens for; dataset: the data set it speaks for, by default that of the first task. context_len and horizon in time
-    steps, by default those of the data set's first forecasting task.
+    d_model D, head_dim K; seq_heads and var_heads H of the attention over tokens and over variates;
+    ffn_dims F of each layer, of which the first half mixes tokens. patch_len P, prompt_len: prompt
+    tokens. tasks: what the checkpoint has tokens for; dataset: the data set it speaks for, by
+    default that of the first task. context_len and horizon in time steps, by default those of the
+    data set's first forecasting task.
     """
 
     d_model: int
@@ -88,8 +92,12 @@ class UnitsConfig:
 
     def __post_init__(self):
         problems, tasks = [], self.tasks
-        if not self.seq_heads or not len(self.seq_heads) == len(self.var_heads) == len(self.ffn_dims):
-            problems.append("seq_heads, var_heads and ffn_dims must name the same layers, at least one")
+        if not self.seq_heads or not len(self.seq_heads) == len(self.var_heads) == len(
+            self.ffn_dims
+        ):
+            problems.append(
+                "seq_heads, var_heads and ffn_dims must name the same layers, at least one"
+            )
         if min(self.d_model, self.head_dim, self.patch_len, self.prompt_len) < 1:
             problems.append("every size must be positive")
         if self.d_model % CLASS_HEADS or self.d_model % 2:
@@ -109,7 +117,9 @@ class UnitsConfig:
                 problems.append(f"{t.name}: a classification task needs its number of classes")
             if "/" in t.name + t.dataset:
                 problems.append(f"{t.name}: names may have no slash")
-        problems += [f"{name}: tasks with {sorted(v)} variates" for name, v in sizes.items() if len(v) > 1]
+        problems += [
+            f"{name}: tasks with {sorted(v)} variates" for name, v in sizes.items() if len(v) > 1
+        ]
         if self.dataset and self.dataset not in sizes:
             problems.append(f"no task has the data set {self.dataset!r}; known: {', '.join(sizes)}")
         if not 0 <= self.dropout < 1:
@@ -118,10 +128,16 @@ class UnitsConfig:
             raise ValueError("UnitsConfig: " + "; ".join(problems))
 
     @classmethod
-    def of(cls, d_model: int, heads: int, layers: int, tasks: tuple[UnitsTask, ...], **rest) -> "UnitsConfig":
-        """Equal layers; heads split the model width and the feed-forward width is 8 D, as in the original."""
+    def of(
+        cls, d_model: int, heads: int, layers: int, tasks: tuple[UnitsTask, ...], **rest
+    ) -> "UnitsConfig":
+        """Equal layers; heads split the model width and the feed-forward width is 8 D, as in the
+        original.
+        """
         if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model ({d_model}) must be a multiple of the number of heads ({heads})")
+            raise ValueError(
+                f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
+            )
         equal = (heads,) * layers
         return cls(d_model, d_model // heads, equal, equal, (8 * d_model,) * layers, tasks, **rest)
 
@@ -132,11 +148,21 @@ class UnitsConfig:
         Raises: ValueError naming what is missing.
         """
         args, tasks = fields.get("args", {}), fields.get("task_dataset", {})
-        missing = [f"args.{n}" for n in ("d_model", "n_heads", "e_layers", "patch_len", "prompt_num") if n not in args]
+        missing = [
+            f"args.{n}"
+            for n in ("d_model", "n_heads", "e_layers", "patch_len", "prompt_num")
+            if n not in args
+        ]
         for name, task in tasks.items():
-            missing += [f"task_dataset.{name}.{n}" for n in ("task_name", "dataset", "enc_in") if n not in task]
+            missing += [
+                f"task_dataset.{name}.{n}"
+                for n in ("task_name", "dataset", "enc_in")
+                if n not in task
+            ]
         if missing or not tasks:
-            raise ValueError(f"the config of a UniTS checkpoint lacks {', '.join(missing) or 'task_dataset'}")
+            raise ValueError(
+                f"the config of a UniTS checkpoint lacks {', '.join(missing) or 'task_dataset'}"
+            )
         if args.get("stride", args["patch_len"]) != args["patch_len"]:
             raise ValueError("UniTS has patches without overlap: stride must be patch_len")
         return cls.of(
@@ -176,10 +202,18 @@ class UnitsConfig:
         return any(t.kind.startswith("pretrain_") for t in self.tasks)
 
 
-# tasks of data_provider/multi_task.yaml that forecast the common benchmarks; a checkpoint's own come with its config
+# tasks of data_provider/multi_task.yaml that forecast the common benchmarks; a checkpoint's own
+# come with its config
 _TASKS = tuple(
     UnitsTask(f"LTF_{name}_p{h}", "long_term_forecast", name, 96, h, v)
-    for name, v in (("ECL", 321), ("ETTh1", 7), ("Exchange", 8), ("ILI", 7), ("Traffic", 862), ("Weather", 21))
+    for name, v in (
+        ("ECL", 321),
+        ("ETTh1", 7),
+        ("Exchange", 8),
+        ("ILI", 7),
+        ("Traffic", 862),
+        ("Weather", 21),
+    )
     for h in ((60,) if name == "ILI" else (192, 336) if name == "Exchange" else (96, 192, 336, 720))
 )
 PRESETS = {
@@ -191,7 +225,9 @@ PRESETS = {
 
 @functools.cache
 def _stretch(n: int, m: int) -> np.ndarray:
-    """[n, m]: linear interpolation of m values to n, half-pixel centres, without smoothing when it shrinks."""
+    """[n, m]: linear interpolation of m values to n, half-pixel centres, without smoothing when it
+    shrinks.
+    """
     at = np.maximum((np.arange(n) + 0.5) * m / n - 0.5, 0)
     low = np.minimum(np.floor(at).astype(int), m - 1)
     share = at - low
@@ -202,9 +238,11 @@ def _stretch(n: int, m: int) -> np.ndarray:
 
 
 class DynamicLinear(nn.Module):
-    """A linear layer over the last axis, of any length: its kernel is interpolated from the stored [inputs, outputs].
+    """A linear layer over the last axis, of any length: its kernel is interpolated from the stored
+    [inputs, outputs].
 
-    The first `fixed` inputs are prompts, whose part of the kernel is stretched along its outputs only.
+    The first `fixed` inputs are prompts, whose part of the kernel is stretched along its outputs
+    only.
     """
 
     inputs: int
@@ -213,7 +251,9 @@ class DynamicLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x, outputs: int):
-        kernel = self.param("kernel", nn.initializers.zeros, (self.inputs, self.outputs)).astype(x.dtype)
+        kernel = self.param("kernel", nn.initializers.zeros, (self.inputs, self.outputs)).astype(
+            x.dtype
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.outputs,)).astype(x.dtype)
         n = x.shape[-1]
         if (n, outputs) != (self.inputs, self.outputs):
@@ -238,7 +278,9 @@ class Gate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of x [B, V, T, D] over tokens, or over variates: then queries and keys are means over the tokens."""
+    """Attention of x [B, V, T, D] over tokens, or over variates: then queries and keys are means
+    over the tokens.
+    """
 
     d_model: int
     n_heads: int
@@ -264,7 +306,9 @@ class Attention(nn.Module):
 
 
 class Mix(nn.Module):
-    """Feed-forward [B, V, T, D] whose first half also mixes the first `n_tokens` tokens, prompts among them."""
+    """Feed-forward [B, V, T, D] whose first half also mixes the first `n_tokens` tokens, prompts
+    among them.
+    """
 
     cfg: UnitsConfig
     width: int
@@ -274,19 +318,31 @@ class Mix(nn.Module):
         cfg, d = self.cfg, self.cfg.d_model
         padded = jnp.pad(x_BVTD, ((0, 0), (0, 0), (1, 1), (0, 0)))
         t = x_BVTD.shape[2]
-        near_BVT3D = jnp.stack([padded[:, :, i : i + t] for i in range(3)], axis=3)  # a convolution of three tokens
+        near_BVT3D = jnp.stack(
+            [padded[:, :, i : i + t] for i in range(3)], axis=3
+        )  # a convolution of three tokens
         y = Linear((3, d), (self.width,), name="up")(near_BVT3D)
         mixed, plain = y[..., : self.width // 2], y[..., self.width // 2 :]
         first, rest = mixed[:, :, :n_tokens], mixed[:, :, n_tokens:]
-        seq = over_tokens(DynamicLinear(2 * d, 2 * d, cfg.prompt_len, name="seq"), first, n_tokens - cfg.prompt_len)
-        prompt = over_tokens(DynamicLinear(2 * d, cfg.prompt_len, cfg.prompt_len, name="prompt"), first, cfg.prompt_len)
+        seq = over_tokens(
+            DynamicLinear(2 * d, 2 * d, cfg.prompt_len, name="seq"),
+            first,
+            n_tokens - cfg.prompt_len,
+        )
+        prompt = over_tokens(
+            DynamicLinear(2 * d, cfg.prompt_len, cfg.prompt_len, name="prompt"),
+            first,
+            cfg.prompt_len,
+        )
         y = jnp.concatenate([jnp.concatenate([prompt, seq, rest], axis=2), plain], axis=-1)
         y = Dropout(cfg.dropout)(nn.gelu(y, approximate=False), train)
         return Dropout(cfg.dropout)(Linear((self.width,), (d,), name="down")(y), train)
 
 
 class Block(nn.Module):
-    """x [B, V, T, D] through both attentions and the mixing layer, each gated; and the named steps between."""
+    """x [B, V, T, D] through both attentions and the mixing layer, each gated; and the named steps
+    between.
+    """
 
     cfg: UnitsConfig
     layer: int
@@ -296,7 +352,9 @@ class Block(nn.Module):
         cfg, i, taps = self.cfg, self.layer, {}
         norm = lambda x, name: nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)  # noqa: E731
         for name, heads in (("seq", cfg.seq_heads[i]), ("var", cfg.var_heads[i])):
-            attend = Attention(cfg.d_model, heads, cfg.head_dim, cfg.dropout, name == "var", name=name)
+            attend = Attention(
+                cfg.d_model, heads, cfg.head_dim, cfg.dropout, name == "var", name=name
+            )
             y = taps[f"attn_{name}"] = attend(norm(x, f"norm_{name}"), train)
             x = taps[f"after_{name}_att"] = x + Gate(name=f"gate_{name}")(y)
         y = Mix(cfg, cfg.ffn_dims[i], name="mix")(norm(x, "norm_mix"), n_tokens, train)
@@ -314,7 +372,9 @@ class ForecastHead(nn.Module):
     def __call__(self, x, n: int, train: bool):
         cfg, d, taps = self.cfg, self.cfg.d_model, {}
         x = taps["proj_in"] = Linear((d,), (d,), name="proj_in")(x)
-        y = taps["pos_proj"] = over_tokens(DynamicLinear(TOKENS, TOKENS, self.fixed, name="pos_proj"), x, n)
+        y = taps["pos_proj"] = over_tokens(
+            DynamicLinear(TOKENS, TOKENS, self.fixed, name="pos_proj"), x, n
+        )
         y = Linear((d,), (4 * d,), name="up")(x[:, :, -n:] + y)
         y = Dropout(cfg.dropout)(nn.gelu(y, approximate=False), train)
         y = taps["mlp"] = Dropout(cfg.dropout)(Linear((4 * d,), (d,), name="down")(y), train)
@@ -323,7 +383,9 @@ class ForecastHead(nn.Module):
 
 
 class ClassHead(nn.Module):
-    """Tokens [B, V, T, D], the last one of the task -> its feature [B, V, D]; and the named steps between."""
+    """Tokens [B, V, T, D], the last one of the task -> its feature [B, V, D]; and the named steps
+    between.
+    """
 
     cfg: UnitsConfig
 
@@ -339,30 +401,38 @@ class ClassHead(nn.Module):
         y = jnp.einsum("BVHT,BVTHK->BVHK", weights, kv[..., 1, :, :])
         y = taps["cross_att"] = Linear(heads, (d,), name="out")(y)
         z = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(y)
-        z = Dropout(cfg.dropout)(nn.gelu(Linear((d,), (8 * d,), name="up")(z), approximate=False), train)
+        z = Dropout(cfg.dropout)(
+            nn.gelu(Linear((d,), (8 * d,), name="up")(z), approximate=False), train
+        )
         z = Dropout(cfg.dropout)(Linear((8 * d,), (d,), name="down")(z), train)
         y = taps["mlp"] = y + Gate(name="gate")(z)
         return y, taps
 
 
 class UnitsNet(nn.Module):
-    """Patches [B, V, N, P] in instance scale through the network. n_new: patches to generate behind them; hidden:
-    [B, V, N] patches to fill in; task: name of a task with a classification token. Gives patches [B, V, N + n_new, P],
-    or logits [B, M] of a task, and the named steps between. With both hidden and task, the pass of self-supervised
-    training: patches from the tokens and patches from the classification token, each [B, V, N, P]."""
+    """Patches [B, V, N, P] in instance scale through the network. n_new: patches to generate behind
+    them; hidden: [B, V, N] patches to fill in; task: name of a task with a classification token.
+    Gives patches [B, V, N + n_new, P], or logits [B, M] of a task, and the named steps between.
+    With both hidden and task, the pass of self-supervised training: patches from the tokens and
+    patches from the classification token, each [B, V, N, P].
+    """
 
     cfg: UnitsConfig
     dataset: str
 
     @nn.compact
-    def __call__(self, p_BVNP, n_new: int = 0, hidden_BVN=None, task: str = "", train: bool = False):
+    def __call__(
+        self, p_BVNP, n_new: int = 0, hidden_BVN=None, task: str = "", train: bool = False
+    ):
         cfg, taps = self.cfg, {}
         b, v, n, _ = p_BVNP.shape
         d, every = cfg.d_model, self.is_initializing()
         tokens = {}
         for name, size in cfg.datasets.items():
             for kind, count in (("prompt_tokens", cfg.prompt_len), ("mask_tokens", 1)):
-                tokens[f"{kind}/{name}"] = self.param(f"{kind}/{name}", nn.initializers.zeros, (size, count, d))
+                tokens[f"{kind}/{name}"] = self.param(
+                    f"{kind}/{name}", nn.initializers.zeros, (size, count, d)
+                )
         for t in cfg.tasks:
             if t.has_cls:
                 tokens[f"cls/{t.name}"] = self.param(
@@ -370,21 +440,31 @@ class UnitsNet(nn.Module):
                 )
             if t.kind == "classification":
                 shape = (t.n_variates, t.n_classes, d)
-                tokens[f"category/{t.name}"] = self.param(f"category_tokens/{t.name}", nn.initializers.zeros, shape)
+                tokens[f"category/{t.name}"] = self.param(
+                    f"category_tokens/{t.name}", nn.initializers.zeros, shape
+                )
         table = self.param("positions", nn.initializers.zeros, (TABLE_LEN, d))
-        rows = lambda name: jnp.broadcast_to(tokens[name][None], (b, *tokens[name].shape)).astype(p_BVNP.dtype)  # noqa: E731
+
+        def rows(name):
+            of_batch = jnp.broadcast_to(tokens[name][None], (b, *tokens[name].shape))
+            return of_batch.astype(p_BVNP.dtype)
+
         x = taps["patch_tokens"] = Dropout(cfg.dropout)(
             Linear((cfg.patch_len,), (d,), False, name="embed")(p_BVNP), train
         )
         prompts, masked = rows(f"prompt_tokens/{self.dataset}"), rows(f"mask_tokens/{self.dataset}")
         generate = DynamicLinear(TOKENS, TOKENS, cfg.prompt_len, name="generate")
         if n + n_new > TABLE_LEN:
-            raise ValueError(f"{n + n_new} patches; the position table of UniTS has {TABLE_LEN} rows")
+            raise ValueError(
+                f"{n + n_new} patches; the position table of UniTS has {TABLE_LEN} rows"
+            )
         place = table[: n + n_new].astype(x.dtype)[None, None]
         if hidden_BVN is not None or every:
             hide = jnp.zeros((b, v, n), bool) if hidden_BVN is None else hidden_BVN
             filled = jnp.where(hide[..., None], masked, x)
-            made = taps["generated"] = over_tokens(generate, jnp.concatenate([prompts, filled], 2), n)
+            made = taps["generated"] = over_tokens(
+                generate, jnp.concatenate([prompts, filled], 2), n
+            )
             x = jnp.where(hide[..., None], made, filled)
         if n_new:
             full = jnp.concatenate([prompts, x, jnp.repeat(masked, n_new, 2)], 2)
@@ -397,7 +477,9 @@ class UnitsNet(nn.Module):
         taps["input"] = x
         for i in range(len(cfg.ffn_dims)):
             x, inner = Block(cfg, i, name=f"block_{i}")(x, n_tokens, train)
-            taps |= {f"block_{i}/{name}": value for name, value in inner.items()} | {f"block_{i}": x}
+            taps |= {f"block_{i}/{name}": value for name, value in inner.items()} | {
+                f"block_{i}": x
+            }
         logits = patches = feature = None
         both = bool(task) and hidden_BVN is not None
         if task or every:
@@ -405,15 +487,21 @@ class UnitsNet(nn.Module):
             taps |= {f"class_head/{name}": value for name, value in inner.items()}
             if task and f"category/{task}" in tokens:
                 category = tokens[f"category/{task}"]
-                # the original's einsum sums over an axis of length M once more, so its logits are M times as large
-                logits = category.shape[1] * jnp.einsum("BVD,VMD->BVM", feature, category.astype(x.dtype)).mean(1)
+                # the original's einsum sums over an axis of length M once more, so its logits are M
+                # times as large
+                logits = category.shape[1] * jnp.einsum(
+                    "BVD,VMD->BVM", feature, category.astype(x.dtype)
+                ).mean(1)
                 logits = logits.astype(jnp.float32)
         if not task or both or every:
             rest = x[:, :, :n_tokens]  # all but the classification token
-            patches, inner = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")(rest, n + n_new, train)
+            patches, inner = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")(
+                rest, n + n_new, train
+            )
             taps |= {f"forecast_head/{name}": value for name, value in inner.items()}
         if cfg.pretrained_head and (both or every):
-            # the tokens behind the classification token give no gradient, so that all of the loss goes through it
+            # the tokens behind the classification token give no gradient, so that all of the loss
+            # goes through it
             tokens_BVND = jax.lax.stop_gradient(x[:, :, cfg.prompt_len : n_tokens])
             feature = x[:, :, -1] if feature is None else feature
             fused = jnp.concatenate([feature[:, :, None], tokens_BVND], axis=2)
@@ -448,7 +536,8 @@ class Units(Model):
         (r"(tokens/|^positions$|/gate\w*/|/(pos_proj|seq|prompt)/|^generate/|/(scale|bias)$)", ()),
     )
     prunable = tuple(
-        Group.heads(rf"block_(\d+)/{name}", rf"{name}_heads.\1", makes=("qkv",), axis=1) for name in ("seq", "var")
+        Group.heads(rf"block_(\d+)/{name}", rf"{name}_heads.\1", makes=("qkv",), axis=1)
+        for name in ("seq", "var")
     )
 
     @classmethod
@@ -473,7 +562,9 @@ class Units(Model):
 
     @property
     def task(self) -> UnitsTask:
-        """The task that gives window and horizon: the data set's first one that forecasts, else its first."""
+        """The task that gives window and horizon: the data set's first one that forecasts, else its
+        first.
+        """
         mine = [t for t in self.config.tasks if t.dataset == self.config.current]
         return next((t for t in mine if t.horizon), mine[0])
 
@@ -490,13 +581,17 @@ class Units(Model):
         return max(2048 // self.task.n_variates, 1)
 
     def init(self, key: jax.Array) -> Tree:
-        """Torch's defaults for linear layers and convolutions, U(-1/sqrt(inputs), 1/sqrt(inputs)), those over tokens
-        included; tokens N(0, 0.02^2), mask tokens 0; positions: the sinusoid table."""
+        """Torch's defaults for linear layers and convolutions, U(-1/sqrt(inputs), 1/sqrt(inputs)),
+        those over tokens included; tokens N(0, 0.02^2), mask tokens 0; positions: the sinusoid
+        table.
+        """
         cfg = self.config
         name, size = next(iter(cfg.datasets.items()))
         patch = jax.ShapeDtypeStruct((1, size, 2, cfg.patch_len), jnp.float32)
         shapes = jax.eval_shape(UnitsNet(cfg, name).init, key, patch)["params"]
-        flat = flatten(shapes)  # the names of tokens, which hold a slash for Flax, become branches of the tree
+        flat = flatten(
+            shapes
+        )  # the names of tokens, which hold a slash for Flax, become branches of the tree
         shapes = unflatten(flat)
 
         def rule(path, shape):
@@ -517,12 +612,28 @@ class Units(Model):
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
-        source = "mims-harvard/UniTS scripts, prompt tuning: lr 1e-3 at an effective batch of 32, tokens alone"
-        return Recipe(1e-3, 32, 5, "cosine", self.context_len, self.horizon, "own", source, trainable=r"_tokens/")
+        source = (
+            "mims-harvard/UniTS scripts, prompt tuning: lr 1e-3 at an effective batch of 32, "
+            "tokens alone"
+        )
+        return Recipe(
+            1e-3,
+            32,
+            5,
+            "cosine",
+            self.context_len,
+            self.horizon,
+            "own",
+            source,
+            trainable=r"_tokens/",
+        )
 
-    def for_series(self, params: Tree, *, n_variates: int, freq=None, key=None) -> tuple["Units", Tree]:
-        """Speak for data with so many variates: with the tokens of the current data set where it has as many, else of
-        the first forecasting task that has, else with tokens drawn from `key`."""
+    def for_series(
+        self, params: Tree, *, n_variates: int, freq=None, key=None
+    ) -> tuple["Units", Tree]:
+        """Speak for data with so many variates: with the tokens of the current data set where it
+        has as many, else of the first forecasting task that has, else with tokens drawn from `key`.
+        """
         cfg = self.config
         if cfg.datasets[cfg.current] == n_variates:
             return self, params
@@ -533,7 +644,8 @@ class Units(Model):
         if key is None:
             told = ", ".join(f"{name} ({size})" for name, size in list(cfg.datasets.items())[:20])
             raise ValueError(
-                f"this UniTS has no tokens for {n_variates} variates; its data sets are {told}. New tokens must be "
+                f"this UniTS has no tokens for {n_variates} variates; its data sets are {told}. "
+                "New tokens must be "
                 "drawn and trained; give a key to draw them with: "
                 f"for_series(params, n_variates={n_variates}, key=jax.random.key(0))"
             )
@@ -541,12 +653,18 @@ class Units(Model):
         while name in cfg.datasets:  # of a checkpoint that calls another data set so
             name += "_"
         same = self.task
-        task = UnitsTask(f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates)
+        task = UnitsTask(
+            f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates
+        )
         cfg = dataclasses.replace(cfg, tasks=(*cfg.tasks, task), dataset=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
 
-    def with_head(self, params: Tree, head: str, key: jax.Array, **sizes: Any) -> tuple["Units", Tree]:
-        """Fresh tokens for a classification task of the current data set. sizes: n_classes, and optionally name."""
+    def with_head(
+        self, params: Tree, head: str, key: jax.Array, **sizes: Any
+    ) -> tuple["Units", Tree]:
+        """Fresh tokens for a classification task of the current data set. sizes: n_classes, and
+        optionally name.
+        """
         if head not in self.heads:
             raise ValueError(f"{self.family} has no head {head!r}, only {', '.join(self.heads)}")
         if "n_classes" not in sizes:
@@ -554,8 +672,17 @@ class Units(Model):
         old = self.task
         name = sizes.get("name", f"CLS_{old.dataset}")
         while "name" not in sizes and name in [task.name for task in self.config.tasks]:
-            name += "_"  # a checkpoint that classifies this data set already keeps its own tokens beside
-        task = UnitsTask(name, "classification", old.dataset, old.context_len, 0, old.n_variates, sizes["n_classes"])
+            # a checkpoint that classifies this data set already keeps its own tokens beside
+            name += "_"
+        task = UnitsTask(
+            name,
+            "classification",
+            old.dataset,
+            old.context_len,
+            0,
+            old.n_variates,
+            sizes["n_classes"],
+        )
         cfg = dataclasses.replace(self.config, tasks=(*self.config.tasks, task), classifies=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
 
@@ -566,28 +693,42 @@ class Units(Model):
     # --- the network around its instance scaling
 
     def apply(
-        self, params: Tree, x_BVL: jax.Array, n_new: int = 0, observed_BVL=None, task: str = "", key=None, train=False
+        self,
+        params: Tree,
+        x_BVL: jax.Array,
+        n_new: int = 0,
+        observed_BVL=None,
+        task: str = "",
+        key=None,
+        train=False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """One pass in the units of x: [B, V, (N + n_new) P] for the padded window and `n_new` patches behind it, or
-        logits [B, M] of `task`; and the named steps. With `observed` (1 or 0; x must hold 0 where it is 0 and be whole
-        patches), patches with any hidden point are filled in."""
+        """One pass in the units of x: [B, V, (N + n_new) P] for the padded window and `n_new`
+        patches behind it, or logits [B, M] of `task`; and the named steps. With `observed` (1 or 0;
+        x must hold 0 where it is 0 and be whole patches), patches with any hidden point are filled
+        in.
+        """
         cfg, p = self.config, self.config.patch_len
         dataset = next(t.dataset for t in cfg.tasks if t.name == task) if task else cfg.current
         b, v, length = x_BVL.shape
         if v != cfg.datasets[dataset]:
             raise ValueError(
-                f"the tokens of {dataset!r} are for {cfg.datasets[dataset]} variates, the window has {v}; make the "
+                f"the tokens of {dataset!r} are for {cfg.datasets[dataset]} variates, the window "
+                f"has {v}; make the "
                 "model ready for the data with `for_series` first"
             )
         x = x_BVL.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)  # with `observed` too, as in the original: hidden points count as 0
+        mean = x.mean(
+            -1, keepdims=True
+        )  # with `observed` too, as in the original: hidden points count as 0
         z = x - mean
         hidden = None
         if observed_BVL is None:
             std = jnp.sqrt(jnp.square(z).mean(-1, keepdims=True) + SCALE_EPS)
         else:
             if length % p:
-                raise ValueError(f"imputation needs a window of whole patches ({p}), got {length} steps")
+                raise ValueError(
+                    f"imputation needs a window of whole patches ({p}), got {length} steps"
+                )
             z = jnp.where(observed_BVL == 0, 0.0, z)
             n = jnp.maximum((observed_BVL == 1).sum(-1, keepdims=True), 1)
             std = jnp.sqrt(jnp.square(z).sum(-1, keepdims=True) / n + SCALE_EPS)
@@ -614,15 +755,18 @@ class Units(Model):
     def self_supervised(
         self, params: Tree, x_BVL: jax.Array, hidden_BN: jax.Array, task: str, key=None, train=False
     ) -> tuple[jax.Array, jax.Array]:
-        """What self-supervised training compares with x [B, V, L], in the units of x: the reconstruction [B, V, L] from
-        the tokens of the patches that are not hidden, and that from the classification token of `task`. Its loss is
-        the sum of the two MSEs over all points. hidden: [B, N], 1 for a hidden patch, for all variates alike.
+        """What self-supervised training compares with x [B, V, L], in the units of x: the
+        reconstruction [B, V, L] from the tokens of the patches that are not hidden, and that from
+        the classification token of `task`. Its loss is the sum of the two MSEs over all points.
+        hidden: [B, N], 1 for a hidden patch, for all variates alike.
 
         Raises: ValueError for a checkpoint without the head of self-supervised training.
         """
         cfg, p = self.config, self.config.patch_len
         if not cfg.pretrained_head:
-            raise ValueError("the checkpoint has no head of self-supervised training (pretrain_head)")
+            raise ValueError(
+                "the checkpoint has no head of self-supervised training (pretrain_head)"
+            )
         dataset = next(t.dataset for t in cfg.tasks if t.name == task)
         b, v, length = x_BVL.shape
         x = x_BVL.astype(jnp.float32)
@@ -632,13 +776,20 @@ class Units(Model):
         hidden = jnp.broadcast_to((hidden_BN != 0)[:, None], (b, v, z.shape[2]))
         rngs = {"dropout": key} if train and cfg.dropout else None
         net: Any = UnitsNet(cfg, dataset)
-        both, _ = net.apply({"params": _joined(params)}, z, 0, hidden, task, train and rngs is not None, rngs=rngs)
-        one, two = (y.reshape(b, v, -1)[..., :length].astype(jnp.float32) * std + mean for y in both)
+        both, _ = net.apply(
+            {"params": _joined(params)}, z, 0, hidden, task, train and rngs is not None, rngs=rngs
+        )
+        one, two = (
+            y.reshape(b, v, -1)[..., :length].astype(jnp.float32) * std + mean for y in both
+        )
         return one, two
 
-    def forecast(self, params: Tree, x_BVL: jax.Array, horizon: int, key=None, train=False) -> jax.Array:
-        """The `horizon` steps after x, [B, V, H]: what the padding of the window holds, and as many generated patches
-        as the rest needs, at least one."""
+    def forecast(
+        self, params: Tree, x_BVL: jax.Array, horizon: int, key=None, train=False
+    ) -> jax.Array:
+        """The `horizon` steps after x, [B, V, H]: what the padding of the window holds, and as many
+        generated patches as the rest needs, at least one.
+        """
         p, length = self.config.patch_len, x_BVL.shape[-1]
         pad = -length % p
         y, _ = self.apply(params, x_BVL, max(-(-(horizon - pad) // p), 1), key=key, train=train)
@@ -654,31 +805,43 @@ class Units(Model):
         return self.loss(params, batch, key, train)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """The whole horizon at once, with as many generated tokens as it takes, as in the original. The context is cut
-        to the newest `context_len` steps; missing values take the last value before them."""
+        """The whole horizon at once, with as many generated tokens as it takes, as in the original.
+        The context is cut to the newest `context_len` steps; missing values take the last value
+        before them.
+        """
         check_context(context, horizon)
         x = fill_missing(jnp.asarray(context, jnp.float32))[..., -self.context_len :]
         return Forecast(self.forecast(params, x, horizon))
 
     def impute(self, params: Tree, x, observed, key=None, train=False, ims=True) -> jax.Array:
-        """Reconstruction [B, V, T] of x where `observed` is 0 or x is NaN. T must be whole patches. ims has no meaning
-        here."""
+        """Reconstruction [B, V, T] of x where `observed` is 0 or x is NaN. T must be whole patches.
+        ims has no meaning here.
+        """
         observed = jnp.where(jnp.isnan(x), 0.0, observed.astype(jnp.float32))
-        return self.apply(params, jnp.where(observed == 0, 0.0, x), observed_BVL=observed, key=key, train=train)[0]
+        return self.apply(
+            params, jnp.where(observed == 0, 0.0, x), observed_BVL=observed, key=key, train=train
+        )[0]
 
     def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects, [B, V, T], of all points; missing ones take the last value before them. ims has no
-        meaning here."""
+        """What the model expects, [B, V, T], of all points; missing ones take the last value before
+        them. ims has no meaning here.
+        """
         return self.apply(params, fill_missing(x), key=key, train=train)[0][..., : x.shape[-1]]
 
-    def classify(self, params: Tree, x: jax.Array, key=None, train=False, task: str = "") -> jax.Array:
+    def classify(
+        self, params: Tree, x: jax.Array, key=None, train=False, task: str = ""
+    ) -> jax.Array:
         """Logits [B, M] of x [B, V, T]; missing values take the last value before them.
 
         task: by default the one `with_head` made, else the data set's own.
 
         Raises: ValueError where there is no classification task.
         """
-        own = [t.name for t in self.config.tasks if t.kind == "classification" and t.dataset == self.config.current]
+        own = [
+            t.name
+            for t in self.config.tasks
+            if t.kind == "classification" and t.dataset == self.config.current
+        ]
         task = task or self.config.classifies or next(iter(own), "")
         if not task:
             raise ValueError(

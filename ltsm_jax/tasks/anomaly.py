@@ -16,7 +16,7 @@ released one a named quirk:
 | --- | --- |
 | `select_on_test` | the validation error, which selects the epoch, is measured on the test rows |
 | `touching_is_hit` | a token that ends exactly where the anomaly begins counts as overlapping it |
-| `uncovered_is_hit` | only whole windows are scored, and an anomaly in the 96 to 671 rows after them gets rank 1 |
+| `uncovered_is_hit` | only whole windows are scored; an anomaly in the rows after them has rank 1 |
 
 By default the last 10 % of the training rows are held out for validation, overlap is that of
 half-open ranges, and the rows after the last whole window are scored by one more window that ends
@@ -83,7 +83,8 @@ class Labelled:
         for first, last in self.spans:
             if not 0 < self.train_end <= first <= last < len(self.values):
                 problems.append(
-                    f"training rows [0, {self.train_end}) and anomaly rows {first} to {last} must follow one another "
+                    f"training rows [0, {self.train_end}) and anomaly rows {first} to {last} must "
+                    "follow one another "
                     f"inside its {len(self.values)} rows"
                 )
         if problems:
@@ -114,7 +115,10 @@ def read_ucr(path: str | Path) -> Labelled:
     path = Path(path)
     match = _NAME.fullmatch(path.name)
     if not match:
-        raise DataError(f"{path.name} is not named <id>_UCR_Anomaly_<name>_<train end>_<first row>_<last row>.txt")
+        raise DataError(
+            f"{path.name} is not named <id>_UCR_Anomaly_<name>_<train end>_<first row>_<last "
+            "row>.txt"
+        )
     b, first, last = (int(g) for g in match.groups()[:3])
     try:
         raw = path.read_bytes()
@@ -167,7 +171,9 @@ def prepare(
     training window.
     """
     if window % TOKEN or window < SHORTEST_WINDOW:
-        raise ValueError(f"window must be a multiple of {TOKEN} from {SHORTEST_WINDOW} on; got {window}")
+        raise ValueError(
+            f"window must be a multiple of {TOKEN} from {SHORTEST_WINDOW} on; got {window}"
+        )
     quirks = frozenset(quirks)
     if unknown := quirks - QUIRKS:
         raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(QUIRKS)}")
@@ -179,9 +185,15 @@ def prepare(
     if cut < window:
         raise DataError(
             f"{series.name}: {cut} training rows are too few for one window of {window}"
-            + ("" if on_test else f" ({b - cut} of {b} are held out for validation; holdout= changes that)")
+            + (
+                ""
+                if on_test
+                else f" ({b - cut} of {b} are held out for validation; holdout= changes that)"
+            )
         )
-    values = jnp.asarray(Scaler.fit(series.values[None, :b]).transform(series.values[None]), jnp.float32)
+    values = jnp.asarray(
+        Scaler.fit(series.values[None, :b]).transform(series.values[None]), jnp.float32
+    )
     shown = np.asarray(values)
     if n_windows is not None:
         shown = _filled(shown[:, :cut], ROWS)
@@ -204,7 +216,9 @@ def _filled(array: np.ndarray, size: int) -> np.ndarray:
     return np.pad(array, widths, mode="edge")
 
 
-def loss_fn(model: Model, *, ims: bool = True) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
+def loss_fn(
+    model: Model, *, ims: bool = True
+) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
     """The training loss `f(params, batch, key, train) -> scalar`: mean squared error, squared units
     of the batch.
 
@@ -240,7 +254,9 @@ def _batch_errors(
     x_BCT = jax.vmap(lambda t: jax.lax.dynamic_slice(values, (0, t), size))(starts[indices])
     y_BCT = model.reconstruct(params, x_BCT, ims=ims)
     if y_BCT.shape[-1] < window - TOKEN:
-        raise ValueError(f"{model} covers only {y_BCT.shape[-1]} points of a window, scored are {window - TOKEN}")
+        raise ValueError(
+            f"{model} covers only {y_BCT.shape[-1]} points of a window, scored are {window - TOKEN}"
+        )
     return jnp.square(y_BCT - x_BCT[..., window - y_BCT.shape[-1] :]).mean(axis=1)
 
 
@@ -302,7 +318,10 @@ def row_errors(
     """
     lo, hi = rows
     if not TOKEN <= lo < hi <= values.shape[-1] or hi < window:
-        raise ValueError(f"rows [{lo}, {hi}) need {TOKEN} rows before them and {window} in all, of {values.shape[-1]}")
+        raise ValueError(
+            f"rows [{lo}, {hi}) need {TOKEN} rows before them and {window} in all, of "
+            f"{values.shape[-1]}"
+        )
     stride = window - 2 * TOKEN
     starts = window_starts(lo, hi, window)
     left = hi - lo - stride * len(starts) if tail else 0
@@ -341,8 +360,13 @@ def validation_error(
         return float(row_errors(model, params, task.values, task.validate_rows, **how).mean())
     starts = window_starts(*task.validate_rows, task.window)
     if not len(starts):
-        raise DataError(f"{task.series.name}: the test rows {task.validate_rows} hold no whole window of {task.window}")
-    errors = _window_errors(model, params, task.values, starts, ims, batch_size, placement, task.window)
+        raise DataError(
+            f"{task.series.name}: the test rows {task.validate_rows} hold no whole window of "
+            f"{task.window}"
+        )
+    errors = _window_errors(
+        model, params, task.values, starts, ims, batch_size, placement, task.window
+    )
     return float(errors.mean())
 
 
@@ -389,7 +413,10 @@ def rank_anomaly(
     scores = np.asarray(scores)
     if not scores.size or not np.isfinite(scores).all():
         bad = np.sum(~np.isfinite(scores))
-        raise ValueError(f"{name or 'series'}: {bad} of {scores.size} scores are not finite: did the model diverge?")
+        raise ValueError(
+            f"{name or 'series'}: {bad} of {scores.size} scores are not finite: did the model "
+            "diverge?"
+        )
     start = first_row + TOKEN * np.arange(len(scores))
     end = start + TOKEN if last_row is None else np.minimum(start + TOKEN, last_row)
     overlaps = np.zeros(len(scores), bool)
@@ -442,11 +469,15 @@ def evaluate(
         window=task.window,
     )
     if not errors.size:
-        raise DataError(f"{series.name}: the test rows {rows} hold no whole window of {task.window}")
+        raise DataError(
+            f"{series.name}: the test rows {rows} hold no whole window of {task.window}"
+        )
     return rank_rows(errors, series, task.quirks)
 
 
-def rank_rows(errors: np.ndarray, series: Labelled, quirks: Collection[str] = frozenset()) -> Result:
+def rank_rows(
+    errors: np.ndarray, series: Labelled, quirks: Collection[str] = frozenset()
+) -> Result:
     """Rank a series by a score of each of its rows from `series.train_end` on, of a model or of
     anything else."""
     first, end = series.train_end, series.train_end + len(errors)
@@ -454,7 +485,9 @@ def rank_rows(errors: np.ndarray, series: Labelled, quirks: Collection[str] = fr
     return rank_anomaly(scores, series.spans, first, last_row=end, quirks=quirks, name=series.name)
 
 
-def summarise(results: Iterable[Result], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)) -> dict[str, Any]:
+def summarise(
+    results: Iterable[Result], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)
+) -> dict[str, Any]:
     """Files in which the anomaly is found when the top q of the tokens is flagged, and the mean
     alpha.
 
@@ -495,7 +528,10 @@ class Anomaly:
     def windows(self, model: Model, data: Prepared, part: Part = "train") -> Source:
         """The training windows. Raises: ValueError for another part, which is scored row by row."""
         if part != "train":
-            raise ValueError(f"anomaly detection has no windows of the part {part!r}: its rows are scored one by one")
+            raise ValueError(
+                f"anomaly detection has no windows of the part {part!r}: its rows are scored one "
+                "by one"
+            )
         return data.train
 
     def loss(self, model: Model) -> Loss:
@@ -517,7 +553,9 @@ class Anomaly:
         found = evaluate(model, params, data, ims=self.ims, placement=placement)
         return {"rank": found.rank, "alpha": found.alpha, "tokens": found.n_tokens}
 
-    def baselines(self, model: Model, data: Prepared, part: Part = "val") -> dict[str, dict[str, Any]]:
+    def baselines(
+        self, model: Model, data: Prepared, part: Part = "val"
+    ) -> dict[str, dict[str, Any]]:
         """None is known."""
         return {}
 

@@ -1,7 +1,8 @@
 """What a method needs to know of a task, and nothing else.
 
-A task is a small frozen value, such as `Forecasting(mode="direct")`. Methods ask it for windows, a loss and scores, and
-know no task by name: fine-tuning, pruning and every comparison run through the same code for all of them.
+A task is a small frozen value, such as `Forecasting(mode="direct")`. Methods ask it for windows, a
+loss and scores, and know no task by name: fine-tuning, pruning and every comparison run through the
+same code for all of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,8 +39,8 @@ class Source(Protocol):
 class Task(Protocol):
     """One task with its options: frozen and hashable, so that it may be static under jit.
 
-    `data` is what the task's own preparation gives: `data.Splits` for forecasting and imputation, `anomaly.Prepared`,
-    `classification.Examples`.
+    `data` is what the task's own preparation gives: `data.Splits` for forecasting and imputation,
+    `anomaly.Prepared`, `classification.Examples`.
     """
 
     @property
@@ -52,26 +53,40 @@ class Task(Protocol):
         ...
 
     def loss(self, model: Model) -> Loss:
-        """Give the training loss; one and the same function for equal models, so that they share a compilation."""
+        """Give the training loss; one and the same function for equal models, so that they share a
+        compilation.
+        """
         ...
 
     def evaluate(
-        self, model: Model, params: Tree, data: Any, part: Part = "val", placement: Placement | None = None
+        self,
+        model: Model,
+        params: Tree,
+        data: Any,
+        part: Part = "val",
+        placement: Placement | None = None,
     ) -> dict[str, Any]:
         """Score every window of a part. placement: of the parameters; None: ask them."""
         ...
 
     def baselines(self, model: Model, data: Any, part: Part = "val") -> dict[str, dict[str, Any]]:
-        """Score what has learned nothing, by its name; of the model only sizes are looked at. Empty where the task
-        knows nothing of the kind."""
+        """Score what has learned nothing, by its name; of the model only sizes are looked at. Empty
+        where the task knows nothing of the kind.
+        """
         ...
 
-    def warnings(self, model: Model, params: Tree, data: Any, placement: Placement | None = None) -> tuple[str, ...]:
-        """Say what a user should look at in what this model does, in words; empty where there is nothing."""
+    def warnings(
+        self, model: Model, params: Tree, data: Any, placement: Placement | None = None
+    ) -> tuple[str, ...]:
+        """Say what a user should look at in what this model does, in words; empty where there is
+        nothing.
+        """
         ...
 
     def facts(self, data: Any) -> dict[str, Any]:
-        """List what decides a result and is not in the model, as JSON: the options, the data and their digests."""
+        """List what decides a result and is not in the model, as JSON: the options, the data and
+        their digests.
+        """
         ...
 
     def row(self, scores: Mapping[str, Any]) -> dict[str, Any]:

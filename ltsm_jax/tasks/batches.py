@@ -11,13 +11,19 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree
 
 HERE = Placement()  # where the arrays lie; nothing is split
-CHUNK = 256  # rows that a CPU takes at a time: what it writes between two layers is then used again, from its caches
+# rows that a CPU takes at a time: what it writes between two layers is then used again, from its
+# caches
+CHUNK = 256
 
 
-def in_chunks(f: Callable[[jax.Array], Tree], indices: jax.Array, placement: Placement = HERE) -> Tree:
-    """Compute `f(indices)` inside a program: on a CPU `CHUNK` rows at a time, elsewhere and over a mesh all at once.
+def in_chunks(
+    f: Callable[[jax.Array], Tree], indices: jax.Array, placement: Placement = HERE
+) -> Tree:
+    """Compute `f(indices)` inside a program: on a CPU `CHUNK` rows at a time, elsewhere and over a
+    mesh all at once.
 
-    A quarter to a third of a small model's evaluation went into fresh memory for the results of 2048 rows at a time.
+    A quarter to a third of a small model's evaluation went into fresh memory for the results of
+    2048 rows at a time.
 
     Args:
       f: from window numbers int32 [B] to a tree of arrays [B, ...], row by row.
@@ -31,17 +37,20 @@ def in_chunks(f: Callable[[jax.Array], Tree], indices: jax.Array, placement: Pla
 
 
 @hosts.interruptible()
-def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Placement = HERE) -> Tree:
+def in_batches(
+    f: Callable[[Any], Tree], n: int, batch_size: int, placement: Placement = HERE
+) -> Tree:
     """Compute `f(indices)` for the windows 0..n-1, `batch_size` at a time, and join the results.
 
     Args:
-      f: from window numbers int32 [B] to a tree of arrays [B, ...]. Every call gets the same B: the last batch is
-        filled up with the last window, whose surplus rows are cut off again: one compilation serves all, and no window
-        is lost.
-      placement: the devices among which the rows of a batch are split, and B rounded up to what they divide. On several
-        hosts all call, and all get everything.
+      f: from window numbers int32 [B] to a tree of arrays [B, ...]. Every call gets the same B: the
+        last batch is filled up with the last window, whose surplus rows are cut off again: one
+        compilation serves all, and no window is lost.
+      placement: the devices among which the rows of a batch are split, and B rounded up to what
+        they divide. On several hosts all call, and all get everything.
     Returns: arrays [n, ...] on the host, float64.
-    Raises: ValueError when n or batch_size is below 1; on one host, after a signal, what `hosts.stopped` makes.
+    Raises: ValueError when n or batch_size is below 1; on one host, after a signal, what
+    `hosts.stopped` makes.
     """
     if n < 1:
         raise ValueError("no windows to evaluate")
@@ -62,6 +71,8 @@ def in_batches(f: Callable[[Any], Tree], n: int, batch_size: int, placement: Pla
 
 
 def rounded(batch_size: int, n: int, placement: Placement) -> int:
-    """Rows of each batch of `in_batches`: at most all `n`, rounded up to what the devices divide."""
+    """Rows of each batch of `in_batches`: at most all `n`, rounded up to what the
+    devices divide.
+    """
     parts = placement.row_parts
     return -(-min(batch_size, n) // parts) * parts

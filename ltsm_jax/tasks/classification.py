@@ -1,7 +1,7 @@
 """Classification: which of several classes an example belongs to.
 
-Examples are arrays [N, C, T] with a label each. The loss is the cross entropy of the model's logits; accuracy and the
-macro-averaged F1 are scored. M classes are numbered 0 .. M - 1.
+Examples are arrays [N, C, T] with a label each. The loss is the cross entropy of the model's
+logits; accuracy and the macro-averaged F1 are scored. M classes are numbered 0 .. M - 1.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ class Examples:
     def of(cls, values: Any, labels: Sequence[int] | np.ndarray) -> "Examples":
         """Check and place arrays.
 
-        Raises: DataError for other shapes, infinite values, or labels that are no whole numbers from 0.
+        Raises: DataError for other shapes, infinite values, or labels that are no whole numbers
+        from 0.
         """
         x, y = np.asarray(values), np.asarray(labels)
         problems = []
@@ -45,8 +46,14 @@ class Examples:
             problems.append(f"values must be [examples, variates, steps], not {x.shape}")
         elif np.isinf(x).any():
             problems.append("values are infinite in places")
-        if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or (y.size and y.min() < 0):
-            problems.append(f"labels must be one whole number from 0 for each example, not {y.dtype} {y.shape}")
+        if (
+            y.shape != x.shape[:1]
+            or not np.issubdtype(y.dtype, np.integer)
+            or (y.size and y.min() < 0)
+        ):
+            problems.append(
+                f"labels must be one whole number from 0 for each example, not {y.dtype} {y.shape}"
+            )
         if problems:
             raise DataError("; ".join(problems))
         return cls(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32))
@@ -74,7 +81,9 @@ jax.tree_util.register_dataclass(Examples, data_fields=["values", "labels"], met
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-    """Examples to train on, to select with and to test on; all of one number of variates and steps."""
+    """Examples to train on, to select with and to test on; all of one number of variates
+    and steps.
+    """
 
     train: Examples
     val: Examples
@@ -93,7 +102,8 @@ class Parts:
 
 @functools.cache
 def loss_fn(model: Model) -> Loss:
-    """The training loss `f(params, batch, key, train) -> scalar`: cross entropy in nats, rows counting by `weight`.
+    """The training loss `f(params, batch, key, train) -> scalar`: cross entropy in nats, rows
+    counting by `weight`.
 
     Raises: ValueError for a model without this task.
     """
@@ -123,7 +133,12 @@ def _scores(
 
 
 def guesses(
-    model: Model, params: Tree, examples: Examples, *, batch_size: int = BATCH, placement: Placement | None = None
+    model: Model,
+    params: Tree,
+    examples: Examples,
+    *,
+    batch_size: int = BATCH,
+    placement: Placement | None = None,
 ) -> dict[str, np.ndarray]:
     """Loss [N] and most likely class [N], "guess", of every example.
 
@@ -137,7 +152,12 @@ def guesses(
 
 
 def evaluate(
-    model: Model, params: Tree, examples: Examples, *, batch_size: int = BATCH, placement: Placement | None = None
+    model: Model,
+    params: Tree,
+    examples: Examples,
+    *,
+    batch_size: int = BATCH,
+    placement: Placement | None = None,
 ) -> dict[str, Any]:
     """Score every example: loss (cross entropy), accuracy, macro_f1, and how many there are.
 
@@ -149,13 +169,19 @@ def evaluate(
 
 
 def summarise(guess: np.ndarray, label: np.ndarray) -> dict[str, Any]:
-    """Accuracy, and F1 averaged over the classes that occur among labels and guesses, each class counting alike."""
+    """Accuracy, and F1 averaged over the classes that occur among labels and guesses, each class
+    counting alike.
+    """
     each = []
     for one in np.union1d(guess, label):
         hits = int(((guess == one) & (label == one)).sum())
         wrong = int(((guess == one) != (label == one)).sum())
         each.append(2 * hits / (2 * hits + wrong))
-    return {"accuracy": float((guess == label).mean()), "macro_f1": float(np.mean(each)), "examples": len(label)}
+    return {
+        "accuracy": float((guess == label).mean()),
+        "macro_f1": float(np.mean(each)),
+        "examples": len(label),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +202,12 @@ class Classification:
         return loss_fn(model)
 
     def evaluate(
-        self, model: Model, params: Tree, data: Parts, part: Part = "val", placement: Placement | None = None
+        self,
+        model: Model,
+        params: Tree,
+        data: Parts,
+        part: Part = "val",
+        placement: Placement | None = None,
     ) -> dict[str, Any]:
         """See `evaluate`, of every example of a part.
 
@@ -186,7 +217,8 @@ class Classification:
         n_classes = jax.eval_shape(model.classify, params, x).shape[1]
         if data.n_classes > n_classes:
             raise ValueError(
-                f"the labels name {data.n_classes} classes, the model has {n_classes}: give it a head with "
+                f"the labels name {data.n_classes} classes, the model has {n_classes}: give it a "
+                "head with "
                 f"with_head(params, 'classification', key, n_classes={data.n_classes})"
             )
         return evaluate(model, params, getattr(data, part), placement=placement)
@@ -197,7 +229,9 @@ class Classification:
         most = np.bincount(np.asarray(data.train.labels)).argmax()
         return {"most frequent class": summarise(np.full(label.shape, most), label)}
 
-    def warnings(self, model: Model, params: Tree, data: Parts, placement: Placement | None = None) -> tuple[str, ...]:
+    def warnings(
+        self, model: Model, params: Tree, data: Parts, placement: Placement | None = None
+    ) -> tuple[str, ...]:
         """Say so where the model gives one class to all of several."""
         guess = guesses(model, params, data.val, placement=placement)["guess"]
         if len(np.unique(guess)) > 1 or len(np.unique(np.asarray(data.val.labels))) == 1:

@@ -27,30 +27,38 @@ Scaling = Literal["train", "context"]
 MODES = get_args(Mode)
 LOSS: dict[Mode, Literal["own", "point"]] = {"ims": "own", "direct": "point"}
 MEMBERS = 10  # of a group, what `eval_batch` of a joint family reckons with
-COLLAPSED = 0.01  # a forecast that varies less than this share of what it should follow is a flat line
+COLLAPSED = (
+    0.01  # a forecast that varies less than this share of what it should follow is a flat line
+)
 
 
 class Predictor(Protocol):
-    """Anything that forecasts: a `Model` or a baseline. Must be hashable; it is static under jit."""
+    """Anything that forecasts: a `Model` or a baseline. Must be hashable; it is static
+    under jit.
+    """
 
     @property
     def eval_batch(self) -> int: ...
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast: ...
+    def predict(
+        self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None
+    ) -> Forecast: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SeasonalNaive:
     """Baseline: the last `season` observed steps, over and over; season 1 repeats the last value.
 
-    Where a step of the season is missing, its value of the season before takes its place; one that is missing in every
-    season takes the last value of all.
+    Where a step of the season is missing, its value of the season before takes its place; one that
+    is missing in every season takes the last value of all.
     """
 
     season: int = 1
     eval_batch: int = 2048
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
+    def predict(
+        self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None
+    ) -> Forecast:
         season = min(self.season, context.shape[-1])
         repeats = -(-horizon // season)
         whole = context.shape[-1] // season * season
@@ -70,13 +78,17 @@ class ContextMean:
 
     eval_batch: int = 2048
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
+    def predict(
+        self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None
+    ) -> Forecast:
         mean, _ = context_scale(context)
         return Forecast(jnp.broadcast_to(mean, (*context.shape[:-1], horizon)))
 
 
 def naive_forecasts(season: int = 1) -> dict[str, Predictor]:
-    """The baselines by name: the last value, the mean of the context and, with a season, the seasonal naive."""
+    """The baselines by name: the last value, the mean of the context and, with a season, the
+    seasonal naive.
+    """
     found: dict[str, Predictor] = {"last_value": SeasonalNaive()}
     if season > 1:
         found["seasonal_naive"] = SeasonalNaive(season)
@@ -85,7 +97,8 @@ def naive_forecasts(season: int = 1) -> dict[str, Predictor]:
 
 @dataclasses.dataclass(frozen=True)
 class ScaledByContext:
-    """A model that sees each window standardised by its own context, and answers in the units of the window.
+    """A model that sees each window standardised by its own context, and answers in the units of
+    the window.
 
     Rows before the `context_len` that the model was trained with have no say in the scale.
     """
@@ -102,11 +115,15 @@ class ScaledByContext:
         """Kinds of covariates that the model takes."""
         return self.model.covariates
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None) -> Forecast:
+    def predict(
+        self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None
+    ) -> Forecast:
         """`Model.predict`, between scaling and scaling back."""
         seen = context[..., -self.model.context_len :]
         mean, std = context_scale(seen)
-        return self._scaled_back(self.model.predict(params, (seen - mean) / std, horizon, key), mean, std)
+        return self._scaled_back(
+            self.model.predict(params, (seen - mean) / std, horizon, key), mean, std
+        )
 
     def predict_with(
         self,
@@ -118,7 +135,9 @@ class ScaledByContext:
         known: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> Forecast:
-        """`Model.predict_with` likewise; covariates by `scaled_covariates`, as a forecast of a table has them."""
+        """`Model.predict_with` likewise; covariates by `scaled_covariates`, as a forecast of a
+        table has them.
+        """
         seen = context[..., -self.model.context_len :]
         length = seen.shape[-1]
         if past is not None:
@@ -126,7 +145,9 @@ class ScaledByContext:
         if known is not None:
             known = scaled_covariates(known[..., -(length + horizon) :], length)
         mean, std = context_scale(seen)
-        found = self.model.predict_with(params, (seen - mean) / std, horizon, past=past, known=known, key=key)
+        found = self.model.predict_with(
+            params, (seen - mean) / std, horizon, past=past, known=known, key=key
+        )
         return self._scaled_back(found, mean, std)
 
     @staticmethod
@@ -142,10 +163,11 @@ class ScaledByContext:
 def loss_fn(
     model: Model, mode: Literal["own", "point"] = "own"
 ) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
-    """The training loss `f(params, batch, key, train) -> scalar`, in the (squared) units of the batch.
+    """The training loss `f(params, batch, key, train) -> scalar`, in the (squared) units of the
+    batch.
 
-    mode: "own" is the family's own loss (Timer: next token, "IMS"); "point" is the MSE of the point forecast
-    ("direct").
+    mode: "own" is the family's own loss (Timer: next token, "IMS"); "point" is the MSE of the point
+    forecast ("direct").
     """
     model.check_task("forecasting")
     if mode not in ("own", "point"):
@@ -155,15 +177,16 @@ def loss_fn(
 
 @functools.cache
 def _loss(model: Model, mode: Mode) -> Loss:
-    # methods of two equal models are not equal: without this each load of a checkpoint compiles the step again
+    # methods of two equal models are not equal: without this each load of a checkpoint compiles the
+    # step again
     return loss_fn(model, LOSS[mode])
 
 
 def training_windows(model: Model, splits: Splits | PanelSplits, mode: Mode) -> Windows:
     """The training windows of `splits`, with the target length that the loss of `mode` wants.
 
-    The next-token loss needs targets of the model's own horizon whatever horizon is scored; longer ones would only cost
-    windows, shorter ones do not fit.
+    The next-token loss needs targets of the model's own horizon whatever horizon is scored; longer
+    ones would only cost windows, shorter ones do not fit.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
@@ -175,10 +198,13 @@ class Forecasting:
     """The task of forecasting `data.Splits` at their horizon.
 
     Attributes:
-      mode: the training loss. "ims": the model's own (Timer: every next token), on windows of the model's own horizon.
+      mode: the training loss. "ims": the model's own (Timer: every next token), on windows of the
+        model's own horizon.
         "direct": MSE of the forecast at the horizon of the splits.
-      scaling: what a model sees. "train": windows standardised by the training part, the protocol of the benchmarks.
-        "context": each window standardised by its own context, as a forecast of a table is. Scores are in units
+      scaling: what a model sees. "train": windows standardised by the training part, the protocol
+        of the benchmarks.
+        "context": each window standardised by its own context, as a forecast of a table is. Scores
+          are in units
         standardised by the training part in any case.
     """
 
@@ -189,7 +215,9 @@ class Forecasting:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
         if self.scaling not in get_args(Scaling):
-            raise ValueError(f"scaling must be one of {', '.join(get_args(Scaling))}; got {self.scaling!r}")
+            raise ValueError(
+                f"scaling must be one of {', '.join(get_args(Scaling))}; got {self.scaling!r}"
+            )
 
     @property
     def selects(self) -> str:
@@ -226,22 +254,34 @@ class Forecasting:
         """As `evaluate`, for each lane of a stack of parameters, in one program."""
         return evaluate_lanes(self.predictor(model), params, getattr(data, part), over)
 
-    def baselines(self, model: Model, data: Splits | PanelSplits, part: Part = "val") -> dict[str, dict[str, Any]]:
-        """The last value and, where the step of the series has a season, the seasonal naive forecast."""
+    def baselines(
+        self, model: Model, data: Splits | PanelSplits, part: Part = "val"
+    ) -> dict[str, dict[str, Any]]:
+        """The last value and, where the step of the series has a season, the seasonal naive
+        forecast.
+        """
         seasons = {"last value": 1}
         if data.season > 1:
             seasons["seasonal naive"] = data.season
         windows = getattr(data, part)
-        return {name: evaluate(SeasonalNaive(season), {}, windows) for name, season in seasons.items()}
+        return {
+            name: evaluate(SeasonalNaive(season), {}, windows) for name, season in seasons.items()
+        }
 
     def warnings(
-        self, model: Model, params: Tree, data: Splits | PanelSplits, placement: Placement | None = None
+        self,
+        model: Model,
+        params: Tree,
+        data: Splits | PanelSplits,
+        placement: Placement | None = None,
     ) -> tuple[str, ...]:
         """See `collapse`."""
         return collapse(self.predictor(model), params, data.val, placement=placement)
 
     def facts(self, data: Splits | PanelSplits) -> dict[str, Any]:
-        """Mode, horizon, scaling where it is not that of the benchmarks, and digests of windows and stamps."""
+        """Mode, horizon, scaling where it is not that of the benchmarks, and digests of windows and
+        stamps.
+        """
         stamps = data.timestamps
         found = {"mode": self.mode, "horizon": data.val.horizon}
         if self.scaling != "train":
@@ -258,10 +298,11 @@ class Forecasting:
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """Errors of every window, summed over the horizon: squared, absolute, absolute over |target| [N, C].
+    """Errors of every window, summed over the horizon: squared, absolute, absolute over |target|
+    [N, C].
 
-    zeros [N, C]: steps whose target is exactly 0; they have no percentage error and are left out of MAPE alone.
-    steps [N, C]: steps whose target was observed; the others are in none of the sums.
+    zeros [N, C]: steps whose target is exactly 0; they have no percentage error and are left out of
+    MAPE alone. steps [N, C]: steps whose target was observed; the others are in none of the sums.
     variates [N, C]: which variate each entry is of. horizon: steps per entry.
     """
 
@@ -277,7 +318,9 @@ class Errors:
 def _point(predictor: Predictor, params: Tree, batch: Batch) -> jax.Array:
     """The point forecast of a batch, from its covariates too where the predictor takes them."""
     context, horizon = batch["context"], batch["target"].shape[-1]
-    covariates = {name: batch[name] for name in getattr(predictor, "covariates", ()) if name in batch}
+    covariates = {
+        name: batch[name] for name in getattr(predictor, "covariates", ()) if name in batch
+    }
     if covariates:
         assert isinstance(predictor, Model | ScaledByContext)
         return predictor.predict_with(params, context, horizon, **covariates).point
@@ -296,7 +339,9 @@ def _batch_errors(
         observed = ~jnp.isnan(target)
         difference = jnp.where(observed, point - target, 0.0)
         zero = target == 0
-        share = jnp.where(zero | ~observed, 0.0, difference / jnp.where(zero | ~observed, 1.0, target))
+        share = jnp.where(
+            zero | ~observed, 0.0, difference / jnp.where(zero | ~observed, 1.0, target)
+        )
         return {
             "squared": jnp.square(difference).sum(-1),
             "absolute": jnp.abs(difference).sum(-1),
@@ -318,10 +363,10 @@ def errors(
 ) -> Errors:
     """Errors of every window, none dropped, forecast on device in batches.
 
-    The last batch is filled up with repeated windows, whose errors are cut off again: one compilation serves all.
-    Where the parameters lie over a mesh, each device forecasts its part of a batch; every host gets all errors.
-    batch_size: windows per forward pass; None: the predictor's `eval_batch` (for each device that has rows).
-    placement: of the parameters; None: ask them.
+    The last batch is filled up with repeated windows, whose errors are cut off again: one
+    compilation serves all. Where the parameters lie over a mesh, each device forecasts its part of
+    a batch; every host gets all errors. batch_size: windows per forward pass; None: the predictor's
+    `eval_batch` (for each device that has rows). placement: of the parameters; None: ask them.
     """
     placement = placement or Placement.of(params)
     placed = windows.over(placement.mesh)
@@ -351,7 +396,9 @@ def _lane_errors(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)  # windows first, then lanes
 
 
-def evaluate_lanes(predictor: Predictor, params: Stack, windows: Windows, over: Over) -> list[dict[str, Any]]:
+def evaluate_lanes(
+    predictor: Predictor, params: Stack, windows: Windows, over: Over
+) -> list[dict[str, Any]]:
     """Score a split with each of several trees of parameters, in one program; see `evaluate`.
 
     over: how their lanes are computed. Mapped, they get the bits that each would get alone.
@@ -360,7 +407,9 @@ def evaluate_lanes(predictor: Predictor, params: Stack, windows: Windows, over: 
     size = _batch_size(predictor, windows, Placement())
     if over.mode == "batched":
         size = max(size * over.devices // params.own[0].shape[0], 1)
-    sums = in_batches(lambda indices: _lane_errors(predictor, params, placed, indices, over), windows.n, size)
+    sums = in_batches(
+        lambda indices: _lane_errors(predictor, params, placed, indices, over), windows.n, size
+    )
     found = []
     for lane in range(sums["squared"].shape[1]):
         own = {name: values[:, lane] for name, values in sums.items()}
@@ -378,31 +427,39 @@ def _batch_size(predictor: Predictor, windows: Windows, placement: Placement) ->
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneBatch:
-    """The first of `count` batches that `errors` scores, to time it: `call` does it, `trace` traces it."""
+    """The first of `count` batches that `errors` scores, to time it: `call` does it, `trace` traces
+    it.
+    """
 
     call: Callable[[], Any]
     trace: Callable[[], jax.stages.Traced]
     count: int
 
 
-def one_batch(predictor: Predictor, params: Tree, windows: Windows, placement: Placement | None = None) -> OneBatch:
+def one_batch(
+    predictor: Predictor, params: Tree, windows: Windows, placement: Placement | None = None
+) -> OneBatch:
     """Take the first batch of `errors`, compiled as there; arguments as there."""
     placement = placement or Placement.of(params)
     size, n = rounded(_batch_size(predictor, windows, placement), windows.n, placement), windows.n
     indices = placement.put_rows(np.minimum(np.arange(size, dtype=np.int32), n - 1))
     given = predictor, params, windows.over(placement.mesh), indices, placement
-    return OneBatch(lambda: _batch_errors(*given), lambda: _batch_errors.trace(*given), -(-n // size))
+    return OneBatch(
+        lambda: _batch_errors(*given), lambda: _batch_errors.trace(*given), -(-n // size)
+    )
 
 
 def summarise(found: Errors, naive_scale: np.ndarray | None = None) -> dict[str, float]:
-    """Means over all windows, observed steps and variates: mse, mae, rmse, mape (a fraction), and mase with a scale.
+    """Means over all windows, observed steps and variates: mse, mae, rmse, mape (a fraction), and
+    mase with a scale.
 
-    Summed in float64 on the host, so the value does not depend on the batch size beyond the rounding of the forward
-    pass itself.
+    Summed in float64 on the host, so the value does not depend on the batch size beyond the
+    rounding of the forward pass itself.
 
     Args:
       found: from `errors`.
-      naive_scale: [variates], the in-sample seasonal-naive MAE of each variate in the units of the data.
+      naive_scale: [variates], the in-sample seasonal-naive MAE of each variate in the units of the
+        data.
     """
     steps = found.steps.sum()
     if not steps:
@@ -421,7 +478,9 @@ def summarise(found: Errors, naive_scale: np.ndarray | None = None) -> dict[str,
         total = found.steps[usable].sum()
         per_entry = found.absolute[usable] / scale[usable]
         result["mase"] = per_entry.sum() / total if total else float("nan")
-    return {name: float(value) for name, value in result.items()} | {"windows": int((found.steps > 0).sum())}
+    return {name: float(value) for name, value in result.items()} | {
+        "windows": int((found.steps > 0).sum())
+    }
 
 
 def evaluate(
@@ -433,18 +492,23 @@ def evaluate(
     naive_scale: np.ndarray | None = None,
     placement: Placement | None = None,
 ) -> dict[str, Any]:
-    """Score of a split: mse, mae, rmse, mape, (mase), and the number of windows scored (one per variate).
+    """Score of a split: mse, mae, rmse, mape, (mase), and the number of windows scored (one per
+    variate).
 
     Args:
       predictor: a model or a baseline.
       params: its parameters; `{}` for a baseline.
-      windows: the split. Horizons past the model's own are rolled out; missing targets (NaN) are not scored.
-      batch_size: windows per forward pass; changes the speed, not the value. None: the predictor's `eval_batch`.
+      windows: the split. Horizons past the model's own are rolled out; missing targets (NaN) are
+        not scored.
+      batch_size: windows per forward pass; changes the speed, not the value. None: the predictor's
+        `eval_batch`.
       naive_scale: see `summarise`.
       placement: of the parameters; None: ask them.
     Raises: ValueError when there is no window.
     """
-    return summarise(errors(predictor, params, windows, batch_size=batch_size, placement=placement), naive_scale)
+    return summarise(
+        errors(predictor, params, windows, batch_size=batch_size, placement=placement), naive_scale
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("predictor", "placement"))
@@ -457,9 +521,15 @@ def _forecast(
 
 
 def forecast_windows(
-    predictor: Predictor, params: Tree, windows: Windows, indices: np.ndarray, placement: Placement | None = None
+    predictor: Predictor,
+    params: Tree,
+    windows: Windows,
+    indices: np.ndarray,
+    placement: Placement | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """(context [B, C, L], target [B, C, H], point forecast [B, C, H]) of windows number `indices` [B], float64."""
+    """(context [B, C, L], target [B, C, H], point forecast [B, C, H]) of windows number `indices`
+    [B], float64.
+    """
     placement = placement or Placement.of(params)
     placed = windows.over(placement.mesh)
     found = _forecast(predictor, params, placed, np.asarray(indices, np.int32), placement)
@@ -467,11 +537,16 @@ def forecast_windows(
 
 
 def collapse(
-    predictor: Predictor, params: Tree, windows: Windows, sample: int = 256, placement: Placement | None = None
+    predictor: Predictor,
+    params: Tree,
+    windows: Windows,
+    sample: int = 256,
+    placement: Placement | None = None,
 ) -> tuple[str, ...]:
     """Warn of forecasts that are flat lines although what they should follow moves.
 
-    Compares the variance inside the forecasts with that inside their targets, over `sample` windows spread evenly.
+    Compares the variance inside the forecasts with that inside their targets, over `sample` windows
+    spread evenly.
     """
     indices = np.linspace(0, windows.n - 1, min(sample, windows.n)).astype(np.int32)
     _, target, point = forecast_windows(predictor, params, windows, indices, placement)
@@ -481,8 +556,15 @@ def collapse(
     count = observed[some].sum(axis=-1, keepdims=True)
     kept = np.where(observed[some], target[some], 0.0)
     centred = np.where(observed[some], kept - kept.sum(axis=-1, keepdims=True) / count, 0.0)
-    expected = float((np.square(centred).sum(axis=-1, keepdims=True) / count).mean()) if some.any() else 0.0
+    expected = (
+        float((np.square(centred).sum(axis=-1, keepdims=True) / count).mean())
+        if some.any()
+        else 0.0
+    )
     if windows.horizon == 1 or got >= COLLAPSED * expected:
         return ()
     share = got / expected
-    return (f"collapsed: forecasts vary {share:.2%} as much as the data, nearly flat lines; lower lr or start closer",)
+    return (
+        f"collapsed: forecasts vary {share:.2%} as much as the data, nearly flat lines; lower lr "
+        "or start closer",
+    )

@@ -20,7 +20,7 @@ N of all points with N patches in a window, and never reach into the first patch
 | --- | --- |
 | `patches` | each whole patch with probability `rate`: the protocol |
 | `points` | each point with probability `rate` |
-| `blocks` | one run at any place, of uniform length: on average `rate` of the steps after the first patch |
+| `blocks` | one run of uniform length: on average `rate` of the steps that may be hidden |
 | `outages` | with probability `rate`, the variate from the second patch to the end of the window |
 """
 
@@ -67,7 +67,10 @@ def hole_mask(
     least two.
     """
     if n_steps % patch_len or n_steps < 2 * patch_len:
-        raise ValueError(f"imputation needs windows of at least two whole patches of {patch_len}, got {n_steps} steps")
+        raise ValueError(
+            f"imputation needs windows of at least two whole patches of {patch_len}, got {n_steps} "
+            "steps"
+        )
     steps = jnp.arange(n_steps)
     if holes == "patches":
         hidden_CN = jax.random.uniform(key, (n_variates, n_steps // patch_len)) <= rate
@@ -75,7 +78,9 @@ def hole_mask(
     elif holes == "points":
         hidden_CT = jax.random.uniform(key, (n_variates, n_steps)) <= rate
     elif holes == "outages":
-        hidden_CT = jnp.broadcast_to(jax.random.uniform(key, (n_variates, 1)) <= rate, (n_variates, n_steps))
+        hidden_CT = jnp.broadcast_to(
+            jax.random.uniform(key, (n_variates, 1)) <= rate, (n_variates, n_steps)
+        )
     elif holes == "blocks":
         # The mean of a length in [1, 2 rate R] is that of a share `rate` of R steps; beyond a half
         # it would not fit, so that the lengths then run from (2 rate - 1) R to R.
@@ -141,7 +146,9 @@ def anchored(y: jax.Array, x: jax.Array) -> jax.Array:
     interpolation.
     """
     line, begun = interpolate_missing(x - y)
-    first = jnp.argmax(~jnp.isnan(x), axis=-1, keepdims=True)  # before the first known point: its error
+    first = jnp.argmax(
+        ~jnp.isnan(x), axis=-1, keepdims=True
+    )  # before the first known point: its error
     before = jnp.take_along_axis(jnp.where(jnp.isnan(x), 0.0, x - y), first, axis=-1)
     return y + jnp.where(begun, line, before)
 
@@ -184,16 +191,24 @@ def loss_fn(
 
 
 @functools.cache
-def _loss(model: Model, ims: bool, kinds: tuple[Holes, ...], patch_len: int) -> Callable[..., jax.Array]:
+def _loss(
+    model: Model, ims: bool, kinds: tuple[Holes, ...], patch_len: int
+) -> Callable[..., jax.Array]:
     """Give the loss of every rate, which comes first; one function object for equal arguments."""
 
-    def loss(rate: jax.Array, params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
+    def loss(
+        rate: jax.Array, params: Tree, batch: Batch, key: jax.Array | None, train: bool
+    ) -> jax.Array:
         if key is None:
             raise ValueError("the imputation loss draws its masks from a key: give one")
         x_BCT = batch["context"]
         mask_key, dropout_key = jax.random.split(key)
-        visible_BCT = _masks(jax.random.split(mask_key, x_BCT.shape[0]), x_BCT, rate, kinds, patch_len)
-        error_BCT, scored_BCT = hidden_error(model, params, x_BCT, visible_BCT, dropout_key, train, ims)
+        visible_BCT = _masks(
+            jax.random.split(mask_key, x_BCT.shape[0]), x_BCT, rate, kinds, patch_len
+        )
+        error_BCT, scored_BCT = hidden_error(
+            model, params, x_BCT, visible_BCT, dropout_key, train, ims
+        )
         weight_B = batch.get("weight", jnp.ones(x_BCT.shape[0]))
         total = (jnp.square(error_BCT).sum((1, 2)) * weight_B).sum()
         points = (scored_BCT.sum((1, 2)) * weight_B).sum()
@@ -246,7 +261,9 @@ def _batch_sums(
     patch_len: int,
 ) -> dict[str, jax.Array]:
     x_BCT = windows.gather(indices)["context"]
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)  # by window: the batch size changes no mask
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
+        indices
+    )  # by window: the batch size changes no mask
     visible_BCT = _masks(keys, x_BCT, rate, kinds, patch_len)
     shown_BCT = jnp.where(visible_BCT, x_BCT, jnp.nan)
     scored_BCT = ~jnp.isnan(x_BCT) & ~visible_BCT
@@ -304,7 +321,8 @@ def evaluate(
     points = int(sums.pop("points"))
     if not points:
         raise ValueError(
-            f"no point of the {windows.n} windows was hidden at rate {rate}: use more windows or a higher rate"
+            f"no point of the {windows.n} windows was hidden at rate {rate}: use more windows or a "
+            "higher rate"
         )
     return {name: float(total / points) for name, total in sums.items()} | {
         "points": points,
@@ -419,9 +437,13 @@ class Imputation:
         placement: Placement | None = None,
     ) -> dict[str, Any]:
         """See `evaluate`, of every window of a part."""
-        return evaluate(model, params, getattr(data, part), split=part, placement=placement, **self.options)
+        return evaluate(
+            model, params, getattr(data, part), split=part, placement=placement, **self.options
+        )
 
-    def baselines(self, model: Model, data: Splits, part: Part = "val") -> dict[str, dict[str, Any]]:
+    def baselines(
+        self, model: Model, data: Splits, part: Part = "val"
+    ) -> dict[str, dict[str, Any]]:
         """Fill without a model, with the masks that the model is scored with: "linear", the
         straight line between the visible points; "last", the last visible value; with a season,
         "seasonal naive", see `seasonal`."""
@@ -431,7 +453,9 @@ class Imputation:
             fillers["seasonal naive"] = _Filler(sizes, "seasonal", season)
         return {name: self.evaluate(filler, {}, data, part) for name, filler in fillers.items()}  # pyright: ignore[reportArgumentType]
 
-    def warnings(self, model: Model, params: Tree, data: Splits, placement: Placement | None = None) -> tuple[str, ...]:
+    def warnings(
+        self, model: Model, params: Tree, data: Splits, placement: Placement | None = None
+    ) -> tuple[str, ...]:
         """Nothing: no kind of collapse is known."""
         return ()
 

@@ -75,7 +75,9 @@ class Found:
 
     def take(self, rows: Any) -> "Found":
         """The forecasts of some origins, by number."""
-        return dataclasses.replace(self, point=self.point[rows], quantiles=self.quantiles[rows], unit=self.unit[rows])
+        return dataclasses.replace(
+            self, point=self.point[rows], quantiles=self.quantiles[rows], unit=self.unit[rows]
+        )
 
 
 # --- quantiles
@@ -96,7 +98,9 @@ def own_levels(
     return tuple(level for level in sorted(wanted) if low - slack <= level <= high + slack)
 
 
-_RANGES: dict[tuple[Predictor, int], tuple[float, float]] = {}  # tracing a large model takes a second
+_RANGES: dict[
+    tuple[Predictor, int], tuple[float, float]
+] = {}  # tracing a large model takes a second
 
 
 def _range(model: Predictor, params: Tree, n_variates: int, horizon: int) -> tuple[float, float]:
@@ -200,7 +204,9 @@ def passes(
     covariates: bool = False,
     batch_size: int | None = None,
 ) -> list[Pass]:
-    """Sort forecasts by the length of their contexts, each of which is a program; arguments as for `forecast`."""
+    """Sort forecasts by the length of their contexts, each of which is a program; arguments as for
+    `forecast`.
+    """
     c = panel.n_variates
     members = c if joint else 1
     width = members + (len(panel.past) + len(panel.known) if covariates else 0)
@@ -210,7 +216,9 @@ def passes(
         rows = np.flatnonzero(lengths == length)
         if not joint:
             rows = (rows[:, None] * c + np.arange(c)).ravel()
-        found.append(Pass(int(length), rows, batch_size or _batch_size(model, width, int(length), len(rows))))
+        found.append(
+            Pass(int(length), rows, batch_size or _batch_size(model, width, int(length), len(rows)))
+        )
     return found
 
 
@@ -467,11 +475,16 @@ def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.nd
     names = []
     for row, member in np.argwhere(empty & last[:, None]):
         column = panel.columns[member if variates is None else variates[row]]
-        names.append(column if panel.id_name is None else f"{column} of {panel.ids[origins.items[row]]}")
+        names.append(
+            column if panel.id_name is None else f"{column} of {panel.ids[origins.items[row]]}"
+        )
     if names:
-        shown = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+        shown = ", ".join(names[:FEW]) + (
+            f" and {len(names) - FEW} more" if len(names) > FEW else ""
+        )
         raise DataError(
-            f"{panel.name}: no value in the last {cut.length} rows of {shown}; leave these out, or end the table where "
+            f"{panel.name}: no value in the last {cut.length} rows of {shown}; leave these out, or "
+            "end the table where "
             "they have values"
         )
     return empty
@@ -488,5 +501,8 @@ def notes_on_lengths(model: Predictor, panel: Panel, context_len: int) -> tuple[
     said = f"{short} of {len(rows)} items have fewer rows than the context of {context_len}"
     if cut := int((lengths < whole).sum()):
         share = 1 - (lengths / whole).min()
-        said += f"; of {cut} the oldest rows, at most {share:.0%}, are not seen: contexts have few lengths"
+        said += (
+            f"; of {cut} the oldest rows, at most {share:.0%}, are not seen: contexts have "
+            "few lengths"
+        )
     return (said,)

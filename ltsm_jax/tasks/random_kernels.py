@@ -18,7 +18,9 @@ PENALTIES = np.logspace(-3, 3, 10)
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One random convolution: weights [channels, length] on some channels, bias, dilation, padding."""
+    """One random convolution: weights [channels, length] on some channels, bias,
+    dilation, padding.
+    """
 
     channels: np.ndarray
     weights: np.ndarray

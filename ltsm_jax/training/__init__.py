@@ -6,6 +6,14 @@ from ltsm_jax.training.loop import FitResult, NonFiniteError, fit
 from ltsm_jax.training.optimizers import adam, schedule
 
 __all__ = [
-    "FitResult", "NonFiniteError", "RunFolder", "TrainConfig", "WriteError", "adam", "fit", "keys", "read_checkpoint",
+    "FitResult",
+    "NonFiniteError",
+    "RunFolder",
+    "TrainConfig",
+    "WriteError",
+    "adam",
+    "fit",
+    "keys",
+    "read_checkpoint",
     "schedule",
-]  # fmt: skip
+]

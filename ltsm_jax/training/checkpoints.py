@@ -1,15 +1,20 @@
-"""A run on disk: what it was asked to do, what it measured, and where it can go on after being killed at any moment.
+"""A run on disk: what it was asked to do, what it measured, and where it can go on after being
+killed at any moment.
 
     config.json                what decides the result; a rerun must ask for the same
-    metrics.jsonl              a line per step and per epoch; no clock in it, so two runs can be compared byte by byte
+    metrics.jsonl              a line per step and per epoch, without a clock: two runs can be
+                               compared byte by byte
     timing.jsonl               launches, seconds, throughput
-    checkpoints/step_00000054/ state/ (arrays and their digests, see `ltsm_jax.storage`) and position.json
+    checkpoints/step_00000054/ position.json and state/, arrays and their digests (see
+                               `ltsm_jax.storage`)
 
-A checkpoint appears under its name whole or not at all. It is written by a thread of its own from a copy, while
-training goes on. It holds the weights of the best epoch, too, so that keeping the newest few keeps the best.
+A checkpoint appears under its name whole or not at all. It is written by a thread of its own from a
+copy, while training goes on. It holds the weights of the best epoch, too, so that keeping the
+newest few keeps the best.
 
-On several hosts, which must see the same folder, each writes the parts of the arrays that lie on its devices; the first
-writes everything else, and moves the checkpoint to its name when all have told that theirs is written (`poll`, `wait`).
+On several hosts, which must see the same folder, each writes the parts of the arrays that lie on
+its devices; the first writes everything else, and moves the checkpoint to its name when all have
+told that theirs is written (`poll`, `wait`).
 """
 
 import concurrent.futures
@@ -42,18 +47,22 @@ _gave_up = False
 
 
 class WriteError(OSError):
-    """The run folder could not be written (disk full, no permission); what was there before is untouched."""
+    """The run folder could not be written (disk full, no permission); what was there before is
+    untouched.
+    """
 
 
 class RunFolder:
-    """One run's folder, open for one process, or for all hosts of one job. On several hosts, all call every method.
+    """One run's folder, open for one process, or for all hosts of one job. On several hosts, all
+    call every method.
 
     Args:
       folder: made when missing.
       config: JSON-able facts that decide the result.
       keep: how many checkpoints stay, the newest ones; a finished run keeps its last.
-    Raises: ValueError listing every field in which `config` differs from that of the run already in the folder, or
-      when another process has the folder open, or a host does not see it; WriteError.
+    Raises: ValueError listing every field in which `config` differs from that of the run already in
+      the folder, or when another process has the folder open, or a host does not see it;
+      WriteError.
     """
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], keep: int = KEEP):
@@ -62,7 +71,9 @@ class RunFolder:
         self.steps_folder = self.folder / CHECKPOINTS
         self.writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: concurrent.futures.Future | None = None
-        self.unsealed: tuple[Path, dict[str, Any]] | None = None  # being written by all hosts, not yet moved
+        self.unsealed: tuple[Path, dict[str, Any]] | None = (
+            None  # being written by all hosts, not yet moved
+        )
         self.metrics_hash = hashlib.sha256()
         self.metrics = self.timing = self.files = None  # open on the first host
         self.broken: WriteError | None = None
@@ -70,7 +81,9 @@ class RunFolder:
         hosts.together(self._see, token)
 
     def _open(self, config: Mapping[str, Any]) -> str:
-        token = uuid.uuid4().hex if hosts.count() > 1 else ""  # by which the others see that it is the same folder
+        token = (
+            uuid.uuid4().hex if hosts.count() > 1 else ""
+        )  # by which the others see that it is the same folder
         with contextlib.ExitStack() as files, self._writing():
             asked = json.loads(json.dumps(config))
             self._compare(asked)  # a folder that is refused is left as it is
@@ -102,7 +115,10 @@ class RunFolder:
                 if (self.folder / LOCK).read_text() == token:
                     return
             if time.monotonic() > deadline:
-                raise ValueError(f"{self.folder} is not the folder that the first host has: several need a shared one")
+                raise ValueError(
+                    f"{self.folder} is not the folder that the first host has: several need a "
+                    "shared one"
+                )
             time.sleep(0.1)
 
     def _lock(self, file) -> None:
@@ -111,7 +127,9 @@ class RunFolder:
         except ImportError:
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            fcntl.flock(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # gone with the process, however it ends
         except BlockingIOError:
             raise ValueError(
                 f"another process is running in {self.folder}; wait for it or choose another folder"
@@ -123,26 +141,31 @@ class RunFolder:
         if not path.exists():
             if steps(self.folder):
                 raise storage.DamagedError(
-                    f"{path} is missing, although {self.folder} has checkpoints of a run; restore it, or choose "
+                    f"{path} is missing, although {self.folder} has checkpoints of a run; restore "
+                    "it, or choose "
                     "another folder"
                 )
             return False
         try:
             old = _flat(json.loads(path.read_text()))
         except (ValueError, AttributeError) as err:
-            raise storage.DamagedError(f"{path} cannot be read ({err}); restore it or choose another folder") from None
+            raise storage.DamagedError(
+                f"{path} cannot be read ({err}); restore it or choose another folder"
+            ) from None
         new = _flat(config)
         differing = []
         for name in sorted(old.keys() | new.keys()):
             there, wanted = old.get(name, "absent"), new.get(name, "absent")
             if there != wanted:
-                differing.append(f"  {name}: {_short(there)} in the folder, {_short(wanted)} asked for")
+                differing.append(
+                    f"  {name}: {_short(there)} in the folder, {_short(wanted)} asked for"
+                )
         if len(differing) > MOST_NAMED:
             differing[MOST_NAMED:] = [f"  and {len(differing) - MOST_NAMED} more"]
         if differing:
             raise ValueError(
-                f"{self.folder} holds a run with another configuration; choose another folder or delete this one:\n"
-                + "\n".join(differing)
+                f"{self.folder} holds a run with another configuration; choose another folder or "
+                "delete this one:\n" + "\n".join(differing)
             )
         return True
 
@@ -151,10 +174,12 @@ class RunFolder:
         return hosts.on_first(steps, self.folder)
 
     def restore(self, like: trees.Tree) -> tuple[trees.Tree, dict[str, Any]] | None:
-        """State and position of the newest checkpoint, or None when there is none; metrics.jsonl is cut back to it.
+        """State and position of the newest checkpoint, or None when there is none; metrics.jsonl is
+        cut back to it.
 
-        Args: like: a tree of the same structure, shapes and dtypes as the saved state; its shardings, where it has any,
-          are those of the result, whatever they were when it was saved.
+        Args: like: a tree of the same structure, shapes and dtypes as the saved state; its
+          shardings, where it has any, are those of the result, whatever they were when it was
+          saved.
         Raises: storage.DamagedError naming the checkpoint, what is wrong with it and what to do.
         """
         steps = self.steps()
@@ -170,11 +195,14 @@ class RunFolder:
             position = hosts.together(_position, self.folder, steps[-1])
         if position.get("config_sha256", self.config_sha256) != self.config_sha256:
             raise storage.DamagedError(
-                f"{self.folder / CONFIG} was edited: checkpoint {self.path(steps[-1]).name} is of a run with another "
+                f"{self.folder / CONFIG} was edited: checkpoint {self.path(steps[-1]).name} is of "
+                "a run with another "
                 "configuration; restore it, or choose another folder"
             )
         with _damage(self.folder, steps):
-            tree = storage.load_tree(path_of(self.folder, steps[-1]) / STATE, trees.unflatten(shapes))
+            tree = storage.load_tree(
+                path_of(self.folder, steps[-1]) / STATE, trees.unflatten(shapes)
+            )
         flat = trees.flatten(tree)
         hosts.on_first(self._cut_metrics, position["metrics_bytes"], position["metrics_sha256"])
         return jax.tree.unflatten(jax.tree.structure(like), [flat[p] for p in flat_like]), position
@@ -197,7 +225,8 @@ class RunFolder:
                 shutil.rmtree(temporary, ignore_errors=True)
                 (temporary / STATE).mkdir(parents=True)
             return {
-                # Not tell(): of a file that was cut behind its back that still counts what was cut off.
+                # Not tell(): of a file that was cut behind its back that still counts what was cut
+                # off.
                 "metrics_bytes": os.fstat(self.metrics.fileno()).st_size,
                 "metrics_sha256": self.metrics_hash.hexdigest(),
                 "config_sha256": self.config_sha256,
@@ -206,9 +235,14 @@ class RunFolder:
         facts: dict[str, Any] = dict(position) | hosts.on_first(begin)
         write = storage.begin_save(temporary / STATE, trees.unflatten(trees.flatten(tree)))
         if hosts.count() > 1:
-            self.pending, self.unsealed = self.writer.submit(self._reported, path, write), (temporary, facts)
+            self.pending, self.unsealed = (
+                self.writer.submit(self._reported, path, write),
+                (temporary, facts),
+            )
         else:
-            self.pending = self.writer.submit(self._reported, path, lambda: (write(), self._seal(temporary, facts)))
+            self.pending = self.writer.submit(
+                self._reported, path, lambda: (write(), self._seal(temporary, facts))
+            )
 
     @property
     def saving(self) -> bool:
@@ -219,20 +253,28 @@ class RunFolder:
     def failed(self) -> bool:
         """Whether something could not be written on this host; `wait` raises it, on all."""
         done = self.pending is not None and self.pending.done()
-        return self.broken is not None or (done and self.pending is not None and self.pending.exception() is not None)
+        return self.broken is not None or (
+            done and self.pending is not None and self.pending.exception() is not None
+        )
 
     def poll(self) -> None:
-        """When no host is `saving`: the first may move what all have written to its name, in its thread."""
+        """When no host is `saving`: the first may move what all have written to its name, in its
+        thread.
+        """
         if self.unsealed is not None:
             (temporary, position), self.unsealed = self.unsealed, None
             hosts.together(self._join)
             if hosts.first():
                 self.pending = self.writer.submit(
-                    self._reported, self.path(position["step"]), lambda: self._seal(temporary, position)
+                    self._reported,
+                    self.path(position["step"]),
+                    lambda: self._seal(temporary, position),
                 )
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises: WriteError when that failed, on whichever host."""
+        """Return when nothing is being written. Raises: WriteError when that failed, on whichever
+        host.
+        """
         while hosts.count() > 1:
             busy, failed = np.any(hosts.agree(self.saving, self.failed), axis=0)
             if failed:
@@ -247,7 +289,9 @@ class RunFolder:
         hosts.together(self._join)
 
     def _give_up(self) -> None:
-        """A host could not write its part. What the others write waits for it inside Orbax, for many minutes."""
+        """A host could not write its part. What the others write waits for it inside Orbax, for
+        many minutes.
+        """
         global _gave_up
         self.unsealed, _gave_up = None, True
         if self.saving:
@@ -269,7 +313,8 @@ class RunFolder:
                 shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
             raise WriteError(
                 f"could not write checkpoint {path}: {_reason(err)}\n"
-                f"Whole before it: {', '.join(path_of(self.folder, s).name for s in steps(self.folder)) or 'none'}. "
+                "Whole before it: "
+                f"{', '.join(path_of(self.folder, s).name for s in steps(self.folder)) or 'none'}. "
                 "Make room or allow writing there, then give the same command again to go on."
             ) from err
 
@@ -284,7 +329,9 @@ class RunFolder:
             _remove(self.path(step))
 
     def record(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to metrics.jsonl: values that another run of the same configuration would write as well."""
+        """Add lines to metrics.jsonl: values that another run of the same configuration would write
+        as well.
+        """
         if self.metrics is None:
             return
         text = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -304,7 +351,8 @@ class RunFolder:
     def close(self) -> None:
         """Let go of the folder. Raises: WriteError when the last checkpoint failed.
 
-        Waits for what this host is writing, and for no other: after an error the hosts may not be at the same place.
+        Waits for what this host is writing, and for no other: after an error the hosts may not be
+        at the same place.
         """
         try:
             self._join()
@@ -324,7 +372,8 @@ class RunFolder:
         self.metrics_hash = hashlib.sha256(kept)
         if sha256 is not None and self.metrics_hash.hexdigest() != sha256:
             raise storage.DamagedError(
-                f"{path} is damaged: its first {size} bytes are not those written before the newest checkpoint; "
+                f"{path} is damaged: its first {size} bytes are not those written before the "
+                "newest checkpoint; "
                 "restore it, or delete the run's folder to start again"
             )
         os.truncate(path, size)
@@ -335,13 +384,16 @@ class RunFolder:
             yield
         except OSError as err:
             raise WriteError(
-                f"cannot write to {self.folder}: {err}. Make room or allow writing there, then give the same command "
+                f"cannot write to {self.folder}: {err}. Make room or allow writing there, then "
+                "give the same command "
                 "again to go on."
             ) from err
 
     @contextlib.contextmanager
     def _recording(self):
-        """As `_writing`; of several hosts only the first writes, and the others learn of an error from `failed`."""
+        """As `_writing`; of several hosts only the first writes, and the others learn of an error
+        from `failed`.
+        """
         try:
             with self._writing():
                 yield
@@ -352,8 +404,9 @@ class RunFolder:
 
 
 def gave_up() -> bool:
-    """Whether a write was given up because another host failed: a thread still waits for that host, and the end of this
-    process would wait for the thread."""
+    """Whether a write was given up because another host failed: a thread still waits for that host,
+    and the end of this process would wait for the thread.
+    """
     return _gave_up
 
 
@@ -361,7 +414,8 @@ def settle(run: RunFolder | None, *told: int) -> tuple[np.ndarray, bool]:
     """Between two pieces of work the hosts agree, and what they are writing moves on.
 
     Args: told: what rests on a clock of this host.
-    Returns: what the first host has told, as clocks differ, and whether SIGTERM has come to one of them.
+    Returns: what the first host has told, as clocks differ, and whether SIGTERM has come to one of
+    them.
     Raises: WriteError, on all hosts, where one could not write.
     """
     saving, failed = (run.saving, run.failed) if run else (False, False)
@@ -375,25 +429,32 @@ def settle(run: RunFolder | None, *told: int) -> tuple[np.ndarray, bool]:
 
 
 def read_checkpoint(
-    folder: str | Path, only: trees.Patterns = None, *, step: int | None = None, like: trees.Tree | None = None
+    folder: str | Path,
+    only: trees.Patterns = None,
+    *,
+    step: int | None = None,
+    like: trees.Tree | None = None,
 ) -> tuple[trees.Tree, dict[str, Any]]:
     """Arrays and position of a run's checkpoint, without the run: all of them, or a part.
 
     Args:
       folder: of the run.
-      only: expressions, see `trees.select`: "^params/" (the weights there), "^best/" (those of the best epoch),
-        "^optimizer/", or deeper, as "^params/layer_0/". Frozen weights are in no checkpoint.
+      only: expressions, see `trees.select`: "^params/" (the weights there), "^best/" (those of the
+        best epoch), "^optimizer/", or deeper, as "^params/layer_0/". Frozen weights are in no
+        checkpoint.
       step: of the checkpoint; None: the newest.
-      like: a tree of `jax.ShapeDtypeStruct` with shardings, of the leaves chosen, to restore into; None: the default
-        device.
-    Raises: FileNotFoundError naming the steps there are; storage.DamagedError; ValueError for `only` or `like` that do
-      not fit.
+      like: a tree of `jax.ShapeDtypeStruct` with shardings, of the leaves chosen, to restore into;
+        None: the default device.
+    Raises: FileNotFoundError naming the steps there are; storage.DamagedError; ValueError for
+      `only` or `like` that do not fit.
     """
     folder = Path(folder).expanduser().absolute()
     there = steps(folder)
     if not there or (step is not None and step not in there):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise FileNotFoundError(f"{folder} has {wanted}; steps there: {', '.join(map(str, there)) or 'none'}")
+        raise FileNotFoundError(
+            f"{folder} has {wanted}; steps there: {', '.join(map(str, there)) or 'none'}"
+        )
     there = there[: there.index(there[-1] if step is None else step) + 1]
     with _damage(folder, there):
         position = _position(folder, there[-1])
@@ -402,7 +463,9 @@ def read_checkpoint(
 
 
 def recorded(folder: str | Path, name: str) -> Any:
-    """Read the field `name` ("train.lr") of the run in the folder; None where there is no run, or no such field."""
+    """Read the field `name` ("train.lr") of the run in the folder; None where there is no run, or
+    no such field.
+    """
     try:
         found = json.loads((Path(folder).expanduser() / CONFIG).read_text())
         for part in name.split("."):
@@ -434,7 +497,10 @@ def begun(folder: str | Path) -> bool:
     if not there.is_dir():
         raise WriteError(f"cannot write to {folder}: {there} is a file. Choose another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise WriteError(f"cannot write to {folder}: {there} allows no writing. Allow it, or choose another folder.")
+        raise WriteError(
+            f"cannot write to {folder}: {there} allows no writing. Allow it, or choose another "
+            "folder."
+        )
     return False
 
 
@@ -477,8 +543,14 @@ def _damage(folder: Path, there: list[int]):
         yield
     except (ValueError, FileNotFoundError) as err:
         path = path_of(folder, there[-1])
-        back = f"to go on from {path_of(folder, there[-2]).name}" if len(there) > 1 else "to start the run again"
-        raise storage.DamagedError(f"checkpoint {path} is damaged; delete that folder {back}: {err}") from err
+        back = (
+            f"to go on from {path_of(folder, there[-2]).name}"
+            if len(there) > 1
+            else "to start the run again"
+        )
+        raise storage.DamagedError(
+            f"checkpoint {path} is damaged; delete that folder {back}: {err}"
+        ) from err
 
 
 def _remove(path: Path) -> None:

@@ -10,7 +10,8 @@ import jax
 class Waited:
     """Seconds of this process spent tracing and compiling while a block of `measured` is open.
 
-    Tracing a function traces the functions in it, so that its stretches of time overlap: they count once.
+    Tracing a function traces the functions in it, so that its stretches of time overlap: they count
+    once.
     """
 
     def __init__(self):

@@ -16,7 +16,14 @@ from ltsm_jax.training import checkpoints, optimizers
 COMPUTE = ("float32", "bfloat16")
 REMAT = ("none", "all but products")
 KEY_NAMES = ("init", "aux", "data", "dropout")
-RECIPE = ("epochs", "batch_size", "lr", "schedule", "weight_decay", "clip")  # fields that a recipe fills
+RECIPE = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "schedule",
+    "weight_decay",
+    "clip",
+)  # fields that a recipe fills
 LATER: dict[str, Any] = {  # unrecorded where they are these
     "optimizer": "adamw",
     "betas": optimizers.BETAS,
@@ -25,22 +32,32 @@ LATER: dict[str, Any] = {  # unrecorded where they are these
     "ema": 0.0,
     "swa": 0.0,
 }
-FREE = ("checkpoint_seconds", "keep_checkpoints", "steps_per_dispatch")  # have no influence on results
+FREE = (
+    "checkpoint_seconds",
+    "keep_checkpoints",
+    "steps_per_dispatch",
+)  # have no influence on results
 MOST_STEPS = 4096  # of one dispatch; so long is the buffer of its losses
 LONGEST = 60  # characters of a refused value that a message quotes
 
 
 def keys(seed: int) -> dict[str, jax.Array]:
-    """Make the named keys of one seed: `init`, `aux` (the random model SFF mixes in), `data` (order), `dropout`.
+    """Make the named keys of one seed: `init`, `aux` (the random model SFF mixes in), `data`
+    (order), `dropout`.
 
-    A key depends on its name and the seed alone, so methods that use more keys than others still see the same data.
+    A key depends on its name and the seed alone, so methods that use more keys than others still
+    see the same data.
     """
-    return {name: jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())) for name in KEY_NAMES}
+    return {
+        name: jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        for name in KEY_NAMES
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train. What is left out of the first seven fields, None, is for a recipe and the caller to say.
+    """How to train. What is left out of the first seven fields, None, is for a recipe and the
+    caller to say.
 
     `TrainConfig(epochs=1)` changes the epochs of a recipe and nothing else of it: see `filled`.
 
@@ -54,20 +71,26 @@ class TrainConfig:
       warmup: see `optimizers.schedule`.
       patience: stop after this many epochs without a better validation MSE; None: never.
       checkpoint_seconds: time between checkpoints inside an epoch; one more follows each epoch.
-      keep_checkpoints: how many stay; each has the best weights, too. A finished run keeps its last.
+      keep_checkpoints: how many stay; each has the best weights, too. A finished run keeps its
+        last.
       steps_per_dispatch: None: from the measured time of a step. Has no influence on results.
-      compute: dtype of the matrix products, "float32" or "bfloat16"; parameters, norms and losses stay in float32.
-      accumulate: parts a batch is taken in, one after the other, for the memory of one part at a time. "auto": as many
-        as are quickest on a CPU, by the shapes of model and batch (see `training.parts`); a folder records how many.
-        A loss that is no mean over rows (missing targets, a balance term) is that of each part.
-      remat: what the backward pass computes again instead of keeping it: "none", or "all but products" (everything but
-        the results of matrix products without batch axes), for less memory and more time.
+      compute: dtype of the matrix products, "float32" or "bfloat16"; parameters, norms and losses
+        stay in float32.
+      accumulate: parts a batch is taken in, one after the other, for the memory of one part at a
+        time. "auto": as many as are quickest on a CPU, by the shapes of model and batch (see
+        `training.parts`); a folder records how many. A loss that is no mean over rows (missing
+        targets, a balance term) is that of each part.
+      remat: what the backward pass computes again instead of keeping it: "none", or
+        "all but products" (everything but the results of matrix products without batch axes), for
+        less memory and more time.
       optimizer, betas, eps: see `optimizers.Rule`.
-      rho: take the gradient this far up the gradient (SAM, see `step.uphill`), for twice the time; 0: where it is.
+      rho: take the gradient this far up the gradient (SAM, see `step.uphill`), for twice the time;
+        0: where it is.
       ema: validate and keep an exponential moving average of the weights: after each step it is
         `ema * average + (1 - ema) * weights`, from the start on; 0: the weights themselves.
-      swa: validate and keep the mean of the weights after each of the last epochs, this share of them and at least
-        one; epochs before are validated, but not selected. 0: the weights themselves.
+      swa: validate and keep the mean of the weights after each of the last epochs, this share of
+        them and at least one; epochs before are validated, but not selected. 0: the weights
+        themselves.
     Raises: ValueError listing every field of a wrong type or out of range.
     """
 
@@ -118,14 +141,18 @@ class TrainConfig:
         """Fill the fields that are None from a recipe, and the seed from the caller's.
 
         Args:
-          recipe: anything with the fields epochs, batch_size, lr, schedule, weight_decay and clip, such as a
-            `models.Recipe`, or a mapping with some of them. Its clip may be None: no limit.
+          recipe: anything with the fields epochs, batch_size, lr, schedule, weight_decay and clip,
+            such as a `models.Recipe`, or a mapping with some of them. Its clip may be None: no
+            limit.
           seed: of the run; None: that of the config.
-        Raises: ValueError for a mapping with other names, or a config with another seed than the caller's.
+        Raises: ValueError for a mapping with other names, or a config with another seed than the
+        caller's.
         """
         if isinstance(recipe, Mapping):
             if unknown := sorted(set(recipe) - set(RECIPE)):
-                raise ValueError(f"a recipe has {', '.join(RECIPE)}, not {', '.join(map(str, unknown))}")
+                raise ValueError(
+                    f"a recipe has {', '.join(RECIPE)}, not {', '.join(map(str, unknown))}"
+                )
             said = dict(recipe)
         else:
             said = {name: getattr(recipe, name) for name in RECIPE}
@@ -134,7 +161,10 @@ class TrainConfig:
         changes = {name: value for name, value in said.items() if getattr(self, name) is None}
         if seed is not None:
             if self.seed is not None and self.seed != seed:
-                raise ValueError(f"seed={seed} is asked for, and the config says seed={self.seed}: give one of them")
+                raise ValueError(
+                    f"seed={seed} is asked for, and the config says seed={self.seed}: give one of "
+                    "them"
+                )
             changes["seed"] = seed
         return dataclasses.replace(self, **changes)
 
@@ -142,15 +172,24 @@ class TrainConfig:
         """Raises: ValueError naming the fields that nobody has said."""
         if self.unfilled:
             raise ValueError(
-                f"the TrainConfig does not say {', '.join(self.unfilled)}: give them, or fill them from a model's "
+                f"the TrainConfig does not say {', '.join(self.unfilled)}: give them, or fill them "
+                "from a model's "
                 "recipe with config.filled(model.recipe(), seed=0)"
             )
 
     def record(self) -> dict[str, Any]:
-        """Give the fields that decide a result as JSON knows them; no limit of the gradient is None."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
+        """Give the fields that decide a result as JSON knows them; no limit of the gradient is
+        None.
+        """
+        fields = {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in FREE
+        }
         # Folders of earlier versions do not name these, and have to go on.
-        fields = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
+        fields = {
+            name: value
+            for name, value in fields.items()
+            if name not in LATER or value != LATER[name]
+        }
         return fields | {"clip": None if self.clip == math.inf else self.clip}
 
     @property

@@ -50,10 +50,14 @@ def of_batch(
             suspects.append(f"    {name} {what}: {place}")
     if not suspects:
         return [
-            f"  the {len(real)} windows of this batch are finite, no value is beyond {largest:.3g}: "
+            f"  the {len(real)} windows of this batch are finite, no value is beyond "
+            f"{largest:.3g}: "
             "a smaller lr, or clip, may help"
         ]
-    lines = [f"  suspect windows of this batch ({len(suspects)} of {len(real)}):", *suspects[:NAMED]]
+    lines = [
+        f"  suspect windows of this batch ({len(suspects)} of {len(real)}):",
+        *suspects[:NAMED],
+    ]
     if len(suspects) > NAMED:
         lines.append("    ...")
     return lines

@@ -50,27 +50,54 @@ Evaluate = Callable[[Over, Stack], Sequence[Mapping[str, Any]]]
 # Fields of a TrainConfig that lanes must have in common, as they are in the program, and those in
 # which they may differ. A run with any other field that is not at its default is none of these.
 ALIKE = (
-    "epochs", "batch_size", "weight_decay", "clip", "compute", "accumulate", "remat", "optimizer",
-    "betas", "eps", "rho",
-)  # fmt: skip
+    "epochs",
+    "batch_size",
+    "weight_decay",
+    "clip",
+    "compute",
+    "accumulate",
+    "remat",
+    "optimizer",
+    "betas",
+    "eps",
+    "rho",
+)
 DIFFERING = ("lr", "seed", "schedule", "warmup", "patience", *FREE)
 JOB = (
-    "loss_fn", "params", "train_source", "config", "validate", "watch", "select", "trainable", "penalty",
-    "folder", "label", "facts", "show_progress",
-)  # fmt: skip
+    "loss_fn",
+    "params",
+    "train_source",
+    "config",
+    "validate",
+    "watch",
+    "select",
+    "trainable",
+    "penalty",
+    "folder",
+    "label",
+    "facts",
+    "show_progress",
+)
 
 GAIN = 0.95  # lanes must take at most this share of the time of separate runs to be chosen
-BATCHED_GAIN = 0.9  # and batched ones of the time of mapped ones, which give the bits of separate runs
+BATCHED_GAIN = (
+    0.9  # and batched ones of the time of mapped ones, which give the bits of separate runs
+)
 CLEAR_GAIN = 0.8  # batched lanes below this share are taken without compiling mapped ones
-LONG_STEP = 0.05  # seconds; a CPU that a step keeps busy for longer has no idle units that lanes would fill
+LONG_STEP = (
+    0.05  # seconds; a CPU that a step keeps busy for longer has no idle units that lanes would fill
+)
 TIMED_SECONDS = 0.3  # of one timed dispatch at most
-TIMED_SHARE = 0.005  # of the time of all runs: what all timed dispatches may take beside a step of each way
+TIMED_SHARE = (
+    0.005  # of the time of all runs: what all timed dispatches may take beside a step of each way
+)
 ROUNDS = 3  # timed dispatches of each way, in turns
 LEAST_COMPILING = 1.0  # seconds that a program of lanes takes to compile at least
 WORTH_TIMING = 100  # how many times as long as a compilation all runs must take, to find out
 TINY_STEP = 0.005  # seconds; below it a step is so short that batching is likely to gain
 WORTH_TIMING_TINY = 20
-# Fewer steps than that of all runs together are too short or too long for lanes, whatever a step takes.
+# Fewer steps than that of all runs together are too short or too long for lanes, whatever a step
+# takes.
 FEWEST_STEPS = LEAST_COMPILING * min(WORTH_TIMING / LONG_STEP, WORTH_TIMING_TINY / TINY_STEP)
 FREE_SHARE = 0.8  # of the free memory that lanes may take: the estimate is rough
 CHOICE = "choice.json"
@@ -91,7 +118,7 @@ class Choice:
     why: str
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what can be lanes
 
 
@@ -115,7 +142,9 @@ def signature(job: Mapping[str, Any]) -> Hashable | None:
     loss_fn, penalty = step.as_pytree(job["loss_fn"]), step.as_pytree(job.get("penalty"))
     shapes, structure = jax.tree.flatten((params, loss_fn, penalty))
     chosen = job.get("trainable")
-    trainable = None if chosen is None or all(jax.tree.leaves(chosen)) else tuple(jax.tree.leaves(chosen))
+    trainable = (
+        None if chosen is None or all(jax.tree.leaves(chosen)) else tuple(jax.tree.leaves(chosen))
+    )
     return (
         structure,
         tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in shapes),
@@ -133,7 +162,7 @@ def _whole_everywhere(params: Tree, source: Any, placement: Placement) -> bool:
     return all(leaf.is_fully_replicated for leaf in leaves if hasattr(leaf, "is_fully_replicated"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the compiled steps
 
 
@@ -143,8 +172,21 @@ def _whole_everywhere(params: Tree, source: Any, placement: Placement) -> bool:
     donate_argnames=("moving", "opt_state"),
 )
 def advance(
-    moving, opt_state, alive, fixed, turn, source, place, count, first, *, over, batch_size, rule, how
-):  # fmt: skip
+    moving,
+    opt_state,
+    alive,
+    fixed,
+    turn,
+    source,
+    place,
+    count,
+    first,
+    *,
+    over,
+    batch_size,
+    rule,
+    how,
+):
     """Take `count` steps of every lane that is alive, from batch `place` of the epoch.
 
     A lane stops before a step that is not finite.
@@ -168,27 +210,55 @@ def _alone(state, fixed, turn, common, *, batch_size, rule, how):
     """Take the steps of one lane with the program of a separate run."""
     count = jnp.where(state["alive"], common["count"], 0)
     moving, opt_state, _, losses, done = step.advance(
-        state["params"], state["optimizer"], None, fixed["frozen"], common["source"], turn["order"], turn["rates"],
-        turn["key"], fixed["loss_fn"], fixed["penalty"], common["place"], count, common["first"],
-        batch_size=batch_size, rule=rule, how=how, layout=None,
-    )  # fmt: skip
+        state["params"],
+        state["optimizer"],
+        None,
+        fixed["frozen"],
+        common["source"],
+        turn["order"],
+        turn["rates"],
+        turn["key"],
+        fixed["loss_fn"],
+        fixed["penalty"],
+        common["place"],
+        count,
+        common["first"],
+        batch_size=batch_size,
+        rule=rule,
+        how=how,
+        layout=None,
+    )
     return moving, opt_state, losses, done
 
 
 def _at_once(state, fixed, turn, *, shared, batch_size, rule, how):
-    """Take each step of all lanes at once. Where they share the order, the batch is gathered once."""
+    """Take each step of all lanes at once. Where they share the order, the batch is
+    gathered once.
+    """
     tx, batched = rule.transformation(), Over("batched")
 
     def lane(now, fixed, turn, at):
         rows = windows.batch_at(turn["order"], shared["place"] + at, batch_size)
         loss, good, moving, opt_state = step.update(
-            now["params"], now["optimizer"], fixed["frozen"], shared["source"], rows,
-            turn["rates"][shared["place"] + at], jax.random.fold_in(turn["key"], shared["first"] + at),
-            fixed["loss_fn"], fixed["penalty"], tx=tx, how=how, placement=Placement(),
-        )  # fmt: skip
+            now["params"],
+            now["optimizer"],
+            fixed["frozen"],
+            shared["source"],
+            rows,
+            turn["rates"][shared["place"] + at],
+            jax.random.fold_in(turn["key"], shared["first"] + at),
+            fixed["loss_fn"],
+            fixed["penalty"],
+            tx=tx,
+            how=how,
+            placement=Placement(),
+        )
         alive = now["alive"]
         hold = functools.partial(jax.tree.map, lambda new, old: jnp.where(alive, new, old))
-        held = {"params": hold(moving, now["params"]), "optimizer": hold(opt_state, now["optimizer"])}
+        held = {
+            "params": hold(moving, now["params"]),
+            "optimizer": hold(opt_state, now["optimizer"]),
+        }
         return held | {"alive": alive & good}, jnp.where(alive, loss, 0.0)
 
     def one(carry):
@@ -217,12 +287,13 @@ def _keep_better(best: Tree, params: Tree, better: jax.Array) -> Tree:
     return jax.tree.map(choose, best, params)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # lanes at work
 
 
 class Sweep:
-    """Runs that take their steps together: `state` (arrays [L, ...]) and a `loop.Fitting` of each, for its position.
+    """Runs that take their steps together: `state` (arrays [L, ...]) and a `loop.Fitting` of each,
+    for its position.
 
     Args:
       jobs: arguments of `training.fit` by name, all of one `signature`.
@@ -231,10 +302,14 @@ class Sweep:
       evaluate: scores all lanes; None: each lane's own `validate` does, one after the other.
     """
 
-    def __init__(self, jobs: Sequence[Mapping[str, Any]], over: Over, evaluate: Evaluate | None = None):
+    def __init__(
+        self, jobs: Sequence[Mapping[str, Any]], over: Over, evaluate: Evaluate | None = None
+    ):
         self.jobs, self.over, self.evaluate = jobs, over, evaluate
         self.fittings, self.moving, self.trainable = [], [], []
-        strong: dict[int, tuple[Any, jax.Array]] = {}  # what lanes have in common must stay one array
+        strong: dict[
+            int, tuple[Any, jax.Array]
+        ] = {}  # what lanes have in common must stay one array
 
         def made_strong(leaf):
             if id(leaf) not in strong:
@@ -271,7 +346,10 @@ class Sweep:
         self.source = source.over(over.mesh)
         self.dropout = {f.config.seed: f.keys["dropout"] for f in self.fittings}
         self.fixed = self.stacked(
-            [{"frozen": f.frozen, "loss_fn": f.loss_fn, "penalty": f.penalty} for f in self.fittings]
+            [
+                {"frozen": f.frozen, "loss_fn": f.loss_fn, "penalty": f.penalty}
+                for f in self.fittings
+            ]
         )
         self.failed: list[NonFiniteError | None] = [None] * len(jobs)
         self.step, self.epoch = 0, 0
@@ -299,7 +377,9 @@ class Sweep:
         """Take the state from the start of the runs, or from where an earlier launch came to."""
         self.run = run
         self.saved_step = 0
-        restored = run.restore(jax.eval_shape(self._state_of, self._moving(jnp.stack, 0))) if run else None
+        restored = (
+            run.restore(jax.eval_shape(self._state_of, self._moving(jnp.stack, 0))) if run else None
+        )
         if restored is None:
             self.state = self._state_of(self._moving(self.over.join, self.surplus))
             return
@@ -381,7 +461,8 @@ class Sweep:
         seconds = min(fitting.config.checkpoint_seconds for fitting in self.fittings)
         self.begin_epoch(epoch)
         while self.step < start + self.steps_per_epoch and not self.finished:
-            # the last step of an epoch is saved with its validation, below, and so not once more here
+            # the last step of an epoch is saved with its validation, below, and so not once more
+            # here
             due = self.step > start and time.monotonic() - self.saved >= seconds
             self.dispatch(epoch, self.step - start, self.settle(due))
         try:
@@ -397,7 +478,9 @@ class Sweep:
             self.save(self.run)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Make the stack of what an epoch brings: the order of its windows, its learning rates, the dropout's key."""
+        """Make the stack of what an epoch brings: the order of its windows, its learning rates, the
+        dropout's key.
+        """
         orders: dict[Any, jax.Array] = {}
         turns = []
         for fitting in self.fittings:
@@ -415,10 +498,20 @@ class Sweep:
         alive = np.array([*self.alive, *[False] * self.surplus])
         first = self.first
         self.state["params"], self.state["optimizer"], losses, done = advance(
-            self.state["params"], self.state["optimizer"], alive, self.fixed, self.turn, self.source,
-            np.int32(place), np.int32(count), np.int32(self.step),
-            over=self.over, batch_size=first.batch_size, rule=first.rule, how=first.how,
-        )  # fmt: skip
+            self.state["params"],
+            self.state["optimizer"],
+            alive,
+            self.fixed,
+            self.turn,
+            self.source,
+            np.int32(place),
+            np.int32(count),
+            np.int32(self.step),
+            over=self.over,
+            batch_size=first.batch_size,
+            rule=first.rule,
+            how=first.how,
+        )
         return np.asarray(losses)[:, :count], np.asarray(done)
 
     def dispatch(self, epoch: int, place: int, steps: int) -> None:
@@ -437,13 +530,16 @@ class Sweep:
         self.count_time()
         self.pace.learn(count, time.monotonic() - began)
         seen = len(alive) * sum(map(self.first.rows_of, range(place, place + count)))
-        self.bar.update(self.step, epoch + 1, seen, float(losses[alive, -1].mean()), self.best_so_far())
+        self.bar.update(
+            self.step, epoch + 1, seen, float(losses[alive, -1].mean()), self.best_so_far()
+        )
 
     def end_epoch(self, epoch: int) -> None:
         """Validate and select, lane by lane; whether this was its last epoch."""
         alive = [lane for lane, lives in enumerate(self.alive) if lives]
         found = self.validate(alive) if self.validates and alive else {}
-        # All of it before any is judged: a stop inside comes back to this epoch, which must not count twice.
+        # All of it before any is judged: a stop inside comes back to this epoch, which must not
+        # count twice.
         watched = {lane: self.watched(lane, epoch) for lane in alive}
         better = np.zeros(len(self.jobs) + self.surplus, bool)
         for lane in alive:
@@ -468,7 +564,9 @@ class Sweep:
         found = {}
         for lane in alive:
             fitting = self.fittings[lane]
-            found[lane] = fitting.validate(trees.merge(self.of_lane("params", lane), fitting.frozen))
+            found[lane] = fitting.validate(
+                trees.merge(self.of_lane("params", lane), fitting.frozen)
+            )
         return found
 
     def watched(self, lane: int, epoch: int) -> Mapping[str, Any]:
@@ -489,7 +587,10 @@ class Sweep:
     def fail(self, lane: int, message: str) -> None:
         """End a lane; the others go on."""
         self.failed[lane] = NonFiniteError(message)
-        self.bar.say(f"{self.jobs[lane].get('label') or f'lane {lane}'}: {message.splitlines()[0]}; the others go on")
+        self.bar.say(
+            f"{self.jobs[lane].get('label') or f'lane {lane}'}: {message.splitlines()[0]}; the "
+            "others go on"
+        )
 
     def settle(self, due: bool) -> int:
         """Between two dispatches: how many steps come next, whether to save or to stop.
@@ -512,7 +613,9 @@ class Sweep:
             self.run.wait()
             if self.step:
                 kept = f"checkpoint: {self.run.path(self.step)}"
-        return hosts.stopped(f"after step {self.step} of {self.total} of {len(self.jobs)} lanes; {kept}")
+        return hosts.stopped(
+            f"after step {self.step} of {self.total} of {len(self.jobs)} lanes; {kept}"
+        )
 
     def best_so_far(self) -> str:
         """Say the best validation of all lanes, for the progress bar."""
@@ -549,11 +652,16 @@ class Sweep:
         with contextlib.closing(
             checkpoints.RunFolder(job["folder"], record_of(job), fitting.config.keep_checkpoints)
         ) as run:
-            run.restore(fitting.shapes)  # there is nothing, but perhaps lines of a launch that was killed here
+            run.restore(
+                fitting.shapes
+            )  # there is nothing, but perhaps lines of a launch that was killed here
             run.clock(lane=lane, lanes=len(self.jobs), way=self.over.mode, jax=jax.__version__)
             run.record(lines)
             position = fitting.position
-            position.seconds, position.compile_seconds = self.seconds * share, self.compile_seconds * share
+            position.seconds, position.compile_seconds = (
+                self.seconds * share,
+                self.compile_seconds * share,
+            )
             run.save({name: self.of_lane(name, lane) for name in self.state}, position.to_json())
             run.wait()
 
@@ -564,15 +672,20 @@ def record_of(job: Mapping[str, Any]) -> dict[str, Any]:
     trainable = job.get("trainable")
     trainable = trees.select(params, None) if trainable is None else trainable
     select = job.get("select", "mse") if job.get("validate") else None
-    return loop.config_record(job["config"], job.get("facts"), params, trainable, job["train_source"], select)
+    return loop.config_record(
+        job["config"], job.get("facts"), params, trainable, job["train_source"], select
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # which way
 
 
-def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: bool = False) -> Choice:
-    """Choose how to train runs of one `signature`, by timing a few steps of each way where that is worth its time.
+def choose(
+    jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: bool = False
+) -> Choice:
+    """Choose how to train runs of one `signature`, by timing a few steps of each way where that is
+    worth its time.
 
     asked: "on": as lanes, whatever it costs. writes: whether checkpoints are written.
     """
@@ -615,19 +728,27 @@ def choose(jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: 
         if way == "batched" and ratios[way] < CLEAR_GAIN:
             break
     way = min(ratios, key=lambda way: ratios[way])
-    if way == "batched" and ratios.get("mapped", math.inf) <= GAIN and ratios[way] > BATCHED_GAIN * ratios["mapped"]:
+    if (
+        way == "batched"
+        and ratios.get("mapped", math.inf) <= GAIN
+        and ratios[way] > BATCHED_GAIN * ratios["mapped"]
+    ):
         way = "mapped"
     if ratios[way] > GAIN:
         said = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items())
         return Choice("separate", 1, f"{separate}: lanes would take {said} the time")
-    return Choice(way, room[way], f"{n} lanes, {way}: {ratios[way]:.2f}x the time of one after the other")
+    return Choice(
+        way, room[way], f"{n} lanes, {way}: {ratios[way]:.2f}x the time of one after the other"
+    )
 
 
 def _ways(
     jobs: Sequence[Mapping[str, Any]], mesh: jax.sharding.Mesh | None, writes: bool
 ) -> tuple[dict[stacks.Mode, int], list[stacks.Mode]]:
     """Give how many lanes memory has room for in each mode, and the modes that are worth a try."""
-    room: dict[stacks.Mode, int] = {mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES}
+    room: dict[stacks.Mode, int] = {
+        mode: _room(jobs, Over(mode, mesh), writes) for mode in stacks.MODES
+    }
     able: list[stacks.Mode] = [mode for mode in stacks.MODES if room[mode] >= min(len(jobs), 2)]
     if jax.default_backend() != "cpu" and "batched" in able:
         able = able[:1]  # an accelerator takes mapped lanes in the time of separate runs
@@ -641,15 +762,24 @@ def _separate(job: Mapping[str, Any]) -> loop.Fitting:
     moving, frozen = trees.partition(params, sweep.trainable[0])
     one = sweep.first
     fitting = loop.Fitting(
-        one.config, one.loss_fn, one.penalty, job["train_source"], moving, frozen, one.validate, Placement.of(params),
+        one.config,
+        one.loss_fn,
+        one.penalty,
+        job["train_source"],
+        moving,
+        frozen,
+        one.validate,
+        Placement.of(params),
         one.select,
-    )  # fmt: skip
+    )
     fitting.start(moving, None)
     return fitting
 
 
 class _Timed:
-    """Steps of one way, timed. seconds: of one step of one run, the best so far; compile_seconds: of its program."""
+    """Steps of one way, timed. seconds: of one step of one run, the best so far; compile_seconds:
+    of its program.
+    """
 
     def __init__(self, work: Any, lanes: int):
         self.work, self.lanes = work, lanes
@@ -701,7 +831,7 @@ def _room(jobs: Sequence[Mapping[str, Any]], over: Over, writes: bool) -> int:
     return max(int(lanes), 0) * over.devices
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # runs in, results out
 
 
@@ -718,7 +848,8 @@ def fit(
 
     Args:
       jobs: arguments of `training.fit` by name. A job with a folder ends with the run folder that
-        `training.fit` would have left there; where it has a checkpoint already, it goes on by itself.
+        `training.fit` would have left there; where it has a checkpoint already, it goes on by
+        itself.
       lanes: "auto": the way that a short measurement finds to be the quickest; "on": lanes; "off":
         one after the other.
       folder: of the sweep, for checkpoints of all lanes and the choice. A sweep that was killed
@@ -746,7 +877,9 @@ def fit(
             if choice.way != "separate":
                 over = Over(choice.way, Placement.of(jobs[0]["params"]).mesh)
                 for members in _chunks(fresh, choice.most):
-                    place = None if folder is None else Path(folder) / f"lanes-{_digest(jobs, members)}"
+                    place = (
+                        None if folder is None else Path(folder) / f"lanes-{_digest(jobs, members)}"
+                    )
                     outcomes |= _as_lanes(jobs, members, over, place, evaluate)
     for i, job in enumerate(jobs):
         if i not in outcomes and (others or _is_finished(job)):
@@ -754,19 +887,27 @@ def fit(
     return [outcomes.get(i) for i in range(len(jobs))]
 
 
-def together(jobs: Sequence[Mapping[str, Any]], over: Over, evaluate: Evaluate | None = None) -> list[Outcome]:
-    """Train runs of one `signature` as lanes of one program, whatever would be quicker; nothing is kept on disk."""
+def together(
+    jobs: Sequence[Mapping[str, Any]], over: Over, evaluate: Evaluate | None = None
+) -> list[Outcome]:
+    """Train runs of one `signature` as lanes of one program, whatever would be quicker; nothing is
+    kept on disk.
+    """
     found = _as_lanes([_settled(job) for job in jobs], range(len(jobs)), over, None, evaluate)
     return [found[i] for i in range(len(jobs))]
 
 
 def _settled(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the number of parts in a job where its config leaves that open, as `training.fit` would."""
+    """Put the number of parts in a job where its config leaves that open, as
+    `training.fit` would.
+    """
     if job["config"].accumulate != "auto":
         return dict(job)
     params = jax.tree.map(step.strong, job["params"])
     trainable = job.get("trainable")
-    moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
+    moving, frozen = trees.partition(
+        params, trees.select(params, None) if trainable is None else trainable
+    )
     config = parts.settled(
         job["config"],
         moving,
@@ -810,14 +951,24 @@ def _sha256(record: Any) -> str:
 
 
 def _chosen(
-    jobs: Sequence[Mapping[str, Any]], members: Sequence[int], asked: Asked, folder: str | Path | None
+    jobs: Sequence[Mapping[str, Any]],
+    members: Sequence[int],
+    asked: Asked,
+    folder: str | Path | None,
 ) -> Choice:
     """Choose, or take the choice of an earlier launch, with whose bits the sweep has to go on."""
     some = [jobs[i] for i in members]
     file = None if folder is None else Path(folder) / CHOICE
     one = record_of(some[0])
     shapes = jax.tree.map(lambda x: [*x.shape], some[0]["params"])
-    key = _sha256([trees.flatten({"shapes": jax.tree.map(str, shapes)}), one["windows"], asked, jax.default_backend()])
+    key = _sha256(
+        [
+            trees.flatten({"shapes": jax.tree.map(str, shapes)}),
+            one["windows"],
+            asked,
+            jax.default_backend(),
+        ]
+    )
     known: dict[str, Any] = {}
     if file is not None and file.is_file():
         known = storage.read_record(file)["choices"]

@@ -1,7 +1,8 @@
-"""The training loop. There is one; strategies, pre-training and the three tasks differ in what they hand to it.
+"""The training loop. There is one; strategies, pre-training and the three tasks differ in what they
+hand to it.
 
-Many steps run in one dispatch, inside a loop on the device (`step.advance`). How many is chosen from the measured time
-of a step.
+Many steps run in one dispatch, inside a loop on the device (`step.advance`). How many is chosen
+from the measured time of a step.
 """
 
 import contextlib
@@ -20,7 +21,17 @@ import numpy as np
 from ltsm_jax import hosts, sharding, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import checkpoints, compiling, diagnosis, memory, optimizers, parts, progress, step, timing
+from ltsm_jax.training import (
+    checkpoints,
+    compiling,
+    diagnosis,
+    memory,
+    optimizers,
+    parts,
+    progress,
+    step,
+    timing,
+)
 from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
@@ -33,16 +44,16 @@ class FitResult:
     """What training gave.
 
     Attributes:
-      params: weights of the epoch with the lowest validation MSE (without validation: of the last epoch); with `ema` or
-        `swa` of the config, averages.
+      params: weights of the epoch with the lowest validation MSE (without validation: of the last
+        epoch); with `ema` or `swa` of the config, averages.
       last_params: weights after the last step.
-      history: a dict per epoch: epoch (from 1), step, train_loss (mean over the epoch's windows), lr (of its last
-        step), and what `validate` returned under "val_<name>".
+      history: a dict per epoch: epoch (from 1), step, train_loss (mean over the epoch's windows),
+        lr (of its last step), and what `validate` returned under "val_<name>".
       best_epoch: from 1; None without validation.
       steps: optimiser steps taken.
       seconds: of training and validation, over all launches, without compilation.
-      compile_seconds: those that training and validation waited for the compiler, over all launches: nearly none for
-        whoever comes second with the same shapes.
+      compile_seconds: those that training and validation waited for the compiler, over all
+        launches: nearly none for whoever comes second with the same shapes.
     """
 
     params: Tree
@@ -55,7 +66,9 @@ class FitResult:
 
 
 class NonFiniteError(ValueError):
-    """A loss, a gradient or a validation error is not finite; the message names the step, tensors and windows."""
+    """A loss, a gradient or a validation error is not finite; the message names the step, tensors
+    and windows.
+    """
 
 
 @dataclasses.dataclass
@@ -79,7 +92,9 @@ class Position:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], select: str) -> "Position":
         """Read it back; `select` names the metric that selects an epoch."""
-        position = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored})
+        position = cls(
+            **{f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored}
+        )
         if position.best_epoch is not None:
             position.best = position.history[position.best_epoch - 1][f"val_{select}"]
         return position
@@ -104,44 +119,51 @@ def fit(
 ) -> FitResult:
     """Train `params` and give back the weights of the best epoch.
 
-    Training happens where the parameters lie: on one device, or, where `sharding.shard` laid them over a mesh, on all
-    of its devices, each with its part of every batch. The batches are the same ones for any mesh, so that a run may go
-    on with another number of devices or hosts. On several hosts all call with the same arguments, and the folder is one
-    that all see. When SIGTERM or Ctrl-C comes to one of them (inside `hosts.session`), all save and stop at the same
-    step. Outside of a session Ctrl-C does the same to this process.
+    Training happens where the parameters lie: on one device, or, where `sharding.shard` laid them
+    over a mesh, on all of its devices, each with its part of every batch. The batches are the same
+    ones for any mesh, so that a run may go on with another number of devices or hosts. On several
+    hosts all call with the same arguments, and the folder is one that all see. When SIGTERM or
+    Ctrl-C comes to one of them (inside `hosts.session`), all save and stop at the same step.
+    Outside of a session Ctrl-C does the same to this process.
 
-    Compiled once for a loss function and the shapes it sees: hand in the same function object (not a new lambda)
-    for every run that should share the compilation. A `jax.tree_util.Partial` may carry arrays, as arguments.
+    Compiled once for a loss function and the shapes it sees: hand in the same function object (not
+    a new lambda) for every run that should share the compilation. A `jax.tree_util.Partial` may
+    carry arrays, as arguments.
 
     Args:
-      loss_fn: (params, batch, key, train) -> scalar; the mean over the batch's rows weighted by `batch["weight"]` [B],
-        which is 0 for the rows that fill up the last batch.
+      loss_fn: (params, batch, key, train) -> scalar; the mean over the batch's rows weighted by
+        `batch["weight"]` [B], which is 0 for the rows that fill up the last batch.
       params: start; left as it is.
-      train_source: a pytree with `n` windows, `gather(indices [B]) -> batch`, and `over(mesh)`, itself where the steps
-        can use it (`ltsm_jax.data.windows.Windows`).
-      config: how to train; every field of a recipe and the seed must be said (`TrainConfig.filled`).
+      train_source: a pytree with `n` windows, `gather(indices [B]) -> batch`, and `over(mesh)`,
+        itself where the steps can use it (`ltsm_jax.data.windows.Windows`).
+      config: how to train; every field of a recipe and the seed must be said
+        (`TrainConfig.filled`).
       validate: params -> {"mse": ..., ...}, called after each epoch.
-      watch: params, epoch (from 1) -> further numbers of it, under their own names in the history; they select nothing.
+      watch: params, epoch (from 1) -> further numbers of it, under their own names in the history;
+        they select nothing.
       select: which of these metrics selects the epoch: its lowest value (strictly) wins.
-      trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest stays bit for bit,
-        has no optimiser state, and keeps its dropout.
+      trainable: tree of booleans like `params` (`trees.select`); None trains everything. The rest
+        stays bit for bit, has no optimiser state, and keeps its dropout.
       penalty: params -> scalar, added to the loss.
-      folder: of the run; None keeps nothing on disk. A run killed at any moment goes on from its newest checkpoint
-        when called again with the same arguments, and ends with the same bits; a finished one is only read.
+      folder: of the run; None keeps nothing on disk. A run killed at any moment goes on from its
+        newest checkpoint when called again with the same arguments, and ends with the same bits; a
+        finished one is only read.
       label: for the progress bar.
-      facts: JSON-able facts that decide the result and cannot be seen from here (model, loss, data set, ...). Kept in
-        the folder's config.json; a rerun with others is refused.
+      facts: JSON-able facts that decide the result and cannot be seen from here (model, loss, data
+        set, ...). Kept in the folder's config.json; a rerun with others is refused.
       show_progress: a bar on a terminal, else a line every few seconds, on stderr.
-    Raises: ValueError for an empty source, nothing to train, a run that does not fit into memory (naming the batch
-      size that does), or a folder that holds another run; NonFiniteError; checkpoints.WriteError;
-      storage.DamagedError; after SIGTERM hosts.Stopped; after Ctrl-C that or, outside `hosts.session`,
-      KeyboardInterrupt.
+    Raises: ValueError for an empty source, nothing to train, a run that does not fit into memory
+      (naming the batch size that does), or a folder that holds another run; NonFiniteError;
+      checkpoints.WriteError; storage.DamagedError; after SIGTERM hosts.Stopped; after Ctrl-C that
+      or, outside `hosts.session`, KeyboardInterrupt.
     """
     config.require_filled()
     if int(train_source.n) < 1:
         raise ValueError("there is no training window")
     if config.patience is not None and validate is None:
-        raise ValueError("patience counts epochs without a better validation MSE, so it needs `validate`")
+        raise ValueError(
+            "patience counts epochs without a better validation MSE, so it needs `validate`"
+        )
     fitting, moving, trainable = _prepared(
         loss_fn,
         params,
@@ -167,10 +189,14 @@ def fit(
     with contextlib.closing(run) if run else contextlib.nullcontext():
         fitting.start(moving, run)
         if not fitting.position.finished:
-            takes = takes or fitting.check_memory(allocated=memory.bytes_on_one(fitting.shapes), writes=True)
+            takes = takes or fitting.check_memory(
+                allocated=memory.bytes_on_one(fitting.shapes), writes=True
+            )
             done = fitting.position.step
             show = show_progress and hosts.first()
-            with progress.Bar(fitting.total, config.epochs or 0, label, done=done, show=show) as bar:
+            with progress.Bar(
+                fitting.total, config.epochs or 0, label, done=done, show=show
+            ) as bar:
                 bar.say(f"{bar.label}: {takes}")
                 if done:
                     bar.say(f"{bar.label}: going on from step {done} of {fitting.total}")
@@ -202,7 +228,8 @@ def step_time(
     folder: str | Path | None = None,
     work_follows: bool = True,
 ) -> timing.Piece:
-    """Time one step of `fit`, whose arguments these are, in the program that `fit` will run; nothing is trained.
+    """Time one step of `fit`, whose arguments these are, in the program that `fit` will run;
+    nothing is trained.
 
     work_follows: see `timing.of`.
     """
@@ -272,7 +299,9 @@ def _prepared(
 
 
 class Fitting:
-    """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest), which move."""
+    """One call of `fit` at work: what it was given, and `state` (arrays) and `position` (the rest),
+    which move.
+    """
 
     def __init__(
         self,
@@ -303,9 +332,12 @@ class Fitting:
         self.total = config.epochs * self.steps_per_epoch
         if self.total > MOST_OF_ALL:
             raise ValueError(
-                f"{config.epochs} epochs of {self.steps_per_epoch} steps are more than {MOST_OF_ALL} steps"
+                f"{config.epochs} epochs of {self.steps_per_epoch} steps are more than "
+                f"{MOST_OF_ALL} steps"
             )
-        self.rates = optimizers.schedule(config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup)
+        self.rates = optimizers.schedule(
+            config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup
+        )
         self.rule = optimizers.Rule.of(config)
         self.keys = placement.replicate(keys(config.seed or 0))
         self.pace = Pace(config.steps_per_dispatch)
@@ -318,7 +350,9 @@ class Fitting:
             self.shardings = sharding.like(self.shapes, moving, self.mesh)
             self.layout = step.Layout.of(self.mesh, self.shardings)
             self.shapes = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.shapes, self.shardings
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                self.shapes,
+                self.shardings,
             )
 
     def state_of(self, moving: Tree) -> Tree:
@@ -333,7 +367,9 @@ class Fitting:
         return state | ({"best": jax.tree.map(jnp.copy, moving)} if self.validate else {})
 
     def start(self, moving: Tree, run: checkpoints.RunFolder | None) -> None:
-        """Take state and position from the start of the run, or from where an earlier launch came to."""
+        """Take state and position from the start of the run, or from where an earlier launch came
+        to.
+        """
         self.run = run
         restored = run.restore(self.shapes) if run else None
         if restored is not None:
@@ -382,21 +418,33 @@ class Fitting:
         self.saved = time.monotonic()
         if run:
             device = jax.devices()[0].device_kind
-            run.clock(launch_at_step=self.position.step, jax=jax.__version__, device=device, cores=os.cpu_count())
+            run.clock(
+                launch_at_step=self.position.step,
+                jax=jax.__version__,
+                device=device,
+                cores=os.cpu_count(),
+            )
         while not self.position.finished:
             began, first = time.monotonic(), self.position.step
-            epoch = len(self.position.history)  # a run may have been stopped between its last step and its validation
+            epoch = len(
+                self.position.history
+            )  # a run may have been stopped between its last step and its validation
             self.begin_epoch(epoch)
             start = epoch * self.steps_per_epoch
             while self.position.step < start + self.steps_per_epoch:
-                # an epoch's last step is saved with its validation, below, and so not once more here
-                due = self.position.step > start and time.monotonic() - self.saved >= config.checkpoint_seconds
+                # an epoch's last step is saved with its validation, below, and so not once more
+                # here
+                due = (
+                    self.position.step > start
+                    and time.monotonic() - self.saved >= config.checkpoint_seconds
+                )
                 self.dispatch(epoch, self.position.step - start, self.settle(run, due))
             trained = time.monotonic()
             try:
                 self.end_epoch(epoch)
             except (hosts.Stopped, KeyboardInterrupt) as err:
-                # out of the middle of a validation: it comes again, from a checkpoint of the last step
+                # out of the middle of a validation: it comes again, from a checkpoint of the last
+                # step
                 if not hosts.asked_for(err):
                     raise
                 raise self.stopped(run) from None
@@ -415,9 +463,11 @@ class Fitting:
             run.wait()
 
     def settle(self, run: checkpoints.RunFolder | None, due: bool) -> int:
-        """Between two dispatches the hosts agree: how many steps come next, whether to save or to stop.
+        """Between two dispatches the hosts agree: how many steps come next, whether to save or to
+        stop.
 
-        Raises: what `hosts.stopped` makes, when a signal has come to one of them, after a checkpoint.
+        Raises: what `hosts.stopped` makes, when a signal has come to one of them, after a
+        checkpoint.
         """
         (steps, due_now), stop = checkpoints.settle(run, self.pace.steps, due)
         if stop:
@@ -438,7 +488,9 @@ class Fitting:
         return hosts.stopped(f"after step {self.position.step} of {self.total}; {kept}")
 
     def begin_epoch(self, epoch: int, order: jax.Array | None = None) -> None:
-        """Set the order of an epoch's windows, where it is not known already, and its learning rates."""
+        """Set the order of an epoch's windows, where it is not known already, and its learning
+        rates.
+        """
         if order is None:
             order = self.placement.replicate(step.epoch_order(self.keys["data"], epoch, self.n))
         self.order = order
@@ -446,9 +498,13 @@ class Fitting:
         self.lr = np.asarray(self.rates(steps), np.float32)
 
     def advance(self, place: int, count: int) -> tuple[np.ndarray, int]:
-        """Take `count` steps from batch `place` of the epoch. Returns: losses, and how many steps were finite."""
+        """Take `count` steps from batch `place` of the epoch. Returns: losses, and how many steps
+        were finite.
+        """
         given, how = self._of_step(place, count)
-        self.state["params"], self.state["optimizer"], average, losses, done = step.advance(*given, **how)
+        self.state["params"], self.state["optimizer"], average, losses, done = step.advance(
+            *given, **how
+        )
         if average is not None:
             self.state["average"] = average
         return np.asarray(losses), int(done)
@@ -475,10 +531,17 @@ class Fitting:
             np.int32(count),
             np.int32(self.position.step),
         )
-        return given, {"batch_size": self.batch_size, "rule": self.rule, "how": self.how, "layout": self.layout}
+        return given, {
+            "batch_size": self.batch_size,
+            "rule": self.rule,
+            "how": self.how,
+            "layout": self.layout,
+        }
 
     def dispatch(self, epoch: int, place: int, steps: int) -> None:
-        """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their records."""
+        """`steps` steps, but none past the epoch's end, from batch `place` of the epoch, and their
+        records.
+        """
         position, began = self.position, time.monotonic()
         count = min(steps, self.steps_per_epoch - place)
         losses, done = self.advance(place, count)
@@ -490,10 +553,14 @@ class Fitting:
             raise NonFiniteError(self.diagnose(epoch, place + done) + self.kept())
         self.pace.learn(count, time.monotonic() - began)
         windows_seen = sum(map(self.rows_of, range(place, place + count)))
-        self.bar.update(position.step, epoch + 1, windows_seen, float(losses[count - 1]), self.best_so_far())
+        self.bar.update(
+            position.step, epoch + 1, windows_seen, float(losses[count - 1]), self.best_so_far()
+        )
 
     def account(self, epoch: int, place: int, losses: np.ndarray) -> list[dict[str, Any]]:
-        """Count the steps taken from batch `place` of the epoch, which gave `losses`; give their lines of metrics."""
+        """Count the steps taken from batch `place` of the epoch, which gave `losses`; give their
+        lines of metrics.
+        """
         position = self.position
         lines = []
         # one by one: however the steps fell into dispatches, the sum has the same bits
@@ -501,7 +568,9 @@ class Fitting:
             position.step += 1
             position.loss_sum += float(loss) * self.rows_of(place + i)
             lr = _short(self.lr[place + i])
-            lines.append({"step": position.step, "epoch": epoch + 1, "loss": _short(loss), "lr": lr})
+            lines.append(
+                {"step": position.step, "epoch": epoch + 1, "loss": _short(loss), "lr": lr}
+            )
         return lines
 
     def rows_of(self, place: int) -> int:
@@ -516,7 +585,8 @@ class Fitting:
         if self.judge(epoch, found, watched):
             self.state["best"] = jax.tree.map(jnp.copy, kept)
         if self.config.swa:
-            # Not before: a stop inside the validation comes back to this epoch, which must not count twice.
+            # Not before: a stop inside the validation comes back to this epoch, which must not
+            # count twice.
             self.state["average"] = kept
         self.count_time()
         row = self.position.history[-1]
@@ -524,10 +594,13 @@ class Fitting:
             self.run.record([row])
         self.bar.update(self.position.step, epoch + 1, 0, row["train_loss"], self.best_so_far())
 
-    def judge(self, epoch: int, found: Mapping[str, Any] | None, watched: Mapping[str, Any] | None = None) -> bool:
+    def judge(
+        self, epoch: int, found: Mapping[str, Any] | None, watched: Mapping[str, Any] | None = None
+    ) -> bool:
         """Add the epoch's row to the history; say whether its weights are the best so far.
 
-        found: of its validation, where there is one. watched: further numbers for the row, see `fit`.
+        found: of its validation, where there is one. watched: further numbers for the row, see
+        `fit`.
         """
         position = self.position
         row = {
@@ -538,11 +611,15 @@ class Fitting:
         }
         better = False
         if found is not None:
-            row |= {f"val_{name}": value.item() if hasattr(value, "item") else value for name, value in found.items()}
+            row |= {
+                f"val_{name}": value.item() if hasattr(value, "item") else value
+                for name, value in found.items()
+            }
             value = row[f"val_{self.select}"]
             if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"validation after epoch {epoch + 1} (step {position.step}) gives {self.select} {value}, although "
+                    f"validation after epoch {epoch + 1} (step {position.step}) gives "
+                    f"{self.select} {value}, although "
                     f"every training loss was finite{self.kept()}"
                 )
             selectable = not self.config.swa or epoch >= self.config.first_averaged
@@ -553,11 +630,15 @@ class Fitting:
         position.history.append(row)
         position.loss_sum = 0.0
         waited = epoch + 1 - (position.best_epoch or epoch + 1)
-        position.finished = epoch + 1 == self.config.epochs or waited >= (self.config.patience or math.inf)
+        position.finished = epoch + 1 == self.config.epochs or waited >= (
+            self.config.patience or math.inf
+        )
         return better
 
     def to_keep(self, epoch: int) -> Tree:
-        """Give the weights that are validated after an epoch: those of the last step, or their average."""
+        """Give the weights that are validated after an epoch: those of the last step, or their
+        average.
+        """
         params, config = self.state["params"], self.config
         if config.swa:
             before = max(epoch - config.first_averaged, 0)
@@ -571,7 +652,11 @@ class Fitting:
 
     def best_so_far(self) -> str:
         """Say the best validation, for the progress bar."""
-        return "" if self.position.best_epoch is None else f"  best val {self.select} {self.position.best:.4f}"
+        return (
+            ""
+            if self.position.best_epoch is None
+            else f"  best val {self.select} {self.position.best:.4f}"
+        )
 
     def kept(self) -> str:
         """For an error: which checkpoint is left."""
@@ -580,11 +665,15 @@ class Fitting:
         self.run.wait()
         steps = self.run.steps()
         return (
-            f"\n  last good checkpoint, kept: {self.run.path(steps[-1])}" if steps else "\n  no checkpoint was made yet"
+            f"\n  last good checkpoint, kept: {self.run.path(steps[-1])}"
+            if steps
+            else "\n  no checkpoint was made yet"
         )
 
     def diagnose(self, epoch: int, place: int) -> str:
-        """What is wrong with batch `place` of the epoch, whose update was not applied; the batch is taken once more."""
+        """What is wrong with batch `place` of the epoch, whose update was not applied; the batch is
+        taken once more.
+        """
         rows = windows.batch_at(jnp.asarray(sharding.on_host(self.order)), place, self.batch_size)
         indices, weight = map(np.asarray, rows)
         batch = jax.tree.map(sharding.on_host, step.taken(self.placed, indices, self.placement))
@@ -616,7 +705,9 @@ class Pace:
         if self.fixed is None and self.compiled:
             fill = DISPATCH_SECONDS / max(seconds / steps, 1e-9)
             self.steps = int(min(max(fill, 1), 4 * self.steps, MOST_STEPS))
-        self.compiled = True  # the first dispatch waits for the compiler and says nothing about a step
+        self.compiled = (
+            True  # the first dispatch waits for the compiler and says nothing about a step
+        )
 
 
 def _short(x: np.float32) -> float:
@@ -630,14 +721,18 @@ def _stamps(source: Any) -> dict[str, str]:
         return {}
     stamps = np.asarray(stamps)
     if stamps.dtype.kind == "M":
-        stamps = stamps.astype("datetime64[us]").astype(np.int64)  # the same in whatever unit they came
+        stamps = stamps.astype("datetime64[us]").astype(
+            np.int64
+        )  # the same in whatever unit they came
     else:
         stamps = np.frombuffer("\n".join(map(str, stamps)).encode(), np.uint8)
     return {"stamps_sha256": hosts.on_first(storage.sha256_of, {"stamps": stamps})}
 
 
 def config_record(config, facts, params, trainable, source, select) -> dict[str, Any]:
-    """Give what the config.json of a run holds: everything that decides its result. On several hosts all call."""
+    """Give what the config.json of a run holds: everything that decides its result. On several
+    hosts all call.
+    """
     one = jax.eval_shape(lambda s: s.gather(jnp.zeros(1, jnp.int32)), source)
     return {
         "train": config.record(),
@@ -646,12 +741,16 @@ def config_record(config, facts, params, trainable, source, select) -> dict[str,
         "windows": {
             "n": int(source.n),
             "shapes": {k: list(v.shape[1:]) for k, v in one.items()},
-            "sha256": hosts.on_first(storage.sha256_of, source),  # the others need not read it for that
+            "sha256": hosts.on_first(
+                storage.sha256_of, source
+            ),  # the others need not read it for that
             **_stamps(source),
         },
         "start": {
             "parameters": trees.count(params),
-            "trainable": sum(p.size for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(trainable)) if t),
+            "trainable": sum(
+                p.size for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(trainable)) if t
+            ),
             "params_sha256": storage.sha256_of(params),
             "trainable_sha256": storage.sha256_of(jax.tree.map(np.bool_, trainable)),
         },

@@ -1,4 +1,5 @@
-"""How much memory training takes on a device: an estimate before anything is compiled, and a refusal that helps.
+"""How much memory training takes on a device: an estimate before anything is compiled, and a
+refusal that helps.
 
 Counted are the state, a gradient, what the backward pass keeps of the forward pass, and its own
 scratch. On the CPU also the copy that a checkpoint is written from, and all devices of this host,
@@ -61,7 +62,8 @@ class Estimate:
         if self.fixed + self.activations <= available:
             return f"{needed}; {in_words(available)} is available"
         raise ValueError(
-            f"training takes {needed}, but only {in_words(available)} is available: {self.advice(available)}"
+            f"training takes {needed}, but only {in_words(available)} is available: "
+            f"{self.advice(available)}"
         )
 
     def advice(self, available: int) -> str:
@@ -73,13 +75,21 @@ class Estimate:
         if batch_size >= 1:
             found.append(f"batch_size={batch_size} fits")
         if (parts := self._parts_that_fit(left)) is not None:
-            found.append(f"accumulate={parts} takes this batch in {parts} parts, which fit one after the other")
+            found.append(
+                f"accumulate={parts} takes this batch in {parts} parts, which fit one after the "
+                "other"
+            )
         if not found:
-            return "train fewer parameters (trainable), or take a smaller model or a machine with more memory"
+            return (
+                "train fewer parameters (trainable), or take a smaller model or a machine with "
+                "more memory"
+            )
         return "; or ".join(found)
 
     def _parts_that_fit(self, left: int) -> int | None:
-        """Smallest larger `accumulate` that divides the batch and whose parts fit into `left` bytes."""
+        """Smallest larger `accumulate` that divides the batch and whose parts fit into `left`
+        bytes.
+        """
         for parts in range(self.accumulate + 1, self.batch_size // self.row_parts + 1):
             divides = self.batch_size % (parts * self.row_parts) == 0
             if divides and self.activations * self.accumulate / parts <= left:
@@ -112,7 +122,9 @@ def estimate(
     """
     on_cpu = jax.default_backend() == "cpu"
     sharing = len(placement.mesh.local_devices) if placement.mesh and on_cpu else 1
-    kept = kept_by_backward(state["params"], frozen, source, loss_fn, key, batch_size // how.accumulate, how)
+    kept = kept_by_backward(
+        state["params"], frozen, source, loss_fn, key, batch_size // how.accumulate, how
+    )
     activations = int(SCRATCH * kept * sharing / placement.row_parts)
     copies = 2 if writes_checkpoints and on_cpu else 1
     beside = 2 if how.rho else 1  # a gradient, and of SAM the weights uphill
@@ -121,7 +133,9 @@ def estimate(
 
 
 def kept_by_backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How) -> int:
-    """Bytes that the backward pass of `rows` windows keeps of its forward pass, beside the parameters."""
+    """Bytes that the backward pass of `rows` windows keeps of its forward pass, beside the
+    parameters.
+    """
     kept = bytes_in(_backward.eval_shape(moving, frozen, source, loss_fn, key, rows, how))
     # in another dtype it keeps copies of the parameters, in float32 themselves
     weights = bytes_in(moving) + bytes_in(frozen) if how.compute == "float32" else 0
@@ -142,7 +156,9 @@ def _backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How):
 
 
 def available() -> int | None:
-    """Bytes free for training on the first local device; of several hosts, on that with the least. None: unknown."""
+    """Bytes free for training on the first local device; of several hosts, on that with the least.
+    None: unknown.
+    """
     here = _available_here()
     if hosts.count() == 1:
         return here
@@ -152,7 +168,9 @@ def available() -> int | None:
 
 
 def _available_here() -> int | None:
-    """Bytes free on the default device; on the CPU those the system, and the container, can still give."""
+    """Bytes free on the default device; on the CPU those the system, and the container, can still
+    give.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -164,7 +182,10 @@ def _available_here() -> int | None:
         return None
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        limit, used = (
+            (group / "memory.max").read_text().strip(),
+            int((group / "memory.current").read_text()),
+        )
         cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         if limit != "max":
             free.append(int(limit) - used + int(cache.get("inactive_file", 0)))
@@ -185,7 +206,9 @@ def bytes_on_one(tree: Tree) -> int:
 
 def bytes_in(tree: Tree) -> int:
     """Bytes of all arrays, or shapes, of `tree`."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
+    return sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "shape")
+    )
 
 
 def in_words(n: int) -> str:

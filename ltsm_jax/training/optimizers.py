@@ -1,4 +1,6 @@
-"""Learning-rate schedules, and optimisers: Adam as the originals use it, with decay of either kind, and SGD."""
+"""Learning-rate schedules, and optimisers: Adam as the originals use it, with decay of either kind,
+and SGD.
+"""
 
 import dataclasses
 import math
@@ -40,7 +42,8 @@ def _one_cycle(_epoch, done):
     return np.where(done < 0.3, rise, 4e-6 + (1 - 4e-6) * 0.5 * (1 + np.cos(np.pi * down)))
 
 
-# Factor of the learning rate, of the epoch (1, 2, ...) and of the share of the run that is done, in [0, 1).
+# Factor of the learning rate, of the epoch (1, 2, ...) and of the share of the run that is done, in
+# [0, 1).
 SCHEDULES = {
     "halving": _halving,
     "timer": _timer,
@@ -51,19 +54,24 @@ SCHEDULES = {
 }
 
 
-def schedule(name: str, lr: float, epochs: int, steps_per_epoch: int, warmup: float = 0.0) -> Schedule:
+def schedule(
+    name: str, lr: float, epochs: int, steps_per_epoch: int, warmup: float = 0.0
+) -> Schedule:
     """Learning rate as a function of the step (0, 1, ...; a number or an array of them).
 
     Args:
       name: "halving": lr in epochs 1 and 2, then half of the epoch before (Meteor-Stars/SFF);
         "timer": lr in epochs 1 to 5, then 0.9 of the epoch before (thuml/Large-Time-Series-Model);
-        "cosine": half a cosine from lr to 0 over the steps that follow the warm-up;  "constant": lr;
-        "one-cycle": from lr / 25 to lr over the first 30 % of the steps, then to lr / 250,000, both along half a cosine
+        "cosine": half a cosine from lr to 0 over the steps that follow the warm-up; "constant": lr;
+        "one-cycle": from lr / 25 to lr over the first 30 % of the steps, then to lr / 250,000, both
+          along half a cosine
         (Smith & Topin, arXiv 1708.07120, with the numbers of torch's OneCycleLR);
-        "pruning": lr in epochs 1 to 4, then 0.9 of the epoch before (SJTU-DMTai/Prune-then-Finetune).
+        "pruning": lr in epochs 1 to 4, then 0.9 of the epoch before
+          (SJTU-DMTai/Prune-then-Finetune).
       lr: the rate at the top.
       epochs, steps_per_epoch: length of the run.
-      warmup: share of all steps, in [0, 1), over which the rate climbs linearly to what the schedule says.
+      warmup: share of all steps, in [0, 1), over which the rate climbs linearly to what the
+        schedule says.
     Raises: ValueError for an unknown name.
     """
     if name not in SCHEDULES:
@@ -74,7 +82,11 @@ def schedule(name: str, lr: float, epochs: int, steps_per_epoch: int, warmup: fl
     def rate(step):
         step = np.asarray(step)
         done = np.maximum(step - climb, 0) / max(total - climb, 1)
-        return lr * SCHEDULES[name](step // steps_per_epoch + 1, done) * np.minimum(1.0, (step + 1) / (climb + 1))
+        return (
+            lr
+            * SCHEDULES[name](step // steps_per_epoch + 1, done)
+            * np.minimum(1.0, (step + 1) / (climb + 1))
+        )
 
     return rate
 
@@ -85,13 +97,17 @@ class Rule:
 
     Attributes:
       name: one of `OPTIMIZERS`.
-        "adamw": Adam with decoupled decay (Loshchilov & Hutter, arXiv 1711.05101): each step also shrinks every trained
+        "adamw": Adam with decoupled decay (Loshchilov & Hutter, arXiv 1711.05101): each step also
+          shrinks every trained
         parameter by lr * weight_decay. Without decay it is Adam.
-        "adam": Adam whose decay is part of the gradient, g + weight_decay * p, as torch.optim.Adam has it.
-        "sgd": m <- betas[0] * m + g + weight_decay * p, the direction is m (torch.optim.SGD); betas[1] and eps have no
+        "adam": Adam whose decay is part of the gradient, g + weight_decay * p, as torch.optim.Adam
+          has it.
+        "sgd": m <- betas[0] * m + g + weight_decay * p, the direction is m (torch.optim.SGD);
+          betas[1] and eps have no
         say.
       weight_decay: 0 for none.
-      clip: the largest global norm a gradient may have before it enters the moments; None or math.inf: no limit.
+      clip: the largest global norm a gradient may have before it enters the moments; None or
+        math.inf: no limit.
       betas: decay of the first and of the second moment.
       eps: added to the root of the second moment.
     """
@@ -105,7 +121,9 @@ class Rule:
     @classmethod
     def of(cls, config: Any) -> "Rule":
         """Read it off a `TrainConfig`."""
-        return cls(config.optimizer, config.weight_decay or 0.0, config.clip, config.betas, config.eps)
+        return cls(
+            config.optimizer, config.weight_decay or 0.0, config.clip, config.betas, config.eps
+        )
 
     def transformation(self) -> Any:
         """Make the optax.GradientTransformation that turns gradients into directions.
@@ -127,13 +145,16 @@ class Rule:
             parts += [*decay, optax.trace(decay=self.betas[0], accumulator_dtype=jnp.float32)]
             return optax.chain(*parts)
 
-        moments = optax.scale_by_adam(b1=self.betas[0], b2=self.betas[1], eps=self.eps, mu_dtype=jnp.float32)
+        moments = optax.scale_by_adam(
+            b1=self.betas[0], b2=self.betas[1], eps=self.eps, mu_dtype=jnp.float32
+        )
         parts += [*decay, moments] if self.name == "adam" else [moments, *decay]
         return optax.chain(*parts)
 
 
 def adam(weight_decay: float = 0.0, clip: float | None = None) -> Any:
-    """Make the default `Rule` with this decay (decoupled) and this limit of a gradient's global norm.
+    """Make the default `Rule` with this decay (decoupled) and this limit of a gradient's global
+    norm.
 
     Moments 0.9 and 0.999 and eps 1e-8 outside the root, the defaults of the originals.
 

@@ -1,4 +1,6 @@
-"""What a run says while it lasts: a bar on a terminal, a plain line every few seconds elsewhere, or nothing."""
+"""What a run says while it lasts: a bar on a terminal, a plain line every few seconds elsewhere, or
+nothing.
+"""
 
 import contextlib
 import sys
@@ -17,7 +19,8 @@ _part = [1, 1]  # number of the run that lasts, and of how many
 
 @contextlib.contextmanager
 def part(number: int, count: int) -> Iterator[None]:
-    """Let bars inside the block say what is left of all `count` runs, of about the same length, of which this is one.
+    """Let bars inside the block say what is left of all `count` runs, of about the same length, of
+    which this is one.
 
     number: of the run, from 1.
     """
@@ -66,9 +69,13 @@ class Counter:
             return
         if self.live is None and Console(stderr=True).is_terminal:
             self.live = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"),
-                TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,}/{task.total:,}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self.task = self.live.add_task(self.label, total=total)
             self.live.start()
         if self.live:
@@ -76,8 +83,16 @@ class Counter:
         elif now - self.spoke >= PLAIN_SECONDS and done < total:
             self.spoke = now
             since, at = self.first
-            left = f", {(total - done) * (worked - since) / (done - at):.0f} s left" if done > at else ""
-            print(f"{self.label}: {done:,} of {total:,} {self.unit}{left}", file=sys.stderr, flush=True)
+            left = (
+                f", {(total - done) * (worked - since) / (done - at):.0f} s left"
+                if done > at
+                else ""
+            )
+            print(
+                f"{self.label}: {done:,} of {total:,} {self.unit}{left}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class Bar:
@@ -91,7 +106,9 @@ class Bar:
       show: False is silent.
     """
 
-    def __init__(self, total: int, epochs: int, label: str = "", *, done: int = 0, show: bool = True):
+    def __init__(
+        self, total: int, epochs: int, label: str = "", *, done: int = 0, show: bool = True
+    ):
         self.total, self.epochs, self.label, self.first = total, epochs, label or "training", done
         number, count = _part
         if count > 1:
@@ -104,10 +121,17 @@ class Bar:
         self.windows = 0
         if show and self.console.is_terminal:
             self.live = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
-            self.task = self.live.add_task(self.label, total=total, completed=done, facts="compiling")
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.live.add_task(
+                self.label, total=total, completed=done, facts="compiling"
+            )
 
     def __enter__(self) -> "Bar":
         if self.live:
@@ -125,17 +149,26 @@ class Bar:
         elif self.show:
             print(line, file=sys.stderr, flush=True)
 
-    def update(self, step: int, epoch: int, windows: int, loss: float | None = None, note: str = "") -> None:
-        """Tell where the run is. `windows`: training windows seen since the last call; `note`: last validation."""
+    def update(
+        self, step: int, epoch: int, windows: int, loss: float | None = None, note: str = ""
+    ) -> None:
+        """Tell where the run is. `windows`: training windows seen since the last call; `note`: last
+        validation.
+        """
         if not self.show:
             return
         now = time.monotonic()
-        if self.began is None:  # the first call has waited for the compiler: throughput counts from here
+        if (
+            self.began is None
+        ):  # the first call has waited for the compiler: throughput counts from here
             self.began, self.first, windows = now, step, 0
         self.windows += windows
         seconds = max(now - self.began, 1e-9)
         speed = f"  {self.windows / seconds:,.0f} windows/s" if self.windows else ""
-        facts = f"epoch {epoch}/{self.epochs}{'' if loss is None else f'  loss {loss:.4f}'}{speed}{note}"
+        facts = (
+            "epoch "
+            f"{epoch}/{self.epochs}{'' if loss is None else f'  loss {loss:.4f}'}{speed}{note}"
+        )
         if self.later and step > self.first:
             rest = (self.total - step + self.later) * seconds / (step - self.first)
             facts += f"  all in {rest:.0f} s"
@@ -143,5 +176,9 @@ class Bar:
             self.live.update(self.task, completed=step, facts=facts)
         elif now - self.spoke >= PLAIN_SECONDS:
             self.spoke = now
-            left = f"  {(self.total - step) * seconds / (step - self.first):.0f} s left" if step > self.first else ""
+            left = (
+                f"  {(self.total - step) * seconds / (step - self.first):.0f} s left"
+                if step > self.first
+                else ""
+            )
             self.say(f"{self.label}: step {step}/{self.total}  {facts}{left}")

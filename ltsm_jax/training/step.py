@@ -1,4 +1,5 @@
-"""The compiled step: gradients of a batch that the device gathers itself, and the update, many times over.
+"""The compiled step: gradients of a batch that the device gathers itself, and the update, many
+times over.
 
 How many steps run in one dispatch is an argument of the compiled program, so neither compilation
 nor a single bit of the result depends on it.
@@ -48,7 +49,9 @@ class How:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where parameters and optimiser state lie on a mesh; hashable, so that it may be static under jit."""
+    """Where parameters and optimiser state lie on a mesh; hashable, so that it may be static under
+    jit.
+    """
 
     mesh: jax.sharding.Mesh
     structure: Any
@@ -56,11 +59,15 @@ class Layout:
 
     @classmethod
     def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "Layout":
-        """Take the layout of what the step gives back out of a tree of shardings for the whole state."""
+        """Take the layout of what the step gives back out of a tree of shardings for the whole
+        state.
+        """
         outputs = (state["params"], state["optimizer"], state.get("average"))
         return cls(mesh, jax.tree.structure(outputs), tuple(jax.tree.leaves(outputs)))
 
-    def pin(self, moving: Tree, opt_state: Tree, average: Tree | None) -> tuple[Tree, Tree, Tree | None]:
+    def pin(
+        self, moving: Tree, opt_state: Tree, average: Tree | None
+    ) -> tuple[Tree, Tree, Tree | None]:
         """Hold what comes out of a step to this layout.
 
         Without it the compiler may choose another one, and compile the next step again.
@@ -89,7 +96,9 @@ def gather(source, indices, weight, placement: Placement) -> dict[str, jax.Array
 
 
 def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, placement: Placement):
-    """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in `how.accumulate` parts."""
+    """Loss and gradients of the batch of `rows` (window numbers [B], weights [B]), in
+    `how.accumulate` parts.
+    """
 
     def of_batch(moving, batch, key):
         with rows_over(placement.mesh):
@@ -102,7 +111,9 @@ def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, pla
     def part(total, inputs):
         (indices, weight), number = inputs
         share = weight.sum()
-        weight = jnp.where(share > 0, weight, 1.0)  # a part of padding alone has no mean; it counts 0 below
+        weight = jnp.where(
+            share > 0, weight, 1.0
+        )  # a part of padding alone has no mean; it counts 0 below
         batch = gather(source, indices, weight, placement)
         found = gradients(moving, batch, jax.random.fold_in(key, number))
         return jax.tree.map(lambda sum_, new: sum_ + share * new, total, found), None
@@ -126,7 +137,9 @@ def uphill(moving: Tree, gradients: Tree, rho: float) -> Tree:
     return jax.tree.map(lambda p, g: (p + share * g).astype(p.dtype), moving, gradients)
 
 
-def loss_and_gradients(gradients_at: Callable[[Tree], tuple[jax.Array, Tree]], moving: Tree, how: How):
+def loss_and_gradients(
+    gradients_at: Callable[[Tree], tuple[jax.Array, Tree]], moving: Tree, how: How
+):
     """Compute the loss at `moving`, and the gradients there or, with a rho, those of SAM.
 
     gradients_at: weights -> (loss, gradients), of one and the same batch and dropout.
@@ -138,8 +151,20 @@ def loss_and_gradients(gradients_at: Callable[[Tree], tuple[jax.Array, Tree]], m
 
 
 def update(
-    moving, opt_state, frozen, source, rows, rate, key, loss_fn, penalty, *, tx, how: How, placement: Placement
-):  # fmt: skip
+    moving,
+    opt_state,
+    frozen,
+    source,
+    rows,
+    rate,
+    key,
+    loss_fn,
+    penalty,
+    *,
+    tx,
+    how: How,
+    placement: Placement,
+):
     """Take one step on the batch of `rows` (window numbers [B], weights [B]) at this learning rate.
 
     A step whose loss or gradient is not finite changes nothing.
@@ -169,14 +194,32 @@ def update(
     donate_argnames=("moving", "opt_state", "average"),
 )
 def advance(
-    moving, opt_state, average, frozen, source, order, rates, key, loss_fn, penalty, place, count, step,
-    *, batch_size, rule, how, layout,
-):  # fmt: skip
+    moving,
+    opt_state,
+    average,
+    frozen,
+    source,
+    order,
+    rates,
+    key,
+    loss_fn,
+    penalty,
+    place,
+    count,
+    step,
+    *,
+    batch_size,
+    rule,
+    how,
+    layout,
+):
     """Take `count` steps from batch `place` of the epoch, step `step` of the run.
 
-    Stops before a step that is not finite. average: moving average of the parameters, None without `how.ema`.
+    Stops before a step that is not finite. average: moving average of the parameters, None without
+    `how.ema`.
 
-    Returns: parameters, optimiser state, average, losses [MOST_STEPS] (those past the last step are 0), steps taken.
+    Returns: parameters, optimiser state, average, losses [MOST_STEPS] (those past the last step are
+    0), steps taken.
     """
     tx = rule.transformation()
     placement = Placement(None if layout is None else layout.mesh)
@@ -186,9 +229,19 @@ def advance(
         i, _, moving, opt_state, average, losses = carry
         rows = windows.batch_at(order, place + i, batch_size)
         loss, good, new_moving, new_opt_state = update(
-            moving, opt_state, frozen, source, rows, rates[place + i], jax.random.fold_in(key, step + i),
-            loss_fn, penalty, tx=tx, how=how, placement=placement,
-        )  # fmt: skip
+            moving,
+            opt_state,
+            frozen,
+            source,
+            rows,
+            rates[place + i],
+            jax.random.fold_in(key, step + i),
+            loss_fn,
+            penalty,
+            tx=tx,
+            how=how,
+            placement=placement,
+        )
         if how.ema:
             mixed = trees.ema(average, new_moving, how.ema)
             average = jax.tree.map(lambda new, old: jnp.where(good, new, old), mixed, average)
@@ -235,12 +288,16 @@ def taken(source, indices, placement: Placement) -> dict[str, jax.Array]:
 
 
 def as_pytree(f: Callable | None) -> Any:
-    """Make a pytree of `f`: arrays it carries become arguments of the compiled step, not constants in it."""
+    """Make a pytree of `f`: arrays it carries become arguments of the compiled step, not constants
+    in it.
+    """
     return f if f is None or isinstance(f, jax.tree_util.Partial) else jax.tree_util.Partial(f)
 
 
 def strong(leaf: Any) -> jax.Array:
-    """Take the weak type of flax's ones from `leaf`: no step returns one, so it would be compiled twice."""
+    """Take the weak type of flax's ones from `leaf`: no step returns one, so it would be compiled
+    twice.
+    """
     leaf = jnp.asarray(leaf)
     return jax.lax.convert_element_type(leaf, leaf.dtype)
 
@@ -254,18 +311,22 @@ def trace_step(
     trainable: Tree | None = None,
     penalty: Callable[[Tree], jax.Array] | None = None,
 ) -> jax.stages.Traced:
-    """Trace the compiled step of `fit` from shapes alone: `.lower().compile()` of it is what `fit` runs.
+    """Trace the compiled step of `fit` from shapes alone: `.lower().compile()` of it is what `fit`
+    runs.
 
-    Nothing is computed and no device has to be there, so a step can be compiled for a machine that is not at hand.
+    Nothing is computed and no device has to be there, so a step can be compiled for a machine that
+    is not at hand.
 
     Args:
       params: tree of `jax.ShapeDtypeStruct` with shardings, over a mesh or all on one device.
       train_source: as for `fit`; of its arrays, only the shapes are looked at.
       loss_fn, config, trainable, penalty: as for `fit`.
-    Raises: ValueError, as `fit`, for a batch that does not divide among the devices, and for a config that does not say
-      batch_size, weight_decay and clip, which are in the program.
+    Raises: ValueError, as `fit`, for a batch that does not divide among the devices, and for a
+      config that does not say batch_size, weight_decay and clip, which are in the program.
     """
-    if missing := [name for name in ("batch_size", "weight_decay", "clip") if name in config.unfilled]:
+    if missing := [
+        name for name in ("batch_size", "weight_decay", "clip") if name in config.unfilled
+    ]:
         raise ValueError(f"to trace a step the TrainConfig must say {', '.join(missing)}")
     assert config.batch_size and config.weight_decay is not None
     placement = Placement.of(params)
@@ -277,12 +338,16 @@ def trace_step(
 
     def shapes(tree, shardings=None):
         shardings = jax.tree.map(lambda _: whole, tree) if shardings is None else shardings
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+        )
 
     n = int(train_source.n)
     batch_size = min(config.batch_size, n)
     placement.check_batch(batch_size, How.of(config).accumulate)
-    moving, frozen = trees.partition(params, trees.select(params, None) if trainable is None else trainable)
+    moving, frozen = trees.partition(
+        params, trees.select(params, None) if trainable is None else trainable
+    )
     rule = optimizers.Rule.of(config)
     opt_state = jax.eval_shape(rule.transformation().init, moving)
     state = {"params": moving, "optimizer": opt_state} | ({"average": moving} if config.ema else {})
@@ -292,8 +357,21 @@ def trace_step(
     order = jax.ShapeDtypeStruct((n,), jnp.int32)
     key = jax.eval_shape(keys, 0)["dropout"]
     return advance.trace(
-        moving, shapes(opt_state, placed and placed["optimizer"]), state.get("average"), frozen,
-        shapes(train_source), shapes(order), rates, shapes(key), as_pytree(loss_fn), as_pytree(penalty),
-        number, number, number,
-        batch_size=batch_size, rule=rule, how=How.of(config), layout=mesh and Layout.of(mesh, placed),
-    )  # fmt: skip
+        moving,
+        shapes(opt_state, placed and placed["optimizer"]),
+        state.get("average"),
+        frozen,
+        shapes(train_source),
+        shapes(order),
+        rates,
+        shapes(key),
+        as_pytree(loss_fn),
+        as_pytree(penalty),
+        number,
+        number,
+        number,
+        batch_size=batch_size,
+        rule=rule,
+        how=How.of(config),
+        layout=mesh and Layout.of(mesh, placed),
+    )

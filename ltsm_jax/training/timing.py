@@ -107,7 +107,9 @@ def of(call: Callable[[], Any], trace: Callable[[], Any], *, work_follows: bool 
 
 @functools.cache
 def speed() -> float:
-    """Floating-point operations a second of a large matrix product in float32 here; takes milliseconds."""
+    """Floating-point operations a second of a large matrix product in float32 here; takes
+    milliseconds.
+    """
     product = jax.jit(jnp.matmul)
     x = jnp.ones((SIDE, SIDE), jnp.float32)
     product(x, x).block_until_ready()

@@ -2,9 +2,10 @@
 
     python tests/converters/fuzz.py SEED COUNT FOLDER
 
-Prints one JSON object: how many files were refused and how many read, the slowest, how far the memory of the process
-grew, and the first files on which anything else happened than a CheckpointError. File `i` of a seed is the same on
-every run: `python tests/converters/fuzz.py SEED -I FOLDER` runs file I alone and leaves it in the folder.
+Prints one JSON object: how many files were refused and how many read, the slowest, how far the
+memory of the process grew, and the first files on which anything else happened than a
+CheckpointError. File `i` of a seed is the same on every run:
+`python tests/converters/fuzz.py SEED -I FOLDER` runs file I alone and leaves it in the folder.
 """
 
 import argparse
@@ -21,7 +22,17 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from handmade_files import dict_of, name, pickled, storage, tensor, text, timer_state, torch_legacy, torch_zip
+from handmade_files import (
+    dict_of,
+    name,
+    pickled,
+    storage,
+    tensor,
+    text,
+    timer_state,
+    torch_legacy,
+    torch_zip,
+)
 
 from converters import CheckpointError, import_checkpoint, pickles
 
@@ -42,12 +53,29 @@ NAMES = [
     "torch.Size",
     "builtins.frozenset",
 ]
-NUMBERS = [0, 1, 2, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1]
+NUMBERS = [
+    0,
+    1,
+    2,
+    127,
+    128,
+    255,
+    256,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63 - 1,
+    2**64 - 1,
+]
 FOUR = np.arange(4, dtype=np.float32)
 
 PLAIN = {
     "epoch": 3,
-    "hyper_parameters": argparse.Namespace(lr=1e-3, sizes=(1, 2, [3]), path=pathlib.PurePosixPath("a/b")),
+    "hyper_parameters": argparse.Namespace(
+        lr=1e-3, sizes=(1, 2, [3]), path=pathlib.PurePosixPath("a/b")
+    ),
     "ordered": collections.OrderedDict(a=1, b=None),
     "numbers": [0, -1, 255, 65536, 2**40, -(2**70), 1.5, float("inf")],
     "text": ["", "é", "x" * 300, b"\x00\xff", True, {1, 2}, frozenset("a"), 1j],
@@ -65,7 +93,10 @@ def _entries(state: dict[str, np.ndarray]) -> bytes:
 
 STATE = timer_state()
 SMALL = {f"layer.{i}.weight": FOUR.reshape(2, 2) for i in range(3)}
-WHOLE = [(pickled(dict_of(("state_dict", _entries(state)), ("epoch", b"K\x03"))), state) for state in (STATE, SMALL)]
+WHOLE = [
+    (pickled(dict_of(("state_dict", _entries(state)), ("epoch", b"K\x03"))), state)
+    for state in (STATE, SMALL)
+]
 WHOLE += [(pickle.dumps(PLAIN, protocol), {}) for protocol in range(6)]
 
 
@@ -81,19 +112,56 @@ def argument(rng: random.Random, code: bytes) -> bytes:
     if code in b"CU" or code in (b"\x8c", b"\x8a"):
         return bytes((length & 255,)) + short[: length & 255]
     if code in b"ILFgpSVP":
-        return rng.choice([str(number).encode(), b"'x'", b"1e999", b"\\u0041", b"9" * 5000, short]) + b"\n"
+        return (
+            rng.choice([str(number).encode(), b"'x'", b"1e999", b"\\u0041", b"9" * 5000, short])
+            + b"\n"
+        )
     if code in b"ci":
         return rng.choice(NAMES).replace(".", "\n", 1).encode() + b"\n"
-    widths = {b"J": 4, b"r": 4, b"j": 4, b"M": 2, b"K": 1, b"q": 1, b"h": 1, b"\x80": 1, b"G": 8, b"\x95": 8}
-    return rng.randbytes(1)[:1].replace(b"\xff", b"\0") if widths.get(code) == 1 else rng.randbytes(widths.get(code, 0))
+    widths = {
+        b"J": 4,
+        b"r": 4,
+        b"j": 4,
+        b"M": 2,
+        b"K": 1,
+        b"q": 1,
+        b"h": 1,
+        b"\x80": 1,
+        b"G": 8,
+        b"\x95": 8,
+    }
+    return (
+        rng.randbytes(1)[:1].replace(b"\xff", b"\0")
+        if widths.get(code) == 1
+        else rng.randbytes(widths.get(code, 0))
+    )
 
 
 def stream(rng: random.Random) -> bytes:
-    """A random stream of opcodes, with more of those that build something than chance would have."""
+    """A random stream of opcodes, with more of those that build something than chance
+    would have.
+    """
     parts = [b"\x80\x04"]
-    builders = [b"]", b"}", b")", b"N", b"(", b"\x8f", b"K\1", text("key"), text("storage"), b"\x94", b"h\0", b"2"]
+    builders = [
+        b"]",
+        b"}",
+        b")",
+        b"N",
+        b"(",
+        b"\x8f",
+        b"K\1",
+        text("key"),
+        text("storage"),
+        b"\x94",
+        b"h\0",
+        b"2",
+    ]
     builders += [name(dotted) for dotted in NAMES]
-    builders += [storage("0", 4), tensor(storage("0", 4), 0, (2, 2), (2, 1)), tensor(storage("0", 4), 0, (9,), (0,))]
+    builders += [
+        storage("0", 4),
+        tensor(storage("0", 4), 0, (2, 2), (2, 1)),
+        tensor(storage("0", 4), 0, (9,), (0,)),
+    ]
     for _ in range(rng.choice([3, 10, 30, 100, 1000])):
         if rng.random() < 0.5:
             parts.append(rng.choice(builders))
@@ -134,8 +202,10 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 
 def safetensors(rng: random.Random) -> bytes:
     """A mutated safetensors file."""
-    header = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
-              "b": {"dtype": "BOOL", "shape": [4], "data_offsets": [16, 20]}}  # fmt: skip
+    header = {
+        "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+        "b": {"dtype": "BOOL", "shape": [4], "data_offsets": [16, 20]},
+    }
     raw = json.dumps(header).encode()
     if rng.random() < 0.8:
         raw = mutated(rng, raw)

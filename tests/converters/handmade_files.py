@@ -1,4 +1,6 @@
-"""Checkpoint files made by hand, opcode by opcode and header by header, so that they can be wrong in any way."""
+"""Checkpoint files made by hand, opcode by opcode and header by header, so that they can be wrong
+in any way.
+"""
 
 import struct
 import zipfile
@@ -9,7 +11,12 @@ import numpy as np
 from converters import tables, timer
 from ltsm_jax.models.timer import Timer, TimerConfig
 
-STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage", "int64": "LongStorage", "bool": "BoolStorage"}
+STORAGES = {
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+    "int64": "LongStorage",
+    "bool": "BoolStorage",
+}
 
 
 # --- pickles
@@ -39,12 +46,16 @@ def name(dotted: str) -> bytes:
 
 
 def storage(key: str, numel: int, kind: str = "torch.FloatStorage", *view: bytes) -> bytes:
-    return tuple_of(text("storage"), name(kind), text(key), text("cpu"), integer(numel), *view) + b"Q"
+    return (
+        tuple_of(text("storage"), name(kind), text(key), text("cpu"), integer(numel), *view) + b"Q"
+    )
 
 
 def tensor(store: bytes, offset: int, size: tuple, stride: tuple) -> bytes:
     sizes = [tuple_of(*map(integer, numbers)) for numbers in (size, stride)]
-    arguments = tuple_of(store, integer(offset), *sizes, b"\x89", name("collections.OrderedDict") + b")R")
+    arguments = tuple_of(
+        store, integer(offset), *sizes, b"\x89", name("collections.OrderedDict") + b")R"
+    )
     return name("torch._utils._rebuild_tensor_v2") + arguments + b"R"
 
 
@@ -56,18 +67,29 @@ def pickled(body: bytes, protocol: int = 2) -> bytes:
 
 
 def torch_zip(
-    file: Path, pickle: bytes, storages: dict[str, bytes] | None = None, more: dict[str, bytes] | None = None
+    file: Path,
+    pickle: bytes,
+    storages: dict[str, bytes] | None = None,
+    more: dict[str, bytes] | None = None,
 ):
     """A zip checkpoint with `storages` as its data and `more` entries."""
-    entries = {"archive/data.pkl": pickle, "archive/byteorder": b"little", "archive/version": b"3\n"}
-    entries |= {f"archive/data/{key}": data for key, data in (storages or {}).items()} | (more or {})
+    entries = {
+        "archive/data.pkl": pickle,
+        "archive/byteorder": b"little",
+        "archive/version": b"3\n",
+    }
+    entries |= {f"archive/data/{key}": data for key, data in (storages or {}).items()} | (
+        more or {}
+    )
     with zipfile.ZipFile(file, "w") as zipped:
         for entry, data in entries.items():
             zipped.writestr(zipfile.ZipInfo(entry), data)
     return file
 
 
-def torch_legacy(file: Path, body: bytes, storages: dict[str, np.ndarray], *, little: bool = True, keys=None):
+def torch_legacy(
+    file: Path, body: bytes, storages: dict[str, np.ndarray], *, little: bool = True, keys=None
+):
     """The stream that torch wrote before 1.6: five pickles, then each storage with its length."""
     machine = dict_of(
         ("protocol_version", integer(1001)),

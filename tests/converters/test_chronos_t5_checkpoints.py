@@ -1,4 +1,6 @@
-"""Chronos-T5 checkpoints: copies of the embedding, the files beside them, and configs that do not fit."""
+"""Chronos-T5 checkpoints: copies of the embedding, the files beside them, and configs that do not
+fit.
+"""
 
 import dataclasses
 import json
@@ -90,11 +92,14 @@ def test_without_a_config_only_published_sizes_are_known(folder):
     stack = preset.encoder
     d, heads, inner = stack.d_model, stack.n_heads[0], stack.n_heads[0] * stack.head_dim
     layers = {
-        f"encoder.block.{i}.layer.0.SelfAttention.q.weight": np.zeros((inner, d)) for i in range(len(stack.ffn_dims))
+        f"encoder.block.{i}.layer.0.SelfAttention.q.weight": np.zeros((inner, d))
+        for i in range(len(stack.ffn_dims))
     }
     state = layers | {
         "shared.weight": np.zeros((preset.vocab_size, d), np.float32),
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": np.zeros((stack.n_buckets, heads)),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": np.zeros(
+            (stack.n_buckets, heads)
+        ),
         "encoder.block.0.layer.1.DenseReluDense.wi.weight": np.zeros((stack.ffn_dims[0], d)),
     }
     config, notes = chronos_t5.configure(state, None, "here")
@@ -121,10 +126,19 @@ def test_without_a_config_only_published_sizes_are_known(folder):
         ({"chronos_config__n_tokens": 10**7}, "chronos_config.n_tokens: not an integer"),
         ({"chronos_config__n_special_tokens": 1000}, "must hold 1000 special ones"),
         ({"chronos_config__model_type": "causal"}, "chronos_config.model_type: not one of seq2seq"),
-        ({"chronos_config__tokenizer_class": "Other"}, "chronos_config.tokenizer_class: not one of"),
-        ({"chronos_config__tokenizer_kwargs": {"low_limit": 1}}, "tokenizer_kwargs.high_limit: missing"),
+        (
+            {"chronos_config__tokenizer_class": "Other"},
+            "chronos_config.tokenizer_class: not one of",
+        ),
+        (
+            {"chronos_config__tokenizer_kwargs": {"low_limit": 1}},
+            "tokenizer_kwargs.high_limit: missing",
+        ),
         ({"chronos_config__top_k": -1}, "chronos_config.top_k: not an integer"),
-        ({"chronos_config__prediction_length": 10**12}, "chronos_config.prediction_length: not an integer"),
+        (
+            {"chronos_config__prediction_length": 10**12},
+            "chronos_config.prediction_length: not an integer",
+        ),
         ({"chronos_config__temperature": 0}, "chronos_config.temperature: not a number"),
     ],
 )

@@ -1,4 +1,6 @@
-"""What an export writes beside the tensors, what neither import nor export ever replaces, and the command line."""
+"""What an export writes beside the tensors, what neither import nor export ever replaces, and the
+command line.
+"""
 
 import errno
 import json
@@ -22,7 +24,9 @@ NAMES = ("chronos_bolt", "timesfm_1", "ttm", "moirai", "units")
 
 @pytest.fixture(scope="module")
 def original(golden, tmp_path_factory):
-    """A recorded checkpoint in the form of the hub, with two fields that this library does not read."""
+    """A recorded checkpoint in the form of the hub, with two fields that this library does not
+    read.
+    """
     folder = tmp_path_factory.mktemp("original")
     vectors = golden("chronos_bolt")
     shutil.copy(vectors.checkpoint, folder / "model.safetensors")
@@ -44,7 +48,11 @@ def model(imported, tmp_path):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # --- the fields
@@ -78,14 +86,19 @@ def test_what_was_changed_since_the_import_is_written(original, model, tmp_path)
 
 
 def test_fields_that_say_one_thing_twice_do_not_contradict(golden, tmp_path):
-    """The original reads the number of layers under two names, of which an export without memory writes one."""
+    """The original reads the number of layers under two names, of which an export without memory
+    writes one.
+    """
     from converters import _merged
 
     told = {"a": 1, "same_as_a": 1, "rest": {"x": 1, "y": 2}}
     meant = {"a": 1, "rest": {"x": 1}, "ours": 5}
     assert _merged(told, meant, meant) == told
     assert _merged(told, meant, meant | {"a": 2}) == told | {"a": 2}
-    assert _merged(told, meant, {"a": 1, "rest": {"x": 3}, "ours": 6}) == told | {"rest": {"x": 3, "y": 2}, "ours": 6}
+    assert _merged(told, meant, {"a": 1, "rest": {"x": 3}, "ours": 6}) == told | {
+        "rest": {"x": 3, "y": 2},
+        "ours": 6,
+    }
 
 
 # --- what is never replaced
@@ -93,7 +106,14 @@ def test_fields_that_say_one_thing_twice_do_not_contradict(golden, tmp_path):
 
 def targets(folder):
     """Places in a model folder, and its names."""
-    inside = (".", "params", "config", "model.safetensors", "params/model.safetensors", "buffers.safetensors")
+    inside = (
+        ".",
+        "params",
+        "config",
+        "model.safetensors",
+        "params/model.safetensors",
+        "buffers.safetensors",
+    )
     return [folder / name for name in inside]
 
 
@@ -160,9 +180,9 @@ def test_an_import_replaces_model_folders_only(original, model, tmp_path, monkey
     assert contents(tmp_path) == before
     monkeypatch.chdir(tmp_path)
     import_checkpoint(work, model, overwrite=True)
-    assert contents(model).keys() == {name.removeprefix("model/") for name in before if name.startswith("model/")} or (
-        ltsm_jax.load(model)
-    )
+    assert contents(model).keys() == {
+        name.removeprefix("model/") for name in before if name.startswith("model/")
+    } or (ltsm_jax.load(model))
     shutil.move(work / "model.safetensors", model / "params")
     with pytest.raises(FileExistsError):
         import_checkpoint(model / "params" / "model.safetensors", model, overwrite=True)
@@ -229,7 +249,9 @@ def test_a_damaged_original_is_one_message_with_its_name(original, tmp_path, cap
     for _ in range(60):
         place = rng.randrange(len(config))
         (tmp_path / "config.json").write_text(
-            config[:place] + rng.choice(("", "[", "9" * 30, "-1", "null", "1e999")) + config[place + 5 :]
+            config[:place]
+            + rng.choice(("", "[", "9" * 30, "-1", "null", "1e999"))
+            + config[place + 5 :]
         )
         if main(["models", str(tmp_path)]):  # some of these are as good as before
             streams = capsys.readouterr()
@@ -268,6 +290,9 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, original, tmp_path):
 def test_a_round_trip_as_the_help_shows_it(original, tmp_path, capsys):
     assert main(["convert", str(original), str(tmp_path / "my-model")]) == 0
     assert main(["export", str(tmp_path / "my-model"), str(tmp_path / "back.safetensors")]) == 0
-    one, other = (read_safetensors(path) for path in (original / "model.safetensors", tmp_path / "back.safetensors"))
+    one, other = (
+        read_safetensors(path)
+        for path in (original / "model.safetensors", tmp_path / "back.safetensors")
+    )
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[key], other[key]) for key in one)

@@ -1,4 +1,6 @@
-"""Random and mutated checkpoint files: one short error for each, quickly, in little memory (`fuzz.py` makes them)."""
+"""Random and mutated checkpoint files: one short error for each, quickly, in little memory
+(`fuzz.py` makes them).
+"""
 
 import json
 import os
@@ -18,7 +20,10 @@ def fuzz(seed: int, count: int, folder: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    print(f"{count} files in {found['seconds']:.0f} s, {found['grown'] >> 20} MB, the slowest {found['slowest']:.2f} s")
+    print(
+        f"{count} files in {found['seconds']:.0f} s, {found['grown'] >> 20} MB, the slowest "
+        f"{found['slowest']:.2f} s"
+    )
     assert not found["failures"], found["failures"][:5]
     assert not found["slow"], found["slow"]
     assert found["refused"] + found["read"] == count

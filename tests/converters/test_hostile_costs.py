@@ -35,11 +35,17 @@ def refused(file: Path, match: str) -> None:
         import_checkpoint(file)
     assert time.process_time() - began < 4
     message = str(error.value)
-    assert message.startswith(str(file)) and len(message) < 2000 and message.replace("\n", "").isprintable()
+    assert (
+        message.startswith(str(file))
+        and len(message) < 2000
+        and message.replace("\n", "").isprintable()
+    )
 
 
 def refused_in_little_memory(file: Path, match: str) -> None:
-    """As `refused`, under 300 MB and twice the size of the file; measured apart, since that takes time itself."""
+    """As `refused`, under 300 MB and twice the size of the file; measured apart, since that takes
+    time itself.
+    """
     refused(file, match)
     tracemalloc.start()
     try:
@@ -63,11 +69,14 @@ ONE = storage("0", 1)
 SCALAR = tuple_of(ONE, integer(0), b")", b")")
 EXPANDED = tuple_of(ONE, integer(0), tuple_of(integer(1 << 21)), tuple_of(integer(0)))
 MANY_AXES = tuple_of(ONE, integer(0), *[tuple_of(*[integer(1)] * 32)] * 2)
-LONG_STORAGE = tuple_of(text("storage"), name("torch.FloatStorage"), text("0" * 100_000), text("cpu"), integer(1))
+LONG_STORAGE = tuple_of(
+    text("storage"), name("torch.FloatStorage"), text("0" * 100_000), text("cpu"), integer(1)
+)
 NUMBERS = b"(" + b"".join(integer(i) + b"N" for i in range(20_000)) + b"d"
 NONES = b"(" + b"N" * 9000
 
-BOUNDED = "much more memory|steps of pickle|holds a list|differ in"  # by what the file may cost, or done by then
+# by what the file may cost, or done by then
+BOUNDED = "much more memory|steps of pickle|holds a list|differ in"
 FLOODS = {  # what is stored once (as value 0), what is done again and again, what the refusal says
     "a long tuple as a key": (NONES + b"t", b"}h\0Ns", "type long tuple"),
     "a long tuple in a set": (NONES + b"t", b"\x8f(h\0\x90", "type long tuple"),
@@ -89,14 +98,20 @@ FLOODS = {  # what is stored once (as value 0), what is done again and again, wh
     "views of many axes": (MANY_AXES, REBUILD + b"h\0R", BOUNDED),
     "expanded tensors": (EXPANDED, REBUILD + b"h\0R", "would expand"),
     "compared with a tensor": (REBUILD + EXPANDED + b"R", b"ca\nb\n)h\0\x92", BOUNDED),
-    "bytes of a text": (text("x" * 9000), name("_codecs.encode") + b"(h\0" + text("latin1") + b"tR", BOUNDED),
+    "bytes of a text": (
+        text("x" * 9000),
+        name("_codecs.encode") + b"(h\0" + text("latin1") + b"tR",
+        BOUNDED,
+    ),
 }
 
 
 BOTH_FORMATS = ("sets", "many names", "tensors", "expanded tensors")
 FLOODED = [(case, "zip") for case in FLOODS] + [(case, "legacy") for case in BOTH_FORMATS]
 # Every other one is for the slow part.
-FLOODED = [pytest.param(*each, marks=pytest.mark.slow if i % 2 else ()) for i, each in enumerate(FLOODED)]
+FLOODED = [
+    pytest.param(*each, marks=pytest.mark.slow if i % 2 else ()) for i, each in enumerate(FLOODED)
+]
 
 
 @pytest.mark.parametrize(("case", "container"), FLOODED)
@@ -110,7 +125,8 @@ def test_floods_cost_no_more_than_their_bytes(tmp_path, monkeypatch, case, conta
         match = BOUNDED if case == "expanded tensors" else match  # it is run twice
     refused(file, match)
 
-    # What a pickle pays for memory is what memory it takes, about: seen with a small part of the budget.
+    # What a pickle pays for memory is what memory it takes, about: seen with a small part of the
+    # budget.
     monkeypatch.setattr(pickles, "MAX_PICKLE_MEMORY", pickles.MAX_PICKLE_MEMORY // 32)
     monkeypatch.setattr(pickles, "MAX_PICKLE_BYTES", 1 << 20)
     body = start + b"q\0" + b"0(" + step * (400_000 // len(step)) + b"l"
@@ -131,15 +147,29 @@ def test_floods_cost_no_more_than_their_bytes(tmp_path, monkeypatch, case, conta
 def test_text_is_paid_for_as_it_lies_in_memory(tmp_path):
     """One character that is not ASCII makes every other one of a text four bytes wide."""
     wide = b"X" + struct.pack("<L", 1 << 20) + b"x" * ((1 << 20) - 4) + "\U0001f600".encode()
-    refused_in_little_memory(torch_zip(tmp_path / "bad.ckpt", pickled(b"(" + wide * 40 + b"l")), "much more memory")
+    refused_in_little_memory(
+        torch_zip(tmp_path / "bad.ckpt", pickled(b"(" + wide * 40 + b"l")), "much more memory"
+    )
 
 
 REMAINDER = (1 << 61) - 1  # Python's hash of an integer is what is left of it by this
 COLLISIONS = {
-    "wide integers": (b"".join(integer(i * REMAINDER) + b"N" for i in range(1, 20_000)), "type wide integer"),
-    "fractions": (b"".join(b"G" + struct.pack(">d", 2.0**i) + b"N" for i in range(-1000, 1000)), "neither text nor"),
-    "pairs": (b"".join(tuple_of(integer(i), integer(-i)) + b"N" for i in range(2000)), "neither text nor integers"),
-    "nested tuples": (b"".join(tuple_of(tuple_of(integer(i))) + b"N" for i in range(2000)), "element of type tuple"),
+    "wide integers": (
+        b"".join(integer(i * REMAINDER) + b"N" for i in range(1, 20_000)),
+        "type wide integer",
+    ),
+    "fractions": (
+        b"".join(b"G" + struct.pack(">d", 2.0**i) + b"N" for i in range(-1000, 1000)),
+        "neither text nor",
+    ),
+    "pairs": (
+        b"".join(tuple_of(integer(i), integer(-i)) + b"N" for i in range(2000)),
+        "neither text nor integers",
+    ),
+    "nested tuples": (
+        b"".join(tuple_of(tuple_of(integer(i))) + b"N" for i in range(2000)),
+        "element of type tuple",
+    ),
     "lists": (b"]N" * 2000, "element of type list"),
 }
 
@@ -199,28 +229,36 @@ def test_a_name_for_each_of_many_layers_builds_none(tmp_path, per_layer, first):
     rest = {key: value for key, value in state.items() if key not in layer}
     deep = {key.replace(".0.", f".{i}."): layer[key] for i in range(100) for key in few}
     write_torch(tmp_path / "bad.pth", rest | deep | (layer if first == "whole" else {}))
-    refused(tmp_path / "bad.pth", "'decoder.attn_layers' has 100 layers, of which .* most of the model is missing")
+    refused(
+        tmp_path / "bad.pth",
+        "'decoder.attn_layers' has 100 layers, of which .* most of the model is missing",
+    )
 
 
 LONG_KEY = "a." * 100_000 + "x"
 KEYS = {
     "a key of many parts": dict_of((LONG_KEY, REBUILD + SCALAR + b"R")),
     "and a short one": dict_of((LONG_KEY, REBUILD + SCALAR + b"R"), ("b", b"N")),
-    "many beginnings": dict_of(("a", REBUILD + SCALAR + b"Rq\0"), *[(f"{i}.b", b"h\0") for i in range(49_000)]),
+    "many beginnings": dict_of(
+        ("a", REBUILD + SCALAR + b"Rq\0"), *[(f"{i}.b", b"h\0") for i in range(49_000)]
+    ),
     "one dictionary under many names": b"}("
     + text("first")
     + dict_of(("a", REBUILD + SCALAR + b"Rq\0"), *[(f"{i}.b", b"h\0") for i in range(5000)])
     + b"q\1"
     + b"".join(text(f"n{i}") + b"h\1" for i in range(5000))
     + b"u",
-    "too many": dict_of(("a", REBUILD + SCALAR + b"Rq\0"), *[(f"{i}.b", b"h\0") for i in range(60_000)]),
+    "too many": dict_of(
+        ("a", REBUILD + SCALAR + b"Rq\0"), *[(f"{i}.b", b"h\0") for i in range(60_000)]
+    ),
 }
 
 
 @pytest.mark.parametrize("case", KEYS)
 def test_keys_that_are_long_or_many(tmp_path, case):
     refused(
-        torch_zip(tmp_path / "bad.ckpt", pickled(KEYS[case]), {"0": bytes(4)}), "no known model|more than any known"
+        torch_zip(tmp_path / "bad.ckpt", pickled(KEYS[case]), {"0": bytes(4)}),
+        "no known model|more than any known",
     )
 
 
@@ -229,7 +267,9 @@ def test_keys_that_are_long_or_many(tmp_path, case):
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])
 def test_a_storage_is_looked_through_once(tmp_path, container, monkeypatch):
-    """A megabyte of bools under 2,000 tensors: two gigabytes, were it looked through for each of them."""
+    """A megabyte of bools under 2,000 tensors: two gigabytes, were it looked through for each of
+    them.
+    """
     n = 1 << 20
     view = tuple_of(text("view"), integer(0), integer(1))
     whole = storage("0", n, "torch.BoolStorage", *([view] if container == "legacy" else []))
@@ -254,16 +294,27 @@ def test_a_storage_is_looked_through_once(tmp_path, container, monkeypatch):
 
 def test_a_storage_has_one_type(tmp_path):
     """torch.save writes none that has two; each would be another look through the same bytes."""
-    floats = REBUILD + tuple_of(storage("0", 1, "torch.FloatStorage"), integer(0), b")", b")") + b"R"
+    floats = (
+        REBUILD + tuple_of(storage("0", 1, "torch.FloatStorage"), integer(0), b")", b")") + b"R"
+    )
     bools = REBUILD + tuple_of(storage("0", 4, "torch.BoolStorage"), integer(0), b")", b")") + b"R"
     body = dict_of(("floats", floats), ("bools", bools))
-    refused(torch_zip(tmp_path / "bad.ckpt", pickled(body), {"0": bytes(4)}), "declared twice, differently")
+    refused(
+        torch_zip(tmp_path / "bad.ckpt", pickled(body), {"0": bytes(4)}),
+        "declared twice, differently",
+    )
 
 
 def test_tensors_under_several_names_are_no_expansion(tmp_path):
-    """Four names of one tensor are what a program writes that registers a module again; nine are not."""
+    """Four names of one tensor are what a program writes that registers a module again; nine are
+    not.
+    """
     n = 1 << 22
-    one = REBUILD + tuple_of(storage("0", n), integer(0), tuple_of(integer(n)), tuple_of(integer(1))) + b"R"
+    one = (
+        REBUILD
+        + tuple_of(storage("0", n), integer(0), tuple_of(integer(n)), tuple_of(integer(1)))
+        + b"R"
+    )
     for names in (4, 9):
         body = dict_of(*[(f"key {i}", one) for i in range(names)])
         file = torch_zip(tmp_path / "bad.ckpt", pickled(body), {"0": bytes(4 * n)})
@@ -277,19 +328,29 @@ def test_tensors_under_several_names_are_no_expansion(tmp_path):
 
 
 def overlapping(count: int, body: bytes) -> bytes:
-    """A zip file whose entries all end at one place: each has all headers after its own in it, and the body."""
+    """A zip file whose entries all end at one place: each has all headers after its own in it, and
+    the body.
+    """
     rest, entries = body, []
     for i in reversed(range(count)):
         raw = f"archive/data/{i:05d}".encode()
         crc, size = zlib.crc32(rest), len(rest)
-        rest = struct.pack("<4s5H3L2H", b"PK\x03\x04", 20, 0, 0, 0, 0, crc, size, size, len(raw), 0) + raw + rest
+        rest = (
+            struct.pack("<4s5H3L2H", b"PK\x03\x04", 20, 0, 0, 0, 0, crc, size, size, len(raw), 0)
+            + raw
+            + rest
+        )
         entries.append((raw, crc, size, len(rest)))
     listed = b""
     for raw, crc, size, back in reversed(entries):
         place = len(rest) - back
         fields = (20, 20, 0, 0, 0, 0, crc, size, size, len(raw), 0, 0, 0, 0, 0, place)
         listed += struct.pack("<4s6H3L5H2L", b"PK\x01\x02", *fields) + raw
-    return rest + listed + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(listed), len(rest), 0)
+    return (
+        rest
+        + listed
+        + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(listed), len(rest), 0)
+    )
 
 
 def test_overlapping_entries_are_refused_before_one_is_read(tmp_path, monkeypatch):
@@ -307,7 +368,8 @@ def test_overlapping_entries_are_refused_before_one_is_read(tmp_path, monkeypatc
 def test_a_zip_file_of_many_entries(tmp_path):
     entries = {f"{i:x}": b"" for i in range(70_000)}
     refused_in_little_memory(
-        torch_zip(tmp_path / "bad.ckpt", pickled(b"}"), None, entries), "70003 entries, which no checkpoint needs"
+        torch_zip(tmp_path / "bad.ckpt", pickled(b"}"), None, entries),
+        "70003 entries, which no checkpoint needs",
     )
 
 
@@ -355,7 +417,10 @@ SAFE = {
     "many lists": (safe(b'{"a":[' + b"[]," * 300_000 + b"[]]}"), "no dtype, shape"),
     "wide number": (safe(b'{"a":' + b"9" * 1_000_000 + b"}"), "Exceeds the limit"),
     "key twice": (safe(b'{"a":1,"a":1}'), "twice"),
-    "overlap": (safe({"a": f32(0, 8), "b": f32(4, 12)}, bytes(12)), "begins at byte 4, where the one before ends at 8"),
+    "overlap": (
+        safe({"a": f32(0, 8), "b": f32(4, 12)}, bytes(12)),
+        "begins at byte 4, where the one before ends at 8",
+    ),
     "gap": (safe({"a": f32(0, 4), "b": f32(8, 12)}, bytes(12)), "begins at byte 8"),
     "too short": (safe({"a": f32(0, 8)}, bytes(4)), "reaches over the end of the file"),
     "too long": (safe({"a": f32(0, 8)}, bytes(12)), "its tensors have 8 bytes, the file 12"),
@@ -368,10 +433,16 @@ SAFE = {
     "bool as shape": (safe({"a": f32(0, 8, [True, 2])}, bytes(8)), "not sizes"),
     "huge and empty": (safe({"a": f32(0, 0, [0, 2**62])}), "is empty, of size"),
     "many axes": (safe({"a": f32(0, 4, [1] * 33)}, bytes(4)), "not sizes"),
-    "unknown type": (safe({"a": f32(0, 8) | {"dtype": "F4"}}, bytes(8)), "type 'F4', which is not supported"),
+    "unknown type": (
+        safe({"a": f32(0, 8) | {"dtype": "F4"}}, bytes(8)),
+        "type 'F4', which is not supported",
+    ),
     "a list as type": (safe({"a": f32(0, 8) | {"dtype": []}}, bytes(8)), "type list"),
     "more fields": (safe({"a": f32(0, 8, more=1)}, bytes(8)), "no dtype, shape"),
-    "bool": (safe({"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}}, b"\2"), "other than 0 and 1"),
+    "bool": (
+        safe({"a": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}}, b"\2"),
+        "other than 0 and 1",
+    ),
     "no tensors": (safe({"__metadata__": {"format": "pt"}}), "is empty"),
     "long key": (safe({"x" * 1_000_000: f32(0, 4)}, bytes(4)), "no known model"),
     "long misfit": (safe({"x" * 1_000_000: f32(0, 4, [7] * 32)}, bytes(4)), "has 4 bytes"),
@@ -394,7 +465,10 @@ def test_safetensors_are_read_as_the_library_reads_them(tmp_path):
     arrays["empty"] = np.zeros((0, 3), np.float32)
     arrays["none"] = np.zeros(0, np.int8)
     save_file(arrays, tmp_path / "a.safetensors", metadata={"format": "pt"})
-    found, expected = read_safetensors(tmp_path / "a.safetensors"), load_file(tmp_path / "a.safetensors")
+    found, expected = (
+        read_safetensors(tmp_path / "a.safetensors"),
+        load_file(tmp_path / "a.safetensors"),
+    )
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape)
@@ -408,13 +482,21 @@ INDEXES = {
     "deep": (b"[" * 1_000_000, "not readable JSON"),
     "many lists": (b"[" + b"[]," * 300_000 + b"[]]", "has no weight_map"),
     "many files": (json.dumps(MANY_FILES).encode(), "and 39995 more"),
-    "outside": (json.dumps({"weight_map": {"a": "../" * 50_000 + "a.bin"}}).encode(), "outside its folder"),
+    "outside": (
+        json.dumps({"weight_map": {"a": "../" * 50_000 + "a.bin"}}).encode(),
+        "outside its folder",
+    ),
     "itself": (json.dumps({"weight_map": {"a": "bad.bin.index.json"}}).encode(), "another index"),
-    "long key": (json.dumps({"weight_map": {"x" * 1_000_000: "y" * 1_000_000}}).encode(), "outside its folder"),
+    "long key": (
+        json.dumps({"weight_map": {"x" * 1_000_000: "y" * 1_000_000}}).encode(),
+        "outside its folder",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c == "many files" else c for c in INDEXES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "many files" else c for c in INDEXES]
+)
 def test_indexes_that_lie(tmp_path, case):
     data, match = INDEXES[case]
     refused_in_little_memory(put(tmp_path, data, ".bin.index.json"), match)

@@ -1,4 +1,6 @@
-"""Damaged and hostile checkpoint files: each gives one clear error, runs nothing and leaves nothing behind."""
+"""Damaged and hostile checkpoint files: each gives one clear error, runs nothing and leaves nothing
+behind.
+"""
 
 import io
 import pickle
@@ -66,7 +68,11 @@ def refused(file: Path, match: str, **options) -> str:
     with pytest.raises(CheckpointError, match=match) as error:
         import_checkpoint(file, folder / "model", **{"config": PUBLISHED, **options})
     message = str(error.value)
-    assert file.name in message.split("\n")[0] and len(message) < 2000 and message.replace("\n", "").isprintable()
+    assert (
+        file.name in message.split("\n")[0]
+        and len(message) < 2000
+        and message.replace("\n", "").isprintable()
+    )
     assert error.value.__cause__ is None
     assert sorted(folder.rglob("*")) == before  # no canary, no model, no part of one
     return message
@@ -82,7 +88,9 @@ def put(tmp_path: Path, content: bytes) -> Path:
 
 @pytest.mark.parametrize("part", range(40))
 def test_cut_zip(tmp_path, whole, part):
-    refused(put(tmp_path, whole[: part * len(whole) // 40 + (part % 7)]), "cut|empty|not a torch|end")
+    refused(
+        put(tmp_path, whole[: part * len(whole) // 40 + (part % 7)]), "cut|empty|not a torch|end"
+    )
 
 
 @pytest.mark.parametrize("back", [1, 2, 21, 22, 23, 100, 500])
@@ -92,7 +100,10 @@ def test_cut_zip_near_its_end(tmp_path, whole, back):
 
 @pytest.mark.parametrize("part", range(30))
 def test_cut_legacy(tmp_path, whole_legacy, part):
-    refused(put(tmp_path, whole_legacy[: part * len(whole_legacy) // 30 + (part % 7)]), "ends|cut|empty|not a torch")
+    refused(
+        put(tmp_path, whole_legacy[: part * len(whole_legacy) // 30 + (part % 7)]),
+        "ends|cut|empty|not a torch",
+    )
 
 
 @pytest.mark.parametrize("back", [1, 8, 40])
@@ -102,7 +113,10 @@ def test_cut_legacy_near_its_end(tmp_path, whole_legacy, back):
 
 @pytest.mark.parametrize("extra", [b"\0", b"PK\x05\x06" + b"\0" * 18, b"x" * 70_000])
 def test_bytes_after_the_end(tmp_path, whole, whole_legacy, extra):
-    refused(put(tmp_path, whole + extra), "does not end|end of the zip|not where|damaged|cut|declares|longer|data.pkl")
+    refused(
+        put(tmp_path, whole + extra),
+        "does not end|end of the zip|not where|damaged|cut|declares|longer|data.pkl",
+    )
     refused(put(tmp_path, whole_legacy + extra), "follow the last storage")
 
 
@@ -118,15 +132,28 @@ def spans(data: bytes) -> dict[str, range]:
     out = {}
     for key in ("data.pkl", "data/0", "data/5", "version", "byteorder"):
         info = infos[key]
-        start = info.header_offset + 30 + sum(struct.unpack_from("<HH", data, info.header_offset + 26))
+        start = (
+            info.header_offset + 30 + sum(struct.unpack_from("<HH", data, info.header_offset + 26))
+        )
         out[key] = range(start, start + info.file_size)
-        out[f"header of {key}"] = range(info.header_offset, info.header_offset + 30 + len(info.filename))
+        out[f"header of {key}"] = range(
+            info.header_offset, info.header_offset + 30 + len(info.filename)
+        )
     out["directory"] = range(directory, directory + 400)
     out["end"] = range(len(data) - 22, len(data))
     return out
 
 
-PARTS = ["data.pkl", "data/0", "data/5", "version", "byteorder", "header of data.pkl", "header of data/0", "end"]
+PARTS = [
+    "data.pkl",
+    "data/0",
+    "data/5",
+    "version",
+    "byteorder",
+    "header of data.pkl",
+    "header of data/0",
+    "end",
+]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -134,7 +161,10 @@ PARTS = ["data.pkl", "data/0", "data/5", "version", "byteorder", "header of data
 def test_flipped_bit_in_a_part_of_the_zip(tmp_path, whole, part, i):
     span = spans(whole)[part]
     at = span[min(len(span) - 1, i * len(span) // 10)]
-    refused(put(tmp_path, flipped(whole, at, (3 * i) % 8)), r"CRC-32|match|zip|entr|not a torch|header|folder|names? ")
+    refused(
+        put(tmp_path, flipped(whole, at, (3 * i) % 8)),
+        r"CRC-32|match|zip|entr|not a torch|header|folder|names? ",
+    )
 
 
 def test_no_flipped_bit_goes_unseen(tmp_path):
@@ -155,7 +185,9 @@ def test_no_flipped_bit_goes_unseen(tmp_path):
 
 
 def test_flips_in_a_legacy_pickle_never_crash(tmp_path, whole_legacy):
-    """That format has no checksum: a flipped header is an error, or names another key or number, or stays unseen."""
+    """That format has no checksum: a flipped header is an error, or names another key or number, or
+    stays unseen.
+    """
     errors = 0
     for at in range(0, 2500, 20):
         try:
@@ -189,7 +221,9 @@ def test_misshapen_key(tmp_path, key):
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.bool_, np.complex64])
 def test_wrong_dtype(tmp_path, key, dtype):
     write_torch(tmp_path / "bad.ckpt", {"state_dict": STATE | {key: STATE[key].astype(dtype)}})
-    if dtype is np.float64 and key.endswith(timer.TABLE):  # not a parameter: kept as it is, nothing is rounded
+    if dtype is np.float64 and key.endswith(
+        timer.TABLE
+    ):  # not a parameter: kept as it is, nothing is rounded
         kept = import_checkpoint(tmp_path / "bad.ckpt")[3]
         assert kept[timer.TABLE].tobytes() == STATE[key].astype(dtype).tobytes()
         return
@@ -206,10 +240,20 @@ def test_non_finite_values(tmp_path, key, bad):
     assert key.removeprefix("model.") in message
 
 
-SURPLUS = ["model.decoder.attn_layers.0.norm3.weight", "model.extra", "decoder.norm.weight", "", "model.",
-           "model.é\x1b[31m", "model.decoder.attn_layers.7.norm1.weight",
-           "model.decoder.attn_layers.99999999999999999999.norm1.weight",
-           "model." + "x" * 100_000, "os.system('x')", "'; DROP TABLE --", "../../etc/passwd\0"]  # fmt: skip
+SURPLUS = [
+    "model.decoder.attn_layers.0.norm3.weight",
+    "model.extra",
+    "decoder.norm.weight",
+    "",
+    "model.",
+    "model.é\x1b[31m",
+    "model.decoder.attn_layers.7.norm1.weight",
+    "model.decoder.attn_layers.99999999999999999999.norm1.weight",
+    "model." + "x" * 100_000,
+    "os.system('x')",
+    "'; DROP TABLE --",
+    "../../etc/passwd\0",
+]
 
 
 @pytest.mark.parametrize("key", SURPLUS, ids=lambda k: ascii(k)[:40])
@@ -231,15 +275,19 @@ NOT_WEIGHTS = {
     "another model": {"state_dict": {"encoder.weight": np.ones(3, np.float32)}},
     "two models": {"state_dict": STATE | {f"other.{k}": v for k, v in STATE.items()}},
     "too deep": {"a": {"b": {"c": {"d": STATE}}}},
-    "many layers": {"state_dict": STATE | {f"model.decoder.attn_layers.{i}.norm1.bias": np.ones(8, np.float32)
-                                           for i in range(3000)}},
-}  # fmt: skip
+    "many layers": {
+        "state_dict": STATE
+        | {f"model.decoder.attn_layers.{i}.norm1.bias": np.ones(8, np.float32) for i in range(3000)}
+    },
+}
 
 
 EXTRAS = {
     "numbers of 5000 digits": {"d_model": 10**600, "n_heads": -(10**600), "patch_len": 1},
-    "text": dict.fromkeys(("d_model", "n_heads", "patch_len"), 1) | {"d_ff": "x" * 10**6, "e_layers": "\x1b[31m"},
-    "nested": dict.fromkeys(("d_model", "n_heads", "patch_len"), 1) | {"seq_len": [[[["x"]]]], "dropout": {}},
+    "text": dict.fromkeys(("d_model", "n_heads", "patch_len"), 1)
+    | {"d_ff": "x" * 10**6, "e_layers": "\x1b[31m"},
+    "nested": dict.fromkeys(("d_model", "n_heads", "patch_len"), 1)
+    | {"seq_len": [[[["x"]]]], "dropout": {}},
     "layers": dict.fromkeys(("d_model", "n_heads", "patch_len", "d_ff"), 1) | {"e_layers": 10**9},
 }
 
@@ -251,7 +299,12 @@ def test_hyper_parameters_that_lie(tmp_path, case):
 
 
 def test_too_many_layers(tmp_path):
-    layers = {k.replace("layers.0", f"layers.{i}"): v for i in range(600) for k, v in STATE.items() if "layers.0" in k}
+    layers = {
+        k.replace("layers.0", f"layers.{i}"): v
+        for i in range(600)
+        for k, v in STATE.items()
+        if "layers.0" in k
+    }
     write_torch(tmp_path / "bad.ckpt", {"state_dict": STATE | layers})
     refused(tmp_path / "bad.ckpt", "without a gap", config=None)
 
@@ -267,7 +320,9 @@ def test_extras_that_would_fill_the_terminal(tmp_path):
         "epoch": 3,
     }
     write_torch(tmp_path / "odd.ckpt", {"state_dict": STATE, **extras})
-    _, _, provenance, _ = import_checkpoint(tmp_path / "odd.ckpt", tmp_path / "model", config=PUBLISHED)
+    _, _, provenance, _ = import_checkpoint(
+        tmp_path / "odd.ckpt", tmp_path / "model", config=PUBLISHED
+    )
     assert provenance["extras"] == {"epoch": 3} and provenance["ignored"] == ["a", "c", "d", "e"]
 
 
@@ -279,21 +334,25 @@ def test_not_the_weights_of_a_model(tmp_path, case):
 
 # --- pickles that would run code
 
-DANGEROUS = """os.system posix.system nt.system subprocess.Popen subprocess.check_output builtins.eval builtins.exec
-builtins.getattr builtins.__import__ builtins.open builtins.compile __builtin__.eval __builtin__.apply
-commands.getoutput runpy.run_path runpy._run_code shutil.rmtree socket.create_connection pty.spawn
-importlib.import_module
-operator.attrgetter operator.methodcaller codecs.decode _codecs.decode ctypes.CDLL webbrowser.open pickle.loads
-_pickle.loads marshal.loads types.FunctionType types.CodeType functools.reduce functools.partialmethod timeit.timeit
-code.interact pdb.run cProfile.run bdb.Bdb sys.exit tempfile.mkstemp pathlib.Path.unlink io.open glob.glob
-multiprocessing.Process threading.Thread asyncio.run http.client.HTTPConnection urllib.request.urlopen zipfile.ZipFile
-torch.hub.load torch.load torch.jit.load torch.ops.load_library torch.utils.cpp_extension.load
-torch.storage._load_from_bytes torch.serialization.load torch.distributed.rpc.rpc_sync numpy.load numpy.fromfile
-numpy.testing._private.utils.runstring numpy.f2py.compile pip.main setuptools.setup cloudpickle.loads dill.loads
-joblib.load pandas.read_pickle torch.os.system collections.abc.sys.exit argparse._sys.exit logging.os.system
-ltsm_jax.load jax.jit copyreg.add_extension inspect.getsource gc.get_objects atexit.register signal.raise_signal
-uuid.os.system argparse.Namespace.__init__.__globals__ random._os.system enum.sys.modules builtins.dict.__class__
-typing.get_type_hints.__globals__""".split()  # noqa: SIM905
+DANGEROUS = """
+os.system posix.system nt.system subprocess.Popen subprocess.check_output builtins.eval
+builtins.exec builtins.getattr builtins.__import__ builtins.open builtins.compile __builtin__.eval
+__builtin__.apply commands.getoutput runpy.run_path runpy._run_code shutil.rmtree
+socket.create_connection pty.spawn importlib.import_module operator.attrgetter
+operator.methodcaller codecs.decode _codecs.decode ctypes.CDLL webbrowser.open pickle.loads
+_pickle.loads marshal.loads types.FunctionType types.CodeType functools.reduce
+functools.partialmethod timeit.timeit code.interact pdb.run cProfile.run bdb.Bdb sys.exit
+tempfile.mkstemp pathlib.Path.unlink io.open glob.glob multiprocessing.Process threading.Thread
+asyncio.run http.client.HTTPConnection urllib.request.urlopen zipfile.ZipFile torch.hub.load
+torch.load torch.jit.load torch.ops.load_library torch.utils.cpp_extension.load
+torch.storage._load_from_bytes torch.serialization.load torch.distributed.rpc.rpc_sync numpy.load
+numpy.fromfile numpy.testing._private.utils.runstring numpy.f2py.compile pip.main setuptools.setup
+cloudpickle.loads dill.loads joblib.load pandas.read_pickle torch.os.system
+collections.abc.sys.exit argparse._sys.exit logging.os.system ltsm_jax.load jax.jit
+copyreg.add_extension inspect.getsource gc.get_objects atexit.register signal.raise_signal
+uuid.os.system argparse.Namespace.__init__.__globals__ random._os.system enum.sys.modules
+builtins.dict.__class__ typing.get_type_hints.__globals__
+""".split()  # noqa: SIM905
 
 
 def attack(dotted: str, form: str, canary: Path) -> bytes:
@@ -311,7 +370,9 @@ def attack(dotted: str, form: str, canary: Path) -> bytes:
         "newobj_ex": name(dotted) + tuple_of(argument) + b"}\x92",
         "named only": name(dotted),
     }[form]
-    good = b"".join(text(key) + value for key, value in (("epoch", integer(3)), ("hyper_parameters", called)))
+    good = b"".join(
+        text(key) + value for key, value in (("epoch", integer(3)), ("hyper_parameters", called))
+    )
     return pickled(b"}(" + good + b"u", 4)
 
 
@@ -326,7 +387,9 @@ def test_dangerous_names(tmp_path, dotted, form):
     assert dotted.replace("__builtin__", "builtins") in message
 
 
-@pytest.mark.parametrize("dotted", ["os.system", "posix.system", "builtins.eval", "subprocess.call"])
+@pytest.mark.parametrize(
+    "dotted", ["os.system", "posix.system", "builtins.eval", "subprocess.call"]
+)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("container", ["zip", "legacy"])
 def test_every_way_to_call(tmp_path, dotted, form, container):
@@ -352,7 +415,9 @@ class Evil:
 @pytest.mark.parametrize("place", ["extra", "weight", "all", "legacy header"])
 def test_reduce_of_python(tmp_path, protocol, place):
     evil = Evil(f"touch {tmp_path / 'canary'}")
-    content = {"extra": {"x": [1, evil]}, "weight": {"state_dict": {KEYS[0]: evil}}}.get(place, evil)
+    content = {"extra": {"x": [1, evil]}, "weight": {"state_dict": {KEYS[0]: evil}}}.get(
+        place, evil
+    )
     data = pickle.dumps(content, protocol)
     if place == "legacy header":
         file = put(tmp_path, data)
@@ -365,7 +430,10 @@ ONE = tensor(storage("0", 1), 0, (1,), (1,))
 ORDERED = name("collections.OrderedDict") + b")R"
 TRICKS = {
     # names that exist, used for what they are not
-    "codecs": (name("_codecs.encode") + tuple_of(text("x"), text("rot13")) + b"R", "something else than bytes"),
+    "codecs": (
+        name("_codecs.encode") + tuple_of(text("x"), text("rot13")) + b"R",
+        "something else than bytes",
+    ),
     "call a tensor": (ONE + b")R", "calls a ndarray"),
     "call a dict": (b"})R", "calls a dict"),
     "call text": (text("os.system") + b")R", "calls a str"),
@@ -382,16 +450,27 @@ TRICKS = {
         "Parameter",
     ),
     "unknown dtype": (
-        name("torch._utils._rebuild_tensor_v3") + tuple_of(*[b"N"] * 6, name("torch.float4")) + b"R",
+        name("torch._utils._rebuild_tensor_v3")
+        + tuple_of(*[b"N"] * 6, name("torch.float4"))
+        + b"R",
         "float4",
     ),
-    "dict of numbers": (name("builtins.dict") + tuple_of(integer(10**18)) + b"R", "not a container"),
+    "dict of numbers": (
+        name("builtins.dict") + tuple_of(integer(10**18)) + b"R",
+        "not a container",
+    ),
     "bytes by count": (name("builtins.list") + tuple_of(text("x" * 99)) + b"R", "not a container"),
     "dict of odd pairs": (name("collections.OrderedDict") + tuple_of(b"](]e") + b"R", "not pairs"),
     # attributes
     "class of a dict": (ORDERED + dict_of(("__class__", name("a.B"))) + b"b", "sets __class__"),
-    "setstate": (name("a.B") + b")R" + dict_of(("__setstate__", name("a.C"))) + b"b", "sets __setstate__"),
-    "slots": (name("a.B") + b")\x81" + tuple_of(b"N", dict_of(("__reduce__", b"N"))) + b"b", "sets __reduce__"),
+    "setstate": (
+        name("a.B") + b")R" + dict_of(("__setstate__", name("a.C"))) + b"b",
+        "sets __setstate__",
+    ),
+    "slots": (
+        name("a.B") + b")\x81" + tuple_of(b"N", dict_of(("__reduce__", b"N"))) + b"b",
+        "sets __reduce__",
+    ),
     "attributes of a list": (b"]" + dict_of(("x", b"N")) + b"b", "attributes of a list"),
     "attributes of a number": (integer(3) + b"}b", "attributes of a int"),
     # references outside
@@ -402,7 +481,10 @@ TRICKS = {
         "storage of type",
     ),
     "storage of a class": (storage("0", 1, "a.Storage"), "storage of type 'a.Storage'"),
-    "storage name": (tuple_of(text("storage"), name("torch.FloatStorage"), b"N", b"N", integer(1)) + b"Q", "not text"),
+    "storage name": (
+        tuple_of(text("storage"), name("torch.FloatStorage"), b"N", b"N", integer(1)) + b"Q",
+        "not text",
+    ),
     "storage outside": (storage("../../etc/passwd", 1), "is missing in the zip"),
     "storage missing": (storage("7", 1), "storage '7' is missing"),
     "storage size": (storage("0", 2), "4 bytes, the pickle says 8"),
@@ -470,7 +552,9 @@ BOMBS = {
         "steps of pickle",
     ),
     "bytes again and again": (
-        text("x" * 1_000_000) + b"q\0" + (name("_codecs.encode") + b"(h\0" + text("latin1") + b"tR") * 2000,
+        text("x" * 1_000_000)
+        + b"q\0"
+        + (name("_codecs.encode") + b"(h\0" + text("latin1") + b"tR") * 2000,
         "much more memory",
     ),
     "empty steps": (b"N0" * 1_100_000, "steps of pickle"),
@@ -495,7 +579,9 @@ def test_doubling_costs_nothing(tmp_path):
 def test_expanded_tensors_cost_no_memory(tmp_path):
     store = storage("0", 1)
     huge = [(f"model.{i}", tensor(store, 0, (4096, 4096), (0, 0))) for i in range(50)]
-    file = torch_zip(tmp_path / "bad.ckpt", pickled(dict_of(("state_dict", dict_of(*huge)))), {"0": b"\0\0\0\0"})
+    file = torch_zip(
+        tmp_path / "bad.ckpt", pickled(dict_of(("state_dict", dict_of(*huge)))), {"0": b"\0\0\0\0"}
+    )
     tracemalloc.start()
     try:
         refused(file, "views that would expand")
@@ -507,8 +593,12 @@ def test_expanded_tensors_cost_no_memory(tmp_path):
 # --- zip files that lie
 
 
-def patched(whole: bytes, entry: str, field: int, value: bytes, *, local: bool = True, central: bool = True) -> bytes:
-    """`whole` with a field of an entry's headers replaced; `field` counts from the flags (local 6, central 8)."""
+def patched(
+    whole: bytes, entry: str, field: int, value: bytes, *, local: bool = True, central: bool = True
+) -> bytes:
+    """`whole` with a field of an entry's headers replaced; `field` counts from the flags (local 6,
+    central 8).
+    """
     data = bytearray(whole)
     raw = f"archive/{entry}".encode()
     if local:
@@ -528,8 +618,14 @@ def long(value: int) -> bytes:
 FLAGS, METHOD, CRC, PACKED, PLAIN = 0, 2, 8, 12, 16
 LIES = {
     "zip bomb": ((PLAIN, long(0xFFFFFFFE)), "compressed .* declared"),
-    "zip bomb of both sizes": ((PACKED, long(0x7FFFFFFF) * 2), "declares 2147483647 bytes in a file of"),
-    "deflate bomb": ((METHOD, b"\x08\0" + b"\0" * 8 + long(100) + long(0xFFFFFFFE)), "compressed|match"),
+    "zip bomb of both sizes": (
+        (PACKED, long(0x7FFFFFFF) * 2),
+        "declares 2147483647 bytes in a file of",
+    ),
+    "deflate bomb": (
+        (METHOD, b"\x08\0" + b"\0" * 8 + long(100) + long(0xFFFFFFFE)),
+        "compressed|match",
+    ),
     "zip64 without its field": ((PLAIN, long(0xFFFFFFFF)), "zip64 size is missing"),
     "deflated": ((METHOD, b"\x08\0"), "compressed"),
     "bzip2": ((METHOD, b"\x0c\0"), "compressed"),
@@ -556,7 +652,9 @@ def test_zip_headers_that_lie(tmp_path, whole, lie, entry):
 @pytest.mark.parametrize("lie", ["zip bomb", "deflated", "wrong crc", "patched data"])
 def test_headers_that_disagree(tmp_path, whole, where, lie):
     (field, value), _ = LIES[lie]
-    data = patched(whole, "data/9", field, value, local=where == "local", central=where == "central")
+    data = patched(
+        whole, "data/9", field, value, local=where == "local", central=where == "central"
+    )
     refused(put(tmp_path, data), "match|compressed|patched|CRC")
 
 
@@ -564,7 +662,9 @@ def end_record(count=None, size=None, start=None, disk=0):
     def change(whole: bytes) -> bytes:
         magic, _, _, n, m, old_size, old_start, comment = struct.unpack("<4s4H2LH", whole[-22:])
         count_, size_, start_ = count or n, size or old_size, start or old_start
-        return whole[:-22] + struct.pack("<4s4H2LH", magic, disk, disk, count_, count or m, size_, start_, comment)
+        return whole[:-22] + struct.pack(
+            "<4s4H2LH", magic, disk, disk, count_, count or m, size_, start_, comment
+        )
 
     return change
 
@@ -579,7 +679,12 @@ ENDS = {
     "second disk": end_record(disk=1),
     "comment": lambda whole: whole[:-2] + b"\x05\0",
     "zip64 locator far out": lambda whole: (
-        whole[:-22] + b"PK\x06\x07" + struct.pack("<LQL", 0, 2**62, 1) + whole[-22:-12] + b"\xff" * 8 + b"\0\0"
+        whole[:-22]
+        + b"PK\x06\x07"
+        + struct.pack("<LQL", 0, 2**62, 1)
+        + whole[-22:-12]
+        + b"\xff" * 8
+        + b"\0\0"
     ),
     "directory signature": lambda whole: (
         whole[: whole.rindex(b"PK\x01\x02")] + b"XX" + whole[whole.rindex(b"PK\x01\x02") + 2 :]
@@ -593,14 +698,29 @@ def test_zip_ends_that_lie(tmp_path, whole, case):
     refused(put(tmp_path, ENDS[case](whole)), "zip|list of entries|header")
 
 
-NAMES = ["../../evil", "/etc/passwd", "archive/../../evil", "archive//data/0", "C:\\evil", "archive\\data",
-         "archive/data/0\0", "", "archive/", "./archive/x", "c:/evil"]  # fmt: skip
+NAMES = [
+    "../../evil",
+    "/etc/passwd",
+    "archive/../../evil",
+    "archive//data/0",
+    "C:\\evil",
+    "archive\\data",
+    "archive/data/0\0",
+    "",
+    "archive/",
+    "./archive/x",
+    "c:/evil",
+]
 
 
 @pytest.mark.parametrize("entry", NAMES, ids=ascii)
 def test_entry_names(tmp_path, entry):
-    placeholder = "archive/" + "q" * (len(entry.encode()) - 8) if len(entry) > 9 else "q" * len(entry)
-    torch_zip(tmp_path / "bad.ckpt", pickled(b"}"), more={placeholder: b"x"} if entry else {"": b"x"})
+    placeholder = (
+        "archive/" + "q" * (len(entry.encode()) - 8) if len(entry) > 9 else "q" * len(entry)
+    )
+    torch_zip(
+        tmp_path / "bad.ckpt", pickled(b"}"), more={placeholder: b"x"} if entry else {"": b"x"}
+    )
     data = (tmp_path / "bad.ckpt").read_bytes()
     assert not placeholder or data.count(placeholder.encode()) == 2
     put(tmp_path, data.replace(placeholder.encode(), entry.encode()) if entry else data)
@@ -656,11 +776,22 @@ LEGACY = {
     "storage list short": ({"keys": ["0"]}, None, "differ in"),
     "storage list long": ({"keys": [str(i) for i in range(99)]}, None, "differ in"),
     "storage list doubled": ({"keys": ["0", "0"]}, None, "list of storages is damaged"),
-    "storage of another size": ({}, dict_of(("x", tensor(storage("0", 1), 0, (1,), (1,)))), "2 elements, not 1"),
-    "storage huge": ({}, dict_of(("x", tensor(storage("0", 2**60), 0, (1,), (1,)))), "bytes in a file of"),
+    "storage of another size": (
+        {},
+        dict_of(("x", tensor(storage("0", 1), 0, (1,), (1,)))),
+        "2 elements, not 1",
+    ),
+    "storage huge": (
+        {},
+        dict_of(("x", tensor(storage("0", 2**60), 0, (1,), (1,)))),
+        "bytes in a file of",
+    ),
     "declared twice": (
         {},
-        dict_of(("x", tensor(storage("0", 2), 0, (1,), (1,))), ("y", tensor(storage("0", 1), 0, (1,), (1,)))),
+        dict_of(
+            ("x", tensor(storage("0", 2), 0, (1,), (1,))),
+            ("y", tensor(storage("0", 1), 0, (1,), (1,))),
+        ),
         "declared twice",
     ),
 }
@@ -678,16 +809,22 @@ def test_legacy_files_that_lie(tmp_path, case):
 
 
 def test_what_is_harmless_is_read_around(tmp_path):
-    """Objects of unknown classes beside the weights are not an error: a real Lightning file is full of them."""
+    """Objects of unknown classes beside the weights are not an error: a real Lightning file is full
+    of them.
+    """
     extras = pickle.dumps({"callbacks": Evil.__mro__, "loops": np.arange(3)}, 2)
-    assert "os" not in {str(arg).split()[0] for op, arg, _ in pickletools.genops(extras) if op.name == "GLOBAL"}
+    assert "os" not in {
+        str(arg).split()[0] for op, arg, _ in pickletools.genops(extras) if op.name == "GLOBAL"
+    }
     weights = []
     storages = {}
     for i, (key, value) in enumerate(STATE.items()):
         storages[str(i)] = value.tobytes()
         strides = tuple(s // value.itemsize for s in value.strides)
         weights.append((key, tensor(storage(str(i), value.size), 0, value.shape, strides)))
-    body = dict_of(("state_dict", dict_of(*weights)), ("extras", extras[2:-1]), ("epoch", integer(3)))
+    body = dict_of(
+        ("state_dict", dict_of(*weights)), ("extras", extras[2:-1]), ("epoch", integer(3))
+    )
     torch_zip(tmp_path / "good.ckpt", pickled(body), storages)
     _, _, provenance, _ = import_checkpoint(tmp_path / "good.ckpt", config=PUBLISHED)
     assert provenance["extras"] == {"epoch": 3} and provenance["ignored"] == ["extras"]

@@ -1,4 +1,6 @@
-"""Checkpoints of several files, folders in the form of the hub, nested containers, and hostile ones of these."""
+"""Checkpoints of several files, folders in the form of the hub, nested containers, and hostile ones
+of these.
+"""
 
 import json
 import re
@@ -72,8 +74,14 @@ def moved(table, to):
 HOSTILE_INDEX = {
     "another shard": (lambda t: moved(t, t[sorted(t)[1]]), r"in model-00001.*, but the index says"),
     "unknown key": (lambda t: t | {"more.weight": t[min(t)]}, r"'more\.weight': not in"),
-    "key not listed": (lambda t: {k: v for k, v in t.items() if k != min(t)}, "but the index says 'None'"),
-    "a shard that is not there": (lambda t: moved(t, "model-00003-of-00003.safetensors"), "not there"),
+    "key not listed": (
+        lambda t: {k: v for k, v in t.items() if k != min(t)},
+        "but the index says 'None'",
+    ),
+    "a shard that is not there": (
+        lambda t: moved(t, "model-00003-of-00003.safetensors"),
+        "not there",
+    ),
     "parent": (lambda t: moved(t, "../model.safetensors"), "outside its folder"),
     "absolute": (lambda t: moved(t, "/etc/passwd"), "outside its folder"),
     "parent itself": (lambda t: moved(t, ".."), "hold no tensors|outside its folder"),
@@ -104,7 +112,9 @@ def test_an_index_of_an_index(tmp_path, state):
 
 def test_an_index_that_is_no_index_and_a_missing_part(tmp_path, state):
     sharded(tmp_path, state, drop=("model-00002-of-00002.safetensors",))
-    with pytest.raises(CheckpointError, match=r"'model-00002-of-00002\.safetensors' not there\. Fetch all 2 files"):
+    with pytest.raises(
+        CheckpointError, match=r"'model-00002-of-00002\.safetensors' not there\. Fetch all 2 files"
+    ):
         import_checkpoint(tmp_path)
     for text in ("", "[]", "7", "{}", "[" * 100_000, '{"weight_map": null}'):
         (tmp_path / INDEX).write_text(text)
@@ -121,7 +131,9 @@ def test_a_state_dict_nested_under_student(tmp_path, state, whole):
     assert found[2]["ignored"] == ["optimizer"]
     export_checkpoint(tmp_path / "model", tmp_path / "b.pth")
     back = read_torch(tmp_path / "b.pth").content
-    assert back.keys() == state.keys() and all(back[k].tobytes() == state[k].tobytes() for k in state)
+    assert back.keys() == state.keys() and all(
+        back[k].tobytes() == state[k].tobytes() for k in state
+    )
     for wrong in ({"student": [1, 2]}, {"student": {}}, {"student": {1: state["proj.bias"]}}):
         write_torch(tmp_path / "c.pth", wrong, overwrite=True)
         with pytest.raises(CheckpointError, match=r"c\.pth"):
@@ -136,10 +148,15 @@ def any_suffix(monkeypatch):
 def test_export_in_the_form_of_the_hub(tmp_path, state, whole, any_suffix):
     model = whole[0] / "model"
     export_checkpoint(model, tmp_path / "folder")
-    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     require_same(import_checkpoint(tmp_path / "folder"), whole[1])
     back = read_safetensors(tmp_path / "folder" / "model.safetensors")
-    assert back.keys() == state.keys() and all(back[k].tobytes() == state[k].tobytes() for k in state)
+    assert back.keys() == state.keys() and all(
+        back[k].tobytes() == state[k].tobytes() for k in state
+    )
     with pytest.raises(FileExistsError):
         export_checkpoint(model, tmp_path / "folder")
     export_checkpoint(model, tmp_path / "folder", overwrite=True)
@@ -151,7 +168,9 @@ def test_export_in_the_form_of_the_hub(tmp_path, state, whole, any_suffix):
 def test_a_config_of_another_model_beside_the_export_stays(tmp_path, whole, any_suffix):
     other = json.dumps({"another": "model"})
     (tmp_path / "config.json").write_text(other)
-    (note,) = [n for n in export_checkpoint(whole[0] / "model", tmp_path / "a.bin") if "config.json" in n]
+    (note,) = [
+        n for n in export_checkpoint(whole[0] / "model", tmp_path / "a.bin") if "config.json" in n
+    ]
     assert "another model's" in note and '"d_model"' in note
     assert (tmp_path / "config.json").read_text() == other
     with pytest.raises(FileExistsError, match="is of something else, and is not replaced"):
@@ -182,7 +201,9 @@ HOSTILE_SAFETENSORS = {
     "backwards": header('{"a":{"dtype":"F32","shape":[0],"data_offsets":[8,0]}}'),
     "negative": header('{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}'),
     "other size": header('{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}'),
-    "overflow": header('{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}}'),
+    "overflow": header(
+        '{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}}'
+    ),
     "unknown type": header('{"a":{"dtype":"X9","shape":[2],"data_offsets":[0,8]}}'),
     "data behind": header(f'{{"a":{TENSOR}}}', b"\0" * 9),
     "not text": header(b'{"\xff":1}'),
@@ -192,7 +213,9 @@ HOSTILE_SAFETENSORS = {
 @pytest.mark.parametrize("case", HOSTILE_SAFETENSORS)
 def test_hostile_safetensors_are_refused(tmp_path, case):
     (tmp_path / "model.safetensors").write_bytes(HOSTILE_SAFETENSORS[case])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: not a readable safetensors file"
+    ):
         import_checkpoint(tmp_path)
 
 

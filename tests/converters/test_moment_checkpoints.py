@@ -1,4 +1,6 @@
-"""MOMENT checkpoints: heads that were trained and saved, configs that are missing or wrong, exports."""
+"""MOMENT checkpoints: heads that were trained and saved, configs that are missing or wrong,
+exports.
+"""
 
 import json
 
@@ -17,7 +19,9 @@ TOKENS = moment.TOKENS
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    """`checkpoint(head, **sizes)`: (state dict, config.json, model, params) of a small random model."""
+    """`checkpoint(head, **sizes)`: (state dict, config.json, model, params) of a small random
+    model.
+    """
     base = Moment(Moment.small())
     params = jax.jit(base.init)(jax.random.key(0))
 
@@ -52,7 +56,9 @@ def test_every_head_goes_out_and_comes_back(checkpoint, tmp_path, head, sizes):
     _, _, model, params = checkpoint(head, **sizes)
     folders.save(tmp_path / "model", model, params)
     export_checkpoint(tmp_path / "model", tmp_path / "hub")
-    assert TOKENS in read_safetensors(tmp_path / "hub" / "model.safetensors"), "the original's class has it"
+    assert TOKENS in read_safetensors(tmp_path / "hub" / "model.safetensors"), (
+        "the original's class has it"
+    )
     again, tree, *_ = import_checkpoint(tmp_path / "hub")
     kept = {"n_variates": again.config.n_variates}  # nothing says it where the head reads the mean
     assert again.config == type(model.config)(**{**vars(model.config), **kept})
@@ -66,7 +72,9 @@ def test_every_head_goes_out_and_comes_back(checkpoint, tmp_path, head, sizes):
         ("classification", {"n_classes": 4, "n_variates": 3}, {"num_class": 4, "n_channels": 3}),
     ],
 )
-def test_a_trained_head_is_found_although_the_config_says_reconstruction(checkpoint, tmp_path, head, sizes, kwargs):
+def test_a_trained_head_is_found_although_the_config_says_reconstruction(
+    checkpoint, tmp_path, head, sizes, kwargs
+):
     state, fields, model, _ = checkpoint(head, **sizes)
     plain = {k: v for k, v in fields.items() if k not in kwargs} | {"task_name": "reconstruction"}
     found, *_ = import_checkpoint(folder(tmp_path / head, state, plain | {"model_kwargs": kwargs}))
@@ -76,7 +84,10 @@ def test_a_trained_head_is_found_although_the_config_says_reconstruction(checkpo
 def test_without_config_the_shapes_say_the_sizes(checkpoint, tmp_path):
     state, _, model, params = checkpoint()
     found, tree, provenance, _ = import_checkpoint(folder(tmp_path / "bare", state, None))
-    assert (found.config.n_heads, found.config.head_dim) == (model.config.n_heads, model.config.head_dim)
+    assert (found.config.n_heads, found.config.head_dim) == (
+        model.config.n_heads,
+        model.config.head_dim,
+    )
     assert found.context_len == 512 // 8 * 8 and "assumed" in provenance["notes"][0]
     jax.tree.map(np.testing.assert_array_equal, tree, params)
     del state[moment.BIAS]
@@ -94,7 +105,9 @@ def test_contradictions_are_listed_together(checkpoint, tmp_path):
     state, fields, _, _ = checkpoint()
     fields["t5_config"] |= {"d_ff": 7, "num_layers": 3, "d_kv": 5, "vocab_size": 9}
     with pytest.raises(CheckpointError) as error:
-        import_checkpoint(folder(tmp_path / "m", state, fields | {"patch_len": 4, "task_name": "dance"}))
+        import_checkpoint(
+            folder(tmp_path / "m", state, fields | {"patch_len": 4, "task_name": "dance"})
+        )
     for part in ("d_ff", "num_layers", "d_kv", "vocab_size", "patch_len", "task_name"):
         assert part in str(error.value)
 
@@ -158,7 +171,9 @@ def test_a_pruned_model_can_not_be_exported():
 
 def test_other_families_are_not_claimed(golden_dir):
     for file in golden_dir.glob("*/model.safetensors"):
-        assert (moment.recognise(read_safetensors(file)) is not None) == (file.parent.name == "moment"), file
+        assert (moment.recognise(read_safetensors(file)) is not None) == (
+            file.parent.name == "moment"
+        ), file
 
 
 @pytest.mark.parametrize("name", PRESETS)

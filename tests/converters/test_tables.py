@@ -43,7 +43,9 @@ def a_state(layers=1, d=4, heads=2, f=5, seed=0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     shapes = {"scale": ()}
     for i in range(layers):
-        shapes |= {f"blocks.{i}.{n}.weight": (f, d) for n in "ab"} | {f"blocks.{i}.conv.weight": (f, d, 1)}
+        shapes |= {f"blocks.{i}.{n}.weight": (f, d) for n in "ab"} | {
+            f"blocks.{i}.conv.weight": (f, d, 1)
+        }
         shapes |= {f"blocks.{i}.q.weight": (heads * HEAD, d), f"blocks.{i}.q.bias": (heads * HEAD,)}
         shapes |= {f"blocks.{i}.o.weight": (d, heads * HEAD)}
     return {key: np.asarray(rng.normal(size=shape), np.float32) for key, shape in shapes.items()}
@@ -101,17 +103,26 @@ def test_every_problem_stands_in_one_error():
     state["blocks.1.a.weight"] = "text"
     state["blocks.2.a.weight"] = np.zeros((5, 4), np.float32)
     with pytest.raises(CheckpointError) as error:
-        to_params(RULES, state, the_shapes(layers=2), what="file.pth: model", hints={"/q/": "check n_heads"})
+        to_params(
+            RULES,
+            state,
+            the_shapes(layers=2),
+            what="file.pth: model",
+            hints={"/q/": "check n_heads"},
+        )
     lines = str(error.value).split("\n  ")
     assert lines[0] == "file.pth: model: the checkpoint does not fit:"
     for expected in (
         "'scales': no rule matches (did it mean 'scale'?)",
         "layer_0/a/kernel: checkpoint (7, 5), model (4, 5), from 'blocks.0.a.weight'",
-        "layer_0/q/kernel: checkpoint (7, 4) (does not split outputs into heads of 3), model (4, 2, 3), from "
+        "layer_0/q/kernel: checkpoint (7, 4) (does not split outputs into heads of 3), model (4, "
+        "2, 3), from "
         "'blocks.0.q.weight' (check n_heads)",
-        "layer_0/conv/kernel: checkpoint (5, 4, 2) (three axes expected, the last of length 1), model (4, 5), from "
+        "layer_0/conv/kernel: checkpoint (5, 4, 2) (three axes expected, the last of length 1), "
+        "model (4, 5), from "
         "'blocks.0.conv.weight'",
-        "'blocks.1.q.bias': float64 would be rounded to float32, and is not unless a cast is allowed (--allow-cast)",
+        "'blocks.1.q.bias': float64 would be rounded to float32, and is not unless a cast is "
+        "allowed (--allow-cast)",
         "'blocks.1.b.weight': 20 of 20 values are NaN, infinite or too large for float32",
         "'blocks.1.a.weight': not a tensor but 'str'",
         "'blocks.2.a.weight': the model has no layer_2/a/kernel",
@@ -127,7 +138,9 @@ def test_two_rules_for_a_key_and_two_keys_for_a_parameter():
     state = a_state() | {"copy": np.zeros((5, 4), np.float32)}
     with pytest.raises(CheckpointError, match="'scale': several rules match") as error:
         to_params(rules, state, the_shapes(), what="m")
-    assert "'copy': writes layer_0/a/kernel, which 'blocks.0.a.weight' has written already" in str(error.value)
+    assert "'copy': writes layer_0/a/kernel, which 'blocks.0.a.weight' has written already" in str(
+        error.value
+    )
 
 
 def test_a_hostile_number_of_problems_gives_a_bounded_message():
@@ -143,10 +156,16 @@ def test_half_precision_is_widened_exactly_and_goes_back(dtype):
     found = to_params(RULES, state, the_shapes(), what="m")
     assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {np.dtype(np.float32)}
     back, wider = to_state(RULES, found.params, found.dtypes)
-    assert not wider and all(back[k].dtype == dtype and back[k].tobytes() == state[k].tobytes() for k in state)
+    assert not wider and all(
+        back[k].dtype == dtype and back[k].tobytes() == state[k].tobytes() for k in state
+    )
     found.params["scale"] = np.float32(1 / 3)
     back, wider = to_state(RULES, found.params, np.dtype(dtype).name)
-    assert wider == ["scale"] and back["scale"].dtype == np.float32 and back["scale"] == np.float32(1 / 3)
+    assert (
+        wider == ["scale"]
+        and back["scale"].dtype == np.float32
+        and back["scale"] == np.float32(1 / 3)
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.int8, np.bool_])
@@ -162,9 +181,13 @@ def test_other_types_are_refused_unless_a_cast_is_allowed(dtype):
 
 
 def test_values_that_float32_can_not_hold_are_refused_even_with_a_cast():
-    state = {k: v.astype(np.float64) for k, v in a_state().items()} | {"scale": np.float64(1e300).reshape(())}
+    state = {k: v.astype(np.float64) for k, v in a_state().items()} | {
+        "scale": np.float64(1e300).reshape(())
+    }
     state["scale"] = np.array(1e300)
-    with pytest.raises(CheckpointError, match="'scale': 1 of 1 values are NaN, infinite or too large"):
+    with pytest.raises(
+        CheckpointError, match="'scale': 1 of 1 values are NaN, infinite or too large"
+    ):
         to_params(RULES, state, the_shapes(), what="m", allow_cast=True)
     complex_state = a_state() | {"scale": np.array(1j)}
     with pytest.raises(CheckpointError, match="'scale': complex numbers"):
@@ -173,7 +196,10 @@ def test_values_that_float32_can_not_hold_are_refused_even_with_a_cast():
 
 def test_parameters_that_the_original_does_not_have_are_not_exported():
     with pytest.raises(ValueError, match=r"no place for these parameters:\n  adapter/kernel"):
-        to_state(RULES, {"adapter": {"kernel": np.zeros(2, np.float32)}, "scale": np.ones((), np.float32)})
+        to_state(
+            RULES,
+            {"adapter": {"kernel": np.zeros(2, np.float32)}, "scale": np.ones((), np.float32)},
+        )
 
 
 def test_key_of_reads_a_table_backwards():
@@ -183,11 +209,15 @@ def test_key_of_reads_a_table_backwards():
 
 def test_a_fused_tensor_is_several_parameters():
     rules = [(r"blocks\.(\d+)\.qkv\.weight", r"layer_\1/{q,k,v}/kernel", split_out(2))]
-    fused = np.arange(3 * 4 * 5, dtype=np.float32).reshape(12, 5)  # q | k | v, two heads of width 2 each
+    fused = np.arange(3 * 4 * 5, dtype=np.float32).reshape(
+        12, 5
+    )  # q | k | v, two heads of width 2 each
     paths = [f"layer_0/{name}/kernel" for name in "qkv"]
     shapes = trees.unflatten({path: jax.ShapeDtypeStruct((5, 2, 2), np.float32) for path in paths})
     found = to_params(rules, {"blocks.0.qkv.weight": fused}, shapes, what="m")
-    np.testing.assert_array_equal(found.params["layer_0"]["k"]["kernel"], fused[4:8].T.reshape(5, 2, 2))
+    np.testing.assert_array_equal(
+        found.params["layer_0"]["k"]["kernel"], fused[4:8].T.reshape(5, 2, 2)
+    )
     (back,) = to_state(rules, found.params)[0].items()
     assert back[0] == "blocks.0.qkv.weight" and tables.same_bytes(back[1], fused)
     assert tables.key_of(rules, "layer_3/v/kernel") == ("blocks.3.qkv.weight", rules[0][2])
@@ -206,13 +236,19 @@ STACKED = [
 def stacked_state(experts=3, d=4, f=5):
     rng = np.random.default_rng(1)
     shapes = {f"layers.{i}.experts.{e}.up.weight": (f, d) for i in range(2) for e in range(experts)}
-    shapes |= {f"layers.{i}.experts.{e}.down.weight": (d, f) for i in range(2) for e in range(experts)}
+    shapes |= {
+        f"layers.{i}.experts.{e}.down.weight": (d, f) for i in range(2) for e in range(experts)
+    }
     shapes |= {f"layers.{i}.gate.weight": (experts, d) for i in range(2)}
     return {key: np.asarray(rng.normal(size=shape), np.float32) for key, shape in shapes.items()}
 
 
 def stacked_shapes(experts=3, d=4, f=5):
-    sizes = {"experts/up": (experts, d, f), "experts/down": (experts, f, d), "gate/kernel": (d, experts)}
+    sizes = {
+        "experts/up": (experts, d, f),
+        "experts/down": (experts, f, d),
+        "gate/kernel": (d, experts),
+    }
     flat = {f"layer_{i}/{name}": shape for i in range(2) for name, shape in sizes.items()}
     return trees.unflatten({k: jax.ShapeDtypeStruct(v, np.float32) for k, v in flat.items()})
 
@@ -227,7 +263,10 @@ def test_tensors_of_many_keys_are_stacked_and_taken_apart():
     back, wider = to_state(STACKED, found.params)
     assert not wider and back.keys() == state.keys()
     assert all(tables.same_bytes(back[key], value) for key, value in state.items())
-    assert tables.key_of(STACKED, "layer_1/experts/down[2]") == ("layers.1.experts.2.down.weight", TRANSPOSE)
+    assert tables.key_of(STACKED, "layer_1/experts/down[2]") == (
+        "layers.1.experts.2.down.weight",
+        TRANSPOSE,
+    )
 
 
 def test_a_missing_surplus_or_misshapen_part_of_a_stack_is_named():
@@ -240,9 +279,11 @@ def test_a_missing_surplus_or_misshapen_part_of_a_stack_is_named():
         to_params(STACKED, state, stacked_shapes(), what="m")
     lines = str(error.value).split("\n  ")
     for expected in (
-        "layer_0/experts/up[1]: missing in the checkpoint (its key would be 'layers.0.experts.1.up.weight')",
+        "layer_0/experts/up[1]: missing in the checkpoint (its key would be "
+        "'layers.0.experts.1.up.weight')",
         "'layers.0.experts.3.up.weight': the model has no layer_0/experts/up[3]",
-        "layer_1/experts/down[2]: checkpoint (6, 4), model (5, 4), from 'layers.1.experts.2.down.weight'",
+        "layer_1/experts/down[2]: checkpoint (6, 4), model (5, 4), from "
+        "'layers.1.experts.2.down.weight'",
         "'layers.1.experts.02.up.weight': the model has no layer_1/experts/up[02]",
     ):
         assert expected in lines, str(error.value)
@@ -253,7 +294,9 @@ COPIES = [
     (r"shared\.(\d+)", r"layer_\1/kernel", TRANSPOSE),
     (r"(encoder|decoder)\.(\d+)", COPY, r"shared.\2"),
 ]
-TWO_LAYERS = trees.unflatten({f"layer_{i}/kernel": jax.ShapeDtypeStruct((3, 2), np.float32) for i in range(2)})
+TWO_LAYERS = trees.unflatten(
+    {f"layer_{i}/kernel": jax.ShapeDtypeStruct((3, 2), np.float32) for i in range(2)}
+)
 
 
 def shared(layer):
@@ -261,10 +304,14 @@ def shared(layer):
 
 
 def test_copies_go_to_their_own_source_and_stand_in_for_a_missing_one():
-    state = {f"{name}.{i}": shared(i) for name in ("encoder", "shared", "decoder") for i in range(2)}
+    state = {
+        f"{name}.{i}": shared(i) for name in ("encoder", "shared", "decoder") for i in range(2)
+    }
     del state["shared.1"]
     found = to_params(COPIES, state, TWO_LAYERS, what="m")
-    assert found.copies == {f"{name}.{i}": f"shared.{i}" for name in ("encoder", "decoder") for i in range(2)}
+    assert found.copies == {
+        f"{name}.{i}": f"shared.{i}" for name in ("encoder", "decoder") for i in range(2)
+    }
     assert found.dropped["encoder.1"] == "the same tensor as shared.1"
     for i in range(2):
         np.testing.assert_array_equal(found.params[f"layer_{i}"]["kernel"], shared(i).T)
@@ -274,8 +321,16 @@ def test_copies_go_to_their_own_source_and_stand_in_for_a_missing_one():
 @pytest.mark.parametrize("other", ["values", "dtype", "shape", "object"])
 def test_a_copy_that_differs_is_refused(other):
     state = {"shared.0": shared(0), "shared.1": shared(1), "encoder.1": shared(1)}
-    wrong = {"values": shared(2), "dtype": shared(1).astype(np.float64), "shape": shared(1)[:1], "object": "text"}
-    with pytest.raises(CheckpointError, match=r"'encoder\.1': differs from 'shared\.1', of which it should be a copy"):
+    wrong = {
+        "values": shared(2),
+        "dtype": shared(1).astype(np.float64),
+        "shape": shared(1)[:1],
+        "object": "text",
+    }
+    with pytest.raises(
+        CheckpointError,
+        match=r"'encoder\.1': differs from 'shared\.1', of which it should be a copy",
+    ):
         to_params(COPIES, state | {"encoder.1": wrong[other]}, TWO_LAYERS, what="m")
 
 
@@ -286,12 +341,18 @@ def test_two_copies_of_a_missing_source_that_differ_are_refused():
 
 
 def test_a_tensor_that_is_kept_may_be_wider_and_keeps_its_bytes():
-    rules = [(r"centroid", "centroid", dataclasses.replace(SAME, keep=True)), (r"scale", "scale", SAME)]
+    rules = [
+        (r"centroid", "centroid", dataclasses.replace(SAME, keep=True)),
+        (r"scale", "scale", SAME),
+    ]
     shapes = {name: jax.ShapeDtypeStruct((3,), np.float32) for name in ("centroid", "scale")}
     exact = np.array([1 / 3, 2 / 3, 1e-20])
     state = {"centroid": exact, "scale": np.ones(3, np.float32)}
     found = to_params(rules, state, shapes, what="m")
-    assert found.params["centroid"].dtype == np.float32 and found.buffers["centroid"].tobytes() == exact.tobytes()
+    assert (
+        found.params["centroid"].dtype == np.float32
+        and found.buffers["centroid"].tobytes() == exact.tobytes()
+    )
     np.testing.assert_array_equal(found.params["centroid"], exact.astype(np.float32))
     with pytest.raises(CheckpointError, match="'scale': float64 would be rounded"):
         to_params(rules, state | {"scale": exact}, shapes, what="m")
@@ -301,7 +362,9 @@ def test_a_tensor_that_is_kept_may_be_wider_and_keeps_its_bytes():
 
 @given(seed=st.integers(0, 99), layers=st.integers(1, 3), experts=st.integers(1, 12))
 def test_slots_of_any_number_go_in_and_out(seed, layers, experts):
-    rules = [(r"l\.(\d+)\.experts\.(\d+)\.up\.weight", r"layer_\1/experts/up/kernel[\2]", TRANSPOSE)]
+    rules = [
+        (r"l\.(\d+)\.experts\.(\d+)\.up\.weight", r"layer_\1/experts/up/kernel[\2]", TRANSPOSE)
+    ]
     rng = np.random.default_rng(seed)
     keys = [f"l.{i}.experts.{j}.up.weight" for i in range(layers) for j in range(experts)]
     rng.shuffle(keys)
@@ -310,7 +373,11 @@ def test_slots_of_any_number_go_in_and_out(seed, layers, experts):
     shapes = trees.unflatten({f"layer_{i}/experts/up/kernel": shape for i in range(layers)})
     found = to_params(rules, state, shapes, what="m")
     back, _ = to_state(rules, found.params)
-    assert set(back) == set(state) and all(back[key].tobytes() == state[key].tobytes() for key in state)
+    assert set(back) == set(state) and all(
+        back[key].tobytes() == state[key].tobytes() for key in state
+    )
     surplus = {f"l.0.experts.{experts}.up.weight": state[keys[0]]}
-    with pytest.raises(CheckpointError, match=rf"the model has no layer_0/experts/up/kernel\[{experts}\]"):
+    with pytest.raises(
+        CheckpointError, match=rf"the model has no layer_0/experts/up/kernel\[{experts}\]"
+    ):
         to_params(rules, state | surplus, shapes, what="m")

@@ -1,4 +1,6 @@
-"""Timer checkpoints in and out: every layout the original writes, round trips byte for byte, the command line."""
+"""Timer checkpoints in and out: every layout the original writes, round trips byte for byte, the
+command line.
+"""
 
 import dataclasses
 import json
@@ -48,7 +50,9 @@ def test_golden_timer_round_trip_is_byte_equal(golden, tmp_path):
     model, params, provenance, buffers = import_checkpoint(g.checkpoint, tmp_path / "model")
     assert model.config == TimerConfig.from_published(g.config)
     original = read_torch(g.checkpoint).content["state_dict"]
-    assert trees.count(params) + sum(b.size for b in buffers.values()) == sum(v.size for v in original.values())
+    assert trees.count(params) + sum(b.size for b in buffers.values()) == sum(
+        v.size for v in original.values()
+    )
     assert provenance["container"] == "lightning" and len(provenance["prefix"]) == 6
     loaded_model, loaded = ltsm_jax.load(tmp_path / "model")
     assert loaded_model == model
@@ -58,8 +62,14 @@ def test_golden_timer_round_trip_is_byte_equal(golden, tmp_path):
     require_same_bytes(tensors(tmp_path / "out" / "again.ckpt"), original)
     n = len(provenance["prefix"])
     export_checkpoint(tmp_path / "model", tmp_path / "bare" / "again.pth")
-    require_same_bytes(tensors(tmp_path / "bare" / "again.pth"), {key[n:]: value for key, value in original.items()})
-    for again in ("out/again.ckpt", "bare/again.pth"):  # the exported files say all that is needed to read them
+    require_same_bytes(
+        tensors(tmp_path / "bare" / "again.pth"),
+        {key[n:]: value for key, value in original.items()},
+    )
+    for again in (
+        "out/again.ckpt",
+        "bare/again.pth",
+    ):  # the exported files say all that is needed to read them
         same_model, same, *_ = import_checkpoint(tmp_path / again)
         assert same_model == model
         require_same_params(params, same)
@@ -81,21 +91,32 @@ def test_golden_timer_inspect(golden, capsys):
     g = golden("timer")
     facts = inspect(g.checkpoint)
     assert facts["family"] == "timer" and facts["dtype"] == "float32" and len(facts["sha256"]) == 64
-    assert any(key.endswith(timer.TABLE) and "sinusoid" in why for key, why in facts["dropped"].items())
+    assert any(
+        key.endswith(timer.TABLE) and "sinusoid" in why for key, why in facts["dropped"].items()
+    )
     assert main(["models", str(g.checkpoint)]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("timer", f"{facts['parameters']:,}", facts["sha256"], "d_model", timer.TABLE))
+    assert all(
+        word in out
+        for word in ("timer", f"{facts['parameters']:,}", facts["sha256"], "d_model", timer.TABLE)
+    )
 
 
 # --- layouts
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "netwrk", "module.", "backbone.", "model.backbone."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "netwrk", "module.", "backbone.", "model.backbone."]
+)
 @pytest.mark.parametrize("suffix", [".ckpt", ".pth"])
 def test_any_prefix_in_both_containers(tmp_path, prefix, suffix):
     state = {prefix + key: value for key, value in timer_state().items()}
-    write_torch(tmp_path / f"a{suffix}", {"state_dict": state, "epoch": 3} if suffix == ".ckpt" else state)
-    _, _, provenance, _ = import_checkpoint(tmp_path / f"a{suffix}", tmp_path / "model", config=PUBLISHED)
+    write_torch(
+        tmp_path / f"a{suffix}", {"state_dict": state, "epoch": 3} if suffix == ".ckpt" else state
+    )
+    _, _, provenance, _ = import_checkpoint(
+        tmp_path / f"a{suffix}", tmp_path / "model", config=PUBLISHED
+    )
     assert provenance["prefix"] == prefix
     export_checkpoint(tmp_path / "model", tmp_path / f"b{suffix}")
     require_same_bytes(tensors(tmp_path / f"b{suffix}"), state)
@@ -108,7 +129,9 @@ def doubled(state: dict, outer: str = "") -> dict:
     out = {f"{outer}backbone.{key}": value for key, value in state.items()}
     names = {"decoder.": "decoder.", "proj.": "proj.", "patch_embedding.": "enc_embedding."}
     for ours, alias in names.items():
-        out |= {outer + alias + k.removeprefix(ours): v for k, v in state.items() if k.startswith(ours)}
+        out |= {
+            outer + alias + k.removeprefix(ours): v for k, v in state.items() if k.startswith(ours)
+        }
     return out
 
 
@@ -116,7 +139,9 @@ def doubled(state: dict, outer: str = "") -> dict:
 def test_modules_registered_twice(tmp_path, outer):
     state = doubled(timer_state(), outer)
     write_torch(tmp_path / "a.pth", state)
-    _, _, provenance, _ = import_checkpoint(tmp_path / "a.pth", tmp_path / "model", config=PUBLISHED)
+    _, _, provenance, _ = import_checkpoint(
+        tmp_path / "a.pth", tmp_path / "model", config=PUBLISHED
+    )
     why = provenance["dropped"][f"{outer}decoder.norm.weight"]
     assert why == f"the same tensor as {outer}backbone.decoder.norm.weight, byte for byte"
     export_checkpoint(tmp_path / "model", tmp_path / "b.pth")
@@ -132,7 +157,9 @@ def test_copies_that_differ_are_refused(tmp_path):
     with pytest.raises(CheckpointError) as error:
         import_checkpoint(tmp_path / "a.pth", config=PUBLISHED)
     assert "'proj.bias': differs from 'backbone.proj.bias'" in str(error.value)
-    assert "'enc_embedding.surplus': differs from 'backbone.patch_embedding.surplus'" in str(error.value)
+    assert "'enc_embedding.surplus': differs from 'backbone.patch_embedding.surplus'" in str(
+        error.value
+    )
     assert "'stray': no rule matches" in str(error.value)
 
 
@@ -149,8 +176,12 @@ def test_config_from_the_presets_the_file_beside_and_the_hyper_parameters(tmp_pa
     assert import_checkpoint(tmp_path / "b.ckpt")[0].config == CONFIG
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
     assert import_checkpoint(tmp_path / "a.ckpt")[0].config == CONFIG
-    assert import_checkpoint(tmp_path / "a.ckpt", config={**PUBLISHED, "n_heads": 4})[0].config.n_heads == (4,)
-    assert import_checkpoint(tmp_path / "a.ckpt", config=tmp_path / "config.json")[0].config == CONFIG
+    assert import_checkpoint(tmp_path / "a.ckpt", config={**PUBLISHED, "n_heads": 4})[
+        0
+    ].config.n_heads == (4,)
+    assert (
+        import_checkpoint(tmp_path / "a.ckpt", config=tmp_path / "config.json")[0].config == CONFIG
+    )
 
 
 def test_published_sizes_are_recognised_without_a_config():
@@ -160,16 +191,25 @@ def test_published_sizes_are_recognised_without_a_config():
         name = first.setdefault((preset.patch_len, preset.d_model, preset.ffn_dims), name)
         state = {
             timer.EMBED: np.empty((preset.d_model, preset.patch_len), np.float32),
-            **{f"decoder.attn_layers.{i}.conv1.weight": np.empty((f, preset.d_model, 1), np.float32)
-               for i, f in enumerate(preset.ffn_dims)},
-        }  # fmt: skip
+            **{
+                f"decoder.attn_layers.{i}.conv1.weight": np.empty(
+                    (f, preset.d_model, 1), np.float32
+                )
+                for i, f in enumerate(preset.ffn_dims)
+            },
+        }
         config, notes = timer.configure(state, None, "file")
         assert config == PRESETS[name] and name in notes[0]
-    assert {"Timer_forecast_1.0", "Timer_imputation_1.0", "Timer_anomaly_detection_1.0"} <= set(first.values())
+    assert {"Timer_forecast_1.0", "Timer_imputation_1.0", "Timer_anomaly_detection_1.0"} <= set(
+        first.values()
+    )
 
 
 CONTRADICTIONS = {
-    "sizes": ({"patch_len": 8, "d_model": 16, "d_ff": 7, "e_layers": 2}, "patch_len: the config says 8, the weights 4"),
+    "sizes": (
+        {"patch_len": 8, "d_model": 16, "d_ff": 7, "e_layers": 2},
+        "patch_len: the config says 8, the weights 4",
+    ),
     "missing": ({"n_heads": None}, "n_heads: not an integer from 1 to 16777216: NoneType"),
     "text": ({"d_model": "8"}, "d_model: not an integer from 1 to 16777216: '8'"),
     "bool": ({"e_layers": True}, "e_layers: not an integer from 1 to 128"),
@@ -222,7 +262,9 @@ def test_the_sinusoid_table_is_checked_and_kept(tmp_path):
         with pytest.raises(CheckpointError, match=r"position_embedding\.pe") as error:
             import_checkpoint(tmp_path / "a.pth", config=PUBLISHED)
         assert name and str(error.value).count("position_embedding.pe") >= 1
-    drifted = table + slack  # another float32 exponential: the original's own table on another machine
+    drifted = (
+        table + slack
+    )  # another float32 exponential: the original's own table on another machine
     write_torch(tmp_path / "b.pth", state | {timer.TABLE: drifted})
     import_checkpoint(tmp_path / "b.pth", tmp_path / "model", config=PUBLISHED)
     export_checkpoint(tmp_path / "model", tmp_path / "c.pth")
@@ -233,14 +275,21 @@ def test_the_sinusoid_table_is_checked_and_kept(tmp_path):
 def test_half_precision_round_trip(tmp_path, dtype):
     state = {key: value.astype(dtype) for key, value in timer_state().items()}
     write_torch(tmp_path / "a.pth", state)
-    _, params, provenance, _ = import_checkpoint(tmp_path / "a.pth", tmp_path / "model", config=PUBLISHED)
+    _, params, provenance, _ = import_checkpoint(
+        tmp_path / "a.pth", tmp_path / "model", config=PUBLISHED
+    )
     assert provenance["dtype"] == np.dtype(dtype).name
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
-    assert not [n for n in export_checkpoint(tmp_path / "model", tmp_path / "b.pth") if "float32" in n]
+    assert not [
+        n for n in export_checkpoint(tmp_path / "model", tmp_path / "b.pth") if "float32" in n
+    ]
     require_same_bytes(tensors(tmp_path / "b.pth"), state)
     trained = trees.unflatten({k: v + 1e-6 for k, v in trees.flatten(params).items()})
     folders.save(tmp_path / "tuned", Timer(CONFIG), trained, provenance=provenance)
-    assert any("stays float32" in note for note in export_checkpoint(tmp_path / "tuned", tmp_path / "c.pth"))
+    assert any(
+        "stays float32" in note
+        for note in export_checkpoint(tmp_path / "tuned", tmp_path / "c.pth")
+    )
     assert tensors(tmp_path / "c.pth")["proj.bias"].dtype == np.float32
 
 
@@ -280,7 +329,9 @@ def test_models_of_this_library_go_out(tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
-    write_torch(tmp_path / "a.ckpt", {"state_dict": {f"model.{k}": v for k, v in timer_state().items()}})
+    write_torch(
+        tmp_path / "a.ckpt", {"state_dict": {f"model.{k}": v for k, v in timer_state().items()}}
+    )
     (tmp_path / "options.json").write_text(json.dumps(PUBLISHED))
     source, model = str(tmp_path / "a.ckpt"), str(tmp_path / "model")
     assert main(["convert", source, model, "--config", str(tmp_path / "options.json")]) == 0
@@ -298,7 +349,9 @@ def test_command_line(tmp_path, capsys):
     ):
         assert main(wrong) in (2, 3)
         streams = capsys.readouterr()
-        assert streams.err.startswith("error: ") and "Traceback" not in streams.err and not streams.out
+        assert (
+            streams.err.startswith("error: ") and "Traceback" not in streams.err and not streams.out
+        )
     assert main(["convert", source, model, "--overwrite"]) == 0
     assert not (tmp_path / "m2").exists() and not (tmp_path / "c.ckpt").exists()
 
@@ -306,4 +359,6 @@ def test_command_line(tmp_path, capsys):
 def test_command_line_of_the_module(tmp_path):
     command = [sys.executable, "-m", "ltsm_jax", "models", str(tmp_path / "missing.ckpt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "missing.ckpt" in done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and "missing.ckpt" in done.stderr
+    )

@@ -1,4 +1,6 @@
-"""Torch checkpoint files: what torch writes is read, what we write comes back, views stay inside their storage."""
+"""Torch checkpoint files: what torch writes is read, what we write comes back, views stay inside
+their storage.
+"""
 
 import argparse
 import collections
@@ -10,12 +12,29 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from handmade_files import dict_of, integer, name, pickled, storage, tensor, text, torch_legacy, torch_zip, tuple_of
+from handmade_files import (
+    dict_of,
+    integer,
+    name,
+    pickled,
+    storage,
+    tensor,
+    text,
+    torch_legacy,
+    torch_zip,
+    tuple_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from converters.torch_files import CheckpointError, Placeholder, read_safetensors, read_torch, write_torch
+from converters.torch_files import (
+    CheckpointError,
+    Placeholder,
+    read_safetensors,
+    read_torch,
+    write_torch,
+)
 
 DTYPES = [
     np.float32,
@@ -34,7 +53,12 @@ DTYPES = [np.dtype(d) for d in (*DTYPES, np.complex64, np.complex128)]
 
 def same(a, b) -> bool:
     if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        return (
+            isinstance(b, np.ndarray)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.tobytes() == b.tobytes()
+        )
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -55,7 +79,14 @@ def arrays(draw):
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
-leaves = arrays() | st.integers(-(2**100), 2**100) | st.floats() | st.text(max_size=5) | st.booleans() | st.none()
+leaves = (
+    arrays()
+    | st.integers(-(2**100), 2**100)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.booleans()
+    | st.none()
+)
 contents = st.dictionaries(
     st.text(max_size=8),
     st.recursive(
@@ -121,7 +152,9 @@ def test_views_into_a_storage(tmp_path, container, view):
     else:
         file = torch_legacy(tmp_path / "a.pt", body, {"0": data})
     expected = (
-        np.zeros(size) if 0 in size else np.lib.stride_tricks.as_strided(data[offset:], size, [4 * s for s in stride])
+        np.zeros(size)
+        if 0 in size
+        else np.lib.stride_tricks.as_strided(data[offset:], size, [4 * s for s in stride])
     )
     found = read_torch(file)
     assert found.container == container
@@ -173,7 +206,9 @@ def test_any_view_is_right_or_refused(tmp_path_factory, offset, size, stride):
     if valid and (0 in size or reach < 12):
         x = read_torch(file).content["x"]
         index = np.array(list(np.ndindex(*size)), int).reshape(x.size, len(size))
-        np.testing.assert_array_equal(x.ravel(), data[offset + index @ np.array(stride, int)] if x.size else [])
+        np.testing.assert_array_equal(
+            x.ravel(), data[offset + index @ np.array(stride, int)] if x.size else []
+        )
     else:
         with pytest.raises(CheckpointError, match="tensor"):
             read_torch(file)
@@ -183,7 +218,9 @@ def test_legacy_storage_views_and_old_rebuilder(tmp_path):
     data = np.arange(12, dtype=np.float32)
     view = tuple_of(text("v"), integer(4), integer(6))  # elements 4 to 9
     body = dict_of(("x", tensor(storage("0", 12, "torch.FloatStorage", view), 1, (2,), (2,))))
-    np.testing.assert_array_equal(read_torch(torch_legacy(tmp_path / "a", body, {"0": data})).content["x"], [5, 7])
+    np.testing.assert_array_equal(
+        read_torch(torch_legacy(tmp_path / "a", body, {"0": data})).content["x"], [5, 7]
+    )
     old = name("torch._utils._rebuild_tensor") + tuple_of(
         storage("0", 12), integer(3), *map(tuple_of, map(integer, (2, 1)))
     )
@@ -198,7 +235,9 @@ def test_legacy_storage_views_and_old_rebuilder(tmp_path):
 def test_big_endian_zip(tmp_path):
     data = np.arange(4, dtype=np.float32)
     body = pickled(dict_of(("x", tensor(storage("0", 4), 0, (4,), (1,)))))
-    file = torch_zip(tmp_path / "a", body, {"0": data.astype(">f4").tobytes()}, {"archive/byteorder": b"big"})
+    file = torch_zip(
+        tmp_path / "a", body, {"0": data.astype(">f4").tobytes()}, {"archive/byteorder": b"big"}
+    )
     np.testing.assert_array_equal(read_torch(file).content["x"], data)
 
 
@@ -206,9 +245,13 @@ def test_untyped_storage_with_dtype(tmp_path):
     store = storage("0", 8, "torch.storage.UntypedStorage")
     one = tuple_of(integer(2))
     ordered = name("collections.OrderedDict") + b")R"
-    args = tuple_of(store, integer(1), one, tuple_of(integer(1)), b"\x89", ordered, name("torch.uint16"), b"N")
+    args = tuple_of(
+        store, integer(1), one, tuple_of(integer(1)), b"\x89", ordered, name("torch.uint16"), b"N"
+    )
     body = pickled(dict_of(("x", name("torch._utils._rebuild_tensor_v3") + args + b"R")))
-    found = read_torch(torch_zip(tmp_path / "a", body, {"0": np.arange(4, dtype=np.uint16).tobytes()}))
+    found = read_torch(
+        torch_zip(tmp_path / "a", body, {"0": np.arange(4, dtype=np.uint16).tobytes()})
+    )
     np.testing.assert_array_equal(found.content["x"], np.array([1, 2], np.uint16))
 
 
@@ -237,11 +280,25 @@ def test_other_objects_are_placeholders(tmp_path, protocol):
     }
     read = read_torch(torch_zip(tmp_path / "a", pickle.dumps(content, protocol))).content
     for plain in ("ordered", "bytes", "set", "frozen", "text", "numbers"):
-        assert read[plain] == content[plain] and type(read[plain]) in (dict, bytes, set, frozenset, str, list)
+        assert read[plain] == content[plain] and type(read[plain]) in (
+            dict,
+            bytes,
+            set,
+            frozenset,
+            str,
+            list,
+        )
     assert read["default"] == {"b": [2]} and type(read["default"]) is dict
     extras = read["hyper_parameters"]
-    assert isinstance(extras, Placeholder) and extras.name == "argparse.Namespace" and extras.state["lr"] == 1e-3
-    assert isinstance(extras.state["path"], Placeholder) and extras.state["path"].name == "pathlib.PurePosixPath"
+    assert (
+        isinstance(extras, Placeholder)
+        and extras.name == "argparse.Namespace"
+        and extras.state["lr"] == 1e-3
+    )
+    assert (
+        isinstance(extras.state["path"], Placeholder)
+        and extras.state["path"].name == "pathlib.PurePosixPath"
+    )
     assert isinstance(read["scalar"], Placeholder) and isinstance(read["array"], Placeholder)
 
 
@@ -260,7 +317,11 @@ def test_files_of_other_kinds_are_named(tmp_path):
         read_torch(tmp_path / "missing.pth")
     with pytest.raises(CheckpointError, match="can't be read"):
         read_torch(tmp_path)
-    torch_zip(tmp_path / "script.pt", pickled(b"}"), more={"archive/constants.pkl": b"", "archive/code/a.py": b""})
+    torch_zip(
+        tmp_path / "script.pt",
+        pickled(b"}"),
+        more={"archive/constants.pkl": b"", "archive/code/a.py": b""},
+    )
     with pytest.raises(CheckpointError, match="TorchScript"):
         read_torch(tmp_path / "script.pt")
 
@@ -271,7 +332,13 @@ def test_safetensors(tmp_path):
     save_file({"x": np.arange(3, dtype=np.float32)}, tmp_path / "a.safetensors")
     np.testing.assert_array_equal(read_safetensors(tmp_path / "a.safetensors")["x"], [0, 1, 2])
     whole = (tmp_path / "a.safetensors").read_bytes()
-    for damaged in (whole[:-1], whole[:5], b"", b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:]):
+    for damaged in (
+        whole[:-1],
+        whole[:5],
+        b"",
+        b"\xff" * 8 + whole[8:],
+        whole[:8] + b"[" + whole[9:],
+    ):
         (tmp_path / "b.safetensors").write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"b\.safetensors: not a readable safetensors"):
             read_safetensors(tmp_path / "b.safetensors")
@@ -303,7 +370,10 @@ def test_torch_files_are_read_as_torch_reads_them(torch, tmp_path, new_format):
         "scalar": torch.tensor(3),
         "empty": torch.zeros(0, 3),
         "expanded": torch.ones(1).expand(4),
-        **{str(d): torch.ones(3).to(d) for d in (torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)},
+        **{
+            str(d): torch.ones(3).to(d)
+            for d in (torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
+        },
         "complex": torch.tensor([1 + 2j]),
     }
     bfloat16 = torch.tensor([1.5, -2.25, 3e38]).to(torch.bfloat16)
@@ -324,7 +394,9 @@ def test_torch_files_are_read_as_torch_reads_them(torch, tmp_path, new_format):
         ours = found.content["tensors"][key]
         assert same(ours, value.detach().numpy()), key
     assert found.content["bfloat16"].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(found.content["bfloat16"].astype(np.float32), bfloat16.float().numpy())
+    np.testing.assert_array_equal(
+        found.content["bfloat16"].astype(np.float32), bfloat16.float().numpy()
+    )
     for key, value in layer.state_dict().items():
         assert same(found.content["state_dict"][key], value.numpy())
     moments = found.content["optimizer_states"][0]["state"][0]["exp_avg"]
@@ -336,7 +408,10 @@ def test_torch_files_are_read_as_torch_reads_them(torch, tmp_path, new_format):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_torch_reads_what_is_written(torch, tmp_path, dtype):
     array = (np.arange(12) % 2).reshape(3, 4).astype(dtype)
-    write_torch(tmp_path / "a.pth", {"a": array, "b": [array, 1, "x", 2.5, None], "c": (), "d": np.array(array[0, 0])})
+    write_torch(
+        tmp_path / "a.pth",
+        {"a": array, "b": [array, 1, "x", 2.5, None], "c": (), "d": np.array(array[0, 0])},
+    )
     found = torch.load(tmp_path / "a.pth", weights_only=True)
     assert found["b"][1:] == [1, "x", 2.5, None] and found["c"] == () and found["d"].shape == ()
     assert found["a"].data_ptr() == found["b"][0].data_ptr()

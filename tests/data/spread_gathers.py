@@ -1,7 +1,8 @@
-"""Windows of a series in parts over 8 forced CPU devices, beside those of the whole series; prints JSON. Run by
-test_windows.
+"""Windows of a series in parts over 8 forced CPU devices, beside those of the whole series; prints
+JSON. Run by test_windows.
 
-Per mesh and kind of window: whether every batch has the same bits, what each device holds, and how the batch lies.
+Per mesh and kind of window: whether every batch has the same bits, what each device holds, and how
+the batch lies.
 """
 
 import dataclasses
@@ -9,7 +10,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +41,18 @@ def main(file):
     values = rng.normal(size=(3, N_ROWS)).astype(np.float32)
     values[1, 40:60] = np.nan
     np.save(file, values)
-    mapped, take, found = np.load(file, mmap_mode="r"), jax.jit(lambda source, i: source.gather(i)), {}
+    mapped, take, found = (
+        np.load(file, mmap_mode="r"),
+        jax.jit(lambda source, i: source.gather(i)),
+        {},
+    )
     for joint in (False, True):
         whole = windows.windows_between(values, 0, N_ROWS, CONTEXT, HORIZON, joint=joint)
         if joint:  # the last two rows are covariates
             whole = dataclasses.replace(whole, n_past=1, n_known=1)
-        last = np.arange(whole.n - 5, whole.n)  # the end of the series, and no multiple of the devices
+        last = np.arange(
+            whole.n - 5, whole.n
+        )  # the end of the series, and no multiple of the devices
         for text in ("data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"):
             mesh = sharding.make_mesh(text)
             spread = dataclasses.replace(whole, values=mapped).over(mesh)

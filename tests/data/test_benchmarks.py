@@ -1,4 +1,6 @@
-"""Benchmark files by name: where they are looked for, what is checked, and downloads from a server of our own."""
+"""Benchmark files by name: where they are looked for, what is checked, and downloads from a server
+of our own.
+"""
 
 import dataclasses
 import gzip
@@ -23,7 +25,8 @@ def csv_bytes(n_rows=17420, n_variates=7, seed=0):
     values = np.random.default_rng(seed).integers(0, 100, (n_rows, n_variates))
     lines = [",".join(["date", *(f"v{c}" for c in range(n_variates))])]
     lines += [
-        f"{str(t).replace('T', ' ')}:00:00,{','.join(map(str, row))}" for t, row in zip(stamps, values, strict=True)
+        f"{str(t).replace('T', ' ')}:00:00,{','.join(map(str, row))}"
+        for t, row in zip(stamps, values, strict=True)
     ]
     return ("\n".join(lines) + "\n").encode()
 
@@ -50,7 +53,9 @@ def cache(own, tmp_path):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server on this machine; `files` maps paths to bytes, `cut` paths end early, `hits` counts requests."""
+    """A web server on this machine; `files` maps paths to bytes, `cut` paths end early, `hits`
+    counts requests.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         files: ClassVar[dict[str, bytes]] = {}
@@ -98,7 +103,8 @@ def publish(server, monkeypatch):
     return _publish
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
+# ---- the table
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,8 @@ def test_every_entry_is_whole():
     assert find("my_data") is None
 
 
-# ---- found here ------------------------------------------------------------------------------------------------------
+# ---- found here
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,7 +152,12 @@ def test_a_benchmark_is_found_in_the_data_folder(own, publish, place):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(gzip.compress(MADE_UP) if place.endswith(".gz") else MADE_UP)
     series = load_series("ETTh1")
-    assert (series.name, series.benchmark, series.freq, series.season) == ("ETTh1", "ETTh1", "h", 24)
+    assert (series.name, series.benchmark, series.freq, series.season) == (
+        "ETTh1",
+        "ETTh1",
+        "h",
+        24,
+    )
     assert series.values.shape == (7, 17420)
     assert series.notes == ()
     assert load_series(path).benchmark == "ETTh1"
@@ -250,7 +262,8 @@ def test_a_path_that_is_not_there(own, tmp_path):
         load_series("ETTh11")
 
 
-# ---- fetched ---------------------------------------------------------------------------------------------------------
+# ---- fetched
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_download_is_checked_kept_and_used_again(own, cache, publish, server):
@@ -300,14 +313,17 @@ def test_a_failed_download_lists_every_place(own, cache, publish, server, troubl
     text = str(error.value)
     for part in (str(own), str(cache), benchmark.url, "Put ETTh1.csv (or ETTh1.csv.gz) into"):
         assert part in text
-    assert {"404": "Not Found", "cut": f"of {len(MADE_UP)} bytes", "refused": "refused"}[trouble] in text
+    assert {"404": "Not Found", "cut": f"of {len(MADE_UP)} bytes", "refused": "refused"}[
+        trouble
+    ] in text
     assert list(cache.iterdir()) == []
 
 
 def test_places_that_do_not_exist_are_said(own, monkeypatch, server):
     monkeypatch.delenv("LTSM_DATA")
     with pytest.raises(
-        MissingDataError, match=r"\$LTSM_DATA: not set(.|\n)*not asked for(.|\n)*set LTSM_DATA to that folder"
+        MissingDataError,
+        match=r"\$LTSM_DATA: not set(.|\n)*not asked for(.|\n)*set LTSM_DATA to that folder",
     ):
         load_series("ETTh2", download=False)
     monkeypatch.setenv("LTSM_DATA", str(own / "nowhere"))

@@ -1,4 +1,6 @@
-"""Pools of series: no window crosses a series, what is left out is counted, parts are apart in time."""
+"""Pools of series: no window crosses a series, what is left out is counted, parts are apart in
+time.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +82,9 @@ def test_validation_lies_after_training_in_each_series():
         own = lambda x, first=first: x[(x[:, 0] >= first) & (x[:, 0] < first + 500)]  # noqa: E731
         assert own(train).max() == border - 1
         assert own(val)[:, L:].min() == border and own(val)[:, 0].min() == border - L
-    assert not any(x[0] >= 2000 for x in val), "a series of 13 rows has no room for a target after its border"
+    assert not any(x[0] >= 2000 for x in val), (
+        "a series of 13 rows has no room for a target after its border"
+    )
     assert any("across the border" in note for note in found.notes)
 
 
@@ -108,7 +112,9 @@ def test_scaled_windows_have_the_scale_of_their_context():
     np.testing.assert_allclose(batch["context"].std(-1), 1, atol=2e-3)
     plain = source.windows.gather(jnp.arange(source.n))
     mean, std = plain["context"].mean(-1, keepdims=True), plain["context"].std(-1, keepdims=True)
-    np.testing.assert_allclose(batch["target"], np.clip((plain["target"] - mean) / std, -10, 10), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        batch["target"], np.clip((plain["target"] - mean) / std, -10, 10), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_scaled_windows_stay_finite_where_the_target_bursts():
@@ -122,16 +128,24 @@ def test_scaled_windows_stay_finite_where_the_target_bursts():
 
 def write_npz(path, series, names=None):
     lengths = [len(x) for x in series]
-    content = {"values": np.concatenate(series).astype(np.float32), "offsets": np.cumsum([0, *lengths])}
+    content = {
+        "values": np.concatenate(series).astype(np.float32),
+        "offsets": np.cumsum([0, *lengths]),
+    }
     np.savez_compressed(
-        path, **content | ({} if names is None else {"names": np.array(names)}), freq="H", period=np.int32(24)
+        path,
+        **content | ({} if names is None else {"names": np.array(names)}),
+        freq="H",
+        period=np.int32(24),
     )
 
 
 def test_folder_of_every_format(tmp_path):
     write_npz(tmp_path / "a.npz", [ramp(15), ramp(20, 100)], names=["x", "y"])
     write_npz(tmp_path / "b.npz", [ramp(9)])
-    frame = pd.DataFrame({"date": pd.date_range("2020", periods=30, freq="h"), "u": ramp(30), "v": np.arange(30)})
+    frame = pd.DataFrame(
+        {"date": pd.date_range("2020", periods=30, freq="h"), "u": ramp(30), "v": np.arange(30)}
+    )
     frame.loc[3, "u"] = np.nan
     frame.to_csv(tmp_path / "c.csv", index=False)
     frame.to_csv(tmp_path / "d.csv.gz", index=False)
@@ -176,7 +190,9 @@ def test_no_folder_or_nothing_in_it(tmp_path):
 def test_a_pool_written_for_other_hosts_is_the_same_pool(tmp_path):
     real = pool([ramp(90, 0), ramp(60, 1000), ramp(3)], L, H, stride=3, val_share=0.3)
     other = pool([ramp(40, 5000)], L, H, stride=5).train
-    for i, made in enumerate((real, Pool(real.train, other, ("a", "b")), Pool(real.train, None, ()))):
+    for i, made in enumerate(
+        (real, Pool(real.train, other, ("a", "b")), Pool(real.train, None, ()))
+    ):
         (tmp_path / "windows").mkdir(exist_ok=True)
         (tmp_path / "windows" / "older").touch()
         _write(lambda made=made: made, tmp_path / "windows")
@@ -189,7 +205,9 @@ def test_a_pool_written_for_other_hosts_is_the_same_pool(tmp_path):
             if want is not None:
                 assert isinstance(got.values, np.memmap) and not got.values.flags.writeable
                 n = jnp.arange(want.n)
-                np.testing.assert_array_equal(whole(got.over(None).gather(n)), whole(want.gather(n)))
+                np.testing.assert_array_equal(
+                    whole(got.over(None).gather(n)), whole(want.gather(n))
+                )
 
 
 def test_one_host_shares_its_pool_with_nobody(tmp_path):

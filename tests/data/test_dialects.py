@@ -52,7 +52,9 @@ def test_a_column_that_could_be_either_stays_as_a_whole_and_is_said(tmp_path):
 
 
 def test_points_alone_are_decimals_whatever_the_separator(tmp_path):
-    series = read_series(write(tmp_path / "a.tsv", "date\ty\n2024-01-01\t1.234\n2024-01-02\t5.678\n"))
+    series = read_series(
+        write(tmp_path / "a.tsv", "date\ty\n2024-01-01\t1.234\n2024-01-02\t5.678\n")
+    )
     np.testing.assert_array_equal(series.values, [[1.234, 5.678]])
     assert not any("decimal" in note for note in series.notes)
 
@@ -63,7 +65,9 @@ def test_points_and_commas_mixed_in_a_column_are_refused(tmp_path):
 
 
 def test_a_first_line_may_name_the_separator(tmp_path):
-    series = read_series(write(tmp_path / "a.csv", "sep=;\ndate;y\n2024-01-01;1,5\n2024-01-02;2,5\n"))
+    series = read_series(
+        write(tmp_path / "a.csv", "sep=;\ndate;y\n2024-01-01;1,5\n2024-01-02;2,5\n")
+    )
     assert series.columns == ("y",) and series.values.tolist() == [[1.5, 2.5]]
 
 

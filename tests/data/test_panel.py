@@ -43,7 +43,15 @@ def test_every_item_goes_on_after_its_own_end():
 
 
 def test_months_follow_by_the_calendar():
-    one = Panel.of(Series("y", np.zeros((1, 2)), ("y",), np.array(["2024-01-31", "2024-02-29"], "datetime64[us]"), "M"))
+    one = Panel.of(
+        Series(
+            "y",
+            np.zeros((1, 2)),
+            ("y",),
+            np.array(["2024-01-31", "2024-02-29"], "datetime64[us]"),
+            "M",
+        )
+    )
     assert str(one.stamps_after(2)[0, -1])[:10] == "2024-04-30"
 
 
@@ -52,8 +60,14 @@ def test_the_end_of_february_is_the_end_of_a_month_where_other_items_say_so():
         panel("M"),
         first=np.array(["2024-01-31", "2024-02-29"], "datetime64[us]"),
     )
-    assert two.stamps_after(1).astype("datetime64[D]").astype(str).tolist() == [["2024-04-30"], ["2024-04-30"]]
-    assert two.item(1).timestamps.astype("datetime64[D]").astype(str).tolist() == ["2024-02-29", "2024-03-31"]
+    assert two.stamps_after(1).astype("datetime64[D]").astype(str).tolist() == [
+        ["2024-04-30"],
+        ["2024-04-30"],
+    ]
+    assert two.item(1).timestamps.astype("datetime64[D]").astype(str).tolist() == [
+        "2024-02-29",
+        "2024-03-31",
+    ]
 
 
 def test_rules_of_days_in_the_month_go_with_their_items():
@@ -63,10 +77,16 @@ def test_rules_of_days_in_the_month_go_with_their_items():
         first=np.array(["2024-01-31", "2024-02-15"], "datetime64[us]"),
         rules=rules,
     )
-    assert two.stamps_after(1).astype("datetime64[D]").astype(str).tolist() == [["2024-04-30"], ["2024-04-15"]]
+    assert two.stamps_after(1).astype("datetime64[D]").astype(str).tolist() == [
+        ["2024-04-30"],
+        ["2024-04-15"],
+    ]
     swapped = two.take(np.array([1, 0]))
     assert swapped.rules == rules[::-1]
-    assert swapped.stamps_after(1).astype("datetime64[D]").astype(str).tolist() == [["2024-04-15"], ["2024-04-30"]]
+    assert swapped.stamps_after(1).astype("datetime64[D]").astype(str).tolist() == [
+        ["2024-04-15"],
+        ["2024-04-30"],
+    ]
 
 
 def test_months_of_a_zone_are_those_on_the_wall():
@@ -79,7 +99,9 @@ def test_months_of_a_zone_are_those_on_the_wall():
 
 def test_an_item_is_a_series_and_items_can_be_taken():
     second = panel().take(np.array([1]))
-    assert second.n_items == 1 and second.ids[0] == "b" and second.future_values.tolist() == [[[2, 3]]]
+    assert (
+        second.n_items == 1 and second.ids[0] == "b" and second.future_values.tolist() == [[[2, 3]]]
+    )
     np.testing.assert_array_equal(second.known_values, [[13, 14]])
     series = panel().item(0)
     assert series.columns == ("sold",) and str(series.timestamps[-1])[:10] == "2024-02-01"
@@ -88,7 +110,13 @@ def test_an_item_is_a_series_and_items_can_be_taken():
 @pytest.mark.parametrize("bounds", [[0, 5], [0, 5, 5], [1, 3, 5], [0, 3, 4]])
 def test_bounds_must_be_those_of_the_items(bounds):
     with pytest.raises(DataError):
-        Panel(name="x", ids=np.array(["a", "b"]), columns=("y",), values=np.zeros((1, 5)), bounds=np.array(bounds))
+        Panel(
+            name="x",
+            ids=np.array(["a", "b"]),
+            columns=("y",),
+            values=np.zeros((1, 5)),
+            bounds=np.array(bounds),
+        )
 
 
 @pytest.mark.parametrize(

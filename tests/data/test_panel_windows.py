@@ -29,7 +29,9 @@ def numbered(*lengths):
 
 
 def cut(windows):
-    """Values [W, context + horizon] of windows of one target each, cut on the host: nothing to compile."""
+    """Values [W, context + horizon] of windows of one target each, cut on the host: nothing to
+    compile.
+    """
     at = np.asarray(windows.starts)[:, None] + np.arange(windows.context_len + windows.horizon)
     return np.asarray(windows.values)[np.asarray(windows.rows)[:, None], at]
 
@@ -69,16 +71,22 @@ def test_the_last_rows_test_those_before_validate_the_rest_trains():
 def test_an_item_shorter_than_a_context_begins_with_missing_values():
     splits = cut_panel(numbered(9), 6, 2)
     np.testing.assert_array_equal(splits.edges, [[5, 7, 9]])
-    assert splits.layout.front[0] == 4  # what the first training window lacks: it shows a horizon of rows
+    assert (
+        splits.layout.front[0] == 4
+    )  # what the first training window lacks: it shows a horizon of rows
     values, _ = own_values(splits, splits.val)
-    np.testing.assert_allclose(values[0], [np.nan, 1000, 1001, 1002, 1003, 1004, 1005, 1006], atol=1e-2)
+    np.testing.assert_allclose(
+        values[0], [np.nan, 1000, 1001, 1002, 1003, 1004, 1005, 1006], atol=1e-2
+    )
     values, _ = own_values(splits, splits.train)
     np.testing.assert_allclose(values[0, 4:], [1000, 1001, 1002, 1003], atol=1e-2)
     assert np.isnan(values[0, :4]).all()
 
 
 def test_every_item_counts_in_its_own_unit():
-    """Training rows have mean 0 and deviation 1 whatever the item's size; no later row has a say."""
+    """Training rows have mean 0 and deviation 1 whatever the item's size; no later row has
+    a say.
+    """
     rng = np.random.default_rng(0)
     small, large = rng.normal(size=(2, 100))
     large = 5e6 + 1e6 * large
@@ -88,7 +96,9 @@ def test_every_item_counts_in_its_own_unit():
         begin = splits.layout.begin[i]
         mine = values[begin : begin + 100]
         np.testing.assert_allclose([mine[:70].mean(), mine[:70].std()], [0, 1], atol=1e-5)
-        np.testing.assert_allclose(mine, (item - item[:70].mean()) / item[:70].std(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            mine, (item - item[:70].mean()) / item[:70].std(), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_one_item_is_cut_like_a_series():
@@ -144,7 +154,8 @@ def test_windows_without_an_observed_value_are_left_out():
     observed = ~np.isnan(cut(splits.test))
     assert observed[:, :4].any(axis=1).all()
     assert observed[:, 4:].any(axis=1).all()
-    # Nothing is observed in the targets that begin in rows 50 to 53, nor in the contexts that end before 54 to 56.
+    # Nothing is observed in the targets that begin in rows 50 to 53, nor in the contexts that end
+    # before 54 to 56.
     np.testing.assert_array_equal(splits.origins(splits.test)[1], [48, 49, 57])
     assert any(note.startswith("test: 7 windows left out") for note in splits.notes)
 

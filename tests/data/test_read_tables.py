@@ -1,4 +1,6 @@
-"""Reading tables: what is accepted, and that everything wrong is said at once, with where and what to do."""
+"""Reading tables: what is accepted, and that everything wrong is said at once, with where and what
+to do.
+"""
 
 import dataclasses
 import gzip
@@ -34,7 +36,8 @@ def write(path, text):
     return path
 
 
-# ---- accepted --------------------------------------------------------------------------------------------------------
+# ---- accepted
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["frame", "csv", "csv.gz", "parquet", "index"])
@@ -48,7 +51,9 @@ def test_every_kind_of_source_gives_the_same_series(tmp_path, kind):
     series = read_series(source)
     assert series.columns == ("load", "OT")
     assert series.values.dtype == np.float64
-    np.testing.assert_array_equal(series.values, frame[["load", "OT"]].to_numpy().T)  # to the last bit
+    np.testing.assert_array_equal(
+        series.values, frame[["load", "OT"]].to_numpy().T
+    )  # to the last bit
     np.testing.assert_array_equal(series.timestamps, HOURS.to_numpy().astype("datetime64[us]"))
     assert (series.freq, series.season, series.notes, series.benchmark) == ("h", 24, (), None)
     assert series.name == ("data" if kind in ("frame", "index") else "plant")
@@ -57,7 +62,9 @@ def test_every_kind_of_source_gives_the_same_series(tmp_path, kind):
 def test_columns_can_be_chosen():
     assert read_series(table(), target="OT").columns == ("OT",)
     assert read_series(table(), target=["OT", "load"]).columns == ("OT", "load")
-    assert read_series(table(note=["x"] * 48), target=["OT"]).n_variates == 1  # text elsewhere is no matter
+    assert (
+        read_series(table(note=["x"] * 48), target=["OT"]).n_variates == 1
+    )  # text elsewhere is no matter
 
 
 @pytest.mark.parametrize("name", ["date", "Date", "TIME", "timestamp", "ds", "datetime"])
@@ -85,9 +92,18 @@ def test_files_without_stamps(tmp_path):
     "cells, second",
     [
         (["2016/7/1 2:00", "2016/7/1 3:00", "2016/7/1 4:00"], "2016-07-01T03:00"),
-        (["2024-01-01 23:00:00", "2024-01-02", "2024-01-02 01:00:00"], "2024-01-02T00:00"),  # a midnight without hours
-        (["12/02/2024", "13/02/2024", "14/02/2024"], "2024-02-13T00:00"),  # no month 13: the day comes first
-        (["2024-03-31T01:00+01:00", "2024-03-31T03:00+02:00", "2024-03-31T04:00+02:00"], "2024-03-31T01:00"),
+        (
+            ["2024-01-01 23:00:00", "2024-01-02", "2024-01-02 01:00:00"],
+            "2024-01-02T00:00",
+        ),  # a midnight without hours
+        (
+            ["12/02/2024", "13/02/2024", "14/02/2024"],
+            "2024-02-13T00:00",
+        ),  # no month 13: the day comes first
+        (
+            ["2024-03-31T01:00+01:00", "2024-03-31T03:00+02:00", "2024-03-31T04:00+02:00"],
+            "2024-03-31T01:00",
+        ),
         ([20240101, 20240102, 20240103], "2024-01-02T00:00"),
         ([1704067200, 1704070800, 1704074400], "2024-01-01T01:00"),
         ([1704067200000, 1704070800000, 1704074400000], "2024-01-01T01:00"),
@@ -107,7 +123,8 @@ def test_byte_order_mark_crlf_and_blanks_in_the_header(tmp_path):
     assert (series.columns, series.freq) == (("load",), "D")
 
 
-# ---- refused, with the reason ----------------------------------------------------------------------------------------
+# ---- refused, with the reason
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,10 +142,19 @@ def test_byte_order_mark_crlf_and_blanks_in_the_header(tmp_path):
         ("date,name\n2024-01-01,a\n2024-01-02,b\n", "no column of numbers; columns: date, name"),
         ("date\n2024-01-01\n2024-01-02\n", "no column besides date"),
         (",OT\n0,1.5\n1,2.5\n", "column 0 (counting from 0) has no name: a saved index?"),
-        ("date,time,OT\n2024-01-01,01:00,1\n", "several columns may hold the time: date, time; say which with time="),
-        ("date,OT\n2024-01-01,1\nsoon,2\n2024-01-03,3\n", "time column 'date': 1 cells are no dates, row 1 'soon'"),
+        (
+            "date,time,OT\n2024-01-01,01:00,1\n",
+            "several columns may hold the time: date, time; say which with time=",
+        ),
+        (
+            "date,OT\n2024-01-01,1\nsoon,2\n2024-01-03,3\n",
+            "time column 'date': 1 cells are no dates, row 1 'soon'",
+        ),
         ("date,OT\n2024-01-01,1\n,2\n2024-01-03,3\n", "time column 'date': 1 empty cells, row 1"),
-        ("time,OT\n0,1\n1,2\n2,3\n", "time column 'time' holds numbers that are no dates (first: 0)"),
+        (
+            "time,OT\n0,1\n1,2\n2,3\n",
+            "time column 'time' holds numbers that are no dates (first: 0)",
+        ),
         ("date,OT\n2024-01-01,\n2024-01-02,\n", "column 'OT': not one finite value"),
     ],
 )
@@ -157,7 +183,10 @@ def test_text_cells_are_quoted_with_their_rows(tmp_path):
     for row, cell in ((2, "n.a."), (5, "broken"), (7, "?"), (8, "?"), (9, "-"), (15, "1 234")):
         lines[row + 1] = lines[row + 1].rsplit(",", 1)[0] + f",{cell}"
     text = refused(write(tmp_path / "a.csv", "\n".join(lines)))
-    assert "column 'OT': 6 cells are not numbers, rows 2 'n.a.', 5 'broken', 7 '?', 8 '?', 9 '-', ... (count" in text
+    assert (
+        "column 'OT': 6 cells are not numbers, rows 2 'n.a.', 5 'broken', 7 '?', 8 '?', 9 '-', ... "
+        "(count" in text
+    )
     assert "load" not in text
 
 
@@ -199,11 +228,18 @@ def test_all_problems_in_one_error():
     frame.loc[5, "load"] = np.nan
     frame["date"] = frame["date"].where(frame.index != 9, HOURS[8])
     text = refused(frame, target=["load", "OT", "lod"])
-    for part in ("'lod' is not there", "column 'OT': 1 cells", "column 'load': 1 missing", "1 stamps repeated"):
+    for part in (
+        "'lod' is not there",
+        "column 'OT': 1 cells",
+        "column 'load': 1 missing",
+        "1 stamps repeated",
+    ):
         assert part in text, part
 
 
-@pytest.mark.parametrize("column", [[True, False] * 24, list(map(str, range(48))), HOURS, [1 + 2j] * 48])
+@pytest.mark.parametrize(
+    "column", [[True, False] * 24, list(map(str, range(48))), HOURS, [1 + 2j] * 48]
+)
 def test_columns_that_only_look_like_numbers(column):
     text = refused(table(odd=column))
     assert "'odd'" in text
@@ -217,25 +253,33 @@ def test_options_are_checked():
 
 
 def test_an_index_of_dates_beside_a_column_of_the_same_name():
-    assert "'date' names both the index and a column" in refused(table().set_index("date", drop=False))
+    assert "'date' names both the index and a column" in refused(
+        table().set_index("date", drop=False)
+    )
 
 
 def test_a_table_without_rows():
     assert "no rows" in refused(table().iloc[:0])
 
 
-# ---- time ------------------------------------------------------------------------------------------------------------
+# ---- time
+# --------------------------------------------------------------------------------------------------
 
 
 def test_irregular_stamps_are_named():
     frame = table()
     text = refused(pd.concat([frame[:10], frame[9:20], frame[23:]]))
     assert "1 stamps repeated, first in row 10: 2024-01-01 09:00:00" in text
-    assert "1 steps that are not h, first in row 21: 2024-01-01 23:00:00 follows 2024-01-01 19:00:00" in text
+    assert (
+        "1 steps that are not h, first in row 21: 2024-01-01 23:00:00 follows 2024-01-01 19:00:00"
+        in text
+    )
     assert "irregular='regularise'" in text
     swapped = refused(frame.iloc[[0, 1, 3, 2, *range(4, 48)]])
     assert "1 stamps earlier than the one before, first in row 3: 2024-01-01 02:00:00" in swapped
-    shifted = frame.assign(date=frame["date"] + pd.to_timedelta(np.where(frame.index == 30, 90, 0), unit="s"))
+    shifted = frame.assign(
+        date=frame["date"] + pd.to_timedelta(np.where(frame.index == 30, 90, 0), unit="s")
+    )
     assert "2 steps that are not h, first in row 30: 2024-01-02 06:01:30" in refused(shifted)
 
 
@@ -253,7 +297,10 @@ def test_regularise_sorts_moves_averages_and_leaves_holes():
     want = np.arange(48.0)
     want[5] = (5 + 7) / 2
     np.testing.assert_allclose(series.values[0], want)
-    assert "1 rows moved to the nearest stamp, 1 averaged with another, 2 of 48 rows were holes" in series.notes[0]
+    assert (
+        "1 rows moved to the nearest stamp, 1 averaged with another, 2 of 48 rows were holes"
+        in series.notes[0]
+    )
     regular = read_series(frame, irregular="regularise")
     np.testing.assert_array_equal(regular.values[0], np.arange(48.0))
     assert regular.notes == ()
@@ -274,8 +321,12 @@ def test_ignore_takes_the_rows_as_they_are():
 
 
 def test_a_grid_that_would_explode_is_refused():
-    frame = pd.DataFrame({"date": pd.to_datetime(["2020-01-01", "2020-01-02", "2024-01-01"]), "x": [1.0, 2, 3]})
-    assert "a grid of step D would have 1462 rows for 3 stamps" in refused(frame, irregular="regularise")
+    frame = pd.DataFrame(
+        {"date": pd.to_datetime(["2020-01-01", "2020-01-02", "2024-01-01"]), "x": [1.0, 2, 3]}
+    )
+    assert "a grid of step D would have 1462 rows for 3 stamps" in refused(
+        frame, irregular="regularise"
+    )
 
 
 @pytest.mark.parametrize(
@@ -317,7 +368,9 @@ def test_steps_are_inferred_checked_and_regularised(freq, pandas, season):
 
 def test_steps_that_cannot_be_inferred():
     assert infer_freq(HOURS[:1].to_numpy()) is None
-    jitter = HOURS.to_numpy() + np.random.default_rng(0).integers(0, 10**9, 48).astype("timedelta64[us]")
+    jitter = HOURS.to_numpy() + np.random.default_rng(0).integers(0, 10**9, 48).astype(
+        "timedelta64[us]"
+    )
     assert infer_freq(jitter) is None
     frame = table(date=jitter)
     assert "give freq=" in refused(frame)
@@ -328,12 +381,20 @@ def test_steps_that_cannot_be_inferred():
     assert read_series(table(1), freq="D").freq == "D"
 
 
-# ---- long tables -----------------------------------------------------------------------------------------------------
+# ---- long tables
+# --------------------------------------------------------------------------------------------------
 
 
 def long_table(ids=("a", "b", "c"), n=30):
     parts = [
-        pd.DataFrame({"item_id": key, "timestamp": HOURS[:n], "target": np.arange(n) + 100.0 * i, "price": 1.0 * i})
+        pd.DataFrame(
+            {
+                "item_id": key,
+                "timestamp": HOURS[:n],
+                "target": np.arange(n) + 100.0 * i,
+                "price": 1.0 * i,
+            }
+        )
         for i, key in enumerate(ids)
     ]
     return pd.concat(parts)
@@ -346,7 +407,9 @@ def test_ids_of_one_grid_become_variates():
     both = read_series(long_table(), id="item_id")
     assert both.columns[:3] == ("a/target", "a/price", "b/target")
     by_time = long_table().sort_values(["timestamp", "item_id"])
-    np.testing.assert_array_equal(read_series(by_time, id="item_id", target="target").values, series.values)
+    np.testing.assert_array_equal(
+        read_series(by_time, id="item_id", target="target").values, series.values
+    )
     shuffled = long_table().sample(frac=1, random_state=0)
     sorted_again = read_series(shuffled, id="item_id", target="target", irregular="regularise")
     order = [sorted_again.columns.index(c) for c in series.columns]
@@ -361,10 +424,13 @@ def test_ids_of_different_grids_are_refused_by_name():
     assert "read each id on its own" in text
     empty = long_table()
     empty["item_id"] = empty["item_id"].where(np.arange(len(empty)) != 4)
-    assert "id column 'item_id': 1 empty cells, row 4" in refused(empty, id="item_id", target="target")
+    assert "id column 'item_id': 1 empty cells, row 4" in refused(
+        empty, id="item_id", target="target"
+    )
 
 
-# ---- one list of options ---------------------------------------------------------------------------------------------
+# ---- one list of options
+# ---------------------------------------------------------------------------------------------
 
 
 def test_the_options_are_those_of_the_function():
@@ -389,5 +455,7 @@ def test_missing_cells_can_be_kept():
 def test_the_layout_of_dates_can_be_given():
     frame = table(3, date=["01/02/2024", "02/02/2024", "03/02/2024"])
     assert read_series(frame, date_format="%d/%m/%Y").timestamps[1] == np.datetime64("2024-02-02")
-    assert read_series(frame, date_format="%m/%d/%Y", freq="M").timestamps[1] == np.datetime64("2024-02-02")
+    assert read_series(frame, date_format="%m/%d/%Y", freq="M").timestamps[1] == np.datetime64(
+        "2024-02-02"
+    )
     assert "3 cells are no dates" in refused(frame, date_format="%Y-%m-%d")

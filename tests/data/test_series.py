@@ -19,7 +19,11 @@ def test_series_checks_its_shapes():
 def test_stamps_after_the_last_row():
     ends = pd.date_range("2018-03-31", periods=12, freq="ME").to_numpy().astype("datetime64[us]")
     series = Series("x", np.zeros((1, 12)), ("a",), ends, "M")
-    assert [str(s)[:10] for s in series.stamps_after(3)] == ["2019-03-31", "2019-04-30", "2019-05-31"]
+    assert [str(s)[:10] for s in series.stamps_after(3)] == [
+        "2019-03-31",
+        "2019-04-30",
+        "2019-05-31",
+    ]
     assert len(series.stamps_after(0)) == 0
     assert Series("x", np.zeros((1, 12)), ("a",), ends).stamps_after(3) is None
     assert Series("x", np.zeros((1, 12)), ("a",), freq="M").stamps_after(3) is None

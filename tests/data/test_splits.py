@@ -73,7 +73,9 @@ def test_borders_by_name(name, n_rows, quirks, ends):
 
 
 def test_a_file_cut_short_does_not_get_the_borders():
-    with pytest.raises(ValueError, match=r"ETTh1: 14399 rows do not hold.*test \[11520, 14400\).*cut short"):
+    with pytest.raises(
+        ValueError, match=r"ETTh1: 14399 rows do not hold.*test \[11520, 14400\).*cut short"
+    ):
         borders_of("ETTh1", 14_399)
 
 
@@ -84,7 +86,9 @@ def test_a_file_cut_short_does_not_get_the_borders():
     horizon=st.integers(1, 8),
 )
 @settings(max_examples=15)
-def test_every_target_row_lies_in_its_part_and_none_is_missed(n_variates, edges, context_len, horizon):
+def test_every_target_row_lies_in_its_part_and_none_is_missed(
+    n_variates, edges, context_len, horizon
+):
     start, *parts = edges
     sizes = parts[0] + context_len + horizon, parts[1] + horizon, parts[2] + horizon
     a, b, c, d = np.cumsum([start, *sizes]).tolist()
@@ -112,9 +116,13 @@ def test_scaling_uses_the_training_rows_and_the_population_std():
     changed.values[:, 700:] += 100
     np.testing.assert_array_equal(prepare(changed, 20, 5).scaler.std, splits.scaler.std)
     few = prepare(series, 20, 5, few_shot=0.05)
-    np.testing.assert_array_equal(few.scaler.mean, splits.scaler.mean)  # of all training rows, few-shot too
+    np.testing.assert_array_equal(
+        few.scaler.mean, splits.scaler.mean
+    )  # of all training rows, few-shot too
     np.testing.assert_allclose(
-        splits.train.values, (series.values - train.mean(1)[:, None]) / train.std(1)[:, None], rtol=1e-6
+        splits.train.values,
+        (series.values - train.mean(1)[:, None]) / train.std(1)[:, None],
+        rtol=1e-6,
     )
     round_trip = splits.scaler.inverse(splits.scaler.transform(series.values))
     np.testing.assert_allclose(round_trip, series.values, rtol=1e-12)
@@ -210,9 +218,15 @@ def test_missing_values_stay_and_windows_without_any_are_left_out_and_counted():
     holes.values[0, 20:60] = np.nan
     splits, before = prepare(holes, 10, 5), prepare(whole, 10, 5)
     known = whole.values[0, np.r_[0:20, 60:210]]
-    assert splits.scaler.mean[0] == pytest.approx(known.mean()) and splits.scaler.std[0] == pytest.approx(known.std())
-    assert (splits.scaler.mean[1], splits.scaler.std[1]) == (before.scaler.mean[1], before.scaler.std[1])
-    # of variate 0 all contexts in rows 20 to 59 go (31 of them), and all targets in them: 36, of which 26 lie in both
+    assert splits.scaler.mean[0] == pytest.approx(known.mean()) and splits.scaler.std[
+        0
+    ] == pytest.approx(known.std())
+    assert (splits.scaler.mean[1], splits.scaler.std[1]) == (
+        before.scaler.mean[1],
+        before.scaler.std[1],
+    )
+    # of variate 0 all contexts in rows 20 to 59 go (31 of them), and all targets in them: 36, of
+    # which 26 lie in both
     first = np.arange(210 - 15 + 1)
     gone = [s for s in first if (s >= 20 and s + 10 <= 60) or (s + 10 >= 20 and s + 15 <= 60)]
     kept = np.asarray(splits.train.starts)[np.asarray(splits.train.rows) == 0]
@@ -227,7 +241,12 @@ def test_missing_values_stay_and_windows_without_any_are_left_out_and_counted():
 
 @pytest.mark.parametrize(
     "ranges",
-    [((0, 5), (4, 9), (9, 12)), ((0, 5), (5, 5), (5, 12)), ((-1, 5), (5, 9), (9, 12)), ((5, 9), (0, 5), (9, 12))],
+    [
+        ((0, 5), (4, 9), (9, 12)),
+        ((0, 5), (5, 5), (5, 12)),
+        ((-1, 5), (5, 9), (9, 12)),
+        ((5, 9), (0, 5), (9, 12)),
+    ],
 )
 def test_borders_follow_one_another(ranges):
     with pytest.raises(ValueError, match="must follow one another"):

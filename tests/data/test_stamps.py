@@ -110,13 +110,20 @@ def test_years_of_two_digits_are_said():
 
 
 def test_dates_without_a_year_are_refused():
-    assert "its dates have no year (first: '1-Jan'); write the year too" in refused(["1-Jan", "2-Jan", "3-Jan"])
+    assert "its dates have no year (first: '1-Jan'); write the year too" in refused(
+        ["1-Jan", "2-Jan", "3-Jan"]
+    )
 
 
 def test_a_layout_that_was_asked_for_is_the_only_one():
     assert read(["1. 5. 24", "1. 6. 24"], date_format="%m. %d. %y")[0][1] == "2024-01-06T00:00:00"
-    assert read(["3 June 2024", "3 July 2024"], date_format="%d %B %Y")[0][1] == "2024-07-03T00:00:00"
-    assert read(["01/02/2024 10h", "01/02/2024 11h"], date_format="%d/%m/%Y %Hh")[0][1] == "2024-02-01T11:00:00"
+    assert (
+        read(["3 June 2024", "3 July 2024"], date_format="%d %B %Y")[0][1] == "2024-07-03T00:00:00"
+    )
+    assert (
+        read(["01/02/2024 10h", "01/02/2024 11h"], date_format="%d/%m/%Y %Hh")[0][1]
+        == "2024-02-01T11:00:00"
+    )
     assert "2 cells are no dates" in refused(["2024-01-01", "2024-01-02"], date_format="%d/%m/%Y")
 
 
@@ -149,7 +156,9 @@ def test_cells_that_are_no_dates(cells, says):
 # ---- zones ----
 
 
-@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Sydney", "Asia/Kolkata"])
+@pytest.mark.parametrize(
+    "zone", ["Europe/Berlin", "America/New_York", "Australia/Sydney", "Asia/Kolkata"]
+)
 @pytest.mark.parametrize("layout", ["%Y-%m-%dT%H:%M:%S%z", "%d/%m/%Y %H:%M%z"])
 def test_offsets_keep_their_zone(zone, layout):
     index = pd.date_range("2024-03-01", periods=300, freq="D", tz=zone)
@@ -171,7 +180,9 @@ def test_stamps_with_a_zone_keep_it():
 
 
 def test_offsets_that_no_zone_has_become_utc():
-    stamps, tz, notes = read(["2024-01-01T00:00:00+01:00", "2024-01-01T02:00:00+02:30", "2024-01-01T02:00:00+01:00"])
+    stamps, tz, notes = read(
+        ["2024-01-01T00:00:00+01:00", "2024-01-01T02:00:00+02:30", "2024-01-01T02:00:00+01:00"]
+    )
     assert (stamps[0], tz) == ("2023-12-31T23:00:00", "UTC")
     assert "no known zone" in notes[0]
 

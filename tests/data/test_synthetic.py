@@ -1,4 +1,6 @@
-"""Generated series: reproducible, finite, varied, with the structure that their docstring promises."""
+"""Generated series: reproducible, finite, varied, with the structure that their
+docstring promises.
+"""
 
 import numpy as np
 import pytest
@@ -51,11 +53,15 @@ def autocorrelation(x, lag):
 
 
 def test_real_periods_are_there_and_others_are_not_favoured(series):
-    """A season shows as a peak of the autocorrelation at its lag over the mean of the lags half a season away."""
+    """A season shows as a peak of the autocorrelation at its lag over the mean of the lags half a
+    season away.
+    """
 
     def share(period):
         half = period // 2
-        beside = (autocorrelation(series, period - half) + autocorrelation(series, period + half)) / 2
+        beside = (
+            autocorrelation(series, period - half) + autocorrelation(series, period + half)
+        ) / 2
         return (autocorrelation(series, period) - beside > 0.3).mean()
 
     assert share(24) > 0.12 and share(96) > 0.12
@@ -63,7 +69,9 @@ def test_real_periods_are_there_and_others_are_not_favoured(series):
 
 
 def test_noise_runs_from_almost_none_to_most_of_a_series(series):
-    steps = np.diff(series, n=2, axis=1).std(1) / (6**0.5 * series.std(1))  # 1 for white noise, 0 for a smooth curve
+    steps = np.diff(series, n=2, axis=1).std(1) / (
+        6**0.5 * series.std(1)
+    )  # 1 for white noise, 0 for a smooth curve
     assert (steps < 0.1).mean() > 0.1
     assert (steps > 0.6).mean() > 0.1
 
@@ -74,7 +82,9 @@ def test_signs_and_scales_are_mixed(series):
     assert scale.std() > 0.5
 
 
-@pytest.mark.parametrize(("draw", "share"), synthetic.FAMILIES, ids=lambda f: getattr(f, "__name__", ""))
+@pytest.mark.parametrize(
+    ("draw", "share"), synthetic.FAMILIES, ids=lambda f: getattr(f, "__name__", "")
+)
 def test_every_family_gives_finite_varied_series(draw, share):
     x = draw(np.random.default_rng(3), 64, 400)
     assert x.shape == (64, 400) and np.isfinite(x).all() and 0 < share < 1
@@ -82,25 +92,37 @@ def test_every_family_gives_finite_varied_series(draw, share):
 
 
 def test_shares_sum_to_one():
-    for shares in (synthetic.DAY_SHARES, synthetic.PERIOD_SHARES, [share for _, share in synthetic.FAMILIES]):
+    for shares in (
+        synthetic.DAY_SHARES,
+        synthetic.PERIOD_SHARES,
+        [share for _, share in synthetic.FAMILIES],
+    ):
         np.testing.assert_allclose(np.sum(shares), 1, rtol=1e-12)
 
 
 def test_periodic_process_has_the_covariance_of_its_kernel():
-    """4000 draws of one kernel: the sample covariance of step 0 and step j is exp(-2 sin^2(pi j / G) / roughness^2)."""
+    """4000 draws of one kernel: the sample covariance of step 0 and step j is exp(-2 sin^2(pi j /
+    G) / roughness^2).
+    """
     table = synthetic._periodic_table(np.random.default_rng(0), np.full(4000, 0.7))
     u = np.arange(synthetic.GRID) / synthetic.GRID
     kernel = np.exp(-2 * (np.sin(np.pi * u) / 0.7) ** 2)
     found = (table[:, :1] * table).mean(0)
-    assert np.abs(found - kernel).max() < 5 * (2 / 4000) ** 0.5  # std of a product of unit normals is at most sqrt(2)
+    assert (
+        np.abs(found - kernel).max() < 5 * (2 / 4000) ** 0.5
+    )  # std of a product of unit normals is at most sqrt(2)
 
 
 def test_stationary_process_has_the_covariance_of_its_kernel():
-    """An RBF and a rational-quadratic kernel are drawn at random, both near 1 at lag 1 when the scale is long."""
+    """An RBF and a rational-quadratic kernel are drawn at random, both near 1 at lag 1 when the
+    scale is long.
+    """
     x = synthetic._stationary(np.random.default_rng(0), np.full(2000, np.inf), np.ones(2000), 256)
     np.testing.assert_allclose(x.var(), 1, atol=0.1)
     assert 0.8 < (x[:, 100] * x[:, 101]).mean() < 1.1
-    local = synthetic._stationary(np.random.default_rng(0), np.full(2000, 24.0), np.full(2000, 0.5), 256)
+    local = synthetic._stationary(
+        np.random.default_rng(0), np.full(2000, 24.0), np.full(2000, 0.5), 256
+    )
     at = lambda lag: (local[:, 100] * local[:, 100 + lag]).mean()  # noqa: E731
     assert at(24) > at(12) + 0.3
 

@@ -56,8 +56,12 @@ def test_hostile_files_are_refused(tmp_path, text, said):
         read_ts(write(tmp_path / "x.ts", text))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.one_of(st.binary(max_size=120), st.text("0123456789.,:?ab@# \nclassLabelrtue", max_size=120)))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.one_of(st.binary(max_size=120), st.text("0123456789.,:?ab@# \nclassLabelrtue", max_size=120))
+)
 def test_any_bytes_are_read_or_refused(tmp_path, content):
     text = content if isinstance(content, bytes) else content.encode()
     with contextlib.suppress(DataError):
@@ -66,7 +70,9 @@ def test_any_bytes_are_read_or_refused(tmp_path, content):
         assert len(found.values) == len(found.labels) and found.labels.max() < 2
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data(), st.integers(1, 3), st.integers(1, 5))
 def test_what_is_written_is_read(tmp_path, data, n_dimensions, n_steps):
     finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -74,7 +80,9 @@ def test_what_is_written_is_read(tmp_path, data, n_dimensions, n_steps):
     values = np.array(data.draw(st.lists(finite, min_size=size, max_size=size)), np.float32)
     values = values.reshape(n_dimensions, n_steps)
     text = ":".join(",".join(map(repr, row.tolist())) for row in values)
-    np.testing.assert_array_equal(read_ts(write(tmp_path / "x.ts", f"{text}:b\n")).values[0], values)
+    np.testing.assert_array_equal(
+        read_ts(write(tmp_path / "x.ts", f"{text}:b\n")).values[0], values
+    )
 
 
 def test_pairs(tmp_path):

@@ -1,4 +1,6 @@
-"""Tables as users have them, one of every kind that was once read wrongly, and every advice of a message followed."""
+"""Tables as users have them, one of every kind that was once read wrongly, and every advice of a
+message followed.
+"""
 
 import datetime
 import gzip
@@ -47,7 +49,8 @@ def frame(index=None, **columns):
     return pd.DataFrame(columns or {"y": np.arange(12.0)}, index=index)
 
 
-# ---- facts from a file's name ----------------------------------------------------------------------------------------
+# ---- facts from a file's name
+# ----------------------------------------------------------------------------------------
 
 
 def test_a_table_called_like_a_benchmark_is_a_table(tmp_path, monkeypatch, caplog):
@@ -55,13 +58,16 @@ def test_a_table_called_like_a_benchmark_is_a_table(tmp_path, monkeypatch, caplo
     series = load_series(path)
     assert (series.benchmark, series.freq, series.name) == (None, "D", "weather")
     assert after(series) == ["2024-01-13 00:00:00", "2024-01-14 00:00:00"]
-    assert series.notes == ("called like the benchmark weather, but not its published file: read as any other table",)
+    assert series.notes == (
+        "called like the benchmark weather, but not its published file: read as any other table",
+    )
     assert not caplog.text
     monkeypatch.setenv("LTSM_DATA", str(tmp_path))
     assert load_series("weather").benchmark == "weather"  # asked for by name
 
 
-# ---- steps and what follows ------------------------------------------------------------------------------------------
+# ---- steps and what follows
+# ------------------------------------------------------------------------------------------
 
 
 def test_month_ends_go_on_as_month_ends(tmp_path):
@@ -107,13 +113,16 @@ def test_seven_business_days(tmp_path):
 
 
 def test_a_step_that_models_have_no_token_for(tmp_path):
-    path = csv(tmp_path / "a.csv", numbered(pd.date_range("2024-01-01", periods=12, freq="MS").date))
+    path = csv(
+        tmp_path / "a.csv", numbered(pd.date_range("2024-01-01", periods=12, freq="MS").date)
+    )
     series = load_series(path, freq="oov")
     assert (series.freq, series.model_freq) == ("M", "oov")
     assert load_series(path).model_freq is None
 
 
-# ---- layouts ---------------------------------------------------------------------------------------------------------
+# ---- layouts
+# --------------------------------------------------------------------------------------------------
 
 
 def test_day_and_month_in_either_order(tmp_path):
@@ -137,7 +146,8 @@ def test_digits_are_a_calendar_before_they_are_seconds(tmp_path):
     assert (series.freq, after(series)[0]) == ("D", "2024-02-01 00:00:00")
 
 
-# ---- zones -----------------------------------------------------------------------------------------------------------
+# ---- zones
+# --------------------------------------------------------------------------------------------------
 
 
 def test_days_at_local_midnight_over_a_change_of_the_clocks(tmp_path):
@@ -171,7 +181,8 @@ def test_days_at_one_time_in_utc_that_were_shown_in_a_zone():
         assert "regular in UTC, not on the clock in Europe/Berlin" in series.notes[0]
 
 
-# ---- the index -------------------------------------------------------------------------------------------------------
+# ---- the index
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -230,7 +241,8 @@ def test_rows_out_of_order_or_left_out_are_refused_where_there_is_no_time():
     assert read_series(dated).notes == ()
 
 
-# ---- which column is the time ----------------------------------------------------------------------------------------
+# ---- which column is the time
+# ----------------------------------------------------------------------------------------
 
 
 def test_a_year_is_the_time_and_that_is_said(tmp_path):
@@ -249,21 +261,32 @@ def test_a_time_in_several_columns():
     assert (series.columns, series.freq) == (("y",), "M")
     assert series.notes == ("the time is taken from year, month",)
 
-    quarters = frame(year=np.repeat([2021, 2022, 2023], 4), quarter=[1, 2, 3, 4] * 3, y=np.arange(12.0))
-    assert (read_series(quarters).freq, after(read_series(quarters))[0]) == ("Q", "2024-01-01 00:00:00")
+    quarters = frame(
+        year=np.repeat([2021, 2022, 2023], 4), quarter=[1, 2, 3, 4] * 3, y=np.arange(12.0)
+    )
+    assert (read_series(quarters).freq, after(read_series(quarters))[0]) == (
+        "Q",
+        "2024-01-01 00:00:00",
+    )
     weeks = frame(week=range(202340, 202352), y=np.arange(12.0))
     assert read_series(weeks).notes == ("'week' is read as a variate; target= leaves it out",)
 
     hours = pd.date_range("2024-01-13", periods=72, freq="h")
-    split = pd.DataFrame({"date": hours.strftime("%d/%m/%Y"), "hour": hours.hour, "y": np.arange(72.0)})
+    split = pd.DataFrame(
+        {"date": hours.strftime("%d/%m/%Y"), "hour": hours.hour, "y": np.arange(72.0)}
+    )
     for options in ({}, {"irregular": "regularise"}):
         assert "time=['date', 'hour'] joins them" in refused(split, **options)
-    np.testing.assert_array_equal(read_series(split, time=["date", "hour"]).timestamps, hours.to_numpy())
+    np.testing.assert_array_equal(
+        read_series(split, time=["date", "hour"]).timestamps, hours.to_numpy()
+    )
 
     clock = split.assign(time=hours.strftime("%H:%M")).drop(columns="hour")
     assert "several columns may hold the time: date, time" in refused(clock)
     assert "time=['date', 'time'] joins them" in refused(clock)
-    np.testing.assert_array_equal(read_series(clock, time=["date", "time"]).timestamps, hours.to_numpy())
+    np.testing.assert_array_equal(
+        read_series(clock, time=["date", "time"]).timestamps, hours.to_numpy()
+    )
 
 
 def test_a_table_without_a_target_says_all_that_is_wrong():
@@ -290,7 +313,8 @@ def test_a_column_of_dates_that_was_not_seen_is_named():
     assert "time='Datum'" in refused(table.assign(Datum=DAYS))
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cell", [0, 1, 5, 7.5])
@@ -344,7 +368,9 @@ def test_a_file_at_home(tmp_path, monkeypatch):
 
 
 def test_stamps_that_are_all_empty(tmp_path):
-    assert "time column 'date': 12 empty cells" in refused(csv(tmp_path / "a.csv", numbered([""] * 12)))
+    assert "time column 'date': 12 empty cells" in refused(
+        csv(tmp_path / "a.csv", numbered([""] * 12))
+    )
 
 
 def test_a_small_file_that_expands_beyond_measure(tmp_path):
@@ -366,21 +392,29 @@ def test_a_parquet_file_whose_index_is_gone(tmp_path):
     whole = tmp_path / "whole.parquet"
     pyarrow.parquet.write_table(table, whole)
     assert load_series(whole).freq == "D"
-    damaged = table.rename_columns(["y", "day"])  # what pandas noted names a column that is not there
+    damaged = table.rename_columns(
+        ["y", "day"]
+    )  # what pandas noted names a column that is not there
     pyarrow.parquet.write_table(damaged, tmp_path / "damaged.parquet")
     assert load_series(tmp_path / "damaged.parquet", time="day").freq == "D"
 
 
-# ---- long tables -----------------------------------------------------------------------------------------------------
+# ---- long tables
+# --------------------------------------------------------------------------------------------------
 
 
 def long(ids=("A", "B"), n=6, name="unique_id"):
-    parts = [pd.DataFrame({name: key, "ds": DAYS[:n], "y": 10.0 * i + np.arange(n)}) for i, key in enumerate(ids)]
+    parts = [
+        pd.DataFrame({name: key, "ds": DAYS[:n], "y": 10.0 * i + np.arange(n)})
+        for i, key in enumerate(ids)
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
 @pytest.mark.parametrize("name", ["unique_id", "item_id", "which", "store"])
-@pytest.mark.parametrize("options", [{}, {"target": "y"}, {"irregular": "regularise"}, {"irregular": "ignore"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"target": "y"}, {"irregular": "regularise"}, {"irregular": "ignore"}]
+)
 def test_several_series_below_one_another_are_named_and_never_averaged(name, options):
     table = long(name=name)
     if name == "store":
@@ -418,7 +452,8 @@ def test_a_number_for_each_row_is_no_id():
     assert read_series(table, target="y").n_rows == 12
 
 
-# ---- missing values --------------------------------------------------------------------------------------------------
+# ---- missing values
+# --------------------------------------------------------------------------------------------------
 
 
 def sales():
@@ -444,7 +479,8 @@ def test_a_target_that_ends_before_the_others_is_not_made_up():
     assert np.isnan(kept.values[0, 9:]).all()
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------
+# ---- values
+# --------------------------------------------------------------------------------------------------
 
 
 def test_values_beyond_the_limit_are_refused_with_it(tmp_path):
@@ -454,7 +490,8 @@ def test_values_beyond_the_limit_are_refused_with_it(tmp_path):
     assert read_series(frame(y=np.full(12, 1e100))).values.max() == 1e100
 
 
-# ---- what may be a table ---------------------------------------------------------------------------------------------
+# ---- what may be a table
+# ---------------------------------------------------------------------------------------------
 
 
 def test_series_arrays_and_arrow_tables():
@@ -487,7 +524,9 @@ def test_polars():
 @pytest.mark.parametrize("source", [[1.0, 2.0], {"y": [1.0]}, np.zeros((2, 3, 4)), None, 5])
 def test_anything_else_is_refused_by_name(source):
     text = refused(source)
-    assert "cannot be read; give a path, a pandas DataFrame or Series, an array [T] or [T, C]" in text
+    assert (
+        "cannot be read; give a path, a pandas DataFrame or Series, an array [T] or [T, C]" in text
+    )
 
 
 def test_columns_by_index_number_and_levels():
@@ -498,7 +537,9 @@ def test_columns_by_index_number_and_levels():
     assert read_series(numbered, target=[0]).columns == ("0",)
     assert "target column 0 is not there; columns: date, a, b" in refused(table, target=0)
     assert "target column True is not there" in refused(table, target=True)
-    levels = pd.DataFrame(np.ones((12, 2)), DAYS, pd.MultiIndex.from_product([["Close"], ["A", "B"]]))
+    levels = pd.DataFrame(
+        np.ones((12, 2)), DAYS, pd.MultiIndex.from_product([["Close"], ["A", "B"]])
+    )
     assert read_series(levels).columns == ("Close/A", "Close/B")
     assert read_series(levels, target=("Close", "B")).columns == ("Close/B",)
 
@@ -513,7 +554,9 @@ def test_options_of_a_wrong_kind():
     dated = frame(date=DAYS.strftime("%Y-%m-%d"), y=np.arange(12.0))
     assert "date_format='%Q%' is no layout of dates" in refused(dated, date_format="%Q%")
     for options in ({"date_format": 5}, {"freq": 5}, {"missing": True}, {"irregular": 0}):
-        with pytest.raises(ValueError, match=next(iter(options)) if "freq" not in options else "unknown frequency"):
+        with pytest.raises(
+            ValueError, match=next(iter(options)) if "freq" not in options else "unknown frequency"
+        ):
             read_series(dated, **options)
     for target in (iter(["y"]), {"y"}, np.array(["y"]), pd.Index(["y"]), ("y",), np.str_("y")):
         assert read_series(dated, target=target).columns == ("y",)
@@ -549,7 +592,8 @@ def test_a_date_object_beside_text():
     assert "date" in refused(mixed.assign(y=1.0).assign(y=list("abcdefghijkl")))
 
 
-# ---- many columns, long messages -------------------------------------------------------------------------------------
+# ---- many columns, long messages
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -582,12 +626,15 @@ def test_messages_stay_short_whatever_they_quote(options):
     refused(pd.DataFrame([["x" * 3000] * 50] * 5, columns=wide.columns))
 
 
-# ---- jitter ----------------------------------------------------------------------------------------------------------
+# ---- jitter
+# --------------------------------------------------------------------------------------------------
 
 
 def test_stamps_without_a_step_and_the_advice():
     seconds = np.cumsum(np.random.default_rng(0).integers(1, 1000, 50))
-    table = pd.DataFrame({"date": pd.Timestamp("2024-01-01") + pd.to_timedelta(seconds, unit="s"), "y": np.ones(50)})
+    table = pd.DataFrame(
+        {"date": pd.Timestamp("2024-01-01") + pd.to_timedelta(seconds, unit="s"), "y": np.ones(50)}
+    )
     text = refused(table)
     assert "give freq= with irregular='regularise'" in text
     assert "irregular='ignore'" in text

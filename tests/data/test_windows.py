@@ -68,8 +68,12 @@ def test_joint_windows_hold_all_variates(layout):
     values = numbered(n_variates, n_rows)
     windows = windows_between(values, lo, hi, context_len, horizon, joint=True)
     batch = everything(windows)
-    want = [values[:, t : t + context_len + horizon] for t in range(lo, hi - context_len - horizon + 1)]
-    np.testing.assert_array_equal(np.concatenate([batch["context"], batch["target"]], axis=-1), want)
+    want = [
+        values[:, t : t + context_len + horizon] for t in range(lo, hi - context_len - horizon + 1)
+    ]
+    np.testing.assert_array_equal(
+        np.concatenate([batch["context"], batch["target"]], axis=-1), want
+    )
 
 
 def test_windows_are_an_argument_of_a_jitted_function_compiled_once():
@@ -86,7 +90,11 @@ def test_windows_are_an_argument_of_a_jitted_function_compiled_once():
     assert traces == [()]  # one compilation: names are no part of the key
     np.testing.assert_array_equal(a["context"][0, 0], [0, 1, 2, 3, 4])
     np.testing.assert_array_equal(b["context"][0, 0], [2, 3, 4, 5, 6])
-    assert (first.starts.dtype, first.rows.dtype, first.values.dtype) == (jnp.int32, jnp.int32, jnp.float32)
+    assert (first.starts.dtype, first.rows.dtype, first.values.dtype) == (
+        jnp.int32,
+        jnp.int32,
+        jnp.float32,
+    )
 
 
 def test_take_keeps_the_series_and_the_order_asked_for():
@@ -94,7 +102,9 @@ def test_take_keeps_the_series_and_the_order_asked_for():
     some = windows.take(np.array([20, 3]))
     assert some.n == 2
     assert some.values is windows.values
-    np.testing.assert_array_equal(some.gather(jnp.arange(2))["context"], windows.gather(jnp.array([20, 3]))["context"])
+    np.testing.assert_array_equal(
+        some.gather(jnp.arange(2))["context"], windows.gather(jnp.array([20, 3]))["context"]
+    )
 
 
 def test_few_windows_are_cut_apart_for_training_and_give_the_same_batches():
@@ -114,7 +124,9 @@ def test_few_windows_are_cut_apart_for_training_and_give_the_same_batches():
 
 def test_describe_says_where_a_window_lies():
     stamps = np.datetime64("2024-01-01", "us") + np.arange(20) * np.timedelta64(1, "h")
-    windows = windows_between(numbered(2, 20), 5, 20, 4, 2, columns=("load", "OT"), timestamps=stamps)
+    windows = windows_between(
+        numbered(2, 20), 5, 20, 4, 2, columns=("load", "OT"), timestamps=stamps
+    )
     assert windows.describe(11) == {
         "window": 11,
         "variate": 1,
@@ -171,14 +183,18 @@ def test_an_epoch_shows_every_window_exactly_once(n, batch_size, epoch):
 def test_the_order_is_a_pure_function_of_key_and_epoch():
     n, key = 500, jax.random.key(0)
     np.testing.assert_array_equal(epoch_order(key, 7, n), order_of(key, jnp.int32(7), n))
-    orders = jax.device_get([order_of(key, 0, n), order_of(key, 1, n), order_of(jax.random.key(1), 0, n)])
+    orders = jax.device_get(
+        [order_of(key, 0, n), order_of(key, 1, n), order_of(jax.random.key(1), 0, n)]
+    )
     for i, a in enumerate(orders):
         for b in orders[i + 1 :]:
             assert (a == b).mean() < 0.05
 
 
 def test_orders_are_uniform():
-    """Each of the 24 orders of 4 windows about equally often: chi-square over 4800 epochs, 23 degrees of freedom."""
+    """Each of the 24 orders of 4 windows about equally often: chi-square over 4800 epochs, 23
+    degrees of freedom.
+    """
     orders = jax.vmap(lambda epoch: epoch_order(jax.random.key(11), epoch, 4))(jnp.arange(4800))
     _, counts = np.unique(np.asarray(orders), axis=0, return_counts=True)
     assert len(counts) == 24
@@ -202,5 +218,7 @@ def test_a_series_in_parts_over_the_devices_gives_the_same_windows(tmp_path):
     assert len(found) == 6
     for what, one in found.items():
         assert all(one["same"]) and one["scaled"], what
-        assert one["held"] == [[1, 3, 13 + 11]] * 8, what  # an eighth of 101 rows, and the rest of the last window
+        assert one["held"] == [[1, 3, 13 + 11]] * 8, (
+            what
+        )  # an eighth of 101 rows, and the rest of the last window
         assert ("data" in one["lies"]) == ("data" in what) and "fsdp" in one["lies"], what

@@ -19,7 +19,9 @@ def no_pictures(monkeypatch):
 def micro(tmp_path_factory):
     """A model folder: one layer over 4 patches of 8."""
     model = Timer(TimerConfig(8, 8, 8, (1,), (8,), context_len=32, horizon=8))
-    return ltsm_jax.save(tmp_path_factory.mktemp("models") / "micro", model, model.init(jax.random.key(7)))
+    return ltsm_jax.save(
+        tmp_path_factory.mktemp("models") / "micro", model, model.init(jax.random.key(7))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +29,11 @@ def waves(tmp_path_factory):
     """A CSV of 300 hours of three noisy waves."""
     t, rng = np.arange(300), np.random.default_rng(0)
     values = {
-        c: np.sin(2 * np.pi * (t + 3 * i) / 12) * (i + 1) + 0.3 * rng.normal(size=300) for i, c in enumerate("abc")
+        c: np.sin(2 * np.pi * (t + 3 * i) / 12) * (i + 1) + 0.3 * rng.normal(size=300)
+        for i, c in enumerate("abc")
     }
     file = tmp_path_factory.mktemp("data") / "waves.csv"
-    pd.DataFrame({"date": pd.date_range("2024-01-01", periods=300, freq="h"), **values}).to_csv(file, index=False)
+    pd.DataFrame({"date": pd.date_range("2024-01-01", periods=300, freq="h"), **values}).to_csv(
+        file, index=False
+    )
     return file

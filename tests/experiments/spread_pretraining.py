@@ -1,5 +1,7 @@
-"""`experiments.pretrain` of one narrow layer, on series that lie in parts over the devices whatever their size; run by
-test_hosts as one process and as two, each of which says which parts of the series its devices hold."""
+"""`experiments.pretrain` of one narrow layer, on series that lie in parts over the devices whatever
+their size; run by test_hosts as one process and as two, each of which says which parts of the
+series its devices hold.
+"""
 
 import sys
 

@@ -15,16 +15,26 @@ def table(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_family_goes_through_every_method(family, table, tmp_path, capfd, request):
-    """One of them with lanes chosen by time and pictures, which know no family and take a third of the time."""
+    """One of them with lanes chosen by time and pictures, which know no family and take a third of
+    the time.
+    """
     words = []
     if family != "timer":
         words = ["--lanes", "off"]
         request.getfixturevalue("no_pictures")
-    assert all_families.main(["--data", table, "--families", family, "--out", str(tmp_path / "out"), *words]) == 0
+    assert (
+        all_families.main(
+            ["--data", table, "--families", family, "--out", str(tmp_path / "out"), *words]
+        )
+        == 0
+    )
     rows = pd.read_csv(tmp_path / "out" / "results.csv")
     assert set(rows["method"]) == set(all_families.METHODS)
     assert rows[["val_mse", "test_mse"]].notna().all(axis=None)
-    assert f"1 of 1 families went through {len(all_families.METHODS)} methods" in capfd.readouterr().out
+    assert (
+        f"1 of 1 families went through {len(all_families.METHODS)} methods"
+        in capfd.readouterr().out
+    )
 
 
 def test_unknown_families_are_refused_with_a_hint(capfd):

@@ -16,9 +16,25 @@ def command(micro, waves):
     """The command line of a table that takes seconds."""
 
     def command(out, methods=METHODS, **more):
-        flags = {"alpha": "0.6,0.9", "seeds": "0", "epochs": "1", "batch-size": "128", "search-epochs": "0"} | more
+        flags = {
+            "alpha": "0.6,0.9",
+            "seeds": "0",
+            "epochs": "1",
+            "batch-size": "128",
+            "search-epochs": "0",
+        } | more
         flags |= {"outer-steps": "2", "inner-steps": "1", "samples": "1"}
-        words = ["--data", str(waves), "--model", str(micro), "--methods", methods, "--out", str(out), "--curvature"]
+        words = [
+            "--data",
+            str(waves),
+            "--model",
+            str(micro),
+            "--methods",
+            methods,
+            "--out",
+            str(out),
+            "--curvature",
+        ]
         return words + [word for name, value in flags.items() for word in (f"--{name}", value)]
 
     return command
@@ -36,7 +52,16 @@ def folder(command, tmp_path_factory):
 def test_every_choice_has_a_row_with_its_alphas(folder):
     frame = pd.read_csv(folder / "results.csv").fillna({"alphas": ""}).astype({"alphas": str})
     rows = frame.set_index("method")
-    assert list(frame["method"]) == ["zero_shot", "ff", "sff", "sff", "short", "groups", "layers", "learned"]
+    assert list(frame["method"]) == [
+        "zero_shot",
+        "ff",
+        "sff",
+        "sff",
+        "short",
+        "groups",
+        "layers",
+        "learned",
+    ]
     assert list(frame[frame["method"] == "sff"]["alpha"]) == [0.6, 0.9]
     assert "head " in rows.loc["groups", "alphas"] and "body " in rows.loc["learned", "alphas"]
     assert "layer_0 " in rows.loc["layers", "alphas"]
@@ -44,7 +69,9 @@ def test_every_choice_has_a_row_with_its_alphas(folder):
     assert frame["top_eigenvalue"].notna().all()
     # What is not mixed starts as the checkpoint, and so has its curvature.
     assert rows.loc["ff", "start_val_mse"] == pytest.approx(rows.loc["zero_shot", "val_mse"])
-    assert rows.loc["ff", "top_eigenvalue"] == pytest.approx(rows.loc["zero_shot", "top_eigenvalue"])
+    assert rows.loc["ff", "top_eigenvalue"] == pytest.approx(
+        rows.loc["zero_shot", "top_eigenvalue"]
+    )
 
 
 @pytest.mark.slow
@@ -95,7 +122,15 @@ def test_the_report_says_what_validation_picks(folder):
 def test_all_mixes_are_in_the_table_by_default():
     options = alpha.parse(["--alpha", "0.5,0.7"])
     tunings = options.tunings
-    assert {method for method, _ in tunings} == {"zero_shot", "ff", *MIXED, "short", "groups", "layers", "learned"}
+    assert {method for method, _ in tunings} == {
+        "zero_shot",
+        "ff",
+        *MIXED,
+        "short",
+        "groups",
+        "layers",
+        "learned",
+    }
     assert ("sff", 0.5) in tunings and ("sff", 0.7) in tunings and ("perturb", 0.7) in tunings
 
 

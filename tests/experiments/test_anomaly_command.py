@@ -13,7 +13,9 @@ from ltsm_jax.training import step
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    model = Timer(TimerConfig.of(96, 8, 16, 1, 2, context_len=768, horizon=96, task="anomaly", dropout=0.0))
+    model = Timer(
+        TimerConfig.of(96, 8, 16, 1, 2, context_len=768, horizon=96, task="anomaly", dropout=0.0)
+    )
     place = tmp_path_factory.mktemp("models") / "small"
     ltsm_jax.save(place, model, jax.jit(model.init)(jax.random.key(0)))
     return place
@@ -23,7 +25,9 @@ def model(tmp_path_factory):
 def data(tmp_path_factory):
     place = tmp_path_factory.mktemp("ucr")
     for number, (n_rows, b) in enumerate([(1700, 500), (2300, 700), (1900, 600)], 1):
-        values = np.sin(np.arange(n_rows) / 5) + 0.01 * np.random.default_rng(number).normal(size=n_rows)
+        values = np.sin(np.arange(n_rows) / 5) + 0.01 * np.random.default_rng(number).normal(
+            size=n_rows
+        )
         values[1400:1410] += 3
         file = place / f"{number}_UCR_Anomaly_sine_{b}_1400_1409.txt"
         file.write_text("\n".join(map(str, values)))
@@ -41,7 +45,9 @@ def test_files_of_different_length_share_a_program_and_go_on(data, model, tmp_pa
     assert anomaly._batch_errors._cache_size() == before + 1
     found = pd.read_csv(tmp_path / "o" / "results.csv")
     assert list(found.columns[:6]) == ["file", "method", "seed", "rank", "alpha", "found_at_3"]
-    assert found["method"].tolist() == [m for m in ("zero_shot", "last", "z_score", "discord") for _ in range(3)]
+    assert found["method"].tolist() == [
+        m for m in ("zero_shot", "last", "z_score", "discord") for _ in range(3)
+    ]
     np.testing.assert_allclose(found["alpha"], found["rank"] / found["tokens"])
     assert (found["found_at_3"] == (found["alpha"] <= 0.03)).all()
     assert (found[found["method"] == "z_score"]["rank"] == 1).all()
@@ -59,7 +65,16 @@ def test_files_of_different_length_share_a_program_and_go_on(data, model, tmp_pa
 
 @pytest.mark.slow
 def test_files_of_different_length_train_in_one_program(data, model, tmp_path):
-    more = ("--methods", "zero_shot,ff,sff,tfs", "--epochs", "2", "--windows", "16", "--batch-size", "8")
+    more = (
+        "--methods",
+        "zero_shot,ff,sff,tfs",
+        "--epochs",
+        "2",
+        "--windows",
+        "16",
+        "--batch-size",
+        "8",
+    )
     before = step.advance._cache_size()
     assert command.main(arguments(data, model, tmp_path / "o", *more)) == 0
     assert step.advance._cache_size() == before + 1
@@ -104,7 +119,13 @@ def test_summary_and_differences():
     rows = []
     for file, alphas in {"a": (0.01, 0.2), "b": (0.04, 0.04), "c": (1.0, 0.05)}.items():
         for method, alpha in zip(("ff", "sff"), alphas, strict=True):
-            row = {"file": file, "method": method, "seed": 0, "rank": 1.0 if alpha < 1 else np.nan, "alpha": alpha}
+            row = {
+                "file": file,
+                "method": method,
+                "seed": 0,
+                "rank": 1.0 if alpha < 1 else np.nan,
+                "alpha": alpha,
+            }
             row |= {f"found_at_{q}": int(alpha <= q / 100) for q in (1, 3, 5, 10)}
             names = ("place_right", "vus_pr", "auc_pr", "f1", "range_f1", "seconds")
             rows.append(row | dict.fromkeys(names, 0.5))

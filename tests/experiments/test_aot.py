@@ -1,5 +1,6 @@
-"""Steps compiled for machines that are not there: counting, verdicts and messages always; TPUs and GPUs where their
-compilers are installed (`pip install -e ".[test,tpu-aot]"`, or cuda-aot)."""
+"""Steps compiled for machines that are not there: counting, verdicts and messages always; TPUs and
+GPUs where their compilers are installed (`pip install -e ".[test,tpu-aot]"`, or cuda-aot).
+"""
 
 import dataclasses
 import importlib.util
@@ -22,23 +23,32 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs pip install -e ".[tpu-aot]"'
 )
 needs_cuda = pytest.mark.skipif(
-    targets.module_folder("jax_plugins.xla_cuda12") is None or targets.module_folder("nvidia.cuda_nvcc") is None,
+    targets.module_folder("jax_plugins.xla_cuda12") is None
+    or targets.module_folder("nvidia.cuda_nvcc") is None,
     reason='needs pip install -e ".[cuda-aot]"',
 )
 
-# Timer.small(): patches of 8, width 16, 2 heads of 8, 24 units, 2 layers, 4 tokens a window. Each product counts three
-# times, forward and twice backward, but for the first: nothing wants the gradient of the data.
+# Timer.small(): patches of 8, width 16, 2 heads of 8, 24 units, 2 layers, 4 tokens a window. Each
+# product counts three times, forward and twice backward, but for the first: nothing wants the
+# gradient of the data.
 TOKENS = 4
-LAYER = 2 * (4 * 16 * 16 + 2 * 16 * 24) + 4 * TOKENS * 16  # q, k, v, out; up, down; scores and weighted sums
+LAYER = (
+    2 * (4 * 16 * 16 + 2 * 16 * 24) + 4 * TOKENS * 16
+)  # q, k, v, out; up, down; scores and weighted sums
 FLOPS_A_WINDOW = TOKENS * (3 * 2 * LAYER + 3 * 2 * 16 * 8 + 2 * 2 * 8 * 16)
 
 
 def in_processes(*commands):
-    """Reports of `python -m experiments.aot` with each of some lists of flags, in one process of their own."""
+    """Reports of `python -m experiments.aot` with each of some lists of flags, in one process of
+    their own.
+    """
     script = (
-        "import json, sys; from experiments import aot; [aot.main([*c, '--json']) for c in json.loads(sys.argv[1])]"
+        "import json, sys; from experiments import aot; [aot.main([*c, '--json']) for c in "
+        "json.loads(sys.argv[1])]"
     )
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(commands)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(commands)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -57,7 +67,9 @@ def trace(**options):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = folders.shapes(model)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    return step.trace_step(model.loss, params, source, config=TrainConfig(batch_size=16, **options).filled(PLAIN))
+    return step.trace_step(
+        model.loss, params, source, config=TrainConfig(batch_size=16, **options).filled(PLAIN)
+    )
 
 
 # --- the step
@@ -75,7 +87,13 @@ def test_what_is_traced_from_shapes_is_what_fit_runs(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(step, "advance", spy)
         with pytest.raises(StopIteration):
-            loop.fit(model.loss, jax.jit(model.init)(jax.random.key(0)), source, config=config, show_progress=False)
+            loop.fit(
+                model.loss,
+                jax.jit(model.init)(jax.random.key(0)),
+                source,
+                config=config,
+                show_progress=False,
+            )
     assert seen == [str(trace(epochs=1, weight_decay=0.1, clip=1.0).jaxpr)]
 
 
@@ -102,9 +120,15 @@ def test_recomputed_products_count():
 
 def test_other_products():
     x, kernel = jnp.ones((2, 10, 3)), jnp.ones((5, 3, 7))
-    convolved = jax.make_jaxpr(lambda x, k: jax.lax.conv_general_dilated(x, k, (1,), "VALID", dimension_numbers=("NTC", "TIO", "NTC")))(x, kernel)  # fmt: skip  # noqa: E501
+    convolved = jax.make_jaxpr(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1,), "VALID", dimension_numbers=("NTC", "TIO", "NTC")
+        )
+    )(x, kernel)
     assert product_flops(convolved) == 2 * (2 * 6 * 7) * (5 * 3)
-    branches = jax.make_jaxpr(lambda p, a: jax.lax.cond(p, lambda a: a @ a, lambda a: a @ a @ a, a))(True, jnp.ones((4, 4)))  # fmt: skip  # noqa: E501
+    branches = jax.make_jaxpr(
+        lambda p, a: jax.lax.cond(p, lambda a: a @ a, lambda a: a @ a @ a, a)
+    )(True, jnp.ones((4, 4)))
     assert product_flops(branches) == 2 * 2 * 4**3
 
 
@@ -183,12 +207,26 @@ def test_collectives_are_counted_as_often_as_they_run():
 
 
 def test_a_program_without_collectives():
-    assert collectives(jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile().as_text() or "") == {}
+    assert (
+        collectives(jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile().as_text() or "")
+        == {}
+    )
 
 
 @pytest.mark.slow
 def test_the_small_timer_on_eight_cpu_devices():
-    flags = ("--family", "timer", "--preset", "small", "--topology", "cpu:8", "--batch", "16", "--rows", "200")
+    flags = (
+        "--family",
+        "timer",
+        "--preset",
+        "small",
+        "--topology",
+        "cpu:8",
+        "--batch",
+        "16",
+        "--rows",
+        "200",
+    )
     one, split, half = in_processes(
         (*flags, "--mesh", "data=8"),
         (*flags, "--mesh", "data=2,fsdp=4"),
@@ -196,11 +234,18 @@ def test_the_small_timer_on_eight_cpu_devices():
     )
     assert one["flops"] == split["flops"] == 16 * FLOPS_A_WINDOW
     assert one["mesh"] == "data=8,fsdp=1,tensor=1" and one["devices"] == 8 and one["fits"] is None
-    # every gradient and the loss are added up over the devices, and parameters split over fsdp are gathered
-    assert one["collectives"]["all-reduce"]["bytes"] >= 4 * one["parameters"] and "all-gather" not in one["collectives"]
+    # every gradient and the loss are added up over the devices, and parameters split over fsdp are
+    # gathered
+    assert (
+        one["collectives"]["all-reduce"]["bytes"] >= 4 * one["parameters"]
+        and "all-gather" not in one["collectives"]
+    )
     assert "all-gather" in split["collectives"]
     assert one["kept"] == 8 * one["parameters"] > 3 * split["kept"]
-    assert one["state"] > 12 * one["parameters"] and one["needed"] == one["state"] + one["kept"] + one["temporary"]
+    assert (
+        one["state"] > 12 * one["parameters"]
+        and one["needed"] == one["state"] + one["kept"] + one["temporary"]
+    )
     assert half["kept"] == 8 * half["settings"]["trainable"] == 8 * (16 * 8 + 8)
     assert half["flops"] < one["flops"]
 
@@ -208,27 +253,55 @@ def test_the_small_timer_on_eight_cpu_devices():
 # --- verdict and words
 
 REPORT = aot.Report(
-    model="m", parameters=10**8, topology="v5e:4x4", devices=16, mesh="data=16,fsdp=1,tensor=1", batch=512,
-    context=64, horizon=8, settings={}, state=3 * 2**30, kept=2**30, temporary=20 * 2**30, needed=24 * 2**30,
-    capacity=16 * 2**30, flops=32 * 10**12, compiler_flops=1e12,
-    collectives={"all-reduce": Traffic(3, 2**20)}, seconds=12.0,
-)  # fmt: skip
+    model="m",
+    parameters=10**8,
+    topology="v5e:4x4",
+    devices=16,
+    mesh="data=16,fsdp=1,tensor=1",
+    batch=512,
+    context=64,
+    horizon=8,
+    settings={},
+    state=3 * 2**30,
+    kept=2**30,
+    temporary=20 * 2**30,
+    needed=24 * 2**30,
+    capacity=16 * 2**30,
+    flops=32 * 10**12,
+    compiler_flops=1e12,
+    collectives={"all-reduce": Traffic(3, 2**20)},
+    seconds=12.0,
+)
 
 
 def test_what_does_not_fit_is_said_with_the_bytes_and_what_to_try():
     said = aot.text(REPORT)
-    assert "DOES NOT FIT: 8.00 GiB are lacking on each device" in said and "24.00  together of 16.00" in said
-    assert "32 TFLOP, 2 TFLOP a device; the compiler counts 1 TFLOP a device" in said and "3 all-reduce (1 MiB)" in said
+    assert (
+        "DOES NOT FIT: 8.00 GiB are lacking on each device" in said
+        and "24.00  together of 16.00" in said
+    )
+    assert (
+        "32 TFLOP, 2 TFLOP a device; the compiler counts 1 TFLOP a device" in said
+        and "3 all-reduce (1 MiB)" in said
+    )
     # 12 GiB are left for 20 GiB of 32 windows a device: two parts
     assert [line.split("  ")[0] for line in aot.advice(REPORT)] == [
-        "--mesh data=1,fsdp=16", "--compute bfloat16", '--remat "all but products"', "--accumulate 2", "--batch 256"
-    ]  # fmt: skip
+        "--mesh data=1,fsdp=16",
+        "--compute bfloat16",
+        '--remat "all but products"',
+        "--accumulate 2",
+        "--batch 256",
+    ]
     assert "**no**" in aot.row(REPORT) and "data=16" in aot.row(REPORT)
 
 
 def test_advice_is_what_is_not_done_yet():
-    done = dataclasses.replace(REPORT, mesh="data=1,fsdp=16,tensor=1", batch=16,
-                               settings={"compute": "bfloat16", "remat": "all but products"})  # fmt: skip
+    done = dataclasses.replace(
+        REPORT,
+        mesh="data=1,fsdp=16,tensor=1",
+        batch=16,
+        settings={"compute": "bfloat16", "remat": "all but products"},
+    )
     assert aot.advice(done) == ["more devices: one window (64 steps) a device and part is too much"]
     heavy = dataclasses.replace(done, state=17 * 2**30)
     assert "more devices, or train fewer parameters" in aot.advice(heavy)[0]
@@ -244,7 +317,9 @@ def test_messages_of_the_compiler():
     early = "Ran out of memory on HBM, the total memory required for HLO temporaries (85.45G) exceeds available HBM (15.75G)."  # noqa: E501
     gib = 2**30
     assert targets.shortage(late) == targets.Shortage(round(17.5 * gib), round(15.75 * gib), True)
-    assert targets.shortage(early) == targets.Shortage(round(85.45 * gib), round(15.75 * gib), False)
+    assert targets.shortage(early) == targets.Shortage(
+        round(85.45 * gib), round(15.75 * gib), False
+    )
     assert targets.shortage("INTERNAL: 3.0G of something else") is None
 
 
@@ -253,19 +328,32 @@ def test_messages_of_the_compiler():
 
 @pytest.mark.parametrize(
     "text, want",
-    [("v5e:4x4", ("tpu", "v5e", (4, 4))), ("v4:2x2x2", ("tpu", "v4", (2, 2, 2))), ("h200:8", ("cuda", "h200", (8,))),
-     ("h100:2x8", ("cuda", "h100", (2, 8))), ("cpu:8", ("cpu", "cpu", (8,)))],
-)  # fmt: skip
+    [
+        ("v5e:4x4", ("tpu", "v5e", (4, 4))),
+        ("v4:2x2x2", ("tpu", "v4", (2, 2, 2))),
+        ("h200:8", ("cuda", "h200", (8,))),
+        ("h100:2x8", ("cuda", "h100", (2, 8))),
+        ("cpu:8", ("cpu", "cpu", (8,))),
+    ],
+)
 def test_topologies(text, want):
     assert targets.parse(text) == want
 
 
 @pytest.mark.parametrize(
     "text, says",
-    [("v5litepod-16", "did you mean v5e"), ("v7x:2x2", "did you mean tpu7x"), ("h20:8", "did you mean h200"),
-     ("v5e", "is no shape"), ("v5e:16", "does not come as 16"), ("v5e:4x0", "is no shape"), ("h200:2x2x2", "2 hosts"),
-     ("cpu:2x2", "does not come"), ("", "no kind")],
-)  # fmt: skip
+    [
+        ("v5litepod-16", "did you mean v5e"),
+        ("v7x:2x2", "did you mean tpu7x"),
+        ("h20:8", "did you mean h200"),
+        ("v5e", "is no shape"),
+        ("v5e:16", "does not come as 16"),
+        ("v5e:4x0", "is no shape"),
+        ("h200:2x2x2", "2 hosts"),
+        ("cpu:2x2", "does not come"),
+        ("", "no kind"),
+    ],
+)
 def test_topologies_that_are_none(text, says):
     with pytest.raises(ValueError, match=says):
         targets.parse(text)
@@ -280,10 +368,13 @@ def test_models_by_name():
 
 @pytest.mark.parametrize(
     "flags, says",
-    [(["--family", "timr"], "did you mean timer"), (["--preset", "small"], "--family names the model"),
-     (["--family", "timer", "--preset", "amazon/chronos-bolt-base"], "timer has no"),
-     (["--preset", "amazon/chronos-bolt-bse"], "did you mean 'amazon/chronos-bolt-base'")],
-)  # fmt: skip
+    [
+        (["--family", "timr"], "did you mean timer"),
+        (["--preset", "small"], "--family names the model"),
+        (["--family", "timer", "--preset", "amazon/chronos-bolt-base"], "timer has no"),
+        (["--preset", "amazon/chronos-bolt-bse"], "did you mean 'amazon/chronos-bolt-base'"),
+    ],
+)
 def test_problems_are_said_together(flags, says, capsys):
     assert aot.main([*flags, "--topology", "v9:2x2"]) == 2
     said = capsys.readouterr().err
@@ -293,8 +384,12 @@ def test_problems_are_said_together(flags, says, capsys):
 def test_flags_that_do_not_go_together():
     target = targets.Target("cpu:1", "cpu", tuple(jax.devices()[:1]), None)
     flags = ["--family", "timer", "--preset", "small", "--topology", "cpu:1"]
-    for more, says in ((("--horizon", "9"), "takes 8 steps"), (("--batch", "9999999"), "windows"),
-                       (("--mesh", "fsdp=2"), "1 are there"), (("--rows", "20"), "too few")):  # fmt: skip
+    for more, says in (
+        (("--horizon", "9"), "takes 8 steps"),
+        (("--batch", "9999999"), "windows"),
+        (("--mesh", "fsdp=2"), "1 are there"),
+        (("--rows", "20"), "too few"),
+    ):
         with pytest.raises(ValueError, match=says):
             aot.resolve(aot.parse([*flags, *more]), target)
     with pytest.raises(ValueError, match="--batch must be at least 1"):
@@ -305,12 +400,15 @@ QUICK = ("timer", "ttm", "chronos_2", "time_moe")
 
 
 @pytest.mark.parametrize(
-    "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)]
+    "family",
+    [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in sorted(FAMILIES)],
 )
 def test_every_family_can_be_asked_for(family):
     """Shapes, shardings and windows of the published size, without compiling anything."""
     target = targets.Target("cpu:1", "cpu", tuple(jax.devices()[:1]), None)
-    job = aot.resolve(aot.parse(["--family", family, "--topology", "cpu:1", "--mesh", "data=1"]), target)
+    job = aot.resolve(
+        aot.parse(["--family", family, "--topology", "cpu:1", "--mesh", "data=1"]), target
+    )
     assert job.source.n >= job.config.batch_size == job.model.recipe().batch_size
     assert aot.bytes_on_one(job.params) >= 4e5
 

@@ -23,7 +23,9 @@ def measure(python):
 def run(monkeypatch):
     """Run the runner over one benchmark that costs nothing, on a machine that is idle."""
     asked.clear()
-    monkeypatch.setattr(runner, "BENCHMARKS", {"epoch": Benchmark("epoch", "nothing", measure, peer="torch")})
+    monkeypatch.setattr(
+        runner, "BENCHMARKS", {"epoch": Benchmark("epoch", "nothing", measure, peer="torch")}
+    )
     monkeypatch.setattr(rows, "busy", lambda: 0.1)
 
     def call(*argv):
@@ -37,8 +39,22 @@ def test_a_row_says_what_where_and_when(run, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     assert run("--out", out) == 0
     first, second = rows.read(out)
-    assert (first["benchmark"], first["what"], first["value"], first["unit"]) == ("epoch", "ours", 2.0, "s")
-    assert {"date", "device", "processor", "cores", "busy", "python", "versions", "commit"} <= first.keys()
+    assert (first["benchmark"], first["what"], first["value"], first["unit"]) == (
+        "epoch",
+        "ours",
+        2.0,
+        "s",
+    )
+    assert {
+        "date",
+        "device",
+        "processor",
+        "cores",
+        "busy",
+        "python",
+        "versions",
+        "commit",
+    } <= first.keys()
     assert not first["loaded"] and asked == [None]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [first, second]
 
@@ -63,7 +79,9 @@ def test_the_table_gives_medians_and_keeps_machines_apart(run, tmp_path, capsys)
         "versions": {"jax": "1"},
     }
     one = {"benchmark": "epoch", "what": "ours", "unit": "s", **known}
-    found = [one | {"value": value} for value in (1.0, 5.0, 2.0)] + [one | {"value": 9.0, "processor": "B"}]
+    found = [one | {"value": value} for value in (1.0, 5.0, 2.0)] + [
+        one | {"value": 9.0, "processor": "B"}
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, found)))
     run("--table", file)

@@ -1,4 +1,6 @@
-"""Settings that validation chooses: learning rates, alpha, ratio; test errors of every epoch; blocks of validation."""
+"""Settings that validation chooses: learning rates, alpha, ratio; test errors of every epoch;
+blocks of validation.
+"""
 
 import json
 
@@ -20,9 +22,21 @@ def words(micro, waves):
 
 @pytest.fixture(scope="module")
 def folder(words, tmp_path_factory):
-    """A comparison whose learning rates and alpha are chosen, of two seeds, with test errors of every epoch."""
+    """A comparison whose learning rates and alpha are chosen, of two seeds, with test errors of
+    every epoch.
+    """
     out = tmp_path_factory.mktemp("choosing") / "sff"
-    flags = ["--methods", "zero_shot,ff,sff", "--alpha", "0.5,0.9", "--choose-alpha", "--lr", LRS, "--seeds", "4,1"]
+    flags = [
+        "--methods",
+        "zero_shot,ff,sff",
+        "--alpha",
+        "0.5,0.9",
+        "--choose-alpha",
+        "--lr",
+        LRS,
+        "--seeds",
+        "4,1",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert sff.main([*words, *flags, "--test-each-epoch", "--out", str(out)]) == 0
@@ -45,7 +59,9 @@ def test_each_arm_has_every_candidate_at_the_first_seed_and_its_best_alone_at_th
 
 @pytest.mark.slow
 def test_a_candidate_is_the_run_that_its_learning_rate_makes(folder, words, tmp_path, no_pictures):
-    chosen = pd.read_csv(folder / "results.csv").query("method == 'ff' and chosen and seed == 4").iloc[0]
+    chosen = (
+        pd.read_csv(folder / "results.csv").query("method == 'ff' and chosen and seed == 4").iloc[0]
+    )
     flags = ["--methods", "ff", "--lr", f"{chosen.lr}", "--seeds", "4"]
     assert sff.main([*words, *flags, "--out", str(tmp_path / "one")]) == 0
     alone = pd.read_csv(tmp_path / "one" / "results.csv").iloc[0]
@@ -57,13 +73,21 @@ def test_a_candidate_is_the_run_that_its_learning_rate_makes(folder, words, tmp_
 def test_the_report_compares_the_chosen_and_shows_the_candidates(folder):
     found = report.read_folder(folder, report.rank)
     summary = report.summarise(found.compared().table)
-    assert summary.method.tolist() == ["zero_shot", "ff", "sff"] and summary.seeds.tolist() == [2, 2, 2]
+    assert summary.method.tolist() == ["zero_shot", "ff", "sff"] and summary.seeds.tolist() == [
+        2,
+        2,
+        2,
+    ]
     text = (folder / "report.md").read_text()
     part = text.partition("## Chosen by validation")[2].partition("\n\nThe candidates")[0]
-    assert part.count("| chosen |") == 2 and part.count("| ff |") == 2 and part.count("| sff |") == 4
+    assert (
+        part.count("| chosen |") == 2 and part.count("| ff |") == 2 and part.count("| sff |") == 4
+    )
 
 
-def test_another_first_seed_and_one_learning_rate_are_refused_in_the_same_folder(folder, words, capsys):
+def test_another_first_seed_and_one_learning_rate_are_refused_in_the_same_folder(
+    folder, words, capsys
+):
     before = (folder / "results.csv").read_bytes()
     flags = ["--methods", "sff", "--alpha", "0.5,0.9", "--choose-alpha", "--out", str(folder)]
     assert sff.main([*words, *flags, "--lr", LRS, "--seeds", "1,4"]) == 2
@@ -94,7 +118,9 @@ def test_a_folder_without_test_errors_of_every_epoch_says_how_to_get_them(folder
     found = report.read_folder(folder, report.rank)
     bare = [{k: v for k, v in cell.items() if not k.startswith("last_")} for cell in found.cells]
     other = report.Found(found.table, bare, found.run, found.baselines, [])
-    with pytest.raises(ValueError, match="no test errors of every epoch; run it with --test-each-epoch"):
+    with pytest.raises(
+        ValueError, match="no test errors of every epoch; run it with --test-each-epoch"
+    ):
         other.compared("last")
 
 
@@ -102,7 +128,16 @@ def test_choices_are_of_the_mean_over_blocks_and_of_complete_candidates():
     rows = []
     for lr, values in ((0.1, (1.0, 3.0)), (0.2, (1.5, 2.0)), (0.3, (0.5,))):
         for origin, value in enumerate(values):
-            rows.append({"method": "ff", "alpha": None, "lr": lr, "seed": 0, "origin": origin, "val_mse": value})
+            rows.append(
+                {
+                    "method": "ff",
+                    "alpha": None,
+                    "lr": lr,
+                    "seed": 0,
+                    "origin": origin,
+                    "val_mse": value,
+                }
+            )
     rows.append({"method": "ff", "alpha": None, "lr": 0.1, "seed": 1, "origin": 0, "val_mse": 0.0})
     assert grid.choices(rows, ("lr",), 0) == {("ff", None, None, None): (0.2,)}
     marked = grid.mark(rows, {grid.OVER: "lr", grid.SEED: 0})
@@ -123,7 +158,9 @@ def test_blocks_of_validation_roll_back_each_before_its_own_training_part(words)
         assert borders.test == c.splits.borders.test
         assert cells.at(c, cell).config.lr == cell.lr
     assert found[1].name == "ff-lr0.001-origin1-seed0"
-    with pytest.raises(UsageError, match=r"--origins 9: 210 training rows do not hold so many blocks"):
+    with pytest.raises(
+        UsageError, match=r"--origins 9: 210 training rows do not hold so many blocks"
+    ):
         sff.resolve(sff.parse([*words, *flags[:4], "--origins", "9"]))
 
 
@@ -145,8 +182,13 @@ def test_flags_that_do_not_go_together_are_named(words, flags, says):
 
 def test_training_flags_reach_the_config_and_only_unusual_ones_the_settings(words):
     plain = sff.resolve(sff.parse(words))
-    assert not {"weight_decay", "patience", "optimizer", "betas", "eps", grid.OVER} & set(plain.settings)
-    flags = "--weight-decay 0.1 --patience 2 --optimizer adam --betas 0.8,0.99 --eps 1e-6 --schedule pruning"
+    assert not {"weight_decay", "patience", "optimizer", "betas", "eps", grid.OVER} & set(
+        plain.settings
+    )
+    flags = (
+        "--weight-decay 0.1 --patience 2 --optimizer adam --betas 0.8,0.99 --eps 1e-6 "
+        "--schedule pruning"
+    )
     c = sff.resolve(sff.parse([*words, *flags.split()]))
     config = c.config
     assert (config.weight_decay, config.patience, config.optimizer) == (0.1, 2, "adam")
@@ -156,9 +198,31 @@ def test_training_flags_reach_the_config_and_only_unusual_ones_the_settings(word
 
 
 @pytest.mark.slow
-def test_ratio_ema_and_rate_of_a_pruned_model_are_chosen_once_it_is_fine_tuned(words, tmp_path, no_pictures):
-    flags = ["--ratio", "0.2,0.4", "--ema", "0.5", "--methods", "ff", "--lr", "1e-3,1e-2", "--seeds", "0,1"]
-    more = ["--tune", "validated", "--macro-batch", "128", "--timed-runs", "0", "--out", str(tmp_path / "prune")]
+def test_ratio_ema_and_rate_of_a_pruned_model_are_chosen_once_it_is_fine_tuned(
+    words, tmp_path, no_pictures
+):
+    flags = [
+        "--ratio",
+        "0.2,0.4",
+        "--ema",
+        "0.5",
+        "--methods",
+        "ff",
+        "--lr",
+        "1e-3,1e-2",
+        "--seeds",
+        "0,1",
+    ]
+    more = [
+        "--tune",
+        "validated",
+        "--macro-batch",
+        "128",
+        "--timed-runs",
+        "0",
+        "--out",
+        str(tmp_path / "prune"),
+    ]
     assert prune_then_finetune.main([*words, *flags, *more]) == 0
     frame = pd.read_csv(tmp_path / "prune" / "results.csv")
     first, other = frame[frame.seed == 0], frame[frame.seed == 1]
@@ -171,7 +235,9 @@ def test_ratio_ema_and_rate_of_a_pruned_model_are_chosen_once_it_is_fine_tuned(w
     assert (there.ratio, there.ema, there.lr) == (best.ratio, best.ema, best.lr)
     assert frame.chosen.sum() == 2 * len(counts)
     text = (tmp_path / "prune" / "report.md").read_text()
-    assert "## Chosen by validation" in text and "| by validation |" not in text.partition("## How")[0]
+    assert (
+        "## Chosen by validation" in text and "| by validation |" not in text.partition("## How")[0]
+    )
     record = json.loads((tmp_path / "prune" / "run.json").read_text())
     assert record["settings"][grid.OVER] == "ratio,ema,lr"
     assert np.isfinite(frame.test_mse).all()

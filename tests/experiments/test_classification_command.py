@@ -33,7 +33,10 @@ def data(tmp_path_factory):
 def models():
     small = Units.small()
     units = UnitsConfig.of(16, 2, 1, small.tasks, patch_len=8, prompt_len=3)
-    return {"units": Units(dataclasses.replace(units, dataset="b")), "moment": Moment(Moment.small())}
+    return {
+        "units": Units(dataclasses.replace(units, dataset="b")),
+        "moment": Moment(Moment.small()),
+    }
 
 
 @pytest.mark.slow
@@ -41,13 +44,24 @@ def models():
 def test_a_table_of_methods_and_baselines(family, data, tmp_path, capsys):
     model = models()[family]
     ltsm_jax.save(tmp_path / "model", model, jax.jit(model.init)(jax.random.key(0)))
-    words = ["--data", str(data), "--model", str(tmp_path / "model"), "--methods", "ff", "--epochs", "1"]
+    words = [
+        "--data",
+        str(data),
+        "--model",
+        str(tmp_path / "model"),
+        "--methods",
+        "ff",
+        "--epochs",
+        "1",
+    ]
     words += ["--batch-size", "8", "--out", str(tmp_path / "o")]
     assert command.main(words) == 0
     found = pd.read_csv(tmp_path / "o" / "results.csv").set_index("method")
     assert found.index.tolist() == ["ff", "most_frequent", "random_kernels"]
     assert found.loc["most_frequent", "test_accuracy"] == 0.5
-    assert found.loc["random_kernels", "test_accuracy"] == 1 and np.isfinite(found.loc["ff", "test_loss"])
+    assert found.loc["random_kernels", "test_accuracy"] == 1 and np.isfinite(
+        found.loc["ff", "test_loss"]
+    )
     assert (found["examples"] == 10).all() and (found["classes"] == 2).all()
     assert "| random kernels + ridge |" in (tmp_path / "o" / "report.md").read_text()
     capsys.readouterr()
@@ -73,7 +87,10 @@ def test_the_held_out_fifth_has_every_class_and_leaves_every_class():
 
 
 def test_refusals(data, tmp_path, capsys):
-    assert command.main(["--data", str(data), "--model", "timer-tiny", "--out", str(tmp_path / "o")]) == 2
+    assert (
+        command.main(["--data", str(data), "--model", "timer-tiny", "--out", str(tmp_path / "o")])
+        == 2
+    )
     assert "not classification" in capsys.readouterr().err
     assert command.main(["--data", str(tmp_path), "--model", "timer-tiny"]) == 2
     assert "one is needed" in capsys.readouterr().err

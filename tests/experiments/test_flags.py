@@ -1,4 +1,6 @@
-"""One flag system: every command that a document shows, what is wrong with a command line, --help, and messages."""
+"""One flag system: every command that a document shows, what is wrong with a command line, --help,
+and messages.
+"""
 
 import dataclasses
 import importlib
@@ -19,13 +21,39 @@ from ltsm_jax.data.tables import ReadingOptions
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = (
-    "all_families", "alpha", "anomaly", "aot", "classification", "curvature", "demo", "few_shot", "imputation",
-    "landscape", "parity", "pretrain", "prune_then_finetune", "pruning_report", "report", "sff", "stores", "study",
-    "benchmarks.chronos_bolt", "benchmarks.coverage", "benchmarks.experts", "benchmarks.first_forecast",
-    "benchmarks.epoch", "benchmarks.holes", "benchmarks.landscape", "benchmarks.lanes", "benchmarks.loop",
-    "benchmarks.panel", "benchmarks.predict_df", "benchmarks.pruned_speed", "benchmarks.pruning_score",
+    "all_families",
+    "alpha",
+    "anomaly",
+    "aot",
+    "classification",
+    "curvature",
+    "demo",
+    "few_shot",
+    "imputation",
+    "landscape",
+    "parity",
+    "pretrain",
+    "prune_then_finetune",
+    "pruning_report",
+    "report",
+    "sff",
+    "stores",
+    "study",
+    "benchmarks.chronos_bolt",
+    "benchmarks.coverage",
+    "benchmarks.experts",
+    "benchmarks.first_forecast",
+    "benchmarks.epoch",
+    "benchmarks.holes",
+    "benchmarks.landscape",
+    "benchmarks.lanes",
+    "benchmarks.loop",
+    "benchmarks.panel",
+    "benchmarks.predict_df",
+    "benchmarks.pruned_speed",
+    "benchmarks.pruning_score",
     "benchmarks.train_step",
-)  # fmt: skip
+)
 COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)([^\n`#]*)")
 
 
@@ -56,7 +84,12 @@ def read(module, words):
     options = getattr(found, "Options", None) or getattr(found, "Pretrain", None)
     if module == "experiments.benchmarks.first_forecast":
         return None
-    if module in ("experiments.demo", "experiments.all_families", "experiments.few_shot", "experiments.study"):
+    if module in (
+        "experiments.demo",
+        "experiments.all_families",
+        "experiments.few_shot",
+        "experiments.study",
+    ):
         own, rest = flags.parse_some(options, words, None)
         return own, sff.parse(rest)
     if module in ("experiments.sff", "experiments.prune_then_finetune"):
@@ -67,7 +100,12 @@ def read(module, words):
 
 def test_every_command_that_a_document_shows_is_read():
     shown = [(name, module, words) for name, module, words in documented() if words != ["--row"]]
-    assert len(shown) > 40 and {name for name, *_ in shown} >= {"README.md", "RESULTS.md", "TPU.md", "sff.py"}
+    assert len(shown) > 40 and {name for name, *_ in shown} >= {
+        "README.md",
+        "RESULTS.md",
+        "TPU.md",
+        "sff.py",
+    }
     failed = []
     for name, module, words in shown:
         try:
@@ -88,7 +126,9 @@ def test_licences_are_accepted_by_an_option(experiment, monkeypatch):
     monkeypatch.setattr("ltsm_jax.load", load)
     monkeypatch.setattr("experiments.cells.read_series", lambda *_: None)
     for words in ([], ["--accept-license"]):
-        options = flags.parse(experiment.Options, ["--model", "Salesforce/moirai-2.0-R-small", *words], None)
+        options = flags.parse(
+            experiment.Options, ["--model", "Salesforce/moirai-2.0-R-small", *words], None
+        )
         with pytest.raises(UsageError, match="NON-COMMERCIAL"):
             experiment.resolve(options)
     assert asked == [False, True]
@@ -96,21 +136,56 @@ def test_licences_are_accepted_by_an_option(experiment, monkeypatch):
 
 def test_options_of_a_documented_command_are_what_it_says():
     words = (
-        "--data ETTh1 --model timer-tiny --methods zero_shot,ff,tfs,sff,lp,lpff --alpha 0.7 --seeds 0,1,2 --horizon 96"
+        "--data ETTh1 --model timer-tiny --methods zero_shot,ff,tfs,sff,lp,lpff --alpha 0.7 "
+        "--seeds 0,1,2 --horizon 96"
     )
     o = sff.parse(words.split())
-    assert (o.data, o.model, o.alpha, o.seeds, o.horizon) == ("ETTh1", "timer-tiny", (0.7,), (0, 1, 2), 96)
+    assert (o.data, o.model, o.alpha, o.seeds, o.horizon) == (
+        "ETTh1",
+        "timer-tiny",
+        (0.7,),
+        (0, 1, 2),
+        96,
+    )
     assert o.methods == ("zero_shot", "ff", "tfs", "sff", "lp", "lpff")
     assert o == dataclasses.replace(sff.Options(), horizon=96)
-    words = "--data ETTm1 --ema 0.5 --methods ff,sff --macro-batch 512 --few-shot 0.05 --epochs 1 --ratios 0.1,0.3"
+    words = (
+        "--data ETTm1 --ema 0.5 --methods ff,sff --macro-batch 512 --few-shot 0.05 --epochs 1 "
+        "--ratios 0.1,0.3"
+    )
     p = prune_then_finetune.parse(words.split())
     assert (p.ema, p.methods, p.ratios, p.ratio) == ((0.5,), ("ff", "sff"), (0.1, 0.3), None)
     assert (p.training.few_shot, p.training.epochs, p.pruning.macro_batch) == (0.05, 1, 512)
-    a = aot.parse(["--preset", "Maple728/TimeMoE-200M", "--topology", "v5e:4x4", "--mesh", "data=4,fsdp=4", "--compute",
-                   "bfloat16", "--remat", "all but products"])  # fmt: skip
-    assert (a.devices.mesh, a.devices.compute, a.devices.remat) == ("data=4,fsdp=4", "bfloat16", "all but products")
-    assert (a.preset, a.topology, a.batch, a.variates, a.rows) == ("Maple728/TimeMoE-200M", "v5e:4x4", None, 7, 17420)
-    made = "--preset timer-tiny --generated 40000 --steps 5000 --seed 0 --evaluate ETTh1,ETTm1 --out runs/x"
+    a = aot.parse(
+        [
+            "--preset",
+            "Maple728/TimeMoE-200M",
+            "--topology",
+            "v5e:4x4",
+            "--mesh",
+            "data=4,fsdp=4",
+            "--compute",
+            "bfloat16",
+            "--remat",
+            "all but products",
+        ]
+    )
+    assert (a.devices.mesh, a.devices.compute, a.devices.remat) == (
+        "data=4,fsdp=4",
+        "bfloat16",
+        "all but products",
+    )
+    assert (a.preset, a.topology, a.batch, a.variates, a.rows) == (
+        "Maple728/TimeMoE-200M",
+        "v5e:4x4",
+        None,
+        7,
+        17420,
+    )
+    made = (
+        "--preset timer-tiny --generated 40000 --steps 5000 --seed 0 --evaluate ETTh1,ETTm1 "
+        "--out runs/x"
+    )
     t = flags.parse(pretrain.Pretrain, made.split(), None)
     assert (t.generated, t.steps, t.seed, t.evaluate) == (40000, 5000, 0, ("ETTh1", "ETTm1"))
     assert (t.out, t.parts, t.length) == (Path("runs/x"), ("val", "test"), 1024)
@@ -120,7 +195,18 @@ def test_options_of_a_documented_command_are_what_it_says():
     "words",
     [
         ["--seeds=0,1", "--few-shot=0.1"],
-        ["--remat", "all but products", "--target", "a,b", "--id", "shop", "--freq", "15min", "--missing", "keep"],
+        [
+            "--remat",
+            "all but products",
+            "--target",
+            "a,b",
+            "--id",
+            "shop",
+            "--freq",
+            "15min",
+            "--missing",
+            "keep",
+        ],
         ["--alpha", "0.70000001,0.7", "--lr", "1e-05", "--methods", "sff"],
         ["--coordinator", "auto", "--lora-rank", "8", "--irregular", "regularise"],
     ],
@@ -135,7 +221,11 @@ def test_a_command_asks_for_the_same_again(words):
 
 def test_reading_options_are_those_of_the_library():
     o = sff.parse(["--time", "when", "--target", "a", "--missing", "interpolate"])
-    assert (o.reading.time, o.reading.target, o.reading.missing) == (("when",), ("a",), "interpolate")
+    assert (o.reading.time, o.reading.target, o.reading.missing) == (
+        ("when",),
+        ("a",),
+        "interpolate",
+    )
     assert o.reading.asked() == {"time": "when", "target": "a", "missing": "interpolate"}
     assert sff.parse(["--time", "date,hour"]).reading.asked()["time"] == ["date", "hour"]
     theirs, ours = dataclasses.fields(ReadingOptions), dataclasses.fields(flags.Reading)
@@ -143,7 +233,10 @@ def test_reading_options_are_those_of_the_library():
     for program in (sff.Options, prune_then_finetune.Options, pretrain.Pretrain):
         known = set(flags.known_flags(program))
         assert known >= {flags.flag_of(field.name) for field in theirs} - {"--name"}
-    with pytest.raises(UsageError, match="'interpolat' .did you mean interpolate..; known: error, interpolate, keep"):
+    with pytest.raises(
+        UsageError,
+        match="'interpolat' .did you mean interpolate..; known: error, interpolate, keep",
+    ):
         sff.parse(["--missing", "interpolat"])
     with pytest.raises(UsageError, match="unknown frequency 'fortnight'"):
         sff.parse(["--freq", "fortnight"])
@@ -180,7 +273,9 @@ class Small:
 
 
 def test_checks_of_one_field_speak_of_its_flag():
-    assert flags.parse(Small, ["--few", "0.5", "--counts", "3", "4", "--on"], None) == Small(0.5, (3, 4), True)
+    assert flags.parse(Small, ["--few", "0.5", "--counts", "3", "4", "--on"], None) == Small(
+        0.5, (3, 4), True
+    )
     with pytest.raises(UsageError) as err:
         flags.parse(Small, ["--few", "2", "--counts", "3", "x", "--onn", "7"], None)
     assert str(err.value).splitlines() == [
@@ -201,7 +296,10 @@ def test_numbers_are_written_so_that_reading_gives_them_back():
     [
         ("missing='interpolate' fills them", "--missing interpolate fills them"),
         ("give freq= or target=['a', 'b']", "give --freq or --target a,b"),
-        ('irregular="regularise" sorts (context_len=32)', "--irregular regularise sorts (--context 32)"),
+        (
+            'irregular="regularise" sorts (context_len=32)',
+            "--irregular regularise sorts (--context 32)",
+        ),
         ("say which with time=", "say which with --time"),
         ("ask for the point alone: quantile_levels=()", "ask for the point alone: --levels none"),
         ("it is a covariate (past=)", "it is a covariate (--past)"),
@@ -215,7 +313,9 @@ def test_messages_of_the_library_are_shown_as_options(python, line):
     assert flags.in_flags(python) == line
 
 
-def test_the_advice_for_a_table_with_a_hole_works_on_the_command_line(tmp_path, micro, waves, capsys):
+def test_the_advice_for_a_table_with_a_hole_works_on_the_command_line(
+    tmp_path, micro, waves, capsys
+):
     lines = waves.read_text().splitlines()
     lines[40] = re.sub(r",[^,]*$", ",", lines[40])
     (tmp_path / "hole.csv").write_text("\n".join(lines))
@@ -252,11 +352,14 @@ def test_a_terminal_that_knows_no_utf8_gets_its_text_all_the_same(monkeypatch, e
 
 def test_ctrl_c_ends_without_tearing_down_what_is_at_work():
     code = (
-        "import atexit, sys; from experiments import launch; atexit.register(lambda: print('torn down'));\n"
+        "import atexit, sys; from experiments import launch; atexit.register(lambda: print('torn "
+        "down'));\n"
         "def work(): raise KeyboardInterrupt\n"
         "launch.leave(launch.guarded(work))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
     assert done.returncode == hosts.EXIT_INTERRUPTED
     assert "the same command goes on" in done.stderr and "torn down" not in done.stdout
 

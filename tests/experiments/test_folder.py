@@ -28,8 +28,24 @@ def words(micro, waves):
     """The command line of a comparison that trains nothing but a head."""
 
     def words(out, model=micro, data=waves, methods="zero_shot,lp"):
-        return ["--data", str(data), "--model", str(model), "--methods", methods, "--seeds", "0", "--epochs", "1",
-                "--batch-size", "256", "--lr", "1e-3", "--out", str(out)]  # fmt: skip
+        return [
+            "--data",
+            str(data),
+            "--model",
+            str(model),
+            "--methods",
+            methods,
+            "--seeds",
+            "0",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "256",
+            "--lr",
+            "1e-3",
+            "--out",
+            str(out),
+        ]
 
     return words
 
@@ -38,7 +54,9 @@ def words(micro, waves):
 def whole(words, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report.importlib.util, "find_spec", lambda name: None)  # drawing takes longer than the rest
+        patch.setattr(
+            report.importlib.util, "find_spec", lambda name: None
+        )  # drawing takes longer than the rest
         assert sff.main(words(out)) == 0
     return out
 
@@ -52,7 +70,11 @@ def out(whole, tmp_path, monkeypatch):
 
 def files(path):
     """Every file in a folder with its bytes, but the lock."""
-    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != folder.LOCK}
+    return {
+        p.relative_to(path): p.read_bytes()
+        for p in path.rglob("*")
+        if p.is_file() and p.name != folder.LOCK
+    }
 
 
 def scores(path):
@@ -125,7 +147,9 @@ def test_another_model_of_the_same_name_is_refused_by_name(out, words, micro, tm
     said = refused(out, words(out, other), capsys)
     assert "model config.activation: gelu there, relu now" in said and "weights" not in said
     other = TimerXL(TimerXL.small())
-    other = ltsm_jax.save(tmp_path / "family" / "micro", other, jax.jit(other.init)(jax.random.key(0)))
+    other = ltsm_jax.save(
+        tmp_path / "family" / "micro", other, jax.jit(other.init)(jax.random.key(0))
+    )
     flags = [*words(out, other), "--context", "32", "--horizon", "8"]
     assert "model family: timer there, timer_xl now" in refused(out, flags, capsys)
 
@@ -145,7 +169,9 @@ def test_two_experiments_share_no_folder(out, words, capsys):
     record = json.loads((out / "run.json").read_text())
     del record["digest"]
     folder.write_json(out / "run.json", record | {"experiment": "experiments.prune_then_finetune"})
-    assert "holds a comparison of experiments.prune_then_finetune" in refused(out, words(out), capsys)
+    assert "holds a comparison of experiments.prune_then_finetune" in refused(
+        out, words(out), capsys
+    )
 
 
 def test_results_without_their_settings_are_no_ones(out, words, tmp_path, micro, capsys):
@@ -153,7 +179,9 @@ def test_results_without_their_settings_are_no_ones(out, words, tmp_path, micro,
     (out / "run.json").unlink()
     model, _ = ltsm_jax.load(micro)
     other = ltsm_jax.save(tmp_path / "weights" / "micro", model, model.init(jax.random.key(8)))
-    assert "has a result of another comparison, cells/lp-seed0" in refused(out, words(out, other), capsys)
+    assert "has a result of another comparison, cells/lp-seed0" in refused(
+        out, words(out, other), capsys
+    )
     assert sff.main(words(out)) == 0
 
 
@@ -162,7 +190,9 @@ def test_a_folder_of_an_earlier_version_is_refused_clearly(out, words, capsys):
     for name in ("digest", "experiment", "model"):
         del record[name]
     folder.write_json(out / "run.json", record)
-    assert "was made by an earlier version, which did not record the model" in refused(out, words(out), capsys)
+    assert "was made by an earlier version, which did not record the model" in refused(
+        out, words(out), capsys
+    )
 
 
 # --- one process at a time
@@ -180,9 +210,14 @@ def test_the_end_of_a_process_lets_go_however_it_comes(tmp_path):
         "import sys, time; from pathlib import Path; from experiments import folder\n"
         "with folder.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(flags.UsageError, match=f"in use by process {process.pid}"), folder.held(tmp_path):
+        with (
+            pytest.raises(flags.UsageError, match=f"in use by process {process.pid}"),
+            folder.held(tmp_path),
+        ):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -204,7 +239,11 @@ def test_scrap_of_kills_is_removed_at_the_next_start(out, whole, words):
     ]
     for file in scrap:
         file.write_text("half")
-    trees = [cell / ".model.0a1b.tmp", cell / ".model.0a1b.old", cell / "training" / "phase-0" / "checkpoints"]
+    trees = [
+        cell / ".model.0a1b.tmp",
+        cell / ".model.0a1b.old",
+        cell / "training" / "phase-0" / "checkpoints",
+    ]
     for tree in trees:
         (tree / "params").mkdir(parents=True)
     (out / "notes.txt").write_text("mine")
@@ -217,7 +256,10 @@ def test_scrap_of_kills_is_removed_at_the_next_start(out, whole, words):
 def test_a_write_that_fails_leaves_the_old_file_and_no_scrap(tmp_path):
     file = tmp_path / "results.csv"
     file.write_text("whole")
-    with pytest.raises(OSError, match=r"No space left on device: .*results.csv"), folder.replacing(file) as temporary:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*results.csv"),
+        folder.replacing(file) as temporary,
+    ):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")  # as a write says it: without a name
     assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]
@@ -228,7 +270,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_scrap(tmp_path):
 
 def test_values_that_differ_in_the_seventh_digit_have_cells_of_their_own():
     alphas = (0.7, 0.70000001, 0.3, 1.0)
-    found = [cell.name for cell in sff.cells_of(sff.Options(methods=("sff",), alpha=alphas, seeds=(0,)))]
+    found = [
+        cell.name for cell in sff.cells_of(sff.Options(methods=("sff",), alpha=alphas, seeds=(0,)))
+    ]
     assert found == ["sff-0.7-seed0", "sff-0.70000001-seed0", "sff-0.3-seed0", "sff-1-seed0"]
     o = prune_then_finetune.Options(ratios=(0.1, 0.10000001), ema=(0.5, 0.50000001), seeds=(0,))
     found = [cell.name for cell in prune_then_finetune.pruned_cells(o)]
@@ -242,4 +286,6 @@ def test_a_record_says_what_a_comparison_is_of(out):
     assert record["experiment"] == "experiments.sff"
     assert record["model"]["family"] == "timer" and record["model"]["config"]["d_model"] == 8
     assert {"data_sha256", "model_sha256", "stamps", "step"} <= record["settings"].keys()
-    assert cells.EXAMPLES_FILE in json.loads((out / "cells/lp-seed0/result.json").read_text())["files"]
+    assert (
+        cells.EXAMPLES_FILE in json.loads((out / "cells/lp-seed0/result.json").read_text())["files"]
+    )

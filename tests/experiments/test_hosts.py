@@ -1,4 +1,6 @@
-"""Experiments on two real processes: the numbers of one, SIGTERM, kills, and another mesh after each."""
+"""Experiments on two real processes: the numbers of one, SIGTERM, kills, and another mesh after
+each.
+"""
 
 import functools
 import json
@@ -28,13 +30,30 @@ SCORES = ["val_mse", "val_mae", "test_mse", "test_mae", "test_mape", "test_mase"
 
 
 def flags(waves, micro, out, epochs):
-    return ["--data", str(waves), "--model", str(micro), "--methods", "sff", "--seeds", "0", "--epochs", str(epochs),
-            "--batch-size", "64", "--lr", "1e-3", "--out", str(out)]  # fmt: skip
+    return [
+        "--data",
+        str(waves),
+        "--model",
+        str(micro),
+        "--methods",
+        "sff",
+        "--seeds",
+        "0",
+        "--epochs",
+        str(epochs),
+        "--batch-size",
+        "64",
+        "--lr",
+        "1e-3",
+        "--out",
+        str(out),
+    ]
 
 
 class Launch:
-    """The same command as two processes of so many devices each; `program`: what Python runs; `limit`: bytes of the
-    largest file that the second may write."""
+    """The same command as two processes of so many devices each; `program`: what Python runs;
+    `limit`: bytes of the largest file that the second may write.
+    """
 
     def __init__(self, words, cache, devices=1, program=("-m", "experiments.sff"), limit=None):
         with socket.socket() as free:
@@ -43,20 +62,32 @@ class Launch:
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+            f"--xla_force_host_platform_device_count={devices}",
             "LTSM_CACHE": str(cache),  # what the first launch compiles, the others need not
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        code = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, [int(sys.argv[1])] * 2); "
+        code = (
+            "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, "
+            "[int(sys.argv[1])] * 2); "
+        )
         limited = (
-            [] if limit is None else [sys.executable, "-c", f"{code}os.execv(sys.argv[2], sys.argv[2:])", str(limit)]
+            []
+            if limit is None
+            else [sys.executable, "-c", f"{code}os.execv(sys.argv[2], sys.argv[2:])", str(limit)]
         )
         joined = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
         self.processes = [
-            subprocess.Popen([*before, sys.executable, *program, *words, *joined, str(i)], cwd=ROOT, text=True,
-                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            subprocess.Popen(
+                [*before, sys.executable, *program, *words, *joined, str(i)],
+                cwd=ROOT,
+                text=True,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             for i, before in enumerate(([], limited))
-        ]  # fmt: skip
+        ]
 
     def results(self):
         """(exit code, stdout, stderr) of both."""
@@ -67,7 +98,9 @@ class Launch:
         return all(process.poll() is None for process in self.processes)
 
     def kill(self, i):
-        """One is killed; the other would wait for it until its heartbeat is missed, and is killed as well."""
+        """One is killed; the other would wait for it until its heartbeat is missed, and is killed
+        as well.
+        """
         for process in (self.processes[i], self.processes[1 - i]):
             process.send_signal(signal.SIGKILL)
             process.communicate()
@@ -110,7 +143,9 @@ def alone(waves, micro, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(waves, micro, tmp_path_factory):
-    """The same on two processes, stopped by SIGTERM to the second: its folder, and what both said."""
+    """The same on two processes, stopped by SIGTERM to the second: its folder, and what
+    both said.
+    """
     folder = tmp_path_factory.mktemp("stopped")
     out = folder / "two"
     launch = Launch([*flags(waves, micro, out, 5), "--mesh", "fsdp=2"], folder / "cache")
@@ -134,10 +169,15 @@ def test_two_processes_stop_on_sigterm_go_on_with_eight_devices_and_give_the_num
         assert "stopped by SIGTERM after step" in errors and "the same command goes on" in errors
     newest = checkpoints(out)[-1]
     stored = storage.read_record(newest / "state" / "digests.json")["arrays"]
-    assert [part["at"] for part in stored["params/embed/kernel"]["parts"]] == [[[0, 8], [0, 4]], [[0, 8], [4, 8]]]
+    assert [part["at"] for part in stored["params/embed/kernel"]["parts"]] == [
+        [[0, 8], [0, 4]],
+        [[0, 8], [4, 8]],
+    ]
     assert "sha256" in stored["optimizer/0/count"]
 
-    launch = Launch([*flags(waves, micro, out, 5), "--mesh", "data=4,fsdp=2"], tmp_path / "cache", devices=4)
+    launch = Launch(
+        [*flags(waves, micro, out, 5), "--mesh", "data=4,fsdp=2"], tmp_path / "cache", devices=4
+    )
     (code, said, errors), (other_code, other_said, other_errors) = launch.results()
     assert (code, other_code) == (0, 0), errors + other_errors
     assert f"going on from step {int(newest.name.removeprefix('step_'))} of" in errors
@@ -146,16 +186,46 @@ def test_two_processes_stop_on_sigterm_go_on_with_eight_devices_and_give_the_num
 
 
 @pytest.mark.slow
-def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numbers_of_one(waves, micro, tmp_path):
+def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numbers_of_one(
+    waves, micro, tmp_path
+):
     def words(out):
-        return ["--data", str(waves), "--model", str(micro), "--methods", "ff", "--seeds", "0", "--epochs", "2",
-                "--batch-size", "64", "--lr", "1e-3", "--ratios", "0.3,0.6", "--prune-batch-size", "4", "--macro-batch",
-                "128", "--timed-runs", "3", "--out", str(out)]  # fmt: skip
+        return [
+            "--data",
+            str(waves),
+            "--model",
+            str(micro),
+            "--methods",
+            "ff",
+            "--seeds",
+            "0",
+            "--epochs",
+            "2",
+            "--batch-size",
+            "64",
+            "--lr",
+            "1e-3",
+            "--ratios",
+            "0.3,0.6",
+            "--prune-batch-size",
+            "4",
+            "--macro-batch",
+            "128",
+            "--timed-runs",
+            "3",
+            "--out",
+            str(out),
+        ]
 
-    # A channel of the queries and that of the keys matter equally, but for rounding, and so do one of the values and of
-    # the output's input. No step of 128 windows ends between two such twins; of 64 some do, and then rounding, which
-    # differs with compiler flags and processors, decides which of the two stays a step longer.
-    alone, out, program = tmp_path / "alone", tmp_path / "two", ("-m", "experiments.prune_then_finetune")
+    # A channel of the queries and that of the keys matter equally, but for rounding, and so do one
+    # of the values and of the output's input. No step of 128 windows ends between two such twins;
+    # of 64 some do, and then rounding, which differs with compiler flags and processors, decides
+    # which of the two stays a step longer.
+    alone, out, program = (
+        tmp_path / "alone",
+        tmp_path / "two",
+        ("-m", "experiments.prune_then_finetune"),
+    )
     assert prune_then_finetune.main(words(alone)) == 0
 
     launch = Launch([*words(out), "--mesh", "fsdp=2"], tmp_path / "cache", program=program)
@@ -168,10 +238,14 @@ def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numb
     assert len(list(out.glob("masks/*/checkpoints/step_*"))) == 1
     assert len(list(out.glob("cells/*/result.json"))) == 2, "the whole arms"
 
-    launch = Launch([*words(out), "--mesh", "data=4,fsdp=2"], tmp_path / "cache", devices=4, program=program)
+    launch = Launch(
+        [*words(out), "--mesh", "data=4,fsdp=2"], tmp_path / "cache", devices=4, program=program
+    )
     (code, said, errors), (other_code, other_said, other_errors) = launch.results()
     assert (code, other_code) == (0, 0), errors + other_errors
-    assert "test MSE" in said and "report:" in said and not {"MSE", "report"} & set(other_said.split())
+    assert (
+        "test MSE" in said and "report:" in said and not {"MSE", "report"} & set(other_said.split())
+    )
     check_same(out, alone)
     got, expected = (pd.read_csv(folder / "results.csv") for folder in (out, alone))
     assert got[SIZES].equals(expected[SIZES]) and (got.removal_gap.dropna() < 1e-5).all()
@@ -181,7 +255,9 @@ def test_two_processes_prune_and_fine_tune_stop_on_sigterm_and_go_on_to_the_numb
         for path, entry in want[kind].items():
             here = found[kind][path]
             assert here.pop("linear") == entry.pop("linear")
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), here, entry)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), here, entry
+            )
 
 
 @pytest.mark.slow
@@ -211,7 +287,9 @@ def test_either_of_two_processes_killed_at_random(waves, micro, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_host_that_cannot_write_its_part_stops_all_and_nothing_is_lost(waves, micro, alone, out, tmp_path):
+def test_a_host_that_cannot_write_its_part_stops_all_and_nothing_is_lost(
+    waves, micro, alone, out, tmp_path
+):
     cache = tmp_path / "cache"
     words = [*flags(waves, micro, out, 5), "--mesh", "fsdp=2"]
     before = checkpoints(out)[-1]
@@ -232,7 +310,9 @@ def test_what_one_host_cannot_do_all_give_up(waves, micro, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text("{")  # only the first host reads it
-    for i, (code, _, errors) in enumerate(Launch(flags(waves, micro, out, 1), tmp_path / "cache").results()):
+    for i, (code, _, errors) in enumerate(
+        Launch(flags(waves, micro, out, 1), tmp_path / "cache").results()
+    ):
         assert code == 2 and "run.json is damaged" in errors
         assert ("host 0: UsageError" in errors) == (i == 1)
 
@@ -240,11 +320,29 @@ def test_what_one_host_cannot_do_all_give_up(waves, micro, tmp_path):
 @pytest.mark.slow
 def test_each_of_two_processes_reads_its_share_of_what_it_is_pretrained_on(tmp_path):
     script = str(Path(__file__).with_name("spread_pretraining.py"))
-    words = ["--preset", "small", "--generated", "24", "--length", "800", "--steps", "6", "--batch-size", "8"]
+    words = [
+        "--preset",
+        "small",
+        "--generated",
+        "24",
+        "--length",
+        "800",
+        "--steps",
+        "6",
+        "--batch-size",
+        "8",
+    ]
     alone, out = tmp_path / "alone", tmp_path / "two"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, script, *words, "--out", str(alone)], check=True, timeout=900, env=environment)
-    launch = Launch([*words, "--mesh", "data=2,fsdp=2", "--out", str(out)], tmp_path / "cache", 2, (script,))
+    subprocess.run(
+        [sys.executable, script, *words, "--out", str(alone)],
+        check=True,
+        timeout=900,
+        env=environment,
+    )
+    launch = Launch(
+        [*words, "--mesh", "data=2,fsdp=2", "--out", str(out)], tmp_path / "cache", 2, (script,)
+    )
     for i, (code, said, errors) in enumerate(launch.results()):
         assert code == 0, errors
         assert f"parts {[2 * i, 2 * i + 1]} of 4: memmap Spread" in said
@@ -255,7 +353,9 @@ def test_each_of_two_processes_reads_its_share_of_what_it_is_pretrained_on(tmp_p
     assert len(one) == 7 and "val_mse" in one[-1]
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    configs = [json.loads((folder / "train" / "config.json").read_text()) for folder in (alone, out)]
+    configs = [
+        json.loads((folder / "train" / "config.json").read_text()) for folder in (alone, out)
+    ]
     assert configs[0] == configs[1]
     left = sorted(file.name for file in out.iterdir())
     assert left == [".lock", "model", "train"]  # the shared windows are gone
@@ -267,11 +367,17 @@ def test_each_of_two_processes_reads_its_share_of_what_it_is_pretrained_on(tmp_p
         (["--coordinator", "10.0.0.1:12"], ["--num-processes, --process-id missing"]),
         (["--process-id", "0", "--num-processes", "2"], ["--coordinator missing"]),
         (["--coordinator", "auto", "--process-id", "0"], ["--process-id comes from the cluster"]),
-        (["--coordinator", "host", "--num-processes", "2", "--process-id", "2"], ["address:port", "counts from 0 to"]),
+        (
+            ["--coordinator", "host", "--num-processes", "2", "--process-id", "2"],
+            ["address:port", "counts from 0 to"],
+        ),
         (["--coordinator", "auto"], ["no cluster that JAX knows was found"]),
-        (["--num-processes", "0", "--process-id", "x"], ["--num-processes must be at least 1", "not a whole number"]),
+        (
+            ["--num-processes", "0", "--process-id", "x"],
+            ["--num-processes must be at least 1", "not a whole number"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_flags_of_hosts_that_do_not_go_together_are_refused(words, messages, capsys, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TPU_"))]:
         monkeypatch.delenv(name)

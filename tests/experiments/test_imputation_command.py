@@ -22,7 +22,9 @@ def units():
 
 
 MODELS = {
-    "timer": lambda: Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8, task="imputation")),
+    "timer": lambda: Timer(
+        TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8, task="imputation")
+    ),
     "moment": lambda: Moment(Moment.small()),
     "units": units,
 }
@@ -50,19 +52,27 @@ def arguments(data, family, place, *more):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", list(MODELS))
 def test_a_table_of_methods_and_baselines(family, data, tmp_path, capsys):
-    words = arguments(data, family, tmp_path, "--rates", "0.25,0.5", "--methods", "zero_shot,ff", "--seeds", "0,1")
+    words = arguments(
+        data, family, tmp_path, "--rates", "0.25,0.5", "--methods", "zero_shot,ff", "--seeds", "0,1"
+    )
     assert command.main(words) == 0
     found = pd.read_csv(tmp_path / "o" / "results.csv")
     assert found.columns[:7].tolist() == COLUMNS
     per_rate = ["zero_shot", "ff", "ff", "linear", "last", "seasonal_naive"]
-    assert found["method"].tolist() == 2 * per_rate and found["rate"].tolist() == 6 * [0.25] + 6 * [0.5]
+    assert found["method"].tolist() == 2 * per_rate and found["rate"].tolist() == 6 * [0.25] + 6 * [
+        0.5
+    ]
     assert np.isfinite(found[["test_mse", "test_mae", "val_mse", "anchored_mse"]]).all(axis=None)
-    assert found.groupby("rate")["points"].nunique().tolist() == [1, 1], "all are scored on the same points"
+    assert found.groupby("rate")["points"].nunique().tolist() == [1, 1], (
+        "all are scored on the same points"
+    )
     by_method = found[found["rate"] == 0.5].set_index("method")["test_mse"]
     assert by_method["seasonal_naive"] < by_method["linear"] < by_method["last"]
     report = (tmp_path / "o" / "report.md").read_text()
     assert "| linear interpolation |" in report and "Difference to linear interpolation" in report
-    assert (tmp_path / "o" / "plots" / "rates.png").is_file() and (tmp_path / "o" / "plots" / "fills.png").is_file()
+    assert (tmp_path / "o" / "plots" / "rates.png").is_file() and (
+        tmp_path / "o" / "plots" / "fills.png"
+    ).is_file()
     capsys.readouterr()
     before = (tmp_path / "o" / "results.csv").read_bytes()
     assert command.main(words) == 0 and "[1/" not in capsys.readouterr().out, "nothing runs twice"
@@ -71,21 +81,37 @@ def test_a_table_of_methods_and_baselines(family, data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_other_kinds_of_holes_and_refusals(data, tmp_path, capsys, no_pictures):
-    words = arguments(data, "timer", tmp_path, "--holes", "points,blocks,outages", "--methods", "zero_shot")
+    words = arguments(
+        data, "timer", tmp_path, "--holes", "points,blocks,outages", "--methods", "zero_shot"
+    )
     assert command.main(words) == 0
     found = pd.read_csv(tmp_path / "o" / "results.csv").set_index(["holes", "method"])
     shown = found["points"].groupby("holes").first() / (found["windows"].iloc[0] * 2 * 32)
-    np.testing.assert_allclose(shown, 0.25 * 24 / 32, atol=0.05)  # the same share, whatever the kind
+    np.testing.assert_allclose(
+        shown, 0.25 * 24 / 32, atol=0.05
+    )  # the same share, whatever the kind
     assert found.loc[("points", "linear"), "test_mse"] < found.loc[("blocks", "linear"), "test_mse"]
     assert command.main([*words, "--patch", "4"]) == 2  # other settings want another folder
-    assert command.main([*words, "--window", "36"]) == 2 and "whole patches of 8" in capsys.readouterr().err
+    assert (
+        command.main([*words, "--window", "36"]) == 2
+        and "whole patches of 8" in capsys.readouterr().err
+    )
 
 
 def test_ranks_share_ties_and_differences_are_relative():
     rows = []
     for data, errors in {"a": (1.0, 2.0, 2.0), "b": (3.0, 1.5, 3.0)}.items():
         for method, mse in zip(("ff", "sff", "linear"), errors, strict=True):
-            rows.append({"data": data, "holes": "patches", "rate": 0.5, "method": method, "seed": 0, "test_mse": mse})
+            rows.append(
+                {
+                    "data": data,
+                    "holes": "patches",
+                    "rate": 0.5,
+                    "method": method,
+                    "seed": 0,
+                    "test_mse": mse,
+                }
+            )
     table = pd.DataFrame(rows)
     assert imputation_report.ranks(table)[1] == [
         ["FF", "1.75", "1 of 2"],

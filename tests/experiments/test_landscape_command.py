@@ -1,4 +1,6 @@
-"""Surfaces of a pretrained, a random and a mixed model, and curvature along alpha, on a model of one layer."""
+"""Surfaces of a pretrained, a random and a mixed model, and curvature along alpha, on a model of
+one layer.
+"""
 
 import dataclasses
 
@@ -71,7 +73,9 @@ def test_the_centres_are_the_test_errors_of_the_models(folder, command, micro):
     flat, back = jax.flatten_util.ravel_pytree(w.subject.params)
     loss = w.subject.loss(w.options, rows=True)
     matrix = jax.jit(jax.hessian(lambda x: loss(back(x))))(flat)
-    np.testing.assert_allclose(rows.loc["pretrained", "eigenvalue_1"], np.linalg.eigvalsh(matrix)[-1], rtol=1e-3)
+    np.testing.assert_allclose(
+        rows.loc["pretrained", "eigenvalue_1"], np.linalg.eigvalsh(matrix)[-1], rtol=1e-3
+    )
     trace, error = rows.loc["pretrained", ["trace", "trace_error"]]
     assert abs(trace - np.trace(matrix)) < 4 * error
 
@@ -128,7 +132,7 @@ def test_what_does_not_work_is_said(command, tmp_path, capsys, waves):
     assert "5 x 5 points" in capsys.readouterr().out and not (tmp_path / "d").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # curvature along alpha
 
 
@@ -137,7 +141,9 @@ def test_the_mix_of_the_losses_has_the_mix_of_the_hessians():
         return (params["w"] ** 4).sum()
 
     one, other = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 0.5])}
-    mixed = jax.tree_util.Partial(curvature.mix_of_losses, jax.tree_util.Partial(loss), one, other, jnp.float32(0.25))
+    mixed = jax.tree_util.Partial(
+        curvature.mix_of_losses, jax.tree_util.Partial(loss), one, other, jnp.float32(0.25)
+    )
     still = jax.tree.map(jnp.zeros_like, one)
     want = 12 * (0.25 * one["w"] ** 2 + 0.75 * other["w"] ** 2)
     found = ltsm_jax.curvature.hvp(mixed, still, {"w": jnp.ones(2)})
@@ -152,7 +158,9 @@ def test_the_mix_of_the_losses_has_the_mix_of_the_hessians():
 
 @pytest.mark.slow
 def test_curvature_along_alpha(micro, waves, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the second command below compiles nothing
+    monkeypatch.setattr(
+        jax, "clear_caches", lambda: None
+    )  # the second command below compiles nothing
     out = tmp_path / "out"
     words = ["--data", str(waves), "--models", str(micro), "--alpha", "0,1", "--windows", "16"]
     words += ["--samples", "6", "--out", str(out)]
@@ -176,10 +184,14 @@ def test_curvature_along_alpha(micro, waves, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_family_stands_for_its_small_size_trained_here(waves, tmp_path, monkeypatch):
-    options = dataclasses.replace(curvature.Options(), data=str(waves), out=str(tmp_path), horizon=8)
+    options = dataclasses.replace(
+        curvature.Options(), data=str(waves), out=str(tmp_path), horizon=8
+    )
     found = around.subject(options, "timer", train=1)
     fresh = found.model.init(training.keys(0)["init"])
-    assert not np.array_equal(trees.flatten(found.params)["head/kernel"], trees.flatten(fresh)["head/kernel"])
+    assert not np.array_equal(
+        trees.flatten(found.params)["head/kernel"], trees.flatten(fresh)["head/kernel"]
+    )
     monkeypatch.setattr(around.run, "run", None)  # the second time it is read
     again = around.subject(options, "timer", train=1)
     jax.tree.map(np.testing.assert_array_equal, found.params, again.params)
@@ -193,7 +205,9 @@ def test_names_that_would_share_a_folder_are_refused(tmp_path, capsys):
 
 
 def test_tables_that_a_family_keeps_do_not_move(micro, waves):
-    options = landscape.flags.parse(landscape.Options, ["--data", str(waves), "--model", str(micro)], None)
+    options = landscape.flags.parse(
+        landscape.Options, ["--data", str(waves), "--model", str(micro)], None
+    )
     found = around.subject(options, str(micro))
     assert found.moves("head/kernel")
 

@@ -9,7 +9,15 @@ def test_combinations_of_all_lists(tmp_path):
     words = ["--data", "a.csv,b.csv", "--few-shot=0.1,0.2", "--alpha", "0.5,0.7", "--out", "o"]
     found = lists.combinations(words)
     assert list(found) == ["a.csv-0.1", "a.csv-0.2", "b.csv-0.1", "b.csv-0.2"]
-    assert found["b.csv-0.1"] == ["--data", "b.csv", "--few-shot=0.1", "--alpha", "0.5,0.7", "--out", "o"]
+    assert found["b.csv-0.1"] == [
+        "--data",
+        "b.csv",
+        "--few-shot=0.1",
+        "--alpha",
+        "0.5,0.7",
+        "--out",
+        "o",
+    ]
     assert lists.combinations(["--data", "a.csv", "--alpha", "0.5,0.7"]) == {}
     assert list(lists.combinations(words, ("--few-shot",))) == ["0.1", "0.2"]
     odd = tmp_path / "a,b.csv"
@@ -24,7 +32,9 @@ def test_each_runs_in_a_folder_of_its_own_and_all_are_joined(tmp_path):
         seen.append(words)
         out = lists.out_of(words, "")
         out.mkdir(parents=True)
-        pd.DataFrame({"data": [words[1]], "test_mse": [1.0]}).to_csv(out / "results.csv", index=False)
+        pd.DataFrame({"data": [words[1]], "test_mse": [1.0]}).to_csv(
+            out / "results.csv", index=False
+        )
         return 1 if words[1] == "a" else 0
 
     words = ["--data", "a,b", "--out", str(tmp_path / "o"), "--epochs", "1"]
@@ -44,15 +54,37 @@ def test_ranks_and_wins_by_hand():
     table = pd.DataFrame(rows)
     assert few_shot.wins(table).to_dict() == {"ff": 1.0, "sff": 1.0, "tfs": 0.0}
     found = pd.DataFrame(few_shot.rank_rows(table)).set_index(["few_shot", "method"])
-    assert found.loc[("0.1", "sff"), "mean_rank"] == 1 and found.loc[("0.5", "sff"), "mean_rank"] == 3
+    assert (
+        found.loc[("0.1", "sff"), "mean_rank"] == 1 and found.loc[("0.5", "sff"), "mean_rank"] == 3
+    )
     assert found.loc[("all", "ff"), "wins"] == 1
     assert few_shot.errors(table)[1][0] == ["a", "m", "FF", "1.0000", "1.0000"]
 
 
 @pytest.mark.slow
 def test_one_table_across_shares(micro, waves, tmp_path, capsys):
-    words = ["--data", str(waves), "--model", str(micro), "--few-shot", "0.5,1", "--methods", "zero_shot,ff,sff"]
-    more = ["--seeds", "0,1", "--epochs", "1", "--horizon", "8", "--context", "32", "--lanes", lanes.ASKED[-1]]
+    words = [
+        "--data",
+        str(waves),
+        "--model",
+        str(micro),
+        "--few-shot",
+        "0.5,1",
+        "--methods",
+        "zero_shot,ff,sff",
+    ]
+    more = [
+        "--seeds",
+        "0,1",
+        "--epochs",
+        "1",
+        "--horizon",
+        "8",
+        "--context",
+        "32",
+        "--lanes",
+        lanes.ASKED[-1],
+    ]
     assert few_shot.main([*words, *more, "--out", str(tmp_path / "few")]) == 0
     table = pd.read_csv(tmp_path / "few" / "results.csv")
     assert table.groupby(["few_shot", "method"]).size().tolist() == [2, 2, 2] * 2

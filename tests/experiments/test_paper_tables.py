@@ -1,4 +1,6 @@
-"""The scripts of the papers' tables: their commands are read, and a cell of each runs at a tiny size."""
+"""The scripts of the papers' tables: their commands are read, and a cell of each runs at a tiny
+size.
+"""
 
 import os
 import shlex
@@ -17,7 +19,9 @@ PAPER = ROOT / "experiments" / "paper"
 
 def script(name, *words, **env):
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | env
-    return subprocess.run(["bash", str(PAPER / name), *words], env=env, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", str(PAPER / name), *words], env=env, cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def commands(name, **env):
@@ -33,14 +37,20 @@ def test_every_cell_of_the_sff_table_is_a_command_with_the_released_settings():
         o = sff.parse(words[3:])
         assert (o.training.lr, o.training.epochs, o.training.batch_size) == ((3e-5,), 10, 2048)
         assert (o.context, o.horizon, o.alpha, o.training.mode) == (672, 96, (0.7,), "direct")
-    assert [o.split(",") for o in (words[words.index("--methods") + 1] for words in found[:6])][-1] == ["sff"]
-    assert len({words[words.index("--out") + 1] for words in found}) == 12  # the methods of a data set share a folder
+    assert [o.split(",") for o in (words[words.index("--methods") + 1] for words in found[:6])][
+        -1
+    ] == ["sff"]
+    assert (
+        len({words[words.index("--out") + 1] for words in found}) == 12
+    )  # the methods of a data set share a folder
 
 
 def test_every_model_of_the_pruning_table_has_its_grid():
     assert len(commands("prune_table.sh")) == 8 * 5 * 4
     found = commands("prune_table.sh", DATA="ETTm1", HORIZONS="192")
-    read = {words[words.index("--model") + 1]: prune_then_finetune.parse(words[3:]) for words in found}
+    read = {
+        words[words.index("--model") + 1]: prune_then_finetune.parse(words[3:]) for words in found
+    }
     assert len(read) == 8
     head = read["ibm-granite/granite-timeseries-ttm-r2@1536-192-r2"]
     assert head.shares == (0.01, 0.02, 0.05) and head.tune == "each" and "head-only" in head.quirks
@@ -49,7 +59,10 @@ def test_every_model_of_the_pruning_table_has_its_grid():
     assert (experts.pruning.expert_threshold, experts.pruning.prune_batch_size) == (0.001, 16)
     assert (experts.training.weight_decay, experts.training.betas) == (0.1, (0.9, 0.95))
     assert read["Salesforce/moirai-1.0-R-large"].context == 3072
-    assert all(o.seeds == (1,) and o.training.schedule == "pruning" and o.training.patience == 1 for o in read.values())
+    assert all(
+        o.seeds == (1,) and o.training.schedule == "pruning" and o.training.patience == 1
+        for o in read.values()
+    )
     assert script("prune_table.sh", "--list", MODELS="unknown").returncode != 0
 
 

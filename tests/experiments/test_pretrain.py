@@ -1,4 +1,6 @@
-"""Six steps of pre-training: a model folder, scores beside the baselines, a rerun that trains nothing."""
+"""Six steps of pre-training: a model folder, scores beside the baselines, a rerun that trains
+nothing.
+"""
 
 import dataclasses
 import json
@@ -103,7 +105,9 @@ def test_files_are_left_out_of_the_corpus_and_the_rest_is_recorded(finished):
     with pytest.raises(ValueError, match="no files called nowhere"):
         pretrain.corpus_of(dataclasses.replace(args, leave_out=("nowhere",)))
     with pytest.raises(ValueError, match="no training window of .*: 0 series"):
-        pretrain.windows(dataclasses.replace(args, leave_out=("real",), generated=0), ltsm_jax.preset("small"))
+        pretrain.windows(
+            dataclasses.replace(args, leave_out=("real",), generated=0), ltsm_jax.preset("small")
+        )
 
 
 def test_training_moved_every_parameter(finished):
@@ -126,7 +130,9 @@ def test_a_second_process_with_the_same_folder_is_refused(finished):
         pretrain.main(args)
 
 
-def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_windows(finished, tmp_path):
+def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_windows(
+    finished, tmp_path
+):
     args, results = finished
     more = dataclasses.replace(
         args,
@@ -142,7 +148,9 @@ def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_wi
     # 105 starts of each of two variates: the 1st, 8th, ..., 99th
     assert found["windows"].tolist() == [2 * 15] * 3 and results["windows"].tolist() == [210] * 3
     record = json.loads((tmp_path / "more" / "train" / "config.json").read_text())
-    assert "absolute, without dropout" in json.dumps(record) and str(args.out / "model") in json.dumps(record)
+    assert "absolute, without dropout" in json.dumps(record) and str(
+        args.out / "model"
+    ) in json.dumps(record)
     old, new = (jax.tree.leaves(ltsm_jax.load(run.out / "model")[1]) for run in (args, more))
     gaps = [float(jnp.abs(a - b).max()) for a, b in zip(old, new, strict=True)]
     # two steps of at most about lr each: it has moved, and it is no fresh model
@@ -154,17 +162,27 @@ def test_training_goes_on_from_a_model_with_the_absolute_loss_and_scores_some_wi
 def test_presets_of_other_tasks_are_trained_for_them(task, tmp_path, monkeypatch):
     sizes = {"imputation": (24, 192, 24), "anomaly": (96, 768, 96)}
     patch, context, horizon = sizes[task]
-    config = timer.TimerConfig.of(patch, 16, 32, 1, 2, context_len=context, horizon=horizon, task=task)
+    config = timer.TimerConfig.of(
+        patch, 16, 32, 1, 2, context_len=context, horizon=horizon, task=task
+    )
     monkeypatch.setitem(timer.PRESETS, "tiny-task", config)
-    args = Pretrain(out=tmp_path / "run", preset="tiny-task", generated=24, length=LENGTH, steps=4, batch_size=8)
+    args = Pretrain(
+        out=tmp_path / "run", preset="tiny-task", generated=24, length=LENGTH, steps=4, batch_size=8
+    )
     assert pretrain.main(args) is None
     model, params = ltsm_jax.load(tmp_path / "run" / "model")
     start = model.init(ltsm_jax.training.keys(0)["init"])
-    moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)]
+    moved = [
+        bool((a != b).any())
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
+    ]
     assert all(moved)
     made = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["provenance"]
     assert made["loss"].startswith(task) and made["source"].endswith("generated series only")
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert np.isfinite(metrics[-1]["val_mse"])
     with pytest.raises(pretrain.flags.UsageError, match=f"experiments.{task} scores it"):
         pretrain.main(dataclasses.replace(args, evaluate=("ETTh1",), out=tmp_path / "other"))
@@ -199,7 +217,10 @@ def test_a_shipped_model_is_small_and_says_where_it_comes_from(name):
     assert sum(f.stat().st_size for f in files) <= 6e6
     made = json.loads((folder / "config.json").read_text())["provenance"]
     assert made["source"].endswith("generated series only") and made["licence"] == "Apache-2.0"
-    assert made["command"].startswith("python -m experiments.pretrain") and made["cost"]["wall_minutes"] > 0
+    assert (
+        made["command"].startswith("python -m experiments.pretrain")
+        and made["cost"]["wall_minutes"] > 0
+    )
 
 
 def test_the_model_of_medians_has_lower_absolute_errors_than_the_one_of_means():
@@ -212,7 +233,9 @@ def test_the_model_of_medians_has_lower_absolute_errors_than_the_one_of_means():
 
 def test_the_shipped_model_forecasts_series_it_has_not_seen():
     model, params = ltsm_jax.load("timer-tiny")
-    series = synthetic.generate(1, 256, 768)  # of the seed that chose its epoch, not of the one that trained it
+    series = synthetic.generate(
+        1, 256, 768
+    )  # of the seed that chose its epoch, not of the one that trained it
     windows = Scaled(pool(series, 672, 96).train)
     score = lambda predictor, weights: forecasting.evaluate(predictor, weights, windows)["mse"]  # noqa: E731
     best_naive = min(score(forecasting.SeasonalNaive(season), {}) for season in (1, 24, 96))

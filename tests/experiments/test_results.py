@@ -22,7 +22,9 @@ def test_results_md_names_every_table_and_stays_short():
     named = re.findall(r"`([\w*-]+\.csv)`", text)
     there = {path.name for path in TABLES.glob("*.csv")}
     for name in there:
-        assert any(Path(name).match(pattern) for pattern in named), f"RESULTS.md does not name {name}"
+        assert any(Path(name).match(pattern) for pattern in named), (
+            f"RESULTS.md does not name {name}"
+        )
     for pattern in named:
         assert any(Path(name).match(pattern) for name in there), f"{pattern} is not in docs/results"
     assert len(text.splitlines()) < 350
@@ -34,7 +36,13 @@ def test_two_committed_cells_are_made_again_from_scratch(tmp_path, no_pictures):
     assert COMMAND in " ".join((ROOT / "RESULTS.md").read_text().replace("\\\n", " ").split())
     table = pd.DataFrame(synthetic.generate(0, 2, 2400).T, columns=["a", "b"])
     table.to_csv(tmp_path / "generated.csv", index=False)
-    words = ["--data", str(tmp_path / "generated.csv"), *COMMAND.split(), "--out", str(tmp_path / "run")]
+    words = [
+        "--data",
+        str(tmp_path / "generated.csv"),
+        *COMMAND.split(),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert sff.main(words) == 0
     found = pd.read_csv(tmp_path / "run" / "results.csv").set_index("method")
     assert sorted(found.index) == ["ff", "zero_shot"]

@@ -13,7 +13,18 @@ from ltsm_jax import training, trees
 from ltsm_jax.methods import run
 from ltsm_jax.tasks import forecasting
 
-FIRST = ["data", "model", "method", "alpha", "seed", "horizon", "val_mse", "val_mae", "test_mse", "test_mae"]
+FIRST = [
+    "data",
+    "model",
+    "method",
+    "alpha",
+    "seed",
+    "horizon",
+    "val_mse",
+    "val_mae",
+    "test_mse",
+    "test_mae",
+]
 FIRST += ["epochs", "seconds", "windows"]
 CLOCKS = ["seconds"]
 METHODS = "zero_shot,ff,tfs,sff,lp,lpff"
@@ -24,10 +35,25 @@ def command(micro, waves):
     """The command line of a comparison that takes seconds."""
 
     def command(out, methods=METHODS, **flags):
-        flags = {"alpha": "0.7", "seeds": "0,1", "epochs": "2", "batch-size": "128", "lr": "1e-3"} | flags
+        flags = {
+            "alpha": "0.7",
+            "seeds": "0,1",
+            "epochs": "2",
+            "batch-size": "128",
+            "lr": "1e-3",
+        } | flags
         if not {"sff", "noise"} & set(methods.split(",")):
             del flags["alpha"]
-        words = ["--data", str(waves), "--model", str(micro), "--methods", methods, "--out", str(out)]
+        words = [
+            "--data",
+            str(waves),
+            "--model",
+            str(micro),
+            "--methods",
+            methods,
+            "--out",
+            str(out),
+        ]
         return words + [word for name, value in flags.items() for word in (f"--{name}", value)]
 
     return command
@@ -63,10 +89,14 @@ def test_a_stride_scores_every_nth_start_of_all_variates(command, tmp_path):
 def test_results_have_a_row_per_method_and_seed(folder):
     frame = rows(folder)
     assert list(frame.columns[: len(FIRST)]) == FIRST
-    assert list(zip(frame.method, frame.seed)) == [(m, s) for m in METHODS.split(",") for s in (0, 1)]
+    assert list(zip(frame.method, frame.seed)) == [
+        (m, s) for m in METHODS.split(",") for s in (0, 1)
+    ]
     assert frame.alpha.notna().tolist() == (frame.method == "sff").tolist()
     assert set(frame.alpha.dropna()) == {0.7}
-    assert set(frame.data) == {"waves"} and set(frame.model) == {"micro"} and set(frame.horizon) == {8}
+    assert (
+        set(frame.data) == {"waves"} and set(frame.model) == {"micro"} and set(frame.horizon) == {8}
+    )
     assert set(frame.windows) == {3 * (60 - 8 + 1)}  # every test window of every column
     assert set(frame["mode"]) == {"ims"}
     assert frame.epochs.tolist() == [0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 4, 4]
@@ -89,11 +119,18 @@ def test_numbers_are_those_of_the_saved_models(folder, micro, waves):
             score = forecasting.evaluate(model, params, getattr(c.splits, part))
             assert [score[k] for k in ("mse", "mae")] == [row[f"{part}_mse"], row[f"{part}_mae"]]
     zero = forecasting.evaluate(c.model, c.params, c.splits.test)
-    assert one(rows(folder), "zero_shot").test_mse == one(rows(folder), "zero_shot", 1).test_mse == zero["mse"]
+    assert (
+        one(rows(folder), "zero_shot").test_mse
+        == one(rows(folder), "zero_shot", 1).test_mse
+        == zero["mse"]
+    )
 
 
 def test_first_phase_of_lpff_is_lp(folder):
-    lp, lpff = (json.loads((folder / f"cells/{m}-seed0/result.json").read_text())["history"] for m in ("lp", "lpff"))
+    lp, lpff = (
+        json.loads((folder / f"cells/{m}-seed0/result.json").read_text())["history"]
+        for m in ("lp", "lpff")
+    )
     assert lpff[:2] == lp
     assert len(lpff) == 4
 
@@ -118,7 +155,11 @@ def test_more_cells_join_the_same_folder(folder, command, tmp_path):
     assert sff.main(command(out, "sff", alpha="0.3,0.7", seeds="0")) == 0
     frame = rows(out)
     assert len(frame) == 13
-    assert frame[frame.method == "sff"][["alpha", "seed"]].values.tolist() == [[0.3, 0], [0.7, 0], [0.7, 1]]
+    assert frame[frame.method == "sff"][["alpha", "seed"]].values.tolist() == [
+        [0.3, 0],
+        [0.7, 0],
+        [0.7, 1],
+    ]
     assert frame[frame.alpha != 0.3].reset_index(drop=True).equals(rows(folder))
     assert (out / "plots" / "alpha.png").is_file()
 
@@ -130,15 +171,24 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "where",
     [
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ("in training", "between training and result")),
+        *(
+            pytest.param(w, marks=pytest.mark.slow)
+            for w in ("in training", "between training and result")
+        ),
         "in the second phase",
     ],
 )
-def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_path, monkeypatch, no_pictures, where):
+def test_killed_and_started_again_it_gives_the_same_rows(
+    folder, command, tmp_path, monkeypatch, no_pictures, where
+):
     out, calls = tmp_path / "killed", []
     with monkeypatch.context() as patch:
         if where == "between training and result":
-            target, name, fatal = cells, "write_examples", lambda args, kwargs: "ff-seed1" in str(args[3])
+            target, name, fatal = (
+                cells,
+                "write_examples",
+                lambda args, kwargs: "ff-seed1" in str(args[3]),
+            )
         elif where == "in training":  # validation after the second epoch of the first trained cell
             target, name, fatal = forecasting, "evaluate", lambda args, kwargs: len(calls) == 8
         else:
@@ -161,7 +211,9 @@ def test_killed_and_started_again_it_gives_the_same_rows(folder, command, tmp_pa
     assert not (out / "results.csv").is_file() or len(rows(out)) < 6
     assert sff.main(command(out, "zero_shot,ff,lpff")) == 0
     undisturbed = rows(folder)
-    undisturbed = undisturbed[undisturbed.method.isin(["zero_shot", "ff", "lpff"])].reset_index(drop=True)
+    undisturbed = undisturbed[undisturbed.method.isin(["zero_shot", "ff", "lpff"])].reset_index(
+        drop=True
+    )
     assert rows(out).drop(columns=CLOCKS).equals(undisturbed.drop(columns=CLOCKS))
     for cell in ("ff-seed1", "lpff-seed0"):
         a, b = (ltsm_jax.load(f / "cells" / cell / "model")[1] for f in (out, folder))
@@ -256,7 +308,13 @@ def test_defaults_are_the_models_recipe(micro, waves):
 
 
 @pytest.mark.parametrize(
-    "asked", [("--horizon", "40"), ("--context", "300"), ("--context", "30"), ("--horizon", "9", "--mode", "direct")]
+    "asked",
+    [
+        ("--horizon", "40"),
+        ("--context", "300"),
+        ("--context", "30"),
+        ("--horizon", "9", "--mode", "direct"),
+    ],
 )
 def test_the_advice_of_a_refusal_works(micro, waves, asked):
     words = ["--data", str(waves), "--model", str(micro)]
@@ -269,7 +327,9 @@ def test_the_advice_of_a_refusal_works(micro, waves, asked):
 
 
 def test_a_benchmark_with_a_repeated_stamp_is_used_as_published(micro, tmp_path, monkeypatch):
-    """As weather has one; a table of one's own is refused for it, and so is a benchmark when asked."""
+    """As weather has one; a table of one's own is refused for it, and so is a benchmark
+    when asked.
+    """
     stamps = pd.date_range("2020-01-01", periods=600, freq="10min").to_numpy().copy()
     stamps[50] = stamps[49]
     values = np.sin(np.arange(600) / 9)[:, None] + np.random.default_rng(0).normal(size=(600, 2))
@@ -288,13 +348,20 @@ def test_flags_for_memory_reach_training_and_the_folder(micro, waves):
     flags = ["--compute", "bfloat16", "--accumulate", "2", "--remat", "all but products"]
     c = sff.resolve(sff.parse(["--data", str(waves), "--model", str(micro), *flags]))
     for found in (dataclasses.asdict(c.config), c.settings):
-        assert [found[k] for k in ("compute", "accumulate", "remat")] == ["bfloat16", 2, "all but products"]
+        assert [found[k] for k in ("compute", "accumulate", "remat")] == [
+            "bfloat16",
+            2,
+            "all but products",
+        ]
 
 
 @pytest.mark.parametrize(
     "flags, messages",
     [
-        (["--methods", "ff,sfff"], ["unknown 'sfff' (did you mean sff?)", "known: zero_shot, ff, tfs, sff"]),
+        (
+            ["--methods", "ff,sfff"],
+            ["unknown 'sfff' (did you mean sff?)", "known: zero_shot, ff, tfs, sff"],
+        ),
         (["--methods", "ff,,lp"], ["an empty item"]),
         (["--methods", "ff,ff"], ["duplicate item"]),
         (["--alpha", "0.5,1.5"], ["--alpha must be between 0 and 1", "1.5"]),
@@ -302,7 +369,10 @@ def test_flags_for_memory_reach_training_and_the_folder(micro, waves):
         (["--alpha", "0.5", "--methods", "ff,lp"], ["none of them is among --methods"]),
         (["--seeds", "0,x"], ["--seeds: 'x' is not a whole number"]),
         (["--seeds", "-1"], ["--seeds must be between 0"]),
-        (["--horizon", "0", "--context", "-3"], ["--horizon must be at least 1", "--context must be at least 1"]),
+        (
+            ["--horizon", "0", "--context", "-3"],
+            ["--horizon must be at least 1", "--context must be at least 1"],
+        ),
         (["--horizon", "96,192"], ["--horizon takes one value"]),
         (["--lr", "0", "--few-shot", "2"], ["--lr must be positive", "--few-shot must be a share"]),
         (["--lr", "inf"], ["--lr must be positive"]),
@@ -311,9 +381,12 @@ def test_flags_for_memory_reach_training_and_the_folder(micro, waves):
         (["--remat", "all"], ["unknown 'all'", "known: none, all but products"]),
         (["--quirks", "etm1"], ["did you mean etm1_typo"]),
         (["--sed", "1"], ["unknown argument '--sed' (did you mean --seed"]),
-        (["--method", "ff", "--lr", "x", "--epochs", "1.5"], ["--methods", "'x' is not a number", "'1.5' is not a"]),
+        (
+            ["--method", "ff", "--lr", "x", "--epochs", "1.5"],
+            ["--methods", "'x' is not a number", "'1.5' is not a"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_flags_are_named_all_at_once(flags, messages, capsys):
     assert sff.main(flags) == 2
     said = capsys.readouterr().err
@@ -323,7 +396,10 @@ def test_bad_flags_are_named_all_at_once(flags, messages, capsys):
 @pytest.mark.parametrize(
     "flags, messages",
     [
-        ({"data": "nowhere.csv", "model": "no-such-model"}, ["nowhere.csv", "no model 'no-such-model'"]),
+        (
+            {"data": "nowhere.csv", "model": "no-such-model"},
+            ["nowhere.csv", "no model 'no-such-model'"],
+        ),
         ({"context": "33"}, ["whole patches (8)"]),
         ({"context": "400"}, ["too short for windows of 400 + 8"]),
         ({"mode": "direct", "horizon": "16"}, ["one patch"]),
@@ -331,7 +407,12 @@ def test_bad_flags_are_named_all_at_once(flags, messages, capsys):
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_runs(command, tmp_path, flags, messages, capsys):
-    assert sff.main([*command(tmp_path / "out"), *[w for k, v in flags.items() for w in (f"--{k}", v)]]) == 2
+    assert (
+        sff.main(
+            [*command(tmp_path / "out"), *[w for k, v in flags.items() for w in (f"--{k}", v)]]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert [m for m in messages if m not in said] == []
     assert not (tmp_path / "out").exists()
@@ -342,7 +423,9 @@ def test_saved_models_differ_from_the_checkpoint_by_what_was_trained(folder, mic
     _, after = ltsm_jax.load(folder / "cells" / "lp-seed0" / "model")
     changed = {
         p
-        for (p, x), y in zip(trees.flatten(before).items(), trees.flatten(after).values(), strict=True)
+        for (p, x), y in zip(
+            trees.flatten(before).items(), trees.flatten(after).values(), strict=True
+        )
         if (x != y).any()
     }
     assert changed == {"head/kernel", "head/bias"}

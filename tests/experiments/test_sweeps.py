@@ -52,7 +52,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-def test_sff_as_lanes_writes_what_it_writes_one_by_one(command, tmp_path, counted, no_pictures, monkeypatch):
+def test_sff_as_lanes_writes_what_it_writes_one_by_one(
+    command, tmp_path, counted, no_pictures, monkeypatch
+):
     asked = {"methods": "zero_shot,ff,sff", "alpha": "0.9", "seeds": "0,1"}
     assert sff.main(command(tmp_path / "off", **asked, lanes="off")) == 0
     assert counted == []
@@ -76,7 +78,9 @@ def test_sff_as_lanes_writes_what_it_writes_one_by_one(command, tmp_path, counte
     pd.testing.assert_frame_equal(rows(tmp_path / "on"), rows(tmp_path / "off"))
     assert files(tmp_path / "on") == files(tmp_path / "off") | {"lanes/choice.json"}
     for cell in ("ff-seed0", "sff-0.9-seed1"):
-        (_, a), (_, b) = (ltsm_jax.load(tmp_path / way / "cells" / cell / "model") for way in ("on", "off"))
+        (_, a), (_, b) = (
+            ltsm_jax.load(tmp_path / way / "cells" / cell / "model") for way in ("on", "off")
+        )
         for mine, other in zip(trees.flatten(a).values(), trees.flatten(b).values(), strict=True):
             np.testing.assert_array_equal(mine, other)
         place = f"cells/{cell}/training/phase-0/metrics.jsonl"
@@ -84,7 +88,9 @@ def test_sff_as_lanes_writes_what_it_writes_one_by_one(command, tmp_path, counte
 
 
 @pytest.mark.slow
-def test_learning_rates_to_choose_from_are_lanes_and_a_wild_one_fails_alone(command, tmp_path, counted, no_pictures):
+def test_learning_rates_to_choose_from_are_lanes_and_a_wild_one_fails_alone(
+    command, tmp_path, counted, no_pictures
+):
     asked = {"methods": "ff", "lr": "1e-3,1e-2,1e30", "lanes": "on"}
     assert sff.main(command(tmp_path / "grid", **asked)) == 1
     assert counted == [3]
@@ -107,8 +113,15 @@ def test_pruned_models_are_lanes_under_their_masks(command, tmp_path, counted, n
 
 
 @pytest.mark.slow
-def test_choices_of_alpha_are_lanes_and_what_a_search_chose_is_one_of_them(command, tmp_path, counted, no_pictures):
-    asked = {"methods": "zero_shot,ff,sff,sff_norm,short", "alpha": "0.6,0.9", "seeds": "0", "search-epochs": "0"}
+def test_choices_of_alpha_are_lanes_and_what_a_search_chose_is_one_of_them(
+    command, tmp_path, counted, no_pictures
+):
+    asked = {
+        "methods": "zero_shot,ff,sff,sff_norm,short",
+        "alpha": "0.6,0.9",
+        "seeds": "0",
+        "search-epochs": "0",
+    }
     assert alpha.main(command(tmp_path / "off", **asked, lanes="off")) == 0
     assert counted == []
     assert alpha.main(command(tmp_path / "on", **asked, lanes="on")) == 0

@@ -14,7 +14,9 @@ ROUTE = jax.jit(route, static_argnums=1)
 
 
 def kernels(e, seed=0):
-    return tuple(normal(seed + i, *shape) for i, shape in enumerate(((e, D, F), (e, D, F), (e, F, D))))
+    return tuple(
+        normal(seed + i, *shape) for i, shape in enumerate(((e, D, F), (e, D, F), (e, F, D)))
+    )
 
 
 def normal(seed, *shape):
@@ -25,7 +27,9 @@ def by_hand(x_TD, kernels, weight_TK, chosen_TK):
     gate, up, down = (np.asarray(kernel, np.float64) for kernel in kernels)
     y_TD = np.zeros(x_TD.shape)
     for t, x in enumerate(np.asarray(x_TD, np.float64)):
-        for w, i in zip(np.asarray(weight_TK[t], np.float64), np.asarray(chosen_TK[t]), strict=True):
+        for w, i in zip(
+            np.asarray(weight_TK[t], np.float64), np.asarray(chosen_TK[t]), strict=True
+        ):
             g = x @ gate[i]
             y_TD[t] += w * ((g / (1 + np.exp(-g))) * (x @ up[i])) @ down[i]
     return y_TD
@@ -37,7 +41,9 @@ def test_every_form_is_the_sum_over_a_tokens_experts(form, t, e, k):
     x_TD, logits_TE = normal(10, t, D), 3 * normal(11, t, e)
     weight_TK, chosen_TK, _ = ROUTE(logits_TE, k)
     got = MIXTURE(x_TD, kernels(e), weight_TK, chosen_TK, jax.nn.silu, form)
-    np.testing.assert_allclose(got, by_hand(x_TD, kernels(e), weight_TK, chosen_TK), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        got, by_hand(x_TD, kernels(e), weight_TK, chosen_TK), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_all_tokens_with_one_expert():
@@ -59,15 +65,21 @@ def test_gradients_of_all_forms_agree():
         return jnp.square(mixture(x_TD, kernels, weight_TK, chosen_TK, jax.nn.silu, form)).mean()
 
     grads = [
-        jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(x_TD, logits_TE, kernels(4), form)
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(
+            x_TD, logits_TE, kernels(4), form
+        )
         for form in FORMS
     ]
     for other in grads[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads[0], other)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads[0], other
+        )
 
 
 def test_pruned_experts_leave_the_others_their_weights():
-    """The worked example of Prune-then-Finetune's router: weights are not normalised after a mask."""
+    """The worked example of Prune-then-Finetune's router: weights are not normalised after
+    a mask.
+    """
     logits = jnp.log(jnp.asarray([[0.610, 0.224, 0.136, 0.030]]))
     weight, chosen, p = route(logits, 2, jnp.asarray([0.0, 1, 1, 1]))
     np.testing.assert_array_equal(chosen, [[1, 2]])
@@ -83,7 +95,9 @@ def test_a_program_for_another_machine_takes_that_machines_form():
             with traced_for(platform):
                 return mixture(x_TD, kernels(4), weight_TK, chosen_TK, jax.nn.silu)
 
-        text = str(jax.make_jaxpr(f)(jnp.ones((8, D)), jnp.ones((8, 2)), jnp.ones((8, 2), jnp.int32)))
+        text = str(
+            jax.make_jaxpr(f)(jnp.ones((8, D)), jnp.ones((8, 2)), jnp.ones((8, 2), jnp.int32))
+        )
         return "ragged" if "ragged_dot" in text else "another"
 
     assert (form("tpu"), form("cuda"), form("cpu")) == ("ragged", "ragged", "another")

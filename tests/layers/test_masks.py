@@ -12,9 +12,12 @@ from ltsm_jax.layers import masks as layer_masks
 from ltsm_jax.methods.pruning import full_masks, masked, merge
 from ltsm_jax.models import FAMILIES
 
-# post-norm with GELU, SwiGLU with experts; T5 with ReLU, mixers and the others take longer to compile
+# post-norm with GELU, SwiGLU with experts; T5 with ReLU, mixers and the others take longer to
+# compile
 QUICK = ("timer", "time_moe")
-FAMILY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+FAMILY = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+]
 
 
 def ready(name):
@@ -25,8 +28,16 @@ def ready(name):
 
 def a_batch(model, b=2, seed=0):
     c = 2 if model.variates == "joint" else 1
-    x = np.random.default_rng(seed).normal(size=(b, c, model.context_len + model.horizon)).cumsum(-1).astype(np.float32)
-    return {"context": jnp.asarray(x[..., : model.context_len]), "target": jnp.asarray(x[..., model.context_len :])}
+    x = (
+        np.random.default_rng(seed)
+        .normal(size=(b, c, model.context_len + model.horizon))
+        .cumsum(-1)
+        .astype(np.float32)
+    )
+    return {
+        "context": jnp.asarray(x[..., : model.context_len]),
+        "target": jnp.asarray(x[..., model.context_len :]),
+    }
 
 
 def at_random(masks, share=0.3, seed=0):
@@ -39,14 +50,17 @@ def test_a_masked_model_is_the_model_with_masked_weights(name):
     model, params = ready(name)
     batch, ones = a_batch(model), full_masks(model)
     # larger than many an initialisation, for which the blocks hardly matter
-    noise = jax.tree.map(lambda x: 0.2 * np.random.default_rng(x.size).normal(size=x.shape).astype(x.dtype), params)
+    noise = jax.tree.map(
+        lambda x: 0.2 * np.random.default_rng(x.size).normal(size=x.shape).astype(x.dtype), params
+    )
     params = jax.tree.map(jnp.add, params, noise)
 
     @jax.jit
     def losses(params, masks):
         with masked(masks):
             under = model.loss(params, batch)
-        # T5's attention goes a shorter way for few queries, which rounds differently, unless its linears are watched
+        # T5's attention goes a shorter way for few queries, which rounds differently, unless its
+        # linears are watched
         with nn.intercept_methods(lambda function, args, kwargs, _: function(*args, **kwargs)):
             return model.loss(merge(params, masks), batch), under
 
@@ -63,7 +77,9 @@ def test_masked_weights_have_no_gradient():
     some = at_random(full_masks(model))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
-    grad = trees.flatten(jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(merge(p, some)))))(params))
+    grad = trees.flatten(
+        jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(merge(p, some)))))(params)
+    )
     m = some["layer_0"]["mixture"]["experts"]["up"]
     expected = np.asarray(m["in"])[:, :, None] * np.asarray(m["out"])[:, None, :]
     np.testing.assert_array_equal(grad["layer_0/mixture/experts/up"], expected)
@@ -88,12 +104,19 @@ def test_masks_that_do_not_fit_are_all_named():
     _, params = ready("timer")
     one = lambda *shape: jnp.ones(shape)  # noqa: E731
     masks = {
-        "layer_0": {"up": {"in": one(16), "out": one(7)}, "sideways": {"in": one(16), "out": one(24)}},
+        "layer_0": {
+            "up": {"in": one(16), "out": one(7)},
+            "sideways": {"in": one(16), "out": one(24)},
+        },
         "layer_1": {"down": {"out": one(16)}},
     }
     with pytest.raises(ValueError, match="do not fit") as error:
         merge(params, masks)
-    for part in ("layer_0/up: masks for weights (16, 7)", "layer_0/sideways: the model has no", "layer_1/down/out"):
+    for part in (
+        "layer_0/up: masks for weights (16, 7)",
+        "layer_0/sideways: the model has no",
+        "layer_1/down/out",
+    ):
         assert part in str(error.value)
 
 

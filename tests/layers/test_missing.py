@@ -46,7 +46,8 @@ def test_timer_learns_from_what_is_observed_alone():
     x = np.sin(np.arange(40) / 3)[None, None].astype(np.float32)
     x[..., 10:13], x[..., 35:] = np.nan, np.nan
 
-    # What the model reads: the last value before a gap. What it is compared with: values that exist.
+    # What the model reads: the last value before a gap. What it is compared with: values that
+    # exist.
     filled = x[..., :32].copy()
     filled[..., 10:13] = x[..., 9]
     predicted = np.asarray(jax.jit(lambda x: model.apply(params, x)[0])(jnp.asarray(filled)))

@@ -19,7 +19,9 @@ PARTS = {
 
 
 def made(kinds, weights, shape=(1, 1), loc=2.0, scale=3.0, **changes):
-    parts = tuple({name: jnp.full(shape, x) for name, x in (PARTS[kind] | changes).items()} for kind in kinds)
+    parts = tuple(
+        {name: jnp.full(shape, x) for name, x in (PARTS[kind] | changes).items()} for kind in kinds
+    )
     log_weights = jnp.broadcast_to(jnp.log(jnp.asarray(weights)), (*shape, len(kinds)))
     return Mixture(log_weights, parts, jnp.full(shape, loc), jnp.full(shape, scale), tuple(kinds))
 
@@ -33,7 +35,9 @@ def samples(y, n, seed=0):
 def test_densities_integrate_to_one_and_to_the_mean(kind):
     y = made([kind], [1.0], loc=0.0, scale=1.0)
     grid = np.sinh(np.linspace(-9, 9, 8001))
-    whole = Mixture(*jax.tree.map(lambda leaf: leaf[0], (y.log_weights, y.parts, y.loc, y.scale)), y.kinds)
+    whole = Mixture(
+        *jax.tree.map(lambda leaf: leaf[0], (y.log_weights, y.parts, y.loc, y.scale)), y.kinds
+    )
     density = np.exp(np.asarray(whole.log_prob(jnp.asarray(grid, jnp.float32)), np.float64))
     np.testing.assert_allclose(np.trapezoid(density, grid), 1.0, rtol=1e-3)
     np.testing.assert_allclose(np.trapezoid(density * grid, grid), y.mean()[0, 0], rtol=5e-3)
@@ -55,7 +59,10 @@ def test_samples_follow_the_density():
     kinds, weights = list(mixture.PUBLISHED), [0.4, 0.1, 0.2, 0.3]
     y = made(kinds, weights)
     drawn = (samples(y, 40_000)[0, 0] - 2.0) / 3.0
-    alone = [(samples(made([kind], [1.0], loc=0.0, scale=1.0), 40_000, seed=i)[0, 0]) for i, kind in enumerate(kinds)]
+    alone = [
+        (samples(made([kind], [1.0], loc=0.0, scale=1.0), 40_000, seed=i)[0, 0])
+        for i, kind in enumerate(kinds)
+    ]
     for cut in (-1.0, -0.4, 0.0, 0.5, 1.0, 2.5, 8.0):
         want = sum(w * (one <= cut).mean() for w, one in zip(weights, alone, strict=True))
         assert abs((drawn <= cut).mean() - want) < 0.012, cut
@@ -86,7 +93,9 @@ def test_a_rows_samples_do_not_depend_on_the_others():
 def test_values_outside_a_support_leave_gradients_finite():
     def loss(logits, z):
         y = made(list(mixture.PUBLISHED), [0.25] * 4, loc=0.0, scale=1.0)
-        return Mixture(jax.nn.log_softmax(logits), y.parts, y.loc, y.scale, y.kinds).log_prob(z).sum()
+        return (
+            Mixture(jax.nn.log_softmax(logits), y.parts, y.loc, y.scale, y.kinds).log_prob(z).sum()
+        )
 
     for z in (-1.0, 0.0, 1.0):
         grads = jax.grad(loss, argnums=(0, 1))(jnp.zeros((1, 1, 4)), jnp.full((1, 1), z))
@@ -96,6 +105,11 @@ def test_values_outside_a_support_leave_gradients_finite():
 def test_published_form():
     told = mixture.write_published(mixture.PUBLISHED, 1e-3)
     assert mixture.read_published(told) == (mixture.PUBLISHED, 1e-3)
-    for wrong in (None, {}, {"_target_": "x.NormalOutput"}, told | {"components": [{"_target_": "x.y.BetaOutput"}]}):
+    for wrong in (
+        None,
+        {},
+        {"_target_": "x.NormalOutput"},
+        told | {"components": [{"_target_": "x.y.BetaOutput"}]},
+    ):
         with pytest.raises(ValueError, match="distr_output"):
             mixture.read_published(wrong)

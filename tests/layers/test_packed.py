@@ -12,7 +12,9 @@ def series(b, c, t, seed=0):
     return x, np.ones_like(x, bool)
 
 
-@pytest.mark.parametrize("offset, size", [(0, 1), (1e4, 1), (1e6, 10), (-3e7, 100), (0, 1e-8), (0, 1e15), (0, 1e30)])
+@pytest.mark.parametrize(
+    "offset, size", [(0, 1), (1e4, 1), (1e6, 10), (-3e7, 100), (0, 1e-8), (0, 1e15), (0, 1e30)]
+)
 def test_scale_is_that_of_float64(offset, size):
     x, observed = series(2, 2, 30)
     x = (x * size + offset).astype(np.float32)
@@ -24,18 +26,24 @@ def test_scale_is_that_of_float64(offset, size):
         for c in range(2):
             seen = wide[b, c][observed[b, c]]
             np.testing.assert_allclose(loc[b, c * 8, 0], seen.mean(), rtol=2e-7, atol=1e-6 * size)
-            np.testing.assert_allclose(scale[b, c * 8, 0], np.sqrt(seen.var(ddof=1) + 1e-5), rtol=3e-6)
+            np.testing.assert_allclose(
+                scale[b, c * 8, 0], np.sqrt(seen.var(ddof=1) + 1e-5), rtol=3e-6
+            )
 
 
 def test_scale_of_what_is_constant_missing_or_padding():
     x = jnp.asarray([[[5.0] * 8], [[0.0] * 8], [[1.0] * 8]])
     observed = jnp.asarray([[[True] * 8], [[False] * 8], [[True] + [False] * 7]])
-    tokens = packed.pack((x, observed), 4, 4, 4, is_pad=jnp.asarray([[False] * 8, [True] * 8, [False] * 8]))
+    tokens = packed.pack(
+        (x, observed), 4, 4, 4, is_pad=jnp.asarray([[False] * 8, [True] * 8, [False] * 8])
+    )
     loc, scale = packed.token_scale(tokens)
     tiny = np.sqrt(1e-5)
     np.testing.assert_allclose(loc[:, 0, 0], [5.0, 0.0, 1.0])
     np.testing.assert_allclose(scale[:, 0, 0], [tiny, 1.0, tiny], rtol=1e-6)
-    np.testing.assert_allclose(scale[1, 2, 0], tiny, rtol=1e-6)  # the future of a series without a past is no padding
+    np.testing.assert_allclose(
+        scale[1, 2, 0], tiny, rtol=1e-6
+    )  # the future of a series without a past is no padding
 
 
 def test_order_times_and_padding_of_a_forecast():
@@ -56,11 +64,26 @@ def test_order_times_and_padding_of_a_forecast():
 
 def test_every_variate_counts_alike_in_the_loss():
     x, observed = series(2, 2, 4)
-    future = jnp.zeros((2, 2, 4)), jnp.asarray([[[1, 1, 1, 1], [1, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 0, 0]]], bool)
+    future = (
+        jnp.zeros((2, 2, 4)),
+        jnp.asarray([[[1, 1, 1, 1], [1, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 0, 0]]], bool),
+    )
     tokens = packed.pack((jnp.asarray(x), jnp.asarray(observed)), 4, 4, 4, future=future)
-    error = jnp.zeros((2, 4, 4)).at[0, 2].set(1.0).at[0, 3].set(4.0).at[1, 2].set(7.0).at[:, :2].set(99.0)
+    error = (
+        jnp.zeros((2, 4, 4))
+        .at[0, 2]
+        .set(1.0)
+        .at[0, 3]
+        .set(4.0)
+        .at[1, 2]
+        .set(7.0)
+        .at[:, :2]
+        .set(99.0)
+    )
     np.testing.assert_allclose(packed.group_mean(error, tokens), (1 + 4 + 7) / 3, rtol=1e-6)
-    np.testing.assert_allclose(packed.group_mean(error, tokens, jnp.asarray([1.0, 0.0])), 2.5, rtol=1e-6)
+    np.testing.assert_allclose(
+        packed.group_mean(error, tokens, jnp.asarray([1.0, 0.0])), 2.5, rtol=1e-6
+    )
 
 
 def test_default_width_of_the_feed_forward_layers():

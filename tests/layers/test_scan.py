@@ -42,15 +42,20 @@ class Layer(nn.Module):
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(Network(True).init, jax.random.key(0), np.ones((3, 4), np.float32))["params"]
+    shapes = jax.eval_shape(Network(True).init, jax.random.key(0), np.ones((3, 4), np.float32))[
+        "params"
+    ]
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
 def test_runs_are_neighbours_of_equal_widths():
     assert equal_runs(6, WIDTHS) == [range(3), range(3, 5), range(5, 6)]
     assert equal_runs(6, WIDTHS, ("a", "b", "b", "b", "b", "b")) == [
-        range(1), range(1, 3), range(3, 5), range(5, 6)
-    ]  # fmt: skip
+        range(1),
+        range(1, 3),
+        range(3, 5),
+        range(5, 6),
+    ]
     assert equal_runs(3, ()) == [range(3)]
 
 

@@ -12,7 +12,9 @@ from ltsm_jax import trees
 from ltsm_jax.layers import t5
 
 ENCODER = t5.StackConfig(8, 3, (2, 2), (12, 10), dropout=0.0)
-DECODER = t5.StackConfig(8, 3, (2, 2), (12, 10), (2, 1), activation="gelu_new", gated=True, dropout=0.2)
+DECODER = t5.StackConfig(
+    8, 3, (2, 2), (12, 10), (2, 1), activation="gelu_new", gated=True, dropout=0.2
+)
 
 
 def normal(seed, *shape):
@@ -20,9 +22,13 @@ def normal(seed, *shape):
 
 
 def drawn(cfg, **inputs):
-    shapes = jax.eval_shape(t5.Stack(cfg).init, jax.random.key(0), normal(0, 1, 2, cfg.d_model), **inputs)["params"]
+    shapes = jax.eval_shape(
+        t5.Stack(cfg).init, jax.random.key(0), normal(0, 1, 2, cfg.d_model), **inputs
+    )["params"]
     flat = trees.flatten(shapes)
-    return trees.unflatten({path: normal(i, *leaf.shape) * 0.4 for i, (path, leaf) in enumerate(flat.items())})
+    return trees.unflatten(
+        {path: normal(i, *leaf.shape) * 0.4 for i, (path, leaf) in enumerate(flat.items())}
+    )
 
 
 @pytest.mark.parametrize("family", ["chronos_bolt", "chronos_t5"])
@@ -34,13 +40,18 @@ def test_golden_buckets(golden, family):
         if named := re.fullmatch(r"util/buckets/out/(bi|uni)directional_(\d+)_(\d+)", key):
             found += 1
             got = t5.relative_buckets(
-                relative, bidirectional=named[1] == "bi", n_buckets=int(named[2]), max_distance=int(named[3])
+                relative,
+                bidirectional=named[1] == "bi",
+                n_buckets=int(named[2]),
+                max_distance=int(named[3]),
             )
             np.testing.assert_array_equal(got, want, err_msg=key)
     assert found
 
 
-@pytest.mark.parametrize("n, s, start", [(1, 1, None), (5, 5, None), (2, 7, None), (1, 6, 0), (1, 6, 5), (3, 9, 4)])
+@pytest.mark.parametrize(
+    "n, s, start", [(1, 1, None), (5, 5, None), (2, 7, None), (1, 6, 0), (1, 6, 5), (3, 9, 4)]
+)
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_position_bias_is_the_table_at_each_distance(n, s, start, bidirectional):
     table, kind = normal(0, 8, 3), {"bidirectional": bidirectional, "max_distance": 6}
@@ -66,19 +77,28 @@ def test_decoder_step_by_step_is_the_decoder_at_once():
     memory, memory_mask = normal(2, 2, 6, 8), jnp.asarray([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1]])
     params = drawn(DECODER, memory=memory[:1, :2])
     x, stack = normal(3, 4, 5, 8), t5.Stack(DECODER)
-    want, taps, _ = jax.jit(lambda y: stack.apply({"params": params}, y, memory=memory, memory_mask=memory_mask))(x)
+    want, taps, _ = jax.jit(
+        lambda y: stack.apply({"params": params}, y, memory=memory, memory_mask=memory_mask)
+    )(x)
     np.testing.assert_array_equal(taps["norm"], want)
 
     def run(x):
         cache, found = t5.empty_cache(DECODER, 4, 7), []
         y, _, cache = stack.apply(
-            {"params": params}, x[:, :2], memory=memory, memory_mask=memory_mask, cache=cache, start=0
+            {"params": params},
+            x[:, :2],
+            memory=memory,
+            memory_mask=memory_mask,
+            cache=cache,
+            start=0,
         )
         found = [y]
 
         def step(cache, i):
             x_B1D = jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
-            y, _, cache = stack.apply({"params": params}, x_B1D, memory_mask=memory_mask, cache=cache, start=i)
+            y, _, cache = stack.apply(
+                {"params": params}, x_B1D, memory_mask=memory_mask, cache=cache, start=i
+            )
             return cache, y[:, 0]
 
         _, rest = jax.lax.scan(step, cache, jnp.arange(2, 5))
@@ -87,7 +107,9 @@ def test_decoder_step_by_step_is_the_decoder_at_once():
     np.testing.assert_allclose(jax.jit(run)(x), want, atol=2e-5)
     for row in range(4):  # rows 0, 1 belong to series 0, rows 2, 3 to series 1
         own = slice(row // 2, row // 2 + 1)
-        alone = stack.apply({"params": params}, x[row : row + 1], memory=memory[own], memory_mask=memory_mask[own])[0]
+        alone = stack.apply(
+            {"params": params}, x[row : row + 1], memory=memory[own], memory_mask=memory_mask[own]
+        )[0]
         np.testing.assert_allclose(alone[0], want[row], atol=2e-5)
 
 
@@ -121,7 +143,9 @@ def test_a_pruned_stack_equals_one_with_dead_heads():
     small["layer_1/attn/out/kernel"] = dead["layer_1/attn/out/kernel"][1:]
     x = normal(4, 2, 5, 8)
     want = t5.Stack(ENCODER).apply({"params": trees.unflatten(dead)}, x)[0]
-    np.testing.assert_allclose(t5.Stack(cut).apply({"params": trees.unflatten(small)}, x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(
+        t5.Stack(cut).apply({"params": trees.unflatten(small)}, x)[0], want, atol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -138,7 +162,9 @@ def test_bfloat16_and_dropout():
 
 
 def test_wrong_sizes_are_all_told():
-    with pytest.raises(ValueError, match=r"same layers.*positive.*bias_columns must say how.*max_distance"):
+    with pytest.raises(
+        ValueError, match=r"same layers.*positive.*bias_columns must say how.*max_distance"
+    ):
         t5.StackConfig(0, 3, (2, 1), (8,), n_buckets=8, max_distance=2)
     with pytest.raises(ValueError, match="needs the encoder's output"):
         t5.Stack(DECODER).init(jax.random.key(0), normal(0, 1, 2, 8))
@@ -157,5 +183,7 @@ def test_every_parameter_has_its_distribution_and_its_sharding():
             assert kind == t5.Constant(2.0)
             continue
         want = std.get(path.split("/")[-2], 8**-0.5)
-        want = {"attn/out": (2 * 3) ** -0.5, "cross/out": (5 * 3) ** -0.5}.get("/".join(path.split("/")[-3:-1]), want)
+        want = {"attn/out": (2 * 3) ** -0.5, "cross/out": (5 * 3) ** -0.5}.get(
+            "/".join(path.split("/")[-3:-1]), want
+        )
         assert kind == t5.Normal(2.0 * want), path

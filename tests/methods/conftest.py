@@ -22,7 +22,12 @@ def pre(model):
 def series():
     """Three noisy seasons of 12 hours, 300 rows."""
     t, rng = np.arange(300), np.random.default_rng(0)
-    values = np.stack([np.sin(2 * np.pi * (t + 3 * c) / 12) * (c + 1) + 0.3 * rng.normal(size=300) for c in range(3)])
+    values = np.stack(
+        [
+            np.sin(2 * np.pi * (t + 3 * c) / 12) * (c + 1) + 0.3 * rng.normal(size=300)
+            for c in range(3)
+        ]
+    )
     stamps = np.datetime64("2024-01-01", "us") + t * np.timedelta64(1, "h")
     return Series("waves", values, ("a", "b", "c"), stamps, "h")
 

@@ -1,4 +1,6 @@
-"""Choices of alpha: what is tried, what wins, and that curvature and gradients are those of the formulas."""
+"""Choices of alpha: what is tried, what wins, and that curvature and gradients are those of the
+formulas.
+"""
 
 import dataclasses
 
@@ -24,15 +26,21 @@ QUICK = TrainConfig(epochs=1, batch_size=64)
 def good(model, pre, splits):
     """A model that knows the data, so that mixing costs something."""
     config = TrainConfig(epochs=2, batch_size=64, lr=3e-3)
-    return run(model, pre, strategy("ff"), splits, config=config, test=False, show_progress=False).params
+    return run(
+        model, pre, strategy("ff"), splits, config=config, test=False, show_progress=False
+    ).params
 
 
 @pytest.fixture(scope="module")
 def auto(model, good, splits):
-    return ltsm_jax.fit(model, good, splits, method="sff", alpha="auto", config=QUICK, show_progress=False)
+    return ltsm_jax.fit(
+        model, good, splits, method="sff", alpha="auto", config=QUICK, show_progress=False
+    )
 
 
-def test_auto_trains_the_grid_at_equal_budget_and_keeps_the_best_by_validation(auto, model, good, splits):
+def test_auto_trains_the_grid_at_equal_budget_and_keeps_the_best_by_validation(
+    auto, model, good, splits
+):
     trials = auto.choice.trials
     assert [trial.strategy.alpha for trial in trials] == [0.5, 0.7, 0.9, 1.0]
     assert {trial.epochs for trial in trials} == {1}
@@ -101,21 +109,36 @@ def test_a_training_that_fails_loses(model, good, splits, monkeypatch):
         raise NonFiniteError("step 9: the loss is inf")
 
     monkeypatch.setattr(choices._Scorer, "train", train)
-    with pytest.raises(NonFiniteError, match="at every alpha that was tried: step 3: the loss is nan"):
+    with pytest.raises(
+        NonFiniteError, match="at every alpha that was tried: step 3: the loss is nan"
+    ):
         choose(model, good, splits, grid=(0.5, 1.0))
 
 
 def test_sharpness_is_the_mean_diagonal_of_the_hessian_in_each_place():
-    # loss = sum of c_i w_i^2 / 2 has the diagonal c; random signs give the trace of a diagonal exactly.
-    params = {"a": jnp.ones(3), "b": {"x": jnp.ones(2), "y": jnp.ones((1, 2))}, "still": jnp.ones(4)}
-    curves = {"a": jnp.array([1.0, 2, 3]), "b": {"x": jnp.array([4.0, 5]), "y": jnp.array([[6.0, 7]])},
-              "still": jnp.full(4, 100.0)}  # fmt: skip
+    # loss = sum of c_i w_i^2 / 2 has the diagonal c; random signs give the trace of a diagonal
+    # exactly.
+    params = {
+        "a": jnp.ones(3),
+        "b": {"x": jnp.ones(2), "y": jnp.ones((1, 2))},
+        "still": jnp.ones(4),
+    }
+    curves = {
+        "a": jnp.array([1.0, 2, 3]),
+        "b": {"x": jnp.array([4.0, 5]), "y": jnp.array([[6.0, 7]])},
+        "still": jnp.full(4, 100.0),
+    }
 
     def loss(tree):
-        return sum(jnp.sum(c * w**2) / 2 for c, w in zip(jax.tree.leaves(curves), jax.tree.leaves(tree), strict=True))
+        return sum(
+            jnp.sum(c * w**2) / 2
+            for c, w in zip(jax.tree.leaves(curves), jax.tree.leaves(tree), strict=True)
+        )
 
     places = {"a": "first", "b/x": "second", "b/y": "second"}
-    found = choices._sharpness_by_place(jax.tree_util.Partial(loss), params, places, jax.random.key(0), 2)
+    found = choices._sharpness_by_place(
+        jax.tree_util.Partial(loss), params, places, jax.random.key(0), 2
+    )
     assert found == {"first": pytest.approx(2.0), "second": pytest.approx(5.5)}
 
 
@@ -123,7 +146,11 @@ def test_alphas_by_curvature_follow_their_formula():
     found = by_curvature({"a": 1.0, "b": 2.0, "c": 3.0}, 0.7)
     assert found == {"a": pytest.approx(0.85), "b": pytest.approx(0.7), "c": pytest.approx(0.55)}
     # No more than twice what is asked for, nothing for layers that curve down, and never below 0.
-    assert by_curvature({"a": 9.0, "b": 0.0, "c": -1.0}, 0.7) == {"a": pytest.approx(0.4), "b": 1.0, "c": 1.0}
+    assert by_curvature({"a": 9.0, "b": 0.0, "c": -1.0}, 0.7) == {
+        "a": pytest.approx(0.4),
+        "b": 1.0,
+        "c": 1.0,
+    }
     assert min(by_curvature({"a": 9.0, "b": 1.0, "c": 1.0}, 0.2).values()) == 0.0
     with pytest.raises(ValueError, match="no layer has a positive curvature"):
         by_curvature({"a": -1.0}, 0.7)
@@ -150,8 +177,18 @@ def test_the_gradient_of_the_learned_alphas_is_that_of_the_validation_loss(model
     batches = jax.random.randint(jax.random.key(1), (2, 16), 0, windows.n)
 
     def outer(logits):
-        return choices._outer(logits, good, other, windows, validation, batches, jax.random.key(2), jnp.float32(0.05),
-                              mixing=mixing, loss=task.loss(still))  # fmt: skip
+        return choices._outer(
+            logits,
+            good,
+            other,
+            windows,
+            validation,
+            batches,
+            jax.random.key(2),
+            jnp.float32(0.05),
+            mixing=mixing,
+            loss=task.loss(still),
+        )
 
     logits = dict.fromkeys(mixing.groups, jnp.float32(0.8))
     _, slope = outer(logits)
@@ -159,12 +196,16 @@ def test_the_gradient_of_the_learned_alphas_is_that_of_the_validation_loss(model
     for group in ("body", "head"):
         above = outer(logits | {group: logits[group] + step})[0]
         below = outer(logits | {group: logits[group] - step})[0]
-        assert float(slope[group]) == pytest.approx(float(above - below) / (2 * step), rel=0.03, abs=1e-4)
+        assert float(slope[group]) == pytest.approx(
+            float(above - below) / (2 * step), rel=0.03, abs=1e-4
+        )
 
 
 @pytest.mark.slow
 def test_learned_alphas_lower_the_validation_loss(model, good, splits):
-    alphas, steps = learn(model, good, splits, sff(0.7, keep=("norms",)), outer_steps=6, inner_steps=2, sample=64)
+    alphas, steps = learn(
+        model, good, splits, sff(0.7, keep=("norms",)), outer_steps=6, inner_steps=2, sample=64
+    )
     assert len(steps) == 6 and set(alphas) == {"head", "embedding", "biases", "body"}
     assert all(step == pytest.approx(0.7) for name, step in steps[0].items() if name != "loss")
     best = min(steps, key=lambda step: step["loss"])

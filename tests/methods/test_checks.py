@@ -26,11 +26,15 @@ def test_paired_interval_is_of_blocks_not_of_windows(splits, model, pre):
     swing = dataclasses.replace(before, squared=before.squared + 8.0 * (-1.0) ** block[:, None])
     _, (low, high) = paired_difference(before, swing, splits.val)
     n = block.max() + 1
-    assert (high - low) / 2 == pytest.approx(1.96 * np.std([(-1.0) ** i for i in range(n)], ddof=1) / n**0.5, rel=1e-6)
+    assert (high - low) / 2 == pytest.approx(
+        1.96 * np.std([(-1.0) ** i for i in range(n)], ddof=1) / n**0.5, rel=1e-6
+    )
 
 
 def gaps(blocks, items, mean, seed=0, shared=0.0, own=0.0):
-    """Windows of 5 steps in blocks of 4 origins: a mean, and what blocks and items have in common."""
+    """Windows of 5 steps in blocks of 4 origins: a mean, and what blocks and items have
+    in common.
+    """
     rng = np.random.default_rng(seed)
     block = np.repeat(np.arange(blocks), 4 * items)
     item = np.tile(np.arange(items), 4 * blocks)
@@ -77,13 +81,17 @@ def test_unobserved_windows_do_not_count():
 
 @pytest.mark.parametrize("blocks", [4, 6, 12])
 def test_equal_forecasts_are_seldom_told_apart(blocks):
-    """Targets of 8 rows overlap; at most 5 % of the intervals of each side should lie off zero (2.5 % nominal)."""
+    """Targets of 8 rows overlap; at most 5 % of the intervals of each side should lie off zero (2.5
+    % nominal).
+    """
     rng = np.random.default_rng(blocks)
     h, n = 8, 200
     wrong = 0
     for seed in range(n):
         errors = np.convolve(rng.normal(size=blocks * h + h - 1), np.ones(h), "valid")
         block = np.arange(blocks * h) // h
-        found = bootstrap_difference(errors, np.full(blocks * h, h), block, 0 * block, seed=seed, resamples=300)
+        found = bootstrap_difference(
+            errors, np.full(blocks * h, h), block, 0 * block, seed=seed, resamples=300
+        )
         wrong += found.high < 0
     assert wrong <= 0.05 * n

@@ -1,4 +1,6 @@
-"""Split-conformal quantiles: their order statistics, their record, and that they cover what they say."""
+"""Split-conformal quantiles: their order statistics, their record, and that they cover what they
+say.
+"""
 
 import dataclasses
 
@@ -45,7 +47,9 @@ def test_where_windows_are_too_few_the_largest_error_stands_in_on_both_sides():
     kept = Calibration.of(errors, 3, "of a test")
     np.testing.assert_array_equal(kept.quantiles(found(), (0.1, 0.9))[0, 0], [[-7, 7], [-7, 7]])
     assert kept.too_few((0.1, 0.5, 0.9)) == (0.1, 0.9)
-    assert kept.describe((0.1, 0.5)).endswith("; too few for 0.1, where the largest error stands in")
+    assert kept.describe((0.1, 0.5)).endswith(
+        "; too few for 0.1, where the largest error stands in"
+    )
 
 
 def test_quantiles_are_in_the_unit_of_each_context_and_rise_with_the_level():
@@ -53,14 +57,18 @@ def test_quantiles_are_in_the_unit_of_each_context_and_rise_with_the_level():
     one, ten = (kept.quantiles(found(point=3.0, unit=u), (0.05, 0.33, 0.95)) for u in (1.0, 10.0))
     np.testing.assert_allclose(ten - 3, 10 * (one - 3))
     assert (np.diff(one) > 0).all()
-    np.testing.assert_array_equal(kept.quantiles(found(point=3.0, unit=0.0), (0.05, 0.95)), np.full((1, 1, 2, 2), 3.0))
+    np.testing.assert_array_equal(
+        kept.quantiles(found(point=3.0, unit=0.0), (0.05, 0.95)), np.full((1, 1, 2, 2), 3.0)
+    )
 
 
 def test_targets_have_quantiles_of_their_own_where_windows_are_enough():
     errors = np.random.default_rng(0).normal(size=(ENOUGH, 2, 1)) * np.array([[[1.0], [10.0]]])
     own = Calibration.of(errors, ENOUGH, "").quantiles(found(c=2, horizon=1), (0.9,))[0, :, 0, 0]
     assert own[1] > 5 * own[0]
-    pooled = Calibration.of(errors, ENOUGH - 1, "").quantiles(found(c=2, horizon=1), (0.9,))[0, :, 0, 0]
+    pooled = Calibration.of(errors, ENOUGH - 1, "").quantiles(found(c=2, horizon=1), (0.9,))[
+        0, :, 0, 0
+    ]
     assert pooled[0] == pooled[1]
     errors[0, 0] = np.nan
     assert len(Calibration.of(errors, ENOUGH, "").offsets) == 1
@@ -107,7 +115,9 @@ def test_origins_lie_in_their_items_and_leave_a_context():
     assert (got.ends + 6 <= stop).all()
     assert (got.ends - start >= np.minimum(stop - start, 20) / 2).all()
     first = got.ends[got.items == 0]
-    assert first.min() == 10 and first.max() == 94, "from the oldest that has half a context to the newest"
+    assert first.min() == 10 and first.max() == 94, (
+        "from the oldest that has half a context to the newest"
+    )
 
 
 def test_long_items_have_whole_contexts():
@@ -137,17 +147,25 @@ def test_a_context_that_does_not_move_takes_the_unit_of_the_whole_item():
 
 
 def test_covers_what_it_says_on_rows_that_come_later():
-    """A walk with steps that grow: an interval of 80 % holds 80 % of what comes, in units of the context."""
+    """A walk with steps that grow: an interval of 80 % holds 80 % of what comes, in units of the
+    context.
+    """
     rng = np.random.default_rng(0)
     scale = np.linspace(1, 3, 6000)
-    walk = dataclasses.replace(panel(6000), values=(rng.standard_t(4, size=6000) * scale).cumsum()[None])
+    walk = dataclasses.replace(
+        panel(6000), values=(rng.standard_t(4, size=6000) * scale).cumsum()[None]
+    )
     past = dataclasses.replace(walk, values=walk.values[:, :4000], bounds=np.array([0, 4000]))
 
     def after(panel, ends):
         origins = Origins(np.zeros(len(ends), int), ends)
-        return origins, panels.forecast(SeasonalNaive(), {}, panel, 8, context_len=64, origins=origins, season=1)
+        return origins, panels.forecast(
+            SeasonalNaive(), {}, panel, 8, context_len=64, origins=origins, season=1
+        )
 
-    kept = Calibration.measured(past, *after(past, rolling_origins(past, 8, 64).ends), "of the past")
+    kept = Calibration.measured(
+        past, *after(past, rolling_origins(past, 8, 64).ends), "of the past"
+    )
     ends = np.arange(4000, 5992, 2)
     _, later = after(walk, ends)
     true = walk.values[0, ends[:, None] + np.arange(8)]

@@ -20,7 +20,11 @@ from ltsm_jax.models import FAMILIES, parts
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks.forecasting import Forecasting, training_windows
 
-REFUSED = ("ttm", "ttm_r3", "units")  # blocks of other resolutions; heads that are no prunable parts
+REFUSED = (
+    "ttm",
+    "ttm_r3",
+    "units",
+)  # blocks of other resolutions; heads that are no prunable parts
 ONE_PASS = {"ratio": 0.3, "ema": 0.5, "epochs": 0}
 
 
@@ -75,9 +79,13 @@ def test_what_is_left_computes_what_skipping_the_layer_does(deep, weights, split
     for gone in (["layer_1"], ["layer_0", "layer_2"]):
         small, left = pruning.drop_layers(deep, weights, gone)
         want = skipping(deep, weights, context, 8, gone)
-        np.testing.assert_allclose(small.predict(left, context, 8).point, want, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            small.predict(left, context, 8).point, want, rtol=1e-6, atol=1e-6
+        )
     assert small.config == dataclasses.replace(deep.config, n_heads=(1,), ffn_dims=(16,))
-    np.testing.assert_array_equal(left["layer_0"]["up"]["kernel"], weights["layer_1"]["up"]["kernel"])
+    np.testing.assert_array_equal(
+        left["layer_0"]["up"]["kernel"], weights["layer_1"]["up"]["kernel"]
+    )
 
 
 @pytest.mark.slow
@@ -99,8 +107,12 @@ def test_every_plain_stack_can_be_shorter(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_stacks_are_refused_before_anything_is_measured(name):
     model = FAMILIES[name](FAMILIES[name].small())
-    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(model.init, jax.random.key(0)))
-    with pytest.raises(ValueError, match=f"layers of a {name} can't be taken out: they are not a plain list"):
+    params = jax.tree.map(
+        lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(model.init, jax.random.key(0))
+    )
+    with pytest.raises(
+        ValueError, match=f"layers of a {name} can't be taken out: they are not a plain list"
+    ):
         depth.check_depth(model, params, 1)
 
 
@@ -116,18 +128,32 @@ def test_the_least_influential_layers_go_but_never_all_of_a_stack(deep, weights)
 
 
 @pytest.mark.slow
-def test_a_shorter_model_is_saved_loaded_tuned_and_exported_like_any_other(deep, weights, splits, tmp_path):
+def test_a_shorter_model_is_saved_loaded_tuned_and_exported_like_any_other(
+    deep, weights, splits, tmp_path
+):
     config = pruning.PruneConfig(**ONE_PASS, depth=1)
-    found = pruning.prune(deep, weights, splits, config, folder=tmp_path / "pruning", show_progress=False)
+    found = pruning.prune(
+        deep, weights, splits, config, folder=tmp_path / "pruning", show_progress=False
+    )
     influence = found.influence
     assert influence is not None and found.gone == (min(influence, key=influence.__getitem__),)
     assert len(found.model.config.n_heads) == 2 and set(found.masks) == {"layer_0", "layer_1"}
-    again = pruning.prune(deep, weights, splits, config, folder=tmp_path / "pruning", show_progress=False)
+    again = pruning.prune(
+        deep, weights, splits, config, folder=tmp_path / "pruning", show_progress=False
+    )
     assert again.influence == influence and again.model == found.model
 
     tuning = training.TrainConfig(epochs=1, batch_size=128, lr=1e-3)
     chosen = strategy("sff")
-    tuned = run(found.model, found.params, chosen, splits, config=tuning, masks=found.masks, show_progress=False)
+    tuned = run(
+        found.model,
+        found.params,
+        chosen,
+        splits,
+        config=tuning,
+        masks=found.masks,
+        show_progress=False,
+    )
     assert np.isfinite(tuned.val["mse"])
     ltsm_jax.save(tmp_path / "model", found.model, tuned.params)
     model, params = ltsm_jax.load(tmp_path / "model")
@@ -135,7 +161,9 @@ def test_a_shorter_model_is_saved_loaded_tuned_and_exported_like_any_other(deep,
     jax.tree.map(np.testing.assert_array_equal, params, tuned.params)
 
 
-def test_a_model_pruned_in_depth_and_width_is_exported_at_its_depth_and_the_full_width(splits, tmp_path):
+def test_a_model_pruned_in_depth_and_width_is_exported_at_its_depth_and_the_full_width(
+    splits, tmp_path
+):
     whole = Timer(TimerConfig(8, 16, 8, (2, 2, 2), (24, 24, 24), context_len=32, horizon=8))
     weights = jax.tree.map(lambda p: 1.5 * p, whole.init(jax.random.key(3)))
     shorter, left = pruning.drop_layers(whole, weights, ["layer_1"])

@@ -17,11 +17,19 @@ from ltsm_jax.methods.binding import cut_windows
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.models.ttm import TTM, TTMConfig
 
-SHORT = {"config": training.TrainConfig(epochs=1, batch_size=64), "few_shot": 0.3, "show_progress": False}
+SHORT = {
+    "config": training.TrainConfig(epochs=1, batch_size=64),
+    "few_shot": 0.3,
+    "show_progress": False,
+}
 
 
 def test_fit_keeps_what_validation_prefers(model, pre, series, splits):
-    quiet = dict(config=training.TrainConfig(epochs=3, batch_size=64, lr=3e-3), horizon=8, show_progress=False)
+    quiet = dict(
+        config=training.TrainConfig(epochs=3, batch_size=64, lr=3e-3),
+        horizon=8,
+        show_progress=False,
+    )
     fitted = fit(model, pre, series, method="ff", **quiet)
     assert fitted.kept == "tuned" and fitted.params is fitted.result.params
     assert fitted.difference == pytest.approx(fitted.tuned["mse"] - fitted.zero_shot["mse"])
@@ -30,7 +38,13 @@ def test_fit_keeps_what_validation_prefers(model, pre, series, splits):
     assert "kept the tuned weights" in str(fitted)
 
     better = fitted.params
-    worse = fit(model, better, splits, method="tfs", **(quiet | {"config": training.TrainConfig(epochs=1, lr=1e-6)}))
+    worse = fit(
+        model,
+        better,
+        splits,
+        method="tfs",
+        **(quiet | {"config": training.TrainConfig(epochs=1, lr=1e-6)}),
+    )
     assert worse.kept == "zero_shot" and worse.params is better
     assert worse.difference > 0 and "tuning lost" in str(worse)
     anyway = fit(
@@ -45,10 +59,16 @@ def test_fit_keeps_what_validation_prefers(model, pre, series, splits):
 
 
 def test_fit_reads_tables_and_files(model, pre, series, tmp_path):
-    table = pd.DataFrame(series.values.T, columns=list(series.columns)).assign(date=series.timestamps)
+    table = pd.DataFrame(series.values.T, columns=list(series.columns)).assign(
+        date=series.timestamps
+    )
     table.to_csv(tmp_path / "waves.csv", index=False)
     quiet = dict(
-        method="sff", alpha=0.9, target="b", config=training.TrainConfig(epochs=1, batch_size=64), show_progress=False
+        method="sff",
+        alpha=0.9,
+        target="b",
+        config=training.TrainConfig(epochs=1, batch_size=64),
+        show_progress=False,
     )
     from_table = fit(model, pre, table, **quiet)
     from_file = fit(model, pre, tmp_path / "waves.csv", **quiet)
@@ -83,12 +103,23 @@ def test_fit_prune_and_forecast_read_by_the_same_options():
 
 @pytest.mark.slow
 def test_what_forecast_reads_fit_reads(model, pre, series):
-    """A long table of two items with gaps, out of order: every option that its messages name is one of fit."""
+    """A long table of two items with gaps, out of order: every option that its messages name is one
+    of fit.
+    """
     long = pd.concat(
-        [pd.DataFrame({"item": name, "at": series.timestamps, "sold": row}) for name, row in zip("pq", series.values)]
+        [
+            pd.DataFrame({"item": name, "at": series.timestamps, "sold": row})
+            for name, row in zip("pq", series.values)
+        ]
     )
     long = long.drop(index=[100, 101]).sample(frac=1.0, random_state=0)
-    how = {"target": "sold", "time": "at", "id": "item", "irregular": "regularise", "missing": "interpolate"}
+    how = {
+        "target": "sold",
+        "time": "at",
+        "id": "item",
+        "irregular": "regularise",
+        "missing": "interpolate",
+    }
     fitted = fit(model, pre, long, method="ff", **SHORT, **how)
     future = ltsm_jax.forecast(fitted.model, fitted.params, long, 3, **how)
     assert fitted.splits.columns == tuple(future.columns[1:])
@@ -96,7 +127,9 @@ def test_what_forecast_reads_fit_reads(model, pre, series):
 
 
 def test_a_recipe_keeps_what_a_config_leaves_out(model, pre, splits):
-    fitted = fit(model, pre, splits, method="ff", config=ltsm_jax.TrainConfig(epochs=1), show_progress=False)
+    fitted = fit(
+        model, pre, splits, method="ff", config=ltsm_jax.TrainConfig(epochs=1), show_progress=False
+    )
     history = fitted.result.history
     assert len(history) == 1 and history[0]["lr"] == pytest.approx(model.recipe().lr)
     assert history[0]["step"] == -(-splits.train.n // model.recipe().batch_size)
@@ -109,32 +142,57 @@ def test_two_seeds_are_refused(model, pre, splits):
 
 def test_a_strategy_of_ones_own_is_as_good_as_a_name(model, pre, splits):
     assert ltsm_jax.Strategy is strategies.Strategy
-    named = fit(model, pre, splits, method="sff", alpha=0.9, config=training.TrainConfig(epochs=1), show_progress=False)
-    own = fit(
-        model, pre, splits, method=strategies.sff(0.9), config=training.TrainConfig(epochs=1), show_progress=False
+    named = fit(
+        model,
+        pre,
+        splits,
+        method="sff",
+        alpha=0.9,
+        config=training.TrainConfig(epochs=1),
+        show_progress=False,
     )
-    for a, b in zip(jax.tree.leaves(named.result.params), jax.tree.leaves(own.result.params), strict=True):
+    own = fit(
+        model,
+        pre,
+        splits,
+        method=strategies.sff(0.9),
+        config=training.TrainConfig(epochs=1),
+        show_progress=False,
+    )
+    for a, b in zip(
+        jax.tree.leaves(named.result.params), jax.tree.leaves(own.result.params), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="a Strategy has its own"):
         fit(model, pre, splits, method=strategies.sff(0.9), alpha=0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # one scaling rule
 
 
 def test_what_lies_outside_the_windows_does_not_change_training(model, pre, series):
-    """Another unit, and a rescaled stretch that no window of the last rows sees: the same steps are taken."""
-    quiet = {"method": "ff", "config": training.TrainConfig(epochs=1, batch_size=64), "show_progress": False}
+    """Another unit, and a rescaled stretch that no window of the last rows sees: the same steps are
+    taken.
+    """
+    quiet = {
+        "method": "ff",
+        "config": training.TrainConfig(epochs=1, batch_size=64),
+        "show_progress": False,
+    }
     plain = fit(model, pre, series, **quiet)
     scaled = dataclasses.replace(series, values=series.values * 1e6 + 3e7)
     other = fit(model, pre, scaled, **quiet)
     assert other.tuned["mse"] == pytest.approx(plain.tuned["mse"], rel=1e-3)
-    assert other.result.history[0]["train_loss"] == pytest.approx(plain.result.history[0]["train_loss"], rel=1e-3)
+    assert other.result.history[0]["train_loss"] == pytest.approx(
+        plain.result.history[0]["train_loss"], rel=1e-3
+    )
 
 
 def test_a_fit_scores_what_a_forecast_gives(model, pre, series):
-    """The last validation window, forecast from a table that ends before its target, has the error that fit reports."""
+    """The last validation window, forecast from a table that ends before its target, has the error
+    that fit reports.
+    """
     splits = prepare(series, 64, 8)  # longer than the model's own 32
     task = ltsm_jax.api.forecasting.Forecasting("ims", "context")
     lo = splits.borders.val[0]
@@ -146,7 +204,7 @@ def test_a_fit_scores_what_a_forecast_gives(model, pre, series):
     assert mse == pytest.approx(np.mean(np.square((got - truth) / splits.scaler.std[0])), rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # missing values
 
 
@@ -168,13 +226,15 @@ def test_a_series_with_gaps_is_tuned_as_it_is(model, pre, series):
     assert fitted.zero_shot["mse"] == pytest.approx(np.nanmean(np.square(point - target)), rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the verdict
 
 
 @pytest.mark.slow
 def test_naive_forecasts_count_in_the_verdict(model, pre):
-    """A season of a day that repeats but for a little noise: a model that was never trained is far behind."""
+    """A season of a day that repeats but for a little noise: a model that was never trained is far
+    behind.
+    """
     t, rng = np.arange(300), np.random.default_rng(0)
     stamps = np.datetime64("2024-01-01", "us") + t * np.timedelta64(1, "h")
     values = (np.sin(2 * np.pi * t / 24) + 0.01 * rng.normal(size=300))[None]
@@ -185,7 +245,14 @@ def test_naive_forecasts_count_in_the_verdict(model, pre):
 
 
 def test_equal_within_the_interval_is_no_loss(model, pre, splits):
-    fitted = fit(model, pre, splits, method="ff", config=training.TrainConfig(epochs=1, lr=1e-12), show_progress=False)
+    fitted = fit(
+        model,
+        pre,
+        splits,
+        method="ff",
+        config=training.TrainConfig(epochs=1, lr=1e-12),
+        show_progress=False,
+    )
     same = dataclasses.replace(fitted, kept="zero_shot", interval=(-1e-3, 1e-3), difference=1e-6)
     assert "no difference that the data can show" in str(same) and "lost" not in str(same)
     unsure = dataclasses.replace(fitted, interval=(float("nan"), float("nan")))
@@ -198,12 +265,14 @@ def test_a_constant_column_has_a_verdict(model, pre):
 
 
 def test_in_a_notebook_it_is_short(model, pre, splits):
-    fitted = fit(model, pre, splits, method="ff", config=training.TrainConfig(epochs=1), show_progress=False)
+    fitted = fit(
+        model, pre, splits, method="ff", config=training.TrainConfig(epochs=1), show_progress=False
+    )
     assert len(repr(fitted)) < 200 and "validation MSE" in repr(fitted)
     assert len(fitted._repr_html_()) < 2000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # folders
 
 
@@ -224,26 +293,39 @@ def test_a_folder_belongs_to_one_model_and_one_table(model, pre, splits, series,
         fit(model, moved, splits, folder=tmp_path / "run", **quiet)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what fits
 
 
 def months(rows=144):
     t = np.arange(rows)
     stamps = (np.datetime64("2010-01") + t.astype("timedelta64[M]")).astype("datetime64[us]")
-    values = 100 + t / 10 + 10 * np.sin(2 * np.pi * t / 12) + np.random.default_rng(0).normal(size=rows)
+    values = (
+        100 + t / 10 + 10 * np.sin(2 * np.pi * t / 12) + np.random.default_rng(0).normal(size=rows)
+    )
     return Series("monthly", values[None], ("y",), stamps, "MS")
 
 
-PATCH_96 = Timer(TimerConfig.of(96, 8, 8, 1, 1, context_len=672, horizon=96))  # as timer-tiny counts, but smaller
+PATCH_96 = Timer(
+    TimerConfig.of(96, 8, 8, 1, 1, context_len=672, horizon=96)
+)  # as timer-tiny counts, but smaller
 MIXER = TTM(
     TTMConfig.of(
-        context_len=96, horizon=24, patch_len=12, d_model=16, decoder_d_model=12, layers=1, decoder_layers=1, levels=1
+        context_len=96,
+        horizon=24,
+        patch_len=12,
+        d_model=16,
+        decoder_d_model=12,
+        layers=1,
+        decoder_layers=1,
+        levels=1,
     )
 )
 
 
-@pytest.mark.parametrize("which", [PATCH_96, pytest.param(MIXER, marks=pytest.mark.slow)], ids=["timer", "ttm"])
+@pytest.mark.parametrize(
+    "which", [PATCH_96, pytest.param(MIXER, marks=pytest.mark.slow)], ids=["timer", "ttm"]
+)
 def test_144_months_are_tuned_for_12(which):
     params = jax.jit(which.init)(jax.random.key(0))
     fitted = fit(which, params, months(), method="ff", horizon=12, **(SHORT | {"few_shot": 1.0}))
@@ -256,15 +338,21 @@ def test_144_months_are_tuned_for_12(which):
         assert "context of 96 rows" in str(fitted), "whoever prints it reads what was given up"
 
 
-@pytest.mark.parametrize("which", [PATCH_96, pytest.param(MIXER, marks=pytest.mark.slow)], ids=["timer", "ttm"])
-@pytest.mark.parametrize("asked", [{"context_len": 140}, {"horizon": 90}, {"horizon": 60, "mode": "ims"}])
+@pytest.mark.parametrize(
+    "which", [PATCH_96, pytest.param(MIXER, marks=pytest.mark.slow)], ids=["timer", "ttm"]
+)
+@pytest.mark.parametrize(
+    "asked", [{"context_len": 140}, {"horizon": 90}, {"horizon": 60, "mode": "ims"}]
+)
 def test_the_advice_works_when_it_is_followed(which, asked):
     params = jax.eval_shape(which.init, jax.random.key(0))
     asked = {"horizon": 12} | asked
     with pytest.raises(DataError, match="What fits: ") as caught:
         cut_windows(which, params, months(), **asked)
     advice = dict(part.split("=") for part in str(caught.value).split("What fits: ")[1].split(", "))
-    follow = {"horizon": asked["horizon"]} | {k: json.loads(v.replace("'", '"')) for k, v in advice.items()}
+    follow = {"horizon": asked["horizon"]} | {
+        k: json.loads(v.replace("'", '"')) for k, v in advice.items()
+    }
     splits, mode = cut_windows(which, params, months(), **follow)
     assert splits.train.n >= 1 and splits.val.n >= 1 and mode == follow["mode"]
 

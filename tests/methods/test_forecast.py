@@ -49,22 +49,35 @@ def test_equals_predict_on_the_standardised_context(params):
     x = df[["a"]].to_numpy().T[:, -32:]
     z = (x - x.mean()) / x.std()
     predict = jax.jit(MODEL.predict, static_argnums=2)
-    want = np.asarray(predict(params, z[None].astype(np.float32), 8).point)[0, 0] * x.std() + x.mean()
-    np.testing.assert_allclose(ltsm_jax.forecast(MODEL, params, df, 8, target="a")["a"], want, rtol=1e-5, atol=1e-6)
+    want = (
+        np.asarray(predict(params, z[None].astype(np.float32), 8).point)[0, 0] * x.std() + x.mean()
+    )
+    np.testing.assert_allclose(
+        ltsm_jax.forecast(MODEL, params, df, 8, target="a")["a"], want, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.fixture(scope="module")
 def mixer():
     """A TTM of a few thousand parameters, for one variate at a time."""
     config = TTMConfig.of(
-        context_len=32, horizon=8, patch_len=8, d_model=16, decoder_d_model=12, layers=1, decoder_layers=1, levels=1
+        context_len=32,
+        horizon=8,
+        patch_len=8,
+        d_model=16,
+        decoder_d_model=12,
+        layers=1,
+        decoder_layers=1,
+        levels=1,
     )
     model = TTM(config)
     return model, jax.jit(model.init)(jax.random.key(1))
 
 
 def spiked(rows):
-    """A column of 10 +- 1 with a spike of a million in the rows before those that the model sees."""
+    """A column of 10 +- 1 with a spike of a million in the rows before those that the
+    model sees.
+    """
     values = 10 + np.random.default_rng(0).normal(size=rows)
     values[50] = 1e6
     return pd.DataFrame({"ds": pd.date_range("2024-01-01", periods=rows, freq="h"), "y": values})
@@ -84,7 +97,9 @@ def test_rows_that_the_model_does_not_see_change_nothing(params, mixer, which):
 def test_values_of_any_size_are_forecast_alike(params, size):
     values = table()[["a"]].to_numpy().T
     small, large = (Series("made", values * factor, ("a",)) for factor in (1.0, size))
-    want, got = (ltsm_jax.forecast(MODEL, params, series, 8)["a"].to_numpy() for series in (small, large))
+    want, got = (
+        ltsm_jax.forecast(MODEL, params, series, 8)["a"].to_numpy() for series in (small, large)
+    )
     np.testing.assert_allclose(got / size, want, rtol=1e-4)
 
 
@@ -101,7 +116,10 @@ def test_a_constant_column_is_forecast_by_its_size(params, value):
 def test_what_cannot_be_forecast_is_said_in_one_line(params):
     other = Timer(TimerConfig.of(8, 16, 24, 1, 2, context_len=32, horizon=8))
     cases = [
-        (lambda: ltsm_jax.forecast(MODEL, other.init(jax.random.key(0)), table(), 3), "not those of this timer model"),
+        (
+            lambda: ltsm_jax.forecast(MODEL, other.init(jax.random.key(0)), table(), 3),
+            "not those of this timer model",
+        ),
         (lambda: ltsm_jax.forecast(MODEL, params, table(), 4.0), "horizon must be a whole number"),
         (lambda: ltsm_jax.forecast(MODEL, params, table(), 0), "horizon must be a whole number"),
         (lambda: ltsm_jax.forecast(MODEL, params, table(), True), "horizon must be a whole number"),
@@ -134,7 +152,9 @@ def test_columns_that_would_meet_are_refused(params):
     clash = table().rename(columns={"a": "timestamp"})
     with pytest.raises(DataError, match="'timestamp'.*rename"):
         ltsm_jax.forecast(MODEL, params, clash, 3, time="ds")
-    again = ltsm_jax.forecast(MODEL, params, clash.rename(columns={"timestamp": "stamp"}), 3, time="ds")
+    again = ltsm_jax.forecast(
+        MODEL, params, clash.rename(columns={"timestamp": "stamp"}), 3, time="ds"
+    )
     assert list(again.columns)[1:] == ["stamp", "b"]
 
     bolt = ChronosBolt(ChronosBolt.small())
@@ -147,7 +167,12 @@ def test_columns_that_would_meet_are_refused(params):
 
 def test_stamps_come_back_under_their_name(params):
     dated = table()
-    assert ltsm_jax.forecast(MODEL, params, dated.rename(columns={"ds": "Tag"}), 2, time="Tag").columns[0] == "Tag"
+    assert (
+        ltsm_jax.forecast(
+            MODEL, params, dated.rename(columns={"ds": "Tag"}), 2, time="Tag"
+        ).columns[0]
+        == "Tag"
+    )
     index = dated.set_index("ds")
     assert ltsm_jax.forecast(MODEL, params, index, 2).columns[0] == "ds"
     assert ltsm_jax.forecast(MODEL, params, index.rename_axis(None), 2).columns[0] == "timestamp"
@@ -157,7 +182,10 @@ def test_stamps_come_back_in_their_zone(params):
     df = table()
     df["ds"] = df["ds"].dt.tz_localize("Europe/Berlin")
     got = ltsm_jax.forecast(MODEL, params, df, 2)["ds"]
-    assert got[0] == pd.Timestamp("2024-01-05 04:00", tz="Europe/Berlin") and str(got.dt.tz) == "Europe/Berlin"
+    assert (
+        got[0] == pd.Timestamp("2024-01-05 04:00", tz="Europe/Berlin")
+        and str(got.dt.tz) == "Europe/Berlin"
+    )
 
 
 def test_tables_without_stamps_and_bad_tables(params):
@@ -180,18 +208,30 @@ def shop(rows=150):
 
 @pytest.mark.slow
 def test_a_models_weights_do_not_depend_on_the_name_of_a_file(tmp_path):
-    """Tokens that a UniTS lacks are drawn for tuning, are those of the tuned model under any name, and nowhere else."""
+    """Tokens that a UniTS lacks are drawn for tuning, are those of the tuned model under any name,
+    and nowhere else.
+    """
     model = Units(Units.small())
     weights = jax.jit(model.init)(jax.random.key(0))
     for name in ("shop_a", "shop_b", "weather"):
         shop().to_csv(tmp_path / f"{name}.csv", index=False)
-    with pytest.raises(ValueError, match=r"no parameters for 3 variates.*fit\(\.\.\.\).*untrained=True") as caught:
+    with pytest.raises(
+        ValueError, match=r"no parameters for 3 variates.*fit\(\.\.\.\).*untrained=True"
+    ) as caught:
         ltsm_jax.forecast(model, weights, tmp_path / "shop_a.csv", 4)
     assert len(str(caught.value)) < 500
 
-    tuning = {"method": "recipe", "config": ltsm_jax.TrainConfig(epochs=1), "keep": "tuned", "show_progress": False}
+    tuning = {
+        "method": "recipe",
+        "config": ltsm_jax.TrainConfig(epochs=1),
+        "keep": "tuned",
+        "show_progress": False,
+    }
     fitted = ltsm_jax.fit(model, weights, tmp_path / "shop_a.csv", **tuning)
-    got = [ltsm_jax.forecast(fitted.model, fitted.params, tmp_path / f"{name}.csv", 4) for name in ("shop_a", "shop_b")]
+    got = [
+        ltsm_jax.forecast(fitted.model, fitted.params, tmp_path / f"{name}.csv", 4)
+        for name in ("shop_a", "shop_b")
+    ]
     pd.testing.assert_frame_equal(*got)
     asked = ltsm_jax.forecast(model, weights, tmp_path / "shop_a.csv", 4, untrained=True)
     assert not np.allclose(asked[["a", "b", "c"]], got[0][["a", "b", "c"]], rtol=1e-4)

@@ -1,4 +1,6 @@
-"""Multi-scale fine-tuning: where it begins, what it trains, how it is kept, and who cannot have it."""
+"""Multi-scale fine-tuning: where it begins, what it trains, how it is kept, and who cannot
+have it.
+"""
 
 import dataclasses
 
@@ -95,7 +97,9 @@ def test_each_scale_begins_as_the_checkpoint_on_that_scale(params, scaled):
 def test_samples_are_of_the_mixture(scaled):
     model, new = scaled
     new = new | {"scale_weights": jnp.asarray([0.0, 1.0, -40.0])}
-    parts = jax.jit(lambda p, x: model.scaled_future(p, x, HORIZON, 8))(new, observed_series(walks(1, 1, 30)))
+    parts = jax.jit(lambda p, x: model.scaled_future(p, x, HORIZON, 8))(
+        new, observed_series(walks(1, 1, 30))
+    )
     mix = multiscale.mixed(new["scale_weights"], parts, HORIZON)
     keys = jax.random.split(jax.random.key(3), 1)
     found = jax.jit(lambda keys: mix.sample(keys, 4000))(keys)
@@ -104,8 +108,12 @@ def test_samples_are_of_the_mixture(scaled):
     apart = [jax.jit(lambda keys, part=part: part.sample(keys, 4000))(keys) for part in mix.parts]
     below = [float((np.asarray(draws) < level).mean()) for draws in apart]
     shares = np.asarray(mix.weights[0])
-    np.testing.assert_allclose(shares, np.exp([0, 1, -40]) / np.exp([0, 1]).sum(), rtol=1e-5, atol=1e-12)
-    assert float((np.asarray(found) < level).mean()) == pytest.approx(float(shares @ below), abs=0.02)
+    np.testing.assert_allclose(
+        shares, np.exp([0, 1, -40]) / np.exp([0, 1]).sum(), rtol=1e-5, atol=1e-12
+    )
+    assert float((np.asarray(found) < level).mean()) == pytest.approx(
+        float(shares @ below), abs=0.02
+    )
 
 
 @pytest.mark.slow
@@ -132,12 +140,20 @@ def test_every_new_part_has_a_gradient(params, scaled):
 def test_a_few_steps_lower_the_loss_and_come_back_from_disk(params, tmp_path, patch_size):
     model = Moirai(dataclasses.replace(MODEL.config, patch_size=patch_size, variates="independent"))
     t, rng = np.arange(400), np.random.default_rng(0)
-    values = np.stack([np.sin(2 * np.pi * t / (12 + c)) + 0.1 * rng.normal(size=400) for c in range(2)])
+    values = np.stack(
+        [np.sin(2 * np.pi * t / (12 + c)) + 0.1 * rng.normal(size=400) for c in range(2)]
+    )
     series = Series("waves", values, ("a", "b"), None, None)
     splits = prepare(series, model.context_len, model.horizon)
     config = TrainConfig(epochs=2, batch_size=64, lr=3e-3, schedule="constant")
     found = ltsm_jax.fit(
-        model, params, splits, method=msft(2, rank=4), config=config, keep="tuned", show_progress=False
+        model,
+        params,
+        splits,
+        method=msft(2, rank=4),
+        config=config,
+        keep="tuned",
+        show_progress=False,
     )
     losses = [entry["train_loss"] for entry in found.result.history]
     assert losses[1] < losses[0]
@@ -145,8 +161,14 @@ def test_a_few_steps_lower_the_loss_and_come_back_from_disk(params, tmp_path, pa
 
     begin = trees.flatten(model.with_scales(params, HOW, jax.random.key(1))[1])
     tuned = trees.flatten(found.params)
-    old = {path for path in trees.flatten(params) if (np.asarray(tuned[path]) != np.asarray(begin[path])).any()}
-    assert old and not [path for path in old if "/ffn/" in path or ("kernel" in path and "head/" not in path)]
+    old = {
+        path
+        for path in trees.flatten(params)
+        if (np.asarray(tuned[path]) != np.asarray(begin[path])).any()
+    }
+    assert old and not [
+        path for path in old if "/ffn/" in path or ("kernel" in path and "head/" not in path)
+    ]
     assert all(np.asarray(tuned[path]).any() for path in set(begin) - set(trees.flatten(params)))
 
     ltsm_jax.save(tmp_path / "tuned", found.model, found.params)
@@ -154,7 +176,8 @@ def test_a_few_steps_lower_the_loss_and_come_back_from_disk(params, tmp_path, pa
     assert again == found.model
     context = walks(2, 1, 40)
     one, other = (
-        jax.jit(m.predict, static_argnums=2)(p, context, 8) for m, p in ((found.model, found.params), (again, loaded))
+        jax.jit(m.predict, static_argnums=2)(p, context, 8)
+        for m, p in ((found.model, found.params), (again, loaded))
     )
     np.testing.assert_array_equal(one.samples, other.samples)
     assert np.isfinite(one.point).all()
@@ -191,4 +214,6 @@ def test_what_it_cannot_do_is_refused(model, pre, splits, params, scaled):
     with pytest.raises(ValueError, match="no masks for"):
         run(MODEL, params, strategy("msft"), splits, masks={})
     with pytest.raises(ValueError, match="1 to 8 further scales"):
-        Moirai.config_from_dict(scaled[0].config_to_dict() | {"multiscale": {"further": 90, "rank": 4}})
+        Moirai.config_from_dict(
+            scaled[0].config_to_dict() | {"multiscale": {"further": 90, "rank": 4}}
+        )

@@ -32,7 +32,12 @@ def pre(model):
 @pytest.fixture(scope="module")
 def few(series):
     """130 training windows."""
-    return prepare(dataclasses.replace(series, values=series.values[:, :200], timestamps=None), 32, 8, few_shot=0.43)
+    return prepare(
+        dataclasses.replace(series, values=series.values[:, :200], timestamps=None),
+        32,
+        8,
+        few_shot=0.43,
+    )
 
 
 def quietly(model, params, splits, **options):
@@ -66,7 +71,9 @@ def test_worked_scores():
 
 
 def line_loss(params, batch, key, train):
-    """Of the mean over rows of (y - sum over the channels of m_in * w * x)^2 / 2, as a model with one linear."""
+    """Of the mean over rows of (y - sum over the channels of m_in * w * x)^2 / 2, as a model with
+    one linear.
+    """
     linear: Any = Linear((4,), (1,))
     y = linear.apply({"params": params}, batch["context"])[..., 0]
     row = 0.5 * jnp.square(y - batch["target"])
@@ -75,8 +82,9 @@ def line_loss(params, batch, key, train):
 
 
 def line(rows=6):
-    """A linear at the root of the tree, and rows that it fits but for noise: there the squared gradient is the
-    curvature."""
+    """A linear at the root of the tree, and rows that it fits but for noise: there the squared
+    gradient is the curvature.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, 4)).astype(np.float32)
     w = np.asarray([[1.0], [-0.5], [0.01], [0.3]], np.float32)
@@ -102,7 +110,9 @@ def test_scores_of_a_line_equal_finite_differences_and_its_formula():
     assert float(sums["rows"]) == 6
 
     def loss(m):  # float64, by hand
-        return float(np.mean(0.5 * np.square(x @ (m * w) - np.asarray(batch["target"], np.float64))))
+        return float(
+            np.mean(0.5 * np.square(x @ (m * w) - np.asarray(batch["target"], np.float64)))
+        )
 
     step = 1e-5
     for i in range(4):
@@ -111,7 +121,9 @@ def test_scores_of_a_line_equal_finite_differences_and_its_formula():
         np.testing.assert_allclose(sums["h"]["in"][i] / 6, slope, rtol=1e-3, atol=1e-6)
         # a quadratic loss: with its true curvature the second order is the whole change
         change = loss(1 - e) - loss(np.ones(4))
-        assert change == pytest.approx(-slope + 0.5 * np.mean(np.square(w[i] * x[:, i])), rel=1e-4, abs=1e-7)
+        assert change == pytest.approx(
+            -slope + 0.5 * np.mean(np.square(w[i] * x[:, i])), rel=1e-4, abs=1e-7
+        )
     score = pruning.importance_of(sums, masks, "taylor2")["in"]
     np.testing.assert_allclose(score, (-h + np.square(h) / 2).mean(0), rtol=1e-4, atol=1e-7)
 
@@ -126,7 +138,9 @@ def test_rows_of_weight_0_and_the_size_of_chunks_change_nothing(chunk):
     for squares in (True, False):
         found = line_sums(params, masks, more, chunk=chunk, squares=squares)
         expected = whole if squares else whole | {"squares": {}}
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+        )
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +150,9 @@ def scored(model, pre, few):
     masks = pruning.full_masks(model)
     rng = np.random.default_rng(3)
     masks = jax.tree.map(lambda m: jnp.asarray(rng.random(m.shape) > 0.2, jnp.float32), masks)
-    sums = jax.jit(lambda p, m, b: pruning.gradient_sums(model.loss, p, m, b, chunk=2))(pre, masks, batch)
+    sums = jax.jit(lambda p, m, b: pruning.gradient_sums(model.loss, p, m, b, chunk=2))(
+        pre, masks, batch
+    )
     return batch, masks, sums
 
 
@@ -171,7 +187,9 @@ def test_gradients_of_a_small_model_equal_finite_differences(model, pre, scored)
         place = tuple(rng.integers(0, n) for n in flat[path].shape)
         moved = [trees.unflatten(flat | {path: flat[path].at[place].add(d)}) for d in (0.05, -0.05)]
         slope = (loss(moved[0]) - loss(moved[1])) / 0.1
-        np.testing.assert_allclose(slopes[path][place] / 5, slope, rtol=0.03, atol=1e-4, err_msg=path)
+        np.testing.assert_allclose(
+            slopes[path][place] / 5, slope, rtol=0.03, atol=1e-4, err_msg=path
+        )
 
 
 # --- selection
@@ -179,7 +197,10 @@ def test_gradients_of_a_small_model_equal_finite_differences(model, pre, scored)
 
 def test_worked_step():
     importance = {
-        "a": {"in": np.asarray([0.5, -0.02, 0.0, 0.3], np.float32), "out": np.asarray([-0.02, 0.1, 0.9], np.float32)},
+        "a": {
+            "in": np.asarray([0.5, -0.02, 0.0, 0.3], np.float32),
+            "out": np.asarray([-0.02, 0.1, 0.9], np.float32),
+        },
         "b": {"in": np.asarray([0.001, 0.7], np.float32)},
     }
     masks, after = pruning.select(importance, jax.tree.map(np.ones_like, importance), 0.2)
@@ -187,14 +208,20 @@ def test_worked_step():
     np.testing.assert_array_equal(masks["a"]["out"], [0, 1, 1])
     np.testing.assert_array_equal(masks["b"]["in"], [0, 1])
     np.testing.assert_array_equal(after["a"]["out"], np.asarray([0, 0.1, 0.9], np.float32))
-    # what is skipped neither goes nor sets the threshold: 6 of 7 count then, and K = 2 takes 0.1 instead of 0.001
-    masks, _ = pruning.select(importance, jax.tree.map(np.ones_like, importance), 0.2, {"b/in": np.asarray(True)})
+    # what is skipped neither goes nor sets the threshold: 6 of 7 count then, and K = 2 takes 0.1
+    # instead of 0.001
+    masks, _ = pruning.select(
+        importance, jax.tree.map(np.ones_like, importance), 0.2, {"b/in": np.asarray(True)}
+    )
     np.testing.assert_array_equal(masks["b"]["in"], [1, 1])
     np.testing.assert_array_equal(masks["a"]["in"], [1, 0, 0, 1])
 
 
 def test_what_is_pruned_never_returns_and_a_large_negative_score_stays():
-    masks, importance = {"x": np.asarray([0, 1, 1], np.float32)}, {"x": np.asarray([0, -5, 0.1], np.float32)}
+    masks, importance = (
+        {"x": np.asarray([0, 1, 1], np.float32)},
+        {"x": np.asarray([0, -5, 0.1], np.float32)},
+    )
     for _ in range(2):
         masks, importance = pruning.select(importance, masks, 0.4)
     np.testing.assert_array_equal(masks["x"], [0, 1, 0])
@@ -215,8 +242,13 @@ def test_share_left_after_an_epoch(ratio, left):
 
 
 def test_what_can_be_pruned(model):
-    flat = lambda **options: {p.rpartition("/")[0] for p in trees.flatten(pruning.full_masks(model, **options))}  # noqa: E731
-    blocks = {f"layer_0/{name}" for name in ("attn/q", "attn/k", "attn/v", "attn/out", "up", "down")}
+    def flat(**options):
+        masks = trees.flatten(pruning.full_masks(model, **options))
+        return {path.rpartition("/")[0] for path in masks}
+
+    blocks = {
+        f"layer_0/{name}" for name in ("attn/q", "attn/k", "attn/v", "attn/out", "up", "down")
+    }
     assert flat() == blocks
     assert flat(include_head=True) == blocks | {"head"}
     assert flat(include_embed=True) == blocks | {"embed"}
@@ -224,8 +256,12 @@ def test_what_can_be_pruned(model):
     assert flat(quirks="head-only") == {"head"}
     assert pruning.full_masks(model)["layer_0"]["attn"]["out"]["in"].shape == (2, 8)
     moe = TimeMoe(TimeMoe.small())
-    assert not any("router" in p or "shared_gate" in p for p in trees.flatten(pruning.full_masks(moe)))
-    assert any("router" in p for p in trees.flatten(pruning.full_masks(moe, quirks=["every-linear"])))
+    assert not any(
+        "router" in p or "shared_gate" in p for p in trees.flatten(pruning.full_masks(moe))
+    )
+    assert any(
+        "router" in p for p in trees.flatten(pruning.full_masks(moe, quirks=["every-linear"]))
+    )
     for quirk, why in (("all-experts", "Q6"), ("no-such", "unknown"), ("raw-labels", "Q3")):
         with pytest.raises(ValueError, match=why):
             pruning.full_masks(model, quirks=[quirk])
@@ -245,7 +281,9 @@ def prune(model, pre, few):
     def prune(**options):
         key = repr(sorted(options.items()))
         if key not in kept:
-            kept[key] = quietly(model, pre, few, **{"ratio": 0.3, "ema": 0.5, "batch_size": 16} | options)
+            kept[key] = quietly(
+                model, pre, few, **{"ratio": 0.3, "ema": 0.5, "batch_size": 16} | options
+            )
         return kept[key]
 
     return prune
@@ -254,7 +292,9 @@ def prune(model, pre, few):
 @pytest.mark.slow
 def test_data_of_a_name_or_a_series_is_split_as_fit_does(prune, model, pre, series):
     config = PruneConfig(epochs=1, ratio=0.3, ema=0.5, batch_size=16)
-    found = ltsm_jax.prune(model, pre, series, config, few_shot=0.2, mode="ims", show_progress=False)
+    found = ltsm_jax.prune(
+        model, pre, series, config, few_shot=0.2, mode="ims", show_progress=False
+    )
     assert found.splits.few_shot == 0.2 and found.splits.test.horizon == model.horizon
     assert found.pruned.keys() == pre.keys() and 0 < pruning.share_left(found.masks) < 1
 
@@ -265,7 +305,9 @@ def test_a_run_follows_its_schedule(prune, model, pre, few):
     assert [h["epoch"] for h in found.history] == [0, 1, 2]
     assert [h["steps"] for h in found.history] == [0, n, 2 * n]
     left = [h["left"] for h in found.history]
-    assert left[1] == pytest.approx((1 - 0.3 / n) ** n, abs=0.03) and left[2] < left[1] < left[0] == 1
+    assert (
+        left[1] == pytest.approx((1 - 0.3 / n) ** n, abs=0.03) and left[2] < left[1] < left[0] == 1
+    )
     best = min(found.history[1:], key=lambda h: (h["val_mse"], -h["epoch"]))
     assert found.best_epoch == best["epoch"]
     assert pruning.share_left(found.masks) == best["left"]
@@ -289,14 +331,19 @@ def test_importance_is_the_average_of_scores(prune, model, pre, few):
     def group(masks, rows, importance):
         sums = pruning.gradient_sums(model.loss, pre, masks, rows, chunk=len(rows["context"]))
         s = pruning.importance_of(sums, masks)
-        return s if importance is None else jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, s, importance)
+        return (
+            s if importance is None else jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, s, importance)
+        )
 
     for first in range(0, few.train.n, macro):
         rows = few.train.gather(order[first : min(first + macro, few.train.n)])
         masks, importance = pruning.select(group(masks, rows, importance), masks, r_step)
         steps += 1
     assert found.history[1]["steps"] == steps == (2 if n % 2 == 0 else 3)
-    differ = sum((np.asarray(a) != np.asarray(b)).sum() for a, b in zip(*map(jax.tree.leaves, (masks, found.masks))))
+    differ = sum(
+        (np.asarray(a) != np.asarray(b)).sum()
+        for a, b in zip(*map(jax.tree.leaves, (masks, found.masks)))
+    )
     assert differ <= 2, "rounding may swap neighbours at a threshold"
 
 
@@ -312,7 +359,11 @@ def test_runs_stop(prune, monkeypatch):
     mse = iter([5.0, 3.0, 3.0, 4.0, 1.0])
     monkeypatch.setattr(forecasting, "evaluate", lambda *_, **__: {"mse": next(mse)})
     found = prune(epochs=10, seed=11, batch_size=64)
-    assert (found.best_epoch, len(found.history), found.stopped) == (2, 4, "patience")  # as low is as good
+    assert (found.best_epoch, len(found.history), found.stopped) == (
+        2,
+        4,
+        "patience",
+    )  # as low is as good
 
 
 def test_zeros_can_be_limited(prune, model, pre):
@@ -334,7 +385,10 @@ def test_one_run_gives_nested_masks(prune):
         masks = pruning.cut(found.order, part)
         assert pruning.share_left(masks) == pytest.approx(1 - part, abs=0.5 / total)
         if before is not None:
-            assert all((np.asarray(a) <= np.asarray(b)).all() for a, b in zip(*map(jax.tree.leaves, (masks, before))))
+            assert all(
+                (np.asarray(a) <= np.asarray(b)).all()
+                for a, b in zip(*map(jax.tree.leaves, (masks, before)))
+            )
         before = masks
     with pytest.raises(ValueError, match="share"):
         pruning.cut(found.order, 1.0)
@@ -387,13 +441,21 @@ def test_bad_arguments_are_all_named(prune):
 @pytest.fixture(scope="module")
 def moe():
     config = dataclasses.replace(
-        TimeMoe.small(), n_heads=(2,), n_kv_heads=(1,), kept=((0, 1, 2, 3),), expert_dims=(6,), shared_dims=(8,),
-        horizons=(1, 4), context_len=16,
-    )  # fmt: skip
+        TimeMoe.small(),
+        n_heads=(2,),
+        n_kv_heads=(1,),
+        kept=((0, 1, 2, 3),),
+        expert_dims=(6,),
+        shared_dims=(8,),
+        horizons=(1, 4),
+        context_len=16,
+    )
     model = TimeMoe(config)
     params = jax.tree.map(lambda x: np.asarray(x) * 4, model.init(jax.random.key(0)))
     t, rng = np.arange(120), np.random.default_rng(0)
-    series = Series("waves", np.sin(t / 3)[None] + 0.3 * rng.normal(size=(1, 120)), ("a",), None, "h")
+    series = Series(
+        "waves", np.sin(t / 3)[None] + 0.3 * rng.normal(size=(1, 120)), ("a",), None, "h"
+    )
     return model, params, prepare(series, 16, 4)
 
 
@@ -406,7 +468,9 @@ def test_router_example():
 
 @pytest.mark.slow
 def test_weights_of_experts_that_stay_are_what_they_were(moe):
-    """p = (.610, .224, .136, .030): without expert 0 the token goes to 1 and 2 with .224 and .136."""
+    """p = (.610, .224, .136, .030): without expert 0 the token goes to 1 and 2 with .224
+    and .136.
+    """
     model, params, _ = moe
     flat = trees.flatten(params)
     keep: Any = pruning.keep_experts
@@ -414,7 +478,8 @@ def test_weights_of_experts_that_stay_are_what_they_were(moe):
     fewer, cut = keep(model, trees.unflatten(flat), {"layer_0/mixture/experts": (1, 2, 3)})
     assert fewer.config.kept == ((1, 2, 3),)
     assert cut["layer_0"]["mixture"]["experts"]["up"].shape == (3, 16, 6)
-    # the residual stream after the norm is divided by a feature, so that the logits are what we want them to be
+    # the residual stream after the norm is divided by a feature, so that the logits are what we
+    # want them to be
     x = jnp.ones((1, 1, 5))
     forward = jax.jit(lambda params: fewer.apply(params, x))
     _, taps = forward(cut)
@@ -427,7 +492,9 @@ def test_weights_of_experts_that_stay_are_what_they_were(moe):
     found, taps = forward(cut)
     np.testing.assert_array_equal(taps["layer_0/router_experts"][0], [1, 2])
     np.testing.assert_allclose(taps["layer_0/router_weights"][0], [0.224, 0.136], rtol=1e-4)
-    masked = jax.jit(lambda params: model.apply(params, x, expert_masks=[jnp.asarray([0.0, 1, 1, 1])]))
+    masked = jax.jit(
+        lambda params: model.apply(params, x, expert_masks=[jnp.asarray([0.0, 1, 1, 1])])
+    )
     whole, _ = masked(trees.unflatten(flat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, whole)
     for ids, why in (((0, 9), r"not \[9\]"), ((0,), "no experts")):
@@ -445,7 +512,10 @@ def test_usage_counts_what_generation_routes(moe):
     @jax.jit
     def chosen(context):
         whole = jnp.concatenate([context, model.predict(params, context, 6).point], axis=-1)
-        mean, std = context.mean(-1, keepdims=True), context.std(-1, keepdims=True, ddof=1) + time_moe.EPS
+        mean, std = (
+            context.mean(-1, keepdims=True),
+            context.std(-1, keepdims=True, ddof=1) + time_moe.EPS,
+        )
         # 6 = 4 + 1 + 1: the last point is not fed back
         return model.apply(params, ((whole - mean) / std)[..., :-1])[1]["layer_0/router_experts"]
 
@@ -453,13 +523,21 @@ def test_usage_counts_what_generation_routes(moe):
     context = jnp.concatenate([part.gather(jnp.arange(part.n))["context"] for part in parts])
     count = np.bincount(np.asarray(chosen(context)).ravel(), minlength=4)
     f_E = found["layer_0/mixture/experts"]
-    np.testing.assert_allclose(f_E, 2 * count / count.sum(), atol=2e-3)  # a tie may fall the other way
+    np.testing.assert_allclose(
+        f_E, 2 * count / count.sum(), atol=2e-3
+    )  # a tie may fall the other way
     assert f_E.sum() == pytest.approx(2)
 
 
 def one_step(model, params, splits, **changes: Any):
     """A quiet run of a single pruning step."""
-    options: dict[str, Any] = {"ratio": 0.2, "ema": 0.5, "batch_size": 16, "epochs": 1, "macro_batch": 10**6}
+    options: dict[str, Any] = {
+        "ratio": 0.2,
+        "ema": 0.5,
+        "batch_size": 16,
+        "epochs": 1,
+        "macro_batch": 10**6,
+    }
     options.update(changes)
     return quietly(model, params, splits, **options)
 
@@ -475,7 +553,10 @@ def test_experts_go_first(moe):
     kept = found.model.config.kept[0]
     assert kept == tuple(np.flatnonzero(usage > 0.1)) and 0 < len(kept) < 4
     assert found.masks["layer_0"]["mixture"]["experts"]["up"]["in"].shape == (len(kept), 16)
-    assert forecasting.evaluate(found.model, found.pruned, splits.val)["mse"] == found.history[1]["val_mse"]
+    assert (
+        forecasting.evaluate(found.model, found.pruned, splits.val)["mse"]
+        == found.history[1]["val_mse"]
+    )
     alone = one_step(model, params, splits, expert_threshold=-1.0, epochs=0)
     assert len(alone.model.config.kept[0]) == 2 and pruning.share_left(alone.masks) == 1
 
@@ -506,15 +587,21 @@ def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, mon
     rows = splits.train.gather(jnp.arange(5, dtype=jnp.int32))
     stack, masks = "layer_0/mixture/experts", pruning.full_masks(model)
     loss = forecasting.loss_fn(model, forecasting.LOSS["ims"])
-    sums = jax.jit(functools.partial(pruning.gradient_sums, loss, stacks=[stack]))(params, masks, rows)
+    sums = jax.jit(functools.partial(pruning.gradient_sums, loss, stacks=[stack]))(
+        params, masks, rows
+    )
     alone = jax.jit(functools.partial(pruning.gradient_sums, loss))
-    each = [alone(params, masks, {name: x[i : i + 1] for name, x in rows.items()}) for i in range(5)]
+    each = [
+        alone(params, masks, {name: x[i : i + 1] for name, x in rows.items()}) for i in range(5)
+    ]
     pick = lambda s: s["h"]["layer_0"]["mixture"]["experts"]["down"]["out"]  # noqa: E731
     reached_RE = np.stack([np.asarray(pick(s) != 0).any(axis=1) for s in each])
     seen_E = trees.flatten(sums["seen"])[stack]
     np.testing.assert_array_equal(seen_E, reached_RE.sum(0))
     assert 0 < reached_RE.sum() < reached_RE.size, "some windows reach an expert, others do not"
-    plain, own = (trees.flatten(pruning.importance_of(s, masks)) for s in (sums | {"seen": {}}, sums))
+    plain, own = (
+        trees.flatten(pruning.importance_of(s, masks)) for s in (sums | {"seen": {}}, sums)
+    )
     for path, s in plain.items():
         factor = (5 / np.maximum(seen_E, 1))[:, None] if path.startswith(stack) else 1.0
         np.testing.assert_allclose(own[path], s * factor, rtol=1e-6)
@@ -522,7 +609,9 @@ def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, mon
         pruning.gradient_sums(loss, params, masks, rows, stacks=[stack], squares=False)
 
     used, real = [], schedule.importance_of
-    monkeypatch.setattr(schedule, "importance_of", lambda sums, *rest: (used.append(sums), real(sums, *rest))[1])
+    monkeypatch.setattr(
+        schedule, "importance_of", lambda sums, *rest: (used.append(sums), real(sums, *rest))[1]
+    )
     found = one_step(model, params, splits, average_expert_score=True, folder=tmp_path / "run")
     again = one_step(model, params, splits, average_expert_score=True, folder=tmp_path / "run")
     assert_equal_trees(found.order, again.order)

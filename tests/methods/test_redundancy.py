@@ -14,7 +14,9 @@ from ltsm_jax.sharding import Placement
 
 @pytest.fixture(scope="module")
 def relu():
-    """A Timer of one layer with two heads, and six ReLU units of which the first never is active."""
+    """A Timer of one layer with two heads, and six ReLU units of which the first never
+    is active.
+    """
     model = Timer(TimerConfig(8, 8, 3, (2,), (6,), context_len=24, horizon=8, activation="relu"))
     flat = trees.flatten(model.init(jax.random.key(0)))
     flat["layer_0/up/bias"] = flat["layer_0/up/bias"].at[0].set(-100.0)
@@ -37,8 +39,11 @@ def by_hand(model, params, windows):
     for i in range(windows.n):
         _, taps = model.apply(params, windows.gather(jnp.asarray([i]))["context"])
         x_ND = np.asarray(taps["embed"][0], np.float64)
-        q, k, v = (np.einsum("ND,DHK->HNK", x_ND, p[f"layer_0/attn/{n}/kernel"]) + p[f"layer_0/attn/{n}/bias"][:, None]
-                   for n in "qkv")  # fmt: skip
+        q, k, v = (
+            np.einsum("ND,DHK->HNK", x_ND, p[f"layer_0/attn/{n}/kernel"])
+            + p[f"layer_0/attn/{n}/bias"][:, None]
+            for n in "qkv"
+        )
         for n in range(len(x_ND)):
             total = p["layer_0/attn/out/bias"].copy()
             for h in range(2):
@@ -70,13 +75,21 @@ def test_statistics_are_those_computed_by_hand(relu, measured):
 
 def test_idle_parts_are_masked_where_they_enter_the_next_linear(measured):
     _, found = measured
-    ones = {"attn": {"out": {"in": jnp.ones((2, 3)), "out": jnp.ones(8)}},
-            "down": {"in": jnp.ones(6), "out": jnp.ones(8)}}  # fmt: skip
+    ones = {
+        "attn": {"out": {"in": jnp.ones((2, 3)), "out": jnp.ones(8)}},
+        "down": {"in": jnp.ones(6), "out": jnp.ones(8)},
+    }
     limit = float(found.heads["layer_0/attn"].contribution.mean())  # between the two
-    masks = redundancy.mask_idle({"layer_0": ones}, found, contribution=limit, active=0.0)["layer_0"]
+    masks = redundancy.mask_idle({"layer_0": ones}, found, contribution=limit, active=0.0)[
+        "layer_0"
+    ]
     np.testing.assert_array_equal(masks["attn"]["out"]["in"], [[1, 1, 1], [0, 0, 0]])
     np.testing.assert_array_equal(masks["down"]["in"], [0, 1, 1, 1, 1, 1])
-    assert masks["attn"]["out"]["out"].all() and masks["down"]["out"].all() and ones["down"]["in"].all()
+    assert (
+        masks["attn"]["out"]["out"].all()
+        and masks["down"]["out"].all()
+        and ones["down"]["in"].all()
+    )
     same = redundancy.mask_idle({"layer_0": ones}, found)["layer_0"]
     assert all(leaf.all() for leaf in jax.tree.leaves(same))
     with pytest.raises(ValueError, match="no masks, of layer_0/attn/out/in"):
@@ -91,16 +104,28 @@ def test_a_part_is_needed(relu):
 QUICK = ("chronos_2", "chronos_bolt", "time_moe")
 
 
-@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_every_family_is_measured_where_it_can_be_pruned(family):
-    """Shapes only: each group's modules are found, and called once with the tokens of the layer around them."""
+    """Shapes only: each group's modules are found, and called once with the tokens of the layer
+    around them.
+    """
     model = FAMILIES[family](FAMILIES[family].small())
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(model.init, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(model.init, jax.random.key(0)),
+    )
     model, params = model.for_series(params, n_variates=3, freq="h", key=jax.random.key(0))
     mode = "ims" if model.recipe().loss == "own" else "direct"
     length = model.context_len + model.horizon + 1
     windows = windows_between(
-        np.zeros((3, length)), 0, length, model.context_len, model.horizon, joint=model.variates == "joint"
+        np.zeros((3, length)),
+        0,
+        length,
+        model.context_len,
+        model.horizon,
+        joint=model.variates == "joint",
     )
 
     def sums_of(p, w):
@@ -135,18 +160,29 @@ MASKS = {
     },
     "layer_2": {
         "attn": {"q": {"in": mask(of=4), "out": mask((1, 1), of=(2, 2))}},
-        "mixture": {"experts": {"up": {"in": mask((0, 0), of=(2, 4)), "out": mask((0, 0), (1, 0), of=(2, 2))}}},
+        "mixture": {
+            "experts": {
+                "up": {"in": mask((0, 0), of=(2, 4)), "out": mask((0, 0), (1, 0), of=(2, 2))}
+            }
+        },
         "up": {"in": mask(0, 1, 2, of=4), "out": mask(of=2)},
     },
 }
 
 
 def test_sparsity_of_matrices():
-    rows = {(r["layer"], r["matrix"]): (r["inputs"], r["outputs"], r["weights"]) for r in redundancy.sparsity(MASKS)}
+    rows = {
+        (r["layer"], r["matrix"]): (r["inputs"], r["outputs"], r["weights"])
+        for r in redundancy.sparsity(MASKS)
+    }
     assert rows == {
         ("", "embed"): (0, 0.25, 0.25),
         ("layer_2", "attn/q"): (0, 0.25, 0.25),
-        ("layer_2", "mixture/experts/up"): (0.125, 0.5, pytest.approx(1 - (3 / 4 * 1 / 2 + 1 / 2) / 2)),
+        ("layer_2", "mixture/experts/up"): (
+            0.125,
+            0.5,
+            pytest.approx(1 - (3 / 4 * 1 / 2 + 1 / 2) / 2),
+        ),
         ("layer_2", "up"): (0.75, 0, 0.75),
         ("layer_10", "attn/q"): (0.25, 0.5, 1 - 3 / 4 * 1 / 2),
         ("layer_10", "attn/out"): (0, 0, 0),

@@ -1,4 +1,6 @@
-"""Removal of what is dead: smaller matrices, the same numbers. Every family that has parts to lose runs through it."""
+"""Removal of what is dead: smaller matrices, the same numbers. Every family that has parts to lose
+runs through it.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +21,10 @@ from ltsm_jax.models.configs import entry_of
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
 
-QUICK = ("timer", "chronos_bolt")  # biases; columns of a bias table. All of them are in the slow part
+QUICK = (
+    "timer",
+    "chronos_bolt",
+)  # biases; columns of a bias table. All of them are in the slow part
 families = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
@@ -43,7 +48,9 @@ class Case:
 @functools.partial(jax.jit, static_argnums=0)
 def numbers(model, params, x, target):
     key = jax.random.key(3)
-    return model.predict(params, x, 11, key).point, model.loss(params, {"context": x, "target": target}, key)
+    return model.predict(params, x, 11, key).point, model.loss(
+        params, {"context": x, "target": target}, key
+    )
 
 
 def settings(name):
@@ -60,32 +67,42 @@ def case_of(name):
     params = jax.jit(model.init)(jax.random.key(1))
     model, params = model.for_series(params, n_variates=2, freq="h", key=jax.random.key(2))
     rng = np.random.default_rng(0)
-    # fresh biases are 0 in some families, fresh kernels tiny in others: both would hide what a mask forgets
+    # fresh biases are 0 in some families, fresh kernels tiny in others: both would hide what a mask
+    # forgets
     flat = {
         path: leaf
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or path.endswith(("position_table", "centroid", "mean", "var"))
+        if not jnp.issubdtype(leaf.dtype, jnp.floating)
+        or path.endswith(("position_table", "centroid", "mean", "var"))
         else np.asarray(leaf) + np.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype)
         for path, leaf in trees.flatten(params).items()
     }
     masks = doomed(model, params, rng)
     c = 2 if model.variates == "joint" else 1
     t = np.arange(model.context_len + model.horizon)
-    series = np.sin(2 * np.pi * t / 24 + np.arange(3 * c).reshape(3, c, 1)) + 0.1 * rng.normal(size=(3, c, len(t)))
+    series = np.sin(2 * np.pi * t / 24 + np.arange(3 * c).reshape(3, c, 1)) + 0.1 * rng.normal(
+        size=(3, c, len(t))
+    )
     x, target = np.split(series.astype(np.float32), [model.context_len], axis=-1)
     return Case(model, trees.unflatten(flat), masks, jnp.asarray(x), jnp.asarray(target))
 
 
 def doomed(model, params, rng):
-    """Masks with a bit of everything: channels at random, a dead unit everywhere, a dead head and a layer of dead
-    heads, value channels and (rotary pairs of) queries and keys that every head has lost."""
+    """Masks with a bit of everything: channels at random, a dead unit everywhere, a dead head and a
+    layer of dead heads, value channels and (rotary pairs of) queries and keys that every head has
+    lost.
+    """
     masks = {path: np.array(leaf) for path, leaf in trees.flatten(full_masks(model)).items()}
     for path, mask in masks.items():
-        inside = path.endswith(("q/out", "k/out", "v/out", "up/out", "gate/out", "down/in", "out/in", "qkv/out"))
+        inside = path.endswith(
+            ("q/out", "k/out", "v/out", "up/out", "gate/out", "down/in", "out/in", "qkv/out")
+        )
         mask *= rng.random(mask.shape) > (0.1 if inside else 0.05)
     found = parts.places(model, trees.flatten(params))
     heads = [p for p in found if p.group.kind == "heads"]
     for i, place in enumerate(heads):
-        v, out = (masks[f"{place.path}/{name}"] for name in (f"{place.group.makes[-1]}/out", "out/in"))
+        v, out = (
+            masks[f"{place.path}/{name}"] for name in (f"{place.group.makes[-1]}/out", "out/in")
+        )
         v = v if v.ndim == 2 else v[-1]
         if len(heads) > 1 and i == len(heads) - 1:
             out[...] = 0
@@ -107,7 +124,9 @@ def doomed(model, params, rng):
 
 
 def live_units(place, masks):
-    """How many units of a module none of its masks has made dead; of experts, those of the expert with most."""
+    """How many units of a module none of its masks has made dead; of experts, those of the expert
+    with most.
+    """
     own = [masks[p] for n in place.group.makes if (p := f"{place.path}/{n}/out") in masks]
     own += [masks[f"{place.path}/{n}/in"] for n in place.group.takes]
     return int(np.asarray(own).all(0).sum(-1).max())
@@ -117,7 +136,9 @@ def live_heads(place, masks):
     """How many heads, or groups of heads, have a value channel left."""
     v, out = masks[f"{place.path}/{place.group.makes[-1]}/out"], masks[f"{place.path}/out/in"]
     v = v if v.ndim == 2 else v[-1]
-    return int((v[:, None] * out.reshape(len(v), -1, out.shape[-1])).any((1, 2)).sum()) * (len(out) // len(v))
+    return int((v[:, None] * out.reshape(len(v), -1, out.shape[-1])).any((1, 2)).sum()) * (
+        len(out) // len(v)
+    )
 
 
 def same(found, wanted):
@@ -135,7 +156,9 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
     sharding.specs(params, model.shard_rules, mesh)  # has a rule for each
     wanted = case.numbers(case.model, merged)
     same(case.numbers(model, params), wanted)
-    assert np.abs(case.numbers(case.model, case.params)[0] - wanted[0]).max() > 1e-2, "the masks must matter"
+    assert np.abs(case.numbers(case.model, case.params)[0] - wanted[0]).max() > 1e-2, (
+        "the masks must matter"
+    )
 
     own = trees.flatten(case.masks)
     for place in parts.places(case.model, trees.flatten(case.params)):
@@ -143,7 +166,9 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
         before, after = (entry_of(m.config, place.size(m.config)) for m in (case.model, model))
         assert after == expected(place, own) < before, place.path
 
-    assert type(model).config_from_dict(json.loads(json.dumps(model.config_to_dict()))) == model.config
+    assert (
+        type(model).config_from_dict(json.loads(json.dumps(model.config_to_dict()))) == model.config
+    )
     folders.save(tmp_path / "model", model, params)
     again, read = folders.load_folder(tmp_path / "model")
     assert again == model
@@ -186,12 +211,25 @@ def test_widths_by_hand():
         masks = narrow(masks, path, index)
     small, new, left = removal.remove(model, params, masks)
     config = small.config
-    assert (config.n_heads, config.value_dims, config.qk_dims, config.ffn_dims) == ((2,), (7,), (7,), (4,))
-    np.testing.assert_array_equal(left["layer_0"]["attn"]["v"]["out"], [[1, 0, 0, 1, 1, 1, 1], [1] * 7])
-    np.testing.assert_array_equal(left["layer_0"]["attn"]["out"]["in"], left["layer_0"]["attn"]["v"]["out"])
+    assert (config.n_heads, config.value_dims, config.qk_dims, config.ffn_dims) == (
+        (2,),
+        (7,),
+        (7,),
+        (4,),
+    )
+    np.testing.assert_array_equal(
+        left["layer_0"]["attn"]["v"]["out"], [[1, 0, 0, 1, 1, 1, 1], [1] * 7]
+    )
+    np.testing.assert_array_equal(
+        left["layer_0"]["attn"]["out"]["in"], left["layer_0"]["attn"]["v"]["out"]
+    )
     kernel = params["layer_0"]["attn"]["v"]["kernel"]
-    np.testing.assert_array_equal(new["layer_0"]["attn"]["v"]["kernel"][:, 1, 4:], kernel[:, 1, [4, 6, 7]])
-    np.testing.assert_array_equal(new["layer_0"]["up"]["kernel"], params["layer_0"]["up"]["kernel"][:, [1, 2, 3, 5]])
+    np.testing.assert_array_equal(
+        new["layer_0"]["attn"]["v"]["kernel"][:, 1, 4:], kernel[:, 1, [4, 6, 7]]
+    )
+    np.testing.assert_array_equal(
+        new["layer_0"]["up"]["kernel"], params["layer_0"]["up"]["kernel"][:, [1, 2, 3, 5]]
+    )
 
 
 def test_nothing_dead_is_the_model_itself():
@@ -216,14 +254,19 @@ def test_what_the_bias_has_lost_stays_lost():
 
 @pytest.mark.slow
 def test_experts_and_then_their_units():
-    """Experts go first, by `keep_experts`; masks are of those that stay; an original can't hold the rest."""
+    """Experts go first, by `keep_experts`; masks are of those that stay; an original can't hold the
+    rest.
+    """
     case = case_of("time_moe")
     few, fewer = keep_experts(
         case.model, case.params, {"layer_0/mixture/experts": (1, 3), "layer_1/mixture/experts": ()}
     )
     masks = doomed(few, fewer, np.random.default_rng(1))
     small, params, _ = removal.remove(few, fewer, masks)
-    assert small.config.kept == ((1, 3), ()) and small.config.expert_dims[0] < few.config.expert_dims[0]
+    assert (
+        small.config.kept == ((1, 3), ())
+        and small.config.expert_dims[0] < few.config.expert_dims[0]
+    )
     same(case.numbers(small, params), case.numbers(few, merge_in_one(fewer, masks)))
     with pytest.raises(ValueError, match="router would go on choosing"):
         removal.pad(small, params, case.model)
@@ -234,9 +277,15 @@ def test_masks_that_do_not_fit_are_refused():
     model = Timer(Timer.small())
     params, masks = model.init(jax.random.key(0)), full_masks(model)
     with pytest.raises(ValueError, match="other values: layer_0/up/out"):
-        removal.remove(model, params, trees.unflatten({**trees.flatten(masks), "layer_0/up/out": jnp.full(24, 0.5)}))
+        removal.remove(
+            model,
+            params,
+            trees.unflatten({**trees.flatten(masks), "layer_0/up/out": jnp.full(24, 0.5)}),
+        )
     with pytest.raises(ValueError, match="do not fit"):
-        removal.remove(model, params, trees.unflatten({**trees.flatten(masks), "layer_0/up/out": jnp.ones(23)}))
+        removal.remove(
+            model, params, trees.unflatten({**trees.flatten(masks), "layer_0/up/out": jnp.ones(23)})
+        )
     with pytest.raises(ValueError, match="can't be padded"):
         removal.pad(model, params, Timer(TimerConfig.of(8, 8, 24, 2, 2, context_len=32, horizon=8)))
     with pytest.raises(ValueError, match="padded to a time_moe"):
@@ -246,7 +295,9 @@ def test_masks_that_do_not_fit_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["sff", "ff", "tfs", "lp", "lpff", "l2sp", "noise"])
 def test_a_pruned_model_is_fine_tuned_by_every_strategy(strategy, splits, tmp_path):
-    """All heads of a layer gone, the units of another; what the masks have left at 0 stays there."""
+    """All heads of a layer gone, the units of another; what the masks have left at 0
+    stays there.
+    """
     base = Timer(TimerConfig.of(8, 16, 24, 2, 2, context_len=32, horizon=8))
     params, masks = base.init(jax.random.key(0)), full_masks(base)
     for path, index in (
@@ -268,7 +319,9 @@ def test_a_pruned_model_is_fine_tuned_by_every_strategy(strategy, splits, tmp_pa
     assert folders.load_folder(tmp_path / "model")[0] == model
 
 
-@pytest.mark.parametrize("name", ["timer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("time_moe", "moirai"))])
+@pytest.mark.parametrize(
+    "name", ["timer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("time_moe", "moirai"))]
+)
 def test_gradients_are_those_of_the_masked_model(name):
     """A step of training: the live weights have the same gradient in both."""
     case = case_of(name)
@@ -291,7 +344,9 @@ def test_gradients_are_those_of_the_masked_model(name):
 HELD = [name for name in FAMILIES if not name.startswith("moirai")]
 
 
-@pytest.mark.parametrize("name", [n if n == "timer" else pytest.param(n, marks=pytest.mark.slow) for n in HELD])
+@pytest.mark.parametrize(
+    "name", [n if n == "timer" else pytest.param(n, marks=pytest.mark.slow) for n in HELD]
+)
 def test_the_original_gets_zeros_where_parts_are_missing(name, tmp_path):
     case = case_of(name)
     model, params, _ = removal.remove(case.model, case.params, case.masks)
@@ -300,7 +355,11 @@ def test_the_original_gets_zeros_where_parts_are_missing(name, tmp_path):
     with pytest.raises(ValueError, match="pruned_from"):
         converters.export_checkpoint(tmp_path / "small", tmp_path / f"original{suffix}")
     folders.save(
-        tmp_path / "small", model, params, provenance={"pruned_from": case.model.config_to_dict()}, overwrite=True
+        tmp_path / "small",
+        model,
+        params,
+        provenance={"pruned_from": case.model.config_to_dict()},
+        overwrite=True,
     )
     notes = converters.export_checkpoint(tmp_path / "small", tmp_path / f"original{suffix}")
     assert "written at full size" in notes[0]

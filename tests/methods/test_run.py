@@ -16,7 +16,9 @@ CONFIG = training.TrainConfig(epochs=2, batch_size=64, lr=1e-3)
 
 @pytest.fixture(scope="module")
 def run(model, pre, splits):
-    """A quiet run of a strategy by name; the results are kept, since tests compare them with each other."""
+    """A quiet run of a strategy by name; the results are kept, since tests compare them with each
+    other.
+    """
     kept = {}
 
     def run(name, **kwargs):
@@ -25,14 +27,18 @@ def run(model, pre, splits):
             chosen = strategy(name, **{k: v for k, v in kwargs.items() if k in ("alpha", "l2_sp")})
             rest = {k: v for k, v in kwargs.items() if k not in ("alpha", "l2_sp", "mode")}
             task = Forecasting(kwargs.get("mode", "ims"))
-            kept[key] = run_strategy(model, pre, chosen, splits, task=task, config=CONFIG, show_progress=False, **rest)
+            kept[key] = run_strategy(
+                model, pre, chosen, splits, task=task, config=CONFIG, show_progress=False, **rest
+            )
         return kept[key]
 
     return run
 
 
 def assert_same_run(a, b):
-    for (path, x), y in zip(trees.flatten(a.params).items(), trees.flatten(b.params).values(), strict=True):
+    for (path, x), y in zip(
+        trees.flatten(a.params).items(), trees.flatten(b.params).values(), strict=True
+    ):
         np.testing.assert_array_equal(x, y, err_msg=path)
     assert a.history == b.history
     assert (a.val, a.test, a.best_epoch) == (b.val, b.test, b.best_epoch)
@@ -59,7 +65,9 @@ def test_linear_probing_trains_exactly_the_head(run, pre):
     result = run("lp")
     changed = {
         p
-        for (p, x), y in zip(trees.flatten(result.params).items(), trees.flatten(pre).values(), strict=True)
+        for (p, x), y in zip(
+            trees.flatten(result.params).items(), trees.flatten(pre).values(), strict=True
+        )
         if (x != y).any()
     }
     assert changed == {"head/kernel", "head/bias"}
@@ -73,7 +81,9 @@ def test_first_phase_of_lpff_is_lp_and_the_second_starts_from_its_best(run, mode
     assert lpff.history[:2] == lp.history
     assert lpff.epochs == 4 and lpff.best_epoch in (3, 4)
     # phase 2 on its own: fresh optimiser, same learning rate, same batches
-    second = run_strategy(model, lp.params, strategy("ff"), splits, config=CONFIG, show_progress=False)
+    second = run_strategy(
+        model, lp.params, strategy("ff"), splits, config=CONFIG, show_progress=False
+    )
     for x, y in zip(jax.tree.leaves(second.params), jax.tree.leaves(lpff.params), strict=True):
         np.testing.assert_array_equal(x, y)
     assert [h["lr"] for h in lpff.history[2:]] == [h["lr"] for h in lpff.history[:2]]
@@ -114,7 +124,9 @@ def test_phases_can_have_their_own_length_and_rate(model, pre, splits):
 
 
 @pytest.mark.slow
-def test_killed_between_phases_it_goes_on_to_the_same_end(run, model, pre, splits, tmp_path, monkeypatch):
+def test_killed_between_phases_it_goes_on_to_the_same_end(
+    run, model, pre, splits, tmp_path, monkeypatch
+):
     undisturbed, real = run("lpff"), training.fit
 
     def dies_in_the_second(*args, **kwargs):
@@ -138,7 +150,12 @@ def test_next_token_training_has_targets_of_a_patch_at_any_horizon(model, pre, s
     assert windows.n == 3 * (210 - 32 - 8 + 1) // 2
     assert int(windows.starts.max()) + 32 + 8 <= 210  # inside the training rows
     result = run_strategy(
-        model, pre, strategy("ff"), splits, config=training.TrainConfig(epochs=1), show_progress=False
+        model,
+        pre,
+        strategy("ff"),
+        splits,
+        config=training.TrainConfig(epochs=1),
+        show_progress=False,
     )
     assert result.test["windows"] == splits.test.n
 

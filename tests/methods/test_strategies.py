@@ -7,7 +7,14 @@ from ltsm_jax import training, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.methods import alpha, phases, strategies
 from ltsm_jax.methods.run import Running
-from ltsm_jax.methods.starts import GROUPS, Interpolated, equal_norm_noise, groups_of, layer_of, start_params
+from ltsm_jax.methods.starts import (
+    GROUPS,
+    Interpolated,
+    equal_norm_noise,
+    groups_of,
+    layer_of,
+    start_params,
+)
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.timer import Timer, TimerConfig
@@ -35,7 +42,9 @@ def assert_same(a, b):
 
 def differing(a, b):
     return {
-        path for (path, x), y in zip(trees.flatten(a).items(), trees.flatten(b).values(), strict=True) if (x != y).any()
+        path
+        for (path, x), y in zip(trees.flatten(a).items(), trees.flatten(b).values(), strict=True)
+        if (x != y).any()
     }
 
 
@@ -72,8 +81,14 @@ def test_smoothed_start_is_the_mixture_of_every_tensor(model, pre):
 
 
 def test_ends_of_alpha_are_the_checkpoint_and_the_random_model(model, pre):
-    assert_same(start_params(strategy("sff", alpha=1), model, pre, AUX), start_params(strategy("ff"), model, pre, AUX))
-    assert_same(start_params(strategy("sff", alpha=0), model, pre, AUX), start_params(strategy("tfs"), model, pre, AUX))
+    assert_same(
+        start_params(strategy("sff", alpha=1), model, pre, AUX),
+        start_params(strategy("ff"), model, pre, AUX),
+    )
+    assert_same(
+        start_params(strategy("sff", alpha=0), model, pre, AUX),
+        start_params(strategy("tfs"), model, pre, AUX),
+    )
 
 
 def test_linear_probing_has_a_new_head_on_the_old_body(model, pre):
@@ -133,8 +148,11 @@ def test_groups_of_a_timer(model, pre):
     assert found.keys() == trees.flatten(pre).keys()
     assert of["head"] == {"head/kernel", "head/bias"}
     assert of["embedding"] == {"embed/kernel"}
-    assert of["norms"] == {f"{place}/{name}" for place in ("layer_0/norm1", "layer_0/norm2", "layer_1/norm1",
-                           "layer_1/norm2", "norm") for name in ("scale", "bias")}  # fmt: skip
+    assert of["norms"] == {
+        f"{place}/{name}"
+        for place in ("layer_0/norm1", "layer_0/norm2", "layer_1/norm1", "layer_1/norm2", "norm")
+        for name in ("scale", "bias")
+    }
     assert {path.rsplit("/", 1)[1] for path in of["biases"]} == {"bias"} and len(of["biases"]) == 12
     assert {path.rsplit("/", 1)[1] for path in of["body"]} == {"kernel"} and len(of["body"]) == 12
     assert layer_of(model, "layer_1/attn/q/kernel") == "layer_1"
@@ -144,7 +162,9 @@ def test_groups_of_a_timer(model, pre):
 QUICK = ("timer", "ttm", "chronos_2", "time_moe")
 
 
-@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_every_family_has_groups_and_layers(family):
     model = FAMILIES[family](FAMILIES[family].small())
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -152,7 +172,11 @@ def test_every_family_has_groups_and_layers(family):
     # The embedding of Chronos (T5) is its head, too: one table of tokens.
     expected = {"head", "norms", "body"} | ({"embedding"} if family != "chronos_t5" else set())
     assert expected <= set(found.values())
-    assert all(path.rsplit("/", 1)[-1] != "kernel" for path, group in found.items() if group in ("norms", "biases"))
+    assert all(
+        path.rsplit("/", 1)[-1] != "kernel"
+        for path, group in found.items()
+        if group in ("norms", "biases")
+    )
     layers = {layer_of(model, path) for path in found} - {None}
     assert len(layers) >= 2
     fixed = [path for path in trees.flatten(params) if path not in found]
@@ -192,10 +216,14 @@ def test_controls_are_either_half_of_the_mix(model, pre):
     shaken = trees.flatten(start_params(strategy("perturb", alpha=0.7), model, pre, AUX))
     for path, leaf in flat.items():
         np.testing.assert_allclose(shrunk[path], 0.7 * leaf, rtol=1e-6, err_msg=path)
-        np.testing.assert_allclose(shaken[path], leaf + 0.3 * random[path], rtol=1e-5, atol=1e-7, err_msg=path)
+        np.testing.assert_allclose(
+            shaken[path], leaf + 0.3 * random[path], rtol=1e-5, atol=1e-7, err_msg=path
+        )
 
 
-@pytest.mark.parametrize("name, norm", [("sff_norm", "tensor"), ("sff_channel", "channel"), ("sff_sphere", "sphere")])
+@pytest.mark.parametrize(
+    "name, norm", [("sff_norm", "tensor"), ("sff_channel", "channel"), ("sff_sphere", "sphere")]
+)
 def test_mixes_that_keep_norms(model, pre, name, norm):
     start = start_params(strategy(name, alpha=0.7), model, pre, AUX)
     assert_same(start, trees.interpolate(pre, model.init(AUX), 0.7, norm=norm))
@@ -205,10 +233,16 @@ def test_mixes_that_keep_norms(model, pre, name, norm):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"keep": ("heads",)}, "groups of leaves, of head, norms, embedding, biases, body; got heads"),
+        (
+            {"keep": ("heads",)},
+            "groups of leaves, of head, norms, embedding, biases, body; got heads",
+        ),
         ({"norm": "l2"}, "norm must be one of none, tensor"),
         ({"other": "ones"}, "other must be one of random, noise, zeros, sum; got 'ones'"),
-        ({"alphas": {"head": 1.5}}, "head is the weight of the pretrained side, between 0 and 1; got 1.5"),
+        (
+            {"alphas": {"head": 1.5}},
+            "head is the weight of the pretrained side, between 0 and 1; got 1.5",
+        ),
     ],
 )
 def test_wrong_options_of_a_mix_are_refused(options, message):
@@ -217,14 +251,19 @@ def test_wrong_options_of_a_mix_are_refused(options, message):
 
 
 def test_alphas_of_layers_that_the_model_lacks_are_refused(model, pre):
-    with pytest.raises(ValueError, match="timer has no layer_2 to give an alpha; .*: head, .*, layer_0, layer_1"):
+    with pytest.raises(
+        ValueError, match="timer has no layer_2 to give an alpha; .*: head, .*, layer_0, layer_1"
+    ):
         start_of(model, pre, 0.7, alphas={"layer_2": 0.5})
 
 
 def test_a_warmed_up_run_trains_the_head_first(model, pre):
     head, rest = strategy("sff_warm", alpha=0.7).phases
     assert (head.trainable, head.epochs, rest.trainable, rest.epochs) == ("head", 1, "all", None)
-    assert_same(start_params(strategy("sff_warm"), model, pre, AUX), start_params(strategy("sff"), model, pre, AUX))
+    assert_same(
+        start_params(strategy("sff_warm"), model, pre, AUX),
+        start_params(strategy("sff"), model, pre, AUX),
+    )
 
 
 @pytest.mark.parametrize("whole, staged", [("sff", "sff_stages"), ("noise", "noise_stages")])
@@ -237,12 +276,20 @@ def test_two_stages_leave_as_much_of_the_checkpoint_as_one(model, pre, whole, st
     once = start_params(strategy(whole, alpha=0.49), model, pre, AUX)
     for path, leaf in trees.flatten(both).items():
         # 0.7 * (0.7 p + 0.3 r) + 0.3 r = 0.49 p + 0.51 r
-        np.testing.assert_allclose(leaf, trees.flatten(once)[path], rtol=1e-5, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(
+            leaf, trees.flatten(once)[path], rtol=1e-5, atol=1e-6, err_msg=path
+        )
 
 
 def test_a_run_mixes_again_between_its_stages(model, pre):
     class Fitted:
-        params, history, best_epoch, seconds, compile_seconds = pre, [{"epoch": 1, "val_mse": 1.0}], 1, 0.0, 0.0
+        params, history, best_epoch, seconds, compile_seconds = (
+            pre,
+            [{"epoch": 1, "val_mse": 1.0}],
+            1,
+            0.0,
+            0.0,
+        )
 
     splits = prepare(Series("days", np.arange(200.0)[None] % 7, ("y",)), 32, 8)
     running = Running(model, pre, strategy("sff_stages", alpha=0.49), splits, seed=0)

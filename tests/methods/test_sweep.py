@@ -22,14 +22,18 @@ CONFIG = training.TrainConfig(epochs=2, batch_size=64, lr=1e-3)
 
 @pytest.fixture
 def mapped(monkeypatch):
-    """Lanes one after the other in one program, chosen without timing; gives the numbers of lanes of each program."""
+    """Lanes one after the other in one program, chosen without timing; gives the numbers of lanes
+    of each program.
+    """
     programs, as_lanes = [], lanes._as_lanes
 
     def counted(jobs, members, *rest):
         programs.append(len(members))
         return as_lanes(jobs, members, *rest)
 
-    monkeypatch.setattr(lanes, "choose", lambda *args, **kwargs: lanes.Choice("mapped", 99, "mapped"))
+    monkeypatch.setattr(
+        lanes, "choose", lambda *args, **kwargs: lanes.Choice("mapped", 99, "mapped")
+    )
     monkeypatch.setattr(lanes, "_as_lanes", counted)
     return programs
 
@@ -42,26 +46,54 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_what_runs_one_by_one_give_phase_by_phase(model, pre, splits, mapped, tmp_path):
+def test_a_sweep_gives_what_runs_one_by_one_give_phase_by_phase(
+    model, pre, splits, mapped, tmp_path
+):
     strategies = [zero_shot(), sff(0.5), lpff()]
     settings = {"config": CONFIG, "show_progress": False}
     found = sweep(model, pre, strategies, splits, seeds=(0, 1), folder=tmp_path, **settings)
     assert mapped == [2, 2, 2], "sff, the head of lpff, all of lpff"
-    wanted = [run_strategy(model, pre, s, splits, seed=seed, **settings) for s in strategies for seed in (0, 1)]
+    wanted = [
+        run_strategy(model, pre, s, splits, seed=seed, **settings)
+        for s in strategies
+        for seed in (0, 1)
+    ]
     for a, b in zip(found, wanted, strict=True):
         assert_same(a, b)
     # and from the folder
-    again = sweep(model, pre, strategies[1:], splits, seeds=(0, 1), folder=tmp_path, test=False, **settings)
+    again = sweep(
+        model, pre, strategies[1:], splits, seeds=(0, 1), folder=tmp_path, test=False, **settings
+    )
     assert mapped == [2, 2, 2] and again[0].val == found[2].val and again[0].test is None
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["lanes", "lpff", "lpff", "sff", "sff"]
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == [
+        "lanes",
+        "lpff",
+        "lpff",
+        "sff",
+        "sff",
+    ]
 
 
 @pytest.mark.slow
 def test_learning_rates_are_lanes_and_one_that_diverges_is_returned(model, pre, splits, mapped):
     strategies = [ff(), Strategy("wild", phases=(Phase(lr=1e30),))]
-    found = sweep(model, pre, strategies, splits, lrs=(1e-3, 1e-2), config=CONFIG, test=False, show_progress=False)
+    found = sweep(
+        model,
+        pre,
+        strategies,
+        splits,
+        lrs=(1e-3, 1e-2),
+        config=CONFIG,
+        test=False,
+        show_progress=False,
+    )
     assert mapped == [4]
-    assert [type(each).__name__ for each in found] == ["Result", "Result", "NonFiniteError", "NonFiniteError"]
+    assert [type(each).__name__ for each in found] == [
+        "Result",
+        "Result",
+        "NonFiniteError",
+        "NonFiniteError",
+    ]
     assert [each.history[0]["lr"] for each in found[:2]] == [1e-3, 1e-2]
     assert found[0].val != found[1].val
 
@@ -107,10 +139,17 @@ def test_lanes_are_scored_in_one_program_as_each_alone(model, pre, splits):
     assert len(stack.shared) == len(jax.tree.leaves(pre["head"]))
     wanted = [evaluate(model, params, splits.val) for params in both]
     assert evaluate_lanes(model, stack, splits.val, Over("mapped")) == wanted
-    for mine, other in zip(evaluate_lanes(model, stack, splits.val, Over("batched")), wanted, strict=True):
+    for mine, other in zip(
+        evaluate_lanes(model, stack, splits.val, Over("batched")), wanted, strict=True
+    ):
         assert mine == pytest.approx(other, rel=1e-5)
 
 
 def test_names_of_folders_tell_runs_apart():
-    names = {module._name(s, lr, seed) for s in (sff(0.5), sff(0.7)) for lr in (None, 1e-3) for seed in (0, 1)}
+    names = {
+        module._name(s, lr, seed)
+        for s in (sff(0.5), sff(0.7))
+        for lr in (None, 1e-3)
+        for seed in (0, 1)
+    }
     assert len(names) == 8

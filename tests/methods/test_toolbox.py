@@ -1,4 +1,6 @@
-"""What the smaller strategies train, add and keep; SAM and averages: tests/training/test_sam_and_averages.py."""
+"""What the smaller strategies train, add and keep; SAM and averages:
+tests/training/test_sam_and_averages.py.
+"""
 
 from typing import Any, cast
 
@@ -25,7 +27,9 @@ def tune(model, pre, splits):
 
     def tune(chosen, **more):
         chosen = chosen if isinstance(chosen, Strategy) else strategy(chosen)
-        return run_strategy(model, pre, chosen, splits, config=CONFIG, show_progress=False, test=False, **more)
+        return run_strategy(
+            model, pre, chosen, splits, config=CONFIG, show_progress=False, test=False, **more
+        )
 
     return tune
 
@@ -45,7 +49,9 @@ def chosen_of(phase, name):
     model = FAMILIES[name](FAMILIES[name].small())
     params = jax.eval_shape(model.init, jax.random.key(0))
     mask = phases.trainable_mask(phase, model, params)
-    return {path for path, chosen in trees.flatten(mask).items() if chosen}, set(trees.flatten(params))
+    return {path for path, chosen in trees.flatten(mask).items() if chosen}, set(
+        trees.flatten(params)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -61,8 +67,12 @@ def test_the_last_layers_are_the_last_of_each_stack_and_the_head():
     assert last == {path for path in paths if path.startswith(("layer_1/", "head/"))}
     both, _ = chosen_of(Phase("last", layers=2), "timer")
     assert both - last == {path for path in paths if path.startswith("layer_0/")}
-    last, paths = chosen_of(Phase("last"), "chronos_bolt")  # an encoder of two layers, a decoder of one
-    assert last == {path for path in paths if path.startswith(("encoder/layer_1/", "decoder/layer_0/", "head/"))}
+    last, paths = chosen_of(
+        Phase("last"), "chronos_bolt"
+    )  # an encoder of two layers, a decoder of one
+    assert last == {
+        path for path in paths if path.startswith(("encoder/layer_1/", "decoder/layer_0/", "head/"))
+    }
 
 
 @pytest.mark.slow
@@ -82,16 +92,25 @@ def test_every_family_has_last_layers_and_can_be_anchored(name):
 def test_layers_stand_in_their_own_order():
     model = FAMILIES["timer"](FAMILIES["timer"].small())
     paths = [f"layer_{i}/up/kernel" for i in (10, 2, 0, 1)]
-    assert parts.stacks(model, [*paths, "head/kernel"]) == [("layer_0", "layer_1", "layer_2", "layer_10")]
+    assert parts.stacks(model, [*paths, "head/kernel"]) == [
+        ("layer_0", "layer_1", "layer_2", "layer_10")
+    ]
     ttm = FAMILIES["ttm"](FAMILIES["ttm"].small())
     found = parts.stacks(ttm, trees.flatten(jax.eval_shape(ttm.init, jax.random.key(0))))
-    assert sorted(found) == [("decoder/mixers/layer_0",), ("encoder/block_0_layer_0", "encoder/block_1_layer_0")]
+    assert sorted(found) == [
+        ("decoder/mixers/layer_0",),
+        ("encoder/block_0_layer_0", "encoder/block_1_layer_0"),
+    ]
 
 
 def test_partial_unfreezing_moves_what_it_says(tune, pre):
     found = tune("norms")
-    assert moved(found.params, pre) == {p for p in trees.flatten(pre) if p.endswith(("/bias", "/scale"))}
-    assert found.trained == sum(leaf.size for p, leaf in trees.flatten(pre).items() if p.endswith(("bias", "scale")))
+    assert moved(found.params, pre) == {
+        p for p in trees.flatten(pre) if p.endswith(("/bias", "/scale"))
+    }
+    assert found.trained == sum(
+        leaf.size for p, leaf in trees.flatten(pre).items() if p.endswith(("bias", "scale"))
+    )
 
 
 @pytest.mark.slow
@@ -99,10 +118,15 @@ def test_the_stronger_the_anchor_the_closer_the_forecasts_stay(model, pre, split
     context = splits.val.gather(jnp.arange(64))["context"]
 
     def away(params):
-        return float(jnp.square(model.predict(params, context, 8).point - model.predict(pre, context, 8).point).mean())
+        return float(
+            jnp.square(
+                model.predict(params, context, 8).point - model.predict(pre, context, 8).point
+            ).mean()
+        )
 
     free, weak, strong = (
-        away(r.params) for r in (tuned, tune("anchor"), tune(Strategy("a", phases=(Phase(anchor=50.0),))))
+        away(r.params)
+        for r in (tuned, tune("anchor"), tune(Strategy("a", phases=(Phase(anchor=50.0),))))
     )
     assert strong < weak < free
     assert strong < free / 5
@@ -113,7 +137,9 @@ def test_the_anchor_is_the_squared_distance_of_forecasts(model, pre, splits):
     other = model.init(jax.random.key(1))
     points = [model.predict(params, batch["context"], 8).point[:12] for params in (other, pre)]
     want = np.square(np.subtract(*points)).mean()
-    found = phases.anchor_distance(model, other, pre, batch | {"target": jnp.full_like(batch["target"], jnp.nan)})
+    found = phases.anchor_distance(
+        model, other, pre, batch | {"target": jnp.full_like(batch["target"], jnp.nan)}
+    )
     np.testing.assert_allclose(found, want, rtol=1e-5)  # what really came plays no part
     assert float(phases.anchor_distance(model, pre, pre, batch)) == 0.0
 
@@ -129,7 +155,8 @@ def test_the_anchor_is_the_squared_distance_of_forecasts(model, pre, splits):
 def test_equal_models_share_the_compilation_of_an_anchored_loss(model, pre, splits):
     again = type(model)(model.config)
     jobs = [
-        Running(m, pre, strategy("anchor"), splits, config=CONFIG, task=Forecasting()).job() for m in (model, again)
+        Running(m, pre, strategy("anchor"), splits, config=CONFIG, task=Forecasting()).job()
+        for m in (model, again)
     ]
     assert len({job["loss_fn"].func for job in jobs}) == 1
 
@@ -159,7 +186,9 @@ def test_mixout_has_gradients_at_the_checkpoint_and_draws_anew_each_step():
     one, two = (jax.grad(loss)(w, {}, jax.random.key(seed), True)["a"] for seed in (0, 1))
     assert set(np.unique(one)) == {0.0, 2.0}  # replaced, or 1 / (1 - p)
     assert (one != two).any()
-    np.testing.assert_array_equal(jax.grad(loss)(w, {}, jax.random.key(0), False)["a"], jnp.ones(400))  # a validation
+    np.testing.assert_array_equal(
+        jax.grad(loss)(w, {}, jax.random.key(0), False)["a"], jnp.ones(400)
+    )  # a validation
 
 
 @pytest.mark.slow
@@ -184,7 +213,9 @@ def test_wise_ft_keeps_the_mix_that_validates_best(tune, tuned, model, pre, spli
 @pytest.mark.slow
 def test_wise_ft_takes_the_checkpoint_where_tuning_does_harm(model, pre, splits):
     harmful = training.TrainConfig(epochs=1, batch_size=128, lr=0.5, schedule="constant")
-    found = run_strategy(model, pre, strategy("wise_ft"), splits, config=harmful, show_progress=False, test=False)
+    found = run_strategy(
+        model, pre, strategy("wise_ft"), splits, config=harmful, show_progress=False, test=False
+    )
     assert found.weight is not None and found.weight < 1
     assert found.val["mse"] < found.mixes[1.0]["mse"]
 
@@ -202,7 +233,9 @@ def test_phases_say_how_to_train(model, pre, splits):
 
 def test_folders_of_earlier_versions_know_none_of_the_new_fields():
     record = strategy("l2sp").record()
-    assert record["phases"] == [{"trainable": "all", "epochs": None, "lr": None, "l2_sp": 0.1, "lora": None}]
+    assert record["phases"] == [
+        {"trainable": "all", "epochs": None, "lr": None, "l2_sp": 0.1, "lora": None}
+    ]
     assert set(record) == {"name", "start", "phases", "reinit_head"}
     assert strategy("sff").record()["start"] == {"alpha": 0.7}
     assert strategy("sam").record()["phases"][0]["rho"] == 0.05

@@ -23,7 +23,16 @@ def tune(model, pre, splits):
     """A quiet full fine-tuning of two epochs."""
 
     def tune(method="ff", **more):
-        return run(model, pre, strategy(method), splits, config=CONFIG, show_progress=False, test=False, **more)
+        return run(
+            model,
+            pre,
+            strategy(method),
+            splits,
+            config=CONFIG,
+            show_progress=False,
+            test=False,
+            **more,
+        )
 
     return tune
 
@@ -34,7 +43,9 @@ def found(tune):
     return tune(curvature_at=(0, 2))
 
 
-def test_what_is_measured_is_the_curvature_of_the_loss_on_windows_spread_evenly(model, pre, splits, found):
+def test_what_is_measured_is_the_curvature_of_the_loss_on_windows_spread_evenly(
+    model, pre, splits, found
+):
     windows = forecasting.training_windows(model, splits, "ims")
     batch = windows.gather(jnp.asarray(np.linspace(0, windows.n - 1, 64), jnp.int32))
 
@@ -43,7 +54,9 @@ def test_what_is_measured_is_the_curvature_of_the_loss_on_windows_spread_evenly(
 
     (top,) = curvature.top_eigenvalues(loss, pre, steps=20, tolerance=1e-3)
     np.testing.assert_allclose(found.start_curvature["top_eigenvalue"], top, rtol=1e-3)
-    np.testing.assert_allclose(found.start_curvature["sharpness"], curvature.sharpness(loss, pre, 0.05), rtol=1e-3)
+    np.testing.assert_allclose(
+        found.start_curvature["sharpness"], curvature.sharpness(loss, pre, 0.05), rtol=1e-3
+    )
 
 
 def test_it_stands_in_the_row_of_its_epoch_and_changes_nothing_else(tune, found):
@@ -53,7 +66,9 @@ def test_it_stands_in_the_row_of_its_epoch_and_changes_nothing_else(tune, found)
     assert second["top_eigenvalue"] != found.start_curvature["top_eigenvalue"]
     plain = tune()
     assert plain.start_curvature is None
-    rows = [{name: value for name, value in row.items() if name not in NUMBERS} for row in found.history]
+    rows = [
+        {name: value for name, value in row.items() if name not in NUMBERS} for row in found.history
+    ]
     assert rows == plain.history and found.val == plain.val
 
 
@@ -62,7 +77,9 @@ def test_a_checkpoint_alone_is_measured_too(tune, found):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_has_the_numbers_of_an_undisturbed_one(tune, tmp_path, monkeypatch, found):
+def test_a_run_that_was_stopped_has_the_numbers_of_an_undisturbed_one(
+    tune, tmp_path, monkeypatch, found
+):
     measure, calls = tracking.Tracker.measure, []
 
     def stopped_once(self, params):
@@ -93,7 +110,11 @@ def test_of_a_quadratic_it_is_exact():
 
     def loss(params, batch, key, train):
         assert key is None and not train
-        return (batch["weight"] * batch["x"]).sum() / 4 * (params["w"] ** 2 * jnp.array([1.0, 2.0])).sum()
+        return (
+            (batch["weight"] * batch["x"]).sum()
+            / 4
+            * (params["w"] ** 2 * jnp.array([1.0, 2.0])).sum()
+        )
 
     tracker = tracking.tracker(loss, Rows(), Placement(), sample=64)
     # 6 / 4 * (w0^2 + 2 w1^2): eigenvalues 3 and 6; at (1, 0) the gradient is (3, 0)

@@ -16,7 +16,11 @@ from ltsm_jax.methods.verdict import calendar, compare, named, stamps
 from ltsm_jax.training import TrainConfig
 
 LENGTHS = (500, 460)  # of all panels here where others are not the point: each shape is compiled
-QUICK = {"budget": 60, "config": TrainConfig(epochs=3, lr=1e-2, batch_size=64), "show_progress": False}
+QUICK = {
+    "budget": 60,
+    "config": TrainConfig(epochs=3, lr=1e-2, batch_size=64),
+    "show_progress": False,
+}
 
 
 def between(low, high):
@@ -37,7 +41,13 @@ NONE = Difference(-0.5, np.nan, np.nan, "", 2, 1)
         (LESS, MORE, MORE, "seasonal_naive", "beats the checkpoint"),
         (SAME, LESS, LESS, "zero_shot", UNSHOWN),
         (MORE, LESS, LESS, "zero_shot", "does worse"),
-        (None, None, LESS, "zero_shot", "no tuned model did better than the checkpoint on validation"),
+        (
+            None,
+            None,
+            LESS,
+            "zero_shot",
+            "no tuned model did better than the checkpoint on validation",
+        ),
         (None, None, MORE, "seasonal_naive", "beats the checkpoint"),
         (SAME, SAME, SAME, "zero_shot", UNSHOWN),
         (NONE, NONE, NONE, "zero_shot", UNSHOWN),
@@ -52,7 +62,9 @@ def test_the_rule(gain, over_naive, zero, deploy, says):
     assert name == deploy
     assert says in reason
     assert reason.startswith("Deploy ") and reason.endswith(".") and "\n" not in reason
-    if deploy == "seasonal_naive":  # it is worse than the checkpoint on validation, and that is said
+    if (
+        deploy == "seasonal_naive"
+    ):  # it is worse than the checkpoint on validation, and that is said
         assert "on validation it did worse than the checkpoint (MSE 1.1000, not 1.0000)" in reason
 
 
@@ -183,13 +195,17 @@ def test_three_windows_show_nothing(model, pre):
 def test_masks_stay_in_every_model(model, pre):
     masks = full_masks(model)
     masks["layer_0"]["up"]["out"] = np.zeros(24, np.float32)
-    found = compare(model, pre, panel_of(*waves(16, *LENGTHS)), 8, methods="ff", masks=masks, **QUICK)
+    found = compare(
+        model, pre, panel_of(*waves(16, *LENGTHS)), 8, methods="ff", masks=masks, **QUICK
+    )
     assert found.verdict.deploy == "ff"
     assert not np.asarray(found.params["layer_0"]["up"]["kernel"]).any()
 
 
 def test_auto_ets_meets_the_others_on_the_same_windows(model, pre, monkeypatch):
-    """It is fitted on some windows only; the best naive forecast and the intervals are those of these windows."""
+    """It is fitted on some windows only; the best naive forecast and the intervals are those of
+    these windows.
+    """
     pytest.importorskip("statsforecast")
     monkeypatch.setattr("ltsm_jax.methods.verdict.MOST_ETS", 12)
     trend = [np.arange(n) + 0.1 * np.random.default_rng(n).normal(size=n) for n in LENGTHS]
@@ -217,7 +233,13 @@ def test_methods_by_name(model):
     assert [found.alpha for found in named("auto", model, 0.9).values()] == [None, 0.9]
     assert [found.alpha for found in named("sff,noise", model).values()] == [0.7, 0.7]
     assert list(named("auto", model, "auto")) == ["ff", "sff-0.5", "sff-0.7", "sff-0.9"]
-    assert list(named("lora,sff", model, "auto")) == ["lora", "sff-0.5", "sff-0.7", "sff-0.9", "sff-1"]
+    assert list(named("lora,sff", model, "auto")) == [
+        "lora",
+        "sff-0.5",
+        "sff-0.7",
+        "sff-0.9",
+        "sff-1",
+    ]
     with pytest.raises(ValueError, match="a number or 'auto'; got 'best'"):
         named("sff", model, "best")
     with pytest.raises(ValueError, match="alpha is for sff, noise, .* by name, and none of them"):

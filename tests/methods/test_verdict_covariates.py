@@ -19,7 +19,9 @@ LENGTHS = (300, 230)
 @pytest.fixture(scope="module")
 def model():
     sizes = {"head_dim": 8, "patch_len": 8, "context_len": 32, "max_patches": 1, "time_scale": 32}
-    return Chronos2(Chronos2Config.of(16, 2, 32, 1, **sizes, levels=(0.1, 0.5, 0.9), init_factor=1.0))
+    return Chronos2(
+        Chronos2Config.of(16, 2, 32, 1, **sizes, levels=(0.1, 0.5, 0.9), init_factor=1.0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,9 @@ def panel():
 @pytest.fixture(scope="module")
 def found(model, params, panel):
     config = TrainConfig(epochs=2, lr=1e-2, batch_size=32)
-    return compare(model, params, panel, HORIZON, methods="ff", config=config, budget=300, show_progress=False)
+    return compare(
+        model, params, panel, HORIZON, methods="ff", config=config, budget=300, show_progress=False
+    )
 
 
 def test_windows_hold_the_covariates_of_their_own_rows(model, params, panel):
@@ -74,7 +78,9 @@ def test_windows_hold_the_covariates_of_their_own_rows(model, params, panel):
         price = panel.known_values[0] - np.nanmean(panel.known_values[0, own])
         weather = panel.past_values[0] - panel.past_values[0, own].mean()
         np.testing.assert_allclose(batch["known"][k, 0], price[rows], rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(batch["past"][k, 0], weather[rows][:-HORIZON], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            batch["past"][k, 0], weather[rows][:-HORIZON], rtol=1e-5, atol=1e-6
+        )
         assert batch["target"].shape == (2, 1, HORIZON)
 
 
@@ -108,7 +114,9 @@ def test_a_family_without_covariates_sees_none(panel):
 
 
 def test_only_targets_have_a_loss(model, params):
-    """The original's loss: covariates are members of the group whose targets are missing, and count in the mean."""
+    """The original's loss: covariates are members of the group whose targets are missing, and count
+    in the mean.
+    """
     rng = np.random.default_rng(1)
     context, target = rng.normal(size=(2, 1, 32)), rng.normal(size=(2, 1, HORIZON))
     past, known = rng.normal(size=(2, 2, 32)), rng.normal(size=(2, 1, 32 + HORIZON))
@@ -133,7 +141,9 @@ def test_only_targets_have_a_loss(model, params):
 
 
 def test_forecasting_takes_them_in_training_too(model, params, panel):
-    """As a forecast does: standardised by what the context shows; one that does not move there is only moved to 0."""
+    """As a forecast does: standardised by what the context shows; one that does not move there is
+    only moved to 0.
+    """
     prepared = prepare(model, params, panel, HORIZON)
     source = prepared.task.windows(model, prepared.splits)
     batch = jax.jit(lambda s, i: s.gather(i))(source, np.arange(4))

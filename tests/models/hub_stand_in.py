@@ -34,7 +34,9 @@ class Repository:
 
 
 class Hub:
-    """`with Hub() as hub`: serves `hub.repositories` at `hub.address`, and notes every request in `hub.requests`."""
+    """`with Hub() as hub`: serves `hub.repositories` at `hub.address`, and notes every request in
+    `hub.requests`.
+    """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
@@ -61,7 +63,9 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread = threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         self.thread.start()
         return self
 
@@ -72,7 +76,11 @@ class Hub:
 
     def fetched(self) -> list[str]:
         """Files whose bytes were asked for."""
-        return [path.split("/")[-1] for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        return [
+            path.split("/")[-1]
+            for method, path in self.requests
+            if method == "GET" and "/resolve/" in path
+        ]
 
     def asked(self) -> set[str]:
         """Files that were asked for, those included that turned out to be in the cache."""
@@ -93,7 +101,9 @@ class Hub:
         if given and given != f"Bearer {TOKEN}":
             return self.refuse(request, 401, "", "Invalid credentials in Authorization header")
         if repository is None or (repository.token and not repository.gated and not given):
-            return self.refuse(request, 404 if given else 401, "RepoNotFound", "Repository not found")
+            return self.refuse(
+                request, 404 if given else 401, "RepoNotFound", "Repository not found"
+            )
         if file and repository.gated and not given:
             return self.refuse(request, 403, "GatedRepo", "Access to this model is restricted")
         revision = found[2] if file else found[3] or "main"
@@ -114,7 +124,9 @@ class Hub:
             return self.refuse(request, 404, "EntryNotFound", "Entry not found")
         body = files[file[3]]
         digest = hashlib.sha256(body).hexdigest()
-        return self.send(request, method, body, {"X-Repo-Commit": commit, "ETag": f'"{digest}"'}, file=True)
+        return self.send(
+            request, method, body, {"X-Repo-Commit": commit, "ETag": f'"{digest}"'}, file=True
+        )
 
     def facts(self, name, repository, commit):
         siblings = []
@@ -125,7 +137,11 @@ class Hub:
                 "blobId": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest(),
             }
             if not file.endswith(".json"):
-                facts["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 130}
+                facts["lfs"] = {
+                    "sha256": hashlib.sha256(body).hexdigest(),
+                    "size": len(body),
+                    "pointerSize": 130,
+                }
             siblings.append(facts)
         facts = {"id": name, "sha": commit, "private": False, "tags": [], "siblings": siblings}
         return facts | ({"cardData": repository.card} if repository.card else {})

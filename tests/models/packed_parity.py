@@ -1,4 +1,6 @@
-"""Recorded cases of the Moirai families: packed tokens, forecast inputs, mixtures under the original's names."""
+"""Recorded cases of the Moirai families: packed tokens, forecast inputs, mixtures under the
+original's names.
+"""
 
 import dataclasses
 import re
@@ -38,7 +40,9 @@ def cases(vectors, prefix):
 
 def tokens_of(io, case):
     """The packed tokens of a case."""
-    return Tokens(**{ours: jnp.asarray(io[f"{case}/in/{theirs}"]) for theirs, ours in FIELDS.items()})
+    return Tokens(
+        **{ours: jnp.asarray(io[f"{case}/in/{theirs}"]) for theirs, ours in FIELDS.items()}
+    )
 
 
 def bct(x):
@@ -53,8 +57,15 @@ def forecast_of(io, case):
     if int(get("feat_dynamic_real_dim")):
         more["known"] = bct(get("feat_dynamic_real")), bct(get("observed_feat_dynamic_real"))
     if int(get("past_feat_dynamic_real_dim")):
-        more["past_known"] = bct(get("past_feat_dynamic_real")), bct(get("past_observed_feat_dynamic_real"))
-    return (bct(get("past_target")), bct(get("past_observed_target"))), int(get("prediction_length")), more
+        more["past_known"] = (
+            bct(get("past_feat_dynamic_real")),
+            bct(get("past_observed_feat_dynamic_real")),
+        )
+    return (
+        (bct(get("past_target")), bct(get("past_observed_target"))),
+        int(get("prediction_length")),
+        more,
+    )
 
 
 def packed_forecast(io, case, patch, width):
@@ -69,16 +80,25 @@ def packed_forecast(io, case, patch, width):
 
 
 def stacked(all_tokens, patches=None):
-    """Token sets of several cases in one batch, padded to one length, so that one program serves them all.
+    """Token sets of several cases in one batch, padded to one length, so that one program serves
+    them all.
 
     Returns: tokens, sizes [B, N] (0 where padded), and the rows and length of each case.
     """
     n = max(t.target.shape[1] for t in all_tokens)
     pad = lambda a: jnp.pad(a, ((0, 0), (0, n - a.shape[1])) + ((0, 0),) * (a.ndim - 2))  # noqa: E731
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate([pad(leaf) for leaf in leaves]), *all_tokens)
-    apart = jnp.concatenate([pad(jnp.ones_like(t.sample_id)) for t in all_tokens])  # padding of a case sees its own
+    joined = jax.tree.map(
+        lambda *leaves: jnp.concatenate([pad(leaf) for leaf in leaves]), *all_tokens
+    )
+    apart = jnp.concatenate(
+        [pad(jnp.ones_like(t.sample_id)) for t in all_tokens]
+    )  # padding of a case sees its own
     joined = dataclasses.replace(joined, sample_id=jnp.where(apart == 1, joined.sample_id, -1))
-    sizes = None if patches is None else jnp.concatenate([pad(jnp.asarray(p, jnp.int32)) for p in patches])
+    sizes = (
+        None
+        if patches is None
+        else jnp.concatenate([pad(jnp.asarray(p, jnp.int32)) for p in patches])
+    )
     places, first = [], 0
     for t in all_tokens:
         b, m = t.target.shape[:2]
@@ -106,19 +126,27 @@ def at_future(a, n_variates, time_steps, horizon, patch):
 
 
 def drawn(io, case, call, n_variates, horizon, patch):
-    """The recorded draws of one sampling call at the future tokens: values [n, B, C, H, M], components [n, B, C, H]."""
+    """The recorded draws of one sampling call at the future tokens: values [n, B, C, H, M],
+    components [n, B, C, H].
+    """
     steps = io[f"{case}/in/past_target"].shape[1]
     if case.startswith("auto__"):
         steps = int(io[f"{case}/in/context_length"])
     tapes = (io[f"{case}/in/tape/{call}/{name}"] for name in ("components", "index"))
-    return tuple(np.stack([at_future(one, n_variates, steps, horizon, patch) for one in tape]) for tape in tapes)
+    return tuple(
+        np.stack([at_future(one, n_variates, steps, horizon, patch) for one in tape])
+        for tape in tapes
+    )
 
 
 def check_gradients(model, grads, stored, prefix, rel, floor=1e-6):
-    """Gradients of every parameter against the recorded ones; some sets hold only a part of them, and none of
-    what is data."""
+    """Gradients of every parameter against the recorded ones; some sets hold only a part of them,
+    and none of what is data.
+    """
     drawn, _ = tables.to_state(converter(model.family).keys(model.config), grads)
-    want = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    want = {
+        key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)
+    }
     assert want
     assert want.keys() <= drawn.keys()
     for key, leaf in want.items():
@@ -128,7 +156,13 @@ def check_gradients(model, grads, stored, prefix, rel, floor=1e-6):
     return drawn.keys() - want.keys()
 
 
-RTOL, ATOL, NLL_RTOL, GRAD_REL, STEEP_REL = 2e-4, 1e-5, 1e-3, 2e-3, 2e-2  # of meta.json of the mixture families
+RTOL, ATOL, NLL_RTOL, GRAD_REL, STEEP_REL = (
+    2e-4,
+    1e-5,
+    1e-3,
+    2e-3,
+    2e-2,
+)  # of meta.json of the mixture families
 
 
 def close(got, want, what, rtol=RTOL, atol=ATOL):
@@ -141,7 +175,9 @@ def close(got, want, what, rtol=RTOL, atol=ATOL):
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-    """What a model made of one recorded case, as numpy: mixture and named steps at all of its tokens."""
+    """What a model made of one recorded case, as numpy: mixture and named steps at all of its
+    tokens.
+    """
 
     tokens: Tokens
     mixture: Any
@@ -180,14 +216,20 @@ def check_distributions(io, ran):
     """Scaler, parameters, mean and log density of every case."""
     compared = 0
     for case, one in ran.items():
-        named = recorded_names(one.mixture) | {"loc": one.taps["loc"], "scale": one.taps["scale"], "mean": one.mean}
+        named = recorded_names(one.mixture) | {
+            "loc": one.taps["loc"],
+            "scale": one.taps["scale"],
+            "mean": one.mean,
+        }
         for name, got in named.items():
             if f"{case}/out/{name}" in io:
                 close(got, io[f"{case}/out/{name}"], f"{case} {name}")
                 compared += 1
         if f"{case}/out/nll" in io:
             close(-one.log_prob, io[f"{case}/out/nll"], f"{case} nll", NLL_RTOL)
-        missed = {k for k in io if k.startswith(f"{case}/out/param/")} - {f"{case}/out/{name}" for name in named}
+        missed = {k for k in io if k.startswith(f"{case}/out/param/")} - {
+            f"{case}/out/{name}" for name in named
+        }
         assert not missed
     assert compared
 

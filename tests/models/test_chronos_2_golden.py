@@ -1,4 +1,6 @@
-"""Chronos-2 against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""Chronos-2 against vectors recorded from the original PyTorch code (`--golden DIR` names another
+set).
+"""
 
 import re
 
@@ -11,9 +13,17 @@ import pytest
 from converters import chronos_2 as converter
 from ltsm_jax import trees
 from ltsm_jax.models import folders
-from ltsm_jax.models.chronos_2 import PRESETS, Chronos2, interpolate_quantiles, masses, weighted_quantile
+from ltsm_jax.models.chronos_2 import (
+    PRESETS,
+    Chronos2,
+    interpolate_quantiles,
+    masses,
+    weighted_quantile,
+)
 
-RTOL = 1e-4  # of meta.json, for quantiles relative to the scale of the series; 1e-3 where sinh has amplified them
+# of meta.json, for quantiles relative to the scale of the series; 1e-3 where sinh has amplified
+# them
+RTOL = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +45,20 @@ def inputs(io, case, prefix="in"):
     x = io[f"{case}/{prefix}/context"]
     groups = io.get(f"{case}/{prefix}/group_ids", np.arange(len(x)))
     found = {"same": jnp.asarray(groups[:, None] == groups[None])[None]}
-    names = {"mask": "context_mask", "future": "future_covariates", "future_mask": "future_covariates_mask"}
+    names = {
+        "mask": "context_mask",
+        "future": "future_covariates",
+        "future_mask": "future_covariates_mask",
+    }
     for ours, theirs in names.items():
         if f"{case}/{prefix}/{theirs}" in io:
             found[ours] = jnp.asarray(io[f"{case}/{prefix}/{theirs}"])[None]
     return jnp.asarray(x)[None], found
 
 
-apply = jax.jit(lambda model, params, x, n, more: model.apply(params, x, n, **more), static_argnums=(0, 3))
+apply = jax.jit(
+    lambda model, params, x, n, more: model.apply(params, x, n, **more), static_argnums=(0, 3)
+)
 rows = jax.jit(
     lambda model, params, x, horizon, more, paths, most: model.rows(
         params, x, horizon, paths=paths, max_patches=most, **more
@@ -52,10 +68,14 @@ rows = jax.jit(
 
 
 def check(got_MRQ, want_MQR, x_MT, what, relative=False):
-    """Equal within the recorded tolerance, each series by its own scale; relative beyond many scales (sinh)."""
+    """Equal within the recorded tolerance, each series by its own scale; relative beyond many
+    scales (sinh).
+    """
     got, want = np.swapaxes(np.asarray(got_MRQ), 1, 2), np.asarray(want_MQR)
     assert got.shape == want.shape, f"{what}: {got.shape}, {want.shape}"
-    scale = np.array([np.std(s[~np.isnan(s)]) if np.isfinite(s).any() else 1.0 for s in np.asarray(x_MT)])
+    scale = np.array(
+        [np.std(s[~np.isnan(s)]) if np.isfinite(s).any() else 1.0 for s in np.asarray(x_MT)]
+    )
     scale = np.maximum(scale, 1e-5).reshape(-1, 1, 1)
     excess = np.abs(got - want) - 1e-4 * scale - (1e-3 if relative else RTOL) * np.abs(want)
     parity.note(np.abs(got - want), np.abs(got - want) - excess)
@@ -73,7 +93,9 @@ def test_golden_outputs(recorded):
                 parity.close(taps[name][0], io[f"{case}/out/{name}"], what=case)
         if f"{case}/out/encoder" in io:
             valid = io[f"{case}/out/valid_token"].astype(bool)
-            parity.close(taps["norm"][0][valid], io[f"{case}/out/encoder"][valid], atol=1e-4, what=case)
+            parity.close(
+                taps["norm"][0][valid], io[f"{case}/out/encoder"][valid], atol=1e-4, what=case
+            )
 
 
 def test_golden_intermediates(recorded):
@@ -90,8 +112,14 @@ def test_golden_intermediates(recorded):
         "scale": "scale",
     }
     for i in range(len(model.config.ffn_dims)):
-        ours |= {f"encoder.block.{i}": f"layer_{i}", f"encoder.block.{i}.layer.0": f"layer_{i}/time"}
-        ours |= {f"encoder.block.{i}.layer.1": f"layer_{i}/group", f"encoder.block.{i}.layer.2": f"layer_{i}"}
+        ours |= {
+            f"encoder.block.{i}": f"layer_{i}",
+            f"encoder.block.{i}.layer.0": f"layer_{i}/time",
+        }
+        ours |= {
+            f"encoder.block.{i}.layer.1": f"layer_{i}/group",
+            f"encoder.block.{i}.layer.2": f"layer_{i}",
+        }
     compared = 0
     for case in dict.fromkeys(m[1] for key in io if (m := re.match(r"act/([^/]+)/", key))):
         x, more = inputs(io, case)
@@ -110,12 +138,16 @@ def test_golden_intermediates(recorded):
 
 
 def path_levels(io, case):
-    return tuple(round(float(q), 6) for q in io.get(f"{case}/in/unrolled_quantiles", np.arange(1, 10) / 10))
+    return tuple(
+        round(float(q), 6) for q in io.get(f"{case}/in/unrolled_quantiles", np.arange(1, 10) / 10)
+    )
 
 
 @pytest.mark.slow
 def test_golden_forecasts_of_the_pipeline(recorded):
-    """From the padded batch that the original's pipeline makes of its inputs, covariates and long horizons included."""
+    """From the padded batch that the original's pipeline makes of its inputs, covariates and long
+    horizons included.
+    """
     _, model, params, io = recorded
     for case in cases(io, "/batch/context"):
         x, more = inputs(io, case, "batch")
@@ -124,7 +156,13 @@ def test_golden_forecasts_of_the_pipeline(recorded):
             more["same"] = jnp.ones_like(more["same"])
         y = rows(model, params, x, horizon, more, path_levels(io, case), None)
         for i, (start, stop) in enumerate(io[f"{case}/batch/target_idx_ranges"]):
-            check(y[0, start:stop], io[f"{case}/out/predict_{i}"], x[0, start:stop], f"{case} {i}", True)
+            check(
+                y[0, start:stop],
+                io[f"{case}/out/predict_{i}"],
+                x[0, start:stop],
+                f"{case} {i}",
+                True,
+            )
 
 
 def tensor(io, case):
@@ -170,7 +208,10 @@ def test_golden_levels_of_ones_own(recorded):
         for i in range(len(x)):
             check(got[i], np.swapaxes(want[i], 1, 2), x[i], case, True)
         parity.close(
-            interpolate_quantiles(y, model.config.levels, (0.5,))[..., 0], io[f"{case}/out/mean"], rtol=1e-3, atol=1e-3
+            interpolate_quantiles(y, model.config.levels, (0.5,))[..., 0],
+            io[f"{case}/out/mean"],
+            rtol=1e-3,
+            atol=1e-3,
         )
 
 
@@ -201,7 +242,9 @@ def test_golden_losses(recorded):
     _, model, params, io = recorded
     for case in cases(io, "/out/loss"):
         x, target, more = batch_of(io, case)
-        got = jax.jit(lambda p, x=x, t=target, m=more: model.series_loss(p, x, t, **m).mean())(params)
+        got = jax.jit(lambda p, x=x, t=target, m=more: model.series_loss(p, x, t, **m).mean())(
+            params
+        )
         np.testing.assert_allclose(got, io[f"{case}/out/loss"], rtol=RTOL, err_msg=case)
         if set(more) == {"same"} and case == "normal":
             batch = {"context": x[0][:, None], "target": target[0][:, None]}
@@ -215,15 +258,23 @@ def test_golden_gradients(recorded, prefix, case):
     want = parity.recorded_gradients(vectors, model, prefix=f"{prefix}grad/")
     # alone in its group, a series gives the group's q and k nothing but round-off
     only = r"^(?!.*/group/[qk]/)" if case == "normal" else None
-    parity.check_gradients(lambda p: model.series_loss(p, x, target, **more).mean(), params, want, only=only)
+    parity.check_gradients(
+        lambda p: model.series_loss(p, x, target, **more).mean(), params, want, only=only
+    )
 
 
 def test_golden_quantile_tools(recorded):
     *_, io = recorded
     values, query = io["util/in/values"], io["util/in/query"].tolist()
     levels = io["util/in/levels"].tolist()
-    parity.close(interpolate_quantiles(jnp.asarray(values), levels, query), io["util/out/interpolate_quantiles"])
-    parity.close(weighted_quantile(jnp.asarray(values), io["util/in/weights"], query), io["util/out/weighted_quantile"])
+    parity.close(
+        interpolate_quantiles(jnp.asarray(values), levels, query),
+        io["util/out/interpolate_quantiles"],
+    )
+    parity.close(
+        weighted_quantile(jnp.asarray(values), io["util/in/weights"], query),
+        io["util/out/weighted_quantile"],
+    )
     parity.close(masses(levels), io["util/out/prob_mass"])
 
 
@@ -232,10 +283,17 @@ def test_golden_initialisation(recorded):
     stats = vectors.init_stats["params"]
     shapes = {key: np.broadcast_to(np.float32(0), entry["shape"]) for key, entry in stats.items()}
     d_ff, wide = shapes["input_patch_embedding.hidden_layer.weight"].shape
-    d_model, layers = shapes["shared.weight"].shape[1], converter.layer_count(shapes, r"encoder\.block\.(\d+)\.")
+    d_model, layers = (
+        shapes["shared.weight"].shape[1],
+        converter.layer_count(shapes, r"encoder\.block\.(\d+)\."),
+    )
     inner = shapes["encoder.block.0.layer.0.self_attention.q.weight"].shape[0]
     out = shapes["output_patch_embedding.output_layer.weight"].shape[0]
-    told = vectors.init_stats["_about"].get("config", {}) if isinstance(vectors.init_stats["_about"], dict) else {}
+    told = (
+        vectors.init_stats["_about"].get("config", {})
+        if isinstance(vectors.init_stats["_about"], dict)
+        else {}
+    )
     heads = told.get("num_heads", inner // 64)
     levels = tuple((i + 1) / (out * 3 // wide + 1) for i in range(out * 3 // wide))
     config = type(model.config).of(
@@ -248,10 +306,16 @@ def test_golden_round_trip(recorded, tmp_path):
     vectors, model, *_ = recorded
     parity.check_round_trip(vectors.checkpoint, tmp_path)
     told = converter.published(model.config)
-    wrong = {name: (told[name], value) for name, value in vectors.config.items() if told.get(name, value) != value}
+    wrong = {
+        name: (told[name], value)
+        for name, value in vectors.config.items()
+        if told.get(name, value) != value
+    }
     assert not wrong
 
 
-@pytest.mark.parametrize("name, millions", [("amazon/chronos-2", 119.478), ("autogluon/chronos-2-small", 28.263)])
+@pytest.mark.parametrize(
+    "name, millions", [("amazon/chronos-2", 119.478), ("autogluon/chronos-2-small", 28.263)]
+)
 def test_published_parameter_counts(name, millions):
     assert round(trees.count(folders.shapes(Chronos2(PRESETS[name]))) / 1e6, 3) == millions

@@ -22,15 +22,21 @@ COUNTS = {"tiny": 8_652_672, "mini": 21_236_096, "small": 47_718_016, "base": 20
 
 @pytest.fixture(scope="module")
 def small():
-    """(model, params) with weights of order one: the original's own draw is nearly constant in its input."""
+    """(model, params) with weights of order one: the original's own draw is nearly constant in its
+    input.
+    """
     model = ChronosBolt(SMALL)
     flat = trees.flatten(jax.device_get(jax.jit(model.init)(jax.random.key(0))))
     factor = lambda path: 1.0 if path.endswith("bias") else 20.0  # noqa: E731
-    return model, trees.unflatten({path: leaf * np.float32(factor(path)) for path, leaf in flat.items()})
+    return model, trees.unflatten(
+        {path: leaf * np.float32(factor(path)) for path, leaf in flat.items()}
+    )
 
 
 def waves(b, t):
-    return jnp.asarray(np.sin(np.arange(t) / 3.0 + np.arange(b)[:, None, None]) * 2 + 5, jnp.float32)
+    return jnp.asarray(
+        np.sin(np.arange(t) / 3.0 + np.arange(b)[:, None, None]) * 2 + 5, jnp.float32
+    )
 
 
 predict = jax.jit(lambda model, *args: model.predict(*args), static_argnums=(0, 3))
@@ -39,7 +45,10 @@ apply = jax.jit(lambda model, *args: model.apply(*args), static_argnums=0)
 
 @pytest.mark.parametrize("size", list(COUNTS))
 def test_published_parameter_counts(size):
-    assert trees.count(folders.shapes(ChronosBolt(PRESETS[f"amazon/chronos-bolt-{size}"]))) == COUNTS[size]
+    assert (
+        trees.count(folders.shapes(ChronosBolt(PRESETS[f"amazon/chronos-bolt-{size}"])))
+        == COUNTS[size]
+    )
 
 
 @pytest.mark.slow
@@ -51,7 +60,9 @@ def test_rolled_out_as_one_would_by_hand(small):
     y, _ = apply(model, params, x)  # [2, 1, h, q]
     blocks, paths = [y], jnp.repeat(x, q, axis=1)
     for _ in range(2):
-        paths = jnp.concatenate([paths, jnp.swapaxes(y[:, 0], 1, 2)], axis=-1)[..., -model.context_len :]
+        paths = jnp.concatenate([paths, jnp.swapaxes(y[:, 0], 1, 2)], axis=-1)[
+            ..., -model.context_len :
+        ]
         all_BZH = jnp.swapaxes(apply(model, params, paths)[0], 2, 3).reshape(2, q * q, h)
         y = jnp.moveaxis(jnp.quantile(all_BZH, jnp.asarray(SMALL.levels), axis=1), 0, -1)[:, None]
         blocks.append(y)
@@ -64,7 +75,9 @@ def test_missing_points_on_the_left_change_nothing(small):
     model, params = small
     x = waves(2, 21)
     padded = jnp.pad(x, ((0, 0), (0, 0), (model.context_len - 21, 0)), constant_values=jnp.nan)
-    np.testing.assert_allclose(predict(model, params, x, 5).point, predict(model, params, padded, 5).point, rtol=1e-5)
+    np.testing.assert_allclose(
+        predict(model, params, x, 5).point, predict(model, params, padded, 5).point, rtol=1e-5
+    )
 
 
 def test_mask_hides_points_from_the_network_and_not_from_the_scale(small):
@@ -84,7 +97,10 @@ def test_overlapping_patches_and_no_reg_token(small):
     model = ChronosBolt(dataclasses.replace(SMALL, stride=5, reg_token=False))
     params = jax.jit(model.init)(jax.random.key(0))
     found = predict(model, params, waves(2, 30), 2 * model.horizon)
-    assert found.point.shape == (2, 1, 2 * model.horizon) and np.isfinite(np.asarray(found.point)).all()
+    assert (
+        found.point.shape == (2, 1, 2 * model.horizon)
+        and np.isfinite(np.asarray(found.point)).all()
+    )
     p, *_ = model.patches(waves(1, 30)[:, 0])
     np.testing.assert_array_equal(p[0, :, 0][1:], p[0, :, 5][:-1], "5 steps further")
 
@@ -104,7 +120,9 @@ def test_quantiles_at_any_level(small):
 
 def test_point_between_levels_where_no_level_is_the_median():
     model = ChronosBolt(dataclasses.replace(SMALL, levels=(0.1, 0.4, 0.8)))
-    np.testing.assert_allclose(model._point(jnp.asarray([[[[0.0, 1.0, 5.0]]]])), [[[2.0]]], rtol=1e-6)
+    np.testing.assert_allclose(
+        model._point(jnp.asarray([[[[0.0, 1.0, 5.0]]]])), [[[2.0]]], rtol=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -119,11 +137,17 @@ def test_losses_of_a_forecast_worked_out_by_hand(small):
         for h in range(4):
             for i, level in enumerate(SMALL.levels):
                 miss = (float(target[b, 0, h]) - loc) / scale - float(taps["quantiles"][b, i, h])
-                error[b] += 0 if np.isnan(miss) else 2 * max(level * miss, (level - 1) * miss) / len(SMALL.levels)
+                error[b] += (
+                    0
+                    if np.isnan(miss)
+                    else 2 * max(level * miss, (level - 1) * miss) / len(SMALL.levels)
+                )
     batch = {"context": x, "target": target}
     np.testing.assert_allclose(jax.jit(model.loss)(params, batch), error.mean(), rtol=1e-4)
     square = np.square(np.asarray(y[:, :, :4, 1] - target))
-    np.testing.assert_allclose(jax.jit(model.point_loss)(params, batch), np.nanmean(square), rtol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(model.point_loss)(params, batch), np.nanmean(square), rtol=1e-4
+    )
     with pytest.raises(ValueError, match="predicts 16 steps at once; the target has 17"):
         model.loss(params, {"context": x, "target": waves(2, 17)})
 
@@ -134,7 +158,10 @@ def test_eval_batch_shrinks_with_the_model():
 
 
 def test_config_errors_are_all_told():
-    with pytest.raises(ValueError, match=r"every size must be positive; .*leave points out; levels must.*start_token"):
+    with pytest.raises(
+        ValueError,
+        match=r"every size must be positive; .*leave points out; levels must.*start_token",
+    ):
         dataclasses.replace(SMALL, patch_len=0, levels=(0.5, 0.1), start_token=2)
     with pytest.raises(ValueError, match=r"lacks num_heads, .*chronos_config\.quantiles"):
         ChronosBoltConfig.from_published({"d_model": 8})
@@ -157,7 +184,9 @@ def test_published_config_is_read_back():
     assert converter.configure(STATE, PUBLISHED, "x")[0] == SMALL
     gated = dataclasses.replace(SMALL.encoder, activation="gelu_new", gated=True)
     told = converter.published(
-        dataclasses.replace(SMALL, encoder=gated, decoder=dataclasses.replace(gated, **cross(SMALL)))
+        dataclasses.replace(
+            SMALL, encoder=gated, decoder=dataclasses.replace(gated, **cross(SMALL))
+        )
     )
     del told["dense_act_fn"], told["is_gated_act"]
     assert ChronosBoltConfig.from_published(told).decoder.gated
@@ -174,7 +203,9 @@ def test_copies_and_stray_tensors_of_the_original_are_known():
         "lm_head.weight": np.zeros((3, 16), np.float32),
         "quantiles": np.asarray(SMALL.levels, np.float32),
     }
-    read = tables.to_params(converter.keys(SMALL), STATE | extra, folders.shapes(ChronosBolt(SMALL)), what="x")
+    read = tables.to_params(
+        converter.keys(SMALL), STATE | extra, folders.shapes(ChronosBolt(SMALL)), what="x"
+    )
     assert set(read.dropped) == set(extra)
 
 
@@ -195,10 +226,19 @@ def test_copies_and_stray_tensors_of_the_original_are_known():
         ({"chronos_config": {}}, r"chronos_config\.context_length: missing"),
         ({"chronos_config": {"use_arcsinh": True}}, r"chronos_config\.'use_arcsinh': not known"),
         ({"chronos_config": {"quantiles": [0.5, 0.1, 0.9]}}, "levels must rise"),
-        ({"chronos_config": {"quantiles": [0.5]}}, "1 of 16 steps in the config, together 48 in the weights"),
+        (
+            {"chronos_config": {"quantiles": [0.5]}},
+            "1 of 16 steps in the config, together 48 in the weights",
+        ),
         ({"chronos_config": {"quantiles": "0.5"}}, "not a list of 1 to 999 numbers"),
-        ({"chronos_config": {"context_length": -5, "input_patch_stride": 2**70}}, "context_length.*input_patch_stride"),
-        ({"chronos_config": {"input_patch_size": 16}}, "input_patch_size: the config says 16, the weights 8"),
+        (
+            {"chronos_config": {"context_length": -5, "input_patch_stride": 2**70}},
+            "context_length.*input_patch_stride",
+        ),
+        (
+            {"chronos_config": {"input_patch_size": 16}},
+            "input_patch_size: the config says 16, the weights 8",
+        ),
         ({"decoder_start_token_id": 7}, "decoder_start_token_id"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Chronos-Bolt against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""Chronos-Bolt against vectors recorded from the original PyTorch code (`--golden DIR` names
+another set).
+"""
 
 import re
 
@@ -27,11 +29,17 @@ def row(x_BT):
 
 
 def check(got, want, x, what=""):
-    """Equal within the recorded tolerance, each series by its own scale. got: [B, 1, H, Q], want: [B, Q, H]."""
+    """Equal within the recorded tolerance, each series by its own scale. got: [B, 1, H, Q], want:
+    [B, Q, H].
+    """
     got, want = np.swapaxes(np.asarray(got)[:, 0], 1, 2), np.asarray(want)
     assert got.shape == want.shape, what
-    scale = [np.std(series[~np.isnan(series)]) if np.isfinite(series).any() else 1.0 for series in x]
-    excess = np.abs(got - want) - RTOL * np.abs(want) - ATOL * np.maximum(scale, 1e-5).reshape(-1, 1, 1)
+    scale = [
+        np.std(series[~np.isnan(series)]) if np.isfinite(series).any() else 1.0 for series in x
+    ]
+    excess = (
+        np.abs(got - want) - RTOL * np.abs(want) - ATOL * np.maximum(scale, 1e-5).reshape(-1, 1, 1)
+    )
     parity.note(np.abs(got - want), np.abs(got - want) - excess)
     assert (excess <= 0).all(), f"{what}: off by {np.abs(got - want).max()} at most"
 
@@ -51,7 +59,9 @@ def cases(io, suffix):
 
 
 def by_length(io, names):
-    """Cases with contexts of one length as one batch: {length: [(case, context [B, T], slice of the batch)]}."""
+    """Cases with contexts of one length as one batch: {length: [(case, context [B, T], slice of the
+    batch)]}.
+    """
     groups = {}
     for case in names:
         x = context_of(io, case)
@@ -82,10 +92,14 @@ def test_golden_outputs(recorded):
                 parity.close(taps["loc"][rows, 0], io[f"{case}/out/loc"], what=case)
                 parity.close(taps["scale"][rows, 0], io[f"{case}/out/scale"], what=case)
             if f"{case}/out/embed" in io:
-                parity.close(taps["encoder/norm"][rows], io[f"{case}/out/embed"], atol=1e-4, what=case)
+                parity.close(
+                    taps["encoder/norm"][rows], io[f"{case}/out/embed"], atol=1e-4, what=case
+                )
     cases(io, "/out/embed")
     x = context_of(io, "normal")
-    parity.close(encode(model, params, row(x))[:, 0], io["act/normal/encoder.final_layer_norm"], atol=1e-4)
+    parity.close(
+        encode(model, params, row(x))[:, 0], io["act/normal/encoder.final_layer_norm"], atol=1e-4
+    )
 
 
 def test_golden_intermediates(recorded):
@@ -108,11 +122,18 @@ def test_golden_intermediates(recorded):
     for stack, names in steps.items():
         for i in range(len(getattr(model.config, stack).ffn_dims)):
             ours[f"{stack}.block.{i}"] = f"{stack}/layer_{i}"
-            ours |= {f"{stack}.block.{i}.layer.{j}": f"{stack}/layer_{i}{name}" for j, name in enumerate(names)}
-    recorded_steps = [key.removeprefix("act/normal/") for key in io if key.startswith("act/normal/")]
+            ours |= {
+                f"{stack}.block.{i}.layer.{j}": f"{stack}/layer_{i}{name}"
+                for j, name in enumerate(names)
+            }
+    recorded_steps = [
+        key.removeprefix("act/normal/") for key in io if key.startswith("act/normal/")
+    ]
     assert set(recorded_steps) == set(ours), "every recorded step is compared, and no other"
     for name in recorded_steps:
-        want = np.nan_to_num(io[f"act/normal/{name}"])  # missing points are 0 where the original still has NaN
+        want = np.nan_to_num(
+            io[f"act/normal/{name}"]
+        )  # missing points are 0 where the original still has NaN
         parity.close(np.asarray(taps[ours[name]], np.float32), want, atol=1e-4, what=name)
 
 
@@ -120,7 +141,9 @@ def test_golden_rollout(recorded):
     """`predict` at any horizon, and `predict_quantiles` from it."""
     _, model, params, io = recorded
     wants = {case: io[f"{case}/out/predict"] for case in cases(io, "/out/predict")}
-    wants |= {case: np.swapaxes(io[f"{case}/out/quantiles"], 1, 2) for case in cases(io, "/out/quantiles")}
+    wants |= {
+        case: np.swapaxes(io[f"{case}/out/quantiles"], 1, 2) for case in cases(io, "/out/quantiles")
+    }
     for group in by_length(io, wants).values():
         horizon = max(wants[case].shape[-1] for case, *_ in group)
         found = predict(model, params, row(np.concatenate([x for _, x, _ in group])), horizon)
@@ -153,7 +176,10 @@ def test_golden_losses(recorded):
         for case, _, rows in group:
             y = batch_of(io, case)["target"]
             target[rows, :, : y.shape[-1]] = y
-        batch = {"context": row(np.concatenate([x for _, x, _ in group])), "target": jnp.asarray(target)}
+        batch = {
+            "context": row(np.concatenate([x for _, x, _ in group])),
+            "target": jnp.asarray(target),
+        }
         for case, _, rows in group:
             weight = np.zeros(len(target), np.float32)
             weight[rows] = 1
@@ -185,5 +211,9 @@ def test_golden_round_trip(recorded, tmp_path):
     out = parity.check_round_trip(vectors.checkpoint, tmp_path)
     assert out.with_name("config.json").exists()
     told = converter.published(model.config)
-    wrong = {name: (told[name], value) for name, value in vectors.config.items() if told.get(name, value) != value}
+    wrong = {
+        name: (told[name], value)
+        for name, value in vectors.config.items()
+        if told.get(name, value) != value
+    }
     assert set(wrong) <= {"vocab_size", "transformers_version"}, wrong

@@ -11,7 +11,13 @@ from ltsm_jax import trees
 from ltsm_jax.models import chronos_t5, folders
 from ltsm_jax.models.chronos_t5 import PRESETS, ChronosT5, ChronosT5Config
 
-SIZES = {"tiny": 8.394, "mini": 20.456, "small": 46.154, "base": 201.375, "large": 708.963}  # millions
+SIZES = {
+    "tiny": 8.394,
+    "mini": 20.456,
+    "small": 46.154,
+    "base": 201.375,
+    "large": 708.963,
+}  # millions
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +52,19 @@ def test_kth_largest_is_exact(k):
     x[0, 0, :20] = -np.inf
     x[1, 1, :] = x[1, 1, 0]
     x[2, 2, ::2] = 0
-    np.testing.assert_array_equal(chronos_t5.kth_largest(jnp.asarray(x), k), np.sort(x, -1)[..., -k])
+    np.testing.assert_array_equal(
+        chronos_t5.kth_largest(jnp.asarray(x), k), np.sort(x, -1)[..., -k]
+    )
 
 
 def scored(logits, **sampling):
     """Scores of [V] logits; EOS is the last token, which is not looked at."""
     cfg = dataclasses.replace(
-        ChronosT5.small(), vocab_size=len(logits) + 1, n_tokens=len(logits) + 1, eos=len(logits), **sampling
+        ChronosT5.small(),
+        vocab_size=len(logits) + 1,
+        n_tokens=len(logits) + 1,
+        eos=len(logits),
+        **sampling,
     )
     y = np.asarray(chronos_t5.scores(cfg, jnp.asarray([*logits, 9.0])))
     assert y[-1] == -np.inf, "EOS is removed"
@@ -63,12 +75,17 @@ def test_scores_of_a_worked_example():
     logits, gone = [1.0, 3.0, 2.0, 2.0, 0.0], -np.inf
     np.testing.assert_array_equal(scored(logits, top_k=None), logits)
     np.testing.assert_array_equal(scored(logits, top_k=None, temperature=2.0), np.array(logits) / 2)
-    np.testing.assert_array_equal(scored(logits, top_k=2), [gone, 3, 2, 2, gone])  # the two 2.0 are equal
+    np.testing.assert_array_equal(
+        scored(logits, top_k=2), [gone, 3, 2, 2, gone]
+    )  # the two 2.0 are equal
     np.testing.assert_array_equal(scored(logits, top_k=50), logits)
-    # probabilities .07 .51 .19 .19 .03: the tail of at most 1 - top_p goes, the likeliest token never
+    # probabilities .07 .51 .19 .19 .03: the tail of at most 1 - top_p goes, the likeliest token
+    # never
     np.testing.assert_array_equal(scored(logits, top_k=None, top_p=0.95), [1, 3, 2, 2, gone])
     np.testing.assert_array_equal(scored(logits, top_k=None, top_p=0.89), [gone, 3, 2, 2, gone])
-    np.testing.assert_array_equal(scored(logits, top_k=None, top_p=0.0), [gone, 3, gone, gone, gone])
+    np.testing.assert_array_equal(
+        scored(logits, top_k=None, top_p=0.0), [gone, 3, gone, gone, gone]
+    )
 
 
 def test_draws_have_the_scores_probabilities():
@@ -84,7 +101,9 @@ def test_draws_have_the_scores_probabilities():
 
 
 def test_token_ids_of_a_worked_example():
-    """Bins at -2, -1, ..., 2 after two special tokens; id 2 is left for what lies below every bin."""
+    """Bins at -2, -1, ..., 2 after two special tokens; id 2 is left for what lies below
+    every bin.
+    """
     cfg = dataclasses.replace(ChronosT5.small(), n_tokens=8, low=-2.0, high=2.0)
     x = jnp.asarray([[-9.0, -2.0, -1.5, -1.4, 0.0, 1.6, 9.0, jnp.nan]])
     ids, observed = chronos_t5.tokenize(cfg, x, jnp.ones(1))
@@ -101,7 +120,9 @@ def test_samples_follow_the_key_and_not_the_horizon(small):
     model, params = small
     x = wave(2, 20)[:, None]
     predict = jax.jit(lambda h, key: model.predict(params, x, h, key), static_argnums=0)
-    one, same, other = (predict(8, key).samples for key in (None, jax.random.key(0), jax.random.key(1)))
+    one, same, other = (
+        predict(8, key).samples for key in (None, jax.random.key(0), jax.random.key(1))
+    )
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
     longer = predict(19, None)
@@ -113,7 +134,9 @@ def test_samples_follow_the_key_and_not_the_horizon(small):
 
 @pytest.mark.slow
 def test_a_roll_out_feeds_the_lower_median_back(small):
-    """The second block is a forecast from the context with the first block's lower median behind it."""
+    """The second block is a forecast from the context with the first block's lower median behind
+    it.
+    """
     model, params = small
     cfg = model.config
     x = wave(1, cfg.context_len, seed=1)
@@ -124,7 +147,9 @@ def test_a_roll_out_feeds_the_lower_median_back(small):
     lower = np.sort(first, -1)[..., (cfg.n_samples - 1) // 2]
     assert (lower < np.median(first, -1)).any(), "the two medians must differ here"
     extended = jnp.concatenate([x, lower], axis=1)[:, -cfg.context_len :]
-    np.testing.assert_allclose(sample(extended, cfg.horizon, noise[cfg.horizon :]), whole[:, cfg.horizon :], rtol=1e-5)
+    np.testing.assert_allclose(
+        sample(extended, cfg.horizon, noise[cfg.horizon :]), whole[:, cfg.horizon :], rtol=1e-5
+    )
 
 
 def test_missing_at_the_start_is_as_good_as_shorter(small):
@@ -155,7 +180,10 @@ def test_a_short_target_is_missing_at_its_end(small):
 def test_training_leaves_values_out(small):
     """Without dropout the noise of training is the values that each series loses."""
     model, params = small
-    still = [dataclasses.replace(stack, dropout=0.0) for stack in (model.config.encoder, model.config.decoder)]
+    still = [
+        dataclasses.replace(stack, dropout=0.0)
+        for stack in (model.config.encoder, model.config.decoder)
+    ]
     config = dataclasses.replace(model.config, encoder=still[0], decoder=still[1])
     x = wave(3, 28)[:, None]
     batch = {"context": x[..., :20], "target": x[..., 20:]}
@@ -163,7 +191,9 @@ def test_training_leaves_values_out(small):
     plain = jax.jit(model.loss)(params, batch)
     for share in (0.0, 0.5):
         one = ChronosT5(dataclasses.replace(config, missing_prob=share))
-        assert bool(jax.jit(lambda k, one=one: one.loss(params, batch, k, True))(key) == plain) == (share == 0)
+        assert bool(jax.jit(lambda k, one=one: one.loss(params, batch, k, True))(key) == plain) == (
+            share == 0
+        )
 
 
 def test_configs_that_cannot_be():
@@ -181,5 +211,7 @@ def test_configs_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=what):
             dataclasses.replace(small, **change)
-    with pytest.raises(ValueError, match=r"config.json lacks vocab_size, .*chronos_config.n_tokens"):
+    with pytest.raises(
+        ValueError, match=r"config.json lacks vocab_size, .*chronos_config.n_tokens"
+    ):
         ChronosT5Config.from_published({})

@@ -1,4 +1,6 @@
-"""Chronos-T5 against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""Chronos-T5 against vectors recorded from the original PyTorch code (`--golden DIR` names another
+set).
+"""
 
 import dataclasses
 import re
@@ -8,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import check_gradients, check_initialisation, check_round_trip, close, load, recorded_gradients
+from parity import (
+    check_gradients,
+    check_initialisation,
+    check_round_trip,
+    close,
+    load,
+    recorded_gradients,
+)
 
 from converters import import_checkpoint
 from ltsm_jax.layers import t5
@@ -28,7 +37,9 @@ def recorded(golden):
 
 def cases(io, *names):
     """The recorded cases that have all of these arrays."""
-    found = [key.split("/")[0] for key in io if key.endswith("/" + names[0]) and key.count("/") == 2]
+    found = [
+        key.split("/")[0] for key in io if key.endswith("/" + names[0]) and key.count("/") == 2
+    ]
     found = [case for case in found if all(f"{case}/{name}" in io for name in names)]
     assert found, names
     return found
@@ -72,11 +83,17 @@ def test_golden_tokens(recorded):
     )
     published = dataclasses.replace(published, context_len=length - published.use_eos)
     contexts = {
-        case: (published if case == "published_tokenizer" else model.config, io[f"{case}/in/context"])
+        case: (
+            published if case == "published_tokenizer" else model.config,
+            io[f"{case}/in/context"],
+        )
         for case in cases(io, "out/token_ids", "in/context")
     }
     if "tok_no_eos/out/token_ids" in io:
-        contexts["tok_no_eos"] = dataclasses.replace(model.config, use_eos=False), io["nan/in/context"]
+        contexts["tok_no_eos"] = (
+            dataclasses.replace(model.config, use_eos=False),
+            io["nan/in/context"],
+        )
 
     @jax.jit  # all cases in one program
     def tokens():
@@ -102,7 +119,9 @@ def test_golden_tokens(recorded):
         (model.config, "edges/in/values", "edges/out/token_ids"),
         (published, "published_tokenizer/in/values_scale1", "published_tokenizer/out/ids_scale1"),
     ):
-        ids, _ = chronos_t5.tokenize(dataclasses.replace(cfg, use_eos=False), jnp.asarray(io[x]), jnp.ones(1))
+        ids, _ = chronos_t5.tokenize(
+            dataclasses.replace(cfg, use_eos=False), jnp.asarray(io[x]), jnp.ones(1)
+        )
         np.testing.assert_array_equal(ids, io[want], err_msg=want)
 
 
@@ -147,13 +166,22 @@ def test_golden_intermediates(recorded, taught):
 def test_golden_embedding(recorded):
     _, model, params, io = recorded
     embed = jax.jit(model.embed)
-    contexts = {case: io[f"{case}/in/context"] for case in cases(io, "out/embed") if f"{case}/in/context" in io}
+    contexts = {
+        case: io[f"{case}/in/context"]
+        for case in cases(io, "out/embed")
+        if f"{case}/in/context" in io
+    }
     ragged = [io[key] for key in sorted(io) if key.startswith("list/in/context_")]
     if ragged:  # shorter series are missing at the start
         longest = max(map(len, ragged))
         rows = [np.pad(x, (longest - len(x), 0), constant_values=np.nan) for x in ragged]
         contexts["list"] = np.stack(rows)
-        close(chronos_t5.scale_of(jnp.asarray(contexts["list"])), io["list/out/scale"], rtol=1e-6, atol=0)
+        close(
+            chronos_t5.scale_of(jnp.asarray(contexts["list"])),
+            io["list/out/scale"],
+            rtol=1e-6,
+            atol=0,
+        )
     assert contexts
     for case, x in contexts.items():
         close(embed(params, x[:, None])[:, 0], io[f"{case}/out/embed"], what=case, **LOGITS)
@@ -163,7 +191,10 @@ def test_golden_embedding(recorded):
 def test_golden_gradients(recorded, prefix):
     vectors, model, params, io = recorded
     case = "nan" if prefix.startswith("nan") else "normal"
-    batch = {"context": io[f"{case}/in/context"][:, None], "target": io[f"{case}/in/label"][:, None]}
+    batch = {
+        "context": io[f"{case}/in/context"][:, None],
+        "target": io[f"{case}/in/label"][:, None],
+    }
     want = recorded_gradients(vectors, model, prefix)
     check_gradients(lambda q: model.loss(q, batch), params, want)
 
@@ -196,8 +227,12 @@ def test_golden_logits_token_by_token(recorded):
         def step(own, i):
             token = jax.lax.dynamic_slice_in_dim(so_far, i, 1, axis=1)
             cache = {layer: context[layer] | own[layer] for layer in own}
-            logits, _, cache = net.apply({"params": params}, None, tokens[1], token, cache=cache, start=i)
-            return {layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()}, logits[:, 0]
+            logits, _, cache = net.apply(
+                {"params": params}, None, tokens[1], token, cache=cache, start=i
+            )
+            return {
+                layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()
+            }, logits[:, 0]
 
         _, one_by_one = jax.lax.scan(step, t5.empty_cache(cfg.decoder, rows, n), jnp.arange(n))
         return at_once, jnp.swapaxes(one_by_one, 0, 1)
@@ -223,7 +258,9 @@ def sampled(recorded):
     found = {}
     for case in cases(io, "out/samples", "in/gumbel"):
         one, horizon = sampler(model, io, case), int(io[f"{case}/in/prediction_length"])
-        sample = jax.jit(lambda q, x, noise, one=one, horizon=horizon: one.sample(q, x, horizon, gumbel=noise))
+        sample = jax.jit(
+            lambda q, x, noise, one=one, horizon=horizon: one.sample(q, x, horizon, gumbel=noise)
+        )
         found[case] = sample(params, io[f"{case}/in/context"], io[f"{case}/in/gumbel"])
     return found
 
@@ -232,7 +269,13 @@ def sampled(recorded):
 def test_golden_samples(recorded, sampled):
     *_, io = recorded
     for case, got in sampled.items():
-        close(np.moveaxis(np.asarray(got), 2, 1), io[f"{case}/out/samples"], rtol=1e-5, atol=0, what=case)
+        close(
+            np.moveaxis(np.asarray(got), 2, 1),
+            io[f"{case}/out/samples"],
+            rtol=1e-5,
+            atol=0,
+            what=case,
+        )
 
 
 def test_golden_quantiles_of_samples(recorded, sampled):

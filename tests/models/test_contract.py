@@ -20,7 +20,9 @@ HORIZONS, LENGTHS = (1, slow(200)), (3, slow(50))
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A family at its small size: the model, a random draw, its variates in one window, and forecasts compiled once."""
+    """A family at its small size: the model, a random draw, its variates in one window, and
+    forecasts compiled once.
+    """
 
     model: family.Model
     params: trees.Tree
@@ -52,7 +54,8 @@ INIT = jax.jit(lambda model, key: model.init(key), static_argnums=0)
 ROWS = 13
 
 
-# A decoder, a mixer, an encoder with covariates, and experts; what takes long of the others is in the slow part.
+# A decoder, a mixer, an encoder with covariates, and experts; what takes long of the others is in
+# the slow part.
 QUICK = ("timer", "ttm", "chronos_2", "time_moe")
 
 
@@ -102,7 +105,9 @@ def test_any_context(case, t):
 
 
 def with_value(x, where, value):
-    """A copy with `value` at an index: what `.at[where].set(value)` is for, without a program per shape."""
+    """A copy with `value` at an index: what `.at[where].set(value)` is for, without a program per
+    shape.
+    """
     x = x.copy()
     x[where] = value
     return x
@@ -149,7 +154,9 @@ def test_a_series_without_any_value_is_refused_where_values_can_be_seen(case):
 
 
 def test_missing_values_are_not_seen(case):
-    """What stands in place of NaN in the caller's array cannot matter: there is nothing but NaN to see."""
+    """What stands in place of NaN in the caller's array cannot matter: there is nothing but NaN to
+    see.
+    """
     x = case.series(ROWS, case.model.context_len)
     gap = with_value(x, np.s_[..., 3:6], np.nan)
     whole, broken = (case.predict(each, case.model.horizon).point for each in (x, gap))
@@ -163,8 +170,11 @@ def test_missing_values_in_front_change_nothing_where_the_family_says_so(case):
     x = case.series(2, 3)
     short = case.predict(x, 7)
     if not case.model.missing_in_front or short.samples is not None:
-        return  # draws follow the bits of the context; what they are drawn from is tested with the family
-    filled = with_value(np.full((2, case.c, case.model.context_len), np.nan, np.float32), np.s_[..., -3:], x)
+        # draws follow the bits of the context; what they are drawn from is tested with the family
+        return
+    filled = with_value(
+        np.full((2, case.c, case.model.context_len), np.nan, np.float32), np.s_[..., -3:], x
+    )
     long = case.predict(filled, 7)
     np.testing.assert_allclose(short.point, long.point, rtol=2e-4, atol=2e-5)
 
@@ -173,7 +183,8 @@ def test_rows_do_not_see_each_other(case):
     x = case.series(ROWS, case.model.context_len)
     together = np.asarray(case.predict(x, case.model.horizon).point)
 
-    # Two rows among others, which are as different as can be: a batch of the same shape is the same program.
+    # Two rows among others, which are as different as can be: a batch of the same shape is the same
+    # program.
     others = with_value(-7 * x + 3, [0, 3], x[[0, 3]])
     among = np.asarray(case.predict(others, case.model.horizon).point)
     np.testing.assert_allclose(together[[0, 3]], among[[0, 3]], rtol=2e-4, atol=2e-5)
@@ -230,7 +241,9 @@ def finite_losses(case, batch):
 
 
 def with_holes(case, batch):
-    """The batch with missing values: here and there, whole stretches, and one variate that is nowhere observed."""
+    """The batch with missing values: here and there, whole stretches, and one variate that is
+    nowhere observed.
+    """
     t = batch["context"].shape[-1]
     holes = np.random.default_rng(5).random((4, case.c, t + batch["target"].shape[-1])) < 0.3
     context = with_value(batch["context"], holes[..., :t], np.nan)
@@ -242,7 +255,9 @@ def with_holes(case, batch):
 
 
 def standing_still(batch):
-    """The batch with contexts that do not move: a constant, zeros, a constant whose target moves, and a step."""
+    """The batch with contexts that do not move: a constant, zeros, a constant whose target moves,
+    and a step.
+    """
     context, target = batch["context"].copy(), batch["target"].copy()
     for row, value in enumerate((3.7, 0.0, -1e4, 0.0)):
         context[row] = value
@@ -256,7 +271,12 @@ def test_gradients_of_the_losses_are_finite(case):
     batch = batch_of(case)
     broken = with_holes(case, batch)
     nothing = broken | {"target": np.full_like(batch["target"], np.nan)}
-    cases = {"whole": batch, "with holes": broken, "without a target": nothing, "still": standing_still(batch)}
+    cases = {
+        "whole": batch,
+        "with holes": broken,
+        "without a target": nothing,
+        "still": standing_still(batch),
+    }
     for name, each in cases.items():
         gradients, _ = GRADIENTS(case.params, case.model, each, KEY)
         for path, leaf in trees.flatten(gradients).items():
@@ -268,7 +288,10 @@ def test_rows_of_weight_0_are_as_good_as_absent(case):
 
     # Whatever stands in them.
     batch["weight"] = with_value(batch["weight"], 3, 0.0)
-    other = {name: x if name == "weight" else with_value(x, 3, x[3] * -2 + 5) for name, x in batch.items()}
+    other = {
+        name: x if name == "weight" else with_value(x, 3, x[3] * -2 + 5)
+        for name, x in batch.items()
+    }
     np.testing.assert_allclose(finite_losses(case, batch), finite_losses(case, other), rtol=1e-5)
 
 
@@ -295,11 +318,14 @@ def test_a_missing_target_does_not_count(case):
     batch = batch_of(case)
     odd = np.arange(batch["target"].shape[-1]) % 2 == 1
     halves = [
-        finite_losses(case, batch | {"target": np.where(gone, np.float32(np.nan), batch["target"])})[1]
+        finite_losses(
+            case, batch | {"target": np.where(gone, np.float32(np.nan), batch["target"])}
+        )[1]
         for gone in (odd[None, None], ~odd[None, None])
     ]
     if case.model.family not in TAUGHT:
-        # Each half is a mean over as many steps as the other, so the mean of both is that of the whole.
+        # Each half is a mean over as many steps as the other, so the mean of both is that of the
+        # whole.
         np.testing.assert_allclose(sum(halves) / 2, finite_losses(case, batch)[1], rtol=1e-4)
 
 
@@ -310,13 +336,18 @@ def test_a_target_missing_at_its_end_is_a_shorter_one(case):
     batch = batch_of(case)
     own = jax.jit(lambda batch: case.model.loss(case.params, batch, KEY))
     shorter = own(batch | {"target": batch["target"][..., :-2]})
-    missing, _ = finite_losses(case, batch | {"target": with_value(batch["target"], np.s_[..., -2:], np.nan)})
+    missing, _ = finite_losses(
+        case, batch | {"target": with_value(batch["target"], np.s_[..., -2:], np.nan)}
+    )
     np.testing.assert_allclose(shorter, missing, rtol=1e-4)
 
 
 def test_training_noise_follows_the_key(case):
     x = case.series(2, case.model.context_len + case.model.horizon)
-    batch = {"context": x[..., : case.model.context_len], "target": x[..., case.model.context_len :]}
+    batch = {
+        "context": x[..., : case.model.context_len],
+        "target": x[..., case.model.context_len :],
+    }
     loss = jax.jit(lambda k: case.model.loss(case.params, batch, k, True))
     first, again = loss(jax.random.key(0)), loss(jax.random.key(0))
     assert np.isfinite(first) and first == again
@@ -326,13 +357,18 @@ def test_init_is_a_function_of_the_key(any_case):
     model = type(any_case.model)(type(any_case.model).small())
     one, same, other = (INIT(model, jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, same)
-    assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
 
 
 def test_config_survives_json(any_case):
     told = json.loads(json.dumps(any_case.model.config_to_dict()))
     assert type(any_case.model).config_from_dict(told) == any_case.model.config
-    assert hash(any_case.model) == hash(type(any_case.model)(type(any_case.model).config_from_dict(told)))
+    assert hash(any_case.model) == hash(
+        type(any_case.model)(type(any_case.model).config_from_dict(told))
+    )
 
 
 def test_a_folder_gives_the_model_back(any_case, tmp_path):
@@ -344,7 +380,9 @@ def test_a_folder_gives_the_model_back(any_case, tmp_path):
 
 def test_declared_facts_fit_the_parameters(any_case):
     model, flat = any_case.model, trees.flatten(any_case.params)
-    assert any(jax.tree.leaves(trees.select(any_case.params, model.head))), "linear probing would train nothing"
+    assert any(jax.tree.leaves(trees.select(any_case.params, model.head))), (
+        "linear probing would train nothing"
+    )
     if model.fixed:
         trees.select(any_case.params, model.fixed)
     if model.recipe().trainable:
@@ -367,7 +405,10 @@ def _matches(pattern, path):
 @pytest.mark.parametrize("n", [1, slow(None)])
 def test_published_presets_have_their_shapes(any_case, n):
     """The first preset of each family; the others are the same network at other sizes."""
-    models = {type(any_case.model)(config): name for name, config in type(any_case.model).presets().items()}
+    models = {
+        type(any_case.model)(config): name
+        for name, config in type(any_case.model).presets().items()
+    }
     for model, name in list(models.items())[:n]:
         assert trees.count(folders.shapes(model)) > 0, name
 

@@ -45,7 +45,11 @@ def rewrite(folder: Path, change) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # --- what is kept
@@ -94,7 +98,9 @@ def test_save_refuses_a_dtype_that_load_would_refuse(tmp_path, params, dtype):
     ltsm_jax.load(tmp_path / "m")
 
 
-@pytest.mark.parametrize("provenance", [{"prefix": 3}, {"copies": {"a": 1}}, {"a": {1, 2}}, {"hub": "x"}])
+@pytest.mark.parametrize(
+    "provenance", [{"prefix": 3}, {"copies": {"a": 1}}, {"a": {1, 2}}, {"hub": "x"}]
+)
 def test_save_refuses_a_provenance_that_load_would_refuse(tmp_path, params, provenance):
     with pytest.raises(ValueError, match="provenance"):
         ltsm_jax.save(tmp_path / "m", MODEL, params, provenance=provenance)
@@ -142,34 +148,43 @@ def test_folders_of_the_first_format_still_load(folder, params):
 
 def test_a_folder_of_a_later_version_says_so(folder):
     rewrite(folder, lambda record: record.update(format=3))
-    with pytest.raises(storage.DamagedError, match=r"format 3, and this version of ltsm_jax reads 1 to 2: update"):
+    with pytest.raises(
+        storage.DamagedError, match=r"format 3, and this version of ltsm_jax reads 1 to 2: update"
+    ):
         ltsm_jax.load(folder)
 
 
 def test_a_family_of_another_version_says_so(folder):
     rewrite(folder, lambda record: record.update(family="timer_x"))
-    with pytest.raises(storage.DamagedError, match=r"knows no family 'timer_x'; did you mean 'timer"):
+    with pytest.raises(
+        storage.DamagedError, match=r"knows no family 'timer_x'; did you mean 'timer"
+    ):
         ltsm_jax.load(folder)
 
 
 def test_a_field_of_another_version_says_so(folder):
     rewrite(folder, lambda record: record["config"].update(dropouts=0.5))
-    with pytest.raises(storage.DamagedError, match=r"dropouts: no such field \(did you mean dropout\?\)"):
+    with pytest.raises(
+        storage.DamagedError, match=r"dropouts: no such field \(did you mean dropout\?\)"
+    ):
         ltsm_jax.load(folder)
 
 
-@pytest.mark.parametrize("field, value, said", [
-    ("d_model", "16", "d_model: an integer of at most 1,048,576 was expected, got '16'"),
-    ("d_model", 16.0, "got 16.0"),
-    ("d_model", True, "got True"),
-    ("d_model", 10**9, "got 1000000000"),
-    ("n_heads", 2, "n_heads: a list was expected"),
-    ("n_heads", [2, "2"], r"n_heads\[1\]: an integer"),
-    ("dropout", 1.5, "dropout: a number from 0 to 1"),
-    ("dropout", float("nan"), "got nan"),
-    ("activation", "gelv", "one of 'gelu', 'relu' was expected, got 'gelv'"),
-    ("head_dim", 0, "no TimerConfig|every size|positive|DamagedError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("d_model", "16", "d_model: an integer of at most 1,048,576 was expected, got '16'"),
+        ("d_model", 16.0, "got 16.0"),
+        ("d_model", True, "got True"),
+        ("d_model", 10**9, "got 1000000000"),
+        ("n_heads", 2, "n_heads: a list was expected"),
+        ("n_heads", [2, "2"], r"n_heads\[1\]: an integer"),
+        ("dropout", 1.5, "dropout: a number from 0 to 1"),
+        ("dropout", float("nan"), "got nan"),
+        ("activation", "gelv", "one of 'gelu', 'relu' was expected, got 'gelv'"),
+        ("head_dim", 0, "no TimerConfig|every size|positive|DamagedError"),
+    ],
+)
 def test_a_config_is_checked_against_its_types(folder, field, value, said):
     rewrite(folder, lambda record: record["config"].update({field: value}))
     with pytest.raises(storage.DamagedError, match=said) as error:
@@ -187,7 +202,9 @@ def test_all_that_is_wrong_is_said_at_once(folder):
         ltsm_jax.load(folder)
 
 
-@pytest.mark.parametrize("provenance", [[], "x", None, 3, {"prefix": []}, {"aliases": [1]}, {"hub": []}])
+@pytest.mark.parametrize(
+    "provenance", [[], "x", None, 3, {"prefix": []}, {"aliases": [1]}, {"hub": []}]
+)
 def test_a_provenance_is_checked(folder, provenance):
     rewrite(folder, lambda record: record.update(provenance=provenance))
     for read in (ltsm_jax.load, folders.read_config):
@@ -196,10 +213,14 @@ def test_a_provenance_is_checked(folder, provenance):
 
 
 @pytest.mark.parametrize("name", [folders.CONFIG, f"{folders.PARAMS}/{storage.DIGESTS}"])
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, '{"a":' * 200 + "1" + "}" * 200])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, '{"a":' * 200 + "1" + "}" * 200]
+)
 def test_deep_nesting_is_refused(folder, name, text):
     (folder / name).write_text(text)
-    with pytest.raises(storage.DamagedError, match=r"nested too deeply|the bytes differ|bytes, \d+ were saved"):
+    with pytest.raises(
+        storage.DamagedError, match=r"nested too deeply|the bytes differ|bytes, \d+ were saved"
+    ):
         ltsm_jax.load(folder)
     with pytest.raises(storage.DamagedError, match="nested too deeply"):
         storage.read_record(folder / name)
@@ -236,7 +257,8 @@ def test_params_of_another_model_are_told(folder, tmp_path, params):
     shutil.rmtree(folder / folders.PARAMS)
     shutil.copytree(other / folders.PARAMS, folder / folders.PARAMS)
     with pytest.raises(
-        storage.DamagedError, match=r"params/digests.json: (the bytes differ|\d+ bytes, \d+ were saved)"
+        storage.DamagedError,
+        match=r"params/digests.json: (the bytes differ|\d+ bytes, \d+ were saved)",
     ):
         ltsm_jax.load(folder)
 
@@ -260,7 +282,9 @@ def test_no_flipped_bit_of_the_shipped_config_is_believed(tmp_path, step):
 
 
 def test_an_array_that_no_file_holds_is_refused(tmp_path):
-    """A table and a config that agree with each other, and say a thousand times of what there is."""
+    """A table and a config that agree with each other, and say a thousand times of what
+    there is.
+    """
     big = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8))
     folder = ltsm_jax.save(tmp_path / "m", big, big.init(jax.random.key(0)))
     table = folder / folders.PARAMS / storage.DIGESTS
@@ -285,7 +309,9 @@ def test_an_adapter_of_peft_is_told(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for with_weights in (False, True):
         if with_weights:
-            storage.save_tensors(tmp_path / "adapter_model.safetensors", {"a.lora_A.weight": np.ones((2, 3))})
+            storage.save_tensors(
+                tmp_path / "adapter_model.safetensors", {"a.lora_A.weight": np.ones((2, 3))}
+            )
         with pytest.raises(ValueError, match="adapter of the PEFT library.*merge_and_unload"):
             ltsm_jax.load(tmp_path)
 
@@ -293,23 +319,65 @@ def test_an_adapter_of_peft_is_told(tmp_path):
 # --- 3,000 edits of a config.json
 
 VALUES = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 64, 513, 10**5, 2**31, 2**63, 10**30, -(10**9), 0.5, -0.5, 1e-30, 1e30, 1e308,
-    float("nan"), float("inf"), "", "x", "16", "x" * 5000, [], {}, [[]], [1], [None], {"a": 1}, [1, 2, 3], ["a"] * 100,
-    list(range(3000)), [0] * 100_000,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    64,
+    513,
+    10**5,
+    2**31,
+    2**63,
+    10**30,
+    -(10**9),
+    0.5,
+    -0.5,
+    1e-30,
+    1e30,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "16",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [1],
+    [None],
+    {"a": 1},
+    [1, 2, 3],
+    ["a"] * 100,
+    list(range(3000)),
+    [0] * 100_000,
+)
 DEEP = ("[" * 70 + "]" * 70, "[" * 3000 + "]" * 3000, '{"a":' * 70 + "1" + "}" * 70)
 
 
 def places(value, path=()):
     """Every place of a JSON value, the outermost left out."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for name, entry in inner:
         yield (*path, name)
         yield from places(entry, (*path, name))
 
 
 def edited(rng: random.Random, record: dict) -> str:
-    """The text of a config.json after one to three edits, with a digest that is right or the former."""
+    """The text of a config.json after one to three edits, with a digest that is right or the
+    former.
+    """
     record = copy.deepcopy(record)
     deep = None
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -324,7 +392,9 @@ def edited(rng: random.Random, record: dict) -> str:
             case 2:
                 del holder[path[-1]]
             case 3 if isinstance(old, int | float):
-                holder[path[-1]] = rng.choice((old + 1, old - 1, old * 2, -old, old * 1000, float(old), str(old)))
+                holder[path[-1]] = rng.choice(
+                    (old + 1, old - 1, old * 2, -old, old * 1000, float(old), str(old))
+                )
             case 3 if isinstance(old, list):
                 holder[path[-1]] = old * rng.choice((2, 10, 1000))
             case 4:
@@ -343,7 +413,11 @@ def edited(rng: random.Random, record: dict) -> str:
     text = text.replace('"DEEP"', deep) if deep else text
     if rng.random() < 0.1:
         place = rng.randrange(len(text))
-        text = text[:place] + rng.choice(("", chr(ord(text[place]) ^ 1 << rng.randrange(7)))) + text[place + 1 :]
+        text = (
+            text[:place]
+            + rng.choice(("", chr(ord(text[place]) ^ 1 << rng.randrange(7))))
+            + text[place + 1 :]
+        )
     return text
 
 
@@ -385,10 +459,14 @@ def any_params(model):
     return jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), folders.shapes(model))
 
 
-@pytest.mark.parametrize("name", ["timer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ttm", "chronos_bolt"))])
+@pytest.mark.parametrize(
+    "name", ["timer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ttm", "chronos_bolt"))]
+)
 def test_a_hundred_edits_of_a_config_are_refused_or_right(tmp_path, name):
     model = FAMILIES[name](FAMILIES[name].small())
-    folder = ltsm_jax.save(tmp_path / name, model, any_params(model), provenance={"source": "x", "prefix": "a."})
+    folder = ltsm_jax.save(
+        tmp_path / name, model, any_params(model), provenance={"source": "x", "prefix": "a."}
+    )
     assert load_edited(folder, seed=0, n=100) < 60
 
 
@@ -397,7 +475,9 @@ def test_a_hundred_edits_of_a_config_are_refused_or_right(tmp_path, name):
 def test_edits_of_a_config_are_refused_or_right(tmp_path, name):
     """3,000 in all, over the sixteen families."""
     model = FAMILIES[name](FAMILIES[name].small())
-    folder = ltsm_jax.save(tmp_path / name, model, any_params(model), provenance={"source": "x", "prefix": "a."})
+    folder = ltsm_jax.save(
+        tmp_path / name, model, any_params(model), provenance={"source": "x", "prefix": "a."}
+    )
     load_edited(folder, seed=1, n=190)
 
 
@@ -491,7 +571,8 @@ def killed(path, *args, **kwargs):
     removed(path, *args, **kwargs)
 storage.shutil.rmtree = killed
 model = Timer(TimerConfig(8, 16, 8, (2, 2), (24, 24), context_len=32, horizon=8))
-ltsm_jax.save(place, model, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model)), overwrite=True)
+params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
+ltsm_jax.save(place, model, params, overwrite=True)
 """
 
 
@@ -504,7 +585,9 @@ ltsm_jax.save(place, model, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), fo
         (0, "exchange"),
     ],
 )
-def test_a_kill_leaves_a_whole_model_and_the_next_start_removes_the_scrap(folder, params, after, exchange):
+def test_a_kill_leaves_a_whole_model_and_the_next_start_removes_the_scrap(
+    folder, params, after, exchange
+):
     command = [sys.executable, "-c", KILLED, str(folder), str(after), exchange]
     done = subprocess.run(command, cwd=ROOT)
     assert done.returncode == -signal.SIGKILL

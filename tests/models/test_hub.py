@@ -40,7 +40,9 @@ def vectors(golden):
 @pytest.fixture(scope="module")
 def files(vectors):
     names = ("model.safetensors", "config.json", "generation_config.json")
-    return {n: (vectors / n).read_bytes() for n in names if (vectors / n).is_file()} | {"README.md": b"# A model"}
+    return {n: (vectors / n).read_bytes() for n in names if (vectors / n).is_file()} | {
+        "README.md": b"# A model"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +95,15 @@ def test_a_name_is_fetched_and_converted_once(site, expected, tmp_path, monkeypa
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "licence apache-2.0" in said and commit[:7] in said
 
-    record = folders.read_config(tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / commit)[1]["provenance"]
+    record = folders.read_config(
+        tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / commit
+    )[1]["provenance"]
     assert record["licence"] == "apache-2.0"
     facts = record["hub"]
     assert (facts["repo"], facts["revision"], facts["commit"]) == (NAME, "main", commit)
-    assert facts["files"]["model.safetensors"] == record["sha256"] and "config.json" in facts["files"]
+    assert (
+        facts["files"]["model.safetensors"] == record["sha256"] and "config.json" in facts["files"]
+    )
 
     site.requests.clear()
     monkeypatch.setattr(loading, "_converted", None)  # not converted again
@@ -126,7 +132,9 @@ def test_revisions(site, files, expected, tmp_path):
     first = repository.revisions["main"]
     state = read_of(files["model.safetensors"], tmp_path)
     doubled = {key: (value * 2).astype(value.dtype) for key, value in state.items()}
-    second = repository.put(files | {"model.safetensors": bytes_of(doubled, tmp_path)}, "512-96-r2", "pr/1")
+    second = repository.put(
+        files | {"model.safetensors": bytes_of(doubled, tmp_path)}, "512-96-r2", "pr/1"
+    )
 
     def first_leaf(loaded):
         return np.asarray(jax.tree.leaves(loaded[1])[0])
@@ -166,7 +174,9 @@ def test_private_and_gated_repositories(site, expected, tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match=r"token is missing, wrong[\s\S]*settings/tokens"):
         ltsm_jax.load(NAME, token="hf_wrong")
     repository.gated = True
-    with pytest.raises(PermissionError, match=rf"gated[\s\S]*{site.address}/{NAME}, then set HF_TOKEN"):
+    with pytest.raises(
+        PermissionError, match=rf"gated[\s\S]*{site.address}/{NAME}, then set HF_TOKEN"
+    ):
         ltsm_jax.load(NAME)
     assert copies(tmp_path) == []
     require_same(ltsm_jax.load(NAME, token=TOKEN), expected)
@@ -193,7 +203,14 @@ def test_what_is_not_there_says_what_was_tried_and_what_to_do(site, tmp_path, mo
     with pytest.raises(FileNotFoundError) as error:
         ltsm_jax.load(known)
     told = str(error.value)
-    for part in ("HF_HUB_OFFLINE", str(tmp_path / "hf"), hub.STORE, site.address, "ltsm_jax.preset(", "Go online"):
+    for part in (
+        "HF_HUB_OFFLINE",
+        str(tmp_path / "hf"),
+        hub.STORE,
+        site.address,
+        "ltsm_jax.preset(",
+        "Go online",
+    ):
         assert part in told
     assert not [path for path in (tmp_path / "ltsm").rglob("*") if path.is_file()]
 
@@ -236,7 +253,9 @@ def test_bytes_that_are_not_what_the_hub_says(site, expected, tmp_path, capsys):
         ltsm_jax.load(NAME)
     assert copies(tmp_path) == []
     site.altered = 0
-    require_same(ltsm_jax.load(NAME), expected)  # fetched again, though a damaged file is in the cache
+    require_same(
+        ltsm_jax.load(NAME), expected
+    )  # fetched again, though a damaged file is in the cache
     shutil.rmtree(tmp_path / "ltsm")
     (blob,) = (tmp_path / "hf").rglob("model.safetensors")
     blob.resolve().write_bytes(b"cut")
@@ -256,15 +275,27 @@ def code_in_a_pickle(tmp_path):
 def test_a_hostile_download_is_refused(site, files, tmp_path):
     repository = site.repositories[NAME]
     config = files["config.json"]
-    outside = {"metadata": {}, "weight_map": {"a.weight": "../../../../etc/passwd", "b": "sub/c.safetensors"}}
+    outside = {
+        "metadata": {},
+        "weight_map": {"a.weight": "../../../../etc/passwd", "b": "sub/c.safetensors"},
+    }
     for number, (wrong, message) in enumerate(
         (
             ({"model.safetensors": b"<html>not found</html>"}, "not a readable safetensors file"),
-            ({"model.safetensors": files["model.safetensors"][:-9]}, "not a readable safetensors file"),
-            ({"pytorch_model.bin": code_in_a_pickle(tmp_path)}, "getcwd|not a tensor|no known model"),
+            (
+                {"model.safetensors": files["model.safetensors"][:-9]},
+                "not a readable safetensors file",
+            ),
+            (
+                {"pytorch_model.bin": code_in_a_pickle(tmp_path)},
+                "getcwd|not a tensor|no known model",
+            ),
             ({"model.safetensors.index.json": json.dumps(outside).encode()}, "outside its folder"),
             ({"model.safetensors.index.json": b"[" * 10**5}, "not readable JSON"),
-            ({"model.safetensors": files["model.safetensors"], "config.json": b"{"}, "not readable JSON"),
+            (
+                {"model.safetensors": files["model.safetensors"], "config.json": b"{"},
+                "not readable JSON",
+            ),
         )
     ):
         repository.put({"config.json": config} | wrong, f"r{number}")
@@ -274,7 +305,9 @@ def test_a_hostile_download_is_refused(site, files, tmp_path):
     repository.put(files | {"config.json": b" " * (2 << 20)}, "huge")
     with pytest.raises(ValueError, match="which no config needs"):
         ltsm_jax.load(f"{NAME}@huge")
-    assert copies(tmp_path) == [] and not any("passwd" in path or "c.safe" in path for _, path in site.requests)
+    assert copies(tmp_path) == [] and not any(
+        "passwd" in path or "c.safe" in path for _, path in site.requests
+    )
 
 
 def test_which_files_are_taken(site, files, expected, tmp_path):
@@ -284,13 +317,24 @@ def test_which_files_are_taken(site, files, expected, tmp_path):
     state = dict(read_of(weights, tmp_path))
     torch = bytes_of(state, tmp_path, write_torch)
     keys = sorted(state)
-    halves = {"model-00001-of-00002.safetensors": keys[::2], "model-00002-of-00002.safetensors": keys[1::2]}
+    halves = {
+        "model-00001-of-00002.safetensors": keys[::2],
+        "model-00002-of-00002.safetensors": keys[1::2],
+    }
     parts = {n: bytes_of({k: state[k] for k in half}, tmp_path) for n, half in halves.items()}
     index = {"metadata": {}, "weight_map": {k: n for n, half in halves.items() for k in half}}
     parts |= {"model.safetensors.index.json": json.dumps(index).encode()}
     for revision, there, taken in (
-        ("both", {"model.safetensors": weights, "pytorch_model.bin": b"not looked at"}, {"model.safetensors"}),
-        ("bin", {"pytorch_model.bin": torch, "training_args.bin": b"", "optimizer.pt": b""}, {"pytorch_model.bin"}),
+        (
+            "both",
+            {"model.safetensors": weights, "pytorch_model.bin": b"not looked at"},
+            {"model.safetensors"},
+        ),
+        (
+            "bin",
+            {"pytorch_model.bin": torch, "training_args.bin": b"", "optimizer.pt": b""},
+            {"pytorch_model.bin"},
+        ),
         ("ckpt", {"torch_model.ckpt": torch, "sub/model.safetensors": b""}, {"torch_model.ckpt"}),
         ("sharded", parts | {"model-00003-of-00003.safetensors": b"of another index"}, set(parts)),
         ("pth", {"checkpoint.pth": torch}, {"checkpoint.pth"}),
@@ -301,7 +345,9 @@ def test_which_files_are_taken(site, files, expected, tmp_path):
         assert site.asked() - set(config) == taken, revision
     parts.pop("model-00002-of-00002.safetensors")
     repository.put(config | parts, "missing")
-    with pytest.raises(converters.CheckpointError, match=r"model-00002-of-00002.safetensors.*not there"):
+    with pytest.raises(
+        converters.CheckpointError, match=r"model-00002-of-00002.safetensors.*not there"
+    ):
         ltsm_jax.load(NAME, revision="missing")
     repository.put(config | {"a.ckpt": torch, "b.ckpt": torch}, "two")
     with pytest.raises(ValueError, match=r"a\.ckpt, b\.ckpt\. Download the right one"):
@@ -312,7 +358,8 @@ def test_which_files_are_taken(site, files, expected, tmp_path):
 
 
 def test_several_at_once(site, expected, tmp_path):
-    huggingface_hub.utils.get_session()  # or each thread makes one, and huggingface_hub 1.0 forgets to close them
+    # or each thread makes one, and huggingface_hub 1.0 forgets to close them
+    huggingface_hub.utils.get_session()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for loaded in list(pool.map(lambda _: ltsm_jax.load(NAME), range(4))):
             require_same(loaded, expected)
@@ -324,7 +371,10 @@ def test_another_process_was_quicker(site, expected, tmp_path, monkeypatch):
 
     def slow(path, of):
         result = convert(path, of)
-        folders.save(tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / path.parent.name, *result[:2])
+        folders.save(
+            tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / path.parent.name,
+            *result[:2],
+        )
         return result
 
     monkeypatch.setattr(loading, "_converted", slow)
@@ -349,7 +399,10 @@ def test_a_damaged_copy_is_made_again(site, expected, tmp_path, capsys):
     ltsm_jax.load(NAME)
     (commit,) = copies(tmp_path)
     folder = tmp_path / "ltsm/models" / hub.STORE / "someone--a-model" / commit
-    array = max((folder / "params" / "arrays").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    array = max(
+        (folder / "params" / "arrays").rglob("*"),
+        key=lambda p: p.stat().st_size if p.is_file() else 0,
+    )
     array.write_bytes(array.read_bytes()[:-1])
     capsys.readouterr()
     for source in (NAME, f"{NAME}@{commit}"):
@@ -387,7 +440,9 @@ def test_licences_are_said_once_and_forbidding_ones_stand_out(site, files, tmp_p
         assert told in said and said.count("\n") == 1
 
 
-def test_non_commercial_weights_ask_once_before_anything_is_fetched(site, expected, tmp_path, capsys, monkeypatch):
+def test_non_commercial_weights_ask_once_before_anything_is_fetched(
+    site, expected, tmp_path, capsys, monkeypatch
+):
     repository = site.repositories[NAME]
     repository.card = {"license": "cc-by-nc-4.0"}
     for _ in range(2):
@@ -433,7 +488,9 @@ def test_an_environment_may_accept(site, expected, monkeypatch, tmp_path, named)
         ltsm_jax.load(NAME)
     monkeypatch.setenv(hub.ACCEPT, named)
     require_same(ltsm_jax.load(NAME), expected)
-    assert not (tmp_path / "ltsm" / "licences").exists()  # what the environment says holds as long as it says so
+    assert not (
+        tmp_path / "ltsm" / "licences"
+    ).exists()  # what the environment says holds as long as it says so
 
 
 def test_a_licence_is_known_where_the_repository_is_silent(site, files, tmp_path, monkeypatch):
@@ -476,7 +533,11 @@ def test_files_of_ones_own_are_not_asked_about(site, tmp_path, capsys):
     for _ in range(2):
         ltsm_jax.load(tmp_path / "model")
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "NON-COMMERCIAL USE ONLY" in said and str(tmp_path / "model") in said
+    assert (
+        said.count("\n") == 1
+        and "NON-COMMERCIAL USE ONLY" in said
+        and str(tmp_path / "model") in said
+    )
 
 
 def test_command_line(site, expected, tmp_path, capsys):
@@ -493,7 +554,20 @@ def test_command_line(site, expected, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["timer-tiny", "a/b/c", "../a", "/a/b", "a/b.ckpt", "a/b@", "a/..b", "a--b/c", "a/b c", "@/a", "a/b@../c"]
+    "text",
+    [
+        "timer-tiny",
+        "a/b/c",
+        "../a",
+        "/a/b",
+        "a/b.ckpt",
+        "a/b@",
+        "a/..b",
+        "a--b/c",
+        "a/b c",
+        "@/a",
+        "a/b@../c",
+    ],
 )
 def test_what_is_no_hub_name(text):
     assert hub.parse(text) is None
@@ -501,5 +575,10 @@ def test_what_is_no_hub_name(text):
 
 def test_hub_names():
     assert str(hub.parse("a/b")) == "a/b" and hub.parse("a/b") == hub.Name("a/b", "main")
-    assert hub.parse("a/b@v1.0") == hub.Name("a/b", "v1.0") == hub.parse("a/b", "v1.0") == hub.parse("a/b@v1.0", "v1.0")
+    assert (
+        hub.parse("a/b@v1.0")
+        == hub.Name("a/b", "v1.0")
+        == hub.parse("a/b", "v1.0")
+        == hub.parse("a/b@v1.0", "v1.0")
+    )
     assert str(hub.parse("a/b@refs/pr/1")) == "a/b@refs/pr/1"

@@ -1,4 +1,6 @@
-"""Moirai 1 beyond its original: sizes, use of variates and patch sizes, missing values, losses, fresh parameters."""
+"""Moirai 1 beyond its original: sizes, use of variates and patch sizes, missing values, losses,
+fresh parameters.
+"""
 
 import dataclasses
 
@@ -56,7 +58,9 @@ def test_variates_see_each_other_only_where_they_are_joint(params):
 
 @pytest.mark.slow
 def test_auto_takes_the_patch_size_with_the_better_end(params):
-    """Each row by itself: the forecast is that of the size that would have forecast the last steps best."""
+    """Each row by itself: the forecast is that of the size that would have forecast the last steps
+    best.
+    """
     auto = using(patch_size="auto")
     x = observed_series(series(3, 1, 40))
     best, loss_ZB = jax.jit(lambda p, x: auto.best_future(p, x, 8, 32))(params, x)
@@ -66,13 +70,18 @@ def test_auto_takes_the_patch_size_with_the_better_end(params):
     chosen = each[np.argmin(loss_ZB, 0), np.arange(3)]
     np.testing.assert_allclose(best.mean(), chosen, rtol=1e-5, atol=1e-5)
     assert auto.training_patch in MODEL.config.patch_sizes
-    alone = jax.jit(lambda p, x: auto.predict(p, x, 8))(params, series(1, 1, 1))  # nothing to choose by
+    alone = jax.jit(lambda p, x: auto.predict(p, x, 8))(
+        params, series(1, 1, 1)
+    )  # nothing to choose by
     assert np.isfinite(alone.point).all()
 
 
 @pytest.mark.slow
 def test_loss_is_the_packed_loss_of_the_same_tokens(params):
-    context, target = series(2, 2, 32), series(2, 2, 10, seed=2).at[0, 0, 3:].set(jnp.nan).at[1, 1, :].set(jnp.nan)
+    context, target = (
+        series(2, 2, 32),
+        series(2, 2, 10, seed=2).at[0, 0, 3:].set(jnp.nan).at[1, 1, :].set(jnp.nan),
+    )
     tokens = packed.pack(observed_series(context), 10, 8, 8, future=observed_series(target))
     weight = jnp.asarray([2.0, 1.0])
     want = jax.jit(lambda p, x: MODEL.packed_loss(p, x, 8, weight=weight))(params, tokens)
@@ -111,7 +120,9 @@ def test_fresh_weights_of_smaller_patches_are_zero_past_them(params):
 @pytest.mark.slow
 def test_parameters_of_half_the_width_work(params):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    got = jax.jit(lambda p, x: MODEL.future(p, observed_series(x), 8, 8).mean())(half, series(1, 1, 32))
+    got = jax.jit(lambda p, x: MODEL.future(p, observed_series(x), 8, 8).mean())(
+        half, series(1, 1, 32)
+    )
     assert np.isfinite(np.asarray(got, np.float32)).all()
 
 

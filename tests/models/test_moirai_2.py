@@ -1,4 +1,6 @@
-"""Moirai 2 beyond its original: sizes, filling and padding, the roll-out of several variates, losses."""
+"""Moirai 2 beyond its original: sizes, filling and padding, the roll-out of several variates,
+losses.
+"""
 
 import dataclasses
 
@@ -30,12 +32,16 @@ def using(**changes):
 
 
 def test_published_parameter_count():
-    assert trees.count(folders.shapes(Moirai2(PRESETS["Salesforce/moirai-2.0-R-small"]))) == 11_387_208
+    assert (
+        trees.count(folders.shapes(Moirai2(PRESETS["Salesforce/moirai-2.0-R-small"]))) == 11_387_208
+    )
 
 
 def test_missing_values_take_the_mean_so_far():
     nan = jnp.nan
-    got = causal_mean(jnp.asarray([[nan, nan, 4.0, nan, 7.0, nan, nan], [2.0, nan, nan, 8.0, nan, 1.0, nan]]))
+    got = causal_mean(
+        jnp.asarray([[nan, nan, 4.0, nan, 7.0, nan, nan], [2.0, nan, nan, 8.0, nan, 1.0, nan]])
+    )
     # a missing point counts as the last one observed: 0, 0, 4, 4, 7, 7 before the end of row 1
     np.testing.assert_allclose(got[0], [0, 0, 4, 4 / 3, 7, 15 / 5, 22 / 6], rtol=1e-6)
     np.testing.assert_allclose(got[1], [2, 2, 2, 8, 14 / 4, 1, 23 / 6], rtol=1e-6)
@@ -88,10 +94,16 @@ def test_a_median_that_is_no_level_lies_between_two(params):
 def test_loss_of_one_variate_is_the_packed_loss(params):
     x = series(2, 1, 40)
     tokens = packed.pack(
-        (x[..., :32], jnp.ones((2, 1, 32), bool)), 8, 4, 4, future=(x[..., 32:], jnp.ones((2, 1, 8), bool))
+        (x[..., :32], jnp.ones((2, 1, 32), bool)),
+        8,
+        4,
+        4,
+        future=(x[..., 32:], jnp.ones((2, 1, 8), bool)),
     )
     want, loss = jax.jit(MODEL.packed_loss)(params, tokens), jax.jit(MODEL.loss)
-    np.testing.assert_allclose(loss(params, {"context": x[..., :32], "target": x[..., 32:]}), want, rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(params, {"context": x[..., :32], "target": x[..., 32:]}), want, rtol=1e-5
+    )
     two = jnp.concatenate([x, -x], axis=1)
     both = loss(params, {"context": two[..., :32], "target": two[..., 32:]})
     assert np.isfinite(both) and both != want

@@ -12,7 +12,11 @@ import pytest
 
 from ltsm_jax.models.moirai_2 import Moirai2, Moirai2Config
 
-RTOL, ATOL, ROLLOUT_RTOL = 1e-4, 1e-5, 1e-3  # of meta.json; ATOL is relative to the scale of the series
+RTOL, ATOL, ROLLOUT_RTOL = (
+    1e-4,
+    1e-5,
+    1e-3,
+)  # of meta.json; ATOL is relative to the scale of the series
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,12 @@ def test_golden_outputs(recorded, ran):
     io, compared = recorded[-1], 0
     for case, (_, y, taps) in ran.items():
         y = y.reshape(*y.shape[:2], -1)
-        ours = {"preds_normalised": y, "scaled_target": taps["scaled"], "loc": taps["loc"], "scale": taps["scale"]}
+        ours = {
+            "preds_normalised": y,
+            "scaled_target": taps["scaled"],
+            "loc": taps["loc"],
+            "scale": taps["scale"],
+        }
         in_units = f"{case}/out/preds_normalised" in io
         ours["preds"] = y * taps["scale"] + taps["loc"] if in_units else y
         for name, got in ours.items():
@@ -58,7 +67,12 @@ def test_golden_outputs(recorded, ran):
 
 def test_golden_steps(recorded, ran):
     io, compared = recorded[-1], 0
-    names = ((r"^in_proj", "embed"), (r"^out_proj", "head"), (r"_layer$", ""), (r"^(embed|head)\.", r"\1/"))
+    names = (
+        (r"^in_proj", "embed"),
+        (r"^out_proj", "head"),
+        (r"_layer$", ""),
+        (r"^(embed|head)\.", r"\1/"),
+    )
     for case, (tokens, _, taps) in ran.items():
         as_others = packed.Ran(tokens, None, taps, np.zeros(0), np.zeros(0))
         if any(key.startswith(f"{case}/out/act/") for key in io):
@@ -88,17 +102,25 @@ def test_golden_loss_of_each_shift(recorded):
 
 
 def check(got_BCHQ, want, past, what, horizon_of_one):
-    """[B, C, H, Q] against [B, Q, H] or [B, Q, H, C], each series by its own scale; roll-outs less tightly."""
+    """[B, C, H, Q] against [B, Q, H] or [B, Q, H, C], each series by its own scale; roll-outs less
+    tightly.
+    """
     want = want[..., None] if want.ndim == 3 else want
     got, want = np.asarray(got_BCHQ), np.transpose(want, (0, 3, 2, 1))
     assert got.shape == want.shape, f"{what}: {got.shape} is not {want.shape}"
     (x, observed) = (np.asarray(a) for a in past)
-    scale = np.asarray([[np.std(x[i, j][observed[i, j]]) for j in range(x.shape[1])] for i in range(x.shape[0])])
+    scale = np.asarray(
+        [[np.std(x[i, j][observed[i, j]]) for j in range(x.shape[1])] for i in range(x.shape[0])]
+    )
     scale = np.maximum(scale, 1e-3)[..., None, None]
-    rtol = np.where(np.arange(got.shape[2]) < horizon_of_one, RTOL, ROLLOUT_RTOL)[None, None, :, None]
+    rtol = np.where(np.arange(got.shape[2]) < horizon_of_one, RTOL, ROLLOUT_RTOL)[
+        None, None, :, None
+    ]
     excess = np.abs(got - want) - rtol * np.abs(want) - (rtol / RTOL) * ATOL * scale
     parity.note(np.abs(got - want), np.abs(got - want) - excess)
-    assert (excess <= 0).all(), f"{what}: off by {np.abs(got - want).max()} at a scale of {scale.ravel()}"
+    assert (excess <= 0).all(), (
+        f"{what}: off by {np.abs(got - want).max()} at a scale of {scale.ravel()}"
+    )
 
 
 def grouped(io, names):
@@ -106,7 +128,11 @@ def grouped(io, names):
     groups = {}
     for case in names:
         past, horizon, more = packed.forecast_of(io, case)
-        shape = (past[0].shape[1:], horizon, tuple(jax.tree.map(lambda a: a.shape[1:], more).items()))
+        shape = (
+            past[0].shape[1:],
+            horizon,
+            tuple(jax.tree.map(lambda a: a.shape[1:], more).items()),
+        )
         groups.setdefault(shape, []).append((case, past, more))
     return [(shape[1], cases) for shape, cases in groups.items()]
 
@@ -130,7 +156,9 @@ def test_golden_forecasts(recorded):
 
 @pytest.mark.slow
 def test_golden_series_of_any_length(recorded):
-    """What `predict` makes of ragged series with missing values: its preparation, one batch, and itself on one."""
+    """What `predict` makes of ragged series with missing values: its preparation, one batch, and
+    itself on one.
+    """
     _, model, params, io = recorded
     names = packed.cases(io, "predict__")
     assert names
@@ -141,13 +169,19 @@ def test_golden_series_of_any_length(recorded):
 def check_series(io, case, model, params):
     get = lambda name: io[f"{case}/in/{name}"]  # noqa: E731
     series = [get(f"series/{i}")[None, None] for i in range(int(get("num_series")))]
-    horizon, context, want = int(get("prediction_length")), int(get("context_length")), io[f"{case}/out/quantiles"]
+    horizon, context, want = (
+        int(get("prediction_length")),
+        int(get("context_length")),
+        io[f"{case}/out/quantiles"],
+    )
     model = Moirai2(dataclasses.replace(model.config, context_len=context, missing="zero"))
     made = [model.prepare(x, context) for x in series]
     past = tuple(jnp.concatenate(leaves) for leaves in zip(*made, strict=True))
     real = jnp.asarray([min(x.shape[-1], context) for x in series])
     is_pad = jnp.arange(context)[None] < context - real[:, None]
-    y = jax.jit(lambda p, past, pad: model.quantiles(p, past, horizon, is_pad=pad))(params, past, is_pad)
+    y = jax.jit(lambda p, past, pad: model.quantiles(p, past, horizon, is_pad=pad))(
+        params, past, is_pad
+    )
     check(y, want, past, case, model.horizon)
     i = min(range(len(series)), key=lambda i: series[i].shape[-1])
     forecast = jax.jit(lambda p, x: model.predict(p, x, horizon))(params, series[i])
@@ -163,5 +197,7 @@ def test_golden_round_trip(recorded, tmp_path):
 def test_golden_initialisation(recorded):
     vectors, *_ = recorded
     stats = vectors.init_stats
-    config = Moirai2Config.from_published({"quantile_levels": vectors.config["quantile_levels"]} | stats["config"])
+    config = Moirai2Config.from_published(
+        {"quantile_levels": vectors.config["quantile_levels"]} | stats["config"]
+    )
     parity.check_initialisation(Moirai2(config), stats["parameters"])

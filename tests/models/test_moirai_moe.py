@@ -15,7 +15,10 @@ from ltsm_jax.models.moirai_moe import PRESETS, MoiraiMoe
 
 MODEL = MoiraiMoe(MoiraiMoe.small())
 # with the centroids, which the paper does not count: 117.0 and 935.1 million without
-COUNTS = {"Salesforce/moirai-moe-1.0-R-small": 117_099_528, "Salesforce/moirai-moe-1.0-R-base": 935_361_504}
+COUNTS = {
+    "Salesforce/moirai-moe-1.0-R-small": 117_099_528,
+    "Salesforce/moirai-moe-1.0-R-base": 935_361_504,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,10 @@ def test_published_parameter_counts():
 def test_tokens_go_to_the_two_farthest_centroids(params):
     _, taps = forward(MODEL, params, tokens(series(2, 1, 32)))
     for i in range(len(MODEL.config.kept)):
-        gap = np.asarray(taps[f"layer_{i}/norm2"])[:, :, None] - np.asarray(params["centroid"][i])[None, None]
+        gap = (
+            np.asarray(taps[f"layer_{i}/norm2"])[:, :, None]
+            - np.asarray(params["centroid"][i])[None, None]
+        )
         distance = np.sqrt(np.square(gap).sum(-1))
         np.testing.assert_allclose(taps[f"layer_{i}/ffn/distance"], distance, rtol=1e-4, atol=1e-4)
         order = np.argsort(-distance, axis=-1)[..., :2]
@@ -61,14 +67,19 @@ def test_a_pruned_layer_routes_among_the_experts_that_are_left(params):
     small = MoiraiMoe(dataclasses.replace(MODEL.config, kept=kept))
     cut = jax.tree.map(lambda leaf: leaf, params)
     inner = cut["layer_0"]["ffn"]["experts"]
-    cut["layer_0"]["ffn"]["experts"] = {name: leaf[jnp.asarray(kept[0])] for name, leaf in inner.items()}
+    cut["layer_0"]["ffn"]["experts"] = {
+        name: leaf[jnp.asarray(kept[0])] for name, leaf in inner.items()
+    }
     assert trees.flatten(folders.shapes(small))["layer_0/ffn/experts/up"].shape[0] == 3
     _, taps = forward(small, cut, tokens(series(2, 1, 32)))
     assert not (np.asarray(taps["layer_0/ffn/experts"]) == 1).any()
     _, all_taps = forward(MODEL, params, tokens(series(2, 1, 32)))
     same = ~(np.asarray(all_taps["layer_0/ffn/experts"]) == 1).any(-1)
     np.testing.assert_allclose(
-        np.asarray(taps["layer_0/ffn"])[same], np.asarray(all_taps["layer_0/ffn"])[same], rtol=1e-4, atol=1e-5
+        np.asarray(taps["layer_0/ffn"])[same],
+        np.asarray(all_taps["layer_0/ffn"])[same],
+        rtol=1e-4,
+        atol=1e-5,
     )
     with pytest.raises(ValueError, match="at least 2 experts"):
         dataclasses.replace(MODEL.config, kept=((0,), (0, 1)))
@@ -103,6 +114,8 @@ def test_loss_is_the_packed_loss_of_the_same_tokens(params):
 
 def test_centroids_are_data(params):
     x = series(2, 1, 40)
-    grads = jax.jit(jax.grad(lambda p: MODEL.loss(p, {"context": x[..., :32], "target": x[..., 32:]})))(params)
+    grads = jax.jit(
+        jax.grad(lambda p: MODEL.loss(p, {"context": x[..., :32], "target": x[..., 32:]}))
+    )(params)
     assert not np.asarray(grads["centroid"]).any()
     assert trees.select(params, MODEL.fixed)["centroid"]

@@ -67,7 +67,8 @@ def test_golden_losses(recorded, ran):
             before = jax.tree.map(lambda leaf: leaf[:, :-1], one.mixture)
             nll = -before.log_prob(one.tokens.target[:, 1:])
             want = io[f"{case}/out/nll_next_token"]
-            # beside the steep component float32 noise of the original is 2.4e-4 of the largest (meta.json), also at 0
+            # beside the steep component float32 noise of the original is 2.4e-4 of the largest
+            # (meta.json), also at 0
             atol = packed.NLL_RTOL * np.abs(want).max() if "near" in case else packed.ATOL
             packed.close(nll, want, case, packed.NLL_RTOL, atol)
             compared += 1
@@ -85,7 +86,10 @@ def losses(recorded):
 
 @pytest.mark.parametrize(
     "prefix, case, rel",
-    [("", "next_token", packed.GRAD_REL), ("near_normalfixed/", "near_normalfixed", packed.STEEP_REL)],
+    [
+        ("", "next_token", packed.GRAD_REL),
+        ("near_normalfixed/", "near_normalfixed", packed.STEEP_REL),
+    ],
 )
 def test_golden_gradients(recorded, losses, prefix, case, rel):
     vectors, model, params, io = recorded
@@ -93,11 +97,15 @@ def test_golden_gradients(recorded, losses, prefix, case, rel):
     if not any(key.startswith(f"{prefix}grad/") for key in stored):
         pytest.skip(f"no gradients under {prefix}grad/")
     case = f"train__{case}"
-    value, grads = losses(params, packed.tokens_of(io, case), jnp.asarray(io[f"{case}/in/patch_size"]))
+    value, grads = losses(
+        params, packed.tokens_of(io, case), jnp.asarray(io[f"{case}/in/patch_size"])
+    )
     packed.close(value, stored[f"{prefix}loss"], f"{case} loss", packed.NLL_RTOL)
     packed.close(value, io[f"{case}/out/loss"], f"{case} loss", packed.NLL_RTOL)
     left_out = packed.check_gradients(model, grads, stored, f"{prefix}grad/", rel)
-    assert prefix or left_out == {"encoder.centroid"}, "of every parameter, and the centroids are none"
+    assert prefix or left_out == {"encoder.centroid"}, (
+        "of every parameter, and the centroids are none"
+    )
     assert not np.asarray(grads["centroid"]).any()
 
 
@@ -113,10 +121,15 @@ def at_patch(model, io, case):
 
 
 def draws(io, case, call):
-    """Recorded draws of a call at all tokens: values [R, N, P, M] and components [R, N, P] of the copies, and of the
-    first call [n, B, N, P, M], [n, B, N, P]."""
+    """Recorded draws of a call at all tokens: values [R, N, P, M] and components [R, N, P] of the
+    copies, and of the first call [n, B, N, P, M], [n, B, N, P].
+    """
     z, index = (io[f"{case}/in/tape/{call}/{name}"] for name in ("components", "index"))
-    return (z, index) if call == 0 else (z[0].reshape(-1, *z.shape[3:]), index[0].reshape(-1, *index.shape[3:]))
+    return (
+        (z, index)
+        if call == 0
+        else (z[0].reshape(-1, *z.shape[3:]), index[0].reshape(-1, *index.shape[3:]))
+    )
 
 
 @pytest.mark.slow
@@ -129,7 +142,10 @@ def test_golden_rollout(recorded, ran):
     for step in range(max(sizes_of(io, case)[3] for case in names)):
         if step:
             left = [case for case in names if sizes_of(io, case)[3] > step]
-            patches = [np.full(tokens[case].sample_id.shape, int(io[f"{case}/in/patch_size"])) for case in left]
+            patches = [
+                np.full(tokens[case].sample_id.shape, int(io[f"{case}/in/patch_size"]))
+                for case in left
+            ]
             found = packed.run(model, params, [tokens[case] for case in left], patches)
             now = {case: one.mixture for case, one in zip(left, found, strict=True)}
         for case, y in now.items():
@@ -142,7 +158,9 @@ def test_golden_rollout(recorded, ran):
                 cut = jax.tree.map(lambda leaf, at=at: leaf[:, at], y)
                 values = np.asarray(cut.chosen(z[:, :, at], index[:, :, at]))
                 n = values.shape[0]
-                copies = jax.tree.map(lambda leaf, n=n: np.tile(leaf, (n, *(1,) * (leaf.ndim - 1))), ran[case].tokens)
+                copies = jax.tree.map(
+                    lambda leaf, n=n: np.tile(leaf, (n, *(1,) * (leaf.ndim - 1))), ran[case].tokens
+                )
                 tokens[case], paths[case] = copies, [values]
             else:
                 cut = jax.tree.map(lambda leaf, at=at: leaf[:, at], y)
@@ -174,15 +192,22 @@ def check_parameters(io, case, step, y):
 
 
 def test_golden_rollout_in_one_program(recorded, ran):
-    """What `predict` runs, with the recorded draws in the place of its own, in the case of most variates."""
+    """What `predict` runs, with the recorded draws in the place of its own, in the case of most
+    variates.
+    """
     _, model, params, io = recorded
-    case = max(packed.cases(io, "forecast__"), key=lambda name: (sizes_of(io, name)[3] > 1, sizes_of(io, name)[0]))
+    case = max(
+        packed.cases(io, "forecast__"),
+        key=lambda name: (sizes_of(io, name)[3] > 1, sizes_of(io, name)[0]),
+    )
     c, t, horizon, steps = sizes_of(io, case)
     model = at_patch(model, io, case)
     last, first, _ = model._places(c, t, horizon)
     start, *later = [draws(io, case, step) for step in range(steps)]
     later = [(z[:, first + i], index[:, first + i]) for i, (z, index) in enumerate(later)]
-    z_SRCPM, index_SRCP = (jnp.stack(leaves) for leaves in zip(*later, strict=True)) if later else (None, None)
+    z_SRCPM, index_SRCP = (
+        (jnp.stack(leaves) for leaves in zip(*later, strict=True)) if later else (None, None)
+    )
 
     def draw(step, y):
         if isinstance(step, int):
@@ -204,6 +229,12 @@ def test_golden_initialisation(recorded):
     """Without the centroids, which the original leaves as the memory was."""
     vectors, *_ = recorded
     stats = vectors.init_stats
-    config = MoiraiMoeConfig.from_published(stats["config"] | {"distr_output": vectors.config["distr_output"]})
-    learned = {key: entry for key, entry in stats["parameters"].items() if entry["kind"] == "parameter"}
-    parity.check_initialisation(MoiraiMoe(dataclasses.replace(config, patch_size=config.patch_sizes[0])), learned)
+    config = MoiraiMoeConfig.from_published(
+        stats["config"] | {"distr_output": vectors.config["distr_output"]}
+    )
+    learned = {
+        key: entry for key, entry in stats["parameters"].items() if entry["kind"] == "parameter"
+    }
+    parity.check_initialisation(
+        MoiraiMoe(dataclasses.replace(config, patch_size=config.patch_sizes[0])), learned
+    )

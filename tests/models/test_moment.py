@@ -41,10 +41,16 @@ def predict(model, params, x, horizon):
 
 @pytest.mark.parametrize(
     ("name", "n"),
-    [("small", 37_901_512), ("base", 113_481_608), pytest.param("large", 346_368_520, marks=pytest.mark.slow)],
+    [
+        ("small", 37_901_512),
+        ("base", 113_481_608),
+        pytest.param("large", 346_368_520, marks=pytest.mark.slow),
+    ],
 )
 def test_published_sizes(name, n):
-    """The hub's counts (37.9, 113 and 346 M) hold the position table, and the token embedding that nothing uses."""
+    """The hub's counts (37.9, 113 and 346 M) hold the position table, and the token embedding that
+    nothing uses.
+    """
     model = Moment(PRESETS[f"AutonLab/MOMENT-1-{name}"])
     assert trees.count(folders.shapes(model)) + model.config.vocab_size * model.config.d_model == n
 
@@ -60,7 +66,9 @@ def test_scale_by_hand():
 
 def test_random_masks_hide_a_share_of_the_patches_of_data():
     data = jnp.ones((50, 1, 80)).at[:25, :, :21].set(0)
-    mask = np.asarray(jax.jit(random_mask, static_argnums=(2, 3))(KEY, data, 0.3, 8)).reshape(50, 10, 8)
+    mask = np.asarray(jax.jit(random_mask, static_argnums=(2, 3))(KEY, data, 0.3, 8)).reshape(
+        50, 10, 8
+    )
     assert (mask == mask[..., :1]).all(), "whole patches"
     kept = mask[..., 0].sum(-1)
     assert (kept[25:] == 7).all() and (kept[:25] == np.ceil(0.7 * 7)).all()
@@ -91,7 +99,9 @@ def test_variates_do_not_see_each_other(moment):
     model, params = moment
     x = series(1, 3, model.context_len)
     apart = predict(model, params, x.reshape(3, 1, -1), 5)
-    np.testing.assert_allclose(predict(model, params, x, 5).reshape(3, 1, 5), apart, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        predict(model, params, x, 5).reshape(3, 1, 5), apart, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_long_horizons_are_rolled_out_in_equal_passes(moment, forecaster):
@@ -113,15 +123,21 @@ def test_long_horizons_are_rolled_out_in_equal_passes(moment, forecaster):
 def test_heads_are_asked_for_by_name(moment, forecaster):
     model, params = moment
     x = series(2, 3, model.context_len)
-    with pytest.raises(ValueError, match=r'classification head.*with_head\(params, "classification".*n_classes'):
+    with pytest.raises(
+        ValueError, match=r'classification head.*with_head\(params, "classification".*n_classes'
+    ):
         model.classify(params, x)
     for call in (forecaster[0].impute, lambda p, x, _: forecaster[0].reconstruct(p, x)):
-        with pytest.raises(ValueError, match="needs the reconstruction head; this MOMENT has the forecasting head"):
+        with pytest.raises(
+            ValueError, match="needs the reconstruction head; this MOMENT has the forecasting head"
+        ):
             call(forecaster[1], x, jnp.ones_like(x))
     classifier, tuned = model.with_head(params, "classification", KEY, n_classes=4, n_variates=3)
     with pytest.raises(ValueError, match="reads 3 variates, the series have 2"):
         jax.eval_shape(classifier.classify, tuned, x[:, :2])
-    with pytest.raises(ValueError, match=r'forecast needs.*with_head\(params, "forecasting", key, horizon'):
+    with pytest.raises(
+        ValueError, match=r'forecast needs.*with_head\(params, "forecasting", key, horizon'
+    ):
         classifier.predict(tuned, x, 3)
     with pytest.raises(ValueError, match="not 'survival'"):
         model.with_head(params, "survival", KEY)
@@ -138,7 +154,10 @@ def test_a_new_head_leaves_the_body_alone(moment, forecaster):
     classifier, tuned = model.with_head(params, "classification", KEY, n_classes=4, n_variates=3)
     for new_model, new in ((classifier, tuned), forecaster):
         trees.require_same(folders.shapes(new_model), new)
-        assert new["encoder"] is params["encoder"] and new["position_table"] is params["position_table"]
+        assert (
+            new["encoder"] is params["encoder"]
+            and new["position_table"] is params["position_table"]
+        )
         assert new_model.recipe().trainable == "^head/"
     x = series(2, 3, model.context_len)
     embed = jax.jit(model.embed)
@@ -171,7 +190,9 @@ def test_pretraining_loss_scores_known_hidden_steps_only(moment):
     want = jnp.square(y - x)[..., 16:24].mean()
     np.testing.assert_allclose(loss(params, {"context": x}, data, mask), want, rtol=1e-5)
     gap = x.at[..., 18].set(jnp.nan)
-    known = jnp.square(y - x)[..., jnp.asarray([16, 17, 19, 20, 21, 22, 23])]  # hidden: the NaN changes nothing else
+    known = jnp.square(y - x)[
+        ..., jnp.asarray([16, 17, 19, 20, 21, 22, 23])
+    ]  # hidden: the NaN changes nothing else
     np.testing.assert_allclose(loss(params, {"context": gap}, data, mask), known.mean(), rtol=1e-5)
 
 
@@ -197,7 +218,9 @@ def test_imputation_of_variates_lengths_and_gaps(moment):
     observed = jnp.ones_like(x).at[0, 0, 8:24].set(0).at[1, 1, 40:48].set(0)
     y = impute(params, jnp.where(observed == 0, jnp.nan, x), observed)
     assert y.shape == x.shape and np.isfinite(y).all()
-    np.testing.assert_allclose(impute(params, jnp.where(observed == 0, 1e6, x), observed), y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        impute(params, jnp.where(observed == 0, 1e6, x), observed), y, rtol=1e-4, atol=1e-4
+    )
     # hidden points of one variate are no matter of the other
     alone = impute(params, x[1:, 1:], observed[1:, 1:])
     np.testing.assert_allclose(y[1:, 1:], alone, rtol=1e-4, atol=1e-4)
@@ -209,7 +232,9 @@ def test_imputation_of_variates_lengths_and_gaps(moment):
     before = impute(params, longer[..., :64], seen[..., :64])
     np.testing.assert_allclose(found[..., :6], before[..., :6], rtol=1e-4, atol=1e-4)
     assert impute(params, x[..., :13], observed[..., :13]).shape == (2, 2, 13)
-    assert np.isfinite(impute(params, x[..., :3], jnp.zeros_like(x[..., :3]))).all(), "nothing to see"
+    assert np.isfinite(impute(params, x[..., :3], jnp.zeros_like(x[..., :3]))).all(), (
+        "nothing to see"
+    )
 
 
 def test_the_tasks_take_it(moment):
@@ -219,7 +244,9 @@ def test_the_tasks_take_it(moment):
     assert np.isfinite(loss(params, {"context": x}, KEY, True))
     window = series(1, 1, anomaly.WINDOW)
     parts = {"context": window[..., : -anomaly.TOKEN], "target": window[..., -anomaly.TOKEN :]}
-    assert np.isfinite(jax.jit(anomaly.loss_fn(model), static_argnums=3)(params, parts, None, False))
+    assert np.isfinite(
+        jax.jit(anomaly.loss_fn(model), static_argnums=3)(params, parts, None, False)
+    )
     assert jax.eval_shape(model.reconstruct, params, window).shape == window.shape
 
 

@@ -1,4 +1,6 @@
-"""MOMENT against vectors recorded from momentfm: every output and intermediate, losses, gradients, initialisation."""
+"""MOMENT against vectors recorded from momentfm: every output and intermediate, losses, gradients,
+initialisation.
+"""
 
 import functools
 import json
@@ -46,7 +48,9 @@ def recorded(golden):
 
 @pytest.fixture(scope="module")
 def loaded(recorded, tmp_path_factory):
-    """`loaded(task)`: (model, params) of the checkpoint, under the recorded head of a task of tasks.json."""
+    """`loaded(task)`: (model, params) of the checkpoint, under the recorded head of a task of
+    tasks.json.
+    """
     vectors, _ = recorded
     tasks = json.loads((vectors.folder / "tasks.json").read_text())
 
@@ -58,9 +62,12 @@ def loaded(recorded, tmp_path_factory):
         name, options = tasks[task]
         folder = tmp_path_factory.mktemp(task)
         write_safetensors(
-            folder / "model.safetensors", parity.tensors(vectors.folder / "model.safetensors") | read_safetensors(file)
+            folder / "model.safetensors",
+            parity.tensors(vectors.folder / "model.safetensors") | read_safetensors(file),
         )
-        (folder / "config.json").write_text(json.dumps(vectors.config | options | {"task_name": name}))
+        (folder / "config.json").write_text(
+            json.dumps(vectors.config | options | {"task_name": name})
+        )
         model, params, *_ = import_checkpoint(folder)
         assert model.config.head == name
         return model, params
@@ -81,7 +88,11 @@ def inputs(io, case):
     x = io[f"{case}/in/x_enc"]
     input_mask = io.get(f"{case}/in/input_mask", np.ones((x.shape[0], x.shape[-1])))
     mask = io.get(f"{case}/in/mask", io.get(f"{case}/out/pretrain_mask"))
-    return x, input_mask[:, None].astype(np.float32), None if mask is None else mask[:, None].astype(np.float32)
+    return (
+        x,
+        input_mask[:, None].astype(np.float32),
+        None if mask is None else mask[:, None].astype(np.float32),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -90,13 +101,18 @@ def apply(model, params, x, input_mask, mask=None):
 
 
 def together(run, io, names):
-    """{case: what `run(x, input_mask, mask)` gives}: cases of one length are one batch, since rows are independent."""
+    """{case: what `run(x, input_mask, mask)` gives}: cases of one length are one batch, since rows
+    are independent.
+    """
     found = {}
     lengths = {name: io[f"{name}/in/x_enc"].shape[1:] for name in names}
     for length in set(lengths.values()):
         group = [name for name in names if lengths[name] == length]
         parts = [inputs(io, name) for name in group]
-        columns = [None if any(p is None for p in column) else jnp.concatenate(column) for column in zip(*parts)]
+        columns = [
+            None if any(p is None for p in column) else jnp.concatenate(column)
+            for column in zip(*parts)
+        ]
         out = run(*columns)
         at = 0
         for name, (x, *_) in zip(group, parts):
@@ -107,8 +123,9 @@ def together(run, io, names):
 
 
 def check(vectors, io, key, got, *, fold=None):
-    """Within the recorded tolerance, of the array's own size in each series (see the note on constants there). Of a
-    series of which nothing is visible the original gives NaN, we a number."""
+    """Within the recorded tolerance, of the array's own size in each series (see the note on
+    constants there). Of a series of which nothing is visible the original gives NaN, we a number.
+    """
     want, got = io[key], np.asarray(got)
     got = got.reshape(fold or got.shape)
     assert got.shape == want.shape, key
@@ -116,7 +133,9 @@ def check(vectors, io, key, got, *, fold=None):
     blind = np.isnan(want)
     if blind.any():
         _, input_mask, mask = inputs(io, case)
-        assert not (input_mask * (1 if mask is None else mask))[blind.any((1, 2))].any(), f"{key}: NaN in the original"
+        assert not (input_mask * (1 if mask is None else mask))[blind.any((1, 2))].any(), (
+            f"{key}: NaN in the original"
+        )
         assert np.isfinite(got).all(), key
     tolerance = vectors.meta["tolerance"]
     size = np.abs(np.where(blind, 0, want)).max(-1, keepdims=True) if want.ndim else np.abs(want)
@@ -134,7 +153,11 @@ def check_acts(vectors, io, case, taps, output):
     for key in [k for k in io if k.startswith(prefix)]:
         name = key.removeprefix(prefix)
         if name.startswith("encoder.block."):
-            i, rest = name.removeprefix("encoder.block.").split(".", 1) if name.count(".") > 2 else (name[14:], "")
+            i, rest = (
+                name.removeprefix("encoder.block.").split(".", 1)
+                if name.count(".") > 2
+                else (name[14:], "")
+            )
             ours = f"encoder/layer_{i}{BLOCK['.' + rest if rest else '']}"
         else:
             ours = TAPS[name]
@@ -153,7 +176,9 @@ def test_golden_reconstruction(recorded, loaded):
 
 
 def test_golden_default_mask(recorded):
-    """Without a mask all is visible, except blocks of 8 steps (whatever the patch length) that padding touches."""
+    """Without a mask all is visible, except blocks of 8 steps (whatever the patch length) that
+    padding touches.
+    """
     _, io = recorded
     for case in cases(io, "reconstruction"):
         if f"{case}/in/mask" not in io:
@@ -163,7 +188,9 @@ def test_golden_default_mask(recorded):
 
 
 def test_golden_anomaly(recorded, loaded):
-    """`reconstruct` and the scores made of it; under padding through `apply`, which takes the mask."""
+    """`reconstruct` and the scores made of it; under padding through `apply`, which takes
+    the mask.
+    """
     vectors, io = recorded
     model, params = loaded("reconstruction")
     names = cases(io, "reconstruct", "anomaly")
@@ -194,10 +221,19 @@ def test_golden_short_forecast(recorded, loaded):
         check(vectors, io, f"{case}/out/reconstruction", taps["reconstruction"])
         np.testing.assert_array_equal(taps["input_mask"][:, 0], io[f"{case}/out/input_mask_after"])
         if horizon <= model.horizon and x.shape[-1] == model.context_len and not input_mask.all():
-            shortest = input_mask[:, 0].sum(-1).argmin()  # a short context is padded as the original's data sets do
+            shortest = (
+                input_mask[:, 0].sum(-1).argmin()
+            )  # a short context is padded as the original's data sets do
             context = jnp.asarray(x[shortest : shortest + 1, :, input_mask[shortest, 0] == 1])
-            point = jax.jit(functools.partial(model.predict, horizon=horizon))(params, context).point
-            check(vectors, io | {"row": io[f"{case}/out/forecast"][shortest : shortest + 1]}, "row", point)
+            point = jax.jit(functools.partial(model.predict, horizon=horizon))(
+                params, context
+            ).point
+            check(
+                vectors,
+                io | {"row": io[f"{case}/out/forecast"][shortest : shortest + 1]},
+                "row",
+                point,
+            )
 
 
 def test_golden_forecasting_head(recorded, loaded):
@@ -234,7 +270,11 @@ def test_golden_embedding(recorded, loaded):
     vectors, io = recorded
     model, params = loaded("embedding")
     names = cases(io, "embedding")
-    embed = jax.jit(lambda *x: {reduction: model.embed_window(params, *x, reduction) for reduction in ("mean", "none")})
+    embed = jax.jit(
+        lambda *x: {
+            reduction: model.embed_window(params, *x, reduction) for reduction in ("mean", "none")
+        }
+    )
     found = together(lambda x, data, _: embed(x, data), io, names)
     for case in names:
         reduction = str(io.get(f"{case}/in/reduction", "mean"))
@@ -246,7 +286,9 @@ def test_golden_embedding(recorded, loaded):
 
 def losses(model, io, grads, task):
     """The recorded loss of a task, of the params."""
-    x, input_mask, mask = map(jnp.asarray, (v if v is not None else 0 for v in inputs(io, f"{task}__normal")))
+    x, input_mask, mask = map(
+        jnp.asarray, (v if v is not None else 0 for v in inputs(io, f"{task}__normal"))
+    )
     batch = {"context": x}
     if task == "reconstruction":
         return lambda q: model.masked_loss(q, batch, input_mask, mask)
@@ -264,12 +306,20 @@ def test_golden_loss_and_gradients(recorded, loaded, task):
     model, params = loaded(task)
     loss = losses(model, io, grads, task)
     tolerance = vectors.meta["tolerance"]
-    stored = {k.removeprefix(f"{task}/grad/"): v for k, v in grads.items() if k.startswith(f"{task}/grad/")}
+    stored = {
+        k.removeprefix(f"{task}/grad/"): v
+        for k, v in grads.items()
+        if k.startswith(f"{task}/grad/")
+    }
     for key in vectors.meta["zero_grad_params"][task]:
         assert not stored[key].any(), key
-    stored["patch_embedding.position_embedding.pe"] = np.zeros((1, *params["position_table"].shape), np.float32)
-    rules = [(key, tables.DROP, "") if to == tables.BUFFER else (key, to, how)
-             for key, to, how in converter("moment").keys(model.config)]  # fmt: skip
+    stored["patch_embedding.position_embedding.pe"] = np.zeros(
+        (1, *params["position_table"].shape), np.float32
+    )
+    rules = [
+        (key, tables.DROP, "") if to == tables.BUFFER else (key, to, how)
+        for key, to, how in converter("moment").keys(model.config)
+    ]
     want = tables.to_params(rules, stored, folders.shapes(model), what=task).params
     value = parity.check_gradients(loss, params, trees.flatten(want))
     np.testing.assert_allclose(value, grads[f"{task}/loss"], tolerance["rel"], tolerance["abs"])
@@ -294,19 +344,28 @@ def test_golden_initialisation(recorded, head):
     model, entries = Moment(config), dict(stats["parameters"])
     if head is None:
         entries = {k: v for k, v in entries.items() if not k.startswith("head_")}
-        assert parity.check_initialisation(model, entries) == len(entries) - 1, "all but the token embedding"
+        assert parity.check_initialisation(model, entries) == len(entries) - 1, (
+            "all but the token embedding"
+        )
         return
     weight = entries.get(f"head_{head}.linear.weight")
     if weight is None:
         pytest.skip(f"no {head} head in init_stats.json")
     outputs, width = weight["shape"]
-    sizes = {"horizon": outputs} if head == "forecasting" else {"n_classes": outputs, "reduction": "mean"}
+    sizes = (
+        {"horizon": outputs}
+        if head == "forecasting"
+        else {"n_classes": outputs, "reduction": "mean"}
+    )
     if head == "classification" and width != config.d_model:
         sizes = {"n_classes": outputs, "n_variates": width // config.d_model}
     if head == "forecasting":
         assert width == config.d_model * config.n_patches
-    entries = {f"head.linear.{k}": v | {"bound": width**-0.5} for k in ("weight", "bias")
-               if (v := entries.get(f"head_{head}.linear.{k}"))}  # fmt: skip
+    entries = {
+        f"head.linear.{k}": v | {"bound": width**-0.5}
+        for k in ("weight", "bias")
+        if (v := entries.get(f"head_{head}.linear.{k}"))
+    }
     fresh = model.with_head({}, head, jax.random.key(5), **sizes)[1]["head"]
     for key, entry in entries.items():
         x = np.asarray(fresh["kernel"].T if key.endswith("weight") else fresh["bias"], np.float64)

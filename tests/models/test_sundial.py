@@ -14,7 +14,9 @@ from ltsm_jax.models import folders
 from ltsm_jax.models.sundial import PRESETS, Sundial, SundialConfig, median
 
 MODEL = Sundial(
-    SundialConfig(4, 8, 8, 4, (2,), (12,), 12, 1, context_len=16, sampling_steps=3, n_samples=4, init_std=0.3)
+    SundialConfig(
+        4, 8, 8, 4, (2,), (12,), 12, 1, context_len=16, sampling_steps=3, n_samples=4, init_std=0.3
+    )
 )
 predict = jax.jit(lambda model, *args: model.predict(*args), static_argnums=(0, 3))
 loss = jax.jit(lambda model, *args: model.loss(*args), static_argnums=(0, 4))
@@ -42,7 +44,9 @@ def test_draws_follow_key_and_series(params):
     assert np.abs(np.asarray(one.samples - other.samples)).min() > 0
     np.testing.assert_allclose(one.point, one.samples.mean(-1), rtol=1e-5, atol=1e-5)
     quantiles = np.asarray(one.quantiles)
-    assert (quantiles[..., 1:] >= quantiles[..., :-1]).all() and quantiles.shape[-1] == len(one.levels)
+    assert (quantiles[..., 1:] >= quantiles[..., :-1]).all() and quantiles.shape[-1] == len(
+        one.levels
+    )
     spread = np.asarray(one.samples).std(-1)
     assert (spread > 0).all()
 
@@ -57,7 +61,9 @@ def test_all_samples_go_on_from_the_median(params):
     longer = jnp.concatenate([z, median(first)], -1)
     state, _ = jax.jit(MODEL.apply)(params, longer[:, None])
     want = jax.jit(MODEL.sample)(params, state[:, 0, -1], noise[1])
-    np.testing.assert_allclose(both[..., 8:], want * std[:, None] + mean[:, None], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        both[..., 8:], want * std[:, None] + mean[:, None], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_median_of_an_even_number_is_the_lower():
@@ -91,16 +97,25 @@ def test_config_lists_all_its_problems():
 
 def test_contradictions_are_listed():
     shapes = folders.shapes(MODEL)
-    state, _ = tables.to_state(converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes))
+    state, _ = tables.to_state(
+        converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes)
+    )
     fields = converter.published(MODEL.config)
     want = dataclasses.replace(MODEL.config, context_len=720, n_samples=20)
     assert converter.configure(state, fields, "file")[0] == want
-    wrong = fields | {"hidden_size": 9, "num_sampling_steps": 1 << 40, "output_token_lens": [], "flow_loss_depth": 2}
+    wrong = fields | {
+        "hidden_size": 9,
+        "num_sampling_steps": 1 << 40,
+        "output_token_lens": [],
+        "flow_loss_depth": 2,
+    }
     wrong |= {"num_attention_heads": True, "dropout_rate": "much"}
     with pytest.raises(CheckpointError) as info:
         converter.configure(state, wrong, "file")
     lines = str(info.value).split("\n  ")
-    assert len(lines) == 8 and "flow_loss_depth: the config says 2, the weights 1" in lines, str(info.value)
+    assert len(lines) == 8 and "flow_loss_depth: the config says 2, the weights 1" in lines, str(
+        info.value
+    )
     with pytest.raises(CheckpointError, match=r"number of heads.*config.json"):
         converter.configure(state, None, "file")
     with pytest.raises(ValueError, match="can't be exported"):

@@ -1,6 +1,8 @@
-"""Sundial against vectors recorded from the original PyTorch code (`--golden DIR` names another set).
+"""Sundial against vectors recorded from the original PyTorch code (`--golden DIR` names another
+set).
 
-Every random number of the original is recorded; ours go in as arguments."""
+Every random number of the original is recorded; ours go in as arguments.
+"""
 
 import json
 import re
@@ -14,7 +16,11 @@ import pytest
 from converters import sundial as converter
 from ltsm_jax.models.sundial import Sundial, SundialConfig, moments, time_features
 
-RTOL, ATOL, SAMPLED = 1e-4, 5e-5, 1e-4  # of meta.json; after many sampling steps relative to the scale of the series
+RTOL, ATOL, SAMPLED = (
+    1e-4,
+    5e-5,
+    1e-4,
+)  # of meta.json; after many sampling steps relative to the scale of the series
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +62,19 @@ def draws(noise, b):
 def test_golden_intermediates(recorded):
     _, model, params, io = recorded
     z, taps = apply(model, params, rows(io["normal/x"]))
-    ours = {"embed_hidden_layer": "embed_hidden", "embed_residual_layer": "embed_residual", "embed": "embed"}
+    ours = {
+        "embed_hidden_layer": "embed_hidden",
+        "embed_residual_layer": "embed_residual",
+        "embed": "embed",
+    }
     for i in range(len(model.config.ffn_dims)):
-        theirs = {"_norm1": "/norm1", "_attn_out": "/attn", "_norm2": "/norm2", "_ffn_out": "/mlp", "_out": ""}
+        theirs = {
+            "_norm1": "/norm1",
+            "_attn_out": "/attn",
+            "_norm2": "/norm2",
+            "_ffn_out": "/mlp",
+            "_out": "",
+        }
         ours |= {f"layer{i}{name}": f"layer_{i}{tap}" for name, tap in theirs.items()}
     names = {key.removeprefix("normal/act/") for key in io if key.startswith("normal/act/")}
     assert names and names <= set(ours), "every recorded step is compared"
@@ -80,7 +96,9 @@ def test_golden_left_padding(recorded):
 
 def test_golden_flow_network(recorded):
     _, model, params, io = recorded
-    y, taps = flow(model, params, rows(io["net/x"]), jnp.asarray(io["net/t"])[:, None], rows(io["net/z"]))
+    y, taps = flow(
+        model, params, rows(io["net/x"]), jnp.asarray(io["net/t"])[:, None], rows(io["net/z"])
+    )
     check(y[:, 0], io["net/y"])
     check(time_features(jnp.asarray(io["net/t"])), io["net/time_freq"])
     names = [key.removeprefix("net/act/") for key in io if key.startswith("net/act/")]
@@ -105,7 +123,8 @@ def test_golden_generate(recorded):
     for case in cases:
         x, y = io[f"{case}/x"], io[f"{case}/y"]
         steps = sorted(
-            (key for key in io if re.fullmatch(rf"{case}/noise\d+", key)), key=lambda k: int(k.split("noise")[1])
+            (key for key in io if re.fullmatch(rf"{case}/noise\d+", key)),
+            key=lambda k: int(k.split("noise")[1]),
         )
         noise = jnp.stack([draws(io[key], len(x)) for key in steps])
         got = generate(model, params, jnp.asarray(x), y.shape[-1], noise, "norevin" in case)
@@ -125,7 +144,9 @@ def losses(model, io):
     masks = {"weight_BCN": rows(io["train/loss_masks"]), "points_BCNQ": points}
     return {
         "loss": lambda q: model.token_loss(q, x, labels, noise, t),
-        "loss_revin": lambda q: model.token_loss(q, (x - mean) / std, (labels - mean) / std, noise, t),
+        "loss_revin": lambda q: model.token_loss(
+            q, (x - mean) / std, (labels - mean) / std, noise, t
+        ),
         "loss_masked": lambda q: model.token_loss(q, x, labels, noise, t, **masks),
     }
 
@@ -135,11 +156,14 @@ def test_golden_losses(recorded):
     for name, loss in losses(model, io).items():
         if name == "loss":
             continue  # compared beside its gradients
-        np.testing.assert_allclose(jax.jit(loss)(params), io[f"train/{name}"], rtol=RTOL, err_msg=name)
+        np.testing.assert_allclose(
+            jax.jit(loss)(params), io[f"train/{name}"], rtol=RTOL, err_msg=name
+        )
 
 
 @pytest.mark.parametrize(
-    "kind", ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_revin", "grad_masked"))]
+    "kind",
+    ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_revin", "grad_masked"))],
 )
 def test_golden_loss_and_gradients(recorded, kind):
     vectors, model, params, io = recorded
@@ -157,16 +181,21 @@ def test_golden_init_statistics(recorded):
         "hidden_size": d,
         "input_token_len": both // 2,
         "num_hidden_layers": 1 + max(int(key.split(".")[2]) for key in stats if ".layers." in key),
-        "flow_loss_depth": 1 + max(int(key.split(".")[3]) for key in stats if ".res_blocks." in key),
+        "flow_loss_depth": 1
+        + max(int(key.split(".")[3]) for key in stats if ".res_blocks." in key),
         "num_attention_heads": 8,
         "intermediate_size": stats["model.layers.0.ffn_layer.up_proj.weight"]["shape"][0],
         "output_token_lens": [stats[converter.FLOW_IN]["shape"][1]],
     }
-    assert parity.check_initialisation(Sundial(SundialConfig.from_published(config)), stats) == len(stats)
+    assert parity.check_initialisation(Sundial(SundialConfig.from_published(config)), stats) == len(
+        stats
+    )
 
 
 def test_golden_round_trip(recorded, tmp_path):
     vectors, model, *_ = recorded
     out = parity.check_round_trip(vectors.checkpoint, tmp_path)
-    again, _ = converter.configure(parity.tensors(out), json.loads(out.with_name("config.json").read_text()), "again")
+    again, _ = converter.configure(
+        parity.tensors(out), json.loads(out.with_name("config.json").read_text()), "again"
+    )
     assert again == model.config

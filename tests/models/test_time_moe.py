@@ -1,4 +1,6 @@
-"""Time-MoE beyond its original: sizes, pruned experts, padding and missing values, the loss, errors."""
+"""Time-MoE beyond its original: sizes, pruned experts, padding and missing values, the loss,
+errors.
+"""
 
 import dataclasses
 
@@ -14,7 +16,9 @@ from ltsm_jax.models import folders
 from ltsm_jax.models.time_moe import PRESETS, TimeMoe, TimeMoeConfig, balance, huber
 
 MODEL = TimeMoe(
-    TimeMoeConfig(8, 4, (2,), (1,), (1, 4), 4, 2, ((0, 1, 2, 3),), (6,), (12,), context_len=24, init_std=0.5)
+    TimeMoeConfig(
+        8, 4, (2,), (1,), (1, 4), 4, 2, ((0, 1, 2, 3),), (6,), (12,), context_len=24, init_std=0.5
+    )
 )
 predict = jax.jit(lambda model, *args: model.predict(*args).point, static_argnums=(0, 3))
 loss = jax.jit(lambda model, *args: model.loss(*args), static_argnums=(0, 4))
@@ -29,7 +33,9 @@ def series(*shape, seed=1):
     return jax.random.normal(jax.random.key(seed), shape).cumsum(-1)
 
 
-@pytest.mark.parametrize("name, count", [("Maple728/TimeMoE-50M", 113_352_192), ("Maple728/TimeMoE-200M", 453_196_800)])
+@pytest.mark.parametrize(
+    "name, count", [("Maple728/TimeMoE-50M", 113_352_192), ("Maple728/TimeMoE-200M", 453_196_800)]
+)
 def test_published_parameter_counts(name, count):
     assert trees.count(folders.shapes(TimeMoe(PRESETS[name]))) == count
 
@@ -42,14 +48,20 @@ def test_an_expert_taken_out_is_an_expert_masked(params):
     smaller = TimeMoe(dataclasses.replace(MODEL.config, kept=(kept,)))
     cut = jax.tree.map(lambda leaf: leaf, params)
     stacked = params["layer_0"]["mixture"]["experts"]
-    cut["layer_0"]["mixture"]["experts"] = {name: leaf[jnp.asarray(kept)] for name, leaf in stacked.items()}
+    cut["layer_0"]["mixture"]["experts"] = {
+        name: leaf[jnp.asarray(kept)] for name, leaf in stacked.items()
+    }
     masked, _ = jax.jit(lambda p, x: MODEL.apply(p, x, expert_masks=mask))(params, x)
     removed, _ = jax.jit(smaller.apply)(cut, x)
     whole, _ = jax.jit(MODEL.apply)(params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), masked, removed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), masked, removed
+    )
     assert np.abs(np.asarray(masked[0] - whole[0])).max() > 1e-3
     # the gradient of the mask is what scores experts
-    score = jax.jit(jax.grad(lambda m: MODEL.token_loss(params, x, x, expert_masks=[m])))(jnp.ones(4))
+    score = jax.jit(jax.grad(lambda m: MODEL.token_loss(params, x, x, expert_masks=[m])))(
+        jnp.ones(4)
+    )
     assert np.isfinite(score).all() and np.abs(np.asarray(score)).max() > 0
     none = TimeMoe(dataclasses.replace(MODEL.config, kept=((),)))
     assert np.isfinite(jax.jit(none.apply)(jax.jit(none.init)(jax.random.key(0)), x)[0][0]).all()
@@ -59,7 +71,9 @@ def test_padding_on_the_left_is_not_seen(params):
     """A series that begins late is forecast as if it were alone."""
     x = series(1, 1, 24)
     late = x.at[..., :9].set(jnp.nan)
-    np.testing.assert_allclose(predict(MODEL, params, late, 6), predict(MODEL, params, x[..., 9:], 6), rtol=1e-4)
+    np.testing.assert_allclose(
+        predict(MODEL, params, late, 6), predict(MODEL, params, x[..., 9:], 6), rtol=1e-4
+    )
 
 
 def test_the_loss_has_no_scale_and_skips_what_is_missing(params):
@@ -67,7 +81,11 @@ def test_the_loss_has_no_scale_and_skips_what_is_missing(params):
     one = loss(MODEL, params, batch, None, False)
     scaled = {name: 1e3 * value + 5e3 for name, value in batch.items()}
     np.testing.assert_allclose(loss(MODEL, params, scaled, None, False), one, rtol=1e-3)
-    for name, place in (("target", (0, 0, 2)), ("context", (1, 0, slice(0, 7))), ("context", (1, 0, 12))):
+    for name, place in (
+        ("target", (0, 0, 2)),
+        ("context", (1, 0, slice(0, 7))),
+        ("context", (1, 0, 12)),
+    ):
         hole = loss(MODEL, params, batch | {name: batch[name].at[place].set(jnp.nan)}, None, False)
         assert np.isfinite(hole) and hole != one, (name, place)
     assert loss(MODEL, params, batch, None, True) > one, "the balance term belongs to training"
@@ -89,8 +107,29 @@ def test_balance_counts_every_slot():
 
 def test_config_lists_all_its_problems():
     with pytest.raises(ValueError) as info:
-        TimeMoeConfig(8, 3, (3,), (2,), (4, 4), 2, 3, ((1, 0),), (6, 6), (12,), 24, dense=True, activation="swoosh")
-    for word in ("same layers", "multiples of n_kv_heads", "even width", "3 of 2 experts", "in order", "must differ"):
+        TimeMoeConfig(
+            8,
+            3,
+            (3,),
+            (2,),
+            (4, 4),
+            2,
+            3,
+            ((1, 0),),
+            (6, 6),
+            (12,),
+            24,
+            dense=True,
+            activation="swoosh",
+        )
+    for word in (
+        "same layers",
+        "multiples of n_kv_heads",
+        "even width",
+        "3 of 2 experts",
+        "in order",
+        "must differ",
+    ):
         assert word in str(info.value)
     for word in ("apply_aux must be off", "silu"):
         assert word in str(info.value)
@@ -98,10 +137,19 @@ def test_config_lists_all_its_problems():
 
 def test_contradictions_are_listed():
     shapes = folders.shapes(MODEL)
-    state, _ = tables.to_state(converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes))
+    state, _ = tables.to_state(
+        converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes)
+    )
     fields = converter.published(MODEL.config) | {"max_position_embeddings": 32}
-    assert converter.configure(state, fields, "file")[0] == dataclasses.replace(MODEL.config, max_positions=32)
-    wrong = fields | {"hidden_size": 18, "num_experts": 1 << 50, "horizon_lengths": [1, 9], "use_dense": "yes"}
+    assert converter.configure(state, fields, "file")[0] == dataclasses.replace(
+        MODEL.config, max_positions=32
+    )
+    wrong = fields | {
+        "hidden_size": 18,
+        "num_experts": 1 << 50,
+        "horizon_lengths": [1, 9],
+        "use_dense": "yes",
+    }
     wrong |= {"num_key_value_heads": 0, "rope_theta": None, "input_size": 2}
     with pytest.raises(CheckpointError) as info:
         converter.configure(state, wrong, "file")

@@ -1,4 +1,6 @@
-"""Time-MoE against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""Time-MoE against vectors recorded from the original PyTorch code (`--golden DIR` names another
+set).
+"""
 
 import dataclasses
 import json
@@ -52,7 +54,11 @@ def test_golden_intermediates(recorded, forward):
     _, model, params, io = recorded
     _, taps = forward
     theirs = {"input_norm": "norm1", "attn_out": "attn", "post_norm": "norm2", "ffn_out": "ffn"}
-    theirs |= {"shared_expert_before_gate": "shared", "router_logits": "router", "topk_weights": "router_weights"}
+    theirs |= {
+        "shared_expert_before_gate": "shared",
+        "router_logits": "router",
+        "topk_weights": "router_weights",
+    }
     theirs |= {"topk_experts": "router_experts", "attn_weights": "attn_weights"}
     names = [key.removeprefix("normal/act/") for key in io if key.startswith("normal/act/")]
     assert names
@@ -69,9 +75,15 @@ def test_golden_intermediates(recorded, forward):
             kernels = (stacked["gate"], stacked["up"], stacked["down"])
             ones, chosen = jnp.ones((len(x_TD), 1)), jnp.full((len(x_TD), 1), int(expert[1]))
             act = ACTIVATIONS[model.config.activation]
-            check(experts.mixture(x_TD, kernels, ones, chosen, act, "dense"), want.reshape(x_TD.shape), name)
+            check(
+                experts.mixture(x_TD, kernels, ones, chosen, act, "dense"),
+                want.reshape(x_TD.shape),
+                name,
+            )
         elif layer[2] == "topk_experts":
-            np.testing.assert_array_equal(taps[f"layer_{layer[1]}/router_experts"], want, err_msg=name)
+            np.testing.assert_array_equal(
+                taps[f"layer_{layer[1]}/router_experts"], want, err_msg=name
+            )
         else:
             got = taps[f"layer_{layer[1]}/{theirs[layer[2]]}"]
             check(got.reshape(want.shape), want, name)
@@ -101,7 +113,11 @@ def test_golden_generate(recorded):
     for key in found:
         check(generate(model, params, jnp.asarray(io["normal/x"]), io[key].shape[1]), io[key], key)
     for case in [case for case in ("one_point", "constant") if f"{case}/x" in io]:
-        check(generate(model, params, jnp.asarray(io[f"{case}/x"]), io[f"{case}/y"].shape[1]), io[f"{case}/y"], case)
+        check(
+            generate(model, params, jnp.asarray(io[f"{case}/x"]), io[f"{case}/y"].shape[1]),
+            io[f"{case}/y"],
+            case,
+        )
 
 
 def test_golden_scaled_forecast_is_predict(recorded):
@@ -124,7 +140,9 @@ def test_golden_left_padding(recorded):
     got = np.asarray(heads[model.config.horizons.index(want.shape[-1])][:, 0])
     check(got[mask == 1], want[mask == 1])
     horizon = io["left_pad/generate"].shape[1]
-    check(generate(model, params, jnp.asarray(x), horizon, jnp.asarray(mask)), io["left_pad/generate"])
+    check(
+        generate(model, params, jnp.asarray(x), horizon, jnp.asarray(mask)), io["left_pad/generate"]
+    )
 
 
 def test_golden_bfloat16_file(recorded, tmp_path):
@@ -135,9 +153,13 @@ def test_golden_bfloat16_file(recorded, tmp_path):
     assert half == model and provenance["dtype"] == "bfloat16"
     heads, _ = apply(half, params, rows(io["normal/x"]))
     check(heads[-1][:, 0], io["bf16/y_float32_compute"])
-    # computed in bfloat16 too: the rounding of two programs differs, and a router's close decision may
+    # computed in bfloat16 too: the rounding of two programs differs, and a router's close decision
+    # may
     net = jax.jit(lambda p, x: TimeMoeNet(half.config).apply({"params": p}, x)[0][-1])
-    got, want = net(params, jnp.asarray(io["normal/x"], jnp.bfloat16)), io["bf16/y_bfloat16_compute"]
+    got, want = (
+        net(params, jnp.asarray(io["normal/x"], jnp.bfloat16)),
+        io["bf16/y_bfloat16_compute"],
+    )
     assert got.dtype == jnp.bfloat16
     error = np.abs(np.asarray(got, np.float32) - want)
     assert np.median(error) <= 5e-2 * np.abs(want).mean()
@@ -145,7 +167,9 @@ def test_golden_bfloat16_file(recorded, tmp_path):
 
 
 def losses(vectors, model, io):
-    """The recorded losses as functions of the params. Zeros past the end count as labels where there is no mask."""
+    """The recorded losses as functions of the params. Zeros past the end count as labels where
+    there is no mask.
+    """
     x, labels, cfg = rows(io["train/x"]), rows(io["train/labels"]), model.config
     pad = ((0, 0), (0, 0), (0, max(cfg.horizons) - 1))
     zeros, mask = jnp.pad(labels, pad), jnp.pad(rows(io["train/loss_masks"]), pad)
@@ -159,7 +183,9 @@ def losses(vectors, model, io):
     for j, h in enumerate(cfg.horizons):
         # one head alone: the mean over heads of a model that has no other
         alone = TimeMoe(dataclasses.replace(cfg, horizons=(h,)))
-        found[f"loss_head_h{h}"] = lambda q, j=j, m=alone: m.token_loss(_with_head(q, j), x, zeros, aux=False)
+        found[f"loss_head_h{h}"] = lambda q, j=j, m=alone: m.token_loss(
+            _with_head(q, j), x, zeros, aux=False
+        )
     about = vectors.meta["io"].get("train/loss_attention_mask", {}).get("meaning", "")
     if told := re.search(r"(\d+) leading zeros in row (\d+)", about):
         seen = jnp.ones_like(x).at[int(told[2]), :, : int(told[1])].set(0)
@@ -174,7 +200,9 @@ def _with_head(params, j):
 
 def test_golden_losses(recorded):
     vectors, model, params, io = recorded
-    names = {key.removeprefix("train/") for key in io if key.startswith("train/") and io[key].ndim == 0}
+    names = {
+        key.removeprefix("train/") for key in io if key.startswith("train/") and io[key].ndim == 0
+    }
     ours = losses(vectors, model, io)
     assert names <= ours.keys(), "every recorded loss is compared"
     found = jax.jit(lambda q: {name: ours[name](q) for name in names})(params)
@@ -183,11 +211,14 @@ def test_golden_losses(recorded):
 
 
 @pytest.mark.parametrize(
-    "kind", ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_masked", "grad_no_aux"))]
+    "kind",
+    ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_masked", "grad_no_aux"))],
 )
 def test_golden_gradients(recorded, kind):
     vectors, model, params, io = recorded
-    if kind != "grad" and not any(key.startswith(f"{kind}/") for key in vectors.arrays("grads.npz")):
+    if kind != "grad" and not any(
+        key.startswith(f"{kind}/") for key in vectors.arrays("grads.npz")
+    ):
         pytest.skip(f"no {kind} in this set")
     want = parity.recorded_gradients(vectors, model, f"{kind}/")
     parity.check_gradients(losses(vectors, model, io)[kind.replace("grad", "loss")], params, want)
@@ -215,15 +246,22 @@ def test_golden_init_statistics(recorded):
         "num_attention_heads": 8,
         "intermediate_size": inner,
         "num_experts": n_experts,
-        "num_experts_per_tok": inner // stats["model.layers.0.ffn_layer.experts.0.up_proj.weight"]["shape"][0],
-        "horizon_lengths": [e["shape"][0] for key, e in stats.items() if key.startswith("lm_heads.")],
+        "num_experts_per_tok": inner
+        // stats["model.layers.0.ffn_layer.experts.0.up_proj.weight"]["shape"][0],
+        "horizon_lengths": [
+            e["shape"][0] for key, e in stats.items() if key.startswith("lm_heads.")
+        ],
     }
-    assert parity.check_initialisation(TimeMoe(TimeMoeConfig.from_published(config)), stats) == len(stats)
+    assert parity.check_initialisation(TimeMoe(TimeMoeConfig.from_published(config)), stats) == len(
+        stats
+    )
 
 
 def test_golden_round_trip(recorded, tmp_path):
     vectors, model, params, _ = recorded
     out = parity.check_round_trip(vectors.checkpoint, tmp_path)
-    again, _ = converter.configure(parity.tensors(out), json.loads(out.with_name("config.json").read_text()), "again")
+    again, _ = converter.configure(
+        parity.tensors(out), json.loads(out.with_name("config.json").read_text()), "again"
+    )
     assert again == model.config
     assert trees.count(params) == sum(x.size for x in parity.tensors(out).values())

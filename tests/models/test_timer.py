@@ -1,4 +1,6 @@
-"""Timer beyond its original: contexts of any length, missing values, scales, invariances, configs."""
+"""Timer beyond its original: contexts of any length, missing values, scales,
+invariances, configs.
+"""
 
 import dataclasses
 
@@ -30,7 +32,9 @@ def test_fresh_parameters_are_the_same_inside_jit_and_outside(params):
     """Outside, the draws are cut on the host; inside, by the compiled program."""
     inside = jax.jit(MODEL.init)(jax.random.key(0))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), inside, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), inside, params
+    )
 
 
 def series(b=2, c=3, t=56, seed=1):
@@ -39,7 +43,8 @@ def series(b=2, c=3, t=56, seed=1):
 
 
 LENGTHS, HORIZONS = (1, 3, 8, 50, 56, 500), (1, 7, 8, 9, 96)
-# Every length and every horizon, and the corners; each pair is a program of its own, so the others are for `make slow`.
+# Every length and every horizon, and the corners; each pair is a program of its own, so the others
+# are for `make slow`.
 DAILY = {(1, 1), (3, 7), (8, 8), (50, 9), (56, 7), (500, 96), (1, 96), (500, 1)}
 PAIRS = [
     pytest.param(length, horizon, marks=() if (length, horizon) in DAILY else slow)
@@ -56,13 +61,19 @@ def test_any_context_and_horizon(params, length, horizon):
 
 def test_longer_horizons_begin_with_the_shorter_ones(params):
     x = series()
-    np.testing.assert_allclose(predict(params, x, 30).point[..., :5], predict(params, x, 5).point, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        predict(params, x, 30).point[..., :5], predict(params, x, 5).point, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_context_past_the_trained_length_is_cut_to_its_newest_part(params):
     x = series(t=200)
-    np.testing.assert_array_equal(predict(params, x, 8).point, predict(params, x[..., -56:], 8).point)
-    np.testing.assert_array_equal(predict(params, x[..., -50:], 8).point, predict(params, x[..., -48:], 8).point)
+    np.testing.assert_array_equal(
+        predict(params, x, 8).point, predict(params, x[..., -56:], 8).point
+    )
+    np.testing.assert_array_equal(
+        predict(params, x[..., -50:], 8).point, predict(params, x[..., -48:], 8).point
+    )
 
 
 @pytest.mark.parametrize("holes", [slice(20, 23), slice(0, 9), slice(40, 56), slice(0, 55)])
@@ -98,7 +109,9 @@ def test_scales(params, scale):
     # what lies well above the eps of the instance scale is equivariant
     if scale >= 1e4:
         want = np.asarray(predict(params, series() * 1e3, 8).point)
-        np.testing.assert_allclose(predict(params, series() * scale, 8).point, want * (scale / 1e3), rtol=2e-3)
+        np.testing.assert_allclose(
+            predict(params, series() * scale, 8).point, want * (scale / 1e3), rtol=2e-3
+        )
 
 
 def test_constant_series(params):
@@ -129,7 +142,9 @@ def test_tokens_see_only_what_lies_before_them(params):
 def test_direct_loss_is_the_error_of_predict_and_rows_count_by_weight(params):
     batch = {"context": jnp.asarray(series(b=4)), "target": jnp.asarray(series(b=4, t=5, seed=2))}
     point = predict(params, batch["context"], 5).point
-    np.testing.assert_allclose(point_loss(params, batch), np.square(point - batch["target"]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        point_loss(params, batch), np.square(point - batch["target"]).mean(), rtol=1e-5
+    )
     whole = dict(batch, target=jnp.asarray(series(b=4, t=8, seed=2)))
     for loss_of in (loss, point_loss):
         half = {name: value[:2] for name, value in whole.items()}
@@ -170,7 +185,9 @@ def test_dropout_acts_in_training_only(params):
 def test_a_pruned_timer_is_a_timer():
     cfg = dataclasses.replace(MODEL.config, n_heads=(4, 1), ffn_dims=(32, 5))
     params = Timer(cfg).init(jax.random.key(0))
-    assert params["layer_1"]["attn"]["q"]["kernel"].shape == (16, 1, 4) and params["layer_1"]["up"]["kernel"].shape == (
+    assert params["layer_1"]["attn"]["q"]["kernel"].shape == (16, 1, 4) and params["layer_1"]["up"][
+        "kernel"
+    ].shape == (
         16,
         5,
     )
@@ -188,7 +205,13 @@ def test_config_lists_all_its_problems():
 
 
 def test_folder_round_trip(tmp_path, params):
-    folders.save(tmp_path / "m", MODEL, params, provenance={"source": "here"}, buffers={"t": np.ones(3, np.float32)})
+    folders.save(
+        tmp_path / "m",
+        MODEL,
+        params,
+        provenance={"source": "here"},
+        buffers={"t": np.ones(3, np.float32)},
+    )
     model, again = ltsm_jax.load(tmp_path / "m")
     assert model == MODEL
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -230,7 +253,9 @@ def test_a_published_preset_is_read_from_the_cache(tmp_path, monkeypatch, params
         jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"family": "timer"}', '{"family": "nobody", "config": {}}', "[1]"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"family": "timer"}', '{"family": "nobody", "config": {}}', "[1]"]
+)
 def test_damaged_config_is_one_clear_error(tmp_path, params, text):
     folders.save(tmp_path / "m", MODEL, params)
     (tmp_path / "m" / folders.CONFIG).write_text(text)
@@ -263,9 +288,17 @@ def test_the_advice_of_the_losses_can_be_followed():
     steps = lambda t, h: {"context": jnp.ones((1, 1, t)), "target": jnp.ones((1, 1, h))}  # noqa: E731
     with pytest.raises(ValueError, match="got 60 steps: take 56$"):
         MODEL.loss(params, steps(60, 8))
-    with pytest.raises(ValueError, match=r"got 7 steps: take 8, or the direct loss \(mode='direct'\)"):
+    with pytest.raises(
+        ValueError, match=r"got 7 steps: take 8, or the direct loss \(mode='direct'\)"
+    ):
         MODEL.loss(params, steps(56, 7))
-    with pytest.raises(ValueError, match=r"take a shorter target, or the next-token loss \(mode='ims'\)"):
+    with pytest.raises(
+        ValueError, match=r"take a shorter target, or the next-token loss \(mode='ims'\)"
+    ):
         MODEL.point_loss(params, steps(60, 9))
-    for loss, sizes in ((MODEL.loss, (56, 8)), (MODEL.point_loss, (56, 7)), (MODEL.point_loss, (60, 8))):
+    for loss, sizes in (
+        (MODEL.loss, (56, 8)),
+        (MODEL.point_loss, (56, 7)),
+        (MODEL.point_loss, (60, 8)),
+    ):
         assert jax.eval_shape(loss, params, steps(*sizes)).shape == ()

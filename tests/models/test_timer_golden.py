@@ -1,4 +1,6 @@
-"""Timer against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""Timer against vectors recorded from the original PyTorch code (`--golden DIR` names
+another set).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +33,20 @@ def bct(x_BTC):
 
 
 def check(got_BCT, want_BTC, x_BTC, atol=None):
-    """Equal within the recorded tolerance, each series by the standard deviation of its own input."""
-    got, want, scale = np.asarray(got_BCT), np.asarray(bct(want_BTC)), np.asarray(bct(x_BTC)).std(-1, keepdims=True)
+    """Equal within the recorded tolerance, each series by the standard deviation of its
+    own input.
+    """
+    got, want, scale = (
+        np.asarray(got_BCT),
+        np.asarray(bct(want_BTC)),
+        np.asarray(bct(x_BTC)).std(-1, keepdims=True),
+    )
     assert got.shape == want.shape
     excess = np.abs(got - want) - RTOL * np.abs(want) - (ATOL * scale if atol is None else atol)
     parity.note(np.abs(got - want), np.abs(got - want) - excess)
-    assert (excess <= 0).all(), f"off by {np.abs(got - want).max()} at most, {excess.max()} more than allowed"
+    assert (excess <= 0).all(), (
+        f"off by {np.abs(got - want).max()} at most, {excess.max()} more than allowed"
+    )
 
 
 def close(got, want):
@@ -48,26 +58,47 @@ def close(got, want):
 # compiled: one program is faster than some hundred operations one by one
 predict = jax.jit(lambda model, *args: model.predict(*args), static_argnums=(0, 3))
 reconstruct = jax.jit(
-    lambda model, *args, ims: model.reconstruct(*args, ims=ims), static_argnums=0, static_argnames="ims"
+    lambda model, *args, ims: model.reconstruct(*args, ims=ims),
+    static_argnums=0,
+    static_argnames="ims",
 )
-impute = jax.jit(lambda model, *args, ims: model.impute(*args, ims=ims), static_argnums=0, static_argnames="ims")
+impute = jax.jit(
+    lambda model, *args, ims: model.impute(*args, ims=ims), static_argnums=0, static_argnames="ims"
+)
 
 
 @pytest.mark.parametrize(
-    "case", ["normal", "output_attention", "scales", "constant", "one_patch", "not_multiple", "longer"]
+    "case",
+    ["normal", "output_attention", "scales", "constant", "one_patch", "not_multiple", "longer"],
 )
 def test_golden_output(recorded, case):
     _, model, params, io = recorded
     x = io["normal/x"] if case == "output_attention" else io[f"{case}/x"]
-    check(jax.jit(model.apply)(params, bct(x))[0], io[f"{case}/y"], x, atol=1e-4 if case == "constant" else None)
+    check(
+        jax.jit(model.apply)(params, bct(x))[0],
+        io[f"{case}/y"],
+        x,
+        atol=1e-4 if case == "constant" else None,
+    )
 
 
 def test_golden_intermediates(recorded):
     _, model, params, io = recorded
     _, taps = jax.jit(model.apply)(params, bct(io["normal/x"]))
-    ours = {"patches": "patches", "value_embed": "value_embed", "embed": "embed", "final_norm": "norm", "proj": "head"}
+    ours = {
+        "patches": "patches",
+        "value_embed": "value_embed",
+        "embed": "embed",
+        "final_norm": "norm",
+        "proj": "head",
+    }
     for i in range(len(model.config.ffn_dims)):
-        theirs = {"_attn_weights": "/attn_weights", "_attn_sublayer": "/attn", "_norm1": "/norm1", "": ""}
+        theirs = {
+            "_attn_weights": "/attn_weights",
+            "_attn_sublayer": "/attn",
+            "_norm1": "/norm1",
+            "": "",
+        }
         ours |= {f"block{i}{name}": f"layer_{i}{tap}" for name, tap in theirs.items()}
         close(taps[f"layer_{i}/attn_weights"], io[f"output_attention/attn{i}"])
     names = {key.removeprefix("normal/act/") for key in io if key.startswith("normal/act/")}
@@ -110,7 +141,13 @@ def test_golden_anomaly(recorded):
 
 @pytest.mark.parametrize(
     "case",
-    ["imputation", *(pytest.param(c, marks=pytest.mark.slow) for c in ("imputation_points", "imputation_nomask"))],
+    [
+        "imputation",
+        *(
+            pytest.param(c, marks=pytest.mark.slow)
+            for c in ("imputation_points", "imputation_nomask")
+        ),
+    ],
 )
 def test_golden_imputation(recorded, case):
     _, model, params, io = recorded
@@ -130,7 +167,10 @@ def test_golden_imputation(recorded, case):
 def losses(model, io):
     """The recorded training losses as functions of the params."""
     direct = {"context": bct(io["train/x"]), "target": bct(io["train/y_dms"])}
-    tokens = {"context": bct(io["train/x"]), "target": bct(io["train/y_ims"])}  # recorded with a target of its own
+    tokens = {
+        "context": bct(io["train/x"]),
+        "target": bct(io["train/y_ims"]),
+    }  # recorded with a target of its own
     truth, observed = bct(io["imputation/x_true"]), bct(io["imputation/mask"])
     window = {"context": bct(io["anomaly/x"]), "target": bct(io["anomaly/x"])[..., :0]}
 
@@ -152,7 +192,9 @@ def losses(model, io):
 def test_golden_loss(recorded, name):
     """The losses without recorded gradients; the others are compared beside theirs."""
     _, model, params, io = recorded
-    np.testing.assert_allclose(jax.jit(losses(model, io)[f"loss_{name}"])(params), io[f"train/loss_{name}"], rtol=RTOL)
+    np.testing.assert_allclose(
+        jax.jit(losses(model, io)[f"loss_{name}"])(params), io[f"train/loss_{name}"], rtol=RTOL
+    )
 
 
 def test_golden_next_token_loss_moves_the_series_by_one_patch(recorded):
@@ -161,7 +203,9 @@ def test_golden_next_token_loss_moves_the_series_by_one_patch(recorded):
     new = np.asarray(bct(io["train/y_ims"]))[..., :p]
     shifted = np.concatenate([x[..., p:], new], axis=-1)
     want = jax.jit(model.token_loss)(params, {"context": x, "target": shifted})
-    np.testing.assert_allclose(jax.jit(model.loss)(params, {"context": x, "target": new}), want, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(model.loss)(params, {"context": x, "target": new}), want, rtol=1e-6
+    )
 
 
 GRADIENTS = {
@@ -173,16 +217,26 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize(
-    "kind", [k if k in ("grad", "grad_ims") else pytest.param(k, marks=pytest.mark.slow) for k in GRADIENTS]
+    "kind",
+    [
+        k if k in ("grad", "grad_ims") else pytest.param(k, marks=pytest.mark.slow)
+        for k in GRADIENTS
+    ],
 )
 def test_golden_loss_and_gradients(recorded, kind):
     vectors, model, params, io = recorded
-    stored = {k.split("/", 1)[1]: v for k, v in vectors.arrays("grads.npz").items() if k.split("/", 1)[0] == kind}
+    stored = {
+        k.split("/", 1)[1]: v
+        for k, v in vectors.arrays("grads.npz").items()
+        if k.split("/", 1)[0] == kind
+    }
     assert stored, "recorded for this loss"
     layout = converter.recognise(stored)
     stripped, _, problems = layout.strip(stored)
     rules = [rule for rule in converter.keys(model.config) if rule[1] != tables.BUFFER]
-    want = tables.to_params(rules, stripped, folders.shapes(model), what=kind, problems=problems).params
+    want = tables.to_params(
+        rules, stripped, folders.shapes(model), what=kind, problems=problems
+    ).params
     name = f"loss_{GRADIENTS[kind]}"
     value, gradients = jax.jit(jax.value_and_grad(losses(model, io)[name]))(params)
     np.testing.assert_allclose(value, io[f"train/{name}"], rtol=RTOL)
@@ -203,8 +257,9 @@ def test_golden_load_equals_import(recorded):
 def test_golden_init_statistics(recorded):
     """A fresh draw has the recorded distribution, parameter by parameter.
 
-    For n draws from U(-b, b): the mean has standard error b / sqrt(3n), the standard deviation about b / sqrt(15n),
-    and the extremes lie within the bound; 5 standard errors over some 40 tensors let a true init fail once in 10^4.
+    For n draws from U(-b, b): the mean has standard error b / sqrt(3n), the standard deviation
+    about b / sqrt(15n), and the extremes lie within the bound; 5 standard errors over some 40
+    tensors let a true init fail once in 10^4.
     """
     vectors, model, *_ = recorded
     stats = vectors.init_stats["params"]

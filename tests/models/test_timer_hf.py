@@ -1,4 +1,6 @@
-"""Timer of the hub beyond its original: sizes, the roll-out with and without cache, missing values, errors."""
+"""Timer of the hub beyond its original: sizes, the roll-out with and without cache, missing values,
+errors.
+"""
 
 import dataclasses
 
@@ -47,19 +49,25 @@ def test_heads_that_predict_no_whole_patches(params):
     odd = TimerHf(dataclasses.replace(MODEL.config, horizons=(4, 6)))
     params = jax.jit(odd.init)(jax.random.key(0))
     assert np.isfinite(predict(odd, params, series(2, 1, 24), 16)).all()
-    with pytest.raises(ValueError, match=r"can't go on with heads of \[6, 6, 4\] points and patches of 4"):
+    with pytest.raises(
+        ValueError, match=r"can't go on with heads of \[6, 6, 4\] points and patches of 4"
+    ):
         odd.generate_as_original(params, series(2, 24), 16)
 
 
 def test_the_originals_scaling_is_a_switch(params):
-    """It differs from the second step on, unless the series is so long that it makes no difference."""
+    """It differs from the second step on, unless the series is so long that it makes
+    no difference.
+    """
     x = series(2, 1, 24)
     found = {}
     for scaling in ("context", "fed", "sequence"):
         model = TimerHf(dataclasses.replace(MODEL.config, scaling=scaling))
         found[scaling] = np.asarray(predict(model, params, x, 16))
     for other in ("fed", "sequence"):
-        np.testing.assert_allclose(found["context"][:, :8], found[other][:, :8], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found["context"][:, :8], found[other][:, :8], rtol=1e-4, atol=1e-5
+        )
         assert np.abs(found["context"] - found[other])[:, 8:].max() > 1e-4
 
 
@@ -80,8 +88,25 @@ def test_the_loss_has_no_scale(params):
 
 def test_config_lists_all_its_problems():
     with pytest.raises(ValueError) as info:
-        TimerHfConfig(4, 16, 3, (2,), (24, 8), (4, 4), context_len=2, activation="swoosh", scaling="none at all")  # type: ignore[arg-type]
-    for word in ("same layers", "even width", "hold one patch (4)", "must differ", "silu", "none at all"):
+        TimerHfConfig(
+            4,
+            16,
+            3,
+            (2,),
+            (24, 8),
+            (4, 4),
+            context_len=2,
+            activation="swoosh",
+            scaling="none at all",
+        )  # type: ignore[arg-type]
+    for word in (
+        "same layers",
+        "even width",
+        "hold one patch (4)",
+        "must differ",
+        "silu",
+        "none at all",
+    ):
         assert word in str(info.value)
 
 
@@ -98,15 +123,25 @@ def state_of(config):
 def test_contradictions_are_listed():
     config = dataclasses.replace(MODEL.config, n_heads=(4, 4), ffn_dims=(24, 24))
     state, fields = state_of(config), converter.published(config)
-    assert converter.configure(state, fields, "file")[0] == dataclasses.replace(config, context_len=120)
-    wrong = fields | {"hidden_size": 18, "num_attention_heads": "x" * 9999, "output_token_lens": [4, 9]}
+    assert converter.configure(state, fields, "file")[0] == dataclasses.replace(
+        config, context_len=120
+    )
+    wrong = fields | {
+        "hidden_size": 18,
+        "num_attention_heads": "x" * 9999,
+        "output_token_lens": [4, 9],
+    }
     wrong |= {"num_hidden_layers": 1 << 40, "hidden_act": None, "initializer_range": float("nan")}
     del wrong["intermediate_size"]
     with pytest.raises(CheckpointError) as info:
         converter.configure(state, wrong, "file")
     lines = str(info.value).split("\n  ")
     assert len(lines) == 8 and max(map(len, lines)) < 300
-    for word in ("config says 18, the weights 16", "intermediate_size: missing", "says 9 for head 1, the weights 8"):
+    for word in (
+        "config says 18, the weights 16",
+        "intermediate_size: missing",
+        "says 9 for head 1, the weights 8",
+    ):
         assert word in str(info.value)
     with pytest.raises(CheckpointError, match=r"number of heads.*config.json"):
         converter.configure(state, None, "file")

@@ -1,4 +1,6 @@
-"""Timer of the hub against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""Timer of the hub against vectors recorded from the original PyTorch code (`--golden DIR` names
+another set).
+"""
 
 import json
 
@@ -28,18 +30,24 @@ def rows(x_BL):
 
 
 def check(got, want, x_BL=None, atol=ATOL, what=""):
-    """Equal within the recorded tolerance, each row by the standard deviation of its own series x (1 without)."""
+    """Equal within the recorded tolerance, each row by the standard deviation of its own series x
+    (1 without).
+    """
     got, want = np.asarray(got), np.asarray(want)
     assert got.shape == want.shape, what
     scale = 1.0 if x_BL is None else np.asarray(x_BL).std(-1).reshape(-1, *(1,) * (want.ndim - 1))
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want), err_msg=what)
     excess = np.nan_to_num(np.abs(got - want) - RTOL * np.abs(want) - atol * scale)
     parity.note(np.abs(got - want), np.abs(got - want) - excess)
-    assert (excess <= 0).all(), f"{what}: off by {np.nanmax(np.abs(got - want))}, {excess.max()} more than allowed"
+    assert (excess <= 0).all(), (
+        f"{what}: off by {np.nanmax(np.abs(got - want))}, {excess.max()} more than allowed"
+    )
 
 
 apply = jax.jit(lambda model, *args: model.apply(*args), static_argnums=0)
-generate = jax.jit(lambda model, *args: model.generate_as_original(*args), static_argnums=(0, 3, 4, 5))
+generate = jax.jit(
+    lambda model, *args: model.generate_as_original(*args), static_argnums=(0, 3, 4, 5)
+)
 scaled = jax.jit(lambda model, *args: model.generate(*args), static_argnums=(0, 3))
 predict = jax.jit(lambda model, *args: model.predict(*args), static_argnums=(0, 3))
 
@@ -74,7 +82,9 @@ def test_golden_scale(recorded):
 
 
 def test_golden_single_forward(recorded):
-    """The original's `forward`: one head, at the last position, with and without its own scaling."""
+    """The original's `forward`: one head, at the last position, with and without its
+    own scaling.
+    """
     _, model, params, io = recorded
     raw, x = io["normal/x_raw"], io["normal/x"]
     first = model.config.horizons[0]
@@ -93,15 +103,21 @@ def cases(io, group):
 
 @pytest.mark.slow
 def test_golden_generate(recorded):
-    """`generate` in all its ways, with the scaling that the original has in each; constant series give its NaN."""
+    """`generate` in all its ways, with the scaling that the original has in each; constant series
+    give its NaN.
+    """
     _, model, params, io = recorded
     found = cases(io, "gen_")
     assert found
     for case in found:
         x, y = io[f"{case}/x"], io[f"{case}/y"]
-        got = generate(model, params, jnp.asarray(x), y.shape[1], "norevin" not in case, "nocache" not in case)
+        got = generate(
+            model, params, jnp.asarray(x), y.shape[1], "norevin" not in case, "nocache" not in case
+        )
         check(got, y, x, 1e-3 if case == "gen_long_cache" else ATOL, what=case)
-        whole = not any(q % model.config.patch_len for q in greedy_sizes(y.shape[1], model.config.horizons))
+        whole = not any(
+            q % model.config.patch_len for q in greedy_sizes(y.shape[1], model.config.horizons)
+        )
         if "norevin" in case and whole:  # without its scaling, the original's way is ours
             check(scaled(model, params, jnp.asarray(x), y.shape[1]), y, x, what=case)
 
@@ -112,7 +128,9 @@ def test_golden_prune_then_finetune_is_predict(recorded):
     assert found
     for case in found:
         x, y = io[f"{case}/x"], io[f"{case}/y"]
-        if any(q % model.config.patch_len for q in greedy_sizes(y.shape[1], model.config.horizons)[:-1]):
+        if any(
+            q % model.config.patch_len for q in greedy_sizes(y.shape[1], model.config.horizons)[:-1]
+        ):
             mean, std = moments(jnp.asarray(x), 1e-6)  # the original keeps the patches' old borders
             got = generate(model, params, (x - mean) / std, y.shape[1], False) * std + mean
         else:
@@ -122,7 +140,9 @@ def test_golden_prune_then_finetune_is_predict(recorded):
 
 def test_golden_left_padding(recorded):
     _, model, params, io = recorded
-    heads, _ = apply(model, params, rows(io["normal/x"]), jnp.asarray(io["left_pad/attention_mask"])[:, None])
+    heads, _ = apply(
+        model, params, rows(io["normal/x"]), jnp.asarray(io["left_pad/attention_mask"])[:, None]
+    )
     check(heads[0][:, 0, -1], io["left_pad/y"])
 
 
@@ -143,13 +163,16 @@ def test_golden_losses(recorded):
     for name, loss in losses(model, io).items():
         if name == "loss":
             continue  # compared beside its gradients
-        np.testing.assert_allclose(jax.jit(loss)(params), io[f"train/{name}"], rtol=RTOL, err_msg=name)
+        np.testing.assert_allclose(
+            jax.jit(loss)(params), io[f"train/{name}"], rtol=RTOL, err_msg=name
+        )
     heads, _ = apply(model, params, rows(io["train/x"]))
     check(heads[0][:, 0], io["train/logits"])
 
 
 @pytest.mark.parametrize(
-    "kind", ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_ptf", "grad_masked"))]
+    "kind",
+    ["grad", *(pytest.param(k, marks=pytest.mark.slow) for k in ("grad_ptf", "grad_masked"))],
 )
 def test_golden_loss_and_gradients(recorded, kind):
     vectors, model, params, io = recorded
@@ -166,7 +189,9 @@ def test_golden_own_loss_is_in_the_scale_of_the_context(recorded):
     mean, std = moments(x, 1e-6)
     labels = (jnp.concatenate([x[..., p:], ahead], -1) - mean) / std
     want = jax.jit(model.token_loss)(params, (x - mean) / std, labels)
-    np.testing.assert_allclose(jax.jit(model.loss)(params, {"context": x, "target": ahead}), want, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(model.loss)(params, {"context": x, "target": ahead}), want, rtol=1e-6
+    )
 
 
 def test_golden_init_statistics(recorded):
@@ -180,7 +205,9 @@ def test_golden_init_statistics(recorded):
         "num_hidden_layers": layers,
         "num_attention_heads": 8,
         "intermediate_size": stats["model.layers.0.ffn_layer.up_proj.weight"]["shape"][0],
-        "output_token_lens": [e["shape"][0] for key, e in stats.items() if key.startswith("lm_heads.")],
+        "output_token_lens": [
+            e["shape"][0] for key, e in stats.items() if key.startswith("lm_heads.")
+        ],
     }
     model = TimerHf(TimerHfConfig.from_published(config))
     assert parity.check_initialisation(model, stats) == len(stats)
@@ -189,5 +216,7 @@ def test_golden_init_statistics(recorded):
 def test_golden_round_trip(recorded, tmp_path):
     vectors, model, *_ = recorded
     out = parity.check_round_trip(vectors.checkpoint, tmp_path)
-    again, _ = converter.configure(parity.tensors(out), json.loads(out.with_name("config.json").read_text()), "again")
+    again, _ = converter.configure(
+        parity.tensors(out), json.loads(out.with_name("config.json").read_text()), "again"
+    )
     assert again == model.config

@@ -1,4 +1,6 @@
-"""Timer-XL beyond its original: sizes, who sees whom, joint and independent variates, the loss, errors."""
+"""Timer-XL beyond its original: sizes, who sees whom, joint and independent variates, the loss,
+errors.
+"""
 
 import dataclasses
 
@@ -50,7 +52,9 @@ def test_variates_see_each_other_where_they_are_joint(params):
     assert np.abs(np.asarray(together - moved)[:, 1:]).max() > 1e-4
     single, moved = predict(ALONE, params, x, 8), predict(ALONE, params, other, 8)
     np.testing.assert_allclose(single[:, 1:], moved[:, 1:], rtol=1e-5)
-    np.testing.assert_allclose(single[:, :1], predict(MODEL, params, x[:, :1], 8), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        single[:, :1], predict(MODEL, params, x[:, :1], 8), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("q", [2, 4, 6])
@@ -82,7 +86,13 @@ def test_covariates_count_the_last_variate_only(params):
 def test_config_lists_all_its_problems():
     with pytest.raises(ValueError) as info:
         TimerXLConfig(4, 4, 16, 6, (2, 2), (24,), 2, joint=False, covariate=True, activation="silu")  # pyright: ignore[reportArgumentType]
-    for word in ("same layers", "multiple of 4", "one patch (4)", "see one another", "relu or gelu"):
+    for word in (
+        "same layers",
+        "multiple of 4",
+        "one patch (4)",
+        "see one another",
+        "relu or gelu",
+    ):
         assert word in str(info.value)
     fields = converter.published(MODEL.config)
     with pytest.raises(ValueError, match="mixes up heads and time"):
@@ -91,13 +101,24 @@ def test_config_lists_all_its_problems():
 
 def test_sizes_are_read_from_the_tensors_and_contradictions_listed():
     shapes = folders.shapes(MODEL)
-    state, _ = tables.to_state(converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes))
+    state, _ = tables.to_state(
+        converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes)
+    )
     config, notes = converter.configure(state, None, "file")
     assert config == dataclasses.replace(MODEL.config, context_len=120) and "assumed" in notes[0]
-    assert converter.recognise({f"module.{key}": value for key, value in state.items()}).prefix == "module."  # pyright: ignore[reportOptionalMemberAccess]
+    assert (
+        converter.recognise({f"module.{key}": value for key, value in state.items()}).prefix
+        == "module."
+    )  # pyright: ignore[reportOptionalMemberAccess]
     fields = converter.published(ALONE.config)
     assert converter.configure(state, fields, "file")[0] == ALONE.config
-    wrong = fields | {"d_model": 20, "n_heads": 0, "e_layers": 1 << 40, "use_norm": "yes", "dropout": float("nan")}
+    wrong = fields | {
+        "d_model": 20,
+        "n_heads": 0,
+        "e_layers": 1 << 40,
+        "use_norm": "yes",
+        "dropout": float("nan"),
+    }
     with pytest.raises(CheckpointError) as info:
         converter.configure(state, wrong, "file")
     assert len(str(info.value).split("\n  ")) == 6, str(info.value)

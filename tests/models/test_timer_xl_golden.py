@@ -1,4 +1,6 @@
-"""Timer-XL against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""Timer-XL against vectors recorded from the original PyTorch code (`--golden DIR` names another
+set).
+"""
 
 import dataclasses
 import json
@@ -29,12 +31,20 @@ def bct(x_BTC):
 
 
 def check(got_BCT, want_BTC, x_BTC, what="", atol=None):
-    """Equal within the recorded tolerance, each series by the standard deviation of its own input."""
-    got, want, scale = np.asarray(got_BCT), np.asarray(bct(want_BTC)), np.asarray(bct(x_BTC)).std(-1, keepdims=True)
+    """Equal within the recorded tolerance, each series by the standard deviation of its
+    own input.
+    """
+    got, want, scale = (
+        np.asarray(got_BCT),
+        np.asarray(bct(want_BTC)),
+        np.asarray(bct(x_BTC)).std(-1, keepdims=True),
+    )
     assert got.shape == want.shape, what
     excess = np.abs(got - want) - RTOL * np.abs(want) - (ATOL * scale if atol is None else atol)
     parity.note(np.abs(got - want), np.abs(got - want) - excess)
-    assert (excess <= 0).all(), f"{what}: off by {np.abs(got - want).max()}, {excess.max()} more than allowed"
+    assert (excess <= 0).all(), (
+        f"{what}: off by {np.abs(got - want).max()}, {excess.max()} more than allowed"
+    )
 
 
 apply = jax.jit(lambda model, *args: model.apply(*args), static_argnums=0)
@@ -50,7 +60,9 @@ def as_recorded(model, case):
 def test_golden_outputs(recorded):
     _, model, params, io = recorded
     cases = {key[: -len("/y")] for key in io if key.endswith("/y") and f"{key[:-1]}x" in io}
-    cases -= {"flash_bug", "train"} | {case for case in cases if case.startswith("rollout")}  # flash: not reproduced
+    cases -= {"flash_bug", "train"} | {
+        case for case in cases if case.startswith("rollout")
+    }  # flash: not reproduced
     assert len(cases) > 2
     for case in sorted(cases):
         x = io[f"{case}/x"]
@@ -65,14 +77,28 @@ def test_golden_outputs(recorded):
 def test_golden_intermediates(recorded, case):
     _, model, params, io = recorded
     _, taps = apply(model, params, bct(io[f"{case}/x"]))
-    ours = {"patches_BCNP": "patches", "embedding_BCND": "embed", "final_norm": "norm", "head_out": "head"}
-    inner = {"q_rot_BHLE": "q", "k_rot_BHLE": "k", "attn_bias_BHLL": "bias", "attn_out_BLHE": "heads"}
+    ours = {
+        "patches_BCNP": "patches",
+        "embedding_BCND": "embed",
+        "final_norm": "norm",
+        "head_out": "head",
+    }
+    inner = {
+        "q_rot_BHLE": "q",
+        "k_rot_BHLE": "k",
+        "attn_bias_BHLL": "bias",
+        "attn_out_BLHE": "heads",
+    }
     inner |= {"attn_sublayer": "attn", "norm1": "norm1"}
     names = [key.removeprefix(f"{case}/act/") for key in io if key.startswith(f"{case}/act/")]
     assert names
     for name in names:
         layer = re.fullmatch(r"block(\d+)_?(\w*)", name)
-        tap = ours[name] if layer is None else f"layer_{layer[1]}" + (f"/{inner[layer[2]]}" if layer[2] else "")
+        tap = (
+            ours[name]
+            if layer is None
+            else f"layer_{layer[1]}" + (f"/{inner[layer[2]]}" if layer[2] else "")
+        )
         parity.close(taps[tap], io[f"{case}/act/{name}"], what=name)
 
 
@@ -82,7 +108,9 @@ def test_golden_rollouts(recorded):
     assert cases
     for case in cases:
         x, y = io[f"{case}/x"], io[f"{case}/y"]
-        longer = TimerXL(dataclasses.replace(model.config, context_len=max(model.context_len, x.shape[1])))
+        longer = TimerXL(
+            dataclasses.replace(model.config, context_len=max(model.context_len, x.shape[1]))
+        )
         check(predict(longer, params, bct(x), y.shape[1]), y, x, case)
 
 
@@ -97,7 +125,11 @@ def losses(model, io):
     }
 
 
-KINDS = {"grad": "train", "grad_multivariate": "train_multivariate", "grad_covariate": "train_covariate"}
+KINDS = {
+    "grad": "train",
+    "grad_multivariate": "train_multivariate",
+    "grad_covariate": "train_covariate",
+}
 
 
 def test_golden_losses_are_all_compared(recorded):
@@ -139,5 +171,7 @@ def test_golden_init_statistics(recorded):
 def test_golden_round_trip(recorded, tmp_path):
     vectors, model, *_ = recorded
     out = parity.check_round_trip(vectors.checkpoint, tmp_path)
-    again, _ = converter.configure(parity.tensors(out), json.loads(out.with_name("config.json").read_text()), "again")
+    again, _ = converter.configure(
+        parity.tensors(out), json.loads(out.with_name("config.json").read_text()), "again"
+    )
     assert again == model.config

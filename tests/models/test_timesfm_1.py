@@ -15,7 +15,10 @@ from ltsm_jax import trees
 from ltsm_jax.models import folders
 from ltsm_jax.models.timesfm_1 import PRESETS, TimesFM1, TimesFM1Config, freq_class, sinusoids
 
-COUNTS = {"google/timesfm-1.0-200m-pytorch": 203_568_960, "google/timesfm-2.0-500m-pytorch": 498_828_960}
+COUNTS = {
+    "google/timesfm-1.0-200m-pytorch": 203_568_960,
+    "google/timesfm-2.0-500m-pytorch": 498_828_960,
+}
 CONFIG = TimesFM1.small()
 
 
@@ -30,8 +33,22 @@ def test_published_parameter_counts(name):
 
 
 def test_frequencies_have_the_classes_of_the_original():
-    for freq, want in {"15min": 0, "h": 0, "D": 0, "B": 0, "5s": 0, "W-SUN": 1, "W": 1, "MS": 1, "ME": 1, "3MS": 1,
-                       "QE-DEC": 2, "YS": 2, "Y": 2, "A-DEC": 2}.items():  # fmt: skip
+    for freq, want in {
+        "15min": 0,
+        "h": 0,
+        "D": 0,
+        "B": 0,
+        "5s": 0,
+        "W-SUN": 1,
+        "W": 1,
+        "MS": 1,
+        "ME": 1,
+        "3MS": 1,
+        "QE-DEC": 2,
+        "YS": 2,
+        "Y": 2,
+        "A-DEC": 2,
+    }.items():
         assert freq_class(freq) == want, freq
     with pytest.raises(ValueError, match="no frequency 'fortnight'"):
         freq_class("fortnight")
@@ -44,7 +61,9 @@ def test_a_data_set_chooses_the_class_of_frequency(params):
     assert monthly.for_series(params, n_variates=3)[0] == monthly
     assert monthly.for_series(params, n_variates=3, freq="oov")[0] == monthly
     x = jnp.sin(jnp.arange(32.0))[None, None]
-    hourly, later = (jax.jit(m.loss)(params, {"context": x, "target": x[..., :4]}) for m in (model, monthly))
+    hourly, later = (
+        jax.jit(m.loss)(params, {"context": x, "target": x[..., :4]}) for m in (model, monthly)
+    )
     assert not np.allclose(hourly, later)
 
 
@@ -52,7 +71,9 @@ def test_the_scale_is_that_of_the_first_patch_with_three_values(params):
     model, x = TimesFM1(CONFIG), np.zeros((3, 24), np.float32)
     x[:, 8:16], x[:, 16:] = np.arange(8), 100.0
     padding = np.zeros_like(x)
-    padding[0, :6] = padding[1, :5] = padding[2, :22] = 1  # 2, 3 and no observed values in the first patch
+    padding[0, :6] = padding[1, :5] = padding[2, :22] = (
+        1  # 2, 3 and no observed values in the first patch
+    )
     _, taps = jax.jit(model.apply)(params, x, padding)
     np.testing.assert_allclose(taps["mean"], [3.5, 0.0, 100.0])
     np.testing.assert_allclose(taps["std"], [np.arange(8).std(), 1e-6, 1e-6])
@@ -60,7 +81,9 @@ def test_the_scale_is_that_of_the_first_patch_with_three_values(params):
 
 
 def test_padding_in_front_changes_nothing(params):
-    """A short context is read from its first value, whatever stands before it: positions count from there."""
+    """A short context is read from its first value, whatever stands before it: positions count from
+    there.
+    """
     model, x = TimesFM1(CONFIG), np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
     apply = jax.jit(model.apply)
     alone, _ = apply(params, x)
@@ -81,7 +104,9 @@ def test_a_missing_value_lies_between_its_neighbours(params):
 def test_positions_of_the_original():
     """Sines, then cosines, at D/2 timescales from 1 to 10000."""
     table = sinusoids(3, 4)
-    np.testing.assert_allclose(table[2], [np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)], rtol=1e-6)
+    np.testing.assert_allclose(
+        table[2], [np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)], rtol=1e-6
+    )
 
 
 def test_targets_that_are_missing_do_not_count(params):
@@ -90,7 +115,9 @@ def test_targets_that_are_missing_do_not_count(params):
     batch = {name: jnp.asarray(x, jnp.float32) for name, x in batch.items()}
     loss = jax.jit(model.loss)
     cut = batch | {"target": batch["target"].at[..., 8:].set(jnp.nan)}
-    np.testing.assert_allclose(loss(params, cut), loss(params, batch | {"target": batch["target"][..., :8]}), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(params, cut), loss(params, batch | {"target": batch["target"][..., :8]}), rtol=1e-5
+    )
     with pytest.raises(ValueError, match="one output patch"):
         model.loss(params, batch | {"target": jnp.zeros((2, 1, 17))})
 
@@ -100,11 +127,18 @@ def test_the_network_is_strict_about_lengths(params):
         TimesFM1(CONFIG).apply(params, jnp.zeros((1, 12)))
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"n_heads": (2,)}, "same layers"), ({"d_model": 15}, "even"), ({"context_len": 33}, "whole patches"),
-    ({"quantiles": (0.1, 0.9)}, "0.5 among"), ({"freq": 3}, "0, 1 or 2"), ({"patch_len": 0}, "positive"),
-    ({"quantiles": (0.5, 1.0)}, "between 0 and 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"n_heads": (2,)}, "same layers"),
+        ({"d_model": 15}, "even"),
+        ({"context_len": 33}, "whole patches"),
+        ({"quantiles": (0.1, 0.9)}, "0.5 among"),
+        ({"freq": 3}, "0, 1 or 2"),
+        ({"patch_len": 0}, "positive"),
+        ({"quantiles": (0.5, 1.0)}, "between 0 and 1"),
+    ],
+)
 def test_a_config_says_what_is_wrong(change, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(CONFIG, **change)
@@ -140,26 +174,30 @@ def test_without_a_config_the_sizes_must_be_published_ones(params, tmp_path):
         import_checkpoint(checkpoint(tmp_path, params))
     for name, preset in PRESETS.items():
         sizes = converter._sizes_of(preset) | {"context_len": None}
-        assert converter._assumed(sizes, "file") == (preset, [
-            f"no config beside the file: the sizes are those of {name}, whose config is taken"
-        ])  # fmt: skip
+        assert converter._assumed(sizes, "file") == (
+            preset,
+            [f"no config beside the file: the sizes are those of {name}, whose config is taken"],
+        )
 
 
-@pytest.mark.parametrize("name, value, said", [
-    ("num_layers", 10**9, "num_layers: not an integer from 1 to 128"),
-    ("num_heads", 4, "num_heads: the config says 4, the weights 2"),
-    ("model_dims", "16", "model_dims: not an integer"),
-    ("quantiles", [0.1, 0.5], "outputs: the config says 48, the weights 160"),
-    ("quantiles", "many", "quantiles: not a list"),
-    ("quantiles", [0.1, None], "quantiles: not all of them numbers"),
-    ("use_positional_embedding", "yes", "use_positional_embedding: not true or false"),
-    ("use_positional_embedding", ..., "lacks use_positional_embedding"),
-    ("context_len", 33, "whole patches"),
-    ("context_len", True, "context_len: not an integer"),
-    ("model_config", [1], "model_config: not an object"),
-    ("model_config", {"num_heads": 2, "num_kv_heads": 1}, "num_kv_heads: differs"),
-    ("model_config", {"tolerance": "small"}, "tolerance: not a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("num_layers", 10**9, "num_layers: not an integer from 1 to 128"),
+        ("num_heads", 4, "num_heads: the config says 4, the weights 2"),
+        ("model_dims", "16", "model_dims: not an integer"),
+        ("quantiles", [0.1, 0.5], "outputs: the config says 48, the weights 160"),
+        ("quantiles", "many", "quantiles: not a list"),
+        ("quantiles", [0.1, None], "quantiles: not all of them numbers"),
+        ("use_positional_embedding", "yes", "use_positional_embedding: not true or false"),
+        ("use_positional_embedding", ..., "lacks use_positional_embedding"),
+        ("context_len", 33, "whole patches"),
+        ("context_len", True, "context_len: not an integer"),
+        ("model_config", [1], "model_config: not an object"),
+        ("model_config", {"num_heads": 2, "num_kv_heads": 1}, "num_kv_heads: differs"),
+        ("model_config", {"tolerance": "small"}, "tolerance: not a number"),
+    ],
+)
 def test_contradictions_are_told(params, tmp_path, name, value, said):
     published = converter.published(CONFIG)
     del published["model_config"]
@@ -178,13 +216,18 @@ def test_missing_and_strange_keys_are_listed(params, tmp_path):
 
     with pytest.raises(CheckpointError) as error:
         import_checkpoint(checkpoint(tmp_path, params, converter.published(CONFIG), change))
-    assert "freq_embed: missing in the checkpoint (its key would be 'freq_emb.weight')" in str(error.value)
+    assert "freq_embed: missing in the checkpoint (its key would be 'freq_emb.weight')" in str(
+        error.value
+    )
     assert "self_attn.rotary': no rule matches" in str(error.value)
 
 
 def test_a_fine_tuned_file_of_several_processes_has_a_prefix(params, tmp_path):
     wrapped = checkpoint(
-        tmp_path, params, converter.published(CONFIG), lambda s: {f"module.{k}": v for k, v in s.items()}
+        tmp_path,
+        params,
+        converter.published(CONFIG),
+        lambda s: {f"module.{k}": v for k, v in s.items()},
     )
     model, got, provenance, _ = import_checkpoint(wrapped)
     assert model == TimesFM1(CONFIG) and provenance["prefix"] == "module."

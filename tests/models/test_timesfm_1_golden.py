@@ -1,4 +1,6 @@
-"""TimesFM 1.0 and 2.0 against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""TimesFM 1.0 and 2.0 against vectors recorded from the original PyTorch code (`--golden DIR` names
+another set).
+"""
 
 import ast
 import dataclasses
@@ -25,12 +27,16 @@ TAG = ["pos", pytest.param("nopos", marks=pytest.mark.slow)]
 
 apply = jax.jit(lambda model, *args: model.apply(*args), static_argnums=0)
 decode = jax.jit(
-    lambda model, horizon, args, freq, **options: model.decode(*args, horizon, freq_B=freq, **options),
+    lambda model, horizon, args, freq, **options: model.decode(
+        *args, horizon, freq_B=freq, **options
+    ),
     static_argnums=(0, 1),
     static_argnames=("step", "max_len", "on_context"),
 )
 forecast = jax.jit(
-    lambda model, horizon, *args, freq, **options: model.forecast(*args, horizon, freq=freq, **options),
+    lambda model, horizon, *args, freq, **options: model.forecast(
+        *args, horizon, freq=freq, **options
+    ),
     static_argnums=(0, 1),
     static_argnames=("normalize", "window", "newest", "on_context"),
 )
@@ -44,7 +50,9 @@ class Recorded:
     io: dict
 
     def tagged(self, tag, **options):
-        return TimesFM1(dataclasses.replace(self.model.config, use_positional_embedding=TAGS[tag], **options))
+        return TimesFM1(
+            dataclasses.replace(self.model.config, use_positional_embedding=TAGS[tag], **options)
+        )
 
     def require(self, *names):
         for name in names:
@@ -68,7 +76,9 @@ def test_every_recorded_case_is_known(recorded):
 
 
 def within(got, want, scale, what=""):
-    """|got - want| <= REL * scale, a scale for each row (of the recorded values where the series is zero)."""
+    """|got - want| <= REL * scale, a scale for each row (of the recorded values where the series is
+    zero).
+    """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, what
     scale = np.where(scale > 0, scale, np.abs(want).reshape(len(want), -1).max(1))
@@ -99,7 +109,12 @@ def test_golden_output(recorded, case, tag):
     within(taps["mean"], io[f"{case}/out/loc"], scale, "loc")
     within(taps["std"], io[f"{case}/out/scale"], scale, "scale")
     patches = io[f"{case}/out/normalised_patches"]
-    within(taps["patches"], patches, np.abs(patches).reshape(len(patches), -1).max(1), "normalised patches")
+    within(
+        taps["patches"],
+        patches,
+        np.abs(patches).reshape(len(patches), -1).max(1),
+        "normalised patches",
+    )
 
 
 def names_of(model):
@@ -114,22 +129,29 @@ def names_of(model):
         ours["position_emb"] = "positions"
     for i in range(len(model.config.ffn_dims)):
         theirs = {".input_layernorm": "/attn_norm", ".self_attn": "/attn", ".mlp": "", "": ""}
-        ours |= {f"stacked_transformer.layers.{i}{name}": f"layer_{i}{tap}" for name, tap in theirs.items()}
+        ours |= {
+            f"stacked_transformer.layers.{i}{name}": f"layer_{i}{tap}"
+            for name, tap in theirs.items()
+        }
     return ours
 
 
 @pytest.mark.parametrize("tag", TAG)
 def test_golden_intermediates(recorded, tag):
     io, model = recorded.io, recorded.tagged(tag)
-    names = {key.removeprefix(f"act/normal/{tag}/") for key in io if key.startswith(f"act/normal/{tag}/")}
+    names = {
+        key.removeprefix(f"act/normal/{tag}/") for key in io if key.startswith(f"act/normal/{tag}/")
+    }
     ours = names_of(model)
     assert names == set(ours), "every recorded step is compared, and no other"
     x, padding, freq = (io[f"normal/in/{name}"] for name in ("input_ts", "input_padding", "freq"))
     _, taps = apply(model, recorded.params, x, padding, freq[:, 0])
     for name in names:
-        parity.close(np.asarray(taps[ours[name]]).reshape(io[f"act/normal/{tag}/{name}"].shape), io[
-            f"act/normal/{tag}/{name}"
-        ], what=name)  # fmt: skip
+        parity.close(
+            np.asarray(taps[ours[name]]).reshape(io[f"act/normal/{tag}/{name}"].shape),
+            io[f"act/normal/{tag}/{name}"],
+            what=name,
+        )
     if model.config.use_positional_embedding:
         table = io[f"act/normal/{tag}/position_emb"][0]
         parity.close(sinusoids(*table.shape), table, rtol=0, atol=1e-6)
@@ -140,21 +162,35 @@ def test_golden_intermediates(recorded, tag):
 def test_golden_rollout(recorded, case, tag):
     recorded.require(f"{case}/out/{tag}/full")
     io = recorded.io
-    told = {name: int(io[f"{case}/in/{name}"]) for name in ("horizon_len", "output_patch_len", "max_len",
-            "return_forecast_on_context") if f"{case}/in/{name}" in io}  # fmt: skip
+    told = {
+        name: int(io[f"{case}/in/{name}"])
+        for name in ("horizon_len", "output_patch_len", "max_len", "return_forecast_on_context")
+        if f"{case}/in/{name}" in io
+    }
     x, padding, freq = (io[f"{case}/in/{name}"] for name in ("input_ts", "input_padding", "freq"))
     t = x.shape[1]
     assert (padding[:, t:] == 0).all()
     options = {"step": told.get("output_patch_len"), "max_len": told.get("max_len")}
     options["on_context"] = on_context = bool(told.get("return_forecast_on_context"))
-    got = decode(recorded.tagged(tag), told["horizon_len"], (recorded.params, x, padding[:, :t]), freq[:, 0], **options)
+    got = decode(
+        recorded.tagged(tag),
+        told["horizon_len"],
+        (recorded.params, x, padding[:, :t]),
+        freq[:, 0],
+        **options,
+    )
     want = io[f"{case}/out/{tag}/full"]
     keep = np.ones(want.shape[:2], bool)
     if on_context:  # rows of padded patches are not compared
         p = recorded.model.config.patch_len
         padded = padding[:, :t].reshape(len(x), -1, p).min(-1) == 1
         keep[:, : want.shape[1] - told["horizon_len"]] = ~np.repeat(padded[:, :-1], p, axis=1)
-    within(np.where(keep[..., None], got, 0), np.where(keep[..., None], want, 0), largest(x, padding), case)
+    within(
+        np.where(keep[..., None], got, 0),
+        np.where(keep[..., None], want, 0),
+        largest(x, padding),
+        case,
+    )
 
 
 def series(io):
@@ -179,10 +215,14 @@ def test_golden_forecast(recorded, case, tag):
     freq = options.pop("freq", None)
     x = series(io)
     on_context = options.pop("return_forecast_on_context", False)
-    freq = jnp.zeros(len(x), int) if freq is None else jnp.asarray(freq)  # 0 by default in the original
+    freq = (
+        jnp.zeros(len(x), int) if freq is None else jnp.asarray(freq)
+    )  # 0 by default in the original
     names = {"normalize": "normalize", "window_size": "window", "forecast_context_len": "newest"}
     told = {names[name]: value for name, value in options.items()}
-    got = forecast(model, horizon, recorded.params, x, freq=freq[:, None], on_context=on_context, **told)[:, 0]
+    got = forecast(
+        model, horizon, recorded.params, x, freq=freq[:, None], on_context=on_context, **told
+    )[:, 0]
     want, p = io[key], model.config.patch_len
     keep = np.ones(want.shape[:2], bool)
     if on_context:  # rows of padded patches are not compared
@@ -200,12 +240,19 @@ def test_golden_forecast(recorded, case, tag):
 
 
 def test_golden_forecast_is_what_predict_gives(recorded):
-    """`predict` of a series in one class of frequency; point and quantiles are columns of the recorded forecast."""
+    """`predict` of a series in one class of frequency; point and quantiles are columns of the
+    recorded forecast.
+    """
     io, horizon = recorded.io, int(recorded.io["forecast/in/horizon_len"])
     want = io["forecast_plain/out/pos/full"]
-    x, predict = series(io), jax.jit(lambda model, *args: model.predict(*args), static_argnums=(0, 3))
+    x, predict = (
+        series(io),
+        jax.jit(lambda model, *args: model.predict(*args), static_argnums=(0, 3)),
+    )
     columns = {"median": 1 + recorded.model.config.quantiles.index(0.5), "mean": 0}
-    for freq, (point, column) in zip(sorted(set(io["forecast/in/freq"].tolist())), columns.items(), strict=False):
+    for freq, (point, column) in zip(
+        sorted(set(io["forecast/in/freq"].tolist())), columns.items(), strict=False
+    ):
         rows = io["forecast/in/freq"] == freq
         got = predict(recorded.tagged("pos", freq=freq, point=point), recorded.params, x, horizon)
         scale = np.nanmax(np.abs(x[rows, 0]), axis=1)
@@ -230,7 +277,9 @@ def test_golden_losses_and_gradients(recorded, tag):
     io, batch = recorded.io, train_batch(recorded.io)
     plain, model = recorded.tagged(tag, quantile_loss=False, point="mean"), recorded.tagged(tag)
     for loss in (plain.loss, plain.point_loss):
-        np.testing.assert_allclose(jax.jit(loss)(recorded.params, batch), io[f"train/out/{tag}/loss_mse"], rtol=REL)
+        np.testing.assert_allclose(
+            jax.jit(loss)(recorded.params, batch), io[f"train/out/{tag}/loss_mse"], rtol=REL
+        )
     want = io[f"train/out/{tag}/loss_mse_quantile"]
     own = TAGS[tag] == recorded.model.config.use_positional_embedding
     prefix = "grad/" if own else f"{tag}/grad/"
@@ -245,10 +294,15 @@ def told_in_both(model):
 
 
 def test_golden_transformers_form(recorded, tmp_path):
-    """The same weights under the keys of the transformers library: the same model, outputs and loss of its class."""
+    """The same weights under the keys of the transformers library: the same model, outputs and loss
+    of its class.
+    """
     folder, io = recorded.vectors.folder / "hf", recorded.io
     model, params, provenance, _ = import_checkpoint(folder)
-    assert told_in_both(model) == told_in_both(recorded.model) and provenance["table"] == converter.TRANSFORMERS
+    assert (
+        told_in_both(model) == told_in_both(recorded.model)
+        and provenance["table"] == converter.TRANSFORMERS
+    )
     jax.tree.map(np.testing.assert_array_equal, params, recorded.params)
     meaning = recorded.meaning("hf/out/full_predictions")
     rows = [int(i) for i in re.findall(r"series_(\d+)", meaning)]
@@ -259,11 +313,15 @@ def test_golden_transformers_form(recorded, tmp_path):
     within(full, want, np.nanmax(np.abs(x[:, 0]), axis=1))
     off = y[..., None] - np.asarray(full)[:, : y.shape[1], 1:]
     q = np.asarray(model.config.quantiles)
-    loss = np.square(y - full[:, : y.shape[1], 0]).mean() + np.maximum(q * off, (q - 1) * off).mean()
+    loss = (
+        np.square(y - full[:, : y.shape[1], 0]).mean() + np.maximum(q * off, (q - 1) * off).mean()
+    )
     np.testing.assert_allclose(loss, io["hf/out/loss"], rtol=REL)
 
     parity.check_round_trip(folder / "model.safetensors", tmp_path)
-    again, same, *_ = import_checkpoint(tmp_path / "again.safetensors")  # its config.json was written too
+    again, same, *_ = import_checkpoint(
+        tmp_path / "again.safetensors"
+    )  # its config.json was written too
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
@@ -289,7 +347,11 @@ def test_golden_round_trip(recorded, tmp_path):
 def test_golden_init_statistics(recorded):
     stats = recorded.vectors.init_stats
     config = type(recorded.model.config).from_published(stats["_about"]["config"])
-    told = {k: v for k, v in stats["params"].items() if not v["distribution"].startswith("UNINITIALISED")}
+    told = {
+        k: v
+        for k, v in stats["params"].items()
+        if not v["distribution"].startswith("UNINITIALISED")
+    }
     assert parity.check_initialisation(TimesFM1(config), told) == len(told)
     drawn = trees.flatten(jax.jit(TimesFM1(config).init)(jax.random.key(0)))
     rest = [path for path in drawn if path.endswith("/scaling")]

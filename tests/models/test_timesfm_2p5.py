@@ -30,7 +30,9 @@ def params():
     """A fresh draw with norms of 1: with its own, of 0, every block is the identity."""
     drawn = jax.jit(TimesFM2p5(CONFIG).init)(jax.random.key(0))
     flat = trees.flatten(drawn)
-    return trees.unflatten({path: jnp.ones_like(x) if path.endswith("/scale") else x for path, x in flat.items()})
+    return trees.unflatten(
+        {path: jnp.ones_like(x) if path.endswith("/scale") else x for path, x in flat.items()}
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -84,7 +86,9 @@ def test_keys_and_values_that_are_kept_change_nothing(params):
     """What the roll-out gives from its cache, a pass over everything gives too."""
     model, m, n = TimesFM2p5(CONFIG), CONFIG.output_len // CONFIG.patch_len, 3
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, n * CONFIG.patch_len)), jnp.float32)
-    y, _, more, _ = jax.jit(lambda x: model.decode(params, x, jnp.zeros_like(x), 2 * CONFIG.output_len))(x)
+    y, _, more, _ = jax.jit(
+        lambda x: model.decode(params, x, jnp.zeros_like(x), 2 * CONFIG.output_len)
+    )(x)
     again, *_ = jax.jit(lambda x: model.apply(params, x))(
         jnp.concatenate([x, y[:, -1, :, CONFIG.point_column]], axis=1)
     )
@@ -109,9 +113,13 @@ def test_the_loss_does_not_know_the_unit(params):
     batch = {"context": rng.normal(size=(2, 1, 32)), "target": rng.normal(size=(2, 1, 16))}
     batch = {name: jnp.asarray(x, jnp.float32) for name, x in batch.items()}
     loss = jax.jit(lambda batch: TimesFM2p5(CONFIG).loss(params, batch))
-    np.testing.assert_allclose(loss({k: 100 * v + 7 for k, v in batch.items()}), loss(batch), rtol=1e-4)
+    np.testing.assert_allclose(
+        loss({k: 100 * v + 7 for k, v in batch.items()}), loss(batch), rtol=1e-4
+    )
     cut = batch | {"target": batch["target"].at[..., 8:].set(jnp.nan)}
-    np.testing.assert_allclose(loss(cut), loss(batch | {"target": batch["target"][..., :8]}), rtol=1e-4)
+    np.testing.assert_allclose(
+        loss(cut), loss(batch | {"target": batch["target"][..., :8]}), rtol=1e-4
+    )
     with pytest.raises(ValueError, match="reaches one output"):
         TimesFM2p5(CONFIG).loss(params, batch | {"target": jnp.zeros((2, 1, 17))})
 
@@ -121,11 +129,17 @@ def test_the_network_is_strict_about_lengths(params):
         TimesFM2p5(CONFIG).apply(params, jnp.zeros((1, 12)))
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"n_heads": (2,)}, "same layers"), ({"head_dim": 7}, "even"), ({"output_len": 12}, "whole patches"),
-    ({"point_column": 10}, "one of 10 columns"), ({"patch_len": 0}, "positive"),
-    ({"quantiles": (0.5, 1.0)}, "between 0 and 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"n_heads": (2,)}, "same layers"),
+        ({"head_dim": 7}, "even"),
+        ({"output_len": 12}, "whole patches"),
+        ({"point_column": 10}, "one of 10 columns"),
+        ({"patch_len": 0}, "positive"),
+        ({"quantiles": (0.5, 1.0)}, "between 0 and 1"),
+    ],
+)
 def test_a_config_says_what_is_wrong(change, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(CONFIG, **change)
@@ -145,7 +159,9 @@ def test_a_pruned_model_is_of_the_same_class():
 
 def checkpoint(folder, params, published=None, table="", change=None):
     state, _ = tables.to_state(converter.keys(CONFIG, table), params)
-    write_safetensors(folder / "model.safetensors", (change or (lambda s: s))(state), overwrite=True)
+    write_safetensors(
+        folder / "model.safetensors", (change or (lambda s: s))(state), overwrite=True
+    )
     if published is not None:
         (folder / "config.json").write_text(json.dumps(published))
     return folder
@@ -182,33 +198,43 @@ def nested(fields, path, value):
     return copy
 
 
-@pytest.mark.parametrize("path, value, said", [
-    ("stacked_transformers num_layers", 10**9, "num_layers: not an integer from 1 to 128"),
-    ("stacked_transformers transformer num_heads", 4, "num_heads: the config says 4, the weights 2"),
-    ("stacked_transformers transformer use_bias", True, "use_bias: TimesFM 2.5 has False here"),
-    ("stacked_transformers transformer", 3, "transformer: not an object"),
-    ("tokenizer", ..., "tokenizer: missing"),
-    ("tokenizer hidden_dims", "wide", "tokenizer.hidden_dims: not an integer"),
-    ("input_patch_len", -8, "input_patch_len: not an integer"),
-    ("output_patch_len", 24, "outputs: the config says 240, the weights 160"),
-    ("quantiles", [0.5, None], "quantiles: not all of them numbers"),
-    ("decode_index", 11, "point_column must be one of 10"),
-    ("context_limit", True, "context_limit: not an integer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, value, said",
+    [
+        ("stacked_transformers num_layers", 10**9, "num_layers: not an integer from 1 to 128"),
+        (
+            "stacked_transformers transformer num_heads",
+            4,
+            "num_heads: the config says 4, the weights 2",
+        ),
+        ("stacked_transformers transformer use_bias", True, "use_bias: TimesFM 2.5 has False here"),
+        ("stacked_transformers transformer", 3, "transformer: not an object"),
+        ("tokenizer", ..., "tokenizer: missing"),
+        ("tokenizer hidden_dims", "wide", "tokenizer.hidden_dims: not an integer"),
+        ("input_patch_len", -8, "input_patch_len: not an integer"),
+        ("output_patch_len", 24, "outputs: the config says 240, the weights 160"),
+        ("quantiles", [0.5, None], "quantiles: not all of them numbers"),
+        ("decode_index", 11, "point_column must be one of 10"),
+        ("context_limit", True, "context_limit: not an integer"),
+    ],
+)
 def test_contradictions_are_told(params, tmp_path, path, value, said):
     published = nested(converter.published(CONFIG), path.split(), value)
     with pytest.raises(CheckpointError, match=said):
         import_checkpoint(checkpoint(tmp_path, params, published))
 
 
-@pytest.mark.parametrize("name, value, said", [
-    ("hidden_size", 32, "hidden_size: the config says 32, the weights 16"),
-    ("num_key_value_heads", 1, "num_key_value_heads: differs"),
-    ("rope_parameters", {"rope_theta": 1e6}, "rope_parameters: not those"),
-    ("activation", "gelu", "activation: TimesFM 2.5 has 'swish' here"),
-    ("use_continuous_quantile_head", 3, "use_continuous_quantile_head: not true or false"),
-    ("head_dim", ..., "head_dim: missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("hidden_size", 32, "hidden_size: the config says 32, the weights 16"),
+        ("num_key_value_heads", 1, "num_key_value_heads: differs"),
+        ("rope_parameters", {"rope_theta": 1e6}, "rope_parameters: not those"),
+        ("activation", "gelu", "activation: TimesFM 2.5 has 'swish' here"),
+        ("use_continuous_quantile_head", 3, "use_continuous_quantile_head: not true or false"),
+        ("head_dim", ..., "head_dim: missing"),
+    ],
+)
 def test_contradictions_of_the_other_form_are_told(params, tmp_path, name, value, said):
     published = nested(converter.published(CONFIG, converter.TRANSFORMERS), [name], value)
     with pytest.raises(CheckpointError, match=said):

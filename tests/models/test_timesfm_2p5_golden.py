@@ -1,4 +1,6 @@
-"""TimesFM 2.5 against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""TimesFM 2.5 against vectors recorded from the original PyTorch code (`--golden DIR` names another
+set).
+"""
 
 import dataclasses
 
@@ -14,7 +16,9 @@ from ltsm_jax import trees
 from ltsm_jax.models import folders
 from ltsm_jax.models.timesfm_2p5 import TimesFM2p5
 
-REL = 1e-4  # of meta.json: times the largest value of the series; of activations, which are in its scale: absolute
+# of meta.json: times the largest value of the series; of activations, which are in its scale:
+# absolute
+REL = 1e-4
 FORWARD = "forward forward_masked"
 DECODE = "decode decode_masked decode_long decode_long_masked decode_scales decode_constant"
 FORECAST = "default_flags plain normalize cq_head fix_crossing backcast all"
@@ -60,7 +64,9 @@ def having(model, **options):
 
 
 def within(got, want, scale, what=""):
-    """|got - want| <= REL * scale, a scale for each row (of the recorded values where the series is zero)."""
+    """|got - want| <= REL * scale, a scale for each row (of the recorded values where the series is
+    zero).
+    """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"{what}: {got.shape} is not {want.shape}"
     scale = np.where(scale > 0, scale, np.abs(want).reshape(len(want), -1).max(1))
@@ -70,12 +76,22 @@ def within(got, want, scale, what=""):
 
 def test_every_recorded_case_is_known(recorded):
     known = {*FORWARD.split(), *DECODE.split(), *(f"forecast_{name}" for name in FORECAST.split())}
-    assert {key.split("/")[0] for key in recorded.io} <= known | {"act", "naive", "forecast", "train", "hf"}
+    assert {key.split("/")[0] for key in recorded.io} <= known | {
+        "act",
+        "naive",
+        "forecast",
+        "train",
+        "hf",
+    }
 
 
 def names_of(model):
     """Our names of the recorded steps."""
-    ours = {"tokenizer": "embed", "output_projection_point": "head", "output_projection_quantiles": "spread_head"}
+    ours = {
+        "tokenizer": "embed",
+        "output_projection_point": "head",
+        "output_projection_quantiles": "spread_head",
+    }
     steps = {
         "pre_attn_ln": "pre_attn_norm",
         "attn": "attn",
@@ -87,7 +103,9 @@ def names_of(model):
         "post_ff_ln": "post_ffn_norm",
     }
     for i in range(len(model.config.ffn_dims)):
-        ours |= {f"stacked_xf.{i}": f"layer_{i}"} | {f"stacked_xf.{i}.{t}": f"layer_{i}/{o}" for t, o in steps.items()}
+        ours |= {f"stacked_xf.{i}": f"layer_{i}"} | {
+            f"stacked_xf.{i}.{t}": f"layer_{i}/{o}" for t, o in steps.items()
+        }
     return ours
 
 
@@ -103,7 +121,9 @@ def test_golden_network(recorded, case):
     got["output_quantile_spread"] = spread
     for name, value in got.items():
         want = io[f"{case}/out/{name}"]
-        parity.close(np.asarray(value).reshape(want.shape)[valid], want[valid], rtol=0, atol=REL, what=name)
+        parity.close(
+            np.asarray(value).reshape(want.shape)[valid], want[valid], rtol=0, atol=REL, what=name
+        )
     for key in [key for key in io if key.startswith(f"act/{case}/")]:
         value = taps[ours[key.removeprefix(f"act/{case}/")]]
         parity.close(np.asarray(value)[valid], io[key][valid], rtol=0, atol=REL, what=key)
@@ -114,7 +134,9 @@ def test_golden_network(recorded, case):
 def decoded(recorded, case):
     io = recorded.io
     horizon = int(io[f"{case}/in/horizon"])
-    return decode(recorded.model, horizon, recorded.params, io[f"{case}/in/inputs"], io[f"{case}/in/masks"])
+    return decode(
+        recorded.model, horizon, recorded.params, io[f"{case}/in/inputs"], io[f"{case}/in/masks"]
+    )
 
 
 @pytest.mark.parametrize("case", DECODE.split())
@@ -159,7 +181,11 @@ def test_golden_naive_forecast(recorded):
 
 
 @pytest.mark.parametrize(
-    "case", [c if c in ("plain", "all") else pytest.param(c, marks=pytest.mark.slow) for c in FORECAST.split()]
+    "case",
+    [
+        c if c in ("plain", "all") else pytest.param(c, marks=pytest.mark.slow)
+        for c in FORECAST.split()
+    ],
 )
 def test_golden_forecast(recorded, case):
     recorded.require(f"forecast_{case}/out/full")
@@ -176,7 +202,12 @@ def test_golden_forecast(recorded, case):
     if case == "all":
         found = jax.jit(model.predict, static_argnums=2)(recorded.params, x, horizon)
         within(found.point[:, 0], io[f"forecast_{case}/out/point"], scale, "point of predict")
-        within(found.quantiles[:, 0], io[f"forecast_{case}/out/full"][..., 1:], scale, "quantiles of predict")
+        within(
+            found.quantiles[:, 0],
+            io[f"forecast_{case}/out/full"][..., 1:],
+            scale,
+            "quantiles of predict",
+        )
         assert found.levels == model.config.quantiles
 
 
@@ -187,8 +218,12 @@ def pinball(columns, y, levels):
 
 
 def parts_of_the_train_loss(model, io, params):
-    """MSE of the mean column, pinball losses of the point head and of the quantile head, after the last patch."""
-    y, spread, *_ = model.decode(params, io["train/in/inputs"], io["train/in/masks"], model.config.output_len)
+    """MSE of the mean column, pinball losses of the point head and of the quantile head, after the
+    last patch.
+    """
+    y, spread, *_ = model.decode(
+        params, io["train/in/inputs"], io["train/in/masks"], model.config.output_len
+    )
     target, levels = jnp.asarray(io["train/in/target"]), model.config.quantiles
     h = target.shape[1]
     mean, *heads = y[:, -1, :h, 0], y[:, -1, :h, 1:], spread[:, :h, 1:]
@@ -201,16 +236,22 @@ def test_golden_train_loss_and_gradients(recorded):
     names = ("mse_mean", "pinball_point_head", "pinball_quantile_head")
     np.testing.assert_allclose(got, [io[f"train/out/{name}"] for name in names], rtol=REL)
     want = parity.recorded_gradients(recorded.vectors, model)
-    parity.check_gradients(lambda q: sum(parts_of_the_train_loss(model, io, q)), recorded.params, want)
+    parity.check_gradients(
+        lambda q: sum(parts_of_the_train_loss(model, io, q)), recorded.params, want
+    )
 
 
 @pytest.fixture(scope="module")
 def port(recorded):
-    """The same weights under the keys of the transformers library: (model, params, batch of its case)."""
+    """The same weights under the keys of the transformers library: (model, params, batch of its
+    case).
+    """
     model, params, provenance, _ = import_checkpoint(recorded.vectors.folder / "hf")
     assert provenance["table"] == converter.TRANSFORMERS
     jax.tree.map(np.testing.assert_array_equal, params, recorded.params)
-    context, target = (jnp.asarray(recorded.io[f"hf/in/{name}_values"])[:, None] for name in ("past", "future"))
+    context, target = (
+        jnp.asarray(recorded.io[f"hf/in/{name}_values"])[:, None] for name in ("past", "future")
+    )
     model = having(model, fix_quantile_crossing=False, infer_is_positive=bool((context >= 0).all()))
     return model, params, {"context": context, "target": target}
 
@@ -225,7 +266,9 @@ def test_golden_transformers_form(recorded, port, kind):
     got = np.asarray(forecast(model, want.shape[1], params, batch["context"])[:, 0])
     scale = np.abs(batch["context"][:, 0]).max(1)
     within(got, want, scale, "full")
-    within(got[..., model.config.point_column], io[f"hf/out/{kind}/mean_predictions"], scale, "point")
+    within(
+        got[..., model.config.point_column], io[f"hf/out/{kind}/mean_predictions"], scale, "point"
+    )
     loss = lambda q: model.loss(q, batch, aligned=False)  # noqa: E731
     if any(key.startswith(f"hf_{kind}/grad/") for key in recorded.vectors.arrays("grads.npz")):
         gradients = parity.recorded_gradients(recorded.vectors, model, f"hf_{kind}/grad/")
@@ -246,7 +289,9 @@ def test_golden_point_loss_is_the_error_of_the_median(recorded, port):
 @pytest.mark.parametrize("form", ["", "hf"])
 def test_golden_round_trip(recorded, tmp_path, form):
     folder = recorded.vectors.folder / form
-    out = parity.check_round_trip(folder / "model.safetensors", tmp_path)  # in the form that it came in
+    out = parity.check_round_trip(
+        folder / "model.safetensors", tmp_path
+    )  # in the form that it came in
     model, params, *_ = import_checkpoint(folder)
     again, same, *_ = import_checkpoint(out)  # its config.json was written too
     assert again == model
@@ -258,7 +303,9 @@ def test_golden_both_forms_are_the_same_model(recorded, port):
     mine, theirs = (dataclasses.asdict(model.config) for model in (recorded.model, port[0]))
     differ = {name for name in mine if mine[name] != theirs[name]} - other
     assert not differ
-    state, _ = tables.to_state(converter.keys(recorded.model.config, converter.TRANSFORMERS), recorded.params)
+    state, _ = tables.to_state(
+        converter.keys(recorded.model.config, converter.TRANSFORMERS), recorded.params
+    )
     want = parity.tensors(recorded.vectors.folder / "hf" / "model.safetensors")
     assert state.keys() == want.keys()
     for key, value in want.items():
@@ -273,4 +320,6 @@ def test_golden_init_statistics(recorded):
 
 def test_golden_parameters_are_counted(recorded):
     state = parity.tensors(recorded.vectors.checkpoint)
-    assert trees.count(folders.shapes(recorded.model)) == sum(value.size for value in state.values())
+    assert trees.count(folders.shapes(recorded.model)) == sum(
+        value.size for value in state.values()
+    )

@@ -1,4 +1,6 @@
-"""What TTM promises beyond its recorded vectors: published sizes, frequencies, channels, gaps, and real checkpoints."""
+"""What TTM promises beyond its recorded vectors: published sizes, frequencies, channels, gaps, and
+real checkpoints.
+"""
 
 import dataclasses
 import os
@@ -36,9 +38,15 @@ TINY: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("r1", 805_280), ("r1@1024_96_v1", 946_336), ("r2", 805_280), ("r2@512-96-r2", 805_280),
-     ("r2@1024-96-r2", 2_964_960), ("r2@1536-96-r2", 3_081_120)],
-)  # fmt: skip
+    [
+        ("r1", 805_280),
+        ("r1@1024_96_v1", 946_336),
+        ("r2", 805_280),
+        ("r2@512-96-r2", 805_280),
+        ("r2@1024-96-r2", 2_964_960),
+        ("r2@1536-96-r2", 3_081_120),
+    ],
+)
 def test_published_parameter_counts(name, parameters):
     shapes = folders.shapes(TTM(PRESETS[f"ibm-granite/granite-timeseries-ttm-{name}"]))
     assert trees.count(shapes) == parameters
@@ -46,9 +54,27 @@ def test_published_parameter_counts(name, parameters):
 
 @pytest.mark.parametrize(
     ("freq", "token"),
-    [("min", 1), ("1min", 1), ("T", 1), ("2min", 2), ("5min", 3), ("10min", 4), ("15T", 5), ("30min", 6), ("h", 7),
-     ("1h", 7), ("H", 7), ("60min", 7), ("D", 8), ("24h", 8), ("W", 9), ("W-SUN", 9), ("7D", 9), ("oov", 0)],
-)  # fmt: skip
+    [
+        ("min", 1),
+        ("1min", 1),
+        ("T", 1),
+        ("2min", 2),
+        ("5min", 3),
+        ("10min", 4),
+        ("15T", 5),
+        ("30min", 6),
+        ("h", 7),
+        ("1h", 7),
+        ("H", 7),
+        ("60min", 7),
+        ("D", 8),
+        ("24h", 8),
+        ("W", 9),
+        ("W-SUN", 9),
+        ("7D", 9),
+        ("oov", 0),
+    ],
+)
 def test_every_spelling_of_a_frequency_has_the_token_of_its_step(freq, token):
     assert frequency_token(freq, 10) == token
 
@@ -61,7 +87,9 @@ def test_the_advice_for_an_unknown_frequency_works_through_the_public_calls(freq
     table = pd.DataFrame({name: np.sin(np.arange(60) + i) for i, name in enumerate("abc")})
     if freq:
         table.insert(0, "date", pd.date_range("2019-01-01", periods=60, freq=freq))
-    with pytest.raises(ValueError, match="With freq='oov' it takes the token of unknown frequencies"):
+    with pytest.raises(
+        ValueError, match="With freq='oov' it takes the token of unknown frequencies"
+    ):
         ltsm_jax.forecast(model, params, table, 4)
 
     found = ltsm_jax.forecast(model, params, table, 4, freq="oov")
@@ -103,7 +131,9 @@ def test_the_advice_for_a_frequency_without_a_token_can_be_followed():
     model = TTM(TTM.small())
     params = jax.jit(model.init)(jax.random.key(0))
     months = pd.date_range("2020-01-31", periods=40, freq="ME")
-    table = pd.DataFrame({"date": months, "a": np.sin(np.arange(40.0)), "b": np.cos(np.arange(40.0))})
+    table = pd.DataFrame(
+        {"date": months, "a": np.sin(np.arange(40.0)), "b": np.cos(np.arange(40.0))}
+    )
     with pytest.raises(ValueError, match="none for 'M'. With freq='oov'"):
         ltsm_jax.forecast(model, params, table, 2)
     got = ltsm_jax.forecast(model, params, table, 2, freq="oov")
@@ -129,12 +159,16 @@ def test_another_number_of_channels_draws_their_mixers_anew_and_nothing_else():
 def test_without_a_key_nothing_is_drawn():
     model = TTM(TTM.small())
     params = jax.jit(model.init)(jax.random.key(0))
-    with pytest.raises(ValueError, match=r"mixes 2 channels, not 5.*for_series\(params, n_variates=5, key=") as told:
+    with pytest.raises(
+        ValueError, match=r"mixes 2 channels, not 5.*for_series\(params, n_variates=5, key="
+    ) as told:
         model.for_series(params, n_variates=5, freq="h")
 
     # The advice works as it stands.
     advice = str(told.value).partition(" with: ")[2]
-    wide, _ = eval(f"model.{advice[:-1]}, freq='h')", {"model": model, "params": params, "jax": jax})
+    wide, _ = eval(
+        f"model.{advice[:-1]}, freq='h')", {"model": model, "params": params, "jax": jax}
+    )
     assert wide.config.n_channels == 5
 
 
@@ -162,7 +196,9 @@ def test_exogenous_channels_need_their_future_and_are_not_forecast():
     future = jnp.ones((2, 3, 7))
     one = predict(future)
     assert one.shape == (2, 2, 7)
-    np.testing.assert_array_equal(predict(future.at[:, 0].set(9.0)), one)  # the future of a target is not seen
+    np.testing.assert_array_equal(
+        predict(future.at[:, 0].set(9.0)), one
+    )  # the future of a target is not seen
     late = predict(future.at[:, 1, 6].set(9.0))
     np.testing.assert_array_equal(late[..., :4], one[..., :4])  # nor what lies beyond a forecast
     assert not np.array_equal(late[..., 4:], one[..., 4:])
@@ -213,18 +249,38 @@ def test_a_config_that_can_not_be_is_refused(change: dict[str, Any], message):
 
 
 PUBLISHED = {
-    "context_length": 16, "prediction_length": 4, "patch_length": 4, "patch_stride": 4, "d_model": 8, "num_layers": 1
-}  # fmt: skip
+    "context_length": 16,
+    "prediction_length": 4,
+    "patch_length": 4,
+    "patch_stride": 4,
+    "d_model": 8,
+    "num_layers": 1,
+}
 
 
 def test_every_problem_of_a_config_is_listed_at_once():
-    wrong = PUBLISHED | {"d_model": -1, "scaling": "median", "mode": ["mix"], "dropout": "a", "num_layers": 10**9,
-                         "prediction_channel_indices": [0, "x"], "multi_quantile_heads": [0.1],
-                         "loss": "nll"}  # fmt: skip
+    wrong = PUBLISHED | {
+        "d_model": -1,
+        "scaling": "median",
+        "mode": ["mix"],
+        "dropout": "a",
+        "num_layers": 10**9,
+        "prediction_channel_indices": [0, "x"],
+        "multi_quantile_heads": [0.1],
+        "loss": "nll",
+    }
     del wrong["patch_length"]
     with pytest.raises(CheckpointError) as caught:
         converter.configure({}, wrong, "here")
-    named = ("d_model", "scaling", "mode", "dropout", "num_layers", "prediction_channel_indices", "loss")
+    named = (
+        "d_model",
+        "scaling",
+        "mode",
+        "dropout",
+        "num_layers",
+        "prediction_channel_indices",
+        "loss",
+    )
     for name in (*named, "multi_quantile_heads", "patch_length: missing"):
         assert name in str(caught.value), name
 
@@ -243,13 +299,16 @@ def test_a_pruned_model_can_not_be_exported():
     assert converter.published(config)["expansion_factor"] == 2
 
 
-# MSE and MAE of the original, zero-shot on ETTh1, 512 -> 96, standardised by the train rows, every test window
+# MSE and MAE of the original, zero-shot on ETTh1, 512 -> 96, standardised by the train rows, every
+# test window
 REAL = {"ttm_r1_512_96": (0.3632, 0.3965), "ttm_r2_512_96": (0.3628, 0.3890)}
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_published_checkpoints_give_the_originals_scores(name, tmp_path):
-    """With $LTSM_CHECKPOINTS a folder that holds the published checkpoints, and $LTSM_DATA the benchmark files."""
+    """With $LTSM_CHECKPOINTS a folder that holds the published checkpoints, and $LTSM_DATA the
+    benchmark files.
+    """
     folder = Path(os.environ.get("LTSM_CHECKPOINTS", "")) / name
     if "LTSM_CHECKPOINTS" not in os.environ or not folder.is_dir() or "LTSM_DATA" not in os.environ:
         pytest.skip("LTSM_CHECKPOINTS or LTSM_DATA do not name folders with the files")

@@ -1,4 +1,6 @@
-"""TTM against vectors recorded from the original PyTorch code, every option in a set of its own (`--golden DIR`)."""
+"""TTM against vectors recorded from the original PyTorch code, every option in a set of its own
+(`--golden DIR`).
+"""
 
 import dataclasses
 import json
@@ -33,7 +35,9 @@ def pytest_generate_tests(metafunc):
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """A checkpoint, its recorded arrays, and our outputs for all cases of equal shapes, from one program."""
+    """A checkpoint, its recorded arrays, and our outputs for all cases of equal shapes, from one
+    program.
+    """
 
     vectors: Any
     model: TTM
@@ -56,11 +60,17 @@ def inputs(model, io, case):
 def recorded(request, golden):
     vectors = golden(request.param)
     model, params = parity.load(vectors)
-    model = TTM(dataclasses.replace(model.config, batch_default_scale=True))  # as the original has it
+    model = TTM(
+        dataclasses.replace(model.config, batch_default_scale=True)
+    )  # as the original has it
     io = vectors.arrays("io.npz")
     names = [key.split("/")[0] for key in io if key.endswith("/in/past_values")]
     names = [n for n in names if n != "rolling" and f"{n}/out/prediction_outputs" in io]
-    names += [n for n in sorted({key.split("/")[0] for key in io}) if n.startswith("loss_") and n not in names]
+    names += [
+        n
+        for n in sorted({key.split("/")[0] for key in io})
+        if n.startswith("loss_") and n not in names
+    ]
     outputs, taps = {}, {}
     alone = model.config.scaling == "mean"  # there the original lets rows see each other
     groups: dict = {}
@@ -71,13 +81,17 @@ def recorded(request, golden):
     for (_, length, _), group in groups.items():
         given = [inputs(model, io, name) for name in group]
         forward = jax.jit(TTM(dataclasses.replace(model.config, filter_len=length)).apply)
-        y, steps = forward(params, **{key: np.concatenate([g[key] for g in given]) for key in given[0]})
+        y, steps = forward(
+            params, **{key: np.concatenate([g[key] for g in given]) for key in given[0]}
+        )
         first = 0
         for name, g in zip(group, given, strict=True):
             rows = slice(first, first + g["x_BCT"].shape[0])
             first = rows.stop
             found = {"point": y[rows], "loc": steps["loc"][rows], "scale": steps["scale"][rows]}
-            outputs[name] = found | ({"quantiles": steps["quantiles"][rows]} if "quantiles" in steps else {})
+            outputs[name] = found | (
+                {"quantiles": steps["quantiles"][rows]} if "quantiles" in steps else {}
+            )
             if name == "normal":
                 taps = {tap: np.asarray(value) for tap, value in steps.items()} | {"rows": rows}
                 if "spectrum_up" in taps:
@@ -149,7 +163,10 @@ def test_golden_losses(recorded):
         targets = TTM(config).targets(batch)
         got = ttm.own_error(config, found["point"], found.get("quantiles"), targets, batch)
         np.testing.assert_allclose(
-            got, io[f"{case}/out/loss"], rtol=recorded.vectors.meta["tolerance"]["rel"], err_msg=case
+            got,
+            io[f"{case}/out/loss"],
+            rtol=recorded.vectors.meta["tolerance"]["rel"],
+            err_msg=case,
         )
         compared += 1
     assert compared >= 2
@@ -161,14 +178,24 @@ def test_golden_gradients(recorded):
     model, io = recorded.model, recorded.io
     batch = ttm_vectors.batch_of(model.config, io, "normal")
     value, got = jax.jit(jax.value_and_grad(lambda p: model.loss(p, batch)))(recorded.params)
-    np.testing.assert_allclose(value, io["normal/out/loss"], rtol=recorded.vectors.meta["tolerance"]["rel"])
-    stored = {k: v for k, v in recorded.vectors.arrays("grads.npz").items() if k.startswith("grad/")}
+    np.testing.assert_allclose(
+        value, io["normal/out/loss"], rtol=recorded.vectors.meta["tolerance"]["rel"]
+    )
+    stored = {
+        k: v for k, v in recorded.vectors.arrays("grads.npz").items() if k.startswith("grad/")
+    }
     stored = {key.removeprefix("grad/"): leaf for key, leaf in stored.items()}
     rules = [rule for rule in converter.keys(model.config) if rule[1] != tables.BUFFER]
     flat = trees.flatten(got)
-    data = {path for path in flat if model.fixed and re.search(model.fixed, path)}  # no gradient there
+    data = {
+        path for path in flat if model.fixed and re.search(model.fixed, path)
+    }  # no gradient there
     keys = {found[0]: path for path in data if (found := tables.key_of(rules, path))}
-    rest = {key: np.zeros(flat[path].shape, np.float32) for key, path in keys.items() if key not in stored}
+    rest = {
+        key: np.zeros(flat[path].shape, np.float32)
+        for key, path in keys.items()
+        if key not in stored
+    }
     want = trees.flatten(tables.to_params(rules, stored | rest, got, what="gradients").params)
     for path in flat.keys() - data:
         parity.check_gradient(flat[path], want[path], path)
@@ -193,7 +220,9 @@ def test_golden_rollout(recorded):
     )
     limits = ttm_vectors.tolerance(recorded.vectors, "rolling", want)
     parity.close(got.point, want, **limits, what="rolling")
-    assert want.shape[-1] == -(-asked // model.horizon) * model.horizon, "the original gives whole forecasts"
+    assert want.shape[-1] == -(-asked // model.horizon) * model.horizon, (
+        "the original gives whole forecasts"
+    )
 
 
 def test_golden_missing_values_are_zeros_that_do_not_count(recorded):
@@ -201,7 +230,9 @@ def test_golden_missing_values_are_zeros_that_do_not_count(recorded):
     if "masked_zero_filled/in/past_values" not in recorded.io:
         pytest.skip("no such case recorded")
     given = inputs(recorded.model, recorded.io, "masked_zero_filled")
-    x, observed = recorded.model.filled(jnp.where(given["observed_BCT"] > 0, given["x_BCT"], jnp.nan))
+    x, observed = recorded.model.filled(
+        jnp.where(given["observed_BCT"] > 0, given["x_BCT"], jnp.nan)
+    )
     np.testing.assert_array_equal(x, given["x_BCT"])
     np.testing.assert_array_equal(observed, given["observed_BCT"])
 
@@ -212,7 +243,15 @@ def test_golden_round_trip(recorded, tmp_path):
     assert import_checkpoint(out)[0] == import_checkpoint(recorded.vectors.checkpoint)[0]
     told = json.loads((tmp_path / "config.json").read_text())
     before = recorded.vectors.config
-    for field in ("num_patches", "context_length", "mode", "decoder_mode", "scaling", "loss", "num_layers"):
+    for field in (
+        "num_patches",
+        "context_length",
+        "mode",
+        "decoder_mode",
+        "scaling",
+        "loss",
+        "num_layers",
+    ):
         assert told[field] == before[field], field
     with pytest.raises(CheckpointError, match=r"Put the original config\.json"):
         converter.configure(parity.tensors(recorded.vectors.checkpoint), None, "here")

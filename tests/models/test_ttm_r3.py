@@ -92,7 +92,13 @@ def test_values_that_do_not_exist_are_not_smoothed():
 
 def test_tokens_are_counted():
     """25 steps are 6 patches of 4, 3 of pairs, 1 of fours; 2 frequencies, 3 registers, 1 step."""
-    sizes: dict[str, Any] = {"context_len": 25, "horizon": 4, "patch_len": 4, "d_model": 8, "decoder_d_model": 8}
+    sizes: dict[str, Any] = {
+        "context_len": 25,
+        "horizon": 4,
+        "patch_len": 4,
+        "d_model": 8,
+        "decoder_d_model": 8,
+    }
     config = TTMConfig.of(**sizes, multi_scale=True, spectrum=2, registers=3, freq_vocab=10)
     assert ttm.scales(6) == (6, 3, 1)
     assert config.n_patches == 6 + 3 + 1 + 2 + 3 + 1
@@ -102,7 +108,13 @@ def test_tokens_are_counted():
 
 
 def test_the_strongest_frequencies_come_first():
-    sizes: dict[str, Any] = {"context_len": 32, "horizon": 4, "patch_len": 8, "d_model": 8, "decoder_d_model": 8}
+    sizes: dict[str, Any] = {
+        "context_len": 32,
+        "horizon": 4,
+        "patch_len": 8,
+        "d_model": 8,
+        "decoder_d_model": 8,
+    }
     t = 2 * np.pi * np.arange(32) / 32
     x = (5 + np.sin(3 * t) + 2 * np.cos(7 * t)).reshape(1, 1, 32).astype(np.float32)
     np.testing.assert_array_equal(TTM(TTMConfig.of(**sizes, spectrum=3))._bins(x), [[[0, 7, 3]]])
@@ -135,9 +147,13 @@ def test_gates(mode):
 
 
 def test_pinball_loss_by_hand():
-    """A median that is 1 too low and 2 too high, a missing target, the width of the outer levels."""
+    """A median that is 1 too low and 2 too high, a missing target, the width of the
+    outer levels.
+    """
     head = QuantileConfig(levels=(0.1, 0.5, 0.9), point_weight=2.0, width_weight=0.1)
-    config = TTMConfig.of(context_len=16, horizon=3, patch_len=4, d_model=8, decoder_d_model=8, quantiles=head)
+    config = TTMConfig.of(
+        context_len=16, horizon=3, patch_len=4, d_model=8, decoder_d_model=8, quantiles=head
+    )
     q = jnp.asarray([[[[-1.0, 0.0, 1.0]] * 3]])
     target = jnp.asarray([[[1.0, -2.0, jnp.nan]]])
     first = (0.1 * 2 + 0.5 * 1 + 0.9 * 0) / 3
@@ -164,9 +180,13 @@ def test_forecasts_are_sums_whose_quantiles_do_not_cross(small):
     x = waves(3, 32)
     y, taps = jax.jit(model.apply)(params, x)
     scaled = np.asarray(taps["trend"] + taps["residual"])
-    np.testing.assert_allclose(y, scaled * np.asarray(taps["scale"]) + np.asarray(taps["loc"]), rtol=1e-5)
     np.testing.assert_allclose(
-        taps["trend_input"][..., -24:] + taps["residual_input"], taps["scaled"][..., -24:], atol=1e-6
+        y, scaled * np.asarray(taps["scale"]) + np.asarray(taps["loc"]), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        taps["trend_input"][..., -24:] + taps["residual_input"],
+        taps["scaled"][..., -24:],
+        atol=1e-6,
     )
     assert (np.diff(taps["quantiles"], axis=-1) > 0).all()
 
@@ -195,7 +215,9 @@ def test_each_weight_is_that_of_its_error(small):
     errors = model.errors(taps, batch)
     changes = {"joint_weight": 0.5, "trend_weight": 2.0, "residual_weight": 0.0}
     weighted = TTMR3(dataclasses.replace(model.config, **changes))
-    np.testing.assert_allclose(weighted.weighted(errors), 0.5 * errors["joint"] + 2 * errors["trend"], rtol=1e-6)
+    np.testing.assert_allclose(
+        weighted.weighted(errors), 0.5 * errors["joint"] + 2 * errors["trend"], rtol=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -215,7 +237,11 @@ def test_the_targets_of_the_parts_add_up(small):
     x = waves(2, 40)
     target = x[..., 32:].copy()
     target[0, 0, 5] = np.nan
-    taps = {"scaled": jnp.asarray(x[..., :32]), "loc": jnp.zeros((2, 1, 1)), "scale": jnp.ones((2, 1, 1))}
+    taps = {
+        "scaled": jnp.asarray(x[..., :32]),
+        "loc": jnp.zeros((2, 1, 1)),
+        "scale": jnp.ones((2, 1, 1)),
+    }
     trend, residual, joint = model.targets(taps, {"target": target})
     np.testing.assert_allclose(trend + residual, joint, atol=1e-6)
     np.testing.assert_array_equal(np.isnan(trend), np.isnan(target))
@@ -237,7 +263,8 @@ def test_both_parts_learn_the_frequency():
 def ttm_with(config, **changes):
     """A config with other options, its hidden widths those of one token more."""
     widths = {
-        part: tuple((a, b + 2 if b else 0, c) for a, b, c in getattr(config, part)) for part in ("encoder", "decoder")
+        part: tuple((a, b + 2 if b else 0, c) for a, b, c in getattr(config, part))
+        for part in ("encoder", "decoder")
     }
     return dataclasses.replace(config, **changes, **widths)
 
@@ -250,11 +277,20 @@ def ttm_with(config, **changes):
         ({"registers": 1, "raw_residual": True}, "tokens of other kinds"),
         ({"gate": "tanh"}, "gate must be one of"),
         ({"quantiles": QuantileConfig(), "filter_len": 1}, "at least 2"),
-        ({"quantiles": QuantileConfig(condition="pool"), "targets": (0,), "n_channels": 2}, "every channel"),
+        (
+            {"quantiles": QuantileConfig(condition="pool"), "targets": (0,), "n_channels": 2},
+            "every channel",
+        ),
     ],
 )
 def test_a_config_that_can_not_be_is_refused(change: dict[str, Any], message):
-    sizes: dict[str, Any] = {"context_len": 32, "horizon": 4, "patch_len": 8, "d_model": 8, "decoder_d_model": 8}
+    sizes: dict[str, Any] = {
+        "context_len": 32,
+        "horizon": 4,
+        "patch_len": 8,
+        "d_model": 8,
+        "decoder_d_model": 8,
+    }
     with pytest.raises(ValueError, match=message):
         TTMConfig.of(**sizes | change)
 
@@ -277,7 +313,9 @@ def test_what_the_original_has_no_place_for_is_not_exported():
     cfg = TTMR3.small()
     assert converter.published(cfg)["trend_patch_length"] == 12
     with pytest.raises(ValueError, match=r"no place for .*gate of the trend"):
-        converter.published(dataclasses.replace(cfg, trend=dataclasses.replace(cfg.trend, gate="sigmoid")))
+        converter.published(
+            dataclasses.replace(cfg, trend=dataclasses.replace(cfg.trend, gate="sigmoid"))
+        )
     ((channel, patch, feature),) = cfg.trend.encoder
     pruned = dataclasses.replace(cfg.trend, encoder=((channel, patch - 1, feature),))
     with pytest.raises(ValueError, match="pruned"):
@@ -292,7 +330,11 @@ def test_fields_of_r3_stand_in_a_file_only_where_they_are_used():
 
 def test_problems_of_a_config_are_listed_by_part():
     fields = converter.published(TTMR3.small())
-    wrong = fields | {"trend_d_model": -1, "residual_context_length": "long", "joint_loss_weight": -1}
+    wrong = fields | {
+        "trend_d_model": -1,
+        "residual_context_length": "long",
+        "joint_loss_weight": -1,
+    }
     with pytest.raises(CheckpointError) as caught:
         converter.configure({}, wrong, "here")
     for told in ("trend: d_model", "residual: context_length", "joint_loss_weight"):

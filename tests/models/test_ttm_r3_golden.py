@@ -50,7 +50,11 @@ class Recorded:
 
     def cases(self):
         """Names of all cases of the whole model."""
-        return [name for name in sorted({key.split("/")[0] for key in self.io}) if name not in ("rolling", "lowess")]
+        return [
+            name
+            for name in sorted({key.split("/")[0] for key in self.io})
+            if name not in ("rolling", "lowess")
+        ]
 
     def _shape(self, case):
         cfg = self.model_of(case).config
@@ -70,7 +74,9 @@ class Recorded:
         for name, g in zip(group, given, strict=True):
             rows = np.arange(first, first + len(g["x_BCT"]))
             first = rows[-1] + 1
-            self.outputs[name] = {tap: np.take(x, rows, axis=batch_axis(tap, x, len(y))) for tap, x in every.items()}
+            self.outputs[name] = {
+                tap: np.take(x, rows, axis=batch_axis(tap, x, len(y))) for tap, x in every.items()
+            }
         return self.outputs[case]
 
     def model_of(self, case):
@@ -99,13 +105,25 @@ def inputs(model, io, case):
 def recorded(request, golden):
     vectors = golden(request.param)
     model, params = parity.load(vectors)
-    model = TTMR3(dataclasses.replace(model.config, batch_default_scale=True))  # as the original has it
+    model = TTMR3(
+        dataclasses.replace(model.config, batch_default_scale=True)
+    )  # as the original has it
     return Recorded(vectors, model, params, vectors.arrays("io.npz"), {})
 
 
 def batch_axis(tap, x, b):
     """The axis of a tap that counts the `b` rows: the first, or, with patches first, the second."""
-    mixers = ("/encoder", "/decoder", "/embed", "/patches", "/position", "/registers", "/tokens", "/token", "/fcm")
+    mixers = (
+        "/encoder",
+        "/decoder",
+        "/embed",
+        "/patches",
+        "/position",
+        "/registers",
+        "/tokens",
+        "/token",
+        "/fcm",
+    )
     patches_first = x.ndim == 4 and any(part in f"/{tap}" for part in mixers)
     axis = int(patches_first)
     assert x.shape[axis] == b, tap
@@ -125,7 +143,12 @@ def test_golden_outputs(recorded):
 
 @pytest.mark.slow
 def test_golden_outputs_of_other_shapes(recorded):
-    assert check_outputs(recorded, [case for case in recorded.cases() if case not in recorded.alike("normal")]) >= 5
+    assert (
+        check_outputs(
+            recorded, [case for case in recorded.cases() if case not in recorded.alike("normal")]
+        )
+        >= 5
+    )
 
 
 def check_outputs(recorded, cases):
@@ -188,7 +211,12 @@ def test_golden_losses(recorded):
 
 @pytest.mark.slow
 def test_golden_losses_of_other_shapes(recorded):
-    assert check_losses(recorded, [case for case in recorded.cases() if case not in recorded.alike("normal")]) >= 1
+    assert (
+        check_losses(
+            recorded, [case for case in recorded.cases() if case not in recorded.alike("normal")]
+        )
+        >= 1
+    )
 
 
 def check_losses(recorded, cases):
@@ -200,9 +228,13 @@ def check_losses(recorded, cases):
         taps = recorded.found(case)
         model, batch = recorded.model_of(case), recorded.batch(case)
         errors = model.errors(taps, batch)
-        wanted = {f"{name}_loss": value for name, value in errors.items()} | {"loss": model.weighted(errors)}
+        wanted = {f"{name}_loss": value for name, value in errors.items()} | {
+            "loss": model.weighted(errors)
+        }
         for name, got in wanted.items():
-            np.testing.assert_allclose(got, io[f"{case}/out/{name}"], rtol=rel, err_msg=f"{case}/{name}")
+            np.testing.assert_allclose(
+                got, io[f"{case}/out/{name}"], rtol=rel, err_msg=f"{case}/{name}"
+            )
         if f"{case}/out/tau_tgt" in io:
             trend, residual, _ = model.targets(taps, batch)
             compared(recorded, case, "tau_tgt", trend, bct(io[f"{case}/out/tau_tgt"]))
@@ -218,7 +250,9 @@ def test_golden_gradients(recorded):
     batch = recorded.batch("normal")
     want = parity.recorded_gradients(vectors, model)
     value = parity.check_gradients(lambda params: model.loss(params, batch), recorded.params, want)
-    np.testing.assert_allclose(value, recorded.io["normal/out/loss"], rtol=vectors.meta["tolerance"]["rel"])
+    np.testing.assert_allclose(
+        value, recorded.io["normal/out/loss"], rtol=vectors.meta["tolerance"]["rel"]
+    )
 
 
 def test_golden_rollout(recorded):
@@ -228,7 +262,9 @@ def test_golden_rollout(recorded):
     want = bct(io["rolling/out/prediction_outputs"])
     given = inputs(model, io, "rolling")
     roll = jax.jit(model.roll_out, static_argnums=3)
-    got = roll(recorded.params, given.pop("x_BCT"), given.pop("observed_BCT"), want.shape[-1], **given)
+    got = roll(
+        recorded.params, given.pop("x_BCT"), given.pop("observed_BCT"), want.shape[-1], **given
+    )
     compared(recorded, "rolling", "prediction_outputs", np.asarray(got.point), want)
 
 
@@ -248,7 +284,9 @@ def test_golden_missing_values_are_zeros_that_do_not_count(recorded):
     if "masked_zero_filled/in/past_values" not in recorded.io:
         pytest.skip("no such case recorded")
     given = inputs(recorded.model, recorded.io, "masked_zero_filled")
-    x, observed = recorded.model.filled(jnp.where(given["observed_BCT"] > 0, given["x_BCT"], jnp.nan))
+    x, observed = recorded.model.filled(
+        jnp.where(given["observed_BCT"] > 0, given["x_BCT"], jnp.nan)
+    )
     np.testing.assert_array_equal(x, given["x_BCT"])
     np.testing.assert_array_equal(observed, given["observed_BCT"])
 
@@ -260,12 +298,21 @@ def test_golden_round_trip(recorded, tmp_path):
     assert import_checkpoint(out)[0] == model
     told = json.loads((tmp_path / "config.json").read_text())
     before = recorded.vectors.config
-    for field in ("context_length", "residual_context_length", "trend_d_model", "scaling", "loss", "architectures"):
+    for field in (
+        "context_length",
+        "residual_context_length",
+        "trend_d_model",
+        "scaling",
+        "loss",
+        "architectures",
+    ):
         assert told[field] == before[field], field
 
     # Without the fields that the import remembered, too.
     state = parity.tensors(recorded.vectors.checkpoint)
-    again, _ = converter.configure(state, json.loads(json.dumps(converter.published(model.config))), "here")
+    again, _ = converter.configure(
+        state, json.loads(json.dumps(converter.published(model.config))), "here"
+    )
     assert again == model.config
     with pytest.raises(CheckpointError, match=r"Put the original config\.json"):
         converter.configure(state, None, "here")
@@ -273,6 +320,10 @@ def test_golden_round_trip(recorded, tmp_path):
 
 def test_golden_initialisation(golden):
     stats = golden(MAIN[0]).init_stats
-    shapes = {name: np.zeros(entry["shape"], np.float32) for name, entry in stats["parameters"].items()}
+    shapes = {
+        name: np.zeros(entry["shape"], np.float32) for name, entry in stats["parameters"].items()
+    }
     config, _ = converter.configure(shapes, stats["config"], "init_stats.json")
-    assert parity.check_initialisation(TTMR3(config), stats["parameters"]) == len(stats["parameters"])
+    assert parity.check_initialisation(TTMR3(config), stats["parameters"]) == len(
+        stats["parameters"]
+    )

@@ -31,7 +31,9 @@ def test_tokens_belong_to_a_number_of_variates(params):
 
 
 def test_new_tokens_are_drawn_on_request_alone(params):
-    with pytest.raises(ValueError, match=r"no tokens for 5 variates; its data sets are a \(2\), b \(3\)") as told:
+    with pytest.raises(
+        ValueError, match=r"no tokens for 5 variates; its data sets are a \(2\), b \(3\)"
+    ) as told:
         MODEL.for_series(params, n_variates=5)
 
     # The advice works as it stands.

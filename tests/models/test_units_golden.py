@@ -1,4 +1,6 @@
-"""UniTS against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""UniTS against vectors recorded from the original PyTorch code (`--golden DIR` names
+another set).
+"""
 
 import re
 
@@ -16,7 +18,10 @@ from ltsm_jax import trees
 from ltsm_jax.models import folders
 from ltsm_jax.models.units import PRESETS, DynamicLinear, Units, UnitsConfig
 
-RTOL, ATOL = 2e-5, 2e-5  # of meta.json: relative to the scale of the series; constant series and logits 1e-4
+RTOL, ATOL = (
+    2e-5,
+    2e-5,
+)  # of meta.json: relative to the scale of the series; constant series and logits 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +56,24 @@ def tasks(model, kind):
     return [t for t in model.config.tasks if t.kind == kind]
 
 
-apply = jax.jit(lambda model, p, x, n, observed, task: model.apply(p, x, n, observed, task), static_argnums=(0, 3, 5))
+apply = jax.jit(
+    lambda model, p, x, n, observed, task: model.apply(p, x, n, observed, task),
+    static_argnums=(0, 3, 5),
+)
 
 
 RECONSTRUCT = jax.jit(lambda model, p, x: model.reconstruct(p, x), static_argnums=0)
 SELF_SUPERVISED = jax.jit(
-    lambda model, p, x, hidden, task: model.self_supervised(p, x, hidden, task), static_argnums=(0, 4)
+    lambda model, p, x, hidden, task: model.self_supervised(p, x, hidden, task),
+    static_argnums=(0, 4),
 )
 PREDICT = jax.jit(lambda model, p, x, h: model.predict(p, x, h), static_argnums=(0, 3))
 
 
 def as_the_original(model, params, x_BVL, horizon):
-    """The last `horizon` steps as the original cuts them: steps that no patch covers stay at the mean."""
+    """The last `horizon` steps as the original cuts them: steps that no patch covers stay at the
+    mean.
+    """
     p, length = model.config.patch_len, x_BVL.shape[-1]
     n_new = (horizon - (-length % p)) // p
     y, taps = apply(model, params, x_BVL, n_new, None, "")
@@ -77,7 +88,9 @@ def test_golden_forecasts(recorded):
     todo = [(t.name, t, t.horizon) for t in tasks(model, "long_term_forecast")]
     first = todo[0][1]
     todo += [
-        (case, first, io[f"{case}/y"].shape[1]) for case in ("scales", "constant", "new_length") if f"{case}/y" in io
+        (case, first, io[f"{case}/y"].shape[1])
+        for case in ("scales", "constant", "new_length")
+        if f"{case}/y" in io
     ]
     assert len(todo) > 1
     for case, task, horizon in todo:
@@ -96,7 +109,9 @@ def test_a_horizon_is_never_filled_with_the_mean(recorded):
     y = PREDICT(ready, params, x, 2 * p + 3).point
     mean = x.mean(-1, keepdims=True)
     assert (np.abs(np.asarray(y - mean)[..., -3:]) > 0).all()
-    np.testing.assert_allclose(y, PREDICT(ready, params, x, 3 * p).point[..., : 2 * p + 3], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        y, PREDICT(ready, params, x, 3 * p).point[..., : 2 * p + 3], rtol=1e-5, atol=1e-5
+    )
 
 
 STEPS = {
@@ -125,7 +140,11 @@ def test_golden_intermediates(recorded):
         observed = bvt(io[f"{case}/mask"]) if kind == "imputation" else None
         x = bvt(io[f"{case}/x_masked" if kind == "imputation" else f"{case}/x"])
         p = model.config.patch_len
-        n_new = (task.horizon + x.shape[-1]) // p - -(-x.shape[-1] // p) if kind == "long_term_forecast" else 0
+        n_new = (
+            (task.horizon + x.shape[-1]) // p - -(-x.shape[-1] // p)
+            if kind == "long_term_forecast"
+            else 0
+        )
         _, taps = apply(ready, params, x, n_new, observed, case if kind == "classification" else "")
         parity.close(taps["mean"][..., 0], np.asarray(io[f"{case}/means"])[:, 0], what=case)
         parity.close(taps["std"][..., 0], np.asarray(io[f"{case}/stdev"])[:, 0], what=case)
@@ -192,7 +211,9 @@ def losses(model, params, io):
         elif kind == "classification":
             labels = jnp.asarray(io[f"train/{kind}/target"]).reshape(-1)
             found[kind] = lambda p, ready=ready, x=x, y=labels, name=task.name: (
-                optax.softmax_cross_entropy_with_integer_labels(ready.classify(p, x, task=name), y).mean()
+                optax.softmax_cross_entropy_with_integer_labels(
+                    ready.classify(p, x, task=name), y
+                ).mean()
             )
         elif kind == "imputation":
             true, mask = bvt(io[f"{task.name}/x_true"]), bvt(io[f"{task.name}/mask"])
@@ -234,7 +255,9 @@ def test_golden_losses_and_gradients(recorded):
                     parity.check_gradient(mine, ours, f"{kind} {path}")
                     seen.add(path)
         for path in shapes.keys() - seen:
-            assert np.abs(np.asarray(got[path])).max() == 0, f"{kind}: {path} has a gradient, none was recorded"
+            assert np.abs(np.asarray(got[path])).max() == 0, (
+                f"{kind}: {path} has a gradient, none was recorded"
+            )
 
 
 def test_golden_dynamic_linear(recorded):
@@ -277,7 +300,9 @@ def test_golden_self_supervised_checkpoint(recorded, tmp_path, golden_dir):
     with np.load(folder / "io.npz") as io:
         if "finetune_forecast/x" in io:
             x, want = io["finetune_forecast/x"], io["finetune_forecast/y"]
-            y, _ = as_the_original(speaking_for(model, model.config.tasks[0].dataset), params, bvt(x), want.shape[1])
+            y, _ = as_the_original(
+                speaking_for(model, model.config.tasks[0].dataset), params, bvt(x), want.shape[1]
+            )
             check(y, want, x, "finetune_forecast")
         compared = 0
         for task in (t.name for t in model.config.tasks if f"{t.name}/cls_out" in io):
@@ -287,7 +312,9 @@ def test_golden_self_supervised_checkpoint(recorded, tmp_path, golden_dir):
             check(cls_out, io[f"{task}/cls_out"], x, f"{task}, classification token")
             for name, y in (("loss_mask", mask_out), ("loss_cls", cls_out)):
                 loss = np.square(np.asarray(y) - np.asarray(bvt(x))).mean()
-                np.testing.assert_allclose(loss, io[f"{task}/{name}"], rtol=1e-4, err_msg=f"{task}/{name}")
+                np.testing.assert_allclose(
+                    loss, io[f"{task}/{name}"], rtol=1e-4, err_msg=f"{task}/{name}"
+                )
             compared += 1
         assert compared or not any(key.endswith("/cls_out") for key in io)
 
@@ -295,7 +322,10 @@ def test_golden_self_supervised_checkpoint(recorded, tmp_path, golden_dir):
 def test_golden_initialisation(recorded):
     vectors, *_ = recorded
     stats = vectors.init_stats
-    state = {k.removeprefix("module."): np.broadcast_to(np.float32(0), e["shape"]) for k, e in stats["params"].items()}
+    state = {
+        k.removeprefix("module."): np.broadcast_to(np.float32(0), e["shape"])
+        for k, e in stats["params"].items()
+    }
     config, _ = table.configure(state, None, "init_stats.json")
     named = {k.removeprefix("module."): e for k, e in stats["params"].items()}
     assert parity.check_initialisation(Units(config), named) > 20
@@ -304,4 +334,7 @@ def test_golden_initialisation(recorded):
 def test_published_parameter_count():
     shapes = trees.flatten(folders.shapes(Units(PRESETS["units_x128"])))
     unused = 3 * 2 * (128 * 128 + 128)  # projections that the file holds and nothing uses
-    assert sum(leaf.size for path, leaf in shapes.items() if "_tokens/" not in path) + unused == 3_449_144
+    assert (
+        sum(leaf.size for path, leaf in shapes.items() if "_tokens/" not in path) + unused
+        == 3_449_144
+    )

@@ -13,14 +13,21 @@ DECOMPOSED = "TinyTimeMixerForDecomposedPrediction"
 
 
 def sets_of(root, main, *, decomposed):
-    """Parameters for the recorded checkpoints of one kind below `root`; `main[0]` is the quick one."""
+    """Parameters for the recorded checkpoints of one kind below `root`; `main[0]` is the
+    quick one.
+    """
     found = []
     for pattern in ("ttm*/meta.json", "ttm*/variants/*/meta.json"):
         for file in sorted(root.glob(pattern)):
-            architectures = json.loads((file.parent / "config.json").read_text()).get("architectures") or ()
+            architectures = (
+                json.loads((file.parent / "config.json").read_text()).get("architectures") or ()
+            )
             if (DECOMPOSED in architectures) == decomposed:
                 found.append(str(file.parent.relative_to(root)))
-    return [pytest.param(name, marks=() if name == main[0] else pytest.mark.slow) for name in found or main]
+    return [
+        pytest.param(name, marks=() if name == main[0] else pytest.mark.slow)
+        for name in found or main
+    ]
 
 
 def bct(x_BTC):
@@ -43,13 +50,17 @@ def inputs(config, io, case, *, padded):
     found = {"x_BCT": x, "observed_BCT": np.ones((*x.shape[:-1], steps), x.dtype)}
     if f"{case}/in/past_observed_mask" in io:
         front = steps - x.shape[-1]  # what a mask does not reach is not observed
-        found["observed_BCT"] = np.pad(bct(io[f"{case}/in/past_observed_mask"]), ((0, 0), (0, 0), (front, 0)))
+        found["observed_BCT"] = np.pad(
+            bct(io[f"{case}/in/past_observed_mask"]), ((0, 0), (0, 0), (front, 0))
+        )
     if config.exogenous:
         found["future_BCH"] = bct(io[f"{case}/in/future_values"])
     if config.freq_vocab:
         found["freq_token"] = np.asarray(io[f"{case}/in/freq_token"], np.int32)
     if config.vocab:
-        found["categories"] = np.asarray(io[f"{case}/in/static_categorical_values"]).astype(np.int32)
+        found["categories"] = np.asarray(io[f"{case}/in/static_categorical_values"]).astype(
+            np.int32
+        )
     return found
 
 
@@ -73,11 +84,15 @@ def changed(config: TTMConfig, io, case) -> TTMConfig:
         if f"{case}/in/{theirs}" in io:
             config = dataclasses.replace(config, **{ours: float(io[f"{case}/in/{theirs}"])})
     if f"{case}/in/prediction_filter_length" in io:
-        config = dataclasses.replace(config, filter_len=int(io[f"{case}/in/prediction_filter_length"]))
+        config = dataclasses.replace(
+            config, filter_len=int(io[f"{case}/in/prediction_filter_length"])
+        )
     head = config.quantiles
     if head is not None:
         if f"{case}/in/point_extra_weight" in io:
-            head = dataclasses.replace(head, point_weight=float(io[f"{case}/in/point_extra_weight"]))
+            head = dataclasses.replace(
+                head, point_weight=float(io[f"{case}/in/point_extra_weight"])
+            )
         if f"{case}/in/penalize_large_width_ratio" in io:
             mode = "wis" if case.endswith("_wis") else "boundary"
             weight = float(io[f"{case}/in/penalize_large_width_ratio"])
@@ -100,7 +115,11 @@ def unit_of(case, x_BCT):
     return np.ones((*x_BCT.shape[:2], 1), np.float32)
 
 
-MIXERS = {"channel_feature_mixer": "channel_mixer", "patch_mixer": "patch_mixer", "feature_mixer": "feature_mixer"}
+MIXERS = {
+    "channel_feature_mixer": "channel_mixer",
+    "patch_mixer": "patch_mixer",
+    "feature_mixer": "feature_mixer",
+}
 STEPS = {
     "norm": "norm",
     "norm.norm": "norm",
@@ -180,7 +199,11 @@ def turned(taps, module):
     """Our tap of an original module, or of a module of a part, its axes in the original's order."""
     part, _, rest = module.partition("_forecaster.")
     if rest:
-        inner = {tap.removeprefix(f"{part}/"): value for tap, value in taps.items() if tap.startswith(f"{part}/")}
+        inner = {
+            tap.removeprefix(f"{part}/"): value
+            for tap, value in taps.items()
+            if tap.startswith(f"{part}/")
+        }
         return turned(inner, rest)
     if module in FOLDED:
         value = taps[FOLDED[module]]

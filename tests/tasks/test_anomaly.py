@@ -17,7 +17,9 @@ P = 96
 
 @dataclasses.dataclass(frozen=True)
 class Zero(Model):
-    """Expects 0 everywhere, plus `params["peek"]` times what is there: the error of a row is its own value squared."""
+    """Expects 0 everywhere, plus `params["peek"]` times what is there: the error of a row is its
+    own value squared.
+    """
 
     config: int = 0
     family: ClassVar[str] = "zero"
@@ -49,15 +51,21 @@ def spike(n_rows, b, row):
 @pytest.mark.parametrize("n_rows", [1300, 1871, 1872, 1873, 2448, 5000])
 def test_every_test_row_is_scored_once_and_by_its_own_error(n_rows, ims):
     prepared = anomaly.prepare(series(n_rows, 1200, 1250, 1260))
-    errors = anomaly.row_errors(Zero(), ZERO, prepared.values, (1200, n_rows), ims=ims, batch_size=2)
+    errors = anomaly.row_errors(
+        Zero(), ZERO, prepared.values, (1200, n_rows), ims=ims, batch_size=2
+    )
     np.testing.assert_allclose(errors, np.square(np.asarray(prepared.values)[0, 1200:]), rtol=1e-6)
 
 
 def test_token_t_covers_rows_b_plus_96_t_to_b_plus_96_t_plus_96():
-    """The worked example of the protocol: 5000 rows, b = 1200: 6 windows, 36 tokens, rows 1200 to 4655, not 344."""
+    """The worked example of the protocol: 5000 rows, b = 1200: 6 windows, 36 tokens, rows 1200 to
+    4655, not 344.
+    """
     prepared = anomaly.prepare(series())
     assert len(anomaly.window_starts(1200, 5000)) == 6
-    released = anomaly.token_scores(anomaly.row_errors(Zero(), ZERO, prepared.values, (1200, 5000), tail=False))
+    released = anomaly.token_scores(
+        anomaly.row_errors(Zero(), ZERO, prepared.values, (1200, 5000), tail=False)
+    )
     assert released.shape == (36,)
     squares = np.square(np.asarray(prepared.values, np.float64)[0])
     by_hand = [squares[1200 + 96 * t : 1200 + 96 * (t + 1)].mean() for t in range(36)]
@@ -68,7 +76,8 @@ def test_token_t_covers_rows_b_plus_96_t_to_b_plus_96_t_plus_96():
 
 
 @pytest.mark.parametrize(
-    ("row", "token"), [(1200, 0), (1295, 0), (1296, 1), (3000, 18), (4655, 35), (4656, 36), (4999, 39)]
+    ("row", "token"),
+    [(1200, 0), (1295, 0), (1296, 1), (3000, 18), (4655, 35), (4656, 36), (4999, 39)],
 )
 def test_a_spike_is_found_in_its_token(row, token):
     prepared = anomaly.prepare(spike(5000, 1200, row))
@@ -87,12 +96,16 @@ def test_rank_and_alpha_count_the_tokens_above():
 
 
 def test_an_anomaly_after_the_last_whole_window():
-    """Rows 4656 on: scored by default, a miss when they are left out, and rank 1 in the released code."""
+    """Rows 4656 on: scored by default, a miss when they are left out, and rank 1 in the released
+    code.
+    """
     labelled = spike(5000, 1200, 4800)
     assert anomaly.evaluate(Zero(), ZERO, anomaly.prepare(labelled)).rank == 1
     missed = anomaly.evaluate(Zero(), ZERO, anomaly.prepare(labelled), tail=False)
     assert (missed.rank, missed.n_tokens, missed.alpha) == (None, 36, 1.0)
-    released = anomaly.evaluate(Zero(), ZERO, anomaly.prepare(labelled, quirks={"uncovered_is_hit"}))
+    released = anomaly.evaluate(
+        Zero(), ZERO, anomaly.prepare(labelled, quirks={"uncovered_is_hit"})
+    )
     assert (released.rank, released.n_tokens) == (1, 36)
     quiet = series(5000, 1200, 4800, 4800, np.where(np.arange(5000) % 2, 1.0, -1.0))
     assert anomaly.evaluate(Zero(), ZERO, anomaly.prepare(quiet)).rank > 1
@@ -100,7 +113,14 @@ def test_an_anomaly_after_the_last_whole_window():
 
 @pytest.mark.parametrize(
     ("span", "overlapping"),
-    [((96, 96), [1]), ((95, 95), [0]), ((95, 96), [0, 1]), ((100, 110), [1]), ((0, 287), [0, 1, 2]), ((192, 200), [2])],
+    [
+        ((96, 96), [1]),
+        ((95, 95), [0]),
+        ((95, 96), [0, 1]),
+        ((100, 110), [1]),
+        ((0, 287), [0, 1, 2]),
+        ((192, 200), [2]),
+    ],
 )
 def test_overlap_is_that_of_half_open_ranges(span, overlapping):
     for token in range(3):
@@ -135,7 +155,9 @@ def test_training_sees_no_held_out_row():
     np.testing.assert_allclose(np.asarray(prepared.values)[0, :1200].mean(), 0, atol=1e-6)
     np.testing.assert_allclose(np.asarray(prepared.values)[0, :1200].std(), 1, rtol=1e-6)
     squares = np.square(np.asarray(prepared.values, np.float64)[0])
-    assert anomaly.validation_error(Zero(), ZERO, prepared) == pytest.approx(squares[1080:1200].mean())
+    assert anomaly.validation_error(Zero(), ZERO, prepared) == pytest.approx(
+        squares[1080:1200].mean()
+    )
 
 
 def test_released_validation_looks_at_the_test_rows():
@@ -154,9 +176,13 @@ def test_loss_covers_the_points_of_its_mode(ims, first):
     x = np.random.default_rng(0).normal(size=(3, 1, 768)).astype(np.float32)
     batch = {"context": jnp.asarray(x[..., :672]), "target": jnp.asarray(x[..., 672:])}
     loss = anomaly.loss_fn(Zero(), ims=ims)
-    assert float(loss(ZERO, batch, None, False)) == pytest.approx(np.square(x[..., first:]).mean(), rel=1e-6)
+    assert float(loss(ZERO, batch, None, False)) == pytest.approx(
+        np.square(x[..., first:]).mean(), rel=1e-6
+    )
     weighted = batch | {"weight": jnp.array([1.0, 0.0, 1.0])}
-    assert float(loss(ZERO, weighted, None, False)) == pytest.approx(np.square(x[[0, 2], :, first:]).mean(), rel=1e-6)
+    assert float(loss(ZERO, weighted, None, False)) == pytest.approx(
+        np.square(x[[0, 2], :, first:]).mean(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
@@ -166,7 +192,11 @@ def test_files_of_the_archive(tmp_path, suffix, separator):
     text = separator.join(f"   {v:.7e}" for v in range(100)).encode()
     path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
     read = anomaly.read_ucr(path)
-    assert (read.name, read.train_end, read.anomaly) == ("042_UCR_Anomaly_NOISE_a_b2_40_50_59", 40, (50, 59))
+    assert (read.name, read.train_end, read.anomaly) == (
+        "042_UCR_Anomaly_NOISE_a_b2_40_50_59",
+        40,
+        (50, 59),
+    )
     np.testing.assert_array_equal(read.values, np.arange(100.0))
 
 
@@ -205,7 +235,11 @@ def test_refusals():
 
 
 def test_summary():
-    results = [anomaly.Result("a", 1, 100), anomaly.Result("b", 5, 100), anomaly.Result("c", None, 50)]
+    results = [
+        anomaly.Result("a", 1, 100),
+        anomaly.Result("b", 5, 100),
+        anomaly.Result("c", None, 50),
+    ]
     assert anomaly.summarise(results) == {
         "files": 3,
         "missed": 1,
@@ -215,17 +249,25 @@ def test_summary():
 
 
 class TestTimer:
-    model = Timer(TimerConfig.of(P, 16, 32, 1, 2, context_len=768, horizon=P, task="anomaly", dropout=0.1))
+    model = Timer(
+        TimerConfig.of(P, 16, 32, 1, 2, context_len=768, horizon=P, task="anomaly", dropout=0.1)
+    )
 
     def test_it_follows_the_original_formula(self):
-        """Windows fed without their last patch; the tokens 0 to 5 are compared with points 96 to 671."""
+        """Windows fed without their last patch; the tokens 0 to 5 are compared with points 96 to
+        671.
+        """
         params = jax.jit(self.model.init)(jax.random.key(0))
         prepared = anomaly.prepare(series(2600, 1200, 2000, 2010))
-        found = anomaly.token_scores(anomaly.row_errors(self.model, params, prepared.values, (1200, 2600), tail=False))
+        found = anomaly.token_scores(
+            anomaly.row_errors(self.model, params, prepared.values, (1200, 2600), tail=False)
+        )
         x = np.asarray(prepared.values)[0]
         windows = np.stack([x[s : s + 768] for s in (1104, 1680)])[:, None]
         outputs = np.asarray(jax.jit(self.model.apply)(params, jnp.asarray(windows[..., :-P]))[0])
-        by_hand = np.square(outputs[..., :-P] - windows[..., P:-P]).reshape(2, 6, P).mean(-1).ravel()
+        by_hand = (
+            np.square(outputs[..., :-P] - windows[..., P:-P]).reshape(2, 6, P).mean(-1).ravel()
+        )
         np.testing.assert_allclose(found, by_hand, rtol=1e-5)
 
     def test_missing_points_do_not_count(self):
@@ -238,7 +280,9 @@ class TestTimer:
         np.testing.assert_allclose(found, np.nanmean(np.square(expected - x[..., P:])), rtol=1e-5)
 
     def test_it_finds_a_break_after_a_little_training(self):
-        """A sine whose period changes for 100 rows: after training on clean rows the break scores highest."""
+        """A sine whose period changes for 100 rows: after training on clean rows the break scores
+        highest.
+        """
         t = np.arange(3300)
         values = np.sin(2 * np.pi * t / 48)
         values[2500:2600] = np.sin(2 * np.pi * t[2500:2600] / 17)

@@ -36,7 +36,9 @@ def test_over_a_mesh_and_on_accelerators_rows_stay_together(monkeypatch):
         seen.append(some.shape)
         return doubled(some)
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
+    )
     jax.eval_shape(lambda i: in_chunks(watched, i, Placement(mesh)), rows)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     jax.eval_shape(lambda i: in_chunks(watched, i), rows)

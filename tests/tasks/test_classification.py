@@ -20,7 +20,9 @@ def examples(n, seed):
     labels = rng.integers(0, 2, n)
     t = np.arange(32)
     phase = rng.uniform(0, 2 * np.pi, (n, 3, 1))
-    values = np.sin(2 * np.pi * t * (1 + labels[:, None, None]) / 16 + phase) + 0.1 * rng.normal(size=(n, 3, 32))
+    values = np.sin(2 * np.pi * t * (1 + labels[:, None, None]) / 16 + phase) + 0.1 * rng.normal(
+        size=(n, 3, 32)
+    )
     return Examples.of(values, labels)
 
 
@@ -64,7 +66,15 @@ def test_loss_is_the_cross_entropy_of_rows_that_count(model, parts):
 def test_the_runner_tunes_a_classifier(model, parts):
     params = jax.jit(model.init)(jax.random.key(0))
     config = training.TrainConfig(epochs=4, batch_size=16, lr=5e-3, schedule="constant")
-    result = run(model, params, strategy("ff"), parts, task=Classification(), config=config, show_progress=False)
+    result = run(
+        model,
+        params,
+        strategy("ff"),
+        parts,
+        task=Classification(),
+        config=config,
+        show_progress=False,
+    )
     before = Classification().evaluate(model, params, parts, "test")
     assert result.test["loss"] < before["loss"]
     best = min(range(4), key=lambda i: result.history[i]["val_loss"])
@@ -77,7 +87,12 @@ def test_the_runner_tunes_a_classifier(model, parts):
 
 def test_refusals(model, parts):
     four = np.zeros((4, 3, 32))
-    for values, labels in ((np.zeros((4, 32)), [0] * 4), (four, [0.5] * 4), (four, [-1] * 4), (four, [0] * 3)):
+    for values, labels in (
+        (np.zeros((4, 32)), [0] * 4),
+        (four, [0.5] * 4),
+        (four, [-1] * 4),
+        (four, [0] * 3),
+    ):
         with pytest.raises(DataError, match="must be"):
             Examples.of(values, labels)
     three = Examples.of(np.asarray(parts.val.values), np.arange(32) % 3)

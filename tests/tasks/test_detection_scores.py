@@ -49,7 +49,9 @@ def by_hand_vus_pr(scores, labels, widths):
 def test_spans_and_labels_are_one_another():
     assert scores_of.spans_of(LABELS) == [(2, 4), (8, 8)]
     np.testing.assert_array_equal(scores_of.label_rows([(2, 4), (8, 8)], 10), LABELS)
-    np.testing.assert_array_equal(scores_of.label_rows([(-5, 0), (9, 20)], 10), np.arange(10) % 9 == 0)
+    np.testing.assert_array_equal(
+        scores_of.label_rows([(-5, 0), (9, 20)], 10), np.arange(10) % 9 == 0
+    )
     assert not scores_of.label_rows([(-5, -2)], 10).any() and scores_of.spans_of(np.zeros(3)) == []
 
 
@@ -57,11 +59,17 @@ def test_point_scores_of_a_worked_example():
     flags = np.array([1, 0, 0, 1, 1, 0, 0, 0, 0, 0], bool)
     found = scores_of.point_scores(flags, LABELS)
     assert found == {"precision": 2 / 3, "recall": 2 / 4, "f1": pytest.approx(4 / 7)}
-    assert scores_of.point_scores(np.zeros(10, bool), LABELS) == {"precision": 0, "recall": 0, "f1": 0}
+    assert scores_of.point_scores(np.zeros(10, bool), LABELS) == {
+        "precision": 0,
+        "recall": 0,
+        "f1": 0,
+    }
 
 
 def test_range_scores_of_a_worked_example():
-    """Of the range 2-4 two pieces, 2 and 4, are flagged: 2/3 halved; 8 is not. Of three flags two are right."""
+    """Of the range 2-4 two pieces, 2 and 4, are flagged: 2/3 halved; 8 is not. Of three flags two
+    are right.
+    """
     flags = np.array([1, 0, 1, 0, 1, 0, 0, 0, 0, 0], bool)
     found = scores_of.range_scores(flags, LABELS)
     assert found["recall"] == pytest.approx((2 / 3 / 2 + 0) / 2)
@@ -73,7 +81,9 @@ def test_point_adjustment_inflates():
     flags = np.array([0, 0, 1, 0, 0, 0, 0, 0, 0, 0], bool)
     adjusted = scores_of.point_adjust(flags, LABELS)
     np.testing.assert_array_equal(adjusted, scores_of.label_rows([(2, 4)], 10))
-    assert scores_of.point_scores(adjusted, LABELS)["f1"] > scores_of.point_scores(flags, LABELS)["f1"]
+    assert (
+        scores_of.point_scores(adjusted, LABELS)["f1"] > scores_of.point_scores(flags, LABELS)["f1"]
+    )
 
 
 def test_auc_pr_of_worked_examples():

@@ -20,7 +20,9 @@ def predict(params, context, horizon):
 
 @pytest.fixture(scope="module")
 def split():
-    values = np.asarray(jax.random.normal(jax.random.key(0), (3, 400))).cumsum(-1).astype(np.float32)
+    values = (
+        np.asarray(jax.random.normal(jax.random.key(0), (3, 400))).cumsum(-1).astype(np.float32)
+    )
     return values, windows_between(values, 20, 380, 32, 8)
 
 
@@ -32,11 +34,13 @@ def params():
 def test_scores_equal_those_of_all_windows_at_once(split, params):
     values, windows = split
     context = np.stack([values[c, s : s + 32] for c in range(3) for s in range(20, 341)])[:, None]
-    target = np.stack([values[c, s + 32 : s + 40] for c in range(3) for s in range(20, 341)])[:, None].astype(
-        np.float64
-    )
+    target = np.stack([values[c, s + 32 : s + 40] for c in range(3) for s in range(20, 341)])[
+        :, None
+    ].astype(np.float64)
     error = np.asarray(predict(params, context, 8), np.float64) - target
-    found = forecasting.evaluate(MODEL, params, windows, batch_size=100, naive_scale=np.array([0.5, 1.0, 2.0]))
+    found = forecasting.evaluate(
+        MODEL, params, windows, batch_size=100, naive_scale=np.array([0.5, 1.0, 2.0])
+    )
     assert found["windows"] == 3 * 321 == windows.n
     want = {"mse": (error**2).mean(), "mae": abs(error).mean(), "rmse": (error**2).mean() ** 0.5}
     want |= {"mape": abs(error / target).mean()}
@@ -52,7 +56,9 @@ def test_value_does_not_depend_on_the_batch_size(split, params, predictor):
     for batch_size in (1, 7, 64, 2048):
         found = forecasting.evaluate(predictor, params, few, batch_size=batch_size)
         for name, value in want.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=f"{name} at {batch_size}")
+            np.testing.assert_allclose(
+                found[name], value, rtol=1e-6, err_msg=f"{name} at {batch_size}"
+            )
 
 
 def test_joint_windows_score_every_variate(split, params):
@@ -62,7 +68,9 @@ def test_joint_windows_score_every_variate(split, params):
     together = forecasting.evaluate(MODEL, params, joint)
     assert together["windows"] == alone["windows"]
     np.testing.assert_allclose(together["mse"], alone["mse"], rtol=1e-6)
-    one, all_ = (forecasting.errors(MODEL, params, w) for w in (windows, joint))  # variate by variate, window by window
+    one, all_ = (
+        forecasting.errors(MODEL, params, w) for w in (windows, joint)
+    )  # variate by variate, window by window
     np.testing.assert_allclose(all_.absolute.T.reshape(-1, 1), one.absolute, rtol=1e-4)
     np.testing.assert_array_equal(all_.variates.T.reshape(-1, 1), one.variates)
 
@@ -108,7 +116,10 @@ def test_refusals(split):
 
 def test_naive_forecasts_by_name():
     context = jnp.array([[[jnp.nan, 1.0, 2.0, 3.0, jnp.nan]]])
-    found = {name: naive.predict({}, context, 2).point[0, 0] for name, naive in naive_forecasts(2).items()}
+    found = {
+        name: naive.predict({}, context, 2).point[0, 0]
+        for name, naive in naive_forecasts(2).items()
+    }
     assert list(found) == ["last_value", "seasonal_naive", "mean"]
     np.testing.assert_allclose(found["last_value"], [3, 3])
     np.testing.assert_allclose(found["mean"], [2, 2])

@@ -27,7 +27,9 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Model):
-    """Answers `params["level"]` everywhere, and whatever it may see of the window when `params["peek"]` is 1."""
+    """Answers `params["level"]` everywhere; when `params["peek"]` is 1, what it may see of the
+    window.
+    """
 
     config: Sizes = Sizes()
     family: ClassVar[str] = "constant"
@@ -67,7 +69,9 @@ def test_whole_patches_are_hidden_at_the_rate_and_never_the_first(rate):
     assert patches[:, :, 0].all()
     assert 1 - visible.mean() == pytest.approx(rate * 7 / 8, rel=0.01)
     hidden = ~patches[..., 0]
-    np.testing.assert_allclose(hidden[:, :, 1:].mean(0), rate, atol=0.03)  # every later patch of every variate alike
+    np.testing.assert_allclose(
+        hidden[:, :, 1:].mean(0), rate, atol=0.03
+    )  # every later patch of every variate alike
     assert (hidden[:, 0] != hidden[:, 1]).any(), "the variates share one mask"
 
 
@@ -78,7 +82,9 @@ def test_a_window_must_be_whole_patches():
 
 
 def test_loss_is_the_mean_over_hidden_points_only():
-    """Truth 3 in the hidden patches (answer 1: error 4 each); anything at all in the visible ones changes nothing."""
+    """Truth 3 in the hidden patches (answer 1: error 4 each); anything at all in the visible ones
+    changes nothing.
+    """
     model, loss = Constant(), loss_of(Constant(), 0.5)
     params = {"level": jnp.float32(1), "peek": jnp.float32(0)}
     key = jax.random.key(3)
@@ -89,7 +95,9 @@ def test_loss_is_the_mean_over_hidden_points_only():
 
 
 def masks_of(model, key, batch, variates, rate):
-    """The masks that the loss draws from this key, seen from outside: where the error of a constant is scored."""
+    """The masks that the loss draws from this key, seen from outside: where the error of a constant
+    is scored.
+    """
     return np.asarray(_probe(model, np.ones((batch, variates, T), np.float32), key, rate)) == 0
 
 
@@ -100,7 +108,9 @@ def _probe(model, x, key, rate):
 
 
 def test_the_model_never_sees_a_hidden_value():
-    """A model that repeats its input answers 0 at every hidden point, so its error is the truth itself."""
+    """A model that repeats its input answers 0 at every hidden point, so its error is the truth
+    itself.
+    """
     loss = loss_of(Constant(), 0.5)
     params = {"level": jnp.float32(0), "peek": jnp.float32(1)}
     x = jnp.full((8, 2, T), 5.0)
@@ -138,7 +148,9 @@ def test_nothing_hidden_is_no_loss_and_a_clear_error_in_evaluation(noise):
     params = {"level": jnp.float32(1), "peek": jnp.float32(0)}
     x = jnp.zeros((2, 1, T))
     loss = loss_of(Constant(), 1e-9)
-    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, {"context": x}, jax.random.key(0), True)))(params)
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda p: loss(p, {"context": x}, jax.random.key(0), True))
+    )(params)
     assert float(value) == 0 and float(gradient["level"]) == 0
     with pytest.raises(ValueError, match="higher rate"):
         imputation.evaluate(Constant(), params, windows_of(noise), rate=1e-9)
@@ -156,13 +168,20 @@ def test_the_score_does_not_depend_on_the_batch_size(noise, batch_size):
 
 def test_the_score_pools_points_and_repeats(noise):
     """By hand, from the masks that a window of a split always has."""
-    windows, params = windows_of(noise, [0, 50, 208]), {"level": jnp.float32(0.1), "peek": jnp.float32(0)}
+    windows, params = (
+        windows_of(noise, [0, 50, 208]),
+        {"level": jnp.float32(0.1), "peek": jnp.float32(0)},
+    )
     value = {
-        split: imputation.evaluate(Constant(), params, windows, rate=0.4, split=split) for split in ("val", "test")
+        split: imputation.evaluate(Constant(), params, windows, rate=0.4, split=split)
+        for split in ("val", "test")
     }
     assert value["val"] == imputation.evaluate(Constant(), params, windows, rate=0.4, split="val")
     assert value["val"]["mse"] != value["test"]["mse"]
-    alone = [imputation.evaluate(Constant(), params, windows_of(noise, [0, 50, 208][:n]), rate=0.4) for n in (1, 2, 3)]
+    alone = [
+        imputation.evaluate(Constant(), params, windows_of(noise, [0, 50, 208][:n]), rate=0.4)
+        for n in (1, 2, 3)
+    ]
     squares = [a["mse"] * a["points"] for a in alone]
     assert alone[0]["points"] < alone[1]["points"] < alone[2]["points"] == value["test"]["points"]
     assert squares == sorted(squares)  # the masks of the first windows stay what they were
@@ -170,7 +189,12 @@ def test_the_score_pools_points_and_repeats(noise):
 
 
 def test_windows_are_counted_as_in_the_original():
-    series = Series("ETTh1", np.random.default_rng(0).normal(size=(7, 17420)), tuple("abcdefg"), benchmark="ETTh1")
+    series = Series(
+        "ETTh1",
+        np.random.default_rng(0).normal(size=(7, 17420)),
+        tuple("abcdefg"),
+        benchmark="ETTh1",
+    )
     splits = prepare(series, T, T, joint=True)
     assert (splits.train.n, splits.val.n, splits.test.n) == (8257, 2689, 2689)
     few = prepare(series, T, T, joint=True, few_shot=0.05).train
@@ -205,9 +229,13 @@ def test_pooled_metrics_are_those_of_the_originals_code(golden_dir):
         visible[..., :patch] = True
         # The original compares a token with the patch after it, or with its own.
         said = np.roll(y, patch, axis=2) if value["ims"] else y
-        error, scored = imputation.hidden_error(Says(), {"y": said}, x, visible, None, False, value["ims"])
+        error, scored = imputation.hidden_error(
+            Says(), {"y": said}, x, visible, None, False, value["ims"]
+        )
         error, scored = np.asarray(error, np.float64), np.asarray(scored)
-        assert scored.sum() == value["points"] and (~visible).mean() == pytest.approx(value["masked_share"])
+        assert scored.sum() == value["points"] and (~visible).mean() == pytest.approx(
+            value["masked_share"]
+        )
         assert np.square(error).sum() / scored.sum() == pytest.approx(value["mse"], rel=1e-6)
         assert np.abs(error).sum() / scored.sum() == pytest.approx(value["mae"], rel=1e-6)
 
@@ -233,7 +261,10 @@ def test_every_kind_hides_the_same_share_and_spares_the_first_patch(holes):
 def test_a_window_draws_one_of_several_kinds():
     task = imputation.Imputation(rate=0.5, holes=("patches", "outages"))
     assert task.options["holes"] == ("patches", "outages")
-    windows, params = windows_of(np.ones((1, 400))), {"level": jnp.float32(0), "peek": jnp.float32(0)}
+    windows, params = (
+        windows_of(np.ones((1, 400))),
+        {"level": jnp.float32(0), "peek": jnp.float32(0)},
+    )
     _, visible, _ = imputation.examples(Constant(), params, windows, np.arange(200), **task.options)
     hidden = (~visible[:, 0]).sum(-1)
     assert 20 < (hidden == T - P).sum() < 80 and len(set(hidden)) > 4
@@ -248,14 +279,19 @@ def test_rates_share_a_compilation():
     losses = [imputation.loss_fn(model, rate=rate) for rate in (0.125, 0.5)]
     assert jax.tree.structure(losses[0]) == jax.tree.structure(losses[1])
     value = jax.jit(lambda f, x: f(params, {"context": x}, jax.random.key(0), True))
-    assert [float(value(f, jnp.full((8, 2, T), 3.0))) for f in losses] == [4.0, 4.0] and value._cache_size() == 1
+    assert [float(value(f, jnp.full((8, 2, T), 3.0))) for f in losses] == [
+        4.0,
+        4.0,
+    ] and value._cache_size() == 1
 
 
 def test_an_anchored_fill_meets_its_neighbours():
     nan = np.nan
     x = jnp.array([nan, 1.0, nan, nan, 4.0, nan])
     constant = imputation.anchored(jnp.full(6, 9.0), x)
-    np.testing.assert_allclose(constant, [1, 1, 2, 3, 4, 4], rtol=1e-6)  # the straight line, its ends repeated
+    np.testing.assert_allclose(
+        constant, [1, 1, 2, 3, 4, 4], rtol=1e-6
+    )  # the straight line, its ends repeated
     shape = jnp.array([0.0, 1.0, 3.0, 2.0, 1.0, 5.0])
     np.testing.assert_allclose(imputation.anchored(shape, x), [0, 1, 4, 4, 4, 8], rtol=1e-6)
 
@@ -264,26 +300,37 @@ def test_fillers_without_a_model():
     nan = np.nan
     x = jnp.array([nan, 1.0, 2.0, nan, nan, 6.0, nan, nan])
     np.testing.assert_allclose(imputation.linear(x), [1, 1, 2, 10 / 3, 14 / 3, 6, 6, 6], rtol=1e-6)
-    # season 3: 0 from 3 or 6, unknown: linear; 3 from 0 or 6: linear; 4 from 1; 6: linear; 7 from 4, then 1
+    # season 3: 0 from 3 or 6, unknown: linear; 3 from 0 or 6: linear; 4 from 1; 6: linear; 7 from
+    # 4, then 1
     np.testing.assert_allclose(imputation.seasonal(x, 3), [1, 1, 2, 10 / 3, 1, 6, 6, 1], rtol=1e-6)
 
 
 class TestTimer:
-    model = Timer(TimerConfig.of(P, 16, 32, 1, 2, context_len=T, horizon=P, task="imputation", dropout=0.1))
+    model = Timer(
+        TimerConfig.of(P, 16, 32, 1, 2, context_len=T, horizon=P, task="imputation", dropout=0.1)
+    )
 
     @pytest.mark.parametrize("ims", [True, False])
     def test_it_follows_the_original_formula(self, ims, noise):
-        """The mean over hidden points of patches 2 to 8: token j - 1 predicts patch j, or token j itself."""
+        """The mean over hidden points of patches 2 to 8: token j - 1 predicts patch j, or token j
+        itself.
+        """
         params = jax.jit(self.model.init)(jax.random.key(0))
         x = jnp.asarray(noise[:, :T], jnp.float32)[None]
         visible = np.asarray(imputation.hole_mask(jax.random.key(5), T, 3, P, 0.5))[None]
-        score = jax.jit(lambda params: imputation.hidden_error(self.model, params, x, visible, None, False, ims))
+        score = jax.jit(
+            lambda params: imputation.hidden_error(self.model, params, x, visible, None, False, ims)
+        )
         error, scored = score(params)
-        tokens, _ = jax.jit(self.model.apply)(params, jnp.where(visible, x, 0), jnp.asarray(visible, jnp.float32))
+        tokens, _ = jax.jit(self.model.apply)(
+            params, jnp.where(visible, x, 0), jnp.asarray(visible, jnp.float32)
+        )
         prediction = tokens[..., :-P] if ims else tokens[..., P:]
         by_hand = np.asarray(prediction - x[..., P:])[~visible[..., P:]]
         assert scored.sum() == by_hand.size > 0
-        np.testing.assert_allclose(np.asarray(error)[np.asarray(scored)], by_hand, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(error)[np.asarray(scored)], by_hand, rtol=1e-5, atol=1e-5
+        )
 
     @pytest.mark.slow
     def test_it_learns(self, noise):
@@ -316,7 +363,9 @@ def test_the_runner_tunes_an_imputer():
     splits = prepare(Series("waves", values, ("a", "b")), 32, 32, joint=True)
     task = imputation.Imputation(rate=0.5)
     config = training.TrainConfig(epochs=3, batch_size=32, lr=3e-3, schedule="constant")
-    result = run(model, params, strategy("ff"), splits, task=task, config=config, show_progress=False)
+    result = run(
+        model, params, strategy("ff"), splits, task=task, config=config, show_progress=False
+    )
     before = imputation.evaluate(model, params, splits.test, rate=0.5, split="test")
     assert result.test["mse"] < 0.8 * before["mse"]
     assert result.val["mse"] == min(h["val_mse"] for h in result.history)
@@ -326,8 +375,12 @@ def test_the_runner_tunes_an_imputer():
     assert task.loss(model) is task.loss(Timer(model.config)), "equal models share a compilation"
 
     found = pruning.prune(
-        model, params, splits, pruning.PruneConfig(ratio=0.3, ema=0.5, epochs=1, batch_size=32), task=task,
+        model,
+        params,
+        splits,
+        pruning.PruneConfig(ratio=0.3, ema=0.5, epochs=1, batch_size=32),
+        task=task,
         show_progress=False,
-    )  # fmt: skip
+    )
     assert 0 < pruning.share_left(found.masks) < 1
     assert found.history[1]["val_mse"] == task.evaluate(model, found.pruned, splits)["mse"]

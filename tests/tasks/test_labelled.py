@@ -15,7 +15,9 @@ def nab(tmp_path, n=200, windows=((60, 69), (100, 104)), packed=True):
     stamps = pd.date_range("2014-07-01", periods=n, freq="30min")
     place = tmp_path / "realX"
     place.mkdir(exist_ok=True)
-    table = pd.DataFrame({"timestamp": stamps, "value": np.arange(n) % 7}).to_csv(index=False).encode()
+    table = (
+        pd.DataFrame({"timestamp": stamps, "value": np.arange(n) % 7}).to_csv(index=False).encode()
+    )
     path = place / ("a.csv.gz" if packed else "a.csv")
     path.write_bytes(gzip.compress(table) if packed else table)
     spans = [[f"{stamps[first]}.000000", f"{stamps[last]}.000000"] for first, last in windows]
@@ -79,7 +81,9 @@ def test_channels_in_the_form_of_smap(tmp_path):
         labelled.read_channels(tmp_path, ["X-9"])
 
 
-@pytest.mark.parametrize("spans", ["[]", "[[1]]", "[[1, 2", "open('x')", "[['a', 'b']]", "[[50, 80]]"])
+@pytest.mark.parametrize(
+    "spans", ["[]", "[[1]]", "[[1, 2", "open('x')", "[['a', 'b']]", "[[50, 80]]"]
+)
 def test_hostile_spans_are_refused(tmp_path, spans):
     smap(tmp_path, spans)
     with pytest.raises(ValueError):
@@ -112,7 +116,9 @@ def test_folders_of_several_archives(tmp_path):
         labelled.read_labelled([tmp_path / "absent"])
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(tmp_path, content):
     path = nab(tmp_path, packed=False)

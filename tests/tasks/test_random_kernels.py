@@ -31,7 +31,9 @@ def test_kernels_fit_the_series():
             length = kernel.weights.shape[1]
             assert n_steps + 2 * kernel.padding > (length - 1) * kernel.dilation
             np.testing.assert_allclose(kernel.weights.sum(axis=1), 0, atol=1e-12)
-        found = random_kernels.features(np.ones((2, 3, n_steps)), random_kernels.draw_kernels(0, 3, n_steps, 9))
+        found = random_kernels.features(
+            np.ones((2, 3, n_steps)), random_kernels.draw_kernels(0, 3, n_steps, 9)
+        )
         assert np.isfinite(found).all() and found.shape == (2, 18)
 
 

@@ -1,4 +1,5 @@
-"""100 steps on 8 forced CPU devices, and on meshes that change on the way; prints JSON. Run by test_stopping.
+"""100 steps on 8 forced CPU devices, and on meshes that change on the way; prints JSON. Run by
+test_stopping.
 
 python elastic_run.py folder
 """
@@ -26,7 +27,9 @@ RUNS = {  # (mesh or None for one device, devices, step after which SIGTERM stop
 def run(folder, legs):
     model, params, windows = sharded_runs.problem("timer")
     windows = windows.take(np.arange(38))  # batches of 8, the last one of 6: 5 steps an epoch
-    config = TrainConfig(epochs=20, batch_size=8, lr=1e-3, schedule="constant", steps_per_dispatch=1)
+    config = TrainConfig(
+        epochs=20, batch_size=8, lr=1e-3, schedule="constant", steps_per_dispatch=1
+    )
     config = config.filled({"weight_decay": 0.0, "clip": None}, seed=0)
     dispatch, found = loop.Fitting.dispatch, {"stops": [], "batches": [], "devices": []}
 
@@ -47,15 +50,26 @@ def run(folder, legs):
         loop.Fitting.dispatch = watched
         try:
             with hosts.session():
-                result = fit(model.loss, placed, windows, config=config, validate=validate, folder=folder,
-                             show_progress=False)  # fmt: skip
-            found["devices"] = len(result.last_params["layer_0"]["up"]["kernel"].sharding.device_set)
+                result = fit(
+                    model.loss,
+                    placed,
+                    windows,
+                    config=config,
+                    validate=validate,
+                    folder=folder,
+                    show_progress=False,
+                )
+            found["devices"] = len(
+                result.last_params["layer_0"]["up"]["kernel"].sharding.device_set
+            )
         except hosts.Stopped:
             found["stops"].append(max(int(p.name[5:]) for p in (folder / "checkpoints").iterdir()))
         finally:
             loop.Fitting.dispatch = dispatch
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return found | {name: [line[name] for line in lines if name in line] for name in ("loss", "val_mse")}
+    return found | {
+        name: [line[name] for line in lines if name in line] for name in ("loss", "val_mse")
+    }
 
 
 def hidden_error(mesh):
@@ -66,5 +80,7 @@ def hidden_error(mesh):
 
 if __name__ == "__main__":
     done = {name: run(Path(sys.argv[1]) / name, legs) for name, legs in RUNS.items()}
-    done["imputation"] = [hidden_error(mesh) for mesh in (None, sharding.make_mesh("data=2,fsdp=4"))]
+    done["imputation"] = [
+        hidden_error(mesh) for mesh in (None, sharding.make_mesh("data=2,fsdp=4"))
+    ]
     print(json.dumps(done))

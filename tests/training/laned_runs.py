@@ -6,7 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import test_lanes
@@ -59,7 +61,10 @@ def main():
     mesh = sharding.make_mesh("data=8")
     for mode in ("mapped", "batched"):
         placement = sharding.Placement(mesh)
-        jobs = [job | {"params": placement.replicate(job["params"])} for job in test_lanes.jobs_of(rates=(3e-3,))]
+        jobs = [
+            job | {"params": placement.replicate(job["params"])}
+            for job in test_lanes.jobs_of(rates=(3e-3,))
+        ]
         assert lanes.signature(jobs[0]) is not None
         before = lanes.advance._cache_size()
         outcomes = lanes._as_lanes(jobs, range(6), Over(mode, mesh), None, None)
@@ -70,8 +75,10 @@ def main():
             "compiled": compiled,
         }
         with tempfile.TemporaryDirectory() as folder:
-            stop = [job | {"params": placement.replicate(job["params"])} for job in
-                    test_lanes.jobs_of(rates=(3e-3,), **changes)]  # fmt: skip
+            stop = [
+                job | {"params": placement.replicate(job["params"])}
+                for job in test_lanes.jobs_of(rates=(3e-3,), **changes)
+            ]
             again = stopped_and_resumed(stop, mode, mesh, Path(folder) / "sweep")
         found[mode]["resumed"] = said(list(again.values()))["val"]
     print(json.dumps(found))

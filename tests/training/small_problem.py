@@ -1,4 +1,5 @@
-"""A problem that trains in a second; also a program, for a test to kill: `small_problem.py NAME FOLDER`.
+"""A problem that trains in a second; also a program, for a test to kill:
+`small_problem.py NAME FOLDER`.
 
 With several folders it is no more to be killed, and goes on with each of them.
 """
@@ -24,7 +25,9 @@ def series(n=300):
 
 
 def train_windows(values=None):
-    return windows_between(series() if values is None else values, 0, 200, CONTEXT, HORIZON, columns=("HUFL", "OT"))
+    return windows_between(
+        series() if values is None else values, 0, 200, CONTEXT, HORIZON, columns=("HUFL", "OT")
+    )
 
 
 def val_windows():
@@ -35,7 +38,10 @@ def init(seed=1):
     body, head = jax.random.split(jax.random.key(seed))
     return {
         "body": {"kernel": 0.2 * jax.random.normal(body, (CONTEXT, 16)), "bias": jnp.zeros(16)},
-        "head": {"kernel": 0.2 * jax.random.normal(head, (16, HORIZON)), "bias": jnp.zeros(HORIZON)},
+        "head": {
+            "kernel": 0.2 * jax.random.normal(head, (16, HORIZON)),
+            "bias": jnp.zeros(HORIZON),
+        },
     }
 
 
@@ -47,7 +53,9 @@ def predict(params, x, key=None):
 
 
 def loss(params, batch, key, train):
-    errors = jnp.square(predict(params, batch["context"], key if train else None) - batch["target"]).mean((1, 2))
+    errors = jnp.square(
+        predict(params, batch["context"], key if train else None) - batch["target"]
+    ).mean((1, 2))
     return (errors * batch["weight"]).sum() / batch["weight"].sum()
 
 
@@ -75,12 +83,18 @@ CONFIG = training.TrainConfig(  # 322 windows: 7 steps an epoch, the last one of
 def fit(params=None, source=None, *, loss_fn=loss, config=CONFIG, **kwargs):
     kwargs = {"validate": validate, "show_progress": False} | kwargs
     params = init() if params is None else params
-    return training.fit(loss_fn, params, train_windows() if source is None else source, config=config, **kwargs)
+    return training.fit(
+        loss_fn, params, train_windows() if source is None else source, config=config, **kwargs
+    )
 
 
 def main(name, folder, often=True):
-    """often: a checkpoint after every step, so that kills fall into writing as often as into training."""
-    config = dataclasses.replace(CONFIG, checkpoint_seconds=0, steps_per_dispatch=1) if often else CONFIG
+    """often: a checkpoint after every step, so that kills fall into writing as often as into
+    training.
+    """
+    config = (
+        dataclasses.replace(CONFIG, checkpoint_seconds=0, steps_per_dispatch=1) if often else CONFIG
+    )
     if name == "mlp":
         fit(config=config, folder=folder)
     else:

@@ -1,4 +1,6 @@
-"""Runs on disk: they go on with the same bits, and what is damaged or not theirs is refused by name."""
+"""Runs on disk: they go on with the same bits, and what is damaged or not theirs is refused by
+name.
+"""
 
 import dataclasses
 import errno
@@ -30,7 +32,9 @@ def assert_same_run(a: Path, b: Path):
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     (last_a,), (last_b,) = ((f / "checkpoints").iterdir() for f in (a, b))
     assert last_a.name == last_b.name
-    digests = [storage.read_record(last / "state" / "digests.json")["arrays"] for last in (last_a, last_b)]
+    digests = [
+        storage.read_record(last / "state" / "digests.json")["arrays"] for last in (last_a, last_b)
+    ]
     assert digests[0] == digests[1]
     assert {path.split("/")[0] for path in digests[0]} == {"params", "optimizer", "best"}
 
@@ -86,11 +90,16 @@ def test_the_folder_holds_what_was_asked_and_measured(undisturbed):
 
 
 def test_a_stopped_run_ends_with_the_same_bits(undisturbed, stopped):
-    result = problem.fit(folder=stopped)  # the time between checkpoints and the dispatch size may differ
+    result = problem.fit(
+        folder=stopped
+    )  # the time between checkpoints and the dispatch size may differ
     assert_same_run(undisturbed[0], stopped)
     jax.tree.map(np.testing.assert_array_equal, result.params, undisturbed[1].params)
     assert result.history == undisturbed[1].history
-    launches = [json.loads(s).get("launch_at_step") for s in (stopped / "timing.jsonl").read_text().splitlines()]
+    launches = [
+        json.loads(s).get("launch_at_step")
+        for s in (stopped / "timing.jsonl").read_text().splitlines()
+    ]
     assert [at for at in launches if at is not None] == [0, 17]
 
 
@@ -184,12 +193,16 @@ def test_a_config_that_is_gone_or_edited_is_named(stopped):
     file = stopped / "config.json"
     whole = file.read_text()
     file.unlink()
-    with pytest.raises(storage.DamagedError, match=r"config\.json is missing, although .* has checkpoints"):
+    with pytest.raises(
+        storage.DamagedError, match=r"config\.json is missing, although .* has checkpoints"
+    ):
         problem.fit(folder=stopped)
     # edited, and the same asked for: the checkpoints are of the run before it
     assert '"lr": 0.003' in whole
     file.write_text(whole.replace('"lr": 0.003', '"lr": 0.002'))
-    with pytest.raises(storage.DamagedError, match=r"config\.json was edited: checkpoint step_00000017 is of a run"):
+    with pytest.raises(
+        storage.DamagedError, match=r"config\.json was edited: checkpoint step_00000017 is of a run"
+    ):
         problem.fit(folder=stopped, config=dataclasses.replace(problem.CONFIG, lr=2e-3))
     file.write_text(whole)
     assert problem.fit(folder=stopped).steps == 28
@@ -198,28 +211,43 @@ def test_a_config_that_is_gone_or_edited_is_named(stopped):
 def test_stamps_are_part_of_the_data(tmp_path):
     def stamped(first):
         stamps = np.datetime64(first, "h") + np.arange(300) * np.timedelta64(1, "h")
-        return dataclasses.replace(problem.train_windows(), timestamps=stamps.astype("datetime64[ns]"))
+        return dataclasses.replace(
+            problem.train_windows(), timestamps=stamps.astype("datetime64[ns]")
+        )
 
     short = dataclasses.replace(problem.CONFIG, epochs=1)
     problem.fit(source=stamped("2024-01-01"), folder=tmp_path, config=short)
     problem.fit(source=stamped("2024-01-01"), folder=tmp_path, config=short)
-    with pytest.raises(ValueError, match=r"windows\.stamps_sha256: \w+ in the folder, \w+ asked for"):
+    with pytest.raises(
+        ValueError, match=r"windows\.stamps_sha256: \w+ in the folder, \w+ asked for"
+    ):
         problem.fit(source=stamped("2024-01-02"), folder=tmp_path, config=short)
-    with pytest.raises(ValueError, match=r"windows\.stamps_sha256: \w+ in the folder, absent asked for"):
+    with pytest.raises(
+        ValueError, match=r"windows\.stamps_sha256: \w+ in the folder, absent asked for"
+    ):
         problem.fit(folder=tmp_path, config=short)
 
 
 @pytest.mark.slow
 def test_a_write_that_fails_is_said_in_one_message(tmp_path):
-    """A limit on the size of files stands for a full disk: tensorstore fails in its threads, as it does there."""
+    """A limit on the size of files stands for a full disk: tensorstore fails in its threads, as it
+    does there.
+    """
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); "
         "import small_problem; small_problem.main('mlp', sys.argv[1])"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=environment, capture_output=True,
-                          text=True)  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert "Event loop is closed" not in done.stderr and "_SignalingThread" not in done.stderr
     said = done.stderr.rstrip().splitlines()[-2:]
@@ -229,7 +257,10 @@ def test_a_write_that_fails_is_said_in_one_message(tmp_path):
 
 def test_a_disk_without_room_is_seen_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 0))
-    with pytest.raises(training.WriteError, match=r"No space left on device: 0\.\d MB are to be written and 0\.0 MB"):
+    with pytest.raises(
+        training.WriteError,
+        match=r"No space left on device: 0\.\d MB are to be written and 0\.0 MB",
+    ):
         problem.fit(folder=tmp_path)
 
 
@@ -243,7 +274,9 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_with_one_folder_the_second_is_refused_and_loses_nothing_of_the_first(tmp_path, uninterrupted):
+def test_of_two_processes_with_one_folder_the_second_is_refused_and_loses_nothing_of_the_first(
+    tmp_path, uninterrupted
+):
     first = launch("mlp", tmp_path / "run")
     while first.poll() is None and not (tmp_path / "run" / "timing.jsonl").exists():
         time.sleep(0.01)
@@ -266,7 +299,9 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("harm", [flip, *(pytest.param(h, marks=pytest.mark.slow) for h in (cut, Path.unlink))])
+@pytest.mark.parametrize(
+    "harm", [flip, *(pytest.param(h, marks=pytest.mark.slow) for h in (cut, Path.unlink))]
+)
 def test_damage_to_any_file_of_the_newest_checkpoint_is_refused_by_name(stopped, harm):
     newest = checkpoints(stopped)[-1]
     files = [p for p in sorted(newest.rglob("*")) if p.is_file() and p.stat().st_size]
@@ -277,7 +312,10 @@ def test_damage_to_any_file_of_the_newest_checkpoint_is_refused_by_name(stopped,
         with pytest.raises(storage.DamagedError) as caught:
             problem.fit(folder=stopped)
         text = str(caught.value)
-        assert f"checkpoint {newest} is damaged; delete that folder to go on from step_00000016" in text
+        assert (
+            f"checkpoint {newest} is damaged; delete that folder to go on from step_00000016"
+            in text
+        )
         assert file.name in text
         file.write_bytes(whole)
 
@@ -293,9 +331,13 @@ def test_another_dtype_and_another_value_are_refused_by_path(stopped):
     state = checkpoints(stopped)[-2] / "state"
     shutil.rmtree(checkpoints(stopped)[-1])
     record = storage.read_record(state / "digests.json")
-    record["arrays"]["optimizer/0/mu/head/bias"]["sha256"] = "0" * 64  # as if Orbax had given back another value
+    record["arrays"]["optimizer/0/mu/head/bias"]["sha256"] = (
+        "0" * 64
+    )  # as if Orbax had given back another value
     storage.write_record(state / "digests.json", record)
-    with pytest.raises(storage.DamagedError, match="optimizer/0/mu/head/bias: the values differ") as caught:
+    with pytest.raises(
+        storage.DamagedError, match="optimizer/0/mu/head/bias: the values differ"
+    ) as caught:
         problem.fit(folder=stopped)
     assert "delete that folder to start the run again" in str(caught.value)
 
@@ -367,7 +409,10 @@ def test_a_checkpoint_right_after_lines_were_cut_off_knows_how_many_are_left(tmp
 
 def launch(name, folder):
     command = [sys.executable, str(Path(__file__).with_name("small_problem.py")), name, str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_PLATFORMS": "cpu",
+    }
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
 
 
@@ -390,7 +435,9 @@ def uninterrupted(tmp_path_factory):
 
 
 def kill_and_resume(name, folder, undisturbed, kills, seed):
-    """Run to the end in fresh processes, `kills` of them killed at random moments, in as many folders as that takes."""
+    """Run to the end in fresh processes, `kills` of them killed at random moments, in as many
+    folders as that takes.
+    """
     chance, landed, runs = random.Random(seed), 0, 0
     while landed < kills:
         run = folder / str(runs)

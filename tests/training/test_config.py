@@ -24,10 +24,13 @@ RECIPE = {
 
 @pytest.mark.parametrize("value", [1.5, 2.0, True, np.True_, "3", 0, -1, math.nan, math.inf, [1]])
 @pytest.mark.parametrize(
-    "name", ["epochs", "batch_size", "patience", "keep_checkpoints", "accumulate", "steps_per_dispatch"]
+    "name",
+    ["epochs", "batch_size", "patience", "keep_checkpoints", "accumulate", "steps_per_dispatch"],
 )
 def test_counts_are_whole_numbers_from_one_on(name, value):
-    with pytest.raises(ValueError, match=rf"TrainConfig: {name} must be a whole number .*, got ") as caught:
+    with pytest.raises(
+        ValueError, match=rf"TrainConfig: {name} must be a whole number .*, got "
+    ) as caught:
         TrainConfig(**{name: value})
     assert repr(value) in str(caught.value)
 
@@ -43,7 +46,8 @@ def test_amounts_are_real_numbers_in_range(name, value):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"lr": 0}, {"clip": 0.0}, {"lr": math.inf}, {"weight_decay": math.inf}, {"warmup": 1}]
+    "changes",
+    [{"lr": 0}, {"clip": 0.0}, {"lr": math.inf}, {"weight_decay": math.inf}, {"warmup": 1}],
 )
 def test_a_zero_never_means_the_default_and_infinity_only_no_limit(changes):
     with pytest.raises(ValueError, match=f"{next(iter(changes))} must be"):
@@ -68,7 +72,11 @@ def test_all_that_is_wrong_is_said_at_once_and_shortly():
 
 def test_numbers_of_numpy_become_those_of_python():
     config = TrainConfig(
-        epochs=np.int64(3), lr=np.float32(0.5), seed=np.uint32(7), clip=np.float64(1), accumulate=np.int8(2)
+        epochs=np.int64(3),
+        lr=np.float32(0.5),
+        seed=np.uint32(7),
+        clip=np.float64(1),
+        accumulate=np.int8(2),
     )
     assert config == TrainConfig(epochs=3, lr=0.5, seed=7, clip=1.0, accumulate=2)
     json.dumps(dataclasses.asdict(config))
@@ -80,9 +88,15 @@ def test_an_override_changes_what_it_names_and_the_recipe_says_the_rest():
     assert config.unfilled == ()
     model = FAMILIES["timer"](FAMILIES["timer"].small())
     recipe, filled = model.recipe(), TrainConfig(epochs=1).filled(model.recipe(), seed=0)
-    assert (filled.batch_size, filled.lr, filled.schedule) == (recipe.batch_size, recipe.lr, recipe.schedule)
+    assert (filled.batch_size, filled.lr, filled.schedule) == (
+        recipe.batch_size,
+        recipe.lr,
+        recipe.schedule,
+    )
     assert filled.epochs == 1 != recipe.epochs
-    assert TrainConfig(batch_size=5).filled(RECIPE).filled(RECIPE | {"epochs": 9}).epochs == 7  # filled once
+    assert (
+        TrainConfig(batch_size=5).filled(RECIPE).filled(RECIPE | {"epochs": 9}).epochs == 7
+    )  # filled once
 
 
 def test_a_recipe_without_a_limit_fills_it_and_a_config_can_lift_that_of_a_recipe():
@@ -90,8 +104,12 @@ def test_a_recipe_without_a_limit_fills_it_and_a_config_can_lift_that_of_a_recip
     assert unlimited.clip == math.inf and unlimited.unfilled == ()
     assert TrainConfig(clip=math.inf).filled(RECIPE).clip == math.inf
     assert TrainConfig().filled(RECIPE).clip == 2.0
-    assert json.loads(json.dumps(unlimited.record()))["clip"] is None  # as folders have always had it
-    assert len(training.adam(clip=math.inf).init({"a": np.ones(1)})) == len(training.adam().init({"a": np.ones(1)}))
+    assert (
+        json.loads(json.dumps(unlimited.record()))["clip"] is None
+    )  # as folders have always had it
+    assert len(training.adam(clip=math.inf).init({"a": np.ones(1)})) == len(
+        training.adam().init({"a": np.ones(1)})
+    )
 
 
 def test_recipes_are_checked_like_configs():
@@ -102,14 +120,20 @@ def test_recipes_are_checked_like_configs():
 
 
 def test_two_seeds_are_refused():
-    assert TrainConfig(seed=4).filled(RECIPE, seed=4).seed == TrainConfig(seed=4).filled(RECIPE).seed == 4
+    assert (
+        TrainConfig(seed=4).filled(RECIPE, seed=4).seed
+        == TrainConfig(seed=4).filled(RECIPE).seed
+        == 4
+    )
     with pytest.raises(ValueError, match="seed=0 is asked for, and the config says seed=4"):
         TrainConfig(seed=4).filled(RECIPE, seed=0)
 
 
 def test_what_nobody_has_said_is_named_and_the_advice_works():
     config = TrainConfig(epochs=1, batch_size=48)
-    with pytest.raises(ValueError, match="does not say lr, schedule, weight_decay, clip, seed: give them") as caught:
+    with pytest.raises(
+        ValueError, match="does not say lr, schedule, weight_decay, clip, seed: give them"
+    ) as caught:
         problem.fit(config=config)
     assert "config.filled(model.recipe(), seed=0)" in str(caught.value)
     model = FAMILIES["timer"](FAMILIES["timer"].small())
@@ -118,7 +142,9 @@ def test_what_nobody_has_said_is_named_and_the_advice_works():
         step.trace_step(problem.loss, problem.init(), problem.train_windows(), config=TrainConfig())
 
 
-@pytest.mark.parametrize("betas", [(0.9,), (0.9, 1.0), (0.9, -0.1), "0.9", 0.9, None, (0.9, 0.99, 0.999)])
+@pytest.mark.parametrize(
+    "betas", [(0.9,), (0.9, 1.0), (0.9, -0.1), "0.9", 0.9, None, (0.9, 0.99, 0.999)]
+)
 def test_betas_are_two_shares(betas):
     with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\)"):
         TrainConfig(betas=betas)
@@ -126,7 +152,8 @@ def test_betas_are_two_shares(betas):
 
 def test_the_optimizer_is_checked_and_recorded_only_where_it_is_not_that_of_before():
     with pytest.raises(
-        ValueError, match="optimizer must be one of adamw, adam, sgd, got 'lion'; eps must be a positive"
+        ValueError,
+        match="optimizer must be one of adamw, adam, sgd, got 'lion'; eps must be a positive",
     ):
         TrainConfig(optimizer="lion", eps=0)
     plain = TrainConfig().filled(RECIPE, seed=0).record()

@@ -40,7 +40,12 @@ def jobs_of(folder=None, alphas=ALPHAS, seeds=SEEDS, rates=RATES, **changes):
                 config = dataclasses.replace(
                     problem.CONFIG, seed=seed, lr=lr, patience=1, schedule="constant", **changes
                 )
-                job = {"loss_fn": problem.loss, "params": start, "train_source": SOURCE, "config": config}
+                job = {
+                    "loss_fn": problem.loss,
+                    "params": start,
+                    "train_source": SOURCE,
+                    "config": config,
+                }
                 job |= {"validate": validate, "label": name, "show_progress": False}
                 found.append(job | {"folder": folder and folder / name})
     return found
@@ -66,7 +71,9 @@ def assert_same(found, wanted):
     for a, b in zip(found, wanted, strict=True):
         assert a.history == b.history
         assert (a.best_epoch, a.steps) == (b.best_epoch, b.steps)
-        jax.tree.map(np.testing.assert_array_equal, (a.params, a.last_params), (b.params, b.last_params))
+        jax.tree.map(
+            np.testing.assert_array_equal, (a.params, a.last_params), (b.params, b.last_params)
+        )
 
 
 def assert_close(found, wanted):
@@ -80,7 +87,7 @@ def assert_close(found, wanted):
         jax.tree.map(near, (a.params, a.last_params), (b.params, b.last_params))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the same results
 
 
@@ -101,7 +108,9 @@ def test_lanes_of_one_seed_share_the_order_and_the_dropout(separate, way):
     assert_close(lanes.fit([jobs_of()[i] for i in few]), [separate[i] for i in few])
     sweep = lanes.Sweep(jobs_of(seeds=(0,)), lanes.Over("batched"))
     sweep.begin_epoch(0)
-    assert sweep.turn.which == (False, False, True), "key and order are held once, rates are a lane's own"
+    assert sweep.turn.which == (False, False, True), (
+        "key and order are held once, rates are a lane's own"
+    )
 
 
 def test_penalties_and_frozen_leaves_of_a_lane_are_its_own(way):
@@ -116,7 +125,9 @@ def test_penalties_and_frozen_leaves_of_a_lane_are_its_own(way):
     assert lanes.signature(jobs[0]) == lanes.signature(jobs[1])
     found = lanes.fit(jobs)
     assert_same(found, lanes.fit(jobs, lanes="off"))
-    np.testing.assert_array_equal(found[1].params["body"]["kernel"], problem.init(2)["body"]["kernel"])
+    np.testing.assert_array_equal(
+        found[1].params["body"]["kernel"], problem.init(2)["body"]["kernel"]
+    )
 
 
 def _pull(start, weight, params):
@@ -145,7 +156,9 @@ def test_a_lane_that_is_not_finite_ends_alone(separate, way, mode):
 def on_devices():
     """What lanes over eight devices give, by mode, as `laned_runs.py` prints it."""
     script = Path(__file__).with_name("laned_runs.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -162,7 +175,7 @@ def test_lanes_over_devices_are_separate_runs(on_devices, mode):
     np.testing.assert_allclose(found["resumed"], found["val"], rtol=0 if mode == "mapped" else 2e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what may be a lane, and which way is taken
 
 
@@ -170,9 +183,21 @@ def test_runs_that_differ_in_more_than_numbers_are_no_lanes_of_one_program():
     job = jobs_of()[0]
     own = lanes.signature(job)
     config = job["config"]
-    for changes in ({"lr": 1.0}, {"seed": 5}, {"schedule": "cosine"}, {"patience": None}, {"warmup": 0.1}):
+    for changes in (
+        {"lr": 1.0},
+        {"seed": 5},
+        {"schedule": "cosine"},
+        {"patience": None},
+        {"warmup": 0.1},
+    ):
         assert lanes.signature(job | {"config": dataclasses.replace(config, **changes)}) == own
-    for changes in ({"epochs": 9}, {"batch_size": 5}, {"clip": 1.0}, {"rho": 0.1}, {"weight_decay": 0.1}):
+    for changes in (
+        {"epochs": 9},
+        {"batch_size": 5},
+        {"clip": 1.0},
+        {"rho": 0.1},
+        {"weight_decay": 0.1},
+    ):
         other = lanes.signature(job | {"config": dataclasses.replace(config, **changes)})
         assert other is not None and other != own
     assert lanes.signature(job | {"loss_fn": problem.dry_loss}) != own
@@ -202,10 +227,20 @@ class Clockwork:
 @pytest.mark.parametrize(
     "seconds, compiled, wanted, says",
     [
-        ({"batched": 0.004}, 1.0, "batched", "6 lanes, batched: 0.40x the time of one after the other"),
+        (
+            {"batched": 0.004},
+            1.0,
+            "batched",
+            "6 lanes, batched: 0.40x the time of one after the other",
+        ),
         ({"mapped": 0.009, "batched": 0.0085}, 1.0, "mapped", "6 lanes, mapped: 0.90x"),
         ({"mapped": 0.009, "batched": 0.014}, 1.0, "mapped", "6 lanes, mapped: 0.90x"),
-        ({"mapped": 0.010, "batched": 0.011}, 1.0, "separate", "would take batched 1.10x, mapped 1.00x the time"),
+        (
+            {"mapped": 0.010, "batched": 0.011},
+            1.0,
+            "separate",
+            "would take batched 1.10x, mapped 1.00x the time",
+        ),
         ({"mapped": 0.001, "batched": 0.001}, 9.0, "separate", "too short to find out"),
         ({}, 1.0, "separate", "a step of one keeps the processor busy for 0.10 s"),
     ],
@@ -216,7 +251,14 @@ def test_the_quickest_way_is_taken_and_said(monkeypatch, seconds, compiled, want
 
     def timed(work, lanes):
         mode = getattr(getattr(work, "over", None), "mode", None)
-        made.append(Clockwork(seconds[mode] if mode else (0.010 if seconds else 0.10), lanes, compiled, total=10_000))
+        made.append(
+            Clockwork(
+                seconds[mode] if mode else (0.010 if seconds else 0.10),
+                lanes,
+                compiled,
+                total=10_000,
+            )
+        )
         return made[-1]
 
     assert "too short" in lanes.choose(jobs_of(rates=(3e-3,))).why  # a few steps: nothing is timed
@@ -242,12 +284,14 @@ def test_memory_limits_the_lanes_of_one_program(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 300_000)
     some = lanes.choose(jobs, "on")
     assert 2 <= some.most < len(jobs)
-    assert lanes._room(jobs, lanes.Over("batched"), False) < lanes._room(jobs, lanes.Over("mapped"), False)
+    assert lanes._room(jobs, lanes.Over("batched"), False) < lanes._room(
+        jobs, lanes.Over("mapped"), False
+    )
     monkeypatch.setattr(memory, "available", lambda: 40_000)
     assert lanes.choose(jobs).way == "separate"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # on disk
 
 
@@ -287,7 +331,11 @@ def test_each_lane_leaves_the_run_folder_of_its_separate_run(alone_on_disk, way,
 
 
 @pytest.mark.parametrize(
-    "where", ["in the middle of an epoch", pytest.param("between two lanes handed out", marks=pytest.mark.slow)]
+    "where",
+    [
+        "in the middle of an epoch",
+        pytest.param("between two lanes handed out", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_sweep_goes_on_to_the_same_bits(alone_on_disk, way, tmp_path, monkeypatch, where):
     way("mapped")

@@ -1,4 +1,6 @@
-"""The loop against one written out step by step, and its promises: same bits, frozen leaves, best epoch, errors."""
+"""The loop against one written out step by step, and its promises: same bits, frozen leaves, best
+epoch, errors.
+"""
 
 import dataclasses
 import itertools
@@ -20,14 +22,18 @@ def assert_same_bits(a, b):
 
 
 def written_out(params, source, config, penalty=None, weight=0.0):
-    """Training as one would explain it: no jit of several steps, no weights, the last batch just shorter."""
+    """Training as one would explain it: no jit of several steps, no weights, the last batch just
+    shorter.
+    """
     moments = jax.tree.map(lambda p: (np.zeros(p.shape), np.zeros(p.shape)), params)
     keys, t, losses = training.keys(config.seed), 0, []
     for epoch in range(config.epochs):
         order = np.asarray(windows.epoch_order(keys["data"], epoch, source.n))
         lr = config.lr * 0.5 ** max(epoch + 1 - 2, 0)
         for batch in (
-            itertools.batched(order, config.batch_size) if hasattr(itertools, "batched") else _batched(order, config)
+            itertools.batched(order, config.batch_size)
+            if hasattr(itertools, "batched")
+            else _batched(order, config)
         ):
             rows = source.gather(jnp.asarray(batch))
 
@@ -40,7 +46,10 @@ def written_out(params, source, config, penalty=None, weight=0.0):
             t += 1
 
             def step(p, g, mv, t=t, lr=lr):
-                m, v = 0.9 * mv[0] + 0.1 * np.asarray(g), 0.999 * mv[1] + 0.001 * np.square(np.asarray(g))
+                m, v = (
+                    0.9 * mv[0] + 0.1 * np.asarray(g),
+                    0.999 * mv[1] + 0.001 * np.square(np.asarray(g)),
+                )
                 update = lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
                 return jnp.asarray(p - update, jnp.float32), (m, v)
 
@@ -56,18 +65,30 @@ def _batched(order, config):
 
 
 def pull(strength, start, params):
-    return strength / 2 * sum(jnp.square(p - s).sum() for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(start)))
+    return (
+        strength
+        / 2
+        * sum(
+            jnp.square(p - s).sum() for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(start))
+        )
+    )
 
 
 @pytest.mark.parametrize("pulled", [False, True])
 def test_fit_is_the_loop_one_would_write(pulled):
     config = dataclasses.replace(problem.CONFIG, epochs=3)
     start, source = problem.init(), problem.train_windows()
-    assert source.n % config.batch_size  # the last batch is partial: it must count as the plain mean of its rows
+    assert (
+        source.n % config.batch_size
+    )  # the last batch is partial: it must count as the plain mean of its rows
     penalty = jax.tree_util.Partial(pull, 0.1, start) if pulled else None
     expected, losses = written_out(start, source, config, penalty)
-    result = problem.fit(start, source, loss_fn=problem.dry_loss, config=config, validate=None, penalty=penalty)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result.params, expected)
+    result = problem.fit(
+        start, source, loss_fn=problem.dry_loss, config=config, validate=None, penalty=penalty
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result.params, expected
+    )
     sizes = np.minimum(config.batch_size, source.n - config.batch_size * np.arange(7))
     means = (np.reshape(losses, (3, 7)) * sizes).sum(1) / source.n
     np.testing.assert_allclose([row["train_loss"] for row in result.history], means, rtol=1e-4)
@@ -80,7 +101,8 @@ def test_fit_is_the_loop_one_would_write(pulled):
 
 def test_dispatch_size_does_not_change_a_bit():
     results = [
-        problem.fit(config=dataclasses.replace(problem.CONFIG, steps_per_dispatch=k)) for k in (1, 3, 7, 4096, None)
+        problem.fit(config=dataclasses.replace(problem.CONFIG, steps_per_dispatch=k))
+        for k in (1, 3, 7, 4096, None)
     ]
     for other in results[1:]:
         assert_same_bits(results[0].params, other.params)
@@ -165,15 +187,20 @@ def test_one_compilation_serves_every_epoch_count_rate_and_dispatch():
     problem.fit(loss_fn=counted, config=dataclasses.replace(problem.CONFIG, epochs=1))
     first = len(traces)
     problem.fit(
-        loss_fn=counted, config=dataclasses.replace(problem.CONFIG, epochs=5, lr=1e-4, schedule="cosine", seed=3)
+        loss_fn=counted,
+        config=dataclasses.replace(problem.CONFIG, epochs=5, lr=1e-4, schedule="cosine", seed=3),
     )
-    problem.fit(loss_fn=counted, config=dataclasses.replace(problem.CONFIG, epochs=2, steps_per_dispatch=2))
+    problem.fit(
+        loss_fn=counted, config=dataclasses.replace(problem.CONFIG, epochs=2, steps_per_dispatch=2)
+    )
     assert len(traces) == first
 
 
 def test_weights_that_are_put_somewhere_only_in_part_are_no_second_compilation():
     params = problem.init()
-    params["head"] = jax.device_put(params["head"], jax.devices()[0])  # as what is loaded; the rest as what is drawn
+    params["head"] = jax.device_put(
+        params["head"], jax.devices()[0]
+    )  # as what is loaded; the rest as what is drawn
     assert {leaf.committed for leaf in jax.tree.leaves(params)} == {True, False}
 
     def fresh(params, batch, key, train):  # nobody has compiled for it yet
@@ -191,7 +218,8 @@ def test_a_batch_larger_than_the_data_is_the_data():
     result = problem.fit(source=small)
     assert result.steps == 4
     assert_same_bits(
-        result.params, problem.fit(source=small, config=dataclasses.replace(problem.CONFIG, batch_size=10)).params
+        result.params,
+        problem.fit(source=small, config=dataclasses.replace(problem.CONFIG, batch_size=10)).params,
     )
 
 
@@ -212,7 +240,9 @@ def test_a_bad_window_stops_the_run_and_is_named(tmp_path):
 @pytest.mark.slow
 def test_a_huge_value_is_named_and_the_last_good_checkpoint_kept(tmp_path):
     values = problem.series()
-    config = dataclasses.replace(problem.CONFIG, batch_size=4, checkpoint_seconds=0, steps_per_dispatch=1)
+    config = dataclasses.replace(
+        problem.CONFIG, batch_size=4, checkpoint_seconds=0, steps_per_dispatch=1
+    )
     values[0, 199] = 1e30  # the target of one window alone
     with pytest.raises(training.NonFiniteError) as caught:
         problem.fit(source=problem.train_windows(values), folder=tmp_path, config=config)
@@ -228,7 +258,9 @@ def test_a_huge_value_is_named_and_the_last_good_checkpoint_kept(tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_caught_before_it_reaches_the_weights():
     def kink(params, batch, key, train):  # finite loss, gradient 0 * inf
-        return problem.loss(params, batch, key, train) + jnp.sqrt(jnp.square(params["head"]["bias"] * 0).sum())
+        return problem.loss(params, batch, key, train) + jnp.sqrt(
+            jnp.square(params["head"]["bias"] * 0).sum()
+        )
 
     with pytest.raises(training.NonFiniteError) as caught:
         problem.fit(loss_fn=kink)
@@ -239,12 +271,16 @@ def test_a_gradient_that_is_not_finite_is_caught_before_it_reaches_the_weights()
 def test_bad_weights_are_named():
     start = problem.init()
     start["body"]["kernel"] = start["body"]["kernel"].at[0, 0].set(jnp.nan)
-    with pytest.raises(training.NonFiniteError, match="parameters: not finite in 1 of 4: body/kernel"):
+    with pytest.raises(
+        training.NonFiniteError, match="parameters: not finite in 1 of 4: body/kernel"
+    ):
         problem.fit(start)
 
 
 def test_a_validation_error_that_is_not_finite_stops_the_run():
-    with pytest.raises(training.NonFiniteError, match=r"validation after epoch 2 \(step 14\) gives mse nan"):
+    with pytest.raises(
+        training.NonFiniteError, match=r"validation after epoch 2 \(step 14\) gives mse nan"
+    ):
         problem.fit(validate=scripted([1.0, float("nan")]))
 
 
@@ -269,13 +305,18 @@ def test_a_run_that_does_not_fit_names_the_batch_that_does(monkeypatch):
     assert parts == next(n for n in range(2, 301) if 300 % n == 0 and 300 // n <= fits)
     problem.fit(config=dataclasses.replace(big, accumulate=parts, epochs=1))
     with pytest.raises(ValueError, match="is available"):
-        problem.fit(config=dataclasses.replace(big, accumulate=max(n for n in range(1, parts) if 300 % n == 0)))
+        problem.fit(
+            config=dataclasses.replace(
+                big, accumulate=max(n for n in range(1, parts) if 300 % n == 0)
+            )
+        )
 
 
 def test_where_no_batch_fits_the_advice_names_none(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1000)
     with pytest.raises(
-        ValueError, match=r"is available: train fewer parameters \(trainable\), or take a smaller model"
+        ValueError,
+        match=r"is available: train fewer parameters \(trainable\), or take a smaller model",
     ):
         problem.fit()
 
@@ -294,7 +335,9 @@ def test_compilation_is_counted_apart_and_once():
 
 
 def test_a_run_of_more_steps_than_can_be_counted_is_refused():
-    with pytest.raises(ValueError, match="2147483648 epochs of 7 steps are more than 2147483647 steps"):
+    with pytest.raises(
+        ValueError, match="2147483648 epochs of 7 steps are more than 2147483647 steps"
+    ):
         problem.fit(config=dataclasses.replace(problem.CONFIG, epochs=2**31))
 
 

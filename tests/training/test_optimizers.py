@@ -10,21 +10,36 @@ from ltsm_jax.training.optimizers import Rule
 
 
 def per_epoch(name, epochs, steps_per_epoch=3, **kwargs):
-    rates = schedule(name, 3e-5, epochs, steps_per_epoch, **kwargs)(np.arange(epochs * steps_per_epoch))
+    rates = schedule(name, 3e-5, epochs, steps_per_epoch, **kwargs)(
+        np.arange(epochs * steps_per_epoch)
+    )
     rows = rates.reshape(epochs, steps_per_epoch)
     return rows[:, 0], rows
 
 
 def test_halving_is_the_list_of_the_release():
     first, rows = per_epoch("halving", 10)
-    expected = [3e-5, 3e-5, 1.5e-5, 7.5e-6, 3.75e-6, 1.875e-6, 9.375e-7, 4.6875e-7, 2.34375e-7, 1.171875e-7]
+    expected = [
+        3e-5,
+        3e-5,
+        1.5e-5,
+        7.5e-6,
+        3.75e-6,
+        1.875e-6,
+        9.375e-7,
+        4.6875e-7,
+        2.34375e-7,
+        1.171875e-7,
+    ]
     np.testing.assert_allclose(first, expected, rtol=1e-12)
     assert (rows == first[:, None]).all()  # constant within an epoch
 
 
 def test_timer_is_flat_for_five_epochs_and_then_falls_by_a_tenth():
     first, _ = per_epoch("timer", 8)
-    np.testing.assert_allclose(first, 3e-5 * np.array([1, 1, 1, 1, 1, 0.9, 0.81, 0.729]), rtol=1e-12)
+    np.testing.assert_allclose(
+        first, 3e-5 * np.array([1, 1, 1, 1, 1, 0.9, 0.81, 0.729]), rtol=1e-12
+    )
 
 
 def test_cosine_falls_from_the_rate_to_nearly_nothing():
@@ -79,7 +94,9 @@ def test_adam_follows_the_formula(weight_decay):
     for g in grads:
         direction, state = tx.update(jnp.asarray(g), state, params)
         params = params - 0.01 * direction
-    np.testing.assert_allclose(params, adam_by_hand(start, grads, 0.01, weight_decay), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        params, adam_by_hand(start, grads, 0.01, weight_decay), rtol=2e-5, atol=2e-6
+    )
 
 
 def test_clip_bounds_the_norm_of_the_gradient_before_the_moments():
@@ -106,7 +123,9 @@ def after(rule, start, grads, lr):
 
 
 def by_hand(name, start, grads, lr, decay, betas, eps):
-    """torch.optim.Adam (decay in the gradient), AdamW and SGD with momentum, written out in float64."""
+    """torch.optim.Adam (decay in the gradient), AdamW and SGD with momentum, written out in
+    float64.
+    """
     p, m, v = start.astype(np.float64), 0.0, 0.0
     for t, g in enumerate(grads.astype(np.float64), 1):
         if name != "adamw":
@@ -130,12 +149,17 @@ def test_each_optimizer_follows_its_formula_with_its_own_betas_and_eps(name):
     grads = rng.standard_normal((6, 20)).astype(np.float32)
     rule = Rule(name, weight_decay=0.3, betas=(0.8, 0.95), eps=0.1)
     found = after(rule, start, grads, 0.02)
-    np.testing.assert_allclose(found, by_hand(name, start, grads, 0.02, 0.3, (0.8, 0.95), 0.1), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        found, by_hand(name, start, grads, 0.02, 0.3, (0.8, 0.95), 0.1), rtol=2e-5, atol=2e-6
+    )
 
 
 def test_the_default_rule_is_that_of_before_bit_for_bit_and_an_unknown_name_is_refused():
     rng = np.random.default_rng(2)
-    start, grads = rng.standard_normal(20).astype(np.float32), rng.standard_normal((3, 20)).astype(np.float32)
+    start, grads = (
+        rng.standard_normal(20).astype(np.float32),
+        rng.standard_normal((3, 20)).astype(np.float32),
+    )
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.float32),

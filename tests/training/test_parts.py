@@ -31,7 +31,9 @@ def test_the_number_brings_a_part_to_the_size_aimed_at():
     mb = 2**20
     assert parts.number_of(2048, 64 * mb, 8 * mb) == 1
     assert parts.number_of(2048, 1900 * mb, 8 * mb) == 32
-    assert parts.number_of(256, 3200 * mb, 270 * mb) == 4  # adding gradients of a large model costs more
+    assert (
+        parts.number_of(256, 3200 * mb, 270 * mb) == 4
+    )  # adding gradients of a large model costs more
     assert parts.number_of(64, 800 * mb, 270 * mb) == 1
     assert parts.number_of(96, 1900 * mb, 8 * mb) == 32  # of 24, 32 and 48
     assert parts.number_of(2003, 1900 * mb, 8 * mb) == 1  # a prime: one row a part is no choice
@@ -41,7 +43,9 @@ def settled(config, source=None) -> Any:
     params = problem.init()
     source = problem.train_windows() if source is None else source
     loss, key = step.as_pytree(problem.dry_loss), jax.random.key(0)
-    return parts.settled(config, params, jax.tree.map(lambda _: None, params), source, loss, key, on_mesh=False)
+    return parts.settled(
+        config, params, jax.tree.map(lambda _: None, params), source, loss, key, on_mesh=False
+    )
 
 
 def test_a_number_that_was_said_stays(small_parts):
@@ -78,14 +82,20 @@ def test_a_run_records_its_parts_and_goes_on_with_them(small_parts, monkeypatch,
 
 
 def test_a_loss_that_is_no_mean_over_rows_takes_the_whole_batch():
-    series = Series("noise", np.random.default_rng(0).normal(size=(1, 400)), ("y",), None, "h", None)
+    series = Series(
+        "noise", np.random.default_rng(0).normal(size=(1, 400)), ("y",), None, "h", None
+    )
     for model, wanted in ((Timer(Timer.small()), "auto"), (TimeMoe(TimeMoe.small()), 1)):
         params = model.init(jax.random.key(0))
         data = prepare(series, model.context_len, model.horizon)
-        running = Running(model, params, strategy("ff"), data, config=TrainConfig(accumulate="auto"))
+        running = Running(
+            model, params, strategy("ff"), data, config=TrainConfig(accumulate="auto")
+        )
         assert running.config.accumulate == wanted
 
 
 def test_a_step_cannot_be_traced_with_open_parts():
     with pytest.raises(ValueError, match="say a number of parts"):
-        step.trace_step(problem.dry_loss, jax.eval_shape(problem.init), problem.train_windows(), config=AUTO)
+        step.trace_step(
+            problem.dry_loss, jax.eval_shape(problem.init), problem.train_windows(), config=AUTO
+        )

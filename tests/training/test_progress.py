@@ -29,7 +29,10 @@ def test_one_run(clock, capsys):
 
 def test_several_runs_say_when_all_of_them_are_done(clock, capsys):
     with progress.part(1, 3):
-        assert said(clock, capsys) == "ff (1 of 3): step 11/40  epoch 2/4  8 windows/s  all in 109 s  29 s left"
+        assert (
+            said(clock, capsys)
+            == "ff (1 of 3): step 11/40  epoch 2/4  8 windows/s  all in 109 s  29 s left"
+        )
     with progress.part(3, 3):
         assert said(clock, capsys) == "ff (3 of 3): step 11/40  epoch 2/4  8 windows/s  29 s left"
     assert said(clock, capsys).startswith("ff: step")

@@ -1,4 +1,6 @@
-"""Gradients taken uphill (SAM) and averages of weights (EMA, SWA), against the same written out step by step."""
+"""Gradients taken uphill (SAM) and averages of weights (EMA, SWA), against the same written out
+step by step.
+"""
 
 import dataclasses
 import functools
@@ -30,7 +32,9 @@ def mean_loss(moving, frozen, rows):
 
 @functools.cache
 def written_out(rho=0.0):
-    """The weights after every step of SHORT with the body frozen; the last batch is just shorter."""
+    """The weights after every step of SHORT with the body frozen; the last batch is
+    just shorter.
+    """
     source, keys, tx = problem.train_windows(), training.keys(0), training.adam()
     moving, frozen = trees.partition(problem.init(), HEAD)
     state, passed = tx.init(moving), []
@@ -71,7 +75,9 @@ def test_uphill_of_a_quadratic_by_hand():
         return jax.value_and_grad(lambda p: (jnp.array([0.5, 1.0]) * p["w"] ** 2).sum())(params)
 
     how = step.How("float32", 1, "none", rho=0.5)
-    np.testing.assert_allclose(step.uphill(at, gradients_at(at)[1], 0.5)["w"], [3.3, 2.4], rtol=1e-6)
+    np.testing.assert_allclose(
+        step.uphill(at, gradients_at(at)[1], 0.5)["w"], [3.3, 2.4], rtol=1e-6
+    )
     loss, gradients = step.loss_and_gradients(gradients_at, at, how)
     assert float(loss) == 8.5  # where the weights are
     np.testing.assert_allclose(gradients["w"], [3.3, 4.8], rtol=1e-6)
@@ -83,13 +89,17 @@ def test_sam_steps_by_the_gradient_uphill_of_what_is_trained():
     found = fit(rho=0.5)
     assert_close(found.last_params, written_out(0.5)[-1])
     assert_same_bits(found.last_params["body"], problem.init()["body"])
-    apart = np.abs(written_out(0.5)[-1]["head"]["kernel"] - written_out()[-1]["head"]["kernel"]).max()
+    apart = np.abs(
+        written_out(0.5)[-1]["head"]["kernel"] - written_out()[-1]["head"]["kernel"]
+    ).max()
     assert apart > 1e-3  # or the comparison above would say nothing
 
 
 @pytest.mark.slow
 def test_sam_of_a_batch_in_parts_is_that_of_the_batch():
-    assert_close(fit(rho=0.5, accumulate=2, remat="all but products").last_params, written_out(0.5)[-1])
+    assert_close(
+        fit(rho=0.5, accumulate=2, remat="all but products").last_params, written_out(0.5)[-1]
+    )
 
 
 def test_ema_is_the_average_that_is_validated_and_kept():
@@ -129,7 +139,9 @@ def test_swa_is_the_mean_over_the_last_epochs_and_they_alone_are_selected():
     assert_same_bits(found.last_params, plain.last_params)
 
 
-@pytest.mark.parametrize("average", [{"ema": 0.8}, pytest.param({"swa": 1.0}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "average", [{"ema": 0.8}, pytest.param({"swa": 1.0}, marks=pytest.mark.slow)]
+)
 def test_an_average_survives_a_stop_in_a_validation(tmp_path, average):
     undisturbed = fit(**average)
     calls = []
@@ -152,7 +164,10 @@ def test_an_average_survives_a_stop_in_a_validation(tmp_path, average):
 def test_without_validation_the_average_is_what_is_kept():
     found = fit(swa=1.0, validate=None)
     half = len(written_out()) // 2
-    assert_close(found.params, jax.tree.map(lambda a, b: (a + b) / 2, written_out()[half - 1], written_out()[-1]))
+    assert_close(
+        found.params,
+        jax.tree.map(lambda a, b: (a + b) / 2, written_out()[half - 1], written_out()[-1]),
+    )
 
 
 def test_what_a_config_records_of_them():

@@ -18,13 +18,17 @@ MESHES = ("data=8", "fsdp=8", "data=4,tensor=2", MIXED)
 
 def runs(family, *texts):
     script = Path(__file__).with_name("sharded_runs.py")
-    done = subprocess.run([sys.executable, str(script), family, *texts], capture_output=True, text=True, timeout=2400)
+    done = subprocess.run(
+        [sys.executable, str(script), family, *texts], capture_output=True, text=True, timeout=2400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_same(found, want, noise=None):
-    """noise: by parameter, what rounding alone does to its gradient, where that is more than the common bound."""
+    """noise: by parameter, what rounding alone does to its gradient, where that is more than the
+    common bound.
+    """
     np.testing.assert_allclose(found["losses"], want["losses"], rtol=2e-5)
     for path, grad in want["grads"].items():
         worst = np.abs(np.subtract(found["grads"][path], grad)).max()
@@ -32,8 +36,9 @@ def check_same(found, want, noise=None):
         assert worst <= bound, f"{path}: {worst}, {bound} is allowed"
 
 
-# What is asked of a family, in groups of one process each: starting one takes longer than most of these. The first
-# group of the Timer is for every day, the others for the slow part. What has the compiler be quick comes last.
+# What is asked of a family, in groups of one process each: starting one takes longer than most of
+# these. The first group of the Timer is for every day, the others for the slow part. What has the
+# compiler be quick comes last.
 GROUPS = {
     "timer": (
         ("one", MIXED),
@@ -52,7 +57,9 @@ GROUPS = {
             f"scored:data=8:{MIXED}",
         ),
     ),
-    "time_moe": (("one", MIXED, "evaluated", "experts", "pruned", "measured", "adapted", f"scored:{MIXED}"),),
+    "time_moe": (
+        ("one", MIXED, "evaluated", "experts", "pruned", "measured", "adapted", f"scored:{MIXED}"),
+    ),
     "chronos_bolt": (("one", MIXED),),
     "moirai_moe": (("evaluated",),),
     "moirai": (("one", MIXED, "noise"),),
@@ -63,7 +70,9 @@ RAN = {}  # results by family and group
 
 
 class Found:
-    """Results of a family by text, of a group that the text is in: where there are two, of the one that ran before."""
+    """Results of a family by text, of a group that the text is in: where there are two, of the one
+    that ran before.
+    """
 
     def __init__(self, family):
         self.family = family
@@ -116,7 +125,11 @@ def test_sam_and_averages_over_a_mesh_are_those_of_one_device(timer):
 @pytest.mark.slow
 def test_surfaces_and_curvature_over_a_mesh_are_those_of_one_device(timer):
     found = timer["surfaced"]
-    assert {text: case["points over"] for text, case in found.items()} == {"one": 1, "data=8": 8, MIXED: 1}
+    assert {text: case["points over"] for text, case in found.items()} == {
+        "one": 1,
+        "data=8": 8,
+        MIXED: 1,
+    }
     for case in found.values():
         np.testing.assert_allclose(case["loss"], found["one"]["loss"], rtol=1e-5)
         np.testing.assert_allclose(case["top"], found["one"]["top"], rtol=1e-3)
@@ -127,7 +140,9 @@ def test_surfaces_and_curvature_over_a_mesh_are_those_of_one_device(timer):
 def test_what_the_mesh_does_not_divide_stays_whole_and_is_said(timer):
     found = timer["data=1,fsdp=1,tensor=8"]
     check_same(found, timer["one"])
-    assert any("layer_0/attn/q/kernel" in note and "stays whole" in note for note in found["notes"])  # 2 heads
+    assert any(
+        "layer_0/attn/q/kernel" in note and "stays whole" in note for note in found["notes"]
+    )  # 2 heads
     assert found["split"]["layer_0/attn/q/kernel"] == 1
     assert found["split"]["layer_0/up/kernel"] == 8  # 24 units
 
@@ -142,9 +157,12 @@ def test_what_the_mesh_does_not_divide_stays_whole_and_is_said(timer):
     ],
 )
 def test_parts_and_recomputation_change_nothing_but_memory(timer, text):
-    # dropout draws other numbers for parts; the small Timer has the published dropout, so compare with care
+    # dropout draws other numbers for parts; the small Timer has the published dropout, so compare
+    # with care
     check = timer[text]
-    np.testing.assert_allclose(check["losses"], timer["one"]["losses"], rtol=2e-5 if "remat" in text else 0.05)
+    np.testing.assert_allclose(
+        check["losses"], timer["one"]["losses"], rtol=2e-5 if "remat" in text else 0.05
+    )
 
 
 @pytest.mark.slow
@@ -184,7 +202,11 @@ def check_same_pruning(found, want):
     assert found["masks"] == want["masks"]
     check_close(found["scores"], want["scores"])
     for here, there in zip(found["history"], want["history"], strict=True):
-        assert here.keys() == there.keys() and here["steps"] == there["steps"] and here["left"] == there["left"]
+        assert (
+            here.keys() == there.keys()
+            and here["steps"] == there["steps"]
+            and here["left"] == there["left"]
+        )
         np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=1e-5)
     np.testing.assert_allclose(found["cut"], want["cut"], rtol=1e-5)
 
@@ -208,18 +230,34 @@ def test_pruning_over_a_mesh_takes_the_channels_of_one_device(family, meshes):
         assert found[mesh]["whole"], "every host reads the sums"
         assert found[mesh]["compiled"] == one["compiled"] == 1
         assert found[mesh]["as before"] and found[mesh]["as ruled"]
-    assert found["said"].startswith("stopped by SIGTERM after batch 3 of") and "step_00000003" in found["said"]
+    assert (
+        found["said"].startswith("stopped by SIGTERM after batch 3 of")
+        and "step_00000003" in found["said"]
+    )
     check_same_pruning(found["stopped"], one)
     assert found["batches"] == found["one"]["batches"], "no batch is done twice"
     if MIXED in meshes:
         lie = found[MIXED]["masks lie"]
-        want = {"attn/q/in": ["fsdp"], "attn/q/out": ["tensor", None], "attn/out/in": ["tensor", None],
-                "attn/out/out": ["fsdp"]}  # fmt: skip
+        want = {
+            "attn/q/in": ["fsdp"],
+            "attn/q/out": ["tensor", None],
+            "attn/out/in": ["tensor", None],
+            "attn/out/out": ["fsdp"],
+        }
         if family == "timer":
-            want |= {"up/in": ["fsdp"], "up/out": ["tensor"], "down/in": ["tensor"], "down/out": ["fsdp"]}
+            want |= {
+                "up/in": ["fsdp"],
+                "up/out": ["tensor"],
+                "down/in": ["tensor"],
+                "down/out": ["fsdp"],
+            }
         else:
-            want |= {"mixture/experts/up/in": [None, "fsdp"], "mixture/experts/up/out": [None, "tensor"],
-                     "mixture/experts/down/in": [None, "tensor"], "mixture/shared/gate/in": ["fsdp"]}  # fmt: skip
+            want |= {
+                "mixture/experts/up/in": [None, "fsdp"],
+                "mixture/experts/up/out": [None, "tensor"],
+                "mixture/experts/down/in": [None, "tensor"],
+                "mixture/shared/gate/in": ["fsdp"],
+            }
         assert {path: lie[f"layer_0/{path}"] for path in want} == want
         assert found[MIXED]["without a kernel"] == {"up/in": [None], "up/out": ["tensor"]}
     if "data=8" in meshes:
@@ -251,8 +289,15 @@ def test_adapters_train_over_a_mesh_as_on_one_device_and_lie_as_their_weights(fa
     assert many["trained"] == one["trained"]
     assert many["lie"] == many["moments"] and many["before"] == many["after"]
     lie = many["lie"]
-    assert lie["layer_0/attn/q/a"] == ["fsdp", None] and lie["layer_0/attn/q/b"] == [None, "tensor", None]
-    assert lie["layer_0/attn/out/a"] == ["tensor", None, None] and lie["layer_0/attn/out/b"] == [None, "fsdp"]
+    assert lie["layer_0/attn/q/a"] == ["fsdp", None] and lie["layer_0/attn/q/b"] == [
+        None,
+        "tensor",
+        None,
+    ]
+    assert lie["layer_0/attn/out/a"] == ["tensor", None, None] and lie["layer_0/attn/out/b"] == [
+        None,
+        "fsdp",
+    ]
     if family == "time_moe":
         up = "layer_0/mixture/experts/up"
         assert lie[f"{up}/a"] == [None, "fsdp", None] and lie[f"{up}/b"] == [None, None, "tensor"]
@@ -269,8 +314,12 @@ def test_a_pruned_model_trains_over_a_mesh_as_on_one_device(family):
         one = found[f"{name.split()[0]} one"]
         np.testing.assert_allclose(case["mse"], one["mse"], rtol=1e-5)
         for path, values in one["params"].items():
-            np.testing.assert_allclose(case["params"][path], values, atol=2e-4, err_msg=f"{name}: {path}")
-            assert [v == 0 for v in case["params"][path]] == [v == 0 for v in values], f"{name}: {path}: other zeros"
+            np.testing.assert_allclose(
+                case["params"][path], values, atol=2e-4, err_msg=f"{name}: {path}"
+            )
+            assert [v == 0 for v in case["params"][path]] == [v == 0 for v in values], (
+                f"{name}: {path}: other zeros"
+            )
 
 
 @pytest.mark.slow
@@ -282,12 +331,16 @@ def test_devices_compute_the_experts_of_their_own_tokens():
 
 @pytest.mark.slow
 def test_moirai_trains_on_a_mixed_mesh_but_for_rounding():
-    """One part of its mixture is a normal distribution of width 1e-3: where a forecast meets its target, the last bit
-    of the forecast moves every gradient before it by 2e-5. Measured against float64, one device is off by 6e-6 of the
-    largest gradient and this mesh by 3.3e-5; parameters moved by half a bit move the float64 gradient by 2.5e-5."""
+    """One part of its mixture is a normal distribution of width 1e-3: where a forecast meets its
+    target, the last bit of the forecast moves every gradient before it by 2e-5. Measured against
+    float64, one device is off by 6e-6 of the largest gradient and this mesh by 3.3e-5; parameters
+    moved by half a bit move the float64 gradient by 2.5e-5.
+    """
     found = Found("moirai")
     for path, moved in found["noise"].items():
-        assert moved <= 3e-4 * np.abs(found["one"]["grads"][path]).max(), f"{path}: {moved} would hide a wrong gradient"
+        assert moved <= 3e-4 * np.abs(found["one"]["grads"][path]).max(), (
+            f"{path}: {moved} would hide a wrong gradient"
+        )
     check_same(found["data=2,fsdp=2,tensor=2"], found["one"], found["noise"])
     assert found["data=2,fsdp=2,tensor=2"]["start"] == found["data=2,fsdp=2,tensor=2"]["end"]
 
@@ -299,8 +352,13 @@ def test_mesh_texts():
     one = jax.devices()[:1]
     assert sharding.make_mesh(None, one) is None
     assert dict(sharding.make_mesh("data=-1", one).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    for text, says in (("data=2", "are asked for, 1 are there"), ("dta=1", "no axis"), ("data=x", "positive number"),
-                       ("data=1,data=1", "given twice"), ("data=-1,fsdp=-1", "only one")):  # fmt: skip
+    for text, says in (
+        ("data=2", "are asked for, 1 are there"),
+        ("dta=1", "no axis"),
+        ("data=x", "positive number"),
+        ("data=1,data=1", "given twice"),
+        ("data=-1,fsdp=-1", "only one"),
+    ):
         with pytest.raises(ValueError, match=says):
             sharding.make_mesh(text, one)
 
@@ -308,7 +366,11 @@ def test_mesh_texts():
 def test_a_parameter_without_a_rule_is_an_error():
     mesh = sharding.make_mesh("data=1", jax.devices()[:1])
     with pytest.raises(ValueError, match="no shard rule for b/kernel"):
-        sharding.specs({"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones(2)}}, ((r"^a/", ("fsdp",)),), mesh)
+        sharding.specs(
+            {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones(2)}},
+            ((r"^a/", ("fsdp",)),),
+            mesh,
+        )
 
 
 def test_batches_must_divide():
@@ -322,9 +384,16 @@ def test_optimiser_state_and_stacked_lanes_lie_as_their_parameters():
     mesh = sharding.make_mesh("data=1", jax.devices()[:1])
     spec = jax.sharding.PartitionSpec("fsdp", "tensor")
     leaf = jax.device_put(jnp.ones((4, 6)), jax.sharding.NamedSharding(mesh, spec))
-    tree = {"mu": {"up": {"kernel": jnp.ones((4, 6))}}, "lanes": {"up": {"kernel": jnp.ones((3, 4, 6))}},
-            "count": jnp.int32(0), "other": {"up": {"kernel": jnp.ones((4, 5))}}}  # fmt: skip
-    found = {path: s.spec for path, s in trees.flatten(sharding.like(tree, {"up": {"kernel": leaf}}, mesh)).items()}
+    tree = {
+        "mu": {"up": {"kernel": jnp.ones((4, 6))}},
+        "lanes": {"up": {"kernel": jnp.ones((3, 4, 6))}},
+        "count": jnp.int32(0),
+        "other": {"up": {"kernel": jnp.ones((4, 5))}},
+    }
+    found = {
+        path: s.spec
+        for path, s in trees.flatten(sharding.like(tree, {"up": {"kernel": leaf}}, mesh)).items()
+    }
     assert found["mu/up/kernel"] == spec
     assert found["lanes/up/kernel"] == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
     assert found["count"] == found["other/up/kernel"] == jax.sharding.PartitionSpec()

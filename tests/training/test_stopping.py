@@ -20,7 +20,9 @@ import small_problem as problem
 from ltsm_jax import hosts, storage, training
 from ltsm_jax.tasks.batches import in_batches
 
-EACH_STEP = dataclasses.replace(problem.CONFIG, checkpoint_seconds=0, steps_per_dispatch=1, keep_checkpoints=3)
+EACH_STEP = dataclasses.replace(
+    problem.CONFIG, checkpoint_seconds=0, steps_per_dispatch=1, keep_checkpoints=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,19 @@ def stopped(tmp_path_factory):
 
 def test_sigterm_stops_after_a_checkpoint_and_the_run_goes_on_with_the_same_bits(stopped, tmp_path):
     folder, said = stopped
-    assert said == f"stopped by SIGTERM after step 14 of 28; checkpoint: {folder}/checkpoints/step_00000014"
+    assert (
+        said
+        == f"stopped by SIGTERM after step 14 of 28; checkpoint: {folder}/checkpoints/step_00000014"
+    )
     assert sorted(p.name for p in (folder / "checkpoints").iterdir())[-1] == "step_00000014"
     undisturbed = problem.fit(folder=tmp_path / "undisturbed")
     shutil.copytree(folder, tmp_path / "resumed")
     resumed = problem.fit(folder=tmp_path / "resumed")
     jax.tree.map(np.testing.assert_array_equal, resumed.last_params, undisturbed.last_params)
     assert resumed.history == undisturbed.history
-    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "resumed")]
+    metrics = [
+        (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "resumed")
+    ]
     assert metrics[0] == metrics[1]
 
 
@@ -69,7 +76,7 @@ def test_without_a_folder_or_a_step_there_is_nothing_to_keep(tmp_path):
     hosts.stop_if_asked("never asked")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ctrl-C
 
 
@@ -82,7 +89,9 @@ def ctrl_c_is_heard():
 
 
 def interrupting(calls, at):
-    """A validation in whose call number `at` Ctrl-C is pressed; the windows are scored in batches after that."""
+    """A validation in whose call number `at` Ctrl-C is pressed; the windows are scored in batches
+    after that.
+    """
 
     def validate(params):
         calls.append(1)
@@ -95,16 +104,25 @@ def interrupting(calls, at):
     return validate
 
 
-def test_ctrl_c_saves_and_stops_without_a_session_and_the_run_goes_on_with_the_same_bits(tmp_path, capfd):
+def test_ctrl_c_saves_and_stops_without_a_session_and_the_run_goes_on_with_the_same_bits(
+    tmp_path, capfd
+):
     undisturbed = problem.fit(validate=interrupting([], at=0))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as caught:
         problem.fit(folder=tmp_path, validate=interrupting([], at=2))
-    assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler and not hosts.stopping()
     assert (
-        str(caught.value) == f"stopped by Ctrl-C after step 14 of 28; checkpoint: {tmp_path}/checkpoints/step_00000014"
+        signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
+        and not hosts.stopping()
     )
-    assert capfd.readouterr().err == "Ctrl-C: stopping after what is being computed (once more: stop at once)\n"
+    assert (
+        str(caught.value) == "stopped by Ctrl-C after step 14 of 28; checkpoint: "
+        f"{tmp_path}/checkpoints/step_00000014"
+    )
+    assert (
+        capfd.readouterr().err
+        == "Ctrl-C: stopping after what is being computed (once more: stop at once)\n"
+    )
     # it was stopped between its last step and its validation, which comes now
     assert len(training.read_checkpoint(tmp_path)[1]["history"]) == 1
     calls = []
@@ -117,7 +135,9 @@ def test_ctrl_c_saves_and_stops_without_a_session_and_the_run_goes_on_with_the_s
 def test_ctrl_c_in_a_session_is_a_stop_with_an_exit_code_of_its_own(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with hosts.session():
-        with pytest.raises(hosts.Stopped, match="stopped by Ctrl-C after step 7 of 28; checkpoint: ") as caught:
+        with pytest.raises(
+            hosts.Stopped, match="stopped by Ctrl-C after step 7 of 28; checkpoint: "
+        ) as caught:
             problem.fit(folder=tmp_path, validate=interrupting([], at=1))
         assert caught.value.exit_code == hosts.EXIT_INTERRUPTED == 130
     with hosts.session():
@@ -161,11 +181,16 @@ def test_ctrl_c_waits_for_the_end_of_the_block():
 
 @pytest.mark.slow
 def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_same_end(tmp_path):
-    """Into compiling, steps, validation and writing: JAX's compiler, broken off, ends the process with signal 11."""
+    """Into compiling, steps, validation and writing: JAX's compiler, broken off, ends the process
+    with signal 11.
+    """
 
     def start(*folders):
         script = Path(__file__).with_name("small_problem.py")
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "JAX_PLATFORMS": "cpu",
+        }
         return subprocess.Popen(
             [sys.executable, str(script), "timer", *map(str, folders)],
             env=environment,
@@ -194,11 +219,14 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
             process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=900)[1]
         if process.returncode:
-            assert process.returncode == -signal.SIGINT, errors  # as Python ends for an uncaught KeyboardInterrupt
+            assert process.returncode == -signal.SIGINT, (
+                errors
+            )  # as Python ends for an uncaught KeyboardInterrupt
             over = (folder / "metrics.jsonl").read_bytes() == expected
             if errors or not over:  # else it came while the interpreter was leaving
                 landed += 1
-                # After a step, or between two batches of a validation, which is made up for when the run goes on.
+                # After a step, or between two batches of a validation, which is made up for when
+                # the run goes on.
                 assert "KeyboardInterrupt: stopped by Ctrl-C" in errors
     assert landed > 3
 
@@ -214,7 +242,9 @@ def test_parts_of_a_checkpoint_are_read_without_the_rest(stopped):
     assert position["step"] == 14 and whole.keys() == {"params", "optimizer", "best"}
     weights, _ = training.read_checkpoint(folder, "^params/")
     assert storage.digests(weights) == storage.digests({"params": whole["params"]})
-    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
+    sharding = jax.sharding.NamedSharding(
+        jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec()
+    )
     like = jax.eval_shape(lambda: {"best": {"head": whole["best"]["head"]}})
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     head, _ = training.read_checkpoint(folder, "^best/head/", like=like)
@@ -222,7 +252,9 @@ def test_parts_of_a_checkpoint_are_read_without_the_rest(stopped):
     assert head["best"]["head"]["kernel"].sharding == sharding
     steps = sorted(int(p.name[5:]) for p in (folder / "checkpoints").iterdir())
     assert training.read_checkpoint(folder, "count", step=steps[0])[1]["step"] == steps[0]
-    with pytest.raises(FileNotFoundError, match=f"no checkpoint of step 3; steps there: {steps[0]}, "):
+    with pytest.raises(
+        FileNotFoundError, match=f"no checkpoint of step 3; steps there: {steps[0]}, "
+    ):
         training.read_checkpoint(folder, step=3)
     with pytest.raises(ValueError, match="no path of the tree matches 'parms'"):
         training.read_checkpoint(folder, "parms")
@@ -236,8 +268,13 @@ def test_an_array_with_a_digest_a_part_is_checked_part_by_part(tmp_path):
     storage.save_tree(tmp_path / "t", tree)
     record = storage.read_record(tmp_path / "t" / storage.DIGESTS)
     halves = [([[0, 4], [0, 3]], tree["a"][:, :3]), ([[0, 4], [3, 6]], tree["a"][:, 3:])]
-    record["arrays"]["a"] = {"shape": [4, 6], "dtype": "float32", "parts": [
-        {"at": at, "sha256": storage.digests({"x": half})["x"]["sha256"]} for at, half in halves]}  # fmt: skip
+    record["arrays"]["a"] = {
+        "shape": [4, 6],
+        "dtype": "float32",
+        "parts": [
+            {"at": at, "sha256": storage.digests({"x": half})["x"]["sha256"]} for at, half in halves
+        ],
+    }
     storage.write_record(tmp_path / "t" / storage.DIGESTS, record)
     assert storage.digests(storage.load_tree(tmp_path / "t")) == storage.digests(tree)
     record["arrays"]["a"]["parts"][1]["sha256"] = record["arrays"]["a"]["parts"][0]["sha256"]
@@ -248,9 +285,13 @@ def test_an_array_with_a_digest_a_part_is_checked_part_by_part(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_eight_devices_goes_on_with_two_and_with_one_and_back(tmp_path):
-    """100 steps, in parts and at once; restored 8 -> 2 -> 1, and 1 -> 8: the same batches, the same losses."""
+    """100 steps, in parts and at once; restored 8 -> 2 -> 1, and 1 -> 8: the same batches, the same
+    losses.
+    """
     script = Path(__file__).with_name("elastic_run.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=2400)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=2400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert [found[name]["stops"] for name in ("8", "8-2-1", "1-8")] == [[], [40, 70], [50]]

@@ -1,4 +1,6 @@
-"""Estimates of time: operations of a traced function, and what a piece that was timed stands for."""
+"""Estimates of time: operations of a traced function, and what a piece that was timed
+stands for.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,10 @@ def test_operations_of_products_loops_and_branches():
     def convolution(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1,), "VALID")
 
-    shapes = jax.ShapeDtypeStruct((2, 3, 10), jnp.float32), jax.ShapeDtypeStruct((4, 3, 5), jnp.float32)
+    shapes = (
+        jax.ShapeDtypeStruct((2, 3, 10), jnp.float32),
+        jax.ShapeDtypeStruct((4, 3, 5), jnp.float32),
+    )
     assert timing.operations(jax.jit(convolution).trace(*shapes).jaxpr) == 2 * (2 * 4 * 6) * 3 * 5
 
 
@@ -35,7 +40,12 @@ def test_a_piece_is_compiled_once_and_run(monkeypatch):
     work = jax.jit(lambda x: x @ x)
     x = np.ones((8, 8), np.float32)
     found = timing.of(lambda: work(x), lambda: work.trace(x))
-    assert found.measured and found.seconds > 0 and found.compile_seconds > 0 and work._cache_size() == 1
+    assert (
+        found.measured
+        and found.seconds > 0
+        and found.compile_seconds > 0
+        and work._cache_size() == 1
+    )
 
     # What would take long alone, or be compiled for nothing, is reckoned.
     monkeypatch.setattr(timing, "speed", lambda: 1000.0)
@@ -43,13 +53,27 @@ def test_a_piece_is_compiled_once_and_run(monkeypatch):
     assert not slow.measured and slow.seconds == 2 * 8**3 / (1000 * timing.EFFICIENCY)
     monkeypatch.setattr(timing, "speed", lambda: 1e12)
     monkeypatch.setattr(timing, "MOST_EQUATIONS", 0)
-    assert not timing.of(lambda: pytest.fail("not run"), lambda: work.trace(x), work_follows=False).measured
+    assert not timing.of(
+        lambda: pytest.fail("not run"), lambda: work.trace(x), work_follows=False
+    ).measured
 
 
 def test_what_is_said():
-    assert str(Estimate.of(Piece(0.5, 3.0), 20) + Estimate(1.0, 0.0)) == "about 14 s, 3 s of it to compile"
-    assert str(Estimate(7000.0, 0.0, measured=False)) == "about 1.9 h; reckoned from floating-point operations"
-    assert [timing.in_words(x) for x in (0.01, 45, 100, 4000, 40000)] == ["1 s", "45 s", "2 min", "67 min", "11 h"]
+    assert (
+        str(Estimate.of(Piece(0.5, 3.0), 20) + Estimate(1.0, 0.0))
+        == "about 14 s, 3 s of it to compile"
+    )
+    assert (
+        str(Estimate(7000.0, 0.0, measured=False))
+        == "about 1.9 h; reckoned from floating-point operations"
+    )
+    assert [timing.in_words(x) for x in (0.01, 45, 100, 4000, 40000)] == [
+        "1 s",
+        "45 s",
+        "2 min",
+        "67 min",
+        "11 h",
+    ]
 
 
 def test_counted_work_says_what_is_left_when_it_takes_long(capsys, monkeypatch):

@@ -1,4 +1,6 @@
-"""Depth: which layers of a model change little of what runs through them, and the model without those."""
+"""Depth: which layers of a model change little of what runs through them, and the model without
+those.
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,8 @@ def block_influence(
     batch_size: int = 64,
     placement: Placement | None = None,
 ) -> dict[str, float]:
-    """Measure how much each layer turns the stream: 1 - cos(its input, its output), mean over tokens.
+    """Measure how much each layer turns the stream: 1 - cos(its input, its output), mean over
+    tokens.
 
     The tokens are those of the training loss, without dropout, over every window of all `parts`
     together. Tokens of zeros have no direction and do not count. No gradient is taken.
@@ -59,8 +62,18 @@ def block_influence(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task", "placement", "split"))
-def _sums(model: Model, task: Task, params: Params, windows: Any, numbers, placement: Placement, split: Placement):
-    """By layer [2]: the sum of 1 - cos over the tokens of a batch, and how many tokens there are."""
+def _sums(
+    model: Model,
+    task: Task,
+    params: Params,
+    windows: Any,
+    numbers,
+    placement: Placement,
+    split: Placement,
+):
+    """By layer [2]: the sum of 1 - cos over the tokens of a batch, and how many tokens
+    there are.
+    """
     layers = [layer for stack in stacks(model, trees.flatten(params)) for layer in stack]
     batch = split.rows(windows.gather(numbers))
     with rows_over(split.mesh), taps.calls_of(layers) as seen:
@@ -76,7 +89,9 @@ def _sums(model: Model, task: Task, params: Params, windows: Any, numbers, place
 def _turned(layer: str, x: jax.Array, out: Any) -> jax.Array:
     y = out[0] if isinstance(out, tuple) else out
     if jnp.shape(x) != jnp.shape(y):
-        raise ValueError(f"{layer} makes {jnp.shape(y)} of {jnp.shape(x)}: its influence is not defined")
+        raise ValueError(
+            f"{layer} makes {jnp.shape(y)} of {jnp.shape(x)}: its influence is not defined"
+        )
     x, y = (z.reshape(-1, z.shape[-1]).astype(jnp.float32) for z in (x, y))
     lengths = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     there = lengths > 0
@@ -84,7 +99,9 @@ def _turned(layer: str, x: jax.Array, out: Any) -> jax.Array:
     return jnp.stack([jnp.where(there, turned, 0.0).sum(), there.sum().astype(jnp.float32)])
 
 
-def least_influential(model: Model, params: Params, influence: Mapping[str, float], count: int) -> tuple[str, ...]:
+def least_influential(
+    model: Model, params: Params, influence: Mapping[str, float], count: int
+) -> tuple[str, ...]:
     """Choose the `count` layers of least influence, never all of a stack.
 
     Returns: their paths, in the order in which they go.
@@ -94,7 +111,9 @@ def least_influential(model: Model, params: Params, influence: Mapping[str, floa
     remaining = {stack: len(stack) for stack in own.values()}
     most = sum(n - 1 for n in remaining.values())
     if count > most:
-        raise ValueError(f"depth {count}: of {len(own)} layers at most {most} can go, one of each stack stays")
+        raise ValueError(
+            f"depth {count}: of {len(own)} layers at most {most} can go, one of each stack stays"
+        )
     gone: list[str] = []
     for layer in sorted(influence, key=lambda layer: influence[layer]):
         if len(gone) < count and remaining[own[layer]] > 1:
@@ -104,7 +123,9 @@ def least_influential(model: Model, params: Params, influence: Mapping[str, floa
 
 
 def check_depth(model: Model, params: Params, count: int) -> None:
-    """Raises: ValueError, before anything is measured, where `count` layers can't be taken out of this model."""
+    """Raises: ValueError, before anything is measured, where `count` layers can't be taken out of
+    this model.
+    """
     if not count:
         return
     layers = [layer for stack in stacks(model, trees.flatten(params)) for layer in stack]

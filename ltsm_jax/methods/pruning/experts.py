@@ -29,14 +29,17 @@ def expert_usage(
     batch_size: int | None = None,
     placement: Placement | None = None,
 ) -> dict[str, np.ndarray]:
-    """How often the router chooses each expert, over all windows of all `parts` together, in forecasting.
+    """How often the router chooses each expert, over all windows of all `parts` together, in
+    forecasting.
 
     Args:
       parts: windows; their targets are not looked at.
       horizon: steps forecast after each context; what is forecast and fed back counts as well.
-      batch_size: windows of one forward pass; None: the model's `eval_batch` (for each device that has rows).
+      batch_size: windows of one forward pass; None: the model's `eval_batch` (for each device that
+        has rows).
       placement: of the parameters; None: ask them.
-    Returns: by the path of a layer's experts, tokens that chose an expert / tokens [E]; the sum is a token's k.
+    Returns: by the path of a layer's experts, tokens that chose an expert / tokens [E]; the sum is
+    a token's k.
     Raises: ValueError for a model without experts that can be pruned so.
     """
     totals: dict[str, np.ndarray] = {}
@@ -44,7 +47,9 @@ def expert_usage(
     for windows in parts:
         placed = windows.over(placement.mesh)
         counts = in_batches(
-            lambda indices, placed=placed: _routed(model, params, placed, indices, horizon, placement),
+            lambda indices, placed=placed: _routed(
+                model, params, placed, indices, horizon, placement
+            ),
             windows.n,
             batch_size or model.eval_batch * placement.row_parts,
             placement,
@@ -56,7 +61,12 @@ def expert_usage(
 
 @functools.partial(jax.jit, static_argnames=("model", "horizon", "placement"))
 def _routed(
-    model: Model, params: Params, windows: Any, indices: jax.Array, horizon: int, placement: Placement
+    model: Model,
+    params: Params,
+    windows: Any,
+    indices: jax.Array,
+    horizon: int,
+    placement: Placement,
 ) -> dict[str, jax.Array]:
     """By path, [B, E + 1]: how many tokens chose each expert, and how many there are."""
     with rows_over(placement.mesh):
@@ -70,27 +80,41 @@ def _routed(
     return placement.everywhere(found)
 
 
-def kept_experts(usage: Mapping[str, np.ndarray], threshold: float, top_k: int) -> dict[str, tuple[int, ...]]:
-    """The experts of each layer that are used by more than `threshold` of its tokens; below 0: the top_k most used."""
+def kept_experts(
+    usage: Mapping[str, np.ndarray], threshold: float, top_k: int
+) -> dict[str, tuple[int, ...]]:
+    """The experts of each layer that are used by more than `threshold` of its tokens; below 0: the
+    top_k most used.
+    """
     if threshold < 0:
-        return {path: tuple(sorted(map(int, np.argsort(-f_E, kind="stable")[:top_k]))) for path, f_E in usage.items()}
+        return {
+            path: tuple(sorted(map(int, np.argsort(-f_E, kind="stable")[:top_k])))
+            for path, f_E in usage.items()
+        }
     return {path: tuple(map(int, np.flatnonzero(f_E > threshold))) for path, f_E in usage.items()}
 
 
-def keep_experts(model: Model, params: Params, kept: Mapping[str, Sequence[int]]) -> tuple[Model, Params]:
+def keep_experts(
+    model: Model, params: Params, kept: Mapping[str, Sequence[int]]
+) -> tuple[Model, Params]:
     """The model with fewer experts: (model, params).
 
-    The router still chooses among all experts, and gives those that are gone weight 0; the others' weights stay what
-    they were, so a token that chose one that is gone has less in all.
+    The router still chooses among all experts, and gives those that are gone weight 0; the others'
+    weights stay what they were, so a token that chose one that is gone has less in all.
 
     Args:
-      kept: by the path of a layer's experts ("layer_0/mixture/experts"), the ids of those that stay, in order.
+      kept: by the path of a layer's experts ("layer_0/mixture/experts"), the ids of those that
+        stay, in order.
     Returns: the parameters lie where they lay, over a mesh by the family's rules.
     Raises: ValueError for paths that are no experts and ids that are not there.
     """
     flat, config, problems = dict(trees.flatten(params)), model.config, []
     for path, ids in kept.items():
-        found = [(g, m) for g in model.prunable if g.kind == "experts" and (m := re.fullmatch(g.pattern, path))]
+        found = [
+            (g, m)
+            for g in model.prunable
+            if g.kind == "experts" and (m := re.fullmatch(g.pattern, path))
+        ]
         if not found or found[0][0].ids is None:
             problems.append(f"  {path}: no experts of {model.family}")
             continue
@@ -109,4 +133,6 @@ def keep_experts(model: Model, params: Params, kept: Mapping[str, Sequence[int]]
     if problems:
         raise ValueError("experts cannot be pruned:\n" + "\n".join(problems))
     fewer = dataclasses.replace(model, config=config)
-    return fewer, sharding.shard(trees.unflatten(flat), fewer.shard_rules, Placement.of(params).mesh)[0]
+    return fewer, sharding.shard(
+        trees.unflatten(flat), fewer.shard_rules, Placement.of(params).mesh
+    )[0]

@@ -1,4 +1,6 @@
-"""A pruning run: epochs over the training windows, a selection after every group of batches, validation, early stop."""
+"""A pruning run: epochs over the training windows, a selection after every group of batches,
+validation, early stop.
+"""
 
 import contextlib
 import dataclasses
@@ -30,7 +32,12 @@ from ltsm_jax.methods.pruning.channels import (
     share_left,
 )
 from ltsm_jax.methods.pruning.config import PruneConfig
-from ltsm_jax.methods.pruning.depth import block_influence, check_depth, drop_layers, least_influential
+from ltsm_jax.methods.pruning.depth import (
+    block_influence,
+    check_depth,
+    drop_layers,
+    least_influential,
+)
 from ltsm_jax.methods.pruning.experts import expert_usage, keep_experts, kept_experts
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
@@ -47,21 +54,24 @@ class PruneResult:
     """What pruning gave.
 
     Attributes:
-      model, params: what the masks are for: those handed in, made ready for the data, or with experts taken out. The
-        weights are not masked: fine-tuning starts from them (`methods.run.run(..., masks=masks)`). `pruned`
+      model, params: what the masks are for: those handed in, made ready for the data, or with
+        experts taken out. The weights are not masked: fine-tuning starts from them
+          (`methods.run.run(..., masks=masks)`). `pruned`
         has the masks in it, `ltsm_jax.remove` makes the model smaller.
-      masks: of the epoch with the lowest validation MSE; ones where no channel was pruned. Whole on every host,
-        wherever the parameters lie.
-      scores: importance of every channel then, 0 for pruned ones, NaN where none is known (without any pruning step, or
-        of an expert that no token has reached).
-      order: int32 rank of every channel, those pruned first, then the others by importance: see `cut`.
-      history: one dict per epoch from 0, the model before pruning: epoch, steps (pruning steps so far), left (share of
-        the channels), val_mse and the other validation metrics of the merged model; later ones also train_loss.
+      masks: of the epoch with the lowest validation MSE; ones where no channel was pruned. Whole on
+        every host, wherever the parameters lie.
+      scores: importance of every channel then, 0 for pruned ones, NaN where none is known (without
+        any pruning step, or of an expert that no token has reached).
+      order: int32 rank of every channel, those pruned first, then the others by importance: see
+        `cut`.
+      history: one dict per epoch from 0, the model before pruning: epoch, steps (pruning steps so
+        far), left (share of the channels), val_mse and the other validation metrics of the merged
+        model; later ones also train_loss.
       best_epoch: the one the masks are from; 0 without any pruning epoch.
       cuts: validation metrics of `cut(order, share)`, by share, where asked for.
       usage: of experts, see `expert_usage`; None where no threshold was given.
-      influence: of layers before any went, see `block_influence`, and gone: which went, by their paths then; None and
-        () where no depth was asked for.
+      influence: of layers before any went, see `block_influence`, and gone: which went, by their
+        paths then; None and () where no depth was asked for.
       stopped: why no further epoch followed: "epochs", "patience", or "max_prune_ratio".
       splits: the data that was looked at.
     """
@@ -101,25 +111,29 @@ def prune(
 ) -> PruneResult:
     """Find what of a pretrained model a data set does not need. No weight is trained.
 
-    The training windows run through the frozen model in the order in which fine-tuning with this seed sees them. After
-    every group of batches the scores of its windows enter each channel's average importance, I = s at first and then
-    ema * s + (1 - ema) * I, and `select` takes the share r_step = ratio * (batches of a group) / (batches of an epoch).
-    So about exp(-ratio) of the channels are left after an epoch. Each epoch ends with a validation of the masked model.
+    The training windows run through the frozen model in the order in which fine-tuning with this
+    seed sees them. After every group of batches the scores of its windows enter each channel's
+    average importance, I = s at first and then ema * s + (1 - ema) * I, and `select` takes the
+    share r_step = ratio * (batches of a group) / (batches of an epoch). So about exp(-ratio) of the
+    channels are left after an epoch. Each epoch ends with a validation of the masked model.
 
-    It happens where the parameters lie, as in `training.fit`: over a mesh each device has its own rows of every batch.
-    Several hosts all call with the same arguments and see one folder; SIGTERM to one of them (inside `hosts.session`)
-    makes all save and stop at the same batch. A run may go on with another number of devices or hosts.
+    It happens where the parameters lie, as in `training.fit`: over a mesh each device has its own
+    rows of every batch. Several hosts all call with the same arguments and see one folder; SIGTERM
+    to one of them (inside `hosts.session`) makes all save and stop at the same batch. A run may go
+    on with another number of devices or hosts.
 
     Args:
       params: pretrained weights; not modified.
-      data: what the task works on, for forecasting `Splits`; its training and its validation windows are looked at.
+      data: what the task works on, for forecasting `Splits`; its training and its validation
+        windows are looked at.
       config: how to prune.
       task: whose loss is scored and whose validation selects the epoch.
       seed: of the order of windows and of losses that draw.
-      folder: of the run. A killed run goes on from there, and ends with the same bits (on as many devices).
+      folder: of the run. A killed run goes on from there, and ends with the same bits (on as many
+        devices).
       label, show_progress: of the bar on a terminal, else a line every few seconds.
-    Raises: ValueError for a folder that has another run, or on several hosts for parameters that do not lie over all of
-      their devices; training.NonFiniteError; hosts.Stopped after SIGTERM.
+    Raises: ValueError for a folder that has another run, or on several hosts for parameters that do
+      not lie over all of their devices; training.NonFiniteError; hosts.Stopped after SIGTERM.
     Source: see the module's docstring.
     """
     placement = Placement.of(params)
@@ -141,7 +155,11 @@ def prune(
             facts["windows_sha256"] = storage.sha256_of(windows)
             run = training.RunFolder(folder, facts)
             open_until_the_end.enter_context(contextlib.closing(run))
-        first = task.evaluate(model, params, data, "val", placement) if run is None or not run.steps() else {}
+        first = (
+            task.evaluate(model, params, data, "val", placement)
+            if run is None or not run.steps()
+            else {}
+        )
         place = None if folder is None else Path(folder)
         influence, gone = None, ()
         if config.depth:
@@ -150,23 +168,37 @@ def prune(
             model, params = drop_layers(model, params, gone)
         usage, top = None, getattr(model.config, "top_k", 0)
         if config.expert_threshold is not None:
-            usage = _usage(model, params, [windows, task.windows(model, data, "val")], place, placement)
-            model, params = keep_experts(model, params, kept_experts(usage, config.expert_threshold, top))
+            usage = _usage(
+                model, params, [windows, task.windows(model, data, "val")], place, placement
+            )
+            model, params = keep_experts(
+                model, params, kept_experts(usage, config.expert_threshold, top)
+            )
         masks = full_masks(model, **candidates)
-        pruning = _Pruning(model, params, masks, windows, data, task, settings, config.chunk, run, placement)
-        pruning.start({"epoch": 0, "steps": 0, "left": 1.0} | {f"val_{k}": v for k, v in first.items()})
+        pruning = _Pruning(
+            model, params, masks, windows, data, task, settings, config.chunk, run, placement
+        )
+        pruning.start(
+            {"epoch": 0, "steps": 0, "left": 1.0} | {f"val_{k}": v for k, v in first.items()}
+        )
         show = show_progress and hosts.first()
-        with progress.Bar(pruning.total, max(config.epochs, 1), label, done=pruning.done, show=show) as bar:
+        with progress.Bar(
+            pruning.total, max(config.epochs, 1), label, done=pruning.done, show=show
+        ) as bar:
             pruning.go_on(bar)
         order = pruning.order()
         cuts = {}
         for share in config.ratios:
-            cuts[share] = task.evaluate(model, merge(params, cut(order, share), placement), data, "val", placement)
+            cuts[share] = task.evaluate(
+                model, merge(params, cut(order, share), placement), data, "val", placement
+            )
     best = pruning.best
     return PruneResult(
         model=model,
         params=params,
-        masks=jax.tree.map(lambda step: jnp.asarray(np.asarray(step) == 0, jnp.float32), best["step"]),
+        masks=jax.tree.map(
+            lambda step: jnp.asarray(np.asarray(step) == 0, jnp.float32), best["step"]
+        ),
         scores=jax.tree.map(jnp.asarray, best["importance"]),
         order=order,
         history=pruning.history,
@@ -184,7 +216,10 @@ def _strided(windows: Any, stride: int) -> Any:
     if stride == 1:
         return windows
     if not hasattr(windows, "starts"):
-        raise ValueError(f"stride={stride} is for windows of a series, and these examples are none: leave it at 1")
+        raise ValueError(
+            f"stride={stride} is for windows of a series, and these examples are none: leave it at "
+            "1"
+        )
     starts = np.asarray(windows.starts)
     return windows.take(np.flatnonzero((starts - starts.min()) % stride == 0))
 
@@ -195,26 +230,40 @@ def _usage(
     """`expert_usage`, counted once per run folder."""
 
     def count() -> dict[str, Any]:
-        return {path: f_E.tolist() for path, f_E in expert_usage(model, params, parts, placement=placement).items()}
+        return {
+            path: f_E.tolist()
+            for path, f_E in expert_usage(model, params, parts, placement=placement).items()
+        }
 
     found = _once(None if folder is None else folder / "experts.json", "usage", count)
     return {path: np.asarray(f_E) for path, f_E in found.items()}
 
 
 def _influence(
-    model: Model, params: Params, parts: Sequence[Any], task: Task, batch_size: int, folder: Path | None,
+    model: Model,
+    params: Params,
+    parts: Sequence[Any],
+    task: Task,
+    batch_size: int,
+    folder: Path | None,
     placement: Placement,
-) -> dict[str, float]:  # fmt: skip
-    """`block_influence`, measured once per run folder: devices of another number must not choose other layers."""
+) -> dict[str, float]:
+    """`block_influence`, measured once per run folder: devices of another number must not choose
+    other layers.
+    """
 
     def measure() -> dict[str, float]:
-        return block_influence(model, params, parts, task=task, batch_size=batch_size, placement=placement)
+        return block_influence(
+            model, params, parts, task=task, batch_size=batch_size, placement=placement
+        )
 
     return _once(None if folder is None else folder / "layers.json", "influence", measure)
 
 
 def _once(file: Path | None, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Read what a run folder has, or make and keep it; the folder's config says of which weights and windows it is."""
+    """Read what a run folder has, or make and keep it; the folder's config says of which weights
+    and windows it is.
+    """
     if file is None:
         return make()
     record = hosts.on_first(lambda: storage.read_record(file) if file.exists() else None)
@@ -231,17 +280,39 @@ def _once(file: Path | None, name: str, make: Callable[[], dict[str, Any]]) -> d
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("model", "task", "batch_size", "squares", "chunk", "stacks", "placement"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "task", "batch_size", "squares", "chunk", "stacks", "placement"),
+)
 def _batch_sums(
-    model, params, masks, windows, order, b, key, task: Task, batch_size: int, squares: bool, chunk: int | None,
-    stacks: tuple[str, ...], placement: Placement,
-):  # fmt: skip
+    model,
+    params,
+    masks,
+    windows,
+    order,
+    b,
+    key,
+    task: Task,
+    batch_size: int,
+    squares: bool,
+    chunk: int | None,
+    stacks: tuple[str, ...],
+    placement: Placement,
+):
     indices, weight = orders.batch_at(order, b, batch_size)
     loss = task.loss(model)
     batch = windows.gather(indices) | {"weight": weight}
     key = jax.random.fold_in(key, b)
     sums = gradient_sums(
-        loss, params, masks, batch, key, squares=squares, chunk=chunk, stacks=stacks, placement=placement
+        loss,
+        params,
+        masks,
+        batch,
+        key,
+        squares=squares,
+        chunk=chunk,
+        stacks=stacks,
+        placement=placement,
     )
     return placement.everywhere(sums)
 
@@ -258,15 +329,27 @@ def _zeros(params: Params, masks: Masks, placement: Placement) -> jax.Array:
 
 
 class _Pruning:
-    """One call of `prune` at work. `state`: trees like the masks, flat arrays on the host; the rest is the position.
-    Every host has the same of all of it.
+    """One call of `prune` at work. `state`: trees like the masks, flat arrays on the host; the rest
+    is the position. Every host has the same of all of it.
 
-    state: importance, NaN where there is none yet; step at which each channel was pruned, counted from 1, 0 for the
-    others; last, its importance before that. best: the same after the best epoch. sums: of the group that is not full,
-    whole on every device.
+    state: importance, NaN where there is none yet; step at which each channel was pruned, counted
+    from 1, 0 for the others; last, its importance before that. best: the same after the best epoch.
+    sums: of the group that is not full, whole on every device.
     """
 
-    def __init__(self, model, params, masks: Masks, windows, data, task: Task, settings, chunk, run, placement):
+    def __init__(
+        self,
+        model,
+        params,
+        masks: Masks,
+        windows,
+        data,
+        task: Task,
+        settings,
+        chunk,
+        run,
+        placement,
+    ):
         self.model, self.params, self.data, self.run, self.chunk = model, params, data, run, chunk
         self.task, self.placement = task, placement
         self.windows = windows.over(placement.mesh)
@@ -290,7 +373,12 @@ class _Pruning:
         begin = {"importance": unknown, "step": steps, "last": unknown}
         self.state, self.best, self.sums = dict(begin), dict(begin), self._no_sums()
         self.done = self.steps = self.waiting = self.best_epoch = 0
-        self.loss, self.finished, self.stopped, self.history = 0.0, self.settings["epochs"] == 0, "epochs", [first]
+        self.loss, self.finished, self.stopped, self.history = (
+            0.0,
+            self.settings["epochs"] == 0,
+            "epochs",
+            [first],
+        )
         self.saved, self.saved_at = time.monotonic(), 0
         if self.run is None:
             return
@@ -303,25 +391,36 @@ class _Pruning:
         self.sums = {"squares": {}, "seen": {}} | self.sums
         self.saved_at = position["step"]
         self.done, self.steps, self.waiting = (position[k] for k in ("step", "steps", "waiting"))
-        self.loss, self.finished, self.stopped = (position[k] for k in ("loss", "finished", "stopped"))
+        self.loss, self.finished, self.stopped = (
+            position[k] for k in ("loss", "finished", "stopped")
+        )
         self.history, self.best_epoch = position["history"], position["best_epoch"]
 
     def _tree(self) -> Any:
-        sums = {name: value for name, value in self.sums.items() if not isinstance(value, dict) or value}
-        return {"state": self.state, "best": self.best, "sums": sums}  # a folder keeps no empty branches
+        sums = {
+            name: value for name, value in self.sums.items() if not isinstance(value, dict) or value
+        }
+        return {
+            "state": self.state,
+            "best": self.best,
+            "sums": sums,
+        }  # a folder keeps no empty branches
 
     def save(self) -> None:
         """Tell the folder where the run is."""
         if self.run is None:
             return
         names = ("steps", "waiting", "loss", "finished", "stopped", "history", "best_epoch")
-        self.run.save(self._tree(), {"step": self.done} | {name: getattr(self, name) for name in names})
+        self.run.save(
+            self._tree(), {"step": self.done} | {name: getattr(self, name) for name in names}
+        )
         self.saved, self.saved_at = time.monotonic(), self.done
 
     def _settle(self) -> None:
         """Between two batches the hosts agree whether to save or to stop.
 
-        Raises: what `hosts.stopped` makes, when a signal has come to one of them, after a checkpoint.
+        Raises: what `hosts.stopped` makes, when a signal has come to one of them, after a
+        checkpoint.
         """
         new = self.done > self.saved_at
         due = new and self.waiting == 0 and time.monotonic() - self.saved > CHECKPOINT_SECONDS
@@ -336,7 +435,9 @@ class _Pruning:
             raise hosts.stopped(f"after batch {self.done} of {self.total}; {kept}")
 
     def _no_sums(self) -> Any:
-        return self.placement.replicate(no_sums(self.like, squares=self.squares, stacks=self.counted))
+        return self.placement.replicate(
+            no_sums(self.like, squares=self.squares, stacks=self.counted)
+        )
 
     @property
     def masks(self) -> Masks:
@@ -355,13 +456,17 @@ class _Pruning:
             self._settle()
             epoch, b = divmod(self.done, self.n)
             if b == 0 or order is None:
-                drawn = _order(self.keys["data"], epoch, self.windows.n), jax.random.fold_in(self.keys["aux"], epoch)
+                drawn = (
+                    _order(self.keys["data"], epoch, self.windows.n),
+                    jax.random.fold_in(self.keys["aux"], epoch),
+                )
                 order, key = self.placement.replicate(drawn)
             found = _batch_sums(self.model, self.params, masks, self.windows, order, b, key, *how)
             loss, rows = float(found["loss"]), int(found["rows"])
             if not math.isfinite(loss):
                 raise training.NonFiniteError(
-                    f"batch {b + 1} of epoch {epoch + 1}: the loss is {loss}; look at the data and the weights"
+                    f"batch {b + 1} of epoch {epoch + 1}: the loss is {loss}; look at the data and "
+                    "the weights"
                 )
             self.sums, self.loss = _add(self.sums, found), self.loss + loss
             self.done, self.waiting = self.done + 1, self.waiting + 1
@@ -371,7 +476,13 @@ class _Pruning:
                 full = self._full(masks)
                 if not full:
                     masks = place(self._step(), self.params, self.placement)
-            bar.update(self.done, epoch + 1, rows, loss / rows, f"  {100 * share_left(self.masks):.1f} % left")
+            bar.update(
+                self.done,
+                epoch + 1,
+                rows,
+                loss / rows,
+                f"  {100 * share_left(self.masks):.1f} % left",
+            )
             if last or full:
                 self._validate(masks, epoch + 1, full)
                 self.save()
@@ -384,7 +495,10 @@ class _Pruning:
 
     def _step(self) -> Masks:
         """Scores of the group into the importance, and one selection: the masks after it."""
-        masks, sums = self.masks, jax.tree.map(lambda x: jnp.asarray(sharding.on_host(x)), self.sums)
+        masks, sums = (
+            self.masks,
+            jax.tree.map(lambda x: jnp.asarray(sharding.on_host(x)), self.sums),
+        )
         skipped, a = self._unseen(), np.float32(self.settings["ema"])
         old, new = trees.flatten(self.state["importance"]), {}
         for path, s in trees.flatten(importance_of(sums, masks, self.settings["score"])).items():
@@ -397,21 +511,29 @@ class _Pruning:
         gone = jax.tree.map(lambda was, now: (was != 0) & (now == 0), masks, after)
         self.state = {
             "importance": importance,
-            "step": jax.tree.map(lambda g, old: np.where(g, np.int32(self.steps), old), gone, self.state["step"]),
-            "last": jax.tree.map(lambda g, x, old: np.where(g, x, old), gone, before, self.state["last"]),
+            "step": jax.tree.map(
+                lambda g, old: np.where(g, np.int32(self.steps), old), gone, self.state["step"]
+            ),
+            "last": jax.tree.map(
+                lambda g, x, old: np.where(g, x, old), gone, before, self.state["last"]
+            ),
         }
         self.sums, self.waiting = self._no_sums(), 0
         return after
 
     def _unseen(self) -> dict[str, np.ndarray]:
-        """Of stacked experts, by flat path of a mask, booleans [E, 1]: no token of the group has reached the expert.
+        """Of stacked experts, by flat path of a mask, booleans [E, 1]: no token of the group has
+        reached the expert.
 
-        Then none of its masks has a gradient in any row."""
+        Then none of its masks has a gradient in any row.
+        """
         sums = trees.flatten(self.sums["squares"] if self.squares else self.sums["h"])
         found = {}
         for stack in self.stacks:
             paths = [path for path in sums if path.startswith(f"{stack}/")]
-            unseen_E = np.all([(sharding.on_host(sums[path]) == 0).all(axis=1) for path in paths], axis=0)
+            unseen_E = np.all(
+                [(sharding.on_host(sums[path]) == 0).all(axis=1) for path in paths], axis=0
+            )
             found |= dict.fromkeys(paths, unseen_E[:, None])
         return found
 
@@ -424,7 +546,12 @@ class _Pruning:
             )
         seen = (self.done - 1) % self.n + 1
         rows = min(seen * self.settings["batch_size"], self.windows.n)
-        entry = {"epoch": epoch, "steps": self.steps, "left": share_left(self.masks), "train_loss": self.loss / rows}
+        entry = {
+            "epoch": epoch,
+            "steps": self.steps,
+            "left": share_left(self.masks),
+            "train_loss": self.loss / rows,
+        }
         entry |= {f"val_{name}": value for name, value in scores.items()}
         lowest = min((h[f"val_{selects}"] for h in self.history[1:]), default=math.inf)
         self.history, self.loss = [*self.history, entry], 0.0
@@ -440,8 +567,9 @@ class _Pruning:
             self.finished, self.stopped = True, "patience"
 
     def order(self) -> Masks:
-        """Rank of every channel at the best epoch: by the step that pruned it, then by its importance; channels of
-        experts that were never seen come last."""
+        """Rank of every channel at the best epoch: by the step that pruned it, then by its
+        importance; channels of experts that were never seen come last.
+        """
         flat = {name: trees.flatten(tree) for name, tree in self.best.items()}
         step, last, now = (
             np.concatenate([np.ravel(flat[name][path]) for path in flat["step"]])
@@ -450,12 +578,18 @@ class _Pruning:
         alive = step == 0
         size = np.abs(np.where(alive, now, last))
         ranks = np.empty(len(step), np.int32)
-        ranks[np.lexsort((np.where(np.isnan(size), np.inf, size), step, alive))] = np.arange(len(step), dtype=np.int32)
+        ranks[np.lexsort((np.where(np.isnan(size), np.inf, size), step, alive))] = np.arange(
+            len(step), dtype=np.int32
+        )
         ends = np.cumsum([x.size for x in flat["step"].values()])[:-1]
         parts = np.split(ranks, ends)
-        return trees.unflatten({p: r.reshape(x.shape) for (p, x), r in zip(flat["step"].items(), parts, strict=True)})
+        return trees.unflatten(
+            {p: r.reshape(x.shape) for (p, x), r in zip(flat["step"].items(), parts, strict=True)}
+        )
 
 
 def _stacks(params: Params, masks: Masks) -> list[str]:
     """Paths of the stacked experts that have masks."""
-    return sorted({path.rpartition("/")[0] for path in weights(params, masks) if not path.endswith("/kernel")})
+    return sorted(
+        {path.rpartition("/")[0] for path in weights(params, masks) if not path.endswith("/kernel")}
+    )
