@@ -246,8 +246,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
     if folder is None or not (folder / folders.CONFIG).is_file():
         raise FileNotFoundError(
             f"{src} is no model folder and no shipped model. An original or a hub name is "
-            "converted first: "
-            f"ltsm convert {src} FOLDER"
+            f"converted first: ltsm convert {src} FOLDER"
         )
     model, params = folders.load_folder(folder)
     record = folders.read_config(folder)[1]["provenance"]
@@ -328,8 +327,7 @@ def _in_one_width(
         if narrow := parts.narrow_heads(model):
             raise ValueError(
                 "the original's heads are equally wide in all layers; this model has "
-                f"{', '.join(narrow)}. A pruned "
-                "model can't be exported."
+                f"{', '.join(narrow)}. A pruned model can't be exported."
             )
         return model, params, dict(_in_table(family.published, model.config, table)), []
     except ValueError as err:

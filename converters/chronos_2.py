@@ -117,8 +117,7 @@ def configure(
                 ]
         raise CheckpointError(
             f"{where}: the weights don't say all sizes (heads, context length, quantiles), and "
-            "these are no published "
-            "model's. Put the original's config.json beside the file."
+            "these are no published model's. Put the original's config.json beside the file."
         )
     told = Fields(published, where)
     chronos = published.get("chronos_config")
@@ -187,8 +186,8 @@ def published(config: Chronos2Config) -> dict[str, Any]:
     if len(heads) != 1 or len(widths) != 1:
         raise ValueError(
             f"the original Chronos-2 has equal layers; this one has {config.n_heads} and "
-            f"{config.group_heads} heads "
-            f"and widths {config.ffn_dims}. A pruned model can't be exported."
+            f"{config.group_heads} heads and widths {config.ffn_dims}. A pruned model can't be "
+            "exported."
         )
     return {
         "architectures": ["Chronos2Model"],

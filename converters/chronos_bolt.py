@@ -106,8 +106,7 @@ def configure(
     elif out is not None and len(levels) * horizon != out:
         inside.problems.append(
             f"quantiles, prediction_length: {len(levels)} of {horizon} steps in the config, "
-            f"together {out} in the "
-            "weights"
+            f"together {out} in the weights"
         )
     inside.problems += [
         f"{quoted(name)}: not known" for name in chronos if name not in (*_CHRONOS, "use_reg_token")
@@ -144,8 +143,8 @@ def _assumed(state: Mapping[str, Any], where: str) -> tuple[ChronosBoltConfig, l
             ]
     raise CheckpointError(
         f"{where}: the weights don't say all sizes (heads, context and prediction length, "
-        "quantiles), and these are no "
-        "published model's. Put the original's config.json beside the file."
+        "quantiles), and these are no published model's. Put the original's config.json beside "
+        "the file."
     )
 
 
@@ -162,9 +161,8 @@ def published(config: ChronosBoltConfig) -> dict[str, Any]:
     if len(heads) != 1 or len(widths) != 1 or one.bias_columns or two.bias_columns:
         raise ValueError(
             f"the original Chronos-Bolt has equal layers; this one has {one.n_heads}, "
-            f"{two.n_heads} and "
-            f"{two.cross_heads} heads and widths {one.ffn_dims} and {two.ffn_dims}. A pruned model "
-            "can't be exported."
+            f"{two.n_heads} and {two.cross_heads} heads and widths {one.ffn_dims} and "
+            f"{two.ffn_dims}. A pruned model can't be exported."
         )
     if any(getattr(one, name) != getattr(two, name) for name in _BOTH):
         raise ValueError(

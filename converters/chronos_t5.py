@@ -176,8 +176,8 @@ def published(config: ChronosT5Config) -> dict[str, Any]:
     ):
         raise ValueError(
             "the original Chronos-T5 has equal layers in both stacks; this one has heads "
-            f"{sorted(heads)} and "
-            f"feed-forward widths {sorted(widths)}. A pruned model can't be exported."
+            f"{sorted(heads)} and feed-forward widths {sorted(widths)}. A pruned model can't be "
+            "exported."
         )
     stack = config.encoder
     ids = {

@@ -166,8 +166,7 @@ def uneven_layers(state: Mapping[str, Any]) -> str | None:
         if len(layers) > _DEEP and uneven:
             return (
                 f"{quoted(name)} has {len(layers)} layers, of which {fewest} has {layers[fewest]} "
-                f"tensors and {most} "
-                f"{layers[most]}: most of the model is missing"
+                f"tensors and {most} {layers[most]}: most of the model is missing"
             )
     return None
 

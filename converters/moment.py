@@ -125,8 +125,7 @@ def _assumed(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
     ):
         raise CheckpointError(
             f"{where}: the sizes of the model can't be read from {EMBED}, {BIAS}, {QUERY}, {WIDE} "
-            "and the number of "
-            "layers. Put its config.json beside the file."
+            "and the number of layers. Put its config.json beside the file."
         )
     fields = published(next(iter(PRESETS.values())))
     fields["patch_len"] = fields["patch_stride_len"] = patch_len
@@ -179,9 +178,8 @@ def _with_head(fields: dict[str, Any], state: Mapping[str, Any]) -> MomentConfig
     if chosen is None:
         raise ValueError(
             f"{HEAD} {head.shape} is no head for task_name {quoted(told)}, {body.n_patches} "
-            "patches of "
-            f"{body.patch_len} and d_model {body.d_model}; check seq_len, forecast_horizon, "
-            "num_class, n_channels"
+            f"patches of {body.patch_len} and d_model {body.d_model}; check seq_len, "
+            "forecast_horizon, num_class, n_channels"
         )
     return MomentConfig.from_published(
         {**fields, "model_kwargs": {}, "task_name": chosen, **fits[chosen]}
@@ -197,8 +195,7 @@ def published(config: MomentConfig) -> dict[str, Any]:
     if len(heads) != 1 or len(widths) != 1 or config.bias_columns:
         raise ValueError(
             f"the original MOMENT has equal layers; this one has heads {config.n_heads} and "
-            "feed-forward "
-            f"{config.ffn_dims}. A pruned model can't be exported."
+            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
         )
     name = {512: "small", 768: "base"}.get(config.d_model, "large")
     fields = {

@@ -66,8 +66,7 @@ def read(src: str | Path) -> Original:
     if isinstance(content, Placeholder):
         raise CheckpointError(
             f"{path}: a pickled object of class {quoted(content.name)}, not a state dict. Load it "
-            "with the program "
-            "that wrote it and save its state_dict() with torch.save."
+            "with the program that wrote it and save its state_dict() with torch.save."
         )
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -86,15 +85,13 @@ def read(src: str | Path) -> Original:
         what = "has no tensors under names" if content else "is empty"
         raise CheckpointError(
             f"{path}: the dictionary in it {what}, so it is no state dict. Save the model's "
-            "state_dict() with "
-            "torch.save."
+            "state_dict() with torch.save."
         )
     odd = [key for key in state if not isinstance(key, str)]
     if odd:
         raise CheckpointError(
             f"{path}: the state dict has keys that are not text ({type(odd[0]).__name__}). Save "
-            "the model's "
-            "state_dict() with torch.save."
+            "the model's state_dict() with torch.save."
         )
     named = {
         k: v for k, v in content.items() if isinstance(k, str) and len(k) <= 100 and k.isprintable()

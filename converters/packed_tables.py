@@ -249,7 +249,7 @@ def checked_fields(
     if ours != theirs:
         raise ValueError(
             f"the original has equal layers with heads of about 64 numbers: {theirs}; this model "
-            "has (d_model, head "
-            f"width, heads, feed-forward widths) {ours}. A pruned model can't be exported."
+            f"has (d_model, head width, heads, feed-forward widths) {ours}. A pruned model can't "
+            "be exported."
         )
     return dict(sorted(fields.items()))

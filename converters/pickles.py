@@ -441,8 +441,7 @@ class _Pickle:
         if _is_dangerous(_PYTHON_2.get(module, module), name):
             raise ValueError(
                 f"the pickle names {quoted(dotted)}, which no checkpoint needs: this file may be "
-                "an attack "
-                "and nothing of it was run"
+                "an attack and nothing of it was run"
             )
         self.names[module, name] = dotted
         return Placeholder(dotted)
@@ -876,6 +875,6 @@ def run_pickle(
     ) as e:
         what = shortened(str(e), 1000) or type(e).__name__
         raise CheckpointError(
-            f"{file}: {what} (byte {pickle.pos - start} of the pickle). "
-            "Download the file again, or get it from a source you trust."
+            f"{file}: {what} (byte {pickle.pos - start} of the pickle). Download the file again, "
+            "or get it from a source you trust."
         ) from None

@@ -136,10 +136,9 @@ def published(config: SundialConfig) -> dict[str, Any]:
     if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
             "the original has equal layers with hidden size = heads * head width; this one has "
-            "width "
-            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward "
-            f"{config.ffn_dims}, "
-            f"embedding {config.embed_dim}. A pruned model can't be exported."
+            f"width {config.d_model}, heads {config.n_heads} of width {config.head_dim}, "
+            f"feed-forward {config.ffn_dims}, embedding {config.embed_dim}. A pruned model can't "
+            "be exported."
         )
     return {
         "architectures": ["SundialForPrediction"],

@@ -151,12 +151,9 @@ def published(config: TimeMoeConfig) -> dict[str, Any]:
     ):
         raise ValueError(
             "the original has equal layers with all experts, hidden size = heads * head width and "
-            "experts of 1/k of "
-            f"the shared one's width; this one has hidden size {config.d_model}, heads "
-            f"{config.n_heads} of width "
-            f"{config.head_dim}, experts {config.kept} of width {config.expert_dims}, shared "
-            f"{config.shared_dims}. "
-            "A pruned model can't be exported."
+            f"experts of 1/k of the shared one's width; this one has hidden size {config.d_model}, "
+            f"heads {config.n_heads} of width {config.head_dim}, experts {config.kept} of width "
+            f"{config.expert_dims}, shared {config.shared_dims}. A pruned model can't be exported."
         )
     return {
         "architectures": ["TimeMoeForPrediction"],

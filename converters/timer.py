@@ -206,8 +206,8 @@ def _assumed(sizes: Mapping[str, int], where: str) -> tuple[TimerConfig, list[st
             '"n_heads", "seq_len", "pred_len"}'
         ) from None
     notes = (
-        f"no config beside the file: n_heads={DEFAULT_HEADS}, gelu and a context of 7 patches "
-        "are assumed"
+        f"no config beside the file: n_heads={DEFAULT_HEADS}, gelu and a context of 7 patches are "
+        "assumed"
     )
     return config, [notes]
 
@@ -221,10 +221,8 @@ def published(config: TimerConfig) -> dict[str, Any]:
     if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
             "the original Timer has equal layers with d_model = heads * head width; this one has "
-            "d_model "
-            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward "
-            f"{config.ffn_dims}. "
-            "A pruned model can't be exported."
+            f"d_model {config.d_model}, heads {config.n_heads} of width {config.head_dim}, "
+            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
         )
     return {
         "task_name": {"forecasting": "forecast", "anomaly": "anomaly_detection"}.get(

@@ -148,10 +148,8 @@ def published(config: TimerXLConfig) -> dict[str, Any]:
     if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
             "the original has equal layers with d_model = heads * head width; this one has "
-            "d_model "
-            f"{config.d_model}, heads {config.n_heads} of width {config.head_dim}, feed-forward "
-            f"{config.ffn_dims}. "
-            "A pruned model can't be exported."
+            f"d_model {config.d_model}, heads {config.n_heads} of width {config.head_dim}, "
+            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
         )
     return {
         "input_token_len": config.patch_len,

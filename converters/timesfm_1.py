@@ -248,11 +248,9 @@ def published(config: TimesFM1Config, table: str = "") -> dict[str, Any]:
     heads, widths = set(config.n_heads), {config.block_dim, *config.ffn_dims}
     if len(heads) != 1 or len(widths) != 1:
         raise ValueError(
-            "the original TimesFM has equal layers, and blocks around them of the same width; this "
-            "one has heads "
-            f"{config.n_heads}, feed-forward {config.ffn_dims}, blocks {config.block_dim}. A "
-            "pruned model can't be "
-            "exported."
+            "the original TimesFM has equal layers, and blocks around them of the same width; "
+            f"this one has heads {config.n_heads}, feed-forward {config.ffn_dims}, blocks "
+            f"{config.block_dim}. A pruned model can't be exported."
         )
     alike = {
         "head_dim": config.head_dim,
@@ -284,8 +282,7 @@ def published(config: TimesFM1Config, table: str = "") -> dict[str, Any]:
     if config.n_heads[0] * config.head_dim != config.d_model:
         raise ValueError(
             f"the original TimesFM has model_dims = heads * head width, not {config.d_model} and "
-            f"{config.n_heads[0]} * "
-            f"{config.head_dim}"
+            f"{config.n_heads[0]} * {config.head_dim}"
         )
     return {
         "context_len": config.context_len,

@@ -343,8 +343,7 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
     if len(heads) != 1 or len(widths) != 1:
         raise ValueError(
             f"the original TimesFM has equal layers; this one has heads {config.n_heads} and "
-            "feed-forward "
-            f"{config.ffn_dims}. A pruned model can't be exported."
+            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
         )
     d, columns = config.d_model, 1 + len(config.quantiles)
     if table == TRANSFORMERS:
@@ -385,8 +384,7 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
     if config.n_heads[0] * config.head_dim != d:
         raise ValueError(
             f"the original TimesFM has model_dims = heads * head width, not {d} and "
-            f"{config.n_heads[0]} * "
-            f"{config.head_dim}"
+            f"{config.n_heads[0]} * {config.head_dim}"
         )
     block = {"activation": "swish"}
     return {

@@ -106,8 +106,7 @@ class _Views:
         if self.left < 0:
             raise ValueError(
                 f"the tensors are views that would expand {self.file_bytes} bytes of file to more "
-                "than "
-                f"{4 * self.file_bytes + MAX_EXPANDED}, which no checkpoint needs"
+                f"than {4 * self.file_bytes + MAX_EXPANDED}, which no checkpoint needs"
             )
 
 
@@ -242,8 +241,7 @@ def read_torch(path: str | os.PathLike) -> TorchFile:
         return TorchFile(_read_legacy(file, mapped), "legacy")
     raise CheckpointError(
         f"{file}: not a torch checkpoint (starts with {bytes(mapped[:8])!r}). A cut download or a "
-        "saved web page looks "
-        f"like this. {_AGAIN}"
+        f"saved web page looks like this. {_AGAIN}"
     )
 
 
@@ -368,8 +366,7 @@ def _zip_list(data: mmap.mmap, count: int, start: int, end: int) -> list[_Listed
         if method != 0 or packed != plain:
             raise ValueError(
                 f"the entry {quoted(name)} is compressed ({packed} bytes declared to become "
-                f"{plain}): torch never does "
-                "this, and it was not unpacked"
+                f"{plain}): torch never does this, and it was not unpacked"
             )
         if plain > len(data):
             raise ValueError(

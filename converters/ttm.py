@@ -302,8 +302,7 @@ def configure(
     if published is None:
         raise CheckpointError(
             f"{where}: TTM's options are not in its weights (scaling, levels, modes, stride, ...). "
-            "Put the original "
-            "config.json beside the file."
+            "Put the original config.json beside the file."
         )
     told, problems = read_fields(published)
     if not problems:
@@ -563,8 +562,7 @@ def published(config: TTMConfig) -> dict[str, Any]:
     if differ:
         raise ValueError(
             "the original TTM has the same share of hidden units in every mixer; here "
-            f"{', '.join(differ)} has other "
-            "widths. A pruned model can't be exported."
+            f"{', '.join(differ)} has other widths. A pruned model can't be exported."
         )
     return fields
 

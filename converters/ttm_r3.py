@@ -73,8 +73,7 @@ def configure(
     if published is None:
         raise CheckpointError(
             f"{where}: TTM's options are not in its weights (scaling, levels, modes, ...). Put the "
-            "original "
-            "config.json beside the file."
+            "original config.json beside the file."
         )
     fields, problems = _fields_of_parts(published)
     configs: dict[str, TTMConfig] = {}

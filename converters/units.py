@@ -211,16 +211,14 @@ def _assumed(
     if d_model % HEADS or d_model > 1 << 16 or len(prompts) > 4096:
         raise CheckpointError(
             f"{where}: the number of heads is not in the file, and the scripts' {HEADS} does not "
-            "fit a width of "
-            f"{d_model}. {_OPTIONS}"
+            f"fit a width of {d_model}. {_OPTIONS}"
         )
     ssl = any(key.startswith("pretrain_head.") for key in state)
     tasks, notes = (
         [],
         [
             f"no config beside the file: n_heads={HEADS}, windows of 96 steps and horizons of 96 "
-            "are assumed. "
-            f"If the file was trained otherwise: {_OPTIONS}"
+            f"are assumed. If the file was trained otherwise: {_OPTIONS}"
         ],
     )
     shapes = {
@@ -278,9 +276,8 @@ def published(config: UnitsConfig) -> dict[str, Any]:
     ):
         raise ValueError(
             "the original UniTS has equal layers of width 8 d_model; this one has "
-            f"{config.seq_heads} and "
-            f"{config.var_heads} heads and widths {config.ffn_dims}. A pruned model can't be "
-            "exported."
+            f"{config.seq_heads} and {config.var_heads} heads and widths {config.ffn_dims}. A "
+            "pruned model can't be exported."
         )
     return {
         "args": {

@@ -362,8 +362,8 @@ def write_report(place: Path) -> Path:
         (place / "plots").mkdir(exist_ok=True)
         _draw(summary, place / "plots" / "choices.png")
         text = (
-            "Validation error of each start (circle) and after tuning (square); test error "
-            "after tuning (diamond)."
+            "Validation error of each start (circle) and after tuning (square); test error after "
+            "tuning (diamond)."
         )
         pictures.append(("choices", text))
     lines = [f"# Choices of alpha, {s['data']}, {s['model']}, {s['context']} -> {s['horizon']}", ""]
@@ -371,10 +371,9 @@ def write_report(place: Path) -> Path:
     lines += ["", report.markdown_table(*table(summary)), ""]
     lines.append(
         "`start` is the validation MSE before the first step, `val MSE` that of the best epoch, "
-        "`test MSE` of the same "
-        "weights; means over seeds, ± standard deviation. `vs FF` is the change of test MSE, seed "
-        "by seed. `search` is "
-        "the time that looking for alpha took. Alphas are those of the first seed."
+        "`test MSE` of the same weights; means over seeds, ± standard deviation. `vs FF` is the "
+        "change of test MSE, seed by seed. `search` is the time that looking for alpha took. "
+        "Alphas are those of the first seed."
     )
     notes = [f"not believed, and left out: {text}" for text in found.damaged]
     for cell in found.cells:

@@ -140,9 +140,8 @@ def text_of(results: pd.DataFrame, command: str, pictures: Sequence[str]) -> str
     ]
     lines += [
         "alpha: share of the tokens, from the highest score, that must be flagged to find an "
-        "anomaly (1: missed); "
-        "found at q %: files with alpha <= q %. Rank and wins: by alpha among the methods of a "
-        "file.",
+        "anomaly (1: missed); found at q %: files with alpha <= q %. Rank and wins: by alpha "
+        "among the methods of a file.",
         "",
     ]
     lines += differences(results, methods)

@@ -424,17 +424,15 @@ def text(report: Report) -> str:
     lines = [
         f"{report.model}: {report.parameters / 1e6:.1f} M parameters on {report.topology}, "
         f"{report.mesh}",
-        f"  batch {report.batch} of {report.context} + {report.horizon} steps, {report.per_device} "
-        "on a device at a "
-        f"time{settings}",
+        f"  batch {report.batch} of {report.context} + {report.horizon} steps, "
+        f"{report.per_device} on a device at a time{settings}",
         "  GiB on a device",
         f"    {gib(report.state):>8}  arguments of the step: parameters, optimiser, series",
         f"    {gib(report.kept):>8}  kept beside: the weights it began with, and the best ones",
         f"    {temporary:>8}  of the step itself",
         f"    {gib(report.needed):>8}  together{of}",
         f"  matrix products of a step: {flops(report.flops)}, "
-        f"{flops(report.flops / report.devices)} a device; the "
-        f"compiler {compiler} a device",
+        f"{flops(report.flops / report.devices)} a device; the compiler {compiler} a device",
         "  collectives of a step: "
         f"{traffic or ('unknown' if report.temporary is None else 'none')}",
         f"  compiled in {report.seconds:.0f} s",

@@ -306,8 +306,7 @@ def plan(c: Comparison, runs: Sequence[str]) -> str:
     )
     lines = [
         f"data     {series.name}: {series.n_rows:,} rows x {series.n_variates} columns "
-        f"({c.settings['columns']}), "
-        f"step {series.freq or 'unknown'}{span}",
+        f"({c.settings['columns']}), step {series.freq or 'unknown'}{span}",
         f"split    {borders}"
         + (f"; quirks {c.settings['quirks']}" if c.settings["quirks"] else ""),
         f"windows  {c.settings['context']} -> {c.settings['horizon']}: {windows.n:,} to train, "

@@ -209,8 +209,8 @@ def compute(options: Options, subjects: Sequence[Subject], of: str) -> None:
             )
             hosts.on_first(folder.write_csv, place, rank)
             launch.say(
-                f"{name}: loss {row['loss']:.4f}, top eigenvalue {row['top_eigenvalue']:.3f}, "
-                f"of the mix {row['mixed_top_eigenvalue']:.3f}, {row['seconds']} s"
+                f"{name}: loss {row['loss']:.4f}, top eigenvalue {row['top_eigenvalue']:.3f}, of "
+                f"the mix {row['mixed_top_eigenvalue']:.3f}, {row['seconds']} s"
             )
         jax.clear_caches()  # nothing that was compiled serves the next model
 
@@ -270,11 +270,9 @@ def write_report(place: Path) -> Path:
         report.markdown_table(header, body),
         "",
         "`top eigenvalue` and `trace` (± standard error) are those of the Hessian at alpha * "
-        "pretrained + "
-        "(1 - alpha) * random; `of the mix` those of alpha * H(pretrained) + (1 - alpha) * "
-        "H(random), which the theory "
-        "takes for it; `distance` is |H - mix| / |mix| in the Frobenius norm: 0 where the theory "
-        "is exact.",
+        "pretrained + (1 - alpha) * random; `of the mix` those of alpha * H(pretrained) + (1 - "
+        "alpha) * H(random), which the theory takes for it; `distance` is |H - mix| / |mix| in "
+        "the Frobenius norm: 0 where the theory is exact.",
     ]
     if damaged:
         lines += [
@@ -301,8 +299,8 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         far = np.mean([row["distance"] for row in inner])
         found.append(
             f"{Path(model).name}: the top eigenvalue of the mixed model is {min(ratios):.2f} to "
-            f"{max(ratios):.2f} "
-            f"times that of the mix of the Hessians; mean distance of the matrices {far:.2f}"
+            f"{max(ratios):.2f} times that of the mix of the Hessians; mean distance of the "
+            f"matrices {far:.2f}"
         )
     return found
 

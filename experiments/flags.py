@@ -107,8 +107,7 @@ class Training(Tuning):
         one_of(optimizers.OPTIMIZERS),
         described(
             "adamw (decay beside the gradient; Adam where there is none), adam (decay in the "
-            "gradient) or sgd "
-            "(momentum: the first of --betas)"
+            "gradient) or sgd (momentum: the first of --betas)"
         ),
     ] = "adamw"
     betas: Annotated[tuple[float, ...], check(_betas, "X,X")] = optimizers.BETAS
@@ -205,9 +204,8 @@ class Options:
         one_of(REPORT_BY),
         described(
             "the epoch whose test error the report shows: validation (the lowest validation MSE), "
-            "last, or best-test "
-            "(the lowest test error, which nobody can know beforehand: a bound); of runs with "
-            "--test-each-epoch"
+            "last, or best-test (the lowest test error, which nobody can know beforehand: a "
+            "bound); of runs with --test-each-epoch"
         ),
     ] = "validation"
     lanes: Annotated[str, one_of(ASKED)] = "auto"

@@ -230,8 +230,8 @@ def plan(c: Comparison) -> str:
         series, parts = one.splits.series, one.splits
         lines.append(
             f"data     {one.name}: {series.n_rows:,} rows x {series.n_variates} columns; windows "
-            f"of {o.window}: "
-            f"{parts.train.n:,} to train, {parts.val.n:,} to validate, {parts.test.n:,} to test"
+            f"of {o.window}: {parts.train.n:,} to train, {parts.val.n:,} to validate, "
+            f"{parts.test.n:,} to test"
         )
     n_runs = sum(map(len, groups_of(c)))
     lines += [

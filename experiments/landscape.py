@@ -127,11 +127,9 @@ def plan(w: Work) -> str:
     lines = [
         f"model    {s.name}, {s.model.family}, {trees.count(s.params):,} parameters",
         f"loss     {o.loss} of {windows:,} of {s.windows.n:,} {o.part} windows, "
-        f"{s.facts['context']} -> "
-        f"{s.facts['horizon']}",
+        f"{s.facts['context']} -> {s.facts['horizon']}",
         f"surfaces {', '.join(NAMES)} (alpha {flags.exact(o.alpha)}): {o.points} x {o.points} "
-        "points each, "
-        f"to {flags.exact(o.radius)} norms of the filters",
+        f"points each, to {flags.exact(o.radius)} norms of the filters",
         f"folder   {o.folder}",
     ]
     return "\n".join(lines)
@@ -319,10 +317,9 @@ def write_report(place: Path) -> Path:
         report.markdown_table(header, body),
         "",
         "`loss` is that of the model itself, `range` the largest minus the smallest of its "
-        "surface, `doubles at` the "
-        "distance to the nearest point with twice the loss, in norms of the filters. Eigenvalues "
-        "and trace (± its "
-        "standard error) are those of the Hessian of the same loss.",
+        "surface, `doubles at` the distance to the nearest point with twice the loss, in norms "
+        "of the filters. Eigenvalues and trace (± its standard error) are those of the Hessian "
+        "of the same loss.",
     ]
     if damaged:
         lines += [

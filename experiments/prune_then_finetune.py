@@ -330,12 +330,10 @@ def plan(c: Comparison) -> str:
     runs = len(o.seeds) * len(o.ema) * (1 if o.ratios else len(o.shares))
     lines = [
         f"pruning  {s['channels']:,} channels, {runs} runs of {s['prune_epochs']} epochs, "
-        f"{s['score']}, a step every "
-        f"{s['macro_batch']} windows; ratios {', '.join(map(exact, o.shares))} ({s['cuts']}), EMA "
-        f"{', '.join(map(exact, o.ema))}",
+        f"{s['score']}, a step every {s['macro_batch']} windows; ratios "
+        f"{', '.join(map(exact, o.shares))} ({s['cuts']}), EMA {', '.join(map(exact, o.ema))}",
         f"runs     {len(first) + then}: {len(whole_cells(o))} whole, {len(pruned_cells(o))} "
-        f"pruned, {then} pruned and "
-        f"tuned, seeds {', '.join(map(str, o.seeds))}"
+        f"pruned, {then} pruned and tuned, seeds {', '.join(map(str, o.seeds))}"
         + (f"; {done} finished already" if done else ""),
     ]
     windows = len(c.windows.starts) // s["stride"]
@@ -356,13 +354,11 @@ def _plan_of_choice(c: Comparison) -> str:
         + len(_grid_cells(o, None))
     )
     lines = [
-        f"pruning  {s['channels']:,} channels, of {s['prune_epochs']} epochs, {s['score']}, a step "
-        "every "
-        f"{s['macro_batch']} windows; ratios {', '.join(map(exact, o.shares))} ({s['cuts']}), EMA "
-        f"{', '.join(map(exact, o.ema))}",
+        f"pruning  {s['channels']:,} channels, of {s['prune_epochs']} epochs, {s['score']}, a "
+        f"step every {s['macro_batch']} windows; ratios {', '.join(map(exact, o.shares))} "
+        f"({s['cuts']}), EMA {', '.join(map(exact, o.ema))}",
         f"runs     {now} before validation has chosen {', '.join(o.over)} at seed {o.seeds[0]}; "
-        "then the chosen ones "
-        f"at seeds {', '.join(map(str, o.seeds[1:])) or 'none'}",
+        f"then the chosen ones at seeds {', '.join(map(str, o.seeds[1:])) or 'none'}",
     ]
     return cells.plan(c, lines)
 
@@ -504,8 +500,8 @@ def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] |
     if before <= means[ratio, ema]:
         warning = (
             f"Validation prefers the model as it was: MSE {before:.4f} whole, "
-            f"{means[ratio, ema]:.4f} with the best "
-            "pruning. Prune for size and speed, or not at all."
+            f"{means[ratio, ema]:.4f} with the best pruning. Prune for size and speed, or not at "
+            "all."
         )
     return {
         "ratio": ratio,

@@ -288,8 +288,8 @@ def verdict(
     """
     best = summary.loc[summary["val_mse"].idxmin()]
     text = (
-        f"Lowest validation MSE: {label(best.method, best.alpha, best.ratio, best.ema)}; its "
-        "test MSE is "
+        f"Lowest validation MSE: {label(best.method, best.alpha, best.ratio, best.ema)}; its test "
+        "MSE is "
     )
     text += spread(best.test_mse, best.test_mse_std)
     if not pd.isna(best.vs_zero_shot):
@@ -465,44 +465,37 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
         pictures.append(("sparsity", f"{title}: 1 - kept inputs x kept outputs, per cent."))
         if plot_pareto(summary, plots / "pareto.png"):
             text = (
-                "Error against time; numbers beside the points: ratio. Marker: EMA. Squares: "
-                "the whole model."
+                "Error against time; numbers beside the points: ratio. Marker: EMA. Squares: the "
+                "whole model."
             )
             pictures.append(("pareto", text))
     dropout_off = "no-dropout" in (settings["quirks"] or "").split(",")
     lines = [
         f"# Pruning, then fine-tuning: {settings['data']}, {settings['model']}, "
-        f"{settings['context']} -> "
-        f"{settings['horizon']}",
+        f"{settings['context']} -> {settings['horizon']}",
         "",
         verdict(summary, found.baselines, blocks_of(found.cells)),
         "",
         markdown_table(HEADER, _body(shown(found, choice))),
         "",
         "MSE and MAE are on the scale of the data standardised with the training rows. ± is the "
-        "standard deviation "
-        "over seeds; `vs` is the change of test MSE in per cent, each seed against the same seed; "
-        "the whole is the "
-        "same fine-tuning without masks. Parameters are counted with parts taken out; times are "
-        "means of runs in turn "
-        "with the whole model; the speedup is the median ratio of neighbours, which other work "
-        "disturbs least. "
-        f"{report.BY[by]}. Every window is scored: "
-        f"{run['windows']['val']:,} for validation, "
+        "standard deviation over seeds; `vs` is the change of test MSE in per cent, each seed "
+        "against the same seed; the whole is the same fine-tuning without masks. Parameters are "
+        "counted with parts taken out; times are means of runs in turn with the whole model; the "
+        "speedup is the median ratio of neighbours, which other work disturbs least. "
+        f"{report.BY[by]}. Every window is scored: {run['windows']['val']:,} for validation, "
         f"{run['windows']['test']:,} for test.",
         "",
         "## Choice",
         "",
         f"{choice['text'][0].upper()}{choice['text'][1:]}, mean over {choice['seeds']} seeds: the "
-        "lowest of the pruned "
-        "models that are not fine-tuned.",
+        "lowest of the pruned models that are not fine-tuned.",
     ]
     notes = [choice["warning"]] if choice["warning"] else []
     if dropout_off:
         notes.append(
-            "Pruned arms were fine-tuned without dropout, whole ones with it (quirk "
-            "no-dropout): part of a "
-            "difference between them may come from this."
+            "Pruned arms were fine-tuned without dropout, whole ones with it (quirk no-dropout): "
+            "part of a difference between them may come from this."
         )
     notes += [f"not believed, and left out: {text}" for text in found.damaged]
     for cell in found.cells:
@@ -529,10 +522,8 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
         lines += [
             "",
             f"Means over the tokens of {' and '.join(f'{n:,}' for n in statistics['windows'])} "
-            "windows of training and "
-            "validation. Sparse: share of (token, head) pairs in which a head adds at most 5 % of "
-            "the stream's norm; "
-            "idle: units that no token activates.",
+            "windows of training and validation. Sparse: share of (token, head) pairs in which a "
+            "head adds at most 5 % of the stream's norm; idle: units that no token activates.",
         ]
     lines += report.picture_lines(pictures, f"python -m experiments.pruning_report {folder}")
     lines += report.made_lines(run, results)

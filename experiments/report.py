@@ -301,8 +301,7 @@ def chance(name: str, rival: np.ndarray | None, zero: np.ndarray | None) -> str:
     low, high = gap.mean() - width, gap.mean() + width
     return (
         f" {name} and the checkpoint are equal there within the paired interval (difference in "
-        "MSE, 95 %: "
-        f"{low:+.4f} to {high:+.4f})."
+        f"MSE, 95 %: {low:+.4f} to {high:+.4f})."
     )
 
 
@@ -750,8 +749,7 @@ class Found:
             if cell.get(f"{prefix}test_mse") is None:
                 raise ValueError(
                     f"{cell['folder']} has no test errors of every epoch; run it with "
-                    "--test-each-epoch in another "
-                    "--out, or report by validation"
+                    "--test-each-epoch in another --out, or report by validation"
                 )
         table = table.assign(
             test_mse=table[f"{prefix}test_mse"], test_mae=table[f"{prefix}test_mae"]
@@ -767,8 +765,7 @@ BY = {
     "validation": "Weights are those of the epoch with the lowest validation MSE",
     "last": "Test errors are those of the last epoch, whatever validation says of it",
     "best-test": "Test errors are those of the epoch with the lowest test MSE, which nobody can "
-    "know beforehand: they "
-    "are a bound, and no result",
+    "know beforehand: they are a bound, and no result",
 }
 
 
@@ -823,8 +820,8 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
         )
         if plot_validation(cells, plots / "validation.png"):
             text = (
-                "Validation error before training and after every epoch; band: lowest to "
-                "highest seed."
+                "Validation error before training and after every epoch; band: lowest to highest "
+                "seed."
             )
             pictures.append(("validation", text))
         if plot_alpha(summary, plots / "alpha.png"):
@@ -853,12 +850,11 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
         markdown_table(*_table_rows(summary, baselines, NAMES)),
         "",
         "MSE and MAE are on the scale of the data standardised with the training rows. ± is the "
-        "standard deviation "
-        "over seeds; rows without a number of seeds are the same at every seed; `vs` is the change "
-        "of test MSE in per "
-        f"cent, each seed against the same seed. {BY[by]}; seconds "
-        "are those of training and validation, without compilation. Every window is scored: "
-        f"{run['windows']['val']:,} for validation, {run['windows']['test']:,} for test.",
+        "standard deviation over seeds; rows without a number of seeds are the same at every "
+        "seed; `vs` is the change of test MSE in per cent, each seed against the same seed. "
+        f"{BY[by]}; seconds are those of training and validation, without compilation. Every "
+        f"window is scored: {run['windows']['val']:,} for validation, {run['windows']['test']:,} "
+        "for test.",
     ]
     notes = [f"not believed, and left out: {text}" for text in found.damaged]
     for cell in cells:
@@ -882,13 +878,13 @@ def choice_lines(found: Found) -> list[str]:
     if grid.OVER not in settings:
         return []
     text = (
-        "The candidates of each method at the first seed; the one of lowest validation MSE is "
-        "its row above."
+        "The candidates of each method at the first seed; the one of lowest validation MSE is its "
+        "row above."
     )
     if settings.get("origins"):
         text += (
-            f" Validation MSE is the mean of {settings['origins']} blocks, each after "
-            "training on what lies before."
+            f" Validation MSE is the mean of {settings['origins']} blocks, each after training on "
+            "what lies before."
         )
     return [
         "",

@@ -498,10 +498,9 @@ def sharpness_lines(found: pd.DataFrame) -> list[str]:
         "## Sharpness",
         "",
         "Top eigenvalue of the Hessian of the training loss, before the first step, over "
-        f"{len(mine)} pairs: mixing "
-        f"lowers it in {int((change < 1).sum())}. Spearman's rank correlation with the gain of sff "
-        "in per cent: "
-        f"{before:+.2f} of the eigenvalue before mixing, {less:+.2f} of its relative fall.",
+        f"{len(mine)} pairs: mixing lowers it in {int((change < 1).sum())}. Spearman's rank "
+        f"correlation with the gain of sff in per cent: {before:+.2f} of the eigenvalue before "
+        f"mixing, {less:+.2f} of its relative fall.",
     ]
 
 

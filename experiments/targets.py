@@ -110,8 +110,8 @@ def parse(text: str) -> tuple[str, str, tuple[int, ...]]:
 
 
 _FORMS = (
-    "Write a grid of TPU chips as v5e:4x4 or v4:2x2x2, GPUs as h200:8 (2 hosts: h200:2x8), "
-    "CPU devices as cpu:8"
+    "Write a grid of TPU chips as v5e:4x4 or v4:2x2x2, GPUs as h200:8 (2 hosts: h200:2x8), CPU "
+    "devices as cpu:8"
 )
 
 

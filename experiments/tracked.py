@@ -11,10 +11,8 @@ from ltsm_jax.plotting import new_figure
 NUMBERS = ("top_eigenvalue", "trace", "sharpness")
 TEXT = (
     "Of the training loss on a fixed subsample of its windows, without dropout: the largest "
-    "eigenvalue of its "
-    "Hessian, the trace, and how much the loss rises within 0.05 up the gradient (SAM's "
-    "sharpness). Means over seeds; "
-    "epoch 0 is the start."
+    "eigenvalue of its Hessian, the trace, and how much the loss rises within 0.05 up the "
+    "gradient (SAM's sharpness). Means over seeds; epoch 0 is the start."
 )
 
 Arm = tuple[str, float | None]

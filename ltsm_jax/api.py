@@ -145,8 +145,8 @@ class Fitted:
         mse = {"before": self.zero_shot["mse"], "tuned": self.tuned["mse"]}
         scores = ", ".join(f"{name} {value:.4g}" for name, value in mse.items())
         return (
-            f"<Fitted {self.model.family} by {self.result.strategy.name}: validation MSE "
-            f"{scores}; kept {self.kept}>"
+            f"<Fitted {self.model.family} by {self.result.strategy.name}: validation MSE {scores}; "
+            f"kept {self.kept}>"
         )
 
     def _repr_html_(self) -> str:
@@ -552,10 +552,9 @@ def forecast(
     if (fresh := drawn(params, ready_params)) and not untrained:
         raise ValueError(
             f"this {model.family} model has no parameters for {series.n_variates} variates such as "
-            f"these: {len(fresh)} "
-            f"arrays ({fresh[0]}, ...) would be drawn at random. Tune it with fit(...) and "
-            "forecast with fitted.model "
-            "and fitted.params, or ask for what random ones give with untrained=True"
+            f"these: {len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune it with "
+            "fit(...) and forecast with fitted.model and fitted.params, or ask for what random "
+            "ones give with untrained=True"
         )
     model, params = ready, ready_params
 
@@ -592,8 +591,7 @@ def forecast(
     if twice := sorted({column for column in names if names.count(column) > 1}):
         raise DataError(
             f"{series.name}: the forecast would have two columns called "
-            f"{', '.join(map(repr, twice))}; rename those of "
-            "the table"
+            f"{', '.join(map(repr, twice))}; rename those of the table"
         )
     return pd.DataFrame(dict(columns))
 

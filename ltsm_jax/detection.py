@@ -110,8 +110,7 @@ class Detected:
         after = len(self.table) - self.first_rows
         lines = [
             f"{self.series.name}: {count:,} of {after:,} rows are anomalous (score above "
-            f"{self.threshold:.3g}; "
-            f"threshold from the first {self.first_rows:,} rows)"
+            f"{self.threshold:.3g}; threshold from the first {self.first_rows:,} rows)"
         ]
         ranges = self.ranges()
         for _, one in ranges.head(SHOWN).iterrows():
@@ -229,8 +228,7 @@ def _window(series: Series, cut: int) -> int:
     if cut < anomaly.TOKEN + FEWEST:
         problems.append(
             f"its first part has {cut} rows, and a threshold needs {anomaly.TOKEN + FEWEST}: take "
-            "a larger "
-            "first= or a longer table"
+            "a larger first= or a longer table"
         )
     if problems:
         raise DataError(f"{series.name}: " + "; ".join(problems))

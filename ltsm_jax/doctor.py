@@ -249,9 +249,8 @@ def _compare(
 def _advice(accelerated: bool) -> str:
     if accelerated:
         return (
-            "try JAX_PLATFORMS=cpu ltsm doctor: where that finds nothing, the driver or the plugin "
-            "of the device is at "
-            "fault; update it, or compute on the processor"
+            "try JAX_PLATFORMS=cpu ltsm doctor: where that finds nothing, the driver or the "
+            "plugin of the device is at fault; update it, or compute on the processor"
         )
     return (
         "reinstall jax, jaxlib and numpy in the versions that ltsm-jax asks for, and without "

@@ -631,8 +631,8 @@ class Forecaster:
         if rest and (calibration is None or not calibration.fits(horizon, panel.n_variates)):
             raise ValueError(
                 f"{self.baseline or self.model.family} does not say levels {rest} itself: "
-                "calibrate the forecaster on "
-                f"rows before the origins, forecaster.calibrated(panel, {horizon})"
+                "calibrate the forecaster on rows before the origins, "
+                f"forecaster.calibrated(panel, {horizon})"
             )
         found = self._from(by, panel, origins, horizon, own, measured=bool(rest), seed=seed)
         return _with_quantiles(found, rest, calibration)
@@ -746,9 +746,8 @@ class Forecaster:
         if fresh := drawn(self.params, params):
             raise ValueError(
                 f"this {model.family} model has no parameters for {panel.n_variates} targets such "
-                "as these: "
-                f"{len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune it on them "
-                "first"
+                f"as these: {len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune "
+                "it on them first"
             )
         return model, sharding.together(params)
 
@@ -759,12 +758,9 @@ class Forecaster:
         shown = ", ".join(f"{level:g}" for level in levels)
         return DataError(
             f"{panel.name}: {self.baseline or self.model.family} does not say quantiles {shown} "
-            "itself, and its "
-            f"errors {horizon} rows ahead cannot be measured on this history ({problem}; the "
-            "longest item has "
-            f"{panel.lengths.max()} rows). Bring more rows, a shorter horizon, or ask for the "
-            "point forecast alone: "
-            "quantile_levels=()"
+            f"itself, and its errors {horizon} rows ahead cannot be measured on this history "
+            f"({problem}; the longest item has {panel.lengths.max()} rows). Bring more rows, a "
+            "shorter horizon, or ask for the point forecast alone: quantile_levels=()"
         )
 
     def _used_covariates(self, panel: Panel) -> tuple[str, ...]:
@@ -789,8 +785,7 @@ class Forecaster:
                 where = f" in {few} of {panel.n_items} items" if panel.n_items > 1 else ""
                 notes.append(
                     f"{name} is known {ahead.min()} rows ahead{where}, and the forecast has "
-                    f"{horizon}: it is unknown "
-                    "after that"
+                    f"{horizon}: it is unknown after that"
                 )
         return tuple(notes)
 
@@ -957,8 +952,7 @@ def _table(
     if twice := sorted({str(name) for name in names if names.count(name) > 1}):
         raise DataError(
             f"{panel.name}: the forecast would have two columns called "
-            f"{', '.join(map(repr, twice))}; rename those of "
-            "the table"
+            f"{', '.join(map(repr, twice))}; rename those of the table"
         )
     table = pd.DataFrame(dict(columns))
     table.attrs["notes"] = list(notes)

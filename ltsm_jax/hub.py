@@ -234,8 +234,7 @@ def weights(files: Iterable[str]) -> str:
         if found:
             raise ValueError(
                 f"several files that may be the checkpoint: {', '.join(found[:10])}. Download the "
-                "right one and give "
-                "its path."
+                "right one and give its path."
             )
     listed = ", ".join(sorted(names)[:20]) or "none"
     raise ValueError(f"no checkpoint of PyTorch ({', '.join(ENDINGS)}) among its files: {listed}")
@@ -429,8 +428,8 @@ def require_licence(repo: str, licence: str | None, accept: bool = False) -> Non
         raise LicenceError(
             f"the weights of {repo} are under {licence}: NON-COMMERCIAL USE ONLY. Read it at "
             f"{endpoint()}/{repo}; to accept it, once: ltsm_jax.load({repo!r}, "
-            "accept_license=True), "
-            f"or --accept-license with the ltsm command, or {ACCEPT}={short} in the environment"
+            f"accept_license=True), or --accept-license with the ltsm command, or {ACCEPT}={short} "
+            "in the environment"
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -528,23 +527,23 @@ def _no_answer(name: Name, error: Exception, file: str = "") -> OSError:
         kind = PermissionError
         reason = f"the repository is gated (the hub answers {status})"
         advice = (
-            f"Accept its conditions at {page}, then set HF_TOKEN to a token of that account "
-            "(or pass token=...)."
+            f"Accept its conditions at {page}, then set HF_TOKEN to a token of that account (or "
+            "pass token=...)."
         )
     elif isinstance(error, RevisionNotFoundError):
         reason = f"the repository has no revision {name.revision!r}"
         advice = (
-            f"Its branches and tags stand at {page}/tree/main; a preset may have a revision "
-            "of its own."
+            f"Its branches and tags stand at {page}/tree/main; a preset may have a revision of its "
+            "own."
         )
     elif isinstance(error, RepositoryNotFoundError) or status == 404:
         reason = (
-            f"the hub answers {status}: there is no such "
-            f"repository{' or file' * bool(file)}, or it is private"
+            f"the hub answers {status}: there is no such repository{' or file' * bool(file)}, or "
+            "it is private"
         )
         advice = (
-            "Check the name; for a private repository set HF_TOKEN (or pass token=...) to a "
-            "token that may read it."
+            "Check the name; for a private repository set HF_TOKEN (or pass token=...) to a token "
+            "that may read it."
         )
     elif status in (401, 403):
         kind = PermissionError
@@ -553,15 +552,14 @@ def _no_answer(name: Name, error: Exception, file: str = "") -> OSError:
             "repository"
         )
         advice = (
-            f"Make a token with read access at {endpoint()}/settings/tokens; set HF_TOKEN to "
-            "it (or pass token=...)."
+            f"Make a token with read access at {endpoint()}/settings/tokens; set HF_TOKEN to it "
+            "(or pass token=...)."
         )
     else:
         reason = _reason(error)
         advice = (
             "Go online, or load it once on a machine that is and copy its caches (HF_HOME, "
-            "LTSM_CACHE), or download "
-            f"its config.json and weights by hand into {place}."
+            f"LTSM_CACHE), or download its config.json and weights by hand into {place}."
         )
     lines = [
         f"no model {str(name)!r}: {f'{file} could not be fetched: ' * bool(file)}{reason}. Tried:",

@@ -212,8 +212,7 @@ def _advice(name: str) -> str:
         return (
             f"\nIt is a published preset whose weights do not come with the package: put {files} "
             f"at {storage.cache_folder('models') / name}{end}, or give their path; for fresh "
-            "weights: "
-            f"`model = ltsm_jax.preset({name!r}); params = model.init(key)`"
+            f"weights: `model = ltsm_jax.preset({name!r}); params = model.init(key)`"
         )
     near = near_presets(name, folders.shipped())
     return f"\nDid you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -22,8 +22,8 @@ from ltsm_jax.plotting import new_figure
 
 NO_PICTURES = "No pictures: matplotlib is not installed (`pip install 'ltsm-jax[plots]'`)."
 UNITS = (
-    "MSE and MAE are in units standardised per item and target by its training rows: 1 is "
-    "their variance."
+    "MSE and MAE are in units standardised per item and target by its training rows: 1 is their "
+    "variance."
 )
 # times the lowest error: what is beyond it is cut at the edge, or it would squeeze the others
 FAR = 3.0
@@ -86,8 +86,8 @@ def _sections(verdict: Verdict) -> list[_Section]:
     header, rows = verdict.rows()
     names = [found.name for found in verdict.candidates]
     remark = (
-        f"{UNITS} A dash: not scored there, as only what validation chose is scored on the "
-        "test span. Seconds "
+        f"{UNITS} A dash: not scored there, as only what validation chose is scored on the test "
+        "span. Seconds "
     )
     remark += "are those of training and of scoring validation, without compilation."
     sections = [
@@ -95,12 +95,12 @@ def _sections(verdict: Verdict) -> list[_Section]:
     ]
     if verdict.differences:
         remark = (
-            "Below zero the first of the two is better. The intervals are paired "
-            "block-bootstrap ones, of blocks "
+            "Below zero the first of the two is better. The intervals are paired block-bootstrap "
+            "ones, of blocks "
         )
         remark += (
-            f"of {verdict.horizon} consecutive origins with all items together, or of "
-            "items, whichever is wider."
+            f"of {verdict.horizon} consecutive origins with all items together, or of items, "
+            "whichever is wider."
         )
         sections.append(
             _Section(
@@ -123,8 +123,8 @@ def _sections(verdict: Verdict) -> list[_Section]:
         when = f", {_day(span[0])} to {_day(span[1])}" if span else ""
         facts.append([name, f"{verdict.windows[part]:,} windows{when}"])
     remark = (
-        "Every item is cut by itself: its last rows test, those before validate, the rest "
-        "trains; spans are from "
+        "Every item is cut by itself: its last rows test, those before validate, the rest trains; "
+        "spans are from "
     )
     remark += "the first of all items to the last."
     sections.append(_Section("Data", ["", verdict.name], facts, remark=remark))
@@ -231,8 +231,8 @@ def figures(verdict: Verdict) -> list[tuple[str, Any]]:
         found.append((text, _curves(verdict)))
     if verdict.examples:
         text = (
-            "Windows of the test span, evenly spread and not chosen by looks, in the units of "
-            "the data."
+            "Windows of the test span, evenly spread and not chosen by looks, in the units of the "
+            "data."
         )
         found.append((text, _examples(verdict)))
     return found

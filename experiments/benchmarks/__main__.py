@@ -78,8 +78,8 @@ def main() -> int:
         if share > rows.BUSY and not args.anyway:
             raise ValueError(
                 f"{name}: other programs use {share:.0%} of this machine, more than "
-                f"{rows.BUSY:.0%}: a time measured "
-                "now says little. Wait for them, or measure with --anyway, which marks the rows"
+                f"{rows.BUSY:.0%}: a time measured now says little. Wait for them, or measure with "
+                "--anyway, which marks the rows"
             )
         for row in rows.of(benchmark, python, share):
             line = json.dumps(row)

@@ -124,8 +124,7 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
                     best.setdefault((kind, clock, side), []).append(min(seconds))
             told = (
                 f"{kind} best {min(c['wall']):.3f} s, median {statistics.median(c['wall']):.3f} s "
-                "(processor "
-                f"{min(c['cpu']):.3f} s)"
+                f"(processor {min(c['cpu']):.3f} s)"
                 for kind, c in found.items()
             )
             print(f"launch {number} {side:5}: {'; '.join(told)}", file=sys.stderr, flush=True)

@@ -171,8 +171,8 @@ def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
     names = args.presets or [smallest(family) for family in args.families or FAMILIES]
     print(
-        "| family | preset | parameters | context -> horizon | first forecast cold, s | warm, s "
-        f"| windows/s at batch {args.batch} |"
+        "| family | preset | parameters | context -> horizon | first forecast cold, s | warm, s | "
+        f"windows/s at batch {args.batch} |"
     )
     print("| --- | --- | ---: | --- | ---: | ---: | ---: |")
     for name in names:
@@ -183,8 +183,7 @@ def main() -> int:
         rate = f"{r['windows_per_second']:g}" if args.batch else ""
         print(
             f"| `{r['family']}` | `{r['preset']}` | {r['parameters'] / 1e6:.1f}M | {r['context']} "
-            f"-> {r['horizon']} "
-            f"| {r['first']:.1f} | {r['warm']:.1f} | {rate} |",
+            f"-> {r['horizon']} | {r['first']:.1f} | {r['warm']:.1f} | {rate} |",
             flush=True,
         )
     return 0

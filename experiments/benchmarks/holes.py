@@ -133,8 +133,7 @@ def told(rows: pd.DataFrame) -> None:
     by = ", ".join(f"{fill} {rows[f'columns_{fill}'].sum()}" for fill in FILLS)
     print(
         f"{first.data:10s} {first.holes:8s} {first.rate:5.3g}: impute {ours:.4f}, straight line "
-        f"{line:.4f} "
-        f"({ours / line - 1:+.1%}); columns by {by}",
+        f"{line:.4f} ({ours / line - 1:+.1%}); columns by {by}",
         flush=True,
     )
 

@@ -149,8 +149,8 @@ def main() -> int:
             abs(a / b - 1) for a, b in zip(scores[name], scores["one after the other"], strict=True)
         )
         print(
-            f"{name:20} {median:7.2f} s, {median / base:.2f} of one after the other "
-            f"(compiled in {compiled[name]:.1f} s; validation errors differ by {gap:.0e})"
+            f"{name:20} {median:7.2f} s, {median / base:.2f} of one after the other (compiled in "
+            f"{compiled[name]:.1f} s; validation errors differ by {gap:.0e})"
         )
     print(f"auto: {lanes.choose(described).why}")
     return 0

@@ -15,8 +15,8 @@ from ltsm_jax.data.tables import IRREGULAR, MISSING
 from ltsm_jax.forecaster import Forecaster
 
 MODEL = (
-    "shipped name, model folder, what `ltsm fit` wrote, original checkpoint, or name of the "
-    "hub (owner/name)"
+    "shipped name, model folder, what `ltsm fit` wrote, original checkpoint, or name of the hub "
+    "(owner/name)"
 )
 
 

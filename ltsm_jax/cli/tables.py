@@ -140,8 +140,8 @@ class Forecast(OnTable):
         weights, contexts = _bytes(forecaster.params), rows * length * 4
         return (
             f"{in_words(weights)} of weights, {in_words(panel.values.nbytes)} of data, "
-            f"{in_words(contexts)} for a "
-            f"batch of {rows} contexts; what the layers hold comes on top"
+            f"{in_words(contexts)} for a batch of {rows} contexts; what the layers hold comes on "
+            "top"
         )
 
     def _facts(
@@ -308,8 +308,8 @@ class Compare(OnTable):
             rows.append(_row(name, forecaster, compared, took))
             naive = naive or _naive_rows(compared)
             said = (
-                f"[{number}/{len(self.models)}] {name}: test MSE {rows[-1]['mse']:.4f}, "
-                f"{took:.1f} s"
+                f"[{number}/{len(self.models)}] {name}: test MSE {rows[-1]['mse']:.4f}, {took:.1f} "
+                "s"
             )
             if left := len(self.models) - number:
                 said += f"; about {in_time((time.perf_counter() - started) / number * left)} left"
@@ -475,8 +475,7 @@ class Prune(OnTable):
             f"{prepared.train_context} -> {self.horizon}",
             "pruning": f"{self.ratio:g} of the channels an epoch, {self.epochs} at most",
             "memory": f"{in_words(2 * _bytes(prepared.params))} of weights and gradients; what the "
-            "layers hold "
-            "comes on top",
+            "layers hold comes on top",
             "time": estimates.of_pruning(prepared, self.epochs, work_follows=not self.plan),
             "result": str(self.out),
         }
@@ -524,7 +523,6 @@ class Prune(OnTable):
                 f"{self.out}: {facts['left']:.1%} of the channels are left, "
                 f"{facts['parameters']:,} of "
                 f"{facts['parameters_before']:,} parameters;\nvalidation MSE "
-                f"{facts['val_mse_before']:.4f} before, "
-                f"{facts['val_mse']:.4f} now"
+                f"{facts['val_mse_before']:.4f} before, {facts['val_mse']:.4f} now"
             )
         return 0

@@ -84,8 +84,7 @@ class Fit(OnTable):
             "model": of_model(self.model, forecaster),
             "windows": f"{prepared.train_context} -> {self.horizon} to train; "
             f"{prepared.splits.test.context_len} -> {self.horizon}: {prepared.splits.val.n:,} to "
-            "validate, "
-            f"{prepared.splits.test.n:,} to test",
+            f"validate, {prepared.splits.test.n:,} to test",
             "methods": ", ".join(["zero_shot", *methods]) + " and the naive forecasts",
             "training": f"{self.budget} steps of each method; loss {prepared.task.mode}",
             "memory": _memory(prepared, config) if methods else "that of a forecast",

@@ -458,8 +458,8 @@ def _download(benchmark: Benchmark, folder: Path) -> Path:
         _fetch(benchmark.url, part)
         if wrong := _difference(benchmark, part):
             raise DataError(
-                f"{benchmark.url} is not the file it was ({wrong}); nothing was kept. "
-                f"If you have {benchmark.file}, put it into $LTSM_DATA"
+                f"{benchmark.url} is not the file it was ({wrong}); nothing was kept. If you have "
+                f"{benchmark.file}, put it into $LTSM_DATA"
             )
         if benchmark.digest is None:
             log.warning("%s: downloaded, unverified: no published digest is known", benchmark.file)

@@ -225,24 +225,21 @@ class TableReader:
             if pd.api.types.is_timedelta64_dtype(column):
                 self.problems.append(
                     f"the index {label!r} holds lengths of time, no dates; add the date of its "
-                    "start to it, or "
-                    "reset_index(drop=True)"
+                    "start to it, or reset_index(drop=True)"
                 )
             elif not is_numeric(column):
                 self.problems.append(
                     f"the index {label!r} holds no dates (first: "
-                    f"{str(column.iloc[0])[:QUOTED]!r}); "
-                    "reset_index(drop=True) leaves it out"
+                    f"{str(column.iloc[0])[:QUOTED]!r}); reset_index(drop=True) leaves it out"
                 )
             elif not counts_rows(column) and len(column) > 1:
                 steps = np.diff(column.to_numpy(np.float64))
                 row = int((steps != 1).argmax()) + 1
                 self.problems.append(
                     f"the index {label!r} does not number the rows one after the other (row {row}: "
-                    f"{column.iloc[row]} "
-                    f"follows {column.iloc[row - 1]}): rows are out of order or left out; "
-                    "reset_index(drop=True) or "
-                    "irregular='ignore' takes them as they come"
+                    f"{column.iloc[row]} follows {column.iloc[row - 1]}): rows are out of order or "
+                    "left out; reset_index(drop=True) or irregular='ignore' takes them as they "
+                    "come"
                 )
 
     def any_numbers(self, table: pd.DataFrame, columns: list) -> bool:
@@ -378,8 +375,7 @@ class TableReader:
         column = "columns" if len(names) > 1 else "column"
         self.problems = [
             f"several series follow one another: {column} {' and '.join(map(repr, names))} of "
-            f"{len(kinds)} kinds "
-            f"({first}{more}); id={option} reads each as {self.kind_of_id}"
+            f"{len(kinds)} kinds ({first}{more}); id={option} reads each as {self.kind_of_id}"
         ]
         self.stop()
 
@@ -412,8 +408,7 @@ class TableReader:
             cells = table[targets[c]]
             self.problems.append(
                 f"column {short(targets[c])}: {large[c].sum()} numbers beyond {LARGEST:g}, which "
-                "is the limit, "
-                f"{rows(large[c], cells)}; give the column another unit"
+                f"is the limit, {rows(large[c], cells)}; give the column another unit"
             )
         return values
 
@@ -426,8 +421,7 @@ class TableReader:
             hint = f"; time={str(name)!r} takes it as the time" if is_time(column) else ""
             self.problems.append(
                 f"column {short(name)} holds {column.dtype}, not real numbers; convert it, or "
-                "choose columns with "
-                f"target={hint}"
+                f"choose columns with target={hint}"
             )
             return np.full(len(column), np.nan)
         if isinstance(column.dtype, pd.CategoricalDtype):

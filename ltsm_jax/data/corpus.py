@@ -71,8 +71,8 @@ def pool(
     if min(context_len, horizon, stride) < 1 or not 0 <= val_share < 1 or not 0 <= max_missing < 1:
         raise ValueError(
             "pool needs context_len, horizon and stride of at least 1 and val_share and "
-            "max_missing in [0, 1); got "
-            f"{context_len}, {horizon}, {stride}, {val_share}, {max_missing}"
+            f"max_missing in [0, 1); got {context_len}, {horizon}, {stride}, {val_share}, "
+            f"{max_missing}"
         )
     length = context_len + horizon
     flat, tables, left_out, offset, n_series = [], {"train": [], "val": []}, Counter(), 0, 0

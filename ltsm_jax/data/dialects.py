@@ -96,8 +96,8 @@ def read_decimal_commas(
             both.append(column)
     if both:
         notes.append(
-            f"cells such as 1.234 in {_named(names, both)} are read with a decimal point, "
-            "though other columns have a decimal comma",
+            f"cells such as 1.234 in {_named(names, both)} are read with a decimal point, though "
+            "other columns have a decimal comma",
         )
 
 

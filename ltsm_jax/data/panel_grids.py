@@ -394,9 +394,9 @@ class GridReader(TableReader):
             shown = f"{str(ids[worst])[:QUOTED]}, " if len(ids) > 1 else ""
             shown += f"{self.written(span[0])} to {self.written(span[1])}"
             self.problems.append(
-                f"time: grids of step {self.freq or steps.common} would have "
-                f"{int(lengths.sum())} rows for {len(place)} of the table (most: {shown}); "
-                "check these dates, or give a longer freq=",
+                f"time: grids of step {self.freq or steps.common} would have {int(lengths.sum())} "
+                f"rows for {len(place)} of the table (most: {shown}); check these dates, or give "
+                "a longer freq=",
             )
         elif holes and not self.problems:
             counts = items.counts - np.bincount(items.owners[1:][met], minlength=items.n)
@@ -524,8 +524,8 @@ class GridReader(TableReader):
             owner = str(layout.ids[owners[row]])[:QUOTED]
             self.problems.append(
                 f"future: {int(off.sum())} rows are beside the grid of their item, first row "
-                f"{ours[row]}: {owner} at {self.written(clock[row])}, "
-                f"where the step is {self.freq or 'that of the table'}"
+                f"{ours[row]}: {owner} at {self.written(clock[row])}, where the step is "
+                f"{self.freq or 'that of the table'}"
             )
             return None
         again = pd.DataFrame({"owner": owners, "place": place}).duplicated().to_numpy()

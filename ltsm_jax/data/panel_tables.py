@@ -492,8 +492,8 @@ class _PanelReader(GridReader):
         ids = _own_type(kinds)
         if len(roles.id) > 1 and len(table[roles.id].drop_duplicates()) > len(ids):
             self.problems.append(
-                f"ids of {quote(roles.id)}, joined by '/', are the same for different items; "
-                "take the '/' out of their cells"
+                f"ids of {quote(roles.id)}, joined by '/', are the same for different items; take "
+                "the '/' out of their cells"
             )
         if ahead is None or self.is_of_all_items(ahead, roles, codes, times):
             return ids, codes, None
@@ -767,8 +767,7 @@ class _PanelReader(GridReader):
             which = self.several(layout.ids, np.any(missing, axis=1))
             self.notes.append(
                 f"known covariates are missing for {int(missing.sum())} of {int(needed.sum())} "
-                "steps "
-                f"ahead{which}: {quote(roles.known)}"
+                f"steps ahead{which}: {quote(roles.known)}"
             )
 
     def fill_known(self, values: np.ndarray, cells: np.ndarray, rows: Ahead, layout: Layout) -> int:

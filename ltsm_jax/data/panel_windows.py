@@ -162,8 +162,7 @@ def cut_panel(
         fits = f"the longest allows a horizon of {most}" if most >= 1 else "forecast without tuning"
         raise DataError(
             f"{panel.name}: no item has the {2 * horizon + 1} rows that it takes to train, "
-            "validate and test at a "
-            f"horizon of {horizon}; {fits}"
+            f"validate and test at a horizon of {horizon}; {fits}"
         )
     if not scored.all():
         short = int((~scored).sum())
@@ -282,8 +281,7 @@ def _lay_out(
     if rows > MOST_ROWS:
         raise DataError(
             f"{panel.name}: {rows:,} rows, with those that shorter items lack in front; at most "
-            f"{MOST_ROWS:,} fit: "
-            "take fewer items, or a shorter context"
+            f"{MOST_ROWS:,} fit: take fewer items, or a shorter context"
         )
     out = np.full((c + sum(len(values) for values in beside), rows), np.nan, np.float32)
     mean, std = np.zeros((c, panel.n_items)), np.ones((c, panel.n_items))

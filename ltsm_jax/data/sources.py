@@ -161,8 +161,7 @@ def _read_text_table(path: Path, header: bool, notes: list[str]) -> pd.DataFrame
         if header and _looks_like_values([name.replace(decimal, ".") for name in names]):
             raise DataError(
                 f"{path}: the first line holds values ({', '.join(n[:40] for n in names[:3])}, "
-                "...), not column names; "
-                "put a line of names above it"
+                "...), not column names; put a line of names above it"
             )
         if not header:
             lines.seek(0)
@@ -260,8 +259,8 @@ def _check_expansion(path: Path, expanded: int) -> None:
     if expanded > limit:
         raise DataError(
             f"{path}: {path.stat().st_size / 1e6:.3g} MB expand to more than {limit / 1e6:.0f} MB, "
-            f"{EXPANSION} times "
-            "the file's size; if it is sound, expand it yourself and pass the DataFrame"
+            f"{EXPANSION} times the file's size; if it is sound, expand it yourself and pass the "
+            "DataFrame"
         )
 
 

@@ -74,8 +74,8 @@ def borders_of(name: str | None, n_rows: int, quirks: Collection[str] = frozense
         why = "is the file cut short?" if len(rule) == 3 else "it is too short to be split."
         raise DataError(
             f"{name or 'series'}: {n_rows} rows do not hold the parts train [0, {a}), val [{a}, "
-            f"{b}), test [{b}, {c}): "
-            f"{why} Other borders can be given as borders=Borders(train=..., val=..., test=...)"
+            f"{b}), test [{b}, {c}): {why} Other borders can be given as "
+            "borders=Borders(train=..., val=..., test=...)"
         )
     return Borders((0, a), (a, b), (b, c))
 

@@ -173,8 +173,7 @@ class _SeriesReader(TableReader):
         if stamps is not None and "timestamp" in targets:
             self.problems.append(
                 "a column to read is called 'timestamp' beside the time, and a forecast has a "
-                "column of that name: "
-                "rename it, or leave it out with target="
+                "column of that name: rename it, or leave it out with target="
             )
         self.stop()
         return Series(
@@ -297,8 +296,8 @@ class _SeriesReader(TableReader):
         if self.freq is None and len(unique) > 1:
             found.append("no step of time to be found in the stamps; give freq=")
             advice = (
-                "give freq= with irregular='regularise', which puts the rows on that grid, "
-                "holes missing"
+                "give freq= with irregular='regularise', which puts the rows on that grid, holes "
+                "missing"
             )
         elif self.freq is not None and rounded_step(unique) is None:
             places = Grid.through(unique, self.freq).places(unique)
@@ -354,8 +353,8 @@ class _SeriesReader(TableReader):
         if unsorted or met or holes or off.any():
             self.notes.append(
                 f"put on a grid of step {self.freq}: {unsorted} stamps out of order, {off.sum()} "
-                "rows moved to the "
-                f"nearest stamp, {met} averaged with another, {holes} of {n} rows were holes"
+                f"rows moved to the nearest stamp, {met} averaged with another, {holes} of {n} "
+                "rows were holes"
             )
         return grid.stamps(start + np.arange(n)), values
 
@@ -422,10 +421,8 @@ class _SeriesReader(TableReader):
         )
         return (
             f"{len(odd)} of {len(groups)} ids have other stamps or lengths than the first, so they "
-            "are not variates of "
-            f"one series ({'; '.join(lines)}); read each id on its own, as the rows of a DataFrame "
-            "where "
-            f"{str(name)[:QUOTED]!r} is that id{hint}"
+            f"are not variates of one series ({'; '.join(lines)}); read each id on its own, as the "
+            f"rows of a DataFrame where {str(name)[:QUOTED]!r} is that id{hint}"
         )
 
     # ---- values ----
@@ -471,16 +468,13 @@ class _SeriesReader(TableReader):
                 kept = "" if infinite.any() else "missing='keep' leaves them empty, "
                 self.problems.append(
                     f"column {name}: {'; '.join(what)}; missing='interpolate' fills them, {kept}or "
-                    "clean the "
-                    f"column{ends}"
+                    f"clean the column{ends}"
                 )
             elif interpolate and end > max(longest_gap(bad[c]), 1) and end > tail(bad.all(axis=0)):
                 self.problems.append(
                     f"column {name}: the last {end} rows are empty where other columns go on, and "
-                    "a forecast would "
-                    "begin after them; name the columns to forecast by target=, which cuts the "
-                    "rows off as the future, "
-                    "or leave them empty by missing='keep'"
+                    "a forecast would begin after them; name the columns to forecast by target=, "
+                    "which cuts the rows off as the future, or leave them empty by missing='keep'"
                 )
             else:
                 changed.append(f"{str(columns[c])[:QUOTED]} {bad[c].sum()}")

@@ -454,8 +454,7 @@ class _Kept:
         if not np.allclose(again, stored[: len(again)], rtol=SAME, atol=0.0, equal_nan=True):
             raise ValueError(
                 f"{self.file} holds a surface of another loss: {stored[0]} at its first point, and "
-                f"now {again[0]}; "
-                "take another folder"
+                f"now {again[0]}; take another folder"
             )
         return stored
 

@@ -100,8 +100,7 @@ class StackConfig:
         if not layers or len(self.n_heads) != layers or len(self.cross_heads) not in (0, layers):
             problems.append(
                 f"n_heads {self.n_heads}, ffn_dims {self.ffn_dims} and cross_heads "
-                f"{self.cross_heads} (or none) must "
-                "name the same layers, at least one"
+                f"{self.cross_heads} (or none) must name the same layers, at least one"
             )
         if (
             min(self.d_model, self.head_dim) < 1
@@ -125,14 +124,12 @@ class StackConfig:
         if exact < 1 or self.max_distance <= exact:
             problems.append(
                 f"{self.n_buckets} buckets have {exact} exact distances a side; there must be one, "
-                "and max_distance "
-                f"({self.max_distance}) must lie beyond"
+                f"and max_distance ({self.max_distance}) must lie beyond"
             )
         if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.eps >= 0:
             problems.append(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), eps not "
-                "negative: "
-                f"{self.activation}, {self.dropout}, {self.eps}"
+                f"negative: {self.activation}, {self.dropout}, {self.eps}"
             )
         if problems:
             raise ValueError("T5 stack: " + "; ".join(problems))

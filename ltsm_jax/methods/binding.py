@@ -98,9 +98,8 @@ def check_params(model: Model, params: Params) -> None:
         said = f"{first}: {given.get(first, 'none')} given, {own.get(first, 'none')} in the model"
         raise ValueError(
             f"these parameters are not those of this {model.family} model: {len(odd)} arrays "
-            f"differ ({said}); hand in "
-            "a model and parameters that were returned together, such as fitted.model with "
-            "fitted.params"
+            f"differ ({said}); hand in a model and parameters that were returned together, such as "
+            "fitted.model with fitted.params"
         )
 
 
@@ -252,8 +251,8 @@ def what_fits(
             return f"What fits: {shorter}context_len={way.context_len}, mode={way.mode!r}"
         horizon //= 2
     return (
-        f"{series.n_rows} rows are too few to tune this model on, whatever the lengths; "
-        "forecast without tuning"
+        f"{series.n_rows} rows are too few to tune this model on, whatever the lengths; forecast "
+        "without tuning"
     )
 
 

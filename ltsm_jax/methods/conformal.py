@@ -129,8 +129,8 @@ class Calibration:
         """Number of windows and where they are from."""
         pooled = "" if len(self.offsets) > 1 else "pooled over targets and items, "
         return (
-            f"{self.counts.min()} forecasts {self.source} ({pooled}about {self.apart} windows "
-            "do not overlap)"
+            f"{self.counts.min()} forecasts {self.source} ({pooled}about {self.apart} windows do "
+            "not overlap)"
         )
 
     def to_json(self) -> dict[str, Any]:

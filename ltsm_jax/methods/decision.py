@@ -312,8 +312,8 @@ def decide(
     better, other = (ZERO_SHOT, naive) if val[ZERO_SHOT] <= val[naive] else (naive, ZERO_SHOT)
     as_is = " as it is" if better == ZERO_SHOT else ""
     text = (
-        f"Deploy {title(better)}{as_is}: on the untouched test span there is {UNSHOWN} between "
-        "it and "
+        f"Deploy {title(better)}{as_is}: on the untouched test span there is {UNSHOWN} between it "
+        "and "
     )
     text += (
         f"{title(other)} ({_interval(zero)}), on validation it did better, and "

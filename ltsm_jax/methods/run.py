@@ -169,9 +169,8 @@ class Running:
             raise ValueError(f"unknown quirks {sorted(unknown)}; there is no-dropout")
         if strategy.multiscale is not None and masks is not None:
             raise ValueError(
-                f"{strategy.name} adds parameters that a pruned model has no masks "
-                "for: take out what is "
-                "pruned first (remove), and tune the smaller model without masks"
+                f"{strategy.name} adds parameters that a pruned model has no masks for: take out "
+                "what is pruned first (remove), and tune the smaller model without masks"
             )
         self.keys = training.keys(seed)
         model, params = prepared(strategy, model, params, self.keys["aux"])

@@ -122,9 +122,8 @@ def named(methods: Methods, model: Model, alpha: Alpha = None) -> dict[str, Stra
             if found.multiscale is not None:
                 raise ValueError(
                     f"{found.name} makes a model with further parameters, which a comparison with "
-                    "its checkpoint does "
-                    "not hold: tune by ltsm_jax.fit(..., method=...), and give what comes out to a "
-                    "Forecaster"
+                    "its checkpoint does not hold: tune by ltsm_jax.fit(..., method=...), and "
+                    "give what comes out to a Forecaster"
                 )
             if found.phases:
                 wanted.append(found)
@@ -620,8 +619,8 @@ def _budgeted(
     config = dataclasses.replace(config, epochs=epochs, batch_size=batch)
     if wanted < available:
         said = (
-            f"training: {wanted:,} of {available:,} windows an epoch, spread evenly, for a "
-            f"budget of {budget} steps"
+            f"training: {wanted:,} of {available:,} windows an epoch, spread evenly, for a budget "
+            f"of {budget} steps"
         )
         return dataclasses.replace(splits, most_train=min(wanted, MOST_TRAIN)), config, (said,)
     repeats = min(max(wanted // available, 1), REPEATS)

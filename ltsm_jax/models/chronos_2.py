@@ -166,8 +166,7 @@ class Chronos2Config:
         ):
             raise ValueError(
                 "a Chronos-2 has equal input and output patches without overlap, the token behind "
-                "the context, and no "
-                "gated feed-forward layers"
+                "the context, and no gated feed-forward layers"
             )
         return cls.of(
             fields["d_model"],

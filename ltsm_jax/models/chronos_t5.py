@@ -84,8 +84,7 @@ class ChronosT5Config:
         ):
             problems.append(
                 f"{self.n_tokens} tokens must hold {self.n_special} special ones and two bins or "
-                "more, and fit into "
-                f"{self.vocab_size} embeddings"
+                f"more, and fit into {self.vocab_size} embeddings"
             )
         if not all(0 <= token < self.vocab_size for token in (self.pad, self.eos, self.start)):
             problems.append(
@@ -491,8 +490,8 @@ class ChronosT5(Model):
 
     def recipe(self) -> Recipe:
         source = (
-            "scripts/training of chronos-forecasting: 1000 steps of AdamW from 1e-3, there "
-            "with a linear decay"
+            "scripts/training of chronos-forecasting: 1000 steps of AdamW from 1e-3, there with a "
+            "linear decay"
         )
         return Recipe(1e-3, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
 

@@ -291,8 +291,7 @@ class Model(abc.ABC):
         """
         raise ValueError(
             f"{self.family} cannot be fine-tuned at several scales (msft): that is for encoders "
-            "whose patches are told "
-            "apart by ids, such as moirai"
+            "whose patches are told apart by ids, such as moirai"
         )
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:

@@ -122,9 +122,8 @@ def _require_params(model: Model, params: trees.Tree) -> None:
         told = ", ".join(f"{path} is {trees.flatten(params)[path].dtype}" for path in odd[:3])
         raise ValueError(
             f"a model folder holds parameters as the model makes them, in {dtypes[odd[0]]}; of "
-            f"these {len(odd)} are of "
-            f"another dtype: {told}. Convert them first: jax.tree.map(lambda x: "
-            f"x.astype('{dtypes[odd[0]]}'), params)"
+            f"these {len(odd)} are of another dtype: {told}. Convert them first: "
+            f"jax.tree.map(lambda x: x.astype('{dtypes[odd[0]]}'), params)"
         )
 
 
@@ -228,8 +227,7 @@ def read_config(folder: str | Path) -> tuple[Model, dict[str, Any]]:
         guess = f"did you mean {near[0]!r}? " if near else ""
         raise storage.DamagedError(
             f"{file}: this version of ltsm_jax knows no family {record['family'][:100]!r}; "
-            f"{guess}known: "
-            f"{', '.join(FAMILIES)}"
+            f"{guess}known: {', '.join(FAMILIES)}"
         )
     try:
         model = family(family.config_from_dict(record.get("config", {})))
@@ -315,10 +313,8 @@ def adapter_advice(place: Path) -> str:
     """Say what a folder or file of the PEFT library is, and how to make a checkpoint of it."""
     return (
         f"{place} holds an adapter of the PEFT library: changes to a model, and no model. Merge it "
-        "into "
-        "its base model in PyTorch, `PeftModel.from_pretrained(base, "
-        "FOLDER).merge_and_unload().save_pretrained(NEW)`, "
-        "and load NEW"
+        "into its base model in PyTorch, `PeftModel.from_pretrained(base, "
+        "FOLDER).merge_and_unload().save_pretrained(NEW)`, and load NEW"
     )
 
 

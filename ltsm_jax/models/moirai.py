@@ -399,8 +399,8 @@ class Moirai(Model):
 
     def recipe(self) -> Recipe:
         source = (
-            "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); "
-            "epochs and context ours"
+            "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and "
+            "context ours"
         )
         context = self.context_len
         return Recipe(

@@ -326,8 +326,8 @@ class Moirai2(Model):
 
     def recipe(self) -> Recipe:
         source = (
-            "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, "
-            "clip 1.0)"
+            "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip "
+            "1.0)"
         )
         context, horizon = self.context_len, self.horizon
         return Recipe(

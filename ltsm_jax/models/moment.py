@@ -481,8 +481,7 @@ class Moment(Model):
         """Linear probing: embedder and encoder are frozen unless asked otherwise."""
         source = (
             "moment tutorials/forecasting.ipynb: OneCycle with peak 1e-4 (here a cosine), clip 5, "
-            "8 windows of 7 "
-            "variates a batch (here about as many of one), the body frozen"
+            "8 windows of 7 variates a batch (here about as many of one), the body frozen"
         )
         horizon = self.config.horizon or min(96, self.horizon)
         return Recipe(

@@ -380,8 +380,8 @@ class Sundial(Model):
 
     def recipe(self) -> Recipe:
         source = (
-            "no fine-tuning code is published; rate, schedule and length of the same "
-            "authors' Timer-XL script"
+            "no fine-tuning code is published; rate, schedule and length of the same authors' "
+            "Timer-XL script"
         )
         return Recipe(5e-6, 256, 10, "cosine", self.context_len, self.horizon, "own", source)
 

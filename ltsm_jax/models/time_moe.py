@@ -98,9 +98,8 @@ class TimeMoeConfig:
         if len(set(map(len, layers))) != 1 or not self.n_heads:
             problems.append(
                 f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, kept {self.kept}, "
-                "expert_dims "
-                f"{self.expert_dims} and shared_dims {self.shared_dims} must name the same layers, "
-                "at least one"
+                f"expert_dims {self.expert_dims} and shared_dims {self.shared_dims} must name the "
+                "same layers, at least one"
             )
         sizes = (
             self.d_model,
@@ -465,8 +464,8 @@ class TimeMoe(Model):
 
     def recipe(self) -> Recipe:
         source = (
-            "Time-MoE main.py (commit d3524fd); the lower rate of Prune-then-Finetune's grid "
-            "is 1e-5"
+            "Time-MoE main.py (commit d3524fd); the lower rate of Prune-then-Finetune's grid is "
+            "1e-5"
         )
         return Recipe(
             1e-4,

@@ -410,8 +410,7 @@ class Timer(Model):
         if target.shape[-1] > p:
             raise ValueError(
                 f"the direct loss reaches one patch ({p} steps), not {target.shape[-1]}; take a "
-                "shorter target, or the "
-                "next-token loss (mode='ims')"
+                "shorter target, or the next-token loss (mode='ims')"
             )
         x_BCT = fill_missing(context)[..., context.shape[-1] % p :]
         y_BCT, _ = self.apply(params, x_BCT, key=key, train=train)

@@ -217,8 +217,7 @@ def freq_class(freq: str) -> int:
     if unit not in _CLASS_OF:
         raise ValueError(
             f"TimesFM knows no frequency {freq!r}; give a pandas offset such as '15min', 'h', 'D', "
-            "'MS', or "
-            "'oov' for the class of the config"
+            "'MS', or 'oov' for the class of the config"
         )
     return _CLASS_OF[unit]
 

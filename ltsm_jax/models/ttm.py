@@ -388,8 +388,7 @@ class TTMConfig:
         ):
             raise ValueError(
                 f"context_len {context_len} must be longer than patch_len {patch_len}, and stride "
-                f"{stride}, layers "
-                f"{layers} and expansion {expansion} at least 1, levels at most 16"
+                f"{stride}, layers {layers} and expansion {expansion} at least 1, levels at most 16"
             )
         patches = (context_len - patch_len) // stride + 1
         n = sum(scales(patches)) if rest.get("multi_scale") else patches
@@ -532,8 +531,7 @@ def frequency_token(freq: str | None, vocab: int) -> int:
         known = ", ".join(name for name, number in FREQUENCIES.items() if number < vocab)
         raise ValueError(
             f"the model has a token for each of the frequencies {known}; none for {freq!r}. With "
-            "freq='oov' it takes "
-            "the token of unknown frequencies"
+            "freq='oov' it takes the token of unknown frequencies"
         )
     return token
 
@@ -1261,8 +1259,8 @@ class TTM(Model):
         # granite-tsfm searches the rate anew for each data set; of 1e-3 and 1e-4 the latter had the
         # lower validation MSE on ETTh1, with the backbone frozen and with all weights trained
         source = (
-            "granite-tsfm: backbone frozen, AdamW, one cycle of the learning rate; the rate "
-            "by validation on ETTh1"
+            "granite-tsfm: backbone frozen, AdamW, one cycle of the learning rate; the rate by "
+            "validation on ETTh1"
         )
         trainable = (
             r"^(decoder|head|fcm|quantiles)/" if self.config.decoder else r"^(head|fcm|quantiles)/"
@@ -1305,9 +1303,9 @@ class TTM(Model):
             if key is None:
                 raise ValueError(
                     f"this TTM mixes {self.config.n_channels} channels, not {n_variates}: new "
-                    "mixers must be drawn and "
-                    f"trained; give {self.config.n_channels} variates, or a key to draw them with: "
-                    f"for_series(params, n_variates={n_variates}, key=jax.random.key(0))"
+                    f"mixers must be drawn and trained; give {self.config.n_channels} variates, or "
+                    f"a key to draw them with: for_series(params, n_variates={n_variates}, "
+                    "key=jax.random.key(0))"
                 )
             fresh = flatten(TTM(cfg).init(key))
             old = flatten(params)

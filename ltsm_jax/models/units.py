@@ -645,8 +645,7 @@ class Units(Model):
             told = ", ".join(f"{name} ({size})" for name, size in list(cfg.datasets.items())[:20])
             raise ValueError(
                 f"this UniTS has no tokens for {n_variates} variates; its data sets are {told}. "
-                "New tokens must be "
-                "drawn and trained; give a key to draw them with: "
+                "New tokens must be drawn and trained; give a key to draw them with: "
                 f"for_series(params, n_variates={n_variates}, key=jax.random.key(0))"
             )
         name = f"data_{n_variates}"
@@ -713,8 +712,7 @@ class Units(Model):
         if v != cfg.datasets[dataset]:
             raise ValueError(
                 f"the tokens of {dataset!r} are for {cfg.datasets[dataset]} variates, the window "
-                f"has {v}; make the "
-                "model ready for the data with `for_series` first"
+                f"has {v}; make the model ready for the data with `for_series` first"
             )
         x = x_BVL.astype(jnp.float32)
         mean = x.mean(

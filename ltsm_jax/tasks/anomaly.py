@@ -84,8 +84,7 @@ class Labelled:
             if not 0 < self.train_end <= first <= last < len(self.values):
                 problems.append(
                     f"training rows [0, {self.train_end}) and anomaly rows {first} to {last} must "
-                    "follow one another "
-                    f"inside its {len(self.values)} rows"
+                    f"follow one another inside its {len(self.values)} rows"
                 )
         if problems:
             raise DataError(f"{self.name}: " + "; ".join(problems))

@@ -218,8 +218,7 @@ class Classification:
         if data.n_classes > n_classes:
             raise ValueError(
                 f"the labels name {data.n_classes} classes, the model has {n_classes}: give it a "
-                "head with "
-                f"with_head(params, 'classification', key, n_classes={data.n_classes})"
+                f"head with with_head(params, 'classification', key, n_classes={data.n_classes})"
             )
         return evaluate(model, params, getattr(data, part), placement=placement)
 

@@ -484,8 +484,7 @@ def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.nd
         )
         raise DataError(
             f"{panel.name}: no value in the last {cut.length} rows of {shown}; leave these out, or "
-            "end the table where "
-            "they have values"
+            "end the table where they have values"
         )
     return empty
 
@@ -502,7 +501,7 @@ def notes_on_lengths(model: Predictor, panel: Panel, context_len: int) -> tuple[
     if cut := int((lengths < whole).sum()):
         share = 1 - (lengths / whole).min()
         said += (
-            f"; of {cut} the oldest rows, at most {share:.0%}, are not seen: contexts have "
-            "few lengths"
+            f"; of {cut} the oldest rows, at most {share:.0%}, are not seen: contexts have few "
+            "lengths"
         )
     return (said,)

@@ -142,8 +142,7 @@ class RunFolder:
             if steps(self.folder):
                 raise storage.DamagedError(
                     f"{path} is missing, although {self.folder} has checkpoints of a run; restore "
-                    "it, or choose "
-                    "another folder"
+                    "it, or choose another folder"
                 )
             return False
         try:
@@ -196,8 +195,7 @@ class RunFolder:
         if position.get("config_sha256", self.config_sha256) != self.config_sha256:
             raise storage.DamagedError(
                 f"{self.folder / CONFIG} was edited: checkpoint {self.path(steps[-1]).name} is of "
-                "a run with another "
-                "configuration; restore it, or choose another folder"
+                "a run with another configuration; restore it, or choose another folder"
             )
         with _damage(self.folder, steps):
             tree = storage.load_tree(
@@ -373,8 +371,7 @@ class RunFolder:
         if sha256 is not None and self.metrics_hash.hexdigest() != sha256:
             raise storage.DamagedError(
                 f"{path} is damaged: its first {size} bytes are not those written before the "
-                "newest checkpoint; "
-                "restore it, or delete the run's folder to start again"
+                "newest checkpoint; restore it, or delete the run's folder to start again"
             )
         os.truncate(path, size)
 
@@ -385,8 +382,7 @@ class RunFolder:
         except OSError as err:
             raise WriteError(
                 f"cannot write to {self.folder}: {err}. Make room or allow writing there, then "
-                "give the same command "
-                "again to go on."
+                "give the same command again to go on."
             ) from err
 
     @contextlib.contextmanager

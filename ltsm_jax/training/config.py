@@ -173,8 +173,7 @@ class TrainConfig:
         if self.unfilled:
             raise ValueError(
                 f"the TrainConfig does not say {', '.join(self.unfilled)}: give them, or fill them "
-                "from a model's "
-                "recipe with config.filled(model.recipe(), seed=0)"
+                "from a model's recipe with config.filled(model.recipe(), seed=0)"
             )
 
     def record(self) -> dict[str, Any]:

@@ -51,8 +51,7 @@ def of_batch(
     if not suspects:
         return [
             f"  the {len(real)} windows of this batch are finite, no value is beyond "
-            f"{largest:.3g}: "
-            "a smaller lr, or clip, may help"
+            f"{largest:.3g}: a smaller lr, or clip, may help"
         ]
     lines = [
         f"  suspect windows of this batch ({len(suspects)} of {len(real)}):",

@@ -619,8 +619,7 @@ class Fitting:
             if not math.isfinite(value):
                 raise NonFiniteError(
                     f"validation after epoch {epoch + 1} (step {position.step}) gives "
-                    f"{self.select} {value}, although "
-                    f"every training loss was finite{self.kept()}"
+                    f"{self.select} {value}, although every training loss was finite{self.kept()}"
                 )
             selectable = not self.config.swa or epoch >= self.config.first_averaged
             better = selectable and value < position.best
@@ -685,8 +684,8 @@ class Fitting:
         params = trees.merge(self.state["params"], self.frozen)
         describe = getattr(self.source, "describe", lambda window: {"window": window})
         lines = [
-            f"loss {float(loss)} at step {self.position.step + 1} "
-            f"(epoch {epoch + 1}, batch {place + 1} of {self.steps_per_epoch})",
+            f"loss {float(loss)} at step {self.position.step + 1} (epoch {epoch + 1}, batch "
+            f"{place + 1} of {self.steps_per_epoch})",
             diagnosis.of_tree("parameters", params),
             diagnosis.of_tree("gradients", grads),
             *diagnosis.of_batch(batch, indices, weight, describe),

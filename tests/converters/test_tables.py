@@ -116,11 +116,9 @@ def test_every_problem_stands_in_one_error():
         "'scales': no rule matches (did it mean 'scale'?)",
         "layer_0/a/kernel: checkpoint (7, 5), model (4, 5), from 'blocks.0.a.weight'",
         "layer_0/q/kernel: checkpoint (7, 4) (does not split outputs into heads of 3), model (4, "
-        "2, 3), from "
-        "'blocks.0.q.weight' (check n_heads)",
+        "2, 3), from 'blocks.0.q.weight' (check n_heads)",
         "layer_0/conv/kernel: checkpoint (5, 4, 2) (three axes expected, the last of length 1), "
-        "model (4, 5), from "
-        "'blocks.0.conv.weight'",
+        "model (4, 5), from 'blocks.0.conv.weight'",
         "'blocks.1.q.bias': float64 would be rounded to float32, and is not unless a cast is "
         "allowed (--allow-cast)",
         "'blocks.1.b.weight': 20 of 20 values are NaN, infinite or too large for float32",

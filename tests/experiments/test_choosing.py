@@ -186,8 +186,8 @@ def test_training_flags_reach_the_config_and_only_unusual_ones_the_settings(word
         plain.settings
     )
     flags = (
-        "--weight-decay 0.1 --patience 2 --optimizer adam --betas 0.8,0.99 --eps 1e-6 "
-        "--schedule pruning"
+        "--weight-decay 0.1 --patience 2 --optimizer adam --betas 0.8,0.99 --eps 1e-6 --schedule "
+        "pruning"
     )
     c = sff.resolve(sff.parse([*words, *flags.split()]))
     config = c.config

@@ -183,8 +183,8 @@ def test_options_of_a_documented_command_are_what_it_says():
         17420,
     )
     made = (
-        "--preset timer-tiny --generated 40000 --steps 5000 --seed 0 --evaluate ETTh1,ETTm1 "
-        "--out runs/x"
+        "--preset timer-tiny --generated 40000 --steps 5000 --seed 0 --evaluate ETTh1,ETTm1 --out "
+        "runs/x"
     )
     t = flags.parse(pretrain.Pretrain, made.split(), None)
     assert (t.generated, t.steps, t.seed, t.evaluate) == (40000, 5000, 0, ("ETTh1", "ETTm1"))

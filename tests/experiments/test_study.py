@@ -129,8 +129,8 @@ def test_scored_windows_meet_every_hour_and_weekday(count, wanted, stride):
 def words(micro, waves, tmp_path):
     """A study that takes seconds."""
     flags = (
-        "--arms zero_shot,ff,sff,pruned+ff --shares 1 --steps 4,6,11 --seeds 0,1 --horizon 8 "
-        "--lr 1e-3 --alpha 0.7"
+        "--arms zero_shot,ff,sff,pruned+ff --shares 1 --steps 4,6,11 --seeds 0,1 --horizon 8 --lr "
+        "1e-3 --alpha 0.7"
     )
     more = ["--batch-size", "128", "--ratio", "0.3", "--out", str(tmp_path / "study")]
     return ["--data", str(waves), "--models", str(micro), *flags.split(), *more]

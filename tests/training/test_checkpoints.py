@@ -235,8 +235,8 @@ def test_a_write_that_fails_is_said_in_one_message(tmp_path):
     """
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        "import small_problem; small_problem.main('mlp', sys.argv[1])"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import small_problem; "
+        "small_problem.main('mlp', sys.argv[1])"
     )
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
