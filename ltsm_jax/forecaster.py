@@ -467,7 +467,7 @@ class Forecaster:
 
     def _estimate(
         self,
-        by: "_Way",
+        by: "Way",
         panel: Panel,
         origins: Origins,
         horizon: int,
@@ -593,7 +593,7 @@ class Forecaster:
         return kept if kept is not None and kept.fits(horizon, panel.n_variates) else None
 
     def _origins(
-        self, by: "_Way", panel: Panel, horizon: int, rest: tuple[float, ...]
+        self, by: "Way", panel: Panel, horizon: int, rest: tuple[float, ...]
     ) -> tuple[Origins, Origins]:
         """Where forecasts begin: the end of every item, and then those in the past, which come
         alone as well.
@@ -669,7 +669,7 @@ class Forecaster:
 
     def _from(
         self,
-        by: "_Way",
+        by: "Way",
         panel: Panel,
         origins: Origins,
         horizon: int,
@@ -706,48 +706,51 @@ class Forecaster:
             )
         return found
 
-    def _forecasts_with(self, panel: Panel) -> "_Way":
+    def _forecasts_with(self, panel: Panel) -> "Way":
         """What forecasts a panel: the model made ready for it, or the naive forecast of
         a verdict.
         """
+        return self.way(panel.n_variates, panel.model_freq or panel.freq, panel.season)
+
+    def way(self, n_targets: int, freq: str | None, season: int) -> "Way":
+        """Give what forecasts items of so many targets: the model made ready, or a naive forecast.
+
+        Args:
+          freq: step of the table, None where unknown. season: rows of its season, for naive ones.
+        Raises: ValueError for a model that has to be tuned on such data first.
+        """
         context_len = self.context_len or self.model.context_len
         if self.baseline is None:
-            model, params = self._ready(panel)
-            return _Way(model, params, context_len, model.variates == "joint")
+            model, params = self._ready(n_targets, freq)
+            return Way(model, params, context_len, model.variates == "joint")
         if self.baseline == "auto_ets":
             if not auto_ets.available():
                 raise ValueError(
                     "this forecaster forecasts with AutoETS: pip install statsforecast"
                 )
             # Windows of one call; the model plays no part.
-            return _Way(
+            return Way(
                 SeasonalNaive(),
                 {},
                 context_len,
                 False,
-                functools.partial(_ets, season=panel.season),
+                functools.partial(_ets, season=season),
             )
         # Of a step without a season, the seasonal naive forecast is the last value.
-        naive = naive_forecasts(panel.season) | {"seasonal_naive": SeasonalNaive(panel.season)}
-        return _Way(naive[self.baseline], {}, context_len, False)
+        naive = naive_forecasts(season) | {"seasonal_naive": SeasonalNaive(season)}
+        return Way(naive[self.baseline], {}, context_len, False)
 
-    def _ready(self, panel: Panel) -> tuple[Model, Params]:
-        """The model ready for the panel; nothing is drawn at random.
-
-        Raises: ValueError for a model that has to be tuned on such data first.
-        """
+    def _ready(self, n_targets: int, freq: str | None) -> tuple[Model, Params]:
+        """The model ready for such data; nothing is drawn at random."""
         self.model.check_task("forecasting")
         model, params = self.model.for_series(
-            self.params,
-            n_variates=panel.n_variates,
-            freq=panel.model_freq or panel.freq,
-            key=jax.random.key(0),
+            self.params, n_variates=n_targets, freq=freq, key=jax.random.key(0)
         )
         if fresh := drawn(self.params, params):
             raise ValueError(
-                f"this {model.family} model has no parameters for {panel.n_variates} targets such "
-                f"as these: {len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune "
-                "it on them first"
+                f"this {model.family} model has no parameters for {n_targets} targets such as "
+                f"these: {len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune it "
+                "on them first"
             )
         return model, sharding.together(params)
 
@@ -812,7 +815,7 @@ def _known_ahead(panel: Panel, name: str) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Way:
+class Way:
     """What forecasts: a predictor on the device, or a function on the host in its place."""
 
     predictor: Predictor

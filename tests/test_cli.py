@@ -222,6 +222,23 @@ def test_one_model(ran, timer):
     assert found["parameters"] == 11387208 and "not on this machine" in found["weights"]
 
 
+def test_a_capsule(ran, timer, tmp_path):
+    words = ("export", timer, tmp_path / "x.capsule", "--capsule")
+    code, out, err = ran(*words)
+    assert (code, out) == (2, "") and "--capsule needs --horizon" in err
+    code, _, err = ran("export", timer, tmp_path / "x.ckpt", "--int8", "--horizon", 3)
+    assert code == 2 and "--horizon is of a capsule" in err and "--int8 is of a capsule" in err
+    words = (*words, "--horizon", 3, "--levels", "none", "--int8")
+    code, out, _ = ran(*words, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["bytes"] == (tmp_path / "x.capsule").stat().st_size
+    assert 0 <= found["mean_drift"] <= found["largest_drift"]
+    code, out, err = ran(*words)
+    assert (code, out) == (2, "") and "is there already" in err
+    code, out, err = ran(*words, "--overwrite")
+    assert code == 0 and "8-bit weights move forecasts" in out + err
+
+
 def test_export_and_convert_are_there_and_back(ran, timer, tmp_path):
     code, out, _ = ran("export", timer, tmp_path / "timer.ckpt")
     assert code == 0 and str(tmp_path / "timer.ckpt") in out

@@ -38,6 +38,7 @@ LEVELS = (
     ("ltsm_jax.loading",),
     (
         "ltsm_jax.api",
+        "ltsm_jax.capsule",
         "ltsm_jax.detection",
         "ltsm_jax.doctor",
         "ltsm_jax.forecaster",

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 import converters
-from ltsm_jax import doctor, flags, hosts, hub, trees
+from ltsm_jax import capsule, doctor, flags, hosts, hub, trees
 from ltsm_jax.cli import printing
-from ltsm_jax.cli.options import Command, Licence
-from ltsm_jax.forecaster import Forecaster
+from ltsm_jax.cli.options import Command, Licence, quantile_levels
+from ltsm_jax.forecaster import LEVELS, Forecaster
 from ltsm_jax.models import FAMILIES, Model, folders, near_presets
 from ltsm_jax.training.memory import in_words
 
@@ -225,13 +225,16 @@ class Convert(Command):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Command):
-    """Write a model folder as what the original's code loads.
+    """Write a model folder as what the original's code loads, or as a capsule.
 
     The suffix of FILE says the container: .safetensors, .bin or .pth (a bare
     state dict), .ckpt. Without a suffix it is a folder in the form of the
     hub. A folder that `ltsm fit` wrote is exported as well.
+    With --capsule FILE is a forecaster that runs without this library, where
+    there is Python with jax: python sales.capsule history.csv forecast.csv
 
     Example:  ltsm export runs/sales/model tuned.safetensors
+              ltsm export runs/sales/model sales.capsule --capsule --horizon 28
     Cost:     seconds, and twice the size of the model in memory.
     """
 
@@ -243,12 +246,45 @@ class Export(Command):
     """file or folder to write"""
     overwrite: bool = False
     """replace an earlier export"""
+    capsule: bool = False
+    """write a capsule"""
+    horizon: Annotated[int | None, flags.whole(1, unset="none")] = None
+    """of a capsule: rows that it forecasts"""
+    context: Annotated[int | None, flags.whole(1, unset="as fitted")] = None
+    """of a capsule: rows that it looks at"""
+    levels: Annotated[tuple[float, ...], quantile_levels()] = LEVELS
+    """of a capsule: its quantiles; none: the point forecast alone"""
+    int8: bool = False
+    """of a capsule: keep matrices in 8 bits, a quarter of the size; what it changes is measured"""
     licence: Licence = dataclasses.field(default_factory=Licence)
+
+    def problems(self, given: set[str]) -> list[str]:
+        """Say what does not go together."""
+        if self.capsule:
+            return [] if self.horizon else ["--capsule needs --horizon, the rows that it forecasts"]
+        only = sorted({"horizon", "context", "levels", "int8"} & given)
+        return [f"--{name} is of a capsule; give --capsule" for name in only]
 
     def run(self) -> int:
         """Export, and say what could not be kept."""
         with _named(self.folder):
             forecaster = Forecaster.load(self.folder, accept_license=self.licence.accept_license)
+        if self.capsule:
+            assert self.horizon is not None
+            written = capsule.write(
+                forecaster,
+                self.file,
+                self.horizon,
+                quantile_levels=self.levels,
+                context_len=self.context,
+                int8=self.int8,
+                overwrite=self.overwrite,
+            )
+            found = {"file": str(written.path), "bytes": written.size, "batch": written.batch}
+            if written.drift is not None:
+                found |= dict(zip(("mean_drift", "largest_drift"), written.drift, strict=True))
+            _show_written(self, {**found, "notes": [*str(written).split("\n")[1:]]})
+            return 0
         notes = forecaster.export(self.file, overwrite=self.overwrite)
         _show_written(self, {"file": str(self.file), "notes": notes})
         return 0

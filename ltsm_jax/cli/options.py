@@ -20,6 +20,19 @@ MODEL = (
 )
 
 
+def quantile_levels() -> flags.Check:
+    """Take quantile levels, or `none`."""
+
+    def read(text: str) -> tuple[float, ...]:
+        return (
+            ()
+            if text == "none"
+            else flags.read_numbers(text, flags.TINY, flags.BELOW_1, says="between 0 and 1")
+        )
+
+    return flags.check(read, "X,X,...")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
     """What is printed."""

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ltsm_jax import flags, hosts, storage, trees
 from ltsm_jax.cli import printing
-from ltsm_jax.cli.options import MODEL, OnTable, of_model, of_table
+from ltsm_jax.cli.options import MODEL, OnTable, of_model, of_table, quantile_levels
 from ltsm_jax.data import Panel
 from ltsm_jax.forecaster import LEVELS, Forecaster
 from ltsm_jax.methods import estimates, pruning, verdict
@@ -43,19 +43,6 @@ def file_of(kinds: tuple[str, ...]) -> flags.Check:
     return flags.check(read, "FILE")
 
 
-def _levels() -> flags.Check:
-    """Take quantile levels, or `none`."""
-
-    def read(text: str) -> tuple[float, ...]:
-        return (
-            ()
-            if text == "none"
-            else flags.read_numbers(text, flags.TINY, flags.BELOW_1, says="between 0 and 1")
-        )
-
-    return flags.check(read, "X,X,...")
-
-
 # --------------------------------------------------------------------------------------------------
 # forecast
 
@@ -83,7 +70,7 @@ class Forecast(OnTable):
     model: Annotated[str, flags.text("MODEL"), flags.described(MODEL)]
     future: Annotated[str | None, flags.text("FILE")] = None
     """table of what is known ahead: id, time and covariates"""
-    levels: Annotated[tuple[float, ...], _levels()] = LEVELS
+    levels: Annotated[tuple[float, ...], quantile_levels()] = LEVELS
     """quantiles to give, or none"""
     out: Annotated[Path | None, file_of(TABLES)] = None
     """file to write (.csv, .parquet, .json); by default the table goes to stdout"""

@@ -106,11 +106,14 @@ class Calibration:
 
     def quantiles(self, found: Found, levels: Sequence[float]) -> np.ndarray:
         """Quantiles [M, C, H, W] around a forecast at `levels`; rising where the levels are."""
-        horizon = found.point.shape[-1]
+        offsets = self.at(found.point.shape[-1], levels)
+        return found.point[..., None] + found.unit[..., None, None] * offsets[None]
+
+    def at(self, horizon: int, levels: Sequence[float]) -> np.ndarray:
+        """Offsets [C, H, W] of the first `horizon` steps at `levels`, in the context's unit."""
         flat = self.offsets[:, :horizon].reshape(-1, len(GRID))
         at = np.array([np.interp(levels, GRID, row) for row in flat])
-        offsets = at.reshape(1, -1, horizon, len(levels))
-        return found.point[..., None] + found.unit[..., None, None] * offsets
+        return at.reshape(-1, horizon, len(levels))
 
     def too_few(self, levels: Sequence[float]) -> tuple[float, ...]:
         """Those of `levels` that lie beyond what so many windows can say."""

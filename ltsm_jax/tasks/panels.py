@@ -245,16 +245,25 @@ def trace(
     return _forecast.trace(model, params, context, past, known, key, horizon=horizon, levels=levels)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "horizon", "levels"))
-def _forecast(model, params, context, past, known, key, horizon: int, levels: tuple[float, ...]):
-    found = _predicted(model, params, context, past, known, key, horizon)
+def program(
+    model: Any,  # a `Predictor`; with covariates a `Model`
+    params: Tree,
+    context: jax.Array,
+    past: jax.Array | None,
+    known: jax.Array | None,
+    key: jax.Array,
+    horizon: int,
+    levels: tuple[float, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Forecast a batch of scaled windows: point [B, C, H], quantiles [B, C, H, W] at `levels`."""
+    if past is None and known is None:
+        found = model.predict(params, context, horizon, key)
+    else:
+        found = model.predict_with(params, context, horizon, past=past, known=known, key=key)
     return found.point, quantiles_at(found, levels)
 
 
-def _predicted(model, params, context, past, known, key, horizon: int) -> Forecast:
-    if past is None and known is None:
-        return model.predict(params, context, horizon, key)
-    return model.predict_with(params, context, horizon, past=past, known=known, key=key)
+_forecast = functools.partial(jax.jit, static_argnames=("model", "horizon", "levels"))(program)
 
 
 def forecast(
@@ -383,13 +392,16 @@ def error_unit(z: np.ndarray, season: int) -> np.ndarray:
     return np.where(std > 0.5, found, 0.0)
 
 
-def _batch_size(model: Predictor, width: int, length: int, count: int) -> int:
-    """Windows of one forward pass: a power of two, so that few shapes are compiled."""
+def batch_of(model: Predictor, width: int, length: int) -> int:
+    """Most windows of one forward pass: a power of two, so that few shapes are compiled."""
     most = min(model.eval_batch, max(CONTEXT_BYTES // (8 * width * length), 1))
     if width > MEMBERS:
         most = max(most * MEMBERS // width, 1)
-    most = 1 << (most.bit_length() - 1)
-    return min(most, 1 << max(count - 1, 0).bit_length())
+    return 1 << (most.bit_length() - 1)
+
+
+def _batch_size(model: Predictor, width: int, length: int, count: int) -> int:
+    return min(batch_of(model, width, length), 1 << max(count - 1, 0).bit_length())
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
