@@ -29,6 +29,7 @@ PROGRAMS = (
     "curvature",
     "demo",
     "few_shot",
+    "fev_tasks",
     "imputation",
     "landscape",
     "parity",
