@@ -54,13 +54,6 @@ def read(name: str) -> tuple[Panel, np.ndarray]:
     return panel, bounds[:-1] + lengths * 4 // 5
 
 
-def before(panel: Panel, ends: np.ndarray) -> Panel:
-    """The rows of each item before its row `ends`."""
-    spans = [np.arange(start, end) for start, end in zip(panel.bounds, ends, strict=False)]
-    bounds = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
-    return dataclasses.replace(panel, values=panel.values[:, np.concatenate(spans)], bounds=bounds)
-
-
 def forecasters(panel: Panel) -> dict[str, Forecaster]:
     """A pretrained model, one that knows nothing, and a naive forecast."""
     timer = Forecaster.load("timer-tiny")
@@ -78,7 +71,7 @@ def coverage(
     panel: Panel, starts: np.ndarray, forecaster: Forecaster, horizon: int, windows: int
 ) -> str:
     """One line of the table."""
-    forecaster = forecaster.calibrated(before(panel, starts), horizon)
+    forecaster = forecaster.calibrated(panel.until(starts), horizon)
 
     last = panel.bounds[1:] - horizon
     each = max(windows // panel.n_items, 1)

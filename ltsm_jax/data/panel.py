@@ -140,6 +140,23 @@ class Panel:
         """Rows in the main season (`season_of`); 1 where the step is not known."""
         return season_of(self.freq) if self.freq else 1
 
+    def until(self, ends: np.ndarray) -> "Panel":
+        """Cut every item off before a row of the panel, `ends` [N]; nothing is known after it.
+
+        Raises: DataError where nothing is left of an item.
+        """
+        spans = [np.arange(a, b) for a, b in zip(self.bounds[:-1], ends, strict=True)]
+        rows = np.concatenate(spans)
+        bounds = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
+        return dataclasses.replace(
+            self,
+            values=self.values[:, rows],
+            bounds=bounds,
+            past_values=None if self.past_values is None else self.past_values[:, rows],
+            known_values=None if self.known_values is None else self.known_values[:, rows],
+            future_values=None,
+        )
+
     @classmethod
     def of(cls, series: Series) -> "Panel":
         """A series as a panel of one item without id."""

@@ -30,6 +30,7 @@ PROGRAMS = (
     "demo",
     "few_shot",
     "fev_tasks",
+    "gift_eval",
     "imputation",
     "landscape",
     "parity",
