@@ -1,4 +1,4 @@
-# make demo | test | slow | check | torch | oldest | newest | wheel | lock | clean.  Needs only Python 3.11 or newer with pip; everything else goes into .venv.
+# make demo | test | slow | check | torch | peers | oldest | newest | wheel | lock | clean.  Needs only Python 3.11 or newer with pip; everything else goes into .venv.
 .DEFAULT_GOAL := help
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 # Else every process of the suite, and every child of a test, would compile the project's modules from their text.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test slow check torch oldest newest wheel lock clean
+.PHONY: help demo test slow check torch peers oldest newest wheel lock clean
 help:
 	@head -n 1 Makefile
 
@@ -22,10 +22,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow and not torch"
+	$(PYTEST) -m "not slow and not torch and not peers"
 
 slow: $(VENV)/.test
-	$(PYTEST) -m "slow and not torch"
+	$(PYTEST) -m "slow and not torch and not peers"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,7 +34,7 @@ check: $(VENV)/.dev
 
 # Stages of .ci/run, each in an environment of its own: comparisons with PyTorch, the floors of pyproject.toml, the newest
 # JAX, and the wheel far from the checkout.
-torch oldest newest wheel:
+torch peers oldest newest wheel:
 	.ci/run $@
 
 # The versions that `make` installs, for every Python and platform. Keeps what is pinned and still fits; all anew:

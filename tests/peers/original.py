@@ -1,0 +1,58 @@
+"""Forecasts by an original's own package; runs where that is installed, and ours is not.
+
+python original.py FAMILY FOLDER inputs.npz outputs.npz
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+
+def chronos_bolt(folder, context, horizon, freq):
+    from chronos import BaseChronosPipeline
+
+    pipeline = BaseChronosPipeline.from_pretrained(folder)
+    levels = pipeline.quantiles
+    quantiles, _ = pipeline.predict_quantiles(
+        torch.tensor(context[:, 0]), prediction_length=horizon, quantile_levels=levels
+    )
+    return quantiles[:, None]
+
+
+def chronos_2(folder, context, horizon, freq):
+    from chronos import BaseChronosPipeline
+
+    pipeline = BaseChronosPipeline.from_pretrained(folder)
+    found = pipeline.predict(list(torch.tensor(context)), prediction_length=horizon)
+    return torch.stack([one.swapaxes(1, 2) for one in found])
+
+
+def chronos_t5(folder, context, horizon, freq):
+    """Forecasts are draws; the encoder's output says whether tokens and weights are the same."""
+    from chronos import ChronosPipeline
+
+    embedding, _ = ChronosPipeline.from_pretrained(folder).embed(torch.tensor(context[:, 0]))
+    return embedding
+
+
+def ttm(folder, context, horizon, freq):
+    from tsfm_public.models.tinytimemixer import TinyTimeMixerForPrediction
+
+    model = TinyTimeMixerForPrediction.from_pretrained(folder).eval()
+    values = torch.tensor(context.swapaxes(1, 2))
+    prefix = model.config.resolution_prefix_tuning
+    more = {"freq_token": torch.full((len(values),), freq)} if prefix else {}
+    with torch.no_grad():
+        found = model(past_values=values, return_loss=False, **more).prediction_outputs
+    return found.swapaxes(1, 2)
+
+
+def main(family, folder, inputs, outputs):
+    given = np.load(inputs)
+    found = globals()[family](folder, given["context"], int(given["horizon"]), int(given["freq"]))
+    np.savez(outputs, forecast=found.to(torch.float32).numpy())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

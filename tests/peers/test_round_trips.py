@@ -1,0 +1,93 @@
+"""In from a published file, tuned, out again: the original's package forecasts the same.
+
+LTSM_PEERS names a Python that has the originals' packages (`.ci/run peers` makes one).
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+import ltsm_jax
+from ltsm_jax import Forecaster, TrainConfig
+
+PEERS = os.environ.get("LTSM_PEERS")
+ORIGINAL = Path(__file__).with_name("original.py")
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(not PEERS, reason="LTSM_PEERS names no Python with the originals"),
+]
+CASES = {
+    "chronos_bolt": "chronos_bolt",
+    "chronos_2": "chronos_2",
+    "chronos_t5": "chronos_t5",
+    "ttm": "ttm",
+    "ttm_r2": "ttm",
+}
+
+
+def waves(rows, columns):
+    rng = np.random.default_rng(0)
+    stamps = pd.date_range("2024-01-01", periods=rows, freq="h")
+    table = pd.DataFrame({"date": stamps})
+    for c in range(columns):
+        season = np.sin(2 * np.pi * np.arange(rows) / (12 + 3 * c))
+        table[f"x{c}"] = 5 * c + season + rng.normal(0, 0.2, rows)
+    return table
+
+
+def ours(model, params, context, horizon):
+    if model.family == "chronos_t5":
+        return model.embed(params, context)[:, 0]
+    found = model.predict(params, context, horizon)
+    return found.point if found.quantiles is None else found.quantiles
+
+
+@pytest.mark.parametrize("folder, family", CASES.items())
+def test_the_original_loads_what_was_tuned_and_forecasts_the_same(
+    folder, family, request, tmp_path
+):
+    golden = request.config.getoption("--golden") / folder
+    model, params = ltsm_jax.load(golden / "model.safetensors")
+    columns = getattr(model.config, "n_channels", None) or 3
+    table = waves(max(4 * model.context_len, 400), columns)
+    fitted = ltsm_jax.fit(
+        model,
+        params,
+        table,
+        method="sff",
+        horizon=min(model.horizon, 8),
+        config=TrainConfig(epochs=1, batch_size=16, lr=1e-3),
+        show_progress=False,
+    )
+    moved = [
+        float(np.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(fitted.params), jax.tree.leaves(params), strict=True)
+    ]
+    assert max(moved) > 1e-3, "tuned"
+
+    place = tmp_path / "tuned"
+    provenance = Forecaster.load(golden / "model.safetensors")
+    notes = Forecaster(
+        fitted.model, fitted.params, provenance=provenance.provenance, buffers=provenance.buffers
+    ).export(place)
+    context = table.iloc[-model.context_len :, 1:].to_numpy(np.float32).T
+    context = context[None] if model.variates == "joint" or family == "ttm" else context[:, None]
+    context = np.concatenate([context, context[:, ::-1, ::-1] * 3 + 1])
+    horizon = min(model.horizon, 8) if family != "ttm" else model.horizon
+    freq = getattr(fitted.model.config, "freq_token", None) or 0
+    np.savez(tmp_path / "in.npz", context=context, horizon=horizon, freq=freq)
+    words = [PEERS, ORIGINAL, family, place, tmp_path / "in.npz", tmp_path / "out.npz"]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    theirs = np.load(tmp_path / "out.npz")["forecast"]
+    mine = np.asarray(
+        jax.jit(ours, static_argnums=(0, 3))(fitted.model, fitted.params, context, horizon)
+    )
+    assert theirs.shape == mine.shape, notes
+    scale = context.std(axis=-1).max() if family != "chronos_t5" else np.abs(theirs).max()
+    np.testing.assert_allclose(mine, theirs, atol=1e-5 * scale, rtol=0)
