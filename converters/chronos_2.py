@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.fields import MAX_LAYERS, Fields, are_levels, dims, layer_count
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
 from converters.tables import DROP, SAME, TRANSPOSE, Rule, split_in, split_out
@@ -137,12 +137,7 @@ def configure(
     for name in ("use_arcsinh", "use_reg_token"):
         inside.boolean(name, False)
     levels = chronos.get("quantiles")
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1  # noqa: E731
-    if (
-        not isinstance(levels, list | tuple)
-        or not 0 < len(levels) <= 999
-        or not all(map(number, levels))
-    ):
+    if not are_levels(levels):
         what = (
             "missing"
             if "quantiles" not in chronos

@@ -71,20 +71,16 @@ def keys(config: TimesFM1Config, table: str = "") -> list[Rule]:
             "fixed timescales, checked against their formula and kept for an export",
         ),
     ]
-    return [
-        *(
-            rule
-            for block, ours in ((root + "input_ff_layer", "embed"), ("horizon_ff_layer", "head"))
-            for theirs, part in (
-                (hidden, "hidden"),
-                ("output_layer", "out"),
-                ("residual_layer", "residual"),
-            )
-            for rule in (
+    parts = ((hidden, "hidden"), ("output_layer", "out"), ("residual_layer", "residual"))
+    blocks: list[Rule] = []
+    for block, ours in ((root + "input_ff_layer", "embed"), ("horizon_ff_layer", "head")):
+        for theirs, part in parts:
+            blocks += [
                 (rf"{block}\.{theirs}\.weight", f"{ours}/{part}/kernel", TRANSPOSE),
                 (rf"{block}\.{theirs}\.bias", f"{ours}/{part}/bias", SAME),
-            )
-        ),
+            ]
+    return [
+        *blocks,
         (root + r"freq_emb\.weight", "freq_embed", SAME),
         *(split if transformers else fused),
         (layer + r"self_attn\.o_proj\.weight", r"layer_\1/attn/out/kernel", split_in(head)),
@@ -105,9 +101,9 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
     models.
     """
     for table in (TRANSFORMERS, ""):
-        found = [
-            {key.removesuffix(end) for key in state if key.endswith(end)} for end in _ANCHORS[table]
-        ]
+        found = []  # what stands before each anchor
+        for end in _ANCHORS[table]:
+            found.append({key.removesuffix(end) for key in state if key.endswith(end)})
         prefixes = [names.pop() for names in found if len(names) == 1]
         if len(prefixes) > 1:  # one tensor may be missing
             return Layout(max(prefixes, key=prefixes.count), table=table)

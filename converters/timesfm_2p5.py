@@ -94,28 +94,30 @@ def keys(config: TimesFM2p5Config, table: str = "") -> list[Rule]:
         else (lambda names: rf"{names[0]}\.scale")
     )
     parts = ((hidden, "hidden"), ("output_layer", "out"), ("residual_layer", "residual"))
-    return [
-        *(
-            (rf"{embed}\.{theirs}\.weight", f"embed/{ours}/kernel", TRANSPOSE)
-            for theirs, ours in parts
-        ),
-        *((rf"{embed}\.{theirs}\.bias", f"embed/{ours}/bias", SAME) for theirs, ours in parts),
-        *attention,
-        *((layer + norm(names), rf"layer_\1/{ours}/scale", SAME) for ours, names in _NORMS.items()),
-        *(
-            (rf"output_projection_{block}\.{theirs}\.weight", f"{name}/{ours}/kernel", TRANSPOSE)
-            for block, name in (("point", "head"), ("quantiles", "spread_head"))
-            for theirs, ours in parts
-        ),
+    blocks: list[Rule] = []
+    for theirs, ours in parts:
+        blocks += [
+            (rf"{embed}\.{theirs}\.weight", f"embed/{ours}/kernel", TRANSPOSE),
+            (rf"{embed}\.{theirs}\.bias", f"embed/{ours}/bias", SAME),
+            (rf"output_projection_point\.{theirs}\.weight", f"head/{ours}/kernel", TRANSPOSE),
+            (
+                rf"output_projection_quantiles\.{theirs}\.weight",
+                f"spread_head/{ours}/kernel",
+                TRANSPOSE,
+            ),
+        ]
+    norms = [
+        (layer + norm(names), rf"layer_\1/{ours}/scale", SAME) for ours, names in _NORMS.items()
     ]
+    return [*blocks, *attention, *norms]
 
 
 def recognise(state: Mapping[str, Any]) -> Layout | None:
     """The layout of a TimesFM 2.5 state dict: prefix, and which table. None for other models."""
     for table in (TRANSFORMERS, ""):
-        found = [
-            {key.removesuffix(end) for key in state if key.endswith(end)} for end in _ANCHORS[table]
-        ]
+        found = []  # what stands before each anchor
+        for end in _ANCHORS[table]:
+            found.append({key.removesuffix(end) for key in state if key.endswith(end)})
         prefixes = [names.pop() for names in found[:2] if len(names) == 1]
         if len(prefixes) + bool(found[2]) > 1 and prefixes:  # one tensor may be missing
             return Layout(prefixes[0], table=table)

@@ -81,8 +81,7 @@ _DTYPES = {  # torch's name: (numpy dtype, name of its typed storage)
 }
 _STORAGE_DTYPES: dict[str, np.dtype | None] = {
     f"torch.{device}{storage}": dtype
-    for dtype, storage in _DTYPES.values()
-    for device in ("", "cuda.")
+    for (dtype, storage), device in itertools.product(_DTYPES.values(), ("", "cuda."))
 } | {"torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}
 _STORAGE_NAMES = dict(_DTYPES.values())
 _TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()} | {

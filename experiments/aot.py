@@ -354,7 +354,10 @@ def advice(report: Report) -> list[str]:
     if report.fits is not False or report.capacity is None:
         return []
     fixed = report.state + report.kept
-    sizes = {axis: int(n) for axis, n in (item.split("=") for item in report.mesh.split(","))}
+    sizes = {}
+    for item in report.mesh.split(","):
+        axis, size = item.split("=")
+        sizes[axis] = int(size)
     found = []
     spread = report.devices // sizes["tensor"]
     if sizes["fsdp"] < spread and fixed > report.capacity / 8:

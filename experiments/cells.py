@@ -542,7 +542,7 @@ def epoch_tests(result: run.Result, test: dict[str, Any]) -> dict[str, float | N
     where an epoch was not scored, as in a run that was begun without --test-each-epoch.
     """
     last_phase = [h for h in result.history if h["phase"] == result.history[-1]["phase"]]
-    tests = [{name: h.get(f"test_{name}") for name in ("mse", "mae")} for h in last_phase] or [test]
+    tests = [{"mse": h.get("test_mse"), "mae": h.get("test_mae")} for h in last_phase] or [test]
     if any(scores["mse"] is None for scores in tests):
         return dict.fromkeys(("last_test_mse", "last_test_mae", "best_test_mse", "best_test_mae"))
     best = tests[int(np.argmin(np.array([scores["mse"] for scores in tests], float)))]

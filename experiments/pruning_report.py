@@ -532,8 +532,10 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
 
 def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
     layers, matrices, values = heat_map(rows)
-    text = [["" if np.isnan(x) else f"{100 * x:.0f}" for x in row] for row in values]
-    body = [[layer or "outside", *row] for layer, row in zip(layers, text, strict=True)]
+    body = []
+    for layer, row in zip(layers, values, strict=True):
+        percents = ["" if np.isnan(x) else f"{100 * x:.0f}" for x in row]
+        body.append([layer or "outside", *percents])
     return markdown_table(["layer, %", *matrices], body)
 
 

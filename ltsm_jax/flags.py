@@ -178,7 +178,9 @@ def number_or(word: str, low: float, high: float, *, unset: str = "none") -> Che
 
 def unknown(what: str, items: Sequence[str], known: Sequence[str]) -> str:
     """Say that names are not among the known ones, with the nearest of those."""
-    near = [match for item in items for match in difflib.get_close_matches(item, known, 1)]
+    near = []
+    for item in items:
+        near += difflib.get_close_matches(item, known, 1)
     hint = f" (did you mean {', '.join(near)}?)" if near else ""
     return f"{what}: unknown {', '.join(map(repr, items))}{hint}; known: {', '.join(known)}"
 

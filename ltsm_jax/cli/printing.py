@@ -50,7 +50,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     Where it would be wider, the first column is cut in its middle.
     """
     lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    widths = []
+    for column in range(len(header)):
+        widths.append(max(len(line[column]) for line in lines))
     surplus = sum(widths) + 2 * (len(widths) - 1) - WIDTH
     if surplus > 0:
         widths[0] = max(widths[0] - surplus, 8)

@@ -250,11 +250,18 @@ BENCHMARKS = {
         ),
     )
 }
-_BY_ALIAS = {
-    alias.casefold(): b
-    for b in BENCHMARKS.values()
-    for alias in (b.name, PurePath(b.file).stem, *b.aliases)
-}
+
+
+def _by_alias() -> dict[str, Benchmark]:
+    """Benchmarks by every name they are found under, in lower case."""
+    found = {}
+    for benchmark in BENCHMARKS.values():
+        for alias in (benchmark.name, PurePath(benchmark.file).stem, *benchmark.aliases):
+            found[alias.casefold()] = benchmark
+    return found
+
+
+_BY_ALIAS = _by_alias()
 
 
 def find(name: str) -> Benchmark | None:

@@ -12,6 +12,7 @@ Shapes: N items, T rows of the table, R rows of the grids of all items together,
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -257,7 +258,7 @@ class _PanelReader(GridReader):
             asked[role] = self.found(table, role, given)
             if given is not None and not asked[role] and not self.problems:
                 self.problems.append(f"{role} is an empty list")
-        counts = collections.Counter(column for columns in asked.values() for column in columns)
+        counts = collections.Counter(itertools.chain.from_iterable(asked.values()))
         if doubled := [column for column, count in counts.items() if count > 1]:
             names = quote(doubled)
             self.problems.append(f"columns named more than once, or for two roles: {names}")

@@ -9,6 +9,7 @@ Shapes: C variates, T rows of the table or of the grid.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -373,8 +374,7 @@ class _SeriesReader(TableReader):
         }
         names = [
             f"{key}" if len(targets) == 1 else f"{key}/{target}"
-            for key in groups
-            for target in targets
+            for key, target in itertools.product(groups, targets)
         ]
         counts = collections.Counter(names)
         if doubled := sorted(name for name, count in counts.items() if count > 1):
@@ -383,7 +383,8 @@ class _SeriesReader(TableReader):
             )
             return stamps, values, targets
 
-        tracks = [(at, values[c, at]) for at in groups.values() for c in range(len(targets))]
+        every = itertools.product(groups.values(), range(len(targets)))
+        tracks = [(at, values[c, at]) for at, c in every]
         if stamps is not None and self.irregular == "regularise":
             clock = self.clock(stamps, tz)
             self.freq = self.freq or infer_freq(clock)

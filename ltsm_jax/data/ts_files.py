@@ -155,7 +155,7 @@ def _padded(name: str, examples: list[list[np.ndarray]], header: dict[str, str])
         raise DataError(
             f"{name}: the header says {told[:SHOWN]} dimensions, the examples have {count}"
         )
-    longest = max(max(len(row) for row in example) for example in examples)
+    longest = max(max(map(len, example)) for example in examples)
     values = np.full((len(examples), count, longest), np.nan, np.float32)
     for example, into in zip(examples, values, strict=True):
         for row, place in zip(example, into, strict=True):

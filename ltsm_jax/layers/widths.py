@@ -3,6 +3,7 @@
 A config has a tuple per width, () where every layer has the width of the published model.
 """
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -31,20 +32,17 @@ def pair_problems(
     """
     if not pairs:
         return []
-    fit = len(pairs) == len(groups) and all(
-        not layer
-        or (
-            len(layer) == g
-            and len({len(head) for head in layer}) == 1
+
+    def fits(heads: int, layer: Sequence[Sequence[int]]) -> bool:
+        return (
+            len(layer) == heads
+            and len(set(map(len, layer))) == 1
             and all(sorted(set(head)) == list(head) for head in layer)
-            and all(0 <= j < head_dim // 2 for head in layer for j in head)
+            and all(0 <= j < head_dim // 2 for j in itertools.chain.from_iterable(layer))
         )
-        for g, layer in zip(groups, pairs, strict=True)
-    )
-    return (
-        []
-        if fit
-        else [
-            f"rotary_pairs must name equally many pairs below {head_dim // 2} a head, got {pairs}"
-        ]
-    )
+
+    if len(pairs) == len(groups) and all(
+        not layer or fits(heads, layer) for heads, layer in zip(groups, pairs, strict=True)
+    ):
+        return []
+    return [f"rotary_pairs must name equally many pairs below {head_dim // 2} a head, got {pairs}"]

@@ -179,7 +179,9 @@ class Verdict:
 
     def all_notes(self) -> tuple[str, ...]:
         """Notes on the data, then those on candidates."""
-        own = [f"{found.name}: {note}" for found in self.candidates for note in found.notes]
+        own = []
+        for found in self.candidates:
+            own += [f"{found.name}: {note}" for note in found.notes]
         return (*self.notes, *own)
 
     def __repr__(self) -> str:

@@ -106,7 +106,9 @@ def measure(
     # the last batch of a part is a shorter one, and not filled up: padding must not count
     placement = Placement.of(params)
     placed = [part.over(placement.mesh) for part in parts]
-    batches = [(part, start) for part in placed for start in range(0, part.n, batch_size)]
+    batches = []
+    for part in placed:
+        batches += [(part, start) for start in range(0, part.n, batch_size)]
     total: dict[str, Any] = {}
     with progress.Bar(len(batches), 1, "redundancy", show=show_progress and hosts.first()) as bar:
         for i, (part, start) in enumerate(batches):

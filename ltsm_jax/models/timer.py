@@ -203,7 +203,10 @@ class Block(nn.Module):
         qk_dim, value_dim = (
             width(dims, self.layer, cfg.head_dim) for dims in (cfg.qk_dims, cfg.value_dims)
         )
-        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
+
+        def drop(y):
+            return Dropout(cfg.dropout)(y, train)
+
         activation = (
             nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
         )

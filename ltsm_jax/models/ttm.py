@@ -41,6 +41,7 @@ has not got:
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -401,15 +402,11 @@ class TTMConfig:
 
         def widths(mixed, n_channels, n_patches, width, count, n_levels):
             hidden = expansion * n_channels if mixed else 0
-            return tuple(
-                (
-                    hidden,
-                    expansion * f * n_patches if f * n_patches > 1 else 0,
-                    expansion * (width // f),
-                )
-                for f in factors(n_levels, width)
-                for _ in range(count)
-            )
+            found = []
+            for f in factors(n_levels, width):
+                over_patches = expansion * f * n_patches if f * n_patches > 1 else 0
+                found += [(hidden, over_patches, expansion * (width // f))] * count
+            return tuple(found)
 
         encoder = widths(rest.get("mix_channels"), channels, n, d_model, layers, levels)
         both = channels + len(vocab)
@@ -509,14 +506,11 @@ PRESETS = {
         96, 1024, patch_len=64, d_model=192, decoder_d_model=128
     ),
     "ibm-granite/granite-timeseries-ttm-r2": _granite(96, 512, **_R2),
-    **{
-        f"ibm-granite/granite-timeseries-ttm-r2@{context}-{horizon}-r2": _granite(
-            horizon, context, **_R2
-        )
-        for context in (512, 1024, 1536)
-        for horizon in (96, 192, 336, 720)
-    },
 }
+for _context, _horizon in itertools.product((512, 1024, 1536), (96, 192, 336, 720)):
+    PRESETS[f"ibm-granite/granite-timeseries-ttm-r2@{_context}-{_horizon}-r2"] = _granite(
+        _horizon, _context, **_R2
+    )
 
 
 def frequency_token(freq: str | None, vocab: int) -> int:
@@ -1286,13 +1280,12 @@ class TTM(Model):
                     f"the model tells channels apart by number, up to {numbered}; there are "
                     f"{n_variates}"
                 )
-            widths = {
-                part: tuple(
+            widths = {}
+            for part in ("encoder", "decoder"):
+                widths[part] = tuple(
                     (self._hidden(old, n_variates, part == "decoder"), *rest)
                     for old, *rest in getattr(cfg, part)
                 )
-                for part in ("encoder", "decoder")
-            }
             cfg = dataclasses.replace(cfg, n_channels=n_variates, **widths)
             if cfg.fcm_layers:
                 seen = len(cfg.forecast_channels or range(n_variates)) + len(cfg.exogenous)
