@@ -88,11 +88,6 @@ def keys(config: TimesFM2p5Config, table: str = "") -> list[Rule]:
             (layer + r"ff1\.weight", r"layer_\1/down/kernel", TRANSPOSE),
         ]
     )
-    norm = (
-        (lambda names: rf"{names[1]}\.weight")
-        if transformers
-        else (lambda names: rf"{names[0]}\.scale")
-    )
     parts = ((hidden, "hidden"), ("output_layer", "out"), ("residual_layer", "residual"))
     blocks: list[Rule] = []
     for theirs, ours in parts:
@@ -106,9 +101,10 @@ def keys(config: TimesFM2p5Config, table: str = "") -> list[Rule]:
                 TRANSPOSE,
             ),
         ]
-    norms = [
-        (layer + norm(names), rf"layer_\1/{ours}/scale", SAME) for ours, names in _NORMS.items()
-    ]
+    norms: list[Rule] = []
+    for ours, (original, renamed) in _NORMS.items():
+        norm = rf"{renamed}\.weight" if transformers else rf"{original}\.scale"
+        norms.append((layer + norm, rf"layer_\1/{ours}/scale", SAME))
     return [*blocks, *attention, *norms]
 
 

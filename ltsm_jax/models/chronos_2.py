@@ -635,9 +635,11 @@ class Chronos2(Model):
         g, m, _ = x.shape
         most = min(max_patches or cfg.max_patches, cfg.max_patches)
         weights = np.outer(masses(paths), masses(cfg.levels)).reshape(-1)
-        every = (
-            (lambda y: y) if horizon <= most * p else (lambda y: jnp.repeat(y, len(paths), axis=0))
-        )
+
+        def every(y):
+            """A row per path, where more than one pass is made."""
+            return y if horizon <= most * p else jnp.repeat(y, len(paths), axis=0)
+
         found, done = [], 0
         while done < horizon:
             n_patches = min(-(-(horizon - done) // p), most)

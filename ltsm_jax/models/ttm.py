@@ -897,6 +897,12 @@ class QuantileHead(nn.Module):
         return flat, {"token": t_PBCK, "flat": flat}
 
 
+def _of_targets(cfg: TTMConfig, x_BC: jax.Array) -> jax.Array:
+    """Select the channels that are forecast from [B, C, ...]."""
+    targets = cfg.forecast_channels
+    return x_BC if targets is None else x_BC[:, np.array(targets)]
+
+
 class TTMNet(nn.Module):
     """Scaled patches of a window -> scaled forecasts, and the named steps.
 
@@ -935,16 +941,20 @@ class TTMNet(nn.Module):
             x_BCF
         )
         all_BCH = y_BCH = all_BCH[..., : cfg.filter_len]
-        targets = cfg.forecast_channels
-        pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
-        y_BCH = pick(y_BCH)
+        y_BCH = _of_targets(cfg, y_BCH)
         if cfg.fcm:
             known = np.array(cfg.exogenous, int)
             last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
             near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
             future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
             mixer = ForecastMixer(cfg, name="fcm")
-            y_BCH, inner = mixer(y_BCH, pick(near_BCS), future_BXH, near_BCS[:, known], train)
+            y_BCH, inner = mixer(
+                y_BCH,
+                _of_targets(cfg, near_BCS),
+                future_BXH,
+                near_BCS[:, known],
+                train,
+            )
             taps |= {f"fcm/{name}": value for name, value in inner.items()}
         taps["forecast"] = y_BCH
         q_BCHQ = None
@@ -1419,15 +1429,14 @@ class TTM(Model):
             train and rngs is not None,
             rngs=rngs,
         )
-        targets = cfg.forecast_channels
-        pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
         taps |= {
             "scaled": z_BCL,
             "loc": loc_BC1,
             "scale": scale_BC1,
             "all": all_BCH * scale_BC1 + loc_BC1,
         }
-        scale_BC1, loc_BC1 = pick(scale_BC1), pick(loc_BC1)
+        scale_BC1 = _of_targets(cfg, scale_BC1)
+        loc_BC1 = _of_targets(cfg, loc_BC1)
         if q_BCHQ is not None:
             taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
         return y_BCH * scale_BC1 + loc_BC1, taps
