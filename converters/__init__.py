@@ -491,7 +491,7 @@ def inspect(
     config: str | Path | Mapping[str, Any] | None = None,
     accept_license: bool = False,
 ) -> dict[str, Any]:
-    """What a checkpoint, model folder or hub name is: family, config, parameter count, dropped
+    """Describe a checkpoint, model folder or hub name: family, config, parameter count, dropped
     keys, dtype, sha256, ...
 
     Raises: as `import_checkpoint`; a file that can't be imported can't be described either.

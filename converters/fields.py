@@ -110,7 +110,7 @@ class Fields:
         return self._wrong(name, default, options[0], f"not one of {', '.join(options)}", value)
 
     def build(self, make: Callable[[], T]) -> T:
-        """What `make` gives, once nothing is wrong.
+        """Call `make`, once no field is wrong.
 
         Raises: CheckpointError that lists every problem, those of `make` included.
         """

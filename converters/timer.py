@@ -238,7 +238,7 @@ def buffers(config: TimerConfig) -> dict[str, np.ndarray]:
 
 
 def check_buffers(config: TimerConfig, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the sinusoid table of a state dict; empty where it is the formula's."""
+    """List problems of the sinusoid table of a state dict; empty where it is the formula's."""
     table, shape = state.get(TABLE), (1, TABLE_LEN, config.d_model)
     if table is None:
         return [f"{TABLE}: missing in the checkpoint"]

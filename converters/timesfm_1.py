@@ -182,7 +182,7 @@ _NAMES = {
 
 
 def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
-    """What the tensors say, None where they don't."""
+    """Read sizes off the tensors, None where they don't tell."""
     transformers = any(key.startswith("decoder.") for key in state)
     root, hidden = ("decoder.", "input_layer") if transformers else ("", "hidden_layer.0")
     layers = "decoder.layers." if transformers else "stacked_transformer.layers."
@@ -204,7 +204,7 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _sizes_of(config: TimesFM1Config) -> dict[str, int]:
-    """What `_sizes` reads off the weights, as a config has it."""
+    """The sizes that `_sizes` reads off the weights, as a config has them."""
     return {
         "patch_len": config.patch_len,
         "d_model": config.d_model,
@@ -312,8 +312,8 @@ def buffers(config: TimesFM1Config, table: str = "") -> dict[str, np.ndarray]:
 
 
 def check_buffers(config: TimesFM1Config, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the timescales of a state dict; empty where they are the formula's, or not
-    there.
+    """List problems of the timescales of a state dict; empty where they are the formula's, or
+    absent.
     """
     if TIMESCALES not in state:
         return []

@@ -242,7 +242,7 @@ def _check_fixed(fields: Fields, fixed: Mapping[str, Any]) -> None:
 
 
 def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
-    """What the tensors say, None where they don't."""
+    """Read sizes off the tensors, None where they don't tell."""
     transformers = any(key.startswith("model.") for key in state)
     layers, hidden = (
         ("model.layers.", "input_layer") if transformers else ("stacked_xf.", "hidden_layer")
@@ -278,7 +278,7 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _sizes_of(config: TimesFM2p5Config) -> dict[str, int]:
-    """What `_sizes` reads off the weights, as a config has it."""
+    """The sizes that `_sizes` reads off the weights, as a config has them."""
     columns = 1 + len(config.quantiles)
     return {
         "patch_len": config.patch_len,

@@ -100,7 +100,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the run asks for itself."""
+    """Options of the run itself; all others are those of `experiments.sff`."""
 
     program: ClassVar[str] = "experiments.all_families"
     data: Annotated[str, flags.text("DATA")] = "ETTh1"

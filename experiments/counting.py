@@ -1,4 +1,4 @@
-"""What a step costs, counted: matrix products in its jaxpr, collectives in its compiled text.
+"""Count the cost of a step: matrix products in its jaxpr, collectives in its compiled text.
 
 Both count a loop's body as often as it runs where that is known; the compiler's own FLOPs count it
 once. A loop whose length is an argument counts once: the loop over the steps of a dispatch, so that

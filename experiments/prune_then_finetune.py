@@ -156,8 +156,8 @@ class Options(flags.Options):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """What tells the pruned cells of an EMA and seed apart: shares of all channels, or shares
-        per epoch.
+        """Shares that tell the pruned cells of an EMA and seed apart: of all channels, or per
+        epoch.
         """
         return self.ratios or self.ratio or RATIO
 
@@ -320,7 +320,7 @@ def _candidate_cells(options: Options, cell: Cell) -> list[Cell]:
 
 
 def plan(c: Comparison) -> str:
-    """What will run, in words."""
+    """Describe the runs that will follow."""
     o, s = c.options, c.settings
     if o.over:
         return _plan_of_choice(c)

@@ -561,7 +561,7 @@ def print_table(folder: str | Path, console: Console | None = None, by: str = "v
 
 
 class Options(report.Options):
-    """What the command asks for."""
+    """Options of the command."""
 
     program: ClassVar[str] = "experiments.pruning_report"
 

@@ -717,7 +717,7 @@ def _write_dates(ax: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a comparison folder holds.
+    """Contents of a comparison folder.
 
     Attributes:
       table: the rows of the finished cells, as results.csv has them. cells: the same rows, each
@@ -948,7 +948,7 @@ def print_table(folder: str | Path, console: Console | None = None, by: str = "v
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command asks for."""
+    """Options of the command."""
 
     folder: tyro.conf.Positional[Path]
     """folder of a comparison"""

@@ -169,7 +169,7 @@ def n_chosen(options: Options) -> int:
 
 
 def plan(c: Comparison) -> str:
-    """What will run, in words."""
+    """Describe the runs that will follow."""
     runs, o = cells_of(c.options), c.options
     done = cells.finished(c, runs)
     text = (

@@ -1,4 +1,4 @@
-"""What users call: fine-tune, prune and forecast, with data as they have them.
+"""The public functions: fine-tune, prune and forecast, with data as users have them.
 
 `fit`, `prune` and `forecast` read data in one way and scale them by one rule: a model sees every
 window standardised by its own context. No row that the model does not see has a say in what it

@@ -284,7 +284,7 @@ def known_flags(cls: type) -> list[str]:
 
 
 def program_of(options: Any) -> str:
-    """What a shell runs: `program` of the options, which for a module of Python has dots in it."""
+    """The command that a shell runs: `program`, with `python -m` where it is a module with dots."""
     return options.program if "." not in options.program else f"python -m {options.program}"
 
 
@@ -447,7 +447,7 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """What memory and time a step takes."""
+    """Options for the memory and time of a step."""
 
     compute: Annotated[str, one_of(COMPUTE)] = "float32"
     """dtype of the matrix products in training: float32 or bfloat16"""

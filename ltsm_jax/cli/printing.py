@@ -1,6 +1,4 @@
-"""What the commands print: tables of 80 columns and one JSON object on stdout, all else
-on stderr.
-"""
+"""Print the output of commands: tables of 80 columns, one JSON object, all else on stderr."""
 
 import json
 import math

@@ -49,7 +49,7 @@ class MissingDataError(DataError, FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What is known of one benchmark file.
+    """Description of one benchmark file.
 
     Attributes:
       name: canonical name.
@@ -426,7 +426,7 @@ def _in_folder(folder: Path, benchmark: Benchmark) -> Path | None:
 
 
 def _difference(benchmark: Benchmark, path: Path) -> str | None:
-    """What tells the file from the published one, or None; CRLF and LF line ends count as
+    """Describe how the file differs from the published one, or None; CRLF and LF line ends count as
     the same.
     """
     if benchmark.digest is None or path.suffix == ".parquet":

@@ -251,7 +251,7 @@ class _PanelReader(GridReader):
         return ahead
 
     def choose(self, table: pd.DataFrame, labels: list) -> _Roles:
-        """What the options say of each column, and the time."""
+        """Assign a role to each column by the options, and find the time."""
         asked = {}
         for role in ("target", "known", "past", "static", "id", "time"):
             given = getattr(self.how, role)

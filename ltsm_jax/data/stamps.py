@@ -527,8 +527,9 @@ def _without_weekday(words: list[str]) -> list[str]:
 
 
 def _shape(words: list[str]) -> tuple[str, ...]:
-    """What the tokens of a date are: numbers "0", months "Jan", other words and what lies between
-    as they are."""
+    """Describe the tokens of a date: numbers "0", months "Jan", other words and separators as they
+    are.
+    """
     return tuple("0" if w.isdigit() else "Jan" if _month(w) else w for w in words)
 
 

@@ -223,7 +223,9 @@ class _SeriesReader(TableReader):
     # ---- time ----
 
     def clock(self, stamps: np.ndarray, tz: str | None) -> np.ndarray:
-        """What steps are counted in: UTC, for steps of a day and more the clock on the wall."""
+        """Choose the clock that steps are counted on: UTC, for steps of a day and more the wall
+        clock.
+        """
         if tz is None:
             return stamps
         wall = to_wall(stamps, tz)
@@ -490,7 +492,7 @@ class _SeriesReader(TableReader):
         return values
 
     def future_rows(self, values: np.ndarray) -> str:
-        """What to say of last rows without any value, where missing values are errors."""
+        """Add to a message about missing values that the last rows hold none at all."""
         empty: Any = np.isnan(values).all(axis=0)
         if not len(empty) or not empty[-1] or empty.all():
             return ""

@@ -34,7 +34,7 @@ SHOWN = 60  # characters of a line in an error
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelledExamples:
-    """What a `.ts` file holds.
+    """Contents of a `.ts` file.
 
     name: of the problem. values: [N, C, T] float32, shorter examples with NaN in front; missing
     values are NaN. labels: [N] int32, numbers of `classes`. classes: names, in the order of the

@@ -226,8 +226,8 @@ def position_bias(
 
 
 def hidden(mask: jax.Array) -> jax.Array:
-    """What is added to scores: 0 where the mask is not 0, float32's lowest number where it is.
-    Where every key is hidden the attention is uniform, as in the original, and not NaN.
+    """Offset of the attention scores: 0 where the mask is not 0, float32's lowest number where it
+    is. Where every key is hidden the attention is uniform, as in the original, and not NaN.
     """
     return jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min)
 

@@ -13,7 +13,7 @@ def width(dims: Sequence[int], layer: int, whole: int) -> int:
 
 
 def width_problems(layers: int, whole: int, **dims: Sequence[int]) -> list[str]:
-    """What is wrong with such tuples, by the name of their field."""
+    """List problems of per-layer widths, by the name of their field."""
     return [
         f"{name} must be empty or name a width from 0 to {whole} for each of {layers} layers, got "
         f"{tuple(found)}"
@@ -25,7 +25,7 @@ def width_problems(layers: int, whole: int, **dims: Sequence[int]) -> list[str]:
 def pair_problems(
     groups: Sequence[int], head_dim: int, pairs: Sequence[Sequence[Sequence[int]]]
 ) -> list[str]:
-    """What is wrong with `rotary_pairs`: per layer, for each of its key heads, as many pairs as for
+    """List problems of `rotary_pairs`: per layer, for each of its key heads, as many pairs as for
     the others.
 
     groups: key heads of each layer. A layer with () has all pairs.

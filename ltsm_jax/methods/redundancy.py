@@ -1,5 +1,5 @@
-"""What of a pretrained model does little on a data set, measured on the model as it is; and what a
-pruning left out.
+"""Find the parts of a pretrained model that do little on a data set, measured on the model as it
+is; and those that a pruning left out.
 
 A head that adds little to the stream it writes to, a feed-forward unit that is never active:
 reasons why a model can be pruned, and where. (How often experts are used: `pruning.expert_usage`.)
@@ -254,7 +254,7 @@ def mask_idle(
 
 
 def sparsity(masks: Params) -> list[dict[str, Any]]:
-    """What share of each weight matrix its masks take away, one dict a matrix.
+    """Share of each weight matrix that its masks take away, one dict a matrix.
 
     Args:
       masks: see `pruning.full_masks`.

@@ -711,7 +711,7 @@ class _Scorer:
         seed: int,
         masks: Params | None,
     ) -> Candidate:
-        """What a run gave, with the error before its first step."""
+        """Make a candidate of a training run, with the error before its first step."""
         begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
         if begin is start:
             before = _record(self.val[ZERO_SHOT])

@@ -520,7 +520,7 @@ class ChronosBolt(Model):
         return self.quantiles_at(y_BCHQ, levels, original)
 
     def quantiles_at(self, y_BCHQ, levels: Sequence[float], original: bool = False) -> jax.Array:
-        """What `predict_quantiles` makes of the quantiles [..., Q] of a forecast: [...,
+        """Turn the quantiles [..., Q] of a forecast into those of `predict_quantiles` [...,
         len(levels)].
         """
         if not all(0 <= level <= 1 for level in levels):

@@ -250,8 +250,8 @@ def whole_patches(mask: jax.Array, patch_len: int) -> jax.Array:
 def random_mask(
     key: jax.Array | None, input_mask: jax.Array, ratio: float, block: int
 ) -> jax.Array:
-    """What stays visible in pretraining, [..., T]: a share `ratio` (rounded down) of the blocks of
-    data is hidden.
+    """Draw the visible points of pretraining, [..., T]: a share `ratio` (rounded down) of the
+    blocks of data is hidden.
 
     Blocks that are not all data are hidden too. T is cut to whole blocks. key: may be None where
     ratio is 0.

@@ -50,7 +50,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What stays of a module's parts, as indices.
+    """Indices of the parts of a module that stay.
 
     parts: of the heads [H'] or units [F'], or of the experts all [E]. shared: of the key and value
     heads [G']. values [G', V'], scores [G', K']: channels of each of those heads; None: all. units:
@@ -215,9 +215,9 @@ def _fields_of_layers(model: Model, paths: Iterable[str], stack: tuple[str, ...]
 
 
 def arrays(place: Place, kept: Kept) -> Iterator[tuple[str, tuple[int, ...], tuple[Any, ...]]]:
-    """What a module's parts have in its parameters, and in its masks: (path, axes, indices), of
-    kernels and of what else there may be. indices: [n] of one axis, or two that broadcast and index
-    two axes at once.
+    """Slices of a module's parameters and masks that belong to its kept parts: (path, axes,
+    indices), of kernels and of what else there may be. indices: [n] of one axis, or two that
+    broadcast and index two axes at once.
     """
     group = place.group
 

@@ -645,8 +645,8 @@ class TimesFM1(Model):
         return 0 if self.config.point == "mean" else 1 + self.config.quantiles.index(0.5)
 
     def _last(self, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the last patch says of the target [B, C, H, 1 + Q], the target with 0 for NaN, and
-        what is observed.
+        """Forecast the target with the last patch [B, C, H, 1 + Q]. Returns also the target with 0
+        for NaN, and the mask of its observed values.
         """
         context, target = batch["context"], batch["target"]
         h = target.shape[-1]

@@ -379,8 +379,8 @@ def series_scale(x_BT: jax.Array, begun_BT: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def flipped(y: jax.Array) -> jax.Array:
-    """What a forecast of -x says of x, but for its sign: the mean in its place, the quantiles in
-    reverse.
+    """Turn a forecast of -x into one of x, but for its sign: the mean in its place, the quantiles
+    in reverse.
     """
     return jnp.concatenate([y[..., :1], y[..., :0:-1]], axis=-1)
 

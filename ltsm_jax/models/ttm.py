@@ -886,7 +886,7 @@ class QuantileHead(nn.Module):
         return q_BCHQ, taps
 
     def _condition(self, x_PBCD):
-        """What the head sees of the decoder, [B, C, F], and the steps between."""
+        """Input of the head from the decoder, [B, C, F], and the steps between."""
         cfg, (p, b, c, d) = self.cfg, x_PBCD.shape
         if cfg.condition == "pool":
             pooled = Linear((d,), (cfg.hidden,), name="pool")(x_PBCD.mean(axis=0))
@@ -1509,7 +1509,7 @@ class TTM(Model):
         return jnp.where(seen, x, self.filling(x, seen)), seen.astype(jnp.float32)
 
     def filling(self, x: jax.Array, seen: jax.Array) -> jax.Array:
-        """What stands for missing values [B, C, 1]: 0, or the mean of what is seen."""
+        """The value in place of missing ones [B, C, 1]: 0, or the mean of the observed values."""
         if self.config.fill == "zero":
             return jnp.zeros_like(x[..., :1])
         return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(

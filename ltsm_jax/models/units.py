@@ -758,10 +758,10 @@ class Units(Model):
     def self_supervised(
         self, params: Tree, x_BVL: jax.Array, hidden_BN: jax.Array, task: str, key=None, train=False
     ) -> tuple[jax.Array, jax.Array]:
-        """What self-supervised training compares with x [B, V, L], in the units of x: the
-        reconstruction [B, V, L] from the tokens of the patches that are not hidden, and that from
-        the classification token of `task`. Its loss is the sum of the two MSEs over all points.
-        hidden: [B, N], 1 for a hidden patch, for all variates alike.
+        """Reconstructions that self-supervised training compares with x [B, V, L], in the units of
+        x: that [B, V, L] from the tokens of the patches that are not hidden, and that from the
+        classification token of `task`. Its loss is the sum of the two MSEs over all points. hidden:
+        [B, N], 1 for a hidden patch, for all variates alike.
 
         Raises: ValueError for a checkpoint without the head of self-supervised training.
         """
@@ -826,8 +826,8 @@ class Units(Model):
         )[0]
 
     def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects, [B, V, T], of all points; missing ones take the last value before
-        them. ims has no meaning here.
+        """The model's expectation, [B, V, T], of all points; missing ones take the last value
+        before them. ims has no meaning here.
         """
         return self.apply(params, fill_missing(x), key=key, train=train)[0][..., : x.shape[-1]]
 

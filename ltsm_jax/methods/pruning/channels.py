@@ -206,7 +206,7 @@ def gradient_sums(
 
 
 def no_sums(masks: Masks, *, squares: bool = True, stacks: Collection[str] = ()) -> dict[str, Any]:
-    """What `gradient_sums` gives for no rows at all."""
+    """The result of `gradient_sums` for no rows at all."""
     zeros, flat = jax.tree.map(jnp.zeros_like, masks), trees.flatten(masks)
     experts = {}
     for path in stacks:

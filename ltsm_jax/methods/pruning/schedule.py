@@ -51,7 +51,7 @@ FORECASTING = Forecasting()
 
 @dataclasses.dataclass(frozen=True)
 class PruneResult:
-    """What pruning gave.
+    """Result of pruning.
 
     Attributes:
       model, params: what the masks are for: those handed in, made ready for the data, or with
