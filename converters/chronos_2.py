@@ -97,35 +97,67 @@ def configure(
     out = dims(state, "output_patch_embedding.output_layer.weight")[0]
     layers = layer_count(state, r"encoder\.block\.(\d+)\.")
     if published is None:
-        for name, preset in PRESETS.items():
-            inside, quantiles = (
-                preset.n_heads[0] * preset.head_dim,
-                len(preset.levels) * preset.patch_len,
-            )
-            sizes = (
-                inside,
-                preset.d_model,
-                preset.block_dim,
-                3 * preset.patch_len,
-                quantiles,
-                len(preset.n_heads),
-            )
-            if sizes == (inner, d_model, d_ff, wide, out, layers):
-                return preset, [
-                    f"no config beside the file: the sizes are those of {name}, whose config is "
-                    "taken"
-                ]
-        raise CheckpointError(
-            f"{where}: the weights don't say all sizes (heads, context length, quantiles), and "
-            "these are no published model's. Put the original's config.json beside the file."
-        )
+        return _assumed((inner, d_model, d_ff, wide, out, layers), where)
     told = Fields(published, where)
     chronos = published.get("chronos_config")
-    if not isinstance(chronos, Mapping):
+    if isinstance(chronos, Mapping):
+        inside = _chronos_fields(chronos, wide, out, where)
+        told.problems += [f"chronos_config.{problem}" for problem in inside.problems]
+    else:
         told.problems.append(
             "chronos_config: " + ("not an object" if "chronos_config" in published else "missing")
         )
-        chronos = {}
+    told.integer("d_model", weights=d_model)
+    told.integer("d_ff", weights=d_ff)
+    told.integer("num_layers", high=MAX_LAYERS, weights=layers)
+    heads, width = told.integer("num_heads", high=4096), told.integer("d_kv", high=1 << 16)
+    if inner is not None and heads * width != inner:
+        told.problems.append(
+            f"num_heads, d_kv: {heads} heads of {width} in the config, together {inner} in the "
+            "weights"
+        )
+    told.choice("dense_act_fn", ("relu", "gelu"), "relu")
+    told.boolean("is_gated_act", False)
+    for name, default, high in (
+        ("rope_theta", 10000.0, 1e9),
+        ("layer_norm_epsilon", 1e-6, 1.0),
+        ("dropout_rate", 0.1, 0.999),
+        ("initializer_factor", 1.0, 1e6),
+    ):
+        told.number(name, default, high=high)
+    return told.build(lambda: Chronos2Config.from_published(published)), []
+
+
+def _assumed(sizes: tuple[int | None, ...], where: str) -> tuple[Chronos2Config, list[str]]:
+    """The config of the published model that has these sizes, and a note that says so.
+
+    Raises: CheckpointError where none has.
+    """
+    for name, preset in PRESETS.items():
+        own = (
+            preset.n_heads[0] * preset.head_dim,
+            preset.d_model,
+            preset.block_dim,
+            3 * preset.patch_len,
+            len(preset.levels) * preset.patch_len,
+            len(preset.n_heads),
+        )
+        if sizes == own:
+            return preset, [
+                f"no config beside the file: the sizes are those of {name}, whose config is taken"
+            ]
+    raise CheckpointError(
+        f"{where}: the weights don't say all sizes (heads, context length, quantiles), and "
+        "these are no published model's. Put the original's config.json beside the file."
+    )
+
+
+def _chronos_fields(
+    chronos: Mapping[str, Any], wide: int | None, out: int | None, where: str
+) -> Fields:
+    """The fields of `chronos_config`, read with checks. wide, out: inputs and outputs of the model
+    by its weights.
+    """
     inside = Fields(chronos, where)
     patch = inside.integer("input_patch_size", weights=None if wide is None else wide // 3)
     for name in ("output_patch_size", "input_patch_stride"):
@@ -149,27 +181,7 @@ def configure(
             f"quantiles: {len(levels)} in the config, {out / patch:g} in the weights"
         )
     inside.problems += [f"{quoted(name)}: not known" for name in chronos if name not in _CHRONOS]
-    if isinstance(published.get("chronos_config"), Mapping):
-        told.problems += [f"chronos_config.{problem}" for problem in inside.problems]
-    told.integer("d_model", weights=d_model)
-    told.integer("d_ff", weights=d_ff)
-    told.integer("num_layers", high=MAX_LAYERS, weights=layers)
-    heads, width = told.integer("num_heads", high=4096), told.integer("d_kv", high=1 << 16)
-    if inner is not None and heads * width != inner:
-        told.problems.append(
-            f"num_heads, d_kv: {heads} heads of {width} in the config, together {inner} in the "
-            "weights"
-        )
-    told.choice("dense_act_fn", ("relu", "gelu"), "relu")
-    told.boolean("is_gated_act", False)
-    for name, default, high in (
-        ("rope_theta", 10000.0, 1e9),
-        ("layer_norm_epsilon", 1e-6, 1.0),
-        ("dropout_rate", 0.1, 0.999),
-        ("initializer_factor", 1.0, 1e6),
-    ):
-        told.number(name, default, high=high)
-    return told.build(lambda: Chronos2Config.from_published(published)), []
+    return inside
 
 
 def published(config: Chronos2Config) -> dict[str, Any]:

@@ -230,8 +230,7 @@ class Forecaster:
         Args:
           df, id, time, target, future, known, past, static, freq, date_format, missing, irregular,
             name: a table and how it is read, as for `predict`. A model that forecasts with
-              covariates
-            is tuned and scored with them.
+            covariates is tuned and scored with them.
           horizon: rows that will be forecast.
           methods: "auto"; names such as "ff" or "zero_shot,ff,sff", `Strategy` objects, or a list
             of both, see `methods.verdict.named`. method: one of them, in place of `methods`.

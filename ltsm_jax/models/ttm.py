@@ -231,6 +231,17 @@ class TTMConfig:
     batch_default_scale: bool = False
 
     def __post_init__(self):
+        problems = [
+            *self._problems_of_sizes(),
+            *self._problems_of_channels(),
+            *self._problems_of_choices(),
+            *self._problems_of_r3(),
+        ]
+        if problems:
+            raise ValueError("TTMConfig: " + "; ".join(problems))
+
+    def _problems_of_sizes(self) -> list[str]:
+        """Say which lengths and widths do not go together."""
         problems = []
         sizes = (
             self.context_len,
@@ -263,12 +274,15 @@ class TTMConfig:
                 )
             elif odd := [f for f in factors(levels, width) if width % f]:
                 problems.append(f"{name}: patches of width {width} can't be split by {odd}")
-        heads, attended = (
-            self.attn_heads,
-            (self.d_model, *([self.decoder_d_model] if self.decoder else [])),
-        )
+        heads = self.attn_heads
+        attended = (self.d_model, self.decoder_d_model) if self.decoder else (self.d_model,)
         if heads < 0 or (heads and any(w % heads for w in attended)):
             problems.append(f"{heads} attention heads do not divide the widths {attended}")
+        return problems
+
+    def _problems_of_channels(self) -> list[str]:
+        """Say what can't be among channels, categories, frequencies and the mixer of forecasts."""
+        problems = []
         if self.vocab and not (self.decoder and self.decoder_mix_channels):
             problems.append("categorical variables need a decoder that mixes channels")
         if self.categories is not None and (
@@ -301,6 +315,11 @@ class TTMConfig:
             )
         if self.fcm_offset is not None and self.fcm_offset < 1:
             problems.append(f"fcm_offset must be at least 1, or None, got {self.fcm_offset}")
+        return problems
+
+    def _problems_of_choices(self) -> list[str]:
+        """Say which options have no such value, and which numbers are out of their range."""
+        problems = []
         for name, told, allowed in (
             ("norm", self.norm, ("LayerNorm", "BatchNorm")),
             ("position", self.position, (None, "sincos", "random")),
@@ -317,9 +336,7 @@ class TTMConfig:
             problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.head_dropout}")
         if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
             problems.append(f"norm_eps, huber_delta > 0 and quantile in (0, 1): {self}")
-        problems += self._problems_of_r3()
-        if problems:
-            raise ValueError("TTMConfig: " + "; ".join(problems))
+        return problems
 
     def _problems_of_r3(self) -> list[str]:
         """Say what can't be among the options that came with r3."""
