@@ -120,6 +120,10 @@ def import_checkpoint(
         problems=problems,
     )
     dtypes = set(converted.dtypes.values())
+    aliases = set()
+    for alias in layout.aliases:
+        if any(key.startswith(layout.outer + alias) for key in copies):
+            aliases.add(alias)
     provenance = {
         "source": original.path.name,
         "sha256": _sha256(original.files),
@@ -128,9 +132,7 @@ def import_checkpoint(
         "container": original.container,
         "prefix": layout.prefix,
         **({"table": layout.table} if layout.table else {}),
-        "aliases": sorted(
-            {a for a in layout.aliases if any(k.startswith(layout.outer + a) for k in copies)}
-        ),
+        "aliases": sorted(aliases),
         "dtype": dtypes.pop() if len(dtypes) == 1 else converted.dtypes,
         "dropped": copies | converted.dropped,
         "copies": converted.copies,
@@ -489,7 +491,7 @@ def inspect(
     config: str | Path | Mapping[str, Any] | None = None,
     accept_license: bool = False,
 ) -> dict[str, Any]:
-    """What a checkpoint, model folder or hub name is: family, config, parameter count, dropped
+    """Describe a checkpoint, model folder or hub name: family, config, parameter count, dropped
     keys, dtype, sha256, ...
 
     Raises: as `import_checkpoint`; a file that can't be imported can't be described either.

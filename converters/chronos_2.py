@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.fields import MAX_LAYERS, Fields, are_levels, dims, layer_count
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
 from converters.tables import DROP, SAME, TRANSPOSE, Rule, split_in, split_out
@@ -97,65 +97,16 @@ def configure(
     out = dims(state, "output_patch_embedding.output_layer.weight")[0]
     layers = layer_count(state, r"encoder\.block\.(\d+)\.")
     if published is None:
-        for name, preset in PRESETS.items():
-            inside, quantiles = (
-                preset.n_heads[0] * preset.head_dim,
-                len(preset.levels) * preset.patch_len,
-            )
-            sizes = (
-                inside,
-                preset.d_model,
-                preset.block_dim,
-                3 * preset.patch_len,
-                quantiles,
-                len(preset.n_heads),
-            )
-            if sizes == (inner, d_model, d_ff, wide, out, layers):
-                return preset, [
-                    f"no config beside the file: the sizes are those of {name}, whose config is "
-                    "taken"
-                ]
-        raise CheckpointError(
-            f"{where}: the weights don't say all sizes (heads, context length, quantiles), and "
-            "these are no published model's. Put the original's config.json beside the file."
-        )
+        return _assumed((inner, d_model, d_ff, wide, out, layers), where)
     told = Fields(published, where)
     chronos = published.get("chronos_config")
-    if not isinstance(chronos, Mapping):
+    if isinstance(chronos, Mapping):
+        inside = _chronos_fields(chronos, wide, out, where)
+        told.problems += [f"chronos_config.{problem}" for problem in inside.problems]
+    else:
         told.problems.append(
             "chronos_config: " + ("not an object" if "chronos_config" in published else "missing")
         )
-        chronos = {}
-    inside = Fields(chronos, where)
-    patch = inside.integer("input_patch_size", weights=None if wide is None else wide // 3)
-    for name in ("output_patch_size", "input_patch_stride"):
-        inside.integer(name, patch)
-    for name in ("context_length", "max_output_patches"):
-        inside.integer(name)
-    if chronos.get("time_encoding_scale") is not None:
-        inside.integer("time_encoding_scale")
-    for name in ("use_arcsinh", "use_reg_token"):
-        inside.boolean(name, False)
-    levels = chronos.get("quantiles")
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1  # noqa: E731
-    if (
-        not isinstance(levels, list | tuple)
-        or not 0 < len(levels) <= 999
-        or not all(map(number, levels))
-    ):
-        what = (
-            "missing"
-            if "quantiles" not in chronos
-            else "not a list of 1 to 999 numbers between 0 and 1"
-        )
-        inside.problems.append(f"quantiles: {what}")
-    elif out is not None and len(levels) * patch != out:
-        inside.problems.append(
-            f"quantiles: {len(levels)} in the config, {out / patch:g} in the weights"
-        )
-    inside.problems += [f"{quoted(name)}: not known" for name in chronos if name not in _CHRONOS]
-    if isinstance(published.get("chronos_config"), Mapping):
-        told.problems += [f"chronos_config.{problem}" for problem in inside.problems]
     told.integer("d_model", weights=d_model)
     told.integer("d_ff", weights=d_ff)
     told.integer("num_layers", high=MAX_LAYERS, weights=layers)
@@ -175,6 +126,62 @@ def configure(
     ):
         told.number(name, default, high=high)
     return told.build(lambda: Chronos2Config.from_published(published)), []
+
+
+def _assumed(sizes: tuple[int | None, ...], where: str) -> tuple[Chronos2Config, list[str]]:
+    """The config of the published model that has these sizes, and a note that says so.
+
+    Raises: CheckpointError where none has.
+    """
+    for name, preset in PRESETS.items():
+        own = (
+            preset.n_heads[0] * preset.head_dim,
+            preset.d_model,
+            preset.block_dim,
+            3 * preset.patch_len,
+            len(preset.levels) * preset.patch_len,
+            len(preset.n_heads),
+        )
+        if sizes == own:
+            return preset, [
+                f"no config beside the file: the sizes are those of {name}, whose config is taken"
+            ]
+    raise CheckpointError(
+        f"{where}: the weights don't say all sizes (heads, context length, quantiles), and "
+        "these are no published model's. Put the original's config.json beside the file."
+    )
+
+
+def _chronos_fields(
+    chronos: Mapping[str, Any], wide: int | None, out: int | None, where: str
+) -> Fields:
+    """The fields of `chronos_config`, read with checks. wide, out: inputs and outputs of the model
+    by its weights.
+    """
+    inside = Fields(chronos, where)
+    patch = inside.integer("input_patch_size", weights=None if wide is None else wide // 3)
+    for name in ("output_patch_size", "input_patch_stride"):
+        inside.integer(name, patch)
+    for name in ("context_length", "max_output_patches"):
+        inside.integer(name)
+    if chronos.get("time_encoding_scale") is not None:
+        inside.integer("time_encoding_scale")
+    for name in ("use_arcsinh", "use_reg_token"):
+        inside.boolean(name, False)
+    levels = chronos.get("quantiles")
+    if not are_levels(levels):
+        what = (
+            "missing"
+            if "quantiles" not in chronos
+            else "not a list of 1 to 999 numbers between 0 and 1"
+        )
+        inside.problems.append(f"quantiles: {what}")
+    elif out is not None and len(levels) * patch != out:
+        inside.problems.append(
+            f"quantiles: {len(levels)} in the config, {out / patch:g} in the weights"
+        )
+    inside.problems += [f"{quoted(name)}: not known" for name in chronos if name not in _CHRONOS]
+    return inside
 
 
 def published(config: Chronos2Config) -> dict[str, Any]:

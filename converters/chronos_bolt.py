@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from converters.fields import Fields, dims, layer_count
+from converters.fields import Fields, are_levels, dims, layer_count
 from converters.layout import Layout
 from converters.t5_stack import stack_fields, stack_rules
 from converters.tables import COPY, DROP, SAME, TRANSPOSE, Rule
@@ -91,12 +91,7 @@ def configure(
     inside.integer("input_patch_stride")
     inside.boolean("use_reg_token", False)
     levels = chronos.get("quantiles")
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1  # noqa: E731
-    if (
-        not isinstance(levels, list | tuple)
-        or not 0 < len(levels) <= 999
-        or not all(map(number, levels))
-    ):
+    if not are_levels(levels):
         what = (
             "missing"
             if "quantiles" not in chronos

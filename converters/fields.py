@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -110,7 +110,7 @@ class Fields:
         return self._wrong(name, default, options[0], f"not one of {', '.join(options)}", value)
 
     def build(self, make: Callable[[], T]) -> T:
-        """What `make` gives, once nothing is wrong.
+        """Call `make`, once no field is wrong.
 
         Raises: CheckpointError that lists every problem, those of `make` included.
         """
@@ -138,6 +138,13 @@ class Fields:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_levels(value: Any) -> TypeGuard[Sequence[float]]:
+    """Whether a value can be the quantile levels of a model: 1 to 999 numbers between 0 and 1."""
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= 999:
+        return False
+    return all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1 for x in value)
 
 
 def dims(state: Mapping[str, Any], key: str, rank: int = 2) -> tuple[int, ...] | tuple[None, ...]:

@@ -26,19 +26,14 @@ ANCHOR, OUT = "in_proj.hidden_layer.weight", "out_proj.output_layer.weight"
 
 def keys(config: Moirai2Config) -> list[Rule]:
     """The table, readable beside the original's state dict."""
-    return [
-        *(
-            rule
-            for theirs, ours in (("in_proj", "embed"), ("out_proj", "head"))
-            for layer in ("hidden", "output", "residual")
-            for rule in (
+    rules: list[Rule] = []
+    for theirs, ours in (("in_proj", "embed"), ("out_proj", "head")):
+        for layer in ("hidden", "output", "residual"):
+            rules += [
                 (rf"{theirs}\.{layer}_layer\.weight", f"{ours}/{layer}/kernel", TRANSPOSE),
                 (rf"{theirs}\.{layer}_layer\.bias", f"{ours}/{layer}/bias", SAME),
-            )
-        ),
-        *packed.attention_keys(config.head_dim),
-        *packed.ffn_keys(),
-    ]
+            ]
+    return [*rules, *packed.attention_keys(config.head_dim), *packed.ffn_keys()]
 
 
 def recognise(state: Mapping[str, Any]) -> Layout | None:

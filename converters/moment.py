@@ -172,7 +172,7 @@ def _with_head(fields: dict[str, Any], state: Mapping[str, Any]) -> MomentConfig
             "n_channels": variates,
             "reduction": reduction,
         }
-    named = [name for name, options in HEAD_FIELDS.items() if any(key in fields for key in options)]
+    named = [name for name, options in HEAD_FIELDS.items() if not fields.keys().isdisjoint(options)]
     # what the config says, then what it has options of, then what only the shape says
     chosen = next((name for name in (told, *named, "forecasting") if name in fits), None)
     if chosen is None:

@@ -1,5 +1,5 @@
-"""What the key tables of the Moirai families share: the encoder, the mixture head, and reading
-their config.json.
+"""Parts of the key tables of the Moirai families: the encoder, the mixture head, and reading their
+config.json.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def prefix_of(state: Mapping[str, Any], anchor: str) -> Layout | None:
 
 
 def sizes_of(state: Mapping[str, Any], ffn: str | None) -> dict[str, Any]:
-    """What the shapes say: d_model, num_layers, and d_ff where `ffn` matches the keys of
+    """Read sizes off the shapes: d_model, num_layers, and d_ff where `ffn` matches the keys of
     feed-forward inputs.
     """
     sizes: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def sizes_of(state: Mapping[str, Any], ffn: str | None) -> dict[str, Any]:
 
 
 def patch_problems(state: Mapping[str, Any], patches: Any, anchor: str) -> list[str]:
-    """What is wrong with the published `patch_sizes`, also against the layer whose weight is
+    """List problems of the published `patch_sizes`, also against the layer whose weight is
     `anchor`.
     """
     fits = (

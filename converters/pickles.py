@@ -81,8 +81,8 @@ class Budget:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Placeholder:
-    """What stands where a file names a class or function that is not a tensor or plain container.
-    Never called.
+    """Stand-in for a class or function that a file names and that is not a tensor or plain
+    container. Never called.
 
     `name` is the dotted name in the file, `args` what it would have been called with (None: the
     bare name), `state` and `items` what it would have been filled with.

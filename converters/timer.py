@@ -54,6 +54,13 @@ _LIMIT = 1 << 24
 def keys(config: TimerConfig) -> list[Rule]:
     """The table, readable beside the original's state dict."""
     heads = config.head_dim
+    projections: list[Rule] = []
+    for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v")):
+        projection = rf"{LAYER}attention\.{theirs}_projection\."
+        projections += [
+            (projection + "weight", rf"layer_\1/attn/{ours}/kernel", split_out(heads)),
+            (projection + "bias", rf"layer_\1/attn/{ours}/bias", split_bias(heads)),
+        ]
     return [
         (r"patch_embedding\.value_embedding\.weight", "embed/kernel", TRANSPOSE),
         (
@@ -61,22 +68,7 @@ def keys(config: TimerConfig) -> list[Rule]:
             BUFFER,
             "fixed sinusoid table, checked against its formula and kept for an export",
         ),
-        *(
-            rule
-            for name, ours in (("query", "q"), ("key", "k"), ("value", "v"))
-            for rule in (
-                (
-                    rf"{LAYER}attention\.{name}_projection\.weight",
-                    rf"layer_\1/attn/{ours}/kernel",
-                    split_out(heads),
-                ),
-                (
-                    rf"{LAYER}attention\.{name}_projection\.bias",
-                    rf"layer_\1/attn/{ours}/bias",
-                    split_bias(heads),
-                ),
-            )
-        ),
+        *projections,
         (
             LAYER + r"attention\.out_projection\.weight",
             r"layer_\1/attn/out/kernel",
@@ -246,7 +238,7 @@ def buffers(config: TimerConfig) -> dict[str, np.ndarray]:
 
 
 def check_buffers(config: TimerConfig, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the sinusoid table of a state dict; empty where it is the formula's."""
+    """List problems of the sinusoid table of a state dict; empty where it is the formula's."""
     table, shape = state.get(TABLE), (1, TABLE_LEN, config.d_model)
     if table is None:
         return [f"{TABLE}: missing in the checkpoint"]

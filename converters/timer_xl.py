@@ -32,25 +32,17 @@ def keys(config: TimerXLConfig) -> list[Rule]:
     """The table, readable beside the original's state dict."""
     k = config.head_dim
     attention = LAYER + r"attention\."
+    projections: list[Rule] = []
+    for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v")):
+        projection = rf"{attention}{theirs}_projection\."
+        projections += [
+            (projection + "weight", rf"layer_\1/attn/{ours}/kernel", split_out(k)),
+            (projection + "bias", rf"layer_\1/attn/{ours}/bias", split_bias(k)),
+        ]
     return [
         (r"embedding\.weight", "embed/kernel", TRANSPOSE),
         (r"embedding\.bias", "embed/bias", SAME),
-        *(
-            rule
-            for name, ours in (("query", "q"), ("key", "k"), ("value", "v"))
-            for rule in (
-                (
-                    rf"{attention}{name}_projection\.weight",
-                    rf"layer_\1/attn/{ours}/kernel",
-                    split_out(k),
-                ),
-                (
-                    rf"{attention}{name}_projection\.bias",
-                    rf"layer_\1/attn/{ours}/bias",
-                    split_bias(k),
-                ),
-            )
-        ),
+        *projections,
         (attention + r"out_projection\.weight", r"layer_\1/attn/out/kernel", split_in(k)),
         (attention + r"out_projection\.bias", r"layer_\1/attn/out/bias", SAME),
         (

@@ -71,20 +71,16 @@ def keys(config: TimesFM1Config, table: str = "") -> list[Rule]:
             "fixed timescales, checked against their formula and kept for an export",
         ),
     ]
-    return [
-        *(
-            rule
-            for block, ours in ((root + "input_ff_layer", "embed"), ("horizon_ff_layer", "head"))
-            for theirs, part in (
-                (hidden, "hidden"),
-                ("output_layer", "out"),
-                ("residual_layer", "residual"),
-            )
-            for rule in (
+    parts = ((hidden, "hidden"), ("output_layer", "out"), ("residual_layer", "residual"))
+    blocks: list[Rule] = []
+    for block, ours in ((root + "input_ff_layer", "embed"), ("horizon_ff_layer", "head")):
+        for theirs, part in parts:
+            blocks += [
                 (rf"{block}\.{theirs}\.weight", f"{ours}/{part}/kernel", TRANSPOSE),
                 (rf"{block}\.{theirs}\.bias", f"{ours}/{part}/bias", SAME),
-            )
-        ),
+            ]
+    return [
+        *blocks,
         (root + r"freq_emb\.weight", "freq_embed", SAME),
         *(split if transformers else fused),
         (layer + r"self_attn\.o_proj\.weight", r"layer_\1/attn/out/kernel", split_in(head)),
@@ -105,9 +101,9 @@ def recognise(state: Mapping[str, Any]) -> Layout | None:
     models.
     """
     for table in (TRANSFORMERS, ""):
-        found = [
-            {key.removesuffix(end) for key in state if key.endswith(end)} for end in _ANCHORS[table]
-        ]
+        found = []  # what stands before each anchor
+        for end in _ANCHORS[table]:
+            found.append({key.removesuffix(end) for key in state if key.endswith(end)})
         prefixes = [names.pop() for names in found if len(names) == 1]
         if len(prefixes) > 1:  # one tensor may be missing
             return Layout(max(prefixes, key=prefixes.count), table=table)
@@ -186,7 +182,7 @@ _NAMES = {
 
 
 def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
-    """What the tensors say, None where they don't."""
+    """Read sizes off the tensors, None where they don't tell."""
     transformers = any(key.startswith("decoder.") for key in state)
     root, hidden = ("decoder.", "input_layer") if transformers else ("", "hidden_layer.0")
     layers = "decoder.layers." if transformers else "stacked_transformer.layers."
@@ -208,7 +204,7 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _sizes_of(config: TimesFM1Config) -> dict[str, int]:
-    """What `_sizes` reads off the weights, as a config has it."""
+    """The sizes that `_sizes` reads off the weights, as a config has them."""
     return {
         "patch_len": config.patch_len,
         "d_model": config.d_model,
@@ -316,8 +312,8 @@ def buffers(config: TimesFM1Config, table: str = "") -> dict[str, np.ndarray]:
 
 
 def check_buffers(config: TimesFM1Config, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the timescales of a state dict; empty where they are the formula's, or not
-    there.
+    """List problems of the timescales of a state dict; empty where they are the formula's, or
+    absent.
     """
     if TIMESCALES not in state:
         return []

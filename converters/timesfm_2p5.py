@@ -88,34 +88,32 @@ def keys(config: TimesFM2p5Config, table: str = "") -> list[Rule]:
             (layer + r"ff1\.weight", r"layer_\1/down/kernel", TRANSPOSE),
         ]
     )
-    norm = (
-        (lambda names: rf"{names[1]}\.weight")
-        if transformers
-        else (lambda names: rf"{names[0]}\.scale")
-    )
     parts = ((hidden, "hidden"), ("output_layer", "out"), ("residual_layer", "residual"))
-    return [
-        *(
-            (rf"{embed}\.{theirs}\.weight", f"embed/{ours}/kernel", TRANSPOSE)
-            for theirs, ours in parts
-        ),
-        *((rf"{embed}\.{theirs}\.bias", f"embed/{ours}/bias", SAME) for theirs, ours in parts),
-        *attention,
-        *((layer + norm(names), rf"layer_\1/{ours}/scale", SAME) for ours, names in _NORMS.items()),
-        *(
-            (rf"output_projection_{block}\.{theirs}\.weight", f"{name}/{ours}/kernel", TRANSPOSE)
-            for block, name in (("point", "head"), ("quantiles", "spread_head"))
-            for theirs, ours in parts
-        ),
-    ]
+    blocks: list[Rule] = []
+    for theirs, ours in parts:
+        blocks += [
+            (rf"{embed}\.{theirs}\.weight", f"embed/{ours}/kernel", TRANSPOSE),
+            (rf"{embed}\.{theirs}\.bias", f"embed/{ours}/bias", SAME),
+            (rf"output_projection_point\.{theirs}\.weight", f"head/{ours}/kernel", TRANSPOSE),
+            (
+                rf"output_projection_quantiles\.{theirs}\.weight",
+                f"spread_head/{ours}/kernel",
+                TRANSPOSE,
+            ),
+        ]
+    norms: list[Rule] = []
+    for ours, (original, renamed) in _NORMS.items():
+        norm = rf"{renamed}\.weight" if transformers else rf"{original}\.scale"
+        norms.append((layer + norm, rf"layer_\1/{ours}/scale", SAME))
+    return [*blocks, *attention, *norms]
 
 
 def recognise(state: Mapping[str, Any]) -> Layout | None:
     """The layout of a TimesFM 2.5 state dict: prefix, and which table. None for other models."""
     for table in (TRANSFORMERS, ""):
-        found = [
-            {key.removesuffix(end) for key in state if key.endswith(end)} for end in _ANCHORS[table]
-        ]
+        found = []  # what stands before each anchor
+        for end in _ANCHORS[table]:
+            found.append({key.removesuffix(end) for key in state if key.endswith(end)})
         prefixes = [names.pop() for names in found[:2] if len(names) == 1]
         if len(prefixes) + bool(found[2]) > 1 and prefixes:  # one tensor may be missing
             return Layout(prefixes[0], table=table)
@@ -244,7 +242,7 @@ def _check_fixed(fields: Fields, fixed: Mapping[str, Any]) -> None:
 
 
 def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
-    """What the tensors say, None where they don't."""
+    """Read sizes off the tensors, None where they don't tell."""
     transformers = any(key.startswith("model.") for key in state)
     layers, hidden = (
         ("model.layers.", "input_layer") if transformers else ("stacked_xf.", "hidden_layer")
@@ -280,7 +278,7 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _sizes_of(config: TimesFM2p5Config) -> dict[str, int]:
-    """What `_sizes` reads off the weights, as a config has it."""
+    """The sizes that `_sizes` reads off the weights, as a config has them."""
     columns = 1 + len(config.quantiles)
     return {
         "patch_len": config.patch_len,

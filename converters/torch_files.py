@@ -81,8 +81,7 @@ _DTYPES = {  # torch's name: (numpy dtype, name of its typed storage)
 }
 _STORAGE_DTYPES: dict[str, np.dtype | None] = {
     f"torch.{device}{storage}": dtype
-    for dtype, storage in _DTYPES.values()
-    for device in ("", "cuda.")
+    for (dtype, storage), device in itertools.product(_DTYPES.values(), ("", "cuda."))
 } | {"torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}
 _STORAGE_NAMES = dict(_DTYPES.values())
 _TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()} | {
@@ -570,23 +569,7 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
     def plain(at: int) -> tuple[Any, int]:
         return run_pickle(file, data, at, _no_storage, {}, budget=budget)
 
-    magic, at = plain(0)
-    if not isinstance(magic, int) or magic != _LEGACY_MAGIC:
-        raise CheckpointError(f"{file}: a pickle, but not one that torch.save wrote. {_RESAVE}")
-    version, at = plain(at)
-    machine, at = plain(at)
-    if not isinstance(version, int) or version != _LEGACY_VERSION or not isinstance(machine, dict):
-        # Not `str(version)`: a nest of lists, or a number of megabytes, has no text.
-        told = (
-            f"version {version}"
-            if _is_size(version)
-            else f"a version that is a {type(version).__name__}"
-        )
-        raise CheckpointError(f"{file}: {told} of the old torch format is unknown. {_RESAVE}")
-    if machine.get("little_endian") is not True:
-        raise CheckpointError(
-            f"{file}: written on a big-endian machine, which is not supported here. {_RESAVE}"
-        )
+    at = _after_legacy_header(file, plain)
 
     # The storages stand behind the pickle that uses them: a first pass over it finds where they
     # are, and makes nothing.
@@ -612,6 +595,60 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
     ]
     budget.memory = memory  # what the first pass took is free again
     keys, at = plain(at)
+    places = _legacy_places(file, data, at, keys, declared)
+    views = _Views.of(len(data))
+    storages: dict[str, _Storage] = {}
+
+    def storage(pid: Any) -> _Storage:
+        key = pid[2]
+        if key not in storages:
+            low, high = places[key]
+            storages[key] = _whole_storage(memoryview(data)[low:high], declared[key][0], views)
+        view = pid[5] if len(pid) == 6 else None
+        return storages[key] if view is None else _viewed(storages[key], view, key, views)
+
+    return run_pickle(file, data, start, storage, _BUILDERS, budget=budget)[0]
+
+
+def _after_legacy_header(file: Path, plain: Callable[[int], tuple[Any, int]]) -> int:
+    """Read magic, version and machine, and give the place behind them.
+
+    plain: from a place in the file, the object pickled there and the place behind it.
+    Raises: CheckpointError for files that are not of this format.
+    """
+    magic, at = plain(0)
+    if not isinstance(magic, int) or magic != _LEGACY_MAGIC:
+        raise CheckpointError(f"{file}: a pickle, but not one that torch.save wrote. {_RESAVE}")
+    version, at = plain(at)
+    machine, at = plain(at)
+    if not isinstance(version, int) or version != _LEGACY_VERSION or not isinstance(machine, dict):
+        # Not `str(version)`: a nest of lists, or a number of megabytes, has no text.
+        told = (
+            f"version {version}"
+            if _is_size(version)
+            else f"a version that is a {type(version).__name__}"
+        )
+        raise CheckpointError(f"{file}: {told} of the old torch format is unknown. {_RESAVE}")
+    if machine.get("little_endian") is not True:
+        raise CheckpointError(
+            f"{file}: written on a big-endian machine, which is not supported here. {_RESAVE}"
+        )
+    return at
+
+
+def _legacy_places(
+    file: Path,
+    data: mmap.mmap,
+    at: int,
+    keys: Any,
+    declared: Mapping[str, tuple[np.dtype | None, int]],
+) -> dict[str, tuple[int, int]]:
+    """First and last place of each storage in the file, by its key.
+
+    at: the place of the first storage. keys: the file's list of them. declared: dtype and number of
+    elements of those that its pickle uses.
+    Raises: CheckpointError where they contradict each other or the length of the file.
+    """
     if (
         not isinstance(keys, list)
         or any(not isinstance(k, str) for k in keys)
@@ -624,7 +661,6 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
         raise CheckpointError(
             f"{file}: the list of storages and the pickle differ in {odd}. {_AGAIN}"
         )
-    views = _Views.of(len(data))
     places: dict[str, tuple[int, int]] = {}
     for key in keys:
         dtype, numel = declared[key]
@@ -642,28 +678,21 @@ def _read_legacy(file: Path, data: mmap.mmap) -> Any:
         at += 8 + needed
     if at != len(data):
         raise CheckpointError(f"{file}: {len(data) - at} bytes follow the last storage. {_AGAIN}")
-    storages: dict[str, _Storage] = {}
+    return places
 
-    def storage(pid: Any) -> _Storage:
-        key = pid[2]
-        if key not in storages:
-            low, high = places[key]
-            storages[key] = _whole_storage(memoryview(data)[low:high], declared[key][0], views)
-        whole = storages[key]
-        view = pid[5] if len(pid) == 6 else None
-        if view is None:
-            return whole
-        if not (
-            isinstance(view, tuple) and len(view) == 3 and _is_size(view[1]) and _is_size(view[2])
-        ):
-            raise ValueError("a storage view that is not (name, offset, size)")
-        width = whole.dtype.itemsize if whole.dtype else 1
-        low, high = view[1] * width, (view[1] + view[2]) * width
-        if high > whole.data.nbytes:
-            raise ValueError(f"a view that reaches out of the storage {quoted(key)}")
-        return _Storage(whole.data[low:high], whole.dtype, views)
 
-    return run_pickle(file, data, start, storage, _BUILDERS, budget=budget)[0]
+def _viewed(whole: _Storage, view: Any, key: str, views: _Views) -> _Storage:
+    """The part of a storage that a view (name, offset, size) in a legacy file takes.
+
+    Raises: ValueError for something else, and for a view that reaches out of the storage.
+    """
+    if not (isinstance(view, tuple) and len(view) == 3 and _is_size(view[1]) and _is_size(view[2])):
+        raise ValueError("a storage view that is not (name, offset, size)")
+    width = whole.dtype.itemsize if whole.dtype else 1
+    low, high = view[1] * width, (view[1] + view[2]) * width
+    if high > whole.data.nbytes:
+        raise ValueError(f"a view that reaches out of the storage {quoted(key)}")
+    return _Storage(whole.data[low:high], whole.dtype, views)
 
 
 _SAFE_DTYPES = {

@@ -304,7 +304,7 @@ def published(config: UnitsConfig) -> dict[str, Any]:
 
 
 def check_buffers(config: UnitsConfig, state: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the tensors that are used nowhere; empty where their shapes fit."""
+    """List problems of the tensors that are used nowhere; empty where their shapes fit."""
     d, problems = config.d_model, []
     for key, value in state.items():
         m = re.fullmatch(r"blocks\.(\d+)\.(seq|var)_att_block\.proj\.(weight|bias)", key)

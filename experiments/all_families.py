@@ -87,9 +87,10 @@ def run(
         "horizon": horizon,
         "out": out / "sff",
     }
-    if sff.main(
-        [*(text for name, value in flags.items() for text in (f"--{name}", str(value))), *more]
-    ):
+    arguments = []
+    for name, value in flags.items():
+        arguments += [f"--{name}", str(value)]
+    if sff.main([*arguments, *more]):
         raise RuntimeError(f"{family}: experiments.sff failed (above)")
     found = pd.read_csv(out / "sff" / "results.csv")
     found.insert(0, "family", family)
@@ -99,7 +100,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the run asks for itself."""
+    """Options of the run itself; all others are those of `experiments.sff`."""
 
     program: ClassVar[str] = "experiments.all_families"
     data: Annotated[str, flags.text("DATA")] = "ETTh1"

@@ -34,6 +34,7 @@ nothing. `start` is the validation error of the mix before the first step.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,9 +161,8 @@ def resolve(options: Options) -> Comparison:
 
 def cells_of(options: Options) -> tuple[Cell, ...]:
     """Every run that the options ask for."""
-    return tuple(
-        Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds
-    )
+    every = itertools.product(options.tunings, options.seeds)
+    return tuple(Cell(method, alpha, seed) for (method, alpha), seed in every)
 
 
 def plan(c: Comparison) -> str:

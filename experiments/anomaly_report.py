@@ -147,10 +147,9 @@ def text_of(results: pd.DataFrame, command: str, pictures: Sequence[str]) -> str
     lines += differences(results, methods)
     lines += ["## Alpha of each file", ""]
     alphas = results.groupby(["file", "method"])["alpha"].mean().unstack()[methods].sort_index()
-    body = [
-        [name, *(f"{value:.4f}" for value in row)]
-        for name, row in zip(alphas.index, alphas.to_numpy())
-    ]
+    body = []
+    for name, row in zip(alphas.index, alphas.to_numpy()):
+        body.append([name, *(f"{value:.4f}" for value in row)])
     lines += [markdown_table(["file", *map(label, methods)], body), ""]
     if "f1_point_adjusted_inflated" in results:
         lines += [

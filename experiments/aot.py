@@ -54,7 +54,7 @@ SMALL = "small"  # the preset of every family that tests use
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is compiled."""
+    """Options of one compilation."""
 
     program: ClassVar[str] = "experiments.aot"
     topology: Annotated[str, flags.text("TARGET")]
@@ -92,7 +92,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one compilation found; all sizes are bytes on one device.
+    """Result of one compilation; all sizes are bytes on one device.
 
     Attributes:
       model, parameters, topology, devices, mesh, batch, context, horizon: what was compiled.
@@ -348,13 +348,16 @@ def mesh_text(mesh: jax.sharding.Mesh | None) -> str:
 
 
 def advice(report: Report) -> list[str]:
-    """What to try where the step does not fit, as flags; estimates, since memory is not quite
-    linear in the batch.
+    """Suggest flags to try where the step does not fit; estimates, since memory is not quite linear
+    in the batch.
     """
     if report.fits is not False or report.capacity is None:
         return []
     fixed = report.state + report.kept
-    sizes = {axis: int(n) for axis, n in (item.split("=") for item in report.mesh.split(","))}
+    sizes = {}
+    for item in report.mesh.split(","):
+        axis, size = item.split("=")
+        sizes[axis] = int(size)
     found = []
     spread = report.devices // sizes["tensor"]
     if sizes["fsdp"] < spread and fixed > report.capacity / 8:

@@ -1,4 +1,5 @@
-"""What experiments that compare methods share: the recipe of a run, and cells that never run twice.
+"""Parts of the experiments that compare methods: the recipe of a run, and cells that never run
+twice.
 
 A comparison is a folder, see `experiments.folder`; a cell is one run of it, with a folder of its
 own in cells/.
@@ -91,12 +92,12 @@ class Comparison:
 
     @property
     def windows(self) -> Windows:
-        """What is trained on."""
+        """The windows of training."""
         return self.task.windows(self.model, self.splits)  # pyright: ignore[reportReturnType]
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """What run.json holds."""
+        """Contents of run.json."""
         model = {"family": self.model.family, "config": self.model.config_to_dict()}
         windows = {"val": self.splits.val.n, "test": self.splits.test.n}
         return {
@@ -293,7 +294,7 @@ def finished(c: Comparison, cells: Iterable[Cell]) -> int:
 
 
 def plan(c: Comparison, runs: Sequence[str]) -> str:
-    """What will run, in words; `runs` are the lines that the experiment has to say on it."""
+    """Describe the runs that will follow; `runs` are the lines that the experiment adds."""
     series, windows = c.splits.series, c.windows
     assert c.config.batch_size is not None, "filled"
     batch = min(c.config.batch_size, windows.n)
@@ -542,7 +543,7 @@ def epoch_tests(result: run.Result, test: dict[str, Any]) -> dict[str, float | N
     where an epoch was not scored, as in a run that was begun without --test-each-epoch.
     """
     last_phase = [h for h in result.history if h["phase"] == result.history[-1]["phase"]]
-    tests = [{name: h.get(f"test_{name}") for name in ("mse", "mae")} for h in last_phase] or [test]
+    tests = [{"mse": h.get("test_mse"), "mae": h.get("test_mae")} for h in last_phase] or [test]
     if any(scores["mse"] is None for scores in tests):
         return dict.fromkeys(("last_test_mse", "last_test_mae", "best_test_mse", "best_test_mae"))
     best = tests[int(np.argmin(np.array([scores["mse"] for scores in tests], float)))]

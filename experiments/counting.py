@@ -1,4 +1,4 @@
-"""What a step costs, counted: matrix products in its jaxpr, collectives in its compiled text.
+"""Count the cost of a step: matrix products in its jaxpr, collectives in its compiled text.
 
 Both count a loop's body as often as it runs where that is known; the compiler's own FLOPs count it
 once. A loop whose length is an argument counts once: the loop over the steps of a dispatch, so that
@@ -7,6 +7,7 @@ all numbers are those of one step.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from typing import Any
@@ -55,7 +56,9 @@ def _flops(equation: Any) -> int:
         return (
             2 * out.size * kernel.size // kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
         )
-    inner = [product_flops(j) for value in parameters.values() for j in _jaxprs(value)]
+    inner = []
+    for value in parameters.values():
+        inner += map(product_flops, _jaxprs(value))
     if name == "cond":
         return max(inner)
     # inside shard_map the shapes are those of one device
@@ -65,7 +68,7 @@ def _flops(equation: Any) -> int:
 
 def _jaxprs(value: Any) -> list[Any]:
     if isinstance(value, tuple | list):
-        return [j for item in value for j in _jaxprs(item)]
+        return list(itertools.chain.from_iterable(map(_jaxprs, value)))
     return [value] if hasattr(value, "eqns") or hasattr(value, "jaxpr") else []
 
 
@@ -130,18 +133,18 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _calls(line: str) -> list[str]:
-    several = [
-        name.strip().lstrip("%") for names in _CALLS.findall(line) for name in names.split(",")
-    ]
+    several = []
+    for names in _CALLS.findall(line):
+        several += [name.strip().lstrip("%") for name in names.split(",")]
     return [*_CALL.findall(line), *several]
 
 
 def _result_bytes(type_: str, kind: str, start: bool) -> int:
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * _itemsize(dtype)
-        for dtype, dims in _ARRAY.findall(type_)
-        if dims
-    ]
+    sizes = []
+    for dtype, dims in _ARRAY.findall(type_):
+        if dims:
+            count = math.prod(int(n) for n in dims.split(",") if n)
+            sizes.append(count * _itemsize(dtype))
     if start and kind != "all-reduce":  # the operands stand before the results
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)

@@ -47,7 +47,7 @@ COLUMNS = 2  # panels of the picture in a row
 
 @dataclasses.dataclass(frozen=True)
 class Options(around.Options):
-    """What the command asks for."""
+    """Options of the command."""
 
     program: ClassVar[str] = "experiments.curvature"
     models: Annotated[tuple[str, ...], flags.words()] = (
@@ -83,7 +83,7 @@ class Options(around.Options):
 
 
 def record(options: Options, subjects: Sequence[Subject]) -> dict[str, Any]:
-    """What run.json holds."""
+    """Contents of run.json."""
     own = around.settings(options, "models", "epochs", "samples")
     for s in subjects:
         own |= {
@@ -338,7 +338,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plan(options: Options) -> str:
-    """What will be computed, in words."""
+    """Describe the computations that will follow."""
     alphas = ", ".join(map(flags.exact, options.alpha))
     return f"models   {', '.join(options.models)}\nalpha    {alphas}\nfolder   {options.folder}"
 

@@ -61,7 +61,7 @@ def generated(folder: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the demo asks for itself."""
+    """Options of the demo itself."""
 
     program: ClassVar[str] = "experiments.demo"
     out: Annotated[Path, flags.path()] = Path("runs/demo")

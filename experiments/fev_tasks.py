@@ -44,7 +44,7 @@ ZERO_SHOT = "zero_shot"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to evaluate on what."""
+    """Options of the command."""
 
     program: ClassVar[str] = "experiments.fev_tasks"
     tasks: Annotated[Path, flags.path("FILE")]
@@ -106,9 +106,10 @@ def forecasts(forecaster: Forecaster, task: Any, window: Any, seed: int = 0) -> 
     records: dict[str, list] = {}
     for target, rows in found.groupby("target_name", sort=False):
         by_series = dict(iter(rows.groupby(rows[task.id_column].astype(str), sort=False)))
-        records[str(target)] = [
-            {name: by_series[series][name].tolist() for name in names} for series in ids
-        ]
+        records[str(target)] = []
+        for series in ids:
+            forecast = by_series[series]
+            records[str(target)].append({name: forecast[name].tolist() for name in names})
     return records
 
 

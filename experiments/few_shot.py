@@ -19,6 +19,7 @@ Ranks, intervals and the rule by which a method helps or harms are those of
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import shlex
 import sys
@@ -77,7 +78,7 @@ def place_of(o: Options, data: str, model: str, share: float) -> Path:
 
 def combinations(o: Options) -> list[tuple[str, str, float]]:
     """Give every data set, model and share."""
-    return [(data, model, share) for data in o.data for model in o.model for share in o.few_shot]
+    return list(itertools.product(o.data, o.model, o.few_shot))
 
 
 def records_of(o: Options) -> list[dict[str, Any]]:
@@ -140,9 +141,9 @@ def write(o: Options, command: str) -> None:
     records = records_of(o)
     if not records:
         return
-    rows = [
-        {name: value for name, value in record.items() if name != "blocks"} for record in records
-    ]
+    rows = []
+    for record in records:
+        rows.append({name: value for name, value in record.items() if name != "blocks"})
     table, found = pd.DataFrame(rows), study.differences(records)
     ranks = pd.DataFrame(rank_rows(table))
     for name, content in (("results", table), ("differences", found), ("ranks", ranks)):

@@ -160,7 +160,7 @@ class Hosts:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every comparison of methods asks for."""
+    """Options of every comparison of methods."""
 
     program: ClassVar[str]  # what `python -m` runs
     data: Annotated[str, text("DATA")] = "ETTh1"

@@ -317,7 +317,7 @@ def versions() -> str:
 
 
 def device() -> str:
-    """What it ran on: "cpu, 2 cores", "4 x NVIDIA H200"."""
+    """Name the devices of this run: "cpu, 2 cores", "4 x NVIDIA H200"."""
     if jax.default_backend() == "cpu":
         return f"cpu, {os.cpu_count()} cores"
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

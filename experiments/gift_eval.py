@@ -48,7 +48,7 @@ NAIVE = "seasonal_naive"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to evaluate on what."""
+    """Options of the command."""
 
     program: ClassVar[str] = "experiments.gift_eval"
     data: Annotated[tuple[str, ...], flags.words()]

@@ -50,7 +50,7 @@ SURFACE, PLANE = "surface.npz", "plane.npz"
 
 @dataclasses.dataclass(frozen=True)
 class Options(around.Options):
-    """What the command asks for."""
+    """Options of the command."""
 
     program: ClassVar[str] = "experiments.landscape"
     model: Annotated[str, flags.text("MODEL")] = "timer-tiny"
@@ -90,7 +90,7 @@ class Work:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What run.json holds."""
+        """Contents of run.json."""
         o, s = self.options, self.subject
         own = around.settings(
             o, "model", "alpha", "points", "radius", "eigenvalues", "zero_vectors", "sff_directions"
@@ -121,7 +121,7 @@ def resolve(options: Options) -> Work:
 
 
 def plan(w: Work) -> str:
-    """What will be computed, in words."""
+    """Describe the computations that will follow."""
     o, s = w.options, w.subject
     windows = s.loss(o, rows=True).windows.n
     lines = [

@@ -1,5 +1,4 @@
-"""What every experiment does at its start: join the other hosts, keep what is compiled, and heed
-SIGTERM.
+"""Start of every experiment: join the other hosts, keep what is compiled, and heed SIGTERM.
 
 An experiment has `flags.Hosts` among its options, and runs inside
 

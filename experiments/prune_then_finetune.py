@@ -41,6 +41,7 @@ rate, or with several --lr each the one that validation chooses for it.
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -155,8 +156,8 @@ class Options(flags.Options):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """What tells the pruned cells of an EMA and seed apart: shares of all channels, or shares
-        per epoch.
+        """Shares that tell the pruned cells of an EMA and seed apart: of all channels, or per
+        epoch.
         """
         return self.ratios or self.ratio or RATIO
 
@@ -283,12 +284,10 @@ def whole_cells(options: Options, seeds: Sequence[int] | None = None) -> list[Ce
 
 def pruned_cells(options: Options, seeds: Sequence[int] | None = None) -> list[Cell]:
     """The pruned models that are not fine-tuned, pruning run by pruning run."""
-    return [
-        Cell("pruned", None, ratio, ema, seed)
-        for seed in (options.seeds if seeds is None else seeds)
-        for ema in options.ema
-        for ratio in options.shares
-    ]
+    every = itertools.product(
+        options.seeds if seeds is None else seeds, options.ema, options.shares
+    )
+    return [Cell("pruned", None, ratio, ema, seed) for seed, ema, ratio in every]
 
 
 def tuned_cells(
@@ -321,7 +320,7 @@ def _candidate_cells(options: Options, cell: Cell) -> list[Cell]:
 
 
 def plan(c: Comparison) -> str:
-    """What will run, in words."""
+    """Describe the runs that will follow."""
     o, s = c.options, c.settings
     if o.over:
         return _plan_of_choice(c)
@@ -375,7 +374,7 @@ def _grid_cells(o: Options, choice: dict[str, Any] | None) -> list[Cell]:
     many there will be.
     """
     if choice is None:
-        pairs = [(ratio, ema) for ratio in o.shares for ema in o.ema]
+        pairs = list(itertools.product(o.shares, o.ema))
         count = {"chosen": 1, "each": len(o.shares)}.get(o.tune, len(pairs))
         return tuned_cells(o, pairs[:count], o.seeds[:1])
     return tuned_cells(o, _pairs(o, choice), o.seeds[:1])
@@ -387,7 +386,7 @@ def _pairs(o: Options, choice: dict[str, Any]) -> list[tuple[float, float]]:
         return [(choice["ratio"], choice["ema"])]
     if o.tune == "each":
         return [(float(ratio), ema) for ratio, ema in choice["ema_of_ratio"].items()]
-    return [(ratio, ema) for ratio in o.shares for ema in o.ema]
+    return list(itertools.product(o.shares, o.ema))
 
 
 def _n_tuned(o: Options) -> int:
@@ -487,11 +486,11 @@ def choose(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any] |
     if not means:
         return None
     ratio, ema = min(means, key=lambda pair: means[pair])
-    best = {
-        r: min((e for e in options.ema if (r, e) in means), key=lambda e, r=r: means[r, e])
-        for r in options.shares
-        if any(r == pair[0] for pair in means)
-    }
+    best = {}
+    for share in options.shares:
+        scored = [other for other in options.ema if (share, other) in means]
+        if scored:
+            best[share] = min(scored, key=lambda other, share=share: means[share, other])
     whole = [r["val_mse"] for r in rows if r["method"] == "zero_shot"]
     before = float(np.mean(whole)) if whole else math.nan
     text = f"chosen by validation: ratio {exact(ratio)}, EMA {exact(ema)} "

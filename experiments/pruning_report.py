@@ -457,18 +457,7 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
     title = (
         f"Weights pruned at ratio {exact(choice['ratio'])}, EMA {exact(choice['ema'])}, first seed"
     )
-    pictures = []
-    if importlib.util.find_spec("matplotlib"):
-        plots = folder / "plots"
-        plots.mkdir(exist_ok=True)
-        plot_heat_map(masks, plots / "sparsity.png", title)
-        pictures.append(("sparsity", f"{title}: 1 - kept inputs x kept outputs, per cent."))
-        if plot_pareto(summary, plots / "pareto.png"):
-            text = (
-                "Error against time; numbers beside the points: ratio. Marker: EMA. Squares: the "
-                "whole model."
-            )
-            pictures.append(("pareto", text))
+    pictures = _pictures(folder, masks, title, summary)
     dropout_off = "no-dropout" in (settings["quirks"] or "").split(",")
     lines = [
         f"# Pruning, then fine-tuning: {settings['data']}, {settings['model']}, "
@@ -491,6 +480,41 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
         f"{choice['text'][0].upper()}{choice['text'][1:]}, mean over {choice['seeds']} seeds: the "
         "lowest of the pruned models that are not fine-tuned.",
     ]
+    notes = _notes(found, choice, dropout_off)
+    if notes:
+        lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
+    lines += ["", "## What differs between the arms", "", _changes(settings, choice, dropout_off)]
+    lines += report.choice_lines(everything)
+    lines += ["", "## Ratios", "", _ratio_table(summarise(_with_all_pruned(everything, found)))]
+    lines += ["", f"Ratios are {settings['cuts']}."]
+    lines += ["", f"## {title}", "", _sparsity_table(masks)]
+    lines += _lines_before_pruning(folder)
+    lines += report.picture_lines(pictures, f"python -m experiments.pruning_report {folder}")
+    lines += report.made_lines(run, results)
+    return report.write_text(folder / "report.md", lines)
+
+
+def _pictures(
+    folder: Path, masks: Sequence[dict[str, Any]], title: str, summary: pd.DataFrame
+) -> list[tuple[str, str]]:
+    """Draw the pictures: (name, caption) of each; none without matplotlib."""
+    if not importlib.util.find_spec("matplotlib"):
+        return []
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    plot_heat_map(masks, plots / "sparsity.png", title)
+    pictures = [("sparsity", f"{title}: 1 - kept inputs x kept outputs, per cent.")]
+    if plot_pareto(summary, plots / "pareto.png"):
+        text = (
+            "Error against time; numbers beside the points: ratio. Marker: EMA. Squares: the "
+            "whole model."
+        )
+        pictures.append(("pareto", text))
+    return pictures
+
+
+def _notes(found: report.Found, choice: dict[str, Any], dropout_off: bool) -> list[str]:
+    """List everything that a reader of the table should look at."""
     notes = [choice["warning"]] if choice["warning"] else []
     if dropout_off:
         notes.append(
@@ -506,34 +530,36 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
                 "masked model"
             )
         notes += [f"{name}: {text}" for text in cell["warnings"]]
-    if notes:
-        lines += ["", "## Look at this", "", *[f"- {note}" for note in notes]]
-    lines += ["", "## What differs between the arms", "", _changes(settings, choice, dropout_off)]
-    lines += report.choice_lines(everything)
-    lines += ["", "## Ratios", "", _ratio_table(summarise(_with_all_pruned(everything, found)))]
-    lines += ["", f"Ratios are {settings['cuts']}."]
-    lines += ["", f"## {title}", "", _sparsity_table(masks)]
+    return notes
+
+
+def _lines_before_pruning(folder: Path) -> list[str]:
+    """The section on the checkpoint before pruning; empty where it was not measured."""
     try:
         statistics = storage.read_record(folder / "redundancy.json")
     except storage.DamagedError:
-        statistics = None  # the experiment measures them again
-    if statistics:
-        lines += ["", "## The checkpoint before pruning", "", _redundancy_table(statistics)]
-        lines += [
-            "",
-            f"Means over the tokens of {' and '.join(f'{n:,}' for n in statistics['windows'])} "
-            "windows of training and validation. Sparse: share of (token, head) pairs in which a "
-            "head adds at most 5 % of the stream's norm; idle: units that no token activates.",
-        ]
-    lines += report.picture_lines(pictures, f"python -m experiments.pruning_report {folder}")
-    lines += report.made_lines(run, results)
-    return report.write_text(folder / "report.md", lines)
+        return []  # the experiment measures them again
+    if not statistics:
+        return []
+    windows = " and ".join(f"{n:,}" for n in statistics["windows"])
+    return [
+        "",
+        "## The checkpoint before pruning",
+        "",
+        _redundancy_table(statistics),
+        "",
+        f"Means over the tokens of {windows} windows of training and validation. Sparse: share of "
+        "(token, head) pairs in which a head adds at most 5 % of the stream's norm; idle: units "
+        "that no token activates.",
+    ]
 
 
 def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
     layers, matrices, values = heat_map(rows)
-    text = [["" if np.isnan(x) else f"{100 * x:.0f}" for x in row] for row in values]
-    body = [[layer or "outside", *row] for layer, row in zip(layers, text, strict=True)]
+    body = []
+    for layer, row in zip(layers, values, strict=True):
+        percents = ["" if np.isnan(x) else f"{100 * x:.0f}" for x in row]
+        body.append([layer or "outside", *percents])
     return markdown_table(["layer, %", *matrices], body)
 
 
@@ -559,7 +585,7 @@ def print_table(folder: str | Path, console: Console | None = None, by: str = "v
 
 
 class Options(report.Options):
-    """What the command asks for."""
+    """Options of the command."""
 
     program: ClassVar[str] = "experiments.pruning_report"
 

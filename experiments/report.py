@@ -344,8 +344,10 @@ def fitted(
     Every part has the first column, which names the rows.
     """
     sign = "±" if encodable("±", console.encoding) else "+-"
-    body = [[cell.replace("±", sign) for cell in cells] for cells in body]
-    widths = [max(map(len, column)) + 2 for column in zip(header, *body, strict=True)]
+    rows = []
+    for cells in body:
+        rows.append([cell.replace("±", sign) for cell in cells])
+    widths = [max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)]
     parts: list[list[int]] = [[]]
     for i in range(1, len(header)):
         used = widths[0] + sum(widths[j] for j in parts[-1])
@@ -363,7 +365,7 @@ def fitted(
         table.add_column(header[0])
         for i in part:
             table.add_column(header[i], justify="right")
-        for cells, style in zip(body, styles, strict=True):
+        for cells, style in zip(rows, styles, strict=True):
             table.add_row(cells[0], *(cells[i] for i in part), style=style)
         tables.append(table)
     return tables
@@ -715,7 +717,7 @@ def _write_dates(ax: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a comparison folder holds.
+    """Contents of a comparison folder.
 
     Attributes:
       table: the rows of the finished cells, as results.csv has them. cells: the same rows, each
@@ -754,11 +756,11 @@ class Found:
         table = table.assign(
             test_mse=table[f"{prefix}test_mse"], test_mae=table[f"{prefix}test_mae"]
         )
-        cells = [
-            cell | {name: cell[f"{prefix}{name}"] for name in ("test_mse", "test_mae")}
-            for cell in cells
-        ]
-        return dataclasses.replace(self, table=table, cells=cells)
+        chosen = []
+        for cell in cells:
+            scores = {name: cell[f"{prefix}{name}"] for name in ("test_mse", "test_mae")}
+            chosen.append(cell | scores)
+        return dataclasses.replace(self, table=table, cells=chosen)
 
 
 BY = {
@@ -946,7 +948,7 @@ def print_table(folder: str | Path, console: Console | None = None, by: str = "v
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command asks for."""
+    """Options of the command."""
 
     folder: tyro.conf.Positional[Path]
     """folder of a comparison"""

@@ -28,6 +28,7 @@ for theirs).
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -143,9 +144,8 @@ def cells_of(options: Options) -> tuple[Cell, ...]:
     """
     if options.over:
         return grid_cells(options, options.seeds[:1])
-    return tuple(
-        Cell(method, alpha, seed) for method, alpha in options.tunings for seed in options.seeds
-    )
+    every = itertools.product(options.tunings, options.seeds)
+    return tuple(Cell(method, alpha, seed) for (method, alpha), seed in every)
 
 
 def grid_cells(options: Options, seeds: Sequence[int]) -> tuple[Cell, ...]:
@@ -169,7 +169,7 @@ def n_chosen(options: Options) -> int:
 
 
 def plan(c: Comparison) -> str:
-    """What will run, in words."""
+    """Describe the runs that will follow."""
     runs, o = cells_of(c.options), c.options
     done = cells.finished(c, runs)
     text = (

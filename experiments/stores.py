@@ -27,7 +27,7 @@ SHORTEST, LONGEST = 300, 900  # days of history
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command asks for."""
+    """Options of the command."""
 
     program: ClassVar[str] = "experiments.stores"
     out: Annotated[Path, flags.path()] = Path(".")

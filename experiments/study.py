@@ -45,6 +45,7 @@ Ranks: of mean test MSE, as a share of that of ff, over the (data, model)
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import re
 import shlex
@@ -385,7 +386,7 @@ def n_runs(program: str, options: Any) -> int:
         trained = [cell for cell in sff.cells_of(options) if cell.method != "zero_shot"]
         return len(trained) + sff.n_chosen(options)
     first = [*prune_then_finetune.whole_cells(options, options.seeds[:1])]
-    pairs = [(ratio, ema) for ratio in options.shares for ema in options.ema]
+    pairs = list(itertools.product(options.shares, options.ema))
     first += prune_then_finetune.tuned_cells(options, pairs, options.seeds[:1])
     later = len(options.methods) * (len(options.seeds) - 1)
     return sum(cell.method != "zero_shot" for cell in first) + later
@@ -605,13 +606,15 @@ def write(o: Options, pairs: Sequence[Pair]) -> list[str]:
 
     Returns: the answers, a line each.
     """
-    records = [record for pair in pairs for record in records_of(o, pair)]
+    records = []
+    for pair in pairs:
+        records += records_of(o, pair)
     if not records:
         return []
-    rows = [
-        {name: value for name, value in record.items() if name not in ("blocks", "sharpness")}
-        for record in records
-    ]
+    rows = []
+    for record in records:
+        own = {name: x for name, x in record.items() if name not in ("blocks", "sharpness")}
+        rows.append(own)
     table, found = pd.DataFrame(rows), differences(records)
     ranks, blocks, width = mean_ranks(table)
     for name, content in (("results", table), ("differences", found), ("ranks", ranks)):

@@ -27,7 +27,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the compiler has to know of a GPU. memory: bytes. bandwidth: bytes/s. clock: GHz. l2:
+    """Facts about a GPU that the compiler needs. memory: bytes. bandwidth: bytes/s. clock: GHz. l2:
     bytes.
     """
 
@@ -168,8 +168,8 @@ def _hbm(device: Any) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Shortage:
-    """What a compiler says when memory does not suffice, in bytes. whole: `needed` has the
-    arguments in it.
+    """A compiler's report that memory does not suffice, in bytes. whole: `needed` has the arguments
+    in it.
     """
 
     needed: int
@@ -178,9 +178,7 @@ class Shortage:
 
 
 def shortage(message: str) -> Shortage | None:
-    """What a compiler's message says about too little memory; None where it is about something
-    else.
-    """
+    """Parse a compiler's message about too little memory; None where it is about something else."""
     number = r"([\d.]+)([KMGT])"
     temporaries = rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)"
     for whole, pattern in ((False, temporaries), (True, rf"Used {number} of {number} hbm")):

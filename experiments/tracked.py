@@ -33,9 +33,9 @@ def collect(cells: Sequence[dict[str, Any]]) -> dict[Arm, dict[int, dict[str, fl
     for arm, epochs in found.items():
         means[arm] = {}
         for epoch, rows in sorted(epochs.items()):
-            means[arm][epoch] = {
-                name: float(np.mean([row[name] for row in rows])) for name in NUMBERS
-            }
+            means[arm][epoch] = {}
+            for name in NUMBERS:
+                means[arm][epoch][name] = float(np.mean([row[name] for row in rows]))
     return means
 
 

@@ -1,4 +1,4 @@
-"""What users call: fine-tune, prune and forecast, with data as they have them.
+"""The public functions: fine-tune, prune and forecast, with data as users have them.
 
 `fit`, `prune` and `forecast` read data in one way and scale them by one rule: a model sees every
 window standardised by its own context. No row that the model does not see has a say in what it
@@ -19,13 +19,22 @@ import numpy as np
 import pandas as pd
 
 from ltsm_jax import hosts, trees
-from ltsm_jax.data import DataError, Series, Splits
+from ltsm_jax.data import DataError, Splits
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.data.windows import context_scale
 from ltsm_jax.loading import load
 from ltsm_jax.methods import pruning
 from ltsm_jax.methods.alpha import Choice, choose, require_mixing
-from ltsm_jax.methods.binding import Data, as_series, bind, check_params, drawn, ready_for, whole
+from ltsm_jax.methods.binding import (
+    Bound,
+    Data,
+    as_series,
+    bind,
+    check_params,
+    drawn,
+    ready_for,
+    whole,
+)
 from ltsm_jax.methods.checks import paired_difference
 from ltsm_jax.methods.pruning import PruneConfig, PruneResult
 from ltsm_jax.methods.removal import remove
@@ -221,17 +230,7 @@ def fit(
     """
     if keep not in ("best", "tuned"):
         raise ValueError(f"keep must be 'best' or 'tuned'; got {keep!r}")
-    if isinstance(method, Strategy):
-        if alpha is not None:
-            raise ValueError("alpha is for a method by name; a Strategy has its own")
-        chosen = method
-    elif alpha == "auto":
-        require_mixing(method)
-        chosen = None
-    elif isinstance(alpha, str):
-        raise ValueError(f"alpha is a number or 'auto'; got {alpha!r}")
-    else:
-        chosen = strategy(method, alpha=0.7 if alpha is None else alpha)
+    chosen = _strategy_of(method, alpha)
     options = ReadingOptions(
         target=target,
         time=time,
@@ -244,29 +243,14 @@ def fit(
     )
     if task != "forecasting":
         other = {"horizon": horizon, "context_len": context_len, "mode": mode, "masks": masks}
-        given = [name for name, value in other.items() if value is not None] + (
-            ["alpha='auto'"] if chosen is None else []
-        )
-        if (
-            task not in TASKS
-            or given
-            or isinstance(model, PruneResult)
-            or isinstance(data, Splits)
-            or data is None
-        ):
-            told = f"; {', '.join(given)} are for forecasting" if given else ""
-            raise ValueError(
-                f"task must be forecasting, {' or '.join(TASKS)}, the last two with a model, "
-                f"params and a table{told}"
-            )
-        check_params(model, params)
-        assert chosen is not None
         return _fit_task(
             task,
             model,
             params,
-            as_series(data, options),
+            data,
+            options,
             chosen,
+            given=[name for name, value in other.items() if value is not None],
             few_shot=few_shot,
             seed=seed,
             config=config,
@@ -314,37 +298,15 @@ def fit(
     predictor = forecasts.predictor(model)
     start = params if masks is None else pruning.merge(params, masks, placement)
     before = forecasting.errors(predictor, start, splits.val, placement=placement)
-    choice = None
-    if chosen is None:
-        assert isinstance(method, str)
-        choice = choose(
-            model,
-            params,
-            splits,
-            method=method,
-            task=forecasts,
-            seed=seed,
-            config=config,
-            masks=masks,
-            folder=folder,
-            show_progress=show_progress,
-        )
-        result = choice.result
-        assert result is not None, "it was trained"
-    else:
-        result = run(
-            model,
-            params,
-            chosen,
-            splits,
-            task=forecasts,
-            seed=seed,
-            config=config,
-            masks=masks,
-            folder=folder,
-            test=False,
-            show_progress=show_progress,
-        )
+    result, choice = _tune(
+        bound,
+        method if chosen is None else chosen,
+        seed=seed,
+        config=config,
+        masks=masks,
+        folder=folder,
+        show_progress=show_progress,
+    )
     after = forecasting.errors(
         forecasts.predictor(result.model), result.params, splits.val, placement=placement
     )
@@ -369,13 +331,77 @@ def fit(
     )
 
 
+def _strategy_of(method: str | Strategy, alpha: float | Literal["auto"] | None) -> Strategy | None:
+    """The strategy that `fit` is asked for, or None where alpha has to be chosen first.
+
+    Raises: ValueError for an alpha that does not go with the method.
+    """
+    if isinstance(method, Strategy):
+        if alpha is not None:
+            raise ValueError("alpha is for a method by name; a Strategy has its own")
+        return method
+    if alpha == "auto":
+        require_mixing(method)
+        return None
+    if isinstance(alpha, str):
+        raise ValueError(f"alpha is a number or 'auto'; got {alpha!r}")
+    return strategy(method, alpha=0.7 if alpha is None else alpha)
+
+
+def _tune(
+    bound: Bound,
+    method: str | Strategy,
+    *,
+    seed: int,
+    config: TrainConfig | None,
+    masks: Params | None,
+    folder: str | Path | None,
+    show_progress: bool,
+) -> tuple[Result, Choice | None]:
+    """Train on data that are bound to a model. method: a name where alpha has to be chosen.
+
+    Returns: the run, and how alpha was chosen where it was.
+    """
+    if isinstance(method, Strategy):
+        result = run(
+            bound.model,
+            bound.params,
+            method,
+            bound.splits,
+            task=bound.task,
+            seed=seed,
+            config=config,
+            masks=masks,
+            folder=folder,
+            test=False,
+            show_progress=show_progress,
+        )
+        return result, None
+    choice = choose(
+        bound.model,
+        bound.params,
+        bound.splits,
+        method=method,
+        task=bound.task,
+        seed=seed,
+        config=config,
+        masks=masks,
+        folder=folder,
+        show_progress=show_progress,
+    )
+    assert choice.result is not None, "it was trained"
+    return choice.result, choice
+
+
 def _fit_task(
     kind: Literal["imputation", "anomaly"],
-    model: Model,
+    model: Model | PruneResult,
     params: Params,
-    series: Series,
-    chosen: Strategy,
+    data: Data | Splits | None,
+    options: ReadingOptions,
+    chosen: Strategy | None,
     *,
+    given: list[str],
     few_shot: float,
     seed: int,
     config: TrainConfig | None,
@@ -383,7 +409,27 @@ def _fit_task(
     folder: str | Path | None,
     show_progress: bool,
 ) -> Fitted:
-    """Tune for another task than forecasting; validation decides as there."""
+    """Tune for another task than forecasting; validation decides as there.
+
+    given: arguments of `fit` that were given and are for forecasting alone.
+    """
+    if chosen is None:
+        given = [*given, "alpha='auto'"]
+    if (
+        kind not in TASKS
+        or given
+        or isinstance(model, PruneResult)
+        or isinstance(data, Splits)
+        or data is None
+    ):
+        told = f"; {', '.join(given)} are for forecasting" if given else ""
+        raise ValueError(
+            f"task must be forecasting, {' or '.join(TASKS)}, the last two with a model, "
+            f"params and a table{told}"
+        )
+    check_params(model, params)
+    assert chosen is not None
+    series = as_series(data, options)
     model, params = ready_for(model, params, series, seed)
     made = ready(kind, model, series, few_shot=few_shot)
     zero_shot = made.task.evaluate(model, params, made.data, "val")

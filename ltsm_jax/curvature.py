@@ -426,7 +426,7 @@ def _key(key: Key) -> jax.Array:
 
 @dataclasses.dataclass
 class _Tridiagonal:
-    """What Lanczos leaves: a tridiagonal matrix with the eigenvalues of the Hessian on the space of
+    """Result of Lanczos: a tridiagonal matrix with the eigenvalues of the Hessian on the space of
     its vectors.
     """
 

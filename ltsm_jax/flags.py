@@ -178,7 +178,9 @@ def number_or(word: str, low: float, high: float, *, unset: str = "none") -> Che
 
 def unknown(what: str, items: Sequence[str], known: Sequence[str]) -> str:
     """Say that names are not among the known ones, with the nearest of those."""
-    near = [match for item in items for match in difflib.get_close_matches(item, known, 1)]
+    near = []
+    for item in items:
+        near += difflib.get_close_matches(item, known, 1)
     hint = f" (did you mean {', '.join(near)}?)" if near else ""
     return f"{what}: unknown {', '.join(map(repr, items))}{hint}; known: {', '.join(known)}"
 
@@ -282,7 +284,7 @@ def known_flags(cls: type) -> list[str]:
 
 
 def program_of(options: Any) -> str:
-    """What a shell runs: `program` of the options, which for a module of Python has dots in it."""
+    """The command that a shell runs: `program`, with `python -m` where it is a module with dots."""
     return options.program if "." not in options.program else f"python -m {options.program}"
 
 
@@ -445,7 +447,7 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """What memory and time a step takes."""
+    """Options for the memory and time of a step."""
 
     compute: Annotated[str, one_of(COMPUTE)] = "float32"
     """dtype of the matrix products in training: float32 or bfloat16"""

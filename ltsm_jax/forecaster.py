@@ -150,7 +150,7 @@ class Forecaster:
         return notes + export(found, path, overwrite=overwrite)
 
     def _facts(self) -> dict[str, Any]:
-        """What is beside the weights, as JSON types."""
+        """Everything but the weights, as JSON types."""
         facts: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         for name in _NAMES:
             facts[name] = list(getattr(self, name))
@@ -230,8 +230,7 @@ class Forecaster:
         Args:
           df, id, time, target, future, known, past, static, freq, date_format, missing, irregular,
             name: a table and how it is read, as for `predict`. A model that forecasts with
-              covariates
-            is tuned and scored with them.
+            covariates is tuned and scored with them.
           horizon: rows that will be forecast.
           methods: "auto"; names such as "ff" or "zero_shot,ff,sff", `Strategy` objects, or a list
             of both, see `methods.verdict.named`. method: one of them, in place of `methods`.
@@ -707,8 +706,8 @@ class Forecaster:
         return found
 
     def _forecasts_with(self, panel: Panel) -> "Way":
-        """What forecasts a panel: the model made ready for it, or the naive forecast of
-        a verdict.
+        """Choose what forecasts a panel: the model adapted to it, or the naive forecast of a
+        verdict.
         """
         return self.way(panel.n_variates, panel.model_freq or panel.freq, panel.season)
 
@@ -816,7 +815,7 @@ def _known_ahead(panel: Panel, name: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Way:
-    """What forecasts: a predictor on the device, or a function on the host in its place."""
+    """A way to forecast: a predictor on the device, or a function on the host in its place."""
 
     predictor: Predictor
     params: Params
@@ -864,7 +863,8 @@ _NAMES = ("targets", "past", "known", "static")
 
 
 def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
-    """What `_facts` wrote, as arguments of `Forecaster`; facts of a later version are left out.
+    """Turn the result of `_facts` into arguments of `Forecaster`; facts of a later version are left
+    out.
 
     Raises: ValueError for anything else.
     """

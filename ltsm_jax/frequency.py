@@ -48,7 +48,9 @@ _ALIASES = {  # of pandas 1, 2 and 3 and of common speech; where case tells M fr
     "Q": "Q QS QE BQ BQS BQE q quarter quarters quarterly",
     "Y": "Y y A a YS YE AS BA BAS BY BYS BYE year years yearly annual",
 }
-_UNITS = {alias: unit for unit, aliases in _ALIASES.items() for alias in aliases.split()}
+_UNITS: dict[str, str] = {}  # by alias
+for _unit, _aliases in _ALIASES.items():
+    _UNITS |= dict.fromkeys(_aliases.split(), _unit)
 
 
 # ---- names ----

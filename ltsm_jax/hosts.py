@@ -218,7 +218,7 @@ def first() -> bool:
 
 
 def agree(*values: int) -> np.ndarray:
-    """What each host says, [hosts, values] int32, the same on all. Waits for all hosts."""
+    """Gather every host's values: [hosts, values] int32, the same on all. Waits for all hosts."""
     mine = np.asarray(values, np.int32)
     return mine[None] if count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
 
@@ -255,7 +255,7 @@ def on_first(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _texts(mine: str) -> list[str]:
-    """What each host says, in words."""
+    """Gather a text from every host."""
     data = mine.encode()
     sizes = agree(len(data))[:, 0]
     if not sizes.any():

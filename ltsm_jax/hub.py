@@ -83,8 +83,8 @@ class Name:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a name stands for: a commit, and its files (of the top folder) as the hub or the cache
-    lists them.
+    """A resolved name: a commit, and its files (of the top folder) as the hub or the cache lists
+    them.
     """
 
     name: Name
@@ -133,8 +133,8 @@ def endpoint() -> str:
 
 
 def find(name: Name, token: str | None = None, *, converted: bool = True) -> Found:
-    """What a name stands for. One question to the hub, none for a commit whose converted copy is
-    there; what was kept of an earlier time where the hub does not answer or refuses.
+    """Resolve a name to a commit and its files. One request to the hub, none for a commit whose
+    converted copy is there; the copy of an earlier time where the hub does not answer or refuses.
 
     converted: whether a converted copy will do; else the files are needed.
 
@@ -179,7 +179,7 @@ def _licence(info: Any) -> str | None:
 
 
 def _kept(name: Name, why: str, converted: bool) -> Found | None:
-    """What an earlier time left: a converted copy, else the files in huggingface_hub's cache."""
+    """Find what is kept on disk: a converted copy, else the files in huggingface_hub's cache."""
     with contextlib.suppress(OSError):
         commit = (
             (name.store / "refs" / urllib.parse.quote(name.revision, safe="")).read_text().strip()
@@ -358,7 +358,7 @@ def _sha256(path: Path) -> str:
 
 
 def _git_digest(path: Path) -> str:
-    """What git calls a small file, which the hub gives in place of a sha256."""
+    """Git's digest of a file, which the hub gives in place of a sha256 for small files."""
     data = path.read_bytes() if path.stat().st_size <= _MAX_INDEX else b""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 

@@ -205,7 +205,7 @@ def _not_found(source: str | Path) -> str:
 
 
 def _advice(name: str) -> str:
-    """What may have been meant by a name that leads to nothing."""
+    """Suggest names that may have been meant by one that leads to nothing."""
     if folders.is_preset(name):
         files = "its files" if "/" in name else "the downloaded checkpoint file"
         end = "" if "/" in name else ".ckpt (or .pth)"

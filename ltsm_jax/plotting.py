@@ -4,6 +4,7 @@ bands around it.
 matplotlib is imported only when something is drawn.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def plot_forecast(
         raise ImportError(NO_PICTURES) from err
 
     numbers = _numbers(panel, items)
-    shown = [(i, c) for i in numbers for c in range(panel.n_variates)]
+    shown = list(itertools.product(numbers, range(panel.n_variates)))
     if items is None:
         shown = shown[:MOST]
     figure = Figure(figsize=(9, 2.6 * len(shown)), layout="constrained")

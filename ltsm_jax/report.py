@@ -273,9 +273,9 @@ def _bars(verdict: Verdict) -> Any:
     look = _look(verdict)
     count = len(verdict.candidates)
     figure, ax = new_figure(8, 1.0 + 0.5 * count)
-    scores = [
-        part["mse"] for found in verdict.candidates for part in (found.val, found.test) if part
-    ]
+    scores = []
+    for found in verdict.candidates:
+        scores += [part["mse"] for part in (found.val, found.test) if part]
     lowest = max(min(scores), 1e-12)
     near = [score for score in scores if score <= FAR * lowest]
     limit = 1.25 * max(near)

@@ -62,7 +62,7 @@ COMPILED_FROM = (
 )
 
 _DTYPES = {"bool", "float16", "float32", "float64", "complex64", "complex128"}
-_DTYPES |= {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+_DTYPES |= {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
 _DTYPES |= {"bfloat16", "int4", "uint4"} | {
     name for name in dir(ml_dtypes) if name.startswith("float8_")
 }
@@ -223,10 +223,11 @@ def _same_values(leaf: Any, entry: Mapping[str, Any]) -> bool:
                 if part in saved
             )
     host = sharding.on_host(leaf)
-    return all(
-        _sha256(host[tuple(slice(*cut) for cut in part)]) == sha256
-        for part, sha256 in saved.items()
-    )
+    for part, sha256 in saved.items():
+        region = tuple(slice(*cut) for cut in part)
+        if _sha256(host[region]) != sha256:
+            return False
+    return True
 
 
 def file_digests(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
@@ -314,7 +315,9 @@ def read_json(file: Path) -> dict[str, Any]:
         )
     level = [found]
     for _ in range(MAX_DEPTH):  # what walks it later calls itself
-        inner = [value for x in level for value in (x.values() if isinstance(x, dict) else x)]
+        inner: list[Any] = []
+        for x in level:
+            inner += x.values() if isinstance(x, dict) else x
         level = [x for x in inner if isinstance(x, dict | list)]
     if level:
         raise DamagedError(f"{file} is cut or altered: nested too deeply")
@@ -615,14 +618,14 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
             if no_space(err) and not isinstance(err, OSError):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
             raise
-        table = {
-            path: {
+        table = {}
+        for path, leaf in kept.items():
+            digests = [{"at": part, "sha256": _sha256(data)} for part, data in parts[path]]
+            table[path] = {
                 "shape": list(leaf.shape),
                 "dtype": leaf.dtype.name,
-                "parts": [{"at": part, "sha256": _sha256(data)} for part, data in parts[path]],
+                "parts": digests,
             }
-            for path, leaf in kept.items()
-        }
         record = {"hosts": share[1], "arrays": table, "files": file_digests(folder / ARRAYS, share)}
         write_record(folder / SHARE.format(share[0]), record)
 
@@ -675,7 +678,9 @@ def seal(folder: Path) -> None:
     shares = [first] + [read_record(folder / SHARE.format(i)) for i in range(1, first["hosts"])]
     arrays, files = {}, {}
     for path, entry in first["arrays"].items():
-        parts = [part for share in shares for part in share["arrays"][path]["parts"]]
+        parts = []
+        for share in shares:
+            parts += share["arrays"][path]["parts"]
         same = {"sha256": parts[0]["sha256"]} if len(parts) == 1 else {"parts": parts}
         arrays[path] = {"shape": entry["shape"], "dtype": entry["dtype"]} | same
     for share in shares:

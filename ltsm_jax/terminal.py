@@ -1,5 +1,5 @@
-"""What programs on a terminal share: their errors in a line each, exit codes, and signs that every
-terminal knows.
+"""Conventions of programs on a terminal: their errors in a line each, exit codes, and signs that
+every terminal can show.
 """
 
 import codecs

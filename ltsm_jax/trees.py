@@ -80,10 +80,9 @@ def select(tree: Tree, patterns: Patterns) -> Tree:
         chosen = [bool(patterns(name)) for name in names]
     else:
         expressions = [patterns] if isinstance(patterns, str) else list(patterns)
-        hits = [
-            [re.search(expression, name) is not None for name in names]
-            for expression in expressions
-        ]
+        hits = []  # of each expression: whether it matches, name by name
+        for expression in expressions:
+            hits.append([re.search(expression, name) is not None for name in names])
         idle = [e for e, row in zip(expressions, hits, strict=True) if not any(row)]
         if idle:
             near = [

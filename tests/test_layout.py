@@ -298,6 +298,92 @@ def test_public_names_are_documented():
     assert not missing, "no docstring:\n" + "\n".join(missing)
 
 
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+# Files that `test_code_is_not_dense` does not read yet.
+STILL_DENSE = ("ltsm_jax/models/moirai.py", "ltsm_jax/models/time_moe.py")
+# Comments for the tools, which can't be wrapped, and addresses.
+UNBREAKABLE = re.compile(r"\s*# (?:noqa|type|pyright|fmt|ruff):.*|https?://[^\s\"')]+")
+
+
+def dense(tree: ast.AST) -> list[tuple[int, str]]:
+    """Line and kind of what a reader has to unpack: lambdas that get a name, and comprehensions of
+    several loops.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            value = node.value
+            either = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]
+            if all(isinstance(part, ast.Lambda) for part in either):
+                found.add((node.lineno, "a lambda with a name; make it a def"))
+        if isinstance(node, COMPREHENSIONS):
+            inside = [inner for inner in ast.walk(node) if isinstance(inner, COMPREHENSIONS)]
+            if len(node.generators) > 1 or len(inside) > 1:
+                found.add((node.lineno, "a nested comprehension; make it a loop or two steps"))
+    return sorted(found)
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of the lines over 100 columns, addresses and comments for tools not counted."""
+    lines = enumerate(text.splitlines(), 1)
+    return [number for number, line in lines if len(UNBREAKABLE.sub("", line)) > 100]
+
+
+def test_code_is_not_dense():
+    found = []
+    for path in sources():
+        name = path.relative_to(ROOT).as_posix()
+        if name not in STILL_DENSE:
+            found += [f"{name}:{line}: {kind}" for line, kind in dense(parse(path))]
+    assert not found, "\n".join(found)
+
+
+def test_lines_have_at_most_100_columns():
+    found = []
+    for path in sources():
+        numbers = long_lines(path.read_text(encoding="utf-8"))
+        found += [f"{path.relative_to(ROOT)}:{number}" for number in numbers]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "double = lambda x: 2 * x",
+        "double: object = lambda x: 2 * x",
+        "def f(up):\n    step = (lambda x: x + 1) if up else (lambda x: x - 1)\n    return step",
+        "if (double := lambda x: 2 * x): pass",
+        "flat = [x for row in rows for x in row]",
+        "table = {k: [f(x) for x in row] for k, row in rows.items()}",
+        "total = sum(max(x for x in row) for row in rows)",
+        "found = [x for x in rows if x not in {y for y in others}]",
+    ],
+)
+def test_dense_code_would_be_found(code):
+    assert len(dense(ast.parse(code))) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "names = sorted(rows, key=lambda row: row.name)",
+        "step = layout.pin if layout else (lambda x: x)",
+        "odd = [x for x in rows if x % 2]\neven = [x for x in rows if x not in odd]",
+        "for row in rows:\n    total += sum(x for x in row)",
+    ],
+)
+def test_plain_code_is_not_dense(code):
+    assert not dense(ast.parse(code))
+
+
+def test_long_lines_would_be_found():
+    full = "x = " + 96 * "1"
+    address = "https://example.org/" + 90 * "a"
+    told = "  # pyright: ignore[reportArgumentType]"
+    assert long_lines("\n".join((full, full + "1", full + told, full + "1" + told))) == [2, 4]
+    assert long_lines(f'URL = "{address}"\n# {address} and a comment {100 * "b"}') == [2]
+
+
 def committed() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

@@ -184,9 +184,9 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
         args or Options(), **({} if args else {"torch_python": peer or "none"})
     )
     found = launched(args)
-    middle = {
-        side: statistics.median(one["seconds"] for one in each) for side, each in found.items()
-    }
+    middle = {}
+    for side, each in found.items():
+        middle[side] = statistics.median(one["seconds"] for one in each)
     for side, seconds in middle.items():
         yield Measured(f"epoch of {args.data}, validation and test: {side}", seconds, "s")
     compiling = statistics.median(one["compile_seconds"] for one in found[OURS])

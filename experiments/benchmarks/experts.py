@@ -65,7 +65,10 @@ def main() -> int:
             0.05 * jax.random.normal(k, s) for k, s in zip(keys[1:4], shapes, strict=True)
         )
         weight_TK, chosen_TK, _ = route(x_TD @ (0.1 * jax.random.normal(keys[4], (D, E))), K)
-        functions = {(form, kind): f for form in FORMS for kind, f in compiled(form).items()}
+        functions = {}
+        for form in FORMS:
+            for kind, f in compiled(form).items():
+                functions[form, kind] = f
         times = {name: [] for name in functions}
         for repeat in range(args.repeat + 1):  # the first compiles
             for name, f in functions.items():

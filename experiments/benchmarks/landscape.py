@@ -15,6 +15,7 @@ Gives: seconds per surface of `ltsm_jax.landscape.surface`; of two loops by
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -67,7 +68,10 @@ def jax_sides(points: int, windows: int, rounds: int, file: Path) -> dict[str, l
         return jax.lax.map(lambda place: mse(place[0], place[1], params, right, up, batch), places)
 
     def by_loop() -> Any:
-        return np.array([[float(one(x, y, params, right, up, batch)) for x in axis] for y in axis])
+        losses = []
+        for y, x in itertools.product(axis, axis):
+            losses.append(float(one(x, y, params, right, up, batch)))
+        return np.array(losses).reshape(points, points)
 
     def by_map() -> Any:
         places = np.stack([np.tile(axis, points), np.repeat(axis, points)], axis=-1)

@@ -123,7 +123,8 @@ def main() -> None:
     kept = {}
     for side, rounds in found.items():
         first, rest = rounds[0], rounds[1:]
-        wall, cpu = ([seconds[i] for seconds in rest] for i in (0, 1))
+        wall = [seconds[0] for seconds in rest]
+        cpu = [seconds[1] for seconds in rest]
         kept[side] = min(wall), statistics.median(wall), min(cpu), statistics.median(cpu)
         numbers = "{:11.3f}{:9.3f}{:10.3f}{:9.3f}".format(*kept[side])
         print(f"{side:8s}{first[0]:8.2f}{numbers}")

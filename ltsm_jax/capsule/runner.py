@@ -144,7 +144,10 @@ def main(path, words):
         header, *rows = csv.reader(file)
     columns = dict(zip(header, zip(*rows)))
     names = facts["targets"] or [name for name in header if is_numbers(columns[name])]
-    table = np.array([[float(cell or "nan") for cell in columns[name]] for name in names])
+    series = []
+    for name in names:
+        series.append([float(cell or "nan") for cell in columns[name]])
+    table = np.array(series)
     found = capsule.forecast(table[None] if facts["joint"] else table[:, None])
     point = found["point"].reshape(len(names), facts["horizon"])
     quantiles = found["quantiles"].reshape(*point.shape, len(found["levels"]))

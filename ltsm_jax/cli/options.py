@@ -1,4 +1,4 @@
-"""What the commands have in common: a base, groups of options, reading of table and model, and the
+"""Options and steps that the commands share: groups of options, reading of table and model, and the
 plan.
 """
 
@@ -35,7 +35,7 @@ def quantile_levels() -> flags.Check:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """What is printed."""
+    """Options of the output."""
 
     json: bool = False
     """print one JSON object on stdout, and nothing else there"""

@@ -1,6 +1,4 @@
-"""What the commands print: tables of 80 columns and one JSON object on stdout, all else
-on stderr.
-"""
+"""Print the output of commands: tables of 80 columns, one JSON object, all else on stderr."""
 
 import json
 import math
@@ -50,7 +48,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     Where it would be wider, the first column is cut in its middle.
     """
     lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    widths = []
+    for column in range(len(header)):
+        widths.append(max(len(line[column]) for line in lines))
     surplus = sum(widths) + 2 * (len(widths) - 1) - WIDTH
     if surplus > 0:
         widths[0] = max(widths[0] - surplus, 8)

@@ -131,10 +131,9 @@ class Landscape(OnTable):
             )
             return
         header = ["model", "loss", "range", "mean |Laplacian|", "doubles at", "top eigenvalue"]
-        printing.show(
-            printing.table(
-                header, [[name, *(f"{x:.4g}" for x in row.values())] for name, row in rows.items()]
-            )
-        )
+        lines = []
+        for name, row in rows.items():
+            lines.append([name, *(f"{number:.4g}" for number in row.values())])
+        printing.show(printing.table(header, lines))
         printing.show(f"\nsurface: {self.out / SURFACE}")
         printing.show(f"picture: {picture}" if picture else "no picture: pip install matplotlib")

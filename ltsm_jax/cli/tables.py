@@ -385,7 +385,10 @@ def _naive_rows(compared: verdict.Compared) -> list[dict[str, Any]]:
         rows.append(
             {"name": best, "kind": "naive"} | dict(compared.verdict.candidate(best).test or {})
         )
-    return [{key: row[key] for key in ("name", "kind", "mse", "mae", "windows")} for row in rows]
+    shown = []
+    for row in rows:
+        shown.append({key: row[key] for key in ("name", "kind", "mse", "mae", "windows")})
+    return shown
 
 
 def _ranking(rows: list[dict[str, Any]]) -> str:

@@ -49,7 +49,7 @@ class MissingDataError(DataError, FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What is known of one benchmark file.
+    """Description of one benchmark file.
 
     Attributes:
       name: canonical name.
@@ -250,11 +250,18 @@ BENCHMARKS = {
         ),
     )
 }
-_BY_ALIAS = {
-    alias.casefold(): b
-    for b in BENCHMARKS.values()
-    for alias in (b.name, PurePath(b.file).stem, *b.aliases)
-}
+
+
+def _by_alias() -> dict[str, Benchmark]:
+    """Benchmarks by every name they are found under, in lower case."""
+    found = {}
+    for benchmark in BENCHMARKS.values():
+        for alias in (benchmark.name, PurePath(benchmark.file).stem, *benchmark.aliases):
+            found[alias.casefold()] = benchmark
+    return found
+
+
+_BY_ALIAS = _by_alias()
 
 
 def find(name: str) -> Benchmark | None:
@@ -419,7 +426,7 @@ def _in_folder(folder: Path, benchmark: Benchmark) -> Path | None:
 
 
 def _difference(benchmark: Benchmark, path: Path) -> str | None:
-    """What tells the file from the published one, or None; CRLF and LF line ends count as
+    """Describe how the file differs from the published one, or None; CRLF and LF line ends count as
     the same.
     """
     if benchmark.digest is None or path.suffix == ".parquet":

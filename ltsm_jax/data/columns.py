@@ -506,7 +506,7 @@ def _hashable(name: Any) -> bool:
 
 
 def near_names(name: Any, columns: list) -> str:
-    """What a missing name may have meant, and what there is."""
+    """Suggest columns that a missing name may have meant, and list the columns there are."""
     folded = {str(c)[:200].casefold(): str(c) for c in columns[:2000]}
     close = difflib.get_close_matches(str(name)[:200].casefold(), folded, n=3, cutoff=0.5)
     near = [short(folded[c]) for c in close]

@@ -94,14 +94,7 @@ def pool(
             continue
         filled = _fill(x, missing)
         starts = np.arange(x.size - length, -1, -stride)[::-1]
-        holes, moves = _before(missing), _before(np.diff(filled) != 0)
-        in_context = holes[starts + context_len] - holes[starts]
-        in_target = holes[starts + length] - holes[starts + context_len]
-        full = (in_context <= max_missing * context_len) & (in_target <= max_missing * horizon)
-        flat_context = moves[starts + context_len - 1] == moves[starts]
-        left_out["windows with too many missing values"] += int((~full).sum())
-        left_out["windows with a constant context"] += int((full & flat_context).sum())
-        good = starts[full & ~flat_context]
+        good = _usable(starts, filled, missing, context_len, horizon, max_missing, left_out)
         border = x.size - int(x.size * val_share)
         before, after = good + length <= border, good + context_len >= border
         tables["train"].append(offset + good[before])
@@ -134,6 +127,29 @@ def pool(
         if s.size
     }
     return Pool(parts["train"], parts.get("val"), tuple(notes))
+
+
+def _usable(
+    starts: np.ndarray,
+    filled: np.ndarray,
+    missing: np.ndarray,
+    context_len: int,
+    horizon: int,
+    max_missing: float,
+    left_out: Counter,
+) -> np.ndarray:
+    """Those of `starts` whose windows have values enough and a context that moves.
+
+    filled, missing: a series [T] without holes, and where they were. left_out: counts the others.
+    """
+    holes, moves = _before(missing), _before(np.diff(filled) != 0)
+    in_context = holes[starts + context_len] - holes[starts]
+    in_target = holes[starts + context_len + horizon] - holes[starts + context_len]
+    full = (in_context <= max_missing * context_len) & (in_target <= max_missing * horizon)
+    flat_context = moves[starts + context_len - 1] == moves[starts]
+    left_out["windows with too many missing values"] += int((~full).sum())
+    left_out["windows with a constant context"] += int((full & flat_context).sum())
+    return starts[full & ~flat_context]
 
 
 def shared(make: Callable[[], Pool], folder: str | Path) -> Pool:

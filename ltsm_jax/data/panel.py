@@ -265,8 +265,11 @@ class Panel:
             rule = self.rules[0] if self.rules else day_rule(wall)[0]
             return [(rule, every)]
         own = [self.rules[i] for i in items]
-        kinds = dict.fromkeys(own)
-        return [(rule, np.flatnonzero([other == rule for other in own])) for rule in kinds]
+        groups = []
+        for rule in dict.fromkeys(own):
+            places = np.flatnonzero([other == rule for other in own])
+            groups.append((rule, places))
+        return groups
 
 
 def _in_months(freq: str | None) -> bool:

@@ -446,7 +446,7 @@ class GridReader(TableReader):
             )
 
     def meeting(self, items: Items, met: np.ndarray, ids: np.ndarray, what: str) -> str:
-        """What to say of rows of one item at one stamp; `met` [T - 1]: from a row to the next."""
+        """Report rows of one item at one stamp; `met` [T - 1]: from a row to the next."""
         row = int(met.argmax()) + 1
         stamp = self.written(items.clock[row])
         if len(ids) > 1:

@@ -12,6 +12,7 @@ Shapes: N items, T rows of the table, R rows of the grids of all items together,
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -250,14 +251,14 @@ class _PanelReader(GridReader):
         return ahead
 
     def choose(self, table: pd.DataFrame, labels: list) -> _Roles:
-        """What the options say of each column, and the time."""
+        """Assign a role to each column by the options, and find the time."""
         asked = {}
         for role in ("target", "known", "past", "static", "id", "time"):
             given = getattr(self.how, role)
             asked[role] = self.found(table, role, given)
             if given is not None and not asked[role] and not self.problems:
                 self.problems.append(f"{role} is an empty list")
-        counts = collections.Counter(column for columns in asked.values() for column in columns)
+        counts = collections.Counter(itertools.chain.from_iterable(asked.values()))
         if doubled := [column for column, count in counts.items() if count > 1]:
             names = quote(doubled)
             self.problems.append(f"columns named more than once, or for two roles: {names}")

@@ -44,7 +44,7 @@ class Borders:
     test: tuple[int, int]
 
     def __post_init__(self):
-        edges = [edge for part in PARTS for edge in getattr(self, part)]
+        edges = [*self.train, *self.val, *self.test]
         empty = [part for part in PARTS if getattr(self, part)[0] >= getattr(self, part)[1]]
         if edges != sorted(edges) or edges[0] < 0 or empty:
             raise ValueError(f"parts must follow one another, each with at least one row: {self}")

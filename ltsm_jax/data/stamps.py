@@ -364,7 +364,8 @@ def _choose(
     """The one reading that holds; what is wrong or undecided goes to `problems`."""
     name = column.name
     whole = [r for r in readings if not np.isnat(r.stamps).any()]
-    whole = [r for r in whole if r.rank == min(w.rank for w in whole)]
+    lowest = min((r.rank for r in whole), default=0)
+    whole = [r for r in whole if r.rank == lowest]
     if not whole and is_numeric(column):
         problems.append(f"time column {name!r} holds {NO_DATES.format(cells.iloc[0])}")
         return None
@@ -526,12 +527,18 @@ def _without_weekday(words: list[str]) -> list[str]:
 
 
 def _shape(words: list[str]) -> tuple[str, ...]:
-    """What the tokens of a date are: numbers "0", months "Jan", other words and what lies between
-    as they are."""
+    """Describe the tokens of a date: numbers "0", months "Jan", other words and separators as they
+    are.
+    """
     return tuple("0" if w.isdigit() else "Jan" if _month(w) else w for w in words)
 
 
 # ---- layouts ----
+
+
+def _column(words: list[list[str]], i: int) -> list[str]:
+    """Token i of every cell."""
+    return [cell[i] for cell in words]
 
 
 def _layouts(words: list[list[str]], bare: bool) -> Iterator[Reading]:
@@ -539,9 +546,9 @@ def _layouts(words: list[list[str]], bare: bool) -> Iterator[Reading]:
     beside them."""
     shape = _shape(words[0])
     fields = [i for i, kind in enumerate(shape) if kind in ("0", "Jan")]
-    texts = [[cell[i] for cell in words] for i in fields]
+    texts = [_column(words, i) for i in fields]
     kinds = "".join("0" if shape[i] == "0" else "J" for i in fields)
-    lengths = [{len(text) for text in column} for column in texts]
+    lengths = [set(map(len, column)) for column in texts]
     letters = [i for i, kind in enumerate(shape) if kind[0].isalpha() and kind != "Jan"]
     if not fields or any(max(size) > 19 for size in lengths):
         return
@@ -700,7 +707,7 @@ def _lettered(
     before = at - 1 in numbers and len(words[0][at - 1]) == 1
     own = at - 1 if before or at + 1 not in numbers else at + 1
     others = [i for i in numbers if i != own]
-    columns = {i: np.array([int(cell[i]) for cell in words], np.int64) for i in numbers}
+    columns = {i: np.array(list(map(int, _column(words, i))), np.int64) for i in numbers}
     year, count = columns[others[0]], columns.get(own)
     if count is None or {len(cell[others[0]]) for cell in words} != {4}:
         return

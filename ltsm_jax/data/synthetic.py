@@ -218,7 +218,10 @@ def _mishaps(rng, x):
     """
     n, T = x.shape
     t = np.arange(T)
-    hit = lambda share: rng.random((n, 1)) < share  # noqa: E731
+
+    def hit(share):
+        """Choose about this share of the rows: bool [n, 1]."""
+        return rng.random((n, 1)) < share
 
     spikes = (
         (rng.random((n, T)) < _log_uniform(rng, 3e-4, 1e-2, (n, 1)))
@@ -231,7 +234,10 @@ def _mishaps(rng, x):
     x = x + hit(0.06) * rng.normal(0, 2, (n, 1)) * np.clip((t - begin) / span, 0, 1)
 
     ranked = np.sort(x[:, ::4], axis=1)
-    quantile = lambda q: np.take_along_axis(ranked, (q * ranked.shape[1]).astype(int), 1)  # noqa: E731
+
+    def quantile(q):
+        return np.take_along_axis(ranked, (q * ranked.shape[1]).astype(int), 1)
+
     low, high = quantile(rng.uniform(0.02, 0.35, (n, 1))), quantile(rng.uniform(0.75, 0.98, (n, 1)))
     x = np.where(hit(0.06), np.maximum(x, low), x)
     x = np.where(hit(0.03), np.minimum(x, high), x)

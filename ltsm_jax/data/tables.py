@@ -9,6 +9,7 @@ Shapes: C variates, T rows of the table or of the grid.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -222,7 +223,9 @@ class _SeriesReader(TableReader):
     # ---- time ----
 
     def clock(self, stamps: np.ndarray, tz: str | None) -> np.ndarray:
-        """What steps are counted in: UTC, for steps of a day and more the clock on the wall."""
+        """Choose the clock that steps are counted on: UTC, for steps of a day and more the wall
+        clock.
+        """
         if tz is None:
             return stamps
         wall = to_wall(stamps, tz)
@@ -373,8 +376,7 @@ class _SeriesReader(TableReader):
         }
         names = [
             f"{key}" if len(targets) == 1 else f"{key}/{target}"
-            for key in groups
-            for target in targets
+            for key, target in itertools.product(groups, targets)
         ]
         counts = collections.Counter(names)
         if doubled := sorted(name for name, count in counts.items() if count > 1):
@@ -383,7 +385,8 @@ class _SeriesReader(TableReader):
             )
             return stamps, values, targets
 
-        tracks = [(at, values[c, at]) for at in groups.values() for c in range(len(targets))]
+        every = itertools.product(groups.values(), range(len(targets)))
+        tracks = [(at, values[c, at]) for at, c in every]
         if stamps is not None and self.irregular == "regularise":
             clock = self.clock(stamps, tz)
             self.freq = self.freq or infer_freq(clock)
@@ -489,7 +492,7 @@ class _SeriesReader(TableReader):
         return values
 
     def future_rows(self, values: np.ndarray) -> str:
-        """What to say of last rows without any value, where missing values are errors."""
+        """Add to a message about missing values that the last rows hold none at all."""
         empty: Any = np.isnan(values).all(axis=0)
         if not len(empty) or not empty[-1] or empty.all():
             return ""

@@ -34,7 +34,7 @@ SHOWN = 60  # characters of a line in an error
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelledExamples:
-    """What a `.ts` file holds.
+    """Contents of a `.ts` file.
 
     name: of the problem. values: [N, C, T] float32, shorter examples with NaN in front; missing
     values are NaN. labels: [N] int32, numbers of `classes`. classes: names, in the order of the
@@ -155,7 +155,7 @@ def _padded(name: str, examples: list[list[np.ndarray]], header: dict[str, str])
         raise DataError(
             f"{name}: the header says {told[:SHOWN]} dimensions, the examples have {count}"
         )
-    longest = max(max(len(row) for row in example) for example in examples)
+    longest = max(max(map(len, example)) for example in examples)
     values = np.full((len(examples), count, longest), np.nan, np.float32)
     for example, into in zip(examples, values, strict=True):
         for row, place in zip(example, into, strict=True):

@@ -3,6 +3,7 @@ between models.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -189,7 +190,7 @@ def trajectory_plane(models: Sequence[Tree]) -> Plane:
 
     # The components are mixes of the checkpoints; their table of products, k x k, says which.
     k = len(steps)
-    products = np.array([[_dot(a, b) for b in steps] for a in steps])
+    products = np.array([_dot(a, b) for a, b in itertools.product(steps, steps)]).reshape(k, k)
     centre = np.eye(k) - 1 / k
     spread, mixes = np.linalg.eigh(centre @ products @ centre)
     spread, mixes = spread[::-1], mixes[:, ::-1]

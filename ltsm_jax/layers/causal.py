@@ -1,4 +1,4 @@
-"""What decoder-only families share: causal attention with a cache, gated feed-forward layers, the
+"""Parts of decoder-only families: causal attention with a cache, gated feed-forward layers, the
 roll-out loop.
 
 A cache is an argument and a result, never a hidden state: per layer the rotated keys and the values

@@ -292,7 +292,10 @@ def _until_accepted(bits: jax.Array, attempt, done: jax.Array, rest: jax.Array) 
         new, good = attempt(_uniform(_hash(bits, 2 * i)), _uniform(_hash(bits, 2 * i + 1)))
         return i + 1, jnp.where(~done & good, new, value), done | good
 
-    busy = lambda state: ~state[2].all() & (state[0] < 200)  # noqa: E731
+    def busy(state):
+        i, _, done = state
+        return ~done.all() & (i < 200)
+
     return jax.lax.while_loop(busy, again, (1, rest, done))[1]
 
 

@@ -86,7 +86,10 @@ def token_scale(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """
     used_BNP = tokens.observed & ~tokens.predicted[..., None]
     together_BNS = tokens.same_sample & tokens.same_variate
-    total = lambda x_BNP: group_sum(together_BNS, jnp.where(used_BNP, x_BNP, 0.0).sum(-1))  # noqa: E731
+
+    def total(x_BNP):
+        return group_sum(together_BNS, jnp.where(used_BNP, x_BNP, 0.0).sum(-1))
+
     x_BNP = tokens.target.astype(jnp.float32)
     n_BN = total(jnp.ones_like(x_BNP))
     count_BN = jnp.maximum(n_BN, 1.0)
@@ -149,32 +152,37 @@ def pack(
     real_BN = (~_patches(is_pad, patch, True, fill=True)).any(-1)
     real_covariate_BN = (~_patches(is_pad, patch, True, fill=False)).any(-1)
     after_BN = jnp.ones((b, steps), bool)
-    before = lambda series: (series[0][..., :t], series[1][..., :t])  # noqa: E731
-    after = lambda series: (series[0][..., t:], series[1][..., t:])  # noqa: E731
+
     parts = [
         (past, True, real_BN, past_BN, 0, False),
         (future, False, after_BN, future_BN, 0, True),
     ]
     if known is not None:
+        values, there = known
+        before = values[..., :t], there[..., :t]
+        after = values[..., t:], there[..., t:]
         parts += [
-            (before(known), True, real_covariate_BN, past_BN, c, False),
-            (after(known), False, after_BN, future_BN, c, False),
+            (before, True, real_covariate_BN, past_BN, c, False),
+            (after, False, after_BN, future_BN, c, False),
         ]
-        c += known[0].shape[1]
+        c += values.shape[1]
     if past_known is not None:
         parts.append((past_known, True, real_covariate_BN, past_BN, c, False))
+
+    def flat(a):
+        """The patches of all variates in a row, each filled up to the width: [B, N, width]."""
+        return jnp.pad(a.reshape(b, -1, patch), ((0, 0), (0, 0), (0, width - patch)))
+
     tokens = []
     for (x, observed), left, sample_BN, time_BN, first, predicted in parts:
         n_variates, n = x.shape[1], time_BN.shape[1]
-        flat = lambda a: jnp.pad(a.reshape(b, -1, patch), ((0, 0), (0, 0), (0, width - patch)))  # noqa: E731
-        many = lambda a_BN: jnp.tile(a_BN, (1, n_variates))  # noqa: B023, E731
         variate_N = jnp.repeat(first + jnp.arange(n_variates), n)
         tokens.append(
             Tokens(
                 target=flat(_patches(x.astype(jnp.float32), patch, left)),
                 observed=flat(_patches(observed, patch, left)),
-                sample_id=many(sample_BN.astype(jnp.int32)),
-                time_id=many(time_BN),
+                sample_id=jnp.tile(sample_BN.astype(jnp.int32), (1, n_variates)),
+                time_id=jnp.tile(time_BN, (1, n_variates)),
                 variate_id=jnp.broadcast_to(variate_N[None], (b, variate_N.shape[0])),
                 predicted=jnp.full((b, variate_N.shape[0]), predicted),
             )

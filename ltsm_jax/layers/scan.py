@@ -33,9 +33,12 @@ def equal_runs(layers: int, *widths: Sequence[Any]) -> list[range]:
 
         equal_runs(4, (8, 8, 8, 6), ())  # [range(0, 3), range(3, 4)]
     """
-    own = [[width[i] for width in widths if width] for i in range(layers)]
+
+    def own(layer: int) -> list[Any]:
+        return [width[layer] for width in widths if width]
+
     runs = []
-    for _, run in itertools.groupby(range(layers), key=own.__getitem__):
+    for _, run in itertools.groupby(range(layers), key=own):
         places = list(run)
         runs.append(range(places[0], places[-1] + 1))
     return runs

@@ -226,8 +226,8 @@ def position_bias(
 
 
 def hidden(mask: jax.Array) -> jax.Array:
-    """What is added to scores: 0 where the mask is not 0, float32's lowest number where it is.
-    Where every key is hidden the attention is uniform, as in the original, and not NaN.
+    """Offset of the attention scores: 0 where the mask is not 0, float32's lowest number where it
+    is. Where every key is hidden the attention is uniform, as in the original, and not NaN.
     """
     return jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min)
 
@@ -279,9 +279,10 @@ class Attention(nn.Module):
             n: (self.n_heads, k)
             for n, k in (("q", self.qk_dim), ("k", self.qk_dim), ("v", self.value_dim))
         }
-        split = lambda y, name: jnp.swapaxes(  # noqa: E731
-            Linear((cfg.d_model,), heads[name], use_bias=False, name=name)(y), 1, 2
-        )
+
+        def split(y, name):
+            y_BNHK = Linear((cfg.d_model,), heads[name], use_bias=False, name=name)(y)
+            return jnp.swapaxes(y_BNHK, 1, 2)
 
         def weights(s_BHNS):
             w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32) + bias)
@@ -332,7 +333,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BND, bias, memory_BMD, memory_bias, train: bool, cache: Any, start: Any):
         cfg, taps, new = self.cfg, {}, {}
-        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
+
+        def drop(y):
+            return Dropout(cfg.dropout)(y, train)
+
         if x_BND is None:
             cross = Attention(cfg, *cfg.attention(self.layer, cross=True), name="cross")
             _, (new["cross_k"], new["cross_v"]) = cross(None, memory_BMD, None, train)
@@ -356,7 +360,10 @@ class Block(nn.Module):
         name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", cfg.ffn_dims[self.layer]
         h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
         act = ACTIVATIONS[cfg.activation]
-        wide = lambda name: Linear((cfg.d_model,), (ffn_dim,), use_bias=False, name=name)(h_BND)  # noqa: E731
+
+        def wide(name):
+            return Linear((cfg.d_model,), (ffn_dim,), use_bias=False, name=name)(h_BND)
+
         h_BNF = act(wide("gate")) * wide("up") if cfg.gated else act(wide("up"))
         taps["ffn"] = Linear((ffn_dim,), (cfg.d_model,), use_bias=False, name="down")(drop(h_BNF))
         return x_BND + drop(taps["ffn"]), taps, new
@@ -398,7 +405,10 @@ class Stack(nn.Module):
         start: Any = None,
     ):
         cfg, taps, new = self.cfg, {}, {}
-        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
+
+        def drop(y):
+            return Dropout(cfg.dropout)(y, train)
+
         if (
             cfg.is_decoder
             and memory is None

@@ -1,5 +1,5 @@
-"""What modules are called with, seen from outside: for statistics of a model that nobody had to
-edit for them.
+"""Record the arguments and results of modules from outside, for statistics of a model whose code
+stays as it is.
 """
 
 import contextlib

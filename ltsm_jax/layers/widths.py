@@ -3,6 +3,7 @@
 A config has a tuple per width, () where every layer has the width of the published model.
 """
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -12,7 +13,7 @@ def width(dims: Sequence[int], layer: int, whole: int) -> int:
 
 
 def width_problems(layers: int, whole: int, **dims: Sequence[int]) -> list[str]:
-    """What is wrong with such tuples, by the name of their field."""
+    """List problems of per-layer widths, by the name of their field."""
     return [
         f"{name} must be empty or name a width from 0 to {whole} for each of {layers} layers, got "
         f"{tuple(found)}"
@@ -24,27 +25,24 @@ def width_problems(layers: int, whole: int, **dims: Sequence[int]) -> list[str]:
 def pair_problems(
     groups: Sequence[int], head_dim: int, pairs: Sequence[Sequence[Sequence[int]]]
 ) -> list[str]:
-    """What is wrong with `rotary_pairs`: per layer, for each of its key heads, as many pairs as for
+    """List problems of `rotary_pairs`: per layer, for each of its key heads, as many pairs as for
     the others.
 
     groups: key heads of each layer. A layer with () has all pairs.
     """
     if not pairs:
         return []
-    fit = len(pairs) == len(groups) and all(
-        not layer
-        or (
-            len(layer) == g
-            and len({len(head) for head in layer}) == 1
+
+    def fits(heads: int, layer: Sequence[Sequence[int]]) -> bool:
+        return (
+            len(layer) == heads
+            and len(set(map(len, layer))) == 1
             and all(sorted(set(head)) == list(head) for head in layer)
-            and all(0 <= j < head_dim // 2 for head in layer for j in head)
+            and all(0 <= j < head_dim // 2 for j in itertools.chain.from_iterable(layer))
         )
-        for g, layer in zip(groups, pairs, strict=True)
-    )
-    return (
-        []
-        if fit
-        else [
-            f"rotary_pairs must name equally many pairs below {head_dim // 2} a head, got {pairs}"
-        ]
-    )
+
+    if len(pairs) == len(groups) and all(
+        not layer or fits(heads, layer) for heads, layer in zip(groups, pairs, strict=True)
+    ):
+        return []
+    return [f"rotary_pairs must name equally many pairs below {head_dim // 2} a head, got {pairs}"]

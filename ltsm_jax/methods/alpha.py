@@ -123,7 +123,8 @@ class Choice:
         for row, text in zip(rows, texts, strict=True):
             mark = "> " if row["picked"] else "  "
             lines.append(
-                f"{mark}{text:{width}}{row['start']:10.4f}{row['score']:12.4f}{row['epochs']:8}{row['seconds']:9.1f}"
+                f"{mark}{text:{width}}{row['start']:10.4f}{row['score']:12.4f}"
+                f"{row['epochs']:8}{row['seconds']:9.1f}"
                 + (f"  {row['note']}" if row["note"] else "")
             )
         return "\n".join(lines)

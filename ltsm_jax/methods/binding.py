@@ -356,8 +356,8 @@ def train_config(model: Model, **changes: Any) -> training.TrainConfig:
 
 
 def model_facts(model: Model, params: Params) -> dict[str, Any]:
-    """What a run folder records of a model, so that another one is refused: family, config, digest
-    of the weights.
+    """Describe a model for a run folder, so that another one is refused: family, config, digest of
+    the weights.
 
     On several hosts all call.
     """

@@ -1,5 +1,5 @@
-"""What to deploy: candidates with their scores, the rule that picks one, and the sentence that says
-why.
+"""Decide what to deploy: candidates with their scores, the rule that picks one, and the sentence
+that says why.
 
 The rule, on scores of an untouched test span:
 
@@ -70,7 +70,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Verdict:
-    """What was compared, what it showed, and what to deploy; print it.
+    """Result of a comparison: the candidates, their differences, and the one to deploy; print it.
 
     Attributes:
       deploy: name of the candidate to use.
@@ -179,7 +179,9 @@ class Verdict:
 
     def all_notes(self) -> tuple[str, ...]:
         """Notes on the data, then those on candidates."""
-        own = [f"{found.name}: {note}" for found in self.candidates for note in found.notes]
+        own = []
+        for found in self.candidates:
+            own += [f"{found.name}: {note}" for note in found.notes]
         return (*self.notes, *own)
 
     def __repr__(self) -> str:
@@ -339,7 +341,7 @@ def _turned(found: Difference) -> Difference:
 
 
 def _tuning(tuned: str | None, gain: Difference | None) -> str:
-    """What tuning came to, against the checkpoint, where it is not deployed."""
+    """Say how tuning did against the checkpoint, where the tuned model is not deployed."""
     if tuned is None:
         return "nothing was tuned"
     if gain is None:
@@ -350,7 +352,7 @@ def _tuning(tuned: str | None, gain: Difference | None) -> str:
 
 
 def _beside_naive(tuned: str | None, over_naive: Difference | None) -> str:
-    """What tuning came to, where a naive forecast beats the checkpoint."""
+    """Say how tuning did, where a naive forecast beats the checkpoint."""
     if tuned is None:
         return ""
     if over_naive is None:

@@ -33,7 +33,7 @@ from ltsm_jax.trees import Tree
 def beside(
     model: Model, params: Tree, loss: Callable[..., jax.Array], config: Lora, key: jax.Array
 ) -> tuple[Tree, Tree, Callable[..., jax.Array], Callable[[Tree], Tree]]:
-    """What `training.fit` needs to train new adapters beside `params`.
+    """Prepare for `training.fit` to train new adapters beside `params`.
 
     Args:
       loss: (params, batch, key, train) -> scalar, of plain weights.

@@ -123,11 +123,9 @@ def trainable_mask(phase: Phase, model: Model, params: Params) -> Params | None:
 
 def _last_layers(count: int, model: Model, params: Params) -> Callable[[str], bool]:
     """Choose the paths of the head, and of the last `count` layers of each stack."""
-    last = tuple(
-        f"{layer}/"
-        for stack in parts.stacks(model, trees.flatten(params))
-        for layer in stack[-count:]
-    )
+    last: tuple[str, ...] = ()
+    for stack in parts.stacks(model, trees.flatten(params)):
+        last += tuple(f"{layer}/" for layer in stack[-count:])
     head = trees.flatten(trees.select(params, model.head))
 
     def chosen(path: str) -> bool:

@@ -1,5 +1,5 @@
-"""What of a pretrained model does little on a data set, measured on the model as it is; and what a
-pruning left out.
+"""Find the parts of a pretrained model that do little on a data set, measured on the model as it
+is; and those that a pruning left out.
 
 A head that adds little to the stream it writes to, a feed-forward unit that is never active:
 reasons why a model can be pruned, and where. (How often experts are used: `pruning.expert_usage`.)
@@ -106,7 +106,9 @@ def measure(
     # the last batch of a part is a shorter one, and not filled up: padding must not count
     placement = Placement.of(params)
     placed = [part.over(placement.mesh) for part in parts]
-    batches = [(part, start) for part in placed for start in range(0, part.n, batch_size)]
+    batches = []
+    for part in placed:
+        batches += [(part, start) for start in range(0, part.n, batch_size)]
     total: dict[str, Any] = {}
     with progress.Bar(len(batches), 1, "redundancy", show=show_progress and hosts.first()) as bar:
         for i, (part, start) in enumerate(batches):
@@ -252,7 +254,7 @@ def mask_idle(
 
 
 def sparsity(masks: Params) -> list[dict[str, Any]]:
-    """What share of each weight matrix its masks take away, one dict a matrix.
+    """Share of each weight matrix that its masks take away, one dict a matrix.
 
     Args:
       masks: see `pruning.full_masks`.

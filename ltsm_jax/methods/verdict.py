@@ -8,6 +8,7 @@ to deploy.
 
 import dataclasses
 import importlib.metadata
+import itertools
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -359,7 +360,7 @@ def compare(
         weights[tuned.best] = tuned.params
 
     pairs = _pairs(candidates, tuned.best, scorer.best_naive())
-    for name in dict.fromkeys(name for pair in pairs.values() for name in pair):
+    for name in dict.fromkeys(itertools.chain.from_iterable(pairs.values())):
         candidates[name] = scorer.tested(candidates[name], weights.get(name))
     differences = {key: scorer.difference(*pair, seed) for key, pair in pairs.items()}
 
@@ -519,10 +520,10 @@ def versions() -> dict[str, str]:
 def _covariate_notes(model: Model, panel: Panel) -> list[str]:
     """Say which covariates the model is tuned and scored with, and which play no part."""
     kinds = {"known": panel.known, "past": panel.past}
-    used = [name for kind, names in kinds.items() if kind in model.covariates for name in names]
-    unused = [
-        name for kind, names in kinds.items() if kind not in model.covariates for name in names
-    ]
+    used, unused = [], []
+    for kind, names in kinds.items():
+        taken = used if kind in model.covariates else unused
+        taken.extend(names)
     notes = []
     if used:
         notes.append(f"{model.family} is tuned and scored with covariates: {', '.join(used)}")
@@ -710,7 +711,7 @@ class _Scorer:
         seed: int,
         masks: Params | None,
     ) -> Candidate:
-        """What a run gave, with the error before its first step."""
+        """Make a candidate of a training run, with the error before its first step."""
         begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
         if begin is start:
             before = _record(self.val[ZERO_SHOT])

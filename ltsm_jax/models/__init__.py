@@ -46,12 +46,20 @@ FAMILIES: dict[str, type[Model]] = {
 }
 
 
+def _by_preset() -> dict[str, type[Model]]:
+    """Every preset's family."""
+    found: dict[str, type[Model]] = {}
+    for family in FAMILIES.values():
+        found |= dict.fromkeys(family.presets(), family)
+    return found
+
+
 def preset(name: str) -> Model:
     """The model of a published preset, without weights.
 
     Raises: ValueError with the names that may have been meant, or with all that there are.
     """
-    known = {p: family for family in FAMILIES.values() for p in family.presets()}
+    known = _by_preset()
     if name not in known:
         near = near_presets(name)
         # All names are a long list, which hides whatever else is wrong.
@@ -69,7 +77,7 @@ def near_presets(name: str, more: Iterable[str] = ()) -> list[str]:
     first, case aside; the owner may be missing or another.
     """
     whole: dict[str, str] = {}
-    for known in (*more, *(p for family in FAMILIES.values() for p in family.presets())):
+    for known in (*more, *_by_preset()):
         whole |= {known.lower(): known}
         whole.setdefault(known.rpartition("/")[2].lower(), known)
     wanted = name.lower()

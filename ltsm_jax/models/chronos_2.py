@@ -239,8 +239,13 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_GMSD, seen_GMS, same_GMM, train: bool):
         cfg, taps = self.cfg, {}
-        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
-        norm = lambda i: RMSNorm(cfg.eps, name=f"norm{i}")(x_GMSD)  # noqa: E731
+
+        def drop(y):
+            return Dropout(cfg.dropout)(y, train)
+
+        def norm(i):
+            return RMSNorm(cfg.eps, name=f"norm{i}")(x_GMSD)
+
         hide = seen_GMS[:, :, None, None, :]
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attend = Attention(cfg, cfg.n_heads[self.layer], cfg.head_dim, value_dim, True, name="time")
@@ -272,14 +277,13 @@ class Chronos2Net(nn.Module):
     @nn.compact
     def __call__(self, p_GMNP, future_GMNP, seen_GMN, same_GMM, train: bool = False):
         cfg, taps = self.cfg, {"patches": p_GMNP, "future_patches": future_GMNP}
-        block = lambda inputs, outputs, name: ResidualBlock(  # noqa: E731
-            inputs,
-            cfg.block_dim,
-            outputs,
-            ACTIVATIONS[cfg.activation],
-            dropout=cfg.dropout,
-            name=name,
-        )
+
+        def block(inputs, outputs, name):
+            activation = ACTIVATIONS[cfg.activation]
+            return ResidualBlock(
+                inputs, cfg.block_dim, outputs, activation, dropout=cfg.dropout, name=name
+            )
+
         embed = block(3 * cfg.patch_len, cfg.d_model, "embed")
         x = taps["embed"] = embed(p_GMNP, train)
         ahead = taps["embed_future"] = embed(future_GMNP, train)
@@ -458,7 +462,10 @@ class Chronos2(Model):
         same = jnp.ones((g, m, m), bool) if same is None else same
         observed = ~jnp.isnan(x)
         n = observed.sum(-1, keepdims=True)
-        mean = lambda y: jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)  # noqa: E731
+
+        def mean(y):
+            return jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+
         loc = mean(x)
         scale = jnp.sqrt(mean(jnp.square(x - loc)))
         scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
@@ -467,11 +474,12 @@ class Chronos2(Model):
         values, visible = self._patches(
             *(jnp.pad(y, left) for y in (inner, jnp.where(observed, mask, 0.0)))
         )
-        time = lambda start, k: (  # noqa: E731
-            jnp.broadcast_to(
-                (start + jnp.arange(k * p)).reshape(1, 1, k, p) / cfg.time_scale, (g, m, k, p)
-            )
-        )
+
+        def time(start, k):
+            """The scaled places of k patches from time step `start` on: [G, M, k, P]."""
+            steps = (start + jnp.arange(k * p)).reshape(1, 1, k, p)
+            return jnp.broadcast_to(steps / cfg.time_scale, (g, m, k, p))
+
         future = jnp.full((g, m, n_patches * p), jnp.nan) if future is None else future
         future_mask = (
             jnp.ones_like(future) if future_mask is None else future_mask.astype(jnp.float32)
@@ -627,9 +635,11 @@ class Chronos2(Model):
         g, m, _ = x.shape
         most = min(max_patches or cfg.max_patches, cfg.max_patches)
         weights = np.outer(masses(paths), masses(cfg.levels)).reshape(-1)
-        every = (
-            (lambda y: y) if horizon <= most * p else (lambda y: jnp.repeat(y, len(paths), axis=0))
-        )
+
+        def every(y):
+            """A row per path, where more than one pass is made."""
+            return y if horizon <= most * p else jnp.repeat(y, len(paths), axis=0)
+
         found, done = [], 0
         while done < horizon:
             n_patches = min(-(-(horizon - done) // p), most)

@@ -196,9 +196,12 @@ class ChronosBoltNet(nn.Module):
         cfg, taps = self.cfg, {"patches": p_BNP, "patch_mask": mask_BNP}
         d_model, q, h = cfg.encoder.d_model, len(cfg.levels), cfg.horizon
         activation, dropout = t5.ACTIVATIONS[cfg.encoder.activation], cfg.encoder.dropout
-        block = lambda inputs, outputs, name: ResidualBlock(  # noqa: E731
-            inputs, cfg.block_dim, outputs, activation, dropout=dropout, name=name
-        )
+
+        def block(inputs, outputs, name):
+            return ResidualBlock(
+                inputs, cfg.block_dim, outputs, activation, dropout=dropout, name=name
+            )
+
         both_BN2P = jnp.concatenate([p_BNP, mask_BNP.astype(p_BNP.dtype)], axis=-1)
         x_BND = taps["embed"] = block(2 * cfg.patch_len, d_model, "embed")(both_BN2P, train)
         seen_BN = mask_BNP.sum(-1) > 0
@@ -343,7 +346,10 @@ class ChronosBolt(Model):
         )
         mask = jnp.where(observed, mask, 0.0)
         n = observed.sum(-1, keepdims=True)
-        mean = lambda y: jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)  # noqa: E731
+
+        def mean(y):
+            return jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+
         loc = mean(x)
         scale = jnp.sqrt(mean(jnp.square(x - loc)))
         scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
@@ -353,11 +359,13 @@ class ChronosBolt(Model):
             jnp.pad(y, ((0, 0), (left, 0))) for y in (jnp.where(mask > 0, scaled, 0.0), mask)
         )
         length = values.shape[-1]
-        if cfg.stride == cfg.patch_len:
-            cut = lambda y: y.reshape(-1, length // cfg.patch_len, cfg.patch_len)  # noqa: E731
-        else:
+
+        def cut(y):
+            if cfg.stride == cfg.patch_len:
+                return y.reshape(-1, length // cfg.patch_len, cfg.patch_len)
             starts = np.arange(0, length - cfg.patch_len + 1, cfg.stride)
-            cut = lambda y: y[:, starts[:, None] + np.arange(cfg.patch_len)[None]]  # noqa: E731
+            return y[:, starts[:, None] + np.arange(cfg.patch_len)[None]]
+
         return cut(values), cut(mask), {"scaled": scaled, "loc": loc, "scale": scale}
 
     def apply(
@@ -512,7 +520,7 @@ class ChronosBolt(Model):
         return self.quantiles_at(y_BCHQ, levels, original)
 
     def quantiles_at(self, y_BCHQ, levels: Sequence[float], original: bool = False) -> jax.Array:
-        """What `predict_quantiles` makes of the quantiles [..., Q] of a forecast: [...,
+        """Turn the quantiles [..., Q] of a forecast into those of `predict_quantiles` [...,
         len(levels)].
         """
         if not all(0 <= level <= 1 for level in levels):

@@ -682,9 +682,10 @@ class ChronosT5(Model):
             ids_RNS = jax.lax.dynamic_update_slice_in_dim(
                 ids_RNS, next_RN1.astype(ids_RNS.dtype), i + 1, axis=2
             )
-            return ids_RNS, {
-                layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()
-            }
+            kept = {}
+            for layer, arrays in cache.items():
+                kept[layer] = {"k": arrays["k"], "v": arrays["v"]}
+            return ids_RNS, kept
 
         ids_RNS, _ = jax.lax.fori_loop(
             0, steps, step, (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length))

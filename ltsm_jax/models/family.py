@@ -1,5 +1,5 @@
-"""What the rest of the library knows of a model family: one small contract, and the data types that
-cross it.
+"""The contract between a model family and the rest of the library, and the data types that cross
+it.
 
 Dimension letters of the library: B batch, C variates (channels), T time steps, L context length, N
 patches (tokens), P patch length, D model width, H heads, K head width, F feed-forward width, S key
@@ -52,7 +52,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What A B is multiplied with."""
+        """The factor of A B."""
         return self.alpha / self.rank
 
 
@@ -324,7 +324,7 @@ class Model(abc.ABC):
         raise ValueError(f"{self.family} does not do imputation")
 
     def reconstruct(self, params: Tree, x: jax.Array, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects [B, C, T'] at the last T' points of `x` [B, C, T]; anomaly scores
+        """The model's expectation [B, C, T'] of the last T' points of `x` [B, C, T]; anomaly scores
         compare the two.
         """
         raise ValueError(f"{self.family} does not do anomaly detection")

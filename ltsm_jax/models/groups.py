@@ -76,8 +76,8 @@ class Group:
 
 
 def t5_groups(stack: str) -> tuple[Group, ...]:
-    """What layers of a T5 stack can lose, but for cross attention; stack: its path and its entry in
-    the config.
+    """Prunable groups of the layers of a T5 stack, cross attention excepted; stack: its path and
+    its entry in the config.
     """
     return (
         Group.heads(

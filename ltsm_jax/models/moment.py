@@ -250,8 +250,8 @@ def whole_patches(mask: jax.Array, patch_len: int) -> jax.Array:
 def random_mask(
     key: jax.Array | None, input_mask: jax.Array, ratio: float, block: int
 ) -> jax.Array:
-    """What stays visible in pretraining, [..., T]: a share `ratio` (rounded down) of the blocks of
-    data is hidden.
+    """Draw the visible points of pretraining, [..., T]: a share `ratio` (rounded down) of the
+    blocks of data is hidden.
 
     Blocks that are not all data are hidden too. T is cut to whole blocks. key: may be None where
     ratio is 0.
@@ -304,8 +304,13 @@ class MomentNet(nn.Module):
         x_BCND = taps["encoder"] = x_BND.reshape(b, c, n, -1)
         if not self.with_head:
             return x_BCND, taps
-        drop = lambda y: Dropout(cfg.head_dropout)(y, train)  # noqa: E731
-        head = lambda width, out: Linear((width,), (out,), name="head")  # noqa: E731
+
+        def drop(y):
+            return Dropout(cfg.head_dropout)(y, train)
+
+        def head(width, out):
+            return Linear((width,), (out,), name="head")
+
         if cfg.head == "reconstruction":
             y_BCNP = taps["head"] = head(cfg.d_model, cfg.patch_len)(drop(x_BCND))
             return y_BCNP.reshape(b, c, -1), taps
@@ -598,7 +603,10 @@ class Moment(Model):
         """
         p, t = self.config.patch_len, x_BCT.shape[-1]
         w = self.config.n_patches * p
-        pads = lambda n: ((0, 0), (0, 0), (max(n, 0), 0))  # noqa: E731
+
+        def pads(n):
+            return (0, 0), (0, 0), (max(n, 0), 0)
+
         x_BCW = jnp.pad(x_BCT.astype(jnp.float32)[..., -w:], pads(p - t), mode="edge")
         pad = max(w - x_BCW.shape[-1], 0)
         data = (jnp.arange(w) >= pad).astype(jnp.float32)
@@ -744,7 +752,11 @@ class Moment(Model):
             return f(arrays[0], data, *arrays[1:])[..., pad:]
         n = -(-t // w)
         starts = [max(t - (n - i) * w, 0) for i in range(n)]
-        cut = [jnp.concatenate([a[..., s : s + w] for s in starts]) for a in arrays_BCT]
+
+        def in_windows(a):
+            return jnp.concatenate([a[..., start : start + w] for start in starts])
+
+        cut = list(map(in_windows, arrays_BCT))
         parts = jnp.split(f(cut[0], jnp.ones((cut[0].shape[0], 1, w)), *cut[1:]), n)
         return jnp.concatenate([parts[0][..., : t - (n - 1) * w], *parts[1:]], axis=-1)
 

@@ -9,6 +9,7 @@ units, E experts.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What stays of a module's parts, as indices.
+    """Indices of the parts of a module that stay.
 
     parts: of the heads [H'] or units [F'], or of the experts all [E]. shared: of the key and value
     heads [G']. values [G', V'], scores [G', K']: channels of each of those heads; None: all. units:
@@ -69,12 +70,12 @@ def places(model: Model, paths: Iterable[str]) -> list[Place]:
     for path in paths:
         names = path.split("/")
         modules |= dict.fromkeys("/".join(names[:i]) for i in range(1, len(names)))
-    return [
-        Place(g, path, m)
-        for path in modules
-        for g in model.prunable
-        if (m := re.fullmatch(g.pattern, path))
-    ]
+    found = []
+    for path in modules:
+        for group in model.prunable:
+            if match := re.fullmatch(group.pattern, path):
+                found.append(Place(group, path, match))
+    return found
 
 
 def stacks(model: Model, paths: Iterable[str]) -> list[tuple[str, ...]]:
@@ -110,10 +111,11 @@ def shorter(model: Model, params: Params, gone: Iterable[str]) -> tuple[Model, P
     """
     flat, out = trees.flatten(params), set(gone)
     found = stacks(model, flat)
-    if unknown := out - {layer for stack in found for layer in stack}:
-        known = ", ".join(layer for stack in found for layer in stack)
+    layers = list(itertools.chain.from_iterable(found))
+    if unknown := out.difference(layers):
         raise ValueError(
-            f"{', '.join(sorted(unknown))}: no layers of this {model.family}; there are {known}"
+            f"{', '.join(sorted(unknown))}: no layers of this {model.family}; there are "
+            f"{', '.join(layers)}"
         )
     small = _shortened(model, flat, out)
     try:
@@ -127,7 +129,6 @@ def shorter(model: Model, params: Params, gone: Iterable[str]) -> tuple[Model, P
         names |= {stack[i]: re.sub(r"\d+$", str(j), stack[i]) for j, i in enumerate(left)}
         rows.append((len(stack), left))
     kept = {}
-    layers = {layer for stack in found for layer in stack}
     for path, leaf in flat.items():
         layer = next((layer for layer in layers if path.startswith(f"{layer}/")), None)
         if layer in out:
@@ -175,9 +176,9 @@ def as_deep(full: Model, model: Model, params: Params) -> Model:
     """
     paths = list(trees.flatten(jax.eval_shape(full.init, jax.random.key(0))))
     own = {stack[0]: len(stack) for stack in stacks(model, trees.flatten(params))}
-    gone = [
-        layer for stack in stacks(full, paths) for layer in stack[own.get(stack[0], len(stack)) :]
-    ]
+    gone = []
+    for stack in stacks(full, paths):
+        gone += stack[own.get(stack[0], len(stack)) :]
     return _shortened(full, paths, gone) if gone else full
 
 
@@ -214,12 +215,15 @@ def _fields_of_layers(model: Model, paths: Iterable[str], stack: tuple[str, ...]
 
 
 def arrays(place: Place, kept: Kept) -> Iterator[tuple[str, tuple[int, ...], tuple[Any, ...]]]:
-    """What a module's parts have in its parameters, and in its masks: (path, axes, indices), of
-    kernels and of what else there may be. indices: [n] of one axis, or two that broadcast and index
-    two axes at once.
+    """Slices of a module's parameters and masks that belong to its kept parts: (path, axes,
+    indices), of kernels and of what else there may be. indices: [n] of one axis, or two that
+    broadcast and index two axes at once.
     """
     group = place.group
-    at = lambda name, leaf: f"{place.path}/{name}/{leaf}".removesuffix("/")  # noqa: E731
+
+    def at(name: str, leaf: str) -> str:
+        return f"{place.path}/{name}/{leaf}".removesuffix("/")
+
     if group.kind == "experts":
         both = kept.parts[:, None], kept.units
         for name in group.makes:
@@ -234,9 +238,8 @@ def arrays(place: Place, kept: Kept) -> Iterator[tuple[str, tuple[int, ...], tup
         axes, indices = _index(heads, channels, (-2, -1) if group.kind == "heads" else (-1,))
         yield from ((at(name, leaf), axes, indices) for leaf in ("kernel", "bias", "out"))
     axes, indices = _index(kept.parts, kept.values, (0, 1))
-    yield from (
-        (at(name, leaf), axes, indices) for name in group.takes for leaf in ("kernel", "in")
-    )
+    for name in group.takes:
+        yield from ((at(name, leaf), axes, indices) for leaf in ("kernel", "in"))
     yield from ((at(name, ""), (axis,), (kept.parts,)) for name, axis in group.others)
 
 
@@ -278,7 +281,10 @@ def without(
     for table, n in _tables(small, (place for place, _ in kept)).items():
         flat[table] = flat[table][..., :n]
     flat = {path: leaf for path, leaf in flat.items() if leaf.size}
-    linear = lambda path: path.rpartition("/")[0]  # noqa: E731
+
+    def linear(path: str) -> str:
+        return path.rpartition("/")[0]
+
     gone = {linear(path) for path, mask in own.items() if not mask.size}
     own = {
         path: m
@@ -305,22 +311,22 @@ def _narrowed(
         fields = _with(
             fields, place.entry(group.ids), tuple(map(int, ids)), lambda i: _ids(config, place, i)
         )
-    whole = lambda _: _beside(config, size, "head_dim")  # noqa: E731
+
+    def whole(_: int) -> int:
+        return _beside(config, size, "head_dim")
+
     for entry, channels in ((group.values, kept.values), (group.scores, kept.scores)):
         if entry and channels is not None and len(channels):
             fields = _with(fields, place.entry(entry), channels.shape[1], whole)
     if group.pairs and kept.scores is not None and len(kept.scores):
-        n = (
-            kept.scores.shape[1] // 2
-        )  # the first members of the pairs, in the order of the channels
+        # The first members of the pairs, in the order of the channels.
+        n = kept.scores.shape[1] // 2
         before = _pairs(config, place)
-        pairs = tuple(
-            tuple(before[int(g)][int(j)] for j in channels[:n])
-            for g, channels in zip(
-                kept.parts if kept.shared is None else kept.shared, kept.scores, strict=True
-            )
-        )
-        fields = _with(fields, place.entry(group.pairs), pairs, lambda _: ())
+        heads = kept.parts if kept.shared is None else kept.shared
+        pairs = []
+        for g, channels in zip(heads, kept.scores, strict=True):
+            pairs.append(tuple(before[int(g)][int(j)] for j in channels[:n]))
+        fields = _with(fields, place.entry(group.pairs), tuple(pairs), lambda _: ())
     elif group.pairs and not len(kept.parts) and entry_of(config, _field(place.entry(group.pairs))):
         fields = _with(fields, place.entry(group.pairs), ())
     return fields
@@ -401,7 +407,9 @@ def narrow_heads(model: Model) -> list[str]:
     """Fields of the config that say that heads are narrower than those of the model it was:
     "value_dims (7, 8)".
     """
-    entries = {entry for g in model.prunable for entry in (g.values, g.scores, g.pairs) if entry}
+    entries = set()
+    for group in model.prunable:
+        entries |= {entry for entry in (group.values, group.scores, group.pairs) if entry}
     told = {_field(entry): entry_of(model.config, _field(entry)) for entry in sorted(entries)}
     return [f"{name} {value}" for name, value in told.items() if value]
 
@@ -495,10 +503,10 @@ def _standing(config: Any, full: Any, place: Place) -> Kept:
     if group.pairs:
         there = _pairs(full, place)
         half = len(there[0]) if there else 0
-        firsts = np.asarray(
-            [[there[g].index(j) for j in own] for g, own in enumerate(_pairs(config, place))], int
-        )
-        firsts = firsts.reshape(heads, -1) if heads else np.zeros((0, 0), int)
+        rows = []
+        for g, own in enumerate(_pairs(config, place)):
+            rows.append([there[g].index(j) for j in own])
+        firsts = np.asarray(rows, int).reshape(heads, -1) if heads else np.zeros((0, 0), int)
         scores = np.concatenate([firsts, firsts + half], axis=1)
     return Kept(parts, shared, values, scores)
 

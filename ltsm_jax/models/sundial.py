@@ -263,7 +263,10 @@ class FlowNet(nn.Module):
     @nn.compact
     def __call__(self, x_RSQ, t_RS, z_R1D):
         cfg, taps, d = self.cfg, {}, self.cfg.d_model
-        modulated = lambda y, shift, scale: y * (1 + scale) + shift  # noqa: E731
+
+        def modulated(y, shift, scale):
+            return y * (1 + scale) + shift
+
         x_RSD = taps["input_proj"] = Linear((cfg.horizon,), (d,), name="input")(x_RSQ)
         taps["time_freq"] = time_features(t_RS)
         y_RSD = nn.silu(
@@ -361,7 +364,10 @@ class Sundial(Model):
         and 0.
         """
         cfg = self.config
-        of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+
+        def of(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
         shapes = dict(jax.eval_shape(SundialNet(cfg).init, key, of(1, cfg.patch_len))["params"])
         with branch("flow"):
             flow = jax.eval_shape(

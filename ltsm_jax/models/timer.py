@@ -203,7 +203,10 @@ class Block(nn.Module):
         qk_dim, value_dim = (
             width(dims, self.layer, cfg.head_dim) for dims in (cfg.qk_dims, cfg.value_dims)
         )
-        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
+
+        def drop(y):
+            return Dropout(cfg.dropout)(y, train)
+
         activation = (
             nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
         )
@@ -466,7 +469,7 @@ class Timer(Model):
         return jnp.concatenate([fill_missing(x)[..., :p], y_BCT[..., :-p]], axis=-1)
 
     def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects, in data units. ims: [B, C, T - P], the predictions of x[..., P:]
+        """The model's expectation, in data units. ims: [B, C, T - P], the predictions of x[..., P:]
         from the patches before; otherwise [B, C, T], each token's own output (the released script's
         default). Missing values take the last value before them.
         """

@@ -488,8 +488,8 @@ class TimerHf(Model):
     def _next(
         self, params, points_BT, q: int, key=None, train=False, caches=None, start=0
     ) -> tuple[Any, Any, int]:
-        """What the head of q points predicts after points [B, T], the caches, and how many tokens
-        the points were.
+        """Predict with the head of q points after points [B, T]. Returns also the caches, and how
+        many tokens the points were.
         """
         p_BNP = self._patches(points_BT)
         heads, _, caches = self._net(

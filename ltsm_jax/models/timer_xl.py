@@ -203,8 +203,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BSD, seen_SS, same_SS, train: bool):
         cfg, d, ffn_dim = self.cfg, self.cfg.d_model, self.cfg.ffn_dims[self.layer]
-        drop = lambda y: Dropout(cfg.dropout)(y, train)  # noqa: E731
-        norm = lambda name: nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name=name)  # noqa: E731
+
+        def drop(y):
+            return Dropout(cfg.dropout)(y, train)
+
+        def norm(name):
+            return nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name=name)
+
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = TimeAttention(
             d, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.dropout, name="attn"

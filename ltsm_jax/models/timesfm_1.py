@@ -202,7 +202,9 @@ _CLASSES = (
     "W M ME MS BM BME BMS CBM CBME CBMS SM SME SMS WOM LWOM",
     "Q QE QS BQ BQE BQS REQ A AS Y YE YS BA BAS BY BYE BYS RE",
 )
-_CLASS_OF = {unit: i for i, units in enumerate(_CLASSES) for unit in units.split()}
+_CLASS_OF: dict[str, int] = {}
+for _number, _units in enumerate(_CLASSES):
+    _CLASS_OF |= dict.fromkeys(_units.split(), _number)
 
 
 def freq_class(freq: str) -> int:
@@ -479,7 +481,10 @@ class TimesFM1(Model):
         """
         enough_BN = observed_BNP.sum(-1) >= 3
         first_B = jnp.where(enough_BN.any(1), jnp.argmax(enough_BN, axis=1), enough_BN.shape[1] - 1)
-        pick = lambda y_BNP: jnp.take_along_axis(y_BNP, first_B[:, None, None], axis=1)[:, 0]  # noqa: E731
+
+        def pick(y_BNP):
+            return jnp.take_along_axis(y_BNP, first_B[:, None, None], axis=1)[:, 0]
+
         x_BP, observed_BP = pick(x_BNP), pick(observed_BNP)
         n_B = jnp.maximum(observed_BP.sum(-1), 1.0)
         mean_B = (x_BP * observed_BP).sum(-1) / n_B
@@ -617,7 +622,10 @@ class TimesFM1(Model):
         cfg = self.config
         x_BT, begun_BT = x_BT[:, -cfg.context_len :], begun_BT[:, -cfg.context_len :]
         front = max(-x_BT.shape[1] % cfg.patch_len, at_least - x_BT.shape[1])
-        pad = lambda y_BT: jnp.pad(y_BT, ((0, 0), (front, 0)))  # noqa: E731
+
+        def pad(y_BT):
+            return jnp.pad(y_BT, ((0, 0), (front, 0)))
+
         return pad(x_BT), 1.0 - pad(begun_BT.astype(jnp.float32))
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
@@ -637,8 +645,8 @@ class TimesFM1(Model):
         return 0 if self.config.point == "mean" else 1 + self.config.quantiles.index(0.5)
 
     def _last(self, params: Tree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the last patch says of the target [B, C, H, 1 + Q], the target with 0 for NaN, and
-        what is observed.
+        """Forecast the target with the last patch [B, C, H, 1 + Q]. Returns also the target with 0
+        for NaN, and the mask of its observed values.
         """
         context, target = batch["context"], batch["target"]
         h = target.shape[-1]

@@ -260,7 +260,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
         cfg, taps = self.cfg, {}
-        norm = lambda name, y_BND: taps.setdefault(name, RMSNorm(cfg.norm_eps, name=name)(y_BND))  # noqa: E731
+
+        def norm(name, y_BND):
+            taps[name] = RMSNorm(cfg.norm_eps, name=name)(y_BND)
+            return taps[name]
+
         value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
         attention = Attention(cfg, cfg.n_heads[self.layer], value_dim, name="attn")
         y_BND, cache, inner = attention(
@@ -375,8 +379,8 @@ def series_scale(x_BT: jax.Array, begun_BT: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def flipped(y: jax.Array) -> jax.Array:
-    """What a forecast of -x says of x, but for its sign: the mean in its place, the quantiles in
-    reverse.
+    """Turn a forecast of -x into one of x, but for its sign: the mean in its place, the quantiles
+    in reverse.
     """
     return jnp.concatenate([y[..., :1], y[..., :0:-1]], axis=-1)
 
@@ -539,7 +543,7 @@ class TimesFM2p5(Model):
         if not steps:
             return y_BNOQ, w_BNSQ[:, -1], jnp.zeros((b, 0, *y_BNOQ.shape[2:])), taps
         room = ((0, 0), (0, 0), (0, steps * m), (0, 0))
-        caches = [tuple(jnp.pad(y_BHSK, room) for y_BHSK in cache) for cache in caches]
+        caches = jax.tree.map(lambda y_BHSK: jnp.pad(y_BHSK, room), caches)
 
         def again(carry, _):
             caches, before, points_BO, start = carry

@@ -41,6 +41,7 @@ has not got:
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -230,6 +231,17 @@ class TTMConfig:
     batch_default_scale: bool = False
 
     def __post_init__(self):
+        problems = [
+            *self._problems_of_sizes(),
+            *self._problems_of_channels(),
+            *self._problems_of_choices(),
+            *self._problems_of_r3(),
+        ]
+        if problems:
+            raise ValueError("TTMConfig: " + "; ".join(problems))
+
+    def _problems_of_sizes(self) -> list[str]:
+        """Say which lengths and widths do not go together."""
         problems = []
         sizes = (
             self.context_len,
@@ -262,12 +274,15 @@ class TTMConfig:
                 )
             elif odd := [f for f in factors(levels, width) if width % f]:
                 problems.append(f"{name}: patches of width {width} can't be split by {odd}")
-        heads, attended = (
-            self.attn_heads,
-            (self.d_model, *([self.decoder_d_model] if self.decoder else [])),
-        )
+        heads = self.attn_heads
+        attended = (self.d_model, self.decoder_d_model) if self.decoder else (self.d_model,)
         if heads < 0 or (heads and any(w % heads for w in attended)):
             problems.append(f"{heads} attention heads do not divide the widths {attended}")
+        return problems
+
+    def _problems_of_channels(self) -> list[str]:
+        """Say what can't be among channels, categories, frequencies and the mixer of forecasts."""
+        problems = []
         if self.vocab and not (self.decoder and self.decoder_mix_channels):
             problems.append("categorical variables need a decoder that mixes channels")
         if self.categories is not None and (
@@ -300,6 +315,11 @@ class TTMConfig:
             )
         if self.fcm_offset is not None and self.fcm_offset < 1:
             problems.append(f"fcm_offset must be at least 1, or None, got {self.fcm_offset}")
+        return problems
+
+    def _problems_of_choices(self) -> list[str]:
+        """Say which options have no such value, and which numbers are out of their range."""
+        problems = []
         for name, told, allowed in (
             ("norm", self.norm, ("LayerNorm", "BatchNorm")),
             ("position", self.position, (None, "sincos", "random")),
@@ -316,9 +336,7 @@ class TTMConfig:
             problems.append(f"dropout must be in [0, 1): {self.dropout}, {self.head_dropout}")
         if not (self.norm_eps > 0 and 0 < self.quantile < 1 and self.huber_delta > 0):
             problems.append(f"norm_eps, huber_delta > 0 and quantile in (0, 1): {self}")
-        problems += self._problems_of_r3()
-        if problems:
-            raise ValueError("TTMConfig: " + "; ".join(problems))
+        return problems
 
     def _problems_of_r3(self) -> list[str]:
         """Say what can't be among the options that came with r3."""
@@ -401,15 +419,11 @@ class TTMConfig:
 
         def widths(mixed, n_channels, n_patches, width, count, n_levels):
             hidden = expansion * n_channels if mixed else 0
-            return tuple(
-                (
-                    hidden,
-                    expansion * f * n_patches if f * n_patches > 1 else 0,
-                    expansion * (width // f),
-                )
-                for f in factors(n_levels, width)
-                for _ in range(count)
-            )
+            found = []
+            for f in factors(n_levels, width):
+                over_patches = expansion * f * n_patches if f * n_patches > 1 else 0
+                found += [(hidden, over_patches, expansion * (width // f))] * count
+            return tuple(found)
 
         encoder = widths(rest.get("mix_channels"), channels, n, d_model, layers, levels)
         both = channels + len(vocab)
@@ -509,14 +523,11 @@ PRESETS = {
         96, 1024, patch_len=64, d_model=192, decoder_d_model=128
     ),
     "ibm-granite/granite-timeseries-ttm-r2": _granite(96, 512, **_R2),
-    **{
-        f"ibm-granite/granite-timeseries-ttm-r2@{context}-{horizon}-r2": _granite(
-            horizon, context, **_R2
-        )
-        for context in (512, 1024, 1536)
-        for horizon in (96, 192, 336, 720)
-    },
 }
+for _context, _horizon in itertools.product((512, 1024, 1536), (96, 192, 336, 720)):
+    PRESETS[f"ibm-granite/granite-timeseries-ttm-r2@{_context}-{_horizon}-r2"] = _granite(
+        _horizon, _context, **_R2
+    )
 
 
 def frequency_token(freq: str | None, vocab: int) -> int:
@@ -892,7 +903,7 @@ class QuantileHead(nn.Module):
         return q_BCHQ, taps
 
     def _condition(self, x_PBCD):
-        """What the head sees of the decoder, [B, C, F], and the steps between."""
+        """Input of the head from the decoder, [B, C, F], and the steps between."""
         cfg, (p, b, c, d) = self.cfg, x_PBCD.shape
         if cfg.condition == "pool":
             pooled = Linear((d,), (cfg.hidden,), name="pool")(x_PBCD.mean(axis=0))
@@ -901,6 +912,12 @@ class QuantileHead(nn.Module):
         t_BCF = jnp.moveaxis(t_PBCK, 0, 2).reshape(b, c, p * cfg.token_width)
         flat = Linear((t_BCF.shape[-1],), (cfg.hidden,), name="flat")(t_BCF)
         return flat, {"token": t_PBCK, "flat": flat}
+
+
+def _of_targets(cfg: TTMConfig, x_BC: jax.Array) -> jax.Array:
+    """Select the channels that are forecast from [B, C, ...]."""
+    targets = cfg.forecast_channels
+    return x_BC if targets is None else x_BC[:, np.array(targets)]
 
 
 class TTMNet(nn.Module):
@@ -941,16 +958,20 @@ class TTMNet(nn.Module):
             x_BCF
         )
         all_BCH = y_BCH = all_BCH[..., : cfg.filter_len]
-        targets = cfg.forecast_channels
-        pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
-        y_BCH = pick(y_BCH)
+        y_BCH = _of_targets(cfg, y_BCH)
         if cfg.fcm:
             known = np.array(cfg.exogenous, int)
             last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
             near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
             future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
             mixer = ForecastMixer(cfg, name="fcm")
-            y_BCH, inner = mixer(y_BCH, pick(near_BCS), future_BXH, near_BCS[:, known], train)
+            y_BCH, inner = mixer(
+                y_BCH,
+                _of_targets(cfg, near_BCS),
+                future_BXH,
+                near_BCS[:, known],
+                train,
+            )
             taps |= {f"fcm/{name}": value for name, value in inner.items()}
         taps["forecast"] = y_BCH
         q_BCHQ = None
@@ -1286,13 +1307,12 @@ class TTM(Model):
                     f"the model tells channels apart by number, up to {numbered}; there are "
                     f"{n_variates}"
                 )
-            widths = {
-                part: tuple(
+            widths = {}
+            for part in ("encoder", "decoder"):
+                widths[part] = tuple(
                     (self._hidden(old, n_variates, part == "decoder"), *rest)
                     for old, *rest in getattr(cfg, part)
                 )
-                for part in ("encoder", "decoder")
-            }
             cfg = dataclasses.replace(cfg, n_channels=n_variates, **widths)
             if cfg.fcm_layers:
                 seen = len(cfg.forecast_channels or range(n_variates)) + len(cfg.exogenous)
@@ -1426,15 +1446,14 @@ class TTM(Model):
             train and rngs is not None,
             rngs=rngs,
         )
-        targets = cfg.forecast_channels
-        pick = (lambda x: x) if targets is None else (lambda x: x[:, np.array(targets)])
         taps |= {
             "scaled": z_BCL,
             "loc": loc_BC1,
             "scale": scale_BC1,
             "all": all_BCH * scale_BC1 + loc_BC1,
         }
-        scale_BC1, loc_BC1 = pick(scale_BC1), pick(loc_BC1)
+        scale_BC1 = _of_targets(cfg, scale_BC1)
+        loc_BC1 = _of_targets(cfg, loc_BC1)
         if q_BCHQ is not None:
             taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
         return y_BCH * scale_BC1 + loc_BC1, taps
@@ -1507,7 +1526,7 @@ class TTM(Model):
         return jnp.where(seen, x, self.filling(x, seen)), seen.astype(jnp.float32)
 
     def filling(self, x: jax.Array, seen: jax.Array) -> jax.Array:
-        """What stands for missing values [B, C, 1]: 0, or the mean of what is seen."""
+        """The value in place of missing ones [B, C, 1]: 0, or the mean of the observed values."""
         if self.config.fill == "zero":
             return jnp.zeros_like(x[..., :1])
         return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(

@@ -222,7 +222,8 @@ class TTMR3(Model):
     shard_rules = TTM.shard_rules
     prunable = (
         Group.units(
-            r"(trend|residual)/(?:encoder|decoder/mixers|fcm/mixers)/(?:block_\d+_)?layer_\d+/\w+_mixer",
+            r"(trend|residual)/(?:encoder|decoder/mixers|fcm/mixers)/"
+            r"(?:block_\d+_)?layer_\d+/\w+_mixer",
             _hidden_width,
         ),
     )

@@ -204,18 +204,20 @@ class UnitsConfig:
 
 # tasks of data_provider/multi_task.yaml that forecast the common benchmarks; a checkpoint's own
 # come with its config
-_TASKS = tuple(
-    UnitsTask(f"LTF_{name}_p{h}", "long_term_forecast", name, 96, h, v)
-    for name, v in (
-        ("ECL", 321),
-        ("ETTh1", 7),
-        ("Exchange", 8),
-        ("ILI", 7),
-        ("Traffic", 862),
-        ("Weather", 21),
-    )
-    for h in ((60,) if name == "ILI" else (192, 336) if name == "Exchange" else (96, 192, 336, 720))
-)
+_VARIATES = {"ECL": 321, "ETTh1": 7, "Exchange": 8, "ILI": 7, "Traffic": 862, "Weather": 21}
+_HORIZONS = {"ILI": (60,), "Exchange": (192, 336)}  # of the others: (96, 192, 336, 720)
+
+
+def _forecasting() -> tuple[UnitsTask, ...]:
+    found = []
+    for name, variates in _VARIATES.items():
+        for horizon in _HORIZONS.get(name, (96, 192, 336, 720)):
+            task = f"LTF_{name}_p{horizon}"
+            found.append(UnitsTask(task, "long_term_forecast", name, 96, horizon, variates))
+    return tuple(found)
+
+
+_TASKS = _forecasting()
 PRESETS = {
     "units_x128": UnitsConfig.of(128, 8, 3, _TASKS, dataset="ETTh1"),
     "units_x64": UnitsConfig.of(64, 8, 3, _TASKS, dataset="ETTh1"),
@@ -350,7 +352,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, n_tokens: int, train: bool):
         cfg, i, taps = self.cfg, self.layer, {}
-        norm = lambda x, name: nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)  # noqa: E731
+
+        def norm(x, name):
+            return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
+
         for name, heads in (("seq", cfg.seq_heads[i]), ("var", cfg.var_heads[i])):
             attend = Attention(
                 cfg.d_model, heads, cfg.head_dim, cfg.dropout, name == "var", name=name
@@ -753,10 +758,10 @@ class Units(Model):
     def self_supervised(
         self, params: Tree, x_BVL: jax.Array, hidden_BN: jax.Array, task: str, key=None, train=False
     ) -> tuple[jax.Array, jax.Array]:
-        """What self-supervised training compares with x [B, V, L], in the units of x: the
-        reconstruction [B, V, L] from the tokens of the patches that are not hidden, and that from
-        the classification token of `task`. Its loss is the sum of the two MSEs over all points.
-        hidden: [B, N], 1 for a hidden patch, for all variates alike.
+        """Reconstructions that self-supervised training compares with x [B, V, L], in the units of
+        x: that [B, V, L] from the tokens of the patches that are not hidden, and that from the
+        classification token of `task`. Its loss is the sum of the two MSEs over all points. hidden:
+        [B, N], 1 for a hidden patch, for all variates alike.
 
         Raises: ValueError for a checkpoint without the head of self-supervised training.
         """
@@ -821,8 +826,8 @@ class Units(Model):
         )[0]
 
     def reconstruct(self, params: Tree, x, key=None, train=False, ims=True) -> jax.Array:
-        """What the model expects, [B, V, T], of all points; missing ones take the last value before
-        them. ims has no meaning here.
+        """The model's expectation, [B, V, T], of all points; missing ones take the last value
+        before them. ims has no meaning here.
         """
         return self.apply(params, fill_missing(x), key=key, train=train)[0][..., : x.shape[-1]]
 

@@ -32,6 +32,7 @@ Series of any length up to `ROWS` share one compilation, as arrays are filled up
 import dataclasses
 import functools
 import gzip
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -570,7 +571,7 @@ class Anomaly:
             "task": "anomaly",
             "ims": self.ims,
             "series": data.series.name,
-            "anomaly": [row for span in data.series.spans for row in span],
+            "anomaly": list(itertools.chain.from_iterable(data.series.spans)),
             "window": data.window,
             "validate_rows": list(data.validate_rows),
             "task_quirks": sorted(data.quirks),

@@ -1,4 +1,4 @@
-"""What a method needs to know of a task, and nothing else.
+"""The protocol of a task: everything that methods may know of it.
 
 A task is a small frozen value, such as `Forecasting(mode="direct")`. Methods ask it for windows, a
 loss and scores, and know no task by name: fine-tuning, pruning and every comparison run through the

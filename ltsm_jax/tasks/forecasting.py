@@ -234,7 +234,7 @@ class Forecasting:
         return _loss(model, self.mode)
 
     def predictor(self, model: Model) -> Predictor:
-        """What forecasts the windows of the splits: the model, with the scaling around it."""
+        """The predictor of the windows of the splits: the model, with the scaling around it."""
         return ScaledByContext(model) if self.scaling == "context" else model
 
     def evaluate(

@@ -128,7 +128,7 @@ def filled(
     train: bool = False,
     ims: bool = True,
 ) -> jax.Array:
-    """What the model says at every point of windows [B, C, T], of which it sees those that are not
+    """The model's output at every point of windows [B, C, T], of which it sees those that are not
     NaN.
 
     The model gets 0 in place of what is missing, and a mask. ims: as in `loss_fn`.
@@ -412,7 +412,7 @@ class Imputation:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `evaluate` and `examples` take."""
+        """Arguments of `evaluate` and `examples`."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property

@@ -501,7 +501,7 @@ def begun(folder: str | Path) -> bool:
 
 
 def _reason(err: Exception) -> str:
-    """What has gone wrong, without tensorstore's long paths where the disk is full."""
+    """The message of an error, without tensorstore's long paths where the disk is full."""
     text, full = str(err).strip(), os.strerror(errno.ENOSPC)
     return full if full in text and not isinstance(err, OSError) else text[:500]
 

@@ -1,4 +1,4 @@
-"""What is wrong with a batch whose loss or gradient is not finite, in words."""
+"""Describe a batch whose loss or gradient is not finite, in words."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -41,7 +41,7 @@ DISPATCH_SECONDS = 0.5  # long enough to hide Python, short enough for a live pr
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """What training gave.
+    """Result of training.
 
     Attributes:
       params: weights of the epoch with the lowest validation MSE (without validation: of the last
@@ -670,8 +670,8 @@ class Fitting:
         )
 
     def diagnose(self, epoch: int, place: int) -> str:
-        """What is wrong with batch `place` of the epoch, whose update was not applied; the batch is
-        taken once more.
+        """Describe batch `place` of the epoch, whose update was not applied; the batch is taken
+        once more.
         """
         rows = windows.batch_at(jnp.asarray(sharding.on_host(self.order)), place, self.batch_size)
         indices, weight = map(np.asarray, rows)

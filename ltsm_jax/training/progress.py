@@ -1,6 +1,4 @@
-"""What a run says while it lasts: a bar on a terminal, a plain line every few seconds elsewhere, or
-nothing.
-"""
+"""Progress of a run: a bar on a terminal, a plain line every few seconds elsewhere, or nothing."""
 
 import contextlib
 import sys

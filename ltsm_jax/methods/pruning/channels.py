@@ -194,7 +194,10 @@ def gradient_sums(
                 value, g = jax.value_and_grad(of_rows)(
                     masks, rows, weight, None if keys is None else keys[0]
                 )
-            counted = lambda x: jnp.where(count > 0, x * count, 0.0)  # noqa: E731
+
+            def counted(x):
+                return jnp.where(count > 0, x * count, 0.0)
+
             new = {"loss": counted(value), "h": jax.tree.map(counted, g), "squares": {}, "seen": {}}
         return jax.tree.map(jnp.add, sums, new | {"rows": count}), None
 
@@ -203,12 +206,12 @@ def gradient_sums(
 
 
 def no_sums(masks: Masks, *, squares: bool = True, stacks: Collection[str] = ()) -> dict[str, Any]:
-    """What `gradient_sums` gives for no rows at all."""
+    """The result of `gradient_sums` for no rows at all."""
     zeros, flat = jax.tree.map(jnp.zeros_like, masks), trees.flatten(masks)
-    experts = {
-        path: next(m for p, m in flat.items() if p.startswith(f"{path}/")).shape[0]
-        for path in stacks
-    }
+    experts = {}
+    for path in stacks:
+        first = next(mask for name, mask in flat.items() if name.startswith(f"{path}/"))
+        experts[path] = first.shape[0]
     return {
         "rows": jnp.zeros(()),
         "loss": jnp.zeros(()),

@@ -3,6 +3,7 @@ those.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,11 @@ def block_influence(
     return {layer: float(turned / max(count, 1.0)) for layer, (turned, count) in total.items()}
 
 
+def _layers(model: Model, params: Params) -> list[str]:
+    """The paths of all layers, stack by stack."""
+    return list(itertools.chain.from_iterable(stacks(model, trees.flatten(params))))
+
+
 @functools.partial(jax.jit, static_argnames=("model", "task", "placement", "split"))
 def _sums(
     model: Model,
@@ -74,7 +80,7 @@ def _sums(
     """By layer [2]: the sum of 1 - cos over the tokens of a batch, and how many tokens
     there are.
     """
-    layers = [layer for stack in stacks(model, trees.flatten(params)) for layer in stack]
+    layers = _layers(model, params)
     batch = split.rows(windows.gather(numbers))
     with rows_over(split.mesh), taps.calls_of(layers) as seen:
         task.loss(model)(params, batch, None, False)
@@ -107,7 +113,9 @@ def least_influential(
     Returns: their paths, in the order in which they go.
     Raises: ValueError for a count that would leave a stack without a layer whatever is chosen.
     """
-    own = {layer: stack for stack in stacks(model, trees.flatten(params)) for layer in stack}
+    own: dict[str, tuple[str, ...]] = {}
+    for stack in stacks(model, trees.flatten(params)):
+        own |= dict.fromkeys(stack, stack)
     remaining = {stack: len(stack) for stack in own.values()}
     most = sum(n - 1 for n in remaining.values())
     if count > most:
@@ -128,8 +136,8 @@ def check_depth(model: Model, params: Params, count: int) -> None:
     """
     if not count:
         return
-    layers = [layer for stack in stacks(model, trees.flatten(params)) for layer in stack]
-    shorter(model, params, least_influential(model, params, dict.fromkeys(layers, 0.0), count))
+    equal = dict.fromkeys(_layers(model, params), 0.0)
+    shorter(model, params, least_influential(model, params, equal, count))
 
 
 def drop_layers(model: Model, params: Params, gone: Sequence[str]) -> tuple[Model, Params]:

@@ -51,7 +51,7 @@ FORECASTING = Forecasting()
 
 @dataclasses.dataclass(frozen=True)
 class PruneResult:
-    """What pruning gave.
+    """Result of pruning.
 
     Attributes:
       model, params: what the masks are for: those handed in, made ready for the data, or with
@@ -386,7 +386,10 @@ class _Pruning:
             self.run.record([first])
             return
         tree, position = found
-        host = lambda branch: jax.tree.map(sharding.on_host, branch)  # noqa: E731
+
+        def host(branch):
+            return jax.tree.map(sharding.on_host, branch)
+
         self.state, self.best, self.sums = host(tree["state"]), host(tree["best"]), tree["sums"]
         self.sums = {"squares": {}, "seen": {}} | self.sums
         self.saved_at = position["step"]
@@ -571,10 +574,11 @@ class _Pruning:
         importance; channels of experts that were never seen come last.
         """
         flat = {name: trees.flatten(tree) for name, tree in self.best.items()}
-        step, last, now = (
-            np.concatenate([np.ravel(flat[name][path]) for path in flat["step"]])
-            for name in ("step", "last", "importance")
-        )
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([np.ravel(flat[name][path]) for path in flat["step"]])
+
+        step, last, now = joined("step"), joined("last"), joined("importance")
         alive = step == 0
         size = np.abs(np.where(alive, now, last))
         ranks = np.empty(len(step), np.int32)
