@@ -486,7 +486,7 @@ def test_the_workflow_and_the_makefile_agree():
     called = set(re.findall(r"run: make (\w+)", workflow)) | set(
         re.findall(r"target: (\w+)", workflow)
     )
-    assert called == {"check", "test", "slow", "oldest", "newest", "wheel", "torch"}
+    assert called == {"check", "test", "slow", "oldest", "newest", "wheel", "torch", "peers"}
     assert called <= set(phony.split())
     stages = set(re.findall(r"^#   (\w+)  ", (ROOT / ".ci/run").read_text(), re.MULTILINE))
     assert stages == called | {"aot"}
