@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import mmap
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ import numpy as np
 
 from converters.pickles import CheckpointError, quoted, shortened
 from ltsm_jax import trees
+
+ALIGNED = 64  # bytes
 
 # Targets that are not parameters.
 DROP = "(dropped)"  # the key is not used, for the reason given in place of the transform
@@ -399,6 +402,7 @@ class _Reading:
             return
         for path, piece in zip(paths, pieces, strict=True):
             self._write(path, piece, transform, key, usable=not trouble)
+        forget(value)  # what was made of it is a copy
 
     def _rule_of(self, key: str, absent: Sequence[str]):
         """Find the one rule of a key, as (match, target, transform); None, and a problem, else."""
@@ -436,7 +440,7 @@ class _Reading:
             trouble = f"checkpoint {shape}, model {self.wanted[path]}, from {quoted(key)}"
             self.problems.append(f"{path}: {trouble}{self._hint(path)}")
         elif usable:
-            self.flat[path] = np.array(array, np.float32, order="C")
+            self.flat[path] = owned(array)
 
     def _hint(self, path: str) -> str:
         for pattern, hint in self.hints.items():
@@ -463,6 +467,34 @@ def same_bytes(a: object, b: object) -> bool:
     return np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
 
 
+def owned(array: np.ndarray) -> np.ndarray:
+    """Copy into float32 memory that jax on a CPU takes over as it is: at a multiple of 64 bytes."""
+    raw = np.empty(4 * array.size + ALIGNED, np.uint8)
+    start = -raw.ctypes.data % ALIGNED
+    copy = raw[start : start + 4 * array.size].view(np.float32).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def forget(array: np.ndarray) -> None:
+    """Let go of the memory of an array on a mapped file, whose bytes are read again when asked for.
+
+    Else a file that was read once from end to end would be in memory as a whole. Arrays that lie
+    elsewhere are left alone.
+    """
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    whole = owner.obj if isinstance(owner, memoryview) else owner
+    if not (isinstance(whole, mmap.mmap) and array.size):
+        return
+    begin = np.frombuffer(whole, np.uint8).__array_interface__["data"][0]
+    low, high = (address - begin for address in np.lib.array_utils.byte_bounds(array))
+    low = low // mmap.PAGESIZE * mmap.PAGESIZE
+    if hasattr(whole, "madvise"):  # not on Windows
+        whole.madvise(mmap.MADV_DONTNEED, low, high - low)
+
+
 def _unusable(value: np.ndarray, *, allow_cast: bool) -> str | None:
     """Say why a tensor can't become float32 parameters, if it can't."""
     name = value.dtype.name
@@ -473,7 +505,7 @@ def _unusable(value: np.ndarray, *, allow_cast: bool) -> str | None:
         unless = "and is not unless a cast is allowed (--allow-cast)"
         return f"{name} would be rounded to float32, {unless}"
     with np.errstate(over="ignore"):
-        bad = int(value.size - np.isfinite(value.astype(np.float32)).sum())
+        bad = int(value.size - np.isfinite(value.astype(np.float32, copy=False)).sum())
     if bad:
         return f"{bad} of {value.size} values are NaN, infinite or too large for float32"
     return None

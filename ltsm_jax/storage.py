@@ -43,6 +43,7 @@ SHARE = "share.{}.json"  # digests by one host, until they are in the table
 # of Orbax: names the absolute path it was written to, and nothing reads it
 COMMIT = "commit_success.txt"
 COMPRESSED = 0.9  # of its bytes an array of floats takes about that on disk
+AT_ONCE = 1 << 26  # bytes of arrays that are written at the same time
 Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 # Orbax tells the steps of a save apart by a counter of the process: a second save beginning
 # meanwhile waits for signals of the first until they time out, and the first writes where nobody
@@ -524,7 +525,7 @@ def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) 
       tree; ValueError for an empty tree; OSError, such as for a full disk.
     """
     with atomic_folder(folder, replaces=_no_tree if overwrite else None) as temporary:
-        hosts.together(begin_save(temporary, tree))
+        hosts.together(begin_save(temporary, tree, copy=False))  # nobody changes it meanwhile
         hosts.on_first(seal, temporary)
 
 
@@ -567,13 +568,14 @@ def save_tensors(
     file.chmod(mode)
 
 
-def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
+def begin_save(folder: Path, tree: trees.Tree, *, copy: bool = True) -> Callable[[], None]:
     """Take out of `tree` what this host writes to `folder`; the function returned writes it.
 
     That function may run in a thread of its own, and the arrays may be donated to the next step
-    meanwhile: it has copies. On several hosts all call in the same order, from the thread that uses
-    the devices: Orbax's first half meets the other hosts there, its second half only through files
-    and the coordination service. Where all have written, the first host calls `seal`.
+    meanwhile: it has copies, unless told that this does not happen. On several hosts all call in
+    the same order, from the thread that uses the devices: Orbax's first half meets the other hosts
+    there, its second half only through files and the coordination service. Where all have written,
+    the first host calls `seal`.
 
     Raises: ValueError for an empty tree.
     """
@@ -590,7 +592,10 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
     # under its hands.)
     if jax.default_backend() == "cpu" and any(map(_global, flat.values())):
         flat = {path: jnp.copy(leaf) if _global(leaf) else leaf for path, leaf in flat.items()}
-    kept = {path: leaf if _global(leaf) else np.array(leaf) for path, leaf in flat.items()}
+    if copy:
+        kept = {path: leaf if _global(leaf) else np.array(leaf) for path, leaf in flat.items()}
+    else:
+        kept = _where_they_lie(flat)
     parts: dict[str, list[tuple[Part, np.ndarray]]] = {}
     for path, leaf in kept.items():
         if isinstance(leaf, np.ndarray):  # the same on every host, written by the first
@@ -610,7 +615,7 @@ def begin_save(folder: Path, tree: trees.Tree) -> Callable[[], None]:
         try:
             if response is None:
                 _check_room(folder, nested)
-                with _ONE_SAVE, _quiet():
+                with _ONE_SAVE, _quiet(), _few_at_once(nested):
                     _orbax().save(str(folder / ARRAYS), nested)
             else:
                 response.result()
@@ -641,6 +646,33 @@ def _check_room(folder: Path, tree: trees.Tree) -> None:
     if free < needed * COMPRESSED:
         size = f"{needed / 1e6:.1f} MB are to be written and {free / 1e6:.1f} MB are free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size}")
+
+
+def _where_they_lie(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Give leaves as Orbax reads them without a copy: it copies all NumPy arrays at once.
+
+    On several hosts a NumPy array is one that all have, and the first writes.
+    """
+    kept = {}
+    for path, leaf in flat.items():
+        alone = not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1
+        if _global(leaf):
+            kept[path] = leaf
+        elif alone and hosts.count() == 1:
+            kept[path] = jax.device_put(leaf)
+        else:
+            kept[path] = np.asarray(leaf)
+    return kept
+
+
+def _few_at_once(tree: trees.Tree) -> contextlib.AbstractContextManager:
+    """Have Orbax compress and write a part of the arrays at a time; by default it has all of them
+    in memory twice more.
+    """
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    context = _orbax().Context()
+    context.memory.write_concurrent_bytes = max(2 * largest, AT_ONCE)
+    return context
 
 
 @contextlib.contextmanager
