@@ -457,6 +457,7 @@ def refine(
     return jnp.moveaxis(mean, 0, 2), jnp.moveaxis(std, 0, 2)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trend:
     """A straight line per variate, `slope * time + level`: time is 0 at the last step of the
