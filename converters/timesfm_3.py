@@ -129,10 +129,9 @@ def configure(
         layer = _inner(stack, "transformer")
         if layer is not None:
             _check_layer(layer, sizes)
-            if block is not None and "output_dims" in block.published:
-                wide = layer.published.get("model_dims")
-                if block.published["output_dims"] != wide:
-                    layer.problems.append(f"model_dims: not residual_block_config.output_dims, got {wide}"[:200])
+            wide = layer.published.get("model_dims")
+            if block is not None and block.published.get("output_dims", wide) != wide:
+                layer.problems.append("model_dims: not residual_block_config.output_dims")
             stack.problems += [f"transformer.{problem}" for problem in layer.problems]
         told.problems += [f"transformer_config.{problem}" for problem in stack.problems]
 

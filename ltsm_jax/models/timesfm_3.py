@@ -2,7 +2,8 @@
 
 Follows timesfm 3.0.2 (package `timesfm3`, PyTorch) and the weights google/timesfm-3.0-pytorch, the
 successor of TimesFM 2.5 (`timesfm_2p5`; Das et al., arXiv 2310.10688). As there, each patch is
-scaled by the mean and the deviation of everything up to its own end, and so is what comes out of it.
+scaled by the mean and the deviation of everything up to its own end, and so is what comes out of
+it.
 
 What is new: a layer attends over the patches of a variate, then over the variates of a patch.
 Covariates are further variates; a token holds its own patch and, of covariates that are known
@@ -149,7 +150,8 @@ class TimesFM3Config:
         if min(sizes) < 1 or min(*self.n_heads, *self.var_heads, *self.ffn_dims, 1) < 0:
             problems.append(f"every size must be positive: {self}")
         elif self.output_len % self.patch_len:
-            problems.append(f"an output ({self.output_len}) must be whole patches ({self.patch_len})")
+            sizes = f"{self.output_len} of {self.patch_len}"
+            problems.append(f"an output must be whole patches, got {sizes}")
         if self.head_dim % 2 and (self.rope_seq or self.rope_var):
             problems.append(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if not self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
@@ -161,7 +163,7 @@ class TimesFM3Config:
         if not self.detrend_threshold >= 0:
             problems.append(f"detrend_threshold must not be negative, got {self.detrend_threshold}")
         if self.identity_skip and 2 * (self.patch_len + self.output_len) != self.d_model:
-            problems.append(f"identity_skip needs d_model ({self.d_model}) = 2 (patch_len + output_len)")
+            problems.append(f"identity_skip needs d_model = 2 (P + O), got {self.d_model}")
         if self.value_norm and any(self._pruned_values()):
             problems.append("value_norm is over whole values: value_dims can't be smaller")
         if problems:
@@ -489,7 +491,8 @@ def fit_trend(x_BCT: jax.Array, missing_BCT: jax.Array, threshold: float) -> Tre
 
     time = jnp.broadcast_to(((jnp.arange(t) - (t - 1)) / t).reshape(1, 1, t), x_BCT.shape)
     first = jnp.argmax(observed, axis=-1, keepdims=True)
-    reference = jnp.where(observed.any(-1, keepdims=True), jnp.take_along_axis(x_BCT, first, axis=-1), 0.0)
+    known = observed.any(-1, keepdims=True)
+    reference = jnp.where(known, jnp.take_along_axis(x_BCT, first, axis=-1), 0.0)
     gap = x_BCT - reference
     middle, centre = mean(time), mean(gap)
     apart, off = time - middle, gap - centre
@@ -575,7 +578,7 @@ class TimesFM3(Model):
 
     @property
     def horizon(self) -> int:
-        """Steps of one output; a longer horizon is as many hidden patches more, in the same pass."""
+        """Steps of one output; a longer horizon takes more hidden patches, in the same pass."""
         return self.config.output_len
 
     @property
@@ -758,7 +761,7 @@ class TimesFM3(Model):
         known_BCR: jax.Array | None = None,
         unknown_BCR: jax.Array | None = None,
     ) -> tuple[dict[str, jax.Array], Trend]:
-        """What `apply` takes for a forecast (x, missing, is_target, hidden) and the lines taken off.
+        """Place series in patches: what `apply` takes for a forecast, and the lines taken off.
 
         See `decode` for the arguments.
         """
@@ -946,7 +949,7 @@ class TimesFM3(Model):
         return y_BCRQ
 
     def _steps(self, horizon: int, known) -> int:
-        """How far the network forecasts: whole outputs, but no further than covariates are known."""
+        """How far the network forecasts: whole outputs, unless covariates are known less far."""
         cfg = self.config
         if known is not None and not cfg.extend_known:
             return horizon
