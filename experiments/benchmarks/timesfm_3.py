@@ -74,7 +74,14 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
     """Seconds of a forecast, by the clock and of the processor, of each side; and ratios."""
     asked = args or Options()
     sizes = [str(asked.windows), str(asked.repeats)]
-    ours = ["experiments.benchmarks.timesfm_3", "--side", "--windows", sizes[0], "--repeats", sizes[1]]
+    ours = [
+        "experiments.benchmarks.timesfm_3",
+        "--side",
+        "--windows",
+        sizes[0],
+        "--repeats",
+        sizes[1],
+    ]
     programs = {"jax": [sys.executable, "-m", *ours]}
     python = asked.torch_python if args else peer
     if python is not None:
@@ -95,7 +102,9 @@ def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]
     middle = {key: statistics.median(seconds) for key, seconds in best.items()}
     for clock, unit in (("wall", "s"), ("cpu", "s of the processor")):
         for side in programs:
-            yield Measured(f"forecast of {asked.windows} windows: {side}", middle[clock, side], unit)
+            yield Measured(
+                f"forecast of {asked.windows} windows: {side}", middle[clock, side], unit
+            )
         if "torch" in programs:
             ratio = middle[clock, "jax"] / middle[clock, "torch"]
             yield Measured(f"forecast: jax / torch in {unit}", ratio, "ratio")

@@ -1,4 +1,7 @@
-"""TimesFM 3.0 against vectors recorded from the original PyTorch code (`--golden DIR` names another set)."""
+"""TimesFM 3.0 against vectors recorded from the original PyTorch code.
+
+`--golden DIR` names another set.
+"""
 
 import dataclasses
 import json
@@ -17,12 +20,13 @@ from converters.torch_files import CheckpointError
 from ltsm_jax.models.timesfm_3 import TimesFM3, errors
 
 MAIN = "timesfm_3"
-REL = 1e-4  # of meta.json: times the largest value of the series; of activations, which are scaled, absolute
+# Of meta.json: times the largest value of the series; of activations, which are scaled, absolute.
+REL = 1e-4
 FORWARD = "forward forward_masked forward_cpm forward_frozen"
 DECODE = (
-    "decode decode_both decode_masks decode_long decode_h1 decode_ragged decode_short decode_multivariate "
-    "decode_past_only decode_past_future decode_padded decode_trend decode_scales decode_constant decode_nan "
-    "decode_all_missing"
+    "decode decode_both decode_masks decode_long decode_h1 decode_ragged decode_short "
+    "decode_multivariate decode_past_only decode_past_future decode_padded decode_trend "
+    "decode_scales decode_constant decode_nan decode_all_missing"
 )
 # The other cases are further shapes, each of which is a program to compile.
 QUICK_DECODE = ("decode_masks", "decode_long")
@@ -38,16 +42,24 @@ COVARIATES = "plain edge all"
 EVALUATOR = "univariate chunks"
 NAMES = ("x_BCNP", "missing_BCNP", "is_target_BCN", "hidden_BN")  # what `apply` takes, in order
 
-apply = jax.jit(lambda model, freeze_after, *args: model.apply(*args, freeze_after=freeze_after), static_argnums=(0, 1))
+apply = jax.jit(
+    lambda model, freeze_after, *args: model.apply(*args, freeze_after=freeze_after),
+    static_argnums=(0, 1),
+)
 lay_out = jax.jit(
-    lambda model, horizon, x, missing, *known: model.lay_out(x, missing, horizon, *known), static_argnums=(0, 1)
+    lambda model, horizon, x, missing, *known: model.lay_out(x, missing, horizon, *known),
+    static_argnums=(0, 1),
 )
 decode = jax.jit(
-    lambda model, horizon, params, x, missing, *known: model.decode(params, x, missing, horizon, *known),
+    lambda model, horizon, params, x, missing, *known: model.decode(
+        params, x, missing, horizon, *known
+    ),
     static_argnums=(0, 1),
 )
 forecast = jax.jit(
-    lambda model, horizon, params, context, past, known: model.forecast(params, context, horizon, past, known),
+    lambda model, horizon, params, context, past, known: model.forecast(
+        params, context, horizon, past, known
+    ),
     static_argnums=(0, 1),
 )
 
@@ -74,7 +86,7 @@ class Recorded:
             pytest.skip(f"{name} is not in this set")
 
     def noise(self, case):
-        """How far the recorded values of a case are from the original in float64, as a share of the largest."""
+        """Distance of recorded values from the original in float64, as a share of the largest."""
         return self.vectors.meta["float32_noise_vs_float64"]["per_case"].get(case, 0.0)
 
     def rel(self, case):
@@ -82,9 +94,10 @@ class Recorded:
         return max(REL, 20 * self.noise(case))
 
     def allowed(self, case, want, scale):
-        """The largest error [B, C] of values of series of a scale [B, C], beside what the original is off itself.
+        """The largest error [B, C] of series of a scale [B, C], beside what the original is off.
 
-        Where a line is taken off, variates see each other's rounding, that of a large one in a small one too.
+        Where a line is taken off, variates see each other's rounding: that of a large one moves
+        a small one too.
         """
         return self.rel(case) * scale + self.noise(case) * np.abs(want).max() * (scale > 0)
 
@@ -103,11 +116,21 @@ def within(got, want, allowed, what=""):
     allowed = allowed.reshape(*allowed.shape, *(1,) * (want.ndim - allowed.ndim))
     parity.note(np.abs(got - want), allowed)
     worst = np.abs(got - want).max()
-    assert (np.abs(got - want) <= allowed).all(), f"{what}: off by {worst}, allowed {allowed.min()} to {allowed.max()}"
+    assert (np.abs(got - want) <= allowed).all(), (
+        f"{what}: off by {worst}, allowed {allowed.min()} to {allowed.max()}"
+    )
 
 
 def test_every_recorded_case_is_known(recorded):
-    known = {*FORWARD.split(), *DECODE.split(), "act", "train", "train_patches", "forecast", "forecast_cov"}
+    known = {
+        *FORWARD.split(),
+        *DECODE.split(),
+        "act",
+        "train",
+        "train_patches",
+        "forecast",
+        "forecast_cov",
+    }
     known |= {f"forecast_{name}" for name in FORECAST.split()}
     known |= {f"forecast_cov_{name}" for name in COVARIATES.split()}
     known |= {f"evaluator_{name}" for name in EVALUATOR.split()}
@@ -169,7 +192,7 @@ def check_steps(recorded, case, taps, scale):
             limit = np.zeros_like(scale) if name == "running_n" else rel * scale
             within(got, want, limit, key)
             continue
-        # The original has one axis for batch and variates (or patches), and one for heads and their width.
+        # The original has one axis for batch and variates (or patches), one for heads and width.
         shape = valid.shape
         if ".var_attn" in name:
             got = np.swapaxes(got, 1, 2)
@@ -196,7 +219,9 @@ def test_golden_network(recorded, case):
     recorded.require(f"{case}/out/logits")
     io, given = recorded.io, inputs(recorded.io, case)
     freeze_after = io.get(f"{case}/in/freeze_after")
-    y, taps = apply(recorded.model, None if freeze_after is None else int(freeze_after), recorded.params, *given)
+    y, taps = apply(
+        recorded.model, None if freeze_after is None else int(freeze_after), recorded.params, *given
+    )
     scale = largest(*given[:2])
     within(y, io[f"{case}/out/logits"], recorded.rel(case) * scale, case)
     assert check_steps(recorded, case, taps, scale) >= (10 if case == "forward" else 3)
@@ -208,11 +233,17 @@ def test_golden_network(recorded, case):
 
 
 def series(io, case):
-    """(horizon, x, missing[, known, unknown]) as `decode` takes them, of the recorded targets and covariates."""
+    """The recorded targets and covariates as `decode` takes them.
+
+    Returns: (horizon, x, missing), then (known, unknown) where something is known ahead.
+    """
     target = io[f"{case}/in/target"]
     t = target.shape[-1]
     x, missing = [target], [io.get(f"{case}/in/target_mask", np.zeros(target.shape, bool))]
-    for name, mask in (("past_only_covariates", "past_only_mask"), ("past_future_covariates", "past_future_mask")):
+    for name, mask in (
+        ("past_only_covariates", "past_only_mask"),
+        ("past_future_covariates", "past_future_mask"),
+    ):
         if f"{case}/in/{name}" in io:
             x.append(io[f"{case}/in/{name}"])
             missing.append(io.get(f"{case}/in/{mask}", np.zeros(x[-1].shape, bool)))
@@ -235,7 +266,11 @@ def scale_of(x, missing, known=None, unknown=None):
 
 
 @pytest.mark.parametrize(
-    "case", [case if case in QUICK_DECODE else pytest.param(case, marks=pytest.mark.slow) for case in DECODE.split()]
+    "case",
+    [
+        case if case in QUICK_DECODE else pytest.param(case, marks=pytest.mark.slow)
+        for case in DECODE.split()
+    ],
 )
 def test_golden_forecast(recorded, case):
     recorded.require(f"{case}/out/forecast")
@@ -293,8 +328,12 @@ def test_golden_loss_of_patches(recorded):
     io, model = recorded.io, recorded.model
     given = inputs(io, "train_patches")
     want = parity.recorded_gradients(recorded.vectors, model, prefix="grad_patches/")
-    value = parity.check_gradients(lambda params: model.patch_loss(params, *given), recorded.params, want)
-    np.testing.assert_allclose(value, io["train_patches/out/loss"], rtol=recorded.rel("train_patches"))
+    value = parity.check_gradients(
+        lambda params: model.patch_loss(params, *given), recorded.params, want
+    )
+    np.testing.assert_allclose(
+        value, io["train_patches/out/loss"], rtol=recorded.rel("train_patches")
+    )
 
 
 # --- the original's wrapper, which forecasts series of several lengths in passes
@@ -302,7 +341,7 @@ def test_golden_loss_of_patches(recorded):
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A series [C, T] with its covariates [K, T] and [K', T + horizon], cut to where its targets begin."""
+    """Series [C, T] with covariates [K, T] and [K', T + horizon], from where its targets begin."""
 
     context: np.ndarray
     past: np.ndarray | None = None
@@ -316,7 +355,7 @@ class Query:
         return cls(*(None if x is None else x[:, begin:] for x in (context, past, known)))
 
     def padded(self, length):
-        """With NaN in front, so that the context has at least so many steps; each a batch of one row."""
+        """With NaN in front, so that the context has so many steps; each a batch of one row."""
         front = max(length - self.context.shape[1], 0)
         rows = []
         for x in (self.context, self.past, self.known):
@@ -341,7 +380,9 @@ def with_options(recorded, **options):
     """The model that forecasts as the original's wrapper does."""
     io = recorded.io
     limit = int(io["forecast/in/max_context"])
-    config = dataclasses.replace(recorded.model.config, max_context=limit, padding_counts=True, **options)
+    config = dataclasses.replace(
+        recorded.model.config, max_context=limit, padding_counts=True, **options
+    )
     return TimesFM3(config), -(-limit // config.patch_len) * config.patch_len
 
 
@@ -369,7 +410,9 @@ def forecasts(recorded, queries, horizon, size, options):
     for i, y in run(model, same, [lengths[i][0] for i in same]):
         found[i] = y
     if split:
-        once = TimesFM3(dataclasses.replace(model.config, flip_average=False, infer_is_positive=False))
+        once = TimesFM3(
+            dataclasses.replace(model.config, flip_average=False, infer_is_positive=False)
+        )
         up = dict(run(once, split, [lengths[i][0] for i in split]))
         down = dict(run(once, split, [lengths[i][1] for i in split], sign=-1))
         for i in split:
@@ -434,10 +477,16 @@ def test_golden_covariates(recorded, name):
             prefix = f"forecast_cov/in/{kind}_"
             given = [io[key] for key in io if key.startswith(prefix)]
             # A series that has none beside others that do gets zeros.
-            nothing = np.zeros((given[0].shape[0], context.shape[1] + ahead), np.float32) if given else None
+            nothing = (
+                np.zeros((given[0].shape[0], context.shape[1] + ahead), np.float32)
+                if given
+                else None
+            )
             parts.append(io.get(f"{prefix}{i}", nothing))
         queries.append(Query.of(*parts))
-    check_wrapper(recorded, case, queries, int(io["forecast_cov/in/per_core_batch_size"]), flags(io, case))
+    check_wrapper(
+        recorded, case, queries, int(io["forecast_cov/in/per_core_batch_size"]), flags(io, case)
+    )
 
 
 @pytest.mark.slow
@@ -478,7 +527,9 @@ def test_golden_round_trip(recorded, tmp_path):
 
     # Without the fields that the import remembered, too.
     state = parity.tensors(recorded.vectors.checkpoint)
-    again, _ = converter.configure(state, json.loads(json.dumps(converter.published(recorded.model.config))), "here")
+    again, _ = converter.configure(
+        state, json.loads(json.dumps(converter.published(recorded.model.config))), "here"
+    )
     assert again == recorded.model.config
     with pytest.raises(CheckpointError, match=r"Put the original's config\.json"):
         converter.configure(state, None, "here")
