@@ -131,6 +131,7 @@ LONGEST = (
     "models/test_timesfm_1_golden.py",
     "models/test_ttm_golden.py",
     "models/test_timesfm_2p5_golden.py",
+    "models/test_timesfm_3_golden.py",
     "methods/test_run.py",
     "models/test_hub.py",
     "models/test_moment.py",

@@ -29,12 +29,13 @@ from experiments.benchmarks import (
     loop,
     peers,
     rows,
+    timesfm_3,
     train_step,
 )
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (train_step, epoch, loop, first_forecast, landscape, chronos_bolt)
+    for module in (train_step, epoch, loop, first_forecast, landscape, chronos_bolt, timesfm_3)
 }
 
 

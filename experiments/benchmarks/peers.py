@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGES = {
     "torch": ("torch==2.13.0", "numpy"),
     "chronos": ("chronos-forecasting==2.3.2", "torch==2.13.0"),
+    "timesfm": ("timesfm==3.0.2", "torch==2.13.0"),
 }
 
 

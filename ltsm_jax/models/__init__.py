@@ -18,6 +18,7 @@ from ltsm_jax.models.timer_hf import TimerHf
 from ltsm_jax.models.timer_xl import TimerXL
 from ltsm_jax.models.timesfm_1 import TimesFM1
 from ltsm_jax.models.timesfm_2p5 import TimesFM2p5
+from ltsm_jax.models.timesfm_3 import TimesFM3
 from ltsm_jax.models.ttm import TTM
 from ltsm_jax.models.ttm_r3 import TTMR3
 from ltsm_jax.models.units import Units
@@ -31,6 +32,7 @@ FAMILIES: dict[str, type[Model]] = {
         TimerHf,
         TimesFM1,
         TimesFM2p5,
+        TimesFM3,
         ChronosBolt,
         ChronosT5,
         Chronos2,

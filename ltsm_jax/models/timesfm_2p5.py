@@ -346,14 +346,14 @@ def running_stats(x_BNP: jax.Array, padding_BNP: jax.Array, before: Stats | None
     n_BN = observed_BNP.sum(-1)
     mean_BN = (x_BNP * observed_BNP).sum(-1) / jnp.maximum(n_BN, 1.0)
     squares_BN = (jnp.square(x_BNP - mean_BN[..., None]) * observed_BNP).sum(-1)
-    found = jax.lax.associative_scan(_merged, (n_BN, mean_BN, squares_BN), axis=1)
+    found = jax.lax.associative_scan(merged, (n_BN, mean_BN, squares_BN), axis=1)
     if before is None:
         return found
     n_B, mean_B, squares_B = before
-    return _merged((n_B[:, None], mean_B[:, None], squares_B[:, None]), found)
+    return merged((n_B[:, None], mean_B[:, None], squares_B[:, None]), found)
 
 
-def _merged(a: Stats, b: Stats) -> Stats:
+def merged(a: Stats, b: Stats) -> Stats:
     """Statistics of two sets of values together (Chan et al.)."""
     n = a[0] + b[0]
     share = b[0] / jnp.maximum(n, 1.0)

@@ -125,7 +125,15 @@ def test_every_benchmark_says_its_name_and_cost(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--list"])
     assert runner.main() == 0
     said = capsys.readouterr().out
-    for name in ("train_step", "epoch", "loop", "first_forecast", "landscape", "chronos_bolt"):
+    for name in (
+        "train_step",
+        "epoch",
+        "loop",
+        "first_forecast",
+        "landscape",
+        "chronos_bolt",
+        "timesfm_3",
+    ):
         assert f"\n{name} " in f"\n{said}"
 
 

@@ -54,6 +54,7 @@ PROGRAMS = (
     "benchmarks.predict_df",
     "benchmarks.pruned_speed",
     "benchmarks.pruning_score",
+    "benchmarks.timesfm_3",
     "benchmarks.train_step",
 )
 COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)([^\n`#]*)")
