@@ -36,6 +36,14 @@ def chronos_t5(folder, context, horizon, freq):
     return embedding
 
 
+def timesfm_3(folder, context, horizon, freq):
+    from timesfm3.torch.model import TimesFM3Torch
+
+    model = TimesFM3Torch.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model.decode(torch.tensor(context), horizon=horizon).sort(-1).values
+
+
 def ttm(folder, context, horizon, freq):
     from tsfm_public.models.tinytimemixer import TinyTimeMixerForPrediction
 
