@@ -57,12 +57,10 @@ def over(x: Pair, n: jax.Array) -> Pair:
 
 def total(x: Pair) -> Pair:
     """Sum over the last axis."""
-    while (n := x[0].shape[-1]) > 1:
-        if n % 2:
-            pad = ((0, 0),) * (x[0].ndim - 1) + ((0, 1),)
-            x = jnp.pad(x[0], pad), jnp.pad(x[1], pad)
-            n += 1
-        first = x[0][..., : n // 2], x[1][..., : n // 2]
-        second = x[0][..., n // 2 :], x[1][..., n // 2 :]
-        x = plus(first, second)
-    return x[0][..., 0], x[1][..., 0]
+    zero = jnp.zeros((), jnp.float32)
+
+    def added(x, y):
+        return plus((x[0], x[1]), (y[0], y[1]))
+
+    high, low = jax.lax.reduce((x[0], x[1]), (zero, zero), added, (x[0].ndim - 1,))
+    return high, low

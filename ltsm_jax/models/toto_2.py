@@ -302,16 +302,16 @@ PRESETS = {
 # --- the scale
 
 
-def _moments(
-    pivot: jax.Array, n: jax.Array, total: pairs.Pair, squares: pairs.Pair
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation of n values, from sums of their distances to a pivot and of the
-    squares.
+def _moments(pivot: jax.Array, n: jax.Array, sums: pairs.Pair) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation of n values.
+
+    sums: [2, ...], of their distances to a pivot and of the squares of these.
     """
-    mean = pairs.over(total, jnp.maximum(n, 1.0))
+    distances, squares = (sums[0][0], sums[1][0]), (sums[0][1], sums[1][1])
+    mean = pairs.over(distances, jnp.maximum(n, 1.0))
     high, low = pairs.two_sum(pivot, mean[0])
     loc = jnp.where(n > 0, high + (low + mean[1]), 0.0)
-    less = pairs.times(total, mean)
+    less = pairs.times(distances, mean)
     around = pairs.plus(squares, (-less[0], -less[1]))
     around = jnp.maximum(around[0] + around[1], 0.0)
     return loc, jnp.maximum(jnp.sqrt(around / jnp.maximum(n - 1, 1.0)), FLAT_SCALE)
@@ -334,34 +334,28 @@ def causal_scale(
     min_observed: patches with fewer values so far get the numbers of the first so many.
     """
     b, v, s, p = x_BVSP.shape
+    x_BVSP = jax.lax.stop_gradient(x_BVSP)
     flat = visible_BVSP.reshape(b, v, s * p)
     first = jnp.argmax(flat, axis=-1, keepdims=True)
     pivot_BV1 = jnp.take_along_axis(x_BVSP.reshape(b, v, s * p), first, axis=-1)
 
+    # What is summed, [2, B, V, S, P] of each half of a pair: distances, and their squares.
     distance = pairs.two_sum(x_BVSP, jnp.broadcast_to(-pivot_BV1[..., None], x_BVSP.shape))
-    distance = _where(visible_BVSP, distance)
     squares = pairs.times(distance, distance)
+    terms = jnp.stack([distance[0], squares[0]]), jnp.stack([distance[1], squares[1]])
+    terms = _where(visible_BVSP[None], terms)
+    running = jax.lax.associative_scan(pairs.plus, pairs.total(terms), axis=3)
     n_BVS = jnp.cumsum(visible_BVSP.sum(-1).astype(jnp.float32), axis=-1)
-    running = [
-        jax.lax.associative_scan(pairs.plus, pairs.total(each), axis=2)
-        for each in (distance, squares)
-    ]
-    loc_BVS, scale_BVS = _moments(pivot_BV1, n_BVS, *running)
+    loc_BVS, scale_BVS = _moments(pivot_BV1, n_BVS, running)
 
     if min_observed:
         early = visible_BVSP & (jnp.cumsum(flat, axis=-1).reshape(b, v, s, p) <= min_observed)
-        sums = []
-        for each in (distance, squares):
-            high, low = _where(early, each)
-            high, low = pairs.total((high.reshape(b, v, s * p), low.reshape(b, v, s * p)))
-            sums.append((high[..., None], low[..., None]))
+        high, low = pairs.total(pairs.total(_where(early[None], terms)))
         count_BV1 = early.sum((-2, -1)).astype(jnp.float32)[..., None]
-        loc_BV1, scale_BV1 = _moments(pivot_BV1, count_BV1, *sums)
+        loc_BV1, scale_BV1 = _moments(pivot_BV1, count_BV1, (high[..., None], low[..., None]))
         few_BVS = n_BVS < min_observed
-        loc_BVS, scale_BVS = (
-            jnp.where(few_BVS, loc_BV1, loc_BVS),
-            jnp.where(few_BVS, scale_BV1, scale_BVS),
-        )
+        loc_BVS = jnp.where(few_BVS, loc_BV1, loc_BVS)
+        scale_BVS = jnp.where(few_BVS, scale_BV1, scale_BVS)
     return jax.lax.stop_gradient((loc_BVS, scale_BVS))
 
 
