@@ -12,7 +12,7 @@ A table is a sequence of rules, one line per kind of tensor:
 
 A target that ends with `[\\2]` is a slot: the tensors of many keys are one parameter, stacked
 along its first axis. A target with `{q,k,v}` is several: one tensor is cut along its first axis
-into equal parts, each a parameter.
+into parts, each a parameter: equal ones, or those of `cut_into`.
 
 Every key matches exactly one rule, every parameter is written exactly once, every shape agrees;
 whatever does not is listed in one error. Rules are literal text and groups, so the same table is
@@ -59,12 +59,19 @@ class Transform:
       forward, inverse: change the layout of an array, never a value.
       keep: also keep the original tensor for the export, and let it be float64: for tensors that
         are data and that we need in float32.
+      parts: (length, transform) of each of the parameters that a tensor is cut into, where they
+        differ; () for equal parts, each with this transform.
     """
 
     name: str
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
     keep: bool = False
+    parts: tuple[tuple[int, Transform], ...] = ()
+
+    def of_part(self, part: int) -> Transform:
+        """Give the transform of a part."""
+        return self.parts[part][1] if self.parts else self
 
 
 def _same(x: np.ndarray) -> np.ndarray:
@@ -132,6 +139,16 @@ def split_bias(head_dim: int) -> Transform:
     return Transform(f"split into heads of {head_dim}", forward, inverse)
 
 
+def cut_into(*parts: tuple[int, Transform]) -> Transform:
+    """Cut a tensor along its first axis into parts of these lengths, each with a transform of its
+    own.
+
+    For a target that names as many: r"layer_\\1/{q,k,v}/kernel".
+    """
+    lengths = " + ".join(str(length) for length, _ in parts)
+    return Transform(f"cut into {lengths}", _same, _same, parts=parts)
+
+
 Rule = tuple[str, str, Transform | str]  # pattern of the key, target, transform or reason or key
 
 
@@ -178,7 +195,7 @@ def _place_of(rules: Sequence[Rule], path: str) -> tuple[str, Transform, int] | 
         for part, target in enumerate(_parts(whole)):
             key = _backward(pattern, target, path)
             if key is not None:
-                return key, transform, part
+                return key, transform.of_part(part), part
     return None
 
 
@@ -392,16 +409,22 @@ class _Reading:
             return
 
         paths = _parts(match.expand(target))
+        lengths = [length for length, _ in transform.parts]
         if len(paths) == 1:
             pieces = [value]
-        elif value.ndim and value.shape[0] % len(paths) == 0:
+        elif value.ndim and lengths and value.shape[0] == sum(lengths):
+            pieces = np.split(value, np.cumsum(lengths)[:-1])
+        elif value.ndim and not lengths and value.shape[0] % len(paths) == 0:
             pieces = np.split(value, len(paths))
         else:
-            self.problems.append(f"{quoted(key)}: {value.shape} is not {len(paths)} equal parts")
+            wanted = f"cut into {lengths}" if lengths else f"{len(paths)} equal parts"
+            self.problems.append(
+                f"{quoted(key)}: {value.shape} is not {wanted}{self._hint(paths[0])}"
+            )
             self.written |= dict.fromkeys(paths, key)
             return
-        for path, piece in zip(paths, pieces, strict=True):
-            self._write(path, piece, transform, key, usable=not trouble)
+        for part, (path, piece) in enumerate(zip(paths, pieces, strict=True)):
+            self._write(path, piece, transform.of_part(part), key, usable=not trouble)
         forget(value)  # what was made of it is a copy
 
     def _rule_of(self, key: str, absent: Sequence[str]):

@@ -138,18 +138,20 @@ def _cache(folder: Path) -> dict[str, Any]:
 # the forecasts
 
 
-def weights(path: str, shape: tuple[int, ...]) -> np.ndarray:
+def weights(path: str, shape: tuple[int, ...], unit_scaled: bool = False) -> np.ndarray:
     """Draw the weights [*shape] of one parameter, float64: the same on every machine and with every
     version.
 
     Kernels keep the variance of what goes through them, scales of norms are about 1, biases about
-    0.
+    0. unit_scaled: all but scales are of the order of 1, see `Model.unit_scaled`.
     """
     # The generator that NumPy promises not to change, seeded by the name: a new parameter moves no
     # other.
     draw = np.random.RandomState(zlib.crc32(path.encode())).standard_normal(shape)
     if path.rpartition("/")[2] == "scale":
         return 1 + 0.1 * draw
+    if unit_scaled:
+        return draw
     if len(shape) < 2:
         return 0.1 * draw
     return draw / np.sqrt(max(1, np.prod(shape[:-1])))
@@ -164,13 +166,13 @@ def patient(family: str) -> tuple[Model, trees.Tree, np.ndarray]:
     model = FAMILIES[family](FAMILIES[family].small())
     variates = 2 if model.variates == "joint" else 1
     model, like = model.for_series(
-        _drawn(folders.shapes(model)),
+        _drawn(folders.shapes(model), model.unit_scaled),
         n_variates=variates,
         freq="h",
         key=jax.random.key(0),
     )
     # Once more, for what the family has added for such data.
-    params = _drawn(like)
+    params = _drawn(like, model.unit_scaled)
 
     steps_L = np.arange(model.context_len)
     phase_C1 = np.arange(variates)[:, None]
@@ -179,10 +181,10 @@ def patient(family: str) -> tuple[Model, trees.Tree, np.ndarray]:
     return model, params, series_CL[None].astype(np.float32)
 
 
-def _drawn(like: trees.Tree) -> trees.Tree:
+def _drawn(like: trees.Tree, unit_scaled: bool) -> trees.Tree:
     params = {}
     for path, leaf in trees.flatten(like).items():
-        params[path] = jnp.asarray(weights(path, leaf.shape), leaf.dtype)
+        params[path] = jnp.asarray(weights(path, leaf.shape, unit_scaled), leaf.dtype)
     return trees.unflatten(params)
 
 

@@ -132,6 +132,7 @@ LONGEST = (
     "models/test_ttm_golden.py",
     "models/test_timesfm_2p5_golden.py",
     "models/test_timesfm_3_golden.py",
+    "models/test_toto_2.py",
     "methods/test_run.py",
     "models/test_hub.py",
     "models/test_moment.py",

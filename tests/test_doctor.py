@@ -82,6 +82,8 @@ def test_weights_go_by_the_name_alone():
         [-0.009756282064685779, -0.20183457311634148]
     )
     assert doctor.weights("norm/scale", (1,))[0] == pytest.approx(np.float64(0.895018387739457))
+    # Of a unit-scaled model it is the forward pass that keeps the variance.
+    np.testing.assert_allclose(doctor.weights("head/kernel", (400, 50), True).std(), 1, rtol=0.05)
     kernel = doctor.weights("head/kernel", (400, 50))
     assert kernel.std() == pytest.approx(1 / 20, rel=0.02)
     assert not np.array_equal(

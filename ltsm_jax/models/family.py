@@ -107,9 +107,11 @@ class Model(abc.ABC):
     # regular expression: the leaves of a model with further scales that msft trains; None:
     # `with_scales` refuses
     scalable: ClassVar[str | None] = None
-    fixed: ClassVar[str | None] = (
-        None  # regular expression: leaves that are data, never trained and never mixed
-    )
+    # weights are of the order of 1 at any width: the factor that is part of them elsewhere stands
+    # in the forward pass
+    unit_scaled: ClassVar[bool] = False
+    # regular expression: leaves that are data, never trained and never mixed
+    fixed: ClassVar[str | None] = None
     shard_rules: ClassVar[
         tuple[tuple[str, tuple[str | None, ...]], ...]
     ]  # regex of the path -> mesh axis per dimension

@@ -34,9 +34,12 @@ class Group:
     scores: entry that holds the width of queries and keys, where it may shrink: nothing happens to
       them before their product, and its scale stays that of the whole width.
     pairs: entry that lists, for each key head, the rotary pairs (j, j + K/2) left in queries and
-    keys. table: leaf with a column per id on its last axis, as far as the largest id that any layer
-    has left. swapped: the module gets the tokens [..., M, S, D] of the layer around it with M and S
-    exchanged.
+      keys.
+    table: leaf with a column per id on its last axis, as far as the largest id that any layer has
+      left.
+    swapped: the module gets the tokens [..., M, S, D] of the layer around it with M and S
+      exchanged.
+    beside: further entries that a layer has, such as its kind; they go where the layer goes.
     """
 
     kind: Literal["heads", "ffn units", "experts"]
@@ -54,6 +57,7 @@ class Group:
     pairs: str | None = None
     table: str | None = None
     swapped: bool = False
+    beside: tuple[str, ...] = ()
 
     @classmethod
     def heads(cls, pattern: str, size: str | None = r"n_heads.\1", **rest: Any) -> "Group":

@@ -203,7 +203,15 @@ def _fields_of_layers(model: Model, paths: Iterable[str], stack: tuple[str, ...]
         if int(re.findall(r"\d+", stack[layer])[-1]) != layer:
             raise _not_plain(model, f"{stack[layer]} is number {layer} of its stack")
         group = place.group
-        texts = (group.ids, group.shared, group.inner, group.values, group.scores, group.pairs)
+        texts = (
+            group.ids,
+            group.shared,
+            group.inner,
+            group.values,
+            group.scores,
+            group.pairs,
+            *group.beside,
+        )
         entries = [place.size(model.config), *(place.entry(text) for text in texts if text)]
         for entry in filter(None, entries):
             field, _, index = entry.rpartition(".")

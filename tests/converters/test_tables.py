@@ -19,6 +19,7 @@ from converters.tables import (
     DROP,
     SAME,
     TRANSPOSE,
+    cut_into,
     split_bias,
     split_in,
     split_out,
@@ -252,6 +253,32 @@ def test_a_fused_tensor_is_several_parameters():
         to_params(rules, {"blocks.0.qkv.weight": fused[:11]}, shapes, what="m")
     with pytest.raises(CheckpointError, match="layer_0/v/kernel: missing in the checkpoint"):
         to_params(rules, {}, shapes, what="m")
+
+
+def test_one_tensor_cut_into_parts_of_different_lengths():
+    """Of each part a transform of its own, as of queries and values of different widths."""
+    cut = cut_into((6, split_out(3)), (3, split_out(3)), (4, split_out(4)))
+    rules = [(r"blocks\.(\d+)\.qkv\.weight", r"layer_\1/{q,k,v}/kernel", cut)]
+    shapes = {"q": (5, 2, 3), "k": (5, 1, 3), "v": (5, 1, 4)}
+    flat = {
+        f"layer_0/{name}/kernel": jax.ShapeDtypeStruct(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+    state = {"blocks.0.qkv.weight": np.arange(65, dtype=np.float32).reshape(13, 5)}
+    params = to_params(rules, state, trees.unflatten(flat), what="m").params
+    np.testing.assert_array_equal(
+        params["layer_0"]["k"]["kernel"][:, 0], state["blocks.0.qkv.weight"][6:9].T
+    )
+    np.testing.assert_array_equal(
+        params["layer_0"]["v"]["kernel"][:, 0], state["blocks.0.qkv.weight"][9:].T
+    )
+    back, _ = to_state(rules, params)
+    assert tables.same_bytes(back["blocks.0.qkv.weight"], state["blocks.0.qkv.weight"])
+    with pytest.raises(
+        CheckpointError, match=r"\(12, 5\) is not cut into \[6, 3, 4\] \(check heads\)"
+    ):
+        short = {"blocks.0.qkv.weight": np.zeros((12, 5), np.float32)}
+        to_params(rules, short, trees.unflatten(flat), what="m", hints={"/q/": "check heads"})
 
 
 STACKED = [

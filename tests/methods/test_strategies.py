@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,8 +181,11 @@ def test_every_family_has_groups_and_layers(family):
     )
     layers = {layer_of(model, path) for path in found} - {None}
     assert len(layers) >= 2
-    fixed = [path for path in trees.flatten(params) if path not in found]
-    assert len(fixed) == (model.fixed is not None)
+    fixed = {path for path in trees.flatten(params) if path not in found}
+    assert fixed == {
+        path for path in trees.flatten(params) if model.fixed and re.search(model.fixed, path)
+    }
+    assert bool(fixed) == (model.fixed is not None)
 
 
 def test_kept_groups_stay_pretrained_and_the_rest_is_mixed(model, pre):

@@ -1,0 +1,1268 @@
+"""Toto 2.0: a decoder over patches in time and over the variates of a group, in unit-scaled
+weights.
+
+"Toto 2.0" (Datadog, arXiv 2605.20119). Follows the package toto-2 2.0.0 (DataDog/toto, commit
+46bd92a) with dd-unit-scaling 0.1.0 and unit-scaling 0.3.5.
+
+Each patch is scaled by mean and deviation of everything visible up to its own end, goes through
+arcsinh, and is a token together with which of its values are missing. Most layers attend over
+the time of each variate, causally; a few, over the variates of a group at each patch. Patch i
+gives nine quantiles of patch i + 1. A forecast puts empty patches behind the context and reads all
+of them in one pass, or some at a time (`block_len`), with keys and values kept in between.
+
+Unit scaling (Blake et al., "u-muP", arXiv 2407.17465): every weight is of the order of 1, and the
+factor that is part of the weights elsewhere stands in the forward pass: (W x + b) / sqrt(inputs),
+of the last linears of the head (W x + b) / inputs, where `inputs` are those of the published width,
+also after some have been pruned. Branch and stream are added as (tau f(x) + x) / sqrt(1 + tau^2).
+
+What that means for fine-tuning:
+
+- A fresh draw is N(0, 1) for every weight matrix, 0 for biases and per-dimension scales, 1 for
+  norms. The parameters here are those of the checkpoint, and not what they are in effect: a mix of
+  pretrained and fresh ones, alpha W + (1 - alpha) Z, goes through the same factor on both sides, so
+  that it is the same mix of the weights in effect. With factors folded into the weights, Z would
+  have to be N(0, 1 / inputs), and N(0, 1 / inputs^2) of the head.
+- The taus are numbers that the depth decides, not weights. They are `fixed`: whatever the start or
+  the method, they are those of the checkpoint; nothing mixes, trains, decays or prunes them.
+- A step of Adam moves a weight of the order of 1 relatively less than one of the order of
+  1 / sqrt(inputs): for the same change of the function learning rates are larger by sqrt(inputs).
+
+Departures from the original:
+- Gradients are those of the function. The original's backward pass is another function, whose
+  factors differ from those of the forward pass: `gradient="umup"`.
+- Steps in front of the first value of a series do not exist. The original takes those in the last
+  patch of a context for observed zeros, which moves the scale of a series shorter than a patch:
+  `front="zeros"`.
+
+Letters beyond those of the library: V variates of a group with their covariates, S patches of one
+pass, I inputs of a token.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ltsm_jax.layers import pairs
+from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.initial import Constant, Normal, draw
+from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.missing import (
+    fill_missing,
+    interpolate_missing,
+    mean_observed,
+    mse_observed,
+)
+from ltsm_jax.layers.rope import rotary
+from ltsm_jax.layers.scan import equal_runs, loops, through_layers
+from ltsm_jax.layers.widths import width, width_problems
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.groups import Group
+from ltsm_jax.trees import Tree
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MEDIAN = LEVELS.index(0.5)
+FLAT_SCALE = 1e-6  # the least deviation of a series
+ROPE_BASE = 10000.0
+XPOS_BASE = 256.0  # steps of one power of the xPos decay
+GAIN = math.exp(0.8 * math.log(math.sqrt(2 / (1 - 1 / math.pi))) + 0.2 * math.log(2))  # of silu
+NOWHERE = -1  # the group of a patch without any observed value
+MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
+
+Kind = Literal["time", "variate"]
+Cache = tuple[jax.Array, jax.Array]  # rotated keys [B, V, G, S, K] and values of one time layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Toto2Config:
+    """Widths are per layer, so that a pruned Toto is a Toto.
+
+    patch_len: P, time steps of a token.
+    d_model: D.
+    qk_dim: width of queries and keys. head_dim: width of values.
+    n_heads, n_kv_heads, ffn_dims: H, G and F of each layer. kinds: what it attends over.
+    attn_width, ffn_width: inputs of the output projection, and of the second feed-forward linear,
+      in the published model: they decide the scale of these, whatever is pruned.
+    attn_bias, mlp_bias, norm_weight, qk_norm, qk_norm_weight, per_dim_scale, xpos: what there is.
+    residual_mult, residual_ratio: of these the taus are made.
+    value_dims: width of the values of each layer; () is head_dim.
+
+    How the model is used:
+    window: steps that one pass reads at most, of context and forecast without its last patch.
+    span: patches that training hides in a row at most.
+    block_len: steps that a forecast decodes at a time, whole patches; None is all.
+    min_observed: values that a scale needs; else it is that of the first so many.
+    cap: how many deviations a forecast may leave the range of the context; 0 for no limit.
+    fill: what missing values of the last patch become.
+    front, gradient: quirks of the original, see the module docstring.
+    """
+
+    patch_len: int
+    d_model: int
+    qk_dim: int
+    head_dim: int
+    n_heads: tuple[int, ...]
+    n_kv_heads: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    kinds: tuple[Kind, ...]
+    attn_width: int
+    ffn_width: int
+    window: int = 4096
+    attn_bias: bool = True
+    mlp_bias: bool = False
+    norm_weight: bool = False
+    qk_norm: bool = False
+    qk_norm_weight: bool = False
+    per_dim_scale: bool = True
+    xpos: bool = True
+    norm_eps: float = 1e-4
+    residual_mult: float = 0.75
+    residual_ratio: float = 5.136215466577748
+    value_dims: tuple[int, ...] = ()
+    span: int = 16
+    block_len: int | None = None
+    min_observed: int = 8
+    cap: float = 1e4
+    fill: Literal["last", "linear", "zero"] = "last"
+    front: Literal["missing", "zeros"] = "missing"
+    gradient: Literal["exact", "umup"] = "exact"
+
+    def __post_init__(self):
+        layers = len(self.n_heads)
+        problems = width_problems(layers, self.head_dim, value_dims=self.value_dims)
+        if not layers or {len(self.n_kv_heads), len(self.ffn_dims), len(self.kinds)} != {layers}:
+            problems.append(
+                "n_heads, n_kv_heads, ffn_dims and kinds must name the same layers, at least one"
+            )
+        elif any(
+            h and (g < 1 or h % g) for h, g in zip(self.n_heads, self.n_kv_heads, strict=True)
+        ):
+            problems.append(
+                f"n_heads {self.n_heads} must be multiples of n_kv_heads {self.n_kv_heads}"
+            )
+        sizes = (
+            self.patch_len,
+            self.d_model,
+            self.qk_dim,
+            self.head_dim,
+            self.attn_width,
+            self.ffn_width,
+        )
+        sizes += (self.window, self.span)
+        widths = (*self.n_heads, *self.n_kv_heads, *self.ffn_dims)
+        if min(sizes) < 1 or min(widths, default=0) < 0 or self.min_observed < 0:
+            problems.append(f"every size must be positive: {self}")
+        elif self.block_len is not None and (self.block_len < 1 or self.block_len % self.patch_len):
+            problems.append(
+                f"block_len must be whole patches of {self.patch_len} steps, got {self.block_len}"
+            )
+        if self.qk_dim % 4:
+            problems.append(
+                "half of a head turns in pairs, so qk_dim must be a multiple of 4, "
+                f"got {self.qk_dim}"
+            )
+        if not (self.residual_mult > 0 and self.residual_ratio > 0 and self.cap >= 0):
+            problems.append("residual_mult and residual_ratio must be positive, cap not negative")
+        for name, known in (
+            ("fill", ("last", "linear", "zero")),
+            ("front", ("missing", "zeros")),
+            ("gradient", ("exact", "umup")),
+        ):
+            if getattr(self, name) not in known:
+                problems.append(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if any(kind not in ("time", "variate") for kind in self.kinds):
+            problems.append(f"kinds must be time or variate: {self.kinds}")
+        if problems:
+            raise ValueError("Toto2Config: " + "; ".join(problems))
+
+    @classmethod
+    def of(
+        cls,
+        patch_len: int,
+        d_model: int,
+        heads: int,
+        layers: int,
+        d_ff: int,
+        *,
+        kv_heads: int | None = None,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        group_size: int | None = None,
+        variate_layers: int = 1,
+        variate_first: bool = False,
+        **rest: Any,
+    ) -> "Toto2Config":
+        """Make equal layers; the last of every `group_size` (or the first) are over variates."""
+        qk_dim = d_model // heads if qk_dim is None else qk_dim
+        v_dim = qk_dim if v_dim is None else v_dim
+        group_size = layers if group_size is None else group_size
+        return cls(
+            patch_len=patch_len,
+            d_model=d_model,
+            qk_dim=qk_dim,
+            head_dim=v_dim,
+            n_heads=(heads,) * layers,
+            n_kv_heads=(heads if kv_heads is None else kv_heads,) * layers,
+            ffn_dims=(d_ff,) * layers,
+            kinds=kinds_of(layers, group_size, variate_layers, variate_first),
+            attn_width=heads * v_dim,
+            ffn_width=d_ff,
+            **rest,
+        )
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "Toto2Config":
+        """Read a published config.json.
+
+        Raises: ValueError naming the fields that are missing, or what the original can't forecast
+          with.
+        """
+        required = ("patch_size", "d_model", "num_heads", "num_layers")
+        if missing := [name for name in required if name not in fields]:
+            raise ValueError(f"the config of a Toto 2.0 checkpoint lacks {', '.join(missing)}")
+        d, heads, layers = fields["d_model"], fields["num_heads"], fields["num_layers"]
+        if heads < 1 or (d % heads and not fields.get("qk_dim")):
+            raise ValueError(f"d_model ({d}) must be a multiple of num_heads ({heads})")
+        if fields.get("dropout_p"):
+            raise ValueError("Toto 2.0 has no dropout: dropout_p must be 0")
+        if fields.get("num_output_patches", 1) != 1:
+            raise ValueError(
+                "the original forecasts one patch at each: num_output_patches must be 1"
+            )
+        norm_weight = bool(fields.get("norm_include_weight", False))
+        qk_norm_weight = fields.get("qk_norm_include_weight")
+        return cls.of(
+            fields["patch_size"],
+            d,
+            heads,
+            layers,
+            fields.get("d_ff") or (int(8 * d / 3) + 7) // 8 * 8,
+            kv_heads=fields.get("num_groups") or heads,
+            qk_dim=fields.get("qk_dim") or None,
+            v_dim=fields.get("v_dim") or None,
+            group_size=fields.get("layer_group_size"),
+            variate_layers=fields.get("num_variate_layers_per_group", 1),
+            variate_first=fields.get("variate_layer_first", False),
+            attn_bias=fields.get("attn_bias", True),
+            mlp_bias=fields.get("mlp_bias", False),
+            norm_weight=norm_weight,
+            qk_norm=fields.get("qk_norm", False),
+            qk_norm_weight=norm_weight if qk_norm_weight is None else qk_norm_weight,
+            per_dim_scale=fields.get("per_dim_scale", True),
+            xpos=fields.get("use_xpos", True),
+            norm_eps=float(fields.get("norm_eps", 1e-4)),
+            residual_mult=float(fields.get("residual_mult", 0.75)),
+            residual_ratio=float(fields.get("residual_attn_ratio", cls.residual_ratio)),
+        )
+
+    def tau(self, layer: int, branch: Literal["attn", "mlp"]) -> float:
+        """The weight of a branch beside the stream, in a model of this depth."""
+        r = self.residual_ratio
+        of_mlp = self.residual_mult * math.sqrt(2 / (1 + r * r))
+        of_attn = r * of_mlp
+        i = 2 * layer + (branch == "mlp")
+        before = (i + 1) // 2 * of_attn**2 + i // 2 * of_mlp**2
+        return (of_mlp if branch == "mlp" else of_attn) / math.sqrt(len(self.kinds) + before)
+
+
+def kinds_of(
+    layers: int, group_size: int, variate_layers: int, variate_first: bool
+) -> tuple[Kind, ...]:
+    """What each layer attends over: in every group of layers the last few (or the first) over
+    variates.
+    """
+    kinds: list[Kind] = []
+    for i in range(layers):
+        place = i % max(group_size, 1)
+        first = place < variate_layers
+        last = place >= group_size - variate_layers
+        kinds.append("variate" if (first if variate_first else last) else "time")
+    return tuple(kinds)
+
+
+# Sizes of the paper's table. The one layer over variates is the last; of 22m, 313m and 1B that is
+# assumed, as a published config.json was at hand of none of them.
+PRESETS = {
+    "Datadog/Toto-2.0-4m": Toto2Config.of(32, 256, 4, 4, 688),
+    "Datadog/Toto-2.0-22m": Toto2Config.of(32, 512, 8, 6, 1368),
+    "Datadog/Toto-2.0-313m": Toto2Config.of(32, 1024, 16, 24, 2736),
+    "Datadog/Toto-2.0-1B": Toto2Config.of(32, 1536, 24, 36, 4096, norm_eps=5e-4),
+    "Datadog/Toto-2.0-2.5B": Toto2Config.of(32, 2048, 32, 48, 5464, norm_eps=5e-4),
+}
+
+
+# --- the scale
+
+
+def _moments(pivot: jax.Array, n: jax.Array, sums: pairs.Pair) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation of n values.
+
+    sums: [2, ...], of their distances to a pivot and of the squares of these.
+    """
+    distances, squares = (sums[0][0], sums[1][0]), (sums[0][1], sums[1][1])
+    mean = pairs.over(distances, jnp.maximum(n, 1.0))
+    high, low = pairs.two_sum(pivot, mean[0])
+    loc = jnp.where(n > 0, high + (low + mean[1]), 0.0)
+    less = pairs.times(distances, mean)
+    around = pairs.plus(squares, (-less[0], -less[1]))
+    around = jnp.maximum(around[0] + around[1], 0.0)
+    return loc, jnp.maximum(jnp.sqrt(around / jnp.maximum(n - 1, 1.0)), FLAT_SCALE)
+
+
+def _where(there: jax.Array, x: pairs.Pair) -> pairs.Pair:
+    return jnp.where(there, x[0], 0.0), jnp.where(there, x[1], 0.0)
+
+
+def causal_scale(
+    x_BVSP: jax.Array, visible_BVSP: jax.Array, min_observed: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation (of n values, with n - 1) [B, V, S] of what is visible up to the end of
+    each patch.
+
+    The sums are as exact as in float64, with float32 arithmetic: what is summed are the distances
+    to the first visible value, as pairs of float32. A series without any value so far has 0 and
+    FLAT_SCALE.
+
+    min_observed: patches with fewer values so far get the numbers of the first so many.
+    """
+    b, v, s, p = x_BVSP.shape
+    x_BVSP = jax.lax.stop_gradient(x_BVSP)
+    flat = visible_BVSP.reshape(b, v, s * p)
+    first = jnp.argmax(flat, axis=-1, keepdims=True)
+    pivot_BV1 = jnp.take_along_axis(x_BVSP.reshape(b, v, s * p), first, axis=-1)
+
+    # What is summed, [2, B, V, S, P] of each half of a pair: distances, and their squares.
+    distance = pairs.two_sum(x_BVSP, jnp.broadcast_to(-pivot_BV1[..., None], x_BVSP.shape))
+    squares = pairs.times(distance, distance)
+    terms = jnp.stack([distance[0], squares[0]]), jnp.stack([distance[1], squares[1]])
+    terms = _where(visible_BVSP[None], terms)
+    running = jax.lax.associative_scan(pairs.plus, pairs.total(terms), axis=3)
+    n_BVS = jnp.cumsum(visible_BVSP.sum(-1).astype(jnp.float32), axis=-1)
+    loc_BVS, scale_BVS = _moments(pivot_BV1, n_BVS, running)
+
+    if min_observed:
+        early = visible_BVSP & (jnp.cumsum(flat, axis=-1).reshape(b, v, s, p) <= min_observed)
+        high, low = pairs.total(pairs.total(_where(early[None], terms)))
+        count_BV1 = early.sum((-2, -1)).astype(jnp.float32)[..., None]
+        loc_BV1, scale_BV1 = _moments(pivot_BV1, count_BV1, (high[..., None], low[..., None]))
+        few_BVS = n_BVS < min_observed
+        loc_BVS = jnp.where(few_BVS, loc_BV1, loc_BVS)
+        scale_BVS = jnp.where(few_BVS, scale_BV1, scale_BVS)
+    return jax.lax.stop_gradient((loc_BVS, scale_BVS))
+
+
+# --- factors that stand in one direction alone: the original's backward pass is made of them
+
+
+@jax.custom_vjp
+def times_forward(x: jax.Array, factor: Any) -> jax.Array:
+    """x times a number, in the dtype of x, with the gradient of x."""
+    return (x * factor).astype(x.dtype)
+
+
+times_forward.defvjp(
+    lambda x, factor: ((x * factor).astype(x.dtype), factor),
+    lambda factor, g: (g, jnp.zeros_like(factor)),
+)
+
+
+@jax.custom_vjp
+def times_backward(x: jax.Array, factor: Any) -> jax.Array:
+    """x, with a gradient times a number."""
+    return x
+
+
+times_backward.defvjp(
+    lambda x, factor: (x, factor),
+    lambda factor, g: ((g * factor).astype(g.dtype), jnp.zeros_like(factor)),
+)
+
+
+# --- the network
+
+
+def entering(x: jax.Array, tau: jax.Array, umup: bool) -> jax.Array:
+    """Give a branch its input: there the original applies the factor that its gradient has."""
+    return times_backward(x, tau * jax.lax.rsqrt(1 + tau * tau)) if umup else x
+
+
+def leaving(x: jax.Array, y: jax.Array, tau: jax.Array, umup: bool) -> jax.Array:
+    """(tau y + x) / sqrt(1 + tau^2): the stream x with what a branch made of it."""
+    rest = jax.lax.rsqrt(1 + tau * tau)
+    y = times_forward(y, tau * rest) if umup else y * (tau * rest)
+    return (y + x * rest).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A linear in unit scaling: (W x + b) / sqrt(fan_in), of a readout (W x + b) / fan_in.
+
+    backward: of the original's gradient of x the factor; that of W and b is 1 / sqrt(rows).
+    """
+
+    forward: float
+    backward: float
+    umup: bool
+
+    @classmethod
+    def of(
+        cls, cfg: Toto2Config, fan_in: int, fan_out: int | None = None, readout: bool = False
+    ) -> "Scaled":
+        """fan_out: where the original scales the gradient of x by it, and not by fan_in."""
+        backward = (fan_in if fan_out is None else fan_out) ** -0.5
+        return cls(1 / fan_in if readout else fan_in**-0.5, backward, cfg.gradient == "umup")
+
+    def __call__(self, linear: Linear, x: jax.Array) -> jax.Array:
+        """Apply a linear to x."""
+        if not self.umup:
+            return linear(x) * self.forward
+        rows = math.prod(x.shape[: x.ndim - len(linear.inputs)])
+        y = linear(times_backward(x, self.backward * math.sqrt(rows)))
+        return times_forward(times_backward(y, rows**-0.5), self.forward)
+
+
+class Norm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps)` over the last axis, in float32; times `scale` where there is
+    one.
+    """
+
+    eps: float
+    weight: bool
+    umup: bool
+
+    @nn.compact
+    def __call__(self, x):
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        if self.weight:
+            scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+            if self.umup:
+                scale = times_backward(scale, math.sqrt(x.shape[-1] / x.size))
+            wide = wide * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return wide.astype(x.dtype)
+
+
+class Residual(nn.Module):
+    """`(out(k silu(hidden(x))) + residual(x)) / sqrt(2)`, and the named steps; readout: the
+    head's.
+    """
+
+    cfg: Toto2Config
+    inputs: int
+    outputs: int
+    readout: bool
+
+    @nn.compact
+    def __call__(self, x):
+        cfg, into, out, taps = self.cfg, (self.inputs,), (self.outputs,), {}
+        inner = 4 * cfg.d_model
+        hidden_fan = None if self.readout else inner
+        out_fan = self.outputs if self.readout else None
+        first = Scaled.of(cfg, self.inputs, hidden_fan)
+        second = Scaled.of(cfg, inner, out_fan, self.readout)
+        beside = Scaled.of(cfg, self.inputs, self.outputs, self.readout)
+        half = 2**-0.5
+        umup = cfg.gradient == "umup"
+        # Factors of a sum are applied to the original's gradient where it leaves the branches.
+        x = times_backward(x, half) if umup else x
+        taps["hidden"] = first(Linear(into, (inner,), name="hidden"), x)
+        taps["out"] = second(Linear((inner,), out, name="out"), GAIN * nn.silu(taps["hidden"]))
+        taps["residual"] = beside(Linear(into, out, name="residual"), x)
+        both = taps["out"] + taps["residual"]
+        return times_forward(both, half) if umup else both * half, taps
+
+
+def turned(x: jax.Array, positions: jax.Array, center: Any, sign: int, xpos: bool) -> jax.Array:
+    """Rotate neighbouring pairs of the last axis by position, and let keys decay with distance
+    (xPos).
+
+    Pair i of queries (sign 1) is also multiplied with b_i^((position - center) / 256), of keys
+    (sign -1) divided by it, b_i = (2i + 0.4 w) / (1.4 w), w the length of the axis.
+
+    positions: integers that broadcast to x without its last axis.
+    Source: Sun et al., "A Length-Extrapolatable Transformer" (arXiv 2212.10554).
+    """
+    w = x.shape[-1]
+    y = rotary(x, positions, base=ROPE_BASE, pairs="adjacent")
+    if not xpos:
+        return y
+    decay = np.log((np.arange(0, w, 2) + 0.4 * w) / (1.4 * w)).astype(np.float32)
+    decay = np.repeat(decay, 2).reshape((1,) * positions.ndim + (w,))
+    power = (positions - center).astype(jnp.float32)[..., None] * (sign / XPOS_BASE)
+    return (y.astype(jnp.float32) * jnp.exp(power * decay)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Attention over the last axis but one of x [A, B, N, D], and the named steps, keys and values.
+
+    seen: which keys each query sees, broadcast to [A, B, 1, N, S]. places: positions [N] and their
+    center where positions count, else None. cache: keys and values before these.
+    """
+
+    cfg: Toto2Config
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_ABND, seen, places, cache: Cache | None):
+        cfg, taps, umup = self.cfg, {}, self.cfg.gradient == "umup"
+        h, g = cfg.n_heads[self.layer], cfg.n_kv_heads[self.layer]
+        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
+        scaled = Scaled.of(cfg, cfg.d_model)
+        project = {}
+        for name, shape in (("q", (h, cfg.qk_dim)), ("k", (g, cfg.qk_dim)), ("v", (g, value_dim))):
+            linear = Linear((cfg.d_model,), shape, cfg.attn_bias, name=name)
+            taps[name] = scaled(linear, x_ABND)
+            project[name] = jnp.swapaxes(taps[name], 2, 3)
+        q_ABHNK, k_ABGNK, v_ABGNV = project["q"], project["k"], project["v"]
+        if cfg.qk_norm:
+            q_ABHNK = Norm(cfg.norm_eps, cfg.qk_norm_weight, umup, name="q_norm")(q_ABHNK)
+            k_ABGNK = Norm(cfg.norm_eps, cfg.qk_norm_weight, umup, name="k_norm")(k_ABGNK)
+        if cfg.per_dim_scale:
+            scaling_K = self.param("scaling", nn.initializers.zeros, (cfg.qk_dim,))
+            if umup:
+                factor = 2 * math.log(2) * math.sqrt(cfg.qk_dim / max(q_ABHNK.size, 1))
+                scaling_K = times_backward(scaling_K, factor)
+            scaling_K = (nn.softplus(scaling_K) / math.log(2)).astype(q_ABHNK.dtype)
+            q_ABHNK = q_ABHNK * scaling_K.reshape(1, 1, 1, 1, -1)
+        taps["q_scaled"] = q_ABHNK
+        if places is not None:
+            q_ABHNK, k_ABGNK = self._turned(q_ABHNK, places, 1), self._turned(k_ABGNK, places, -1)
+            taps["q_turned"], taps["k_turned"] = q_ABHNK, k_ABGNK
+        own = k_ABGNK, v_ABGNV
+        if cache is not None:
+            k_ABGNK, v_ABGNV = (
+                jnp.concatenate([old.astype(new.dtype), new], axis=3)
+                for old, new in zip(cache, own, strict=True)
+            )
+        if g != h:
+            k_ABGNK, v_ABGNV = (jnp.repeat(y, h // max(g, 1), axis=2) for y in (k_ABGNK, v_ABGNV))
+        s_ABHNS = (
+            jnp.einsum("ABHNK,ABHSK->ABHNS", q_ABHNK, k_ABGNK).astype(jnp.float32) / cfg.qk_dim
+        )
+        # Every token sees itself, so that no row is all hidden.
+        w_ABHNS = jax.nn.softmax(jnp.where(seen, s_ABHNS, -jnp.inf)).astype(v_ABGNV.dtype)
+        y_ABNHV = jnp.swapaxes(jnp.einsum("ABHNS,ABHSV->ABHNV", w_ABHNS, v_ABGNV), 2, 3)
+        taps["mixed"] = y_ABNHV
+        out = Linear((h, value_dim), (cfg.d_model,), cfg.attn_bias, name="out")
+        return Scaled.of(cfg, cfg.attn_width)(out, y_ABNHV), own, taps
+
+    def _turned(self, x_ABHNK, places, sign: int):
+        """The first half of each head, turned; the other half as it is."""
+        positions_N, center = places
+        half = self.cfg.qk_dim // 2
+        positions = positions_N.reshape(1, 1, 1, -1)
+        first = turned(x_ABHNK[..., :half], positions, center, sign, self.cfg.xpos)
+        return jnp.concatenate([first, x_ABHNK[..., half:]], axis=-1)
+
+
+class Layer(nn.Module):
+    """x [B, V, S, D] through attention, over time or over variates, and feed-forward.
+
+    Returns: x, the named steps, and the keys and values of attention over time (else None).
+    """
+
+    cfg: Toto2Config
+    layer: int
+
+    @nn.compact
+    def __call__(self, x_BVSD, seen_BVSS, seen_BSVV, places, cache: Cache | None):
+        cfg, i, umup = self.cfg, self.layer, self.cfg.gradient == "umup"
+        kind, taps, own = cfg.kinds[i], {}, None
+
+        tau = self._tau("attn")
+        norm = Norm(cfg.norm_eps, cfg.norm_weight, umup, name="norm1")
+        y_BVSD = taps["norm1"] = norm(entering(x_BVSD, tau, umup))
+        attention = Attention(cfg, i, name=kind)
+        if kind == "time":
+            y_BVSD, own, inner = attention(y_BVSD, seen_BVSS, places, cache)
+        else:
+            y_BSVD, _, inner = attention(jnp.swapaxes(y_BVSD, 1, 2), seen_BSVV, None, None)
+            y_BVSD = jnp.swapaxes(y_BSVD, 1, 2)
+        taps |= inner | {"attn": y_BVSD}
+        x_BVSD = taps["after_attn"] = leaving(x_BVSD, y_BVSD, tau, umup)
+
+        tau = self._tau("mlp")
+        norm = Norm(cfg.norm_eps, cfg.norm_weight, umup, name="norm2")
+        y_BVSD = taps["norm2"] = norm(entering(x_BVSD, tau, umup))
+        into, hidden = (cfg.d_model,), (cfg.ffn_dims[i],)
+        scaled = Scaled.of(cfg, cfg.d_model, 2 * cfg.ffn_width)
+        taps["up"] = scaled(Linear(into, hidden, cfg.mlp_bias, name="up"), y_BVSD)
+        taps["gate"] = scaled(Linear(into, hidden, cfg.mlp_bias, name="gate"), y_BVSD)
+        taps["gated"] = taps["up"] * nn.silu(taps["gate"])
+        scaled = Scaled.of(cfg, cfg.ffn_width, cfg.d_model)
+        y_BVSD = taps["down"] = scaled(
+            Linear(hidden, into, cfg.mlp_bias, name="down"), taps["gated"]
+        )
+        return leaving(x_BVSD, y_BVSD, tau, umup), taps, own
+
+    def _tau(self, branch: Literal["attn", "mlp"]) -> jax.Array:
+        init = nn.initializers.constant(self.cfg.tau(self.layer, branch))
+        return self.param(f"{branch}_tau", init, ())
+
+
+class Toto2Net(nn.Module):
+    """Tokens [B, V, S, 2P] -> quantiles [B, V, n, P, Q] of the patch after each, in arcsinh units.
+
+    seen_BVSS: which tokens see each other in time, [B, V, S, S] or, with caches, [B, V, S, M + S].
+    seen_BSVV: which variates see each other at each patch.
+    places: positions [S] and the center of xPos.
+    caches: of each layer, with M keys; None for layers over variates.
+    only: the tokens whose quantiles are asked for, all by default.
+    lean: for a forecast, without the steps inside the layers.
+    Returns: quantiles, caches of these tokens by layer (none of a lean pass without caches), and
+      the named steps.
+    """
+
+    cfg: Toto2Config
+
+    @nn.compact
+    def __call__(
+        self,
+        p_BVSI,
+        seen_BVSS,
+        seen_BSVV,
+        places,
+        caches: Sequence[Cache | None] | None = None,
+        only: slice = slice(None),
+        lean: bool = False,
+    ):
+        cfg, depth, taps, kept = self.cfg, len(self.cfg.kinds), {"patches": p_BVSI}, []
+        embed = Residual(cfg, 2 * cfg.patch_len, cfg.d_model, readout=False, name="embed")
+        x_BVSD, inner = embed(p_BVSI)
+        taps |= {f"embed/{name}": value for name, value in inner.items()} | {"embed": x_BVSD}
+        seen = seen_BVSS[:, :, None], seen_BSVV[:, :, None]
+        looped = loops(self, lean, False) and caches is None
+        if looped:
+
+            def layer(i, params, x_BVSD):
+                own = Layer(cfg, i, parent=None)
+                return own.apply({"params": params}, x_BVSD, *seen, places, None)[0]
+
+            widths = (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dims, cfg.kinds, cfg.value_dims)
+            runs = equal_runs(depth, *widths)
+            x_BVSD = through_layers(layer, self.variables["params"], x_BVSD, runs)
+        for i in range(0 if looped else depth):
+            cache = None if caches is None else caches[i]
+            x_BVSD, inner, own = Layer(cfg, i, name=f"layer_{i}")(x_BVSD, *seen, places, cache)
+            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
+                f"layer_{i}": x_BVSD
+            }
+            kept.append(own)
+        norm = Norm(cfg.norm_eps, cfg.norm_weight, cfg.gradient == "umup", name="norm")
+        x_BVSD = taps["norm"] = norm(x_BVSD)
+        outputs = cfg.patch_len * len(LEVELS)
+        head = Residual(cfg, cfg.d_model, outputs, readout=True, name="head")
+        y_BVSO, inner = head(x_BVSD[:, :, only])
+        taps |= {f"head/{name}": value for name, value in inner.items()} | {"head": y_BVSO}
+        shape = (*y_BVSO.shape[:3], cfg.patch_len, len(LEVELS))
+        return y_BVSO.astype(jnp.float32).reshape(shape), kept, taps
+
+
+@dataclasses.dataclass(frozen=True)
+class Toto2(Model):
+    """Toto 2.0 at one size. See the module docstring; `Model` documents the methods."""
+
+    config: Toto2Config
+
+    family = "toto_2"
+    covariates = frozenset({"past", "known"})
+    head = r"^head/"
+    fixed = r"_tau$"
+    unit_scaled = True
+    tasks = ("forecasting",)
+    licence = "Apache-2.0 (Datadog/Toto-2.0)"
+    shard_rules = (
+        (r"^embed/(hidden|residual)/kernel$", (None, "fsdp")),
+        (r"^embed/out/kernel$", ("tensor", "fsdp")),
+        (r"^head/hidden/kernel$", ("fsdp", "tensor")),
+        (r"^head/(out|residual)/kernel$", ("fsdp", None)),
+        (r"/(time|variate)/[qkv]/kernel$", ("fsdp", "tensor", None)),
+        (r"/(time|variate)/[qkv]/bias$", ("tensor", None)),
+        (r"/(time|variate)/out/kernel$", ("tensor", None, "fsdp")),
+        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
+        (r"/down/kernel$", ("tensor", "fsdp")),
+        (r"(/(scaling|scale|bias)|_tau)$", ()),
+    )
+    prunable = (
+        Group.heads(
+            r"layer_(\d+)/time",
+            shared=r"n_kv_heads.\1",
+            values=r"value_dims.\1",
+            beside=(r"kinds.\1",),
+        ),
+        Group.heads(
+            r"layer_(\d+)/variate",
+            shared=r"n_kv_heads.\1",
+            values=r"value_dims.\1",
+            beside=(r"kinds.\1",),
+            swapped=True,
+        ),
+        Group.units(r"layer_(\d+)"),
+    )
+
+    @property
+    def missing_in_front(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether steps in front of a series do not exist."""
+        return self.config.front == "missing"
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Toto2Config]:
+        return PRESETS
+
+    @classmethod
+    def config_from_dict(cls, fields: Mapping[str, Any]) -> Toto2Config:
+        return config_from_json(Toto2Config, fields)
+
+    @classmethod
+    def small(cls) -> Toto2Config:
+        # Norms with weights, biases everywhere and a larger share of the branches than the
+        # published have.
+        more = {"norm_weight": True, "mlp_bias": True, "residual_mult": 2.0, "residual_ratio": 2.0}
+        return Toto2Config.of(8, 16, 2, 2, 24, window=56, span=2, **more)
+
+    @property
+    def variates(self) -> Literal["independent", "joint"]:
+        return "joint"
+
+    @property
+    def context_len(self) -> int:
+        """What is left of the window beside a forecast of `horizon`; nearer ones read more."""
+        cfg = self.config
+        return max(cfg.patch_len, cfg.window - (cfg.span - 1) * cfg.patch_len)
+
+    @property
+    def horizon(self) -> int:
+        """The longest stretch that training hides. One pass reaches any horizon, beyond this one
+        without practice.
+        """
+        return self.config.span * self.config.patch_len
+
+    @property
+    def eval_batch(self) -> int:
+        """Windows of ten variates whose activations fit."""
+        cfg = self.config
+        tokens = cfg.window // cfg.patch_len + cfg.span
+        wide = max(*cfg.ffn_dims, *(h * tokens for h in cfg.n_heads), 4 * cfg.d_model)
+        return 1 << max(int(math.log2(MEMORY / (40 * tokens * wide))), 0)
+
+    def init(self, key: jax.Array) -> Tree:
+        """Draw N(0, 1) for weight matrices; see the module docstring for what that means."""
+        cfg = self.config
+        patch = jax.ShapeDtypeStruct((1, 1, 1, 2 * cfg.patch_len), jnp.float32)
+        seen = jax.ShapeDtypeStruct((1, 1, 1, 1), bool)
+        places = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        shapes = jax.eval_shape(Toto2Net(cfg).init, key, patch, seen, seen, places)["params"]
+
+        def rule(path, shape):
+            if path.endswith("_tau"):
+                layer, _, name = path.partition("/")
+                branch = "attn" if name == "attn_tau" else "mlp"
+                return Constant(cfg.tau(int(layer.removeprefix("layer_")), branch))
+            if path.endswith("/kernel"):
+                return Normal(1.0)
+            return Constant(1.0 if path.endswith("/scale") else 0.0)
+
+        return draw(key, shapes, rule)
+
+    def recipe(self) -> Recipe:
+        source = (
+            "none is published for fine-tuning: a tenth of the paper's AdamW rate (0.012, arXiv "
+            "2605.20119), divided by sqrt(inputs) of the layers as u-muP has it; the paper's clip "
+            "of 7"
+        )
+        rate = 0.1 * 0.012 / math.sqrt(self.config.d_model)
+        context, horizon = min(self.context_len, 2048), min(self.horizon, 96)
+        return Recipe(rate, 32, 1, "cosine", context, horizon, "own", source, clip=7.0)
+
+    # --- one pass over patches
+
+    def apply(
+        self,
+        params: Tree,
+        x_BVT: jax.Array,
+        observed_BVT: jax.Array | None = None,
+        *,
+        shown_BVT: jax.Array | None = None,
+        ids_BV: jax.Array | None = None,
+        min_observed: int = 0,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Quantiles [B, V, S, P, Q] of the patch after each, in arcsinh units, unsorted; and the
+        named steps.
+
+        The quantiles after patch i are in the scale of patch i, `loc` and `scale` [B, V, S] of the
+        named steps.
+
+        Args:
+          x_BVT: whole patches; finite where not observed.
+          observed_BVT: booleans, all by default.
+          shown_BVT: False for what is hidden in training (contiguous patch masking); all True by
+            default.
+          ids_BV: the group of each variate; all of one by default.
+          min_observed: see `causal_scale`.
+        Raises: ValueError for T that is not whole patches.
+        """
+        b, v, _ = x_BVT.shape
+        observed = jnp.ones(x_BVT.shape, bool) if observed_BVT is None else observed_BVT
+        shown = jnp.ones(x_BVT.shape, bool) if shown_BVT is None else shown_BVT
+        ids = jnp.zeros((b, v), jnp.int32) if ids_BV is None else ids_BV.astype(jnp.int32)
+        x, observed, shown = (
+            self._patches(y) for y in (x_BVT.astype(jnp.float32), observed, shown)
+        )
+        tokens, loc, scale = self._tokens(x, observed & shown, min_observed)
+        there = observed.any(-1) | ~shown.all(-1)
+        groups_BVS = jnp.where(there, ids[..., None], NOWHERE)
+        y, _, taps = self._network(params, tokens, groups_BVS)
+        return y, taps | {"loc": loc, "scale": scale}
+
+    def _patches(self, x_BVT):
+        p = self.config.patch_len
+        if x_BVT.shape[-1] % p:
+            raise ValueError(
+                f"whole patches of {p} time steps are taken, got {x_BVT.shape[-1]} steps"
+            )
+        return x_BVT.reshape(*x_BVT.shape[:2], -1, p)
+
+    def _tokens(self, x_BVSP, visible_BVSP, min_observed: int):
+        """What stands in each token [B, V, S, 2P], and its scale [B, V, S] twice."""
+        loc, scale = causal_scale(x_BVSP, visible_BVSP, min_observed)
+        z_BVSP = jnp.arcsinh((x_BVSP - loc[..., None]) / scale[..., None])
+        z_BVSP = jnp.where(visible_BVSP, z_BVSP, 0.0)
+        return jnp.concatenate([z_BVSP, 1.0 - visible_BVSP], axis=-1), loc, scale
+
+    def _network(
+        self, params: Tree, tokens, groups_BVS, only: slice = slice(None), lean: bool = False
+    ):
+        """A pass without caches: tokens see those before them of their own group, and their group's
+        at their patch.
+        """
+        s = tokens.shape[2]
+        seen_BVSS = groups_BVS[..., :, None] == groups_BVS[..., None, :]
+        seen_BVSS = seen_BVSS & jnp.tril(jnp.ones((s, s), bool))[None, None]
+        places = np.arange(s), s // 2
+        net: Any = Toto2Net(self.config)  # Flax types what apply returns too widely
+        args = (tokens, seen_BVSS, _together(groups_BVS), places)
+        return net.apply({"params": params}, *args, only=only, lean=lean)
+
+    def sequence_loss(
+        self,
+        params: Tree,
+        x_BVT: jax.Array,
+        observed_BVT: jax.Array | None = None,
+        *,
+        shown_BVT: jax.Array | None = None,
+        ids_BV: jax.Array | None = None,
+        counts_BV: jax.Array | None = None,
+        min_observed: int = 0,
+        batch: Batch | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean pinball loss of every observed value behind the first patch, in arcsinh units, and
+        the named steps.
+
+        Each patch is predicted, in its scale, by the one before it, where anything of the series
+        was visible up to there. Arguments as of `apply`; counts_BV: weights of variates. batch:
+        with weights of rows.
+        Source: the paper's training loss; the package has none.
+        """
+        y, taps = self.apply(
+            params,
+            x_BVT,
+            observed_BVT,
+            shown_BVT=shown_BVT,
+            ids_BV=ids_BV,
+            min_observed=min_observed,
+        )
+        observed = jnp.ones(x_BVT.shape, bool) if observed_BVT is None else observed_BVT
+        visible = observed if shown_BVT is None else observed & shown_BVT
+        x, observed, visible = (
+            self._patches(a) for a in (x_BVT.astype(jnp.float32), observed, visible)
+        )
+        z = jnp.arcsinh(
+            (x[:, :, 1:] - taps["loc"][:, :, :-1, None]) / taps["scale"][:, :, :-1, None]
+        )
+        begun = jnp.cumsum(visible.any(-1), axis=-1)[:, :, :-1] > 0
+        weight = (observed[:, :, 1:] & begun[..., None]).astype(jnp.float32)
+        if counts_BV is not None:
+            weight = weight * counts_BV[..., None, None]
+        z = jnp.where(weight > 0, z, 0.0)
+        loss = mean_observed(_pinball(z, y[:, :, :-1]), weight, {} if batch is None else batch)
+        return loss, taps | {"quantiles": y, "target": z, "weight": weight}
+
+    # --- forecasts
+
+    def forecast(
+        self,
+        params: Tree,
+        x_BVT: jax.Array,
+        observed_BVT: jax.Array,
+        horizon: int,
+        *,
+        ids_BV: jax.Array | None = None,
+        known_BET: jax.Array | None = None,
+        known_observed_BET: jax.Array | None = None,
+        known_ids_BE: jax.Array | None = None,
+        block_len: int | None = None,
+        min_observed: int = 0,
+        cap: float = 0.0,
+        lean: bool = False,
+        taps: list[dict[str, jax.Array]] | None = None,
+    ) -> jax.Array:
+        """Quantiles [B, V, H, Q], in order and in the units of x, of the `horizon` steps after
+        whole patches.
+
+        Args:
+          x_BVT: whole patches, finite where not observed. observed_BVT: booleans. Of the last patch
+            everything should be observed: the original counts it so.
+          ids_BV: the group of each variate; all of one by default.
+          known_BET: further variates that are known up to the end of the horizon, [B, E, T + H],
+            with known_observed_BET, and their groups.
+          block_len: steps of one pass, whole patches; None is all. After each pass its medians are
+            part of the series, and the scale counts them. Keys and values of what came before are
+            kept as they were made.
+          min_observed: see `causal_scale`.
+          cap: how many deviations, of the end of the context, a quantile may lie outside the range
+            of the context.
+          lean: see `Toto2Net`.
+          taps: a list to which the steps of each pass are added; without a loop over blocks.
+        """
+        cfg, p = self.config, self.config.patch_len
+        b, v, t = x_BVT.shape
+        n, ahead = t // p, -(-horizon // p)
+        block = ahead if block_len is None else min(block_len // p, ahead)
+        rounds = -(-ahead // block)
+        ids = jnp.zeros((b, v), jnp.int32) if ids_BV is None else ids_BV.astype(jnp.int32)
+
+        # All that will ever be read: the context, the known future, and room for what is decoded.
+        more = ((0, 0), (0, 0), (0, rounds * block * p))
+        x, observed = jnp.pad(x_BVT.astype(jnp.float32), more), jnp.pad(observed_BVT, more)
+        if known_BET is not None:
+            e = known_BET.shape[1]
+            more = ((0, 0), (0, 0), (0, x.shape[-1] - known_BET.shape[-1]))
+            shown = known_observed_BET
+            if shown is None:
+                shown = jnp.ones(known_BET.shape, bool)
+            own = known_ids_BE
+            if own is None:
+                own = jnp.zeros((b, e), jnp.int32)
+            x = jnp.concatenate([x, jnp.pad(known_BET.astype(jnp.float32), more)], axis=1)
+            observed = jnp.concatenate([observed, jnp.pad(shown, more)], axis=1)
+            ids = jnp.concatenate([ids, own.astype(jnp.int32)], axis=1)
+        x_BVSP, seen_BVSP = self._patches(x), self._patches(observed)
+
+        # Patches of the future are of their group, and so is the last one of the context, whatever
+        # is known of them.
+        there_BVS = seen_BVSP.any(-1) | (np.arange(x_BVSP.shape[2]) >= n - 1)[None, None]
+        groups_BVS = jnp.where(there_BVS, ids[..., None], NOWHERE)
+
+        # The first pass: the context and the first block.
+        first = n + block
+        tokens, loc, scale = self._tokens(
+            x_BVSP[:, :, :first], seen_BVSP[:, :, :first], min_observed
+        )
+        low_BV, high_BV = _range(x_BVT, observed_BVT, cap * scale[:, :v, n - 1])
+
+        def real(y_BVNPQ, loc_BVS, scale_BVS, last):
+            """Quantiles of patches in the units of x, in order; scaled as patch `last` is."""
+            loc, scale = (
+                jax.lax.dynamic_slice_in_dim(a[:, :v], last, 1, axis=2)
+                for a in (loc_BVS, scale_BVS)
+            )
+            y = _unscaled(y_BVNPQ[:, :v], loc[..., None, None], scale[..., None, None])
+            if cap:
+                y = jnp.clip(y, low_BV[..., None, None, None], high_BV[..., None, None, None])
+            return jnp.sort(y, axis=-1)
+
+        only = slice(n - 1, first - 1)
+        y, own, steps = self._network(
+            params, tokens, groups_BVS[:, :, :first], only, lean and rounds == 1
+        )
+        found = real(y, loc, scale, n - 1)
+        if taps is not None:
+            taps.append(steps | {"groups": groups_BVS[:, :, :first]})
+        if rounds == 1:
+            return found.reshape(b, v, -1, len(LEVELS))[:, :, :horizon]
+
+        # Keys that are kept: of the context, and of blocks once they are decoded.
+        room = n + (rounds - 1) * block
+        caches = [None if each is None else _with_room(each, n, room) for each in own]
+        kept_BVM = jnp.pad(
+            there_BVS[:, :, :n], ((0, 0), (0, 0), (0, room - n)), constant_values=True
+        )
+        both = 2 * block
+        # The original takes the groups of later passes from the start of the context.
+        seen_BSVV = _together(groups_BVS[:, :, :both])
+        causal_SS = jnp.tril(jnp.ones((both, both), bool))
+        net: Any = Toto2Net(cfg)
+
+        def again(state, start):
+            """Commit the block at patch `start`, and decode the next."""
+            x_BVSP, seen_BVSP, caches, block_BVNPQ = state
+            x_BVSP = jax.lax.dynamic_update_slice(
+                x_BVSP, block_BVNPQ[..., MEDIAN], (0, 0, start, 0)
+            )
+            seen_BVSP = jax.lax.dynamic_update_slice(
+                seen_BVSP, jnp.ones(block_BVNPQ.shape[:-1], bool), (0, 0, start, 0)
+            )
+            tokens, loc, scale = self._tokens(x_BVSP, seen_BVSP, min_observed)
+            tokens = jax.lax.dynamic_slice_in_dim(tokens, start, both, axis=2)
+            # What is committed counts as observed, also holes of known covariates.
+            committed = ((np.arange(both) < block)[:, None] & (np.arange(2 * p) >= p)[None])[
+                None, None
+            ]
+            tokens = jnp.where(committed, 0.0, tokens)
+            before_M = jnp.arange(room) < start
+            seen_BVSM = (kept_BVM & before_M[None, None])[:, :, None]
+            seen_BVSM = jnp.broadcast_to(seen_BVSM, (*kept_BVM.shape[:2], both, room))
+            seen_BVSS = jnp.broadcast_to(causal_SS[None, None], (*kept_BVM.shape[:2], both, both))
+            seen = jnp.concatenate([seen_BVSM, seen_BVSS], axis=-1)
+            # xPos has its center in the middle of all positions of a pass, of which the last may
+            # have fewer.
+            end = jnp.minimum(start + both, n + ahead)
+            places = start + jnp.arange(both), end // 2
+            only = slice(block - 1, both - 1)
+            args = (tokens, seen, seen_BSVV, places, caches)
+            y, own, steps = net.apply({"params": params}, *args, only=only)
+            caches = [
+                None if old is None or new is None else _written(old, new, block, start)
+                for old, new in zip(caches, own, strict=True)
+            ]
+            block_BVNPQ = real(y, loc, scale, start + block - 1)
+            return (x_BVSP, seen_BVSP, caches, block_BVNPQ), (block_BVNPQ, steps)
+
+        state, later = (x_BVSP, seen_BVSP, caches, found), []
+        starts = n + block * np.arange(rounds - 1)
+        if taps is not None:
+            for start in starts:
+                state, (more_BVNPQ, steps) = again(state, start)
+                later.append(more_BVNPQ)
+                taps.append(steps | {"groups": groups_BVS[:, :, :both]})
+            later = jnp.stack(later)
+        else:
+            _, later = jax.lax.scan(
+                lambda state, start: _first_of(again(state, start)), state, starts
+            )
+        later = jnp.moveaxis(later, 0, 2).reshape(b, v, -1, len(LEVELS))
+        return jnp.concatenate([found.reshape(b, v, -1, len(LEVELS)), later], axis=2)[
+            :, :, :horizon
+        ]
+
+    # --- series with missing values
+
+    def prepare(self, context: jax.Array, horizon: int) -> tuple[jax.Array, jax.Array]:
+        """The newest whole patches [B, V, T'] of a context with NaN: without NaN, and which steps
+        are observed.
+
+        As the original's GluonTS wrapper does it: the context and all forecast patches but one are
+        `window` long at most; missing values are filled (`fill`) and count as missing, but for
+        those of the last patch. There, what lies in front of the first value is missing, unless
+        `front` says otherwise.
+        """
+        cfg, p = self.config, self.config.patch_len
+        x = jnp.asarray(context, jnp.float32)
+        observed = ~jnp.isnan(x)
+        begun = jnp.cumsum(observed, axis=-1) > 0
+        if cfg.fill == "last":
+            filled = fill_missing(x)
+        elif cfg.fill == "linear":
+            filled, _ = interpolate_missing(x)
+        else:
+            filled = jnp.nan_to_num(x)
+        filled = jnp.where(begun, filled, 0.0)
+        rest = cfg.window - (-(-horizon // p) - 1) * p
+        length = max(p, rest // p * p)
+        pad = ((0, 0), (0, 0), (-x.shape[-1] % p, 0))
+        filled, observed, begun = (
+            jnp.pad(y, pad)[..., -length:] for y in (filled, observed, begun)
+        )
+        last = (np.arange(filled.shape[-1]) >= filled.shape[-1] - p)[None, None]
+        forced = begun if cfg.front == "missing" else jnp.ones_like(begun)
+        return filled, observed | (last & forced)
+
+    def _known(
+        self, known: jax.Array, t: int, length: int, steps: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Covariates that are known ahead, with `length` steps of past: values and which of them
+        are known.
+        """
+        known = jnp.asarray(known, jnp.float32)
+        known = known[..., max(t - length, 0) : t + steps]
+        front = length + steps - known.shape[-1]
+        known = jnp.pad(known, ((0, 0), (0, 0), (max(front, 0), 0)), constant_values=jnp.nan)
+        return jnp.nan_to_num(known), ~jnp.isnan(known)
+
+    def _rolled(self, params: Tree, context, horizon: int, past, known, lean: bool) -> jax.Array:
+        """Quantiles [B, C, H, Q] after a context with missing values, by the options of the
+        config.
+        """
+        cfg, c = self.config, context.shape[1]
+        members = context
+        if past is not None:
+            members = jnp.concatenate([context, jnp.asarray(past, jnp.float32)], axis=1)
+        x, observed = self.prepare(members, horizon)
+        more = {}
+        if known is not None:
+            t, length = context.shape[-1], x.shape[-1]
+            more["known_BET"], more["known_observed_BET"] = self._known(known, t, length, horizon)
+        y_BVHQ = self.forecast(
+            params,
+            x,
+            observed,
+            horizon,
+            block_len=cfg.block_len,
+            min_observed=cfg.min_observed,
+            cap=cfg.cap,
+            lean=lean,
+            **more,
+        )
+        return y_BVHQ[:, :c]
+
+    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+        """All variates of a row see each other. Point: the median. See `prepare` for missing
+        values.
+        """
+        return self.predict_with(params, context, horizon)
+
+    def predict_with(
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        *,
+        past: jax.Array | None = None,
+        known: jax.Array | None = None,
+        key=None,
+    ) -> Forecast:
+        """The covariates are further variates of each row, behind the targets, as in the original.
+
+        A patch is forecast by the token before it: what is known of the future helps from its next
+        patch on.
+        """
+        check_context(context, horizon)
+        x = jnp.asarray(context, jnp.float32)
+        y_BCHQ = self._rolled(params, x, horizon, past, known, lean=True)
+        return Forecast(y_BCHQ[..., MEDIAN], y_BCHQ, levels=LEVELS)
+
+    # --- training
+
+    def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """`sequence_loss` of context and target, of which the target is hidden as in a forecast.
+
+        So every patch of the context is predicted from those before it, and the target from the
+        context alone. Training hides random stretches of up to `span` patches; here it is the one
+        that is to be forecast. Covariates of the batch are further variates, which are not
+        predicted.
+        """
+        cfg, (_, c, t) = self.config, batch["context"].shape
+        steps = batch["target"].shape[-1]
+        ahead = -(-steps // cfg.patch_len) * cfg.patch_len
+        members = [batch["context"].astype(jnp.float32)]
+        if "past" in batch:
+            members.append(batch["past"].astype(jnp.float32))
+        x, observed = self.prepare(jnp.concatenate(members, axis=1), steps)
+        length, v = x.shape[-1], x.shape[1]
+
+        target = batch["target"].astype(jnp.float32)
+        target = jnp.pad(target, ((0, 0), (0, v - c), (0, ahead - steps)), constant_values=jnp.nan)
+        x = jnp.concatenate([x, jnp.nan_to_num(target)], axis=-1)
+        observed = jnp.concatenate([observed, ~jnp.isnan(target)], axis=-1)
+        shown = jnp.broadcast_to((np.arange(length + ahead) < length)[None, None], x.shape)
+        if "known" in batch:
+            known, there = self._known(batch["known"], t, length, steps)
+            more = ((0, 0), (0, 0), (0, ahead - steps))
+            known, there = jnp.pad(known, more), jnp.pad(there, more)
+            x, observed = (
+                jnp.concatenate([x, known], axis=1),
+                jnp.concatenate([observed, there], axis=1),
+            )
+            shown = jnp.concatenate([shown, jnp.ones(known.shape, bool)], axis=1)
+        counts = jnp.broadcast_to((np.arange(x.shape[1]) < c).astype(np.float32)[None], x.shape[:2])
+        loss, _ = self.sequence_loss(
+            params,
+            x,
+            observed,
+            shown_BVT=shown,
+            counts_BV=counts,
+            min_observed=cfg.min_observed,
+            batch=batch,
+        )
+        return loss
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the median over the observed targets."""
+        context, steps = batch["context"].astype(jnp.float32), batch["target"].shape[-1]
+        y_BCHQ = self._rolled(
+            params, context, steps, batch.get("past"), batch.get("known"), lean=False
+        )
+        return mse_observed(y_BCHQ[..., MEDIAN], batch["target"], batch)
+
+
+def _first_of(step: Any) -> Any:
+    """What a scan carries and gives, without the named steps."""
+    state, (found, _) = step
+    return state, found
+
+
+def _together(groups_BVS: jax.Array) -> jax.Array:
+    """Which variates are of one group at each patch [B, S, V, V]."""
+    groups_BSV = jnp.swapaxes(groups_BVS, 1, 2)
+    return groups_BSV[..., :, None] == groups_BSV[..., None, :]
+
+
+def _pinball(z_BVSP: jax.Array, y_BVSPQ: jax.Array) -> jax.Array:
+    """Mean over the levels [B, V, S, P]."""
+    level_Q = jnp.asarray(LEVELS, jnp.float32).reshape(1, 1, 1, 1, -1)
+    error = z_BVSP[..., None] - y_BVSPQ
+    return jnp.maximum(level_Q * error, (level_Q - 1) * error).mean(-1)
+
+
+def _unscaled(y_BVNPQ: jax.Array, loc: jax.Array, scale: jax.Array) -> jax.Array:
+    """arcsinh units -> those of the series; what overflows is the nearest that did not, of the
+    patch and level.
+    """
+    x = jnp.sinh(y_BVNPQ) * scale + loc
+    fits = jnp.isfinite(x)
+    # The inner `where` keeps the overflow out of the gradient.
+    x = jnp.where(fits, jnp.sinh(jnp.where(fits, y_BVNPQ, 0.0)) * scale + loc, 0.0)
+    most = jnp.where(fits, x, -jnp.inf).max(-2, keepdims=True)
+    least = jnp.where(fits, x, jnp.inf).min(-2, keepdims=True)
+    bound = jnp.where(y_BVNPQ > 0, most, least)
+    bound = jnp.where(jnp.isfinite(bound), bound, loc)
+    return jnp.where(fits, x, bound)
+
+
+def _range(
+    x_BVT: jax.Array, observed_BVT: jax.Array, margin_BV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The least and the largest value that a forecast may have; around 0 where nothing is
+    observed.
+    """
+    there_BV = observed_BVT.any(-1)
+    low_BV = jnp.where(observed_BVT, x_BVT, jnp.inf).min(-1)
+    high_BV = jnp.where(observed_BVT, x_BVT, -jnp.inf).max(-1)
+    low_BV, high_BV = jnp.where(there_BV, low_BV, 0.0), jnp.where(there_BV, high_BV, 0.0)
+    return low_BV - margin_BV, high_BV + margin_BV
+
+
+def _with_room(cache: Cache, n: int, room: int) -> Cache:
+    """The first n keys and values, with room for more."""
+    more = ((0, 0), (0, 0), (0, 0), (0, room - n), (0, 0))
+    keys, values = (jnp.pad(y[:, :, :, :n], more) for y in cache)
+    return keys, values
+
+
+def _written(cache: Cache, own: Cache, block: int, start) -> Cache:
+    """The cache with the keys and values of the first `block` tokens at `start`."""
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(
+            old, new[:, :, :, :block].astype(old.dtype), start, axis=3
+        )
+        for old, new in zip(cache, own, strict=True)
+    )
+    return keys, values
