@@ -21,6 +21,7 @@ and, where there is something to say:
     SUFFIXES                           file suffix -> container of an export (state_dict,
                                        safetensors, lightning)
     BESIDE                             other JSON files of the original ("generation_config.json")
+    BESIDE_YAML                        YAML file that older checkpoints have in place of config.json
 A family whose checkpoints come under two sets of keys (its own, and those of the transformers
 library) says in `Layout.table` which one it found; `keys`, `published` and `buffers` then take that
 name as a second argument:
@@ -43,7 +44,7 @@ import numpy as np
 from converters import originals, tables
 from converters.fields import uneven_layers
 from converters.layout import Layout
-from converters.originals import Original, converter, read_json
+from converters.originals import Original, converter, read_json, read_yaml
 from converters.pickles import CheckpointError, Placeholder, shortened
 from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import hub, storage, trees
@@ -79,8 +80,8 @@ def import_checkpoint(
         files are fetched.
       dst: model folder to write, whole or not at all; None writes nothing.
       config: the original's hyper-parameters under their published names, or the path of such a
-        JSON file. By default config.json beside the file, then `hyper_parameters` in the file, then
-        what the shapes say.
+        JSON or YAML file. By default config.json beside the file, then `hyper_parameters` in the
+        file, then what the shapes say.
       allow_cast: round float64 and integer tensors to float32 instead of refusing them.
       overwrite: replace a folder at `dst`.
       accept_license: accept the licence of weights from the hub that forbids commercial use, see
@@ -102,7 +103,9 @@ def import_checkpoint(
     stripped, copies, problems = layout.strip(original.state)
     if missing := uneven_layers(stripped):
         raise CheckpointError(f"{original.path}: {missing}. Save the model's state_dict() again.")
-    published = _published(original, config, getattr(family, "BESIDE", ()))
+    published = _published(
+        original, config, getattr(family, "BESIDE", ()), getattr(family, "BESIDE_YAML", None)
+    )
     model, notes = _model(family, stripped, published, original.path)
     model_config = model.config
     what = f"{original.path}: {model.family} {shortened(str(model_config), 250)}"
@@ -538,11 +541,20 @@ def _is_plain(value: object) -> bool:
 
 
 def _published(
-    original: Original, config: str | Path | Mapping[str, Any] | None, others: tuple[str, ...]
+    original: Original,
+    config: str | Path | Mapping[str, Any] | None,
+    others: tuple[str, ...],
+    older: str | None,
 ) -> Mapping[str, Any] | None:
+    """The original's hyper-parameters: as given, from files beside the checkpoint, or within it.
+
+    others, older: `BESIDE` and `BESIDE_YAML` of the family.
+    """
     if isinstance(config, Mapping):
         return config
     beside = original.path.with_name("config.json")
+    if older and not beside.exists() and original.path.with_name(older).exists():
+        beside = original.path.with_name(older)
     if config is not None or beside.exists():
         main = storage.user_path(config) if config is not None else beside
         found = _object(main)
@@ -561,9 +573,9 @@ def _published(
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
+    found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{path}: a JSON object of hyper-parameters was expected. Mend or move it."
+            f"{path}: an object of hyper-parameters was expected. Mend or move it."
         )
     return found

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from converters import tables, wrappers
 from converters.layout import Layout
 from converters.pickles import CheckpointError, Placeholder, quoted, shortened
@@ -16,6 +18,8 @@ from ltsm_jax import hub
 from ltsm_jax.models import FAMILIES, folders
 
 MAX_JSON = 4 << 20  # bytes; the index of 2,600 tensors has 0.3 MB
+MAX_YAML = 32 << 10  # bytes; a config has some 3 KB
+_MAX_OPENED = 500  # brackets in it: PyYAML takes minutes for thousands that are never closed
 # What a file is called whose state dict stands under these keys; elsewhere: "nested".
 _CONTAINERS = {(): "state_dict", ("state_dict",): "lightning", ("student",): "student"}
 
@@ -241,6 +245,33 @@ def _by_first_part(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if dot:
             pieces.setdefault(first, {})[rest] = value
     return pieces
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain values, such as an original's config before it was JSON.
+
+    Raises: CheckpointError where it is none, has more bytes than a config, refers to parts of
+      itself (a few lines that do so are gigabytes), or asks for objects of a program.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_YAML + 1)
+        if len(text) > MAX_YAML:
+            raise ValueError(f"more than {MAX_YAML >> 10} KB, which no config needs")
+        if text.count(b"[") + text.count(b"{") > _MAX_OPENED:
+            raise ValueError(
+                f"more than {_MAX_OPENED} lists and objects in brackets, which no config needs"
+            )
+        if any(
+            isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)
+        ):
+            raise ValueError("it refers to parts of itself; write them out")
+        return yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        said = shortened(" ".join(str(e).split()), 300)
+        raise CheckpointError(
+            f"{path}: not readable YAML ({said}). Mend it or move it away."
+        ) from None
 
 
 def read_json(path: Path) -> Any:

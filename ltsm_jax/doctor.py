@@ -55,6 +55,7 @@ PACKAGES = (
     "pyarrow",
     "safetensors",
     "huggingface_hub",
+    "pyyaml",
 )
 OPTIONAL = ("matplotlib", "openpyxl", "polars", "statsforecast")
 CACHES = ("data", "models", "compiled")

@@ -92,8 +92,9 @@ def measure(
     of every window.
 
     The tokens are those of the training loss, without dropout; padding that a family adds counts
-    like the rest. Units inside experts are not measured. Where the parameters lie over a mesh, its
-    devices share the windows of every batch that they divide; of several hosts all call.
+    like the rest. Units inside experts are not measured, and modules that no token reaches are
+    left out. Where the parameters lie over a mesh, its devices share the windows of every batch
+    that they divide; of several hosts all call.
 
     Args:
       parts: windows, such as `tasks.forecasting.training_windows(...)` and `splits.val`.
@@ -120,6 +121,8 @@ def measure(
             hosts.pause()
     heads, units, tokens = {}, {}, {}
     for path, group in _groups(model, params):
+        if path not in total:
+            continue
         mean = {name: value / total[path]["tokens"] for name, value in total[path].items()}
         tokens[path], linear = int(total[path]["tokens"]), f"{path}/{group.takes[0]}"
         if group.kind == "heads":
@@ -168,6 +171,8 @@ def _sums(
     flat, found = trees.flatten(params), {}
     for path, group in groups:
         calls = [args[0] for args in seen[inside[path]]]
+        if not calls:  # such as an exchange between variates where there is but one
+            continue
         if group.kind == "heads":
             kernel, bias = (flat.get(f"{inside[path]}/{name}") for name in ("kernel", "bias"))
             streams = [_stream(args[0], group.swapped) for args in seen[layers[path]]]

@@ -11,6 +11,7 @@ What is dead is a union over partners, as in section "Structured pruning" of "Le
 | channel of queries and keys | masked in the output of q or of k | likewise; not if normalised |
 | rotary pair | both members masked in q, or both in k | likewise; each head keeps its own pairs |
 | head | all its value channels are dead | all; heads that share a key head together |
+| head whose values are normalised | masked in all its inputs of `out` | all |
 | unit of an expert | as a feed-forward unit | down to the widest expert |
 
 A feed-forward unit that is masked at its output is dead because act(0) = 0.
@@ -144,7 +145,12 @@ def _keep_heads(
 
     # Values: a channel lives where neither v nor the output projection masks it. With G key heads
     # for H query heads, a value channel lives while any of the H/G heads that share it uses it.
-    v_GV: Any = mask(f"{group.makes[-1]}/out", widths[-1])
+    # Behind a norm that mixes the channels of a head, those that v lacks are not 0.
+    v_GV: Any = (
+        np.ones(widths[-1], np.float32)
+        if group.normed
+        else mask(f"{group.makes[-1]}/out", widths[-1])
+    )
     v_GV = v_GV.reshape(-1, *v_GV.shape[-2:])[-1]  # of a fused linear the last part is v
     o_HV = mask(f"{group.takes[0]}/in", flat[f"{out}/kernel"].shape[:2])
     h, g = len(o_HV), len(v_GV)

@@ -19,6 +19,7 @@ from ltsm_jax.models.timer_xl import TimerXL
 from ltsm_jax.models.timesfm_1 import TimesFM1
 from ltsm_jax.models.timesfm_2p5 import TimesFM2p5
 from ltsm_jax.models.timesfm_3 import TimesFM3
+from ltsm_jax.models.tirex_2 import TiRex2
 from ltsm_jax.models.toto_2 import Toto2
 from ltsm_jax.models.ttm import TTM
 from ltsm_jax.models.ttm_r3 import TTMR3
@@ -46,6 +47,7 @@ FAMILIES: dict[str, type[Model]] = {
         Units,
         Sundial,
         Toto2,
+        TiRex2,
     )
 }
 

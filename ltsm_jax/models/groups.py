@@ -37,6 +37,9 @@ class Group:
       keys.
     table: leaf with a column per id on its last axis, as far as the largest id that any layer has
       left.
+    normed: what a head gives is normalised before `takes`, so that a channel that the values lack
+      is not 0 there: a head is dead where `takes` masks all of its channels, and nothing else
+      tells. Without `values`.
     swapped: the module gets the tokens [..., M, S, D] of the layer around it with M and S
       exchanged.
     beside: further entries that a layer has, such as its kind; they go where the layer goes.
@@ -56,6 +59,7 @@ class Group:
     scores: str | None = None
     pairs: str | None = None
     table: str | None = None
+    normed: bool = False
     swapped: bool = False
     beside: tuple[str, ...] = ()
 

@@ -143,6 +143,18 @@ def test_every_family_is_measured_where_it_can_be_pruned(family):
             assert s["active"].shape == flat[f"{path}/down/kernel"].shape[:1]
 
 
+def test_modules_that_no_token_reaches_are_left_out():
+    """With one variate there is no exchange between variates."""
+    model = FAMILIES["tirex_2"](FAMILIES["tirex_2"].small())
+    params = model.init(jax.random.key(0))
+    length = model.context_len + model.horizon
+    values = np.sin(np.arange(length + 3))[None]
+    windows = windows_between(values, 0, length + 3, model.context_len, model.horizon, joint=True)
+    found = redundancy.measure(model, params, windows, show_progress=False)
+    assert set(found.heads) == {"layer_0/mlstm"}
+    assert set(found.units) == {"layer_0", "layer_1"}
+
+
 def mask(*zeros, of):
     found = np.ones(of, np.float32)
     for at in zeros:
