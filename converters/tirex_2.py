@@ -215,7 +215,7 @@ def _of_a_preset(sizes: tuple[Any, ...], state: Mapping[str, Any], where: str):
         ]
     raise CheckpointError(
         f"{where}: the weights don't say all sizes (heads, context length, quantiles), and these "
-        f"are no published model's. Put the original's config.json (or {BESIDE_YAML}) beside the file."
+        f"are no published model's. Put the original's config.json (or {BESIDE_YAML}) beside it."
     )
 
 

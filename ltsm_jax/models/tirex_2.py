@@ -1063,7 +1063,7 @@ class TiRex2(Model):
         # No code for training is public.
         source = (
             "ours: nothing is published about fine-tuning TiRex-2; a rate and a batch as those of "
-            "Chronos-Bolt, which has the same loss and about the same size"
+            "Chronos-Bolt, which has the same loss and about the same size; gradients clipped at 1"
         )
         context, horizon = min(self.context_len, 2048), min(self.horizon, 96)
         return Recipe(1e-5, 32, 1, "cosine", context, horizon, "own", source, clip=1.0)
