@@ -44,6 +44,16 @@ def timesfm_3(folder, context, horizon, freq):
         return model.decode(torch.tensor(context), horizon=horizon).sort(-1).values
 
 
+def tirex_2(folder, context, horizon, freq):
+    from tirex2 import load_model
+    from tirex2.model.types import TimeseriesType
+
+    model = load_model(folder, device="cpu")
+    series = [TimeseriesType(torch.tensor(one), None, None) for one in context]
+    found = model.predict(series, horizon)
+    return torch.stack([torch.as_tensor(one).swapaxes(1, 2) for one in found])
+
+
 def ttm(folder, context, horizon, freq):
     from tsfm_public.models.tinytimemixer import TinyTimeMixerForPrediction
 

@@ -26,6 +26,7 @@ CASES = {
     "chronos_2": "chronos_2",
     "chronos_t5": "chronos_t5",
     "timesfm_3": "timesfm_3",
+    "tirex_2": "tirex_2",
     "ttm": "ttm",
     "ttm_r2": "ttm",
 }
