@@ -135,6 +135,7 @@ LONGEST = (
     "models/test_toto_2.py",
     "methods/test_run.py",
     "models/test_hub.py",
+    "models/test_tirex_2.py",
     "models/test_moment.py",
     "methods/test_user_path.py",
 )
