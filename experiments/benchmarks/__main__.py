@@ -24,6 +24,7 @@ from experiments import flags, launch
 from experiments.benchmarks import (
     chronos_bolt,
     epoch,
+    families,
     first_forecast,
     landscape,
     loop,
@@ -35,7 +36,16 @@ from experiments.benchmarks import (
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (train_step, epoch, loop, first_forecast, landscape, chronos_bolt, timesfm_3)
+    for module in (
+        train_step,
+        epoch,
+        loop,
+        first_forecast,
+        families,
+        landscape,
+        chronos_bolt,
+        timesfm_3,
+    )
 }
 
 

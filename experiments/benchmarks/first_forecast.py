@@ -83,8 +83,8 @@ def one(name: str, batch: int) -> dict:
     }
 
 
-def smallest(family: str) -> str:
-    """The family's published preset with the fewest parameters."""
+def published(family: str) -> dict[str, int]:
+    """Parameters of the family's published presets that forecast, by name."""
     from ltsm_jax import trees
     from ltsm_jax.models import FAMILIES, folders
 
@@ -94,10 +94,15 @@ def smallest(family: str) -> str:
         for name, config in cls.presets().items()
         if name not in folders.shipped() and not OURS.fullmatch(name)
     }
-    forecasting = {
+    return {
         n: c for n, c in counts.items() if "imputation" not in n and "anomaly" not in n
     } or counts
-    return min(forecasting, key=forecasting.__getitem__)
+
+
+def smallest(family: str) -> str:
+    """The family's published preset with the fewest parameters."""
+    counts = published(family)
+    return min(counts, key=counts.__getitem__)
 
 
 def child(name: str, batch: int, cache: str) -> dict | str:

@@ -1,22 +1,26 @@
-"""Mixtures of experts: routing, and gated experts as stacked arrays in three forms that give the
+"""Mixtures of experts: routing, and gated experts as stacked arrays in four forms that give the
 same numbers.
 
-None of the forms has a capacity: every token reaches all experts it is routed to. Milliseconds on
-two cores of a CPU at the width of TimeMoE-50M (D 384, F 768, 8 experts, 2 per token), best of 3,
-measured interleaved on a machine that other work shared, by `experiments/benchmarks/experts.py`
-(grad: value and gradient of input and kernels):
+None of the forms has a capacity: every token reaches all experts it is routed to. Milliseconds of
+processor time on two cores of a CPU (AMD EPYC) at the width of TimeMoE-50M (D 384, F 768, 8
+experts, 2 per token), best of 4, measured interleaved on a machine that other work shared, by
+`python -m experiments.benchmarks.experts --tokens 64 512 4096 --repeat 4` (grad: value and gradient
+of input and kernels):
 
     tokens            64             512             4096
               forward   grad  forward   grad  forward    grad
-    dense        19.6   59.1     56.1  224.7    249.1   941.3
-    blocks       16.9  116.5     38.0  174.4    121.9   448.6
-    ragged       33.6  125.9    131.2  429.1    567.8  1684.8
+    dense         7.2   22.0     41.9  151.3    395.3  1257.4
+    blocks        5.3   47.3     24.1  111.5    146.3   514.4
+    turns         3.5   24.6     19.0  107.4    127.8   503.8
+    ragged       16.9   51.7     95.3  297.7    880.4  2620.9
 
-On a CPU XLA runs all experts of the ragged form, masked.
+The gradients of "turns" are of "dense" or "blocks". On a CPU XLA runs all experts of the ragged
+form, masked.
 """
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -31,9 +35,10 @@ from ltsm_jax.layers.linear import compute_dtype
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
 Activation = Callable[[jax.Array], jax.Array]
-Form = Literal["auto", "dense", "blocks", "ragged"]
+Form = Literal["auto", "dense", "blocks", "turns", "ragged"]
 
-BLOCK = 128  # rows of one product in "blocks"
+BLOCK = 128  # most rows of one product in "blocks"
+TURN = 8, 64  # least and most rows of one product in "turns"
 _PLATFORM: contextvars.ContextVar = contextvars.ContextVar("platform of the program", default=None)
 _MESH: contextvars.ContextVar = contextvars.ContextVar("mesh of the rows", default=None)
 
@@ -125,19 +130,25 @@ def mixture(
     "out": [E, F]}, "up":
     ..., "down": {"in": [E, F], "out": [E, D]}}; with them the form is "dense".
 
-    form: "auto" takes what was fastest where it was measured: on a CPU "blocks", or "dense" where
-    an expert has less than half a block of tokens on average; on accelerators, where it was not
-    measured, the operation that XLA has for it, "ragged".
+    form: "auto" takes what was fastest where it was measured: on a CPU "turns", whose derivatives
+    are those of "blocks", or of "dense" where an expert has less than half a block of tokens on
+    average; on a mesh these two themselves; on accelerators, where it was not measured, the
+    operation that XLA has for it, "ragged".
     """
     if masks is not None:
         return _dense(x_TD, kernels, weight_TK, chosen_TK, act, masks)
     mesh: Mesh | None = _MESH.get()
     parts = sharding.Placement(mesh).row_parts
     if form == "auto":
-        few = 2 * chosen_TK.size // parts < BLOCK * kernels[0].shape[0]
         accelerator = (_PLATFORM.get() or jax.default_backend()) != "cpu"
-        form = "ragged" if accelerator else "dense" if few else "blocks"
-    compute = {"dense": _dense, "blocks": _blocks, "ragged": _ragged}[form]
+        few = _few(chosen_TK.size // parts, kernels[0].shape[0])
+        if accelerator:
+            form = "ragged"
+        elif mesh is None:
+            form = "turns"
+        else:
+            form = "dense" if few else "blocks"
+    compute = {"dense": _dense, "blocks": _blocks, "turns": _turns, "ragged": _ragged}[form]
     if mesh is None or form == "dense" or x_TD.shape[0] % parts:  # nothing is sorted in "dense"
         return compute(x_TD, kernels, weight_TK, chosen_TK, act)
     units = "tensor" if kernels[0].shape[2] % mesh.shape["tensor"] == 0 else None
@@ -156,6 +167,11 @@ def mixture(
     specs = (rows, (into, into, out), rows, rows)
     spread = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     return spread(x_TD, kernels, weight_TK, chosen_TK)
+
+
+def _few(rows: int, n_experts: int) -> bool:
+    """Tell whether gradients of so few routed rows are fastest with every expert on every token."""
+    return 2 * rows < BLOCK * n_experts
 
 
 def _dense(
@@ -188,7 +204,8 @@ def _ragged(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> ja
     h_RF = act(jax.lax.ragged_dot(x_RD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(
         x_RD, up_EDF, sizes_E
     )
-    return _back(jax.lax.ragged_dot(h_RF, down_EFD, sizes_E), order_R, weight_TK)
+    y_RD = jax.lax.ragged_dot(h_RF, down_EFD, sizes_E)
+    return _weighed(y_RD, order_R, jnp.arange(order_R.size), weight_TK)
 
 
 def _blocks(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> jax.Array:
@@ -223,7 +240,55 @@ def _blocks(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> ja
         return (act(x_SD @ gate_DF) * (x_SD @ up_DF)) @ down_FD
 
     y_NSD = jax.lax.map(one, (x_NSD, expert_N))
-    return _back(y_NSD.reshape(n * block, d)[slot_R], order_R, weight_TK)
+    return _weighed(y_NSD.reshape(n * block, d), order_R, slot_R, weight_TK)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _turns(x_TD, kernels: Kernels, weight_TK, chosen_TK, act: Activation) -> jax.Array:
+    """Each expert on its own tokens: experts take their turn, each as often as its tokens need.
+
+    The kernels of an expert are read once, and no block is computed that holds no token. No
+    reverse-mode derivative goes through a loop whose number of rounds depends on values, so
+    derivatives are of another form.
+    """
+    e, r = kernels[0].shape[0], chosen_TK.size
+    share = max(r / e / 2, 1)  # experts have few tokens more often than many
+    block = min(max(1 << math.ceil(math.log2(share)), TURN[0]), TURN[1])
+
+    # Under vmap one after another: batched, a loop would copy all of its output in every round.
+    @jax.custom_batching.sequential_vmap
+    def compute(x_TD, kernels, weight_TK, chosen_TK):
+        order_R, sizes_E = _sorted(chosen_TK, e)
+        starts_E = jnp.cumsum(sizes_E) - sizes_E
+        x_RD = jnp.pad(x_TD[order_R // chosen_TK.shape[1]], ((0, block), (0, 0)))
+
+        def turn(y_RD, expert):
+            gate_DF, up_DF, down_FD, start, size = expert
+
+            def one(i, y_RD):
+                # The last block of an expert reaches into the rows of the next ones, which are
+                # written after it.
+                x_SD = jax.lax.dynamic_slice_in_dim(x_RD, start + i * block, block)
+                y_SD = (act(x_SD @ gate_DF) * (x_SD @ up_DF)) @ down_FD
+                return jax.lax.dynamic_update_slice_in_dim(y_RD, y_SD, start + i * block, 0)
+
+            return jax.lax.fori_loop(0, -(-size // block), one, y_RD), None
+
+        y_RD, _ = jax.lax.scan(turn, jnp.zeros_like(x_RD), (*kernels, starts_E, sizes_E))
+        return _weighed(y_RD, order_R, jnp.arange(r), weight_TK)
+
+    return compute(x_TD, kernels, weight_TK, chosen_TK)
+
+
+@_turns.defjvp
+def _turns_jvp(act, primals, tangents):
+    x_TD, kernels, weight_TK, chosen_TK = primals
+    form = _dense if _few(chosen_TK.size, kernels[0].shape[0]) else _blocks
+
+    def again(x_TD, kernels, weight_TK):
+        return form(x_TD, kernels, weight_TK, chosen_TK, act)
+
+    return jax.jvp(again, (x_TD, kernels, weight_TK), tangents[:-1])
 
 
 def _sorted(chosen_TK, e: int) -> tuple[jax.Array, jax.Array]:
@@ -232,8 +297,10 @@ def _sorted(chosen_TK, e: int) -> tuple[jax.Array, jax.Array]:
     return jnp.argsort(chosen_R, stable=True), jnp.bincount(chosen_R, length=e)
 
 
-def _back(y_RD, order_R, weight_TK) -> jax.Array:
-    """Sorted rows back to their tokens, weighed and summed."""
+def _weighed(y_SD, order_R, slot_R, weight_TK) -> jax.Array:
+    """Rows back to their tokens, weighed and summed. slot_R: where in y_SD the sorted rows lie."""
     t, k = weight_TK.shape
-    y_TKD = jnp.zeros_like(y_RD).at[order_R].set(y_RD).reshape(t, k, -1)
-    return (y_TKD * weight_TK[..., None].astype(y_RD.dtype)).sum(1)
+    # Places are put in order, not rows: rows would be written once more.
+    place_R = jnp.zeros_like(slot_R).at[order_R].set(slot_R)
+    y_TKD = y_SD[place_R].reshape(t, k, -1)
+    return (y_TKD * weight_TK[..., None].astype(y_SD.dtype)).sum(1)

@@ -107,6 +107,28 @@ def token_scale(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     return jax.lax.stop_gradient((loc_BN[..., None], scale_BN[..., None]))
 
 
+def series_scale(x_BCT: jax.Array, observed_BCT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Compute the mean and standard deviation [B, C] of each variate, as `token_scale` does."""
+    b, c, _ = x_BCT.shape
+    variate_BC = jnp.broadcast_to(jnp.arange(c)[None], (b, c))
+    same_BC = jnp.ones((b, c), jnp.int32)
+    # One token holds all of a variate: a scale is the same for tokens of any size.
+    whole = Tokens(x_BCT, observed_BCT, same_BC, same_BC, variate_BC, jnp.zeros((b, c), bool))
+    loc_BC1, scale_BC1 = token_scale(whole)
+    return loc_BC1[..., 0], scale_BC1[..., 0]
+
+
+def scale_of_variates(
+    tokens: Tokens, loc_BC: jax.Array, scale_BC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Give `token_scale` of rows of one sample each by the mean and deviation of each variate."""
+    padding_BN = tokens.sample_id == 0
+    loc_BN = jnp.take_along_axis(loc_BC, tokens.variate_id, axis=1)
+    scale_BN = jnp.take_along_axis(scale_BC, tokens.variate_id, axis=1)
+    loc_BN, scale_BN = jnp.where(padding_BN, 0.0, loc_BN), jnp.where(padding_BN, 1.0, scale_BN)
+    return loc_BN[..., None], scale_BN[..., None]
+
+
 def _patches(x_BCT: jax.Array, patch: int, left: bool, fill=0) -> jax.Array:
     """[B, C, N, patch], padded on one side."""
     missing = -x_BCT.shape[-1] % patch

@@ -252,7 +252,8 @@ class MoiraiNet(nn.Module):
 
     patch: the patch size of all tokens, or of each [B, N]. only: the tokens (first, last but one)
     whose distribution is asked for; None: all. lean: for a forecast, without the steps of the
-    layers. layout: of the scales, where there are several.
+    layers. layout: of the scales, where there are several. scale: mean and standard deviation
+    [B, C] of each variate, where they are known.
     """
 
     cfg: MoiraiConfig
@@ -266,12 +267,16 @@ class MoiraiNet(nn.Module):
         only: tuple[int, int] | None = None,
         lean: bool = False,
         layout: Layout | None = None,
+        scale: tuple[jax.Array, jax.Array] | None = None,
     ):
         cfg = self.cfg
         assert (layout is None) == (cfg.multiscale is None), "tokens of all scales, or of one"
-        loc_BN1, scale_BN1 = (
-            packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
-        )
+        if not cfg.scaling:
+            loc_BN1, scale_BN1 = packed.neutral_scale(tokens)
+        elif scale is None:
+            loc_BN1, scale_BN1 = packed.token_scale(tokens)
+        else:
+            loc_BN1, scale_BN1 = packed.scale_of_variates(tokens, *scale)
         taps = {"loc": loc_BN1, "scale": scale_BN1}
         scaled_BNP = (tokens.target - loc_BN1) / scale_BN1
         x_BND = taps["embed"] = SizedIn(cfg.patch_sizes, cfg.d_model, name="embed")(
@@ -428,17 +433,20 @@ class Moirai(Model):
         only=None,
         lean=False,
         layout=None,
+        scale=None,
     ) -> tuple[Mixture, dict]:
         """One forward pass: the distribution of every entry of the tokens [B, N, P] in their units,
         and named steps.
 
-        patch, only, lean, layout: see `MoiraiNet`.
+        patch, only, lean, layout, scale: see `MoiraiNet`.
         """
         cfg = self.config
         train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
         net: Any = MoiraiNet(cfg)  # Flax types what apply returns too widely
         rngs = {"dropout": key} if train else None
-        return net.apply({"params": params}, tokens, patch, train, only, lean, layout, rngs=rngs)
+        return net.apply(
+            {"params": params}, tokens, patch, train, only, lean, layout, scale, rngs=rngs
+        )
 
     def packed_loss(
         self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None
@@ -460,13 +468,14 @@ class Moirai(Model):
         train=False,
         future=None,
         lean=False,
+        scale=None,
         **covariates,
     ) -> Mixture | ScaleMixture:
         """Distribution [B, C, H] of the steps after `past`, in its units.
 
-        patch: one of `patch_sizes`. lean: for a forecast, see `layers.scan`. future, covariates:
-        `is_pad`, `known`, `past_known`, see `layers.packed.pack`; of several scales there is
-        `is_pad` alone.
+        patch: one of `patch_sizes`. lean: for a forecast, see `layers.scan`. scale: see
+        `MoiraiNet`, for models of one scale. future, covariates: `is_pad`, `known`, `past_known`,
+        see `layers.packed.pack`; of several scales there is `is_pad` alone.
         """
         if self.config.multiscale:
             parts = self.scaled_future(params, past, horizon, patch, key, train, lean, **covariates)
@@ -475,7 +484,7 @@ class Moirai(Model):
         width = max(self.config.patch_sizes)
         tokens = packed.pack(past, horizon, patch, width, future=future, **covariates)
         only = packed.future_tokens(c, t, horizon, patch)
-        y, _ = self.apply(params, tokens, patch, key, train, only, lean)
+        y, _ = self.apply(params, tokens, patch, key, train, only, lean, scale=scale)
         return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch), y)
 
     def scaled_future(
@@ -534,13 +543,18 @@ class Moirai(Model):
             )
 
         def after(window: tuple[jax.Array, ...], patch: int, steps: int) -> Mixture | ScaleMixture:
-            x, observed, pad = window
-            return self.future(params, (x, observed), steps, patch, is_pad=pad, lean=True)
+            x, observed, pad, *scale = window
+            return self.future(
+                params, (x, observed), steps, patch, lean=True, scale=scale or None, is_pad=pad
+            )
 
         stacked = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
         shorter, whole = window(0, t - held), window(first, t)
         if held == horizon:  # both passes of a size are one program, run twice
             both = stacked(shorter, whole)
+            # All patch sizes cut the same values, whose scale is computed once.
+            rows = (leaf.reshape(2 * b, *leaf.shape[2:]) for leaf in both[:2])
+            both = *both, *(leaf.reshape(2, b, -1) for leaf in packed.series_scale(*rows))
             found = [
                 jax.lax.map(functools.partial(after, patch=p, steps=horizon), both) for p in sizes
             ]

@@ -4,7 +4,8 @@ in every layer.
 Liu et al., "Moirai-MoE: Empowering Time Series Foundation Models with Sparse Mixture of Experts"
 (arXiv 2410.10469). Follows SalesforceAIResearch/uni2ts (commit 8d2a08d), model/moirai_moe. A
 token's output is the distribution of the NEXT patch of its variate; longer horizons are sampled
-patch by patch, each sample its own series, whose scale then counts what was generated.
+patch by patch, each sample its own series, whose scale then counts what was generated. So every
+step reads the whole context anew: see `MoiraiMoe.rollout`.
 
 The router has no weights: a token goes to the two experts whose centroids are FARTHEST from it,
 weighed by the softmax of the two distances. The paper says closest; the code, with which the
@@ -501,6 +502,13 @@ class MoiraiMoe(Model):
         draw: Callable,
     ) -> jax.Array:
         """Sample paths [n, B, C, steps * patch] after packed tokens.
+
+        Keys and values of the context are not kept from step to step, nor shared between samples.
+        Mean and scale of a variate count what was generated so far: each sample has its own, and
+        others after each step. They enter the context's tokens before a nonlinear layer and the
+        choice of experts, so all of these are other tokens. Only the first step, before anything is
+        generated, is one pass for all samples; of the last layer, each step computes the tokens
+        asked for.
 
         Args:
           last: places [C] of the last token of each variate's past. first: of the first one of its

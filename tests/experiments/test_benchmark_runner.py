@@ -130,6 +130,7 @@ def test_every_benchmark_says_its_name_and_cost(capsys, monkeypatch):
         "epoch",
         "loop",
         "first_forecast",
+        "families",
         "landscape",
         "chronos_bolt",
         "timesfm_3",

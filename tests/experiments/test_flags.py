@@ -46,6 +46,7 @@ PROGRAMS = (
     "benchmarks.experts",
     "benchmarks.first_forecast",
     "benchmarks.epoch",
+    "benchmarks.families",
     "benchmarks.holes",
     "benchmarks.landscape",
     "benchmarks.lanes",

@@ -1,5 +1,7 @@
 """Mixtures of experts: routing, and forms that agree in value and gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from ltsm_jax.layers.experts import Form, mixture, route, traced_for
 
 D, F = 6, 10
-FORMS: tuple[Form, ...] = ("dense", "blocks", "ragged")
+FORMS: tuple[Form, ...] = ("dense", "blocks", "turns", "ragged")
 MIXTURE = jax.jit(mixture, static_argnums=(4, 5))
 ROUTE = jax.jit(route, static_argnums=1)
 
@@ -74,6 +76,25 @@ def test_gradients_of_all_forms_agree():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads[0], other
         )
+
+
+def test_forms_of_experts_under_vmap_and_forward_derivatives():
+    """Lanes of runs, and products with a Hessian."""
+    x_LTD, logits_LTE = normal(10, 2, 20, D), normal(11, 2, 20, 4)
+
+    def total(x_TD, logits_TE, form):
+        weight_TK, chosen_TK, _ = route(logits_TE, 2)
+        return jnp.square(mixture(x_TD, kernels(4), weight_TK, chosen_TK, jax.nn.silu, form)).sum()
+
+    def found(x_LTD, logits_LTE, form):
+        one = functools.partial(total, form=form)
+        slope = jax.grad(one)
+        _, curved = jax.jvp(lambda x: slope(x, logits_LTE[0]), (x_LTD[0],), (x_LTD[1],))
+        return jax.vmap(one)(x_LTD, logits_LTE), jax.vmap(slope)(x_LTD, logits_LTE), curved
+
+    found = jax.jit(found, static_argnums=2)
+    want, got = (found(x_LTD, logits_LTE, form) for form in ("dense", "turns"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), want, got)
 
 
 def test_pruned_experts_leave_the_others_their_weights():

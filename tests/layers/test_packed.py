@@ -88,3 +88,17 @@ def test_every_variate_counts_alike_in_the_loss():
 
 def test_default_width_of_the_feed_forward_layers():
     assert [packed.default_ffn_dim(d) for d in (384, 768, 1024)] == [1024, 2048, 2736]
+
+
+def test_scale_of_a_variate_is_that_of_its_tokens():
+    x, observed = series(2, 3, 10)
+    x[:, 1] += 1e4
+    observed[0, 2, 4:7] = False
+    is_pad = np.zeros((2, 10), bool)
+    is_pad[1, :6], observed[1, :, :6] = True, False
+    x, observed = jnp.asarray(x), jnp.asarray(observed)
+    tokens = packed.pack((x, observed), 5, 4, 8, is_pad=jnp.asarray(is_pad))
+    assert (np.asarray(tokens.sample_id) == 0).any(), "some tokens are padding"
+    got = packed.scale_of_variates(tokens, *packed.series_scale(x, observed))
+    for one, want in zip(got, packed.token_scale(tokens), strict=True):
+        np.testing.assert_allclose(one, want, rtol=1e-6, atol=1e-6)
