@@ -300,7 +300,6 @@ def test_public_names_are_documented():
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 # Files that `test_code_is_not_dense` does not read yet.
-STILL_DENSE = ("ltsm_jax/models/moirai.py", "ltsm_jax/models/time_moe.py")
 # Comments for the tools, which can't be wrapped, and addresses.
 UNBREAKABLE = re.compile(r"\s*# (?:noqa|type|pyright|fmt|ruff):.*|https?://[^\s\"')]+")
 
@@ -333,8 +332,7 @@ def test_code_is_not_dense():
     found = []
     for path in sources():
         name = path.relative_to(ROOT).as_posix()
-        if name not in STILL_DENSE:
-            found += [f"{name}:{line}: {kind}" for line, kind in dense(parse(path))]
+        found += [f"{name}:{line}: {kind}" for line, kind in dense(parse(path))]
     assert not found, "\n".join(found)
 
 

@@ -18,6 +18,7 @@ weights (0 in every published model) acts in training only.
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -173,14 +174,14 @@ class MoiraiConfig:
         return mixture.write_published(self.components, self.fixed_scale)
 
 
+_SIZES = {
+    "small": MoiraiConfig.of(384, 6),
+    "base": MoiraiConfig.of(768, 12),
+    "large": MoiraiConfig.of(1024, 24),
+}
 PRESETS = {
-    f"Salesforce/moirai-{version}-R-{size}": config
-    for version in ("1.0", "1.1")
-    for size, config in {
-        "small": MoiraiConfig.of(384, 6),
-        "base": MoiraiConfig.of(768, 12),
-        "large": MoiraiConfig.of(1024, 24),
-    }.items()
+    f"Salesforce/moirai-{version}-R-{size}": _SIZES[size]
+    for version, size in itertools.product(("1.0", "1.1"), _SIZES)
 } | {
     # ours, small enough to ship and to train on a laptop
     "moirai-mini": MoiraiConfig.of(
@@ -235,7 +236,7 @@ class Block(nn.Module):
         return x_BND + y_BND, taps
 
     def adapters(self, how: MultiScale, value_dim: int, scale_BN: jax.Array) -> dict[str, Any]:
-        """What each scale adds to queries, keys and values."""
+        """Give what each scale adds to queries, keys and values."""
         heads, widths = (
             self.cfg.n_heads[self.layer],
             {"q": self.cfg.head_dim, "k": self.cfg.head_dim, "v": value_dim},
@@ -558,9 +559,8 @@ class Moirai(Model):
             found = [
                 jax.lax.map(functools.partial(after, patch=p, steps=horizon), both) for p in sizes
             ]
-            tried, found = (
-                stacked(*(jax.tree.map(operator.itemgetter(i), y) for y in found)) for i in (0, 1)
-            )
+            tried = stacked(*(jax.tree.map(operator.itemgetter(0), y) for y in found))
+            found = stacked(*(jax.tree.map(operator.itemgetter(1), y) for y in found))
         else:
             tried = stacked(*(after(shorter, p, held) for p in sizes)) if held else None
             found = stacked(*(after(whole, p, horizon) for p in sizes))

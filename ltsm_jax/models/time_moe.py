@@ -525,9 +525,8 @@ class TimeMoe(Model):
         them).
         """
         layers = range(len(self.config.n_heads))
-        p, chosen = (
-            [taps[f"layer_{i}/router_{name}"] for i in layers] for name in ("probs", "experts")
-        )
+        p = [taps[f"layer_{i}/router_probs"] for i in layers]
+        chosen = [taps[f"layer_{i}/router_experts"] for i in layers]
         return balance(p, chosen, weight_T)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
