@@ -619,10 +619,11 @@ def begin_save(folder: Path, tree: trees.Tree, *, copy: bool = True) -> Callable
                     _orbax().save(str(folder / ARRAYS), nested)
             else:
                 response.result()
-        except Exception as err:  # of a full disk: many lines, of one of several classes
-            if no_space(err) and not isinstance(err, OSError):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
-            raise
+        except Exception as err:  # of a full disk: many lines, or one without a place
+            if not no_space(err) or getattr(err, "filename", None):
+                raise
+            code = getattr(err, "errno", None) or errno.ENOSPC
+            raise OSError(code, os.strerror(code), str(folder)) from None
         table = {}
         for path, leaf in kept.items():
             digests = [{"at": part, "sha256": _sha256(data)} for part, data in parts[path]]
