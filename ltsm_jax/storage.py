@@ -386,18 +386,24 @@ def atomic_folder(folder: str | Path, *, replaces: Replaces | None = None) -> It
     try:
         yield temporary
         hosts.on_first(commit)
+    except BaseException:
+        if hosts.first():
+            _remove_for_good(temporary)
+        raise
     finally:
         if hosts.first():
-            _remove_whole(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_whole(folder: Path) -> None:
+def _remove_for_good(folder: Path) -> None:
     """Remove a folder into which Orbax may still be writing: after a save that failed its threads
-    end by themselves.
+    end by themselves, and until then one of them may make the folder anew.
     """
+    gone = 0
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        gone = 0 if folder.exists() else gone + 1
+        if gone == 3:
             return
         time.sleep(0.1)
 
