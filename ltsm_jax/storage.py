@@ -618,9 +618,10 @@ def begin_save(folder: Path, tree: trees.Tree, *, copy: bool = True) -> Callable
     response = _orbax().save_async(str(folder / ARRAYS), nested) if share[1] > 1 else None
 
     def write() -> None:
+        if response is None:
+            _check_room(folder, nested)
         try:
             if response is None:
-                _check_room(folder, nested)
                 with _ONE_SAVE, _quiet(), _few_at_once(nested):
                     _orbax().save(str(folder / ARRAYS), nested)
             else:
