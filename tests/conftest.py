@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from hypothesis import settings
 # Nothing is compiled yet. The children of tests inherit it, so that what is compared bit by bit was
 # compiled alike.
 os.environ["XLA_FLAGS"] = quick_compile.flags()
+
+# A suite that a script started in its background would ignore Ctrl-C, which tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(
