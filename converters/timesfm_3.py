@@ -173,7 +173,7 @@ def _check_layer(layer: Fields, sizes: Mapping[str, int | None]) -> None:
 
 
 def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
-    """What the tensors say, None where they don't."""
+    """Read sizes off the shapes of the tensors; None for those that are not there."""
     embed_dim, inputs = dims(state, ANCHOR)
     outputs, d_model = dims(state, "output_head.weight")
     (head_dim,) = dims(state, MARK.replace("query_proj.weight", "per_dim_scale.per_dim_scale"), 1)
@@ -189,7 +189,7 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def _sizes_of(config: TimesFM3Config) -> dict[str, int]:
-    """What `_sizes` reads off the weights, as a config has it."""
+    """Give the sizes that `_sizes` reads off the weights of a model of this config."""
     return {
         "token": 2 * (config.patch_len + config.output_len),
         "embed_dim": config.embed_dim,

@@ -40,11 +40,25 @@ _BLOCKS = {"hidden": "hidden", "output": "out", "residual": "residual"}
 # Constructor arguments that do not change what the model computes.
 _WITHOUT_EFFECT = ("device", "matmul_precision", "postprocessor_cfg", "rnn_backend")
 _PUBLISHED = (
-    "stack_config", "num_blocks", "embedding_dim", "input_patch_size", "output_patch_size",
-    "quantiles", "tokenizer_cfg", "scaler_cfg", "h_expand", "context_len", "future_len",
-    "input_ff_dim", "act_func", "dropout", "use_qk_norm", "stack_out_norm_config",
-    "tta_sign_flip", "tta_diff",
-)  # fmt: skip
+    "stack_config",
+    "num_blocks",
+    "embedding_dim",
+    "input_patch_size",
+    "output_patch_size",
+    "quantiles",
+    "tokenizer_cfg",
+    "scaler_cfg",
+    "h_expand",
+    "context_len",
+    "future_len",
+    "input_ff_dim",
+    "act_func",
+    "dropout",
+    "use_qk_norm",
+    "stack_out_norm_config",
+    "tta_sign_flip",
+    "tta_diff",
+)
 
 
 def _heads_forward(x: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ def forecasts(forecaster: Forecaster, task: Any, window: Any, seed: int = 0) -> 
     if "target_name" not in found:
         found = found.assign(target_name=task.target_columns[0])
     names = ["predictions", *map(str, task.quantile_levels)]
-    ids = [str(x) for x in window.get_input_data()[0][task.id_column]]
+    ids = past[task.id_column].astype(str).unique()  # in the order of the window's series
     records: dict[str, list] = {}
     for target, rows in found.groupby("target_name", sort=False):
         by_series = dict(iter(rows.groupby(rows[task.id_column].astype(str), sort=False)))
@@ -192,9 +192,8 @@ def run(options: Options) -> pd.DataFrame:
     rows, loaded = [], {}
     for number, task in enumerate(tasks):
         for name in names:
-            label = (
-                name if name == NAIVE or options.method == ZERO_SHOT else f"{name}+{options.method}"
-            )
+            tune = name != NAIVE and options.method != ZERO_SHOT
+            label = f"{name}+{options.method}" if tune else name
             words = f"{number}-{task.task_name}-{label}"
             file = out / "summaries" / (re.sub(r"[^\w.+-]+", "_", words) + ".json")
             facts = json.loads(json.dumps([task.to_dict(), options.budget, options.seed]))

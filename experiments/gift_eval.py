@@ -34,14 +34,14 @@ from experiments import flags, launch
 from ltsm_jax import Forecaster, storage
 from ltsm_jax.data import Panel, load_series, read_panel
 from ltsm_jax.data.benchmarks import BENCHMARKS
-from ltsm_jax.frequency import canonical_freq, count_unit
+from ltsm_jax.frequency import Grid, canonical_freq, count_unit, season_of
 from ltsm_jax.report import markdown_table
 from ltsm_jax.tasks.panels import Origins
 
 LEVELS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 TERMS = {"short": 1, "medium": 10, "long": 15}
 HORIZONS = {"s": 60, "min": 48, "h": 48, "D": 30, "B": 30, "W": 8, "M": 12, "Q": 8, "Y": 6}
-SEASONS = {"s": 3600, "min": 1440, "h": 24, "D": 1, "B": 5, "W": 1, "M": 12, "Q": 4, "Y": 1}
+WITHOUT_SEASON = ("D", "W")  # there, as in gluonts; elsewhere a season is what it is for us
 SHARE, MOST = 0.1, 20  # of the shortest series that windows fill; windows
 NAIVE = "seasonal_naive"
 
@@ -97,17 +97,13 @@ def read_arrow(files: Sequence[Path], name: str) -> Panel:
     parts = []
     for row in table.select(["item_id", "start", "target"]).to_pylist():
         values = np.atleast_2d(np.asarray(row["target"], float))
-        stamps = pd.date_range(row["start"], periods=values.shape[1], freq=_of_pandas(freq))
+        grid = Grid.through(np.array([row["start"]], "datetime64[us]"), freq)
+        stamps = grid.stamps(np.arange(values.shape[1]))
         columns = {f"target_{c}": variate for c, variate in enumerate(values)}
         parts.append(pd.DataFrame({"item_id": str(row["item_id"]), "stamp": stamps, **columns}))
     whole = pd.concat(parts, ignore_index=True)
     targets = [column for column in whole.columns if column.startswith("target_")]
     return read_panel(whole, id="item_id", time="stamp", target=targets, freq=freq, name=name)
-
-
-def _of_pandas(freq: str) -> str:
-    count, unit = count_unit(freq)
-    return f"{count}{ {'M': 'MS', 'Q': 'QS', 'Y': 'YS'}.get(unit, unit) }"
 
 
 def horizon_of(freq: str | None, term: str) -> int:
@@ -121,13 +117,11 @@ def horizon_of(freq: str | None, term: str) -> int:
     return HORIZONS[unit] * TERMS[term]
 
 
-def season_of(freq: str | None) -> int:
-    """Give the rows of a season as GIFT-Eval (gluonts) counts them; a day has none of a week."""
-    if freq is None:
+def gift_season(freq: str | None) -> int:
+    """Give the rows of a season as GIFT-Eval counts them: of days and weeks it knows none."""
+    if freq is None or count_unit(freq)[1] in WITHOUT_SEASON:
         return 1
-    count, unit = count_unit(freq)
-    rows = SEASONS.get(unit, 1)
-    return rows // count if rows % count == 0 else 1
+    return season_of(freq)
 
 
 def windows_of(panel: Panel, horizon: int) -> Origins:
@@ -179,15 +173,15 @@ def scores(
 def evaluate(forecaster: Forecaster, panel: Panel, horizon: int, seed: int = 0) -> dict[str, Any]:
     """Forecast every window of a panel, and score it."""
     origins = windows_of(panel, horizon)
-    first = origins.ends.reshape(panel.n_items, -1)[:, 0]
-    try:
-        found = forecaster.after(panel, origins, horizon, LEVELS, seed=seed)
-    except ValueError:  # levels that the model does not say
+    way = forecaster.way(panel.n_variates, panel.model_freq or panel.freq, panel.season)
+    _, unsaid = way.split(panel, horizon, LEVELS)
+    if unsaid:
+        first = origins.ends.reshape(panel.n_items, -1)[:, 0]
         forecaster = forecaster.calibrated(panel.until(first), horizon)
-        found = forecaster.after(panel, origins, horizon, LEVELS, seed=seed)
+    found = forecaster.after(panel, origins, horizon, LEVELS, seed=seed)
     rows = origins.ends[:, None] + np.arange(horizon)
     true = panel.values[:, rows].swapaxes(0, 1)  # [M, C, H]
-    season = season_of(panel.freq)
+    season = gift_season(panel.freq)
     starts = panel.bounds[origins.items]
     errors = np.empty(true.shape[:2])
     for m, (start, end) in enumerate(zip(starts, origins.ends, strict=True)):
@@ -196,7 +190,7 @@ def evaluate(forecaster: Forecaster, panel: Panel, horizon: int, seed: int = 0) 
     flat = true.reshape(-1, horizon)
     return {
         "horizon": horizon,
-        "windows": len(first) and len(origins.items) // len(first),
+        "windows": len(origins.items) // panel.n_items,
         "series": panel.n_items * panel.n_variates,
         **scores(flat, found.quantiles.reshape(len(flat), horizon, -1), LEVELS, errors.ravel()),
     }

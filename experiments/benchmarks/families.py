@@ -224,9 +224,19 @@ def one(family: str, preset: str, args: Options) -> dict[str, Any]:
     def train(state, frozen, source, batch_rows, key):
         moving, opt_state = state
         _, _, *state = training_step.update(
-            moving, opt_state, frozen, source, batch_rows, recipe.lr, key, loss, None,
-            tx=optimizer, how=how, placement=Placement(),
-        )  # fmt: skip
+            moving,
+            opt_state,
+            frozen,
+            source,
+            batch_rows,
+            recipe.lr,
+            key,
+            loss,
+            None,
+            tx=optimizer,
+            how=how,
+            placement=Placement(),
+        )
         return tuple(state)
 
     state = jax.tree.map(training_step.strong, (moving, optimizer.init(moving)))

@@ -20,7 +20,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -71,14 +71,11 @@ class Options:
     """a shipped model or model folder that imputes"""
     rows: Annotated[int, flags.whole(WINDOW)] = 15 * WINDOW
     """rows at the end of each data set, cut to whole windows"""
-    holes: Annotated[tuple[str, ...], flags.names(HOLES)] = HOLES
+    holes: Annotated[tuple[Any, ...], flags.names(HOLES)] = HOLES
     """kinds of holes"""
     rates: Annotated[
         tuple[float, ...], flags.numbers(flags.TINY, flags.BELOW_1, says="above 0 and below 1")
-    ] = (
-        0.125,
-        0.5,
-    )
+    ] = (0.125, 0.5)
     """shares hidden of what follows the first patch of each window"""
     seeds: Annotated[
         tuple[int, ...], flags.wholes(0, 2**32 - 1, says="between 0 and 2**32 - 1")
@@ -101,27 +98,24 @@ def measure(args: Options) -> pd.DataFrame:
         for holes in args.holes:
             for rate in args.rates:
                 for seed in args.seeds:
-                    holed = with_holes(truth, holes, rate, seed)  # pyright: ignore[reportArgumentType]
+                    holed = with_holes(truth, holes, rate, seed)
                     imputed = ltsm_jax.impute(model, params, holed, show_progress=False)
                     ours, cells = errors(truth, holed, imputed.table.loc[:, list(truth.columns)])
                     line, _ = errors(truth, holed, straight(holed))
                     filled_by = imputed.check.filled_by.value_counts()
-                    found.append(
-                        {
-                            "data": data,
-                            "model": args.model,
-                            "holes": holes,
-                            "rate": rate,
-                            "seed": seed,
-                        }
-                        | {
-                            "rows": n_rows,
-                            "cells": cells,
-                            "mse": ours / cells,
-                            "linear_mse": line / cells,
-                        }
-                        | {f"columns_{fill}": int(filled_by.get(fill, 0)) for fill in FILLS}
-                    )
+                    row = {
+                        "data": data,
+                        "model": args.model,
+                        "holes": holes,
+                        "rate": rate,
+                        "seed": seed,
+                        "rows": n_rows,
+                        "cells": cells,
+                        "mse": ours / cells,
+                        "linear_mse": line / cells,
+                    }
+                    columns = {f"columns_{fill}": int(filled_by.get(fill, 0)) for fill in FILLS}
+                    found.append(row | columns)
                 told(pd.DataFrame(found[-len(args.seeds) :]))
     return pd.DataFrame(found)
 

@@ -1,10 +1,9 @@
 """A forecaster in one file that runs without this library.
 
-`write` puts into a file: the program of a forecast (StableHLO by `jax.export`, for a
-CPU, a GPU and a TPU), its weights, what is around it (how a context is scaled,
-the levels of its quantiles, the calibration of those that the model does not say), and a program of
-a hundred lines that runs all of it, `capsule.runner`. The machine that forecasts needs Python and
-jax:
+`write` puts into a file: the program of a forecast (StableHLO by `jax.export`, for a CPU, a GPU and
+a TPU), its weights, what is around it (how a context is scaled, the levels of its quantiles, the
+calibration of those that the model does not say), and a short program that runs all of it,
+`capsule.runner`. The machine that forecasts needs Python and jax:
 
     python sales.capsule history.csv forecast.csv
 
@@ -16,7 +15,6 @@ measured on generated series and said.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -125,11 +123,11 @@ def write(
         "past": len(forecaster.past) if "past" in takes else 0,
         "known": len(forecaster.known) if "known" in takes else 0,
     }
-    job = _Job(
-        way.predictor, trees.flatten(way.params), length, horizon, members, widths, own, seed
-    )
-    exported, batch, note = job.exported(int8)
-    weights = [*map(np.asarray, jax.tree.leaves(job.weights(int8)))]
+    flat = trees.flatten(way.params)
+    job = _Job(way.predictor, tuple(flat), length, horizon, members, widths, own, seed)
+    whole = [_plain(leaf) for leaf in flat.values()]
+    kept = [_in_8_bits(leaf) if int8 and _is_matrix(leaf) else leaf for leaf in whole]
+    exported, batch, note = job.exported(kept)
     facts = {
         "format": 1,
         "model": forecaster.baseline or forecaster.model.family,
@@ -140,7 +138,7 @@ def write(
         "joint": way.joint,
         "targets": list(forecaster.targets),
         **widths,
-        "levels": [*own, *(x for x in levels if x not in own)],
+        "levels": list(levels),
         "offsets": offsets,
         "season": season,
         "missing_in_front": getattr(way.predictor, "missing_in_front", True),
@@ -150,9 +148,9 @@ def write(
         "jax": jax.__version__,
         "platforms": list(exported.platforms),
     }
-    facts["levels"] = sorted(facts["levels"])
-    size = _packed(path, exported, weights, facts)
-    return Written(path, size, batch, job.drift() if int8 else None, (note,) if note else ())
+    size = _packed(path, exported, jax.tree.leaves(kept), facts)
+    drift = job.drift(whole, kept) if int8 else None
+    return Written(path, size, batch, drift, (note,) if note else ())
 
 
 def _offsets(
@@ -182,11 +180,12 @@ def _offsets(
 class _Job:
     """A forecast as a function of its weights and scaled windows.
 
-    flat: weights by path. widths: number of past and known covariates. levels: of the model itself.
+    paths: of the weights, a list of arrays in this order; of (steps, scale) where they are kept in
+    8 bits. widths: number of past and known covariates. levels: of the model itself.
     """
 
     predictor: panels.Predictor
-    flat: dict[str, Any]
+    paths: tuple[str, ...]
     length: int
     horizon: int
     members: int
@@ -194,22 +193,12 @@ class _Job:
     levels: tuple[float, ...]
     seed: int
 
-    def weights(self, int8: bool) -> list[Any]:
-        """List the weights by the order of their paths; with int8 matrices are pairs."""
-        found = []
-        for leaf in self.flat.values():
-            array = np.asarray(
-                leaf, np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else None
-            )
-            found.append(_in_8_bits(array) if int8 and _is_matrix(array) else array)
-        return found
-
     def forecast(
         self, weights: list[Any], context: jax.Array, *more: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Point [B, C, H] and quantiles [B, C, H, W] after scaled contexts."""
-        whole = [_restored(w) if isinstance(w, tuple | list) else w for w in weights]
-        params = trees.unflatten(dict(zip(self.flat, whole, strict=True)))
+        whole = [_restored(w) if isinstance(w, tuple) else w for w in weights]
+        params = trees.unflatten(dict(zip(self.paths, whole, strict=True)))
         rest = list(more)
         past = rest.pop(0) if self.widths["past"] else None
         known = rest.pop(0) if self.widths["known"] else None
@@ -217,13 +206,6 @@ class _Job:
         return panels.program(
             self.predictor, params, context, past, known, key, self.horizon, self.levels
         )
-
-    def flat_forecast(
-        self, int8: bool, arrays: list[jax.Array], *windows: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """As `forecast`, from the plain list of arrays that a file holds."""
-        structure = jax.tree.structure(self.weights(int8))
-        return self.forecast(jax.tree.unflatten(structure, arrays), *windows)
 
     def shapes(self, batch: Any) -> list[jax.ShapeDtypeStruct]:
         """Shapes of the windows of a batch."""
@@ -234,26 +216,28 @@ class _Job:
             if width
         ]
 
-    def exported(self, int8: bool) -> tuple[export.Exported, int | None, str]:
+    def exported(self, weights: list[Any]) -> tuple[export.Exported, int | None, str]:
         """Export the program, with an open batch where the model can be traced so.
 
-        Returns: the program, its batch (None: open), and a note where it is not open.
+        Returns: the program, whose first argument is the plain list of all arrays; its batch (None:
+          open); and a note where it is not open.
         """
-        arrays = [
-            jax.ShapeDtypeStruct(w.shape, w.dtype) for w in jax.tree.leaves(self.weights(int8))
-        ]
-        traced = export.export(
-            jax.jit(functools.partial(self.flat_forecast, int8)), platforms=PLATFORMS
-        )
+        arrays, structure = jax.tree.flatten(weights)
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+
+        def program(arrays, *windows):
+            return self.forecast(jax.tree.unflatten(structure, arrays), *windows)
+
+        traced = export.export(jax.jit(program), platforms=PLATFORMS)
         (batch,) = export.symbolic_shape("b")
         try:
-            return traced(arrays, *self.shapes(batch)), None, ""
+            return traced(shapes, *self.shapes(batch)), None, ""
         except (TypeError, ValueError, jax.errors.InconclusiveDimensionOperation):
             # A model whose code asks how many windows there are.
-            found = traced(arrays, *self.shapes(BATCH))
+            found = traced(shapes, *self.shapes(BATCH))
             return found, BATCH, f"windows go through it {BATCH} at a time"
 
-    def drift(self) -> tuple[float, float]:
+    def drift(self, whole: list[Any], kept: list[Any]) -> tuple[float, float]:
         """Measure what 8 bits do to forecasts of generated series: mean and largest change."""
         series = synthetic.generate(0, DRIFT * self.members, self.length)
         context = series.reshape(DRIFT, self.members, self.length).astype(np.float64)
@@ -261,9 +245,14 @@ class _Job:
         windows = [((context - mean) / scale).astype(np.float32)]
         windows += [np.zeros(s.shape, np.float32) for s in self.shapes(DRIFT)[1:]]
         run = jax.jit(self.forecast)
-        before, after = (np.asarray(run(self.weights(int8), *windows)[0]) for int8 in (False, True))
+        before, after = (np.asarray(run(weights, *windows)[0]) for weights in (whole, kept))
         change = np.abs(after - before)
         return float(change.mean()), float(change.max())
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    """Give an array as the file holds it: NumPy has no bfloat16."""
+    return np.asarray(leaf, np.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else None)
 
 
 def _is_matrix(array: np.ndarray) -> bool:

@@ -94,6 +94,9 @@ class Capsule:
         return np.concatenate([np.full((*x.shape[:-1], max(short, 0)), np.nan), x], axis=-1)
 
 
+# As `ltsm_jax.data.windows` and `ltsm_jax.tasks.panels` have it, bit for bit.
+
+
 def scale_of(x):
     """Mean and deviation [..., 1] of what is observed of x [..., T]; its size where it is still."""
     observed = ~np.isnan(x)

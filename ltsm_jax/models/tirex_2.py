@@ -225,9 +225,18 @@ class TiRex2Config:
           run either.
         """
         names = (
-            "stack_config", "num_blocks", "embedding_dim", "input_patch_size", "quantiles",
-            "h_expand", "context_len", "future_len", "input_ff_dim", "act_func", "dropout",
-        )  # fmt: skip
+            "stack_config",
+            "num_blocks",
+            "embedding_dim",
+            "input_patch_size",
+            "quantiles",
+            "h_expand",
+            "context_len",
+            "future_len",
+            "input_ff_dim",
+            "act_func",
+            "dropout",
+        )
         missing = [name for name in names if name not in fields]
         if missing:
             raise ValueError(f"the config of a TiRex-2 checkpoint lacks {', '.join(missing)}")

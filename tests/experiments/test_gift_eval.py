@@ -42,13 +42,13 @@ def write(table, file):
 )
 def test_horizon_and_season_follow_from_the_step(freq, term, horizon, season):
     assert gift_eval.horizon_of(freq, term) == horizon
-    assert gift_eval.season_of(freq) == season
+    assert gift_eval.gift_season(freq) == season
 
 
 def test_a_step_without_a_horizon():
     with pytest.raises(ValueError, match="give --horizon"):
         gift_eval.horizon_of(None, "short")
-    assert gift_eval.season_of(None) == 1
+    assert gift_eval.gift_season(None) == 1
 
 
 def test_windows_fill_a_tenth_of_the_shortest_series_without_overlap():

@@ -136,10 +136,17 @@ def test_gaps_lie_between_their_neighbours():
     np.testing.assert_array_equal(with_ends(x), [[2, 2, 3, 4, 4], [0, 0, 0, 0, 0]])
 
 
-@pytest.mark.parametrize("stitching, horizon, want", [
-    (True, 1, (1, 2)), (True, 16, (1, 2)), (True, 17, (2, 3)), (True, 33, (4, 5)),
-    (False, 16, (1, 2)), (False, 17, (2, 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stitching, horizon, want",
+    [
+        (True, 1, (1, 2)),
+        (True, 16, (1, 2)),
+        (True, 17, (2, 3)),
+        (True, 33, (4, 5)),
+        (False, 16, (1, 2)),
+        (False, 17, (2, 4)),
+    ],
+)
 def test_a_horizon_takes_as_many_patches_as_it_needs(stitching, horizon, want):
     assert having(stitching=stitching).outputs(horizon) == want
 
@@ -258,15 +265,23 @@ def test_the_loss_does_not_know_the_unit(params):
 # --- configs
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"n_heads": (2,)}, "same layers"), ({"var_heads": (2,)}, "same layers"),
-    ({"head_dim": 7}, "even"),
-    ({"output_len": 12}, "whole patches"), ({"patch_len": 0}, "positive"),
-    ({"quantiles": (0.5, 1.0)}, "between 0 and 1"), ({"quantiles": (0.5, 0.1)}, "must rise"),
-    ({"value_clip": 0.0}, "value_clip"), ({"detrend_threshold": -1.0}, "detrend_threshold"),
-    ({"identity_skip": True}, "identity_skip needs"), ({"value_dims": (9, 8)}, "width from 0 to 8"),
-    ({"value_norm": True, "value_dims": (4, 8)}, "whole values"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"n_heads": (2,)}, "same layers"),
+        ({"var_heads": (2,)}, "same layers"),
+        ({"head_dim": 7}, "even"),
+        ({"output_len": 12}, "whole patches"),
+        ({"patch_len": 0}, "positive"),
+        ({"quantiles": (0.5, 1.0)}, "between 0 and 1"),
+        ({"quantiles": (0.5, 0.1)}, "must rise"),
+        ({"value_clip": 0.0}, "value_clip"),
+        ({"detrend_threshold": -1.0}, "detrend_threshold"),
+        ({"identity_skip": True}, "identity_skip needs"),
+        ({"value_dims": (9, 8)}, "width from 0 to 8"),
+        ({"value_norm": True, "value_dims": (4, 8)}, "whole values"),
+    ],
+)
 def test_a_config_says_what_is_wrong(change, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(CONFIG, **change)
@@ -337,22 +352,33 @@ def test_the_published_sizes_are_known_without_a_config():
     assert config == model.config and NAME in notes[0]
 
 
-@pytest.mark.parametrize("path, value, said", [
-    ("transformer_config num_layers", 10**9, "num_layers: not an integer from 1 to 128"),
-    ("transformer_config transformer num_heads", 4, "head_dim: 4 by the config, 8 in the weights"),
-    ("transformer_config transformer num_heads", 3, "num_heads: 3 do not divide model_dims"),
-    ("transformer_config transformer use_bias", 1, "transformer.use_bias: not true or false"),
-    ("transformer_config transformer ff_activation", "gelu", "ff_activation: not one of relu"),
-    ("transformer_config transformer", 3, "transformer_config.transformer: not an object"),
-    ("residual_block_config", ..., "residual_block_config: missing"),
-    ("residual_block_config hidden_dims", "wide", "block_config.hidden_dims: not an integer"),
-    ("residual_block_config output_dims", 8, "model_dims: not residual_block_config.output_dims"),
-    ("input_patch_len", -8, "input_patch_len: not an integer"),
-    ("output_patch_len", 24, "outputs: 216 by the config, 144 in the weights"),
-    ("quantiles", [0.5, None], "quantiles: not all of them numbers"),
-    ("input_transform", "log", "input_transform: not one of identity"),
-    ("value_clip", "large", "value_clip: not a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, value, said",
+    [
+        ("transformer_config num_layers", 10**9, "num_layers: not an integer from 1 to 128"),
+        (
+            "transformer_config transformer num_heads",
+            4,
+            "head_dim: 4 by the config, 8 in the weights",
+        ),
+        ("transformer_config transformer num_heads", 3, "num_heads: 3 do not divide model_dims"),
+        ("transformer_config transformer use_bias", 1, "transformer.use_bias: not true or false"),
+        ("transformer_config transformer ff_activation", "gelu", "ff_activation: not one of relu"),
+        ("transformer_config transformer", 3, "transformer_config.transformer: not an object"),
+        ("residual_block_config", ..., "residual_block_config: missing"),
+        ("residual_block_config hidden_dims", "wide", "block_config.hidden_dims: not an integer"),
+        (
+            "residual_block_config output_dims",
+            8,
+            "model_dims: not residual_block_config.output_dims",
+        ),
+        ("input_patch_len", -8, "input_patch_len: not an integer"),
+        ("output_patch_len", 24, "outputs: 216 by the config, 144 in the weights"),
+        ("quantiles", [0.5, None], "quantiles: not all of them numbers"),
+        ("input_transform", "log", "input_transform: not one of identity"),
+        ("value_clip", "large", "value_clip: not a number"),
+    ],
+)
 def test_contradictions_are_told(params, tmp_path, path, value, said):
     published = nested(converter.published(CONFIG), path.split(), value)
     with pytest.raises(CheckpointError, match=said):

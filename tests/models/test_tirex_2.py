@@ -499,28 +499,43 @@ def nested(fields, path, value):
     return copy
 
 
-@pytest.mark.parametrize("path, value, said", [
-    ("num_blocks", 10**9, "num_blocks: not an integer from 1 to 128"),
-    ("embedding_dim", 32, "embedding_dim: the config says 32, the weights 16"),
-    ("h_expand", 3, "h_expand: 3 times 16 in the config, 32 in the weights"),
-    ("quantiles", [0.1, 0.2, 0.5, 0.8, 0.9], "quantiles: 5 in the config, 3 in the weights"),
-    ("quantiles", [0.1, None], "quantiles: not a list"),
-    ("act_func", "os.system", "act_func: 'os.system' is not one of SiLU, GELU, ReLU"),
-    ("tokenizer_cfg input_patch_stride", 4, "equal input and output patches without overlap"),
-    ("scaler_cfg", 3, "scaler_cfg: not an object"),
-    ("scaler_cfg use_arcsinh", "yes", "scaler_cfg.use_arcsinh: not true or false"),
-    ("tta_diff", 1, "tta_diff: not true or false"),
-    ("stack_config", ..., "stack_config: missing"),
-    ("stack_config recipe", ["mlstm", 3], "stack_config.recipe: not a list"),
-    ("stack_config recipe", ["slstm", "mlstm"], "layer 0 is bi-slstm in the config"),
-    ("stack_config recipe", ["mlstm"], "num_blocks is 2, the recipe of stack_config names 1"),
-    ("stack_config recipe", ["mlstm", "gru"], "the recipe names 'gru', which is no template"),
-    ("stack_config templates slstm variate_mixer num_heads", 4, "all layers must have the same n_"),
-    ("stack_config templates mlstm time_mixer model_type", "gru", "not one of bi-mlstm, bi-slstm"),
-    ("stack_config templates mlstm time_mixer num_heads", 3, "mlstm_heads must divide the"),
-    ("stack_config templates mlstm time_mixer", 3, "templates.mlstm.time_mixer: missing, or not"),
-    ("strange", 1, "'strange': not known"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, value, said",
+    [
+        ("num_blocks", 10**9, "num_blocks: not an integer from 1 to 128"),
+        ("embedding_dim", 32, "embedding_dim: the config says 32, the weights 16"),
+        ("h_expand", 3, "h_expand: 3 times 16 in the config, 32 in the weights"),
+        ("quantiles", [0.1, 0.2, 0.5, 0.8, 0.9], "quantiles: 5 in the config, 3 in the weights"),
+        ("quantiles", [0.1, None], "quantiles: not a list"),
+        ("act_func", "os.system", "act_func: 'os.system' is not one of SiLU, GELU, ReLU"),
+        ("tokenizer_cfg input_patch_stride", 4, "equal input and output patches without overlap"),
+        ("scaler_cfg", 3, "scaler_cfg: not an object"),
+        ("scaler_cfg use_arcsinh", "yes", "scaler_cfg.use_arcsinh: not true or false"),
+        ("tta_diff", 1, "tta_diff: not true or false"),
+        ("stack_config", ..., "stack_config: missing"),
+        ("stack_config recipe", ["mlstm", 3], "stack_config.recipe: not a list"),
+        ("stack_config recipe", ["slstm", "mlstm"], "layer 0 is bi-slstm in the config"),
+        ("stack_config recipe", ["mlstm"], "num_blocks is 2, the recipe of stack_config names 1"),
+        ("stack_config recipe", ["mlstm", "gru"], "the recipe names 'gru', which is no template"),
+        (
+            "stack_config templates slstm variate_mixer num_heads",
+            4,
+            "all layers must have the same n_",
+        ),
+        (
+            "stack_config templates mlstm time_mixer model_type",
+            "gru",
+            "not one of bi-mlstm, bi-slstm",
+        ),
+        ("stack_config templates mlstm time_mixer num_heads", 3, "mlstm_heads must divide the"),
+        (
+            "stack_config templates mlstm time_mixer",
+            3,
+            "templates.mlstm.time_mixer: missing, or not",
+        ),
+        ("strange", 1, "'strange': not known"),
+    ],
+)
 def test_contradictions_are_told(params, tmp_path, path, value, said):
     published = nested(converter.published(CONFIG), path.split(), value)
     with pytest.raises(CheckpointError, match=said):

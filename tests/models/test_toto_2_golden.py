@@ -262,9 +262,14 @@ def test_golden_gradients(recorded):
 
 def forecast(recorded, case, taps=None):
     io = recorded.io
-    more = {name: io.get(f"{case}/in/{key}") for name, key in (
-        ("known_BET", "known_dynamic"), ("known_observed_BET", "known_dynamic_mask"),
-        ("known_ids_BE", "known_dynamic_series_ids"))}  # fmt: skip
+    more = {
+        name: io.get(f"{case}/in/{key}")
+        for name, key in (
+            ("known_BET", "known_dynamic"),
+            ("known_observed_BET", "known_dynamic_mask"),
+            ("known_ids_BE", "known_dynamic_series_ids"),
+        )
+    }
     arrays = {
         name: x.astype(np.int32) if "ids" in name else x
         for name, x in more.items()
@@ -349,8 +354,10 @@ def series(recorded, case):
     """
     found = []
     for i in range(int(recorded.io[f"{case}/in/num_series"])):
-        own = [recorded.io.get(f"{case}/in/series{i}/{name}")
-               for name in ("target", "past_feat_dynamic_real", "feat_dynamic_real")]  # fmt: skip
+        own = [
+            recorded.io.get(f"{case}/in/series{i}/{name}")
+            for name in ("target", "past_feat_dynamic_real", "feat_dynamic_real")
+        ]
         found.append([None if x is None else np.atleast_2d(x)[None] for x in own])
     return found
 
