@@ -51,6 +51,8 @@ Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 _ONE_SAVE = threading.Lock()
 
 MAX_JSON = 1 << 26  # bytes of a table of digests; that of a model of a thousand arrays has 300,000
+# What Orbax and asyncio log of a piece that failed; the cause itself is raised.
+FAILED_PIECE = ("raised an exception", "exception was never retrieved")
 MAX_DEPTH = 64  # levels of a tree: what walks it calls itself
 # An array may take more bytes in memory than on the disk, where it is compressed. Weights gain next
 # to nothing, what holds mostly zeros gains much. Beyond this a few bytes of a made-up file would
@@ -687,11 +689,13 @@ def _few_at_once(tree: trees.Tree) -> contextlib.AbstractContextManager:
 def _quiet() -> Iterator[None]:
     """Keep what the threads of a failed save print from stderr; the cause is raised all the same.
 
-    Orbax logs it with its traceback, and each piece that tensorstore was still writing finds its
-    event loop closed and prints another, also after the save has failed: only a save that ends well
-    takes the filters away.
+    Orbax logs it with its traceback, each piece that tensorstore was still writing finds its event
+    loop closed and prints another, and asyncio tells of the pieces that failed as well when they
+    are collected, be it at the end of the process: only a save that ends well takes the filters
+    away.
     """
-    former, log = sys.unraisablehook, logging.getLogger("absl")
+    former = sys.unraisablehook
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
 
     def told(unraisable) -> None:
         closed = (
@@ -702,12 +706,15 @@ def _quiet() -> Iterator[None]:
             former(unraisable)
 
     def heard(record: logging.LogRecord) -> bool:
-        return "raised an exception" not in str(record.msg)
+        text = str(record.msg)
+        return not any(words in text for words in FAILED_PIECE)
 
     sys.unraisablehook = told
-    log.addFilter(heard)
+    for log in logs:
+        log.addFilter(heard)
     yield
-    log.removeFilter(heard)
+    for log in logs:
+        log.removeFilter(heard)
     if sys.unraisablehook is told:
         sys.unraisablehook = former
 

@@ -1,6 +1,9 @@
 import concurrent.futures
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +126,35 @@ def test_other_dtype_or_shape_than_the_model_is_refused_by_name(tmp_path, tree):
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         storage.load_tree(tmp_path / "nothing")
+
+
+def test_pieces_of_a_save_that_failed_print_nothing_afterwards():
+    """asyncio tells of them when they are collected, at times after the message of the error."""
+    script = """
+import asyncio, gc
+from ltsm_jax import storage
+
+async def piece():
+    raise ValueError("File too large")
+
+async def save():
+    task = asyncio.ensure_future(piece())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    del task
+
+try:
+    with storage._quiet():
+        asyncio.run(save())
+        raise OSError("full")
+except OSError:
+    gc.collect()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_folder_that_is_still_written_to_is_removed_when_that_has_ended(tmp_path, monkeypatch):

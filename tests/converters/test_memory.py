@@ -19,15 +19,15 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys
 import converters
-from ltsm_jax import storage
 
 def most():  # of this process alone: what getrusage says may be the parent's
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])
 
-storage._orbax()  # what is imported on the way is no part of the conversion
-before = most()
+# A small one first: what JAX and Orbax take once, whatever the size, is no part of it.
 converters.import_checkpoint(sys.argv[1], sys.argv[2])
+before = most()
+converters.import_checkpoint(sys.argv[3], sys.argv[4])
 print(most() - before)
 """
 
@@ -35,24 +35,32 @@ print(most() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_conversion_is_little_more_than_the_file(tmp_path):
-    model = Timer(TimerConfig(96, 1024, 64, (16,) * 8, (2048,) * 8, context_len=672, horizon=96))
+    words, size = [], 0
+    for width in (64, 1024):
+        file = checkpoint(tmp_path / f"{width}", width)
+        words += [str(file), str(tmp_path / f"folder-{width}")]
+        size = file.stat().st_size
+    assert size > 250e6
+    command = [sys.executable, "-c", CHILD, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    # More where the file itself, or Orbax's copies, are in memory as well.
+    assert int(done.stdout.split()[-1]) < 1.6 * size
+
+
+def checkpoint(place, width):
+    """A random Timer in the form of the original, as a safetensors file."""
+    heads = width // 64
+    model = Timer(
+        TimerConfig(96, width, 64, (heads,) * 8, (2 * width,) * 8, context_len=672, horizon=96)
+    )
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), folders.shapes(model)
     )
-    Forecaster(model, params).export(tmp_path / "original.ckpt")
-    file = tmp_path / "original.safetensors"
-    write_safetensors(file, originals.read(tmp_path / "original.ckpt").state)
-    size = file.stat().st_size
-    assert size > 250e6
-    command = [
-        sys.executable,
-        "-c",
-        CHILD,
-        str(tmp_path / "original.ckpt"),
-        str(tmp_path / "folder"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 1.6 * size, "the file itself, or Orbax's copies, as well"
+    place.mkdir()
+    Forecaster(model, params).export(place / "original.ckpt")
+    state = originals.read(place / "original.ckpt").state
+    write_safetensors(place / "original.safetensors", state)
+    return place / "original.safetensors"
