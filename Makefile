@@ -10,6 +10,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 # longest go first (tests/conftest.py), where pytest-xdist would take those with the most tests.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
+# What `make test` runs; `make test MARKS="not torch and not peers"` takes the slow tests with it.
+MARKS ?= not slow and not torch and not peers
 
 # Else every process of the suite, and every child of a test, would compile the project's modules from their text.
 unexport PYTHONDONTWRITEBYTECODE
@@ -22,7 +24,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow and not torch and not peers"
+	$(PYTEST) -m "$(MARKS)"
 
 slow: $(VENV)/.test
 	$(PYTEST) -m "slow and not torch and not peers"
