@@ -9,7 +9,7 @@ import re
 import griffe
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Example|Source): ?(.*)")
-ENTRY = re.compile(r"( *)((?:[\w*]+,\s)*[\w*]+):\s(.*)")
+ENTRY = re.compile(r"((?:\*{0,2}\w+, )*\*{0,2}\w+): (.*)")
 
 
 class Markdown(griffe.Extension):
@@ -22,25 +22,32 @@ class Markdown(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """A docstring with its sections as bold words and their entries as lists."""
+    """A docstring with its sections as bold words, and entries of Args and Attributes as lists."""
     lines = []
-    inside = False
+    entries = None  # of the section of entries that the lines belong to
     for line in text.splitlines():
         section = SECTION.fullmatch(line)
+        if section or (entries is not None and line and not line.startswith("  ")):
+            lines += _listed(entries or [])
+            entries = None
         if section:
-            inside = section.group(1) in ("Args", "Attributes")
-            lines += ["", f"**{section.group(1)}:** {section.group(2)}".rstrip(), ""]
-        elif inside and line.startswith("  "):
-            lines.append(_entry(line))
-        else:
-            # Other text: an indented line goes on with the one before it.
-            lines.append(line if "`" in line or not line.startswith("  ") else line.strip())
-    return "\n".join(lines)
+            name, rest = section.groups()
+            lines += ["", f"**{name}:** {rest}".rstrip()]
+            entries = [] if name in ("Args", "Attributes") and not rest else None
+        elif entries is None:
+            # An indented line goes on with the one before it, unless it is code.
+            lines.append(line if line.startswith("    ") else line.strip())
+        elif re.match(r"  \S", line):
+            entries.append(line.strip())
+        elif line.strip() and entries:
+            entries[-1] += f" {line.strip()}"
+    markdown = "\n".join([*lines, *_listed(entries or [])])
+    # <name> in a text is no tag; in code it is right as it stands.
+    pieces = re.split(r"(`[^`]*`)", markdown)
+    return "".join(p if p.startswith("`") else p.replace("<", "&lt;") for p in pieces)
 
 
-def _entry(line: str) -> str:
-    """A line of Args: `  names: text` begins an item, a deeper one goes on with it."""
-    entry = ENTRY.fullmatch(line)
-    if entry and len(entry.group(1)) == 2:
-        return f"- `{entry.group(2)}`: {entry.group(3)}"
-    return "  " + line.strip()
+def _listed(entries: list[str]) -> list[str]:
+    """`names: text` of each entry as an item of a list."""
+    items = [ENTRY.sub(r"- `\1`: \2", entry, count=1) for entry in entries]
+    return ["", *items, ""] if items else []
