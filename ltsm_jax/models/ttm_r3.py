@@ -288,6 +288,11 @@ class TTMR3(Model):
         return "|".join(sorted(found)) or None
 
     @property
+    def covariates(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of the parts, which have the same channels."""
+        return self.config.trend.covariates
+
+    @property
     def variates(self) -> Literal["independent", "joint"]:
         joint = any(part.variates == "joint" for _, part in self._parts())
         return "joint" if joint else "independent"
@@ -482,6 +487,7 @@ class TTMR3(Model):
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """The weighted sum of `errors`, in scaled units, over all observed values of the target."""
+        batch = ttm.all_channels(self.config.trend, batch)
         _, taps = self._forecast_for(params, batch, key, train)
         return self.weighted(self.errors(taps, batch))
 
@@ -496,6 +502,7 @@ class TTMR3(Model):
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast at the first steps of the target, of one forecast at most."""
+        batch = ttm.all_channels(self.config.trend, batch)
         y, _ = self._forecast_for(params, batch, key, train)
         return self.trend.error(y, batch, "mse")
 
@@ -521,6 +528,23 @@ class TTMR3(Model):
         return self.roll_out(
             params, x_BCT, observed_BCT, horizon, future_BCH=future, categories=categories
         )
+
+    def predict_with(
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        *,
+        past: jax.Array | None = None,
+        known: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Forecast:
+        """The covariates are further channels, see `TTM.predict_with`."""
+        if past is None and known is None:
+            return self.predict(params, context, horizon, key)
+        unknown = jnp.full((*context.shape[:2], horizon), jnp.nan)
+        every, future = ttm.with_covariates(self.config.trend, context, unknown, past, known)
+        return self.predict(params, every, horizon, key, future=future)
 
     def roll_out(
         self,

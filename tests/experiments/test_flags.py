@@ -51,11 +51,11 @@ PROGRAMS = (
     "benchmarks.landscape",
     "benchmarks.lanes",
     "benchmarks.loop",
+    "benchmarks.newest",
     "benchmarks.panel",
     "benchmarks.predict_df",
     "benchmarks.pruned_speed",
     "benchmarks.pruning_score",
-    "benchmarks.timesfm_3",
     "benchmarks.train_step",
 )
 COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)([^\n`#]*)")
