@@ -37,7 +37,6 @@ from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -317,6 +316,7 @@ class Chronos2(Model):
     config: Chronos2Config
 
     family = "chronos_2"
+    published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
     head = r"^head/"
@@ -346,14 +346,6 @@ class Chronos2(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, Chronos2Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> Chronos2Config:
-        return config_from_json(Chronos2Config, fields)
-
-    @classmethod
     def small(cls) -> Chronos2Config:
         sizes = {
             "head_dim": 6,
@@ -367,10 +359,6 @@ class Chronos2(Model):
     @property
     def variates(self) -> Literal["independent", "joint"]:
         return "joint"
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

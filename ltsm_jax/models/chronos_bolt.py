@@ -29,7 +29,6 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.missing import mean_observed, mean_over_rows
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, t5_groups
 from ltsm_jax.trees import Tree
@@ -236,6 +235,7 @@ class ChronosBolt(Model):
     config: ChronosBoltConfig
 
     family = "chronos_bolt"
+    published = PRESETS
     missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting", "embedding")
@@ -262,14 +262,6 @@ class ChronosBolt(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, ChronosBoltConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> ChronosBoltConfig:
-        return config_from_json(ChronosBoltConfig, fields)
-
-    @classmethod
     def small(cls) -> ChronosBoltConfig:
         return ChronosBoltConfig.of(
             16,
@@ -284,14 +276,6 @@ class ChronosBolt(Model):
             horizon=16,
             levels=(0.1, 0.5, 0.9),
         )
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     @property
     def eval_batch(self) -> int:

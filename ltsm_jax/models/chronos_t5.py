@@ -27,7 +27,6 @@ from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.layers.missing import mean_observed
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, t5_groups
 from ltsm_jax.trees import Tree
@@ -406,6 +405,7 @@ class ChronosT5(Model):
     config: ChronosT5Config
 
     family = "chronos_t5"
+    published = PRESETS
     missing_in_front = True
     head = r"^shared$"  # the output layer, which is the embedding of the input too
     tasks = ("forecasting", "embedding")
@@ -421,14 +421,6 @@ class ChronosT5(Model):
             scores=r"decoder.cross_qk_dims.\1",
         ),
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, ChronosT5Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> ChronosT5Config:
-        return config_from_json(ChronosT5Config, fields)
 
     @classmethod
     def small(cls) -> ChronosT5Config:
@@ -448,14 +440,6 @@ class ChronosT5(Model):
             top_k=50,
             init_factor=1.0,
         )
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     @property
     def eval_batch(self) -> int:

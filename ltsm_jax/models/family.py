@@ -8,6 +8,7 @@ side of attention, Q quantiles. In [B, C, H] of a forecast, H is the horizon.
 
 import abc
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.multiscale import MultiScale
+from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
 
@@ -93,6 +95,9 @@ class Model(abc.ABC):
     config: Any
 
     family: ClassVar[str]
+    # config by published name: checkpoint file stem, or hub name "owner/name" or
+    # "owner/name@revision"
+    published: ClassVar[Mapping[str, Any]] = {}
     head: ClassVar[str]  # regular expression: the leaves that linear probing trains
     tasks: ClassVar[tuple[Task, ...]]
     licence: ClassVar[str]  # of the published weights
@@ -124,11 +129,9 @@ class Model(abc.ABC):
     blocks: ClassVar[str] = r"(^|/)((block_\d+_)?layer|block)_\d+/(?!(.*/)?(router|shared_gate)$)"
 
     @classmethod
-    @abc.abstractmethod
     def presets(cls) -> Mapping[str, Any]:
-        """Config by published name: checkpoint file stem, or hub name "owner/name" or
-        "owner/name@revision".
-        """
+        """Config by published name, see `published`."""
+        return cls.published
 
     @classmethod
     @abc.abstractmethod
@@ -138,9 +141,13 @@ class Model(abc.ABC):
         """
 
     @classmethod
-    @abc.abstractmethod
     def config_from_dict(cls, fields: Mapping[str, Any]) -> Any:
-        """The config that `config_to_dict` wrote."""
+        """The config that `config_to_dict` wrote, of the class that the family annotates `config`
+        with.
+
+        Raises: ValueError as of `configs.config_from_json`.
+        """
+        return config_from_json(typing.get_type_hints(cls)["config"], fields)
 
     def config_to_dict(self) -> dict[str, Any]:
         """The config as JSON types, for config.json of a model folder."""
@@ -151,17 +158,17 @@ class Model(abc.ABC):
         """Whether one window holds one variate, or all of them because the model lets them see each
         other.
         """
-        return "independent"
+        return getattr(self.config, "variates", "independent")
 
     @property
-    @abc.abstractmethod
     def context_len(self) -> int:
         """L, the context length the model was trained with, in time steps."""
+        return self.config.context_len
 
     @property
-    @abc.abstractmethod
     def horizon(self) -> int:
         """Time steps of one forecast step; longer horizons are rolled out."""
+        return self.config.horizon
 
     @property
     def patch_len(self) -> int:

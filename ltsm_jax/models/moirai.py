@@ -50,7 +50,6 @@ from ltsm_jax.layers.packed import (
 )
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -323,6 +322,7 @@ class Moirai(Model):
     config: MoiraiConfig
 
     family = "moirai"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting",)
     # beside what is new: as in MSFT, not the embedding, the projections of attention and the
@@ -346,30 +346,10 @@ class Moirai(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, MoiraiConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> MoiraiConfig:
-        return config_from_json(MoiraiConfig, fields)
-
-    @classmethod
     def small(cls) -> MoiraiConfig:
         return MoiraiConfig.of(
             16, 2, 2, 24, patch_sizes=(4, 8), context_len=32, horizon=8, patch_size=8, n_samples=20
         )
-
-    @property
-    def variates(self) -> Literal["independent", "joint"]:
-        return self.config.variates
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     @property
     def eval_batch(self) -> int:

@@ -32,7 +32,6 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, SwiGLU, Tokens, observed_series
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -251,6 +250,7 @@ class Moirai2(Model):
     config: Moirai2Config
 
     family = "moirai_2"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-2.0-R)"
@@ -271,26 +271,10 @@ class Moirai2(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, Moirai2Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> Moirai2Config:
-        return config_from_json(Moirai2Config, fields)
-
-    @classmethod
     def small(cls) -> Moirai2Config:
         return Moirai2Config.of(
             4, 16, 24, 2, 2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32
         )
-
-    @property
-    def variates(self) -> Literal["independent", "joint"]:
-        return self.config.variates
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

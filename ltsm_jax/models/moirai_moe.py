@@ -36,7 +36,6 @@ from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -355,6 +354,7 @@ class MoiraiMoe(Model):
     config: MoiraiMoeConfig
 
     family = "moirai_moe"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-moe-1.0-R)"
@@ -375,14 +375,6 @@ class MoiraiMoe(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, MoiraiMoeConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> MoiraiMoeConfig:
-        return config_from_json(MoiraiMoeConfig, fields)
-
-    @classmethod
     def small(cls) -> MoiraiMoeConfig:
         return MoiraiMoeConfig.of(
             16,
@@ -396,18 +388,6 @@ class MoiraiMoe(Model):
             horizon=8,
             n_samples=10,
         )
-
-    @property
-    def variates(self) -> Literal["independent", "joint"]:
-        return self.config.variates
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     @property
     def eval_batch(self) -> int:

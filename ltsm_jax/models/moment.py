@@ -44,7 +44,6 @@ from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows, mse_observed
 from ltsm_jax.layers.positions import require_table
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -341,6 +340,7 @@ class Moment(Model):
     config: MomentConfig
 
     family = "moment"
+    published = PRESETS
     head = r"^head/"
     heads = ("reconstruction", "forecasting", "classification")
     rows_apart = (
@@ -368,14 +368,6 @@ class Moment(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, MomentConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> MomentConfig:
-        return config_from_json(MomentConfig, fields)
-
-    @classmethod
     def small(cls) -> MomentConfig:
         return MomentConfig.of(
             2,
@@ -390,10 +382,6 @@ class Moment(Model):
             table_len=64,
             vocab_size=32,
         )
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

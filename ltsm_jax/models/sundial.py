@@ -39,7 +39,6 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -302,6 +301,7 @@ class Sundial(Model):
     config: SundialConfig
 
     family = "sundial"
+    published = PRESETS
     head = r"^flow/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/sundial-base-128m)"
@@ -322,14 +322,6 @@ class Sundial(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, SundialConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> SundialConfig:
-        return config_from_json(SundialConfig, fields)
-
-    @classmethod
     def small(cls) -> SundialConfig:
         return SundialConfig(
             8,
@@ -345,14 +337,6 @@ class Sundial(Model):
             train_draws=2,
             n_samples=3,
         )
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     @property
     def eval_batch(self) -> int:

@@ -44,7 +44,6 @@ from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -384,6 +383,7 @@ class TimeMoe(Model):
     config: TimeMoeConfig
 
     family = "time_moe"
+    published = PRESETS
     missing_in_front = True
     rows_apart = False  # the balance term is of all tokens of a batch
     head = r"^head_\d+/"
@@ -414,14 +414,6 @@ class TimeMoe(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, TimeMoeConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimeMoeConfig:
-        return config_from_json(TimeMoeConfig, fields)
-
-    @classmethod
     def small(cls) -> TimeMoeConfig:
         return TimeMoeConfig(
             16,
@@ -436,10 +428,6 @@ class TimeMoe(Model):
             (24, 24),
             context_len=48,
         )
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

@@ -23,7 +23,6 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -256,6 +255,7 @@ class Timer(Model):
     config: TimerConfig
 
     family = "timer"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting", "imputation", "anomaly")
     licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
@@ -276,24 +276,8 @@ class Timer(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, TimerConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerConfig:
-        return config_from_json(TimerConfig, fields)
-
-    @classmethod
     def small(cls) -> TimerConfig:
         return TimerConfig.of(8, 16, 24, 2, 2, context_len=32, horizon=8)
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear

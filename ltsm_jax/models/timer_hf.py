@@ -37,7 +37,6 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -240,6 +239,7 @@ class TimerHf(Model):
     config: TimerHfConfig
 
     family = "timer_hf"
+    published = PRESETS
     head = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/timer-base-84m)"
@@ -259,20 +259,8 @@ class TimerHf(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, TimerHfConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerHfConfig:
-        return config_from_json(TimerHfConfig, fields)
-
-    @classmethod
     def small(cls) -> TimerHfConfig:
         return TimerHfConfig(8, 16, 8, (2, 2), (24, 24), (8, 16), context_len=48)
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

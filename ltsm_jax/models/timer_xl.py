@@ -30,7 +30,6 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -252,6 +251,7 @@ class TimerXL(Model):
     config: TimerXLConfig
 
     family = "timer_xl"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "MIT (thuml/OpenLTM)"
@@ -273,28 +273,12 @@ class TimerXL(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, TimerXLConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerXLConfig:
-        return config_from_json(TimerXLConfig, fields)
-
-    @classmethod
     def small(cls) -> TimerXLConfig:
         return TimerXLConfig(8, 8, 16, 8, (2, 2), (24, 24), context_len=32)
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
         return "joint" if self.config.joint else "independent"
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     @property
     def eval_batch(self) -> int:

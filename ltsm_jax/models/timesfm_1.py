@@ -34,7 +34,6 @@ from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -346,6 +345,7 @@ class TimesFM1(Model):
     config: TimesFM1Config
 
     family = "timesfm_1"
+    published = PRESETS
     missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting",)
@@ -369,20 +369,8 @@ class TimesFM1(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, TimesFM1Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimesFM1Config:
-        return config_from_json(TimesFM1Config, fields)
-
-    @classmethod
     def small(cls) -> TimesFM1Config:
         return TimesFM1Config.of(8, 16, 16, 24, 2, 2, 8, context_len=32)
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

@@ -32,7 +32,6 @@ from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -392,6 +391,7 @@ class TimesFM2p5(Model):
     config: TimesFM2p5Config
 
     family = "timesfm_2p5"
+    published = PRESETS
     missing_in_front = True
     head = r"^(head|spread_head)/"
     tasks = ("forecasting",)
@@ -413,20 +413,8 @@ class TimesFM2p5(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, TimesFM2p5Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimesFM2p5Config:
-        return config_from_json(TimesFM2p5Config, fields)
-
-    @classmethod
     def small(cls) -> TimesFM2p5Config:
         return TimesFM2p5Config.of(8, 16, 32, 16, 24, 2, 2, 8, context_len=32)
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

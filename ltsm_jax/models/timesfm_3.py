@@ -37,7 +37,6 @@ from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.timesfm_2p5 import (
@@ -530,6 +529,7 @@ class TimesFM3(Model):
     config: TimesFM3Config
 
     family = "timesfm_3"
+    published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
     head = r"^head/"
@@ -557,24 +557,12 @@ class TimesFM3(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, TimesFM3Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimesFM3Config:
-        return config_from_json(TimesFM3Config, fields)
-
-    @classmethod
     def small(cls) -> TimesFM3Config:
         return TimesFM3Config.of(8, 16, 16, 24, 2, 2, context_len=32)
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
         return "joint" if self.config.variate_attention else "independent"
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

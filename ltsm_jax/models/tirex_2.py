@@ -50,7 +50,6 @@ from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -937,6 +936,7 @@ class TiRex2(Model):
     config: TiRex2Config
 
     family = "tirex_2"
+    published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
     head = r"^head/"
@@ -977,14 +977,6 @@ class TiRex2(Model):
     )
 
     @classmethod
-    def presets(cls) -> Mapping[str, TiRex2Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TiRex2Config:
-        return config_from_json(TiRex2Config, fields)
-
-    @classmethod
     def small(cls) -> TiRex2Config:
         return TiRex2Config.of(
             16,
@@ -1003,10 +995,6 @@ class TiRex2(Model):
     @property
     def variates(self) -> Literal["independent", "joint"]:
         return "joint"
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

@@ -61,7 +61,6 @@ from ltsm_jax.layers.missing import (
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -673,6 +672,7 @@ class Toto2(Model):
     config: Toto2Config
 
     family = "toto_2"
+    published = PRESETS
     covariates = frozenset({"past", "known"})
     head = r"^head/"
     fixed = r"_tau$"
@@ -712,14 +712,6 @@ class Toto2(Model):
     def missing_in_front(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether steps in front of a series do not exist."""
         return self.config.front == "missing"
-
-    @classmethod
-    def presets(cls) -> Mapping[str, Toto2Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> Toto2Config:
-        return config_from_json(Toto2Config, fields)
 
     @classmethod
     def small(cls) -> Toto2Config:

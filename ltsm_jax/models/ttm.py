@@ -44,7 +44,6 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -59,7 +58,6 @@ from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.positions import require_table
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -1139,6 +1137,7 @@ class TTM(Model):
     config: TTMConfig
 
     family = "ttm"
+    published = PRESETS
     missing_in_front = True
     head = r"^(head|quantiles)/"
     tasks = ("forecasting",)
@@ -1166,14 +1165,6 @@ class TTM(Model):
             _hidden_width,
         ),
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TTMConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TTMConfig:
-        return config_from_json(TTMConfig, fields)
 
     @classmethod
     def small(cls) -> TTMConfig:
@@ -1213,10 +1204,6 @@ class TTM(Model):
             or cfg.targets is not None
         )
         return "joint" if joint else "independent"
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:

@@ -30,7 +30,6 @@ import numpy as np
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.models import ttm
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.ttm import TTM, QuantileConfig, TTMConfig
@@ -216,6 +215,7 @@ class TTMR3(Model):
     config: TTMR3Config
 
     family = "ttm_r3"
+    published = PRESETS
     head = r"^(trend|residual)/(head|quantiles)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r3)"
@@ -227,14 +227,6 @@ class TTMR3(Model):
             _hidden_width,
         ),
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TTMR3Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TTMR3Config:
-        return config_from_json(TTMR3Config, fields)
 
     @classmethod
     def small(cls) -> TTMR3Config:

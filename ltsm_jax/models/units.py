@@ -35,7 +35,6 @@ from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.positions import sinusoids
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -524,6 +523,7 @@ class Units(Model):
     config: UnitsConfig
 
     family = "units"
+    published = PRESETS
     head = r"^forecast_head/"
     tasks = ("forecasting", "imputation", "anomaly", "classification")
     heads = ("classification",)
@@ -544,14 +544,6 @@ class Units(Model):
         Group.heads(rf"block_(\d+)/{name}", rf"{name}_heads.\1", makes=("qkv",), axis=1)
         for name in ("seq", "var")
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, UnitsConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> UnitsConfig:
-        return config_from_json(UnitsConfig, fields)
 
     @classmethod
     def small(cls) -> UnitsConfig:
