@@ -11,7 +11,7 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
-from ltsm_jax.models.sundial import ACTIVATIONS, PRESETS, Sundial, SundialConfig
+from ltsm_jax.models.sundial import HIDDEN_ACTS, PRESETS, Sundial, SundialConfig
 
 MODEL = Sundial
 EMBED, FLOW_IN = "model.embed_layer.residual_layer.weight", "flow_loss.net.input_proj.weight"
@@ -120,7 +120,7 @@ def configure(
     told.integer("num_sampling_steps", 50, high=MAX_STEPS)
     told.integer("diffusion_batch_mul", 4, high=MAX_STEPS)
     told.integer("max_position_embeddings", 10000, high=1 << 30)
-    told.choice("hidden_act", tuple(ACTIVATIONS), "silu")
+    told.choice("hidden_act", HIDDEN_ACTS, "silu")
     told.number("dropout_rate", 0.1, high=0.999)
     told.number("initializer_range", 0.02, high=1e3)
     told.problems = list(dict.fromkeys(told.problems))

@@ -11,7 +11,7 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
-from ltsm_jax.models.time_moe import ACTIVATIONS, PRESETS, TimeMoe, TimeMoeConfig
+from ltsm_jax.models.time_moe import HIDDEN_ACTS, PRESETS, TimeMoe, TimeMoeConfig
 
 MODEL = TimeMoe
 EMBED = "model.embed_layer.emb_layer.weight"
@@ -114,7 +114,7 @@ def configure(
         told.problems.append(
             f"hidden_size: {width} is no multiple of num_attention_heads ({heads})"
         )
-    told.choice("hidden_act", tuple(ACTIVATIONS), "silu")
+    told.choice("hidden_act", HIDDEN_ACTS, "silu")
     told.boolean("use_dense", False)
     told.boolean("apply_aux_loss", True)
     for name, default, high in (

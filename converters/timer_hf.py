@@ -11,7 +11,7 @@ from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
-from ltsm_jax.models.timer_hf import ACTIVATIONS, PRESETS, TimerHf, TimerHfConfig
+from ltsm_jax.models.timer_hf import HIDDEN_ACTS, PRESETS, TimerHf, TimerHfConfig
 
 MODEL = TimerHf
 EMBED, HEAD = "model.embed_layer.emb.weight", r"lm_heads\.(\d+)\.weight"
@@ -89,7 +89,7 @@ def configure(
         told.problems.append(
             f"hidden_size: {width} is no multiple of num_attention_heads ({heads})"
         )
-    told.choice("hidden_act", tuple(ACTIVATIONS), "silu")
+    told.choice("hidden_act", HIDDEN_ACTS, "silu")
     told.number("attention_dropout", 0.0, high=0.999)
     told.number("initializer_range", 0.02, high=1e3)
     told.integer("max_position_embeddings", 10000, high=1 << 30)

@@ -1,10 +1,10 @@
-"""Parts of decoder-only families: causal attention with a cache, gated feed-forward layers, the
-roll-out loop.
+"""Parts of decoder-only families: causal attention with a cache, and the roll-out loop.
 
 A cache is an argument and a result, never a hidden state: per layer the rotated keys and the values
 [B, G, S, K] of a sequence that has room for S tokens, of which the first `start` are written.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import LOWEST, attend
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.rope import rotary, rotary_frequencies
@@ -25,17 +26,6 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 # the weights of all at once are gigabytes, written and read several times.
 LONG = 1024
 QUERIES = 768  # that such a head takes at a time, with the keys up to the last of them alone
-
-ACTIVATIONS: dict[
-    str, Callable[[jax.Array], jax.Array]
-] = {  # under the names that published configs use
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
-}
 
 
 def causal_mask(
@@ -93,7 +83,7 @@ def attend_by_head(
             s_QS = (q_NK[first:stop] @ k_SK[:stop].T).astype(jnp.float32) * scale
             place_Q1 = jnp.arange(first, stop)[:, None]
             mask_QS = (jnp.arange(stop)[None] <= place_Q1) & seen_S[None, :stop]
-            w_QS = jax.nn.softmax(jnp.where(mask_QS, s_QS, jnp.finfo(jnp.float32).min))
+            w_QS = jax.nn.softmax(jnp.where(mask_QS, s_QS, LOWEST))
             found.append(w_QS.astype(v_SV.dtype) @ v_SV[:stop])
         return jnp.concatenate(found)
 
@@ -138,72 +128,38 @@ class CausalAttention(nn.Module):
     ):
         qk_dim = 2 * len(self.pairs[0]) if self.pairs else self.head_dim
         value_dim = self.head_dim if self.value_dim is None else self.value_dim
-        heads = {
-            "q": (self.n_heads, qk_dim),
-            "k": (self.n_kv_heads, qk_dim),
-            "v": (self.n_kv_heads, value_dim),
-        }
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHNK, k_BGSK, v_BGSK = (
-            jnp.swapaxes(Linear((self.d_model,), shape, name=name)(x_BND), 1, 2)
-            for name, shape in heads.items()
-        )
-        place = positions_BN[:, None]
-        q_BHNK, k_BGSK = (
-            rotary(
-                y,
-                place,
-                base=self.base,
-                frequencies=_kept(self.pairs, self.head_dim, self.base, y.shape[1]),
-            )
-            for y in (q_BHNK, k_BGSK)
-        )
+
+        def project(name, heads, width):
+            y_BNHK = Linear((self.d_model,), (heads, width), name=name)(x_BND)
+            return jnp.swapaxes(y_BNHK, 1, 2)
+
+        def turned(y_BHNK):
+            kept = _kept(self.pairs, self.head_dim, self.base, y_BHNK.shape[1])
+            return rotary(y_BHNK, positions_BN[:, None], base=self.base, frequencies=kept)
+
+        q_BHNK = turned(project("q", self.n_heads, qk_dim))
+        k_BGSK = turned(project("k", self.n_kv_heads, qk_dim))
+        v_BGSK = project("v", self.n_kv_heads, value_dim)
         if cache is not None:
-            k_BGSK, v_BGSK = cache = (
-                _written(cache[0], k_BGSK, start),
-                _written(cache[1], v_BGSK, start),
-            )
-            k_BGSK, v_BGSK = k_BGSK.astype(q_BHNK.dtype), v_BGSK.astype(q_BHNK.dtype)
+            cache = _written(cache[0], k_BGSK, start), _written(cache[1], v_BGSK, start)
+            k_BGSK, v_BGSK = (y.astype(q_BHNK.dtype) for y in cache)
         if self.n_kv_heads != self.n_heads:
-            k_BGSK, v_BGSK = (
-                jnp.repeat(y, self.n_heads // self.n_kv_heads, axis=1) for y in (k_BGSK, v_BGSK)
+            copies = self.n_heads // self.n_kv_heads
+            k_BGSK, v_BGSK = (jnp.repeat(y, copies, axis=1) for y in (k_BGSK, v_BGSK))
+
+        scale = self.head_dim**-0.5
+        from_start = isinstance(start, int) and start == 0
+        if lean and not train and x_BND.shape[1] >= LONG and from_start:
+            # What the last query sees is all that any query may see.
+            seen_BS = mask_BHNS[:, 0, -1]
+            y_BHNK, w_BHNS = attend_by_head(q_BHNK, k_BGSK, v_BGSK, seen_BS, scale), None
+        else:
+            drop = functools.partial(Dropout(self.dropout), train=train)
+            y_BHNK, w_BHNS = attend(
+                q_BHNK, k_BGSK, v_BGSK, seen=mask_BHNS, scale=scale, dropout=drop
             )
         out = Linear((self.n_heads, value_dim), (self.d_model,), use_bias=False, name="out")
-        if lean and not train and x_BND.shape[1] >= LONG and isinstance(start, int) and start == 0:
-            # what the last query sees is all that any query may see
-            y_BHNK = attend_by_head(
-                q_BHNK, k_BGSK, v_BGSK, mask_BHNS[:, 0, -1], self.head_dim**-0.5
-            )
-            return out(jnp.swapaxes(y_BHNK, 1, 2)), None, cache
-        s_BHNS = (
-            jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BGSK).astype(jnp.float32) * self.head_dim**-0.5
-        )
-        # the lowest number and not -inf: a query that sees nothing (padding) spreads evenly, as in
-        # the originals
-        s_BHNS = jnp.where(mask_BHNS, s_BHNS, jnp.finfo(jnp.float32).min)
-        w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BGSK.dtype)
-        y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BGSK)
-        y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
-        return out(y_BNHK), w_BHNS, cache
-
-
-class GatedMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202), no biases: [..., D] -> [..., D],
-    width F inside.
-    """
-
-    d_model: int
-    ffn_dim: int
-    activation: str = "silu"
-
-    @nn.compact
-    def __call__(self, x):
-        into = {"inputs": (self.d_model,), "outputs": (self.ffn_dim,), "use_bias": False}
-        y = ACTIVATIONS[self.activation](Linear(**into, name="gate")(x)) * Linear(
-            **into, name="up"
-        )(x)
-        return Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y)
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS, cache
 
 
 def empty_cache(

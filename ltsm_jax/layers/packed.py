@@ -11,6 +11,7 @@ arXiv 2402.02592), as SalesforceAIResearch/uni2ts (commit 8d2a08d) runs it.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Distribution, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
@@ -338,38 +340,19 @@ class AnyVariateAttention(nn.Module):
             else jnp.zeros(shape)
         )
         bias_2H = bias_2H.astype(jnp.float32)
-        q_BHNK, k_BHSK, v_BHSK = turned("q"), turned("k"), project("v")
-        s_BHNS = (jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5).astype(
-            jnp.float32
-        )
         bias = bias_2H[:, None, :, None, None]
-        s_BHNS = s_BHNS + jnp.where(same_variate_BNS[:, asking][:, None], bias[1], bias[0])
-        s_BHNS = jnp.where(seen_BNS[:, asking][:, None], s_BHNS, -jnp.inf)
-        w_BHNS = jax.nn.softmax(s_BHNS).astype(x_BND.dtype)
-        y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
-        y_BND = Linear(values, (self.d_model,), use_bias=False, name="out")(
-            jnp.swapaxes(y_BHNK, 1, 2)
+        y_BHNK, _ = attend(
+            turned("q"),
+            turned("k"),
+            project("v"),
+            seen=seen_BNS[:, asking][:, None],
+            bias=jnp.where(same_variate_BNS[:, asking][:, None], bias[1], bias[0]),
+            scale=self.head_dim**-0.5,
+            hidden=-jnp.inf,
+            dropout=functools.partial(Dropout(self.dropout), train=train),
         )
-        return y_BND, taps
-
-
-class SwiGLU(nn.Module):
-    """`down(silu(gate x) * up x)`, no biases: [..., D] -> [..., D]."""
-
-    d_model: int
-    ffn_dim: int
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        up, gate = (
-            Linear((self.d_model,), (self.ffn_dim,), use_bias=False, name=n)(x)
-            for n in ("up", "gate")
-        )
-        y = Dropout(self.dropout)(nn.silu(gate) * up, train)
-        return Dropout(self.dropout)(
-            Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y), train
-        )
+        out = Linear(values, (self.d_model,), use_bias=False, name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), taps
 
 
 def default_ffn_dim(d_model: int) -> int:

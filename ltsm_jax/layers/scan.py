@@ -13,16 +13,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax.layers.taps import watched
 from ltsm_jax.trees import Tree
 
 
-def loops(network: nn.Module, lean: bool, train: bool) -> bool:
+def loops(network: nn.Module, lean: bool, train: bool, whole: bool) -> bool:
     """Tell whether a network may take its equal layers in one loop.
 
     lean: only its result is asked for, as in a forecast, and not the steps inside its layers.
+    whole: see `layers.shortcuts`.
     """
-    return lean and not train and not network.is_initializing() and not watched()
+    return lean and not train and not whole and not network.is_initializing()
 
 
 def equal_runs(layers: int, *widths: Sequence[Any]) -> list[range]:

@@ -25,28 +25,25 @@ Parameters of a stack called `encoder` or `decoder`, i = 0, 1, ...:
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import LOWEST, attend, attention_weights
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Distribution, Normal
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.mlp import feed_forward, gated_feed_forward
+from ltsm_jax.layers.network import nested
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.taps import watched
 from ltsm_jax.layers.widths import width, width_problems
 
 Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
-ACTIVATIONS = {
-    "relu": nn.relu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-}
-
 SHARD_RULES = (
     (r"/(attn|cross)/[qkv]/kernel$", ("fsdp", "tensor", None)),
     (r"/(attn|cross)/out/kernel$", ("tensor", None, "fsdp")),
@@ -126,10 +123,14 @@ class StackConfig:
                 f"{self.n_buckets} buckets have {exact} exact distances a side; there must be one, "
                 f"and max_distance ({self.max_distance}) must lie beyond"
             )
-        if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.eps >= 0:
+        if (
+            self.activation not in typing.get_args(Activation)
+            or not 0 <= self.dropout < 1
+            or not self.eps >= 0
+        ):
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), eps not "
-                f"negative: {self.activation}, {self.dropout}, {self.eps}"
+                f"activation must be one of {', '.join(typing.get_args(Activation))}, dropout in "
+                f"[0, 1), eps not negative: {self.activation}, {self.dropout}, {self.eps}"
             )
         if problems:
             raise ValueError("T5 stack: " + "; ".join(problems))
@@ -229,7 +230,7 @@ def hidden(mask: jax.Array) -> jax.Array:
     """Offset of the attention scores: 0 where the mask is not 0, float32's lowest number where it
     is. Where every key is hidden the attention is uniform, as in the original, and not NaN.
     """
-    return jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min)
+    return jnp.where(mask != 0, 0.0, LOWEST)
 
 
 class Kernel(nn.Module):
@@ -255,8 +256,10 @@ class Attention(nn.Module):
     bias: added to the scores, broadcasts to [B, H, N, S]. source None: keys and values are `kv`
     alone; with both, the new ones are written into `kv` at `start`. Rows of x may be a multiple of
     the source's: row r looks at the source's row r // multiple. keep: keys and values are wanted;
-    they need not come back otherwise.
+    they need not come back otherwise. whole: see `layers.shortcuts`.
     """
+
+    shortens: ClassVar[bool] = True
 
     cfg: StackConfig
     n_heads: int
@@ -273,55 +276,62 @@ class Attention(nn.Module):
         kv: Any = None,
         start: Any = 0,
         keep: bool = False,
+        whole: bool = False,
     ) -> tuple[Any, Any]:
-        cfg = self.cfg
-        heads = {
-            n: (self.n_heads, k)
-            for n, k in (("q", self.qk_dim), ("k", self.qk_dim), ("v", self.value_dim))
-        }
-
-        def split(y, name):
-            y_BNHK = Linear((cfg.d_model,), heads[name], use_bias=False, name=name)(y)
-            return jnp.swapaxes(y_BNHK, 1, 2)
-
-        def weights(s_BHNS):
-            w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32) + bias)
-            return Dropout(cfg.dropout)(w_BHNS.astype(s_BHNS.dtype), train)
-
         if x_BND is None:  # nobody asks yet
-            return None, (split(source_BSD, "k"), split(source_BSD, "v"))
-        shape = x_BND.shape
+            return None, (self._split(source_BSD, "k"), self._split(source_BSD, "v"))
+        cfg, shape = self.cfg, x_BND.shape
         rows = kv[0].shape[0] if source_BSD is None else source_BSD.shape[0]
-        q_BHNK = split(x_BND.reshape(rows, -1, cfg.d_model), "q")
-        n, k, s = *q_BHNK.shape[2:], 0 if source_BSD is None else source_BSD.shape[1]
-        few = n * (k + s) < s * k and not watched()
-        if few and source_BSD is not None and not (keep or kv):
-            # Few queries: (q W') m' for q (m W)' and (w m) W for w (m W), without the keys and
-            # values of all of m. That takes a tenth off a forecast of one decoder step.
-            m_BSD = source_BSD.astype(q_BHNK.dtype)
-            k_DHK, v_DHK = (
-                Kernel((cfg.d_model,), heads[name], name=name)(m_BSD.dtype) for name in "kv"
-            )
-            p_BHND = jnp.einsum("BHNK,DHK->BHND", q_BHNK, k_DHK)
-            w_BHNS = weights(jnp.einsum("BHND,BSD->BHNS", p_BHND, m_BSD))
-            y_BNHK = jnp.einsum(
-                "BHND,DHK->BNHK", jnp.einsum("BHNS,BSD->BHND", w_BHNS, m_BSD), v_DHK
-            )
+        q_BHNK = self._split(x_BND.reshape(rows, -1, cfg.d_model), "q")
+        drop = functools.partial(Dropout(cfg.dropout), train=train)
+
+        # A shorter way for few queries of new keys that nobody wants to keep.
+        n, k = q_BHNK.shape[2:]
+        s = 0 if source_BSD is None else source_BSD.shape[1]
+        fewer = n * (k + s) < s * k
+        if fewer and source_BSD is not None and not (keep or kv or whole):
+            y_BNHK = self._without_keys(q_BHNK, source_BSD, bias, drop)
         else:
             if source_BSD is not None:
-                new = split(source_BSD, "k"), split(source_BSD, "v")
-                if kv:
-                    kv = tuple(
-                        jax.lax.dynamic_update_slice(old, y.astype(old.dtype), (0, 0, start, 0))
-                        for old, y in zip(kv, new, strict=True)
-                    )
-                else:
-                    kv = new
-            k_BHSK, v_BHSK = kv
-            w_BHNS = weights(jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK))
-            y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        y_BND = Linear(heads["v"], (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
-        return y_BND.reshape(shape), kv
+                new = self._split(source_BSD, "k"), self._split(source_BSD, "v")
+                kv = _written(kv, new, start) if kv else new
+            y_BHNK, _ = attend(q_BHNK, *kv, bias=bias, dropout=drop)
+            y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
+        out = Linear(self._heads("v"), (cfg.d_model,), use_bias=False, name="out")
+        return out(y_BNHK).reshape(shape), kv
+
+    def _heads(self, name: str) -> tuple[int, int]:
+        return self.n_heads, self.value_dim if name == "v" else self.qk_dim
+
+    def _split(self, y, name: str) -> jax.Array:
+        """Queries, keys or values [B, H, N, K]."""
+        y_BNHK = Linear((self.cfg.d_model,), self._heads(name), use_bias=False, name=name)(y)
+        return jnp.swapaxes(y_BNHK, 1, 2)
+
+    def _without_keys(self, q_BHNK, source_BSD, bias, drop) -> jax.Array:
+        """Attend [B, N, H, K] without the keys and values of all of the source m.
+
+        (q W') m' for q (m W)' and (w m) W for w (m W): that takes a tenth off a forecast of one
+        decoder step.
+        """
+        m_BSD = source_BSD.astype(q_BHNK.dtype)
+        inputs = (self.cfg.d_model,)
+        k_DHK = Kernel(inputs, self._heads("k"), name="k")(m_BSD.dtype)
+        v_DHK = Kernel(inputs, self._heads("v"), name="v")(m_BSD.dtype)
+        p_BHND = jnp.einsum("BHNK,DHK->BHND", q_BHNK, k_DHK)
+        s_BHNS = jnp.einsum("BHND,BSD->BHNS", p_BHND, m_BSD)
+        w_BHNS = drop(attention_weights(s_BHNS, bias=bias).astype(m_BSD.dtype))
+        y_BHND = jnp.einsum("BHNS,BSD->BHND", w_BHNS, m_BSD)
+        return jnp.einsum("BHND,DHK->BNHK", y_BHND, v_DHK)
+
+
+def _written(old: Any, new: Any, start: Any) -> tuple[jax.Array, ...]:
+    """Keys and values with new ones written over them from token `start` on."""
+    place = (0, 0, start, 0)
+    found = []
+    for y, more in zip(old, new, strict=True):
+        found.append(jax.lax.dynamic_update_slice(y, more.astype(y.dtype), place))
+    return tuple(found)
 
 
 class Block(nn.Module):
@@ -359,13 +369,8 @@ class Block(nn.Module):
             x_BND = taps["after_cross"] = x_BND + drop(taps["cross"])
         name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", cfg.ffn_dims[self.layer]
         h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
-        act = ACTIVATIONS[cfg.activation]
-
-        def wide(name):
-            return Linear((cfg.d_model,), (ffn_dim,), use_bias=False, name=name)(h_BND)
-
-        h_BNF = act(wide("gate")) * wide("up") if cfg.gated else act(wide("up"))
-        taps["ffn"] = Linear((ffn_dim,), (cfg.d_model,), use_bias=False, name="down")(drop(h_BNF))
+        made = gated_feed_forward if cfg.gated else functools.partial(feed_forward, use_bias=False)
+        taps["ffn"] = made(h_BND, ffn_dim, cfg.activation, dropout=drop)
         return x_BND + drop(taps["ffn"]), taps, new
 
 
@@ -459,9 +464,7 @@ class Stack(nn.Module):
                 cache and cache[f"layer_{i}"],
                 start,
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x
-            }
+            taps |= nested(f"layer_{i}", inner, x)
         taps["norm"] = RMSNorm(cfg.eps, name="norm")(x)
         return drop(taps["norm"]), taps, new if cache else None
 

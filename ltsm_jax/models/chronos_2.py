@@ -28,11 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import mean_over_rows, mse_observed
+from ltsm_jax.layers.missing import mean_over_rows, mse_observed, scale_of_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
@@ -193,7 +196,6 @@ PRESETS = {
     "autogluon/chronos-2-small": Chronos2Config.of(512, 8, 2048, 6),
     "autogluon/chronos-2-synth": Chronos2Config.of(768, 12, 3072, 12),
 }
-ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 
 
 class Attention(nn.Module):
@@ -210,21 +212,21 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_ABSD, seen, train: bool):
         cfg = self.cfg
-        heads, values = (self.n_heads, self.qk_dim), (self.n_heads, self.value_dim)
-        q, k, v = (
-            jnp.moveaxis(Linear((cfg.d_model,), shape, False, name=n)(x_ABSD), 3, 2)
-            for n, shape in (("q", heads), ("k", heads), ("v", values))
-        )
+
+        def project(name, width):
+            linear = Linear((cfg.d_model,), (self.n_heads, width), use_bias=False, name=name)
+            return jnp.moveaxis(linear(x_ABSD), 3, 2)
+
+        q, k, v = project("q", self.qk_dim), project("k", self.qk_dim), project("v", self.value_dim)
         if self.rotate:
             positions = jnp.arange(x_ABSD.shape[2]).reshape(1, 1, 1, -1)
             q, k = (rotary(y, positions, base=cfg.rope_base) for y in (q, k))
-        s_ABHSS = jnp.einsum("ABHNK,ABHSK->ABHNS", q, k).astype(jnp.float32)
-        # the lowest number and not -inf: a token alone in its group, hidden, sees all others, as in
-        # the original; none sees it
-        s_ABHSS = s_ABHSS + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-        w_ABHSS = Dropout(cfg.dropout)(jax.nn.softmax(s_ABHSS).astype(x_ABSD.dtype), train)
-        y_ABSHK = jnp.moveaxis(jnp.einsum("ABHNS,ABHSK->ABHNK", w_ABHSS, v), 2, 3)
-        return Linear(values, (cfg.d_model,), False, name="out")(y_ABSHK)
+        # A token alone in its group, hidden, sees all others, as in the original; none sees it.
+        drop = functools.partial(Dropout(cfg.dropout), train=train)
+        y_ABHSK, _ = attend(q, k, v, seen=seen, dropout=drop)
+        values = (self.n_heads, self.value_dim)
+        out = Linear(values, (cfg.d_model,), use_bias=False, name="out")
+        return out(jnp.moveaxis(y_ABHSK, 2, 3))
 
 
 class Layer(nn.Module):
@@ -257,11 +259,9 @@ class Layer(nn.Module):
         attend = Attention(cfg, cfg.group_heads[self.layer], qk_dim, value_dim, False, name="group")
         y = attend(jnp.swapaxes(norm(2), 1, 2), hide, train)
         x_GMSD = taps["group"] = x_GMSD + drop(jnp.swapaxes(y, 1, 2))
-        f = cfg.ffn_dims[self.layer]
-        y = drop(
-            ACTIVATIONS[cfg.activation](Linear((cfg.d_model,), (f,), False, name="up")(norm(3)))
-        )
-        x_GMSD = x_GMSD + drop(Linear((f,), (cfg.d_model,), False, name="down")(y))
+        width_F, activation = cfg.ffn_dims[self.layer], cfg.activation
+        y = feed_forward(norm(3), width_F, activation, use_bias=False, dropout=drop)
+        x_GMSD = x_GMSD + drop(y)
         return x_GMSD, taps
 
 
@@ -300,9 +300,7 @@ class Chronos2Net(nn.Module):
         )
         for i in range(len(cfg.ffn_dims)):
             x_GMSD, inner = Layer(cfg, i, name=f"layer_{i}")(x_GMSD, seen_GMS, same_GMM, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_GMSD
-            }
+            taps |= nested(f"layer_{i}", inner, x_GMSD)
         x_GMSD = taps["norm"] = Dropout(cfg.dropout)(RMSNorm(cfg.eps, name="norm")(x_GMSD), train)
         out = len(cfg.levels) * cfg.patch_len
         y = taps["head"] = block(cfg.d_model, out, "head")(x_GMSD[:, :, -n:], train)
@@ -409,12 +407,6 @@ class Chronos2(Model):
 
     # --- the network between its scalings
 
-    def _patches(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Values [.., N, P] and masks of whole patches, 0 where nothing is to be seen."""
-        mask = jnp.where(jnp.isnan(x), 0.0, mask)
-        values = jnp.where(mask > 0, jnp.nan_to_num(x), 0.0)
-        return tuple(y.reshape(*y.shape[:-1], -1, self.config.patch_len) for y in (values, mask))  # pyright: ignore[reportReturnType]
-
     def apply(
         self,
         params: Tree,
@@ -441,65 +433,59 @@ class Chronos2(Model):
             * P.
           future_mask: [G, M, R], 1 where it is to be seen.
         """
-        cfg, p = self.config, self.config.patch_len
-        g, m, _ = x.shape
+        cfg, (g, m, _) = self.config, x.shape
         x = x.astype(jnp.float32)[..., -cfg.context_len :]
-        mask = (
-            jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
-        )
+        if mask is not None:
+            mask = mask.astype(jnp.float32)[..., -cfg.context_len :]
         same = jnp.ones((g, m, m), bool) if same is None else same
-        observed = ~jnp.isnan(x)
-        n = observed.sum(-1, keepdims=True)
+        loc, scale = scale_of_observed(x, FLAT_SCALE)
 
-        def mean(y):
-            return jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+        tokens, inner, visible = self._context_tokens(x, mask, loc, scale)
+        ahead = self._future_tokens((g, m, n_patches), future, future_mask, loc, scale)
+        net, seen = Chronos2Net(cfg), visible.sum(-1) > 0
+        y, taps = run(net, params, tokens, ahead, seen, same, key=key, train=train)
 
-        loc = mean(x)
-        scale = jnp.sqrt(mean(jnp.square(x - loc)))
-        scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
-        inner = self.scaled(x, loc, scale)
-        left = ((0, 0), (0, 0), (-x.shape[-1] % p, 0))
-        values, visible = self._patches(
-            *(jnp.pad(y, left) for y in (inner, jnp.where(observed, mask, 0.0)))
-        )
-
-        def time(start, k):
-            """The scaled places of k patches from time step `start` on: [G, M, k, P]."""
-            steps = (start + jnp.arange(k * p)).reshape(1, 1, k, p)
-            return jnp.broadcast_to(steps / cfg.time_scale, (g, m, k, p))
-
-        future = jnp.full((g, m, n_patches * p), jnp.nan) if future is None else future
-        future_mask = (
-            jnp.ones_like(future) if future_mask is None else future_mask.astype(jnp.float32)
-        )
-        right = ((0, 0), (0, 0), (0, n_patches * p - future.shape[-1]))
-        known = [
-            jnp.pad(y, right)
-            for y in (
-                self.scaled(future, loc, scale),
-                jnp.where(jnp.isnan(future), 0.0, future_mask),
-            )
-        ]
-        ahead, ahead_mask = self._patches(*known)
-        count = values.shape[2]
-        tokens = jnp.concatenate([time(-count * p, count), values, visible], axis=-1)
-        ahead_tokens = jnp.concatenate([time(0, n_patches), ahead, ahead_mask], axis=-1)
-        rngs = {"dropout": key} if train and cfg.dropout else None
-        net: Any = Chronos2Net(cfg)  # Flax types what apply returns too widely
-        y, taps = net.apply(
-            {"params": params},
-            tokens,
-            ahead_tokens,
-            visible.sum(-1) > 0,
-            same,
-            train and rngs is not None,
-            rngs=rngs,
-        )
-        y_GMQR = jnp.moveaxis(y, 3, 2).reshape(g, m, len(cfg.levels), n_patches * p)
-        taps |= {"scaled": inner, "loc": loc, "scale": scale, "quantiles": y_GMQR}
+        y_GMQR = jnp.moveaxis(y, 3, 2).reshape(g, m, len(cfg.levels), -1)
+        known_GMR = ahead[..., -cfg.patch_len :].reshape(g, m, -1)
+        taps |= {"scaled": inner, "loc": loc, "scale": scale, "known": known_GMR}
+        taps["quantiles"] = y_GMQR
         outer = (jnp.sinh(y_GMQR) if cfg.arcsinh else y_GMQR) * scale[..., None] + loc[..., None]
-        known_GMR = ahead_mask.reshape(g, m, -1)
-        return jnp.swapaxes(outer, 2, 3), taps | {"known": known_GMR}
+        return jnp.swapaxes(outer, 2, 3), taps
+
+    def _context_tokens(self, x, mask, loc, scale):
+        """Tokens [G, M, N, 3P] of x, x in the inner scale, and which of its points are visible."""
+        p = self.config.patch_len
+        inner = self.scaled(x, loc, scale)
+        there = jnp.where(jnp.isnan(x), 0.0, 1.0 if mask is None else mask)
+        # The newest patch is whole: what is missing to a whole number of them is in front.
+        left = ((0, 0), (0, 0), (-x.shape[-1] % p, 0))
+        values, visible = self._patches(jnp.pad(inner, left), jnp.pad(there, left))
+        time = self._time(-values.shape[2] * p, values.shape)
+        return jnp.concatenate([time, values, visible], axis=-1), inner, visible
+
+    def _future_tokens(self, shape: tuple[int, int, int], future, mask, loc, scale):
+        """Tokens [G, M, n_patches, 3P] of what is known of the future, if anything is."""
+        p, (g, m, n_patches) = self.config.patch_len, shape
+        if future is None:
+            future = jnp.full((g, m, n_patches * p), jnp.nan)
+        there = jnp.where(jnp.isnan(future), 0.0, 1.0 if mask is None else mask)
+        right = ((0, 0), (0, 0), (0, n_patches * p - future.shape[-1]))
+        inner = jnp.pad(self.scaled(future, loc, scale), right)
+        ahead, visible = self._patches(inner, jnp.pad(there.astype(jnp.float32), right))
+        return jnp.concatenate([self._time(0, ahead.shape), ahead, visible], axis=-1)
+
+    def _patches(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Values [.., N, P] and masks of whole patches, 0 where nothing is to be seen."""
+        mask = jnp.where(jnp.isnan(x), 0.0, mask)
+        values = jnp.where(mask > 0, jnp.nan_to_num(x), 0.0)
+        shape = (*x.shape[:-1], -1, self.config.patch_len)
+        return values.reshape(shape), mask.reshape(shape)
+
+    def _time(self, start: int, shape: tuple[int, ...]) -> jax.Array:
+        """The scaled places [G, M, k, P] of k patches from time step `start` on."""
+        k, p = shape[2:]
+        steps = (start + jnp.arange(k * p)).reshape(1, 1, k, p)
+        return jnp.broadcast_to(steps / self.config.time_scale, shape)
 
     def scaled(self, x: jax.Array, loc: jax.Array, scale: jax.Array) -> jax.Array:
         """x in the inner scale of the network."""

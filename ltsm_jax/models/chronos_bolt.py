@@ -27,7 +27,9 @@ import numpy as np
 from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
-from ltsm_jax.layers.missing import mean_observed, mean_over_rows
+from ltsm_jax.layers.missing import mean_observed, mean_over_rows, scale_of_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, t5_groups
@@ -194,7 +196,7 @@ class ChronosBoltNet(nn.Module):
     def __call__(self, p_BNP, mask_BNP, train: bool = False, encode_only: bool = False):
         cfg, taps = self.cfg, {"patches": p_BNP, "patch_mask": mask_BNP}
         d_model, q, h = cfg.encoder.d_model, len(cfg.levels), cfg.horizon
-        activation, dropout = t5.ACTIVATIONS[cfg.encoder.activation], cfg.encoder.dropout
+        activation, dropout = ACTIVATIONS[cfg.encoder.activation], cfg.encoder.dropout
 
         def block(inputs, outputs, name):
             return ResidualBlock(
@@ -217,13 +219,13 @@ class ChronosBoltNet(nn.Module):
             seen_BN = jnp.pad(seen_BN, ((0, 0), (0, 1)), constant_values=True)
         taps |= {"encoder_input": x_BND, "seen": seen_BN}
         m_BND, inner, _ = t5.Stack(cfg.encoder, name="encoder")(x_BND, seen_BN, train=train)
-        taps |= {f"encoder/{name}": value for name, value in inner.items()}
+        taps |= nested("encoder", inner)
         if encode_only and not self.is_initializing():
             return m_BND, taps
         y_B1D, inner, _ = t5.Stack(cfg.decoder, name="decoder")(
             start_B1D, memory=m_BND, memory_mask=seen_BN, train=train
         )
-        taps |= {f"decoder/{name}": value for name, value in inner.items()}
+        taps |= nested("decoder", inner)
         y_B1O = taps["head"] = block(d_model, q * h, "head")(y_B1D, train)
         return y_B1O.reshape(-1, q, h).astype(jnp.float32), taps
 
@@ -329,14 +331,7 @@ class ChronosBolt(Model):
             jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
         )
         mask = jnp.where(observed, mask, 0.0)
-        n = observed.sum(-1, keepdims=True)
-
-        def mean(y):
-            return jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)
-
-        loc = mean(x)
-        scale = jnp.sqrt(mean(jnp.square(x - loc)))
-        scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
+        loc, scale = scale_of_observed(x, FLAT_SCALE)
         scaled = jnp.where(observed, (x - loc) / scale, 0.0)
         left = -x.shape[-1] % cfg.patch_len
         values, mask = (
@@ -373,12 +368,8 @@ class ChronosBolt(Model):
         mask = None if mask is None else mask.reshape(b * c, t)
         p_BNP, mask_BNP, scaling = self.patches(x.reshape(b * c, t), mask)
         cfg = self.config
-        dropout = max(cfg.encoder.dropout, cfg.decoder.dropout)
-        rngs = {"dropout": key} if train and dropout and key is not None else None
-        net: Any = ChronosBoltNet(cfg)  # Flax types what apply returns too widely
-        y, taps = net.apply(
-            {"params": params}, p_BNP, mask_BNP, rngs is not None, encode_only, rngs=rngs
-        )
+        net, options = ChronosBoltNet(cfg), {"encode_only": encode_only}
+        y, taps = run(net, params, p_BNP, mask_BNP, key=key, train=train, **options)
         taps |= scaling
         if encode_only:
             return y.reshape(b, c, *y.shape[1:]), taps

@@ -27,6 +27,7 @@ from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, t5_groups
 from ltsm_jax.trees import Tree
@@ -383,7 +384,7 @@ class ChronosT5Net(nn.Module):
             memory, inner, _ = t5.Stack(cfg.encoder, name="encoder")(
                 shared_VD[ids], observed, train=train
             )
-            taps = {"memory": memory} | {f"encoder/{name}": tap for name, tap in inner.items()}
+            taps = {"memory": memory} | nested("encoder", inner)
         y_RND, inner, cache = t5.Stack(cfg.decoder, name="decoder")(
             None if so_far is None else shared_VD[so_far],
             memory=memory,
@@ -395,7 +396,7 @@ class ChronosT5Net(nn.Module):
         if y_RND is None:
             return None, taps, cache
         logits_RNV = (y_RND * cfg.d_model**-0.5) @ shared_VD.T.astype(y_RND.dtype)
-        return logits_RNV, taps | {f"decoder/{name}": tap for name, tap in inner.items()}, cache
+        return logits_RNV, taps | nested("decoder", inner), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,15 +483,7 @@ class ChronosT5(Model):
     # --- with the answer given
 
     def _net(self, params: Tree, *args, key=None, train=False, **rest) -> Any:
-        train = (
-            train
-            and key is not None
-            and bool(self.config.encoder.dropout or self.config.decoder.dropout)
-        )
-        net: Any = ChronosT5Net(self.config)  # Flax types what apply returns too widely
-        return net.apply(
-            {"params": params}, *args, train, rngs={"dropout": key} if train else None, **rest
-        )
+        return run(ChronosT5Net(self.config), params, *args, key=key, train=train, **rest)
 
     def apply(self, params: Tree, context: jax.Array, target: jax.Array, key=None, train=False):
         """Logits of the target's tokens, each given those before it: [R, N, V] for R = B * C

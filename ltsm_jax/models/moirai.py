@@ -21,7 +21,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,7 @@ from ltsm_jax.layers import mixture, multiscale, packed
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
+from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.multiscale import (
     CrossScale,
     Layout,
@@ -39,12 +40,12 @@ from ltsm_jax.layers.multiscale import (
     ScaleLora,
     ScaleMixture,
 )
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import (
     AnyVariateAttention,
     Series,
     SizedIn,
-    SwiGLU,
     Tokens,
     observed_series,
 )
@@ -222,16 +223,16 @@ class Block(nn.Module):
         y_BND, inner = attention(
             y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters
         )
-        taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         if layout:
             x_BND = taps["across"] = CrossScale(layout.how, name="across")(
                 x_BND, tokens.sample_id > 0, layout
             )
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND = taps["ffn"] = SwiGLU(
-            cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn"
-        )(y_BND, train)
+        y_BND = taps["ffn"] = GatedMLP(cfg.ffn_dims[self.layer], dropout=cfg.dropout, name="ffn")(
+            y_BND, train
+        )
         return x_BND + y_BND, taps
 
     def adapters(self, how: MultiScale, value_dim: int, scale_BN: jax.Array) -> dict[str, Any]:
@@ -253,10 +254,11 @@ class MoiraiNet(nn.Module):
     patch: the patch size of all tokens, or of each [B, N]. only: the tokens (first, last but one)
     whose distribution is asked for; None: all. lean: for a forecast, without the steps of the
     layers. layout: of the scales, where there are several. scale: mean and standard deviation
-    [B, C] of each variate, where they are known.
+    [B, C] of each variate, where they are known. whole: see `layers.shortcuts`.
     """
 
     cfg: MoiraiConfig
+    shortens: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -268,6 +270,7 @@ class MoiraiNet(nn.Module):
         lean: bool = False,
         layout: Layout | None = None,
         scale: tuple[jax.Array, jax.Array] | None = None,
+        whole: bool = False,
     ):
         cfg = self.cfg
         assert (layout is None) == (cfg.multiscale is None), "tokens of all scales, or of one"
@@ -287,7 +290,7 @@ class MoiraiNet(nn.Module):
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
         x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
         depth = len(cfg.ffn_dims)
-        looped = loops(self, lean, train)
+        looped = loops(self, lean, train, whole)
         if looped:
 
             def layer(i, params, x_BND):
@@ -299,15 +302,13 @@ class MoiraiNet(nn.Module):
             x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
         for i in range(0 if looped else depth):
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train, layout)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else slice(*only)
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
         y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
-        return y, taps | {f"head/{name}": value for name, value in raw.items()}
+        return y, taps | nested("head", raw)
 
 
 def _filled(x: jax.Array, missing: int, fill: float | bool) -> jax.Array:
@@ -421,13 +422,9 @@ class Moirai(Model):
 
         patch, only, lean, layout, scale: see `MoiraiNet`.
         """
-        cfg = self.config
-        train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
-        net: Any = MoiraiNet(cfg)  # Flax types what apply returns too widely
-        rngs = {"dropout": key} if train else None
-        return net.apply(
-            {"params": params}, tokens, patch, train, only, lean, layout, scale, rngs=rngs
-        )
+        options = {"only": only, "lean": lean, "layout": layout, "scale": scale}
+        net = MoiraiNet(self.config)
+        return run(net, params, tokens, patch, key=key, train=train, **options)
 
     def packed_loss(
         self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None

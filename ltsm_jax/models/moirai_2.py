@@ -29,8 +29,10 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.mlp import GatedMLP
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.packed import AnyVariateAttention, Series, SwiGLU, Tokens, observed_series
+from ltsm_jax.layers.packed import AnyVariateAttention, Series, Tokens, observed_series
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -185,12 +187,12 @@ class Block(nn.Module):
             name="attn",
         )
         y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
-        taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND = taps["ffn"] = SwiGLU(
-            cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn"
-        )(y_BND, train)
+        y_BND = taps["ffn"] = GatedMLP(cfg.ffn_dims[self.layer], dropout=cfg.dropout, name="ffn")(
+            y_BND, train
+        )
         return x_BND + y_BND, taps
 
 
@@ -212,17 +214,15 @@ class Moirai2Net(nn.Module):
         taps = {"loc": loc_BN1, "scale": scale_BN1, "scaled": scaled_BNP}
         x_BNI = jnp.concatenate([scaled_BNP, tokens.observed.astype(scaled_BNP.dtype)], axis=-1)
         x_BND, inner = Residual(cfg.d_model, cfg.d_model, name="embed")(x_BNI)
-        taps |= {f"embed/{name}": value for name, value in inner.items()} | {"embed": x_BND}
+        taps |= nested("embed", inner, x_BND)
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         x_BND = x_BND if only is None else x_BND[:, only]
         shape = (cfg.n_patches, len(cfg.levels), cfg.patch_size)
         y_BNO, inner = Residual(cfg.d_model, int(np.prod(shape)), name="head")(x_BND)
-        taps |= {f"head/{name}": value for name, value in inner.items()} | {"head": y_BNO}
+        taps |= nested("head", inner, y_BNO)
         return y_BNO.astype(jnp.float32).reshape(*x_BND.shape[:2], *shape), taps
 
 
@@ -326,12 +326,7 @@ class Moirai2(Model):
         """One forward pass: at every token quantiles [B, N, patches, Q, P] of the patches after it,
         in the scale of its series (`loc` and `scale` of the named steps), and the named steps.
         """
-        cfg = self.config
-        train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
-        net: Any = Moirai2Net(cfg)  # Flax types what apply returns too widely
-        return net.apply(
-            {"params": params}, tokens, train, only, rngs={"dropout": key} if train else None
-        )
+        return run(Moirai2Net(self.config), params, tokens, key=key, train=train, only=only)
 
     def shifted_losses(
         self, params: Tree, tokens: Tokens, key=None, train=False, weight=None

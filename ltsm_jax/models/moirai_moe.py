@@ -20,7 +20,7 @@ every published model) acts in training only.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,7 @@ from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
@@ -280,12 +281,12 @@ class Block(nn.Module):
         y_BND, inner = attention(
             y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only
         )
-        taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        taps |= nested("attn", inner, y_BND)
         x_BND = x_BND if only is None else x_BND[:, only]
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
         y_BND, inner = Routed(cfg, self.layer, name="ffn")(y_BND, centroid_ED)
-        taps |= {f"ffn/{name}": value for name, value in inner.items()} | {"ffn": y_BND}
+        taps |= nested("ffn", inner, y_BND)
         return x_BND + Dropout(cfg.dropout)(y_BND, train), taps
 
 
@@ -294,12 +295,22 @@ class MoiraiMoeNet(nn.Module):
 
     patch: the patch size of all tokens, or of each [B, N]. only: places [n] of the tokens whose
     distribution is asked for; None: all. lean: for a forecast, without the steps of the layers.
+    whole: see `layers.shortcuts`.
     """
 
     cfg: MoiraiMoeConfig
+    shortens: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, tokens: Tokens, patch, train: bool = False, only=None, lean: bool = False):
+    def __call__(
+        self,
+        tokens: Tokens,
+        patch,
+        train: bool = False,
+        only=None,
+        lean: bool = False,
+        whole: bool = False,
+    ):
         cfg = self.cfg
         loc_BN1, scale_BN1 = (
             packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
@@ -315,7 +326,7 @@ class MoiraiMoeNet(nn.Module):
         shape = (len(cfg.kept), cfg.n_experts, cfg.d_model)
         centroid_LED = jax.lax.stop_gradient(self.param("centroid", nn.initializers.zeros, shape))
         depth = len(cfg.kept)
-        looped = loops(self, lean, train)
+        looped = loops(self, lean, train, whole)
         if looped:
             layers = self.variables["params"]
             layers = {
@@ -335,16 +346,14 @@ class MoiraiMoeNet(nn.Module):
             x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
         for i in range(0 if looped else depth):
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, centroid_LED[i], tokens, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else only
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
         x_BND = x_BND if looped else x_BND[:, cut]
         y, raw = head(x_BND, patch, loc_BN1[:, cut], scale_BN1[:, cut])
-        return y, taps | {f"head/{name}": value for name, value in raw.items()}
+        return y, taps | nested("head", raw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,11 +452,9 @@ class MoiraiMoe(Model):
 
         patch, only, lean: see `MoiraiMoeNet`.
         """
-        cfg = self.config
-        train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
-        net: Any = MoiraiMoeNet(cfg)  # Flax types what apply returns too widely
-        rngs = {"dropout": key} if train else None
-        return net.apply({"params": params}, tokens, patch, train, only, lean, rngs=rngs)
+        options = {"only": only, "lean": lean}
+        net = MoiraiMoeNet(self.config)
+        return run(net, params, tokens, patch, key=key, train=train, **options)
 
     def packed_loss(
         self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None

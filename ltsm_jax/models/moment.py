@@ -43,6 +43,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows, mse_observed
+from ltsm_jax.layers.network import run
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -507,10 +508,8 @@ class Moment(Model):
             jnp.broadcast_to(whole_patches(m, cfg.patch_len), (b, c, n))
             for m in (visible_BCT, data_BCT)
         )
-        train = train and key is not None
-        net: Any = MomentNet(cfg, with_head)  # Flax types what apply returns too widely
-        rngs = {"dropout": key} if train else None
-        y, taps = net.apply({"params": params}, p_BCNP, visible_BCN, data_BCN, train, rngs=rngs)
+        net = MomentNet(cfg, with_head)
+        y, taps = run(net, params, p_BCNP, visible_BCN, data_BCN, key=key, train=train)
         return y, {"scaled": z_BCT} | taps
 
     def apply(

@@ -25,9 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.causal import (
-    ACTIVATIONS,
     CausalAttention,
-    GatedMLP,
     causal_mask,
     empty_cache,
     roll_out,
@@ -38,6 +36,8 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -110,12 +110,12 @@ class SundialConfig:
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
             )
         if (
-            self.activation not in ACTIVATIONS
+            self.activation not in HIDDEN_ACTS
             or not 0 <= self.dropout < 1
             or not self.init_std >= 0
         ):
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
                 ">= 0"
             )
         if problems:
@@ -187,9 +187,7 @@ class Block(nn.Module):
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
         y_BND = taps["norm2"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND)
-        y_BND = taps["mlp"] = GatedMLP(
-            cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp"
-        )(y_BND)
+        y_BND = taps["mlp"] = GatedMLP(cfg.ffn_dims[self.layer], cfg.activation, name="mlp")(y_BND)
         return x_BND + y_BND, taps, cache
 
 
@@ -228,9 +226,7 @@ class SundialNet(nn.Module):
             x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(
                 x_BND, positions_BN, mask_BHNS, cache, start, train
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
         z_BND = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm")(x_BND)
         return z_BND, taps, None if caches is None else kept
@@ -386,20 +382,15 @@ class Sundial(Model):
         return z_BND.reshape(b, c, *z_BND.shape[1:]), taps
 
     def _net(self, params: Tree, x_BL, key=None, train=False, **rest) -> Any:
-        train = train and key is not None and self.config.dropout > 0
-        net: Any = SundialNet(self.config)  # Flax types what apply returns too widely
         trunk = {name: leaf for name, leaf in params.items() if name != "flow"}
-        return net.apply(
-            {"params": trunk}, x_BL, train=train, rngs={"dropout": key} if train else None, **rest
-        )
+        return run(SundialNet(self.config), trunk, x_BL, key=key, train=train, **rest)
 
     def flow(self, params: Tree, x_RSQ: jax.Array, t_RS: jax.Array, z_R1D: jax.Array):
         """The clean points [R, S, Q] that the flow network sees in x, and the named steps; see
         `FlowNet`.
         """
-        net: Any = FlowNet(self.config)
         with branch("flow"):
-            return net.apply({"params": params["flow"]}, x_RSQ, t_RS, z_R1D)
+            return run(FlowNet(self.config), params["flow"], x_RSQ, t_RS, z_R1D)
 
     def sample(self, params: Tree, z_BD: jax.Array, noise_BSQ: jax.Array) -> jax.Array:
         """Draws of the next Q points [B, S, Q] under conditions z, from standard normal `noise`, in

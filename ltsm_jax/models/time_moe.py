@@ -20,7 +20,7 @@ k of the config and leaves pruned experts out.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,9 +29,7 @@ import numpy as np
 
 from ltsm_jax.layers import experts
 from ltsm_jax.layers.causal import (
-    ACTIVATIONS,
     CausalAttention,
-    GatedMLP,
     causal_mask,
     empty_cache,
     greedy_sizes,
@@ -41,6 +39,8 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
@@ -135,12 +135,12 @@ class TimeMoeConfig:
         if self.dense and self.apply_aux:
             problems.append("a dense model has no router, so apply_aux must be off")
         if (
-            self.activation not in ACTIVATIONS
+            self.activation not in HIDDEN_ACTS
             or not 0 <= self.dropout < 1
             or not self.init_std >= 0
         ):
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
                 ">= 0"
             )
         if problems:
@@ -221,7 +221,7 @@ class MixtureLayer(nn.Module):
             taps["router"], cfg.top_k, expert_mask
         )
         taps["router_weights"], taps["router_experts"] = weight_TK, chosen_TK
-        shared_TD = GatedMLP(d, cfg.shared_dims[self.layer], cfg.activation, name="shared")(x_TD)
+        shared_TD = GatedMLP(cfg.shared_dims[self.layer], cfg.activation, name="shared")(x_TD)
         taps["shared"] = shared_TD
         gate_T1 = Linear((d,), (1,), use_bias=False, name="shared_gate")(x_TD)
         y_TD = jax.nn.sigmoid(gate_T1) * shared_TD
@@ -265,7 +265,7 @@ class Block(nn.Module):
         x_BND = x_BND + y_BND
         y_BND = taps["norm2"] = RMSNorm(cfg.norm_eps, name="norm2")(x_BND)
         if cfg.dense:
-            y_BND = GatedMLP(cfg.d_model, cfg.shared_dims[i], cfg.activation, name="mlp")(y_BND)
+            y_BND = GatedMLP(cfg.shared_dims[i], cfg.activation, name="mlp")(y_BND)
         else:
             y_TD, inner = MixtureLayer(cfg, i, self.form, name="mixture")(
                 y_BND.reshape(-1, cfg.d_model), expert_mask
@@ -282,12 +282,13 @@ class TimeMoeNet(nn.Module):
     observed_BS: 0 for points of padding on the left, which nobody sees. positions_BN: by default
     counted from `start`. caches, start: of the points before these. last: heads at the last
     position only, and no attention weights of a long sequence. lean: for a forecast, without the
-    steps of the layers. expert_masks: per layer [E] or
-    None. form: how the experts are computed, see `experts.mixture`.
+    steps of the layers. expert_masks: per layer [E] or None. whole: see `layers.shortcuts`. form:
+    how the experts are computed, see `experts.mixture`.
     """
 
     cfg: TimeMoeConfig
     form: experts.Form = "auto"
+    shortens: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -301,6 +302,7 @@ class TimeMoeNet(nn.Module):
         expert_masks: Sequence[Any] | None = None,
         train: bool = False,
         lean: bool = False,
+        whole: bool = False,
     ):
         cfg, taps, kept = self.cfg, {}, []
         n = x_BN.shape[1]
@@ -316,7 +318,7 @@ class TimeMoeNet(nn.Module):
         )
         depth = len(cfg.n_heads)
         # With caches or masks every layer has something of its own beside its parameters.
-        looped = loops(self, lean, train) and caches is None and expert_masks is None
+        looped = loops(self, lean, train, whole) and caches is None and expert_masks is None
         if looped:
 
             def layer(i, params, x_BND):
@@ -334,9 +336,7 @@ class TimeMoeNet(nn.Module):
             x_BND, inner, cache = block(
                 x_BND, positions_BN, mask_BHNS, cache, start, mask, train, last
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
         x_BND = taps["norm"] = RMSNorm(cfg.norm_eps, name="norm")(x_BND)
         x_BND = x_BND[:, -1:] if last else x_BND
@@ -471,11 +471,7 @@ class TimeMoe(Model):
     # --- the network
 
     def _net(self, params: Tree, x_BN, key=None, train=False, **rest) -> Any:
-        train = train and key is not None and self.config.dropout > 0
-        net: Any = TimeMoeNet(self.config)  # Flax types what apply returns too widely
-        return net.apply(
-            {"params": params}, x_BN, train=train, rngs={"dropout": key} if train else None, **rest
-        )
+        return run(TimeMoeNet(self.config), params, x_BN, key=key, train=train, **rest)
 
     def apply(
         self,

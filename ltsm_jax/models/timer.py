@@ -8,6 +8,7 @@ the NEXT patch, so the forecast is the last token's.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,11 +17,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
@@ -171,20 +175,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND, train: bool):
-        widths = {"q": self.qk_dim, "k": self.qk_dim, "v": self.value_dim}
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHNK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((self.d_model,), (self.n_heads, k), name=n)(x_BND), 1, 2)
-            for n, k in widths.items()
+        def project(name, width):
+            y_BNHK = Linear((self.d_model,), (self.n_heads, width), name=name)(x_BND)
+            return jnp.swapaxes(y_BNHK, 1, 2)
+
+        n = x_BND.shape[1]
+        y_BHNK, w_BHNS = attend(
+            project("q", self.qk_dim),
+            project("k", self.qk_dim),
+            project("v", self.value_dim),
+            seen=jnp.tril(jnp.ones((n, n), bool))[None, None],
+            scale=self.head_dim**-0.5,
+            hidden=-jnp.inf,
+            dropout=functools.partial(Dropout(self.dropout), train=train),
         )
-        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5
-        causal_NS = jnp.tril(jnp.ones(s_BHNS.shape[-2:], bool))
-        s_BHNS = jnp.where(causal_NS[None, None], s_BHNS, -jnp.inf)
-        w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32)).astype(x_BND.dtype)
-        y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
-        y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
-        return Linear((self.n_heads, self.value_dim), (self.d_model,), name="out")(y_BNHK), w_BHNS
+        out = Linear((self.n_heads, self.value_dim), (self.d_model,), name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS
 
 
 class Block(nn.Module):
@@ -206,17 +212,13 @@ class Block(nn.Module):
         def drop(y):
             return Dropout(cfg.dropout)(y, train)
 
-        activation = (
-            nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
-        )
         attention = Attention(
             cfg.d_model, heads, cfg.head_dim, qk_dim, value_dim, cfg.dropout, name="attn"
         )
         a_BND, taps["attn_weights"] = attention(x_BND, train)
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(epsilon=1e-5, name="norm1")(x_BND + drop(a_BND))
-        y_BNF = drop(activation(Linear((cfg.d_model,), (ffn_dim,), name="up")(x_BND)))
-        y_BND = drop(Linear((ffn_dim,), (cfg.d_model,), name="down")(y_BNF))
+        y_BND = drop(feed_forward(x_BND, ffn_dim, cfg.activation, dropout=drop))
         return nn.LayerNorm(epsilon=1e-5, name="norm2")(x_BND + y_BND), taps
 
 
@@ -240,9 +242,7 @@ class TimerNet(nn.Module):
         x_BND = Dropout(cfg.dropout)(x_BND, train)
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = nn.LayerNorm(epsilon=1e-5, name="norm")(x_BND)
         y_BNP = taps["head"] = Linear((cfg.d_model,), (cfg.patch_len,), name="head")(x_BND)
         return y_BNP, taps
@@ -339,9 +339,7 @@ class Timer(Model):
             std_BC1 = jnp.sqrt(jnp.square(z_BCT).sum(-1, keepdims=True) / n_BC1 + SCALE_EPS)
         mean_BC1, std_BC1 = jax.lax.stop_gradient((mean_BC1, std_BC1))
         p_BNP = (z_BCT / std_BC1)[..., : n * cfg.patch_len].reshape(b * c, n, cfg.patch_len)
-        rngs = {"dropout": key} if train and cfg.dropout else None
-        net: Any = TimerNet(cfg)  # Flax types what apply returns too widely
-        y_BNP, taps = net.apply({"params": params}, p_BNP, train and rngs is not None, rngs=rngs)
+        y_BNP, taps = run(TimerNet(cfg), params, p_BNP, key=key, train=train)
         y_BCT = y_BNP.reshape(b, c, n * cfg.patch_len) * std_BC1 + mean_BC1
         return y_BCT, taps | {"mean": mean_BC1, "std": std_BC1}
 

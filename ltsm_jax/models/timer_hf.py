@@ -23,10 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from ltsm_jax.layers.causal import (
-    ACTIVATIONS,
     Cache,
     CausalAttention,
-    GatedMLP,
     causal_mask,
     empty_cache,
     greedy_sizes,
@@ -36,6 +34,8 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.mlp import HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -102,12 +102,12 @@ class TimerHfConfig:
         if len(set(self.horizons)) != len(self.horizons):
             problems.append(f"horizons must differ, got {self.horizons}")
         if (
-            self.activation not in ACTIVATIONS
+            self.activation not in HIDDEN_ACTS
             or not 0 <= self.dropout < 1
             or not self.init_std >= 0
         ):
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
                 ">= 0"
             )
         if self.scaling not in ("context", "fed", "sequence"):
@@ -173,9 +173,7 @@ class Block(nn.Module):
         )
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND + a_BND)
-        y_BND = taps["mlp"] = GatedMLP(
-            cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp"
-        )(x_BND)
+        y_BND = taps["mlp"] = GatedMLP(cfg.ffn_dims[self.layer], cfg.activation, name="mlp")(x_BND)
         return nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND + y_BND), taps, cache
 
 
@@ -209,9 +207,7 @@ class TimerHfNet(nn.Module):
             x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(
                 x_BND, positions_BN, mask_BHNS, cache, start, train
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
         x_BND = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm")(x_BND)
         x_BND = x_BND[:, -1:] if last else x_BND
@@ -297,11 +293,7 @@ class TimerHf(Model):
     # --- the network
 
     def _net(self, params: Tree, p_BNP, key=None, train=False, **rest) -> Any:
-        train = train and key is not None and self.config.dropout > 0
-        net: Any = TimerHfNet(self.config)  # Flax types what apply returns too widely
-        return net.apply(
-            {"params": params}, p_BNP, train=train, rngs={"dropout": key} if train else None, **rest
-        )
+        return run(TimerHfNet(self.config), params, p_BNP, key=key, train=train, **rest)
 
     def apply(self, params: Tree, x_BCT: jax.Array, observed_BCN=None, key=None, train=False):
         """One forward pass, without any scaling: a list of what each head predicts, [B, C, N, q],

@@ -14,6 +14,7 @@ scripts do.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,12 +23,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax.layers.causal import ACTIVATIONS
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -157,14 +160,15 @@ class TimeAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD, seen_SS, same_SS, train: bool):
-        heads, values, taps = (self.n_heads, self.head_dim), (self.n_heads, self.value_dim), {}
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHSK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((self.d_model,), shape, name=n)(x_BSD), 1, 2)
-            for n, shape in (("q", heads), ("k", heads), ("v", values))
-        )
-        q_BHSK, k_BHSK = taps["q"], taps["k"] = _half_turned(q_BHSK), _half_turned(k_BHSK)
+        taps, values = {}, (self.n_heads, self.value_dim)
+
+        def project(name, width):
+            y_BSHK = Linear((self.d_model,), (self.n_heads, width), name=name)(x_BSD)
+            return jnp.swapaxes(y_BSHK, 1, 2)
+
+        q_BHSK = taps["q"] = _half_turned(project("q", self.head_dim))
+        k_BHSK = taps["k"] = _half_turned(project("k", self.head_dim))
+        v_BHSK = project("v", self.value_dim)
         shape = (2, self.n_heads)
         bias_2H = (
             self.param("variate_bias", nn.initializers.zeros, shape)
@@ -173,14 +177,18 @@ class TimeAttention(nn.Module):
         )
         bias_HSS = jnp.where(same_SS[None], bias_2H[1][:, None, None], bias_2H[0][:, None, None])
         taps["bias"] = jnp.broadcast_to(bias_HSS[None], (len(x_BSD), *bias_HSS.shape))
-        # as in the original, the bias is scaled with the product
-        s_BHSS = (
-            jnp.einsum("BHNK,BHSK->BHNS", q_BHSK, k_BHSK).astype(jnp.float32) + bias_HSS[None]
-        ) * (self.head_dim**-0.5)
-        w_BHSS = jax.nn.softmax(jnp.where(seen_SS[None, None], s_BHSS, -jnp.inf)).astype(
-            v_BHSK.dtype
+        scale = self.head_dim**-0.5
+        y_BHSK, _ = attend(
+            q_BHSK,
+            k_BHSK,
+            v_BHSK,
+            seen=seen_SS[None, None],
+            # As in the original, the bias is scaled with the product.
+            bias=bias_HSS[None] * scale,
+            scale=scale,
+            hidden=-jnp.inf,
+            dropout=functools.partial(Dropout(self.dropout), train=train),
         )
-        y_BHSK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHSS, train), v_BHSK)
         y_BSHK = taps["heads"] = jnp.swapaxes(y_BHSK, 1, 2)
         return Linear(values, (self.d_model,), name="out")(y_BSHK), taps
 
@@ -216,8 +224,8 @@ class Block(nn.Module):
         a_BSD, taps = attention(x_BSD, seen_SS, same_SS, train)
         taps["attn"] = a_BSD
         x_BSD = taps["norm1"] = norm("norm1")(x_BSD + drop(a_BSD))
-        y_BSF = drop(ACTIVATIONS[cfg.activation](Linear((d,), (ffn_dim,), name="up")(x_BSD)))
-        return norm("norm2")(x_BSD + drop(Linear((ffn_dim,), (d,), name="down")(y_BSF))), taps
+        y_BSD = drop(feed_forward(x_BSD, ffn_dim, cfg.activation, dropout=drop))
+        return norm("norm2")(x_BSD + y_BSD), taps
 
 
 class TimerXLNet(nn.Module):
@@ -236,9 +244,7 @@ class TimerXLNet(nn.Module):
         seen_SS, same_SS = variate_mask(c, n, cfg.covariate)
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BSD, inner = Block(cfg, i, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BSD
-            }
+            taps |= nested(f"layer_{i}", inner, x_BSD)
         x_BSD = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name="norm")(x_BSD)
         y_BSQ = taps["head"] = Linear((cfg.d_model,), (cfg.horizon,), name="head")(x_BSD)
         return y_BSQ.reshape(b, c, n, cfg.horizon), taps
@@ -334,11 +340,7 @@ class TimerXL(Model):
         p_BCNP = ((x_BCT - mean_BC1) / std_BC1)[..., : n * cfg.patch_len].reshape(
             b, c, n, cfg.patch_len
         )
-        train = train and key is not None and cfg.dropout > 0
-        net: Any = TimerXLNet(cfg)  # Flax types what apply returns too widely
-        y_BCNQ, taps = net.apply(
-            {"params": params}, p_BCNP, train, rngs={"dropout": key} if train else None
-        )
+        y_BCNQ, taps = run(TimerXLNet(cfg), params, p_BCNP, key=key, train=train)
         return y_BCNQ.reshape(b, c, n * cfg.horizon) * std_BC1 + mean_BC1, taps
 
     def _windows(self, x_BCT: jax.Array) -> jax.Array:

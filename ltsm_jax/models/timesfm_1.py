@@ -26,10 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.frequency import split_freq, unit_of
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.layers.residual import ResidualBlock
@@ -250,20 +253,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND, seen_BHNS):
-        heads, values = (self.n_heads, self.head_dim), (self.n_heads, self.value_dim)
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHNK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((self.d_model,), shape, name=n)(x_BND), 1, 2)
-            for n, shape in (("q", heads), ("k", heads), ("v", values))
-        )
+        def project(name, width):
+            y_BNHK = Linear((self.d_model,), (self.n_heads, width), name=name)(x_BND)
+            return jnp.swapaxes(y_BNHK, 1, 2)
+
+        q_BHNK = project("q", self.head_dim)
         scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (self.head_dim,)))
         scaling_K = (scaling_K * (LOG2_E * self.head_dim**-0.5)).astype(q_BHNK.dtype)
-        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK * scaling_K[None, None, None], k_BHSK)
-        s_BHNS = jnp.where(seen_BHNS, s_BHNS.astype(jnp.float32), UNSEEN)
-        w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BHSK.dtype)
-        y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        return Linear(values, (self.d_model,), name="out")(y_BNHK), w_BHNS
+        y_BHNK, w_BHNS = attend(
+            q_BHNK * scaling_K[None, None, None],
+            project("k", self.head_dim),
+            project("v", self.value_dim),
+            seen=seen_BHNS,
+            hidden=UNSEEN,
+        )
+        out = Linear((self.n_heads, self.value_dim), (self.d_model,), name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS
 
 
 class Block(nn.Module):
@@ -287,8 +292,7 @@ class Block(nn.Module):
         x_BND = x_BND + y_BND
         ffn_dim = cfg.ffn_dims[self.layer]
         y_BND = nn.LayerNorm(epsilon=1e-6, name="ffn_norm")(x_BND)
-        y_BNF = nn.relu(Linear((cfg.d_model,), (ffn_dim,), name="up")(y_BND))
-        y_BND = Linear((ffn_dim,), (cfg.d_model,), name="down")(y_BNF)
+        y_BND = feed_forward(y_BND, ffn_dim, "relu")
         return x_BND + y_BND * (1 - padded_BN)[..., None].astype(y_BND.dtype), taps
 
 
@@ -329,9 +333,7 @@ class TimesFM1Net(nn.Module):
         )
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, padded_BN, seen_BHNS)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
         columns = 1 + len(cfg.quantiles)
         head = ResidualBlock(cfg.d_model, cfg.block_dim, cfg.output_len * columns, name="head")
         y_BN_ = taps["head"] = head(x_BND[:, -1:] if last else x_BND)
@@ -458,8 +460,7 @@ class TimesFM1(Model):
         padding_BNP = jnp.where(x_BNP == jnp.float32(cfg.pad_val), 1.0, padding_BNP)
         mean_B, std_B = self._scale(x_BNP, 1 - padding_BNP)
         z_BNP = (x_BNP - mean_B[:, None, None]) / std_B[:, None, None] * (1 - padding_BNP)
-        net: Any = TimesFM1Net(cfg)  # Flax types what apply returns too widely
-        y_BNOQ, taps = net.apply({"params": params}, z_BNP, padding_BNP, freq_B, last)
+        y_BNOQ, taps = run(TimesFM1Net(cfg), params, z_BNP, padding_BNP, freq_B, last=last)
         taps |= {"patches": z_BNP, "padded": padding_BNP.min(-1), "mean": mean_B, "std": std_B}
         return y_BNOQ * std_B[:, None, None, None] + mean_B[:, None, None, None], taps
 

@@ -24,10 +24,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
@@ -220,19 +223,17 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
-        cfg, heads, values = (
-            self.cfg,
-            (self.n_heads, self.cfg.head_dim),
-            (self.n_heads, self.value_dim),
-        )
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHNK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((cfg.d_model,), shape, use_bias=False, name=n)(x_BND), 1, 2)
-            for n, shape in (("q", heads), ("k", heads), ("v", values))
-        )
-        q_BHNK = RMSNorm(cfg.norm_eps, name="q_norm")(rotary(q_BHNK, positions_BN[:, None]))
-        k_BHSK = RMSNorm(cfg.norm_eps, name="k_norm")(rotary(k_BHSK, positions_BN[:, None]))
+        cfg = self.cfg
+
+        def project(name, width):
+            linear = Linear((cfg.d_model,), (self.n_heads, width), use_bias=False, name=name)
+            return jnp.swapaxes(linear(x_BND), 1, 2)
+
+        def normed(name):
+            turned = rotary(project(name, cfg.head_dim), positions_BN[:, None])
+            return RMSNorm(cfg.norm_eps, name=f"{name}_norm")(turned)
+
+        q_BHNK, k_BHSK, v_BHSK = normed("q"), normed("k"), project("v", self.value_dim)
         taps = {"q_norm": jnp.swapaxes(q_BHNK, 1, 2), "k_norm": jnp.swapaxes(k_BHSK, 1, 2)}
         scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (cfg.head_dim,)))
         scaling_K = (scaling_K * (LOG2_E * cfg.head_dim**-0.5)).astype(q_BHNK.dtype)
@@ -243,11 +244,10 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
                 for old, new in zip(cache, (k_BHSK, v_BHSK), strict=True)
             )
-        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK).astype(jnp.float32)
-        w_BHNS = jax.nn.softmax(jnp.where(seen_BHNS, s_BHNS, UNSEEN)).astype(v_BHSK.dtype)
-        y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        out = Linear(values, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
-        return out, (k_BHSK, v_BHSK), taps | {"weights": w_BHNS}
+        y_BHNK, taps["weights"] = attend(q_BHNK, k_BHSK, v_BHSK, seen=seen_BHNS, hidden=UNSEEN)
+        values = (self.n_heads, self.value_dim)
+        out = Linear(values, (cfg.d_model,), use_bias=False, name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), (k_BHSK, v_BHSK), taps
 
 
 class Block(nn.Module):
@@ -269,13 +269,10 @@ class Block(nn.Module):
         y_BND, cache, inner = attention(
             norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start
         )
-        taps |= {"attn": y_BND} | {f"attn/{name}": value for name, value in inner.items()}
+        taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + norm("post_attn_norm", y_BND)
-        ffn_dim = cfg.ffn_dims[self.layer]
-        y_BNF = nn.silu(
-            Linear((cfg.d_model,), (ffn_dim,), False, name="up")(norm("pre_ffn_norm", x_BND))
-        )
-        y_BND = Linear((ffn_dim,), (cfg.d_model,), False, name="down")(y_BNF)
+        y_BND = norm("pre_ffn_norm", x_BND)
+        y_BND = feed_forward(y_BND, cfg.ffn_dims[self.layer], "silu", use_bias=False)
         return x_BND + norm("post_ffn_norm", y_BND), cache, taps
 
 
@@ -317,9 +314,7 @@ class TimesFM2p5Net(nn.Module):
                 x_BND, positions_BN, seen_BHNS, caches[i] if caches else None, start
             )
             kept.append(cache)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = x_BND[:, -1:] if last else x_BND
         columns = 1 + len(cfg.quantiles)
         head = ResidualBlock(
@@ -471,8 +466,8 @@ class TimesFM2p5(Model):
         """
         padding_BNP = padding_BNP.astype(jnp.float32)
         padded_B = (padding_BNP[..., -1] > 0).sum(1) if padded_B is None else padded_B
-        net: Any = TimesFM2p5Net(self.config)  # Flax types what apply returns too widely
-        return net.apply({"params": params}, z_BNP, padding_BNP, padded_B, caches, start, last)
+        net = TimesFM2p5Net(self.config)
+        return run(net, params, z_BNP, padding_BNP, padded_B, caches, start, last)
 
     def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, last: bool = False):
         """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N,

@@ -22,7 +22,7 @@ of the future, E steps of an output that are used when outputs are blended.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -30,10 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.widths import width, width_problems
@@ -54,16 +57,6 @@ EPS = 1.1920929e-07  # of float32, which is what PyTorch's RMSNorm takes by defa
 MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
 
-def identity(x: jax.Array) -> jax.Array:
-    """The activation that published configs call "none"."""
-    return x
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "swish": nn.silu,
-    "none": identity,
-}
 Activation = Literal["relu", "swish", "none"]
 
 
@@ -320,10 +313,7 @@ class Attention(nn.Module):
 
         # The original's fused attention divides by the root twice, so it multiplies before.
         factor = 1.0 if cfg.scaled else cfg.head_dim**0.5
-        s_ABHSS = jnp.einsum("ABHNK,ABHSK->ABHNS", q_ABHSK, parts["k"]).astype(jnp.float32)
-        s_ABHSS = jnp.where(seen, s_ABHSS * factor, UNSEEN)
-        w_ABHSS = jax.nn.softmax(s_ABHSS).astype(parts["v"].dtype)
-        y_ABHSK = jnp.einsum("ABHNS,ABHSK->ABHNK", w_ABHSS, parts["v"])
+        y_ABHSK, _ = attend(q_ABHSK, parts["k"], parts["v"], seen=seen, scale=factor, hidden=UNSEEN)
         out = Linear((self.n_heads, self.value_dim), (cfg.d_model,), cfg.use_bias, name="out")
         return out(jnp.moveaxis(y_ABHSK, 2, 3)), taps
 
@@ -351,7 +341,7 @@ class Layer(nn.Module):
         value_dim = width(cfg.value_dims, i, cfg.head_dim)
         attend = Attention(cfg, cfg.n_heads[i], value_dim, name="seq")
         y_BCND, inner = attend(norm("pre_seq_norm", x_BCND), seen, positions)
-        taps |= {"seq": y_BCND} | {f"seq/{name}": value for name, value in inner.items()}
+        taps |= nested("seq", inner, y_BCND)
         x_BCND = x_BCND + norm("post_seq_norm", y_BCND)
 
         if cfg.variate_attention:
@@ -362,7 +352,7 @@ class Layer(nn.Module):
             value_dim = width(cfg.var_value_dims, i, cfg.head_dim)
             attend = Attention(cfg, cfg.var_heads[i], value_dim, name="var")
             y_BNCD, inner = attend(x_BNCD, seen, positions)
-            taps |= {"var": y_BNCD} | {f"var/{name}": value for name, value in inner.items()}
+            taps |= nested("var", inner, y_BNCD)
             x_BCND = x_BCND + norm("post_var_norm", jnp.swapaxes(y_BNCD, 1, 2))
 
         f = cfg.ffn_dims[i]
@@ -383,11 +373,10 @@ class TimesFM3Net(nn.Module):
     def __call__(self, z_BCNZ, seen_BCN, positions_BN, first: int = 0):
         cfg = self.cfg
         x_BCND, inner = Embed(cfg, name="embed")(z_BCNZ)
-        taps = {"embed": x_BCND} | {f"embed/{name}": value for name, value in inner.items()}
+        taps = nested("embed", inner, x_BCND)
         for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
             x_BCND, inner = Layer(cfg, i, name=f"layer_{i}")(x_BCND, seen_BCN, positions_BN)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()}
-            taps[f"layer_{i}"] = x_BCND
+            taps |= nested(f"layer_{i}", inner, x_BCND)
         columns = len(cfg.quantiles)
         head = Linear((cfg.d_model,), (cfg.output_len * columns,), name="head")
         y_BCN_ = taps["head"] = head(x_BCND[:, :, first:]).astype(jnp.float32)
@@ -657,34 +646,18 @@ class TimesFM3(Model):
             from here.
           last: patches that the network is given, where those beyond are only looked ahead to.
         """
-        cfg, (b, c, n, p) = self.config, x_BCNP.shape
+        cfg, (b, _, n, p) = self.config, x_BCNP.shape
         clip = cfg.value_clip
         x_BCNP = x_BCNP.astype(jnp.float32)
         x_BCNP = jnp.clip(jnp.where(jnp.isnan(x_BCNP), 0.0, x_BCNP), -clip, clip)
 
         # The scale, before anything is hidden: what is known of covariates counts.
-        rows = (b * c, n, p)
-        found = running_stats(x_BCNP.reshape(rows), missing_BCNP.reshape(rows).astype(jnp.float32))
-        n_BCN, mean_BCN, squares_BCN = (y.reshape(b, c, n) for y in found)
-        std_BCN = jnp.sqrt(squares_BCN / jnp.maximum(n_BCN, 1.0))
-        if freeze_after is not None:
-            kept_N = np.minimum(np.arange(n), freeze_after)
-            mean_BCN, std_BCN = mean_BCN[..., kept_N], std_BCN[..., kept_N]
-
-        # Tokens: the patch itself, what is shown of its future, and both masks.
+        n_BCN, mean_BCN, std_BCN = self._scale(x_BCNP, missing_BCNP, freeze_after)
         if hidden_BN is not None:
             missing_BCNP = missing_BCNP | (hidden_BN[:, None] & is_target_BCN)[..., None]
-        future_BCNO = self._following(x_BCNP, 0.0)
-        unknown_BCNO = self._following(missing_BCNP, True) | is_target_BCN[..., None]
-        shift = mean_BCN[..., None]
-        scale = jnp.where(std_BCN < MIN_SCALE, 1.0, std_BCN)[..., None]
-        own = jnp.where(missing_BCNP, 0.0, (x_BCNP - shift) / scale)
-        future = jnp.where(unknown_BCNO, 0.0, (future_BCNO - shift) / scale)
-        masks = [missing_BCNP.astype(jnp.float32), unknown_BCNO.astype(jnp.float32)]
-        tokens = jnp.concatenate([own, future, *masks], axis=-1)
+        tokens, empty_BCN = self._tokens(x_BCNP, missing_BCNP, is_target_BCN, mean_BCN, std_BCN)
 
         # Patches in front that hold nothing are not seen; later ones are, empty or not.
-        empty_BCN = missing_BCNP.all(-1) & unknown_BCNO.all(-1)
         seen_BCN = jax.lax.cummax((~empty_BCN).astype(jnp.int32), axis=2) > 0
         positions_BN = jnp.broadcast_to(jnp.arange(n)[None], (b, n))
         if begin_B is not None:
@@ -692,17 +665,12 @@ class TimesFM3(Model):
             seen_BCN = seen_BCN & (positions_BN >= 0)[:, None]
 
         stop = n if last is None else last
-        net: Any = TimesFM3Net(cfg)  # Flax types what apply returns too widely
-        raw_BCNOQ, taps = net.apply(
-            {"params": params},
-            tokens[:, :, :stop],
-            seen_BCN[:, :, :stop],
-            positions_BN[:, :stop],
-            first,
-        )
+        inputs = (tokens[:, :, :stop], seen_BCN[:, :, :stop], positions_BN[:, :stop])
+        raw_BCNOQ, taps = run(TimesFM3Net(cfg), params, *inputs, first=first)
         taps |= {"tokens": tokens, "seen": seen_BCN, "raw": raw_BCNOQ}
         taps |= {"n": n_BCN, "mean": mean_BCN, "std": std_BCN}
 
+        # Back into the units of x, by the scale of each patch that is asked for.
         asked = slice(first, stop)
         mean, std = mean_BCN[:, :, asked], std_BCN[:, :, asked]
         if cfg.refine and hidden_BN is not None:
@@ -712,6 +680,35 @@ class TimesFM3(Model):
             taps |= {"refined_mean": mean, "refined_std": std}
         y_BCNOQ = raw_BCNOQ * std[..., None, None] + mean[..., None, None]
         return jnp.clip(y_BCNOQ, -clip, clip), taps
+
+    def _scale(self, x_BCNP, missing_BCNP, freeze_after: int | None) -> tuple[jax.Array, ...]:
+        """Number, mean and deviation [B, C, N] of all values up to the end of each patch.
+
+        freeze_after: patch after which mean and deviation stay as they are; None: they never do.
+        """
+        b, c, n, p = x_BCNP.shape
+        rows = (b * c, n, p)
+        found = running_stats(x_BCNP.reshape(rows), missing_BCNP.reshape(rows).astype(jnp.float32))
+        n_BCN, mean_BCN, squares_BCN = (y.reshape(b, c, n) for y in found)
+        std_BCN = jnp.sqrt(squares_BCN / jnp.maximum(n_BCN, 1.0))
+        if freeze_after is not None:
+            kept_N = np.minimum(np.arange(n), freeze_after)
+            mean_BCN, std_BCN = mean_BCN[..., kept_N], std_BCN[..., kept_N]
+        return n_BCN, mean_BCN, std_BCN
+
+    def _tokens(self, x_BCNP, missing_BCNP, is_target_BCN, mean_BCN, std_BCN):
+        """Tokens [B, C, N, 2 (P + O)]: the patch itself, what is shown of its future, and both
+        masks; and which of them hold nothing [B, C, N].
+        """
+        future_BCNO = self._following(x_BCNP, 0.0)
+        unknown_BCNO = self._following(missing_BCNP, True) | is_target_BCN[..., None]
+        shift = mean_BCN[..., None]
+        scale = jnp.where(std_BCN < MIN_SCALE, 1.0, std_BCN)[..., None]
+        own = jnp.where(missing_BCNP, 0.0, (x_BCNP - shift) / scale)
+        future = jnp.where(unknown_BCNO, 0.0, (future_BCNO - shift) / scale)
+        masks = [missing_BCNP.astype(jnp.float32), unknown_BCNO.astype(jnp.float32)]
+        tokens = jnp.concatenate([own, future, *masks], axis=-1)
+        return tokens, missing_BCNP.all(-1) & unknown_BCNO.all(-1)
 
     def patch_loss(
         self,

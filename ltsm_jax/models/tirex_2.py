@@ -34,6 +34,7 @@ S tokens that have been read, V width of the mLSTM's values, E width of an sLSTM
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -42,11 +43,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear, compute_dtype
 from ltsm_jax.layers.missing import mean_observed, mse_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.widths import width, width_problems
@@ -75,6 +79,7 @@ MEMORY = 1 << 30  # bytes that the activations of one evaluation batch may take
 DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 Kind = Literal["mlstm", "slstm"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +122,7 @@ class TiRex2Config:
     arcsinh: bool = True
     binary_aware: bool = True
     scale_eps: float = 1e-8
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     qk_norm: bool = True
     out_norm_eps: float | None = 1e-7
     sign_flip: bool = False
@@ -163,10 +168,9 @@ class TiRex2Config:
             problems.append(f"levels must be an odd number, the middle one is the median: {levels}")
         elif self.sign_flip and not np.allclose(levels, 1 - np.asarray(levels)[::-1], atol=1e-6):
             problems.append(f"sign_flip needs levels that are symmetric about 0.5: {levels}")
-        if self.activation not in ACTIVATIONS:
-            problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
-            )
+        if self.activation not in typing.get_args(Activation):
+            known = ", ".join(typing.get_args(Activation))
+            problems.append(f"activation must be one of {known}, got {self.activation!r}")
         if not 0 <= self.dropout < 1 or not 0 <= self.block_dropout < 1:
             problems.append("dropout and block_dropout must be in [0, 1)")
         if problems:
@@ -279,12 +283,6 @@ class TiRex2Config:
 
 TIME_MIXERS: dict[str, Kind] = {"bi-mlstm": "mlstm", "bi-slstm": "slstm"}
 TOKENIZER_SIZES = ("input_patch_size", "input_patch_stride", "output_patch_size")
-ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
 # Names of torch.nn that a published config has, and ours.
 PUBLISHED_ACTIVATIONS = {"SiLU": "silu", "GELU": "gelu", "ReLU": "relu"}
 
@@ -634,20 +632,22 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_GNMD, seen_GMM, train: bool):
         cfg = self.cfg
-        widths = {"q": cfg.head_dim, "k": cfg.head_dim, "v": self.value_dim}
-        q, k, v = (
-            Linear((cfg.d_model,), (self.heads, size), use_bias=False, name=name)(x_GNMD)
-            for name, size in widths.items()
-        )
+
+        def project(name, width):
+            return Linear((cfg.d_model,), (self.heads, width), use_bias=False, name=name)(x_GNMD)
+
+        q, k = project("q", cfg.head_dim), project("k", cfg.head_dim)
+        v = project("v", self.value_dim)
         if cfg.qk_norm:
             q, k = _unit_rms(q), _unit_rms(k)
         q, k, v = (jnp.moveaxis(y, 3, 2) for y in (q, k, v))
-        s_GNHMS = jnp.einsum("GNHMK,GNHSK->GNHMS", q, k).astype(jnp.float32) * cfg.head_dim**-0.5
-        s_GNHMS = jnp.where(seen_GMM[:, None, None], s_GNHMS, jnp.finfo(jnp.float32).min)
-        w_GNHMS = Dropout(cfg.block_dropout)(jax.nn.softmax(s_GNHMS), train).astype(v.dtype)
-        y_GNMHK = jnp.moveaxis(jnp.einsum("GNHMS,GNHSK->GNHMK", w_GNHMS, v), 2, 3)
+        drop = functools.partial(Dropout(cfg.block_dropout), train=train)
+        y_GNHMK, _ = attend(
+            q, k, v, seen=seen_GMM[:, None, None], scale=cfg.head_dim**-0.5, dropout=drop
+        )
         out = Linear((self.heads, self.value_dim), (cfg.d_model,), use_bias=False, name="out")
-        return Dropout(cfg.block_dropout)(out(y_GNMHK), train)
+        y_GNMD = out(jnp.moveaxis(y_GNHMK, 2, 3))
+        return Dropout(cfg.block_dropout)(y_GNMD, train)
 
 
 def _unit_rms(x: jax.Array) -> jax.Array:
@@ -672,11 +672,10 @@ class VariateMixer(nn.Module):
         y = taps["attn"] = jnp.swapaxes(y, 1, 2)
         x_GMND = x_GMND + y
 
-        f = cfg.variate_dims[self.layer]
         z = taps["norm2"] = RMSNorm(EPS, name="norm2")(x_GMND)
-        y = ACTIVATIONS[cfg.activation](Linear((cfg.d_model,), (f,), False, name="up")(z))
-        y = Dropout(cfg.block_dropout)(y, train)
-        y = taps["ffn"] = Linear((f,), (cfg.d_model,), False, name="down")(y)
+        drop = functools.partial(Dropout(cfg.block_dropout), train=train)
+        f, activation = cfg.variate_dims[self.layer], cfg.activation
+        y = taps["ffn"] = feed_forward(z, f, activation, use_bias=False, dropout=drop)
         return x_GMND + y, taps
 
 
@@ -694,7 +693,6 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_GMND, both: tuple[int, ...], known_GA, seen_GMM, mixed_GM, train: bool):
         cfg, i, taps = self.cfg, self.layer, {}
-        f = cfg.ffn_dims[i]
         m = x_GMND.shape[1]
 
         # Forwards and backwards are one call, of more members.
@@ -707,14 +705,12 @@ class Layer(nn.Module):
         x_GMND = x_GMND + y
 
         z = taps["norm2"] = RMSNorm(EPS, name="norm2")(x_GMND)
-        gate = Linear((cfg.d_model,), (f,), use_bias=False, name="gate")(z)
-        y = nn.silu(gate) * Linear((cfg.d_model,), (f,), use_bias=False, name="up")(z)
-        y = taps["ffn"] = Linear((f,), (cfg.d_model,), use_bias=False, name="down")(y)
+        y = taps["ffn"] = gated_feed_forward(z, cfg.ffn_dims[i])
         x_GMND = taps["time"] = x_GMND + y
 
         if seen_GMM is not None:
             mixed, inner = VariateMixer(cfg, i, name="variates")(x_GMND, seen_GMM, train)
-            taps |= {f"variates/{name}": value for name, value in inner.items()}
+            taps |= nested("variates", inner)
             if mixed_GM is not None:
                 mixed = jnp.where(mixed_GM[..., None, None], mixed, x_GMND)
             x_GMND = mixed
@@ -727,7 +723,7 @@ class Layer(nn.Module):
         kind = cfg.kinds[self.layer]
         cell = MLSTM(cfg, heads, name=kind) if kind == "mlstm" else SLSTM(cfg, heads, name=kind)
         y, inner = cell(u)
-        taps |= {f"cell/{name}": value for name, value in inner.items()}
+        taps |= nested("cell", inner)
         return y
 
     def _combined(self, y_GMND, back_GAND, both, known_GA, train, taps):
@@ -776,8 +772,7 @@ class TiRex2Net(nn.Module):
         for i in range(len(cfg.ffn_dims)):
             layer = Layer(cfg, i, name=f"layer_{i}")
             x_GMND, inner = layer(x_GMND, both, known_GA, seen_GMM, mixed_GM, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()}
-            taps[f"layer_{i}"] = x_GMND
+            taps |= nested(f"layer_{i}", inner, x_GMND)
 
         x_GCND = x_GMND[:, :targets, x_GMND.shape[2] - last :]
         if cfg.out_norm_eps is not None:
@@ -1126,20 +1121,8 @@ class TiRex2(Model):
 
         n = tokens.shape[2]
         targets, last = m if targets is None else targets, n if last is None else last
-        rngs = {"dropout": key} if train and key is not None else None
-        net: Any = TiRex2Net(cfg)  # Flax types what apply returns too widely
-        y_GCNQP, taps = net.apply(
-            {"params": params},
-            tokens,
-            both,
-            known,
-            seen,
-            mixed,
-            targets,
-            last,
-            rngs is not None,
-            rngs=rngs,
-        )
+        options = {"targets": targets, "last": last, "key": key, "train": train}
+        y_GCNQP, taps = run(TiRex2Net(cfg), params, tokens, both, known, seen, mixed, **options)
         y_GCRQ = jnp.swapaxes(y_GCNQP, 3, 4).reshape(g, targets, last * p, len(cfg.levels))
         taps |= {"scaled": y_GCRQ, "loc": loc, "scale": scale, "binary": binary, "known": known}
 

@@ -41,7 +41,7 @@ pass, I inputs of a token.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -49,6 +49,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import pairs
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
@@ -58,6 +59,7 @@ from ltsm_jax.layers.missing import (
     mean_observed,
     mse_observed,
 )
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.layers.widths import width, width_problems
@@ -543,12 +545,11 @@ class Attention(nn.Module):
             )
         if g != h:
             k_ABGNK, v_ABGNV = (jnp.repeat(y, h // max(g, 1), axis=2) for y in (k_ABGNK, v_ABGNV))
-        s_ABHNS = (
-            jnp.einsum("ABHNK,ABHSK->ABHNS", q_ABHNK, k_ABGNK).astype(jnp.float32) / cfg.qk_dim
-        )
         # Every token sees itself, so that no row is all hidden.
-        w_ABHNS = jax.nn.softmax(jnp.where(seen, s_ABHNS, -jnp.inf)).astype(v_ABGNV.dtype)
-        y_ABNHV = jnp.swapaxes(jnp.einsum("ABHNS,ABHSV->ABHNV", w_ABHNS, v_ABGNV), 2, 3)
+        y_ABHNV, _ = attend(
+            q_ABHNK, k_ABGNK, v_ABGNV, seen=seen, scale=1 / cfg.qk_dim, hidden=-jnp.inf
+        )
+        y_ABNHV = jnp.swapaxes(y_ABHNV, 2, 3)
         taps["mixed"] = y_ABNHV
         out = Linear((h, value_dim), (cfg.d_model,), cfg.attn_bias, name="out")
         return Scaled.of(cfg, cfg.attn_width)(out, y_ABNHV), own, taps
@@ -616,11 +617,13 @@ class Toto2Net(nn.Module):
     caches: of each layer, with M keys; None for layers over variates.
     only: the tokens whose quantiles are asked for, all by default.
     lean: for a forecast, without the steps inside the layers.
+    whole: see `layers.shortcuts`.
     Returns: quantiles, caches of these tokens by layer (none of a lean pass without caches), and
       the named steps.
     """
 
     cfg: Toto2Config
+    shortens: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -632,13 +635,14 @@ class Toto2Net(nn.Module):
         caches: Sequence[Cache | None] | None = None,
         only: slice = slice(None),
         lean: bool = False,
+        whole: bool = False,
     ):
         cfg, depth, taps, kept = self.cfg, len(self.cfg.kinds), {"patches": p_BVSI}, []
         embed = Residual(cfg, 2 * cfg.patch_len, cfg.d_model, readout=False, name="embed")
         x_BVSD, inner = embed(p_BVSI)
-        taps |= {f"embed/{name}": value for name, value in inner.items()} | {"embed": x_BVSD}
+        taps |= nested("embed", inner, x_BVSD)
         seen = seen_BVSS[:, :, None], seen_BSVV[:, :, None]
-        looped = loops(self, lean, False) and caches is None
+        looped = loops(self, lean, False, whole) and caches is None
         if looped:
 
             def layer(i, params, x_BVSD):
@@ -651,16 +655,14 @@ class Toto2Net(nn.Module):
         for i in range(0 if looped else depth):
             cache = None if caches is None else caches[i]
             x_BVSD, inner, own = Layer(cfg, i, name=f"layer_{i}")(x_BVSD, *seen, places, cache)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BVSD
-            }
+            taps |= nested(f"layer_{i}", inner, x_BVSD)
             kept.append(own)
         norm = Norm(cfg.norm_eps, cfg.norm_weight, cfg.gradient == "umup", name="norm")
         x_BVSD = taps["norm"] = norm(x_BVSD)
         outputs = cfg.patch_len * len(LEVELS)
         head = Residual(cfg, cfg.d_model, outputs, readout=True, name="head")
         y_BVSO, inner = head(x_BVSD[:, :, only])
-        taps |= {f"head/{name}": value for name, value in inner.items()} | {"head": y_BVSO}
+        taps |= nested("head", inner, y_BVSO)
         shape = (*y_BVSO.shape[:3], cfg.patch_len, len(LEVELS))
         return y_BVSO.astype(jnp.float32).reshape(shape), kept, taps
 
@@ -839,9 +841,8 @@ class Toto2(Model):
         seen_BVSS = groups_BVS[..., :, None] == groups_BVS[..., None, :]
         seen_BVSS = seen_BVSS & jnp.tril(jnp.ones((s, s), bool))[None, None]
         places = np.arange(s), s // 2
-        net: Any = Toto2Net(self.config)  # Flax types what apply returns too widely
-        args = (tokens, seen_BVSS, _together(groups_BVS), places)
-        return net.apply({"params": params}, *args, only=only, lean=lean)
+        inputs = (tokens, seen_BVSS, _together(groups_BVS), places)
+        return run(Toto2Net(self.config), params, *inputs, only=only, lean=lean)
 
     def sequence_loss(
         self,

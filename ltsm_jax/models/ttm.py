@@ -52,11 +52,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.frequency import microseconds
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.layers.network import nested
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -647,13 +649,16 @@ class Attention(nn.Module):
     def __call__(self, x_PBCD, train: bool):
         d = x_PBCD.shape[-1]
         heads = (self.n_heads, d // self.n_heads)
-        q, k, v = (
-            jnp.moveaxis(Linear((d,), heads, name=n)(x_PBCD), 0, 3) for n in "qkv"
-        )  # [B, C, H, P, K]
-        s = jnp.einsum("...PK,...SK->...PS", q * heads[1] ** -0.5, k)
-        w = Dropout(self.dropout)(jax.nn.softmax(s.astype(jnp.float32)).astype(s.dtype), train)
-        y = jnp.moveaxis(jnp.einsum("...PS,...SK->...PK", w, v), 3, 0)
-        return Linear(heads, (d,), name="out")(y)
+
+        def project(name):
+            return jnp.moveaxis(Linear((d,), heads, name=name)(x_PBCD), 0, 3)  # [B, C, H, P, K]
+
+        q, drop = (
+            project("q") * heads[1] ** -0.5,
+            functools.partial(Dropout(self.dropout), train=train),
+        )
+        y_BCHPK, _ = attend(q, project("k"), project("v"), dropout=drop)
+        return Linear(heads, (d,), name="out")(jnp.moveaxis(y_BCHPK, 3, 0))
 
 
 class Mixer(nn.Module):
@@ -672,7 +677,7 @@ class Mixer(nn.Module):
 
         def gate(y):
             y, inner = Gate(axis, cfg.gate, cfg.gate_groups, name="gate")(y)
-            taps.update({f"gate/{name}": value for name, value in inner.items()} | {"gate": y})
+            taps.update(nested("gate", inner, y))
             return y
 
         h = taps["norm"] = Norm(cfg.norm, cfg.norm_eps, name="norm")(x_PBCD)
@@ -713,7 +718,7 @@ class Layer(nn.Module):
                 x_PBCD, inner = Mixer(self.cfg, axis, hidden, self.gated, self.dropout, name=name)(
                     x_PBCD, train
                 )
-                taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: x_PBCD}
+                taps |= nested(name, inner, x_PBCD)
         return x_PBCD, taps
 
 
@@ -741,7 +746,7 @@ class Mixers(nn.Module):
                 x_PBCD, inner = Layer(self.cfg, widths, self.gated, self.dropout, name=name)(
                     x_PBCD, train
                 )
-                taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: x_PBCD}
+                taps |= nested(name, inner, x_PBCD)
             x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, f, b, c, d // f), 1, 3).reshape(p, b, c, d)
             if self.levels:
                 taps[f"block_{j}"] = x_PBCD
@@ -817,11 +822,11 @@ class ForecastMixer(nn.Module):
             w_EBHS = taps["embed"] = Linear((2 * s + 1,), (step,), name="embed")(w_EBHS)
             mixers = Mixers(cfg, cfg.fcm_layers, 0, cfg.fcm_gated, cfg.head_dropout, name="mixers")
             w_EBHS, inner = mixers(w_EBHS, train)
-            taps |= {f"mixers/{name}": value for name, value in inner.items()} | {"mixers": w_EBHS}
+            taps |= nested("mixers", inner, w_EBHS)
         f_1BHF = jnp.moveaxis(w_EBHS, 0, 2).reshape(1, b, h, -1)
         if cfg.fcm_gated:
             f_1BHF, inner = Gate(FEATURE, cfg.gate, cfg.gate_groups, name="gate")(f_1BHF)
-            taps |= {f"gate/{name}": value for name, value in inner.items()} | {"gate": f_1BHF}
+            taps |= nested("gate", inner, f_1BHF)
         y_BHC = taps["out"] = Linear((f_1BHF.shape[-1],), (c,), name="out")(f_1BHF)[0]
         return base_BCH + jnp.swapaxes(y_BHC, 1, 2), taps
 
@@ -946,10 +951,10 @@ class TTMNet(nn.Module):
             x_PBCD = jnp.moveaxis(x_BCF.reshape(b, c, -1, d), 2, 0)
         mixers = Mixers(cfg, cfg.encoder, cfg.levels, cfg.gated, cfg.dropout, name="encoder")
         x_PBCD, inner = mixers(x_PBCD, train)
-        taps |= {f"encoder/{name}": value for name, value in inner.items()} | {"encoder": x_PBCD}
+        taps |= nested("encoder", inner, x_PBCD)
         if cfg.decoder:
             x_PBCD, inner = Decoder(cfg, name="decoder")(x_PBCD, p_PBCK, categories_BV, train)
-            taps |= {f"decoder/{name}": value for name, value in inner.items()}
+            taps |= nested("decoder", inner)
         taps["decoder"] = x_PBCD
         x_BCF = Dropout(cfg.head_dropout)(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1), train)
         all_BCH = y_BCH = taps["head"] = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")(
@@ -970,13 +975,13 @@ class TTMNet(nn.Module):
                 near_BCS[:, known],
                 train,
             )
-            taps |= {f"fcm/{name}": value for name, value in inner.items()}
+            taps |= nested("fcm", inner)
         taps["forecast"] = y_BCH
         q_BCHQ = None
         if cfg.quantiles is not None:
             head = QuantileHead(cfg.quantiles, name="quantiles")
             q_BCHQ, inner = head(y_BCH, x_PBCD)
-            taps |= {f"quantiles/{name}": value for name, value in inner.items()}
+            taps |= nested("quantiles", inner)
             y_BCH = q_BCHQ[..., len(cfg.quantiles.levels) // 2]
         return all_BCH, y_BCH, q_BCHQ, taps
 

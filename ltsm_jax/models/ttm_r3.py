@@ -29,6 +29,7 @@ import numpy as np
 
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.masks import branch
+from ltsm_jax.layers.network import nested
 from ltsm_jax.models import ttm
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -396,7 +397,7 @@ class TTMR3(Model):
             points.append(y_BCH)
             quantiles.append(inner.get("quantiles"))
             every.append(inner["all"])
-            taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: y_BCH}
+            taps |= nested(name, inner, y_BCH)
 
         taps["all"] = (every[0] + every[1]) * scale_BC1 + loc_BC1
         channels = cfg.trend.forecast_channels

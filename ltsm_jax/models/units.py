@@ -34,6 +34,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mse_observed
+from ltsm_jax.layers.network import nested
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -481,14 +482,12 @@ class UnitsNet(nn.Module):
         taps["input"] = x
         for i in range(len(cfg.ffn_dims)):
             x, inner = Block(cfg, i, name=f"block_{i}")(x, n_tokens, train)
-            taps |= {f"block_{i}/{name}": value for name, value in inner.items()} | {
-                f"block_{i}": x
-            }
+            taps |= nested(f"block_{i}", inner, x)
         logits = patches = feature = None
         both = bool(task) and hidden_BVN is not None
         if task or every:
             feature, inner = ClassHead(cfg, name="class_head")(x, train)
-            taps |= {f"class_head/{name}": value for name, value in inner.items()}
+            taps |= nested("class_head", inner)
             if task and f"category/{task}" in tokens:
                 category = tokens[f"category/{task}"]
                 # the original's einsum sums over an axis of length M once more, so its logits are M
@@ -502,7 +501,7 @@ class UnitsNet(nn.Module):
             patches, inner = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")(
                 rest, n + n_new, train
             )
-            taps |= {f"forecast_head/{name}": value for name, value in inner.items()}
+            taps |= nested("forecast_head", inner)
         if cfg.pretrained_head and (both or every):
             # the tokens behind the classification token give no gradient, so that all of the loss
             # goes through it
@@ -510,7 +509,7 @@ class UnitsNet(nn.Module):
             feature = x[:, :, -1] if feature is None else feature
             fused = jnp.concatenate([feature[:, :, None], tokens_BVND], axis=2)
             again, inner = ForecastHead(cfg, 1, name="pretrain_head")(fused, n + n_new, train)
-            taps |= {f"pretrain_head/{name}": value for name, value in inner.items()}
+            taps |= nested("pretrain_head", inner)
             if both:
                 return (patches, again), taps
         return (logits if task else patches), taps
