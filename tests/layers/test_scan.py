@@ -1,5 +1,7 @@
 """Equal layers as one loop: the numbers of one layer after another, from fewer compiled layers."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -16,10 +18,11 @@ class Network(nn.Module):
     """Layers [B, 4] -> [B, 4] of several widths, in one loop where they are equal."""
 
     lean: bool
+    shortens: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, x):
-        if not loops(self, self.lean, train=False):
+    def __call__(self, x, whole=False):
+        if not loops(self, self.lean, train=False, whole=whole):
             for i, width in enumerate(WIDTHS):
                 x = Layer(width, name=f"layer_{i}")(x)
             return x

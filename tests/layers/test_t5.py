@@ -2,14 +2,13 @@
 
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ltsm_jax import trees
-from ltsm_jax.layers import t5
+from ltsm_jax.layers import t5, taps
 
 ENCODER = t5.StackConfig(8, 3, (2, 2), (12, 10), dropout=0.0)
 DECODER = t5.StackConfig(
@@ -116,21 +115,21 @@ def test_decoder_step_by_step_is_the_decoder_at_once():
 def test_few_queries_need_no_keys_unless_somebody_watches_the_layers():
     """One query of many keys goes another way; whoever intercepts linears sees all of them."""
     memory, x = normal(2, 2, 9, 8), normal(3, 2, 1, 8)
-    params, seen = drawn(DECODER, memory=memory[:1, :2]), set()
-    run = lambda y: t5.Stack(DECODER).apply({"params": params}, y, memory=memory)[0]  # noqa: E731
+    params = drawn(DECODER, memory=memory[:1, :2])
+    paths = [f"layer_{i}/cross/{name}" for i in (0, 1) for name in ("q", "k", "v", "out")]
 
-    def note(call, args, kwargs, context):
-        seen.add("/".join(context.module.path))
-        return call(*args, **kwargs)
+    def short(y):
+        return t5.Stack(DECODER).apply({"params": params}, y, memory=memory)[0]
 
-    with nn.intercept_methods(note):
-        want = jax.jit(run)(x)
-    np.testing.assert_allclose(jax.jit(lambda y: run(y))(x), want, atol=1e-5)
-    assert {f"layer_{i}/cross/{name}" for i in (0, 1) for name in ("q", "k", "v", "out")} <= seen
-    program = lambda: str(jax.make_jaxpr(lambda y: run(y))(x))  # noqa: E731
-    with nn.intercept_methods(note):
-        watched = program()
-    assert program() != watched, "the short way was not taken"
+    def watched(y):
+        with taps.arguments_of(paths) as seen:
+            return short(y), seen
+
+    want, seen = jax.jit(watched)(x)
+    assert all(len(seen[path]) == 1 for path in paths)
+    np.testing.assert_allclose(jax.jit(short)(x), want, atol=1e-5)
+    way, other = (str(jax.make_jaxpr(f)(x)) for f in (short, lambda y: watched(y)[0]))
+    assert way != other, "the short way was not taken"
 
 
 def test_a_pruned_stack_equals_one_with_dead_heads():

@@ -12,6 +12,7 @@ import pytest
 import converters
 import ltsm_jax
 from ltsm_jax import training, trees
+from ltsm_jax.layers.shortcuts import go_whole
 from ltsm_jax.methods import pruning, removal
 from ltsm_jax.methods.pruning import depth
 from ltsm_jax.methods.run import run
@@ -44,7 +45,7 @@ def skipping(model, params, context, horizon, skipped):
     """The forecast of the whole model whose layers at these paths give back what they get."""
 
     def skip(call, args, kwargs, at):
-        result = call(*args, **kwargs)
+        result = call(*args, **go_whole(at, kwargs))
         if at.method_name != "__call__" or "/".join(at.module.path) not in skipped:
             return result
         return (args[0], *result[1:]) if isinstance(result, tuple) else args[0]
