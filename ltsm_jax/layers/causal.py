@@ -6,7 +6,7 @@ A cache is an argument and a result, never a hidden state: per layer the rotated
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.attend import LOWEST, attend
+from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.rope import rotary, rotary_frequencies
-from ltsm_jax.layers.widths import width
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 
@@ -97,23 +97,18 @@ class CausalAttention(nn.Module):
     """Self-attention with rotary positions on whole heads, [B, N, D] -> [B, N, D]; q, k, v with
     bias, out without.
 
-    n_kv_heads G: groups of query heads that share a key and value head; head h uses group h // (H
-    // G). value_dim: width of the values, None is head_dim. pairs: the rotary pairs (j, j + K/2)
-    that the keys of each group, and its queries, still have, as many for each; () is all. The scale
-    is that of head_dim whatever is left. lean: the weights are not asked for: None where the
-    sequence is `LONG`.
+    dims: its heads; head h uses key head h // (H // G). head_dim: width of a whole head, which
+    decides the scale and the rotation whatever is left. lean: the weights are not asked for: None
+    where the sequence is `LONG`.
     Returns: output, weights [B, H, N, S], and the cache with the N new tokens in it (None without
     one).
     """
 
     d_model: int
-    n_heads: int
-    n_kv_heads: int
+    dims: HeadDims
     head_dim: int
     base: float = 10000.0
     dropout: float = 0.0
-    value_dim: int | None = None
-    pairs: tuple[tuple[int, ...], ...] = ()
 
     @nn.compact
     def __call__(
@@ -126,25 +121,24 @@ class CausalAttention(nn.Module):
         train: bool = False,
         lean: bool = False,
     ):
-        qk_dim = 2 * len(self.pairs[0]) if self.pairs else self.head_dim
-        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        dims = self.dims
 
-        def project(name, heads, width):
-            y_BNHK = Linear((self.d_model,), (heads, width), name=name)(x_BND)
+        def project(name):
+            y_BNHK = Linear((self.d_model,), dims.shapes[name], name=name)(x_BND)
             return jnp.swapaxes(y_BNHK, 1, 2)
 
         def turned(y_BHNK):
-            kept = _kept(self.pairs, self.head_dim, self.base, y_BHNK.shape[1])
+            kept = _kept(dims.pairs, self.head_dim, self.base, y_BHNK.shape[1])
             return rotary(y_BHNK, positions_BN[:, None], base=self.base, frequencies=kept)
 
-        q_BHNK = turned(project("q", self.n_heads, qk_dim))
-        k_BGSK = turned(project("k", self.n_kv_heads, qk_dim))
-        v_BGSK = project("v", self.n_kv_heads, value_dim)
+        q_BHNK = turned(project("q"))
+        k_BGSK = turned(project("k"))
+        v_BGSK = project("v")
         if cache is not None:
             cache = _written(cache[0], k_BGSK, start), _written(cache[1], v_BGSK, start)
             k_BGSK, v_BGSK = (y.astype(q_BHNK.dtype) for y in cache)
-        if self.n_kv_heads != self.n_heads:
-            copies = self.n_heads // self.n_kv_heads
+        if dims.key_heads != dims.heads:
+            copies = dims.heads // dims.key_heads
             k_BGSK, v_BGSK = (jnp.repeat(y, copies, axis=1) for y in (k_BGSK, v_BGSK))
 
         scale = self.head_dim**-0.5
@@ -158,26 +152,16 @@ class CausalAttention(nn.Module):
             y_BHNK, w_BHNS = attend(
                 q_BHNK, k_BGSK, v_BGSK, seen=mask_BHNS, scale=scale, dropout=drop
             )
-        out = Linear((self.n_heads, value_dim), (self.d_model,), use_bias=False, name="out")
+        out = Linear(dims.joined, (self.d_model,), use_bias=False, name="out")
         return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS, cache
 
 
-def empty_cache(
-    b: int,
-    s: int,
-    n_kv_heads: Sequence[int],
-    head_dim: int,
-    value_dims: Sequence[int] = (),
-    rotary_pairs: Sequence[Sequence[Sequence[int]]] = (),
-) -> list[Cache]:
-    """Caches of all layers with room for s tokens. value_dims, rotary_pairs: by layer, see
-    `CausalAttention`.
-    """
+def empty_cache(b: int, s: int, layers: Iterable[HeadDims]) -> list[Cache]:
+    """Caches of all layers, by their heads, with room for s tokens."""
     caches = []
-    for i, g in enumerate(n_kv_heads):
-        pairs = rotary_pairs[i] if rotary_pairs else ()
-        widths = (2 * len(pairs[0]) if pairs else head_dim), width(value_dims, i, head_dim)
-        caches.append(tuple(jnp.zeros((b, g, s, k), jnp.float32) for k in widths))
+    for dims in layers:
+        shapes = (dims.shapes["k"], dims.shapes["v"])
+        caches.append(tuple(jnp.zeros((b, g, s, k), jnp.float32) for g, k in shapes))
     return caches
 
 

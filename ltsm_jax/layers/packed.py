@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.attend import attend
+from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Distribution, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
@@ -306,21 +307,18 @@ class AnyVariateAttention(nn.Module):
     """
 
     d_model: int
-    n_heads: int
-    head_dim: int
-    value_dim: int
+    dims: HeadDims
     dropout: float = 0.0
 
     @nn.compact
     def __call__(
         self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool, only=None, adapters=None
     ):
-        heads, half, taps = (self.n_heads, self.head_dim), self.head_dim // 2, {}
-        values = (self.n_heads, self.value_dim)
+        dims, half, taps = self.dims, self.dims.qk // 2, {}
         asking = slice(None) if only is None else only
 
         def project(name):
-            shape = values if name == "v" else heads
+            shape = dims.shapes[name]
             from_BND = x_BND[:, asking] if name == "q" else x_BND
             taps[name] = Linear((self.d_model,), shape, use_bias=False, name=name)(from_BND)
             if adapters is not None and name in adapters:
@@ -333,10 +331,10 @@ class AnyVariateAttention(nn.Module):
             first = rotary(y[..., :half], place_BN[:, None], pairs="adjacent")
             return jnp.concatenate([first, y[..., half:]], axis=-1)
 
-        shape = (2, self.n_heads)
+        shape = (2, dims.heads)
         bias_2H = (
             self.param("variate_bias", nn.initializers.zeros, shape)
-            if self.n_heads
+            if dims.heads
             else jnp.zeros(shape)
         )
         bias_2H = bias_2H.astype(jnp.float32)
@@ -347,11 +345,11 @@ class AnyVariateAttention(nn.Module):
             project("v"),
             seen=seen_BNS[:, asking][:, None],
             bias=jnp.where(same_variate_BNS[:, asking][:, None], bias[1], bias[0]),
-            scale=self.head_dim**-0.5,
+            scale=dims.qk**-0.5,
             hidden=-jnp.inf,
             dropout=functools.partial(Dropout(self.dropout), train=train),
         )
-        out = Linear(values, (self.d_model,), use_bias=False, name="out")
+        out = Linear(dims.joined, (self.d_model,), use_bias=False, name="out")
         return out(jnp.swapaxes(y_BHNK, 1, 2)), taps
 
 

@@ -25,20 +25,15 @@ def loops(network: nn.Module, lean: bool, train: bool, whole: bool) -> bool:
     return lean and not train and not whole and not network.is_initializing()
 
 
-def equal_runs(layers: int, *widths: Sequence[Any]) -> list[range]:
+def equal_runs(layers: Sequence[Any]) -> list[range]:
     """Split layers into runs of neighbours with equal widths.
 
-    widths: what each layer has of its own, a sequence of `layers` entries; () where it is the same
-    everywhere.
+    layers: a record of each, see `layers.dims`.
 
-        equal_runs(4, (8, 8, 8, 6), ())  # [range(0, 3), range(3, 4)]
+        equal_runs((wide, wide, wide, narrow))  # [range(0, 3), range(3, 4)]
     """
-
-    def own(layer: int) -> list[Any]:
-        return [width[layer] for width in widths if width]
-
     runs = []
-    for _, run in itertools.groupby(range(layers), key=own):
+    for _, run in itertools.groupby(range(len(layers)), key=layers.__getitem__):
         places = list(run)
         runs.append(range(places[0], places[-1] + 1))
     return runs

@@ -35,13 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.attend import LOWEST, attend, attention_weights
+from ltsm_jax.layers.dims import HeadDims, Narrowed, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Distribution, Normal
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.mlp import feed_forward, gated_feed_forward
 from ltsm_jax.layers.network import nested
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.widths import width, width_problems
 
 Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
 SHARD_RULES = (
@@ -60,63 +60,41 @@ S, K].
 
 
 @dataclasses.dataclass(frozen=True)
+class T5Layer:
+    """A layer's own attention, its feed-forward units, and in a decoder its attention to the
+    encoder (cross).
+    """
+
+    attn: HeadDims
+    ffn: int
+    cross: HeadDims | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class StackConfig:
     """Sizes of one stack.
 
-    d_model D, head_dim K, n_heads H and ffn_dims F of each layer. cross_heads: heads of each
-    layer's attention to the encoder; () makes the stack an encoder. bias_columns: for each layer,
-    which columns of the relative-bias table its heads use, for layers that lost heads; () where all
-    layers use all columns. n_buckets, max_distance (in tokens): of the relative bias. value_dims,
-    qk_dims: K of the values, and of queries and keys, of each layer; cross_value_dims,
-    cross_qk_dims: those of its attention to the encoder; () is head_dim.
+    d_model D, head_dim K, layers: H, K and F of each; the `ids` of its heads are the columns of the
+    relative-bias table that they use. n_buckets, max_distance (in tokens): of the relative bias.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
-    cross_heads: tuple[int, ...] = ()
-    bias_columns: tuple[tuple[int, ...], ...] = ()
+    layers: tuple[T5Layer, ...]
     n_buckets: int = 32
     max_distance: int = 128
     activation: Activation = "relu"
     gated: bool = False
     eps: float = 1e-6
     dropout: float = 0.1
-    value_dims: tuple[int, ...] = ()
-    qk_dims: tuple[int, ...] = ()
-    cross_value_dims: tuple[int, ...] = ()
-    cross_qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        layers = len(self.ffn_dims)
-        names = ("value_dims", "qk_dims", "cross_value_dims", "cross_qk_dims")
-        problems = width_problems(
-            layers, self.head_dim, **{name: getattr(self, name) for name in names}
-        )
-        if not layers or len(self.n_heads) != layers or len(self.cross_heads) not in (0, layers):
-            problems.append(
-                f"n_heads {self.n_heads}, ffn_dims {self.ffn_dims} and cross_heads "
-                f"{self.cross_heads} (or none) must name the same layers, at least one"
-            )
-        if (
-            min(self.d_model, self.head_dim) < 1
-            or min(0, *self.n_heads, *self.ffn_dims, *self.cross_heads) < 0
-        ):
+        scores: dict[str, Narrowed] = {"attn": "channels", "cross": "channels"}
+        problems = layer_problems(self.layers, self.head_dim, scores=scores)
+        if len({layer.cross is None for layer in self.layers}) > 1:
+            problems.append("all layers must look at an encoder's output, or none")
+        if min(self.d_model, self.head_dim) < 1:
             problems.append("every size must be positive")
-        if not self.bias_columns:
-            if len(set(self.n_heads)) > 1:
-                problems.append(
-                    f"layers with {self.n_heads} heads share one bias table: bias_columns must say "
-                    "how"
-                )
-        elif (
-            tuple(map(len, self.bias_columns)) != self.n_heads
-            or min(0, *sum(self.bias_columns, ())) < 0
-        ):
-            problems.append(
-                f"bias_columns {self.bias_columns} must name one column a head, {self.n_heads}"
-            )
         exact = self.n_buckets // (2 if self.is_decoder else 4)
         if exact < 1 or self.max_distance <= exact:
             problems.append(
@@ -135,34 +113,33 @@ class StackConfig:
         if problems:
             raise ValueError("T5 stack: " + "; ".join(problems))
 
+    @classmethod
+    def of(
+        cls,
+        d_model: int,
+        head_dim: int,
+        layers: int,
+        heads: int,
+        ffn: int,
+        *,
+        decoder: bool = False,
+        **rest: Any,
+    ) -> "StackConfig":
+        """Equal layers."""
+        attention = HeadDims.of(heads, head_dim)
+        layer = T5Layer(attention, ffn, attention if decoder else None)
+        return cls(d_model, head_dim, (layer,) * layers, **rest)
+
     @property
     def is_decoder(self) -> bool:
         """Whether the stack also looks at an encoder's output."""
-        return bool(self.cross_heads)
+        return any(layer.cross is not None for layer in self.layers)
 
     @property
     def bias_heads(self) -> int:
         """Columns of the relative-bias table."""
-        return (
-            max(sum(self.bias_columns, ()), default=-1) + 1
-            if self.bias_columns
-            else self.n_heads[0]
-        )
-
-    def attention(self, layer: int, cross: bool = False) -> tuple[int, int, int]:
-        """Heads of a layer's attention, the width of its queries and keys, and that of
-        its values.
-        """
-        heads, qk_dims, value_dims = (
-            (self.cross_heads, self.cross_qk_dims, self.cross_value_dims)
-            if cross
-            else (self.n_heads, self.qk_dims, self.value_dims)
-        )
-        return (
-            heads[layer],
-            width(qk_dims, layer, self.head_dim),
-            width(value_dims, layer, self.head_dim),
-        )
+        columns = [column for layer in self.layers for column in layer.attn.numbers]
+        return max(columns, default=-1) + 1
 
 
 def relative_buckets(
@@ -262,9 +239,7 @@ class Attention(nn.Module):
     shortens: ClassVar[bool] = True
 
     cfg: StackConfig
-    n_heads: int
-    qk_dim: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(
@@ -297,15 +272,12 @@ class Attention(nn.Module):
                 kv = _written(kv, new, start) if kv else new
             y_BHNK, _ = attend(q_BHNK, *kv, bias=bias, dropout=drop)
             y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
-        out = Linear(self._heads("v"), (cfg.d_model,), use_bias=False, name="out")
+        out = Linear(self.dims.joined, (cfg.d_model,), use_bias=False, name="out")
         return out(y_BNHK).reshape(shape), kv
-
-    def _heads(self, name: str) -> tuple[int, int]:
-        return self.n_heads, self.value_dim if name == "v" else self.qk_dim
 
     def _split(self, y, name: str) -> jax.Array:
         """Queries, keys or values [B, H, N, K]."""
-        y_BNHK = Linear((self.cfg.d_model,), self._heads(name), use_bias=False, name=name)(y)
+        y_BNHK = Linear((self.cfg.d_model,), self.dims.shapes[name], use_bias=False, name=name)(y)
         return jnp.swapaxes(y_BNHK, 1, 2)
 
     def _without_keys(self, q_BHNK, source_BSD, bias, drop) -> jax.Array:
@@ -316,8 +288,8 @@ class Attention(nn.Module):
         """
         m_BSD = source_BSD.astype(q_BHNK.dtype)
         inputs = (self.cfg.d_model,)
-        k_DHK = Kernel(inputs, self._heads("k"), name="k")(m_BSD.dtype)
-        v_DHK = Kernel(inputs, self._heads("v"), name="v")(m_BSD.dtype)
+        k_DHK = Kernel(inputs, self.dims.shapes["k"], name="k")(m_BSD.dtype)
+        v_DHK = Kernel(inputs, self.dims.shapes["v"], name="v")(m_BSD.dtype)
         p_BHND = jnp.einsum("BHNK,DHK->BHND", q_BHNK, k_DHK)
         s_BHNS = jnp.einsum("BHND,BSD->BHNS", p_BHND, m_BSD)
         w_BHNS = drop(attention_weights(s_BHNS, bias=bias).astype(m_BSD.dtype))
@@ -338,7 +310,7 @@ class Block(nn.Module):
     """One layer [B, N, D] -> [B, N, D]; the named steps between; its part of the cache."""
 
     cfg: StackConfig
-    layer: int
+    dims: T5Layer
 
     @nn.compact
     def __call__(self, x_BND, bias, memory_BMD, memory_bias, train: bool, cache: Any, start: Any):
@@ -348,13 +320,13 @@ class Block(nn.Module):
             return Dropout(cfg.dropout)(y, train)
 
         if x_BND is None:
-            cross = Attention(cfg, *cfg.attention(self.layer, cross=True), name="cross")
+            cross = Attention(cfg, self.dims.cross, name="cross")
             _, (new["cross_k"], new["cross_v"]) = cross(None, memory_BMD, None, train)
             return None, taps, new
         kept: Any = cache or {}
         kv = (kept["k"], kept["v"]) if kept else None
         h_BND = taps["norm1"] = RMSNorm(cfg.eps, name="norm1")(x_BND)
-        attn = Attention(cfg, *cfg.attention(self.layer), name="attn")
+        attn = Attention(cfg, self.dims.attn, name="attn")
         taps["attn"], kv = attn(h_BND, h_BND, bias, train, kv, start, keep=bool(kept))
         if kept:
             new["k"], new["v"] = kv
@@ -362,12 +334,12 @@ class Block(nn.Module):
         if cfg.is_decoder:
             kv = None if memory_BMD is not None else (kept["cross_k"], kept["cross_v"])
             h_BND = taps["norm2"] = RMSNorm(cfg.eps, name="norm2")(x_BND)
-            cross = Attention(cfg, *cfg.attention(self.layer, cross=True), name="cross")
+            cross = Attention(cfg, self.dims.cross, name="cross")
             taps["cross"], kv = cross(h_BND, memory_BMD, memory_bias, train, kv, keep=bool(kept))
             if kept:
                 new["cross_k"], new["cross_v"] = kv
             x_BND = taps["after_cross"] = x_BND + drop(taps["cross"])
-        name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", cfg.ffn_dims[self.layer]
+        name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", self.dims.ffn
         h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
         made = gated_feed_forward if cfg.gated else functools.partial(feed_forward, use_bias=False)
         taps["ffn"] = made(h_BND, ffn_dim, cfg.activation, dropout=drop)
@@ -423,8 +395,8 @@ class Stack(nn.Module):
                 "a decoder needs the encoder's output: as `memory`, or from earlier in the cache"
             )
         if x is None:
-            for i in range(len(cfg.ffn_dims)):
-                block = Block(cfg, i, name=f"layer_{i}")
+            for i, dims in enumerate(cfg.layers):
+                block = Block(cfg, dims, name=f"layer_{i}")
                 *_, new[f"layer_{i}"] = block(None, None, memory, None, train, None, None)
             return None, taps, new
         shape = (cfg.n_buckets, cfg.bias_heads)
@@ -453,9 +425,11 @@ class Stack(nn.Module):
         mask_bias = 0.0 if mask is None else hidden(mask)[:, None, None]
         memory_bias = 0.0 if memory_mask is None else hidden(memory_mask)[:, None, None]
         x = drop(x)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            own_HNS = bias_HNS[np.array(cfg.bias_columns[i], int)] if cfg.bias_columns else bias_HNS
-            x, inner, new[f"layer_{i}"] = Block(cfg, i, name=f"layer_{i}")(
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            own_HNS = bias_HNS
+            if dims.attn.numbers != tuple(range(cfg.bias_heads)):
+                own_HNS = bias_HNS[np.array(dims.attn.numbers, int)]
+            x, inner, new[f"layer_{i}"] = Block(cfg, dims, name=f"layer_{i}")(
                 x,
                 own_HNS[None] + mask_bias,
                 memory,
@@ -472,12 +446,12 @@ class Stack(nn.Module):
 def empty_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> Cache:
     """The cache with which a decoder starts: room for `length` tokens in each of `rows` rows."""
     cache = {}
-    for i in range(len(cfg.n_heads)):
-        heads, *widths = cfg.attention(i)
-        cache[f"layer_{i}"] = {
-            name: jnp.zeros((rows, heads, length, k), dtype)
-            for name, k in zip("kv", widths, strict=True)
-        }
+    for i, dims in enumerate(cfg.layers):
+        own = {}
+        for name in "kv":
+            heads, width = dims.attn.shapes[name]
+            own[name] = jnp.zeros((rows, heads, length, width), dtype)
+        cache[f"layer_{i}"] = own
     return cache
 
 

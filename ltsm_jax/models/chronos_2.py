@@ -30,6 +30,7 @@ import numpy as np
 
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
@@ -39,7 +40,6 @@ from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -61,22 +61,26 @@ MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch ma
 
 
 @dataclasses.dataclass(frozen=True)
+class Chronos2Layer:
+    """A layer's attention over time and over a group, and its feed-forward units."""
+
+    time: HeadDims
+    group: HeadDims
+    ffn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Chronos2Config:
     """Widths are per layer, so that a pruned Chronos-2 is a Chronos-2.
 
-    d_model D, head_dim K, n_heads H of the attention over time and group_heads of that over a
-    group, ffn_dims F; block_dim: hidden width of the two residual blocks. patch_len P and
-    context_len in time steps; max_patches: future patches of one forward pass. levels: quantile
-    levels Q. time_scale: steps by which the time in a token is divided. value_dims: K of the values
-    of each layer in the attention over time, group_value_dims and group_qk_dims that of the values,
-    and of queries and keys, in the attention over a group; () is head_dim.
+    d_model D, head_dim K, layers: H, K and F of each; block_dim: hidden width of the two residual
+    blocks. patch_len P and context_len in time steps; max_patches: future patches of one forward
+    pass. levels: quantile levels Q. time_scale: steps by which the time in a token is divided.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    group_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[Chronos2Layer, ...]
     block_dim: int
     patch_len: int = 16
     context_len: int = 8192
@@ -89,20 +93,9 @@ class Chronos2Config:
     eps: float = 1e-6
     dropout: float = 0.1
     init_factor: float = 0.05
-    value_dims: tuple[int, ...] = ()
-    group_value_dims: tuple[int, ...] = ()
-    group_qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        dims = {
-            name: getattr(self, name)
-            for name in ("value_dims", "group_value_dims", "group_qk_dims")
-        }
-        problems = width_problems(len(self.n_heads), self.head_dim, **dims)
-        if not self.n_heads or not len(self.n_heads) == len(self.group_heads) == len(self.ffn_dims):
-            problems.append(
-                "n_heads, group_heads and ffn_dims must name the same layers, at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"group": "channels"})
         sizes = (
             self.d_model,
             self.head_dim,
@@ -111,10 +104,7 @@ class Chronos2Config:
             self.context_len,
             self.max_patches,
         )
-        if (
-            min(*sizes, self.time_scale) < 1
-            or min(*self.n_heads, *self.group_heads, *self.ffn_dims, 1) < 0
-        ):
+        if min(*sizes, self.time_scale) < 1:
             problems.append("every size must be positive")
         if self.head_dim % 2:
             problems.append(f"head_dim must be even for the rotation, got {self.head_dim}")
@@ -139,8 +129,9 @@ class Chronos2Config:
         cls, d_model: int, heads: int, d_ff: int, layers: int, *, head_dim: int = 64, **rest
     ) -> "Chronos2Config":
         """Equal layers."""
-        equal = (heads,) * layers
-        return cls(d_model, head_dim, equal, equal, (d_ff,) * layers, d_ff, **rest)
+        attention = HeadDims.of(heads, head_dim)
+        equal = (Chronos2Layer(attention, attention, d_ff),) * layers
+        return cls(d_model, head_dim, equal, d_ff, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "Chronos2Config":
@@ -204,27 +195,25 @@ class Attention(nn.Module):
     """
 
     cfg: Chronos2Config
-    n_heads: int
-    qk_dim: int
-    value_dim: int
+    dims: HeadDims
     rotate: bool
 
     @nn.compact
     def __call__(self, x_ABSD, seen, train: bool):
-        cfg = self.cfg
+        cfg, dims = self.cfg, self.dims
 
-        def project(name, width):
-            linear = Linear((cfg.d_model,), (self.n_heads, width), use_bias=False, name=name)
+        def project(name):
+            linear = Linear((cfg.d_model,), dims.shapes[name], use_bias=False, name=name)
             return jnp.moveaxis(linear(x_ABSD), 3, 2)
 
-        q, k, v = project("q", self.qk_dim), project("k", self.qk_dim), project("v", self.value_dim)
+        q, k, v = project("q"), project("k"), project("v")
         if self.rotate:
             positions = jnp.arange(x_ABSD.shape[2]).reshape(1, 1, 1, -1)
             q, k = (rotary(y, positions, base=cfg.rope_base) for y in (q, k))
         # A token alone in its group, hidden, sees all others, as in the original; none sees it.
         drop = functools.partial(Dropout(cfg.dropout), train=train)
         y_ABHSK, _ = attend(q, k, v, seen=seen, dropout=drop)
-        values = (self.n_heads, self.value_dim)
+        values = dims.joined
         out = Linear(values, (cfg.d_model,), use_bias=False, name="out")
         return out(jnp.moveaxis(y_ABHSK, 2, 3))
 
@@ -235,7 +224,7 @@ class Layer(nn.Module):
     """
 
     cfg: Chronos2Config
-    layer: int
+    dims: Chronos2Layer
 
     @nn.compact
     def __call__(self, x_GMSD, seen_GMS, same_GMM, train: bool):
@@ -248,18 +237,14 @@ class Layer(nn.Module):
             return RMSNorm(cfg.eps, name=f"norm{i}")(x_GMSD)
 
         hide = seen_GMS[:, :, None, None, :]
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attend = Attention(cfg, cfg.n_heads[self.layer], cfg.head_dim, value_dim, True, name="time")
+        attend = Attention(cfg, self.dims.time, True, name="time")
         y = attend(norm(1), hide, train)
         x_GMSD = taps["time"] = x_GMSD + drop(y)
         hide = same_GMM[:, None, None] & jnp.swapaxes(seen_GMS, 1, 2)[:, :, None, None, :]
-        qk_dim, value_dim = (
-            width(w, self.layer, cfg.head_dim) for w in (cfg.group_qk_dims, cfg.group_value_dims)
-        )
-        attend = Attention(cfg, cfg.group_heads[self.layer], qk_dim, value_dim, False, name="group")
+        attend = Attention(cfg, self.dims.group, False, name="group")
         y = attend(jnp.swapaxes(norm(2), 1, 2), hide, train)
         x_GMSD = taps["group"] = x_GMSD + drop(jnp.swapaxes(y, 1, 2))
-        width_F, activation = cfg.ffn_dims[self.layer], cfg.activation
+        width_F, activation = self.dims.ffn, cfg.activation
         y = feed_forward(norm(3), width_F, activation, use_bias=False, dropout=drop)
         x_GMSD = x_GMSD + drop(y)
         return x_GMSD, taps
@@ -298,8 +283,8 @@ class Chronos2Net(nn.Module):
         seen_GMS = taps["seen"] = jnp.pad(
             seen_GMN, ((0, 0), (0, 0), (0, n + 1)), constant_values=True
         )
-        for i in range(len(cfg.ffn_dims)):
-            x_GMSD, inner = Layer(cfg, i, name=f"layer_{i}")(x_GMSD, seen_GMS, same_GMM, train)
+        for i, dims in enumerate(cfg.layers):
+            x_GMSD, inner = Layer(cfg, dims, name=f"layer_{i}")(x_GMSD, seen_GMS, same_GMM, train)
             taps |= nested(f"layer_{i}", inner, x_GMSD)
         x_GMSD = taps["norm"] = Dropout(cfg.dropout)(RMSNorm(cfg.eps, name="norm")(x_GMSD), train)
         out = len(cfg.levels) * cfg.patch_len
@@ -332,15 +317,9 @@ class Chronos2(Model):
         (r"(^tokens|/scale|/bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/time", values=r"value_dims.\1"),
-        Group.heads(
-            r"layer_(\d+)/group",
-            r"group_heads.\1",
-            values=r"group_value_dims.\1",
-            scores=r"group_qk_dims.\1",
-            swapped=True,
-        ),
-        Group.units(r"layer_(\d+)"),
+        Group.heads("time"),
+        Group.heads("group", scores="channels", swapped=True),
+        Group.units(),
     )
 
     @classmethod
@@ -368,7 +347,7 @@ class Chronos2(Model):
         """Windows for which the attention over time of ten variates fits."""
         cfg = self.config
         tokens = cfg.context_len // cfg.patch_len + cfg.max_patches + 1
-        row = 40 * tokens * max(*cfg.ffn_dims, *(h * tokens for h in cfg.n_heads))
+        row = 40 * tokens * max(max(dims.ffn, dims.time.heads * tokens) for dims in cfg.layers)
         return 1 << max(int(math.log2(MEMORY / row)), 0)
 
     def init(self, key: jax.Array) -> Tree:

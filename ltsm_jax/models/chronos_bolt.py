@@ -32,7 +32,7 @@ from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group, t5_groups
+from ltsm_jax.models.groups import T5_GROUPS, Stack
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
@@ -67,7 +67,9 @@ class ChronosBoltConfig:
     def __post_init__(self):
         problems = []
         if self.encoder.is_decoder or not self.decoder.is_decoder:
-            problems.append("the encoder must have no cross_heads and the decoder must have them")
+            problems.append(
+                "the layers of the decoder must look at the encoder, and those of the encoder not"
+            )
         if self.encoder.d_model != self.decoder.d_model:
             problems.append(
                 f"encoder and decoder differ in width: {self.encoder.d_model}, "
@@ -115,10 +117,8 @@ class ChronosBoltConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         both = {name: rest.pop(name) for name in list(rest) if name not in own}
         deep = layers if decoder_layers is None else decoder_layers
-        encoder = t5.StackConfig(d_model, head_dim, (heads,) * layers, (d_ff,) * layers, **both)
-        decoder = t5.StackConfig(
-            d_model, head_dim, (heads,) * deep, (d_ff,) * deep, (heads,) * deep, **both
-        )
+        encoder = t5.StackConfig.of(d_model, head_dim, layers, heads, d_ff, **both)
+        decoder = t5.StackConfig.of(d_model, head_dim, deep, heads, d_ff, decoder=True, **both)
         return cls(encoder, decoder, d_ff, **rest)
 
     @classmethod
@@ -252,16 +252,11 @@ class ChronosBolt(Model):
         *t5.SHARD_RULES,
         (r"(^tokens|/bias)$", ()),
     )
-    prunable = (
-        *t5_groups("encoder"),
-        *t5_groups("decoder"),
-        Group.heads(
-            r"decoder/layer_(\d+)/cross",
-            r"decoder.cross_heads.\1",
-            values=r"decoder.cross_value_dims.\1",
-            scores=r"decoder.cross_qk_dims.\1",
-        ),
+    stacks = (
+        Stack("encoder", ("encoder", "layers")),
+        Stack("decoder", ("decoder", "layers")),
     )
+    prunable = T5_GROUPS
 
     @classmethod
     def small(cls) -> ChronosBoltConfig:
@@ -284,7 +279,8 @@ class ChronosBolt(Model):
         """As many windows as fit when each is rolled out once for every quantile."""
         cfg = self.config
         tokens = cfg.context_len // cfg.stride + 1
-        row = 4 * tokens * max(2 * cfg.block_dim, *(h * tokens for h in cfg.encoder.n_heads))
+        heads = max(layer.attn.heads for layer in cfg.encoder.layers)
+        row = 4 * tokens * max(2 * cfg.block_dim, heads * tokens)
         return 1 << max(int(math.log2(MEMORY / (len(cfg.levels) * row))), 0)
 
     def init(self, key: jax.Array) -> Tree:

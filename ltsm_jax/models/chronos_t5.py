@@ -29,7 +29,7 @@ from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group, t5_groups
+from ltsm_jax.models.groups import T5_GROUPS, Stack
 from ltsm_jax.trees import Tree
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -128,8 +128,8 @@ class ChronosT5Config:
             if name in rest
         }
         n = layers if decoder_layers is None else decoder_layers
-        encoder = t5.StackConfig(d_model, d_kv, (heads,) * layers, (d_ff,) * layers, **shared)
-        decoder = t5.StackConfig(d_model, d_kv, (heads,) * n, (d_ff,) * n, (heads,) * n, **shared)
+        encoder = t5.StackConfig.of(d_model, d_kv, layers, heads, d_ff, **shared)
+        decoder = t5.StackConfig.of(d_model, d_kv, n, heads, d_ff, decoder=True, **shared)
         return cls(encoder, decoder, **rest)
 
     @classmethod
@@ -412,16 +412,11 @@ class ChronosT5(Model):
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
-    prunable = (
-        *t5_groups("encoder"),
-        *t5_groups("decoder"),
-        Group.heads(
-            r"decoder/layer_(\d+)/cross",
-            r"decoder.cross_heads.\1",
-            values=r"decoder.cross_value_dims.\1",
-            scores=r"decoder.cross_qk_dims.\1",
-        ),
+    stacks = (
+        Stack("encoder", ("encoder", "layers")),
+        Stack("decoder", ("decoder", "layers")),
     )
+    prunable = T5_GROUPS
 
     @classmethod
     def small(cls) -> ChronosT5Config:
@@ -446,13 +441,13 @@ class ChronosT5(Model):
     def eval_batch(self) -> int:
         cfg, paths = self.config, self.config.n_samples
         s, n = cfg.context_len + 1, cfg.horizon
-        row = 4 * s * s * max(cfg.encoder.n_heads) * 2  # scores and weights of one layer
-        row += (
-            8 * s * cfg.encoder.head_dim * sum(cfg.decoder.cross_heads)
-        )  # keys and values of the context, ...
-        row += (
-            8 * n * cfg.decoder.head_dim * sum(cfg.decoder.n_heads) * paths
-        )  # ... and of each path
+        own = [layer.attn.heads for layer in cfg.decoder.layers]
+        cross = [layer.cross.heads for layer in cfg.decoder.layers if layer.cross]
+
+        # Scores and weights of one layer, keys and values of the context, and of each path.
+        row = 4 * s * s * max(layer.attn.heads for layer in cfg.encoder.layers) * 2
+        row += 8 * s * cfg.encoder.head_dim * sum(cross)
+        row += 8 * n * cfg.decoder.head_dim * sum(own) * paths
         row += 4 * paths * cfg.vocab_size * 6
         return max(1, min(256, MEMORY // row))
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models.configs import config_from_json
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.groups import Group, Stack
 from ltsm_jax.trees import Tree
 
 Batch = Mapping[str, jax.Array]
@@ -124,9 +124,7 @@ class Model(abc.ABC):
     norms: ClassVar[str] = (
         r"(^|/)(bias|scale)$"  # regular expression: biases, and the scales of norms
     )
-    # regular expression: the linears of Transformer and mixer blocks, which are what is pruned; not
-    # their routers
-    blocks: ClassVar[str] = r"(^|/)((block_\d+_)?layer|block)_\d+/(?!(.*/)?(router|shared_gate)$)"
+    stacks: ClassVar[tuple[Stack, ...]] = (Stack(),)  # of layers; what is in them is pruned
 
     @classmethod
     def presets(cls) -> Mapping[str, Any]:

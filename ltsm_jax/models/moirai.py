@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from ltsm_jax.layers import mixture, multiscale, packed
 from ltsm_jax.layers.context import check_context, row_keys
+from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
 from ltsm_jax.layers.mlp import GatedMLP
@@ -50,7 +51,6 @@ from ltsm_jax.layers.packed import (
     observed_series,
 )
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -62,18 +62,16 @@ HEAD_DIM = 64  # the original splits every model width into heads of (at least) 
 class MoiraiConfig:
     """Widths are per layer, so that a pruned Moirai is a Moirai.
 
-    d_model D, head_dim K, n_heads H and ffn_dims F of each layer, patch_sizes the model has weights
-    for; components of the mixture and the scale of the one whose scale is fixed. How it is used:
+    d_model D, head_dim K, layers: H, K and F of each, patch_sizes the model has weights for;
+    components of the mixture and the scale of the one whose scale is fixed. How it is used:
     context_len and horizon in time steps; patch_size, or "auto" for the one with the best
     likelihood on the end of each context; n_samples of a forecast; variates: whether those of one
-    window see each other. value_dims: K of the values of each layer, () is head_dim. multiscale:
-    the scales beside the series itself; None: there are none.
+    window see each other. multiscale: the scales beside the series itself; None: there are none.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     patch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128)
     components: tuple[str, ...] = mixture.PUBLISHED
     fixed_scale: float = 1e-3
@@ -86,16 +84,10 @@ class MoiraiConfig:
     patch_size: int | Literal["auto"] = "auto"
     n_samples: int = 100
     variates: Literal["joint", "independent"] = "joint"
-    value_dims: tuple[int, ...] = ()
     multiscale: MultiScale | None = None
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.d_model,
             self.head_dim,
@@ -104,7 +96,7 @@ class MoiraiConfig:
             self.horizon,
             self.n_samples,
         )
-        if min(*sizes, *self.patch_sizes, 1) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(*sizes, *self.patch_sizes, 1) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(
@@ -139,7 +131,8 @@ class MoiraiConfig:
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
-        return cls(d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest)
+        head_dim = d_model // heads
+        return cls(d_model, head_dim, equal_layers(layers, heads, head_dim, d_ff), **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiConfig":
@@ -201,25 +194,15 @@ class Block(nn.Module):
     """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between."""
 
     cfg: MoiraiConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, tokens: Tokens, train: bool, layout: Layout | None = None):
         cfg, taps = self.cfg, {}
         seen_BNS, same_BNS = tokens.same_sample, tokens.same_variate
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = AnyVariateAttention(
-            cfg.d_model,
-            cfg.n_heads[self.layer],
-            cfg.head_dim,
-            value_dim,
-            cfg.attn_dropout,
-            name="attn",
-        )
-        adapters = (
-            self.adapters(layout.how, value_dim, multiscale.scale_of(tokens)) if layout else None
-        )
+        attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
+        adapters = self.adapters(layout.how, multiscale.scale_of(tokens)) if layout else None
         y_BND, inner = attention(
             y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters
         )
@@ -230,20 +213,14 @@ class Block(nn.Module):
                 x_BND, tokens.sample_id > 0, layout
             )
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND = taps["ffn"] = GatedMLP(cfg.ffn_dims[self.layer], dropout=cfg.dropout, name="ffn")(
-            y_BND, train
-        )
+        y_BND = taps["ffn"] = GatedMLP(self.dims.ffn, dropout=cfg.dropout, name="ffn")(y_BND, train)
         return x_BND + y_BND, taps
 
-    def adapters(self, how: MultiScale, value_dim: int, scale_BN: jax.Array) -> dict[str, Any]:
+    def adapters(self, how: MultiScale, scale_BN: jax.Array) -> dict[str, Any]:
         """Give what each scale adds to queries, keys and values."""
-        heads, widths = (
-            self.cfg.n_heads[self.layer],
-            {"q": self.cfg.head_dim, "k": self.cfg.head_dim, "v": value_dim},
-        )
         found = {}
-        for name, k in widths.items():
-            lora = ScaleLora(how, (heads, k), name=f"lora_{name}")
+        for name, shape in self.dims.attn.shapes.items():
+            lora = ScaleLora(how, shape, name=f"lora_{name}")
             found[name] = functools.partial(lora, scale_BN=scale_BN)
         return found
 
@@ -289,19 +266,18 @@ class MoiraiNet(nn.Module):
             x_BND = ScaleLinear(layout.how, name="scale_in")(x_BND, multiscale.scale_of(tokens))
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
         x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
-        depth = len(cfg.ffn_dims)
         looped = loops(self, lean, train, whole)
         if looped:
 
             def layer(i, params, x_BND):
-                return Block(cfg, i, parent=None).apply(
+                return Block(cfg, cfg.layers[i], parent=None).apply(
                     {"params": params}, x_BND, tokens, train, layout
                 )[0]
 
-            runs = equal_runs(depth, cfg.n_heads, cfg.ffn_dims, cfg.value_dims)
+            runs = equal_runs(cfg.layers)
             x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
-        for i in range(0 if looped else depth):
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train, layout)
+        for i, dims in enumerate(() if looped else cfg.layers):
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train, layout)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else slice(*only)
@@ -342,8 +318,8 @@ class Moirai(Model):
         (r"^scale_|/lora_[qkv]/|/across/", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)/ffn"),
+        Group.heads("attn", others=(("variate_bias", 1),)),
+        Group.units("ffn"),
     )
 
     @classmethod

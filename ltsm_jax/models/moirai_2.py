@@ -26,6 +26,7 @@ import numpy as np
 
 from ltsm_jax.layers import packed
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
@@ -33,7 +34,6 @@ from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, Tokens, observed_series
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -45,17 +45,16 @@ HEAD_DIM = 64  # the original splits every model width into heads of (at least) 
 class Moirai2Config:
     """Widths are per layer, so that a pruned Moirai 2 is a Moirai 2.
 
-    patch_size P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, n_patches: how many
-    patches a token predicts, levels of the quantiles. How it is used: context_len in time steps;
-    missing: what stands for missing values, the mean so far or 0; variates: whether those of one
-    window see each other. value_dims: K of the values of each layer, () is head_dim.
+    patch_size P, d_model D, head_dim K, layers: H, K and F of each, n_patches: how many patches a
+    token predicts, levels of the quantiles. How it is used: context_len in time steps; missing:
+    what stands for missing values, the mean so far or 0; variates: whether those of one window see
+    each other.
     """
 
     patch_size: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     n_patches: int = 4
     levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     max_seq_len: int = 512
@@ -65,15 +64,9 @@ class Moirai2Config:
     context_len: int = 1680
     missing: Literal["mean", "zero"] = "mean"
     variates: Literal["joint", "independent"] = "joint"
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.patch_size,
             self.d_model,
@@ -82,7 +75,7 @@ class Moirai2Config:
             self.max_seq_len,
             self.context_len,
         )
-        if min(*sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(*sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(
@@ -115,8 +108,9 @@ class Moirai2Config:
             raise ValueError(
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
+        head_dim = d_model // heads
         return cls(
-            patch_size, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest
+            patch_size, d_model, head_dim, equal_layers(layers, heads, head_dim, d_ff), **rest
         )
 
     @classmethod
@@ -171,28 +165,18 @@ class Block(nn.Module):
     """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between."""
 
     cfg: Moirai2Config
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, tokens: Tokens, train: bool):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = AnyVariateAttention(
-            cfg.d_model,
-            cfg.n_heads[self.layer],
-            cfg.head_dim,
-            value_dim,
-            cfg.attn_dropout,
-            name="attn",
-        )
+        attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
         y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND = taps["ffn"] = GatedMLP(cfg.ffn_dims[self.layer], dropout=cfg.dropout, name="ffn")(
-            y_BND, train
-        )
+        y_BND = taps["ffn"] = GatedMLP(self.dims.ffn, dropout=cfg.dropout, name="ffn")(y_BND, train)
         return x_BND + y_BND, taps
 
 
@@ -215,8 +199,8 @@ class Moirai2Net(nn.Module):
         x_BNI = jnp.concatenate([scaled_BNP, tokens.observed.astype(scaled_BNP.dtype)], axis=-1)
         x_BND, inner = Residual(cfg.d_model, cfg.d_model, name="embed")(x_BNI)
         taps |= nested("embed", inner, x_BND)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train)
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         x_BND = x_BND if only is None else x_BND[:, only]
@@ -266,8 +250,8 @@ class Moirai2(Model):
         (r"/(scale|bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)/ffn"),
+        Group.heads("attn", others=(("variate_bias", 1),)),
+        Group.units("ffn"),
     )
 
     @classmethod

@@ -29,6 +29,7 @@ import numpy as np
 
 from ltsm_jax.layers import experts, mixture, packed
 from ltsm_jax.layers.context import check_context, row_keys
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
@@ -36,7 +37,6 @@ from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -46,21 +46,26 @@ N_EXPERTS, TOP_K = 32, 2  # hard-coded in the original
 
 
 @dataclasses.dataclass(frozen=True)
+class MoiraiMoeLayer:
+    """A layer's attention, and the experts that it has (all of them unless pruned)."""
+
+    attn: HeadDims
+    experts: ExpertDims
+
+
+@dataclasses.dataclass(frozen=True)
 class MoiraiMoeConfig:
     """Widths are per layer, so that a pruned Moirai-MoE is a Moirai-MoE.
 
-    d_model D, head_dim K, n_heads H and expert_dims F of each layer, kept: ids of the experts that
-    each layer has, of the n_experts E that have centroids; patch_sizes the model has weights for;
-    components of the mixture and the scale of the one whose scale is fixed. How it is used:
-    context_len and horizon in time steps; patch_size; n_samples of a forecast; variates: whether
-    those of one window see each other. value_dims: K of the values of each layer, () is head_dim.
+    d_model D, head_dim K, n_experts E that have centroids, of which each layer has some;
+    patch_sizes the model has weights for; components of the mixture and the scale of the one whose
+    scale is fixed. How it is used: context_len and horizon in time steps; patch_size; n_samples of
+    a forecast; variates: whether those of one window see each other.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    expert_dims: tuple[int, ...]
-    kept: tuple[tuple[int, ...], ...]
+    layers: tuple[MoiraiMoeLayer, ...]
     n_experts: int = N_EXPERTS
     patch_sizes: tuple[int, ...] = (16,)
     components: tuple[str, ...] = mixture.PUBLISHED
@@ -74,12 +79,9 @@ class MoiraiMoeConfig:
     patch_size: int = 16
     n_samples: int = 100
     variates: Literal["joint", "independent"] = "joint"
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len({len(self.n_heads), len(self.expert_dims), len(self.kept)}) > 1 or not self.n_heads:
-            problems.append("n_heads, expert_dims and kept must name the same layers, at least one")
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.d_model,
             self.head_dim,
@@ -88,7 +90,7 @@ class MoiraiMoeConfig:
             self.horizon,
             self.n_samples,
         )
-        if min(*sizes, *self.patch_sizes, 1) < 1 or min(*self.n_heads, *self.expert_dims, 1) < 0:
+        if min(*sizes, *self.patch_sizes, 1) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(
@@ -105,15 +107,10 @@ class MoiraiMoeConfig:
             problems.append(
                 f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}"
             )
-        for ids in self.kept:
-            if (
-                sorted(set(ids)) != list(ids)
-                or len(ids) < TOP_K
-                or ids[0] < 0
-                or ids[-1] >= self.n_experts
-            ):
+        for ids in (layer.experts.ids for layer in self.layers):
+            if len(ids) < TOP_K or max(ids) >= self.n_experts:
                 problems.append(
-                    f"kept: at least {TOP_K} experts from 0 to {self.n_experts - 1} in order, got "
+                    f"a layer has at least {TOP_K} experts from 0 to {self.n_experts - 1}, got "
                     f"{ids}"
                 )
         if self.variates not in ("joint", "independent"):
@@ -142,16 +139,9 @@ class MoiraiMoeConfig:
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
-        kept = (tuple(range(n_experts)),) * layers
-        return cls(
-            d_model,
-            d_model // heads,
-            (heads,) * layers,
-            (d_ff,) * layers,
-            kept,
-            n_experts=n_experts,
-            **rest,
-        )
+        experts_of_layer = ExpertDims(tuple(range(n_experts)), d_ff)
+        layer = MoiraiMoeLayer(HeadDims.of(heads, d_model // heads), experts_of_layer)
+        return cls(d_model, d_model // heads, (layer,) * layers, n_experts=n_experts, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiMoeConfig":
@@ -179,11 +169,6 @@ class MoiraiMoeConfig:
             dropout=float(fields.get("dropout_p", 0.0)),
             attn_dropout=float(fields.get("attn_dropout_p", 0.0)),
         )
-
-    @property
-    def ffn_dims(self) -> tuple[int, ...]:
-        """The experts' widths, under the name that the dense families have for it."""
-        return self.expert_dims
 
     @property
     def component_parameters(self) -> tuple[tuple[str, ...], ...]:
@@ -230,11 +215,11 @@ class Routed(nn.Module):
     """
 
     cfg: MoiraiMoeConfig
-    layer: int
+    dims: MoiraiMoeLayer
 
     @nn.compact
     def __call__(self, x_BND, centroid_ED):
-        cfg, taps, kept = self.cfg, {}, self.cfg.kept[self.layer]
+        cfg, taps, kept = self.cfg, {}, self.dims.experts.ids
         x_TD = x_BND.reshape(-1, cfg.d_model)
         wide, centre_ED = (
             x_TD.astype(jnp.float32),
@@ -250,7 +235,7 @@ class Routed(nn.Module):
         far_TK, chosen_TK = jax.lax.top_k(distance_TE, TOP_K)
         taps["weights"], taps["experts"] = jax.nn.softmax(far_TK), jnp.asarray(kept)[chosen_TK]
         stacked = experts.Experts(
-            cfg.d_model, len(kept), cfg.expert_dims[self.layer], nn.silu, name="experts"
+            cfg.d_model, len(kept), self.dims.experts.ffn, nn.silu, name="experts"
         )
         y_BND = stacked(x_TD, taps["weights"], chosen_TK).reshape(x_BND.shape)
         return y_BND, {name: value.reshape(*x_BND.shape[:2], -1) for name, value in taps.items()}
@@ -263,21 +248,13 @@ class Block(nn.Module):
     """
 
     cfg: MoiraiMoeConfig
-    layer: int
+    dims: MoiraiMoeLayer
 
     @nn.compact
     def __call__(self, x_BND, centroid_ED, tokens: Tokens, train: bool, only=None):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = AnyVariateAttention(
-            cfg.d_model,
-            cfg.n_heads[self.layer],
-            cfg.head_dim,
-            value_dim,
-            cfg.attn_dropout,
-            name="attn",
-        )
+        attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
         y_BND, inner = attention(
             y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only
         )
@@ -285,7 +262,7 @@ class Block(nn.Module):
         x_BND = x_BND if only is None else x_BND[:, only]
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND, inner = Routed(cfg, self.layer, name="ffn")(y_BND, centroid_ED)
+        y_BND, inner = Routed(cfg, self.dims, name="ffn")(y_BND, centroid_ED)
         taps |= nested("ffn", inner, y_BND)
         return x_BND + Dropout(cfg.dropout)(y_BND, train), taps
 
@@ -323,9 +300,9 @@ class MoiraiMoeNet(nn.Module):
             nn.silu(taps["embed"]), patch
         )
         x_BND = taps["feature"] + taps["residual"]
-        shape = (len(cfg.kept), cfg.n_experts, cfg.d_model)
+        shape = (len(cfg.layers), cfg.n_experts, cfg.d_model)
         centroid_LED = jax.lax.stop_gradient(self.param("centroid", nn.initializers.zeros, shape))
-        depth = len(cfg.kept)
+        depth = len(cfg.layers)
         looped = loops(self, lean, train, whole)
         if looped:
             layers = self.variables["params"]
@@ -335,17 +312,19 @@ class MoiraiMoeNet(nn.Module):
             }
 
             def layer(i, params, x_BND, only=None):
-                block = Block(cfg, i, parent=None)
+                block = Block(cfg, cfg.layers[i], parent=None)
                 return block.apply(
                     {"params": params["block"]}, x_BND, params["centroid"], tokens, train, only
                 )[0]
 
             # The last layer is on its own: of it, nothing but the tokens asked for is computed.
-            runs = equal_runs(depth - 1, cfg.n_heads, cfg.expert_dims, cfg.kept, cfg.value_dims)
+            runs = equal_runs(cfg.layers[:-1])
             x_BND = through_layers(layer, layers, x_BND, runs)
             x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
-        for i in range(0 if looped else depth):
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, centroid_LED[i], tokens, train)
+        for i, dims in enumerate(() if looped else cfg.layers):
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(
+                x_BND, centroid_LED[i], tokens, train
+            )
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else only
@@ -379,8 +358,8 @@ class MoiraiMoe(Model):
         (r"(^centroid|/(scale|bias))$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
-        Group.experts(r"layer_(\d+)/ffn/experts"),
+        Group.heads("attn", others=(("variate_bias", 1),)),
+        Group.experts("ffn/experts"),
     )
 
     @classmethod

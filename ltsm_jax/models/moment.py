@@ -46,7 +46,7 @@ from ltsm_jax.layers.missing import mean_over_rows, mse_observed
 from ltsm_jax.layers.network import run
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.groups import T5_GROUPS, Stack
 from ltsm_jax.trees import Tree
 
 SCALE_EPS = 1e-5  # added to the deviation, after the root
@@ -69,19 +69,17 @@ HEAD_FIELDS = {  # options of a head, by the original's name
 class MomentConfig:
     """Widths are per layer, so that a pruned MOMENT is a MOMENT.
 
-    d_model D, head_dim K, n_heads H and ffn_dims F of each layer, bias_columns as in
-    `t5.StackConfig`. patch_len P and context_len in time steps. head: what is on top, with horizon
-    (steps of the forecasting head), n_classes, n_variates and reduction (of the classification
-    head: "concat" reads all variates, "mean" their mean). dropout is T5's, patch_dropout after the
-    embedding, head_dropout in the head. table_len: rows of the position table. vocab_size: of T5's
-    token embedding, which the checkpoint holds and nothing uses. value_dims, qk_dims: as in
-    `t5.StackConfig`.
+    d_model D, head_dim K, layers: H, K and F of each, as in `t5.StackConfig`. patch_len P and
+    context_len in time steps. head: what is on top, with horizon (steps of the forecasting head),
+    n_classes, n_variates and reduction (of the classification head: "concat" reads all variates,
+    "mean" their mean). dropout is T5's, patch_dropout after the embedding, head_dropout in the
+    head. table_len: rows of the position table. vocab_size: of T5's token embedding, which the
+    checkpoint holds and nothing uses.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[t5.T5Layer, ...]
     patch_len: int = 8
     context_len: int = 512
     head: Head = "reconstruction"
@@ -89,7 +87,6 @@ class MomentConfig:
     n_classes: int = 0
     n_variates: int = 0
     reduction: Literal["concat", "mean"] = "concat"
-    bias_columns: tuple[tuple[int, ...], ...] = ()
     n_buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
@@ -98,8 +95,6 @@ class MomentConfig:
     head_dropout: float = 0.1
     table_len: int = TABLE_LEN
     vocab_size: int = 32128
-    value_dims: tuple[int, ...] = ()
-    qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
         problems = []
@@ -143,11 +138,7 @@ class MomentConfig:
         return t5.StackConfig(
             self.d_model,
             self.head_dim,
-            self.n_heads,
-            self.ffn_dims,
-            bias_columns=self.bias_columns,
-            value_dims=self.value_dims,
-            qk_dims=self.qk_dims,
+            self.layers,
             n_buckets=self.n_buckets,
             max_distance=self.max_distance,
             activation="gelu_new",
@@ -161,7 +152,8 @@ class MomentConfig:
         cls, layers: int, d_model: int, d_ff: int, heads: int, head_dim: int, **rest: Any
     ) -> "MomentConfig":
         """All layers alike."""
-        return cls(d_model, head_dim, (heads,) * layers, (d_ff,) * layers, **rest)
+        equal = t5.StackConfig.of(d_model, head_dim, layers, heads, d_ff).layers
+        return cls(d_model, head_dim, equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MomentConfig":
@@ -357,16 +349,8 @@ class Moment(Model):
         (r"^head/kernel$", ("fsdp", None)),
         (r"^head/bias$", ()),
     )
-    prunable = (
-        Group.heads(
-            r"encoder/layer_(\d+)/attn",
-            ids=r"bias_columns.\1",
-            table="encoder/relative_bias",
-            values=r"value_dims.\1",
-            scores=r"qk_dims.\1",
-        ),
-        Group.units(r"encoder/layer_(\d+)"),
-    )
+    stacks = (Stack("encoder", ("layers",)),)
+    prunable = T5_GROUPS
 
     @classmethod
     def small(cls) -> MomentConfig:

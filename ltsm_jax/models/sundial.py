@@ -31,6 +31,7 @@ from ltsm_jax.layers.causal import (
     roll_out,
 )
 from ltsm_jax.layers.context import check_context, row_keys
+from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
@@ -38,7 +39,6 @@ from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
 from ltsm_jax.layers.network import nested, run
-from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -58,20 +58,17 @@ MAX_FLOW_DEPTH = 64  # the published has 3
 class SundialConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    patch_len P, horizon Q (points of one draw), d_model D, head_dim K, n_heads H and ffn_dims F of
-    each layer, embed_dim: width inside the patch embedding, flow_depth: residual blocks of the flow
+    patch_len P, horizon Q (points of one draw), d_model D, head_dim K, layers: H, K and F of each,
+    embed_dim: width inside the patch embedding, flow_depth: residual blocks of the flow
     network, sampling_steps of Euler's method, train_draws: noised targets per token in training,
     n_samples of `predict` (their mean is the point forecast), context_len in time steps.
-    value_dims: K of the values of each layer, () is head_dim. rotary_pairs: for each layer and each
-    of its key heads the pairs that queries and keys still have, () is all.
     """
 
     patch_len: int
     horizon: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     embed_dim: int
     flow_depth: int
     context_len: int
@@ -82,16 +79,9 @@ class SundialConfig:
     dropout: float = 0.1
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
-    value_dims: tuple[int, ...] = ()
-    rotary_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        problems += pair_problems(self.n_heads, self.head_dim, self.rotary_pairs)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
         sizes = (
             self.patch_len,
             self.horizon,
@@ -101,7 +91,7 @@ class SundialConfig:
             self.context_len,
         )
         counts = (self.sampling_steps, self.train_draws, self.n_samples, self.max_positions)
-        if min(*sizes, *counts) < 1 or min(self.flow_depth, *self.n_heads, *self.ffn_dims) < 0:
+        if min(*sizes, *counts) < 1 or self.flow_depth < 0:
             problems.append(f"every size must be positive: {self}")
         if self.flow_depth > MAX_FLOW_DEPTH:
             problems.append(f"flow_depth may be at most {MAX_FLOW_DEPTH}, got {self.flow_depth}")
@@ -138,8 +128,7 @@ class SundialConfig:
             horizon=fields["output_token_lens"][-1],
             d_model=d,
             head_dim=d // heads,
-            n_heads=(heads,) * layers,
-            ffn_dims=(fields["intermediate_size"],) * layers,
+            layers=equal_layers(layers, heads, d // heads, fields["intermediate_size"]),
             embed_dim=fields["intermediate_size"],
             flow_depth=fields.get("flow_loss_depth", 3),
             context_len=PATCHES * fields["input_token_len"],
@@ -158,8 +147,7 @@ PRESETS = {
         horizon=720,
         d_model=768,
         head_dim=64,
-        n_heads=(12,) * 12,
-        ffn_dims=(3072,) * 12,
+        layers=equal_layers(12, 12, 64, 3072),
         embed_dim=3072,
         flow_depth=3,
         context_len=2880,
@@ -171,23 +159,22 @@ class Block(nn.Module):
     """Pre-norm block [B, N, D] -> [B, N, D], the named steps in it, and its cache."""
 
     cfg: SundialConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, train: bool):
         cfg, taps = self.cfg, {}
-        heads, value_dim = cfg.n_heads[self.layer], width(cfg.value_dims, self.layer, cfg.head_dim)
-        pairs = cfg.rotary_pairs[self.layer] if cfg.rotary_pairs else ()
         y_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND)
-        sizes = (cfg.d_model, heads, heads, cfg.head_dim)
-        attention = CausalAttention(*sizes, BASE, cfg.dropout, value_dim, pairs, name="attn")
+        attention = CausalAttention(
+            cfg.d_model, self.dims.attn, cfg.head_dim, BASE, cfg.dropout, name="attn"
+        )
         y_BND, taps["attn_weights"], cache = attention(
             y_BND, positions_BN, mask_BHNS, cache, start, train
         )
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
         y_BND = taps["norm2"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND)
-        y_BND = taps["mlp"] = GatedMLP(cfg.ffn_dims[self.layer], cfg.activation, name="mlp")(y_BND)
+        y_BND = taps["mlp"] = GatedMLP(self.dims.ffn, cfg.activation, name="mlp")(y_BND)
         return x_BND + y_BND, taps, cache
 
 
@@ -221,9 +208,9 @@ class SundialNet(nn.Module):
         }
         positions_BN = (start + jnp.arange(n))[None]
         mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
-            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(
+            x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
                 x_BND, positions_BN, mask_BHNS, cache, start, train
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
@@ -313,8 +300,8 @@ class Sundial(Model):
         (r"/(scale|bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", pairs=r"rotary_pairs.\1"),
-        Group.units(r"layer_(\d+)/mlp"),
+        Group.heads("attn", scores="pairs"),
+        Group.units("mlp"),
     )
 
     @classmethod
@@ -324,8 +311,7 @@ class Sundial(Model):
             16,
             16,
             8,
-            (2, 2),
-            (24, 24),
+            equal_layers(2, 2, 8, 24),
             24,
             1,
             context_len=48,
@@ -554,8 +540,8 @@ class Sundial(Model):
             return (caches, start + z_BND.shape[1], i + 1), median(y_BSQ), y_BSQ
 
         # without a further step there is nothing to keep
-        widths = (cfg.n_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
-        caches = None if len(sizes) == 1 else empty_cache(z_BL.shape[0], room, *widths)
+        heads = [dims.attn for dims in cfg.layers]
+        caches = None if len(sizes) == 1 else empty_cache(z_BL.shape[0], room, heads)
         return roll_out(step((caches, 0, 0), z_BL, sizes[0]), step, sizes)
 
     def _generate_anew(self, params, z_BL, noise_TBSQ, key, train) -> jax.Array:

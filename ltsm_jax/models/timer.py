@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
@@ -26,7 +27,6 @@ from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.positions import sinusoids
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -41,38 +41,27 @@ TABLE_LEN = (
 class TimerConfig:
     """Widths are per layer, so that a pruned Timer is a Timer.
 
-    patch_len P, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer,
-    context_len and horizon in time steps (the published use: horizon = P). value_dims, qk_dims: K
-    of the values, and of queries and keys, of each layer; () is head_dim. The scale of the scores
-    is that of head_dim.
+    patch_len P, d_model D, head_dim K, layers: H, K and F of each, context_len and
+    horizon in time steps (the published use: horizon = P). The scale of the scores is that of
+    head_dim, whatever is left of a head.
     """
 
     patch_len: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     context_len: int = 672
     horizon: int = 96
     task: Task = "forecasting"
     activation: Literal["gelu", "relu"] = "gelu"
     dropout: float = 0.1
-    value_dims: tuple[int, ...] = ()
-    qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(
-            len(self.n_heads), self.head_dim, value_dims=self.value_dims, qk_dims=self.qk_dims
-        )
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"attn": "channels"})
         if self.d_model % 2:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
         sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.horizon)
-        if min(*sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(*sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.context_len < self.patch_len:
             problems.append(
@@ -100,8 +89,9 @@ class TimerConfig:
             raise ValueError(
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
+        head_dim = d_model // heads
         return cls(
-            patch_len, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest
+            patch_len, d_model, head_dim, equal_layers(layers, heads, head_dim, d_ff), **rest
         )
 
     @classmethod
@@ -166,30 +156,28 @@ PRESETS = {
 class Attention(nn.Module):
     """Causal self-attention [B, N, D] -> [B, N, D], and its weights [B, H, N, S]."""
 
-    d_model: int
-    n_heads: int
-    head_dim: int
-    qk_dim: int
-    value_dim: int
-    dropout: float
+    cfg: TimerConfig
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_BND, train: bool):
-        def project(name, width):
-            y_BNHK = Linear((self.d_model,), (self.n_heads, width), name=name)(x_BND)
+        cfg, dims = self.cfg, self.dims
+
+        def project(name):
+            y_BNHK = Linear((cfg.d_model,), dims.shapes[name], name=name)(x_BND)
             return jnp.swapaxes(y_BNHK, 1, 2)
 
         n = x_BND.shape[1]
         y_BHNK, w_BHNS = attend(
-            project("q", self.qk_dim),
-            project("k", self.qk_dim),
-            project("v", self.value_dim),
+            project("q"),
+            project("k"),
+            project("v"),
             seen=jnp.tril(jnp.ones((n, n), bool))[None, None],
-            scale=self.head_dim**-0.5,
+            scale=cfg.head_dim**-0.5,
             hidden=-jnp.inf,
-            dropout=functools.partial(Dropout(self.dropout), train=train),
+            dropout=functools.partial(Dropout(cfg.dropout), train=train),
         )
-        out = Linear((self.n_heads, self.value_dim), (self.d_model,), name="out")
+        out = Linear(dims.joined, (cfg.d_model,), name="out")
         return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS
 
 
@@ -199,23 +187,16 @@ class Block(nn.Module):
     """
 
     cfg: TimerConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, train: bool):
-        cfg, taps = self.cfg, {}
-        heads, ffn_dim = cfg.n_heads[self.layer], cfg.ffn_dims[self.layer]
-        qk_dim, value_dim = (
-            width(dims, self.layer, cfg.head_dim) for dims in (cfg.qk_dims, cfg.value_dims)
-        )
+        cfg, ffn_dim, taps = self.cfg, self.dims.ffn, {}
 
         def drop(y):
             return Dropout(cfg.dropout)(y, train)
 
-        attention = Attention(
-            cfg.d_model, heads, cfg.head_dim, qk_dim, value_dim, cfg.dropout, name="attn"
-        )
-        a_BND, taps["attn_weights"] = attention(x_BND, train)
+        a_BND, taps["attn_weights"] = Attention(cfg, self.dims.attn, name="attn")(x_BND, train)
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(epsilon=1e-5, name="norm1")(x_BND + drop(a_BND))
         y_BND = drop(feed_forward(x_BND, ffn_dim, cfg.activation, dropout=drop))
@@ -240,8 +221,8 @@ class TimerNet(nn.Module):
         )(p_BNP)
         x_BND = taps["embed"] = x_BND + jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)[None]
         x_BND = Dropout(cfg.dropout)(x_BND, train)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, train)
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, train)
             taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = nn.LayerNorm(epsilon=1e-5, name="norm")(x_BND)
         y_BNP = taps["head"] = Linear((cfg.d_model,), (cfg.patch_len,), name="head")(x_BND)
@@ -270,10 +251,7 @@ class Timer(Model):
         (r"^head/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", scores=r"qk_dims.\1"),
-        Group.units(r"layer_(\d+)"),
-    )
+    prunable = (Group.heads("attn", scores="channels"), Group.units())
 
     @classmethod
     def small(cls) -> TimerConfig:

@@ -31,12 +31,12 @@ from ltsm_jax.layers.causal import (
     roll_out,
 )
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import HIDDEN_ACTS, GatedMLP
 from ltsm_jax.layers.network import nested, run
-from ltsm_jax.layers.widths import pair_problems, width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -54,20 +54,17 @@ Scaling = Literal["context", "fed", "sequence"]
 class TimerHfConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    patch_len P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, horizons: points
-    that each head predicts, context_len in time steps. dropout: of the attention weights, in
+    patch_len P, d_model D, head_dim K, layers: H, K and F of each, horizons: points that each head
+    predicts, context_len in time steps. dropout: of the attention weights, in
     training only (the original drops in evaluation too; published: 0). scaling: "context" (see the
     module docstring), or the original's: "fed" (its default, with the cache) and "sequence"
-    (without cache: the whole sequence anew at each step), both without any eps. value_dims: K of
-    the values of each layer, () is head_dim. rotary_pairs: for each layer and each of its heads the
-    pairs that queries and keys still have, () is all.
+    (without cache: the whole sequence anew at each step), both without any eps.
     """
 
     patch_len: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     horizons: tuple[int, ...]
     context_len: int
     activation: str = "silu"
@@ -75,21 +72,11 @@ class TimerHfConfig:
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
     scaling: Scaling = "context"
-    value_dims: tuple[int, ...] = ()
-    rotary_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        problems += pair_problems(self.n_heads, self.head_dim, self.rotary_pairs)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
         sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.max_positions)
-        if (
-            min(*sizes, *self.horizons, *([] if self.horizons else [0])) < 1
-            or min(*self.n_heads, *self.ffn_dims, 1) < 0
-        ):
+        if min(*sizes, *self.horizons, *([] if self.horizons else [0])) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 2:
             problems.append(
@@ -131,8 +118,7 @@ class TimerHfConfig:
             patch_len=fields["input_token_len"],
             d_model=d,
             head_dim=d // heads,
-            n_heads=(heads,) * layers,
-            ffn_dims=(fields["intermediate_size"],) * layers,
+            layers=equal_layers(layers, heads, d // heads, fields["intermediate_size"]),
             horizons=tuple(fields["output_token_lens"]),
             context_len=PATCHES * fields["input_token_len"],
             activation=fields.get("hidden_act", "silu"),
@@ -147,8 +133,7 @@ PRESETS = {
         patch_len=96,
         d_model=1024,
         head_dim=128,
-        n_heads=(8,) * 8,
-        ffn_dims=(2048,) * 8,
+        layers=equal_layers(8, 8, 128, 2048),
         horizons=(96,),
         context_len=2880,
     )
@@ -159,21 +144,20 @@ class Block(nn.Module):
     """Post-norm block [B, N, D] -> [B, N, D], the named steps in it, and its cache."""
 
     cfg: TimerHfConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, train: bool):
         cfg, taps = self.cfg, {}
-        heads, value_dim = cfg.n_heads[self.layer], width(cfg.value_dims, self.layer, cfg.head_dim)
-        pairs = cfg.rotary_pairs[self.layer] if cfg.rotary_pairs else ()
-        sizes = (cfg.d_model, heads, heads, cfg.head_dim)
-        attention = CausalAttention(*sizes, BASE, cfg.dropout, value_dim, pairs, name="attn")
+        attention = CausalAttention(
+            cfg.d_model, self.dims.attn, cfg.head_dim, BASE, cfg.dropout, name="attn"
+        )
         a_BND, taps["attn_weights"], cache = attention(
             x_BND, positions_BN, mask_BHNS, cache, start, train
         )
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND + a_BND)
-        y_BND = taps["mlp"] = GatedMLP(cfg.ffn_dims[self.layer], cfg.activation, name="mlp")(x_BND)
+        y_BND = taps["mlp"] = GatedMLP(self.dims.ffn, cfg.activation, name="mlp")(x_BND)
         return nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND + y_BND), taps, cache
 
 
@@ -202,9 +186,9 @@ class TimerHfNet(nn.Module):
         mask_BHNS = causal_mask(
             n, n if caches is None else caches[0][0].shape[2], start, observed_BN
         )
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
-            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(
+            x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
                 x_BND, positions_BN, mask_BHNS, cache, start, train
             )
             taps |= nested(f"layer_{i}", inner, x_BND)
@@ -250,13 +234,13 @@ class TimerHf(Model):
         (r"norm[12]?/(scale|bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", pairs=r"rotary_pairs.\1"),
-        Group.units(r"layer_(\d+)/mlp"),
+        Group.heads("attn", scores="pairs"),
+        Group.units("mlp"),
     )
 
     @classmethod
     def small(cls) -> TimerHfConfig:
-        return TimerHfConfig(8, 16, 8, (2, 2), (24, 24), (8, 16), context_len=48)
+        return TimerHfConfig(8, 16, 8, equal_layers(2, 2, 8, 24), (8, 16), context_len=48)
 
     @property
     def horizon(self) -> int:
@@ -463,7 +447,7 @@ class TimerHf(Model):
 
     def _cache(self, b: int, room: int) -> list[Cache]:
         cfg = self.config
-        return empty_cache(b, room, cfg.n_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
+        return empty_cache(b, room, [dims.attn for dims in cfg.layers])
 
     def _next(
         self, params, points_BT, q: int, key=None, train=False, caches=None, start=0

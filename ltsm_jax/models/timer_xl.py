@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
@@ -32,7 +33,6 @@ from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -45,35 +45,29 @@ PATCHES = 30  # of the longest context that the checkpoint was trained with: 288
 class TimerXLConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    patch_len P, horizon Q (points that a token predicts), d_model D, head_dim K, n_heads H and
-    ffn_dims F of each layer, context_len in time steps. joint: the variates of a window see one
+    patch_len P, horizon Q (points that a token predicts), d_model D, head_dim K, layers: H, K
+    and F of each, context_len in time steps. joint: the variates of a window see one
     another. covariate: all but the last variate are known ahead, the last is forecast: it sees all
     of the others, each of which sees only itself. use_norm: whether each variate is scaled by its
-    own mean and standard deviation. value_dims: K of the values of each layer, () is head_dim.
+    own mean and standard deviation.
     """
 
     patch_len: int
     horizon: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     context_len: int
     joint: bool = True
     covariate: bool = False
     use_norm: bool = True
     activation: Literal["relu", "gelu"] = "relu"
     dropout: float = 0.1
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (self.patch_len, self.horizon, self.d_model, self.head_dim, self.context_len)
-        if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(
@@ -113,8 +107,7 @@ class TimerXLConfig:
             horizon=fields["output_token_len"],
             d_model=d,
             head_dim=d // heads,
-            n_heads=(heads,) * layers,
-            ffn_dims=(fields["d_ff"],) * layers,
+            layers=equal_layers(layers, heads, d // heads, fields["d_ff"]),
             context_len=fields.get("seq_len", PATCHES * fields["input_token_len"]),
             joint=not str(fields.get("data", "")).startswith("Univariate"),
             covariate=fields.get("covariate", False),
@@ -129,7 +122,7 @@ class TimerXLConfig:
 PRESETS = {
     # sizes of OpenLTM's load_pth_ckpt.ipynb; no config file ships with the checkpoint
     "timer_xl": TimerXLConfig(
-        96, 96, 1024, 128, (8,) * 8, (2048,) * 8, context_len=2880, joint=False
+        96, 96, 1024, 128, equal_layers(8, 8, 128, 2048), context_len=2880, joint=False
     )
 }
 
@@ -153,31 +146,29 @@ class TimeAttention(nn.Module):
     """
 
     d_model: int
-    n_heads: int
-    head_dim: int
-    value_dim: int
+    dims: HeadDims
     dropout: float
 
     @nn.compact
     def __call__(self, x_BSD, seen_SS, same_SS, train: bool):
-        taps, values = {}, (self.n_heads, self.value_dim)
+        dims, taps = self.dims, {}
 
-        def project(name, width):
-            y_BSHK = Linear((self.d_model,), (self.n_heads, width), name=name)(x_BSD)
+        def project(name):
+            y_BSHK = Linear((self.d_model,), dims.shapes[name], name=name)(x_BSD)
             return jnp.swapaxes(y_BSHK, 1, 2)
 
-        q_BHSK = taps["q"] = _half_turned(project("q", self.head_dim))
-        k_BHSK = taps["k"] = _half_turned(project("k", self.head_dim))
-        v_BHSK = project("v", self.value_dim)
-        shape = (2, self.n_heads)
+        q_BHSK = taps["q"] = _half_turned(project("q"))
+        k_BHSK = taps["k"] = _half_turned(project("k"))
+        v_BHSK = project("v")
+        shape = (2, dims.heads)
         bias_2H = (
             self.param("variate_bias", nn.initializers.zeros, shape)
-            if self.n_heads
+            if dims.heads
             else jnp.zeros(shape)
         )
         bias_HSS = jnp.where(same_SS[None], bias_2H[1][:, None, None], bias_2H[0][:, None, None])
         taps["bias"] = jnp.broadcast_to(bias_HSS[None], (len(x_BSD), *bias_HSS.shape))
-        scale = self.head_dim**-0.5
+        scale = dims.qk**-0.5
         y_BHSK, _ = attend(
             q_BHSK,
             k_BHSK,
@@ -190,7 +181,7 @@ class TimeAttention(nn.Module):
             dropout=functools.partial(Dropout(self.dropout), train=train),
         )
         y_BSHK = taps["heads"] = jnp.swapaxes(y_BHSK, 1, 2)
-        return Linear(values, (self.d_model,), name="out")(y_BSHK), taps
+        return Linear(dims.joined, (self.d_model,), name="out")(y_BSHK), taps
 
 
 def _half_turned(x_BHSK: jax.Array) -> jax.Array:
@@ -205,11 +196,11 @@ class Block(nn.Module):
     """Post-norm block [B, S, D] -> [B, S, D], and the named steps in it."""
 
     cfg: TimerXLConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BSD, seen_SS, same_SS, train: bool):
-        cfg, d, ffn_dim = self.cfg, self.cfg.d_model, self.cfg.ffn_dims[self.layer]
+        cfg, d, ffn_dim = self.cfg, self.cfg.d_model, self.dims.ffn
 
         def drop(y):
             return Dropout(cfg.dropout)(y, train)
@@ -217,10 +208,7 @@ class Block(nn.Module):
         def norm(name):
             return nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name=name)
 
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = TimeAttention(
-            d, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.dropout, name="attn"
-        )
+        attention = TimeAttention(d, self.dims.attn, cfg.dropout, name="attn")
         a_BSD, taps = attention(x_BSD, seen_SS, same_SS, train)
         taps["attn"] = a_BSD
         x_BSD = taps["norm1"] = norm("norm1")(x_BSD + drop(a_BSD))
@@ -242,8 +230,8 @@ class TimerXLNet(nn.Module):
         x_BCND = taps["embed"] = Linear((p,), (cfg.d_model,), name="embed")(p_BCNP)
         x_BSD = x_BCND.reshape(b, c * n, cfg.d_model)
         seen_SS, same_SS = variate_mask(c, n, cfg.covariate)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BSD, inner = Block(cfg, i, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train)
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BSD, inner = Block(cfg, dims, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train)
             taps |= nested(f"layer_{i}", inner, x_BSD)
         x_BSD = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name="norm")(x_BSD)
         y_BSQ = taps["head"] = Linear((cfg.d_model,), (cfg.horizon,), name="head")(x_BSD)
@@ -274,13 +262,13 @@ class TimerXL(Model):
         (r"/(scale|bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)"),
+        Group.heads("attn", others=(("variate_bias", 1),)),
+        Group.units(),
     )
 
     @classmethod
     def small(cls) -> TimerXLConfig:
-        return TimerXLConfig(8, 8, 16, 8, (2, 2), (24, 24), context_len=32)
+        return TimerXLConfig(8, 8, 16, 8, equal_layers(2, 2, 8, 24), context_len=32)
 
     @property
     def variates(self) -> Literal["independent", "joint"]:

@@ -28,6 +28,7 @@ import numpy as np
 from ltsm_jax.frequency import split_freq, unit_of
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
@@ -36,7 +37,6 @@ from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -53,12 +53,12 @@ LOG2_E = 1.442695041  # as the original rounds it
 class TimesFM1Config:
     """Widths are per layer, so that a pruned TimesFM is a TimesFM.
 
-    patch_len P of the input, output_len O of the output, d_model D, head_dim K, n_heads H of each
-    layer, ffn_dims F of each layer, block_dim: hidden width of the blocks before and after the
+    patch_len P of the input, output_len O of the output, d_model D, head_dim K, layers: H, K and F
+    of each, block_dim: hidden width of the blocks before and after the
     layers; context_len in time steps. quantiles: levels of the output's columns 1, 2, ...; point:
     the column that is the point forecast. freq: class of frequency of the series. pad_val: value
     that means "missing" in the original's raw input. norm_eps: of the RMS norms. min_scale: lower
-    bound of a series' scale. value_dims: K of the values of each layer, () is head_dim.
+    bound of a series' scale.
     """
 
     patch_len: int
@@ -66,8 +66,7 @@ class TimesFM1Config:
     d_model: int
     head_dim: int
     block_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     context_len: int = 512
     quantiles: tuple[float, ...] = DECILES
     use_positional_embedding: bool = True
@@ -77,15 +76,9 @@ class TimesFM1Config:
     norm_eps: float = 1e-6
     min_scale: float = 1e-6
     pad_val: float = 1123581321.0
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.patch_len,
             self.output_len,
@@ -94,7 +87,7 @@ class TimesFM1Config:
             self.block_dim,
             self.context_len,
         )
-        if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         elif self.context_len % self.patch_len:
             problems.append(
@@ -130,9 +123,8 @@ class TimesFM1Config:
         """Equal layers; the blocks around them are as wide as the feed-forward layers, as in the
         original.
         """
-        return cls(
-            patch_len, output_len, d_model, head_dim, d_ff, (heads,) * layers, (d_ff,) * layers, **k
-        )
+        equal = equal_layers(layers, heads, head_dim, d_ff)
+        return cls(patch_len, output_len, d_model, head_dim, d_ff, equal, **k)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM1Config":
@@ -247,27 +239,27 @@ class Attention(nn.Module):
     """
 
     d_model: int
-    n_heads: int
-    head_dim: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_BND, seen_BHNS):
-        def project(name, width):
-            y_BNHK = Linear((self.d_model,), (self.n_heads, width), name=name)(x_BND)
+        dims = self.dims
+
+        def project(name):
+            y_BNHK = Linear((self.d_model,), dims.shapes[name], name=name)(x_BND)
             return jnp.swapaxes(y_BNHK, 1, 2)
 
-        q_BHNK = project("q", self.head_dim)
-        scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (self.head_dim,)))
-        scaling_K = (scaling_K * (LOG2_E * self.head_dim**-0.5)).astype(q_BHNK.dtype)
+        q_BHNK = project("q")
+        scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (dims.qk,)))
+        scaling_K = (scaling_K * (LOG2_E * dims.qk**-0.5)).astype(q_BHNK.dtype)
         y_BHNK, w_BHNS = attend(
             q_BHNK * scaling_K[None, None, None],
-            project("k", self.head_dim),
-            project("v", self.value_dim),
+            project("k"),
+            project("v"),
             seen=seen_BHNS,
             hidden=UNSEEN,
         )
-        out = Linear((self.n_heads, self.value_dim), (self.d_model,), name="out")
+        out = Linear(dims.joined, (self.d_model,), name="out")
         return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS
 
 
@@ -277,20 +269,17 @@ class Block(nn.Module):
     """
 
     cfg: TimesFM1Config
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, padded_BN, seen_BHNS):
         cfg, taps = self.cfg, {}
         y_BND = taps["attn_norm"] = RMSNorm(cfg.norm_eps, name="attn_norm")(x_BND)
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = Attention(
-            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, name="attn"
-        )
+        attention = Attention(cfg.d_model, self.dims.attn, name="attn")
         y_BND, taps["attn_weights"] = attention(y_BND, seen_BHNS)
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
-        ffn_dim = cfg.ffn_dims[self.layer]
+        ffn_dim = self.dims.ffn
         y_BND = nn.LayerNorm(epsilon=1e-6, name="ffn_norm")(x_BND)
         y_BND = feed_forward(y_BND, ffn_dim, "relu")
         return x_BND + y_BND * (1 - padded_BN)[..., None].astype(y_BND.dtype), taps
@@ -331,8 +320,8 @@ class TimesFM1Net(nn.Module):
             & (padded_BN == 0)[:, None, None]
             & (padded_BN == 0)[:, None, :, None]
         )
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, padded_BN, seen_BHNS)
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, padded_BN, seen_BHNS)
             taps |= nested(f"layer_{i}", inner, x_BND)
         columns = 1 + len(cfg.quantiles)
         head = ResidualBlock(cfg.d_model, cfg.block_dim, cfg.output_len * columns, name="head")
@@ -366,8 +355,8 @@ class TimesFM1(Model):
         (r"(^freq_embed|/(scaling|scale|bias))$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)"),
+        Group.heads("attn"),
+        Group.units(),
     )
 
     @classmethod

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
@@ -34,7 +35,6 @@ from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -55,17 +55,16 @@ class TimesFM2p5Config:
     """Widths are per layer, so that a pruned TimesFM is a TimesFM.
 
     patch_len P of the input, output_len O of the output (whole patches), spread_len: steps of the
-    quantile head, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer;
-    embed_dim, point_dim, spread_dim: hidden widths of the blocks before and after the layers.
-    quantiles: levels of the columns 1, 2, ...; point_column: the column that is the point forecast,
-    and goes back in when a forecast is rolled out. context_len: time steps of a window by default;
-    max_context: where a longer context is cut.
+    quantile head, d_model D, head_dim K, layers: H, K and F of each; embed_dim, point_dim,
+    spread_dim: hidden widths of the blocks before and after the layers. quantiles: levels of the
+    columns 1, 2, ...; point_column: the column that is the point forecast, and goes back in when a
+    forecast is rolled out. context_len: time steps of a window by default; max_context: where a
+    longer context is cut.
 
     The options are those of the original's ForecastConfig, set as its README has them (two of them
     apart: see the module docstring, and normalize_inputs, which cancels). force_flip_invariance:
     average with the forecast of -x, turned back. use_continuous_quantile_head: quantiles from the
-    second head. fix_quantile_crossing: sort them. value_dims: K of the values of each layer, () is
-    head_dim.
+    second head. fix_quantile_crossing: sort them.
     """
 
     patch_len: int
@@ -73,8 +72,7 @@ class TimesFM2p5Config:
     spread_len: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     embed_dim: int
     point_dim: int
     spread_dim: int
@@ -88,15 +86,9 @@ class TimesFM2p5Config:
     force_flip_invariance: bool = True
     infer_is_positive: bool = False
     fix_quantile_crossing: bool = True
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.patch_len,
             self.output_len,
@@ -106,7 +98,7 @@ class TimesFM2p5Config:
             self.embed_dim,
         )
         sizes += (self.point_dim, self.spread_dim, self.context_len, self.max_context)
-        if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         elif self.output_len % self.patch_len:
             problems.append(
@@ -128,8 +120,8 @@ class TimesFM2p5Config:
     def of(cls, patch_len, output_len, spread_len, d_model, d_ff, layers, heads, head_dim, **rest):
         """Equal layers; blocks around them as wide as the model, unless `rest` says otherwise."""
         rest = {"embed_dim": d_model, "point_dim": d_model, "spread_dim": d_model} | rest
-        each = {"n_heads": (heads,) * layers, "ffn_dims": (d_ff,) * layers}
-        return cls(patch_len, output_len, spread_len, d_model, head_dim, **each, **rest)
+        equal = equal_layers(layers, heads, head_dim, d_ff)
+        return cls(patch_len, output_len, spread_len, d_model, head_dim, equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
@@ -218,22 +210,21 @@ class Attention(nn.Module):
     """
 
     cfg: TimesFM2p5Config
-    n_heads: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
-        cfg = self.cfg
+        cfg, dims = self.cfg, self.dims
 
-        def project(name, width):
-            linear = Linear((cfg.d_model,), (self.n_heads, width), use_bias=False, name=name)
+        def project(name):
+            linear = Linear((cfg.d_model,), dims.shapes[name], use_bias=False, name=name)
             return jnp.swapaxes(linear(x_BND), 1, 2)
 
         def normed(name):
-            turned = rotary(project(name, cfg.head_dim), positions_BN[:, None])
+            turned = rotary(project(name), positions_BN[:, None])
             return RMSNorm(cfg.norm_eps, name=f"{name}_norm")(turned)
 
-        q_BHNK, k_BHSK, v_BHSK = normed("q"), normed("k"), project("v", self.value_dim)
+        q_BHNK, k_BHSK, v_BHSK = normed("q"), normed("k"), project("v")
         taps = {"q_norm": jnp.swapaxes(q_BHNK, 1, 2), "k_norm": jnp.swapaxes(k_BHSK, 1, 2)}
         scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (cfg.head_dim,)))
         scaling_K = (scaling_K * (LOG2_E * cfg.head_dim**-0.5)).astype(q_BHNK.dtype)
@@ -245,7 +236,7 @@ class Attention(nn.Module):
                 for old, new in zip(cache, (k_BHSK, v_BHSK), strict=True)
             )
         y_BHNK, taps["weights"] = attend(q_BHNK, k_BHSK, v_BHSK, seen=seen_BHNS, hidden=UNSEEN)
-        values = (self.n_heads, self.value_dim)
+        values = dims.joined
         out = Linear(values, (cfg.d_model,), use_bias=False, name="out")
         return out(jnp.swapaxes(y_BHNK, 1, 2)), (k_BHSK, v_BHSK), taps
 
@@ -254,7 +245,7 @@ class Block(nn.Module):
     """Attention and feed-forward, each between two norms of its own and added to its input."""
 
     cfg: TimesFM2p5Config
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
@@ -264,15 +255,14 @@ class Block(nn.Module):
             taps[name] = RMSNorm(cfg.norm_eps, name=name)(y_BND)
             return taps[name]
 
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = Attention(cfg, cfg.n_heads[self.layer], value_dim, name="attn")
+        attention = Attention(cfg, self.dims.attn, name="attn")
         y_BND, cache, inner = attention(
             norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start
         )
         taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + norm("post_attn_norm", y_BND)
         y_BND = norm("pre_ffn_norm", x_BND)
-        y_BND = feed_forward(y_BND, cfg.ffn_dims[self.layer], "silu", use_bias=False)
+        y_BND = feed_forward(y_BND, self.dims.ffn, "silu", use_bias=False)
         return x_BND + norm("post_ffn_norm", y_BND), cache, taps
 
 
@@ -308,8 +298,8 @@ class TimesFM2p5Net(nn.Module):
         seen_BHNS = (jnp.arange(s)[None] <= place_N[:, None])[None, None]
         seen_BHNS = seen_BHNS & (jnp.arange(s)[None] >= padded_B[:, None])[:, None, None]
         positions_BN = place_N[None] - padded_B[:, None]
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            block = Block(cfg, i, name=f"layer_{i}")
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            block = Block(cfg, dims, name=f"layer_{i}")
             x_BND, cache, inner = block(
                 x_BND, positions_BN, seen_BHNS, caches[i] if caches else None, start
             )
@@ -403,8 +393,8 @@ class TimesFM2p5(Model):
         (r"/(scaling|scale|bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)"),
+        Group.heads("attn"),
+        Group.units(),
     )
 
     @classmethod

@@ -32,6 +32,7 @@ import numpy as np
 
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, attention_dims, layer_problems
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
@@ -39,7 +40,6 @@ from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.timesfm_2p5 import (
@@ -61,13 +61,20 @@ Activation = Literal["relu", "swish", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
+class TimesFM3Layer:
+    """A layer's attention over time (seq) and over variates (var), and its feed-forward units."""
+
+    seq: HeadDims
+    var: HeadDims
+    ffn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TimesFM3Config:
     """Widths are per layer, so that a pruned TimesFM is a TimesFM.
 
     patch_len P of the input, output_len O of the output (whole patches), d_model D, head_dim K,
-    n_heads H of each layer's attention over time and var_heads of that over variates, ffn_dims F of
-    each layer, embed_dim: hidden width of the block that makes tokens. value_dims, var_value_dims:
-    K of the values of each layer in the two attentions; () is head_dim.
+    layers: H, K and F of each, embed_dim: hidden width of the block that makes tokens.
     quantiles: levels of the columns; the middle one is the point forecast.
     context_len: time steps of a window by default; max_context: where a longer context is cut.
     max_variates: how many variates see each other; targets beyond that are forecast in chunks,
@@ -92,9 +99,7 @@ class TimesFM3Config:
     output_len: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    var_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[TimesFM3Layer, ...]
     embed_dim: int
     quantiles: tuple[float, ...] = DECILES
     context_len: int = 1024
@@ -125,21 +130,12 @@ class TimesFM3Config:
     infer_is_positive: bool = False
     extend_known: bool = False
     padding_counts: bool = False
-    value_dims: tuple[int, ...] = ()
-    var_value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        layers = len(self.n_heads)
-        dims = {"value_dims": self.value_dims, "var_value_dims": self.var_value_dims}
-        problems = width_problems(layers, self.head_dim, **dims)
-        if not layers or not layers == len(self.var_heads) == len(self.ffn_dims):
-            problems.append(
-                f"n_heads {self.n_heads}, var_heads {self.var_heads} and ffn_dims {self.ffn_dims} "
-                "must name the same layers, at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (self.patch_len, self.output_len, self.d_model, self.head_dim, self.embed_dim)
         sizes += (self.context_len, self.max_context, self.max_variates)
-        if min(sizes) < 1 or min(*self.n_heads, *self.var_heads, *self.ffn_dims, 1) < 0:
+        if min(sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         elif self.output_len % self.patch_len:
             sizes = f"{self.output_len} of {self.patch_len}"
@@ -156,13 +152,11 @@ class TimesFM3Config:
             problems.append(f"detrend_threshold must not be negative, got {self.detrend_threshold}")
         if self.identity_skip and 2 * (self.patch_len + self.output_len) != self.d_model:
             problems.append(f"identity_skip needs d_model = 2 (P + O), got {self.d_model}")
-        if self.value_norm and any(self._pruned_values()):
-            problems.append("value_norm is over whole values: value_dims can't be smaller")
+        narrow = [name for name, dims in attention_dims(self.layers) if dims.value != self.head_dim]
+        if self.value_norm and narrow:
+            problems.append(f"value_norm is over whole values, not those of {', '.join(narrow)}")
         if problems:
             raise ValueError("TimesFM3Config: " + "; ".join(problems))
-
-    def _pruned_values(self) -> list[bool]:
-        return [dim != self.head_dim for dim in (*self.value_dims, *self.var_value_dims)]
 
     @property
     def ahead(self) -> int:
@@ -179,10 +173,10 @@ class TimesFM3Config:
         """Equal layers, with heads as wide together as the model."""
         if d_model % heads:
             raise ValueError(f"d_model ({d_model}) must be a multiple of the heads ({heads})")
-        equal = (heads,) * layers
         rest = {"embed_dim": d_model} | rest
-        sizes = (patch_len, output_len, d_model, d_model // heads)
-        return cls(*sizes, equal, equal, (d_ff,) * layers, **rest)
+        attention = HeadDims.of(heads, d_model // heads)
+        equal = (TimesFM3Layer(attention, attention, d_ff),) * layers
+        return cls(patch_len, output_len, d_model, d_model // heads, equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM3Config":
@@ -278,16 +272,14 @@ class Attention(nn.Module):
     """
 
     cfg: TimesFM3Config
-    n_heads: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_ABSD, seen, positions):
-        cfg, taps = self.cfg, {}
-        shapes = {"q": cfg.head_dim, "k": cfg.head_dim, "v": self.value_dim}
+        cfg, dims, taps = self.cfg, self.dims, {}
         parts = {}
-        for name, dim in shapes.items():
-            linear = Linear((cfg.d_model,), (self.n_heads, dim), cfg.use_bias, name=name)
+        for name, shape in dims.shapes.items():
+            linear = Linear((cfg.d_model,), shape, cfg.use_bias, name=name)
             y_ABSHK = taps[name] = linear(x_ABSD)
             # Heads beside the batch: XLA's CPU code is faster for plain batched products.
             parts[name] = jnp.moveaxis(y_ABSHK, 3, 2)
@@ -314,7 +306,7 @@ class Attention(nn.Module):
         # The original's fused attention divides by the root twice, so it multiplies before.
         factor = 1.0 if cfg.scaled else cfg.head_dim**0.5
         y_ABHSK, _ = attend(q_ABHSK, parts["k"], parts["v"], seen=seen, scale=factor, hidden=UNSEEN)
-        out = Linear((self.n_heads, self.value_dim), (cfg.d_model,), cfg.use_bias, name="out")
+        out = Linear(dims.joined, (cfg.d_model,), cfg.use_bias, name="out")
         return out(jnp.moveaxis(y_ABHSK, 2, 3)), taps
 
 
@@ -323,11 +315,11 @@ class Layer(nn.Module):
     norms of its own and added to its input; and the steps between."""
 
     cfg: TimesFM3Config
-    layer: int
+    dims: TimesFM3Layer
 
     @nn.compact
     def __call__(self, x_BCND, seen_BCN, positions_BN):
-        cfg, i, taps = self.cfg, self.layer, {}
+        cfg, taps = self.cfg, {}
 
         def norm(name, y_BCND):
             taps[name] = RMSNorm(EPS, name=name)(y_BCND)
@@ -338,8 +330,7 @@ class Layer(nn.Module):
         if cfg.causal:
             seen = seen & jnp.tril(jnp.ones((n, n), bool))[None, None, None]
         positions = positions_BN[:, None, None] if cfg.rope_seq else None
-        value_dim = width(cfg.value_dims, i, cfg.head_dim)
-        attend = Attention(cfg, cfg.n_heads[i], value_dim, name="seq")
+        attend = Attention(cfg, self.dims.seq, name="seq")
         y_BCND, inner = attend(norm("pre_seq_norm", x_BCND), seen, positions)
         taps |= nested("seq", inner, y_BCND)
         x_BCND = x_BCND + norm("post_seq_norm", y_BCND)
@@ -349,13 +340,12 @@ class Layer(nn.Module):
             x_BNCD = jnp.swapaxes(norm("pre_var_norm", x_BCND), 1, 2)
             seen = jnp.swapaxes(seen_BCN, 1, 2)[:, :, None, None]
             positions = jnp.arange(c).reshape(1, 1, 1, c) if cfg.rope_var else None
-            value_dim = width(cfg.var_value_dims, i, cfg.head_dim)
-            attend = Attention(cfg, cfg.var_heads[i], value_dim, name="var")
+            attend = Attention(cfg, self.dims.var, name="var")
             y_BNCD, inner = attend(x_BNCD, seen, positions)
             taps |= nested("var", inner, y_BNCD)
             x_BCND = x_BCND + norm("post_var_norm", jnp.swapaxes(y_BNCD, 1, 2))
 
-        f = cfg.ffn_dims[i]
+        f = self.dims.ffn
         up = Linear((cfg.d_model,), (f,), cfg.use_bias, name="up")
         taps["up"] = up(norm("pre_ffn_norm", x_BCND))
         down = Linear((f,), (cfg.d_model,), cfg.use_bias, name="down")
@@ -374,8 +364,8 @@ class TimesFM3Net(nn.Module):
         cfg = self.cfg
         x_BCND, inner = Embed(cfg, name="embed")(z_BCNZ)
         taps = nested("embed", inner, x_BCND)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BCND, inner = Layer(cfg, i, name=f"layer_{i}")(x_BCND, seen_BCN, positions_BN)
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BCND, inner = Layer(cfg, dims, name=f"layer_{i}")(x_BCND, seen_BCN, positions_BN)
             taps |= nested(f"layer_{i}", inner, x_BCND)
         columns = len(cfg.quantiles)
         head = Linear((cfg.d_model,), (cfg.output_len * columns,), name="head")
@@ -540,9 +530,9 @@ class TimesFM3(Model):
         (r"/(scaling|scale|bias)$", ()),
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/seq", values=r"value_dims.\1"),
-        Group.heads(r"layer_(\d+)/var", r"var_heads.\1", values=r"var_value_dims.\1", swapped=True),
-        Group.units(r"layer_(\d+)"),
+        Group.heads("seq"),
+        Group.heads("var", swapped=True),
+        Group.units(),
     )
 
     @classmethod
@@ -563,8 +553,8 @@ class TimesFM3(Model):
         """Windows for which the attention over time of ten variates fits."""
         cfg = self.config
         tokens = -(-cfg.context_len // cfg.patch_len) + cfg.ahead
-        scores = [heads * tokens for heads in cfg.n_heads]
-        row = 40 * tokens * max(*cfg.ffn_dims, *scores, cfg.d_model)
+        widest = max(max(dims.ffn, dims.seq.heads * tokens) for dims in cfg.layers)
+        row = 40 * tokens * max(widest, cfg.d_model)
         return 1 << max(int(math.log2(MEMORY / row)), 0)
 
     def init(self, key: jax.Array) -> Tree:

@@ -45,6 +45,7 @@ import numpy as np
 
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear, compute_dtype
@@ -53,7 +54,6 @@ from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -83,14 +83,24 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclasses.dataclass(frozen=True)
+class TiRex2Layer:
+    """A layer's recurrence and its heads, the units behind it, its attention over variates, and the
+    units behind that.
+    """
+
+    kind: Kind
+    lstm_heads: int
+    ffn: int
+    attn: HeadDims
+    variate_ffn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TiRex2Config:
     """Widths are per layer, so that a pruned TiRex-2 is a TiRex-2.
 
-    d_model: D. kinds: the recurrence of each layer. lstm_heads: its heads H. n_heads: H of the
-      attention over variates. ffn_dims, variate_dims: F of the feed-forward layers behind the
-      recurrence and behind the attention.
+    d_model: D. layers: the recurrence, H, K and F of each.
     qk_dim, value_dim: K and V of an mLSTM head. slstm_dim: E. head_dim: K of the attention.
-    variate_value_dims: width of the values of each layer's attention; () is head_dim.
     embed_dim, out_dim: hidden widths of the blocks that read patches and write forecasts.
     patch_len P, context_len, future_len F: in time steps. levels: quantile levels.
     arcsinh, binary_aware, scale_eps: how a variate is scaled, see the module docstring; the eps is
@@ -104,11 +114,7 @@ class TiRex2Config:
     """
 
     d_model: int
-    kinds: tuple[Kind, ...]
-    lstm_heads: tuple[int, ...]
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
-    variate_dims: tuple[int, ...]
+    layers: tuple[TiRex2Layer, ...]
     qk_dim: int
     value_dim: int
     slstm_dim: int
@@ -129,29 +135,19 @@ class TiRex2Config:
     difference: bool = True
     dropout: float = 0.1
     block_dropout: float = 0.1
-    variate_value_dims: tuple[int, ...] = ()
     zero_at_start: bool = False
 
     def __post_init__(self):
-        layers = len(self.ffn_dims)
-        widths = {"variate_value_dims": self.variate_value_dims}
-        problems = width_problems(layers, self.head_dim, **widths)
-        per_layer = (self.lstm_heads, self.n_heads, self.variate_dims)
-        if not layers or any(len(found) != layers for found in (self.kinds, *per_layer)):
-            problems.append(
-                "kinds, lstm_heads, n_heads, ffn_dims and variate_dims must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (self.d_model, self.qk_dim, self.value_dim, self.slstm_dim, self.head_dim)
         others = (self.embed_dim, self.out_dim, self.patch_len, self.context_len, self.future_len)
-        counts = (*per_layer, self.ffn_dims)
-        if min(*sizes, *others) < 1 or min(min(found, default=0) for found in counts) < 0:
+        if min(*sizes, *others) < 1:
             problems.append("every size must be positive")
-        odd = {kind for kind in self.kinds if kind not in ("mlstm", "slstm")}
+        odd = {layer.kind for layer in self.layers} - {"mlstm", "slstm"}
         if odd:
-            problems.append(f"kinds must be mlstm or slstm, got {sorted(odd)}")
+            problems.append(f"a layer's kind must be mlstm or slstm, got {sorted(odd)}")
         # What an sLSTM head gives has its place in the residual stream.
-        slstm = {heads for kind, heads in zip(self.kinds, self.lstm_heads) if kind == "slstm"}
+        slstm = {layer.lstm_heads for layer in self.layers if layer.kind == "slstm"}
         if any(heads * self.slstm_dim != self.d_model for heads in slstm):
             problems.append(
                 f"the heads of an sLSTM, {sorted(slstm)} of width {self.slstm_dim}, must make the "
@@ -203,14 +199,19 @@ class TiRex2Config:
                 f"TiRex2Config: {', '.join(odd)} must divide the width {d_model} (and mlstm_heads "
                 f"half of it), got {divided}"
             )
-        layers = len(kinds)
+        layers = []
+        for kind in kinds:
+            layer = TiRex2Layer(
+                kind=kind,
+                lstm_heads=mlstm_heads if kind == "mlstm" else slstm_heads,
+                ffn=gated_width(d_model),
+                attn=HeadDims.of(n_heads, d_model // n_heads),
+                variate_ffn=4 * d_model,
+            )
+            layers.append(layer)
         return cls(
             d_model=d_model,
-            kinds=tuple(kinds),
-            lstm_heads=tuple(mlstm_heads if kind == "mlstm" else slstm_heads for kind in kinds),
-            n_heads=(n_heads,) * layers,
-            ffn_dims=(gated_width(d_model),) * layers,
-            variate_dims=(4 * d_model,) * layers,
+            layers=tuple(layers),
             qk_dim=inner // mlstm_heads,
             value_dim=d_model // mlstm_heads,
             slstm_dim=d_model // slstm_heads,
@@ -626,18 +627,17 @@ class Attention(nn.Module):
     """
 
     cfg: TiRex2Config
-    heads: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_GNMD, seen_GMM, train: bool):
-        cfg = self.cfg
+        cfg, dims = self.cfg, self.dims
 
-        def project(name, width):
-            return Linear((cfg.d_model,), (self.heads, width), use_bias=False, name=name)(x_GNMD)
+        def project(name):
+            return Linear((cfg.d_model,), dims.shapes[name], use_bias=False, name=name)(x_GNMD)
 
-        q, k = project("q", cfg.head_dim), project("k", cfg.head_dim)
-        v = project("v", self.value_dim)
+        q, k = project("q"), project("k")
+        v = project("v")
         if cfg.qk_norm:
             q, k = _unit_rms(q), _unit_rms(k)
         q, k, v = (jnp.moveaxis(y, 3, 2) for y in (q, k, v))
@@ -645,7 +645,7 @@ class Attention(nn.Module):
         y_GNHMK, _ = attend(
             q, k, v, seen=seen_GMM[:, None, None], scale=cfg.head_dim**-0.5, dropout=drop
         )
-        out = Linear((self.heads, self.value_dim), (cfg.d_model,), use_bias=False, name="out")
+        out = Linear(dims.joined, (cfg.d_model,), use_bias=False, name="out")
         y_GNMD = out(jnp.moveaxis(y_GNHMK, 2, 3))
         return Dropout(cfg.block_dropout)(y_GNMD, train)
 
@@ -660,13 +660,12 @@ class VariateMixer(nn.Module):
     """Attention over the members of each group and a feed-forward layer: x [G, M, N, D]."""
 
     cfg: TiRex2Config
-    layer: int
+    dims: TiRex2Layer
 
     @nn.compact
     def __call__(self, x_GMND, seen_GMM, train: bool):
         cfg, taps = self.cfg, {}
-        value_dim = width(cfg.variate_value_dims, self.layer, cfg.head_dim)
-        attention = Attention(cfg, cfg.n_heads[self.layer], value_dim, name="attn")
+        attention = Attention(cfg, self.dims.attn, name="attn")
         z = taps["norm1"] = RMSNorm(EPS, name="norm1")(x_GMND)
         y = attention(jnp.swapaxes(z, 1, 2), seen_GMM, train)
         y = taps["attn"] = jnp.swapaxes(y, 1, 2)
@@ -674,7 +673,7 @@ class VariateMixer(nn.Module):
 
         z = taps["norm2"] = RMSNorm(EPS, name="norm2")(x_GMND)
         drop = functools.partial(Dropout(cfg.block_dropout), train=train)
-        f, activation = cfg.variate_dims[self.layer], cfg.activation
+        f, activation = self.dims.variate_ffn, cfg.activation
         y = taps["ffn"] = feed_forward(z, f, activation, use_bias=False, dropout=drop)
         return x_GMND + y, taps
 
@@ -688,11 +687,11 @@ class Layer(nn.Module):
     """
 
     cfg: TiRex2Config
-    layer: int
+    dims: TiRex2Layer
 
     @nn.compact
     def __call__(self, x_GMND, both: tuple[int, ...], known_GA, seen_GMM, mixed_GM, train: bool):
-        cfg, i, taps = self.cfg, self.layer, {}
+        cfg, taps = self.cfg, {}
         m = x_GMND.shape[1]
 
         # Forwards and backwards are one call, of more members.
@@ -705,11 +704,11 @@ class Layer(nn.Module):
         x_GMND = x_GMND + y
 
         z = taps["norm2"] = RMSNorm(EPS, name="norm2")(x_GMND)
-        y = taps["ffn"] = gated_feed_forward(z, cfg.ffn_dims[i])
+        y = taps["ffn"] = gated_feed_forward(z, self.dims.ffn)
         x_GMND = taps["time"] = x_GMND + y
 
         if seen_GMM is not None:
-            mixed, inner = VariateMixer(cfg, i, name="variates")(x_GMND, seen_GMM, train)
+            mixed, inner = VariateMixer(cfg, self.dims, name="variates")(x_GMND, seen_GMM, train)
             taps |= nested("variates", inner)
             if mixed_GM is not None:
                 mixed = jnp.where(mixed_GM[..., None, None], mixed, x_GMND)
@@ -717,10 +716,10 @@ class Layer(nn.Module):
         return x_GMND, taps
 
     def _recurrence(self, u, taps):
-        cfg, heads = self.cfg, self.cfg.lstm_heads[self.layer]
+        cfg, heads = self.cfg, self.dims.lstm_heads
         if not heads:
             return jnp.zeros_like(u)  # pruning has left none
-        kind = cfg.kinds[self.layer]
+        kind = self.dims.kind
         cell = MLSTM(cfg, heads, name=kind) if kind == "mlstm" else SLSTM(cfg, heads, name=kind)
         y, inner = cell(u)
         taps |= nested("cell", inner)
@@ -769,8 +768,8 @@ class TiRex2Net(nn.Module):
             name="embed",
         )
         x_GMND = taps["embed"] = embed(tokens_GMNP, train)
-        for i in range(len(cfg.ffn_dims)):
-            layer = Layer(cfg, i, name=f"layer_{i}")
+        for i, dims in enumerate(cfg.layers):
+            layer = Layer(cfg, dims, name=f"layer_{i}")
             x_GMND, inner = layer(x_GMND, both, known_GA, seen_GMM, mixed_GM, train)
             taps |= nested(f"layer_{i}", inner, x_GMND)
 
@@ -955,20 +954,15 @@ class TiRex2(Model):
     # which pruning masks and does not remove.
     prunable = (
         Group.heads(
-            r"layer_(\d+)/mlstm",
-            r"lstm_heads.\1",
+            "mlstm",
+            "lstm_heads",
             makes=("q", "k", "i", "f", "gate", "v"),
             others=(("norm/scale", 0),),
             normed=True,
         ),
-        Group.heads(
-            r"layer_(\d+)/variates/attn",
-            values=r"variate_value_dims.\1",
-            swapped=True,
-            beside=(r"kinds.\1", r"lstm_heads.\1"),
-        ),
-        Group.units(r"layer_(\d+)"),
-        Group.units(r"layer_(\d+)/variates", r"variate_dims.\1"),
+        Group.heads("variates/attn", "attn", swapped=True),
+        Group.units(),
+        Group.units("variates", "variate_ffn"),
     )
 
     @classmethod
@@ -1001,8 +995,11 @@ class TiRex2(Model):
         """Windows for which the activations of ten variates fit."""
         cfg = self.config
         tokens = (cfg.context_len + cfg.future_len) // cfg.patch_len + 1
-        scores = max(cfg.lstm_heads) * min(tokens, CHUNK)
-        widest = max(3 * max(cfg.ffn_dims), max(cfg.variate_dims), 12 * cfg.d_model, 3 * scores)
+        widths = [12 * cfg.d_model]
+        for dims in cfg.layers:
+            scores = dims.lstm_heads * min(tokens, CHUNK)
+            widths += [3 * dims.ffn, dims.variate_ffn, 3 * scores]
+        widest = max(widths)
         return 1 << max(int(math.log2(MEMORY / (40 * tokens * widest))), 0)
 
     def init(self, key: jax.Array) -> Tree:
@@ -1035,7 +1032,7 @@ class TiRex2(Model):
             if parts[-1] == "recurrent":
                 return Constant(0.0)
             if parts[-1] == "bias":
-                place = int(parts[0].removeprefix("layer_")) / max(len(cfg.ffn_dims) - 1, 1)
+                place = int(parts[0].removeprefix("layer_")) / max(len(cfg.layers) - 1, 1)
                 return functools.partial(_slstm_bias, place=place)
             return Normal(math.sqrt(2 / (5 * cfg.d_model)))
         if "mlstm" in parts and parts[-2] in ("i", "f"):
@@ -1350,7 +1347,7 @@ class TiRex2(Model):
         p = self.config.patch_len
         x_GMT, targets = jnp.asarray(context), context.shape[1]
         _, taps = self._future(params, x_GMT, p, targets=targets)
-        return taps[f"layer_{len(self.config.ffn_dims) - 1}"]
+        return taps[f"layer_{len(self.config.layers) - 1}"]
 
 
 def _slstm_bias(key: jax.Array, shape: tuple[int, ...], place: float) -> jax.Array:

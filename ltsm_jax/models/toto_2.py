@@ -51,6 +51,7 @@ import numpy as np
 from ltsm_jax.layers import pairs
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import (
@@ -62,7 +63,6 @@ from ltsm_jax.layers.missing import (
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.layers.widths import width, width_problems
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -81,18 +81,26 @@ Cache = tuple[jax.Array, jax.Array]  # rotated keys [B, V, G, S, K] and values o
 
 
 @dataclasses.dataclass(frozen=True)
+class Toto2Layer:
+    """What a layer attends over, its attention, and its feed-forward units."""
+
+    kind: Kind
+    attn: HeadDims
+    ffn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Toto2Config:
     """Widths are per layer, so that a pruned Toto is a Toto.
 
     patch_len: P, time steps of a token.
     d_model: D.
     qk_dim: width of queries and keys. head_dim: width of values.
-    n_heads, n_kv_heads, ffn_dims: H, G and F of each layer. kinds: what it attends over.
+    layers: H, G, K and F of each, and what it attends over.
     attn_width, ffn_width: inputs of the output projection, and of the second feed-forward linear,
       in the published model: they decide the scale of these, whatever is pruned.
     attn_bias, mlp_bias, norm_weight, qk_norm, qk_norm_weight, per_dim_scale, xpos: what there is.
     residual_mult, residual_ratio: of these the taus are made.
-    value_dims: width of the values of each layer; () is head_dim.
 
     How the model is used:
     window: steps that one pass reads at most, of context and forecast without its last patch.
@@ -108,10 +116,7 @@ class Toto2Config:
     d_model: int
     qk_dim: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    n_kv_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
-    kinds: tuple[Kind, ...]
+    layers: tuple[Toto2Layer, ...]
     attn_width: int
     ffn_width: int
     window: int = 4096
@@ -125,7 +130,6 @@ class Toto2Config:
     norm_eps: float = 1e-4
     residual_mult: float = 0.75
     residual_ratio: float = 5.136215466577748
-    value_dims: tuple[int, ...] = ()
     span: int = 16
     block_len: int | None = None
     min_observed: int = 8
@@ -135,18 +139,7 @@ class Toto2Config:
     gradient: Literal["exact", "umup"] = "exact"
 
     def __post_init__(self):
-        layers = len(self.n_heads)
-        problems = width_problems(layers, self.head_dim, value_dims=self.value_dims)
-        if not layers or {len(self.n_kv_heads), len(self.ffn_dims), len(self.kinds)} != {layers}:
-            problems.append(
-                "n_heads, n_kv_heads, ffn_dims and kinds must name the same layers, at least one"
-            )
-        elif any(
-            h and (g < 1 or h % g) for h, g in zip(self.n_heads, self.n_kv_heads, strict=True)
-        ):
-            problems.append(
-                f"n_heads {self.n_heads} must be multiples of n_kv_heads {self.n_kv_heads}"
-            )
+        problems = layer_problems(self.layers, self.head_dim, qk_dim=self.qk_dim)
         sizes = (
             self.patch_len,
             self.d_model,
@@ -156,8 +149,7 @@ class Toto2Config:
             self.ffn_width,
         )
         sizes += (self.window, self.span)
-        widths = (*self.n_heads, *self.n_kv_heads, *self.ffn_dims)
-        if min(sizes) < 1 or min(widths, default=0) < 0 or self.min_observed < 0:
+        if min(sizes) < 1 or self.min_observed < 0:
             problems.append(f"every size must be positive: {self}")
         elif self.block_len is not None and (self.block_len < 1 or self.block_len % self.patch_len):
             problems.append(
@@ -179,8 +171,9 @@ class Toto2Config:
                 problems.append(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
-        if any(kind not in ("time", "variate") for kind in self.kinds):
-            problems.append(f"kinds must be time or variate: {self.kinds}")
+        kinds = [layer.kind for layer in self.layers]
+        if any(kind not in ("time", "variate") for kind in kinds):
+            problems.append(f"a layer's kind must be time or variate: {kinds}")
         if problems:
             raise ValueError("Toto2Config: " + "; ".join(problems))
 
@@ -205,15 +198,14 @@ class Toto2Config:
         qk_dim = d_model // heads if qk_dim is None else qk_dim
         v_dim = qk_dim if v_dim is None else v_dim
         group_size = layers if group_size is None else group_size
+        kinds = kinds_of(layers, group_size, variate_layers, variate_first)
+        attention = HeadDims(heads, qk_dim, v_dim, heads if kv_heads is None else kv_heads)
         return cls(
             patch_len=patch_len,
             d_model=d_model,
             qk_dim=qk_dim,
             head_dim=v_dim,
-            n_heads=(heads,) * layers,
-            n_kv_heads=(heads if kv_heads is None else kv_heads,) * layers,
-            ffn_dims=(d_ff,) * layers,
-            kinds=kinds_of(layers, group_size, variate_layers, variate_first),
+            layers=tuple(Toto2Layer(kind, attention, d_ff) for kind in kinds),
             attn_width=heads * v_dim,
             ffn_width=d_ff,
             **rest,
@@ -271,7 +263,7 @@ class Toto2Config:
         of_attn = r * of_mlp
         i = 2 * layer + (branch == "mlp")
         before = (i + 1) // 2 * of_attn**2 + i // 2 * of_mlp**2
-        return (of_mlp if branch == "mlp" else of_attn) / math.sqrt(len(self.kinds) + before)
+        return (of_mlp if branch == "mlp" else of_attn) / math.sqrt(len(self.layers) + before)
 
 
 def kinds_of(
@@ -509,16 +501,14 @@ class Attention(nn.Module):
     """
 
     cfg: Toto2Config
-    layer: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_ABND, seen, places, cache: Cache | None):
-        cfg, taps, umup = self.cfg, {}, self.cfg.gradient == "umup"
-        h, g = cfg.n_heads[self.layer], cfg.n_kv_heads[self.layer]
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
+        cfg, dims, taps, umup = self.cfg, self.dims, {}, self.cfg.gradient == "umup"
         scaled = Scaled.of(cfg, cfg.d_model)
         project = {}
-        for name, shape in (("q", (h, cfg.qk_dim)), ("k", (g, cfg.qk_dim)), ("v", (g, value_dim))):
+        for name, shape in dims.shapes.items():
             linear = Linear((cfg.d_model,), shape, cfg.attn_bias, name=name)
             taps[name] = scaled(linear, x_ABND)
             project[name] = jnp.swapaxes(taps[name], 2, 3)
@@ -543,15 +533,16 @@ class Attention(nn.Module):
                 jnp.concatenate([old.astype(new.dtype), new], axis=3)
                 for old, new in zip(cache, own, strict=True)
             )
-        if g != h:
-            k_ABGNK, v_ABGNV = (jnp.repeat(y, h // max(g, 1), axis=2) for y in (k_ABGNK, v_ABGNV))
+        if dims.key_heads != dims.heads:
+            shared = dims.heads // max(dims.key_heads, 1)
+            k_ABGNK, v_ABGNV = (jnp.repeat(y, shared, axis=2) for y in (k_ABGNK, v_ABGNV))
         # Every token sees itself, so that no row is all hidden.
         y_ABHNV, _ = attend(
             q_ABHNK, k_ABGNK, v_ABGNV, seen=seen, scale=1 / cfg.qk_dim, hidden=-jnp.inf
         )
         y_ABNHV = jnp.swapaxes(y_ABHNV, 2, 3)
         taps["mixed"] = y_ABNHV
-        out = Linear((h, value_dim), (cfg.d_model,), cfg.attn_bias, name="out")
+        out = Linear(dims.joined, (cfg.d_model,), cfg.attn_bias, name="out")
         return Scaled.of(cfg, cfg.attn_width)(out, y_ABNHV), own, taps
 
     def _turned(self, x_ABHNK, places, sign: int):
@@ -575,13 +566,13 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BVSD, seen_BVSS, seen_BSVV, places, cache: Cache | None):
         cfg, i, umup = self.cfg, self.layer, self.cfg.gradient == "umup"
-        kind, taps, own = cfg.kinds[i], {}, None
+        dims, taps, own = cfg.layers[i], {}, None
 
         tau = self._tau("attn")
         norm = Norm(cfg.norm_eps, cfg.norm_weight, umup, name="norm1")
         y_BVSD = taps["norm1"] = norm(entering(x_BVSD, tau, umup))
-        attention = Attention(cfg, i, name=kind)
-        if kind == "time":
+        attention = Attention(cfg, dims.attn, name=dims.kind)
+        if dims.kind == "time":
             y_BVSD, own, inner = attention(y_BVSD, seen_BVSS, places, cache)
         else:
             y_BSVD, _, inner = attention(jnp.swapaxes(y_BVSD, 1, 2), seen_BSVV, None, None)
@@ -592,7 +583,7 @@ class Layer(nn.Module):
         tau = self._tau("mlp")
         norm = Norm(cfg.norm_eps, cfg.norm_weight, umup, name="norm2")
         y_BVSD = taps["norm2"] = norm(entering(x_BVSD, tau, umup))
-        into, hidden = (cfg.d_model,), (cfg.ffn_dims[i],)
+        into, hidden = (cfg.d_model,), (dims.ffn,)
         scaled = Scaled.of(cfg, cfg.d_model, 2 * cfg.ffn_width)
         taps["up"] = scaled(Linear(into, hidden, cfg.mlp_bias, name="up"), y_BVSD)
         taps["gate"] = scaled(Linear(into, hidden, cfg.mlp_bias, name="gate"), y_BVSD)
@@ -637,7 +628,7 @@ class Toto2Net(nn.Module):
         lean: bool = False,
         whole: bool = False,
     ):
-        cfg, depth, taps, kept = self.cfg, len(self.cfg.kinds), {"patches": p_BVSI}, []
+        cfg, taps, kept = self.cfg, {"patches": p_BVSI}, []
         embed = Residual(cfg, 2 * cfg.patch_len, cfg.d_model, readout=False, name="embed")
         x_BVSD, inner = embed(p_BVSI)
         taps |= nested("embed", inner, x_BVSD)
@@ -649,10 +640,9 @@ class Toto2Net(nn.Module):
                 own = Layer(cfg, i, parent=None)
                 return own.apply({"params": params}, x_BVSD, *seen, places, None)[0]
 
-            widths = (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dims, cfg.kinds, cfg.value_dims)
-            runs = equal_runs(depth, *widths)
+            runs = equal_runs(cfg.layers)
             x_BVSD = through_layers(layer, self.variables["params"], x_BVSD, runs)
-        for i in range(0 if looped else depth):
+        for i in range(0 if looped else len(cfg.layers)):
             cache = None if caches is None else caches[i]
             x_BVSD, inner, own = Layer(cfg, i, name=f"layer_{i}")(x_BVSD, *seen, places, cache)
             taps |= nested(f"layer_{i}", inner, x_BVSD)
@@ -694,20 +684,9 @@ class Toto2(Model):
         (r"(/(scaling|scale|bias)|_tau)$", ()),
     )
     prunable = (
-        Group.heads(
-            r"layer_(\d+)/time",
-            shared=r"n_kv_heads.\1",
-            values=r"value_dims.\1",
-            beside=(r"kinds.\1",),
-        ),
-        Group.heads(
-            r"layer_(\d+)/variate",
-            shared=r"n_kv_heads.\1",
-            values=r"value_dims.\1",
-            beside=(r"kinds.\1",),
-            swapped=True,
-        ),
-        Group.units(r"layer_(\d+)"),
+        Group.heads("time", "attn"),
+        Group.heads("variate", "attn", swapped=True),
+        Group.units(),
     )
 
     @property
@@ -744,7 +723,8 @@ class Toto2(Model):
         """Windows of ten variates whose activations fit."""
         cfg = self.config
         tokens = cfg.window // cfg.patch_len + cfg.span
-        wide = max(*cfg.ffn_dims, *(h * tokens for h in cfg.n_heads), 4 * cfg.d_model)
+        widest = max(max(dims.ffn, dims.attn.heads * tokens) for dims in cfg.layers)
+        wide = max(widest, 4 * cfg.d_model)
         return 1 << max(int(math.log2(MEMORY / (40 * tokens * wide))), 0)
 
     def init(self, key: jax.Array) -> Tree:

@@ -43,7 +43,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -61,7 +60,7 @@ from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.network import nested
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.groups import Group, Stack
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
@@ -91,7 +90,6 @@ _MINUTES = {
     7 * 24 * 60: 9,
 }  # length of a step -> token
 
-Widths = tuple[int, int, int]
 Loss = Literal["mse", "mae", "pinball", "huber"]
 GateMode = Literal["softmax", "sigmoid", "glu", "group_sigmoid"]
 
@@ -148,12 +146,23 @@ class QuantileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixerDims:
+    """Hidden widths of a layer's mixers over channels, patches and features; 0: it has no such
+    mixer.
+    """
+
+    channel: int
+    patch: int
+    feature: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TTMConfig:
     """Hidden widths are per layer, so that a pruned TTM is a TTM.
 
     context_len L, horizon H, patch_len, patch_stride in time steps; d_model D and decoder_d_model.
-    encoder, decoder: hidden widths (channels, patches, features) of the three mixers of each layer,
-      block by block in the order of computation; 0 where a layer has no such mixer. No decoder: ().
+    encoder, decoder: hidden widths of each layer, block by block in the order of computation. No
+      decoder: ().
     levels, decoder_levels: blocks of adaptive patching, each with an equal share of the layers; 0:
     plain layers. n_channels, mix_channels, decoder_mix_channels: C of the mixers over channels, and
     which parts have them. freq_vocab: rows of the table of frequency tokens, a prefix patch; 0: no
@@ -181,9 +190,9 @@ class TTMConfig:
     patch_len: int
     patch_stride: int
     d_model: int
-    encoder: tuple[Widths, ...]
+    encoder: tuple[MixerDims, ...]
     decoder_d_model: int
-    decoder: tuple[Widths, ...]
+    decoder: tuple[MixerDims, ...]
     levels: int = 0
     decoder_levels: int = 0
     n_channels: int = 1
@@ -205,7 +214,7 @@ class TTMConfig:
     filter_len: int | None = None
     fcm: bool = False
     fcm_context: int = 1
-    fcm_layers: tuple[Widths, ...] = ()
+    fcm_layers: tuple[MixerDims, ...] = ()
     fcm_gated: bool = True
     fcm_past: bool = True
     fcm_offset: int | None = None
@@ -261,13 +270,10 @@ class TTMConfig:
             ("encoder", self.encoder, self.levels, self.d_model),
             ("decoder", self.decoder, self.decoder_levels, self.decoder_d_model),
         ):
-            if any(len(row) != 3 or min(row) < 0 for row in widths) or (
-                name == "encoder" and not widths
-            ):
-                problems.append(
-                    f"{name} must be hidden widths (channels, patches, features) of each layer: "
-                    f"{widths}"
-                )
+            if name == "encoder" and not widths:
+                problems.append("the encoder must have at least one layer")
+            if any(min(dims.channel, dims.patch, dims.feature) < 0 for dims in widths):
+                problems.append(f"hidden widths of the {name} must not be negative: {widths}")
             if levels < 0 or (levels and len(widths) % levels):
                 problems.append(
                     f"{len(widths)} layers of the {name} are no equal share for {levels} levels"
@@ -422,7 +428,7 @@ class TTMConfig:
             found = []
             for f in factors(n_levels, width):
                 over_patches = expansion * f * n_patches if f * n_patches > 1 else 0
-                found += [(hidden, over_patches, expansion * (width // f))] * count
+                found += [MixerDims(hidden, over_patches, expansion * (width // f))] * count
             return tuple(found)
 
         encoder = widths(rest.get("mix_channels"), channels, n, d_model, layers, levels)
@@ -703,16 +709,15 @@ class Layer(nn.Module):
     """
 
     cfg: TTMConfig
-    widths: Widths
+    dims: MixerDims
     gated: bool
     dropout: float
 
     @nn.compact
     def __call__(self, x_PBCD, train: bool):
         taps = {}
-        for kind, axis, hidden in zip(
-            ("channel", "patch", "feature"), (CHANNEL, PATCH, FEATURE), self.widths, strict=True
-        ):
+        for kind, axis in (("channel", CHANNEL), ("patch", PATCH), ("feature", FEATURE)):
+            hidden = getattr(self.dims, kind)
             if hidden:
                 name = f"{kind}_mixer"
                 x_PBCD, inner = Mixer(self.cfg, axis, hidden, self.gated, self.dropout, name=name)(
@@ -726,7 +731,7 @@ class Mixers(nn.Module):
     """Layers block by block, x_PBCD -> x_PBCD; and the named steps between."""
 
     cfg: TTMConfig
-    widths: tuple[Widths, ...]
+    layers: tuple[MixerDims, ...]
     levels: int
     gated: bool
     dropout: float
@@ -735,15 +740,15 @@ class Mixers(nn.Module):
     def __call__(self, x_PBCD, train: bool):
         taps = {}
         blocks = factors(self.levels, x_PBCD.shape[-1])
-        share = len(self.widths) // len(blocks)
+        share = len(self.layers) // len(blocks)
         p, b, c, d = x_PBCD.shape
         for j, f in enumerate(blocks):
             x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, b, c, f, d // f), 3, 1).reshape(
                 p * f, b, c, d // f
             )
-            for i, widths in enumerate(self.widths[j * share : (j + 1) * share]):
+            for i, dims in enumerate(self.layers[j * share : (j + 1) * share]):
                 name = f"block_{j}_layer_{i}" if self.levels else f"layer_{i}"
-                x_PBCD, inner = Layer(self.cfg, widths, self.gated, self.dropout, name=name)(
+                x_PBCD, inner = Layer(self.cfg, dims, self.gated, self.dropout, name=name)(
                     x_PBCD, train
                 )
                 taps |= nested(name, inner, x_PBCD)
@@ -1123,18 +1128,6 @@ def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Ar
     return loss
 
 
-def _hidden_width(cfg: TTMConfig, mixer: re.Match) -> str:
-    """Where the config holds the hidden width of a mixer: part, layer, axis."""
-    part, block, layer, axis = mixer.groups()
-    field, levels = {
-        "encoder": ("encoder", cfg.levels),
-        "decoder/mixers": ("decoder", cfg.decoder_levels),
-        "fcm/mixers": ("fcm_layers", 0),
-    }[part]
-    before = int(block or 0) * (len(getattr(cfg, field)) // max(levels, 1))
-    return f"{field}.{before + int(layer)}.{('channel', 'patch', 'feature').index(axis)}"
-
-
 @dataclasses.dataclass(frozen=True)
 class TTM(Model):
     """TTM at one size. See the module docstring; `Model` documents the methods."""
@@ -1164,11 +1157,15 @@ class TTM(Model):
         (r"/(scale|bias|mean|var)$", ()),
         (r"(^|/)(freq_table|category_\d+|position|registers|spectrum_table)$", ()),
     )
+    stacks = (
+        Stack("encoder", ("encoder",), levels="levels"),
+        Stack("decoder/mixers", ("decoder",), levels="decoder_levels"),
+        Stack("fcm/mixers", ("fcm_layers",)),
+    )
     prunable = (
-        Group.units(
-            r"(encoder|decoder/mixers|fcm/mixers)/(?:block_(\d+)_)?layer_(\d+)/(\w+)_mixer",
-            _hidden_width,
-        ),
+        Group.units("channel_mixer", "channel"),
+        Group.units("patch_mixer", "patch"),
+        Group.units("feature_mixer", "feature"),
     )
 
     @classmethod
@@ -1301,17 +1298,17 @@ class TTM(Model):
                 )
             widths = {}
             for part in ("encoder", "decoder"):
-                widths[part] = tuple(
-                    (self._hidden(old, n_variates, part == "decoder"), *rest)
-                    for old, *rest in getattr(cfg, part)
-                )
+                layers = []
+                for dims in getattr(cfg, part):
+                    hidden = self._hidden(dims.channel, n_variates, part == "decoder")
+                    layers.append(dataclasses.replace(dims, channel=hidden))
+                widths[part] = tuple(layers)
             cfg = dataclasses.replace(cfg, n_channels=n_variates, **widths)
             if cfg.fcm_layers:
                 seen = len(cfg.forecast_channels or range(n_variates)) + len(cfg.exogenous)
-                fcm_layers = tuple(
-                    (a, 2 * seen if seen > 1 else 0, b) for a, _, b in cfg.fcm_layers
-                )
-                cfg = dataclasses.replace(cfg, fcm_layers=fcm_layers)
+                hidden = 2 * seen if seen > 1 else 0
+                layers = [dataclasses.replace(dims, patch=hidden) for dims in cfg.fcm_layers]
+                cfg = dataclasses.replace(cfg, fcm_layers=tuple(layers))
             if key is None:
                 raise ValueError(
                     f"this TTM mixes {self.config.n_channels} channels, not {n_variates}: new "

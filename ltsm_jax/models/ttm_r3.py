@@ -19,7 +19,6 @@ Departures from the original:
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.network import nested
 from ltsm_jax.models import ttm
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.groups import Stack
 from ltsm_jax.models.ttm import TTM, QuantileConfig, TTMConfig
 from ltsm_jax.trees import Tree
 
@@ -200,13 +199,13 @@ def _lower_median(x_BCT, seen_BCT):
     return jnp.where(count > 0, middle, 0.0)
 
 
-def _hidden_width(config: TTMR3Config, mixer: re.Match) -> str:
-    """Where the config holds the hidden width of a mixer."""
-    part, path = mixer[1], mixer[0].partition("/")[2]
-    (group,) = TTM.prunable
-    inner = re.fullmatch(group.pattern, path)
-    assert inner and callable(group.size)
-    return f"{part}.{group.size(getattr(config, part), inner)}"
+def _stacks_of(part: str) -> tuple[Stack, ...]:
+    """The stacks of a part, under its name."""
+    found = []
+    for stack in TTM.stacks:
+        path, records = f"{part}/{stack.path}", (part, *stack.records)
+        found.append(dataclasses.replace(stack, path=path, records=records))
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,13 +220,8 @@ class TTMR3(Model):
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r3)"
     shard_rules = TTM.shard_rules
-    prunable = (
-        Group.units(
-            r"(trend|residual)/(?:encoder|decoder/mixers|fcm/mixers)/"
-            r"(?:block_\d+_)?layer_\d+/\w+_mixer",
-            _hidden_width,
-        ),
-    )
+    stacks = (*_stacks_of("trend"), *_stacks_of("residual"))
+    prunable = TTM.prunable
 
     @classmethod
     def small(cls) -> TTMR3Config:

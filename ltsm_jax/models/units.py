@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
@@ -37,7 +38,7 @@ from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.network import nested
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.groups import Group, Stack
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
@@ -68,11 +69,21 @@ class UnitsTask:
 
 
 @dataclasses.dataclass(frozen=True)
+class UnitsLayer:
+    """A layer's heads of the attention over tokens and of that over variates, and its feed-forward
+    units, of which the first half mixes tokens.
+    """
+
+    seq_heads: int
+    var_heads: int
+    ffn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class UnitsConfig:
     """Widths are per layer, so that a pruned UniTS is a UniTS.
 
-    d_model D, head_dim K; seq_heads and var_heads H of the attention over tokens and over variates;
-    ffn_dims F of each layer, of which the first half mixes tokens. patch_len P, prompt_len: prompt
+    d_model D, head_dim K; layers: H and F of each. patch_len P, prompt_len: prompt
     tokens. tasks: what the checkpoint has tokens for; dataset: the data set it speaks for, by
     default that of the first task. context_len and horizon in time steps, by default those of the
     data set's first forecasting task.
@@ -80,9 +91,7 @@ class UnitsConfig:
 
     d_model: int
     head_dim: int
-    seq_heads: tuple[int, ...]
-    var_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[UnitsLayer, ...]
     tasks: tuple[UnitsTask, ...]
     patch_len: int = 16
     prompt_len: int = 10
@@ -91,19 +100,13 @@ class UnitsConfig:
     classifies: str = ""
 
     def __post_init__(self):
-        problems, tasks = [], self.tasks
-        if not self.seq_heads or not len(self.seq_heads) == len(self.var_heads) == len(
-            self.ffn_dims
-        ):
-            problems.append(
-                "seq_heads, var_heads and ffn_dims must name the same layers, at least one"
-            )
+        problems, tasks = layer_problems(self.layers, self.head_dim), self.tasks
         if min(self.d_model, self.head_dim, self.patch_len, self.prompt_len) < 1:
             problems.append("every size must be positive")
         if self.d_model % CLASS_HEADS or self.d_model % 2:
             problems.append(f"d_model must be a multiple of {CLASS_HEADS}, got {self.d_model}")
-        if any(f % 2 for f in self.ffn_dims):
-            problems.append(f"ffn_dims must be even, half of each mixes tokens: {self.ffn_dims}")
+        if any(layer.ffn % 2 for layer in self.layers):
+            problems.append(f"ffn must be even, half of it mixes tokens: {self.layers}")
         if not tasks or len({t.name for t in tasks}) < len(tasks):
             problems.append("there must be tasks, each with a name of its own")
         sizes: dict[str, set[int]] = {}
@@ -138,8 +141,8 @@ class UnitsConfig:
             raise ValueError(
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
-        equal = (heads,) * layers
-        return cls(d_model, d_model // heads, equal, equal, (8 * d_model,) * layers, tasks, **rest)
+        equal = (UnitsLayer(heads, heads, 8 * d_model),) * layers
+        return cls(d_model, d_model // heads, equal, tasks, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "UnitsConfig":
@@ -347,22 +350,22 @@ class Block(nn.Module):
     """
 
     cfg: UnitsConfig
-    layer: int
+    dims: UnitsLayer
 
     @nn.compact
     def __call__(self, x, n_tokens: int, train: bool):
-        cfg, i, taps = self.cfg, self.layer, {}
+        cfg, dims, taps = self.cfg, self.dims, {}
 
         def norm(x, name):
             return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
 
-        for name, heads in (("seq", cfg.seq_heads[i]), ("var", cfg.var_heads[i])):
+        for name, heads in (("seq", dims.seq_heads), ("var", dims.var_heads)):
             attend = Attention(
                 cfg.d_model, heads, cfg.head_dim, cfg.dropout, name == "var", name=name
             )
             y = taps[f"attn_{name}"] = attend(norm(x, f"norm_{name}"), train)
             x = taps[f"after_{name}_att"] = x + Gate(name=f"gate_{name}")(y)
-        y = Mix(cfg, cfg.ffn_dims[i], name="mix")(norm(x, "norm_mix"), n_tokens, train)
+        y = Mix(cfg, dims.ffn, name="mix")(norm(x, "norm_mix"), n_tokens, train)
         taps["dyn_mlp"] = y
         return x + Gate(name="gate_mix")(y), taps
 
@@ -480,8 +483,8 @@ class UnitsNet(nn.Module):
         if task:
             x = jnp.concatenate([x, rows(f"cls/{task}")], 2)
         taps["input"] = x
-        for i in range(len(cfg.ffn_dims)):
-            x, inner = Block(cfg, i, name=f"block_{i}")(x, n_tokens, train)
+        for i, dims in enumerate(cfg.layers):
+            x, inner = Block(cfg, dims, name=f"block_{i}")(x, n_tokens, train)
             taps |= nested(f"block_{i}", inner, x)
         logits = patches = feature = None
         both = bool(task) and hidden_BVN is not None
@@ -539,9 +542,10 @@ class Units(Model):
         (r"^class_head/(q|kv|out)/kernel$", ()),
         (r"(tokens/|^positions$|/gate\w*/|/(pos_proj|seq|prompt)/|^generate/|/(scale|bias)$)", ()),
     )
-    prunable = tuple(
-        Group.heads(rf"block_(\d+)/{name}", rf"{name}_heads.\1", makes=("qkv",), axis=1)
-        for name in ("seq", "var")
+    stacks = (Stack(name="block"),)
+    prunable = (
+        Group.heads("seq", "seq_heads", makes=("qkv",), axis=1),
+        Group.heads("var", "var_heads", makes=("qkv",), axis=1),
     )
 
     @classmethod
