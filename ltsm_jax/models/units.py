@@ -29,13 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mse_observed
-from ltsm_jax.layers.network import nested
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, Stack
@@ -296,18 +298,25 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BVTD, train: bool):
         heads = (self.n_heads, self.head_dim)
-        x3 = Linear((self.d_model,), (3, *heads), False, name="qkv")(x_BVTD)
+        x3 = Linear((self.d_model,), (3, *heads), use_bias=False, name="qkv")(x_BVTD)
         q, k, v = (x3[..., i, :, :] for i in range(3))  # [B, V, T, H, K]
-        if self.over_variates:
-            q, k = q.mean(2), k.mean(2)
-            scores = jnp.einsum("BVHK,BWHK->BHVW", q, k) * self.head_dim**-0.5
-            weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x_BVTD.dtype)
-            y = jnp.einsum("BHVW,BWTHK->BVTHK", weights, v)
-        else:
-            scores = jnp.einsum("BVTHK,BVSHK->BVHTS", q, k) * self.head_dim**-0.5
-            weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x_BVTD.dtype)
-            y = jnp.einsum("BVHTS,BVSHK->BVTHK", weights, v)
-        return Dropout(self.dropout)(Linear(heads, (self.d_model,), name="out")(y), train)
+        over = self._over_variates if self.over_variates else self._over_tokens
+        y_BVTHK = over(q, k, v)
+        out = Linear(heads, (self.d_model,), name="out")
+        return Dropout(self.dropout)(out(y_BVTHK), train)
+
+    def _over_tokens(self, q, k, v):
+        q_BVHTK, k_BVHTK, v_BVHTK = (jnp.moveaxis(y, 3, 2) for y in (q, k, v))
+        y_BVHTK, _ = attend(q_BVHTK, k_BVHTK, v_BVHTK, scale=self.head_dim**-0.5)
+        return jnp.moveaxis(y_BVHTK, 2, 3)
+
+    def _over_variates(self, q, k, v):
+        # One weight for all tokens of two variates: their values are one long vector.
+        q_BHVK, k_BHVK = (jnp.swapaxes(y.mean(2), 1, 2) for y in (q, k))
+        v_BHVTK = jnp.moveaxis(v, 3, 1)
+        v_BHV_ = v_BHVTK.reshape(*v_BHVTK.shape[:3], -1)
+        y_BHV_, _ = attend(q_BHVK, k_BHVK, v_BHV_, scale=self.head_dim**-0.5)
+        return jnp.moveaxis(y_BHV_.reshape(v_BHVTK.shape), 1, 3)
 
 
 class Mix(nn.Module):
@@ -320,27 +329,25 @@ class Mix(nn.Module):
 
     @nn.compact
     def __call__(self, x_BVTD, n_tokens: int, train: bool):
-        cfg, d = self.cfg, self.cfg.d_model
-        padded = jnp.pad(x_BVTD, ((0, 0), (0, 0), (1, 1), (0, 0)))
+        cfg, d, half = self.cfg, self.cfg.d_model, self.width // 2
+        # Each token with its two neighbours: the first linear is a convolution over three tokens.
         t = x_BVTD.shape[2]
-        near_BVT3D = jnp.stack(
-            [padded[:, :, i : i + t] for i in range(3)], axis=3
-        )  # a convolution of three tokens
+        padded = jnp.pad(x_BVTD, ((0, 0), (0, 0), (1, 1), (0, 0)))
+        near_BVT3D = jnp.stack([padded[:, :, i : i + t] for i in range(3)], axis=3)
         y = Linear((3, d), (self.width,), name="up")(near_BVT3D)
-        mixed, plain = y[..., : self.width // 2], y[..., self.width // 2 :]
+
+        # Half of the channels are mixed over tokens: prompts and the others by a layer each. A
+        # token of the task, behind `n_tokens`, takes no part in that.
+        mixed, plain = y[..., :half], y[..., half:]
         first, rest = mixed[:, :, :n_tokens], mixed[:, :, n_tokens:]
-        seq = over_tokens(
-            DynamicLinear(2 * d, 2 * d, cfg.prompt_len, name="seq"),
-            first,
-            n_tokens - cfg.prompt_len,
-        )
-        prompt = over_tokens(
-            DynamicLinear(2 * d, cfg.prompt_len, cfg.prompt_len, name="prompt"),
-            first,
-            cfg.prompt_len,
-        )
-        y = jnp.concatenate([jnp.concatenate([prompt, seq, rest], axis=2), plain], axis=-1)
-        y = Dropout(cfg.dropout)(nn.gelu(y, approximate=False), train)
+        seq = DynamicLinear(2 * d, 2 * d, cfg.prompt_len, name="seq")
+        seq_BVTF = over_tokens(seq, first, n_tokens - cfg.prompt_len)
+        prompt = DynamicLinear(2 * d, cfg.prompt_len, cfg.prompt_len, name="prompt")
+        prompt_BVTF = over_tokens(prompt, first, cfg.prompt_len)
+        mixed = jnp.concatenate([prompt_BVTF, seq_BVTF, rest], axis=2)
+        y = nn.gelu(jnp.concatenate([mixed, plain], axis=-1), approximate=False)
+
+        y = Dropout(cfg.dropout)(y, train)
         return Dropout(cfg.dropout)(Linear((self.width,), (d,), name="down")(y), train)
 
 
@@ -360,10 +367,9 @@ class Block(nn.Module):
             return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
 
         for name, heads in (("seq", dims.seq_heads), ("var", dims.var_heads)):
-            attend = Attention(
-                cfg.d_model, heads, cfg.head_dim, cfg.dropout, name == "var", name=name
-            )
-            y = taps[f"attn_{name}"] = attend(norm(x, f"norm_{name}"), train)
+            sizes = (cfg.d_model, heads, cfg.head_dim)
+            attention = Attention(*sizes, cfg.dropout, over_variates=name == "var", name=name)
+            y = taps[f"attn_{name}"] = attention(norm(x, f"norm_{name}"), train)
             x = taps[f"after_{name}_att"] = x + Gate(name=f"gate_{name}")(y)
         y = Mix(cfg, dims.ffn, name="mix")(norm(x, "norm_mix"), n_tokens, train)
         taps["dyn_mlp"] = y
@@ -383,9 +389,9 @@ class ForecastHead(nn.Module):
         y = taps["pos_proj"] = over_tokens(
             DynamicLinear(TOKENS, TOKENS, self.fixed, name="pos_proj"), x, n
         )
-        y = Linear((d,), (4 * d,), name="up")(x[:, :, -n:] + y)
-        y = Dropout(cfg.dropout)(nn.gelu(y, approximate=False), train)
-        y = taps["mlp"] = Dropout(cfg.dropout)(Linear((4 * d,), (d,), name="down")(y), train)
+        drop = functools.partial(Dropout(cfg.dropout), train=train)
+        y = feed_forward(x[:, :, -n:] + y, 4 * d, "gelu", dropout=drop)
+        y = taps["mlp"] = Dropout(cfg.dropout)(y, train)
         y = taps["proj_out"] = Linear((d,), (cfg.patch_len,), name="proj_out")(y)
         return y, taps
 
@@ -402,17 +408,16 @@ class ClassHead(nn.Module):
         cfg, d, taps = self.cfg, self.cfg.d_model, {}
         heads = (CLASS_HEADS, d // CLASS_HEADS)
         x = taps["proj_in"] = Linear((d,), (d,), name="proj_in")(x)
-        q = Linear((d,), heads, False, name="q")(x[:, :, -1])
-        kv = Linear((d,), (2, *heads), False, name="kv")(x)
-        scores = jnp.einsum("BVHK,BVTHK->BVHT", q, kv[..., 0, :, :]) * heads[1] ** -0.5
-        weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x.dtype)
-        y = jnp.einsum("BVHT,BVTHK->BVHK", weights, kv[..., 1, :, :])
-        y = taps["cross_att"] = Linear(heads, (d,), name="out")(y)
+        q_BVHK = Linear((d,), heads, use_bias=False, name="q")(x[:, :, -1])
+        kv = Linear((d,), (2, *heads), use_bias=False, name="kv")(x)
+        k_BVHTK, v_BVHTK = (jnp.moveaxis(kv[..., i, :, :], 3, 2) for i in range(2))
+        # The task's token asks all tokens.
+        y_BVH1K, _ = attend(q_BVHK[..., None, :], k_BVHTK, v_BVHTK, scale=heads[1] ** -0.5)
+        y = taps["cross_att"] = Linear(heads, (d,), name="out")(y_BVH1K[..., 0, :])
+
         z = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(y)
-        z = Dropout(cfg.dropout)(
-            nn.gelu(Linear((d,), (8 * d,), name="up")(z), approximate=False), train
-        )
-        z = Dropout(cfg.dropout)(Linear((8 * d,), (d,), name="down")(z), train)
+        drop = functools.partial(Dropout(cfg.dropout), train=train)
+        z = Dropout(cfg.dropout)(feed_forward(z, 8 * d, "gelu", dropout=drop), train)
         y = taps["mlp"] = y + Gate(name="gate")(z)
         return y, taps
 
@@ -432,86 +437,94 @@ class UnitsNet(nn.Module):
     def __call__(
         self, p_BVNP, n_new: int = 0, hidden_BVN=None, task: str = "", train: bool = False
     ):
-        cfg, taps = self.cfg, {}
-        b, v, n, _ = p_BVNP.shape
-        d, every = cfg.d_model, self.is_initializing()
-        tokens = {}
-        for name, size in cfg.datasets.items():
-            for kind, count in (("prompt_tokens", cfg.prompt_len), ("mask_tokens", 1)):
-                tokens[f"{kind}/{name}"] = self.param(
-                    f"{kind}/{name}", nn.initializers.zeros, (size, count, d)
-                )
-        for t in cfg.tasks:
-            if t.has_cls:
-                tokens[f"cls/{t.name}"] = self.param(
-                    f"cls_tokens/{t.name}", nn.initializers.zeros, (t.n_variates, 1, d)
-                )
-            if t.kind == "classification":
-                shape = (t.n_variates, t.n_classes, d)
-                tokens[f"category/{t.name}"] = self.param(
-                    f"category_tokens/{t.name}", nn.initializers.zeros, shape
-                )
-        table = self.param("positions", nn.initializers.zeros, (TABLE_LEN, d))
+        cfg, taps, total = self.cfg, {}, p_BVNP.shape[2] + n_new
+        if total > TABLE_LEN:
+            raise ValueError(f"{total} patches; the position table of UniTS has {TABLE_LEN} rows")
+        tokens = self._learned_tokens()
+        table_TD = self.param("positions", nn.initializers.zeros, (TABLE_LEN, cfg.d_model))
 
         def rows(name):
-            of_batch = jnp.broadcast_to(tokens[name][None], (b, *tokens[name].shape))
+            of_batch = jnp.broadcast_to(tokens[name][None], (p_BVNP.shape[0], *tokens[name].shape))
             return of_batch.astype(p_BVNP.dtype)
 
-        x = taps["patch_tokens"] = Dropout(cfg.dropout)(
-            Linear((cfg.patch_len,), (d,), False, name="embed")(p_BVNP), train
-        )
+        # Prompts, patches with what is generated among and behind them, and the task's token.
+        embed = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")
+        x = taps["patch_tokens"] = Dropout(cfg.dropout)(embed(p_BVNP), train)
         prompts, masked = rows(f"prompt_tokens/{self.dataset}"), rows(f"mask_tokens/{self.dataset}")
-        generate = DynamicLinear(TOKENS, TOKENS, cfg.prompt_len, name="generate")
-        if n + n_new > TABLE_LEN:
-            raise ValueError(
-                f"{n + n_new} patches; the position table of UniTS has {TABLE_LEN} rows"
-            )
-        place = table[: n + n_new].astype(x.dtype)[None, None]
-        if hidden_BVN is not None or every:
-            hide = jnp.zeros((b, v, n), bool) if hidden_BVN is None else hidden_BVN
-            filled = jnp.where(hide[..., None], masked, x)
-            made = taps["generated"] = over_tokens(
-                generate, jnp.concatenate([prompts, filled], 2), n
-            )
-            x = jnp.where(hide[..., None], made, filled)
-        if n_new:
-            full = jnp.concatenate([prompts, x, jnp.repeat(masked, n_new, 2)], 2)
-            made = taps["generated"] = over_tokens(generate, full, n + n_new)
-            x = jnp.concatenate([x, made[:, :, -n_new:]], 2)
+        x = self._generated(x, prompts, masked, n_new, hidden_BVN, taps)
+        place = table_TD[:total].astype(x.dtype)[None, None]
         x = jnp.concatenate([prompts, x + place], 2)
         n_tokens = x.shape[2]
         if task:
             x = jnp.concatenate([x, rows(f"cls/{task}")], 2)
         taps["input"] = x
+
         for i, dims in enumerate(cfg.layers):
             x, inner = Block(cfg, dims, name=f"block_{i}")(x, n_tokens, train)
             taps |= nested(f"block_{i}", inner, x)
-        logits = patches = feature = None
-        both = bool(task) and hidden_BVN is not None
+        options = {"total": total, "n_tokens": n_tokens, "task": task, "train": train}
+        category = tokens.get(f"category/{task}") if task else None
+        return self._outputs(x, taps, category, hides=hidden_BVN is not None, **options)
+
+    def _learned_tokens(self) -> dict[str, jax.Array]:
+        """All learned tokens of the checkpoint, [V, count, D] each."""
+        cfg, shapes = self.cfg, {}
+        for name, size in cfg.datasets.items():
+            shapes[f"prompt_tokens/{name}"] = size, cfg.prompt_len
+            shapes[f"mask_tokens/{name}"] = size, 1
+        for task in cfg.tasks:
+            if task.has_cls:
+                shapes[f"cls_tokens/{task.name}"] = task.n_variates, 1
+            if task.kind == "classification":
+                shapes[f"category_tokens/{task.name}"] = task.n_variates, task.n_classes
+        tokens = {}
+        for name, shape in shapes.items():
+            short = name.replace("cls_tokens/", "cls/").replace("category_tokens/", "category/")
+            tokens[short] = self.param(name, nn.initializers.zeros, (*shape, cfg.d_model))
+        return tokens
+
+    def _generated(self, x, prompts, masked, n_new: int, hidden_BVN, taps):
+        """Patch tokens [B, V, N + n_new, D] with generated ones: for hidden patches, and behind."""
+        (b, v, n, _), cfg = x.shape, self.cfg
+        generate = DynamicLinear(TOKENS, TOKENS, cfg.prompt_len, name="generate")
+        if hidden_BVN is not None or self.is_initializing():
+            hide = jnp.zeros((b, v, n), bool) if hidden_BVN is None else hidden_BVN
+            filled = jnp.where(hide[..., None], masked, x)
+            made = over_tokens(generate, jnp.concatenate([prompts, filled], 2), n)
+            taps["generated"] = made
+            x = jnp.where(hide[..., None], made, filled)
+        if n_new:
+            full = jnp.concatenate([prompts, x, jnp.repeat(masked, n_new, 2)], 2)
+            made = taps["generated"] = over_tokens(generate, full, n + n_new)
+            x = jnp.concatenate([x, made[:, :, -n_new:]], 2)
+        return x
+
+    def _outputs(self, x, taps, category, *, hides, total, n_tokens, task, train):
+        """Patches, logits, or both reconstructions of self-supervised training, and the steps.
+
+        All heads are made where parameters are counted.
+        """
+        cfg, every, both = self.cfg, self.is_initializing(), bool(task) and hides
+        feature = logits = patches = None
         if task or every:
             feature, inner = ClassHead(cfg, name="class_head")(x, train)
             taps |= nested("class_head", inner)
-            if task and f"category/{task}" in tokens:
-                category = tokens[f"category/{task}"]
-                # the original's einsum sums over an axis of length M once more, so its logits are M
-                # times as large
-                logits = category.shape[1] * jnp.einsum(
-                    "BVD,VMD->BVM", feature, category.astype(x.dtype)
-                ).mean(1)
-                logits = logits.astype(jnp.float32)
+            if category is not None:
+                # The original's einsum sums over an axis of length M once more, so its logits are
+                # M times as large.
+                fit_BVM = jnp.einsum("BVD,VMD->BVM", feature, category.astype(x.dtype))
+                logits = (category.shape[1] * fit_BVM.mean(1)).astype(jnp.float32)
         if not task or both or every:
-            rest = x[:, :, :n_tokens]  # all but the classification token
-            patches, inner = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")(
-                rest, n + n_new, train
-            )
+            head = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")
+            patches, inner = head(x[:, :, :n_tokens], total, train)
             taps |= nested("forecast_head", inner)
         if cfg.pretrained_head and (both or every):
-            # the tokens behind the classification token give no gradient, so that all of the loss
-            # goes through it
+            # The tokens behind the classification token give no gradient, so that all of the loss
+            # goes through it.
             tokens_BVND = jax.lax.stop_gradient(x[:, :, cfg.prompt_len : n_tokens])
             feature = x[:, :, -1] if feature is None else feature
             fused = jnp.concatenate([feature[:, :, None], tokens_BVND], axis=2)
-            again, inner = ForecastHead(cfg, 1, name="pretrain_head")(fused, n + n_new, train)
+            again, inner = ForecastHead(cfg, 1, name="pretrain_head")(fused, total, train)
             taps |= nested("pretrain_head", inner)
             if both:
                 return (patches, again), taps
@@ -733,17 +746,9 @@ class Units(Model):
             hidden = (observed_BVL == 0).reshape(b, v, -1, p).any(-1)
         mean, std = jax.lax.stop_gradient((mean, std))
         z = jnp.pad(z / std, ((0, 0), (0, 0), (0, -length % p)))
-        rngs = {"dropout": key} if train and cfg.dropout else None
-        net: Any = UnitsNet(cfg, dataset)  # Flax types what apply returns too widely
-        y, taps = net.apply(
-            {"params": _joined(params)},
-            z.reshape(b, v, -1, p),
-            n_new,
-            hidden,
-            task,
-            train and rngs is not None,
-            rngs=rngs,
-        )
+        options = {"n_new": n_new, "hidden_BVN": hidden, "task": task, "key": key, "train": train}
+        p_BVNP = z.reshape(b, v, -1, p)
+        y, taps = run(UnitsNet(cfg, dataset), _joined(params), p_BVNP, **options)
         taps |= {"scaled": z, "mean": mean, "std": std}
         if task:
             return y, taps
@@ -772,11 +777,8 @@ class Units(Model):
         mean, std = jax.lax.stop_gradient((mean, jnp.sqrt(var + SCALE_EPS)))
         z = jnp.pad((x - mean) / std, ((0, 0), (0, 0), (0, -length % p))).reshape(b, v, -1, p)
         hidden = jnp.broadcast_to((hidden_BN != 0)[:, None], (b, v, z.shape[2]))
-        rngs = {"dropout": key} if train and cfg.dropout else None
-        net: Any = UnitsNet(cfg, dataset)
-        both, _ = net.apply(
-            {"params": _joined(params)}, z, 0, hidden, task, train and rngs is not None, rngs=rngs
-        )
+        options = {"hidden_BVN": hidden, "task": task, "key": key, "train": train}
+        both, _ = run(UnitsNet(cfg, dataset), _joined(params), z, **options)
         one, two = (
             y.reshape(b, v, -1)[..., :length].astype(jnp.float32) * std + mean for y in both
         )
