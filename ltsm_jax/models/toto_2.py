@@ -905,8 +905,7 @@ class Toto2(Model):
           lean: see `Toto2Net`.
           taps: a list to which the steps of each pass are added; without a loop over blocks.
         """
-        cfg, p = self.config, self.config.patch_len
-        b, v, t = x_BVT.shape
+        p, (b, v, t) = self.config.patch_len, x_BVT.shape
         n, ahead = t // p, -(-horizon // p)
         block = ahead if block_len is None else min(block_len // p, ahead)
         rounds = -(-ahead // block)
@@ -916,17 +915,10 @@ class Toto2(Model):
         more = ((0, 0), (0, 0), (0, rounds * block * p))
         x, observed = jnp.pad(x_BVT.astype(jnp.float32), more), jnp.pad(observed_BVT, more)
         if known_BET is not None:
-            e = known_BET.shape[1]
-            more = ((0, 0), (0, 0), (0, x.shape[-1] - known_BET.shape[-1]))
-            shown = known_observed_BET
-            if shown is None:
-                shown = jnp.ones(known_BET.shape, bool)
-            own = known_ids_BE
-            if own is None:
-                own = jnp.zeros((b, e), jnp.int32)
-            x = jnp.concatenate([x, jnp.pad(known_BET.astype(jnp.float32), more)], axis=1)
-            observed = jnp.concatenate([observed, jnp.pad(shown, more)], axis=1)
-            ids = jnp.concatenate([ids, own.astype(jnp.int32)], axis=1)
+            known = _known_ahead(known_BET, known_observed_BET, known_ids_BE, x.shape[-1])
+            x, observed, ids = (
+                jnp.concatenate(both, axis=1) for both in zip((x, observed, ids), known)
+            )
         x_BVSP, seen_BVSP = self._patches(x), self._patches(observed)
 
         # Patches of the future are of their group, and so is the last one of the context, whatever
@@ -939,92 +931,91 @@ class Toto2(Model):
         tokens, loc, scale = self._tokens(
             x_BVSP[:, :, :first], seen_BVSP[:, :, :first], min_observed
         )
-        low_BV, high_BV = _range(x_BVT, observed_BVT, cap * scale[:, :v, n - 1])
-
-        def real(y_BVNPQ, loc_BVS, scale_BVS, last):
-            """Quantiles of patches in the units of x, in order; scaled as patch `last` is."""
-            loc, scale = (
-                jax.lax.dynamic_slice_in_dim(a[:, :v], last, 1, axis=2)
-                for a in (loc_BVS, scale_BVS)
-            )
-            y = _unscaled(y_BVNPQ[:, :v], loc[..., None, None], scale[..., None, None])
-            if cap:
-                y = jnp.clip(y, low_BV[..., None, None, None], high_BV[..., None, None, None])
-            return jnp.sort(y, axis=-1)
-
-        only = slice(n - 1, first - 1)
-        y, own, steps = self._network(
-            params, tokens, groups_BVS[:, :, :first], only, lean and rounds == 1
+        passes = Passes(
+            targets=v,
+            context=n,
+            ahead=ahead,
+            block=block,
+            rounds=rounds,
+            min_observed=min_observed,
+            there_BVS=there_BVS,
+            groups_BVS=groups_BVS,
+            bounds_BV=_range(x_BVT, observed_BVT, cap * scale[:, :v, n - 1]) if cap else None,
         )
-        found = real(y, loc, scale, n - 1)
+        own_groups, only = groups_BVS[:, :, :first], slice(n - 1, first - 1)
+        y, own, steps = self._network(params, tokens, own_groups, only, lean and rounds == 1)
+        found = passes.real(y, loc, scale, n - 1)
         if taps is not None:
-            taps.append(steps | {"groups": groups_BVS[:, :, :first]})
-        if rounds == 1:
-            return found.reshape(b, v, -1, len(LEVELS))[:, :, :horizon]
+            taps.append(steps | {"groups": own_groups})
 
-        # Keys that are kept: of the context, and of blocks once they are decoded.
-        room = n + (rounds - 1) * block
-        caches = [None if each is None else _with_room(each, n, room) for each in own]
-        kept_BVM = jnp.pad(
-            there_BVS[:, :, :n], ((0, 0), (0, 0), (0, room - n)), constant_values=True
-        )
-        both = 2 * block
-        # The original takes the groups of later passes from the start of the context.
-        seen_BSVV = _together(groups_BVS[:, :, :both])
-        causal_SS = jnp.tril(jnp.ones((both, both), bool))
-        net: Any = Toto2Net(cfg)
+        if rounds > 1:
+            state = (x_BVSP, seen_BVSP, passes.caches(own), found)
+            later = self._later_blocks(params, passes, state, taps)
+            found = jnp.concatenate([found, later], axis=2)
+        return found.reshape(b, v, -1, len(LEVELS))[:, :, :horizon]
 
-        def again(state, start):
-            """Commit the block at patch `start`, and decode the next."""
-            x_BVSP, seen_BVSP, caches, block_BVNPQ = state
-            x_BVSP = jax.lax.dynamic_update_slice(
-                x_BVSP, block_BVNPQ[..., MEDIAN], (0, 0, start, 0)
-            )
-            seen_BVSP = jax.lax.dynamic_update_slice(
-                seen_BVSP, jnp.ones(block_BVNPQ.shape[:-1], bool), (0, 0, start, 0)
-            )
-            tokens, loc, scale = self._tokens(x_BVSP, seen_BVSP, min_observed)
-            tokens = jax.lax.dynamic_slice_in_dim(tokens, start, both, axis=2)
-            # What is committed counts as observed, also holes of known covariates.
-            committed = ((np.arange(both) < block)[:, None] & (np.arange(2 * p) >= p)[None])[
-                None, None
-            ]
-            tokens = jnp.where(committed, 0.0, tokens)
-            before_M = jnp.arange(room) < start
-            seen_BVSM = (kept_BVM & before_M[None, None])[:, :, None]
-            seen_BVSM = jnp.broadcast_to(seen_BVSM, (*kept_BVM.shape[:2], both, room))
-            seen_BVSS = jnp.broadcast_to(causal_SS[None, None], (*kept_BVM.shape[:2], both, both))
-            seen = jnp.concatenate([seen_BVSM, seen_BVSS], axis=-1)
-            # xPos has its center in the middle of all positions of a pass, of which the last may
-            # have fewer.
-            end = jnp.minimum(start + both, n + ahead)
-            places = start + jnp.arange(both), end // 2
-            only = slice(block - 1, both - 1)
-            args = (tokens, seen, seen_BSVV, places, caches)
-            y, own, steps = net.apply({"params": params}, *args, only=only)
-            caches = [
-                None if old is None or new is None else _written(old, new, block, start)
-                for old, new in zip(caches, own, strict=True)
-            ]
-            block_BVNPQ = real(y, loc, scale, start + block - 1)
-            return (x_BVSP, seen_BVSP, caches, block_BVNPQ), (block_BVNPQ, steps)
+    def _later_blocks(self, params: Tree, passes: "Passes", state, taps: list | None) -> jax.Array:
+        """Quantiles [B, V, M, P, Q] of all blocks behind the first one; state: as of `_again`."""
+        starts = passes.context + passes.block * np.arange(passes.rounds - 1)
 
-        state, later = (x_BVSP, seen_BVSP, caches, found), []
-        starts = n + block * np.arange(rounds - 1)
-        if taps is not None:
-            for start in starts:
-                state, (more_BVNPQ, steps) = again(state, start)
-                later.append(more_BVNPQ)
-                taps.append(steps | {"groups": groups_BVS[:, :, :both]})
-            later = jnp.stack(later)
+        def step(state, start):
+            state, steps = self._again(params, passes, state, start)
+            return state, (state[-1], steps)
+
+        if taps is None:
+            # The named steps are not asked for, and the compiler leaves out what is not returned.
+            def lean_step(state, start):
+                state, (block_BVNPQ, _) = step(state, start)
+                return state, block_BVNPQ
+
+            _, later = jax.lax.scan(lean_step, state, starts)
         else:
-            _, later = jax.lax.scan(
-                lambda state, start: _first_of(again(state, start)), state, starts
-            )
-        later = jnp.moveaxis(later, 0, 2).reshape(b, v, -1, len(LEVELS))
-        return jnp.concatenate([found.reshape(b, v, -1, len(LEVELS)), later], axis=2)[
-            :, :, :horizon
-        ]
+            found = []
+            for start in starts:
+                state, (block_BVNPQ, steps) = step(state, start)
+                found.append(block_BVNPQ)
+                taps.append(steps | {"groups": passes.groups_BVS[:, :, : 2 * passes.block]})
+            later = jnp.stack(found)
+        b, v, _, *each = later.shape[1:]
+        return jnp.moveaxis(later, 0, 2).reshape(b, v, -1, *each)
+
+    def _again(self, params: Tree, passes: "Passes", state, start):
+        """Commit the block at patch `start`, and decode the next.
+
+        state: patches of the whole series, which of their values are observed, caches, and the
+        quantiles of the block. Returns: the next state, and the named steps.
+        """
+        x_BVSP, seen_BVSP, caches, block_BVNPQ = state
+        p, block, both = self.config.patch_len, passes.block, 2 * passes.block
+
+        # The medians are part of the series from now on, and the scale counts them.
+        place = (0, 0, start, 0)
+        x_BVSP = jax.lax.dynamic_update_slice(x_BVSP, block_BVNPQ[..., MEDIAN], place)
+        there = jnp.ones(block_BVNPQ.shape[:-1], bool)
+        seen_BVSP = jax.lax.dynamic_update_slice(seen_BVSP, there, place)
+        tokens, loc, scale = self._tokens(x_BVSP, seen_BVSP, passes.min_observed)
+        tokens = jax.lax.dynamic_slice_in_dim(tokens, start, both, axis=2)
+
+        # What is committed counts as observed, also holes of known covariates.
+        committed_SI = (np.arange(both) < block)[:, None] & (np.arange(2 * p) >= p)[None]
+        tokens = jnp.where(committed_SI[None, None], 0.0, tokens)
+
+        # xPos has its center in the middle of all positions of a pass, of which the last may have
+        # fewer.
+        end = jnp.minimum(start + both, passes.context + passes.ahead)
+        places = start + jnp.arange(both), end // 2
+        # The original takes the groups of later passes from the start of the context.
+        seen_BSVV = _together(passes.groups_BVS[:, :, :both])
+        inputs = (tokens, passes.seen(start), seen_BSVV, places, caches)
+        only = slice(block - 1, both - 1)
+        y, own, steps = run(Toto2Net(self.config), params, *inputs, only=only)
+
+        kept = []
+        for old, new in zip(caches, own, strict=True):
+            # Layers over variates have no cache.
+            kept.append(None if old is None or new is None else _written(old, new, block, start))
+        block_BVNPQ = passes.real(y, loc, scale, start + block - 1)
+        return (x_BVSP, seen_BVSP, kept, block_BVNPQ), steps
 
     # --- series with missing values
 
@@ -1176,10 +1167,77 @@ class Toto2(Model):
         return mse_observed(y_BCHQ[..., MEDIAN], batch["target"], batch)
 
 
-def _first_of(step: Any) -> Any:
-    """What a scan carries and gives, without the named steps."""
-    state, (found, _) = step
-    return state, found
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """The passes of one forecast: what is the same in all of them.
+
+    targets: V, the first variates, which are forecast. context: patches of it. ahead: patches of
+    the horizon. block: patches that a pass decodes. rounds: how many passes there are.
+    min_observed: see `causal_scale`.
+    there_BVS, groups_BVS: which patches exist, and the group of each.
+    bounds_BV: the least and the largest value that a quantile may have; None: any.
+    """
+
+    targets: int
+    context: int
+    ahead: int
+    block: int
+    rounds: int
+    min_observed: int
+    there_BVS: jax.Array
+    groups_BVS: jax.Array
+    bounds_BV: tuple[jax.Array, jax.Array] | None
+
+    @property
+    def room(self) -> int:
+        """Patches whose keys are kept: of the context, and of blocks once they are decoded."""
+        return self.context + (self.rounds - 1) * self.block
+
+    def caches(self, own: Sequence[Cache | None]) -> list[Cache | None]:
+        """Keys and values of the context by layer, with room for those of later blocks."""
+        found = []
+        for cache in own:
+            found.append(None if cache is None else _with_room(cache, self.context, self.room))
+        return found
+
+    def real(self, y_BVNPQ: jax.Array, loc_BVS, scale_BVS, last) -> jax.Array:
+        """Quantiles of patches in the units of x, in order; scaled as patch `last` is."""
+        v = self.targets
+        loc = jax.lax.dynamic_slice_in_dim(loc_BVS[:, :v], last, 1, axis=2)
+        scale = jax.lax.dynamic_slice_in_dim(scale_BVS[:, :v], last, 1, axis=2)
+        y = _unscaled(y_BVNPQ[:, :v], loc[..., None, None], scale[..., None, None])
+        if self.bounds_BV is not None:
+            low, high = (bound[..., None, None, None] for bound in self.bounds_BV)
+            y = jnp.clip(y, low, high)
+        return jnp.sort(y, axis=-1)
+
+    def seen(self, start) -> jax.Array:
+        """Which keys the two blocks from patch `start` on see [B, V, S, M + S]: those that are
+        kept of what came before, and their own up to each.
+        """
+        both, n = 2 * self.block, self.context
+        later = ((0, 0), (0, 0), (0, self.room - n))
+        kept_BVM = jnp.pad(self.there_BVS[:, :, :n], later, constant_values=True)
+        before_M = jnp.arange(self.room) < start
+        rows = kept_BVM.shape[:2]
+        seen_BVSM = (kept_BVM & before_M[None, None])[:, :, None]
+        seen_BVSM = jnp.broadcast_to(seen_BVSM, (*rows, both, self.room))
+        causal_SS = jnp.tril(jnp.ones((both, both), bool))
+        seen_BVSS = jnp.broadcast_to(causal_SS[None, None], (*rows, both, both))
+        return jnp.concatenate([seen_BVSM, seen_BVSS], axis=-1)
+
+
+def _known_ahead(
+    known_BET: jax.Array, observed_BET: Any, ids_BE: Any, length: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Covariates of `length` steps: values, which are observed, and their groups; all of one group
+    and observed where nothing else is told.
+    """
+    b, e, t = known_BET.shape
+    more = ((0, 0), (0, 0), (0, length - t))
+    observed = jnp.ones(known_BET.shape, bool) if observed_BET is None else observed_BET
+    ids = jnp.zeros((b, e), jnp.int32) if ids_BE is None else ids_BE.astype(jnp.int32)
+    return jnp.pad(known_BET.astype(jnp.float32), more), jnp.pad(observed, more), ids
 
 
 def _together(groups_BVS: jax.Array) -> jax.Array:

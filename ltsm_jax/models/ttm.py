@@ -57,7 +57,7 @@ from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
-from ltsm_jax.layers.network import nested
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group, Stack
@@ -580,17 +580,14 @@ class Norm(nn.Module):
     def __call__(self, x):
         if self.kind == "LayerNorm":
             return nn.LayerNorm(epsilon=self.eps, use_fast_variance=False, name="layer")(x)
-        shape, wide = x.shape[-1:], x.astype(jnp.float32)
-        mean, var, scale, bias = (
-            self.param(name, start, shape).reshape((1,) * (x.ndim - 1) + shape)
-            for name, start in (
-                ("mean", nn.initializers.zeros),
-                ("var", nn.initializers.ones),
-                ("scale", nn.initializers.ones),
-                ("bias", nn.initializers.zeros),
-            )
-        )
-        return ((wide - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(x.dtype)
+        starts = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
+        own = {}
+        for name, value in starts.items():
+            leaf = self.param(name, nn.initializers.constant(value), x.shape[-1:])
+            own[name] = leaf.reshape((1,) * (x.ndim - 1) + x.shape[-1:])
+        gap = x.astype(jnp.float32) - own["mean"]
+        normed = gap * jax.lax.rsqrt(own["var"] + self.eps)
+        return (normed * own["scale"] + own["bias"]).astype(x.dtype)
 
 
 PATCH, CHANNEL, FEATURE = 0, 2, 3  # axes of x_PBCD
@@ -743,9 +740,9 @@ class Mixers(nn.Module):
         share = len(self.layers) // len(blocks)
         p, b, c, d = x_PBCD.shape
         for j, f in enumerate(blocks):
-            x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, b, c, f, d // f), 3, 1).reshape(
-                p * f, b, c, d // f
-            )
+            # Split each patch into f pieces, finest blocks first; and put them together again.
+            pieces = jnp.moveaxis(x_PBCD.reshape(p, b, c, f, d // f), 3, 1)
+            x_PBCD = pieces.reshape(p * f, b, c, d // f)
             for i, dims in enumerate(self.layers[j * share : (j + 1) * share]):
                 name = f"block_{j}_layer_{i}" if self.levels else f"layer_{i}"
                 x_PBCD, inner = Layer(self.cfg, dims, self.gated, self.dropout, name=name)(
@@ -772,22 +769,20 @@ class Decoder(nn.Module):
         if cfg.d_model != d:
             x_PBCD = taps["adapter"] = Linear((cfg.d_model,), (d,), name="adapter")(x_PBCD)
         if cfg.raw_residual:
+            # Tokens in front of the patches have none of their own.
             prefix = ((x_PBCD.shape[0] - p_PBCK.shape[0], 0), (0, 0), (0, 0), (0, 0))
-            taps["raw_embed"] = Linear((cfg.patch_len,), (d,), name="raw_embed")(
-                jnp.pad(p_PBCK, prefix)
-            )
+            embed = Linear((cfg.patch_len,), (d,), name="raw_embed")
+            taps["raw_embed"] = embed(jnp.pad(p_PBCK, prefix))
             x_PBCD = x_PBCD + taps["raw_embed"]
         if cfg.vocab:
-            tables = [
-                self.param(f"category_{k}", nn.initializers.zeros, (n, d))
-                for k, n in enumerate(cfg.vocab)
-            ]
-            one_BVD = jnp.stack(
-                [table[categories_BV[:, k]] for k, table in enumerate(tables)], axis=1
-            )
-            e_PBVD = taps["categories"] = jnp.broadcast_to(
-                one_BVD[None], (x_PBCD.shape[0], *one_BVD.shape)
-            )
+            # Categories are further channels, which the mixers over channels see.
+            rows = []
+            for k, n in enumerate(cfg.vocab):
+                table = self.param(f"category_{k}", nn.initializers.zeros, (n, d))
+                rows.append(table[categories_BV[:, k]])
+            one_BVD = jnp.stack(rows, axis=1)
+            e_PBVD = jnp.broadcast_to(one_BVD[None], (x_PBCD.shape[0], *one_BVD.shape))
+            taps["categories"] = e_PBVD
             x_PBCD = jnp.concatenate([x_PBCD, e_PBVD.astype(x_PBCD.dtype)], axis=2)
         mixers = Mixers(
             cfg, cfg.decoder, cfg.decoder_levels, cfg.gated, cfg.head_dropout, name="mixers"
@@ -813,12 +808,10 @@ class ForecastMixer(nn.Module):
         b, c, h = base_BCH.shape
         e_BET = jnp.concatenate([base_BCH, future_BXH], axis=1)
         e = e_BET.shape[1]
-        before = (
-            jnp.concatenate([past_BCS, past_BXS], axis=1)
-            if cfg.fcm_past
-            else jnp.zeros((b, e, s), e_BET.dtype)
-        )
-        e_BET = jnp.concatenate([before, e_BET, jnp.zeros((b, e, s), e_BET.dtype)], axis=-1)
+        nothing = jnp.zeros((b, e, s), e_BET.dtype)
+        before = jnp.concatenate([past_BCS, past_BXS], axis=1) if cfg.fcm_past else nothing
+        # Each forecast step with the s steps before and behind it.
+        e_BET = jnp.concatenate([before, e_BET, nothing], axis=-1)
         steps = np.arange(h)[:, None] + np.arange(2 * s + 1)[None]
         w_EBHS = jnp.moveaxis(e_BET[..., steps], 1, 0)
         taps["windows"] = w_EBHS
@@ -962,25 +955,12 @@ class TTMNet(nn.Module):
             taps |= nested("decoder", inner)
         taps["decoder"] = x_PBCD
         x_BCF = Dropout(cfg.head_dropout)(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1), train)
-        all_BCH = y_BCH = taps["head"] = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")(
-            x_BCF
-        )
-        all_BCH = y_BCH = all_BCH[..., : cfg.filter_len]
-        y_BCH = _of_targets(cfg, y_BCH)
+        head = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")
+        taps["head"] = head(x_BCF)
+        all_BCH = taps["head"][..., : cfg.filter_len]
+        y_BCH = _of_targets(cfg, all_BCH)
         if cfg.fcm:
-            known = np.array(cfg.exogenous, int)
-            last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
-            near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
-            future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
-            mixer = ForecastMixer(cfg, name="fcm")
-            y_BCH, inner = mixer(
-                y_BCH,
-                _of_targets(cfg, near_BCS),
-                future_BXH,
-                near_BCS[:, known],
-                train,
-            )
-            taps |= nested("fcm", inner)
+            y_BCH = self._mixed(y_BCH, past_BCL, future_BCH, train, taps)
         taps["forecast"] = y_BCH
         q_BCHQ = None
         if cfg.quantiles is not None:
@@ -989,6 +969,17 @@ class TTMNet(nn.Module):
             taps |= nested("quantiles", inner)
             y_BCH = q_BCHQ[..., len(cfg.quantiles.levels) // 2]
         return all_BCH, y_BCH, q_BCHQ, taps
+
+    def _mixed(self, y_BCH, past_BCL, future_BCH, train: bool, taps):
+        """Forecasts [B, C', H] of the targets by the forecast channel mixer."""
+        cfg, known = self.cfg, np.array(self.cfg.exogenous, int)
+        last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
+        near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
+        future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
+        mixer, near = ForecastMixer(cfg, name="fcm"), _of_targets(cfg, near_BCS)
+        y_BCH, inner = mixer(y_BCH, near, future_BXH, near_BCS[:, known], train)
+        taps |= nested("fcm", inner)
+        return y_BCH
 
     def _patches(self, p_PBCK, taps):
         """Embed the patches; with several scales those of each, the coarsest first."""
@@ -1017,20 +1008,16 @@ class TTMNet(nn.Module):
         if cfg.freq_vocab:
             middle = (cfg.patch_len + d) // 2
             table = self.param("freq_table", nn.initializers.zeros, (cfg.freq_vocab, cfg.patch_len))
-            f_BK = nn.gelu(
-                Linear((cfg.patch_len,), (middle,), name="freq_up")(table[freq_B]),
-                approximate=False,
-            )
-            f_BD = taps["freq"] = Linear((middle,), (d,), name="freq_down")(f_BK).astype(
-                x_PBCD.dtype
-            )
+            up = Linear((cfg.patch_len,), (middle,), name="freq_up")
+            f_BK = nn.gelu(up(table[freq_B]), approximate=False)
+            f_BD = Linear((middle,), (d,), name="freq_down")(f_BK).astype(x_PBCD.dtype)
+            taps["freq"] = f_BD
             prefix = jnp.broadcast_to(f_BD[None, :, None], (1, b, c, d))
             x_PBCD = jnp.concatenate([prefix, x_PBCD])
         if cfg.registers:
             r_RD = self.param("registers", nn.initializers.zeros, (cfg.registers, d))
-            r_RBCD = jnp.broadcast_to(
-                r_RD[:, None, None].astype(x_PBCD.dtype), (cfg.registers, b, c, d)
-            )
+            r_R11D = r_RD[:, None, None].astype(x_PBCD.dtype)
+            r_RBCD = jnp.broadcast_to(r_R11D, (cfg.registers, b, c, d))
             x_PBCD = taps["registers"] = jnp.concatenate([r_RBCD, x_PBCD])
         if cfg.spectrum:
             e_SBCD = self._frequencies(bins_BCS, taps).astype(x_PBCD.dtype)
@@ -1051,10 +1038,8 @@ class TTMNet(nn.Module):
         taps["spectrum"] = e_BCSK
         if cfg.spectrum_joined:
             b, c, s, k = e_BCSK.shape
-            joined = Linear((s * k,), (cfg.d_model,), name="spectrum_join")(
-                e_BCSK.reshape(b, c, s * k)
-            )
-            taps["spectrum_join"] = joined
+            join = Linear((s * k,), (cfg.d_model,), name="spectrum_join")
+            joined = taps["spectrum_join"] = join(e_BCSK.reshape(b, c, s * k))
             e_BCSK = joined[:, :, None]
         return jnp.moveaxis(e_BCSK, 2, 0)
 
@@ -1189,11 +1174,12 @@ class TTM(Model):
         """Running statistics of BatchNorm and the computed position table, where the config has
         them.
         """
-        found = [r"/norm(_attn)?/(mean|var)$"] if self.config.norm == "BatchNorm" else []
-        return (
-            "|".join(found + ([r"(^|/)position$"] if self.config.position == "sincos" else []))
-            or None
-        )
+        found = []
+        if self.config.norm == "BatchNorm":
+            found.append(r"/norm(_attn)?/(mean|var)$")
+        if self.config.position == "sincos":
+            found.append(r"(^|/)position$")
+        return "|".join(found) or None
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -1362,8 +1348,7 @@ class TTM(Model):
           `all`, the forecasts of all channels [B, C, H] before they are mixed, and, of a model with
           quantiles, `quantiles` [B, C', H, Q], both in the units of x.
         """
-        cfg = self.config
-        b, c = x_BCT.shape[:2]
+        cfg, (b, c, _) = self.config, x_BCT.shape
         if self.variates == "joint" and c != cfg.n_channels:
             raise ValueError(
                 f"the model mixes {cfg.n_channels} channels, got {c}; for_series makes it ready "
@@ -1373,29 +1358,9 @@ class TTM(Model):
             raise ValueError(
                 f"channels {cfg.exogenous} are exogenous: their future must be given (future=...)"
             )
-        freq_token = cfg.freq_token if freq_token is None else freq_token
-        if cfg.freq_vocab and freq_token is None:
-            raise ValueError(
-                "the model asks for the frequency of the series: for_series(params, freq=...) sets "
-                "it"
-            )
-        categories = cfg.categories if categories is None else categories
-        if cfg.vocab and categories is None:
-            raise ValueError(
-                f"the model asks for {len(cfg.vocab)} static categories: categories=..., or of the "
-                "config"
-            )
-        freq_B = jnp.broadcast_to(
-            jnp.asarray(0 if freq_token is None else freq_token, jnp.int32), (b,)
-        )
-        v = len(cfg.vocab)
-        categories_BV = jnp.broadcast_to(
-            jnp.asarray(categories if v else (), jnp.int32).reshape(-1, v)
-            if v
-            else jnp.zeros((1, 0), jnp.int32),
-            (b, v),
-        )
+        freq_B, categories_BV = self._told(b, freq_token, categories)
 
+        # Scale the window, and cut it.
         x_BCL = self._padded(x_BCT).astype(jnp.float32)
         observed_BCL = jnp.ones_like(x_BCL)
         if observed_BCT is not None:
@@ -1404,48 +1369,56 @@ class TTM(Model):
             cfg.scaling, x_BCL, observed_BCL, cfg.batch_default_scale
         )
         z_BCL = (x_BCL - loc_BC1) / scale_BC1
-        n = cfg.window_patches
-        start = cfg.context_len - cfg.patch_len - cfg.patch_stride * (n - 1)
-        if cfg.patch_stride == cfg.patch_len:
-            p_BCPK = z_BCL[..., start:].reshape(b, c, n, cfg.patch_len)
-        else:
-            steps = (
-                start + np.arange(n)[:, None] * cfg.patch_stride + np.arange(cfg.patch_len)[None]
-            )
-            p_BCPK = z_BCL[..., steps]
         if future_BCH is not None:
             future_BCH = future_BCH[..., : self.horizon].astype(jnp.float32)
-            future_BCH = jnp.where(
-                jnp.isnan(future_BCH), self.filling(x_BCL, observed_BCL > 0), future_BCH
-            )
-        rngs = (
-            {"dropout": key}
-            if train and key is not None and max(cfg.dropout, cfg.head_dropout)
-            else None
-        )
-        net: Any = TTMNet(cfg)  # Flax types what apply returns too widely
-        all_BCH, y_BCH, q_BCHQ, taps = net.apply(
-            {"params": params},
-            jnp.moveaxis(p_BCPK, 2, 0),
-            x_BCL,
-            future_BCH,
-            freq_B,
-            categories_BV,
-            self._bins(z_BCL) if cfg.spectrum else None,
-            train and rngs is not None,
-            rngs=rngs,
-        )
-        taps |= {
-            "scaled": z_BCL,
-            "loc": loc_BC1,
-            "scale": scale_BC1,
-            "all": all_BCH * scale_BC1 + loc_BC1,
-        }
-        scale_BC1 = _of_targets(cfg, scale_BC1)
-        loc_BC1 = _of_targets(cfg, loc_BC1)
+            filling_BC1 = self.filling(x_BCL, observed_BCL > 0)
+            future_BCH = jnp.where(jnp.isnan(future_BCH), filling_BC1, future_BCH)
+
+        bins_BCS = self._bins(z_BCL) if cfg.spectrum else None
+        inputs = (self._cut(z_BCL), x_BCL, future_BCH, freq_B, categories_BV, bins_BCS)
+        all_BCH, y_BCH, q_BCHQ, taps = run(TTMNet(cfg), params, *inputs, key=key, train=train)
+
+        # Back into the units of x.
+        taps |= {"scaled": z_BCL, "loc": loc_BC1, "scale": scale_BC1}
+        taps["all"] = all_BCH * scale_BC1 + loc_BC1
+        scale_BC1, loc_BC1 = _of_targets(cfg, scale_BC1), _of_targets(cfg, loc_BC1)
         if q_BCHQ is not None:
             taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
         return y_BCH * scale_BC1 + loc_BC1, taps
+
+    def _told(self, rows: int, freq_token, categories) -> tuple[jax.Array, jax.Array]:
+        """The frequency token [B] and the categories [B, V] of each row; by default the config's.
+
+        Raises: ValueError where the model asks for them and nothing says them.
+        """
+        cfg, v = self.config, len(self.config.vocab)
+        freq_token = cfg.freq_token if freq_token is None else freq_token
+        if cfg.freq_vocab and freq_token is None:
+            raise ValueError(
+                "the model asks for the frequency of the series: for_series(params, freq=...) sets "
+                "it"
+            )
+        categories = cfg.categories if categories is None else categories
+        if v and categories is None:
+            raise ValueError(
+                f"the model asks for {v} static categories: categories=..., or of the config"
+            )
+        token = jnp.asarray(0 if freq_token is None else freq_token, jnp.int32)
+        values = jnp.zeros((1, 0), jnp.int32)
+        if v:
+            values = jnp.asarray(categories, jnp.int32).reshape(-1, v)
+        return jnp.broadcast_to(token, (rows,)), jnp.broadcast_to(values, (rows, v))
+
+    def _cut(self, z_BCL: jax.Array) -> jax.Array:
+        """Patches [P, B, C, K] of a window; what fills no patch is left out in front."""
+        cfg, n = self.config, self.config.window_patches
+        start = cfg.context_len - cfg.patch_len - cfg.patch_stride * (n - 1)
+        if cfg.patch_stride == cfg.patch_len:
+            p_BCPK = z_BCL[..., start:].reshape(*z_BCL.shape[:2], n, cfg.patch_len)
+        else:
+            first_P = start + np.arange(n) * cfg.patch_stride
+            p_BCPK = z_BCL[..., first_P[:, None] + np.arange(cfg.patch_len)[None]]
+        return jnp.moveaxis(p_BCPK, 2, 0)
 
     def _padded(self, x_BCT):
         """The newest `context_len` steps of x, after zeros where there are fewer."""
@@ -1508,9 +1481,8 @@ class TTM(Model):
         x = context.astype(jnp.float32)
         keep = self.context_len
         short = max(keep - x.shape[-1], 0)
-        x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)[
-            ..., x.shape[-1] + short - keep :
-        ]
+        x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)
+        x = x[..., x.shape[-1] - keep :]
         seen = ~jnp.isnan(x)
         return jnp.where(seen, x, self.filling(x, seen)), seen.astype(jnp.float32)
 
@@ -1518,9 +1490,8 @@ class TTM(Model):
         """The value in place of missing ones [B, C, 1]: 0, or the mean of the observed values."""
         if self.config.fill == "zero":
             return jnp.zeros_like(x[..., :1])
-        return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(
-            seen.sum(-1, keepdims=True), 1
-        )
+        count = jnp.maximum(seen.sum(-1, keepdims=True), 1)
+        return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / count
 
     def predict(
         self,
