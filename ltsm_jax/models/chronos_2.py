@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.attend import attend
-from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.context import check_context, with_covariates
 from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
@@ -38,6 +38,7 @@ from ltsm_jax.layers.missing import mean_over_rows, mse_observed, scale_of_obser
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.quantiles import at_levels, median_of
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -380,8 +381,14 @@ class Chronos2(Model):
             "Chronos-2 fit() (amazon-science/chronos-forecasting): AdamW, 1000 steps of 256 "
             "series, linear decay"
         )
-        return Recipe(
-            1e-6, 32, 1, "cosine", min(self.context_len, 2048), min(self.horizon, 96), "own", source
+        return self._recipe(
+            lr=1e-6,
+            batch_size=32,
+            epochs=1,
+            schedule="cosine",
+            context_len=min(self.context_len, 2048),
+            horizon=min(self.horizon, 96),
+            source=source,
         )
 
     # --- the network between its scalings
@@ -510,7 +517,7 @@ class Chronos2(Model):
         Covariates of the batch are further members of each row's group. They have no loss of their
         own, and count as rows without any error in the mean, as when the original tunes with them.
         """
-        x, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        x, future = self._group(batch["context"], batch.get("past"), batch.get("known"))
         target = batch["target"]
         no_target = ((0, 0), (0, x.shape[1] - target.shape[1]), (0, 0))
         target = jnp.pad(target, no_target, constant_values=jnp.nan)
@@ -525,39 +532,34 @@ class Chronos2(Model):
             raise ValueError(
                 f"one forward pass reaches {self.horizon} steps, the target has {steps}"
             )
-        x, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        x, future = self._group(batch["context"], batch.get("past"), batch.get("known"))
         y_GMRQ, _ = self.apply(params, x, n_patches, future=future, key=key, train=train)
         y_GMRQ = y_GMRQ[:, : batch["target"].shape[1]]
-        point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., :steps, 0]
+        point = median_of(y_GMRQ[..., :steps, :], self.config.levels)
         return mse_observed(point, batch["target"], batch)
 
     # --- forecasts
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """All variates of a row see each other. Point: the median. See `rows` for covariates."""
-        check_context(context, horizon)
-        y_GMRQ = self.rows(params, jnp.asarray(context, jnp.float32), horizon)
-        point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., 0]
-        return Forecast(point, y_GMRQ, levels=self.config.levels)
-
     def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key=None,
+        self, params: Tree, context, horizon: int, *, past=None, known=None, key=None
     ) -> Forecast:
-        """The covariates are further members of each row's group, behind the targets, as in the
-        original.
+        """All variates of a row see each other. Point: the median. See `rows` for covariates: they
+        are further members of each row's group, behind the targets, as in the original.
         """
         check_context(context, horizon)
-        x, future = _with_covariates(jnp.asarray(context, jnp.float32), past, known)
+        x, future = self._group(context, past, known)
         y_GMRQ = self.rows(params, x, horizon, future=future)[:, : context.shape[1]]
-        point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., 0]
+        point = median_of(y_GMRQ, self.config.levels)
         return Forecast(point, y_GMRQ, levels=self.config.levels)
+
+    def _group(self, context, past=None, known=None) -> tuple[jax.Array, jax.Array | None]:
+        """The members of a group [G, M, T], and what is known of their future [G, M, R] or None."""
+        x, ahead = with_covariates(context, past, known)
+        if ahead is not None:
+            # Nothing is known ahead of the members in front.
+            unknown = ((0, 0), (x.shape[1] - ahead.shape[1], 0), (0, 0))
+            ahead = jnp.pad(ahead, unknown, constant_values=jnp.nan)
+        return x, ahead
 
     def rows(
         self,
@@ -615,7 +617,7 @@ class Chronos2(Model):
             found.append(y_GMRQ)
             done += step
             if done < horizon:
-                new_GMRA = interpolate_quantiles(y_GMRQ, cfg.levels, paths)
+                new_GMRA = at_levels(y_GMRQ, cfg.levels, paths)
                 if (
                     future is not None
                 ):  # a covariate goes on as it is known to, not as it was forecast
@@ -635,42 +637,6 @@ class Chronos2(Model):
         a future patch.
         """
         return self.apply(params, context, 1)[1]["norm"]
-
-
-def _with_covariates(
-    context: jax.Array, past: jax.Array | None, known: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Put covariates behind the targets of a group: its members [G, M, T], and what is known ahead
-    [G, M, R] or None.
-
-    context: [G, C, T]. past: [G, K, T]. known: [G, K', T + R].
-    """
-    members, future = [context], None
-    if past is not None:
-        members.append(jnp.asarray(past, jnp.float32))
-    if known is not None:
-        t = context.shape[-1]
-        known = jnp.asarray(known, jnp.float32)
-        # Nothing is known ahead of the members in front.
-        unknown = sum(x.shape[1] for x in members)
-        future = jnp.pad(known[..., t:], ((0, 0), (unknown, 0), (0, 0)), constant_values=jnp.nan)
-        members.append(known[..., :t])
-    return (jnp.concatenate(members, axis=1) if len(members) > 1 else context), future
-
-
-def interpolate_quantiles(
-    y: jax.Array, levels: Sequence[float], wanted: Sequence[float]
-) -> jax.Array:
-    """Values [..., W] at the levels `wanted` of quantiles y [..., Q] at rising `levels`: linear
-    between neighbours, the end values beyond the ends.
-    """
-    have, want = np.asarray(levels, np.float64), np.asarray(wanted, np.float64)
-    low = np.clip(np.searchsorted(have, want, side="right") - 1, 0, max(len(have) - 2, 0))
-    high = np.minimum(low + 1, len(have) - 1)
-    span = np.where(high > low, have[high] - have[low], 1.0)
-    share = np.clip((want - have[low]) / span, 0.0, 1.0).astype(np.float32)
-    share = jnp.asarray(share).reshape((1,) * (y.ndim - 1) + (-1,))
-    return y[..., low] + (y[..., high] - y[..., low]) * share
 
 
 def masses(levels: Sequence[float]) -> np.ndarray:

@@ -30,6 +30,7 @@ from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.missing import mean_observed, mean_over_rows, scale_of_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.quantiles import median_of
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import T5_GROUPS, Stack
@@ -307,7 +308,7 @@ class ChronosBolt(Model):
 
     def recipe(self) -> Recipe:
         source = "AutoGluon's defaults, from memory: AdamW, 1000 steps of 32 windows"
-        return Recipe(1e-5, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
+        return self._recipe(lr=1e-5, batch_size=32, epochs=1, schedule="cosine", source=source)
 
     # --- the network between its scalings
 
@@ -411,11 +412,7 @@ class ChronosBolt(Model):
 
     def _point(self, y_BCHQ: jax.Array) -> jax.Array:
         """The median [B, C, H]: that of the levels, or between the two beside it."""
-        levels = self.config.levels
-        if 0.5 in levels:
-            return y_BCHQ[..., levels.index(0.5)]
-        weights = [np.interp(0.5, levels, row) for row in np.eye(len(levels))]
-        return y_BCHQ @ jnp.asarray(weights, y_BCHQ.dtype)
+        return median_of(y_BCHQ, self.config.levels)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Quantiles as they come from the model, not sorted; the point is the median. See the

@@ -473,7 +473,7 @@ class ChronosT5(Model):
             "scripts/training of chronos-forecasting: 1000 steps of AdamW from 1e-3, there with a "
             "linear decay"
         )
-        return Recipe(1e-3, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
+        return self._recipe(lr=1e-3, batch_size=32, epochs=1, schedule="cosine", source=source)
 
     # --- with the answer given
 

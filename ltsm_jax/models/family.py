@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.groups import Group, Stack
@@ -204,7 +204,17 @@ class Model(abc.ABC):
         self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
         """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for
-        it. NaN as in `loss`.
+        it, rolled out where the target is long. NaN as in `loss`.
+        """
+        steps = batch["target"].shape[-1]
+        point_BCH = self._forecast(params, batch["context"], steps, key, train)
+        return mse_observed(point_BCH, batch["target"], batch)
+
+    def _forecast(
+        self, params: Tree, context: jax.Array, horizon: int, key=None, train: bool = False
+    ) -> jax.Array:
+        """The point forecast [B, C, H] of `predict`, with dropout in training; for families with
+        the common `point_loss`.
         """
         raise ValueError(f"{self.family} has no point loss")
 
@@ -220,7 +230,6 @@ class Model(abc.ABC):
         point = self.predict(params, batch["context"], target.shape[-1], key).point
         return mean_observed(jnp.abs(point - jnp.where(observed, target, 0.0)), observed, batch)
 
-    @abc.abstractmethod
     def predict(
         self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None
     ) -> Forecast:
@@ -228,8 +237,10 @@ class Model(abc.ABC):
         of the context.
 
         A row's forecast does not depend on the other rows of the batch. Models that sample draw
-        from `row_keys(key, context)`; without a key the draws are the same each time.
+        from `row_keys(key, context)`; without a key the draws are the same each time. Families with
+        covariates say in `predict_with` how they forecast without any.
         """
+        return self.predict_with(params, context, horizon, key=key)
 
     def predict_with(
         self,
@@ -339,6 +350,13 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def recipe(self) -> Recipe:
         """Fine-tuning defaults."""
+
+    def _recipe(self, *, source: str, **numbers: Any) -> Recipe:
+        """A recipe by its numbers: on the family's own loss, at the model's own context and
+        horizon, where they are not told.
+        """
+        usual = {"context_len": self.context_len, "horizon": self.horizon, "loss": "own"}
+        return Recipe(source=source, **(usual | numbers))
 
     def check_task(self, task: Task) -> None:
         """Raises: ValueError when the family has no such task."""

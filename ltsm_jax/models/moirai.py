@@ -365,16 +365,12 @@ class Moirai(Model):
             "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and "
             "context ours"
         )
-        context = self.context_len
-        return Recipe(
-            5e-7,
-            64,
-            10,
-            "constant",
-            context,
-            self.horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=5e-7,
+            batch_size=64,
+            epochs=10,
+            schedule="constant",
+            source=source,
             weight_decay=0.1,
             clip=1.0,
         )

@@ -34,6 +34,7 @@ from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, Series, Tokens, observed_series
+from ltsm_jax.layers.quantiles import median_of
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -297,9 +298,14 @@ class Moirai2(Model):
             "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip "
             "1.0)"
         )
-        context, horizon = self.context_len, self.horizon
-        return Recipe(
-            5e-7, 64, 10, "constant", context, horizon, "own", source, weight_decay=0.1, clip=1.0
+        return self._recipe(
+            lr=5e-7,
+            batch_size=64,
+            epochs=10,
+            schedule="constant",
+            source=source,
+            weight_decay=0.1,
+            clip=1.0,
         )
 
     # --- the network, and what is made of its quantiles
@@ -440,14 +446,6 @@ class Moirai2(Model):
         )  # the future of a variate behind its past
         return self.packed_loss(params, tokens, key, train, rows.get("weight"))
 
-    def _point(self, y_BCHQ: jax.Array) -> jax.Array:
-        """The median; between the levels beside it where it is none of them."""
-        levels = np.asarray(self.config.levels)
-        right = int(np.searchsorted(levels, 0.5 - 1e-9).clip(0, len(levels) - 1))
-        left = right if levels[right] <= 0.5 + 1e-9 else max(right - 1, 0)
-        share = 0.0 if left == right else (0.5 - levels[left]) / (levels[right] - levels[left])
-        return y_BCHQ[..., left] * (1 - share) + y_BCHQ[..., right] * share
-
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the median, over the observed targets. It reaches as far as one forward pass:
         `horizon`.
@@ -465,7 +463,7 @@ class Moirai2(Model):
         tokens = packed.pack(past, h, p, p)
         y = self.first(params, tokens, np.arange(c) * before + before - 1, key, train)[:, :, :h]
         return packed.masked_mse(
-            self._point(y), *observed_series(rows["target"]), rows.get("weight")
+            median_of(y, self.config.levels), *observed_series(rows["target"]), rows.get("weight")
         )
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
@@ -476,4 +474,4 @@ class Moirai2(Model):
         ]
         y = self.quantiles(params, self.prepare(x), horizon)
         y = y.reshape(*context.shape[:2], horizon, -1)
-        return Forecast(self._point(y), y, None, self.config.levels)
+        return Forecast(median_of(y, self.config.levels), y, None, self.config.levels)

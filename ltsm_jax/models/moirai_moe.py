@@ -407,16 +407,12 @@ class MoiraiMoe(Model):
         source = (
             "none in uni2ts for MoE: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip 1.0)"
         )
-        context = self.context_len
-        return Recipe(
-            5e-7,
-            64,
-            10,
-            "constant",
-            context,
-            self.horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=5e-7,
+            batch_size=64,
+            epochs=10,
+            schedule="constant",
+            source=source,
             weight_decay=0.1,
             clip=1.0,
         )

@@ -42,7 +42,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import mean_over_rows, mse_observed
+from ltsm_jax.layers.missing import mean_over_rows
 from ltsm_jax.layers.network import run
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -462,15 +462,13 @@ class Moment(Model):
             "8 windows of 7 variates a batch (here about as many of one), the body frozen"
         )
         horizon = self.config.horizon or min(96, self.horizon)
-        return Recipe(
-            1e-4,
-            64,
-            3,
-            "cosine",
-            self.context_len,
-            horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=1e-4,
+            batch_size=64,
+            epochs=3,
+            schedule="cosine",
+            horizon=horizon,
+            source=source,
             clip=5.0,
             trainable=r"^head/",
         )
@@ -673,11 +671,6 @@ class Moment(Model):
         weight = batch.get("weight", jnp.ones(x_BCT.shape[0])).reshape(-1, 1, 1)
         error = jnp.square(y_BCT - jnp.nan_to_num(x_BCT)) * scored
         return (error * weight).sum() / ((scored * weight).sum() + 1e-7)
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast that `predict` makes."""
-        y_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mse_observed(y_BCH, batch["target"], batch)
 
     # --- the other tasks
 

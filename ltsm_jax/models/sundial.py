@@ -39,6 +39,7 @@ from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
 from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.patches import following
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -355,7 +356,7 @@ class Sundial(Model):
             "no fine-tuning code is published; rate, schedule and length of the same authors' "
             "Timer-XL script"
         )
-        return Recipe(5e-6, 256, 10, "cosine", self.context_len, self.horizon, "own", source)
+        return self._recipe(lr=5e-6, batch_size=256, epochs=10, schedule="cosine", source=source)
 
     # --- the networks
 
@@ -455,9 +456,7 @@ class Sundial(Model):
         p, q = self.config.patch_len, self.config.horizon
         z_BCND, _ = self.apply(params, x_BCT, key, train)
         (b, c, n, d), draws = z_BCND.shape, noise_MRQ.shape[0]
-        pad = max((n - 1) * p + q - labels_BCT.shape[-1], 0)
-        labels_BCT = jnp.pad(labels_BCT, ((0, 0), (0, 0), (0, pad)), constant_values=jnp.nan)
-        want_BCNQ = labels_BCT[..., p * jnp.arange(n)[:, None] + jnp.arange(q)[None]]
+        want_BCNQ = following(labels_BCT, n, p, q)
         count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
         token_BCN = count_BCNQ.max(-1)  # a token without any label is no token
         count_BCNQ = count_BCNQ if points_BCNQ is None else count_BCNQ * points_BCNQ

@@ -39,7 +39,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
@@ -431,15 +431,12 @@ class TimeMoe(Model):
             "Time-MoE main.py (commit d3524fd); the lower rate of Prune-then-Finetune's grid is "
             "1e-5"
         )
-        return Recipe(
-            1e-4,
-            64,
-            1,
-            "cosine",
-            self.context_len,
-            self.horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=1e-4,
+            batch_size=64,
+            epochs=1,
+            schedule="cosine",
+            source=source,
             weight_decay=0.1,
             clip=1.0,
         )
@@ -567,11 +564,6 @@ class TimeMoe(Model):
         if "weight" in batch:
             seen_BCT = seen_BCT * batch["weight"].reshape(-1, 1, 1)
         return loss + cfg.aux_factor * self.aux_loss(taps, seen_BCT.reshape(-1))
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast, rolled out where the target is longer than a head reaches."""
-        point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 

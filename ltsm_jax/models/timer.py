@@ -26,6 +26,7 @@ from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.patches import newest_patches
 from ltsm_jax.layers.positions import sinusoids
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
 from ltsm_jax.models.groups import Group
@@ -281,12 +282,16 @@ class Timer(Model):
             # is small so that a run from scratch gets a thousand steps in five epochs
             tiny = self.config == PRESETS["timer-tiny"]
             source = "validation on ETTh1" if tiny else "that of timer-tiny, not measured"
-            return Recipe(1e-4, 256, 5, "halving", self.context_len, self.horizon, "own", source)
+            return self._recipe(
+                lr=1e-4, batch_size=256, epochs=5, schedule="halving", source=source
+            )
         source = (
             "thuml/Large-Time-Series-Model scripts; schedule of Meteor-Stars/SFF (commit 2dfb50b)"
         )
         lr, batch_size = (3e-5, 2048) if self.config.task == "forecasting" else (1e-4, 128)
-        return Recipe(lr, batch_size, 10, "halving", self.context_len, self.horizon, "own", source)
+        return self._recipe(
+            lr=lr, batch_size=batch_size, epochs=10, schedule="halving", source=source
+        )
 
     # --- the network around its instance scaling
 
@@ -390,10 +395,7 @@ class Timer(Model):
         check_context(context, horizon)
         p = self.config.patch_len
         x_BCT = fill_missing(jnp.asarray(context, jnp.float32))
-        keep = max(min(x_BCT.shape[-1], self.context_len) // p * p, p)
-        x_BCT = jnp.pad(x_BCT, ((0, 0), (0, 0), (max(keep - x_BCT.shape[-1], 0), 0)), mode="edge")[
-            ..., -keep:
-        ]
+        x_BCT = newest_patches(x_BCT, p, self.context_len)
         steps = math.ceil(horizon / p)
         if steps == 1:
             return Forecast(self.apply(params, x_BCT)[0][..., -p:][..., :horizon])

@@ -34,9 +34,10 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import HIDDEN_ACTS, GatedMLP
 from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.patches import following
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -270,8 +271,13 @@ class TimerHf(Model):
             "thuml/OpenLTM adaptation script of the same checkpoint's network; inside "
             "Prune-then-Finetune's grid"
         )
-        return Recipe(
-            5e-6, 2048, 10, "cosine", self.context_len // p * p, self.horizon, "own", source
+        return self._recipe(
+            lr=5e-6,
+            batch_size=2048,
+            epochs=10,
+            schedule="cosine",
+            context_len=self.context_len // p * p,
+            source=source,
         )
 
     # --- the network
@@ -333,22 +339,13 @@ class TimerHf(Model):
         losses = []
         for y_BCNQ in heads:
             n, q = y_BCNQ.shape[2:]
-            need = (n - 1) * self.config.patch_len + q
-            missing = max(need - labels_BCT.shape[-1], 0)
-            long_BCT = jnp.pad(labels_BCT, ((0, 0), (0, 0), (0, missing)), constant_values=jnp.nan)
-            places_NQ = self.config.patch_len * jnp.arange(n)[:, None] + jnp.arange(q)[None]
-            want_BCNQ = long_BCT[..., places_NQ]
+            want_BCNQ = following(labels_BCT, n, self.config.patch_len, q)
             count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
             if weight_BCN is not None:
                 count_BCNQ = count_BCNQ * weight_BCN[..., None]
             error_BCNQ = jnp.square(y_BCNQ - jnp.nan_to_num(want_BCNQ))
             losses.append(mean_observed(error_BCNQ, count_BCNQ, batch or {}))
         return sum(losses[1:], losses[0]) / len(losses)
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast, rolled out where the target is longer than a head reaches."""
-        point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 

@@ -29,9 +29,10 @@ from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_proble
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.missing import fill_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.patches import following, newest_patches
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -304,7 +305,7 @@ class TimerXL(Model):
         source = (
             "thuml/OpenLTM adaptation script of timer_xl (commit 0b30050): 5e-6, cosine, ten epochs"
         )
-        return Recipe(5e-6, 2048, 10, "cosine", self.context_len, self.horizon, "own", source)
+        return self._recipe(lr=5e-6, batch_size=2048, epochs=10, schedule="cosine", source=source)
 
     # --- the network around its instance scaling
 
@@ -350,16 +351,10 @@ class TimerXL(Model):
             )
         context = context[..., context.shape[-1] % p :]
         series_BCT = jnp.concatenate([context[..., p:], batch["target"]], axis=-1)
-        n, q = context.shape[-1] // p, self.config.horizon
-        pad = max((n - 1) * p + q - series_BCT.shape[-1], 0)
-        series_BCT = jnp.pad(series_BCT, ((0, 0), (0, 0), (0, pad)), constant_values=jnp.nan)
-        places_T = (p * jnp.arange(n)[:, None] + jnp.arange(q)[None]).reshape(-1)
-        return self.token_loss(
-            params,
-            dict(batch) | {"context": context, "target": series_BCT[..., places_T]},
-            key,
-            train,
-        )
+        want_BCNQ = following(series_BCT, context.shape[-1] // p, p, self.config.horizon)
+        want_BCT = want_BCNQ.reshape(*context.shape[:2], -1)
+        told = dict(batch) | {"context": context, "target": want_BCT}
+        return self.token_loss(params, told, key, train)
 
     def token_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE over all tokens against a `target` [B, C, N*Q]: the points that each token is to
@@ -371,11 +366,6 @@ class TimerXL(Model):
         if self.config.covariate:
             y_BCT, target = y_BCT[:, -1:], target[:, -1:]
         return mean_observed(jnp.square(y_BCT - jnp.nan_to_num(target)), ~jnp.isnan(target), batch)
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast, rolled out where the target is longer than one step."""
-        point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 
@@ -395,10 +385,7 @@ class TimerXL(Model):
     ) -> jax.Array:
         p, q = self.config.patch_len, self.config.horizon
         x_BCT = fill_missing(jnp.asarray(context_BCT, jnp.float32))
-        keep = max(min(x_BCT.shape[-1], self.context_len) // p * p, p)
-        x_BCT = jnp.pad(x_BCT, ((0, 0), (0, 0), (max(keep - x_BCT.shape[-1], 0), 0)), mode="edge")[
-            ..., -keep:
-        ]
+        x_BCT = newest_patches(x_BCT, p, self.context_len)
         steps = math.ceil(horizon / q)
 
         def step(window_BCT, _):

@@ -36,6 +36,7 @@ from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
+from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -401,16 +402,8 @@ class TimesFM1(Model):
 
     def recipe(self) -> Recipe:
         source = "google-research/timesfm v1/src/finetuning/finetuning_torch.py: FinetuningConfig"
-        return Recipe(
-            1e-4,
-            32,
-            20,
-            "constant",
-            self.context_len,
-            self.horizon,
-            "own",
-            source,
-            weight_decay=0.01,
+        return self._recipe(
+            lr=1e-4, batch_size=32, epochs=20, schedule="constant", source=source, weight_decay=0.01
         )
 
     def for_series(
@@ -655,9 +648,8 @@ class TimesFM1(Model):
         y_BCHQ, target_BCH, observed_BCH = self._last(params, batch)
         error_BCH = jnp.square(y_BCHQ[..., 0] - target_BCH)
         if self.config.quantile_loss:
-            q_Q = jnp.asarray(self.config.quantiles)[None, None, None]
-            off_BCHQ = target_BCH[..., None] - y_BCHQ[..., 1:]
-            error_BCH = error_BCH + 2 * jnp.maximum(q_Q * off_BCHQ, (q_Q - 1) * off_BCHQ).sum(-1)
+            loss_BCHQ = pinball(target_BCH, y_BCHQ[..., 1:], self.config.quantiles)
+            error_BCH = error_BCH + 2 * loss_BCHQ.sum(-1)
         return mean_observed(error_BCH, observed_BCH, batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:

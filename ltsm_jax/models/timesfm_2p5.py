@@ -33,6 +33,7 @@ from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
@@ -431,19 +432,15 @@ class TimesFM2p5(Model):
 
     def recipe(self) -> Recipe:
         source = "google-research/timesfm timesfm-forecasting/examples/finetuning/finetune_lora.py"
-        lora = Lora(4, 8.0)
-        return Recipe(
-            1e-4,
-            32,
-            10,
-            "cosine",
-            self.context_len,
-            self.horizon,
-            "own",
-            source,
-            0.01,
-            1.0,
-            lora=lora,
+        return self._recipe(
+            lr=1e-4,
+            batch_size=32,
+            epochs=10,
+            schedule="cosine",
+            source=source,
+            weight_decay=0.01,
+            clip=1.0,
+            lora=Lora(4, 8.0),
         )
 
     # --- the network, and around its running scale, in rows [B, T]
@@ -667,21 +664,18 @@ class TimesFM2p5(Model):
         the quantiles that are left, in order, for the quantiles.
         """
         y_BCHQ, target_BCH, observed_BCH = self._for_training(params, batch)
-        k, q_Q = self.config.point_column, jnp.asarray(self.config.quantiles)[None, None, None]
+        k = self.config.point_column
         mean_B1, std_B1 = (
             y.reshape(*target_BCH.shape[:2], 1)
             for y in series_scale(*self._newest(batch["context"]))
         )
         target_BCH = (target_BCH - mean_B1) / std_B1
         y_BCHQ = (y_BCHQ - mean_B1[..., None]) / std_B1[..., None]
-        columns = (
-            y_BCHQ[..., 1:]
-            if aligned
-            else jnp.concatenate([y_BCHQ[..., :k], y_BCHQ[..., k + 1 :]], axis=-1)
-        )
-        off_BCHQ = target_BCH[..., None] - columns
+        columns = y_BCHQ[..., 1:]
+        if not aligned:
+            columns = jnp.concatenate([y_BCHQ[..., :k], y_BCHQ[..., k + 1 :]], axis=-1)
         error_BCH = jnp.square(y_BCHQ[..., k] - target_BCH)
-        error_BCH = error_BCH + jnp.maximum(q_Q * off_BCHQ, (q_Q - 1) * off_BCHQ).mean(-1)
+        error_BCH = error_BCH + pinball(target_BCH, columns, self.config.quantiles).mean(-1)
         return mean_observed(error_BCH, observed_BCH, batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:

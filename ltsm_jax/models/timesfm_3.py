@@ -39,6 +39,7 @@ from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -495,10 +496,8 @@ def with_ends(x: jax.Array) -> jax.Array:
 def errors(y: jax.Array, target: jax.Array, quantiles: tuple[float, ...]) -> jax.Array:
     """Squared error of the median plus the mean pinball loss of all quantiles y [..., Q], of each
     entry of target [...]."""
-    levels = jnp.asarray(quantiles).reshape((1,) * target.ndim + (-1,))
-    off = target[..., None] - y
-    pinball = jnp.maximum(levels * off, (levels - 1) * off).mean(-1)
-    return jnp.square(off[..., len(quantiles) // 2]) + pinball
+    square = jnp.square(target - y[..., len(quantiles) // 2])
+    return square + pinball(target, y, quantiles).mean(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -586,14 +585,11 @@ class TimesFM3(Model):
             "none is published for 3.0; that of 2.5: google-research/timesfm "
             "timesfm-forecasting/examples/finetuning/finetune_lora.py"
         )
-        return Recipe(
+        return self._recipe(
             lr=1e-4,
             batch_size=32,
             epochs=10,
             schedule="cosine",
-            context_len=self.context_len,
-            horizon=self.horizon,
-            loss="own",
             source=source,
             weight_decay=0.01,
             clip=1.0,
@@ -930,26 +926,15 @@ class TimesFM3(Model):
             return horizon
         return -(-horizon // cfg.output_len) * cfg.output_len
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+    def predict_with(
+        self, params: Tree, context, horizon: int, *, past=None, known=None, key=None
+    ) -> Forecast:
         """All variates of a row see each other, up to `max_variates`. Point: the median.
 
         The newest `max_context` steps are read. What is missing lies on the line between its
         neighbours, as in the original; beyond the first and the last value of a variate they are
-        repeated.
+        repeated. Covariates are further variates of each row, filled as the targets are.
         """
-        return self.predict_with(params, context, horizon)
-
-    def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key=None,
-    ) -> Forecast:
-        """The covariates are further variates of each row, missing values filled as in targets."""
         check_context(context, horizon)
         given = [None if x is None else jnp.asarray(x, jnp.float32) for x in (past, known)]
         context = jnp.asarray(context, jnp.float32)

@@ -44,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers.attend import attend
-from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.context import check_context, with_covariates
 from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
@@ -53,6 +53,7 @@ from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.quantiles import median_of, pinball
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -906,20 +907,6 @@ def calibrated(y_GCRQ: jax.Array, summed_GC: jax.Array, level_GC: jax.Array) -> 
     return jnp.where(summed_GC[..., None, None], summed, plain)
 
 
-def at_levels(y: jax.Array, levels: Sequence[float], wanted: Sequence[float]) -> jax.Array:
-    """Values [..., W] at the levels `wanted` of quantiles y [..., Q] at rising `levels`.
-
-    Linear between neighbours, the end values beyond the ends.
-    """
-    have = np.asarray(levels, np.float64)
-    want = np.clip(np.asarray(wanted, np.float64), have[0], have[-1])
-    low = np.clip(np.searchsorted(have, want, side="right") - 1, 0, max(len(have) - 2, 0))
-    high = np.minimum(low + 1, len(have) - 1)
-    share = (want - have[low]) / np.where(high > low, have[high] - have[low], 1.0)
-    share = jnp.asarray(share, jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
-    return y[..., low] + (y[..., high] - y[..., low]) * share
-
-
 # --- the model
 
 
@@ -1055,7 +1042,16 @@ class TiRex2(Model):
             "Chronos-Bolt, which has the same loss and about the same size; gradients clipped at 1"
         )
         context, horizon = min(self.context_len, 2048), min(self.horizon, 96)
-        return Recipe(1e-5, 32, 1, "cosine", context, horizon, "own", source, clip=1.0)
+        return self._recipe(
+            lr=1e-5,
+            batch_size=32,
+            epochs=1,
+            schedule="cosine",
+            context_len=context,
+            horizon=horizon,
+            source=source,
+            clip=1.0,
+        )
 
     # --- the network around its scaling
 
@@ -1191,7 +1187,7 @@ class TiRex2(Model):
         target = jnp.asarray(batch["target"])
         steps = target.shape[-1]
         self._check_reach(steps)
-        x_GMT, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        x_GMT, future = with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         _, taps = self._future(
             params, x_GMT, steps, targets=target.shape[1], future=future, key=key, train=train
         )
@@ -1210,20 +1206,18 @@ class TiRex2(Model):
         observed = ~jnp.isnan(target_GCR)
         loc, scale, binary = (taps[name][:, :c] for name in ("loc", "scale", "binary"))
         y_GCR = self.scaled(jnp.where(observed, target_GCR, loc), loc, scale, binary)
-        levels = jnp.asarray(self.config.levels, jnp.float32).reshape(1, 1, 1, -1)
-        e = y_GCR[..., None] - taps["scaled"]
-        return jnp.maximum(levels * e, (levels - 1) * e).mean(axis=-1), observed
+        return pinball(y_GCR, taps["scaled"], self.config.levels).mean(axis=-1), observed
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the median that `predict` gives; as far as one forward pass reaches."""
         target = jnp.asarray(batch["target"])
         steps = target.shape[-1]
         self._check_reach(steps)
-        x_GMT, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        x_GMT, future = with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         y_GCRQ = self._window(
             params, x_GMT, steps, targets=target.shape[1], future=future, key=key, train=train
         )
-        return mse_observed(self._median(y_GCRQ), target, batch)
+        return mse_observed(median_of(y_GCRQ, self.config.levels), target, batch)
 
     def _check_reach(self, steps: int) -> None:
         if steps > self.horizon:
@@ -1233,30 +1227,16 @@ class TiRex2(Model):
 
     # --- forecasts
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """All variates of a row see each other. Point: the median."""
-        check_context(context, horizon)
-        y_GCRQ = self.rows(params, jnp.asarray(context, jnp.float32), horizon)
-        return Forecast(self._median(y_GCRQ), y_GCRQ, levels=self.config.levels)
-
     def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key=None,
+        self, params: Tree, context, horizon: int, *, past=None, known=None, key=None
     ) -> Forecast:
-        """The covariates are further members of each row's group, which the targets see."""
+        """All variates of a row see each other; covariates are further members of each row's group,
+        which the targets see. Point: the median.
+        """
         check_context(context, horizon)
-        x_GMT, future = _with_covariates(jnp.asarray(context, jnp.float32), past, known)
+        x_GMT, future = with_covariates(context, past, known)
         y_GCRQ = self.rows(params, x_GMT, horizon, targets=context.shape[1], future=future)
-        return Forecast(self._median(y_GCRQ), y_GCRQ, levels=self.config.levels)
-
-    def _median(self, y: jax.Array) -> jax.Array:
-        return at_levels(y, self.config.levels, (0.5,))[..., 0]
+        return Forecast(median_of(y_GCRQ, self.config.levels), y_GCRQ, levels=self.config.levels)
 
     def rows(
         self,
@@ -1293,7 +1273,11 @@ class TiRex2(Model):
 
         def step(x_GMT, known_GAF):
             y_GCFQ = self._window(params, x_GMT, f, targets=targets, future=known_GAF)
-            new = jnp.full((*x_GMT.shape[:2], f), jnp.nan).at[:, :targets].set(self._median(y_GCFQ))
+            new = (
+                jnp.full((*x_GMT.shape[:2], f), jnp.nan)
+                .at[:, :targets]
+                .set(median_of(y_GCFQ, self.config.levels))
+            )
             if known_GAF is not None:
                 new = new.at[:, x_GMT.shape[1] - known_GAF.shape[1] :].set(known_GAF)
             return jnp.concatenate([x_GMT, new], axis=-1)[..., f:], y_GCFQ
@@ -1364,21 +1348,3 @@ def _slstm_bias(key: jax.Array, shape: tuple[int, ...], place: float) -> jax.Arr
 
 def _mlstm_forget_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(np.linspace(3, 6, shape[0], dtype=np.float32).reshape(shape))
-
-
-def _with_covariates(
-    context: jax.Array, past: jax.Array | None, known: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Put covariates behind the targets of a group: its members [G, M, T], and what is known ahead.
-
-    context: [G, C, T]. past: [G, K, T]. known: [G, A, T + R].
-    """
-    members, future = [jnp.asarray(context, jnp.float32)], None
-    t = members[0].shape[-1]
-    if past is not None:
-        members.append(jnp.asarray(past, jnp.float32))
-    if known is not None and known.shape[1]:
-        known = jnp.asarray(known, jnp.float32)
-        members.append(known[..., :t])
-        future = known[..., t:]
-    return jnp.concatenate(members, axis=1), future

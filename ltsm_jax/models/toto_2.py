@@ -61,6 +61,7 @@ from ltsm_jax.layers.missing import (
     mse_observed,
 )
 from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
@@ -754,7 +755,16 @@ class Toto2(Model):
         )
         rate = 0.1 * 0.012 / math.sqrt(self.config.d_model)
         context, horizon = min(self.context_len, 2048), min(self.horizon, 96)
-        return Recipe(rate, 32, 1, "cosine", context, horizon, "own", source, clip=7.0)
+        return self._recipe(
+            lr=rate,
+            batch_size=32,
+            epochs=1,
+            schedule="cosine",
+            context_len=context,
+            horizon=horizon,
+            source=source,
+            clip=7.0,
+        )
 
     # --- one pass over patches
 
@@ -865,7 +875,8 @@ class Toto2(Model):
         if counts_BV is not None:
             weight = weight * counts_BV[..., None, None]
         z = jnp.where(weight > 0, z, 0.0)
-        loss = mean_observed(_pinball(z, y[:, :, :-1]), weight, {} if batch is None else batch)
+        error = pinball(z, y[:, :, :-1], LEVELS).mean(-1)
+        loss = mean_observed(error, weight, {} if batch is None else batch)
         return loss, taps | {"quantiles": y, "target": z, "weight": weight}
 
     # --- forecasts
@@ -891,14 +902,13 @@ class Toto2(Model):
         whole patches.
 
         Args:
-          x_BVT: whole patches, finite where not observed. observed_BVT: booleans. Of the last patch
-            everything should be observed: the original counts it so.
+          x_BVT: whole patches, finite where not observed; the last one should be all observed, as
+            the original counts it. observed_BVT: booleans.
           ids_BV: the group of each variate; all of one by default.
           known_BET: further variates that are known up to the end of the horizon, [B, E, T + H],
             with known_observed_BET, and their groups.
           block_len: steps of one pass, whole patches; None is all. After each pass its medians are
-            part of the series, and the scale counts them. Keys and values of what came before are
-            kept as they were made.
+            part of the series; keys and values of what came before are kept as they were made.
           min_observed: see `causal_scale`.
           cap: how many deviations, of the end of the context, a quantile may lie outside the range
             of the context.
@@ -1087,24 +1097,12 @@ class Toto2(Model):
         )
         return y_BVHQ[:, :c]
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """All variates of a row see each other. Point: the median. See `prepare` for missing
-        values.
-        """
-        return self.predict_with(params, context, horizon)
-
     def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key=None,
+        self, params: Tree, context, horizon: int, *, past=None, known=None, key=None
     ) -> Forecast:
-        """The covariates are further variates of each row, behind the targets, as in the original.
+        """All variates of a row see each other. Point: the median. `prepare`: missing values.
 
+        Covariates are further variates of each row, behind the targets, as in the original.
         A patch is forecast by the token before it: what is known of the future helps from its next
         patch on.
         """
@@ -1244,13 +1242,6 @@ def _together(groups_BVS: jax.Array) -> jax.Array:
     """Which variates are of one group at each patch [B, S, V, V]."""
     groups_BSV = jnp.swapaxes(groups_BVS, 1, 2)
     return groups_BSV[..., :, None] == groups_BSV[..., None, :]
-
-
-def _pinball(z_BVSP: jax.Array, y_BVSPQ: jax.Array) -> jax.Array:
-    """Mean over the levels [B, V, S, P]."""
-    level_Q = jnp.asarray(LEVELS, jnp.float32).reshape(1, 1, 1, 1, -1)
-    error = z_BVSP[..., None] - y_BVSPQ
-    return jnp.maximum(level_Q * error, (level_Q - 1) * error).mean(-1)
 
 
 def _unscaled(y_BVNPQ: jax.Array, loc: jax.Array, scale: jax.Array) -> jax.Array:

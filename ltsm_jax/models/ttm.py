@@ -1261,9 +1261,14 @@ class TTM(Model):
         trainable = (
             r"^(decoder|head|fcm|quantiles)/" if self.config.decoder else r"^(head|fcm|quantiles)/"
         )
-        sizes = (self.context_len, self.horizon)
-        return Recipe(
-            1e-4, 64, 10, "one-cycle", *sizes, "own", source, weight_decay=0.01, trainable=trainable
+        return self._recipe(
+            lr=1e-4,
+            batch_size=64,
+            epochs=10,
+            schedule="one-cycle",
+            source=source,
+            weight_decay=0.01,
+            trainable=trainable,
         )
 
     def for_series(

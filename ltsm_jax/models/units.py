@@ -629,15 +629,12 @@ class Units(Model):
             "mims-harvard/UniTS scripts, prompt tuning: lr 1e-3 at an effective batch of 32, "
             "tokens alone"
         )
-        return Recipe(
-            1e-3,
-            32,
-            5,
-            "cosine",
-            self.context_len,
-            self.horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=1e-3,
+            batch_size=32,
+            epochs=5,
+            schedule="cosine",
+            source=source,
             trainable=r"_tokens/",
         )
 
