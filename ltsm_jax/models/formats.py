@@ -19,10 +19,10 @@ _ATTENTION: _Lists = {
     "qk_dims": ("attn", "qk"),
     "value_dims": ("attn", "value"),
     "rotary_pairs": ("attn", "pairs"),
-    "bias_columns": ("attn", "ids"),
 }
 _PLAIN: _Lists = _ATTENTION | {"ffn_dims": ("ffn",)}
-_T5: _Lists = _PLAIN | {
+_BIASED: _Lists = _PLAIN | {"bias_columns": ("attn", "ids")}
+_T5: _Lists = _BIASED | {
     "cross_heads": ("cross", "heads"),
     "cross_qk_dims": ("cross", "qk"),
     "cross_value_dims": ("cross", "value"),
@@ -42,7 +42,7 @@ _LISTS: dict[str, _Lists] = {
     "moirai": _PLAIN,
     "moirai_2": _PLAIN,
     "moirai_moe": _ATTENTION | _EXPERTS,
-    "moment": _PLAIN,
+    "moment": _BIASED,
     "sundial": _PLAIN,
     "time_moe": _ATTENTION
     | _EXPERTS

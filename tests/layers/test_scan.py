@@ -30,7 +30,7 @@ class Network(nn.Module):
         def apply(i, params, x):
             return Layer(WIDTHS[i], parent=None).apply({"params": params}, x)
 
-        return through_layers(apply, self.variables["params"], x, equal_runs(len(WIDTHS), WIDTHS))
+        return through_layers(apply, self.variables["params"], x, equal_runs(WIDTHS))
 
 
 class Layer(nn.Module):
@@ -52,14 +52,14 @@ def params():
 
 
 def test_runs_are_neighbours_of_equal_widths():
-    assert equal_runs(6, WIDTHS) == [range(3), range(3, 5), range(5, 6)]
-    assert equal_runs(6, WIDTHS, ("a", "b", "b", "b", "b", "b")) == [
+    assert equal_runs(WIDTHS) == [range(3), range(3, 5), range(5, 6)]
+    assert equal_runs(tuple(zip(WIDTHS, "abbbbb", strict=True))) == [
         range(1),
         range(1, 3),
         range(3, 5),
         range(5, 6),
     ]
-    assert equal_runs(3, ()) == [range(3)]
+    assert equal_runs((8, 8, 8)) == [range(3)]
 
 
 def test_the_loop_gives_the_numbers_of_its_layers(params):

@@ -111,7 +111,7 @@ def test_golden_intermediates(recorded):
         "loc": "loc",
         "scale": "scale",
     }
-    for i in range(len(model.config.ffn_dims)):
+    for i in range(len(model.config.layers)):
         ours |= {
             f"encoder.block.{i}": f"layer_{i}",
             f"encoder.block.{i}.layer.0": f"layer_{i}/time",

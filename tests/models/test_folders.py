@@ -20,10 +20,11 @@ import pytest
 
 import ltsm_jax
 from ltsm_jax import storage, trees
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import FAMILIES, folders
 from ltsm_jax.models.timer import Timer, TimerConfig
 
-MODEL = Timer(TimerConfig(8, 16, 8, (2, 2), (24, 24), context_len=32, horizon=8))
+MODEL = Timer(TimerConfig(8, 16, 8, equal_layers(2, 2, 8, 24), context_len=32, horizon=8))
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -62,9 +63,10 @@ def test_every_file_has_the_mode_of_any_new_file(tmp_path, params):
 import os, jax, numpy as np, ltsm_jax
 from converters.torch_files import write_safetensors
 from ltsm_jax.models import folders
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 os.umask(0o027)
-model = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8))
+model = Timer(TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8))
 values = {{"table": np.ones(3, np.float32)}}
 params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
 ltsm_jax.save({str(tmp_path / "m")!r}, model, params, buffers=values)
@@ -285,7 +287,7 @@ def test_an_array_that_no_file_holds_is_refused(tmp_path):
     """A table and a config that agree with each other, and say a thousand times of what
     there is.
     """
-    big = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8))
+    big = Timer(TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8))
     folder = ltsm_jax.save(tmp_path / "m", big, big.init(jax.random.key(0)))
     table = folder / folders.PARAMS / storage.DIGESTS
     record = storage.read_record(table)
@@ -552,6 +554,7 @@ KILLED = """
 import os, signal, sys, jax, numpy as np, ltsm_jax
 from ltsm_jax import storage
 from ltsm_jax.models import folders
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 place, after, exchange = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "exchange"
 if not exchange:
@@ -570,7 +573,7 @@ def killed(path, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     removed(path, *args, **kwargs)
 storage.shutil.rmtree = killed
-model = Timer(TimerConfig(8, 16, 8, (2, 2), (24, 24), context_len=32, horizon=8))
+model = Timer(TimerConfig(8, 16, 8, equal_layers(2, 2, 8, 24), context_len=32, horizon=8))
 params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
 ltsm_jax.save(place, model, params, overwrite=True)
 """
@@ -612,9 +615,10 @@ def test_scrap_of_a_process_that_runs_is_left_alone(tmp_path, folder, params):
 FULL = """
 import os, resource, signal, sys, jax, numpy as np, ltsm_jax
 from ltsm_jax.models import folders
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-model = Timer(TimerConfig(8, 64, 8, (2, 2), (512, 512), context_len=32, horizon=8))
+model = Timer(TimerConfig(8, 64, 8, equal_layers(2, 2, 8, 512), context_len=32, horizon=8))
 params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
 for size in sys.argv[2:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
