@@ -18,7 +18,6 @@ Departures from the original:
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,13 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.network import nested
 from ltsm_jax.models import ttm
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.family import Batch, Recipe
 from ltsm_jax.models.groups import Stack
-from ltsm_jax.models.ttm import TTM, QuantileConfig, TTMConfig
+from ltsm_jax.models.ttm import TTM, Forecasts, QuantileConfig, TTMConfig
 from ltsm_jax.trees import Tree
 
 PARTS = ("trend", "residual")
@@ -209,7 +207,7 @@ def _stacks_of(part: str) -> tuple[Stack, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class TTMR3(Model):
+class TTMR3(Forecasts):
     """A decomposed TTM at one size. See the module docstring; `Model` documents the methods."""
 
     config: TTMR3Config
@@ -284,8 +282,8 @@ class TTMR3(Model):
         return self.config.trend.context_len
 
     @property
-    def horizon(self) -> int:
-        return self.trend.horizon
+    def part(self) -> TTMConfig:
+        return self.config.trend
 
     @property
     def eval_batch(self) -> int:
@@ -456,17 +454,6 @@ class TTMR3(Model):
         found["trend"] += DIFFERENCE_WEIGHT * ttm.point_error(by, moves, wanted, batch)
         return found
 
-    def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
-        steps, most = batch["target"].shape[-1], self.horizon
-        if steps > most and self.config.trend.filter_len is None:
-            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
-        future = None
-        if self.config.trend.exogenous:
-            future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
-        x, observed = self.filled(batch["context"])
-        more = {name: batch[name] for name in ("freq_token", "categories") if name in batch}
-        return self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
-
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """The weighted sum of `errors`, in scaled units, over all observed values of the target."""
         _, taps = self._forecast_for(params, batch, key, train)
@@ -481,45 +468,8 @@ class TTMR3(Model):
             + cfg.residual_weight * errors["residual"]
         )
 
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast at the first steps of the target, of one forecast at most."""
-        y, _ = self._forecast_for(params, batch, key, train)
-        return self.trend.error(y, batch, "mse")
-
     def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The context without gaps, and which of its steps were observed (1 or 0)."""
+        """The whole context without gaps, however long; and which of its steps were observed."""
         x = context.astype(jnp.float32)
         seen = ~jnp.isnan(x)
         return jnp.where(seen, x, self.trend.filling(x, seen)), seen.astype(jnp.float32)
-
-    def predict(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        key=None,
-        *,
-        future=None,
-        categories=None,
-    ) -> Forecast:
-        """Roll out as `TTM.predict`; the whole context is scaled and smoothed, however long."""
-        check_context(context, horizon)
-        x_BCT, observed_BCT = self.filled(jnp.asarray(context, jnp.float32))
-        return self.roll_out(
-            params, x_BCT, observed_BCT, horizon, future_BCH=future, categories=categories
-        )
-
-    def roll_out(
-        self,
-        params: Tree,
-        x_BCT,
-        observed_BCT,
-        horizon: int,
-        *,
-        future_BCH=None,
-        freq_token=None,
-        categories=None,
-    ) -> Forecast:
-        """`predict` of a context without gaps, see `TTM.roll_out`."""
-        step = functools.partial(self.apply, params, freq_token=freq_token, categories=categories)
-        return ttm.rolled_out(self.config.trend, step, x_BCT, observed_BCT, horizon, future_BCH)
