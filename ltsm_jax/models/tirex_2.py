@@ -573,7 +573,9 @@ class MLSTM(nn.Module):
         capped = {}
         for name in ("i", "f"):
             capped[name] = GATE_CAP * jnp.tanh(_heads_first(found[name]) / GATE_CAP)
-        h_RHNV, inner = mlstm(rows["q"], rows["k"], rows["v"], capped["i"], capped["f"], CHUNK)
+        h_RHNV, inner = mlstm(
+            rows["q"], rows["k"], rows["v"], i_RHN=capped["i"], f_RHN=capped["f"], chunk=CHUNK
+        )
         taps |= inner | {"h": h_RHNV}
 
         y_GMNHV = jnp.moveaxis(h_RHNV, 1, 2).reshape(*x_GMND.shape[:3], h, cfg.value_dim)
@@ -701,7 +703,14 @@ class Layer(nn.Module):
             u = jnp.concatenate([u, jnp.flip(u[:, np.asarray(both)], axis=2)], axis=1)
         y = self._recurrence(u, taps)
         if both:
-            y = self._combined(y[:, :m], jnp.flip(y[:, m:], axis=2), both, known_GA, train, taps)
+            y = self._combined(
+                y[:, :m],
+                jnp.flip(y[:, m:], axis=2),
+                both,
+                known_GA=known_GA,
+                train=train,
+                taps=taps,
+            )
         x_GMND = x_GMND + y
 
         z = taps["norm2"] = RMSNorm(EPS, name="norm2")(x_GMND)
@@ -764,7 +773,7 @@ class TiRex2Net(nn.Module):
             2 * cfg.patch_len,
             cfg.embed_dim,
             cfg.d_model,
-            act,
+            activation=act,
             dropout=cfg.dropout,
             name="embed",
         )
@@ -783,7 +792,7 @@ class TiRex2Net(nn.Module):
             cfg.d_model,
             cfg.out_dim,
             outputs,
-            act,
+            activation=act,
             dropout=cfg.dropout,
             name="head",
         )
@@ -1095,7 +1104,7 @@ class TiRex2(Model):
         g, m, t = x_GMT.shape
         x_GMT = x_GMT.astype(jnp.float32)
         loc, scale, binary = location_scale(x_GMT, cfg.scale_eps, cfg.binary_aware)
-        z_GMT = self.scaled(x_GMT, loc, scale, binary)
+        z_GMT = self.scaled(x_GMT, loc, scale, binary=binary)
 
         front = ((0, 0), (0, 0), (-t % p, 0))
         z_GMT = jnp.pad(z_GMT, front, constant_values=jnp.nan)
@@ -1205,7 +1214,7 @@ class TiRex2(Model):
         c = target_GCR.shape[1]
         observed = ~jnp.isnan(target_GCR)
         loc, scale, binary = (taps[name][:, :c] for name in ("loc", "scale", "binary"))
-        y_GCR = self.scaled(jnp.where(observed, target_GCR, loc), loc, scale, binary)
+        y_GCR = self.scaled(jnp.where(observed, target_GCR, loc), loc, scale, binary=binary)
         return pinball(y_GCR, taps["scaled"], self.config.levels).mean(axis=-1), observed
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:

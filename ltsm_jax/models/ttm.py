@@ -421,7 +421,7 @@ class TTMConfig:
             rest.get("freq_vocab", 0),
             rest.get("registers", 0),
             rest.get("spectrum", 0),
-            rest.get("spectrum_joined", False),
+            spectrum_joined=rest.get("spectrum_joined", False),
         )
 
         def widths(mixed, n_channels, n_patches, width, count, n_levels):
@@ -471,7 +471,7 @@ class TTMConfig:
         own = self.window_patches
         patches = sum(scales(own)) if self.multi_scale else own
         return patches + tokens_in_front(
-            self.freq_vocab, self.registers, self.spectrum, self.spectrum_joined
+            self.freq_vocab, self.registers, self.spectrum, spectrum_joined=self.spectrum_joined
         )
 
     @property
@@ -718,9 +718,9 @@ class Layer(nn.Module):
             hidden = getattr(self.dims, kind)
             if hidden:
                 name = f"{kind}_mixer"
-                x_PBCD, inner = Mixer(self.cfg, axis, hidden, self.gated, self.dropout, name=name)(
-                    x_PBCD, train
-                )
+                x_PBCD, inner = Mixer(
+                    self.cfg, axis, hidden, gated=self.gated, dropout=self.dropout, name=name
+                )(x_PBCD, train)
                 taps |= nested(name, inner, x_PBCD)
         return x_PBCD, taps
 
@@ -746,7 +746,7 @@ class Mixers(nn.Module):
             x_PBCD = pieces.reshape(p * f, b, c, d // f)
             for i, dims in enumerate(self.layers[j * share : (j + 1) * share]):
                 name = f"block_{j}_layer_{i}" if self.levels else f"layer_{i}"
-                x_PBCD, inner = Layer(self.cfg, dims, self.gated, self.dropout, name=name)(
+                x_PBCD, inner = Layer(self.cfg, dims, self.gated, dropout=self.dropout, name=name)(
                     x_PBCD, train
                 )
                 taps |= nested(name, inner, x_PBCD)
@@ -786,7 +786,12 @@ class Decoder(nn.Module):
             taps["categories"] = e_PBVD
             x_PBCD = jnp.concatenate([x_PBCD, e_PBVD.astype(x_PBCD.dtype)], axis=2)
         mixers = Mixers(
-            cfg, cfg.decoder, cfg.decoder_levels, cfg.gated, cfg.head_dropout, name="mixers"
+            cfg,
+            cfg.decoder,
+            cfg.decoder_levels,
+            gated=cfg.gated,
+            dropout=cfg.head_dropout,
+            name="mixers",
         )
         x_PBCD, inner = mixers(x_PBCD, train)
         return x_PBCD[:, :, :n_channels], taps | inner
@@ -819,7 +824,9 @@ class ForecastMixer(nn.Module):
         if cfg.fcm_layers:
             step = 2 * (2 * s + 1)
             w_EBHS = taps["embed"] = Linear((2 * s + 1,), (step,), name="embed")(w_EBHS)
-            mixers = Mixers(cfg, cfg.fcm_layers, 0, cfg.fcm_gated, cfg.head_dropout, name="mixers")
+            mixers = Mixers(
+                cfg, cfg.fcm_layers, 0, gated=cfg.fcm_gated, dropout=cfg.head_dropout, name="mixers"
+            )
             w_EBHS, inner = mixers(w_EBHS, train)
             taps |= nested("mixers", inner, w_EBHS)
         f_1BHF = jnp.moveaxis(w_EBHS, 0, 2).reshape(1, b, h, -1)
@@ -939,7 +946,7 @@ class TTMNet(nn.Module):
         self, p_PBCK, past_BCL, future_BCH, freq_B, categories_BV, bins_BCS, train: bool = False
     ):
         cfg, taps = self.cfg, {"patches": p_PBCK}
-        x_PBCD = self._tokens(self._patches(p_PBCK, taps), freq_B, bins_BCS, taps)
+        x_PBCD = self._tokens(self._patches(p_PBCK, taps), freq_B, bins_BCS, taps=taps)
         _, b, c, d = x_PBCD.shape
         if cfg.position:
             table_ND = self.param("position", nn.initializers.zeros, (cfg.n_patches, d))
@@ -948,7 +955,9 @@ class TTMNet(nn.Module):
             norm = nn.LayerNorm(epsilon=cfg.norm_eps, use_fast_variance=False, name="base_norm")
             x_BCF = taps["base_norm"] = norm(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1))
             x_PBCD = jnp.moveaxis(x_BCF.reshape(b, c, -1, d), 2, 0)
-        mixers = Mixers(cfg, cfg.encoder, cfg.levels, cfg.gated, cfg.dropout, name="encoder")
+        mixers = Mixers(
+            cfg, cfg.encoder, cfg.levels, gated=cfg.gated, dropout=cfg.dropout, name="encoder"
+        )
         x_PBCD, inner = mixers(x_PBCD, train)
         taps |= nested("encoder", inner, x_PBCD)
         if cfg.decoder:
@@ -961,7 +970,7 @@ class TTMNet(nn.Module):
         all_BCH = taps["head"][..., : cfg.filter_len]
         y_BCH = _of_targets(cfg, all_BCH)
         if cfg.fcm:
-            y_BCH = self._mixed(y_BCH, past_BCL, future_BCH, train, taps)
+            y_BCH = self._mixed(y_BCH, past_BCL, future_BCH, train=train, taps=taps)
         taps["forecast"] = y_BCH
         q_BCHQ = None
         if cfg.quantiles is not None:
@@ -1096,7 +1105,7 @@ def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Ar
     """
     head = cfg.quantiles
     if head is None or q_BCHQ is None:
-        return point_error(cfg, y_BCH, target_BCH, batch)
+        return point_error(cfg, y_BCH, target_BCH, batch=batch)
     target = target_BCH[..., : y_BCH.shape[-1]]
     q_BCHQ = q_BCHQ[..., : target.shape[-1], :]
     seen = ~jnp.isnan(target)
@@ -1110,7 +1119,7 @@ def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Ar
     loss = mean_observed(error, seen, batch)
     if head.point_weight:
         absolute = dataclasses.replace(cfg, loss="mae")
-        loss = loss + head.point_weight * point_error(absolute, y_BCH, target_BCH, batch)
+        loss = loss + head.point_weight * point_error(absolute, y_BCH, target_BCH, batch=batch)
     return loss
 
 
@@ -1151,7 +1160,7 @@ class Forecasts(Model):
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast at the first steps of the target, of one forecast at most."""
-        y, _ = self._forecast_for(params, batch, key, train)
+        y, _ = self._forecast_for(params, batch, key, train=train)
         return TTM(self.part).error(y, batch, "mse")
 
     def predict(
@@ -1170,7 +1179,7 @@ class Forecasts(Model):
         check_context(context, horizon)
         x_BCL, observed_BCL = self.filled(jnp.asarray(context, jnp.float32))
         told = {"future_BCH": future, "categories": categories}
-        return self.roll_out(params, x_BCL, observed_BCL, horizon, **told)
+        return self.roll_out(params, x_BCL, observed_BCL, horizon=horizon, **told)
 
     def roll_out(
         self,
@@ -1490,7 +1499,7 @@ class TTM(Forecasts):
         if observed_BCT is not None:
             observed_BCL = self._padded(observed_BCT).astype(jnp.float32)
         loc_BC1, scale_BC1 = location_scale(
-            cfg.scaling, x_BCL, observed_BCL, cfg.batch_default_scale
+            cfg.scaling, x_BCL, observed_BCL, batch_default=cfg.batch_default_scale
         )
         z_BCL = (x_BCL - loc_BC1) / scale_BC1
         if future_BCH is not None:
@@ -1570,7 +1579,7 @@ class TTM(Forecasts):
         `batch`.
         """
         return point_error(
-            dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch
+            dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch=batch
         )
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
@@ -1580,8 +1589,10 @@ class TTM(Forecasts):
         MSE, MAE, pinball or Huber; of a model with quantiles what `own_error` says. The target
         holds all channels; a batch may also bring `freq_token` and `categories`.
         """
-        y, taps = self._forecast_for(params, batch, key, train)
-        return own_error(self.config, y, taps.get("quantiles"), self.targets(batch), batch)
+        y, taps = self._forecast_for(params, batch, key, train=train)
+        return own_error(
+            self.config, y, taps.get("quantiles"), target_BCH=self.targets(batch), batch=batch
+        )
 
     def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The newest `context_len` steps without gaps, and which of them were observed (1 or 0)."""

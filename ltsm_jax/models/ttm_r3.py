@@ -358,7 +358,7 @@ class TTMR3(Forecasts):
             jnp.ones_like(x_BCT) if observed_BCT is None else observed_BCT.astype(jnp.float32)
         )
         loc_BC1, scale_BC1 = ttm.location_scale(
-            cfg.scaling, x_BCT, observed, cfg.batch_default_scale
+            cfg.scaling, x_BCT, observed, batch_default=cfg.batch_default_scale
         )
         z_BCT = (x_BCT - loc_BC1) / scale_BC1
         few = max(LEAST_STEPS - z_BCT.shape[-1], 0)
@@ -443,20 +443,28 @@ class TTMR3(Forecasts):
         part = self.config.trend
         trend, residual, joint = self.targets(taps, batch)
         found = {
-            "joint": ttm.own_error(part, taps["joint"], taps.get("joint_quantiles"), joint, batch),
-            "trend": ttm.own_error(part, taps["trend"], taps.get("trend/quantiles"), trend, batch),
+            "joint": ttm.own_error(
+                part, taps["joint"], taps.get("joint_quantiles"), target_BCH=joint, batch=batch
+            ),
+            "trend": ttm.own_error(
+                part, taps["trend"], taps.get("trend/quantiles"), target_BCH=trend, batch=batch
+            ),
             "residual": ttm.own_error(
-                part, taps["residual"], taps.get("residual/quantiles"), residual, batch
+                part,
+                taps["residual"],
+                taps.get("residual/quantiles"),
+                target_BCH=residual,
+                batch=batch,
             ),
         }
         moves, wanted = jnp.diff(taps["trend"], axis=-1), jnp.diff(trend, axis=-1)
         by = part if part.quantiles is None else dataclasses.replace(part, loss="mae")
-        found["trend"] += DIFFERENCE_WEIGHT * ttm.point_error(by, moves, wanted, batch)
+        found["trend"] += DIFFERENCE_WEIGHT * ttm.point_error(by, moves, wanted, batch=batch)
         return found
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """The weighted sum of `errors`, in scaled units, over all observed values of the target."""
-        _, taps = self._forecast_for(params, batch, key, train)
+        _, taps = self._forecast_for(params, batch, key, train=train)
         return self.weighted(self.errors(taps, batch))
 
     def weighted(self, errors: Mapping[str, jax.Array]) -> jax.Array:
