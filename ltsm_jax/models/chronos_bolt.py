@@ -253,10 +253,7 @@ class ChronosBolt(Model):
         *t5.SHARD_RULES,
         (r"(^tokens|/bias)$", ()),
     )
-    stacks = (
-        Stack("encoder", ("encoder", "layers")),
-        Stack("decoder", ("decoder", "layers")),
-    )
+    stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
     prunable = T5_GROUPS
 
     @classmethod

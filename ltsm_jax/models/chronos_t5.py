@@ -411,10 +411,7 @@ class ChronosT5(Model):
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
-    stacks = (
-        Stack("encoder", ("encoder", "layers")),
-        Stack("decoder", ("decoder", "layers")),
-    )
+    stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
     prunable = T5_GROUPS
 
     @classmethod

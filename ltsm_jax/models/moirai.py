@@ -43,13 +43,7 @@ from ltsm_jax.layers.multiscale import (
 )
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.packed import (
-    AnyVariateAttention,
-    Series,
-    SizedIn,
-    Tokens,
-    observed_series,
-)
+from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -317,10 +311,7 @@ class Moirai(Model):
         (r"(^mask|/(scale|bias))$", ()),
         (r"^scale_|/lora_[qkv]/|/across/", ()),
     )
-    prunable = (
-        Group.heads("attn", others=(("variate_bias", 1),)),
-        Group.units("ffn"),
-    )
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units("ffn"))
 
     @classmethod
     def small(cls) -> MoiraiConfig:

@@ -250,10 +250,7 @@ class Moirai2(Model):
         (r"^head/.*/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = (
-        Group.heads("attn", others=(("variate_bias", 1),)),
-        Group.units("ffn"),
-    )
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units("ffn"))
 
     @classmethod
     def small(cls) -> Moirai2Config:

@@ -357,10 +357,7 @@ class MoiraiMoe(Model):
         (r"^head/.*/kernel$", (None, "fsdp", None)),
         (r"(^centroid|/(scale|bias))$", ()),
     )
-    prunable = (
-        Group.heads("attn", others=(("variate_bias", 1),)),
-        Group.experts("ffn/experts"),
-    )
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.experts("ffn/experts"))
 
     @classmethod
     def small(cls) -> MoiraiMoeConfig:

@@ -24,12 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax.layers.causal import (
-    CausalAttention,
-    causal_mask,
-    empty_cache,
-    roll_out,
-)
+from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, roll_out
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
@@ -300,10 +295,7 @@ class Sundial(Model):
         (r"^flow/.*/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = (
-        Group.heads("attn", scores="pairs"),
-        Group.units("mlp"),
-    )
+    prunable = (Group.heads("attn", scores="pairs"), Group.units("mlp"))
 
     @classmethod
     def small(cls) -> SundialConfig:

@@ -28,13 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import experts
-from ltsm_jax.layers.causal import (
-    CausalAttention,
-    causal_mask,
-    empty_cache,
-    greedy_sizes,
-    roll_out,
-)
+from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, greedy_sizes, roll_out
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw

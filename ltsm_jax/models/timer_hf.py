@@ -234,10 +234,7 @@ class TimerHf(Model):
         (r"^head_\d+/kernel$", ("fsdp", None)),
         (r"norm[12]?/(scale|bias)$", ()),
     )
-    prunable = (
-        Group.heads("attn", scores="pairs"),
-        Group.units("mlp"),
-    )
+    prunable = (Group.heads("attn", scores="pairs"), Group.units("mlp"))
 
     @classmethod
     def small(cls) -> TimerHfConfig:

@@ -261,10 +261,7 @@ class TimerXL(Model):
         (r"^head/kernel$", ("fsdp", None)),
         (r"/(scale|bias)$", ()),
     )
-    prunable = (
-        Group.heads("attn", others=(("variate_bias", 1),)),
-        Group.units(),
-    )
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units())
 
     @classmethod
     def small(cls) -> TimerXLConfig:

@@ -377,10 +377,7 @@ class TimesFM1(Model):
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
         (r"(^freq_embed|/(scaling|scale|bias))$", ()),
     )
-    prunable = (
-        Group.heads("attn"),
-        Group.units(),
-    )
+    prunable = (Group.heads("attn"), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM1Config:

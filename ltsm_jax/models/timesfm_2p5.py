@@ -409,10 +409,7 @@ class TimesFM2p5(Model):
         (r"^(embed|head|spread_head)/residual/kernel$", (None, "fsdp")),
         (r"/(scaling|scale|bias)$", ()),
     )
-    prunable = (
-        Group.heads("attn"),
-        Group.units(),
-    )
+    prunable = (Group.heads("attn"), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM2p5Config:

@@ -532,11 +532,7 @@ class TimesFM3(Model):
         (r"^head/bias$", ("tensor",)),
         (r"/(scaling|scale|bias)$", ()),
     )
-    prunable = (
-        Group.heads("seq"),
-        Group.heads("var", swapped=True),
-        Group.units(),
-    )
+    prunable = (Group.heads("seq"), Group.heads("var", swapped=True), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM3Config:

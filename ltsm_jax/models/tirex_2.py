@@ -441,11 +441,7 @@ def mlstm(
         length = -(-n // count)
         empty = (0.0, 0.0, 0.0, -jnp.inf, 0.0)
         parts = tuple(_cut(x, length, count, value) for x, value in zip(inputs, empty, strict=True))
-        start = (
-            jnp.zeros((r, h, k_dim, v_dim)),
-            jnp.zeros((r, h, k_dim)),
-            jnp.zeros((r, h)),
-        )
+        start = (jnp.zeros((r, h, k_dim, v_dim)), jnp.zeros((r, h, k_dim)), jnp.zeros((r, h)))
         state, found = jax.lax.scan(_mlstm_chunk, start, parts)
         h_RHNV, denominator, m_RHN = (_joined(x, n) for x in found)
     steps = {"denominator": denominator, "m": m_RHN}
@@ -789,12 +785,7 @@ class TiRex2Net(nn.Module):
         x_GCND = Dropout(cfg.dropout)(x_GCND, train)
         outputs = len(cfg.levels) * cfg.patch_len
         head = ResidualBlock(
-            cfg.d_model,
-            cfg.out_dim,
-            outputs,
-            activation=act,
-            dropout=cfg.dropout,
-            name="head",
+            cfg.d_model, cfg.out_dim, outputs, activation=act, dropout=cfg.dropout, name="head"
         )
         y = taps["head"] = head(x_GCND, train)
         y = y.reshape(*y.shape[:3], len(cfg.levels), cfg.patch_len)
@@ -1174,14 +1165,7 @@ class TiRex2(Model):
         targets_GM = np.arange(m)[:, None] >= targets
         seen = jnp.broadcast_to(~(targets_GM & ~targets_GM.T), (g, m, m))
         y_GCRQ, taps = self.apply(
-            params,
-            window,
-            both=both,
-            seen=seen,
-            targets=targets,
-            last=last,
-            key=key,
-            train=train,
+            params, window, both=both, seen=seen, targets=targets, last=last, key=key, train=train
         )
         return y_GCRQ[:, :, :steps], taps | {"scaled": taps["scaled"][:, :, :steps]}
 

@@ -54,12 +54,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import (
-    fill_missing,
-    interpolate_missing,
-    mean_observed,
-    mse_observed,
-)
+from ltsm_jax.layers.missing import fill_missing, interpolate_missing, mean_observed, mse_observed
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.rope import rotary

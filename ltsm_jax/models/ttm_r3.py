@@ -98,11 +98,7 @@ def _published(
 ) -> TTMR3Config:
     """A decomposed model as the originals are: what `trend` does not say is as in `sizes`."""
     head = QuantileConfig(
-        median="mean",
-        condition="flatten",
-        join="concat",
-        token_width=4,
-        point_weight=2.0,
+        median="mean", condition="flatten", join="concat", token_width=4, point_weight=2.0
     )
     common: dict[str, Any] = {
         "horizon": horizon,
@@ -138,7 +134,7 @@ PRESETS = {
             "decoder_layers": 2,
             "registers": 1,
         },
-    ),
+    )
 }
 
 
