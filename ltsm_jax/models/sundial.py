@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import (
     CausalAttention,
     causal_mask,
@@ -292,13 +293,9 @@ class Sundial(Model):
     shard_rules = (
         (r"^embed_(hidden|residual)/kernel$", (None, "fsdp")),
         (r"^embed_out/kernel$", ("fsdp", None)),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/mlp/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/mlp/down/kernel$", ("tensor", "fsdp")),
         (r"^flow/.*/kernel$", ("fsdp", None)),
-        (r"/(scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (
         Group.heads("attn", scores="pairs"),
