@@ -24,7 +24,7 @@ import numpy as np
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Distribution, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Distribution, Normal, Uniform, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
@@ -427,6 +427,8 @@ def fresh(
     has alone.
     """
 
+    flat = flatten(shapes)
+
     def rule(path, shape):
         layer, _, leaf = path.rpartition("/")
         if (special := own(path, shape)) is not None:
@@ -437,8 +439,7 @@ def fresh(
             return Normal(1.0)
         if _SIZED.search(layer):
             return Uniform(1.0)
-        inputs = shape[:-1] if layer.endswith("/out") else shape[:1]
-        return Uniform(math.prod(inputs) ** -0.5)
+        return torch_linear(flat, path) or Constant(0.0)
 
     def narrowed(path, leaf):
         layer, _, name = path.rpartition("/")

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import LOWEST, attend, attention_weights
 from ltsm_jax.layers.dims import HeadDims, Narrowed, layer_problems
 from ltsm_jax.layers.dropout import Dropout
@@ -45,12 +46,9 @@ from ltsm_jax.layers.norm import RMSNorm
 
 Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
 SHARD_RULES = (
-    (r"/(attn|cross)/[qkv]/kernel$", ("fsdp", "tensor", None)),
-    (r"/(attn|cross)/out/kernel$", ("tensor", None, "fsdp")),
-    (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
-    (r"/down/kernel$", ("tensor", "fsdp")),
+    *shards.LAYERS,
     (r"/relative_bias$", ()),
-    (r"/norm\d?/scale$", ()),
+    *shards.WHOLE,
 )
 
 Cache = Mapping[str, Any]

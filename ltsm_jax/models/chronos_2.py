@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context, with_covariates
 from ltsm_jax.layers.dims import HeadDims, layer_problems
@@ -310,11 +311,9 @@ class Chronos2(Model):
         (r"^head/hidden/kernel$", ("fsdp", "tensor")),
         (r"^(embed|head)/out/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
-        (r"/(time|group)/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/(time|group)/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"(^tokens|/scale|/bias)$", ()),
+        (r"^tokens$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (
         Group.heads("time"),

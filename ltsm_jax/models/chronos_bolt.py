@@ -251,7 +251,7 @@ class ChronosBolt(Model):
         (r"^head/out/kernel$", ("tensor", "fsdp")),
         (r"^head/residual/kernel$", ("fsdp", None)),
         *t5.SHARD_RULES,
-        (r"(^tokens|/bias)$", ()),
+        (r"^tokens$", ()),
     )
     stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
     prunable = T5_GROUPS

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from ltsm_jax.layers import mixture, multiscale, packed
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
@@ -301,15 +302,13 @@ class Moirai(Model):
     scalable = r"^scale_|/lora_[qkv]/|/across/|^head/|^mask$|/variate_bias$|norm\d?/scale$"
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-1.x-R)"
     shard_rules = (
-        (r"^embed/kernel$", (None, None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/attn/variate_bias$", (None, "tensor")),
-        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"^head/.*/kernel$", (None, "fsdp", None)),
-        (r"(^mask|/(scale|bias))$", ()),
         (r"^scale_|/lora_[qkv]/|/across/", ()),
+        (r"^embed/kernel$", (None, None, "fsdp")),
+        (r"^head/.*/kernel$", (None, "fsdp", None)),
+        (r"^mask$", ()),
+        (r"/attn/variate_bias$", (None, "tensor")),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units("ffn"))
 

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import packed
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.network import nested, run
@@ -240,15 +241,11 @@ class Moirai2(Model):
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-2.0-R)"
     shard_rules = (
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/attn/variate_bias$", (None, "tensor")),
-        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"^embed/(hidden|residual)/kernel$", (None, "fsdp")),
-        (r"^embed/output/kernel$", (None, "fsdp")),
+        (r"^embed/(hidden|residual|output)/kernel$", (None, "fsdp")),
         (r"^head/.*/kernel$", ("fsdp", None)),
-        (r"/(scale|bias)$", ()),
+        (r"/attn/variate_bias$", (None, "tensor")),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units("ffn"))
 
@@ -278,15 +275,9 @@ class Moirai2(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer, _, leaf = path.rpartition("/")
-            if leaf == "scale":
-                return Constant(1.0)
-            if leaf == "variate_bias":
+            if path.endswith("/variate_bias"):
                 return Normal(1.0)
-            kernel = flat[f"{layer}/kernel"].shape
-            return Uniform(
-                float(np.prod(kernel[:-1] if layer.endswith("/out") else kernel[:1])) ** -0.5
-            )
+            return torch_linear(flat, path) or Constant(1.0)
 
         return draw(key, shapes, rule)
 

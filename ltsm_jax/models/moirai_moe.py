@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import experts, mixture, packed
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
@@ -349,13 +350,11 @@ class MoiraiMoe(Model):
     fixed = r"^centroid$"
     shard_rules = (
         (r"^(embed|residual|feature)/kernel$", (None, None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/attn/variate_bias$", (None, "tensor")),
-        (r"/experts/(gate|up)$", (None, "fsdp", "tensor")),
-        (r"/experts/down$", (None, "tensor", "fsdp")),
         (r"^head/.*/kernel$", (None, "fsdp", None)),
-        (r"(^centroid|/(scale|bias))$", ()),
+        (r"^centroid$", ()),
+        (r"/attn/variate_bias$", (None, "tensor")),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.experts("ffn/experts"))
 

@@ -40,14 +40,14 @@ import numpy as np
 from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_over_rows
 from ltsm_jax.layers.network import run
 from ltsm_jax.layers.positions import require_table
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import T5_GROUPS, Stack
-from ltsm_jax.trees import Tree
+from ltsm_jax.trees import Tree, flatten
 
 SCALE_EPS = 1e-5  # added to the deviation, after the root
 TABLE_LEN = 5000  # rows of the original's position table
@@ -345,7 +345,6 @@ class Moment(Model):
         (r"^embed/kernel$", (None, "fsdp")),
         (r"^(position_table|mask_embed)$", ()),
         (r"^head/kernel$", ("fsdp", None)),
-        (r"^head/bias$", ()),
     )
     stacks = (Stack("encoder", ("layers",)),)
     prunable = T5_GROUPS
@@ -397,9 +396,7 @@ class Moment(Model):
         ]
 
     def _draw(self, key: jax.Array, shapes: Tree) -> Tree:
-        d_model, inputs = self.config.d_model, 1
-        if "head" in shapes:
-            inputs = shapes["head"]["kernel"].shape[0]
+        d_model, flat = self.config.d_model, flatten(shapes)
         orthogonal = jax.nn.initializers.orthogonal(ORTHOGONAL_GAIN)
 
         def rule(path, shape):
@@ -408,7 +405,7 @@ class Moment(Model):
             if path.startswith("encoder/"):
                 return t5.initial(path, shape, d_model)
             if path.startswith("head/") and self.config.head != "reconstruction":
-                return Uniform(inputs**-0.5)
+                return torch_linear(flat, path) or Constant(0.0)
             return orthogonal if path.endswith("/kernel") else Constant(0.0)
 
         return draw(key, shapes, rule)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, roll_out
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
@@ -287,13 +288,9 @@ class Sundial(Model):
     shard_rules = (
         (r"^embed_(hidden|residual)/kernel$", (None, "fsdp")),
         (r"^embed_out/kernel$", ("fsdp", None)),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/mlp/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/mlp/down/kernel$", ("tensor", "fsdp")),
         (r"^flow/.*/kernel$", ("fsdp", None)),
-        (r"/(scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("attn", scores="pairs"), Group.units("mlp"))
 

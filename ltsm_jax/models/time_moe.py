@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import experts
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, greedy_sizes, roll_out
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
@@ -367,16 +368,10 @@ class TimeMoe(Model):
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"
     shard_rules = (
         (r"^embed_(gate|value)/kernel$", (None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/experts/(gate|up)$", (None, "fsdp", "tensor")),
-        (r"/experts/down$", (None, "tensor", "fsdp")),
         (r"/(router|shared_gate)/kernel$", ("fsdp", None)),
-        (r"/(shared|mlp)/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/(shared|mlp)/down/kernel$", ("tensor", "fsdp")),
         (r"^head_\d+/kernel$", ("fsdp", None)),
-        (r"norm[12]?/scale$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (
         Group.heads("attn", scores="pairs"),

@@ -17,11 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
@@ -241,14 +242,10 @@ class Timer(Model):
     licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/up/bias$", ("tensor",)),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^head/kernel$", ("fsdp", None)),
-        (r"/(scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("attn", scores="channels"), Group.units())
 
@@ -265,12 +262,7 @@ class Timer(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer = path.rsplit("/", 1)[0]
-            kernel = flat.get(f"{layer}/kernel")
-            if kernel is None:
-                return Constant(float(path.endswith("/scale")))
-            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-            return Uniform(math.prod(inputs) ** -0.5)
+            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
 
         return draw(key, shapes, rule)
 

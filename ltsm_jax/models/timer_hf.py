@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import (
     Cache,
     CausalAttention,
@@ -226,13 +227,9 @@ class TimerHf(Model):
     licence = "Apache-2.0 (thuml/timer-base-84m)"
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/mlp/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/mlp/down/kernel$", ("tensor", "fsdp")),
         (r"^head_\d+/kernel$", ("fsdp", None)),
-        (r"norm[12]?/(scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("attn", scores="pairs"), Group.units("mlp"))
 

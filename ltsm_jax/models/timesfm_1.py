@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.frequency import split_freq, unit_of
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
@@ -365,17 +366,14 @@ class TimesFM1(Model):
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-1.0-200m-pytorch, google/timesfm-2.0-500m-pytorch)"
     shard_rules = (
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/up/bias$", ("tensor",)),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head)/hidden/kernel$", ("fsdp", "tensor")),
         (r"^(embed|head)/hidden/bias$", ("tensor",)),
         (r"^(embed|head)/out/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
-        (r"(^freq_embed|/(scaling|scale|bias))$", ()),
+        (r"^freq_embed$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("attn"), Group.units())
 
@@ -413,18 +411,9 @@ class TimesFM1(Model):
         flat = flatten(shapes["params"])
 
         def rule(path, shape):
-            layer = path.rsplit("/", 1)[0]
-            kernel = flat.get(f"{layer}/kernel")
-            if kernel is not None:
-                inputs = (
-                    kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-                )
-                return Uniform(math.prod(inputs) ** -0.5)
-            return (
-                Normal(1.0)
-                if path == "freq_embed"
-                else Constant(float(path.endswith("/ffn_norm/scale")))
-            )
+            if path == "freq_embed":
+                return Normal(1.0)
+            return torch_linear(flat, path) or Constant(float(path.endswith("/ffn_norm/scale")))
 
         return draw(key, shapes["params"], rule)
 

@@ -24,10 +24,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
-from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import feed_forward
@@ -399,15 +400,12 @@ class TimesFM2p5(Model):
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-2.5-200m-pytorch)"
     shard_rules = (
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head|spread_head)/hidden/kernel$", ("fsdp", "tensor")),
         (r"^embed/hidden/bias$", ("tensor",)),
         (r"^(embed|head|spread_head)/out/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head|spread_head)/residual/kernel$", (None, "fsdp")),
-        (r"/(scaling|scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("attn"), Group.units())
 
@@ -444,12 +442,7 @@ class TimesFM2p5(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer = path.rsplit("/", 1)[0]
-            kernel = flat.get(f"{layer}/kernel")
-            if kernel is None:
-                return Constant(0.0)
-            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-            return Uniform(math.prod(inputs) ** -0.5)
+            return torch_linear(flat, path) or Constant(0.0)
 
         return draw(key, shapes, rule)
 

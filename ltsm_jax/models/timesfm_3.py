@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, attention_dims, layer_problems
-from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS
@@ -518,19 +519,15 @@ class TimesFM3(Model):
     tasks = ("forecasting",)
     licence = "timesfm-non-commercial-license-v1.0, non-commercial (google/timesfm-3.0-pytorch)"
     shard_rules = (
-        (r"/(seq|var)/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/(seq|var)/[qkv]/bias$", ("tensor", None)),
-        (r"/(seq|var)/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/up/bias$", ("tensor",)),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^embed/hidden/kernel$", (None, "tensor")),
         (r"^embed/hidden/bias$", ("tensor",)),
         (r"^embed/out/kernel$", ("tensor", "fsdp")),
         (r"^embed/residual/kernel$", (None, "fsdp")),
         (r"^head/kernel$", ("fsdp", "tensor")),
         (r"^head/bias$", ("tensor",)),
-        (r"/(scaling|scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
     )
     prunable = (Group.heads("seq"), Group.heads("var", swapped=True), Group.units())
 
@@ -570,15 +567,7 @@ class TimesFM3(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer, _, leaf = path.rpartition("/")
-            if leaf == "scale":
-                return Constant(1.0)
-            kernel = flat.get(f"{layer}/kernel")
-            if leaf == "scaling" or kernel is None:
-                return Constant(0.0)
-            of_heads = layer.endswith(("/q", "/k", "/v"))
-            fan_in = kernel.shape[:1] if of_heads else kernel.shape[:-1]
-            return Uniform(math.prod(fan_in) ** -0.5)
+            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
 
         return draw(key, shapes, rule)
 

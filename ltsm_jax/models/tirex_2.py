@@ -43,11 +43,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context, with_covariates
 from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear, compute_dtype
 from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
@@ -57,7 +58,7 @@ from ltsm_jax.layers.quantiles import median_of, pinball
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree
+from ltsm_jax.trees import Tree, flatten
 
 EPS = 1e-6  # of every norm within a block
 QK_EPS = float(np.finfo(np.float32).eps)  # of the norm of queries and keys
@@ -927,15 +928,12 @@ class TiRex2(Model):
         (r"^(embed|head)/hidden/kernel$", ("fsdp", "tensor")),
         (r"^(embed|head)/out/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
-        (r"/(mlstm|attn)/(q|k|v|gate)/kernel$", ("fsdp", "tensor", None)),
-        (r"/(mlstm|attn)/out/kernel$", ("tensor", None, "fsdp")),
         (r"/mlstm/[if]/kernel$", ("fsdp", None, None)),
         (r"/slstm/[ifzo]/kernel$", ("fsdp", "tensor", None)),
         (r"/slstm/recurrent$", ("tensor", "fsdp", None, None)),
         (r"/combine/kernel$", ("tensor", "fsdp")),
-        (r"/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"(/scale|/bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     # An sLSTM has no output projection: what its heads give are channels of the residual stream,
     # which pruning masks and does not remove.
@@ -1008,9 +1006,9 @@ class TiRex2(Model):
             return TiRex2Net(cfg).init(key, tokens, (1,), known, seen, None, 1, 1)
 
         shapes = jax.eval_shape(fresh, key, tokens, known, seen)["params"]
-        return draw(key, shapes, self._distribution)
+        return draw(key, shapes, functools.partial(self._distribution, flatten(shapes)))
 
-    def _distribution(self, path: str, shape: tuple[int, ...]):
+    def _distribution(self, flat: Mapping[str, Any], path: str, shape: tuple[int, ...]):
         cfg = self.config
         parts = path.split("/")
         if parts[-1] == "scale":
@@ -1026,14 +1024,7 @@ class TiRex2(Model):
             if parts[-1] == "kernel":
                 return Constant(0.0)
             return Normal(0.1) if parts[-2] == "i" else _mlstm_forget_bias
-        if parts[-1] == "bias":  # of the blocks at the ends
-            inputs = {
-                "embed": {"hidden": 2 * cfg.patch_len, "out": cfg.embed_dim},
-                "head": {"hidden": cfg.d_model, "out": cfg.out_dim},
-            }[parts[0]]
-            return Uniform(inputs.get(parts[1], inputs["hidden"]) ** -0.5)
-        outputs = 2 if parts[-2] in ("q", "k", "v") or path.endswith("mlstm/gate/kernel") else 1
-        return Uniform(math.prod(shape[:-outputs]) ** -0.5)
+        return torch_linear(flat, path, heads=("/q", "/k", "/v", "/mlstm/gate")) or Constant(0.0)
 
     def recipe(self) -> Recipe:
         # No code for training is public.

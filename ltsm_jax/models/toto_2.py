@@ -49,6 +49,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import pairs
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, layer_problems
@@ -672,12 +673,9 @@ class Toto2(Model):
         (r"^embed/out/kernel$", ("tensor", "fsdp")),
         (r"^head/hidden/kernel$", ("fsdp", "tensor")),
         (r"^head/(out|residual)/kernel$", ("fsdp", None)),
-        (r"/(time|variate)/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/(time|variate)/[qkv]/bias$", ("tensor", None)),
-        (r"/(time|variate)/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"(/(scaling|scale|bias)|_tau)$", ()),
+        (r"_tau$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (
         Group.heads("time", "attn"),

@@ -52,10 +52,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.frequency import microseconds
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
 from ltsm_jax.layers.network import nested, run
@@ -1254,12 +1255,6 @@ class TTM(Forecasts):
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2, -r3)"
     shard_rules = (
-        (r"_mixer/up/kernel$", ("fsdp", "tensor")),
-        (r"_mixer/up/bias$", ("tensor",)),
-        (r"_mixer/down/kernel$", ("tensor", "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
         (
             r"(^|/)(embed|embed_\d+|raw_embed|adapter|freq_up|freq_down|linear|head|out)/kernel$",
             ("fsdp", None),
@@ -1267,8 +1262,12 @@ class TTM(Forecasts):
         (r"(^|/)quantiles/(pool|token|flat)/kernel$", ("fsdp", None)),
         # Too small to be worth dividing.
         (r"(^|/)(spectrum_(up|down|join)|quantiles/(filter|up|down))/kernel$", ()),
-        (r"/(scale|bias|mean|var)$", ()),
+        (r"(^|/)quantiles/(filter|up|down)/bias$", ()),
         (r"(^|/)(freq_table|category_\d+|position|registers|spectrum_table)$", ()),
+        (r"/(mean|var)$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
     )
     stacks = (
         Stack("encoder", ("encoder",), levels="levels"),
@@ -1353,7 +1352,7 @@ class TTM(Forecasts):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer, name = path.rsplit("/", 1) if "/" in path else ("", path)
+            name = path.rpartition("/")[2]
             if path == "position":
                 table = jnp.asarray(sincos(*shape))
                 return (
@@ -1365,17 +1364,12 @@ class TTM(Forecasts):
                 "category_"
             ):
                 return Normal(1.0)
-            kernel = flat.get(f"{layer}/kernel")
-            if kernel is None:
-                return Constant(float(name in ("scale", "var")))
             if cfg.post_init and path in ("quantiles/up/kernel", "quantiles/down/kernel"):
                 return Constant(1.0)
             if cfg.post_init and path == "quantiles/filter/kernel":
                 return Constant(1 / shape[0])
-            if layer == "quantiles/filter":
-                return Uniform(kernel.shape[0] ** -0.5)
-            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-            return Uniform(math.prod(inputs) ** -0.5)
+            linear = torch_linear(flat, path, heads=("/q", "/k", "/v", "quantiles/filter"))
+            return linear or Constant(float(name in ("scale", "var")))
 
         return draw(key, shapes, rule)
 

@@ -20,7 +20,6 @@ Letters beyond those of the library: V variates of a data set, T tokens with the
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,11 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mse_observed
 from ltsm_jax.layers.mlp import feed_forward
@@ -555,14 +555,13 @@ class Units(Model):
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
         (r"/(seq|var)/qkv/kernel$", ("fsdp", None, "tensor", None)),
-        (r"/(seq|var)/out/kernel$", ("tensor", None, "fsdp")),
         (r"/mix/up/kernel$", (None, "fsdp", "tensor")),
-        (r"/mix/down/kernel$", ("tensor", "fsdp")),
-        (r"head/(proj_in|up)/kernel$", ("fsdp", "tensor")),
-        (r"head/down/kernel$", ("tensor", "fsdp")),
+        (r"head/proj_in/kernel$", ("fsdp", "tensor")),
         (r"head/proj_out/kernel$", ("fsdp", None)),
         (r"^class_head/(q|kv|out)/kernel$", ()),
-        (r"(tokens/|^positions$|/gate\w*/|/(pos_proj|seq|prompt)/|^generate/|/(scale|bias)$)", ()),
+        (r"tokens/|^positions$|/gate\w*/|/(pos_proj|prompt)/|/mix/seq/|^generate/", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     stacks = (Stack(name="block"),)
     prunable = (
@@ -624,13 +623,8 @@ class Units(Model):
                 return Constant(0.0)
             if "_tokens/" in path:
                 return Normal(0.02)
-            kernel = flat.get(path.rsplit("/", 1)[0] + "/kernel")
-            if kernel is None:
-                return Constant(float(path.endswith("/scale")))
-            inputs = math.prod(kernel.shape[:-1])
-            if path.endswith(("/qkv/kernel", "/kv/kernel", "class_head/q/kernel")):
-                inputs = kernel.shape[0]
-            return Uniform(inputs**-0.5)
+            linear = torch_linear(flat, path, heads=("/qkv", "/kv", "/q"))
+            return linear or Constant(float(path.endswith("/scale")))
 
         return draw(key, shapes, rule)
 
