@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, are_levels, dims, layer_count
+from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
 from converters.tables import DROP, SAME, TRANSPOSE, Rule, split_in, split_out
@@ -135,12 +136,12 @@ def _assumed(sizes: tuple[int | None, ...], where: str) -> tuple[Chronos2Config,
     """
     for name, preset in PRESETS.items():
         own = (
-            preset.n_heads[0] * preset.head_dim,
+            preset.layers[0].time.heads * preset.head_dim,
             preset.d_model,
             preset.block_dim,
             3 * preset.patch_len,
             len(preset.levels) * preset.patch_len,
-            len(preset.n_heads),
+            len(preset.layers),
         )
         if sizes == own:
             return preset, [
@@ -189,12 +190,11 @@ def published(config: Chronos2Config) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = {*config.n_heads, *config.group_heads}, {*config.ffn_dims, config.block_dim}
-    if len(heads) != 1 or len(widths) != 1:
-        raise ValueError(
-            f"the original Chronos-2 has equal layers; this one has {config.n_heads} and "
-            f"{config.group_heads} heads and widths {config.ffn_dims}. A pruned model can't be "
-            "exported."
+    layer = equal_layer(config.layers, "Chronos-2")
+    if layer.time.heads != layer.group.heads or layer.ffn != config.block_dim:
+        raise pruned(
+            "the original Chronos-2 has as many heads in both attentions and blocks as wide as the "
+            f"feed-forward layers; this one has {told(config.layers)}, blocks of {config.block_dim}"
         )
     return {
         "architectures": ["Chronos2Model"],
@@ -220,8 +220,8 @@ def published(config: Chronos2Config) -> dict[str, Any]:
         "initializer_factor": config.init_factor,
         "is_gated_act": False,
         "layer_norm_epsilon": config.eps,
-        "num_heads": config.n_heads[0],
-        "num_layers": len(config.n_heads),
+        "num_heads": layer.time.heads,
+        "num_layers": len(config.layers),
         "pad_token_id": 0,
         "reg_token_id": 1,
         "rope_theta": config.rope_base,

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import Fields, are_levels, dims, layer_count
+from converters.layers import pruned
 from converters.layout import Layout
-from converters.t5_stack import stack_fields, stack_rules
+from converters.t5_stack import equal_stacks, stack_fields, stack_rules
 from converters.tables import COPY, DROP, SAME, TRANSPOSE, Rule
 from converters.torch_files import CheckpointError, quoted
 from ltsm_jax.models.chronos_bolt import PRESETS, ChronosBolt, ChronosBoltConfig, activation_of
@@ -122,13 +123,13 @@ def _assumed(state: Mapping[str, Any], where: str) -> tuple[ChronosBoltConfig, l
     sizes = (d_model, inner, d_ff, *layers, patch, out)
     for name, preset in PRESETS.items():
         stack = preset.encoder
-        inner, deep = stack.n_heads[0] * stack.head_dim, len(preset.decoder.n_heads)
+        inner, deep = stack.layers[0].attn.heads * stack.head_dim, len(preset.decoder.layers)
         width = len(preset.levels) * preset.horizon
         if sizes == (
             stack.d_model,
             inner,
             preset.block_dim,
-            len(stack.n_heads),
+            len(stack.layers),
             deep,
             2 * preset.patch_len,
             width,
@@ -149,15 +150,11 @@ def published(config: ChronosBoltConfig) -> dict[str, Any]:
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
     one, two = config.encoder, config.decoder
-    heads, widths = (
-        {*one.n_heads, *two.n_heads, *two.cross_heads},
-        {*one.ffn_dims, *two.ffn_dims, config.block_dim},
-    )
-    if len(heads) != 1 or len(widths) != 1 or one.bias_columns or two.bias_columns:
-        raise ValueError(
-            f"the original Chronos-Bolt has equal layers; this one has {one.n_heads}, "
-            f"{two.n_heads} and {two.cross_heads} heads and widths {one.ffn_dims} and "
-            f"{two.ffn_dims}. A pruned model can't be exported."
+    layer = equal_stacks(one, two, "Chronos-Bolt")
+    if layer.ffn != config.block_dim:
+        raise pruned(
+            "the original Chronos-Bolt has blocks around its layers that are as wide as these "
+            f"({layer.ffn}); here they are of {config.block_dim}"
         )
     if any(getattr(one, name) != getattr(two, name) for name in _BOTH):
         raise ValueError(
@@ -177,10 +174,10 @@ def published(config: ChronosBoltConfig) -> dict[str, Any]:
         },
         "d_model": one.d_model,
         "d_kv": one.head_dim,
-        "num_heads": one.n_heads[0],
+        "num_heads": layer.attn.heads,
         "d_ff": config.block_dim,
-        "num_layers": len(one.n_heads),
-        "num_decoder_layers": len(two.n_heads),
+        "num_layers": len(one.layers),
+        "num_decoder_layers": len(two.layers),
         "feed_forward_proj": ("gated-" if one.gated else "") + one.activation.removesuffix("_new"),
         "dense_act_fn": one.activation,
         "is_gated_act": one.gated,

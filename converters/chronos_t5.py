@@ -12,7 +12,7 @@ from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layout import Layout
-from converters.t5_stack import stack_rules
+from converters.t5_stack import equal_stacks, stack_rules
 from converters.tables import COPY, SAME, Rule
 from converters.torch_files import CheckpointError, quoted
 from ltsm_jax.models.chronos_t5 import PRESETS, ChronosT5, ChronosT5Config
@@ -75,9 +75,9 @@ def configure(
             if (v, d, heads, ffn, layers) == (
                 preset.vocab_size,
                 stack.d_model,
-                stack.n_heads[0],
-                stack.ffn_dims[0],
-                len(stack.ffn_dims),
+                stack.layers[0].attn.heads,
+                stack.layers[0].ffn,
+                len(stack.layers),
             ):
                 return preset, [
                     f"no config beside the file: the sizes are those of {name}, whose config is "
@@ -162,22 +162,14 @@ def published(config: ChronosT5Config) -> dict[str, Any]:
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
     stacks = (config.encoder, config.decoder)
-    heads = {*config.encoder.n_heads, *config.decoder.n_heads, *config.decoder.cross_heads}
-    widths = {*config.encoder.ffn_dims, *config.decoder.ffn_dims}
+    layer = equal_stacks(*stacks, "Chronos-T5")
     of_both = {
         (s.head_dim, s.n_buckets, s.max_distance, s.eps, s.dropout, s.activation, s.gated)
         for s in stacks
     }
-    if (
-        len(heads) != 1
-        or len(widths) != 1
-        or len(of_both) != 1
-        or any(s.bias_columns for s in stacks)
-    ):
+    if len(of_both) != 1:
         raise ValueError(
-            "the original Chronos-T5 has equal layers in both stacks; this one has heads "
-            f"{sorted(heads)} and feed-forward widths {sorted(widths)}. A pruned model can't be "
-            "exported."
+            "the original Chronos-T5 has one setting for both stacks; here they differ"
         )
     stack = config.encoder
     ids = {
@@ -191,10 +183,10 @@ def published(config: ChronosT5Config) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "d_model": stack.d_model,
         "d_kv": stack.head_dim,
-        "d_ff": stack.ffn_dims[0],
-        "num_heads": stack.n_heads[0],
-        "num_layers": len(stack.ffn_dims),
-        "num_decoder_layers": len(config.decoder.ffn_dims),
+        "d_ff": layer.ffn,
+        "num_heads": layer.attn.heads,
+        "num_layers": len(stack.layers),
+        "num_decoder_layers": len(config.decoder.layers),
         "relative_attention_num_buckets": stack.n_buckets,
         "relative_attention_max_distance": stack.max_distance,
         "layer_norm_epsilon": stack.eps,

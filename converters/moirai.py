@@ -65,7 +65,7 @@ def configure(
 
 def _sizes(config: MoiraiConfig) -> dict[str, Any]:
     shape = (len(config.patch_sizes), config.d_model, max(config.patch_sizes))
-    return {"d_model": config.d_model, "num_layers": len(config.ffn_dims), "in_proj": shape}
+    return {"d_model": config.d_model, "num_layers": len(config.layers), "in_proj": shape}
 
 
 def published(config: MoiraiConfig) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def _sizes(config: Moirai2Config) -> dict[str, Any]:
     out = config.n_patches * len(config.levels) * config.patch_size
     return {
         "d_model": config.d_model,
-        "num_layers": len(config.ffn_dims),
-        "d_ff": config.ffn_dims[0],
+        "num_layers": len(config.layers),
+        "d_ff": config.layers[0].ffn,
         ANCHOR: (config.d_model, 2 * config.patch_size),
         OUT: (out, config.d_model),
     }
@@ -103,11 +103,11 @@ def published(config: Moirai2Config) -> dict[str, Any]:
     """
     fields = {
         "attn_dropout_p": config.attn_dropout,
-        "d_ff": config.ffn_dims[0],
+        "d_ff": config.layers[0].ffn,
         "d_model": config.d_model,
         "dropout_p": config.dropout,
         "max_seq_len": config.max_seq_len,
-        "num_layers": len(config.ffn_dims),
+        "num_layers": len(config.layers),
         "num_predict_token": config.n_patches,
         "patch_size": config.patch_size,
         "quantile_levels": list(config.levels),

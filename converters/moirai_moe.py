@@ -72,11 +72,10 @@ def configure(
 
 def _sizes(config: MoiraiMoeConfig) -> dict[str, Any]:
     shape = (len(config.patch_sizes), config.d_model, max(config.patch_sizes))
-    layers = len(config.kept)
     return {
         "d_model": config.d_model,
-        "num_layers": layers,
-        "d_ff": config.expert_dims[0],
+        "num_layers": len(config.layers),
+        "d_ff": config.layers[0].experts.ffn,
         "in_proj": shape,
     }
 
@@ -86,10 +85,10 @@ def published(config: MoiraiMoeConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    if any(ids != tuple(range(N_EXPERTS)) for ids in config.kept):
+    if any(layer.experts.ids != tuple(range(N_EXPERTS)) for layer in config.layers):
         raise ValueError(
             f"the original has {N_EXPERTS} experts in every layer; a pruned model can't be exported"
         )
     return packed.published_config(
-        config, MoiraiMoeConfig.from_published, d_ff=config.expert_dims[0]
+        config, MoiraiMoeConfig.from_published, d_ff=config.layers[0].experts.ffn
     )

@@ -16,7 +16,7 @@ import numpy as np
 from converters.fields import Fields, dims, layer_count
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
-from converters.t5_stack import stack_fields, stack_rules
+from converters.t5_stack import layer_of_encoder, stack_fields, stack_rules
 from converters.tables import BUFFER, SAME, TRANSPOSE, Rule, Transform
 from ltsm_jax.models.moment import HEAD_FIELDS, PRESETS, Moment, MomentConfig
 
@@ -191,12 +191,7 @@ def published(config: MomentConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = set(config.n_heads), set(config.ffn_dims)
-    if len(heads) != 1 or len(widths) != 1 or config.bias_columns:
-        raise ValueError(
-            f"the original MOMENT has equal layers; this one has heads {config.n_heads} and "
-            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
-        )
+    layer = layer_of_encoder(config.layers, "MOMENT")
     name = {512: "small", 768: "base"}.get(config.d_model, "large")
     fields = {
         "task_name": config.head,
@@ -212,7 +207,7 @@ def published(config: MomentConfig) -> dict[str, Any]:
         "model_kwargs": {},  # must be there for the original to load
         "t5_config": {
             "architectures": ["T5ForConditionalGeneration"],
-            "d_ff": config.ffn_dims[0],
+            "d_ff": layer.ffn,
             "d_kv": config.head_dim,
             "d_model": config.d_model,
             "decoder_start_token_id": 0,
@@ -224,9 +219,9 @@ def published(config: MomentConfig) -> dict[str, Any]:
             "layer_norm_epsilon": config.eps,
             "model_type": "t5",
             "n_positions": 512,
-            "num_decoder_layers": len(config.ffn_dims),
-            "num_heads": config.n_heads[0],
-            "num_layers": len(config.ffn_dims),
+            "num_decoder_layers": len(config.layers),
+            "num_heads": layer.attn.heads,
+            "num_layers": len(config.layers),
             "output_past": True,
             "pad_token_id": 0,
             "relative_attention_max_distance": config.max_distance,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from converters.fields import MAX_LAYERS
+from converters.layers import pruned, told
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, Transform, listed, split_in, split_out
 from converters.torch_files import CheckpointError, quoted
@@ -229,7 +230,7 @@ def published_config(
         "distr_output": config.distr_output(),
         "dropout_p": config.dropout,
         "max_seq_len": config.max_seq_len,
-        "num_layers": len(config.ffn_dims),
+        "num_layers": len(config.layers),
         "patch_sizes": list(config.patch_sizes),
         "scaling": config.scaling,
         **others,
@@ -245,11 +246,11 @@ def checked_fields(
     Raises: ValueError otherwise.
     """
     again = build(fields)
-    ours, theirs = ((c.d_model, c.head_dim, c.n_heads, c.ffn_dims) for c in (config, again))
+    ours, theirs = ((c.d_model, c.head_dim, c.layers) for c in (config, again))
     if ours != theirs:
-        raise ValueError(
-            f"the original has equal layers with heads of about 64 numbers: {theirs}; this model "
-            f"has (d_model, head width, heads, feed-forward widths) {ours}. A pruned model can't "
-            "be exported."
+        raise pruned(
+            "the original has equal layers with heads of about 64 numbers, at this width "
+            f"{told(again.layers)}; this one has heads of {config.head_dim} numbers and "
+            f"{told(config.layers)}"
         )
     return dict(sorted(fields.items()))

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
-from ltsm_jax.models.sundial import ACTIVATIONS, PRESETS, Sundial, SundialConfig
+from ltsm_jax.models.sundial import HIDDEN_ACTS, PRESETS, Sundial, SundialConfig
 
 MODEL = Sundial
 EMBED, FLOW_IN = "model.embed_layer.residual_layer.weight", "flow_loss.net.input_proj.weight"
@@ -86,8 +87,8 @@ def configure(
             known = (
                 preset.d_model,
                 preset.patch_len,
-                preset.ffn_dims[0],
-                len(preset.ffn_dims),
+                preset.layers[0].ffn,
+                len(preset.layers),
                 preset.flow_depth,
             )
             if (*known, preset.horizon) == (*sizes.values(), horizon):
@@ -120,7 +121,7 @@ def configure(
     told.integer("num_sampling_steps", 50, high=MAX_STEPS)
     told.integer("diffusion_batch_mul", 4, high=MAX_STEPS)
     told.integer("max_position_embeddings", 10000, high=1 << 30)
-    told.choice("hidden_act", tuple(ACTIVATIONS), "silu")
+    told.choice("hidden_act", HIDDEN_ACTS, "silu")
     told.number("dropout_rate", 0.1, high=0.999)
     told.number("initializer_range", 0.02, high=1e3)
     told.problems = list(dict.fromkeys(told.problems))
@@ -132,13 +133,13 @@ def published(config: SundialConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = set(config.n_heads), {*config.ffn_dims, config.embed_dim}
-    if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
-        raise ValueError(
-            "the original has equal layers with hidden size = heads * head width; this one has "
-            f"width {config.d_model}, heads {config.n_heads} of width {config.head_dim}, "
-            f"feed-forward {config.ffn_dims}, embedding {config.embed_dim}. A pruned model can't "
-            "be exported."
+    layer = equal_layer(config.layers, "Sundial")
+    if layer.attn.heads * config.head_dim != config.d_model or layer.ffn != config.embed_dim:
+        raise pruned(
+            "the original Sundial has heads that are together as wide as the model "
+            f"({config.d_model}) and a patch embedding as wide as the feed-forward layers "
+            f"({layer.ffn}); this one has {layer.attn.heads} heads of {config.head_dim} and an "
+            f"embedding of {config.embed_dim}"
         )
     return {
         "architectures": ["SundialForPrediction"],
@@ -151,8 +152,8 @@ def published(config: SundialConfig) -> dict[str, Any]:
         "output_token_lens": [config.horizon],
         "hidden_size": config.d_model,
         "intermediate_size": config.embed_dim,
-        "num_hidden_layers": len(config.ffn_dims),
-        "num_attention_heads": config.n_heads[0],
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": layer.attn.heads,
         "flow_loss_depth": config.flow_depth,
         "num_sampling_steps": config.sampling_steps,
         "diffusion_batch_mul": config.train_draws,

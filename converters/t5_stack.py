@@ -4,11 +4,14 @@ have in common.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned, told
 from converters.tables import SAME, TRANSPOSE, Rule, split_in, split_out
+from ltsm_jax.layers.t5 import StackConfig, T5Layer
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new")
 
@@ -86,3 +89,33 @@ def stack_fields(told: Fields, state: Mapping[str, Any], *, decoder: bool, gated
     told.choice("feed_forward_proj", ("relu", "gelu", "gated-relu", "gated-gelu"), "relu")
     told.choice("dense_act_fn", tuple(ACTIVATIONS), "relu")
     told.boolean("is_gated_act", False)
+
+
+def equal_stacks(encoder: StackConfig, decoder: StackConfig, original: str) -> T5Layer:
+    """Give the record that all layers of both stacks have, but for the decoder's second attention.
+
+    Raises: ValueError for layers that differ, as removal leaves them.
+    """
+    alike = [*encoder.layers]
+    for layer in decoder.layers:
+        if layer.cross != layer.attn:
+            raise pruned(
+                f"the original {original} has as many heads in both attentions of its decoder; "
+                f"this one has {told(decoder.layers)}"
+            )
+        alike.append(dataclasses.replace(layer, cross=None))
+    return layer_of_encoder(alike, original)
+
+
+def layer_of_encoder(layers: Sequence[T5Layer], original: str) -> T5Layer:
+    """Give the record that all layers have, whose heads use the first columns of the bias table.
+
+    Raises: ValueError for others, as removal leaves them.
+    """
+    layer = equal_layer(layers, original)
+    if layer.attn.ids is not None:
+        raise pruned(
+            f"the heads of the original {original} use all columns of the bias table; here they "
+            f"use {layer.attn.ids}"
+        )
+    return layer

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
-from ltsm_jax.models.time_moe import ACTIVATIONS, PRESETS, TimeMoe, TimeMoeConfig
+from ltsm_jax.models.time_moe import HIDDEN_ACTS, PRESETS, TimeMoe, TimeMoeConfig
 
 MODEL = TimeMoe
 EMBED = "model.embed_layer.emb_layer.weight"
@@ -78,9 +79,9 @@ def configure(
         for name, preset in PRESETS.items():
             if (d, layers, n_experts, inner) == (
                 preset.d_model,
-                len(preset.n_heads),
+                len(preset.layers),
                 preset.n_experts,
-                preset.shared_dims[0],
+                preset.layers[0].shared,
             ):
                 return preset, [
                     f"no config beside the file: the sizes are those of {name}, whose config is "
@@ -114,7 +115,7 @@ def configure(
         told.problems.append(
             f"hidden_size: {width} is no multiple of num_attention_heads ({heads})"
         )
-    told.choice("hidden_act", tuple(ACTIVATIONS), "silu")
+    told.choice("hidden_act", HIDDEN_ACTS, "silu")
     told.boolean("use_dense", False)
     told.boolean("apply_aux_loss", True)
     for name, default, high in (
@@ -134,26 +135,18 @@ def published(config: TimeMoeConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    per_layer = (
-        config.n_heads,
-        config.n_kv_heads,
-        config.expert_dims,
-        config.shared_dims,
-        config.kept,
-    )
-    equal = all(len(set(widths)) == 1 for widths in per_layer)
-    whole = equal and config.n_heads[0] * config.head_dim == config.d_model
-    inner = config.shared_dims[0]
+    layer = equal_layer(config.layers, "Time-MoE")
+    heads, inner = layer.attn.heads, layer.shared
     if (
-        not whole
-        or len(config.kept[0]) != config.n_experts
-        or config.expert_dims[0] != inner // config.top_k
+        heads * config.head_dim != config.d_model
+        or len(layer.experts.ids) != config.n_experts
+        or layer.experts.ffn != inner // config.top_k
     ):
-        raise ValueError(
-            "the original has equal layers with all experts, hidden size = heads * head width and "
-            f"experts of 1/k of the shared one's width; this one has hidden size {config.d_model}, "
-            f"heads {config.n_heads} of width {config.head_dim}, experts {config.kept} of width "
-            f"{config.expert_dims}, shared {config.shared_dims}. A pruned model can't be exported."
+        raise pruned(
+            "the original Time-MoE has all experts, hidden size = heads * head width and experts "
+            f"of 1/k of the shared one's width; this one has hidden size {config.d_model}, {heads} "
+            f"heads of width {config.head_dim}, experts {layer.experts.ids} of width "
+            f"{layer.experts.ffn}, shared {inner}"
         )
     return {
         "architectures": ["TimeMoeForPrediction"],
@@ -166,9 +159,9 @@ def published(config: TimeMoeConfig) -> dict[str, Any]:
         "hidden_size": config.d_model,
         "intermediate_size": inner,
         "horizon_lengths": list(config.horizons),
-        "num_hidden_layers": len(config.n_heads),
-        "num_attention_heads": config.n_heads[0],
-        "num_key_value_heads": config.n_kv_heads[0],
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": layer.attn.key_heads,
         "num_experts": config.n_experts,
         "num_experts_per_tok": config.top_k,
         "hidden_act": config.activation,

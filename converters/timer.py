@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.fields import MAX_LAYERS
+from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
 from converters.tables import (
@@ -174,7 +175,7 @@ def _sizes(state: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
 def _assumed(sizes: Mapping[str, int], where: str) -> tuple[TimerConfig, list[str]]:
     shape = tuple(sizes[name] for name in ("patch_len", "d_model", "d_ff", "e_layers"))
     for name, preset in PRESETS.items():
-        if shape == (preset.patch_len, preset.d_model, preset.ffn_dims[0], len(preset.ffn_dims)):
+        if shape == (preset.patch_len, preset.d_model, preset.layers[0].ffn, len(preset.layers)):
             return preset, [
                 f"no config beside the file: the sizes are those of {name}, whose config is taken"
             ]
@@ -209,12 +210,11 @@ def published(config: TimerConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = set(config.n_heads), set(config.ffn_dims)
-    if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
-        raise ValueError(
-            "the original Timer has equal layers with d_model = heads * head width; this one has "
-            f"d_model {config.d_model}, heads {config.n_heads} of width {config.head_dim}, "
-            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
+    layer = equal_layer(config.layers, "Timer")
+    if layer.attn.heads * config.head_dim != config.d_model:
+        raise pruned(
+            f"the original Timer has heads that are together as wide as the model "
+            f"({config.d_model}); this one has {layer.attn.heads} of {config.head_dim}"
         )
     return {
         "task_name": {"forecasting": "forecast", "anomaly": "anomaly_detection"}.get(
@@ -222,9 +222,9 @@ def published(config: TimerConfig) -> dict[str, Any]:
         ),
         "patch_len": config.patch_len,
         "d_model": config.d_model,
-        "d_ff": config.ffn_dims[0],
-        "e_layers": len(config.ffn_dims),
-        "n_heads": config.n_heads[0],
+        "d_ff": layer.ffn,
+        "e_layers": len(config.layers),
+        "n_heads": layer.attn.heads,
         "seq_len": config.context_len,
         "pred_len": config.horizon,
         "dropout": config.dropout,

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
-from ltsm_jax.models.timer_hf import ACTIVATIONS, PRESETS, TimerHf, TimerHfConfig
+from ltsm_jax.models.timer_hf import HIDDEN_ACTS, PRESETS, TimerHf, TimerHfConfig
 
 MODEL = TimerHf
 EMBED, HEAD = "model.embed_layer.emb.weight", r"lm_heads\.(\d+)\.weight"
@@ -62,8 +63,8 @@ def configure(
             if (d, patch_len, ffn, layers) == (
                 preset.d_model,
                 preset.patch_len,
-                preset.ffn_dims[0],
-                len(preset.ffn_dims),
+                preset.layers[0].ffn,
+                len(preset.layers),
             ):
                 return preset, [
                     f"no config beside the file: the sizes are those of {name}, whose config is "
@@ -89,7 +90,7 @@ def configure(
         told.problems.append(
             f"hidden_size: {width} is no multiple of num_attention_heads ({heads})"
         )
-    told.choice("hidden_act", tuple(ACTIVATIONS), "silu")
+    told.choice("hidden_act", HIDDEN_ACTS, "silu")
     told.number("attention_dropout", 0.0, high=0.999)
     told.number("initializer_range", 0.02, high=1e3)
     told.integer("max_position_embeddings", 10000, high=1 << 30)
@@ -101,12 +102,11 @@ def published(config: TimerHfConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = set(config.n_heads), set(config.ffn_dims)
-    if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
-        raise ValueError(
-            "the original has equal layers with hidden size = heads * head width; this one has "
-            f"width {config.d_model}, heads {config.n_heads} of width {config.head_dim}, "
-            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
+    layer = equal_layer(config.layers, "Timer")
+    if layer.attn.heads * config.head_dim != config.d_model:
+        raise pruned(
+            f"the original Timer has heads that are together as wide as the model "
+            f"({config.d_model}); this one has {layer.attn.heads} of {config.head_dim}"
         )
     return {
         "architectures": ["TimerForPrediction"],
@@ -118,9 +118,9 @@ def published(config: TimerHfConfig) -> dict[str, Any]:
         "input_token_len": config.patch_len,
         "output_token_lens": list(config.horizons),
         "hidden_size": config.d_model,
-        "intermediate_size": config.ffn_dims[0],
-        "num_hidden_layers": len(config.ffn_dims),
-        "num_attention_heads": config.n_heads[0],
+        "intermediate_size": layer.ffn,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": layer.attn.heads,
         "hidden_act": config.activation,
         "attention_dropout": config.dropout,
         "initializer_range": config.init_std,

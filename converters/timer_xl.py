@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import CONV1, SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
@@ -100,9 +101,9 @@ def configure(
                 "d_model": preset.d_model,
                 "input_token_len": preset.patch_len,
                 "output_token_len": preset.horizon,
-                "d_ff": preset.ffn_dims[0],
-                "n_heads": preset.n_heads[0],
-                "e_layers": len(preset.n_heads),
+                "d_ff": preset.layers[0].ffn,
+                "n_heads": preset.layers[0].attn.heads,
+                "e_layers": len(preset.layers),
             }
             if known == sizes:
                 return preset, [
@@ -136,20 +137,19 @@ def published(config: TimerXLConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = set(config.n_heads), set(config.ffn_dims)
-    if len(heads) != 1 or len(widths) != 1 or config.n_heads[0] * config.head_dim != config.d_model:
-        raise ValueError(
-            "the original has equal layers with d_model = heads * head width; this one has "
-            f"d_model {config.d_model}, heads {config.n_heads} of width {config.head_dim}, "
-            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
+    layer = equal_layer(config.layers, "Timer-XL")
+    if layer.attn.heads * config.head_dim != config.d_model:
+        raise pruned(
+            f"the original Timer-XL has heads that are together as wide as the model "
+            f"({config.d_model}); this one has {layer.attn.heads} of {config.head_dim}"
         )
     return {
         "input_token_len": config.patch_len,
         "output_token_len": config.horizon,
         "d_model": config.d_model,
-        "n_heads": config.n_heads[0],
-        "e_layers": len(config.ffn_dims),
-        "d_ff": config.ffn_dims[0],
+        "n_heads": layer.attn.heads,
+        "e_layers": len(config.layers),
+        "d_ff": layer.ffn,
         "seq_len": config.context_len,
         "dropout": config.dropout,
         "activation": config.activation,

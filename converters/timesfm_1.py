@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from converters.fields import MAX_LAYERS, MAX_SIZE, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned
 from converters.layout import Layout
 from converters.tables import BUFFER, SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
 from converters.torch_files import CheckpointError
@@ -208,10 +209,10 @@ def _sizes_of(config: TimesFM1Config) -> dict[str, int]:
     return {
         "patch_len": config.patch_len,
         "d_model": config.d_model,
-        "d_ff": config.ffn_dims[0],
+        "d_ff": config.layers[0].ffn,
         "block_dim": config.block_dim,
-        "layers": len(config.ffn_dims),
-        "heads": config.n_heads[0],
+        "layers": len(config.layers),
+        "heads": config.layers[0].attn.heads,
         "head_dim": config.head_dim,
         "outputs": config.output_len * (1 + len(config.quantiles)),
     }
@@ -241,12 +242,11 @@ def published(config: TimesFM1Config, table: str = "") -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = set(config.n_heads), {config.block_dim, *config.ffn_dims}
-    if len(heads) != 1 or len(widths) != 1:
-        raise ValueError(
-            "the original TimesFM has equal layers, and blocks around them of the same width; "
-            f"this one has heads {config.n_heads}, feed-forward {config.ffn_dims}, blocks "
-            f"{config.block_dim}. A pruned model can't be exported."
+    layer = equal_layer(config.layers, "TimesFM")
+    if layer.ffn != config.block_dim:
+        raise pruned(
+            "the original TimesFM has blocks around its layers that are as wide as these "
+            f"({layer.ffn}); here they are of {config.block_dim}"
         )
     alike = {
         "head_dim": config.head_dim,
@@ -270,31 +270,31 @@ def published(config: TimesFM1Config, table: str = "") -> dict[str, Any]:
             "max_timescale": 10000,
             "min_timescale": 1,
             "model_type": "timesfm",
-            "num_attention_heads": config.n_heads[0],
-            "num_hidden_layers": len(config.ffn_dims),
+            "num_attention_heads": layer.attn.heads,
+            "num_hidden_layers": len(config.layers),
             "patch_length": config.patch_len,
             **alike,
         }
-    if config.n_heads[0] * config.head_dim != config.d_model:
+    if layer.attn.heads * config.head_dim != config.d_model:
         raise ValueError(
             f"the original TimesFM has model_dims = heads * head width, not {config.d_model} and "
-            f"{config.n_heads[0]} * {config.head_dim}"
+            f"{layer.attn.heads} * {config.head_dim}"
         )
     return {
         "context_len": config.context_len,
         "horizon_len": config.output_len,
         "input_patch_len": config.patch_len,
         "output_patch_len": config.output_len,
-        "num_layers": len(config.ffn_dims),
-        "num_heads": config.n_heads[0],
+        "num_layers": len(config.layers),
+        "num_heads": layer.attn.heads,
         "model_dims": config.d_model,
         "quantiles": list(config.quantiles),
         "use_positional_embedding": config.use_positional_embedding,
         "point_forecast_mode": config.point,
         "model_config": {
-            "num_layers": len(config.ffn_dims),
-            "num_heads": config.n_heads[0],
-            "num_kv_heads": config.n_heads[0],
+            "num_layers": len(config.layers),
+            "num_heads": layer.attn.heads,
+            "num_kv_heads": layer.attn.heads,
             "patch_len": config.patch_len,
             "horizon_len": config.output_len,
             **alike,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer
 from converters.layout import Layout
 from converters.tables import SAME, TRANSPOSE, Rule, listed, split_in, split_out
 from converters.torch_files import CheckpointError
@@ -284,9 +285,9 @@ def _sizes_of(config: TimesFM2p5Config) -> dict[str, int]:
         "patch_len": config.patch_len,
         "embed_dim": config.embed_dim,
         "d_model": config.d_model,
-        "d_ff": config.ffn_dims[0],
-        "layers": len(config.ffn_dims),
-        "heads": config.n_heads[0],
+        "d_ff": config.layers[0].ffn,
+        "layers": len(config.layers),
+        "heads": config.layers[0].attn.heads,
         "head_dim": config.head_dim,
         "outputs": config.output_len * columns,
         "point_dim": config.point_dim,
@@ -337,12 +338,7 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = set(config.n_heads), set(config.ffn_dims)
-    if len(heads) != 1 or len(widths) != 1:
-        raise ValueError(
-            f"the original TimesFM has equal layers; this one has heads {config.n_heads} and "
-            f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
-        )
+    layer = equal_layer(config.layers, "TimesFM")
     d, columns = config.d_model, 1 + len(config.quantiles)
     if table == TRANSFORMERS:
         if {config.embed_dim, config.point_dim, config.spread_dim} != {d}:
@@ -365,12 +361,12 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
             # the port's default; what it does is not what `TimesFM2p5` does
             "infer_is_positive": True,
             "initializer_range": 0.02,
-            "intermediate_size": config.ffn_dims[0],
+            "intermediate_size": layer.ffn,
             "max_position_embeddings": 16384,
             "model_type": "timesfm2_5",
-            "num_attention_heads": config.n_heads[0],
-            "num_hidden_layers": len(config.ffn_dims),
-            "num_key_value_heads": config.n_heads[0],
+            "num_attention_heads": layer.attn.heads,
+            "num_hidden_layers": len(config.layers),
+            "num_key_value_heads": layer.attn.heads,
             "output_quantile_len": config.spread_len,
             "patch_length": config.patch_len,
             "quantiles": list(config.quantiles),
@@ -379,10 +375,10 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
             "use_bias": False,
             "use_continuous_quantile_head": config.use_continuous_quantile_head,
         }
-    if config.n_heads[0] * config.head_dim != d:
+    if layer.attn.heads * config.head_dim != d:
         raise ValueError(
             f"the original TimesFM has model_dims = heads * head width, not {d} and "
-            f"{config.n_heads[0]} * {config.head_dim}"
+            f"{layer.attn.heads} * {config.head_dim}"
         )
     block = {"activation": "swish"}
     return {
@@ -400,11 +396,11 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
             "use_bias": True,
         },
         "stacked_transformers": {
-            "num_layers": len(config.ffn_dims),
+            "num_layers": len(config.layers),
             "transformer": {
                 "model_dims": d,
-                "hidden_dims": config.ffn_dims[0],
-                "num_heads": config.n_heads[0],
+                "hidden_dims": layer.ffn,
+                "num_heads": layer.attn.heads,
                 **_FIXED,
             },
         },

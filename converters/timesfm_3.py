@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
 from converters.pickles import CheckpointError
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
+from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.models.timesfm_3 import OPTIONS, PRESETS, TimesFM3, TimesFM3Config
 
 MODEL = TimesFM3
@@ -196,8 +198,8 @@ def _sizes_of(config: TimesFM3Config) -> dict[str, int]:
         "outputs": config.output_len * len(config.quantiles),
         "d_model": config.d_model,
         "head_dim": config.head_dim,
-        "d_ff": config.ffn_dims[0],
-        "layers": len(config.ffn_dims),
+        "d_ff": config.layers[0].ffn,
+        "layers": len(config.layers),
     }
 
 
@@ -206,15 +208,12 @@ def published(config: TimesFM3Config) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads = {*config.n_heads, *config.var_heads}
-    values = {*config.value_dims, *config.var_value_dims, config.head_dim}
-    whole = config.n_heads[0] * config.head_dim == config.d_model
-    if len(heads) != 1 or len(set(config.ffn_dims)) != 1 or len(values) != 1 or not whole:
-        raise ValueError(
-            f"the original TimesFM has equal layers, whose heads are together as wide as the model "
-            f"({config.d_model}); this one has {config.n_heads} and {config.var_heads} heads of "
-            f"{config.head_dim} and feed-forward {config.ffn_dims}. A pruned model can't be "
-            "exported."
+    layer = equal_layer(config.layers, "TimesFM")
+    whole = HeadDims.of(config.d_model // config.head_dim, config.head_dim)
+    if {layer.seq, layer.var} != {whole}:
+        raise pruned(
+            "the original TimesFM has heads that are together as wide as the model "
+            f"({config.d_model}); this one has {told(config.layers)}"
         )
     return {
         "input_patch_len": config.patch_len,
@@ -231,7 +230,7 @@ def published(config: TimesFM3Config) -> dict[str, Any]:
             "use_bias": config.embed_bias,
         },
         "transformer_config": {
-            "num_layers": len(config.ffn_dims),
+            "num_layers": len(config.layers),
             "transformer": {
                 "attention_norm": "rms",
                 "causal_attention": config.causal,
@@ -239,10 +238,10 @@ def published(config: TimesFM3Config) -> dict[str, Any]:
                 "deterministic": True,
                 "feedforward_norm": "rms",
                 "ff_activation": config.ffn_activation,
-                "hidden_dims": config.ffn_dims[0],
+                "hidden_dims": layer.ffn,
                 "max_variates": 32,
                 "model_dims": config.d_model,
-                "num_heads": config.n_heads[0],
+                "num_heads": layer.seq.heads,
                 "paired_token_skip_second": False,
                 "qk_norm": "rms" if config.qk_norm else "none",
                 "training": True,

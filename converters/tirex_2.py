@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import pruned, told
 from converters.layout import Layout
 from converters.tables import COPY, SAME, TRANSPOSE, Rule, Transform, split_in, split_out
 from converters.torch_files import CheckpointError
+from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.models.tirex_2 import (
     PRESETS,
     PUBLISHED_ACTIVATIONS,
     TOKENIZER_SIZES,
     TiRex2,
     TiRex2Config,
+    TiRex2Layer,
     activation_of,
     gated_width,
 )
@@ -209,13 +212,13 @@ def _of_a_preset(sizes: tuple[Any, ...], state: Mapping[str, Any], where: str):
             preset.d_model,
             preset.embed_dim,
             2 * preset.patch_len,
-            len(preset.ffn_dims),
+            len(preset.layers),
             len(preset.levels) * preset.patch_len,
             preset.out_dim,
         )
         if own != sizes:
             continue
-        kinds = [_kind(state, i) for i in range(len(preset.ffn_dims))]
+        kinds = [_kind(state, i) for i in range(len(preset.layers))]
         if None in kinds:
             break
         config = TiRex2Config.of(
@@ -359,31 +362,21 @@ def published(config: TiRex2Config) -> dict[str, Any]:
     """
     d = config.d_model
     heads = {"mlstm": d // config.value_dim, "slstm": d // config.slstm_dim}
-    narrowed = [
-        f"layer {i}: {found} heads of the {kind}, not {heads[kind]}"
-        for i, (kind, found) in enumerate(zip(config.kinds, config.lstm_heads, strict=True))
-        if found != heads[kind]
-    ]
-    equal = {
-        "attention heads": (config.n_heads, d // config.head_dim),
-        "units behind the recurrence": (config.ffn_dims, gated_width(d)),
-        "units behind the attention": (config.variate_dims, 4 * d),
-    }
-    narrowed += [
-        f"{name} {found}, not {whole}"
-        for name, (found, whole) in equal.items()
-        if {*found} != {whole}
-    ]
-    if narrowed:
-        raise ValueError(
-            f"the original TiRex-2 has equal layers, whose widths follow from {d}; this one has "
-            f"{'; '.join(narrowed)}. A pruned model can't be exported."
+    attention = HeadDims.of(d // config.head_dim, config.head_dim)
+    kinds = tuple(layer.kind for layer in config.layers)
+    whole = tuple(
+        TiRex2Layer(kind, heads[kind], gated_width(d), attention, 4 * d) for kind in kinds
+    )
+    if config.layers != whole:
+        raise pruned(
+            f"the original TiRex-2 has layers whose widths follow from {d}: {told(whole)}; this "
+            f"one has {told(config.layers)}"
         )
     torch_names = {ours: theirs for theirs, ours in PUBLISHED_ACTIVATIONS.items()}
     if config.activation not in torch_names:
         raise ValueError(f"the original has no activation {config.activation!r}")
     templates = {}
-    for kind in sorted(set(config.kinds)):
+    for kind in sorted(set(kinds)):
         templates[kind] = {
             "time_mixer": {
                 "model_type": f"bi-{kind}",
@@ -400,8 +393,8 @@ def published(config: TiRex2Config) -> dict[str, Any]:
     if int(d * expand) != config.out_dim:  # the original rounds down
         expand = (config.out_dim + 0.5) / d
     return {
-        "stack_config": {"templates": templates, "recipe": list(config.kinds)},
-        "num_blocks": len(config.kinds),
+        "stack_config": {"templates": templates, "recipe": list(kinds)},
+        "num_blocks": len(kinds),
         "embedding_dim": d,
         "input_patch_size": config.patch_len,
         "output_patch_size": config.patch_len,

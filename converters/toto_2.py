@@ -5,10 +5,12 @@ The tensors are the parameters of both, value for value: the factors of unit sca
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
 from converters.pickles import CheckpointError
 from converters.tables import SAME, TRANSPOSE, Rule, cut_into, split_bias, split_in, split_out
@@ -34,7 +36,8 @@ def keys(config: Toto2Config) -> list[Rule]:
 
     Raises: ValueError for a pruned model, whose heads differ between layers.
     """
-    h, g, qk, v = config.n_heads[0], config.n_kv_heads[0], config.qk_dim, config.head_dim
+    attn, qk, v = config.layers[0].attn, config.qk_dim, config.head_dim
+    h, g = attn.heads, attn.key_heads
     weights = cut_into((h * qk, split_out(qk)), (g * qk, split_out(qk)), (g * v, split_out(v)))
     biases = cut_into((h * qk, split_bias(qk)), (g * qk, split_bias(qk)), (g * v, split_bias(v)))
     rules: list[Rule] = []
@@ -45,7 +48,7 @@ def keys(config: Toto2Config) -> list[Rule]:
                 (rf"{prefix}\.{theirs}\.bias", f"{ours}/{name}/bias", SAME),
             ]
     for kind in ("time", "variate"):
-        numbers = [str(i) for i, own in enumerate(config.kinds) if own == kind]
+        numbers = [str(i) for i, own in enumerate(config.layers) if own.kind == kind]
         if not numbers:
             continue
         attn = rf"transformer\.layers\.({'|'.join(numbers)})\.attn\."
@@ -99,7 +102,7 @@ def configure(
             told = (
                 4 * preset.d_model,
                 2 * preset.patch_len,
-                len(preset.kinds),
+                len(preset.layers),
                 2 * preset.ffn_width,
             )
             if told == (wide, inputs, layers, twice):
@@ -155,30 +158,31 @@ def published(config: Toto2Config) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    widths = {*zip(config.n_heads, config.n_kv_heads, config.ffn_dims, strict=True)}
-    whole = (config.attn_width // config.head_dim, config.ffn_width)
-    found = {(heads, ffn) for heads, _, ffn in widths}
-    if len(widths) != 1 or found != {whole}:
-        raise ValueError(
-            f"the original Toto 2.0 has equal layers, {whole[0]} heads and width {whole[1]} each; "
-            f"this one has {config.n_heads} heads and widths {config.ffn_dims}. A pruned model "
-            "can't be exported."
+    kinds = tuple(layer.kind for layer in config.layers)
+    layer = equal_layer(
+        [dataclasses.replace(layer, kind="time") for layer in config.layers], "Toto 2.0"
+    )
+    heads = layer.attn.heads
+    if (heads * config.head_dim, layer.ffn) != (config.attn_width, config.ffn_width):
+        raise pruned(
+            f"the original Toto 2.0 has layers of {config.attn_width // config.head_dim} heads and "
+            f"{config.ffn_width} units; this one has {told(config.layers)}"
         )
-    size, variate_layers, first = _grouped(config.kinds)
-    groups = config.n_kv_heads[0]
+    size, variate_layers, first = _grouped(kinds)
+    groups = layer.attn.key_heads
     return {
         "attn_bias": config.attn_bias,
         "d_ff": config.ffn_width,
         "d_model": config.d_model,
         "dropout_p": 0.0,
-        "heads_per_group": config.n_heads[0] // groups,
+        "heads_per_group": heads // groups,
         "layer_group_size": size,
         "mlp_bias": config.mlp_bias,
         "norm_eps": config.norm_eps,
         "norm_include_weight": config.norm_weight,
         "num_groups": groups,
-        "num_heads": config.n_heads[0],
-        "num_layers": len(config.kinds),
+        "num_heads": heads,
+        "num_layers": len(kinds),
         "num_output_patches": 1,
         "num_variate_layers_per_group": variate_layers,
         "patch_size": config.patch_len,

@@ -610,4 +610,4 @@ def _fields_of_r3(config: TTMConfig) -> dict[str, Any]:
 
 def _expansion(config: TTMConfig) -> int:
     width = config.d_model // factors(config.levels, config.d_model)[0]
-    return max(config.encoder[0][2] // width, 1)
+    return max(config.encoder[0].feature // width, 1)

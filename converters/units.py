@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
+from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
 from converters.pickles import CheckpointError, quoted
 from converters.tables import BUFFER, DROP, SAME, TRANSPOSE, Rule, Transform, split_in
-from ltsm_jax.models.units import Units, UnitsConfig, UnitsTask
+from ltsm_jax.models.units import Units, UnitsConfig, UnitsLayer, UnitsTask
 
 MODEL = Units
 SUFFIXES = {".pth": "state_dict"}
@@ -268,22 +269,17 @@ def published(config: UnitsConfig) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    heads, widths = {*config.seq_heads, *config.var_heads}, set(config.ffn_dims)
-    if (
-        len(heads) != 1
-        or widths != {8 * config.d_model}
-        or config.seq_heads[0] * config.head_dim != config.d_model
-    ):
-        raise ValueError(
-            "the original UniTS has equal layers of width 8 d_model; this one has "
-            f"{config.seq_heads} and {config.var_heads} heads and widths {config.ffn_dims}. A "
-            "pruned model can't be exported."
+    layer, d = equal_layer(config.layers, "UniTS"), config.d_model
+    if layer != UnitsLayer(d // config.head_dim, d // config.head_dim, 8 * d):
+        raise pruned(
+            f"the original UniTS has heads that are together as wide as the model ({d}) and units "
+            f"of 8 times that; this one has {told(config.layers)}, heads of {config.head_dim}"
         )
     return {
         "args": {
             "d_model": config.d_model,
-            "n_heads": config.seq_heads[0],
-            "e_layers": len(config.ffn_dims),
+            "n_heads": layer.seq_heads,
+            "e_layers": len(config.layers),
             "patch_len": config.patch_len,
             "stride": config.patch_len,
             "prompt_num": config.prompt_len,
@@ -316,7 +312,7 @@ def check_buffers(config: UnitsConfig, state: Mapping[str, Any]) -> list[str]:
 def buffers(config: UnitsConfig) -> dict[str, np.ndarray]:
     """The unused projections that the original's class has: zeros."""
     d, found = config.d_model, {}
-    for i in range(len(config.ffn_dims)):
+    for i in range(len(config.layers)):
         for name in ("seq", "var"):
             found[f"blocks.{i}.{name}_att_block.proj.weight"] = np.zeros((d, d), np.float32)
             found[f"blocks.{i}.{name}_att_block.proj.bias"] = np.zeros(d, np.float32)

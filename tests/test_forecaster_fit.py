@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from ltsm_jax import Forecaster
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.methods.decision import Verdict
 from ltsm_jax.methods.pruning import full_masks, merge
 from ltsm_jax.methods.strategies import strategy
@@ -26,7 +27,9 @@ LENGTHS = {"north": 500, "south": 460}  # of all tables here: each shape is comp
 
 @pytest.fixture(scope="module")
 def timer():
-    model = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8, dropout=0.1))
+    model = Timer(
+        TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8, dropout=0.1)
+    )
     return Forecaster(model, model.init(jax.random.key(7)), provenance={"source": "made here"})
 
 

@@ -9,13 +9,16 @@ import ltsm_jax
 from experiments.benchmarks import holes
 from ltsm_jax import cli, imputation
 from ltsm_jax.data import DataError, read_panel
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.methods.task_data import imputation_of, ready
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.training import TrainConfig
 
 # A random model: with an instance norm it expects the mean of the window and little else.
 MODEL = Timer(
-    TimerConfig(8, 8, 8, (1,), (8,), context_len=32, horizon=8, task="imputation", dropout=0.0)
+    TimerConfig(
+        8, 8, 8, equal_layers(1, 1, 8, 8), context_len=32, horizon=8, task="imputation", dropout=0.0
+    )
 )
 
 

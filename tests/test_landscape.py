@@ -14,6 +14,7 @@ from ltsm_jax import landscape, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.landscape import directions as ways
 from ltsm_jax.landscape import grid
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import forecasting
 
@@ -30,7 +31,7 @@ def bowl(params):
 @pytest.fixture(scope="module")
 def timer():
     """A model of one layer, its parameters, and splits of three noisy waves."""
-    model = Timer(TimerConfig(8, 8, 8, (1,), (8,), context_len=32, horizon=8))
+    model = Timer(TimerConfig(8, 8, 8, equal_layers(1, 1, 8, 8), context_len=32, horizon=8))
     t, rng = np.arange(200), np.random.default_rng(0)
     values = np.sin(t / 3 + np.arange(3)[:, None]) + 0.3 * rng.normal(size=(3, 200))
     return (

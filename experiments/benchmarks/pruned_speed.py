@@ -73,7 +73,7 @@ def forecasts(rounds: int) -> dict:
     model = Timer(PRESETS["Timer_forecast_1.0"])
     params = jax.jit(model.init)(jax.random.key(0))
     small, fewer, _ = remove(model, params, halved(model))
-    assert set(small.config.n_heads) == {4} and set(small.config.ffn_dims) == {1024}
+    assert {(layer.attn.heads, layer.ffn) for layer in small.config.layers} == {(4, 1024)}
     context = jax.random.normal(jax.random.key(1), (64, 1, model.context_len))
     predict = jax.jit(lambda m, p, x: m.predict(p, x, model.horizon).point, static_argnums=0)
     programs = {

@@ -1,12 +1,12 @@
-"""Parts of decoder-only families: causal attention with a cache, gated feed-forward layers, the
-roll-out loop.
+"""Parts of decoder-only families: causal attention with a cache, and the roll-out loop.
 
 A cache is an argument and a result, never a hidden state: per layer the rotated keys and the values
 [B, G, S, K] of a sequence that has room for S tokens, of which the first `start` are written.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import LOWEST, attend
+from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.rope import rotary, rotary_frequencies
-from ltsm_jax.layers.widths import width
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 
@@ -25,17 +26,6 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer
 # the weights of all at once are gigabytes, written and read several times.
 LONG = 1024
 QUERIES = 768  # that such a head takes at a time, with the keys up to the last of them alone
-
-ACTIVATIONS: dict[
-    str, Callable[[jax.Array], jax.Array]
-] = {  # under the names that published configs use
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
-}
 
 
 def causal_mask(
@@ -93,7 +83,7 @@ def attend_by_head(
             s_QS = (q_NK[first:stop] @ k_SK[:stop].T).astype(jnp.float32) * scale
             place_Q1 = jnp.arange(first, stop)[:, None]
             mask_QS = (jnp.arange(stop)[None] <= place_Q1) & seen_S[None, :stop]
-            w_QS = jax.nn.softmax(jnp.where(mask_QS, s_QS, jnp.finfo(jnp.float32).min))
+            w_QS = jax.nn.softmax(jnp.where(mask_QS, s_QS, LOWEST))
             found.append(w_QS.astype(v_SV.dtype) @ v_SV[:stop])
         return jnp.concatenate(found)
 
@@ -107,23 +97,18 @@ class CausalAttention(nn.Module):
     """Self-attention with rotary positions on whole heads, [B, N, D] -> [B, N, D]; q, k, v with
     bias, out without.
 
-    n_kv_heads G: groups of query heads that share a key and value head; head h uses group h // (H
-    // G). value_dim: width of the values, None is head_dim. pairs: the rotary pairs (j, j + K/2)
-    that the keys of each group, and its queries, still have, as many for each; () is all. The scale
-    is that of head_dim whatever is left. lean: the weights are not asked for: None where the
-    sequence is `LONG`.
+    dims: its heads; head h uses key head h // (H // G). head_dim: width of a whole head, which
+    decides the scale and the rotation whatever is left. lean: the weights are not asked for: None
+    where the sequence is `LONG`.
     Returns: output, weights [B, H, N, S], and the cache with the N new tokens in it (None without
     one).
     """
 
     d_model: int
-    n_heads: int
-    n_kv_heads: int
+    dims: HeadDims
     head_dim: int
     base: float = 10000.0
     dropout: float = 0.0
-    value_dim: int | None = None
-    pairs: tuple[tuple[int, ...], ...] = ()
 
     @nn.compact
     def __call__(
@@ -136,92 +121,47 @@ class CausalAttention(nn.Module):
         train: bool = False,
         lean: bool = False,
     ):
-        qk_dim = 2 * len(self.pairs[0]) if self.pairs else self.head_dim
-        value_dim = self.head_dim if self.value_dim is None else self.value_dim
-        heads = {
-            "q": (self.n_heads, qk_dim),
-            "k": (self.n_kv_heads, qk_dim),
-            "v": (self.n_kv_heads, value_dim),
-        }
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHNK, k_BGSK, v_BGSK = (
-            jnp.swapaxes(Linear((self.d_model,), shape, name=name)(x_BND), 1, 2)
-            for name, shape in heads.items()
-        )
-        place = positions_BN[:, None]
-        q_BHNK, k_BGSK = (
-            rotary(
-                y,
-                place,
-                base=self.base,
-                frequencies=_kept(self.pairs, self.head_dim, self.base, y.shape[1]),
-            )
-            for y in (q_BHNK, k_BGSK)
-        )
+        dims = self.dims
+
+        def project(name):
+            y_BNHK = Linear((self.d_model,), dims.shapes[name], name=name)(x_BND)
+            return jnp.swapaxes(y_BNHK, 1, 2)
+
+        def turned(y_BHNK):
+            kept = _kept(dims.pairs, self.head_dim, self.base, y_BHNK.shape[1])
+            return rotary(y_BHNK, positions_BN[:, None], base=self.base, frequencies=kept)
+
+        q_BHNK = turned(project("q"))
+        k_BGSK = turned(project("k"))
+        v_BGSK = project("v")
         if cache is not None:
-            k_BGSK, v_BGSK = cache = (
-                _written(cache[0], k_BGSK, start),
-                _written(cache[1], v_BGSK, start),
+            cache = _written(cache[0], k_BGSK, start), _written(cache[1], v_BGSK, start)
+            k_BGSK, v_BGSK = (y.astype(q_BHNK.dtype) for y in cache)
+        if dims.key_heads != dims.heads:
+            copies = dims.heads // dims.key_heads
+            k_BGSK, v_BGSK = (jnp.repeat(y, copies, axis=1) for y in (k_BGSK, v_BGSK))
+
+        scale = self.head_dim**-0.5
+        from_start = isinstance(start, int) and start == 0
+        if lean and not train and x_BND.shape[1] >= LONG and from_start:
+            # What the last query sees is all that any query may see.
+            seen_BS = mask_BHNS[:, 0, -1]
+            y_BHNK, w_BHNS = attend_by_head(q_BHNK, k_BGSK, v_BGSK, seen_BS, scale), None
+        else:
+            drop = functools.partial(Dropout(self.dropout), train=train)
+            y_BHNK, w_BHNS = attend(
+                q_BHNK, k_BGSK, v_BGSK, seen=mask_BHNS, scale=scale, dropout=drop
             )
-            k_BGSK, v_BGSK = k_BGSK.astype(q_BHNK.dtype), v_BGSK.astype(q_BHNK.dtype)
-        if self.n_kv_heads != self.n_heads:
-            k_BGSK, v_BGSK = (
-                jnp.repeat(y, self.n_heads // self.n_kv_heads, axis=1) for y in (k_BGSK, v_BGSK)
-            )
-        out = Linear((self.n_heads, value_dim), (self.d_model,), use_bias=False, name="out")
-        if lean and not train and x_BND.shape[1] >= LONG and isinstance(start, int) and start == 0:
-            # what the last query sees is all that any query may see
-            y_BHNK = attend_by_head(
-                q_BHNK, k_BGSK, v_BGSK, mask_BHNS[:, 0, -1], self.head_dim**-0.5
-            )
-            return out(jnp.swapaxes(y_BHNK, 1, 2)), None, cache
-        s_BHNS = (
-            jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BGSK).astype(jnp.float32) * self.head_dim**-0.5
-        )
-        # the lowest number and not -inf: a query that sees nothing (padding) spreads evenly, as in
-        # the originals
-        s_BHNS = jnp.where(mask_BHNS, s_BHNS, jnp.finfo(jnp.float32).min)
-        w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BGSK.dtype)
-        y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BGSK)
-        y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
-        return out(y_BNHK), w_BHNS, cache
+        out = Linear(dims.joined, (self.d_model,), use_bias=False, name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS, cache
 
 
-class GatedMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202), no biases: [..., D] -> [..., D],
-    width F inside.
-    """
-
-    d_model: int
-    ffn_dim: int
-    activation: str = "silu"
-
-    @nn.compact
-    def __call__(self, x):
-        into = {"inputs": (self.d_model,), "outputs": (self.ffn_dim,), "use_bias": False}
-        y = ACTIVATIONS[self.activation](Linear(**into, name="gate")(x)) * Linear(
-            **into, name="up"
-        )(x)
-        return Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y)
-
-
-def empty_cache(
-    b: int,
-    s: int,
-    n_kv_heads: Sequence[int],
-    head_dim: int,
-    value_dims: Sequence[int] = (),
-    rotary_pairs: Sequence[Sequence[Sequence[int]]] = (),
-) -> list[Cache]:
-    """Caches of all layers with room for s tokens. value_dims, rotary_pairs: by layer, see
-    `CausalAttention`.
-    """
+def empty_cache(b: int, s: int, layers: Iterable[HeadDims]) -> list[Cache]:
+    """Caches of all layers, by their heads, with room for s tokens."""
     caches = []
-    for i, g in enumerate(n_kv_heads):
-        pairs = rotary_pairs[i] if rotary_pairs else ()
-        widths = (2 * len(pairs[0]) if pairs else head_dim), width(value_dims, i, head_dim)
-        caches.append(tuple(jnp.zeros((b, g, s, k), jnp.float32) for k in widths))
+    for dims in layers:
+        shapes = (dims.shapes["k"], dims.shapes["v"])
+        caches.append(tuple(jnp.zeros((b, g, s, k), jnp.float32) for g, k in shapes))
     return caches
 
 

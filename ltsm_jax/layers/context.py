@@ -59,3 +59,20 @@ def row_keys(key: jax.Array | None, context: jax.Array) -> jax.Array:
     odd_T = 2 * jnp.arange(bits_BT.shape[1], dtype=jnp.uint32) + 1
     hash_B = (bits_BT * odd_T[None] * jnp.uint32(2654435761)).sum(1, dtype=jnp.uint32)
     return jax.vmap(lambda h: jax.random.fold_in(key, h))(hash_B)
+
+
+def with_covariates(context: Any, past: Any, known: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Put covariates behind the targets of a group: its members [G, M, T], and what is known ahead
+    of the last A of them [G, A, R], or None.
+
+    context: [G, C, T]. past: [G, K, T] or None. known: [G, A, T + R] or None.
+    """
+    members, ahead = [jnp.asarray(context, jnp.float32)], None
+    t = members[0].shape[-1]
+    if past is not None:
+        members.append(jnp.asarray(past, jnp.float32))
+    if known is not None and known.shape[1]:
+        known = jnp.asarray(known, jnp.float32)
+        members.append(known[..., :t])
+        ahead = known[..., t:]
+    return jnp.concatenate(members, axis=1), ahead

@@ -3,8 +3,10 @@ them all.
 """
 
 import dataclasses
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,25 @@ class Constant:
 
 
 Distribution = Uniform | Normal | Constant | Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def torch_linear(
+    flat: Mapping[str, Any], path: str, heads: tuple[str, ...] = ("/q", "/k", "/v")
+) -> Uniform | None:
+    """Give PyTorch's default distribution of the weights and the bias of a linear layer,
+    U(-1/sqrt(inputs), 1/sqrt(inputs)); None for a leaf of anything else.
+
+    Args:
+      flat: shapes by path; a linear is what has a kernel.
+      heads: ends of the paths of linears that have one axis of inputs and all others of outputs;
+        elsewhere the last axis alone is the outputs.
+    """
+    module = path.rpartition("/")[0]
+    kernel = flat.get(f"{module}/kernel")
+    if kernel is None:
+        return None
+    inputs = kernel.shape[:1] if module.endswith(heads) else kernel.shape[:-1]
+    return Uniform(math.prod(inputs) ** -0.5)
 
 
 def draw(

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from ltsm_jax import sharding
 from ltsm_jax.layers.experts import Experts
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.shortcuts import go_whole
 from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree, flatten, unflatten
 
@@ -65,7 +66,7 @@ def masked(masks: Tree):
     def call(function, args, kwargs, context):
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, Linear | Experts):
-            return function(*args, **kwargs)
+            return function(*args, **go_whole(context, kwargs))
         own = _at(masks, (*_BRANCH.get(), *module.path))
         if own is None:
             return function(*args, **kwargs)
@@ -106,7 +107,7 @@ def shapes(function: Callable[..., Any], *args: Any) -> Tree:
                     "up": pair((e, d), (e, f)),
                     "down": pair((e, f), (e, d)),
                 }
-        return inner(*args, **kwargs)
+        return inner(*args, **go_whole(context, kwargs))
 
     with nn.intercept_methods(call):
         jax.eval_shape(function, *args)

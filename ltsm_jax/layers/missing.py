@@ -57,6 +57,23 @@ def mean_observed(error: jax.Array, observed: jax.Array, batch: Batch) -> jax.Ar
     return (error * weight).sum() / jnp.maximum(weight.sum(), jnp.finfo(error.dtype).tiny)
 
 
+def scale_of_observed(x: jax.Array, flat: float) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation [..., 1] of what is not NaN of x [..., T].
+
+    flat: the deviation of a series without a spread, in place of 0. One without any value has the
+    mean 0 and the deviation 1.
+    """
+    observed = ~jnp.isnan(x)
+    n = observed.sum(-1, keepdims=True)
+
+    def mean(y):
+        return jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+
+    loc = mean(x)
+    scale = jnp.sqrt(mean(jnp.square(x - loc)))
+    return loc, jnp.where(n == 0, 1.0, jnp.where(scale == 0, flat, scale))
+
+
 # --- filling
 
 

@@ -11,6 +11,7 @@ arXiv 2402.02592), as SalesforceAIResearch/uni2ts (commit 8d2a08d) runs it.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -20,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers.attend import attend
+from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Distribution, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Distribution, Normal, Uniform, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.rope import rotary
@@ -304,21 +307,18 @@ class AnyVariateAttention(nn.Module):
     """
 
     d_model: int
-    n_heads: int
-    head_dim: int
-    value_dim: int
+    dims: HeadDims
     dropout: float = 0.0
 
     @nn.compact
     def __call__(
         self, x_BND, seen_BNS, same_variate_BNS, time_id_BN, train: bool, only=None, adapters=None
     ):
-        heads, half, taps = (self.n_heads, self.head_dim), self.head_dim // 2, {}
-        values = (self.n_heads, self.value_dim)
+        dims, half, taps = self.dims, self.dims.qk // 2, {}
         asking = slice(None) if only is None else only
 
         def project(name):
-            shape = values if name == "v" else heads
+            shape = dims.shapes[name]
             from_BND = x_BND[:, asking] if name == "q" else x_BND
             taps[name] = Linear((self.d_model,), shape, use_bias=False, name=name)(from_BND)
             if adapters is not None and name in adapters:
@@ -331,45 +331,26 @@ class AnyVariateAttention(nn.Module):
             first = rotary(y[..., :half], place_BN[:, None], pairs="adjacent")
             return jnp.concatenate([first, y[..., half:]], axis=-1)
 
-        shape = (2, self.n_heads)
+        shape = (2, dims.heads)
         bias_2H = (
             self.param("variate_bias", nn.initializers.zeros, shape)
-            if self.n_heads
+            if dims.heads
             else jnp.zeros(shape)
         )
         bias_2H = bias_2H.astype(jnp.float32)
-        q_BHNK, k_BHSK, v_BHSK = turned("q"), turned("k"), project("v")
-        s_BHNS = (jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5).astype(
-            jnp.float32
-        )
         bias = bias_2H[:, None, :, None, None]
-        s_BHNS = s_BHNS + jnp.where(same_variate_BNS[:, asking][:, None], bias[1], bias[0])
-        s_BHNS = jnp.where(seen_BNS[:, asking][:, None], s_BHNS, -jnp.inf)
-        w_BHNS = jax.nn.softmax(s_BHNS).astype(x_BND.dtype)
-        y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
-        y_BND = Linear(values, (self.d_model,), use_bias=False, name="out")(
-            jnp.swapaxes(y_BHNK, 1, 2)
+        y_BHNK, _ = attend(
+            turned("q"),
+            turned("k"),
+            project("v"),
+            seen=seen_BNS[:, asking][:, None],
+            bias=jnp.where(same_variate_BNS[:, asking][:, None], bias[1], bias[0]),
+            scale=dims.qk**-0.5,
+            hidden=-jnp.inf,
+            dropout=functools.partial(Dropout(self.dropout), train=train),
         )
-        return y_BND, taps
-
-
-class SwiGLU(nn.Module):
-    """`down(silu(gate x) * up x)`, no biases: [..., D] -> [..., D]."""
-
-    d_model: int
-    ffn_dim: int
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        up, gate = (
-            Linear((self.d_model,), (self.ffn_dim,), use_bias=False, name=n)(x)
-            for n in ("up", "gate")
-        )
-        y = Dropout(self.dropout)(nn.silu(gate) * up, train)
-        return Dropout(self.dropout)(
-            Linear((self.ffn_dim,), (self.d_model,), use_bias=False, name="down")(y), train
-        )
+        out = Linear(dims.joined, (self.d_model,), use_bias=False, name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), taps
 
 
 def default_ffn_dim(d_model: int) -> int:
@@ -446,6 +427,8 @@ def fresh(
     has alone.
     """
 
+    flat = flatten(shapes)
+
     def rule(path, shape):
         layer, _, leaf = path.rpartition("/")
         if (special := own(path, shape)) is not None:
@@ -456,8 +439,7 @@ def fresh(
             return Normal(1.0)
         if _SIZED.search(layer):
             return Uniform(1.0)
-        inputs = shape[:-1] if layer.endswith("/out") else shape[:1]
-        return Uniform(math.prod(inputs) ** -0.5)
+        return torch_linear(flat, path) or Constant(0.0)
 
     def narrowed(path, leaf):
         layer, _, name = path.rpartition("/")

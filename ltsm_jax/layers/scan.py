@@ -13,32 +13,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax.layers.taps import watched
 from ltsm_jax.trees import Tree
 
 
-def loops(network: nn.Module, lean: bool, train: bool) -> bool:
+def loops(network: nn.Module, lean: bool, train: bool, whole: bool) -> bool:
     """Tell whether a network may take its equal layers in one loop.
 
     lean: only its result is asked for, as in a forecast, and not the steps inside its layers.
+    whole: see `layers.shortcuts`.
     """
-    return lean and not train and not network.is_initializing() and not watched()
+    return lean and not train and not whole and not network.is_initializing()
 
 
-def equal_runs(layers: int, *widths: Sequence[Any]) -> list[range]:
+def equal_runs(layers: Sequence[Any]) -> list[range]:
     """Split layers into runs of neighbours with equal widths.
 
-    widths: what each layer has of its own, a sequence of `layers` entries; () where it is the same
-    everywhere.
+    layers: a record of each, see `layers.dims`.
 
-        equal_runs(4, (8, 8, 8, 6), ())  # [range(0, 3), range(3, 4)]
+        equal_runs((wide, wide, wide, narrow))  # [range(0, 3), range(3, 4)]
     """
-
-    def own(layer: int) -> list[Any]:
-        return [width[layer] for width in widths if width]
-
     runs = []
-    for _, run in itertools.groupby(range(layers), key=own):
+    for _, run in itertools.groupby(range(len(layers)), key=layers.__getitem__):
         places = list(run)
         runs.append(range(places[0], places[-1] + 1))
     return runs

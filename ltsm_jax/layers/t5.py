@@ -25,35 +25,30 @@ Parameters of a stack called `encoder` or `decoder`, i = 0, 1, ...:
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import LOWEST, attend, attention_weights
+from ltsm_jax.layers.dims import HeadDims, Narrowed, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Distribution, Normal
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.mlp import feed_forward, gated_feed_forward
+from ltsm_jax.layers.network import nested
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.taps import watched
-from ltsm_jax.layers.widths import width, width_problems
 
 Activation = Literal["relu", "gelu", "gelu_new"]  # gelu_new: the approximation with tanh
-ACTIVATIONS = {
-    "relu": nn.relu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-}
-
 SHARD_RULES = (
-    (r"/(attn|cross)/[qkv]/kernel$", ("fsdp", "tensor", None)),
-    (r"/(attn|cross)/out/kernel$", ("tensor", None, "fsdp")),
-    (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
-    (r"/down/kernel$", ("tensor", "fsdp")),
+    *shards.LAYERS,
     (r"/relative_bias$", ()),
-    (r"/norm\d?/scale$", ()),
+    *shards.WHOLE,
 )
 
 Cache = Mapping[str, Any]
@@ -63,105 +58,86 @@ S, K].
 
 
 @dataclasses.dataclass(frozen=True)
+class T5Layer:
+    """A layer's own attention, its feed-forward units, and in a decoder its attention to the
+    encoder (cross).
+    """
+
+    attn: HeadDims
+    ffn: int
+    cross: HeadDims | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class StackConfig:
     """Sizes of one stack.
 
-    d_model D, head_dim K, n_heads H and ffn_dims F of each layer. cross_heads: heads of each
-    layer's attention to the encoder; () makes the stack an encoder. bias_columns: for each layer,
-    which columns of the relative-bias table its heads use, for layers that lost heads; () where all
-    layers use all columns. n_buckets, max_distance (in tokens): of the relative bias. value_dims,
-    qk_dims: K of the values, and of queries and keys, of each layer; cross_value_dims,
-    cross_qk_dims: those of its attention to the encoder; () is head_dim.
+    d_model D, head_dim K, layers: H, K and F of each; the `ids` of its heads are the columns of the
+    relative-bias table that they use. n_buckets, max_distance (in tokens): of the relative bias.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
-    cross_heads: tuple[int, ...] = ()
-    bias_columns: tuple[tuple[int, ...], ...] = ()
+    layers: tuple[T5Layer, ...]
     n_buckets: int = 32
     max_distance: int = 128
     activation: Activation = "relu"
     gated: bool = False
     eps: float = 1e-6
     dropout: float = 0.1
-    value_dims: tuple[int, ...] = ()
-    qk_dims: tuple[int, ...] = ()
-    cross_value_dims: tuple[int, ...] = ()
-    cross_qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        layers = len(self.ffn_dims)
-        names = ("value_dims", "qk_dims", "cross_value_dims", "cross_qk_dims")
-        problems = width_problems(
-            layers, self.head_dim, **{name: getattr(self, name) for name in names}
-        )
-        if not layers or len(self.n_heads) != layers or len(self.cross_heads) not in (0, layers):
-            problems.append(
-                f"n_heads {self.n_heads}, ffn_dims {self.ffn_dims} and cross_heads "
-                f"{self.cross_heads} (or none) must name the same layers, at least one"
-            )
-        if (
-            min(self.d_model, self.head_dim) < 1
-            or min(0, *self.n_heads, *self.ffn_dims, *self.cross_heads) < 0
-        ):
+        scores: dict[str, Narrowed] = {"attn": "channels", "cross": "channels"}
+        problems = layer_problems(self.layers, self.head_dim, scores=scores)
+        if len({layer.cross is None for layer in self.layers}) > 1:
+            problems.append("all layers must look at an encoder's output, or none")
+        if min(self.d_model, self.head_dim) < 1:
             problems.append("every size must be positive")
-        if not self.bias_columns:
-            if len(set(self.n_heads)) > 1:
-                problems.append(
-                    f"layers with {self.n_heads} heads share one bias table: bias_columns must say "
-                    "how"
-                )
-        elif (
-            tuple(map(len, self.bias_columns)) != self.n_heads
-            or min(0, *sum(self.bias_columns, ())) < 0
-        ):
-            problems.append(
-                f"bias_columns {self.bias_columns} must name one column a head, {self.n_heads}"
-            )
         exact = self.n_buckets // (2 if self.is_decoder else 4)
         if exact < 1 or self.max_distance <= exact:
             problems.append(
                 f"{self.n_buckets} buckets have {exact} exact distances a side; there must be one, "
                 f"and max_distance ({self.max_distance}) must lie beyond"
             )
-        if self.activation not in ACTIVATIONS or not 0 <= self.dropout < 1 or not self.eps >= 0:
+        if (
+            self.activation not in typing.get_args(Activation)
+            or not 0 <= self.dropout < 1
+            or not self.eps >= 0
+        ):
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), eps not "
-                f"negative: {self.activation}, {self.dropout}, {self.eps}"
+                f"activation must be one of {', '.join(typing.get_args(Activation))}, dropout in "
+                f"[0, 1), eps not negative: {self.activation}, {self.dropout}, {self.eps}"
             )
         if problems:
             raise ValueError("T5 stack: " + "; ".join(problems))
 
+    @classmethod
+    def of(
+        cls,
+        d_model: int,
+        head_dim: int,
+        layers: int,
+        heads: int,
+        ffn: int,
+        *,
+        decoder: bool = False,
+        **rest: Any,
+    ) -> "StackConfig":
+        """Equal layers."""
+        attention = HeadDims.of(heads, head_dim)
+        layer = T5Layer(attention, ffn, attention if decoder else None)
+        return cls(d_model, head_dim, (layer,) * layers, **rest)
+
     @property
     def is_decoder(self) -> bool:
         """Whether the stack also looks at an encoder's output."""
-        return bool(self.cross_heads)
+        return any(layer.cross is not None for layer in self.layers)
 
     @property
     def bias_heads(self) -> int:
         """Columns of the relative-bias table."""
-        return (
-            max(sum(self.bias_columns, ()), default=-1) + 1
-            if self.bias_columns
-            else self.n_heads[0]
-        )
-
-    def attention(self, layer: int, cross: bool = False) -> tuple[int, int, int]:
-        """Heads of a layer's attention, the width of its queries and keys, and that of
-        its values.
-        """
-        heads, qk_dims, value_dims = (
-            (self.cross_heads, self.cross_qk_dims, self.cross_value_dims)
-            if cross
-            else (self.n_heads, self.qk_dims, self.value_dims)
-        )
-        return (
-            heads[layer],
-            width(qk_dims, layer, self.head_dim),
-            width(value_dims, layer, self.head_dim),
-        )
+        columns = [column for layer in self.layers for column in layer.attn.numbers]
+        return max(columns, default=-1) + 1
 
 
 def relative_buckets(
@@ -229,7 +205,7 @@ def hidden(mask: jax.Array) -> jax.Array:
     """Offset of the attention scores: 0 where the mask is not 0, float32's lowest number where it
     is. Where every key is hidden the attention is uniform, as in the original, and not NaN.
     """
-    return jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min)
+    return jnp.where(mask != 0, 0.0, LOWEST)
 
 
 class Kernel(nn.Module):
@@ -255,13 +231,13 @@ class Attention(nn.Module):
     bias: added to the scores, broadcasts to [B, H, N, S]. source None: keys and values are `kv`
     alone; with both, the new ones are written into `kv` at `start`. Rows of x may be a multiple of
     the source's: row r looks at the source's row r // multiple. keep: keys and values are wanted;
-    they need not come back otherwise.
+    they need not come back otherwise. whole: see `layers.shortcuts`.
     """
 
+    shortens: ClassVar[bool] = True
+
     cfg: StackConfig
-    n_heads: int
-    qk_dim: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(
@@ -273,62 +249,66 @@ class Attention(nn.Module):
         kv: Any = None,
         start: Any = 0,
         keep: bool = False,
+        whole: bool = False,
     ) -> tuple[Any, Any]:
-        cfg = self.cfg
-        heads = {
-            n: (self.n_heads, k)
-            for n, k in (("q", self.qk_dim), ("k", self.qk_dim), ("v", self.value_dim))
-        }
-
-        def split(y, name):
-            y_BNHK = Linear((cfg.d_model,), heads[name], use_bias=False, name=name)(y)
-            return jnp.swapaxes(y_BNHK, 1, 2)
-
-        def weights(s_BHNS):
-            w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32) + bias)
-            return Dropout(cfg.dropout)(w_BHNS.astype(s_BHNS.dtype), train)
-
         if x_BND is None:  # nobody asks yet
-            return None, (split(source_BSD, "k"), split(source_BSD, "v"))
-        shape = x_BND.shape
+            return None, (self._split(source_BSD, "k"), self._split(source_BSD, "v"))
+        cfg, shape = self.cfg, x_BND.shape
         rows = kv[0].shape[0] if source_BSD is None else source_BSD.shape[0]
-        q_BHNK = split(x_BND.reshape(rows, -1, cfg.d_model), "q")
-        n, k, s = *q_BHNK.shape[2:], 0 if source_BSD is None else source_BSD.shape[1]
-        few = n * (k + s) < s * k and not watched()
-        if few and source_BSD is not None and not (keep or kv):
-            # Few queries: (q W') m' for q (m W)' and (w m) W for w (m W), without the keys and
-            # values of all of m. That takes a tenth off a forecast of one decoder step.
-            m_BSD = source_BSD.astype(q_BHNK.dtype)
-            k_DHK, v_DHK = (
-                Kernel((cfg.d_model,), heads[name], name=name)(m_BSD.dtype) for name in "kv"
-            )
-            p_BHND = jnp.einsum("BHNK,DHK->BHND", q_BHNK, k_DHK)
-            w_BHNS = weights(jnp.einsum("BHND,BSD->BHNS", p_BHND, m_BSD))
-            y_BNHK = jnp.einsum(
-                "BHND,DHK->BNHK", jnp.einsum("BHNS,BSD->BHND", w_BHNS, m_BSD), v_DHK
-            )
+        q_BHNK = self._split(x_BND.reshape(rows, -1, cfg.d_model), "q")
+        drop = functools.partial(Dropout(cfg.dropout), train=train)
+
+        # A shorter way for few queries of new keys that nobody wants to keep.
+        n, k = q_BHNK.shape[2:]
+        s = 0 if source_BSD is None else source_BSD.shape[1]
+        fewer = n * (k + s) < s * k
+        if fewer and source_BSD is not None and not (keep or kv or whole):
+            y_BNHK = self._without_keys(q_BHNK, source_BSD, bias, drop)
         else:
             if source_BSD is not None:
-                new = split(source_BSD, "k"), split(source_BSD, "v")
-                if kv:
-                    kv = tuple(
-                        jax.lax.dynamic_update_slice(old, y.astype(old.dtype), (0, 0, start, 0))
-                        for old, y in zip(kv, new, strict=True)
-                    )
-                else:
-                    kv = new
-            k_BHSK, v_BHSK = kv
-            w_BHNS = weights(jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK))
-            y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        y_BND = Linear(heads["v"], (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
-        return y_BND.reshape(shape), kv
+                new = self._split(source_BSD, "k"), self._split(source_BSD, "v")
+                kv = _written(kv, new, start) if kv else new
+            y_BHNK, _ = attend(q_BHNK, *kv, bias=bias, dropout=drop)
+            y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
+        out = Linear(self.dims.joined, (cfg.d_model,), use_bias=False, name="out")
+        return out(y_BNHK).reshape(shape), kv
+
+    def _split(self, y, name: str) -> jax.Array:
+        """Queries, keys or values [B, H, N, K]."""
+        y_BNHK = Linear((self.cfg.d_model,), self.dims.shapes[name], use_bias=False, name=name)(y)
+        return jnp.swapaxes(y_BNHK, 1, 2)
+
+    def _without_keys(self, q_BHNK, source_BSD, bias, drop) -> jax.Array:
+        """Attend [B, N, H, K] without the keys and values of all of the source m.
+
+        (q W') m' for q (m W)' and (w m) W for w (m W): that takes a tenth off a forecast of one
+        decoder step.
+        """
+        m_BSD = source_BSD.astype(q_BHNK.dtype)
+        inputs = (self.cfg.d_model,)
+        k_DHK = Kernel(inputs, self.dims.shapes["k"], name="k")(m_BSD.dtype)
+        v_DHK = Kernel(inputs, self.dims.shapes["v"], name="v")(m_BSD.dtype)
+        p_BHND = jnp.einsum("BHNK,DHK->BHND", q_BHNK, k_DHK)
+        s_BHNS = jnp.einsum("BHND,BSD->BHNS", p_BHND, m_BSD)
+        w_BHNS = drop(attention_weights(s_BHNS, bias=bias).astype(m_BSD.dtype))
+        y_BHND = jnp.einsum("BHNS,BSD->BHND", w_BHNS, m_BSD)
+        return jnp.einsum("BHND,DHK->BNHK", y_BHND, v_DHK)
+
+
+def _written(old: Any, new: Any, start: Any) -> tuple[jax.Array, ...]:
+    """Keys and values with new ones written over them from token `start` on."""
+    place = (0, 0, start, 0)
+    found = []
+    for y, more in zip(old, new, strict=True):
+        found.append(jax.lax.dynamic_update_slice(y, more.astype(y.dtype), place))
+    return tuple(found)
 
 
 class Block(nn.Module):
     """One layer [B, N, D] -> [B, N, D]; the named steps between; its part of the cache."""
 
     cfg: StackConfig
-    layer: int
+    dims: T5Layer
 
     @nn.compact
     def __call__(self, x_BND, bias, memory_BMD, memory_bias, train: bool, cache: Any, start: Any):
@@ -338,13 +318,13 @@ class Block(nn.Module):
             return Dropout(cfg.dropout)(y, train)
 
         if x_BND is None:
-            cross = Attention(cfg, *cfg.attention(self.layer, cross=True), name="cross")
+            cross = Attention(cfg, self.dims.cross, name="cross")
             _, (new["cross_k"], new["cross_v"]) = cross(None, memory_BMD, None, train)
             return None, taps, new
         kept: Any = cache or {}
         kv = (kept["k"], kept["v"]) if kept else None
         h_BND = taps["norm1"] = RMSNorm(cfg.eps, name="norm1")(x_BND)
-        attn = Attention(cfg, *cfg.attention(self.layer), name="attn")
+        attn = Attention(cfg, self.dims.attn, name="attn")
         taps["attn"], kv = attn(h_BND, h_BND, bias, train, kv, start, keep=bool(kept))
         if kept:
             new["k"], new["v"] = kv
@@ -352,20 +332,15 @@ class Block(nn.Module):
         if cfg.is_decoder:
             kv = None if memory_BMD is not None else (kept["cross_k"], kept["cross_v"])
             h_BND = taps["norm2"] = RMSNorm(cfg.eps, name="norm2")(x_BND)
-            cross = Attention(cfg, *cfg.attention(self.layer, cross=True), name="cross")
+            cross = Attention(cfg, self.dims.cross, name="cross")
             taps["cross"], kv = cross(h_BND, memory_BMD, memory_bias, train, kv, keep=bool(kept))
             if kept:
                 new["cross_k"], new["cross_v"] = kv
             x_BND = taps["after_cross"] = x_BND + drop(taps["cross"])
-        name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", cfg.ffn_dims[self.layer]
+        name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", self.dims.ffn
         h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
-        act = ACTIVATIONS[cfg.activation]
-
-        def wide(name):
-            return Linear((cfg.d_model,), (ffn_dim,), use_bias=False, name=name)(h_BND)
-
-        h_BNF = act(wide("gate")) * wide("up") if cfg.gated else act(wide("up"))
-        taps["ffn"] = Linear((ffn_dim,), (cfg.d_model,), use_bias=False, name="down")(drop(h_BNF))
+        made = gated_feed_forward if cfg.gated else functools.partial(feed_forward, use_bias=False)
+        taps["ffn"] = made(h_BND, ffn_dim, cfg.activation, dropout=drop)
         return x_BND + drop(taps["ffn"]), taps, new
 
 
@@ -418,8 +393,8 @@ class Stack(nn.Module):
                 "a decoder needs the encoder's output: as `memory`, or from earlier in the cache"
             )
         if x is None:
-            for i in range(len(cfg.ffn_dims)):
-                block = Block(cfg, i, name=f"layer_{i}")
+            for i, dims in enumerate(cfg.layers):
+                block = Block(cfg, dims, name=f"layer_{i}")
                 *_, new[f"layer_{i}"] = block(None, None, memory, None, train, None, None)
             return None, taps, new
         shape = (cfg.n_buckets, cfg.bias_heads)
@@ -448,9 +423,11 @@ class Stack(nn.Module):
         mask_bias = 0.0 if mask is None else hidden(mask)[:, None, None]
         memory_bias = 0.0 if memory_mask is None else hidden(memory_mask)[:, None, None]
         x = drop(x)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            own_HNS = bias_HNS[np.array(cfg.bias_columns[i], int)] if cfg.bias_columns else bias_HNS
-            x, inner, new[f"layer_{i}"] = Block(cfg, i, name=f"layer_{i}")(
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            own_HNS = bias_HNS
+            if dims.attn.numbers != tuple(range(cfg.bias_heads)):
+                own_HNS = bias_HNS[np.array(dims.attn.numbers, int)]
+            x, inner, new[f"layer_{i}"] = Block(cfg, dims, name=f"layer_{i}")(
                 x,
                 own_HNS[None] + mask_bias,
                 memory,
@@ -459,9 +436,7 @@ class Stack(nn.Module):
                 cache and cache[f"layer_{i}"],
                 start,
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x
-            }
+            taps |= nested(f"layer_{i}", inner, x)
         taps["norm"] = RMSNorm(cfg.eps, name="norm")(x)
         return drop(taps["norm"]), taps, new if cache else None
 
@@ -469,12 +444,12 @@ class Stack(nn.Module):
 def empty_cache(cfg: StackConfig, rows: int, length: int, dtype=jnp.float32) -> Cache:
     """The cache with which a decoder starts: room for `length` tokens in each of `rows` rows."""
     cache = {}
-    for i in range(len(cfg.n_heads)):
-        heads, *widths = cfg.attention(i)
-        cache[f"layer_{i}"] = {
-            name: jnp.zeros((rows, heads, length, k), dtype)
-            for name, k in zip("kv", widths, strict=True)
-        }
+    for i, dims in enumerate(cfg.layers):
+        own = {}
+        for name in "kv":
+            heads, width = dims.attn.shapes[name]
+            own[name] = jnp.zeros((rows, heads, length, width), dtype)
+        cache[f"layer_{i}"] = own
     return cache
 
 

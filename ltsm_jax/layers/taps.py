@@ -9,15 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from ltsm_jax.layers.masks import path_of
-
-
-def watched() -> bool:
-    """Whether somebody intercepts the calls of layers (masks, statistics), so that every layer must
-    be called.
-    """
-    return bool(
-        getattr(nn.module, "_global_interceptor_stack", True)
-    )  # True: a Flax that doesn't tell
+from ltsm_jax.layers.shortcuts import go_whole
 
 
 @contextlib.contextmanager
@@ -34,7 +26,7 @@ def arguments_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[Any, .
     def note(call, args, kwargs, context):
         if context.method_name == "__call__" and (path := path_of(context.module)) in seen:
             seen[path].append(args)
-        return call(*args, **kwargs)
+        return call(*args, **go_whole(context, kwargs))
 
     with nn.intercept_methods(note):
         yield seen
@@ -48,7 +40,7 @@ def calls_of(paths: Collection[str]) -> Iterator[dict[str, list[tuple[tuple[Any,
     seen: dict[str, list[tuple[tuple[Any, ...], Any]]] = {path: [] for path in paths}
 
     def note(call, args, kwargs, context):
-        result = call(*args, **kwargs)
+        result = call(*args, **go_whole(context, kwargs))
         if context.method_name == "__call__" and (path := path_of(context.module)) in seen:
             seen[path].append((args, result))
         return result

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax import sharding, trees
+from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.layers.masks import merge, weights
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import Kept, Place, pad, places, without
@@ -75,7 +76,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
     for place in places(model, flat):
         # Also spreads each mask of `mask_of` to its partners: a unit that is dead in one linear
         # becomes dead in all of them.
-        stays = _KEEP[place.group.kind](place, flat, mask_of)
+        stays = _KEEP[place.group.kind](model.config, place, flat, mask_of)
         if stays is not None:
             kept.append((place, stays))
     spread = trees.unflatten({path: jnp.asarray(mask) for path, mask in mask_of.items()})
@@ -92,7 +93,7 @@ def remove(model: Model, params: Params, masks: Masks) -> tuple[Model, Params, M
 
 
 def _keep_units(
-    place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
+    config: Any, place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
 ) -> Kept | None:
     kernels = [f"{place.path}/{name}/kernel" for name in place.group.takes]
     kernels = [path for path in kernels if path in flat]
@@ -104,7 +105,7 @@ def _keep_units(
 
 
 def _keep_experts(
-    place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
+    config: Any, place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
 ) -> Kept | None:
     down = f"{place.path}/{place.group.takes[0]}"
     if down not in flat:
@@ -130,9 +131,9 @@ def _spread(live: np.ndarray, masks: list[np.ndarray]) -> None:
 
 
 def _keep_heads(
-    place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
+    config: Any, place: Place, flat: Mapping[str, Any], mask_of: dict[str, np.ndarray]
 ) -> Kept | None:
-    group = place.group
+    group, dims = place.group, place.dims(config)
     out = f"{place.path}/{group.takes[0]}"
     if f"{out}/kernel" not in flat:
         return None
@@ -161,7 +162,7 @@ def _keep_heads(
     live_H, live_G = o_HV.max(axis=1) > 0, v_GV.max(axis=1) > 0
     stay_G = np.flatnonzero(live_G)
     stay_H = np.flatnonzero(np.repeat(live_G, h // g))
-    values = _widest(v_GV[stay_G] > 0) if group.values else None
+    values = _widest(v_GV[stay_G] > 0) if isinstance(dims, HeadDims) else None
 
     if group.axis:  # fused: queries and keys come out beside the values
         fused = mask_of.get(f"{place.path}/{group.makes[0]}/out")
@@ -176,13 +177,14 @@ def _keep_heads(
         k_GK = mask(f"{group.makes[1]}/out", widths[1])
         q_HK *= live_H[:, None]
         k_GK *= live_G[:, None]
-        if group.scores:
+        if group.scores == "channels":
             q_HK *= np.repeat(k_GK, h // g, axis=0)
             k_GK *= _any_of(q_HK, g)
             scores = _widest(k_GK[stay_G] > 0)
-        elif group.pairs:
+        elif group.scores == "pairs":
             scores = _live_pairs(q_HK, k_GK, stay_G)
-    return Kept(stay_H, stay_G if group.shared else None, values, scores)
+    is_shared = isinstance(dims, HeadDims) and dims.kv_heads is not None
+    return Kept(stay_H, stay_G if is_shared else None, values, scores)
 
 
 _KEEP = {"heads": _keep_heads, "ffn units": _keep_units, "experts": _keep_experts}

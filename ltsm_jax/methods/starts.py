@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ltsm_jax import sharding, trees
 from ltsm_jax.layers.multiscale import MultiScale
-from ltsm_jax.models import folders
+from ltsm_jax.models import folders, parts
 
 Params = Any
 Group = Literal["head", "norms", "embedding", "biases", "body"]
@@ -234,8 +234,7 @@ def layer_of(model: Any, path: str) -> str | None:
     """The layer that a leaf lies in, such as "layer_0" or "encoder/layer_1"; None for what lies
     outside the blocks.
     """
-    found = re.search(model.blocks, path)
-    return path[: found.end()].rstrip("/") if found and not re.search(model.head, path) else None
+    return None if re.search(model.head, path) else parts.layer_of(model, path)
 
 
 def _placed_like(fresh: jax.Array, old: Any) -> jax.Array:

@@ -28,16 +28,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
+from ltsm_jax.layers.context import check_context, with_covariates
+from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import mean_over_rows, mse_observed
+from ltsm_jax.layers.missing import mean_over_rows, mse_observed, scale_of_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.quantiles import at_levels, median_of
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -59,22 +63,26 @@ MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch ma
 
 
 @dataclasses.dataclass(frozen=True)
+class Chronos2Layer:
+    """A layer's attention over time and over a group, and its feed-forward units."""
+
+    time: HeadDims
+    group: HeadDims
+    ffn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Chronos2Config:
     """Widths are per layer, so that a pruned Chronos-2 is a Chronos-2.
 
-    d_model D, head_dim K, n_heads H of the attention over time and group_heads of that over a
-    group, ffn_dims F; block_dim: hidden width of the two residual blocks. patch_len P and
-    context_len in time steps; max_patches: future patches of one forward pass. levels: quantile
-    levels Q. time_scale: steps by which the time in a token is divided. value_dims: K of the values
-    of each layer in the attention over time, group_value_dims and group_qk_dims that of the values,
-    and of queries and keys, in the attention over a group; () is head_dim.
+    d_model D, head_dim K, layers: H, K and F of each; block_dim: hidden width of the two residual
+    blocks. patch_len P and context_len in time steps; max_patches: future patches of one forward
+    pass. levels: quantile levels Q. time_scale: steps by which the time in a token is divided.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    group_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[Chronos2Layer, ...]
     block_dim: int
     patch_len: int = 16
     context_len: int = 8192
@@ -87,20 +95,9 @@ class Chronos2Config:
     eps: float = 1e-6
     dropout: float = 0.1
     init_factor: float = 0.05
-    value_dims: tuple[int, ...] = ()
-    group_value_dims: tuple[int, ...] = ()
-    group_qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        dims = {
-            name: getattr(self, name)
-            for name in ("value_dims", "group_value_dims", "group_qk_dims")
-        }
-        problems = width_problems(len(self.n_heads), self.head_dim, **dims)
-        if not self.n_heads or not len(self.n_heads) == len(self.group_heads) == len(self.ffn_dims):
-            problems.append(
-                "n_heads, group_heads and ffn_dims must name the same layers, at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"group": "channels"})
         sizes = (
             self.d_model,
             self.head_dim,
@@ -109,10 +106,7 @@ class Chronos2Config:
             self.context_len,
             self.max_patches,
         )
-        if (
-            min(*sizes, self.time_scale) < 1
-            or min(*self.n_heads, *self.group_heads, *self.ffn_dims, 1) < 0
-        ):
+        if min(*sizes, self.time_scale) < 1:
             problems.append("every size must be positive")
         if self.head_dim % 2:
             problems.append(f"head_dim must be even for the rotation, got {self.head_dim}")
@@ -137,8 +131,9 @@ class Chronos2Config:
         cls, d_model: int, heads: int, d_ff: int, layers: int, *, head_dim: int = 64, **rest
     ) -> "Chronos2Config":
         """Equal layers."""
-        equal = (heads,) * layers
-        return cls(d_model, head_dim, equal, equal, (d_ff,) * layers, d_ff, **rest)
+        attention = HeadDims.of(heads, head_dim)
+        equal = (Chronos2Layer(attention, attention, d_ff),) * layers
+        return cls(d_model, head_dim, equal, d_ff, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "Chronos2Config":
@@ -194,7 +189,6 @@ PRESETS = {
     "autogluon/chronos-2-small": Chronos2Config.of(512, 8, 2048, 6),
     "autogluon/chronos-2-synth": Chronos2Config.of(768, 12, 3072, 12),
 }
-ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 
 
 class Attention(nn.Module):
@@ -203,29 +197,27 @@ class Attention(nn.Module):
     """
 
     cfg: Chronos2Config
-    n_heads: int
-    qk_dim: int
-    value_dim: int
+    dims: HeadDims
     rotate: bool
 
     @nn.compact
     def __call__(self, x_ABSD, seen, train: bool):
-        cfg = self.cfg
-        heads, values = (self.n_heads, self.qk_dim), (self.n_heads, self.value_dim)
-        q, k, v = (
-            jnp.moveaxis(Linear((cfg.d_model,), shape, False, name=n)(x_ABSD), 3, 2)
-            for n, shape in (("q", heads), ("k", heads), ("v", values))
-        )
+        cfg, dims = self.cfg, self.dims
+
+        def project(name):
+            linear = Linear((cfg.d_model,), dims.shapes[name], use_bias=False, name=name)
+            return jnp.moveaxis(linear(x_ABSD), 3, 2)
+
+        q, k, v = project("q"), project("k"), project("v")
         if self.rotate:
             positions = jnp.arange(x_ABSD.shape[2]).reshape(1, 1, 1, -1)
             q, k = (rotary(y, positions, base=cfg.rope_base) for y in (q, k))
-        s_ABHSS = jnp.einsum("ABHNK,ABHSK->ABHNS", q, k).astype(jnp.float32)
-        # the lowest number and not -inf: a token alone in its group, hidden, sees all others, as in
-        # the original; none sees it
-        s_ABHSS = s_ABHSS + jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-        w_ABHSS = Dropout(cfg.dropout)(jax.nn.softmax(s_ABHSS).astype(x_ABSD.dtype), train)
-        y_ABSHK = jnp.moveaxis(jnp.einsum("ABHNS,ABHSK->ABHNK", w_ABHSS, v), 2, 3)
-        return Linear(values, (cfg.d_model,), False, name="out")(y_ABSHK)
+        # A token alone in its group, hidden, sees all others, as in the original; none sees it.
+        drop = functools.partial(Dropout(cfg.dropout), train=train)
+        y_ABHSK, _ = attend(q, k, v, seen=seen, dropout=drop)
+        values = dims.joined
+        out = Linear(values, (cfg.d_model,), use_bias=False, name="out")
+        return out(jnp.moveaxis(y_ABHSK, 2, 3))
 
 
 class Layer(nn.Module):
@@ -234,7 +226,7 @@ class Layer(nn.Module):
     """
 
     cfg: Chronos2Config
-    layer: int
+    dims: Chronos2Layer
 
     @nn.compact
     def __call__(self, x_GMSD, seen_GMS, same_GMM, train: bool):
@@ -247,22 +239,16 @@ class Layer(nn.Module):
             return RMSNorm(cfg.eps, name=f"norm{i}")(x_GMSD)
 
         hide = seen_GMS[:, :, None, None, :]
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attend = Attention(cfg, cfg.n_heads[self.layer], cfg.head_dim, value_dim, True, name="time")
+        attend = Attention(cfg, self.dims.time, True, name="time")
         y = attend(norm(1), hide, train)
         x_GMSD = taps["time"] = x_GMSD + drop(y)
         hide = same_GMM[:, None, None] & jnp.swapaxes(seen_GMS, 1, 2)[:, :, None, None, :]
-        qk_dim, value_dim = (
-            width(w, self.layer, cfg.head_dim) for w in (cfg.group_qk_dims, cfg.group_value_dims)
-        )
-        attend = Attention(cfg, cfg.group_heads[self.layer], qk_dim, value_dim, False, name="group")
+        attend = Attention(cfg, self.dims.group, False, name="group")
         y = attend(jnp.swapaxes(norm(2), 1, 2), hide, train)
         x_GMSD = taps["group"] = x_GMSD + drop(jnp.swapaxes(y, 1, 2))
-        f = cfg.ffn_dims[self.layer]
-        y = drop(
-            ACTIVATIONS[cfg.activation](Linear((cfg.d_model,), (f,), False, name="up")(norm(3)))
-        )
-        x_GMSD = x_GMSD + drop(Linear((f,), (cfg.d_model,), False, name="down")(y))
+        width_F, activation = self.dims.ffn, cfg.activation
+        y = feed_forward(norm(3), width_F, activation, use_bias=False, dropout=drop)
+        x_GMSD = x_GMSD + drop(y)
         return x_GMSD, taps
 
 
@@ -287,9 +273,8 @@ class Chronos2Net(nn.Module):
         embed = block(3 * cfg.patch_len, cfg.d_model, "embed")
         x = taps["embed"] = embed(p_GMNP, train)
         ahead = taps["embed_future"] = embed(future_GMNP, train)
-        tokens_VD = self.param(
-            "tokens", nn.initializers.zeros, (2, cfg.d_model)
-        )  # row 0 is never used
+        # Row 0 is never used.
+        tokens_VD = self.param("tokens", nn.initializers.zeros, (2, cfg.d_model))
         reg = jnp.broadcast_to(
             tokens_VD[1].astype(x.dtype).reshape(1, 1, 1, -1), (*x.shape[:2], 1, cfg.d_model)
         )
@@ -299,11 +284,9 @@ class Chronos2Net(nn.Module):
         seen_GMS = taps["seen"] = jnp.pad(
             seen_GMN, ((0, 0), (0, 0), (0, n + 1)), constant_values=True
         )
-        for i in range(len(cfg.ffn_dims)):
-            x_GMSD, inner = Layer(cfg, i, name=f"layer_{i}")(x_GMSD, seen_GMS, same_GMM, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_GMSD
-            }
+        for i, dims in enumerate(cfg.layers):
+            x_GMSD, inner = Layer(cfg, dims, name=f"layer_{i}")(x_GMSD, seen_GMS, same_GMM, train)
+            taps |= nested(f"layer_{i}", inner, x_GMSD)
         x_GMSD = taps["norm"] = Dropout(cfg.dropout)(RMSNorm(cfg.eps, name="norm")(x_GMSD), train)
         out = len(cfg.levels) * cfg.patch_len
         y = taps["head"] = block(cfg.d_model, out, "head")(x_GMSD[:, :, -n:], train)
@@ -317,6 +300,7 @@ class Chronos2(Model):
     config: Chronos2Config
 
     family = "chronos_2"
+    published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
     head = r"^head/"
@@ -327,31 +311,15 @@ class Chronos2(Model):
         (r"^head/hidden/kernel$", ("fsdp", "tensor")),
         (r"^(embed|head)/out/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
-        (r"/(time|group)/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/(time|group)/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"(^tokens|/scale|/bias)$", ()),
+        (r"^tokens$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (
-        Group.heads(r"layer_(\d+)/time", values=r"value_dims.\1"),
-        Group.heads(
-            r"layer_(\d+)/group",
-            r"group_heads.\1",
-            values=r"group_value_dims.\1",
-            scores=r"group_qk_dims.\1",
-            swapped=True,
-        ),
-        Group.units(r"layer_(\d+)"),
+        Group.heads("time"),
+        Group.heads("group", scores="channels", swapped=True),
+        Group.units(),
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, Chronos2Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> Chronos2Config:
-        return config_from_json(Chronos2Config, fields)
 
     @classmethod
     def small(cls) -> Chronos2Config:
@@ -369,10 +337,6 @@ class Chronos2(Model):
         return "joint"
 
     @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
     def horizon(self) -> int:
         """Steps of one forward pass; a shorter horizon takes as many future patches as it needs."""
         return self.config.max_patches * self.config.patch_len
@@ -382,7 +346,7 @@ class Chronos2(Model):
         """Windows for which the attention over time of ten variates fits."""
         cfg = self.config
         tokens = cfg.context_len // cfg.patch_len + cfg.max_patches + 1
-        row = 40 * tokens * max(*cfg.ffn_dims, *(h * tokens for h in cfg.n_heads))
+        row = 40 * tokens * max(max(dims.ffn, dims.time.heads * tokens) for dims in cfg.layers)
         return 1 << max(int(math.log2(MEMORY / row)), 0)
 
     def init(self, key: jax.Array) -> Tree:
@@ -404,9 +368,8 @@ class Chronos2(Model):
                 return Normal(factor * (d * k) ** -0.5)
             if path.endswith(("/k/kernel", "/v/kernel")):
                 return Normal(factor * d**-0.5)
-            return Normal(
-                factor * math.prod(shape[:-1]) ** -0.5
-            )  # its own inputs: heads * K, D or F
+            # Its own inputs: heads * K, D or F.
+            return Normal(factor * math.prod(shape[:-1]) ** -0.5)
 
         return draw(key, shapes, rule)
 
@@ -415,17 +378,17 @@ class Chronos2(Model):
             "Chronos-2 fit() (amazon-science/chronos-forecasting): AdamW, 1000 steps of 256 "
             "series, linear decay"
         )
-        return Recipe(
-            1e-6, 32, 1, "cosine", min(self.context_len, 2048), min(self.horizon, 96), "own", source
+        return self._recipe(
+            lr=1e-6,
+            batch_size=32,
+            epochs=1,
+            schedule="cosine",
+            context_len=min(self.context_len, 2048),
+            horizon=min(self.horizon, 96),
+            source=source,
         )
 
     # --- the network between its scalings
-
-    def _patches(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Values [.., N, P] and masks of whole patches, 0 where nothing is to be seen."""
-        mask = jnp.where(jnp.isnan(x), 0.0, mask)
-        values = jnp.where(mask > 0, jnp.nan_to_num(x), 0.0)
-        return tuple(y.reshape(*y.shape[:-1], -1, self.config.patch_len) for y in (values, mask))  # pyright: ignore[reportReturnType]
 
     def apply(
         self,
@@ -453,65 +416,59 @@ class Chronos2(Model):
             * P.
           future_mask: [G, M, R], 1 where it is to be seen.
         """
-        cfg, p = self.config, self.config.patch_len
-        g, m, _ = x.shape
+        cfg, (g, m, _) = self.config, x.shape
         x = x.astype(jnp.float32)[..., -cfg.context_len :]
-        mask = (
-            jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
-        )
+        if mask is not None:
+            mask = mask.astype(jnp.float32)[..., -cfg.context_len :]
         same = jnp.ones((g, m, m), bool) if same is None else same
-        observed = ~jnp.isnan(x)
-        n = observed.sum(-1, keepdims=True)
+        loc, scale = scale_of_observed(x, FLAT_SCALE)
 
-        def mean(y):
-            return jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)
+        tokens, inner, visible = self._context_tokens(x, mask, loc, scale=scale)
+        ahead = self._future_tokens((g, m, n_patches), future, future_mask, loc=loc, scale=scale)
+        net, seen = Chronos2Net(cfg), visible.sum(-1) > 0
+        y, taps = run(net, params, tokens, ahead, seen, same, key=key, train=train)
 
-        loc = mean(x)
-        scale = jnp.sqrt(mean(jnp.square(x - loc)))
-        scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
-        inner = self.scaled(x, loc, scale)
-        left = ((0, 0), (0, 0), (-x.shape[-1] % p, 0))
-        values, visible = self._patches(
-            *(jnp.pad(y, left) for y in (inner, jnp.where(observed, mask, 0.0)))
-        )
-
-        def time(start, k):
-            """The scaled places of k patches from time step `start` on: [G, M, k, P]."""
-            steps = (start + jnp.arange(k * p)).reshape(1, 1, k, p)
-            return jnp.broadcast_to(steps / cfg.time_scale, (g, m, k, p))
-
-        future = jnp.full((g, m, n_patches * p), jnp.nan) if future is None else future
-        future_mask = (
-            jnp.ones_like(future) if future_mask is None else future_mask.astype(jnp.float32)
-        )
-        right = ((0, 0), (0, 0), (0, n_patches * p - future.shape[-1]))
-        known = [
-            jnp.pad(y, right)
-            for y in (
-                self.scaled(future, loc, scale),
-                jnp.where(jnp.isnan(future), 0.0, future_mask),
-            )
-        ]
-        ahead, ahead_mask = self._patches(*known)
-        count = values.shape[2]
-        tokens = jnp.concatenate([time(-count * p, count), values, visible], axis=-1)
-        ahead_tokens = jnp.concatenate([time(0, n_patches), ahead, ahead_mask], axis=-1)
-        rngs = {"dropout": key} if train and cfg.dropout else None
-        net: Any = Chronos2Net(cfg)  # Flax types what apply returns too widely
-        y, taps = net.apply(
-            {"params": params},
-            tokens,
-            ahead_tokens,
-            visible.sum(-1) > 0,
-            same,
-            train and rngs is not None,
-            rngs=rngs,
-        )
-        y_GMQR = jnp.moveaxis(y, 3, 2).reshape(g, m, len(cfg.levels), n_patches * p)
-        taps |= {"scaled": inner, "loc": loc, "scale": scale, "quantiles": y_GMQR}
+        y_GMQR = jnp.moveaxis(y, 3, 2).reshape(g, m, len(cfg.levels), -1)
+        known_GMR = ahead[..., -cfg.patch_len :].reshape(g, m, -1)
+        taps |= {"scaled": inner, "loc": loc, "scale": scale, "known": known_GMR}
+        taps["quantiles"] = y_GMQR
         outer = (jnp.sinh(y_GMQR) if cfg.arcsinh else y_GMQR) * scale[..., None] + loc[..., None]
-        known_GMR = ahead_mask.reshape(g, m, -1)
-        return jnp.swapaxes(outer, 2, 3), taps | {"known": known_GMR}
+        return jnp.swapaxes(outer, 2, 3), taps
+
+    def _context_tokens(self, x, mask, loc, scale):
+        """Tokens [G, M, N, 3P] of x, x in the inner scale, and which of its points are visible."""
+        p = self.config.patch_len
+        inner = self.scaled(x, loc, scale)
+        there = jnp.where(jnp.isnan(x), 0.0, 1.0 if mask is None else mask)
+        # The newest patch is whole: what is missing to a whole number of them is in front.
+        left = ((0, 0), (0, 0), (-x.shape[-1] % p, 0))
+        values, visible = self._patches(jnp.pad(inner, left), jnp.pad(there, left))
+        time = self._time(-values.shape[2] * p, values.shape)
+        return jnp.concatenate([time, values, visible], axis=-1), inner, visible
+
+    def _future_tokens(self, shape: tuple[int, int, int], future, mask, loc, scale):
+        """Tokens [G, M, n_patches, 3P] of what is known of the future, if anything is."""
+        p, (g, m, n_patches) = self.config.patch_len, shape
+        if future is None:
+            future = jnp.full((g, m, n_patches * p), jnp.nan)
+        there = jnp.where(jnp.isnan(future), 0.0, 1.0 if mask is None else mask)
+        right = ((0, 0), (0, 0), (0, n_patches * p - future.shape[-1]))
+        inner = jnp.pad(self.scaled(future, loc, scale), right)
+        ahead, visible = self._patches(inner, jnp.pad(there.astype(jnp.float32), right))
+        return jnp.concatenate([self._time(0, ahead.shape), ahead, visible], axis=-1)
+
+    def _patches(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Values [.., N, P] and masks of whole patches, 0 where nothing is to be seen."""
+        mask = jnp.where(jnp.isnan(x), 0.0, mask)
+        values = jnp.where(mask > 0, jnp.nan_to_num(x), 0.0)
+        shape = (*x.shape[:-1], -1, self.config.patch_len)
+        return values.reshape(shape), mask.reshape(shape)
+
+    def _time(self, start: int, shape: tuple[int, ...]) -> jax.Array:
+        """The scaled places [G, M, k, P] of k patches from time step `start` on."""
+        k, p = shape[2:]
+        steps = (start + jnp.arange(k * p)).reshape(1, 1, k, p)
+        return jnp.broadcast_to(steps / self.config.time_scale, shape)
 
     def scaled(self, x: jax.Array, loc: jax.Array, scale: jax.Array) -> jax.Array:
         """x in the inner scale of the network."""
@@ -557,7 +514,7 @@ class Chronos2(Model):
         Covariates of the batch are further members of each row's group. They have no loss of their
         own, and count as rows without any error in the mean, as when the original tunes with them.
         """
-        x, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        x, future = self._group(batch["context"], batch.get("past"), batch.get("known"))
         target = batch["target"]
         no_target = ((0, 0), (0, x.shape[1] - target.shape[1]), (0, 0))
         target = jnp.pad(target, no_target, constant_values=jnp.nan)
@@ -572,39 +529,34 @@ class Chronos2(Model):
             raise ValueError(
                 f"one forward pass reaches {self.horizon} steps, the target has {steps}"
             )
-        x, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        x, future = self._group(batch["context"], batch.get("past"), batch.get("known"))
         y_GMRQ, _ = self.apply(params, x, n_patches, future=future, key=key, train=train)
         y_GMRQ = y_GMRQ[:, : batch["target"].shape[1]]
-        point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., :steps, 0]
+        point = median_of(y_GMRQ[..., :steps, :], self.config.levels)
         return mse_observed(point, batch["target"], batch)
 
     # --- forecasts
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """All variates of a row see each other. Point: the median. See `rows` for covariates."""
-        check_context(context, horizon)
-        y_GMRQ = self.rows(params, jnp.asarray(context, jnp.float32), horizon)
-        point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., 0]
-        return Forecast(point, y_GMRQ, levels=self.config.levels)
-
     def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key=None,
+        self, params: Tree, context, horizon: int, *, past=None, known=None, key=None
     ) -> Forecast:
-        """The covariates are further members of each row's group, behind the targets, as in the
-        original.
+        """All variates of a row see each other. Point: the median. See `rows` for covariates: they
+        are further members of each row's group, behind the targets, as in the original.
         """
         check_context(context, horizon)
-        x, future = _with_covariates(jnp.asarray(context, jnp.float32), past, known)
+        x, future = self._group(context, past, known)
         y_GMRQ = self.rows(params, x, horizon, future=future)[:, : context.shape[1]]
-        point = interpolate_quantiles(y_GMRQ, self.config.levels, (0.5,))[..., 0]
+        point = median_of(y_GMRQ, self.config.levels)
         return Forecast(point, y_GMRQ, levels=self.config.levels)
+
+    def _group(self, context, past=None, known=None) -> tuple[jax.Array, jax.Array | None]:
+        """The members of a group [G, M, T], and what is known of their future [G, M, R] or None."""
+        x, ahead = with_covariates(context, past, known)
+        if ahead is not None:
+            # Nothing is known ahead of the members in front.
+            unknown = ((0, 0), (x.shape[1] - ahead.shape[1], 0), (0, 0))
+            ahead = jnp.pad(ahead, unknown, constant_values=jnp.nan)
+        return x, ahead
 
     def rows(
         self,
@@ -638,86 +590,50 @@ class Chronos2(Model):
 
         def every(y):
             """A row per path, where more than one pass is made."""
-            return y if horizon <= most * p else jnp.repeat(y, len(paths), axis=0)
+            return y if y is None or horizon <= most * p else jnp.repeat(y, len(paths), axis=0)
 
         found, done = [], 0
         while done < horizon:
             n_patches = min(-(-(horizon - done) // p), most)
             step = n_patches * p
-            known = (
-                None
-                if future is None or future.shape[-1] <= done
-                else future[..., done : done + step]
-            )
+            known = None
+            if future is not None and future.shape[-1] > done:
+                known = future[..., done : done + step]
             if not found:
                 y_GMRQ, _ = self.apply(params, x, n_patches, same=same, future=known)
-                x, same = every(x), None if same is None else every(same)
+                x, same = every(x), every(same)
             else:
-                known = None if known is None else every(known)
-                y, _ = self.apply(params, x, n_patches, same=same, future=known)
-                y = jnp.moveaxis(y.reshape(g, len(paths), m, step, -1), 1, 3).reshape(
-                    g, m, step, -1
-                )
-                y_GMRQ = weighted_quantile(y, weights, cfg.levels)
+                # Each path gives all quantiles; those of all paths together are the next ones.
+                y, _ = self.apply(params, x, n_patches, same=same, future=every(known))
+                y_GMRAQ = jnp.moveaxis(y.reshape(g, len(paths), m, step, -1), 1, 3)
+                y_GMRQ = weighted_quantile(y_GMRAQ.reshape(g, m, step, -1), weights, cfg.levels)
             found.append(y_GMRQ)
             done += step
             if done < horizon:
-                new_GMRA = interpolate_quantiles(y_GMRQ, cfg.levels, paths)
-                if (
-                    future is not None
-                ):  # a covariate goes on as it is known to, not as it was forecast
-                    given = future[..., done - step : done, None]
-                    given = jnp.pad(
-                        given,
-                        ((0, 0), (0, 0), (0, step - given.shape[2]), (0, 0)),
-                        constant_values=jnp.nan,
-                    )
-                    new_GMRA = jnp.where(jnp.isnan(given), new_GMRA, given)
-                new = jnp.moveaxis(new_GMRA, 3, 1).reshape(g * len(paths), m, step)
+                given = None if future is None else future[..., done - step : done]
+                new = self._along_paths(y_GMRQ, paths, given)
                 x = jnp.concatenate([x, new], axis=-1)[..., -cfg.context_len :]
         return jnp.concatenate(found, axis=2)[:, :, :horizon]
+
+    def _along_paths(self, y_GMRQ, paths: Sequence[float], given) -> jax.Array:
+        """What stands behind the context of each path [G * A, M, R]: its own quantile.
+
+        given: [G, M, R'], what is known of covariates, which go on so and not as they were
+        forecast.
+        """
+        g, m, steps, _ = y_GMRQ.shape
+        new_GMRA = at_levels(y_GMRQ, self.config.levels, paths)
+        if given is not None:
+            later = ((0, 0), (0, 0), (0, steps - given.shape[2]))
+            known_GMR1 = jnp.pad(given, later, constant_values=jnp.nan)[..., None]
+            new_GMRA = jnp.where(jnp.isnan(known_GMR1), new_GMRA, known_GMR1)
+        return jnp.moveaxis(new_GMRA, 3, 1).reshape(g * len(paths), m, steps)
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
         """The encoder's output [B, C, N + 2, D]: a token a patch of the context, the learned token,
         a future patch.
         """
         return self.apply(params, context, 1)[1]["norm"]
-
-
-def _with_covariates(
-    context: jax.Array, past: jax.Array | None, known: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Put covariates behind the targets of a group: its members [G, M, T], and what is known ahead
-    [G, M, R] or None.
-
-    context: [G, C, T]. past: [G, K, T]. known: [G, K', T + R].
-    """
-    members, future = [context], None
-    if past is not None:
-        members.append(jnp.asarray(past, jnp.float32))
-    if known is not None:
-        t = context.shape[-1]
-        known = jnp.asarray(known, jnp.float32)
-        # Nothing is known ahead of the members in front.
-        unknown = sum(x.shape[1] for x in members)
-        future = jnp.pad(known[..., t:], ((0, 0), (unknown, 0), (0, 0)), constant_values=jnp.nan)
-        members.append(known[..., :t])
-    return (jnp.concatenate(members, axis=1) if len(members) > 1 else context), future
-
-
-def interpolate_quantiles(
-    y: jax.Array, levels: Sequence[float], wanted: Sequence[float]
-) -> jax.Array:
-    """Values [..., W] at the levels `wanted` of quantiles y [..., Q] at rising `levels`: linear
-    between neighbours, the end values beyond the ends.
-    """
-    have, want = np.asarray(levels, np.float64), np.asarray(wanted, np.float64)
-    low = np.clip(np.searchsorted(have, want, side="right") - 1, 0, max(len(have) - 2, 0))
-    high = np.minimum(low + 1, len(have) - 1)
-    span = np.where(high > low, have[high] - have[low], 1.0)
-    share = np.clip((want - have[low]) / span, 0.0, 1.0).astype(np.float32)
-    share = jnp.asarray(share).reshape((1,) * (y.ndim - 1) + (-1,))
-    return y[..., low] + (y[..., high] - y[..., low]) * share
 
 
 def masses(levels: Sequence[float]) -> np.ndarray:

@@ -27,11 +27,13 @@ import numpy as np
 from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.initial import Constant, Normal, draw
-from ltsm_jax.layers.missing import mean_observed, mean_over_rows
+from ltsm_jax.layers.missing import mean_observed, mean_over_rows, scale_of_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS
+from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.quantiles import median_of
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group, t5_groups
+from ltsm_jax.models.groups import T5_GROUPS, Stack
 from ltsm_jax.trees import Tree
 
 FLAT_SCALE = 1e-5  # the scale of a series without any spread, in place of 0
@@ -66,7 +68,9 @@ class ChronosBoltConfig:
     def __post_init__(self):
         problems = []
         if self.encoder.is_decoder or not self.decoder.is_decoder:
-            problems.append("the encoder must have no cross_heads and the decoder must have them")
+            problems.append(
+                "the layers of the decoder must look at the encoder, and those of the encoder not"
+            )
         if self.encoder.d_model != self.decoder.d_model:
             problems.append(
                 f"encoder and decoder differ in width: {self.encoder.d_model}, "
@@ -114,10 +118,8 @@ class ChronosBoltConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         both = {name: rest.pop(name) for name in list(rest) if name not in own}
         deep = layers if decoder_layers is None else decoder_layers
-        encoder = t5.StackConfig(d_model, head_dim, (heads,) * layers, (d_ff,) * layers, **both)
-        decoder = t5.StackConfig(
-            d_model, head_dim, (heads,) * deep, (d_ff,) * deep, (heads,) * deep, **both
-        )
+        encoder = t5.StackConfig.of(d_model, head_dim, layers, heads, d_ff, **both)
+        decoder = t5.StackConfig.of(d_model, head_dim, deep, heads, d_ff, decoder=True, **both)
         return cls(encoder, decoder, d_ff, **rest)
 
     @classmethod
@@ -195,11 +197,11 @@ class ChronosBoltNet(nn.Module):
     def __call__(self, p_BNP, mask_BNP, train: bool = False, encode_only: bool = False):
         cfg, taps = self.cfg, {"patches": p_BNP, "patch_mask": mask_BNP}
         d_model, q, h = cfg.encoder.d_model, len(cfg.levels), cfg.horizon
-        activation, dropout = t5.ACTIVATIONS[cfg.encoder.activation], cfg.encoder.dropout
+        activation, dropout = ACTIVATIONS[cfg.encoder.activation], cfg.encoder.dropout
 
         def block(inputs, outputs, name):
             return ResidualBlock(
-                inputs, cfg.block_dim, outputs, activation, dropout=dropout, name=name
+                inputs, cfg.block_dim, outputs, activation=activation, dropout=dropout, name=name
             )
 
         both_BN2P = jnp.concatenate([p_BNP, mask_BNP.astype(p_BNP.dtype)], axis=-1)
@@ -218,13 +220,13 @@ class ChronosBoltNet(nn.Module):
             seen_BN = jnp.pad(seen_BN, ((0, 0), (0, 1)), constant_values=True)
         taps |= {"encoder_input": x_BND, "seen": seen_BN}
         m_BND, inner, _ = t5.Stack(cfg.encoder, name="encoder")(x_BND, seen_BN, train=train)
-        taps |= {f"encoder/{name}": value for name, value in inner.items()}
+        taps |= nested("encoder", inner)
         if encode_only and not self.is_initializing():
             return m_BND, taps
         y_B1D, inner, _ = t5.Stack(cfg.decoder, name="decoder")(
             start_B1D, memory=m_BND, memory_mask=seen_BN, train=train
         )
-        taps |= {f"decoder/{name}": value for name, value in inner.items()}
+        taps |= nested("decoder", inner)
         y_B1O = taps["head"] = block(d_model, q * h, "head")(y_B1D, train)
         return y_B1O.reshape(-1, q, h).astype(jnp.float32), taps
 
@@ -236,6 +238,7 @@ class ChronosBolt(Model):
     config: ChronosBoltConfig
 
     family = "chronos_bolt"
+    published = PRESETS
     missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting", "embedding")
@@ -248,26 +251,10 @@ class ChronosBolt(Model):
         (r"^head/out/kernel$", ("tensor", "fsdp")),
         (r"^head/residual/kernel$", ("fsdp", None)),
         *t5.SHARD_RULES,
-        (r"(^tokens|/bias)$", ()),
+        (r"^tokens$", ()),
     )
-    prunable = (
-        *t5_groups("encoder"),
-        *t5_groups("decoder"),
-        Group.heads(
-            r"decoder/layer_(\d+)/cross",
-            r"decoder.cross_heads.\1",
-            values=r"decoder.cross_value_dims.\1",
-            scores=r"decoder.cross_qk_dims.\1",
-        ),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, ChronosBoltConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> ChronosBoltConfig:
-        return config_from_json(ChronosBoltConfig, fields)
+    stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
+    prunable = T5_GROUPS
 
     @classmethod
     def small(cls) -> ChronosBoltConfig:
@@ -286,19 +273,12 @@ class ChronosBolt(Model):
         )
 
     @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
-
-    @property
     def eval_batch(self) -> int:
         """As many windows as fit when each is rolled out once for every quantile."""
         cfg = self.config
         tokens = cfg.context_len // cfg.stride + 1
-        row = 4 * tokens * max(2 * cfg.block_dim, *(h * tokens for h in cfg.encoder.n_heads))
+        heads = max(layer.attn.heads for layer in cfg.encoder.layers)
+        row = 4 * tokens * max(2 * cfg.block_dim, heads * tokens)
         return 1 << max(int(math.log2(MEMORY / (len(cfg.levels) * row))), 0)
 
     def init(self, key: jax.Array) -> Tree:
@@ -319,13 +299,13 @@ class ChronosBolt(Model):
                     cfg.init_factor
                     * (cfg.block_dim if "/out/" in path else 2 * cfg.patch_len) ** -0.5
                 )
-            return t5.initial(path, shape, cfg.encoder.d_model, cfg.init_factor)
+            return t5.initial(path, shape, cfg.encoder.d_model, factor=cfg.init_factor)
 
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
         source = "AutoGluon's defaults, from memory: AdamW, 1000 steps of 32 windows"
-        return Recipe(1e-5, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
+        return self._recipe(lr=1e-5, batch_size=32, epochs=1, schedule="cosine", source=source)
 
     # --- the network between its scalings
 
@@ -345,14 +325,7 @@ class ChronosBolt(Model):
             jnp.ones_like(x) if mask is None else mask.astype(jnp.float32)[..., -cfg.context_len :]
         )
         mask = jnp.where(observed, mask, 0.0)
-        n = observed.sum(-1, keepdims=True)
-
-        def mean(y):
-            return jnp.where(observed, y, 0.0).sum(-1, keepdims=True) / jnp.maximum(n, 1)
-
-        loc = mean(x)
-        scale = jnp.sqrt(mean(jnp.square(x - loc)))
-        scale = jnp.where(n == 0, 1.0, jnp.where(scale == 0, FLAT_SCALE, scale))
+        loc, scale = scale_of_observed(x, FLAT_SCALE)
         scaled = jnp.where(observed, (x - loc) / scale, 0.0)
         left = -x.shape[-1] % cfg.patch_len
         values, mask = (
@@ -389,12 +362,8 @@ class ChronosBolt(Model):
         mask = None if mask is None else mask.reshape(b * c, t)
         p_BNP, mask_BNP, scaling = self.patches(x.reshape(b * c, t), mask)
         cfg = self.config
-        dropout = max(cfg.encoder.dropout, cfg.decoder.dropout)
-        rngs = {"dropout": key} if train and dropout and key is not None else None
-        net: Any = ChronosBoltNet(cfg)  # Flax types what apply returns too widely
-        y, taps = net.apply(
-            {"params": params}, p_BNP, mask_BNP, rngs is not None, encode_only, rngs=rngs
-        )
+        net, options = ChronosBoltNet(cfg), {"encode_only": encode_only}
+        y, taps = run(net, params, p_BNP, mask_BNP, key=key, train=train, **options)
         taps |= scaling
         if encode_only:
             return y.reshape(b, c, *y.shape[1:]), taps
@@ -440,11 +409,7 @@ class ChronosBolt(Model):
 
     def _point(self, y_BCHQ: jax.Array) -> jax.Array:
         """The median [B, C, H]: that of the levels, or between the two beside it."""
-        levels = self.config.levels
-        if 0.5 in levels:
-            return y_BCHQ[..., levels.index(0.5)]
-        weights = [np.interp(0.5, levels, row) for row in np.eye(len(levels))]
-        return y_BCHQ @ jnp.asarray(weights, y_BCHQ.dtype)
+        return median_of(y_BCHQ, self.config.levels)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """Quantiles as they come from the model, not sorted; the point is the median. See the
@@ -457,7 +422,7 @@ class ChronosBolt(Model):
         blocks = math.ceil(horizon / cfg.horizon)
         if blocks > 1:
             y_BCHQ = jnp.concatenate(
-                [y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks - 1)], axis=2
+                [y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks=blocks - 1)], axis=2
             )
         y_BCHQ = y_BCHQ[..., :horizon, :]
         return Forecast(self._point(y_BCHQ), y_BCHQ, levels=cfg.levels)

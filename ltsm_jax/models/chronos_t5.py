@@ -27,9 +27,9 @@ from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.initial import Normal, draw
 from ltsm_jax.layers.missing import mean_observed
-from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group, t5_groups
+from ltsm_jax.models.groups import T5_GROUPS, Stack
 from ltsm_jax.trees import Tree
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -128,8 +128,8 @@ class ChronosT5Config:
             if name in rest
         }
         n = layers if decoder_layers is None else decoder_layers
-        encoder = t5.StackConfig(d_model, d_kv, (heads,) * layers, (d_ff,) * layers, **shared)
-        decoder = t5.StackConfig(d_model, d_kv, (heads,) * n, (d_ff,) * n, (heads,) * n, **shared)
+        encoder = t5.StackConfig.of(d_model, d_kv, layers, heads, d_ff, **shared)
+        decoder = t5.StackConfig.of(d_model, d_kv, n, heads, d_ff, decoder=True, **shared)
         return cls(encoder, decoder, **rest)
 
     @classmethod
@@ -303,9 +303,8 @@ def kth_largest(x: jax.Array, k: int) -> jax.Array:
     """
     sign = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rank = jnp.where(
-        bits >= sign, ~bits, bits | sign
-    )  # unsigned integers in the order of the floats
+    # Unsigned integers in the order of the floats.
+    rank = jnp.where(bits >= sign, ~bits, bits | sign)
 
     def one(i, found):
         higher = found | (sign >> jnp.uint32(i))
@@ -384,7 +383,7 @@ class ChronosT5Net(nn.Module):
             memory, inner, _ = t5.Stack(cfg.encoder, name="encoder")(
                 shared_VD[ids], observed, train=train
             )
-            taps = {"memory": memory} | {f"encoder/{name}": tap for name, tap in inner.items()}
+            taps = {"memory": memory} | nested("encoder", inner)
         y_RND, inner, cache = t5.Stack(cfg.decoder, name="decoder")(
             None if so_far is None else shared_VD[so_far],
             memory=memory,
@@ -396,7 +395,7 @@ class ChronosT5Net(nn.Module):
         if y_RND is None:
             return None, taps, cache
         logits_RNV = (y_RND * cfg.d_model**-0.5) @ shared_VD.T.astype(y_RND.dtype)
-        return logits_RNV, taps | {f"decoder/{name}": tap for name, tap in inner.items()}, cache
+        return logits_RNV, taps | nested("decoder", inner), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,29 +405,14 @@ class ChronosT5(Model):
     config: ChronosT5Config
 
     family = "chronos_t5"
+    published = PRESETS
     missing_in_front = True
     head = r"^shared$"  # the output layer, which is the embedding of the input too
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
-    prunable = (
-        *t5_groups("encoder"),
-        *t5_groups("decoder"),
-        Group.heads(
-            r"decoder/layer_(\d+)/cross",
-            r"decoder.cross_heads.\1",
-            values=r"decoder.cross_value_dims.\1",
-            scores=r"decoder.cross_qk_dims.\1",
-        ),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, ChronosT5Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> ChronosT5Config:
-        return config_from_json(ChronosT5Config, fields)
+    stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
+    prunable = T5_GROUPS
 
     @classmethod
     def small(cls) -> ChronosT5Config:
@@ -450,24 +434,16 @@ class ChronosT5(Model):
         )
 
     @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
-
-    @property
     def eval_batch(self) -> int:
         cfg, paths = self.config, self.config.n_samples
         s, n = cfg.context_len + 1, cfg.horizon
-        row = 4 * s * s * max(cfg.encoder.n_heads) * 2  # scores and weights of one layer
-        row += (
-            8 * s * cfg.encoder.head_dim * sum(cfg.decoder.cross_heads)
-        )  # keys and values of the context, ...
-        row += (
-            8 * n * cfg.decoder.head_dim * sum(cfg.decoder.n_heads) * paths
-        )  # ... and of each path
+        own = [layer.attn.heads for layer in cfg.decoder.layers]
+        cross = [layer.cross.heads for layer in cfg.decoder.layers if layer.cross]
+
+        # Scores and weights of one layer, keys and values of the context, and of each path.
+        row = 4 * s * s * max(layer.attn.heads for layer in cfg.encoder.layers) * 2
+        row += 8 * s * cfg.encoder.head_dim * sum(cross)
+        row += 8 * n * cfg.decoder.head_dim * sum(own) * paths
         row += 4 * paths * cfg.vocab_size * 6
         return max(1, min(256, MEMORY // row))
 
@@ -483,7 +459,7 @@ class ChronosT5(Model):
             return (
                 Normal(cfg.init_factor)
                 if path == "shared"
-                else t5.initial(path, shape, cfg.d_model, cfg.init_factor)
+                else t5.initial(path, shape, cfg.d_model, factor=cfg.init_factor)
             )
 
         return draw(key, shapes, rule)
@@ -493,20 +469,12 @@ class ChronosT5(Model):
             "scripts/training of chronos-forecasting: 1000 steps of AdamW from 1e-3, there with a "
             "linear decay"
         )
-        return Recipe(1e-3, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
+        return self._recipe(lr=1e-3, batch_size=32, epochs=1, schedule="cosine", source=source)
 
     # --- with the answer given
 
     def _net(self, params: Tree, *args, key=None, train=False, **rest) -> Any:
-        train = (
-            train
-            and key is not None
-            and bool(self.config.encoder.dropout or self.config.decoder.dropout)
-        )
-        net: Any = ChronosT5Net(self.config)  # Flax types what apply returns too widely
-        return net.apply(
-            {"params": params}, *args, train, rngs={"dropout": key} if train else None, **rest
-        )
+        return run(ChronosT5Net(self.config), params, *args, key=key, train=train, **rest)
 
     def apply(self, params: Tree, context: jax.Array, target: jax.Array, key=None, train=False):
         """Logits of the target's tokens, each given those before it: [R, N, V] for R = B * C
@@ -562,7 +530,7 @@ class ChronosT5(Model):
             lost = jax.random.uniform(jax.random.fold_in(missing_key, 1), whole.shape) < share_BC1
             whole = jnp.where(lost, jnp.nan, whole)
             context, target = whole[..., :t], whole[..., t:]
-        return self.apply(params, context, target, key, train)
+        return self.apply(params, context, target, key=key, train=train)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Cross entropy of the target's tokens, EOS included: the mean over all of the batch that
@@ -572,7 +540,7 @@ class ChronosT5(Model):
         training each series first loses a share of its values, up to `missing_prob`, as in the
         original's pipeline.
         """
-        logits_RNV, taps = self._taught(params, batch, key, train)
+        logits_RNV, taps = self._taught(params, batch, key, train=train)
         log_RNV = jax.nn.log_softmax(logits_RNV.astype(jnp.float32))
         nll_RN = -jnp.take_along_axis(log_RNV, taps["labels"][..., None], axis=-1)[..., 0]
         b = batch["context"].shape[0]
@@ -587,7 +555,7 @@ class ChronosT5(Model):
         sampled one. In the (squared) units of the batch.
         """
         cfg, target = self.config, batch["target"]
-        logits_RNV, taps = self._taught(params, batch, key, train)
+        logits_RNV, taps = self._taught(params, batch, key, train=train)
         (b, c, h), values_V1 = target.shape, jnp.asarray(token_values(cfg))[:, None]
         open_RHV = logits_RNV[:, :h].astype(jnp.float32).at[..., cfg.eos].set(-jnp.inf)
         y_RH = (jax.nn.softmax(open_RHV) @ values_V1)[..., 0] * taps["scale"][:, None]
@@ -610,7 +578,7 @@ class ChronosT5(Model):
         """
         check_context(context, horizon)
         x_RT = self._series(context)
-        samples_RHN = self.sample(params, x_RT, horizon, row_keys(key, x_RT))
+        samples_RHN = self.sample(params, x_RT, horizon, keys=row_keys(key, x_RT))
         return forecast_of(samples_RHN.reshape(*context.shape[:2], horizon, -1))
 
     def sample(
@@ -628,11 +596,12 @@ class ChronosT5(Model):
         blocks, paths = -(-horizon // cfg.horizon), cfg.n_samples
         length = min(horizon, cfg.horizon)  # of one block
         # Padding on the left changes nothing (it is hidden and positions are relative), so one
-        # length serves all blocks
+        # length serves all blocks.
         width = min(cfg.context_len, x_RT.shape[1] + (blocks - 1) * cfg.horizon)
-        x_RW = jnp.pad(x_RT, ((0, 0), (max(width - x_RT.shape[1], 0), 0)), constant_values=jnp.nan)[
-            :, -width:
-        ]
+        front = ((0, 0), (max(width - x_RT.shape[1], 0), 0))
+        x_RW = jnp.pad(x_RT, front, constant_values=jnp.nan)[:, -width:]
+
+        # Random numbers of each block and step, so that a longer horizon begins like a shorter one.
         if gumbel is None:
             draws = jax.vmap(lambda k: jax.random.uniform(k, (blocks * length * paths,)))(keys)
             draws = jnp.swapaxes(draws.reshape(r, -1, paths), 0, 1)
@@ -643,14 +612,14 @@ class ChronosT5(Model):
         draws = draws.reshape(blocks, length, *draws.shape[1:])
         choose = pick if gumbel is None else pick_gumbel
         if blocks == 1:
-            return jnp.swapaxes(self._block(params, x_RW, draws[0], choose, length), 1, 2)
+            y_RNH = self._block(params, x_RW, draws[0], choose=choose, steps=length)
+            return jnp.swapaxes(y_RNH, 1, 2)
         steps = jnp.full(blocks, length).at[-1].set(horizon - (blocks - 1) * length)
 
         def block(x_RW, per_block):
-            y_RNH = self._block(params, x_RW, per_block[0], choose, per_block[1])
-            middle_RH = jnp.sort(y_RNH, axis=1)[
-                :, (paths - 1) // 2
-            ]  # the lower one of two, as torch has it
+            y_RNH = self._block(params, x_RW, per_block[0], choose=choose, steps=per_block[1])
+            # The lower one of two, as torch has it.
+            middle_RH = jnp.sort(y_RNH, axis=1)[:, (paths - 1) // 2]
             return jnp.concatenate([x_RW, middle_RH], axis=1)[:, -width:], y_RNH
 
         _, y_SRNH = jax.lax.scan(block, x_RW, (draws, steps))
@@ -665,9 +634,8 @@ class ChronosT5(Model):
         cfg, (length, r, paths) = self.config, draws.shape[:3]
         scale_R = scale_of(x_RW)
         ids_RS, observed_RS = tokenize(cfg, x_RW, scale_R)
-        _, _, context = self._net(
-            params, ids_RS, observed_RS, None
-        )  # once for all paths of a series
+        # Once for all paths of a series.
+        _, _, context = self._net(params, ids_RS, observed_RS, None)
         ids_RNS = jnp.full((r, paths, length + 1), cfg.start, ids_RS.dtype)
 
         def step(i, carry):
@@ -676,20 +644,17 @@ class ChronosT5(Model):
             cache = {layer: context[layer] | own[layer] for layer in own}
             logits, _, cache = self._net(params, None, observed_RS, last, cache=cache, start=i)
             y_RNV = scores(cfg, logits.reshape(r, paths, -1))
-            next_RN1 = choose(y_RNV, jax.lax.dynamic_index_in_dim(draws, i, keepdims=False))[
-                ..., None
-            ]
-            ids_RNS = jax.lax.dynamic_update_slice_in_dim(
-                ids_RNS, next_RN1.astype(ids_RNS.dtype), i + 1, axis=2
-            )
+            chosen_RN = choose(y_RNV, jax.lax.dynamic_index_in_dim(draws, i, keepdims=False))
+            next_RN1 = chosen_RN[..., None].astype(ids_RNS.dtype)
+            ids_RNS = jax.lax.dynamic_update_slice_in_dim(ids_RNS, next_RN1, i + 1, axis=2)
+            # Keys and values of the context are the same in each step.
             kept = {}
             for layer, arrays in cache.items():
                 kept[layer] = {"k": arrays["k"], "v": arrays["v"]}
             return ids_RNS, kept
 
-        ids_RNS, _ = jax.lax.fori_loop(
-            0, steps, step, (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length))
-        )
+        start = (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length))
+        ids_RNS, _ = jax.lax.fori_loop(0, steps, step, start)
         return jnp.asarray(token_values(cfg))[ids_RNS[..., 1:]] * scale_R[:, None, None]
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:

@@ -1,6 +1,4 @@
-"""Config dataclasses: built from JSON, and read and replaced at one entry such as
-"encoder.ffn_dims.0".
-"""
+"""Config dataclasses, built from JSON and checked against their annotations."""
 
 import dataclasses
 import difflib
@@ -158,26 +156,3 @@ def _is_number(x: Any, name: str) -> tuple[bool, str]:
 
 def _short(x: Any) -> str:
     return reprlib.repr(x)[:100]
-
-
-def with_entry(config: Any, entry: str, value: Any) -> Any:
-    """Put another value at an entry such as "n_heads.3" or "encoder.ffn_dims.0": fields and
-    indices.
-
-    Raises: AttributeError, IndexError for an entry that is not there; ValueError from the config's
-    class.
-    """
-    if not entry:
-        return value
-    name, _, rest = entry.partition(".")
-    if isinstance(config, tuple):
-        i = int(name)
-        return (*config[:i], with_entry(config[i], rest, value), *config[i + 1 :])
-    return dataclasses.replace(config, **{name: with_entry(getattr(config, name), rest, value)})
-
-
-def entry_of(config: Any, entry: str) -> Any:
-    """Read an entry of a config, see `with_entry`."""
-    for name in entry.split("."):
-        config = config[int(name)] if isinstance(config, tuple) else getattr(config, name)
-    return config

@@ -8,15 +8,17 @@ side of attention, Q quantiles. In [B, C, H] of a forecast, H is the horizon.
 
 import abc
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.layers.missing import mean_observed, mse_observed
 from ltsm_jax.layers.multiscale import MultiScale
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.models.groups import Group, Stack
 from ltsm_jax.trees import Tree
 
 Batch = Mapping[str, jax.Array]
@@ -93,6 +95,9 @@ class Model(abc.ABC):
     config: Any
 
     family: ClassVar[str]
+    # config by published name: checkpoint file stem, or hub name "owner/name" or
+    # "owner/name@revision"
+    published: ClassVar[Mapping[str, Any]] = {}
     head: ClassVar[str]  # regular expression: the leaves that linear probing trains
     tasks: ClassVar[tuple[Task, ...]]
     licence: ClassVar[str]  # of the published weights
@@ -119,16 +124,12 @@ class Model(abc.ABC):
     norms: ClassVar[str] = (
         r"(^|/)(bias|scale)$"  # regular expression: biases, and the scales of norms
     )
-    # regular expression: the linears of Transformer and mixer blocks, which are what is pruned; not
-    # their routers
-    blocks: ClassVar[str] = r"(^|/)((block_\d+_)?layer|block)_\d+/(?!(.*/)?(router|shared_gate)$)"
+    stacks: ClassVar[tuple[Stack, ...]] = (Stack(),)  # of layers; what is in them is pruned
 
     @classmethod
-    @abc.abstractmethod
     def presets(cls) -> Mapping[str, Any]:
-        """Config by published name: checkpoint file stem, or hub name "owner/name" or
-        "owner/name@revision".
-        """
+        """Config by published name, see `published`."""
+        return cls.published
 
     @classmethod
     @abc.abstractmethod
@@ -138,9 +139,13 @@ class Model(abc.ABC):
         """
 
     @classmethod
-    @abc.abstractmethod
     def config_from_dict(cls, fields: Mapping[str, Any]) -> Any:
-        """The config that `config_to_dict` wrote."""
+        """The config that `config_to_dict` wrote, of the class that the family annotates `config`
+        with.
+
+        Raises: ValueError as of `configs.config_from_json`.
+        """
+        return config_from_json(typing.get_type_hints(cls)["config"], fields)
 
     def config_to_dict(self) -> dict[str, Any]:
         """The config as JSON types, for config.json of a model folder."""
@@ -151,17 +156,17 @@ class Model(abc.ABC):
         """Whether one window holds one variate, or all of them because the model lets them see each
         other.
         """
-        return "independent"
+        return getattr(self.config, "variates", "independent")
 
     @property
-    @abc.abstractmethod
     def context_len(self) -> int:
         """L, the context length the model was trained with, in time steps."""
+        return self.config.context_len
 
     @property
-    @abc.abstractmethod
     def horizon(self) -> int:
         """Time steps of one forecast step; longer horizons are rolled out."""
+        return self.config.horizon
 
     @property
     def patch_len(self) -> int:
@@ -199,7 +204,17 @@ class Model(abc.ABC):
         self, params: Tree, batch: Batch, key: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
         """MSE of the point forecast [B, C, H], in the units of the batch; for methods that ask for
-        it. NaN as in `loss`.
+        it, rolled out where the target is long. NaN as in `loss`.
+        """
+        steps = batch["target"].shape[-1]
+        point_BCH = self._forecast(params, batch["context"], steps, key, train)
+        return mse_observed(point_BCH, batch["target"], batch)
+
+    def _forecast(
+        self, params: Tree, context: jax.Array, horizon: int, key=None, train: bool = False
+    ) -> jax.Array:
+        """The point forecast [B, C, H] of `predict`, with dropout in training; for families with
+        the common `point_loss`.
         """
         raise ValueError(f"{self.family} has no point loss")
 
@@ -220,7 +235,6 @@ class Model(abc.ABC):
             point = self.predict(params, context, horizon, key).point
         return mean_observed(jnp.abs(point - jnp.where(observed, target, 0.0)), observed, batch)
 
-    @abc.abstractmethod
     def predict(
         self, params: Tree, context: jax.Array, horizon: int, key: jax.Array | None = None
     ) -> Forecast:
@@ -228,8 +242,10 @@ class Model(abc.ABC):
         of the context.
 
         A row's forecast does not depend on the other rows of the batch. Models that sample draw
-        from `row_keys(key, context)`; without a key the draws are the same each time.
+        from `row_keys(key, context)`; without a key the draws are the same each time. Families with
+        covariates say in `predict_with` how they forecast without any.
         """
+        return self.predict_with(params, context, horizon, key=key)
 
     def predict_with(
         self,
@@ -339,6 +355,13 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def recipe(self) -> Recipe:
         """Fine-tuning defaults."""
+
+    def _recipe(self, *, source: str, **numbers: Any) -> Recipe:
+        """A recipe by its numbers: on the family's own loss, at the model's own context and
+        horizon, where they are not told.
+        """
+        usual = {"context_len": self.context_len, "horizon": self.horizon, "loss": "own"}
+        return Recipe(source=source, **(usual | numbers))
 
     def check_task(self, task: Task) -> None:
         """Raises: ValueError when the family has no such task."""

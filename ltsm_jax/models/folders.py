@@ -3,7 +3,8 @@
 A model folder is `config.json` (family, config, where it came from) and `params/` (a stored tree),
 and, for an imported checkpoint, `buffers.safetensors`: tensors of the original that are not
 learned, kept so that an export has every byte of it. Since format 2 config.json has a digest of
-itself and those of the other files; folders of format 1 are read as well.
+itself and those of the other files, and since format 3 its config has a record for each layer;
+folders of earlier formats are read as well, see `models.formats`.
 
 A folder may come from anywhere. Types, ranges and digests are checked before a model is built, and
 the number of its parameters against the stored arrays and their bytes before any of it is in
@@ -22,9 +23,8 @@ import jax
 import numpy as np
 
 from ltsm_jax import hosts, hub, storage, trees
-from ltsm_jax.models import FAMILIES, Model
+from ltsm_jax.models import FAMILIES, Model, formats
 
-FORMAT = 2
 SHIPPED = Path(__file__).parent.parent / "presets"
 CONFIG, PARAMS, BUFFERS = "config.json", "params", "buffers.safetensors"
 ORIGINALS = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
@@ -76,7 +76,7 @@ def save(
     folder = storage.user_path(folder)
     _require_params(model, params)
     record = {
-        "format": FORMAT,
+        "format": formats.FORMAT,
         "family": model.family,
         "config": model.config_to_dict(),
         "parameters": trees.count(params),
@@ -202,10 +202,10 @@ def read_config(folder: str | Path) -> tuple[Model, dict[str, Any]]:
         raise FileNotFoundError(f"{folder} has no {CONFIG}: not a model folder")
     record = storage.read_json(file)
     told = record.get("format")
-    if type(told) is int and told > FORMAT:
+    if type(told) is int and told > formats.FORMAT:
         raise storage.DamagedError(
             f"{file}: a model folder of format {told}, and this version of ltsm_jax reads 1 to "
-            f"{FORMAT}: update it"
+            f"{formats.FORMAT}: update it"
         )
     if type(told) is not int or told < 1 or not isinstance(record.get("family"), str):
         raise storage.DamagedError(
@@ -230,6 +230,9 @@ def read_config(folder: str | Path) -> tuple[Model, dict[str, Any]]:
             f"{guess}known: {', '.join(FAMILIES)}"
         )
     try:
+        for place, name in ((record, "config"), (record["provenance"], "pruned_from")):
+            if name in place:
+                place[name] = formats.current(record["family"], place[name], told)
         model = family(family.config_from_dict(record.get("config", {})))
     except ValueError as err:
         raise storage.DamagedError(

@@ -21,16 +21,19 @@ import functools
 import itertools
 import operator
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ltsm_jax.layers import mixture, multiscale, packed
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context, row_keys
+from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
+from ltsm_jax.layers.mlp import GatedMLP
 from ltsm_jax.layers.multiscale import (
     CrossScale,
     Layout,
@@ -39,18 +42,10 @@ from ltsm_jax.layers.multiscale import (
     ScaleLora,
     ScaleMixture,
 )
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.packed import (
-    AnyVariateAttention,
-    Series,
-    SizedIn,
-    SwiGLU,
-    Tokens,
-    observed_series,
-)
+from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten, unflatten
@@ -62,18 +57,16 @@ HEAD_DIM = 64  # the original splits every model width into heads of (at least) 
 class MoiraiConfig:
     """Widths are per layer, so that a pruned Moirai is a Moirai.
 
-    d_model D, head_dim K, n_heads H and ffn_dims F of each layer, patch_sizes the model has weights
-    for; components of the mixture and the scale of the one whose scale is fixed. How it is used:
+    d_model D, head_dim K, layers: H, K and F of each, patch_sizes the model has weights for;
+    components of the mixture and the scale of the one whose scale is fixed. How it is used:
     context_len and horizon in time steps; patch_size, or "auto" for the one with the best
     likelihood on the end of each context; n_samples of a forecast; variates: whether those of one
-    window see each other. value_dims: K of the values of each layer, () is head_dim. multiscale:
-    the scales beside the series itself; None: there are none.
+    window see each other. multiscale: the scales beside the series itself; None: there are none.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     patch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128)
     components: tuple[str, ...] = mixture.PUBLISHED
     fixed_scale: float = 1e-3
@@ -86,16 +79,10 @@ class MoiraiConfig:
     patch_size: int | Literal["auto"] = "auto"
     n_samples: int = 100
     variates: Literal["joint", "independent"] = "joint"
-    value_dims: tuple[int, ...] = ()
     multiscale: MultiScale | None = None
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.d_model,
             self.head_dim,
@@ -104,7 +91,7 @@ class MoiraiConfig:
             self.horizon,
             self.n_samples,
         )
-        if min(*sizes, *self.patch_sizes, 1) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(*sizes, *self.patch_sizes, 1) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(
@@ -139,7 +126,8 @@ class MoiraiConfig:
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
-        return cls(d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest)
+        head_dim = d_model // heads
+        return cls(d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiConfig":
@@ -201,49 +189,33 @@ class Block(nn.Module):
     """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between."""
 
     cfg: MoiraiConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, tokens: Tokens, train: bool, layout: Layout | None = None):
         cfg, taps = self.cfg, {}
         seen_BNS, same_BNS = tokens.same_sample, tokens.same_variate
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = AnyVariateAttention(
-            cfg.d_model,
-            cfg.n_heads[self.layer],
-            cfg.head_dim,
-            value_dim,
-            cfg.attn_dropout,
-            name="attn",
-        )
-        adapters = (
-            self.adapters(layout.how, value_dim, multiscale.scale_of(tokens)) if layout else None
-        )
+        attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
+        adapters = self.adapters(layout.how, multiscale.scale_of(tokens)) if layout else None
         y_BND, inner = attention(
             y_BND, seen_BNS, same_BNS, tokens.time_id, train, adapters=adapters
         )
-        taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         if layout:
             x_BND = taps["across"] = CrossScale(layout.how, name="across")(
                 x_BND, tokens.sample_id > 0, layout
             )
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND = taps["ffn"] = SwiGLU(
-            cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn"
-        )(y_BND, train)
+        y_BND = taps["ffn"] = GatedMLP(self.dims.ffn, dropout=cfg.dropout, name="ffn")(y_BND, train)
         return x_BND + y_BND, taps
 
-    def adapters(self, how: MultiScale, value_dim: int, scale_BN: jax.Array) -> dict[str, Any]:
+    def adapters(self, how: MultiScale, scale_BN: jax.Array) -> dict[str, Any]:
         """Give what each scale adds to queries, keys and values."""
-        heads, widths = (
-            self.cfg.n_heads[self.layer],
-            {"q": self.cfg.head_dim, "k": self.cfg.head_dim, "v": value_dim},
-        )
         found = {}
-        for name, k in widths.items():
-            lora = ScaleLora(how, (heads, k), name=f"lora_{name}")
+        for name, shape in self.dims.attn.shapes.items():
+            lora = ScaleLora(how, shape, name=f"lora_{name}")
             found[name] = functools.partial(lora, scale_BN=scale_BN)
         return found
 
@@ -254,10 +226,11 @@ class MoiraiNet(nn.Module):
     patch: the patch size of all tokens, or of each [B, N]. only: the tokens (first, last but one)
     whose distribution is asked for; None: all. lean: for a forecast, without the steps of the
     layers. layout: of the scales, where there are several. scale: mean and standard deviation
-    [B, C] of each variate, where they are known.
+    [B, C] of each variate, where they are known. whole: see `layers.shortcuts`.
     """
 
     cfg: MoiraiConfig
+    shortens: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -269,6 +242,7 @@ class MoiraiNet(nn.Module):
         lean: bool = False,
         layout: Layout | None = None,
         scale: tuple[jax.Array, jax.Array] | None = None,
+        whole: bool = False,
     ):
         cfg = self.cfg
         assert (layout is None) == (cfg.multiscale is None), "tokens of all scales, or of one"
@@ -287,28 +261,25 @@ class MoiraiNet(nn.Module):
             x_BND = ScaleLinear(layout.how, name="scale_in")(x_BND, multiscale.scale_of(tokens))
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
         x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
-        depth = len(cfg.ffn_dims)
-        looped = loops(self, lean, train)
+        looped = loops(self, lean, train, whole=whole)
         if looped:
 
             def layer(i, params, x_BND):
-                return Block(cfg, i, parent=None).apply(
+                return Block(cfg, cfg.layers[i], parent=None).apply(
                     {"params": params}, x_BND, tokens, train, layout
                 )[0]
 
-            runs = equal_runs(depth, cfg.n_heads, cfg.ffn_dims, cfg.value_dims)
-            x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
-        for i in range(0 if looped else depth):
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train, layout)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            runs = equal_runs(cfg.layers)
+            x_BND = through_layers(layer, self.variables["params"], x_BND, runs=runs)
+        for i, dims in enumerate(() if looped else cfg.layers):
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train, layout)
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else slice(*only)
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
         y, raw = head(x_BND[:, cut], patch, loc_BN1[:, cut], scale_BN1[:, cut])
-        return y, taps | {f"head/{name}": value for name, value in raw.items()}
+        return y, taps | nested("head", raw)
 
 
 def _filled(x: jax.Array, missing: int, fill: float | bool) -> jax.Array:
@@ -323,6 +294,7 @@ class Moirai(Model):
     config: MoiraiConfig
 
     family = "moirai"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting",)
     # beside what is new: as in MSFT, not the embedding, the projections of attention and the
@@ -330,46 +302,21 @@ class Moirai(Model):
     scalable = r"^scale_|/lora_[qkv]/|/across/|^head/|^mask$|/variate_bias$|norm\d?/scale$"
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-1.x-R)"
     shard_rules = (
-        (r"^embed/kernel$", (None, None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/attn/variate_bias$", (None, "tensor")),
-        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"^head/.*/kernel$", (None, "fsdp", None)),
-        (r"(^mask|/(scale|bias))$", ()),
         (r"^scale_|/lora_[qkv]/|/across/", ()),
+        (r"^embed/kernel$", (None, None, "fsdp")),
+        (r"^head/.*/kernel$", (None, "fsdp", None)),
+        (r"^mask$", ()),
+        (r"/attn/variate_bias$", (None, "tensor")),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)/ffn"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, MoiraiConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> MoiraiConfig:
-        return config_from_json(MoiraiConfig, fields)
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units("ffn"))
 
     @classmethod
     def small(cls) -> MoiraiConfig:
         return MoiraiConfig.of(
             16, 2, 2, 24, patch_sizes=(4, 8), context_len=32, horizon=8, patch_size=8, n_samples=20
         )
-
-    @property
-    def variates(self) -> Literal["independent", "joint"]:
-        return self.config.variates
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     @property
     def eval_batch(self) -> int:
@@ -381,11 +328,11 @@ class Moirai(Model):
         """
         cfg = self.config
         patch = max(cfg.patch_sizes)
-        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
+        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, width=patch)
         layout = None
         if cfg.multiscale:
             past = observed_series(jnp.zeros((1, 1, patch)))
-            tokens, layout = multiscale.pack(past, 1, patch, patch, cfg.multiscale)
+            tokens, layout = multiscale.pack(past, 1, patch, width=patch, how=cfg.multiscale)
         net: Any = MoiraiNet(cfg)
         shapes = jax.eval_shape(lambda k, x: net.init(k, x, patch, layout=layout), key, tokens)[
             "params"
@@ -408,16 +355,12 @@ class Moirai(Model):
             "uni2ts cli/conf/finetune (lr 5e-7 for 1.1-R, AdamW, decay 0.1, clip 1.0); epochs and "
             "context ours"
         )
-        context = self.context_len
-        return Recipe(
-            5e-7,
-            64,
-            10,
-            "constant",
-            context,
-            self.horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=5e-7,
+            batch_size=64,
+            epochs=10,
+            schedule="constant",
+            source=source,
             weight_decay=0.1,
             clip=1.0,
         )
@@ -441,13 +384,9 @@ class Moirai(Model):
 
         patch, only, lean, layout, scale: see `MoiraiNet`.
         """
-        cfg = self.config
-        train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
-        net: Any = MoiraiNet(cfg)  # Flax types what apply returns too widely
-        rngs = {"dropout": key} if train else None
-        return net.apply(
-            {"params": params}, tokens, patch, train, only, lean, layout, scale, rngs=rngs
-        )
+        options = {"only": only, "lean": lean, "layout": layout, "scale": scale}
+        net = MoiraiNet(self.config)
+        return run(net, params, tokens, patch, key=key, train=train, **options)
 
     def packed_loss(
         self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None
@@ -456,7 +395,7 @@ class Moirai(Model):
         in the units of the tokens, every variate of every sample counting alike. weight: of each
         row.
         """
-        y, _ = self.apply(params, tokens, patch, key, train)
+        y, _ = self.apply(params, tokens, patch, key=key, train=train)
         return packed.group_mean(-y.log_prob(tokens.target), tokens, weight)
 
     def future(
@@ -479,14 +418,18 @@ class Moirai(Model):
         see `layers.packed.pack`; of several scales there is `is_pad` alone.
         """
         if self.config.multiscale:
-            parts = self.scaled_future(params, past, horizon, patch, key, train, lean, **covariates)
+            parts = self.scaled_future(
+                params, past, horizon, patch=patch, key=key, train=train, lean=lean, **covariates
+            )
             return multiscale.mixed(params["scale_weights"], parts, horizon)
         _, c, t = past[0].shape
         width = max(self.config.patch_sizes)
-        tokens = packed.pack(past, horizon, patch, width, future=future, **covariates)
-        only = packed.future_tokens(c, t, horizon, patch)
-        y, _ = self.apply(params, tokens, patch, key, train, only, lean, scale=scale)
-        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch), y)
+        tokens = packed.pack(past, horizon, patch, width=width, future=future, **covariates)
+        only = packed.future_tokens(c, t, horizon, patch=patch)
+        y, _ = self.apply(
+            params, tokens, patch, key=key, train=train, only=only, lean=lean, scale=scale
+        )
+        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch=patch), y)
 
     def scaled_future(
         self,
@@ -505,9 +448,11 @@ class Moirai(Model):
         how = self.config.multiscale
         assert how is not None, "this model has one scale"
         c, width = past[0].shape[1], max(self.config.patch_sizes)
-        tokens, layout = multiscale.pack(past, horizon, patch, width, how, is_pad)
+        tokens, layout = multiscale.pack(past, horizon, patch, width=width, how=how, is_pad=is_pad)
         only = layout.first, layout.first + sum(layout.futures)
-        y, _ = self.apply(params, tokens, patch, key, train, only, lean, layout)
+        y, _ = self.apply(
+            params, tokens, patch, key=key, train=train, only=only, lean=lean, layout=layout
+        )
         parts, begin = [], 0
         for s, n in enumerate(layout.futures):
             own = jax.tree.map(lambda leaf, begin=begin, n=n: leaf[:, begin : begin + n], y)
@@ -549,6 +494,7 @@ class Moirai(Model):
                 params, (x, observed), steps, patch, lean=True, scale=scale or None, is_pad=pad
             )
 
+        # A forecast of the end of the context, which is known, and of the horizon, at each size.
         stacked = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
         shorter, whole = window(0, t - held), window(first, t)
         if held == horizon:  # both passes of a size are one program, run twice
@@ -564,6 +510,8 @@ class Moirai(Model):
         else:
             tried = stacked(*(after(shorter, p, held) for p in sizes)) if held else None
             found = stacked(*(after(whole, p, horizon) for p in sizes))
+
+        # Each row takes the size with the best likelihood of what is known.
         loss_ZB = jnp.zeros((len(sizes), b))
         if tried is not None:
             rest, known = x[None, ..., t - held :], observed[None, ..., t - held :]
@@ -593,7 +541,7 @@ class Moirai(Model):
         rows = packed.rows_of(batch, self.config.variates)
         past = observed_series(rows["context"])
         return self.future(
-            params, past, rows["target"].shape[-1], self.training_patch, key, train
+            params, past, rows["target"].shape[-1], patch=self.training_patch, key=key, train=train
         ), rows
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
@@ -603,8 +551,8 @@ class Moirai(Model):
         is.
         """
         if self.config.multiscale:
-            return self._scaled_loss(params, batch, key, train)
-        y, rows = self._distribution(params, batch, key, train)
+            return self._scaled_loss(params, batch, key, train=train)
+        y, rows = self._distribution(params, batch, key, train=train)
         assert isinstance(y, Mixture), "of one scale"
         return mixture.series_nll(y, *observed_series(rows["target"]), rows.get("weight"))
 
@@ -612,7 +560,7 @@ class Moirai(Model):
         rows = packed.rows_of(batch, self.config.variates)
         past, truth = observed_series(rows["context"]), observed_series(rows["target"])
         parts = self.scaled_future(
-            params, past, truth[0].shape[-1], self.training_patch, key, train
+            params, past, truth[0].shape[-1], patch=self.training_patch, key=key, train=train
         )
         losses = []
         for s, part in enumerate(parts):
@@ -624,7 +572,7 @@ class Moirai(Model):
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets."""
-        y, rows = self._distribution(params, batch, key, train)
+        y, rows = self._distribution(params, batch, key, train=train)
         return packed.masked_mse(y.mean(), *observed_series(rows["target"]), rows.get("weight"))
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
@@ -642,6 +590,6 @@ class Moirai(Model):
             y, _ = self.best_future(params, observed_series(x), horizon, cfg.context_len)
         else:
             x = x[..., -cfg.context_len :]
-            y = self.future(params, observed_series(x), horizon, cfg.patch_size, lean=True)
+            y = self.future(params, observed_series(x), horizon, patch=cfg.patch_size, lean=True)
         samples = y.sample(row_keys(key, x), cfg.n_samples).reshape(*context.shape[:2], horizon, -1)
         return Forecast(*mixture.summary(samples), samples, mixture.LEVELS)

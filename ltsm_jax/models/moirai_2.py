@@ -25,14 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import packed
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
+from ltsm_jax.layers.mlp import GatedMLP
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.packed import AnyVariateAttention, Series, SwiGLU, Tokens, observed_series
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.layers.packed import AnyVariateAttention, Series, Tokens, observed_series
+from ltsm_jax.layers.quantiles import median_of
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -44,17 +47,16 @@ HEAD_DIM = 64  # the original splits every model width into heads of (at least) 
 class Moirai2Config:
     """Widths are per layer, so that a pruned Moirai 2 is a Moirai 2.
 
-    patch_size P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, n_patches: how many
-    patches a token predicts, levels of the quantiles. How it is used: context_len in time steps;
-    missing: what stands for missing values, the mean so far or 0; variates: whether those of one
-    window see each other. value_dims: K of the values of each layer, () is head_dim.
+    patch_size P, d_model D, head_dim K, layers: H, K and F of each, n_patches: how many patches a
+    token predicts, levels of the quantiles. How it is used: context_len in time steps; missing:
+    what stands for missing values, the mean so far or 0; variates: whether those of one window see
+    each other.
     """
 
     patch_size: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     n_patches: int = 4
     levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     max_seq_len: int = 512
@@ -64,15 +66,9 @@ class Moirai2Config:
     context_len: int = 1680
     missing: Literal["mean", "zero"] = "mean"
     variates: Literal["joint", "independent"] = "joint"
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.patch_size,
             self.d_model,
@@ -81,7 +77,7 @@ class Moirai2Config:
             self.max_seq_len,
             self.context_len,
         )
-        if min(*sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(*sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(
@@ -114,8 +110,9 @@ class Moirai2Config:
             raise ValueError(
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
+        head_dim = d_model // heads
         return cls(
-            patch_size, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest
+            patch_size, d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest
         )
 
     @classmethod
@@ -137,7 +134,7 @@ class Moirai2Config:
         return cls.of(
             *(int(fields[name]) for name in required[:4]),
             n_patches=int(fields["num_predict_token"]),
-            levels=tuple(float(q) for q in fields["quantile_levels"]),
+            levels=tuple(map(float, fields["quantile_levels"])),
             max_seq_len=int(fields.get("max_seq_len", 512)),
             scaling=bool(fields.get("scaling", True)),
             dropout=float(fields.get("dropout_p", 0.0)),
@@ -170,28 +167,18 @@ class Block(nn.Module):
     """Pre-norm block [B, N, D] -> [B, N, D], and the named steps between."""
 
     cfg: Moirai2Config
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, tokens: Tokens, train: bool):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = AnyVariateAttention(
-            cfg.d_model,
-            cfg.n_heads[self.layer],
-            cfg.head_dim,
-            value_dim,
-            cfg.attn_dropout,
-            name="attn",
-        )
+        attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
         y_BND, inner = attention(y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train)
-        taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND = taps["ffn"] = SwiGLU(
-            cfg.d_model, cfg.ffn_dims[self.layer], cfg.dropout, name="ffn"
-        )(y_BND, train)
+        y_BND = taps["ffn"] = GatedMLP(self.dims.ffn, dropout=cfg.dropout, name="ffn")(y_BND, train)
         return x_BND + y_BND, taps
 
 
@@ -213,17 +200,15 @@ class Moirai2Net(nn.Module):
         taps = {"loc": loc_BN1, "scale": scale_BN1, "scaled": scaled_BNP}
         x_BNI = jnp.concatenate([scaled_BNP, tokens.observed.astype(scaled_BNP.dtype)], axis=-1)
         x_BND, inner = Residual(cfg.d_model, cfg.d_model, name="embed")(x_BNI)
-        taps |= {f"embed/{name}": value for name, value in inner.items()} | {"embed": x_BND}
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, tokens, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+        taps |= nested("embed", inner, x_BND)
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train)
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         x_BND = x_BND if only is None else x_BND[:, only]
         shape = (cfg.n_patches, len(cfg.levels), cfg.patch_size)
         y_BNO, inner = Residual(cfg.d_model, int(np.prod(shape)), name="head")(x_BND)
-        taps |= {f"head/{name}": value for name, value in inner.items()} | {"head": y_BNO}
+        taps |= nested("head", inner, y_BNO)
         return y_BNO.astype(jnp.float32).reshape(*x_BND.shape[:2], *shape), taps
 
 
@@ -251,46 +236,24 @@ class Moirai2(Model):
     config: Moirai2Config
 
     family = "moirai_2"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-2.0-R)"
     shard_rules = (
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/attn/variate_bias$", (None, "tensor")),
-        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"^embed/(hidden|residual)/kernel$", (None, "fsdp")),
-        (r"^embed/output/kernel$", (None, "fsdp")),
+        (r"^embed/(hidden|residual|output)/kernel$", (None, "fsdp")),
         (r"^head/.*/kernel$", ("fsdp", None)),
-        (r"/(scale|bias)$", ()),
+        (r"/attn/variate_bias$", (None, "tensor")),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)/ffn"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, Moirai2Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> Moirai2Config:
-        return config_from_json(Moirai2Config, fields)
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units("ffn"))
 
     @classmethod
     def small(cls) -> Moirai2Config:
         return Moirai2Config.of(
             4, 16, 24, 2, 2, n_patches=2, levels=(0.1, 0.5, 0.9), context_len=32
         )
-
-    @property
-    def variates(self) -> Literal["independent", "joint"]:
-        return self.config.variates
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:
@@ -312,15 +275,9 @@ class Moirai2(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer, _, leaf = path.rpartition("/")
-            if leaf == "scale":
-                return Constant(1.0)
-            if leaf == "variate_bias":
+            if path.endswith("/variate_bias"):
                 return Normal(1.0)
-            kernel = flat[f"{layer}/kernel"].shape
-            return Uniform(
-                float(np.prod(kernel[:-1] if layer.endswith("/out") else kernel[:1])) ** -0.5
-            )
+            return torch_linear(flat, path) or Constant(1.0)
 
         return draw(key, shapes, rule)
 
@@ -329,9 +286,14 @@ class Moirai2(Model):
             "none in uni2ts for Moirai 2: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip "
             "1.0)"
         )
-        context, horizon = self.context_len, self.horizon
-        return Recipe(
-            5e-7, 64, 10, "constant", context, horizon, "own", source, weight_decay=0.1, clip=1.0
+        return self._recipe(
+            lr=5e-7,
+            batch_size=64,
+            epochs=10,
+            schedule="constant",
+            source=source,
+            weight_decay=0.1,
+            clip=1.0,
         )
 
     # --- the network, and what is made of its quantiles
@@ -342,12 +304,7 @@ class Moirai2(Model):
         """One forward pass: at every token quantiles [B, N, patches, Q, P] of the patches after it,
         in the scale of its series (`loc` and `scale` of the named steps), and the named steps.
         """
-        cfg = self.config
-        train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
-        net: Any = Moirai2Net(cfg)  # Flax types what apply returns too widely
-        return net.apply(
-            {"params": params}, tokens, train, only, rngs={"dropout": key} if train else None
-        )
+        return run(Moirai2Net(self.config), params, tokens, key=key, train=train, only=only)
 
     def shifted_losses(
         self, params: Tree, tokens: Tokens, key=None, train=False, weight=None
@@ -358,7 +315,7 @@ class Moirai2(Model):
         The tokens of a variate must follow each other. weight: of each row.
         """
         cfg = self.config
-        y, taps = self.apply(params, tokens, key, train)
+        y, taps = self.apply(params, tokens, key=key, train=train)
         level = jnp.asarray(cfg.levels)[None, None, :, None]
         losses = []
         for k in range(1, cfg.n_patches + 1):
@@ -379,7 +336,7 @@ class Moirai2(Model):
         """Mean of `shifted_losses`. The repository has the loss of one shift but no trainer; the
         mean is ours.
         """
-        return self.shifted_losses(params, tokens, key, train, weight).mean()
+        return self.shifted_losses(params, tokens, key=key, train=train, weight=weight).mean()
 
     def first(
         self, params: Tree, tokens: Tokens, last: np.ndarray, key=None, train=False
@@ -387,7 +344,7 @@ class Moirai2(Model):
         """Quantiles [B, C, steps, Q] of the `n_patches` patches after the tokens at the places
         `last` [C], in the units of the tokens.
         """
-        y, taps = self.apply(params, tokens, key, train, last)
+        y, taps = self.apply(params, tokens, key=key, train=train, only=last)
         y = y * taps["scale"][:, last, :, None, None] + taps["loc"][:, last, :, None, None]
         return jnp.swapaxes(y, -1, -2).reshape(*y.shape[:2], -1, y.shape[3])
 
@@ -399,13 +356,12 @@ class Moirai2(Model):
         cfg, (b, c, t) = self.config, past[0].shape
         p, k, q = cfg.patch_size, cfg.n_patches, len(cfg.levels)
         rounds = -(-horizon // (k * p))
-        far = (
-            horizon if rounds == 1 else rounds * k * p
-        )  # tokens past the horizon are seen by none before them
+        # Tokens past the horizon are seen by none before them.
+        far = horizon if rounds == 1 else rounds * k * p
         if "known" in covariates:
             more = ((0, 0), (0, 0), (0, far - horizon))
             covariates["known"] = tuple(jnp.pad(a, more) for a in covariates["known"])
-        tokens = packed.pack(past, far, p, p, **covariates)
+        tokens = packed.pack(past, far, p, width=p, **covariates)
         before, steps = -(-t // p), -(-far // p)
         last, after = np.arange(c) * before + before - 1, c * before + np.arange(c) * steps
         y_BCTQ = self.first(params, tokens, last)
@@ -425,9 +381,9 @@ class Moirai2(Model):
                 predicted=copies.predicted.at[:, places].set(False),
             )
             y_RCTQ = self.first(params, copies, jnp.asarray(after) + start + k - 1)
-            all_BCTS = jnp.moveaxis(y_RCTQ.reshape(b, q, c, k * p, q), 1, 3).reshape(
-                b, c, k * p, q * q
-            )
+            # The quantiles of all copies' quantiles are the next ones.
+            each_BCTSQ = jnp.moveaxis(y_RCTQ.reshape(b, q, c, k * p, q), 1, 3)
+            all_BCTS = each_BCTSQ.reshape(b, c, k * p, q * q)
             new_BCTQ = jnp.moveaxis(jnp.quantile(all_BCTS, level, axis=-1), 0, -1)
             return (copies, new_BCTQ), new_BCTQ
 
@@ -468,22 +424,13 @@ class Moirai2(Model):
         past, p = self.prepare(rows["context"]), cfg.patch_size
         joined = self._filled(jnp.concatenate([rows["context"], rows["target"]], axis=-1))
         future = joined[..., t:], ~jnp.isnan(rows["target"])
-        tokens = packed.pack(past, h, p, p, future=future)
+        tokens = packed.pack(past, h, p, width=p, future=future)
         n_past, n_future = -(-past[0].shape[-1] // p), -(-h // p)
         spans = [(i * n_past, c * n_past + i * n_future) for i in range(c)]
         order = np.concatenate([np.r_[x : x + n_past, y : y + n_future] for x, y in spans])
-        tokens = jax.tree.map(
-            lambda leaf: leaf[:, order], tokens
-        )  # the future of a variate behind its past
-        return self.packed_loss(params, tokens, key, train, rows.get("weight"))
-
-    def _point(self, y_BCHQ: jax.Array) -> jax.Array:
-        """The median; between the levels beside it where it is none of them."""
-        levels = np.asarray(self.config.levels)
-        right = int(np.searchsorted(levels, 0.5 - 1e-9).clip(0, len(levels) - 1))
-        left = right if levels[right] <= 0.5 + 1e-9 else max(right - 1, 0)
-        share = 0.0 if left == right else (0.5 - levels[left]) / (levels[right] - levels[left])
-        return y_BCHQ[..., left] * (1 - share) + y_BCHQ[..., right] * share
+        # The future of a variate behind its past.
+        tokens = jax.tree.map(lambda leaf: leaf[:, order], tokens)
+        return self.packed_loss(params, tokens, key=key, train=train, weight=rows.get("weight"))
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the median, over the observed targets. It reaches as far as one forward pass:
@@ -499,10 +446,12 @@ class Moirai2(Model):
         past = self.prepare(rows["context"])
         (_, c, t), p = past[0].shape, self.config.patch_size
         before = -(-t // p)
-        tokens = packed.pack(past, h, p, p)
-        y = self.first(params, tokens, np.arange(c) * before + before - 1, key, train)[:, :, :h]
+        tokens = packed.pack(past, h, p, width=p)
+        y = self.first(params, tokens, np.arange(c) * before + before - 1, key=key, train=train)[
+            :, :, :h
+        ]
         return packed.masked_mse(
-            self._point(y), *observed_series(rows["target"]), rows.get("weight")
+            median_of(y, self.config.levels), *observed_series(rows["target"]), rows.get("weight")
         )
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
@@ -513,4 +462,4 @@ class Moirai2(Model):
         ]
         y = self.quantiles(params, self.prepare(x), horizon)
         y = y.reshape(*context.shape[:2], horizon, -1)
-        return Forecast(self._point(y), y, None, self.config.levels)
+        return Forecast(median_of(y, self.config.levels), y, None, self.config.levels)

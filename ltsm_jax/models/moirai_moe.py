@@ -20,7 +20,7 @@ every published model) acts in training only.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -28,15 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import experts, mixture, packed
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.context import check_context, row_keys
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Normal, Uniform
 from ltsm_jax.layers.mixture import Mixture, MixtureHead
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.packed import AnyVariateAttention, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -46,21 +47,26 @@ N_EXPERTS, TOP_K = 32, 2  # hard-coded in the original
 
 
 @dataclasses.dataclass(frozen=True)
+class MoiraiMoeLayer:
+    """A layer's attention, and the experts that it has (all of them unless pruned)."""
+
+    attn: HeadDims
+    experts: ExpertDims
+
+
+@dataclasses.dataclass(frozen=True)
 class MoiraiMoeConfig:
     """Widths are per layer, so that a pruned Moirai-MoE is a Moirai-MoE.
 
-    d_model D, head_dim K, n_heads H and expert_dims F of each layer, kept: ids of the experts that
-    each layer has, of the n_experts E that have centroids; patch_sizes the model has weights for;
-    components of the mixture and the scale of the one whose scale is fixed. How it is used:
-    context_len and horizon in time steps; patch_size; n_samples of a forecast; variates: whether
-    those of one window see each other. value_dims: K of the values of each layer, () is head_dim.
+    d_model D, head_dim K, n_experts E that have centroids, of which each layer has some;
+    patch_sizes the model has weights for; components of the mixture and the scale of the one whose
+    scale is fixed. How it is used: context_len and horizon in time steps; patch_size; n_samples of
+    a forecast; variates: whether those of one window see each other.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    expert_dims: tuple[int, ...]
-    kept: tuple[tuple[int, ...], ...]
+    layers: tuple[MoiraiMoeLayer, ...]
     n_experts: int = N_EXPERTS
     patch_sizes: tuple[int, ...] = (16,)
     components: tuple[str, ...] = mixture.PUBLISHED
@@ -74,12 +80,9 @@ class MoiraiMoeConfig:
     patch_size: int = 16
     n_samples: int = 100
     variates: Literal["joint", "independent"] = "joint"
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len({len(self.n_heads), len(self.expert_dims), len(self.kept)}) > 1 or not self.n_heads:
-            problems.append("n_heads, expert_dims and kept must name the same layers, at least one")
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.d_model,
             self.head_dim,
@@ -88,7 +91,7 @@ class MoiraiMoeConfig:
             self.horizon,
             self.n_samples,
         )
-        if min(*sizes, *self.patch_sizes, 1) < 1 or min(*self.n_heads, *self.expert_dims, 1) < 0:
+        if min(*sizes, *self.patch_sizes, 1) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(
@@ -105,15 +108,10 @@ class MoiraiMoeConfig:
             problems.append(
                 f"components {sorted(unknown)} are not among {', '.join(mixture.PARAMETERS)}"
             )
-        for ids in self.kept:
-            if (
-                sorted(set(ids)) != list(ids)
-                or len(ids) < TOP_K
-                or ids[0] < 0
-                or ids[-1] >= self.n_experts
-            ):
+        for ids in (layer.experts.ids for layer in self.layers):
+            if len(ids) < TOP_K or max(ids) >= self.n_experts:
                 problems.append(
-                    f"kept: at least {TOP_K} experts from 0 to {self.n_experts - 1} in order, got "
+                    f"a layer has at least {TOP_K} experts from 0 to {self.n_experts - 1}, got "
                     f"{ids}"
                 )
         if self.variates not in ("joint", "independent"):
@@ -142,16 +140,9 @@ class MoiraiMoeConfig:
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
-        kept = (tuple(range(n_experts)),) * layers
-        return cls(
-            d_model,
-            d_model // heads,
-            (heads,) * layers,
-            (d_ff,) * layers,
-            kept,
-            n_experts=n_experts,
-            **rest,
-        )
+        experts_of_layer = ExpertDims(tuple(range(n_experts)), d_ff)
+        layer = MoiraiMoeLayer(HeadDims.of(heads, d_model // heads), experts_of_layer)
+        return cls(d_model, d_model // heads, (layer,) * layers, n_experts=n_experts, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiMoeConfig":
@@ -179,11 +170,6 @@ class MoiraiMoeConfig:
             dropout=float(fields.get("dropout_p", 0.0)),
             attn_dropout=float(fields.get("attn_dropout_p", 0.0)),
         )
-
-    @property
-    def ffn_dims(self) -> tuple[int, ...]:
-        """The experts' widths, under the name that the dense families have for it."""
-        return self.expert_dims
 
     @property
     def component_parameters(self) -> tuple[tuple[str, ...], ...]:
@@ -230,11 +216,11 @@ class Routed(nn.Module):
     """
 
     cfg: MoiraiMoeConfig
-    layer: int
+    dims: MoiraiMoeLayer
 
     @nn.compact
     def __call__(self, x_BND, centroid_ED):
-        cfg, taps, kept = self.cfg, {}, self.cfg.kept[self.layer]
+        cfg, taps, kept = self.cfg, {}, self.dims.experts.ids
         x_TD = x_BND.reshape(-1, cfg.d_model)
         wide, centre_ED = (
             x_TD.astype(jnp.float32),
@@ -250,7 +236,7 @@ class Routed(nn.Module):
         far_TK, chosen_TK = jax.lax.top_k(distance_TE, TOP_K)
         taps["weights"], taps["experts"] = jax.nn.softmax(far_TK), jnp.asarray(kept)[chosen_TK]
         stacked = experts.Experts(
-            cfg.d_model, len(kept), cfg.expert_dims[self.layer], nn.silu, name="experts"
+            cfg.d_model, len(kept), self.dims.experts.ffn, act=nn.silu, name="experts"
         )
         y_BND = stacked(x_TD, taps["weights"], chosen_TK).reshape(x_BND.shape)
         return y_BND, {name: value.reshape(*x_BND.shape[:2], -1) for name, value in taps.items()}
@@ -263,30 +249,22 @@ class Block(nn.Module):
     """
 
     cfg: MoiraiMoeConfig
-    layer: int
+    dims: MoiraiMoeLayer
 
     @nn.compact
     def __call__(self, x_BND, centroid_ED, tokens: Tokens, train: bool, only=None):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(packed.NORM_EPS, name="norm1")(x_BND)
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = AnyVariateAttention(
-            cfg.d_model,
-            cfg.n_heads[self.layer],
-            cfg.head_dim,
-            value_dim,
-            cfg.attn_dropout,
-            name="attn",
-        )
+        attention = AnyVariateAttention(cfg.d_model, self.dims.attn, cfg.attn_dropout, name="attn")
         y_BND, inner = attention(
             y_BND, tokens.causal, tokens.same_variate, tokens.time_id, train, only
         )
-        taps |= {f"attn/{name}": value for name, value in inner.items()} | {"attn": y_BND}
+        taps |= nested("attn", inner, y_BND)
         x_BND = x_BND if only is None else x_BND[:, only]
         x_BND = x_BND + Dropout(cfg.dropout)(y_BND, train)
         y_BND = taps["norm2"] = RMSNorm(packed.NORM_EPS, name="norm2")(x_BND)
-        y_BND, inner = Routed(cfg, self.layer, name="ffn")(y_BND, centroid_ED)
-        taps |= {f"ffn/{name}": value for name, value in inner.items()} | {"ffn": y_BND}
+        y_BND, inner = Routed(cfg, self.dims, name="ffn")(y_BND, centroid_ED)
+        taps |= nested("ffn", inner, y_BND)
         return x_BND + Dropout(cfg.dropout)(y_BND, train), taps
 
 
@@ -295,12 +273,22 @@ class MoiraiMoeNet(nn.Module):
 
     patch: the patch size of all tokens, or of each [B, N]. only: places [n] of the tokens whose
     distribution is asked for; None: all. lean: for a forecast, without the steps of the layers.
+    whole: see `layers.shortcuts`.
     """
 
     cfg: MoiraiMoeConfig
+    shortens: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, tokens: Tokens, patch, train: bool = False, only=None, lean: bool = False):
+    def __call__(
+        self,
+        tokens: Tokens,
+        patch,
+        train: bool = False,
+        only=None,
+        lean: bool = False,
+        whole: bool = False,
+    ):
         cfg = self.cfg
         loc_BN1, scale_BN1 = (
             packed.token_scale(tokens) if cfg.scaling else packed.neutral_scale(tokens)
@@ -313,10 +301,10 @@ class MoiraiMoeNet(nn.Module):
             nn.silu(taps["embed"]), patch
         )
         x_BND = taps["feature"] + taps["residual"]
-        shape = (len(cfg.kept), cfg.n_experts, cfg.d_model)
+        shape = (len(cfg.layers), cfg.n_experts, cfg.d_model)
         centroid_LED = jax.lax.stop_gradient(self.param("centroid", nn.initializers.zeros, shape))
-        depth = len(cfg.kept)
-        looped = loops(self, lean, train)
+        depth = len(cfg.layers)
+        looped = loops(self, lean, train, whole=whole)
         if looped:
             layers = self.variables["params"]
             layers = {
@@ -325,27 +313,27 @@ class MoiraiMoeNet(nn.Module):
             }
 
             def layer(i, params, x_BND, only=None):
-                block = Block(cfg, i, parent=None)
+                block = Block(cfg, cfg.layers[i], parent=None)
                 return block.apply(
                     {"params": params["block"]}, x_BND, params["centroid"], tokens, train, only
                 )[0]
 
             # The last layer is on its own: of it, nothing but the tokens asked for is computed.
-            runs = equal_runs(depth - 1, cfg.n_heads, cfg.expert_dims, cfg.kept, cfg.value_dims)
-            x_BND = through_layers(layer, layers, x_BND, runs)
+            runs = equal_runs(cfg.layers[:-1])
+            x_BND = through_layers(layer, layers, x_BND, runs=runs)
             x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
-        for i in range(0 if looped else depth):
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, centroid_LED[i], tokens, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+        for i, dims in enumerate(() if looped else cfg.layers):
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(
+                x_BND, centroid_LED[i], tokens, train
+            )
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = RMSNorm(packed.NORM_EPS, name="norm")(x_BND)
         cut = slice(None) if only is None else only
         patch = patch if isinstance(patch, int) else patch[:, cut]
         head = MixtureHead(cfg.patch_sizes, cfg.components, cfg.fixed_scale, name="head")
         x_BND = x_BND if looped else x_BND[:, cut]
         y, raw = head(x_BND, patch, loc_BN1[:, cut], scale_BN1[:, cut])
-        return y, taps | {f"head/{name}": value for name, value in raw.items()}
+        return y, taps | nested("head", raw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,32 +343,20 @@ class MoiraiMoe(Model):
     config: MoiraiMoeConfig
 
     family = "moirai_moe"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-moe-1.0-R)"
     fixed = r"^centroid$"
     shard_rules = (
         (r"^(embed|residual|feature)/kernel$", (None, None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/attn/variate_bias$", (None, "tensor")),
-        (r"/experts/(gate|up)$", (None, "fsdp", "tensor")),
-        (r"/experts/down$", (None, "tensor", "fsdp")),
         (r"^head/.*/kernel$", (None, "fsdp", None)),
-        (r"(^centroid|/(scale|bias))$", ()),
+        (r"^centroid$", ()),
+        (r"/attn/variate_bias$", (None, "tensor")),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
-        Group.experts(r"layer_(\d+)/ffn/experts"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, MoiraiMoeConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> MoiraiMoeConfig:
-        return config_from_json(MoiraiMoeConfig, fields)
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.experts("ffn/experts"))
 
     @classmethod
     def small(cls) -> MoiraiMoeConfig:
@@ -398,18 +374,6 @@ class MoiraiMoe(Model):
         )
 
     @property
-    def variates(self) -> Literal["independent", "joint"]:
-        return self.config.variates
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
-
-    @property
     def eval_batch(self) -> int:
         return 8  # times n_samples, once the roll-out has begun
 
@@ -421,7 +385,7 @@ class MoiraiMoe(Model):
         """
         cfg = self.config
         patch = max(cfg.patch_sizes)
-        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
+        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, width=patch)
         shapes = jax.eval_shape(lambda k, x: MoiraiMoeNet(cfg).init(k, x, patch), key, tokens)[
             "params"
         ]
@@ -433,22 +397,18 @@ class MoiraiMoe(Model):
                 return Uniform(1 / cfg.d_model)
             return Uniform(shape[1] ** -0.5) if "/experts/" in path else None
 
-        return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model, rule)
+        return packed.fresh(key, shapes, cfg.patch_sizes, d_model=cfg.d_model, own=rule)
 
     def recipe(self) -> Recipe:
         source = (
             "none in uni2ts for MoE: that of Moirai 1.1-R (lr 5e-7, AdamW, decay 0.1, clip 1.0)"
         )
-        context = self.context_len
-        return Recipe(
-            5e-7,
-            64,
-            10,
-            "constant",
-            context,
-            self.horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=5e-7,
+            batch_size=64,
+            epochs=10,
+            schedule="constant",
+            source=source,
             weight_decay=0.1,
             clip=1.0,
         )
@@ -463,11 +423,9 @@ class MoiraiMoe(Model):
 
         patch, only, lean: see `MoiraiMoeNet`.
         """
-        cfg = self.config
-        train = train and key is not None and bool(cfg.dropout or cfg.attn_dropout)
-        net: Any = MoiraiMoeNet(cfg)  # Flax types what apply returns too widely
-        rngs = {"dropout": key} if train else None
-        return net.apply({"params": params}, tokens, patch, train, only, lean, rngs=rngs)
+        options = {"only": only, "lean": lean}
+        net = MoiraiMoeNet(self.config)
+        return run(net, params, tokens, patch, key=key, train=train, **options)
 
     def packed_loss(
         self, params: Tree, tokens: Tokens, patch, key=None, train=False, weight=None
@@ -476,7 +434,7 @@ class MoiraiMoe(Model):
         every variate of every sample counting alike. The tokens of a variate must follow each
         other. weight: of each row.
         """
-        y, _ = self.apply(params, tokens, patch, key, train)
+        y, _ = self.apply(params, tokens, patch, key=key, train=train)
         before = jax.tree.map(lambda leaf: leaf[:, :-1], y)
         after = jax.tree.map(lambda leaf: leaf[:, 1:], tokens)
         return packed.group_mean(-before.log_prob(after.target), after, weight)
@@ -556,28 +514,28 @@ class MoiraiMoe(Model):
         p, (_, c, t), h = cfg.patch_size, rows["context"].shape, rows["target"].shape[-1]
         future = observed_series(rows["target"])
         tokens = packed.pack(
-            observed_series(rows["context"]), h, p, max(cfg.patch_sizes), future=future
+            observed_series(rows["context"]), h, p, width=max(cfg.patch_sizes), future=future
         )
         last, first, steps = self._places(c, t, h)
         only = np.concatenate(
             [np.r_[x, y : y + steps - 1] for x, y in zip(last, first, strict=True)]
         )
-        y, _ = self.apply(params, tokens, p, key, train, only)
-        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, h, p), y), rows
+        y, _ = self.apply(params, tokens, p, key=key, train=train, only=only)
+        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, h, patch=p), y), rows
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Negative log-likelihood of the target in its units, each patch given the true ones before
         it; every variate of each row counts alike. The repository has no trainer for MoE: this is
         Moirai's loss, one token on.
         """
-        y, rows = self._distribution(params, batch, key, train)
+        y, rows = self._distribution(params, batch, key, train=train)
         return mixture.series_nll(y, *observed_series(rows["target"]), rows.get("weight"))
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets; each patch given the true ones
         before it.
         """
-        y, rows = self._distribution(params, batch, key, train)
+        y, rows = self._distribution(params, batch, key, train=train)
         return packed.masked_mse(y.mean(), *observed_series(rows["target"]), rows.get("weight"))
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
@@ -600,6 +558,8 @@ class MoiraiMoe(Model):
             number_R = jnp.repeat(jnp.arange(n), x.shape[0]) + n * step
             return y.sample(jax.vmap(jax.random.fold_in)(jnp.tile(keys, n), number_R), 1)[..., 0]
 
-        paths_nBCH = self.rollout(params, tokens, last, first, steps, draw)[..., :horizon]
+        paths_nBCH = self.rollout(params, tokens, last, first=first, steps=steps, draw=draw)[
+            ..., :horizon
+        ]
         samples = jnp.moveaxis(paths_nBCH, 0, -1).reshape(*context.shape[:2], horizon, n)
         return Forecast(*mixture.summary(samples), samples, mixture.LEVELS)

@@ -40,14 +40,14 @@ import numpy as np
 from ltsm_jax.layers import t5
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import mean_over_rows, mse_observed
+from ltsm_jax.layers.missing import mean_over_rows
+from ltsm_jax.layers.network import run
 from ltsm_jax.layers.positions import require_table
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree
+from ltsm_jax.models.groups import T5_GROUPS, Stack
+from ltsm_jax.trees import Tree, flatten
 
 SCALE_EPS = 1e-5  # added to the deviation, after the root
 TABLE_LEN = 5000  # rows of the original's position table
@@ -69,19 +69,17 @@ HEAD_FIELDS = {  # options of a head, by the original's name
 class MomentConfig:
     """Widths are per layer, so that a pruned MOMENT is a MOMENT.
 
-    d_model D, head_dim K, n_heads H and ffn_dims F of each layer, bias_columns as in
-    `t5.StackConfig`. patch_len P and context_len in time steps. head: what is on top, with horizon
-    (steps of the forecasting head), n_classes, n_variates and reduction (of the classification
-    head: "concat" reads all variates, "mean" their mean). dropout is T5's, patch_dropout after the
-    embedding, head_dropout in the head. table_len: rows of the position table. vocab_size: of T5's
-    token embedding, which the checkpoint holds and nothing uses. value_dims, qk_dims: as in
-    `t5.StackConfig`.
+    d_model D, head_dim K, layers: H, K and F of each, as in `t5.StackConfig`. patch_len P and
+    context_len in time steps. head: what is on top, with horizon (steps of the forecasting head),
+    n_classes, n_variates and reduction (of the classification head: "concat" reads all variates,
+    "mean" their mean). dropout is T5's, patch_dropout after the embedding, head_dropout in the
+    head. table_len: rows of the position table. vocab_size: of T5's token embedding, which the
+    checkpoint holds and nothing uses.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[t5.T5Layer, ...]
     patch_len: int = 8
     context_len: int = 512
     head: Head = "reconstruction"
@@ -89,7 +87,6 @@ class MomentConfig:
     n_classes: int = 0
     n_variates: int = 0
     reduction: Literal["concat", "mean"] = "concat"
-    bias_columns: tuple[tuple[int, ...], ...] = ()
     n_buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
@@ -98,8 +95,6 @@ class MomentConfig:
     head_dropout: float = 0.1
     table_len: int = TABLE_LEN
     vocab_size: int = 32128
-    value_dims: tuple[int, ...] = ()
-    qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
         problems = []
@@ -143,11 +138,7 @@ class MomentConfig:
         return t5.StackConfig(
             self.d_model,
             self.head_dim,
-            self.n_heads,
-            self.ffn_dims,
-            bias_columns=self.bias_columns,
-            value_dims=self.value_dims,
-            qk_dims=self.qk_dims,
+            self.layers,
             n_buckets=self.n_buckets,
             max_distance=self.max_distance,
             activation="gelu_new",
@@ -161,7 +152,8 @@ class MomentConfig:
         cls, layers: int, d_model: int, d_ff: int, heads: int, head_dim: int, **rest: Any
     ) -> "MomentConfig":
         """All layers alike."""
-        return cls(d_model, head_dim, (heads,) * layers, (d_ff,) * layers, **rest)
+        equal = t5.StackConfig.of(d_model, head_dim, layers, heads, d_ff).layers
+        return cls(d_model, head_dim, equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MomentConfig":
@@ -294,9 +286,8 @@ class MomentNet(nn.Module):
             + positions_ND[None, None]
         )
         x_BCND = taps["embed"] = Dropout(cfg.patch_dropout)(x_BCND, train)
-        encoder: Any = t5.Stack(
-            cfg.stack, name="encoder"
-        )  # which gives None only where it gets None
+        # Which gives None only where it gets None.
+        encoder: Any = t5.Stack(cfg.stack, name="encoder")
         x_BND, inner, _ = encoder(
             x_BCND.reshape(b * c, n, -1), data_BCN.reshape(b * c, n), train=train
         )
@@ -341,11 +332,11 @@ class Moment(Model):
     config: MomentConfig
 
     family = "moment"
+    published = PRESETS
     head = r"^head/"
     heads = ("reconstruction", "forecasting", "classification")
-    rows_apart = (
-        False  # a batch's loss is a mean over all of its masked points, and masks are random
-    )
+    # A batch's loss is a mean over all of its masked points, and masks are random.
+    rows_apart = False
     tasks = ("forecasting", "imputation", "anomaly", "classification", "embedding")
     licence = "MIT (AutonLab/MOMENT-1)"
     fixed = r"^position_table$"
@@ -354,26 +345,9 @@ class Moment(Model):
         (r"^embed/kernel$", (None, "fsdp")),
         (r"^(position_table|mask_embed)$", ()),
         (r"^head/kernel$", ("fsdp", None)),
-        (r"^head/bias$", ()),
     )
-    prunable = (
-        Group.heads(
-            r"encoder/layer_(\d+)/attn",
-            ids=r"bias_columns.\1",
-            table="encoder/relative_bias",
-            values=r"value_dims.\1",
-            scores=r"qk_dims.\1",
-        ),
-        Group.units(r"encoder/layer_(\d+)"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, MomentConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> MomentConfig:
-        return config_from_json(MomentConfig, fields)
+    stacks = (Stack("encoder", ("layers",)),)
+    prunable = T5_GROUPS
 
     @classmethod
     def small(cls) -> MomentConfig:
@@ -390,10 +364,6 @@ class Moment(Model):
             table_len=64,
             vocab_size=32,
         )
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:
@@ -426,9 +396,7 @@ class Moment(Model):
         ]
 
     def _draw(self, key: jax.Array, shapes: Tree) -> Tree:
-        d_model, inputs = self.config.d_model, 1
-        if "head" in shapes:
-            inputs = shapes["head"]["kernel"].shape[0]
+        d_model, flat = self.config.d_model, flatten(shapes)
         orthogonal = jax.nn.initializers.orthogonal(ORTHOGONAL_GAIN)
 
         def rule(path, shape):
@@ -437,7 +405,7 @@ class Moment(Model):
             if path.startswith("encoder/"):
                 return t5.initial(path, shape, d_model)
             if path.startswith("head/") and self.config.head != "reconstruction":
-                return Uniform(inputs**-0.5)
+                return torch_linear(flat, path) or Constant(0.0)
             return orthogonal if path.endswith("/kernel") else Constant(0.0)
 
         return draw(key, shapes, rule)
@@ -489,15 +457,13 @@ class Moment(Model):
             "8 windows of 7 variates a batch (here about as many of one), the body frozen"
         )
         horizon = self.config.horizon or min(96, self.horizon)
-        return Recipe(
-            1e-4,
-            64,
-            3,
-            "cosine",
-            self.context_len,
-            horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=1e-4,
+            batch_size=64,
+            epochs=3,
+            schedule="cosine",
+            horizon=horizon,
+            source=source,
             clip=5.0,
             trainable=r"^head/",
         )
@@ -519,10 +485,8 @@ class Moment(Model):
             jnp.broadcast_to(whole_patches(m, cfg.patch_len), (b, c, n))
             for m in (visible_BCT, data_BCT)
         )
-        train = train and key is not None
-        net: Any = MomentNet(cfg, with_head)  # Flax types what apply returns too widely
-        rngs = {"dropout": key} if train else None
-        y, taps = net.apply({"params": params}, p_BCNP, visible_BCN, data_BCN, train, rngs=rngs)
+        net = MomentNet(cfg, with_head)
+        y, taps = run(net, params, p_BCNP, visible_BCN, data_BCN, key=key, train=train)
         return y, {"scaled": z_BCT} | taps
 
     def apply(
@@ -547,7 +511,7 @@ class Moment(Model):
             if mask is None:
                 n = data.shape[-1] // cfg.patch_len * cfg.patch_len
                 mask = jnp.pad(
-                    random_mask(None, data, 0.0, cfg.patch_len),
+                    random_mask(None, data, 0.0, block=cfg.patch_len),
                     ((0, 0), (0, 0), (0, data.shape[-1] - n)),
                 )
             visible, seen = mask, data * mask
@@ -559,7 +523,7 @@ class Moment(Model):
             # the original embeds padding as values under this head, as [MASK] under that one
             visible = jnp.ones_like(data) if cfg.head == "forecasting" else data
         z_BCT, mean_BC1, std_BC1 = scaled(x_BCT, seen)
-        y, taps = self._net(params, z_BCT, visible, data, key, train)
+        y, taps = self._net(params, z_BCT, visible, data_BCT=data, key=key, train=train)
         taps |= {"mean": mean_BC1, "std": std_BC1}
         return (y if cfg.head == "classification" else y * std_BC1 + mean_BC1), taps
 
@@ -582,7 +546,9 @@ class Moment(Model):
         z_BCT, mean_BC1, std_BC1 = scaled(x_BCT, data)
         data = jnp.roll(data, -new, axis=-1).at[..., -new:].set(1)
         visible = jnp.ones_like(data).at[..., -new:].set(0)
-        y_BCT, taps = self._net(params, jnp.roll(z_BCT, -new, axis=-1), visible, data, key, train)
+        y_BCT, taps = self._net(
+            params, jnp.roll(z_BCT, -new, axis=-1), visible, data_BCT=data, key=key, train=train
+        )
         y_BCT = y_BCT * std_BC1 + mean_BC1
         ahead = y_BCT[..., y_BCT.shape[-1] - new :][..., :horizon]
         return ahead, taps | {
@@ -625,7 +591,7 @@ class Moment(Model):
         Raises: ValueError under a classification head.
         """
         check_context(context, horizon)
-        return Forecast(self._forecast(params, jnp.asarray(context), horizon, key))
+        return Forecast(self._forecast(params, jnp.asarray(context), horizon, key=key))
 
     def _forecast(
         self, params: Tree, context: jax.Array, horizon: int, key=None, train=False
@@ -643,7 +609,7 @@ class Moment(Model):
         def one(x, data, key):
             if cfg.head == "forecasting":
                 return self.apply(params, x, data, key=key, train=train)[0]
-            return self.short_forecast(params, x, ahead, data, key, train)[0]
+            return self.short_forecast(params, x, ahead, input_mask=data, key=key, train=train)[0]
 
         x_BCW, data_BCW = self.window(context)
         w = x_BCW.shape[-1]
@@ -670,7 +636,7 @@ class Moment(Model):
         classification: cross entropy against `batch["label"]` [B], integers.
         """
         if self.config.head == "forecasting":
-            return self.point_loss(params, batch, key, train)
+            return self.point_loss(params, batch, key=key, train=train)
         if self.config.head == "classification":
             if "label" not in batch:
                 raise ValueError(
@@ -684,9 +650,9 @@ class Moment(Model):
             return mean_over_rows(-picked, batch)
         x_BCW, data = self.window(jnp.concatenate([batch["context"], batch["target"]], axis=-1))
         mask_key, dropout_key = (jax.random.key(0), None) if key is None else jax.random.split(key)
-        mask = random_mask(mask_key, data, MASK_RATIO, self.config.patch_len)
+        mask = random_mask(mask_key, data, MASK_RATIO, block=self.config.patch_len)
         return self.masked_loss(
-            params, dict(batch) | {"context": x_BCW}, data, mask, dropout_key, train
+            params, dict(batch) | {"context": x_BCW}, data, mask=mask, key=dropout_key, train=train
         )
 
     def masked_loss(
@@ -697,16 +663,11 @@ class Moment(Model):
         """
         self._need("reconstruction", "this loss")
         x_BCT = batch["context"]
-        y_BCT, _ = self.apply(params, x_BCT, input_mask, mask, key, train)
+        y_BCT, _ = self.apply(params, x_BCT, input_mask=input_mask, mask=mask, key=key, train=train)
         scored = input_mask * (1 - mask) * ~jnp.isnan(x_BCT)
         weight = batch.get("weight", jnp.ones(x_BCT.shape[0])).reshape(-1, 1, 1)
         error = jnp.square(y_BCT - jnp.nan_to_num(x_BCT)) * scored
         return (error * weight).sum() / ((scored * weight).sum() + 1e-7)
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast that `predict` makes."""
-        y_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mse_observed(y_BCH, batch["target"], batch)
 
     # --- the other tasks
 
@@ -720,7 +681,7 @@ class Moment(Model):
         self._need("reconstruction", "imputation")
 
         def one(x, data, observed):
-            return self.apply(params, x, data, observed, key, train)[0]
+            return self.apply(params, x, input_mask=data, mask=observed, key=key, train=train)[0]
 
         return self._in_windows(one, jnp.asarray(x, jnp.float32), observed.astype(jnp.float32))
 
@@ -733,7 +694,9 @@ class Moment(Model):
         self._need("reconstruction", "anomaly detection")
 
         def one(x, data):
-            return self.apply(params, x, data, jnp.ones_like(data), key, train)[0]
+            return self.apply(
+                params, x, input_mask=data, mask=jnp.ones_like(data), key=key, train=train
+            )[0]
 
         return self._in_windows(one, jnp.asarray(x, jnp.float32))
 
@@ -770,14 +733,14 @@ class Moment(Model):
         """
         check_context(context, 1)
         x_BCW, data = self.window(jnp.asarray(context))
-        return self.embed_window(params, x_BCW, data, reduction)
+        return self.embed_window(params, x_BCW, data, reduction=reduction)
 
     def embed_window(self, params: Tree, x_BCT, input_mask, reduction: str = "mean") -> jax.Array:
         """As `embed`, of x as it is; input_mask [B, 1, T]."""
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is mean or none, not {reduction!r}")
         z_BCT, *_ = scaled(x_BCT, input_mask)
-        e_BCND, _ = self._net(params, z_BCT, input_mask, input_mask, with_head=False)
+        e_BCND, _ = self._net(params, z_BCT, input_mask, data_BCT=input_mask, with_head=False)
         if reduction == "none":
             return e_BCND
         data_BN1 = whole_patches(input_mask, self.config.patch_len)[:, 0, :, None]

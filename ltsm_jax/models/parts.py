@@ -11,7 +11,7 @@ units, E experts.
 import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,33 +19,47 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax import trees
-from ltsm_jax.models.configs import entry_of
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, attention_dims
 from ltsm_jax.models.family import Model
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.groups import Group, Stack
 
 Params = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A module with parts of one kind: `group` says which, `path` is the module's, `match` that of
-    the pattern.
+    """A module with parts of one kind: `group` says which, `path` is the module's; it lies in a
+    layer, a path too, of `stack`.
     """
 
     group: Group
     path: str
-    match: re.Match
+    stack: Stack
+    layer: str
 
-    def entry(self, name: str | None) -> str:
-        """The config's entry for this module: of the group's "n_heads.\\1", "n_heads.3"; "" where
-        it has none.
-        """
-        return self.match.expand(name or "")
+    @property
+    def table(self) -> str | None:
+        """The path of the table with a column per head."""
+        within = f"{self.stack.path}/" if self.stack.path else ""
+        return self.group.table and within + self.group.table
 
-    def size(self, config: Any) -> str:
-        """The entry that counts the parts; of experts, their units."""
-        size = self.group.inner if self.group.kind == "experts" else self.group.size
-        return size(config, self.match) if callable(size) else self.entry(size)
+    def dims(self, config: Any) -> Any:
+        """What the layer's record says of the parts: a `HeadDims`, an `ExpertDims`, or how many."""
+        layers = self.stack.of(config)
+        return getattr(layers[self.stack.number(config, self.layer)], self.group.field)
+
+    def count(self, config: Any) -> int:
+        """The number of heads or units, or of the units of each expert."""
+        dims = self.dims(config)
+        if isinstance(dims, HeadDims):
+            return dims.heads
+        return dims.ffn if isinstance(dims, ExpertDims) else dims
+
+    def put(self, config: Any, dims: Any) -> Any:
+        """The config whose record says something else of the parts."""
+        layers, number = self.stack.of(config), self.stack.number(config, self.layer)
+        layer = dataclasses.replace(layers[number], **{self.group.field: dims})
+        return self.stack.put(config, (*layers[:number], layer, *layers[number + 1 :]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +86,23 @@ def places(model: Model, paths: Iterable[str]) -> list[Place]:
         modules |= dict.fromkeys("/".join(names[:i]) for i in range(1, len(names)))
     found = []
     for path in modules:
-        for group in model.prunable:
-            if match := re.fullmatch(group.pattern, path):
-                found.append(Place(group, path, match))
+        found += _places_at(model, path)
+    return found
+
+
+def place_of(model: Model, path: str, kind: str) -> Place | None:
+    """The place at the path of a module, of parts of this kind; None: there is none."""
+    return next((place for place in _places_at(model, path) if place.group.kind == kind), None)
+
+
+def _places_at(model: Model, path: str) -> list[Place]:
+    found = []
+    for stack in model.stacks:
+        if (split := stack.split(path)) is None:
+            continue
+        layer, module = split
+        groups = [group for group in model.prunable if group.module == module]
+        found += [Place(group, path, stack, layer) for group in groups]
     return found
 
 
@@ -83,17 +111,26 @@ def stacks(model: Model, paths: Iterable[str]) -> list[tuple[str, ...]]:
     forward pass has them.
 
     Returns: paths of layers, such as [("encoder/layer_0", "encoder/layer_1"),
-      ("decoder/layer_0",)]; a layer is what `Model.blocks` matches, and the layers beside each
-      other in one module are a stack.
+      ("decoder/layer_0",)], of each of `Model.stacks` that there is.
     """
-    found: dict[str, None] = {}
+    together: dict[Stack, dict[str, None]] = {}
     for path in paths:
-        if match := re.search(model.blocks, path):
-            found[path[: match.end()].rstrip("/")] = None
-    together: dict[str, list[str]] = {}
-    for layer in found:
-        together.setdefault(layer.rpartition("/")[0], []).append(layer)
-    return [tuple(sorted(stack, key=_numbers)) for stack in together.values()]
+        for stack in model.stacks:
+            if split := stack.split(path):
+                together.setdefault(stack, {})[split[0]] = None
+    return [tuple(sorted(found, key=_numbers)) for found in together.values()]
+
+
+def layer_of(model: Model, path: str) -> str | None:
+    """The path of the layer that a module or leaf lies in; None for what lies outside the stacks.
+
+    Example: "layer_3/attn/q/kernel" lies in "layer_3".
+    """
+    for stack in model.stacks:
+        split = stack.split(path)
+        if split is not None and split[1]:
+            return split[0]
+    return None
 
 
 def _numbers(layer: str) -> list[int]:
@@ -104,10 +141,9 @@ def shorter(model: Model, params: Params, gone: Iterable[str]) -> tuple[Model, P
     """The model without whole layers, the others in their order and numbered anew; see
     `pruning.drop_layers`.
 
-    It works for families whose stacks are plain lists: layer i of a stack has number i, every
-    entry that the family's groups have for it is entry i of a field of the config, and a model with
-    shorter fields has the parameters of the layers that are left. Leaves beside the layers may have
-    a row for each layer. Anything else is refused.
+    It works for families whose stacks are plain lists: layer i of a stack has number i, and a model
+    with fewer records has the parameters of the layers that are left. Leaves beside the layers may
+    have a row for each layer. Anything else is refused.
     """
     flat, out = trees.flatten(params), set(gone)
     found = stacks(model, flat)
@@ -153,21 +189,25 @@ def shorter(model: Model, params: Params, gone: Iterable[str]) -> tuple[Model, P
 
 
 def _shortened(model: Model, paths: Iterable[str], gone: Collection[str]) -> Model:
-    """The model whose config has no entries for these layers."""
-    paths, fields = list(paths), model.config_to_dict()
-    for stack in stacks(model, paths):
-        left = [i for i, layer in enumerate(stack) if layer not in gone]
+    """The model whose config has no records of these layers."""
+    config = model.config
+    for found in stacks(model, paths):
+        left = [i for i, layer in enumerate(found) if layer not in gone]
         if not left:
-            raise ValueError(f"all layers of a stack would go ({', '.join(stack)}); one must stay")
-        if len(left) == len(stack):
+            raise ValueError(f"all layers of a stack would go ({', '.join(found)}); one must stay")
+        if len(left) == len(found):
             continue
-        for entry in sorted(_fields_of_layers(model, paths, stack)):
-            value = entry_of(model.config, entry)
-            fields = _with(fields, entry, tuple(value[i] for i in left))
-    try:
-        return dataclasses.replace(model, config=model.config_from_dict(fields))
-    except ValueError as err:
-        raise _not_plain(model, str(err)) from err
+        stack = next(stack for stack in model.stacks if stack.split(found[0]))
+        if stack.levels is not None:
+            raise _not_plain(model, f"{found[0]} works at a resolution of its own")
+        if [stack.number(config, layer) for layer in found] != list(range(len(found))):
+            raise _not_plain(model, f"{', '.join(found)} are not numbered one after the other")
+        records = stack.of(config)
+        try:
+            config = stack.put(config, tuple(records[i] for i in left))
+        except ValueError as err:
+            raise _not_plain(model, str(err)) from err
+    return dataclasses.replace(model, config=config)
 
 
 def as_deep(full: Model, model: Model, params: Params) -> Model:
@@ -187,39 +227,6 @@ def _not_plain(model: Model, why: str) -> ValueError:
         f"layers of a {model.family} can't be taken out: they are not a plain list of equal ones "
         f"({why})"
     )
-
-
-def _fields_of_layers(model: Model, paths: Iterable[str], stack: tuple[str, ...]) -> set[str]:
-    """Fields of the config with an entry for each layer of a stack:
-    "n_heads", "encoder.ffn_dims".
-    """
-    found = set()
-    for place in places(model, paths):
-        layer = next(
-            (i for i, layer in enumerate(stack) if f"{place.path}/".startswith(f"{layer}/")), None
-        )
-        if layer is None:
-            continue
-        if int(re.findall(r"\d+", stack[layer])[-1]) != layer:
-            raise _not_plain(model, f"{stack[layer]} is number {layer} of its stack")
-        group = place.group
-        texts = (
-            group.ids,
-            group.shared,
-            group.inner,
-            group.values,
-            group.scores,
-            group.pairs,
-            *group.beside,
-        )
-        entries = [place.size(model.config), *(place.entry(text) for text in texts if text)]
-        for entry in filter(None, entries):
-            field, _, index = entry.rpartition(".")
-            if index != str(layer):
-                raise _not_plain(model, f"{entry} is the entry of {stack[layer]}")
-            if entry_of(model.config, field):
-                found.add(field)
-    return found
 
 
 def arrays(place: Place, kept: Kept) -> Iterator[tuple[str, tuple[int, ...], tuple[Any, ...]]]:
@@ -270,11 +277,7 @@ def without(
     Linears that have lost all their inputs or outputs have no kernel, and masks only where they
     still have a bias.
     """
-    flat, own, fields = (
-        dict(trees.flatten(params)),
-        dict(trees.flatten(masks)),
-        model.config_to_dict(),
-    )
+    flat, own, config = dict(trees.flatten(params)), dict(trees.flatten(masks)), model.config
     for place, stays in kept:
         for path, axes, indices in arrays(place, stays):
             for tree in (flat, own):
@@ -284,8 +287,8 @@ def without(
                         np.asarray(tree[path]), axes, front
                     )  # on the host: jnp compiles each shape anew
                     tree[path] = jnp.asarray(np.moveaxis(x[indices], front, axes))
-        fields = _narrowed(fields, model.config, place, stays)
-    small = dataclasses.replace(model, config=model.config_from_dict(fields))
+        config = place.put(config, _narrowed(place.dims(config), place.group, stays))
+    small = dataclasses.replace(model, config=config)
     for table, n in _tables(small, (place for place, _ in kept)).items():
         flat[table] = flat[table][..., :n]
     flat = {path: leaf for path, leaf in flat.items() if leaf.size}
@@ -302,124 +305,75 @@ def without(
     return small, trees.unflatten(flat), trees.unflatten(own)
 
 
-def _narrowed(
-    fields: Mapping[str, Any], config: Any, place: Place, kept: Kept
-) -> Mapping[str, Any]:
-    """The fields of a config, with the numbers of what is kept; `config` is the one before."""
-    group, size = place.group, place.size(config)
-    if group.kind == "experts":
-        return _with(fields, size, kept.units.shape[1]) if kept.units is not None else fields
-    fields = _with(fields, size, len(kept.parts))
-    if group.kind != "heads":
-        return fields
-    if kept.shared is not None and group.shared:
-        fields = _with(fields, place.entry(group.shared), len(kept.shared))
-    if group.ids:
-        ids = np.asarray(_ids(config, place))[kept.parts]
-        fields = _with(
-            fields, place.entry(group.ids), tuple(map(int, ids)), lambda i: _ids(config, place, i)
-        )
+def _narrowed(dims: Any, group: Group, kept: Kept) -> Any:
+    """What a record says of the parts of a module once only some are kept."""
+    if isinstance(dims, ExpertDims):
+        units = kept.units
+        return dims if units is None else dataclasses.replace(dims, ffn=units.shape[1])
+    if not isinstance(dims, HeadDims):
+        return len(kept.parts)
+    changes: dict[str, Any] = {"heads": len(kept.parts)}
+    if kept.shared is not None:
+        changes["kv_heads"] = len(kept.shared)
+    if group.table:
+        numbers = tuple(dims.numbers[i] for i in kept.parts)
+        changes["ids"] = None if numbers == tuple(range(len(numbers))) else numbers
 
-    def whole(_: int) -> int:
-        return _beside(config, size, "head_dim")
-
-    for entry, channels in ((group.values, kept.values), (group.scores, kept.scores)):
-        if entry and channels is not None and len(channels):
-            fields = _with(fields, place.entry(entry), channels.shape[1], whole)
-    if group.pairs and kept.scores is not None and len(kept.scores):
-        # The first members of the pairs, in the order of the channels.
-        n = kept.scores.shape[1] // 2
-        before = _pairs(config, place)
-        heads = kept.parts if kept.shared is None else kept.shared
-        pairs = []
-        for g, channels in zip(heads, kept.scores, strict=True):
-            pairs.append(tuple(before[int(g)][int(j)] for j in channels[:n]))
-        fields = _with(fields, place.entry(group.pairs), tuple(pairs), lambda _: ())
-    elif group.pairs and not len(kept.parts) and entry_of(config, _field(place.entry(group.pairs))):
-        fields = _with(fields, place.entry(group.pairs), ())
-    return fields
+    # Where no head is left nothing says how wide it was.
+    if kept.values is not None and len(kept.values):
+        changes["value"] = kept.values.shape[1]
+    if kept.scores is not None and len(kept.scores):
+        changes["qk"] = kept.scores.shape[1]
+        if group.scores == "pairs":
+            changes["pairs"] = _kept_pairs(dims, kept)
+    elif not len(kept.parts):
+        changes["pairs"] = ()
+    return dataclasses.replace(dims, **changes)
 
 
-def _field(entry: str) -> str:
-    """ "encoder.n_heads.3" -> "encoder.n_heads"."""
-    return entry.rpartition(".")[0]
+def _kept_pairs(dims: HeadDims, kept: Kept) -> tuple[tuple[int, ...], ...]:
+    """The rotary pairs that are left of each key head: the first members of `kept.scores`."""
+    assert kept.scores is not None
+    if not dims.pairs and kept.scores.shape[1] == dims.qk:
+        return ()  # all
+    before = pairs_of(dims)
+    half = kept.scores.shape[1] // 2
+    heads = kept.parts if kept.shared is None else kept.shared
+    pairs = []
+    for head, channels in zip(heads, kept.scores, strict=True):
+        pairs.append(tuple(before[int(head)][int(j)] for j in channels[:half]))
+    return tuple(pairs)
 
 
-def _beside(config: Any, entry: str, name: str) -> Any:
-    """The entry `name` beside a field: ("encoder.n_heads.3", "head_dim") -> encoder.head_dim."""
-    return entry_of(config, f"{_field(_field(entry))}.{name}".lstrip("."))
-
-
-def _with(fields: Any, entry: str, value: Any, default: Any = None) -> Any:
-    """Plain fields with another value at an entry. default: function of the layer, for a field that
-    is still ().
-    """
-    name, _, rest = entry.partition(".")
-    if not name:
-        return value
-    if isinstance(fields, Mapping):
-        inner = fields[name]
-        if default is not None and inner == () and rest.isdigit():
-            if value == default(int(rest)):
-                return fields
-            inner = tuple(default(i) for i in range(_layers(fields)))
-        return {**fields, name: _with(inner, rest, value, default)}
-    i = int(name)
-    return (*fields[:i], _with(fields[i], rest, value, default), *fields[i + 1 :])
-
-
-def _layers(fields: Mapping[str, Any]) -> int:
-    return len(fields["n_heads"])
-
-
-def _ids(config: Any, place: Place, layer: int | None = None) -> tuple[int, ...]:
-    """The original numbers of the parts of this layer, or of another."""
-    entry, size = place.entry(place.group.ids), place.size(config)
-    at = entry.rpartition(".")[2] if layer is None else layer
-    told = entry_of(config, _field(entry))
-    return tuple(told[int(at)]) if told else tuple(range(entry_of(config, f"{_field(size)}.{at}")))
-
-
-def _pairs(config: Any, place: Place) -> tuple[tuple[int, ...], ...]:
+def pairs_of(dims: HeadDims) -> tuple[tuple[int, ...], ...]:
     """The rotary pairs of each key head."""
-    entry, size = place.entry(place.group.pairs), place.size(config)
-    told = entry_of(config, _field(entry))
-    own = told[int(entry.rpartition(".")[2])] if told else ()
-    heads = entry_of(config, place.entry(place.group.shared) or size)
-    return own or (tuple(range(_beside(config, size, "head_dim") // 2)),) * heads
-
-
-def _width(config: Any, place: Place, name: str) -> int:
-    """The width of the values or scores of this layer."""
-    entry = place.entry(name)
-    told = entry_of(config, _field(entry))
-    return (
-        told[int(entry.rpartition(".")[2])]
-        if told
-        else _beside(config, place.size(config), "head_dim")
-    )
+    return dims.pairs or (tuple(range(dims.qk // 2)),) * dims.key_heads
 
 
 def _tables(model: Model, found: Iterable[Place]) -> dict[str, int]:
-    """How many columns each table has: up to the largest id of any layer."""
-    columns = {}
+    """How many columns each table has: up to the largest number of a head in any layer."""
+    columns: dict[str, int] = {}
     for place in found:
-        if place.group.table and place.group.ids:
-            told = entry_of(model.config, _field(place.entry(place.group.ids)))
-            if told:
-                columns[place.group.table] = max(sum(told, ()), default=-1) + 1
+        if place.table:
+            numbers = place.dims(model.config).numbers
+            columns[place.table] = max(columns.get(place.table, 0), *(i + 1 for i in numbers), 0)
     return columns
 
 
 def narrow_heads(model: Model) -> list[str]:
-    """Fields of the config that say that heads are narrower than those of the model it was:
-    "value_dims (7, 8)".
+    """List the attentions whose heads are narrower than those of the published model:
+    "layers[1].attn: values 7 of 8".
     """
-    entries = set()
-    for group in model.prunable:
-        entries |= {entry for entry in (group.values, group.scores, group.pairs) if entry}
-    told = {_field(entry): entry_of(model.config, _field(entry)) for entry in sorted(entries)}
-    return [f"{name} {value}" for name, value in told.items() if value]
+    found = []
+    for stack in model.stacks:
+        whole = getattr(stack.owner(model.config), "head_dim", None)
+        for where, dims in attention_dims(stack.of(model.config)):
+            scores = next(g.scores for g in model.prunable if where.endswith(f".{g.field}"))
+            if dims.value != whole:
+                found.append(f"{where}: values {dims.value} of {whole}")
+            if dims.pairs or (scores != "whole" and dims.qk != whole):
+                found.append(f"{where}: queries and keys {dims.qk} of {whole}")
+    return found
 
 
 def pad(model: Model, params: Params, full: Model) -> Params:
@@ -479,45 +433,41 @@ def pad(model: Model, params: Params, full: Model) -> Params:
 
 def _standing(config: Any, full: Any, place: Place) -> Kept:
     """Where the parts of a module with `config` stand in that of the `full` config."""
-    group = place.group
-    n = entry_of(config, place.size(config))
-    if group.kind == "experts":
-        here, there = _ids_of_experts(config, place), _ids_of_experts(full, place)
-        if here != there:
-            lost = sorted(set(there) - set(here))
+    own, whole = place.dims(config), place.dims(full)
+    n = place.count(config)
+    if isinstance(own, ExpertDims):
+        if own.ids != whole.ids:
+            lost = sorted(set(whole.ids) - set(own.ids))
             raise ValueError(
                 f"experts {lost} are gone, and the original's router would go on choosing them"
             )
-        return Kept(np.arange(len(there)), units=np.tile(np.arange(n), (len(there), 1)))
-    if group.kind != "heads":
+        return Kept(np.arange(len(own.ids)), units=np.tile(np.arange(n), (len(own.ids), 1)))
+    if not isinstance(own, HeadDims):
         return Kept(np.arange(n))
     parts = np.arange(n)
-    if group.ids:
-        there = _ids(full, place)
-        parts = np.asarray([there.index(i) for i in _ids(config, place)], int)
-    shared, heads = None, n
-    if group.shared:
-        heads = entry_of(config, place.entry(group.shared))
+    if place.group.table:
+        parts = np.asarray([whole.numbers.index(i) for i in own.numbers], int)
+    shared, heads = None, own.key_heads
+    if own.kv_heads is not None:
         shared = np.arange(heads)
-        if heads and n // heads != entry_of(full, place.size(full)) // entry_of(
-            full, place.entry(group.shared)
-        ):
+        if heads and n // heads != whole.heads // whole.key_heads:
             raise ValueError("as many heads must share a key head as in the full model")
-    values = scores = None
-    if group.values:
-        values = np.tile(np.arange(_width(config, place, group.values)), (heads, 1))
-    if group.scores:
-        scores = np.tile(np.arange(_width(config, place, group.scores)), (heads, 1))
-    if group.pairs:
-        there = _pairs(full, place)
-        half = len(there[0]) if there else 0
-        rows = []
-        for g, own in enumerate(_pairs(config, place)):
-            rows.append([there[g].index(j) for j in own])
-        firsts = np.asarray(rows, int).reshape(heads, -1) if heads else np.zeros((0, 0), int)
-        scores = np.concatenate([firsts, firsts + half], axis=1)
+    values = np.tile(np.arange(own.value), (heads, 1))
+    scores = None
+    if place.group.scores == "channels":
+        scores = np.tile(np.arange(own.qk), (heads, 1))
+    elif place.group.scores == "pairs":
+        scores = _standing_pairs(own, whole)
     return Kept(parts, shared, values, scores)
 
 
-def _ids_of_experts(config: Any, place: Place) -> tuple[int, ...]:
-    return tuple(entry_of(config, place.entry(place.group.ids)))
+def _standing_pairs(own: HeadDims, whole: HeadDims) -> np.ndarray:
+    """The channels [G, K] of the full model's keys that the rotary pairs of a smaller one are."""
+    there = pairs_of(whole)
+    half = len(there[0]) if there else 0
+    rows = []
+    for head, pairs in enumerate(pairs_of(own)):
+        rows.append([there[head].index(j) for j in pairs])
+    count = own.key_heads
+    firsts = np.asarray(rows, int).reshape(count, -1) if count else np.zeros((0, 0), int)
+    return np.concatenate([firsts, firsts + half], axis=1)

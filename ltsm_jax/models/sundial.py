@@ -24,22 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax.layers.causal import (
-    ACTIVATIONS,
-    CausalAttention,
-    GatedMLP,
-    causal_mask,
-    empty_cache,
-    roll_out,
-)
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, roll_out
 from ltsm_jax.layers.context import check_context, row_keys
+from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
-from ltsm_jax.layers.widths import pair_problems, width, width_problems
-from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.patches import following
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -59,20 +55,17 @@ MAX_FLOW_DEPTH = 64  # the published has 3
 class SundialConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    patch_len P, horizon Q (points of one draw), d_model D, head_dim K, n_heads H and ffn_dims F of
-    each layer, embed_dim: width inside the patch embedding, flow_depth: residual blocks of the flow
+    patch_len P, horizon Q (points of one draw), d_model D, head_dim K, layers: H, K and F of each,
+    embed_dim: width inside the patch embedding, flow_depth: residual blocks of the flow
     network, sampling_steps of Euler's method, train_draws: noised targets per token in training,
     n_samples of `predict` (their mean is the point forecast), context_len in time steps.
-    value_dims: K of the values of each layer, () is head_dim. rotary_pairs: for each layer and each
-    of its key heads the pairs that queries and keys still have, () is all.
     """
 
     patch_len: int
     horizon: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     embed_dim: int
     flow_depth: int
     context_len: int
@@ -83,16 +76,9 @@ class SundialConfig:
     dropout: float = 0.1
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
-    value_dims: tuple[int, ...] = ()
-    rotary_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        problems += pair_problems(self.n_heads, self.head_dim, self.rotary_pairs)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
         sizes = (
             self.patch_len,
             self.horizon,
@@ -102,7 +88,7 @@ class SundialConfig:
             self.context_len,
         )
         counts = (self.sampling_steps, self.train_draws, self.n_samples, self.max_positions)
-        if min(*sizes, *counts) < 1 or min(self.flow_depth, *self.n_heads, *self.ffn_dims) < 0:
+        if min(*sizes, *counts) < 1 or self.flow_depth < 0:
             problems.append(f"every size must be positive: {self}")
         if self.flow_depth > MAX_FLOW_DEPTH:
             problems.append(f"flow_depth may be at most {MAX_FLOW_DEPTH}, got {self.flow_depth}")
@@ -111,12 +97,12 @@ class SundialConfig:
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
             )
         if (
-            self.activation not in ACTIVATIONS
+            self.activation not in HIDDEN_ACTS
             or not 0 <= self.dropout < 1
             or not self.init_std >= 0
         ):
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
                 ">= 0"
             )
         if problems:
@@ -139,8 +125,7 @@ class SundialConfig:
             horizon=fields["output_token_lens"][-1],
             d_model=d,
             head_dim=d // heads,
-            n_heads=(heads,) * layers,
-            ffn_dims=(fields["intermediate_size"],) * layers,
+            layers=equal_layers(layers, heads, d // heads, ffn=fields["intermediate_size"]),
             embed_dim=fields["intermediate_size"],
             flow_depth=fields.get("flow_loss_depth", 3),
             context_len=PATCHES * fields["input_token_len"],
@@ -159,8 +144,7 @@ PRESETS = {
         horizon=720,
         d_model=768,
         head_dim=64,
-        n_heads=(12,) * 12,
-        ffn_dims=(3072,) * 12,
+        layers=equal_layers(12, 12, 64, ffn=3072),
         embed_dim=3072,
         flow_depth=3,
         context_len=2880,
@@ -172,25 +156,22 @@ class Block(nn.Module):
     """Pre-norm block [B, N, D] -> [B, N, D], the named steps in it, and its cache."""
 
     cfg: SundialConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, train: bool):
         cfg, taps = self.cfg, {}
-        heads, value_dim = cfg.n_heads[self.layer], width(cfg.value_dims, self.layer, cfg.head_dim)
-        pairs = cfg.rotary_pairs[self.layer] if cfg.rotary_pairs else ()
         y_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND)
-        sizes = (cfg.d_model, heads, heads, cfg.head_dim)
-        attention = CausalAttention(*sizes, BASE, cfg.dropout, value_dim, pairs, name="attn")
+        attention = CausalAttention(
+            cfg.d_model, self.dims.attn, cfg.head_dim, base=BASE, dropout=cfg.dropout, name="attn"
+        )
         y_BND, taps["attn_weights"], cache = attention(
             y_BND, positions_BN, mask_BHNS, cache, start, train
         )
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
         y_BND = taps["norm2"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND)
-        y_BND = taps["mlp"] = GatedMLP(
-            cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp"
-        )(y_BND)
+        y_BND = taps["mlp"] = GatedMLP(self.dims.ffn, cfg.activation, name="mlp")(y_BND)
         return x_BND + y_BND, taps, cache
 
 
@@ -224,14 +205,12 @@ class SundialNet(nn.Module):
         }
         positions_BN = (start + jnp.arange(n))[None]
         mask_BHNS = causal_mask(n, n if caches is None else caches[0][0].shape[2], start)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
-            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(
+            x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
                 x_BND, positions_BN, mask_BHNS, cache, start, train
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
         z_BND = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm")(x_BND)
         return z_BND, taps, None if caches is None else kept
@@ -302,57 +281,34 @@ class Sundial(Model):
     config: SundialConfig
 
     family = "sundial"
+    published = PRESETS
     head = r"^flow/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/sundial-base-128m)"
     shard_rules = (
         (r"^embed_(hidden|residual)/kernel$", (None, "fsdp")),
         (r"^embed_out/kernel$", ("fsdp", None)),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/mlp/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/mlp/down/kernel$", ("tensor", "fsdp")),
         (r"^flow/.*/kernel$", ("fsdp", None)),
-        (r"/(scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", pairs=r"rotary_pairs.\1"),
-        Group.units(r"layer_(\d+)/mlp"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, SundialConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> SundialConfig:
-        return config_from_json(SundialConfig, fields)
+    prunable = (Group.heads("attn", scores="pairs"), Group.units("mlp"))
 
     @classmethod
     def small(cls) -> SundialConfig:
         return SundialConfig(
-            8,
-            16,
-            16,
-            8,
-            (2, 2),
-            (24, 24),
-            24,
-            1,
+            patch_len=8,
+            horizon=16,
+            d_model=16,
+            head_dim=8,
+            layers=equal_layers(2, 2, 8, ffn=24),
+            embed_dim=24,
+            flow_depth=1,
             context_len=48,
             sampling_steps=4,
             train_draws=2,
             n_samples=3,
         )
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     @property
     def eval_batch(self) -> int:
@@ -389,7 +345,7 @@ class Sundial(Model):
             "no fine-tuning code is published; rate, schedule and length of the same authors' "
             "Timer-XL script"
         )
-        return Recipe(5e-6, 256, 10, "cosine", self.context_len, self.horizon, "own", source)
+        return self._recipe(lr=5e-6, batch_size=256, epochs=10, schedule="cosine", source=source)
 
     # --- the networks
 
@@ -402,20 +358,15 @@ class Sundial(Model):
         return z_BND.reshape(b, c, *z_BND.shape[1:]), taps
 
     def _net(self, params: Tree, x_BL, key=None, train=False, **rest) -> Any:
-        train = train and key is not None and self.config.dropout > 0
-        net: Any = SundialNet(self.config)  # Flax types what apply returns too widely
         trunk = {name: leaf for name, leaf in params.items() if name != "flow"}
-        return net.apply(
-            {"params": trunk}, x_BL, train=train, rngs={"dropout": key} if train else None, **rest
-        )
+        return run(SundialNet(self.config), trunk, x_BL, key=key, train=train, **rest)
 
     def flow(self, params: Tree, x_RSQ: jax.Array, t_RS: jax.Array, z_R1D: jax.Array):
         """The clean points [R, S, Q] that the flow network sees in x, and the named steps; see
         `FlowNet`.
         """
-        net: Any = FlowNet(self.config)
         with branch("flow"):
-            return net.apply({"params": params["flow"]}, x_RSQ, t_RS, z_R1D)
+            return run(FlowNet(self.config), params["flow"], x_RSQ, t_RS, z_R1D)
 
     def sample(self, params: Tree, z_BD: jax.Array, noise_BSQ: jax.Array) -> jax.Array:
         """Draws of the next Q points [B, S, Q] under conditions z, from standard normal `noise`, in
@@ -425,7 +376,7 @@ class Sundial(Model):
 
         def step(x_BSQ, i):
             t_11 = jnp.full((1, 1), i.astype(jnp.float32) / steps)
-            clean_BSQ, _ = self.flow(params, x_BSQ, t_11, z_BD[:, None])
+            clean_BSQ, _ = self.flow(params, x_BSQ, t_11, z_R1D=z_BD[:, None])
             return x_BSQ + (clean_BSQ - noise_BSQ) / steps, None
 
         return jax.lax.scan(step, noise_BSQ, jnp.arange(steps))[0]
@@ -462,8 +413,8 @@ class Sundial(Model):
             params,
             x_BCT,
             series_BCT[..., p:],
-            noise,
-            t,
+            noise_MRQ=noise,
+            t_MR=t,
             batch=batch,
             key=drop_key,
             train=train and key is not None,
@@ -492,19 +443,19 @@ class Sundial(Model):
             the end, count 0.
         """
         p, q = self.config.patch_len, self.config.horizon
-        z_BCND, _ = self.apply(params, x_BCT, key, train)
+        z_BCND, _ = self.apply(params, x_BCT, key=key, train=train)
         (b, c, n, d), draws = z_BCND.shape, noise_MRQ.shape[0]
-        pad = max((n - 1) * p + q - labels_BCT.shape[-1], 0)
-        labels_BCT = jnp.pad(labels_BCT, ((0, 0), (0, 0), (0, pad)), constant_values=jnp.nan)
-        want_BCNQ = labels_BCT[..., p * jnp.arange(n)[:, None] + jnp.arange(q)[None]]
+        want_BCNQ = following(labels_BCT, n, p, points=q)
         count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
         token_BCN = count_BCNQ.max(-1)  # a token without any label is no token
         count_BCNQ = count_BCNQ if points_BCNQ is None else count_BCNQ * points_BCNQ
         token_BCN = token_BCN if weight_BCN is None else token_BCN * weight_BCN
+
+        # Noised targets, and what the network makes of them.
         want_R1Q = jnp.nan_to_num(want_BCNQ).reshape(-1, 1, q)
         noise_RMQ, t_RM = jnp.swapaxes(noise_MRQ, 0, 1), t_MR.T
         noised_RMQ = t_RM[..., None] * want_R1Q + (1 - t_RM[..., None]) * noise_RMQ
-        clean_RMQ, _ = self.flow(params, noised_RMQ, t_RM, z_BCND.reshape(-1, 1, d))
+        clean_RMQ, _ = self.flow(params, noised_RMQ, t_RM, z_R1D=z_BCND.reshape(-1, 1, d))
         weight_Q = (1.0 / jnp.arange(1, q + 1)).reshape(1, 1, q) * count_BCNQ.reshape(-1, 1, q)
         error_BCN = (weight_Q * jnp.square(clean_RMQ - want_R1Q)).sum((1, 2)).reshape(
             b, c, n
@@ -514,7 +465,7 @@ class Sundial(Model):
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the mean of `n_samples` forecasts, through the sampling."""
         point_BCH = self._samples(
-            params, batch["context"], batch["target"].shape[-1], key, train
+            params, batch["context"], batch["target"].shape[-1], key=key, train=train
         ).mean(-1)
         return mse_observed(point_BCH, batch["target"], batch)
 
@@ -528,9 +479,9 @@ class Sundial(Model):
         before them.
         """
         check_context(context, horizon)
-        samples_BCHS = self._samples(params, context, horizon, key)
+        samples_BCHS = self._samples(params, context, horizon, key=key)
         quantiles = jnp.moveaxis(jnp.quantile(samples_BCHS, jnp.asarray(LEVELS), axis=-1), 0, -1)
-        return Forecast(samples_BCHS.mean(-1), quantiles, samples_BCHS, LEVELS)
+        return Forecast(samples_BCHS.mean(-1), quantiles, samples=samples_BCHS, levels=LEVELS)
 
     def _samples(self, params: Tree, context_BCT, horizon: int, key=None, train=False) -> jax.Array:
         cfg, (b, c, _) = self.config, context_BCT.shape
@@ -539,7 +490,7 @@ class Sundial(Model):
         shape = (math.ceil(horizon / cfg.horizon), cfg.n_samples, cfg.horizon)
         noise_BTSQ = jax.vmap(lambda k: jax.random.normal(k, shape))(row_keys(key, x_BL))
         noise_TBSQ = jnp.swapaxes(noise_BTSQ, 0, 1)
-        y_BSH = self.generate(params, x_BL, horizon, noise_TBSQ, key=key, train=train)
+        y_BSH = self.generate(params, x_BL, horizon, noise_TBSQ=noise_TBSQ, key=key, train=train)
         return jnp.swapaxes(y_BSH, 1, 2).reshape(b, c, horizon, -1)
 
     def generate(
@@ -563,9 +514,11 @@ class Sundial(Model):
         z_BL = (x_BL - mean_B1) / std_B1
         sizes = [cfg.horizon] * noise_TBSQ.shape[0]
         if cfg.horizon % cfg.patch_len and len(sizes) > 1:
-            y_BSH = self._generate_anew(params, z_BL, noise_TBSQ, key, train)
+            y_BSH = self._generate_anew(params, z_BL, noise_TBSQ, key=key, train=train)
         else:
-            y_BSH = self._generate_cached(params, z_BL, noise_TBSQ, sizes, key, train)
+            y_BSH = self._generate_cached(
+                params, z_BL, noise_TBSQ, sizes=sizes, key=key, train=train
+            )
         return y_BSH[..., :horizon] * std_B1[:, None] + mean_B1[:, None]
 
     def _generate_cached(self, params, z_BL, noise_TBSQ, sizes, key, train) -> jax.Array:
@@ -579,8 +532,8 @@ class Sundial(Model):
             return (caches, start + z_BND.shape[1], i + 1), median(y_BSQ), y_BSQ
 
         # without a further step there is nothing to keep
-        widths = (cfg.n_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
-        caches = None if len(sizes) == 1 else empty_cache(z_BL.shape[0], room, *widths)
+        heads = [dims.attn for dims in cfg.layers]
+        caches = None if len(sizes) == 1 else empty_cache(z_BL.shape[0], room, heads)
         return roll_out(step((caches, 0, 0), z_BL, sizes[0]), step, sizes)
 
     def _generate_anew(self, params, z_BL, noise_TBSQ, key, train) -> jax.Array:
@@ -589,7 +542,7 @@ class Sundial(Model):
         """
         found = []
         for noise_BSQ in noise_TBSQ:
-            state_BND, *_ = self._net(params, z_BL, key, train)
+            state_BND, *_ = self._net(params, z_BL, key=key, train=train)
             found.append(self.sample(params, state_BND[:, -1], noise_BSQ))
             z_BL = jnp.concatenate([z_BL, median(found[-1])], axis=-1)
         return jnp.concatenate(found, axis=-1)

@@ -20,7 +20,7 @@ k of the config and leaves pruned experts out.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -28,23 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import experts
-from ltsm_jax.layers.causal import (
-    ACTIVATIONS,
-    CausalAttention,
-    GatedMLP,
-    causal_mask,
-    empty_cache,
-    greedy_sizes,
-    roll_out,
-)
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, greedy_sizes, roll_out
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.missing import fill_missing, mean_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS, HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.layers.widths import pair_problems, width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -54,30 +48,33 @@ DELTA = 2.0  # of the Huber loss
 
 
 @dataclasses.dataclass(frozen=True)
+class TimeMoeLayer:
+    """A layer's attention, the experts that it has (all of them unless pruned), and the units of
+    the shared expert, which every token visits.
+    """
+
+    attn: HeadDims
+    experts: ExpertDims
+    shared: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TimeMoeConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    d_model D, head_dim K, n_heads H and n_kv_heads G of each layer, horizons: points that each head
-    predicts, n_experts E that the router chooses from, top_k of them per token, kept: the ids of
-    the experts that each layer has (all of them unless pruned), expert_dims: width F of the experts
-    of each layer, shared_dims: of the expert that every token visits. dense: the original's
-    `use_dense`, one feed-forward layer of width shared_dims and no experts. max_positions: context
-    and horizon together should not pass it. aux_factor: of the balance term, added to the loss
-    where apply_aux. context_len: in time steps. value_dims: K of the values of each layer, () is
-    head_dim. rotary_pairs: for each layer and each of its key heads the pairs that queries and keys
-    still have, () is all.
+    d_model D, head_dim K, horizons: points that each head predicts, n_experts E that the router
+    chooses from, top_k of them per token. dense: the original's `use_dense`, one feed-forward layer
+    as wide as the shared expert and no others. max_positions: context and horizon together should
+    not pass it. aux_factor: of the balance term, added to the loss where apply_aux. context_len: in
+    time steps.
     """
 
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    n_kv_heads: tuple[int, ...]
+    layers: tuple[TimeMoeLayer, ...]
     horizons: tuple[int, ...]
     n_experts: int
     top_k: int
-    kept: tuple[tuple[int, ...], ...]
-    expert_dims: tuple[int, ...]
-    shared_dims: tuple[int, ...]
     context_len: int
     max_positions: int = 4096
     rope_theta: float = 10000.0
@@ -88,19 +85,9 @@ class TimeMoeConfig:
     aux_factor: float = 0.02
     dropout: float = 0.0
     init_std: float = 0.02
-    value_dims: tuple[int, ...] = ()
-    rotary_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self):
-        layers = (self.n_heads, self.n_kv_heads, self.kept, self.expert_dims, self.shared_dims)
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        problems += pair_problems(self.n_kv_heads, self.head_dim, self.rotary_pairs)
-        if len(set(map(len, layers))) != 1 or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads}, n_kv_heads {self.n_kv_heads}, kept {self.kept}, "
-                f"expert_dims {self.expert_dims} and shared_dims {self.shared_dims} must name the "
-                "same layers, at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
         sizes = (
             self.d_model,
             self.head_dim,
@@ -109,39 +96,28 @@ class TimeMoeConfig:
             self.n_experts,
             self.top_k,
         )
-        if (
-            min(*sizes, *(self.horizons or (0,))) < 1
-            or min(*self.n_heads, *self.expert_dims, *self.shared_dims, 1) < 0
-        ):
+        if min(*sizes, *(self.horizons or (0,))) < 1:
             problems.append(f"every size must be positive: {self}")
-        if any(g < 1 or h % g for h, g in zip(self.n_heads, self.n_kv_heads, strict=False) if h):
-            problems.append(
-                f"n_heads {self.n_heads} must be multiples of n_kv_heads {self.n_kv_heads}"
-            )
         if self.head_dim % 2:
             problems.append(
                 f"heads must have an even width for the rotary positions, got {self.head_dim}"
             )
         if self.top_k > self.n_experts:
             problems.append(f"a token can't visit {self.top_k} of {self.n_experts} experts")
-        if any(
-            sorted(set(ids)) != list(ids) or (ids and not 0 <= ids[0] <= ids[-1] < self.n_experts)
-            for ids in self.kept
-        ):
-            problems.append(
-                f"kept must name experts from 0 to {self.n_experts - 1} in order, got {self.kept}"
-            )
+        kept = [layer.experts.ids for layer in self.layers]
+        if any(ids and max(ids) >= self.n_experts for ids in kept):
+            problems.append(f"there are {self.n_experts} experts, the layers have {kept}")
         if len(set(self.horizons)) != len(self.horizons):
             problems.append(f"horizons must differ, got {self.horizons}")
         if self.dense and self.apply_aux:
             problems.append("a dense model has no router, so apply_aux must be off")
         if (
-            self.activation not in ACTIVATIONS
+            self.activation not in HIDDEN_ACTS
             or not 0 <= self.dropout < 1
             or not self.init_std >= 0
         ):
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
                 ">= 0"
             )
         if problems:
@@ -163,17 +139,18 @@ class TimeMoeConfig:
             raise ValueError(
                 f"intermediate_size ({inner}) is shared out among num_experts_per_tok ({top_k})"
             )
+        layer = TimeMoeLayer(
+            attn=HeadDims.of(heads, d // heads, fields.get("num_key_value_heads") or heads),
+            experts=ExpertDims(tuple(range(n_experts)), inner // top_k),
+            shared=inner,
+        )
         return cls(
             d_model=d,
             head_dim=d // heads,
-            n_heads=(heads,) * layers,
-            n_kv_heads=(fields.get("num_key_value_heads") or heads,) * layers,
+            layers=(layer,) * layers,
             horizons=tuple(fields["horizon_lengths"]),
             n_experts=n_experts,
             top_k=top_k,
-            kept=(tuple(range(n_experts)),) * layers,
-            expert_dims=(inner // top_k,) * layers,
-            shared_dims=(inner,) * layers,
             context_len=max(fields.get("max_position_embeddings", 4096) * 3 // 4, 1),
             max_positions=fields.get("max_position_embeddings", 4096),
             rope_theta=float(fields.get("rope_theta", 10000)),
@@ -207,12 +184,12 @@ class MixtureLayer(nn.Module):
     """
 
     cfg: TimeMoeConfig
-    layer: int
+    dims: TimeMoeLayer
     form: experts.Form = "auto"
 
     @nn.compact
     def __call__(self, x_TD, expert_mask=None):
-        cfg, taps, kept = self.cfg, {}, self.cfg.kept[self.layer]
+        cfg, taps, kept = self.cfg, {}, self.dims.experts.ids
         d, n = cfg.d_model, cfg.n_experts
         taps["router"] = Linear((d,), (n,), use_bias=False, name="router")(x_TD)
         if len(kept) < n:
@@ -222,20 +199,19 @@ class MixtureLayer(nn.Module):
             taps["router"], cfg.top_k, expert_mask
         )
         taps["router_weights"], taps["router_experts"] = weight_TK, chosen_TK
-        shared_TD = GatedMLP(d, cfg.shared_dims[self.layer], cfg.activation, name="shared")(x_TD)
+        shared_TD = GatedMLP(self.dims.shared, cfg.activation, name="shared")(x_TD)
         taps["shared"] = shared_TD
         gate_T1 = Linear((d,), (1,), use_bias=False, name="shared_gate")(x_TD)
         y_TD = jax.nn.sigmoid(gate_T1) * shared_TD
         if not kept:
             return y_TD, taps
-        if (
-            len(kept) < n
-        ):  # place of each expert among those that are there; of the others, whose weight is 0, any
+        # Place of each expert among those that are there; of the others, whose weight is 0, any.
+        if len(kept) < n:
             place_E = np.minimum(np.searchsorted(kept, np.arange(n)), len(kept) - 1)
             chosen_TK = jnp.asarray(place_E)[chosen_TK]
         act = ACTIVATIONS[cfg.activation]
         stacked = experts.Experts(
-            d, len(kept), cfg.expert_dims[self.layer], act, self.form, name="experts"
+            d, len(kept), self.dims.experts.ffn, act=act, form=self.form, name="experts"
         )
         return y_TD + stacked(x_TD, weight_TK, chosen_TK), taps
 
@@ -244,21 +220,23 @@ class Block(nn.Module):
     """Pre-norm block [B, N, D] -> [B, N, D], the named steps in it, and its cache."""
 
     cfg: TimeMoeConfig
-    layer: int
+    dims: TimeMoeLayer
     form: experts.Form
 
     @nn.compact
     def __call__(
         self, x_BND, positions_BN, mask_BHNS, cache, start, expert_mask, train: bool, lean: bool
     ):
-        cfg, i, taps = self.cfg, self.layer, {}
+        cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(cfg.norm_eps, name="norm1")(x_BND)
-        sizes = (cfg.d_model, cfg.n_heads[i], cfg.n_kv_heads[i], cfg.head_dim)
-        widths = (
-            width(cfg.value_dims, i, cfg.head_dim),
-            cfg.rotary_pairs[i] if cfg.rotary_pairs else (),
+        attention = CausalAttention(
+            cfg.d_model,
+            self.dims.attn,
+            cfg.head_dim,
+            base=cfg.rope_theta,
+            dropout=cfg.dropout,
+            name="attn",
         )
-        attention = CausalAttention(*sizes, cfg.rope_theta, cfg.dropout, *widths, name="attn")
         y_BND, taps["attn_weights"], cache = attention(
             y_BND, positions_BN, mask_BHNS, cache, start, train, lean
         )
@@ -266,9 +244,9 @@ class Block(nn.Module):
         x_BND = x_BND + y_BND
         y_BND = taps["norm2"] = RMSNorm(cfg.norm_eps, name="norm2")(x_BND)
         if cfg.dense:
-            y_BND = GatedMLP(cfg.d_model, cfg.shared_dims[i], cfg.activation, name="mlp")(y_BND)
+            y_BND = GatedMLP(self.dims.shared, cfg.activation, name="mlp")(y_BND)
         else:
-            y_TD, inner = MixtureLayer(cfg, i, self.form, name="mixture")(
+            y_TD, inner = MixtureLayer(cfg, self.dims, self.form, name="mixture")(
                 y_BND.reshape(-1, cfg.d_model), expert_mask
             )
             y_BND, taps = y_TD.reshape(x_BND.shape), taps | inner
@@ -283,12 +261,13 @@ class TimeMoeNet(nn.Module):
     observed_BS: 0 for points of padding on the left, which nobody sees. positions_BN: by default
     counted from `start`. caches, start: of the points before these. last: heads at the last
     position only, and no attention weights of a long sequence. lean: for a forecast, without the
-    steps of the layers. expert_masks: per layer [E] or
-    None. form: how the experts are computed, see `experts.mixture`.
+    steps of the layers. expert_masks: per layer [E] or None. whole: see `layers.shortcuts`. form:
+    how the experts are computed, see `experts.mixture`.
     """
 
     cfg: TimeMoeConfig
     form: experts.Form = "auto"
+    shortens: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -302,6 +281,7 @@ class TimeMoeNet(nn.Module):
         expert_masks: Sequence[Any] | None = None,
         train: bool = False,
         lean: bool = False,
+        whole: bool = False,
     ):
         cfg, taps, kept = self.cfg, {}, []
         n = x_BN.shape[1]
@@ -313,31 +293,27 @@ class TimeMoeNet(nn.Module):
         if positions_BN is None:
             positions_BN = (start + jnp.arange(n))[None]
         mask_BHNS = causal_mask(
-            n, n if caches is None else caches[0][0].shape[2], start, observed_BS
+            n, n if caches is None else caches[0][0].shape[2], start=start, observed_BS=observed_BS
         )
-        depth = len(cfg.n_heads)
         # With caches or masks every layer has something of its own beside its parameters.
-        looped = loops(self, lean, train) and caches is None and expert_masks is None
+        looped = loops(self, lean, train, whole=whole) and caches is None and expert_masks is None
         if looped:
 
             def layer(i, params, x_BND):
-                block = Block(cfg, i, self.form, parent=None)
+                block = Block(cfg, cfg.layers[i], self.form, parent=None)
                 rest = (positions_BN, mask_BHNS, None, start, None, train, last)
                 return block.apply({"params": params}, x_BND, *rest)[0]
 
-            widths = (cfg.n_heads, cfg.n_kv_heads, cfg.kept, cfg.expert_dims, cfg.shared_dims)
-            runs = equal_runs(depth, *widths, cfg.value_dims, cfg.rotary_pairs)
-            x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
-        for i in range(0 if looped else depth):
+            runs = equal_runs(cfg.layers)
+            x_BND = through_layers(layer, self.variables["params"], x_BND, runs=runs)
+        for i, dims in enumerate(() if looped else cfg.layers):
             cache = None if caches is None else caches[i]
             mask = None if expert_masks is None else expert_masks[i]
-            block = Block(cfg, i, self.form, name=f"layer_{i}")
+            block = Block(cfg, dims, self.form, name=f"layer_{i}")
             x_BND, inner, cache = block(
                 x_BND, positions_BN, mask_BHNS, cache, start, mask, train, last
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
         x_BND = taps["norm"] = RMSNorm(cfg.norm_eps, name="norm")(x_BND)
         x_BND = x_BND[:, -1:] if last else x_BND
@@ -384,6 +360,7 @@ class TimeMoe(Model):
     config: TimeMoeConfig
 
     family = "time_moe"
+    published = PRESETS
     missing_in_front = True
     rows_apart = False  # the balance term is of all tokens of a batch
     head = r"^head_\d+/"
@@ -391,55 +368,34 @@ class TimeMoe(Model):
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"
     shard_rules = (
         (r"^embed_(gate|value)/kernel$", (None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/experts/(gate|up)$", (None, "fsdp", "tensor")),
-        (r"/experts/down$", (None, "tensor", "fsdp")),
         (r"/(router|shared_gate)/kernel$", ("fsdp", None)),
-        (r"/(shared|mlp)/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/(shared|mlp)/down/kernel$", ("tensor", "fsdp")),
         (r"^head_\d+/kernel$", ("fsdp", None)),
-        (r"norm[12]?/scale$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (
-        Group.heads(
-            r"layer_(\d+)/attn",
-            shared=r"n_kv_heads.\1",
-            values=r"value_dims.\1",
-            pairs=r"rotary_pairs.\1",
-        ),
-        Group.units(r"layer_(\d+)/(?:mixture/shared|mlp)", r"shared_dims.\1"),
-        Group.experts(r"layer_(\d+)/mixture/experts"),
+        Group.heads("attn", scores="pairs"),
+        Group.units("mixture/shared", "shared"),
+        Group.units("mlp", "shared"),  # of a dense model
+        Group.experts("mixture/experts"),
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TimeMoeConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimeMoeConfig:
-        return config_from_json(TimeMoeConfig, fields)
 
     @classmethod
     def small(cls) -> TimeMoeConfig:
+        experts_of_layer = ExpertDims((0, 1, 2, 3), 12)
+        layers = (
+            TimeMoeLayer(HeadDims.of(2, 8, kv_heads=2), experts_of_layer, 24),
+            TimeMoeLayer(HeadDims.of(2, 8, kv_heads=1), experts_of_layer, 24),
+        )
         return TimeMoeConfig(
-            16,
-            8,
-            (2, 2),
-            (2, 1),
-            (1, 4, 8),
-            4,
-            2,
-            ((0, 1, 2, 3), (0, 1, 2, 3)),
-            (12, 12),
-            (24, 24),
+            d_model=16,
+            head_dim=8,
+            layers=layers,
+            horizons=(1, 4, 8),
+            n_experts=4,
+            top_k=2,
             context_len=48,
         )
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:
@@ -447,8 +403,9 @@ class TimeMoe(Model):
 
     @property
     def eval_batch(self) -> int:
+        heads = max(layer.attn.heads for layer in self.config.layers)
         # attention weights of one layer take 4 H L^2 bytes a window: 450 MB at the published sizes
-        return max(1, min(2048, (1 << 29) // (max(self.config.n_heads) * self.context_len**2)))
+        return max(1, min(2048, (1 << 29) // (heads * self.context_len**2)))
 
     def init(self, key: jax.Array) -> Tree:
         """N(0, init_std^2) for every matrix, biases 0, norms 1."""
@@ -467,15 +424,12 @@ class TimeMoe(Model):
             "Time-MoE main.py (commit d3524fd); the lower rate of Prune-then-Finetune's grid is "
             "1e-5"
         )
-        return Recipe(
-            1e-4,
-            64,
-            1,
-            "cosine",
-            self.context_len,
-            self.horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=1e-4,
+            batch_size=64,
+            epochs=1,
+            schedule="cosine",
+            source=source,
             weight_decay=0.1,
             clip=1.0,
         )
@@ -483,11 +437,7 @@ class TimeMoe(Model):
     # --- the network
 
     def _net(self, params: Tree, x_BN, key=None, train=False, **rest) -> Any:
-        train = train and key is not None and self.config.dropout > 0
-        net: Any = TimeMoeNet(self.config)  # Flax types what apply returns too widely
-        return net.apply(
-            {"params": params}, x_BN, train=train, rngs={"dropout": key} if train else None, **rest
-        )
+        return run(TimeMoeNet(self.config), params, x_BN, key=key, train=train, **rest)
 
     def apply(
         self,
@@ -510,8 +460,8 @@ class TimeMoe(Model):
         heads, taps, _ = self._net(
             params,
             x_BCT.reshape(b * c, t).astype(jnp.float32),
-            key,
-            train,
+            key=key,
+            train=train,
             observed_BS=observed_BT,
             positions_BN=None if observed_BT is None else _positions(observed_BT),
             expert_masks=expert_masks,
@@ -524,7 +474,7 @@ class TimeMoe(Model):
         """The balance term of a forward pass, before its factor. weight_T: of each token (B * N of
         them).
         """
-        layers = range(len(self.config.n_heads))
+        layers = range(len(self.config.layers))
         p = [taps[f"layer_{i}/router_probs"] for i in layers]
         chosen = [taps[f"layer_{i}/router_experts"] for i in layers]
         return balance(p, chosen, weight_T)
@@ -581,8 +531,8 @@ class TimeMoe(Model):
         heads, taps, _ = self._net(
             params,
             x_BCT.reshape(b * c, t),
-            key,
-            train,
+            key=key,
+            train=train,
             observed_BS=None if observed_BCT is None else observed_BCT.reshape(b * c, t),
             positions_BN=positions,
             expert_masks=expert_masks,
@@ -607,11 +557,6 @@ class TimeMoe(Model):
         if "weight" in batch:
             seen_BCT = seen_BCT * batch["weight"].reshape(-1, 1, 1)
         return loss + cfg.aux_factor * self.aux_loss(taps, seen_BCT.reshape(-1))
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast, rolled out where the target is longer than a head reaches."""
-        point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 
@@ -676,8 +621,8 @@ class TimeMoe(Model):
             return (caches, start + n), y_BH, y_BH
 
         # without a further step there is nothing to keep
-        widths = (cfg.n_kv_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
-        caches = None if len(sizes) == 1 else empty_cache(b, room, *widths)
+        heads = [layer.attn for layer in cfg.layers]
+        caches = None if len(sizes) == 1 else empty_cache(b, room, heads)
         return roll_out(step((caches, 0), x_BL, sizes[0]), step, sizes)[:, :horizon]
 
     def routed(
@@ -686,12 +631,11 @@ class TimeMoe(Model):
         cfg, (b, c, _) = self.config, context.shape
         z_BCT, seen_BCT, _, _ = _scaled(jnp.asarray(context, jnp.float32)[..., -self.context_len :])
         z_RT, seen_RT = (x.reshape(b * c, -1) for x in (z_BCT, seen_BCT))
-        fed = sum(
-            greedy_sizes(horizon, cfg.horizons)[:-1]
-        )  # what the last step predicts goes nowhere
+        # What the last step predicts goes nowhere.
+        fed = sum(greedy_sizes(horizon, cfg.horizons)[:-1])
         if fed:
             z_RT = jnp.concatenate(
-                [z_RT, self.generate(params, z_RT, horizon, seen_RT)[:, :fed]], axis=1
+                [z_RT, self.generate(params, z_RT, horizon, observed_BL=seen_RT)[:, :fed]], axis=1
             )
             seen_RT = jnp.pad(seen_RT, ((0, 0), (0, fed)), constant_values=1)
         # the attention is causal, so one pass over all points sends them where the steps have sent
@@ -699,7 +643,7 @@ class TimeMoe(Model):
         _, taps, _ = self._net(params, z_RT, observed_BS=seen_RT, positions_BN=_positions(seen_RT))
         chosen = {
             f"layer_{i}/mixture/experts": taps[f"layer_{i}/router_experts"]
-            for i in range(len(cfg.n_heads))
+            for i in range(len(cfg.layers))
         }
         ids = {path: jnp.where(seen_RT.reshape(-1, 1) != 0, x, -1) for path, x in chosen.items()}
         return {path: x.reshape(b, -1, cfg.top_k) for path, x in ids.items()}, cfg.n_experts

@@ -8,6 +8,7 @@ the NEXT patch, so the forecast is the last token's.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,60 +17,52 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.patches import newest_patches
 from ltsm_jax.layers.positions import sinusoids
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe, Task
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
-TABLE_LEN = (
-    5000  # rows of the original's position table: the longest sequence it can take, in patches
-)
+# Rows of the original's position table: the longest sequence it can take, in patches.
+TABLE_LEN = 5000
 
 
 @dataclasses.dataclass(frozen=True)
 class TimerConfig:
     """Widths are per layer, so that a pruned Timer is a Timer.
 
-    patch_len P, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer,
-    context_len and horizon in time steps (the published use: horizon = P). value_dims, qk_dims: K
-    of the values, and of queries and keys, of each layer; () is head_dim. The scale of the scores
-    is that of head_dim.
+    patch_len P, d_model D, head_dim K, layers: H, K and F of each, context_len and
+    horizon in time steps (the published use: horizon = P). The scale of the scores is that of
+    head_dim, whatever is left of a head.
     """
 
     patch_len: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     context_len: int = 672
     horizon: int = 96
     task: Task = "forecasting"
     activation: Literal["gelu", "relu"] = "gelu"
     dropout: float = 0.1
-    value_dims: tuple[int, ...] = ()
-    qk_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(
-            len(self.n_heads), self.head_dim, value_dims=self.value_dims, qk_dims=self.qk_dims
-        )
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"attn": "channels"})
         if self.d_model % 2:
             problems.append(f"d_model must be even for the sinusoid table, got {self.d_model}")
         sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.horizon)
-        if min(*sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(*sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.context_len < self.patch_len:
             problems.append(
@@ -97,8 +90,9 @@ class TimerConfig:
             raise ValueError(
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
+        head_dim = d_model // heads
         return cls(
-            patch_len, d_model, d_model // heads, (heads,) * layers, (d_ff,) * layers, **rest
+            patch_len, d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest
         )
 
     @classmethod
@@ -121,6 +115,7 @@ class TimerConfig:
             if theirs in fields
         }
         task = fields.get("task_name", "forecasting")
+        # The original: anything else is gelu.
         return cls.of(
             *(
                 int(fields[name])
@@ -128,9 +123,7 @@ class TimerConfig:
             ),
             horizon=min(int(fields.get("pred_len", fields["patch_len"])), int(fields["patch_len"])),
             task={"forecast": "forecasting", "anomaly_detection": "anomaly"}.get(task, task),
-            activation="relu"
-            if fields.get("activation") == "relu"
-            else "gelu",  # the original: anything else is gelu
+            activation="relu" if fields.get("activation") == "relu" else "gelu",
             **rest,
         )
 
@@ -163,29 +156,29 @@ PRESETS = {
 class Attention(nn.Module):
     """Causal self-attention [B, N, D] -> [B, N, D], and its weights [B, H, N, S]."""
 
-    d_model: int
-    n_heads: int
-    head_dim: int
-    qk_dim: int
-    value_dim: int
-    dropout: float
+    cfg: TimerConfig
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_BND, train: bool):
-        widths = {"q": self.qk_dim, "k": self.qk_dim, "v": self.value_dim}
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHNK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((self.d_model,), (self.n_heads, k), name=n)(x_BND), 1, 2)
-            for n, k in widths.items()
+        cfg, dims = self.cfg, self.dims
+
+        def project(name):
+            y_BNHK = Linear((cfg.d_model,), dims.shapes[name], name=name)(x_BND)
+            return jnp.swapaxes(y_BNHK, 1, 2)
+
+        n = x_BND.shape[1]
+        y_BHNK, w_BHNS = attend(
+            project("q"),
+            project("k"),
+            project("v"),
+            seen=jnp.tril(jnp.ones((n, n), bool))[None, None],
+            scale=cfg.head_dim**-0.5,
+            hidden=-jnp.inf,
+            dropout=functools.partial(Dropout(cfg.dropout), train=train),
         )
-        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK) * self.head_dim**-0.5
-        causal_NS = jnp.tril(jnp.ones(s_BHNS.shape[-2:], bool))
-        s_BHNS = jnp.where(causal_NS[None, None], s_BHNS, -jnp.inf)
-        w_BHNS = jax.nn.softmax(s_BHNS.astype(jnp.float32)).astype(x_BND.dtype)
-        y_BHNK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHNS, train), v_BHSK)
-        y_BNHK = jnp.swapaxes(y_BHNK, 1, 2)
-        return Linear((self.n_heads, self.value_dim), (self.d_model,), name="out")(y_BNHK), w_BHNS
+        out = Linear(dims.joined, (cfg.d_model,), name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS
 
 
 class Block(nn.Module):
@@ -194,30 +187,19 @@ class Block(nn.Module):
     """
 
     cfg: TimerConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, train: bool):
-        cfg, taps = self.cfg, {}
-        heads, ffn_dim = cfg.n_heads[self.layer], cfg.ffn_dims[self.layer]
-        qk_dim, value_dim = (
-            width(dims, self.layer, cfg.head_dim) for dims in (cfg.qk_dims, cfg.value_dims)
-        )
+        cfg, ffn_dim, taps = self.cfg, self.dims.ffn, {}
 
         def drop(y):
             return Dropout(cfg.dropout)(y, train)
 
-        activation = (
-            nn.relu if cfg.activation == "relu" else lambda y: nn.gelu(y, approximate=False)
-        )
-        attention = Attention(
-            cfg.d_model, heads, cfg.head_dim, qk_dim, value_dim, cfg.dropout, name="attn"
-        )
-        a_BND, taps["attn_weights"] = attention(x_BND, train)
+        a_BND, taps["attn_weights"] = Attention(cfg, self.dims.attn, name="attn")(x_BND, train)
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(epsilon=1e-5, name="norm1")(x_BND + drop(a_BND))
-        y_BNF = drop(activation(Linear((cfg.d_model,), (ffn_dim,), name="up")(x_BND)))
-        y_BND = drop(Linear((ffn_dim,), (cfg.d_model,), name="down")(y_BNF))
+        y_BND = drop(feed_forward(x_BND, ffn_dim, cfg.activation, dropout=drop))
         return nn.LayerNorm(epsilon=1e-5, name="norm2")(x_BND + y_BND), taps
 
 
@@ -239,11 +221,9 @@ class TimerNet(nn.Module):
         )(p_BNP)
         x_BND = taps["embed"] = x_BND + jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)[None]
         x_BND = Dropout(cfg.dropout)(x_BND, train)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, train)
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = taps["norm"] = nn.LayerNorm(epsilon=1e-5, name="norm")(x_BND)
         y_BNP = taps["head"] = Linear((cfg.d_model,), (cfg.patch_len,), name="head")(x_BND)
         return y_BNP, taps
@@ -256,44 +236,22 @@ class Timer(Model):
     config: TimerConfig
 
     family = "timer"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting", "imputation", "anomaly")
     licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/up/bias$", ("tensor",)),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^head/kernel$", ("fsdp", None)),
-        (r"/(scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", scores=r"qk_dims.\1"),
-        Group.units(r"layer_(\d+)"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TimerConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerConfig:
-        return config_from_json(TimerConfig, fields)
+    prunable = (Group.heads("attn", scores="channels"), Group.units())
 
     @classmethod
     def small(cls) -> TimerConfig:
         return TimerConfig.of(8, 16, 24, 2, 2, context_len=32, horizon=8)
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear
@@ -304,12 +262,7 @@ class Timer(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer = path.rsplit("/", 1)[0]
-            kernel = flat.get(f"{layer}/kernel")
-            if kernel is None:
-                return Constant(float(path.endswith("/scale")))
-            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-            return Uniform(math.prod(inputs) ** -0.5)
+            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
 
         return draw(key, shapes, rule)
 
@@ -319,12 +272,16 @@ class Timer(Model):
             # is small so that a run from scratch gets a thousand steps in five epochs
             tiny = self.config == PRESETS["timer-tiny"]
             source = "validation on ETTh1" if tiny else "that of timer-tiny, not measured"
-            return Recipe(1e-4, 256, 5, "halving", self.context_len, self.horizon, "own", source)
+            return self._recipe(
+                lr=1e-4, batch_size=256, epochs=5, schedule="halving", source=source
+            )
         source = (
             "thuml/Large-Time-Series-Model scripts; schedule of Meteor-Stars/SFF (commit 2dfb50b)"
         )
         lr, batch_size = (3e-5, 2048) if self.config.task == "forecasting" else (1e-4, 128)
-        return Recipe(lr, batch_size, 10, "halving", self.context_len, self.horizon, "own", source)
+        return self._recipe(
+            lr=lr, batch_size=batch_size, epochs=10, schedule="halving", source=source
+        )
 
     # --- the network around its instance scaling
 
@@ -355,9 +312,7 @@ class Timer(Model):
             std_BC1 = jnp.sqrt(jnp.square(z_BCT).sum(-1, keepdims=True) / n_BC1 + SCALE_EPS)
         mean_BC1, std_BC1 = jax.lax.stop_gradient((mean_BC1, std_BC1))
         p_BNP = (z_BCT / std_BC1)[..., : n * cfg.patch_len].reshape(b * c, n, cfg.patch_len)
-        rngs = {"dropout": key} if train and cfg.dropout else None
-        net: Any = TimerNet(cfg)  # Flax types what apply returns too widely
-        y_BNP, taps = net.apply({"params": params}, p_BNP, train and rngs is not None, rngs=rngs)
+        y_BNP, taps = run(TimerNet(cfg), params, p_BNP, key=key, train=train)
         y_BCT = y_BNP.reshape(b, c, n * cfg.patch_len) * std_BC1 + mean_BC1
         return y_BCT, taps | {"mean": mean_BC1, "std": std_BC1}
 
@@ -368,7 +323,7 @@ class Timer(Model):
         The context must be whole patches; of the target, the first patch is used. Missing values
         are no targets; the model reads the last value before them there, as in `predict`.
         """
-        return self.token_loss(params, self._next_tokens(batch), key, train)
+        return self.token_loss(params, self._next_tokens(batch), key=key, train=train)
 
     def absolute_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Mean absolute error of the next patch over all tokens; otherwise as `loss`."""
@@ -430,10 +385,7 @@ class Timer(Model):
         check_context(context, horizon)
         p = self.config.patch_len
         x_BCT = fill_missing(jnp.asarray(context, jnp.float32))
-        keep = max(min(x_BCT.shape[-1], self.context_len) // p * p, p)
-        x_BCT = jnp.pad(x_BCT, ((0, 0), (0, 0), (max(keep - x_BCT.shape[-1], 0), 0)), mode="edge")[
-            ..., -keep:
-        ]
+        x_BCT = newest_patches(x_BCT, p, self.context_len)
         steps = math.ceil(horizon / p)
         if steps == 1:
             return Forecast(self.apply(params, x_BCT)[0][..., -p:][..., :horizon])

@@ -22,22 +22,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers import shard_rules as shards
 from ltsm_jax.layers.causal import (
-    ACTIVATIONS,
     Cache,
     CausalAttention,
-    GatedMLP,
     causal_mask,
     empty_cache,
     greedy_sizes,
     roll_out,
 )
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
-from ltsm_jax.layers.widths import pair_problems, width, width_problems
-from ltsm_jax.models.configs import config_from_json
+from ltsm_jax.layers.missing import fill_missing, mean_observed
+from ltsm_jax.layers.mlp import HIDDEN_ACTS, GatedMLP
+from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.patches import following
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -55,20 +56,17 @@ Scaling = Literal["context", "fed", "sequence"]
 class TimerHfConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    patch_len P, d_model D, head_dim K, n_heads H and ffn_dims F of each layer, horizons: points
-    that each head predicts, context_len in time steps. dropout: of the attention weights, in
+    patch_len P, d_model D, head_dim K, layers: H, K and F of each, horizons: points that each head
+    predicts, context_len in time steps. dropout: of the attention weights, in
     training only (the original drops in evaluation too; published: 0). scaling: "context" (see the
     module docstring), or the original's: "fed" (its default, with the cache) and "sequence"
-    (without cache: the whole sequence anew at each step), both without any eps. value_dims: K of
-    the values of each layer, () is head_dim. rotary_pairs: for each layer and each of its heads the
-    pairs that queries and keys still have, () is all.
+    (without cache: the whole sequence anew at each step), both without any eps.
     """
 
     patch_len: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     horizons: tuple[int, ...]
     context_len: int
     activation: str = "silu"
@@ -76,21 +74,11 @@ class TimerHfConfig:
     init_std: float = 0.02
     max_positions: int = 10000  # of the original's rotary table, which grows on demand
     scaling: Scaling = "context"
-    value_dims: tuple[int, ...] = ()
-    rotary_pairs: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        problems += pair_problems(self.n_heads, self.head_dim, self.rotary_pairs)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers"
-            )
+        problems = layer_problems(self.layers, self.head_dim, scores={"attn": "pairs"})
         sizes = (self.patch_len, self.d_model, self.head_dim, self.context_len, self.max_positions)
-        if (
-            min(*sizes, *self.horizons, *([] if self.horizons else [0])) < 1
-            or min(*self.n_heads, *self.ffn_dims, 1) < 0
-        ):
+        if min(*sizes, *self.horizons, *([] if self.horizons else [0])) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 2:
             problems.append(
@@ -103,12 +91,12 @@ class TimerHfConfig:
         if len(set(self.horizons)) != len(self.horizons):
             problems.append(f"horizons must differ, got {self.horizons}")
         if (
-            self.activation not in ACTIVATIONS
+            self.activation not in HIDDEN_ACTS
             or not 0 <= self.dropout < 1
             or not self.init_std >= 0
         ):
             problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, dropout in [0, 1), init_std "
+                f"activation must be one of {', '.join(HIDDEN_ACTS)}, dropout in [0, 1), init_std "
                 ">= 0"
             )
         if self.scaling not in ("context", "fed", "sequence"):
@@ -132,8 +120,7 @@ class TimerHfConfig:
             patch_len=fields["input_token_len"],
             d_model=d,
             head_dim=d // heads,
-            n_heads=(heads,) * layers,
-            ffn_dims=(fields["intermediate_size"],) * layers,
+            layers=equal_layers(layers, heads, d // heads, ffn=fields["intermediate_size"]),
             horizons=tuple(fields["output_token_lens"]),
             context_len=PATCHES * fields["input_token_len"],
             activation=fields.get("hidden_act", "silu"),
@@ -148,8 +135,7 @@ PRESETS = {
         patch_len=96,
         d_model=1024,
         head_dim=128,
-        n_heads=(8,) * 8,
-        ffn_dims=(2048,) * 8,
+        layers=equal_layers(8, 8, 128, ffn=2048),
         horizons=(96,),
         context_len=2880,
     )
@@ -160,23 +146,20 @@ class Block(nn.Module):
     """Post-norm block [B, N, D] -> [B, N, D], the named steps in it, and its cache."""
 
     cfg: TimerHfConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, train: bool):
         cfg, taps = self.cfg, {}
-        heads, value_dim = cfg.n_heads[self.layer], width(cfg.value_dims, self.layer, cfg.head_dim)
-        pairs = cfg.rotary_pairs[self.layer] if cfg.rotary_pairs else ()
-        sizes = (cfg.d_model, heads, heads, cfg.head_dim)
-        attention = CausalAttention(*sizes, BASE, cfg.dropout, value_dim, pairs, name="attn")
+        attention = CausalAttention(
+            cfg.d_model, self.dims.attn, cfg.head_dim, base=BASE, dropout=cfg.dropout, name="attn"
+        )
         a_BND, taps["attn_weights"], cache = attention(
             x_BND, positions_BN, mask_BHNS, cache, start, train
         )
         taps["attn"] = a_BND
         x_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND + a_BND)
-        y_BND = taps["mlp"] = GatedMLP(
-            cfg.d_model, cfg.ffn_dims[self.layer], cfg.activation, name="mlp"
-        )(x_BND)
+        y_BND = taps["mlp"] = GatedMLP(self.dims.ffn, cfg.activation, name="mlp")(x_BND)
         return nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm2")(x_BND + y_BND), taps, cache
 
 
@@ -203,16 +186,14 @@ class TimerHfNet(nn.Module):
         if observed_BN is not None:
             positions_BN = jnp.where(observed_BN != 0, jnp.cumsum(observed_BN, axis=1) - 1, 1)
         mask_BHNS = causal_mask(
-            n, n if caches is None else caches[0][0].shape[2], start, observed_BN
+            n, n if caches is None else caches[0][0].shape[2], start=start, observed_BS=observed_BN
         )
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
-            x_BND, inner, cache = Block(cfg, i, name=f"layer_{i}")(
+            x_BND, inner, cache = Block(cfg, dims, name=f"layer_{i}")(
                 x_BND, positions_BN, mask_BHNS, cache, start, train
             )
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
             kept.append(cache)
         x_BND = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm")(x_BND)
         x_BND = x_BND[:, -1:] if last else x_BND
@@ -240,39 +221,21 @@ class TimerHf(Model):
     config: TimerHfConfig
 
     family = "timer_hf"
+    published = PRESETS
     head = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/timer-base-84m)"
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/mlp/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/mlp/down/kernel$", ("tensor", "fsdp")),
         (r"^head_\d+/kernel$", ("fsdp", None)),
-        (r"norm[12]?/(scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1", pairs=r"rotary_pairs.\1"),
-        Group.units(r"layer_(\d+)/mlp"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TimerHfConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerHfConfig:
-        return config_from_json(TimerHfConfig, fields)
+    prunable = (Group.heads("attn", scores="pairs"), Group.units("mlp"))
 
     @classmethod
     def small(cls) -> TimerHfConfig:
-        return TimerHfConfig(8, 16, 8, (2, 2), (24, 24), (8, 16), context_len=48)
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
+        return TimerHfConfig(8, 16, 8, equal_layers(2, 2, 8, ffn=24), (8, 16), context_len=48)
 
     @property
     def horizon(self) -> int:
@@ -302,18 +265,19 @@ class TimerHf(Model):
             "thuml/OpenLTM adaptation script of the same checkpoint's network; inside "
             "Prune-then-Finetune's grid"
         )
-        return Recipe(
-            5e-6, 2048, 10, "cosine", self.context_len // p * p, self.horizon, "own", source
+        return self._recipe(
+            lr=5e-6,
+            batch_size=2048,
+            epochs=10,
+            schedule="cosine",
+            context_len=self.context_len // p * p,
+            source=source,
         )
 
     # --- the network
 
     def _net(self, params: Tree, p_BNP, key=None, train=False, **rest) -> Any:
-        train = train and key is not None and self.config.dropout > 0
-        net: Any = TimerHfNet(self.config)  # Flax types what apply returns too widely
-        return net.apply(
-            {"params": params}, p_BNP, train=train, rngs={"dropout": key} if train else None, **rest
-        )
+        return run(TimerHfNet(self.config), params, p_BNP, key=key, train=train, **rest)
 
     def apply(self, params: Tree, x_BCT: jax.Array, observed_BCN=None, key=None, train=False):
         """One forward pass, without any scaling: a list of what each head predicts, [B, C, N, q],
@@ -325,7 +289,7 @@ class TimerHf(Model):
         b, c, t = x_BCT.shape
         p_BNP = self._patches(x_BCT.reshape(b * c, t).astype(jnp.float32))
         observed_BN = None if observed_BCN is None else observed_BCN.reshape(b * c, -1)
-        heads, taps, _ = self._net(params, p_BNP, key, train, observed_BN=observed_BN)
+        heads, taps, _ = self._net(params, p_BNP, key=key, train=train, observed_BN=observed_BN)
         return [y.reshape(b, c, *y.shape[1:]) for y in heads], taps
 
     def _patches(self, x_BL: jax.Array) -> jax.Array:
@@ -369,22 +333,13 @@ class TimerHf(Model):
         losses = []
         for y_BCNQ in heads:
             n, q = y_BCNQ.shape[2:]
-            need = (n - 1) * self.config.patch_len + q
-            missing = max(need - labels_BCT.shape[-1], 0)
-            long_BCT = jnp.pad(labels_BCT, ((0, 0), (0, 0), (0, missing)), constant_values=jnp.nan)
-            places_NQ = self.config.patch_len * jnp.arange(n)[:, None] + jnp.arange(q)[None]
-            want_BCNQ = long_BCT[..., places_NQ]
+            want_BCNQ = following(labels_BCT, n, self.config.patch_len, points=q)
             count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
             if weight_BCN is not None:
                 count_BCNQ = count_BCNQ * weight_BCN[..., None]
             error_BCNQ = jnp.square(y_BCNQ - jnp.nan_to_num(want_BCNQ))
             losses.append(mean_observed(error_BCNQ, count_BCNQ, batch or {}))
         return sum(losses[1:], losses[0]) / len(losses)
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast, rolled out where the target is longer than a head reaches."""
-        point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 
@@ -409,7 +364,8 @@ class TimerHf(Model):
             x_BL = jnp.pad(x_BL, ((0, 0), (self.config.patch_len - x_BL.shape[-1], 0)), mode="edge")
         if self.config.scaling == "context":
             y_BH = (
-                self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key, train) * std_B1
+                self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key=key, train=train)
+                * std_B1
                 + mean_B1
             )
         else:
@@ -427,18 +383,20 @@ class TimerHf(Model):
         p, cfg = self.config.patch_len, self.config
         sizes, x_BL = greedy_sizes(horizon, cfg.horizons), x_BL[:, x_BL.shape[-1] % p :]
         if len(sizes) == 1:  # nothing to keep
-            return self._next(params, x_BL, sizes[0], key, train)[0][:, :horizon]
+            return self._next(params, x_BL, sizes[0], key=key, train=train)[0][:, :horizon]
         if any(q % p for q in sizes[:-1]):  # the borders of the patches move: anew at each step
             length = x_BL.shape[-1]
             for q in sizes:
-                y_BQ, *_ = self._next(params, x_BL[:, x_BL.shape[-1] % p :], q, key, train)
+                y_BQ, *_ = self._next(
+                    params, x_BL[:, x_BL.shape[-1] % p :], q, key=key, train=train
+                )
                 x_BL = jnp.concatenate([x_BL, y_BQ], axis=-1)
             return x_BL[:, length : length + horizon]
 
         def step(state, points_BT, q):
             caches, start = state
             y_BQ, caches, n = self._next(
-                params, points_BT, q, key, train, caches=caches, start=start
+                params, points_BT, q, key=key, train=train, caches=caches, start=start
             )
             return (caches, start + n), y_BQ, y_BQ
 
@@ -483,7 +441,7 @@ class TimerHf(Model):
 
     def _cache(self, b: int, room: int) -> list[Cache]:
         cfg = self.config
-        return empty_cache(b, room, cfg.n_heads, cfg.head_dim, cfg.value_dims, cfg.rotary_pairs)
+        return empty_cache(b, room, [dims.attn for dims in cfg.layers])
 
     def _next(
         self, params, points_BT, q: int, key=None, train=False, caches=None, start=0
@@ -493,6 +451,6 @@ class TimerHf(Model):
         """
         p_BNP = self._patches(points_BT)
         heads, _, caches = self._net(
-            params, p_BNP, key, train, caches=caches, start=start, last=True
+            params, p_BNP, key=key, train=train, caches=caches, start=start, last=True
         )
         return heads[self.config.horizons.index(q)][:, 0], caches, p_BNP.shape[1]

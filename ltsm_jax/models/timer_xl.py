@@ -14,6 +14,7 @@ scripts do.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,15 +23,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax.layers.causal import ACTIVATIONS
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import fill_missing, mean_observed, mse_observed
+from ltsm_jax.layers.missing import fill_missing, mean_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.patches import following, newest_patches
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -43,35 +47,29 @@ PATCHES = 30  # of the longest context that the checkpoint was trained with: 288
 class TimerXLConfig:
     """Widths are per layer, so that a pruned model is of the same class.
 
-    patch_len P, horizon Q (points that a token predicts), d_model D, head_dim K, n_heads H and
-    ffn_dims F of each layer, context_len in time steps. joint: the variates of a window see one
+    patch_len P, horizon Q (points that a token predicts), d_model D, head_dim K, layers: H, K
+    and F of each, context_len in time steps. joint: the variates of a window see one
     another. covariate: all but the last variate are known ahead, the last is forecast: it sees all
     of the others, each of which sees only itself. use_norm: whether each variate is scaled by its
-    own mean and standard deviation. value_dims: K of the values of each layer, () is head_dim.
+    own mean and standard deviation.
     """
 
     patch_len: int
     horizon: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     context_len: int
     joint: bool = True
     covariate: bool = False
     use_norm: bool = True
     activation: Literal["relu", "gelu"] = "relu"
     dropout: float = 0.1
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (self.patch_len, self.horizon, self.d_model, self.head_dim, self.context_len)
-        if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         if self.head_dim % 4:
             problems.append(
@@ -106,20 +104,18 @@ class TimerXLConfig:
                 "flash_attention: that branch of the original mixes up heads and time; set it to "
                 "false"
             )
+        # Anything else is gelu there.
         return cls(
             patch_len=fields["input_token_len"],
             horizon=fields["output_token_len"],
             d_model=d,
             head_dim=d // heads,
-            n_heads=(heads,) * layers,
-            ffn_dims=(fields["d_ff"],) * layers,
+            layers=equal_layers(layers, heads, d // heads, ffn=fields["d_ff"]),
             context_len=fields.get("seq_len", PATCHES * fields["input_token_len"]),
             joint=not str(fields.get("data", "")).startswith("Univariate"),
             covariate=fields.get("covariate", False),
             use_norm=fields.get("use_norm", True),
-            activation="relu"
-            if fields.get("activation", "relu") == "relu"
-            else "gelu",  # anything else is gelu there
+            activation="relu" if fields.get("activation", "relu") == "relu" else "gelu",
             dropout=fields.get("dropout", 0.1),
         )
 
@@ -127,7 +123,7 @@ class TimerXLConfig:
 PRESETS = {
     # sizes of OpenLTM's load_pth_ckpt.ipynb; no config file ships with the checkpoint
     "timer_xl": TimerXLConfig(
-        96, 96, 1024, 128, (8,) * 8, (2048,) * 8, context_len=2880, joint=False
+        96, 96, 1024, 128, equal_layers(8, 8, 128, ffn=2048), context_len=2880, joint=False
     )
 }
 
@@ -151,39 +147,42 @@ class TimeAttention(nn.Module):
     """
 
     d_model: int
-    n_heads: int
-    head_dim: int
-    value_dim: int
+    dims: HeadDims
     dropout: float
 
     @nn.compact
     def __call__(self, x_BSD, seen_SS, same_SS, train: bool):
-        heads, values, taps = (self.n_heads, self.head_dim), (self.n_heads, self.value_dim), {}
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHSK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((self.d_model,), shape, name=n)(x_BSD), 1, 2)
-            for n, shape in (("q", heads), ("k", heads), ("v", values))
-        )
-        q_BHSK, k_BHSK = taps["q"], taps["k"] = _half_turned(q_BHSK), _half_turned(k_BHSK)
-        shape = (2, self.n_heads)
+        dims, taps = self.dims, {}
+
+        def project(name):
+            y_BSHK = Linear((self.d_model,), dims.shapes[name], name=name)(x_BSD)
+            return jnp.swapaxes(y_BSHK, 1, 2)
+
+        q_BHSK = taps["q"] = _half_turned(project("q"))
+        k_BHSK = taps["k"] = _half_turned(project("k"))
+        v_BHSK = project("v")
+        shape = (2, dims.heads)
         bias_2H = (
             self.param("variate_bias", nn.initializers.zeros, shape)
-            if self.n_heads
+            if dims.heads
             else jnp.zeros(shape)
         )
         bias_HSS = jnp.where(same_SS[None], bias_2H[1][:, None, None], bias_2H[0][:, None, None])
         taps["bias"] = jnp.broadcast_to(bias_HSS[None], (len(x_BSD), *bias_HSS.shape))
-        # as in the original, the bias is scaled with the product
-        s_BHSS = (
-            jnp.einsum("BHNK,BHSK->BHNS", q_BHSK, k_BHSK).astype(jnp.float32) + bias_HSS[None]
-        ) * (self.head_dim**-0.5)
-        w_BHSS = jax.nn.softmax(jnp.where(seen_SS[None, None], s_BHSS, -jnp.inf)).astype(
-            v_BHSK.dtype
+        scale = dims.qk**-0.5
+        y_BHSK, _ = attend(
+            q_BHSK,
+            k_BHSK,
+            v_BHSK,
+            seen=seen_SS[None, None],
+            # As in the original, the bias is scaled with the product.
+            bias=bias_HSS[None] * scale,
+            scale=scale,
+            hidden=-jnp.inf,
+            dropout=functools.partial(Dropout(self.dropout), train=train),
         )
-        y_BHSK = jnp.einsum("BHNS,BHSK->BHNK", Dropout(self.dropout)(w_BHSS, train), v_BHSK)
         y_BSHK = taps["heads"] = jnp.swapaxes(y_BHSK, 1, 2)
-        return Linear(values, (self.d_model,), name="out")(y_BSHK), taps
+        return Linear(dims.joined, (self.d_model,), name="out")(y_BSHK), taps
 
 
 def _half_turned(x_BHSK: jax.Array) -> jax.Array:
@@ -198,11 +197,11 @@ class Block(nn.Module):
     """Post-norm block [B, S, D] -> [B, S, D], and the named steps in it."""
 
     cfg: TimerXLConfig
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BSD, seen_SS, same_SS, train: bool):
-        cfg, d, ffn_dim = self.cfg, self.cfg.d_model, self.cfg.ffn_dims[self.layer]
+        cfg, d, ffn_dim = self.cfg, self.cfg.d_model, self.dims.ffn
 
         def drop(y):
             return Dropout(cfg.dropout)(y, train)
@@ -210,15 +209,12 @@ class Block(nn.Module):
         def norm(name):
             return nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name=name)
 
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = TimeAttention(
-            d, cfg.n_heads[self.layer], cfg.head_dim, value_dim, cfg.dropout, name="attn"
-        )
+        attention = TimeAttention(d, self.dims.attn, cfg.dropout, name="attn")
         a_BSD, taps = attention(x_BSD, seen_SS, same_SS, train)
         taps["attn"] = a_BSD
         x_BSD = taps["norm1"] = norm("norm1")(x_BSD + drop(a_BSD))
-        y_BSF = drop(ACTIVATIONS[cfg.activation](Linear((d,), (ffn_dim,), name="up")(x_BSD)))
-        return norm("norm2")(x_BSD + drop(Linear((ffn_dim,), (d,), name="down")(y_BSF))), taps
+        y_BSD = drop(feed_forward(x_BSD, ffn_dim, cfg.activation, dropout=drop))
+        return norm("norm2")(x_BSD + y_BSD), taps
 
 
 class TimerXLNet(nn.Module):
@@ -235,11 +231,9 @@ class TimerXLNet(nn.Module):
         x_BCND = taps["embed"] = Linear((p,), (cfg.d_model,), name="embed")(p_BCNP)
         x_BSD = x_BCND.reshape(b, c * n, cfg.d_model)
         seen_SS, same_SS = variate_mask(c, n, cfg.covariate)
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BSD, inner = Block(cfg, i, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BSD
-            }
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BSD, inner = Block(cfg, dims, name=f"layer_{i}")(x_BSD, seen_SS, same_SS, train)
+            taps |= nested(f"layer_{i}", inner, x_BSD)
         x_BSD = taps["norm"] = nn.LayerNorm(1e-5, dtype=x_BSD.dtype, name="norm")(x_BSD)
         y_BSQ = taps["head"] = Linear((cfg.d_model,), (cfg.horizon,), name="head")(x_BSD)
         return y_BSQ.reshape(b, c, n, cfg.horizon), taps
@@ -252,55 +246,32 @@ class TimerXL(Model):
     config: TimerXLConfig
 
     family = "timer_xl"
+    published = PRESETS
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "MIT (thuml/OpenLTM)"
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
         (r"/attn/variate_bias$", (None, "tensor")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/up/bias$", ("tensor",)),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^head/kernel$", ("fsdp", None)),
-        (r"/(scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", others=(("variate_bias", 1),), values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TimerXLConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimerXLConfig:
-        return config_from_json(TimerXLConfig, fields)
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units())
 
     @classmethod
     def small(cls) -> TimerXLConfig:
-        return TimerXLConfig(8, 8, 16, 8, (2, 2), (24, 24), context_len=32)
+        return TimerXLConfig(8, 8, 16, 8, equal_layers(2, 2, 8, ffn=24), context_len=32)
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
         return "joint" if self.config.joint else "independent"
 
     @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.horizon
-
-    @property
     def eval_batch(self) -> int:
-        return (
-            64 if self.config.joint else 1024
-        )  # attention among all variates grows with their number squared
+        # Attention among all variates grows with their number squared.
+        return 64 if self.config.joint else 1024
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear
@@ -311,14 +282,9 @@ class TimerXL(Model):
         flat = flatten(shapes)
 
         def rule(path, _):
-            layer = path.rsplit("/", 1)[0]
-            kernel = flat.get(f"{layer}/kernel")
             if path.endswith("/variate_bias"):
                 return Normal(1.0)
-            if kernel is None:
-                return Constant(float(path.endswith("/scale")))
-            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-            return Uniform(math.prod(inputs) ** -0.5)
+            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
 
         return draw(key, shapes, rule)
 
@@ -326,7 +292,7 @@ class TimerXL(Model):
         source = (
             "thuml/OpenLTM adaptation script of timer_xl (commit 0b30050): 5e-6, cosine, ten epochs"
         )
-        return Recipe(5e-6, 2048, 10, "cosine", self.context_len, self.horizon, "own", source)
+        return self._recipe(lr=5e-6, batch_size=2048, epochs=10, schedule="cosine", source=source)
 
     # --- the network around its instance scaling
 
@@ -350,11 +316,7 @@ class TimerXL(Model):
         p_BCNP = ((x_BCT - mean_BC1) / std_BC1)[..., : n * cfg.patch_len].reshape(
             b, c, n, cfg.patch_len
         )
-        train = train and key is not None and cfg.dropout > 0
-        net: Any = TimerXLNet(cfg)  # Flax types what apply returns too widely
-        y_BCNQ, taps = net.apply(
-            {"params": params}, p_BCNP, train, rngs={"dropout": key} if train else None
-        )
+        y_BCNQ, taps = run(TimerXLNet(cfg), params, p_BCNP, key=key, train=train)
         return y_BCNQ.reshape(b, c, n * cfg.horizon) * std_BC1 + mean_BC1, taps
 
     def _windows(self, x_BCT: jax.Array) -> jax.Array:
@@ -376,32 +338,21 @@ class TimerXL(Model):
             )
         context = context[..., context.shape[-1] % p :]
         series_BCT = jnp.concatenate([context[..., p:], batch["target"]], axis=-1)
-        n, q = context.shape[-1] // p, self.config.horizon
-        pad = max((n - 1) * p + q - series_BCT.shape[-1], 0)
-        series_BCT = jnp.pad(series_BCT, ((0, 0), (0, 0), (0, pad)), constant_values=jnp.nan)
-        places_T = (p * jnp.arange(n)[:, None] + jnp.arange(q)[None]).reshape(-1)
-        return self.token_loss(
-            params,
-            dict(batch) | {"context": context, "target": series_BCT[..., places_T]},
-            key,
-            train,
-        )
+        want_BCNQ = following(series_BCT, context.shape[-1] // p, p, points=self.config.horizon)
+        want_BCT = want_BCNQ.reshape(*context.shape[:2], -1)
+        told = dict(batch) | {"context": context, "target": want_BCT}
+        return self.token_loss(params, told, key=key, train=train)
 
     def token_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE over all tokens against a `target` [B, C, N*Q]: the points that each token is to
         predict.
         """
         context, target = batch["context"], batch["target"]
-        y_BCT, _ = self.apply(params, self._windows(fill_missing(context)), key, train)
+        y_BCT, _ = self.apply(params, self._windows(fill_missing(context)), key=key, train=train)
         y_BCT = y_BCT.reshape(target.shape)
         if self.config.covariate:
             y_BCT, target = y_BCT[:, -1:], target[:, -1:]
         return mean_observed(jnp.square(y_BCT - jnp.nan_to_num(target)), ~jnp.isnan(target), batch)
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast, rolled out where the target is longer than one step."""
-        point_BCH = self._forecast(params, batch["context"], batch["target"].shape[-1], key, train)
-        return mse_observed(point_BCH, batch["target"], batch)
 
     # --- forecasting
 
@@ -421,14 +372,11 @@ class TimerXL(Model):
     ) -> jax.Array:
         p, q = self.config.patch_len, self.config.horizon
         x_BCT = fill_missing(jnp.asarray(context_BCT, jnp.float32))
-        keep = max(min(x_BCT.shape[-1], self.context_len) // p * p, p)
-        x_BCT = jnp.pad(x_BCT, ((0, 0), (0, 0), (max(keep - x_BCT.shape[-1], 0), 0)), mode="edge")[
-            ..., -keep:
-        ]
+        x_BCT = newest_patches(x_BCT, p, self.context_len)
         steps = math.ceil(horizon / q)
 
         def step(window_BCT, _):
-            y_BCQ = self.apply(params, window_BCT, key, train)[0][..., -q:]
+            y_BCQ = self.apply(params, window_BCT, key=key, train=train)[0][..., -q:]
             # a window of one patch that predicts less than a patch keeps what it needs
             drop = min(p, window_BCT.shape[-1] + q - p)
             return jnp.concatenate([window_BCT[..., drop:], y_BCQ], axis=-1), y_BCQ

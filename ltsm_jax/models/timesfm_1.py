@@ -26,24 +26,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.frequency import split_freq, unit_of
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
 from ltsm_jax.layers.positions import require_table
+from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 FREQS = 3  # rows of the frequency table
 DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
-UNSEEN = -0.7 * float(
-    np.finfo(np.float32).max
-)  # finite: a padded patch, which sees nothing, attends evenly to all
+# finite: a padded patch, which sees nothing, attends evenly to all.
+UNSEEN = -0.7 * float(np.finfo(np.float32).max)
 LOG2_E = 1.442695041  # as the original rounds it
 
 
@@ -51,12 +54,12 @@ LOG2_E = 1.442695041  # as the original rounds it
 class TimesFM1Config:
     """Widths are per layer, so that a pruned TimesFM is a TimesFM.
 
-    patch_len P of the input, output_len O of the output, d_model D, head_dim K, n_heads H of each
-    layer, ffn_dims F of each layer, block_dim: hidden width of the blocks before and after the
+    patch_len P of the input, output_len O of the output, d_model D, head_dim K, layers: H, K and F
+    of each, block_dim: hidden width of the blocks before and after the
     layers; context_len in time steps. quantiles: levels of the output's columns 1, 2, ...; point:
     the column that is the point forecast. freq: class of frequency of the series. pad_val: value
     that means "missing" in the original's raw input. norm_eps: of the RMS norms. min_scale: lower
-    bound of a series' scale. value_dims: K of the values of each layer, () is head_dim.
+    bound of a series' scale.
     """
 
     patch_len: int
@@ -64,8 +67,7 @@ class TimesFM1Config:
     d_model: int
     head_dim: int
     block_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     context_len: int = 512
     quantiles: tuple[float, ...] = DECILES
     use_positional_embedding: bool = True
@@ -75,15 +77,9 @@ class TimesFM1Config:
     norm_eps: float = 1e-6
     min_scale: float = 1e-6
     pad_val: float = 1123581321.0
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.patch_len,
             self.output_len,
@@ -92,7 +88,7 @@ class TimesFM1Config:
             self.block_dim,
             self.context_len,
         )
-        if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         elif self.context_len % self.patch_len:
             problems.append(
@@ -128,8 +124,15 @@ class TimesFM1Config:
         """Equal layers; the blocks around them are as wide as the feed-forward layers, as in the
         original.
         """
+        equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
         return cls(
-            patch_len, output_len, d_model, head_dim, d_ff, (heads,) * layers, (d_ff,) * layers, **k
+            patch_len=patch_len,
+            output_len=output_len,
+            d_model=d_model,
+            head_dim=head_dim,
+            block_dim=d_ff,
+            layers=equal,
+            **k,
         )
 
     @classmethod
@@ -188,10 +191,25 @@ PRESETS = {
     # hyper-parameters from the README of google-research/timesfm v1; no config file ships with the
     # .ckpt files
     "google/timesfm-1.0-200m-pytorch": TimesFM1Config.of(
-        32, 128, 1280, 1280, 20, 16, 80, context_len=512
+        patch_len=32,
+        output_len=128,
+        d_model=1280,
+        d_ff=1280,
+        layers=20,
+        heads=16,
+        head_dim=80,
+        context_len=512,
     ),
     "google/timesfm-2.0-500m-pytorch": TimesFM1Config.of(
-        32, 128, 1280, 1280, 50, 16, 80, context_len=2048, use_positional_embedding=False
+        patch_len=32,
+        output_len=128,
+        d_model=1280,
+        d_ff=1280,
+        layers=50,
+        heads=16,
+        head_dim=80,
+        context_len=2048,
+        use_positional_embedding=False,
     ),
 }
 
@@ -245,26 +263,28 @@ class Attention(nn.Module):
     """
 
     d_model: int
-    n_heads: int
-    head_dim: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_BND, seen_BHNS):
-        heads, values = (self.n_heads, self.head_dim), (self.n_heads, self.value_dim)
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHNK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((self.d_model,), shape, name=n)(x_BND), 1, 2)
-            for n, shape in (("q", heads), ("k", heads), ("v", values))
+        dims = self.dims
+
+        def project(name):
+            y_BNHK = Linear((self.d_model,), dims.shapes[name], name=name)(x_BND)
+            return jnp.swapaxes(y_BNHK, 1, 2)
+
+        q_BHNK = project("q")
+        scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (dims.qk,)))
+        scaling_K = (scaling_K * (LOG2_E * dims.qk**-0.5)).astype(q_BHNK.dtype)
+        y_BHNK, w_BHNS = attend(
+            q_BHNK * scaling_K[None, None, None],
+            project("k"),
+            project("v"),
+            seen=seen_BHNS,
+            hidden=UNSEEN,
         )
-        scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (self.head_dim,)))
-        scaling_K = (scaling_K * (LOG2_E * self.head_dim**-0.5)).astype(q_BHNK.dtype)
-        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK * scaling_K[None, None, None], k_BHSK)
-        s_BHNS = jnp.where(seen_BHNS, s_BHNS.astype(jnp.float32), UNSEEN)
-        w_BHNS = jax.nn.softmax(s_BHNS).astype(v_BHSK.dtype)
-        y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        return Linear(values, (self.d_model,), name="out")(y_BNHK), w_BHNS
+        out = Linear(dims.joined, (self.d_model,), name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), w_BHNS
 
 
 class Block(nn.Module):
@@ -273,23 +293,19 @@ class Block(nn.Module):
     """
 
     cfg: TimesFM1Config
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, padded_BN, seen_BHNS):
         cfg, taps = self.cfg, {}
         y_BND = taps["attn_norm"] = RMSNorm(cfg.norm_eps, name="attn_norm")(x_BND)
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = Attention(
-            cfg.d_model, cfg.n_heads[self.layer], cfg.head_dim, value_dim, name="attn"
-        )
+        attention = Attention(cfg.d_model, self.dims.attn, name="attn")
         y_BND, taps["attn_weights"] = attention(y_BND, seen_BHNS)
         taps["attn"] = y_BND
         x_BND = x_BND + y_BND
-        ffn_dim = cfg.ffn_dims[self.layer]
+        ffn_dim = self.dims.ffn
         y_BND = nn.LayerNorm(epsilon=1e-6, name="ffn_norm")(x_BND)
-        y_BNF = nn.relu(Linear((cfg.d_model,), (ffn_dim,), name="up")(y_BND))
-        y_BND = Linear((ffn_dim,), (cfg.d_model,), name="down")(y_BNF)
+        y_BND = feed_forward(y_BND, ffn_dim, "relu")
         return x_BND + y_BND * (1 - padded_BN)[..., None].astype(y_BND.dtype), taps
 
 
@@ -328,11 +344,9 @@ class TimesFM1Net(nn.Module):
             & (padded_BN == 0)[:, None, None]
             & (padded_BN == 0)[:, None, :, None]
         )
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BND, inner = Block(cfg, i, name=f"layer_{i}")(x_BND, padded_BN, seen_BHNS)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, padded_BN, seen_BHNS)
+            taps |= nested(f"layer_{i}", inner, x_BND)
         columns = 1 + len(cfg.quantiles)
         head = ResidualBlock(cfg.d_model, cfg.block_dim, cfg.output_len * columns, name="head")
         y_BN_ = taps["head"] = head(x_BND[:, -1:] if last else x_BND)
@@ -346,43 +360,35 @@ class TimesFM1(Model):
     config: TimesFM1Config
 
     family = "timesfm_1"
+    published = PRESETS
     missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-1.0-200m-pytorch, google/timesfm-2.0-500m-pytorch)"
     shard_rules = (
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/up/bias$", ("tensor",)),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head)/hidden/kernel$", ("fsdp", "tensor")),
         (r"^(embed|head)/hidden/bias$", ("tensor",)),
         (r"^(embed|head)/out/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
-        (r"(^freq_embed|/(scaling|scale|bias))$", ()),
+        (r"^freq_embed$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TimesFM1Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimesFM1Config:
-        return config_from_json(TimesFM1Config, fields)
+    prunable = (Group.heads("attn"), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM1Config:
-        return TimesFM1Config.of(8, 16, 16, 24, 2, 2, 8, context_len=32)
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
+        return TimesFM1Config.of(
+            patch_len=8,
+            output_len=16,
+            d_model=16,
+            d_ff=24,
+            layers=2,
+            heads=2,
+            head_dim=8,
+            context_len=32,
+        )
 
     @property
     def horizon(self) -> int:
@@ -405,33 +411,16 @@ class TimesFM1(Model):
         flat = flatten(shapes["params"])
 
         def rule(path, shape):
-            layer = path.rsplit("/", 1)[0]
-            kernel = flat.get(f"{layer}/kernel")
-            if kernel is not None:
-                inputs = (
-                    kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-                )
-                return Uniform(math.prod(inputs) ** -0.5)
-            return (
-                Normal(1.0)
-                if path == "freq_embed"
-                else Constant(float(path.endswith("/ffn_norm/scale")))
-            )
+            if path == "freq_embed":
+                return Normal(1.0)
+            return torch_linear(flat, path) or Constant(float(path.endswith("/ffn_norm/scale")))
 
         return draw(key, shapes["params"], rule)
 
     def recipe(self) -> Recipe:
         source = "google-research/timesfm v1/src/finetuning/finetuning_torch.py: FinetuningConfig"
-        return Recipe(
-            1e-4,
-            32,
-            20,
-            "constant",
-            self.context_len,
-            self.horizon,
-            "own",
-            source,
-            weight_decay=0.01,
+        return self._recipe(
+            lr=1e-4, batch_size=32, epochs=20, schedule="constant", source=source, weight_decay=0.01
         )
 
     def for_series(
@@ -470,8 +459,7 @@ class TimesFM1(Model):
         padding_BNP = jnp.where(x_BNP == jnp.float32(cfg.pad_val), 1.0, padding_BNP)
         mean_B, std_B = self._scale(x_BNP, 1 - padding_BNP)
         z_BNP = (x_BNP - mean_B[:, None, None]) / std_B[:, None, None] * (1 - padding_BNP)
-        net: Any = TimesFM1Net(cfg)  # Flax types what apply returns too widely
-        y_BNOQ, taps = net.apply({"params": params}, z_BNP, padding_BNP, freq_B, last)
+        y_BNOQ, taps = run(TimesFM1Net(cfg), params, z_BNP, padding_BNP, freq_B, last=last)
         taps |= {"patches": z_BNP, "padded": padding_BNP.min(-1), "mean": mean_B, "std": std_B}
         return y_BNOQ * std_B[:, None, None, None] + mean_B[:, None, None, None], taps
 
@@ -589,26 +577,26 @@ class TimesFM1(Model):
             )
             std_B1 = jnp.where(std_B1 > cfg.min_scale, std_B1, 1.0)
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
+
+        # Whole patches of the newest steps.
         newest = min(newest or t, t)
         at_least = cfg.context_len if on_context else 0
         x_BT, padding_BT = self._patches(x_BT[:, -newest:], begun_BT[:, -newest:], at_least)
         freq_B = None if freq is None else jnp.asarray(freq).reshape(b * c)
         if window:
-            smooth_BT = (
-                sum(jnp.pad(x_BT, ((0, 0), (i, 0)))[:, : x_BT.shape[1]] for i in range(window))
-                / window
-            )
-            smooth_BT = jnp.where(padding_BT == 1, 0.0, smooth_BT)
-            x_BT, padding_BT = (
-                jnp.concatenate([smooth_BT, x_BT - smooth_BT]),
-                jnp.concatenate([padding_BT] * 2),
-            )
+            # The moving average and what is left of it are rows of their own.
+            n = x_BT.shape[1]
+            moved = [jnp.pad(x_BT, ((0, 0), (i, 0)))[:, :n] for i in range(window)]
+            smooth_BT = jnp.where(padding_BT == 1, 0.0, sum(moved[1:], moved[0]) / window)
+            x_BT = jnp.concatenate([smooth_BT, x_BT - smooth_BT])
+            padding_BT = jnp.concatenate([padding_BT] * 2)
             freq_B = None if freq_B is None else jnp.concatenate([freq_B] * 2)
+
         y_BHQ = self.decode(
             params,
             x_BT,
             padding_BT,
-            horizon,
+            horizon=horizon,
             freq_B=freq_B,
             max_len=cfg.context_len,
             on_context=on_context,
@@ -677,9 +665,8 @@ class TimesFM1(Model):
         y_BCHQ, target_BCH, observed_BCH = self._last(params, batch)
         error_BCH = jnp.square(y_BCHQ[..., 0] - target_BCH)
         if self.config.quantile_loss:
-            q_Q = jnp.asarray(self.config.quantiles)[None, None, None]
-            off_BCHQ = target_BCH[..., None] - y_BCHQ[..., 1:]
-            error_BCH = error_BCH + 2 * jnp.maximum(q_Q * off_BCHQ, (q_Q - 1) * off_BCHQ).sum(-1)
+            loss_BCHQ = pinball(target_BCH, y_BCHQ[..., 1:], self.config.quantiles)
+            error_BCH = error_BCH + 2 * loss_BCHQ.sum(-1)
         return mean_observed(error_BCH, observed_BCH, batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:

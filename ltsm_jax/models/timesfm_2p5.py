@@ -24,15 +24,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers, layer_problems
+from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.residual import ResidualBlock
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
@@ -43,9 +47,8 @@ MIN_SCALE = 1e-6  # a smaller deviation does not divide
 UNSEEN = -1e30  # finite: a padded patch, which sees nothing, attends evenly to all
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values [B, H, S, K] of one layer
-Stats = tuple[
-    jax.Array, jax.Array, jax.Array
-]  # how many values, their mean, sum of squares around it
+# How many values, their mean, sum of squares around it.
+Stats = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +56,16 @@ class TimesFM2p5Config:
     """Widths are per layer, so that a pruned TimesFM is a TimesFM.
 
     patch_len P of the input, output_len O of the output (whole patches), spread_len: steps of the
-    quantile head, d_model D, head_dim K, n_heads H of each layer, ffn_dims F of each layer;
-    embed_dim, point_dim, spread_dim: hidden widths of the blocks before and after the layers.
-    quantiles: levels of the columns 1, 2, ...; point_column: the column that is the point forecast,
-    and goes back in when a forecast is rolled out. context_len: time steps of a window by default;
-    max_context: where a longer context is cut.
+    quantile head, d_model D, head_dim K, layers: H, K and F of each; embed_dim, point_dim,
+    spread_dim: hidden widths of the blocks before and after the layers. quantiles: levels of the
+    columns 1, 2, ...; point_column: the column that is the point forecast, and goes back in when a
+    forecast is rolled out. context_len: time steps of a window by default; max_context: where a
+    longer context is cut.
 
     The options are those of the original's ForecastConfig, set as its README has them (two of them
     apart: see the module docstring, and normalize_inputs, which cancels). force_flip_invariance:
     average with the forecast of -x, turned back. use_continuous_quantile_head: quantiles from the
-    second head. fix_quantile_crossing: sort them. value_dims: K of the values of each layer, () is
-    head_dim.
+    second head. fix_quantile_crossing: sort them.
     """
 
     patch_len: int
@@ -71,8 +73,7 @@ class TimesFM2p5Config:
     spread_len: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[LayerDims, ...]
     embed_dim: int
     point_dim: int
     spread_dim: int
@@ -86,15 +87,9 @@ class TimesFM2p5Config:
     force_flip_invariance: bool = True
     infer_is_positive: bool = False
     fix_quantile_crossing: bool = True
-    value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        problems = width_problems(len(self.n_heads), self.head_dim, value_dims=self.value_dims)
-        if len(self.n_heads) != len(self.ffn_dims) or not self.n_heads:
-            problems.append(
-                f"n_heads {self.n_heads} and ffn_dims {self.ffn_dims} must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (
             self.patch_len,
             self.output_len,
@@ -104,7 +99,7 @@ class TimesFM2p5Config:
             self.embed_dim,
         )
         sizes += (self.point_dim, self.spread_dim, self.context_len, self.max_context)
-        if min(sizes) < 1 or min(*self.n_heads, *self.ffn_dims, 1) < 0:
+        if min(sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         elif self.output_len % self.patch_len:
             problems.append(
@@ -126,8 +121,16 @@ class TimesFM2p5Config:
     def of(cls, patch_len, output_len, spread_len, d_model, d_ff, layers, heads, head_dim, **rest):
         """Equal layers; blocks around them as wide as the model, unless `rest` says otherwise."""
         rest = {"embed_dim": d_model, "point_dim": d_model, "spread_dim": d_model} | rest
-        each = {"n_heads": (heads,) * layers, "ffn_dims": (d_ff,) * layers}
-        return cls(patch_len, output_len, spread_len, d_model, head_dim, **each, **rest)
+        equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
+        return cls(
+            patch_len=patch_len,
+            output_len=output_len,
+            spread_len=spread_len,
+            d_model=d_model,
+            head_dim=head_dim,
+            layers=equal,
+            **rest,
+        )
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
@@ -151,14 +154,14 @@ class TimesFM2p5Config:
             raise ValueError(f"model_dims ({layer['model_dims']}) must be a multiple of num_heads")
         rest = {ours: fields[theirs] for theirs, ours in _RENAMED.items() if theirs in fields}
         return cls.of(
-            fields["input_patch_len"],
-            fields["output_patch_len"],
-            fields["output_quantile_len"],
-            layer["model_dims"],
-            layer["hidden_dims"],
-            stack["num_layers"],
-            layer["num_heads"],
-            layer["model_dims"] // layer["num_heads"],
+            patch_len=fields["input_patch_len"],
+            output_len=fields["output_patch_len"],
+            spread_len=fields["output_quantile_len"],
+            d_model=layer["model_dims"],
+            d_ff=layer["hidden_dims"],
+            layers=stack["num_layers"],
+            heads=layer["num_heads"],
+            head_dim=layer["model_dims"] // layer["num_heads"],
             embed_dim=fields["tokenizer"]["hidden_dims"],
             point_dim=fields["output_projection_point"]["hidden_dims"],
             spread_dim=fields["output_projection_quantiles"]["hidden_dims"],
@@ -202,7 +205,16 @@ def _need(fields: Mapping[str, Any], names: str) -> Mapping[str, Any]:
 
 
 # from TimesFM_2p5_200M_Definition in the original; the config.json of its checkpoint names no sizes
-_LARGE = TimesFM2p5Config.of(32, 128, 1024, 1280, 1280, 20, 16, 80)
+_LARGE = TimesFM2p5Config.of(
+    patch_len=32,
+    output_len=128,
+    spread_len=1024,
+    d_model=1280,
+    d_ff=1280,
+    layers=20,
+    heads=16,
+    head_dim=80,
+)
 PRESETS = {
     "google/timesfm-2.5-200m-pytorch": _LARGE,
     "google/timesfm-2.5-200m-transformers": _LARGE,
@@ -216,24 +228,21 @@ class Attention(nn.Module):
     """
 
     cfg: TimesFM2p5Config
-    n_heads: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
-        cfg, heads, values = (
-            self.cfg,
-            (self.n_heads, self.cfg.head_dim),
-            (self.n_heads, self.value_dim),
-        )
-        # heads beside the batch: as plain batched products XLA's CPU code takes half the time of
-        # "BNHK,BSHK->BHNS"
-        q_BHNK, k_BHSK, v_BHSK = (
-            jnp.swapaxes(Linear((cfg.d_model,), shape, use_bias=False, name=n)(x_BND), 1, 2)
-            for n, shape in (("q", heads), ("k", heads), ("v", values))
-        )
-        q_BHNK = RMSNorm(cfg.norm_eps, name="q_norm")(rotary(q_BHNK, positions_BN[:, None]))
-        k_BHSK = RMSNorm(cfg.norm_eps, name="k_norm")(rotary(k_BHSK, positions_BN[:, None]))
+        cfg, dims = self.cfg, self.dims
+
+        def project(name):
+            linear = Linear((cfg.d_model,), dims.shapes[name], use_bias=False, name=name)
+            return jnp.swapaxes(linear(x_BND), 1, 2)
+
+        def normed(name):
+            turned = rotary(project(name), positions_BN[:, None])
+            return RMSNorm(cfg.norm_eps, name=f"{name}_norm")(turned)
+
+        q_BHNK, k_BHSK, v_BHSK = normed("q"), normed("k"), project("v")
         taps = {"q_norm": jnp.swapaxes(q_BHNK, 1, 2), "k_norm": jnp.swapaxes(k_BHSK, 1, 2)}
         scaling_K = nn.softplus(self.param("scaling", nn.initializers.zeros, (cfg.head_dim,)))
         scaling_K = (scaling_K * (LOG2_E * cfg.head_dim**-0.5)).astype(q_BHNK.dtype)
@@ -244,18 +253,17 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
                 for old, new in zip(cache, (k_BHSK, v_BHSK), strict=True)
             )
-        s_BHNS = jnp.einsum("BHNK,BHSK->BHNS", q_BHNK, k_BHSK).astype(jnp.float32)
-        w_BHNS = jax.nn.softmax(jnp.where(seen_BHNS, s_BHNS, UNSEEN)).astype(v_BHSK.dtype)
-        y_BNHK = jnp.swapaxes(jnp.einsum("BHNS,BHSK->BHNK", w_BHNS, v_BHSK), 1, 2)
-        out = Linear(values, (cfg.d_model,), use_bias=False, name="out")(y_BNHK)
-        return out, (k_BHSK, v_BHSK), taps | {"weights": w_BHNS}
+        y_BHNK, taps["weights"] = attend(q_BHNK, k_BHSK, v_BHSK, seen=seen_BHNS, hidden=UNSEEN)
+        values = dims.joined
+        out = Linear(values, (cfg.d_model,), use_bias=False, name="out")
+        return out(jnp.swapaxes(y_BHNK, 1, 2)), (k_BHSK, v_BHSK), taps
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each between two norms of its own and added to its input."""
 
     cfg: TimesFM2p5Config
-    layer: int
+    dims: LayerDims
 
     @nn.compact
     def __call__(self, x_BND, positions_BN, seen_BHNS, cache: Cache | None, start):
@@ -265,18 +273,14 @@ class Block(nn.Module):
             taps[name] = RMSNorm(cfg.norm_eps, name=name)(y_BND)
             return taps[name]
 
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
-        attention = Attention(cfg, cfg.n_heads[self.layer], value_dim, name="attn")
+        attention = Attention(cfg, self.dims.attn, name="attn")
         y_BND, cache, inner = attention(
             norm("pre_attn_norm", x_BND), positions_BN, seen_BHNS, cache, start
         )
-        taps |= {"attn": y_BND} | {f"attn/{name}": value for name, value in inner.items()}
+        taps |= nested("attn", inner, y_BND)
         x_BND = x_BND + norm("post_attn_norm", y_BND)
-        ffn_dim = cfg.ffn_dims[self.layer]
-        y_BNF = nn.silu(
-            Linear((cfg.d_model,), (ffn_dim,), False, name="up")(norm("pre_ffn_norm", x_BND))
-        )
-        y_BND = Linear((ffn_dim,), (cfg.d_model,), False, name="down")(y_BNF)
+        y_BND = norm("pre_ffn_norm", x_BND)
+        y_BND = feed_forward(y_BND, self.dims.ffn, "silu", use_bias=False)
         return x_BND + norm("post_ffn_norm", y_BND), cache, taps
 
 
@@ -312,15 +316,13 @@ class TimesFM2p5Net(nn.Module):
         seen_BHNS = (jnp.arange(s)[None] <= place_N[:, None])[None, None]
         seen_BHNS = seen_BHNS & (jnp.arange(s)[None] >= padded_B[:, None])[:, None, None]
         positions_BN = place_N[None] - padded_B[:, None]
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            block = Block(cfg, i, name=f"layer_{i}")
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            block = Block(cfg, dims, name=f"layer_{i}")
             x_BND, cache, inner = block(
                 x_BND, positions_BN, seen_BHNS, caches[i] if caches else None, start
             )
             kept.append(cache)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BND
-            }
+            taps |= nested(f"layer_{i}", inner, x_BND)
         x_BND = x_BND[:, -1:] if last else x_BND
         columns = 1 + len(cfg.quantiles)
         head = ResidualBlock(
@@ -392,41 +394,34 @@ class TimesFM2p5(Model):
     config: TimesFM2p5Config
 
     family = "timesfm_2p5"
+    published = PRESETS
     missing_in_front = True
     head = r"^(head|spread_head)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-2.5-200m-pytorch)"
     shard_rules = (
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head|spread_head)/hidden/kernel$", ("fsdp", "tensor")),
         (r"^embed/hidden/bias$", ("tensor",)),
         (r"^(embed|head|spread_head)/out/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head|spread_head)/residual/kernel$", (None, "fsdp")),
-        (r"/(scaling|scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/attn", values=r"value_dims.\1"),
-        Group.units(r"layer_(\d+)"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TimesFM2p5Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimesFM2p5Config:
-        return config_from_json(TimesFM2p5Config, fields)
+    prunable = (Group.heads("attn"), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM2p5Config:
-        return TimesFM2p5Config.of(8, 16, 32, 16, 24, 2, 2, 8, context_len=32)
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
+        return TimesFM2p5Config.of(
+            patch_len=8,
+            output_len=16,
+            spread_len=32,
+            d_model=16,
+            d_ff=24,
+            layers=2,
+            heads=2,
+            head_dim=8,
+            context_len=32,
+        )
 
     @property
     def horizon(self) -> int:
@@ -447,30 +442,21 @@ class TimesFM2p5(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer = path.rsplit("/", 1)[0]
-            kernel = flat.get(f"{layer}/kernel")
-            if kernel is None:
-                return Constant(0.0)
-            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-            return Uniform(math.prod(inputs) ** -0.5)
+            return torch_linear(flat, path) or Constant(0.0)
 
         return draw(key, shapes, rule)
 
     def recipe(self) -> Recipe:
         source = "google-research/timesfm timesfm-forecasting/examples/finetuning/finetune_lora.py"
-        lora = Lora(4, 8.0)
-        return Recipe(
-            1e-4,
-            32,
-            10,
-            "cosine",
-            self.context_len,
-            self.horizon,
-            "own",
-            source,
-            0.01,
-            1.0,
-            lora=lora,
+        return self._recipe(
+            lr=1e-4,
+            batch_size=32,
+            epochs=10,
+            schedule="cosine",
+            source=source,
+            weight_decay=0.01,
+            clip=1.0,
+            lora=Lora(4, 8.0),
         )
 
     # --- the network, and around its running scale, in rows [B, T]
@@ -483,8 +469,8 @@ class TimesFM2p5(Model):
         """
         padding_BNP = padding_BNP.astype(jnp.float32)
         padded_B = (padding_BNP[..., -1] > 0).sum(1) if padded_B is None else padded_B
-        net: Any = TimesFM2p5Net(self.config)  # Flax types what apply returns too widely
-        return net.apply({"params": params}, z_BNP, padding_BNP, padded_B, caches, start, last)
+        net = TimesFM2p5Net(self.config)
+        return run(net, params, z_BNP, padding_BNP, padded_B, caches, start, last)
 
     def apply(self, params: Tree, x_BT: jax.Array, padding_BT=None, last: bool = False):
         """One forward pass in the units of x: outputs [B, N, O, 1 + Q] and spreads [B, N,
@@ -493,7 +479,7 @@ class TimesFM2p5(Model):
 
         Raises: ValueError for T that is not whole patches.
         """
-        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, padding_BT, last)
+        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, padding_BT, last=last)
         return y_BNOQ, w_BNSQ, taps
 
     def _prefill(self, params: Tree, x_BT, padding_BT, last: bool):
@@ -505,7 +491,7 @@ class TimesFM2p5(Model):
         x_BNP = jnp.where(padding_BNP == 1, 0.0, x_BT.astype(jnp.float32).reshape(b, -1, p))
         stats = running_stats(x_BNP, padding_BNP)
         mean_BN, std_BN = mean_and_deviation(stats)
-        z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN)
+        z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN=std_BN)
         y_BNOQ, w_BNSQ, caches, taps = self.network(params, z_BNP, padding_BNP, last=last)
         taps |= {"mean": mean_BN, "std": std_BN}
         keep = slice(-1, None) if last else slice(None)
@@ -531,17 +517,14 @@ class TimesFM2p5(Model):
         """
         cfg = self.config
         y_BNOQ, w_BNSQ, caches, stats, padded_B, taps = self._prefill(
-            params, x_BT, padding_BT, last
+            params, x_BT, padding_BT, last=last
         )
-        b, n, m, steps = (
-            x_BT.shape[0],
-            x_BT.shape[1] // cfg.patch_len,
-            cfg.output_len // cfg.patch_len,
-            0,
-        )
+        b, m = x_BT.shape[0], cfg.output_len // cfg.patch_len
         steps = (horizon - 1) // cfg.output_len
         if not steps:
             return y_BNOQ, w_BNSQ[:, -1], jnp.zeros((b, 0, *y_BNOQ.shape[2:])), taps
+
+        # Room for the keys and values of what is forecast.
         room = ((0, 0), (0, 0), (0, steps * m), (0, 0))
         caches = jax.tree.map(lambda y_BHSK: jnp.pad(y_BHSK, room), caches)
 
@@ -551,24 +534,16 @@ class TimesFM2p5(Model):
             padding_BNP = jnp.zeros_like(x_BNP)
             stats = running_stats(x_BNP, padding_BNP, before)
             mean_BN, std_BN = mean_and_deviation(stats)
-            z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN)
+            z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN=std_BN)
             y_BNOQ, _, caches, _ = self.network(
-                params, z_BNP, padding_BNP, caches, start, padded_B, last=True
+                params, z_BNP, padding_BNP, caches=caches, start=start, padded_B=padded_B, last=True
             )
             y_BOQ = y_BNOQ[:, 0] * std_BN[:, -1, None, None] + mean_BN[:, -1, None, None]
-            return (
-                caches,
-                tuple(y[:, -1] for y in stats),
-                y_BOQ[..., cfg.point_column],
-                start + m,
-            ), y_BOQ
+            before = tuple(y[:, -1] for y in stats)
+            return (caches, before, y_BOQ[..., cfg.point_column], start + m), y_BOQ
 
-        first = (
-            caches,
-            tuple(y[:, -1] for y in stats),
-            y_BNOQ[:, -1, :, cfg.point_column],
-            jnp.asarray(n),
-        )
+        before, points_BO = tuple(y[:, -1] for y in stats), y_BNOQ[:, -1, :, cfg.point_column]
+        first = (caches, before, points_BO, jnp.asarray(x_BT.shape[1] // cfg.patch_len))
         _, y_SBOQ = jax.lax.scan(again, first, length=steps)
         return y_BNOQ, w_BNSQ[:, -1], jnp.moveaxis(y_SBOQ, 0, 1), taps
 
@@ -595,21 +570,23 @@ class TimesFM2p5(Model):
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
         padding_BT = 1.0 - begun_BT
         if cfg.force_flip_invariance:
-            x_BT, padding_BT = (
-                jnp.concatenate([x_BT, -x_BT]),
-                jnp.concatenate([padding_BT, padding_BT]),
-            )
+            # The series turned over are rows of their own, in the same pass.
+            x_BT = jnp.concatenate([x_BT, -x_BT])
+            padding_BT = jnp.concatenate([padding_BT, padding_BT])
+
         y_BNOQ, w_BSQ, more_BNOQ, _ = self.decode(
-            params, x_BT, padding_BT, horizon, last=not backcast
+            params, x_BT, padding_BT, horizon=horizon, last=not backcast
         )
-        y_BHQ = jnp.concatenate(
-            [y_BNOQ[:, -1], more_BNOQ.reshape(len(x_BT), -1, y_BNOQ.shape[-1])], axis=1
-        )
-        back_BTQ = y_BNOQ[:, :-1, : cfg.patch_len].reshape(len(x_BT), -1, y_BHQ.shape[-1])
+        rows, columns = len(x_BT), y_BNOQ.shape[-1]
+        more_BHQ = more_BNOQ.reshape(rows, -1, columns)
+        y_BHQ = jnp.concatenate([y_BNOQ[:, -1], more_BHQ], axis=1)
+        back_BTQ = y_BNOQ[:, :-1, : cfg.patch_len].reshape(rows, -1, columns)
         if cfg.force_flip_invariance:
             y_BHQ, back_BTQ, w_BSQ = (
                 (y[: b * c] - flipped(y[b * c :])) / 2 for y in (y_BHQ, back_BTQ, w_BSQ)
             )
+
+        # The options of the original, in its order.
         y_BHQ = y_BHQ[:, :horizon]
         if cfg.use_continuous_quantile_head:
             y_BHQ = self._spread(y_BHQ, w_BSQ)
@@ -694,21 +671,18 @@ class TimesFM2p5(Model):
         the quantiles that are left, in order, for the quantiles.
         """
         y_BCHQ, target_BCH, observed_BCH = self._for_training(params, batch)
-        k, q_Q = self.config.point_column, jnp.asarray(self.config.quantiles)[None, None, None]
+        k = self.config.point_column
         mean_B1, std_B1 = (
             y.reshape(*target_BCH.shape[:2], 1)
             for y in series_scale(*self._newest(batch["context"]))
         )
         target_BCH = (target_BCH - mean_B1) / std_B1
         y_BCHQ = (y_BCHQ - mean_B1[..., None]) / std_B1[..., None]
-        columns = (
-            y_BCHQ[..., 1:]
-            if aligned
-            else jnp.concatenate([y_BCHQ[..., :k], y_BCHQ[..., k + 1 :]], axis=-1)
-        )
-        off_BCHQ = target_BCH[..., None] - columns
+        columns = y_BCHQ[..., 1:]
+        if not aligned:
+            columns = jnp.concatenate([y_BCHQ[..., :k], y_BCHQ[..., k + 1 :]], axis=-1)
         error_BCH = jnp.square(y_BCHQ[..., k] - target_BCH)
-        error_BCH = error_BCH + jnp.maximum(q_Q * off_BCHQ, (q_Q - 1) * off_BCHQ).mean(-1)
+        error_BCH = error_BCH + pinball(target_BCH, columns, self.config.quantiles).mean(-1)
         return mean_observed(error_BCH, observed_BCH, batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:

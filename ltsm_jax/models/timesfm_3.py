@@ -22,7 +22,7 @@ of the future, E steps of an output that are used when outputs are blended.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -30,14 +30,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
-from ltsm_jax.layers.initial import Constant, Uniform, draw
+from ltsm_jax.layers.dims import HeadDims, attention_dims, layer_problems
+from ltsm_jax.layers.initial import Constant, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import interpolate_missing, mean_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.rope import rotary
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Lora, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.models.timesfm_2p5 import (
@@ -55,17 +59,16 @@ EPS = 1.1920929e-07  # of float32, which is what PyTorch's RMSNorm takes by defa
 MEMORY = 1 << 30  # bytes that the widest activations of one evaluation batch may take
 
 
-def identity(x: jax.Array) -> jax.Array:
-    """The activation that published configs call "none"."""
-    return x
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "swish": nn.silu,
-    "none": identity,
-}
 Activation = Literal["relu", "swish", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TimesFM3Layer:
+    """A layer's attention over time (seq) and over variates (var), and its feed-forward units."""
+
+    seq: HeadDims
+    var: HeadDims
+    ffn: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +76,7 @@ class TimesFM3Config:
     """Widths are per layer, so that a pruned TimesFM is a TimesFM.
 
     patch_len P of the input, output_len O of the output (whole patches), d_model D, head_dim K,
-    n_heads H of each layer's attention over time and var_heads of that over variates, ffn_dims F of
-    each layer, embed_dim: hidden width of the block that makes tokens. value_dims, var_value_dims:
-    K of the values of each layer in the two attentions; () is head_dim.
+    layers: H, K and F of each, embed_dim: hidden width of the block that makes tokens.
     quantiles: levels of the columns; the middle one is the point forecast.
     context_len: time steps of a window by default; max_context: where a longer context is cut.
     max_variates: how many variates see each other; targets beyond that are forecast in chunks,
@@ -100,9 +101,7 @@ class TimesFM3Config:
     output_len: int
     d_model: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    var_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[TimesFM3Layer, ...]
     embed_dim: int
     quantiles: tuple[float, ...] = DECILES
     context_len: int = 1024
@@ -133,21 +132,12 @@ class TimesFM3Config:
     infer_is_positive: bool = False
     extend_known: bool = False
     padding_counts: bool = False
-    value_dims: tuple[int, ...] = ()
-    var_value_dims: tuple[int, ...] = ()
 
     def __post_init__(self):
-        layers = len(self.n_heads)
-        dims = {"value_dims": self.value_dims, "var_value_dims": self.var_value_dims}
-        problems = width_problems(layers, self.head_dim, **dims)
-        if not layers or not layers == len(self.var_heads) == len(self.ffn_dims):
-            problems.append(
-                f"n_heads {self.n_heads}, var_heads {self.var_heads} and ffn_dims {self.ffn_dims} "
-                "must name the same layers, at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (self.patch_len, self.output_len, self.d_model, self.head_dim, self.embed_dim)
         sizes += (self.context_len, self.max_context, self.max_variates)
-        if min(sizes) < 1 or min(*self.n_heads, *self.var_heads, *self.ffn_dims, 1) < 0:
+        if min(sizes) < 1:
             problems.append(f"every size must be positive: {self}")
         elif self.output_len % self.patch_len:
             sizes = f"{self.output_len} of {self.patch_len}"
@@ -164,13 +154,11 @@ class TimesFM3Config:
             problems.append(f"detrend_threshold must not be negative, got {self.detrend_threshold}")
         if self.identity_skip and 2 * (self.patch_len + self.output_len) != self.d_model:
             problems.append(f"identity_skip needs d_model = 2 (P + O), got {self.d_model}")
-        if self.value_norm and any(self._pruned_values()):
-            problems.append("value_norm is over whole values: value_dims can't be smaller")
+        narrow = [name for name, dims in attention_dims(self.layers) if dims.value != self.head_dim]
+        if self.value_norm and narrow:
+            problems.append(f"value_norm is over whole values, not those of {', '.join(narrow)}")
         if problems:
             raise ValueError("TimesFM3Config: " + "; ".join(problems))
-
-    def _pruned_values(self) -> list[bool]:
-        return [dim != self.head_dim for dim in (*self.value_dims, *self.var_value_dims)]
 
     @property
     def ahead(self) -> int:
@@ -187,10 +175,10 @@ class TimesFM3Config:
         """Equal layers, with heads as wide together as the model."""
         if d_model % heads:
             raise ValueError(f"d_model ({d_model}) must be a multiple of the heads ({heads})")
-        equal = (heads,) * layers
         rest = {"embed_dim": d_model} | rest
-        sizes = (patch_len, output_len, d_model, d_model // heads)
-        return cls(*sizes, equal, equal, (d_ff,) * layers, **rest)
+        attention = HeadDims.of(heads, d_model // heads)
+        equal = (TimesFM3Layer(attention, attention, d_ff),) * layers
+        return cls(patch_len, output_len, d_model, d_model // heads, equal, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM3Config":
@@ -210,12 +198,12 @@ class TimesFM3Config:
 
         options = {ours: fields[theirs] for theirs, ours in OPTIONS.items() if theirs in fields}
         return cls.of(
-            fields["input_patch_len"],
-            fields["output_patch_len"],
-            layer["model_dims"],
-            layer["hidden_dims"],
-            stack["num_layers"],
-            layer["num_heads"],
+            patch_len=fields["input_patch_len"],
+            output_len=fields["output_patch_len"],
+            d_model=layer["model_dims"],
+            d_ff=layer["hidden_dims"],
+            layers=stack["num_layers"],
+            heads=layer["num_heads"],
             embed_dim=block["hidden_dims"],
             quantiles=tuple(fields["quantiles"]),
             activation=block["activation"],
@@ -252,7 +240,11 @@ def _need(fields: Mapping[str, Any], names: str, where: str) -> None:
 
 
 # Sizes of the published config.json: 330,710,976 parameters.
-PRESETS = {"google/timesfm-3.0-pytorch": TimesFM3Config.of(32, 64, 1280, 1280, 20, 16)}
+PRESETS = {
+    "google/timesfm-3.0-pytorch": TimesFM3Config.of(
+        patch_len=32, output_len=64, d_model=1280, d_ff=1280, layers=20, heads=16
+    )
+}
 
 
 class Embed(nn.Module):
@@ -286,16 +278,14 @@ class Attention(nn.Module):
     """
 
     cfg: TimesFM3Config
-    n_heads: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_ABSD, seen, positions):
-        cfg, taps = self.cfg, {}
-        shapes = {"q": cfg.head_dim, "k": cfg.head_dim, "v": self.value_dim}
+        cfg, dims, taps = self.cfg, self.dims, {}
         parts = {}
-        for name, dim in shapes.items():
-            linear = Linear((cfg.d_model,), (self.n_heads, dim), cfg.use_bias, name=name)
+        for name, shape in dims.shapes.items():
+            linear = Linear((cfg.d_model,), shape, cfg.use_bias, name=name)
             y_ABSHK = taps[name] = linear(x_ABSD)
             # Heads beside the batch: XLA's CPU code is faster for plain batched products.
             parts[name] = jnp.moveaxis(y_ABSHK, 3, 2)
@@ -321,11 +311,8 @@ class Attention(nn.Module):
 
         # The original's fused attention divides by the root twice, so it multiplies before.
         factor = 1.0 if cfg.scaled else cfg.head_dim**0.5
-        s_ABHSS = jnp.einsum("ABHNK,ABHSK->ABHNS", q_ABHSK, parts["k"]).astype(jnp.float32)
-        s_ABHSS = jnp.where(seen, s_ABHSS * factor, UNSEEN)
-        w_ABHSS = jax.nn.softmax(s_ABHSS).astype(parts["v"].dtype)
-        y_ABHSK = jnp.einsum("ABHNS,ABHSK->ABHNK", w_ABHSS, parts["v"])
-        out = Linear((self.n_heads, self.value_dim), (cfg.d_model,), cfg.use_bias, name="out")
+        y_ABHSK, _ = attend(q_ABHSK, parts["k"], parts["v"], seen=seen, scale=factor, hidden=UNSEEN)
+        out = Linear(dims.joined, (cfg.d_model,), cfg.use_bias, name="out")
         return out(jnp.moveaxis(y_ABHSK, 2, 3)), taps
 
 
@@ -334,11 +321,11 @@ class Layer(nn.Module):
     norms of its own and added to its input; and the steps between."""
 
     cfg: TimesFM3Config
-    layer: int
+    dims: TimesFM3Layer
 
     @nn.compact
     def __call__(self, x_BCND, seen_BCN, positions_BN):
-        cfg, i, taps = self.cfg, self.layer, {}
+        cfg, taps = self.cfg, {}
 
         def norm(name, y_BCND):
             taps[name] = RMSNorm(EPS, name=name)(y_BCND)
@@ -349,10 +336,9 @@ class Layer(nn.Module):
         if cfg.causal:
             seen = seen & jnp.tril(jnp.ones((n, n), bool))[None, None, None]
         positions = positions_BN[:, None, None] if cfg.rope_seq else None
-        value_dim = width(cfg.value_dims, i, cfg.head_dim)
-        attend = Attention(cfg, cfg.n_heads[i], value_dim, name="seq")
+        attend = Attention(cfg, self.dims.seq, name="seq")
         y_BCND, inner = attend(norm("pre_seq_norm", x_BCND), seen, positions)
-        taps |= {"seq": y_BCND} | {f"seq/{name}": value for name, value in inner.items()}
+        taps |= nested("seq", inner, y_BCND)
         x_BCND = x_BCND + norm("post_seq_norm", y_BCND)
 
         if cfg.variate_attention:
@@ -360,13 +346,12 @@ class Layer(nn.Module):
             x_BNCD = jnp.swapaxes(norm("pre_var_norm", x_BCND), 1, 2)
             seen = jnp.swapaxes(seen_BCN, 1, 2)[:, :, None, None]
             positions = jnp.arange(c).reshape(1, 1, 1, c) if cfg.rope_var else None
-            value_dim = width(cfg.var_value_dims, i, cfg.head_dim)
-            attend = Attention(cfg, cfg.var_heads[i], value_dim, name="var")
+            attend = Attention(cfg, self.dims.var, name="var")
             y_BNCD, inner = attend(x_BNCD, seen, positions)
-            taps |= {"var": y_BNCD} | {f"var/{name}": value for name, value in inner.items()}
+            taps |= nested("var", inner, y_BNCD)
             x_BCND = x_BCND + norm("post_var_norm", jnp.swapaxes(y_BNCD, 1, 2))
 
-        f = cfg.ffn_dims[i]
+        f = self.dims.ffn
         up = Linear((cfg.d_model,), (f,), cfg.use_bias, name="up")
         taps["up"] = up(norm("pre_ffn_norm", x_BCND))
         down = Linear((f,), (cfg.d_model,), cfg.use_bias, name="down")
@@ -384,11 +369,10 @@ class TimesFM3Net(nn.Module):
     def __call__(self, z_BCNZ, seen_BCN, positions_BN, first: int = 0):
         cfg = self.cfg
         x_BCND, inner = Embed(cfg, name="embed")(z_BCNZ)
-        taps = {"embed": x_BCND} | {f"embed/{name}": value for name, value in inner.items()}
-        for i in range(len(cfg.ffn_dims)):  # a loop, not a scan: pruned layers differ in width
-            x_BCND, inner = Layer(cfg, i, name=f"layer_{i}")(x_BCND, seen_BCN, positions_BN)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()}
-            taps[f"layer_{i}"] = x_BCND
+        taps = nested("embed", inner, x_BCND)
+        for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
+            x_BCND, inner = Layer(cfg, dims, name=f"layer_{i}")(x_BCND, seen_BCN, positions_BN)
+            taps |= nested(f"layer_{i}", inner, x_BCND)
         columns = len(cfg.quantiles)
         head = Linear((cfg.d_model,), (cfg.output_len * columns,), name="head")
         y_BCN_ = taps["head"] = head(x_BCND[:, :, first:]).astype(jnp.float32)
@@ -517,10 +501,8 @@ def with_ends(x: jax.Array) -> jax.Array:
 def errors(y: jax.Array, target: jax.Array, quantiles: tuple[float, ...]) -> jax.Array:
     """Squared error of the median plus the mean pinball loss of all quantiles y [..., Q], of each
     entry of target [...]."""
-    levels = jnp.asarray(quantiles).reshape((1,) * target.ndim + (-1,))
-    off = target[..., None] - y
-    pinball = jnp.maximum(levels * off, (levels - 1) * off).mean(-1)
-    return jnp.square(off[..., len(quantiles) // 2]) + pinball
+    square = jnp.square(target - y[..., len(quantiles) // 2])
+    return square + pinball(target, y, quantiles).mean(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -530,51 +512,34 @@ class TimesFM3(Model):
     config: TimesFM3Config
 
     family = "timesfm_3"
+    published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
     head = r"^head/"
     tasks = ("forecasting",)
     licence = "timesfm-non-commercial-license-v1.0, non-commercial (google/timesfm-3.0-pytorch)"
     shard_rules = (
-        (r"/(seq|var)/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/(seq|var)/[qkv]/bias$", ("tensor", None)),
-        (r"/(seq|var)/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/up/kernel$", ("fsdp", "tensor")),
-        (r"/up/bias$", ("tensor",)),
-        (r"/down/kernel$", ("tensor", "fsdp")),
         (r"^embed/hidden/kernel$", (None, "tensor")),
         (r"^embed/hidden/bias$", ("tensor",)),
         (r"^embed/out/kernel$", ("tensor", "fsdp")),
         (r"^embed/residual/kernel$", (None, "fsdp")),
         (r"^head/kernel$", ("fsdp", "tensor")),
         (r"^head/bias$", ("tensor",)),
-        (r"/(scaling|scale|bias)$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
     )
-    prunable = (
-        Group.heads(r"layer_(\d+)/seq", values=r"value_dims.\1"),
-        Group.heads(r"layer_(\d+)/var", r"var_heads.\1", values=r"var_value_dims.\1", swapped=True),
-        Group.units(r"layer_(\d+)"),
-    )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TimesFM3Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TimesFM3Config:
-        return config_from_json(TimesFM3Config, fields)
+    prunable = (Group.heads("seq"), Group.heads("var", swapped=True), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM3Config:
-        return TimesFM3Config.of(8, 16, 16, 24, 2, 2, context_len=32)
+        return TimesFM3Config.of(
+            patch_len=8, output_len=16, d_model=16, d_ff=24, layers=2, heads=2, context_len=32
+        )
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
         return "joint" if self.config.variate_attention else "independent"
-
-    @property
-    def context_len(self) -> int:
-        return self.config.context_len
 
     @property
     def horizon(self) -> int:
@@ -586,8 +551,8 @@ class TimesFM3(Model):
         """Windows for which the attention over time of ten variates fits."""
         cfg = self.config
         tokens = -(-cfg.context_len // cfg.patch_len) + cfg.ahead
-        scores = [heads * tokens for heads in cfg.n_heads]
-        row = 40 * tokens * max(*cfg.ffn_dims, *scores, cfg.d_model)
+        widest = max(max(dims.ffn, dims.seq.heads * tokens) for dims in cfg.layers)
+        row = 40 * tokens * max(widest, cfg.d_model)
         return 1 << max(int(math.log2(MEMORY / row)), 0)
 
     def init(self, key: jax.Array) -> Tree:
@@ -602,15 +567,7 @@ class TimesFM3(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer, _, leaf = path.rpartition("/")
-            if leaf == "scale":
-                return Constant(1.0)
-            kernel = flat.get(f"{layer}/kernel")
-            if leaf == "scaling" or kernel is None:
-                return Constant(0.0)
-            of_heads = layer.endswith(("/q", "/k", "/v"))
-            fan_in = kernel.shape[:1] if of_heads else kernel.shape[:-1]
-            return Uniform(math.prod(fan_in) ** -0.5)
+            return torch_linear(flat, path) or Constant(float(path.endswith("/scale")))
 
         return draw(key, shapes, rule)
 
@@ -619,14 +576,11 @@ class TimesFM3(Model):
             "none is published for 3.0; that of 2.5: google-research/timesfm "
             "timesfm-forecasting/examples/finetuning/finetune_lora.py"
         )
-        return Recipe(
+        return self._recipe(
             lr=1e-4,
             batch_size=32,
             epochs=10,
             schedule="cosine",
-            context_len=self.context_len,
-            horizon=self.horizon,
-            loss="own",
             source=source,
             weight_decay=0.01,
             clip=1.0,
@@ -669,12 +623,49 @@ class TimesFM3(Model):
             from here.
           last: patches that the network is given, where those beyond are only looked ahead to.
         """
-        cfg, (b, c, n, p) = self.config, x_BCNP.shape
+        cfg, (b, _, n, p) = self.config, x_BCNP.shape
         clip = cfg.value_clip
         x_BCNP = x_BCNP.astype(jnp.float32)
         x_BCNP = jnp.clip(jnp.where(jnp.isnan(x_BCNP), 0.0, x_BCNP), -clip, clip)
 
         # The scale, before anything is hidden: what is known of covariates counts.
+        n_BCN, mean_BCN, std_BCN = self._scale(x_BCNP, missing_BCNP, freeze_after)
+        if hidden_BN is not None:
+            missing_BCNP = missing_BCNP | (hidden_BN[:, None] & is_target_BCN)[..., None]
+        tokens, empty_BCN = self._tokens(
+            x_BCNP, missing_BCNP, is_target_BCN, mean_BCN=mean_BCN, std_BCN=std_BCN
+        )
+
+        # Patches in front that hold nothing are not seen; later ones are, empty or not.
+        seen_BCN = jax.lax.cummax((~empty_BCN).astype(jnp.int32), axis=2) > 0
+        positions_BN = jnp.broadcast_to(jnp.arange(n)[None], (b, n))
+        if begin_B is not None:
+            positions_BN = positions_BN - begin_B[:, None]
+            seen_BCN = seen_BCN & (positions_BN >= 0)[:, None]
+
+        stop = n if last is None else last
+        inputs = (tokens[:, :, :stop], seen_BCN[:, :, :stop], positions_BN[:, :stop])
+        raw_BCNOQ, taps = run(TimesFM3Net(cfg), params, *inputs, first=first)
+        taps |= {"tokens": tokens, "seen": seen_BCN, "raw": raw_BCNOQ}
+        taps |= {"n": n_BCN, "mean": mean_BCN, "std": std_BCN}
+
+        # Back into the units of x, by the scale of each patch that is asked for.
+        asked = slice(first, stop)
+        mean, std = mean_BCN[:, :, asked], std_BCN[:, :, asked]
+        if cfg.refine and hidden_BN is not None:
+            stats = (n_BCN[:, :, asked], mean, std)
+            median = raw_BCNOQ[..., cfg.point_column]
+            mean, std = refine(stats, median, hidden_BN[:, asked], patch_len=p, clip=clip)
+            taps |= {"refined_mean": mean, "refined_std": std}
+        y_BCNOQ = raw_BCNOQ * std[..., None, None] + mean[..., None, None]
+        return jnp.clip(y_BCNOQ, -clip, clip), taps
+
+    def _scale(self, x_BCNP, missing_BCNP, freeze_after: int | None) -> tuple[jax.Array, ...]:
+        """Number, mean and deviation [B, C, N] of all values up to the end of each patch.
+
+        freeze_after: patch after which mean and deviation stay as they are; None: they never do.
+        """
+        b, c, n, p = x_BCNP.shape
         rows = (b * c, n, p)
         found = running_stats(x_BCNP.reshape(rows), missing_BCNP.reshape(rows).astype(jnp.float32))
         n_BCN, mean_BCN, squares_BCN = (y.reshape(b, c, n) for y in found)
@@ -682,10 +673,12 @@ class TimesFM3(Model):
         if freeze_after is not None:
             kept_N = np.minimum(np.arange(n), freeze_after)
             mean_BCN, std_BCN = mean_BCN[..., kept_N], std_BCN[..., kept_N]
+        return n_BCN, mean_BCN, std_BCN
 
-        # Tokens: the patch itself, what is shown of its future, and both masks.
-        if hidden_BN is not None:
-            missing_BCNP = missing_BCNP | (hidden_BN[:, None] & is_target_BCN)[..., None]
+    def _tokens(self, x_BCNP, missing_BCNP, is_target_BCN, mean_BCN, std_BCN):
+        """Tokens [B, C, N, 2 (P + O)]: the patch itself, what is shown of its future, and both
+        masks; and which of them hold nothing [B, C, N].
+        """
         future_BCNO = self._following(x_BCNP, 0.0)
         unknown_BCNO = self._following(missing_BCNP, True) | is_target_BCN[..., None]
         shift = mean_BCN[..., None]
@@ -694,36 +687,7 @@ class TimesFM3(Model):
         future = jnp.where(unknown_BCNO, 0.0, (future_BCNO - shift) / scale)
         masks = [missing_BCNP.astype(jnp.float32), unknown_BCNO.astype(jnp.float32)]
         tokens = jnp.concatenate([own, future, *masks], axis=-1)
-
-        # Patches in front that hold nothing are not seen; later ones are, empty or not.
-        empty_BCN = missing_BCNP.all(-1) & unknown_BCNO.all(-1)
-        seen_BCN = jax.lax.cummax((~empty_BCN).astype(jnp.int32), axis=2) > 0
-        positions_BN = jnp.broadcast_to(jnp.arange(n)[None], (b, n))
-        if begin_B is not None:
-            positions_BN = positions_BN - begin_B[:, None]
-            seen_BCN = seen_BCN & (positions_BN >= 0)[:, None]
-
-        stop = n if last is None else last
-        net: Any = TimesFM3Net(cfg)  # Flax types what apply returns too widely
-        raw_BCNOQ, taps = net.apply(
-            {"params": params},
-            tokens[:, :, :stop],
-            seen_BCN[:, :, :stop],
-            positions_BN[:, :stop],
-            first,
-        )
-        taps |= {"tokens": tokens, "seen": seen_BCN, "raw": raw_BCNOQ}
-        taps |= {"n": n_BCN, "mean": mean_BCN, "std": std_BCN}
-
-        asked = slice(first, stop)
-        mean, std = mean_BCN[:, :, asked], std_BCN[:, :, asked]
-        if cfg.refine and hidden_BN is not None:
-            stats = (n_BCN[:, :, asked], mean, std)
-            median = raw_BCNOQ[..., cfg.point_column]
-            mean, std = refine(stats, median, hidden_BN[:, asked], p, clip)
-            taps |= {"refined_mean": mean, "refined_std": std}
-        y_BCNOQ = raw_BCNOQ * std[..., None, None] + mean[..., None, None]
-        return jnp.clip(y_BCNOQ, -clip, clip), taps
+        return tokens, missing_BCNP.all(-1) & unknown_BCNO.all(-1)
 
     def patch_loss(
         self,
@@ -735,7 +699,9 @@ class TimesFM3(Model):
     ) -> jax.Array:
         """The loss of a pass over whole patches, in the units of x, as for training from scratch:
         each patch of a target forecasts the observed points among the O that follow it."""
-        y_BCNOQ, _ = self.apply(params, x_BCNP, missing_BCNP, is_target_BCN, hidden_BN)
+        y_BCNOQ, _ = self.apply(
+            params, x_BCNP, missing_BCNP, is_target_BCN=is_target_BCN, hidden_BN=hidden_BN
+        )
         target = jnp.where(jnp.isnan(x_BCNP) | missing_BCNP, 0.0, x_BCNP)
         target_BCNO = self._following(target, 0.0)
         observed = ~self._following(missing_BCNP, True) & is_target_BCN[..., None]
@@ -824,7 +790,9 @@ class TimesFM3(Model):
         """
         cfg, t = self.config, x_BCT.shape[-1]
         p, (count, patches) = cfg.patch_len, self.outputs(horizon)
-        inputs, trend = self.lay_out(x_BCT, missing_BCT, horizon, known_BCR, unknown_BCR)
+        inputs, trend = self.lay_out(
+            x_BCT, missing_BCT, horizon, known_BCR=known_BCR, unknown_BCR=unknown_BCR
+        )
         context = inputs["x_BCNP"].shape[2] - patches
 
         # Later patches change nothing before them where attention is causal: leave them out.
@@ -877,7 +845,7 @@ class TimesFM3(Model):
         past, known = self._thinned(past, known, c)
         slots = cfg.max_variates - sum(x.shape[1] for x in (past, known) if x is not None)
         if c <= slots:
-            return self._forecast(params, context, horizon, past, known)
+            return self._forecast(params, context, horizon, past=past, known=known)
 
         # Too many to see each other: chunks as rows of their own; the first fill up the last.
         chunks = -(-c // slots)
@@ -936,7 +904,9 @@ class TimesFM3(Model):
 
         def decode(sign):
             ahead = None if future is None else sign * future
-            y = self.decode(params, sign * x_BCT, missing_BCT, steps, ahead, begin_B=begin_B)
+            y = self.decode(
+                params, sign * x_BCT, missing_BCT, horizon=steps, known_BCR=ahead, begin_B=begin_B
+            )
             y = y[:, :c]
             return jnp.sort(y, axis=-1) if cfg.sort_quantiles else y
 
@@ -955,26 +925,15 @@ class TimesFM3(Model):
             return horizon
         return -(-horizon // cfg.output_len) * cfg.output_len
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
+    def predict_with(
+        self, params: Tree, context, horizon: int, *, past=None, known=None, key=None
+    ) -> Forecast:
         """All variates of a row see each other, up to `max_variates`. Point: the median.
 
         The newest `max_context` steps are read. What is missing lies on the line between its
         neighbours, as in the original; beyond the first and the last value of a variate they are
-        repeated.
+        repeated. Covariates are further variates of each row, filled as the targets are.
         """
-        return self.predict_with(params, context, horizon)
-
-    def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key=None,
-    ) -> Forecast:
-        """The covariates are further variates of each row, missing values filled as in targets."""
         check_context(context, horizon)
         given = [None if x is None else jnp.asarray(x, jnp.float32) for x in (past, known)]
         context = jnp.asarray(context, jnp.float32)

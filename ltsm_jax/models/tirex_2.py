@@ -34,6 +34,7 @@ S tokens that have been read, V width of the mLSTM's values, E width of an sLSTM
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -42,18 +43,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
+from ltsm_jax.layers.context import check_context, with_covariates
+from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear, compute_dtype
 from ltsm_jax.layers.missing import mean_observed, mse_observed
+from ltsm_jax.layers.mlp import ACTIVATIONS, feed_forward, gated_feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
+from ltsm_jax.layers.quantiles import median_of, pinball
 from ltsm_jax.layers.residual import ResidualBlock
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
-from ltsm_jax.trees import Tree
+from ltsm_jax.trees import Tree, flatten
 
 EPS = 1e-6  # of every norm within a block
 QK_EPS = float(np.finfo(np.float32).eps)  # of the norm of queries and keys
@@ -76,17 +81,28 @@ MEMORY = 1 << 30  # bytes that the activations of one evaluation batch may take
 DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 Kind = Literal["mlstm", "slstm"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TiRex2Layer:
+    """A layer's recurrence and its heads, the units behind it, its attention over variates, and the
+    units behind that.
+    """
+
+    kind: Kind
+    lstm_heads: int
+    ffn: int
+    attn: HeadDims
+    variate_ffn: int
 
 
 @dataclasses.dataclass(frozen=True)
 class TiRex2Config:
     """Widths are per layer, so that a pruned TiRex-2 is a TiRex-2.
 
-    d_model: D. kinds: the recurrence of each layer. lstm_heads: its heads H. n_heads: H of the
-      attention over variates. ffn_dims, variate_dims: F of the feed-forward layers behind the
-      recurrence and behind the attention.
+    d_model: D. layers: the recurrence, H, K and F of each.
     qk_dim, value_dim: K and V of an mLSTM head. slstm_dim: E. head_dim: K of the attention.
-    variate_value_dims: width of the values of each layer's attention; () is head_dim.
     embed_dim, out_dim: hidden widths of the blocks that read patches and write forecasts.
     patch_len P, context_len, future_len F: in time steps. levels: quantile levels.
     arcsinh, binary_aware, scale_eps: how a variate is scaled, see the module docstring; the eps is
@@ -100,11 +116,7 @@ class TiRex2Config:
     """
 
     d_model: int
-    kinds: tuple[Kind, ...]
-    lstm_heads: tuple[int, ...]
-    n_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
-    variate_dims: tuple[int, ...]
+    layers: tuple[TiRex2Layer, ...]
     qk_dim: int
     value_dim: int
     slstm_dim: int
@@ -118,36 +130,26 @@ class TiRex2Config:
     arcsinh: bool = True
     binary_aware: bool = True
     scale_eps: float = 1e-8
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     qk_norm: bool = True
     out_norm_eps: float | None = 1e-7
     sign_flip: bool = False
     difference: bool = True
     dropout: float = 0.1
     block_dropout: float = 0.1
-    variate_value_dims: tuple[int, ...] = ()
     zero_at_start: bool = False
 
     def __post_init__(self):
-        layers = len(self.ffn_dims)
-        widths = {"variate_value_dims": self.variate_value_dims}
-        problems = width_problems(layers, self.head_dim, **widths)
-        per_layer = (self.lstm_heads, self.n_heads, self.variate_dims)
-        if not layers or any(len(found) != layers for found in (self.kinds, *per_layer)):
-            problems.append(
-                "kinds, lstm_heads, n_heads, ffn_dims and variate_dims must name the same layers, "
-                "at least one"
-            )
+        problems = layer_problems(self.layers, self.head_dim)
         sizes = (self.d_model, self.qk_dim, self.value_dim, self.slstm_dim, self.head_dim)
         others = (self.embed_dim, self.out_dim, self.patch_len, self.context_len, self.future_len)
-        counts = (*per_layer, self.ffn_dims)
-        if min(*sizes, *others) < 1 or min(min(found, default=0) for found in counts) < 0:
+        if min(*sizes, *others) < 1:
             problems.append("every size must be positive")
-        odd = {kind for kind in self.kinds if kind not in ("mlstm", "slstm")}
+        odd = {layer.kind for layer in self.layers} - {"mlstm", "slstm"}
         if odd:
-            problems.append(f"kinds must be mlstm or slstm, got {sorted(odd)}")
+            problems.append(f"a layer's kind must be mlstm or slstm, got {sorted(odd)}")
         # What an sLSTM head gives has its place in the residual stream.
-        slstm = {heads for kind, heads in zip(self.kinds, self.lstm_heads) if kind == "slstm"}
+        slstm = {layer.lstm_heads for layer in self.layers if layer.kind == "slstm"}
         if any(heads * self.slstm_dim != self.d_model for heads in slstm):
             problems.append(
                 f"the heads of an sLSTM, {sorted(slstm)} of width {self.slstm_dim}, must make the "
@@ -164,10 +166,9 @@ class TiRex2Config:
             problems.append(f"levels must be an odd number, the middle one is the median: {levels}")
         elif self.sign_flip and not np.allclose(levels, 1 - np.asarray(levels)[::-1], atol=1e-6):
             problems.append(f"sign_flip needs levels that are symmetric about 0.5: {levels}")
-        if self.activation not in ACTIVATIONS:
-            problems.append(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
-            )
+        if self.activation not in typing.get_args(Activation):
+            known = ", ".join(typing.get_args(Activation))
+            problems.append(f"activation must be one of {known}, got {self.activation!r}")
         if not 0 <= self.dropout < 1 or not 0 <= self.block_dropout < 1:
             problems.append("dropout and block_dropout must be in [0, 1)")
         if problems:
@@ -200,14 +201,19 @@ class TiRex2Config:
                 f"TiRex2Config: {', '.join(odd)} must divide the width {d_model} (and mlstm_heads "
                 f"half of it), got {divided}"
             )
-        layers = len(kinds)
+        layers = []
+        for kind in kinds:
+            layer = TiRex2Layer(
+                kind=kind,
+                lstm_heads=mlstm_heads if kind == "mlstm" else slstm_heads,
+                ffn=gated_width(d_model),
+                attn=HeadDims.of(n_heads, d_model // n_heads),
+                variate_ffn=4 * d_model,
+            )
+            layers.append(layer)
         return cls(
             d_model=d_model,
-            kinds=tuple(kinds),
-            lstm_heads=tuple(mlstm_heads if kind == "mlstm" else slstm_heads for kind in kinds),
-            n_heads=(n_heads,) * layers,
-            ffn_dims=(gated_width(d_model),) * layers,
-            variate_dims=(4 * d_model,) * layers,
+            layers=tuple(layers),
             qk_dim=inner // mlstm_heads,
             value_dim=d_model // mlstm_heads,
             slstm_dim=d_model // slstm_heads,
@@ -280,12 +286,6 @@ class TiRex2Config:
 
 TIME_MIXERS: dict[str, Kind] = {"bi-mlstm": "mlstm", "bi-slstm": "slstm"}
 TOKENIZER_SIZES = ("input_patch_size", "input_patch_stride", "output_patch_size")
-ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
 # Names of torch.nn that a published config has, and ours.
 PUBLISHED_ACTIVATIONS = {"SiLU": "silu", "GELU": "gelu", "ReLU": "relu"}
 
@@ -442,11 +442,7 @@ def mlstm(
         length = -(-n // count)
         empty = (0.0, 0.0, 0.0, -jnp.inf, 0.0)
         parts = tuple(_cut(x, length, count, value) for x, value in zip(inputs, empty, strict=True))
-        start = (
-            jnp.zeros((r, h, k_dim, v_dim)),
-            jnp.zeros((r, h, k_dim)),
-            jnp.zeros((r, h)),
-        )
+        start = (jnp.zeros((r, h, k_dim, v_dim)), jnp.zeros((r, h, k_dim)), jnp.zeros((r, h)))
         state, found = jax.lax.scan(_mlstm_chunk, start, parts)
         h_RHNV, denominator, m_RHN = (_joined(x, n) for x in found)
     steps = {"denominator": denominator, "m": m_RHN}
@@ -574,7 +570,9 @@ class MLSTM(nn.Module):
         capped = {}
         for name in ("i", "f"):
             capped[name] = GATE_CAP * jnp.tanh(_heads_first(found[name]) / GATE_CAP)
-        h_RHNV, inner = mlstm(rows["q"], rows["k"], rows["v"], capped["i"], capped["f"], CHUNK)
+        h_RHNV, inner = mlstm(
+            rows["q"], rows["k"], rows["v"], i_RHN=capped["i"], f_RHN=capped["f"], chunk=CHUNK
+        )
         taps |= inner | {"h": h_RHNV}
 
         y_GMNHV = jnp.moveaxis(h_RHNV, 1, 2).reshape(*x_GMND.shape[:3], h, cfg.value_dim)
@@ -629,26 +627,27 @@ class Attention(nn.Module):
     """
 
     cfg: TiRex2Config
-    heads: int
-    value_dim: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_GNMD, seen_GMM, train: bool):
-        cfg = self.cfg
-        widths = {"q": cfg.head_dim, "k": cfg.head_dim, "v": self.value_dim}
-        q, k, v = (
-            Linear((cfg.d_model,), (self.heads, size), use_bias=False, name=name)(x_GNMD)
-            for name, size in widths.items()
-        )
+        cfg, dims = self.cfg, self.dims
+
+        def project(name):
+            return Linear((cfg.d_model,), dims.shapes[name], use_bias=False, name=name)(x_GNMD)
+
+        q, k = project("q"), project("k")
+        v = project("v")
         if cfg.qk_norm:
             q, k = _unit_rms(q), _unit_rms(k)
         q, k, v = (jnp.moveaxis(y, 3, 2) for y in (q, k, v))
-        s_GNHMS = jnp.einsum("GNHMK,GNHSK->GNHMS", q, k).astype(jnp.float32) * cfg.head_dim**-0.5
-        s_GNHMS = jnp.where(seen_GMM[:, None, None], s_GNHMS, jnp.finfo(jnp.float32).min)
-        w_GNHMS = Dropout(cfg.block_dropout)(jax.nn.softmax(s_GNHMS), train).astype(v.dtype)
-        y_GNMHK = jnp.moveaxis(jnp.einsum("GNHMS,GNHSK->GNHMK", w_GNHMS, v), 2, 3)
-        out = Linear((self.heads, self.value_dim), (cfg.d_model,), use_bias=False, name="out")
-        return Dropout(cfg.block_dropout)(out(y_GNMHK), train)
+        drop = functools.partial(Dropout(cfg.block_dropout), train=train)
+        y_GNHMK, _ = attend(
+            q, k, v, seen=seen_GMM[:, None, None], scale=cfg.head_dim**-0.5, dropout=drop
+        )
+        out = Linear(dims.joined, (cfg.d_model,), use_bias=False, name="out")
+        y_GNMD = out(jnp.moveaxis(y_GNHMK, 2, 3))
+        return Dropout(cfg.block_dropout)(y_GNMD, train)
 
 
 def _unit_rms(x: jax.Array) -> jax.Array:
@@ -661,23 +660,21 @@ class VariateMixer(nn.Module):
     """Attention over the members of each group and a feed-forward layer: x [G, M, N, D]."""
 
     cfg: TiRex2Config
-    layer: int
+    dims: TiRex2Layer
 
     @nn.compact
     def __call__(self, x_GMND, seen_GMM, train: bool):
         cfg, taps = self.cfg, {}
-        value_dim = width(cfg.variate_value_dims, self.layer, cfg.head_dim)
-        attention = Attention(cfg, cfg.n_heads[self.layer], value_dim, name="attn")
+        attention = Attention(cfg, self.dims.attn, name="attn")
         z = taps["norm1"] = RMSNorm(EPS, name="norm1")(x_GMND)
         y = attention(jnp.swapaxes(z, 1, 2), seen_GMM, train)
         y = taps["attn"] = jnp.swapaxes(y, 1, 2)
         x_GMND = x_GMND + y
 
-        f = cfg.variate_dims[self.layer]
         z = taps["norm2"] = RMSNorm(EPS, name="norm2")(x_GMND)
-        y = ACTIVATIONS[cfg.activation](Linear((cfg.d_model,), (f,), False, name="up")(z))
-        y = Dropout(cfg.block_dropout)(y, train)
-        y = taps["ffn"] = Linear((f,), (cfg.d_model,), False, name="down")(y)
+        drop = functools.partial(Dropout(cfg.block_dropout), train=train)
+        f, activation = self.dims.variate_ffn, cfg.activation
+        y = taps["ffn"] = feed_forward(z, f, activation, use_bias=False, dropout=drop)
         return x_GMND + y, taps
 
 
@@ -690,12 +687,11 @@ class Layer(nn.Module):
     """
 
     cfg: TiRex2Config
-    layer: int
+    dims: TiRex2Layer
 
     @nn.compact
     def __call__(self, x_GMND, both: tuple[int, ...], known_GA, seen_GMM, mixed_GM, train: bool):
-        cfg, i, taps = self.cfg, self.layer, {}
-        f = cfg.ffn_dims[i]
+        cfg, taps = self.cfg, {}
         m = x_GMND.shape[1]
 
         # Forwards and backwards are one call, of more members.
@@ -704,31 +700,36 @@ class Layer(nn.Module):
             u = jnp.concatenate([u, jnp.flip(u[:, np.asarray(both)], axis=2)], axis=1)
         y = self._recurrence(u, taps)
         if both:
-            y = self._combined(y[:, :m], jnp.flip(y[:, m:], axis=2), both, known_GA, train, taps)
+            y = self._combined(
+                y[:, :m],
+                jnp.flip(y[:, m:], axis=2),
+                both,
+                known_GA=known_GA,
+                train=train,
+                taps=taps,
+            )
         x_GMND = x_GMND + y
 
         z = taps["norm2"] = RMSNorm(EPS, name="norm2")(x_GMND)
-        gate = Linear((cfg.d_model,), (f,), use_bias=False, name="gate")(z)
-        y = nn.silu(gate) * Linear((cfg.d_model,), (f,), use_bias=False, name="up")(z)
-        y = taps["ffn"] = Linear((f,), (cfg.d_model,), use_bias=False, name="down")(y)
+        y = taps["ffn"] = gated_feed_forward(z, self.dims.ffn)
         x_GMND = taps["time"] = x_GMND + y
 
         if seen_GMM is not None:
-            mixed, inner = VariateMixer(cfg, i, name="variates")(x_GMND, seen_GMM, train)
-            taps |= {f"variates/{name}": value for name, value in inner.items()}
+            mixed, inner = VariateMixer(cfg, self.dims, name="variates")(x_GMND, seen_GMM, train)
+            taps |= nested("variates", inner)
             if mixed_GM is not None:
                 mixed = jnp.where(mixed_GM[..., None, None], mixed, x_GMND)
             x_GMND = mixed
         return x_GMND, taps
 
     def _recurrence(self, u, taps):
-        cfg, heads = self.cfg, self.cfg.lstm_heads[self.layer]
+        cfg, heads = self.cfg, self.dims.lstm_heads
         if not heads:
             return jnp.zeros_like(u)  # pruning has left none
-        kind = cfg.kinds[self.layer]
+        kind = self.dims.kind
         cell = MLSTM(cfg, heads, name=kind) if kind == "mlstm" else SLSTM(cfg, heads, name=kind)
         y, inner = cell(u)
-        taps |= {f"cell/{name}": value for name, value in inner.items()}
+        taps |= nested("cell", inner)
         return y
 
     def _combined(self, y_GMND, back_GAND, both, known_GA, train, taps):
@@ -769,16 +770,15 @@ class TiRex2Net(nn.Module):
             2 * cfg.patch_len,
             cfg.embed_dim,
             cfg.d_model,
-            act,
+            activation=act,
             dropout=cfg.dropout,
             name="embed",
         )
         x_GMND = taps["embed"] = embed(tokens_GMNP, train)
-        for i in range(len(cfg.ffn_dims)):
-            layer = Layer(cfg, i, name=f"layer_{i}")
+        for i, dims in enumerate(cfg.layers):
+            layer = Layer(cfg, dims, name=f"layer_{i}")
             x_GMND, inner = layer(x_GMND, both, known_GA, seen_GMM, mixed_GM, train)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()}
-            taps[f"layer_{i}"] = x_GMND
+            taps |= nested(f"layer_{i}", inner, x_GMND)
 
         x_GCND = x_GMND[:, :targets, x_GMND.shape[2] - last :]
         if cfg.out_norm_eps is not None:
@@ -786,12 +786,7 @@ class TiRex2Net(nn.Module):
         x_GCND = Dropout(cfg.dropout)(x_GCND, train)
         outputs = len(cfg.levels) * cfg.patch_len
         head = ResidualBlock(
-            cfg.d_model,
-            cfg.out_dim,
-            outputs,
-            act,
-            dropout=cfg.dropout,
-            name="head",
+            cfg.d_model, cfg.out_dim, outputs, activation=act, dropout=cfg.dropout, name="head"
         )
         y = taps["head"] = head(x_GCND, train)
         y = y.reshape(*y.shape[:3], len(cfg.levels), cfg.patch_len)
@@ -913,20 +908,6 @@ def calibrated(y_GCRQ: jax.Array, summed_GC: jax.Array, level_GC: jax.Array) -> 
     return jnp.where(summed_GC[..., None, None], summed, plain)
 
 
-def at_levels(y: jax.Array, levels: Sequence[float], wanted: Sequence[float]) -> jax.Array:
-    """Values [..., W] at the levels `wanted` of quantiles y [..., Q] at rising `levels`.
-
-    Linear between neighbours, the end values beyond the ends.
-    """
-    have = np.asarray(levels, np.float64)
-    want = np.clip(np.asarray(wanted, np.float64), have[0], have[-1])
-    low = np.clip(np.searchsorted(have, want, side="right") - 1, 0, max(len(have) - 2, 0))
-    high = np.minimum(low + 1, len(have) - 1)
-    share = (want - have[low]) / np.where(high > low, have[high] - have[low], 1.0)
-    share = jnp.asarray(share, jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
-    return y[..., low] + (y[..., high] - y[..., low]) * share
-
-
 # --- the model
 
 
@@ -937,6 +918,7 @@ class TiRex2(Model):
     config: TiRex2Config
 
     family = "tirex_2"
+    published = PRESETS
     covariates = frozenset({"past", "known"})
     missing_in_front = True
     head = r"^head/"
@@ -946,43 +928,27 @@ class TiRex2(Model):
         (r"^(embed|head)/hidden/kernel$", ("fsdp", "tensor")),
         (r"^(embed|head)/out/kernel$", ("tensor", "fsdp")),
         (r"^(embed|head)/residual/kernel$", (None, "fsdp")),
-        (r"/(mlstm|attn)/(q|k|v|gate)/kernel$", ("fsdp", "tensor", None)),
-        (r"/(mlstm|attn)/out/kernel$", ("tensor", None, "fsdp")),
         (r"/mlstm/[if]/kernel$", ("fsdp", None, None)),
         (r"/slstm/[ifzo]/kernel$", ("fsdp", "tensor", None)),
         (r"/slstm/recurrent$", ("tensor", "fsdp", None, None)),
         (r"/combine/kernel$", ("tensor", "fsdp")),
-        (r"/(gate|up)/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"(/scale|/bias)$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     # An sLSTM has no output projection: what its heads give are channels of the residual stream,
     # which pruning masks and does not remove.
     prunable = (
         Group.heads(
-            r"layer_(\d+)/mlstm",
-            r"lstm_heads.\1",
+            "mlstm",
+            "lstm_heads",
             makes=("q", "k", "i", "f", "gate", "v"),
             others=(("norm/scale", 0),),
             normed=True,
         ),
-        Group.heads(
-            r"layer_(\d+)/variates/attn",
-            values=r"variate_value_dims.\1",
-            swapped=True,
-            beside=(r"kinds.\1", r"lstm_heads.\1"),
-        ),
-        Group.units(r"layer_(\d+)"),
-        Group.units(r"layer_(\d+)/variates", r"variate_dims.\1"),
+        Group.heads("variates/attn", "attn", swapped=True),
+        Group.units(),
+        Group.units("variates", "variate_ffn"),
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TiRex2Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TiRex2Config:
-        return config_from_json(TiRex2Config, fields)
 
     @classmethod
     def small(cls) -> TiRex2Config:
@@ -1005,10 +971,6 @@ class TiRex2(Model):
         return "joint"
 
     @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
     def horizon(self) -> int:
         """Steps of one forward pass."""
         return self.config.future_len
@@ -1018,8 +980,11 @@ class TiRex2(Model):
         """Windows for which the activations of ten variates fit."""
         cfg = self.config
         tokens = (cfg.context_len + cfg.future_len) // cfg.patch_len + 1
-        scores = max(cfg.lstm_heads) * min(tokens, CHUNK)
-        widest = max(3 * max(cfg.ffn_dims), max(cfg.variate_dims), 12 * cfg.d_model, 3 * scores)
+        widths = [12 * cfg.d_model]
+        for dims in cfg.layers:
+            scores = dims.lstm_heads * min(tokens, CHUNK)
+            widths += [3 * dims.ffn, dims.variate_ffn, 3 * scores]
+        widest = max(widths)
         return 1 << max(int(math.log2(MEMORY / (40 * tokens * widest))), 0)
 
     def init(self, key: jax.Array) -> Tree:
@@ -1041,9 +1006,9 @@ class TiRex2(Model):
             return TiRex2Net(cfg).init(key, tokens, (1,), known, seen, None, 1, 1)
 
         shapes = jax.eval_shape(fresh, key, tokens, known, seen)["params"]
-        return draw(key, shapes, self._distribution)
+        return draw(key, shapes, functools.partial(self._distribution, flatten(shapes)))
 
-    def _distribution(self, path: str, shape: tuple[int, ...]):
+    def _distribution(self, flat: Mapping[str, Any], path: str, shape: tuple[int, ...]):
         cfg = self.config
         parts = path.split("/")
         if parts[-1] == "scale":
@@ -1052,21 +1017,14 @@ class TiRex2(Model):
             if parts[-1] == "recurrent":
                 return Constant(0.0)
             if parts[-1] == "bias":
-                place = int(parts[0].removeprefix("layer_")) / max(len(cfg.ffn_dims) - 1, 1)
+                place = int(parts[0].removeprefix("layer_")) / max(len(cfg.layers) - 1, 1)
                 return functools.partial(_slstm_bias, place=place)
             return Normal(math.sqrt(2 / (5 * cfg.d_model)))
         if "mlstm" in parts and parts[-2] in ("i", "f"):
             if parts[-1] == "kernel":
                 return Constant(0.0)
             return Normal(0.1) if parts[-2] == "i" else _mlstm_forget_bias
-        if parts[-1] == "bias":  # of the blocks at the ends
-            inputs = {
-                "embed": {"hidden": 2 * cfg.patch_len, "out": cfg.embed_dim},
-                "head": {"hidden": cfg.d_model, "out": cfg.out_dim},
-            }[parts[0]]
-            return Uniform(inputs.get(parts[1], inputs["hidden"]) ** -0.5)
-        outputs = 2 if parts[-2] in ("q", "k", "v") or path.endswith("mlstm/gate/kernel") else 1
-        return Uniform(math.prod(shape[:-outputs]) ** -0.5)
+        return torch_linear(flat, path, heads=("/q", "/k", "/v", "/mlstm/gate")) or Constant(0.0)
 
     def recipe(self) -> Recipe:
         # No code for training is public.
@@ -1075,7 +1033,16 @@ class TiRex2(Model):
             "Chronos-Bolt, which has the same loss and about the same size; gradients clipped at 1"
         )
         context, horizon = min(self.context_len, 2048), min(self.horizon, 96)
-        return Recipe(1e-5, 32, 1, "cosine", context, horizon, "own", source, clip=1.0)
+        return self._recipe(
+            lr=1e-5,
+            batch_size=32,
+            epochs=1,
+            schedule="cosine",
+            context_len=context,
+            horizon=horizon,
+            source=source,
+            clip=1.0,
+        )
 
     # --- the network around its scaling
 
@@ -1119,7 +1086,7 @@ class TiRex2(Model):
         g, m, t = x_GMT.shape
         x_GMT = x_GMT.astype(jnp.float32)
         loc, scale, binary = location_scale(x_GMT, cfg.scale_eps, cfg.binary_aware)
-        z_GMT = self.scaled(x_GMT, loc, scale, binary)
+        z_GMT = self.scaled(x_GMT, loc, scale, binary=binary)
 
         front = ((0, 0), (0, 0), (-t % p, 0))
         z_GMT = jnp.pad(z_GMT, front, constant_values=jnp.nan)
@@ -1138,20 +1105,8 @@ class TiRex2(Model):
 
         n = tokens.shape[2]
         targets, last = m if targets is None else targets, n if last is None else last
-        rngs = {"dropout": key} if train and key is not None else None
-        net: Any = TiRex2Net(cfg)  # Flax types what apply returns too widely
-        y_GCNQP, taps = net.apply(
-            {"params": params},
-            tokens,
-            both,
-            known,
-            seen,
-            mixed,
-            targets,
-            last,
-            rngs is not None,
-            rngs=rngs,
-        )
+        options = {"targets": targets, "last": last, "key": key, "train": train}
+        y_GCNQP, taps = run(TiRex2Net(cfg), params, tokens, both, known, seen, mixed, **options)
         y_GCRQ = jnp.swapaxes(y_GCNQP, 3, 4).reshape(g, targets, last * p, len(cfg.levels))
         taps |= {"scaled": y_GCRQ, "loc": loc, "scale": scale, "binary": binary, "known": known}
 
@@ -1201,14 +1156,7 @@ class TiRex2(Model):
         targets_GM = np.arange(m)[:, None] >= targets
         seen = jnp.broadcast_to(~(targets_GM & ~targets_GM.T), (g, m, m))
         y_GCRQ, taps = self.apply(
-            params,
-            window,
-            both=both,
-            seen=seen,
-            targets=targets,
-            last=last,
-            key=key,
-            train=train,
+            params, window, both=both, seen=seen, targets=targets, last=last, key=key, train=train
         )
         return y_GCRQ[:, :, :steps], taps | {"scaled": taps["scaled"][:, :, :steps]}
 
@@ -1223,7 +1171,7 @@ class TiRex2(Model):
         target = jnp.asarray(batch["target"])
         steps = target.shape[-1]
         self._check_reach(steps)
-        x_GMT, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        x_GMT, future = with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         _, taps = self._future(
             params, x_GMT, steps, targets=target.shape[1], future=future, key=key, train=train
         )
@@ -1241,21 +1189,19 @@ class TiRex2(Model):
         c = target_GCR.shape[1]
         observed = ~jnp.isnan(target_GCR)
         loc, scale, binary = (taps[name][:, :c] for name in ("loc", "scale", "binary"))
-        y_GCR = self.scaled(jnp.where(observed, target_GCR, loc), loc, scale, binary)
-        levels = jnp.asarray(self.config.levels, jnp.float32).reshape(1, 1, 1, -1)
-        e = y_GCR[..., None] - taps["scaled"]
-        return jnp.maximum(levels * e, (levels - 1) * e).mean(axis=-1), observed
+        y_GCR = self.scaled(jnp.where(observed, target_GCR, loc), loc, scale, binary=binary)
+        return pinball(y_GCR, taps["scaled"], self.config.levels).mean(axis=-1), observed
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the median that `predict` gives; as far as one forward pass reaches."""
         target = jnp.asarray(batch["target"])
         steps = target.shape[-1]
         self._check_reach(steps)
-        x_GMT, future = _with_covariates(batch["context"], batch.get("past"), batch.get("known"))
+        x_GMT, future = with_covariates(batch["context"], batch.get("past"), batch.get("known"))
         y_GCRQ = self._window(
             params, x_GMT, steps, targets=target.shape[1], future=future, key=key, train=train
         )
-        return mse_observed(self._median(y_GCRQ), target, batch)
+        return mse_observed(median_of(y_GCRQ, self.config.levels), target, batch)
 
     def _check_reach(self, steps: int) -> None:
         if steps > self.horizon:
@@ -1265,30 +1211,16 @@ class TiRex2(Model):
 
     # --- forecasts
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """All variates of a row see each other. Point: the median."""
-        check_context(context, horizon)
-        y_GCRQ = self.rows(params, jnp.asarray(context, jnp.float32), horizon)
-        return Forecast(self._median(y_GCRQ), y_GCRQ, levels=self.config.levels)
-
     def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key=None,
+        self, params: Tree, context, horizon: int, *, past=None, known=None, key=None
     ) -> Forecast:
-        """The covariates are further members of each row's group, which the targets see."""
+        """All variates of a row see each other; covariates are further members of each row's group,
+        which the targets see. Point: the median.
+        """
         check_context(context, horizon)
-        x_GMT, future = _with_covariates(jnp.asarray(context, jnp.float32), past, known)
+        x_GMT, future = with_covariates(context, past, known)
         y_GCRQ = self.rows(params, x_GMT, horizon, targets=context.shape[1], future=future)
-        return Forecast(self._median(y_GCRQ), y_GCRQ, levels=self.config.levels)
-
-    def _median(self, y: jax.Array) -> jax.Array:
-        return at_levels(y, self.config.levels, (0.5,))[..., 0]
+        return Forecast(median_of(y_GCRQ, self.config.levels), y_GCRQ, levels=self.config.levels)
 
     def rows(
         self,
@@ -1325,7 +1257,11 @@ class TiRex2(Model):
 
         def step(x_GMT, known_GAF):
             y_GCFQ = self._window(params, x_GMT, f, targets=targets, future=known_GAF)
-            new = jnp.full((*x_GMT.shape[:2], f), jnp.nan).at[:, :targets].set(self._median(y_GCFQ))
+            new = (
+                jnp.full((*x_GMT.shape[:2], f), jnp.nan)
+                .at[:, :targets]
+                .set(median_of(y_GCFQ, self.config.levels))
+            )
             if known_GAF is not None:
                 new = new.at[:, x_GMT.shape[1] - known_GAF.shape[1] :].set(known_GAF)
             return jnp.concatenate([x_GMT, new], axis=-1)[..., f:], y_GCFQ
@@ -1379,7 +1315,7 @@ class TiRex2(Model):
         p = self.config.patch_len
         x_GMT, targets = jnp.asarray(context), context.shape[1]
         _, taps = self._future(params, x_GMT, p, targets=targets)
-        return taps[f"layer_{len(self.config.ffn_dims) - 1}"]
+        return taps[f"layer_{len(self.config.layers) - 1}"]
 
 
 def _slstm_bias(key: jax.Array, shape: tuple[int, ...], place: float) -> jax.Array:
@@ -1396,21 +1332,3 @@ def _slstm_bias(key: jax.Array, shape: tuple[int, ...], place: float) -> jax.Arr
 
 def _mlstm_forget_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(np.linspace(3, 6, shape[0], dtype=np.float32).reshape(shape))
-
-
-def _with_covariates(
-    context: jax.Array, past: jax.Array | None, known: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Put covariates behind the targets of a group: its members [G, M, T], and what is known ahead.
-
-    context: [G, C, T]. past: [G, K, T]. known: [G, A, T + R].
-    """
-    members, future = [jnp.asarray(context, jnp.float32)], None
-    t = members[0].shape[-1]
-    if past is not None:
-        members.append(jnp.asarray(past, jnp.float32))
-    if known is not None and known.shape[1]:
-        known = jnp.asarray(known, jnp.float32)
-        members.append(known[..., :t])
-        future = known[..., t:]
-    return jnp.concatenate(members, axis=1), future

@@ -41,7 +41,7 @@ pass, I inputs of a token.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -49,19 +49,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import pairs
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import (
-    fill_missing,
-    interpolate_missing,
-    mean_observed,
-    mse_observed,
-)
+from ltsm_jax.layers.missing import fill_missing, interpolate_missing, mean_observed, mse_observed
+from ltsm_jax.layers.network import nested, run
+from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.rope import rotary
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
-from ltsm_jax.layers.widths import width, width_problems
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree
@@ -80,18 +78,26 @@ Cache = tuple[jax.Array, jax.Array]  # rotated keys [B, V, G, S, K] and values o
 
 
 @dataclasses.dataclass(frozen=True)
+class Toto2Layer:
+    """What a layer attends over, its attention, and its feed-forward units."""
+
+    kind: Kind
+    attn: HeadDims
+    ffn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Toto2Config:
     """Widths are per layer, so that a pruned Toto is a Toto.
 
     patch_len: P, time steps of a token.
     d_model: D.
     qk_dim: width of queries and keys. head_dim: width of values.
-    n_heads, n_kv_heads, ffn_dims: H, G and F of each layer. kinds: what it attends over.
+    layers: H, G, K and F of each, and what it attends over.
     attn_width, ffn_width: inputs of the output projection, and of the second feed-forward linear,
       in the published model: they decide the scale of these, whatever is pruned.
     attn_bias, mlp_bias, norm_weight, qk_norm, qk_norm_weight, per_dim_scale, xpos: what there is.
     residual_mult, residual_ratio: of these the taus are made.
-    value_dims: width of the values of each layer; () is head_dim.
 
     How the model is used:
     window: steps that one pass reads at most, of context and forecast without its last patch.
@@ -107,10 +113,7 @@ class Toto2Config:
     d_model: int
     qk_dim: int
     head_dim: int
-    n_heads: tuple[int, ...]
-    n_kv_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
-    kinds: tuple[Kind, ...]
+    layers: tuple[Toto2Layer, ...]
     attn_width: int
     ffn_width: int
     window: int = 4096
@@ -124,7 +127,6 @@ class Toto2Config:
     norm_eps: float = 1e-4
     residual_mult: float = 0.75
     residual_ratio: float = 5.136215466577748
-    value_dims: tuple[int, ...] = ()
     span: int = 16
     block_len: int | None = None
     min_observed: int = 8
@@ -134,18 +136,7 @@ class Toto2Config:
     gradient: Literal["exact", "umup"] = "exact"
 
     def __post_init__(self):
-        layers = len(self.n_heads)
-        problems = width_problems(layers, self.head_dim, value_dims=self.value_dims)
-        if not layers or {len(self.n_kv_heads), len(self.ffn_dims), len(self.kinds)} != {layers}:
-            problems.append(
-                "n_heads, n_kv_heads, ffn_dims and kinds must name the same layers, at least one"
-            )
-        elif any(
-            h and (g < 1 or h % g) for h, g in zip(self.n_heads, self.n_kv_heads, strict=True)
-        ):
-            problems.append(
-                f"n_heads {self.n_heads} must be multiples of n_kv_heads {self.n_kv_heads}"
-            )
+        problems = layer_problems(self.layers, self.head_dim, qk_dim=self.qk_dim)
         sizes = (
             self.patch_len,
             self.d_model,
@@ -155,8 +146,7 @@ class Toto2Config:
             self.ffn_width,
         )
         sizes += (self.window, self.span)
-        widths = (*self.n_heads, *self.n_kv_heads, *self.ffn_dims)
-        if min(sizes) < 1 or min(widths, default=0) < 0 or self.min_observed < 0:
+        if min(sizes) < 1 or self.min_observed < 0:
             problems.append(f"every size must be positive: {self}")
         elif self.block_len is not None and (self.block_len < 1 or self.block_len % self.patch_len):
             problems.append(
@@ -178,8 +168,9 @@ class Toto2Config:
                 problems.append(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
-        if any(kind not in ("time", "variate") for kind in self.kinds):
-            problems.append(f"kinds must be time or variate: {self.kinds}")
+        kinds = [layer.kind for layer in self.layers]
+        if any(kind not in ("time", "variate") for kind in kinds):
+            problems.append(f"a layer's kind must be time or variate: {kinds}")
         if problems:
             raise ValueError("Toto2Config: " + "; ".join(problems))
 
@@ -204,15 +195,14 @@ class Toto2Config:
         qk_dim = d_model // heads if qk_dim is None else qk_dim
         v_dim = qk_dim if v_dim is None else v_dim
         group_size = layers if group_size is None else group_size
+        kinds = kinds_of(layers, group_size, variate_layers, variate_first=variate_first)
+        attention = HeadDims(heads, qk_dim, v_dim, kv_heads=heads if kv_heads is None else kv_heads)
         return cls(
             patch_len=patch_len,
             d_model=d_model,
             qk_dim=qk_dim,
             head_dim=v_dim,
-            n_heads=(heads,) * layers,
-            n_kv_heads=(heads if kv_heads is None else kv_heads,) * layers,
-            ffn_dims=(d_ff,) * layers,
-            kinds=kinds_of(layers, group_size, variate_layers, variate_first),
+            layers=tuple(Toto2Layer(kind, attention, d_ff) for kind in kinds),
             attn_width=heads * v_dim,
             ffn_width=d_ff,
             **rest,
@@ -270,7 +260,7 @@ class Toto2Config:
         of_attn = r * of_mlp
         i = 2 * layer + (branch == "mlp")
         before = (i + 1) // 2 * of_attn**2 + i // 2 * of_mlp**2
-        return (of_mlp if branch == "mlp" else of_attn) / math.sqrt(len(self.kinds) + before)
+        return (of_mlp if branch == "mlp" else of_attn) / math.sqrt(len(self.layers) + before)
 
 
 def kinds_of(
@@ -508,16 +498,14 @@ class Attention(nn.Module):
     """
 
     cfg: Toto2Config
-    layer: int
+    dims: HeadDims
 
     @nn.compact
     def __call__(self, x_ABND, seen, places, cache: Cache | None):
-        cfg, taps, umup = self.cfg, {}, self.cfg.gradient == "umup"
-        h, g = cfg.n_heads[self.layer], cfg.n_kv_heads[self.layer]
-        value_dim = width(cfg.value_dims, self.layer, cfg.head_dim)
+        cfg, dims, taps, umup = self.cfg, self.dims, {}, self.cfg.gradient == "umup"
         scaled = Scaled.of(cfg, cfg.d_model)
         project = {}
-        for name, shape in (("q", (h, cfg.qk_dim)), ("k", (g, cfg.qk_dim)), ("v", (g, value_dim))):
+        for name, shape in dims.shapes.items():
             linear = Linear((cfg.d_model,), shape, cfg.attn_bias, name=name)
             taps[name] = scaled(linear, x_ABND)
             project[name] = jnp.swapaxes(taps[name], 2, 3)
@@ -542,16 +530,16 @@ class Attention(nn.Module):
                 jnp.concatenate([old.astype(new.dtype), new], axis=3)
                 for old, new in zip(cache, own, strict=True)
             )
-        if g != h:
-            k_ABGNK, v_ABGNV = (jnp.repeat(y, h // max(g, 1), axis=2) for y in (k_ABGNK, v_ABGNV))
-        s_ABHNS = (
-            jnp.einsum("ABHNK,ABHSK->ABHNS", q_ABHNK, k_ABGNK).astype(jnp.float32) / cfg.qk_dim
-        )
+        if dims.key_heads != dims.heads:
+            shared = dims.heads // max(dims.key_heads, 1)
+            k_ABGNK, v_ABGNV = (jnp.repeat(y, shared, axis=2) for y in (k_ABGNK, v_ABGNV))
         # Every token sees itself, so that no row is all hidden.
-        w_ABHNS = jax.nn.softmax(jnp.where(seen, s_ABHNS, -jnp.inf)).astype(v_ABGNV.dtype)
-        y_ABNHV = jnp.swapaxes(jnp.einsum("ABHNS,ABHSV->ABHNV", w_ABHNS, v_ABGNV), 2, 3)
+        y_ABHNV, _ = attend(
+            q_ABHNK, k_ABGNK, v_ABGNV, seen=seen, scale=1 / cfg.qk_dim, hidden=-jnp.inf
+        )
+        y_ABNHV = jnp.swapaxes(y_ABHNV, 2, 3)
         taps["mixed"] = y_ABNHV
-        out = Linear((h, value_dim), (cfg.d_model,), cfg.attn_bias, name="out")
+        out = Linear(dims.joined, (cfg.d_model,), cfg.attn_bias, name="out")
         return Scaled.of(cfg, cfg.attn_width)(out, y_ABNHV), own, taps
 
     def _turned(self, x_ABHNK, places, sign: int):
@@ -559,7 +547,7 @@ class Attention(nn.Module):
         positions_N, center = places
         half = self.cfg.qk_dim // 2
         positions = positions_N.reshape(1, 1, 1, -1)
-        first = turned(x_ABHNK[..., :half], positions, center, sign, self.cfg.xpos)
+        first = turned(x_ABHNK[..., :half], positions, center, sign=sign, xpos=self.cfg.xpos)
         return jnp.concatenate([first, x_ABHNK[..., half:]], axis=-1)
 
 
@@ -575,24 +563,24 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BVSD, seen_BVSS, seen_BSVV, places, cache: Cache | None):
         cfg, i, umup = self.cfg, self.layer, self.cfg.gradient == "umup"
-        kind, taps, own = cfg.kinds[i], {}, None
+        dims, taps, own = cfg.layers[i], {}, None
 
         tau = self._tau("attn")
         norm = Norm(cfg.norm_eps, cfg.norm_weight, umup, name="norm1")
         y_BVSD = taps["norm1"] = norm(entering(x_BVSD, tau, umup))
-        attention = Attention(cfg, i, name=kind)
-        if kind == "time":
+        attention = Attention(cfg, dims.attn, name=dims.kind)
+        if dims.kind == "time":
             y_BVSD, own, inner = attention(y_BVSD, seen_BVSS, places, cache)
         else:
             y_BSVD, _, inner = attention(jnp.swapaxes(y_BVSD, 1, 2), seen_BSVV, None, None)
             y_BVSD = jnp.swapaxes(y_BSVD, 1, 2)
         taps |= inner | {"attn": y_BVSD}
-        x_BVSD = taps["after_attn"] = leaving(x_BVSD, y_BVSD, tau, umup)
+        x_BVSD = taps["after_attn"] = leaving(x_BVSD, y_BVSD, tau, umup=umup)
 
         tau = self._tau("mlp")
         norm = Norm(cfg.norm_eps, cfg.norm_weight, umup, name="norm2")
         y_BVSD = taps["norm2"] = norm(entering(x_BVSD, tau, umup))
-        into, hidden = (cfg.d_model,), (cfg.ffn_dims[i],)
+        into, hidden = (cfg.d_model,), (dims.ffn,)
         scaled = Scaled.of(cfg, cfg.d_model, 2 * cfg.ffn_width)
         taps["up"] = scaled(Linear(into, hidden, cfg.mlp_bias, name="up"), y_BVSD)
         taps["gate"] = scaled(Linear(into, hidden, cfg.mlp_bias, name="gate"), y_BVSD)
@@ -601,7 +589,7 @@ class Layer(nn.Module):
         y_BVSD = taps["down"] = scaled(
             Linear(hidden, into, cfg.mlp_bias, name="down"), taps["gated"]
         )
-        return leaving(x_BVSD, y_BVSD, tau, umup), taps, own
+        return leaving(x_BVSD, y_BVSD, tau, umup=umup), taps, own
 
     def _tau(self, branch: Literal["attn", "mlp"]) -> jax.Array:
         init = nn.initializers.constant(self.cfg.tau(self.layer, branch))
@@ -617,11 +605,13 @@ class Toto2Net(nn.Module):
     caches: of each layer, with M keys; None for layers over variates.
     only: the tokens whose quantiles are asked for, all by default.
     lean: for a forecast, without the steps inside the layers.
+    whole: see `layers.shortcuts`.
     Returns: quantiles, caches of these tokens by layer (none of a lean pass without caches), and
       the named steps.
     """
 
     cfg: Toto2Config
+    shortens: ClassVar[bool] = True
 
     @nn.compact
     def __call__(
@@ -633,35 +623,33 @@ class Toto2Net(nn.Module):
         caches: Sequence[Cache | None] | None = None,
         only: slice = slice(None),
         lean: bool = False,
+        whole: bool = False,
     ):
-        cfg, depth, taps, kept = self.cfg, len(self.cfg.kinds), {"patches": p_BVSI}, []
+        cfg, taps, kept = self.cfg, {"patches": p_BVSI}, []
         embed = Residual(cfg, 2 * cfg.patch_len, cfg.d_model, readout=False, name="embed")
         x_BVSD, inner = embed(p_BVSI)
-        taps |= {f"embed/{name}": value for name, value in inner.items()} | {"embed": x_BVSD}
+        taps |= nested("embed", inner, x_BVSD)
         seen = seen_BVSS[:, :, None], seen_BSVV[:, :, None]
-        looped = loops(self, lean, False) and caches is None
+        looped = loops(self, lean, False, whole=whole) and caches is None
         if looped:
 
             def layer(i, params, x_BVSD):
                 own = Layer(cfg, i, parent=None)
                 return own.apply({"params": params}, x_BVSD, *seen, places, None)[0]
 
-            widths = (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dims, cfg.kinds, cfg.value_dims)
-            runs = equal_runs(depth, *widths)
-            x_BVSD = through_layers(layer, self.variables["params"], x_BVSD, runs)
-        for i in range(0 if looped else depth):
+            runs = equal_runs(cfg.layers)
+            x_BVSD = through_layers(layer, self.variables["params"], x_BVSD, runs=runs)
+        for i in range(0 if looped else len(cfg.layers)):
             cache = None if caches is None else caches[i]
             x_BVSD, inner, own = Layer(cfg, i, name=f"layer_{i}")(x_BVSD, *seen, places, cache)
-            taps |= {f"layer_{i}/{name}": value for name, value in inner.items()} | {
-                f"layer_{i}": x_BVSD
-            }
+            taps |= nested(f"layer_{i}", inner, x_BVSD)
             kept.append(own)
         norm = Norm(cfg.norm_eps, cfg.norm_weight, cfg.gradient == "umup", name="norm")
         x_BVSD = taps["norm"] = norm(x_BVSD)
         outputs = cfg.patch_len * len(LEVELS)
         head = Residual(cfg, cfg.d_model, outputs, readout=True, name="head")
         y_BVSO, inner = head(x_BVSD[:, :, only])
-        taps |= {f"head/{name}": value for name, value in inner.items()} | {"head": y_BVSO}
+        taps |= nested("head", inner, y_BVSO)
         shape = (*y_BVSO.shape[:3], cfg.patch_len, len(LEVELS))
         return y_BVSO.astype(jnp.float32).reshape(shape), kept, taps
 
@@ -673,6 +661,7 @@ class Toto2(Model):
     config: Toto2Config
 
     family = "toto_2"
+    published = PRESETS
     covariates = frozenset({"past", "known"})
     head = r"^head/"
     fixed = r"_tau$"
@@ -684,42 +673,20 @@ class Toto2(Model):
         (r"^embed/out/kernel$", ("tensor", "fsdp")),
         (r"^head/hidden/kernel$", ("fsdp", "tensor")),
         (r"^head/(out|residual)/kernel$", ("fsdp", None)),
-        (r"/(time|variate)/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/(time|variate)/[qkv]/bias$", ("tensor", None)),
-        (r"/(time|variate)/out/kernel$", ("tensor", None, "fsdp")),
-        (r"/(up|gate)/kernel$", ("fsdp", "tensor")),
-        (r"/down/kernel$", ("tensor", "fsdp")),
-        (r"(/(scaling|scale|bias)|_tau)$", ()),
+        (r"_tau$", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
     prunable = (
-        Group.heads(
-            r"layer_(\d+)/time",
-            shared=r"n_kv_heads.\1",
-            values=r"value_dims.\1",
-            beside=(r"kinds.\1",),
-        ),
-        Group.heads(
-            r"layer_(\d+)/variate",
-            shared=r"n_kv_heads.\1",
-            values=r"value_dims.\1",
-            beside=(r"kinds.\1",),
-            swapped=True,
-        ),
-        Group.units(r"layer_(\d+)"),
+        Group.heads("time", "attn"),
+        Group.heads("variate", "attn", swapped=True),
+        Group.units(),
     )
 
     @property
     def missing_in_front(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether steps in front of a series do not exist."""
         return self.config.front == "missing"
-
-    @classmethod
-    def presets(cls) -> Mapping[str, Toto2Config]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> Toto2Config:
-        return config_from_json(Toto2Config, fields)
 
     @classmethod
     def small(cls) -> Toto2Config:
@@ -750,7 +717,8 @@ class Toto2(Model):
         """Windows of ten variates whose activations fit."""
         cfg = self.config
         tokens = cfg.window // cfg.patch_len + cfg.span
-        wide = max(*cfg.ffn_dims, *(h * tokens for h in cfg.n_heads), 4 * cfg.d_model)
+        widest = max(max(dims.ffn, dims.attn.heads * tokens) for dims in cfg.layers)
+        wide = max(widest, 4 * cfg.d_model)
         return 1 << max(int(math.log2(MEMORY / (40 * tokens * wide))), 0)
 
     def init(self, key: jax.Array) -> Tree:
@@ -780,7 +748,16 @@ class Toto2(Model):
         )
         rate = 0.1 * 0.012 / math.sqrt(self.config.d_model)
         context, horizon = min(self.context_len, 2048), min(self.horizon, 96)
-        return Recipe(rate, 32, 1, "cosine", context, horizon, "own", source, clip=7.0)
+        return self._recipe(
+            lr=rate,
+            batch_size=32,
+            epochs=1,
+            schedule="cosine",
+            context_len=context,
+            horizon=horizon,
+            source=source,
+            clip=7.0,
+        )
 
     # --- one pass over patches
 
@@ -847,9 +824,8 @@ class Toto2(Model):
         seen_BVSS = groups_BVS[..., :, None] == groups_BVS[..., None, :]
         seen_BVSS = seen_BVSS & jnp.tril(jnp.ones((s, s), bool))[None, None]
         places = np.arange(s), s // 2
-        net: Any = Toto2Net(self.config)  # Flax types what apply returns too widely
-        args = (tokens, seen_BVSS, _together(groups_BVS), places)
-        return net.apply({"params": params}, *args, only=only, lean=lean)
+        inputs = (tokens, seen_BVSS, _together(groups_BVS), places)
+        return run(Toto2Net(self.config), params, *inputs, only=only, lean=lean)
 
     def sequence_loss(
         self,
@@ -892,7 +868,8 @@ class Toto2(Model):
         if counts_BV is not None:
             weight = weight * counts_BV[..., None, None]
         z = jnp.where(weight > 0, z, 0.0)
-        loss = mean_observed(_pinball(z, y[:, :, :-1]), weight, {} if batch is None else batch)
+        error = pinball(z, y[:, :, :-1], LEVELS).mean(-1)
+        loss = mean_observed(error, weight, {} if batch is None else batch)
         return loss, taps | {"quantiles": y, "target": z, "weight": weight}
 
     # --- forecasts
@@ -918,22 +895,20 @@ class Toto2(Model):
         whole patches.
 
         Args:
-          x_BVT: whole patches, finite where not observed. observed_BVT: booleans. Of the last patch
-            everything should be observed: the original counts it so.
+          x_BVT: whole patches, finite where not observed; the last one should be all observed, as
+            the original counts it. observed_BVT: booleans.
           ids_BV: the group of each variate; all of one by default.
           known_BET: further variates that are known up to the end of the horizon, [B, E, T + H],
             with known_observed_BET, and their groups.
           block_len: steps of one pass, whole patches; None is all. After each pass its medians are
-            part of the series, and the scale counts them. Keys and values of what came before are
-            kept as they were made.
+            part of the series; keys and values of what came before are kept as they were made.
           min_observed: see `causal_scale`.
           cap: how many deviations, of the end of the context, a quantile may lie outside the range
             of the context.
           lean: see `Toto2Net`.
           taps: a list to which the steps of each pass are added; without a loop over blocks.
         """
-        cfg, p = self.config, self.config.patch_len
-        b, v, t = x_BVT.shape
+        p, (b, v, t) = self.config.patch_len, x_BVT.shape
         n, ahead = t // p, -(-horizon // p)
         block = ahead if block_len is None else min(block_len // p, ahead)
         rounds = -(-ahead // block)
@@ -943,17 +918,10 @@ class Toto2(Model):
         more = ((0, 0), (0, 0), (0, rounds * block * p))
         x, observed = jnp.pad(x_BVT.astype(jnp.float32), more), jnp.pad(observed_BVT, more)
         if known_BET is not None:
-            e = known_BET.shape[1]
-            more = ((0, 0), (0, 0), (0, x.shape[-1] - known_BET.shape[-1]))
-            shown = known_observed_BET
-            if shown is None:
-                shown = jnp.ones(known_BET.shape, bool)
-            own = known_ids_BE
-            if own is None:
-                own = jnp.zeros((b, e), jnp.int32)
-            x = jnp.concatenate([x, jnp.pad(known_BET.astype(jnp.float32), more)], axis=1)
-            observed = jnp.concatenate([observed, jnp.pad(shown, more)], axis=1)
-            ids = jnp.concatenate([ids, own.astype(jnp.int32)], axis=1)
+            known = _known_ahead(known_BET, known_observed_BET, known_ids_BE, length=x.shape[-1])
+            x, observed, ids = (
+                jnp.concatenate(both, axis=1) for both in zip((x, observed, ids), known)
+            )
         x_BVSP, seen_BVSP = self._patches(x), self._patches(observed)
 
         # Patches of the future are of their group, and so is the last one of the context, whatever
@@ -966,92 +934,93 @@ class Toto2(Model):
         tokens, loc, scale = self._tokens(
             x_BVSP[:, :, :first], seen_BVSP[:, :, :first], min_observed
         )
-        low_BV, high_BV = _range(x_BVT, observed_BVT, cap * scale[:, :v, n - 1])
-
-        def real(y_BVNPQ, loc_BVS, scale_BVS, last):
-            """Quantiles of patches in the units of x, in order; scaled as patch `last` is."""
-            loc, scale = (
-                jax.lax.dynamic_slice_in_dim(a[:, :v], last, 1, axis=2)
-                for a in (loc_BVS, scale_BVS)
-            )
-            y = _unscaled(y_BVNPQ[:, :v], loc[..., None, None], scale[..., None, None])
-            if cap:
-                y = jnp.clip(y, low_BV[..., None, None, None], high_BV[..., None, None, None])
-            return jnp.sort(y, axis=-1)
-
-        only = slice(n - 1, first - 1)
+        passes = Passes(
+            targets=v,
+            context=n,
+            ahead=ahead,
+            block=block,
+            rounds=rounds,
+            min_observed=min_observed,
+            there_BVS=there_BVS,
+            groups_BVS=groups_BVS,
+            bounds_BV=_range(x_BVT, observed_BVT, cap * scale[:, :v, n - 1]) if cap else None,
+        )
+        own_groups, only = groups_BVS[:, :, :first], slice(n - 1, first - 1)
         y, own, steps = self._network(
-            params, tokens, groups_BVS[:, :, :first], only, lean and rounds == 1
+            params, tokens, own_groups, only=only, lean=lean and rounds == 1
         )
-        found = real(y, loc, scale, n - 1)
+        found = passes.real(y, loc, scale, n - 1)
         if taps is not None:
-            taps.append(steps | {"groups": groups_BVS[:, :, :first]})
-        if rounds == 1:
-            return found.reshape(b, v, -1, len(LEVELS))[:, :, :horizon]
+            taps.append(steps | {"groups": own_groups})
 
-        # Keys that are kept: of the context, and of blocks once they are decoded.
-        room = n + (rounds - 1) * block
-        caches = [None if each is None else _with_room(each, n, room) for each in own]
-        kept_BVM = jnp.pad(
-            there_BVS[:, :, :n], ((0, 0), (0, 0), (0, room - n)), constant_values=True
-        )
-        both = 2 * block
-        # The original takes the groups of later passes from the start of the context.
-        seen_BSVV = _together(groups_BVS[:, :, :both])
-        causal_SS = jnp.tril(jnp.ones((both, both), bool))
-        net: Any = Toto2Net(cfg)
+        if rounds > 1:
+            state = (x_BVSP, seen_BVSP, passes.caches(own), found)
+            later = self._later_blocks(params, passes, state, taps=taps)
+            found = jnp.concatenate([found, later], axis=2)
+        return found.reshape(b, v, -1, len(LEVELS))[:, :, :horizon]
 
-        def again(state, start):
-            """Commit the block at patch `start`, and decode the next."""
-            x_BVSP, seen_BVSP, caches, block_BVNPQ = state
-            x_BVSP = jax.lax.dynamic_update_slice(
-                x_BVSP, block_BVNPQ[..., MEDIAN], (0, 0, start, 0)
-            )
-            seen_BVSP = jax.lax.dynamic_update_slice(
-                seen_BVSP, jnp.ones(block_BVNPQ.shape[:-1], bool), (0, 0, start, 0)
-            )
-            tokens, loc, scale = self._tokens(x_BVSP, seen_BVSP, min_observed)
-            tokens = jax.lax.dynamic_slice_in_dim(tokens, start, both, axis=2)
-            # What is committed counts as observed, also holes of known covariates.
-            committed = ((np.arange(both) < block)[:, None] & (np.arange(2 * p) >= p)[None])[
-                None, None
-            ]
-            tokens = jnp.where(committed, 0.0, tokens)
-            before_M = jnp.arange(room) < start
-            seen_BVSM = (kept_BVM & before_M[None, None])[:, :, None]
-            seen_BVSM = jnp.broadcast_to(seen_BVSM, (*kept_BVM.shape[:2], both, room))
-            seen_BVSS = jnp.broadcast_to(causal_SS[None, None], (*kept_BVM.shape[:2], both, both))
-            seen = jnp.concatenate([seen_BVSM, seen_BVSS], axis=-1)
-            # xPos has its center in the middle of all positions of a pass, of which the last may
-            # have fewer.
-            end = jnp.minimum(start + both, n + ahead)
-            places = start + jnp.arange(both), end // 2
-            only = slice(block - 1, both - 1)
-            args = (tokens, seen, seen_BSVV, places, caches)
-            y, own, steps = net.apply({"params": params}, *args, only=only)
-            caches = [
-                None if old is None or new is None else _written(old, new, block, start)
-                for old, new in zip(caches, own, strict=True)
-            ]
-            block_BVNPQ = real(y, loc, scale, start + block - 1)
-            return (x_BVSP, seen_BVSP, caches, block_BVNPQ), (block_BVNPQ, steps)
+    def _later_blocks(self, params: Tree, passes: "Passes", state, taps: list | None) -> jax.Array:
+        """Quantiles [B, V, M, P, Q] of all blocks behind the first one; state: as of `_again`."""
+        starts = passes.context + passes.block * np.arange(passes.rounds - 1)
 
-        state, later = (x_BVSP, seen_BVSP, caches, found), []
-        starts = n + block * np.arange(rounds - 1)
-        if taps is not None:
-            for start in starts:
-                state, (more_BVNPQ, steps) = again(state, start)
-                later.append(more_BVNPQ)
-                taps.append(steps | {"groups": groups_BVS[:, :, :both]})
-            later = jnp.stack(later)
+        def step(state, start):
+            state, steps = self._again(params, passes, state, start=start)
+            return state, (state[-1], steps)
+
+        if taps is None:
+            # The named steps are not asked for, and the compiler leaves out what is not returned.
+            def lean_step(state, start):
+                state, (block_BVNPQ, _) = step(state, start)
+                return state, block_BVNPQ
+
+            _, later = jax.lax.scan(lean_step, state, starts)
         else:
-            _, later = jax.lax.scan(
-                lambda state, start: _first_of(again(state, start)), state, starts
-            )
-        later = jnp.moveaxis(later, 0, 2).reshape(b, v, -1, len(LEVELS))
-        return jnp.concatenate([found.reshape(b, v, -1, len(LEVELS)), later], axis=2)[
-            :, :, :horizon
-        ]
+            found = []
+            for start in starts:
+                state, (block_BVNPQ, steps) = step(state, start)
+                found.append(block_BVNPQ)
+                taps.append(steps | {"groups": passes.groups_BVS[:, :, : 2 * passes.block]})
+            later = jnp.stack(found)
+        b, v, _, *each = later.shape[1:]
+        return jnp.moveaxis(later, 0, 2).reshape(b, v, -1, *each)
+
+    def _again(self, params: Tree, passes: "Passes", state, start):
+        """Commit the block at patch `start`, and decode the next.
+
+        state: patches of the whole series, which of their values are observed, caches, and the
+        quantiles of the block. Returns: the next state, and the named steps.
+        """
+        x_BVSP, seen_BVSP, caches, block_BVNPQ = state
+        p, block, both = self.config.patch_len, passes.block, 2 * passes.block
+
+        # The medians are part of the series from now on, and the scale counts them.
+        place = (0, 0, start, 0)
+        x_BVSP = jax.lax.dynamic_update_slice(x_BVSP, block_BVNPQ[..., MEDIAN], place)
+        there = jnp.ones(block_BVNPQ.shape[:-1], bool)
+        seen_BVSP = jax.lax.dynamic_update_slice(seen_BVSP, there, place)
+        tokens, loc, scale = self._tokens(x_BVSP, seen_BVSP, passes.min_observed)
+        tokens = jax.lax.dynamic_slice_in_dim(tokens, start, both, axis=2)
+
+        # What is committed counts as observed, also holes of known covariates.
+        committed_SI = (np.arange(both) < block)[:, None] & (np.arange(2 * p) >= p)[None]
+        tokens = jnp.where(committed_SI[None, None], 0.0, tokens)
+
+        # xPos has its center in the middle of all positions of a pass, of which the last may have
+        # fewer.
+        end = jnp.minimum(start + both, passes.context + passes.ahead)
+        places = start + jnp.arange(both), end // 2
+        # The original takes the groups of later passes from the start of the context.
+        seen_BSVV = _together(passes.groups_BVS[:, :, :both])
+        inputs = (tokens, passes.seen(start), seen_BSVV, places, caches)
+        only = slice(block - 1, both - 1)
+        y, own, steps = run(Toto2Net(self.config), params, *inputs, only=only)
+
+        kept = []
+        for old, new in zip(caches, own, strict=True):
+            # Layers over variates have no cache.
+            kept.append(None if old is None or new is None else _written(old, new, block, start))
+        block_BVNPQ = passes.real(y, loc, scale, start + block - 1)
+        return (x_BVSP, seen_BVSP, kept, block_BVNPQ), steps
 
     # --- series with missing values
 
@@ -1114,7 +1083,7 @@ class Toto2(Model):
             params,
             x,
             observed,
-            horizon,
+            horizon=horizon,
             block_len=cfg.block_len,
             min_observed=cfg.min_observed,
             cap=cfg.cap,
@@ -1123,30 +1092,18 @@ class Toto2(Model):
         )
         return y_BVHQ[:, :c]
 
-    def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
-        """All variates of a row see each other. Point: the median. See `prepare` for missing
-        values.
-        """
-        return self.predict_with(params, context, horizon)
-
     def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key=None,
+        self, params: Tree, context, horizon: int, *, past=None, known=None, key=None
     ) -> Forecast:
-        """The covariates are further variates of each row, behind the targets, as in the original.
+        """All variates of a row see each other. Point: the median. `prepare`: missing values.
 
+        Covariates are further variates of each row, behind the targets, as in the original.
         A patch is forecast by the token before it: what is known of the future helps from its next
         patch on.
         """
         check_context(context, horizon)
         x = jnp.asarray(context, jnp.float32)
-        y_BCHQ = self._rolled(params, x, horizon, past, known, lean=True)
+        y_BCHQ = self._rolled(params, x, horizon, past=past, known=known, lean=True)
         return Forecast(y_BCHQ[..., MEDIAN], y_BCHQ, levels=LEVELS)
 
     # --- training
@@ -1174,7 +1131,7 @@ class Toto2(Model):
         observed = jnp.concatenate([observed, ~jnp.isnan(target)], axis=-1)
         shown = jnp.broadcast_to((np.arange(length + ahead) < length)[None, None], x.shape)
         if "known" in batch:
-            known, there = self._known(batch["known"], t, length, steps)
+            known, there = self._known(batch["known"], t, length, steps=steps)
             more = ((0, 0), (0, 0), (0, ahead - steps))
             known, there = jnp.pad(known, more), jnp.pad(there, more)
             x, observed = (
@@ -1198,28 +1155,88 @@ class Toto2(Model):
         """MSE of the median over the observed targets."""
         context, steps = batch["context"].astype(jnp.float32), batch["target"].shape[-1]
         y_BCHQ = self._rolled(
-            params, context, steps, batch.get("past"), batch.get("known"), lean=False
+            params, context, steps, past=batch.get("past"), known=batch.get("known"), lean=False
         )
         return mse_observed(y_BCHQ[..., MEDIAN], batch["target"], batch)
 
 
-def _first_of(step: Any) -> Any:
-    """What a scan carries and gives, without the named steps."""
-    state, (found, _) = step
-    return state, found
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """The passes of one forecast: what is the same in all of them.
+
+    targets: V, the first variates, which are forecast. context: patches of it. ahead: patches of
+    the horizon. block: patches that a pass decodes. rounds: how many passes there are.
+    min_observed: see `causal_scale`.
+    there_BVS, groups_BVS: which patches exist, and the group of each.
+    bounds_BV: the least and the largest value that a quantile may have; None: any.
+    """
+
+    targets: int
+    context: int
+    ahead: int
+    block: int
+    rounds: int
+    min_observed: int
+    there_BVS: jax.Array
+    groups_BVS: jax.Array
+    bounds_BV: tuple[jax.Array, jax.Array] | None
+
+    @property
+    def room(self) -> int:
+        """Patches whose keys are kept: of the context, and of blocks once they are decoded."""
+        return self.context + (self.rounds - 1) * self.block
+
+    def caches(self, own: Sequence[Cache | None]) -> list[Cache | None]:
+        """Keys and values of the context by layer, with room for those of later blocks."""
+        found = []
+        for cache in own:
+            found.append(None if cache is None else _with_room(cache, self.context, self.room))
+        return found
+
+    def real(self, y_BVNPQ: jax.Array, loc_BVS, scale_BVS, last) -> jax.Array:
+        """Quantiles of patches in the units of x, in order; scaled as patch `last` is."""
+        v = self.targets
+        loc = jax.lax.dynamic_slice_in_dim(loc_BVS[:, :v], last, 1, axis=2)
+        scale = jax.lax.dynamic_slice_in_dim(scale_BVS[:, :v], last, 1, axis=2)
+        y = _unscaled(y_BVNPQ[:, :v], loc[..., None, None], scale[..., None, None])
+        if self.bounds_BV is not None:
+            low, high = (bound[..., None, None, None] for bound in self.bounds_BV)
+            y = jnp.clip(y, low, high)
+        return jnp.sort(y, axis=-1)
+
+    def seen(self, start) -> jax.Array:
+        """Which keys the two blocks from patch `start` on see [B, V, S, M + S]: those that are
+        kept of what came before, and their own up to each.
+        """
+        both, n = 2 * self.block, self.context
+        later = ((0, 0), (0, 0), (0, self.room - n))
+        kept_BVM = jnp.pad(self.there_BVS[:, :, :n], later, constant_values=True)
+        before_M = jnp.arange(self.room) < start
+        rows = kept_BVM.shape[:2]
+        seen_BVSM = (kept_BVM & before_M[None, None])[:, :, None]
+        seen_BVSM = jnp.broadcast_to(seen_BVSM, (*rows, both, self.room))
+        causal_SS = jnp.tril(jnp.ones((both, both), bool))
+        seen_BVSS = jnp.broadcast_to(causal_SS[None, None], (*rows, both, both))
+        return jnp.concatenate([seen_BVSM, seen_BVSS], axis=-1)
+
+
+def _known_ahead(
+    known_BET: jax.Array, observed_BET: Any, ids_BE: Any, length: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Covariates of `length` steps: values, which are observed, and their groups; all of one group
+    and observed where nothing else is told.
+    """
+    b, e, t = known_BET.shape
+    more = ((0, 0), (0, 0), (0, length - t))
+    observed = jnp.ones(known_BET.shape, bool) if observed_BET is None else observed_BET
+    ids = jnp.zeros((b, e), jnp.int32) if ids_BE is None else ids_BE.astype(jnp.int32)
+    return jnp.pad(known_BET.astype(jnp.float32), more), jnp.pad(observed, more), ids
 
 
 def _together(groups_BVS: jax.Array) -> jax.Array:
     """Which variates are of one group at each patch [B, S, V, V]."""
     groups_BSV = jnp.swapaxes(groups_BVS, 1, 2)
     return groups_BSV[..., :, None] == groups_BSV[..., None, :]
-
-
-def _pinball(z_BVSP: jax.Array, y_BVSPQ: jax.Array) -> jax.Array:
-    """Mean over the levels [B, V, S, P]."""
-    level_Q = jnp.asarray(LEVELS, jnp.float32).reshape(1, 1, 1, 1, -1)
-    error = z_BVSP[..., None] - y_BVSPQ
-    return jnp.maximum(level_Q * error, (level_Q - 1) * error).mean(-1)
 
 
 def _unscaled(y_BVNPQ: jax.Array, loc: jax.Array, scale: jax.Array) -> jax.Array:

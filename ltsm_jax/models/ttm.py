@@ -42,12 +42,11 @@ has not got:
   normalises the head's input over the steps that it keeps, which changes the quantiles.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
 import math
-import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -56,15 +55,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.frequency import microseconds
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import mean_observed
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.positions import require_table
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.groups import Group, Stack
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
@@ -94,7 +95,6 @@ _MINUTES = {
     7 * 24 * 60: 9,
 }  # length of a step -> token
 
-Widths = tuple[int, int, int]
 Loss = Literal["mse", "mae", "pinball", "huber"]
 GateMode = Literal["softmax", "sigmoid", "glu", "group_sigmoid"]
 
@@ -151,12 +151,23 @@ class QuantileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixerDims:
+    """Hidden widths of a layer's mixers over channels, patches and features; 0: it has no such
+    mixer.
+    """
+
+    channel: int
+    patch: int
+    feature: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TTMConfig:
     """Hidden widths are per layer, so that a pruned TTM is a TTM.
 
     context_len L, horizon H, patch_len, patch_stride in time steps; d_model D and decoder_d_model.
-    encoder, decoder: hidden widths (channels, patches, features) of the three mixers of each layer,
-      block by block in the order of computation; 0 where a layer has no such mixer. No decoder: ().
+    encoder, decoder: hidden widths of each layer, block by block in the order of computation. No
+      decoder: ().
     levels, decoder_levels: blocks of adaptive patching, each with an equal share of the layers; 0:
     plain layers. n_channels, mix_channels, decoder_mix_channels: C of the mixers over channels, and
     which parts have them. freq_vocab: rows of the table of frequency tokens, a prefix patch; 0: no
@@ -184,9 +195,9 @@ class TTMConfig:
     patch_len: int
     patch_stride: int
     d_model: int
-    encoder: tuple[Widths, ...]
+    encoder: tuple[MixerDims, ...]
     decoder_d_model: int
-    decoder: tuple[Widths, ...]
+    decoder: tuple[MixerDims, ...]
     levels: int = 0
     decoder_levels: int = 0
     n_channels: int = 1
@@ -208,7 +219,7 @@ class TTMConfig:
     filter_len: int | None = None
     fcm: bool = False
     fcm_context: int = 1
-    fcm_layers: tuple[Widths, ...] = ()
+    fcm_layers: tuple[MixerDims, ...] = ()
     fcm_gated: bool = True
     fcm_past: bool = True
     fcm_offset: int | None = None
@@ -264,13 +275,10 @@ class TTMConfig:
             ("encoder", self.encoder, self.levels, self.d_model),
             ("decoder", self.decoder, self.decoder_levels, self.decoder_d_model),
         ):
-            if any(len(row) != 3 or min(row) < 0 for row in widths) or (
-                name == "encoder" and not widths
-            ):
-                problems.append(
-                    f"{name} must be hidden widths (channels, patches, features) of each layer: "
-                    f"{widths}"
-                )
+            if name == "encoder" and not widths:
+                problems.append("the encoder must have at least one layer")
+            if any(min(dims.channel, dims.patch, dims.feature) < 0 for dims in widths):
+                problems.append(f"hidden widths of the {name} must not be negative: {widths}")
             if levels < 0 or (levels and len(widths) % levels):
                 problems.append(
                     f"{len(widths)} layers of the {name} are no equal share for {levels} levels"
@@ -417,7 +425,7 @@ class TTMConfig:
             rest.get("freq_vocab", 0),
             rest.get("registers", 0),
             rest.get("spectrum", 0),
-            rest.get("spectrum_joined", False),
+            spectrum_joined=rest.get("spectrum_joined", False),
         )
 
         def widths(mixed, n_channels, n_patches, width, count, n_levels):
@@ -425,7 +433,7 @@ class TTMConfig:
             found = []
             for f in factors(n_levels, width):
                 over_patches = expansion * f * n_patches if f * n_patches > 1 else 0
-                found += [(hidden, over_patches, expansion * (width // f))] * count
+                found += [MixerDims(hidden, over_patches, expansion * (width // f))] * count
             return tuple(found)
 
         encoder = widths(rest.get("mix_channels"), channels, n, d_model, layers, levels)
@@ -467,7 +475,7 @@ class TTMConfig:
         own = self.window_patches
         patches = sum(scales(own)) if self.multi_scale else own
         return patches + tokens_in_front(
-            self.freq_vocab, self.registers, self.spectrum, self.spectrum_joined
+            self.freq_vocab, self.registers, self.spectrum, spectrum_joined=self.spectrum_joined
         )
 
     @property
@@ -599,17 +607,14 @@ class Norm(nn.Module):
     def __call__(self, x):
         if self.kind == "LayerNorm":
             return nn.LayerNorm(epsilon=self.eps, use_fast_variance=False, name="layer")(x)
-        shape, wide = x.shape[-1:], x.astype(jnp.float32)
-        mean, var, scale, bias = (
-            self.param(name, start, shape).reshape((1,) * (x.ndim - 1) + shape)
-            for name, start in (
-                ("mean", nn.initializers.zeros),
-                ("var", nn.initializers.ones),
-                ("scale", nn.initializers.ones),
-                ("bias", nn.initializers.zeros),
-            )
-        )
-        return ((wide - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(x.dtype)
+        starts = {"mean": 0.0, "var": 1.0, "scale": 1.0, "bias": 0.0}
+        own = {}
+        for name, value in starts.items():
+            leaf = self.param(name, nn.initializers.constant(value), x.shape[-1:])
+            own[name] = leaf.reshape((1,) * (x.ndim - 1) + x.shape[-1:])
+        gap = x.astype(jnp.float32) - own["mean"]
+        normed = gap * jax.lax.rsqrt(own["var"] + self.eps)
+        return (normed * own["scale"] + own["bias"]).astype(x.dtype)
 
 
 PATCH, CHANNEL, FEATURE = 0, 2, 3  # axes of x_PBCD
@@ -674,13 +679,16 @@ class Attention(nn.Module):
     def __call__(self, x_PBCD, train: bool):
         d = x_PBCD.shape[-1]
         heads = (self.n_heads, d // self.n_heads)
-        q, k, v = (
-            jnp.moveaxis(Linear((d,), heads, name=n)(x_PBCD), 0, 3) for n in "qkv"
-        )  # [B, C, H, P, K]
-        s = jnp.einsum("...PK,...SK->...PS", q * heads[1] ** -0.5, k)
-        w = Dropout(self.dropout)(jax.nn.softmax(s.astype(jnp.float32)).astype(s.dtype), train)
-        y = jnp.moveaxis(jnp.einsum("...PS,...SK->...PK", w, v), 3, 0)
-        return Linear(heads, (d,), name="out")(y)
+
+        def project(name):
+            return jnp.moveaxis(Linear((d,), heads, name=name)(x_PBCD), 0, 3)  # [B, C, H, P, K]
+
+        q, drop = (
+            project("q") * heads[1] ** -0.5,
+            functools.partial(Dropout(self.dropout), train=train),
+        )
+        y_BCHPK, _ = attend(q, project("k"), project("v"), dropout=drop)
+        return Linear(heads, (d,), name="out")(jnp.moveaxis(y_BCHPK, 3, 0))
 
 
 class Mixer(nn.Module):
@@ -699,7 +707,7 @@ class Mixer(nn.Module):
 
         def gate(y):
             y, inner = Gate(axis, cfg.gate, cfg.gate_groups, name="gate")(y)
-            taps.update({f"gate/{name}": value for name, value in inner.items()} | {"gate": y})
+            taps.update(nested("gate", inner, y))
             return y
 
         h = taps["norm"] = Norm(cfg.norm, cfg.norm_eps, name="norm")(x_PBCD)
@@ -725,22 +733,21 @@ class Layer(nn.Module):
     """
 
     cfg: TTMConfig
-    widths: Widths
+    dims: MixerDims
     gated: bool
     dropout: float
 
     @nn.compact
     def __call__(self, x_PBCD, train: bool):
         taps = {}
-        for kind, axis, hidden in zip(
-            ("channel", "patch", "feature"), (CHANNEL, PATCH, FEATURE), self.widths, strict=True
-        ):
+        for kind, axis in (("channel", CHANNEL), ("patch", PATCH), ("feature", FEATURE)):
+            hidden = getattr(self.dims, kind)
             if hidden:
                 name = f"{kind}_mixer"
-                x_PBCD, inner = Mixer(self.cfg, axis, hidden, self.gated, self.dropout, name=name)(
-                    x_PBCD, train
-                )
-                taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: x_PBCD}
+                x_PBCD, inner = Mixer(
+                    self.cfg, axis, hidden, gated=self.gated, dropout=self.dropout, name=name
+                )(x_PBCD, train)
+                taps |= nested(name, inner, x_PBCD)
         return x_PBCD, taps
 
 
@@ -748,7 +755,7 @@ class Mixers(nn.Module):
     """Layers block by block, x_PBCD -> x_PBCD; and the named steps between."""
 
     cfg: TTMConfig
-    widths: tuple[Widths, ...]
+    layers: tuple[MixerDims, ...]
     levels: int
     gated: bool
     dropout: float
@@ -757,18 +764,18 @@ class Mixers(nn.Module):
     def __call__(self, x_PBCD, train: bool):
         taps = {}
         blocks = factors(self.levels, x_PBCD.shape[-1])
-        share = len(self.widths) // len(blocks)
+        share = len(self.layers) // len(blocks)
         p, b, c, d = x_PBCD.shape
         for j, f in enumerate(blocks):
-            x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, b, c, f, d // f), 3, 1).reshape(
-                p * f, b, c, d // f
-            )
-            for i, widths in enumerate(self.widths[j * share : (j + 1) * share]):
+            # Split each patch into f pieces, finest blocks first; and put them together again.
+            pieces = jnp.moveaxis(x_PBCD.reshape(p, b, c, f, d // f), 3, 1)
+            x_PBCD = pieces.reshape(p * f, b, c, d // f)
+            for i, dims in enumerate(self.layers[j * share : (j + 1) * share]):
                 name = f"block_{j}_layer_{i}" if self.levels else f"layer_{i}"
-                x_PBCD, inner = Layer(self.cfg, widths, self.gated, self.dropout, name=name)(
+                x_PBCD, inner = Layer(self.cfg, dims, self.gated, dropout=self.dropout, name=name)(
                     x_PBCD, train
                 )
-                taps |= {f"{name}/{tap}": value for tap, value in inner.items()} | {name: x_PBCD}
+                taps |= nested(name, inner, x_PBCD)
             x_PBCD = jnp.moveaxis(x_PBCD.reshape(p, f, b, c, d // f), 1, 3).reshape(p, b, c, d)
             if self.levels:
                 taps[f"block_{j}"] = x_PBCD
@@ -789,25 +796,28 @@ class Decoder(nn.Module):
         if cfg.d_model != d:
             x_PBCD = taps["adapter"] = Linear((cfg.d_model,), (d,), name="adapter")(x_PBCD)
         if cfg.raw_residual:
+            # Tokens in front of the patches have none of their own.
             prefix = ((x_PBCD.shape[0] - p_PBCK.shape[0], 0), (0, 0), (0, 0), (0, 0))
-            taps["raw_embed"] = Linear((cfg.patch_len,), (d,), name="raw_embed")(
-                jnp.pad(p_PBCK, prefix)
-            )
+            embed = Linear((cfg.patch_len,), (d,), name="raw_embed")
+            taps["raw_embed"] = embed(jnp.pad(p_PBCK, prefix))
             x_PBCD = x_PBCD + taps["raw_embed"]
         if cfg.vocab:
-            tables = [
-                self.param(f"category_{k}", nn.initializers.zeros, (n, d))
-                for k, n in enumerate(cfg.vocab)
-            ]
-            one_BVD = jnp.stack(
-                [table[categories_BV[:, k]] for k, table in enumerate(tables)], axis=1
-            )
-            e_PBVD = taps["categories"] = jnp.broadcast_to(
-                one_BVD[None], (x_PBCD.shape[0], *one_BVD.shape)
-            )
+            # Categories are further channels, which the mixers over channels see.
+            rows = []
+            for k, n in enumerate(cfg.vocab):
+                table = self.param(f"category_{k}", nn.initializers.zeros, (n, d))
+                rows.append(table[categories_BV[:, k]])
+            one_BVD = jnp.stack(rows, axis=1)
+            e_PBVD = jnp.broadcast_to(one_BVD[None], (x_PBCD.shape[0], *one_BVD.shape))
+            taps["categories"] = e_PBVD
             x_PBCD = jnp.concatenate([x_PBCD, e_PBVD.astype(x_PBCD.dtype)], axis=2)
         mixers = Mixers(
-            cfg, cfg.decoder, cfg.decoder_levels, cfg.gated, cfg.head_dropout, name="mixers"
+            cfg,
+            cfg.decoder,
+            cfg.decoder_levels,
+            gated=cfg.gated,
+            dropout=cfg.head_dropout,
+            name="mixers",
         )
         x_PBCD, inner = mixers(x_PBCD, train)
         return x_PBCD[:, :, :n_channels], taps | inner
@@ -830,25 +840,25 @@ class ForecastMixer(nn.Module):
         b, c, h = base_BCH.shape
         e_BET = jnp.concatenate([base_BCH, future_BXH], axis=1)
         e = e_BET.shape[1]
-        before = (
-            jnp.concatenate([past_BCS, past_BXS], axis=1)
-            if cfg.fcm_past
-            else jnp.zeros((b, e, s), e_BET.dtype)
-        )
-        e_BET = jnp.concatenate([before, e_BET, jnp.zeros((b, e, s), e_BET.dtype)], axis=-1)
+        nothing = jnp.zeros((b, e, s), e_BET.dtype)
+        before = jnp.concatenate([past_BCS, past_BXS], axis=1) if cfg.fcm_past else nothing
+        # Each forecast step with the s steps before and behind it.
+        e_BET = jnp.concatenate([before, e_BET, nothing], axis=-1)
         steps = np.arange(h)[:, None] + np.arange(2 * s + 1)[None]
         w_EBHS = jnp.moveaxis(e_BET[..., steps], 1, 0)
         taps["windows"] = w_EBHS
         if cfg.fcm_layers:
             step = 2 * (2 * s + 1)
             w_EBHS = taps["embed"] = Linear((2 * s + 1,), (step,), name="embed")(w_EBHS)
-            mixers = Mixers(cfg, cfg.fcm_layers, 0, cfg.fcm_gated, cfg.head_dropout, name="mixers")
+            mixers = Mixers(
+                cfg, cfg.fcm_layers, 0, gated=cfg.fcm_gated, dropout=cfg.head_dropout, name="mixers"
+            )
             w_EBHS, inner = mixers(w_EBHS, train)
-            taps |= {f"mixers/{name}": value for name, value in inner.items()} | {"mixers": w_EBHS}
+            taps |= nested("mixers", inner, w_EBHS)
         f_1BHF = jnp.moveaxis(w_EBHS, 0, 2).reshape(1, b, h, -1)
         if cfg.fcm_gated:
             f_1BHF, inner = Gate(FEATURE, cfg.gate, cfg.gate_groups, name="gate")(f_1BHF)
-            taps |= {f"gate/{name}": value for name, value in inner.items()} | {"gate": f_1BHF}
+            taps |= nested("gate", inner, f_1BHF)
         y_BHC = taps["out"] = Linear((f_1BHF.shape[-1],), (c,), name="out")(f_1BHF)[0]
         return base_BCH + jnp.swapaxes(y_BHC, 1, 2), taps
 
@@ -1010,7 +1020,7 @@ class TTMNet(nn.Module):
         self, p_PBCK, past_BCL, future_BCH, freq_B, categories_BV, bins_BCS, train: bool = False
     ):
         cfg, taps = self.cfg, {"patches": p_PBCK}
-        x_PBCD = self._tokens(self._patches(p_PBCK, taps), freq_B, bins_BCS, taps)
+        x_PBCD = self._tokens(self._patches(p_PBCK, taps), freq_B, bins_BCS, taps=taps)
         _, b, c, d = x_PBCD.shape
         if cfg.position:
             table_ND = self.param("position", nn.initializers.zeros, (cfg.n_patches, d))
@@ -1019,41 +1029,41 @@ class TTMNet(nn.Module):
             norm = nn.LayerNorm(epsilon=cfg.norm_eps, use_fast_variance=False, name="base_norm")
             x_BCF = taps["base_norm"] = norm(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1))
             x_PBCD = jnp.moveaxis(x_BCF.reshape(b, c, -1, d), 2, 0)
-        mixers = Mixers(cfg, cfg.encoder, cfg.levels, cfg.gated, cfg.dropout, name="encoder")
+        mixers = Mixers(
+            cfg, cfg.encoder, cfg.levels, gated=cfg.gated, dropout=cfg.dropout, name="encoder"
+        )
         x_PBCD, inner = mixers(x_PBCD, train)
-        taps |= {f"encoder/{name}": value for name, value in inner.items()} | {"encoder": x_PBCD}
+        taps |= nested("encoder", inner, x_PBCD)
         if cfg.decoder:
             x_PBCD, inner = Decoder(cfg, name="decoder")(x_PBCD, p_PBCK, categories_BV, train)
-            taps |= {f"decoder/{name}": value for name, value in inner.items()}
+            taps |= nested("decoder", inner)
         taps["decoder"] = x_PBCD
         x_BCF = Dropout(cfg.head_dropout)(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1), train)
-        all_BCH = y_BCH = taps["head"] = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")(
-            x_BCF
-        )
-        all_BCH = y_BCH = all_BCH[..., : cfg.filter_len]
-        y_BCH = _of_targets(cfg, y_BCH)
+        head = Linear((x_BCF.shape[-1],), (cfg.horizon,), name="head")
+        taps["head"] = head(x_BCF)
+        all_BCH = taps["head"][..., : cfg.filter_len]
+        y_BCH = _of_targets(cfg, all_BCH)
         if cfg.fcm:
-            known = np.array(cfg.exogenous, int)
-            last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
-            near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
-            future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
-            mixer = ForecastMixer(cfg, name="fcm")
-            y_BCH, inner = mixer(
-                y_BCH,
-                _of_targets(cfg, near_BCS),
-                future_BXH,
-                near_BCS[:, known],
-                train,
-            )
-            taps |= {f"fcm/{name}": value for name, value in inner.items()}
+            y_BCH = self._mixed(y_BCH, past_BCL, future_BCH, train=train, taps=taps)
         taps["forecast"] = y_BCH
         q_BCHQ = None
         if cfg.quantiles is not None:
             head = QuantileHead(cfg.quantiles, name="quantiles")
             q_BCHQ, inner = head(y_BCH, x_PBCD)
-            taps |= {f"quantiles/{name}": value for name, value in inner.items()}
+            taps |= nested("quantiles", inner)
             y_BCH = q_BCHQ[..., len(cfg.quantiles.levels) // 2]
         return all_BCH, y_BCH, q_BCHQ, taps
+
+    def _mixed(self, y_BCH, past_BCL, future_BCH, train: bool, taps):
+        """Forecasts [B, C', H] of the targets by the forecast channel mixer."""
+        cfg, known = self.cfg, np.array(self.cfg.exogenous, int)
+        last = past_BCL.shape[-1] - (cfg.fcm_offset or 0)
+        near_BCS = past_BCL[..., last - cfg.fcm_context : last].astype(y_BCH.dtype)
+        future_BXH = future_BCH[:, known].astype(y_BCH.dtype) if cfg.exogenous else y_BCH[:, :0]
+        mixer, near = ForecastMixer(cfg, name="fcm"), _of_targets(cfg, near_BCS)
+        y_BCH, inner = mixer(y_BCH, near, future_BXH, near_BCS[:, known], train)
+        taps |= nested("fcm", inner)
+        return y_BCH
 
     def _patches(self, p_PBCK, taps):
         """Embed the patches; with several scales those of each, the coarsest first."""
@@ -1082,20 +1092,16 @@ class TTMNet(nn.Module):
         if cfg.freq_vocab:
             middle = (cfg.patch_len + d) // 2
             table = self.param("freq_table", nn.initializers.zeros, (cfg.freq_vocab, cfg.patch_len))
-            f_BK = nn.gelu(
-                Linear((cfg.patch_len,), (middle,), name="freq_up")(table[freq_B]),
-                approximate=False,
-            )
-            f_BD = taps["freq"] = Linear((middle,), (d,), name="freq_down")(f_BK).astype(
-                x_PBCD.dtype
-            )
+            up = Linear((cfg.patch_len,), (middle,), name="freq_up")
+            f_BK = nn.gelu(up(table[freq_B]), approximate=False)
+            f_BD = Linear((middle,), (d,), name="freq_down")(f_BK).astype(x_PBCD.dtype)
+            taps["freq"] = f_BD
             prefix = jnp.broadcast_to(f_BD[None, :, None], (1, b, c, d))
             x_PBCD = jnp.concatenate([prefix, x_PBCD])
         if cfg.registers:
             r_RD = self.param("registers", nn.initializers.zeros, (cfg.registers, d))
-            r_RBCD = jnp.broadcast_to(
-                r_RD[:, None, None].astype(x_PBCD.dtype), (cfg.registers, b, c, d)
-            )
+            r_R11D = r_RD[:, None, None].astype(x_PBCD.dtype)
+            r_RBCD = jnp.broadcast_to(r_R11D, (cfg.registers, b, c, d))
             x_PBCD = taps["registers"] = jnp.concatenate([r_RBCD, x_PBCD])
         if cfg.spectrum:
             e_SBCD = self._frequencies(bins_BCS, taps).astype(x_PBCD.dtype)
@@ -1116,10 +1122,8 @@ class TTMNet(nn.Module):
         taps["spectrum"] = e_BCSK
         if cfg.spectrum_joined:
             b, c, s, k = e_BCSK.shape
-            joined = Linear((s * k,), (cfg.d_model,), name="spectrum_join")(
-                e_BCSK.reshape(b, c, s * k)
-            )
-            taps["spectrum_join"] = joined
+            join = Linear((s * k,), (cfg.d_model,), name="spectrum_join")
+            joined = taps["spectrum_join"] = join(e_BCSK.reshape(b, c, s * k))
             e_BCSK = joined[:, :, None]
         return jnp.moveaxis(e_BCSK, 2, 0)
 
@@ -1175,7 +1179,7 @@ def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Ar
     """
     head = cfg.quantiles
     if head is None or q_BCHQ is None:
-        return point_error(cfg, y_BCH, target_BCH, batch)
+        return point_error(cfg, y_BCH, target_BCH, batch=batch)
     target = target_BCH[..., : y_BCH.shape[-1]]
     q_BCHQ = q_BCHQ[..., : target.shape[-1], :]
     seen = ~jnp.isnan(target)
@@ -1189,40 +1193,169 @@ def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Ar
     loss = mean_observed(error, seen, batch)
     if head.point_weight:
         absolute = dataclasses.replace(cfg, loss="mae")
-        loss = loss + head.point_weight * point_error(absolute, y_BCH, target_BCH, batch)
+        loss = loss + head.point_weight * point_error(absolute, y_BCH, target_BCH, batch=batch)
     return loss
 
 
-def _hidden_width(cfg: TTMConfig, mixer: re.Match) -> str:
-    """Where the config holds the hidden width of a mixer: part, layer, axis."""
-    part, block, layer, axis = mixer.groups()
-    field, levels = {
-        "encoder": ("encoder", cfg.levels),
-        "decoder/mixers": ("decoder", cfg.decoder_levels),
-        "fcm/mixers": ("fcm_layers", 0),
-    }[part]
-    before = int(block or 0) * (len(getattr(cfg, field)) // max(levels, 1))
-    return f"{field}.{before + int(layer)}.{('channel', 'patch', 'feature').index(axis)}"
+class Forecasts(Model):
+    """Forecasts around one pass (`apply`): what TTM and its decomposed form have in common."""
+
+    @property
+    @abc.abstractmethod
+    def part(self) -> TTMConfig:
+        """The config that says channels, horizon and the kind of output."""
+
+    @abc.abstractmethod
+    def apply(self, params: Tree, x_BCT, observed_BCT=None, **told: Any) -> Any:
+        """One forward pass: forecasts [B, C', H] of the target channels, and the named steps.
+
+        told: `future_BCH`, `freq_token`, `categories`, `key` and `train`, see `TTM.apply`.
+        """
+
+    @abc.abstractmethod
+    def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A context without gaps, and which of its steps were observed (1 or 0)."""
+
+    @property
+    def horizon(self) -> int:
+        return self.part.filter_len or self.part.horizon
+
+    @property
+    def covariates(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Known ahead are exogenous channels, known in the past those that nobody forecasts."""
+        return self.part.covariates
+
+    def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
+        """Forecasts and taps of a batch, from all that it brings."""
+        cfg, steps, most = self.part, batch["target"].shape[-1], self.horizon
+        if steps > most and cfg.filter_len is None:
+            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
+        future = None
+        if cfg.exogenous:
+            future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
+        x, observed = self.filled(batch["context"])
+        more = {name: batch[name] for name in ("freq_token", "categories") if name in batch}
+        return self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the forecast at the first steps of the target, of one forecast at most."""
+        batch = all_channels(self.part, batch)
+        y, _ = self._forecast_for(params, batch, key, train=train)
+        return TTM(self.part).error(y, batch, "mse")
+
+    def predict(
+        self, params: Tree, context, horizon: int, key=None, *, future=None, categories=None
+    ) -> Forecast:
+        """Rolled out forecast by forecast in a window of fixed length, scaled anew at each step, as
+        in the original.
+
+        The forecast has the target channels alone, [B, C', H], where the config names some. Missing
+        values and short contexts: see the module's docstring.
+
+        Args:
+          future: [B, C, horizon], of which the exogenous channels are read. categories: [B, V],
+            else the config's.
+        """
+        check_context(context, horizon)
+        x_BCL, observed_BCL = self.filled(jnp.asarray(context, jnp.float32))
+        told = {"future_BCH": future, "categories": categories}
+        return self.roll_out(params, x_BCL, observed_BCL, horizon=horizon, **told)
+
+    def predict_with(
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        *,
+        past: jax.Array | None = None,
+        known: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Forecast:
+        """The covariates are further channels: those known ahead the exogenous ones, those of the
+        past the ones that are neither forecast nor exogenous, each by rising number.
+        """
+        if past is None and known is None:
+            return self.predict(params, context, horizon, key)
+        unknown = jnp.full((*context.shape[:2], horizon), jnp.nan)
+        every, future = with_covariates(self.part, context, unknown, past, known)
+        return self.predict(params, every, horizon, key, future=future)
+
+    def roll_out(
+        self,
+        params: Tree,
+        x_BCL,
+        observed_BCL,
+        horizon: int,
+        *,
+        future_BCH=None,
+        freq_token=None,
+        categories=None,
+    ) -> Forecast:
+        """`predict` of a window without gaps. Forecasts become the newest values of the window;
+        those of channels that are neither target nor exogenous are the ones before the forecast
+        channel mixer.
+        """
+        cfg, one = self.part, self.horizon
+        steps = math.ceil(horizon / one)
+        known, targets = np.array(cfg.exogenous, int), cfg.forecast_channels
+        future_SBCH = self._future(future_BCH, horizon, steps) if cfg.exogenous else None
+
+        def step(state, future):
+            x, observed = state
+            told = {"freq_token": freq_token, "categories": categories}
+            y, taps = self.apply(params, x, observed, future_BCH=future, **told)
+            new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
+            if cfg.exogenous:
+                # What is not known of the future is filled as what is missing in the past.
+                filling = TTM(cfg).filling(x, observed > 0)
+                future = jnp.where(jnp.isnan(future), filling, future)
+                new = new.at[:, known].set(future[:, known])
+            length = x.shape[-1]
+            x = jnp.concatenate([x, new], axis=-1)[..., -length:]
+            observed = jnp.concatenate([observed, jnp.ones_like(new)], axis=-1)[..., -length:]
+            return (x, observed), (y, taps.get("quantiles"))
+
+        state = (x_BCL, observed_BCL)
+        if steps == 1:
+            _, (y, q) = step(state, None if future_SBCH is None else future_SBCH[0])
+        else:
+            _, (y_SBCH, q) = jax.lax.scan(step, state, future_SBCH, length=steps)
+            y = jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)
+            if q is not None:
+                q = jnp.moveaxis(q, 0, 2).reshape(*y.shape, q.shape[-1])
+        if q is None or cfg.quantiles is None:
+            return Forecast(y[..., :horizon])
+        return Forecast(y[..., :horizon], q[..., :horizon, :], levels=cfg.quantiles.levels)
+
+    def _future(self, future_BCH, horizon: int, steps: int) -> jax.Array:
+        """The future of the exogenous channels, of each forecast of a roll-out [S, B, C, H]; the
+        last values repeated up to whole forecasts.
+        """
+        if future_BCH is None or future_BCH.shape[-1] < horizon:
+            raise ValueError(
+                f"the future of the exogenous channels {self.part.exogenous} must reach {horizon} "
+                "steps"
+            )
+        length = steps * self.horizon
+        missing = ((0, 0), (0, 0), (0, max(length - future_BCH.shape[-1], 0)))
+        future_BCH = jnp.pad(future_BCH, missing, mode="edge")[..., :length]
+        parts = future_BCH.reshape(*future_BCH.shape[:2], steps, self.horizon)
+        return jnp.moveaxis(parts, 2, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class TTM(Model):
+class TTM(Forecasts):
     """TTM at one size. See the module docstring; `Model` documents the methods."""
 
     config: TTMConfig
 
     family = "ttm"
+    published = PRESETS
     missing_in_front = True
     head = r"^(head|quantiles)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2, -r3)"
     shard_rules = (
-        (r"_mixer/up/kernel$", ("fsdp", "tensor")),
-        (r"_mixer/up/bias$", ("tensor",)),
-        (r"_mixer/down/kernel$", ("tensor", "fsdp")),
-        (r"/attn/[qkv]/kernel$", ("fsdp", "tensor", None)),
-        (r"/attn/[qkv]/bias$", ("tensor", None)),
-        (r"/attn/out/kernel$", ("tensor", None, "fsdp")),
         (
             r"(^|/)(embed|embed_\d+|raw_embed|adapter|freq_up|freq_down|linear|head|out)/kernel$",
             ("fsdp", None),
@@ -1230,23 +1363,23 @@ class TTM(Model):
         (r"(^|/)quantiles/(pool|token|flat)/kernel$", ("fsdp", None)),
         # Too small to be worth dividing.
         (r"(^|/)(spectrum_(up|down|join)|quantiles/(filter|up|down))/kernel$", ()),
-        (r"/(scale|bias|mean|var)$", ()),
+        (r"(^|/)quantiles/(filter|up|down)/bias$", ()),
         (r"(^|/)(freq_table|category_\d+|position|registers|spectrum_table)$", ()),
+        (r"/(mean|var)$", ()),
+        *shards.LAYERS,
+        *shards.UP_BIAS,
+        *shards.WHOLE,
+    )
+    stacks = (
+        Stack("encoder", ("encoder",), levels="levels"),
+        Stack("decoder/mixers", ("decoder",), levels="decoder_levels"),
+        Stack("fcm/mixers", ("fcm_layers",)),
     )
     prunable = (
-        Group.units(
-            r"(encoder|decoder/mixers|fcm/mixers)/(?:block_(\d+)_)?layer_(\d+)/(\w+)_mixer",
-            _hidden_width,
-        ),
+        Group.units("channel_mixer", "channel"),
+        Group.units("patch_mixer", "patch"),
+        Group.units("feature_mixer", "feature"),
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, TTMConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> TTMConfig:
-        return config_from_json(TTMConfig, fields)
 
     @classmethod
     def small(cls) -> TTMConfig:
@@ -1269,16 +1402,12 @@ class TTM(Model):
         """Running statistics of BatchNorm and the computed position table, where the config has
         them.
         """
-        found = [r"/norm(_attn)?/(mean|var)$"] if self.config.norm == "BatchNorm" else []
-        return (
-            "|".join(found + ([r"(^|/)position$"] if self.config.position == "sincos" else []))
-            or None
-        )
-
-    @property
-    def covariates(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Known ahead are exogenous channels, known in the past those that nobody forecasts."""
-        return self.config.covariates
+        found = []
+        if self.config.norm == "BatchNorm":
+            found.append(r"/norm(_attn)?/(mean|var)$")
+        if self.config.position == "sincos":
+            found.append(r"(^|/)position$")
+        return "|".join(found) or None
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -1293,12 +1422,8 @@ class TTM(Model):
         return "joint" if joint else "independent"
 
     @property
-    def context_len(self) -> int:
-        return self.config.context_len
-
-    @property
-    def horizon(self) -> int:
-        return self.config.filter_len or self.config.horizon
+    def part(self) -> TTMConfig:
+        return self.config
 
     @property
     def eval_batch(self) -> int:
@@ -1328,7 +1453,7 @@ class TTM(Model):
         flat = flatten(shapes)
 
         def rule(path, shape):
-            layer, name = path.rsplit("/", 1) if "/" in path else ("", path)
+            name = path.rpartition("/")[2]
             if path == "position":
                 table = jnp.asarray(sincos(*shape))
                 return (
@@ -1340,17 +1465,12 @@ class TTM(Model):
                 "category_"
             ):
                 return Normal(1.0)
-            kernel = flat.get(f"{layer}/kernel")
-            if kernel is None:
-                return Constant(float(name in ("scale", "var")))
             if cfg.post_init and path in ("quantiles/up/kernel", "quantiles/down/kernel"):
                 return Constant(1.0)
             if cfg.post_init and path == "quantiles/filter/kernel":
                 return Constant(1 / shape[0])
-            if layer == "quantiles/filter":
-                return Uniform(kernel.shape[0] ** -0.5)
-            inputs = kernel.shape[:1] if layer.endswith(("/q", "/k", "/v")) else kernel.shape[:-1]
-            return Uniform(math.prod(inputs) ** -0.5)
+            linear = torch_linear(flat, path, heads=("/q", "/k", "/v", "quantiles/filter"))
+            return linear or Constant(float(name in ("scale", "var")))
 
         return draw(key, shapes, rule)
 
@@ -1364,9 +1484,14 @@ class TTM(Model):
         trainable = (
             r"^(decoder|head|fcm|quantiles)/" if self.config.decoder else r"^(head|fcm|quantiles)/"
         )
-        sizes = (self.context_len, self.horizon)
-        return Recipe(
-            1e-4, 64, 10, "one-cycle", *sizes, "own", source, weight_decay=0.01, trainable=trainable
+        return self._recipe(
+            lr=1e-4,
+            batch_size=64,
+            epochs=10,
+            schedule="one-cycle",
+            source=source,
+            weight_decay=0.01,
+            trainable=trainable,
         )
 
     def for_series(
@@ -1389,17 +1514,17 @@ class TTM(Model):
                 )
             widths = {}
             for part in ("encoder", "decoder"):
-                widths[part] = tuple(
-                    (self._hidden(old, n_variates, part == "decoder"), *rest)
-                    for old, *rest in getattr(cfg, part)
-                )
+                layers = []
+                for dims in getattr(cfg, part):
+                    hidden = self._hidden(dims.channel, n_variates, part == "decoder")
+                    layers.append(dataclasses.replace(dims, channel=hidden))
+                widths[part] = tuple(layers)
             cfg = dataclasses.replace(cfg, n_channels=n_variates, **widths)
             if cfg.fcm_layers:
                 seen = len(cfg.forecast_channels or range(n_variates)) + len(cfg.exogenous)
-                fcm_layers = tuple(
-                    (a, 2 * seen if seen > 1 else 0, b) for a, _, b in cfg.fcm_layers
-                )
-                cfg = dataclasses.replace(cfg, fcm_layers=fcm_layers)
+                hidden = 2 * seen if seen > 1 else 0
+                layers = [dataclasses.replace(dims, patch=hidden) for dims in cfg.fcm_layers]
+                cfg = dataclasses.replace(cfg, fcm_layers=tuple(layers))
             if key is None:
                 raise ValueError(
                     f"this TTM mixes {self.config.n_channels} channels, not {n_variates}: new "
@@ -1453,8 +1578,7 @@ class TTM(Model):
           `all`, the forecasts of all channels [B, C, H] before they are mixed, and, of a model with
           quantiles, `quantiles` [B, C', H, Q], both in the units of x.
         """
-        cfg = self.config
-        b, c = x_BCT.shape[:2]
+        cfg, (b, c, _) = self.config, x_BCT.shape
         if cfg.covariates and c == len(cfg.forecast_channels or ()):
             raise ValueError(
                 f"of the model's {cfg.n_channels} channels only the {c} that are forecast were "
@@ -1470,6 +1594,40 @@ class TTM(Model):
             raise ValueError(
                 f"channels {cfg.exogenous} are exogenous: their future must be given (future=...)"
             )
+        freq_B, categories_BV = self._told(b, freq_token, categories)
+
+        # Scale the window, and cut it.
+        x_BCL = self._padded(x_BCT).astype(jnp.float32)
+        observed_BCL = jnp.ones_like(x_BCL)
+        if observed_BCT is not None:
+            observed_BCL = self._padded(observed_BCT).astype(jnp.float32)
+        loc_BC1, scale_BC1 = location_scale(
+            cfg.scaling, x_BCL, observed_BCL, batch_default=cfg.batch_default_scale
+        )
+        z_BCL = (x_BCL - loc_BC1) / scale_BC1
+        if future_BCH is not None:
+            future_BCH = future_BCH[..., : self.horizon].astype(jnp.float32)
+            filling_BC1 = self.filling(x_BCL, observed_BCL > 0)
+            future_BCH = jnp.where(jnp.isnan(future_BCH), filling_BC1, future_BCH)
+
+        bins_BCS = self._bins(z_BCL) if cfg.spectrum else None
+        inputs = (self._cut(z_BCL), x_BCL, future_BCH, freq_B, categories_BV, bins_BCS)
+        all_BCH, y_BCH, q_BCHQ, taps = run(TTMNet(cfg), params, *inputs, key=key, train=train)
+
+        # Back into the units of x.
+        taps |= {"scaled": z_BCL, "loc": loc_BC1, "scale": scale_BC1}
+        taps["all"] = all_BCH * scale_BC1 + loc_BC1
+        scale_BC1, loc_BC1 = _of_targets(cfg, scale_BC1), _of_targets(cfg, loc_BC1)
+        if q_BCHQ is not None:
+            taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
+        return y_BCH * scale_BC1 + loc_BC1, taps
+
+    def _told(self, rows: int, freq_token, categories) -> tuple[jax.Array, jax.Array]:
+        """The frequency token [B] and the categories [B, V] of each row; by default the config's.
+
+        Raises: ValueError where the model asks for them and nothing says them.
+        """
+        cfg, v = self.config, len(self.config.vocab)
         freq_token = cfg.freq_token if freq_token is None else freq_token
         if cfg.freq_vocab and freq_token is None:
             raise ValueError(
@@ -1477,72 +1635,26 @@ class TTM(Model):
                 "it"
             )
         categories = cfg.categories if categories is None else categories
-        if cfg.vocab and categories is None:
+        if v and categories is None:
             raise ValueError(
-                f"the model asks for {len(cfg.vocab)} static categories: categories=..., or of the "
-                "config"
+                f"the model asks for {v} static categories: categories=..., or of the config"
             )
-        freq_B = jnp.broadcast_to(
-            jnp.asarray(0 if freq_token is None else freq_token, jnp.int32), (b,)
-        )
-        v = len(cfg.vocab)
-        categories_BV = jnp.broadcast_to(
-            jnp.asarray(categories if v else (), jnp.int32).reshape(-1, v)
-            if v
-            else jnp.zeros((1, 0), jnp.int32),
-            (b, v),
-        )
+        token = jnp.asarray(0 if freq_token is None else freq_token, jnp.int32)
+        values = jnp.zeros((1, 0), jnp.int32)
+        if v:
+            values = jnp.asarray(categories, jnp.int32).reshape(-1, v)
+        return jnp.broadcast_to(token, (rows,)), jnp.broadcast_to(values, (rows, v))
 
-        x_BCL = self._padded(x_BCT).astype(jnp.float32)
-        observed_BCL = jnp.ones_like(x_BCL)
-        if observed_BCT is not None:
-            observed_BCL = self._padded(observed_BCT).astype(jnp.float32)
-        loc_BC1, scale_BC1 = location_scale(
-            cfg.scaling, x_BCL, observed_BCL, cfg.batch_default_scale
-        )
-        z_BCL = (x_BCL - loc_BC1) / scale_BC1
-        n = cfg.window_patches
+    def _cut(self, z_BCL: jax.Array) -> jax.Array:
+        """Patches [P, B, C, K] of a window; what fills no patch is left out in front."""
+        cfg, n = self.config, self.config.window_patches
         start = cfg.context_len - cfg.patch_len - cfg.patch_stride * (n - 1)
         if cfg.patch_stride == cfg.patch_len:
-            p_BCPK = z_BCL[..., start:].reshape(b, c, n, cfg.patch_len)
+            p_BCPK = z_BCL[..., start:].reshape(*z_BCL.shape[:2], n, cfg.patch_len)
         else:
-            steps = (
-                start + np.arange(n)[:, None] * cfg.patch_stride + np.arange(cfg.patch_len)[None]
-            )
-            p_BCPK = z_BCL[..., steps]
-        if future_BCH is not None:
-            future_BCH = future_BCH[..., : self.horizon].astype(jnp.float32)
-            future_BCH = jnp.where(
-                jnp.isnan(future_BCH), self.filling(x_BCL, observed_BCL > 0), future_BCH
-            )
-        rngs = (
-            {"dropout": key}
-            if train and key is not None and max(cfg.dropout, cfg.head_dropout)
-            else None
-        )
-        net: Any = TTMNet(cfg)  # Flax types what apply returns too widely
-        all_BCH, y_BCH, q_BCHQ, taps = net.apply(
-            {"params": params},
-            jnp.moveaxis(p_BCPK, 2, 0),
-            x_BCL,
-            future_BCH,
-            freq_B,
-            categories_BV,
-            self._bins(z_BCL) if cfg.spectrum else None,
-            train and rngs is not None,
-            rngs=rngs,
-        )
-        taps |= {
-            "scaled": z_BCL,
-            "loc": loc_BC1,
-            "scale": scale_BC1,
-            "all": all_BCH * scale_BC1 + loc_BC1,
-        }
-        scale_BC1 = _of_targets(cfg, scale_BC1)
-        loc_BC1 = _of_targets(cfg, loc_BC1)
-        if q_BCHQ is not None:
-            taps["quantiles"] = q_BCHQ * scale_BC1[..., None] + loc_BC1[..., None]
-        return y_BCH * scale_BC1 + loc_BC1, taps
+            first_P = start + np.arange(n) * cfg.patch_stride
+            p_BCPK = z_BCL[..., first_P[:, None] + np.arange(cfg.patch_len)[None]]
+        return jnp.moveaxis(p_BCPK, 2, 0)
 
     def _padded(self, x_BCT):
         """The newest `context_len` steps of x, after zeros where there are fewer."""
@@ -1560,18 +1672,6 @@ class TTM(Model):
         _, bins_BCS = jax.lax.top_k(size[..., first:], cfg.spectrum)
         return bins_BCS + first
 
-    def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
-        """Forecasts and taps of a batch, from all that it brings."""
-        steps, most = batch["target"].shape[-1], self.horizon
-        if steps > most and self.config.filter_len is None:
-            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
-        future = None
-        if self.config.exogenous:
-            future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
-        x, observed = self.filled(batch["context"])
-        more = {name: batch[name] for name in ("freq_token", "categories") if name in batch}
-        return self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
-
     def targets(self, batch: Batch) -> jax.Array:
         """The target [B, C', H'] of the channels that are forecast."""
         channels = self.config.forecast_channels
@@ -1582,7 +1682,7 @@ class TTM(Model):
         `batch`.
         """
         return point_error(
-            dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch
+            dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch=batch
         )
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
@@ -1593,23 +1693,18 @@ class TTM(Model):
         holds all channels; a batch may also bring `freq_token` and `categories`.
         """
         batch = all_channels(self.config, batch)
-        y, taps = self._forecast_for(params, batch, key, train)
-        return own_error(self.config, y, taps.get("quantiles"), self.targets(batch), batch)
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast at the first steps of the target, of one forecast at most."""
-        batch = all_channels(self.config, batch)
-        y, _ = self._forecast_for(params, batch, key, train)
-        return self.error(y, batch, "mse")
+        y, taps = self._forecast_for(params, batch, key, train=train)
+        return own_error(
+            self.config, y, taps.get("quantiles"), target_BCH=self.targets(batch), batch=batch
+        )
 
     def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The newest `context_len` steps without gaps, and which of them were observed (1 or 0)."""
         x = context.astype(jnp.float32)
         keep = self.context_len
         short = max(keep - x.shape[-1], 0)
-        x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)[
-            ..., x.shape[-1] + short - keep :
-        ]
+        x = jnp.pad(x, ((0, 0), (0, 0), (short, 0)), constant_values=jnp.nan)
+        x = x[..., x.shape[-1] - keep :]
         seen = ~jnp.isnan(x)
         return jnp.where(seen, x, self.filling(x, seen)), seen.astype(jnp.float32)
 
@@ -1617,121 +1712,5 @@ class TTM(Model):
         """The value in place of missing ones [B, C, 1]: 0, or the mean of the observed values."""
         if self.config.fill == "zero":
             return jnp.zeros_like(x[..., :1])
-        return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(
-            seen.sum(-1, keepdims=True), 1
-        )
-
-    def predict(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        key=None,
-        *,
-        future=None,
-        categories=None,
-    ) -> Forecast:
-        """Rolled out forecast by forecast in a window of fixed length, scaled anew at each step, as
-        in the original.
-
-        The forecast has the target channels alone, [B, C', H], where the config names some. Missing
-        values and short contexts: see the module's docstring.
-
-        Args:
-          future: [B, C, horizon], of which the exogenous channels are read. categories: [B, V],
-            else the config's.
-        """
-        check_context(context, horizon)
-        x_BCL, observed_BCL = self.filled(jnp.asarray(context, jnp.float32))
-        return self.roll_out(
-            params, x_BCL, observed_BCL, horizon, future_BCH=future, categories=categories
-        )
-
-    def predict_with(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        *,
-        past: jax.Array | None = None,
-        known: jax.Array | None = None,
-        key: jax.Array | None = None,
-    ) -> Forecast:
-        """The covariates are further channels: those known ahead the exogenous ones, those of the
-        past the ones that are neither forecast nor exogenous, each by rising number.
-        """
-        if past is None and known is None:
-            return self.predict(params, context, horizon, key)
-        unknown = jnp.full((*context.shape[:2], horizon), jnp.nan)
-        every, future = with_covariates(self.config, context, unknown, past, known)
-        return self.predict(params, every, horizon, key, future=future)
-
-    def roll_out(
-        self,
-        params: Tree,
-        x_BCL,
-        observed_BCL,
-        horizon: int,
-        *,
-        future_BCH=None,
-        freq_token=None,
-        categories=None,
-    ) -> Forecast:
-        """`predict` of a window without gaps. Forecasts become the newest values of the window;
-        those of channels that are neither target nor exogenous are the ones before the forecast
-        channel mixer.
-        """
-        step = functools.partial(self.apply, params, freq_token=freq_token, categories=categories)
-        return rolled_out(self.config, step, x_BCL, observed_BCL, horizon, future_BCH)
-
-
-def rolled_out(
-    cfg: TTMConfig, apply: Any, x_BCL, observed_BCL, horizon: int, future_BCH
-) -> Forecast:
-    """Forecast `horizon` steps, forecast by forecast, in a window of fixed length.
-
-    apply: (x, observed, future_BCH=...) -> forecast and taps, of a model whose channels and horizon
-    `cfg` says.
-    """
-    one = cfg.filter_len or cfg.horizon
-    steps = math.ceil(horizon / one)
-    known = np.array(cfg.exogenous, int)
-    if cfg.exogenous:
-        if future_BCH is None or future_BCH.shape[-1] < horizon:
-            raise ValueError(
-                f"the future of the exogenous channels {cfg.exogenous} must reach {horizon} steps"
-            )
-        rest = steps * one - future_BCH.shape[-1]
-        future_BCH = jnp.pad(future_BCH, ((0, 0), (0, 0), (0, max(rest, 0))), mode="edge")[
-            ..., : steps * one
-        ]
-        future_SBCH = jnp.moveaxis(future_BCH.reshape(*future_BCH.shape[:2], steps, one), 2, 0)
-    else:
-        future_SBCH = None
-    targets = cfg.forecast_channels
-
-    def step(state, future):
-        x, observed = state
-        y, taps = apply(x, observed, future_BCH=future)
-        new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
-        if cfg.exogenous:
-            # What is not known of the future is filled as what is missing in the past.
-            filling = TTM(cfg).filling(x, observed > 0)
-            future = jnp.where(jnp.isnan(future), filling, future)
-            new = new.at[:, known].set(future[:, known])
-        length = x.shape[-1]
-        x = jnp.concatenate([x, new], axis=-1)[..., -length:]
-        observed = jnp.concatenate([observed, jnp.ones_like(new)], axis=-1)[..., -length:]
-        return (x, observed), (y, taps.get("quantiles"))
-
-    if steps == 1:
-        _, (y, q) = step((x_BCL, observed_BCL), None if future_SBCH is None else future_SBCH[0])
-    else:
-        _, (y_SBCH, q_SBCHQ) = jax.lax.scan(step, (x_BCL, observed_BCL), future_SBCH, length=steps)
-        y = jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)
-        q = q_SBCHQ
-        if q is not None:
-            q = jnp.moveaxis(q, 0, 2).reshape(*y.shape, q.shape[-1])
-    if q is None or cfg.quantiles is None:
-        return Forecast(y[..., :horizon])
-    return Forecast(y[..., :horizon], q[..., :horizon, :], levels=cfg.quantiles.levels)
+        count = jnp.maximum(seen.sum(-1, keepdims=True), 1)
+        return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / count

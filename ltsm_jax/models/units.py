@@ -20,7 +20,6 @@ Letters beyond those of the library: V variates of a data set, T tokens with the
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,15 +28,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltsm_jax.layers import shard_rules as shards
+from ltsm_jax.layers.attend import attend
 from ltsm_jax.layers.context import check_context
+from ltsm_jax.layers.dims import layer_problems
 from ltsm_jax.layers.dropout import Dropout
-from ltsm_jax.layers.initial import Constant, Normal, Uniform, draw
+from ltsm_jax.layers.initial import Constant, Normal, draw, torch_linear
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.layers.missing import fill_missing, mse_observed
+from ltsm_jax.layers.mlp import feed_forward
+from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.positions import sinusoids
-from ltsm_jax.models.configs import config_from_json
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
-from ltsm_jax.models.groups import Group
+from ltsm_jax.models.groups import Group, Stack
 from ltsm_jax.trees import Tree, flatten, unflatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
@@ -68,11 +71,21 @@ class UnitsTask:
 
 
 @dataclasses.dataclass(frozen=True)
+class UnitsLayer:
+    """A layer's heads of the attention over tokens and of that over variates, and its feed-forward
+    units, of which the first half mixes tokens.
+    """
+
+    seq_heads: int
+    var_heads: int
+    ffn: int
+
+
+@dataclasses.dataclass(frozen=True)
 class UnitsConfig:
     """Widths are per layer, so that a pruned UniTS is a UniTS.
 
-    d_model D, head_dim K; seq_heads and var_heads H of the attention over tokens and over variates;
-    ffn_dims F of each layer, of which the first half mixes tokens. patch_len P, prompt_len: prompt
+    d_model D, head_dim K; layers: H and F of each. patch_len P, prompt_len: prompt
     tokens. tasks: what the checkpoint has tokens for; dataset: the data set it speaks for, by
     default that of the first task. context_len and horizon in time steps, by default those of the
     data set's first forecasting task.
@@ -80,9 +93,7 @@ class UnitsConfig:
 
     d_model: int
     head_dim: int
-    seq_heads: tuple[int, ...]
-    var_heads: tuple[int, ...]
-    ffn_dims: tuple[int, ...]
+    layers: tuple[UnitsLayer, ...]
     tasks: tuple[UnitsTask, ...]
     patch_len: int = 16
     prompt_len: int = 10
@@ -91,19 +102,13 @@ class UnitsConfig:
     classifies: str = ""
 
     def __post_init__(self):
-        problems, tasks = [], self.tasks
-        if not self.seq_heads or not len(self.seq_heads) == len(self.var_heads) == len(
-            self.ffn_dims
-        ):
-            problems.append(
-                "seq_heads, var_heads and ffn_dims must name the same layers, at least one"
-            )
+        problems, tasks = layer_problems(self.layers, self.head_dim), self.tasks
         if min(self.d_model, self.head_dim, self.patch_len, self.prompt_len) < 1:
             problems.append("every size must be positive")
         if self.d_model % CLASS_HEADS or self.d_model % 2:
             problems.append(f"d_model must be a multiple of {CLASS_HEADS}, got {self.d_model}")
-        if any(f % 2 for f in self.ffn_dims):
-            problems.append(f"ffn_dims must be even, half of each mixes tokens: {self.ffn_dims}")
+        if any(layer.ffn % 2 for layer in self.layers):
+            problems.append(f"ffn must be even, half of it mixes tokens: {self.layers}")
         if not tasks or len({t.name for t in tasks}) < len(tasks):
             problems.append("there must be tasks, each with a name of its own")
         sizes: dict[str, set[int]] = {}
@@ -138,8 +143,8 @@ class UnitsConfig:
             raise ValueError(
                 f"d_model ({d_model}) must be a multiple of the number of heads ({heads})"
             )
-        equal = (heads,) * layers
-        return cls(d_model, d_model // heads, equal, equal, (8 * d_model,) * layers, tasks, **rest)
+        equal = (UnitsLayer(heads, heads, 8 * d_model),) * layers
+        return cls(d_model, d_model // heads, equal, tasks, **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "UnitsConfig":
@@ -174,10 +179,10 @@ class UnitsConfig:
                     name,
                     t["task_name"],
                     t["dataset"],
-                    t.get("seq_len", 96),
-                    t.get("pred_len", 0),
-                    t["enc_in"],
-                    t.get("num_class", 0),
+                    context_len=t.get("seq_len", 96),
+                    horizon=t.get("pred_len", 0),
+                    n_variates=t["enc_in"],
+                    n_classes=t.get("num_class", 0),
                 )
                 for name, t in tasks.items()
             ),
@@ -213,7 +218,16 @@ def _forecasting() -> tuple[UnitsTask, ...]:
     for name, variates in _VARIATES.items():
         for horizon in _HORIZONS.get(name, (96, 192, 336, 720)):
             task = f"LTF_{name}_p{horizon}"
-            found.append(UnitsTask(task, "long_term_forecast", name, 96, horizon, variates))
+            found.append(
+                UnitsTask(
+                    task,
+                    "long_term_forecast",
+                    name,
+                    context_len=96,
+                    horizon=horizon,
+                    n_variates=variates,
+                )
+            )
     return tuple(found)
 
 
@@ -293,18 +307,25 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BVTD, train: bool):
         heads = (self.n_heads, self.head_dim)
-        x3 = Linear((self.d_model,), (3, *heads), False, name="qkv")(x_BVTD)
+        x3 = Linear((self.d_model,), (3, *heads), use_bias=False, name="qkv")(x_BVTD)
         q, k, v = (x3[..., i, :, :] for i in range(3))  # [B, V, T, H, K]
-        if self.over_variates:
-            q, k = q.mean(2), k.mean(2)
-            scores = jnp.einsum("BVHK,BWHK->BHVW", q, k) * self.head_dim**-0.5
-            weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x_BVTD.dtype)
-            y = jnp.einsum("BHVW,BWTHK->BVTHK", weights, v)
-        else:
-            scores = jnp.einsum("BVTHK,BVSHK->BVHTS", q, k) * self.head_dim**-0.5
-            weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x_BVTD.dtype)
-            y = jnp.einsum("BVHTS,BVSHK->BVTHK", weights, v)
-        return Dropout(self.dropout)(Linear(heads, (self.d_model,), name="out")(y), train)
+        over = self._over_variates if self.over_variates else self._over_tokens
+        y_BVTHK = over(q, k, v)
+        out = Linear(heads, (self.d_model,), name="out")
+        return Dropout(self.dropout)(out(y_BVTHK), train)
+
+    def _over_tokens(self, q, k, v):
+        q_BVHTK, k_BVHTK, v_BVHTK = (jnp.moveaxis(y, 3, 2) for y in (q, k, v))
+        y_BVHTK, _ = attend(q_BVHTK, k_BVHTK, v_BVHTK, scale=self.head_dim**-0.5)
+        return jnp.moveaxis(y_BVHTK, 2, 3)
+
+    def _over_variates(self, q, k, v):
+        # One weight for all tokens of two variates: their values are one long vector.
+        q_BHVK, k_BHVK = (jnp.swapaxes(y.mean(2), 1, 2) for y in (q, k))
+        v_BHVTK = jnp.moveaxis(v, 3, 1)
+        v_BHV_ = v_BHVTK.reshape(*v_BHVTK.shape[:3], -1)
+        y_BHV_, _ = attend(q_BHVK, k_BHVK, v_BHV_, scale=self.head_dim**-0.5)
+        return jnp.moveaxis(y_BHV_.reshape(v_BHVTK.shape), 1, 3)
 
 
 class Mix(nn.Module):
@@ -317,27 +338,25 @@ class Mix(nn.Module):
 
     @nn.compact
     def __call__(self, x_BVTD, n_tokens: int, train: bool):
-        cfg, d = self.cfg, self.cfg.d_model
-        padded = jnp.pad(x_BVTD, ((0, 0), (0, 0), (1, 1), (0, 0)))
+        cfg, d, half = self.cfg, self.cfg.d_model, self.width // 2
+        # Each token with its two neighbours: the first linear is a convolution over three tokens.
         t = x_BVTD.shape[2]
-        near_BVT3D = jnp.stack(
-            [padded[:, :, i : i + t] for i in range(3)], axis=3
-        )  # a convolution of three tokens
+        padded = jnp.pad(x_BVTD, ((0, 0), (0, 0), (1, 1), (0, 0)))
+        near_BVT3D = jnp.stack([padded[:, :, i : i + t] for i in range(3)], axis=3)
         y = Linear((3, d), (self.width,), name="up")(near_BVT3D)
-        mixed, plain = y[..., : self.width // 2], y[..., self.width // 2 :]
+
+        # Half of the channels are mixed over tokens: prompts and the others by a layer each. A
+        # token of the task, behind `n_tokens`, takes no part in that.
+        mixed, plain = y[..., :half], y[..., half:]
         first, rest = mixed[:, :, :n_tokens], mixed[:, :, n_tokens:]
-        seq = over_tokens(
-            DynamicLinear(2 * d, 2 * d, cfg.prompt_len, name="seq"),
-            first,
-            n_tokens - cfg.prompt_len,
-        )
-        prompt = over_tokens(
-            DynamicLinear(2 * d, cfg.prompt_len, cfg.prompt_len, name="prompt"),
-            first,
-            cfg.prompt_len,
-        )
-        y = jnp.concatenate([jnp.concatenate([prompt, seq, rest], axis=2), plain], axis=-1)
-        y = Dropout(cfg.dropout)(nn.gelu(y, approximate=False), train)
+        seq = DynamicLinear(2 * d, 2 * d, cfg.prompt_len, name="seq")
+        seq_BVTF = over_tokens(seq, first, n_tokens - cfg.prompt_len)
+        prompt = DynamicLinear(2 * d, cfg.prompt_len, cfg.prompt_len, name="prompt")
+        prompt_BVTF = over_tokens(prompt, first, cfg.prompt_len)
+        mixed = jnp.concatenate([prompt_BVTF, seq_BVTF, rest], axis=2)
+        y = nn.gelu(jnp.concatenate([mixed, plain], axis=-1), approximate=False)
+
+        y = Dropout(cfg.dropout)(y, train)
         return Dropout(cfg.dropout)(Linear((self.width,), (d,), name="down")(y), train)
 
 
@@ -347,22 +366,21 @@ class Block(nn.Module):
     """
 
     cfg: UnitsConfig
-    layer: int
+    dims: UnitsLayer
 
     @nn.compact
     def __call__(self, x, n_tokens: int, train: bool):
-        cfg, i, taps = self.cfg, self.layer, {}
+        cfg, dims, taps = self.cfg, self.dims, {}
 
         def norm(x, name):
             return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
 
-        for name, heads in (("seq", cfg.seq_heads[i]), ("var", cfg.var_heads[i])):
-            attend = Attention(
-                cfg.d_model, heads, cfg.head_dim, cfg.dropout, name == "var", name=name
-            )
-            y = taps[f"attn_{name}"] = attend(norm(x, f"norm_{name}"), train)
+        for name, heads in (("seq", dims.seq_heads), ("var", dims.var_heads)):
+            sizes = (cfg.d_model, heads, cfg.head_dim)
+            attention = Attention(*sizes, cfg.dropout, over_variates=name == "var", name=name)
+            y = taps[f"attn_{name}"] = attention(norm(x, f"norm_{name}"), train)
             x = taps[f"after_{name}_att"] = x + Gate(name=f"gate_{name}")(y)
-        y = Mix(cfg, cfg.ffn_dims[i], name="mix")(norm(x, "norm_mix"), n_tokens, train)
+        y = Mix(cfg, dims.ffn, name="mix")(norm(x, "norm_mix"), n_tokens, train)
         taps["dyn_mlp"] = y
         return x + Gate(name="gate_mix")(y), taps
 
@@ -380,9 +398,9 @@ class ForecastHead(nn.Module):
         y = taps["pos_proj"] = over_tokens(
             DynamicLinear(TOKENS, TOKENS, self.fixed, name="pos_proj"), x, n
         )
-        y = Linear((d,), (4 * d,), name="up")(x[:, :, -n:] + y)
-        y = Dropout(cfg.dropout)(nn.gelu(y, approximate=False), train)
-        y = taps["mlp"] = Dropout(cfg.dropout)(Linear((4 * d,), (d,), name="down")(y), train)
+        drop = functools.partial(Dropout(cfg.dropout), train=train)
+        y = feed_forward(x[:, :, -n:] + y, 4 * d, "gelu", dropout=drop)
+        y = taps["mlp"] = Dropout(cfg.dropout)(y, train)
         y = taps["proj_out"] = Linear((d,), (cfg.patch_len,), name="proj_out")(y)
         return y, taps
 
@@ -399,17 +417,16 @@ class ClassHead(nn.Module):
         cfg, d, taps = self.cfg, self.cfg.d_model, {}
         heads = (CLASS_HEADS, d // CLASS_HEADS)
         x = taps["proj_in"] = Linear((d,), (d,), name="proj_in")(x)
-        q = Linear((d,), heads, False, name="q")(x[:, :, -1])
-        kv = Linear((d,), (2, *heads), False, name="kv")(x)
-        scores = jnp.einsum("BVHK,BVTHK->BVHT", q, kv[..., 0, :, :]) * heads[1] ** -0.5
-        weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(x.dtype)
-        y = jnp.einsum("BVHT,BVTHK->BVHK", weights, kv[..., 1, :, :])
-        y = taps["cross_att"] = Linear(heads, (d,), name="out")(y)
+        q_BVHK = Linear((d,), heads, use_bias=False, name="q")(x[:, :, -1])
+        kv = Linear((d,), (2, *heads), use_bias=False, name="kv")(x)
+        k_BVHTK, v_BVHTK = (jnp.moveaxis(kv[..., i, :, :], 3, 2) for i in range(2))
+        # The task's token asks all tokens.
+        y_BVH1K, _ = attend(q_BVHK[..., None, :], k_BVHTK, v_BVHTK, scale=heads[1] ** -0.5)
+        y = taps["cross_att"] = Linear(heads, (d,), name="out")(y_BVH1K[..., 0, :])
+
         z = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(y)
-        z = Dropout(cfg.dropout)(
-            nn.gelu(Linear((d,), (8 * d,), name="up")(z), approximate=False), train
-        )
-        z = Dropout(cfg.dropout)(Linear((8 * d,), (d,), name="down")(z), train)
+        drop = functools.partial(Dropout(cfg.dropout), train=train)
+        z = Dropout(cfg.dropout)(feed_forward(z, 8 * d, "gelu", dropout=drop), train)
         y = taps["mlp"] = y + Gate(name="gate")(z)
         return y, taps
 
@@ -429,89 +446,95 @@ class UnitsNet(nn.Module):
     def __call__(
         self, p_BVNP, n_new: int = 0, hidden_BVN=None, task: str = "", train: bool = False
     ):
-        cfg, taps = self.cfg, {}
-        b, v, n, _ = p_BVNP.shape
-        d, every = cfg.d_model, self.is_initializing()
-        tokens = {}
-        for name, size in cfg.datasets.items():
-            for kind, count in (("prompt_tokens", cfg.prompt_len), ("mask_tokens", 1)):
-                tokens[f"{kind}/{name}"] = self.param(
-                    f"{kind}/{name}", nn.initializers.zeros, (size, count, d)
-                )
-        for t in cfg.tasks:
-            if t.has_cls:
-                tokens[f"cls/{t.name}"] = self.param(
-                    f"cls_tokens/{t.name}", nn.initializers.zeros, (t.n_variates, 1, d)
-                )
-            if t.kind == "classification":
-                shape = (t.n_variates, t.n_classes, d)
-                tokens[f"category/{t.name}"] = self.param(
-                    f"category_tokens/{t.name}", nn.initializers.zeros, shape
-                )
-        table = self.param("positions", nn.initializers.zeros, (TABLE_LEN, d))
+        cfg, taps, total = self.cfg, {}, p_BVNP.shape[2] + n_new
+        if total > TABLE_LEN:
+            raise ValueError(f"{total} patches; the position table of UniTS has {TABLE_LEN} rows")
+        tokens = self._learned_tokens()
+        table_TD = self.param("positions", nn.initializers.zeros, (TABLE_LEN, cfg.d_model))
 
         def rows(name):
-            of_batch = jnp.broadcast_to(tokens[name][None], (b, *tokens[name].shape))
+            of_batch = jnp.broadcast_to(tokens[name][None], (p_BVNP.shape[0], *tokens[name].shape))
             return of_batch.astype(p_BVNP.dtype)
 
-        x = taps["patch_tokens"] = Dropout(cfg.dropout)(
-            Linear((cfg.patch_len,), (d,), False, name="embed")(p_BVNP), train
-        )
+        # Prompts, patches with what is generated among and behind them, and the task's token.
+        embed = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")
+        x = taps["patch_tokens"] = Dropout(cfg.dropout)(embed(p_BVNP), train)
         prompts, masked = rows(f"prompt_tokens/{self.dataset}"), rows(f"mask_tokens/{self.dataset}")
-        generate = DynamicLinear(TOKENS, TOKENS, cfg.prompt_len, name="generate")
-        if n + n_new > TABLE_LEN:
-            raise ValueError(
-                f"{n + n_new} patches; the position table of UniTS has {TABLE_LEN} rows"
-            )
-        place = table[: n + n_new].astype(x.dtype)[None, None]
-        if hidden_BVN is not None or every:
-            hide = jnp.zeros((b, v, n), bool) if hidden_BVN is None else hidden_BVN
-            filled = jnp.where(hide[..., None], masked, x)
-            made = taps["generated"] = over_tokens(
-                generate, jnp.concatenate([prompts, filled], 2), n
-            )
-            x = jnp.where(hide[..., None], made, filled)
-        if n_new:
-            full = jnp.concatenate([prompts, x, jnp.repeat(masked, n_new, 2)], 2)
-            made = taps["generated"] = over_tokens(generate, full, n + n_new)
-            x = jnp.concatenate([x, made[:, :, -n_new:]], 2)
+        x = self._generated(x, prompts, masked, n_new=n_new, hidden_BVN=hidden_BVN, taps=taps)
+        place = table_TD[:total].astype(x.dtype)[None, None]
         x = jnp.concatenate([prompts, x + place], 2)
         n_tokens = x.shape[2]
         if task:
             x = jnp.concatenate([x, rows(f"cls/{task}")], 2)
         taps["input"] = x
-        for i in range(len(cfg.ffn_dims)):
-            x, inner = Block(cfg, i, name=f"block_{i}")(x, n_tokens, train)
-            taps |= {f"block_{i}/{name}": value for name, value in inner.items()} | {
-                f"block_{i}": x
-            }
-        logits = patches = feature = None
-        both = bool(task) and hidden_BVN is not None
+
+        for i, dims in enumerate(cfg.layers):
+            x, inner = Block(cfg, dims, name=f"block_{i}")(x, n_tokens, train)
+            taps |= nested(f"block_{i}", inner, x)
+        options = {"total": total, "n_tokens": n_tokens, "task": task, "train": train}
+        category = tokens.get(f"category/{task}") if task else None
+        return self._outputs(x, taps, category, hides=hidden_BVN is not None, **options)
+
+    def _learned_tokens(self) -> dict[str, jax.Array]:
+        """All learned tokens of the checkpoint, [V, count, D] each."""
+        cfg, shapes = self.cfg, {}
+        for name, size in cfg.datasets.items():
+            shapes[f"prompt_tokens/{name}"] = size, cfg.prompt_len
+            shapes[f"mask_tokens/{name}"] = size, 1
+        for task in cfg.tasks:
+            if task.has_cls:
+                shapes[f"cls_tokens/{task.name}"] = task.n_variates, 1
+            if task.kind == "classification":
+                shapes[f"category_tokens/{task.name}"] = task.n_variates, task.n_classes
+        tokens = {}
+        for name, shape in shapes.items():
+            short = name.replace("cls_tokens/", "cls/").replace("category_tokens/", "category/")
+            tokens[short] = self.param(name, nn.initializers.zeros, (*shape, cfg.d_model))
+        return tokens
+
+    def _generated(self, x, prompts, masked, n_new: int, hidden_BVN, taps):
+        """Patch tokens [B, V, N + n_new, D] with generated ones: for hidden patches, and behind."""
+        (b, v, n, _), cfg = x.shape, self.cfg
+        generate = DynamicLinear(TOKENS, TOKENS, cfg.prompt_len, name="generate")
+        if hidden_BVN is not None or self.is_initializing():
+            hide = jnp.zeros((b, v, n), bool) if hidden_BVN is None else hidden_BVN
+            filled = jnp.where(hide[..., None], masked, x)
+            made = over_tokens(generate, jnp.concatenate([prompts, filled], 2), n)
+            taps["generated"] = made
+            x = jnp.where(hide[..., None], made, filled)
+        if n_new:
+            full = jnp.concatenate([prompts, x, jnp.repeat(masked, n_new, 2)], 2)
+            made = taps["generated"] = over_tokens(generate, full, n + n_new)
+            x = jnp.concatenate([x, made[:, :, -n_new:]], 2)
+        return x
+
+    def _outputs(self, x, taps, category, *, hides, total, n_tokens, task, train):
+        """Patches, logits, or both reconstructions of self-supervised training, and the steps.
+
+        All heads are made where parameters are counted.
+        """
+        cfg, every, both = self.cfg, self.is_initializing(), bool(task) and hides
+        feature = logits = patches = None
         if task or every:
             feature, inner = ClassHead(cfg, name="class_head")(x, train)
-            taps |= {f"class_head/{name}": value for name, value in inner.items()}
-            if task and f"category/{task}" in tokens:
-                category = tokens[f"category/{task}"]
-                # the original's einsum sums over an axis of length M once more, so its logits are M
-                # times as large
-                logits = category.shape[1] * jnp.einsum(
-                    "BVD,VMD->BVM", feature, category.astype(x.dtype)
-                ).mean(1)
-                logits = logits.astype(jnp.float32)
+            taps |= nested("class_head", inner)
+            if category is not None:
+                # The original's einsum sums over an axis of length M once more, so its logits are
+                # M times as large.
+                fit_BVM = jnp.einsum("BVD,VMD->BVM", feature, category.astype(x.dtype))
+                logits = (category.shape[1] * fit_BVM.mean(1)).astype(jnp.float32)
         if not task or both or every:
-            rest = x[:, :, :n_tokens]  # all but the classification token
-            patches, inner = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")(
-                rest, n + n_new, train
-            )
-            taps |= {f"forecast_head/{name}": value for name, value in inner.items()}
+            head = ForecastHead(cfg, cfg.prompt_len, name="forecast_head")
+            patches, inner = head(x[:, :, :n_tokens], total, train)
+            taps |= nested("forecast_head", inner)
         if cfg.pretrained_head and (both or every):
-            # the tokens behind the classification token give no gradient, so that all of the loss
-            # goes through it
+            # The tokens behind the classification token give no gradient, so that all of the loss
+            # goes through it.
             tokens_BVND = jax.lax.stop_gradient(x[:, :, cfg.prompt_len : n_tokens])
             feature = x[:, :, -1] if feature is None else feature
             fused = jnp.concatenate([feature[:, :, None], tokens_BVND], axis=2)
-            again, inner = ForecastHead(cfg, 1, name="pretrain_head")(fused, n + n_new, train)
-            taps |= {f"pretrain_head/{name}": value for name, value in inner.items()}
+            again, inner = ForecastHead(cfg, 1, name="pretrain_head")(fused, total, train)
+            taps |= nested("pretrain_head", inner)
             if both:
                 return (patches, again), taps
         return (logits if task else patches), taps
@@ -524,6 +547,7 @@ class Units(Model):
     config: UnitsConfig
 
     family = "units"
+    published = PRESETS
     head = r"^forecast_head/"
     tasks = ("forecasting", "imputation", "anomaly", "classification")
     heads = ("classification",)
@@ -531,33 +555,27 @@ class Units(Model):
     shard_rules = (
         (r"^embed/kernel$", (None, "fsdp")),
         (r"/(seq|var)/qkv/kernel$", ("fsdp", None, "tensor", None)),
-        (r"/(seq|var)/out/kernel$", ("tensor", None, "fsdp")),
         (r"/mix/up/kernel$", (None, "fsdp", "tensor")),
-        (r"/mix/down/kernel$", ("tensor", "fsdp")),
-        (r"head/(proj_in|up)/kernel$", ("fsdp", "tensor")),
-        (r"head/down/kernel$", ("tensor", "fsdp")),
+        (r"head/proj_in/kernel$", ("fsdp", "tensor")),
         (r"head/proj_out/kernel$", ("fsdp", None)),
         (r"^class_head/(q|kv|out)/kernel$", ()),
-        (r"(tokens/|^positions$|/gate\w*/|/(pos_proj|seq|prompt)/|^generate/|/(scale|bias)$)", ()),
+        (r"tokens/|^positions$|/gate\w*/|/(pos_proj|prompt)/|/mix/seq/|^generate/", ()),
+        *shards.LAYERS,
+        *shards.WHOLE,
     )
-    prunable = tuple(
-        Group.heads(rf"block_(\d+)/{name}", rf"{name}_heads.\1", makes=("qkv",), axis=1)
-        for name in ("seq", "var")
+    stacks = (Stack(name="block"),)
+    prunable = (
+        Group.heads("seq", "seq_heads", makes=("qkv",), axis=1),
+        Group.heads("var", "var_heads", makes=("qkv",), axis=1),
     )
-
-    @classmethod
-    def presets(cls) -> Mapping[str, UnitsConfig]:
-        return PRESETS
-
-    @classmethod
-    def config_from_dict(cls, fields: Mapping[str, Any]) -> UnitsConfig:
-        return config_from_json(UnitsConfig, fields)
 
     @classmethod
     def small(cls) -> UnitsConfig:
         tasks = (
-            UnitsTask("LTF_a", "long_term_forecast", "a", 40, 16, 2),
-            UnitsTask("CLS_b", "classification", "b", 32, 0, 3, 2),
+            UnitsTask("LTF_a", "long_term_forecast", "a", context_len=40, horizon=16, n_variates=2),
+            UnitsTask(
+                "CLS_b", "classification", "b", context_len=32, horizon=0, n_variates=3, n_classes=2
+            ),
         )
         return UnitsConfig.of(16, 2, 2, tasks, patch_len=8, prompt_len=3)
 
@@ -594,9 +612,8 @@ class Units(Model):
         name, size = next(iter(cfg.datasets.items()))
         patch = jax.ShapeDtypeStruct((1, size, 2, cfg.patch_len), jnp.float32)
         shapes = jax.eval_shape(UnitsNet(cfg, name).init, key, patch)["params"]
-        flat = flatten(
-            shapes
-        )  # the names of tokens, which hold a slash for Flax, become branches of the tree
+        # The names of tokens, which hold a slash for Flax, become branches of the tree.
+        flat = flatten(shapes)
         shapes = unflatten(flat)
 
         def rule(path, shape):
@@ -606,13 +623,8 @@ class Units(Model):
                 return Constant(0.0)
             if "_tokens/" in path:
                 return Normal(0.02)
-            kernel = flat.get(path.rsplit("/", 1)[0] + "/kernel")
-            if kernel is None:
-                return Constant(float(path.endswith("/scale")))
-            inputs = math.prod(kernel.shape[:-1])
-            if path.endswith(("/qkv/kernel", "/kv/kernel", "class_head/q/kernel")):
-                inputs = kernel.shape[0]
-            return Uniform(inputs**-0.5)
+            linear = torch_linear(flat, path, heads=("/qkv", "/kv", "/q"))
+            return linear or Constant(float(path.endswith("/scale")))
 
         return draw(key, shapes, rule)
 
@@ -621,15 +633,12 @@ class Units(Model):
             "mims-harvard/UniTS scripts, prompt tuning: lr 1e-3 at an effective batch of 32, "
             "tokens alone"
         )
-        return Recipe(
-            1e-3,
-            32,
-            5,
-            "cosine",
-            self.context_len,
-            self.horizon,
-            "own",
-            source,
+        return self._recipe(
+            lr=1e-3,
+            batch_size=32,
+            epochs=5,
+            schedule="cosine",
+            source=source,
             trainable=r"_tokens/",
         )
 
@@ -658,7 +667,12 @@ class Units(Model):
             name += "_"
         same = self.task
         task = UnitsTask(
-            f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates
+            f"LTF_{name}",
+            "long_term_forecast",
+            name,
+            context_len=same.context_len,
+            horizon=same.horizon,
+            n_variates=n_variates,
         )
         cfg = dataclasses.replace(cfg, tasks=(*cfg.tasks, task), dataset=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
@@ -682,10 +696,10 @@ class Units(Model):
             name,
             "classification",
             old.dataset,
-            old.context_len,
-            0,
-            old.n_variates,
-            sizes["n_classes"],
+            context_len=old.context_len,
+            horizon=0,
+            n_variates=old.n_variates,
+            n_classes=sizes["n_classes"],
         )
         cfg = dataclasses.replace(self.config, tasks=(*self.config.tasks, task), classifies=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
@@ -720,9 +734,8 @@ class Units(Model):
                 f"has {v}; make the model ready for the data with `for_series` first"
             )
         x = x_BVL.astype(jnp.float32)
-        mean = x.mean(
-            -1, keepdims=True
-        )  # with `observed` too, as in the original: hidden points count as 0
+        # With `observed` too, as in the original: hidden points count as 0.
+        mean = x.mean(-1, keepdims=True)
         z = x - mean
         hidden = None
         if observed_BVL is None:
@@ -738,17 +751,9 @@ class Units(Model):
             hidden = (observed_BVL == 0).reshape(b, v, -1, p).any(-1)
         mean, std = jax.lax.stop_gradient((mean, std))
         z = jnp.pad(z / std, ((0, 0), (0, 0), (0, -length % p)))
-        rngs = {"dropout": key} if train and cfg.dropout else None
-        net: Any = UnitsNet(cfg, dataset)  # Flax types what apply returns too widely
-        y, taps = net.apply(
-            {"params": _joined(params)},
-            z.reshape(b, v, -1, p),
-            n_new,
-            hidden,
-            task,
-            train and rngs is not None,
-            rngs=rngs,
-        )
+        options = {"n_new": n_new, "hidden_BVN": hidden, "task": task, "key": key, "train": train}
+        p_BVNP = z.reshape(b, v, -1, p)
+        y, taps = run(UnitsNet(cfg, dataset), _joined(params), p_BVNP, **options)
         taps |= {"scaled": z, "mean": mean, "std": std}
         if task:
             return y, taps
@@ -777,11 +782,8 @@ class Units(Model):
         mean, std = jax.lax.stop_gradient((mean, jnp.sqrt(var + SCALE_EPS)))
         z = jnp.pad((x - mean) / std, ((0, 0), (0, 0), (0, -length % p))).reshape(b, v, -1, p)
         hidden = jnp.broadcast_to((hidden_BN != 0)[:, None], (b, v, z.shape[2]))
-        rngs = {"dropout": key} if train and cfg.dropout else None
-        net: Any = UnitsNet(cfg, dataset)
-        both, _ = net.apply(
-            {"params": _joined(params)}, z, 0, hidden, task, train and rngs is not None, rngs=rngs
-        )
+        options = {"hidden_BVN": hidden, "task": task, "key": key, "train": train}
+        both, _ = run(UnitsNet(cfg, dataset), _joined(params), z, **options)
         one, two = (
             y.reshape(b, v, -1)[..., :length].astype(jnp.float32) * std + mean for y in both
         )
@@ -801,11 +803,11 @@ class Units(Model):
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast over the observed targets, as in supervised training."""
         x = fill_missing(batch["context"])
-        y = self.forecast(params, x, batch["target"].shape[-1], key, train)
+        y = self.forecast(params, x, batch["target"].shape[-1], key=key, train=train)
         return mse_observed(y, batch["target"], batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        return self.loss(params, batch, key, train)
+        return self.loss(params, batch, key=key, train=train)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """The whole horizon at once, with as many generated tokens as it takes, as in the original.

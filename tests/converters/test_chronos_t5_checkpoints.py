@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 from converters import CheckpointError, chronos_t5, export_checkpoint, import_checkpoint
 from converters.torch_files import read_safetensors, write_safetensors
@@ -90,17 +91,18 @@ def test_without_a_config_only_published_sizes_are_known(folder):
         import_checkpoint(folder)
     preset = chronos_t5.PRESETS["amazon/chronos-t5-mini"]
     stack = preset.encoder
-    d, heads, inner = stack.d_model, stack.n_heads[0], stack.n_heads[0] * stack.head_dim
+    d, heads, ffn = stack.d_model, stack.layers[0].attn.heads, stack.layers[0].ffn
+    inner = heads * stack.head_dim
     layers = {
         f"encoder.block.{i}.layer.0.SelfAttention.q.weight": np.zeros((inner, d))
-        for i in range(len(stack.ffn_dims))
+        for i in range(len(stack.layers))
     }
     state = layers | {
         "shared.weight": np.zeros((preset.vocab_size, d), np.float32),
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": np.zeros(
             (stack.n_buckets, heads)
         ),
-        "encoder.block.0.layer.1.DenseReluDense.wi.weight": np.zeros((stack.ffn_dims[0], d)),
+        "encoder.block.0.layer.1.DenseReluDense.wi.weight": np.zeros((ffn, d)),
     }
     config, notes = chronos_t5.configure(state, None, "here")
     assert config == preset
@@ -157,6 +159,6 @@ def test_the_files_beside_it_must_agree(folder):
 def test_a_pruned_model_is_not_exported():
     config = chronos_t5.ChronosT5.small()
     assert chronos_t5.ChronosT5Config.from_published(chronos_t5.published(config)) == config
-    narrow = dataclasses.replace(config.decoder, ffn_dims=(24, 8))
+    narrow = narrowed(config.decoder, 1, ffn=8)
     with pytest.raises(ValueError, match="pruned model can't be exported"):
         chronos_t5.published(dataclasses.replace(config, decoder=narrow))

@@ -12,6 +12,7 @@ import pytest
 from converters import originals
 from converters.torch_files import write_safetensors
 from ltsm_jax import Forecaster
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import folders
 from ltsm_jax.models.timer import Timer, TimerConfig
 
@@ -53,7 +54,9 @@ def checkpoint(place, width):
     """A random Timer in the form of the original, as a safetensors file."""
     heads = width // 64
     model = Timer(
-        TimerConfig(96, width, 64, (heads,) * 8, (2 * width,) * 8, context_len=672, horizon=96)
+        TimerConfig(
+            96, width, 64, equal_layers(8, heads, 64, 2 * width), context_len=672, horizon=96
+        )
     )
     rng = np.random.default_rng(0)
     params = jax.tree.map(

@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from layer_widths import narrowed, widths
 
 from converters import CheckpointError, export_checkpoint, import_checkpoint, moment, tables
 from converters.torch_files import read_safetensors, write_safetensors
@@ -84,10 +85,7 @@ def test_a_trained_head_is_found_although_the_config_says_reconstruction(
 def test_without_config_the_shapes_say_the_sizes(checkpoint, tmp_path):
     state, _, model, params = checkpoint()
     found, tree, provenance, _ = import_checkpoint(folder(tmp_path / "bare", state, None))
-    assert (found.config.n_heads, found.config.head_dim) == (
-        model.config.n_heads,
-        model.config.head_dim,
-    )
+    assert widths(found.config, "attn") == widths(model.config, "attn")
     assert found.context_len == 512 // 8 * 8 and "assumed" in provenance["notes"][0]
     jax.tree.map(np.testing.assert_array_equal, tree, params)
     del state[moment.BIAS]
@@ -166,7 +164,7 @@ def test_a_head_that_fits_nothing(checkpoint):
 def test_a_pruned_model_can_not_be_exported():
     config = Moment.small()
     with pytest.raises(ValueError, match="pruned"):
-        moment.published(type(config)(**{**vars(config), "ffn_dims": (24, 20)}))
+        moment.published(narrowed(config, 1, ffn=20))
 
 
 def test_other_families_are_not_claimed(golden_dir):

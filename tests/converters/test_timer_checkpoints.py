@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from handmade_files import CONFIG, timer_state
+from layer_widths import narrowed, widths
 
 import converters
 import ltsm_jax
@@ -19,6 +20,7 @@ from converters import CheckpointError, export_checkpoint, import_checkpoint, in
 from converters.torch_files import read_torch, write_torch
 from ltsm_jax import trees
 from ltsm_jax.cli import main
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import folders
 from ltsm_jax.models.timer import PRESETS, Timer, TimerConfig
 
@@ -169,16 +171,17 @@ def test_copies_that_differ_are_refused(tmp_path):
 def test_config_from_the_presets_the_file_beside_and_the_hyper_parameters(tmp_path):
     state = timer_state()
     write_torch(tmp_path / "a.ckpt", {"state_dict": state})
-    other = dataclasses.replace(CONFIG, n_heads=(8,), head_dim=1)
+    other = dataclasses.replace(
+        CONFIG, layers=equal_layers(1, 8, 1, CONFIG.layers[0].ffn), head_dim=1
+    )
     assert import_checkpoint(tmp_path / "a.ckpt")[0].config == other  # the published 8 heads
     assert any("n_heads=8" in note for note in inspect(tmp_path / "a.ckpt")["notes"])
     write_torch(tmp_path / "b.ckpt", {"state_dict": state, "hyper_parameters": PUBLISHED})
     assert import_checkpoint(tmp_path / "b.ckpt")[0].config == CONFIG
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
     assert import_checkpoint(tmp_path / "a.ckpt")[0].config == CONFIG
-    assert import_checkpoint(tmp_path / "a.ckpt", config={**PUBLISHED, "n_heads": 4})[
-        0
-    ].config.n_heads == (4,)
+    found, *_ = import_checkpoint(tmp_path / "a.ckpt", config={**PUBLISHED, "n_heads": 4})
+    assert widths(found.config, "attn.heads") == (4,)
     assert (
         import_checkpoint(tmp_path / "a.ckpt", config=tmp_path / "config.json")[0].config == CONFIG
     )
@@ -188,14 +191,14 @@ def test_published_sizes_are_recognised_without_a_config():
     """Of presets with the same sizes, the first: what they are for does not show in the weights."""
     first = {}
     for name, preset in PRESETS.items():
-        name = first.setdefault((preset.patch_len, preset.d_model, preset.ffn_dims), name)
+        name = first.setdefault((preset.patch_len, preset.d_model, widths(preset, "ffn")), name)
         state = {
             timer.EMBED: np.empty((preset.d_model, preset.patch_len), np.float32),
             **{
                 f"decoder.attn_layers.{i}.conv1.weight": np.empty(
                     (f, preset.d_model, 1), np.float32
                 )
-                for i, f in enumerate(preset.ffn_dims)
+                for i, f in enumerate(widths(preset, "ffn"))
             },
         }
         config, notes = timer.configure(state, None, "file")
@@ -317,7 +320,7 @@ def test_models_of_this_library_go_out(tmp_path):
         export_checkpoint(tmp_path / "model", tmp_path / "a.txt")
     with pytest.raises(FileExistsError):
         export_checkpoint(tmp_path / "model", tmp_path / "a.ckpt")
-    pruned = Timer(dataclasses.replace(CONFIG, n_heads=(1,)))
+    pruned = Timer(narrowed(CONFIG, 0, attn={"heads": 1}))
     halves = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), folders.shapes(pruned))
     folders.save(tmp_path / "pruned", pruned, halves)
     with pytest.raises(ValueError, match="pruned model can't be exported"):

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 import ltsm_jax
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 
 
@@ -18,7 +19,7 @@ def no_pictures(monkeypatch):
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     """A model folder: one layer over 4 patches of 8."""
-    model = Timer(TimerConfig(8, 8, 8, (1,), (8,), context_len=32, horizon=8))
+    model = Timer(TimerConfig(8, 8, 8, equal_layers(1, 1, 8, 8), context_len=32, horizon=8))
     return ltsm_jax.save(
         tmp_path_factory.mktemp("models") / "micro", model, model.init(jax.random.key(7))
     )

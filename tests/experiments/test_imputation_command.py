@@ -8,6 +8,7 @@ import pytest
 import ltsm_jax
 from experiments import imputation as command
 from experiments import imputation_report
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.moment import Moment
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.models.units import Units, UnitsConfig
@@ -23,7 +24,9 @@ def units():
 
 MODELS = {
     "timer": lambda: Timer(
-        TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8, task="imputation")
+        TimerConfig(
+            8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8, task="imputation"
+        )
     ),
     "moment": lambda: Moment(Moment.small()),
     "units": units,

@@ -10,6 +10,7 @@ import ltsm_jax
 from experiments import cells, pruning_report
 from experiments import prune_then_finetune as experiment
 from ltsm_jax import trees
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.methods import pruning, removal, run
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.tasks import forecasting
@@ -34,7 +35,9 @@ PRUNED = {"ratio": [0.3, 0.3, 0.6, 0.6], "seed": [0, 1, 0, 1]}
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
     """A model folder: one layer with two heads, over 4 patches of 8."""
-    model = Timer(TimerConfig(8, 8, 4, (2,), (8,), context_len=32, horizon=8, dropout=0.0))
+    model = Timer(
+        TimerConfig(8, 8, 4, equal_layers(1, 2, 4, 8), context_len=32, horizon=8, dropout=0.0)
+    )
     return ltsm_jax.save(
         tmp_path_factory.mktemp("models") / "micro", model, model.init(jax.random.key(7))
     )

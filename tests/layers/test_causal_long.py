@@ -49,7 +49,7 @@ def test_time_moe_forecasts_the_same(short, monkeypatch):
     monkeypatch.setattr(causal, "attend_by_head", lambda *args: called.append(1) or whole(*args))
     found = jax.jit(lambda p, x: model.predict(p, x, horizon).point)(params, context)
     assert len(called) == len(
-        model.config.n_heads
+        model.config.layers
     )  # the first pass alone; later ones have one query block
     monkeypatch.setattr(causal, "LONG", 1024)
     expected = jax.jit(lambda p, x: model.predict(p, x, horizon).point)(params, context)

@@ -1,5 +1,7 @@
 """Equal layers as one loop: the numbers of one layer after another, from fewer compiled layers."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -16,10 +18,11 @@ class Network(nn.Module):
     """Layers [B, 4] -> [B, 4] of several widths, in one loop where they are equal."""
 
     lean: bool
+    shortens: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, x):
-        if not loops(self, self.lean, train=False):
+    def __call__(self, x, whole=False):
+        if not loops(self, self.lean, train=False, whole=whole):
             for i, width in enumerate(WIDTHS):
                 x = Layer(width, name=f"layer_{i}")(x)
             return x
@@ -27,7 +30,7 @@ class Network(nn.Module):
         def apply(i, params, x):
             return Layer(WIDTHS[i], parent=None).apply({"params": params}, x)
 
-        return through_layers(apply, self.variables["params"], x, equal_runs(len(WIDTHS), WIDTHS))
+        return through_layers(apply, self.variables["params"], x, equal_runs(WIDTHS))
 
 
 class Layer(nn.Module):
@@ -49,14 +52,14 @@ def params():
 
 
 def test_runs_are_neighbours_of_equal_widths():
-    assert equal_runs(6, WIDTHS) == [range(3), range(3, 5), range(5, 6)]
-    assert equal_runs(6, WIDTHS, ("a", "b", "b", "b", "b", "b")) == [
+    assert equal_runs(WIDTHS) == [range(3), range(3, 5), range(5, 6)]
+    assert equal_runs(tuple(zip(WIDTHS, "abbbbb", strict=True))) == [
         range(1),
         range(1, 3),
         range(3, 5),
         range(5, 6),
     ]
-    assert equal_runs(3, ()) == [range(3)]
+    assert equal_runs((8, 8, 8)) == [range(3)]
 
 
 def test_the_loop_gives_the_numbers_of_its_layers(params):

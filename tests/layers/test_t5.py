@@ -1,19 +1,26 @@
 """The T5 stacks by themselves; the families' tests compare them with recorded vectors."""
 
+import dataclasses
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ltsm_jax import trees
-from ltsm_jax.layers import t5
+from ltsm_jax.layers import t5, taps
+from ltsm_jax.layers.dims import HeadDims
 
-ENCODER = t5.StackConfig(8, 3, (2, 2), (12, 10), dropout=0.0)
+TWO, ONE = HeadDims.of(2, 3), HeadDims.of(1, 3)
+ENCODER = t5.StackConfig(8, 3, (t5.T5Layer(TWO, 12), t5.T5Layer(TWO, 10)), dropout=0.0)
 DECODER = t5.StackConfig(
-    8, 3, (2, 2), (12, 10), (2, 1), activation="gelu_new", gated=True, dropout=0.2
+    8,
+    3,
+    (t5.T5Layer(TWO, 12, TWO), t5.T5Layer(TWO, 10, ONE)),
+    activation="gelu_new",
+    gated=True,
+    dropout=0.2,
 )
 
 
@@ -116,25 +123,26 @@ def test_decoder_step_by_step_is_the_decoder_at_once():
 def test_few_queries_need_no_keys_unless_somebody_watches_the_layers():
     """One query of many keys goes another way; whoever intercepts linears sees all of them."""
     memory, x = normal(2, 2, 9, 8), normal(3, 2, 1, 8)
-    params, seen = drawn(DECODER, memory=memory[:1, :2]), set()
-    run = lambda y: t5.Stack(DECODER).apply({"params": params}, y, memory=memory)[0]  # noqa: E731
+    params = drawn(DECODER, memory=memory[:1, :2])
+    paths = [f"layer_{i}/cross/{name}" for i in (0, 1) for name in ("q", "k", "v", "out")]
 
-    def note(call, args, kwargs, context):
-        seen.add("/".join(context.module.path))
-        return call(*args, **kwargs)
+    def short(y):
+        return t5.Stack(DECODER).apply({"params": params}, y, memory=memory)[0]
 
-    with nn.intercept_methods(note):
-        want = jax.jit(run)(x)
-    np.testing.assert_allclose(jax.jit(lambda y: run(y))(x), want, atol=1e-5)
-    assert {f"layer_{i}/cross/{name}" for i in (0, 1) for name in ("q", "k", "v", "out")} <= seen
-    program = lambda: str(jax.make_jaxpr(lambda y: run(y))(x))  # noqa: E731
-    with nn.intercept_methods(note):
-        watched = program()
-    assert program() != watched, "the short way was not taken"
+    def watched(y):
+        with taps.arguments_of(paths) as seen:
+            return short(y), seen
+
+    want, seen = jax.jit(watched)(x)
+    assert all(len(seen[path]) == 1 for path in paths)
+    np.testing.assert_allclose(jax.jit(short)(x), want, atol=1e-5)
+    way, other = (str(jax.make_jaxpr(f)(x)) for f in (short, lambda y: watched(y)[0]))
+    assert way != other, "the short way was not taken"
 
 
 def test_a_pruned_stack_equals_one_with_dead_heads():
-    cut = t5.StackConfig(8, 3, (2, 1), (12, 10), bias_columns=((0, 1), (1,)), dropout=0.0)
+    second = dataclasses.replace(ONE, ids=(1,))
+    cut = t5.StackConfig(8, 3, (t5.T5Layer(TWO, 12), t5.T5Layer(second, 10)), dropout=0.0)
     whole = trees.flatten(drawn(ENCODER))
     dead = whole | {"layer_1/attn/out/kernel": whole["layer_1/attn/out/kernel"].at[0].set(0.0)}
     small = dict(dead)
@@ -163,15 +171,16 @@ def test_bfloat16_and_dropout():
 
 def test_wrong_sizes_are_all_told():
     with pytest.raises(
-        ValueError, match=r"same layers.*positive.*bias_columns must say how.*max_distance"
+        ValueError, match=r"each of 1 heads.*output, or none.*positive.*max_distance"
     ):
-        t5.StackConfig(0, 3, (2, 1), (8,), n_buckets=8, max_distance=2)
+        odd = (t5.T5Layer(TWO, 8), t5.T5Layer(dataclasses.replace(ONE, ids=(0, 1)), 8, TWO))
+        t5.StackConfig(0, 3, odd, n_buckets=8, max_distance=2)
     with pytest.raises(ValueError, match="needs the encoder's output"):
         t5.Stack(DECODER).init(jax.random.key(0), normal(0, 1, 2, 8))
 
 
 def test_every_parameter_has_its_distribution_and_its_sharding():
-    cfg = t5.StackConfig(8, 3, (2,), (12,), (5,), gated=True)
+    cfg = t5.StackConfig(8, 3, (t5.T5Layer(TWO, 12, HeadDims.of(5, 3)),), gated=True)
     inputs = normal(0, 1, 2, 8)
     shapes = jax.eval_shape(t5.Stack(cfg).init, jax.random.key(0), inputs, memory=inputs)["params"]
     std = {"q": (8 * 3) ** -0.5, "down": 12**-0.5}

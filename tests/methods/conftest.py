@@ -3,13 +3,16 @@ import numpy as np
 import pytest
 
 from ltsm_jax.data import Series, prepare
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 
 
 @pytest.fixture(scope="session")
 def model():
     """One layer over 4 patches of 8, with dropout: what takes time here is the compiler."""
-    return Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8, dropout=0.1))
+    return Timer(
+        TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8, dropout=0.1)
+    )
 
 
 @pytest.fixture(scope="session")

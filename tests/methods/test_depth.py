@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import layers_of, widths
 
 import converters
 import ltsm_jax
 from ltsm_jax import training, trees
+from ltsm_jax.layers.dims import equal_layers
+from ltsm_jax.layers.shortcuts import go_whole
 from ltsm_jax.methods import pruning, removal
 from ltsm_jax.methods.pruning import depth
 from ltsm_jax.methods.run import run
@@ -23,15 +26,16 @@ from ltsm_jax.tasks.forecasting import Forecasting, training_windows
 REFUSED = (
     "ttm",
     "ttm_r3",
-    "units",
-)  # blocks of other resolutions; heads that are no prunable parts
+)  # blocks of other resolutions
 ONE_PASS = {"ratio": 0.3, "ema": 0.5, "epochs": 0}
 
 
 @pytest.fixture(scope="module")
 def deep():
     """Three layers of different widths, so that a mistaken order shows."""
-    return Timer(TimerConfig(8, 16, 8, (2, 1, 2), (24, 16, 8), context_len=32, horizon=8))
+    return Timer(
+        TimerConfig(8, 16, 8, layers_of(8, (2, 1, 2), (24, 16, 8)), context_len=32, horizon=8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def skipping(model, params, context, horizon, skipped):
     """The forecast of the whole model whose layers at these paths give back what they get."""
 
     def skip(call, args, kwargs, at):
-        result = call(*args, **kwargs)
+        result = call(*args, **go_whole(at, kwargs))
         if at.method_name != "__call__" or "/".join(at.module.path) not in skipped:
             return result
         return (args[0], *result[1:]) if isinstance(result, tuple) else args[0]
@@ -82,7 +86,7 @@ def test_what_is_left_computes_what_skipping_the_layer_does(deep, weights, split
         np.testing.assert_allclose(
             small.predict(left, context, 8).point, want, rtol=1e-6, atol=1e-6
         )
-    assert small.config == dataclasses.replace(deep.config, n_heads=(1,), ffn_dims=(16,))
+    assert small.config == dataclasses.replace(deep.config, layers=deep.config.layers[1:2])
     np.testing.assert_array_equal(
         left["layer_0"]["up"]["kernel"], weights["layer_1"]["up"]["kernel"]
     )
@@ -137,7 +141,7 @@ def test_a_shorter_model_is_saved_loaded_tuned_and_exported_like_any_other(
     )
     influence = found.influence
     assert influence is not None and found.gone == (min(influence, key=influence.__getitem__),)
-    assert len(found.model.config.n_heads) == 2 and set(found.masks) == {"layer_0", "layer_1"}
+    assert len(found.model.config.layers) == 2 and set(found.masks) == {"layer_0", "layer_1"}
     again = pruning.prune(
         deep, weights, splits, config, folder=tmp_path / "pruning", show_progress=False
     )
@@ -164,20 +168,20 @@ def test_a_shorter_model_is_saved_loaded_tuned_and_exported_like_any_other(
 def test_a_model_pruned_in_depth_and_width_is_exported_at_its_depth_and_the_full_width(
     splits, tmp_path
 ):
-    whole = Timer(TimerConfig(8, 16, 8, (2, 2, 2), (24, 24, 24), context_len=32, horizon=8))
+    whole = Timer(TimerConfig(8, 16, 8, equal_layers(3, 2, 8, 24), context_len=32, horizon=8))
     weights = jax.tree.map(lambda p: 1.5 * p, whole.init(jax.random.key(3)))
     shorter, left = pruning.drop_layers(whole, weights, ["layer_1"])
     masks = trees.flatten(pruning.full_masks(shorter))
     masks["layer_0/up/out"] = np.asarray(masks["layer_0/up/out"]) * (np.arange(24) > 5)
     small, params, _ = removal.remove(shorter, left, trees.unflatten(masks))
-    assert small.config.ffn_dims == (18, 24)
+    assert widths(small.config, "ffn") == (18, 24)
 
     made = {"pruned_from": whole.config_to_dict()}
     ltsm_jax.save(tmp_path / "model", small, params, provenance=made)
     (note,) = converters.export_checkpoint(tmp_path / "model", tmp_path / "original.ckpt")
     assert "written at full size" in note
     model, back = ltsm_jax.load(tmp_path / "original.ckpt")
-    assert model.config.ffn_dims == (24, 24)
+    assert widths(model.config, "ffn") == (24, 24)
     context = splits.val.gather(jnp.arange(4))["context"]
     want, found = (m.predict(p, context, 8).point for m, p in ((small, params), (model, back)))
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)

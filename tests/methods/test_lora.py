@@ -65,7 +65,7 @@ def test_linears_change_by_the_rank_and_nothing_else_changes(model, pre, tuned):
         )  # axes that are inputs
         sizes = np.linalg.svd(change.reshape(math.prod(change.shape[:rows]), -1), compute_uv=False)
         assert sizes[0] > 0 and (sizes[2:] < 1e-4 * sizes[0]).all(), path
-    assert linears == 2 + 6 * len(model.config.n_heads)
+    assert linears == 2 + 6 * len(model.config.layers)
     new = lora.adapters(model, pre, 2, jax.random.key(0))
     assert tuned.trained == trees.count(new) < trees.count(pre) / 2
 

@@ -13,6 +13,7 @@ import pytest
 import ltsm_jax
 from ltsm_jax import training, trees
 from ltsm_jax.data import Series, prepare
+from ltsm_jax.layers.dims import ExpertDims, HeadDims
 from ltsm_jax.layers.linear import Linear
 from ltsm_jax.methods import pruning
 from ltsm_jax.methods.pruning import PruneConfig, schedule
@@ -20,7 +21,7 @@ from ltsm_jax.methods.run import run as run_strategy
 from ltsm_jax.methods.run import without_dropout
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES, time_moe
-from ltsm_jax.models.time_moe import TimeMoe
+from ltsm_jax.models.time_moe import TimeMoe, TimeMoeLayer
 from ltsm_jax.tasks import forecasting
 
 
@@ -442,11 +443,7 @@ def test_bad_arguments_are_all_named(prune):
 def moe():
     config = dataclasses.replace(
         TimeMoe.small(),
-        n_heads=(2,),
-        n_kv_heads=(1,),
-        kept=((0, 1, 2, 3),),
-        expert_dims=(6,),
-        shared_dims=(8,),
+        layers=(TimeMoeLayer(HeadDims.of(2, 8, kv_heads=1), ExpertDims((0, 1, 2, 3), 6), 8),),
         horizons=(1, 4),
         context_len=16,
     )
@@ -476,7 +473,7 @@ def test_weights_of_experts_that_stay_are_what_they_were(moe):
     keep: Any = pruning.keep_experts
     flat["layer_0/mixture/router/kernel"] = jnp.zeros((16, 4))
     fewer, cut = keep(model, trees.unflatten(flat), {"layer_0/mixture/experts": (1, 2, 3)})
-    assert fewer.config.kept == ((1, 2, 3),)
+    assert fewer.config.layers[0].experts.ids == (1, 2, 3)
     assert cut["layer_0"]["mixture"]["experts"]["up"].shape == (3, 16, 6)
     # the residual stream after the norm is divided by a feature, so that the logits are what we
     # want them to be
@@ -550,7 +547,7 @@ def test_experts_go_first(moe):
     usage = pruning.expert_usage(model, params, [splits.train, splits.val])[path]
     assert found.usage is not None
     np.testing.assert_array_equal(found.usage[path], usage)
-    kept = found.model.config.kept[0]
+    kept = found.model.config.layers[0].experts.ids
     assert kept == tuple(np.flatnonzero(usage > 0.1)) and 0 < len(kept) < 4
     assert found.masks["layer_0"]["mixture"]["experts"]["up"]["in"].shape == (len(kept), 16)
     assert (
@@ -558,7 +555,9 @@ def test_experts_go_first(moe):
         == found.history[1]["val_mse"]
     )
     alone = one_step(model, params, splits, expert_threshold=-1.0, epochs=0)
-    assert len(alone.model.config.kept[0]) == 2 and pruning.share_left(alone.masks) == 1
+    assert (
+        len(alone.model.config.layers[0].experts.ids) == 2 and pruning.share_left(alone.masks) == 1
+    )
 
 
 @pytest.mark.slow

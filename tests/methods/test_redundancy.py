@@ -6,6 +6,7 @@ import pytest
 from ltsm_jax import trees
 from ltsm_jax.data import prepare
 from ltsm_jax.data.windows import windows_between
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.methods import redundancy
 from ltsm_jax.models import FAMILIES
 from ltsm_jax.models.timer import Timer, TimerConfig
@@ -17,7 +18,9 @@ def relu():
     """A Timer of one layer with two heads, and six ReLU units of which the first never
     is active.
     """
-    model = Timer(TimerConfig(8, 8, 3, (2,), (6,), context_len=24, horizon=8, activation="relu"))
+    model = Timer(
+        TimerConfig(8, 8, 3, equal_layers(1, 2, 3, 6), context_len=24, horizon=8, activation="relu")
+    )
     flat = trees.flatten(model.init(jax.random.key(0)))
     flat["layer_0/up/bias"] = flat["layer_0/up/bias"].at[0].set(-100.0)
     flat["layer_0/attn/out/kernel"] = flat["layer_0/attn/out/kernel"].at[1].multiply(0.05)

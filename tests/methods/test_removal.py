@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import widths
 
 import converters
 from ltsm_jax import sharding, trees
+from ltsm_jax.layers.dims import HeadDims, LayerDims, equal_layers
 from ltsm_jax.methods import binding, removal, run, strategies
 from ltsm_jax.methods.pruning import full_masks, keep_experts, merge
 from ltsm_jax.models import FAMILIES, folders, parts
-from ltsm_jax.models.configs import entry_of
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer, TimerConfig
 
@@ -57,7 +58,9 @@ def settings(name):
     """The small model; Time-MoE with key heads that heads share."""
     config = FAMILIES[name].small()
     if name == "time_moe":
-        config = dataclasses.replace(config, d_model=32, n_heads=(4, 4), n_kv_heads=(2, 2))
+        attention = HeadDims.of(4, config.head_dim, kv_heads=2)
+        layers = [dataclasses.replace(layer, attn=attention) for layer in config.layers]
+        config = dataclasses.replace(config, d_model=32, layers=tuple(layers))
     return FAMILIES[name](config)
 
 
@@ -163,7 +166,7 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
     own = trees.flatten(case.masks)
     for place in parts.places(case.model, trees.flatten(case.params)):
         expected = live_heads if place.group.kind == "heads" else live_units
-        before, after = (entry_of(m.config, place.size(m.config)) for m in (case.model, model))
+        before, after = (place.count(m.config) for m in (case.model, model))
         assert after == expected(place, own) < before, place.path
 
     assert (
@@ -198,7 +201,7 @@ def narrow(masks, path, index):
 
 def test_widths_by_hand():
     """Two heads of width 8; head 0 has lost value channels 1, 2 and 3, head 1 only channel 5."""
-    model = Timer(TimerConfig(8, 16, 8, (2,), (6,), context_len=32, horizon=8))
+    model = Timer(TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 6), context_len=32, horizon=8))
     params, masks = jax.tree.map(np.asarray, model.init(jax.random.key(0))), full_masks(model)
     for path, index in (
         ("layer_0/attn/v/out", (0, [1, 2])),
@@ -210,13 +213,7 @@ def test_widths_by_hand():
     ):
         masks = narrow(masks, path, index)
     small, new, left = removal.remove(model, params, masks)
-    config = small.config
-    assert (config.n_heads, config.value_dims, config.qk_dims, config.ffn_dims) == (
-        (2,),
-        (7,),
-        (7,),
-        (4,),
-    )
+    assert small.config.layers == (LayerDims(HeadDims(heads=2, qk=7, value=7), ffn=4),)
     np.testing.assert_array_equal(
         left["layer_0"]["attn"]["v"]["out"], [[1, 0, 0, 1, 1, 1, 1], [1] * 7]
     )
@@ -247,7 +244,7 @@ def test_what_the_bias_has_lost_stays_lost():
     masks = narrow(full_masks(model), "layer_0/attn/v/out", ...)
     masks = narrow(masks, "layer_0/attn/out/out", 3)
     small, new, left = removal.remove(model, params, masks)
-    assert small.config.n_heads == (0, 2) and set(new["layer_0"]["attn"]) == {"out"}
+    assert widths(small.config, "attn.heads") == (0, 2) and set(new["layer_0"]["attn"]) == {"out"}
     kept = merge_in_one(jax.tree.map(np.ones_like, new), left)["layer_0"]["attn"]["out"]["bias"]
     np.testing.assert_array_equal(np.flatnonzero(kept == 0), [3])
 
@@ -263,10 +260,8 @@ def test_experts_and_then_their_units():
     )
     masks = doomed(few, fewer, np.random.default_rng(1))
     small, params, _ = removal.remove(few, fewer, masks)
-    assert (
-        small.config.kept == ((1, 3), ())
-        and small.config.expert_dims[0] < few.config.expert_dims[0]
-    )
+    assert widths(small.config, "experts.ids") == ((1, 3), ())
+    assert small.config.layers[0].experts.ffn < few.config.layers[0].experts.ffn
     same(case.numbers(small, params), case.numbers(few, merge_in_one(fewer, masks)))
     with pytest.raises(ValueError, match="router would go on choosing"):
         removal.pad(small, params, case.model)
@@ -308,7 +303,8 @@ def test_a_pruned_model_is_fine_tuned_by_every_strategy(strategy, splits, tmp_pa
     ):
         masks = narrow(masks, path, index)
     model, params, masks = removal.remove(base, params, masks)
-    assert (model.config.n_heads, model.config.ffn_dims) == ((0, 2), (24, 0))
+    assert widths(model.config, "attn.heads") == (0, 2)
+    assert widths(model.config, "ffn") == (24, 0)
     config = binding.train_config(model, epochs=1, batch_size=64)
     chosen = getattr(strategies, strategy)()
     result = run.run(model, params, chosen, splits, config=config, masks=masks, show_progress=False)

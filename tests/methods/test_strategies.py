@@ -7,6 +7,7 @@ import pytest
 
 from ltsm_jax import training, trees
 from ltsm_jax.data import Series, prepare
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.methods import alpha, phases, strategies
 from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.starts import (
@@ -25,7 +26,7 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 @pytest.fixture(scope="module")
 def model():
     """Two layers, for tests that compile nothing."""
-    return Timer(TimerConfig(8, 16, 8, (2, 2), (24, 24), context_len=32, horizon=8))
+    return Timer(TimerConfig(8, 16, 8, equal_layers(2, 2, 8, 24), context_len=32, horizon=8))
 
 
 @pytest.fixture(scope="module")

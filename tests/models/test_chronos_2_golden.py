@@ -12,11 +12,11 @@ import pytest
 
 from converters import chronos_2 as converter
 from ltsm_jax import trees
+from ltsm_jax.layers.quantiles import at_levels
 from ltsm_jax.models import folders
 from ltsm_jax.models.chronos_2 import (
     PRESETS,
     Chronos2,
-    interpolate_quantiles,
     masses,
     weighted_quantile,
 )
@@ -111,7 +111,7 @@ def test_golden_intermediates(recorded):
         "loc": "loc",
         "scale": "scale",
     }
-    for i in range(len(model.config.ffn_dims)):
+    for i in range(len(model.config.layers)):
         ours |= {
             f"encoder.block.{i}": f"layer_{i}",
             f"encoder.block.{i}.layer.0": f"layer_{i}/time",
@@ -204,11 +204,11 @@ def test_golden_levels_of_ones_own(recorded):
         if want.shape[:2] != x.shape[:2]:
             pytest.skip("recorded for other inputs")
         levels = tuple(round(float(q), 6) for q in io[f"{case}/in/levels"])
-        got = interpolate_quantiles(y, model.config.levels, levels)
+        got = at_levels(y, model.config.levels, levels)
         for i in range(len(x)):
             check(got[i], np.swapaxes(want[i], 1, 2), x[i], case, True)
         parity.close(
-            interpolate_quantiles(y, model.config.levels, (0.5,))[..., 0],
+            at_levels(y, model.config.levels, (0.5,))[..., 0],
             io[f"{case}/out/mean"],
             rtol=1e-3,
             atol=1e-3,
@@ -268,7 +268,7 @@ def test_golden_quantile_tools(recorded):
     values, query = io["util/in/values"], io["util/in/query"].tolist()
     levels = io["util/in/levels"].tolist()
     parity.close(
-        interpolate_quantiles(jnp.asarray(values), levels, query),
+        at_levels(jnp.asarray(values), levels, query),
         io["util/out/interpolate_quantiles"],
     )
     parity.close(

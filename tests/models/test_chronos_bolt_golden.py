@@ -120,7 +120,7 @@ def test_golden_intermediates(recorded):
     }
     steps = {"encoder": ("/after_attn", ""), "decoder": ("/after_attn", "/after_cross", "")}
     for stack, names in steps.items():
-        for i in range(len(getattr(model.config, stack).ffn_dims)):
+        for i in range(len(getattr(model.config, stack).layers)):
             ours[f"{stack}.block.{i}"] = f"{stack}/layer_{i}"
             ours |= {
                 f"{stack}.block.{i}.layer.{j}": f"{stack}/layer_{i}{name}"

@@ -20,10 +20,12 @@ import pytest
 
 import ltsm_jax
 from ltsm_jax import storage, trees
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import FAMILIES, folders
 from ltsm_jax.models.timer import Timer, TimerConfig
 
-MODEL = Timer(TimerConfig(8, 16, 8, (2, 2), (24, 24), context_len=32, horizon=8))
+MODEL = Timer(TimerConfig(8, 16, 8, equal_layers(2, 2, 8, 24), context_len=32, horizon=8))
+WHOLE = {"heads": 2, "qk": 8, "value": 8}
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -62,9 +64,10 @@ def test_every_file_has_the_mode_of_any_new_file(tmp_path, params):
 import os, jax, numpy as np, ltsm_jax
 from converters.torch_files import write_safetensors
 from ltsm_jax.models import folders
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 os.umask(0o027)
-model = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8))
+model = Timer(TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8))
 values = {{"table": np.ones(3, np.float32)}}
 params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
 ltsm_jax.save({str(tmp_path / "m")!r}, model, params, buffers=values)
@@ -135,7 +138,8 @@ for name in folders.shipped():
 
 def test_folders_of_the_first_format_still_load(folder, params):
     record = storage.read_record(folder / folders.CONFIG)
-    del record["files"]
+    del record["files"], record["config"]["layers"]
+    record["config"] |= {"n_heads": [2, 2], "ffn_dims": [24, 24]}
     (folder / folders.CONFIG).write_text(json.dumps(record | {"format": 1}))
     model, again = ltsm_jax.load(folder)
     assert model == MODEL
@@ -147,9 +151,9 @@ def test_folders_of_the_first_format_still_load(folder, params):
 
 
 def test_a_folder_of_a_later_version_says_so(folder):
-    rewrite(folder, lambda record: record.update(format=3))
+    rewrite(folder, lambda record: record.update(format=4))
     with pytest.raises(
-        storage.DamagedError, match=r"format 3, and this version of ltsm_jax reads 1 to 2: update"
+        storage.DamagedError, match=r"format 4, and this version of ltsm_jax reads 1 to 3: update"
     ):
         ltsm_jax.load(folder)
 
@@ -177,8 +181,12 @@ def test_a_field_of_another_version_says_so(folder):
         ("d_model", 16.0, "got 16.0"),
         ("d_model", True, "got True"),
         ("d_model", 10**9, "got 1000000000"),
-        ("n_heads", 2, "n_heads: a list was expected"),
-        ("n_heads", [2, "2"], r"n_heads\[1\]: an integer"),
+        ("layers", 2, "layers: a list was expected"),
+        ("layers", [2], r"layers\[0\]: fields were expected, got 2"),
+        ("layers", [{"attn": WHOLE, "ffn": "2"}], r"layers\[0\].ffn: an integer"),
+        ("layers", [{"attn": WHOLE | {"heads": True}, "ffn": 2}], r"attn.heads: an integer"),
+        ("layers", [{"attn": WHOLE}], r"layers\[0\].ffn: missing"),
+        ("layers", [{"attn": WHOLE | {"qk": 9}, "ffn": 2}], "qk must be a width from 0 to 8"),
         ("dropout", 1.5, "dropout: a number from 0 to 1"),
         ("dropout", float("nan"), "got nan"),
         ("activation", "gelv", "one of 'gelu', 'relu' was expected, got 'gelv'"),
@@ -267,7 +275,8 @@ def test_params_of_another_model_are_told(folder, tmp_path, params):
 def test_no_flipped_bit_of_the_shipped_config_is_believed(tmp_path, step):
     """Every bit of every byte, or of one of thirteen; the rest of the folder plays no part."""
     whole = (folders.SHIPPED / "timer-tiny" / folders.CONFIG).read_bytes()
-    read = storage.read_record(folders.SHIPPED / "timer-tiny" / folders.CONFIG)
+    read = folders.read_config(folders.SHIPPED / "timer-tiny")[1]
+    del read["digest"]
     file = tmp_path / folders.CONFIG
     for place in range(0, len(whole), step):
         for bit in range(8):
@@ -285,7 +294,7 @@ def test_an_array_that_no_file_holds_is_refused(tmp_path):
     """A table and a config that agree with each other, and say a thousand times of what
     there is.
     """
-    big = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8))
+    big = Timer(TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8))
     folder = ltsm_jax.save(tmp_path / "m", big, big.init(jax.random.key(0)))
     table = folder / folders.PARAMS / storage.DIGESTS
     record = storage.read_record(table)
@@ -552,6 +561,7 @@ KILLED = """
 import os, signal, sys, jax, numpy as np, ltsm_jax
 from ltsm_jax import storage
 from ltsm_jax.models import folders
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 place, after, exchange = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "exchange"
 if not exchange:
@@ -570,7 +580,7 @@ def killed(path, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     removed(path, *args, **kwargs)
 storage.shutil.rmtree = killed
-model = Timer(TimerConfig(8, 16, 8, (2, 2), (24, 24), context_len=32, horizon=8))
+model = Timer(TimerConfig(8, 16, 8, equal_layers(2, 2, 8, 24), context_len=32, horizon=8))
 params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
 ltsm_jax.save(place, model, params, overwrite=True)
 """
@@ -612,9 +622,10 @@ def test_scrap_of_a_process_that_runs_is_left_alone(tmp_path, folder, params):
 FULL = """
 import os, resource, signal, sys, jax, numpy as np, ltsm_jax
 from ltsm_jax.models import folders
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models.timer import Timer, TimerConfig
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-model = Timer(TimerConfig(8, 64, 8, (2, 2), (512, 512), context_len=32, horizon=8))
+model = Timer(TimerConfig(8, 64, 8, equal_layers(2, 2, 8, 512), context_len=32, horizon=8))
 params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
 for size in sys.argv[2:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 from ltsm_jax import trees
 from ltsm_jax.layers import packed
@@ -42,12 +43,12 @@ def test_published_parameter_counts():
         shapes = folders.shapes(MoiraiMoe(config))
         assert trees.count(shapes) == COUNTS[name]
         centroids = shapes["centroid"].size
-        assert centroids == len(config.kept) * 32 * config.d_model
+        assert centroids == len(config.layers) * 32 * config.d_model
 
 
 def test_tokens_go_to_the_two_farthest_centroids(params):
     _, taps = forward(MODEL, params, tokens(series(2, 1, 32)))
-    for i in range(len(MODEL.config.kept)):
+    for i in range(len(MODEL.config.layers)):
         gap = (
             np.asarray(taps[f"layer_{i}/norm2"])[:, :, None]
             - np.asarray(params["centroid"][i])[None, None]
@@ -63,12 +64,12 @@ def test_tokens_go_to_the_two_farthest_centroids(params):
 
 def test_a_pruned_layer_routes_among_the_experts_that_are_left(params):
     """Expert 1 of layer 0 away: as if its centroid were so near that nobody goes there."""
-    kept = ((0, 2, 3), (0, 1, 2, 3))
-    small = MoiraiMoe(dataclasses.replace(MODEL.config, kept=kept))
+    kept = (0, 2, 3)
+    small = MoiraiMoe(narrowed(MODEL.config, 0, experts={"ids": kept}))
     cut = jax.tree.map(lambda leaf: leaf, params)
     inner = cut["layer_0"]["ffn"]["experts"]
     cut["layer_0"]["ffn"]["experts"] = {
-        name: leaf[jnp.asarray(kept[0])] for name, leaf in inner.items()
+        name: leaf[jnp.asarray(kept)] for name, leaf in inner.items()
     }
     assert trees.flatten(folders.shapes(small))["layer_0/ffn/experts/up"].shape[0] == 3
     _, taps = forward(small, cut, tokens(series(2, 1, 32)))
@@ -82,7 +83,7 @@ def test_a_pruned_layer_routes_among_the_experts_that_are_left(params):
         atol=1e-5,
     )
     with pytest.raises(ValueError, match="at least 2 experts"):
-        dataclasses.replace(MODEL.config, kept=((0,), (0, 1)))
+        narrowed(MODEL.config, 0, experts={"ids": (0,)})
 
 
 def test_the_future_is_not_seen(params):

@@ -6,16 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 from converters import CheckpointError, tables
 from converters import sundial as converter
 from ltsm_jax import trees
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import folders
 from ltsm_jax.models.sundial import PRESETS, Sundial, SundialConfig, median
 
 MODEL = Sundial(
     SundialConfig(
-        4, 8, 8, 4, (2,), (12,), 12, 1, context_len=16, sampling_steps=3, n_samples=4, init_std=0.3
+        patch_len=4,
+        horizon=8,
+        d_model=8,
+        head_dim=4,
+        layers=equal_layers(1, 2, 4, 12),
+        embed_dim=12,
+        flow_depth=1,
+        context_len=16,
+        sampling_steps=3,
+        n_samples=4,
+        init_std=0.3,
     )
 )
 predict = jax.jit(lambda model, *args: model.predict(*args), static_argnums=(0, 3))
@@ -90,8 +102,8 @@ def test_the_loss_has_no_scale_and_skips_what_is_missing(params):
 
 def test_config_lists_all_its_problems():
     with pytest.raises(ValueError) as info:
-        SundialConfig(4, 8, 8, 3, (2, 2), (12,), 12, -1, context_len=16, activation="swoosh")
-    for word in ("same layers", "must be positive", "even width", "silu"):
+        SundialConfig(4, 8, 8, 3, (), 12, -1, context_len=16, activation="swoosh")
+    for word in ("at least one layer", "must be positive", "even width", "silu"):
         assert word in str(info.value)
 
 
@@ -119,4 +131,4 @@ def test_contradictions_are_listed():
     with pytest.raises(CheckpointError, match=r"number of heads.*config.json"):
         converter.configure(state, None, "file")
     with pytest.raises(ValueError, match="can't be exported"):
-        converter.published(dataclasses.replace(MODEL.config, ffn_dims=(5,)))
+        converter.published(narrowed(MODEL.config, 0, ffn=5))

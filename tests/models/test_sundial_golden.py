@@ -67,7 +67,7 @@ def test_golden_intermediates(recorded):
         "embed_residual_layer": "embed_residual",
         "embed": "embed",
     }
-    for i in range(len(model.config.ffn_dims)):
+    for i in range(len(model.config.layers)):
         theirs = {
             "_norm1": "/norm1",
             "_attn_out": "/attn",

@@ -8,16 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 from converters import CheckpointError, tables
 from converters import time_moe as converter
 from ltsm_jax import trees
+from ltsm_jax.layers.dims import ExpertDims, HeadDims
 from ltsm_jax.models import folders
-from ltsm_jax.models.time_moe import PRESETS, TimeMoe, TimeMoeConfig, balance, huber
+from ltsm_jax.models.time_moe import PRESETS, TimeMoe, TimeMoeConfig, TimeMoeLayer, balance, huber
 
 MODEL = TimeMoe(
     TimeMoeConfig(
-        8, 4, (2,), (1,), (1, 4), 4, 2, ((0, 1, 2, 3),), (6,), (12,), context_len=24, init_std=0.5
+        d_model=8,
+        head_dim=4,
+        layers=(TimeMoeLayer(HeadDims.of(2, 4, kv_heads=1), ExpertDims((0, 1, 2, 3), 6), 12),),
+        horizons=(1, 4),
+        n_experts=4,
+        top_k=2,
+        context_len=24,
+        init_std=0.5,
     )
 )
 predict = jax.jit(lambda model, *args: model.predict(*args).point, static_argnums=(0, 3))
@@ -45,7 +54,7 @@ def test_an_expert_taken_out_is_an_expert_masked(params):
     x, gone = series(2, 1, 24), (0, 3)
     kept = tuple(i for i in range(4) if i not in gone)
     mask = [jnp.asarray([float(i in kept) for i in range(4)])]
-    smaller = TimeMoe(dataclasses.replace(MODEL.config, kept=(kept,)))
+    smaller = TimeMoe(narrowed(MODEL.config, 0, experts={"ids": kept}))
     cut = jax.tree.map(lambda leaf: leaf, params)
     stacked = params["layer_0"]["mixture"]["experts"]
     cut["layer_0"]["mixture"]["experts"] = {
@@ -63,7 +72,7 @@ def test_an_expert_taken_out_is_an_expert_masked(params):
         jnp.ones(4)
     )
     assert np.isfinite(score).all() and np.abs(np.asarray(score)).max() > 0
-    none = TimeMoe(dataclasses.replace(MODEL.config, kept=((),)))
+    none = TimeMoe(narrowed(MODEL.config, 0, experts={"ids": ()}))
     assert np.isfinite(jax.jit(none.apply)(jax.jit(none.init)(jax.random.key(0)), x)[0][0]).all()
 
 
@@ -110,21 +119,16 @@ def test_config_lists_all_its_problems():
         TimeMoeConfig(
             8,
             3,
-            (3,),
-            (2,),
+            (TimeMoeLayer(HeadDims.of(3, 3, kv_heads=2), ExpertDims((1, 0), 6), 12),),
             (4, 4),
             2,
             3,
-            ((1, 0),),
-            (6, 6),
-            (12,),
             24,
             dense=True,
             activation="swoosh",
         )
     for word in (
-        "same layers",
-        "multiples of n_kv_heads",
+        "multiple of kv_heads",
         "even width",
         "3 of 2 experts",
         "in order",
@@ -160,4 +164,4 @@ def test_contradictions_are_listed():
 
 def test_a_pruned_model_is_not_exported():
     with pytest.raises(ValueError, match="can't be exported"):
-        converter.published(dataclasses.replace(MODEL.config, kept=((0, 1),)))
+        converter.published(narrowed(MODEL.config, 0, experts={"ids": (0, 1)}))

@@ -16,7 +16,8 @@ from converters import import_checkpoint
 from converters import time_moe as converter
 from ltsm_jax import trees
 from ltsm_jax.layers import experts
-from ltsm_jax.layers.causal import ACTIVATIONS, greedy_sizes
+from ltsm_jax.layers.causal import greedy_sizes
+from ltsm_jax.layers.mlp import ACTIVATIONS
 from ltsm_jax.models.time_moe import TimeMoe, TimeMoeConfig, TimeMoeNet
 
 RTOL, ATOL = 1e-4, 2e-5  # of meta.json

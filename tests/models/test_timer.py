@@ -2,12 +2,11 @@
 invariances, configs.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 import ltsm_jax
 from ltsm_jax import storage, trees
@@ -183,7 +182,7 @@ def test_dropout_acts_in_training_only(params):
 
 
 def test_a_pruned_timer_is_a_timer():
-    cfg = dataclasses.replace(MODEL.config, n_heads=(4, 1), ffn_dims=(32, 5))
+    cfg = narrowed(MODEL.config, 1, attn={"heads": 1}, ffn=5)
     params = Timer(cfg).init(jax.random.key(0))
     assert params["layer_1"]["attn"]["q"]["kernel"].shape == (16, 1, 4) and params["layer_1"]["up"][
         "kernel"
@@ -197,8 +196,8 @@ def test_a_pruned_timer_is_a_timer():
 
 def test_config_lists_all_its_problems():
     with pytest.raises(ValueError) as info:
-        TimerConfig(8, 15, 4, (2, 2), (32,), context_len=4, horizon=9, activation="swish")
-    for word in ("n_heads", "even", "one patch (8)", "horizon cannot be 9", "swish"):
+        TimerConfig(8, 15, 4, (), context_len=4, horizon=9, activation="swish")
+    for word in ("at least one layer", "even", "one patch (8)", "horizon cannot be 9", "swish"):
         assert word in str(info.value)
     with pytest.raises(ValueError, match="e_layers, n_heads"):
         TimerConfig.from_published({"patch_len": 8, "d_model": 16, "d_ff": 32})

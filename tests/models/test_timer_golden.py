@@ -92,7 +92,7 @@ def test_golden_intermediates(recorded):
         "final_norm": "norm",
         "proj": "head",
     }
-    for i in range(len(model.config.ffn_dims)):
+    for i in range(len(model.config.layers)):
         theirs = {
             "_attn_weights": "/attn_weights",
             "_attn_sublayer": "/attn",

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import layers_of
 
 from converters import CheckpointError
 from converters import timer_hf as converter
 from ltsm_jax import trees
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import folders
 from ltsm_jax.models.timer_hf import PRESETS, TimerHf, TimerHfConfig
 
-MODEL = TimerHf(TimerHfConfig(4, 16, 4, (2, 3), (24, 8), (4, 8), context_len=24))
+MODEL = TimerHf(TimerHfConfig(4, 16, 4, layers_of(4, (2, 3), (24, 8)), (4, 8), context_len=24))
 predict = jax.jit(lambda model, *args: model.predict(*args).point[:, 0], static_argnums=(0, 3))
 loss = jax.jit(lambda model, *args: model.loss(*args), static_argnums=0)
 
@@ -92,15 +94,14 @@ def test_config_lists_all_its_problems():
             4,
             16,
             3,
-            (2,),
-            (24, 8),
+            (),
             (4, 4),
             context_len=2,
             activation="swoosh",
             scaling="none at all",
         )  # type: ignore[arg-type]
     for word in (
-        "same layers",
+        "at least one layer",
         "even width",
         "hold one patch (4)",
         "must differ",
@@ -121,7 +122,7 @@ def state_of(config):
 
 
 def test_contradictions_are_listed():
-    config = dataclasses.replace(MODEL.config, n_heads=(4, 4), ffn_dims=(24, 24))
+    config = dataclasses.replace(MODEL.config, layers=equal_layers(2, 4, 4, 24))
     state, fields = state_of(config), converter.published(config)
     assert converter.configure(state, fields, "file")[0] == dataclasses.replace(
         config, context_len=120

@@ -56,7 +56,7 @@ def test_golden_intermediates_and_heads(recorded):
     _, model, params, io = recorded
     heads, taps = apply(model, params, rows(io["normal/x"]))
     ours = {"embed": "embed"}
-    for i in range(len(model.config.ffn_dims)):
+    for i in range(len(model.config.layers)):
         theirs = {"_attn_out": "/attn", "_norm1": "/norm1", "_ffn_out": "/mlp", "_out": ""}
         ours |= {f"layer{i}{name}": f"layer_{i}{tap}" for name, tap in theirs.items()}
     names = {key.removeprefix("normal/act/") for key in io if key.startswith("normal/act/")}

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 from converters import CheckpointError, tables
 from converters import timer_xl as converter
 from ltsm_jax import trees
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import folders
 from ltsm_jax.models.timer_xl import PRESETS, TimerXL, TimerXLConfig, variate_mask
 
-MODEL = TimerXL(TimerXLConfig(4, 4, 16, 8, (2,), (24,), context_len=16, dropout=0.1))
+MODEL = TimerXL(TimerXLConfig(4, 4, 16, 8, equal_layers(1, 2, 8, 24), context_len=16, dropout=0.1))
 ALONE = TimerXL(dataclasses.replace(MODEL.config, joint=False))
 predict = jax.jit(lambda model, *args: model.predict(*args).point, static_argnums=(0, 3))
 loss = jax.jit(lambda model, *args: model.loss(*args), static_argnums=(0, 4))
@@ -85,9 +87,9 @@ def test_covariates_count_the_last_variate_only(params):
 
 def test_config_lists_all_its_problems():
     with pytest.raises(ValueError) as info:
-        TimerXLConfig(4, 4, 16, 6, (2, 2), (24,), 2, joint=False, covariate=True, activation="silu")  # pyright: ignore[reportArgumentType]
+        TimerXLConfig(4, 4, 16, 6, (), 2, joint=False, covariate=True, activation="silu")  # pyright: ignore[reportArgumentType]
     for word in (
-        "same layers",
+        "at least one layer",
         "multiple of 4",
         "one patch (4)",
         "see one another",
@@ -125,4 +127,4 @@ def test_sizes_are_read_from_the_tensors_and_contradictions_listed():
     with pytest.raises(CheckpointError, match="flash_attention"):
         converter.configure(state, fields | {"flash_attention": True}, "file")
     with pytest.raises(ValueError, match="can't be exported"):
-        converter.published(dataclasses.replace(MODEL.config, n_heads=(3,)))
+        converter.published(narrowed(MODEL.config, 0, attn={"heads": 3}))

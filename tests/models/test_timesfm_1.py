@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 from converters import CheckpointError, import_checkpoint, tables
 from converters import timesfm_1 as converter
 from converters.torch_files import write_torch
 from ltsm_jax import trees
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import folders
 from ltsm_jax.models.timesfm_1 import PRESETS, TimesFM1, TimesFM1Config, freq_class, sinusoids
 
@@ -130,7 +132,8 @@ def test_the_network_is_strict_about_lengths(params):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"n_heads": (2,)}, "same layers"),
+        ({"layers": ()}, "at least one layer"),
+        ({"layers": equal_layers(2, 2, 9, 24)}, "width from 0 to 8"),
         ({"d_model": 15}, "even"),
         ({"context_len": 33}, "whole patches"),
         ({"quantiles": (0.1, 0.9)}, "0.5 among"),
@@ -145,7 +148,7 @@ def test_a_config_says_what_is_wrong(change, said):
 
 
 def test_a_pruned_model_is_of_the_same_class():
-    model = TimesFM1(dataclasses.replace(CONFIG, n_heads=(1, 2), ffn_dims=(5, 24)))
+    model = TimesFM1(narrowed(CONFIG, 0, attn={"heads": 1}, ffn=5))
     shapes = folders.shapes(model)
     assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
@@ -166,7 +169,7 @@ def checkpoint(folder, params, published=None, change=None):
 
 def test_a_pruned_model_is_not_exported():
     with pytest.raises(ValueError, match="pruned model can't be exported"):
-        converter.published(dataclasses.replace(CONFIG, n_heads=(2, 1)))
+        converter.published(narrowed(CONFIG, 1, attn={"heads": 1}))
 
 
 def test_without_a_config_the_sizes_must_be_published_ones(params, tmp_path):

@@ -127,7 +127,7 @@ def names_of(model):
     }
     if model.config.use_positional_embedding:
         ours["position_emb"] = "positions"
-    for i in range(len(model.config.ffn_dims)):
+    for i in range(len(model.config.layers)):
         theirs = {".input_layernorm": "/attn_norm", ".self_attn": "/attn", ".mlp": "", "": ""}
         ours |= {
             f"stacked_transformer.layers.{i}{name}": f"layer_{i}{tap}"

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 from converters import CheckpointError, import_checkpoint, tables
 from converters import timesfm_2p5 as converter
 from converters.torch_files import write_safetensors
 from ltsm_jax import trees
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.models import folders
 from ltsm_jax.models.timesfm_2p5 import (
     PRESETS,
@@ -132,7 +134,8 @@ def test_the_network_is_strict_about_lengths(params):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"n_heads": (2,)}, "same layers"),
+        ({"layers": ()}, "at least one layer"),
+        ({"layers": equal_layers(2, 2, 9, 24)}, "width from 0 to 8"),
         ({"head_dim": 7}, "even"),
         ({"output_len": 12}, "whole patches"),
         ({"point_column": 10}, "one of 10 columns"),
@@ -146,7 +149,7 @@ def test_a_config_says_what_is_wrong(change, said):
 
 
 def test_a_pruned_model_is_of_the_same_class():
-    model = TimesFM2p5(dataclasses.replace(CONFIG, n_heads=(1, 2), ffn_dims=(5, 24)))
+    model = TimesFM2p5(narrowed(CONFIG, 0, attn={"heads": 1}, ffn=5))
     shapes = folders.shapes(model)
     assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
@@ -259,6 +262,6 @@ def test_both_forms_of_the_published_config_give_the_config_back():
             told = json.loads(json.dumps(converter.published(config, table)))
             assert TimesFM2p5Config.from_published(told) == config
     with pytest.raises(ValueError, match="pruned model can't be exported"):
-        converter.published(dataclasses.replace(CONFIG, ffn_dims=(24, 8)))
+        converter.published(narrowed(CONFIG, 1, ffn=8))
     with pytest.raises(ValueError, match="blocks as wide as the model"):
         converter.published(dataclasses.replace(CONFIG, point_dim=8), converter.TRANSFORMERS)

@@ -102,7 +102,7 @@ def names_of(model):
         "pre_ff_ln": "pre_ffn_norm",
         "post_ff_ln": "post_ffn_norm",
     }
-    for i in range(len(model.config.ffn_dims)):
+    for i in range(len(model.config.layers)):
         ours |= {f"stacked_xf.{i}": f"layer_{i}"} | {
             f"stacked_xf.{i}.{t}": f"layer_{i}/{o}" for t, o in steps.items()
         }
@@ -116,7 +116,7 @@ def test_golden_network(recorded, case):
     z, masks = io[f"{case}/in/inputs"], io[f"{case}/in/masks"]
     y, spread, _, taps = network(recorded.model, recorded.params, z, masks)
     valid = io.get(f"{case}/in/valid_patch", ~masks[..., -1])
-    last = f"layer_{len(recorded.model.config.ffn_dims) - 1}"
+    last = f"layer_{len(recorded.model.config.layers) - 1}"
     got = {"input_embeddings": taps["embed"], "output_embeddings": taps[last], "output_ts": y}
     got["output_quantile_spread"] = spread
     for name, value in got.items():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed
 
 from converters import CheckpointError, import_checkpoint, tables
 from converters import timesfm_3 as converter
@@ -265,11 +266,16 @@ def test_the_loss_does_not_know_the_unit(params):
 # --- configs
 
 
+def values(width):
+    """Layers of which one has values of another width."""
+    layer = CONFIG.layers[0]
+    return (dataclasses.replace(layer, seq=dataclasses.replace(layer.seq, value=width)), layer)
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"n_heads": (2,)}, "same layers"),
-        ({"var_heads": (2,)}, "same layers"),
+        ({"layers": ()}, "at least one layer"),
         ({"head_dim": 7}, "even"),
         ({"output_len": 12}, "whole patches"),
         ({"patch_len": 0}, "positive"),
@@ -278,8 +284,8 @@ def test_the_loss_does_not_know_the_unit(params):
         ({"value_clip": 0.0}, "value_clip"),
         ({"detrend_threshold": -1.0}, "detrend_threshold"),
         ({"identity_skip": True}, "identity_skip needs"),
-        ({"value_dims": (9, 8)}, "width from 0 to 8"),
-        ({"value_norm": True, "value_dims": (4, 8)}, "whole values"),
+        ({"layers": values(9)}, "width from 0 to 8"),
+        ({"value_norm": True, "layers": values(4)}, "whole values"),
     ],
 )
 def test_a_config_says_what_is_wrong(change, said):
@@ -288,8 +294,8 @@ def test_a_config_says_what_is_wrong(change, said):
 
 
 def test_a_pruned_model_is_of_the_same_class():
-    pruned = {"n_heads": (1, 2), "var_heads": (0, 1), "ffn_dims": (5, 24), "var_value_dims": (8, 3)}
-    model = having(**pruned)
+    pruned = narrowed(CONFIG, 0, seq={"heads": 1}, var={"heads": 0}, ffn=5)
+    model = TimesFM3(narrowed(pruned, 1, var={"heads": 1, "value": 3}))
     shapes = folders.shapes(model)
     assert shapes["layer_0"]["seq"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     assert "q" not in shapes["layer_0"]["var"]

@@ -172,7 +172,7 @@ def names_of(model):
     for kind in ("seq", "var"):
         steps |= {f"{kind}_attn": kind, f"{kind}_attn.out_proj": kind}
         steps |= {f"{kind}_attn.{theirs}": f"{kind}/{name}" for theirs, name in attention.items()}
-    for i in range(len(model.config.ffn_dims)):
+    for i in range(len(model.config.layers)):
         ours[f"transformer_stack.layers.{i}"] = f"layer_{i}"
         ours |= {f"transformer_stack.layers.{i}.{t}": f"layer_{i}/{o}" for t, o in steps.items()}
     return ours

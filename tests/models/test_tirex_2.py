@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from layer_widths import narrowed, widths
 
 from converters import CheckpointError, import_checkpoint, tables
 from converters import tirex_2 as converter
@@ -15,13 +16,13 @@ from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import trees
 from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.layers.masks import masked, merge, shapes
+from ltsm_jax.layers.quantiles import at_levels
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.models import folders, tirex_2
 from ltsm_jax.models.tirex_2 import (
     PRESETS,
     TiRex2,
     TiRex2Config,
-    at_levels,
     calibrated,
     differences,
     has_trend,
@@ -411,7 +412,7 @@ def test_heads_of_the_recurrence_go_as_a_whole(params):
         layer_1__slstm__z__out=0,
     )
     small, fewer, _ = remove(MODEL, params, masks)
-    assert small.config.lstm_heads == (1, 2)
+    assert widths(small.config, "lstm_heads") == (1, 2)
     assert fewer["layer_0"]["mlstm"]["v"]["kernel"].shape == (16, 1, 8)
     assert fewer["layer_0"]["mlstm"]["norm"]["scale"].shape == (1, 8)
     x = wave(2, 2, 50)
@@ -432,7 +433,7 @@ def test_heads_of_the_recurrence_go_as_a_whole(params):
 def test_a_recurrence_without_heads_gives_nothing(params):
     masks = mask_tree(params, layer_0__mlstm__out__in=slice(None))
     small, fewer, _ = remove(MODEL, params, masks)
-    assert small.config.lstm_heads == (0, 2)
+    assert widths(small.config, "lstm_heads") == (0, 2)
     assert "mlstm" not in fewer["layer_0"]
     assert type(MODEL).config_from_dict(small.config_to_dict()) == small.config
     x = wave(1, 1, 50)
@@ -445,20 +446,25 @@ def test_a_recurrence_without_heads_gives_nothing(params):
 
 def test_configs_that_make_no_sense_are_refused():
     cases = {
-        "must name the same layers": {"n_heads": (2,)},
-        "must make the width 16": {"lstm_heads": (2, 1)},
+        "at least one layer": {"layers": ()},
         "whole patches of 8 steps, got 20": {"future_len": 20},
         "must rise within": {"levels": (0.5, 0.1, 0.9)},
         "must be an odd number": {"levels": (0.1, 0.9)},
         "symmetric about 0.5": {"levels": (0.1, 0.5, 0.8), "sign_flip": True},
-        "kinds must be mlstm or slstm": {"kinds": ("mlstm", "gru")},
         "every size must be positive": {"qk_dim": 0},
         "activation must be one of": {"activation": "tanh"},
-        "variate_value_dims must be empty": {"variate_value_dims": (9, 9)},
     }
     for message, changes in cases.items():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **changes)
+    of_a_layer = {
+        "must make the width 16": {"lstm_heads": 1},
+        "kind must be mlstm or slstm": {"kind": "gru"},
+        "value must be a width from 0 to 8": {"attn": {"value": 9}},
+    }
+    for message, changes in of_a_layer.items():
+        with pytest.raises(ValueError, match=message):
+            narrowed(CONFIG, 1, **changes)
     with pytest.raises(ValueError, match="mlstm_heads must divide the width 16"):
         TiRex2Config.of(16, ("mlstm",), mlstm_heads=3, embed_dim=8)
 
@@ -471,9 +477,9 @@ def test_the_published_config_gives_the_config_back():
         told = json.loads(json.dumps(converter.published(config)))
         assert TiRex2Config.from_published(told) == config
     with pytest.raises(ValueError, match="pruned model can't be exported"):
-        converter.published(dataclasses.replace(CONFIG, ffn_dims=(64, 8)))
-    with pytest.raises(ValueError, match="layer 0: 1 heads of the mlstm, not 2"):
-        converter.published(dataclasses.replace(CONFIG, lstm_heads=(1, 2)))
+        converter.published(narrowed(CONFIG, 1, ffn=8))
+    with pytest.raises(ValueError, match="lstm_heads=1"):
+        converter.published(narrowed(CONFIG, 0, lstm_heads=1))
     with pytest.raises(ValueError, match="no activation 'gelu_tanh'"):
         converter.published(dataclasses.replace(CONFIG, activation="gelu_tanh"))
 

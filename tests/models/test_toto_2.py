@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_widths import narrowed, widths
 
 from converters import CheckpointError, export_checkpoint, import_checkpoint, tables
 from converters import toto_2 as converter
@@ -85,7 +86,7 @@ def test_published_parameter_counts(name, parameters):
     shapes = folders.shapes(model)
     fixed = jax.tree.leaves(trees.select(shapes, model.fixed))
     assert trees.count(shapes) - sum(fixed) == parameters
-    assert sum(fixed) == 2 * len(model.config.kinds)
+    assert sum(fixed) == 2 * len(model.config.layers)
 
 
 def test_the_smallest_published_file_has_its_number_of_tensors_and_bytes(tmp_path):
@@ -457,8 +458,9 @@ def test_a_model_without_heads_and_units_keeps_its_factors(deep):
     flat["layer_2/down/in"] = np.float32(np.arange(24) % 3 > 0)
     masks = trees.unflatten(flat)
     small, left, _ = removal.remove(model, deep, masks)
-    assert small.config.n_heads == (2, 2, 4) and small.config.n_kv_heads == (1, 1, 2)
-    assert small.config.ffn_dims == (24, 24, 16)
+    assert widths(small.config, "attn.heads") == (2, 2, 4)
+    assert widths(small.config, "attn.kv_heads") == (1, 1, 2)
+    assert widths(small.config, "ffn") == (24, 24, 16)
     assert (small.config.attn_width, small.config.ffn_width) == (DEEP.attn_width, DEEP.ffn_width)
     x, merged = series(2, 2, 24), pruning.merge(deep, masks)
     want = predict(model, merged, x, 8).point
@@ -468,9 +470,9 @@ def test_a_model_without_heads_and_units_keeps_its_factors(deep):
 
 def test_layers_keep_their_kind_when_others_are_taken_out(deep):
     model = Toto2(DEEP)
-    assert DEEP.kinds == ("time", "variate", "time")
+    assert widths(DEEP, "kind") == ("time", "variate", "time")
     small, left = pruning.drop_layers(model, deep, ["layer_0"])
-    assert small.config.kinds == ("variate", "time")
+    assert widths(small.config, "kind") == ("variate", "time")
     np.testing.assert_array_equal(
         left["layer_0"]["variate"]["q"]["kernel"], deep["layer_1"]["variate"]["q"]["kernel"]
     )
@@ -514,18 +516,30 @@ def test_a_checkpoint_in_several_files(deep, tmp_path):
     assert all(tables.same_bytes(again[key], state[key]) for key in state)
 
 
+def of_kinds(*kinds, check=True):
+    """DEEP with layers of these kinds; without a check its layers alone."""
+    layers = tuple(dataclasses.replace(DEEP.layers[0], kind=kind) for kind in kinds)
+    return dataclasses.replace(DEEP, layers=layers) if check else layers
+
+
+def odd(**changes):
+    """Layers of which the first has other heads."""
+    layer = DEEP.layers[0]
+    attention = dataclasses.replace(layer.attn, **changes)
+    return (dataclasses.replace(layer, attn=attention), *DEEP.layers[1:])
+
+
 def test_published_configs_come_back():
     for config in (*PRESETS.values(), dataclasses.replace(DEEP, window=4096, span=16)):
         told = json.loads(json.dumps(converter.published(config)))
         assert Toto2Config.from_published(told) == config
-    for change, said in (
-        ({"ffn_dims": (24, 8, 24)}, "pruned model can't be exported"),
-        ({"kinds": ("time", "variate", "variate")}, None),
-        ({"kinds": ("variate", "time", "time")}, None),
+    for config, said in (
+        (narrowed(DEEP, 1, ffn=8), "pruned model can't be exported"),
+        (of_kinds("time", "variate", "variate"), None),
+        (of_kinds("variate", "time", "time"), None),
     ):
-        config = dataclasses.replace(DEEP, **change)
         if said is None:
-            assert Toto2Config.from_published(converter.published(config)).kinds == config.kinds
+            assert Toto2Config.from_published(converter.published(config)).layers == config.layers
             continue
         with pytest.raises(ValueError, match=said):
             converter.published(config)
@@ -574,7 +588,8 @@ def test_contradictions_are_told(deep, tmp_path, change, said):
     if "layer_group_size" in change:
         # The tensors of both kinds of layers are the same, so that nothing can tell.
         model, *_ = import_checkpoint(tmp_path)
-        assert isinstance(model, Toto2) and model.config.kinds == ("time", "time", "variate")
+        assert isinstance(model, Toto2)
+        assert [dims.kind for dims in model.config.layers] == ["time", "time", "variate"]
         return
     with pytest.raises(CheckpointError, match=said):
         import_checkpoint(tmp_path)
@@ -615,15 +630,15 @@ def test_missing_and_strange_keys_are_listed(deep, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"n_heads": (4,)}, "same layers"),
-        ({"n_kv_heads": (3, 2, 2)}, "multiples of n_kv_heads"),
+        ({"layers": ()}, "at least one layer"),
+        ({"layers": odd(kv_heads=3)}, "multiple of kv_heads"),
         ({"qk_dim": 6}, "multiple of 4"),
         ({"patch_len": 0}, "positive"),
         ({"block_len": 6}, "whole patches of 4 steps"),
         ({"fill": "mean"}, "fill must be one of last, linear, zero"),
         ({"gradient": "none"}, "gradient must be one of"),
-        ({"kinds": ("time", "space", "time")}, "kinds must be time or variate"),
-        ({"value_dims": (7, 6, 6)}, "width from 0 to 6"),
+        ({"layers": of_kinds("time", "space", "time", check=False)}, "must be time or variate"),
+        ({"layers": odd(value=7)}, "width from 0 to 6"),
         ({"residual_mult": 0.0}, "must be positive"),
     ],
 )

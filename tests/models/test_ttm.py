@@ -293,9 +293,10 @@ def test_a_config_at_odds_with_the_weights_is_refused():
 
 def test_a_pruned_model_can_not_be_exported():
     config = TTMConfig.of(**TINY)
-    ((channel, patch, feature),) = config.encoder
+    (dims,) = config.encoder
+    less = dataclasses.replace(dims, patch=dims.patch - 1)
     with pytest.raises(ValueError, match="pruned"):
-        converter.published(dataclasses.replace(config, encoder=((channel, patch - 1, feature),)))
+        converter.published(dataclasses.replace(config, encoder=(less,)))
     assert converter.published(config)["expansion_factor"] == 2
 
 

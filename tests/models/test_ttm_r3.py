@@ -316,8 +316,9 @@ def test_what_the_original_has_no_place_for_is_not_exported():
         converter.published(
             dataclasses.replace(cfg, trend=dataclasses.replace(cfg.trend, gate="sigmoid"))
         )
-    ((channel, patch, feature),) = cfg.trend.encoder
-    pruned = dataclasses.replace(cfg.trend, encoder=((channel, patch - 1, feature),))
+    (dims,) = cfg.trend.encoder
+    less = dataclasses.replace(dims, patch=dims.patch - 1)
+    pruned = dataclasses.replace(cfg.trend, encoder=(less,))
     with pytest.raises(ValueError, match="pruned"):
         converter.published(dataclasses.replace(cfg, trend=pruned))
 

@@ -10,6 +10,7 @@ import pytest
 
 from ltsm_jax import training
 from ltsm_jax.data import Series, Windows, prepare
+from ltsm_jax.layers.dims import equal_layers
 from ltsm_jax.methods import pruning
 from ltsm_jax.methods.run import run
 from ltsm_jax.methods.strategies import strategy
@@ -358,7 +359,11 @@ def test_the_runner_tunes_an_imputer():
     """Fine-tuning by a strategy, and pruning, know no task by name."""
     t, rng = np.arange(400), np.random.default_rng(0)
     values = np.sin(2 * np.pi * t / 16 + np.arange(2)[:, None]) + 0.1 * rng.normal(size=(2, 400))
-    model = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8, task="imputation"))
+    model = Timer(
+        TimerConfig(
+            8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8, task="imputation"
+        )
+    )
     params = jax.jit(model.init)(jax.random.key(0))
     splits = prepare(Series("waves", values, ("a", "b")), 32, 32, joint=True)
     task = imputation.Imputation(rate=0.5)

@@ -26,13 +26,14 @@ from ltsm_jax import curvature, hosts, landscape, sharding, training, trees
 from ltsm_jax.data import Series, prepare
 from ltsm_jax.data.windows import windows_between
 from ltsm_jax.layers import experts
+from ltsm_jax.layers.dims import ExpertDims, HeadDims, equal_layers
 from ltsm_jax.layers.masks import place
 from ltsm_jax.methods import binding, pruning, redundancy, removal
 from ltsm_jax.methods.pruning import schedule
 from ltsm_jax.methods.run import run as run_strategy
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models import FAMILIES
-from ltsm_jax.models.time_moe import TimeMoe
+from ltsm_jax.models.time_moe import TimeMoe, TimeMoeLayer
 from ltsm_jax.models.timer import Timer, TimerConfig
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
@@ -164,15 +165,11 @@ def one_layer(family):
     """
     jax.config.update("jax_disable_most_optimizations", True)
     if family == "timer":
-        model = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8))
+        model = Timer(TimerConfig(8, 16, 8, equal_layers(1, 2, 8, 24), context_len=32, horizon=8))
     else:
         config = dataclasses.replace(
             TimeMoe.small(),
-            n_heads=(2,),
-            n_kv_heads=(2,),
-            kept=((0, 1, 2, 3),),
-            expert_dims=(6,),
-            shared_dims=(8,),
+            layers=(TimeMoeLayer(HeadDims.of(2, 8, kv_heads=2), ExpertDims((0, 1, 2, 3), 6), 8),),
             horizons=(1, 4),
             context_len=16,
         )

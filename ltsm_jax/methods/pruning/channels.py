@@ -17,7 +17,7 @@ from ltsm_jax import sharding, trees
 from ltsm_jax.layers import masks as layer_masks
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.masks import masked
-from ltsm_jax.models import Model
+from ltsm_jax.models import Model, parts
 from ltsm_jax.sharding import Placement
 
 Params = Any
@@ -78,8 +78,8 @@ def full_masks(
     flat = _shapes(model)
     linears = {path.rsplit("/", 1)[0] for path in flat}
     heads = {path for path in linears if re.search(model.head, f"{path}/kernel")}
-    blocks = {path for path in linears if re.search(model.blocks, path)} - heads
     never = {path for path in linears if path.rsplit("/", 1)[-1] in layer_masks.ROUTING}
+    blocks = {path for path in linears if parts.layer_of(model, path)} - heads - never
     if "every-linear" in quirks:
         chosen = linears
     elif "head-only" in quirks:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from ltsm_jax import sharding, trees
 from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.models import Model
-from ltsm_jax.models.configs import entry_of, with_entry
+from ltsm_jax.models.parts import place_of
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.batches import in_batches
 
@@ -110,26 +109,21 @@ def keep_experts(
     """
     flat, config, problems = dict(trees.flatten(params)), model.config, []
     for path, ids in kept.items():
-        found = [
-            (g, m)
-            for g in model.prunable
-            if g.kind == "experts" and (m := re.fullmatch(g.pattern, path))
-        ]
-        if not found or found[0][0].ids is None:
+        place = place_of(model, path, "experts")
+        if place is None:
             problems.append(f"  {path}: no experts of {model.family}")
             continue
-        group, match = found[0]
-        entry = match.expand(group.ids or "")
-        there = entry_of(config, entry)
+        dims = place.dims(config)
+        there = dims.ids
         if not set(ids) <= set(there):
             problems.append(f"  {path}: has experts {there}, not {sorted(set(ids) - set(there))}")
             continue
         places = np.asarray([there.index(i) for i in ids], np.int32)
-        for name in (*group.makes, *group.takes):
+        for name in (*place.group.makes, *place.group.takes):
             leaf = flat.pop(f"{path}/{name}")
             if len(places):
                 flat[f"{path}/{name}"] = leaf[places]
-        config = with_entry(config, entry, tuple(ids))
+        config = place.put(config, dataclasses.replace(dims, ids=tuple(ids)))
     if problems:
         raise ValueError("experts cannot be pruned:\n" + "\n".join(problems))
     fewer = dataclasses.replace(model, config=config)
