@@ -273,9 +273,8 @@ class Chronos2Net(nn.Module):
         embed = block(3 * cfg.patch_len, cfg.d_model, "embed")
         x = taps["embed"] = embed(p_GMNP, train)
         ahead = taps["embed_future"] = embed(future_GMNP, train)
-        tokens_VD = self.param(
-            "tokens", nn.initializers.zeros, (2, cfg.d_model)
-        )  # row 0 is never used
+        # Row 0 is never used.
+        tokens_VD = self.param("tokens", nn.initializers.zeros, (2, cfg.d_model))
         reg = jnp.broadcast_to(
             tokens_VD[1].astype(x.dtype).reshape(1, 1, 1, -1), (*x.shape[:2], 1, cfg.d_model)
         )
@@ -369,9 +368,8 @@ class Chronos2(Model):
                 return Normal(factor * (d * k) ** -0.5)
             if path.endswith(("/k/kernel", "/v/kernel")):
                 return Normal(factor * d**-0.5)
-            return Normal(
-                factor * math.prod(shape[:-1]) ** -0.5
-            )  # its own inputs: heads * K, D or F
+            # Its own inputs: heads * K, D or F.
+            return Normal(factor * math.prod(shape[:-1]) ** -0.5)
 
         return draw(key, shapes, rule)
 
@@ -425,8 +423,8 @@ class Chronos2(Model):
         same = jnp.ones((g, m, m), bool) if same is None else same
         loc, scale = scale_of_observed(x, FLAT_SCALE)
 
-        tokens, inner, visible = self._context_tokens(x, mask, loc, scale)
-        ahead = self._future_tokens((g, m, n_patches), future, future_mask, loc, scale)
+        tokens, inner, visible = self._context_tokens(x, mask, loc, scale=scale)
+        ahead = self._future_tokens((g, m, n_patches), future, future_mask, loc=loc, scale=scale)
         net, seen = Chronos2Net(cfg), visible.sum(-1) > 0
         y, taps = run(net, params, tokens, ahead, seen, same, key=key, train=train)
 
@@ -617,9 +615,8 @@ class Chronos2(Model):
             done += step
             if done < horizon:
                 new_GMRA = at_levels(y_GMRQ, cfg.levels, paths)
-                if (
-                    future is not None
-                ):  # a covariate goes on as it is known to, not as it was forecast
+                # A covariate goes on as it is known to, not as it was forecast.
+                if future is not None:
                     given = future[..., done - step : done, None]
                     given = jnp.pad(
                         given,

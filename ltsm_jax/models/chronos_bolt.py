@@ -201,7 +201,7 @@ class ChronosBoltNet(nn.Module):
 
         def block(inputs, outputs, name):
             return ResidualBlock(
-                inputs, cfg.block_dim, outputs, activation, dropout=dropout, name=name
+                inputs, cfg.block_dim, outputs, activation=activation, dropout=dropout, name=name
             )
 
         both_BN2P = jnp.concatenate([p_BNP, mask_BNP.astype(p_BNP.dtype)], axis=-1)
@@ -253,10 +253,7 @@ class ChronosBolt(Model):
         *t5.SHARD_RULES,
         (r"^tokens$", ()),
     )
-    stacks = (
-        Stack("encoder", ("encoder", "layers")),
-        Stack("decoder", ("decoder", "layers")),
-    )
+    stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
     prunable = T5_GROUPS
 
     @classmethod
@@ -302,7 +299,7 @@ class ChronosBolt(Model):
                     cfg.init_factor
                     * (cfg.block_dim if "/out/" in path else 2 * cfg.patch_len) ** -0.5
                 )
-            return t5.initial(path, shape, cfg.encoder.d_model, cfg.init_factor)
+            return t5.initial(path, shape, cfg.encoder.d_model, factor=cfg.init_factor)
 
         return draw(key, shapes, rule)
 
@@ -425,7 +422,7 @@ class ChronosBolt(Model):
         blocks = math.ceil(horizon / cfg.horizon)
         if blocks > 1:
             y_BCHQ = jnp.concatenate(
-                [y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks - 1)], axis=2
+                [y_BCHQ, self._rolled_out(params, x_BCT, y_BCHQ, blocks=blocks - 1)], axis=2
             )
         y_BCHQ = y_BCHQ[..., :horizon, :]
         return Forecast(self._point(y_BCHQ), y_BCHQ, levels=cfg.levels)

@@ -303,9 +303,8 @@ def kth_largest(x: jax.Array, k: int) -> jax.Array:
     """
     sign = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rank = jnp.where(
-        bits >= sign, ~bits, bits | sign
-    )  # unsigned integers in the order of the floats
+    # Unsigned integers in the order of the floats.
+    rank = jnp.where(bits >= sign, ~bits, bits | sign)
 
     def one(i, found):
         higher = found | (sign >> jnp.uint32(i))
@@ -412,10 +411,7 @@ class ChronosT5(Model):
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
-    stacks = (
-        Stack("encoder", ("encoder", "layers")),
-        Stack("decoder", ("decoder", "layers")),
-    )
+    stacks = (Stack("encoder", ("encoder", "layers")), Stack("decoder", ("decoder", "layers")))
     prunable = T5_GROUPS
 
     @classmethod
@@ -463,7 +459,7 @@ class ChronosT5(Model):
             return (
                 Normal(cfg.init_factor)
                 if path == "shared"
-                else t5.initial(path, shape, cfg.d_model, cfg.init_factor)
+                else t5.initial(path, shape, cfg.d_model, factor=cfg.init_factor)
             )
 
         return draw(key, shapes, rule)
@@ -534,7 +530,7 @@ class ChronosT5(Model):
             lost = jax.random.uniform(jax.random.fold_in(missing_key, 1), whole.shape) < share_BC1
             whole = jnp.where(lost, jnp.nan, whole)
             context, target = whole[..., :t], whole[..., t:]
-        return self.apply(params, context, target, key, train)
+        return self.apply(params, context, target, key=key, train=train)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Cross entropy of the target's tokens, EOS included: the mean over all of the batch that
@@ -544,7 +540,7 @@ class ChronosT5(Model):
         training each series first loses a share of its values, up to `missing_prob`, as in the
         original's pipeline.
         """
-        logits_RNV, taps = self._taught(params, batch, key, train)
+        logits_RNV, taps = self._taught(params, batch, key, train=train)
         log_RNV = jax.nn.log_softmax(logits_RNV.astype(jnp.float32))
         nll_RN = -jnp.take_along_axis(log_RNV, taps["labels"][..., None], axis=-1)[..., 0]
         b = batch["context"].shape[0]
@@ -559,7 +555,7 @@ class ChronosT5(Model):
         sampled one. In the (squared) units of the batch.
         """
         cfg, target = self.config, batch["target"]
-        logits_RNV, taps = self._taught(params, batch, key, train)
+        logits_RNV, taps = self._taught(params, batch, key, train=train)
         (b, c, h), values_V1 = target.shape, jnp.asarray(token_values(cfg))[:, None]
         open_RHV = logits_RNV[:, :h].astype(jnp.float32).at[..., cfg.eos].set(-jnp.inf)
         y_RH = (jax.nn.softmax(open_RHV) @ values_V1)[..., 0] * taps["scale"][:, None]
@@ -582,7 +578,7 @@ class ChronosT5(Model):
         """
         check_context(context, horizon)
         x_RT = self._series(context)
-        samples_RHN = self.sample(params, x_RT, horizon, row_keys(key, x_RT))
+        samples_RHN = self.sample(params, x_RT, horizon, keys=row_keys(key, x_RT))
         return forecast_of(samples_RHN.reshape(*context.shape[:2], horizon, -1))
 
     def sample(
@@ -615,14 +611,15 @@ class ChronosT5(Model):
         draws = draws.reshape(blocks, length, *draws.shape[1:])
         choose = pick if gumbel is None else pick_gumbel
         if blocks == 1:
-            return jnp.swapaxes(self._block(params, x_RW, draws[0], choose, length), 1, 2)
+            return jnp.swapaxes(
+                self._block(params, x_RW, draws[0], choose=choose, steps=length), 1, 2
+            )
         steps = jnp.full(blocks, length).at[-1].set(horizon - (blocks - 1) * length)
 
         def block(x_RW, per_block):
-            y_RNH = self._block(params, x_RW, per_block[0], choose, per_block[1])
-            middle_RH = jnp.sort(y_RNH, axis=1)[
-                :, (paths - 1) // 2
-            ]  # the lower one of two, as torch has it
+            y_RNH = self._block(params, x_RW, per_block[0], choose=choose, steps=per_block[1])
+            # The lower one of two, as torch has it.
+            middle_RH = jnp.sort(y_RNH, axis=1)[:, (paths - 1) // 2]
             return jnp.concatenate([x_RW, middle_RH], axis=1)[:, -width:], y_RNH
 
         _, y_SRNH = jax.lax.scan(block, x_RW, (draws, steps))
@@ -637,9 +634,8 @@ class ChronosT5(Model):
         cfg, (length, r, paths) = self.config, draws.shape[:3]
         scale_R = scale_of(x_RW)
         ids_RS, observed_RS = tokenize(cfg, x_RW, scale_R)
-        _, _, context = self._net(
-            params, ids_RS, observed_RS, None
-        )  # once for all paths of a series
+        # Once for all paths of a series.
+        _, _, context = self._net(params, ids_RS, observed_RS, None)
         ids_RNS = jnp.full((r, paths, length + 1), cfg.start, ids_RS.dtype)
 
         def step(i, carry):

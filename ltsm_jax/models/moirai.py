@@ -44,13 +44,7 @@ from ltsm_jax.layers.multiscale import (
 )
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.norm import RMSNorm
-from ltsm_jax.layers.packed import (
-    AnyVariateAttention,
-    Series,
-    SizedIn,
-    Tokens,
-    observed_series,
-)
+from ltsm_jax.layers.packed import AnyVariateAttention, Series, SizedIn, Tokens, observed_series
 from ltsm_jax.layers.scan import equal_runs, loops, through_layers
 from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
 from ltsm_jax.models.groups import Group
@@ -133,7 +127,7 @@ class MoiraiConfig:
             )
         d_ff = packed.default_ffn_dim(d_model) if d_ff is None else d_ff
         head_dim = d_model // heads
-        return cls(d_model, head_dim, equal_layers(layers, heads, head_dim, d_ff), **rest)
+        return cls(d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "MoiraiConfig":
@@ -267,7 +261,7 @@ class MoiraiNet(nn.Module):
             x_BND = ScaleLinear(layout.how, name="scale_in")(x_BND, multiscale.scale_of(tokens))
         mask_D = self.param("mask", nn.initializers.zeros, (cfg.d_model,)).astype(x_BND.dtype)
         x_BND = jnp.where(tokens.predicted[..., None], mask_D[None, None], x_BND)
-        looped = loops(self, lean, train, whole)
+        looped = loops(self, lean, train, whole=whole)
         if looped:
 
             def layer(i, params, x_BND):
@@ -276,7 +270,7 @@ class MoiraiNet(nn.Module):
                 )[0]
 
             runs = equal_runs(cfg.layers)
-            x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
+            x_BND = through_layers(layer, self.variables["params"], x_BND, runs=runs)
         for i, dims in enumerate(() if looped else cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(x_BND, tokens, train, layout)
             taps |= nested(f"layer_{i}", inner, x_BND)
@@ -316,10 +310,7 @@ class Moirai(Model):
         *shards.LAYERS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("attn", others=(("variate_bias", 1),)),
-        Group.units("ffn"),
-    )
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units("ffn"))
 
     @classmethod
     def small(cls) -> MoiraiConfig:
@@ -337,11 +328,11 @@ class Moirai(Model):
         """
         cfg = self.config
         patch = max(cfg.patch_sizes)
-        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
+        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, width=patch)
         layout = None
         if cfg.multiscale:
             past = observed_series(jnp.zeros((1, 1, patch)))
-            tokens, layout = multiscale.pack(past, 1, patch, patch, cfg.multiscale)
+            tokens, layout = multiscale.pack(past, 1, patch, width=patch, how=cfg.multiscale)
         net: Any = MoiraiNet(cfg)
         shapes = jax.eval_shape(lambda k, x: net.init(k, x, patch, layout=layout), key, tokens)[
             "params"
@@ -404,7 +395,7 @@ class Moirai(Model):
         in the units of the tokens, every variate of every sample counting alike. weight: of each
         row.
         """
-        y, _ = self.apply(params, tokens, patch, key, train)
+        y, _ = self.apply(params, tokens, patch, key=key, train=train)
         return packed.group_mean(-y.log_prob(tokens.target), tokens, weight)
 
     def future(
@@ -427,14 +418,18 @@ class Moirai(Model):
         see `layers.packed.pack`; of several scales there is `is_pad` alone.
         """
         if self.config.multiscale:
-            parts = self.scaled_future(params, past, horizon, patch, key, train, lean, **covariates)
+            parts = self.scaled_future(
+                params, past, horizon, patch=patch, key=key, train=train, lean=lean, **covariates
+            )
             return multiscale.mixed(params["scale_weights"], parts, horizon)
         _, c, t = past[0].shape
         width = max(self.config.patch_sizes)
-        tokens = packed.pack(past, horizon, patch, width, future=future, **covariates)
-        only = packed.future_tokens(c, t, horizon, patch)
-        y, _ = self.apply(params, tokens, patch, key, train, only, lean, scale=scale)
-        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch), y)
+        tokens = packed.pack(past, horizon, patch, width=width, future=future, **covariates)
+        only = packed.future_tokens(c, t, horizon, patch=patch)
+        y, _ = self.apply(
+            params, tokens, patch, key=key, train=train, only=only, lean=lean, scale=scale
+        )
+        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, horizon, patch=patch), y)
 
     def scaled_future(
         self,
@@ -453,9 +448,11 @@ class Moirai(Model):
         how = self.config.multiscale
         assert how is not None, "this model has one scale"
         c, width = past[0].shape[1], max(self.config.patch_sizes)
-        tokens, layout = multiscale.pack(past, horizon, patch, width, how, is_pad)
+        tokens, layout = multiscale.pack(past, horizon, patch, width=width, how=how, is_pad=is_pad)
         only = layout.first, layout.first + sum(layout.futures)
-        y, _ = self.apply(params, tokens, patch, key, train, only, lean, layout)
+        y, _ = self.apply(
+            params, tokens, patch, key=key, train=train, only=only, lean=lean, layout=layout
+        )
         parts, begin = [], 0
         for s, n in enumerate(layout.futures):
             own = jax.tree.map(lambda leaf, begin=begin, n=n: leaf[:, begin : begin + n], y)
@@ -541,7 +538,7 @@ class Moirai(Model):
         rows = packed.rows_of(batch, self.config.variates)
         past = observed_series(rows["context"])
         return self.future(
-            params, past, rows["target"].shape[-1], self.training_patch, key, train
+            params, past, rows["target"].shape[-1], patch=self.training_patch, key=key, train=train
         ), rows
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
@@ -551,8 +548,8 @@ class Moirai(Model):
         is.
         """
         if self.config.multiscale:
-            return self._scaled_loss(params, batch, key, train)
-        y, rows = self._distribution(params, batch, key, train)
+            return self._scaled_loss(params, batch, key, train=train)
+        y, rows = self._distribution(params, batch, key, train=train)
         assert isinstance(y, Mixture), "of one scale"
         return mixture.series_nll(y, *observed_series(rows["target"]), rows.get("weight"))
 
@@ -560,7 +557,7 @@ class Moirai(Model):
         rows = packed.rows_of(batch, self.config.variates)
         past, truth = observed_series(rows["context"]), observed_series(rows["target"])
         parts = self.scaled_future(
-            params, past, truth[0].shape[-1], self.training_patch, key, train
+            params, past, truth[0].shape[-1], patch=self.training_patch, key=key, train=train
         )
         losses = []
         for s, part in enumerate(parts):
@@ -572,7 +569,7 @@ class Moirai(Model):
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets."""
-        y, rows = self._distribution(params, batch, key, train)
+        y, rows = self._distribution(params, batch, key, train=train)
         return packed.masked_mse(y.mean(), *observed_series(rows["target"]), rows.get("weight"))
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
@@ -590,6 +587,6 @@ class Moirai(Model):
             y, _ = self.best_future(params, observed_series(x), horizon, cfg.context_len)
         else:
             x = x[..., -cfg.context_len :]
-            y = self.future(params, observed_series(x), horizon, cfg.patch_size, lean=True)
+            y = self.future(params, observed_series(x), horizon, patch=cfg.patch_size, lean=True)
         samples = y.sample(row_keys(key, x), cfg.n_samples).reshape(*context.shape[:2], horizon, -1)
         return Forecast(*mixture.summary(samples), samples, mixture.LEVELS)

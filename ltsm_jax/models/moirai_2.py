@@ -112,7 +112,7 @@ class Moirai2Config:
             )
         head_dim = d_model // heads
         return cls(
-            patch_size, d_model, head_dim, equal_layers(layers, heads, head_dim, d_ff), **rest
+            patch_size, d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest
         )
 
     @classmethod
@@ -247,10 +247,7 @@ class Moirai2(Model):
         *shards.LAYERS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("attn", others=(("variate_bias", 1),)),
-        Group.units("ffn"),
-    )
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units("ffn"))
 
     @classmethod
     def small(cls) -> Moirai2Config:
@@ -318,7 +315,7 @@ class Moirai2(Model):
         The tokens of a variate must follow each other. weight: of each row.
         """
         cfg = self.config
-        y, taps = self.apply(params, tokens, key, train)
+        y, taps = self.apply(params, tokens, key=key, train=train)
         level = jnp.asarray(cfg.levels)[None, None, :, None]
         losses = []
         for k in range(1, cfg.n_patches + 1):
@@ -339,7 +336,7 @@ class Moirai2(Model):
         """Mean of `shifted_losses`. The repository has the loss of one shift but no trainer; the
         mean is ours.
         """
-        return self.shifted_losses(params, tokens, key, train, weight).mean()
+        return self.shifted_losses(params, tokens, key=key, train=train, weight=weight).mean()
 
     def first(
         self, params: Tree, tokens: Tokens, last: np.ndarray, key=None, train=False
@@ -347,7 +344,7 @@ class Moirai2(Model):
         """Quantiles [B, C, steps, Q] of the `n_patches` patches after the tokens at the places
         `last` [C], in the units of the tokens.
         """
-        y, taps = self.apply(params, tokens, key, train, last)
+        y, taps = self.apply(params, tokens, key=key, train=train, only=last)
         y = y * taps["scale"][:, last, :, None, None] + taps["loc"][:, last, :, None, None]
         return jnp.swapaxes(y, -1, -2).reshape(*y.shape[:2], -1, y.shape[3])
 
@@ -359,13 +356,12 @@ class Moirai2(Model):
         cfg, (b, c, t) = self.config, past[0].shape
         p, k, q = cfg.patch_size, cfg.n_patches, len(cfg.levels)
         rounds = -(-horizon // (k * p))
-        far = (
-            horizon if rounds == 1 else rounds * k * p
-        )  # tokens past the horizon are seen by none before them
+        # Tokens past the horizon are seen by none before them.
+        far = horizon if rounds == 1 else rounds * k * p
         if "known" in covariates:
             more = ((0, 0), (0, 0), (0, far - horizon))
             covariates["known"] = tuple(jnp.pad(a, more) for a in covariates["known"])
-        tokens = packed.pack(past, far, p, p, **covariates)
+        tokens = packed.pack(past, far, p, width=p, **covariates)
         before, steps = -(-t // p), -(-far // p)
         last, after = np.arange(c) * before + before - 1, c * before + np.arange(c) * steps
         y_BCTQ = self.first(params, tokens, last)
@@ -428,14 +424,13 @@ class Moirai2(Model):
         past, p = self.prepare(rows["context"]), cfg.patch_size
         joined = self._filled(jnp.concatenate([rows["context"], rows["target"]], axis=-1))
         future = joined[..., t:], ~jnp.isnan(rows["target"])
-        tokens = packed.pack(past, h, p, p, future=future)
+        tokens = packed.pack(past, h, p, width=p, future=future)
         n_past, n_future = -(-past[0].shape[-1] // p), -(-h // p)
         spans = [(i * n_past, c * n_past + i * n_future) for i in range(c)]
         order = np.concatenate([np.r_[x : x + n_past, y : y + n_future] for x, y in spans])
-        tokens = jax.tree.map(
-            lambda leaf: leaf[:, order], tokens
-        )  # the future of a variate behind its past
-        return self.packed_loss(params, tokens, key, train, rows.get("weight"))
+        # The future of a variate behind its past.
+        tokens = jax.tree.map(lambda leaf: leaf[:, order], tokens)
+        return self.packed_loss(params, tokens, key=key, train=train, weight=rows.get("weight"))
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the median, over the observed targets. It reaches as far as one forward pass:
@@ -451,8 +446,10 @@ class Moirai2(Model):
         past = self.prepare(rows["context"])
         (_, c, t), p = past[0].shape, self.config.patch_size
         before = -(-t // p)
-        tokens = packed.pack(past, h, p, p)
-        y = self.first(params, tokens, np.arange(c) * before + before - 1, key, train)[:, :, :h]
+        tokens = packed.pack(past, h, p, width=p)
+        y = self.first(params, tokens, np.arange(c) * before + before - 1, key=key, train=train)[
+            :, :, :h
+        ]
         return packed.masked_mse(
             median_of(y, self.config.levels), *observed_series(rows["target"]), rows.get("weight")
         )

@@ -236,7 +236,7 @@ class Routed(nn.Module):
         far_TK, chosen_TK = jax.lax.top_k(distance_TE, TOP_K)
         taps["weights"], taps["experts"] = jax.nn.softmax(far_TK), jnp.asarray(kept)[chosen_TK]
         stacked = experts.Experts(
-            cfg.d_model, len(kept), self.dims.experts.ffn, nn.silu, name="experts"
+            cfg.d_model, len(kept), self.dims.experts.ffn, act=nn.silu, name="experts"
         )
         y_BND = stacked(x_TD, taps["weights"], chosen_TK).reshape(x_BND.shape)
         return y_BND, {name: value.reshape(*x_BND.shape[:2], -1) for name, value in taps.items()}
@@ -304,7 +304,7 @@ class MoiraiMoeNet(nn.Module):
         shape = (len(cfg.layers), cfg.n_experts, cfg.d_model)
         centroid_LED = jax.lax.stop_gradient(self.param("centroid", nn.initializers.zeros, shape))
         depth = len(cfg.layers)
-        looped = loops(self, lean, train, whole)
+        looped = loops(self, lean, train, whole=whole)
         if looped:
             layers = self.variables["params"]
             layers = {
@@ -320,7 +320,7 @@ class MoiraiMoeNet(nn.Module):
 
             # The last layer is on its own: of it, nothing but the tokens asked for is computed.
             runs = equal_runs(cfg.layers[:-1])
-            x_BND = through_layers(layer, layers, x_BND, runs)
+            x_BND = through_layers(layer, layers, x_BND, runs=runs)
             x_BND = layer(depth - 1, layers[f"layer_{depth - 1}"], x_BND, only)
         for i, dims in enumerate(() if looped else cfg.layers):
             x_BND, inner = Block(cfg, dims, name=f"layer_{i}")(
@@ -356,10 +356,7 @@ class MoiraiMoe(Model):
         *shards.LAYERS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("attn", others=(("variate_bias", 1),)),
-        Group.experts("ffn/experts"),
-    )
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.experts("ffn/experts"))
 
     @classmethod
     def small(cls) -> MoiraiMoeConfig:
@@ -388,7 +385,7 @@ class MoiraiMoe(Model):
         """
         cfg = self.config
         patch = max(cfg.patch_sizes)
-        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, patch)
+        tokens = packed.pack(observed_series(jnp.zeros((1, 1, patch))), 1, patch, width=patch)
         shapes = jax.eval_shape(lambda k, x: MoiraiMoeNet(cfg).init(k, x, patch), key, tokens)[
             "params"
         ]
@@ -400,7 +397,7 @@ class MoiraiMoe(Model):
                 return Uniform(1 / cfg.d_model)
             return Uniform(shape[1] ** -0.5) if "/experts/" in path else None
 
-        return packed.fresh(key, shapes, cfg.patch_sizes, cfg.d_model, rule)
+        return packed.fresh(key, shapes, cfg.patch_sizes, d_model=cfg.d_model, own=rule)
 
     def recipe(self) -> Recipe:
         source = (
@@ -437,7 +434,7 @@ class MoiraiMoe(Model):
         every variate of every sample counting alike. The tokens of a variate must follow each
         other. weight: of each row.
         """
-        y, _ = self.apply(params, tokens, patch, key, train)
+        y, _ = self.apply(params, tokens, patch, key=key, train=train)
         before = jax.tree.map(lambda leaf: leaf[:, :-1], y)
         after = jax.tree.map(lambda leaf: leaf[:, 1:], tokens)
         return packed.group_mean(-before.log_prob(after.target), after, weight)
@@ -517,28 +514,28 @@ class MoiraiMoe(Model):
         p, (_, c, t), h = cfg.patch_size, rows["context"].shape, rows["target"].shape[-1]
         future = observed_series(rows["target"])
         tokens = packed.pack(
-            observed_series(rows["context"]), h, p, max(cfg.patch_sizes), future=future
+            observed_series(rows["context"]), h, p, width=max(cfg.patch_sizes), future=future
         )
         last, first, steps = self._places(c, t, h)
         only = np.concatenate(
             [np.r_[x, y : y + steps - 1] for x, y in zip(last, first, strict=True)]
         )
-        y, _ = self.apply(params, tokens, p, key, train, only)
-        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, h, p), y), rows
+        y, _ = self.apply(params, tokens, p, key=key, train=train, only=only)
+        return jax.tree.map(lambda leaf: packed.unpack(leaf, c, h, patch=p), y), rows
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Negative log-likelihood of the target in its units, each patch given the true ones before
         it; every variate of each row counts alike. The repository has no trainer for MoE: this is
         Moirai's loss, one token on.
         """
-        y, rows = self._distribution(params, batch, key, train)
+        y, rows = self._distribution(params, batch, key, train=train)
         return mixture.series_nll(y, *observed_series(rows["target"]), rows.get("weight"))
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the distribution's mean, over the observed targets; each patch given the true ones
         before it.
         """
-        y, rows = self._distribution(params, batch, key, train)
+        y, rows = self._distribution(params, batch, key, train=train)
         return packed.masked_mse(y.mean(), *observed_series(rows["target"]), rows.get("weight"))
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
@@ -561,6 +558,8 @@ class MoiraiMoe(Model):
             number_R = jnp.repeat(jnp.arange(n), x.shape[0]) + n * step
             return y.sample(jax.vmap(jax.random.fold_in)(jnp.tile(keys, n), number_R), 1)[..., 0]
 
-        paths_nBCH = self.rollout(params, tokens, last, first, steps, draw)[..., :horizon]
+        paths_nBCH = self.rollout(params, tokens, last, first=first, steps=steps, draw=draw)[
+            ..., :horizon
+        ]
         samples = jnp.moveaxis(paths_nBCH, 0, -1).reshape(*context.shape[:2], horizon, n)
         return Forecast(*mixture.summary(samples), samples, mixture.LEVELS)

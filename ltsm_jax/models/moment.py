@@ -286,9 +286,8 @@ class MomentNet(nn.Module):
             + positions_ND[None, None]
         )
         x_BCND = taps["embed"] = Dropout(cfg.patch_dropout)(x_BCND, train)
-        encoder: Any = t5.Stack(
-            cfg.stack, name="encoder"
-        )  # which gives None only where it gets None
+        # Which gives None only where it gets None.
+        encoder: Any = t5.Stack(cfg.stack, name="encoder")
         x_BND, inner, _ = encoder(
             x_BCND.reshape(b * c, n, -1), data_BCN.reshape(b * c, n), train=train
         )
@@ -336,9 +335,8 @@ class Moment(Model):
     published = PRESETS
     head = r"^head/"
     heads = ("reconstruction", "forecasting", "classification")
-    rows_apart = (
-        False  # a batch's loss is a mean over all of its masked points, and masks are random
-    )
+    # A batch's loss is a mean over all of its masked points, and masks are random.
+    rows_apart = False
     tasks = ("forecasting", "imputation", "anomaly", "classification", "embedding")
     licence = "MIT (AutonLab/MOMENT-1)"
     fixed = r"^position_table$"
@@ -513,7 +511,7 @@ class Moment(Model):
             if mask is None:
                 n = data.shape[-1] // cfg.patch_len * cfg.patch_len
                 mask = jnp.pad(
-                    random_mask(None, data, 0.0, cfg.patch_len),
+                    random_mask(None, data, 0.0, block=cfg.patch_len),
                     ((0, 0), (0, 0), (0, data.shape[-1] - n)),
                 )
             visible, seen = mask, data * mask
@@ -525,7 +523,7 @@ class Moment(Model):
             # the original embeds padding as values under this head, as [MASK] under that one
             visible = jnp.ones_like(data) if cfg.head == "forecasting" else data
         z_BCT, mean_BC1, std_BC1 = scaled(x_BCT, seen)
-        y, taps = self._net(params, z_BCT, visible, data, key, train)
+        y, taps = self._net(params, z_BCT, visible, data_BCT=data, key=key, train=train)
         taps |= {"mean": mean_BC1, "std": std_BC1}
         return (y if cfg.head == "classification" else y * std_BC1 + mean_BC1), taps
 
@@ -548,7 +546,9 @@ class Moment(Model):
         z_BCT, mean_BC1, std_BC1 = scaled(x_BCT, data)
         data = jnp.roll(data, -new, axis=-1).at[..., -new:].set(1)
         visible = jnp.ones_like(data).at[..., -new:].set(0)
-        y_BCT, taps = self._net(params, jnp.roll(z_BCT, -new, axis=-1), visible, data, key, train)
+        y_BCT, taps = self._net(
+            params, jnp.roll(z_BCT, -new, axis=-1), visible, data_BCT=data, key=key, train=train
+        )
         y_BCT = y_BCT * std_BC1 + mean_BC1
         ahead = y_BCT[..., y_BCT.shape[-1] - new :][..., :horizon]
         return ahead, taps | {
@@ -591,7 +591,7 @@ class Moment(Model):
         Raises: ValueError under a classification head.
         """
         check_context(context, horizon)
-        return Forecast(self._forecast(params, jnp.asarray(context), horizon, key))
+        return Forecast(self._forecast(params, jnp.asarray(context), horizon, key=key))
 
     def _forecast(
         self, params: Tree, context: jax.Array, horizon: int, key=None, train=False
@@ -609,7 +609,7 @@ class Moment(Model):
         def one(x, data, key):
             if cfg.head == "forecasting":
                 return self.apply(params, x, data, key=key, train=train)[0]
-            return self.short_forecast(params, x, ahead, data, key, train)[0]
+            return self.short_forecast(params, x, ahead, input_mask=data, key=key, train=train)[0]
 
         x_BCW, data_BCW = self.window(context)
         w = x_BCW.shape[-1]
@@ -636,7 +636,7 @@ class Moment(Model):
         classification: cross entropy against `batch["label"]` [B], integers.
         """
         if self.config.head == "forecasting":
-            return self.point_loss(params, batch, key, train)
+            return self.point_loss(params, batch, key=key, train=train)
         if self.config.head == "classification":
             if "label" not in batch:
                 raise ValueError(
@@ -650,9 +650,9 @@ class Moment(Model):
             return mean_over_rows(-picked, batch)
         x_BCW, data = self.window(jnp.concatenate([batch["context"], batch["target"]], axis=-1))
         mask_key, dropout_key = (jax.random.key(0), None) if key is None else jax.random.split(key)
-        mask = random_mask(mask_key, data, MASK_RATIO, self.config.patch_len)
+        mask = random_mask(mask_key, data, MASK_RATIO, block=self.config.patch_len)
         return self.masked_loss(
-            params, dict(batch) | {"context": x_BCW}, data, mask, dropout_key, train
+            params, dict(batch) | {"context": x_BCW}, data, mask=mask, key=dropout_key, train=train
         )
 
     def masked_loss(
@@ -663,7 +663,7 @@ class Moment(Model):
         """
         self._need("reconstruction", "this loss")
         x_BCT = batch["context"]
-        y_BCT, _ = self.apply(params, x_BCT, input_mask, mask, key, train)
+        y_BCT, _ = self.apply(params, x_BCT, input_mask=input_mask, mask=mask, key=key, train=train)
         scored = input_mask * (1 - mask) * ~jnp.isnan(x_BCT)
         weight = batch.get("weight", jnp.ones(x_BCT.shape[0])).reshape(-1, 1, 1)
         error = jnp.square(y_BCT - jnp.nan_to_num(x_BCT)) * scored
@@ -681,7 +681,7 @@ class Moment(Model):
         self._need("reconstruction", "imputation")
 
         def one(x, data, observed):
-            return self.apply(params, x, data, observed, key, train)[0]
+            return self.apply(params, x, input_mask=data, mask=observed, key=key, train=train)[0]
 
         return self._in_windows(one, jnp.asarray(x, jnp.float32), observed.astype(jnp.float32))
 
@@ -694,7 +694,9 @@ class Moment(Model):
         self._need("reconstruction", "anomaly detection")
 
         def one(x, data):
-            return self.apply(params, x, data, jnp.ones_like(data), key, train)[0]
+            return self.apply(
+                params, x, input_mask=data, mask=jnp.ones_like(data), key=key, train=train
+            )[0]
 
         return self._in_windows(one, jnp.asarray(x, jnp.float32))
 
@@ -731,14 +733,14 @@ class Moment(Model):
         """
         check_context(context, 1)
         x_BCW, data = self.window(jnp.asarray(context))
-        return self.embed_window(params, x_BCW, data, reduction)
+        return self.embed_window(params, x_BCW, data, reduction=reduction)
 
     def embed_window(self, params: Tree, x_BCT, input_mask, reduction: str = "mean") -> jax.Array:
         """As `embed`, of x as it is; input_mask [B, 1, T]."""
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is mean or none, not {reduction!r}")
         z_BCT, *_ = scaled(x_BCT, input_mask)
-        e_BCND, _ = self._net(params, z_BCT, input_mask, input_mask, with_head=False)
+        e_BCND, _ = self._net(params, z_BCT, input_mask, data_BCT=input_mask, with_head=False)
         if reduction == "none":
             return e_BCND
         data_BN1 = whole_patches(input_mask, self.config.patch_len)[:, 0, :, None]

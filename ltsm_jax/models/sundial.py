@@ -25,12 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ltsm_jax.layers import shard_rules as shards
-from ltsm_jax.layers.causal import (
-    CausalAttention,
-    causal_mask,
-    empty_cache,
-    roll_out,
-)
+from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, roll_out
 from ltsm_jax.layers.context import check_context, row_keys
 from ltsm_jax.layers.dims import LayerDims, equal_layers, layer_problems
 from ltsm_jax.layers.dropout import Dropout
@@ -130,7 +125,7 @@ class SundialConfig:
             horizon=fields["output_token_lens"][-1],
             d_model=d,
             head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, fields["intermediate_size"]),
+            layers=equal_layers(layers, heads, d // heads, ffn=fields["intermediate_size"]),
             embed_dim=fields["intermediate_size"],
             flow_depth=fields.get("flow_loss_depth", 3),
             context_len=PATCHES * fields["input_token_len"],
@@ -149,7 +144,7 @@ PRESETS = {
         horizon=720,
         d_model=768,
         head_dim=64,
-        layers=equal_layers(12, 12, 64, 3072),
+        layers=equal_layers(12, 12, 64, ffn=3072),
         embed_dim=3072,
         flow_depth=3,
         context_len=2880,
@@ -168,7 +163,7 @@ class Block(nn.Module):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = nn.LayerNorm(1e-5, dtype=x_BND.dtype, name="norm1")(x_BND)
         attention = CausalAttention(
-            cfg.d_model, self.dims.attn, cfg.head_dim, BASE, cfg.dropout, name="attn"
+            cfg.d_model, self.dims.attn, cfg.head_dim, base=BASE, dropout=cfg.dropout, name="attn"
         )
         y_BND, taps["attn_weights"], cache = attention(
             y_BND, positions_BN, mask_BHNS, cache, start, train
@@ -297,21 +292,18 @@ class Sundial(Model):
         *shards.LAYERS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("attn", scores="pairs"),
-        Group.units("mlp"),
-    )
+    prunable = (Group.heads("attn", scores="pairs"), Group.units("mlp"))
 
     @classmethod
     def small(cls) -> SundialConfig:
         return SundialConfig(
-            8,
-            16,
-            16,
-            8,
-            equal_layers(2, 2, 8, 24),
-            24,
-            1,
+            patch_len=8,
+            horizon=16,
+            d_model=16,
+            head_dim=8,
+            layers=equal_layers(2, 2, 8, ffn=24),
+            embed_dim=24,
+            flow_depth=1,
             context_len=48,
             sampling_steps=4,
             train_draws=2,
@@ -384,7 +376,7 @@ class Sundial(Model):
 
         def step(x_BSQ, i):
             t_11 = jnp.full((1, 1), i.astype(jnp.float32) / steps)
-            clean_BSQ, _ = self.flow(params, x_BSQ, t_11, z_BD[:, None])
+            clean_BSQ, _ = self.flow(params, x_BSQ, t_11, z_R1D=z_BD[:, None])
             return x_BSQ + (clean_BSQ - noise_BSQ) / steps, None
 
         return jax.lax.scan(step, noise_BSQ, jnp.arange(steps))[0]
@@ -421,8 +413,8 @@ class Sundial(Model):
             params,
             x_BCT,
             series_BCT[..., p:],
-            noise,
-            t,
+            noise_MRQ=noise,
+            t_MR=t,
             batch=batch,
             key=drop_key,
             train=train and key is not None,
@@ -451,9 +443,9 @@ class Sundial(Model):
             the end, count 0.
         """
         p, q = self.config.patch_len, self.config.horizon
-        z_BCND, _ = self.apply(params, x_BCT, key, train)
+        z_BCND, _ = self.apply(params, x_BCT, key=key, train=train)
         (b, c, n, d), draws = z_BCND.shape, noise_MRQ.shape[0]
-        want_BCNQ = following(labels_BCT, n, p, q)
+        want_BCNQ = following(labels_BCT, n, p, points=q)
         count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
         token_BCN = count_BCNQ.max(-1)  # a token without any label is no token
         count_BCNQ = count_BCNQ if points_BCNQ is None else count_BCNQ * points_BCNQ
@@ -461,7 +453,7 @@ class Sundial(Model):
         want_R1Q = jnp.nan_to_num(want_BCNQ).reshape(-1, 1, q)
         noise_RMQ, t_RM = jnp.swapaxes(noise_MRQ, 0, 1), t_MR.T
         noised_RMQ = t_RM[..., None] * want_R1Q + (1 - t_RM[..., None]) * noise_RMQ
-        clean_RMQ, _ = self.flow(params, noised_RMQ, t_RM, z_BCND.reshape(-1, 1, d))
+        clean_RMQ, _ = self.flow(params, noised_RMQ, t_RM, z_R1D=z_BCND.reshape(-1, 1, d))
         weight_Q = (1.0 / jnp.arange(1, q + 1)).reshape(1, 1, q) * count_BCNQ.reshape(-1, 1, q)
         error_BCN = (weight_Q * jnp.square(clean_RMQ - want_R1Q)).sum((1, 2)).reshape(
             b, c, n
@@ -471,7 +463,7 @@ class Sundial(Model):
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the mean of `n_samples` forecasts, through the sampling."""
         point_BCH = self._samples(
-            params, batch["context"], batch["target"].shape[-1], key, train
+            params, batch["context"], batch["target"].shape[-1], key=key, train=train
         ).mean(-1)
         return mse_observed(point_BCH, batch["target"], batch)
 
@@ -485,9 +477,9 @@ class Sundial(Model):
         before them.
         """
         check_context(context, horizon)
-        samples_BCHS = self._samples(params, context, horizon, key)
+        samples_BCHS = self._samples(params, context, horizon, key=key)
         quantiles = jnp.moveaxis(jnp.quantile(samples_BCHS, jnp.asarray(LEVELS), axis=-1), 0, -1)
-        return Forecast(samples_BCHS.mean(-1), quantiles, samples_BCHS, LEVELS)
+        return Forecast(samples_BCHS.mean(-1), quantiles, samples=samples_BCHS, levels=LEVELS)
 
     def _samples(self, params: Tree, context_BCT, horizon: int, key=None, train=False) -> jax.Array:
         cfg, (b, c, _) = self.config, context_BCT.shape
@@ -496,7 +488,7 @@ class Sundial(Model):
         shape = (math.ceil(horizon / cfg.horizon), cfg.n_samples, cfg.horizon)
         noise_BTSQ = jax.vmap(lambda k: jax.random.normal(k, shape))(row_keys(key, x_BL))
         noise_TBSQ = jnp.swapaxes(noise_BTSQ, 0, 1)
-        y_BSH = self.generate(params, x_BL, horizon, noise_TBSQ, key=key, train=train)
+        y_BSH = self.generate(params, x_BL, horizon, noise_TBSQ=noise_TBSQ, key=key, train=train)
         return jnp.swapaxes(y_BSH, 1, 2).reshape(b, c, horizon, -1)
 
     def generate(
@@ -520,9 +512,11 @@ class Sundial(Model):
         z_BL = (x_BL - mean_B1) / std_B1
         sizes = [cfg.horizon] * noise_TBSQ.shape[0]
         if cfg.horizon % cfg.patch_len and len(sizes) > 1:
-            y_BSH = self._generate_anew(params, z_BL, noise_TBSQ, key, train)
+            y_BSH = self._generate_anew(params, z_BL, noise_TBSQ, key=key, train=train)
         else:
-            y_BSH = self._generate_cached(params, z_BL, noise_TBSQ, sizes, key, train)
+            y_BSH = self._generate_cached(
+                params, z_BL, noise_TBSQ, sizes=sizes, key=key, train=train
+            )
         return y_BSH[..., :horizon] * std_B1[:, None] + mean_B1[:, None]
 
     def _generate_cached(self, params, z_BL, noise_TBSQ, sizes, key, train) -> jax.Array:
@@ -546,7 +540,7 @@ class Sundial(Model):
         """
         found = []
         for noise_BSQ in noise_TBSQ:
-            state_BND, *_ = self._net(params, z_BL, key, train)
+            state_BND, *_ = self._net(params, z_BL, key=key, train=train)
             found.append(self.sample(params, state_BND[:, -1], noise_BSQ))
             z_BL = jnp.concatenate([z_BL, median(found[-1])], axis=-1)
         return jnp.concatenate(found, axis=-1)

@@ -29,13 +29,7 @@ import numpy as np
 
 from ltsm_jax.layers import experts
 from ltsm_jax.layers import shard_rules as shards
-from ltsm_jax.layers.causal import (
-    CausalAttention,
-    causal_mask,
-    empty_cache,
-    greedy_sizes,
-    roll_out,
-)
+from ltsm_jax.layers.causal import CausalAttention, causal_mask, empty_cache, greedy_sizes, roll_out
 from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import ExpertDims, HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
@@ -211,14 +205,13 @@ class MixtureLayer(nn.Module):
         y_TD = jax.nn.sigmoid(gate_T1) * shared_TD
         if not kept:
             return y_TD, taps
-        if (
-            len(kept) < n
-        ):  # place of each expert among those that are there; of the others, whose weight is 0, any
+        # Place of each expert among those that are there; of the others, whose weight is 0, any.
+        if len(kept) < n:
             place_E = np.minimum(np.searchsorted(kept, np.arange(n)), len(kept) - 1)
             chosen_TK = jnp.asarray(place_E)[chosen_TK]
         act = ACTIVATIONS[cfg.activation]
         stacked = experts.Experts(
-            d, len(kept), self.dims.experts.ffn, act, self.form, name="experts"
+            d, len(kept), self.dims.experts.ffn, act=act, form=self.form, name="experts"
         )
         return y_TD + stacked(x_TD, weight_TK, chosen_TK), taps
 
@@ -237,7 +230,12 @@ class Block(nn.Module):
         cfg, taps = self.cfg, {}
         y_BND = taps["norm1"] = RMSNorm(cfg.norm_eps, name="norm1")(x_BND)
         attention = CausalAttention(
-            cfg.d_model, self.dims.attn, cfg.head_dim, cfg.rope_theta, cfg.dropout, name="attn"
+            cfg.d_model,
+            self.dims.attn,
+            cfg.head_dim,
+            base=cfg.rope_theta,
+            dropout=cfg.dropout,
+            name="attn",
         )
         y_BND, taps["attn_weights"], cache = attention(
             y_BND, positions_BN, mask_BHNS, cache, start, train, lean
@@ -295,10 +293,10 @@ class TimeMoeNet(nn.Module):
         if positions_BN is None:
             positions_BN = (start + jnp.arange(n))[None]
         mask_BHNS = causal_mask(
-            n, n if caches is None else caches[0][0].shape[2], start, observed_BS
+            n, n if caches is None else caches[0][0].shape[2], start=start, observed_BS=observed_BS
         )
         # With caches or masks every layer has something of its own beside its parameters.
-        looped = loops(self, lean, train, whole) and caches is None and expert_masks is None
+        looped = loops(self, lean, train, whole=whole) and caches is None and expert_masks is None
         if looped:
 
             def layer(i, params, x_BND):
@@ -307,7 +305,7 @@ class TimeMoeNet(nn.Module):
                 return block.apply({"params": params}, x_BND, *rest)[0]
 
             runs = equal_runs(cfg.layers)
-            x_BND = through_layers(layer, self.variables["params"], x_BND, runs)
+            x_BND = through_layers(layer, self.variables["params"], x_BND, runs=runs)
         for i, dims in enumerate(() if looped else cfg.layers):
             cache = None if caches is None else caches[i]
             mask = None if expert_masks is None else expert_masks[i]
@@ -390,12 +388,12 @@ class TimeMoe(Model):
             TimeMoeLayer(HeadDims.of(2, 8, kv_heads=1), experts_of_layer, 24),
         )
         return TimeMoeConfig(
-            16,
-            8,
-            layers,
-            (1, 4, 8),
-            4,
-            2,
+            d_model=16,
+            head_dim=8,
+            layers=layers,
+            horizons=(1, 4, 8),
+            n_experts=4,
+            top_k=2,
             context_len=48,
         )
 
@@ -462,8 +460,8 @@ class TimeMoe(Model):
         heads, taps, _ = self._net(
             params,
             x_BCT.reshape(b * c, t).astype(jnp.float32),
-            key,
-            train,
+            key=key,
+            train=train,
             observed_BS=observed_BT,
             positions_BN=None if observed_BT is None else _positions(observed_BT),
             expert_masks=expert_masks,
@@ -533,8 +531,8 @@ class TimeMoe(Model):
         heads, taps, _ = self._net(
             params,
             x_BCT.reshape(b * c, t),
-            key,
-            train,
+            key=key,
+            train=train,
             observed_BS=None if observed_BCT is None else observed_BCT.reshape(b * c, t),
             positions_BN=positions,
             expert_masks=expert_masks,
@@ -633,12 +631,11 @@ class TimeMoe(Model):
         cfg, (b, c, _) = self.config, context.shape
         z_BCT, seen_BCT, _, _ = _scaled(jnp.asarray(context, jnp.float32)[..., -self.context_len :])
         z_RT, seen_RT = (x.reshape(b * c, -1) for x in (z_BCT, seen_BCT))
-        fed = sum(
-            greedy_sizes(horizon, cfg.horizons)[:-1]
-        )  # what the last step predicts goes nowhere
+        # What the last step predicts goes nowhere.
+        fed = sum(greedy_sizes(horizon, cfg.horizons)[:-1])
         if fed:
             z_RT = jnp.concatenate(
-                [z_RT, self.generate(params, z_RT, horizon, seen_RT)[:, :fed]], axis=1
+                [z_RT, self.generate(params, z_RT, horizon, observed_BL=seen_RT)[:, :fed]], axis=1
             )
             seen_RT = jnp.pad(seen_RT, ((0, 0), (0, fed)), constant_values=1)
         # the attention is causal, so one pass over all points sends them where the steps have sent

@@ -34,9 +34,8 @@ from ltsm_jax.models.groups import Group
 from ltsm_jax.trees import Tree, flatten
 
 SCALE_EPS = 1e-5  # inside the root, added to the variance
-TABLE_LEN = (
-    5000  # rows of the original's position table: the longest sequence it can take, in patches
-)
+# Rows of the original's position table: the longest sequence it can take, in patches.
+TABLE_LEN = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ class TimerConfig:
             )
         head_dim = d_model // heads
         return cls(
-            patch_len, d_model, head_dim, equal_layers(layers, heads, head_dim, d_ff), **rest
+            patch_len, d_model, head_dim, equal_layers(layers, heads, head_dim, ffn=d_ff), **rest
         )
 
     @classmethod
@@ -116,6 +115,7 @@ class TimerConfig:
             if theirs in fields
         }
         task = fields.get("task_name", "forecasting")
+        # The original: anything else is gelu.
         return cls.of(
             *(
                 int(fields[name])
@@ -123,9 +123,7 @@ class TimerConfig:
             ),
             horizon=min(int(fields.get("pred_len", fields["patch_len"])), int(fields["patch_len"])),
             task={"forecast": "forecasting", "anomaly_detection": "anomaly"}.get(task, task),
-            activation="relu"
-            if fields.get("activation") == "relu"
-            else "gelu",  # the original: anything else is gelu
+            activation="relu" if fields.get("activation") == "relu" else "gelu",
             **rest,
         )
 
@@ -325,7 +323,7 @@ class Timer(Model):
         The context must be whole patches; of the target, the first patch is used. Missing values
         are no targets; the model reads the last value before them there, as in `predict`.
         """
-        return self.token_loss(params, self._next_tokens(batch), key, train)
+        return self.token_loss(params, self._next_tokens(batch), key=key, train=train)
 
     def absolute_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """Mean absolute error of the next patch over all tokens; otherwise as `loss`."""

@@ -120,7 +120,7 @@ class TimerHfConfig:
             patch_len=fields["input_token_len"],
             d_model=d,
             head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, fields["intermediate_size"]),
+            layers=equal_layers(layers, heads, d // heads, ffn=fields["intermediate_size"]),
             horizons=tuple(fields["output_token_lens"]),
             context_len=PATCHES * fields["input_token_len"],
             activation=fields.get("hidden_act", "silu"),
@@ -135,7 +135,7 @@ PRESETS = {
         patch_len=96,
         d_model=1024,
         head_dim=128,
-        layers=equal_layers(8, 8, 128, 2048),
+        layers=equal_layers(8, 8, 128, ffn=2048),
         horizons=(96,),
         context_len=2880,
     )
@@ -152,7 +152,7 @@ class Block(nn.Module):
     def __call__(self, x_BND, positions_BN, mask_BHNS, cache, start, train: bool):
         cfg, taps = self.cfg, {}
         attention = CausalAttention(
-            cfg.d_model, self.dims.attn, cfg.head_dim, BASE, cfg.dropout, name="attn"
+            cfg.d_model, self.dims.attn, cfg.head_dim, base=BASE, dropout=cfg.dropout, name="attn"
         )
         a_BND, taps["attn_weights"], cache = attention(
             x_BND, positions_BN, mask_BHNS, cache, start, train
@@ -186,7 +186,7 @@ class TimerHfNet(nn.Module):
         if observed_BN is not None:
             positions_BN = jnp.where(observed_BN != 0, jnp.cumsum(observed_BN, axis=1) - 1, 1)
         mask_BHNS = causal_mask(
-            n, n if caches is None else caches[0][0].shape[2], start, observed_BN
+            n, n if caches is None else caches[0][0].shape[2], start=start, observed_BS=observed_BN
         )
         for i, dims in enumerate(cfg.layers):  # a loop, not a scan: pruned layers differ in width
             cache = None if caches is None else caches[i]
@@ -231,14 +231,11 @@ class TimerHf(Model):
         *shards.LAYERS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("attn", scores="pairs"),
-        Group.units("mlp"),
-    )
+    prunable = (Group.heads("attn", scores="pairs"), Group.units("mlp"))
 
     @classmethod
     def small(cls) -> TimerHfConfig:
-        return TimerHfConfig(8, 16, 8, equal_layers(2, 2, 8, 24), (8, 16), context_len=48)
+        return TimerHfConfig(8, 16, 8, equal_layers(2, 2, 8, ffn=24), (8, 16), context_len=48)
 
     @property
     def horizon(self) -> int:
@@ -292,7 +289,7 @@ class TimerHf(Model):
         b, c, t = x_BCT.shape
         p_BNP = self._patches(x_BCT.reshape(b * c, t).astype(jnp.float32))
         observed_BN = None if observed_BCN is None else observed_BCN.reshape(b * c, -1)
-        heads, taps, _ = self._net(params, p_BNP, key, train, observed_BN=observed_BN)
+        heads, taps, _ = self._net(params, p_BNP, key=key, train=train, observed_BN=observed_BN)
         return [y.reshape(b, c, *y.shape[1:]) for y in heads], taps
 
     def _patches(self, x_BL: jax.Array) -> jax.Array:
@@ -336,7 +333,7 @@ class TimerHf(Model):
         losses = []
         for y_BCNQ in heads:
             n, q = y_BCNQ.shape[2:]
-            want_BCNQ = following(labels_BCT, n, self.config.patch_len, q)
+            want_BCNQ = following(labels_BCT, n, self.config.patch_len, points=q)
             count_BCNQ = (~jnp.isnan(want_BCNQ)).astype(jnp.float32)
             if weight_BCN is not None:
                 count_BCNQ = count_BCNQ * weight_BCN[..., None]
@@ -367,7 +364,8 @@ class TimerHf(Model):
             x_BL = jnp.pad(x_BL, ((0, 0), (self.config.patch_len - x_BL.shape[-1], 0)), mode="edge")
         if self.config.scaling == "context":
             y_BH = (
-                self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key, train) * std_B1
+                self.generate(params, (x_BL - mean_B1) / std_B1, horizon, key=key, train=train)
+                * std_B1
                 + mean_B1
             )
         else:
@@ -385,18 +383,20 @@ class TimerHf(Model):
         p, cfg = self.config.patch_len, self.config
         sizes, x_BL = greedy_sizes(horizon, cfg.horizons), x_BL[:, x_BL.shape[-1] % p :]
         if len(sizes) == 1:  # nothing to keep
-            return self._next(params, x_BL, sizes[0], key, train)[0][:, :horizon]
+            return self._next(params, x_BL, sizes[0], key=key, train=train)[0][:, :horizon]
         if any(q % p for q in sizes[:-1]):  # the borders of the patches move: anew at each step
             length = x_BL.shape[-1]
             for q in sizes:
-                y_BQ, *_ = self._next(params, x_BL[:, x_BL.shape[-1] % p :], q, key, train)
+                y_BQ, *_ = self._next(
+                    params, x_BL[:, x_BL.shape[-1] % p :], q, key=key, train=train
+                )
                 x_BL = jnp.concatenate([x_BL, y_BQ], axis=-1)
             return x_BL[:, length : length + horizon]
 
         def step(state, points_BT, q):
             caches, start = state
             y_BQ, caches, n = self._next(
-                params, points_BT, q, key, train, caches=caches, start=start
+                params, points_BT, q, key=key, train=train, caches=caches, start=start
             )
             return (caches, start + n), y_BQ, y_BQ
 
@@ -451,6 +451,6 @@ class TimerHf(Model):
         """
         p_BNP = self._patches(points_BT)
         heads, _, caches = self._net(
-            params, p_BNP, key, train, caches=caches, start=start, last=True
+            params, p_BNP, key=key, train=train, caches=caches, start=start, last=True
         )
         return heads[self.config.horizons.index(q)][:, 0], caches, p_BNP.shape[1]

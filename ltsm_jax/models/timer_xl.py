@@ -104,19 +104,18 @@ class TimerXLConfig:
                 "flash_attention: that branch of the original mixes up heads and time; set it to "
                 "false"
             )
+        # Anything else is gelu there.
         return cls(
             patch_len=fields["input_token_len"],
             horizon=fields["output_token_len"],
             d_model=d,
             head_dim=d // heads,
-            layers=equal_layers(layers, heads, d // heads, fields["d_ff"]),
+            layers=equal_layers(layers, heads, d // heads, ffn=fields["d_ff"]),
             context_len=fields.get("seq_len", PATCHES * fields["input_token_len"]),
             joint=not str(fields.get("data", "")).startswith("Univariate"),
             covariate=fields.get("covariate", False),
             use_norm=fields.get("use_norm", True),
-            activation="relu"
-            if fields.get("activation", "relu") == "relu"
-            else "gelu",  # anything else is gelu there
+            activation="relu" if fields.get("activation", "relu") == "relu" else "gelu",
             dropout=fields.get("dropout", 0.1),
         )
 
@@ -124,7 +123,7 @@ class TimerXLConfig:
 PRESETS = {
     # sizes of OpenLTM's load_pth_ckpt.ipynb; no config file ships with the checkpoint
     "timer_xl": TimerXLConfig(
-        96, 96, 1024, 128, equal_layers(8, 8, 128, 2048), context_len=2880, joint=False
+        96, 96, 1024, 128, equal_layers(8, 8, 128, ffn=2048), context_len=2880, joint=False
     )
 }
 
@@ -259,14 +258,11 @@ class TimerXL(Model):
         *shards.UP_BIAS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("attn", others=(("variate_bias", 1),)),
-        Group.units(),
-    )
+    prunable = (Group.heads("attn", others=(("variate_bias", 1),)), Group.units())
 
     @classmethod
     def small(cls) -> TimerXLConfig:
-        return TimerXLConfig(8, 8, 16, 8, equal_layers(2, 2, 8, 24), context_len=32)
+        return TimerXLConfig(8, 8, 16, 8, equal_layers(2, 2, 8, ffn=24), context_len=32)
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -274,9 +270,8 @@ class TimerXL(Model):
 
     @property
     def eval_batch(self) -> int:
-        return (
-            64 if self.config.joint else 1024
-        )  # attention among all variates grows with their number squared
+        # Attention among all variates grows with their number squared.
+        return 64 if self.config.joint else 1024
 
     def init(self, key: jax.Array) -> Tree:
         """Torch's defaults: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases of linear
@@ -343,17 +338,17 @@ class TimerXL(Model):
             )
         context = context[..., context.shape[-1] % p :]
         series_BCT = jnp.concatenate([context[..., p:], batch["target"]], axis=-1)
-        want_BCNQ = following(series_BCT, context.shape[-1] // p, p, self.config.horizon)
+        want_BCNQ = following(series_BCT, context.shape[-1] // p, p, points=self.config.horizon)
         want_BCT = want_BCNQ.reshape(*context.shape[:2], -1)
         told = dict(batch) | {"context": context, "target": want_BCT}
-        return self.token_loss(params, told, key, train)
+        return self.token_loss(params, told, key=key, train=train)
 
     def token_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE over all tokens against a `target` [B, C, N*Q]: the points that each token is to
         predict.
         """
         context, target = batch["context"], batch["target"]
-        y_BCT, _ = self.apply(params, self._windows(fill_missing(context)), key, train)
+        y_BCT, _ = self.apply(params, self._windows(fill_missing(context)), key=key, train=train)
         y_BCT = y_BCT.reshape(target.shape)
         if self.config.covariate:
             y_BCT, target = y_BCT[:, -1:], target[:, -1:]
@@ -381,7 +376,7 @@ class TimerXL(Model):
         steps = math.ceil(horizon / q)
 
         def step(window_BCT, _):
-            y_BCQ = self.apply(params, window_BCT, key, train)[0][..., -q:]
+            y_BCQ = self.apply(params, window_BCT, key=key, train=train)[0][..., -q:]
             # a window of one patch that predicts less than a patch keeps what it needs
             drop = min(p, window_BCT.shape[-1] + q - p)
             return jnp.concatenate([window_BCT[..., drop:], y_BCQ], axis=-1), y_BCQ

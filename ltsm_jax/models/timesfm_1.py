@@ -45,9 +45,8 @@ from ltsm_jax.trees import Tree, flatten
 
 FREQS = 3  # rows of the frequency table
 DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
-UNSEEN = -0.7 * float(
-    np.finfo(np.float32).max
-)  # finite: a padded patch, which sees nothing, attends evenly to all
+# finite: a padded patch, which sees nothing, attends evenly to all.
+UNSEEN = -0.7 * float(np.finfo(np.float32).max)
 LOG2_E = 1.442695041  # as the original rounds it
 
 
@@ -125,8 +124,16 @@ class TimesFM1Config:
         """Equal layers; the blocks around them are as wide as the feed-forward layers, as in the
         original.
         """
-        equal = equal_layers(layers, heads, head_dim, d_ff)
-        return cls(patch_len, output_len, d_model, head_dim, d_ff, equal, **k)
+        equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
+        return cls(
+            patch_len=patch_len,
+            output_len=output_len,
+            d_model=d_model,
+            head_dim=head_dim,
+            block_dim=d_ff,
+            layers=equal,
+            **k,
+        )
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM1Config":
@@ -184,10 +191,25 @@ PRESETS = {
     # hyper-parameters from the README of google-research/timesfm v1; no config file ships with the
     # .ckpt files
     "google/timesfm-1.0-200m-pytorch": TimesFM1Config.of(
-        32, 128, 1280, 1280, 20, 16, 80, context_len=512
+        patch_len=32,
+        output_len=128,
+        d_model=1280,
+        d_ff=1280,
+        layers=20,
+        heads=16,
+        head_dim=80,
+        context_len=512,
     ),
     "google/timesfm-2.0-500m-pytorch": TimesFM1Config.of(
-        32, 128, 1280, 1280, 50, 16, 80, context_len=2048, use_positional_embedding=False
+        patch_len=32,
+        output_len=128,
+        d_model=1280,
+        d_ff=1280,
+        layers=50,
+        heads=16,
+        head_dim=80,
+        context_len=2048,
+        use_positional_embedding=False,
     ),
 }
 
@@ -353,14 +375,20 @@ class TimesFM1(Model):
         *shards.UP_BIAS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("attn"),
-        Group.units(),
-    )
+    prunable = (Group.heads("attn"), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM1Config:
-        return TimesFM1Config.of(8, 16, 16, 24, 2, 2, 8, context_len=32)
+        return TimesFM1Config.of(
+            patch_len=8,
+            output_len=16,
+            d_model=16,
+            d_ff=24,
+            layers=2,
+            heads=2,
+            head_dim=8,
+            context_len=32,
+        )
 
     @property
     def horizon(self) -> int:
@@ -568,7 +596,7 @@ class TimesFM1(Model):
             params,
             x_BT,
             padding_BT,
-            horizon,
+            horizon=horizon,
             freq_B=freq_B,
             max_len=cfg.context_len,
             on_context=on_context,

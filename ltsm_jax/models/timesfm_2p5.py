@@ -47,9 +47,8 @@ MIN_SCALE = 1e-6  # a smaller deviation does not divide
 UNSEEN = -1e30  # finite: a padded patch, which sees nothing, attends evenly to all
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values [B, H, S, K] of one layer
-Stats = tuple[
-    jax.Array, jax.Array, jax.Array
-]  # how many values, their mean, sum of squares around it
+# How many values, their mean, sum of squares around it.
+Stats = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +121,16 @@ class TimesFM2p5Config:
     def of(cls, patch_len, output_len, spread_len, d_model, d_ff, layers, heads, head_dim, **rest):
         """Equal layers; blocks around them as wide as the model, unless `rest` says otherwise."""
         rest = {"embed_dim": d_model, "point_dim": d_model, "spread_dim": d_model} | rest
-        equal = equal_layers(layers, heads, head_dim, d_ff)
-        return cls(patch_len, output_len, spread_len, d_model, head_dim, equal, **rest)
+        equal = equal_layers(layers, heads, head_dim, ffn=d_ff)
+        return cls(
+            patch_len=patch_len,
+            output_len=output_len,
+            spread_len=spread_len,
+            d_model=d_model,
+            head_dim=head_dim,
+            layers=equal,
+            **rest,
+        )
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TimesFM2p5Config":
@@ -147,14 +154,14 @@ class TimesFM2p5Config:
             raise ValueError(f"model_dims ({layer['model_dims']}) must be a multiple of num_heads")
         rest = {ours: fields[theirs] for theirs, ours in _RENAMED.items() if theirs in fields}
         return cls.of(
-            fields["input_patch_len"],
-            fields["output_patch_len"],
-            fields["output_quantile_len"],
-            layer["model_dims"],
-            layer["hidden_dims"],
-            stack["num_layers"],
-            layer["num_heads"],
-            layer["model_dims"] // layer["num_heads"],
+            patch_len=fields["input_patch_len"],
+            output_len=fields["output_patch_len"],
+            spread_len=fields["output_quantile_len"],
+            d_model=layer["model_dims"],
+            d_ff=layer["hidden_dims"],
+            layers=stack["num_layers"],
+            heads=layer["num_heads"],
+            head_dim=layer["model_dims"] // layer["num_heads"],
             embed_dim=fields["tokenizer"]["hidden_dims"],
             point_dim=fields["output_projection_point"]["hidden_dims"],
             spread_dim=fields["output_projection_quantiles"]["hidden_dims"],
@@ -198,7 +205,16 @@ def _need(fields: Mapping[str, Any], names: str) -> Mapping[str, Any]:
 
 
 # from TimesFM_2p5_200M_Definition in the original; the config.json of its checkpoint names no sizes
-_LARGE = TimesFM2p5Config.of(32, 128, 1024, 1280, 1280, 20, 16, 80)
+_LARGE = TimesFM2p5Config.of(
+    patch_len=32,
+    output_len=128,
+    spread_len=1024,
+    d_model=1280,
+    d_ff=1280,
+    layers=20,
+    heads=16,
+    head_dim=80,
+)
 PRESETS = {
     "google/timesfm-2.5-200m-pytorch": _LARGE,
     "google/timesfm-2.5-200m-transformers": _LARGE,
@@ -391,14 +407,21 @@ class TimesFM2p5(Model):
         *shards.LAYERS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("attn"),
-        Group.units(),
-    )
+    prunable = (Group.heads("attn"), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM2p5Config:
-        return TimesFM2p5Config.of(8, 16, 32, 16, 24, 2, 2, 8, context_len=32)
+        return TimesFM2p5Config.of(
+            patch_len=8,
+            output_len=16,
+            spread_len=32,
+            d_model=16,
+            d_ff=24,
+            layers=2,
+            heads=2,
+            head_dim=8,
+            context_len=32,
+        )
 
     @property
     def horizon(self) -> int:
@@ -456,7 +479,7 @@ class TimesFM2p5(Model):
 
         Raises: ValueError for T that is not whole patches.
         """
-        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, padding_BT, last)
+        y_BNOQ, w_BNSQ, *_, taps = self._prefill(params, x_BT, padding_BT, last=last)
         return y_BNOQ, w_BNSQ, taps
 
     def _prefill(self, params: Tree, x_BT, padding_BT, last: bool):
@@ -468,7 +491,7 @@ class TimesFM2p5(Model):
         x_BNP = jnp.where(padding_BNP == 1, 0.0, x_BT.astype(jnp.float32).reshape(b, -1, p))
         stats = running_stats(x_BNP, padding_BNP)
         mean_BN, std_BN = mean_and_deviation(stats)
-        z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN)
+        z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN=std_BN)
         y_BNOQ, w_BNSQ, caches, taps = self.network(params, z_BNP, padding_BNP, last=last)
         taps |= {"mean": mean_BN, "std": std_BN}
         keep = slice(-1, None) if last else slice(None)
@@ -494,7 +517,7 @@ class TimesFM2p5(Model):
         """
         cfg = self.config
         y_BNOQ, w_BNSQ, caches, stats, padded_B, taps = self._prefill(
-            params, x_BT, padding_BT, last
+            params, x_BT, padding_BT, last=last
         )
         b, n, m, steps = (
             x_BT.shape[0],
@@ -514,9 +537,9 @@ class TimesFM2p5(Model):
             padding_BNP = jnp.zeros_like(x_BNP)
             stats = running_stats(x_BNP, padding_BNP, before)
             mean_BN, std_BN = mean_and_deviation(stats)
-            z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN)
+            z_BNP = self._scaled(x_BNP, padding_BNP, mean_BN, std_BN=std_BN)
             y_BNOQ, _, caches, _ = self.network(
-                params, z_BNP, padding_BNP, caches, start, padded_B, last=True
+                params, z_BNP, padding_BNP, caches=caches, start=start, padded_B=padded_B, last=True
             )
             y_BOQ = y_BNOQ[:, 0] * std_BN[:, -1, None, None] + mean_BN[:, -1, None, None]
             return (
@@ -563,7 +586,7 @@ class TimesFM2p5(Model):
                 jnp.concatenate([padding_BT, padding_BT]),
             )
         y_BNOQ, w_BSQ, more_BNOQ, _ = self.decode(
-            params, x_BT, padding_BT, horizon, last=not backcast
+            params, x_BT, padding_BT, horizon=horizon, last=not backcast
         )
         y_BHQ = jnp.concatenate(
             [y_BNOQ[:, -1], more_BNOQ.reshape(len(x_BT), -1, y_BNOQ.shape[-1])], axis=1

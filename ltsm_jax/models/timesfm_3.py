@@ -198,12 +198,12 @@ class TimesFM3Config:
 
         options = {ours: fields[theirs] for theirs, ours in OPTIONS.items() if theirs in fields}
         return cls.of(
-            fields["input_patch_len"],
-            fields["output_patch_len"],
-            layer["model_dims"],
-            layer["hidden_dims"],
-            stack["num_layers"],
-            layer["num_heads"],
+            patch_len=fields["input_patch_len"],
+            output_len=fields["output_patch_len"],
+            d_model=layer["model_dims"],
+            d_ff=layer["hidden_dims"],
+            layers=stack["num_layers"],
+            heads=layer["num_heads"],
             embed_dim=block["hidden_dims"],
             quantiles=tuple(fields["quantiles"]),
             activation=block["activation"],
@@ -240,7 +240,11 @@ def _need(fields: Mapping[str, Any], names: str, where: str) -> None:
 
 
 # Sizes of the published config.json: 330,710,976 parameters.
-PRESETS = {"google/timesfm-3.0-pytorch": TimesFM3Config.of(32, 64, 1280, 1280, 20, 16)}
+PRESETS = {
+    "google/timesfm-3.0-pytorch": TimesFM3Config.of(
+        patch_len=32, output_len=64, d_model=1280, d_ff=1280, layers=20, heads=16
+    )
+}
 
 
 class Embed(nn.Module):
@@ -525,15 +529,13 @@ class TimesFM3(Model):
         *shards.UP_BIAS,
         *shards.WHOLE,
     )
-    prunable = (
-        Group.heads("seq"),
-        Group.heads("var", swapped=True),
-        Group.units(),
-    )
+    prunable = (Group.heads("seq"), Group.heads("var", swapped=True), Group.units())
 
     @classmethod
     def small(cls) -> TimesFM3Config:
-        return TimesFM3Config.of(8, 16, 16, 24, 2, 2, context_len=32)
+        return TimesFM3Config.of(
+            patch_len=8, output_len=16, d_model=16, d_ff=24, layers=2, heads=2, context_len=32
+        )
 
     @property
     def variates(self) -> Literal["independent", "joint"]:
@@ -630,7 +632,9 @@ class TimesFM3(Model):
         n_BCN, mean_BCN, std_BCN = self._scale(x_BCNP, missing_BCNP, freeze_after)
         if hidden_BN is not None:
             missing_BCNP = missing_BCNP | (hidden_BN[:, None] & is_target_BCN)[..., None]
-        tokens, empty_BCN = self._tokens(x_BCNP, missing_BCNP, is_target_BCN, mean_BCN, std_BCN)
+        tokens, empty_BCN = self._tokens(
+            x_BCNP, missing_BCNP, is_target_BCN, mean_BCN=mean_BCN, std_BCN=std_BCN
+        )
 
         # Patches in front that hold nothing are not seen; later ones are, empty or not.
         seen_BCN = jax.lax.cummax((~empty_BCN).astype(jnp.int32), axis=2) > 0
@@ -651,7 +655,7 @@ class TimesFM3(Model):
         if cfg.refine and hidden_BN is not None:
             stats = (n_BCN[:, :, asked], mean, std)
             median = raw_BCNOQ[..., cfg.point_column]
-            mean, std = refine(stats, median, hidden_BN[:, asked], p, clip)
+            mean, std = refine(stats, median, hidden_BN[:, asked], patch_len=p, clip=clip)
             taps |= {"refined_mean": mean, "refined_std": std}
         y_BCNOQ = raw_BCNOQ * std[..., None, None] + mean[..., None, None]
         return jnp.clip(y_BCNOQ, -clip, clip), taps
@@ -695,7 +699,9 @@ class TimesFM3(Model):
     ) -> jax.Array:
         """The loss of a pass over whole patches, in the units of x, as for training from scratch:
         each patch of a target forecasts the observed points among the O that follow it."""
-        y_BCNOQ, _ = self.apply(params, x_BCNP, missing_BCNP, is_target_BCN, hidden_BN)
+        y_BCNOQ, _ = self.apply(
+            params, x_BCNP, missing_BCNP, is_target_BCN=is_target_BCN, hidden_BN=hidden_BN
+        )
         target = jnp.where(jnp.isnan(x_BCNP) | missing_BCNP, 0.0, x_BCNP)
         target_BCNO = self._following(target, 0.0)
         observed = ~self._following(missing_BCNP, True) & is_target_BCN[..., None]
@@ -784,7 +790,9 @@ class TimesFM3(Model):
         """
         cfg, t = self.config, x_BCT.shape[-1]
         p, (count, patches) = cfg.patch_len, self.outputs(horizon)
-        inputs, trend = self.lay_out(x_BCT, missing_BCT, horizon, known_BCR, unknown_BCR)
+        inputs, trend = self.lay_out(
+            x_BCT, missing_BCT, horizon, known_BCR=known_BCR, unknown_BCR=unknown_BCR
+        )
         context = inputs["x_BCNP"].shape[2] - patches
 
         # Later patches change nothing before them where attention is causal: leave them out.
@@ -837,7 +845,7 @@ class TimesFM3(Model):
         past, known = self._thinned(past, known, c)
         slots = cfg.max_variates - sum(x.shape[1] for x in (past, known) if x is not None)
         if c <= slots:
-            return self._forecast(params, context, horizon, past, known)
+            return self._forecast(params, context, horizon, past=past, known=known)
 
         # Too many to see each other: chunks as rows of their own; the first fill up the last.
         chunks = -(-c // slots)
@@ -896,7 +904,9 @@ class TimesFM3(Model):
 
         def decode(sign):
             ahead = None if future is None else sign * future
-            y = self.decode(params, sign * x_BCT, missing_BCT, steps, ahead, begin_B=begin_B)
+            y = self.decode(
+                params, sign * x_BCT, missing_BCT, horizon=steps, known_BCR=ahead, begin_B=begin_B
+            )
             y = y[:, :c]
             return jnp.sort(y, axis=-1) if cfg.sort_quantiles else y
 

@@ -442,11 +442,7 @@ def mlstm(
         length = -(-n // count)
         empty = (0.0, 0.0, 0.0, -jnp.inf, 0.0)
         parts = tuple(_cut(x, length, count, value) for x, value in zip(inputs, empty, strict=True))
-        start = (
-            jnp.zeros((r, h, k_dim, v_dim)),
-            jnp.zeros((r, h, k_dim)),
-            jnp.zeros((r, h)),
-        )
+        start = (jnp.zeros((r, h, k_dim, v_dim)), jnp.zeros((r, h, k_dim)), jnp.zeros((r, h)))
         state, found = jax.lax.scan(_mlstm_chunk, start, parts)
         h_RHNV, denominator, m_RHN = (_joined(x, n) for x in found)
     steps = {"denominator": denominator, "m": m_RHN}
@@ -574,7 +570,9 @@ class MLSTM(nn.Module):
         capped = {}
         for name in ("i", "f"):
             capped[name] = GATE_CAP * jnp.tanh(_heads_first(found[name]) / GATE_CAP)
-        h_RHNV, inner = mlstm(rows["q"], rows["k"], rows["v"], capped["i"], capped["f"], CHUNK)
+        h_RHNV, inner = mlstm(
+            rows["q"], rows["k"], rows["v"], i_RHN=capped["i"], f_RHN=capped["f"], chunk=CHUNK
+        )
         taps |= inner | {"h": h_RHNV}
 
         y_GMNHV = jnp.moveaxis(h_RHNV, 1, 2).reshape(*x_GMND.shape[:3], h, cfg.value_dim)
@@ -702,7 +700,14 @@ class Layer(nn.Module):
             u = jnp.concatenate([u, jnp.flip(u[:, np.asarray(both)], axis=2)], axis=1)
         y = self._recurrence(u, taps)
         if both:
-            y = self._combined(y[:, :m], jnp.flip(y[:, m:], axis=2), both, known_GA, train, taps)
+            y = self._combined(
+                y[:, :m],
+                jnp.flip(y[:, m:], axis=2),
+                both,
+                known_GA=known_GA,
+                train=train,
+                taps=taps,
+            )
         x_GMND = x_GMND + y
 
         z = taps["norm2"] = RMSNorm(EPS, name="norm2")(x_GMND)
@@ -765,7 +770,7 @@ class TiRex2Net(nn.Module):
             2 * cfg.patch_len,
             cfg.embed_dim,
             cfg.d_model,
-            act,
+            activation=act,
             dropout=cfg.dropout,
             name="embed",
         )
@@ -781,12 +786,7 @@ class TiRex2Net(nn.Module):
         x_GCND = Dropout(cfg.dropout)(x_GCND, train)
         outputs = len(cfg.levels) * cfg.patch_len
         head = ResidualBlock(
-            cfg.d_model,
-            cfg.out_dim,
-            outputs,
-            act,
-            dropout=cfg.dropout,
-            name="head",
+            cfg.d_model, cfg.out_dim, outputs, activation=act, dropout=cfg.dropout, name="head"
         )
         y = taps["head"] = head(x_GCND, train)
         y = y.reshape(*y.shape[:3], len(cfg.levels), cfg.patch_len)
@@ -1086,7 +1086,7 @@ class TiRex2(Model):
         g, m, t = x_GMT.shape
         x_GMT = x_GMT.astype(jnp.float32)
         loc, scale, binary = location_scale(x_GMT, cfg.scale_eps, cfg.binary_aware)
-        z_GMT = self.scaled(x_GMT, loc, scale, binary)
+        z_GMT = self.scaled(x_GMT, loc, scale, binary=binary)
 
         front = ((0, 0), (0, 0), (-t % p, 0))
         z_GMT = jnp.pad(z_GMT, front, constant_values=jnp.nan)
@@ -1156,14 +1156,7 @@ class TiRex2(Model):
         targets_GM = np.arange(m)[:, None] >= targets
         seen = jnp.broadcast_to(~(targets_GM & ~targets_GM.T), (g, m, m))
         y_GCRQ, taps = self.apply(
-            params,
-            window,
-            both=both,
-            seen=seen,
-            targets=targets,
-            last=last,
-            key=key,
-            train=train,
+            params, window, both=both, seen=seen, targets=targets, last=last, key=key, train=train
         )
         return y_GCRQ[:, :, :steps], taps | {"scaled": taps["scaled"][:, :, :steps]}
 
@@ -1196,7 +1189,7 @@ class TiRex2(Model):
         c = target_GCR.shape[1]
         observed = ~jnp.isnan(target_GCR)
         loc, scale, binary = (taps[name][:, :c] for name in ("loc", "scale", "binary"))
-        y_GCR = self.scaled(jnp.where(observed, target_GCR, loc), loc, scale, binary)
+        y_GCR = self.scaled(jnp.where(observed, target_GCR, loc), loc, scale, binary=binary)
         return pinball(y_GCR, taps["scaled"], self.config.levels).mean(axis=-1), observed
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:

@@ -55,12 +55,7 @@ from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.dims import HeadDims, layer_problems
 from ltsm_jax.layers.initial import Constant, Normal, draw
 from ltsm_jax.layers.linear import Linear
-from ltsm_jax.layers.missing import (
-    fill_missing,
-    interpolate_missing,
-    mean_observed,
-    mse_observed,
-)
+from ltsm_jax.layers.missing import fill_missing, interpolate_missing, mean_observed, mse_observed
 from ltsm_jax.layers.network import nested, run
 from ltsm_jax.layers.quantiles import pinball
 from ltsm_jax.layers.rope import rotary
@@ -200,8 +195,8 @@ class Toto2Config:
         qk_dim = d_model // heads if qk_dim is None else qk_dim
         v_dim = qk_dim if v_dim is None else v_dim
         group_size = layers if group_size is None else group_size
-        kinds = kinds_of(layers, group_size, variate_layers, variate_first)
-        attention = HeadDims(heads, qk_dim, v_dim, heads if kv_heads is None else kv_heads)
+        kinds = kinds_of(layers, group_size, variate_layers, variate_first=variate_first)
+        attention = HeadDims(heads, qk_dim, v_dim, kv_heads=heads if kv_heads is None else kv_heads)
         return cls(
             patch_len=patch_len,
             d_model=d_model,
@@ -552,7 +547,7 @@ class Attention(nn.Module):
         positions_N, center = places
         half = self.cfg.qk_dim // 2
         positions = positions_N.reshape(1, 1, 1, -1)
-        first = turned(x_ABHNK[..., :half], positions, center, sign, self.cfg.xpos)
+        first = turned(x_ABHNK[..., :half], positions, center, sign=sign, xpos=self.cfg.xpos)
         return jnp.concatenate([first, x_ABHNK[..., half:]], axis=-1)
 
 
@@ -580,7 +575,7 @@ class Layer(nn.Module):
             y_BSVD, _, inner = attention(jnp.swapaxes(y_BVSD, 1, 2), seen_BSVV, None, None)
             y_BVSD = jnp.swapaxes(y_BSVD, 1, 2)
         taps |= inner | {"attn": y_BVSD}
-        x_BVSD = taps["after_attn"] = leaving(x_BVSD, y_BVSD, tau, umup)
+        x_BVSD = taps["after_attn"] = leaving(x_BVSD, y_BVSD, tau, umup=umup)
 
         tau = self._tau("mlp")
         norm = Norm(cfg.norm_eps, cfg.norm_weight, umup, name="norm2")
@@ -594,7 +589,7 @@ class Layer(nn.Module):
         y_BVSD = taps["down"] = scaled(
             Linear(hidden, into, cfg.mlp_bias, name="down"), taps["gated"]
         )
-        return leaving(x_BVSD, y_BVSD, tau, umup), taps, own
+        return leaving(x_BVSD, y_BVSD, tau, umup=umup), taps, own
 
     def _tau(self, branch: Literal["attn", "mlp"]) -> jax.Array:
         init = nn.initializers.constant(self.cfg.tau(self.layer, branch))
@@ -635,7 +630,7 @@ class Toto2Net(nn.Module):
         x_BVSD, inner = embed(p_BVSI)
         taps |= nested("embed", inner, x_BVSD)
         seen = seen_BVSS[:, :, None], seen_BSVV[:, :, None]
-        looped = loops(self, lean, False, whole) and caches is None
+        looped = loops(self, lean, False, whole=whole) and caches is None
         if looped:
 
             def layer(i, params, x_BVSD):
@@ -643,7 +638,7 @@ class Toto2Net(nn.Module):
                 return own.apply({"params": params}, x_BVSD, *seen, places, None)[0]
 
             runs = equal_runs(cfg.layers)
-            x_BVSD = through_layers(layer, self.variables["params"], x_BVSD, runs)
+            x_BVSD = through_layers(layer, self.variables["params"], x_BVSD, runs=runs)
         for i in range(0 if looped else len(cfg.layers)):
             cache = None if caches is None else caches[i]
             x_BVSD, inner, own = Layer(cfg, i, name=f"layer_{i}")(x_BVSD, *seen, places, cache)
@@ -923,7 +918,7 @@ class Toto2(Model):
         more = ((0, 0), (0, 0), (0, rounds * block * p))
         x, observed = jnp.pad(x_BVT.astype(jnp.float32), more), jnp.pad(observed_BVT, more)
         if known_BET is not None:
-            known = _known_ahead(known_BET, known_observed_BET, known_ids_BE, x.shape[-1])
+            known = _known_ahead(known_BET, known_observed_BET, known_ids_BE, length=x.shape[-1])
             x, observed, ids = (
                 jnp.concatenate(both, axis=1) for both in zip((x, observed, ids), known)
             )
@@ -951,14 +946,16 @@ class Toto2(Model):
             bounds_BV=_range(x_BVT, observed_BVT, cap * scale[:, :v, n - 1]) if cap else None,
         )
         own_groups, only = groups_BVS[:, :, :first], slice(n - 1, first - 1)
-        y, own, steps = self._network(params, tokens, own_groups, only, lean and rounds == 1)
+        y, own, steps = self._network(
+            params, tokens, own_groups, only=only, lean=lean and rounds == 1
+        )
         found = passes.real(y, loc, scale, n - 1)
         if taps is not None:
             taps.append(steps | {"groups": own_groups})
 
         if rounds > 1:
             state = (x_BVSP, seen_BVSP, passes.caches(own), found)
-            later = self._later_blocks(params, passes, state, taps)
+            later = self._later_blocks(params, passes, state, taps=taps)
             found = jnp.concatenate([found, later], axis=2)
         return found.reshape(b, v, -1, len(LEVELS))[:, :, :horizon]
 
@@ -967,7 +964,7 @@ class Toto2(Model):
         starts = passes.context + passes.block * np.arange(passes.rounds - 1)
 
         def step(state, start):
-            state, steps = self._again(params, passes, state, start)
+            state, steps = self._again(params, passes, state, start=start)
             return state, (state[-1], steps)
 
         if taps is None:
@@ -1086,7 +1083,7 @@ class Toto2(Model):
             params,
             x,
             observed,
-            horizon,
+            horizon=horizon,
             block_len=cfg.block_len,
             min_observed=cfg.min_observed,
             cap=cfg.cap,
@@ -1106,7 +1103,7 @@ class Toto2(Model):
         """
         check_context(context, horizon)
         x = jnp.asarray(context, jnp.float32)
-        y_BCHQ = self._rolled(params, x, horizon, past, known, lean=True)
+        y_BCHQ = self._rolled(params, x, horizon, past=past, known=known, lean=True)
         return Forecast(y_BCHQ[..., MEDIAN], y_BCHQ, levels=LEVELS)
 
     # --- training
@@ -1134,7 +1131,7 @@ class Toto2(Model):
         observed = jnp.concatenate([observed, ~jnp.isnan(target)], axis=-1)
         shown = jnp.broadcast_to((np.arange(length + ahead) < length)[None, None], x.shape)
         if "known" in batch:
-            known, there = self._known(batch["known"], t, length, steps)
+            known, there = self._known(batch["known"], t, length, steps=steps)
             more = ((0, 0), (0, 0), (0, ahead - steps))
             known, there = jnp.pad(known, more), jnp.pad(there, more)
             x, observed = (
@@ -1158,7 +1155,7 @@ class Toto2(Model):
         """MSE of the median over the observed targets."""
         context, steps = batch["context"].astype(jnp.float32), batch["target"].shape[-1]
         y_BCHQ = self._rolled(
-            params, context, steps, batch.get("past"), batch.get("known"), lean=False
+            params, context, steps, past=batch.get("past"), known=batch.get("known"), lean=False
         )
         return mse_observed(y_BCHQ[..., MEDIAN], batch["target"], batch)
 

@@ -39,6 +39,7 @@ has not got:
   normalises the head's input over the steps that it keeps, which changes the quantiles.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -421,7 +422,7 @@ class TTMConfig:
             rest.get("freq_vocab", 0),
             rest.get("registers", 0),
             rest.get("spectrum", 0),
-            rest.get("spectrum_joined", False),
+            spectrum_joined=rest.get("spectrum_joined", False),
         )
 
         def widths(mixed, n_channels, n_patches, width, count, n_levels):
@@ -471,7 +472,7 @@ class TTMConfig:
         own = self.window_patches
         patches = sum(scales(own)) if self.multi_scale else own
         return patches + tokens_in_front(
-            self.freq_vocab, self.registers, self.spectrum, self.spectrum_joined
+            self.freq_vocab, self.registers, self.spectrum, spectrum_joined=self.spectrum_joined
         )
 
     @property
@@ -718,9 +719,9 @@ class Layer(nn.Module):
             hidden = getattr(self.dims, kind)
             if hidden:
                 name = f"{kind}_mixer"
-                x_PBCD, inner = Mixer(self.cfg, axis, hidden, self.gated, self.dropout, name=name)(
-                    x_PBCD, train
-                )
+                x_PBCD, inner = Mixer(
+                    self.cfg, axis, hidden, gated=self.gated, dropout=self.dropout, name=name
+                )(x_PBCD, train)
                 taps |= nested(name, inner, x_PBCD)
         return x_PBCD, taps
 
@@ -746,7 +747,7 @@ class Mixers(nn.Module):
             x_PBCD = pieces.reshape(p * f, b, c, d // f)
             for i, dims in enumerate(self.layers[j * share : (j + 1) * share]):
                 name = f"block_{j}_layer_{i}" if self.levels else f"layer_{i}"
-                x_PBCD, inner = Layer(self.cfg, dims, self.gated, self.dropout, name=name)(
+                x_PBCD, inner = Layer(self.cfg, dims, self.gated, dropout=self.dropout, name=name)(
                     x_PBCD, train
                 )
                 taps |= nested(name, inner, x_PBCD)
@@ -786,7 +787,12 @@ class Decoder(nn.Module):
             taps["categories"] = e_PBVD
             x_PBCD = jnp.concatenate([x_PBCD, e_PBVD.astype(x_PBCD.dtype)], axis=2)
         mixers = Mixers(
-            cfg, cfg.decoder, cfg.decoder_levels, cfg.gated, cfg.head_dropout, name="mixers"
+            cfg,
+            cfg.decoder,
+            cfg.decoder_levels,
+            gated=cfg.gated,
+            dropout=cfg.head_dropout,
+            name="mixers",
         )
         x_PBCD, inner = mixers(x_PBCD, train)
         return x_PBCD[:, :, :n_channels], taps | inner
@@ -819,7 +825,9 @@ class ForecastMixer(nn.Module):
         if cfg.fcm_layers:
             step = 2 * (2 * s + 1)
             w_EBHS = taps["embed"] = Linear((2 * s + 1,), (step,), name="embed")(w_EBHS)
-            mixers = Mixers(cfg, cfg.fcm_layers, 0, cfg.fcm_gated, cfg.head_dropout, name="mixers")
+            mixers = Mixers(
+                cfg, cfg.fcm_layers, 0, gated=cfg.fcm_gated, dropout=cfg.head_dropout, name="mixers"
+            )
             w_EBHS, inner = mixers(w_EBHS, train)
             taps |= nested("mixers", inner, w_EBHS)
         f_1BHF = jnp.moveaxis(w_EBHS, 0, 2).reshape(1, b, h, -1)
@@ -939,7 +947,7 @@ class TTMNet(nn.Module):
         self, p_PBCK, past_BCL, future_BCH, freq_B, categories_BV, bins_BCS, train: bool = False
     ):
         cfg, taps = self.cfg, {"patches": p_PBCK}
-        x_PBCD = self._tokens(self._patches(p_PBCK, taps), freq_B, bins_BCS, taps)
+        x_PBCD = self._tokens(self._patches(p_PBCK, taps), freq_B, bins_BCS, taps=taps)
         _, b, c, d = x_PBCD.shape
         if cfg.position:
             table_ND = self.param("position", nn.initializers.zeros, (cfg.n_patches, d))
@@ -948,7 +956,9 @@ class TTMNet(nn.Module):
             norm = nn.LayerNorm(epsilon=cfg.norm_eps, use_fast_variance=False, name="base_norm")
             x_BCF = taps["base_norm"] = norm(jnp.moveaxis(x_PBCD, 0, 2).reshape(b, c, -1))
             x_PBCD = jnp.moveaxis(x_BCF.reshape(b, c, -1, d), 2, 0)
-        mixers = Mixers(cfg, cfg.encoder, cfg.levels, cfg.gated, cfg.dropout, name="encoder")
+        mixers = Mixers(
+            cfg, cfg.encoder, cfg.levels, gated=cfg.gated, dropout=cfg.dropout, name="encoder"
+        )
         x_PBCD, inner = mixers(x_PBCD, train)
         taps |= nested("encoder", inner, x_PBCD)
         if cfg.decoder:
@@ -961,7 +971,7 @@ class TTMNet(nn.Module):
         all_BCH = taps["head"][..., : cfg.filter_len]
         y_BCH = _of_targets(cfg, all_BCH)
         if cfg.fcm:
-            y_BCH = self._mixed(y_BCH, past_BCL, future_BCH, train, taps)
+            y_BCH = self._mixed(y_BCH, past_BCL, future_BCH, train=train, taps=taps)
         taps["forecast"] = y_BCH
         q_BCHQ = None
         if cfg.quantiles is not None:
@@ -1096,7 +1106,7 @@ def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Ar
     """
     head = cfg.quantiles
     if head is None or q_BCHQ is None:
-        return point_error(cfg, y_BCH, target_BCH, batch)
+        return point_error(cfg, y_BCH, target_BCH, batch=batch)
     target = target_BCH[..., : y_BCH.shape[-1]]
     q_BCHQ = q_BCHQ[..., : target.shape[-1], :]
     seen = ~jnp.isnan(target)
@@ -1110,12 +1120,130 @@ def own_error(cfg: TTMConfig, y_BCH, q_BCHQ, target_BCH, batch: Batch) -> jax.Ar
     loss = mean_observed(error, seen, batch)
     if head.point_weight:
         absolute = dataclasses.replace(cfg, loss="mae")
-        loss = loss + head.point_weight * point_error(absolute, y_BCH, target_BCH, batch)
+        loss = loss + head.point_weight * point_error(absolute, y_BCH, target_BCH, batch=batch)
     return loss
 
 
+class Forecasts(Model):
+    """Forecasts around one pass (`apply`): what TTM and its decomposed form have in common."""
+
+    @property
+    @abc.abstractmethod
+    def part(self) -> TTMConfig:
+        """The config that says channels, horizon and the kind of output."""
+
+    @abc.abstractmethod
+    def apply(self, params: Tree, x_BCT, observed_BCT=None, **told: Any) -> Any:
+        """One forward pass: forecasts [B, C', H] of the target channels, and the named steps.
+
+        told: `future_BCH`, `freq_token`, `categories`, `key` and `train`, see `TTM.apply`.
+        """
+
+    @abc.abstractmethod
+    def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A context without gaps, and which of its steps were observed (1 or 0)."""
+
+    @property
+    def horizon(self) -> int:
+        return self.part.filter_len or self.part.horizon
+
+    def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
+        """Forecasts and taps of a batch, from all that it brings."""
+        cfg, steps, most = self.part, batch["target"].shape[-1], self.horizon
+        if steps > most and cfg.filter_len is None:
+            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
+        future = None
+        if cfg.exogenous:
+            future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
+        x, observed = self.filled(batch["context"])
+        more = {name: batch[name] for name in ("freq_token", "categories") if name in batch}
+        return self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
+
+    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
+        """MSE of the forecast at the first steps of the target, of one forecast at most."""
+        y, _ = self._forecast_for(params, batch, key, train=train)
+        return TTM(self.part).error(y, batch, "mse")
+
+    def predict(
+        self, params: Tree, context, horizon: int, key=None, *, future=None, categories=None
+    ) -> Forecast:
+        """Rolled out forecast by forecast in a window of fixed length, scaled anew at each step, as
+        in the original.
+
+        The forecast has the target channels alone, [B, C', H], where the config names some. Missing
+        values and short contexts: see the module's docstring.
+
+        Args:
+          future: [B, C, horizon], of which the exogenous channels are read. categories: [B, V],
+            else the config's.
+        """
+        check_context(context, horizon)
+        x_BCL, observed_BCL = self.filled(jnp.asarray(context, jnp.float32))
+        told = {"future_BCH": future, "categories": categories}
+        return self.roll_out(params, x_BCL, observed_BCL, horizon=horizon, **told)
+
+    def roll_out(
+        self,
+        params: Tree,
+        x_BCL,
+        observed_BCL,
+        horizon: int,
+        *,
+        future_BCH=None,
+        freq_token=None,
+        categories=None,
+    ) -> Forecast:
+        """`predict` of a window without gaps. Forecasts become the newest values of the window;
+        those of channels that are neither target nor exogenous are the ones before the forecast
+        channel mixer.
+        """
+        cfg, one = self.part, self.horizon
+        steps = math.ceil(horizon / one)
+        known, targets = np.array(cfg.exogenous, int), cfg.forecast_channels
+        future_SBCH = self._future(future_BCH, horizon, steps) if cfg.exogenous else None
+
+        def step(state, future):
+            x, observed = state
+            told = {"freq_token": freq_token, "categories": categories}
+            y, taps = self.apply(params, x, observed, future_BCH=future, **told)
+            new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
+            if cfg.exogenous:
+                new = new.at[:, known].set(future[:, known])
+            length = x.shape[-1]
+            x = jnp.concatenate([x, new], axis=-1)[..., -length:]
+            observed = jnp.concatenate([observed, jnp.ones_like(new)], axis=-1)[..., -length:]
+            return (x, observed), (y, taps.get("quantiles"))
+
+        state = (x_BCL, observed_BCL)
+        if steps == 1:
+            _, (y, q) = step(state, None if future_SBCH is None else future_SBCH[0])
+        else:
+            _, (y_SBCH, q) = jax.lax.scan(step, state, future_SBCH, length=steps)
+            y = jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)
+            if q is not None:
+                q = jnp.moveaxis(q, 0, 2).reshape(*y.shape, q.shape[-1])
+        if q is None or cfg.quantiles is None:
+            return Forecast(y[..., :horizon])
+        return Forecast(y[..., :horizon], q[..., :horizon, :], levels=cfg.quantiles.levels)
+
+    def _future(self, future_BCH, horizon: int, steps: int) -> jax.Array:
+        """The future of the exogenous channels, of each forecast of a roll-out [S, B, C, H]; the
+        last values repeated up to whole forecasts.
+        """
+        if future_BCH is None or future_BCH.shape[-1] < horizon:
+            raise ValueError(
+                f"the future of the exogenous channels {self.part.exogenous} must reach {horizon} "
+                "steps"
+            )
+        length = steps * self.horizon
+        missing = ((0, 0), (0, 0), (0, max(length - future_BCH.shape[-1], 0)))
+        future_BCH = jnp.pad(future_BCH, missing, mode="edge")[..., :length]
+        parts = future_BCH.reshape(*future_BCH.shape[:2], steps, self.horizon)
+        return jnp.moveaxis(parts, 2, 0)
+
+
 @dataclasses.dataclass(frozen=True)
-class TTM(Model):
+class TTM(Forecasts):
     """TTM at one size. See the module docstring; `Model` documents the methods."""
 
     config: TTMConfig
@@ -1193,8 +1321,8 @@ class TTM(Model):
         return "joint" if joint else "independent"
 
     @property
-    def horizon(self) -> int:
-        return self.config.filter_len or self.config.horizon
+    def part(self) -> TTMConfig:
+        return self.config
 
     @property
     def eval_batch(self) -> int:
@@ -1365,7 +1493,7 @@ class TTM(Model):
         if observed_BCT is not None:
             observed_BCL = self._padded(observed_BCT).astype(jnp.float32)
         loc_BC1, scale_BC1 = location_scale(
-            cfg.scaling, x_BCL, observed_BCL, cfg.batch_default_scale
+            cfg.scaling, x_BCL, observed_BCL, batch_default=cfg.batch_default_scale
         )
         z_BCL = (x_BCL - loc_BC1) / scale_BC1
         if future_BCH is not None:
@@ -1435,18 +1563,6 @@ class TTM(Model):
         _, bins_BCS = jax.lax.top_k(size[..., first:], cfg.spectrum)
         return bins_BCS + first
 
-    def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
-        """Forecasts and taps of a batch, from all that it brings."""
-        steps, most = batch["target"].shape[-1], self.horizon
-        if steps > most and self.config.filter_len is None:
-            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
-        future = None
-        if self.config.exogenous:
-            future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
-        x, observed = self.filled(batch["context"])
-        more = {name: batch[name] for name in ("freq_token", "categories") if name in batch}
-        return self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
-
     def targets(self, batch: Batch) -> jax.Array:
         """The target [B, C', H'] of the channels that are forecast."""
         channels = self.config.forecast_channels
@@ -1457,7 +1573,7 @@ class TTM(Model):
         `batch`.
         """
         return point_error(
-            dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch
+            dataclasses.replace(self.config, loss=loss), y_BCH, self.targets(batch), batch=batch
         )
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
@@ -1467,13 +1583,10 @@ class TTM(Model):
         MSE, MAE, pinball or Huber; of a model with quantiles what `own_error` says. The target
         holds all channels; a batch may also bring `freq_token` and `categories`.
         """
-        y, taps = self._forecast_for(params, batch, key, train)
-        return own_error(self.config, y, taps.get("quantiles"), self.targets(batch), batch)
-
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast at the first steps of the target, of one forecast at most."""
-        y, _ = self._forecast_for(params, batch, key, train)
-        return self.error(y, batch, "mse")
+        y, taps = self._forecast_for(params, batch, key, train=train)
+        return own_error(
+            self.config, y, taps.get("quantiles"), target_BCH=self.targets(batch), batch=batch
+        )
 
     def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The newest `context_len` steps without gaps, and which of them were observed (1 or 0)."""
@@ -1491,96 +1604,3 @@ class TTM(Model):
             return jnp.zeros_like(x[..., :1])
         count = jnp.maximum(seen.sum(-1, keepdims=True), 1)
         return jnp.where(seen, x, 0.0).sum(-1, keepdims=True) / count
-
-    def predict(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        key=None,
-        *,
-        future=None,
-        categories=None,
-    ) -> Forecast:
-        """Rolled out forecast by forecast in a window of fixed length, scaled anew at each step, as
-        in the original.
-
-        The forecast has the target channels alone, [B, C', H], where the config names some. Missing
-        values and short contexts: see the module's docstring.
-
-        Args:
-          future: [B, C, horizon], of which the exogenous channels are read. categories: [B, V],
-            else the config's.
-        """
-        check_context(context, horizon)
-        x_BCL, observed_BCL = self.filled(jnp.asarray(context, jnp.float32))
-        return self.roll_out(
-            params, x_BCL, observed_BCL, horizon, future_BCH=future, categories=categories
-        )
-
-    def roll_out(
-        self,
-        params: Tree,
-        x_BCL,
-        observed_BCL,
-        horizon: int,
-        *,
-        future_BCH=None,
-        freq_token=None,
-        categories=None,
-    ) -> Forecast:
-        """`predict` of a window without gaps. Forecasts become the newest values of the window;
-        those of channels that are neither target nor exogenous are the ones before the forecast
-        channel mixer.
-        """
-        step = functools.partial(self.apply, params, freq_token=freq_token, categories=categories)
-        return rolled_out(self.config, step, x_BCL, observed_BCL, horizon, future_BCH)
-
-
-def rolled_out(
-    cfg: TTMConfig, apply: Any, x_BCL, observed_BCL, horizon: int, future_BCH
-) -> Forecast:
-    """Forecast `horizon` steps, forecast by forecast, in a window of fixed length.
-
-    apply: (x, observed, future_BCH=...) -> forecast and taps, of a model whose channels and horizon
-    `cfg` says.
-    """
-    one = cfg.filter_len or cfg.horizon
-    steps = math.ceil(horizon / one)
-    known = np.array(cfg.exogenous, int)
-    if cfg.exogenous:
-        if future_BCH is None or future_BCH.shape[-1] < horizon:
-            raise ValueError(
-                f"the future of the exogenous channels {cfg.exogenous} must reach {horizon} steps"
-            )
-        rest = steps * one - future_BCH.shape[-1]
-        future_BCH = jnp.pad(future_BCH, ((0, 0), (0, 0), (0, max(rest, 0))), mode="edge")[
-            ..., : steps * one
-        ]
-        future_SBCH = jnp.moveaxis(future_BCH.reshape(*future_BCH.shape[:2], steps, one), 2, 0)
-    else:
-        future_SBCH = None
-    targets = cfg.forecast_channels
-
-    def step(state, future):
-        x, observed = state
-        y, taps = apply(x, observed, future_BCH=future)
-        new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
-        if cfg.exogenous:
-            new = new.at[:, known].set(future[:, known])
-        length = x.shape[-1]
-        x = jnp.concatenate([x, new], axis=-1)[..., -length:]
-        observed = jnp.concatenate([observed, jnp.ones_like(new)], axis=-1)[..., -length:]
-        return (x, observed), (y, taps.get("quantiles"))
-
-    if steps == 1:
-        _, (y, q) = step((x_BCL, observed_BCL), None if future_SBCH is None else future_SBCH[0])
-    else:
-        _, (y_SBCH, q_SBCHQ) = jax.lax.scan(step, (x_BCL, observed_BCL), future_SBCH, length=steps)
-        y = jnp.moveaxis(y_SBCH, 0, 2).reshape(*y_SBCH.shape[1:3], steps * one)
-        q = q_SBCHQ
-        if q is not None:
-            q = jnp.moveaxis(q, 0, 2).reshape(*y.shape, q.shape[-1])
-    if q is None or cfg.quantiles is None:
-        return Forecast(y[..., :horizon])
-    return Forecast(y[..., :horizon], q[..., :horizon, :], levels=cfg.quantiles.levels)

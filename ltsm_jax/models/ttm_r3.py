@@ -18,7 +18,6 @@ Departures from the original:
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,13 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltsm_jax.layers.context import check_context
 from ltsm_jax.layers.masks import branch
 from ltsm_jax.layers.network import nested
 from ltsm_jax.models import ttm
-from ltsm_jax.models.family import Batch, Forecast, Model, Recipe
+from ltsm_jax.models.family import Batch, Recipe
 from ltsm_jax.models.groups import Stack
-from ltsm_jax.models.ttm import TTM, QuantileConfig, TTMConfig
+from ltsm_jax.models.ttm import TTM, Forecasts, QuantileConfig, TTMConfig
 from ltsm_jax.trees import Tree
 
 PARTS = ("trend", "residual")
@@ -100,11 +98,7 @@ def _published(
 ) -> TTMR3Config:
     """A decomposed model as the originals are: what `trend` does not say is as in `sizes`."""
     head = QuantileConfig(
-        median="mean",
-        condition="flatten",
-        join="concat",
-        token_width=4,
-        point_weight=2.0,
+        median="mean", condition="flatten", join="concat", token_width=4, point_weight=2.0
     )
     common: dict[str, Any] = {
         "horizon": horizon,
@@ -140,7 +134,7 @@ PRESETS = {
             "decoder_layers": 2,
             "registers": 1,
         },
-    ),
+    )
 }
 
 
@@ -209,7 +203,7 @@ def _stacks_of(part: str) -> tuple[Stack, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class TTMR3(Model):
+class TTMR3(Forecasts):
     """A decomposed TTM at one size. See the module docstring; `Model` documents the methods."""
 
     config: TTMR3Config
@@ -284,8 +278,8 @@ class TTMR3(Model):
         return self.config.trend.context_len
 
     @property
-    def horizon(self) -> int:
-        return self.trend.horizon
+    def part(self) -> TTMConfig:
+        return self.config.trend
 
     @property
     def eval_batch(self) -> int:
@@ -360,7 +354,7 @@ class TTMR3(Model):
             jnp.ones_like(x_BCT) if observed_BCT is None else observed_BCT.astype(jnp.float32)
         )
         loc_BC1, scale_BC1 = ttm.location_scale(
-            cfg.scaling, x_BCT, observed, cfg.batch_default_scale
+            cfg.scaling, x_BCT, observed, batch_default=cfg.batch_default_scale
         )
         z_BCT = (x_BCT - loc_BC1) / scale_BC1
         few = max(LEAST_STEPS - z_BCT.shape[-1], 0)
@@ -445,31 +439,28 @@ class TTMR3(Model):
         part = self.config.trend
         trend, residual, joint = self.targets(taps, batch)
         found = {
-            "joint": ttm.own_error(part, taps["joint"], taps.get("joint_quantiles"), joint, batch),
-            "trend": ttm.own_error(part, taps["trend"], taps.get("trend/quantiles"), trend, batch),
+            "joint": ttm.own_error(
+                part, taps["joint"], taps.get("joint_quantiles"), target_BCH=joint, batch=batch
+            ),
+            "trend": ttm.own_error(
+                part, taps["trend"], taps.get("trend/quantiles"), target_BCH=trend, batch=batch
+            ),
             "residual": ttm.own_error(
-                part, taps["residual"], taps.get("residual/quantiles"), residual, batch
+                part,
+                taps["residual"],
+                taps.get("residual/quantiles"),
+                target_BCH=residual,
+                batch=batch,
             ),
         }
         moves, wanted = jnp.diff(taps["trend"], axis=-1), jnp.diff(trend, axis=-1)
         by = part if part.quantiles is None else dataclasses.replace(part, loss="mae")
-        found["trend"] += DIFFERENCE_WEIGHT * ttm.point_error(by, moves, wanted, batch)
+        found["trend"] += DIFFERENCE_WEIGHT * ttm.point_error(by, moves, wanted, batch=batch)
         return found
-
-    def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
-        steps, most = batch["target"].shape[-1], self.horizon
-        if steps > most and self.config.trend.filter_len is None:
-            raise ValueError(f"one forecast reaches {most} steps, the target has {steps}")
-        future = None
-        if self.config.trend.exogenous:
-            future = jnp.pad(batch["target"], ((0, 0), (0, 0), (0, max(most - steps, 0))))
-        x, observed = self.filled(batch["context"])
-        more = {name: batch[name] for name in ("freq_token", "categories") if name in batch}
-        return self.apply(params, x, observed, future_BCH=future, key=key, train=train, **more)
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """The weighted sum of `errors`, in scaled units, over all observed values of the target."""
-        _, taps = self._forecast_for(params, batch, key, train)
+        _, taps = self._forecast_for(params, batch, key, train=train)
         return self.weighted(self.errors(taps, batch))
 
     def weighted(self, errors: Mapping[str, jax.Array]) -> jax.Array:
@@ -481,45 +472,8 @@ class TTMR3(Model):
             + cfg.residual_weight * errors["residual"]
         )
 
-    def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        """MSE of the forecast at the first steps of the target, of one forecast at most."""
-        y, _ = self._forecast_for(params, batch, key, train)
-        return self.trend.error(y, batch, "mse")
-
     def filled(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The context without gaps, and which of its steps were observed (1 or 0)."""
+        """The whole context without gaps, however long; and which of its steps were observed."""
         x = context.astype(jnp.float32)
         seen = ~jnp.isnan(x)
         return jnp.where(seen, x, self.trend.filling(x, seen)), seen.astype(jnp.float32)
-
-    def predict(
-        self,
-        params: Tree,
-        context: jax.Array,
-        horizon: int,
-        key=None,
-        *,
-        future=None,
-        categories=None,
-    ) -> Forecast:
-        """Roll out as `TTM.predict`; the whole context is scaled and smoothed, however long."""
-        check_context(context, horizon)
-        x_BCT, observed_BCT = self.filled(jnp.asarray(context, jnp.float32))
-        return self.roll_out(
-            params, x_BCT, observed_BCT, horizon, future_BCH=future, categories=categories
-        )
-
-    def roll_out(
-        self,
-        params: Tree,
-        x_BCT,
-        observed_BCT,
-        horizon: int,
-        *,
-        future_BCH=None,
-        freq_token=None,
-        categories=None,
-    ) -> Forecast:
-        """`predict` of a context without gaps, see `TTM.roll_out`."""
-        step = functools.partial(self.apply, params, freq_token=freq_token, categories=categories)
-        return ttm.rolled_out(self.config.trend, step, x_BCT, observed_BCT, horizon, future_BCH)

@@ -179,10 +179,10 @@ class UnitsConfig:
                     name,
                     t["task_name"],
                     t["dataset"],
-                    t.get("seq_len", 96),
-                    t.get("pred_len", 0),
-                    t["enc_in"],
-                    t.get("num_class", 0),
+                    context_len=t.get("seq_len", 96),
+                    horizon=t.get("pred_len", 0),
+                    n_variates=t["enc_in"],
+                    n_classes=t.get("num_class", 0),
                 )
                 for name, t in tasks.items()
             ),
@@ -218,7 +218,16 @@ def _forecasting() -> tuple[UnitsTask, ...]:
     for name, variates in _VARIATES.items():
         for horizon in _HORIZONS.get(name, (96, 192, 336, 720)):
             task = f"LTF_{name}_p{horizon}"
-            found.append(UnitsTask(task, "long_term_forecast", name, 96, horizon, variates))
+            found.append(
+                UnitsTask(
+                    task,
+                    "long_term_forecast",
+                    name,
+                    context_len=96,
+                    horizon=horizon,
+                    n_variates=variates,
+                )
+            )
     return tuple(found)
 
 
@@ -451,7 +460,7 @@ class UnitsNet(nn.Module):
         embed = Linear((cfg.patch_len,), (cfg.d_model,), use_bias=False, name="embed")
         x = taps["patch_tokens"] = Dropout(cfg.dropout)(embed(p_BVNP), train)
         prompts, masked = rows(f"prompt_tokens/{self.dataset}"), rows(f"mask_tokens/{self.dataset}")
-        x = self._generated(x, prompts, masked, n_new, hidden_BVN, taps)
+        x = self._generated(x, prompts, masked, n_new=n_new, hidden_BVN=hidden_BVN, taps=taps)
         place = table_TD[:total].astype(x.dtype)[None, None]
         x = jnp.concatenate([prompts, x + place], 2)
         n_tokens = x.shape[2]
@@ -563,8 +572,10 @@ class Units(Model):
     @classmethod
     def small(cls) -> UnitsConfig:
         tasks = (
-            UnitsTask("LTF_a", "long_term_forecast", "a", 40, 16, 2),
-            UnitsTask("CLS_b", "classification", "b", 32, 0, 3, 2),
+            UnitsTask("LTF_a", "long_term_forecast", "a", context_len=40, horizon=16, n_variates=2),
+            UnitsTask(
+                "CLS_b", "classification", "b", context_len=32, horizon=0, n_variates=3, n_classes=2
+            ),
         )
         return UnitsConfig.of(16, 2, 2, tasks, patch_len=8, prompt_len=3)
 
@@ -601,9 +612,8 @@ class Units(Model):
         name, size = next(iter(cfg.datasets.items()))
         patch = jax.ShapeDtypeStruct((1, size, 2, cfg.patch_len), jnp.float32)
         shapes = jax.eval_shape(UnitsNet(cfg, name).init, key, patch)["params"]
-        flat = flatten(
-            shapes
-        )  # the names of tokens, which hold a slash for Flax, become branches of the tree
+        # The names of tokens, which hold a slash for Flax, become branches of the tree.
+        flat = flatten(shapes)
         shapes = unflatten(flat)
 
         def rule(path, shape):
@@ -657,7 +667,12 @@ class Units(Model):
             name += "_"
         same = self.task
         task = UnitsTask(
-            f"LTF_{name}", "long_term_forecast", name, same.context_len, same.horizon, n_variates
+            f"LTF_{name}",
+            "long_term_forecast",
+            name,
+            context_len=same.context_len,
+            horizon=same.horizon,
+            n_variates=n_variates,
         )
         cfg = dataclasses.replace(cfg, tasks=(*cfg.tasks, task), dataset=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
@@ -681,10 +696,10 @@ class Units(Model):
             name,
             "classification",
             old.dataset,
-            old.context_len,
-            0,
-            old.n_variates,
-            sizes["n_classes"],
+            context_len=old.context_len,
+            horizon=0,
+            n_variates=old.n_variates,
+            n_classes=sizes["n_classes"],
         )
         cfg = dataclasses.replace(self.config, tasks=(*self.config.tasks, task), classifies=name)
         return Units(cfg), self._with_tokens(cfg, params, key)
@@ -719,9 +734,8 @@ class Units(Model):
                 f"has {v}; make the model ready for the data with `for_series` first"
             )
         x = x_BVL.astype(jnp.float32)
-        mean = x.mean(
-            -1, keepdims=True
-        )  # with `observed` too, as in the original: hidden points count as 0
+        # With `observed` too, as in the original: hidden points count as 0.
+        mean = x.mean(-1, keepdims=True)
         z = x - mean
         hidden = None
         if observed_BVL is None:
@@ -789,11 +803,11 @@ class Units(Model):
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast over the observed targets, as in supervised training."""
         x = fill_missing(batch["context"])
-        y = self.forecast(params, x, batch["target"].shape[-1], key, train)
+        y = self.forecast(params, x, batch["target"].shape[-1], key=key, train=train)
         return mse_observed(y, batch["target"], batch)
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
-        return self.loss(params, batch, key, train)
+        return self.loss(params, batch, key=key, train=train)
 
     def predict(self, params: Tree, context: jax.Array, horizon: int, key=None) -> Forecast:
         """The whole horizon at once, with as many generated tokens as it takes, as in the original.

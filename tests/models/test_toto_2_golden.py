@@ -160,7 +160,11 @@ def _front(taps, layer):
 
 def swapped(config, layer, y):
     """[B, V, S, ...] in the order in which the original has a layer over variates."""
-    return np.swapaxes(np.asarray(y), 1, 2) if config.kinds[layer] == "variate" else np.asarray(y)
+    return (
+        np.swapaxes(np.asarray(y), 1, 2)
+        if config.layers[layer].kind == "variate"
+        else np.asarray(y)
+    )
 
 
 def activations(config, taps):
@@ -190,7 +194,7 @@ def activations(config, taps):
         "attn.q_rot": "q_turned",
         "attn.k_rot": "k_turned",
     }
-    for i in range(len(config.kinds)):
+    for i in range(len(config.layers)):
         theirs, ours = f"transformer.layers.{i}", f"layer_{i}"
         found[theirs] = swapped(config, i, taps[ours])
         for name, tap in outside.items():
@@ -226,7 +230,7 @@ def recorded_gradients(recorded, prefix):
     """By path; of the taus, which are no parameters to the original, there are none."""
     arrays = recorded.vectors.arrays("grads.npz")
     stored = {name.removeprefix(prefix): g for name, g in arrays.items() if name.startswith(prefix)}
-    layers = [f"transformer.layers.{i}" for i in range(len(recorded.model.config.kinds))]
+    layers = [f"transformer.layers.{i}" for i in range(len(recorded.model.config.layers))]
     taus = [f"{layer}.{name}_tau" for layer in layers for name in ("attn", "mlp")]
     state = stored | {name: np.zeros((), np.float32) for name in taus}
     rules = converter.keys(recorded.model.config)
@@ -483,7 +487,7 @@ def test_golden_init_statistics(recorded):
     assert parity.check_initialisation(model, stats) == len(stats)
     # The taus are those of the formula to the last bit.
     drawn = trees.flatten(jax.jit(model.init)(jax.random.key(0)))
-    for i in range(len(model.config.kinds)):
+    for i in range(len(model.config.layers)):
         np.testing.assert_array_equal(
             drawn[f"layer_{i}/attn_tau"], np.float32(model.config.tau(i, "attn"))
         )
