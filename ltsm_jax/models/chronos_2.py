@@ -590,43 +590,44 @@ class Chronos2(Model):
 
         def every(y):
             """A row per path, where more than one pass is made."""
-            return y if horizon <= most * p else jnp.repeat(y, len(paths), axis=0)
+            return y if y is None or horizon <= most * p else jnp.repeat(y, len(paths), axis=0)
 
         found, done = [], 0
         while done < horizon:
             n_patches = min(-(-(horizon - done) // p), most)
             step = n_patches * p
-            known = (
-                None
-                if future is None or future.shape[-1] <= done
-                else future[..., done : done + step]
-            )
+            known = None
+            if future is not None and future.shape[-1] > done:
+                known = future[..., done : done + step]
             if not found:
                 y_GMRQ, _ = self.apply(params, x, n_patches, same=same, future=known)
-                x, same = every(x), None if same is None else every(same)
+                x, same = every(x), every(same)
             else:
-                known = None if known is None else every(known)
-                y, _ = self.apply(params, x, n_patches, same=same, future=known)
-                y = jnp.moveaxis(y.reshape(g, len(paths), m, step, -1), 1, 3).reshape(
-                    g, m, step, -1
-                )
-                y_GMRQ = weighted_quantile(y, weights, cfg.levels)
+                # Each path gives all quantiles; those of all paths together are the next ones.
+                y, _ = self.apply(params, x, n_patches, same=same, future=every(known))
+                y_GMRAQ = jnp.moveaxis(y.reshape(g, len(paths), m, step, -1), 1, 3)
+                y_GMRQ = weighted_quantile(y_GMRAQ.reshape(g, m, step, -1), weights, cfg.levels)
             found.append(y_GMRQ)
             done += step
             if done < horizon:
-                new_GMRA = at_levels(y_GMRQ, cfg.levels, paths)
-                # A covariate goes on as it is known to, not as it was forecast.
-                if future is not None:
-                    given = future[..., done - step : done, None]
-                    given = jnp.pad(
-                        given,
-                        ((0, 0), (0, 0), (0, step - given.shape[2]), (0, 0)),
-                        constant_values=jnp.nan,
-                    )
-                    new_GMRA = jnp.where(jnp.isnan(given), new_GMRA, given)
-                new = jnp.moveaxis(new_GMRA, 3, 1).reshape(g * len(paths), m, step)
+                given = None if future is None else future[..., done - step : done]
+                new = self._along_paths(y_GMRQ, paths, given)
                 x = jnp.concatenate([x, new], axis=-1)[..., -cfg.context_len :]
         return jnp.concatenate(found, axis=2)[:, :, :horizon]
+
+    def _along_paths(self, y_GMRQ, paths: Sequence[float], given) -> jax.Array:
+        """What stands behind the context of each path [G * A, M, R]: its own quantile.
+
+        given: [G, M, R'], what is known of covariates, which go on so and not as they were
+        forecast.
+        """
+        g, m, steps, _ = y_GMRQ.shape
+        new_GMRA = at_levels(y_GMRQ, self.config.levels, paths)
+        if given is not None:
+            later = ((0, 0), (0, 0), (0, steps - given.shape[2]))
+            known_GMR1 = jnp.pad(given, later, constant_values=jnp.nan)[..., None]
+            new_GMRA = jnp.where(jnp.isnan(known_GMR1), new_GMRA, known_GMR1)
+        return jnp.moveaxis(new_GMRA, 3, 1).reshape(g * len(paths), m, steps)
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:
         """The encoder's output [B, C, N + 2, D]: a token a patch of the context, the learned token,

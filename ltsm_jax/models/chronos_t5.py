@@ -596,11 +596,12 @@ class ChronosT5(Model):
         blocks, paths = -(-horizon // cfg.horizon), cfg.n_samples
         length = min(horizon, cfg.horizon)  # of one block
         # Padding on the left changes nothing (it is hidden and positions are relative), so one
-        # length serves all blocks
+        # length serves all blocks.
         width = min(cfg.context_len, x_RT.shape[1] + (blocks - 1) * cfg.horizon)
-        x_RW = jnp.pad(x_RT, ((0, 0), (max(width - x_RT.shape[1], 0), 0)), constant_values=jnp.nan)[
-            :, -width:
-        ]
+        front = ((0, 0), (max(width - x_RT.shape[1], 0), 0))
+        x_RW = jnp.pad(x_RT, front, constant_values=jnp.nan)[:, -width:]
+
+        # Random numbers of each block and step, so that a longer horizon begins like a shorter one.
         if gumbel is None:
             draws = jax.vmap(lambda k: jax.random.uniform(k, (blocks * length * paths,)))(keys)
             draws = jnp.swapaxes(draws.reshape(r, -1, paths), 0, 1)
@@ -611,9 +612,8 @@ class ChronosT5(Model):
         draws = draws.reshape(blocks, length, *draws.shape[1:])
         choose = pick if gumbel is None else pick_gumbel
         if blocks == 1:
-            return jnp.swapaxes(
-                self._block(params, x_RW, draws[0], choose=choose, steps=length), 1, 2
-            )
+            y_RNH = self._block(params, x_RW, draws[0], choose=choose, steps=length)
+            return jnp.swapaxes(y_RNH, 1, 2)
         steps = jnp.full(blocks, length).at[-1].set(horizon - (blocks - 1) * length)
 
         def block(x_RW, per_block):
@@ -644,20 +644,17 @@ class ChronosT5(Model):
             cache = {layer: context[layer] | own[layer] for layer in own}
             logits, _, cache = self._net(params, None, observed_RS, last, cache=cache, start=i)
             y_RNV = scores(cfg, logits.reshape(r, paths, -1))
-            next_RN1 = choose(y_RNV, jax.lax.dynamic_index_in_dim(draws, i, keepdims=False))[
-                ..., None
-            ]
-            ids_RNS = jax.lax.dynamic_update_slice_in_dim(
-                ids_RNS, next_RN1.astype(ids_RNS.dtype), i + 1, axis=2
-            )
+            chosen_RN = choose(y_RNV, jax.lax.dynamic_index_in_dim(draws, i, keepdims=False))
+            next_RN1 = chosen_RN[..., None].astype(ids_RNS.dtype)
+            ids_RNS = jax.lax.dynamic_update_slice_in_dim(ids_RNS, next_RN1, i + 1, axis=2)
+            # Keys and values of the context are the same in each step.
             kept = {}
             for layer, arrays in cache.items():
                 kept[layer] = {"k": arrays["k"], "v": arrays["v"]}
             return ids_RNS, kept
 
-        ids_RNS, _ = jax.lax.fori_loop(
-            0, steps, step, (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length))
-        )
+        start = (ids_RNS, t5.empty_cache(cfg.decoder, r * paths, length))
+        ids_RNS, _ = jax.lax.fori_loop(0, steps, step, start)
         return jnp.asarray(token_values(cfg))[ids_RNS[..., 1:]] * scale_R[:, None, None]
 
     def embed(self, params: Tree, context: jax.Array) -> jax.Array:

@@ -494,6 +494,7 @@ class Moirai(Model):
                 params, (x, observed), steps, patch, lean=True, scale=scale or None, is_pad=pad
             )
 
+        # A forecast of the end of the context, which is known, and of the horizon, at each size.
         stacked = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
         shorter, whole = window(0, t - held), window(first, t)
         if held == horizon:  # both passes of a size are one program, run twice
@@ -509,6 +510,8 @@ class Moirai(Model):
         else:
             tried = stacked(*(after(shorter, p, held) for p in sizes)) if held else None
             found = stacked(*(after(whole, p, horizon) for p in sizes))
+
+        # Each row takes the size with the best likelihood of what is known.
         loss_ZB = jnp.zeros((len(sizes), b))
         if tried is not None:
             rest, known = x[None, ..., t - held :], observed[None, ..., t - held :]

@@ -134,7 +134,7 @@ class Moirai2Config:
         return cls.of(
             *(int(fields[name]) for name in required[:4]),
             n_patches=int(fields["num_predict_token"]),
-            levels=tuple(float(q) for q in fields["quantile_levels"]),
+            levels=tuple(map(float, fields["quantile_levels"])),
             max_seq_len=int(fields.get("max_seq_len", 512)),
             scaling=bool(fields.get("scaling", True)),
             dropout=float(fields.get("dropout_p", 0.0)),
@@ -381,9 +381,9 @@ class Moirai2(Model):
                 predicted=copies.predicted.at[:, places].set(False),
             )
             y_RCTQ = self.first(params, copies, jnp.asarray(after) + start + k - 1)
-            all_BCTS = jnp.moveaxis(y_RCTQ.reshape(b, q, c, k * p, q), 1, 3).reshape(
-                b, c, k * p, q * q
-            )
+            # The quantiles of all copies' quantiles are the next ones.
+            each_BCTSQ = jnp.moveaxis(y_RCTQ.reshape(b, q, c, k * p, q), 1, 3)
+            all_BCTS = each_BCTSQ.reshape(b, c, k * p, q * q)
             new_BCTQ = jnp.moveaxis(jnp.quantile(all_BCTS, level, axis=-1), 0, -1)
             return (copies, new_BCTQ), new_BCTQ
 

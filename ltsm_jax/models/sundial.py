@@ -450,6 +450,8 @@ class Sundial(Model):
         token_BCN = count_BCNQ.max(-1)  # a token without any label is no token
         count_BCNQ = count_BCNQ if points_BCNQ is None else count_BCNQ * points_BCNQ
         token_BCN = token_BCN if weight_BCN is None else token_BCN * weight_BCN
+
+        # Noised targets, and what the network makes of them.
         want_R1Q = jnp.nan_to_num(want_BCNQ).reshape(-1, 1, q)
         noise_RMQ, t_RM = jnp.swapaxes(noise_MRQ, 0, 1), t_MR.T
         noised_RMQ = t_RM[..., None] * want_R1Q + (1 - t_RM[..., None]) * noise_RMQ

@@ -577,21 +577,21 @@ class TimesFM1(Model):
             )
             std_B1 = jnp.where(std_B1 > cfg.min_scale, std_B1, 1.0)
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
+
+        # Whole patches of the newest steps.
         newest = min(newest or t, t)
         at_least = cfg.context_len if on_context else 0
         x_BT, padding_BT = self._patches(x_BT[:, -newest:], begun_BT[:, -newest:], at_least)
         freq_B = None if freq is None else jnp.asarray(freq).reshape(b * c)
         if window:
-            smooth_BT = (
-                sum(jnp.pad(x_BT, ((0, 0), (i, 0)))[:, : x_BT.shape[1]] for i in range(window))
-                / window
-            )
-            smooth_BT = jnp.where(padding_BT == 1, 0.0, smooth_BT)
-            x_BT, padding_BT = (
-                jnp.concatenate([smooth_BT, x_BT - smooth_BT]),
-                jnp.concatenate([padding_BT] * 2),
-            )
+            # The moving average and what is left of it are rows of their own.
+            n = x_BT.shape[1]
+            moved = [jnp.pad(x_BT, ((0, 0), (i, 0)))[:, :n] for i in range(window)]
+            smooth_BT = jnp.where(padding_BT == 1, 0.0, sum(moved[1:], moved[0]) / window)
+            x_BT = jnp.concatenate([smooth_BT, x_BT - smooth_BT])
+            padding_BT = jnp.concatenate([padding_BT] * 2)
             freq_B = None if freq_B is None else jnp.concatenate([freq_B] * 2)
+
         y_BHQ = self.decode(
             params,
             x_BT,

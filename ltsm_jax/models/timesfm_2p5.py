@@ -519,15 +519,12 @@ class TimesFM2p5(Model):
         y_BNOQ, w_BNSQ, caches, stats, padded_B, taps = self._prefill(
             params, x_BT, padding_BT, last=last
         )
-        b, n, m, steps = (
-            x_BT.shape[0],
-            x_BT.shape[1] // cfg.patch_len,
-            cfg.output_len // cfg.patch_len,
-            0,
-        )
+        b, m = x_BT.shape[0], cfg.output_len // cfg.patch_len
         steps = (horizon - 1) // cfg.output_len
         if not steps:
             return y_BNOQ, w_BNSQ[:, -1], jnp.zeros((b, 0, *y_BNOQ.shape[2:])), taps
+
+        # Room for the keys and values of what is forecast.
         room = ((0, 0), (0, 0), (0, steps * m), (0, 0))
         caches = jax.tree.map(lambda y_BHSK: jnp.pad(y_BHSK, room), caches)
 
@@ -542,19 +539,11 @@ class TimesFM2p5(Model):
                 params, z_BNP, padding_BNP, caches=caches, start=start, padded_B=padded_B, last=True
             )
             y_BOQ = y_BNOQ[:, 0] * std_BN[:, -1, None, None] + mean_BN[:, -1, None, None]
-            return (
-                caches,
-                tuple(y[:, -1] for y in stats),
-                y_BOQ[..., cfg.point_column],
-                start + m,
-            ), y_BOQ
+            before = tuple(y[:, -1] for y in stats)
+            return (caches, before, y_BOQ[..., cfg.point_column], start + m), y_BOQ
 
-        first = (
-            caches,
-            tuple(y[:, -1] for y in stats),
-            y_BNOQ[:, -1, :, cfg.point_column],
-            jnp.asarray(n),
-        )
+        before, points_BO = tuple(y[:, -1] for y in stats), y_BNOQ[:, -1, :, cfg.point_column]
+        first = (caches, before, points_BO, jnp.asarray(x_BT.shape[1] // cfg.patch_len))
         _, y_SBOQ = jax.lax.scan(again, first, length=steps)
         return y_BNOQ, w_BNSQ[:, -1], jnp.moveaxis(y_SBOQ, 0, 1), taps
 
@@ -581,21 +570,23 @@ class TimesFM2p5(Model):
             x_BT = jnp.where(begun_BT, (x_BT - mean_B1) / std_B1, 0.0)
         padding_BT = 1.0 - begun_BT
         if cfg.force_flip_invariance:
-            x_BT, padding_BT = (
-                jnp.concatenate([x_BT, -x_BT]),
-                jnp.concatenate([padding_BT, padding_BT]),
-            )
+            # The series turned over are rows of their own, in the same pass.
+            x_BT = jnp.concatenate([x_BT, -x_BT])
+            padding_BT = jnp.concatenate([padding_BT, padding_BT])
+
         y_BNOQ, w_BSQ, more_BNOQ, _ = self.decode(
             params, x_BT, padding_BT, horizon=horizon, last=not backcast
         )
-        y_BHQ = jnp.concatenate(
-            [y_BNOQ[:, -1], more_BNOQ.reshape(len(x_BT), -1, y_BNOQ.shape[-1])], axis=1
-        )
-        back_BTQ = y_BNOQ[:, :-1, : cfg.patch_len].reshape(len(x_BT), -1, y_BHQ.shape[-1])
+        rows, columns = len(x_BT), y_BNOQ.shape[-1]
+        more_BHQ = more_BNOQ.reshape(rows, -1, columns)
+        y_BHQ = jnp.concatenate([y_BNOQ[:, -1], more_BHQ], axis=1)
+        back_BTQ = y_BNOQ[:, :-1, : cfg.patch_len].reshape(rows, -1, columns)
         if cfg.force_flip_invariance:
             y_BHQ, back_BTQ, w_BSQ = (
                 (y[: b * c] - flipped(y[b * c :])) / 2 for y in (y_BHQ, back_BTQ, w_BSQ)
             )
+
+        # The options of the original, in its order.
         y_BHQ = y_BHQ[:, :horizon]
         if cfg.use_continuous_quantile_head:
             y_BHQ = self._spread(y_BHQ, w_BSQ)

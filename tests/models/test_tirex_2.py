@@ -16,13 +16,13 @@ from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import trees
 from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.layers.masks import masked, merge, shapes
+from ltsm_jax.layers.quantiles import at_levels
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.models import folders, tirex_2
 from ltsm_jax.models.tirex_2 import (
     PRESETS,
     TiRex2,
     TiRex2Config,
-    at_levels,
     calibrated,
     differences,
     has_trend,

@@ -15,8 +15,9 @@ from converters import CheckpointError, import_checkpoint
 from converters import tirex_2 as converter
 from converters.torch_files import write_torch
 from ltsm_jax.layers import taps as layer_taps
+from ltsm_jax.layers.quantiles import at_levels
 from ltsm_jax.models import tirex_2
-from ltsm_jax.models.tirex_2 import TiRex2, at_levels, has_trend, trend
+from ltsm_jax.models.tirex_2 import TiRex2, has_trend, trend
 
 RTOL = 1e-4  # of meta.json; absolute 1e-4, too, in scaled units and of the largest value of a row
 MAIN = "tirex_2"
