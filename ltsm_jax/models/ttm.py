@@ -1322,6 +1322,7 @@ class TTM(Forecasts):
 
     @property
     def part(self) -> TTMConfig:
+        """The config itself."""
         return self.config
 
     @property
