@@ -136,7 +136,9 @@ class StackConfig:
     @property
     def bias_heads(self) -> int:
         """Columns of the relative-bias table."""
-        columns = [column for layer in self.layers for column in layer.attn.numbers]
+        columns: set[int] = set()
+        for layer in self.layers:
+            columns |= set(layer.attn.numbers)
         return max(columns, default=-1) + 1
 
 
