@@ -11,7 +11,6 @@ from typing import Any
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layers import equal_layer, pruned, told
 from converters.tables import SAME, TRANSPOSE, Rule, split_in, split_out
-from ltsm_jax.layers.t5 import StackConfig, T5Layer
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new")
 
@@ -91,7 +90,7 @@ def stack_fields(told: Fields, state: Mapping[str, Any], *, decoder: bool, gated
     told.boolean("is_gated_act", False)
 
 
-def equal_stacks(encoder: StackConfig, decoder: StackConfig, original: str) -> T5Layer:
+def equal_stacks(encoder: Any, decoder: Any, original: str) -> Any:
     """Give the record that all layers of both stacks have, but for the decoder's second attention.
 
     Raises: ValueError for layers that differ, as removal leaves them.
@@ -107,7 +106,7 @@ def equal_stacks(encoder: StackConfig, decoder: StackConfig, original: str) -> T
     return layer_of_encoder(alike, original)
 
 
-def layer_of_encoder(layers: Sequence[T5Layer], original: str) -> T5Layer:
+def layer_of_encoder(layers: Sequence[Any], original: str) -> Any:
     """Give the record that all layers have, whose heads use the first columns of the bias table.
 
     Raises: ValueError for others, as removal leaves them.

@@ -11,7 +11,6 @@ from converters.layers import equal_layer, pruned, told
 from converters.layout import Layout
 from converters.pickles import CheckpointError
 from converters.tables import SAME, TRANSPOSE, Rule, split_bias, split_in, split_out
-from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.models.timesfm_3 import OPTIONS, PRESETS, TimesFM3, TimesFM3Config
 
 MODEL = TimesFM3
@@ -209,8 +208,9 @@ def published(config: TimesFM3Config) -> dict[str, Any]:
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
     layer = equal_layer(config.layers, "TimesFM")
-    whole = HeadDims.of(config.d_model // config.head_dim, config.head_dim)
-    if {layer.seq, layer.var} != {whole}:
+    found = {(dims.heads, dims.qk, dims.value) for dims in (layer.seq, layer.var)}
+    k = config.head_dim
+    if found != {(config.d_model // k, k, k)}:
         raise pruned(
             "the original TimesFM has heads that are together as wide as the model "
             f"({config.d_model}); this one has {told(config.layers)}"

@@ -17,16 +17,14 @@ from converters.layers import pruned, told
 from converters.layout import Layout
 from converters.tables import COPY, SAME, TRANSPOSE, Rule, Transform, split_in, split_out
 from converters.torch_files import CheckpointError
-from ltsm_jax.layers.dims import HeadDims
 from ltsm_jax.models.tirex_2 import (
     PRESETS,
     PUBLISHED_ACTIVATIONS,
     TOKENIZER_SIZES,
+    Kind,
     TiRex2,
     TiRex2Config,
-    TiRex2Layer,
     activation_of,
-    gated_width,
 )
 
 MODEL = TiRex2
@@ -361,12 +359,13 @@ def published(config: TiRex2Config) -> dict[str, Any]:
       activation that they have not got.
     """
     d = config.d_model
-    heads = {"mlstm": d // config.value_dim, "slstm": d // config.slstm_dim}
-    attention = HeadDims.of(d // config.head_dim, config.head_dim)
-    kinds = tuple(layer.kind for layer in config.layers)
-    whole = tuple(
-        TiRex2Layer(kind, heads[kind], gated_width(d), attention, 4 * d) for kind in kinds
-    )
+    kinds: tuple[Kind, ...] = tuple(layer.kind for layer in config.layers)
+    heads = {
+        "mlstm_heads": d // config.value_dim,
+        "slstm_heads": d // config.slstm_dim,
+        "n_heads": d // config.head_dim,
+    }
+    whole = TiRex2Config.of(d, kinds, **heads, embed_dim=config.embed_dim).layers
     if config.layers != whole:
         raise pruned(
             f"the original TiRex-2 has layers whose widths follow from {d}: {told(whole)}; this "
@@ -381,8 +380,8 @@ def published(config: TiRex2Config) -> dict[str, Any]:
             "time_mixer": {
                 "model_type": f"bi-{kind}",
                 "embedding_dim": d,
-                "num_heads": heads["mlstm"],
-                "num_slstm_heads": heads["slstm"],
+                "num_heads": heads["mlstm_heads"],
+                "num_slstm_heads": heads["slstm_heads"],
             },
             "variate_mixer": {"embedding_dim": d, "num_heads": d // config.head_dim},
             "dropout": config.block_dropout,

@@ -158,7 +158,7 @@ def published(config: Toto2Config) -> dict[str, Any]:
 
     Raises: ValueError for a pruned model, which the original's classes can't hold.
     """
-    kinds = tuple(layer.kind for layer in config.layers)
+    kinds: tuple[Kind, ...] = tuple(layer.kind for layer in config.layers)
     layer = equal_layer(
         [dataclasses.replace(layer, kind="time") for layer in config.layers], "Toto 2.0"
     )

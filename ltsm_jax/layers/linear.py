@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -37,11 +38,15 @@ class Linear(nn.Module):
     kernel [*inputs, *outputs], bias [*outputs]: with heads as axes of their own, a pruned head is a
     shorter axis. The values come from the family's `init`; here they are zeros of the right shape.
     A layer that has lost all its heads or units has no kernel, and is its bias, or 0.
+
+    role: "router" for a linear that weighs others up and is no part of the function itself: it is
+    never pruned and gets no adapters.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     use_bias: bool = True
+    role: Literal["plain", "router"] = "plain"
 
     @nn.compact
     def __call__(self, x):

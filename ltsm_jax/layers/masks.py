@@ -25,11 +25,6 @@ from ltsm_jax.layers.shortcuts import go_whole
 from ltsm_jax.sharding import Placement
 from ltsm_jax.trees import Tree, flatten, unflatten
 
-ROUTING = (
-    "router",
-    "shared_gate",
-)  # names of linears that weigh others up and are no part of the function itself
-
 _BRANCH: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
     "branch of the parameters", default=()
 )
@@ -93,25 +88,44 @@ def shapes(function: Callable[..., Any], *args: Any) -> Tree:
             "out": jax.ShapeDtypeStruct(outputs, jnp.float32),
         }
 
-    def call(inner, args, kwargs, context):
-        module = context.module
-        path = path_of(module)
-        if context.method_name == "__call__" and isinstance(module, Linear):
+    for path, module in _called(function, *args).items():
+        if isinstance(module, Linear):
             if math.prod((*module.inputs, *module.outputs)):
                 found[path] = pair(module.inputs, module.outputs)
-        elif context.method_name == "__call__" and isinstance(module, Experts):
-            e, d, f = module.n_experts, module.d_model, module.ffn_dim
-            if e * d * f:
-                found[path] = {
-                    "gate": pair((e, d), (e, f)),
-                    "up": pair((e, d), (e, f)),
-                    "down": pair((e, f), (e, d)),
-                }
+            continue
+        e, d, f = module.n_experts, module.d_model, module.ffn_dim
+        if e * d * f:
+            found[path] = {
+                "gate": pair((e, d), (e, f)),
+                "up": pair((e, d), (e, f)),
+                "down": pair((e, f), (e, d)),
+            }
+    return unflatten(found)
+
+
+def routers(function: Callable[..., Any], *args: Any) -> frozenset[str]:
+    """Find the paths of the linears that function(*args) calls as routers, see `Linear.role`."""
+    called = _called(function, *args)
+    return frozenset(path for path, module in called.items() if _is_router(module))
+
+
+def _is_router(module: Linear | Experts) -> bool:
+    return isinstance(module, Linear) and module.role == "router"
+
+
+def _called(function: Callable[..., Any], *args: Any) -> dict[str, Linear | Experts]:
+    """The linears and experts that function(*args) calls, by path. Nothing is computed."""
+    found: dict[str, Linear | Experts] = {}
+
+    def call(inner, args, kwargs, context):
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, Linear | Experts):
+            found[path_of(module)] = module
         return inner(*args, **go_whole(context, kwargs))
 
     with nn.intercept_methods(call):
         jax.eval_shape(function, *args)
-    return unflatten(found)
+    return found
 
 
 def weights(params: Tree, masks: Tree) -> dict[str, tuple[Any, Any]]:

@@ -136,7 +136,9 @@ class StackConfig:
     @property
     def bias_heads(self) -> int:
         """Columns of the relative-bias table."""
-        columns = [column for layer in self.layers for column in layer.attn.numbers]
+        columns: set[int] = set()
+        for layer in self.layers:
+            columns |= set(layer.attn.numbers)
         return max(columns, default=-1) + 1
 
 
@@ -312,13 +314,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND, bias, memory_BMD, memory_bias, train: bool, cache: Any, start: Any):
-        cfg, taps, new = self.cfg, {}, {}
+        cfg, dims, taps, new = self.cfg, self.dims, {}, {}
 
         def drop(y):
             return Dropout(cfg.dropout)(y, train)
 
         if x_BND is None:
-            cross = Attention(cfg, self.dims.cross, name="cross")
+            assert dims.cross is not None  # `Stack` asks a decoder alone
+            cross = Attention(cfg, dims.cross, name="cross")
             _, (new["cross_k"], new["cross_v"]) = cross(None, memory_BMD, None, train)
             return None, taps, new
         kept: Any = cache or {}
@@ -329,15 +332,15 @@ class Block(nn.Module):
         if kept:
             new["k"], new["v"] = kv
         x_BND = taps["after_attn"] = x_BND + drop(taps["attn"])
-        if cfg.is_decoder:
+        if dims.cross is not None:
             kv = None if memory_BMD is not None else (kept["cross_k"], kept["cross_v"])
             h_BND = taps["norm2"] = RMSNorm(cfg.eps, name="norm2")(x_BND)
-            cross = Attention(cfg, self.dims.cross, name="cross")
+            cross = Attention(cfg, dims.cross, name="cross")
             taps["cross"], kv = cross(h_BND, memory_BMD, memory_bias, train, kv, keep=bool(kept))
             if kept:
                 new["cross_k"], new["cross_v"] = kv
             x_BND = taps["after_cross"] = x_BND + drop(taps["cross"])
-        name, ffn_dim = "norm3" if cfg.is_decoder else "norm2", self.dims.ffn
+        name, ffn_dim = "norm2" if dims.cross is None else "norm3", dims.ffn
         h_BND = taps[name] = RMSNorm(cfg.eps, name=name)(x_BND)
         made = gated_feed_forward if cfg.gated else functools.partial(feed_forward, use_bias=False)
         taps["ffn"] = made(h_BND, ffn_dim, cfg.activation, dropout=drop)

@@ -69,6 +69,7 @@ def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
     """
     if rank < 1:
         raise ValueError(f"the rank of LoRA must be at least 1; got {rank}")
+    routers = channels.routers(model.init, jax.random.key(0))
     fixed = trees.flatten(trees.select(params, model.fixed)) if model.fixed else {}
     ones = jax.tree.map(
         lambda x: jnp.ones(x.shape, x.dtype), channels.shapes(model.init, jax.random.key(0))
@@ -80,7 +81,7 @@ def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
             leaf.removesuffix("/kernel"),
             int(not leaf.endswith("/kernel")),
         )  # experts: their number leads
-        if path.rsplit("/", 1)[-1] in channels.ROUTING or fixed.get(leaf):
+        if path in routers or fixed.get(leaf):
             continue
         bound = math.prod(m_in.shape[stack:]) ** -0.5
         shape = *m_in.shape, rank

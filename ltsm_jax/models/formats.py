@@ -186,7 +186,7 @@ def _record(own: Mapping[str, Any], lists: _Lists, head_dim: Any, qk_dim: Any) -
     for dims in record.values():
         if isinstance(dims, dict) and "heads" in dims:
             pairs = dims.get("pairs")
-            told = isinstance(pairs, list | tuple) and pairs and isinstance(pairs[0], list | tuple)
-            dims.setdefault("qk", 2 * len(pairs[0]) if told else qk_dim)
+            first = pairs[0] if isinstance(pairs, list | tuple) and pairs else None
+            dims.setdefault("qk", 2 * len(first) if isinstance(first, list | tuple) else qk_dim)
             dims.setdefault("value", head_dim)
     return record

@@ -191,7 +191,7 @@ class MixtureLayer(nn.Module):
     def __call__(self, x_TD, expert_mask=None):
         cfg, taps, kept = self.cfg, {}, self.dims.experts.ids
         d, n = cfg.d_model, cfg.n_experts
-        taps["router"] = Linear((d,), (n,), use_bias=False, name="router")(x_TD)
+        taps["router"] = Linear((d,), (n,), use_bias=False, role="router", name="router")(x_TD)
         if len(kept) < n:
             here = np.isin(np.arange(n), kept).astype(np.float32)
             expert_mask = jnp.asarray(here) if expert_mask is None else expert_mask * here
@@ -201,7 +201,7 @@ class MixtureLayer(nn.Module):
         taps["router_weights"], taps["router_experts"] = weight_TK, chosen_TK
         shared_TD = GatedMLP(self.dims.shared, cfg.activation, name="shared")(x_TD)
         taps["shared"] = shared_TD
-        gate_T1 = Linear((d,), (1,), use_bias=False, name="shared_gate")(x_TD)
+        gate_T1 = Linear((d,), (1,), use_bias=False, role="router", name="shared_gate")(x_TD)
         y_TD = jax.nn.sigmoid(gate_T1) * shared_TD
         if not kept:
             return y_TD, taps

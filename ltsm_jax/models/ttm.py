@@ -1423,6 +1423,7 @@ class TTM(Forecasts):
 
     @property
     def part(self) -> TTMConfig:
+        """The config itself."""
         return self.config
 
     @property

@@ -279,6 +279,7 @@ class TTMR3(Forecasts):
 
     @property
     def part(self) -> TTMConfig:
+        """That of the trend: the residual's has the same channels and horizon."""
         return self.config.trend
 
     @property

@@ -156,6 +156,22 @@ def test_a_pruned_stack_equals_one_with_dead_heads():
     )
 
 
+def test_a_stack_without_any_head_is_its_feed_forward_layers():
+    """Removal may take all heads of all layers, and with them the table of the bias."""
+    none = dataclasses.replace(TWO, heads=0, ids=())
+    bare = t5.StackConfig(8, 3, (t5.T5Layer(none, 12),), dropout=0.0)
+    whole = drawn(t5.StackConfig(8, 3, (t5.T5Layer(TWO, 12),), dropout=0.0))
+    x, flat = normal(4, 2, 5, 8), trees.flatten(whole)
+    left = {path: leaf for path, leaf in flat.items() if "attn" not in path}
+    del left["relative_bias"]
+    trees.require_same(trees.unflatten(left), drawn(bare))
+    dead = flat | {"layer_0/attn/out/kernel": 0 * flat["layer_0/attn/out/kernel"]}
+    want = t5.Stack(dataclasses.replace(bare, layers=(t5.T5Layer(TWO, 12),)))
+    want = want.apply({"params": trees.unflatten(dead)}, x)[0]
+    found = t5.Stack(bare).apply({"params": trees.unflatten(left)}, x)[0]
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_bfloat16_and_dropout():
     memory = normal(2, 1, 6, 8)

@@ -50,6 +50,11 @@ def _shapes(model: Model) -> Mapping[str, Any]:
     return trees.flatten(layer_masks.shapes(model.init, jax.random.key(0)))
 
 
+@functools.cache
+def _routers(model: Model) -> frozenset[str]:
+    return layer_masks.routers(model.init, jax.random.key(0))
+
+
 def full_masks(
     model: Model,
     *,
@@ -78,15 +83,15 @@ def full_masks(
     flat = _shapes(model)
     linears = {path.rsplit("/", 1)[0] for path in flat}
     heads = {path for path in linears if re.search(model.head, f"{path}/kernel")}
-    never = {path for path in linears if path.rsplit("/", 1)[-1] in layer_masks.ROUTING}
-    blocks = {path for path in linears if parts.layer_of(model, path)} - heads - never
+    routers = _routers(model)
+    blocks = {path for path in linears if parts.layer_of(model, path)} - heads - routers
     if "every-linear" in quirks:
         chosen = linears
     elif "head-only" in quirks:
         chosen = heads
     else:
         chosen = blocks | (heads if include_head else set())
-        chosen |= linears - blocks - heads - never if include_embed else set()
+        chosen |= linears - blocks - heads - routers if include_embed else set()
     if not chosen:
         raise ValueError(
             f"{model.family} has no linear of that kind; there are: {', '.join(sorted(linears))}"
