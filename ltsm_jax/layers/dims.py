@@ -19,6 +19,7 @@ What can be removed from a layer names the field of the record that counts it:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -176,7 +177,8 @@ def _pair_problems(dims: HeadDims, qk_dim: int) -> list[str]:
     """
     counts = {len(head) for head in dims.pairs}
     ordered = all(sorted(set(head)) == list(head) for head in dims.pairs)
-    known = all(0 <= pair < qk_dim // 2 for head in dims.pairs for pair in head)
+    told = itertools.chain.from_iterable(dims.pairs)
+    known = all(0 <= pair < qk_dim // 2 for pair in told)
     if len(dims.pairs) == dims.key_heads and counts == {dims.qk // 2} and ordered and known:
         return [] if dims.qk % 2 == 0 else [f"qk must be even, got {dims.qk}"]
     return [

@@ -136,8 +136,8 @@ class StackConfig:
     @property
     def bias_heads(self) -> int:
         """Columns of the relative-bias table."""
-        columns = [column for layer in self.layers for column in layer.attn.numbers]
-        return max(columns, default=-1) + 1
+        columns = [max(layer.attn.numbers, default=-1) + 1 for layer in self.layers]
+        return max(columns)
 
 
 def relative_buckets(
