@@ -830,7 +830,8 @@ class Way:
         own = ()
         if self.on_host is None:
             members = panel.n_variates if self.joint else 1
-            own = panels.own_levels(self.predictor, self.params, members, horizon, levels)
+            kinds = panels.beside(self.predictor, panel)
+            own = panels.own_levels(self.predictor, self.params, members, horizon, levels, kinds)
         return own, tuple(level for level in sorted(levels) if level not in own)
 
 

@@ -248,7 +248,8 @@ def download(
     known: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """The files of a model, fetched where they are not in huggingface_hub's cache: weights and
-    every small JSON file.
+    every small JSON file; where there is no config.json, every small YAML file too, as the config
+    of older checkpoints is in one.
 
     accept_license: see `require_licence`. known: the licence, where the repository does not state
     it.
@@ -265,10 +266,11 @@ def download(
         main = weights(found.files)
     except ValueError as error:
         raise ValueError(f"{found.name} at {endpoint()}: {error}") from None
+    endings = (".json",) if "config.json" in found.files else (".json", ".yaml", ".yml")
     beside = sorted(
         n
         for n, (size, _) in found.files.items()
-        if n.endswith(".json") and not n.endswith(".index.json") and (size or 0) <= _MAX_JSON
+        if n.endswith(endings) and not n.endswith(".index.json") and (size or 0) <= _MAX_JSON
     )
     if "config.json" in found.files and "config.json" not in beside:
         raise ValueError(

@@ -28,9 +28,9 @@ from experiments.benchmarks import (
     first_forecast,
     landscape,
     loop,
+    newest,
     peers,
     rows,
-    timesfm_3,
     train_step,
 )
 
@@ -44,7 +44,7 @@ BENCHMARKS = {
         families,
         landscape,
         chronos_bolt,
-        timesfm_3,
+        newest,
     )
 }
 

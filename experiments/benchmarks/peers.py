@@ -8,8 +8,23 @@ from pathlib import Path
 PACKAGES = {
     "torch": ("torch==2.13.0", "numpy"),
     "chronos": ("chronos-forecasting==2.3.2", "torch==2.13.0"),
-    "timesfm": ("timesfm==3.0.2", "torch==2.13.0"),
+    "newest": (
+        "torch==2.13.0",
+        "timesfm==3.0.2",
+        "tirex-2==0.4.0",
+        # what the two below need
+        "transformers[torch]==4.57.6",
+        "datasets",
+        "deprecated",
+        "scikit-learn",
+        "gluonts[torch]==0.17.0",
+        "unit-scaling==0.3.5",
+        "jaxtyping==0.3.11",
+    ),
 }
+# Installed without what they ask for: granite-tsfm wants an older PyTorch, toto-2 a newer
+# Python, and both run with these.
+ALONE = {"newest": ("granite-tsfm==0.3.11", "toto-2==2.0.0", "dd-unit-scaling==0.1.0")}
 
 
 def python_of(peer: str, folder: Path) -> str:
@@ -22,10 +37,10 @@ def python_of(peer: str, folder: Path) -> str:
     ready = place / "ready"  # of a folder without it, an installation may have stopped half-way
     if ready.exists():
         return str(python)
-    steps = (
-        [sys.executable, "-m", "venv", str(place)],
-        [str(python), "-m", "pip", "install", *PACKAGES[peer]],
-    )
+    install = [str(python), "-m", "pip", "install"]
+    steps = [[sys.executable, "-m", "venv", str(place)], [*install, *PACKAGES[peer]]]
+    if peer in ALONE:
+        steps.append([*install, "--no-deps", "--ignore-requires-python", *ALONE[peer]])
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True)
         if done.returncode:

@@ -115,14 +115,14 @@ def write(
     members = count if way.joint else 1
     length = context_len or way.context_len
     levels = tuple(sorted(quantile_levels))
-    own = panels.own_levels(way.predictor, way.params, members, horizon, levels)
-    offsets = _offsets(forecaster, horizon, count, members, [x for x in levels if x not in own])
-
     takes = forecaster.model.covariates if forecaster.baseline is None else ()
     widths = {
         "past": len(forecaster.past) if "past" in takes else 0,
         "known": len(forecaster.known) if "known" in takes else 0,
     }
+    kinds = (widths["past"], widths["known"])
+    own = panels.own_levels(way.predictor, way.params, members, horizon, levels, kinds)
+    offsets = _offsets(forecaster, horizon, count, members, [x for x in levels if x not in own])
     flat = trees.flatten(way.params)
     job = _Job(way.predictor, tuple(flat), length, horizon, members, widths, own, seed)
     whole = [_plain(leaf) for leaf in flat.values()]

@@ -227,7 +227,12 @@ class Model(abc.ABC):
         """
         target = batch["target"]
         observed = ~jnp.isnan(target)
-        point = self.predict(params, batch["context"], target.shape[-1], key).point
+        context, horizon = batch["context"], target.shape[-1]
+        beside = {name: batch[name] for name in self.covariates if name in batch}
+        if beside:
+            point = self.predict_with(params, context, horizon, **beside, key=key).point
+        else:
+            point = self.predict(params, context, horizon, key).point
         return mean_observed(jnp.abs(point - jnp.where(observed, target, 0.0)), observed, batch)
 
     def predict(

@@ -17,6 +17,9 @@ strongest frequencies of the window (`spectrum`) in front; a norm over all token
 gates; and a head that puts quantiles around the forecast of each step, whose median is then the
 point forecast (`quantiles`).
 
+Channels that nobody forecasts are the covariates of a table: the exogenous ones those that are
+known ahead, the others those of the past alone (`predict_with`).
+
 Inside the network the patch axis comes first, [P, B, C, D]: mixing over patches and mixing over
 features are then both products of two plain matrices, without a transpose.
 
@@ -494,6 +497,28 @@ class TTMConfig:
             else None
         )
 
+    @property
+    def known_channels(self) -> tuple[int, ...]:
+        """Channels, by number, that are covariates known ahead: the exogenous ones."""
+        forecast = self.forecast_channels or ()
+        return tuple(sorted(c for c in self.exogenous if c not in forecast))
+
+    @property
+    def past_channels(self) -> tuple[int, ...]:
+        """Channels, by number, that are covariates known in the past alone: neither forecast nor
+        exogenous.
+        """
+        if self.forecast_channels is None:
+            return ()
+        others = (*self.forecast_channels, *self.exogenous)
+        return tuple(c for c in range(self.n_channels) if c not in others)
+
+    @property
+    def covariates(self) -> frozenset[str]:
+        """Kinds of covariates among the channels: "past" and "known"."""
+        kinds = {"past": self.past_channels, "known": self.known_channels}
+        return frozenset(kind for kind, channels in kinds.items() if channels)
+
 
 def scales(patches: int) -> tuple[int, ...]:
     """Patches of the averages over 1, 2, 4, ... steps of a window of so many patches."""
@@ -930,6 +955,54 @@ def _of_targets(cfg: TTMConfig, x_BC: jax.Array) -> jax.Array:
     return x_BC if targets is None else x_BC[:, np.array(targets)]
 
 
+def with_covariates(
+    cfg: TTMConfig, context_BCT, target_BCH, past_BKT=None, known_BKS=None
+) -> tuple[jax.Array, jax.Array]:
+    """Put targets and covariates into the order of the channels that the config numbers.
+
+    Args:
+      context_BCT, target_BCH: of the channels that are forecast, by rising number.
+      past_BKT: of `cfg.past_channels`. known_BKS: of `cfg.known_channels`, S = T + H steps.
+    Returns: the past [B, n_channels, T] and the future [B, n_channels, H], which is NaN for
+      channels known in the past alone.
+    Raises: ValueError for other numbers of rows than there are channels of a kind.
+    """
+    b, _, t = context_BCT.shape
+    parts = (
+        ("targets", cfg.forecast_channels or tuple(range(cfg.n_channels)), context_BCT),
+        ("covariates of the past", cfg.past_channels, past_BKT),
+        ("covariates known ahead", cfg.known_channels, known_BKS),
+    )
+    problems = []
+    for what, channels, rows in parts:
+        given = 0 if rows is None else rows.shape[1]
+        if given != len(channels):
+            problems.append(f"it takes {len(channels)} {what} (channels {channels}), got {given}")
+    if problems:
+        raise ValueError(
+            f"this TTM tells its {cfg.n_channels} channels apart by number: " + "; ".join(problems)
+        )
+    past, future = [context_BCT], [target_BCH]
+    if past_BKT is not None:
+        past.append(past_BKT)
+        future.append(jnp.full((b, past_BKT.shape[1], target_BCH.shape[-1]), jnp.nan))
+    if known_BKS is not None:
+        past.append(known_BKS[..., :t])
+        future.append(known_BKS[..., t:])
+    order = np.argsort([c for _, channels, _ in parts for c in channels])
+    return jnp.concatenate(past, axis=1)[:, order], jnp.concatenate(future, axis=1)[:, order]
+
+
+def all_channels(cfg: TTMConfig, batch: Batch) -> Batch:
+    """Put the covariates of a batch among its channels; a batch without any holds them already."""
+    if "past" not in batch and "known" not in batch:
+        return batch
+    past, known = batch.get("past"), batch.get("known")
+    context, target = with_covariates(cfg, batch["context"], batch["target"], past, known)
+    rest = {name: value for name, value in batch.items() if name not in ("past", "known")}
+    return rest | {"context": context, "target": target}
+
+
 class TTMNet(nn.Module):
     """Scaled patches of a window -> scaled forecasts, and the named steps.
 
@@ -1147,6 +1220,11 @@ class Forecasts(Model):
     def horizon(self) -> int:
         return self.part.filter_len or self.part.horizon
 
+    @property
+    def covariates(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Known ahead are exogenous channels, known in the past those that nobody forecasts."""
+        return self.part.covariates
+
     def _forecast_for(self, params: Tree, batch: Batch, key, train: bool):
         """Forecasts and taps of a batch, from all that it brings."""
         cfg, steps, most = self.part, batch["target"].shape[-1], self.horizon
@@ -1161,6 +1239,7 @@ class Forecasts(Model):
 
     def point_loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """MSE of the forecast at the first steps of the target, of one forecast at most."""
+        batch = all_channels(self.part, batch)
         y, _ = self._forecast_for(params, batch, key, train=train)
         return TTM(self.part).error(y, batch, "mse")
 
@@ -1181,6 +1260,25 @@ class Forecasts(Model):
         x_BCL, observed_BCL = self.filled(jnp.asarray(context, jnp.float32))
         told = {"future_BCH": future, "categories": categories}
         return self.roll_out(params, x_BCL, observed_BCL, horizon=horizon, **told)
+
+    def predict_with(
+        self,
+        params: Tree,
+        context: jax.Array,
+        horizon: int,
+        *,
+        past: jax.Array | None = None,
+        known: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Forecast:
+        """The covariates are further channels: those known ahead the exogenous ones, those of the
+        past the ones that are neither forecast nor exogenous, each by rising number.
+        """
+        if past is None and known is None:
+            return self.predict(params, context, horizon, key)
+        unknown = jnp.full((*context.shape[:2], horizon), jnp.nan)
+        every, future = with_covariates(self.part, context, unknown, past, known)
+        return self.predict(params, every, horizon, key, future=future)
 
     def roll_out(
         self,
@@ -1208,6 +1306,9 @@ class Forecasts(Model):
             y, taps = self.apply(params, x, observed, future_BCH=future, **told)
             new = y if targets is None else taps["all"].at[:, np.array(targets)].set(y)
             if cfg.exogenous:
+                # What is not known of the future is filled as what is missing in the past.
+                filling = TTM(cfg).filling(x, observed > 0)
+                future = jnp.where(jnp.isnan(future), filling, future)
                 new = new.at[:, known].set(future[:, known])
             length = x.shape[-1]
             x = jnp.concatenate([x, new], axis=-1)[..., -length:]
@@ -1403,7 +1504,9 @@ class TTM(Forecasts):
         cfg = self.config
         if cfg.freq_vocab and (freq is not None or cfg.freq_token is None):
             cfg = dataclasses.replace(cfg, freq_token=frequency_token(freq, cfg.freq_vocab))
-        if self.variates == "joint" and n_variates != cfg.n_channels:
+        # The targets of a table whose covariates are the other channels: nothing is missing.
+        beside = cfg.covariates and n_variates == len(cfg.forecast_channels or ())
+        if self.variates == "joint" and n_variates != cfg.n_channels and not beside:
             numbered = max((*(cfg.targets or ()), *cfg.exogenous, -1))
             if numbered >= n_variates:
                 raise ValueError(
@@ -1477,6 +1580,12 @@ class TTM(Forecasts):
           quantiles, `quantiles` [B, C', H, Q], both in the units of x.
         """
         cfg, (b, c, _) = self.config, x_BCT.shape
+        if cfg.covariates and c == len(cfg.forecast_channels or ()):
+            raise ValueError(
+                f"of the model's {cfg.n_channels} channels only the {c} that are forecast were "
+                f"given: it takes covariates, {len(cfg.past_channels)} of the past and "
+                f"{len(cfg.known_channels)} known ahead"
+            )
         if self.variates == "joint" and c != cfg.n_channels:
             raise ValueError(
                 f"the model mixes {cfg.n_channels} channels, got {c}; for_series makes it ready "
@@ -1584,6 +1693,7 @@ class TTM(Forecasts):
         MSE, MAE, pinball or Huber; of a model with quantiles what `own_error` says. The target
         holds all channels; a batch may also bring `freq_token` and `categories`.
         """
+        batch = all_channels(self.config, batch)
         y, taps = self._forecast_for(params, batch, key, train=train)
         return own_error(
             self.config, y, taps.get("quantiles"), target_BCH=self.targets(batch), batch=batch

@@ -461,6 +461,7 @@ class TTMR3(Forecasts):
 
     def loss(self, params: Tree, batch: Batch, key=None, train=False) -> jax.Array:
         """The weighted sum of `errors`, in scaled units, over all observed values of the target."""
+        batch = ttm.all_channels(self.config.trend, batch)
         _, taps = self._forecast_for(params, batch, key, train=train)
         return self.weighted(self.errors(taps, batch))
 

@@ -80,42 +80,69 @@ class Found:
         )
 
 
+def beside(model: Any, panel: Panel, covariates: bool = True) -> tuple[int, int]:
+    """How many of the panel's covariates, of the past and known ahead, a model takes."""
+    takes = getattr(model, "covariates", ()) if covariates else ()
+    return len(panel.past) * ("past" in takes), len(panel.known) * ("known" in takes)
+
+
 # --- quantiles
 
 
 def own_levels(
-    model: Predictor, params: Tree, n_variates: int, horizon: int, wanted: Sequence[float]
+    model: Predictor,
+    params: Tree,
+    n_variates: int,
+    horizon: int,
+    wanted: Sequence[float],
+    covariates: tuple[int, int] = (0, 0),
 ) -> tuple[float, ...]:
     """Levels among `wanted`, rising, that a model says itself, without a guess at the tails.
 
     From n samples those between 1 / (n + 1) and n / (n + 1); from
     quantiles those between the lowest and the highest; none from a point alone.
+
+    covariates: how many of the past, and how many known ahead, the model is given.
     """
     if not len(wanted):
         return ()
-    low, high = _range(model, params, n_variates, horizon)
+    low, high = _range(model, params, n_variates, horizon, covariates)
     slack = 1e-9  # 0.1 is 0.1 however it was computed
     return tuple(level for level in sorted(wanted) if low - slack <= level <= high + slack)
 
 
 _RANGES: dict[
-    tuple[Predictor, int], tuple[float, float]
+    tuple[Predictor, int, tuple[int, int]], tuple[float, float]
 ] = {}  # tracing a large model takes a second
 
 
-def _range(model: Predictor, params: Tree, n_variates: int, horizon: int) -> tuple[float, float]:
+def _range(
+    model: Any, params: Tree, n_variates: int, horizon: int, covariates: tuple[int, int]
+) -> tuple[float, float]:
     """The lowest and the highest level that a model says; (1, 0) where it says none."""
-    if (model, n_variates) not in _RANGES:
+    if (model, n_variates, covariates) not in _RANGES:
+        n_past, n_known = covariates
         one = jax.ShapeDtypeStruct((1, n_variates, SHORTEST), jnp.float32)
-        found = jax.eval_shape(lambda p, x: model.predict(p, x, horizon), params, one)
+        given = {}
+        if n_past:
+            given["past"] = jax.ShapeDtypeStruct((1, n_past, SHORTEST), jnp.float32)
+        if n_known:
+            given["known"] = jax.ShapeDtypeStruct((1, n_known, SHORTEST + horizon), jnp.float32)
+
+        def ask(params, x, given):
+            if given:
+                return model.predict_with(params, x, horizon, **given)
+            return model.predict(params, x, horizon)
+
+        found = jax.eval_shape(ask, params, one, given)
         ends = 1.0, 0.0
         if found.samples is not None:
             n = found.samples.shape[-1]
             ends = 1 / (n + 1), n / (n + 1)
         elif found.quantiles is not None:
             ends = min(found.levels), max(found.levels)
-        _RANGES[model, n_variates] = ends
-    return _RANGES[model, n_variates]
+        _RANGES[model, n_variates, covariates] = ends
+    return _RANGES[model, n_variates, covariates]
 
 
 def quantiles_at(found: Forecast, levels: Sequence[float]) -> jax.Array:
@@ -209,7 +236,7 @@ def passes(
     """
     c = panel.n_variates
     members = c if joint else 1
-    width = members + (len(panel.past) + len(panel.known) if covariates else 0)
+    width = members + sum(beside(model, panel, covariates))
     lengths = lengths_of(model, origins.ends - panel.bounds[origins.items], context_len)
     found = []
     for length in np.unique(lengths):
@@ -238,8 +265,8 @@ def trace(
     def shape(width: int, length: int) -> jax.ShapeDtypeStruct | None:
         return jax.ShapeDtypeStruct((of.size, width, length), jnp.float32) if width else None
 
-    past = shape(len(panel.past), of.length) if covariates else None
-    known = shape(len(panel.known), of.length + horizon) if covariates else None
+    n_past, n_known = beside(model, panel, covariates)
+    past, known = shape(n_past, of.length), shape(n_known, of.length + horizon)
     context = shape(panel.n_variates if joint else 1, of.length)
     key = jax.random.key(0)
     return _forecast.trace(model, params, context, past, known, key, horizon=horizon, levels=levels)
@@ -291,7 +318,8 @@ def forecast(
       origins: by default the end of every item.
       levels: quantile levels; those that the model cannot say are left out of the result.
       joint: the targets of an item go in together.
-      covariates: hand in past and known covariates, too (`Model.predict_with`).
+      covariates: hand in covariates, too, of the kinds that the model takes
+        (`Model.predict_with`).
       season: rows of a season, for `Found.unit`; None: nobody asks for it.
       key: of the draws of models that sample.
       on_host: forecasts [B, H] of contexts [B, L], in place of `model`, which then says its batch
@@ -307,7 +335,8 @@ def forecast(
 
     members = c if joint else 1
     count = m if joint else m * c
-    said = () if on_host else own_levels(model, params, members, horizon, levels)
+    kinds = beside(model, panel, covariates)
+    said = () if on_host else own_levels(model, params, members, horizon, levels, kinds)
     point = np.empty((count, members, horizon))
     quantiles = np.empty((count, members, horizon, len(said)))
     unit = np.ones((count, members))
@@ -343,7 +372,7 @@ def forecast(
                     unit[rows[row], member] = cut.unit_of_all(int(row), variate, season)
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
             if on_host is None:
-                past, known = cut.covariates(size) if covariates else (None, None)
+                past, known = cut.covariates(size, kinds)
                 answer = _forecast(model, params, scaled, past, known, key, horizon, said)
             else:
                 flat = on_host(scaled[: len(rows)].reshape(-1, length), horizon)
@@ -446,14 +475,19 @@ class _Cut:
         mean, scale = context_scale(x)
         return float(error_unit((x - mean) / scale, season) * scale[0])
 
-    def covariates(self, size: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Past covariates [size, K, L] and known ones [size, K', L + H], standardised likewise."""
+    def covariates(
+        self, size: int, kinds: tuple[int, int]
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Past covariates [size, K, L] and known ones [size, K', L + H], standardised likewise;
+        None for a kind of which `kinds` says 0.
+        """
         panel, past, known = self.panel, None, None
-        if panel.past:
+        n_past, n_known = kinds
+        if n_past:
             assert panel.past_values is not None
             x = self.contexts(panel.past_values)
             past = _filled_up(scaled_covariates(x, self.length), size)
-        if panel.known:
+        if n_known:
             assert panel.known_values is not None
             x = np.concatenate([self.contexts(panel.known_values), self._ahead()], axis=-1)
             known = _filled_up(scaled_covariates(x, self.length), size)

@@ -280,7 +280,7 @@ def _prepared(
         source,
         loss,
         keys(config.seed or 0)["dropout"],
-        on_mesh=placement.mesh is not None,
+        placement=placement,
         folder=folder,
     )
     fitting = Fitting(

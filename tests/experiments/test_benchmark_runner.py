@@ -133,7 +133,7 @@ def test_every_benchmark_says_its_name_and_cost(capsys, monkeypatch):
         "families",
         "landscape",
         "chronos_bolt",
-        "timesfm_3",
+        "newest",
     ):
         assert f"\n{name} " in f"\n{said}"
 

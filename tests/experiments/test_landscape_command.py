@@ -3,6 +3,7 @@ one layer.
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.flatten_util
@@ -13,7 +14,7 @@ import pytest
 
 import ltsm_jax
 from experiments import around, curvature, landscape
-from experiments.benchmarks import chronos_bolt, timesfm_3, train_step
+from experiments.benchmarks import chronos_bolt, newest, train_step
 from experiments.benchmarks import landscape as surfaces
 from ltsm_jax import training, trees
 from ltsm_jax.landscape import grid
@@ -216,7 +217,7 @@ def test_benchmarks_read_what_they_give_their_own_launches():
     for benchmark, words in (
         (train_step, ["--side", "--batch", "4"]),
         (chronos_bolt, ["--side"]),
-        (timesfm_3, ["--side", "--windows", "4"]),
+        (newest, newest.programs("ttm_r3", "train", Path("place"), None)["jax"][3:]),
         (surfaces, ["--file", "windows.npz", "--points", "5"]),
     ):
         assert landscape.flags.parse(benchmark.Options, words, None)

@@ -136,7 +136,7 @@ class Hub:
                 "size": len(body),
                 "blobId": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest(),
             }
-            if not file.endswith(".json"):
+            if not file.endswith((".json", ".yaml", ".md", ".gitattributes")):
                 facts["lfs"] = {
                     "sha256": hashlib.sha256(body).hexdigest(),
                     "size": len(body),

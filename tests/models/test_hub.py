@@ -1,6 +1,7 @@
 """Models by their names on the hub, against a stand-in on loopback."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import yaml
 from hub_stand_in import TOKEN, Hub, Repository
 from huggingface_hub import constants
 
@@ -355,6 +357,88 @@ def test_which_files_are_taken(site, files, expected, tmp_path):
     repository.put(config, "none")
     with pytest.raises(ValueError, match=r"no checkpoint of PyTorch.*config\.json"):
         ltsm_jax.load(NAME, revision="none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A repository as a family publishes it.
+
+    golden: folder of the vectors whose files stand for its own. older: a pickle, and the config in
+    YAML. sharded: the weights in two files and an index.
+    """
+
+    name: str
+    golden: str
+    card: dict
+    gated: bool = False
+    older: bool = False
+    sharded: bool = False
+
+
+TIMESFM_3 = {"license": "other", "license_name": "timesfm-non-commercial-license-v1.0"}
+APACHE = {"license": "apache-2.0"}
+PUBLISHED = (
+    Published("google/timesfm-3.0-pytorch", "timesfm_3", TIMESFM_3),
+    Published("Datadog/Toto-2.0-22m", "toto_2", APACHE),
+    Published("Datadog/Toto-2.0-2.5B", "toto_2", APACHE, sharded=True),
+    Published("NX-AI/TiRex-2", "tirex_2", APACHE, gated=True),
+    Published("NX-AI/TiRex-2-fevbench", "tirex_2", APACHE, gated=True, older=True),
+    Published("ibm-granite/granite-timeseries-ttm-r3@52-16-dec-52-r3", "ttm_r3", APACHE),
+)
+
+
+def files_of(published, folder, tmp_path):
+    """What lies in the repository, beside what nobody asks for."""
+    state = read_safetensors(folder / "model.safetensors")
+    config = (folder / "config.json").read_bytes()
+    rest = {".gitattributes": b"*.safetensors filter=lfs", "README.md": b"# A model"}
+    if published.older:
+        told = yaml.safe_dump(json.loads(config)).encode()
+        torch = bytes_of({"state_dict": state}, tmp_path, write_torch)
+        return rest | {"model-config.yaml": told, "model.ckpt": torch}
+    if published.sharded:
+        keys, names = sorted(state), ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+        halves = dict(zip(names, (keys[::2], keys[1::2]), strict=True))
+        parts = {n: bytes_of({k: state[k] for k in half}, tmp_path) for n, half in halves.items()}
+        index = {"weight_map": {key: name for name, half in halves.items() for key in half}}
+        parts["model.safetensors.index.json"] = json.dumps(index).encode()
+        return rest | parts | {"config.json": config}
+    return rest | {"config.json": config, "model.safetensors": bytes_of(state, tmp_path)}
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda one: one.name)
+def test_published_repositories_load_by_their_names(published, site, golden, tmp_path, monkeypatch):
+    assert any(published.name in family.presets() for family in FAMILIES.values())
+    folder = golden(published.golden).folder
+    expected = converters.import_checkpoint(folder / "model.safetensors")
+    files = files_of(published, folder, tmp_path)
+    repo, _, revision = published.name.partition("@")
+    site.repositories[repo] = repository = Repository(card=published.card)
+    repository.put(files, *([revision] if revision else []))
+    if published.gated:
+        repository.token, repository.gated = TOKEN, True
+        with pytest.raises(PermissionError, match="gated"):
+            ltsm_jax.load(published.name)
+    accept = hub.is_non_commercial(published.card.get("license_name", ""))
+    if accept:
+        with pytest.raises(hub.LicenceError, match="timesfm-non-commercial"):
+            ltsm_jax.load(published.name, token=TOKEN)
+        assert not site.asked()
+    require_same(ltsm_jax.load(published.name, token=TOKEN, accept_license=accept), expected)
+    assert site.asked() == set(files) - {".gitattributes", "README.md"}
+
+    # From files that another program has fetched, without the hub: the config is among them.
+    shutil.rmtree(tmp_path / "ltsm" / "models")
+    told = {"revision": revision or None, "token": TOKEN, "endpoint": site.address}
+    huggingface_hub.snapshot_download(repo, **told)
+    offline(monkeypatch)
+    require_same(ltsm_jax.load(published.name, accept_license=accept), expected)
+
+
+def test_a_yaml_file_beside_a_config_is_not_asked_for(site, files, expected):
+    site.repositories[NAME].put(files | {"dvc.yaml": b"stages: {}"}, "more")
+    require_same(ltsm_jax.load(NAME, revision="more"), expected)
+    assert "dvc.yaml" not in site.asked()
 
 
 def test_several_at_once(site, expected, tmp_path):

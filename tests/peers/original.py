@@ -54,6 +54,30 @@ def tirex_2(folder, context, horizon, freq):
     return torch.stack([torch.as_tensor(one).swapaxes(1, 2) for one in found])
 
 
+def toto_2(folder, context, horizon, freq):
+    from toto2 import Toto2Model
+
+    model = Toto2Model.from_pretrained(folder).eval()
+    target = torch.tensor(context)
+    given = {
+        "target": target,
+        "target_mask": torch.ones_like(target, dtype=torch.bool),
+        "series_ids": torch.zeros(target.shape[:2], dtype=torch.long),
+    }
+    with torch.no_grad():
+        return model.forecast(given, horizon).movedim(0, -1)
+
+
+def ttm_r3(folder, context, horizon, freq):
+    from tsfm_public.models.tinytimemixer import TinyTimeMixerForDecomposedPrediction
+
+    model = TinyTimeMixerForDecomposedPrediction.from_pretrained(folder).eval()
+    values = torch.tensor(context.swapaxes(1, 2))
+    with torch.no_grad():
+        found = model(past_values=values, return_loss=False).quantile_outputs
+    return found.permute(0, 3, 2, 1)
+
+
 def ttm(folder, context, horizon, freq):
     from tsfm_public.models.tinytimemixer import TinyTimeMixerForPrediction
 

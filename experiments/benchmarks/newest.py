@@ -1,0 +1,295 @@
+"""How fast are TimesFM 3.0, TiRex-2, TTM r3 and Toto 2.0 beside their originals in PyTorch?
+
+Published sizes (331M, 82.5M, 1.5M, 21.9M parameters), float32, CPU. Both sides
+have the same random weights: ours are exported and loaded by the original.
+
+Run:   python -m experiments.benchmarks.newest --peer-python PATH
+       python -m experiments.benchmarks.newest --peer-python PATH \\
+           --families tirex_2,ttm_r3 --repeats 3
+Needs: --peer-python, a Python with the originals: `.ci/run peers` makes one in
+       .ci/venv-peers. Without it our side is measured alone.
+       4 GB of memory a side.
+Cost:  about ten minutes on 2 CPU cores.
+Gives: windows a second of forecasts from 512 steps, 96 steps far (TTM r3: 16);
+       of TTM r3 also windows a second of a training step with its own loss,
+       dropout and AdamW. Both sides run at once and take turns, call by call,
+       with as many threads as there are cores; the numbers are medians.
+       Beside the clock stand the processor's seconds, which other programs on
+       the machine disturb less. Outputs, and the loss before the first step,
+       are compared before anything is timed.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+
+from experiments import flags, launch
+from experiments.benchmarks import torch_newest
+from experiments.benchmarks.rows import Benchmark, Measured
+
+CONTEXT = 512
+LARGEST = 1e-3  # difference of the outputs, in standard deviations of the context
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """A family at a published size. windows, batch: of a forecast, and of a training step; 0 where
+    the original does not train.
+    """
+
+    preset: str
+    windows: int
+    horizon: int = 96
+    batch: int = 0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The calls that are timed."""
+        return ("forecast", "train") if self.batch else ("forecast",)
+
+
+RACES = {
+    "timesfm_3": Race("google/timesfm-3.0-pytorch", 16),
+    "tirex_2": Race("NX-AI/TiRex-2", 16),
+    "ttm_r3": Race(
+        "ibm-granite/granite-timeseries-ttm-r3@52-16-dec-52-r3", 512, horizon=16, batch=64
+    ),
+    "toto_2": Race("Datadog/Toto-2.0-22m", 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the measurement."""
+
+    program: ClassVar[str] = "experiments.benchmarks.newest"
+    families: Annotated[tuple[str, ...], flags.names(tuple(RACES), unset="all")] = ()
+    """which families"""
+    repeats: Annotated[int, flags.whole(1)] = 7
+    """timed calls of each kind and side"""
+    peer_python: Annotated[str | None, flags.text("PATH")] = None
+    """a Python that has the originals"""
+    side: Annotated[Literal["forecast", "train"] | None, flags.one_of(("forecast", "train"))] = None
+    """be our side of one race; set by the measurement itself"""
+    folder: Annotated[Path | None, flags.path("FOLDER")] = None
+    """what --side reads; set by the measurement itself"""
+
+    def problems(self, given: set[str]) -> list[str]:
+        """Say what does not go together."""
+        alone = self.side is not None and (self.folder is None or len(self.families) != 1)
+        return ["--side needs --folder and one of --families"] if alone else []
+
+
+# --- our side
+
+
+def prepare(race: Race, place: Path, kind: str) -> None:
+    """Write fresh weights as the original reads them, and random walks."""
+    import jax
+
+    import ltsm_jax
+    from ltsm_jax import Forecaster
+
+    model = ltsm_jax.preset(race.preset)
+    params = jax.jit(model.init)(jax.random.key(0))
+    Forecaster(model, params).export(place / "model", overwrite=True)
+    rows = race.batch if kind == "train" else race.windows
+    steps = np.random.default_rng(0).normal(size=(rows, 1, CONTEXT + race.horizon))
+    walks = np.cumsum(steps, axis=-1).astype(np.float32)
+    np.savez(place / "in.npz", context=walks[..., :CONTEXT], target=walks[..., CONTEXT:])
+
+
+def forecasting(model: Any, params: Any, context: Any, horizon: int):
+    """A call that gives the quantiles [B, C, H, Q]."""
+    import jax
+    import jax.numpy as jnp
+
+    def quantiles(params, context):
+        if model.family == "toto_2":  # without what its leaderboard entry puts around the network
+            return model.forecast(params, context, ~jnp.isnan(context), horizon)
+        return model.predict(params, context, horizon).quantiles
+
+    compiled = jax.jit(quantiles)
+    return lambda: np.asarray(compiled(params, context))
+
+
+def training(model: Any, params: Any, context: Any, target: Any):
+    """The loss without dropout, and a call that does one step with it."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    batch = {"context": context, "target": target}
+    before = np.asarray(jax.jit(model.loss)(params, batch))
+    optimizer = optax.adamw(torch_newest.LEARNING_RATE, weight_decay=torch_newest.WEIGHT_DECAY)
+
+    def step(params, state, key):
+        key, own = jax.random.split(key)
+        loss, gradients = jax.value_and_grad(model.loss)(params, batch, own, True)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, key, loss
+
+    compiled = jax.jit(step, donate_argnums=(0, 1, 2))
+    held = [params, jax.jit(optimizer.init)(params), jax.random.key(2)]
+
+    def call():
+        *held[:], loss = compiled(*held)
+        assert jnp.isfinite(loss)
+
+    return before, call
+
+
+def jax_side(family: str, kind: str, place: Path) -> None:
+    """Write what we compute, then wait for our turns. Compilation is left out."""
+    import jax
+
+    import ltsm_jax
+
+    model, params = ltsm_jax.load(place / "model")
+    assert model.family == family
+    given = np.load(place / "in.npz")
+    params, context, target = jax.device_put((params, given["context"], given["target"]))
+    if kind == "train":
+        found, call = training(model, params, context, target)
+    else:
+        call = forecasting(model, params, context, target.shape[-1])
+        found = call()
+    np.save(place / f"jax_{kind}.npy", found)
+    torch_newest.serve(call)
+
+
+# --- the race
+
+
+class Side:
+    """A process that computes when it is its turn."""
+
+    def __init__(self, name: str, program: list[str]):
+        self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.seconds: dict[str, list[float]] = {"wall": [], "cpu": []}
+
+    def line(self) -> str:
+        """Read the next line that it prints. Raises: ValueError with its last words where it has
+        ended.
+        """
+        assert self.process.stdout
+        found = self.process.stdout.readline()
+        if not found:
+            self.errors.seek(0)
+            raise ValueError(f"the {self.name} side failed:\n{self.errors.read().strip()[-2000:]}")
+        return found
+
+    def wait(self) -> None:
+        """Wait until it has computed for the first time; whatever it prints before is its own."""
+        while self.line().strip() != "ready":
+            pass
+
+    def turn(self) -> None:
+        """Let it compute once, and keep the seconds."""
+        assert self.process.stdin
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        for clock, seconds in json.loads(self.line()).items():
+            self.seconds[clock].append(seconds)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
+
+
+def programs(family: str, kind: str, place: Path, peer: str | None) -> dict[str, list[str]]:
+    """Command lines of the sides."""
+    words = ["--side", kind, "--families", family, "--folder", str(place)]
+    found = {"jax": [sys.executable, "-m", "experiments.benchmarks.newest", *words]}
+    if peer is not None:
+        other = "experiments.benchmarks.torch_newest"
+        found["torch"] = [peer, "-m", other, family, kind, str(place)]
+    return found
+
+
+def compared(place: Path, kind: str) -> float:
+    """The largest difference of the outputs in standard deviations of the context; of losses the
+    relative one.
+
+    Raises: ValueError where it is more than rounding.
+    """
+    ours, theirs = (np.load(place / f"{side}_{kind}.npy") for side in ("jax", "torch"))
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{kind}: shapes {ours.shape} of ours and {theirs.shape} of the original")
+    unit = np.load(place / "in.npz")["context"].std(axis=-1)[..., None, None]
+    unit = np.abs(theirs) if kind == "train" else unit
+    found = float((np.abs(ours - theirs) / unit).max())
+    if not found <= LARGEST:
+        raise ValueError(f"{kind}: the two sides differ by {found:.2g}, more than {LARGEST:g}")
+    return found
+
+
+def race(family: str, kind: str, peer: str | None, repeats: int) -> Iterator[Measured]:
+    """Windows a second of each side, and ratios of the seconds."""
+    one, sides = RACES[family], []
+    what = f"{family} {kind}"
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        prepare(one, place, kind)
+        try:
+            for name, program in programs(family, kind, place, peer).items():
+                sides.append(Side(name, program))
+                sides[-1].wait()
+            if peer is not None:
+                yield Measured(f"{what}: largest difference", compared(place, kind), "relative")
+            for number in range(repeats):
+                for side in sides if number % 2 == 0 else reversed(sides):
+                    side.turn()
+        finally:
+            for side in sides:
+                side.close()
+    rows = one.batch if kind == "train" else one.windows
+    middle = {}
+    for side in sides:
+        for clock, seconds in side.seconds.items():
+            middle[side.name, clock] = statistics.median(seconds)
+        yield Measured(f"{what}: {side.name}", rows / middle[side.name, "wall"], "windows/s")
+        yield Measured(f"{what}: {side.name}", middle[side.name, "cpu"], "s of the processor")
+    if peer is not None:
+        for clock, unit in (("wall", "s"), ("cpu", "s of the processor")):
+            ratio = middle["jax", clock] / middle["torch", clock]
+            yield Measured(f"{what}: jax / torch in {unit}", ratio, "ratio")
+
+
+def measure(peer: str | None, args: Options | None = None) -> Iterator[Measured]:
+    """Races of all families, one after the other."""
+    asked = args or Options()
+    for family in asked.families or RACES:
+        for kind in RACES[family].kinds:
+            yield from race(family, kind, asked.peer_python if args else peer, asked.repeats)
+
+
+BENCHMARK = Benchmark("newest", "ten minutes", measure, peer="newest")
+
+
+def main() -> int:
+    args = flags.parse(Options, sys.argv[1:], __doc__)
+    if args.side is not None:
+        assert args.folder is not None
+        jax_side(args.families[0], args.side, args.folder)
+        return 0
+    for one in measure(None, args):
+        print(f"{one.what}: {one.value:.4g} {one.unit}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    launch.leave(launch.guarded(main))
