@@ -262,10 +262,11 @@ def test_both_parts_learn_the_frequency():
 
 def ttm_with(config, **changes):
     """A config with other options, its hidden widths those of one token more."""
-    widths = {
-        part: tuple((a, b + 2 if b else 0, c) for a, b, c in getattr(config, part))
-        for part in ("encoder", "decoder")
-    }
+    widths = {}
+    for part in ("encoder", "decoder"):
+        layers = getattr(config, part)
+        wider = [dataclasses.replace(dims, patch=dims.patch and dims.patch + 2) for dims in layers]
+        widths[part] = tuple(wider)
     return dataclasses.replace(config, **changes, **widths)
 
 
