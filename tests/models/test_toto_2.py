@@ -102,7 +102,7 @@ def test_layers_over_variates_stand_where_the_groups_say():
     assert kinds_of(4, 2, 1, False) == ("time", "variate", "time", "variate")
     assert kinds_of(4, 3, 1, True) == ("variate", "time", "time", "variate")
     assert kinds_of(3, 3, 2, False) == ("time", "variate", "variate")
-    assert PRESETS["Datadog/Toto-2.0-22m"].kinds == ("time",) * 5 + ("variate",)
+    assert widths(PRESETS["Datadog/Toto-2.0-22m"], "kind") == ("time",) * 5 + ("variate",)
 
 
 # --- the scale
