@@ -891,8 +891,7 @@ class Toto2(Model):
         lean: bool = False,
         taps: list[dict[str, jax.Array]] | None = None,
     ) -> jax.Array:
-        """Quantiles [B, V, H, Q], in order and in the units of x, of the `horizon` steps after
-        whole patches.
+        """Quantiles [B, V, H, Q] of the steps after whole patches, in order, in the units of x.
 
         Args:
           x_BVT: whole patches, finite where not observed; the last one should be all observed, as
@@ -902,10 +901,8 @@ class Toto2(Model):
             with known_observed_BET, and their groups.
           block_len: steps of one pass, whole patches; None is all. After each pass its medians are
             part of the series; keys and values of what came before are kept as they were made.
-          min_observed: see `causal_scale`.
-          cap: how many deviations, of the end of the context, a quantile may lie outside the range
-            of the context.
-          lean: see `Toto2Net`.
+          min_observed: see `causal_scale`. lean: see `Toto2Net`.
+          cap: deviations at the end of the context that a quantile may leave its range by.
           taps: a list to which the steps of each pass are added; without a loop over blocks.
         """
         p, (b, v, t) = self.config.patch_len, x_BVT.shape
@@ -931,9 +928,8 @@ class Toto2(Model):
 
         # The first pass: the context and the first block.
         first = n + block
-        tokens, loc, scale = self._tokens(
-            x_BVSP[:, :, :first], seen_BVSP[:, :, :first], min_observed
-        )
+        inputs = (x_BVSP[:, :, :first], seen_BVSP[:, :, :first], min_observed)
+        tokens, loc, scale = self._tokens(*inputs)
         passes = Passes(
             targets=v,
             context=n,
