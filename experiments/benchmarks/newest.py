@@ -1,4 +1,4 @@
-"""How fast are TimesFM 3.0, TiRex-2, TTM r3 and Toto 2.0 beside their originals in PyTorch?
+"""How fast are TimesFM 3.0, TiRex-2, TTM r3, Toto 2.0 beside their originals?
 
 Published sizes (331M, 82.5M, 1.5M, 21.9M parameters), float32, CPU. Both sides
 have the same random weights: ours are exported and loaded by the original.

@@ -989,7 +989,7 @@ def with_covariates(
     if known_BKS is not None:
         past.append(known_BKS[..., :t])
         future.append(known_BKS[..., t:])
-    order = np.argsort(np.concatenate([channels for _, channels, _ in parts]))
+    order = np.argsort(np.concatenate([channels for _, channels, _ in parts]).astype(int))
     return jnp.concatenate(past, axis=1)[:, order], jnp.concatenate(future, axis=1)[:, order]
 
 
