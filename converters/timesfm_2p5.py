@@ -343,42 +343,52 @@ def published(config: TimesFM2p5Config, table: str = "") -> dict[str, Any]:
             f"the original TimesFM has equal layers; this one has heads {config.n_heads} and "
             f"feed-forward {config.ffn_dims}. A pruned model can't be exported."
         )
-    d, columns = config.d_model, 1 + len(config.quantiles)
     if table == TRANSFORMERS:
-        if {config.embed_dim, config.point_dim, config.spread_dim} != {d}:
-            raise ValueError(
-                f"the transformers library has blocks as wide as the model ({d}); this one has "
-                "others"
-            )
-        return {
-            "activation": "swish",
-            "architectures": ["TimesFm2_5ModelForPrediction"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "context_length": config.max_context,
-            "decode_index": config.point_column,
-            "dtype": "float32",
-            "force_flip_invariance": config.force_flip_invariance,
-            "head_dim": config.head_dim,
-            "hidden_size": d,
-            "horizon_length": config.output_len,
-            # the port's default; what it does is not what `TimesFM2p5` does
-            "infer_is_positive": True,
-            "initializer_range": 0.02,
-            "intermediate_size": config.ffn_dims[0],
-            "max_position_embeddings": 16384,
-            "model_type": "timesfm2_5",
-            "num_attention_heads": config.n_heads[0],
-            "num_hidden_layers": len(config.ffn_dims),
-            "num_key_value_heads": config.n_heads[0],
-            "output_quantile_len": config.spread_len,
-            "patch_length": config.patch_len,
-            "quantiles": list(config.quantiles),
-            "rms_norm_eps": config.norm_eps,
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-            "use_bias": False,
-            "use_continuous_quantile_head": config.use_continuous_quantile_head,
-        }
+        return _transformers_config(config)
+    return _definition(config)
+
+
+def _transformers_config(config: TimesFM2p5Config) -> dict[str, Any]:
+    """The config.json of the transformers library."""
+    d = config.d_model
+    if {config.embed_dim, config.point_dim, config.spread_dim} != {d}:
+        raise ValueError(
+            f"the transformers library has blocks as wide as the model ({d}); this one has others"
+        )
+    return {
+        "activation": "swish",
+        "architectures": ["TimesFm2_5ModelForPrediction"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "context_length": config.max_context,
+        "decode_index": config.point_column,
+        "dtype": "float32",
+        "force_flip_invariance": config.force_flip_invariance,
+        "head_dim": config.head_dim,
+        "hidden_size": config.d_model,
+        "horizon_length": config.output_len,
+        # the port's default; what it does is not what `TimesFM2p5` does
+        "infer_is_positive": True,
+        "initializer_range": 0.02,
+        "intermediate_size": config.ffn_dims[0],
+        "max_position_embeddings": 16384,
+        "model_type": "timesfm2_5",
+        "num_attention_heads": config.n_heads[0],
+        "num_hidden_layers": len(config.ffn_dims),
+        "num_key_value_heads": config.n_heads[0],
+        "output_quantile_len": config.spread_len,
+        "patch_length": config.patch_len,
+        "quantiles": list(config.quantiles),
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "use_bias": False,
+        "use_continuous_quantile_head": config.use_continuous_quantile_head,
+    }
+
+
+def _definition(config: TimesFM2p5Config) -> dict[str, Any]:
+    """The fields of the original's Definition."""
+    d, columns = config.d_model, 1 + len(config.quantiles)
     if config.n_heads[0] * config.head_dim != d:
         raise ValueError(
             f"the original TimesFM has model_dims = heads * head width, not {d} and "

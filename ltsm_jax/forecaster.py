@@ -291,11 +291,19 @@ class Forecaster:
             folder=None if folder is None else Path(folder) / "training",
             show_progress=show_progress,
         )
+        fitted = self._deployed(panel, found)._calibrated_on_held_out(found, seed)
+        if folder is not None:
+            fitted.save(Path(folder) / "model", overwrite=True)
+            write_report(found.verdict, folder)
+        return fitted
+
+    def _deployed(self, panel: Panel, found: Compared) -> "Forecaster":
+        """Take over what a comparison found worth deploying, and the columns it was found on."""
         deploy, scored = found.verdict.deploy, found.verdict.context_len
         # What was tuned or chosen on shorter contexts forecasts from such; the checkpoint as it is
         # needs no other.
         shorter = deploy != ZERO_SHOT and scored < (self.context_len or self.model.context_len)
-        fitted = dataclasses.replace(
+        return dataclasses.replace(
             self,
             model=found.model,
             params=found.params,
@@ -311,11 +319,6 @@ class Forecaster:
             baseline=deploy if deploy in NAIVE else None,
             verdict=found.verdict,
         )
-        fitted = fitted._calibrated_on_held_out(found, seed)
-        if folder is not None:
-            fitted.save(Path(folder) / "model", overwrite=True)
-            write_report(found.verdict, folder)
-        return fitted
 
     def prepared(
         self,

@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -299,7 +300,6 @@ def test_public_names_are_documented():
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-# Files that `test_code_is_not_dense` does not read yet.
 # Comments for the tools, which can't be wrapped, and addresses.
 UNBREAKABLE = re.compile(r"\s*# (?:noqa|type|pyright|fmt|ruff):.*|https?://[^\s\"')]+")
 
@@ -380,6 +380,63 @@ def test_long_lines_would_be_found():
     told = "  # pyright: ignore[reportArgumentType]"
     assert long_lines("\n".join((full, full + "1", full + told, full + "1" + told))) == [2, 4]
     assert long_lines(f'URL = "{address}"\n# {address} and a comment {100 * "b"}') == [2]
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+# Functions over 80 lines: this list only gets shorter.
+STILL_LONG = {
+    "ltsm_jax/models/toto_2.py: forecast",
+    "ltsm_jax/models/ttm.py: apply",
+    "ltsm_jax/models/units.py: __call__",
+}
+
+
+def lengths(tree: ast.AST) -> list[tuple[str, int]]:
+    """Name and lines of every function and method, from `def` to its end, inner functions included,
+    without the docstring: a long contract is no long function.
+    """
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTIONS):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            found.append((node.name, lines))
+    return found
+
+
+def test_functions_are_short():
+    """Half have fewer than 15 lines, and none has over 80."""
+    every, long = [], set()
+    for path in sources():
+        for name, lines in lengths(parse(path)):
+            every.append(lines)
+            if lines > 80:
+                long.add(f"{path.relative_to(ROOT).as_posix()}: {name}")
+    assert statistics.median(every) < 15
+    assert long == STILL_LONG
+
+
+def test_lengths_leave_out_docstrings_only():
+    code = """
+@cached
+def outer(
+    x,
+):
+    '''First line.
+
+    More.
+    '''
+
+    def inner(y):
+        # a comment counts
+        return y
+
+    return inner(x)
+
+def bare(): ...
+"""
+    assert dict(lengths(ast.parse(code))) == {"outer": 9, "inner": 3, "bare": 1}
 
 
 def committed() -> list[Path]:

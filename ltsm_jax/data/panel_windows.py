@@ -154,44 +154,20 @@ def cut_panel(
     train_context = train_context or context_len
     target_len = max(target_len or horizon, horizon)
 
-    notes = list(panel.notes)
+    if covariates and not joint:
+        raise ValueError("covariates go with windows of all targets: joint=True")
+
     edges = _edges(panel, horizon)
-    scored = edges[:, 0] < edges[:, 2]
-    if not scored.any():
-        most = (int(panel.lengths.max()) - 1) // 2
-        fits = f"the longest allows a horizon of {most}" if most >= 1 else "forecast without tuning"
-        raise DataError(
-            f"{panel.name}: no item has the {2 * horizon + 1} rows that it takes to train, "
-            f"validate and test at a horizon of {horizon}; {fits}"
-        )
-    if not scored.all():
-        short = int((~scored).sum())
-        notes.append(
-            f"{short} of {panel.n_items} items are too short to be split at horizon {horizon} and "
-            "only train"
-        )
+    scored, notes = _long_enough(panel, edges, horizon)
 
     # Rows that the first window of each item lacks, whichever of the two lengths a target has.
     front = np.where(scored, np.maximum(context_len - edges[:, 0], 0), 0)
     for length in (horizon, target_len):
         first, count = _training_origins(edges[:, 0], train_context, length, horizon)
         front = np.maximum(front, np.where(count > 0, train_context - first, 0))
-    if covariates and not joint:
-        raise ValueError("covariates go with windows of all targets: joint=True")
     layout, still = _lay_out(panel, edges[:, 0], front, covariates)
-
-    # A still item would be scored in data units, and one of them can outweigh all others. Where
-    # there is nothing else, it is scored all the same.
-    flat = still.all(axis=0)
-    usable = scored & ~flat
-    if usable.any() and (scored & flat).any():
-        count = int((scored & flat).sum())
-        notes.append(
-            f"{count} of {panel.n_items} items do not move in their training rows and are not "
-            "scored"
-        )
-    else:
-        usable = scored
+    usable, found_still = _that_move(panel, scored, still.all(axis=0))
+    notes += found_still
 
     parts = {}
     for part in PARTS:
@@ -203,17 +179,7 @@ def cut_panel(
             origins = lo, np.where(usable, hi - lo - horizon + 1, 0)
             length, most = context_len, most_scored
         found = _table(layout, origins, length, horizon, joint, panel.columns, most, seed)
-        if found.taken < found.total:
-            notes.append(f"{part}: {found.taken:,} of {found.total:,} windows, spread evenly")
-        if empty := found.taken - found.windows.n:
-            notes.append(
-                f"{part}: {empty:,} windows left out, without an observed context or target"
-            )
-        if part != "train" and not found.windows.n:
-            raise DataError(
-                f"{panel.name}: no {part} window has an observed value in its context and in its "
-                "target"
-            )
+        notes += _left_out(panel, part, found)
         parts[part] = found.windows
     return PanelSplits(
         **parts,
@@ -222,8 +188,62 @@ def cut_panel(
         edges=edges,
         most_train=most_train,
         seed=seed,
-        notes=tuple(notes),
+        notes=(*panel.notes, *notes),
     )
+
+
+def _long_enough(panel: Panel, edges: np.ndarray, horizon: int) -> tuple[np.ndarray, list[str]]:
+    """Tell the items [N] that are long enough to be scored, and say how many are not.
+
+    Raises: DataError where none is.
+    """
+    scored = edges[:, 0] < edges[:, 2]
+    if not scored.any():
+        most = (int(panel.lengths.max()) - 1) // 2
+        fits = f"the longest allows a horizon of {most}" if most >= 1 else "forecast without tuning"
+        raise DataError(
+            f"{panel.name}: no item has the {2 * horizon + 1} rows that it takes to train, "
+            f"validate and test at a horizon of {horizon}; {fits}"
+        )
+    if scored.all():
+        return scored, []
+    short = int((~scored).sum())
+    return scored, [
+        f"{short} of {panel.n_items} items are too short to be split at horizon {horizon} and "
+        "only train"
+    ]
+
+
+def _that_move(panel: Panel, scored: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Leave out of scoring the items [N] that are flat in their training rows, and say how many.
+
+    A still item would be scored in data units, and one of them can outweigh all others. Where there
+    is nothing else, it is scored all the same.
+    """
+    usable = scored & ~flat
+    if not usable.any() or not (scored & flat).any():
+        return scored, []
+    count = int((scored & flat).sum())
+    return usable, [
+        f"{count} of {panel.n_items} items do not move in their training rows and are not scored"
+    ]
+
+
+def _left_out(panel: Panel, part: str, found: "_Table") -> list[str]:
+    """Say which windows of a part are left out.
+
+    Raises: DataError where none is left to score.
+    """
+    notes = []
+    if found.taken < found.total:
+        notes.append(f"{part}: {found.taken:,} of {found.total:,} windows, spread evenly")
+    if empty := found.taken - found.windows.n:
+        notes.append(f"{part}: {empty:,} windows left out, without an observed context or target")
+    if part != "train" and not found.windows.n:
+        raise DataError(
+            f"{panel.name}: no {part} window has an observed value in its context and in its target"
+        )
+    return notes
 
 
 def _edges(panel: Panel, horizon: int) -> np.ndarray:

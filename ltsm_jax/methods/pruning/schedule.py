@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,28 +155,33 @@ def prune(
             facts["windows_sha256"] = storage.sha256_of(windows)
             run = training.RunFolder(folder, facts)
             open_until_the_end.enter_context(contextlib.closing(run))
-        first = (
-            task.evaluate(model, params, data, "val", placement)
-            if run is None or not run.steps()
-            else {}
+        # A run that goes on has its first validation in its history.
+        first = {}
+        if run is None or not run.steps():
+            first = task.evaluate(model, params, data, "val", placement)
+        reduced = _reduce(
+            model,
+            params,
+            config,
+            task=task,
+            data=data,
+            windows=windows,
+            batch_size=batch_size,
+            folder=None if folder is None else Path(folder),
+            placement=placement,
         )
-        place = None if folder is None else Path(folder)
-        influence, gone = None, ()
-        if config.depth:
-            influence = _influence(model, params, [windows], task, batch_size, place, placement)
-            gone = least_influential(model, params, influence, config.depth)
-            model, params = drop_layers(model, params, gone)
-        usage, top = None, getattr(model.config, "top_k", 0)
-        if config.expert_threshold is not None:
-            usage = _usage(
-                model, params, [windows, task.windows(model, data, "val")], place, placement
-            )
-            model, params = keep_experts(
-                model, params, kept_experts(usage, config.expert_threshold, top)
-            )
-        masks = full_masks(model, **candidates)
+        model, params = reduced.model, reduced.params
         pruning = _Pruning(
-            model, params, masks, windows, data, task, settings, config.chunk, run, placement
+            model,
+            params,
+            full_masks(model, **candidates),
+            windows=windows,
+            data=data,
+            task=task,
+            settings=settings,
+            chunk=config.chunk,
+            run=run,
+            placement=placement,
         )
         pruning.start(
             {"epoch": 0, "steps": 0, "left": 1.0} | {f"val_{k}": v for k, v in first.items()}
@@ -189,13 +194,57 @@ def prune(
         order = pruning.order()
         cuts = {}
         for share in config.ratios:
-            cuts[share] = task.evaluate(
-                model, merge(params, cut(order, share), placement), data, "val", placement
-            )
+            masked = merge(params, cut(order, share), placement)
+            cuts[share] = task.evaluate(model, masked, data, "val", placement)
+    return _result(pruning, reduced, order=order, cuts=cuts)
+
+
+class _Reduced(NamedTuple):
+    """A model without the layers and experts that go before channels do, and why these."""
+
+    model: Model
+    params: Params
+    usage: dict[str, np.ndarray] | None
+    influence: dict[str, float] | None
+    gone: tuple[str, ...]
+
+
+def _reduce(
+    model: Model,
+    params: Params,
+    config: PruneConfig,
+    *,
+    task: Task,
+    data: Any,
+    windows: Any,
+    batch_size: int,
+    folder: Path | None,
+    placement: Placement,
+) -> _Reduced:
+    """Take out the layers and the experts that the config asks to remove, layers first."""
+    influence, gone = None, ()
+    if config.depth:
+        influence = _influence(model, params, [windows], task, batch_size, folder, placement)
+        gone = least_influential(model, params, influence, config.depth)
+        model, params = drop_layers(model, params, gone)
+
+    usage, top = None, getattr(model.config, "top_k", 0)
+    if config.expert_threshold is not None:
+        parts = [windows, task.windows(model, data, "val")]
+        usage = _usage(model, params, parts, folder, placement)
+        kept = kept_experts(usage, config.expert_threshold, top)
+        model, params = keep_experts(model, params, kept)
+    return _Reduced(model, params, usage, influence, gone)
+
+
+def _result(
+    pruning: "_Pruning", reduced: _Reduced, *, order: Masks, cuts: dict[float, Any]
+) -> PruneResult:
+    """Collect what a finished run found, with the masks of its best epoch."""
     best = pruning.best
     return PruneResult(
-        model=model,
-        params=params,
+        model=reduced.model,
+        params=reduced.params,
         masks=jax.tree.map(
             lambda step: jnp.asarray(np.asarray(step) == 0, jnp.float32), best["step"]
         ),
@@ -204,11 +253,11 @@ def prune(
         history=pruning.history,
         best_epoch=pruning.best_epoch,
         cuts=cuts,
-        usage=usage,
-        influence=influence,
-        gone=gone,
+        usage=reduced.usage,
+        influence=reduced.influence,
+        gone=reduced.gone,
         stopped=pruning.stopped,
-        splits=data,
+        splits=pruning.data,
     )
 
 
@@ -342,6 +391,7 @@ class _Pruning:
         model,
         params,
         masks: Masks,
+        *,
         windows,
         data,
         task: Task,
