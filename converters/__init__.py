@@ -44,7 +44,7 @@ import numpy as np
 from converters import originals, tables
 from converters.fields import uneven_layers
 from converters.layout import Layout
-from converters.originals import Original, converter, read_json, read_yaml
+from converters.originals import Original, converter, read_config_json, read_yaml
 from converters.pickles import CheckpointError, Placeholder, shortened
 from converters.torch_files import write_safetensors, write_torch
 from ltsm_jax import hub, storage, trees
@@ -92,13 +92,13 @@ def import_checkpoint(
       for a hub name also what `ltsm_jax.load` raises.
     """
     if dst is not None:
-        folders.require_free(dst, overwrite)
+        folders.require_writable(dst, overwrite)
     path, fetched = _on_disk(src, accept_license)
     if dst is not None and _is_in(path, storage.user_path(dst)):
         raise FileExistsError(
             f"{path} lies in {dst}, which would be replaced; choose another folder"
         )
-    original = originals.read(path)
+    original = originals.read_original(path)
     family, layout, original = originals.family_of(original)
     stripped, copies, problems = layout.strip(original.state)
     if missing := uneven_layers(stripped):
@@ -123,6 +123,7 @@ def import_checkpoint(
         problems=problems,
     )
     dtypes = set(converted.dtypes.values())
+    extras = {name: value for name, value in original.extras.items() if _is_plain(value)}
     aliases = set()
     for alias in layout.aliases:
         if any(key.startswith(layout.outer + alias) for key in copies):
@@ -139,8 +140,8 @@ def import_checkpoint(
         "dtype": dtypes.pop() if len(dtypes) == 1 else converted.dtypes,
         "dropped": copies | converted.dropped,
         "copies": converted.copies,
-        "extras": {k: v for k, v in original.extras.items() if _is_plain(v)},
-        "ignored": [k for k, v in original.extras.items() if not _is_plain(v)],
+        "extras": extras,
+        "ignored": [name for name in original.extras if name not in extras],
         "assumed": notes,
         "notes": [*notes, *original.notes],
         **_published_facts(published, _in_table(family.published, model_config, layout.table)),
@@ -195,7 +196,7 @@ def _shapes(model: Model, path: Path) -> trees.Tree:
     with any error.
     """
     try:
-        return folders.shapes(model)
+        return folders.param_shapes(model)
     except Exception as err:
         raise CheckpointError(f"{path}: no {model.family} has these sizes: {_said(err)}") from err
 
@@ -387,11 +388,11 @@ def _require_free(
     if file.exists() and not _is_checkpoint(file):
         raise FileExistsError(f"{file} is no checkpoint, and is not replaced; choose another name")
     for path, fields in beside.items():
-        if not path.exists() or (alone and not overwrite) or read_json(path) == fields:
+        if not path.exists() or (alone and not overwrite) or read_config_json(path) == fields:
             continue
         if not overwrite:
             raise FileExistsError(f"{path} is there already; choose another folder or overwrite it")
-        if not _is_like(read_json(path), fields):
+        if not _is_like(read_config_json(path), fields):
             raise FileExistsError(
                 f"{path} is of something else, and is not replaced; choose another place"
             )
@@ -415,7 +416,7 @@ def _is_like(found: Any, fields: Mapping[str, Any]) -> bool:
 
 def _write_beside(path: Path, fields: Mapping[str, Any], file: Path, overwrite: bool) -> list[str]:
     if path.exists():
-        if read_json(path) == fields:
+        if read_config_json(path) == fields:
             return []
         if not overwrite:
             return [
@@ -521,15 +522,17 @@ def _on_disk(src: str | Path, accept_license: bool) -> tuple[Path, dict[str, Any
     its origin.
     """
     path = folders.local(src)
-    name = hub.parse(str(src)) if path is None else None
+    name = hub.parse_name(str(src)) if path is None else None
     if name is None:
         return path or storage.user_path(src), {}
-    found = hub.find(name, converted=False)
+    found = hub.resolve(name, converted=False)
     file, facts = hub.download(
         found, accept_license=accept_license, known=folders.published_licence(name)
     )
     if found.why:
-        hub.say(f"{found.why}; these are the files of commit {found.commit[:7]}, from the cache")
+        hub.print_note(
+            f"{found.why}; these are the files of commit {found.commit[:7]}, from the cache"
+        )
     return file, facts
 
 
@@ -573,7 +576,7 @@ def _published(
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
+    found = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_config_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(
             f"{path}: an object of hyper-parameters was expected. Mend or move it."

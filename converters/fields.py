@@ -19,7 +19,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
-from converters.tables import listed
+from converters.tables import problem_list
 from converters.torch_files import CheckpointError, quoted
 
 # the deepest published model has 50: a small file must not make us build thousands of layers
@@ -120,7 +120,7 @@ class Fields:
             except (ValueError, TypeError, OverflowError, RecursionError) as e:
                 self.problems.append(str(e)[:500])
         raise CheckpointError(
-            listed(f"{self.where}: the config does not go with the weights:", self.problems)
+            problem_list(f"{self.where}: the config does not go with the weights:", self.problems)
         )
 
     def _told(self, name: str, default: Any) -> Any:

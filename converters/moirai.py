@@ -58,7 +58,7 @@ def configure(
     if "distr_output" not in published:
         problems.append("distr_output: missing")
     required = ("d_model", "num_layers")
-    return packed.read_config(
+    return packed.build_config(
         published, sizes, required, problems, MoiraiConfig.from_published, where
     ), []
 

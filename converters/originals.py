@@ -48,7 +48,7 @@ class Original:
     notes: tuple[str, ...] = ()  # what was done to find the state dict
 
 
-def read(src: str | Path) -> Original:
+def read_original(src: str | Path) -> Original:
     """Read the checkpoint of a file, of the index of several, or of a folder with one in it.
 
     Raises: CheckpointError for anything that holds no state dict.
@@ -125,7 +125,7 @@ def _only_file(folder: Path) -> Path:
 
 def _read_shards(index: Path) -> Original:
     """A checkpoint in several files: what `weight_map` of the index says, no more and no less."""
-    listed = read_json(index)
+    listed = read_config_json(index)
     table = listed.get("weight_map") if isinstance(listed, dict) else None
     fits = (
         isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values())
@@ -150,7 +150,7 @@ def _read_shards(index: Path) -> Original:
         )
         raise CheckpointError(f"{index}: {shown} not there. Fetch all {len(names)} files.")
     state, problems = {}, []
-    parts = [read(index.parent / name) for name in names]
+    parts = [read_original(index.parent / name) for name in names]
     for name, part in zip(names, parts, strict=True):
         for key, value in part.state.items():
             if table.get(key) != name:
@@ -163,7 +163,7 @@ def _read_shards(index: Path) -> Original:
     ]
     if problems:
         raise CheckpointError(
-            tables.listed(f"{index}: the files do not go with the index:", problems)
+            tables.problem_list(f"{index}: the files do not go with the index:", problems)
         )
     files = tuple(index.parent / name for name in names)
     return Original(index, files, parts[0].format, parts[0].container, state, {}, parts[0].notes)
@@ -274,7 +274,7 @@ def read_yaml(path: Path) -> Any:
         ) from None
 
 
-def read_json(path: Path) -> Any:
+def read_config_json(path: Path) -> Any:
     """Read a JSON file; CheckpointError where it is none, or has more bytes than one of a
     checkpoint.
     """

@@ -316,7 +316,9 @@ def to_params(
         reading.read(key, value, absent)
     reading.note_missing()
     if reading.problems:
-        raise CheckpointError(listed(f"{what}: the checkpoint does not fit:", reading.problems))
+        raise CheckpointError(
+            problem_list(f"{what}: the checkpoint does not fit:", reading.problems)
+        )
 
     params = {}
     for path, leaf in leaves.items():
@@ -534,7 +536,7 @@ def _unusable(value: np.ndarray, *, allow_cast: bool) -> str | None:
     return None
 
 
-def listed(head: str, problems: Sequence[str]) -> str:
+def problem_list(head: str, problems: Sequence[str]) -> str:
     """Join a headline and problems, a line each, to at most a screen.
 
     A hostile file must not make an endless message: lines are shortened, and the rest counted.
@@ -579,7 +581,7 @@ def to_state(
         key, transform, part = found
         pieces.setdefault(key, {})[part] = transform.inverse(place.of(flat))
     if unknown:
-        raise ValueError(listed("the original has no place for these parameters:", unknown))
+        raise ValueError(problem_list("the original has no place for these parameters:", unknown))
 
     state: dict[str, np.ndarray] = {}
     wider: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 from converters.fields import MAX_LAYERS, Fields, dims, layer_count
 from converters.layout import Layout
-from converters.tables import SAME, TRANSPOSE, Rule, listed, split_in, split_out
+from converters.tables import SAME, TRANSPOSE, Rule, problem_list, split_in, split_out
 from converters.torch_files import CheckpointError
 from ltsm_jax.models.timesfm_2p5 import DECILES, PRESETS, TimesFM2p5, TimesFM2p5Config
 
@@ -312,7 +312,9 @@ def _assumed(sizes: Mapping[str, int | None], where: str) -> tuple[TimesFM2p5Con
         ]
         unknown += ["layers: too many"] if size["layers"] > MAX_LAYERS else []
     if unknown:
-        raise CheckpointError(listed(f"{where}: the sizes of the model can't be read:", unknown))
+        raise CheckpointError(
+            problem_list(f"{where}: the sizes of the model can't be read:", unknown)
+        )
     try:
         config = TimesFM2p5Config.of(
             *(

@@ -22,7 +22,7 @@ from ltsm_jax.models.tirex_2 import (
     TOKENIZER_SIZES,
     TiRex2,
     TiRex2Config,
-    activation_of,
+    activation_named,
     gated_width,
 )
 
@@ -265,7 +265,7 @@ def _check_activation(told: Fields) -> None:
         told.problems.append("act_func: missing, or not a name")
         return
     try:
-        activation_of(name)
+        activation_named(name)
     except ValueError as e:
         told.problems.append(str(e))
 

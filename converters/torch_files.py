@@ -84,9 +84,9 @@ _STORAGE_DTYPES: dict[str, np.dtype | None] = {
     for (dtype, storage), device in itertools.product(_DTYPES.values(), ("", "cuda."))
 } | {"torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}
 _STORAGE_NAMES = dict(_DTYPES.values())
-_TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()} | {
-    f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")
-}
+_TORCH_DTYPES = {f"torch.{name}": dtype for name, (dtype, _) in _DTYPES.items()}
+# These have no storage class of their own.
+_TORCH_DTYPES |= {f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")}
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ from converters.tables import (
     TRANSPOSE,
     Rule,
     Transform,
-    listed,
+    problem_list,
     split_bias,
     split_in,
     split_out,
@@ -317,7 +317,9 @@ def configure(
             return config_of(told), []
         except (ValueError, TypeError, OverflowError, RecursionError) as e:
             problems.append(str(e)[:500])
-    raise CheckpointError(listed(f"{where}: the config does not go with the weights:", problems))
+    raise CheckpointError(
+        problem_list(f"{where}: the config does not go with the weights:", problems)
+    )
 
 
 def _is(value: Any, kind: type | tuple[type, ...]) -> bool:

@@ -47,7 +47,7 @@ from rich.console import Console
 from experiments import cells, flags, folder, launch, report
 from experiments.cells import Comparison
 from ltsm_jax import curvature, hosts, landscape, storage, training
-from ltsm_jax.methods.alpha import SAMPLE, choose, describe
+from ltsm_jax.methods.alpha import SAMPLE, choose_alpha, describe
 from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.starts import Interpolated, groups_of, prepared, start_params
 from ltsm_jax.methods.strategies import MIXED, STRATEGIES, Strategy, sff, strategy
@@ -234,7 +234,7 @@ def search(c: Comparison, cell: Cell) -> dict[str, Any]:
             "epochs": o.search_epochs,
             "grid": grid,
         }
-    found = choose(
+    found = choose_alpha(
         c.model,
         c.params,
         c.splits,

@@ -76,8 +76,10 @@ class Options(task_runs.Options):
     """ims: each token predicts the next; direct: the model reconstructs its input"""
     quirks: Annotated[
         tuple[str, ...],
-        flags.names(tuple(sorted(anomaly.QUIRKS))),
-        flags.described(f"released behaviours to follow, of {', '.join(sorted(anomaly.QUIRKS))}"),
+        flags.names(tuple(sorted(anomaly.ANOMALY_QUIRKS))),
+        flags.described(
+            f"released behaviours to follow, of {', '.join(sorted(anomaly.ANOMALY_QUIRKS))}"
+        ),
     ] = ()
     quantile: Annotated[float, flags.number(0, 1, says="between 0 and 1")] = 0.99
     """of the scores of held-out training rows: the threshold"""
@@ -265,7 +267,9 @@ def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dic
     """Tune on one series. Returns: squared errors of its held-out training rows, of its test rows,
     and facts."""
     o = c.options
-    prepared = anomaly.prepare(cell.series, quirks=o.quirks, window=c.window, n_windows=o.windows)
+    prepared = anomaly.scale_series(
+        cell.series, quirks=o.quirks, window=c.window, n_windows=o.windows
+    )
     result = run.run(
         c.model,
         c.params,
@@ -309,10 +313,11 @@ def row_of(c: Comparison, cell: Cell, held_out: np.ndarray, scores: np.ndarray) 
     ranked = anomaly.rank_rows(scores, series, o.quirks)
     spans = [(first - series.train_end, last - series.train_end) for first, last in series.spans]
     labels = detection_scores.label_rows(spans, len(scores))
-    smoothed = detection_scores.smooth(scores, o.smooth)
-    threshold = float(np.quantile(detection_scores.smooth(held_out, o.smooth), o.quantile))
+    smoothed = detection_scores.smooth_scores(scores, o.smooth)
+    threshold = float(np.quantile(detection_scores.smooth_scores(held_out, o.smooth), o.quantile))
     flagged = smoothed > threshold
     ranges = detection_scores.range_scores(flagged, labels)
+    place_right = any(detection_scores.place_is_right(smoothed, span) for span in spans)
     row = {
         "file": series.name,
         "method": cell.method,
@@ -324,7 +329,7 @@ def row_of(c: Comparison, cell: Cell, held_out: np.ndarray, scores: np.ndarray) 
         "found_at_5": int(ranked.alpha <= 0.05),
         "found_at_10": int(ranked.alpha <= 0.1),
         "tokens": ranked.n_tokens,
-        "place_right": int(any(detection_scores.place_is_right(smoothed, span) for span in spans)),
+        "place_right": int(place_right),
         "auc_pr": detection_scores.auc_pr(smoothed, labels),
         "vus_pr": detection_scores.vus_pr(smoothed, labels),
         "threshold": threshold,

@@ -27,7 +27,7 @@ from experiments.flags import Options, Reading, UsageError
 from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import Series, Splits, Windows, prepare, steps_per_epoch
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.data.splits import QUIRKS
+from ltsm_jax.data.splits import SPLIT_QUIRKS
 from ltsm_jax.methods import binding, checks, run, sweep
 from ltsm_jax.methods.starts import prepared, start_params
 from ltsm_jax.methods.strategies import Strategy
@@ -148,7 +148,7 @@ def resolve(options: Options) -> Comparison:
     context, horizon = options.context or recipe.context_len, options.horizon or recipe.horizon
     task = Forecasting(options.training.mode or binding.default_mode(model))
     config = training_config(model, options)
-    quirks = tuple(q for q in options.quirks if q in QUIRKS)
+    quirks = tuple(q for q in options.quirks if q in SPLIT_QUIRKS)
     splits = attempt(
         prepare,
         series,
@@ -423,7 +423,7 @@ def train_together(
 
     Returns: why those that diverged did, by name.
     """
-    if c.options.lanes == "off" or hosts.count() > 1:
+    if c.options.lanes == "off" or hosts.process_count() > 1:
         return {}
     waiting, makers = [], []
     for cell in cells:
@@ -463,7 +463,7 @@ def run_chosen(
     return run_cells(c, mine, run_cell, rank, console, place, begin)
 
 
-def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.Result:
+def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.RunResult:
     """Run the strategy of a cell, or go on with it.
 
     rest: `model` and `params` in place of the comparison's, and what else `methods.run.run` takes.
@@ -492,7 +492,7 @@ def _settings(c: Comparison, cell: Cell, rest: dict[str, Any]) -> tuple[Model, A
 
 
 def row_of(
-    c: Comparison, columns: dict[str, Any], model: Model, result: run.Result
+    c: Comparison, columns: dict[str, Any], model: Model, result: run.RunResult
 ) -> dict[str, Any]:
     """The row of a run in results.csv. columns: what tells its cell from the others."""
     season = c.splits.series.season
@@ -535,7 +535,7 @@ def row_of(
     }
 
 
-def epoch_tests(result: run.Result, test: dict[str, Any]) -> dict[str, float | None]:
+def epoch_tests(result: run.RunResult, test: dict[str, Any]) -> dict[str, float | None]:
     """Give the test errors of the last epoch, and of the one with the lowest test MSE, of the last
     phase.
 
@@ -560,7 +560,7 @@ def keep(
     cell: Cell,
     final: tuple[Model, Any],
     row: dict[str, Any],
-    result: run.Result,
+    result: run.RunResult,
     shown: tuple[Model, Any] | None = None,
     **more: Any,
 ) -> None:
@@ -736,7 +736,7 @@ def main(
             return several
         options = parse(words)
         with launch.started(options.hosts):
-            c = hosts.together(resolve, options)
+            c = hosts.on_every_host(resolve, options)
             launch.say(plan(c))
             if options.plan:
                 return 0

@@ -42,7 +42,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.plotting import new_figure
 from ltsm_jax.report import markdown_table
 from ltsm_jax.tasks import random_kernels
-from ltsm_jax.tasks.classification import Classification, Examples, Parts, summarise
+from ltsm_jax.tasks.classification import Classification, Examples, Parts, accuracy_and_f1
 
 BASELINES = {"most_frequent": "most frequent class", "random_kernels": "random kernels + ridge"}
 HELD_OUT = 0.2
@@ -190,7 +190,7 @@ def score(c: Comparison, problem: Problem, method: str, seed: int) -> dict[str, 
         guess = random_kernels.classify(
             train.values, train.labels, np.asarray(parts.test.values), seed
         )
-        test = summarise(guess, labels)
+        test = accuracy_and_f1(guess, labels)
     else:
         model, params = with_head(c, problem, seed)
         result = run.run(

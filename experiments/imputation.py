@@ -40,7 +40,7 @@ from experiments import cells, flags, imputation_report, launch, task_runs
 from ltsm_jax import storage, training
 from ltsm_jax.data import Splits, prepare
 from ltsm_jax.methods import binding, sweep
-from ltsm_jax.methods.run import Result, Running
+from ltsm_jax.methods.run import Running, RunResult
 from ltsm_jax.methods.strategies import STRATEGIES, strategy
 from ltsm_jax.models import Model
 from ltsm_jax.tasks import imputation
@@ -256,7 +256,7 @@ def compare(c: Comparison) -> list[str]:
     return failures
 
 
-def tuned(c: Comparison, waiting: Sequence[Cell]) -> dict[str, Result | training.NonFiniteError]:
+def tuned(c: Comparison, waiting: Sequence[Cell]) -> dict[str, RunResult | training.NonFiniteError]:
     """Run the methods of a group, alike ones as lanes. Returns: results by the names of their
     cells."""
     runs = [cell for cell in waiting if cell.method in STRATEGIES]
@@ -264,7 +264,7 @@ def tuned(c: Comparison, waiting: Sequence[Cell]) -> dict[str, Result | training
         return {}
     makers = [functools.partial(begin, c, cell) for cell in runs]
 
-    def finish(running: Running) -> Result:
+    def finish(running: Running) -> RunResult:
         return running.result()
 
     asked: Any = c.options.lanes
@@ -290,7 +290,7 @@ def begin(c: Comparison, cell: Cell) -> Running:
 
 def score(
     c: Comparison,
-    results: dict[str, Result | training.NonFiniteError],
+    results: dict[str, RunResult | training.NonFiniteError],
     naive: Callable[[Part], dict[str, Any]],
     cell: Cell,
 ) -> task_runs.Outcome:

@@ -386,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         options = flags.parse(Options, sys.argv[1:] if argv is None else argv, __doc__)
         with launch.started(options.hosts):
-            w = hosts.together(resolve, options)
+            w = hosts.on_every_host(resolve, options)
             launch.say(plan(w))
             if options.plan:
                 return 0

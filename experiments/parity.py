@@ -41,12 +41,12 @@ from experiments import flags, launch
 from ltsm_jax import trees
 from ltsm_jax.data import Splits, prepare
 from ltsm_jax.data.benchmarks import load_series
-from ltsm_jax.layers.masks import merge
+from ltsm_jax.layers.masks import apply_masks
 from ltsm_jax.methods.pruning.channels import (
     full_masks,
     gradient_sums,
     importance_of,
-    select,
+    pruning_step,
     share_left,
 )
 from ltsm_jax.models import Model
@@ -284,7 +284,7 @@ def pruning(folder: Path, checkpoint: Path | None) -> Iterator[Row]:
             for path, name in names.items()
         ]
         yield Row("pruning", "scores", f"step {number + 1}", float(max(gaps)), LIMITS["scores"])
-        masks, importance = select(scores, masks, r_step)
+        masks, importance = pruning_step(scores, masks, r_step)
     flat = trees.flatten(masks)
     differ = sum(
         int((np.ravel(flat[path]) != stored[f"mask/{name}"]).sum()) for path, name in names.items()
@@ -297,7 +297,7 @@ def pruning(folder: Path, checkpoint: Path | None) -> Iterator[Row]:
         "pruning", "share left", "", round(share_left(masks), 12), round(record["left"], 12)
     )
     val = splits.val.take(np.arange(0, splits.val.n, p["every"]))
-    merged = merge(params, jax.tree.map(jnp.asarray, masks))
+    merged = apply_masks(params, jax.tree.map(jnp.asarray, masks))
     found = forecasting.evaluate(model, merged, val)["mse"]
     yield compare("pruning", "pruned validation MSE", "", found, record["best_val"])
 
@@ -325,7 +325,7 @@ def detecting(folder: Path, _checkpoint: Path | None) -> Iterator[Row]:
     if not found:
         raise NotAtHandError(f"{folder} has no series of the UCR archive")
     series = anomaly.read_ucr(found[0])
-    prepared = anomaly.prepare(series, quirks=("touching_is_hit", "uncovered_is_hit"))
+    prepared = anomaly.scale_series(series, quirks=("touching_is_hit", "uncovered_is_hit"))
     rows = (series.train_end, prepared.values.shape[-1])
     scores = anomaly.token_scores(
         anomaly.row_errors(model, params, prepared.values, rows, tail=False)

@@ -57,7 +57,7 @@ from experiments import cells, flags, folder, launch, pruning_report, report
 from experiments.cells import Comparison
 from experiments.flags import BELOW_1, TINY, exact, names, number, numbers, one_of, whole
 from ltsm_jax import hosts, sharding, storage, trees
-from ltsm_jax.data.splits import QUIRKS
+from ltsm_jax.data.splits import SPLIT_QUIRKS
 from ltsm_jax.methods import pruning, redundancy, removal
 from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.strategies import STRATEGIES, Strategy, strategy
@@ -73,7 +73,7 @@ SAMPLE, BATCH = (
 NO_DROPOUT = "no-dropout"
 TUNED = tuple(m for m in STRATEGIES if m != "zero_shot")
 TUNE = ("chosen", "each", "all", "validated")
-ALL_QUIRKS = tuple(sorted({*QUIRKS, *pruning.QUIRKS, NO_DROPOUT}))
+ALL_QUIRKS = tuple(sorted({*SPLIT_QUIRKS, *pruning.PRUNING_QUIRKS, NO_DROPOUT}))
 SHARE = "above 0 and below 1"
 
 
@@ -169,7 +169,7 @@ class Options(flags.Options):
     @property
     def own_quirks(self) -> tuple[str, ...]:
         """Quirks of the pruning itself."""
-        return tuple(q for q in self.quirks if q in pruning.QUIRKS)
+        return tuple(q for q in self.quirks if q in pruning.PRUNING_QUIRKS)
 
     def problems(self, given: set[str]) -> list[str]:
         """Say what does not go together; `given`: the fields that were set."""
@@ -755,10 +755,13 @@ def redundancy_of(c: Comparison) -> dict[str, Any]:
     def lists(entry: Any) -> dict[str, Any]:
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(entry).items()}
 
+    windows = [part.n for part in some]
+    heads = {path: lists(h) for path, h in found.heads.items()}
+    units = {path: lists(u) for path, u in found.units.items()}
     return {
-        "windows": [part.n for part in some],
-        "heads": {path: lists(h) for path, h in found.heads.items()},
-        "units": {path: lists(u) for path, u in found.units.items()},
+        "windows": windows,
+        "heads": heads,
+        "units": units,
     }
 
 

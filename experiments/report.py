@@ -420,7 +420,8 @@ def plot_bars(
 
 
 def _draw_errors(ax: Any, rows: Sequence[tuple]) -> None:
-    means, stds = np.array([r[2] for r in rows]), np.array([r[3] for r in rows], float)
+    means = np.array([r[2] for r in rows])
+    stds = np.array([r[3] for r in rows], float)
     ends = means + np.nan_to_num(stds)
     limit = 1.16 * ends[means <= FAR * means.min()].max()
     for i, (method, *_) in enumerate(rows):
@@ -600,10 +601,13 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
                 if r.method in ("tfs", "ff")
             ]
             points.sort(key=lambda p: p[0])
+            alphas = [a for a, _ in points]
+            means = [getattr(r, f"{split}_mse") for _, r in points]
+            stds = [getattr(r, f"{split}_mse_std") for _, r in points]
             ax.errorbar(
-                [a for a, _ in points],
-                [getattr(r, f"{split}_mse") for _, r in points],
-                yerr=np.nan_to_num([getattr(r, f"{split}_mse_std") for _, r in points]),
+                alphas,
+                means,
+                yerr=np.nan_to_num(stds),
                 capsize=3,
                 marker="o",
                 linewidth=2,

@@ -24,7 +24,7 @@ from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.data.windows import context_scale
 from ltsm_jax.loading import load
 from ltsm_jax.methods import pruning
-from ltsm_jax.methods.alpha import Choice, choose, require_mixing
+from ltsm_jax.methods.alpha import AlphaChoice, choose_alpha, require_mixing
 from ltsm_jax.methods.binding import (
     Bound,
     Data,
@@ -32,20 +32,20 @@ from ltsm_jax.methods.binding import (
     bind,
     check_params,
     drawn,
+    positive_int,
     ready_for,
-    whole,
 )
 from ltsm_jax.methods.checks import paired_difference
 from ltsm_jax.methods.pruning import PruneConfig, PruneResult
 from ltsm_jax.methods.removal import remove
-from ltsm_jax.methods.run import Result, run
+from ltsm_jax.methods.run import RunResult, run
 from ltsm_jax.methods.strategies import Strategy, strategy
 from ltsm_jax.methods.task_data import TASKS, ready
 from ltsm_jax.models import Forecast, Model
 from ltsm_jax.models.folders import save
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.tasks.anomaly import Prepared
+from ltsm_jax.tasks.anomaly import ScaledSeries
 from ltsm_jax.tasks.forecasting import Mode
 from ltsm_jax.training import TrainConfig
 
@@ -98,11 +98,11 @@ class Fitted:
     tuned: dict[str, Any]
     difference: float
     interval: tuple[float, float]
-    result: Result
-    splits: Splits | Prepared
+    result: RunResult
+    splits: Splits | ScaledSeries
     model: Model
     naive: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    choice: Choice | None = None
+    choice: AlphaChoice | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -288,7 +288,7 @@ class _How(NamedTuple):
     show_progress: bool
 
     def run(self) -> dict[str, Any]:
-        """The keywords that `run` and `choose` share."""
+        """The keywords that `run` and `choose_alpha` share."""
         return {
             "seed": self.seed,
             "config": self.config,
@@ -338,6 +338,7 @@ def _job(
         raise ValueError(
             "fit(found, data) takes model and parameters from the pruning result: leave params away"
         )
+    # `fit(found, data)`: the second argument is in the place of the parameters.
     data = params if data is None else data
     if data is None:
         data = found.splits
@@ -346,6 +347,7 @@ def _job(
         horizon = found.splits.val.horizon if horizon is None else horizon
         context_len = found.splits.val.context_len if context_len is None else context_len
     masks = found.masks if masks is None else masks
+    assert data is not None
     return _Job(found.model, found.params, data, masks, horizon, context_len)
 
 
@@ -361,7 +363,7 @@ def _fit_forecasting(
     placement = Placement.of(bound.params)
     start = bound.params
     if masks is not None:
-        start = pruning.merge(bound.params, masks, placement)
+        start = pruning.apply_masks(bound.params, masks, placement)
     before = forecasting.errors(
         forecasts.predictor(bound.model), start, splits.val, placement=placement
     )
@@ -408,7 +410,7 @@ def _strategy_of(method: str | Strategy, alpha: float | Literal["auto"] | None) 
 
 def _tune(
     bound: Bound, method: str | Strategy, *, masks: Params | None, how: _How
-) -> tuple[Result, Choice | None]:
+) -> tuple[RunResult, AlphaChoice | None]:
     """Train on data that are bound to a model. method: a name where alpha has to be chosen.
 
     Returns: the run, and how alpha was chosen where it was.
@@ -425,7 +427,7 @@ def _tune(
             **how.run(),
         )
         return result, None
-    choice = choose(
+    choice = choose_alpha(
         bound.model,
         bound.params,
         bound.splits,
@@ -500,7 +502,7 @@ def _fit_task(
     )
 
 
-def _chosen(choice: Choice) -> str:
+def _chosen(choice: AlphaChoice) -> str:
     """Say which alpha was picked, and what the others gave."""
     scores = [f"{row['alpha']:g}: {row['score']:.4f}" for row in choice.table()]
     return f"alpha {choice.strategy.alpha:g}, picked by validation MSE ({', '.join(scores)})"
@@ -619,7 +621,7 @@ def forecast(
       are not finite, and for a model that has to be tuned on such data first.
     Example: `ltsm_jax.forecast(model, params, "sales.csv", 48)`
     """
-    horizon = whole(horizon, "horizon")
+    horizon = positive_int(horizon, "horizon")
     check_params(model, params)
     options = ReadingOptions(
         target=target,
@@ -685,6 +687,7 @@ def _forecast_table(
         columns.append((series.time_name or "timestamp", series.in_zone(stamps)))
     columns += zip(series.columns, in_data_units(found.point[0]), strict=True)
     for q, level in enumerate(found.levels):
+        assert found.quantiles is not None
         names = (f"{column} {level:g}" for column in series.columns)
         columns += zip(names, in_data_units(found.quantiles[0, ..., q]), strict=True)
 

@@ -51,7 +51,7 @@ def hvp(loss: Loss, params: Tree, vector: Tree) -> Tree:
     problem = _Problem.of(loss, params, None)
     moving, _ = trees.partition(vector, problem.mask)
     product = _hvp(problem.loss, problem.params, moving)
-    return trees.merge(product, jax.tree.map(jnp.zeros_like, problem.rest))
+    return trees.combine(product, jax.tree.map(jnp.zeros_like, problem.rest))
 
 
 def top_eigenvalues(
@@ -335,7 +335,7 @@ class _Problem:
 
 
 def _with_rest(loss: Loss, rest: Tree, moving: Tree) -> jax.Array:
-    return loss(trees.merge(moving, rest))
+    return loss(trees.combine(moving, rest))
 
 
 def _hvp(loss: Loss, params: Tree, vector: Tree) -> Tree:

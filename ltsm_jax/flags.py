@@ -370,31 +370,14 @@ def command(options: Any, always: Sequence[str] = (), without: Sequence[str] = (
 
 # Options of the library's functions that are options here, under their own name where nothing else
 # is said.
-PYTHON_NAMES = {
-    **{
-        field.name: field.name for field in dataclasses.fields(PanelOptions) if field.name != "name"
-    },
-    "quantile_levels": "levels",
-    **{
-        name: name
-        for name in (
-            "horizon",
-            "alpha",
-            "mode",
-            "epochs",
-            "batch_size",
-            "lr",
-            "schedule",
-            "few_shot",
-        )
-    },
-    "context_len": "context",
-    "first": "first",
-    "mesh": "mesh",
-    "accumulate": "accumulate",
-    "compute": "compute",
-    "remat": "remat",
-}
+_READING = [field.name for field in dataclasses.fields(PanelOptions) if field.name != "name"]
+_SAME_NAMES = (
+    *_READING,
+    *("horizon", "alpha", "mode", "epochs", "batch_size", "lr", "schedule", "few_shot"),
+    *("first", "mesh", "accumulate", "compute", "remat"),
+)
+PYTHON_NAMES = {name: name for name in _SAME_NAMES}
+PYTHON_NAMES |= {"quantile_levels": "levels", "context_len": "context"}
 _VALUE = (
     r"(?P<none>\(\))|(?P<list>\[[^\]\n]*\])"
     r"""|(?P<quote>['"])(?P<quoted>[^'"\n]*)(?P=quote)|(?P<bare>[\w.+-]*\w|\.\.\.)"""

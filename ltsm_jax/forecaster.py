@@ -23,17 +23,25 @@ from ltsm_jax.data import BENCHMARKS, DataError, Panel, Series, load_series, rea
 from ltsm_jax.data.panel_windows import PanelSplits, spread
 from ltsm_jax.loading import Loaded, export, load_whole
 from ltsm_jax.methods import auto_ets, estimates
-from ltsm_jax.methods.binding import check_params, drawn, whole
+from ltsm_jax.methods.binding import check_params, drawn, positive_int
 from ltsm_jax.methods.conformal import WINDOWS, Calibration, rolling_origins
 from ltsm_jax.methods.decision import ZERO_SHOT, Verdict
 from ltsm_jax.methods.strategies import Strategy
-from ltsm_jax.methods.verdict import BUDGET, Alpha, Compared, Prepared, Tuning, compare, prepare
+from ltsm_jax.methods.verdict import (
+    BUDGET,
+    Alpha,
+    BoundPanel,
+    Compared,
+    TuningPlan,
+    bind_panel,
+    compare,
+)
 from ltsm_jax.models import Model, folders
 from ltsm_jax.plotting import plot_forecast
 from ltsm_jax.report import write_report
 from ltsm_jax.tasks import panels
 from ltsm_jax.tasks.forecasting import Mode, Predictor, SeasonalNaive, naive_forecasts
-from ltsm_jax.tasks.panels import Found, Origins
+from ltsm_jax.tasks.panels import Origins, PanelForecast
 from ltsm_jax.training import TrainConfig, progress, timing
 
 Params = Any
@@ -217,7 +225,7 @@ class Forecaster:
         budget: int | None = BUDGET,
         mode: Mode | None = None,
         seed: int = 0,
-        prepared: Prepared | None = None,
+        prepared: BoundPanel | None = None,
         folder: str | Path | None = None,
         show_progress: bool = True,
     ) -> "Forecaster":
@@ -328,12 +336,12 @@ class Forecaster:
         masks: Params | None = None,
         mode: Mode | None = None,
         seed: int = 0,
-    ) -> Prepared:
+    ) -> BoundPanel:
         """Cut the windows that `fit` works on, to look at them first; arguments as there.
 
         Raises: ValueError (DataError) for data, names and lengths that do not work.
         """
-        return prepare(
+        return bind_panel(
             self.model,
             self.params,
             panel,
@@ -407,7 +415,7 @@ class Forecaster:
         Raises: ValueError (DataError) for data that cannot be used, and for levels that neither the
           model nor the history can say.
         """
-        horizon = whole(horizon, "horizon")
+        horizon = positive_int(horizon, "horizon")
         levels = _checked_levels(quantile_levels)
         options = {
             "id": id,
@@ -434,7 +442,7 @@ class Forecaster:
         *,
         quantile_levels: Sequence[float] = LEVELS,
         work_follows: bool = True,
-    ) -> timing.Estimate:
+    ) -> timing.TimeEstimate:
         """Estimate the time that `predict` takes for a panel (see `read`): a batch is timed, and
         compiled for it.
 
@@ -448,8 +456,8 @@ class Forecaster:
         )
 
     def estimate_fit(
-        self, prepared: Prepared, work: Tuning, *, seed: int = 0, work_follows: bool = True
-    ) -> timing.Estimate:
+        self, prepared: BoundPanel, work: TuningPlan, *, seed: int = 0, work_follows: bool = True
+    ) -> timing.TimeEstimate:
         """Estimate the time of `fit` on windows that `prepared` cut: tuning, scores, and errors for
         intervals.
 
@@ -477,7 +485,7 @@ class Forecaster:
         *,
         measured: bool,
         work_follows: bool,
-    ) -> timing.Estimate:
+    ) -> timing.TimeEstimate:
         """Estimate `_from`."""
         return estimates.of_forecast(
             by.predictor,
@@ -557,7 +565,7 @@ class Forecaster:
 
     def _forecast(
         self, panel: Panel, horizon: int, levels: tuple[float, ...], seed: int, show_progress: bool
-    ) -> tuple[Found, tuple[str, ...]]:
+    ) -> tuple[PanelForecast, tuple[str, ...]]:
         """Forecast after the end of every item; quantiles at all `levels`."""
         by = self._forecasts_with(panel)
         own, rest = by.split(panel, horizon, levels)
@@ -618,7 +626,7 @@ class Forecaster:
         levels: Sequence[float] = (),
         *,
         seed: int = 0,
-    ) -> Found:
+    ) -> PanelForecast:
         """Forecast after any rows of a panel, as arrays: for scores of past forecasts.
 
         Args:
@@ -680,12 +688,12 @@ class Forecaster:
         measured: bool,
         seed: int,
         told: Callable[[int, int], None] | None = None,
-    ) -> Found:
+    ) -> PanelForecast:
         """Forecast after `origins`.
 
         Raises: ValueError where that at the end of an item is not finite.
         """
-        found = panels.forecast(
+        found = panels.forecast_panel(
             by.predictor,
             by.params,
             panel,
@@ -726,7 +734,7 @@ class Forecaster:
             model, params = self._ready(n_targets, freq)
             return Way(model, params, context_len, model.variates == "joint")
         if self.baseline == "auto_ets":
-            if not auto_ets.available():
+            if not auto_ets.is_installed():
                 raise ValueError(
                     "this forecaster forecasts with AutoETS: pip install statsforecast"
                 )
@@ -754,7 +762,7 @@ class Forecaster:
                 f"these: {len(fresh)} arrays ({fresh[0]}, ...) would be drawn at random. Tune it "
                 "on them first"
             )
-        return model, sharding.together(params)
+        return model, sharding.colocate(params)
 
     def _unmeasured(
         self, panel: Panel, horizon: int, levels: tuple[float, ...], problem: str
@@ -838,8 +846,8 @@ class Way:
 
 
 def _with_quantiles(
-    found: Found, levels: tuple[float, ...], calibration: Calibration | None
-) -> Found:
+    found: PanelForecast, levels: tuple[float, ...], calibration: Calibration | None
+) -> PanelForecast:
     """A forecast with its quantiles and those at `levels` that a calibration says, rising.
 
     Without a calibration these lie on the forecast.
@@ -858,7 +866,7 @@ def _with_quantiles(
 
 
 def _ets(contexts: np.ndarray, horizon: int, season: int) -> np.ndarray:
-    return auto_ets.forecast(contexts, horizon, season)
+    return auto_ets.ets_forecast(contexts, horizon, season)
 
 
 _PLAIN = ("freq", "time", "licence", "baseline")  # texts or None
@@ -893,7 +901,7 @@ def _read_facts(facts: Any, source: Any) -> dict[str, Any]:
         found["calibration"] = None if told is None else Calibration.from_json(told)
         found["context_len"] = facts.get("context_len")
         if found["context_len"] is not None:
-            found["context_len"] = whole(found["context_len"], "context_len")
+            found["context_len"] = positive_int(found["context_len"], "context_len")
         told = facts.get("verdict")
         found["verdict"] = None if told is None else Verdict.from_json(told)
     except (AttributeError, ValueError) as err:
@@ -908,7 +916,9 @@ def _checked_levels(levels: Sequence[float]) -> tuple[float, ...]:
         found = tuple(float(level) for level in levels)
     except (TypeError, ValueError):
         found = (np.nan,)
-    if not all(0 < level < 1 for level in found) or len({f"{x:g}" for x in found}) < len(found):
+    # Levels are names of columns, in six digits: those that differ later would be one column.
+    names = {f"{level:g}" for level in found}
+    if not all(0 < level < 1 for level in found) or len(names) < len(found):
         raise ValueError(
             f"quantile_levels are numbers between 0 and 1, each once, such as {LEVELS}; got "
             f"{levels!r}"
@@ -929,7 +939,7 @@ def _refuse_bad_weights(params: Params) -> None:
 
 
 def _table(
-    panel: Panel, found: Found, levels: tuple[float, ...], notes: tuple[str, ...]
+    panel: Panel, found: PanelForecast, levels: tuple[float, ...], notes: tuple[str, ...]
 ) -> pd.DataFrame:
     """The long table of a forecast."""
     n, c, horizon = found.point.shape

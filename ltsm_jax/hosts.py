@@ -202,7 +202,7 @@ def initialize(
         ) from err
 
 
-def count() -> int:
+def process_count() -> int:
     """How many hosts there are."""
     return jax.process_count()
 
@@ -220,16 +220,18 @@ def first() -> bool:
 def agree(*values: int) -> np.ndarray:
     """Gather every host's values: [hosts, values] int32, the same on all. Waits for all hosts."""
     mine = np.asarray(values, np.int32)
-    return mine[None] if count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
+    return (
+        mine[None] if process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
+    )
 
 
-def together(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def on_every_host(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`f(...)` on every host; where it fails on one, it fails on all. `f` must not itself wait for
     other hosts.
 
     Raises: what `f` raises here; OtherHostError where it raised elsewhere.
     """
-    if count() == 1:
+    if process_count() == 1:
         return f(*args, **kwargs)
     result = error = None
     try:
@@ -248,9 +250,9 @@ def on_first(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`f(...)` on the first host alone; all wait for it and get its result (JSON-able), or fail
     with it.
     """
-    if count() == 1:
+    if process_count() == 1:
         return f(*args, **kwargs)
-    said = together(lambda: json.dumps(f(*args, **kwargs)) if first() else "")
+    said = on_every_host(lambda: json.dumps(f(*args, **kwargs)) if first() else "")
     return json.loads(_texts(said)[0])
 
 
@@ -302,5 +304,5 @@ def pause() -> None:
     """Between two batches, where there is one host, which need not agree. Raises: `stopped` when it
     was asked to.
     """
-    if stopping() and count() == 1:
+    if stopping() and process_count() == 1:
         raise stopped("between two batches")

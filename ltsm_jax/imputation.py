@@ -176,7 +176,9 @@ def impute(
         "irregular": irregular,
         "name": name,
     }
-    panel = read(data, **{key: value for key, value in asked.items() if value is not None})
+    panel = read_for_imputation(
+        data, **{key: value for key, value in asked.items() if value is not None}
+    )
     taken = {*panel.id_columns, panel.time_name or "row", *panel.columns}
     if clash := sorted(f"{c}{FILLED}" for c in panel.columns if f"{c}{FILLED}" in taken):
         raise DataError(
@@ -209,7 +211,7 @@ def impute(
     return Imputed(_table(panel, values), check, panel, params, tuple(notes))
 
 
-def read(data: Data | Panel, **options: Any) -> Panel:
+def read_for_imputation(data: Data | Panel, **options: Any) -> Panel:
     """Read what `impute` fills; options as there."""
     if isinstance(data, str) and data in BENCHMARKS:
         return Panel.of(load_series(data, **options))

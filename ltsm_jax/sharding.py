@@ -259,7 +259,7 @@ class Placement:
         return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
 
 
-def together(tree: trees.Tree) -> trees.Tree:
+def colocate(tree: trees.Tree) -> trees.Tree:
     """`tree` with the leaves that nobody has put anywhere (`jax.Array.committed`) laid beside the
     first one that somebody has; on a mesh, whole on every device.
 

@@ -533,7 +533,7 @@ def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) 
       tree; ValueError for an empty tree; OSError, such as for a full disk.
     """
     with atomic_folder(folder, replaces=_no_tree if overwrite else None) as temporary:
-        hosts.together(begin_save(temporary, tree, copy=False))  # nobody changes it meanwhile
+        hosts.on_every_host(begin_save(temporary, tree, copy=False))  # nobody changes it meanwhile
         hosts.on_first(seal, temporary)
 
 
@@ -615,7 +615,7 @@ def begin_save(folder: Path, tree: trees.Tree, *, copy: bool = True) -> Callable
             parts[path] = [
                 (_part(shard.index, leaf.shape), np.asarray(shard.data)) for shard in own
             ]
-    share = hosts.index(), hosts.count()
+    share = hosts.index(), hosts.process_count()
     nested = trees.unflatten(kept)
     response = _orbax().save_async(str(folder / ARRAYS), nested) if share[1] > 1 else None
 
@@ -668,7 +668,7 @@ def _where_they_lie(flat: Mapping[str, Any]) -> dict[str, Any]:
         alone = not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1
         if _global(leaf):
             kept[path] = leaf
-        elif alone and hosts.count() == 1:
+        elif alone and hosts.process_count() == 1:
             kept[path] = jax.device_put(leaf)
         else:
             kept[path] = np.asarray(leaf)
@@ -759,7 +759,7 @@ def load_tree(
         for x in jax.tree.leaves(like)
         if x.sharding is not None and not x.sharding.is_fully_addressable
     ]
-    together = hosts.together if wide else lambda f: f()
+    together = hosts.on_every_host if wide else lambda f: f()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def check() -> tuple[dict[str, Any], trees.Tree]:
@@ -785,7 +785,7 @@ def load_tree(
             rest = dict.fromkeys(record["arrays"].keys() - expected.keys(), _orbax().PLACEHOLDER)
             stored = trees.unflatten(trees.flatten(stored) | rest)
         names = sorted(record["files"])  # of many hosts each looks at its share
-        names = names[hosts.index() :: hosts.count()] if wide else names
+        names = names[hosts.index() :: hosts.process_count()] if wide else names
         verify_files(folder / ARRAYS, {name: record["files"][name] for name in names})
         # Now that the files are as long as the table says, and before anything has its size in
         # memory.
@@ -855,20 +855,21 @@ def _is_array(path: str, entry: Any) -> bool:
     names = path.split("/")
     if not isinstance(entry, dict) or not all(names) or len(names) > MAX_DEPTH:
         return False
-    shape, parts = (
-        entry.get("shape"),
-        entry.get("parts", [{"at": [], "sha256": entry.get("sha256")}]),
-    )
+    parts = entry.get("parts", [{"at": [], "sha256": entry.get("sha256")}])
     return (
-        _is_counts(shape)
+        _is_counts(entry.get("shape"))
         and isinstance(entry.get("dtype"), str)
         and _dtype_or_none(entry["dtype"]) is not None
         and isinstance(parts, list)
-        and all(isinstance(part, dict) and _is_digest(part.get("sha256")) for part in parts)
-        and all(
-            isinstance(part.get("at"), list) and all(map(_is_counts, part["at"])) for part in parts
-        )
+        and all(map(_is_part, parts))
     )
+
+
+def _is_part(part: Any) -> bool:
+    """Return whether an entry describes one part of an array: where it lies, and its digest."""
+    if not isinstance(part, dict) or not _is_digest(part.get("sha256")):
+        return False
+    return isinstance(part.get("at"), list) and all(map(_is_counts, part["at"]))
 
 
 def _is_file(name: str, entry: Any) -> bool:

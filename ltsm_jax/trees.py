@@ -110,7 +110,7 @@ def partition(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:
     return chosen, rest
 
 
-def merge(chosen: Tree, rest: Tree) -> Tree:
+def combine(chosen: Tree, rest: Tree) -> Tree:
     """The tree that `partition` took apart."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda x: x is None

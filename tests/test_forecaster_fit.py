@@ -9,7 +9,7 @@ import pytest
 
 from ltsm_jax import Forecaster
 from ltsm_jax.methods.decision import Verdict
-from ltsm_jax.methods.pruning import full_masks, merge
+from ltsm_jax.methods.pruning import apply_masks, full_masks
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.methods.verdict import tuning
 from ltsm_jax.models.timer import Timer, TimerConfig
@@ -157,6 +157,6 @@ def test_what_cannot_be_fitted_is_refused(timer):
         timer.fit(table(7), 8, methods="ff", method="sff")
     masks = full_masks(timer.model)
     masks["layer_0"]["up"]["out"] = np.arange(24, dtype=np.float32) % 2
-    pruned = Forecaster(timer.model, merge(timer.params, masks))
+    pruned = Forecaster(timer.model, apply_masks(timer.params, masks))
     with pytest.raises(ValueError, match="hand in the masks"):
         pruned.fit(table(7), 8, target="sold", id="store", time="day", show_progress=False)

@@ -157,6 +157,7 @@ class Training(NamedTuple):
     source: windows.Windows
     loss: Any
     config: training.TrainConfig
+    batch_size: int
     lr: float
     trainable: Any  # a tree of booleans like the parameters
 
@@ -194,6 +195,7 @@ def training_of(model: Model, shapes: Any, batch: int) -> Training:
         source=source,
         loss=training_step.as_pytree(forecasting.loss_fn(model, forecasting.LOSS[mode])),
         config=binding.train_config(model, batch_size=batch, accumulate=1),
+        batch_size=batch,
         lr=recipe.lr,
         trainable=trees.select(shapes, None) if trainable is None else trainable,
     )
@@ -217,7 +219,7 @@ def check_memory(work: Training, shapes: Any, key: jax.Array, gigabytes: float |
         work.source,
         work.loss,
         key,
-        batch_size=work.config.batch_size,
+        batch_size=work.batch_size,
         how=work.how,
         placement=Placement(),
         writes_checkpoints=False,
@@ -240,7 +242,7 @@ def time_forecasts(model: Model, params: Any, source: windows.Windows, batch: in
 def time_steps(work: Training, moving: Any, frozen: Any, key: jax.Array) -> Timed:
     """Time training steps on one batch. moving, frozen: the parameters; `moving` is given up."""
     optimizer = work.optimizer
-    batch_rows = windows.batch_at(jnp.arange(work.source.n), 0, work.config.batch_size)
+    batch_rows = windows.batch_at(jnp.arange(work.source.n), 0, work.batch_size)
 
     def train(state, frozen, source, batch_rows, key):
         moving, opt_state = state

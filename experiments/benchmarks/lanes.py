@@ -110,10 +110,10 @@ def main() -> int:
     mesh = Placement.of(described[0]["params"]).mesh
 
     def together(mode: stacks.Mode) -> list[Any]:
-        return lanes.together(described, Over(mode, mesh), evaluate)
+        return lanes.fit_as_lanes(described, Over(mode, mesh), evaluate)
 
     def asked(way: lanes.Asked) -> list[Any]:
-        return lanes.fit(described, lanes=way, evaluate=evaluate)
+        return lanes.fit_jobs(described, lanes=way, evaluate=evaluate)
 
     ways = {
         "one after the other": lambda: asked("off"),
@@ -152,7 +152,7 @@ def main() -> int:
             f"{name:20} {median:7.2f} s, {median / base:.2f} of one after the other (compiled in "
             f"{compiled[name]:.1f} s; validation errors differ by {gap:.0e})"
         )
-    print(f"auto: {lanes.choose(described).why}")
+    print(f"auto: {lanes.plan_lanes(described).why}")
     return 0
 
 

@@ -53,7 +53,7 @@ class Landscape(OnTable):
         """Read, say the plan, compute, write, print."""
         forecaster = self.load(self.model)
         panel = self.read(forecaster)
-        prepared = verdict.prepare(
+        prepared = verdict.bind_panel(
             forecaster.model,
             forecaster.params,
             panel,
@@ -76,7 +76,7 @@ class Landscape(OnTable):
         return 0
 
     def _computed(
-        self, prepared: verdict.Prepared
+        self, prepared: verdict.BoundPanel
     ) -> tuple[dict[str, landscape.Surface], dict[str, float]]:
         """The surface and the top eigenvalue of each model by name."""
         model, params = prepared.model, prepared.params

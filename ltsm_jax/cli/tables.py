@@ -19,9 +19,9 @@ from ltsm_jax.methods.pruning import PruneConfig
 from ltsm_jax.methods.removal import remove
 from ltsm_jax.models import folders
 from ltsm_jax.tasks import forecasting
-from ltsm_jax.training.memory import in_words
-from ltsm_jax.training.timing import Estimate
-from ltsm_jax.training.timing import in_words as in_time
+from ltsm_jax.training.memory import size_in_words
+from ltsm_jax.training.timing import TimeEstimate
+from ltsm_jax.training.timing import time_in_words as in_time
 
 TABLES = (".csv", ".csv.gz", ".parquet", ".json")
 PICTURES = (".png", ".svg", ".pdf")
@@ -48,7 +48,7 @@ def file_of(kinds: tuple[str, ...]) -> flags.Check:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Forecast(OnTable):
+class ForecastCommand(OnTable):
     """Forecast what comes after the end of every item of a table, with intervals.
 
     Rows behind the last target, and those of --future, say what is known
@@ -126,9 +126,9 @@ class Forecast(OnTable):
         rows = min(forecaster.model.eval_batch, panel.n_items * panel.n_variates)
         weights, contexts = _bytes(forecaster.params), rows * length * 4
         return (
-            f"{in_words(weights)} of weights, {in_words(panel.values.nbytes)} of data, "
-            f"{in_words(contexts)} for a batch of {rows} contexts; what the layers hold comes on "
-            "top"
+            f"{size_in_words(weights)} of weights, {size_in_words(panel.values.nbytes)} of data, "
+            f"{size_in_words(contexts)} for a batch of {rows} contexts; what the layers hold comes "
+            "on top"
         )
 
     def _facts(
@@ -322,17 +322,19 @@ def _scoring(horizon: int) -> str:
 
 def _prepared(
     forecaster: Forecaster, panel: Panel, horizon: int, context: int | None
-) -> verdict.Prepared:
-    return verdict.prepare(forecaster.model, forecaster.params, panel, horizon, context_len=context)
+) -> verdict.BoundPanel:
+    return verdict.bind_panel(
+        forecaster.model, forecaster.params, panel, horizon, context_len=context
+    )
 
 
-def _time(prepared: verdict.Prepared, plan: bool) -> Estimate:
+def _time(prepared: verdict.BoundPanel, plan: bool) -> TimeEstimate:
     """Estimate the time of scoring a model and the naive forecasts."""
     return estimates.of_comparison(prepared, verdict.tuning(prepared, {}), work_follows=not plan)
 
 
 def _scored(
-    forecaster: Forecaster, panel: Panel, horizon: int, prepared: verdict.Prepared
+    forecaster: Forecaster, panel: Panel, horizon: int, prepared: verdict.BoundPanel
 ) -> verdict.Compared:
     """Score a model and the naive forecasts; nothing is tuned."""
     return verdict.compare(
@@ -447,7 +449,7 @@ class Prune(OnTable):
         """Read, say the plan, prune, write."""
         forecaster = self.load(self.model)
         panel = self.read(forecaster)
-        prepared = verdict.prepare(
+        prepared = verdict.bind_panel(
             forecaster.model,
             forecaster.params,
             panel,
@@ -464,14 +466,14 @@ class Prune(OnTable):
             "windows": f"{windows:,} to score channels on, {prepared.splits.val.n:,} to validate; "
             f"{prepared.train_context} -> {self.horizon}",
             "pruning": f"{self.ratio:g} of the channels an epoch, {self.epochs} at most",
-            "memory": f"{in_words(2 * _bytes(prepared.params))} of weights and gradients; what the "
-            "layers hold comes on top",
+            "memory": f"{size_in_words(2 * _bytes(prepared.params))} of weights and gradients; "
+            "what the layers hold comes on top",
             "time": estimates.of_pruning(prepared, self.epochs, work_follows=not self.plan),
             "result": str(self.out),
         }
         if self.announce(plan, prepared.notes):
             return 0
-        folders.require_free(self.out / "model", self.overwrite)
+        folders.require_writable(self.out / "model", self.overwrite)
         result = pruning.prune(
             prepared.model,
             prepared.params,

@@ -95,7 +95,7 @@ class Fit(OnTable):
         }
         if self.announce(plan, prepared.notes):
             return 0
-        folders.require_free(self.out / "model", self.overwrite)
+        folders.require_writable(self.out / "model", self.overwrite)
         if (self.out / "model").exists():
             # Checkpoints of a run that is finished are those of what is replaced.
             shutil.rmtree(self.out / "training", ignore_errors=True)
@@ -131,7 +131,7 @@ class Fit(OnTable):
         printing.show(f"\nmodel:  {self.out / 'model'}\nreport: {self.out / 'report.html'}")
 
 
-def _memory(prepared: verdict.Prepared, config: TrainConfig) -> str:
+def _memory(prepared: verdict.BoundPanel, config: TrainConfig) -> str:
     """Say what full fine-tuning takes, in a line.
 
     Raises: ValueError naming what fits, where this does not.

@@ -264,7 +264,7 @@ def _by_alias() -> dict[str, Benchmark]:
 _BY_ALIAS = _by_alias()
 
 
-def find(name: str) -> Benchmark | None:
+def benchmark_named(name: str) -> Benchmark | None:
     """The benchmark called `name` (its name or an alias, case aside), or None."""
     return _BY_ALIAS.get(name.casefold())
 
@@ -289,7 +289,11 @@ def load_series(
     """
     if not is_path(source):
         return read_series(source, **options)
-    if isinstance(source, str) and stem(Path(source)) == source and (benchmark := find(source)):
+    if (
+        isinstance(source, str)
+        and stem(Path(source)) == source
+        and (benchmark := benchmark_named(source))
+    ):
         path, cached = locate(benchmark, download=download)
         wrong = _difference(benchmark, path)
         if wrong and cached:
@@ -305,7 +309,7 @@ def load_series(
         raise MissingDataError(
             f"no data file at {path}; {hint}benchmarks by name: {', '.join(BENCHMARKS)}"
         )
-    benchmark = find(stem(path)) if as_benchmark else None
+    benchmark = benchmark_named(stem(path)) if as_benchmark else None
     if benchmark is None:
         return read_series(path, **options)
     if _is_published(benchmark, path):
@@ -418,7 +422,7 @@ def _in_folder(folder: Path, benchmark: Benchmark) -> Path | None:
         for path in folder.glob(pattern):
             if (
                 path.name.lower().endswith(endings)
-                and find(stem(path)) is benchmark
+                and benchmark_named(stem(path)) is benchmark
                 and path.is_file()
             ):
                 found.append((depth, path.name != benchmark.file, str(path), path))

@@ -349,9 +349,8 @@ class TableReader:
         able = sorted(able, key=lambda c: (c not in named, is_numeric(table[c])))[:50]
         self.check_clock(table, able, time)
         several = [c for c in able if c in named or tells_apart(table[c], repeats)]
-        choices = [[c] for c in several] + [
-            list(pair) for pair in itertools.combinations(several[:8], 2)
-        ]
+        choices = [[c] for c in several]
+        choices += map(list, itertools.combinations(several[:8], 2))
         return [choice for choice in choices if not self.repeated(frame, table, choice)]
 
     def repeated(self, frame: pd.DataFrame, table: pd.DataFrame, columns: list) -> bool:

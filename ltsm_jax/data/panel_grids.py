@@ -19,7 +19,7 @@ from ltsm_jax.data.items import (
     places_in_item,
     steps_of,
 )
-from ltsm_jax.data.stamps import is_numeric, is_time, parse_stamps, show
+from ltsm_jax.data.stamps import format_stamp, is_numeric, is_time, parse_stamps
 from ltsm_jax.frequency import (
     LENGTHS,
     MONTHS,
@@ -87,7 +87,7 @@ class Ahead:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
+class GridLayout:
     """From sorted rows [T] to rows of the grids [R].
 
     Attributes:
@@ -107,7 +107,7 @@ class Layout:
     meet: bool
 
     @classmethod
-    def of(cls, items: Items, place: np.ndarray, last: np.ndarray, ids: np.ndarray) -> "Layout":
+    def of(cls, items: Items, place: np.ndarray, last: np.ndarray, ids: np.ndarray) -> "GridLayout":
         """Lay the sorted rows out, those behind the last target of their item left aside."""
         bounds = np.concatenate([[0], np.cumsum(last + 1)])
         n_rows = int(bounds[-1])
@@ -461,7 +461,7 @@ class GridReader(TableReader):
 
     def written(self, time: Any) -> str:
         """A time of the clock as a message shows it."""
-        return str(time) if self.freq is None else show(time.view("datetime64[us]"))
+        return str(time) if self.freq is None else format_stamp(time.view("datetime64[us]"))
 
     def rules_of(self, items: Items, stamps: np.ndarray) -> tuple[DayRule, ...]:
         """The day in the month of all items, or of each where they differ; () for other steps."""
@@ -489,7 +489,7 @@ class GridReader(TableReader):
         times: Times,
         grids: Grids,
         codes: np.ndarray | None,
-        layout: Layout,
+        layout: GridLayout,
     ) -> Ahead | None:
         """Where the rows ahead [A] lie on the grids of their items; None where there are none.
 

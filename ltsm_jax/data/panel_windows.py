@@ -31,7 +31,7 @@ SHORTEST_VAL = 0.1  # share of the rows that validate where an item is too short
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
+class PanelLayout:
     """Where the items of a panel lie in the long row of each target, and in which unit.
 
     Attributes:
@@ -73,7 +73,7 @@ class PanelSplits:
     val: Windows
     test: Windows
     panel: Panel
-    layout: Layout
+    layout: PanelLayout
     edges: np.ndarray
     most_train: int = MOST_TRAIN
     seed: int = 0
@@ -166,8 +166,8 @@ def cut_panel(
         first, count = _training_origins(edges[:, 0], train_context, length, horizon)
         front = np.maximum(front, np.where(count > 0, train_context - first, 0))
     layout, still = _lay_out(panel, edges[:, 0], front, covariates)
-    usable, found_still = _that_move(panel, scored, still.all(axis=0))
-    notes += found_still
+    usable, left_out = _that_move(panel, scored, np.asarray(still.all(axis=0)))
+    notes += left_out
 
     parts = {}
     for part in PARTS:
@@ -286,7 +286,7 @@ def _training_origins(
 
 def _lay_out(
     panel: Panel, train_rows: np.ndarray, front: np.ndarray, covariates: Collection[str]
-) -> tuple[Layout, np.ndarray]:
+) -> tuple[PanelLayout, np.ndarray]:
     """The layout, standardised by the first `train_rows` [N] of each item; whether these are still
     [C, N].
 
@@ -338,7 +338,7 @@ def _lay_out(
             middle, _, _ = _moments(more, ends)
             out[row : row + len(more), place] = more - np.repeat(middle, own, axis=1)
             row += len(more)
-    return Layout(
+    return PanelLayout(
         jnp.asarray(out),
         mean,
         std,
@@ -384,7 +384,7 @@ class _Table:
 
 
 def _table(
-    layout: Layout,
+    layout: PanelLayout,
     origins: tuple[np.ndarray, np.ndarray],
     context_len: int,
     horizon: int,

@@ -19,7 +19,7 @@ import pandas as pd
 from ltsm_jax.data.columns import QUOTED, Name, Stamps, TableReader, quote, short
 from ltsm_jax.data.series import Series, clip
 from ltsm_jax.data.sources import as_table
-from ltsm_jax.data.stamps import rows, show
+from ltsm_jax.data.stamps import format_stamp, rows
 from ltsm_jax.frequency import (
     Grid,
     canonical_freq,
@@ -285,14 +285,17 @@ class _SeriesReader(TableReader):
             i = int((steps < 0).argmax()) + 1
             count = (steps < 0).sum()
             found.append(
-                f"{count} stamps earlier than the one before, first in row {i}: {show(clock[i])}"
+                f"{count} stamps earlier than the one before, first in row {i}: "
+                f"{format_stamp(clock[i])}"
             )
         unique, first_rows = np.unique(clock, return_index=True)
         if len(unique) < len(clock):
             again = np.ones(len(clock), bool)
             again[first_rows] = False
             i = int(again.argmax())
-            found.append(f"{again.sum()} stamps repeated, first in row {i}: {show(clock[i])}")
+            found.append(
+                f"{again.sum()} stamps repeated, first in row {i}: {format_stamp(clock[i])}"
+            )
         advice = (
             "irregular='regularise' sorts the rows and puts them on the regular grid, holes missing"
         )
@@ -307,9 +310,8 @@ class _SeriesReader(TableReader):
             wrong = np.abs(np.diff(places) - 1) > 1e-9
             if wrong.any():
                 i = int(wrong.argmax()) + 1
-                where = (
-                    f"first in row {first_rows[i]}: {show(unique[i])} follows {show(unique[i - 1])}"
-                )
+                pair = f"{format_stamp(unique[i])} follows {format_stamp(unique[i - 1])}"
+                where = f"first in row {first_rows[i]}: {pair}"
                 found.append(f"{wrong.sum()} steps that are not {self.freq}, {where}")
         if found:
             self.problems += [f"time: {f}" for f in found]
@@ -411,11 +413,10 @@ class _SeriesReader(TableReader):
         """Ids whose stamps differ from the first one's, and what to do."""
         lines = []
         for key in [next(iter(groups)), *odd[:3]]:
-            span = (
-                ""
-                if stamps is None
-                else f", {show(stamps[groups[key][0]])} to {show(stamps[groups[key][-1]])}"
-            )
+            span = ""
+            if stamps is not None:
+                first, last = stamps[groups[key][0]], stamps[groups[key][-1]]
+                span = f", {format_stamp(first)} to {format_stamp(last)}"
             lines.append(f"{str(key)[:QUOTED]}: {len(groups[key])} rows{span}")
         hint = (
             ""

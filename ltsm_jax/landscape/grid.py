@@ -238,7 +238,7 @@ def surface(
 
     found = kept.begin(at_once, compute)
     # Hosts and devices that work together must agree on the parts; one device takes its time.
-    alone = devices == 1 and at_once == 1 and hosts.count() == 1
+    alone = devices == 1 and at_once == 1 and hosts.process_count() == 1
     pace = 1 if alone else size
     saved = time.monotonic()
     while len(found) < len(places):
@@ -248,7 +248,7 @@ def surface(
             pace = _paced(pace, time.monotonic() - began, size)
         if progress is not None:
             progress(len(found), len(places))
-        stopping = hosts.stopping() and hosts.count() == 1
+        stopping = hosts.stopping() and hosts.process_count() == 1
         late = time.monotonic() - saved > SAVE_EVERY
         if stopping or len(found) == len(places) or hosts.agree(late).any():
             kept.write(found)

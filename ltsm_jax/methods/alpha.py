@@ -30,8 +30,8 @@ import numpy as np
 
 from ltsm_jax import curvature, hosts, training, trees
 from ltsm_jax.landscape import SplitLoss, split_loss
-from ltsm_jax.layers.masks import merge, place
-from ltsm_jax.methods.run import FORECASTING, Result, run
+from ltsm_jax.layers.masks import apply_masks, place
+from ltsm_jax.methods.run import FORECASTING, RunResult, run
 from ltsm_jax.methods.starts import Interpolated, groups_of, layer_of, other_side, start_params
 from ltsm_jax.methods.strategies import MIXED, Strategy, strategy
 from ltsm_jax.models import Model
@@ -72,8 +72,8 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """Result of `choose`; print it for a table.
+class AlphaChoice:
+    """Result of `choose_alpha`; print it for a table.
 
     Attributes:
       strategy: the start with the lowest score.
@@ -88,7 +88,7 @@ class Choice:
     by: By
     selects: str
     trials: tuple[Trial, ...]
-    result: Result | None = None
+    result: RunResult | None = None
     steps: tuple[dict[str, float], ...] = ()
 
     @property
@@ -139,7 +139,7 @@ def describe(alpha: float, alphas: Mapping[str, float]) -> str:
     )
 
 
-def choose(
+def choose_alpha(
     model: Model,
     params: Params,
     data: Any,
@@ -158,7 +158,7 @@ def choose(
     inner_steps: int = 8,
     folder: str | Path | None = None,
     show_progress: bool = True,
-) -> Choice:
+) -> AlphaChoice:
     """Choose the alpha of a method that mixes, or one for each group or layer, on the validation
     part.
 
@@ -276,7 +276,7 @@ class _Scorer:
         self.show_progress = show_progress
         self.trials: dict[Strategy, Trial] = {}
         self.best: Strategy | None = None
-        self.result: Result | None = None
+        self.result: RunResult | None = None
 
     def score(self, candidate: Strategy) -> float:
         """Score a start, once."""
@@ -302,14 +302,14 @@ class _Scorer:
         """Validation metric before the first step."""
         begin = start_params(candidate, self.model, self.params, training.keys(self.seed)["aux"])
         if self.masks is not None:
-            begin = merge(begin, self.masks, self.placement)
+            begin = apply_masks(begin, self.masks, self.placement)
         return float(
             self.task.evaluate(self.model, begin, self.data, "val", self.placement)[
                 self.task.selects
             ]
         )
 
-    def train(self, candidate: Strategy) -> Result:
+    def train(self, candidate: Strategy) -> RunResult:
         """Run a strategy for as long as a score takes."""
         start = candidate.start
         assert isinstance(start, Interpolated)
@@ -335,17 +335,17 @@ class _Scorer:
             show_progress=self.show_progress,
         )
 
-    def choice(self, by: By, steps: tuple[dict[str, float], ...] = ()) -> Choice:
+    def choice(self, by: By, steps: tuple[dict[str, float], ...] = ()) -> AlphaChoice:
         """Put the winner and all trials together."""
         tried = tuple(self.trials.values())
         if all(math.isinf(trial.score) for trial in tried):
             raise NonFiniteError(f"training failed at every alpha that was tried: {tried[0].note}")
         assert self.best is not None
         kept = self.result if self.epochs is None else None
-        return Choice(self.best, by, self.task.selects, tried, kept, steps)
+        return AlphaChoice(self.best, by, self.task.selects, tried, kept, steps)
 
 
-def _by_groups(scorer: _Scorer, base: Strategy, grid: tuple[float, ...]) -> Choice:
+def _by_groups(scorer: _Scorer, base: Strategy, grid: tuple[float, ...]) -> AlphaChoice:
     """Coordinate search: one group after the other takes the alpha with the lowest score."""
     start = base.start
     assert isinstance(start, Interpolated), "checked"

@@ -75,7 +75,7 @@ def ready_for(model: Model, params: Params, series: Series, seed: int = 0) -> tu
         freq=series.model_freq or series.freq,
         key=training.keys(seed)["init"],
     )
-    return model, sharding.together(params)
+    return model, sharding.colocate(params)
 
 
 def drawn(before: Params, after: Params) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def drawn(before: Params, after: Params) -> tuple[str, ...]:
 
 def check_params(model: Model, params: Params) -> None:
     """Raises: ValueError, in one line, where `params` are those of another model."""
-    own = {path: leaf.shape for path, leaf in trees.flatten(folders.shapes(model)).items()}
+    own = {path: leaf.shape for path, leaf in trees.flatten(folders.param_shapes(model)).items()}
     given = {path: jnp.shape(leaf) for path, leaf in trees.flatten(params).items()}
     odd = sorted(path for path in own.keys() | given.keys() if own.get(path) != given.get(path))
     if odd:
@@ -108,7 +108,7 @@ def default_mode(model: Model) -> Mode:
     return "ims" if model.recipe().loss == "own" else "direct"
 
 
-def whole(value: Any, name: str) -> int:
+def positive_int(value: Any, name: str) -> int:
     """A whole number of at least 1, as Python's int.
 
     Raises: ValueError for anything else, 4.0 and True included.
@@ -153,12 +153,13 @@ def shorter_contexts(longest: int, usual: int, room: int, horizon: int) -> list[
     A long context is good, and so is more than one window; as many as a forecast has steps are
     enough. room: rows of training beside one target.
     """
-    units = {d for d in range(1, usual + 1) if usual % d == 0} | {2**i for i in range(11)}
+    units = {d for d in range(1, usual + 1) if usual % d == 0}
+    units |= {2**i for i in range(11)}
     found = set()
     for end in (longest, room - horizon + 1):
-        found |= {end // unit * unit for unit in units if unit <= end} | {
-            unit for unit in units if unit <= end
-        }
+        fitting = [unit for unit in units if unit <= end]
+        found.update(fitting)
+        found.update(end // unit * unit for unit in fitting)
 
     def worth(length: int) -> int:
         return length * min(room - length + 1, horizon)
@@ -334,8 +335,8 @@ def bind(
             )
         return Bound(model, params, data, Forecasting(mode or default_mode(model), "context"))
     recipe = model.recipe()
-    horizon = recipe.horizon if horizon is None else whole(horizon, "horizon")
-    context_len = None if context_len is None else whole(context_len, "context_len")
+    horizon = recipe.horizon if horizon is None else positive_int(horizon, "horizon")
+    context_len = None if context_len is None else positive_int(context_len, "context_len")
     series = as_series(data, options)
     model, params = ready_for(model, params, series, seed)
     splits, mode = cut_windows(

@@ -51,12 +51,12 @@ def beside(
         tree,
         trainable,
         adapted,
-        lambda tree: merge(tree["weights"], tree["adapters"], config.scale),
+        lambda tree: merge_adapters(tree["weights"], tree["adapters"], config.scale),
     )
 
 
 def _adapted_loss(loss, scale, tree, batch, key, train):
-    return loss(merge(tree["weights"], tree["adapters"], scale), batch, key, train)
+    return loss(merge_adapters(tree["weights"], tree["adapters"], scale), batch, key, train)
 
 
 def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
@@ -71,11 +71,11 @@ def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
         raise ValueError(f"the rank of LoRA must be at least 1; got {rank}")
     fixed = trees.flatten(trees.select(params, model.fixed)) if model.fixed else {}
     ones = jax.tree.map(
-        lambda x: jnp.ones(x.shape, x.dtype), channels.shapes(model.init, jax.random.key(0))
+        lambda x: jnp.ones(x.shape, x.dtype), channels.mask_shapes(model.init, jax.random.key(0))
     )
     placement = Placement.of(params)
     placed, mesh, found = channels.place(ones, params, placement), placement.mesh, {}
-    for i, (leaf, (m_in, m_out)) in enumerate(channels.weights(params, placed).items()):
+    for i, (leaf, (m_in, m_out)) in enumerate(channels.masks_by_weight(params, placed).items()):
         path, stack = (
             leaf.removesuffix("/kernel"),
             int(not leaf.endswith("/kernel")),
@@ -97,7 +97,7 @@ def adapters(model: Model, params: Tree, rank: int, key: jax.Array) -> Tree:
 
 
 @jax.jit
-def merge(params: Tree, adapters: Tree, scale: Any) -> Tree:
+def merge_adapters(params: Tree, adapters: Tree, scale: Any) -> Tree:
     """`params` with scale * A B added to every weight that has an adapter; a tree like `params`.
     Works under grad.
     """

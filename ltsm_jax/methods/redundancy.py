@@ -55,7 +55,7 @@ class Heads:
 
 
 @dataclasses.dataclass(frozen=True)
-class Units:
+class UnitActivity:
     """Of one feed-forward network, means over tokens of a, the input of its last linear, whose path
     is `linear`.
 
@@ -75,7 +75,7 @@ class Redundancy:
     """
 
     heads: dict[str, Heads]
-    units: dict[str, Units]
+    units: dict[str, UnitActivity]
     tokens: dict[str, int]
 
 
@@ -130,7 +130,7 @@ def measure(
                 linear, mean["contribution"], float(mean["attention"]), mean["sparse"]
             )
         else:
-            units[path] = Units(linear, mean["active"], mean["size"])
+            units[path] = UnitActivity(linear, mean["active"], mean["size"])
     return Redundancy(heads, units, tokens)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from ltsm_jax import storage, training, trees
-from ltsm_jax.layers.masks import merge, place
+from ltsm_jax.layers.masks import apply_masks, place
 from ltsm_jax.methods import lora, tracking
 from ltsm_jax.methods.binding import model_facts
-from ltsm_jax.methods.phases import Phase, anchored, l2_sp_penalty, mixed_out, trainable_mask
+from ltsm_jax.methods.phases import Phase, l2_sp_penalty, mixed_out, trainable_mask, with_anchor
 from ltsm_jax.methods.starts import prepared, start_params
 from ltsm_jax.methods.strategies import Strategy
 from ltsm_jax.models import Model
@@ -28,7 +28,7 @@ FORECASTING = Forecasting()
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class RunResult:
     """Result of a run of a strategy.
 
     Attributes:
@@ -84,7 +84,7 @@ def run(
     quirks: Collection[str] = (),
     test_each_epoch: bool = False,
     curvature_at: Collection[int] = (),
-) -> Result:
+) -> RunResult:
     """Fine-tune `model` from `params` by `strategy`, validate after every epoch, score the best
     weights.
 
@@ -192,7 +192,7 @@ class Running:
         self.masks = masks
         if masks is not None:
             self.masks = place(masks, self.current, self.placement)
-            self.current = merge(self.current, self.masks, self.placement)
+            self.current = apply_masks(self.current, self.masks, self.placement)
 
         # Every phase has the run's seed: the last phase of lpff sees the batches and dropout that
         # ff sees.
@@ -299,7 +299,7 @@ class Running:
         """Give the loss that a phase minimises, a function of weights of the model."""
         loss = self.loss
         if phase.anchor:
-            loss = anchored(loss, self.model, self.checkpoint, phase.anchor)
+            loss = with_anchor(loss, self.model, self.checkpoint, phase.anchor)
         if self.masks is not None:
             loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(loss), self.masks)
         if phase.mixout:
@@ -327,9 +327,9 @@ class Running:
                 Strategy("mix", mix), self.model, self.current, self.keys["aux"]
             )
         if self.masks is not None:
-            self.current = merge(self.current, self.masks, self.placement)
+            self.current = apply_masks(self.current, self.masks, self.placement)
 
-    def result(self, *, test: bool = True) -> Result:
+    def result(self, *, test: bool = True) -> RunResult:
         """Score the weights that validated best. test: on the test part, too."""
         began = time.monotonic()
         with compiling.measured() as waited:
@@ -348,7 +348,7 @@ class Running:
         if not self.strategy.phases:
             compile_seconds = waited.seconds
             seconds = time.monotonic() - began - compile_seconds
-        return Result(
+        return RunResult(
             self.strategy,
             self.model,
             self.current,
@@ -376,7 +376,7 @@ class Running:
         """
         checkpoint, tuned = self.checkpoint, self.current
         if self.masks is not None:
-            checkpoint = merge(checkpoint, self.masks, self.placement)
+            checkpoint = apply_masks(checkpoint, self.masks, self.placement)
 
         found: dict[float, dict[str, Any]] = {}
         chosen, lowest = None, math.inf
@@ -398,7 +398,7 @@ class Running:
 
 
 def _masked_loss(loss, masks, params, batch, key, train):
-    return loss(merge(params, masks), batch, key, train)
+    return loss(apply_masks(params, masks), batch, key, train)
 
 
 def itself(params: Params) -> Params:

@@ -117,7 +117,7 @@ def prepared(
     model, params = model.with_scales(
         params, strategy.multiscale, jax.random.fold_in(aux_key, SCALES)
     )
-    return model, sharding.together(params)
+    return model, sharding.colocate(params)
 
 
 def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Array) -> Params:
@@ -133,7 +133,7 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
     it has not got.
     """
     start = strategy.start
-    trees.require_same(params, folders.shapes(model), names=("params", "model"))
+    trees.require_same(params, folders.param_shapes(model), names=("params", "model"))
     if isinstance(start, Pretrained) and not strategy.reinit_head:
         return params
     aux = _fresh(model, params, aux_key)

@@ -118,7 +118,9 @@ def ready(
     return Ready(prepared, detects, per_row, np.arange(hi - lo) // anomaly.TOKEN, series.notes)
 
 
-def anomaly_of(name: str, values: np.ndarray, cut: int) -> tuple[anomaly.Prepared, anomaly.Anomaly]:
+def anomaly_of(
+    name: str, values: np.ndarray, cut: int
+) -> tuple[anomaly.ScaledSeries, anomaly.Anomaly]:
     """Cut the first `cut` rows of scaled values [C, T] into windows; the last tenth of them selects
     the epoch.
 
@@ -137,7 +139,7 @@ def anomaly_of(name: str, values: np.ndarray, cut: int) -> tuple[anomaly.Prepare
             f"{name}: {inner} rows to tune on are too few, at least {least} are needed; or "
             "method='zero_shot'"
         )
-    prepared = anomaly.Prepared(
+    prepared = anomaly.ScaledSeries(
         values=values,  # pyright: ignore[reportArgumentType]
         train=windows_between(values, 0, inner, window - anomaly.TOKEN, anomaly.TOKEN),
         validate_rows=(inner, cut),

@@ -23,22 +23,22 @@ from ltsm_jax.data.panel import Panel
 from ltsm_jax.data.panel_windows import MOST_SCORED, MOST_TRAIN, PanelSplits, cut_panel, spread
 from ltsm_jax.data.windows import Windows
 from ltsm_jax.frequency import count_unit, microseconds, to_wall
-from ltsm_jax.layers.masks import merge, place
+from ltsm_jax.layers.masks import apply_masks, place
 from ltsm_jax.methods import auto_ets
 from ltsm_jax.methods.alpha import GRID
 from ltsm_jax.methods.binding import (
     check_params,
     default_mode,
     drawn,
+    positive_int,
     shorter_contexts,
     takes,
     target_len,
-    whole,
 )
 from ltsm_jax.methods.checks import Difference, bootstrap_difference
 from ltsm_jax.methods.decision import TITLES, ZERO_SHOT, Candidate, Verdict, decide, few_blocks
 from ltsm_jax.methods.pruning import refuse_pruned
-from ltsm_jax.methods.run import Result, run
+from ltsm_jax.methods.run import RunResult, run
 from ltsm_jax.methods.starts import start_params
 from ltsm_jax.methods.strategies import MIXED, Strategy, strategy
 from ltsm_jax.models import Model
@@ -49,13 +49,13 @@ from ltsm_jax.training import compiling, progress
 
 __all__ = [
     "BUDGET",
+    "BoundPanel",
     "Compared",
-    "Prepared",
-    "Tuning",
+    "TuningPlan",
     "Verdict",
+    "bind_panel",
     "compare",
     "named",
-    "prepare",
     "tuning",
 ]
 
@@ -91,7 +91,7 @@ class Compared:
     params: Params
     splits: PanelSplits
     task: Forecasting
-    results: Mapping[str, Result]
+    results: Mapping[str, RunResult]
 
 
 def named(methods: Methods, model: Model, alpha: Alpha = None) -> dict[str, Strategy]:
@@ -158,7 +158,7 @@ def _by_name(name: str, alpha: Alpha, methods: Sequence[str | Strategy]) -> list
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
+class BoundPanel:
     """A model and the windows of a panel that go together; what `compare` begins with.
 
     Attributes:
@@ -178,7 +178,7 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(
+def bind_panel(
     model: Model,
     params: Params,
     panel: Panel,
@@ -189,13 +189,13 @@ def prepare(
     mode: Mode | None = None,
     seed: int = 0,
     most_scored: int = MOST_SCORED,
-) -> Prepared:
+) -> BoundPanel:
     """Make a model ready for a panel, and cut windows that its training takes; arguments as in
     `compare`.
 
     Raises: ValueError (DataError) for data, names and lengths that do not work.
     """
-    horizon = whole(horizon, "horizon")
+    horizon = positive_int(horizon, "horizon")
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     model.check_task("forecasting")
@@ -207,11 +207,11 @@ def prepare(
         key=training.keys(seed)["init"],
     )
     fresh = drawn(params, start)
-    model, start = ready, sharding.together(start)
+    model, start = ready, sharding.colocate(start)
     placement = Placement.of(start)
     if masks is not None:
         masks = place(masks, start, placement)
-        start = merge(start, masks, placement)
+        start = apply_masks(start, masks, placement)
 
     lengths = _lengths(model, start, panel, horizon, context_len, mode)
     splits = cut_panel(
@@ -233,11 +233,11 @@ def prepare(
         )
     notes += _covariate_notes(model, panel)
     task = Forecasting(lengths.mode, "context")
-    return Prepared(model, start, splits, task, lengths.train_context, masks, tuple(notes))
+    return BoundPanel(model, start, splits, task, lengths.train_context, masks, tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tuning:
+class TuningPlan:
     """Methods to tune, and the training windows they see.
 
     Attributes:
@@ -256,18 +256,18 @@ class Tuning:
 
 
 def tuning(
-    prepared: Prepared,
+    prepared: BoundPanel,
     strategies: Mapping[str, Strategy],
     config: training.TrainConfig | None = None,
     budget: int | None = BUDGET,
-) -> Tuning:
+) -> TuningPlan:
     """Fit the training of some methods (see `named`) to a budget of steps; arguments as in
     `compare`.
     """
     config = config or training.TrainConfig()
     splits = prepared.splits
     if not strategies:
-        return Tuning({}, splits, config, 0)
+        return TuningPlan({}, splits, config, 0)
     available = prepared.task.windows(prepared.model, splits).n
     if not available:
         horizon = splits.test.horizon
@@ -275,9 +275,9 @@ def tuning(
             f"nothing is tuned: no item has training rows for a context and {horizon} rows of "
             "target"
         )
-        return Tuning({}, splits, config, 0, (note,))
+        return TuningPlan({}, splits, config, 0, (note,))
     splits, config, notes = _budgeted(prepared.model, splits, config, budget, available)
-    return Tuning(strategies, splits, config, available, notes)
+    return TuningPlan(strategies, splits, config, available, notes)
 
 
 @hosts.interruptible()
@@ -296,7 +296,7 @@ def compare(
     mode: Mode | None = None,
     seed: int = 0,
     most_scored: int = MOST_SCORED,
-    prepared: Prepared | None = None,
+    prepared: BoundPanel | None = None,
     folder: str | Path | None = None,
     show_progress: bool = True,
 ) -> Compared:
@@ -319,21 +319,21 @@ def compare(
         other where no item is long enough for it.
       seed: of the random model, data order, dropout and intervals.
       most_scored: windows of validation and of test at most.
-      prepared: what `prepare` gave for these same arguments, where it was asked before; None: it is
-        asked here.
+      prepared: result of `bind_panel` for these same arguments, where it was called before; None:
+        it is called here.
       folder: checkpoints, so that a killed run continues.
       show_progress: a bar on a terminal, else a line every few seconds.
     Raises: ValueError (DataError) for data, names and lengths that do not work, before anything is
       trained.
     """
     if budget is not None:
-        budget = whole(budget, "budget")
+        budget = positive_int(budget, "budget")
     strategies = named(methods, model, alpha)
     if strategies and masks is None:
         check_params(model, params)
         refuse_pruned(model, params)
     if prepared is None:
-        prepared = prepare(
+        prepared = bind_panel(
             model,
             params,
             panel,
@@ -388,15 +388,15 @@ class _Tuned:
     """
 
     candidates: dict[str, Candidate]
-    results: dict[str, Result]
+    results: dict[str, RunResult]
     best: str | None
     params: Params | None
     notes: tuple[str, ...]
 
 
 def _tune(
-    prepared: Prepared,
-    work: Tuning,
+    prepared: BoundPanel,
+    work: TuningPlan,
     scorer: "_Scorer",
     seed: int,
     folder: str | Path | None,
@@ -404,7 +404,7 @@ def _tune(
 ) -> _Tuned:
     """Run every method, and keep the weights of the one that validates best."""
     candidates: dict[str, Candidate] = {}
-    results: dict[str, Result] = {}
+    results: dict[str, RunResult] = {}
     notes: list[str] = []
     best, params = None, None
     for number, (name, chosen) in enumerate(work.strategies.items(), 1):
@@ -455,8 +455,8 @@ def _pairs(
 
 
 def _verdict(
-    prepared: Prepared,
-    work: Tuning,
+    prepared: BoundPanel,
+    work: TuningPlan,
     scorer: "_Scorer",
     candidates: Mapping[str, Candidate],
     tuned: _Tuned,
@@ -562,7 +562,7 @@ def _lengths(
     typical = int(np.median(rows if len(rows) else panel.lengths))
     before = max(typical - 2 * horizon, 1) if typical * 0.2 < horizon else int(typical * 0.7)
     if context_len is not None:
-        context_len = whole(context_len, "context_len")
+        context_len = positive_int(context_len, "context_len")
 
     # A model sees whole patches where there is one; what is over is the oldest.
     seen = min(context_len or model.context_len, max(before, 1))
@@ -674,7 +674,7 @@ class _Scorer:
         self.predictor = task.predictor(model)
         self.season = splits.season if splits.season <= splits.val.context_len else 1
         self.predictors = forecasting.naive_forecasts(self.season)
-        self.naive = [*self.predictors, *(["auto_ets"] if auto_ets.available() else [])]
+        self.naive = [*self.predictors, *(["auto_ets"] if auto_ets.is_installed() else [])]
         self.val: dict[str, _Scores] = {}
         self.test: dict[str, _Scores] = {}
 
@@ -706,7 +706,7 @@ class _Scorer:
         self,
         name: str,
         chosen: Strategy,
-        result: Result,
+        result: RunResult,
         start: Params,
         seed: int,
         masks: Params | None,
@@ -716,7 +716,7 @@ class _Scorer:
         if begin is start:
             before = _record(self.val[ZERO_SHOT])
         else:
-            begin = begin if masks is None else merge(begin, masks, self.placement)
+            begin = begin if masks is None else apply_masks(begin, masks, self.placement)
             before = self.task.evaluate(self.net, begin, self.splits, "val", self.placement)
         history: list[dict[str, Any]] = [
             {"epoch": 0, "val_mse": before["mse"], "val_mae": before["mae"]}
@@ -809,7 +809,7 @@ class _Scorer:
     def _errors(self, name: str, params: Params | None, windows: Windows) -> _Scores:
         if name == "auto_ets":
             of = spread(windows.n, MOST_ETS, seed=0)
-            return _Scores(auto_ets.errors(windows, of, self.season), of)
+            return _Scores(auto_ets.ets_errors(windows, of, self.season), of)
         predictor = self.predictors.get(name, self.predictor)
         params = {} if params is None else params
         return _Scores(forecasting.errors(predictor, params, windows, placement=self.placement))

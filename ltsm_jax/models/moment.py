@@ -226,7 +226,7 @@ PRESETS = {
 }
 
 
-def sinusoids(n: int, d_model: int) -> np.ndarray:
+def interleaved_sinusoids(n: int, d_model: int) -> np.ndarray:
     """The position table of a fresh model [n, D], float32: sines in even columns, cosines in odd
     ones, base 10000.
     """
@@ -433,7 +433,7 @@ class Moment(Model):
 
         def rule(path, shape):
             if path == "position_table":
-                return lambda _, shape: jnp.asarray(sinusoids(*shape))
+                return lambda _, shape: jnp.asarray(interleaved_sinusoids(*shape))
             if path.startswith("encoder/"):
                 return t5.initial(path, shape, d_model)
             if path.startswith("head/") and self.config.head != "reconstruction":
@@ -558,7 +558,7 @@ class Moment(Model):
         else:
             # the original embeds padding as values under this head, as [MASK] under that one
             visible = jnp.ones_like(data) if cfg.head == "forecasting" else data
-        z_BCT, mean_BC1, std_BC1 = scaled(x_BCT, seen)
+        z_BCT, mean_BC1, std_BC1 = standardised(x_BCT, seen)
         y, taps = self._net(params, z_BCT, visible, data, key, train)
         taps |= {"mean": mean_BC1, "std": std_BC1}
         return (y if cfg.head == "classification" else y * std_BC1 + mean_BC1), taps
@@ -579,7 +579,7 @@ class Moment(Model):
                 f"{horizon} steps do not fit into a window of {x_BCT.shape[-1]}; use predict"
             )
         data = jnp.ones((x_BCT.shape[0], 1, x_BCT.shape[-1])) if input_mask is None else input_mask
-        z_BCT, mean_BC1, std_BC1 = scaled(x_BCT, data)
+        z_BCT, mean_BC1, std_BC1 = standardised(x_BCT, data)
         data = jnp.roll(data, -new, axis=-1).at[..., -new:].set(1)
         visible = jnp.ones_like(data).at[..., -new:].set(0)
         y_BCT, taps = self._net(params, jnp.roll(z_BCT, -new, axis=-1), visible, data, key, train)
@@ -776,7 +776,7 @@ class Moment(Model):
         """As `embed`, of x as it is; input_mask [B, 1, T]."""
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is mean or none, not {reduction!r}")
-        z_BCT, *_ = scaled(x_BCT, input_mask)
+        z_BCT, *_ = standardised(x_BCT, input_mask)
         e_BCND, _ = self._net(params, z_BCT, input_mask, input_mask, with_head=False)
         if reduction == "none":
             return e_BCND
@@ -792,7 +792,7 @@ class Moment(Model):
         return self.apply(params, x_BCW, data, key=key, train=train)[0]
 
 
-def scaled(x_BCT: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def standardised(x_BCT: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x in units of its own deviation around its mean, both over what is seen (1) and not NaN: (z,
     mean, std).
 

@@ -232,7 +232,7 @@ def timescales(d_model: int) -> np.ndarray:
     ).astype(np.float32)
 
 
-def sinusoids(n: int, d_model: int) -> np.ndarray:
+def halved_sinusoids(n: int, d_model: int) -> np.ndarray:
     """The original's position table [n, D], float32: all sines, then all cosines."""
     require_table(n, d_model)
     angle = (np.arange(n, dtype=np.float32)[:, None] * timescales(d_model)).astype(np.float64)
@@ -310,7 +310,9 @@ class TimesFM1Net(nn.Module):
             jnp.concatenate([z_BNP, padding_BNP.astype(z_BNP.dtype)], axis=-1)
         )
         if cfg.use_positional_embedding:
-            table_ND = taps["positions"] = jnp.asarray(sinusoids(n, cfg.d_model), x_BND.dtype)
+            table_ND = taps["positions"] = jnp.asarray(
+                halved_sinusoids(n, cfg.d_model), x_BND.dtype
+            )
             # the first patch with a value has position 0; padded ones go round, and count from 1
             # where all are padded
             observed_BN = padded_BN == 0

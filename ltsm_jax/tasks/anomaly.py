@@ -24,7 +24,7 @@ with the series.
 
 Other archives (`ltsm_jax.tasks.labelled`) go the same way: a series may have several labelled
 anomalies, of which the first to be found counts, and a shorter beginning takes shorter windows
-(`prepare(window=...)`).
+(`scale_series(window=...)`).
 
 Series of any length up to `ROWS` share one compilation, as arrays are filled up to fixed sizes.
 """
@@ -58,7 +58,7 @@ WINDOW, TOKEN = 768, 96
 SHORTEST_WINDOW = 3 * TOKEN
 # Series and tables of windows are filled up to multiples of these, to share a compilation.
 ROWS, STARTS = 2**17, 512
-QUIRKS = frozenset({"select_on_test", "touching_is_hit", "uncovered_is_hit"})
+ANOMALY_QUIRKS = frozenset({"select_on_test", "touching_is_hit", "uncovered_is_hit"})
 _NAME = re.compile(r"\d+_UCR_Anomaly_.+_(\d+)_(\d+)_(\d+)\.txt(\.gz)?")
 
 
@@ -130,7 +130,7 @@ def read_ucr(path: str | Path) -> Labelled:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
+class ScaledSeries:
     """A labelled series made ready: scaled with its training rows, on the device.
 
     values: [1, T] float32, scaled units; of an unlabelled table [C, T], whose errors are means over
@@ -147,21 +147,21 @@ class Prepared:
     window: int = WINDOW
 
 
-def prepare(
+def scale_series(
     series: Labelled,
     *,
     holdout: float = 0.1,
     quirks: Collection[str] = frozenset(),
     window: int = WINDOW,
     n_windows: int | None = None,
-) -> Prepared:
+) -> ScaledSeries:
     """Scale a series with mean and population std of rows [0, b), and cut its training windows,
     stride 1.
 
     Args:
       holdout: share of the training rows, at their end, kept for validation; not used with quirk
         `select_on_test`.
-      quirks: released behaviours to follow, of `QUIRKS`; they are kept in the result.
+      quirks: released behaviours to follow, of `ANOMALY_QUIRKS`; they are kept in the result.
       window: rows of a window, a multiple of 96 from 288 on; 768 in the protocol.
       n_windows: take exactly that many training windows, evenly spread over all (some repeatedly
         where there are fewer), so that series of different length train in one compiled program;
@@ -175,8 +175,8 @@ def prepare(
             f"window must be a multiple of {TOKEN} from {SHORTEST_WINDOW} on; got {window}"
         )
     quirks = frozenset(quirks)
-    if unknown := quirks - QUIRKS:
-        raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(QUIRKS)}")
+    if unknown := quirks - ANOMALY_QUIRKS:
+        raise ValueError(f"unknown quirks {sorted(unknown)}; there are {sorted(ANOMALY_QUIRKS)}")
     if not 0 < holdout < 1:
         raise ValueError(f"holdout is a share of the training rows, between 0 and 1; got {holdout}")
     b, n_rows = series.train_end, len(series.values)
@@ -200,7 +200,7 @@ def prepare(
     train = windows_between(shown, 0, cut, window - TOKEN, TOKEN, columns=(series.name,))
     if n_windows is not None:
         train = train.take(np.arange(n_windows) * train.n // n_windows)
-    return Prepared(values, train, (b, n_rows) if on_test else (cut, b), series, quirks, window)
+    return ScaledSeries(values, train, (b, n_rows) if on_test else (cut, b), series, quirks, window)
 
 
 def rows_to_train(train_end: int, holdout: float = 0.1) -> int:
@@ -338,7 +338,7 @@ def row_errors(
 def validation_error(
     model: Model,
     params: Tree,
-    task: Prepared,
+    task: ScaledSeries,
     *,
     ims: bool = True,
     batch_size: int = 128,
@@ -371,7 +371,7 @@ def validation_error(
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class AnomalyOutcome:
     """Outcome for one file: `rank` of the first overlapping token (1 = highest score; None: the
     anomaly was missed because no scored token overlaps it), the number of tokens, and alpha = rank
     / n_tokens (1 for a miss)."""
@@ -400,7 +400,7 @@ def rank_anomaly(
     last_row: int | None = None,
     quirks: Collection[str] = frozenset(),
     name: str = "",
-) -> Result:
+) -> AnomalyOutcome:
     """Place of the first token, by descending score, that overlaps the anomaly.
 
     Args:
@@ -426,24 +426,24 @@ def rank_anomaly(
             overlaps |= end == first
     hits = np.flatnonzero(overlaps[np.argsort(-scores, kind="stable")])
     if hits.size:
-        return Result(name, int(hits[0]) + 1, len(scores))
-    return Result(name, 1 if "uncovered_is_hit" in quirks else None, len(scores))
+        return AnomalyOutcome(name, int(hits[0]) + 1, len(scores))
+    return AnomalyOutcome(name, 1 if "uncovered_is_hit" in quirks else None, len(scores))
 
 
 def evaluate(
     model: Model,
     params: Tree,
-    task: Prepared,
+    task: ScaledSeries,
     *,
     ims: bool = True,
     tail: bool = True,
     batch_size: int = 128,
     placement: Placement | None = None,
-) -> Result:
+) -> AnomalyOutcome:
     """Scores every token of the test rows and ranks the anomaly.
 
     Args:
-      task: from `prepare`; its quirks are obeyed.
+      task: from `scale_series`; its quirks are obeyed.
       ims: as in `loss_fn`. In direct mode the same points of the same windows are scored (the
         released code scores eight tokens a window there and loses track of their rows).
       tail: score the rows after the last whole window too; False leaves them out, and an anomaly
@@ -477,7 +477,7 @@ def evaluate(
 
 def rank_rows(
     errors: np.ndarray, series: Labelled, quirks: Collection[str] = frozenset()
-) -> Result:
+) -> AnomalyOutcome:
     """Rank a series by a score of each of its rows from `series.train_end` on, of a model or of
     anything else."""
     first, end = series.train_end, series.train_end + len(errors)
@@ -485,8 +485,8 @@ def rank_rows(
     return rank_anomaly(scores, series.spans, first, last_row=end, quirks=quirks, name=series.name)
 
 
-def summarise(
-    results: Iterable[Result], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)
+def count_found(
+    results: Iterable[AnomalyOutcome], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)
 ) -> dict[str, Any]:
     """Files in which the anomaly is found when the top q of the tokens is flagged, and the mean
     alpha.
@@ -498,9 +498,10 @@ def summarise(
     if not results:
         raise ValueError("no results to summarise")
     alphas = np.array([r.alpha for r in results])
+    missed = sum(r.rank is None for r in results)
     return {
         "files": len(results),
-        "missed": sum(r.rank is None for r in results),
+        "missed": missed,
         "mean_alpha": float(alphas.mean()),
         "found": {q: int((alphas <= q).sum()) for q in quantiles},
     }
@@ -513,7 +514,7 @@ def _loss(model: Model, ims: bool) -> Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Anomaly:
-    """The task of finding the labelled anomaly of a series, `Prepared` by `prepare`.
+    """The task of finding the labelled anomaly of a series, `ScaledSeries` by `scale_series`.
 
     ims: see `loss_fn`.
     """
@@ -525,7 +526,7 @@ class Anomaly:
         """The mean squared error on the rows held out, see `validation_error`."""
         return "mse"
 
-    def windows(self, model: Model, data: Prepared, part: Part = "train") -> Source:
+    def windows(self, model: Model, data: ScaledSeries, part: Part = "train") -> Source:
         """The training windows. Raises: ValueError for another part, which is scored row by row."""
         if part != "train":
             raise ValueError(
@@ -542,7 +543,7 @@ class Anomaly:
         self,
         model: Model,
         params: Tree,
-        data: Prepared,
+        data: ScaledSeries,
         part: Part = "val",
         placement: Placement | None = None,
     ) -> dict[str, Any]:
@@ -554,18 +555,18 @@ class Anomaly:
         return {"rank": found.rank, "alpha": found.alpha, "tokens": found.n_tokens}
 
     def baselines(
-        self, model: Model, data: Prepared, part: Part = "val"
+        self, model: Model, data: ScaledSeries, part: Part = "val"
     ) -> dict[str, dict[str, Any]]:
         """None is known."""
         return {}
 
     def warnings(
-        self, model: Model, params: Tree, data: Prepared, placement: Placement | None = None
+        self, model: Model, params: Tree, data: ScaledSeries, placement: Placement | None = None
     ) -> tuple[str, ...]:
         """Nothing: no kind of collapse is known."""
         return ()
 
-    def facts(self, data: Prepared) -> dict[str, Any]:
+    def facts(self, data: ScaledSeries) -> dict[str, Any]:
         """The options, the series and what selects, and a digest of its values."""
         return {
             "task": "anomaly",

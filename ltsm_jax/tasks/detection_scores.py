@@ -165,7 +165,7 @@ def soften(labels: np.ndarray, width: int) -> np.ndarray:
     return soft
 
 
-def smooth(scores: np.ndarray, width: int) -> np.ndarray:
+def smooth_scores(scores: np.ndarray, width: int) -> np.ndarray:
     """Average each row's score with those around it, `width` rows centred; at the ends over
     fewer."""
     if width <= 1:

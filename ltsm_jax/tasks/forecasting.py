@@ -17,7 +17,7 @@ from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.missing import fill_missing
 from ltsm_jax.models.family import Batch, Forecast, Model
 from ltsm_jax.sharding import Placement
-from ltsm_jax.stacks import Over, Stack
+from ltsm_jax.stacks import Over, TreeStack
 from ltsm_jax.tasks.base import Loss, Part, Source
 from ltsm_jax.tasks.batches import in_batches, in_chunks, rounded
 from ltsm_jax.trees import Tree
@@ -249,7 +249,7 @@ class Forecasting:
         return evaluate(self.predictor(model), params, getattr(data, part), placement=placement)
 
     def evaluate_lanes(
-        self, model: Model, params: Stack, data: Splits | PanelSplits, part: Part, over: Over
+        self, model: Model, params: TreeStack, data: Splits | PanelSplits, part: Part, over: Over
     ) -> list[dict[str, Any]]:
         """As `evaluate`, for each lane of a stack of parameters, in one program."""
         return evaluate_lanes(self.predictor(model), params, getattr(data, part), over)
@@ -387,7 +387,7 @@ def _errors_of(sums: dict[str, np.ndarray], windows: Windows) -> Errors:
 
 @functools.partial(jax.jit, static_argnames=("predictor", "over"))
 def _lane_errors(
-    predictor: Predictor, params: Stack, windows: Windows, indices: jax.Array, over: Over
+    predictor: Predictor, params: TreeStack, windows: Windows, indices: jax.Array, over: Over
 ) -> dict[str, jax.Array]:
     def of_lane(params: Tree, shared: tuple[Windows, jax.Array]) -> dict[str, jax.Array]:
         return _batch_errors(predictor, params, *shared, Placement())
@@ -397,7 +397,7 @@ def _lane_errors(
 
 
 def evaluate_lanes(
-    predictor: Predictor, params: Stack, windows: Windows, over: Over
+    predictor: Predictor, params: TreeStack, windows: Windows, over: Over
 ) -> list[dict[str, Any]]:
     """Score a split with each of several trees of parameters, in one program; see `evaluate`.
 

@@ -61,7 +61,7 @@ class Origins:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class PanelForecast:
     """Forecasts in data units.
 
     point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`, those asked for that the
@@ -73,7 +73,7 @@ class Found:
     levels: tuple[float, ...]
     unit: np.ndarray
 
-    def take(self, rows: Any) -> "Found":
+    def take(self, rows: Any) -> "PanelForecast":
         """The forecasts of some origins, by number."""
         return dataclasses.replace(
             self, point=self.point[rows], quantiles=self.quantiles[rows], unit=self.unit[rows]
@@ -205,7 +205,7 @@ def passes(
     batch_size: int | None = None,
 ) -> list[Pass]:
     """Sort forecasts by the length of their contexts, each of which is a program; arguments as for
-    `forecast`.
+    `forecast_panel`.
     """
     c = panel.n_variates
     members = c if joint else 1
@@ -222,7 +222,7 @@ def passes(
     return found
 
 
-def trace(
+def trace_program(
     model: Predictor,
     params: Tree,
     panel: Panel,
@@ -266,7 +266,7 @@ def program(
 _forecast = functools.partial(jax.jit, static_argnames=("model", "horizon", "levels"))(program)
 
 
-def forecast(
+def forecast_panel(
     model: Predictor,
     params: Tree,
     panel: Panel,
@@ -282,7 +282,7 @@ def forecast(
     on_host: Callable[[np.ndarray, int], np.ndarray] | None = None,
     batch_size: int | None = None,
     told: Callable[[int, int], None] | None = None,
-) -> Found:
+) -> PanelForecast:
     """Forecast `horizon` rows after each origin, from contexts standardised by themselves.
 
     Args:
@@ -358,7 +358,7 @@ def forecast(
                 told(done, count)
     if pending is not None:
         collect(*pending)
-    return Found(
+    return PanelForecast(
         point.reshape(m, c, horizon),
         quantiles.reshape(m, c, horizon, -1),
         said,

@@ -8,7 +8,7 @@ whose loss is not finite, changes no more, and the others go on.
 
 Whether lanes are quicker depends on machine and model: a batched step of eight small models keeps
 an accelerator busy that one of them leaves idle, while the cores of a CPU are busy already. So a
-few steps of each way are timed first (`Choice`).
+few steps of each way are timed first (`LanePlan`).
 
     folder/choice.json    which way was chosen for which shapes, so that a sweep goes on as it began
     folder/lanes-<id>/    a run folder of all lanes; gone when each has a run folder of its own
@@ -34,7 +34,7 @@ import numpy as np
 from ltsm_jax import hosts, sharding, stacks, storage, trees
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.stacks import Over, Stack
+from ltsm_jax.stacks import Over, TreeStack
 from ltsm_jax.training import checkpoints, compiling, loop, memory, parts, progress, step
 from ltsm_jax.training.config import FREE, MOST_STEPS, TrainConfig, keys
 from ltsm_jax.training.loop import FitResult, NonFiniteError
@@ -45,7 +45,7 @@ Way = Literal["batched", "mapped", "separate"]
 ASKED: tuple[Asked, ...] = get_args(Asked)
 Outcome = FitResult | NonFiniteError
 # Scores of every lane: how to compute for each of them, and a stack of their parameters.
-Evaluate = Callable[[Over, Stack], Sequence[Mapping[str, Any]]]
+Evaluate = Callable[[Over, TreeStack], Sequence[Mapping[str, Any]]]
 
 # Fields of a TrainConfig that lanes must have in common, as they are in the program, and those in
 # which they may differ. A run with any other field that is not at its default is none of these.
@@ -104,7 +104,7 @@ CHOICE = "choice.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class LanePlan:
     """How runs that are alike are to be trained.
 
     Attributes:
@@ -128,7 +128,7 @@ def signature(job: Mapping[str, Any]) -> Hashable | None:
     job: arguments of `training.fit` by name.
     """
     config, plain = job["config"], TrainConfig()
-    if hosts.count() > 1 or any(name not in JOB for name in job):
+    if hosts.process_count() > 1 or any(name not in JOB for name in job):
         return None
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -145,14 +145,17 @@ def signature(job: Mapping[str, Any]) -> Hashable | None:
     trainable = (
         None if chosen is None or all(jax.tree.leaves(chosen)) else tuple(jax.tree.leaves(chosen))
     )
+    leaves = tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in shapes)
+    settings = tuple(getattr(config, name) for name in ALIKE)
+    absent = tuple(job.get(name) is None for name in ("validate", "watch", "folder"))
     return (
         structure,
-        tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in shapes),
+        leaves,
         trainable,
         (jax.tree.structure(source), storage.sha256_of(source)),
-        tuple(getattr(config, name) for name in ALIKE),
+        settings,
         (placement, job.get("select", "mse")),
-        tuple(job.get(name) is None for name in ("validate", "watch", "folder")),
+        absent,
     )
 
 
@@ -171,7 +174,7 @@ def _whole_everywhere(params: Tree, source: Any, placement: Placement) -> bool:
     static_argnames=("over", "batch_size", "rule", "how"),
     donate_argnames=("moving", "opt_state"),
 )
-def advance(
+def advance_lanes(
     moving,
     opt_state,
     alive,
@@ -197,7 +200,7 @@ def advance(
       first: number in the run of the first step.
     Returns: parameters, optimiser state, losses [L, MOST_STEPS], steps taken [L].
     """
-    state = Stack.whole({"params": moving, "optimizer": opt_state, "alive": alive})
+    state = TreeStack.whole({"params": moving, "optimizer": opt_state, "alive": alive})
     common = {"source": source, "place": place, "count": count, "first": first}
     settings = {"batch_size": batch_size, "rule": rule, "how": how}
     if over.mode == "mapped":
@@ -263,7 +266,7 @@ def _at_once(state, fixed, turn, *, shared, batch_size, rule, how):
 
     def one(carry):
         i, now, done, losses = carry
-        new, loss = batched.each(lane, Stack.whole(now), fixed, turn, shared=i)
+        new, loss = batched.each(lane, TreeStack.whole(now), fixed, turn, shared=i)
         return i + 1, new, done + new["alive"], losses.at[:, i].set(loss)
 
     def more(carry):
@@ -356,7 +359,7 @@ class Sweep:
         self.seconds = self.compile_seconds = 0.0
         self.run: checkpoints.RunFolder | None = None
 
-    def stacked(self, lanes: Sequence[Tree]) -> Stack:
+    def stacked(self, lanes: Sequence[Tree]) -> TreeStack:
         """Stack a tree of each lane, those that fill up the devices included."""
         return self.over.stack([*lanes, *[lanes[-1]] * self.surplus])
 
@@ -497,7 +500,7 @@ class Sweep:
         """
         alive = np.array([*self.alive, *[False] * self.surplus])
         first = self.first
-        self.state["params"], self.state["optimizer"], losses, done = advance(
+        self.state["params"], self.state["optimizer"], losses, done = advance_lanes(
             self.state["params"],
             self.state["optimizer"],
             alive,
@@ -558,14 +561,14 @@ class Sweep:
     def validate(self, alive: Sequence[int]) -> dict[int, Mapping[str, Any]]:
         """Score the lanes that are `alive`."""
         if self.evaluate is not None:
-            params = Stack.whole(self.state["params"]).merge(self._frozen())
+            params = TreeStack.whole(self.state["params"]).merge(self._frozen())
             scores = self.evaluate(self.over, params)
             return {lane: scores[lane] for lane in alive}
         found = {}
         for lane in alive:
             fitting = self.fittings[lane]
             found[lane] = fitting.validate(
-                trees.merge(self.of_lane("params", lane), fitting.frozen)
+                trees.combine(self.of_lane("params", lane), fitting.frozen)
             )
         return found
 
@@ -574,9 +577,9 @@ class Sweep:
         fitting = self.fittings[lane]
         if fitting.watch is None:
             return {}
-        return fitting.watch(trees.merge(self.of_lane("params", lane), fitting.frozen), epoch + 1)
+        return fitting.watch(trees.combine(self.of_lane("params", lane), fitting.frozen), epoch + 1)
 
-    def _frozen(self) -> Stack:
+    def _frozen(self) -> TreeStack:
         return self.stacked([fitting.frozen for fitting in self.fittings])
 
     def record(self, lane: int, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -634,8 +637,8 @@ class Sweep:
         if (failed := self.failed[lane]) is not None:
             return failed
         fitting, share = self.fittings[lane], 1 / len(self.jobs)
-        last = trees.merge(self.of_lane("params", lane), fitting.frozen)
-        best = trees.merge(self.of_lane("best", lane), fitting.frozen) if self.validates else last
+        last = trees.combine(self.of_lane("params", lane), fitting.frozen)
+        best = trees.combine(self.of_lane("best", lane), fitting.frozen) if self.validates else last
         return FitResult(
             params=best,
             last_params=last,
@@ -681,9 +684,9 @@ def record_of(job: Mapping[str, Any]) -> dict[str, Any]:
 # which way
 
 
-def choose(
+def plan_lanes(
     jobs: Sequence[Mapping[str, Any]], asked: Asked = "auto", *, writes: bool = False
-) -> Choice:
+) -> LanePlan:
     """Choose how to train runs of one `signature`, by timing a few steps of each way where that is
     worth its time.
 
@@ -694,26 +697,26 @@ def choose(
     separate = f"{n} runs one after the other"
     short = f"{separate}: too short to find out whether lanes are quicker"
     if on_cpu and asked != "on" and n * Sweep(jobs[:1], Over("mapped")).total < FEWEST_STEPS:
-        return Choice("separate", 1, short)
+        return LanePlan("separate", 1, short)
     if asked == "on":
         room, able = _ways(jobs, mesh, writes)
         if not able:
-            return Choice("separate", 1, f"{separate}: memory has room for one")
+            return LanePlan("separate", 1, f"{separate}: memory has room for one")
         way: stacks.Mode = "mapped" if on_cpu and "mapped" in able else able[0]
-        return Choice(way, room[way], f"{n} lanes, {way}, as asked for")
+        return LanePlan(way, room[way], f"{n} lanes, {way}, as asked for")
 
     # First what may settle it: the memory of lanes takes two traces of a step to find out.
     alone = _Timed(_separate(jobs[0]), 1)
     work = alone.seconds * n * alone.work.total
     worth = WORTH_TIMING_TINY if alone.seconds < TINY_STEP else WORTH_TIMING
     if on_cpu and work < worth * max(alone.compile_seconds, LEAST_COMPILING):
-        return Choice("separate", 1, short)
+        return LanePlan("separate", 1, short)
     if on_cpu and alone.seconds > LONG_STEP:
         took = f"a step of one keeps the processor busy for {alone.seconds:.2f} s"
-        return Choice("separate", 1, f"{separate}: {took}")
+        return LanePlan("separate", 1, f"{separate}: {took}")
     room, able = _ways(jobs, mesh, writes)
     if not able:
-        return Choice("separate", 1, f"{separate}: memory has room for one")
+        return LanePlan("separate", 1, f"{separate}: memory has room for one")
     dispatch = min(TIMED_SHARE * work / (2 * ROUNDS * len(able)), TIMED_SECONDS)
     ratios: dict[stacks.Mode, float] = {}
     for way in able:
@@ -736,8 +739,8 @@ def choose(
         way = "mapped"
     if ratios[way] > GAIN:
         said = ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items())
-        return Choice("separate", 1, f"{separate}: lanes would take {said} the time")
-    return Choice(
+        return LanePlan("separate", 1, f"{separate}: lanes would take {said} the time")
+    return LanePlan(
         way, room[way], f"{n} lanes, {way}: {ratios[way]:.2f}x the time of one after the other"
     )
 
@@ -758,7 +761,7 @@ def _ways(
 def _separate(job: Mapping[str, Any]) -> loop.Fitting:
     """One run where its parameters lie, ready to take steps that nobody keeps."""
     sweep = Sweep([job], Over("mapped"))
-    params = sharding.together(jax.tree.map(step.strong, job["params"]))
+    params = sharding.colocate(jax.tree.map(step.strong, job["params"]))
     moving, frozen = trees.partition(params, sweep.trainable[0])
     one = sweep.first
     fitting = loop.Fitting(
@@ -836,7 +839,7 @@ def _room(jobs: Sequence[Mapping[str, Any]], over: Over, writes: bool) -> int:
 
 
 @hosts.interruptible()
-def fit(
+def fit_jobs(
     jobs: Sequence[Mapping[str, Any]],
     *,
     lanes: Asked = "auto",
@@ -887,7 +890,7 @@ def fit(
     return [outcomes.get(i) for i in range(len(jobs))]
 
 
-def together(
+def fit_as_lanes(
     jobs: Sequence[Mapping[str, Any]], over: Over, evaluate: Evaluate | None = None
 ) -> list[Outcome]:
     """Train runs of one `signature` as lanes of one program, whatever would be quicker; nothing is
@@ -955,7 +958,7 @@ def _chosen(
     members: Sequence[int],
     asked: Asked,
     folder: str | Path | None,
-) -> Choice:
+) -> LanePlan:
     """Choose, or take the choice of an earlier launch, with whose bits the sweep has to go on."""
     some = [jobs[i] for i in members]
     file = None if folder is None else Path(folder) / CHOICE
@@ -973,9 +976,9 @@ def _chosen(
     if file is not None and file.is_file():
         known = storage.read_record(file)["choices"]
     if key in known:
-        choice = Choice(known[key]["way"], known[key]["most"], f"{known[key]['why']} (as before)")
+        choice = LanePlan(known[key]["way"], known[key]["most"], f"{known[key]['why']} (as before)")
     else:
-        choice = choose(some, asked, writes=folder is not None)
+        choice = plan_lanes(some, asked, writes=folder is not None)
     if file is not None and key not in known:
         file.parent.mkdir(parents=True, exist_ok=True)
         storage.write_record(file, {"choices": known | {key: dataclasses.asdict(choice)}})

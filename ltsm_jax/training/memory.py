@@ -28,7 +28,7 @@ SCRATCH = 1.4
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes that training takes of one memory.
 
     Attributes:
@@ -52,17 +52,17 @@ class Estimate:
         Raises: ValueError naming what fits, where this does not.
         """
         needed = (
-            f"about {in_words(self.fixed)} of memory for parameters and optimiser, "
-            f"{in_words(self.activations)} for a batch of {self.batch_size}"
+            f"about {size_in_words(self.fixed)} of memory for parameters and optimiser, "
+            f"{size_in_words(self.activations)} for a batch of {self.batch_size}"
         )
         if self.accumulate > 1:
             needed += f" in {self.accumulate} parts"
         if available is None:
             return needed
         if self.fixed + self.activations <= available:
-            return f"{needed}; {in_words(available)} is available"
+            return f"{needed}; {size_in_words(available)} is available"
         raise ValueError(
-            f"training takes {needed}, but only {in_words(available)} is available: "
+            f"training takes {needed}, but only {size_in_words(available)} is available: "
             f"{self.advice(available)}"
         )
 
@@ -108,7 +108,7 @@ def estimate(
     how: step.How,
     placement: Placement,
     writes_checkpoints: bool,
-) -> Estimate:
+) -> MemoryEstimate:
     """Estimate what `training.fit` takes, from shapes alone.
 
     Args:
@@ -129,7 +129,9 @@ def estimate(
     copies = 2 if writes_checkpoints and on_cpu else 1
     beside = 2 if how.rho else 1  # a gradient, and of SAM the weights uphill
     fixed = sharing * (copies * bytes_on_one(state) + beside * bytes_on_one(state["params"]))
-    return Estimate(fixed, activations, batch_size, how.accumulate, placement.row_parts, sharing)
+    return MemoryEstimate(
+        fixed, activations, batch_size, how.accumulate, placement.row_parts, sharing
+    )
 
 
 def kept_by_backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How) -> int:
@@ -160,7 +162,7 @@ def available() -> int | None:
     None: unknown.
     """
     here = _available_here()
-    if hosts.count() == 1:
+    if hosts.process_count() == 1:
         return here
     # the host with the least decides for all; in MB, for they agree in 32 bits
     least = int(hosts.agree(-1 if here is None else here // 2**20).min())
@@ -211,6 +213,6 @@ def bytes_in(tree: Tree) -> int:
     )
 
 
-def in_words(n: int) -> str:
+def size_in_words(n: int) -> str:
     """Say a number of bytes."""
     return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"

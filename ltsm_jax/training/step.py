@@ -48,7 +48,7 @@ class How:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class StateLayout:
     """Where parameters and optimiser state lie on a mesh; hashable, so that it may be static under
     jit.
     """
@@ -58,7 +58,7 @@ class Layout:
     shardings: tuple[jax.sharding.NamedSharding, ...]
 
     @classmethod
-    def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "Layout":
+    def of(cls, mesh: jax.sharding.Mesh, state: Tree) -> "StateLayout":
         """Take the layout of what the step gives back out of a tree of shardings for the whole
         state.
         """
@@ -78,7 +78,7 @@ class Layout:
 
 def objective(moving, frozen, batch, key, loss_fn, penalty, how: How) -> jax.Array:
     """Compute what is minimised: the loss of a batch, and the penalty."""
-    params = trees.merge(moving, frozen)
+    params = trees.combine(moving, frozen)
     with compute_in(None if how.compute == "float32" else how.compute):
         loss = loss_fn(params, batch, key, True)
     return loss if penalty is None else loss + penalty(params)
@@ -373,5 +373,5 @@ def trace_step(
         batch_size=batch_size,
         rule=rule,
         how=How.of(config),
-        layout=mesh and Layout.of(mesh, placed),
+        layout=mesh and StateLayout.of(mesh, placed),
     )

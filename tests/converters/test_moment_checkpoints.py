@@ -181,5 +181,5 @@ def test_published_configs_are_read_back(name):
     fields = moment.published(PRESETS[name])
     state = {}
     assert moment.configure(state, fields, name)[0] == PRESETS[name]
-    shapes = folders.shapes(Moment(PRESETS[name]))
+    shapes = folders.param_shapes(Moment(PRESETS[name]))
     assert all(tables.key_of(moment.keys(PRESETS[name]), path) for path in trees.flatten(shapes))

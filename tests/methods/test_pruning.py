@@ -203,14 +203,14 @@ def test_worked_step():
         },
         "b": {"in": np.asarray([0.001, 0.7], np.float32)},
     }
-    masks, after = pruning.select(importance, jax.tree.map(np.ones_like, importance), 0.2)
+    masks, after = pruning.pruning_step(importance, jax.tree.map(np.ones_like, importance), 0.2)
     np.testing.assert_array_equal(masks["a"]["in"], [1, 0, 0, 1])
     np.testing.assert_array_equal(masks["a"]["out"], [0, 1, 1])
     np.testing.assert_array_equal(masks["b"]["in"], [0, 1])
     np.testing.assert_array_equal(after["a"]["out"], np.asarray([0, 0.1, 0.9], np.float32))
     # what is skipped neither goes nor sets the threshold: 6 of 7 count then, and K = 2 takes 0.1
     # instead of 0.001
-    masks, _ = pruning.select(
+    masks, _ = pruning.pruning_step(
         importance, jax.tree.map(np.ones_like, importance), 0.2, {"b/in": np.asarray(True)}
     )
     np.testing.assert_array_equal(masks["b"]["in"], [1, 1])
@@ -223,7 +223,7 @@ def test_what_is_pruned_never_returns_and_a_large_negative_score_stays():
         {"x": np.asarray([0, -5, 0.1], np.float32)},
     )
     for _ in range(2):
-        masks, importance = pruning.select(importance, masks, 0.4)
+        masks, importance = pruning.pruning_step(importance, masks, 0.4)
     np.testing.assert_array_equal(masks["x"], [0, 1, 0])
 
 
@@ -232,7 +232,7 @@ def test_share_left_after_an_epoch(ratio, left):
     n, importance = 100, {"x": np.random.default_rng(0).normal(size=20000).astype(np.float32)}
     masks = {"x": np.ones(20000, np.float32)}
     for _ in range(n):
-        masks, importance = pruning.select(importance, masks, ratio / n)
+        masks, importance = pruning.pruning_step(importance, masks, ratio / n)
     found = pruning.share_left(masks)
     assert found == pytest.approx((1 - ratio / n) ** n, abs=5e-3)  # K is rounded up a hundred times
     assert found == pytest.approx(left, abs=6e-3)
@@ -337,7 +337,7 @@ def test_importance_is_the_average_of_scores(prune, model, pre, few):
 
     for first in range(0, few.train.n, macro):
         rows = few.train.gather(order[first : min(first + macro, few.train.n)])
-        masks, importance = pruning.select(group(masks, rows, importance), masks, r_step)
+        masks, importance = pruning.pruning_step(group(masks, rows, importance), masks, r_step)
         steps += 1
     assert found.history[1]["steps"] == steps == (2 if n % 2 == 0 else 3)
     differ = sum(
@@ -634,7 +634,7 @@ def test_what_is_pruned_stays_0_through_fine_tuning(model, pre, few, prune, name
         model, pre, strategy(name), few, config=config, show_progress=False, test=False, **rest
     )
     tuned = run(masks=masks).params
-    merged = trees.flatten(jax.jit(pruning.merge)(jax.tree.map(np.ones_like, pre), masks))
+    merged = trees.flatten(jax.jit(pruning.apply_masks)(jax.tree.map(np.ones_like, pre), masks))
     moved = 0
     for path, leaf in trees.flatten(tuned).items():
         gone = np.asarray(merged[path]) == 0

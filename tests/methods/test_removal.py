@@ -15,7 +15,7 @@ import pytest
 import converters
 from ltsm_jax import sharding, trees
 from ltsm_jax.methods import binding, removal, run, strategies
-from ltsm_jax.methods.pruning import full_masks, keep_experts, merge
+from ltsm_jax.methods.pruning import apply_masks, full_masks, keep_experts
 from ltsm_jax.models import FAMILIES, folders, parts
 from ltsm_jax.models.configs import entry_of
 from ltsm_jax.models.time_moe import TimeMoe
@@ -29,7 +29,7 @@ families = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
 
-merge_in_one = jax.jit(merge)  # one program, where outside jit each shape is one
+merge_in_one = jax.jit(apply_masks)  # one program, where outside jit each shape is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
     case = case_of(name)
     merged = merge_in_one(case.params, case.masks)
     model, params, masks = removal.remove(case.model, case.params, case.masks)
-    trees.require_same(folders.shapes(model), params)
+    trees.require_same(folders.param_shapes(model), params)
     mesh: Any = sharding.make_mesh("data=1", jax.devices()[:1])
     sharding.specs(params, model.shard_rules, mesh)  # has a rule for each
     wanted = case.numbers(case.model, merged)
@@ -313,7 +313,7 @@ def test_a_pruned_model_is_fine_tuned_by_every_strategy(strategy, splits, tmp_pa
     chosen = getattr(strategies, strategy)()
     result = run.run(model, params, chosen, splits, config=config, masks=masks, show_progress=False)
     tuned = result.params
-    jax.tree.map(np.testing.assert_array_equal, merge(tuned, masks), tuned)
+    jax.tree.map(np.testing.assert_array_equal, apply_masks(tuned, masks), tuned)
     assert not np.array_equal(tuned["head"]["kernel"], params["head"]["kernel"])
     folders.save(tmp_path / "model", model, tuned)
     assert folders.load_folder(tmp_path / "model")[0] == model
@@ -328,9 +328,9 @@ def test_gradients_are_those_of_the_masked_model(name):
     model, params, masks = removal.remove(case.model, case.params, case.masks)
     batch = {"context": case.x, "target": case.target}
     key = jax.random.key(3)
-    small = jax.jit(jax.grad(lambda p: model.loss(merge(p, masks), batch, key)))(params)
-    whole = jax.jit(jax.grad(lambda p: case.model.loss(merge(p, case.masks), batch, key)))(
-        merge(case.params, case.masks)
+    small = jax.jit(jax.grad(lambda p: model.loss(apply_masks(p, masks), batch, key)))(params)
+    whole = jax.jit(jax.grad(lambda p: case.model.loss(apply_masks(p, case.masks), batch, key)))(
+        apply_masks(case.params, case.masks)
     )
     for path in ("embed/kernel", "embed_value/kernel", "norm/scale"):
         flat = trees.flatten(whole)

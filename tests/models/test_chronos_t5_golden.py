@@ -100,7 +100,7 @@ def test_golden_tokens(recorded):
         found, labels = {}, {}
         for case, (cfg, x) in contexts.items():
             x = jnp.asarray(x)[:, -cfg.context_len :]
-            scale = chronos_t5.scale_of(x)
+            scale = chronos_t5.mean_scale(x)
             found[case] = (*chronos_t5.tokenize(cfg, x, scale), scale)
             if f"{case}/in/label" in io:
                 labels[case] = chronos_t5.tokenize(cfg, jnp.asarray(io[f"{case}/in/label"]), scale)
@@ -177,7 +177,7 @@ def test_golden_embedding(recorded):
         rows = [np.pad(x, (longest - len(x), 0), constant_values=np.nan) for x in ragged]
         contexts["list"] = np.stack(rows)
         close(
-            chronos_t5.scale_of(jnp.asarray(contexts["list"])),
+            chronos_t5.mean_scale(jnp.asarray(contexts["list"])),
             io["list/out/scale"],
             rtol=1e-6,
             atol=0,
@@ -214,7 +214,7 @@ def test_golden_logits_token_by_token(recorded):
     cfg, want = model.config, io["generate/out/logits"]
     so_far = jnp.asarray(io["generate/out/sequences"][:, :-1])
     x = jnp.asarray(io["generate/in/context"])
-    tokens = chronos_t5.tokenize(cfg, x, chronos_t5.scale_of(x))
+    tokens = chronos_t5.tokenize(cfg, x, chronos_t5.mean_scale(x))
     rows, n = so_far.shape
     net: Any = ChronosT5Net(cfg)
     assert (np.asarray(so_far[:, 0]) == cfg.start).all()
@@ -234,7 +234,9 @@ def test_golden_logits_token_by_token(recorded):
                 layer: {name: kv[name] for name in "kv"} for layer, kv in cache.items()
             }, logits[:, 0]
 
-        _, one_by_one = jax.lax.scan(step, t5.empty_cache(cfg.decoder, rows, n), jnp.arange(n))
+        _, one_by_one = jax.lax.scan(
+            step, t5.empty_decoder_cache(cfg.decoder, rows, n), jnp.arange(n)
+        )
         return at_once, jnp.swapaxes(one_by_one, 0, 1)
 
     for logits in both(params):

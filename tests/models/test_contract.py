@@ -410,7 +410,7 @@ def test_published_presets_have_their_shapes(any_case, n):
         for name, config in type(any_case.model).presets().items()
     }
     for model, name in list(models.items())[:n]:
-        assert trees.count(folders.shapes(model)) > 0, name
+        assert trees.count(folders.param_shapes(model)) > 0, name
 
 
 def test_published_presets_survive_json(any_case):

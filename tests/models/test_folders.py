@@ -66,7 +66,7 @@ from ltsm_jax.models.timer import Timer, TimerConfig
 os.umask(0o027)
 model = Timer(TimerConfig(8, 16, 8, (2,), (24,), context_len=32, horizon=8))
 values = {{"table": np.ones(3, np.float32)}}
-params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
+params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.param_shapes(model))
 ltsm_jax.save({str(tmp_path / "m")!r}, model, params, buffers=values)
 write_safetensors({str(tmp_path / "x.safetensors")!r}, values)
 """
@@ -456,7 +456,9 @@ def load_edited(folder: Path, seed: int, n: int) -> int:
 
 def any_params(model):
     """Parameters without the time of an initialisation."""
-    return jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), folders.shapes(model))
+    return jax.tree.map(
+        lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), folders.param_shapes(model)
+    )
 
 
 @pytest.mark.parametrize(
@@ -489,7 +491,7 @@ def test_edits_of_a_table_of_digests_are_refused_or_right(folder, params):
         table.write_text(edited(rng, record))
         began = time.process_time()
         try:
-            found = storage.load_tree(folder / folders.PARAMS, folders.shapes(MODEL))
+            found = storage.load_tree(folder / folders.PARAMS, folders.param_shapes(MODEL))
         except (ValueError, FileNotFoundError):
             continue
         finally:
@@ -571,7 +573,7 @@ def killed(path, *args, **kwargs):
     removed(path, *args, **kwargs)
 storage.shutil.rmtree = killed
 model = Timer(TimerConfig(8, 16, 8, (2, 2), (24, 24), context_len=32, horizon=8))
-params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
+params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.param_shapes(model))
 ltsm_jax.save(place, model, params, overwrite=True)
 """
 
@@ -615,7 +617,7 @@ from ltsm_jax.models import folders
 from ltsm_jax.models.timer import Timer, TimerConfig
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = Timer(TimerConfig(8, 64, 8, (2, 2), (512, 512), context_len=32, horizon=8))
-params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.shapes(model))
+params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), folders.param_shapes(model))
 for size in sys.argv[2:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
     try:

@@ -37,7 +37,7 @@ def series(*shape, seed=1):
     "name, count", [("Maple728/TimeMoE-50M", 113_352_192), ("Maple728/TimeMoE-200M", 453_196_800)]
 )
 def test_published_parameter_counts(name, count):
-    assert trees.count(folders.shapes(TimeMoe(PRESETS[name]))) == count
+    assert trees.count(folders.param_shapes(TimeMoe(PRESETS[name]))) == count
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_config_lists_all_its_problems():
 
 
 def test_contradictions_are_listed():
-    shapes = folders.shapes(MODEL)
+    shapes = folders.param_shapes(MODEL)
     state, _ = tables.to_state(
         converter.keys(MODEL.config), jax.tree.map(lambda s: np.zeros(s.shape, "f4"), shapes)
     )

@@ -235,7 +235,7 @@ def test_golden_loss_and_gradients(recorded, kind):
     stripped, _, problems = layout.strip(stored)
     rules = [rule for rule in converter.keys(model.config) if rule[1] != tables.BUFFER]
     want = tables.to_params(
-        rules, stripped, folders.shapes(model), what=kind, problems=problems
+        rules, stripped, folders.param_shapes(model), what=kind, problems=problems
     ).params
     name = f"loss_{GRADIENTS[kind]}"
     value, gradients = jax.jit(jax.value_and_grad(losses(model, io)[name]))(params)

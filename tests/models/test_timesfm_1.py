@@ -13,7 +13,13 @@ from converters import timesfm_1 as converter
 from converters.torch_files import write_torch
 from ltsm_jax import trees
 from ltsm_jax.models import folders
-from ltsm_jax.models.timesfm_1 import PRESETS, TimesFM1, TimesFM1Config, freq_class, sinusoids
+from ltsm_jax.models.timesfm_1 import (
+    PRESETS,
+    TimesFM1,
+    TimesFM1Config,
+    freq_class,
+    halved_sinusoids,
+)
 
 COUNTS = {
     "google/timesfm-1.0-200m-pytorch": 203_568_960,
@@ -29,7 +35,7 @@ def params():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_parameter_counts(name):
-    assert trees.count(folders.shapes(TimesFM1(PRESETS[name]))) == COUNTS[name]
+    assert trees.count(folders.param_shapes(TimesFM1(PRESETS[name]))) == COUNTS[name]
 
 
 def test_frequencies_have_the_classes_of_the_original():
@@ -103,7 +109,7 @@ def test_a_missing_value_lies_between_its_neighbours(params):
 
 def test_positions_of_the_original():
     """Sines, then cosines, at D/2 timescales from 1 to 10000."""
-    table = sinusoids(3, 4)
+    table = halved_sinusoids(3, 4)
     np.testing.assert_allclose(
         table[2], [np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)], rtol=1e-6
     )
@@ -146,7 +152,7 @@ def test_a_config_says_what_is_wrong(change, said):
 
 def test_a_pruned_model_is_of_the_same_class():
     model = TimesFM1(dataclasses.replace(CONFIG, n_heads=(1, 2), ffn_dims=(5, 24)))
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
     found = jax.eval_shape(lambda params, x: model.predict(params, x, 40), shapes, context)

@@ -16,7 +16,7 @@ from converters import export_checkpoint, import_checkpoint, tables
 from converters import timesfm_1 as converter
 from ltsm_jax import trees
 from ltsm_jax.models import folders
-from ltsm_jax.models.timesfm_1 import TimesFM1, sinusoids
+from ltsm_jax.models.timesfm_1 import TimesFM1, halved_sinusoids
 
 REL = 1e-4  # of meta.json, times the largest value of the series
 FORWARD = "normal left_padded almost_all_padded pad_val scales constant first_patch_constant"
@@ -154,7 +154,7 @@ def test_golden_intermediates(recorded, tag):
         )
     if model.config.use_positional_embedding:
         table = io[f"act/normal/{tag}/position_emb"][0]
-        parity.close(sinusoids(*table.shape), table, rtol=0, atol=1e-6)
+        parity.close(halved_sinusoids(*table.shape), table, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("tag", TAG)
@@ -361,6 +361,6 @@ def test_golden_init_statistics(recorded):
 
 
 def test_golden_parameters_are_counted(recorded):
-    shapes = folders.shapes(recorded.model)
+    shapes = folders.param_shapes(recorded.model)
     state = parity.tensors(recorded.vectors.checkpoint)
     assert trees.count(shapes) == sum(value.size for value in state.values())

@@ -37,7 +37,7 @@ def params():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_parameter_counts(name):
-    assert trees.count(folders.shapes(TimesFM2p5(PRESETS[name]))) == 231_289_280
+    assert trees.count(folders.param_shapes(TimesFM2p5(PRESETS[name]))) == 231_289_280
 
 
 def test_the_scale_runs_along():
@@ -147,7 +147,7 @@ def test_a_config_says_what_is_wrong(change, said):
 
 def test_a_pruned_model_is_of_the_same_class():
     model = TimesFM2p5(dataclasses.replace(CONFIG, n_heads=(1, 2), ffn_dims=(5, 24)))
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     assert shapes["layer_0"]["attn"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     context = jax.ShapeDtypeStruct((2, 3, 50), jnp.float32)
     found = jax.eval_shape(lambda params, x: model.predict(params, x, 40), shapes, context)

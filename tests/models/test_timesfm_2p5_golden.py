@@ -320,6 +320,6 @@ def test_golden_init_statistics(recorded):
 
 def test_golden_parameters_are_counted(recorded):
     state = parity.tensors(recorded.vectors.checkpoint)
-    assert trees.count(folders.shapes(recorded.model)) == sum(
+    assert trees.count(folders.param_shapes(recorded.model)) == sum(
         value.size for value in state.values()
     )

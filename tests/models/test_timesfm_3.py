@@ -17,8 +17,8 @@ from ltsm_jax.models.timesfm_3 import (
     PRESETS,
     TimesFM3,
     TimesFM3Config,
-    errors,
     fit_trend,
+    quantile_errors,
     refine,
     root,
     with_ends,
@@ -54,7 +54,7 @@ def having(**options):
 
 
 def test_published_parameter_count():
-    assert trees.count(folders.shapes(TimesFM3(PRESETS[NAME]))) == 330_710_976
+    assert trees.count(folders.param_shapes(TimesFM3(PRESETS[NAME]))) == 330_710_976
 
 
 def test_the_licence_must_be_accepted(tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_overlapping_outputs_are_blended():
 def test_errors_are_those_of_the_median_and_of_all_quantiles():
     y, target = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([3.0])
     np.testing.assert_allclose(
-        errors(y, target, (0.1, 0.5, 0.9)), [4 + (0.3 + 1.0 + 0.9) / 3], rtol=1e-6
+        quantile_errors(y, target, (0.1, 0.5, 0.9)), [4 + (0.3 + 1.0 + 0.9) / 3], rtol=1e-6
     )
 
 
@@ -290,7 +290,7 @@ def test_a_config_says_what_is_wrong(change, said):
 def test_a_pruned_model_is_of_the_same_class():
     pruned = {"n_heads": (1, 2), "var_heads": (0, 1), "ffn_dims": (5, 24), "var_value_dims": (8, 3)}
     model = having(**pruned)
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     assert shapes["layer_0"]["seq"]["q"]["kernel"].shape == (CONFIG.d_model, 1, CONFIG.head_dim)
     assert "q" not in shapes["layer_0"]["var"]
     assert shapes["layer_1"]["var"]["out"]["kernel"].shape == (1, 3, CONFIG.d_model)
@@ -338,7 +338,7 @@ def test_the_published_config_gives_the_config_back(params, tmp_path):
 def test_the_published_sizes_are_known_without_a_config():
     model = TimesFM3(PRESETS[NAME])
     state = {}
-    for path, leaf in trees.flatten(folders.shapes(model)).items():
+    for path, leaf in trees.flatten(folders.param_shapes(model)).items():
         # As they lie in the file, but for their order of axes, which only these need.
         key, _ = tables.key_of(converter.keys(model.config), path)
         shape = (

@@ -82,7 +82,7 @@ predict = jax.jit(
 def test_published_parameter_counts(name, parameters):
     """Without the taus, two of each layer, which the original counts among its constants."""
     model = Toto2(PRESETS[name])
-    shapes = folders.shapes(model)
+    shapes = folders.param_shapes(model)
     fixed = jax.tree.leaves(trees.select(shapes, model.fixed))
     assert trees.count(shapes) - sum(fixed) == parameters
     assert sum(fixed) == 2 * len(model.config.kinds)
@@ -90,7 +90,7 @@ def test_published_parameter_counts(name, parameters):
 
 def test_the_smallest_published_file_has_its_number_of_tensors_and_bytes(tmp_path):
     """48 tensors, 16,582,848 bytes with their names."""
-    shapes = folders.shapes(Toto2(PRESETS["Datadog/Toto-2.0-4m"]))
+    shapes = folders.param_shapes(Toto2(PRESETS["Datadog/Toto-2.0-4m"]))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     state, _ = tables.to_state(converter.keys(PRESETS["Datadog/Toto-2.0-4m"]), zeros)
     assert len(state) == 48
@@ -460,7 +460,7 @@ def test_a_model_without_heads_and_units_keeps_its_factors(deep):
     assert small.config.n_heads == (2, 2, 4) and small.config.n_kv_heads == (1, 1, 2)
     assert small.config.ffn_dims == (24, 24, 16)
     assert (small.config.attn_width, small.config.ffn_width) == (DEEP.attn_width, DEEP.ffn_width)
-    x, merged = series(2, 2, 24), pruning.merge(deep, masks)
+    x, merged = series(2, 2, 24), pruning.apply_masks(deep, masks)
     want = predict(model, merged, x, 8).point
     np.testing.assert_allclose(predict(small, left, x, 8).point, want, rtol=1e-4, atol=1e-5)
     assert np.abs(predict(model, deep, x, 8).point - want).max() > 1e-3
@@ -586,7 +586,7 @@ def test_without_a_config_the_sizes_must_be_published(deep, tmp_path):
     with pytest.raises(CheckpointError, match=r"Put the original's config.json beside the file"):
         import_checkpoint(tmp_path)
     preset = PRESETS["Datadog/Toto-2.0-4m"]
-    shapes = folders.shapes(Toto2(preset))
+    shapes = folders.param_shapes(Toto2(preset))
     state, _ = tables.to_state(
         converter.keys(preset), jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     )

@@ -26,7 +26,7 @@ def config(**changes):
 
 
 def mean_loss(moving, frozen, rows):
-    error = problem.predict(trees.merge(moving, frozen), rows["context"]) - rows["target"]
+    error = problem.predict(trees.combine(moving, frozen), rows["context"]) - rows["target"]
     return jnp.square(error).mean()
 
 
@@ -50,7 +50,7 @@ def written_out(rho=0.0):
                 g = gradient(near, frozen, rows)
             direction, state = tx.update(g, state, moving)
             moving = jax.tree.map(lambda p, d: p - RATE * d, moving, direction)
-            passed.append(trees.merge(moving, frozen))
+            passed.append(trees.combine(moving, frozen))
     return passed
 
 

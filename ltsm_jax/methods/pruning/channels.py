@@ -26,7 +26,7 @@ Score = Literal["taylor2", "taylor1", "taylor2-mean-loss"]
 HERE = Placement()  # where the arrays lie
 CHUNK = 32  # rows whose gradients are computed side by side
 
-QUIRKS = frozenset({"head-only", "every-linear"})
+PRUNING_QUIRKS = frozenset({"head-only", "every-linear"})
 REFUSED = {
     "all-experts": "a negative threshold that prunes every expert (Q6) leaves no mixture; None "
     "prunes none of them",
@@ -47,7 +47,7 @@ REFUSED = {
 
 @functools.cache
 def _shapes(model: Model) -> Mapping[str, Any]:
-    return trees.flatten(layer_masks.shapes(model.init, jax.random.key(0)))
+    return trees.flatten(layer_masks.mask_shapes(model.init, jax.random.key(0)))
 
 
 def full_masks(
@@ -107,8 +107,8 @@ def known_quirks(quirks: Collection[str]) -> frozenset[str]:
     quirks = frozenset({quirks} if isinstance(quirks, str) else quirks)
     problems = [f"{name}: refused, {REFUSED[name]}" for name in sorted(quirks & REFUSED.keys())]
     problems += [
-        f"{name}: unknown, there are {', '.join(sorted(QUIRKS))}"
-        for name in quirks - QUIRKS - REFUSED.keys()
+        f"{name}: unknown, there are {', '.join(sorted(PRUNING_QUIRKS))}"
+        for name in quirks - PRUNING_QUIRKS - REFUSED.keys()
     ]
     if len(quirks & {"head-only", "every-linear"}) == 2:
         problems.append("head-only and every-linear exclude each other")
@@ -263,7 +263,7 @@ def importance_of(sums: Mapping[str, Any], masks: Masks, score: Score = "taylor2
     return trees.unflatten(flat)
 
 
-def select(
+def pruning_step(
     importance: Masks, masks: Masks, r_step: float, skipped: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Masks, Masks]:
     """One pruning step over all layers together: the share `r_step` of the channels with the
@@ -292,10 +292,9 @@ def select(
     k = math.ceil(len(sizes) * r_step)
     threshold = np.partition(sizes, k - 1)[k - 1] if 0 < k < len(sizes) else np.float32(0)
     gone = {p: free[p] & (np.abs(x) <= threshold) for p, x in flat_i.items()}
-    return (
-        trees.unflatten({p: np.where(gone[p], np.float32(0), m) for p, m in flat_m.items()}),
-        trees.unflatten({p: np.where(gone[p], np.float32(0), x) for p, x in flat_i.items()}),
-    )
+    new_masks = {p: np.where(gone[p], np.float32(0), m) for p, m in flat_m.items()}
+    new_importance = {p: np.where(gone[p], np.float32(0), x) for p, x in flat_i.items()}
+    return trees.unflatten(new_masks), trees.unflatten(new_importance)
 
 
 def cut(order: Masks, share: float) -> Masks:
@@ -317,7 +316,8 @@ def cut(order: Masks, share: float) -> Masks:
 def share_left(masks: Masks) -> float:
     """Share of the channels that are not pruned."""
     flat = [np.asarray(x) for x in jax.tree.leaves(masks)]
-    return float(sum((x != 0).sum() for x in flat) / sum(x.size for x in flat))
+    left = sum(np.count_nonzero(x) for x in flat)
+    return float(left / trees.count(flat))
 
 
 def refuse_pruned(model: Model, params: Params) -> None:
@@ -325,7 +325,7 @@ def refuse_pruned(model: Model, params: Params) -> None:
     leaves them.
     """
     flat, zeros = trees.flatten(params), 0
-    for path, (m_in, _) in layer_masks.weights(params, full_masks(model)).items():
+    for path, (m_in, _) in layer_masks.masks_by_weight(params, full_masks(model)).items():
         kernel = np.asarray(sharding.on_host(flat[path])) if path in flat else None
         if kernel is None or not path.endswith("/kernel"):
             continue

@@ -18,7 +18,7 @@ import numpy as np
 
 from ltsm_jax import hosts, sharding, storage, training, trees
 from ltsm_jax.data import windows as orders
-from ltsm_jax.layers.masks import merge, place, weights
+from ltsm_jax.layers.masks import apply_masks, masks_by_weight, place
 from ltsm_jax.methods.binding import model_facts
 from ltsm_jax.methods.pruning.channels import (
     Masks,
@@ -28,7 +28,7 @@ from ltsm_jax.methods.pruning.channels import (
     gradient_sums,
     importance_of,
     no_sums,
-    select,
+    pruning_step,
     share_left,
 )
 from ltsm_jax.methods.pruning.config import PruneConfig
@@ -93,7 +93,7 @@ class PruneResult:
     @property
     def pruned(self) -> Params:
         """`params` with the masks multiplied in."""
-        return merge(self.params, self.masks)
+        return apply_masks(self.params, self.masks)
 
 
 @hosts.interruptible()
@@ -113,9 +113,9 @@ def prune(
 
     The training windows run through the frozen model in the order in which fine-tuning with this
     seed sees them. After every group of batches the scores of its windows enter each channel's
-    average importance, I = s at first and then ema * s + (1 - ema) * I, and `select` takes the
-    share r_step = ratio * (batches of a group) / (batches of an epoch). So about exp(-ratio) of the
-    channels are left after an epoch. Each epoch ends with a validation of the masked model.
+    average importance, I = s at first and then ema * s + (1 - ema) * I, and `pruning_step` takes
+    the share r_step = ratio * (batches of a group) / (batches of an epoch). So about exp(-ratio) of
+    the channels are left after an epoch. Each epoch ends with a validation of the masked model.
 
     It happens where the parameters lie, as in `training.fit`: over a mesh each device has its own
     rows of every batch. Several hosts all call with the same arguments and see one folder; SIGTERM
@@ -194,7 +194,7 @@ def prune(
         order = pruning.order()
         cuts = {}
         for share in config.ratios:
-            masked = merge(params, cut(order, share), placement)
+            masked = apply_masks(params, cut(order, share), placement)
             cuts[share] = task.evaluate(model, masked, data, "val", placement)
     return _result(pruning, reduced, order=order, cuts=cuts)
 
@@ -372,7 +372,7 @@ _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
 @functools.partial(jax.jit, static_argnames="placement")
 def _zeros(params: Params, masks: Masks, placement: Placement) -> jax.Array:
-    merged = jax.tree.leaves(merge(params, masks))
+    merged = jax.tree.leaves(apply_masks(params, masks))
     n = sum((jnp.sum(x == 0, dtype=jnp.float32) for x in merged), jnp.zeros(()))
     return placement.everywhere(n / trees.count(merged))
 
@@ -559,7 +559,7 @@ class _Pruning:
             average = np.where(np.isnan(old[path]), s, a * s + (1 - a) * old[path])
             new[path] = np.where(skipped.get(path, False), old[path], average)
         before = trees.unflatten(new)
-        after, importance = select(before, masks, self.r_step, skipped)
+        after, importance = pruning_step(before, masks, self.r_step, skipped)
         self.steps += 1
         gone = jax.tree.map(lambda was, now: (was != 0) & (now == 0), masks, after)
         self.state = {
@@ -591,7 +591,7 @@ class _Pruning:
         return found
 
     def _validate(self, masks: Masks, epoch: int, full: bool) -> None:
-        selects, merged = self.task.selects, merge(self.params, masks, self.placement)
+        selects, merged = self.task.selects, apply_masks(self.params, masks, self.placement)
         scores = self.task.evaluate(self.model, merged, self.data, "val", self.placement)
         if not math.isfinite(scores[selects]):
             raise training.NonFiniteError(
@@ -645,5 +645,9 @@ class _Pruning:
 def _stacks(params: Params, masks: Masks) -> list[str]:
     """Paths of the stacked experts that have masks."""
     return sorted(
-        {path.rpartition("/")[0] for path in weights(params, masks) if not path.endswith("/kernel")}
+        {
+            path.rpartition("/")[0]
+            for path in masks_by_weight(params, masks)
+            if not path.endswith("/kernel")
+        }
     )
