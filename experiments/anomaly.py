@@ -51,11 +51,11 @@ from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, detection_baselines, detection_scores
 from ltsm_jax.tasks.anomaly import Labelled
 from ltsm_jax.tasks.labelled import read_labelled
+from ltsm_jax.trees import Params
 
 NAMED = {"ucr": "anomaly/ucr", "nab": "anomaly/nab"}
 SCORES = "scores.npz"
 WINDOWS = (anomaly.WINDOW, 4 * anomaly.TOKEN)  # the protocol's, and the one for shorter beginnings
-Params = Any
 
 
 @dataclasses.dataclass(frozen=True)

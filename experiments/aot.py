@@ -245,7 +245,7 @@ def resolve(args: Options, target: Target) -> Job:
             "--variates"
         )
     trainable = trainable_mask(Phase(args.trainable), model, params)
-    loss = forecasting.loss_fn(model, forecasting.LOSS[mode])
+    loss = forecasting.loss_fn(model, mode)
     return Job(
         name, model, params, source, loss, config, config.batch_size, trainable, target, mesh, notes
     )

@@ -170,7 +170,7 @@ class Options:
     accept_license: bool = False
     """accept a licence that forbids commercial use; asked once for each repository"""
     head: Annotated[str | None, text("NAME")] = None
-    """put a fresh, untrained head of this name on the model (Model.heads); by default the
+    """put a fresh, untrained head of this name on the model (Model.head_names); by default the
     checkpoint's own stays
     """
     methods: Annotated[tuple[str, ...], words()] = ()

@@ -47,8 +47,8 @@ from ltsm_jax.tasks import imputation
 from ltsm_jax.tasks.base import Part
 from ltsm_jax.tasks.imputation import HOLES, Imputation
 from ltsm_jax.training.lanes import ASKED
+from ltsm_jax.trees import Params
 
-Params = Any
 FILLS = "fills.npz"
 EXAMPLES = 3  # test windows whose holes are drawn
 

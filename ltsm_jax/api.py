@@ -48,6 +48,7 @@ from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.anomaly import ScaledSeries
 from ltsm_jax.tasks.forecasting import Mode
 from ltsm_jax.training import TrainConfig
+from ltsm_jax.trees import Params
 
 __all__ = [
     "Fitted",
@@ -63,7 +64,6 @@ __all__ = [
     "save",
 ]
 
-Params = Any
 Kept = Literal["tuned", "zero_shot"]
 TaskName = Literal["forecasting", "imputation", "anomaly"]
 
@@ -165,7 +165,7 @@ class Fitted:
 @hosts.interruptible()
 def fit(
     model: Model | PruneResult,
-    params: Params = None,
+    params: Params | None = None,
     data: Data | Splits | None = None,
     *,
     task: TaskName = "forecasting",
@@ -310,7 +310,7 @@ class _Job(NamedTuple):
 
 def _job(
     model: Model | PruneResult,
-    params: Params,
+    params: Any,
     data: Data | Splits | None,
     *,
     masks: Params | None,
@@ -339,16 +339,15 @@ def _job(
             "fit(found, data) takes model and parameters from the pruning result: leave params away"
         )
     # `fit(found, data)`: the second argument is in the place of the parameters.
-    data = params if data is None else data
-    if data is None:
-        data = found.splits
-    elif not isinstance(data, Splits):
+    given: Any = params if data is None else data
+    if given is None:
+        given = found.splits
+    elif not isinstance(given, Splits):
         # What was pruned for one horizon is tuned for it, unless another is asked for.
         horizon = found.splits.val.horizon if horizon is None else horizon
         context_len = found.splits.val.context_len if context_len is None else context_len
     masks = found.masks if masks is None else masks
-    assert data is not None
-    return _Job(found.model, found.params, data, masks, horizon, context_len)
+    return _Job(found.model, found.params, given, masks, horizon, context_len)
 
 
 def _fit_forecasting(
@@ -443,7 +442,7 @@ def _tune(
 def _fit_task(
     kind: Literal["imputation", "anomaly"],
     model: Model | PruneResult,
-    params: Params,
+    params: Any,
     data: Data | Splits | None,
     options: ReadingOptions,
     chosen: Strategy | None,

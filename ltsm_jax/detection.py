@@ -26,8 +26,8 @@ from ltsm_jax.plotting import NO_PICTURES, new_figure
 from ltsm_jax.tasks import anomaly
 from ltsm_jax.tasks.detection_scores import spans_of
 from ltsm_jax.training import TrainConfig
+from ltsm_jax.trees import Params
 
-Params = Any
 FEWEST = 100  # rows that a threshold is chosen on
 SHOWN = 10  # ranges that are printed
 RESULT = ("score", "anomalous", "column")  # names of what is found

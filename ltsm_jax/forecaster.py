@@ -43,8 +43,8 @@ from ltsm_jax.tasks import panels
 from ltsm_jax.tasks.forecasting import Mode, Predictor, SeasonalNaive, naive_forecasts
 from ltsm_jax.tasks.panels import Origins, PanelForecast
 from ltsm_jax.training import TrainConfig, progress, timing
+from ltsm_jax.trees import Params
 
-Params = Any
 FACTS = "forecaster"  # entry of a model folder's provenance
 LEVELS = (0.1, 0.5, 0.9)
 MOST_ETS = 100  # forecasts that AutoETS is calibrated on; each is a fit of its own

@@ -32,8 +32,8 @@ from ltsm_jax.plotting import NO_PICTURES, new_figure
 from ltsm_jax.tasks import imputation
 from ltsm_jax.tasks.batches import in_batches
 from ltsm_jax.training import TrainConfig
+from ltsm_jax.trees import Params
 
-Params = Any
 Fill = Literal["auto", "anchored", "model", "linear"]
 FILLS: tuple[Fill, ...] = ("anchored", "model", "linear")  # the first where nothing can be measured
 WORDS = {"anchored": "model, anchored", "model": "model", "linear": "straight line"}

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Tree = Any
+Tree = Any  # a pytree
+Params = Mapping[str, Any]  # a model's parameters, and trees of their form: nested dicts of arrays
 Patterns = str | Sequence[str] | Callable[[str], bool] | None
 Norm = Literal["none", "tensor", "channel", "sphere", "slerp"]
 NORMS = get_args(Norm)

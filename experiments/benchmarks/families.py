@@ -193,7 +193,7 @@ def training_of(model: Model, shapes: Any, batch: int) -> Training:
     trainable = trainable_mask(Phase("all"), model, shapes)
     return Training(
         source=source,
-        loss=training_step.as_pytree(forecasting.loss_fn(model, forecasting.LOSS[mode])),
+        loss=training_step.as_pytree(forecasting.loss_fn(model, mode)),
         config=binding.train_config(model, batch_size=batch, accumulate=1),
         batch_size=batch,
         lr=recipe.lr,

@@ -57,7 +57,7 @@ def main() -> int:
     args = flags.parse(Options, sys.argv[1:], __doc__)
     model = preset(args.model)
     params, masks = jax.jit(model.init)(jax.random.key(0)), full_masks(model)
-    loss = forecasting.loss_fn(model, forecasting.LOSS[binding.default_mode(model)])
+    loss = forecasting.loss_fn(model, binding.default_mode(model))
     shape = (
         args.batch,
         args.variates if model.variates == "joint" else 1,

@@ -39,8 +39,8 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Loss, Source, Task
 from ltsm_jax.tasks.forecasting import Forecasting
 from ltsm_jax.training import NonFiniteError, TrainConfig, progress
+from ltsm_jax.trees import Params
 
-Params = Any
 By = Literal["grid", "groups", "layers", "learned"]
 GRID = (0.5, 0.7, 0.9, 1.0)
 SAMPLE = 256  # windows of the losses that curvature and gradients are taken of

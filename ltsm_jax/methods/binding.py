@@ -20,9 +20,9 @@ from ltsm_jax.data import Borders, DataError, Series, Splits, borders_of, prepar
 from ltsm_jax.data.benchmarks import load_series
 from ltsm_jax.data.tables import ReadingOptions
 from ltsm_jax.models import Model, folders
-from ltsm_jax.tasks.forecasting import LOSS, MODES, Forecasting, Mode, loss_fn
+from ltsm_jax.tasks.forecasting import MODES, Forecasting, Mode, loss_fn
+from ltsm_jax.trees import Params
 
-Params = Any
 Data = str | Path | pd.DataFrame | Series
 SHORTEST_VAL = (
     0.1  # share of the rows that validation keeps where a series is too short for 70/10/20
@@ -104,8 +104,8 @@ def check_params(model: Model, params: Params) -> None:
 
 
 def default_mode(model: Model) -> Mode:
-    """The mode of the model's recipe."""
-    return "ims" if model.recipe().loss == "own" else "direct"
+    """Return the mode of the model's recipe."""
+    return model.recipe().mode
 
 
 def positive_int(value: Any, name: str) -> int:
@@ -133,7 +133,7 @@ def takes(
         "context": jax.ShapeDtypeStruct((1, c, context_len), jnp.float32),
         "target": jax.ShapeDtypeStruct((1, c, target_len(model, mode, horizon)), jnp.float32),
     }
-    loss = loss_fn(model, LOSS[mode])
+    loss = loss_fn(model, mode)
     try:
         jax.eval_shape(lambda p, b: loss(p, b, jax.random.key(0), True), params, batch)
     except (ValueError, TypeError):

@@ -20,8 +20,8 @@ from ltsm_jax.tasks.panels import Origins
 from ltsm_jax.training import timing
 from ltsm_jax.training.loop import step_time
 from ltsm_jax.training.timing import TimeEstimate
+from ltsm_jax.trees import Params
 
-Params = Any
 ETS_SECONDS = 1.0  # of a forecast by AutoETS, and more than that for long contexts
 NAIVE_SECONDS = 0.3  # to compile and score one naive forecast
 PRUNING = 8.0  # a batch with gradients of single windows, in forward passes

@@ -17,8 +17,8 @@ from ltsm_jax import trees
 from ltsm_jax.methods.starts import Interpolated
 from ltsm_jax.models import parts
 from ltsm_jax.models.family import Batch, Lora, Model
+from ltsm_jax.trees import Params
 
-Params = Any
 Loss = Callable[..., jax.Array]
 Trainable = Literal["all", "head", "norms", "last", "scales", "recipe"]
 
@@ -105,7 +105,7 @@ def trainable_mask(phase: Phase, model: Model, params: Params) -> Params | None:
     """
     pattern: trees.Patterns = {
         "all": None,
-        "head": model.head,
+        "head": model.head_leaves,
         "norms": model.norms,
         "last": _last_layers(phase.layers, model, params) if phase.trainable == "last" else None,
         "scales": model.scalable,
@@ -126,7 +126,7 @@ def _last_layers(count: int, model: Model, params: Params) -> Callable[[str], bo
     last: tuple[str, ...] = ()
     for stack in parts.stacks(model, trees.flatten(params)):
         last += tuple(f"{layer}/" for layer in stack[-count:])
-    head = trees.flatten(trees.select(params, model.head))
+    head = trees.flatten(trees.select(params, model.head_leaves))
 
     def chosen(path: str) -> bool:
         return head[path] or path.startswith(last)

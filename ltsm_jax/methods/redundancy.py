@@ -29,8 +29,8 @@ from ltsm_jax.models.parts import places
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.training import progress
+from ltsm_jax.trees import Params
 
-Params = Any
 SPARSE = 0.05  # a head whose share of the stream is not larger does nothing for that token
 LAYER = re.compile(r"(.*?(?:(?:block_\d+_)?layer|block)_\d+)/(.+)")
 MATRICES = ("q", "k", "v", "qkv", "out", "gate", "up", "down")  # in the order of the heat map
@@ -167,7 +167,7 @@ def _sums(
     inside = {path: f"{path}/{group.takes[0]}" for path, group in groups}
     layers = {path: path.rpartition("/")[0] for path, group in groups if group.kind == "heads"}
     with rows_over(split.mesh), taps.arguments_of({*inside.values(), *layers.values()}) as seen:
-        forecasting.loss_fn(model, forecasting.LOSS[mode])(params, batch, None, False)
+        forecasting.loss_fn(model, mode)(params, batch, None, False)
     flat, found = trees.flatten(params), {}
     for path, group in groups:
         calls = [args[0] for args in seen[inside[path]]]

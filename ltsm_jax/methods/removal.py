@@ -40,10 +40,10 @@ from ltsm_jax.layers.masks import apply_masks, masks_by_weight
 from ltsm_jax.models import Model
 from ltsm_jax.models.parts import Kept, Place, pad, places, without
 from ltsm_jax.sharding import Placement
+from ltsm_jax.trees import Params
 
 __all__ = ["pad", "remove"]
 
-Params = Any
 Masks = Any
 
 

@@ -22,8 +22,8 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Task
 from ltsm_jax.tasks.forecasting import Forecasting
 from ltsm_jax.training import compiling
+from ltsm_jax.trees import Params
 
-Params = Any
 FORECASTING = Forecasting()
 
 

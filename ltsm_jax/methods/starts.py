@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from ltsm_jax import sharding, trees
 from ltsm_jax.layers.multiscale import MultiScale
 from ltsm_jax.models import folders
+from ltsm_jax.trees import Params
 
-Params = Any
 Group = Literal["head", "norms", "embedding", "biases", "body"]
 GROUPS = get_args(Group)
 Other = Literal["random", "noise", "zeros", "sum"]
@@ -146,7 +146,7 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
             mixed = params
     if not strategy.reinit_head:
         return mixed
-    new = trees.select(params, model.head)
+    new = trees.select(params, model.head_leaves)
     return jax.tree.map(lambda is_new, fresh, old: fresh if is_new else old, new, aux, mixed)
 
 
@@ -217,7 +217,7 @@ def groups_of(model: Any, params: Params) -> dict[str, Group]:
         # The shift of a normalisation is called bias; the scale beside it tells it from that of a
         # linear.
         beside = f"{module}/scale" if module else "scale"
-        if re.search(model.head, path):
+        if re.search(model.head_leaves, path):
             found[path] = "head"
         elif name in ("scale", "scaling") or (name == "bias" and beside in flat):
             found[path] = "norms"
@@ -235,7 +235,11 @@ def layer_of(model: Any, path: str) -> str | None:
     outside the blocks.
     """
     found = re.search(model.blocks, path)
-    return path[: found.end()].rstrip("/") if found and not re.search(model.head, path) else None
+    return (
+        path[: found.end()].rstrip("/")
+        if found and not re.search(model.head_leaves, path)
+        else None
+    )
 
 
 def _placed_like(fresh: jax.Array, old: Any) -> jax.Array:

@@ -15,9 +15,9 @@ from ltsm_jax.models import Model
 from ltsm_jax.tasks import anomaly, imputation
 from ltsm_jax.tasks.base import Task
 from ltsm_jax.tasks.imputation import Holes, Imputation
+from ltsm_jax.trees import Params
 
 TASKS = ("imputation", "anomaly")
-Params = Any
 HELD_OUT = 0.1  # share of the rows, the last ones, that select the epoch
 
 

@@ -46,6 +46,7 @@ from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks import forecasting
 from ltsm_jax.tasks.forecasting import MODES, Errors, Forecasting, Mode
 from ltsm_jax.training import compiling, progress
+from ltsm_jax.trees import Params
 
 __all__ = [
     "BUDGET",
@@ -59,7 +60,6 @@ __all__ = [
     "tuning",
 ]
 
-Params = Any
 Methods = str | Strategy | Sequence[str | Strategy]
 Alpha = float | Literal["auto"] | None
 BUDGET = 400  # steps of each method
@@ -357,6 +357,7 @@ def compare(
     candidates |= tuned.candidates
     weights = {ZERO_SHOT: prepared.params}
     if tuned.best is not None:
+        assert tuned.params is not None, "it was tuned"
         weights[tuned.best] = tuned.params
 
     pairs = _pairs(candidates, tuned.best, scorer.best_naive())

@@ -319,7 +319,7 @@ class Chronos2(Model):
     family = "chronos_2"
     covariates = frozenset({"past", "known"})
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-2)"
     shard_rules = (
@@ -416,7 +416,7 @@ class Chronos2(Model):
             "series, linear decay"
         )
         return Recipe(
-            1e-6, 32, 1, "cosine", min(self.context_len, 2048), min(self.horizon, 96), "own", source
+            1e-6, 32, 1, "cosine", min(self.context_len, 2048), min(self.horizon, 96), "ims", source
         )
 
     # --- the network between its scalings

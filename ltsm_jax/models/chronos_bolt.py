@@ -237,7 +237,7 @@ class ChronosBolt(Model):
 
     family = "chronos_bolt"
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-bolt)"
     shard_rules = (
@@ -325,7 +325,7 @@ class ChronosBolt(Model):
 
     def recipe(self) -> Recipe:
         source = "AutoGluon's defaults, from memory: AdamW, 1000 steps of 32 windows"
-        return Recipe(1e-5, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
+        return Recipe(1e-5, 32, 1, "cosine", self.context_len, self.horizon, "ims", source)
 
     # --- the network between its scalings
 

@@ -407,7 +407,7 @@ class ChronosT5(Model):
 
     family = "chronos_t5"
     missing_in_front = True
-    head = r"^shared$"  # the output layer, which is the embedding of the input too
+    head_leaves = r"^shared$"  # the output layer, which is the embedding of the input too
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (amazon/chronos-t5)"
     shard_rules = ((r"^shared$", ("tensor", "fsdp")), *t5.SHARD_RULES)
@@ -493,7 +493,7 @@ class ChronosT5(Model):
             "scripts/training of chronos-forecasting: 1000 steps of AdamW from 1e-3, there with a "
             "linear decay"
         )
-        return Recipe(1e-3, 32, 1, "cosine", self.context_len, self.horizon, "own", source)
+        return Recipe(1e-3, 32, 1, "cosine", self.context_len, self.horizon, "ims", source)
 
     # --- with the answer given
 

@@ -323,7 +323,7 @@ class Moirai(Model):
     config: MoiraiConfig
 
     family = "moirai"
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     # beside what is new: as in MSFT, not the embedding, the projections of attention and the
     # feed-forward layers
@@ -416,7 +416,7 @@ class Moirai(Model):
             "constant",
             context,
             self.horizon,
-            "own",
+            "ims",
             source,
             weight_decay=0.1,
             clip=1.0,

@@ -251,7 +251,7 @@ class Moirai2(Model):
     config: Moirai2Config
 
     family = "moirai_2"
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-2.0-R)"
     shard_rules = (
@@ -331,7 +331,7 @@ class Moirai2(Model):
         )
         context, horizon = self.context_len, self.horizon
         return Recipe(
-            5e-7, 64, 10, "constant", context, horizon, "own", source, weight_decay=0.1, clip=1.0
+            5e-7, 64, 10, "constant", context, horizon, "ims", source, weight_decay=0.1, clip=1.0
         )
 
     # --- the network, and what is made of its quantiles

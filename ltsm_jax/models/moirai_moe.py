@@ -355,7 +355,7 @@ class MoiraiMoe(Model):
     config: MoiraiMoeConfig
 
     family = "moirai_moe"
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "CC-BY-NC-4.0, non-commercial (Salesforce/moirai-moe-1.0-R)"
     fixed = r"^centroid$"
@@ -447,7 +447,7 @@ class MoiraiMoe(Model):
             "constant",
             context,
             self.horizon,
-            "own",
+            "ims",
             source,
             weight_decay=0.1,
             clip=1.0,

@@ -341,8 +341,8 @@ class Moment(Model):
     config: MomentConfig
 
     family = "moment"
-    head = r"^head/"
-    heads = ("reconstruction", "forecasting", "classification")
+    head_leaves = r"^head/"
+    head_names = ("reconstruction", "forecasting", "classification")
     rows_apart = (
         False  # a batch's loss is a mean over all of its masked points, and masks are random
     )
@@ -453,8 +453,8 @@ class Moment(Model):
             each.
         Raises: ValueError for another head, or sizes that are missing or not known.
         """
-        if head not in self.heads:
-            raise ValueError(f"moment has the heads {', '.join(self.heads)}, not {head!r}")
+        if head not in self.head_names:
+            raise ValueError(f"moment has the heads {', '.join(self.head_names)}, not {head!r}")
         known = {
             "forecasting": {"horizon"},
             "classification": {"n_classes", "n_variates", "reduction"},
@@ -496,7 +496,7 @@ class Moment(Model):
             "cosine",
             self.context_len,
             horizon,
-            "own",
+            "ims",
             source,
             clip=5.0,
             trainable=r"^head/",

@@ -22,8 +22,7 @@ from ltsm_jax import trees
 from ltsm_jax.models.configs import entry_of
 from ltsm_jax.models.family import Model
 from ltsm_jax.models.groups import Group
-
-Params = Any
+from ltsm_jax.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -302,7 +302,7 @@ class Sundial(Model):
     config: SundialConfig
 
     family = "sundial"
-    head = r"^flow/"
+    head_leaves = r"^flow/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/sundial-base-128m)"
     shard_rules = (
@@ -389,7 +389,7 @@ class Sundial(Model):
             "no fine-tuning code is published; rate, schedule and length of the same authors' "
             "Timer-XL script"
         )
-        return Recipe(5e-6, 256, 10, "cosine", self.context_len, self.horizon, "own", source)
+        return Recipe(5e-6, 256, 10, "cosine", self.context_len, self.horizon, "ims", source)
 
     # --- the networks
 

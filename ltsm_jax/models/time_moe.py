@@ -386,7 +386,7 @@ class TimeMoe(Model):
     family = "time_moe"
     missing_in_front = True
     rows_apart = False  # the balance term is of all tokens of a batch
-    head = r"^head_\d+/"
+    head_leaves = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (Time-MoE/Time-MoE)"
     shard_rules = (
@@ -474,7 +474,7 @@ class TimeMoe(Model):
             "cosine",
             self.context_len,
             self.horizon,
-            "own",
+            "ims",
             source,
             weight_decay=0.1,
             clip=1.0,

@@ -256,7 +256,7 @@ class Timer(Model):
     config: TimerConfig
 
     family = "timer"
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting", "imputation", "anomaly")
     licence = "Apache-2.0 (thuml/Large-Time-Series-Model)"
     shard_rules = (
@@ -319,12 +319,12 @@ class Timer(Model):
             # is small so that a run from scratch gets a thousand steps in five epochs
             tiny = self.config == PRESETS["timer-tiny"]
             source = "validation on ETTh1" if tiny else "that of timer-tiny, not measured"
-            return Recipe(1e-4, 256, 5, "halving", self.context_len, self.horizon, "own", source)
+            return Recipe(1e-4, 256, 5, "halving", self.context_len, self.horizon, "ims", source)
         source = (
             "thuml/Large-Time-Series-Model scripts; schedule of Meteor-Stars/SFF (commit 2dfb50b)"
         )
         lr, batch_size = (3e-5, 2048) if self.config.task == "forecasting" else (1e-4, 128)
-        return Recipe(lr, batch_size, 10, "halving", self.context_len, self.horizon, "own", source)
+        return Recipe(lr, batch_size, 10, "halving", self.context_len, self.horizon, "ims", source)
 
     # --- the network around its instance scaling
 

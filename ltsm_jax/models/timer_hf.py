@@ -240,7 +240,7 @@ class TimerHf(Model):
     config: TimerHfConfig
 
     family = "timer_hf"
-    head = r"^head_\d+/"
+    head_leaves = r"^head_\d+/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (thuml/timer-base-84m)"
     shard_rules = (
@@ -303,7 +303,7 @@ class TimerHf(Model):
             "Prune-then-Finetune's grid"
         )
         return Recipe(
-            5e-6, 2048, 10, "cosine", self.context_len // p * p, self.horizon, "own", source
+            5e-6, 2048, 10, "cosine", self.context_len // p * p, self.horizon, "ims", source
         )
 
     # --- the network

@@ -252,7 +252,7 @@ class TimerXL(Model):
     config: TimerXLConfig
 
     family = "timer_xl"
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "MIT (thuml/OpenLTM)"
     shard_rules = (
@@ -326,7 +326,7 @@ class TimerXL(Model):
         source = (
             "thuml/OpenLTM adaptation script of timer_xl (commit 0b30050): 5e-6, cosine, ten epochs"
         )
-        return Recipe(5e-6, 2048, 10, "cosine", self.context_len, self.horizon, "own", source)
+        return Recipe(5e-6, 2048, 10, "cosine", self.context_len, self.horizon, "ims", source)
 
     # --- the network around its instance scaling
 

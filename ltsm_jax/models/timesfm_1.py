@@ -349,7 +349,7 @@ class TimesFM1(Model):
 
     family = "timesfm_1"
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-1.0-200m-pytorch, google/timesfm-2.0-500m-pytorch)"
     shard_rules = (
@@ -431,7 +431,7 @@ class TimesFM1(Model):
             "constant",
             self.context_len,
             self.horizon,
-            "own",
+            "ims",
             source,
             weight_decay=0.01,
         )

@@ -393,7 +393,7 @@ class TimesFM2p5(Model):
 
     family = "timesfm_2p5"
     missing_in_front = True
-    head = r"^(head|spread_head)/"
+    head_leaves = r"^(head|spread_head)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (google/timesfm-2.5-200m-pytorch)"
     shard_rules = (
@@ -466,7 +466,7 @@ class TimesFM2p5(Model):
             "cosine",
             self.context_len,
             self.horizon,
-            "own",
+            "ims",
             source,
             0.01,
             1.0,

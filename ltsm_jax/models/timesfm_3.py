@@ -532,7 +532,7 @@ class TimesFM3(Model):
     family = "timesfm_3"
     covariates = frozenset({"past", "known"})
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting",)
     licence = "timesfm-non-commercial-license-v1.0, non-commercial (google/timesfm-3.0-pytorch)"
     shard_rules = (
@@ -626,7 +626,7 @@ class TimesFM3(Model):
             schedule="cosine",
             context_len=self.context_len,
             horizon=self.horizon,
-            loss="own",
+            mode="ims",
             source=source,
             weight_decay=0.01,
             clip=1.0,

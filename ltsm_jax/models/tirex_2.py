@@ -939,7 +939,7 @@ class TiRex2(Model):
     family = "tirex_2"
     covariates = frozenset({"past", "known"})
     missing_in_front = True
-    head = r"^head/"
+    head_leaves = r"^head/"
     tasks = ("forecasting", "embedding")
     licence = "Apache-2.0 (NX-AI/TiRex-2)"
     shard_rules = (
@@ -1075,7 +1075,7 @@ class TiRex2(Model):
             "Chronos-Bolt, which has the same loss and about the same size; gradients clipped at 1"
         )
         context, horizon = min(self.context_len, 2048), min(self.horizon, 96)
-        return Recipe(1e-5, 32, 1, "cosine", context, horizon, "own", source, clip=1.0)
+        return Recipe(1e-5, 32, 1, "cosine", context, horizon, "ims", source, clip=1.0)
 
     # --- the network around its scaling
 

@@ -674,7 +674,7 @@ class Toto2(Model):
 
     family = "toto_2"
     covariates = frozenset({"past", "known"})
-    head = r"^head/"
+    head_leaves = r"^head/"
     fixed = r"_tau$"
     unit_scaled = True
     tasks = ("forecasting",)
@@ -780,7 +780,7 @@ class Toto2(Model):
         )
         rate = 0.1 * 0.012 / math.sqrt(self.config.d_model)
         context, horizon = min(self.context_len, 2048), min(self.horizon, 96)
-        return Recipe(rate, 32, 1, "cosine", context, horizon, "own", source, clip=7.0)
+        return Recipe(rate, 32, 1, "cosine", context, horizon, "ims", source, clip=7.0)
 
     # --- one pass over patches
 

@@ -1140,7 +1140,7 @@ class TTM(Model):
 
     family = "ttm"
     missing_in_front = True
-    head = r"^(head|quantiles)/"
+    head_leaves = r"^(head|quantiles)/"
     tasks = ("forecasting",)
     licence = "Apache-2.0 (ibm-granite/granite-timeseries-ttm-r1, -r2, -r3)"
     shard_rules = (
@@ -1288,7 +1288,7 @@ class TTM(Model):
         )
         sizes = (self.context_len, self.horizon)
         return Recipe(
-            1e-4, 64, 10, "one-cycle", *sizes, "own", source, weight_decay=0.01, trainable=trainable
+            1e-4, 64, 10, "one-cycle", *sizes, "ims", source, weight_decay=0.01, trainable=trainable
         )
 
     def for_series(

@@ -25,7 +25,6 @@ from ltsm_jax.trees import Tree
 Mode = Literal["ims", "direct"]
 Scaling = Literal["train", "context"]
 MODES = get_args(Mode)
-LOSS: dict[Mode, Literal["own", "point"]] = {"ims": "own", "direct": "point"}
 MEMBERS = 10  # of a group, what `eval_batch` of a joint family reckons with
 COLLAPSED = (
     0.01  # a forecast that varies less than this share of what it should follow is a flat line
@@ -161,25 +160,25 @@ class ScaledByContext:
 
 
 def loss_fn(
-    model: Model, mode: Literal["own", "point"] = "own"
+    model: Model, mode: Mode = "ims"
 ) -> Callable[[Tree, Batch, jax.Array | None, bool], jax.Array]:
-    """The training loss `f(params, batch, key, train) -> scalar`, in the (squared) units of the
-    batch.
+    """Return the training loss `f(params, batch, key, train) -> scalar`, in the (squared) units of
+    the batch.
 
-    mode: "own" is the family's own loss (Timer: next token, "IMS"); "point" is the MSE of the point
-    forecast ("direct").
+    mode: "ims", iterative multi-step, is the family's own loss (Timer: next token); "direct" is the
+    MSE of the point forecast.
     """
     model.check_task("forecasting")
-    if mode not in ("own", "point"):
-        raise ValueError(f"loss mode must be 'own' or 'point', got {mode!r}")
-    return model.loss if mode == "own" else model.point_loss
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    return model.loss if mode == "ims" else model.point_loss
 
 
 @functools.cache
 def _loss(model: Model, mode: Mode) -> Loss:
     # methods of two equal models are not equal: without this each load of a checkpoint compiles the
     # step again
-    return loss_fn(model, LOSS[mode])
+    return loss_fn(model, mode)
 
 
 def training_windows(model: Model, splits: Splits | PanelSplits, mode: Mode) -> Windows:

@@ -586,7 +586,7 @@ def test_an_expert_can_be_judged_by_the_windows_that_reach_it(moe, tmp_path, mon
     model, params, splits = moe
     rows = splits.train.gather(jnp.arange(5, dtype=jnp.int32))
     stack, masks = "layer_0/mixture/experts", pruning.full_masks(model)
-    loss = forecasting.loss_fn(model, forecasting.LOSS["ims"])
+    loss = forecasting.loss_fn(model, "ims")
     sums = jax.jit(functools.partial(pruning.gradient_sums, loss, stacks=[stack]))(
         params, masks, rows
     )

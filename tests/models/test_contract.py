@@ -380,7 +380,7 @@ def test_a_folder_gives_the_model_back(any_case, tmp_path):
 
 def test_declared_facts_fit_the_parameters(any_case):
     model, flat = any_case.model, trees.flatten(any_case.params)
-    assert any(jax.tree.leaves(trees.select(any_case.params, model.head))), (
+    assert any(jax.tree.leaves(trees.select(any_case.params, model.head_leaves))), (
         "linear probing would train nothing"
     )
     if model.fixed:

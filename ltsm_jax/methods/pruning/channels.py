@@ -19,8 +19,8 @@ from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.masks import masked
 from ltsm_jax.models import Model
 from ltsm_jax.sharding import Placement
+from ltsm_jax.trees import Params
 
-Params = Any
 Masks = Any  # nested dict, see `full_masks`; importance and order are trees of the same structure
 Score = Literal["taylor2", "taylor1", "taylor2-mean-loss"]
 HERE = Placement()  # where the arrays lie
@@ -77,7 +77,7 @@ def full_masks(
     quirks = known_quirks(quirks)
     flat = _shapes(model)
     linears = {path.rsplit("/", 1)[0] for path in flat}
-    heads = {path for path in linears if re.search(model.head, f"{path}/kernel")}
+    heads = {path for path in linears if re.search(model.head_leaves, f"{path}/kernel")}
     blocks = {path for path in linears if re.search(model.blocks, path)} - heads
     never = {path for path in linears if path.rsplit("/", 1)[-1] in layer_masks.ROUTING}
     if "every-linear" in quirks:

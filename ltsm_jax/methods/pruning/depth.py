@@ -18,8 +18,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.models.parts import shorter, stacks
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.base import Task
-
-Params = Any
+from ltsm_jax.trees import Params
 
 
 def block_influence(

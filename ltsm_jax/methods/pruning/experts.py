@@ -16,8 +16,7 @@ from ltsm_jax.models import Model
 from ltsm_jax.models.configs import entry_of, with_entry
 from ltsm_jax.sharding import Placement
 from ltsm_jax.tasks.batches import in_batches
-
-Params = Any
+from ltsm_jax.trees import Params
 
 
 def expert_usage(
