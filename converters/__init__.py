@@ -104,9 +104,9 @@ def import_checkpoint(
     if missing := uneven_layers(stripped):
         raise CheckpointError(f"{original.path}: {missing}. Save the model's state_dict() again.")
     published = _published(
-        original, config, getattr(family, "BESIDE", ()), getattr(family, "BESIDE_YAML", None)
+        original, config, getattr(family, "BESIDE", ()), older=getattr(family, "BESIDE_YAML", None)
     )
-    model, notes = _model(family, stripped, published, original.path)
+    model, notes = _model(family, stripped, published, path=original.path)
     model_config = model.config
     what = f"{original.path}: {model.family} {shortened(str(model_config), 250)}"
     if published is None:
@@ -273,7 +273,9 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
         imported_from in ("student", "nested") and container == "state_dict"
     )
     table = record.get("table", "") if alike else getattr(family, "TABLES", {}).get(file.suffix, "")
-    model, params, published, whole = _in_one_width(model, params, record, family, table)
+    model, params, published, whole = _in_one_width(
+        model, params, record, family=family, table=table
+    )
     told = record.get("dtype", "float32")
     state, wider = tables.to_state(_in_table(family.keys, model.config, table), params, told)
     notes = whole + [
@@ -299,7 +301,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
         layout = Layout("model." if container == "lightning" else "")
     content: dict[str, Any] = layout.dress(state)
     if table == record.get("table", ""):
-        published = _as_published(published, record.get("published", {}), family, state)
+        published = _as_published(published, record.get("published", {}), family, state=state)
     beside: dict[Path, Any] = {}
     if container != "lightning":  # no room for what the shapes do not say
         others = {Path(name).stem for name in getattr(family, "BESIDE", ())}
@@ -308,7 +310,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
             file.with_name(f"{name}.json"): fields
             for name, fields in {"config": published, **parts}.items()
         }
-    _require_free(file, beside, folder, overwrite, alone=file is dst)
+    _require_free(file, beside, folder, overwrite=overwrite, alone=file is dst)
     file.parent.mkdir(parents=True, exist_ok=True)
     if container == "safetensors":
         write_safetensors(file, content, overwrite=overwrite)
@@ -321,7 +323,7 @@ def export_checkpoint(src: str | Path, dst: str | Path, *, overwrite: bool = Fal
             }
         write_torch(file, content, overwrite=overwrite)
     for path, fields in beside.items():
-        notes += _write_beside(path, fields, file, overwrite)
+        notes += _write_beside(path, fields, file, overwrite=overwrite)
     return notes
 
 

@@ -59,7 +59,12 @@ def configure(
         problems.append("distr_output: missing")
     required = ("d_model", "num_layers")
     return packed.build_config(
-        published, sizes, required, problems, MoiraiConfig.from_published, where
+        published,
+        sizes,
+        required,
+        problems=problems,
+        build=MoiraiConfig.from_published,
+        where=where,
     ), []
 
 

@@ -66,7 +66,12 @@ def configure(
     if published.get("d_ff") is not None:
         required.append("d_ff")
     return packed.build_config(
-        published, sizes, required, problems, MoiraiMoeConfig.from_published, where
+        published,
+        sizes,
+        required,
+        problems=problems,
+        build=MoiraiMoeConfig.from_published,
+        where=where,
     ), []
 
 

@@ -64,7 +64,14 @@ def read_original(src: str | Path) -> Original:
             raise CheckpointError(
                 f"{path}: the file is empty: it holds no tensor. Save the model's state_dict()."
             )
-        return Original(path, (path,), "safetensors", "safetensors", tensors, {})
+        return Original(
+            path=path,
+            files=(path,),
+            format="safetensors",
+            container="safetensors",
+            state=tensors,
+            extras={},
+        )
     file = read_torch(path)
     content = file.content
     if isinstance(content, Placeholder):
@@ -103,7 +110,15 @@ def read_original(src: str | Path) -> Original:
     extras = {k: named[k] for k in list(named)[:100] if k != nest[0]} if nest else {}
     container = _CONTAINERS.get(nest, "nested")
     notes = wrappers.nest_notes(nest, aside)
-    return Original(path, (path,), file.container, container, state, extras, tuple(notes))
+    return Original(
+        path=path,
+        files=(path,),
+        format=file.container,
+        container=container,
+        state=state,
+        extras=extras,
+        notes=tuple(notes),
+    )
 
 
 def _only_file(folder: Path) -> Path:
@@ -166,7 +181,15 @@ def _read_shards(index: Path) -> Original:
             tables.problem_list(f"{index}: the files do not go with the index:", problems)
         )
     files = tuple(index.parent / name for name in names)
-    return Original(index, files, parts[0].format, parts[0].container, state, {}, parts[0].notes)
+    return Original(
+        path=index,
+        files=files,
+        format=parts[0].format,
+        container=parts[0].container,
+        state=state,
+        extras={},
+        notes=parts[0].notes,
+    )
 
 
 def family_of(original: Original) -> tuple[Any, Layout, Original]:

@@ -861,7 +861,14 @@ def run_pickle(
     Raises: CheckpointError, whatever is wrong.
     """
     end = len(data) if end is None else end
-    pickle = _Pickle(data, start, end, persistent, builders, budget or Budget.of(end - start))
+    pickle = _Pickle(
+        data=data,
+        start=start,
+        end=end,
+        persistent=persistent,
+        builders=builders,
+        budget=budget or Budget.of(end - start),
+    )
     try:
         return pickle.run(), pickle.pos
     except (

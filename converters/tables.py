@@ -309,7 +309,13 @@ def to_params(
       every one with NaN or infinite values.
     """
     leaves = trees.flatten(shapes)
-    reading = _Reading(rules, leaves, allow_cast, hints or {}, list(problems))
+    reading = _Reading(
+        rules=rules,
+        leaves=leaves,
+        allow_cast=allow_cast,
+        hints=hints or {},
+        problems=list(problems),
+    )
     state = reading.without_copies(state)
     absent = sorted(set(reading.expected.values()) - set(state))
     for key, value in state.items():

@@ -147,7 +147,7 @@ def keys(config: TTMConfig) -> list[Rule]:
                 )
                 rules += _layer(*layer, width // f, config)
         else:
-            rules += _layer(rf"{theirs}mixers\.(\d+)\.", rf"{ours}/layer_\1", width, config)
+            rules += _layer(rf"{theirs}mixers\.(\d+)\.", rf"{ours}/layer_\1", width, config=config)
     return rules
 
 
@@ -389,7 +389,7 @@ def _tokens(told: Mapping[str, Any]) -> int:
         told["frequency_token_vocab_size"] if told["resolution_prefix_tuning"] else 0,
         told["register_tokens"],
         told["fft_length"],
-        told["get_one_freq_emb"],
+        spectrum_joined=told["get_one_freq_emb"],
     )
 
 

@@ -171,13 +171,22 @@ def resolve(options: Options) -> Comparison:
     config = options.config(model)
     record = {
         "experiment": options.program,
-        "settings": settings_of(options, config, kept, window)
+        "settings": settings_of(options, config, kept, window=window)
         | {"model_sha256": storage.sha256_of(params)[:16]},
         "model": {"family": model.family, "config": model.config_to_dict()},
         "command": options.command(),
         "notes": notes,
     }
-    return Comparison(options, model, params, kept, window, config, record, notes)
+    return Comparison(
+        options=options,
+        model=model,
+        params=params,
+        series=kept,
+        window=window,
+        config=config,
+        record=record,
+        notes=notes,
+    )
 
 
 def window_for(series: Sequence[Labelled]) -> int:
@@ -257,7 +266,7 @@ def run_cell(c: Comparison, cell: Cell) -> task_runs.Outcome:
     else:
         held_out, found, facts = tuned_scores(c, cell)
     facts["seconds"] = round(time.perf_counter() - began, 3)
-    row = row_of(c, cell, held_out, found) | facts
+    row = row_of(c, cell, held_out, scores=found) | facts
     place = "missed" if row["rank"] is None else f"rank {row['rank']} of {row['tokens']}"
     kept = {"scores": found.astype(np.float32), "first_row": cell.series.train_end}
     return task_runs.Outcome(row, f"{place}, VUS-PR {row['vus_pr']:.3f}", {SCORES: kept})
@@ -274,7 +283,7 @@ def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dic
         c.model,
         c.params,
         strategy(cell.method, alpha=o.alpha),
-        prepared,
+        data=prepared,
         task=c.task,
         seed=cell.seed,
         config=c.config,
@@ -291,7 +300,7 @@ def tuned_scores(c: Comparison, cell: Cell) -> tuple[np.ndarray, np.ndarray, dic
             c.model,
             result.params,
             prepared.values,
-            rows,
+            rows=rows,
             ims=ims,
             tail=tail,
             window=c.window,
@@ -355,12 +364,14 @@ def compare(c: Comparison) -> list[str]:
 
 def finish(c: Comparison, rows: list[dict[str, Any]]) -> None:
     """Write results.csv and report.md, and print the summary."""
-    anomaly_report.write(c.options.folder, pd.DataFrame(rows), c.series, c.record["command"])
+    anomaly_report.write(
+        c.options.folder, pd.DataFrame(rows), c.series, command=c.record["command"]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.anomaly`; returns the exit code."""
-    return task_runs.main(argv, parse, resolve, plan, compare, finish)
+    return task_runs.main(argv, parse, resolve, plan=plan, compare=compare, finish=finish)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,9 @@ def resolve(options: Options) -> Comparison:
     if splits is not None:
         attempt(_try_batch, model, params, splits, task)
     if splits is None or len(problems) > found:
-        problems.append(binding.what_fits(model, params, series, horizon, usual_borders=True))
+        problems.append(
+            binding.what_fits(model, params, series, horizon=horizon, usual_borders=True)
+        )
     if splits is None or problems:
         raise UsageError("\n".join(problems))
     splits = thinned(splits, options.score_stride)
@@ -190,7 +192,15 @@ def resolve(options: Options) -> Comparison:
         **options.training.unusual(),
         **grid.settings(options.over, options.seeds[0], options.origins),
     }
-    return Comparison(options, model, params, splits, config, task, settings)
+    return Comparison(
+        options=options,
+        model=model,
+        params=params,
+        splits=splits,
+        config=config,
+        task=task,
+        settings=settings,
+    )
 
 
 def read_series(data: str, reading: Reading) -> Series:
@@ -460,7 +470,7 @@ def run_chosen(
         columns = dataclasses.asdict(cell)  # pyright: ignore[reportArgumentType]
         if best.get(grid.arm(columns, over)) == grid.candidate(columns, over):
             mine.append(cell)
-    return run_cells(c, mine, run_cell, rank, console, place, begin)
+    return run_cells(c, mine, run_cell, rank=rank, console=console, place=place, begin=begin)
 
 
 def tune(c: Comparison, cell: Cell, chosen: Strategy, **rest: Any) -> run.RunResult:
@@ -612,8 +622,8 @@ def start_mse(c: Comparison, chosen: Strategy, seed: int) -> float | None:
     if not chosen.phases:
         return None
     key = training.keys(seed)["aux"]
-    model, params = prepared(chosen, c.model, c.params, key)
-    return c.task.evaluate(model, start_params(chosen, model, params, key), c.splits)[
+    model, params = prepared(chosen, c.model, c.params, aux_key=key)
+    return c.task.evaluate(model, start_params(chosen, model, params, aux_key=key), c.splits)[
         c.task.selects
     ]
 
@@ -683,7 +693,11 @@ def write_examples(c: Comparison, model: Model, params: Any, path: Path) -> None
     indices = ((np.arange(n) + 0.5) * windows.n / n).astype(np.int32)
     labels, stamps, shown = [], [], {"context": [], "target": [], "point": []}
     found = dict(
-        zip(shown, forecasting.forecast_windows(model, params, windows, indices), strict=True)
+        zip(
+            shown,
+            forecasting.forecast_windows(model, params, windows, indices=indices),
+            strict=True,
+        )
     )
     for k, i in enumerate(indices):
         where = windows.describe(int(i))
@@ -728,7 +742,7 @@ def main(
     words = sys.argv[1:] if argv is None else argv
 
     def one(words: Sequence[str]) -> int:
-        return main(words, parse, resolve, plan, compare, finish)
+        return main(words, parse, resolve, plan=plan, compare=compare, finish=finish)
 
     def work() -> int:
         several = lists.run(words, lists.out_of(words, "runs/several"), one)

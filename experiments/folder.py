@@ -200,7 +200,7 @@ def check(folder: Path, record: Mapping[str, Any], optional: Sequence[str] = ())
             raise UsageError(
                 f"{file} is damaged ({err}); delete the folder or take another --out"
             ) from None
-        _compare(folder, old, json.loads(json.dumps(record)), optional)
+        _compare(folder, old, json.loads(json.dumps(record)), optional=optional)
         for name in optional:
             if record["settings"][name] is None:
                 record["settings"][name] = old["settings"].get(name)

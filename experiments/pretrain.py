@@ -445,7 +445,9 @@ def _train_and_score(args: Pretrain) -> pd.DataFrame | None:
         return None
     rows = []
     for data in args.evaluate:
-        rows += scores(model, params, data, args.parts, args.reading, args.score_stride)
+        rows += scores(
+            model, params, data, parts=args.parts, reading=args.reading, stride=args.score_stride
+        )
     results = pd.DataFrame(rows)
     results.insert(0, "model", name)
     hosts.on_first(results.to_csv, args.out / "results.csv", index=False)

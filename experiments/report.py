@@ -327,7 +327,7 @@ def terminal_tables(
     styles = ["dim" if i >= len(summary) else None for i in range(len(body))]
     styles[int(np.argmin(values))] = "bold"
     caption = "mean ± std over seeds; vs: change of test MSE, paired by seed"
-    return fitted(header, body, styles, title, caption, console)
+    return fitted(header, body, styles, title=title, caption=caption, console=console)
 
 
 def fitted(
@@ -415,7 +415,7 @@ def plot_bars(
     )
     _draw_errors(axes[0, 0], rows)
     if len(zero):
-        _draw_changes(axes[0, 1], rows, results, zero)
+        _draw_changes(axes[0, 1], rows, results, zero=zero)
     figure.savefig(path)
 
 
@@ -798,7 +798,13 @@ def read_folder(folder: Path, rank: Callable[[dict[str, Any]], Any], *more: str)
         zip(records.items(), rows, strict=True), key=lambda item: rank(item[1])
     ):
         cells.append({**row, **record, "folder": folder / "cells" / name})
-    return Found(folders.table_of(rows, rank), cells, run, baselines, damaged)
+    return Found(
+        table=folders.table_of(rows, rank),
+        cells=cells,
+        run=run,
+        baselines=baselines,
+        damaged=damaged,
+    )
 
 
 def write_report(folder: str | Path, by: str = "validation") -> Path:
@@ -817,7 +823,7 @@ def write_report(folder: str | Path, by: str = "validation") -> Path:
     if importlib.util.find_spec("matplotlib"):
         plots = folder / "plots"
         plots.mkdir(exist_ok=True)
-        plot_bars(summary, results, baselines, plots / "bars.png")
+        plot_bars(summary, results, baselines, path=plots / "bars.png")
         pictures.append(
             (
                 "bars",
@@ -945,7 +951,7 @@ def print_table(folder: str | Path, console: Console | None = None, by: str = "v
     title = (
         f"{s['data']}, {s['model']}, {s['context']} -> {s['horizon']}, {s['mode']}{by_words(by)}"
     )
-    for table in terminal_tables(summary, found.baselines, title, console):
+    for table in terminal_tables(summary, found.baselines, title, console=console):
         console.print(table)
     console.print(verdict(summary, found.baselines, blocks_of(found.cells)), highlight=False)
 

@@ -248,9 +248,9 @@ def fit(
             task,
             model,
             params,
-            data,
-            options,
-            chosen,
+            data=data,
+            options=options,
+            chosen=chosen,
             given=[name for name, value in other.items() if value is not None],
             few_shot=few_shot,
             how=how,
@@ -260,7 +260,7 @@ def fit(
         job.model,
         job.params,
         job.data,
-        options,
+        options=options,
         horizon=job.horizon,
         context_len=job.context_len,
         mode=mode,
@@ -331,7 +331,14 @@ def _job(
                 "fit(model, params, data): there are no data; or fit(found, data) for a result of "
                 "prune"
             )
-        return _Job(model, params, data, masks, horizon, context_len)
+        return _Job(
+            model=model,
+            params=params,
+            data=data,
+            masks=masks,
+            horizon=horizon,
+            context_len=context_len,
+        )
 
     found = model
     if params is not None and data is not None:
@@ -347,7 +354,14 @@ def _job(
         horizon = found.splits.val.horizon if horizon is None else horizon
         context_len = found.splits.val.context_len if context_len is None else context_len
     masks = found.masks if masks is None else masks
-    return _Job(found.model, found.params, given, masks, horizon, context_len)
+    return _Job(
+        model=found.model,
+        params=found.params,
+        data=given,
+        masks=masks,
+        horizon=horizon,
+        context_len=context_len,
+    )
 
 
 def _fit_forecasting(
@@ -472,7 +486,7 @@ def _fit_task(
     check_params(model, params)
     assert chosen is not None
     series = as_series(data, options)
-    model, params = ready_for(model, params, series, how.seed)
+    model, params = ready_for(model, params, series, seed=how.seed)
     made = ready(kind, model, series, few_shot=few_shot)
     zero_shot = made.task.evaluate(model, params, made.data, "val")
     result = run(
@@ -564,7 +578,7 @@ def prune(
         model,
         params,
         data,
-        options,
+        options=options,
         horizon=horizon,
         context_len=context_len,
         mode=mode,
@@ -575,7 +589,7 @@ def prune(
         bound.model,
         bound.params,
         bound.splits,
-        config,
+        config=config,
         task=bound.task,
         seed=seed,
         folder=folder,
@@ -650,7 +664,7 @@ def forecast(
     if not bool(np.isfinite(np.asarray(found.point)).all()):
         _refuse_bad_weights(params)
         raise ValueError(f"{series.name}: the forecast is not finite although data and weights are")
-    return _forecast_table(series, found, mean_C1, std_C1)
+    return _forecast_table(series, found, mean_C1, std_C1=std_C1)
 
 
 def _context(series: Series, context_len: int) -> np.ndarray:

@@ -96,7 +96,9 @@ def top_eigenvalues(
         residuals = np.abs(lanczos.next * vectors[-1, -k:])
         return bool(residuals.max() <= tolerance * np.abs(values).max())
 
-    found = _lanczos(problem, problem.normal, _key(key), max(steps, 2 * k), converged)
+    found = _lanczos(
+        problem, problem.normal, _key(key), steps=max(steps, 2 * k), converged=converged
+    )
     return found.eigen()[0][::-1][:k].copy()
 
 
@@ -239,7 +241,7 @@ def spectral_density(
         return Spectrum(values, np.full(len(values), 1 / len(values)), problem.size)
     values, weights = [], []
     for one in jax.random.split(_key(key), probes):
-        found = _lanczos(problem, problem.signs, one, steps)
+        found = _lanczos(problem, problem.signs, one, steps=steps)
         places, vectors = found.eigen()
         values.append(places)
         weights.append(np.square(vectors[0]) / probes)

@@ -229,7 +229,13 @@ def examine_family(family: str) -> Check:
         problem = f"no forecast: {type(error).__name__}: {said}"
     if problem:
         problem += f"; {_advice(accelerated)}"
-    return Check(family, difference, tolerance, time.perf_counter() - start, problem)
+    return Check(
+        family=family,
+        difference=difference,
+        tolerance=tolerance,
+        seconds=time.perf_counter() - start,
+        problem=problem,
+    )
 
 
 def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

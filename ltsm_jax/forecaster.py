@@ -154,7 +154,9 @@ class Forecaster:
             notes.append(
                 f"the verdict was to forecast with {self.baseline}; what is exported is the model"
             )
-        found = Loaded(self.model, self.params, self.provenance, self.buffers)
+        found = Loaded(
+            model=self.model, params=self.params, provenance=self.provenance, buffers=self.buffers
+        )
         return notes + export(found, path, overwrite=overwrite)
 
     def _facts(self) -> dict[str, Any]:
@@ -286,7 +288,7 @@ class Forecaster:
             self.model,
             self.params,
             panel,
-            horizon,
+            horizon=horizon,
             methods=methods,
             alpha=alpha,
             masks=masks,
@@ -345,7 +347,7 @@ class Forecaster:
             self.model,
             self.params,
             panel,
-            horizon,
+            horizon=horizon,
             masks=masks,
             context_len=self.context_len,
             mode=mode,
@@ -433,7 +435,7 @@ class Forecaster:
         }
         panel = self.read(df, **options)
         found, notes = self._forecast(panel, horizon, levels, seed, show_progress)
-        return _table(panel, found, levels, (*panel.notes, *notes))
+        return _table(panel, found, levels, notes=(*panel.notes, *notes))
 
     def estimate(
         self,
@@ -491,7 +493,7 @@ class Forecaster:
             by.predictor,
             by.params,
             panel,
-            horizon,
+            horizon=horizon,
             context_len=by.context_len,
             origins=origins,
             on_host=by.on_host,
@@ -614,7 +616,7 @@ class Forecaster:
         before = Origins.none()
         if rest and self._calibration_of(panel, horizon) is None:
             before = rolling_origins(
-                panel, horizon, by.context_len, MOST_ETS if by.on_host else None
+                panel, horizon, by.context_len, windows=MOST_ETS if by.on_host else None
             )
         return Origins.after(panel).and_then(before), before
 
@@ -668,7 +670,7 @@ class Forecaster:
         by = self._forecasts_with(panel)
         if origins is None:
             origins = rolling_origins(
-                panel, horizon, by.context_len, MOST_ETS if by.on_host else None
+                panel, horizon, by.context_len, windows=MOST_ETS if by.on_host else None
             )
         if not len(origins.items):
             raise ValueError("no item is long enough")
@@ -697,7 +699,7 @@ class Forecaster:
             by.predictor,
             by.params,
             panel,
-            horizon,
+            horizon=horizon,
             context_len=by.context_len,
             origins=origins,
             levels=levels,
@@ -732,7 +734,12 @@ class Forecaster:
         context_len = self.context_len or self.model.context_len
         if self.baseline is None:
             model, params = self._ready(n_targets, freq)
-            return Way(model, params, context_len, model.variates == "joint")
+            return Way(
+                predictor=model,
+                params=params,
+                context_len=context_len,
+                joint=model.variates == "joint",
+            )
         if self.baseline == "auto_ets":
             if not auto_ets.is_installed():
                 raise ValueError(
@@ -740,15 +747,15 @@ class Forecaster:
                 )
             # Windows of one call; the model plays no part.
             return Way(
-                SeasonalNaive(),
-                {},
-                context_len,
-                False,
-                functools.partial(_ets, season=season),
+                predictor=SeasonalNaive(),
+                params={},
+                context_len=context_len,
+                joint=False,
+                on_host=functools.partial(_ets, season=season),
             )
         # Of a step without a season, the seasonal naive forecast is the last value.
         naive = naive_forecasts(season) | {"seasonal_naive": SeasonalNaive(season)}
-        return Way(naive[self.baseline], {}, context_len, False)
+        return Way(predictor=naive[self.baseline], params={}, context_len=context_len, joint=False)
 
     def _ready(self, n_targets: int, freq: str | None) -> tuple[Model, Params]:
         """The model ready for such data; nothing is drawn at random."""
@@ -841,7 +848,9 @@ class Way:
         own = ()
         if self.on_host is None:
             members = panel.n_variates if self.joint else 1
-            own = panels.own_levels(self.predictor, self.params, members, horizon, levels)
+            own = panels.own_levels(
+                self.predictor, self.params, members, horizon=horizon, wanted=levels
+            )
         return own, tuple(level for level in sorted(levels) if level not in own)
 
 

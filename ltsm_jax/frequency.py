@@ -260,7 +260,7 @@ class Grid:
 
     def stamps(self, places: np.ndarray) -> np.ndarray:
         """Stamps [T] datetime64[us] at whole places [T]."""
-        return stamps_from(self.first, places, self.freq, self.rule)
+        return stamps_from(self.first, places, self.freq, rule=self.rule)
 
 
 def places_from(first: Any, stamps: np.ndarray, freq: str) -> np.ndarray:

@@ -158,7 +158,7 @@ def resolve(name: Name, token: str | None = None, *, converted: bool = True) -> 
             for s in info.siblings or []
             if _FILE.fullmatch(s.rfilename)
         }
-        return Snapshot(name, commit, files, _licence(info))
+        return Snapshot(name=name, commit=commit, files=files, licence=_licence(info))
     # Its own errors, those of either of two HTTP clients, and of answers that are not JSON.
     except Exception as error:
         kept = _kept(name, _reason(error), converted)
@@ -198,7 +198,13 @@ def _kept(name: Name, why: str, converted: bool) -> Snapshot | None:
         wanted = weights_file(files)
     except ValueError:
         return None
-    return Snapshot(name, snapshot.name, files, None, snapshot, why) if wanted in files else None
+    return (
+        Snapshot(
+            name=name, commit=snapshot.name, files=files, licence=None, snapshot=snapshot, why=why
+        )
+        if wanted in files
+        else None
+    )
 
 
 def _snapshot(name: Name) -> Path | None:
@@ -277,9 +283,9 @@ def download(
         )
     digests = {}
     with _progress():
-        paths = {name: _fetch(found, name, token, digests) for name in [*beside, main]}
+        paths = {name: _fetch(found, name, token, digests=digests) for name in [*beside, main]}
         for name in _shards(found, paths[main]) if main.endswith(".index.json") else ():
-            _fetch(found, name, token, digests)
+            _fetch(found, name, token, digests=digests)
     facts = {
         "repo": found.name.repo,
         "revision": found.name.revision,

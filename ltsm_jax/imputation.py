@@ -185,7 +185,7 @@ def impute(
             f"{panel.name}: {', '.join(clash)} is also the name of a flag of the result; rename it"
         )
     notes = list(panel.notes)
-    model, params = ready_for(model, params, panel.item(0), seed)
+    model, params = ready_for(model, params, panel.item(0), seed=seed)
     if chosen.phases:
         if panel.n_items > 1:
             raise DataError(
@@ -196,7 +196,7 @@ def impute(
             model,
             params,
             chosen,
-            prepared,
+            data=prepared,
             task=task,
             seed=seed,
             config=config,
@@ -205,10 +205,12 @@ def impute(
         ).params
         notes.append(f"tuned on the table by {chosen.name}")
 
-    values, check = _filled(model, params, panel, fill)
+    values, check = _filled(model, params, panel, fill=fill)
     if left := int(np.isnan(values).sum()):
         notes.append(f"{left:,} cells are left empty: their target holds no value in that item")
-    return Imputed(_table(panel, values), check, panel, params, tuple(notes))
+    return Imputed(
+        table=_table(panel, values), check=check, panel=panel, params=params, notes=tuple(notes)
+    )
 
 
 def read_for_imputation(data: Data | Panel, **options: Any) -> Panel:
@@ -388,7 +390,7 @@ def _by_model(model: Model, params: Params, anchor: bool, scaled: np.ndarray) ->
         return scaled
     windows = np.stack([padded[rows, start : start + window] for start, rows in jobs])
     guesses = in_batches(
-        lambda i: _reconstruct(model, params, anchor, windows, i), len(jobs), BATCH
+        lambda i: _reconstruct(model, params, anchor, windows=windows, indices=i), len(jobs), BATCH
     )
 
     line = _by_line(scaled)

@@ -94,7 +94,10 @@ def load_whole(
     else:
         model, params = folders.load_folder(path)
         found = Loaded(
-            model, params, folders.read_config(path)[1]["provenance"], folders.read_buffers(path)
+            model=model,
+            params=params,
+            provenance=folders.read_config(path)[1]["provenance"],
+            buffers=folders.read_buffers(path),
         )
     hub.say_local_licence(path, found.provenance)
     return found
@@ -157,7 +160,7 @@ def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> Loaded
             hub.remember(found)
             buffers = folders.read_buffers(found.folder)
             hub.say_licence(found, provenance)
-            return Loaded(model, params, provenance, buffers)
+            return Loaded(model=model, params=params, provenance=provenance, buffers=buffers)
         except hub.LicenceError:
             raise
         except (
@@ -199,7 +202,7 @@ def _from_hub(name: hub.Name, token: str | None, accept_license: bool) -> Loaded
             f"the converted copy can't be kept, and will be made again next time: {error}"
         )
     hub.say_licence(found, provenance)
-    return Loaded(model, params, provenance, buffers)
+    return Loaded(model=model, params=params, provenance=provenance, buffers=buffers)
 
 
 def _not_found(source: str | Path) -> str:

@@ -71,7 +71,12 @@ class TreeStack:
         leaves = jax.tree.leaves(both)
         own = [leaf.array for leaf in leaves if leaf.own]
         shared = [leaf.array for leaf in leaves if not leaf.own]
-        return TreeStack(own, shared, tuple(leaf.own for leaf in leaves), jax.tree.structure(both))
+        return TreeStack(
+            own=own,
+            shared=shared,
+            which=tuple(leaf.own for leaf in leaves),
+            structure=jax.tree.structure(both),
+        )
 
     def lane(self, own: Sequence[Any]) -> Tree:
         """Give the tree of one lane. own: its slices of `self.own`."""

@@ -222,12 +222,12 @@ def interpolate(
         mean = a * pre.astype(wide) + (1 - a) * rand.astype(wide)
         if norm in ("none", "slerp"):
             if norm == "slerp":
-                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path_of(path))
+                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path=path_of(path))
                 mean = mean * (a * _length(pre.astype(wide)) + (1 - a) * _length(rand.astype(wide)))
             mean = jnp.where(a == 0, rand.astype(wide), mean)
         else:
             if norm == "sphere":
-                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path_of(path))
+                mean = _on_sphere(pre.astype(wide), rand.astype(wide), a, path=path_of(path))
             axes = (
                 filter_axes(path_of(path), pre.ndim) if norm == "channel" and pre.ndim > 1 else ()
             )

@@ -116,7 +116,7 @@ def main() -> None:
         except MissingDataError:
             continue
         for kind, forecaster in forecasters(panel).items():
-            line = coverage(panel, starts, forecaster, args.horizon, args.windows)
+            line = coverage(panel, starts, forecaster, horizon=args.horizon, windows=args.windows)
             print(f"{name:18s} {kind:14s} {line}", flush=True)
 
 

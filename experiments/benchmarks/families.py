@@ -186,8 +186,8 @@ def training_of(model: Model, shapes: Any, batch: int) -> Training:
         waves.astype(np.float32)[None],
         0,
         length,
-        recipe.context_len,
-        horizon,
+        context_len=recipe.context_len,
+        horizon=horizon,
         joint=model.variates == "joint",
     )
     trainable = trainable_mask(Phase("all"), model, shapes)
@@ -217,8 +217,8 @@ def check_memory(work: Training, shapes: Any, key: jax.Array, gigabytes: float |
         state_shapes,
         frozen,
         work.source,
-        work.loss,
-        key,
+        loss_fn=work.loss,
+        key=key,
         batch_size=work.batch_size,
         how=work.how,
         placement=Placement(),
@@ -250,12 +250,12 @@ def time_steps(work: Training, moving: Any, frozen: Any, key: jax.Array) -> Time
             moving,
             opt_state,
             frozen,
-            source,
-            batch_rows,
-            work.lr,
-            key,
-            work.loss,
-            None,
+            source=source,
+            rows=batch_rows,
+            rate=work.lr,
+            key=key,
+            loss_fn=work.loss,
+            penalty=None,
             tx=optimizer,
             how=work.how,
             placement=Placement(),
@@ -287,19 +287,19 @@ def one(family: str, preset: str, args: Options) -> dict[str, Any]:
     keys = training.keys(0)
     work = training_of(model, shapes, args.batch)
     try:
-        check_memory(work, shapes, keys["dropout"], args.gigabytes)
+        check_memory(work, shapes, keys["dropout"], gigabytes=args.gigabytes)
     except ValueError as err:
         return found | {"skipped": str(err)}
 
     params = jax.jit(model.init)(keys["init"])
     model, params = model.for_series(params, n_variates=1, freq=aot.FREQ, key=keys["init"])
     peak = peak_flops()
-    forecasts = time_forecasts(model, params, work.source, args.batch)
+    forecasts = time_forecasts(model, params, work.source, batch=args.batch)
     after_forecasts = gigabytes()
 
     moving, frozen = trees.partition(params, work.trainable)
     del params
-    steps = time_steps(work, moving, frozen, keys["dropout"])
+    steps = time_steps(work, moving, frozen, key=keys["dropout"])
     peak = max(peak, peak_flops())
 
     return found | {

@@ -79,7 +79,9 @@ def problem(options: Options) -> tuple[Timer, Any, Splits]:
     ]
     names = tuple(f"wave {c}" for c in range(COLUMNS))
     splits = prepare(
-        Series("waves", np.stack(waves), names, None, None), model.context_len, model.horizon
+        Series(name="waves", values=np.stack(waves), columns=names, timestamps=None, freq=None),
+        model.context_len,
+        model.horizon,
     )
     some = np.linspace(0, splits.train.n - 1, min(options.windows, splits.train.n)).astype(np.int32)
     splits = dataclasses.replace(splits, train=splits.train.take(some))
@@ -95,7 +97,13 @@ def jobs(options: Options, made: tuple[Timer, Any, Splits]) -> tuple[list[dict[s
         for seed in SEEDS:
             runs.append(
                 Running(
-                    model, params, sff(alpha), splits, config=config, seed=seed, show_progress=False
+                    model=model,
+                    params=params,
+                    strategy=sff(alpha),
+                    data=splits,
+                    config=config,
+                    seed=seed,
+                    show_progress=False,
                 )
             )
     return [run.job() for run in runs], runs[0]

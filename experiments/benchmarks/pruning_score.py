@@ -74,7 +74,11 @@ def main() -> int:
         return optax.apply_updates(params, updates), state, value
 
     def score(squares, chunk):
-        f = jax.jit(lambda p, m, b: gradient_sums(loss, p, m, b, key, squares=squares, chunk=chunk))
+        f = jax.jit(
+            lambda p, m, b: gradient_sums(
+                loss, p, m, batch=b, key=key, squares=squares, chunk=chunk
+            )
+        )
         return lambda: f(params, masks, batch)
 
     state = optimizer.init(params)

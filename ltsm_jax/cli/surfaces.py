@@ -57,7 +57,7 @@ class Landscape(OnTable):
             forecaster.model,
             forecaster.params,
             panel,
-            self.horizon,
+            horizon=self.horizon,
             context_len=forecaster.context_len,
             seed=self.seed,
         )
@@ -86,8 +86,8 @@ class Landscape(OnTable):
         key = training.keys(self.seed)["aux"]
         starts = {
             "pretrained": params,
-            "random": start_params(strategy("tfs"), model, params, key),
-            "sff": start_params(strategy("sff", alpha=self.alpha), model, params, key),
+            "random": start_params(strategy("tfs"), model, params, aux_key=key),
+            "sff": start_params(strategy("sff", alpha=self.alpha), model, params, aux_key=key),
         }
         surfaces, top = {}, {}
         for name, start in starts.items():

@@ -221,7 +221,7 @@ class Evaluate(OnTable):
         """Read, say the plan, score, print."""
         forecaster = self.load(self.model)
         panel = self.read(forecaster)
-        prepared = _prepared(forecaster, panel, self.horizon, self.context)
+        prepared = _prepared(forecaster, panel, self.horizon, context=self.context)
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
             "score": _scoring(self.horizon),
@@ -229,7 +229,7 @@ class Evaluate(OnTable):
         }
         if self.announce(plan, panel.notes):
             return 0
-        found = _scored(forecaster, panel, self.horizon, prepared).verdict
+        found = _scored(forecaster, panel, self.horizon, prepared=prepared).verdict
         if self.output.json:
             printing.show_json(found.to_json() | {"source": self.model})
         else:
@@ -266,7 +266,7 @@ class Compare(OnTable):
         with contextlib.suppress(
             ValueError
         ):  # it is said in its turn, and does not stop the others
-            prepared = _prepared(first, panel, self.horizon, self.context)
+            prepared = _prepared(first, panel, self.horizon, context=self.context)
             takes = str(_time(prepared, self.plan))
             if len(self.models) > 1:
                 takes += f" for {self.models[0]}; the others in proportion to their size"
@@ -285,14 +285,14 @@ class Compare(OnTable):
             try:
                 forecaster = first if number == 1 else self.load(name)
                 if number > 1 or prepared is None:
-                    prepared = _prepared(forecaster, panel, self.horizon, self.context)
-                compared = _scored(forecaster, panel, self.horizon, prepared)
+                    prepared = _prepared(forecaster, panel, self.horizon, context=self.context)
+                compared = _scored(forecaster, panel, self.horizon, prepared=prepared)
             except (ValueError, OSError) as error:  # one that does not fit does not stop the others
                 failed[name] = str(error)
                 printing.say(f"[{number}/{len(self.models)}] {name}: {error}")
                 continue
             took = time.perf_counter() - began
-            rows.append(_row(name, forecaster, compared, took))
+            rows.append(_row(name, forecaster, compared, took=took))
             naive = naive or _naive_rows(compared)
             said = (
                 f"[{number}/{len(self.models)}] {name}: test MSE {rows[-1]['mse']:.4f}, {took:.1f} "
@@ -324,7 +324,7 @@ def _prepared(
     forecaster: Forecaster, panel: Panel, horizon: int, context: int | None
 ) -> verdict.BoundPanel:
     return verdict.bind_panel(
-        forecaster.model, forecaster.params, panel, horizon, context_len=context
+        forecaster.model, forecaster.params, panel, horizon=horizon, context_len=context
     )
 
 
@@ -341,7 +341,7 @@ def _scored(
         forecaster.model,
         forecaster.params,
         panel,
-        horizon,
+        horizon=horizon,
         methods=(),
         prepared=prepared,
         show_progress=False,
@@ -453,7 +453,7 @@ class Prune(OnTable):
             forecaster.model,
             forecaster.params,
             panel,
-            self.horizon,
+            horizon=self.horizon,
             context_len=self.context,
             seed=self.seed,
         )
@@ -478,7 +478,7 @@ class Prune(OnTable):
             prepared.model,
             prepared.params,
             prepared.splits,
-            config,
+            config=config,
             task=prepared.task,
             seed=self.seed,
         )

@@ -78,7 +78,7 @@ class Fit(OnTable):
         )
         config = self._config()
         strategies = verdict.named(list(self.methods), forecaster.model, self.alpha)
-        work = verdict.tuning(prepared, strategies, config, self.budget)
+        work = verdict.tuning(prepared, strategies, config, budget=self.budget)
         methods = list(strategies)
         plan = of_table(panel) | {
             "model": of_model(self.model, forecaster),
@@ -151,14 +151,20 @@ def _memory(prepared: verdict.BoundPanel, config: TrainConfig) -> str:
     moving, frozen = trees.partition(params, trees.select(params, None))
     loss, key = step.as_pytree(prepared.task.loss(model)), jax.random.key(0)
     filled = parts.settled(
-        filled, moving, frozen, source, loss, key, on_mesh=placement.mesh is not None
+        filled,
+        moving,
+        frozen,
+        source=source,
+        loss_fn=loss,
+        key=key,
+        on_mesh=placement.mesh is not None,
     )
     found = memory.estimate(
         jax.eval_shape(state_of, moving),
         frozen,
         source.over(placement.mesh),
-        loss,
-        key,
+        loss_fn=loss,
+        key=key,
         batch_size=min(batch, source.n),
         how=step.How.of(filled),
         placement=placement,

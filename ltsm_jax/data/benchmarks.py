@@ -300,7 +300,7 @@ def load_series(
             raise DataError(
                 f"{path} is damaged ({wrong}); delete it, and it will be downloaded again"
             )
-        return _read_benchmark(benchmark, path, wrong, options)
+        return _read_benchmark(benchmark, path, wrong, options=options)
 
     path = Path(source).expanduser()
     if not path.is_file():
@@ -313,7 +313,7 @@ def load_series(
     if benchmark is None:
         return read_series(path, **options)
     if _is_published(benchmark, path):
-        return _read_benchmark(benchmark, path, None, options)
+        return _read_benchmark(benchmark, path, None, options=options)
     series = read_series(path, **options)
     note = (
         f"called like the benchmark {benchmark.name}, but not its published file: read as any "

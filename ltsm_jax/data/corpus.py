@@ -94,7 +94,15 @@ def pool(
             continue
         filled = _fill(x, missing)
         starts = np.arange(x.size - length, -1, -stride)[::-1]
-        good = _usable(starts, filled, missing, context_len, horizon, max_missing, left_out)
+        good = _usable(
+            starts,
+            filled,
+            missing,
+            context_len=context_len,
+            horizon=horizon,
+            max_missing=max_missing,
+            left_out=left_out,
+        )
         border = x.size - int(x.size * val_share)
         before, after = good + length <= border, good + context_len >= border
         tables["train"].append(offset + good[before])
@@ -121,7 +129,11 @@ def pool(
     values = jnp.asarray(np.concatenate(flat)[None])
     parts = {
         part: Windows(
-            values, jnp.asarray(s, jnp.int32), jnp.zeros(s.size, jnp.int32), context_len, horizon
+            values=values,
+            starts=jnp.asarray(s, jnp.int32),
+            rows=jnp.zeros(s.size, jnp.int32),
+            context_len=context_len,
+            horizon=horizon,
         )
         for part, s in starts.items()
         if s.size

@@ -92,7 +92,7 @@ def read_decimal_commas(
     both = []
     for column in table.columns:
         read = column in changed or column in grouped or table[column].dtype.kind != "f"
-        if not read and _either(text, separator, skipped, column):
+        if not read and _either(text, separator, skipped, column=column):
             both.append(column)
     if both:
         notes.append(

@@ -126,7 +126,7 @@ def steps_of(items: Items) -> Steps:
     stays &= steps > 0
     usual = np.zeros(items.n, np.int64)
     if not stays.any():
-        return Steps(usual, 0, 0.0, False)
+        return Steps(usual=usual, common=0, share=0.0, constant=False)
     if stays.all():
         owners = items.owners[1:]
     else:
@@ -159,7 +159,7 @@ def steps_of(items: Items) -> Steps:
         common = int(kinds[np.argmax(overall[np.searchsorted(every, kinds)])])
     alike = (usual == common)[owners]
     share = float((steps[alike] == common).mean())
-    return Steps(usual, common, share, bool(alike.all() and share == 1))
+    return Steps(usual=usual, common=common, share=share, constant=bool(alike.all() and share == 1))
 
 
 def _most_frequent_each(

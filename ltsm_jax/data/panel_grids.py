@@ -288,7 +288,7 @@ class GridReader(TableReader):
         if self.irregular == "regularise" and off.any():
             self.move_to_grids(items, stamps, place, first, off)
         self.check_places(items, place, off, ids, steps)
-        return items, Grids(place, first, zone, self.rules_of(items, stamps))
+        return items, Grids(place=place, first=first, zone=zone, rules=self.rules_of(items, stamps))
 
     def counted(self, items: Items, times: Times) -> tuple[Items, Steps, str | None]:
         """(items with the clock that steps are counted on, their steps, the zone of that clock).

@@ -100,7 +100,9 @@ class PanelSplits:
         its `target_len`.
         """
         have = self.train
-        origins = _training_origins(self.edges[:, 0], have.context_len, horizon, have.horizon)
+        origins = _training_origins(
+            self.edges[:, 0], have.context_len, horizon, horizon=have.horizon
+        )
         facts = (self.columns, self.most_train, self.seed)
         found = _table(self.layout, origins, have.context_len, horizon, have.joint, *facts).windows
         return found if self.repeats == 1 else found.take(np.tile(np.arange(found.n), self.repeats))
@@ -163,22 +165,31 @@ def cut_panel(
     # Rows that the first window of each item lacks, whichever of the two lengths a target has.
     front = np.where(scored, np.maximum(context_len - edges[:, 0], 0), 0)
     for length in (horizon, target_len):
-        first, count = _training_origins(edges[:, 0], train_context, length, horizon)
+        first, count = _training_origins(edges[:, 0], train_context, length, horizon=horizon)
         front = np.maximum(front, np.where(count > 0, train_context - first, 0))
-    layout, still = _lay_out(panel, edges[:, 0], front, covariates)
+    layout, still = _lay_out(panel, edges[:, 0], front, covariates=covariates)
     usable, left_out = _that_move(panel, scored, np.asarray(still.all(axis=0)))
     notes += left_out
 
     parts = {}
     for part in PARTS:
         if part == "train":
-            origins = _training_origins(edges[:, 0], train_context, horizon, horizon)
+            origins = _training_origins(edges[:, 0], train_context, horizon, horizon=horizon)
             length, most = train_context, most_train
         else:
             lo, hi = edges[:, PARTS.index(part) - 1], edges[:, PARTS.index(part)]
             origins = lo, np.where(usable, hi - lo - horizon + 1, 0)
             length, most = context_len, most_scored
-        found = _table(layout, origins, length, horizon, joint, panel.columns, most, seed)
+        found = _table(
+            layout,
+            origins,
+            length,
+            horizon=horizon,
+            joint=joint,
+            columns=panel.columns,
+            most=most,
+            seed=seed,
+        )
         notes += _left_out(panel, part, found)
         parts[part] = found.windows
     return PanelSplits(
@@ -339,11 +350,11 @@ def _lay_out(
             out[row : row + len(more), place] = more - np.repeat(middle, own, axis=1)
             row += len(more)
     return PanelLayout(
-        jnp.asarray(out),
-        mean,
-        std,
-        front,
-        panel.bounds[:-1] + shift,
+        values=jnp.asarray(out),
+        mean=mean,
+        std=std,
+        front=front,
+        begin=panel.bounds[:-1] + shift,
         n_past=0 if past is None else len(past),
         n_known=0 if known is None else len(known),
     ), still
@@ -417,18 +428,18 @@ def _table(
         np.asarray(layout.values)[:targets],
         starts,
         None if joint else variate,
-        context_len,
-        horizon,
+        context_len=context_len,
+        horizon=horizon,
     )
 
     rows = None if joint else jnp.asarray(variate[seen].astype(np.int32))
     windows = Windows(
-        layout.values,
-        jnp.asarray(starts[seen]),
-        rows,
-        context_len,
-        horizon,
-        columns,
+        values=layout.values,
+        starts=jnp.asarray(starts[seen]),
+        rows=rows,
+        context_len=context_len,
+        horizon=horizon,
+        columns=columns,
         n_past=layout.n_past,
         n_known=layout.n_known,
     )

@@ -189,7 +189,7 @@ def _read_text_table(path: Path, header: bool, notes: list[str]) -> pd.DataFrame
         raise DataError(f"{path}: only a header line, no rows")
     if separator != ",":
         notes.append(f"cells are separated by {SEPARATORS[separator]}")
-        read_decimal_commas(table, text, separator, names if header else None, notes)
+        read_decimal_commas(table, text, separator, names=names if header else None, notes=notes)
     table.columns = names if header else [str(i) for i in range(len(names))]
     return table
 
@@ -215,7 +215,7 @@ def _read_sheet(path: Path, notes: list[str]) -> pd.DataFrame:
         raise
     except Exception as e:  # openpyxl lets pass what its parsers of XML raise
         raise DataError(f"{path}: not a readable workbook ({clip(str(e), 300)})") from e
-    return _from_cells(path, cells, sheets, notes)
+    return _from_cells(path, cells, sheets, notes=notes)
 
 
 def _from_cells(

@@ -245,7 +245,7 @@ def prepare(
     """
     quirks = _known(quirks)
     borders = borders or borders_of(series.benchmark, series.n_rows, quirks)
-    _check_room(series, borders, context_len, horizon)
+    _check_room(series, borders, context_len, horizon=horizon)
     bad = [
         name for name, row in zip(series.columns, series.values, strict=True) if np.isinf(row).any()
     ]

@@ -160,7 +160,7 @@ def parse_stamps(
     fast = _fast_iso(column) if date_format is None else None
     if fast is not None:
         utc, offsets = fast
-        return utc, None if offsets is None else _zone_of_offsets(utc, offsets, name, notes)
+        return utc, None if offsets is None else _zone_of_offsets(utc, offsets, name, notes=notes)
     cells = _as_text(column)
     if cells is None:
         first = str(column.iloc[0])[:40]
@@ -179,7 +179,7 @@ def parse_stamps(
     except (ValueError, re.error) as e:
         problems.append(f"date_format={date_format!r} is no layout of dates: {e}")
         return None
-    chosen = _choose(readings, cells, column, freq, problems)
+    chosen = _choose(readings, cells, column, freq=freq, problems=problems)
     if chosen is None:
         return None
     if chosen.note:
@@ -187,7 +187,7 @@ def parse_stamps(
     if offsets is None:
         return chosen.stamps, None
     utc = chosen.stamps - offsets.astype("timedelta64[us]")
-    return utc, _zone_of_offsets(utc, offsets, name, notes)
+    return utc, _zone_of_offsets(utc, offsets, name, notes=notes)
 
 
 # ---- stamps as such ----
@@ -210,7 +210,7 @@ def _from_objects(column: Any, problems: list[str]) -> tuple[np.ndarray, str | N
         )
         utc = pd.to_datetime(column, utc=True).dt.tz_localize(None)
         utc = utc.to_numpy().astype("datetime64[us]")
-        return utc, _zone_of_offsets(utc, offsets, column.name, [])
+        return utc, _zone_of_offsets(utc, offsets, column.name, notes=[])
     if index.tz is None:
         return index.to_numpy().astype("datetime64[us]"), None
     utc = index.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
@@ -563,7 +563,7 @@ def _layouts(words: list[list[str]], bare: bool) -> Iterator[StampReading]:
         yield StampReading(np.array(since, "datetime64[us]"))
         return
     for roles, rank in _roles(kinds, lengths):
-        yield _reading(words, fields, roles, rank)
+        yield _reading(words, fields, roles, rank=rank)
 
 
 def _roles(kinds: str, lengths: list[set[int]]) -> list[tuple[str, int]]:
@@ -618,7 +618,9 @@ def _reading(words: list[list[str]], fields: list[int], roles: str, rank: int) -
     if "y" not in parts and "Y" not in parts:
         refusal = f"its dates have no year (first: {''.join(words[0])!r}); write the year too"
         layout = []
-    return StampReading(stamps, "".join(layout), rank, note, refusal)
+    return StampReading(
+        stamps=stamps, layout="".join(layout), rank=rank, note=note, refusal=refusal
+    )
 
 
 def _dates(
@@ -680,7 +682,9 @@ def _compact(words: list[list[str]], bare: bool) -> Iterator[StampReading]:
             if role in parts:
                 stamps = stamps + (parts[role] * length).astype("timedelta64[us]")
                 stamps[parts[role] > most] = NAT
-        yield StampReading(stamps, "".join(f"%{role}" for role in roles), rank, note)
+        yield StampReading(
+            stamps=stamps, layout="".join(f"%{role}" for role in roles), rank=rank, note=note
+        )
     size = len(texts[0])
     if bare and size in EPOCHS:
         number = np.array([int(text) for text in texts], object)

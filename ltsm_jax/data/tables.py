@@ -178,11 +178,11 @@ class _SeriesReader(TableReader):
             )
         self.stop()
         return Series(
-            self.name,
-            values,
-            tuple(map(str, targets)),
-            stamps,
-            self.freq,
+            name=self.name,
+            values=values,
+            columns=tuple(map(str, targets)),
+            timestamps=stamps,
+            freq=self.freq,
             notes=tuple(clip(note, 500) for note in self.notes),
             tz=tz,
             model_freq="oov" if self.how.freq == "oov" else None,

@@ -213,7 +213,13 @@ class Spread(Windows):
             starts_B = starts[indices] - first
             mine_B = (starts_B >= 0) & (starts_B < part_len)
             rows_B = None if rows is None else rows[indices]
-            here = Windows(values[0], starts_B, rows_B, self.context_len, self.horizon)
+            here = Windows(
+                values=values[0],
+                starts=starts_B,
+                rows=rows_B,
+                context_len=self.context_len,
+                horizon=self.horizon,
+            )
             x_BCT = here._cut(
                 jnp.arange(len(indices))
             )  # of starts elsewhere some rows or other, which go to 0

@@ -209,7 +209,7 @@ def trajectory_plane(models: Sequence[Tree]) -> Plane:
     u, v = directions
     places = {str(i): (_dot(step, u), _dot(step, v)) for i, step in enumerate(steps)}
     explained = tuple(float(part) for part in spread[:2] / spread.sum())
-    return Plane(origin, (u, v), places, explained)
+    return Plane(origin=origin, directions=(u, v), places=places, explained=explained)
 
 
 def _difference(a: Tree, b: Tree) -> Tree:

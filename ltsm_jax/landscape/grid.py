@@ -89,10 +89,10 @@ class Surface:
         if not level > 0:
             return math.nan
         if self.y is None:
-            return _nearest_crossing(self.loss[None], x[None], np.zeros((1, len(x))), level)
+            return _nearest_crossing(self.loss[None], x[None], np.zeros((1, len(x))), level=level)
         wide, high = np.meshgrid(x, self.y)
-        rows = _nearest_crossing(self.loss, wide, high, level)
-        columns = _nearest_crossing(self.loss.T, wide.T, high.T, level)
+        rows = _nearest_crossing(self.loss, wide, high, level=level)
+        columns = _nearest_crossing(self.loss.T, wide.T, high.T, level=level)
         return min(rows, columns)
 
     def smoothness(self) -> dict[str, float]:
@@ -216,9 +216,9 @@ def surface(
         loss, ways = placement.replicate(loss), placement.replicate(ways)
     devices = 1 if spread is None else spread.size
 
-    kept = _Kept(folder, x, y, params, ways, loss, facts)
+    kept = _Kept(folder=folder, x=x, y=y, params=params, directions=ways, loss=loss, facts=facts)
     if at_once is None:
-        at_once = kept.at_once or _points_at_once(loss, params, ways, places)
+        at_once = kept.at_once or _points_at_once(loss, params, ways, places=places)
     size = devices * (at_once if at_once > 1 else CALL)
     size = min(size, devices * -(-len(places) // devices))
 

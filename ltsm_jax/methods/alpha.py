@@ -196,7 +196,17 @@ def choose_alpha(
     placement = Placement.of(params)
     masks = None if masks is None else place(masks, params, placement)
     scorer = _Scorer(
-        model, params, data, task, seed, config, epochs, masks, folder, show_progress, placement
+        model=model,
+        params=params,
+        data=data,
+        task=task,
+        seed=seed,
+        config=config,
+        epochs=epochs,
+        masks=masks,
+        folder=folder,
+        show_progress=show_progress,
+        placement=placement,
     )
     if by == "groups":
         return _by_groups(scorer, strategy(method, alpha=alpha), tuple(grid))
@@ -219,7 +229,7 @@ def choose_alpha(
             model,
             params,
             data,
-            begin,
+            begin=begin,
             task=task,
             seed=seed,
             outer_steps=outer_steps,
@@ -291,7 +301,14 @@ class _Scorer:
                 score, trained = float(result.val[self.task.selects]), result.epochs
             except NonFiniteError as err:
                 score, note = math.inf, str(err).splitlines()[0]
-        trial = Trial(candidate, score, start, trained, round(time.monotonic() - began, 3), note)
+        trial = Trial(
+            strategy=candidate,
+            score=score,
+            start=start,
+            epochs=trained,
+            seconds=round(time.monotonic() - began, 3),
+            note=note,
+        )
         self.trials[candidate] = trial
         # One tuned model is kept, of the best so far.
         if self.best is None or score < self.trials[self.best].score:
@@ -300,7 +317,9 @@ class _Scorer:
 
     def at_start(self, candidate: Strategy) -> float:
         """Validation metric before the first step."""
-        begin = start_params(candidate, self.model, self.params, training.keys(self.seed)["aux"])
+        begin = start_params(
+            candidate, self.model, self.params, aux_key=training.keys(self.seed)["aux"]
+        )
         if self.masks is not None:
             begin = apply_masks(begin, self.masks, self.placement)
         return float(
@@ -324,7 +343,7 @@ class _Scorer:
             self.model,
             self.params,
             candidate,
-            self.data,
+            data=self.data,
             task=self.task,
             seed=self.seed,
             config=config,
@@ -342,7 +361,14 @@ class _Scorer:
             raise NonFiniteError(f"training failed at every alpha that was tried: {tried[0].note}")
         assert self.best is not None
         kept = self.result if self.epochs is None else None
-        return AlphaChoice(self.best, by, self.task.selects, tried, kept, steps)
+        return AlphaChoice(
+            strategy=self.best,
+            by=by,
+            selects=self.task.selects,
+            trials=tried,
+            result=kept,
+            steps=steps,
+        )
 
 
 def _by_groups(scorer: _Scorer, base: Strategy, grid: tuple[float, ...]) -> AlphaChoice:
@@ -404,7 +430,7 @@ def layer_sharpness(
         model, data.train, sample=sample, task=task or Forecasting(), placement=Placement.of(params)
     )
     return _sharpness_by_place(
-        loss, params, places_of(model, params), jax.random.key(seed), samples
+        loss, params, places_of(model, params), key=jax.random.key(seed), samples=samples
     )
 
 
@@ -512,7 +538,7 @@ def learn(
     start = begin.start
     if not isinstance(start, Interpolated):
         raise ValueError(f"{begin.name} mixes nothing: there is no alpha to learn")
-    other = other_side(start, model, params, keys["aux"])
+    other = other_side(start, model, params, aux_key=keys["aux"])
     windows = task.windows(model, data).over(placement.mesh)
     validation = split_loss(model, data.val, sample=sample, task=task, placement=placement)
     mixing = _Mixing(groups_of(model, params), start)

@@ -223,15 +223,22 @@ def _ways(
                 lengths = [context_len] if context_len <= room else []
             else:
                 lengths = [usual] if usual <= room else []
-                lengths += shorter_contexts(min(room, usual), usual, room, horizon)
+                lengths += shorter_contexts(min(room, usual), usual, room, horizon=horizon)
             for length in lengths:
-                if takes(model, params, which, length, horizon, series.n_variates):
+                if takes(
+                    model,
+                    params,
+                    which,
+                    context_len=length,
+                    horizon=horizon,
+                    n_variates=series.n_variates,
+                ):
                     if length != usual and context_len is None:
                         notes.append(
                             f"context of {length} rows instead of {usual}: the series has "
                             f"{series.n_rows}"
                         )
-                    yield _Cut(parts, length, which, tuple(notes))
+                    yield _Cut(borders=parts, context_len=length, mode=which, notes=tuple(notes))
                     break
 
 
@@ -245,7 +252,7 @@ def what_fits(
     usual = borders_of(series.benchmark, series.n_rows)
     asked = horizon
     while horizon >= 1:
-        for way in _ways(model, params, series, horizon, None, None):
+        for way in _ways(model, params, series, horizon=horizon, context_len=None, mode=None):
             if usual_borders and way.borders != usual:
                 continue
             shorter = f"horizon={horizon}, " if horizon != asked else ""
@@ -276,7 +283,7 @@ def cut_windows(
 
     Raises: DataError for a series that is too short, with what would fit.
     """
-    for way in _ways(model, params, series, horizon, context_len, mode):
+    for way in _ways(model, params, series, horizon=horizon, context_len=context_len, mode=mode):
         splits = prepare(
             series,
             way.context_len,
@@ -293,7 +300,7 @@ def cut_windows(
         asked += f", mode {mode!r}"
     raise DataError(
         f"{series.name} ({series.n_rows} rows): no window to train a {model.family} model on with "
-        f"{asked}. " + what_fits(model, params, series, horizon)
+        f"{asked}. " + what_fits(model, params, series, horizon=horizon)
     )
 
 
@@ -333,12 +340,17 @@ def bind(
             raise ValueError(
                 f"{', '.join(given)}: Splits are cut already; give these to data.prepare instead"
             )
-        return Bound(model, params, data, Forecasting(mode or default_mode(model), "context"))
+        return Bound(
+            model=model,
+            params=params,
+            splits=data,
+            task=Forecasting(mode or default_mode(model), "context"),
+        )
     recipe = model.recipe()
     horizon = recipe.horizon if horizon is None else positive_int(horizon, "horizon")
     context_len = None if context_len is None else positive_int(context_len, "context_len")
     series = as_series(data, options)
-    model, params = ready_for(model, params, series, seed)
+    model, params = ready_for(model, params, series, seed=seed)
     splits, mode = cut_windows(
         model,
         params,
@@ -348,7 +360,7 @@ def bind(
         mode=mode,
         few_shot=few_shot,
     )
-    return Bound(model, params, splits, Forecasting(mode, "context"))
+    return Bound(model=model, params=params, splits=splits, task=Forecasting(mode, "context"))
 
 
 def train_config(model: Model, **changes: Any) -> training.TrainConfig:

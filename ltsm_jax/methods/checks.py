@@ -119,14 +119,21 @@ def bootstrap_difference(
         widen = _small_sample(len(numbers))
         if name == "blocks":
             widen *= _tied(totals / steps, numbers)
-        low, high = _percentiles(totals, steps, seed, resamples)
+        low, high = _percentiles(totals, steps, seed, resamples=resamples)
         found[name] = mean + widen * min(low - mean, 0.0), mean + widen * max(high - mean, 0.0)
 
     low, high, units = float("nan"), float("nan"), ""
     if found:
         units = max(found, key=lambda name: found[name][1] - found[name][0])
         low, high = found[units]
-    return Difference(mean, float(low), float(high), units, counts["blocks"], counts["items"])
+    return Difference(
+        mean=mean,
+        low=float(low),
+        high=float(high),
+        units=units,
+        blocks=counts["blocks"],
+        items=counts["items"],
+    )
 
 
 def _percentiles(

@@ -290,7 +290,7 @@ def decide(
     beats_naive = over_naive is None or over_naive.high < 0
 
     if tuned and gain and gained and beats_naive:
-        return tuned, _for_tuned(tuned, naive, gain, over_naive)
+        return tuned, _for_tuned(tuned, naive, gain, over_naive=over_naive)
     if naive is None or zero is None:
         return ZERO_SHOT, f"Deploy {title(ZERO_SHOT)} as it is: {_tuning(tuned, gain)}."
     if zero.low > 0:

@@ -120,10 +120,10 @@ def of_comparison(
             programs.add(_program(phase))
     first = next(iter(work.strategies.values()))
     running = Running(
-        model,
-        prepared.params,
-        first,
-        splits,
+        model=model,
+        params=prepared.params,
+        strategy=first,
+        data=splits,
         task=prepared.task,
         seed=seed,
         config=work.config,

@@ -41,7 +41,7 @@ def beside(
       trainable; the loss of such a tree; the function that makes plain weights of it.
     Raises: ValueError, as `adapters`.
     """
-    tree = {"weights": params, "adapters": adapters(model, params, config.rank, key)}
+    tree = {"weights": params, "adapters": adapters(model, params, config.rank, key=key)}
     trainable = {
         name: jax.tree.map(lambda _, own=name == "adapters": own, part)
         for name, part in tree.items()

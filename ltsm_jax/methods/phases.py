@@ -157,7 +157,7 @@ def _anchored_loss(model: Model) -> Loss:
     # function.
     def anchored_loss(loss, checkpoint, weight, params, batch, key, train):
         return loss(params, batch, key, train) + weight * anchor_distance(
-            model, params, checkpoint, batch
+            model, params, checkpoint, batch=batch
         )
 
     return anchored_loss
@@ -201,7 +201,7 @@ def mixed_out(loss: Loss, reference: Params, probability: float) -> Loss:
 
 def _mixed_out_loss(loss, reference, probability, params, batch, key, train):
     if train:
-        params = mix_out(params, reference, probability, jax.random.fold_in(key, MIXOUT))
+        params = mix_out(params, reference, probability, key=jax.random.fold_in(key, MIXOUT))
     return loss(params, batch, key, train)
 
 

@@ -127,7 +127,10 @@ def measure(
         tokens[path], linear = int(total[path]["tokens"]), f"{path}/{group.takes[0]}"
         if group.kind == "heads":
             heads[path] = Heads(
-                linear, mean["contribution"], float(mean["attention"]), mean["sparse"]
+                linear=linear,
+                contribution=mean["contribution"],
+                attention=float(mean["attention"]),
+                sparse=mean["sparse"],
             )
         else:
             units[path] = UnitActivity(linear, mean["active"], mean["size"])
@@ -177,7 +180,8 @@ def _sums(
             kernel, bias = (flat.get(f"{inside[path]}/{name}") for name in ("kernel", "bias"))
             streams = [_stream(args[0], group.swapped) for args in seen[layers[path]]]
             sums = [
-                _of_heads(y, x_TD, kernel, bias) for y, x_TD in zip(calls, streams, strict=True)
+                _of_heads(y, x_TD, kernel, bias_D=bias)
+                for y, x_TD in zip(calls, streams, strict=True)
             ]
         else:
             sums = [_of_units(a) for a in calls]

@@ -117,10 +117,10 @@ def run(
       quirk; training.NonFiniteError from training.
     """
     running = Running(
-        model,
-        params,
-        strategy,
-        data,
+        model=model,
+        params=params,
+        strategy=strategy,
+        data=data,
         task=task,
         seed=seed,
         config=config,
@@ -173,7 +173,7 @@ class Running:
                 "what is pruned first (remove), and tune the smaller model without masks"
             )
         self.keys = training.keys(seed)
-        model, params = prepared(strategy, model, params, self.keys["aux"])
+        model, params = prepared(strategy, model, params, aux_key=self.keys["aux"])
         self.model, self.strategy, self.data, self.task = model, strategy, data, task
         self.folder, self.show_progress, self.test_each_epoch = (
             folder,
@@ -188,7 +188,7 @@ class Running:
         self.windows = task.windows(model, data)
         self.loss = task.loss(without_dropout(model) if "no-dropout" in quirks else model)
         self.checkpoint = params
-        self.current = start_params(strategy, model, params, self.keys["aux"])
+        self.current = start_params(strategy, model, params, aux_key=self.keys["aux"])
         self.masks = masks
         if masks is not None:
             self.masks = place(masks, self.current, self.placement)
@@ -260,7 +260,7 @@ class Running:
         if (adapters := phase.adapters(self.model)) is not None:
             key = jax.random.fold_in(self.keys["aux"], 2 + i)
             begin, mask, phase_loss, self.whole = lora.beside(
-                self.model, self.current, phase_loss, adapters, key
+                self.model, self.current, phase_loss, config=adapters, key=key
             )
         # Partial: the reference weights reach the compiled step as arguments instead of as
         # constants
@@ -299,7 +299,7 @@ class Running:
         """Give the loss that a phase minimises, a function of weights of the model."""
         loss = self.loss
         if phase.anchor:
-            loss = with_anchor(loss, self.model, self.checkpoint, phase.anchor)
+            loss = with_anchor(loss, self.model, self.checkpoint, weight=phase.anchor)
         if self.masks is not None:
             loss = jax.tree_util.Partial(_masked_loss, jax.tree_util.Partial(loss), self.masks)
         if phase.mixout:
@@ -324,7 +324,7 @@ class Running:
         self.phase += 1
         if not self.trained_out and (mix := self.strategy.phases[self.phase].mix) is not None:
             self.current = start_params(
-                Strategy("mix", mix), self.model, self.current, self.keys["aux"]
+                Strategy("mix", mix), self.model, self.current, aux_key=self.keys["aux"]
             )
         if self.masks is not None:
             self.current = apply_masks(self.current, self.masks, self.placement)
@@ -349,21 +349,21 @@ class Running:
             compile_seconds = waited.seconds
             seconds = time.monotonic() - began - compile_seconds
         return RunResult(
-            self.strategy,
-            self.model,
-            self.current,
-            val,
-            scores,
-            self.history,
-            self.epochs,
-            self.best_epoch,
-            seconds,
-            self.trained,
-            self.task.warnings(self.model, self.current, self.data, self.placement),
-            compile_seconds,
-            mixes,
-            weight,
-            self.start_curvature,
+            strategy=self.strategy,
+            model=self.model,
+            params=self.current,
+            val=val,
+            test=scores,
+            history=self.history,
+            epochs=self.epochs,
+            best_epoch=self.best_epoch,
+            seconds=seconds,
+            trained=self.trained,
+            warnings=self.task.warnings(self.model, self.current, self.data, self.placement),
+            compile_seconds=compile_seconds,
+            mixes=mixes,
+            weight=weight,
+            start_curvature=self.start_curvature,
         )
 
     def mix(self, val: dict[str, Any]) -> tuple[dict[float, dict[str, Any]], float, dict[str, Any]]:

@@ -141,7 +141,7 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
         case Random():
             mixed = aux
         case Interpolated():
-            mixed = _mixed(start, model, params, _other(start, params, aux, aux_key))
+            mixed = _mixed(start, model, params, other=_other(start, params, aux, aux_key=aux_key))
         case _:
             mixed = params
     if not strategy.reinit_head:
@@ -162,7 +162,7 @@ def _fresh(model: Any, params: Params, aux_key: jax.Array) -> Params:
 
 def other_side(start: Interpolated, model: Any, params: Params, aux_key: jax.Array) -> Params:
     """The tree that `start` mixes with the pretrained one; arguments as of `start_params`."""
-    return _other(start, params, _fresh(model, params, aux_key), aux_key)
+    return _other(start, params, _fresh(model, params, aux_key), aux_key=aux_key)
 
 
 def _other(start: Interpolated, params: Params, random: Params, aux_key: jax.Array) -> Params:

@@ -154,7 +154,12 @@ def sff(
     Example:
     `sff(0.7, norm="tensor", keep=("head",), alphas={"layer_0": 0.9})`
     """
-    return Strategy("sff", Interpolated(alpha, norm, tuple(keep), tuple((alphas or {}).items())))
+    return Strategy(
+        "sff",
+        Interpolated(
+            alpha=alpha, norm=norm, keep=tuple(keep), alphas=tuple((alphas or {}).items())
+        ),
+    )
 
 
 def sff_norm(alpha: float = 0.7) -> Strategy:

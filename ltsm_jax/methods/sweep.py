@@ -74,10 +74,10 @@ def sweep(
 
                 def make(strategy=strategy, settings=settings, seed=seed, place=place) -> Running:
                     return Running(
-                        model,
-                        params,
-                        strategy,
-                        data,
+                        model=model,
+                        params=params,
+                        strategy=strategy,
+                        data=data,
                         task=task,
                         seed=seed,
                         config=settings,
@@ -119,7 +119,7 @@ def train(
     room = _room(params, len(makers))
     for first in range(0, len(makers), room):
         runs = [make() for make in makers[first : first + room]]
-        stopped = _train(runs, lanes, folder, others)
+        stopped = _train(runs, lanes, folder, others=others)
         for i, running in enumerate(runs):
             if i in stopped:
                 found.append(stopped[i])

@@ -213,7 +213,7 @@ def bind_panel(
         masks = place(masks, start, placement)
         start = apply_masks(start, masks, placement)
 
-    lengths = _lengths(model, start, panel, horizon, context_len, mode)
+    lengths = _lengths(model, start, panel, horizon=horizon, context_len=context_len, mode=mode)
     splits = cut_panel(
         panel,
         lengths.context_len,
@@ -233,7 +233,15 @@ def bind_panel(
         )
     notes += _covariate_notes(model, panel)
     task = Forecasting(lengths.mode, "context")
-    return BoundPanel(model, start, splits, task, lengths.train_context, masks, tuple(notes))
+    return BoundPanel(
+        model=model,
+        params=start,
+        splits=splits,
+        task=task,
+        train_context=lengths.train_context,
+        masks=masks,
+        notes=tuple(notes),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -267,7 +275,7 @@ def tuning(
     config = config or training.TrainConfig()
     splits = prepared.splits
     if not strategies:
-        return TuningPlan({}, splits, config, 0)
+        return TuningPlan(strategies={}, splits=splits, config=config, available=0)
     available = prepared.task.windows(prepared.model, splits).n
     if not available:
         horizon = splits.test.horizon
@@ -275,9 +283,13 @@ def tuning(
             f"nothing is tuned: no item has training rows for a context and {horizon} rows of "
             "target"
         )
-        return TuningPlan({}, splits, config, 0, (note,))
-    splits, config, notes = _budgeted(prepared.model, splits, config, budget, available)
-    return TuningPlan(strategies, splits, config, available, notes)
+        return TuningPlan(strategies={}, splits=splits, config=config, available=0, notes=(note,))
+    splits, config, notes = _budgeted(
+        prepared.model, splits, config, budget=budget, available=available
+    )
+    return TuningPlan(
+        strategies=strategies, splits=splits, config=config, available=available, notes=notes
+    )
 
 
 @hosts.interruptible()
@@ -337,7 +349,7 @@ def compare(
             model,
             params,
             panel,
-            horizon,
+            horizon=horizon,
             masks=masks,
             context_len=context_len,
             mode=mode,
@@ -347,13 +359,18 @@ def compare(
     elif prepared.splits.panel is not panel or prepared.splits.test.horizon != horizon:
         raise ValueError("these windows were prepared of another panel or for another horizon")
 
-    work = tuning(prepared, strategies, config, budget)
-    scorer = _Scorer(prepared.model, work.splits, prepared.task, Placement.of(prepared.params))
+    work = tuning(prepared, strategies, config, budget=budget)
+    scorer = _Scorer(
+        model=prepared.model,
+        splits=work.splits,
+        task=prepared.task,
+        placement=Placement.of(prepared.params),
+    )
     candidates = {ZERO_SHOT: scorer.model(ZERO_SHOT, prepared.params)}
     for name in scorer.naive:
         candidates[name] = scorer.naive_candidate(name)
 
-    tuned = _tune(prepared, work, scorer, seed, folder, show_progress)
+    tuned = _tune(prepared, work, scorer, seed=seed, folder=folder, show_progress=show_progress)
     candidates |= tuned.candidates
     weights = {ZERO_SHOT: prepared.params}
     if tuned.best is not None:
@@ -373,10 +390,24 @@ def compare(
     }
     if work.strategies:
         settings["train"] = work.config.filled(prepared.model.recipe(), seed=seed).record()
-    verdict = _verdict(prepared, work, scorer, candidates, tuned, weights, differences, settings)
+    verdict = _verdict(
+        prepared,
+        work,
+        scorer,
+        candidates=candidates,
+        tuned=tuned,
+        weights=weights,
+        differences=differences,
+        settings=settings,
+    )
     use = verdict.deploy if verdict.deploy in weights else verdict.best_model
     return Compared(
-        verdict, prepared.model, weights[use], work.splits, prepared.task, tuned.results
+        verdict=verdict,
+        model=prepared.model,
+        params=weights[use],
+        splits=work.splits,
+        task=prepared.task,
+        results=tuned.results,
     )
 
 
@@ -415,7 +446,7 @@ def _tune(
                     prepared.model,
                     prepared.params,
                     chosen,
-                    work.splits,
+                    data=work.splits,
                     task=prepared.task,
                     seed=seed,
                     config=work.config,
@@ -440,7 +471,9 @@ def _tune(
             results[name] = result
         else:
             results[name] = dataclasses.replace(result, params=None)
-    return _Tuned(candidates, results, best, params, tuple(notes))
+    return _Tuned(
+        candidates=candidates, results=results, best=best, params=params, notes=tuple(notes)
+    )
 
 
 def _pairs(
@@ -469,7 +502,7 @@ def _verdict(
     splits, panel = work.splits, work.splits.panel
     naive = scorer.best_naive()
     val = {name: found.val["mse"] for name, found in candidates.items()}
-    deploy, reason = decide(val, tuned.best, naive, differences)
+    deploy, reason = decide(val, tuned.best, naive, differences=differences)
 
     tested = [
         name for name, found in candidates.items() if found.test is not None and name != "auto_ets"
@@ -578,12 +611,19 @@ def _lengths(
         room = before - target
         fits = [usual] if context_len is not None or usual <= room else []
         if room >= 1:
-            fits += shorter_contexts(min(room, usual), usual, room, horizon)
+            fits += shorter_contexts(min(room, usual), usual, room, horizon=horizon)
         # Shorter than what the loss takes: missing values fill it up.
         if which == modes[-1]:
             fits += sorted(d for d in range(1, usual + 1) if usual % d == 0)
         for length in fits:
-            if not takes(model, params, which, length, horizon, panel.n_variates):
+            if not takes(
+                model,
+                params,
+                which,
+                context_len=length,
+                horizon=horizon,
+                n_variates=panel.n_variates,
+            ):
                 continue
             notes = []
             if which != own:
@@ -595,9 +635,12 @@ def _lengths(
                     f"training context of {length} rows instead of {usual}: items have {typical}, "
                     "typically"
                 )
-            return _Lengths(seen, length, which, tuple(notes))
+            return _Lengths(context_len=seen, train_context=length, mode=which, notes=tuple(notes))
     return _Lengths(
-        seen, usual, own, (f"training of {model.family} takes no windows of these lengths",)
+        context_len=seen,
+        train_context=usual,
+        mode=own,
+        notes=(f"training of {model.family} takes no windows of these lengths",),
     )
 
 
@@ -713,7 +756,7 @@ class _Scorer:
         masks: Params | None,
     ) -> Candidate:
         """Make a candidate of a training run, with the error before its first step."""
-        begin = start_params(chosen, self.net, start, training.keys(seed)["aux"])
+        begin = start_params(chosen, self.net, start, aux_key=training.keys(seed)["aux"])
         if begin is start:
             before = _record(self.val[ZERO_SHOT])
         else:
@@ -765,7 +808,7 @@ class _Scorer:
         block = (calendar(self.splits.panel)[item] + origin) // self.splits.test.horizon
         if of is not None:
             item, block = item[of], block[of]
-        return bootstrap_difference(gap, steps, block, item, seed=seed)
+        return bootstrap_difference(gap, steps, block, item_W=item, seed=seed)
 
     def examples(
         self, names: Sequence[str], weights: Mapping[str, Params]
@@ -781,7 +824,7 @@ class _Scorer:
             predictor = self.predictors.get(name, self.predictor)
             params = weights.get(name, {})
             found[name] = forecasting.forecast_windows(
-                predictor, params, windows, numbers, self.placement
+                predictor, params, windows, indices=numbers, placement=self.placement
             )
         shown = min(2 * windows.horizon, windows.context_len)
         examples = []
@@ -796,7 +839,7 @@ class _Scorer:
                     "item": str(splits.panel.ids[item[i]]),
                     "column": splits.panel.columns[variate],
                     "stamps": stamps(
-                        splits.panel, int(item[i]), int(origin[i]) - own, own + windows.horizon
+                        splits.panel, int(item[i]), int(origin[i]) - own, n=own + windows.horizon
                     ),
                     "context": context[len(context) - own :].tolist(),
                     "target": target.tolist(),
@@ -863,8 +906,8 @@ def _spans(splits: PanelSplits) -> dict[str, tuple[str, str]]:
         early = items[np.argmin((begins + lo)[items])]
         late = items[np.argmax((begins + hi)[items])]
         ends = [
-            stamps(panel, int(early), int(lo[early]), 1),
-            stamps(panel, int(late), int(hi[late]) - 1, 1),
+            stamps(panel, int(early), int(lo[early]), n=1),
+            stamps(panel, int(late), int(hi[late]) - 1, n=1),
         ]
         if None not in ends:
             found[part] = tuple(end[0] for end in ends if end)

@@ -126,7 +126,12 @@ def read_ucr(path: str | Path) -> Labelled:
         values = np.array(text.decode("ascii").split(), dtype=np.float64)
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as err:
         raise DataError(f"{path.name} cannot be read as numbers: {err}") from err
-    return Labelled(path.name.removesuffix(".gz").removesuffix(".txt"), values, b, (first, last))
+    return Labelled(
+        name=path.name.removesuffix(".gz").removesuffix(".txt"),
+        values=values,
+        train_end=b,
+        anomaly=(first, last),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,10 +202,19 @@ def scale_series(
     shown = np.asarray(values)
     if n_windows is not None:
         shown = _filled(shown[:, :cut], ROWS)
-    train = windows_between(shown, 0, cut, window - TOKEN, TOKEN, columns=(series.name,))
+    train = windows_between(
+        shown, 0, cut, context_len=window - TOKEN, horizon=TOKEN, columns=(series.name,)
+    )
     if n_windows is not None:
         train = train.take(np.arange(n_windows) * train.n // n_windows)
-    return ScaledSeries(values, train, (b, n_rows) if on_test else (cut, b), series, quirks, window)
+    return ScaledSeries(
+        values=values,
+        train=train,
+        validate_rows=(b, n_rows) if on_test else (cut, b),
+        series=series,
+        quirks=quirks,
+        window=window,
+    )
 
 
 def rows_to_train(train_end: int, holdout: float = 0.1) -> int:
@@ -282,7 +296,7 @@ def _window_errors(
 
     # A batch is never smaller than asked for: the table goes on with its last window.
     n = len(starts)
-    return in_batches(one_batch, max(n, batch_size), batch_size, placement)[:n]
+    return in_batches(one_batch, max(n, batch_size), batch_size, placement=placement)[:n]
 
 
 def window_starts(lo: int, hi: int, window: int = WINDOW) -> np.ndarray:
@@ -329,7 +343,16 @@ def row_errors(
         starts = np.append(starts, hi - window)
     if not len(starts):
         return np.zeros(0)
-    errors = _window_errors(model, params, values, starts, ims, batch_size, placement, window)
+    errors = _window_errors(
+        model,
+        params,
+        values,
+        starts=starts,
+        ims=ims,
+        batch_size=batch_size,
+        placement=placement,
+        window=window,
+    )
     errors = errors[:, -(window - TOKEN) :]
     whole = errors[: len(starts) - bool(left), :stride].ravel()
     return np.concatenate([whole, errors[-1, errors.shape[1] - left :]])
@@ -365,7 +388,14 @@ def validation_error(
             f"{task.window}"
         )
     errors = _window_errors(
-        model, params, task.values, starts, ims, batch_size, placement, task.window
+        model,
+        params,
+        task.values,
+        starts=starts,
+        ims=ims,
+        batch_size=batch_size,
+        placement=placement,
+        window=task.window,
     )
     return float(errors.mean())
 
@@ -461,7 +491,7 @@ def evaluate(
         model,
         params,
         task.values,
-        rows,
+        rows=rows,
         ims=ims,
         tail=tail,
         batch_size=batch_size,

@@ -148,7 +148,7 @@ def guesses(
     placement = placement or Placement.of(params)
     placed = examples.over(placement.mesh)
     one_batch = functools.partial(_scores, model, params, placed, placement=placement)
-    return in_batches(one_batch, examples.n, batch_size, placement)
+    return in_batches(one_batch, examples.n, batch_size, placement=placement)
 
 
 def evaluate(

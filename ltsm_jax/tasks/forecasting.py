@@ -251,7 +251,7 @@ class Forecasting:
         self, model: Model, params: TreeStack, data: Splits | PanelSplits, part: Part, over: Over
     ) -> list[dict[str, Any]]:
         """As `evaluate`, for each lane of a stack of parameters, in one program."""
-        return evaluate_lanes(self.predictor(model), params, getattr(data, part), over)
+        return evaluate_lanes(self.predictor(model), params, getattr(data, part), over=over)
 
     def baselines(
         self, model: Model, data: Splits | PanelSplits, part: Part = "val"
@@ -373,7 +373,7 @@ def errors(
         lambda indices: _batch_errors(predictor, params, placed, indices, placement),
         windows.n,
         batch_size or _batch_size(predictor, windows, placement),
-        placement,
+        placement=placement,
     )
     return _errors_of(sums, windows)
 
@@ -548,7 +548,9 @@ def collapse(
     spread evenly.
     """
     indices = np.linspace(0, windows.n - 1, min(sample, windows.n)).astype(np.int32)
-    _, target, point = forecast_windows(predictor, params, windows, indices, placement)
+    _, target, point = forecast_windows(
+        predictor, params, windows, indices=indices, placement=placement
+    )
     observed = ~np.isnan(target)
     some = observed.any(axis=-1)
     got = float(point.var(axis=-1).mean())

@@ -93,7 +93,7 @@ def own_levels(
     """
     if not len(wanted):
         return ()
-    low, high = _range(model, params, n_variates, horizon)
+    low, high = _range(model, params, n_variates, horizon=horizon)
     slack = 1e-9  # 0.1 is 0.1 however it was computed
     return tuple(level for level in sorted(wanted) if low - slack <= level <= high + slack)
 
@@ -217,7 +217,11 @@ def passes(
         if not joint:
             rows = (rows[:, None] * c + np.arange(c)).ravel()
         found.append(
-            Pass(int(length), rows, batch_size or _batch_size(model, width, int(length), len(rows)))
+            Pass(
+                int(length),
+                rows,
+                batch_size or _batch_size(model, width, int(length), count=len(rows)),
+            )
         )
     return found
 
@@ -307,7 +311,7 @@ def forecast_panel(
 
     members = c if joint else 1
     count = m if joint else m * c
-    said = () if on_host else own_levels(model, params, members, horizon, levels)
+    said = () if on_host else own_levels(model, params, members, horizon=horizon, wanted=levels)
     point = np.empty((count, members, horizon))
     quantiles = np.empty((count, members, horizon, len(said)))
     unit = np.ones((count, members))
@@ -331,7 +335,12 @@ def forecast_panel(
     ):
         length, size = group.length, group.size
         for rows in _batches(group.rows, size):
-            cut = _Cut(panel, origins.take(rows if joint else rows // c), length, horizon)
+            cut = _Cut(
+                panel=panel,
+                origins=origins.take(rows if joint else rows // c),
+                length=length,
+                horizon=horizon,
+            )
             context = cut.contexts(panel.values, None if joint else rows % c)
             empty = _empty(context, cut, None if joint else rows % c)
             mean, scale = context_scale(context)
@@ -359,10 +368,10 @@ def forecast_panel(
     if pending is not None:
         collect(*pending)
     return PanelForecast(
-        point.reshape(m, c, horizon),
-        quantiles.reshape(m, c, horizon, -1),
-        said,
-        unit.reshape(m, c),
+        point=point.reshape(m, c, horizon),
+        quantiles=quantiles.reshape(m, c, horizon, -1),
+        levels=said,
+        unit=unit.reshape(m, c),
     )
 
 

@@ -51,7 +51,13 @@ def draw_kernels(
         weights = rng.normal(size=(len(channels), length))
         weights -= weights.mean(axis=1, keepdims=True)
         kernels.append(
-            RandomConvolution(channels, weights, float(rng.uniform(-1, 1)), dilation, padding)
+            RandomConvolution(
+                channels=channels,
+                weights=weights,
+                bias=float(rng.uniform(-1, 1)),
+                dilation=dilation,
+                padding=padding,
+            )
         )
     return kernels
 
@@ -128,5 +134,5 @@ def classify(
     labels = np.asarray(labels)
     if len(np.unique(labels)) < 2:
         raise ValueError("a classifier needs at least two classes among the training examples")
-    kernels = draw_kernels(seed, train.shape[1], train.shape[2], count)
+    kernels = draw_kernels(seed, train.shape[1], train.shape[2], count=count)
     return ridge(features(train, kernels), labels, features(test, kernels))

@@ -246,12 +246,12 @@ def _at_once(state, fixed, turn, *, shared, batch_size, rule, how):
             now["params"],
             now["optimizer"],
             fixed["frozen"],
-            shared["source"],
-            rows,
-            turn["rates"][shared["place"] + at],
-            jax.random.fold_in(turn["key"], shared["first"] + at),
-            fixed["loss_fn"],
-            fixed["penalty"],
+            source=shared["source"],
+            rows=rows,
+            rate=turn["rates"][shared["place"] + at],
+            key=jax.random.fold_in(turn["key"], shared["first"] + at),
+            loss_fn=fixed["loss_fn"],
+            penalty=fixed["penalty"],
             tx=tx,
             how=how,
             placement=Placement(),
@@ -326,16 +326,16 @@ class Sweep:
             trainable = trees.select(params, None) if trainable is None else trainable
             moving, frozen = trees.partition(params, trainable)
             fitting = loop.Fitting(
-                job["config"],
-                step.as_pytree(job["loss_fn"]),
-                step.as_pytree(job.get("penalty")),
-                source,
-                moving,
-                frozen,
-                job.get("validate"),
-                Placement(),
-                job.get("select", "mse"),
-                job.get("watch"),
+                config=job["config"],
+                loss_fn=step.as_pytree(job["loss_fn"]),
+                penalty=step.as_pytree(job.get("penalty")),
+                source=source,
+                moving=moving,
+                frozen=frozen,
+                validate=job.get("validate"),
+                placement=Placement(),
+                select=job.get("select", "mse"),
+                watch=job.get("watch"),
             )
             fitting.position = loop.Position()
             self.fittings.append(fitting)
@@ -676,7 +676,12 @@ def record_of(job: Mapping[str, Any]) -> dict[str, Any]:
     trainable = trees.select(params, None) if trainable is None else trainable
     select = job.get("select", "mse") if job.get("validate") else None
     return loop.config_record(
-        job["config"], job.get("facts"), params, trainable, job["train_source"], select
+        job["config"],
+        job.get("facts"),
+        params,
+        trainable=trainable,
+        source=job["train_source"],
+        select=select,
     )
 
 
@@ -765,15 +770,15 @@ def _separate(job: Mapping[str, Any]) -> loop.Fitting:
     moving, frozen = trees.partition(params, sweep.trainable[0])
     one = sweep.first
     fitting = loop.Fitting(
-        one.config,
-        one.loss_fn,
-        one.penalty,
-        job["train_source"],
-        moving,
-        frozen,
-        one.validate,
-        Placement.of(params),
-        one.select,
+        config=one.config,
+        loss_fn=one.loss_fn,
+        penalty=one.penalty,
+        source=job["train_source"],
+        moving=moving,
+        frozen=frozen,
+        validate=one.validate,
+        placement=Placement.of(params),
+        select=one.select,
     )
     fitting.start(moving, None)
     return fitting
@@ -817,8 +822,8 @@ def _room(jobs: Sequence[Mapping[str, Any]], over: Over, writes: bool) -> int:
         one.shapes,
         one.frozen,
         one.source,
-        one.loss_fn,
-        one.keys["dropout"],
+        loss_fn=one.loss_fn,
+        key=one.keys["dropout"],
         batch_size=one.batch_size,
         how=one.how,
         placement=Placement(),
@@ -870,20 +875,20 @@ def fit_jobs(
     together = lanes != "off" and len(jobs) > 1 and signature(jobs[0]) is not None
     if together:
         for members, over, place in _begun(jobs, folder):
-            outcomes |= _as_lanes(jobs, members, over, place, evaluate)
+            outcomes |= _as_lanes(jobs, members, over, place=place, evaluate=evaluate)
         fresh = [i for i in range(len(jobs)) if i not in outcomes and not _has_checkpoint(jobs[i])]
         # A folder without a checkpoint may still say another number of parts.
         numbers = [jobs[i]["config"].accumulate for i in fresh]
         fresh = [i for i, number in zip(fresh, numbers, strict=True) if number == numbers[0]]
         if len(fresh) > 1:
-            choice = _chosen(jobs, fresh, lanes, folder)
+            choice = _chosen(jobs, fresh, lanes, folder=folder)
             if choice.way != "separate":
                 over = Over(choice.way, Placement.of(jobs[0]["params"]).mesh)
                 for members in _chunks(fresh, choice.most):
                     place = (
                         None if folder is None else Path(folder) / f"lanes-{_digest(jobs, members)}"
                     )
-                    outcomes |= _as_lanes(jobs, members, over, place, evaluate)
+                    outcomes |= _as_lanes(jobs, members, over, place=place, evaluate=evaluate)
     for i, job in enumerate(jobs):
         if i not in outcomes and (others or _is_finished(job)):
             outcomes[i] = _by_itself(job)
@@ -896,7 +901,9 @@ def fit_as_lanes(
     """Train runs of one `signature` as lanes of one program, whatever would be quicker; nothing is
     kept on disk.
     """
-    found = _as_lanes([_settled(job) for job in jobs], range(len(jobs)), over, None, evaluate)
+    found = _as_lanes(
+        [_settled(job) for job in jobs], range(len(jobs)), over, place=None, evaluate=evaluate
+    )
     return [found[i] for i in range(len(jobs))]
 
 
@@ -915,9 +922,9 @@ def _settled(job: Mapping[str, Any]) -> dict[str, Any]:
         job["config"],
         moving,
         frozen,
-        job["train_source"],
-        step.as_pytree(job["loss_fn"]),
-        keys(job["config"].seed or 0)["dropout"],
+        source=job["train_source"],
+        loss_fn=step.as_pytree(job["loss_fn"]),
+        key=keys(job["config"].seed or 0)["dropout"],
         on_mesh=Placement.of(params).mesh is not None,
         folder=job.get("folder"),
     )

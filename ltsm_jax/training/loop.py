@@ -184,7 +184,14 @@ def fit(
         # it traces the loss: what is refused here has made no folder
         takes = fitting.check_memory(allocated=0, writes=folder is not None)
     if folder is not None:
-        record = config_record(config, facts, params, trainable, train_source, validate and select)
+        record = config_record(
+            config,
+            facts,
+            params,
+            trainable=trainable,
+            source=train_source,
+            select=validate and select,
+        )
         run = checkpoints.RunFolder(folder, record, config.keep_checkpoints)
     with contextlib.closing(run) if run else contextlib.nullcontext():
         fitting.start(moving, run)
@@ -277,23 +284,23 @@ def _prepared(
         config,
         moving,
         frozen,
-        source,
-        loss,
-        keys(config.seed or 0)["dropout"],
+        source=source,
+        loss_fn=loss,
+        key=keys(config.seed or 0)["dropout"],
         on_mesh=placement.mesh is not None,
         folder=folder,
     )
     fitting = Fitting(
-        config,
-        loss,
-        step.as_pytree(penalty),
-        source,
-        moving,
-        frozen,
-        validate,
-        placement,
-        select,
-        watch,
+        config=config,
+        loss_fn=loss,
+        penalty=step.as_pytree(penalty),
+        source=source,
+        moving=moving,
+        frozen=frozen,
+        validate=validate,
+        placement=placement,
+        select=select,
+        watch=watch,
     )
     return fitting, moving, trainable
 
@@ -336,7 +343,11 @@ class Fitting:
                 f"{MOST_OF_ALL} steps"
             )
         self.rates = optimizers.schedule(
-            config.schedule, config.lr, config.epochs, self.steps_per_epoch, config.warmup
+            config.schedule,
+            config.lr,
+            config.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            warmup=config.warmup,
         )
         self.rule = optimizers.Rule.of(config)
         self.keys = placement.replicate(keys(config.seed or 0))
@@ -391,8 +402,8 @@ class Fitting:
             self.shapes,
             self.frozen,
             self.source,
-            self.loss_fn,
-            self.keys["dropout"],
+            loss_fn=self.loss_fn,
+            key=self.keys["dropout"],
             batch_size=self.batch_size,
             how=self.how,
             placement=self.placement,
@@ -688,7 +699,7 @@ class Fitting:
             f"{place + 1} of {self.steps_per_epoch})",
             diagnosis.of_tree("parameters", params),
             diagnosis.of_tree("gradients", grads),
-            *diagnosis.of_batch(batch, indices, weight, describe),
+            *diagnosis.of_batch(batch, indices, weight, describe=describe),
         ]
         return "\n".join(lines)
 

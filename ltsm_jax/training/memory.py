@@ -123,14 +123,25 @@ def estimate(
     on_cpu = jax.default_backend() == "cpu"
     sharing = len(placement.mesh.local_devices) if placement.mesh and on_cpu else 1
     kept = kept_by_backward(
-        state["params"], frozen, source, loss_fn, key, batch_size // how.accumulate, how
+        state["params"],
+        frozen,
+        source,
+        loss_fn=loss_fn,
+        key=key,
+        rows=batch_size // how.accumulate,
+        how=how,
     )
     activations = int(SCRATCH * kept * sharing / placement.row_parts)
     copies = 2 if writes_checkpoints and on_cpu else 1
     beside = 2 if how.rho else 1  # a gradient, and of SAM the weights uphill
     fixed = sharing * (copies * bytes_on_one(state) + beside * bytes_on_one(state["params"]))
     return MemoryEstimate(
-        fixed, activations, batch_size, how.accumulate, placement.row_parts, sharing
+        fixed=fixed,
+        activations=activations,
+        batch_size=batch_size,
+        accumulate=how.accumulate,
+        row_parts=placement.row_parts,
+        sharing=sharing,
     )
 
 
@@ -149,10 +160,12 @@ def kept_by_backward(moving, frozen, source, loss_fn, key, rows: int, how: step.
 def _backward(moving, frozen, source, loss_fn, key, rows: int, how: step.How):
     """Give the backward pass of one part, with all that it holds."""
     indices, weight = windows.batch_at(jnp.arange(source.n), 0, rows)
-    batch = step.gather(source, indices, weight, Placement())
+    batch = step.gather(source, indices, weight, placement=Placement())
 
     def of(moving):
-        return step.objective(moving, frozen, batch, key, loss_fn, None, how)
+        return step.objective(
+            moving, frozen, batch, key=key, loss_fn=loss_fn, penalty=None, how=how
+        )
 
     return jax.vjp(step.recomputing(of, how), moving)[1]
 

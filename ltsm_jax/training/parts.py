@@ -66,7 +66,7 @@ def settled(
     assert config.batch_size, "filled"
     batch_size = min(config.batch_size, int(source.n))
     kept = memory.kept_by_backward(
-        moving, frozen, source, loss_fn, key, batch_size, step.How.of(whole)
+        moving, frozen, source, loss_fn=loss_fn, key=key, rows=batch_size, how=step.How.of(whole)
     )
     of_parameters = memory.bytes_in(moving)
     return dataclasses.replace(

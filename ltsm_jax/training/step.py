@@ -102,11 +102,13 @@ def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, pla
 
     def of_batch(moving, batch, key):
         with rows_over(placement.mesh):
-            return objective(moving, frozen, batch, key, loss_fn, penalty, how)
+            return objective(
+                moving, frozen, batch, key=key, loss_fn=loss_fn, penalty=penalty, how=how
+            )
 
     gradients = jax.value_and_grad(recomputing(of_batch, how))
     if how.accumulate == 1:
-        return gradients(moving, gather(source, rows[0], rows[1], placement), key)
+        return gradients(moving, gather(source, rows[0], rows[1], placement=placement), key)
 
     def part(total, inputs):
         (indices, weight), number = inputs
@@ -114,7 +116,7 @@ def _of_batch(moving, frozen, source, rows, key, loss_fn, penalty, how: How, pla
         weight = jnp.where(
             share > 0, weight, 1.0
         )  # a part of padding alone has no mean; it counts 0 below
-        batch = gather(source, indices, weight, placement)
+        batch = gather(source, indices, weight, placement=placement)
         found = gradients(moving, batch, jax.random.fold_in(key, number))
         return jax.tree.map(lambda sum_, new: sum_ + share * new, total, found), None
 
@@ -176,7 +178,17 @@ def update(
     """
 
     def gradients_at(weights):
-        return _of_batch(weights, frozen, source, rows, key, loss_fn, penalty, how, placement)
+        return _of_batch(
+            weights,
+            frozen,
+            source,
+            rows=rows,
+            key=key,
+            loss_fn=loss_fn,
+            penalty=penalty,
+            how=how,
+            placement=placement,
+        )
 
     loss, grads = loss_and_gradients(gradients_at, moving, how)
     # the sum is finite only if every addend is
@@ -232,12 +244,12 @@ def advance(
             moving,
             opt_state,
             frozen,
-            source,
-            rows,
-            rates[place + i],
-            jax.random.fold_in(key, step + i),
-            loss_fn,
-            penalty,
+            source=source,
+            rows=rows,
+            rate=rates[place + i],
+            key=jax.random.fold_in(key, step + i),
+            loss_fn=loss_fn,
+            penalty=penalty,
             tx=tx,
             how=how,
             placement=placement,

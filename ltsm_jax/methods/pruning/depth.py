@@ -136,7 +136,7 @@ def check_depth(model: Model, params: Params, count: int) -> None:
     if not count:
         return
     equal = dict.fromkeys(_layers(model, params), 0.0)
-    shorter(model, params, least_influential(model, params, equal, count))
+    shorter(model, params, least_influential(model, params, equal, count=count))
 
 
 def drop_layers(model: Model, params: Params, gone: Sequence[str]) -> tuple[Model, Params]:

@@ -51,7 +51,7 @@ def expert_usage(
             ),
             windows.n,
             batch_size or model.eval_batch * placement.row_parts,
-            placement,
+            placement=placement,
         )
         for path, count_NE in counts.items():
             totals[path] = totals.get(path, 0) + count_NE.sum(0)

@@ -224,17 +224,25 @@ def _reduce(
     """Take out the layers and the experts that the config asks to remove, layers first."""
     influence, gone = None, ()
     if config.depth:
-        influence = _influence(model, params, [windows], task, batch_size, folder, placement)
-        gone = least_influential(model, params, influence, config.depth)
+        influence = _influence(
+            model,
+            params,
+            [windows],
+            task=task,
+            batch_size=batch_size,
+            folder=folder,
+            placement=placement,
+        )
+        gone = least_influential(model, params, influence, count=config.depth)
         model, params = drop_layers(model, params, gone)
 
     usage, top = None, getattr(model.config, "top_k", 0)
     if config.expert_threshold is not None:
         parts = [windows, task.windows(model, data, "val")]
-        usage = _usage(model, params, parts, folder, placement)
+        usage = _usage(model, params, parts, folder=folder, placement=placement)
         kept = kept_experts(usage, config.expert_threshold, top)
         model, params = keep_experts(model, params, kept)
-    return _Reduced(model, params, usage, influence, gone)
+    return _Reduced(model=model, params=params, usage=usage, influence=influence, gone=gone)
 
 
 def _result(
@@ -356,8 +364,8 @@ def _batch_sums(
         loss,
         params,
         masks,
-        batch,
-        key,
+        batch=batch,
+        key=key,
         squares=squares,
         chunk=chunk,
         stacks=stacks,
@@ -559,7 +567,7 @@ class _Pruning:
             average = np.where(np.isnan(old[path]), s, a * s + (1 - a) * old[path])
             new[path] = np.where(skipped.get(path, False), old[path], average)
         before = trees.unflatten(new)
-        after, importance = pruning_step(before, masks, self.r_step, skipped)
+        after, importance = pruning_step(before, masks, self.r_step, skipped=skipped)
         self.steps += 1
         gone = jax.tree.map(lambda was, now: (was != 0) & (now == 0), masks, after)
         self.state = {
