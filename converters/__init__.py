@@ -361,7 +361,7 @@ def _in_one_width(
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, links followed."""
+    """Return whether a path is a folder or lies in it, links followed."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
@@ -401,7 +401,7 @@ def _require_free(
 
 
 def _is_checkpoint(file: Path) -> bool:
-    """Whether a file begins as one that an export writes."""
+    """Return whether a file begins as one that an export writes."""
     with file.open("rb") as stream:
         start = stream.read(9)
     if file.suffix == ".safetensors":
@@ -410,8 +410,8 @@ def _is_checkpoint(file: Path) -> bool:
 
 
 def _is_like(found: Any, fields: Mapping[str, Any]) -> bool:
-    """Whether JSON holds what an earlier export wrote: most of the fields, with these or other
-    values.
+    """Return whether JSON holds what an earlier export wrote: most of the fields, with these or
+    other values.
     """
     return isinstance(found, dict) and 2 * len(fields.keys() & found.keys()) >= len(fields)
 
@@ -539,7 +539,7 @@ def _on_disk(src: str | Path, accept_license: bool) -> tuple[Path, dict[str, Any
 
 
 def _is_plain(value: object) -> bool:
-    """Whether an extra of a Lightning file is worth keeping: a short text or a number."""
+    """Return whether an extra of a Lightning file is worth keeping: a short text or a number."""
     if isinstance(value, str):
         return len(value) <= 200 and value.isprintable()
     return isinstance(value, bool) or (isinstance(value, (int, float)) and abs(value) < 2**63)

@@ -255,7 +255,9 @@ def _stacked(rules: Sequence[Rule]) -> list[re.Pattern]:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where in the parameters a rule writes: a whole parameter, or one row of a stacked one."""
+    """The place in the parameters that a rule writes: a whole parameter, or one row of a stacked
+    one.
+    """
 
     path: str
     slot: int | None = None
@@ -490,7 +492,7 @@ class _Reading:
 
 
 def same_bytes(a: object, b: object) -> bool:
-    """Whether two tensors have one dtype, one shape and the same bytes."""
+    """Return whether two tensors have one dtype, one shape and the same bytes."""
     if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
         return False
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -234,7 +234,7 @@ def _of_a_preset(sizes: tuple[Any, ...], state: Mapping[str, Any], where: str):
 
 
 def _kind(state: Mapping[str, Any], layer: int) -> str | None:
-    """Which recurrence a layer has by its tensors, under any of their names."""
+    """Tell the recurrence of a layer by its tensors, under any of their names."""
     for cell in ("fwd_cell", "rev_cell"):
         prefix = f"stack.{layer}.time_mixer.{cell}."
         for kind, name in (("mlstm", "q.weight"), ("slstm", "zgate.weight")):

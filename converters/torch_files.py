@@ -91,7 +91,7 @@ _TORCH_DTYPES |= {f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32
 
 @dataclasses.dataclass
 class _Views:
-    """How many bytes the tensors of a file may still have, were each of them copied out of it."""
+    """The bytes that the tensors of a file may still have, were each of them copied out of it."""
 
     file_bytes: int
     left: int
@@ -378,8 +378,7 @@ def _zip_list(data: mmap.mmap, count: int, start: int, end: int) -> list[_Listed
 
 
 def _zip_bodies(data: mmap.mmap, listed: list[_Listed], start: int) -> list[int]:
-    """Where the bytes of each entry begin, all of them before `start` and no two of them in one
-    place.
+    """Locate the bytes of each entry, all of them before `start` and no two of them in one place.
 
     Nothing that is as long as an entry is done before: of overlapping entries, a small file has any
     number.

@@ -132,7 +132,9 @@ class Subject:
         )
 
     def moves(self, path: str) -> bool:
-        """Whether a leaf is a parameter, and no table of data that the family keeps among them."""
+        """Return whether a leaf is a parameter, and no table of data that the family keeps among
+        them.
+        """
         return self.model.fixed is None or re.search(self.model.fixed, path) is None
 
 

@@ -299,7 +299,7 @@ def _try_batch(model: Model, params: Any, splits: Splits, task: Task) -> None:
 
 
 def finished(c: Comparison, cells: Iterable[Cell]) -> int:
-    """How many of the cells have a result."""
+    """Count the cells that have a result."""
     return sum(folder.finished(c.folder, cell.name) for cell in cells)
 
 

@@ -475,7 +475,7 @@ def compare(c: Comparison, console: Console | None = None) -> list[str]:
 
 
 def _n_chosen(o: Options) -> int:
-    """How many runs the seeds after the first one add where validation chooses settings."""
+    """Count the runs that the seeds after the first one add where validation chooses settings."""
     arms = {(method, None if o.choose_alpha else alpha) for method, alpha in o.tunings}
     pairs = {"chosen": 1, "each": len(o.shares), "all": len(o.shares) * len(o.ema), "validated": 1}[
         o.tune

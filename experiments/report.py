@@ -573,7 +573,7 @@ def plot_validation(cells: Sequence[dict], path: Path) -> bool:
 
 
 def _fade(method: str, alpha: float | None, groups: Any) -> float:
-    """How strong a curve is drawn: the alphas of one method differ in it."""
+    """Opacity of a curve: the alphas of one method differ in it."""
     alphas = sorted(a for m, a in groups if m == method and a is not None)
     return (
         1.0

@@ -166,7 +166,7 @@ def grid_cells(options: Options, seeds: Sequence[int]) -> tuple[Cell, ...]:
 
 
 def n_chosen(options: Options) -> int:
-    """How many runs the seeds after the first one add where settings are chosen."""
+    """Count the runs that the seeds after the first one add where settings are chosen."""
     arms = {(m, None if options.choose_alpha else a) for m, a in options.tunings}
     return len(arms) * (len(options.seeds) - 1) if options.over else 0
 

@@ -228,7 +228,7 @@ def _cuda(text: str, kind: str, sizes: tuple[int, ...]) -> Target:
 
 
 def module_folder(module: str) -> Path | None:
-    """Where an installed module lies, without importing it; None where it is not installed."""
+    """Locate an installed module without importing it; None where it is not installed."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:

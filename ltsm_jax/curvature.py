@@ -169,7 +169,7 @@ def trace_estimate(
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """Where the eigenvalues of a Hessian lie.
+    """Distribution of the eigenvalues of a Hessian.
 
     Attributes:
       values: [S] float64, ascending: eigenvalues, or estimates of places where some lie.

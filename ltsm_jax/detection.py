@@ -58,7 +58,7 @@ class Detected:
 
     @property
     def n_anomalous(self) -> int:
-        """How many rows are anomalous."""
+        """Number of anomalous rows."""
         return int(self.table["anomalous"].to_numpy(bool).sum())
 
     def ranges(self) -> pd.DataFrame:

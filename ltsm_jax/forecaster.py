@@ -607,8 +607,8 @@ class Forecaster:
     def _origins(
         self, by: "Way", panel: Panel, horizon: int, rest: tuple[float, ...]
     ) -> tuple[Origins, Origins]:
-        """Where forecasts begin: the end of every item, and then those in the past, which come
-        alone as well.
+        """Origins of forecasts: the end of every item, and then those in the past, which come alone
+        as well.
 
         Origins in the past, for errors at the levels `rest` that nobody has measured yet, go in
         together with the end of every item: then no shape is compiled twice.
@@ -811,7 +811,7 @@ class Forecaster:
 
 
 def _held_out(splits: PanelSplits, most: int, seed: int) -> Origins:
-    """Where validation and test targets begin, `most` of these places at most, spread evenly."""
+    """Origins of the validation and test targets, `most` of these places at most, spread evenly."""
     pairs = []
     for windows in (splits.val, splits.test):
         # Windows of several targets of an item begin in one place.

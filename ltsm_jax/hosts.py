@@ -203,7 +203,7 @@ def initialize(
 
 
 def process_count() -> int:
-    """How many hosts there are."""
+    """Number of hosts."""
     return jax.process_count()
 
 
@@ -213,7 +213,7 @@ def index() -> int:
 
 
 def first() -> bool:
-    """Whether this is the host that writes and speaks."""
+    """Return whether this is the host that writes and speaks."""
     return jax.process_index() == 0
 
 

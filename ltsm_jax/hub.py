@@ -77,7 +77,7 @@ class Name:
 
     @property
     def store(self) -> Path:
-        """Where the converted copies of all its commits are kept."""
+        """Folder of the converted copies of all its commits."""
         return storage.cache_folder("models") / STORE / self.repo.replace("/", "--")
 
 
@@ -404,7 +404,7 @@ def remember(found: Snapshot) -> None:
 
 
 def is_non_commercial(licence: str) -> bool:
-    """Whether a licence, by its name or in words, forbids commercial use."""
+    """Return whether a licence, by its name or in words, forbids commercial use."""
     return _FORBIDS.search(licence) is not None
 
 

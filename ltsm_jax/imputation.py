@@ -70,7 +70,7 @@ class Imputed:
 
     @property
     def n_filled(self) -> int:
-        """How many cells were filled."""
+        """Number of cells that were filled."""
         return int(
             self.table[[f"{name}{FILLED}" for name in self.panel.columns]].to_numpy(bool).sum()
         )

@@ -172,7 +172,8 @@ def on_host(leaf: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a model computes: on all devices of a mesh, or, without one, where its arrays lie.
+    """The devices a model computes on: all devices of a mesh, or, without one, where its arrays
+    lie.
 
     An entry point asks for it once, `Placement.of(params)`, and hands it down. It is hashable, so
     that it may be static under jit.

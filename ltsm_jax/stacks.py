@@ -105,7 +105,7 @@ class _Marked:
 
 @dataclasses.dataclass(frozen=True)
 class Over:
-    """How a function runs over the lanes of stacks; static under jit.
+    """Way of running a function over the lanes of stacks; static under jit.
 
     Attributes:
       mode: "batched": all lanes at once, with one more axis in every operation. "mapped": one lane
@@ -187,7 +187,7 @@ class Over:
 
     @property
     def sharding(self) -> NamedSharding:
-        """Where arrays with the axis of the lanes lie."""
+        """Sharding of arrays with the axis of the lanes."""
         assert self.mesh is not None, "there is a mesh to lie on"
         return NamedSharding(self.mesh, self._spec)
 

@@ -84,7 +84,7 @@ def _orbax() -> Any:
 
 
 def cache_folder(kind: str) -> Path:
-    """Where files of a kind ("data", "models") are kept: `$LTSM_CACHE`/kind, else
+    """Locate the folder for files of a kind ("data", "models"): `$LTSM_CACHE`/kind, else
     ~/.cache/ltsm_jax/kind.
     """
     return Path(os.environ.get("LTSM_CACHE") or Path.home() / ".cache" / "ltsm_jax") / kind
@@ -210,7 +210,7 @@ def verify(tree: trees.Tree, expected: Mapping[str, Mapping[str, Any]], where: s
 
 
 def _same_values(leaf: Any, entry: Mapping[str, Any]) -> bool:
-    """Whether every part that this host can look at has the digest it was saved with."""
+    """Return whether every part that this host can look at has the digest it was saved with."""
     whole = {"at": [[0, n] for n in entry["shape"]], "sha256": entry.get("sha256")}
     saved = {tuple(map(tuple, part["at"])): part["sha256"] for part in entry.get("parts", [whole])}
     if _global(leaf):
@@ -544,7 +544,9 @@ def _no_tree(folder: Path) -> str:
 
 
 def no_space(error: BaseException) -> bool:
-    """Whether an error comes from a disk that is full, or from a limit of what may be written."""
+    """Return whether an error comes from a disk that is full, or from a limit of what may be
+    written.
+    """
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     text = str(error)
     return (isinstance(error, OSError) and error.errno in full) or any(
@@ -851,7 +853,7 @@ def _table(folder: Path) -> dict[str, Any]:
 
 
 def _is_array(path: str, entry: Any) -> bool:
-    """Whether an entry of the table describes an array."""
+    """Return whether an entry of the table describes an array."""
     names = path.split("/")
     if not isinstance(entry, dict) or not all(names) or len(names) > MAX_DEPTH:
         return False
@@ -873,7 +875,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _is_file(name: str, entry: Any) -> bool:
-    """Whether an entry of the table describes a file below its folder."""
+    """Return whether an entry of the table describes a file below its folder."""
     inside = not os.path.isabs(name) and ".." not in Path(name).parts
     fits = (
         isinstance(entry, dict)

@@ -294,7 +294,9 @@ def _on_sphere(p: jax.Array, r: jax.Array, a: jax.Array, path: str) -> jax.Array
 
 
 def traced(x: Any) -> bool:
-    """Whether `x` is a value inside jit, vmap or grad, of which only shape and dtype are known."""
+    """Return whether `x` is a value inside jit, vmap or grad, of which only shape and dtype are
+    known.
+    """
     return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 

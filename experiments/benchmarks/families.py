@@ -152,7 +152,7 @@ def gigabytes() -> float:
 
 
 class Training(NamedTuple):
-    """What a training step of a family is made of."""
+    """The parts of a training step of a family."""
 
     source: windows.Windows
     loss: Any
@@ -163,7 +163,7 @@ class Training(NamedTuple):
 
     @property
     def how(self) -> training_step.How:
-        """How a step computes."""
+        """Settings of a step's computation."""
         return training_step.How.of(self.config)
 
     @property

@@ -450,7 +450,7 @@ def _difference(benchmark: Benchmark, path: Path) -> str | None:
 
 
 def _is_published(benchmark: Benchmark, path: Path) -> bool:
-    """Whether the file's bytes are known to be the published ones."""
+    """Return whether the file's bytes are known to be the published ones."""
     known = benchmark.digest is not None and path.suffix != ".parquet"
     return known and _difference(benchmark, path) is None
 

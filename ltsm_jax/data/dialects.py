@@ -118,7 +118,7 @@ def _with_points(column: Any) -> np.ndarray:
 
 
 def _either(text: str, separator: str, skipped: int, column: int) -> bool:
-    """Whether every cell of a column is written like 1.234."""
+    """Return whether every cell of a column is written like 1.234."""
     cells = pd.read_csv(
         io.StringIO(text),
         sep=separator,

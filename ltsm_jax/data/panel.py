@@ -275,5 +275,5 @@ class Panel:
 
 
 def _in_months(freq: str | None) -> bool:
-    """Whether a step has a day in the month."""
+    """Return whether a step has a day in the month."""
     return freq is not None and count_unit(freq)[1] in MONTHS

@@ -60,7 +60,7 @@ class Times:
 
 @dataclasses.dataclass
 class Grids:
-    """Where the sorted rows lie on the grids of their items.
+    """Places of the sorted rows on the grids of their items.
 
     Attributes:
       place: [T] whole places, 0 the first row of an item.
@@ -158,7 +158,8 @@ class GridReader(TableReader):
     """A reader that places rows on the grids of their items."""
 
     def several(self, ids: np.ndarray, which: np.ndarray) -> str:
-        """How many items, and the first of them: " of 2 of 9 items (a, b)"; "" for a lone item.
+        """Say how many items, and name the first of them: " of 2 of 9 items (a, b)"; "" for a lone
+        item.
 
         Args:
           which: [N] bool.
@@ -206,14 +207,14 @@ class GridReader(TableReader):
         return table[time[0]] if len(time) == 1 else joined_time(table, time)
 
     def counts(self, columns: list) -> bool:
-        """Whether columns of numbers count the rows: whole numbers that are no dates."""
+        """Return whether columns of numbers count the rows: whole numbers that are no dates."""
         kinds: Any = pd.Series(pd.concat(columns, ignore_index=True).unique()).sort_values()
         if kinds.isna().any() or not (kinds == np.rint(kinds)).all():
             return False
         return not self.numbers_are_dates(kinds)
 
     def numbers_are_dates(self, column: Any) -> bool:
-        """Whether numbers are dates of one step; those of several items repeat."""
+        """Return whether numbers are dates of one step; those of several items repeat."""
         return super().numbers_are_dates(pd.Series(column.unique(), name=column.name))
 
     def stamps_of_kinds(self, column: Any) -> tuple[np.ndarray, str | None] | None:
@@ -344,7 +345,7 @@ class GridReader(TableReader):
         return place, off
 
     def repeated_times(self, items: Items) -> np.ndarray:
-        """Which steps [T - 1] lead from a row to another of the same item and time."""
+        """Mask [T - 1] of the steps that lead from a row to another of the same item and time."""
         return (items.clock[1:] == items.clock[:-1]) & inside(items.starts)
 
     def move_to_grids(
@@ -491,7 +492,7 @@ class GridReader(TableReader):
         codes: np.ndarray | None,
         layout: GridLayout,
     ) -> Ahead | None:
-        """Where the rows ahead [A] lie on the grids of their items; None where there are none.
+        """Places of the rows ahead [A] on the grids of their items; None where there are none.
 
         Args:
           codes: [A] the item of each row, -1: the table has no such item.

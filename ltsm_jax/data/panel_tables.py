@@ -37,7 +37,7 @@ MANY_KINDS = 10_000  # more kinds of text are no categories
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PanelOptions:
-    """How a table of many items is read; the keywords of `read_panel`.
+    """Options for reading a table of many items; the keywords of `read_panel`.
 
     Attributes:
       id: the column(s) that tell the items apart; several are joined by "/" in messages, and come
@@ -427,7 +427,9 @@ class _PanelReader(GridReader):
         ahead: Any,
         codes_ahead: np.ndarray | None,
     ) -> bool:
-        """Whether the cells of each item are the same, empty ones aside, in the rows ahead too."""
+        """Return whether the cells of each item are the same, empty ones aside, in the rows ahead
+        too.
+        """
         if cells.isna().all():
             return False
         if ahead is not None and codes_ahead is not None:
@@ -523,8 +525,8 @@ class _PanelReader(GridReader):
     def is_of_all_items(
         self, ahead: pd.DataFrame, roles: _Roles, codes: np.ndarray, times: Times
     ) -> bool:
-        """Whether rows ahead without ids can only mean all of several items: these end at one
-        stamp, and no stamp ahead occurs twice.
+        """Return whether rows ahead without ids can only mean all of several items: these end at
+        one stamp, and no stamp ahead occurs twice.
         """
         n = int(codes.max()) + 1
         if (
@@ -820,7 +822,7 @@ def _id_parts(table: pd.DataFrame, columns: list, codes: np.ndarray) -> pd.DataF
 
 
 def _one_kind(cells: Any) -> bool:
-    """Whether all cells are the same, and none is empty."""
+    """Return whether all cells are the same, and none is empty."""
     return cells.nunique() == 1 and not cells.isna().any()
 
 
@@ -833,7 +835,7 @@ def _own_type(ids: Any) -> np.ndarray:
 
 
 def _holds_truth(cells: Any) -> bool:
-    """Whether cells, empty ones aside, are truth values."""
+    """Return whether cells, empty ones aside, are truth values."""
     if pd.api.types.is_bool_dtype(cells):
         return True
     if cells.dtype != object:
@@ -843,7 +845,7 @@ def _holds_truth(cells: Any) -> bool:
 
 
 def _serves(cells: Any) -> bool:
-    """Whether a column that nobody named can be a covariate: numbers, truth, kinds of text."""
+    """Return whether an unnamed column can be a covariate: numbers, truth, kinds of text."""
     if cells.isna().all() or pd.api.types.is_complex_dtype(cells):
         return False
     if is_numeric(cells) or _holds_truth(cells):
@@ -863,7 +865,7 @@ def _as_numbers(truth: Any) -> np.ndarray:
 
 
 def _holds_kinds(cells: Any) -> bool:
-    """Whether cells are text of which less than half of the kinds are numbers."""
+    """Return whether cells are text of which less than half of the kinds are numbers."""
     if is_numeric(cells) or is_time(cells) or pd.api.types.is_timedelta64_dtype(cells):
         return False
     kinds = pd.Series(cells.dropna().unique())

@@ -32,7 +32,7 @@ SHORTEST_VAL = 0.1  # share of the rows that validate where an item is too short
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PanelLayout:
-    """Where the items of a panel lie in the long row of each target, and in which unit.
+    """Placement of a panel's items in the long row of each target, and their units.
 
     Attributes:
       values: [C + K, R] float32, NaN = missing: targets standardised per item by their training
@@ -464,7 +464,7 @@ def _observed(
     context_len: int,
     horizon: int,
 ) -> np.ndarray:
-    """Whether each window [W] has an observed value in its context and one in its target."""
+    """Return whether each window [W] has an observed value in its context and one in its target."""
     found = np.zeros(len(starts), bool)
 
     def check(observed_R: Any, mine: np.ndarray) -> None:

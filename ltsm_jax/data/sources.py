@@ -45,7 +45,7 @@ def stem(path: Path) -> str:
 
 
 def is_path(source: Any) -> bool:
-    """Whether a source names a file."""
+    """Return whether a source names a file."""
     return isinstance(source, str | os.PathLike)
 
 
@@ -299,8 +299,9 @@ def _read_text(path: Path) -> str:
 
 
 def _looks_like_values(names: list[str]) -> bool:
-    """Whether a first line is data: all numbers but perhaps the first cell, and not the numbering
-    0, 1, 2, ..."""
+    """Return whether a first line is data: all numbers but perhaps the first cell, and not the
+    numbering 0, 1, 2, ...
+    """
     first, tail = names[0], names[1:] or names
     try:
         numbers = [float(cell) for cell in tail]

@@ -130,8 +130,8 @@ class Scaler:
 
 
 def few_shot_indices(n: int, ratio: float, quirks: Collection[str] = frozenset()) -> np.ndarray:
-    """Which of `n` training windows a few-shot run sees, int64 [max(int(n * ratio), 1)]; not
-    random.
+    """Choose the windows, of `n`, that a few-shot run trains on, int64 [max(int(n * ratio), 1)];
+    not random.
 
     Evenly spread over the whole table: floor(j * n / m) for j = 0..m-1. With quirk
     `few_shot_stride` the released j * int(1 // ratio): rounded down (1 // 0.1 is 9), it leaves out

@@ -86,12 +86,12 @@ def format_stamp(stamp: Any) -> str:
 
 
 def is_numeric(column: Any) -> bool:
-    """Whether a column holds numbers that are no truth values."""
+    """Return whether a column holds numbers that are no truth values."""
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 
 def is_time(column: Any) -> bool:
-    """Whether a column holds stamps, dates or periods as such, not as text or numbers."""
+    """Return whether a column holds stamps, dates or periods as such, not as text or numbers."""
     if pd.api.types.is_datetime64_any_dtype(column) or isinstance(column.dtype, pd.PeriodDtype):
         return True
     present = column.dropna()
@@ -100,7 +100,9 @@ def is_time(column: Any) -> bool:
 
 
 def holds_dates(column: Any) -> bool:
-    """Whether a column that nobody named is the time: dates, or text whose first cell is one."""
+    """Return whether a column that nobody named is the time: dates, or text whose first cell is
+    one.
+    """
     if is_time(column):
         return True
     present = column.dropna()
@@ -119,7 +121,7 @@ def holds_dates(column: Any) -> bool:
 
 
 def counts_rows(column: Any) -> bool:
-    """Whether numbers [T] that are no dates only count the rows: a constant step upwards."""
+    """Return whether numbers [T] that are no dates only count the rows: a constant step upwards."""
     if not is_numeric(column) or len(column) < 2 or column.isna().any():
         return False
     steps = np.diff(column.to_numpy(np.float64))

@@ -37,7 +37,7 @@ IRREGULAR = ("error", "regularise", "ignore")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
-    """How a table is read; the keywords of `read_series`, and of whatever passes them on.
+    """Options for reading a table; the keywords of `read_series`, and of whatever passes them on.
 
     Attributes:
       target: the column(s) to read, by name; by default every column but those of time and id.
@@ -502,7 +502,7 @@ class _SeriesReader(TableReader):
 
 
 def tail(bad: np.ndarray) -> int:
-    """How many of the last cells [T] are empty."""
+    """Count the empty cells at the end of [T]."""
     return len(bad) if bad.all() else int(bad[::-1].argmin())
 
 

@@ -143,7 +143,7 @@ class Windows:
         return dataclasses.replace(self, values=values_NS, starts=starts, rows=rows)
 
     def describe(self, i: int) -> dict[str, Any]:
-        """Where window `i` lies, for reports and error messages (host only).
+        """Describe the place of window `i`, for reports and error messages (host only).
 
         Returns: {"window", "variate" (None when joint), "column", "start", "target_start", "stop"}
         with rows counted in the series, `stop` exclusive; with stamps known also {"first",
@@ -373,7 +373,7 @@ jax.tree_util.register_dataclass(OwnScale, data_fields=["windows"], meta_fields=
 
 
 def observed_in(values: np.ndarray, windows: Windows) -> np.ndarray:
-    """Whether window i has an observed value in its context and one in its target: bool [N].
+    """Return whether window i has an observed value in its context and one in its target: bool [N].
 
     values: [C, T], those of the windows, on the host. Windows of all variates need one of any
     variate.

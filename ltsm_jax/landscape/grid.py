@@ -300,7 +300,7 @@ def _places(x: np.ndarray, y: np.ndarray | None) -> np.ndarray:
 
 
 def _is_tree(loss: Loss) -> bool:
-    """Whether a loss is a tree of arrays that can be called, and no leaf."""
+    """Return whether a loss is a tree of arrays that can be called, and no leaf."""
     return not jax.tree_util.all_leaves([loss])
 
 

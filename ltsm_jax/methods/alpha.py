@@ -578,7 +578,7 @@ def learn(
 
 
 class _Mixing:
-    """Which alpha each leaf has: static under jit."""
+    """Index of each leaf's alpha: static under jit."""
 
     def __init__(self, group_of: Mapping[str, str], start: Interpolated):
         free = {path: group for path, group in group_of.items() if group not in start.keep}

@@ -14,7 +14,7 @@ from ltsm_jax.tasks.forecasting import Errors
 
 
 def is_installed() -> bool:
-    """Whether statsforecast is installed."""
+    """Return whether statsforecast is installed."""
     return importlib.util.find_spec("statsforecast") is not None
 
 

@@ -125,8 +125,8 @@ def positive_int(value: Any, name: str) -> int:
 def takes(
     model: Model, params: Params, mode: Mode, context_len: int, horizon: int, n_variates: int
 ) -> bool:
-    """Whether training in `mode` takes windows of this context, for forecasts of
-    `horizon` steps.
+    """Return whether training in `mode` takes windows of this context, for forecasts of `horizon`
+    steps.
     """
     c = n_variates if model.variates == "joint" else 1
     batch = {

@@ -152,14 +152,14 @@ def _percentiles(
 
 
 def _small_sample(n: int) -> float:
-    """How much wider an interval of `n` units has to be than its percentiles say."""
+    """Factor by which an interval of `n` units has to be wider than its percentiles."""
     from scipy.special import stdtrit  # of a dependency of JAX
 
     return float(stdtrit(n - 1, 0.975)) / 1.96 * (n / (n - 1)) ** 0.5
 
 
 def _tied(means: np.ndarray, numbers: np.ndarray) -> float:
-    """How much wider an interval has to be because neighbouring blocks are alike."""
+    """Factor by which an interval has to be wider because neighbouring blocks are correlated."""
     centred = means - means.mean()
     next_to = np.diff(numbers) == 1
     variance = np.square(centred).mean()

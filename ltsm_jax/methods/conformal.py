@@ -59,7 +59,7 @@ class Calibration:
         return self.offsets.shape[1]
 
     def fits(self, horizon: int, n_targets: int) -> bool:
-        """Whether it says something of `horizon` steps of `n_targets` targets."""
+        """Return whether it says something of `horizon` steps of `n_targets` targets."""
         return horizon <= self.horizon and len(self.offsets) in (1, n_targets)
 
     @classmethod

@@ -38,7 +38,7 @@ MATRICES = ("q", "k", "v", "qkv", "out", "gate", "up", "down")  # in the order o
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Of one attention, means over tokens.
+    """Statistics of the heads of one attention, means over tokens.
 
     linear: path of the output projection.
     contribution: [H] of ||W_out^h y_h|| / ||x||, y_h the head's output before the output
@@ -56,8 +56,8 @@ class Heads:
 
 @dataclasses.dataclass(frozen=True)
 class UnitActivity:
-    """Of one feed-forward network, means over tokens of a, the input of its last linear, whose path
-    is `linear`.
+    """Activity of the units of one feed-forward network: means over tokens of a, the input of its
+    last linear, whose path is `linear`.
 
     active: [F] share of tokens with a > 0. That is sparsity where the activation is ReLU; under
       GELU and gated activations only the share of positive values. size: [F] of |a|.

@@ -185,7 +185,7 @@ def evaluation(running: Running) -> lanes.Evaluate | None:
 
 
 def _room(params: Params, n: int) -> int:
-    """How many runs memory holds beside each other."""
+    """Count the runs that memory holds at once."""
     free = memory.available()
     if free is None:
         return max(n, 1)

@@ -479,8 +479,8 @@ def _tune(
 def _pairs(
     candidates: Mapping[str, Candidate], tuned: str | None, naive: str
 ) -> dict[str, tuple[str, str]]:
-    """Who meets whom on the test span: the checkpoint, the best naive forecast, and what tuning
-    improved.
+    """Pair the candidates for the test span: the checkpoint, the best naive forecast, and what
+    tuning improved.
     """
     pairs = {"zero_shot_vs_naive": (ZERO_SHOT, naive)}
     if tuned is None or not candidates[tuned].val["mse"] < candidates[ZERO_SHOT].val["mse"]:

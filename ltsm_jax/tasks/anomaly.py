@@ -218,8 +218,7 @@ def scale_series(
 
 
 def rows_to_train(train_end: int, holdout: float = 0.1) -> int:
-    """How many of the anomaly-free rows [0, train_end) are trained on; the last ones are held
-    out."""
+    """Count the anomaly-free rows of [0, train_end) to train on; the last ones are held out."""
     return train_end - max(int(train_end * holdout), 1)
 
 
@@ -577,8 +576,9 @@ class Anomaly:
         part: Part = "val",
         placement: Placement | None = None,
     ) -> dict[str, Any]:
-        """Of "val" the mean squared error; of "test" the rank of the anomaly among the tokens, see
-        `evaluate`."""
+        """Score "val" by the mean squared error, "test" by the rank of the anomaly among the
+        tokens, see `evaluate`.
+        """
         if part == "val":
             return {"mse": validation_error(model, params, data, ims=self.ims, placement=placement)}
         found = evaluate(model, params, data, ims=self.ims, placement=placement)

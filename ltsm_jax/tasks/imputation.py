@@ -57,8 +57,8 @@ def hole_mask(
     rate: float | jax.Array,
     holes: Holes = "patches",
 ) -> jax.Array:
-    """Which points of one window stay visible: bool [C, T]; the kinds of holes are in the module
-    docstring.
+    """Draw the points of one window that stay visible: bool [C, T]; the kinds of holes are in the
+    module docstring.
 
     In the protocol a patch is hidden when u <= rate, u ~ U[0, 1). The expected hidden share of all
     points is rate * (N - 1) / N with N = T / P patches.

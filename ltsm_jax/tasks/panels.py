@@ -33,7 +33,7 @@ SHORTEST = 64  # length of the shortest contexts that are filled up in front
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origins:
-    """Where forecasts begin.
+    """Origins of forecasts.
 
     items: [M] numbers of the panel's items. ends: [M] row of the panel behind each context.
     """
@@ -190,7 +190,7 @@ class Pass:
 
     @property
     def batches(self) -> int:
-        """How many batches there are."""
+        """Number of batches."""
         return -(-len(self.rows) // self.size)
 
 
@@ -486,7 +486,7 @@ class _Cut:
 
 
 def _empty(context: np.ndarray, cut: _Cut, variates: np.ndarray | None) -> np.ndarray:
-    """Which contexts [B, C] hold no value.
+    """Mark the contexts [B, C] that hold no value.
 
     Raises: DataError naming items (and targets) where that is the end of the item.
     """

@@ -362,7 +362,7 @@ class RunFolder:
                     self.files.close()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Path of the checkpoint of a step."""
         return checkpoint_path(self.folder, step)
 
     def _cut_metrics(self, size: int, sha256: str | None = None) -> None:
@@ -401,8 +401,8 @@ class RunFolder:
 
 
 def gave_up() -> bool:
-    """Whether a write was given up because another host failed: a thread still waits for that host,
-    and the end of this process would wait for the thread.
+    """Return whether a write was given up because another host failed: a thread still waits for
+    that host, and the end of this process would wait for the thread.
     """
     return _gave_up
 
@@ -522,7 +522,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Path of the checkpoint of a step."""
     return folder / CHECKPOINTS / f"step_{step:08d}"
 
 

@@ -105,7 +105,7 @@ CHOICE = "choice.json"
 
 @dataclasses.dataclass(frozen=True)
 class LanePlan:
-    """How runs that are alike are to be trained.
+    """Plan for training runs that are alike.
 
     Attributes:
       way: "batched" or "mapped", see `stacks.Over`, or "separate", one run after the other.
@@ -160,7 +160,9 @@ def signature(job: Mapping[str, Any]) -> Hashable | None:
 
 
 def _whole_everywhere(params: Tree, source: Any, placement: Placement) -> bool:
-    """Whether each device of the mesh can train alone: it has all parameters and all windows."""
+    """Return whether each device of the mesh can train alone: it has all parameters and all
+    windows.
+    """
     leaves = [*jax.tree.leaves(params), *jax.tree.leaves(source.over(placement.mesh))]
     return all(leaf.is_fully_replicated for leaf in leaves if hasattr(leaf, "is_fully_replicated"))
 
@@ -365,7 +367,7 @@ class Sweep:
 
     @property
     def alive(self) -> list[bool]:
-        """Which lanes have steps to take."""
+        """Mask of the lanes that have steps to take."""
         pairs = zip(self.fittings, self.failed, strict=True)
         return [not fitting.position.finished and failed is None for fitting, failed in pairs]
 
@@ -813,7 +815,7 @@ class _Timed:
 
 
 def _room(jobs: Sequence[Mapping[str, Any]], over: Over, writes: bool) -> int:
-    """How many lanes memory has room for."""
+    """Count the lanes that memory has room for."""
     free = memory.available()
     if free is None:
         return len(jobs)

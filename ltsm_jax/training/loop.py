@@ -73,7 +73,7 @@ class NonFiniteError(ValueError):
 
 @dataclasses.dataclass
 class Position:
-    """Where a run is: everything of its state that is not an array on the device."""
+    """Position of a run: everything of its state that is not an array on the device."""
 
     step: int = 0
     loss_sum: float = 0.0  # over the windows of this epoch so far
@@ -705,7 +705,7 @@ class Fitting:
 
 
 class Pace:
-    """How many steps to put into the next dispatch: as many as fill DISPATCH_SECONDS."""
+    """Chooses the number of steps of the next dispatch: as many as fill DISPATCH_SECONDS."""
 
     def __init__(self, fixed: int | None):
         self.fixed, self.steps, self.compiled = fixed, fixed or 1, False

@@ -28,7 +28,7 @@ POLICIES = {"all but products": jax.checkpoint_policies.dots_with_no_batch_dims_
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How a gradient is computed; static under jit.
+    """Settings of a gradient's computation; static under jit.
 
     Attributes: `compute`, `accumulate`, `remat`, `rho` and `ema` of a `TrainConfig`.
     """
@@ -49,8 +49,8 @@ class How:
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
-    """Where parameters and optimiser state lie on a mesh; hashable, so that it may be static under
-    jit.
+    """Placement of parameters and optimiser state on a mesh; hashable, so that it may be static
+    under jit.
     """
 
     mesh: jax.sharding.Mesh

@@ -222,7 +222,7 @@ def no_sums(masks: Masks, *, squares: bool = True, stacks: Collection[str] = ())
 
 
 def _reached(h: Mapping[str, jax.Array], stack: str) -> jax.Array:
-    """Which experts a token of each row reached: 0 or 1 [rows, E]."""
+    """Mark the experts that a token of each row reached: 0 or 1 [rows, E]."""
     parts = [(x != 0).any(axis=2) for path, x in h.items() if path.startswith(f"{stack}/")]
     return functools.reduce(jnp.logical_or, parts).astype(jnp.float32)
 

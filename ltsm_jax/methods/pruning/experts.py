@@ -28,8 +28,8 @@ def expert_usage(
     batch_size: int | None = None,
     placement: Placement | None = None,
 ) -> dict[str, np.ndarray]:
-    """How often the router chooses each expert, over all windows of all `parts` together, in
-    forecasting.
+    """Share of the tokens that the router sends to each expert, over all windows of all `parts`
+    together, in forecasting.
 
     Args:
       parts: windows; their targets are not looked at.

@@ -583,8 +583,8 @@ class _Pruning:
         return after
 
     def _unseen(self) -> dict[str, np.ndarray]:
-        """Of stacked experts, by flat path of a mask, booleans [E, 1]: no token of the group has
-        reached the expert.
+        """Mark stacked experts that no token of the group has reached: booleans [E, 1] by flat path
+        of a mask.
 
         Then none of its masks has a gradient in any row.
         """
