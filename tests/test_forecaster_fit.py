@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pandas as pd
@@ -109,7 +110,7 @@ def test_a_run_that_is_called_again_only_reads(fitted, timer):
     found, folder = fitted
     named = {"id": "store", "time": "day", "target": "sold", "known": "price"}
     again = timer.fit(table(16), 8, methods="ff", folder=folder, **named, **QUICK)
-    jax.tree.map(np.testing.assert_array_equal, again.params, found.params)
+    chex.assert_trees_all_equal(again.params, found.params)
 
 
 def test_an_estimate_of_the_time_compiles_what_does_the_work(fitted, timer):

@@ -4,6 +4,7 @@ exports.
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_every_head_goes_out_and_comes_back(checkpoint, tmp_path, head, sizes):
     again, tree, *_ = import_checkpoint(tmp_path / "hub")
     kept = {"n_variates": again.config.n_variates}  # nothing says it where the head reads the mean
     assert again.config == type(model.config)(**{**vars(model.config), **kept})
-    jax.tree.map(np.testing.assert_array_equal, tree, params)
+    chex.assert_trees_all_equal(tree, params)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_without_config_the_shapes_say_the_sizes(checkpoint, tmp_path):
         model.config.head_dim,
     )
     assert found.context_len == 512 // 8 * 8 and "assumed" in provenance["notes"][0]
-    jax.tree.map(np.testing.assert_array_equal, tree, params)
+    chex.assert_trees_all_equal(tree, params)
     del state[moment.BIAS]
     with pytest.raises(CheckpointError, match="Put its config.json beside"):
         import_checkpoint(folder(tmp_path / "bare", state, None))

@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,9 +139,7 @@ def test_rows_of_weight_0_and_the_size_of_chunks_change_nothing(chunk):
     for squares in (True, False):
         found = line_sums(params, masks, more, chunk=chunk, squares=squares)
         expected = whole if squares else whole | {"squares": {}}
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
-        )
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +495,7 @@ def test_weights_of_experts_that_stay_are_what_they_were(moe):
         lambda params: model.apply(params, x, expert_masks=[jnp.asarray([0.0, 1, 1, 1])])
     )
     whole, _ = masked(trees.unflatten(flat))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, whole)
+    chex.assert_trees_all_close(found, whole, rtol=1e-5, atol=1e-6)
     for ids, why in (((0, 9), r"not \[9\]"), ((0,), "no experts")):
         path = "layer_0/mixture/experts" if 9 in ids else "layer_0/mixture/shared"
         with pytest.raises(ValueError, match=why):

@@ -7,6 +7,7 @@ import functools
 import json
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,9 +173,9 @@ def test_the_smaller_model_computes_the_same(name, tmp_path):
     folders.save(tmp_path / "model", model, params)
     again, read = folders.load_folder(tmp_path / "model")
     assert again == model
-    jax.tree.map(np.testing.assert_array_equal, read, params)
+    chex.assert_trees_all_equal(read, params)
 
-    jax.tree.map(np.testing.assert_array_equal, merge_in_one(params, masks), params)
+    chex.assert_trees_all_equal(merge_in_one(params, masks), params)
     padded = removal.pad(model, params, case.model)
     trees.require_same(case.params, padded)
     same(case.numbers(case.model, padded), wanted)
@@ -186,7 +187,7 @@ def test_removing_again_removes_nothing(name):
     first = removal.remove(case.model, case.params, case.masks)
     again = removal.remove(*first)
     assert again[0] == first[0]
-    jax.tree.map(np.testing.assert_array_equal, again[1:], first[1:])
+    chex.assert_trees_all_equal(again[1:], first[1:])
 
 
 def narrow(masks, path, index):
@@ -237,7 +238,7 @@ def test_nothing_dead_is_the_model_itself():
     params = model.init(jax.random.key(0))
     small, same_params, _ = removal.remove(model, params, full_masks(model))
     assert small == model
-    jax.tree.map(np.testing.assert_array_equal, same_params, params)
+    chex.assert_trees_all_equal(same_params, params)
 
 
 def test_what_the_bias_has_lost_stays_lost():
@@ -313,7 +314,7 @@ def test_a_pruned_model_is_fine_tuned_by_every_strategy(strategy, splits, tmp_pa
     chosen = getattr(strategies, strategy)()
     result = run.run(model, params, chosen, splits, config=config, masks=masks, show_progress=False)
     tuned = result.params
-    jax.tree.map(np.testing.assert_array_equal, apply_masks(tuned, masks), tuned)
+    chex.assert_trees_all_equal(apply_masks(tuned, masks), tuned)
     assert not np.array_equal(tuned["head"]["kernel"], params["head"]["kernel"])
     folders.save(tmp_path / "model", model, tuned)
     assert folders.load_folder(tmp_path / "model")[0] == model
@@ -365,5 +366,5 @@ def test_the_original_gets_zeros_where_parts_are_missing(name, tmp_path):
     assert "written at full size" in notes[0]
     _, read, *_ = converters.import_checkpoint(tmp_path / f"original{suffix}")
     padded = removal.pad(model, params, case.model)
-    jax.tree.map(np.testing.assert_array_equal, read, padded)
+    chex.assert_trees_all_equal(read, padded)
     assert trees.count(read) == trees.count(case.params)

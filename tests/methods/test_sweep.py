@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def mapped(monkeypatch):
 
 
 def assert_same(found, wanted):
-    jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+    chex.assert_trees_all_equal(found.params, wanted.params)
     assert found.history == wanted.history
     for name in ("val", "test", "epochs", "best_epoch", "trained", "warnings"):
         assert getattr(found, name) == getattr(wanted, name)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -318,4 +319,4 @@ def test_golden_round_trip(recorded, tmp_path):
     file = check_round_trip(vectors.checkpoint, tmp_path)
     again, same, *_ = import_checkpoint(file)
     assert again == model, "config.json and generation_config.json were written too"
-    jax.tree.map(np.testing.assert_array_equal, same, params)
+    chex.assert_trees_all_equal(same, params)

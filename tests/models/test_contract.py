@@ -5,6 +5,7 @@ import functools
 import json
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -356,7 +357,7 @@ def test_training_noise_follows_the_key(case):
 def test_init_is_a_function_of_the_key(any_case):
     model = type(any_case.model)(type(any_case.model).small())
     one, same, other = (INIT(model, jax.random.key(seed)) for seed in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, one, same)
+    chex.assert_trees_all_equal(one, same)
     assert any(
         not np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
@@ -375,7 +376,7 @@ def test_a_folder_gives_the_model_back(any_case, tmp_path):
     folders.save(tmp_path / "model", any_case.model, any_case.params)
     model, params = folders.load_folder(tmp_path / "model")
     assert model == any_case.model
-    jax.tree.map(np.testing.assert_array_equal, params, any_case.params)
+    chex.assert_trees_all_equal(params, any_case.params)
 
 
 def test_declared_facts_fit_the_parameters(any_case):

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,7 @@ def test_folders_of_the_first_format_still_load(folder, params):
     (folder / folders.CONFIG).write_text(json.dumps(record | {"format": 1}))
     model, again = ltsm_jax.load(folder)
     assert model == MODEL
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
     np.testing.assert_array_equal(folders.read_buffers(folder)["table"], np.ones(3))
 
 
@@ -539,7 +540,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, folder, params)
     other = jax.tree.map(lambda x: x + 1, params)
     ltsm_jax.save(tmp_path / "link", MODEL, other, overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    jax.tree.map(np.testing.assert_array_equal, ltsm_jax.load(folder)[1], other)
+    chex.assert_trees_all_equal(ltsm_jax.load(folder)[1], other)
     with pytest.raises(FileExistsError, match="letter"):
         ltsm_jax.save(tmp_path / "home", MODEL, params, overwrite=True)
 
@@ -598,7 +599,7 @@ def test_a_kill_leaves_a_whole_model_and_the_next_start_removes_the_scrap(
     expected = new if (after, exchange) in ((2, "renames"), (0, "exchange")) else params
     model, found = ltsm_jax.load(folder)
     assert model == MODEL
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
     ltsm_jax.save(folder, MODEL, params, overwrite=True)
     assert [path.name for path in folder.parent.iterdir()] == ["m"]
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 
+import chex
 import huggingface_hub
 import jax
 import numpy as np
@@ -78,7 +79,7 @@ def offline(monkeypatch):
 
 def require_same(loaded, expected):
     assert loaded[0] == expected[0]
-    jax.tree.map(np.testing.assert_array_equal, loaded[1], expected[1])
+    chex.assert_trees_all_equal(loaded[1], expected[1])
 
 
 def copies(tmp_path):

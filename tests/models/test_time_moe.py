@@ -4,6 +4,7 @@ errors.
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,9 +55,7 @@ def test_an_expert_taken_out_is_an_expert_masked(params):
     masked, _ = jax.jit(lambda p, x: MODEL.apply(p, x, expert_masks=mask))(params, x)
     removed, _ = jax.jit(smaller.apply)(cut, x)
     whole, _ = jax.jit(MODEL.apply)(params, x)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), masked, removed
-    )
+    chex.assert_trees_all_close(masked, removed, rtol=1e-5, atol=1e-6)
     assert np.abs(np.asarray(masked[0] - whole[0])).max() > 1e-3
     # the gradient of the mask is what scores experts
     score = jax.jit(jax.grad(lambda m: MODEL.token_loss(params, x, x, expert_masks=[m])))(

@@ -2,6 +2,7 @@
 another set).
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,7 +252,7 @@ def test_golden_load_equals_import(recorded):
     vectors, model, params, _ = recorded
     again_model, again = ltsm_jax.load(vectors.checkpoint)
     assert again_model == model
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
 
 
 def test_golden_init_statistics(recorded):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,7 +238,7 @@ def test_a_fine_tuned_file_of_several_processes_has_a_prefix(params, tmp_path):
     )
     model, got, provenance, _ = import_checkpoint(wrapped)
     assert model == TimesFM1(CONFIG) and provenance["prefix"] == "module."
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
 
 def test_timescales_of_the_transformers_form_are_checked():

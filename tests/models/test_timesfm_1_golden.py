@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,7 +304,7 @@ def test_golden_transformers_form(recorded, tmp_path):
         told_in_both(model) == told_in_both(recorded.model)
         and provenance["table"] == converter.TRANSFORMERS
     )
-    jax.tree.map(np.testing.assert_array_equal, params, recorded.params)
+    chex.assert_trees_all_equal(params, recorded.params)
     meaning = recorded.meaning("hf/out/full_predictions")
     rows = [int(i) for i in re.findall(r"series_(\d+)", meaning)]
     freq = [int(i) for i in re.search(r"freq ([\d,]+)", meaning)[1].split(",")]
@@ -323,7 +324,7 @@ def test_golden_transformers_form(recorded, tmp_path):
         tmp_path / "again.safetensors"
     )  # its config.json was written too
     assert again == model
-    jax.tree.map(np.testing.assert_array_equal, same, params)
+    chex.assert_trees_all_equal(same, params)
 
 
 def test_golden_round_trip(recorded, tmp_path):

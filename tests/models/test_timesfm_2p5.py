@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,7 +175,7 @@ def test_without_sizes_in_the_config_the_tensors_tell(params, tmp_path, table):
     model, got, provenance, _ = import_checkpoint(folder)
     assert model.config == dataclasses.replace(CONFIG, context_len=1024)
     assert "no sizes" in provenance["notes"][0]
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
 
 def test_the_published_sizes_are_known():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -332,7 +333,7 @@ def test_the_published_config_gives_the_config_back(params, tmp_path):
         assert TimesFM3Config.from_published(told) == config
     model, got, *_ = import_checkpoint(checkpoint(tmp_path, params, converter.published(CONFIG)))
     assert model.config == dataclasses.replace(CONFIG, context_len=1024)
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
 
 def test_the_published_sizes_are_known_without_a_config():

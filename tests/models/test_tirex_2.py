@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -598,7 +599,7 @@ def test_yaml_that_is_no_config_is_refused(params, tmp_path):
     file.write_text(yaml.safe_dump(converter.published(CONFIG)))
     model, got, *_ = import_checkpoint(tmp_path)
     assert model == MODEL
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
     # config.json goes before it.
     (tmp_path / "config.json").write_text(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -392,8 +393,8 @@ def test_a_mixed_start_mixes_the_weights_in_effect_and_leaves_the_taus(params):
     }
     fresh = start_params(strategy("tfs"), MODEL, given, key)
     tuned = start_params(strategy("ff"), MODEL, given, key)
-    jax.tree.map(np.testing.assert_array_equal, at[1.0], tuned)
-    jax.tree.map(np.testing.assert_array_equal, at[0.0], fresh)
+    chex.assert_trees_all_equal(at[1.0], tuned)
+    chex.assert_trees_all_equal(at[0.0], fresh)
     drawn, flat = trees.flatten(jax.jit(MODEL.init)(key)), trees.flatten(given)
     for path, leaf in trees.flatten(at[0.5]).items():
         want = flat[path] if path.endswith("_tau") else 0.5 * flat[path] + 0.5 * drawn[path]
@@ -507,7 +508,7 @@ def test_a_checkpoint_in_several_files(deep, tmp_path):
     assert isinstance(model, Toto2)
     # The file does not say how it is used, so that is as by default.
     assert model.config == dataclasses.replace(DEEP, window=4096, span=16)
-    jax.tree.map(np.testing.assert_array_equal, params, deep)
+    chex.assert_trees_all_equal(params, deep)
     export_checkpoint(tmp_path / "ours", tmp_path / "theirs")
     again = read_safetensors(tmp_path / "theirs" / "model.safetensors")
     assert again.keys() == state.keys()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,9 +74,7 @@ def assert_same(found, wanted):
     for a, b in zip(found, wanted, strict=True):
         assert a.history == b.history
         assert (a.best_epoch, a.steps) == (b.best_epoch, b.steps)
-        jax.tree.map(
-            np.testing.assert_array_equal, (a.params, a.last_params), (b.params, b.last_params)
-        )
+        chex.assert_trees_all_equal((a.params, a.last_params), (b.params, b.last_params))
 
 
 def assert_close(found, wanted):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,7 @@ def assert_close(a, b):
 
 
 def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def test_uphill_of_a_quadratic_by_hand():
