@@ -177,14 +177,7 @@ def resolve(options: Options) -> Comparison:
         "context": context,
         "horizon": horizon,
         "mode": task.mode,
-        "few_shot": options.training.few_shot,
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "lr": "by validation" if "lr" in options.over else config.lr,
-        "schedule": config.schedule,
-        "compute": None if config.compute == "float32" else config.compute,
-        "accumulate": None if config.accumulate == 1 else config.accumulate,
-        "remat": None if config.remat == "none" else config.remat,
+        **_training_settings(options, config),
         "quirks": ",".join(sorted(options.quirks)) or None,
         **series_facts(series),
         "model_sha256": sha256,
@@ -201,6 +194,20 @@ def resolve(options: Options) -> Comparison:
         task=task,
         settings=settings,
     )
+
+
+def _training_settings(options: Options, config: TrainConfig) -> dict[str, Any]:
+    """Settings of all training runs of a comparison; None where they are the usual ones."""
+    return {
+        "few_shot": options.training.few_shot,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "lr": "by validation" if "lr" in options.over else config.lr,
+        "schedule": config.schedule,
+        "compute": None if config.compute == "float32" else config.compute,
+        "accumulate": None if config.accumulate == 1 else config.accumulate,
+        "remat": None if config.remat == "none" else config.remat,
+    }
 
 
 def read_series(data: str, reading: Reading) -> Series:

@@ -605,6 +605,33 @@ def test_the_lock_fits_the_project():
             )
 
 
+IMPORT_NAMES = {
+    "orbax-checkpoint": "orbax",
+    "pyyaml": "yaml",
+    "huggingface-hub": "huggingface_hub",
+}
+# Packages that work without being imported, and what needs them.
+NOT_IMPORTED = {
+    "flatbuffers": "jax.export writes programs with it",
+    "pytest-xdist": "`pytest -n`",
+}
+
+
+def test_every_dependency_is_used():
+    """What nothing imports leaves pyproject.toml, tools of developers aside."""
+    extras = project()["optional-dependencies"]
+    imported = set()
+    for path in (*sources(), *(ROOT / "tests").rglob("*.py")):
+        imported |= {name.split(".")[0] for name in imports_of(path)}
+        imported |= set(re.findall(r'importorskip\("(\w+)', path.read_text(encoding="utf-8")))
+    idle = []
+    for wanted in (*project()["dependencies"], *extras["plots"], *extras["eval"], *extras["test"]):
+        name = re.match(r"[\w-]+", wanted)[0].replace("_", "-").lower()
+        if name not in NOT_IMPORTED and IMPORT_NAMES.get(name, name) not in imported:
+            idle.append(name)
+    assert not idle, f"nothing imports {', '.join(idle)}"
+
+
 def test_pre_commit_checks_with_the_locked_ruff():
     hooks = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert hooks

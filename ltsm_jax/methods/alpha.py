@@ -177,22 +177,9 @@ def choose_alpha(
     Returns: the winner, with a table of what was tried. Of equal scores the first wins.
     Raises: ValueError for other names or alphas outside [0, 1]; `NonFiniteError` where every
     training failed.
-    Example: `print(choose(model, params, splits, by="groups", epochs=1))`
+    Example: `print(choose_alpha(model, params, splits, by="groups", epochs=1))`
     """
-    if by not in get_args(By):
-        raise ValueError(f"by must be one of {', '.join(get_args(By))}; got {by!r}")
-    require_mixing(method)
-    if not grid:
-        raise ValueError("the grid of alphas is empty")
-    if epochs is not None and epochs < 0:
-        raise ValueError(
-            f"epochs must be 0 or more, or None for those of the configuration; got {epochs}"
-        )
-    if by in ("layers", "learned") and not isinstance(task, Forecasting):
-        raise ValueError(
-            f"by={by!r} takes derivatives of the error of a forecast: it is for forecasting alone"
-        )
-
+    _check_choice(by, method, grid, epochs=epochs, task=task)
     placement = Placement.of(params)
     masks = None if masks is None else place(masks, params, placement)
     scorer = _Scorer(
@@ -240,6 +227,25 @@ def choose_alpha(
         with progress.part(number, len(wanted)):
             scorer.score(candidate)
     return scorer.choice(by, steps)
+
+
+def _check_choice(
+    by: str, method: str, grid: Sequence[float], *, epochs: int | None, task: Task
+) -> None:
+    """Raises: ValueError for arguments of `choose_alpha` that do not work."""
+    if by not in get_args(By):
+        raise ValueError(f"by must be one of {', '.join(get_args(By))}; got {by!r}")
+    require_mixing(method)
+    if not grid:
+        raise ValueError("the grid of alphas is empty")
+    if epochs is not None and epochs < 0:
+        raise ValueError(
+            f"epochs must be 0 or more, or None for those of the configuration; got {epochs}"
+        )
+    if by in ("layers", "learned") and not isinstance(task, Forecasting):
+        raise ValueError(
+            f"by={by!r} takes derivatives of the error of a forecast: it is for forecasting alone"
+        )
 
 
 def require_mixing(method: str) -> None:

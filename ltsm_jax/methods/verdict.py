@@ -366,15 +366,11 @@ def compare(
         task=prepared.task,
         placement=Placement.of(prepared.params),
     )
-    candidates = {ZERO_SHOT: scorer.model(ZERO_SHOT, prepared.params)}
-    for name in scorer.naive:
-        candidates[name] = scorer.naive_candidate(name)
-
+    candidates = scorer.untuned(prepared.params)
     tuned = _tune(prepared, work, scorer, seed=seed, folder=folder, show_progress=show_progress)
     candidates |= tuned.candidates
     weights = {ZERO_SHOT: prepared.params}
-    if tuned.best is not None:
-        assert tuned.params is not None, "it was tuned"
+    if tuned.best is not None and tuned.params is not None:
         weights[tuned.best] = tuned.params
 
     pairs = _pairs(candidates, tuned.best, scorer.best_naive())
@@ -382,14 +378,7 @@ def compare(
         candidates[name] = scorer.tested(candidates[name], weights.get(name))
     differences = {key: scorer.difference(*pair, seed) for key, pair in pairs.items()}
 
-    settings = {
-        "mode": prepared.task.mode,
-        "seed": seed,
-        "budget": budget,
-        "train_context": prepared.train_context,
-    }
-    if work.strategies:
-        settings["train"] = work.config.filled(prepared.model.recipe(), seed=seed).record()
+    settings = _settings(prepared, work, seed=seed, budget=budget)
     verdict = _verdict(
         prepared,
         work,
@@ -409,6 +398,21 @@ def compare(
         task=prepared.task,
         results=tuned.results,
     )
+
+
+def _settings(
+    prepared: BoundPanel, work: TuningPlan, *, seed: int, budget: int | None
+) -> dict[str, Any]:
+    """Settings of a comparison that its verdict records."""
+    settings = {
+        "mode": prepared.task.mode,
+        "seed": seed,
+        "budget": budget,
+        "train_context": prepared.train_context,
+    }
+    if work.strategies:
+        settings["train"] = work.config.filled(prepared.model.recipe(), seed=seed).record()
+    return settings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -732,6 +736,13 @@ class _Scorer:
         return Candidate(
             name, "model", scores, seconds=seconds, compile_seconds=compiling_, history=history
         )
+
+    def untuned(self, params: Params) -> dict[str, Candidate]:
+        """Score the checkpoint and the naive forecasts on validation."""
+        found = {ZERO_SHOT: self.model(ZERO_SHOT, params)}
+        for name in self.naive:
+            found[name] = self.naive_candidate(name)
+        return found
 
     def naive_candidate(self, name: str) -> Candidate:
         """Score a naive forecast on validation."""

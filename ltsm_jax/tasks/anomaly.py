@@ -5,9 +5,10 @@ The protocol of Timer (thuml/Large-Time-Series-Model) and of Smoothed Full Fine-
 (Meteor-Stars/SFF): a model is tuned on windows of 768 rows of the anomaly-free beginning of a
 series; then windows of 768, 576 apart, run over the rest, and each token of 96 rows is scored by
 the error the model makes there. Token t covers rows [b + 96 t, b + 96 (t + 1)), b the end of the
-training rows. The result of a file is the place of the first token that overlaps the anomaly when
-tokens are sorted by score, and alpha = place / tokens: the smallest share of tokens that must be
-flagged to find it.
+training rows. The result of a file is the rank of the first token that overlaps the anomaly when
+tokens are sorted by score, and rank / tokens: the smallest share of the tokens that must be flagged
+to find it. The papers call that share alpha, and so do the columns of results; it has nothing to do
+with the alpha that mixes models.
 
 Where the released code departs from that by mistake, the correct behaviour is the default and the
 released one a named quirk:
@@ -401,16 +402,21 @@ def validation_error(
 
 @dataclasses.dataclass(frozen=True)
 class AnomalyOutcome:
-    """Outcome for one file: `rank` of the first overlapping token (1 = highest score; None: the
-    anomaly was missed because no scored token overlaps it), the number of tokens, and alpha = rank
-    / n_tokens (1 for a miss)."""
+    """Outcome for one file.
+
+    Attributes:
+      name: of the file.
+      rank: of the first overlapping token, 1 for the highest score; None: the anomaly was missed
+        because no scored token overlaps it.
+      n_tokens: tokens that were scored.
+    """
 
     name: str
     rank: int | None
     n_tokens: int
 
     @property
-    def alpha(self) -> float:
+    def share(self) -> float:
         """Share of tokens, from the top, that must be flagged to find the anomaly; 1 for a miss."""
         return 1.0 if self.rank is None else self.rank / self.n_tokens
 
@@ -517,22 +523,21 @@ def rank_rows(
 def count_found(
     results: Iterable[AnomalyOutcome], quantiles: Collection[float] = (0.01, 0.03, 0.05, 0.1)
 ) -> dict[str, Any]:
-    """Files in which the anomaly is found when the top q of the tokens is flagged, and the mean
-    alpha.
+    """Count the files in which the anomaly is found when the top q of the tokens is flagged.
 
-    Returns: {"files", "missed", "mean_alpha", "found": {q: number of files with alpha <= q}}.
+    Returns: {"files", "missed", "mean_share", "found": {q: number of files with share <= q}}.
     Raises: ValueError for no results.
     """
     results = list(results)
     if not results:
         raise ValueError("no results to summarise")
-    alphas = np.array([r.alpha for r in results])
+    shares = np.array([r.share for r in results])
     missed = sum(r.rank is None for r in results)
     return {
         "files": len(results),
         "missed": missed,
-        "mean_alpha": float(alphas.mean()),
-        "found": {q: int((alphas <= q).sum()) for q in quantiles},
+        "mean_share": float(shares.mean()),
+        "found": {q: int((shares <= q).sum()) for q in quantiles},
     }
 
 
@@ -582,7 +587,7 @@ class Anomaly:
         if part == "val":
             return {"mse": validation_error(model, params, data, ims=self.ims, placement=placement)}
         found = evaluate(model, params, data, ims=self.ims, placement=placement)
-        return {"rank": found.rank, "alpha": found.alpha, "tokens": found.n_tokens}
+        return {"rank": found.rank, "alpha": found.share, "tokens": found.n_tokens}
 
     def baselines(
         self, model: Model, data: ScaledSeries, part: Part = "val"
@@ -610,5 +615,5 @@ class Anomaly:
         }
 
     def row(self, scores: Mapping[str, Any]) -> dict[str, Any]:
-        """Rank and alpha."""
+        """Rank, and the share under its published name alpha."""
         return {name: scores[name] for name in ("rank", "alpha")}

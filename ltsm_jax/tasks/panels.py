@@ -316,13 +316,12 @@ def forecast_panel(
     quantiles = np.empty((count, members, horizon, len(said)))
     unit = np.ones((count, members))
 
-    pending: tuple[np.ndarray, Any, np.ndarray, np.ndarray] | None = None
-
     def collect(rows, answer, mean, scale) -> None:
         y, q = (np.asarray(x, np.float64)[: len(rows)] for x in answer)
         point[rows] = y * scale + mean
         quantiles[rows] = q * scale[..., None] + mean[..., None]
 
+    pending: tuple[np.ndarray, Any, np.ndarray, np.ndarray] | None = None
     done = 0
     for group in passes(
         model,
@@ -335,21 +334,15 @@ def forecast_panel(
     ):
         length, size = group.length, group.size
         for rows in _batches(group.rows, size):
-            cut = _Cut(
-                panel=panel,
-                origins=origins.take(rows if joint else rows // c),
-                length=length,
-                horizon=horizon,
-            )
-            context = cut.contexts(panel.values, None if joint else rows % c)
-            empty = _empty(context, cut, None if joint else rows % c)
+            here = origins.take(rows if joint else rows // c)
+            cut = _Cut(panel, here, length=length, horizon=horizon)
+            variates = None if joint else rows % c
+            context = cut.contexts(panel.values, variates)
+            empty = _empty(context, cut, variates)
             mean, scale = context_scale(context)
             scale[empty] = np.nan
             if season is not None:
-                unit[rows] = error_unit((context - mean) / scale, season) * scale[..., 0]
-                for row, member in np.argwhere(unit[rows] == 0):
-                    variate = int(member if joint else rows[row] % c)
-                    unit[rows[row], member] = cut.unit_of_all(int(row), variate, season)
+                unit[rows] = _units(cut, context, mean, scale, variates=variates, season=season)
             scaled = _filled_up(((context - mean) / scale).astype(np.float32), size)
             if on_host is None:
                 past, known = cut.covariates(size) if covariates else (None, None)
@@ -373,6 +366,26 @@ def forecast_panel(
         levels=said,
         unit=unit.reshape(m, c),
     )
+
+
+def _units(
+    cut: "_Cut",
+    context: np.ndarray,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    *,
+    variates: np.ndarray | None,
+    season: int,
+) -> np.ndarray:
+    """Units [B, M] of errors after contexts [B, M, L], in data units.
+
+    A context that does not move has the unit of all rows of the item before its origin.
+    """
+    units = error_unit((context - mean) / scale, season) * scale[..., 0]
+    for row, member in np.argwhere(units == 0):
+        variate = int(member if variates is None else variates[row])
+        units[row, member] = cut.unit_of_all(int(row), variate, season)
+    return units
 
 
 def error_unit(z: np.ndarray, season: int) -> np.ndarray:

@@ -84,17 +84,17 @@ def test_a_spike_is_found_in_its_token(row, token):
     scores = anomaly.token_scores(anomaly.row_errors(Zero(), ZERO, prepared.values, (1200, 5000)))
     assert scores.argmax() == token
     result = anomaly.evaluate(Zero(), ZERO, prepared)
-    assert (result.rank, result.n_tokens) == (1, 40) and result.alpha == 1 / 40
+    assert (result.rank, result.n_tokens) == (1, 40) and result.share == 1 / 40
 
 
-def test_rank_and_alpha_count_the_tokens_above():
+def test_rank_and_share_count_the_tokens_above():
     """Two louder tokens stand before the labelled one."""
     values = np.where(np.arange(5000) % 2, 1.0, -1.0)
     values[[1400, 3000, 4000]] = 20.0, 9.0, 30.0
     result = anomaly.evaluate(
         Zero(), ZERO, anomaly.scale_series(series(5000, 1200, 3000, 3000, values))
     )
-    assert (result.rank, result.n_tokens, result.alpha) == (3, 40, 3 / 40)
+    assert (result.rank, result.n_tokens, result.share) == (3, 40, 3 / 40)
 
 
 def test_an_anomaly_after_the_last_whole_window():
@@ -104,7 +104,7 @@ def test_an_anomaly_after_the_last_whole_window():
     labelled = spike(5000, 1200, 4800)
     assert anomaly.evaluate(Zero(), ZERO, anomaly.scale_series(labelled)).rank == 1
     missed = anomaly.evaluate(Zero(), ZERO, anomaly.scale_series(labelled), tail=False)
-    assert (missed.rank, missed.n_tokens, missed.alpha) == (None, 36, 1.0)
+    assert (missed.rank, missed.n_tokens, missed.share) == (None, 36, 1.0)
     released = anomaly.evaluate(
         Zero(), ZERO, anomaly.scale_series(labelled, quirks={"uncovered_is_hit"})
     )
@@ -247,7 +247,7 @@ def test_summary():
     assert anomaly.count_found(results) == {
         "files": 3,
         "missed": 1,
-        "mean_alpha": pytest.approx((0.01 + 0.05 + 1) / 3),
+        "mean_share": pytest.approx((0.01 + 0.05 + 1) / 3),
         "found": {0.01: 1, 0.03: 1, 0.05: 2, 0.1: 2},
     }
 
