@@ -573,7 +573,7 @@ def test_what_fit_asks_for(ran, timer, shops, tmp_path, monkeypatch):
         return cuts[-1]
 
     monkeypatch.setattr(Forecaster, "fit", fit)
-    monkeypatch.setattr("ltsm_jax.forecaster.prepare", noted)
+    monkeypatch.setattr("ltsm_jax.forecaster.bind_panel", noted)
     model, _ = ltsm_jax.load(timer)
     storage.save_tree(tmp_path / "masks", pruning.full_masks(model))
     ltsm_jax.save(tmp_path / "run" / "model", model, ltsm_jax.load(timer)[1])
