@@ -6,10 +6,10 @@ key-table engine (`tables`) knows no file. What a converter module holds:
 
     MODEL                              the family's class
     keys(config)                       the key table
-    recognise(state) -> Layout | None  whether a state dict is this family's, and how it lies there
+    recognise(state) -> Layout | None  how a state dict of this family is laid out; None: another's
     configure(state, published, where) -> (config, notes)
                                        published: config.json's fields, or None; those of other
-                                       JSON files beside it stand under the file's stem
+                                       JSON files beside it are found under the file's stem
                                        ("generation_config")
     published(config)                  the fields of config.json, other files under their stem
 and, where there is something to say:

@@ -610,8 +610,8 @@ class Forecaster:
         """Origins of forecasts: the end of every item, and then those in the past, which come alone
         as well.
 
-        Origins in the past, for errors at the levels `rest` that nobody has measured yet, go in
-        together with the end of every item: then no shape is compiled twice.
+        Errors at the levels `rest` need origins in the past where they are not measured yet. These
+        are forecast together with the end of every item, so that no shape is compiled twice.
         """
         before = Origins.none()
         if rest and self._calibration_of(panel, horizon) is None:

@@ -32,9 +32,8 @@ from jax.experimental import multihost_utils
 AUTO = "auto"  # --coordinator auto: the cluster says who takes part
 # exit code after SIGTERM: all is saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
 EXIT_STOPPED = 75
-EXIT_INTERRUPTED = (
-    130  # exit code after Ctrl-C, which is saved as well; nobody wants it started again by itself
-)
+# exit code after Ctrl-C: all is saved, but the command should not be restarted automatically
+EXIT_INTERRUPTED = 130
 
 _stop = threading.Event()
 _asked_by = [signal.SIGTERM]  # the signal that has set it
@@ -93,7 +92,8 @@ def session(
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let a Ctrl-C inside the block wait for what is being computed, where nobody else handles it.
+    """Defer a Ctrl-C inside the block until the running computation is done, unless another handler
+    is installed.
 
     KeyboardInterrupt is raised by `pause`, by what is `stopping`, or at the end of the block; a
     second Ctrl-C raises it at once. It must not come out of JAX's compiler: the process then ends

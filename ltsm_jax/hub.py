@@ -1,12 +1,11 @@
-"""Files of models on the hub: names, what is there, what has been fetched, and where the converted
-copy is kept.
+"""Models of the hub: names, listings, downloads, and the cache of converted copies.
 
 A hub name is "owner/name" or "owner/name@revision". Its files go through huggingface_hub, whose
 cache, token and switches (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE) are used as they are.
-Nothing is fetched of weights whose licence forbids commercial use before somebody has accepted it
-(`require_licence`). What they become is kept as a model folder of this library,
-`<cache>/models/hub-1/<owner>--<name>/<commit>`, beside which `refs/<revision>` says the commit of a
-revision, for times without network.
+Weights whose licence forbids commercial use are not fetched before the licence is accepted
+(`require_licence`). A converted copy is a model folder of this library,
+`<cache>/models/hub-1/<owner>--<name>/<commit>`; beside it, `refs/<revision>` holds the commit of a
+revision, for use without network.
 """
 
 import contextlib
@@ -54,15 +53,13 @@ _MAX_JSON = 1 << 20  # bytes of a config; the largest published one has a few th
 _MAX_INDEX = 1 << 26
 _DAY = 86400
 _FORBIDS = re.compile(r"(?i)\bnc\b|non-?commercial")
-# licences or repositories, separated by commas, for machines where nobody is asked
+# licences or repositories, separated by commas, for machines without a user to ask
 ACCEPT = "LTSM_ACCEPT_LICENSE"
 _said: set[tuple[str, str]] = set()
 
 
 class LicenceError(PermissionError):
-    """Weights whose licence forbids commercial use, and nobody on this machine has accepted
-    it yet.
-    """
+    """The licence of the weights forbids commercial use and was not accepted on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +406,7 @@ def is_non_commercial(licence: str) -> bool:
 
 
 def require_licence(repo: str, licence: str | None, accept: bool = False) -> None:
-    """Let nobody use non-commercial weights unasked: `accept`, once, is kept by repository and
+    """Require that a non-commercial licence is accepted; `accept` is remembered by repository and
     licence.
 
     It is kept in `$LTSM_CACHE/licences` (else ~/.cache/ltsm_jax/licences); `$LTSM_ACCEPT_LICENSE`

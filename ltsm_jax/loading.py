@@ -59,7 +59,7 @@ def load(
         ("cc-by-nc-4.0") or repositories instead, separated by commas. Files and folders of your own
         are not asked about; that their weights are non-commercial is said on stderr.
     Raises: FileNotFoundError that lists what was tried; PermissionError where the hub wants a
-      token; `hub.LicenceError` (a PermissionError) for a licence that nobody has accepted, before
+      token; `hub.LicenceError` (a PermissionError) for a licence that is not accepted, before
       anything is fetched; ValueError (or `storage.DamagedError`, or the converters'
       CheckpointError) for files that are damaged or do not fit the model.
     """

@@ -261,11 +261,11 @@ class Placement:
 
 
 def colocate(tree: trees.Tree) -> trees.Tree:
-    """`tree` with the leaves that nobody has put anywhere (`jax.Array.committed`) laid beside the
-    first one that somebody has; on a mesh, whole on every device.
+    """Colocate uncommitted leaves with the first committed one (`jax.Array.committed`); on a mesh
+    they are replicated.
 
-    What is computed from a mixed tree lies there altogether, so that a training step of one would
-    be compiled twice.
+    The results of a step are committed as a whole: without this, the first step on a mixed tree
+    would have other shardings than the second, and the step would be compiled twice.
     """
     leaves = jax.tree.leaves(tree)
     placed = next((leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)), None)

@@ -164,7 +164,7 @@ class Over:
         return spread(own, [stack.shared for stack in stacks], shared)
 
     def stack(self, lanes: Sequence[Tree]) -> TreeStack:
-        """Outside jit: `Stack.of`, its lanes over the devices, and what they share on all
+        """Outside jit: `TreeStack.of`, its lanes over the devices, and what they share on all
         of them.
         """
         stack = TreeStack.of(lanes, self.join)

@@ -45,9 +45,9 @@ COMMIT = "commit_success.txt"
 COMPRESSED = 0.9  # of its bytes an array of floats takes about that on disk
 AT_ONCE = 1 << 26  # bytes of arrays that are written at the same time
 Part = tuple[tuple[int, int], ...]  # [start, stop) of each axis
-# Orbax tells the steps of a save apart by a counter of the process: a second save beginning
-# meanwhile waits for signals of the first until they time out, and the first writes where nobody
-# has made a folder.
+# Orbax numbers the steps of a save by a counter of the process: of two saves at once, the second
+# waits for signals of the first until they time out, and the first writes into a folder that does
+# not exist.
 _ONE_SAVE = threading.Lock()
 
 MAX_JSON = 1 << 26  # bytes of a table of digests; that of a model of a thousand arrays has 300,000
@@ -296,7 +296,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object that somebody else may have written.
+    """Read a JSON object from an untrusted file.
 
     Raises: FileNotFoundError; DamagedError for what is no such object, too large, or nested too
     deeply.
@@ -533,7 +533,7 @@ def save_tree(folder: str | Path, tree: trees.Tree, *, overwrite: bool = False) 
       tree; ValueError for an empty tree; OSError, such as for a full disk.
     """
     with atomic_folder(folder, replaces=_no_tree if overwrite else None) as temporary:
-        hosts.on_every_host(begin_save(temporary, tree, copy=False))  # nobody changes it meanwhile
+        hosts.on_every_host(begin_save(temporary, tree, copy=False))  # written before this returns
         hosts.on_first(seal, temporary)
 
 

@@ -63,9 +63,9 @@ class Models(Command):
 
 @contextlib.contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Say the source with errors that nobody has thought of: a damaged file may lead to any.
+    """Name the source in unforeseen errors: reading a damaged file may raise any.
 
-    Raises: CheckpointError in place of them.
+    Raises: CheckpointError in their place.
     """
     try:
         yield
@@ -115,7 +115,7 @@ def _facts(model: Model) -> dict[str, Any]:
 
 def _show_list(found: list[dict[str, Any]]) -> None:
     with_weights = folders.shipped()
-    # One table, so that its columns stand below each other; then the families go in between.
+    # One table, so that its columns are aligned; the headings of families are inserted afterwards.
     rows = []
     for entry in found:
         label = f"  {entry['name']}{' *' if entry['name'] in with_weights else ''}"

@@ -71,7 +71,7 @@ class StampReading:
 
 
 def rows(mask: np.ndarray, cells: Any = None, stamps: np.ndarray | None = None) -> str:
-    """Name the first rows where `mask` [T] holds, by number or stamp, with what stands there."""
+    """Name the first rows where `mask` [T] holds, by number or stamp, with their cells."""
     at = np.flatnonzero(mask)
     more = ", ..." if len(at) > SHOWN else ""
     if stamps is not None:
@@ -100,9 +100,7 @@ def is_time(column: Any) -> bool:
 
 
 def holds_dates(column: Any) -> bool:
-    """Return whether a column that nobody named is the time: dates, or text whose first cell is
-    one.
-    """
+    """Return whether an unnamed column is the time: dates, or text whose first cell is one."""
     if is_time(column):
         return True
     present = column.dropna()

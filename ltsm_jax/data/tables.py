@@ -432,8 +432,9 @@ class _SeriesReader(TableReader):
     # ---- values ----
 
     def without_future(self, stamps: Stamps, values: np.ndarray) -> tuple[Stamps, np.ndarray]:
-        """(stamps, values) without the last rows in which every variate is empty: nobody has
-        observed them yet."""
+        """Drop the last rows of (stamps, values) in which every variate is empty: they are not
+        observed yet.
+        """
         seen: Any = ~np.isnan(values).all(axis=0)
         if self.problems or not seen.any() or seen[-1]:
             return stamps, values

@@ -89,7 +89,7 @@ def _like_filters(draw: jax.Array, leaf: jax.Array, axes: tuple[int, ...]) -> ja
 
 
 def _beside(x: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Lay an array where a leaf of the same shape lies, if somebody has put that anywhere."""
+    """Colocate an array with a leaf of the same shape, if that is committed."""
     if not getattr(leaf, "committed", False):
         return x
     where = leaf.sharding

@@ -186,8 +186,8 @@ def surface(
       points: on each axis; an odd number has the centre among them.
       x, y: other axes, [X] and [Y], in place of `radius` and `points`.
       at_once: points computed at once on each device; by default chosen as said above.
-      folder: where finished points are kept. The same call goes on from there, and ends with the
-        same bits as one that nobody stopped. A folder of other axes, parameters, directions, facts
+      folder: where finished points are kept. The same call resumes from it, and ends with the same
+        bits as an uninterrupted one. A folder of other axes, parameters, directions, facts
         or of another loss is refused.
       facts: what else a folder must agree with, JSON values.
       progress: called as `progress(done, all)` after each part.

@@ -111,7 +111,7 @@ def of_comparison(
     available = prepared.task.windows(model, splits).n
     steps, validations, programs = 0, 0, set()
     for chosen in work.strategies.values():
-        validations += 2  # of its start, and what `Result.warnings` looks at
+        validations += 2  # of its start, and what `RunResult.warnings` looks at
         for phase in chosen.phases:
             epochs = phase.epochs or work.config.epochs or model.recipe().epochs
             batch_size = work.config.batch_size or model.recipe().batch_size

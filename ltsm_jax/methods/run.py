@@ -112,7 +112,7 @@ def run(
       curvature_at: epochs, counted through all phases, after which the curvature of the task's loss
         is measured, see `tracking.Tracker.measure`: it stands in the history under top_eigenvalue,
           trace and sharpness. 0: of the start,
-        see `Result.start_curvature`. With averages of weights, of the average.
+        see `RunResult.start_curvature`. With averages of weights, of the average.
     Raises: ValueError where model, data, masks and task do not go together, and for an unknown
       quirk; training.NonFiniteError from training.
     """

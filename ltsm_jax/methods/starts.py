@@ -121,7 +121,7 @@ def prepared(
 
 
 def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Array) -> Params:
-    """Parameters a run of `strategy` starts from.
+    """Make the parameters that a run of `strategy` starts from.
 
     The random model is ONE draw, `model.init(aux_key)`, shared by tfs, sff and every new head: that
     is why sff at alpha 0 and tfs agree bit for bit.
@@ -130,7 +130,7 @@ def start_params(strategy: Starting, model: Any, params: Params, aux_key: jax.Ar
       params: the pretrained tree; not modified.
       aux_key: `training.keys(seed)["aux"]`.
     Raises: ValueError where `params` is not a tree of this model, and for an alpha of a layer that
-    it has not got.
+      does not exist.
     """
     start = strategy.start
     trees.require_same(params, folders.param_shapes(model), names=("params", "model"))

@@ -64,8 +64,8 @@ class Origins:
 class PanelForecast:
     """Forecasts in data units.
 
-    point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`, those asked for that the
-    model can say. unit: [M, C] the unit of errors, see `error_unit`; of ones where nobody asked.
+    point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`, the requested ones that the
+    model has. unit: [M, C] the unit of errors, see `error_unit`; ones where it was not requested.
     """
 
     point: np.ndarray
@@ -293,15 +293,15 @@ def forecast_panel(
       model, params: ready for the panel (`Model.for_series`), or a baseline and {}.
       context_len: rows of a context at most.
       origins: by default the end of every item.
-      levels: quantile levels; those that the model cannot say are left out of the result.
-      joint: the targets of an item go in together.
-      covariates: hand in past and known covariates, too (`Model.predict_with`).
-      season: rows of a season, for `Found.unit`; None: nobody asks for it.
+      levels: quantile levels; those that the model does not have are left out of the result.
+      joint: forecast the targets of an item jointly.
+      covariates: pass past and known covariates to the model (`Model.predict_with`).
+      season: rows of a season, for `PanelForecast.unit`; None: no units are computed.
       key: of the draws of models that sample.
       on_host: forecasts [B, H] of contexts [B, L], in place of `model`, which then says its batch
         size alone.
       batch_size: windows of one forward pass; by default what `eval_batch` and the memory allow.
-      told: is told after each batch how many forecasts of how many are done.
+      told: called after each batch with the forecasts that are done, and all of them.
     Returns: forecasts; NaN where a context in the past holds no value.
     Raises: DataError where one at the end of its item holds none, naming items and targets.
     """

@@ -169,7 +169,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def require_filled(self) -> None:
-        """Raises: ValueError naming the fields that nobody has said."""
+        """Raises: ValueError naming the fields that are still None."""
         if self.unfilled:
             raise ValueError(
                 f"the TrainConfig does not say {', '.join(self.unfilled)}: give them, or fill them "

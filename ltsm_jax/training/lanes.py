@@ -766,7 +766,7 @@ def _ways(
 
 
 def _separate(job: Mapping[str, Any]) -> loop.Fitting:
-    """One run where its parameters lie, ready to take steps that nobody keeps."""
+    """Set up one run on its own devices for steps whose results are discarded."""
     sweep = Sweep([job], Over("mapped"))
     params = sharding.colocate(jax.tree.map(step.strong, job["params"]))
     moving, frozen = trees.partition(params, sweep.trainable[0])
