@@ -372,8 +372,8 @@ def msft(scales: int = 2, *, rank: int = 16) -> Strategy:
     For encoders over patches that declare `Model.scalable` (Moirai). The finest scale begins at the
     checkpoint's forecasts; those of all scales are mixed, by equal weights at first, which are
     trained as well. What comes out is a model with further parameters, `RunResult.model` with
-    `RunResult.params`: it is saved, loaded and forecasts as any other, and cannot be merged into the
-    original's weights.
+    `RunResult.params`: it is saved, loaded and forecasts as any other, and cannot be merged into
+    the original's weights.
 
     Args:
       scales: beside the series itself. The paper has up to 3 for contexts of thousands of steps.

@@ -64,8 +64,8 @@ class Origins:
 class PanelForecast:
     """Forecasts in data units.
 
-    point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`, the requested ones that the
-    model has. unit: [M, C] the unit of errors, see `error_unit`; ones where it was not requested.
+    point: [M, C, H] float64. quantiles: [M, C, H, W] at rising `levels`: the requested ones that
+    the model has. unit: [M, C] the unit of errors, see `error_unit`; ones where not requested.
     """
 
     point: np.ndarray
