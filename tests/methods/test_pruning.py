@@ -207,10 +207,10 @@ def test_worked_step():
     np.testing.assert_array_equal(masks["a"]["out"], [0, 1, 1])
     np.testing.assert_array_equal(masks["b"]["in"], [0, 1])
     np.testing.assert_array_equal(after["a"]["out"], np.asarray([0, 0.1, 0.9], np.float32))
-    # what is skipped neither goes nor sets the threshold: 6 of 7 count then, and K = 2 takes 0.1
+    # what is not scored neither goes nor sets the threshold: 6 of 7 count then, and K = 2 takes 0.1
     # instead of 0.001
     masks, _ = pruning.pruning_step(
-        importance, jax.tree.map(np.ones_like, importance), 0.2, {"b/in": np.asarray(True)}
+        importance, jax.tree.map(np.ones_like, importance), 0.2, {"b/in": np.asarray(False)}
     )
     np.testing.assert_array_equal(masks["b"]["in"], [1, 1])
     np.testing.assert_array_equal(masks["a"]["in"], [1, 0, 0, 1])

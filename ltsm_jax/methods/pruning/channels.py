@@ -264,12 +264,12 @@ def importance_of(sums: Mapping[str, Any], masks: Masks, score: Score = "taylor2
 
 
 def pruning_step(
-    importance: Masks, masks: Masks, r_step: float, skipped: Mapping[str, np.ndarray] | None = None
+    importance: Masks, masks: Masks, r_step: float, scored: Mapping[str, np.ndarray] | None = None
 ) -> tuple[Masks, Masks]:
     """One pruning step over all layers together: the share `r_step` of the channels with the
     smallest |I| goes.
 
-    Of the channels with |I| > 0 that are not skipped, the K = ceil(number * r_step) smallest set a
+    Of the scored channels with |I| > 0, the K = ceil(number * r_step) smallest set a
     threshold; all up to it go, ties included, and so do channels whose importance is exactly 0,
     which do not count in K. What is pruned has importance 0 and stays pruned. A channel without
     which the loss would be much LOWER is kept, because of |.|.
@@ -277,8 +277,8 @@ def pruning_step(
     Args:
       importance: averaged scores, tree like masks. masks: 0 or 1.
       r_step: share in [0, 1].
-      skipped: by flat path ("layer_0/mixture/experts/up/in"), booleans that broadcast to the mask:
-        not to be touched.
+      scored: by flat path ("layer_0/mixture/experts/up/in"), booleans that broadcast to the mask:
+        True where a channel may go; without an entry, every channel may.
     Returns: (masks, importance), new float32 trees on the host.
     Source: section "selection" of the released `prune` step (SJTU-DMTai/Prune-then-Finetune).
     Example: I = [0.5, -0.02, 0, 0.3], [-0.02, 0.1, 0.9], [0.001, 0.7] and r_step 0.2: 8 are not 0,
@@ -286,11 +286,19 @@ def pruning_step(
     """
     flat_i = {path: np.asarray(x, np.float32) for path, x in trees.flatten(importance).items()}
     flat_m = {path: np.asarray(x, np.float32) for path, x in trees.flatten(masks).items()}
-    free = {p: ~np.broadcast_to((skipped or {}).get(p, False), x.shape) for p, x in flat_i.items()}
+    free = {}
+    for path, x in flat_i.items():
+        free[path] = np.broadcast_to((scored or {}).get(path, True), x.shape)
+
+    # The threshold is the K-th smallest size of all layers together. Zeros go in any case and do
+    # not count in K; where K is all of the others, they alone go.
     sizes = np.concatenate([np.abs(x[free[p]]).ravel() for p, x in flat_i.items()])
     sizes = sizes[sizes > 0]
     k = math.ceil(len(sizes) * r_step)
-    threshold = np.partition(sizes, k - 1)[k - 1] if 0 < k < len(sizes) else np.float32(0)
+    threshold = np.float32(0)
+    if 0 < k < len(sizes):
+        threshold = np.partition(sizes, k - 1)[k - 1]
+
     gone = {p: free[p] & (np.abs(x) <= threshold) for p, x in flat_i.items()}
     new_masks = {p: np.where(gone[p], np.float32(0), m) for p, m in flat_m.items()}
     new_importance = {p: np.where(gone[p], np.float32(0), x) for p, x in flat_i.items()}

@@ -560,14 +560,14 @@ class _Pruning:
             self.masks,
             jax.tree.map(lambda x: jnp.asarray(sharding.on_host(x)), self.sums),
         )
-        skipped, a = self._unseen(), np.float32(self.settings["ema"])
+        scored, a = self._scored(), np.float32(self.settings["ema"])
         old, new = trees.flatten(self.state["importance"]), {}
         for path, s in trees.flatten(importance_of(sums, masks, self.settings["score"])).items():
             s = np.abs(s) if self.settings["ema_abs"] else np.asarray(s)
             average = np.where(np.isnan(old[path]), s, a * s + (1 - a) * old[path])
-            new[path] = np.where(skipped.get(path, False), old[path], average)
+            new[path] = np.where(scored.get(path, True), average, old[path])
         before = trees.unflatten(new)
-        after, importance = pruning_step(before, masks, self.r_step, skipped=skipped)
+        after, importance = pruning_step(before, masks, self.r_step, scored=scored)
         self.steps += 1
         gone = jax.tree.map(lambda was, now: (was != 0) & (now == 0), masks, after)
         self.state = {
@@ -582,20 +582,19 @@ class _Pruning:
         self.sums, self.waiting = self._no_sums(), 0
         return after
 
-    def _unseen(self) -> dict[str, np.ndarray]:
-        """Mark stacked experts that no token of the group has reached: booleans [E, 1] by flat path
+    def _scored(self) -> dict[str, np.ndarray]:
+        """Mark stacked experts that a token of the group has reached: booleans [E, 1] by flat path
         of a mask.
 
-        Then none of its masks has a gradient in any row.
+        Of an expert that none has reached, no mask has a gradient in any row, and the group says
+        nothing of its channels.
         """
         sums = trees.flatten(self.sums["squares"] if self.squares else self.sums["h"])
         found = {}
         for stack in self.stacks:
             paths = [path for path in sums if path.startswith(f"{stack}/")]
-            unseen_E = np.all(
-                [(sharding.on_host(sums[path]) == 0).all(axis=1) for path in paths], axis=0
-            )
-            found |= dict.fromkeys(paths, unseen_E[:, None])
+            reached = [(sharding.on_host(sums[path]) != 0).any(axis=1) for path in paths]
+            found |= dict.fromkeys(paths, np.any(reached, axis=0)[:, None])
         return found
 
     def _validate(self, masks: Masks, epoch: int, full: bool) -> None:
