@@ -310,6 +310,7 @@ def to_params(
       is missing or written twice, every shape that differs, every tensor of another type, and
       every one with NaN or infinite values.
     """
+    # Problems are collected, so that one error lists all of them.
     leaves = trees.flatten(shapes)
     reading = _Reading(
         rules=rules,
@@ -328,6 +329,7 @@ def to_params(
             problem_list(f"{what}: the checkpoint does not fit:", reading.problems)
         )
 
+    # A stacked parameter was written row by row.
     params = {}
     for path, leaf in leaves.items():
         if path in reading.wanted:
@@ -418,6 +420,8 @@ class _Reading:
             self.dropped[key] = f"not a parameter: {transform}"
             return
 
+        # One tensor may be several parameters: it is cut along its first axis, into equal parts
+        # unless the transform names their lengths.
         paths = _parts(match.expand(target))
         lengths = [length for length, _ in transform.parts]
         if len(paths) == 1:

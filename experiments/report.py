@@ -172,11 +172,11 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
       the same seed; NaN where there is nothing to compare with), epochs, seconds. In order of first
       appearance.
     """
-    by_seed = {
-        m: g.set_index("seed")["test_mse"]
-        for m, g in results.groupby("method")
-        if m in ("zero_shot", "ff")
-    }
+    by_seed = {}
+    for method, group in results.groupby("method"):
+        if method in ("zero_shot", "ff"):
+            by_seed[method] = group.set_index("seed")["test_mse"]
+
     rows = []
     for (method, alpha), group in results.groupby(["method", "alpha"], sort=False, dropna=False):
         fixed = is_fixed(group)
@@ -189,15 +189,17 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
         for column in ERRORS:
             row[column] = group[column].mean()
             row[f"{column}_std"] = float("nan") if fixed else group[column].std()
+
+        # The seeds of a method and of its rival have the data order and the random model in common:
+        # paired differences vary less than those of the means. Seeds that only one of them has
+        # drop out.
         for other in ("zero_shot", "ff"):
-            base = by_seed.get(other)
-            change = (
-                group.set_index("seed")["test_mse"] / base - 1
-                if base is not None and method != other
-                else None
-            )
-            change = pd.Series(dtype=float) if change is None else 100 * change.dropna()
-            row[f"vs_{other}"], row[f"vs_{other}_std"] = change.mean(), change.std()
+            change = pd.Series(dtype=float)
+            if other in by_seed and method != other:
+                ratio = group.set_index("seed")["test_mse"] / by_seed[other]
+                change = 100 * (ratio - 1).dropna()
+            row[f"vs_{other}"] = change.mean()
+            row[f"vs_{other}_std"] = change.std()
         rows.append(row | {"epochs": group["epochs"].max(), "seconds": group["seconds"].mean()})
     return pd.DataFrame(rows)
 
@@ -223,23 +225,29 @@ def _table_rows(
         "epochs",
         "seconds",
     ]
-    body = [
-        [
-            names.get(r.method, r.method) + ("" if pd.isna(r.alpha) else f" {r.alpha:g}"),
-            "" if r.fixed else str(r.seeds),
-            spread(r.val_mse, r.val_mse_std),
-            spread(r.test_mse, r.test_mse_std),
-            spread(r.test_mae, r.test_mae_std),
-            spread(r.vs_zero_shot, r.vs_zero_shot_std, "+.2f"),
-            spread(r.vs_ff, r.vs_ff_std, "+.2f"),
-            str(int(r.epochs)),
-            f"{r.seconds:.0f}",
-        ]
-        for r in summary.itertuples()
-    ]
+    body = []
+    for r in summary.itertuples():
+        alpha = "" if pd.isna(r.alpha) else f" {r.alpha:g}"
+        body.append(
+            [
+                names.get(r.method, r.method) + alpha,
+                "" if r.fixed else str(r.seeds),
+                spread(r.val_mse, r.val_mse_std),
+                spread(r.test_mse, r.test_mse_std),
+                spread(r.test_mae, r.test_mae_std),
+                spread(r.vs_zero_shot, r.vs_zero_shot_std, "+.2f"),
+                spread(r.vs_ff, r.vs_ff_std, "+.2f"),
+                str(int(r.epochs)),
+                f"{r.seconds:.0f}",
+            ]
+        )
+
+    # Baselines have no seeds, epochs or training time.
     zero = summary.loc[summary["method"] == "zero_shot", "test_mse"]
     for b in baselines:
-        change = f"{100 * (b['test_mse'] / zero.iloc[0] - 1):+.2f}" if len(zero) else ""
+        change = ""
+        if len(zero):
+            change = f"{100 * (b['test_mse'] / zero.iloc[0] - 1):+.2f}"
         values = [f"{b[k]:.4f}" for k in ("val_mse", "test_mse", "test_mae")]
         body.append([names.get(b["method"], b["method"]), "", *values, change, "", "", ""])
     return header, body
@@ -348,12 +356,16 @@ def fitted(
     for cells in body:
         rows.append([cell.replace("±", sign) for cell in cells])
     widths = [max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)]
+
+    # Columns go into the current part as long as it fits beside the first column.
     parts: list[list[int]] = [[]]
     for i in range(1, len(header)):
         used = widths[0] + sum(widths[j] for j in parts[-1])
         if parts[-1] and used + widths[i] > console.width:
             parts.append([])
         parts[-1].append(i)
+
+    # The title is above the first part only, the caption below the last.
     tables = []
     for part in parts:
         first, last = part is parts[0], part is parts[-1]
@@ -592,14 +604,16 @@ def plot_alpha(summary: pd.DataFrame, path: Path) -> bool:
         return False
     figure, axes = new_figure(9, 3.8, ncols=2)
     zero = summary[summary["method"] == "zero_shot"]
+    # The ends of every mixture: alpha 0 is training from scratch, alpha 1 plain fine-tuning.
+    ends = {"tfs": 0.0, "ff": 1.0}
     for ax, split in zip(axes, ("val", "test"), strict=True):
         for method in swept:
-            points = [(r.alpha, r) for r in summary.itertuples() if r.method == method]
-            points += [
-                ({"tfs": 0.0, "ff": 1.0}[r.method], r)
-                for r in summary.itertuples()
-                if r.method in ("tfs", "ff")
-            ]
+            points = []
+            for r in summary.itertuples():
+                if r.method == method:
+                    points.append((r.alpha, r))
+                elif r.method in ends:
+                    points.append((ends[r.method], r))
             points.sort(key=lambda p: p[0])
             alphas = [a for a, _ in points]
             means = [getattr(r, f"{split}_mse") for _, r in points]
