@@ -443,9 +443,13 @@ class Compute:
     compute: Annotated[str, one_of(COMPUTE)] = "float32"
     """dtype of the matrix products in training: float32 or bfloat16"""
     accumulate: Annotated[int | Literal["auto"], whole_or("auto", 1)] = 1
-    """parts a batch is taken in, for less memory; auto: as many as are quickest on a CPU"""
-    remat: Annotated[str, one_of(tuple(REMAT))] = "none"
-    """what the backward pass computes again, for less memory: none or "all but products" """
+    """parts a batch is taken in, for less memory; auto: as many as are quickest on a CPU, or as
+    the memory of a device needs
+    """
+    remat: Annotated[str, one_of((*REMAT, "auto"))] = "none"
+    """what the backward pass computes again, for less memory: none, "all but products", or auto:
+    the latter where the former does not fit
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

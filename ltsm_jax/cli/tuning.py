@@ -15,7 +15,7 @@ from ltsm_jax.methods import verdict
 from ltsm_jax.methods.strategies import STRATEGIES
 from ltsm_jax.models import folders
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import TrainConfig, memory, optimizers, parts, step
+from ltsm_jax.training import TrainConfig, memory, parts, step
 
 METHODS = ("auto", *STRATEGIES)
 
@@ -144,30 +144,10 @@ def _memory(prepared: verdict.BoundPanel, config: TrainConfig) -> str:
     filled = dataclasses.replace(filled, batch_size=batch)
     placement = Placement.of(params)
 
-    def state_of(params: Any) -> Any:
-        optimizer = optimizers.Rule.of(filled).transformation().init(params)
-        return {"params": params, "optimizer": optimizer, "best": params}
-
     moving, frozen = trees.partition(params, trees.select(params, None))
     loss, key = step.as_pytree(prepared.task.loss(model)), jax.random.key(0)
-    filled = parts.settled(
-        filled,
-        moving,
-        frozen,
-        source=source,
-        loss_fn=loss,
-        key=key,
-        on_mesh=placement.mesh is not None,
-    )
-    found = memory.estimate(
-        jax.eval_shape(state_of, moving),
-        frozen,
-        source.over(placement.mesh),
-        loss_fn=loss,
-        key=key,
-        batch_size=min(batch, source.n),
-        how=step.How.of(filled),
-        placement=placement,
-        writes_checkpoints=True,
+    filled = parts.settled(filled, moving, frozen, source, loss, key, placement=placement)
+    found = memory.estimate_before(
+        filled, moving, frozen, source, loss, key, placement, writes=True
     )
     return found.check(memory.available())

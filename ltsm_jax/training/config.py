@@ -77,12 +77,14 @@ class TrainConfig:
       compute: dtype of the matrix products, "float32" or "bfloat16"; parameters, norms and losses
         stay in float32.
       accumulate: parts a batch is taken in, one after the other, for the memory of one part at a
-        time. "auto": as many as are quickest on a CPU, by the shapes of model and batch (see
+        time. "auto": as many as are quickest on a CPU, by the shapes of model and batch, and where
+        that does not fit into the free memory of a device, the fewest that do (see
         `training.parts`); a folder records how many. A loss that is no mean over rows (missing
         targets, a balance term) is that of each part.
       remat: what the backward pass computes again instead of keeping it: "none", or
         "all but products" (everything but the results of matrix products without batch axes), for
-        less memory and more time.
+        less memory and more time, or "auto": the latter only where the former does not fit. A
+        folder records which.
       optimizer, betas, eps: see `optimizers.Rule`.
       rho: take the gradient this far up the gradient (SAM, see `step.uphill`), for twice the time;
         0: where it is.
@@ -276,7 +278,7 @@ _RULES = {
     "steps_per_dispatch": (_whole(1, MOST_STEPS), f"a whole number in [1, {MOST_STEPS}]"),
     "compute": (_one_of(COMPUTE), f"one of {', '.join(COMPUTE)}"),
     "accumulate": (_count_or_auto, 'a whole number of at least 1, or "auto"'),
-    "remat": (_one_of(REMAT), f"one of {', '.join(REMAT)}"),
+    "remat": (_one_of((*REMAT, "auto")), f"one of {', '.join(REMAT)}, auto"),
     "optimizer": (_one_of(optimizers.OPTIMIZERS), f"one of {', '.join(optimizers.OPTIMIZERS)}"),
     "betas": (_betas, "two numbers in [0, 1)"),
     "eps": (_real(lambda x: 0 < x < math.inf), "a positive, finite number"),

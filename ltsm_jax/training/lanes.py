@@ -910,10 +910,8 @@ def fit_as_lanes(
 
 
 def _settled(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the number of parts in a job where its config leaves that open, as
-    `training.fit` would.
-    """
-    if job["config"].accumulate != "auto":
+    """Put values in a job where its config leaves them open, as `training.fit` would."""
+    if "auto" not in [getattr(job["config"], field) for field in parts.OPEN]:
         return dict(job)
     params = jax.tree.map(step.strong, job["params"])
     trainable = job.get("trainable")
@@ -924,10 +922,10 @@ def _settled(job: Mapping[str, Any]) -> dict[str, Any]:
         job["config"],
         moving,
         frozen,
-        source=job["train_source"],
-        loss_fn=step.as_pytree(job["loss_fn"]),
-        key=keys(job["config"].seed or 0)["dropout"],
-        on_mesh=Placement.of(params).mesh is not None,
+        job["train_source"],
+        step.as_pytree(job["loss_fn"]),
+        keys(job["config"].seed or 0)["dropout"],
+        placement=Placement.of(params),
         folder=job.get("folder"),
     )
     return {**job, "config": config}

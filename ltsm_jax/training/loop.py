@@ -284,10 +284,10 @@ def _prepared(
         config,
         moving,
         frozen,
-        source=source,
-        loss_fn=loss,
-        key=keys(config.seed or 0)["dropout"],
-        on_mesh=placement.mesh is not None,
+        source,
+        loss,
+        keys(config.seed or 0)["dropout"],
+        placement=placement,
         folder=folder,
     )
     fitting = Fitting(

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ltsm_jax import hosts
+from ltsm_jax import hosts, sharding
 from ltsm_jax.data import windows
 from ltsm_jax.sharding import Placement
-from ltsm_jax.training import step
+from ltsm_jax.training import optimizers, step
+from ltsm_jax.training.config import TrainConfig
 from ltsm_jax.trees import Tree
 
 # XLA's own figures for Timer, known only after compiling, are 1.2 (timer-tiny) and 1.4 (67M) times
@@ -37,6 +38,7 @@ class MemoryEstimate:
       batch_size, accumulate: the batch, and the parts it is taken in one after the other.
       row_parts: devices among which the rows of a part are split.
       sharing: devices that share the memory.
+      kept: what the backward pass of a part keeps, on all devices together.
     """
 
     fixed: int
@@ -45,6 +47,11 @@ class MemoryEstimate:
     accumulate: int
     row_parts: int
     sharing: int
+    kept: int = 0
+
+    def fits(self, available: int) -> bool:
+        """Whether `available` bytes are enough."""
+        return self.fixed + self.activations <= available
 
     def check(self, available: int | None) -> str:
         """Say in one line what training takes and what is available.
@@ -59,7 +66,7 @@ class MemoryEstimate:
             needed += f" in {self.accumulate} parts"
         if available is None:
             return needed
-        if self.fixed + self.activations <= available:
+        if self.fits(available):
             return f"{needed}; {size_in_words(available)} is available"
         raise ValueError(
             f"training takes {needed}, but only {size_in_words(available)} is available: "
@@ -74,7 +81,7 @@ class MemoryEstimate:
         batch_size -= batch_size % (self.row_parts * self.accumulate)
         if batch_size >= 1:
             found.append(f"batch_size={batch_size} fits")
-        if (parts := self._parts_that_fit(left)) is not None:
+        if (parts := self.parts_that_fit(available)) is not None:
             found.append(
                 f"accumulate={parts} takes this batch in {parts} parts, which fit one after the "
                 "other"
@@ -86,10 +93,11 @@ class MemoryEstimate:
             )
         return "; or ".join(found)
 
-    def _parts_that_fit(self, left: int) -> int | None:
-        """Smallest larger `accumulate` that divides the batch and whose parts fit into `left`
-        bytes.
+    def parts_that_fit(self, available: int) -> int | None:
+        """Smallest larger `accumulate` that divides the batch and whose parts fit into `available`
+        bytes with the rest; None: there is none.
         """
+        left = available - self.fixed
         for parts in range(self.accumulate + 1, self.batch_size // self.row_parts + 1):
             divides = self.batch_size % (parts * self.row_parts) == 0
             if divides and self.activations * self.accumulate / parts <= left:
@@ -142,6 +150,50 @@ def estimate(
         accumulate=how.accumulate,
         row_parts=placement.row_parts,
         sharing=sharing,
+        kept=kept,
+    )
+
+
+def estimate_before(
+    config: TrainConfig,
+    moving: Tree,
+    frozen: Tree,
+    source: Any,
+    loss_fn: Any,
+    key: jax.Array,
+    placement: Placement,
+    *,
+    writes: bool,
+) -> MemoryEstimate:
+    """Estimate what `training.fit` with a validation takes, of which nothing lies in memory yet.
+
+    Args:
+      config: filled, nothing of it open.
+      moving, frozen, source, loss_fn, key, placement: as for `estimate`.
+      writes: whether the run has a folder.
+    """
+
+    def state_of(params: Tree) -> Tree:
+        optimizer = optimizers.Rule.of(config).transformation().init(params)
+        state = {"params": params, "optimizer": optimizer, "best": params}
+        return state | ({"average": params} if config.averages else {})
+
+    shapes = jax.eval_shape(state_of, moving)
+    if placement.mesh is not None:
+        shardings = sharding.like(shapes, moving, placement.mesh)
+        shapes = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+    return estimate(
+        shapes,
+        frozen,
+        source.over(placement.mesh),
+        loss_fn,
+        key,
+        batch_size=min(config.batch_size or 1, int(source.n)),
+        how=step.How.of(config),
+        placement=placement,
+        writes_checkpoints=writes,
     )
 
 

@@ -19,7 +19,7 @@ from ltsm_jax.layers.experts import rows_over
 from ltsm_jax.layers.linear import compute_in
 from ltsm_jax.sharding import Placement
 from ltsm_jax.training import optimizers
-from ltsm_jax.training.config import MOST_STEPS, TrainConfig, keys
+from ltsm_jax.training.config import MOST_STEPS, REMAT, TrainConfig, keys
 from ltsm_jax.trees import Tree
 
 TINY = 1e-12
@@ -41,9 +41,12 @@ class How:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "How":
-        """Read it off a config. Raises: ValueError for a number of parts that is still open."""
+        """Read it off a config. Raises: ValueError for what is still open in it."""
         if config.accumulate == "auto":
             raise ValueError("accumulate='auto' is for `fit` to settle: say a number of parts here")
+        if config.remat == "auto":
+            names = ", ".join(REMAT)
+            raise ValueError(f"remat='auto' is for `fit` to settle: say one of {names} here")
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 

@@ -7,7 +7,11 @@ import json
 import os
 import random
 import shutil
+import stat
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,7 +23,30 @@ from ltsm_jax import storage
 from ltsm_jax.cli import main
 from ltsm_jax.models import folders
 
-NAMES = ("chronos_bolt", "timesfm_1", "ttm", "moirai", "units")
+# Whose files bring a config.json.
+NAMES = (
+    "chronos_2",
+    "chronos_bolt",
+    "chronos_t5",
+    "moirai",
+    "moirai_2",
+    "moirai_moe",
+    "moment",
+    "sundial",
+    "time_moe",
+    "timer_hf",
+    "timer_xl",
+    "timesfm_1",
+    "timesfm_2p5",
+    "timesfm_3",
+    "tirex_2",
+    "toto_2",
+    "ttm",
+    "ttm_r2",
+    "ttm_r3",
+    "units",
+)
+STRICT = ("tirex_2",)  # refuses fields that it does not know
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +87,54 @@ def contents(folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_comes_back_as_it_was(golden, tmp_path, name):
+    """Every field of the original, also where the weights were trained since the import."""
     vectors = golden(name)
-    published = vectors.config | {"not_read_by_us": {"a": [1, 2]}, "transformers_version": "4.40.1"}
-    file = tmp_path / vectors.checkpoint.name
-    shutil.copy(vectors.checkpoint, file)
+    file = vectors.folder / "model.safetensors"
+    file = file if file.exists() else vectors.checkpoint
+    foreign = {"not_read_by_us": {"a": [1, 2]}, "transformers_version": "4.40.1"}
+    published = vectors.config | ({} if name in STRICT else foreign)
+    shutil.copy(file, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(published))
-    import_checkpoint(file, tmp_path / "model")
-    export_checkpoint(tmp_path / "model", tmp_path / "back" / file.name)
-    assert json.loads((tmp_path / "back" / "config.json").read_text()) == published
+    beside = vectors.folder / "generation_config.json"
+    if beside.exists():
+        shutil.copy(beside, tmp_path)
+
+    imported, params, *_ = import_checkpoint(tmp_path / file.name, tmp_path / "model")
+    record = folders.read_config(tmp_path / "model")[1]
+    buffers = folders.read_buffers(tmp_path / "model")
+    moved = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(1.5), params)
+    ltsm_jax.save(
+        tmp_path / "tuned", imported, moved, provenance=record["provenance"], buffers=buffers
+    )
+    for source, target in (("model", "back"), ("tuned", "tuned-back")):
+        export_checkpoint(tmp_path / source, tmp_path / target / file.name)
+        assert json.loads((tmp_path / target / "config.json").read_text()) == published
+    before, after = (tmp_path / n / file.name for n in ("back", "tuned-back"))
+    assert before.read_bytes() != after.read_bytes(), "trained"
+
+
+@pytest.mark.slow
+def test_every_exported_file_has_the_mode_of_any_new_file(original, tmp_path):
+    """Of an export, beside it, and of a capsule; in a child, as the umask is one of the whole
+    process.
+    """
+    command = f"""
+import os
+from converters import export_checkpoint, import_checkpoint
+from ltsm_jax import Forecaster, capsule
+os.umask(0o027)
+import_checkpoint({str(original)!r}, "model")
+export_checkpoint("model", "hub")
+export_checkpoint("model", "torch/tuned.bin")
+capsule.write(Forecaster.load("model"), "made.capsule", 4)
+"""
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=tmp_path)
+    made = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*")}
+    assert {"hub/model.safetensors", "hub/config.json", "torch/tuned.bin"} <= made.keys()
+    assert {"torch/config.json", "made.capsule"} <= made.keys()
+    modes = {name: stat.S_IMODE(path.stat().st_mode) for name, path in made.items()}
+    assert {mode for name, mode in modes.items() if made[name].is_file()} == {0o640}, modes
+    assert {mode for name, mode in modes.items() if made[name].is_dir()} == {0o750}, modes
 
 
 def test_what_was_changed_since_the_import_is_written(original, model, tmp_path):

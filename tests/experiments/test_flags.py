@@ -76,6 +76,7 @@ def commands_of(path):
 
 def documented():
     files = [ROOT / name for name in ("README.md", "RESULTS.md", "TPU.md", "CONTRIBUTING.md")]
+    files += sorted((ROOT / "docs").glob("*.md"))
     files += sorted((ROOT / "experiments").rglob("*.py"))
     return [(f.name, *command) for f in files for command in commands_of(f)]
 
@@ -106,6 +107,7 @@ def test_every_command_that_a_document_shows_is_read():
     shown = [(name, module, words) for name, module, words in documented() if words != ["--row"]]
     assert len(shown) > 40 and {name for name, *_ in shown} >= {
         "README.md",
+        "methods.md",
         "RESULTS.md",
         "TPU.md",
         "sff.py",

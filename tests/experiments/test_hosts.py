@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import chex
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -67,26 +68,10 @@ class Launch:
             "LTSM_CACHE": str(cache),  # what the first launch compiles, the others need not
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        code = (
-            "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, "
-            "[int(sys.argv[1])] * 2); "
-        )
-        limited = (
-            []
-            if limit is None
-            else [sys.executable, "-c", f"{code}os.execv(sys.argv[2], sys.argv[2:])", str(limit)]
-        )
         joined = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
         self.processes = [
-            subprocess.Popen(
-                [*before, sys.executable, *program, *words, *joined, str(i)],
-                cwd=ROOT,
-                text=True,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            for i, before in enumerate(([], limited))
+            forked.start([*program, *words, *joined, str(i)], environment, limit=bytes_of_file)
+            for i, bytes_of_file in enumerate((None, limit))
         ]
 
     def results(self):

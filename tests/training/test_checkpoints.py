@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import chex
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -409,16 +410,11 @@ def test_a_checkpoint_right_after_lines_were_cut_off_knows_how_many_are_left(tmp
 
 
 def launch(name, folder):
-    command = [sys.executable, str(Path(__file__).with_name("small_problem.py")), name, str(folder)]
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_PLATFORMS": "cpu",
-    }
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    return forked.start([Path(__file__).with_name("small_problem.py"), name, folder], os.environ)
 
 
 def finish(process):
-    errors = process.communicate()[1].decode()
+    errors = process.communicate()[1]
     assert process.returncode == 0, errors
 
 

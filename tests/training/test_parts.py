@@ -15,7 +15,8 @@ from ltsm_jax.methods.run import Running
 from ltsm_jax.methods.strategies import strategy
 from ltsm_jax.models.time_moe import TimeMoe
 from ltsm_jax.models.timer import Timer
-from ltsm_jax.training import TrainConfig, parts, step
+from ltsm_jax.sharding import Placement
+from ltsm_jax.training import TrainConfig, memory, parts, step
 
 AUTO = dataclasses.replace(problem.CONFIG, accumulate="auto", epochs=1)
 
@@ -43,9 +44,8 @@ def settled(config, source=None) -> Any:
     params = problem.init()
     source = problem.train_windows() if source is None else source
     loss, key = step.as_pytree(problem.dry_loss), jax.random.key(0)
-    return parts.settled(
-        config, params, jax.tree.map(lambda _: None, params), source, loss, key, on_mesh=False
-    )
+    frozen = jax.tree.map(lambda _: None, params)
+    return parts.settled(config, params, frozen, source, loss, key, placement=Placement())
 
 
 def test_a_number_that_was_said_stays(small_parts):
@@ -63,6 +63,55 @@ def test_missing_values_are_not_taken_apart(small_parts):
 def test_accelerators_take_the_whole_batch(small_parts, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert settled(AUTO).accumulate == 1
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """`little_memory(n)`: an accelerator that has room for n of the 48 windows of a batch, and the
+    state.
+    """
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def room_for(rows):
+        params, loss, key = problem.init(), step.as_pytree(problem.dry_loss), jax.random.key(0)
+        frozen = jax.tree.map(lambda _: None, params)
+        config = dataclasses.replace(AUTO, accumulate=1)
+        takes = memory.estimate_before(
+            config, params, frozen, problem.train_windows(), loss, key, Placement(), writes=False
+        )
+        left = -(-takes.activations * rows // 48)
+        monkeypatch.setattr(memory, "available", lambda: takes.fixed + left)
+
+    return room_for
+
+
+@pytest.mark.parametrize("room, wanted", [(48, 1), (47, 2), (24, 2), (23, 3), (1, 48)])
+def test_a_batch_that_does_not_fit_is_taken_in_the_fewest_parts_that_do(
+    little_memory, room, wanted
+):
+    little_memory(room)
+    assert settled(AUTO).accumulate == wanted
+    # What was said stays, and is refused later.
+    assert settled(dataclasses.replace(AUTO, accumulate=1)).accumulate == 1
+
+
+def test_what_cannot_be_taken_apart_is_computed_again(little_memory):
+    little_memory(44)
+    values = problem.series()
+    values[0, 50] = np.nan
+    either = dataclasses.replace(AUTO, remat="auto")
+    assert settled(either).remat == "none" and settled(either).accumulate == 2
+    found = settled(either, problem.train_windows(values))
+    assert (found.accumulate, found.remat) == (1, "all but products")
+    little_memory(48)
+    found = settled(either, problem.train_windows(values))
+    assert (found.accumulate, found.remat) == (1, "none")
+
+
+def test_where_nothing_fits_the_run_is_refused_with_what_would(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 100)
+    with pytest.raises(ValueError, match="only 0.00 MB is available: train fewer parameters"):
+        problem.fit(config=dataclasses.replace(AUTO, remat="auto"))
 
 
 def test_a_run_records_its_parts_and_goes_on_with_them(small_parts, monkeypatch, tmp_path):
@@ -99,3 +148,6 @@ def test_a_step_cannot_be_traced_with_open_parts():
         step.trace_step(
             problem.dry_loss, jax.eval_shape(problem.init), problem.train_windows(), config=AUTO
         )
+    open_remat = dataclasses.replace(AUTO, accumulate=1, remat="auto")
+    with pytest.raises(ValueError, match="say one of none"):
+        step.How.of(open_remat)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import chex
+import forked
 import jax
 import numpy as np
 import pytest
@@ -188,16 +189,7 @@ def test_a_single_ctrl_c_at_any_moment_ends_cleanly_and_the_run_goes_on_to_the_s
 
     def start(*folders):
         script = Path(__file__).with_name("small_problem.py")
-        environment = os.environ | {
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "JAX_PLATFORMS": "cpu",
-        }
-        return subprocess.Popen(
-            [sys.executable, str(script), "timer", *map(str, folders)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return forked.start([script, "timer", *folders], os.environ)
 
     def finish(process):
         errors = process.communicate(timeout=900)[1]
