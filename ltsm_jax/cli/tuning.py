@@ -146,8 +146,17 @@ def _memory(prepared: verdict.BoundPanel, config: TrainConfig) -> str:
 
     moving, frozen = trees.partition(params, trees.select(params, None))
     loss, key = step.as_pytree(prepared.task.loss(model)), jax.random.key(0)
-    filled = parts.settled(filled, moving, frozen, source, loss, key, placement=placement)
+    filled = parts.settled(
+        filled, moving, frozen, source=source, loss_fn=loss, key=key, placement=placement
+    )
     found = memory.estimate_before(
-        filled, moving, frozen, source, loss, key, placement, writes=True
+        filled,
+        moving,
+        frozen,
+        source=source,
+        loss_fn=loss,
+        key=key,
+        placement=placement,
+        writes=True,
     )
     return found.check(memory.available())

@@ -922,9 +922,9 @@ def _settled(job: Mapping[str, Any]) -> dict[str, Any]:
         job["config"],
         moving,
         frozen,
-        job["train_source"],
-        step.as_pytree(job["loss_fn"]),
-        keys(job["config"].seed or 0)["dropout"],
+        source=job["train_source"],
+        loss_fn=step.as_pytree(job["loss_fn"]),
+        key=keys(job["config"].seed or 0)["dropout"],
         placement=Placement.of(params),
         folder=job.get("folder"),
     )

@@ -284,9 +284,9 @@ def _prepared(
         config,
         moving,
         frozen,
-        source,
-        loss,
-        keys(config.seed or 0)["dropout"],
+        source=source,
+        loss_fn=loss,
+        key=keys(config.seed or 0)["dropout"],
         placement=placement,
         folder=folder,
     )
