@@ -595,7 +595,8 @@ def test_the_lock_fits_the_project():
     """Somebody who edits pyproject.toml calls `make lock` too."""
     locked = pinned("requirements-dev.lock")
     extras = project()["optional-dependencies"]
-    for wanted in (*project()["dependencies"], *extras["test"], *extras["plots"], *extras["dev"]):
+    names = ("test", "plots", "dev", "docs")
+    for wanted in (*project()["dependencies"], *(w for name in names for w in extras[name])):
         name, bounds = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(.*)", wanted).groups()
         versions = locked.get(name.replace("_", "-").lower(), [])
         assert versions, f"{name} is not in requirements-dev.lock: make lock"
@@ -613,6 +614,7 @@ IMPORT_NAMES = {
 # Packages that work without being imported, and what needs them.
 NOT_IMPORTED = {
     "flatbuffers": "jax.export writes programs with it",
+    "ipykernel": "nbclient runs notebooks in it",
     "pytest-xdist": "`pytest -n`",
 }
 
@@ -648,7 +650,17 @@ def test_the_workflow_and_the_makefile_agree():
     called = set(re.findall(r"run: make (\w+)", workflow)) | set(
         re.findall(r"target: (\w+)", workflow)
     )
-    assert called == {"check", "test", "slow", "oldest", "newest", "wheel", "torch", "peers"}
+    assert called == {
+        "check",
+        "docs",
+        "test",
+        "slow",
+        "oldest",
+        "newest",
+        "wheel",
+        "torch",
+        "peers",
+    }
     assert called <= set(phony.split())
     stages = set(re.findall(r"^#   (\w+)  ", (ROOT / ".ci/run").read_text(), re.MULTILINE))
     assert stages == called | {"aot"}
